@@ -1,0 +1,36 @@
+"""compressvit: compress pretrained vision transformers, distil the student, and show the evidence.
+
+The public names are imported on first use, so that `import compressvit` and `compressvit --help` do not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "compress": "compressvit.pipeline",
+    "save": "compressvit.artifact",
+    "load": "compressvit.artifact",
+    "count_parameters": "compressvit.ties",
+    "Multiplex": "compressvit.transforms.multiplex",
+    "IRPE": "compressvit.transforms.irpe",
+    "Recipe": "compressvit.recipe",
+    "UserError": "compressvit.errors",
+}
+
+__all__ = ["__version__", "losses", *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "losses":
+        return importlib.import_module("compressvit.losses")
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'compressvit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,11 @@
+"""The base of everything a recipe can say: frozen pydantic models that refuse unknown keys."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Spec(BaseModel):
+    """A frozen description. YAML and Python build the same object; unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
