@@ -1,0 +1,248 @@
+"""A compressed model on disk: a folder with its structure (`compressvit.json`) and its values (`model.safetensors`).
+
+Each shared tensor is stored once, under its canonical name; the manifest rebuilds the ties. Loading is plan + apply + a strict
+load: no teacher, no images, and nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from compressvit import __version__, ties
+from compressvit.backbone import model_name
+from compressvit.errors import UserError, did_you_mean
+from compressvit.pipeline import apply_plans, compression_of
+from compressvit.spec import Spec
+from compressvit.transforms import TRANSFORMS
+
+MANIFEST = "compressvit.json"
+TENSORS = "model.safetensors"
+FORMAT = 1
+
+
+class StepRecord(Spec):
+    """One transform of the manifest: its recipe word and its resolved plan."""
+
+    transform: str
+    plan: dict[str, Any]
+
+
+class Manifest(Spec):
+    """The structure of an artifact. `input` holds what images must look like: size (C, H, W), mean, std, interpolation, crop_pct."""
+
+    format: int
+    compressvit: str
+    architecture: str
+    args: dict[str, Any]
+    num_classes: int
+    dtype: str
+    parameters: int
+    transforms: list[StepRecord]
+    ties: list[list[str]]
+    input: dict[str, Any]
+
+
+def save(model: nn.Module, path: str | Path, *, input_config: dict[str, Any] | None = None) -> Path:
+    """Write a compressed (or plain) timm model as an artifact. An artifact already at `path` is replaced, in one rename.
+
+    Args:
+        model: built by `timm.create_model`, then possibly by `compressvit.compress`.
+        path: the artifact's folder; created.
+        input_config: what images the model expects; timm's configuration of the model by default.
+
+    Raises:
+        UserError: a tie is broken, the model was not built by timm, or `path` holds something that is not an artifact.
+    """
+    path = Path(path)
+    manifest = _manifest(model, input_config)
+    if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or (path / MANIFEST).is_file())):
+        raise UserError(f"{path} exists and is not a compressvit artifact; choose another folder")
+    tensors = {k: v.detach().contiguous().cpu() for k, v in ties.unique_state(model).items()}
+    scratch = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}"
+    scratch.mkdir(parents=True)
+    try:
+        save_file(tensors, scratch / TENSORS)
+        (scratch / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        if path.exists():
+            old = path.parent / f".{path.name}.old.{uuid.uuid4().hex[:8]}"
+            os.replace(path, old)
+            os.replace(scratch, path)
+            shutil.rmtree(old)
+        else:
+            os.replace(scratch, path)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return path
+
+
+def load(path: str | Path) -> nn.Module:
+    """Rebuild a model from its artifact, on the CPU, in eval mode, in the precision it was saved in.
+
+    Raises:
+        UserError: no artifact there, one of another format, a truncated file, or tensors that do not fit the structure.
+    """
+    path = Path(path)
+    manifest = read_manifest(path)
+    try:
+        model = timm.create_model(manifest.architecture, pretrained=False, **manifest.args)
+    except (RuntimeError, TypeError, AssertionError, ValueError) as error:
+        raise UserError(
+            f"{path / MANIFEST}: timm {timm.__version__} cannot build {manifest.architecture} with {manifest.args}: {error}"
+        ) from error
+    apply_plans(model, [_plan(step, path) for step in manifest.transforms])
+    model.to(getattr(torch, manifest.dtype))
+    declared = sorted(sorted(group) for group in manifest.ties)
+    if sorted(sorted(group) for group in ties.tied_groups(model)) != declared:
+        raise UserError(f"{path / MANIFEST}: its ties are not those of its transforms; the manifest was edited or is of another version")
+    tensors = read_tensors(path)
+    expected = ties.unique_state(model)
+    missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    misfit = sorted(n for n in expected.keys() & tensors.keys() if expected[n].shape != tensors[n].shape)
+    if missing or unknown or misfit:
+        raise UserError(
+            f"{path / TENSORS} does not fit its manifest: "
+            f"{len(missing)} tensors missing{_first(missing)}, {len(unknown)} unknown{_first(unknown)}, "
+            f"{len(misfit)} of another shape{_first(misfit)}"
+        )
+    model.load_state_dict(tensors, strict=False)
+    ties.check(model, manifest.ties)
+    model.pretrained_cfg = {**model.pretrained_cfg, **_pretrained_config(manifest.input)}
+    return model.eval()
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """The manifest of the artifact at `path`.
+
+    Raises:
+        UserError: it is missing, is not JSON, or is of another format.
+    """
+    path = Path(path)
+    file = path / MANIFEST
+    if not file.is_file():
+        hint = f"; did you mean {path / 'student'}?" if (path / "student" / MANIFEST).is_file() else ""
+        raise UserError(f"{path} is not a compressvit artifact: it has no {MANIFEST}{hint}")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(content, dict) and content.get("format") != FORMAT:
+            raise UserError(
+                f"{file} is of format {content.get('format')!r}; this compressvit ({__version__}) reads format {FORMAT}. "
+                f"It was written by compressvit {content.get('compressvit')}"
+            )
+        return Manifest.model_validate(content)
+    except (json.JSONDecodeError, UnicodeDecodeError, ValidationError) as error:
+        raise UserError(f"{file} is not a readable manifest: {str(error).splitlines()[0]}") from error
+
+
+def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
+    """The stored tensors of the artifact folder at `path`, by canonical name, on the CPU.
+
+    Raises:
+        UserError: the file is missing or truncated.
+    """
+    file = Path(path) / TENSORS
+    if not file.is_file():
+        raise UserError(f"{path} has no {TENSORS}: the artifact is incomplete; `compressvit apply … --resume` writes it again")
+    return read_safetensors(file)
+
+
+def read_safetensors(file: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors file, on the CPU; a truncated or foreign file is a `UserError`."""
+    try:
+        with safe_open(file, framework="pt", device="cpu") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (not a dict)
+    except SafetensorError as error:
+        raise UserError(f"{file} is not a complete safetensors file (truncated or of another kind): {error}") from error
+
+
+def file_bytes(model: nn.Module) -> int:
+    """Size in bytes of the `model.safetensors` that `save` would write; works on the meta device.
+
+    A safetensors file is 8 bytes of length, a JSON header padded to 8 bytes, and the data.
+    """
+    header: dict[str, Any] = {}
+    offset = 0
+    names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64", torch.int64: "I64"}
+    state = ties.unique_state(model)
+    # The writer orders tensors by falling element size, then by name; only the digits of the offsets depend on it.
+    for name, tensor in sorted(state.items(), key=lambda item: (-item[1].element_size(), item[0])):
+        size = tensor.numel() * tensor.element_size()
+        dtype = names.get(tensor.dtype, str(tensor.dtype))
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    return 8 + -(-len(text) // 8) * 8 + offset
+
+
+def _manifest(model: nn.Module, input_config: dict[str, Any] | None) -> Manifest:
+    compression = compression_of(model)
+    ties.check(model, compression.ties)
+    config = getattr(model, "pretrained_cfg", None) or {}
+    if not timm.is_model(config.get("architecture", "")):
+        raise UserError(
+            f"a {type(model).__name__} that was not built by timm.create_model has no name to rebuild it by; build it with "
+            "timm.create_model(NAME, …) (timm.models.register_model gives your own architecture a name)"
+        )
+    args = dict(getattr(model, "_model_args", {}))
+    args["num_classes"] = model.num_classes
+    if "global_pool" in args or hasattr(model, "global_pool"):
+        args["global_pool"] = getattr(model, "global_pool", args.get("global_pool"))
+    try:
+        args = json.loads(json.dumps(args))
+    except TypeError as error:
+        raise UserError(
+            f"{model_name(model)} was built with an argument that cannot be written to JSON ({error}); "
+            "give timm the name of a layer instead of its class, e.g. act_layer='gelu'"
+        ) from error
+    data = input_config or timm.data.resolve_model_data_config(model)
+    dtypes = {str(p.dtype).removeprefix("torch.") for p in model.parameters()}
+    if len(dtypes) != 1:
+        raise UserError(f"the model mixes precisions {sorted(dtypes)}; convert it to one with model.to(dtype) before saving")
+    return Manifest(
+        format=FORMAT,
+        compressvit=__version__,
+        architecture=config["architecture"],
+        args=args,
+        num_classes=model.num_classes,
+        dtype=dtypes.pop(),
+        parameters=ties.count_parameters(model),
+        transforms=[
+            StepRecord(transform=plan.transform, plan=plan.model_dump(mode="json")) for plan in compression.plans
+        ],
+        ties=compression.ties,
+        input=json.loads(json.dumps(data)),
+    )
+
+
+def _plan(step: StepRecord, path: Path):
+    known = TRANSFORMS.get(step.transform)
+    if known is None:
+        raise UserError(
+            f"{path / MANIFEST} uses the transform {step.transform!r}, which this compressvit ({__version__}) does not have; "
+            + did_you_mean(step.transform, TRANSFORMS)
+        )
+    try:
+        return known.plan_class.model_validate(step.plan)
+    except ValidationError as error:
+        raise UserError(f"{path / MANIFEST}: the plan of {step.transform!r} is not valid: {error}") from error
+
+
+def _pretrained_config(data: dict[str, Any]) -> dict[str, Any]:
+    """timm's field names and types for the manifest's `input`, so that `resolve_model_data_config` answers with it."""
+    keys = ("input_size", "mean", "std", "interpolation", "crop_pct")
+    return {k: tuple(v) if isinstance(v := data[k], list) else v for k in keys if k in data}
+
+
+def _first(names: list[str]) -> str:
+    return f" (first {names[0]})" if names else ""

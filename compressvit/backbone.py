@@ -1,0 +1,132 @@
+"""Where a timm model keeps its stages, blocks, attention and MLP.
+
+This is the only file that knows the names of timm's classes. A transform asks `describe(model)` and works with what it gets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from timm.layers import Attention
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, WindowAttention
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import nn
+
+from compressvit.errors import UserError
+
+SUPPORTED = (
+    "timm's VisionTransformer (vit_*, deit_*, deit3_*, DINOv2 with LayerScale and register tokens), "
+    "VisionTransformerDistilled (deit_*_distilled_*) and SwinTransformer (swin_*, version 1), at any size"
+)
+
+_FAMILIES: dict[type, str] = {VisionTransformer: "vit", VisionTransformerDistilled: "vit", SwinTransformer: "swin"}
+_BLOCKS: dict[str, type] = {"vit": Block, "swin": SwinTransformerBlock}
+_ATTENTION: dict[str, type] = {"vit": Attention, "swin": WindowAttention}
+
+
+@dataclass(frozen=True)
+class BlockInfo:
+    """One transformer block. Sizes are in tokens; `width` and `heads` are those of its attention."""
+
+    path: str
+    index: int  # over the whole model, from 0
+    stage: int  # from 0; a ViT has one stage
+    width: int
+    heads: int
+    resolution: tuple[int, int]
+    window: tuple[int, int] | None  # None: attention over all tokens
+    shift: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """What a transform needs to know about a model."""
+
+    family: str  # 'vit' or 'swin'
+    blocks: tuple[BlockInfo, ...]
+    num_prefix_tokens: int  # class, distillation and register tokens, which are not on the token grid
+
+    @property
+    def stages(self) -> tuple[tuple[BlockInfo, ...], ...]:
+        """The blocks grouped by stage, in order."""
+        count = self.blocks[-1].stage + 1
+        return tuple(tuple(b for b in self.blocks if b.stage == stage) for stage in range(count))
+
+
+def timm_class(module: nn.Module) -> type:
+    """The timm class that `module` is an instance of, looking through our own specialisations of it."""
+    return next((c for c in type(module).__mro__ if c.__module__.startswith("timm.")), type(module))
+
+
+def model_name(model: nn.Module) -> str:
+    """The architecture's timm name if the model knows it, else its class."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    return config.get("architecture") or type(model).__name__
+
+
+def family(model: nn.Module) -> str | None:
+    """'vit', 'swin', or None for a model that no transform works on (it can still be a teacher)."""
+    return _FAMILIES.get(timm_class(model))
+
+
+def describe(model: nn.Module) -> Backbone:
+    """Find the blocks of a timm model.
+
+    Raises:
+        UserError: the model, its blocks or its attention are of a class that the transforms do not know.
+    """
+    kind = family(model)
+    if kind is None:
+        raise UserError(
+            f"{model_name(model)} is a {type(model).__name__}, which compressvit cannot transform yet; it works on {SUPPORTED}"
+        )
+    blocks = tuple(_vit_blocks(model) if kind == "vit" else _swin_blocks(model))
+    for info in blocks:
+        block = model.get_submodule(info.path)
+        for module, path, expected in (
+            (block, info.path, _BLOCKS[kind]),
+            (block.attn, f"{info.path}.attn", _ATTENTION[kind]),
+        ):
+            if timm_class(module) is not expected:
+                raise UserError(
+                    f"{model_name(model)}: {path} is a {timm_class(module).__name__}, "
+                    f"compressvit knows {expected.__name__} there; it works on {SUPPORTED}"
+                )
+    return Backbone(kind, blocks, num_prefix_tokens=getattr(model, "num_prefix_tokens", 0))
+
+
+def _vit_blocks(model: nn.Module):
+    for i, block in enumerate(model.blocks):
+        attention = getattr(block, "attn", None)
+        if attention is None:
+            raise UserError(
+                f"{model_name(model)}: blocks.{i} is a {type(block).__name__} without an `attn`; compressvit works on {SUPPORTED}"
+            )
+        yield BlockInfo(
+            path=f"blocks.{i}",
+            index=i,
+            stage=0,
+            width=model.embed_dim,
+            heads=getattr(attention, "num_heads", 0),
+            resolution=tuple(model.patch_embed.grid_size),
+            window=None,
+            shift=(0, 0),
+        )
+
+
+def _swin_blocks(model: nn.Module):
+    index = 0
+    for stage, layer in enumerate(model.layers):
+        for i, block in enumerate(layer.blocks):
+            yield BlockInfo(
+                path=f"layers.{stage}.blocks.{i}",
+                index=index,
+                stage=stage,
+                width=block.dim,
+                heads=block.attn.num_heads,
+                resolution=tuple(block.input_resolution),
+                window=tuple(block.window_size),
+                shift=tuple(block.shift_size),
+            )
+            index += 1

@@ -1,0 +1,1 @@
+"""Specialisations of timm's attention and blocks, with slots that transforms fill."""

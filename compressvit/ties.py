@@ -1,0 +1,78 @@
+"""Shared parameters: tie them, find them, check them, count them once.
+
+Blocks share by holding the same `nn.Parameter` object under their own paths. A tie survives `deepcopy` and `.to(dtype)`;
+it is lost by `.to("meta")`, `to_empty`, `load_state_dict(assign=True)` and Swin's `set_input_size`. `check` says so, `retie` mends it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+
+from compressvit.errors import UserError
+
+
+def tie(model: nn.Module, groups: Iterable[Sequence[str]]) -> None:
+    """Make every parameter of a group the first one of it, under its own name.
+
+    Args:
+        model: changed in place.
+        groups: names of parameters; the first of each group is kept, the others are replaced by it.
+
+    Raises:
+        UserError: the shapes in a group differ. Nothing is tied then.
+    """
+    groups = [list(group) for group in groups]
+    for group in groups:
+        shapes = {name: tuple(model.get_parameter(name).shape) for name in group}
+        if len(set(shapes.values())) > 1:
+            raise UserError(f"cannot share tensors of different shapes: {shapes}")
+    for canonical, *aliases in groups:
+        parameter = model.get_parameter(canonical)
+        for alias in aliases:
+            path, _, name = alias.rpartition(".")
+            setattr(model.get_submodule(path), name, parameter)
+
+
+def tied_groups(model: nn.Module) -> list[list[str]]:
+    """Groups of names that hold one parameter, each in the order of the model; the first name is the canonical one."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [group for group in names.values() if len(group) > 1]
+
+
+def check(model: nn.Module, declared: Iterable[Sequence[str]]) -> None:
+    """Raise if a declared group is no longer one parameter.
+
+    Raises:
+        UserError: names the first broken group and what usually breaks it.
+    """
+    for canonical, *aliases in declared:
+        parameter = model.get_parameter(canonical)
+        for alias in aliases:
+            if model.get_parameter(alias) is not parameter:
+                raise UserError(
+                    f"{alias} no longer shares its tensor with {canonical}. Ties are lost by .to('meta'), to_empty(), "
+                    "load_state_dict(assign=True) and Swin's set_input_size(); call compressvit.ties.retie(model) after them"
+                )
+
+
+def retie(model: nn.Module) -> None:
+    """Tie again what the model's compression declares. The value of the first name of each group wins."""
+    compression = getattr(model, "_compression", None)
+    if compression is not None:
+        tie(model, compression.ties)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of parameters, each shared tensor counted once (a state dict would count it once per path)."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def unique_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict without its aliases: parameters under their canonical names, and persistent buffers."""
+    aliases = {name for group in tied_groups(model) for name in group[1:]}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in aliases}

@@ -1,0 +1,83 @@
+"""What every transform offers, and the registry: one dict, one decorator.
+
+A `Transform` is what a user asks for. Its `plan(model)` resolves names, shapes and widths on a model that may live on the meta
+device; the `Plan` it returns is data (it goes into the artifact) and rebuilds the structure without the teacher or any images:
+
+    plan = spec.plan(model)            # pure; every fault is found here
+    ledger = plan.apply(model)         # structure only, in place
+    plan.initialise(student, source)   # values, from the model as it was before
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+
+from compressvit.errors import UserError
+from compressvit.spec import Spec
+
+
+@dataclass(frozen=True)
+class LedgerEntry:
+    """What a transform did at one path. `before` and `after` count the path's own parameters, a shared tensor at its first path only."""
+
+    path: str
+    change: str
+    before: int
+    after: int
+
+
+class Plan(Spec):
+    """A resolved transform: enough to rebuild the structure on a fresh model of the same architecture."""
+
+    transform: ClassVar[str]
+
+    def apply(self, model: nn.Module) -> list[LedgerEntry]:
+        """Change the structure of `model` in place; the values of new tensors are set by `initialise` or by a checkpoint."""
+        raise TypeError(f"{type(self).__name__} does not define apply")
+
+    def initialise(self, student: nn.Module, source: nn.Module) -> None:
+        """Set values: `student` has the new structure, `source` is the model as it was before the transforms."""
+        raise TypeError(f"{type(self).__name__} does not define initialise")
+
+    def fold(self, model: nn.Module) -> None:
+        """Turn the transform back into plain timm layers, in place.
+
+        Raises:
+            UserError: the algebra does not allow it; the text says why and what to do instead.
+        """
+        raise UserError(f"{self.transform} cannot be folded into plain layers")
+
+
+class Transform(Spec):
+    """A transform as a recipe or a Python call asks for it."""
+
+    name: ClassVar[str]
+    plan_class: ClassVar[type[Plan]]
+
+    def plan(self, model: nn.Module) -> Plan:
+        """Resolve against a model, which is not changed.
+
+        Raises:
+            UserError: the transform does not fit the model or what was done to it before; the text offers ways out.
+        """
+        raise TypeError(f"{type(self).__name__} does not define plan")
+
+
+TRANSFORMS: dict[str, type[Transform]] = {}
+
+
+def transform(name: str, plan_class: type[Plan]) -> Callable[[type[Transform]], type[Transform]]:
+    """Register a transform under the word that recipes use. A second one of the same name is refused at import."""
+
+    def register(spec: Any) -> Any:
+        if name in TRANSFORMS:
+            raise TypeError(f"two transforms are called {name!r}: {TRANSFORMS[name].__module__} and {spec.__module__}")
+        spec.name, spec.plan_class, plan_class.transform = name, plan_class, name
+        TRANSFORMS[name] = spec
+        return spec
+
+    return register

@@ -1,0 +1,136 @@
+"""iRPE: contextual relative position encoding on keys, private to each layer, as Mini-DeiT uses it.
+
+Paper: Rethinking and Improving Relative Position Encoding for Vision Transformer, ICCV 2021, https://arxiv.org/abs/2107.14222
+
+Product method, shared over heads: the logit of query n and key m gains `q_n · E[:, bucket(n, m)]`, q already scaled. The table E
+(head width, buckets) starts at zero, so a pretrained function is kept.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from compressvit import surgery
+from compressvit.backbone import describe, model_name
+from compressvit.errors import UserError
+from compressvit.layers.attention import EXPLICIT_ATTENTION
+from compressvit.transforms.base import LedgerEntry, Plan, Transform, transform
+
+
+def piecewise_index(distance: int, ratio: float) -> int:
+    """Bucket of a signed distance in tokens along one axis (iRPE, eq. 18): exact up to α, logarithmic beyond, at most β.
+
+    α = ratio, β = 2·ratio, γ = 8·ratio. With ratio 1.9 the result lies in −3…3.
+    """
+    alpha, beta, gamma = ratio, 2 * ratio, 8 * ratio
+    size = abs(distance)
+    if size <= alpha:
+        return round(distance)
+    index = min(beta, round(alpha + math.log(size / alpha) / math.log(gamma / alpha) * (beta - alpha)))
+    return int(math.copysign(int(index), distance))
+
+
+@lru_cache(maxsize=16)
+def bucket_ids(height: int, width: int, num_prefix_tokens: int, ratio: float) -> torch.Tensor:
+    """(N, N) int64 table of buckets, N = prefix + height·width. A pair with a prefix token has the extra last bucket."""
+    reach = int(2 * ratio)
+    side = 2 * reach + 1
+    rows = torch.tensor([[piecewise_index(i - j, ratio) for j in range(height)] for i in range(height)]) + reach
+    cols = torch.tensor([[piecewise_index(i - j, ratio) for j in range(width)] for i in range(width)]) + reach
+    grid = rows[:, None, :, None] * side + cols[None, :, None, :]
+    grid = grid.reshape(height * width, height * width)
+    ids = torch.full((num_prefix_tokens + height * width,) * 2, side * side)
+    ids[num_prefix_tokens:, num_prefix_tokens:] = grid
+    return ids
+
+
+class ContextualKeyPosition(nn.Module):
+    """The position term of one layer: scaled queries (B, H, N, D) → addition to the logits (B, H, N, N).
+
+    Args:
+        head_width: D.
+        grid: height and width in tokens.
+        num_prefix_tokens: tokens that are not on the grid; with any, the table has one more bucket for their pairs.
+        ratio: α of the bucketing.
+    """
+
+    def __init__(
+        self, head_width: int, grid: tuple[int, int], num_prefix_tokens: int, ratio: float, device=None, dtype=None
+    ):
+        super().__init__()
+        buckets = (2 * int(2 * ratio) + 1) ** 2 + (num_prefix_tokens > 0)
+        self.table = nn.Parameter(torch.zeros(head_width, buckets, device=device, dtype=dtype))
+        ids = bucket_ids(*grid, num_prefix_tokens, ratio)
+        self.register_buffer("bucket_ids", ids.to(device) if device is not None else ids.clone(), persistent=False)
+
+    def forward(self, q: torch.Tensor) -> torch.Tensor:
+        if q.shape[-2] != self.bucket_ids.shape[0]:
+            raise UserError(
+                f"iRPE was built for {self.bucket_ids.shape[0]} tokens and got {q.shape[-2]}; build the model with the input size you use"
+            )
+        per_bucket = q @ self.table  # (B, H, N, buckets)
+        return per_bucket.gather(-1, self.bucket_ids.expand(*q.shape[:2], -1, -1))
+
+
+class IRPEPlan(Plan):
+    """A resolved `IRPE`: every block of the model gets a table."""
+
+    ratio: float
+    blocks: tuple[str, ...]
+
+    def apply(self, model: nn.Module) -> list[LedgerEntry]:
+        backbone = describe(model)
+        infos = {info.path: info for info in backbone.blocks}
+        ledger = []
+        for path in self.blocks:
+            attention = surgery.specialise(model, f"{path}.attn", EXPLICIT_ATTENTION[backbone.family])
+            weight = attention.qkv.weight
+            before = sum(p.numel() for p in attention.parameters())
+            position = ContextualKeyPosition(
+                attention.head_dim,
+                infos[path].resolution,
+                backbone.num_prefix_tokens,
+                self.ratio,
+                device=weight.device,
+                dtype=weight.dtype,
+            )
+            surgery.fill_slot(model, f"{path}.attn", "rpe_k", position)
+            change = f"+ iRPE table {tuple(position.table.shape)}"
+            ledger.append(LedgerEntry(f"{path}.attn", change, before, before + position.table.numel()))
+        return ledger
+
+    @torch.no_grad()
+    def initialise(self, student: nn.Module, source: nn.Module) -> None:
+        for path in self.blocks:
+            student.get_submodule(path).attn.rpe_k.table.zero_()
+
+    def fold(self, model: nn.Module) -> None:
+        raise UserError(
+            "irpe cannot be folded: its term depends on the query, so no fixed weight equals it. Ship the artifact as it is"
+        )
+
+
+@transform("irpe", IRPEPlan)
+class IRPE(Transform):
+    """Contextual relative position encoding on keys, one table per layer, shared over heads (iRPE; Mini-DeiT)."""
+
+    ratio: float = Field(
+        1.9, gt=1.0, description="α of the piecewise bucketing, in tokens; β = 2α, γ = 8α. 1.9 gives 49 buckets."
+    )
+
+    def plan(self, model: nn.Module) -> IRPEPlan:
+        backbone = describe(model)
+        if backbone.family != "vit":
+            raise UserError(
+                f"irpe works on timm's ViT and DeiT; {model_name(model)} is a Swin, which has a relative position table already"
+            )
+        paths = tuple(info.path for info in backbone.blocks)
+        for path in paths:
+            if getattr(model.get_submodule(path).attn, "rpe_k", None) is not None:
+                raise UserError(f"irpe is applied twice: {path}.attn has a table already; remove one of the two steps")
+        return IRPEPlan(ratio=self.ratio, blocks=paths)

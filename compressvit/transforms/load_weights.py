@@ -1,0 +1,53 @@
+"""Take the values of an earlier student of the same structure, e.g. to fine-tune it at another resolution.
+
+A step without structure: it only sets values. Position embeddings and Swin's tables of relative positions are resampled when
+the token grid or the window differs, as timm does it.
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from compressvit import ties
+from compressvit.errors import UserError
+from compressvit.transforms.base import LedgerEntry, Plan, Transform, transform
+
+
+class LoadWeightsPlan(Plan):
+    """A resolved `LoadWeights`."""
+
+    artifact: str
+
+    def apply(self, model: nn.Module) -> list[LedgerEntry]:
+        return []
+
+    @torch.no_grad()
+    def initialise(self, student: nn.Module, source: nn.Module) -> None:
+        from compressvit.artifact import read_tensors
+        from compressvit.weights import resample_positions
+
+        tensors = resample_positions(read_tensors(self.artifact), student)
+        own = ties.unique_state(student)
+        wrong = [n for n in own if n not in tensors or tensors[n].shape != own[n].shape]
+        wrong += [n for n in tensors if n not in own]
+        if wrong:
+            raise UserError(
+                f"load_weights: {self.artifact} does not have the structure of this student; {len(wrong)} tensors differ, "
+                f"first {wrong[0]}. Use the transforms that the artifact was made with (its compressvit.json lists them)"
+            )
+        student.load_state_dict(tensors, strict=False)
+
+    def fold(self, model: nn.Module) -> None:
+        """Nothing to fold: no structure was added."""
+
+
+@transform("load_weights", LoadWeightsPlan)
+class LoadWeights(Transform):
+    """Set the student's values from an artifact (a folder with compressvit.json) made by the same transforms."""
+
+    artifact: str = Field(description="Folder of the artifact, e.g. runs/mini_swin_b/student.")
+
+    def plan(self, model: nn.Module) -> LoadWeightsPlan:
+        return LoadWeightsPlan(artifact=self.artifact)

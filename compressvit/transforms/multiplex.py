@@ -1,0 +1,213 @@
+"""MiniViT weight multiplexing: consecutive blocks share their attention and MLP, and keep small private transforms.
+
+Paper: MiniViT: Compressing Vision Transformers with Weight Multiplexing, CVPR 2022, https://arxiv.org/abs/2204.07154
+
+Shared inside a group of k consecutive blocks of one stage: every attention and MLP tensor, Swin's position table included.
+Private to each block: both LayerNorms, LayerScale, drop path, Swin's shift and mask, and
+- two H×H mixes of the attention maps across heads, one on the logits and one on the probabilities (eq. 5–6);
+- a depth-wise K×K convolution on the token grid before the MLP, behind its own LayerNorm (eq. 7).
+
+Sharing cuts parameters and disk. It does not cut MACs: every block still runs.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import nn
+
+from compressvit import surgery, ties
+from compressvit.backbone import Backbone, describe, model_name
+from compressvit.errors import UserError
+from compressvit.layers.attention import EXPLICIT_ATTENTION, HeadMixing
+from compressvit.layers.block import SLOTTED_BLOCK, TokenConv
+from compressvit.transforms.base import LedgerEntry, Plan, Transform, transform
+
+
+class MultiplexPlan(Plan):
+    """A resolved `Multiplex`: the share groups by block path, and the private transforms of every block in them."""
+
+    groups: tuple[tuple[str, ...], ...]
+    head_mixing: bool
+    mixing_bias: bool
+    mlp_conv: int
+    form: Literal["identity", "reference"]
+    init: Literal["mean", "first", "scratch"]
+
+    def apply(self, model: nn.Module) -> list[LedgerEntry]:
+        backbone = describe(model)
+        infos = {info.path: info for info in backbone.blocks}
+        before = {path: _own_parameters(model, path) for group in self.groups for path in group}
+        ties.tie(model, [names for group in self.groups for names in _shared_names(model, group)])
+        ledger = []
+        for group in self.groups:
+            for path in group:
+                changes = [f"shares attention and MLP with {group[0]}"] if path != group[0] else []
+                if path == group[0] and len(group) > 1:
+                    changes.append(f"owns attention and MLP of {len(group)} blocks")
+                changes += self._add_private(model, infos[path], backbone)
+                after = _own_parameters(model, path, shared_elsewhere=path != group[0])
+                ledger.append(LedgerEntry(path, "; ".join(changes) or "unchanged", before[path], after))
+        return ledger
+
+    def _add_private(self, model: nn.Module, info, backbone: Backbone) -> list[str]:
+        changes = []
+        block = model.get_submodule(info.path)
+        like = {"device": block.norm2.weight.device, "dtype": block.norm2.weight.dtype}
+        if self.head_mixing:
+            path = f"{info.path}.attn"
+            surgery.specialise(model, path, EXPLICIT_ATTENTION[backbone.family])
+            for slot in ("logit_mix", "prob_mix"):
+                surgery.fill_slot(model, path, slot, HeadMixing(info.heads, self.mixing_bias, **like))
+            changes.append(f"+ 2 head mixes {info.heads}×{info.heads}")
+        if self.mlp_conv:
+            surgery.specialise(model, info.path, SLOTTED_BLOCK[backbone.family])
+            conv = TokenConv(
+                info.width,
+                self.mlp_conv,
+                info.resolution,
+                backbone.num_prefix_tokens,
+                replace=self.form == "reference",
+                eps=block.norm2.eps,
+                **like,
+            )
+            surgery.fill_slot(model, info.path, "mlp_conv", conv)
+            changes.append(f"+ {self.mlp_conv}×{self.mlp_conv} convolution")
+        return changes
+
+    @torch.no_grad()
+    def initialise(self, student: nn.Module, source: nn.Module) -> None:
+        if self.init == "scratch":
+            student.init_weights()
+        elif self.init == "mean":
+            for group in self.groups:
+                for names in _shared_names(source, group):
+                    # float64: the mean of equal tensors is then that tensor, to the bit
+                    mean = torch.stack([source.get_parameter(n).double() for n in names]).mean(dim=0)
+                    student.get_parameter(names[0]).copy_(mean)
+        for path in (path for group in self.groups for path in group):
+            block = student.get_submodule(path)
+            added = [block.attn.logit_mix, block.attn.prob_mix] if self.head_mixing else []
+            added += [block.mlp_conv] if self.mlp_conv else []
+            for module in added:
+                module.reset_identity() if self.form == "identity" else module.reset_noise()
+
+    def fold(self, model: nn.Module) -> None:
+        raise UserError(
+            "multiplex cannot be folded: a head mix sits between two products of the attention and the convolution between two "
+            "layers, and untying would give back every parameter that sharing saved. Ship the artifact as it is"
+        )
+
+
+@transform("multiplex", MultiplexPlan)
+class Multiplex(Transform):
+    """Share attention and MLP between consecutive blocks, with private transforms (MiniViT)."""
+
+    share: int | tuple[int, ...] = Field(
+        description="Blocks in a share group: one number for every stage, or one per stage (Swin has 4). "
+        "Must divide the stage's depth. 1 shares nothing and only adds the transforms."
+    )
+    head_mixing: bool = Field(
+        True, description="Mix attention logits and probabilities across heads, two H×H matrices per block."
+    )
+    mixing_bias: bool = Field(
+        False, description="A bias per head in both mixes. The paper's code: true for Swin, false for DeiT."
+    )
+    mlp_conv: int = Field(
+        0, ge=0, description="Kernel of the depth-wise convolution before the MLP, in tokens, odd; 0 for none. Mini-Swin: 7."
+    )
+    form: Literal["identity", "reference"] = Field(
+        "identity",
+        description="identity: transforms start as the identity, x + conv(LN x), so a pretrained function survives. "
+        "reference: the paper code's arithmetic, LN x + conv(LN x), transforms starting from noise (std 0.02).",
+    )
+    init: Literal["mean", "first", "scratch"] = Field(
+        "mean",
+        description="Shared weights from the mean of the group's layers, from the first of them, "
+        "or the whole student from noise as in the paper.",
+    )
+
+    @field_validator("share")
+    @classmethod
+    def _positive(cls, share):
+        for count in (share,) if isinstance(share, int) else share:
+            if count < 1:
+                raise ValueError(f"share counts blocks in a group and is at least 1, not {count}")
+        return share
+
+    @field_validator("mlp_conv")
+    @classmethod
+    def _odd(cls, kernel):
+        if kernel and kernel % 2 == 0:
+            raise ValueError(f"mlp_conv is the width of a centred kernel and must be odd, not {kernel}; try {kernel + 1}")
+        return kernel
+
+    def plan(self, model: nn.Module) -> MultiplexPlan:
+        backbone = describe(model)
+        stages = backbone.stages
+        share = (self.share,) * len(stages) if isinstance(self.share, int) else self.share
+        if len(share) != len(stages):
+            raise UserError(
+                f"multiplex.share gives {len(share)} numbers, {list(share)}, but {model_name(model)} has {len(stages)} "
+                f"stage{'s' * (len(stages) > 1)} of depth {[len(s) for s in stages]}; give one number, or one per stage"
+            )
+        groups = []
+        for stage, (blocks, count) in enumerate(zip(stages, share, strict=True)):
+            if len(blocks) % count:
+                divisors = [d for d in range(1, len(blocks) + 1) if len(blocks) % d == 0]
+                raise UserError(
+                    f"multiplex.share={count} does not divide the {len(blocks)} blocks of stage {stage} of {model_name(model)}; "
+                    f"it can be one of {divisors} there"
+                )
+            paths = [block.path for block in blocks]
+            groups += [tuple(paths[i : i + count]) for i in range(0, len(paths), count)]
+        self._refuse_conflicts(model, groups)
+        return MultiplexPlan(groups=tuple(groups), **self.model_dump(exclude={"share"}))
+
+    def _refuse_conflicts(self, model: nn.Module, groups) -> None:
+        tied = {name for group in ties.tied_groups(model) for name in group}
+        for group in groups:
+            for names in _shared_names(model, group):
+                already = tied.intersection(names) if len(names) > 1 else None
+                if already:
+                    raise UserError(
+                        f"multiplex wants to share {names[0]}, but {min(already)} is shared already by an earlier step; "
+                        "merge the two steps into one `multiplex` with a larger share, or remove one"
+                    )
+            for path in group:
+                for slot, owner in (("logit_mix", f"{path}.attn"), ("mlp_conv", path)):
+                    wanted = self.head_mixing if slot == "logit_mix" else self.mlp_conv
+                    if wanted and getattr(model.get_submodule(owner), slot, None) is not None:
+                        raise UserError(
+                            f"multiplex wants to add {owner}.{slot}, which an earlier step added; "
+                            "apply one `multiplex` with everything it should do"
+                        )
+        if self.mlp_conv and getattr(getattr(model, "patch_drop", None), "prob", 0):
+            raise UserError(
+                "multiplex.mlp_conv needs every token at its place on the grid, but the model drops patches in training; "
+                "build it with patch_drop_rate=0"
+            )
+
+
+def _shared_names(model: nn.Module, group: tuple[str, ...]) -> list[list[str]]:
+    """For a group of blocks, the names that become one parameter: all of `attn` and `mlp` but what transforms added."""
+    added = surgery.added_parameters(model)
+    tails = [
+        f"{part}.{name}"
+        for part in ("attn", "mlp")
+        for name, _ in model.get_submodule(f"{group[0]}.{part}").named_parameters()
+        if f"{group[0]}.{part}.{name}" not in added
+    ]
+    return [[f"{path}.{tail}" for path in group] for tail in tails]
+
+
+def _own_parameters(model: nn.Module, path: str, shared_elsewhere: bool = False) -> int:
+    """Parameters under a path; of a block that shares with an earlier one, only those that are its own."""
+    added = surgery.added_parameters(model)
+    total = 0
+    for name, parameter in model.get_submodule(path).named_parameters():
+        is_shared = name.startswith(("attn.", "mlp.")) and f"{path}.{name}" not in added
+        total += 0 if shared_elsewhere and is_shared else parameter.numel()
+    return total
