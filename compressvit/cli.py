@@ -1,0 +1,192 @@
+"""The command line. Nothing heavy is imported until a verb needs it, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from compressvit import __version__
+from compressvit.errors import UserError
+
+_EPILOG = """\
+examples:
+  compressvit apply quickstart                                  train, compress and distil a small ViT on digits
+  compressvit plan mini_swin_b                                  what the recipe will do and cost, without weights or data
+  compressvit apply mini_swin_b data.root=IMAGENET              compress a pretrained Swin-B
+  compressvit apply quickstart steps.0.multiplex.share=4        change anything in a recipe from the command line
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point. Exit codes: 0 done, 2 something asked for cannot be done, 128 + N stopped by signal N."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except UserError as error:
+        print(f"compressvit: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("compressvit: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `| head` closed our output
+        sys.stderr.close()
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="compressvit",
+        description="Compress a pretrained vision transformer by a recipe, distil it, and show what it cost.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"compressvit {__version__}")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+
+    def verb(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        added = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
+        added.set_defaults(run=run)
+        return added
+
+    def recipe_arguments(to: argparse.ArgumentParser) -> None:
+        to.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name, or the path of a YAML file")
+        to.add_argument(
+            "overrides", metavar="key=value", nargs="*", help="changes to it, e.g. data.root=FOLDER steps.0.multiplex.share=6"
+        )
+
+    apply = verb("apply", _apply, "run a recipe: compress, distil, evaluate, and write a run folder")
+    recipe_arguments(apply)
+    apply.add_argument("--output", metavar="FOLDER", help="the run folder (default: runs/RECIPE)")
+    apply.add_argument("--resume", action="store_true", help="go on with the run in the folder")
+    apply.add_argument("--overwrite", action="store_true", help="delete the run in the folder and begin anew")
+    apply.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps, … (default: the best there is)")
+
+    plan = verb("plan", _plan, "print what a recipe will do and cost, without weights or data")
+    recipe_arguments(plan)
+    plan.add_argument("--json", action="store_true", help="print it as JSON, for programs")
+
+    validate = verb("validate", _validate, "check recipes against the schema and list every fault")
+    validate.add_argument("recipes", metavar="RECIPE", nargs="+", help="a shipped recipe's name, or the path of a YAML file")
+
+    evaluate = verb("evaluate", _evaluate, "evaluate the student of a run folder, or an artifact")
+    evaluate.add_argument("path", metavar="PATH", help="a run folder, or an artifact (a folder with compressvit.json)")
+    evaluate.add_argument("overrides", metavar="key=value", nargs="*", help="of the data, e.g. data.name=digits data.root=FOLDER")
+    evaluate.add_argument("--device", default="auto", help="cpu, cuda, … (default: the best there is)")
+    evaluate.add_argument("--json", action="store_true", help="print it as JSON, for programs")
+
+    recipes = verb("recipes", lambda _: recipes_help(), "list the shipped recipes, or show one")
+    what = recipes.add_subparsers(title="what", metavar="list|show")
+
+    def recipes_help() -> int:
+        recipes.print_help()
+        return 2
+
+    listing = what.add_parser("list", help="names and descriptions")
+    listing.set_defaults(run=_recipes_list)
+    show = what.add_parser("show", help="print a recipe")
+    recipe_arguments(show)
+    show.add_argument("--resolved", action="store_true", help="with every default and override written out")
+    show.set_defaults(run=_recipes_show)
+
+    verb("schema", _schema, "print the JSON schema of recipes, for editors")
+    return parser
+
+
+def _apply(arguments: argparse.Namespace) -> int:
+    from compressvit.distill.engine import Interrupted
+    from compressvit.recipe import find_recipe, load_recipe
+    from compressvit.run import apply
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    path = find_recipe(arguments.recipe)
+    try:
+        apply(
+            recipe,
+            name=arguments.recipe,
+            recipe_text=path.read_text(encoding="utf-8"),
+            output=arguments.output or Path("runs") / path.stem,
+            command=["compressvit", *sys.argv[1:]],
+            resume=arguments.resume,
+            overwrite=arguments.overwrite,
+            device=arguments.device,
+        )
+    except Interrupted as stop:
+        print(f"compressvit: {stop}", file=sys.stderr)
+        return 128 + stop.signum
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from compressvit.plan import plan_recipe, print_plan
+    from compressvit.recipe import load_recipe
+
+    plan = plan_recipe(load_recipe(arguments.recipe, arguments.overrides), arguments.recipe)
+    if arguments.json:
+        print(json.dumps(plan.as_dict(), indent=2))
+    else:
+        print_plan(plan, Console())
+    return 2 if plan.conflicts else 0
+
+
+def _validate(arguments: argparse.Namespace) -> int:
+    from compressvit.recipe import load_recipe
+
+    faulty = 0
+    for name in arguments.recipes:
+        try:
+            load_recipe(name)
+            print(f"{name}: valid")
+        except UserError as error:
+            faulty += 1
+            print(error, file=sys.stderr)
+    return 2 if faulty else 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from compressvit.standalone import evaluate_path
+
+    return evaluate_path(arguments.path, arguments.overrides, device=arguments.device, as_json=arguments.json)
+
+
+def _recipes_list(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from compressvit.recipe import load_recipe, shipped_recipes
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("name")
+    table.add_column("description")
+    for name, path in shipped_recipes().items():
+        table.add_row(name, load_recipe(path).description)
+    Console().print(table)
+    return 0
+
+
+def _recipes_show(arguments: argparse.Namespace) -> int:
+    from compressvit.recipe import find_recipe, load_recipe
+
+    if arguments.resolved:
+        print(load_recipe(arguments.recipe, arguments.overrides).to_yaml(), end="")
+    elif arguments.overrides:
+        raise UserError("overrides are shown with --resolved; without it a recipe is printed as it stands in its file")
+    else:
+        print(find_recipe(arguments.recipe).read_text(encoding="utf-8"), end="")
+    return 0
+
+
+def _schema(arguments: argparse.Namespace) -> int:
+    from compressvit.recipe import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""What a model costs: parameters, bytes on disk, multiply-accumulates, latency, and the memory its losses keep."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from compressvit import surgery
+from compressvit.artifact import file_bytes
+from compressvit.ties import count_parameters
+
+
+@dataclass(frozen=True)
+class Cost:
+    """`parameters` count a shared tensor once; `bytes` is the size of model.safetensors; `macs` is for one image."""
+
+    parameters: int
+    bytes: int
+    macs: int
+
+    def as_dict(self) -> dict[str, int]:
+        """For JSON."""
+        return asdict(self)
+
+
+def cost(model: nn.Module, input_size: tuple[int, int, int]) -> Cost:
+    """Count on a skeleton: no weights are read and no image is computed.
+
+    Args:
+        model: on any device, also 'meta'.
+        input_size: (C, H, W) of an image.
+    """
+    return Cost(count_parameters(model), file_bytes(model), macs(model, input_size))
+
+
+def macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
+    """Multiply-accumulates for one image of `input_size` (C, H, W).
+
+    Matrix products and convolutions, attention products included, and one per element of a LayerNorm (its scale and shift).
+    This is the convention of the Swin and MiniViT figures; softmax, GELU and additions are not counted.
+    """
+    empty = surgery.skeleton(model).eval()
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.native_layer_norm: _layer_norm_flops}) as counter, torch.no_grad():
+        empty(torch.empty(1, *input_size, device="meta", dtype=next(empty.parameters()).dtype))
+    return counter.get_total_flops() // 2
+
+
+def _layer_norm_flops(shape, *args, out_shape=None, **kwargs) -> int:
+    return 2 * math.prod(shape)
+
+
+@torch.inference_mode()
+def latency(
+    models: Sequence[nn.Module], input_size: tuple[int, int, int], *, device: torch.device, batch: int = 1, rounds: int = 30
+) -> list[float]:
+    """Median milliseconds per batch of each model, measured in turns, so that a busy machine is unfair to none.
+
+    Args:
+        models: on `device`; they are put into eval mode.
+        input_size: (C, H, W).
+        batch: images at once.
+        rounds: measurements of each model, after 3 that do not count.
+    """
+    images = torch.randn(batch, *input_size, device=device)
+
+    def once(model: nn.Module) -> float:
+        start = time.perf_counter()
+        model(images)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return 1000 * (time.perf_counter() - start)
+
+    for model in models:
+        model.eval()
+        for _ in range(3):
+            once(model)
+    times = [[once(model) for model in models] for _ in range(rounds)]
+    return [statistics.median(column) for column in zip(*times, strict=True)]
+
+
+def saved_bytes(function: Callable[[], Any], exclude: Sequence[torch.Tensor] = ()) -> int:
+    """Bytes that autograd keeps for the backward pass of `function`, each storage once; works on the meta device.
+
+    Args:
+        function: the computation.
+        exclude: tensors that are alive anyway, whose storage does not count.
+    """
+    alive = {t.untyped_storage()._cdata for t in exclude}
+    sizes: dict[int, int] = {}
+    held = []  # a storage that is freed could lend its address to the next
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        held.append(storage)
+        if storage._cdata not in alive:
+            sizes[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        held.append(function())
+    return sum(sizes.values())

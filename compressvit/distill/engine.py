@@ -1,0 +1,294 @@
+"""The training loop of every phase, to be read top to bottom.
+
+One code path for CPU and GPU. An epoch's randomness is seeded from the run's seed, the phase and the epoch, so a run that was
+stopped and resumed ends with the weights of one that was not (to the bit on a CPU).
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+
+from compressvit import ties
+from compressvit.distill import optimisation as opt
+from compressvit.distill.spec import Training
+from compressvit.distill.taps import Taps
+from compressvit.distill.terms import Batch, Term
+from compressvit.errors import UserError
+from compressvit.files import load_checkpoint, save_checkpoint
+from compressvit.runlog import RunLog
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Interrupted(Exception):
+    """The user stopped the run; a checkpoint was written first."""
+
+    def __init__(self, signum: int, checkpoint: Path):
+        super().__init__(f"stopped by {signal.Signals(signum).name}; {checkpoint} was written. Go on with --resume")
+        self.signum = signum
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The teacher of a distillation, and what its images must look like."""
+
+    model: nn.Module
+    input: Callable[[torch.Tensor], torch.Tensor] = lambda images: images
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Where a phase stands in its run: its name, its number (part of the seed), the run's seed, and its checkpoint file."""
+
+    name: str
+    number: int
+    seed: int
+    checkpoint: Path
+
+
+class _StopRequest:
+    """Turns SIGINT and SIGTERM into a request that the loop answers at the end of an optimiser step."""
+
+    def __enter__(self) -> _StopRequest:
+        self.signum: int | None = None
+        self._old: dict[int, Any] = {}
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._old[signum] = signal.signal(signum, self._note)
+            except ValueError:  # not in the main thread: whoever runs us there handles signals
+                pass
+        return self
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        if self.signum is not None:  # asked twice: do not insist on a tidy end
+            raise KeyboardInterrupt
+        self.signum = signum
+
+    def __exit__(self, *exception: object) -> None:
+        for signum, handler in self._old.items():
+            signal.signal(signum, handler)
+
+
+def train(
+    model: nn.Module,
+    spec: Training,
+    phase: Phase,
+    terms: Sequence[Term],
+    loader: Any,
+    *,
+    batch_size: int,
+    device: torch.device,
+    log: RunLog,
+    evaluate: Callable[[nn.Module], dict[str, Any]],
+    teacher: Teacher | None = None,
+) -> None:
+    """Train `model` in place until the phase is done, from its checkpoint if there is one.
+
+    Args:
+        model: on `device`.
+        spec: the phase's options.
+        terms: the loss terms; their weighted sum is minimised.
+        loader: batches of (images, targets), with a length, of `batch_size` images; its order and augmentation follow the global generators.
+        evaluate: called every `evaluate_every` epochs with the model (its average, if there is one); what it returns is logged.
+        teacher: needed when a term reads it; runs in eval mode without gradient, and is never part of a checkpoint.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM came; a checkpoint was written at the last optimiser step.
+        UserError: the loss or the gradient is not finite; the last good checkpoint is kept.
+    """
+    steps_per_epoch = opt.steps_per_epoch(len(loader), spec.accumulate)
+    total_steps = min(spec.epochs * steps_per_epoch, spec.max_steps or math.inf)
+    opt.set_drop_path(model, spec.drop_path)
+    optimizer = opt.build_optimizer(model, spec, batch_size, device)
+    schedule = opt.build_schedule(optimizer, spec, steps_per_epoch)
+    mixup = opt.build_mixup(spec, getattr(model, "num_classes", 0))
+    average = opt.build_average(model, spec.ema)
+    autocast = torch.autocast(device.type, _AUTOCAST.get(spec.precision), enabled=spec.precision != "fp32")
+    scaler = torch.amp.GradScaler(device.type, enabled=spec.precision == "fp16")
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    epoch = batch_index = steps = 0
+    resumed_random_state = None
+    if phase.checkpoint.is_file():
+        saved = load_checkpoint(phase.checkpoint)
+        model.load_state_dict(saved["model"], strict=False)
+        if saved["done"]:
+            return
+        optimizer.load_state_dict(saved["optimizer"])
+        scaler.load_state_dict(saved["scaler"])
+        if average is not None:
+            average.module.load_state_dict(saved["average"], strict=False)
+            average.n_averaged.fill_(saved["n_averaged"])
+        epoch, batch_index, steps = saved["epoch"], saved["batch_index"], saved["steps"]
+        resumed_random_state = saved["random_state"]
+        log.say(f"{phase.name}: resumed at epoch {epoch + 1}, step {steps} of {total_steps}")
+
+    def checkpoint(done: bool, random_state: dict | None = None) -> None:
+        content: dict[str, Any] = {"done": done, "model": ties.unique_state(model), "steps": steps, "epoch": epoch}
+        if not done:
+            content |= {
+                "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(),
+                "batch_index": batch_index,
+                "random_state": random_state,
+            }
+            if average is not None:
+                content |= {"average": ties.unique_state(average.module), "n_averaged": int(average.n_averaged)}
+        save_checkpoint(phase.checkpoint, content)
+
+    student_taps = Taps(model, [tap for term in terms for tap in term.student_taps], device)
+    teacher_taps = Taps(teacher.model, [tap for term in terms for tap in term.teacher_taps], device) if teacher else None
+    # Hooks first: the compiled graph must contain them.
+    run_student = torch.compile(model) if spec.compile else model
+    run_teacher = torch.compile(teacher.model) if teacher and spec.compile else (teacher.model if teacher else None)
+    if teacher:
+        teacher.model.eval()
+
+    with _StopRequest() as stop, log.progress(phase.name, int(total_steps), steps) as advance:
+        while epoch < spec.epochs and steps < total_steps:
+            model.train()
+            opt.seed_everything(phase.seed, phase.number, epoch)
+            batches = iter(loader)
+            for _ in range(batch_index):  # what the interrupted epoch had done already
+                next(batches)
+            if resumed_random_state is not None:
+                opt.restore_random_state(resumed_random_state)
+                resumed_random_state = None
+            meters = _Meters()
+            optimizer.zero_grad(set_to_none=True)
+
+            for images, targets in batches:
+                images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+                labels = targets
+                if mixup is not None:
+                    even = len(images) // 2 * 2  # mixup pairs images
+                    images, targets = mixup(images[:even], targets[:even].clamp(min=0))
+                with autocast:
+                    logits = run_student(images)
+                    teacher_logits = None
+                    if run_teacher is not None:
+                        with torch.no_grad():
+                            teacher_logits = run_teacher(teacher.input(images))  # type: ignore[union-attr]
+                    batch = Batch(
+                        logits, teacher_logits, student_taps.pop(), teacher_taps.pop() if teacher_taps else {}, targets
+                    )
+                    loss, parts = _total(terms, batch)
+                if not torch.isfinite(loss):
+                    raise UserError(_diverged(phase, steps, f"the loss is {loss.item()}", parts))
+                # The last step of an epoch may have fewer batches to add up.
+                left = len(loader) - batch_index // spec.accumulate * spec.accumulate
+                scaler.scale(loss / min(spec.accumulate, left)).backward()
+                batch_index += 1
+                meters.add(parts, logits, teacher_logits, labels if mixup is None else None)
+                if batch_index % spec.accumulate and batch_index < len(loader):
+                    continue
+
+                schedule.step_update(steps)
+                scaler.unscale_(optimizer)
+                norm = torch.nn.utils.clip_grad_norm_(parameters, spec.clip_grad or math.inf)
+                if not torch.isfinite(norm) and not scaler.is_enabled():  # the scaler skips such a step itself
+                    raise UserError(_diverged(phase, steps, f"the gradient's norm is {norm.item()}", parts))
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad(set_to_none=True)
+                if average is not None:
+                    average.update_parameters(model)
+                steps += 1
+
+                meters.last |= {"gradient_norm": norm.item(), "lr": optimizer.param_groups[0]["lr"]}
+                advance(meters.text())
+                if steps % spec.log_every == 0 or steps == total_steps:
+                    log.scalars(phase.name, "train", steps, {"epoch": epoch, **meters.last})
+                if stop.signum is not None:
+                    checkpoint(False, opt.random_state())
+                    raise Interrupted(stop.signum, phase.checkpoint)
+                if steps >= total_steps:
+                    break
+
+            epoch, batch_index = epoch + 1, 0
+            last = epoch >= spec.epochs or steps >= total_steps
+            log.scalars(phase.name, "epoch", steps, {"epoch": epoch, **meters.means()})
+            if last and average is not None:
+                model.load_state_dict(ties.unique_state(average.module), strict=False)
+            if last or epoch % spec.evaluate_every == 0:
+                result = evaluate(model if last or average is None else average.module)
+                log.scalars(phase.name, "evaluate", steps, {"epoch": epoch, **result})
+                log.say(f"{phase.name}  epoch {epoch}/{spec.epochs}  {meters.text(means=True)}  {_result_text(result)}")
+            checkpoint(last)
+    student_taps.close()
+    if teacher_taps:
+        teacher_taps.close()
+    model.eval()
+
+
+def _total(terms: Sequence[Term], batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
+    """The weighted sum of the terms, and every term after weighting by name."""
+    total: torch.Tensor | None = None
+    parts: dict[str, float] = {}
+    for term in terms:
+        value, extra = term.function(batch)
+        weighted = term.weight * value
+        total = weighted if total is None else total + weighted
+        parts[term.name] = weighted.item()
+        parts |= {name: extra_value.item() for name, extra_value in extra.items()}
+    assert total is not None, "a phase has at least one term"
+    return total, {"loss": total.item(), **parts}
+
+
+def _diverged(phase: Phase, steps: int, what: str, parts: dict[str, float]) -> str:
+    terms = ", ".join(f"{k} {v:.4g}" for k, v in parts.items() if k != "loss")
+    kept = f"the last good checkpoint is kept: {phase.checkpoint}" if phase.checkpoint.is_file() else "no checkpoint had been written"
+    return (
+        f"{phase.name}: {what} at step {steps + 1} ({terms}); stopped, and {kept}. "
+        "Try a smaller lr, a longer warm-up, clip_grad, or precision: fp32"
+    )
+
+
+def _result_text(result: dict[str, Any]) -> str:
+    names = {"top1": "validation top-1 {:.2f}%", "agreement": "agreement {:.2f}%", "cosine": "cosine {:.4f}"}
+    return "  ".join(text.format(result[k]) for k, text in names.items() if result.get(k) is not None)
+
+
+class _Meters:
+    """Means over an epoch and the values of the last batch."""
+
+    def __init__(self) -> None:
+        self.last: dict[str, float] = {}
+        self._sums: dict[str, float] = {}
+        self._count = 0
+
+    def add(
+        self, parts: dict[str, float], logits: torch.Tensor, teacher_logits: torch.Tensor | None, labels: torch.Tensor | None
+    ) -> None:
+        """Note a batch; accuracies only where the images are unmixed and carry labels."""
+        values = dict(parts)
+        known = labels >= 0 if labels is not None else None
+        if known is not None and known.any():
+            for name, outputs in (("", logits), ("teacher_", teacher_logits)):
+                if outputs is not None and outputs.shape[-1] > 1 and int(labels.max()) < outputs.shape[-1]:  # type: ignore[union-attr]
+                    right = outputs[known].topk(min(5, outputs.shape[-1]), dim=1).indices == labels[known, None]  # type: ignore[index]
+                    values[f"{name}top1"] = 100 * right[:, 0].float().mean().item()
+                    values[f"{name}top5"] = 100 * right.any(dim=1).float().mean().item()
+        self.last = values
+        self._count += 1
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+
+    def means(self) -> dict[str, float]:
+        """Mean of every value over the batches so far."""
+        return {name: total / max(1, self._count) for name, total in self._sums.items()}
+
+    def text(self, means: bool = False) -> str:
+        """Loss and accuracies in a few words."""
+        values = self.means() if means else self.last
+        names = {"loss": "loss {:.4f}", "top1": "top-1 {:.1f}%", "teacher_top1": "teacher {:.1f}%"}
+        return "  ".join(text.format(values[k]) for k, text in names.items() if k in values)

@@ -1,0 +1,109 @@
+"""Which student block learns from which teacher block, and which pairs are refused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from compressvit.backbone import BlockInfo, describe, family, model_name
+from compressvit.errors import UserError
+from compressvit.pipeline import compression_of
+
+
+@dataclass(frozen=True)
+class LayerPair:
+    """A distilled pair of blocks. Prefix tokens are left out of its relations when the two models differ in them."""
+
+    student: BlockInfo
+    teacher: BlockInfo
+    student_skip: int = 0
+    teacher_skip: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.student.index}↔{self.teacher.index}"
+
+
+def match_layers(
+    student: nn.Module, teacher: nn.Module, layers: str | tuple[tuple[int, int], ...]
+) -> tuple[list[LayerPair], str]:
+    """Resolve `distill.layers`.
+
+    Args:
+        student, teacher: timm models, possibly on the meta device.
+        layers: pairs of block indices, counted from 0 over the whole model, or 'matched': the last block of every share group
+            (of every stage where nothing is shared), with the teacher's block of the same index.
+
+    Returns:
+        The pairs, and a sentence that says how they came about. No pairs with 'matched' when the architectures differ:
+        only the prediction is distilled then.
+
+    Raises:
+        UserError: a given index does not exist, or a pair differs in stage, resolution, window or shift.
+    """
+    kinds = family(student), family(teacher)
+    if kinds[0] != kinds[1] or kinds[0] is None:
+        reason = f"{model_name(student)} and {model_name(teacher)} are of different architectures"
+        if layers == "matched":
+            return [], f"{reason}: no layer pairs, only the prediction is distilled"
+        raise UserError(f"distill.layers gives pairs, but {reason}; remove it to distil the prediction alone")
+    ours, theirs = describe(student), describe(teacher)
+    skip = (0, 0)
+    if ours.num_prefix_tokens != theirs.num_prefix_tokens:
+        skip = (ours.num_prefix_tokens, theirs.num_prefix_tokens)
+    if layers == "matched":
+        depths = [len(s) for s in ours.stages], [len(s) for s in theirs.stages]
+        if depths[0] != depths[1]:
+            return [], (
+                f"the student has stages of {depths[0]} blocks and the teacher of {depths[1]}: "
+                "no layer pairs, only the prediction is distilled; give distill.layers to pair them yourself"
+            )
+        indices = tuple((i, i) for i in _group_ends(student, ours))
+        how = "the last block of every share group" if compression_of(student).ties else "the last block of every stage"
+    else:
+        indices = layers  # type: ignore[assignment]
+        how = "as given"
+    pairs = []
+    for s, t in indices:
+        for index, backbone, whose in ((s, ours, "student"), (t, theirs, "teacher")):
+            if not 0 <= index < len(backbone.blocks):
+                raise UserError(
+                    f"distill.layers: the pair [{s}, {t}] names block {index} of the {whose}, which has {len(backbone.blocks)} "
+                    f"(0 to {len(backbone.blocks) - 1})"
+                )
+        pair = LayerPair(ours.blocks[s], theirs.blocks[t], *skip)
+        _refuse_unlike(pair, theirs.blocks)
+        pairs.append(pair)
+    if skip != (0, 0):
+        how += "; prefix tokens are left out, because the student has {} and the teacher {}".format(*skip)
+    return pairs, how
+
+
+def _group_ends(student: nn.Module, backbone) -> list[int]:
+    """Indices of the last block of every share group, or of every stage where no block shares."""
+    index = {info.path: info.index for info in backbone.blocks}
+    ends = {stage[-1].index for stage in backbone.stages}
+    for plan in compression_of(student).plans:
+        ends |= {index[group[-1]] for group in getattr(plan, "groups", ()) if len(group) > 1}
+    return sorted(ends)
+
+
+def _refuse_unlike(pair: LayerPair, candidates: tuple[BlockInfo, ...]) -> None:
+    s, t = pair.student, pair.teacher
+    for what, ours, theirs in (
+        ("stage", s.stage, t.stage),
+        ("resolution", s.resolution, t.resolution),
+        ("window", s.window, t.window),
+        ("window shift", s.shift, t.shift),
+    ):
+        if ours != theirs:
+            like = [
+                c.index
+                for c in candidates
+                if (c.stage, c.resolution, c.window, c.shift) == (s.stage, s.resolution, s.window, s.shift)
+            ]
+            ways = f"teacher blocks that fit student block {s.index}: {like}" if like else "no teacher block fits it"
+            raise UserError(
+                f"distill.layers: the pair [{s.index}, {t.index}] differs in {what}: {ours} in the student, {theirs} in the teacher, "
+                f"so their tokens are not the same; {ways}"
+            )

@@ -1,0 +1,133 @@
+"""What a recipe can say about a training phase."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, field_validator
+
+from compressvit.spec import Spec
+
+
+class Training(Spec):
+    """Options that every phase has. Optimisers, schedules, mixup and cutmix are timm's, under timm's names."""
+
+    epochs: int = Field(10, ge=1, description="Passes over the training set.")
+    max_steps: int | None = Field(None, ge=1, description="Stop after this many optimiser steps, whatever `epochs` says.")
+    optimizer: str = Field("adamw", description="Any name of timm.optim.list_optimizers().")
+    lr: float = Field(1e-3, gt=0, description="Peak learning rate.")
+    lr_reference_batch: int | None = Field(
+        None,
+        ge=1,
+        description="If set, the rate is scaled by batch_size · accumulate / this (linear scaling; MiniViT: 1024).",
+    )
+    weight_decay: float = Field(
+        0.05, ge=0, description="Not applied to 1-D tensors and to what the model's no_weight_decay() names."
+    )
+    betas: tuple[float, float] = Field((0.9, 0.999), description="Of Adam and its relatives; ignored by other optimisers.")
+    momentum: float = Field(0.9, description="Of SGD and its relatives; ignored by Adam and its relatives.")
+    schedule: Literal["cosine", "step", "constant"] = Field("cosine", description="Of the learning rate, per optimiser step.")
+    warmup_epochs: float = Field(0.0, ge=0, description="Linear warm-up from `warmup_lr`.")
+    warmup_lr: float = Field(1e-6, ge=0, description="Learning rate at the first step of the warm-up.")
+    min_lr: float = Field(0.0, ge=0, description="Learning rate at the end of a cosine.")
+    decay_epochs: float = Field(30.0, gt=0, description="With `schedule: step`, divide the rate by 10 every so many epochs.")
+    clip_grad: float | None = Field(5.0, gt=0, description="Largest L2 norm of the whole gradient; null for no clipping.")
+    accumulate: int = Field(1, ge=1, description="Batches whose gradients are added up before one optimiser step.")
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="Of autocast; parameters stay in float32.")
+    ema: float | None = Field(
+        None, gt=0, lt=1, description="Decay of an average of the weights, which is evaluated and becomes the result."
+    )
+    compile: bool = Field(False, description="torch.compile the model that is trained, and the teacher.")
+    mixup: float = Field(0.0, ge=0, description="α of mixup; 0 for none.")
+    cutmix: float = Field(0.0, ge=0, description="α of cutmix; 0 for none.")
+    smoothing: float = Field(0.0, ge=0, lt=1, description="Label smoothing of the ground truth.")
+    drop_path: float | None = Field(
+        None, ge=0, lt=1, description="Stochastic depth of the last block, rising linearly from 0; null keeps the model's."
+    )
+    evaluate_every: int = Field(1, ge=1, description="Epochs between two evaluations.")
+    log_every: int = Field(10, ge=1, description="Optimiser steps between two lines of the log.")
+
+
+class Finetune(Training):
+    """Train with the ground truth alone; also how a teacher is trained from scratch."""
+
+    name: ClassVar[str] = "finetune"
+
+
+class PredictionTerm(Spec):
+    """Cross-entropy of the student against the teacher's soft labels, mean over the batch."""
+
+    weight: float = Field(1.0, ge=0)
+    temperature: float = Field(1.0, gt=0, description="Divides both logits; no T² factor.")
+
+
+class AttentionRelationTerm(Spec):
+    """β of MiniViT: relations of queries, keys and values of the paired layers."""
+
+    weight: float = Field(1.0, ge=0)
+    heads: int = Field(1, ge=1, description="Relation heads that q, k and v are split into; must divide both widths.")
+
+
+class HiddenRelationTerm(Spec):
+    """γ of MiniViT: relations of the tokens that leave the paired blocks."""
+
+    weight: float = Field(0.1, ge=0)
+    form: Literal["cosine_mse", "softmax_ce"] = Field("cosine_mse", description="The released code's, or the paper's.")
+    scale: float = Field(49.0, gt=0, description="Factor of cosine_mse; the released code's window area.")
+
+
+class FeatureTerm(Spec):
+    """Distance of the tokens after the final norm; what a backbone without a classifier is distilled by."""
+
+    weight: float = Field(0.0, ge=0)
+    form: Literal["cosine", "mse"] = "cosine"
+
+
+class LabelTerm(Spec):
+    """Cross-entropy against the ground truth. MiniViT uses none: soft labels alone do better there."""
+
+    weight: float = Field(0.0, ge=0)
+
+
+class TorchdistillTerm(Spec):
+    """Any mid-level loss of torchdistill, by its class name and its own arguments, in which it names its taps."""
+
+    loss: str = Field(description="Name of the class, e.g. SPKDLoss.")
+    weight: float = Field(1.0, ge=0)
+    kwargs: dict[str, Any] = Field(default_factory=dict, description="As torchdistill documents them; module paths name the taps.")
+
+
+class Losses(Spec):
+    """The terms of the distillation loss. A term of weight 0 is not computed."""
+
+    prediction: PredictionTerm = PredictionTerm()
+    attention_relation: AttentionRelationTerm = AttentionRelationTerm()
+    hidden_relation: HiddenRelationTerm = HiddenRelationTerm()
+    feature: FeatureTerm = FeatureTerm()
+    labels: LabelTerm = LabelTerm()
+    torchdistill: tuple[TorchdistillTerm, ...] = ()
+
+
+class Distill(Training):
+    """Train the student to behave as its teacher (MiniViT's weight distillation by default)."""
+
+    name: ClassVar[str] = "distill"
+
+    losses: Losses = Losses()
+    layers: Literal["matched"] | tuple[tuple[int, int], ...] = Field(
+        "matched",
+        description="Pairs [student block, teacher block] for the relation losses, counted from 0 over the whole model. "
+        "'matched': the last block of every share group (of every stage, where nothing is shared), with the teacher's block "
+        "of the same index; needs teacher and student of the same depths.",
+    )
+
+    @field_validator("losses")
+    @classmethod
+    def _something_to_learn(cls, losses: Losses) -> Losses:
+        terms = [*(getattr(losses, n) for n in type(losses).model_fields if n != "torchdistill"), *losses.torchdistill]
+        if not any(term.weight for term in terms):
+            raise ValueError("every loss term has weight 0, so there is nothing to learn; give one a weight")
+        return losses
+
+
+PHASES: dict[str, type[Training]] = {"distill": Distill, "finetune": Finetune}

@@ -1,0 +1,72 @@
+"""Writing to disk so that a full disk or a crash loses nothing: to a scratch file first, then one rename."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compressvit.errors import UserError
+
+
+@contextmanager
+def disk_faults(path: Path) -> Iterator[None]:
+    """Turn a failed write into one message.
+
+    torch and safetensors wrap the system's error in a RuntimeError and a SafetensorError, so their texts are looked at too.
+    """
+    try:
+        yield
+    except Exception as error:
+        text = str(error)
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(
+            sign in text for sign in ("No space left", "os error 28", "PytorchStreamWriter failed", "file write failed")
+        )
+        if full:
+            raise UserError(
+                f"{path} could not be written: no space left on the disk. What was written before is whole; "
+                "free some space and go on with --resume"
+            ) from error
+        if isinstance(error, OSError):
+            raise UserError(f"{path} could not be written: {error.strerror or error}") from error
+        raise
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Call `write(scratch)` and rename the scratch file to `path`; a failure leaves the old file as it was."""
+    scratch = path.with_name(f".{path.name}.part")
+    with disk_faults(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(scratch)
+            os.replace(scratch, path)
+        finally:
+            scratch.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    write_atomically(path, lambda scratch: scratch.write_text(text, encoding="utf-8"))
+
+
+def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """Write tensors and plain values with torch, whole or not at all."""
+    write_atomically(path, lambda scratch: torch.save(content, scratch))
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read what `save_checkpoint` wrote; only tensors and plain values, never code.
+
+    Raises:
+        UserError: the file is truncated or foreign.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch reports truncated archives as RuntimeError, EOFError, UnpicklingError or BadZipFile
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} is not a readable checkpoint ({reason}); remove it to begin its phase again") from error

@@ -1,0 +1,284 @@
+"""Distillation losses: predictions, attention relations, hidden relations, plain features.
+
+Every function takes the student first, returns one scalar, and sends gradient to the student only: the teacher's
+tensors are detached inside. Reductions run in float32 at least, in float64 for float64, whatever autocast is on.
+
+B is the batch (in Swin's attention: batch times windows), N the tokens, C the width. No function builds an N×N matrix
+once N exceeds the width, forward or backward: it would outgrow its own inputs (Swin's first stage: N = 3136, C = 96).
+
+Paper: MiniViT, https://arxiv.org/abs/2204.07154 (weight distillation).
+Code: https://github.com/microsoft/Cream/tree/main/MiniViT; its hidden relation is not the paper's, so both are here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal, overload
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from compressvit.errors import UserError, did_you_mean
+
+__all__ = ["attention_relation", "feature", "hidden_relation", "prediction"]
+
+
+def prediction(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Cross-entropy of the student's predictions against the teacher's, `−Σ softmax(t/T) · log_softmax(s/T)`, in nats.
+
+    Summed over the classes and averaged over the batch, without a factor T². (DeiT's code averages over all elements,
+    which divides the value by the number of classes.) The floor is the entropy of the teacher's predictions, not 0.
+
+    Args:
+        student_logits: (B, classes).
+        teacher_logits: (B, classes).
+        temperature: T, above 0; divides both sets of logits.
+
+    Raises:
+        UserError: the shapes differ or are not (B, classes), or the temperature is not a positive finite number.
+
+    Source: MiniViT, prediction-level distillation; the reduction is the released code's.
+    """
+    _require_same_shape("prediction", student_logits, teacher_logits)
+    if student_logits.ndim != 2:
+        raise UserError(
+            f"prediction: logits must be (B, classes), got {_shape(student_logits)}; move other axes into B"
+        )
+    if not 0 < temperature < math.inf:
+        raise UserError(f"prediction: temperature must be positive and finite, got {temperature}; 1.0 changes nothing")
+    student, teacher = _in_common_precision(student_logits, teacher_logits)
+    log_student = F.log_softmax(student / temperature, dim=-1)
+    return -(F.softmax(teacher / temperature, dim=-1) * log_student).sum(dim=-1).mean()
+
+
+@overload
+def attention_relation(
+    student_qkv: Sequence[Tensor], teacher_qkv: Sequence[Tensor], heads: int = 1, *, with_kl: Literal[False] = False
+) -> Tensor: ...
+@overload
+def attention_relation(
+    student_qkv: Sequence[Tensor], teacher_qkv: Sequence[Tensor], heads: int = 1, *, with_kl: Literal[True]
+) -> tuple[Tensor, Tensor]: ...
+def attention_relation(
+    student_qkv: Sequence[Tensor], teacher_qkv: Sequence[Tensor], heads: int = 1, *, with_kl: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Cross-entropy between the token relations of an attention layer of the student and one of the teacher, in nats.
+
+    For each ordered pair (i, j) of {q, k, v}: split the width into relation heads, form
+    `softmax(X_i X_jᵀ / sqrt(C/heads))`, and take the cross-entropy of the student's rows against the teacher's.
+    Mean over batch, relation heads and rows, then over the nine pairs. Relation heads are not attention heads: the two
+    models may differ in attention heads and in width.
+
+    The floor is the entropy of the teacher's relations, not 0; the KL divergence shows how much is left to learn.
+
+    Args:
+        student_qkv: the full query, key and value projections, three tensors (B, N, C_student).
+        teacher_qkv: likewise (B, N, C_teacher), with the student's B and N.
+        heads: relation heads; must divide both widths.
+        with_kl: also return the KL divergence, detached: the loss less the teacher's entropy.
+
+    Returns:
+        The loss, a scalar; with `with_kl` the pair (loss, KL).
+
+    Raises:
+        UserError: not three tensors a side, shapes that disagree, or `heads` does not divide a width.
+
+    The products run in the dtype given or chosen by autocast, as attention's own do; softmax and reductions do not.
+    When N exceeds the width of a relation head, rows go in chunks that are recomputed in the backward pass.
+
+    Source: MiniViT, self-attention distillation.
+    """
+    for side, projections in (("student", student_qkv), ("teacher", teacher_qkv)):
+        shapes = [_shape(projection) for projection in projections]
+        if len(shapes) != 3 or len(set(shapes)) > 1 or projections[0].ndim != 3:
+            raise UserError(
+                f"attention_relation: {side}_qkv must be three tensors (q, k, v) of one shape (B, N, C), "
+                f"got {len(shapes)}: {', '.join(shapes)}; join the attention heads into C first"
+            )
+    _require_same_tokens("attention_relation", student_qkv[0], teacher_qkv[0])
+    widths = student_qkv[0].shape[-1], teacher_qkv[0].shape[-1]
+    if heads < 1 or widths[0] % heads or widths[1] % heads:
+        common = math.gcd(*widths)
+        raise UserError(
+            f"attention_relation: heads={heads} does not divide the student's width {widths[0]} and the teacher's "
+            f"{widths[1]}; these do: {', '.join(str(d) for d in range(1, common + 1) if common % d == 0)}"
+        )
+
+    student = [rearrange(projection, "b n (h c) -> b h n c", h=heads) for projection in student_qkv]
+    teacher = [rearrange(projection.detach(), "b n (h c) -> b h n c", h=heads) for projection in teacher_qkv]
+    terms = [
+        _relation_cross_entropy((student[i], student[j]), (teacher[i], teacher[j]), with_kl)
+        for i in range(3)
+        for j in range(3)
+    ]
+    loss, kl = (torch.stack(values).mean() for values in zip(*terms, strict=True))
+    return (loss, kl) if with_kl else loss
+
+
+def hidden_relation(
+    student_hidden: Tensor,
+    teacher_hidden: Tensor,
+    form: Literal["cosine_mse", "softmax_ce"] = "cosine_mse",
+    scale: float = 49.0,
+) -> Tensor:
+    """Distance between the token relations of two hidden states, which may differ in width.
+
+    - "cosine_mse", the released code: `scale · mean((Ŝ Ŝᵀ − T̂ T̂ᵀ)²)` over B, N and N, of L2-normalised tokens Ŝ, T̂.
+      Exactly 0 for equal inputs; rounding can take it a little below 0 where relations agree and the inputs do not.
+    - "softmax_ce", the paper: cross-entropy of the rows of `softmax(S Sᵀ / sqrt(C_student))` against those of
+      `softmax(T Tᵀ / sqrt(C_teacher))`, in nats, mean over B and rows. The floor is the teacher's entropy.
+
+    Args:
+        student_hidden: (B, N, C_student).
+        teacher_hidden: (B, N, C_teacher).
+        form: one of the two above.
+        scale: factor of "cosine_mse" only; "softmax_ce" ignores it. The released code has 49, a Swin window's area,
+            in every stage.
+
+    Raises:
+        UserError: the tensors are not (B, N, C) with equal B and N, or `form` is unknown.
+
+    When N exceeds the larger width, "cosine_mse" needs C×C matrices only and "softmax_ce" goes through its rows in
+    chunks that are recomputed in the backward pass. Autocast is off inside. With unequal widths the C×C form is a
+    difference of squares: if TF32 products are allowed, it has three digits of the squares, not of the difference.
+
+    Source: MiniViT, hidden-state distillation.
+    """
+    _require_form("hidden_relation", form, ("cosine_mse", "softmax_ce"))
+    for side, hidden in (("student", student_hidden), ("teacher", teacher_hidden)):
+        if hidden.ndim != 3:
+            raise UserError(
+                f"hidden_relation: {side}_hidden must be (B, N, C), got {_shape(hidden)}; flatten grids into N"
+            )
+    _require_same_tokens("hidden_relation", student_hidden, teacher_hidden)
+    student, teacher = _in_common_precision(student_hidden, teacher_hidden)
+    with _autocast_off(student):
+        if form == "softmax_ce":
+            return _relation_cross_entropy((student, student), (teacher, teacher))[0]
+        batch, tokens, _ = student.shape
+        distance = _squared_relation_distance(F.normalize(student, dim=-1), F.normalize(teacher, dim=-1))
+        return scale * distance / (batch * tokens**2)
+
+
+def feature(student: Tensor, teacher: Tensor, form: Literal["cosine", "mse"] = "cosine") -> Tensor:
+    """Distance between features of one shape: "cosine", the mean of 1 − cosine over tokens, or "mse".
+
+    Args:
+        student: (..., C).
+        teacher: the same shape.
+        form: "cosine" compares the vectors along the last axis; "mse" is the mean squared error over every element.
+
+    Raises:
+        UserError: the shapes differ or `form` is unknown.
+    """
+    _require_form("feature", form, ("cosine", "mse"))
+    _require_same_shape("feature", student, teacher)
+    student, teacher = _in_common_precision(student, teacher)
+    if form == "mse":
+        return F.mse_loss(student, teacher)
+    # ½‖Ŝ − T̂‖² is 1 − cosine without its cancellation, which in float32 rounds small angles to nothing.
+    return (F.normalize(student, dim=-1) - F.normalize(teacher, dim=-1)).square().sum(dim=-1).mean() / 2
+
+
+def _squared_relation_distance(student: Tensor, teacher: Tensor) -> Tensor:
+    """`Σ (S Sᵀ − T Tᵀ)²` over the batch, for (B, N, C_student) and (B, N, C_teacher)."""
+    tokens, student_width, teacher_width = student.shape[-2], student.shape[-1], teacher.shape[-1]
+    if student_width == teacher_width:
+        # S Sᵀ − T Tᵀ = (E Pᵀ + P Eᵀ)/2 with E = S − T and P = S + T. Every term carries E, so a student close to its
+        # teacher, which is where distillation should end, is not a small difference of large numbers.
+        error, total = student - teacher, student + teacher
+        if tokens <= student_width:
+            half = error @ total.mT
+            return (half + half.mT).square().sum() / 4
+        cross = error.mT @ total
+        return ((error.mT @ error) * (total.mT @ total)).sum() / 2 + (cross * cross.mT).sum() / 2
+    if tokens <= max(student_width, teacher_width):
+        return (student @ student.mT - teacher @ teacher.mT).square().sum()
+    squares = (student.mT @ student).square().sum() + (teacher.mT @ teacher).square().sum()
+    return squares - 2 * (student.mT @ teacher).square().sum()
+
+
+def _relation_cross_entropy(
+    student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], with_kl: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy of the rows of `softmax(X Yᵀ / sqrt(D))`, student against teacher, and the detached KL.
+
+    A pair (X, Y) is twice (..., N, D); D may differ between the two pairs. Without `with_kl` the second value is 0.
+    """
+    tokens, widths = student[0].shape[-2], (student[0].shape[-1], teacher[0].shape[-1])
+    if tokens <= max(widths):
+        loss, kl = _cross_entropy_sums(*student, *teacher, with_kl)
+    else:
+        # With as many rows to a chunk as the narrower input has columns, the logits are no larger than their inputs.
+        row_chunks = zip(student[0].split(min(widths), dim=-2), teacher[0].split(min(widths), dim=-2), strict=True)
+        parts = [
+            checkpoint(
+                _cross_entropy_sums,
+                *(student_rows, student[1], teacher_rows, teacher[1], with_kl),
+                use_reentrant=False,
+                preserve_rng_state=False,  # nothing is random, and saving the state would synchronise the device
+            )
+            for student_rows, teacher_rows in row_chunks
+        ]
+        loss, kl = (torch.stack(sums).sum() for sums in zip(*parts, strict=True))
+    rows = student[0].shape[:-1].numel()
+    return loss / rows, kl / rows
+
+
+def _cross_entropy_sums(
+    student_rows: Tensor, student_columns: Tensor, teacher_rows: Tensor, teacher_columns: Tensor, with_kl: bool
+) -> tuple[Tensor, Tensor]:
+    """Sums over rows of the cross-entropy and, with `with_kl`, of the KL divergence."""
+    log_student = _log_relation(student_rows, student_columns)
+    log_teacher = _log_relation(teacher_rows, teacher_columns)
+    probabilities = log_teacher.exp()
+    loss = -(probabilities * log_student).sum()
+    # Entry by entry rather than as loss − entropy, so that equal relations give exactly 0.
+    kl = (probabilities * (log_teacher - log_student.detach())).sum() if with_kl else loss.new_zeros(())
+    return loss, kl
+
+
+def _log_relation(rows: Tensor, columns: Tensor) -> Tensor:
+    # Scaling ahead of the product keeps float16 logits in range.
+    logits = (rows * rows.shape[-1] ** -0.5) @ columns.mT
+    return F.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+def _in_common_precision(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+    return student.to(dtype), teacher.detach().to(dtype)
+
+
+def _autocast_off(tensor: Tensor) -> AbstractContextManager[object]:
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))
+
+
+def _require_same_shape(function: str, student: Tensor, teacher: Tensor) -> None:
+    if student.shape != teacher.shape:
+        raise UserError(
+            f"{function}: student and teacher must have one shape, got {_shape(student)} and {_shape(teacher)}; "
+            "a student of another width needs a projection first"
+        )
+
+
+def _require_same_tokens(function: str, student: Tensor, teacher: Tensor) -> None:
+    if student.shape[:2] != teacher.shape[:2]:
+        raise UserError(
+            f"{function}: student and teacher must agree in batch and tokens, only the width may differ, "
+            f"got {_shape(student)} and {_shape(teacher)}; pair layers of one resolution and drop tokens only one has"
+        )
+
+
+def _require_form(function: str, form: str, known: Sequence[str]) -> None:
+    if form not in known:
+        raise UserError(f"{function}: unknown form '{form}'; {did_you_mean(form, known)}")

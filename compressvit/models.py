@@ -1,0 +1,67 @@
+"""The teacher and the student that a recipe asks for, with values or (on the meta device) without."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import nn
+
+from compressvit import surgery, weights
+from compressvit.data import known_classes
+from compressvit.recipe import Recipe
+
+
+def trains_teacher(recipe: Recipe) -> bool:
+    """Whether the run begins by training the teacher."""
+    return recipe.teacher.weights == "train" or recipe.teacher.finetune is not None
+
+
+def build_teacher(recipe: Recipe, *, classes: int | None = None, device: str | None = None) -> nn.Module:
+    """The teacher with fresh values.
+
+    Args:
+        recipe: its `teacher` section.
+        classes: classes of the opened data set, where the recipe's data does not tell; sizes the head of a teacher that is trained.
+        device: 'meta' for a skeleton.
+    """
+    count = recipe.teacher.num_classes
+    if count is None and trains_teacher(recipe):
+        count = known_classes(recipe.data) or classes
+    args = dict(recipe.teacher.args)
+    if count is not None:
+        args["num_classes"] = count
+    return weights.build(recipe.teacher.model, device=device, **args)
+
+
+def load_teacher(recipe: Recipe, teacher: nn.Module) -> None:
+    """Give the teacher the values that `teacher.weights` names; for 'train' it keeps its fresh ones."""
+    if recipe.teacher.weights == "pretrained":
+        weights.load_pretrained(teacher, "teacher.weights")
+    elif recipe.teacher.weights != "train":
+        new_head = recipe.teacher.finetune is not None
+        weights.load_file(teacher, recipe.teacher.weights, "teacher.weights", new_head=new_head)
+
+
+def build_student(recipe: Recipe, teacher: nn.Module, *, meta: bool = False) -> nn.Module:
+    """The model that the first step works on: a copy of the teacher, or what the recipe's `student` section says.
+
+    Args:
+        recipe: its `student` section.
+        teacher: loaded (or on the meta device).
+        meta: build a skeleton; no values are set.
+    """
+    asked = recipe.student
+    if asked.model is None and not asked.args and asked.weights == "teacher":
+        return surgery.skeleton(teacher) if meta else copy.deepcopy(teacher)
+    args = {} if asked.model else dict(recipe.teacher.args)
+    args |= {"num_classes": getattr(teacher, "num_classes", None), **asked.args}
+    student = weights.build(asked.model or recipe.teacher.model, device="meta" if meta else None, **args)
+    if meta:
+        return student
+    if asked.weights == "teacher":
+        weights.copy_matching(student, teacher)
+    elif asked.weights == "pretrained":
+        weights.load_pretrained(student, "student.weights")
+    elif asked.weights != "random":
+        weights.load_file(student, asked.weights, "student.weights")
+    return student

@@ -1,0 +1,256 @@
+"""What a recipe will do and what it will cost, before anything runs: built on the meta device, without weights or data."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from compressvit import surgery, ties
+from compressvit.backbone import describe, family
+from compressvit.cost import Cost, cost, saved_bytes
+from compressvit.data import Data, InputConfig, input_config, known_classes
+from compressvit.distill.pairs import match_layers
+from compressvit.distill.spec import Distill, Training
+from compressvit.distill.taps import Taps
+from compressvit.distill.terms import Batch, Term, build_terms
+from compressvit.errors import UserError
+from compressvit.models import build_student, build_teacher, trains_teacher
+from compressvit.pipeline import apply_plans, compression_of
+from compressvit.recipe import Recipe
+from compressvit.transforms import LedgerEntry, Transform
+
+
+@dataclass
+class StepPlan:
+    """One step: the ledger of a transform, or the loss terms, layer pairs and memory of a phase."""
+
+    step: str
+    summary: str
+    ledger: list[LedgerEntry] = field(default_factory=list)
+    layers: list[tuple[int, int]] = field(default_factory=list)
+    layers_rule: str = ""
+    loss_bytes: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class StagePlan:
+    """Parameters of one stage of the student: `shared` are used by more than one block and counted once."""
+
+    stage: str
+    parameters: int
+    shared: int
+    private: int
+
+
+@dataclass
+class RecipePlan:
+    """What `compressvit plan` prints. `conflicts` is empty when the recipe can run."""
+
+    recipe: str
+    teacher_model: str
+    teacher: Cost
+    student: Cost
+    input_size: tuple[int, int, int]
+    stages: list[StagePlan]
+    steps: list[StepPlan]
+    notes: list[str]
+    conflicts: list[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: `teacher.parameters`, `student.parameters`, `student.bytes`, `student.macs`, …"""
+        content = asdict(self)
+        content["teacher"] = {"model": content.pop("teacher_model"), **content["teacher"]}
+        for step in content["steps"]:
+            step["loss_bytes_total"] = sum(step["loss_bytes"].values())
+        return content
+
+
+def plan_recipe(recipe: Recipe, name: str = "recipe") -> RecipePlan:
+    """Plan a recipe without weights, data or training.
+
+    Conflicts between steps are collected in the result; a step that cannot be applied is left out of what follows.
+
+    Raises:
+        UserError: timm cannot build the teacher or the student at all.
+    """
+    teacher = build_teacher(recipe, device="meta")
+    student = build_student(recipe, teacher, meta=True)
+    teacher_input = input_config(teacher, recipe.data)
+    size = input_config(student, recipe.data)
+    conflicts: list[str] = []
+    notes: list[str] = _data_notes(recipe, teacher)
+    steps: list[StepPlan] = []
+    if trains_teacher(recipe):
+        how = recipe.teacher.finetune
+        steps.append(StepPlan("teacher.finetune", _phase_summary(how, recipe.data) if how else "train the teacher with defaults"))
+    for index, step in enumerate(recipe.steps):
+        where = f"steps[{index}].{step.name}"
+        try:
+            if isinstance(step.spec, Transform):
+                steps.append(_plan_transform(where, step.spec, student))
+            else:
+                steps.append(_plan_phase(where, step.spec, student, teacher, recipe.data, size, teacher_input))
+        except UserError as error:
+            conflicts.append(f"{where}: {error}")
+    if not any(isinstance(s.spec, Training) for s in recipe.steps):
+        notes.append("no step trains the student: what comes out is the student as the transforms initialise it")
+    if compression_of(student).ties:
+        notes.append("sharing cuts parameters and disk, not MACs or latency: every block still runs")
+    costs = [cost(m, (c.channels, c.height, c.width)) for m, c in ((teacher, teacher_input), (student, size))]
+    return RecipePlan(
+        recipe=name,
+        teacher_model=recipe.teacher.model,
+        teacher=costs[0],
+        student=costs[1],
+        input_size=(size.channels, size.height, size.width),
+        stages=_stages(student),
+        steps=steps,
+        notes=notes,
+        conflicts=conflicts,
+    )
+
+
+def require_no_conflicts(plan: RecipePlan) -> None:
+    """Raise one `UserError` with every conflict of a plan, if it has any."""
+    if plan.conflicts:
+        count = len(plan.conflicts)
+        raise UserError(f"{plan.recipe}: {count} conflict{'s' * (count > 1)}\n  " + "\n  ".join(plan.conflicts))
+
+
+def _plan_transform(where: str, spec: Transform, student: nn.Module) -> StepPlan:
+    plan = spec.plan(student)
+    ledger = apply_plans(student, [plan])
+    before, after = sum(e.before for e in ledger), sum(e.after for e in ledger)
+    return StepPlan(where, f"{len(ledger)} modules, {before:,} → {after:,} parameters" if ledger else "no structure", ledger)
+
+
+def _plan_phase(
+    where: str,
+    spec: Training,
+    student: nn.Module,
+    teacher: nn.Module,
+    data: Data,
+    size: InputConfig,
+    teacher_size: InputConfig,
+) -> StepPlan:
+    step = StepPlan(where, _phase_summary(spec, data))
+    if isinstance(spec, Distill):
+        pairs, step.layers_rule = match_layers(student, teacher, spec.layers)
+        step.layers = [(p.student.index, p.teacher.index) for p in pairs]
+        terms = build_terms(spec.losses, pairs, classes=student.num_classes, smoothing=spec.smoothing)
+        step.loss_bytes = loss_bytes(student, teacher, terms, data.batch_size, size, teacher_size)
+    elif not student.num_classes:
+        raise UserError(
+            "finetune learns from labels, but the model has no classifier (num_classes=0); distil it with losses.feature instead"
+        )
+    return step
+
+
+def loss_bytes(
+    student: nn.Module, teacher: nn.Module, terms: list[Term], batch: int, size: InputConfig, teacher_size: InputConfig
+) -> dict[str, int]:
+    """Bytes that each term keeps for the backward pass in float32, beyond the models' own activations, and the teacher's taps.
+
+    Measured on the meta device, by running the terms and adding up what autograd saves.
+    """
+    models, device = [surgery.skeleton(m).train() for m in (student, teacher)], torch.device("meta")
+    taps = [Taps(m, [t for term in terms for t in side(term)], device) for m, side in zip(models, _SIDES, strict=True)]
+    images = [torch.empty(batch, c.channels, c.height, c.width, device=device) for c in (size, teacher_size)]
+    student_logits = models[0](images[0])
+    with torch.no_grad():
+        teacher_logits = models[1](images[1])
+    seen = [tap.pop() for tap in taps]
+    alive = [
+        [t for values in side.values() for t in values.values() if isinstance(t, torch.Tensor)] for side in seen
+    ]
+    targets = torch.empty(batch, dtype=torch.int64, device=device)
+    example = Batch(student_logits, teacher_logits, *seen, targets)
+    sizes = {
+        term.name: saved_bytes(lambda term=term: term.function(example), [student_logits, teacher_logits, *alive[0], *alive[1]])
+        for term in terms
+    }
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in alive[1]}
+    return {**sizes, "teacher taps": sum(storages.values())}
+
+
+_SIDES = (lambda term: term.student_taps, lambda term: term.teacher_taps)
+
+
+def _phase_summary(spec: Training, data: Data) -> str:
+    length = f"{spec.epochs} epoch{'s' * (spec.epochs > 1)}" + (f", at most {spec.max_steps} steps" if spec.max_steps else "")
+    batch = f"batch {data.batch_size}" + (f"×{spec.accumulate}" if spec.accumulate > 1 else "")
+    rate = spec.lr * (data.batch_size * spec.accumulate / spec.lr_reference_batch if spec.lr_reference_batch else 1)
+    return f"{length}, {batch}, {spec.optimizer}, lr {rate:.3g}, {spec.precision}"
+
+
+def _data_notes(recipe: Recipe, teacher: nn.Module) -> list[str]:
+    classes, have = known_classes(recipe.data), getattr(teacher, "num_classes", 0)
+    if classes and have and classes != have:
+        return [f"the data has {classes} classes and the teacher's head {have}: accuracy means nothing unless class 0, 1, … are the same"]
+    return []
+
+
+def _stages(student: nn.Module) -> list[StagePlan]:
+    if family(student) is None:
+        return []
+    tied = {name for group in ties.tied_groups(student) for name in group}
+    owner = {info.path: info.stage for info in describe(student).blocks}
+    rows = {stage: [0, 0] for stage in [*sorted(set(owner.values())), "rest"]}
+    for name, parameter in student.named_parameters():
+        stage = next((s for path, s in owner.items() if name.startswith(f"{path}.")), "rest")
+        rows[stage][0 if name in tied else 1] += parameter.numel()
+    return [
+        StagePlan("embedding, downsampling, head" if s == "rest" else str(s), shared + private, shared, private)
+        for s, (shared, private) in rows.items()
+    ]
+
+
+def print_plan(plan: RecipePlan, console: Console) -> None:
+    """Tables for a person."""
+    console.print(cost_table([("teacher", plan.teacher), ("student", plan.student)], title=f"{plan.recipe}: {plan.teacher_model}"))
+    if plan.stages:
+        table = Table(title="Parameters of the student", title_justify="left")
+        for column in ("stage", "parameters", "shared by blocks", "private"):
+            table.add_column(column, justify="left" if column == "stage" else "right")
+        for row in plan.stages:
+            table.add_row(row.stage, f"{row.parameters:,}", f"{row.shared:,}", f"{row.private:,}")
+        console.print(table)
+    for step in plan.steps:
+        console.print(f"[bold]{_plain(step.step)}[/bold]  {step.summary}", highlight=False)
+        if step.layers_rule:
+            pairs = ", ".join(f"{s}↔{t}" for s, t in step.layers) or "none"
+            console.print(f"  layer pairs (student↔teacher): {pairs}  ({step.layers_rule})", highlight=False)
+        if step.loss_bytes:
+            parts = ", ".join(f"{name} {megabytes(size)}" for name, size in step.loss_bytes.items())
+            total = megabytes(sum(step.loss_bytes.values()))
+            console.print(f"  memory of the losses per batch, fp32: {total}  ({parts})", highlight=False)
+    for note in plan.notes:
+        console.print(f"note: {note}", highlight=False)
+    for conflict in plan.conflicts:
+        console.print(f"[red]conflict:[/red] {_plain(conflict)}", highlight=False)
+
+
+def cost_table(rows: list[tuple[str, Cost]], title: str) -> Table:
+    """Parameters, disk and MACs, each with its share of the first row's."""
+    table = Table(title=title, title_justify="left")
+    for column in ("", "parameters", "bytes on disk", "MACs"):
+        table.add_column(column, justify="left" if not column else "right")
+    first = rows[0][1]
+    for name, row in rows:
+        values = [(row.parameters, first.parameters), (row.bytes, first.bytes), (row.macs, first.macs)]
+        table.add_row(name, *(f"{v:,}" + ("" if row is first else f" ({v / of:.1%})") for v, of in values))
+    return table
+
+
+def megabytes(size: float) -> str:
+    """Bytes as '12.3 MB' (10⁶)."""
+    return f"{size / 1e6:,.1f} MB"
+
+
+def _plain(text: str) -> str:
+    return text.replace("[", r"\[")

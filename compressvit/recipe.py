@@ -1,0 +1,244 @@
+"""YAML ⇄ Recipe, every fault with its file, line, path, value and a suggestion; and the recipes that ship with the package."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+
+from compressvit.data import Data
+from compressvit.distill.spec import PHASES, Finetune, Training
+from compressvit.errors import UserError, did_you_mean, nearest
+from compressvit.spec import Spec
+from compressvit.transforms import TRANSFORMS, Transform
+from compressvit.yaml_source import Source, override, parse
+
+
+class RecipeError(UserError):
+    """A recipe that cannot be used: all its faults, a line each."""
+
+
+class Teacher(Spec):
+    """The model to compress, and the one the student learns from."""
+
+    model: str = Field(description="A timm name, with or without a tag, e.g. swin_base_patch4_window7_224.ms_in22k_ft_in1k.")
+    weights: str = Field(
+        "pretrained",
+        description="pretrained (timm's, downloaded or from its cache), train (from noise, by `finetune`), or the path of a file.",
+    )
+    args: dict[str, Any] = Field(default_factory=dict, description="Further arguments of timm.create_model, e.g. {img_size: 384}.")
+    num_classes: int | None = Field(
+        None, ge=0, description="Size of the classifier; 0 for none. Null: the data's where the teacher is trained, else timm's."
+    )
+    finetune: Finetune | None = Field(
+        None, description="Train the teacher on the data first. Always done, with defaults if need be, for weights: train."
+    )
+
+
+class Student(Spec):
+    """What the transforms start from, where that is not a copy of the teacher."""
+
+    model: str | None = Field(None, description="A timm name; null for the teacher's.")
+    weights: str = Field("teacher", description="teacher (copied name by name), pretrained, random, or the path of a file.")
+    args: dict[str, Any] = Field(default_factory=dict, description="Further arguments of timm.create_model, over the teacher's.")
+
+
+class _Step(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Any:
+        named = [k for k in type(self).model_fields if getattr(self, k) is not None]
+        if len(named) != 1:
+            what = f"names {len(named)}: {', '.join(named)}" if named else "is empty"
+            raise ValueError(f"a step names one transform or phase; this one {what}")
+        return self
+
+    @property
+    def name(self) -> str:
+        """The step's word in the recipe."""
+        return next(k for k in type(self).model_fields if getattr(self, k) is not None)
+
+    @property
+    def spec(self) -> Any:
+        """The transform or phase it names."""
+        return getattr(self, self.name)
+
+
+_STEP_FIELDS: dict[str, Any] = {
+    name: (spec | None, Field(None, description=(spec.__doc__ or "").splitlines()[0])) for name, spec in {**TRANSFORMS, **PHASES}.items()
+}
+Step = create_model("Step", __base__=_Step, __doc__="One entry of a recipe: a transform or a phase.", **_STEP_FIELDS)
+
+
+def step(spec: Transform | Training) -> Any:
+    """A recipe's step from a spec, for recipes built in Python: `Recipe(…, steps=(step(Multiplex(share=2)), step(Distill())))`."""
+    return Step(**{spec.name: spec})
+
+
+class Recipe(Spec):
+    """What to do, top to bottom. Nothing runs that is not in it."""
+
+    description: str = Field("", description="One sentence, shown by `compressvit recipes list`.")
+    seed: int = Field(0, ge=0, description="Of every random number: initial weights, order, augmentation, dropout.")
+    teacher: Teacher
+    student: Student = Student()
+    data: Data
+    steps: tuple[Step, ...] = Field(min_length=1, description="Transforms and phases, in order.")  # type: ignore[valid-type]
+
+    def to_yaml(self) -> str:
+        """The recipe with every default written out."""
+        content = self.model_dump(mode="json", exclude={"steps"})
+        content["steps"] = [{s.name: s.spec.model_dump(mode="json")} for s in self.steps]
+        return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+
+
+def load_recipe(name_or_path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe by path, or by the name of one that ships with the package, and apply overrides before validating.
+
+    Raises:
+        UserError: no such recipe, or an override that goes nowhere.
+        RecipeError: it is not YAML, is empty, or has faults; all of them are listed.
+    """
+    path = find_recipe(name_or_path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} cannot be read as text: {error}") from error
+    return parse_recipe(text, str(name_or_path), overrides)
+
+
+def parse_recipe(text: str, name: str = "recipe", overrides: list[str] | None = None) -> Recipe:
+    """Validate the text of a recipe; `name` is what messages call it. Raises as `load_recipe` does."""
+    source = parse(text, name)
+    if source.content is None:
+        raise RecipeError(f"{name} is empty; a recipe needs at least teacher, data and steps (see `compressvit recipes show quickstart`)")
+    if not isinstance(source.content, dict):
+        raise RecipeError(
+            f"{name} holds a {type(source.content).__name__}, not a mapping; a recipe needs at least teacher, data and steps"
+        )
+    override(source, overrides or [])
+    _spell_out_steps(source.content)
+    try:
+        # Through JSON, because pydantic's strict mode takes lists for tuples there: a number in quotes stays an error.
+        return Recipe.model_validate_json(json.dumps(source.content, default=str), strict=True)
+    except ValidationError as error:
+        raise RecipeError(_explain(error, source)) from None
+
+
+def recipes_folder() -> Path:
+    """Where the shipped recipes are: inside an installed package, or beside it in a checkout."""
+    inside = Path(__file__).parent / "recipes"
+    return inside if inside.is_dir() else Path(__file__).parents[1] / "recipes"
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that ship with the package, by name."""
+    return {p.stem: p for p in sorted(recipes_folder().glob("*.yaml"))}
+
+
+def find_recipe(name_or_path: str | Path) -> Path:
+    """The file of a recipe given by path or by shipped name; a `UserError` with near names if there is none."""
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    shipped = shipped_recipes()
+    if path.parent.name in ("", "recipes") and path.suffix in ("", ".yaml", ".yml") and path.stem in shipped:
+        return shipped[path.stem]
+    hint = did_you_mean(path.stem, shipped, list_at_most=0) or f"`compressvit recipes list` names those that ship: {', '.join(shipped)}"
+    raise UserError(f"there is no recipe {str(name_or_path)!r}, neither a file nor one that ships; {hint}")
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of recipes, for editors that complete and check YAML."""
+    schema = Recipe.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    step = schema["$defs"]["Step"]
+    step.update(minProperties=1, maxProperties=1)
+    for name, field in step["properties"].items():
+        reference = next(option for option in field.pop("anyOf") if "$ref" in option)
+        # `- distill:` alone is YAML for a null value, and means the defaults
+        step["properties"][name] = {"anyOf": [reference, {"type": "null"}], "description": field.get("description", "")}
+    schema["properties"]["steps"]["items"] = {"anyOf": [{"$ref": "#/$defs/Step"}, {"enum": list(step["properties"])}]}
+    return schema
+
+
+def _spell_out_steps(content: dict[str, Any]) -> None:
+    """Turn a step that is a bare word, or a word with nothing behind it, into one with defaults."""
+    # Not a validator: pydantic would then check the steps as Python values, where its strict mode refuses lists for tuples.
+    steps = content.get("steps")
+    for i, entry in enumerate(steps if isinstance(steps, list) else []):
+        if isinstance(entry, str):
+            steps[i] = {entry: {}}
+        elif isinstance(entry, dict):
+            steps[i] = {k: {} if v is None else v for k, v in entry.items()}
+
+
+def _explain(error: ValidationError, source: Source) -> str:
+    faults: dict[tuple, list[str]] = {}
+    for fault in error.errors():
+        path = _existing(fault["loc"], source.content, missing=fault["type"] in ("missing", "extra_forbidden"))
+        faults.setdefault(path, []).append(_sentence(fault, path))
+    # One branch of a union complains of the whole value where another one found the fault inside it.
+    faults = {p: t for p, t in faults.items() if not any(q != p and q[: len(p)] == p for q in faults) or p == ()}
+    rows = [(source.place(path), _written(path), " or ".join(dict.fromkeys(texts))) for path, texts in faults.items()]
+    width = max(len(place) for place, _, _ in rows)
+    lines = [f"  {place:<{width}}  {path}: {text}" for place, path, text in rows]
+    return f"{source.name}: {len(rows)} error{'s' * (len(rows) > 1)}\n" + "\n".join(lines)
+
+
+def _existing(loc: tuple, content: Any, *, missing: bool) -> tuple:
+    """The part of pydantic's location that is a path in the document; it also names branches of unions."""
+    path: list[str | int] = []
+    for i, part in enumerate(loc):
+        if isinstance(content, dict) and part in content:
+            content = content[part]
+        elif isinstance(content, list) and isinstance(part, int) and part < len(content):
+            content = content[part]
+        elif missing and i == len(loc) - 1:
+            pass
+        else:
+            continue
+        path.append(part)
+    return tuple(path)
+
+
+def _sentence(fault: Any, path: tuple) -> str:
+    given = fault["input"]
+    if fault["type"] == "extra_forbidden":
+        return f"unknown key; {did_you_mean(str(fault['loc'][-1]), _fields(path[:-1]), list_at_most=30)}"
+    if fault["type"] == "missing":
+        return "missing, and it has no default"
+    if fault["type"] == "literal_error":
+        known = fault["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
+        close = nearest(str(given), known)
+        return f"{given!r} is none of {', '.join(known)}" + (f"; did you mean '{close}'?" if close else "")
+    text = fault["msg"].removeprefix("Value error, ").removeprefix("Input ").removeprefix("input ")
+    if fault["type"] == "value_error":
+        return text
+    return f"{text}, not {json.dumps(given, default=str, ensure_ascii=False)}"
+
+
+def _fields(path: tuple) -> list[str]:
+    """The keys that are allowed at a path of the recipe."""
+    model: Any = Recipe
+    for part in path:
+        if isinstance(part, int) or model is None:
+            continue
+        field = model.model_fields.get(part)
+        model = _model_in(field.annotation) if field else None
+    return list(model.model_fields) if model is not None else []
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((m for a in get_args(annotation) if (m := _model_in(a)) is not None), None)
+
+
+def _written(path: tuple) -> str:
+    text = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path).removeprefix(".")
+    return text or "recipe"

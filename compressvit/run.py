@@ -1,0 +1,312 @@
+"""`apply`: run a recipe from top to bottom, and leave the student and the evidence in a run folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from compressvit import artifact, cost
+from compressvit.data import Datasets, InputConfig, eval_loader, input_config, open_data, renormalise, train_loader
+from compressvit.distill import optimisation as opt
+from compressvit.distill.engine import Phase, Teacher, train
+from compressvit.distill.evaluate import evaluate
+from compressvit.distill.pairs import match_layers
+from compressvit.distill.spec import Distill, Finetune, Training
+from compressvit.distill.terms import build_terms, labels_term
+from compressvit.errors import UserError
+from compressvit.files import disk_faults, write_text
+from compressvit.models import build_student, build_teacher, load_teacher, trains_teacher
+from compressvit.pipeline import transform_
+from compressvit.plan import megabytes, plan_recipe, print_plan, require_no_conflicts
+from compressvit.recipe import Recipe
+from compressvit.runfolder import RunFolder
+from compressvit.runlog import RunLog, log
+from compressvit.transforms import LedgerEntry, Transform
+
+
+def apply(
+    recipe: Recipe,
+    *,
+    name: str,
+    recipe_text: str,
+    output: str | Path,
+    command: list[str],
+    resume: bool = False,
+    overwrite: bool = False,
+    device: str = "auto",
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Run a recipe.
+
+    Everything that can be refused is refused before the folder is touched: conflicts between steps, a missing data set,
+    weights that cannot be had.
+
+    Args:
+        recipe: what to do; `recipe_text` is its text as given, kept in the folder, and `name` what messages call it.
+        output: the run folder.
+        command: what was typed, kept in `environment.json`.
+        resume, overwrite: what to do with a folder that is not empty.
+        device: 'auto', 'cpu', 'cuda', 'cuda:1', 'mps', …
+
+    Returns:
+        The content of `results.json`.
+
+    Raises:
+        UserError: something asked for cannot be done.
+        compressvit.distill.engine.Interrupted: stopped by a signal, after a checkpoint.
+    """
+    console = console or Console()
+    folder = RunFolder(output)
+    folder.refuse_or_clear(recipe, resume=resume, overwrite=overwrite)
+    plan = plan_recipe(recipe, name)
+    require_no_conflicts(plan)
+    where = pick_device(device)
+    datasets = open_data(recipe.data)
+    opt.seed_everything(recipe.seed)
+    teacher = build_teacher(recipe, classes=datasets.num_classes)
+    _refuse_labels(teacher, datasets)
+    taught = resume and folder.teacher.is_dir()
+    if taught:
+        teacher = artifact.load(folder.teacher)
+    else:
+        load_teacher(recipe, teacher)
+    if not resume:
+        folder.open(recipe, recipe_text, plan.as_dict(), command, overwrite=overwrite)
+    voice = RunLog(folder.path, console)
+    try:
+        print_plan(plan, console)
+        run = _Run(recipe, folder, datasets, where, voice)
+        if trains_teacher(recipe) and not taught:
+            run.train_teacher(teacher)
+        results = run.finish(teacher.to(where).eval(), run.make_student(teacher), plan)
+    except UserError as error:
+        log.error("%s", error, extra={"already_shown": True})
+        raise
+    finally:
+        voice.close()
+    return results
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; 'auto' is the first of cuda, mps and cpu that is there.
+
+    Raises:
+        UserError: it is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name} cannot be used: {str(error).splitlines()[0]}; --device cpu always can") from error
+    return device
+
+
+def _refuse_labels(teacher: nn.Module, datasets: Datasets) -> None:
+    have, classes = datasets.num_classes, getattr(teacher, "num_classes", 0)
+    if not (have and classes and datasets.labeled):
+        return
+    if have > classes:
+        raise UserError(
+            f"the data has {have} classes, and the teacher's head tells only {classes} apart; "
+            f"set teacher.num_classes={have} and train the head with teacher.finetune"
+        )
+    if have < classes:
+        log.warning(
+            "the data has %d classes and the teacher's head %d: accuracy below means nothing unless class 0, 1, … are the same; "
+            "agreement with the teacher does",
+            have,
+            classes,
+        )
+
+
+@dataclass
+class _Run:
+    recipe: Recipe
+    folder: RunFolder
+    datasets: Datasets
+    device: torch.device
+    log: RunLog
+
+    def train_teacher(self, teacher: nn.Module) -> None:
+        """The phase before the steps; its result is an artifact of its own, never part of the student's."""
+        spec = self.recipe.teacher.finetune or Finetune()
+        phase = Phase("teacher", 0, self.recipe.seed, self.folder.checkpoint("teacher"))
+        self._train(teacher, spec, phase, None)
+        with disk_faults(self.folder.teacher):
+            artifact.save(teacher, self.folder.teacher, input_config=_input_record(input_config(teacher, self.recipe.data)))
+
+    def make_student(self, teacher: nn.Module) -> nn.Module:
+        """Run the steps, top to bottom. Neighbouring transforms are planned and initialised together."""
+        opt.seed_everything(self.recipe.seed, 1)
+        student = build_student(self.recipe, teacher)
+        waiting: list[Transform] = []
+        for index, step in enumerate(self.recipe.steps):
+            if isinstance(step.spec, Transform):
+                waiting.append(step.spec)
+                continue
+            self._transform(student, waiting, teacher, index)
+            waiting = []
+            name = f"{index}_{step.name}"
+            phase = Phase(name, index + 1, self.recipe.seed, self.folder.checkpoint(name))
+            self._train(student, step.spec, phase, teacher)
+        self._transform(student, waiting, teacher, len(self.recipe.steps))
+        return student
+
+    def _transform(self, student: nn.Module, specs: list[Transform], teacher: nn.Module, index: int) -> None:
+        if not specs:
+            return
+        opt.seed_everything(self.recipe.seed, 2, index)
+        student.cpu()
+        ledger = transform_(student, specs)
+        if ledger:
+            self.log.console.print(ledger_table(ledger))
+        result = self._evaluate(student, teacher)
+        self.log.scalars(f"{index - 1}_{specs[-1].name}", "evaluate", 0, result)
+        self.log.say(f"before training: {_summary(result)}")
+
+    def _train(self, model: nn.Module, spec: Training, phase: Phase, teacher: nn.Module | None) -> None:
+        config = input_config(model, self.recipe.data)
+        loader = train_loader(self.datasets, self.recipe.data, config, self.device)
+        guide = None
+        if isinstance(spec, Distill):
+            assert teacher is not None, "only the teacher itself is trained without one"
+            pairs, how = match_layers(model, teacher, spec.layers)
+            terms = build_terms(spec.losses, pairs, classes=model.num_classes, smoothing=spec.smoothing)
+            self.log.say(f"{phase.name}: {', '.join(t.name for t in terms)}; layer pairs {', '.join(map(str, pairs)) or 'none'} ({how})")
+            teacher.to(self.device)
+            theirs = input_config(teacher, self.recipe.data)
+            guide = Teacher(teacher, lambda images: renormalise(images, config, theirs))
+        else:
+            terms = [labels_term(1.0, spec.smoothing)]
+        if any(t.name == "labels" for t in terms) and not self.datasets.labeled:
+            raise UserError(f"{phase.name} learns from labels, but the images of data '{self.recipe.data.name}' have none")
+        model.to(self.device)
+        train(
+            model,
+            spec,
+            phase,
+            terms,
+            loader,
+            batch_size=self.recipe.data.batch_size,
+            device=self.device,
+            log=self.log,
+            evaluate=lambda m: self._evaluate(m, teacher if not self.datasets.labeled else None),
+            teacher=guide,
+        )
+
+    def _evaluate(self, model: nn.Module, teacher: nn.Module | None) -> dict[str, Any]:
+        config = input_config(model, self.recipe.data)
+        model.to(self.device)
+        if teacher is not None:
+            teacher.to(self.device).eval()
+            theirs = input_config(teacher, self.recipe.data)
+        return evaluate(
+            model,
+            eval_loader(self.datasets, self.recipe.data, config, self.device),
+            self.device,
+            teacher=teacher,
+            teacher_input=(lambda images: renormalise(images, config, theirs)) if teacher is not None else (lambda images: images),
+            labelled=self.datasets.labeled,
+        )
+
+    def finish(self, teacher: nn.Module, student: nn.Module, plan: Any) -> dict[str, Any]:
+        """Write the student, read it back, compare, measure, and print the table."""
+        config = input_config(student, self.recipe.data)
+        theirs = input_config(teacher, self.recipe.data)
+        sizes = [(c.channels, c.height, c.width) for c in (theirs, config)]
+        with disk_faults(self.folder.student):
+            artifact.save(student, self.folder.student, input_config=_input_record(config))
+        difference = _read_back_difference(self.folder.student, student, sizes[1])
+        results = {
+            "teacher": {**plan.teacher.as_dict(), **self._evaluate(teacher, None)},
+            "student": {**plan.student.as_dict(), **self._evaluate(student, teacher)},
+            "read_back_difference": difference,
+            "broken_images": self.datasets.broken.count,
+        }
+        results["student"]["bytes"] = (self.folder.student / artifact.TENSORS).stat().st_size
+        if sizes[0] == sizes[1]:
+            times = cost.latency([teacher, student], sizes[1], device=self.device)
+        else:
+            times = [cost.latency([m], s, device=self.device)[0] for m, s in zip((teacher, student), sizes, strict=True)]
+        results["teacher"]["latency_ms"], results["student"]["latency_ms"] = times
+        write_text(self.folder.path / "results.json", json.dumps(results, indent=2) + "\n")
+        self.log.console.print(results_table(results, f"{self.recipe.teacher.model} → {self.folder.student}"))
+        self.log.say(
+            f"latency: batch 1 on {self.device}, {torch.get_num_threads()} threads, median of 30 in turns. "
+            f"The student was read back from disk: largest difference of its outputs {difference:.1e}"
+        )
+        if self.datasets.broken.count:
+            self.log.say(f"{self.datasets.broken.count} broken image files were skipped; run.log names them")
+        self.log.say(f"run folder: {self.folder.path}")
+        return results
+
+
+def _read_back_difference(path: Path, student: nn.Module, size: tuple[int, int, int]) -> float:
+    """Largest difference between the outputs of the student and of its artifact on random images; a mismatch is an error."""
+    student = student.cpu().eval()
+    images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        ours, theirs = student(images), artifact.load(path)(images)
+    difference = (ours - theirs).abs().max().item()
+    if difference > 1e-5 * max(1.0, ours.abs().max().item()):
+        raise RuntimeError(f"the artifact at {path} does not compute what the student does: outputs differ by {difference}")
+    return difference
+
+
+def _input_record(config: InputConfig) -> dict[str, Any]:
+    return {
+        "input_size": [config.channels, config.height, config.width],
+        "mean": list(config.mean),
+        "std": list(config.std),
+        "interpolation": config.interpolation,
+        "crop_pct": config.crop_pct,
+    }
+
+
+def _summary(result: dict[str, Any]) -> str:
+    names = {"top1": "top-1 {:.2f}%", "agreement": "agreement with the teacher {:.2f}%", "cosine": "cosine {:.4f}"}
+    return ", ".join(text.format(result[k]) for k, text in names.items() if result.get(k) is not None)
+
+
+def ledger_table(ledger: list[LedgerEntry]) -> Table:
+    """What the transforms did, path by path; a shared tensor counts at its first path."""
+    table = Table(title="Ledger (a shared tensor counts at its first path)", title_justify="left")
+    for column in ("path", "change", "parameters before", "after"):
+        table.add_column(column, justify="right" if column in ("parameters before", "after") else "left")
+    for entry in ledger:
+        table.add_row(entry.path, entry.change, f"{entry.before:,}", f"{entry.after:,}")
+    table.add_section()
+    table.add_row("sum", "", f"{sum(e.before for e in ledger):,}", f"{sum(e.after for e in ledger):,}")
+    return table
+
+
+def results_table(results: dict[str, Any], title: str) -> Table:
+    """Teacher and student side by side."""
+    teacher, student = results["teacher"], results["student"]
+    table = Table(title=title, title_justify="left")
+    for column in ("", "teacher", "student", "student / teacher"):
+        table.add_column(column, justify="left" if not column else "right")
+
+    def row(label: str, key: str, text: Any) -> None:
+        if teacher.get(key) is not None and student.get(key) is not None:
+            table.add_row(label, text(teacher[key]), text(student[key]), f"{student[key] / max(teacher[key], 1e-12):.3f}")
+
+    row("parameters (unique)", "parameters", lambda v: f"{v:,}")
+    row("bytes on disk", "bytes", megabytes)
+    row("MACs per image", "macs", lambda v: f"{v / 1e6:,.2f} M")
+    row("latency", "latency_ms", lambda v: f"{v:.2f} ms")
+    row("top-1", "top1", lambda v: f"{v:.2f} %")
+    row("top-5", "top5", lambda v: f"{v:.2f} %")
+    if student.get("agreement") is not None:
+        table.add_row("same first class as the teacher", "", f"{student['agreement']:.2f} %", "")
+    table.add_row("cosine of the outputs", "", f"{student['cosine']:.4f}", "")
+    return table

@@ -1,0 +1,126 @@
+"""A run folder holds everything one `apply` did, written before the first step where it can be.
+
+`recipe.yaml` (as given) · `resolved.yaml` (defaults and overrides in) · `environment.json` · `plan.json` · `checkpoints/` ·
+`student/` · `metrics.jsonl` · `tensorboard/` · `run.log` · `results.json`
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from compressvit import __version__
+from compressvit.errors import UserError
+from compressvit.files import write_text
+from compressvit.recipe import Recipe
+
+RESOLVED = "resolved.yaml"
+
+
+class RunFolder:
+    """Paths of a run, and the rules for starting one: nothing is overwritten or resumed silently."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    @property
+    def student(self) -> Path:
+        """The compressed model, an artifact."""
+        return self.path / "student"
+
+    @property
+    def teacher(self) -> Path:
+        """The teacher, an artifact, where the run trained it."""
+        return self.path / "teacher"
+
+    def checkpoint(self, name: str) -> Path:
+        """The checkpoint file of a phase."""
+        return self.path / "checkpoints" / f"{name}.pt"
+
+    def refuse_or_clear(self, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
+        """Check that a run may start here. Nothing is deleted yet; `open` does that.
+
+        Raises:
+            UserError: the folder is not empty and neither flag was given; `resume` without a run, or of another recipe;
+                `overwrite` of a folder that is not a run.
+        """
+        if resume and overwrite:
+            raise UserError("--resume and --overwrite contradict each other; give one")
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"--output {self.path} is a file; name a folder")
+        occupied = self.path.is_dir() and any(self.path.iterdir())
+        if resume:
+            self._refuse_other_recipe(recipe)
+        elif occupied and not overwrite:
+            raise UserError(
+                f"{self.path} is not empty. Give --resume to go on with the run in it, --overwrite to delete it and begin anew, "
+                "or --output for another folder"
+            )
+        elif occupied and not (self.path / RESOLVED).is_file():
+            raise UserError(f"--overwrite: {self.path} is not empty and not a run folder (no {RESOLVED}), so it is not deleted; use --output")
+
+    def _refuse_other_recipe(self, recipe: Recipe) -> None:
+        if not (self.path / RESOLVED).is_file():
+            raise UserError(f"--resume: there is no run in {self.path} (no {RESOLVED}); start it without --resume")
+        before = _flat(yaml.safe_load((self.path / RESOLVED).read_text(encoding="utf-8")))
+        now = _flat(yaml.safe_load(recipe.to_yaml()))
+        changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+        if changed:
+            lines = [f"  {key}: {_value(before, key)} in the run, {_value(now, key)} now" for key in changed]
+            raise UserError(
+                f"--resume: the recipe is not the one that {self.path} was started with:\n" + "\n".join(lines) + "\n"
+                "Give the same recipe and overrides, or start a new run with --output"
+            )
+
+    def open(self, recipe: Recipe, recipe_text: str, plan: dict[str, Any], command: list[str], *, overwrite: bool) -> None:
+        """Make the folder and write what is known before the first step."""
+        if overwrite and self.path.is_dir():
+            shutil.rmtree(self.path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_text(self.path / "recipe.yaml", recipe_text)
+        write_text(self.path / RESOLVED, recipe.to_yaml())
+        write_text(self.path / "environment.json", json.dumps(environment(command), indent=2) + "\n")
+        write_text(self.path / "plan.json", json.dumps(plan, indent=2) + "\n")
+
+
+def environment(command: list[str]) -> dict[str, Any]:
+    """What a number may depend on besides the recipe: command, versions, machine."""
+    names = ("torch", "torchvision", "timm", "torchdistill", "numpy", "scipy", "einops", "safetensors", "pydantic")
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "command": command,
+        "compressvit": __version__,
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "cuda": torch.version.cuda if torch.cuda.is_available() else None,
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "versions": versions,
+    }
+
+
+def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(content, dict) and content:
+        return {k: v for key, value in content.items() for k, v in _flat(value, f"{prefix}.{key}" if prefix else str(key)).items()}
+    if isinstance(content, list) and content:
+        return {k: v for i, value in enumerate(content) for k, v in _flat(value, f"{prefix}.{i}").items()}
+    return {prefix: content}
+
+
+def _value(flat: dict[str, Any], key: str) -> str:
+    return repr(flat[key]) if key in flat else "absent"

@@ -1,0 +1,83 @@
+"""What a run tells: to the console, to run.log, to metrics.jsonl and to TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from compressvit.files import disk_faults
+
+log = logging.getLogger("compressvit")
+
+
+class RunLog:
+    """The voices of one run. Scalars of a phase go to `metrics.jsonl` as a line a step, and to TensorBoard under `phase/name`.
+
+    Args:
+        folder: the run folder; None writes no files.
+        console: where the progress bar and the messages go.
+    """
+
+    def __init__(self, folder: Path | None, console: Console | None = None):
+        self.console = console or Console()
+        self.folder = folder
+        self._writer: Any = None
+        self._bar: Progress | None = None
+        for handler in list(log.handlers):
+            log.removeHandler(handler)
+            handler.close()
+        log.setLevel(logging.INFO)
+        log.propagate = False
+        log.addHandler(RichHandler(console=self.console, show_path=False, show_time=False, show_level=False, markup=False))
+        if folder is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            with disk_faults(folder):
+                handler = logging.FileHandler(folder / "run.log", encoding="utf-8")
+                handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+                log.addHandler(handler)
+                self._writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def say(self, text: str) -> None:
+        """One line for a person."""
+        log.info(text)
+
+    def scalars(self, phase: str, kind: str, step: int, values: dict[str, float | int | None]) -> None:
+        """Record numbers of a phase. `kind` is 'train' (a step), 'epoch' or 'evaluate'; `step` counts optimiser steps of the phase."""
+        if self.folder is None:
+            return
+        known = {k: v for k, v in values.items() if v is not None}
+        line = {"time": round(time.time(), 3), "phase": phase, "kind": kind, "step": step, **known}
+        path = self.folder / "metrics.jsonl"
+        with disk_faults(path), path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        for name, value in known.items():
+            self._writer.add_scalar(f"{phase}/{kind}/{name}", value, step)
+
+    @contextmanager
+    def progress(self, description: str, total: int, completed: int = 0) -> Iterator[Any]:
+        """A progress bar; yields `advance(text)`, to be called after every optimiser step."""
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[text]}"),
+        )
+        with Progress(*columns, console=self.console, transient=True) as bar:
+            task = bar.add_task(description, total=total, completed=completed, text="")
+            yield lambda text: bar.update(task, advance=1, text=text)
+
+    def close(self) -> None:
+        """Flush and close the files."""
+        if self._writer is not None:
+            self._writer.close()

@@ -1,0 +1,180 @@
+"""One image at a time: sets in memory, sets on disk, and the files among them that cannot be decoded."""
+
+from __future__ import annotations
+
+import logging
+import random
+import struct
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import ImageDataset
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+from torch.utils.data import Dataset
+
+from compressvit.errors import UserError
+
+log = logging.getLogger("compressvit")
+
+NO_LABEL = -1  # the target of an image that has no label
+NO_IMAGE = -2  # the target of a stand-in for a broken file; loaders leave it out
+MAX_CONSECUTIVE_BROKEN = 50
+
+# what Pillow raises for a file that is not an image or ends early
+_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+
+
+class Pixels(Dataset):
+    """A small grayscale set held in memory: `data` uint8 (N, H, W), `targets` int64 (N,), `classes` in target order."""
+
+    def __init__(self, data: torch.Tensor, targets: torch.Tensor, classes: Sequence[str]):
+        self.data, self.targets, self.classes = data, targets, list(classes)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.data[index].numpy()), int(self.targets[index])
+
+
+@contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """Inside, Python's, numpy's and torch's CPU generators start from `seed`; after, they go on as before.
+
+    None leaves them alone.
+    """
+    if seed is None:
+        yield
+        return
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+class Samples(Dataset):
+    """A map-style set, or a subset of one.
+
+    An item is `(transform(image), target)`; without a transform the image is a PIL image as stored. An image without a
+    label has target NO_LABEL (-1). Loaders ask for a whole batch as (index, seed) pairs: the seed of its first pair
+    decides its augmentation, so that it depends neither on the worker that reads it nor on what was drawn before.
+
+    A file that cannot be decoded is flagged in `broken`, uint8 (N,) in memory shared with loader workers. While
+    `training` the next good sample takes its place; otherwise a black image with target NO_IMAGE (-2).
+    """
+
+    def __init__(self, source: Any, indices: Sequence[int] | None = None, labeled: bool = True):
+        self.source, self.labeled = source, labeled
+        self.indices = range(len(source)) if indices is None else indices
+        self.broken = torch.zeros(len(self.indices), dtype=torch.uint8).share_memory_()
+        self.transform: Any = None
+        self.training = False
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image, target = self._sample(index)
+        return (image if self.transform is None else self.transform(image)), target
+
+    def __getitems__(self, keys: Sequence[tuple[int, int | None]]) -> list[tuple[Any, int]]:
+        with seeded(keys[0][1]):
+            return [self[index] for index, _ in keys]
+
+    def _sample(self, index: int) -> tuple[Image.Image, int]:
+        tries = min(MAX_CONSECUTIVE_BROKEN, len(self)) if self.training else 1
+        for position in range(index, index + tries):
+            position %= len(self)
+            if self.broken[position]:
+                continue
+            try:
+                image, target = self.read(position)
+            except _DECODE_ERRORS:
+                # BrokenFiles.report finds the reason again: a worker has no way to reach the run's log
+                self.broken[position] = 1
+                continue
+            return image, target if self.labeled and target is not None else NO_LABEL
+        return Image.new("L", (8, 8)), NO_IMAGE
+
+    def read(self, position: int) -> tuple[Image.Image, Any]:
+        """The decoded image and its stored target. Raises what Pillow raises where the file is broken."""
+        index = self.indices[position]
+        if not isinstance(self.source, ImageDataset):
+            return self.source[index]
+        # timm's own __getitem__ replaces a broken file without telling, so the file is opened here
+        file, target, *_ = self.source.reader[index]
+        with file, Image.open(file) as image:
+            image.load()
+            return image, target
+
+    def name(self, position: int) -> str:
+        """The path of a sample, or something that stands for it in a set without paths."""
+        index, path = self.indices[position], None
+        if isinstance(self.source, ImageDataset):
+            path = self.source.filename(index, absolute=True)
+            if isinstance(self.source.reader, ReaderImageInTar):
+                path = f"{self.source.reader.root}: {path}"
+        elif files := getattr(self.source, "samples", None):
+            path = files[index][0]
+        return str(path) if path else f"{type(self.source).__name__}[{index}]"
+
+
+class BrokenFiles:
+    """The image files of a run that could not be decoded, whichever loader worker noticed."""
+
+    def __init__(self, *sets: Any):
+        self._sets = [s for s in sets if isinstance(s, Samples)]
+        self._reported: set[tuple[int, int]] = set()
+
+    def _found(self) -> list[tuple[int, int]]:
+        return [(k, int(i)) for k, s in enumerate(self._sets) for i in s.broken.nonzero().flatten()]
+
+    @property
+    def count(self) -> int:
+        """How many broken files were met so far; a file that was never read is not counted."""
+        return sum(int(s.broken.count_nonzero()) for s in self._sets)
+
+    @property
+    def paths(self) -> list[str]:
+        """Their paths: the training set's first, in the order of each set."""
+        return [self._sets[k].name(i) for k, i in self._found()]
+
+    def report(self) -> None:
+        """Logs each newly found file once, with the reason.
+
+        Raises:
+            UserError: 50 consecutive files (or the whole set, if smaller) are broken.
+        """
+        if self.count == len(self._reported):
+            return
+        for key in self._found():
+            if key in self._reported:
+                continue
+            self._reported.add(key)
+            samples, position = self._sets[key[0]], key[1]
+            try:
+                samples.read(position)
+                reason = "it could not be read a moment ago"
+            except _DECODE_ERRORS as error:
+                reason = str(error) or type(error).__name__
+            log.warning("skipped a broken image: %s: %s", samples.name(position), reason)
+        for samples in self._sets:
+            run = min(MAX_CONSECUTIVE_BROKEN, len(samples))
+            flags = torch.cat([samples.broken, samples.broken[: run - 1]])  # the search for a replacement wraps around
+            if flags.unfold(0, run, 1).all(1).any():
+                raise UserError(
+                    f"{run} consecutive image files cannot be decoded ({int(samples.broken.count_nonzero())} of "
+                    f"{len(samples)} so far), such as {samples.name(int(samples.broken.argmax()))}; that is "
+                    "more than a few bad files: check that data.root holds whole images"
+                )

@@ -1,0 +1,132 @@
+"""YAML with its line numbers, and bare `key=value` overrides. Nothing here knows what a recipe is."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from compressvit.errors import UserError
+
+Path = tuple[str | int, ...]
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, with the floats of YAML 1.2: PyYAML reads `1e-3` as text."""
+
+
+_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+@dataclass
+class Source:
+    """A parsed document: its content and where each value stands."""
+
+    name: str
+    content: Any
+    lines: dict[Path, int] = field(default_factory=dict)
+    overridden: dict[Path, str] = field(default_factory=dict)
+
+    def place(self, path: Path) -> str:
+        """'line 9' for the value at `path`, or of the nearest thing around it; the override that set it, if one did."""
+        for end in range(len(path), -1, -1):
+            if path[:end] in self.overridden:
+                return f"override {self.overridden[path[:end]]}"
+            if path[:end] in self.lines:
+                return f"line {self.lines[path[:end]]}"
+        return "line 1"
+
+
+def parse(text: str, name: str) -> Source:
+    """Parse one YAML document.
+
+    Raises:
+        UserError: it is not YAML, or a key stands twice in a mapping.
+    """
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        source = Source(name, None)
+        if node is None:
+            return source
+        _walk(node, (), source)
+        source.content = loader.construct_document(node)
+        return source
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise UserError(f"{name} is not YAML: {where}{getattr(error, 'problem', None) or error}") from error
+    finally:
+        loader.dispose()
+
+
+def _walk(node: yaml.Node, path: Path, source: Source) -> None:
+    source.lines.setdefault(path, node.start_mark.line + 1)
+    if isinstance(node, yaml.MappingNode):
+        seen: dict[str, int] = {}
+        for key_node, value_node in node.value:
+            key, line = str(key_node.value), key_node.start_mark.line + 1
+            if key in seen:
+                raise UserError(f"{source.name}, line {line}: key '{key}' stands twice (first on line {seen[key]})")
+            seen[key] = line
+            source.lines[(*path, key)] = line
+            _walk(value_node, (*path, key), source)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            _walk(item, (*path, index), source)
+
+
+def override(source: Source, assignments: list[str]) -> None:
+    """Apply `a.b.0.c=VALUE` to the content, in place; the value is read as YAML. Missing mappings on the way are made.
+
+    Raises:
+        UserError: no '=', an empty key, an index outside its list, or a path into something that is neither list nor mapping.
+    """
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals:
+            raise UserError(f"override '{assignment}' has no '='; write it as key=value, e.g. seed=1 or steps.0.multiplex.share=6")
+        parts: list[str] = key.split(".")
+        if not all(parts):
+            raise UserError(f"override '{assignment}' names no key; write it as key=value, e.g. data.root=FOLDER")
+        try:
+            value = yaml.load(text, Loader=_Loader)  # noqa: S506  (_Loader is a SafeLoader)
+        except yaml.YAMLError as error:
+            raise UserError(f"override '{assignment}': its value is not YAML: {getattr(error, 'problem', error)}") from error
+        _assign(source, parts, value, assignment)
+
+
+def _assign(source: Source, parts: list[str], value: Any, assignment: str) -> None:
+    path: Path = ()
+    here = source.content
+    for depth, part in enumerate(parts):
+        last = depth == len(parts) - 1
+        step: str | int = part
+        if isinstance(here, list):
+            if not part.isdigit() or int(part) >= len(here):
+                raise UserError(
+                    f"override '{assignment}' goes into nothing: {_dotted(path)} is a list of {len(here)} "
+                    f"(indices 0 to {len(here) - 1}), and '{part}' is not one of them"
+                )
+            step = int(part)
+        elif not isinstance(here, dict):
+            raise UserError(
+                f"override '{assignment}' goes into nothing: {_dotted(path)} is {here!r}, which has no '{part}' inside"
+            )
+        path = (*path, step)
+        if last:
+            here[step] = value  # type: ignore[index]
+        else:
+            if isinstance(here, dict) and here.get(part) is None:
+                here[part] = {}
+            here = here[step]  # type: ignore[index]
+    source.overridden[path] = assignment
+
+
+def _dotted(path: Path) -> str:
+    return ".".join(map(str, path)) or "the recipe"
