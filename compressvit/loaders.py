@@ -20,6 +20,7 @@ from timm.data.loader import PrefetchLoader, fast_collate
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms
 
+from compressvit.errors import UserError
 from compressvit.samples import NO_IMAGE, Pixels, Samples, seeded
 from compressvit.sources import Datasets, check_targets
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from compressvit.data import Augment, Data, InputConfig
 
 _IN_MEMORY_BYTES = 2**28  # larger than this after resizing, and a small set is read image by image like any other
-_CHUNK = 4096  # images resized at once, in float32
 
 
 class Loader(PrefetchLoader):
@@ -224,11 +224,18 @@ class _CheckedLoader(DataLoader):
     name: str
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:  # type: ignore[override]
-        for batch in super().__iter__():
-            self.datasets.broken.report()
-            if batch is not None:
-                check_targets(batch[1], self.datasets.num_classes, self.name)
-                yield batch
+        batches = super().__iter__()
+        try:
+            for batch in batches:
+                self.datasets.broken.report()
+                if batch is not None:
+                    check_targets(batch[1], self.datasets.num_classes, self.name)
+                    yield batch
+        except UserError:
+            # ends the workers now: the garbage collector may find them too late to tell them, and waits 5 s for each
+            self._iterator = None
+            del batches
+            raise
 
 
 def _collate_images(items: list[tuple[Any, int]]) -> Any:
@@ -251,24 +258,18 @@ class _ToMode:
         return image if image.mode == self.mode else image.convert(self.mode)
 
 
-def _resize(config: InputConfig) -> tuple[dict[str, Any], list[Any], Any]:
-    """What timm is told for any transform of `config`, its resize and centre crop, its conversion to uint8."""
+def _transform(config: InputConfig, augment: Augment | None) -> transforms.Compose:
+    """PIL image of any size to uint8 (C, H, W)."""
     common: dict[str, Any] = {
         "input_size": (config.channels, config.height, config.width),
         "mean": config.mean,
         "std": config.std,
         "use_prefetcher": True,  # normalising and erasing come later, per batch
     }
+    to_mode = _ToMode(config.channels)
     *resize, to_tensor = create_transform(
         **common, interpolation=config.interpolation, crop_pct=config.crop_pct, crop_mode=config.crop_mode
     ).transforms
-    return common, resize, to_tensor
-
-
-def _transform(config: InputConfig, augment: Augment | None) -> transforms.Compose:
-    """PIL image of any size to uint8 (C, H, W)."""
-    common, resize, to_tensor = _resize(config)
-    to_mode = _ToMode(config.channels)
     if augment is None:
         return transforms.Compose([to_mode, *resize, to_tensor])
     crop_and_flips, colours, _ = create_transform(
@@ -299,12 +300,11 @@ def _pixel_batches(samples: Samples, config: InputConfig, augment: Augment | Non
     if not isinstance(source, Pixels) or per_image or len(samples) * config.height * config.width > _IN_MEMORY_BYTES:
         return None
     index = torch.tensor(samples.indices)
-    _, resize, to_tensor = _resize(dataclasses.replace(config, channels=1, mean=(0.0,), std=(1.0,)))
-    pixels = source.data[index].unsqueeze(1)
-    if config.interpolation in ("nearest", "bilinear", "bicubic"):
-        pixels = torch.cat([transforms.Compose(resize)(chunk) for chunk in pixels.split(_CHUNK)])
-    else:  # Pillow only
-        pixels = torch.stack([transforms.Compose([*resize, to_tensor])(source[i][0]) for i in samples.indices])
+    if source.data.shape[1:] == (config.height, config.width) and config.crop_pct == 1:
+        pixels = source.data[index].unsqueeze(1)
+    else:  # by Pillow, as everywhere: torch's resizing of a tensor differs where bicubic overshoots
+        transform = _transform(dataclasses.replace(config, channels=1, mean=(0.0,), std=(1.0,)), None)
+        pixels = torch.stack([transform(source[i][0]) for i in samples.indices])
     return _PixelBatches(pixels, source.targets[index], config.channels, augment)
 
 

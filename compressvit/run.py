@@ -68,6 +68,9 @@ def apply(
     plan = plan_recipe(recipe, name)
     require_no_conflicts(plan)
     where = pick_device(device)
+    for step in recipe.steps:
+        if isinstance(step.spec, Transform):
+            step.spec.require_inputs()
     datasets = open_data(recipe.data)
     opt.seed_everything(recipe.seed)
     teacher = build_teacher(recipe, classes=datasets.num_classes)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from timm.data import ImageDataset
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch.utils.data import Dataset
@@ -158,17 +158,6 @@ class BrokenFiles:
         """
         if self.count == len(self._reported):
             return
-        for key in self._found():
-            if key in self._reported:
-                continue
-            self._reported.add(key)
-            samples, position = self._sets[key[0]], key[1]
-            try:
-                samples.read(position)
-                reason = "it could not be read a moment ago"
-            except _DECODE_ERRORS as error:
-                reason = str(error) or type(error).__name__
-            log.warning("skipped a broken image: %s: %s", samples.name(position), reason)
         for samples in self._sets:
             run = min(MAX_CONSECUTIVE_BROKEN, len(samples))
             flags = torch.cat([samples.broken, samples.broken[: run - 1]])  # the search for a replacement wraps around
@@ -178,3 +167,16 @@ class BrokenFiles:
                     f"{len(samples)} so far), such as {samples.name(int(samples.broken.argmax()))}; that is "
                     "more than a few bad files: check that data.root holds whole images"
                 )
+        for key in self._found():
+            if key in self._reported:
+                continue
+            self._reported.add(key)
+            samples, position = self._sets[key[0]], key[1]
+            try:
+                samples.read(position)
+                reason = "it could not be read a moment ago"
+            except UnidentifiedImageError:
+                reason = "it is not an image"
+            except _DECODE_ERRORS as error:
+                reason = str(error) or type(error).__name__
+            log.warning("skipped a broken image: %s: %s", samples.name(position), reason)

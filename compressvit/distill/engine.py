@@ -222,7 +222,7 @@ def train(
             if last or epoch % spec.evaluate_every == 0:
                 result = evaluate(model if last or average is None else average.module)
                 log.scalars(phase.name, "evaluate", steps, {"epoch": epoch, **result})
-                log.say(f"{phase.name}  epoch {epoch}/{spec.epochs}  {meters.text(means=True)}  {_result_text(result)}")
+                log.say(f"{phase.name} {epoch}/{spec.epochs}  {meters.text(means=True)}  {_result_text(result)}")
             checkpoint(last)
     student_taps.close()
     if teacher_taps:
@@ -254,7 +254,7 @@ def _diverged(phase: Phase, steps: int, what: str, parts: dict[str, float]) -> s
 
 
 def _result_text(result: dict[str, Any]) -> str:
-    names = {"top1": "validation top-1 {:.2f}%", "agreement": "agreement {:.2f}%", "cosine": "cosine {:.4f}"}
+    names = {"top1": "validation {:.2f}%", "agreement": "agreement {:.2f}%", "cosine": "cosine {:.4f}"}
     return "  ".join(text.format(result[k]) for k, text in names.items() if result.get(k) is not None)
 
 
@@ -290,5 +290,5 @@ class _Meters:
     def text(self, means: bool = False) -> str:
         """Loss and accuracies in a few words."""
         values = self.means() if means else self.last
-        names = {"loss": "loss {:.4f}", "top1": "top-1 {:.1f}%", "teacher_top1": "teacher {:.1f}%"}
+        names = {"loss": "loss {:.4f}", "top1": "train {:.1f}%", "teacher_top1": "(teacher {:.1f}%)"}
         return "  ".join(text.format(values[k]) for k, text in names.items() if k in values)

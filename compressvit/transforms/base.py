@@ -66,6 +66,13 @@ class Transform(Spec):
         """
         raise TypeError(f"{type(self).__name__} does not define plan")
 
+    def require_inputs(self) -> None:
+        """Check that the files the transform reads are there. `apply` asks before anything runs; `plan` does not need them.
+
+        Raises:
+            UserError: one is missing.
+        """
+
 
 TRANSFORMS: dict[str, type[Transform]] = {}
 

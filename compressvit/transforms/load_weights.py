@@ -6,6 +6,8 @@ the token grid or the window differs, as timm does it.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from pydantic import Field
 from torch import nn
@@ -51,3 +53,12 @@ class LoadWeights(Transform):
 
     def plan(self, model: nn.Module) -> LoadWeightsPlan:
         return LoadWeightsPlan(artifact=self.artifact)
+
+    def require_inputs(self) -> None:
+        from compressvit.artifact import MANIFEST
+
+        if not (Path(self.artifact) / MANIFEST).is_file():
+            raise UserError(
+                f"load_weights: there is no artifact at {self.artifact} (a folder with {MANIFEST}); run the recipe that makes it "
+                "first, or name another with load_weights.artifact"
+            )
