@@ -11,7 +11,7 @@ import os
 import shutil
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
@@ -47,7 +47,7 @@ class Manifest(Spec):
     architecture: str
     args: dict[str, Any]
     num_classes: int
-    dtype: str
+    dtype: Literal["float32", "float16", "bfloat16", "float64"]
     parameters: int
     transforms: list[StepRecord]
     ties: list[list[str]]
@@ -101,7 +101,12 @@ def load(path: str | Path) -> nn.Module:
         raise UserError(
             f"{path / MANIFEST}: timm {timm.__version__} cannot build {manifest.architecture} with {manifest.args}: {error}"
         ) from error
-    apply_plans(model, [_plan(step, path) for step in manifest.transforms])
+    try:
+        apply_plans(model, [_plan(step, path) for step in manifest.transforms])
+    except (AttributeError, KeyError) as error:
+        raise UserError(
+            f"{path / MANIFEST}: its transforms do not fit {manifest.architecture} with {manifest.args}: {error}"
+        ) from error
     model.to(getattr(torch, manifest.dtype))
     declared = sorted(sorted(group) for group in manifest.ties)
     if sorted(sorted(group) for group in ties.tied_groups(model)) != declared:
@@ -196,8 +201,8 @@ def _manifest(model: nn.Module, input_config: dict[str, Any] | None) -> Manifest
         )
     args = dict(getattr(model, "_model_args", {}))
     args["num_classes"] = model.num_classes
-    if "global_pool" in args or hasattr(model, "global_pool"):
-        args["global_pool"] = getattr(model, "global_pool", args.get("global_pool"))
+    if isinstance(getattr(model, "global_pool", None), str):  # a module in timm's convolutional networks
+        args["global_pool"] = model.global_pool
     try:
         args = json.loads(json.dumps(args))
     except TypeError as error:

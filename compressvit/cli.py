@@ -22,7 +22,13 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Exit codes: 0 done, 2 something asked for cannot be done, 128 + N stopped by signal N."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    # argparse stops collecting key=value words at the first option; those that follow one come back as unknown.
+    arguments, rest = parser.parse_known_args(argv)
+    if any(word.startswith("-") for word in rest) or (rest and not hasattr(arguments, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides += rest
     try:
         return arguments.run(arguments)
     except UserError as error:
@@ -170,14 +176,14 @@ def _recipes_list(arguments: argparse.Namespace) -> int:
 
 
 def _recipes_show(arguments: argparse.Namespace) -> int:
-    from compressvit.recipe import find_recipe, load_recipe
+    from compressvit.recipe import load_recipe, read_recipe
 
     if arguments.resolved:
         print(load_recipe(arguments.recipe, arguments.overrides).to_yaml(), end="")
     elif arguments.overrides:
         raise UserError("overrides are shown with --resolved; without it a recipe is printed as it stands in its file")
     else:
-        print(find_recipe(arguments.recipe).read_text(encoding="utf-8"), end="")
+        print(read_recipe(arguments.recipe), end="")
     return 0
 
 

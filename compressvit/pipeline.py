@@ -53,13 +53,18 @@ def transform_(model: nn.Module, transforms: Sequence[Transform]) -> list[Ledger
     """Plan, apply and initialise transforms on `model`, in place. All are planned before the first change.
 
     The transforms of one call see the same `source`, the model as it was before the first of them: a low-rank step after a
-    sharing step can still read what sharing lost.
+    sharing step can still read what sharing lost. A step that loads values makes a new source for those after it.
     """
     plans = plan_transforms(model, transforms)
+    for spec in transforms:
+        spec.require_inputs()
     source = copy.deepcopy(model)
-    ledger = apply_plans(model, plans)
+    ledger = []
     for plan in plans:
+        ledger += apply_plans(model, [plan])
         plan.initialise(model, source)
+        if plan.loads_values:
+            source = copy.deepcopy(model)
     return ledger
 
 

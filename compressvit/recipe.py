@@ -103,12 +103,16 @@ def load_recipe(name_or_path: str | Path, overrides: list[str] | None = None) ->
         UserError: no such recipe, or an override that goes nowhere.
         RecipeError: it is not YAML, is empty, or has faults; all of them are listed.
     """
+    return parse_recipe(read_recipe(name_or_path), str(name_or_path), overrides)
+
+
+def read_recipe(name_or_path: str | Path) -> str:
+    """The text of a recipe as it stands in its file. Raises as `load_recipe` does."""
     path = find_recipe(name_or_path)
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} cannot be read as text: {error}") from error
-    return parse_recipe(text, str(name_or_path), overrides)
 
 
 def parse_recipe(text: str, name: str = "recipe", overrides: list[str] | None = None) -> Recipe:
@@ -120,11 +124,16 @@ def parse_recipe(text: str, name: str = "recipe", overrides: list[str] | None = 
         raise RecipeError(
             f"{name} holds a {type(source.content).__name__}, not a mapping; a recipe needs at least teacher, data and steps"
         )
+    _spell_out_steps(source.content)  # so that an override finds a mapping behind a bare word
     override(source, overrides or [])
     _spell_out_steps(source.content)
     try:
         # Through JSON, because pydantic's strict mode takes lists for tuples there: a number in quotes stays an error.
-        return Recipe.model_validate_json(json.dumps(source.content, default=str), strict=True)
+        document = json.dumps(source.content, default=str)
+    except TypeError as error:
+        raise RecipeError(f"{name} has a key that is neither text nor a number ({error}); put it in quotes") from None
+    try:
+        return Recipe.model_validate_json(document, strict=True)
     except ValidationError as error:
         raise RecipeError(_explain(error, source)) from None
 
@@ -212,6 +221,8 @@ def _sentence(fault: Any, path: tuple) -> str:
         return f"unknown key; {did_you_mean(str(fault['loc'][-1]), _fields(path[:-1]), list_at_most=30)}"
     if fault["type"] == "missing":
         return "missing, and it has no default"
+    if fault["type"] == "too_short":
+        return f"should have at least {fault['ctx']['min_length']} item, not {fault['ctx']['actual_length']}"
     if fault["type"] == "literal_error":
         known = fault["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
         close = nearest(str(given), known)

@@ -20,7 +20,7 @@ import yaml
 
 from compressvit import __version__
 from compressvit.errors import UserError
-from compressvit.files import write_text
+from compressvit.files import disk_faults, write_text
 from compressvit.recipe import Recipe
 
 RESOLVED = "resolved.yaml"
@@ -71,7 +71,12 @@ class RunFolder:
     def _refuse_other_recipe(self, recipe: Recipe) -> None:
         if not (self.path / RESOLVED).is_file():
             raise UserError(f"--resume: there is no run in {self.path} (no {RESOLVED}); start it without --resume")
-        before = _flat(yaml.safe_load((self.path / RESOLVED).read_text(encoding="utf-8")))
+        try:
+            before = _flat(yaml.safe_load((self.path / RESOLVED).read_text(encoding="utf-8")))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"--resume: {self.path / RESOLVED} is damaged, so it does not say what the run was; start a new run with --output"
+            ) from error
         now = _flat(yaml.safe_load(recipe.to_yaml()))
         changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
         if changed:
@@ -83,9 +88,10 @@ class RunFolder:
 
     def open(self, recipe: Recipe, recipe_text: str, plan: dict[str, Any], command: list[str], *, overwrite: bool) -> None:
         """Make the folder and write what is known before the first step."""
-        if overwrite and self.path.is_dir():
-            shutil.rmtree(self.path)
-        self.path.mkdir(parents=True, exist_ok=True)
+        with disk_faults(self.path):
+            if overwrite and self.path.is_dir():
+                shutil.rmtree(self.path)
+            self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.path / "recipe.yaml", recipe_text)
         write_text(self.path / RESOLVED, recipe.to_yaml())
         write_text(self.path / "environment.json", json.dumps(environment(command), indent=2) + "\n")

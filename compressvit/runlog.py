@@ -32,12 +32,12 @@ class RunLog:
         self.folder = folder
         self._writer: Any = None
         self._bar: Progress | None = None
-        for handler in list(log.handlers):
-            log.removeHandler(handler)
-            handler.close()
+        _silence()
         log.setLevel(logging.INFO)
         log.propagate = False
-        log.addHandler(RichHandler(console=self.console, show_path=False, show_time=False, show_level=False, markup=False))
+        voice = RichHandler(console=self.console, show_path=False, show_time=False, show_level=False, markup=False)
+        voice.addFilter(lambda record: not getattr(record, "already_shown", False))
+        log.addHandler(voice)
         if folder is not None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -81,3 +81,11 @@ class RunLog:
         """Flush and close the files."""
         if self._writer is not None:
             self._writer.close()
+        _silence()
+
+
+def _silence() -> None:
+    for handler in list(log.handlers):
+        log.removeHandler(handler)
+        handler.close()
+    log.propagate = True

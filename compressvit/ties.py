@@ -72,6 +72,17 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+def count_at_paths(model: nn.Module, paths: Iterable[str]) -> dict[str, int]:
+    """Number of parameters under each path, a shared tensor at the first of the paths only."""
+    seen: set[int] = set()
+    counts = {}
+    for path in paths:
+        sizes = {id(p): p.numel() for p in model.get_submodule(path).parameters() if id(p) not in seen}
+        seen.update(sizes)
+        counts[path] = sum(sizes.values())
+    return counts
+
+
 def unique_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """The state dict without its aliases: parameters under their canonical names, and persistent buffers."""
     aliases = {name for group in tied_groups(model) for name in group[1:]}

@@ -127,7 +127,7 @@ def load_file(model: nn.Module, path: str | Path, where: str, *, new_head: bool 
 def copy_matching(student: nn.Module, teacher: nn.Module) -> list[str]:
     """Give a student that timm built with other arguments its teacher's values, name by name.
 
-    The class token may be gone: its row of the position embedding is then left out. Returns the names that were not copied.
+    Class, distillation and register tokens may be gone: their rows of the position embedding are then left out. Returns the names that were not copied.
 
     Raises:
         UserError: a tensor of the student has no counterpart of its shape in the teacher.
@@ -136,8 +136,9 @@ def copy_matching(student: nn.Module, teacher: nn.Module) -> list[str]:
     own = student.state_dict()
     if "pos_embed" in own and "pos_embed" in source and own["pos_embed"].shape != source["pos_embed"].shape:
         extra = source["pos_embed"].shape[1] - own["pos_embed"].shape[1]
-        if 0 < extra <= getattr(teacher, "num_prefix_tokens", 0):
-            source["pos_embed"] = source["pos_embed"][:, extra:]
+        kept = int("cls_token" in own)  # the class token comes first, then distillation and register tokens
+        if 0 < extra <= getattr(teacher, "num_prefix_tokens", 0) - kept:
+            source["pos_embed"] = torch.cat([source["pos_embed"][:, :kept], source["pos_embed"][:, kept + extra :]], dim=1)
     wrong = [n for n in own if n not in source or source[n].shape != own[n].shape]
     if wrong:
         raise UserError(
@@ -165,8 +166,9 @@ def _read(path: Path, where: str) -> dict[str, torch.Tensor]:
         return artifact.read_safetensors(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = "it holds code besides tensors" if "weights_only" in str(error).lower() else str(error).splitlines()[0]
+    except Exception as error:  # a damaged file makes the unpickler raise whatever it stumbles on: IndexError, struct.error, OSError, …
+        code = isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error).lower()
+        reason = "it holds code besides tensors" if code else (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{where}: {path} is not a file of plain tensors ({reason}). compressvit never runs code from a weights file; "
             "convert it to safetensors where you trust it"

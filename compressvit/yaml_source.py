@@ -48,8 +48,9 @@ def parse(text: str, name: str) -> Source:
     Raises:
         UserError: it is not YAML, or a key stands twice in a mapping.
     """
-    loader = _Loader(text)
+    loader = None
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         source = Source(name, None)
         if node is None:
@@ -61,8 +62,15 @@ def parse(text: str, name: str) -> Source:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise UserError(f"{name} is not YAML: {where}{getattr(error, 'problem', None) or error}") from error
+    except UserError:
+        raise
+    except RecursionError as error:
+        raise UserError(f"{name} is nested too deeply, or holds an alias of something around it") from error
+    except ValueError as error:  # 2020-13-45 is read as a date
+        raise UserError(f"{name} holds a value that YAML cannot build: {error}; put text in quotes") from error
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
 def _walk(node: yaml.Node, path: Path, source: Source) -> None:
@@ -98,6 +106,8 @@ def override(source: Source, assignments: list[str]) -> None:
             value = yaml.load(text, Loader=_Loader)  # noqa: S506  (_Loader is a SafeLoader)
         except yaml.YAMLError as error:
             raise UserError(f"override '{assignment}': its value is not YAML: {getattr(error, 'problem', error)}") from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"override '{assignment}': YAML cannot build its value: {error}; put text in quotes") from error
         _assign(source, parts, value, assignment)
 
 
@@ -108,7 +118,7 @@ def _assign(source: Source, parts: list[str], value: Any, assignment: str) -> No
         last = depth == len(parts) - 1
         step: str | int = part
         if isinstance(here, list):
-            if not part.isdigit() or int(part) >= len(here):
+            if not part.isdecimal() or int(part) >= len(here):
                 raise UserError(
                     f"override '{assignment}' goes into nothing: {_dotted(path)} is a list of {len(here)} "
                     f"(indices 0 to {len(here) - 1}), and '{part}' is not one of them"
@@ -123,8 +133,14 @@ def _assign(source: Source, parts: list[str], value: Any, assignment: str) -> No
             here[step] = value  # type: ignore[index]
         else:
             if isinstance(here, dict) and here.get(part) is None:
+                if part not in here:
+                    source.overridden[path] = assignment
                 here[part] = {}
             here = here[step]  # type: ignore[index]
+    # What stood below the value is gone, and the lines and overrides that spoke of it.
+    for places in (source.lines, source.overridden):
+        for inside in [p for p in places if p[: len(path)] == path]:
+            del places[inside]  # type: ignore[attr-defined]
     source.overridden[path] = assignment
 
 

@@ -188,7 +188,8 @@ def train(
                 left = len(loader) - batch_index // spec.accumulate * spec.accumulate
                 scaler.scale(loss / min(spec.accumulate, left)).backward()
                 batch_index += 1
-                meters.add(parts, logits, teacher_logits, labels if mixup is None else None)
+                scored = mixup is None and getattr(model, "num_classes", 0)  # pooled features are no scores
+                meters.add(parts, logits, teacher_logits, labels if scored else None)
                 if batch_index % spec.accumulate and batch_index < len(loader):
                     continue
 
@@ -208,11 +209,11 @@ def train(
                 advance(meters.text())
                 if steps % spec.log_every == 0 or steps == total_steps:
                     log.scalars(phase.name, "train", steps, {"epoch": epoch, **meters.last})
+                if steps >= total_steps:
+                    break
                 if stop.signum is not None:
                     checkpoint(False, opt.random_state())
                     raise Interrupted(stop.signum, phase.checkpoint)
-                if steps >= total_steps:
-                    break
 
             epoch, batch_index = epoch + 1, 0
             last = epoch >= spec.epochs or steps >= total_steps
@@ -224,6 +225,8 @@ def train(
                 log.scalars(phase.name, "evaluate", steps, {"epoch": epoch, **result})
                 log.say(f"{phase.name} {epoch}/{spec.epochs}  {meters.text(means=True)}  {_result_text(result)}")
             checkpoint(last)
+            if stop.signum is not None:  # during the last step or the evaluation
+                raise Interrupted(stop.signum, phase.checkpoint)
     student_taps.close()
     if teacher_taps:
         teacher_taps.close()

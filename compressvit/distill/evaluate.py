@@ -36,7 +36,8 @@ def evaluate(
 
     Returns:
         `images`, and in percent `top1` and `top5` (None without labels or classes), `loss` (cross-entropy, nats); with a teacher also
-        `agreement` (percent of images with the same first class) and `cosine` (mean cosine of the two outputs, when of one width).
+        `agreement` (percent of images with the same first class) and `cosine` (mean cosine of the two outputs); None when the outputs
+        differ in width.
 
     Raises:
         UserError: a label is not below the model's number of classes.
@@ -45,6 +46,7 @@ def evaluate(
     model.eval()
     classes = getattr(model, "num_classes", None)
     seen = 0
+    comparable = True
     sums = {"top1": 0.0, "top5": 0.0, "loss": 0.0, "agreement": 0.0, "cosine": 0.0}
     for batch_images, batch_targets in batches:
         counted = batch_targets >= (0 if labelled else -1)
@@ -65,9 +67,9 @@ def evaluate(
             sums["loss"] += F.cross_entropy(outputs, targets, reduction="sum").item()
         if teacher is not None:
             expected = teacher(teacher_input(images)).float()
-            if classes and expected.shape == outputs.shape:
+            comparable = expected.shape == outputs.shape
+            if comparable:
                 sums["agreement"] += (expected.argmax(1) == outputs.argmax(1)).sum().item()
-            if expected.shape == outputs.shape:
                 sums["cosine"] += F.cosine_similarity(outputs, expected, dim=1).sum().item()
     model.train(was_training)
     if seen == 0:
@@ -78,6 +80,6 @@ def evaluate(
     result["top5"] = 100 * sums["top5"] / seen if scored else None
     result["loss"] = sums["loss"] / seen if scored else None
     if teacher is not None:
-        result["agreement"] = 100 * sums["agreement"] / seen if classes else None
-        result["cosine"] = sums["cosine"] / seen
+        result["agreement"] = 100 * sums["agreement"] / seen if classes and comparable else None
+        result["cosine"] = sums["cosine"] / seen if comparable else None
     return result

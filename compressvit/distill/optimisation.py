@@ -26,9 +26,7 @@ def build_optimizer(model: nn.Module, spec: Training, batch_size: int, device: t
     Raises:
         UserError: timm has no optimiser of that name.
     """
-    known = timm.optim.list_optimizers()
-    if spec.optimizer not in known:
-        raise UserError(f"optimizer {spec.optimizer!r} is unknown to timm; {did_you_mean(spec.optimizer, known)}")
+    require_optimizer(spec)
     lr = spec.lr
     if spec.lr_reference_batch:
         lr *= batch_size * spec.accumulate / spec.lr_reference_batch
@@ -39,6 +37,13 @@ def build_optimizer(model: nn.Module, spec: Training, batch_size: int, device: t
     if device.type == "cuda" and spec.optimizer in ("adamw", "adam", "sgd"):
         kwargs["fused"] = True
     return timm.optim.create_optimizer_v2(model, opt=spec.optimizer, lr=lr, weight_decay=spec.weight_decay, **kwargs)
+
+
+def require_optimizer(spec: Training) -> None:
+    """Raise a `UserError` if timm has no optimiser of the name that `spec` gives."""
+    known = timm.optim.list_optimizers()
+    if spec.optimizer not in known:
+        raise UserError(f"optimizer {spec.optimizer!r} is unknown to timm; {did_you_mean(spec.optimizer, known)}")
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, spec: Training, steps_per_epoch: int) -> Scheduler:
@@ -59,7 +64,8 @@ def build_mixup(spec: Training, classes: int) -> Mixup | None:
     """timm's mixup/cutmix, or None when both are off."""
     if not (spec.mixup or spec.cutmix):
         return None
-    return Mixup(mixup_alpha=spec.mixup, cutmix_alpha=spec.cutmix, label_smoothing=spec.smoothing, num_classes=classes)
+    # A backbone without a classifier has no classes to mix; timm wants one.
+    return Mixup(mixup_alpha=spec.mixup, cutmix_alpha=spec.cutmix, label_smoothing=spec.smoothing, num_classes=max(1, classes))
 
 
 def build_average(model: nn.Module, decay: float | None) -> AveragedModel | None:

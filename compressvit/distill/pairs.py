@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from compressvit.backbone import BlockInfo, describe, family, model_name
+from compressvit.backbone import Backbone, BlockInfo, describe, model_name
 from compressvit.errors import UserError
 from compressvit.pipeline import compression_of
 
@@ -41,13 +41,12 @@ def match_layers(
     Raises:
         UserError: a given index does not exist, or a pair differs in stage, resolution, window or shift.
     """
-    kinds = family(student), family(teacher)
-    if kinds[0] != kinds[1] or kinds[0] is None:
+    ours, theirs = _blocks(student), _blocks(teacher)
+    if ours is None or theirs is None or ours.family != theirs.family:
         reason = f"{model_name(student)} and {model_name(teacher)} are of different architectures"
         if layers == "matched":
             return [], f"{reason}: no layer pairs, only the prediction is distilled"
         raise UserError(f"distill.layers gives pairs, but {reason}; remove it to distil the prediction alone")
-    ours, theirs = describe(student), describe(teacher)
     skip = (0, 0)
     if ours.num_prefix_tokens != theirs.num_prefix_tokens:
         skip = (ours.num_prefix_tokens, theirs.num_prefix_tokens)
@@ -77,6 +76,14 @@ def match_layers(
     if skip != (0, 0):
         how += "; prefix tokens are left out, because the student has {} and the teacher {}".format(*skip)
     return pairs, how
+
+
+def _blocks(model: nn.Module) -> Backbone | None:
+    """The blocks of a model; None for one whose blocks compressvit does not know. Its prediction can still be distilled."""
+    try:
+        return describe(model)
+    except UserError:
+        return None
 
 
 def _group_ends(student: nn.Module, backbone) -> list[int]:

@@ -47,6 +47,11 @@ class Training(Spec):
     evaluate_every: int = Field(1, ge=1, description="Epochs between two evaluations.")
     log_every: int = Field(10, ge=1, description="Optimiser steps between two lines of the log.")
 
+    @property
+    def needs_labels(self) -> bool:
+        """Whether the phase learns from the ground truth."""
+        return True
+
 
 class Finetune(Training):
     """Train with the ground truth alone; also how a teacher is trained from scratch."""
@@ -120,6 +125,10 @@ class Distill(Training):
         "'matched': the last block of every share group (of every stage, where nothing is shared), with the teacher's block "
         "of the same index; needs teacher and student of the same depths.",
     )
+
+    @property
+    def needs_labels(self) -> bool:
+        return self.losses.labels.weight > 0
 
     @field_validator("losses")
     @classmethod

@@ -32,6 +32,8 @@ class Taps:
         for path, io in taps:
             if path not in known:
                 raise UserError(f"tap '{path}' is no module of {type(model).__name__}; {did_you_mean(path, known)}")
+            if io not in ("input", "output"):
+                raise UserError(f"tap '{path}' asks for the {io!r} of the module; it has an 'input' and an 'output'")
             wanted.setdefault(path, set()).add(io)
         self._manager = ForwardHookManager(device)
         for path, ios in wanted.items():

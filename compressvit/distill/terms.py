@@ -181,9 +181,24 @@ def _torchdistill(spec) -> Term:
     student_taps, teacher_taps = _named_taps(spec.kwargs)
 
     def function(batch: Batch):
-        return module(batch.student_taps, batch.teacher_taps, batch.targets), {}
+        try:
+            return module(batch.student_taps, batch.teacher_taps, batch.targets), {}
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            shapes = [
+                f"{whose} {path} {_shape(value)}"
+                for whose, side in (("student", batch.student_taps), ("teacher", batch.teacher_taps))
+                for path, _ in dict.fromkeys(student_taps if whose == "student" else teacher_taps)
+                for value in side.get(path, {}).values()
+            ]
+            raise UserError(
+                f"torchdistill's {spec.loss} failed on its taps ({', '.join(shapes) or 'it names none'}): {type(error).__name__}: {error}"
+            ) from error
 
     return Term(f"torchdistill/{spec.loss}", spec.weight, function, tuple(student_taps), tuple(teacher_taps))
+
+
+def _shape(value: Any) -> str:
+    return str(tuple(value.shape)) if isinstance(value, torch.Tensor) else type(value).__name__
 
 
 def _named_taps(kwargs: Any, whose: str | None = None) -> tuple[list[Tap], list[Tap]]:

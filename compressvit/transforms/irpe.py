@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from compressvit import surgery
+from compressvit import surgery, ties
 from compressvit.backbone import describe, model_name
 from compressvit.errors import UserError
 from compressvit.layers.attention import EXPLICIT_ATTENTION
@@ -40,11 +40,14 @@ def bucket_ids(height: int, width: int, num_prefix_tokens: int, ratio: float) ->
     """(N, N) int64 table of buckets, N = prefix + height·width. A pair with a prefix token has the extra last bucket."""
     reach = int(2 * ratio)
     side = 2 * reach + 1
-    rows = torch.tensor([[piecewise_index(i - j, ratio) for j in range(height)] for i in range(height)]) + reach
-    cols = torch.tensor([[piecewise_index(i - j, ratio) for j in range(width)] for i in range(width)]) + reach
+    # On the CPU by name: a table made under torch.device("meta") would stay in the cache, without values.
+    rows, cols = (
+        torch.tensor([[piecewise_index(i - j, ratio) for j in range(n)] for i in range(n)], device="cpu") + reach
+        for n in (height, width)
+    )
     grid = rows[:, None, :, None] * side + cols[None, :, None, :]
     grid = grid.reshape(height * width, height * width)
-    ids = torch.full((num_prefix_tokens + height * width,) * 2, side * side)
+    ids = torch.full((num_prefix_tokens + height * width,) * 2, side * side, device="cpu")
     ids[num_prefix_tokens:, num_prefix_tokens:] = grid
     return ids
 
@@ -65,8 +68,12 @@ class ContextualKeyPosition(nn.Module):
         super().__init__()
         buckets = (2 * int(2 * ratio) + 1) ** 2 + (num_prefix_tokens > 0)
         self.table = nn.Parameter(torch.zeros(head_width, buckets, device=device, dtype=dtype))
-        ids = bucket_ids(*grid, num_prefix_tokens, ratio)
-        self.register_buffer("bucket_ids", ids.to(device) if device is not None else ids.clone(), persistent=False)
+        self.bucketing = (*grid, num_prefix_tokens, ratio)
+        self.register_buffer("bucket_ids", bucket_ids(*self.bucketing).to(self.table.device), persistent=False)
+
+    def init_non_persistent_buffers(self) -> None:
+        """timm's convention: fill the buffers that no checkpoint holds, after `to_empty()`."""
+        self.bucket_ids = bucket_ids(*self.bucketing).to(self.table.device)
 
     def forward(self, q: torch.Tensor) -> torch.Tensor:
         if q.shape[-2] != self.bucket_ids.shape[0]:
@@ -86,11 +93,12 @@ class IRPEPlan(Plan):
     def apply(self, model: nn.Module) -> list[LedgerEntry]:
         backbone = describe(model)
         infos = {info.path: info for info in backbone.blocks}
+        paths = [f"{path}.attn" for path in self.blocks]
+        before = ties.count_at_paths(model, paths)
         ledger = []
         for path in self.blocks:
             attention = surgery.specialise(model, f"{path}.attn", EXPLICIT_ATTENTION[backbone.family])
             weight = attention.qkv.weight
-            before = sum(p.numel() for p in attention.parameters())
             position = ContextualKeyPosition(
                 attention.head_dim,
                 infos[path].resolution,
@@ -101,7 +109,8 @@ class IRPEPlan(Plan):
             )
             surgery.fill_slot(model, f"{path}.attn", "rpe_k", position)
             change = f"+ iRPE table {tuple(position.table.shape)}"
-            ledger.append(LedgerEntry(f"{path}.attn", change, before, before + position.table.numel()))
+            count = before[f"{path}.attn"]
+            ledger.append(LedgerEntry(f"{path}.attn", change, count, count + position.table.numel()))
         return ledger
 
     @torch.no_grad()
@@ -133,4 +142,9 @@ class IRPE(Transform):
         for path in paths:
             if getattr(model.get_submodule(path).attn, "rpe_k", None) is not None:
                 raise UserError(f"irpe is applied twice: {path}.attn has a table already; remove one of the two steps")
+        if getattr(getattr(model, "patch_drop", None), "prob", 0):
+            raise UserError(
+                "irpe needs every token at its place on the grid, but the model drops patches in training; "
+                "build it with patch_drop_rate=0"
+            )
         return IRPEPlan(ratio=self.ratio, blocks=paths)

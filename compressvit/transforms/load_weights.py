@@ -7,6 +7,7 @@ the token grid or the window differs, as timm does it.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -20,6 +21,7 @@ from compressvit.transforms.base import LedgerEntry, Plan, Transform, transform
 class LoadWeightsPlan(Plan):
     """A resolved `LoadWeights`."""
 
+    loads_values: ClassVar[bool] = True
     artifact: str
 
     def apply(self, model: nn.Module) -> list[LedgerEntry]:

@@ -39,18 +39,19 @@ class MultiplexPlan(Plan):
     def apply(self, model: nn.Module) -> list[LedgerEntry]:
         backbone = describe(model)
         infos = {info.path: info for info in backbone.blocks}
-        before = {path: _own_parameters(model, path) for group in self.groups for path in group}
+        paths = [path for group in self.groups for path in group]
+        before = ties.count_at_paths(model, paths)
         ties.tie(model, [names for group in self.groups for names in _shared_names(model, group)])
-        ledger = []
+        what = {}
         for group in self.groups:
             for path in group:
                 changes = [f"shares attention and MLP with {group[0]}"] if path != group[0] else []
                 if path == group[0] and len(group) > 1:
                     changes.append(f"owns attention and MLP of {len(group)} blocks")
                 changes += self._add_private(model, infos[path], backbone)
-                after = _own_parameters(model, path, shared_elsewhere=path != group[0])
-                ledger.append(LedgerEntry(path, "; ".join(changes) or "unchanged", before[path], after))
-        return ledger
+                what[path] = "; ".join(changes) or "unchanged"
+        after = ties.count_at_paths(model, paths)
+        return [LedgerEntry(path, what[path], before[path], after[path]) for path in paths]
 
     def _add_private(self, model: nn.Module, info, backbone: Backbone) -> list[str]:
         changes = []
@@ -83,7 +84,8 @@ class MultiplexPlan(Plan):
             student.init_weights()
         elif self.init == "mean":
             for group in self.groups:
-                for names in _shared_names(source, group):
+                # A block on its own keeps its values; they may be those of an earlier step's group, which are not `source`'s.
+                for names in _shared_names(source, group) if len(group) > 1 else ():
                     # float64: the mean of equal tensors is then that tensor, to the bit
                     mean = torch.stack([source.get_parameter(n).double() for n in names]).mean(dim=0)
                     student.get_parameter(names[0]).copy_(mean)
@@ -201,13 +203,3 @@ def _shared_names(model: nn.Module, group: tuple[str, ...]) -> list[list[str]]:
         if f"{group[0]}.{part}.{name}" not in added
     ]
     return [[f"{path}.{tail}" for path in group] for tail in tails]
-
-
-def _own_parameters(model: nn.Module, path: str, shared_elsewhere: bool = False) -> int:
-    """Parameters under a path; of a block that shares with an earlier one, only those that are its own."""
-    added = surgery.added_parameters(model)
-    total = 0
-    for name, parameter in model.get_submodule(path).named_parameters():
-        is_shared = name.startswith(("attn.", "mlp.")) and f"{path}.{name}" not in added
-        total += 0 if shared_elsewhere and is_shared else parameter.numel()
-    return total
