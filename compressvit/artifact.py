@@ -66,6 +66,8 @@ def save(model: nn.Module, path: str | Path, *, input_config: dict[str, Any] | N
         UserError: a tie is broken, the model was not built by timm, or `path` holds something that is not an artifact.
     """
     path = Path(path)
+    if path.is_symlink():  # what it points to is replaced, not the link
+        path = path.resolve()
     manifest = _manifest(model, input_config)
     if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or (path / MANIFEST).is_file())):
         raise UserError(f"{path} exists and is not a compressvit artifact; choose another folder")
@@ -220,7 +222,7 @@ def _manifest(model: nn.Module, input_config: dict[str, Any] | None) -> Manifest
         architecture=config["architecture"],
         args=args,
         num_classes=model.num_classes,
-        dtype=dtypes.pop(),
+        dtype=dtypes.pop(),  # type: ignore[arg-type]
         parameters=ties.count_parameters(model),
         transforms=[
             StepRecord(transform=plan.transform, plan=plan.model_dump(mode="json")) for plan in compression.plans

@@ -14,8 +14,9 @@ from compressvit import surgery, ties
 from compressvit.backbone import describe, family
 from compressvit.cost import Cost, cost, saved_bytes
 from compressvit.data import Data, InputConfig, input_config, known_classes
+from compressvit.distill import optimisation as opt
 from compressvit.distill.pairs import match_layers
-from compressvit.distill.spec import Distill, Training
+from compressvit.distill.spec import Distill, Finetune, Training
 from compressvit.distill.taps import Taps
 from compressvit.distill.terms import Batch, Term, build_terms
 from compressvit.errors import UserError
@@ -70,15 +71,19 @@ class RecipePlan:
         return content
 
 
-def plan_recipe(recipe: Recipe, name: str = "recipe") -> RecipePlan:
+def plan_recipe(recipe: Recipe, name: str = "recipe", *, classes: int | None = None) -> RecipePlan:
     """Plan a recipe without weights, data or training.
 
     Conflicts between steps are collected in the result; a step that cannot be applied is left out of what follows.
 
+    Args:
+        recipe: what to plan; `name` is what messages call it.
+        classes: of the opened data set, where the recipe's data does not tell.
+
     Raises:
         UserError: timm cannot build the teacher or the student at all.
     """
-    teacher = build_teacher(recipe, device="meta")
+    teacher = build_teacher(recipe, classes=classes, device="meta")
     student = build_student(recipe, teacher, meta=True)
     teacher_input = input_config(teacher, recipe.data)
     size = input_config(student, recipe.data)
@@ -86,8 +91,13 @@ def plan_recipe(recipe: Recipe, name: str = "recipe") -> RecipePlan:
     notes: list[str] = _data_notes(recipe, teacher)
     steps: list[StepPlan] = []
     if trains_teacher(recipe):
-        how = recipe.teacher.finetune
-        steps.append(StepPlan("teacher.finetune", _phase_summary(how, recipe.data) if how else "train the teacher with defaults"))
+        how = recipe.teacher.finetune or Finetune()
+        try:
+            _refuse_phase(how, teacher, recipe.data)
+        except UserError as error:
+            conflicts.append(f"teacher.finetune: {error}")
+        text = _phase_summary(how, recipe.data)
+        steps.append(StepPlan("teacher.finetune", text if recipe.teacher.finetune else f"{text} (defaults)"))
     for index, step in enumerate(recipe.steps):
         where = f"steps[{index}].{step.name}"
         try:
@@ -138,17 +148,29 @@ def _plan_phase(
     size: InputConfig,
     teacher_size: InputConfig,
 ) -> StepPlan:
+    _refuse_phase(spec, student, data)
     step = StepPlan(where, _phase_summary(spec, data))
     if isinstance(spec, Distill):
         pairs, step.layers_rule = match_layers(student, teacher, spec.layers)
         step.layers = [(p.student.index, p.teacher.index) for p in pairs]
         terms = build_terms(spec.losses, pairs, classes=student.num_classes, smoothing=spec.smoothing)
         step.loss_bytes = loss_bytes(student, teacher, terms, data.batch_size, size, teacher_size)
-    elif not student.num_classes:
+    return step
+
+
+def _refuse_phase(spec: Training, model: nn.Module, data: Data) -> None:
+    """Raise a `UserError` for what would only be found out when the phase begins, possibly after hours."""
+    opt.require_optimizer(spec)
+    if spec.drop_path is not None:
+        describe(model)
+    if (spec.mixup or spec.cutmix) and data.batch_size < 2:
+        raise UserError("mixup and cutmix mix the images of a batch in pairs; give data.batch_size of at least 2, or set both to 0")
+    if isinstance(spec, Finetune) and not model.num_classes:
         raise UserError(
             "finetune learns from labels, but the model has no classifier (num_classes=0); distil it with losses.feature instead"
         )
-    return step
+    if spec.needs_labels and data.name == "images":
+        raise UserError("the phase learns from labels, but the images of data 'images' have none; distil with losses.labels.weight=0")
 
 
 def loss_bytes(
@@ -158,7 +180,7 @@ def loss_bytes(
 
     Measured on the meta device, by running the terms and adding up what autograd saves.
     """
-    models, device = [surgery.skeleton(m).train() for m in (student, teacher)], torch.device("meta")
+    models, device = [surgery.skeleton(student).train(), surgery.skeleton(teacher).eval()], torch.device("meta")
     taps = [Taps(m, [t for term in terms for t in side(term)], device) for m, side in zip(models, _SIDES, strict=True)]
     images = [torch.empty(batch, c.channels, c.height, c.width, device=device) for c in (size, teacher_size)]
     student_logits = models[0](images[0])

@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import nn
 
 from compressvit import artifact, cost
-from compressvit.data import Datasets, InputConfig, eval_loader, input_config, open_data, renormalise, train_loader
+from compressvit.data import Datasets, InputConfig, eval_loader, input_config, known_classes, open_data, renormalise, train_loader
 from compressvit.distill import optimisation as opt
 from compressvit.distill.engine import Phase, Teacher, train
 from compressvit.distill.evaluate import evaluate
@@ -72,9 +72,11 @@ def apply(
         if isinstance(step.spec, Transform):
             step.spec.require_inputs()
     datasets = open_data(recipe.data)
+    _refuse_labels(recipe, datasets)
+    if known_classes(recipe.data) is None and datasets.num_classes:
+        plan = plan_recipe(recipe, name, classes=datasets.num_classes)
     opt.seed_everything(recipe.seed)
     teacher = build_teacher(recipe, classes=datasets.num_classes)
-    _refuse_labels(teacher, datasets)
     taught = resume and folder.teacher.is_dir()
     if taught:
         teacher = artifact.load(folder.teacher)
@@ -88,6 +90,7 @@ def apply(
         run = _Run(recipe, folder, datasets, where, voice)
         if trains_teacher(recipe) and not taught:
             run.train_teacher(teacher)
+            teacher = artifact.load(folder.teacher)  # as a resumed run does: its training left marks on it, such as drop path
         results = run.finish(teacher.to(where).eval(), run.make_student(teacher), plan)
     except UserError as error:
         log.error("%s", error, extra={"already_shown": True})
@@ -113,21 +116,32 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def _refuse_labels(teacher: nn.Module, datasets: Datasets) -> None:
-    have, classes = datasets.num_classes, getattr(teacher, "num_classes", 0)
-    if not (have and classes and datasets.labeled):
+def _refuse_labels(recipe: Recipe, datasets: Datasets) -> None:
+    """Labels that are missing or that a head cannot tell apart, before anything is trained."""
+    if not datasets.labeled:
+        phases = {"teacher.finetune": recipe.teacher.finetune or Finetune()} if trains_teacher(recipe) else {}
+        phases |= {f"steps[{i}].{s.name}": s.spec for i, s in enumerate(recipe.steps) if isinstance(s.spec, Training)}
+        for name, spec in phases.items():
+            if spec.needs_labels:
+                raise UserError(f"{name} learns from labels, but the images of data '{recipe.data.name}' have none")
         return
-    if have > classes:
-        raise UserError(
-            f"the data has {have} classes, and the teacher's head tells only {classes} apart; "
-            f"set teacher.num_classes={have} and train the head with teacher.finetune"
-        )
-    if have < classes:
+    have = datasets.num_classes
+    teacher = build_teacher(recipe, classes=have, device="meta")
+    student = build_student(recipe, teacher, meta=True)
+    for whose, model in (("teacher", teacher), ("student", student)):
+        classes = getattr(model, "num_classes", 0)
+        if have and classes and have > classes:
+            advice = " and train the head with teacher.finetune" if whose == "teacher" else ", or give student.args no num_classes"
+            where = "teacher.num_classes" if whose == "teacher" else "student.args.num_classes"
+            raise UserError(
+                f"the data has {have} classes, and the {whose}'s head tells only {classes} apart; set {where}={have}{advice}"
+            )
+    if have and teacher.num_classes and have < teacher.num_classes:
         log.warning(
             "the data has %d classes and the teacher's head %d: accuracy below means nothing unless class 0, 1, … are the same; "
             "agreement with the teacher does",
             have,
-            classes,
+            teacher.num_classes,
         )
 
 
@@ -190,8 +204,6 @@ class _Run:
             guide = Teacher(teacher, lambda images: renormalise(images, config, theirs))
         else:
             terms = [labels_term(1.0, spec.smoothing)]
-        if any(t.name == "labels" for t in terms) and not self.datasets.labeled:
-            raise UserError(f"{phase.name} learns from labels, but the images of data '{self.recipe.data.name}' have none")
         model.to(self.device)
         train(
             model,
@@ -311,5 +323,6 @@ def results_table(results: dict[str, Any], title: str) -> Table:
     row("top-5", "top5", lambda v: f"{v:.2f} %")
     if student.get("agreement") is not None:
         table.add_row("same first class as the teacher", "", f"{student['agreement']:.2f} %", "")
-    table.add_row("cosine of the outputs", "", f"{student['cosine']:.4f}", "")
+    if student.get("cosine") is not None:
+        table.add_row("cosine of the outputs", "", f"{student['cosine']:.4f}", "")
     return table

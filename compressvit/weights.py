@@ -127,7 +127,8 @@ def load_file(model: nn.Module, path: str | Path, where: str, *, new_head: bool 
 def copy_matching(student: nn.Module, teacher: nn.Module) -> list[str]:
     """Give a student that timm built with other arguments its teacher's values, name by name.
 
-    Class, distillation and register tokens may be gone: their rows of the position embedding are then left out. Returns the names that were not copied.
+    Class, distillation and register tokens may be gone: their rows of the position embedding are then left out. Returns the
+    names that were not copied.
 
     Raises:
         UserError: a tensor of the student has no counterpart of its shape in the teacher.
@@ -138,7 +139,8 @@ def copy_matching(student: nn.Module, teacher: nn.Module) -> list[str]:
         extra = source["pos_embed"].shape[1] - own["pos_embed"].shape[1]
         kept = int("cls_token" in own)  # the class token comes first, then distillation and register tokens
         if 0 < extra <= getattr(teacher, "num_prefix_tokens", 0) - kept:
-            source["pos_embed"] = torch.cat([source["pos_embed"][:, :kept], source["pos_embed"][:, kept + extra :]], dim=1)
+            rows = source["pos_embed"]
+            source["pos_embed"] = torch.cat([rows[:, :kept], rows[:, kept + extra :]], dim=1)
     wrong = [n for n in own if n not in source or source[n].shape != own[n].shape]
     if wrong:
         raise UserError(
@@ -166,7 +168,7 @@ def _read(path: Path, where: str) -> dict[str, torch.Tensor]:
         return artifact.read_safetensors(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file makes the unpickler raise whatever it stumbles on: IndexError, struct.error, OSError, …
+    except Exception as error:  # on a damaged file: IndexError, struct.error, OSError, whatever the unpickler stumbles on
         code = isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error).lower()
         reason = "it holds code besides tensors" if code else (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(

@@ -1,0 +1,55 @@
+"""Cut photographs into square crops, so that a few large files become a small set of unlabeled images.
+
+    python benchmarks/crop_photographs.py --output crops --size 320 --per-image 8 /usr/share/backgrounds /usr/share/wallpapers
+
+A file whose crops vary little (a gradient, a logo on one colour) is left out: its pixels' standard deviation is below `--contrast`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+
+def main() -> None:
+    """Write the crops and say how many there are."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--size", type=int, default=320, help="side of a crop in pixels, after the image is scaled")
+    parser.add_argument("--per-image", type=int, default=8)
+    parser.add_argument("--contrast", type=float, default=25.0, help="smallest standard deviation of a crop, of 255")
+    arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    chance = random.Random(0)
+    files = sorted(p for f in arguments.folders for p in f.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))
+    seen: set[str] = set()
+    count = 0
+    for file in files:
+        try:
+            image = Image.open(file).convert("RGB")
+        except (OSError, UnidentifiedImageError, Image.DecompressionBombError):
+            continue
+        if min(image.size) < arguments.size:
+            continue
+        signature = image.resize((16, 16)).tobytes().hex()
+        if signature in seen:  # the same picture in another size
+            continue
+        seen.add(signature)
+        for index in range(arguments.per_image):
+            side = chance.randint(min(arguments.size, min(image.size)), min(image.size))
+            left, top = chance.randint(0, image.width - side), chance.randint(0, image.height - side)
+            crop = image.crop((left, top, left + side, top + side)).resize((arguments.size, arguments.size))
+            if np.asarray(crop).std() < arguments.contrast:
+                continue
+            crop.save(arguments.output / f"{len(seen):04d}_{file.stem}_{index}.jpg", quality=92)
+            count += 1
+    print(f"{count} crops of {len(seen)} pictures in {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()
