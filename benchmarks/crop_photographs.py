@@ -1,5 +1,7 @@
 """Cut photographs into square crops, so that a few large files become a small set of unlabeled images.
 
+Every crop of a picture goes to the same split: every `--hold-out`-th picture to val/, the others to train/.
+
     python benchmarks/crop_photographs.py --output crops --size 320 --per-image 8 /usr/share/backgrounds /usr/share/wallpapers
 
 A file whose crops vary little (a gradient, a logo on one colour) is left out: its pixels' standard deviation is below `--contrast`.
@@ -22,9 +24,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--size", type=int, default=320, help="side of a crop in pixels, after the image is scaled")
     parser.add_argument("--per-image", type=int, default=8)
+    parser.add_argument("--hold-out", type=int, default=8, help="every so many pictures, one is held out")
     parser.add_argument("--contrast", type=float, default=25.0, help="smallest standard deviation of a crop, of 255")
     arguments = parser.parse_args()
-    arguments.output.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "val"):
+        (arguments.output / split).mkdir(parents=True, exist_ok=True)
     chance = random.Random(0)
     files = sorted(p for f in arguments.folders for p in f.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))
     seen: set[str] = set()
@@ -46,7 +50,8 @@ def main() -> None:
             crop = image.crop((left, top, left + side, top + side)).resize((arguments.size, arguments.size))
             if np.asarray(crop).std() < arguments.contrast:
                 continue
-            crop.save(arguments.output / f"{len(seen):04d}_{file.stem}_{index}.jpg", quality=92)
+            split = "val" if len(seen) % arguments.hold_out == 0 else "train"
+            crop.save(arguments.output / split / f"{len(seen):04d}_{file.stem}_{index}.jpg", quality=92)
             count += 1
     print(f"{count} crops of {len(seen)} pictures in {arguments.output}")
 

@@ -104,7 +104,7 @@ class ExplicitWindowAttention(WindowAttention):
             windows = mask.shape[0]
             logits = rearrange(logits, "(b w) h n m -> b w h n m", w=windows) + mask[:, None]
             logits = rearrange(logits, "b w h n m -> (b w) h n m")
-        probabilities = logits.softmax(dim=-1)
+        probabilities = self.softmax(logits)
         if self.prob_mix is not None:
             probabilities = self.prob_mix(probabilities)
         x_out = rearrange(self.attn_drop(probabilities) @ v, "b h n d -> b n (h d)")
