@@ -30,7 +30,9 @@ def main() -> None:
     for split in ("train", "val"):
         (arguments.output / split).mkdir(parents=True, exist_ok=True)
     chance = random.Random(0)
-    files = sorted(p for f in arguments.folders for p in f.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))
+    files = sorted(
+        p for f in arguments.folders for p in f.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp")
+    )
     seen: set[str] = set()
     count = 0
     for file in files:

@@ -47,7 +47,15 @@ def run(text: str, name: str, output: Path, console: Console) -> dict:
     results, clock = output / "results.json", output / "seconds.json"
     if not results.is_file():
         started = time.time()
-        apply(parse_recipe(text, name), name=name, recipe_text=text, output=output, command=sys.argv, overwrite=True, console=console)
+        apply(
+            parse_recipe(text, name),
+            name=name,
+            recipe_text=text,
+            output=output,
+            command=sys.argv,
+            overwrite=True,
+            console=console,
+        )
         clock.write_text(json.dumps(time.time() - started))
     return {**json.loads(results.read_text()), "seconds": json.loads(clock.read_text())}
 
@@ -95,7 +103,9 @@ def main() -> None:
         each = ", ".join(f"{s:.2f}" for s in scores)
         seconds = statistics.mean(r["seconds"] for r in results)
         parameters = results[0]["student"]["parameters"]
-        print(f"| {share} | {start} | {component} | {parameters:,} | {statistics.mean(scores):.2f} ({each}) | {seconds:.0f} |")
+        print(
+            f"| {share} | {start} | {component} | {parameters:,} | {statistics.mean(scores):.2f} ({each}) | {seconds:.0f} |"
+        )
 
 
 if __name__ == "__main__":

@@ -112,7 +112,9 @@ def load(path: str | Path) -> nn.Module:
     model.to(getattr(torch, manifest.dtype))
     declared = sorted(sorted(group) for group in manifest.ties)
     if sorted(sorted(group) for group in ties.tied_groups(model)) != declared:
-        raise UserError(f"{path / MANIFEST}: its ties are not those of its transforms; the manifest was edited or is of another version")
+        raise UserError(
+            f"{path / MANIFEST}: its ties are not those of its transforms; the manifest was edited or is of another version"
+        )
     tensors = read_tensors(path)
     expected = ties.unique_state(model)
     missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
@@ -125,7 +127,8 @@ def load(path: str | Path) -> nn.Module:
         )
     model.load_state_dict(tensors, strict=False)
     ties.check(model, manifest.ties)
-    model.pretrained_cfg = {**model.pretrained_cfg, **_pretrained_config(manifest.input)}
+    config: Any = model.pretrained_cfg
+    model.pretrained_cfg = {**config, **_pretrained_config(manifest.input)}
     return model.eval()
 
 
@@ -160,7 +163,9 @@ def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
     """
     file = Path(path) / TENSORS
     if not file.is_file():
-        raise UserError(f"{path} has no {TENSORS}: the artifact is incomplete; `compressvit apply … --resume` writes it again")
+        raise UserError(
+            f"{path} has no {TENSORS}: the artifact is incomplete; `compressvit apply … --resume` writes it again"
+        )
     return read_safetensors(file)
 
 
@@ -180,7 +185,13 @@ def file_bytes(model: nn.Module) -> int:
     """
     header: dict[str, Any] = {}
     offset = 0
-    names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64", torch.int64: "I64"}
+    names = {
+        torch.float32: "F32",
+        torch.float16: "F16",
+        torch.bfloat16: "BF16",
+        torch.float64: "F64",
+        torch.int64: "I64",
+    }
     state = ties.unique_state(model)
     # The writer orders tensors by falling element size, then by name; only the digits of the offsets depend on it.
     for name, tensor in sorted(state.items(), key=lambda item: (-item[1].element_size(), item[0])):
@@ -215,7 +226,9 @@ def _manifest(model: nn.Module, input_config: dict[str, Any] | None) -> Manifest
     data = input_config or timm.data.resolve_model_data_config(model)
     dtypes = {str(p.dtype).removeprefix("torch.") for p in model.parameters()}
     if len(dtypes) != 1:
-        raise UserError(f"the model mixes precisions {sorted(dtypes)}; convert it to one with model.to(dtype) before saving")
+        raise UserError(
+            f"the model mixes precisions {sorted(dtypes)}; convert it to one with model.to(dtype) before saving"
+        )
     return Manifest(
         format=FORMAT,
         compressvit=__version__,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,15 +31,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest:
         arguments.overrides += rest
     try:
-        return arguments.run(arguments)
+        code = arguments.run(arguments)
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(f"compressvit: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("compressvit: stopped", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `| head` closed our output
-        sys.stderr.close()
+    except BrokenPipeError:  # `| head` closed our output; what Python still holds back goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
 
@@ -61,7 +64,10 @@ def _parser() -> argparse.ArgumentParser:
     def recipe_arguments(to: argparse.ArgumentParser) -> None:
         to.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name, or the path of a YAML file")
         to.add_argument(
-            "overrides", metavar="key=value", nargs="*", help="changes to it, e.g. data.root=FOLDER steps.0.multiplex.share=6"
+            "overrides",
+            metavar="key=value",
+            nargs="*",
+            help="changes to it, e.g. data.root=FOLDER steps.0.multiplex.share=6",
         )
 
     apply = verb("apply", _apply, "run a recipe: compress, distil, evaluate, and write a run folder")
@@ -76,11 +82,15 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="print it as JSON, for programs")
 
     validate = verb("validate", _validate, "check recipes against the schema and list every fault")
-    validate.add_argument("recipes", metavar="RECIPE", nargs="+", help="a shipped recipe's name, or the path of a YAML file")
+    validate.add_argument(
+        "recipes", metavar="RECIPE", nargs="+", help="a shipped recipe's name, or the path of a YAML file"
+    )
 
     evaluate = verb("evaluate", _evaluate, "evaluate the student of a run folder, or an artifact")
     evaluate.add_argument("path", metavar="PATH", help="a run folder, or an artifact (a folder with compressvit.json)")
-    evaluate.add_argument("overrides", metavar="key=value", nargs="*", help="of the data, e.g. data.name=digits data.root=FOLDER")
+    evaluate.add_argument(
+        "overrides", metavar="key=value", nargs="*", help="of the data, e.g. data.name=digits data.root=FOLDER"
+    )
     evaluate.add_argument("--device", default="auto", help="cpu, cuda, … (default: the best there is)")
     evaluate.add_argument("--json", action="store_true", help="print it as JSON, for programs")
 

@@ -48,7 +48,10 @@ def macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
     This is the convention of the Swin and MiniViT figures; softmax, GELU and additions are not counted.
     """
     empty = surgery.skeleton(model).eval()
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.native_layer_norm: _layer_norm_flops}) as counter, torch.no_grad():
+    with (
+        FlopCounterMode(display=False, custom_mapping={torch.ops.aten.native_layer_norm: _layer_norm_flops}) as counter,
+        torch.no_grad(),
+    ):
         empty(torch.empty(1, *input_size, device="meta", dtype=next(empty.parameters()).dtype))
     return counter.get_total_flops() // 2
 
@@ -59,30 +62,36 @@ def _layer_norm_flops(shape, *args, out_shape=None, **kwargs) -> int:
 
 @torch.inference_mode()
 def latency(
-    models: Sequence[nn.Module], input_size: tuple[int, int, int], *, device: torch.device, batch: int = 1, rounds: int = 30
+    models: Sequence[nn.Module],
+    input_sizes: Sequence[tuple[int, int, int]],
+    *,
+    device: torch.device,
+    rounds: int = 30,
+    seconds: float = 20.0,
 ) -> list[float]:
-    """Median milliseconds per batch of each model, measured in turns, so that a busy machine is unfair to none.
+    """Median milliseconds for one image of each model, measured in turns, so that a busy machine is unfair to none.
 
     Args:
         models: on `device`; they are put into eval mode.
-        input_size: (C, H, W).
-        batch: images at once.
-        rounds: measurements of each model, after 3 that do not count.
+        input_sizes: (C, H, W) of each model's image.
+        rounds: measurements of each model, after one that does not count.
+        seconds: stop early after so long, with at least 3 rounds.
     """
-    images = torch.randn(batch, *input_size, device=device)
+    images = [torch.randn(1, *size, device=device) for size in input_sizes]
 
-    def once(model: nn.Module) -> float:
+    def once(model: nn.Module, image: torch.Tensor) -> float:
         start = time.perf_counter()
-        model(images)
+        model(image)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return 1000 * (time.perf_counter() - start)
 
-    for model in models:
-        model.eval()
-        for _ in range(3):
-            once(model)
-    times = [[once(model) for model in models] for _ in range(rounds)]
+    for model, image in zip(models, images, strict=True):
+        once(model.eval(), image)
+    times: list[list[float]] = []
+    end = time.perf_counter() + seconds
+    while len(times) < rounds and (len(times) < 3 or time.perf_counter() < end):
+        times.append([once(model, image) for model, image in zip(models, images, strict=True)])
     return [statistics.median(column) for column in zip(*times, strict=True)]
 
 

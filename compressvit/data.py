@@ -158,7 +158,10 @@ class Data(Spec):
     )
     interpolation: Interpolation | None = Field(default=None, description="Evaluation: resampling; none = the model's.")
     val_fraction: float = Field(
-        default=0.1, gt=0, le=0.5, description="images without train/ and val/: every 1/val_fraction-th file is held out."
+        default=0.1,
+        gt=0,
+        le=0.5,
+        description="images without train/ and val/: every 1/val_fraction-th file is held out.",
     )
     limit_train: int | None = Field(
         default=None, ge=1, description="Use at most this many training images, evenly spaced."

@@ -67,6 +67,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch reports truncated archives as RuntimeError, EOFError, UnpicklingError or BadZipFile
+    except (
+        Exception
+    ) as error:  # torch reports truncated archives as RuntimeError, EOFError, UnpicklingError or BadZipFile
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is not a readable checkpoint ({reason}); remove it to begin its phase again") from error
+        raise UserError(
+            f"{path} is not a readable checkpoint ({reason}); remove it to begin its phase again"
+        ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -136,7 +137,9 @@ def _plan_transform(where: str, spec: Transform, student: nn.Module) -> StepPlan
     plan = spec.plan(student)
     ledger = apply_plans(student, [plan])
     before, after = sum(e.before for e in ledger), sum(e.after for e in ledger)
-    return StepPlan(where, f"{len(ledger)} modules, {before:,} → {after:,} parameters" if ledger else "no structure", ledger)
+    return StepPlan(
+        where, f"{len(ledger)} modules, {before:,} → {after:,} parameters" if ledger else "no structure", ledger
+    )
 
 
 def _plan_phase(
@@ -160,17 +163,21 @@ def _plan_phase(
 
 def _refuse_phase(spec: Training, model: nn.Module, data: Data) -> None:
     """Raise a `UserError` for what would only be found out when the phase begins, possibly after hours."""
-    opt.require_optimizer(spec)
+    opt.build_optimizer(model, spec, data.batch_size, torch.device("meta"))
     if spec.drop_path is not None:
         describe(model)
     if (spec.mixup or spec.cutmix) and data.batch_size < 2:
-        raise UserError("mixup and cutmix mix the images of a batch in pairs; give data.batch_size of at least 2, or set both to 0")
+        raise UserError(
+            "mixup and cutmix mix the images of a batch in pairs; give data.batch_size of at least 2, or set both to 0"
+        )
     if isinstance(spec, Finetune) and not model.num_classes:
         raise UserError(
             "finetune learns from labels, but the model has no classifier (num_classes=0); distil it with losses.feature instead"
         )
     if spec.needs_labels and data.name == "images":
-        raise UserError("the phase learns from labels, but the images of data 'images' have none; distil with losses.labels.weight=0")
+        raise UserError(
+            "the phase learns from labels, but the images of data 'images' have none; distil with losses.labels.weight=0"
+        )
 
 
 def loss_bytes(
@@ -187,15 +194,11 @@ def loss_bytes(
     with torch.no_grad():
         teacher_logits = models[1](images[1])
     seen = [tap.pop() for tap in taps]
-    alive = [
-        [t for values in side.values() for t in values.values() if isinstance(t, torch.Tensor)] for side in seen
-    ]
+    alive = [[t for values in side.values() for t in values.values() if isinstance(t, torch.Tensor)] for side in seen]
     targets = torch.empty(batch, dtype=torch.int64, device=device)
-    example = Batch(student_logits, teacher_logits, *seen, targets)
-    sizes = {
-        term.name: saved_bytes(lambda term=term: term.function(example), [student_logits, teacher_logits, *alive[0], *alive[1]])
-        for term in terms
-    }
+    example = Batch(student_logits, teacher_logits, seen[0], seen[1], targets)
+    known = [student_logits, teacher_logits, *alive[0], *alive[1]]
+    sizes = {term.name: saved_bytes(partial(term.function, example), known) for term in terms}
     storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in alive[1]}
     return {**sizes, "teacher taps": sum(storages.values())}
 
@@ -204,7 +207,9 @@ _SIDES = (lambda term: term.student_taps, lambda term: term.teacher_taps)
 
 
 def _phase_summary(spec: Training, data: Data) -> str:
-    length = f"{spec.epochs} epoch{'s' * (spec.epochs > 1)}" + (f", at most {spec.max_steps} steps" if spec.max_steps else "")
+    length = f"{spec.epochs} epoch{'s' * (spec.epochs > 1)}" + (
+        f", at most {spec.max_steps} steps" if spec.max_steps else ""
+    )
     batch = f"batch {data.batch_size}" + (f"×{spec.accumulate}" if spec.accumulate > 1 else "")
     rate = spec.lr * (data.batch_size * spec.accumulate / spec.lr_reference_batch if spec.lr_reference_batch else 1)
     return f"{length}, {batch}, {spec.optimizer}, lr {rate:.3g}, {spec.precision}"
@@ -213,7 +218,9 @@ def _phase_summary(spec: Training, data: Data) -> str:
 def _data_notes(recipe: Recipe, teacher: nn.Module) -> list[str]:
     classes, have = known_classes(recipe.data), getattr(teacher, "num_classes", 0)
     if classes and have and classes != have:
-        return [f"the data has {classes} classes and the teacher's head {have}: accuracy means nothing unless class 0, 1, … are the same"]
+        return [
+            f"the data has {classes} classes and the teacher's head {have}: accuracy means nothing unless class 0, 1, … are the same"
+        ]
     return []
 
 
@@ -234,7 +241,9 @@ def _stages(student: nn.Module) -> list[StagePlan]:
 
 def print_plan(plan: RecipePlan, console: Console) -> None:
     """Tables for a person."""
-    console.print(cost_table([("teacher", plan.teacher), ("student", plan.student)], title=f"{plan.recipe}: {plan.teacher_model}"))
+    console.print(
+        cost_table([("teacher", plan.teacher), ("student", plan.student)], title=f"{plan.recipe}: {plan.teacher_model}")
+    )
     if plan.stages:
         table = Table(title="Parameters of the student", title_justify="left")
         for column in ("stage", "parameters", "shared by blocks", "private"):

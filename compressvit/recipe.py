@@ -24,17 +24,24 @@ class RecipeError(UserError):
 class Teacher(Spec):
     """The model to compress, and the one the student learns from."""
 
-    model: str = Field(description="A timm name, with or without a tag, e.g. swin_base_patch4_window7_224.ms_in22k_ft_in1k.")
+    model: str = Field(
+        description="A timm name, with or without a tag, e.g. swin_base_patch4_window7_224.ms_in22k_ft_in1k."
+    )
     weights: str = Field(
         "pretrained",
         description="pretrained (timm's, downloaded or from its cache), train (from noise, by `finetune`), or the path of a file.",
     )
-    args: dict[str, Any] = Field(default_factory=dict, description="Further arguments of timm.create_model, e.g. {img_size: 384}.")
+    args: dict[str, Any] = Field(
+        default_factory=dict, description="Further arguments of timm.create_model, e.g. {img_size: 384}."
+    )
     num_classes: int | None = Field(
-        None, ge=0, description="Size of the classifier; 0 for none. Null: the data's where the teacher is trained, else timm's."
+        None,
+        ge=0,
+        description="Size of the classifier; 0 for none. Null: the data's where the teacher is trained, else timm's.",
     )
     finetune: Finetune | None = Field(
-        None, description="Train the teacher on the data first. Always done, with defaults if need be, for weights: train."
+        None,
+        description="Train the teacher on the data first. Always done, with defaults if need be, for weights: train.",
     )
 
 
@@ -42,8 +49,12 @@ class Student(Spec):
     """What the transforms start from, where that is not a copy of the teacher."""
 
     model: str | None = Field(None, description="A timm name; null for the teacher's.")
-    weights: str = Field("teacher", description="teacher (copied name by name), pretrained, random, or the path of a file.")
-    args: dict[str, Any] = Field(default_factory=dict, description="Further arguments of timm.create_model, over the teacher's.")
+    weights: str = Field(
+        "teacher", description="teacher (copied name by name), pretrained, random, or the path of a file."
+    )
+    args: dict[str, Any] = Field(
+        default_factory=dict, description="Further arguments of timm.create_model, over the teacher's."
+    )
 
 
 class _Step(BaseModel):
@@ -69,7 +80,8 @@ class _Step(BaseModel):
 
 
 _STEP_FIELDS: dict[str, Any] = {
-    name: (spec | None, Field(None, description=(spec.__doc__ or "").splitlines()[0])) for name, spec in {**TRANSFORMS, **PHASES}.items()
+    name: (spec | None, Field(None, description=(spec.__doc__ or "").splitlines()[0]))
+    for name, spec in {**TRANSFORMS, **PHASES}.items()
 }
 Step = create_model("Step", __base__=_Step, __doc__="One entry of a recipe: a transform or a phase.", **_STEP_FIELDS)
 
@@ -119,7 +131,9 @@ def parse_recipe(text: str, name: str = "recipe", overrides: list[str] | None = 
     """Validate the text of a recipe; `name` is what messages call it. Raises as `load_recipe` does."""
     source = parse(text, name)
     if source.content is None:
-        raise RecipeError(f"{name} is empty; a recipe needs at least teacher, data and steps (see `compressvit recipes show quickstart`)")
+        raise RecipeError(
+            f"{name} is empty; a recipe needs at least teacher, data and steps (see `compressvit recipes show quickstart`)"
+        )
     if not isinstance(source.content, dict):
         raise RecipeError(
             f"{name} holds a {type(source.content).__name__}, not a mapping; a recipe needs at least teacher, data and steps"
@@ -157,7 +171,10 @@ def find_recipe(name_or_path: str | Path) -> Path:
     shipped = shipped_recipes()
     if path.parent.name in ("", "recipes") and path.suffix in ("", ".yaml", ".yml") and path.stem in shipped:
         return shipped[path.stem]
-    hint = did_you_mean(path.stem, shipped, list_at_most=0) or f"`compressvit recipes list` names those that ship: {', '.join(shipped)}"
+    hint = (
+        did_you_mean(path.stem, shipped, list_at_most=0)
+        or f"`compressvit recipes list` names those that ship: {', '.join(shipped)}"
+    )
     raise UserError(f"there is no recipe {str(name_or_path)!r}, neither a file nor one that ships; {hint}")
 
 
@@ -179,7 +196,9 @@ def _spell_out_steps(content: dict[str, Any]) -> None:
     """Turn a step that is a bare word, or a word with nothing behind it, into one with defaults."""
     # Not a validator: pydantic would then check the steps as Python values, where its strict mode refuses lists for tuples.
     steps = content.get("steps")
-    for i, entry in enumerate(steps if isinstance(steps, list) else []):
+    if not isinstance(steps, list):
+        return
+    for i, entry in enumerate(steps):
         if isinstance(entry, str):
             steps[i] = {entry: {}}
         elif isinstance(entry, dict):
@@ -203,9 +222,9 @@ def _existing(loc: tuple, content: Any, *, missing: bool) -> tuple:
     """The part of pydantic's location that is a path in the document; it also names branches of unions."""
     path: list[str | int] = []
     for i, part in enumerate(loc):
-        if isinstance(content, dict) and part in content:
-            content = content[part]
-        elif isinstance(content, list) and isinstance(part, int) and part < len(content):
+        if (isinstance(content, dict) and part in content) or (
+            isinstance(content, list) and isinstance(part, int) and part < len(content)
+        ):
             content = content[part]
         elif missing and i == len(loc) - 1:
             pass

@@ -13,7 +13,16 @@ from rich.table import Table
 from torch import nn
 
 from compressvit import artifact, cost
-from compressvit.data import Datasets, InputConfig, eval_loader, input_config, known_classes, open_data, renormalise, train_loader
+from compressvit.data import (
+    Datasets,
+    InputConfig,
+    eval_loader,
+    input_config,
+    known_classes,
+    open_data,
+    renormalise,
+    train_loader,
+)
 from compressvit.distill import optimisation as opt
 from compressvit.distill.engine import Phase, Teacher, train
 from compressvit.distill.evaluate import evaluate
@@ -90,7 +99,9 @@ def apply(
         run = _Run(recipe, folder, datasets, where, voice)
         if trains_teacher(recipe) and not taught:
             run.train_teacher(teacher)
-            teacher = artifact.load(folder.teacher)  # as a resumed run does: its training left marks on it, such as drop path
+            teacher = artifact.load(
+                folder.teacher
+            )  # as a resumed run does: its training left marks on it, such as drop path
         results = run.finish(teacher.to(where).eval(), run.make_student(teacher), plan)
     except UserError as error:
         log.error("%s", error, extra={"already_shown": True})
@@ -112,14 +123,18 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} cannot be used: {str(error).splitlines()[0]}; --device cpu always can") from error
+        raise UserError(
+            f"--device {name} cannot be used: {str(error).splitlines()[0]}; --device cpu always can"
+        ) from error
     return device
 
 
 def _refuse_labels(recipe: Recipe, datasets: Datasets) -> None:
     """Labels that are missing or that a head cannot tell apart, before anything is trained."""
     if not datasets.labeled:
-        phases = {"teacher.finetune": recipe.teacher.finetune or Finetune()} if trains_teacher(recipe) else {}
+        phases: dict[str, Training] = (
+            {"teacher.finetune": recipe.teacher.finetune or Finetune()} if trains_teacher(recipe) else {}
+        )
         phases |= {f"steps[{i}].{s.name}": s.spec for i, s in enumerate(recipe.steps) if isinstance(s.spec, Training)}
         for name, spec in phases.items():
             if spec.needs_labels:
@@ -131,7 +146,11 @@ def _refuse_labels(recipe: Recipe, datasets: Datasets) -> None:
     for whose, model in (("teacher", teacher), ("student", student)):
         classes = getattr(model, "num_classes", 0)
         if have and classes and have > classes:
-            advice = " and train the head with teacher.finetune" if whose == "teacher" else ", or give student.args no num_classes"
+            advice = (
+                " and train the head with teacher.finetune"
+                if whose == "teacher"
+                else ", or give student.args no num_classes"
+            )
             where = "teacher.num_classes" if whose == "teacher" else "student.args.num_classes"
             raise UserError(
                 f"the data has {have} classes, and the {whose}'s head tells only {classes} apart; set {where}={have}{advice}"
@@ -159,7 +178,9 @@ class _Run:
         phase = Phase("teacher", 0, self.recipe.seed, self.folder.checkpoint("teacher"))
         self._train(teacher, spec, phase, None)
         with disk_faults(self.folder.teacher):
-            artifact.save(teacher, self.folder.teacher, input_config=_input_record(input_config(teacher, self.recipe.data)))
+            artifact.save(
+                teacher, self.folder.teacher, input_config=_input_record(input_config(teacher, self.recipe.data))
+            )
 
     def make_student(self, teacher: nn.Module) -> nn.Module:
         """Run the steps, top to bottom. Neighbouring transforms are planned and initialised together."""
@@ -198,7 +219,9 @@ class _Run:
             assert teacher is not None, "only the teacher itself is trained without one"
             pairs, how = match_layers(model, teacher, spec.layers)
             terms = build_terms(spec.losses, pairs, classes=model.num_classes, smoothing=spec.smoothing)
-            self.log.say(f"{phase.name}: {', '.join(t.name for t in terms)}; layer pairs {', '.join(map(str, pairs)) or 'none'} ({how})")
+            self.log.say(
+                f"{phase.name}: {', '.join(t.name for t in terms)}; layer pairs {', '.join(map(str, pairs)) or 'none'} ({how})"
+            )
             teacher.to(self.device)
             theirs = input_config(teacher, self.recipe.data)
             guide = Teacher(teacher, lambda images: renormalise(images, config, theirs))
@@ -229,7 +252,9 @@ class _Run:
             eval_loader(self.datasets, self.recipe.data, config, self.device),
             self.device,
             teacher=teacher,
-            teacher_input=(lambda images: renormalise(images, config, theirs)) if teacher is not None else (lambda images: images),
+            teacher_input=(lambda images: renormalise(images, config, theirs))
+            if teacher is not None
+            else (lambda images: images),
             labelled=self.datasets.labeled,
         )
 
@@ -241,22 +266,19 @@ class _Run:
         with disk_faults(self.folder.student):
             artifact.save(student, self.folder.student, input_config=_input_record(config))
         difference = _read_back_difference(self.folder.student, student, sizes[1])
-        results = {
+        results: dict[str, Any] = {
             "teacher": {**plan.teacher.as_dict(), **self._evaluate(teacher, None)},
             "student": {**plan.student.as_dict(), **self._evaluate(student, teacher)},
             "read_back_difference": difference,
             "broken_images": self.datasets.broken.count,
         }
         results["student"]["bytes"] = (self.folder.student / artifact.TENSORS).stat().st_size
-        if sizes[0] == sizes[1]:
-            times = cost.latency([teacher, student], sizes[1], device=self.device)
-        else:
-            times = [cost.latency([m], s, device=self.device)[0] for m, s in zip((teacher, student), sizes, strict=True)]
+        times = cost.latency([teacher, student], sizes, device=self.device)
         results["teacher"]["latency_ms"], results["student"]["latency_ms"] = times
         write_text(self.folder.path / "results.json", json.dumps(results, indent=2) + "\n")
         self.log.console.print(results_table(results, f"{self.recipe.teacher.model} → {self.folder.student}"))
         self.log.say(
-            f"latency: batch 1 on {self.device}, {torch.get_num_threads()} threads, median of 30 in turns. "
+            f"latency: batch 1 on {self.device}, {torch.get_num_threads()} threads, median of up to 30 in turns. "
             f"The student was read back from disk: largest difference of its outputs {difference:.1e}"
         )
         if self.datasets.broken.count:
@@ -273,7 +295,9 @@ def _read_back_difference(path: Path, student: nn.Module, size: tuple[int, int, 
         ours, theirs = student(images), artifact.load(path)(images)
     difference = (ours - theirs).abs().max().item()
     if difference > 1e-5 * max(1.0, ours.abs().max().item()):
-        raise RuntimeError(f"the artifact at {path} does not compute what the student does: outputs differ by {difference}")
+        raise RuntimeError(
+            f"the artifact at {path} does not compute what the student does: outputs differ by {difference}"
+        )
     return difference
 
 
@@ -313,7 +337,9 @@ def results_table(results: dict[str, Any], title: str) -> Table:
 
     def row(label: str, key: str, text: Any) -> None:
         if teacher.get(key) is not None and student.get(key) is not None:
-            table.add_row(label, text(teacher[key]), text(student[key]), f"{student[key] / max(teacher[key], 1e-12):.3f}")
+            table.add_row(
+                label, text(teacher[key]), text(student[key]), f"{student[key] / max(teacher[key], 1e-12):.3f}"
+            )
 
     row("parameters (unique)", "parameters", lambda v: f"{v:,}")
     row("bytes on disk", "bytes", megabytes)

@@ -66,7 +66,9 @@ class RunFolder:
                 "or --output for another folder"
             )
         elif occupied and not (self.path / RESOLVED).is_file():
-            raise UserError(f"--overwrite: {self.path} is not empty and not a run folder (no {RESOLVED}), so it is not deleted; use --output")
+            raise UserError(
+                f"--overwrite: {self.path} is not empty and not a run folder (no {RESOLVED}), so it is not deleted; use --output"
+            )
 
     def _refuse_other_recipe(self, recipe: Recipe) -> None:
         if not (self.path / RESOLVED).is_file():
@@ -86,7 +88,9 @@ class RunFolder:
                 "Give the same recipe and overrides, or start a new run with --output"
             )
 
-    def open(self, recipe: Recipe, recipe_text: str, plan: dict[str, Any], command: list[str], *, overwrite: bool) -> None:
+    def open(
+        self, recipe: Recipe, recipe_text: str, plan: dict[str, Any], command: list[str], *, overwrite: bool
+    ) -> None:
         """Make the folder and write what is known before the first step."""
         with disk_faults(self.path):
             if overwrite and self.path.is_dir():
@@ -122,7 +126,11 @@ def environment(command: list[str]) -> dict[str, Any]:
 
 def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
     if isinstance(content, dict) and content:
-        return {k: v for key, value in content.items() for k, v in _flat(value, f"{prefix}.{key}" if prefix else str(key)).items()}
+        return {
+            k: v
+            for key, value in content.items()
+            for k, v in _flat(value, f"{prefix}.{key}" if prefix else str(key)).items()
+        }
     if isinstance(content, list) and content:
         return {k: v for i, value in enumerate(content) for k, v in _flat(value, f"{prefix}.{i}").items()}
     return {prefix: content}

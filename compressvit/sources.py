@@ -289,7 +289,7 @@ def _timm(data: Data) -> tuple[Any, Any]:
         raise UserError(f"data.name={data.name} needs a package: pip install {package.replace('_', '-')}")
     if data.root is None and prefix in ("torch", "wds"):
         raise UserError(f"data.name={data.name} needs data.root=FOLDER, where the set is or is to be downloaded to")
-    sources = []
+    sources: list[Any] = []
     for option, split, batch_size in (
         ("train_split", data.train_split, data.batch_size),
         ("val_split", data.val_split, data.eval_batch_size or data.batch_size),

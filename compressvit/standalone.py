@@ -62,7 +62,9 @@ def _data_recipe(folder: Path, overrides: list[str]) -> Recipe:
     """The recipe whose data is evaluated: the run's, or a frame around what the overrides say."""
     wrong = [o for o in overrides if "=" in o and not o.startswith("data.")]
     if wrong:
-        raise UserError(f"evaluate takes overrides of the data only, not '{wrong[0]}', e.g. data.name=digits data.root=FOLDER")
+        raise UserError(
+            f"evaluate takes overrides of the data only, not '{wrong[0]}', e.g. data.name=digits data.root=FOLDER"
+        )
     resolved = folder.parent / RESOLVED
     if resolved.is_file():
         return parse_recipe(resolved.read_text(encoding="utf-8"), str(resolved), overrides)

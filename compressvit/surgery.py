@@ -8,17 +8,21 @@ something is put there. So several transforms can specialise one module, in any 
 from __future__ import annotations
 
 import copy
-from typing import TypeVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
 
 from compressvit.errors import UserError
 
-M = TypeVar("M", bound=nn.Module)
+
+class Slotted(Protocol):
+    """A specialisation: a module class that names its slots."""
+
+    slots: ClassVar[tuple[str, ...]]
 
 
-def specialise(model: nn.Module, path: str, subclass: type[M]) -> M:
+def specialise(model: nn.Module, path: str, subclass: type[Slotted]) -> Any:
     """Turn the module at `path` into a `subclass` of its class, in place; a no-op if it already is one.
 
     `subclass.slots` names the submodules that transforms may fill; each starts as None and then has no state-dict key.
@@ -46,7 +50,7 @@ def fill_slot(model: nn.Module, path: str, slot: str, module: nn.Module) -> None
     owner = model.get_submodule(path)
     if getattr(owner, slot) is not None:
         raise UserError(f"{path}.{slot} is already there: the same transform was applied to this block before")
-    setattr(owner, slot, module)
+    setattr(owner, slot, module.train(owner.training))
 
 
 def added_parameters(model: nn.Module) -> set[str]:

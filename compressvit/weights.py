@@ -35,7 +35,9 @@ def build(name: str, *, device: str | None = None, **args: Any) -> nn.Module:
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
         hint = did_you_mean(architecture, timm.list_models(), list_at_most=0)
-        raise UserError(f"timm {timm.__version__} has no model {architecture!r}; {hint or 'timm.list_models() lists them'}")
+        raise UserError(
+            f"timm {timm.__version__} has no model {architecture!r}; {hint or 'timm.list_models() lists them'}"
+        )
     if tag:
         known = [n.partition(".")[2] for n in timm.list_pretrained(f"{architecture}.*")]
         if tag not in known:
@@ -60,16 +62,26 @@ def load_pretrained(model: nn.Module, where: str) -> None:
     Raises:
         UserError: timm has no weights for it, or they cannot be downloaded; the text says how to supply them.
     """
-    config = model.pretrained_cfg
+    config: Any = model.pretrained_cfg
     name = config["architecture"] + (f".{config['tag']}" if config.get("tag") else "")
     if not (config.get("hf_hub_id") or config.get("url") or config.get("file")):
         raise UserError(f"{where}: pretrained: timm has no pretrained weights for {name}; {_supply(where)}")
     try:
         _require_reachable(config)
         loaded = timm.create_model(name, pretrained=True, **getattr(model, "_model_args", {}))
-    except Exception as error:  # what the hub's HTTP client raises has no common base, and the client has changed before
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if str(error).strip() else type(error).__name__
-        source = f"repository {config['hf_hub_id']} of the Hugging Face Hub" if config.get("hf_hub_id") else config.get("url")
+    except (
+        Exception
+    ) as error:  # what the hub's HTTP client raises has no common base, and the client has changed before
+        reason = (
+            f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            if str(error).strip()
+            else type(error).__name__
+        )
+        source = (
+            f"repository {config['hf_hub_id']} of the Hugging Face Hub"
+            if config.get("hf_hub_id")
+            else config.get("url")
+        )
         raise UserError(
             f"{where}: pretrained: the weights of {name} are not in the local cache and could not be downloaded ({reason}).\n"
             f"  They are file model.safetensors of the {source}.\n"
@@ -168,7 +180,9 @@ def _read(path: Path, where: str) -> dict[str, torch.Tensor]:
         return artifact.read_safetensors(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # on a damaged file: IndexError, struct.error, OSError, whatever the unpickler stumbles on
+    except (
+        Exception
+    ) as error:  # on a damaged file: IndexError, struct.error, OSError, whatever the unpickler stumbles on
         code = isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error).lower()
         reason = "it holds code besides tensors" if code else (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
@@ -189,7 +203,10 @@ def _require_reachable(config: dict[str, Any]) -> None:
         return
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 
-    if any(isinstance(try_to_load_from_cache(config["hf_hub_id"], n), str) for n in ("model.safetensors", "pytorch_model.bin")):
+    if any(
+        isinstance(try_to_load_from_cache(config["hf_hub_id"], n), str)
+        for n in ("model.safetensors", "pytorch_model.bin")
+    ):
         return
     get_hf_file_metadata(hf_hub_url(config["hf_hub_id"], "model.safetensors"), timeout=10)
 

@@ -82,8 +82,9 @@ def _walk(node: yaml.Node, path: Path, source: Source) -> None:
             if key in seen:
                 raise UserError(f"{source.name}, line {line}: key '{key}' stands twice (first on line {seen[key]})")
             seen[key] = line
-            source.lines[(*path, key)] = line
-            _walk(value_node, (*path, key), source)
+            place = (*path, key)
+            source.lines[place] = line
+            _walk(value_node, place, source)
     elif isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
             _walk(item, (*path, index), source)
@@ -98,16 +99,22 @@ def override(source: Source, assignments: list[str]) -> None:
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals:
-            raise UserError(f"override '{assignment}' has no '='; write it as key=value, e.g. seed=1 or steps.0.multiplex.share=6")
+            raise UserError(
+                f"override '{assignment}' has no '='; write it as key=value, e.g. seed=1 or steps.0.multiplex.share=6"
+            )
         parts: list[str] = key.split(".")
         if not all(parts):
             raise UserError(f"override '{assignment}' names no key; write it as key=value, e.g. data.root=FOLDER")
         try:
-            value = yaml.load(text, Loader=_Loader)  # noqa: S506  (_Loader is a SafeLoader)
+            value = yaml.load(text, Loader=_Loader)  # a SafeLoader
         except yaml.YAMLError as error:
-            raise UserError(f"override '{assignment}': its value is not YAML: {getattr(error, 'problem', error)}") from error
+            raise UserError(
+                f"override '{assignment}': its value is not YAML: {getattr(error, 'problem', error)}"
+            ) from error
         except (ValueError, RecursionError) as error:
-            raise UserError(f"override '{assignment}': YAML cannot build its value: {error}; put text in quotes") from error
+            raise UserError(
+                f"override '{assignment}': YAML cannot build its value: {error}; put text in quotes"
+            ) from error
         _assign(source, parts, value, assignment)
 
 

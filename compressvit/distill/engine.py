@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import signal
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -62,10 +63,8 @@ class _StopRequest:
         self.signum: int | None = None
         self._old: dict[int, Any] = {}
         for signum in (signal.SIGINT, signal.SIGTERM):
-            try:
+            with suppress(ValueError):  # not in the main thread: whoever runs us there handles signals
                 self._old[signum] = signal.signal(signum, self._note)
-            except ValueError:  # not in the main thread: whoever runs us there handles signals
-                pass
         return self
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
@@ -97,7 +96,7 @@ def train(
         model: on `device`.
         spec: the phase's options.
         terms: the loss terms; their weighted sum is minimised.
-        loader: batches of (images, targets), with a length, of `batch_size` images; its order and augmentation follow the global generators.
+        loader: batches of (images, targets), with a length, of `batch_size` images; its order follows the global generators.
         evaluate: called every `evaluate_every` epochs with the model (its average, if there is one); what it returns is logged.
         teacher: needed when a term reads it; runs in eval mode without gradient, and is never part of a checkpoint.
 
@@ -146,7 +145,9 @@ def train(
         save_checkpoint(phase.checkpoint, content)
 
     student_taps = Taps(model, [tap for term in terms for tap in term.student_taps], device)
-    teacher_taps = Taps(teacher.model, [tap for term in terms for tap in term.teacher_taps], device) if teacher else None
+    teacher_taps = (
+        Taps(teacher.model, [tap for term in terms for tap in term.teacher_taps], device) if teacher else None
+    )
     # Hooks first: the compiled graph must contain them.
     run_student = torch.compile(model) if spec.compile else model
     run_teacher = torch.compile(teacher.model) if teacher and spec.compile else (teacher.model if teacher else None)
@@ -249,7 +250,11 @@ def _total(terms: Sequence[Term], batch: Batch) -> tuple[torch.Tensor, dict[str,
 
 def _diverged(phase: Phase, steps: int, what: str, parts: dict[str, float]) -> str:
     terms = ", ".join(f"{k} {v:.4g}" for k, v in parts.items() if k != "loss")
-    kept = f"the last good checkpoint is kept: {phase.checkpoint}" if phase.checkpoint.is_file() else "no checkpoint had been written"
+    kept = (
+        f"the last good checkpoint is kept: {phase.checkpoint}"
+        if phase.checkpoint.is_file()
+        else "no checkpoint had been written"
+    )
     return (
         f"{phase.name}: {what} at step {steps + 1} ({terms}); stopped, and {kept}. "
         "Try a smaller lr, a longer warm-up, clip_grad, or precision: fp32"
@@ -270,7 +275,11 @@ class _Meters:
         self._count = 0
 
     def add(
-        self, parts: dict[str, float], logits: torch.Tensor, teacher_logits: torch.Tensor | None, labels: torch.Tensor | None
+        self,
+        parts: dict[str, float],
+        logits: torch.Tensor,
+        teacher_logits: torch.Tensor | None,
+        labels: torch.Tensor | None,
     ) -> None:
         """Note a batch; accuracies only where the images are unmixed and carry labels."""
         values = dict(parts)

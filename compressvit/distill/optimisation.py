@@ -24,9 +24,11 @@ def build_optimizer(model: nn.Module, spec: Training, batch_size: int, device: t
     """timm's optimiser of that name over the parameters that require gradient, each shared tensor once.
 
     Raises:
-        UserError: timm has no optimiser of that name.
+        UserError: timm has no optimiser of that name, or it does not take the options.
     """
-    require_optimizer(spec)
+    known = timm.optim.list_optimizers()
+    if spec.optimizer not in known:
+        raise UserError(f"optimizer {spec.optimizer!r} is unknown to timm; {did_you_mean(spec.optimizer, known)}")
     lr = spec.lr
     if spec.lr_reference_batch:
         lr *= batch_size * spec.accumulate / spec.lr_reference_batch
@@ -36,14 +38,20 @@ def build_optimizer(model: nn.Module, spec: Training, batch_size: int, device: t
         kwargs["betas"] = spec.betas
     if device.type == "cuda" and spec.optimizer in ("adamw", "adam", "sgd"):
         kwargs["fused"] = True
-    return timm.optim.create_optimizer_v2(model, opt=spec.optimizer, lr=lr, weight_decay=spec.weight_decay, **kwargs)
-
-
-def require_optimizer(spec: Training) -> None:
-    """Raise a `UserError` if timm has no optimiser of the name that `spec` gives."""
-    known = timm.optim.list_optimizers()
-    if spec.optimizer not in known:
-        raise UserError(f"optimizer {spec.optimizer!r} is unknown to timm; {did_you_mean(spec.optimizer, known)}")
+    try:
+        return timm.optim.create_optimizer_v2(
+            model, opt=spec.optimizer, lr=lr, weight_decay=spec.weight_decay, **kwargs
+        )
+    except (
+        ImportError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:  # e.g. timm's sgd is Nesterov's, which needs a momentum
+        given = ", ".join(f"{k}={v}" for k, v in kwargs.items())
+        raise UserError(
+            f"optimizer {spec.optimizer!r} cannot be built with {given or 'its defaults'}: {error}"
+        ) from error
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, spec: Training, steps_per_epoch: int) -> Scheduler:
@@ -65,7 +73,9 @@ def build_mixup(spec: Training, classes: int) -> Mixup | None:
     if not (spec.mixup or spec.cutmix):
         return None
     # A backbone without a classifier has no classes to mix; timm wants one.
-    return Mixup(mixup_alpha=spec.mixup, cutmix_alpha=spec.cutmix, label_smoothing=spec.smoothing, num_classes=max(1, classes))
+    return Mixup(
+        mixup_alpha=spec.mixup, cutmix_alpha=spec.cutmix, label_smoothing=spec.smoothing, num_classes=max(1, classes)
+    )
 
 
 def build_average(model: nn.Module, decay: float | None) -> AveragedModel | None:

@@ -13,7 +13,9 @@ class Training(Spec):
     """Options that every phase has. Optimisers, schedules, mixup and cutmix are timm's, under timm's names."""
 
     epochs: int = Field(10, ge=1, description="Passes over the training set.")
-    max_steps: int | None = Field(None, ge=1, description="Stop after this many optimiser steps, whatever `epochs` says.")
+    max_steps: int | None = Field(
+        None, ge=1, description="Stop after this many optimiser steps, whatever `epochs` says."
+    )
     optimizer: str = Field("adamw", description="Any name of timm.optim.list_optimizers().")
     lr: float = Field(1e-3, gt=0, description="Peak learning rate.")
     lr_reference_batch: int | None = Field(
@@ -24,14 +26,22 @@ class Training(Spec):
     weight_decay: float = Field(
         0.05, ge=0, description="Not applied to 1-D tensors and to what the model's no_weight_decay() names."
     )
-    betas: tuple[float, float] = Field((0.9, 0.999), description="Of Adam and its relatives; ignored by other optimisers.")
+    betas: tuple[float, float] = Field(
+        (0.9, 0.999), description="Of Adam and its relatives; ignored by other optimisers."
+    )
     momentum: float = Field(0.9, description="Of SGD and its relatives; ignored by Adam and its relatives.")
-    schedule: Literal["cosine", "step", "constant"] = Field("cosine", description="Of the learning rate, per optimiser step.")
+    schedule: Literal["cosine", "step", "constant"] = Field(
+        "cosine", description="Of the learning rate, per optimiser step."
+    )
     warmup_epochs: float = Field(0.0, ge=0, description="Linear warm-up from `warmup_lr`.")
     warmup_lr: float = Field(1e-6, ge=0, description="Learning rate at the first step of the warm-up.")
     min_lr: float = Field(0.0, ge=0, description="Learning rate at the end of a cosine.")
-    decay_epochs: float = Field(30.0, gt=0, description="With `schedule: step`, divide the rate by 10 every so many epochs.")
-    clip_grad: float | None = Field(5.0, gt=0, description="Largest L2 norm of the whole gradient; null for no clipping.")
+    decay_epochs: float = Field(
+        30.0, gt=0, description="With `schedule: step`, divide the rate by 10 every so many epochs."
+    )
+    clip_grad: float | None = Field(
+        5.0, gt=0, description="Largest L2 norm of the whole gradient; null for no clipping."
+    )
     accumulate: int = Field(1, ge=1, description="Batches whose gradients are added up before one optimiser step.")
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="Of autocast; parameters stay in float32.")
     ema: float | None = Field(
@@ -42,7 +52,10 @@ class Training(Spec):
     cutmix: float = Field(0.0, ge=0, description="α of cutmix; 0 for none.")
     smoothing: float = Field(0.0, ge=0, lt=1, description="Label smoothing of the ground truth.")
     drop_path: float | None = Field(
-        None, ge=0, lt=1, description="Stochastic depth of the last block, rising linearly from 0; null keeps the model's."
+        None,
+        ge=0,
+        lt=1,
+        description="Stochastic depth of the last block, rising linearly from 0; null keeps the model's.",
     )
     evaluate_every: int = Field(1, ge=1, description="Epochs between two evaluations.")
     log_every: int = Field(10, ge=1, description="Optimiser steps between two lines of the log.")
@@ -99,7 +112,9 @@ class TorchdistillTerm(Spec):
 
     loss: str = Field(description="Name of the class, e.g. SPKDLoss.")
     weight: float = Field(1.0, ge=0)
-    kwargs: dict[str, Any] = Field(default_factory=dict, description="As torchdistill documents them; module paths name the taps.")
+    kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="As torchdistill documents them; module paths name the taps."
+    )
 
 
 class Losses(Spec):

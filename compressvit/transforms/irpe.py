@@ -30,7 +30,7 @@ def piecewise_index(distance: int, ratio: float) -> int:
     alpha, beta, gamma = ratio, 2 * ratio, 8 * ratio
     size = abs(distance)
     if size <= alpha:
-        return round(distance)
+        return distance  # a whole number of tokens already
     index = min(beta, round(alpha + math.log(size / alpha) / math.log(gamma / alpha) * (beta - alpha)))
     return int(math.copysign(int(index), distance))
 

@@ -118,7 +118,9 @@ class Multiplex(Transform):
         False, description="A bias per head in both mixes. The paper's code: true for Swin, false for DeiT."
     )
     mlp_conv: int = Field(
-        0, ge=0, description="Kernel of the depth-wise convolution before the MLP, in tokens, odd; 0 for none. Mini-Swin: 7."
+        0,
+        ge=0,
+        description="Kernel of the depth-wise convolution before the MLP, in tokens, odd; 0 for none. Mini-Swin: 7.",
     )
     form: Literal["identity", "reference"] = Field(
         "identity",
@@ -143,7 +145,9 @@ class Multiplex(Transform):
     @classmethod
     def _odd(cls, kernel):
         if kernel and kernel % 2 == 0:
-            raise ValueError(f"mlp_conv is the width of a centred kernel and must be odd, not {kernel}; try {kernel + 1}")
+            raise ValueError(
+                f"mlp_conv is the width of a centred kernel and must be odd, not {kernel}; try {kernel + 1}"
+            )
         return kernel
 
     def plan(self, model: nn.Module) -> MultiplexPlan:
