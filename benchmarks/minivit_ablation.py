@@ -67,6 +67,9 @@ def main() -> None:
     parser.add_argument("--share", type=int, nargs="+", default=[2, 6])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument(
+        "--images", type=int, default=60000, help="training images of an epoch of the cells (the teacher sees all)"
+    )
     parser.add_argument("--teacher-epochs", type=int, default=4)
     parser.add_argument("--table-only", action="store_true", help="print what is finished and run nothing")
     arguments = parser.parse_args()
@@ -92,7 +95,14 @@ def main() -> None:
                     output = arguments.output / name
                     if arguments.table_only and not (output / "results.json").is_file():
                         continue
-                    result = run(recipe_text({"seed": seed}, fixed, steps), name, output, console)
+                    result = run(
+                        recipe_text(
+                            {"seed": seed, "data": {**base["data"], "limit_train": arguments.images}}, fixed, steps
+                        ),
+                        name,
+                        output,
+                        console,
+                    )
                     cells.setdefault((share, start, component), []).append(result)
                     print(f"{name}: {result['student']['top1']:.2f} %  {result['seconds']:.0f} s", flush=True)
 

@@ -99,9 +99,8 @@ def apply(
         run = _Run(recipe, folder, datasets, where, voice)
         if trains_teacher(recipe) and not taught:
             run.train_teacher(teacher)
-            teacher = artifact.load(
-                folder.teacher
-            )  # as a resumed run does: its training left marks on it, such as drop path
+            # As a resumed run does: its training left marks on it, such as drop path.
+            teacher = artifact.load(folder.teacher)
         results = run.finish(teacher.to(where).eval(), run.make_student(teacher), plan)
     except UserError as error:
         log.error("%s", error, extra={"already_shown": True})
@@ -266,9 +265,11 @@ class _Run:
         with disk_faults(self.folder.student):
             artifact.save(student, self.folder.student, input_config=_input_record(config))
         difference = _read_back_difference(self.folder.student, student, sizes[1])
+        scores = self._evaluate(student, teacher)
+        theirs_only = {key: scores.pop(f"teacher_{key}") for key in ("top1", "top5", "loss")}
         results: dict[str, Any] = {
-            "teacher": {**plan.teacher.as_dict(), **self._evaluate(teacher, None)},
-            "student": {**plan.student.as_dict(), **self._evaluate(student, teacher)},
+            "teacher": {**plan.teacher.as_dict(), "images": scores["images"], **theirs_only},
+            "student": {**plan.student.as_dict(), **scores},
             "read_back_difference": difference,
             "broken_images": self.datasets.broken.count,
         }

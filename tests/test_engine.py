@@ -518,7 +518,7 @@ def test_accumulating_two_batches_is_one_batch_of_both(tmp_path):
         heard = fit(model, Finetune(epochs=1, accumulate=accumulate, **PLAIN), data, tmp_path / name)
         assert len(heard.of("train")) == steps
         ends.append(values(model))
-    assert largest_difference(ends[0], ends[1]) < 1e-6  # measured 1e-8
+    assert largest_difference(ends[0], ends[1]) < 1e-6  # measured 2e-8
     assert largest_difference(ends[0], values(tiny_vit())) > 1e-3
     assert largest_difference(ends[0], ends[2]) > 1e-3
 
@@ -531,7 +531,7 @@ def test_the_last_step_of_an_epoch_may_add_up_fewer_batches(tmp_path):
     by_hand = tiny_vit()
     for i, data in enumerate((joined(batches[:2]), batches[2])):
         fit(by_hand, Finetune(epochs=1, **PLAIN), [data], tmp_path / str(i))
-    assert largest_difference(values(added), values(by_hand)) < 1e-6  # measured 1e-8
+    assert largest_difference(values(added), values(by_hand)) < 1e-6  # measured 2e-8
 
 
 def test_a_gradient_is_clipped_to_its_length_and_logged_before(tmp_path):
@@ -678,7 +678,7 @@ def test_the_average_is_what_is_evaluated_and_kept(tmp_path):
     log.close()
     assert len(steps) == 6
     assert [own for own, _ in evaluated] == [False, True]
-    assert max(difference for _, difference in evaluated) < 1e-6  # measured 6e-8
+    assert max(difference for _, difference in evaluated) < 1e-6  # measured 2e-7
     kept = load_checkpoint(tmp_path / "phase.pt")["model"]
     assert largest_difference(values(model), expected) < 1e-6
     assert largest_difference(kept, values(model)) == 0
@@ -695,7 +695,7 @@ def test_bf16_runs_on_the_cpu_and_stays_near_fp32(tmp_path):
         losses[precision] = [line["loss"] for line in heard.of("train")]
         ends[precision] = values(model)
         assert all(p.dtype is torch.float32 for p in model.parameters())
-    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.01)  # measured 0.003
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.002)  # measured 2e-4
     assert losses["bf16"] != losses["fp32"]
     assert distance(ends["bf16"], ends["fp32"]) < 0.3 * distance(ends["fp32"], values(tiny_vit()))  # measured 0.1
 

@@ -35,51 +35,65 @@ def evaluate(
             an image and −2 the stand-in of a broken one.
 
     Returns:
-        `images`, and in percent `top1` and `top5` (None without labels or classes), `loss` (cross-entropy, nats); with a teacher also
-        `agreement` (percent of images with the same first class) and `cosine` (mean cosine of the two outputs); None when the outputs
-        differ in width.
+        `images`, and in percent `top1` and `top5`, and `loss` (cross-entropy, nats); None without labels or classes. With a teacher
+        also its `teacher_top1`, `teacher_top5` and `teacher_loss`, `agreement` (percent of images with the same first class) and
+        `cosine` (mean cosine of the two outputs), both None when the outputs differ in width.
 
     Raises:
         UserError: a label is not below the model's number of classes.
     """
     was_training = model.training
     model.eval()
-    classes = getattr(model, "num_classes", None)
     seen = 0
-    comparable = True
-    sums = {"top1": 0.0, "top5": 0.0, "loss": 0.0, "agreement": 0.0, "cosine": 0.0}
+    scores = _Scores(getattr(model, "num_classes", 0) if labelled else 0)
+    teacher_scores = _Scores(getattr(teacher, "num_classes", 0) if labelled and teacher is not None else 0)
+    agreement = cosine = 0.0
+    comparable = teacher is not None
     for batch_images, batch_targets in batches:
         counted = batch_targets >= (0 if labelled else -1)
         images, targets = batch_images[counted].to(device), batch_targets[counted].to(device)
         if not len(images):
             continue
-        outputs = model(images).float()
         seen += len(images)
-        if classes and labelled:
-            if int(targets.max()) >= classes:
-                raise UserError(
-                    f"the data has label {int(targets.max())}, but the model tells only {classes} classes apart (0 to {classes - 1}); "
-                    "set teacher.num_classes to the number of classes and train the head with teacher.finetune"
-                )
-            ranked = outputs.topk(min(5, classes), dim=1).indices == targets[:, None]
-            sums["top1"] += ranked[:, 0].sum().item()
-            sums["top5"] += ranked.any(dim=1).sum().item()
-            sums["loss"] += F.cross_entropy(outputs, targets, reduction="sum").item()
+        outputs = model(images).float()
+        scores.add(outputs, targets)
         if teacher is not None:
             expected = teacher(teacher_input(images)).float()
+            teacher_scores.add(expected, targets)
             comparable = expected.shape == outputs.shape
             if comparable:
-                sums["agreement"] += (expected.argmax(1) == outputs.argmax(1)).sum().item()
-                sums["cosine"] += F.cosine_similarity(outputs, expected, dim=1).sum().item()
+                agreement += (expected.argmax(1) == outputs.argmax(1)).sum().item()
+                cosine += F.cosine_similarity(outputs, expected, dim=1).sum().item()
     model.train(was_training)
     if seen == 0:
         raise UserError("the evaluation set has no readable image")
-    result: dict[str, float | int | None] = {"images": seen}
-    scored = classes and labelled
-    result["top1"] = 100 * sums["top1"] / seen if scored else None
-    result["top5"] = 100 * sums["top5"] / seen if scored else None
-    result["loss"] = sums["loss"] / seen if scored else None
+    result: dict[str, float | int | None] = {"images": seen, **scores.means(seen)}
     if teacher is not None:
-        result["agreement"] = 100 * sums["agreement"] / seen if classes and comparable else None
-        result["cosine"] = sums["cosine"] / seen if comparable else None
+        result |= {f"teacher_{name}": value for name, value in teacher_scores.means(seen).items()}
+        result["agreement"] = 100 * agreement / seen if comparable and getattr(model, "num_classes", 0) else None
+        result["cosine"] = cosine / seen if comparable else None
     return result
+
+
+class _Scores:
+    """Top-1, top-5 and cross-entropy of one model; all None for a model without classes or a set without labels."""
+
+    def __init__(self, classes: int | None):
+        self.classes = classes or 0
+        self.sums = {"top1": 0.0, "top5": 0.0, "loss": 0.0}
+
+    def add(self, logits: torch.Tensor, targets: torch.Tensor) -> None:
+        if not self.classes:
+            return
+        if int(targets.max()) >= self.classes:
+            raise UserError(
+                f"the data has label {int(targets.max())}, but the model tells only {self.classes} classes apart "
+                f"(0 to {self.classes - 1}); set teacher.num_classes to the number of classes and train the head with teacher.finetune"
+            )
+        ranked = logits.topk(min(5, self.classes), dim=1).indices == targets[:, None]
+        self.sums["top1"] += 100 * ranked[:, 0].sum().item()
+        self.sums["top5"] += 100 * ranked.any(dim=1).sum().item()
+        self.sums["loss"] += F.cross_entropy(logits, targets, reduction="sum").item()
+
+    def means(self, count: int) -> dict[str, float | None]:
+        return {name: total / count if self.classes else None for name, total in self.sums.items()}
