@@ -223,7 +223,7 @@ def _manifest(model: nn.Module, input_config: dict[str, Any] | None) -> Manifest
             f"{model_name(model)} was built with an argument that cannot be written to JSON ({error}); "
             "give timm the name of a layer instead of its class, e.g. act_layer='gelu'"
         ) from error
-    data = input_config or timm.data.resolve_model_data_config(model)
+    data = input_config or _input_of(model)
     dtypes = {str(p.dtype).removeprefix("torch.") for p in model.parameters()}
     if len(dtypes) != 1:
         raise UserError(
@@ -243,6 +243,17 @@ def _manifest(model: nn.Module, input_config: dict[str, Any] | None) -> Manifest
         ties=compression.ties,
         input=json.loads(json.dumps(data)),
     )
+
+
+def _input_of(model: nn.Module) -> dict[str, Any]:
+    """timm's configuration of the model, for the size it has now: timm keeps the pretrained one there."""
+    config = timm.data.resolve_model_data_config(model)
+    channels, *size = config["input_size"]
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None) or size
+    return {
+        **config,
+        "input_size": [getattr(model, "in_chans", channels), *((size, size) if isinstance(size, int) else size)],
+    }
 
 
 def _plan(step: StepRecord, path: Path):
