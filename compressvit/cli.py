@@ -17,7 +17,7 @@ examples:
   compressvit apply quickstart                                  train, compress and distil a small ViT on digits
   compressvit plan mini_swin_b                                  what the recipe will do and cost, without weights or data
   compressvit apply mini_swin_b data.root=IMAGENET              compress a pretrained Swin-B
-  compressvit apply quickstart steps.0.multiplex.share=4        change anything in a recipe from the command line
+  compressvit apply quickstart steps.0.multiplex.share=3        change anything in a recipe from the command line
 """
 
 

@@ -48,12 +48,17 @@ def check(model: nn.Module, declared: Iterable[Sequence[str]]) -> None:
     """Raise if a declared group is no longer one parameter.
 
     Raises:
-        UserError: names the first broken group and what usually breaks it.
+        UserError: names the first broken group and what usually breaks it, or a shared tensor that is gone.
     """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     for canonical, *aliases in declared:
-        parameter = model.get_parameter(canonical)
         for alias in aliases:
-            if model.get_parameter(alias) is not parameter:
+            gone = next((name for name in (canonical, alias) if name not in parameters), None)
+            if gone is not None:
+                raise UserError(
+                    f"{gone}, which is shared, is gone from the model; remove blocks before compressing, not after"
+                )
+            if parameters[alias] is not parameters[canonical]:
                 raise UserError(
                     f"{alias} no longer shares its tensor with {canonical}. Ties are lost by .to('meta'), to_empty(), "
                     "load_state_dict(assign=True) and Swin's set_input_size(); call compressvit.ties.retie(model) after them"

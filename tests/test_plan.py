@@ -176,6 +176,7 @@ print(peak, plan.teacher.parameters, plan.student.parameters)
 """
 
 
+@pytest.mark.slow
 def test_the_plan_of_a_large_model_takes_little_memory():
     # weights alone are 0.35 GB a model, activations of a batch of 128 some 30 GB
     answer = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=200)
@@ -203,21 +204,24 @@ def loss_bytes(args: dict, batch: int = 2, **distill) -> dict[str, int]:
 
 @pytest.mark.parametrize("form", ["cosine_mse", "softmax_ce"])
 def test_relation_losses_do_not_grow_with_the_square_of_the_tokens(form):
-    # 65, 257 and 1025 tokens of width 16, of which an N×N matrix alone would take 34 kB, 0.5 MB and 8.4 MB
-    plans = [loss_bytes({**VIT, "img_size": side}, form=form) for side in (32, 64, 128)]
+    # N = 65, 257 and 577 tokens of width C = 16: an N×N matrix is 4, 16 and 36 taps
+    plans = {
+        n: loss_bytes({**VIT, "depth": 1, "img_size": side}, form=form) for n, side in ((65, 32), (257, 64), (577, 96))
+    }
     for term in ("hidden_relation", "attention_relation"):
-        for plan, tokens in zip(plans, (65, 257, 1025), strict=True):
-            assert plan[term] <= 10 * 4 * 2 * tokens * 16, term  # ten times a tap, at most
+        for tokens, plan in plans.items():
+            assert plan[term] <= 4 * 4 * 2 * tokens * 16, term  # four taps
     if form == "cosine_mse":
-        for small, large in pairwise(plan["hidden_relation"] for plan in plans):
-            assert 3.5 * small < large < 4.5 * small
+        grown = [(plans[b]["hidden_relation"] - plans[a]["hidden_relation"]) / (b - a) for a, b in pairwise(plans)]
+        assert grown[0] == pytest.approx(grown[1], rel=0.01)  # bytes per token
+        assert grown[0] > 0
 
 
 def test_the_hidden_relation_grows_linearly_in_tokens_on_swin():
     swin = {**SWIN, "depths": [2, 2]}
     plans = [loss_bytes({**swin, "img_size": side}, model="swin_tiny_patch4_window7_224") for side in (32, 64, 128)]
     for small, large in pairwise(plan["hidden_relation"] for plan in plans):
-        assert 2 * small < large < 4.5 * small
+        assert small < large < 4.5 * small
 
 
 def test_memory_is_proportional_to_the_batch():
@@ -248,6 +252,7 @@ def test_planned_memory_is_what_autograd_keeps(name):
     alive = [t for side in seen for ios in side.values() for t in ios.values() if isinstance(t, torch.Tensor)]
     batch = Batch(student_logits, teacher_logits, *seen, torch.zeros(len(images), dtype=torch.int64))
     assert len(terms) == 3
+    assert planned_bytes["hidden_relation"] > 0
     for term in terms:
         kept = saved_bytes(lambda term=term: term.function(batch), [student_logits, teacher_logits, *alive])
         assert planned_bytes[term.name] == pytest.approx(kept, rel=0.05), term.name
@@ -269,8 +274,11 @@ def test_every_conflict_is_reported_at_once():
 
 def test_a_teacher_of_another_architecture_is_planned_with_the_prediction_alone():
     student = {"model": "vit_tiny_patch16_224", "args": VIT, "weights": "random"}
-    teacher = {"model": "test_resnet", "weights": "train"}
-    data = {"name": "digits", "batch_size": 1}  # batch norm in training mode would refuse a single image
+    teacher = {"model": "levit_128s", "weights": "train"}
+    data = {
+        "name": "digits",
+        "batch_size": 1,
+    }  # the batch norm in its head refuses a single image, but not in eval mode
     plan = planned("", {}, [{"multiplex": MULTIPLEX}], teacher=teacher, student=student, data=data)
     step = plan.steps[-1]
     assert step.layers == []

@@ -164,6 +164,13 @@ def test_a_swin_of_another_size_must_be_retied(tmp_path):
     assert torch.equal(outputs(again), resized)
 
 
+def test_a_shared_tensor_that_is_gone_is_named(tmp_path):
+    model = student_of("vit")
+    model.prune_intermediate_layers([0])
+    with pytest.raises(UserError, match=r"^blocks\.1\.attn\.qkv\.weight, which is shared, is gone.*before compressing"):
+        artifact.save(model, tmp_path / "student")
+
+
 @pytest.mark.parametrize("name", ["vit", "swin"])
 def test_a_model_through_the_meta_device_comes_back(name):
     torch.manual_seed(0)

@@ -409,6 +409,18 @@ def test_train_and_eval(spec, backbone, student):
     assert torch.equal(outputs(model, images), before)
 
 
+@every_case
+def test_gradient_checkpointing_gives_the_same_gradients(spec, backbone, student):
+    model = student(spec, backbone).train()
+    images, gradients = images_for(model), []
+    for enable in (False, True):
+        model.zero_grad()
+        model.set_grad_checkpointing(enable)
+        model(images).square().sum().backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    assert same_values(*gradients)
+
+
 @pytest.mark.parametrize("backbone", ["vit", "swin"])
 def test_compile_captures_the_whole_student(backbone):
     architecture, args = BACKBONES[backbone]

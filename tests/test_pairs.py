@@ -1,0 +1,225 @@
+"""Which student block learns from which teacher block: the rule, pairs by hand, and the pairs that make no sense."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import timm
+import torch
+from conftest import BACKBONES, SWIN, VIT, build
+from timm.models.vision_transformer import ParallelScalingBlock
+from torch import nn
+
+from compressvit import surgery
+from compressvit.backbone import describe
+from compressvit.distill.pairs import LayerPair, match_layers
+from compressvit.errors import UserError
+from compressvit.pipeline import compress
+from compressvit.transforms import IRPE, Multiplex
+
+
+def indices(pairs: list[LayerPair]) -> list[tuple[int, int]]:
+    return [(p.student.index, p.teacher.index) for p in pairs]
+
+
+def swin(**args) -> nn.Module:
+    with torch.device("meta"):
+        return timm.create_model("swin_tiny_patch4_window7_224", **{**SWIN, **args})
+
+
+def vit(**args) -> nn.Module:
+    with torch.device("meta"):
+        return timm.create_model("vit_tiny_patch16_224", **{**VIT, **args})
+
+
+# -------------------------------------------------------------------------------------------------------------- matched
+
+
+@pytest.mark.parametrize(
+    ("name", "transforms", "expected", "how"),
+    [
+        ("vit", [Multiplex(share=2)], [1, 3], "the last block of every share group"),
+        ("vit", [Multiplex(share=4)], [3], "the last block of every share group"),
+        ("vit", [Multiplex(share=2), IRPE()], [1, 3], "the last block of every share group"),
+        ("vit", [Multiplex(share=1)], [3], "the last block of every stage"),
+        ("vit", [], [3], "the last block of every stage"),
+        ("swin", [Multiplex(share=2)], [1, 3, 5], "the last block of every share group"),
+        ("swin", [Multiplex(share=(2, 4))], [1, 5], "the last block of every share group"),
+        ("swin", [Multiplex(share=(1, 2))], [1, 3, 5], "the last block of every share group"),
+        ("swin", [], [1, 5], "the last block of every stage"),
+        ("deit_distilled", [Multiplex(share=2)], [1, 3], "the last block of every share group"),
+        ("headless", [Multiplex(share=2)], [1, 3], "the last block of every share group"),
+    ],
+)
+def test_matched_takes_the_end_of_every_group(name, transforms, expected, how):
+    teacher = build(name)
+    pairs, reason = match_layers(compress(teacher, transforms), teacher, "matched")
+    assert indices(pairs) == [(i, i) for i in expected]
+    assert reason == how
+    assert [str(p) for p in pairs] == [f"{i}↔{i}" for i in expected]
+    assert all((p.student_skip, p.teacher_skip) == (0, 0) for p in pairs)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_matched_pairs_are_alike_and_need_no_values(name):
+    teacher = build(name)
+    student = compress(teacher, [Multiplex(share=2, mlp_conv=3)])
+    pairs, how = match_layers(student, teacher, "matched")
+    assert pairs
+    for pair in pairs:
+        assert pair.student == pair.teacher
+        assert pair.student in describe(teacher).blocks
+    assert match_layers(surgery.skeleton(student), surgery.skeleton(teacher), "matched") == (pairs, how)
+
+
+def test_matched_swin_pairs_have_shifted_windows():
+    teacher = build("swin")
+    pairs, _ = match_layers(compress(teacher, [Multiplex(share=2)]), teacher, "matched")
+    assert [p.student.shift for p in pairs] == [(2, 2)] * 3
+
+
+def test_matched_with_other_depths_distils_the_prediction():
+    for student, teacher, depths in (
+        (swin(depths=(2, 2)), swin(), r"stages of \[2, 2\] blocks and the teacher of \[2, 4\]"),
+        (vit(depth=2), vit(), r"stages of \[2\] blocks and the teacher of \[4\]"),
+    ):
+        pairs, how = match_layers(student, teacher, "matched")
+        assert pairs == []
+        assert how.endswith("only the prediction is distilled; give distill.layers to pair them yourself")
+        assert depths.replace("\\", "") in how
+
+
+@pytest.mark.parametrize("kind", ["convolutional", "other family", "other blocks", "both unknown"])
+def test_matched_with_another_architecture_distils_the_prediction(kind):
+    with torch.device("meta"):
+        resnet = timm.create_model("resnet18", num_classes=5)
+    student, teacher = {
+        "convolutional": (vit(), resnet),
+        "other family": (vit(), swin()),
+        "other blocks": (vit(), vit(block_fn=ParallelScalingBlock)),
+        "both unknown": (resnet, copy.deepcopy(resnet)),
+    }[kind]
+    for a, b in ((student, teacher), (teacher, student)):
+        pairs, how = match_layers(a, b, "matched")
+        assert pairs == []
+        assert how.endswith("are of different architectures: no layer pairs, only the prediction is distilled")
+        with pytest.raises(
+            UserError, match=r"gives pairs, but .* different architectures; remove it to distil the prediction"
+        ):
+            match_layers(a, b, ((0, 0),))
+
+
+# -------------------------------------------------------------------------------------------------------------- by hand
+
+
+def test_pairs_by_hand_keep_their_order():
+    teacher = build("vit")
+    student = compress(teacher, [Multiplex(share=2)])
+    pairs, how = match_layers(student, teacher, ((2, 0), (0, 3), (2, 1)))
+    assert indices(pairs) == [(2, 0), (0, 3), (2, 1)]
+    assert how == "as given"
+    assert pairs[0].student.path == "blocks.2"
+    assert pairs[0].teacher.path == "blocks.0"
+
+
+def test_pairs_of_models_of_other_depth_and_width():
+    student, teacher = swin(depths=(2, 2), embed_dim=32), swin(depths=(2, 6))
+    pairs, _ = match_layers(student, teacher, ((1, 1), (3, 7), (2, 4)))
+    assert indices(pairs) == [(1, 1), (3, 7), (2, 4)]
+    assert [(p.student.width, p.teacher.width) for p in pairs] == [(32, 16), (64, 32), (64, 32)]
+
+
+def test_released_pairs_of_the_paper():
+    with torch.device("meta"):
+        tiny, base = (timm.create_model(f"swin_{size}_patch4_window7_224") for size in ("tiny", "base"))
+    given = ((1, 1), (3, 3), (5, 9), (7, 15), (9, 21), (11, 23))
+    pairs, _ = match_layers(tiny, base, given)
+    assert tuple(indices(pairs)) == given
+    # the last stage's windows fill its 7×7 grid, so that nothing is left to shift there
+    assert [p.student.shift for p in pairs] == [(3, 3)] * 5 + [(0, 0)]
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "skip"),
+    [
+        ("vit_no_class_token", "vit", (0, 1)),
+        ("vit", "deit_distilled", (1, 2)),
+        ("dinov2_registers", "vit", (5, 1)),
+        ("vit", "vit", (0, 0)),
+    ],
+)
+def test_prefix_tokens_are_left_out_where_they_differ(student, teacher, skip):
+    pairs, how = match_layers(build(student), build(teacher), "matched")
+    assert pairs
+    assert all((p.student_skip, p.teacher_skip) == skip for p in pairs)
+    said = f"prefix tokens are left out, because the student has {skip[0]} and the teacher {skip[1]}"
+    assert (said in how) == (skip != (0, 0))
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("pair", "message"),
+    [
+        ((1, 3), r"\[1, 3\] differs in stage: 0 in the student, 1 in the teacher.*fit student block 1: \[1\]"),
+        ((4, 0), r"\[4, 0\] differs in stage: 1 in the student, 0 in the teacher.*fit student block 4: \[2, 4\]"),
+        (
+            (2, 3),
+            r"\[2, 3\] differs in window shift: \(0, 0\) in the student, \(2, 2\) in the teacher.*block 2: \[2, 4\]",
+        ),
+        (
+            (5, 2),
+            r"\[5, 2\] differs in window shift: \(2, 2\) in the student, \(0, 0\) in the teacher.*block 5: \[3, 5\]",
+        ),
+    ],
+)
+def test_pairs_that_do_not_see_the_same_tokens(pair, message):
+    teacher = build("swin")
+    with pytest.raises(UserError, match=message):
+        match_layers(compress(teacher, [Multiplex(share=2)]), teacher, ((0, 0), pair))
+
+
+def test_pairs_of_another_resolution_or_window():
+    for layers in ("matched", ((1, 1),)):
+        with pytest.raises(
+            UserError, match=r"differs in resolution: \(16, 16\) in the student, \(32, 32\) .*no teacher block fits it"
+        ):
+            match_layers(swin(), swin(img_size=64), layers)
+        with pytest.raises(UserError, match=r"differs in window: \(4, 4\) in the student, \(8, 8\) in the teacher"):
+            match_layers(swin(), swin(window_size=8), layers)
+    with pytest.raises(UserError, match=r"differs in resolution: \(4, 4\) in the student, \(8, 8\) in the teacher"):
+        match_layers(vit(), vit(img_size=64), ((0, 0),))
+
+
+@pytest.mark.parametrize(
+    ("pair", "message"),
+    [
+        ((4, 0), r"the pair \[4, 0\] names block 4 of the student, which has 4 \(0 to 3\)"),
+        ((0, 6), r"the pair \[0, 6\] names block 6 of the teacher, which has 6 \(0 to 5\)"),
+        ((-1, 0), r"names block -1 of the student"),
+    ],
+)
+def test_blocks_that_do_not_exist(pair, message):
+    with pytest.raises(UserError, match=message):
+        match_layers(vit(), vit(depth=6), (pair,))
+
+
+def test_candidates_are_pairs_that_work():
+    student, teacher = swin(), swin(depths=(2, 6))
+    tried = 0
+    for s, t in ((s, t) for s in range(6) for t in range(8)):
+        try:
+            match_layers(student, teacher, ((s, t),))
+        except UserError as error:
+            candidates = [int(word) for word in str(error).rpartition("[")[2].rstrip("]").split(", ")]
+            tried += 1
+        else:
+            continue
+        assert t not in candidates
+        assert indices(match_layers(student, teacher, tuple((s, c) for c in candidates))[0]) == [
+            (s, c) for c in candidates
+        ]
+    # a pair works within one stage and one shift: 2 in the first stage, 2 × (2·3) in the second
+    assert tried == 6 * 8 - 2 - 12
