@@ -82,6 +82,10 @@ def describe(model: nn.Module) -> Backbone:
             f"{model_name(model)} is a {type(model).__name__}, which compressvit cannot transform yet; it works on {SUPPORTED}"
         )
     blocks = tuple(_vit_blocks(model) if kind == "vit" else _swin_blocks(model))
+    if not blocks:
+        raise UserError(
+            f"{model_name(model)} was built with no blocks, so there is nothing to compress; give it a depth of at least 1"
+        )
     for info in blocks:
         block = model.get_submodule(info.path)
         for module, path, expected in (

@@ -8,6 +8,7 @@ run was resumed; and whole-batch indexing for small sets held in memory, many ti
 from __future__ import annotations
 
 import copy
+import signal
 import dataclasses
 import random
 from collections.abc import Iterator
@@ -344,6 +345,7 @@ def _batches(
         drop_last=drop_last,
         num_workers=workers,
         collate_fn=collate,
+        worker_init_fn=_leave_signals_to_the_main_process,
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0 and order is not None,  # a stream's workers take their seed when they start
         # a DataLoader draws a seed for its workers; ours need none, and evaluation must not disturb training

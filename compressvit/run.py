@@ -37,7 +37,7 @@ from compressvit.plan import megabytes, plan_recipe, print_plan, require_no_conf
 from compressvit.recipe import Recipe
 from compressvit.runfolder import RunFolder
 from compressvit.runlog import RunLog, log
-from compressvit.transforms import LedgerEntry, Transform
+from compressvit.transforms import LedgerEntry, LoadWeights, Transform
 
 
 def apply(
@@ -80,6 +80,8 @@ def apply(
     for step in recipe.steps:
         if isinstance(step.spec, Transform):
             step.spec.require_inputs()
+    if overwrite:
+        _refuse_own_inputs(recipe, folder)
     datasets = open_data(recipe.data)
     _refuse_labels(recipe, datasets)
     if known_classes(recipe.data) is None and datasets.num_classes:
@@ -126,6 +128,23 @@ def pick_device(name: str) -> torch.device:
             f"--device {name} cannot be used: {str(error).splitlines()[0]}; --device cpu always can"
         ) from error
     return device
+
+
+def _refuse_own_inputs(recipe: Recipe, folder: RunFolder) -> None:
+    """`--overwrite` must not delete what the run reads."""
+    named = {
+        "teacher.weights": recipe.teacher.weights,
+        "student.weights": recipe.student.weights,
+        "data.root": recipe.data.root,
+    }
+    named |= {
+        f"steps[{i}].load_weights": s.spec.artifact
+        for i, s in enumerate(recipe.steps)
+        if isinstance(s.spec, LoadWeights)
+    }
+    for key, value in named.items():
+        if value and Path(value).exists() and folder.path.resolve() in Path(value).resolve().parents:
+            raise UserError(f"--overwrite would delete {value}, which {key} reads; give another --output")
 
 
 def _refuse_labels(recipe: Recipe, datasets: Datasets) -> None:
@@ -267,6 +286,9 @@ class _Run:
         difference = _read_back_difference(self.folder.student, student, sizes[1])
         scores = self._evaluate(student, teacher)
         theirs_only = {key: scores.pop(f"teacher_{key}") for key in ("top1", "top5", "loss")}
+        if theirs != config:  # it was compared on the student's images, but its own accuracy is on its own
+            own = self._evaluate(teacher, None)
+            theirs_only = {key: own[key] for key in theirs_only}
         results: dict[str, Any] = {
             "teacher": {**plan.teacher.as_dict(), "images": scores["images"], **theirs_only},
             "student": {**plan.student.as_dict(), **scores},

@@ -221,11 +221,11 @@ def train(
             log.scalars(phase.name, "epoch", steps, {"epoch": epoch, **meters.means()})
             if last and average is not None:
                 model.load_state_dict(ties.unique_state(average.module), strict=False)
+            checkpoint(last)
             if last or epoch % spec.evaluate_every == 0:
                 result = evaluate(model if last or average is None else average.module)
                 log.scalars(phase.name, "evaluate", steps, {"epoch": epoch, **result})
                 log.say(f"{phase.name} {epoch}/{spec.epochs}  {meters.text(means=True)}  {_result_text(result)}")
-            checkpoint(last)
             if stop.signum is not None:  # during the last step or the evaluation
                 raise Interrupted(stop.signum, phase.checkpoint)
     student_taps.close()

@@ -34,9 +34,8 @@ class Plan(Spec):
     """A resolved transform: enough to rebuild the structure on a fresh model of the same architecture."""
 
     transform: ClassVar[str]
-    loads_values: ClassVar[bool] = (
-        False  # True: it replaces the values of the whole model, and later transforms start from them
-    )
+    # True: it replaces the values of the whole model, and later transforms start from them.
+    loads_values: ClassVar[bool] = False
 
     def apply(self, model: nn.Module) -> list[LedgerEntry]:
         """Change the structure of `model` in place; the values of new tensors are set by `initialise` or by a checkpoint."""
