@@ -8,9 +8,9 @@ run was resumed; and whole-batch indexing for small sets held in memory, many ti
 from __future__ import annotations
 
 import copy
-import signal
 import dataclasses
 import random
+import signal
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -307,6 +307,12 @@ def _pixel_batches(samples: Samples, config: InputConfig, augment: Augment | Non
         transform = _transform(dataclasses.replace(config, channels=1, mean=(0.0,), std=(1.0,)), None)
         pixels = torch.stack([transform(source[i][0]) for i in samples.indices])
     return _PixelBatches(pixels, source.targets[index], config.channels, augment)
+
+
+def _leave_signals_to_the_main_process(worker: int) -> None:
+    """A signal to the whole process group (Ctrl-C, a job scheduler) must not end the workers before the checkpoint is written."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _batches(

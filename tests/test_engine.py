@@ -399,7 +399,8 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
 
 
 @pytest.mark.slow
-def test_control_c_in_a_terminal_reaches_the_loader_processes_too(recipe, tmp_path):
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_whole_group_reaches_the_loader_processes_too(recipe, tmp_path, signum):
     folder = tmp_path / "run"
     command = ["apply", recipe, "--output", folder, *WORKERS[2], "teacher.finetune.epochs=1000"]
     program = [sys.executable, "-m", "compressvit.cli", *map(str, command)]
@@ -409,12 +410,12 @@ def test_control_c_in_a_terminal_reaches_the_loader_processes_too(recipe, tmp_pa
             time.sleep(0.1)
             if (folder / "metrics.jsonl").is_file() and len(metrics(folder)) > 20:
                 break
-        os.killpg(process.pid, signal.SIGINT)
+        os.killpg(process.pid, signum)
         err = process.communicate(timeout=60)[1].decode()
     finally:
         process.kill()
-    assert process.returncode == 128 + signal.SIGINT
-    assert "stopped by SIGINT" in err
+    assert process.returncode == 128 + signum
+    assert f"stopped by {signum.name}" in err
     assert "Traceback" not in err
     assert load_checkpoint(folder / "checkpoints" / "teacher.pt")["steps"] >= 7
     with pytest.raises(ProcessLookupError):  # nobody is left
