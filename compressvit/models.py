@@ -36,7 +36,7 @@ def build_teacher(recipe: Recipe, *, classes: int | None = None, device: str | N
 def load_teacher(recipe: Recipe, teacher: nn.Module) -> None:
     """Give the teacher the values that `teacher.weights` names; for 'train' it keeps its fresh ones."""
     if recipe.teacher.weights == "pretrained":
-        weights.load_pretrained(teacher, "teacher.weights")
+        weights.load_pretrained(teacher, "teacher.weights", new_head=recipe.teacher.finetune is not None)
     elif recipe.teacher.weights != "train":
         new_head = recipe.teacher.finetune is not None
         weights.load_file(teacher, recipe.teacher.weights, "teacher.weights", new_head=new_head)
@@ -61,7 +61,7 @@ def build_student(recipe: Recipe, teacher: nn.Module, *, meta: bool = False) -> 
     if asked.weights == "teacher":
         weights.copy_matching(student, teacher)
     elif asked.weights == "pretrained":
-        weights.load_pretrained(student, "student.weights")
+        weights.load_pretrained(student, "student.weights", new_head=True)  # the steps train it
     elif asked.weights != "random":
         weights.load_file(student, asked.weights, "student.weights")
     return student

@@ -53,20 +53,28 @@ def build(name: str, *, device: str | None = None, **args: Any) -> nn.Module:
         raise UserError(f"timm cannot build {name} with {given}: {error or type(error).__name__}") from error
 
 
-def load_pretrained(model: nn.Module, where: str) -> None:
+def load_pretrained(model: nn.Module, where: str, *, new_head: bool = False) -> None:
     """Give `model` the pretrained values that timm has for its name and tag, downloading them if they are not cached.
 
     Args:
         model: built by `build`; changed in place.
         where: the recipe path to speak of in a message, e.g. 'teacher.weights'.
+        new_head: a classifier of another size than the pretrained one may start fresh, because it will be trained.
 
     Raises:
-        UserError: timm has no weights for it, or they cannot be downloaded; the text says how to supply them.
+        UserError: timm has no weights for it, or none for a head of this size, or they cannot be downloaded; the text says how to
+            supply them.
     """
     config: Any = model.pretrained_cfg
     name = config["architecture"] + (f".{config['tag']}" if config.get("tag") else "")
     if not (config.get("hf_hub_id") or config.get("url") or config.get("file")):
         raise UserError(f"{where}: pretrained: timm has no pretrained weights for {name}; {_supply(where)}")
+    classes = getattr(model, "num_classes", 0)
+    if classes and classes != config.get("num_classes") and not new_head:
+        raise UserError(
+            f"{where}: the pretrained {name} tells {config.get('num_classes')} classes apart and the model has a head of {classes}, "
+            "which would stay random; train it with teacher.finetune, or leave num_classes out"
+        )
     try:
         _require_reachable(config)
         loaded = timm.create_model(name, pretrained=True, **getattr(model, "_model_args", {}))

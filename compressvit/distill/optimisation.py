@@ -39,8 +39,12 @@ def build_optimizer(model: nn.Module, spec: Training, batch_size: int, device: t
     if device.type == "cuda" and spec.optimizer in ("adamw", "adam", "sgd"):
         kwargs["fused"] = True
     try:
+        # timm leaves out 1-D tensors and what the model names; iRPE's tables are position tables too
+        undecayed = {n for n, _ in model.named_parameters() if n.endswith("rpe_k.table")}
+        undecayed |= set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
+        groups = timm.optim.param_groups_weight_decay(model, spec.weight_decay, no_weight_decay_list=undecayed)
         return timm.optim.create_optimizer_v2(
-            model, opt=spec.optimizer, lr=lr, weight_decay=spec.weight_decay, **kwargs
+            groups, opt=spec.optimizer, lr=lr, weight_decay=spec.weight_decay, **kwargs
         )
     except (
         ImportError,
