@@ -544,7 +544,10 @@ def test_pretrained_values_are_copied(monkeypatch):
     asked = {}
     monkeypatch.setattr(weights, "_require_reachable", lambda config: None)
     monkeypatch.setattr(timm, "create_model", lambda name, **args: (asked.update(args, name=name), source)[1])
-    weights.load_pretrained(model, WHERE)
+    with pytest.raises(UserError, match=r"1000 classes apart and the model has a head of 5.*teacher\.finetune"):
+        weights.load_pretrained(model, WHERE)
+    assert not asked
+    weights.load_pretrained(model, WHERE, new_head=True)
     assert torch.equal(outputs(model), outputs(source))
     assert asked == {**SWIN, "name": "swin_tiny_patch4_window7_224.ms_in1k", "pretrained": True}
 
