@@ -23,11 +23,7 @@ def disk_faults(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        text = str(error)
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(
-            sign in text for sign in ("No space left", "os error 28", "PytorchStreamWriter failed", "file write failed")
-        )
-        if full:
+        if _is_full(error):
             raise UserError(
                 f"{path} could not be written: no space left on the disk. What was written before is whole; "
                 "free some space and go on with --resume"
@@ -35,6 +31,27 @@ def disk_faults(path: Path) -> Iterator[None]:
         if isinstance(error, OSError):
             raise UserError(f"{path} could not be written: {error.strerror or error}") from error
         raise
+
+
+_FULL_TEXTS = (
+    "No space left",
+    "os error 28",
+    "PytorchStreamWriter failed",
+    "file write failed",
+    "iostream error",
+    "unexpected pos",
+)
+
+
+def _is_full(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came from, is that of a full disk."""
+    while error is not None:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return True
+        if any(text in str(error) for text in _FULL_TEXTS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:

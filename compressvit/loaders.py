@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from timm.data import IterableImageDataset, create_transform
+from PIL import Image
+from timm.data import IterableImageDataset, auto_augment, create_transform
 from timm.data.loader import PrefetchLoader, fast_collate
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms
@@ -259,6 +260,19 @@ class _ToMode:
         return image if image.mode == self.mode else image.convert(self.mode)
 
 
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """timm's posterize; no bits kept is black, which Pillow 13 refuses to compute and RandAugment's noise asks for."""
+    return auto_augment.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
+
+
+def _allow_no_bits(policy: Any) -> None:
+    """Give the posterize steps of a timm policy an operation that takes 0 bits."""
+    steps = [*getattr(policy, "ops", ()), *(step for chain in getattr(policy, "policy", ()) for step in chain)]
+    for step in steps:
+        if getattr(step, "aug_fn", None) is auto_augment.posterize:
+            step.aug_fn = _posterize
+
+
 def _transform(config: InputConfig, augment: Augment | None) -> transforms.Compose:
     """PIL image of any size to uint8 (C, H, W)."""
     common: dict[str, Any] = {
@@ -285,6 +299,8 @@ def _transform(config: InputConfig, augment: Augment | None) -> transforms.Compo
         auto_augment=augment.auto_augment,
         interpolation=augment.interpolation,
     )
+    for policy in colours.transforms:
+        _allow_no_bits(policy)
     random_crop, *flips = crop_and_flips.transforms
     # timm's own transform without augmentation would squash the image, where evaluation keeps its proportions
     crop = resize if augment.scale is None else [random_crop]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 from torch import nn
 
 from compressvit import surgery, weights
 from compressvit.data import known_classes
+from compressvit.errors import UserError
 from compressvit.recipe import Recipe
 
 
@@ -40,6 +42,15 @@ def load_teacher(recipe: Recipe, teacher: nn.Module) -> None:
     elif recipe.teacher.weights != "train":
         new_head = recipe.teacher.finetune is not None
         weights.load_file(teacher, recipe.teacher.weights, "teacher.weights", new_head=new_head)
+
+
+def require_student_file(recipe: Recipe) -> None:
+    """Refuse a `student.weights` that names no file, before the teacher is trained."""
+    asked = recipe.student.weights
+    if asked not in ("teacher", "pretrained", "random") and not Path(asked).exists():
+        raise UserError(
+            f"student.weights: there is no file {asked}; it can be teacher, pretrained, random, or the path of a file"
+        )
 
 
 def build_student(recipe: Recipe, teacher: nn.Module, *, meta: bool = False) -> nn.Module:

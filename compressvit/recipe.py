@@ -169,7 +169,7 @@ def find_recipe(name_or_path: str | Path) -> Path:
     if path.is_file():
         return path
     shipped = shipped_recipes()
-    if path.parent.name in ("", "recipes") and path.suffix in ("", ".yaml", ".yml") and path.stem in shipped:
+    if path.parent in (Path("."), Path("recipes")) and path.suffix in ("", ".yaml", ".yml") and path.stem in shipped:
         return shipped[path.stem]
     hint = (
         did_you_mean(path.stem, shipped, list_at_most=0)

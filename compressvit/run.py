@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from compressvit.distill.spec import Distill, Finetune, Training
 from compressvit.distill.terms import build_terms, labels_term
 from compressvit.errors import UserError
 from compressvit.files import disk_faults, write_text
-from compressvit.models import build_student, build_teacher, load_teacher, trains_teacher
+from compressvit.models import build_student, build_teacher, load_teacher, require_student_file, trains_teacher
 from compressvit.pipeline import transform_
 from compressvit.plan import megabytes, plan_recipe, print_plan, require_no_conflicts
 from compressvit.recipe import Recipe
@@ -80,12 +81,14 @@ def apply(
     for step in recipe.steps:
         if isinstance(step.spec, Transform):
             step.spec.require_inputs()
+    require_student_file(recipe)
     if overwrite:
         _refuse_own_inputs(recipe, folder)
     datasets = open_data(recipe.data)
     _refuse_labels(recipe, datasets)
     if known_classes(recipe.data) is None and datasets.num_classes:
         plan = plan_recipe(recipe, name, classes=datasets.num_classes)
+        require_no_conflicts(plan)
     opt.seed_everything(recipe.seed)
     teacher = build_teacher(recipe, classes=datasets.num_classes)
     taught = resume and folder.teacher.is_dir()
@@ -120,10 +123,13 @@ def pick_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kinds = ("cpu", "cuda", "mps", "xpu")
     try:
         device = torch.device(name)
+        if device.type not in kinds:
+            raise UserError(f"--device {name} is none of {', '.join(kinds)} (cuda:1 names the second GPU)")
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(
             f"--device {name} cannot be used: {str(error).splitlines()[0]}; --device cpu always can"
         ) from error
@@ -143,7 +149,10 @@ def _refuse_own_inputs(recipe: Recipe, folder: RunFolder) -> None:
         if isinstance(s.spec, LoadWeights)
     }
     for key, value in named.items():
-        if value and Path(value).exists() and folder.path.resolve() in Path(value).resolve().parents:
+        if not value:
+            continue
+        path = Path(value).expanduser().resolve()
+        if path.exists() and folder.path.resolve() in (path, *path.parents):
             raise UserError(f"--overwrite would delete {value}, which {key} reads; give another --output")
 
 
@@ -317,6 +326,11 @@ def _read_back_difference(path: Path, student: nn.Module, size: tuple[int, int, 
     with torch.inference_mode():
         ours, theirs = student(images), artifact.load(path)(images)
     difference = (ours - theirs).abs().max().item()
+    if not math.isfinite(difference):
+        raise UserError(
+            f"the student computes numbers that are not finite ({ours.isnan().sum().item()} of {ours.numel()} outputs are NaN); "
+            "check the teacher's weights, and lower the learning rate if they are sound"
+        )
     if difference > 1e-5 * max(1.0, ours.abs().max().item()):
         raise RuntimeError(
             f"the artifact at {path} does not compute what the student does: outputs differ by {difference}"

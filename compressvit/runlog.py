@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,7 +56,7 @@ class RunLog:
         """Record numbers of a phase. `kind` is 'train' (a step), 'epoch' or 'evaluate'; `step` counts optimiser steps of the phase."""
         if self.folder is None:
             return
-        known = {k: v for k, v in values.items() if v is not None}
+        known = {k: v for k, v in values.items() if v is not None and math.isfinite(v)}  # JSON has no infinity
         line = {"time": round(time.time(), 3), "phase": phase, "kind": kind, "step": step, **known}
         path = self.folder / "metrics.jsonl"
         with disk_faults(path), path.open("a", encoding="utf-8") as file:

@@ -10,7 +10,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import deit, swin_transformer, vision_transformer
+from timm.models import swin_transformer, vision_transformer
 from torch import nn
 
 from compressvit import artifact
@@ -174,9 +174,17 @@ def copy_matching(student: nn.Module, teacher: nn.Module) -> list[str]:
 def resample_positions(tensors: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     """timm's own conversion of a checkpoint for this model: position tables to its grid, original names to timm's."""
     convert = _FILTERS.get(family(model))
-    if isinstance(model, deit.VisionTransformerDistilled):
-        return convert(tensors, model, adapt_layer_scale=True)  # type: ignore[misc]
-    return convert(tensors, model) if convert else tensors
+    if convert is None:
+        return tensors
+    options = {"adapt_layer_scale": True} if family(model) == "vit" else {}  # gamma_1 of the original DeiT III files
+    try:
+        return convert(dict(tensors), model, **options)
+    except Exception as error:
+        # timm looks blocks and shapes up as it goes, and fails in its own way on a file of another architecture
+        raise UserError(
+            f"the weights do not fit {model_name(model)}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}. "
+            "Check model and args against what the file was made with"
+        ) from error
 
 
 def _read(path: Path, where: str) -> dict[str, torch.Tensor]:
@@ -199,7 +207,9 @@ def _read(path: Path, where: str) -> dict[str, torch.Tensor]:
     for key in _WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    if not isinstance(content, dict) or not all(isinstance(v, torch.Tensor) for v in content.values()):
+    if not isinstance(content, dict) or not all(
+        isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in content.items()
+    ):
         raise UserError(f"{where}: {path} holds a {type(content).__name__}, not a state dict of tensors")
     return {name.removeprefix("module."): tensor for name, tensor in content.items()}
 

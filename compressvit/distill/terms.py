@@ -183,6 +183,8 @@ def _torchdistill(spec) -> Term:
     def function(batch: Batch):
         try:
             return module(batch.student_taps, batch.teacher_taps, batch.targets), {}
+        except NotImplementedError:  # an operation that the device lacks, as the meta device of a plan does
+            raise
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             shapes = [
                 f"{whose} {path} {_shape(value)}"

@@ -29,9 +29,18 @@ class LoadWeightsPlan(Plan):
 
     @torch.no_grad()
     def initialise(self, student: nn.Module, source: nn.Module) -> None:
-        from compressvit.artifact import read_tensors
+        from compressvit.artifact import read_manifest, read_tensors
         from compressvit.weights import resample_positions
 
+        made_by = [(s.transform, {**s.plan, "init": None}) for s in read_manifest(self.artifact).transforms]
+        asked = [(p.transform, {**p.model_dump(mode="json"), "init": None}) for p in student._compression.plans]
+        asked = [entry for entry in asked if entry[0] != self.transform]
+        if [e for e in made_by if e[0] != self.transform] != asked:
+            # the same names and shapes can compute something else: form=reference and form=identity do
+            raise UserError(
+                f"load_weights: {self.artifact} was made by other transforms than this student: "
+                f"{_differences(made_by, asked)}. Give the recipe the settings that its compressvit.json lists"
+            )
         tensors = resample_positions(read_tensors(self.artifact), student)
         own = ties.unique_state(student)
         wrong = [n for n in own if n not in tensors or tensors[n].shape != own[n].shape]
@@ -45,6 +54,18 @@ class LoadWeightsPlan(Plan):
 
     def fold(self, model: nn.Module) -> None:
         """Nothing to fold: no structure was added."""
+
+
+def _differences(made_by: list, asked: list) -> str:
+    names = [[name for name, _ in side] for side in (made_by, asked)]
+    if names[0] != names[1]:
+        return f"{', '.join(names[0]) or 'none'} there, {', '.join(names[1]) or 'none'} here"
+    return "; ".join(
+        f"{name}.{key} is {theirs.get(key)} there, {ours.get(key)} here"
+        for (name, theirs), (_, ours) in zip(made_by, asked, strict=True)
+        for key in theirs
+        if theirs.get(key) != ours.get(key)
+    )
 
 
 @transform("load_weights", LoadWeightsPlan)

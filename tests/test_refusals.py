@@ -1,0 +1,110 @@
+"""Faults that a reader found: each was a stack trace, a silent change or a lost file once."""
+
+from __future__ import annotations
+
+import errno
+
+import numpy as np
+import pytest
+import torch
+from conftest import build, images_for
+from PIL import Image
+
+import compressvit
+from compressvit import Multiplex
+from compressvit.data import Augment, InputConfig
+from compressvit.errors import UserError
+from compressvit.files import disk_faults
+from compressvit.loaders import _transform
+from compressvit.recipe import find_recipe, parse_recipe
+from compressvit.run import _read_back_difference, _refuse_own_inputs, pick_device
+from compressvit.runfolder import RunFolder
+from compressvit.transforms import LoadWeights
+from compressvit.weights import resample_positions
+
+
+def test_the_policy_of_the_imagenet_recipes_takes_every_magnitude():
+    config = InputConfig(3, 16, 16, (0.5,) * 3, (0.5,) * 3, "bicubic", 1.0)
+    transform = _transform(config, Augment(auto_augment="rand-m10-n8-mstd3-inc1"))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8))
+    torch.manual_seed(0)
+    seen = [transform(image) for _ in range(300)]
+    assert len(seen) == 300
+
+
+def test_weights_of_other_transforms_are_not_loaded(tmp_path):
+    teacher = build("vit")
+    artifact = compressvit.save(
+        compressvit.compress(teacher, [Multiplex(share=2, mlp_conv=3, form="reference")]), tmp_path / "a"
+    )
+    with pytest.raises(UserError, match=r"multiplex\.form is reference there, identity here"):
+        compressvit.compress(teacher, [Multiplex(share=2, mlp_conv=3), LoadWeights(artifact=str(artifact))])
+    other_start = Multiplex(share=2, mlp_conv=3, form="reference", init="first")
+    same = compressvit.compress(teacher, [other_start, LoadWeights(artifact=str(artifact))])
+    images = images_for(teacher)
+    with torch.inference_mode():
+        assert torch.equal(same(images), compressvit.load(artifact)(images))
+
+
+def write_onto_a_full_disk() -> None:
+    """As torch does: the system's error is only in the background of its own."""
+    try:
+        raise OSError(errno.ENOSPC, "No space left on device")
+    except OSError:
+        raise RuntimeError("[enforce fail at inline_container.cc:664]")  # noqa: B904
+
+
+def write_and_fail_otherwise() -> None:
+    raise RuntimeError("something else")
+
+
+def test_a_full_disk_is_recognised_behind_other_errors(tmp_path):
+    for write, kind, words in (
+        (write_onto_a_full_disk, UserError, "no space left"),
+        (write_and_fail_otherwise, RuntimeError, "something else"),
+    ):
+        guarded = disk_faults(tmp_path / "x")(write)
+        with pytest.raises(kind, match=words):
+            guarded()
+
+
+@pytest.mark.parametrize(
+    ("backbone", "name", "tensor"),
+    [
+        ("vit", "pos_embed", torch.zeros(1, 60, 48)),
+        ("vit", "pos_embed", torch.zeros(17, 48)),
+        ("swin", "layers.1.blocks.9.attn.relative_position_bias_table", torch.zeros(49, 4)),
+    ],
+)
+def test_weights_that_timm_cannot_convert_are_a_sentence(backbone, name, tensor):
+    model = build(backbone)
+    with pytest.raises(UserError, match="do not fit"):
+        resample_positions({**model.state_dict(), name: tensor}, model)
+
+
+@pytest.mark.parametrize("name", ["meta", "hpu", "lazy", "nonsense"])
+def test_a_device_that_cannot_train_is_refused(name):
+    with pytest.raises(UserError, match="--device"):
+        pick_device(name)
+
+
+def test_a_missing_path_does_not_run_a_shipped_recipe():
+    assert find_recipe("recipes/quickstart.yaml").is_file()
+    with pytest.raises(UserError, match="there is no recipe"):
+        find_recipe("/nowhere/recipes/quickstart.yaml")
+
+
+def test_a_student_that_is_not_finite_is_no_success(tmp_path):
+    student = compressvit.compress(build("vit"), [Multiplex(share=2)])
+    with torch.no_grad():
+        student.norm.weight.fill_(float("nan"))
+    path = compressvit.save(student, tmp_path / "a")
+    with pytest.raises(UserError, match="not finite"):
+        _read_back_difference(path, student, (3, 32, 32))
+
+
+def test_overwrite_keeps_a_data_folder_that_is_the_run_folder(tmp_path):
+    text = f"teacher: {{model: vit_tiny_patch16_224}}\ndata: {{name: images, root: {tmp_path}}}\nsteps: [distill]"
+    with pytest.raises(UserError, match=r"would delete .* which data\.root reads"):
+        _refuse_own_inputs(parse_recipe(text), RunFolder(tmp_path))
+    _refuse_own_inputs(parse_recipe(text), RunFolder(tmp_path / "run"))
