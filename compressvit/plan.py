@@ -215,7 +215,7 @@ def _phase_summary(spec: Training, data: Data) -> str:
         f", at most {spec.max_steps} steps" if spec.max_steps else ""
     )
     batch = f"batch {data.batch_size}" + (f"×{spec.accumulate}" if spec.accumulate > 1 else "")
-    rate = spec.lr * (data.batch_size * spec.accumulate / spec.lr_reference_batch if spec.lr_reference_batch else 1)
+    rate = spec.peak_lr(data.batch_size)
     return f"{length}, {batch}, {spec.optimizer}, lr {rate:.3g}, {spec.precision}"
 
 

@@ -32,7 +32,6 @@ class RunLog:
         self.console = console or Console()
         self.folder = folder
         self._writer: Any = None
-        self._bar: Progress | None = None
         _silence()
         log.setLevel(logging.INFO)
         log.propagate = False

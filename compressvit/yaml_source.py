@@ -90,12 +90,20 @@ def _walk(node: yaml.Node, path: Path, source: Source) -> None:
             _walk(item, (*path, index), source)
 
 
+def _unshared(content: Any) -> Any:
+    """A copy in which an alias has a value of its own, so that changing one place does not change the other."""
+    if isinstance(content, dict):
+        return {key: _unshared(value) for key, value in content.items()}
+    return [_unshared(value) for value in content] if isinstance(content, list) else content
+
+
 def override(source: Source, assignments: list[str]) -> None:
     """Apply `a.b.0.c=VALUE` to the content, in place; the value is read as YAML. Missing mappings on the way are made.
 
     Raises:
         UserError: no '=', an empty key, an index outside its list, or a path into something that is neither list nor mapping.
     """
+    source.content = _unshared(source.content)
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals:

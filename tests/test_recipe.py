@@ -522,3 +522,13 @@ def test_messages_call_a_recipe_what_the_user_called_it(tmp_path):
         load_recipe(path)
     assert str(caught.value).startswith(f"{path}: 1 error\n")
     assert "did you mean 'irpe'" in str(caught.value)
+
+
+def test_an_override_changes_one_place_of_an_alias():
+    text = """
+teacher: {model: vit_tiny_patch16_224, weights: train, finetune: &training {epochs: 3, lr: 0.001}}
+data: {name: digits}
+steps: [finetune: *training]
+"""
+    recipe = parse_recipe(text, overrides=["steps.0.finetune.lr=0.5"])
+    assert (recipe.teacher.finetune.lr, recipe.steps[0].spec.lr) == (0.001, 0.5)

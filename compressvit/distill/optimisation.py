@@ -29,9 +29,7 @@ def build_optimizer(model: nn.Module, spec: Training, batch_size: int, device: t
     known = timm.optim.list_optimizers()
     if spec.optimizer not in known:
         raise UserError(f"optimizer {spec.optimizer!r} is unknown to timm; {did_you_mean(spec.optimizer, known)}")
-    lr = spec.lr
-    if spec.lr_reference_batch:
-        lr *= batch_size * spec.accumulate / spec.lr_reference_batch
+    lr = spec.peak_lr(batch_size)
     arguments = timm.optim.get_optimizer_info(spec.optimizer)
     kwargs = {"momentum": spec.momentum} if arguments.has_momentum else {}
     if arguments.has_betas:

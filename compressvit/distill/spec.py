@@ -65,6 +65,10 @@ class Training(Spec):
         """Whether the phase learns from the ground truth."""
         return True
 
+    def peak_lr(self, batch_size: int) -> float:
+        """The learning rate after linear scaling for batches of `batch_size` images."""
+        return self.lr * (batch_size * self.accumulate / self.lr_reference_batch if self.lr_reference_batch else 1)
+
 
 class Finetune(Training):
     """Train with the ground truth alone; also how a teacher is trained from scratch."""

@@ -43,16 +43,13 @@ class Term:
     teacher_taps: tuple[Tap, ...] = ()
 
 
-def build_terms(
-    spec: Losses, pairs: Sequence[LayerPair], *, classes: int, feature_path: str = "norm", smoothing: float = 0.0
-) -> list[Term]:
+def build_terms(spec: Losses, pairs: Sequence[LayerPair], *, classes: int, smoothing: float = 0.0) -> list[Term]:
     """The terms of a distillation with weight above 0, relation terms only where there are layer pairs.
 
     Args:
         spec: the recipe's `losses`.
         pairs: the distilled layers.
         classes: size of the student's classifier; 0 for a headless backbone.
-        feature_path: module whose output is compared by `feature`.
         smoothing: of the ground truth, for `labels`.
 
     Raises:
@@ -73,7 +70,7 @@ def build_terms(
     if spec.hidden_relation.weight and pairs:
         terms.append(_hidden(spec.hidden_relation, pairs))
     if spec.feature.weight:
-        terms.append(_feature(spec.feature, feature_path))
+        terms.append(_feature(spec.feature, "norm"))
     if spec.labels.weight:
         terms.append(labels_term(spec.labels.weight, smoothing))
     terms += [_torchdistill(term) for term in spec.torchdistill if term.weight]
