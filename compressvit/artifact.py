@@ -55,7 +55,7 @@ class Manifest(Spec):
 
 
 def save(model: nn.Module, path: str | Path, *, input_config: dict[str, Any] | None = None) -> Path:
-    """Write a compressed (or plain) timm model as an artifact. An artifact already at `path` is replaced, in one rename.
+    """Write a compressed (or plain) timm model as an artifact. One already at `path` is replaced when the new one is whole.
 
     Args:
         model: built by `timm.create_model`, then possibly by `compressvit.compress`.
@@ -99,7 +99,8 @@ def load(path: str | Path) -> nn.Module:
     manifest = read_manifest(path)
     try:
         model = timm.create_model(manifest.architecture, pretrained=False, **manifest.args)
-    except (RuntimeError, TypeError, AssertionError, ValueError) as error:
+    except Exception as error:
+        # timm checks its arguments with asserts, look-ups and conversions, so that a wrong one can raise anything
         raise UserError(
             f"{path / MANIFEST}: timm {timm.__version__} cannot build {manifest.architecture} with {manifest.args}: {error}"
         ) from error

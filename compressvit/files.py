@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -91,3 +91,17 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} is not a readable checkpoint ({reason}); remove it to begin its phase again"
         ) from error
+
+
+def require_keys(content: Any, keys: Sequence[str], path: Path) -> None:
+    """Check that a loaded checkpoint says what is about to be read from it.
+
+    Raises:
+        UserError: one of `keys` is not there.
+    """
+    missing = [key for key in keys if not isinstance(content, dict) or key not in content]
+    if missing:
+        raise UserError(
+            f"{path} has no {missing[0]!r}: it was written by another version of compressvit, or is no checkpoint; "
+            "remove it to begin its phase again"
+        )

@@ -44,13 +44,21 @@ def load_teacher(recipe: Recipe, teacher: nn.Module) -> None:
         weights.load_file(teacher, recipe.teacher.weights, "teacher.weights", new_head=new_head)
 
 
-def require_student_file(recipe: Recipe) -> None:
-    """Refuse a `student.weights` that names no file, before the teacher is trained."""
+def require_student_file(recipe: Recipe, teacher: nn.Module) -> None:
+    """Refuse a `student.weights` that names no file, or one that does not fit, before the teacher is trained.
+
+    Args:
+        recipe: its `student` section.
+        teacher: its structure alone is read.
+    """
     asked = recipe.student.weights
-    if asked not in ("teacher", "pretrained", "random") and not Path(asked).exists():
+    if asked in ("teacher", "pretrained", "random"):
+        return
+    if not Path(asked).expanduser().exists():
         raise UserError(
             f"student.weights: there is no file {asked}; it can be teacher, pretrained, random, or the path of a file"
         )
+    build_student(recipe, teacher)
 
 
 def build_student(recipe: Recipe, teacher: nn.Module, *, meta: bool = False) -> nn.Module:

@@ -26,6 +26,7 @@ from compressvit.models import build_student, build_teacher, trains_teacher
 from compressvit.pipeline import apply_plans, compression_of
 from compressvit.recipe import Recipe
 from compressvit.transforms import LedgerEntry, Transform
+from compressvit.weights import copy_matching
 
 
 @dataclass
@@ -90,7 +91,12 @@ def plan_recipe(recipe: Recipe, name: str = "recipe", *, classes: int | None = N
     teacher_input = input_config(teacher, recipe.data)
     size = input_config(student, recipe.data)
     conflicts: list[str] = []
-    notes: list[str] = _data_notes(recipe, teacher)
+    if recipe.student.weights == "teacher":
+        try:
+            copy_matching(student, teacher)
+        except UserError as error:
+            conflicts.append(str(error))
+    notes: list[str] = _data_notes(recipe, teacher, classes)
     steps: list[StepPlan] = []
     if trains_teacher(recipe):
         how = recipe.teacher.finetune or Finetune()
@@ -109,6 +115,12 @@ def plan_recipe(recipe: Recipe, name: str = "recipe", *, classes: int | None = N
                 steps.append(_plan_phase(where, step.spec, student, teacher, recipe.data, size, teacher_input))
         except UserError as error:
             conflicts.append(f"{where}: {error}")
+    for where, phase in recipe.phases().items():
+        if phase.warmup_epochs > phase.epochs:
+            notes.append(
+                f"{where}: the warm-up of {phase.warmup_epochs:g} epochs is longer than the phase of {phase.epochs}, "
+                f"so the rate never reaches its peak; shorten warmup_epochs"
+            )
     if not any(isinstance(s.spec, Training) for s in recipe.steps):
         notes.append("no step trains the student: what comes out is the student as the transforms initialise it")
     if compression_of(student).ties:
@@ -219,11 +231,12 @@ def _phase_summary(spec: Training, data: Data) -> str:
     return f"{length}, {batch}, {spec.optimizer}, lr {rate:.3g}, {spec.precision}"
 
 
-def _data_notes(recipe: Recipe, teacher: nn.Module) -> list[str]:
-    classes, have = known_classes(recipe.data), getattr(teacher, "num_classes", 0)
+def _data_notes(recipe: Recipe, teacher: nn.Module, classes: int | None) -> list[str]:
+    classes, have = known_classes(recipe.data) or classes, getattr(teacher, "num_classes", 0)
     if classes and have and classes != have:
         return [
-            f"the data has {classes} classes and the teacher's head {have}: accuracy means nothing unless class 0, 1, … are the same"
+            f"the data has {classes} classes and the teacher's head {have}: accuracy means nothing unless class 0, 1, … are the same; "
+            "agreement with the teacher does"
         ]
     return []
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic.fields import FieldInfo
 
 from compressvit.data import Data
 from compressvit.distill.spec import PHASES, Finetune, Training
@@ -101,6 +103,12 @@ class Recipe(Spec):
     data: Data
     steps: tuple[Step, ...] = Field(min_length=1, description="Transforms and phases, in order.")  # type: ignore[valid-type]
 
+    def phases(self) -> dict[str, Training]:
+        """Every phase by its place in the recipe, the teacher's training first where it is spelled out."""
+        first: dict[str, Training] = {"teacher.finetune": self.teacher.finetune} if self.teacher.finetune else {}
+        steps = {f"steps[{i}].{s.name}": s.spec for i, s in enumerate(self.steps)}
+        return first | {where: spec for where, spec in steps.items() if isinstance(spec, Training)}
+
     def to_yaml(self) -> str:
         """The recipe with every default written out."""
         content = self.model_dump(mode="json", exclude={"steps"})
@@ -166,8 +174,9 @@ def shipped_recipes() -> dict[str, Path]:
 def find_recipe(name_or_path: str | Path) -> Path:
     """The file of a recipe given by path or by shipped name; a `UserError` with near names if there is none."""
     path = Path(name_or_path)
-    if path.is_file():
-        return path
+    with suppress(OSError):  # a name too long for the system is that of no file
+        if path.is_file():
+            return path
     shipped = shipped_recipes()
     if path.parent in (Path("."), Path("recipes")) and path.suffix in ("", ".yaml", ".yml") and path.stem in shipped:
         return shipped[path.stem]
@@ -239,7 +248,8 @@ def _sentence(fault: Any, path: tuple) -> str:
     if fault["type"] == "extra_forbidden":
         return f"unknown key; {did_you_mean(str(fault['loc'][-1]), _fields(path[:-1]), list_at_most=30)}"
     if fault["type"] == "missing":
-        return "missing, and it has no default"
+        about = _description(path)
+        return "missing, and it has no default" + (f"; it is {about[0].lower()}{about[1:]}" if about else "")
     if fault["type"] == "too_short":
         return f"should have at least {fault['ctx']['min_length']} item, not {fault['ctx']['actual_length']}"
     if fault["type"] == "literal_error":
@@ -252,7 +262,7 @@ def _sentence(fault: Any, path: tuple) -> str:
     return f"{text}, not {json.dumps(given, default=str, ensure_ascii=False)}"
 
 
-def _fields(path: tuple) -> list[str]:
+def _fields(path: tuple) -> dict[str, FieldInfo]:
     """The keys that are allowed at a path of the recipe."""
     model: Any = Recipe
     for part in path:
@@ -260,7 +270,15 @@ def _fields(path: tuple) -> list[str]:
             continue
         field = model.model_fields.get(part)
         model = _model_in(field.annotation) if field else None
-    return list(model.model_fields) if model is not None else []
+    return model.model_fields if model is not None else {}
+
+
+def _description(path: tuple) -> str:
+    """What the schema says about the key at a path, without its last full stop."""
+    field = _fields(path[:-1]).get(path[-1])
+    model = _model_in(field.annotation) if field else None
+    text = (field.description if field else None) or (model.__doc__ if model else None) or ""
+    return text.splitlines()[0].rstrip(".") if text else ""
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:

@@ -38,7 +38,7 @@ from compressvit.plan import megabytes, plan_recipe, print_plan, require_no_conf
 from compressvit.recipe import Recipe
 from compressvit.runfolder import RunFolder
 from compressvit.runlog import RunLog, log
-from compressvit.transforms import LedgerEntry, LoadWeights, Transform
+from compressvit.transforms import LedgerEntry, Transform
 
 
 def apply(
@@ -81,7 +81,6 @@ def apply(
     for step in recipe.steps:
         if isinstance(step.spec, Transform):
             step.spec.require_inputs()
-    require_student_file(recipe)
     if overwrite:
         _refuse_own_inputs(recipe, folder)
     datasets = open_data(recipe.data)
@@ -91,9 +90,10 @@ def apply(
         require_no_conflicts(plan)
     opt.seed_everything(recipe.seed)
     teacher = build_teacher(recipe, classes=datasets.num_classes)
+    require_student_file(recipe, teacher)
     taught = resume and folder.teacher.is_dir()
     if taught:
-        teacher = artifact.load(folder.teacher)
+        teacher = _trained_teacher(folder)
     else:
         load_teacher(recipe, teacher)
     if not resume:
@@ -105,7 +105,7 @@ def apply(
         if trains_teacher(recipe) and not taught:
             run.train_teacher(teacher)
             # As a resumed run does: its training left marks on it, such as drop path.
-            teacher = artifact.load(folder.teacher)
+            teacher = _trained_teacher(folder)
         results = run.finish(teacher.to(where).eval(), run.make_student(teacher), plan)
     except UserError as error:
         log.error("%s", error, extra={"already_shown": True})
@@ -136,6 +136,16 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def _trained_teacher(folder: RunFolder) -> nn.Module:
+    """The teacher that an earlier part of the run trained."""
+    try:
+        return artifact.load(folder.teacher)
+    except UserError as error:
+        raise UserError(
+            f"--resume: {error}\n  Remove {folder.teacher}: --resume then writes it again from its checkpoint"
+        ) from error
+
+
 def _refuse_own_inputs(recipe: Recipe, folder: RunFolder) -> None:
     """`--overwrite` must not delete what the run reads."""
     named = {
@@ -144,9 +154,10 @@ def _refuse_own_inputs(recipe: Recipe, folder: RunFolder) -> None:
         "data.root": recipe.data.root,
     }
     named |= {
-        f"steps[{i}].load_weights": s.spec.artifact
+        f"steps[{i}].{s.name}.{field}": getattr(s.spec, field)
         for i, s in enumerate(recipe.steps)
-        if isinstance(s.spec, LoadWeights)
+        if isinstance(s.spec, Transform)
+        for field in s.spec.reads
     }
     for key, value in named.items():
         if not value:
@@ -159,11 +170,8 @@ def _refuse_own_inputs(recipe: Recipe, folder: RunFolder) -> None:
 def _refuse_labels(recipe: Recipe, datasets: Datasets) -> None:
     """Labels that are missing or that a head cannot tell apart, before anything is trained."""
     if not datasets.labeled:
-        phases: dict[str, Training] = (
-            {"teacher.finetune": recipe.teacher.finetune or Finetune()} if trains_teacher(recipe) else {}
-        )
-        phases |= {f"steps[{i}].{s.name}": s.spec for i, s in enumerate(recipe.steps) if isinstance(s.spec, Training)}
-        for name, spec in phases.items():
+        phases: dict[str, Training] = {"teacher.finetune": Finetune()} if trains_teacher(recipe) else {}
+        for name, spec in (phases | recipe.phases()).items():
             if spec.needs_labels:
                 raise UserError(f"{name} learns from labels, but the images of data '{recipe.data.name}' have none")
         return
@@ -182,13 +190,6 @@ def _refuse_labels(recipe: Recipe, datasets: Datasets) -> None:
             raise UserError(
                 f"the data has {have} classes, and the {whose}'s head tells only {classes} apart; set {where}={have}{advice}"
             )
-    if have and teacher.num_classes and have < teacher.num_classes:
-        log.warning(
-            "the data has %d classes and the teacher's head %d: accuracy below means nothing unless class 0, 1, … are the same; "
-            "agreement with the teacher does",
-            have,
-            teacher.num_classes,
-        )
 
 
 @dataclass
@@ -218,25 +219,26 @@ class _Run:
             if isinstance(step.spec, Transform):
                 waiting.append(step.spec)
                 continue
-            self._transform(student, waiting, teacher, index)
-            waiting = []
             name = f"{index}_{step.name}"
             phase = Phase(name, index + 1, self.recipe.seed, self.folder.checkpoint(name))
+            if waiting:
+                self._transform(student, waiting, index)
+                if not phase.checkpoint.is_file():  # a resumed run has said it before
+                    result = self._evaluate(student, teacher)
+                    self.log.scalars(f"{index - 1}_{waiting[-1].name}", "evaluate", 0, result)
+                    self.log.say(f"before training: {_summary(result)}")
+            waiting = []
             self._train(student, step.spec, phase, teacher)
-        self._transform(student, waiting, teacher, len(self.recipe.steps))
+        if waiting:
+            self._transform(student, waiting, len(self.recipe.steps))
         return student
 
-    def _transform(self, student: nn.Module, specs: list[Transform], teacher: nn.Module, index: int) -> None:
-        if not specs:
-            return
+    def _transform(self, student: nn.Module, specs: list[Transform], index: int) -> None:
         opt.seed_everything(self.recipe.seed, 2, index)
         student.cpu()
         ledger = transform_(student, specs)
         if ledger:
             self.log.console.print(ledger_table(ledger))
-        result = self._evaluate(student, teacher)
-        self.log.scalars(f"{index - 1}_{specs[-1].name}", "evaluate", 0, result)
-        self.log.say(f"before training: {_summary(result)}")
 
     def _train(self, model: nn.Module, spec: Training, phase: Phase, teacher: nn.Module | None) -> None:
         config = input_config(model, self.recipe.data)

@@ -94,8 +94,8 @@ class RunFolder:
         """Make the folder and write what is known before the first step."""
         with disk_faults(self.path):
             if overwrite and self.path.is_dir():
-                shutil.rmtree(self.path)
-            self.path.mkdir(parents=True, exist_ok=True)
+                shutil.rmtree(self.path.resolve())  # a link to a folder stays, and its folder is made anew
+            self.path.resolve().mkdir(parents=True, exist_ok=True)
         write_text(self.path / "recipe.yaml", recipe_text)
         write_text(self.path / RESOLVED, recipe.to_yaml())
         write_text(self.path / "environment.json", json.dumps(environment(command), indent=2) + "\n")

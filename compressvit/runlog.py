@@ -11,9 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from compressvit.files import disk_faults
 
@@ -65,17 +67,17 @@ class RunLog:
 
     @contextmanager
     def progress(self, description: str, total: int, completed: int = 0) -> Iterator[Any]:
-        """A progress bar; yields `advance(text)`, to be called after every optimiser step."""
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[text]}"),
-        )
-        with Progress(*columns, console=self.console, transient=True) as bar:
-            task = bar.add_task(description, total=total, completed=completed, text="")
-            yield lambda text: bar.update(task, advance=1, text=text)
+        """A progress bar with a line of numbers below it; yields `advance(text)`, to be called after every optimiser step."""
+        bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        task = bar.add_task(description, total=total, completed=completed)
+        numbers = Text()
+        with Live(Group(bar, numbers), console=self.console, transient=True, refresh_per_second=4):
+
+            def advance(text: str) -> None:
+                numbers.plain = text
+                bar.advance(task)
+
+            yield advance
 
     def close(self) -> None:
         """Flush and close the files."""

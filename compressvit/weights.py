@@ -112,7 +112,7 @@ def load_file(model: nn.Module, path: str | Path, where: str, *, new_head: bool 
     Raises:
         UserError: no such file, a truncated or unsafe one, or tensors that do not fit the model.
     """
-    tensors = resample_positions(_read(Path(path), where), model)
+    tensors = resample_positions(_read(Path(path).expanduser(), where), model)
     own = model.state_dict()
     heads = _head_names(model)
     if not any(n in own for n in heads):  # a headless model has no use for the file's classifier
@@ -147,8 +147,8 @@ def load_file(model: nn.Module, path: str | Path, where: str, *, new_head: bool 
 def copy_matching(student: nn.Module, teacher: nn.Module) -> list[str]:
     """Give a student that timm built with other arguments its teacher's values, name by name.
 
-    Class, distillation and register tokens may be gone: their rows of the position embedding are then left out. Returns the
-    names that were not copied.
+    Class, distillation and register tokens may be gone: their rows of the position embedding are then left out. On the meta
+    device it only checks. Returns the names that were not copied.
 
     Raises:
         UserError: a tensor of the student has no counterpart of its shape in the teacher.
@@ -165,7 +165,7 @@ def copy_matching(student: nn.Module, teacher: nn.Module) -> list[str]:
     if wrong:
         raise UserError(
             f"student.weights: teacher: {len(wrong)} tensors of the student have no counterpart in the teacher, first {wrong[0]}"
-            f"{_shapes(wrong[0], source, own)}. Use `student.weights: pretrained` or a file"
+            f"{_shapes(wrong[0], source, own, ('teacher', 'student'))}. Use `student.weights: pretrained` or a file"
         )
     student.load_state_dict({n: source[n] for n in own})
     return [n for n in source if n not in own]
@@ -239,6 +239,11 @@ def _supply(where: str) -> str:
     return f"Supply them as a file: {where}=PATH (safetensors, or a torch file of plain tensors)."
 
 
-def _shapes(name: str, given: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> str:
-    shapes = [f"{what} {tuple(t[name].shape)}" for what, t in (("file", given), ("model", own)) if name in t]
+def _shapes(
+    name: str,
+    given: dict[str, torch.Tensor],
+    own: dict[str, torch.Tensor],
+    whose: tuple[str, str] = ("file", "model"),
+) -> str:
+    shapes = [f"{what} {tuple(t[name].shape)}" for what, t in zip(whose, (given, own), strict=True) if name in t]
     return f" ({', '.join(shapes)})"

@@ -1,57 +1,88 @@
-"""Small models for every test; torch on one thread, so that tests run side by side do not fight for cores."""
+"""Fixtures that several files share; torch on one thread, so that tests run side by side do not fight for cores."""
 
 from __future__ import annotations
 
+import copy
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
 import pytest
-import timm
 import torch
+from torch import nn
 
-VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 4, "num_classes": 5}
-SWIN = {
-    "img_size": 32,
-    "patch_size": 2,
-    "embed_dim": 16,
-    "depths": (2, 4),
-    "num_heads": (2, 4),
-    "window_size": 4,
-    "num_classes": 5,
-    "drop_path_rate": 0.0,
-}
+from compressvit import artifact
+from compressvit.pipeline import compress
+from compressvit.transforms import Transform
 
-# One model of every kind that the transforms work on: name → (timm name, arguments).
-BACKBONES = {
-    "vit": ("vit_tiny_patch16_224", VIT),
-    "vit_no_class_token": ("vit_tiny_patch16_224", {**VIT, "class_token": False, "global_pool": "avg"}),
-    "deit_distilled": ("deit_tiny_distilled_patch16_224", VIT),
-    "dinov2_registers": ("vit_small_patch14_reg4_dinov2", {**VIT, "init_values": 0.1}),
-    "headless": ("vit_small_patch14_dinov2", {**VIT, "num_classes": 0}),
-    "swin": ("swin_tiny_patch4_window7_224", SWIN),
-}
+pytest.register_assert_rewrite("helpers")  # before its import, so that its assertions also tell what they saw
 
-
-def build(name: str, seed: int = 0) -> torch.nn.Module:
-    """A small model of `BACKBONES`, in eval mode, with no parameter left at zero or one."""
-    torch.manual_seed(seed)
-    architecture, args = BACKBONES[name]
-    model = timm.create_model(architecture, **args)
-    with torch.no_grad():  # fresh biases are zeros and norms ones, which would hide a mistake
-        for parameter in model.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
-    return model.eval()
-
-
-def images_for(model: torch.nn.Module, batch: int = 2, seed: int = 1) -> torch.Tensor:
-    """Random images of the model's size."""
-    size = model.patch_embed.img_size
-    return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.fixture(params=BACKBONES)
-def backbone(request) -> torch.nn.Module:
-    """Every kind of model in turn."""
-    return build(request.param)
+from helpers.contract import ARTIFACT, teacher  # noqa: E402
+from helpers.models import build  # noqa: E402
+from helpers.runs import RECIPE, done  # noqa: E402
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _wide_terminal():
+    """So that no line of a table or message is broken."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "240")
+        yield
+
+
+# --- runs
+
+
+@pytest.fixture(scope="session")
+def recipe(tmp_path_factory):
+    """The file of `RECIPE`; the tests of the command line have one of their own."""
+    path = tmp_path_factory.mktemp("engine") / "tiny.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+@pytest.fixture(scope="session")
+def finished(recipe):
+    """A finished run of `recipe` with an override. Not to be changed: copy it first."""
+    folder = recipe.parent / "finished"
+    done("apply", recipe, "--output", folder, "seed=3")
+    return folder
+
+
+# --- the contract of a transform
+
+
+@pytest.fixture(scope="session")
+def fit(tmp_path_factory) -> Callable[..., Transform]:
+    """Give a spec that reads an artifact one that fits a backbone after some transforms."""
+
+    @functools.cache
+    def artifact_of(backbone: str, before: tuple[Transform, ...]) -> Path:
+        return artifact.save(compress(build(backbone, seed=7), before), tmp_path_factory.mktemp("artifact") / "student")
+
+    def fit(spec: Transform, backbone: str, before: Sequence[Transform] = ()) -> Transform:
+        if getattr(spec, "artifact", None) != ARTIFACT:
+            return spec
+        structure = tuple(s for s in before if not s.plan_class.loads_values)
+        return spec.model_copy(update={"artifact": str(artifact_of(backbone, structure))})
+
+    return fit
+
+
+@pytest.fixture(scope="session")
+def student(fit) -> Callable[[Transform, str], nn.Module]:
+    """The compressed model of a case; a copy, so that a test may do with it what it likes."""
+    made: dict[tuple[Transform, str], nn.Module] = {}
+
+    def student(spec: Transform, backbone: str) -> nn.Module:
+        if (spec, backbone) not in made:
+            torch.manual_seed(3)
+            made[spec, backbone] = compress(teacher(backbone), [fit(spec, backbone)])
+        return copy.deepcopy(made[spec, backbone])
+
+    return student

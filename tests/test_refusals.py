@@ -7,7 +7,7 @@ import errno
 import numpy as np
 import pytest
 import torch
-from conftest import build, images_for
+from helpers.models import build, images_for
 from PIL import Image
 
 import compressvit

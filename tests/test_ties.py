@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from conftest import BACKBONES, build, images_for
+from helpers.models import BACKBONES, build, images_for, outputs
 from timm.models._manipulate import reinit_non_persistent_buffers
 from torch import nn
 
@@ -28,11 +28,6 @@ def student_of(name: str) -> nn.Module:
 
 def declared(model: nn.Module) -> list[list[str]]:
     return compression_of(model).ties
-
-
-@torch.no_grad()
-def outputs(model: nn.Module) -> torch.Tensor:
-    return model(images_for(model).to(next(model.parameters()).dtype))
 
 
 # -------------------------------------------------------------------------------------------------------- tie and count

@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from timm.data import Mixup
 from torch import nn
 
 from compressvit import ties
@@ -24,9 +25,10 @@ from compressvit.distill.spec import Training
 from compressvit.distill.taps import Taps
 from compressvit.distill.terms import Batch, Term
 from compressvit.errors import UserError
-from compressvit.files import load_checkpoint, save_checkpoint
+from compressvit.files import load_checkpoint, require_keys, save_checkpoint
 from compressvit.runlog import RunLog
 
+_UNFINISHED = ("epoch", "batch_index", "steps", "optimizer", "scaler", "random_state", "meters")
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -117,18 +119,21 @@ def train(
 
     epoch = batch_index = steps = 0
     resumed_random_state = None
+    resumed_meters: dict[str, Any] = {}
     if phase.checkpoint.is_file():
         saved = load_checkpoint(phase.checkpoint)
+        require_keys(saved, ("done", "model"), phase.checkpoint)
         model.load_state_dict(saved["model"], strict=False)
         if saved["done"]:
             return
+        require_keys(saved, _UNFINISHED, phase.checkpoint)
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
         if average is not None:
             average.module.load_state_dict(saved["average"], strict=False)
             average.n_averaged.fill_(saved["n_averaged"])
         epoch, batch_index, steps = saved["epoch"], saved["batch_index"], saved["steps"]
-        resumed_random_state = saved["random_state"]
+        resumed_random_state, resumed_meters = saved["random_state"], saved["meters"]
         log.say(f"{phase.name}: resumed at epoch {epoch + 1}, step {steps} of {total_steps}")
 
     def checkpoint(done: bool, random_state: dict | None = None) -> None:
@@ -139,6 +144,7 @@ def train(
                 "scaler": scaler.state_dict(),
                 "batch_index": batch_index,
                 "random_state": random_state,
+                "meters": meters.state() if random_state else {},
             }
             if average is not None:
                 content |= {"average": ties.unique_state(average.module), "n_averaged": int(average.n_averaged)}
@@ -164,15 +170,14 @@ def train(
             if resumed_random_state is not None:
                 opt.restore_random_state(resumed_random_state)
                 resumed_random_state = None
-            meters = _Meters()
+            meters = _Meters(**resumed_meters)
+            resumed_meters = {}
             optimizer.zero_grad(set_to_none=True)
 
             for images, targets in batches:
                 images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-                labels = targets
                 if mixup is not None:
-                    even = len(images) // 2 * 2  # mixup pairs images
-                    images, targets = mixup(images[:even], targets[:even].clamp(min=0))
+                    images, targets = _mix(mixup, images, targets)
                 with autocast:
                     logits = run_student(images)
                     teacher_logits = None
@@ -189,8 +194,8 @@ def train(
                 left = len(loader) - batch_index // spec.accumulate * spec.accumulate
                 scaler.scale(loss / min(spec.accumulate, left)).backward()
                 batch_index += 1
-                scored = mixup is None and getattr(model, "num_classes", 0)  # pooled features are no scores
-                meters.add(parts, logits, teacher_logits, labels if scored else None)
+                scored = getattr(model, "num_classes", 0)  # pooled features are no scores
+                meters.add(parts, logits, teacher_logits, targets if scored else None)
                 if batch_index % spec.accumulate and batch_index < len(loader):
                     continue
 
@@ -207,7 +212,7 @@ def train(
                 steps += 1
 
                 meters.last |= {"gradient_norm": norm.item(), "lr": optimizer.param_groups[0]["lr"]}
-                advance(meters.text())
+                advance(meters.details())
                 if steps % spec.log_every == 0 or steps == total_steps:
                     log.scalars(phase.name, "train", steps, {"epoch": epoch, **meters.last})
                 if steps >= total_steps:
@@ -225,13 +230,25 @@ def train(
             if last or epoch % spec.evaluate_every == 0:
                 result = evaluate(model if last or average is None else average.module)
                 log.scalars(phase.name, "evaluate", steps, {"epoch": epoch, **result})
-                log.say(f"{phase.name} {epoch}/{spec.epochs}  {meters.text(means=True)}  {_result_text(result)}")
+                log.say(f"{phase.name} {epoch}/{spec.epochs}  {meters.text()}  {_result_text(result)}")
             if stop.signum is not None:  # during the last step or the evaluation
                 raise Interrupted(stop.signum, phase.checkpoint)
     student_taps.close()
     if teacher_taps:
         teacher_taps.close()
     model.eval()
+
+
+def _mix(mixup: Mixup, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """timm's mixup or cutmix on a batch; the targets become (B, classes).
+
+    It pairs images, so an odd one is left out, and a batch of one stays as it is. Images without a label (target −1) are
+    left out of a batch that has labels, because they have none to mix.
+    """
+    if (targets >= 0).any():
+        images, targets = images[targets >= 0], targets[targets >= 0]
+    even = len(images) // 2 * 2
+    return mixup(images[:even], targets[:even].clamp(min=0)) if even else (images, targets)
 
 
 def _total(terms: Sequence[Term], batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
@@ -262,27 +279,31 @@ def _diverged(phase: Phase, steps: int, what: str, parts: dict[str, float]) -> s
 
 
 def _result_text(result: dict[str, Any]) -> str:
-    names = {"top1": "validation {:.2f}%", "agreement": "agreement {:.2f}%", "cosine": "cosine {:.4f}"}
-    return "  ".join(text.format(result[k]) for k, text in names.items() if result.get(k) is not None)
+    return _words(result, {"top1": "validation {:.2f}%", "agreement": "agreement {:.2f}%", "cosine": "cosine {:.4f}"})
 
 
 class _Meters:
     """Means over an epoch and the values of the last batch."""
 
-    def __init__(self) -> None:
+    def __init__(self, sums: dict[str, float] | None = None, count: int = 0) -> None:
         self.last: dict[str, float] = {}
-        self._sums: dict[str, float] = {}
-        self._count = 0
+        self._sums = dict(sums or {})
+        self._count = count
+
+    def state(self) -> dict[str, Any]:
+        """What an interrupted epoch goes on from: the arguments of a new one."""
+        return {"sums": self._sums, "count": self._count}
 
     def add(
         self,
         parts: dict[str, float],
         logits: torch.Tensor,
         teacher_logits: torch.Tensor | None,
-        labels: torch.Tensor | None,
+        targets: torch.Tensor | None,
     ) -> None:
-        """Note a batch; accuracies only where the images are unmixed and carry labels."""
+        """Note a batch. Accuracies count images that carry labels; a mixed image has the label it has more of."""
         values = dict(parts)
+        labels = targets.argmax(dim=1) if targets is not None and targets.ndim == 2 else targets
         known = labels >= 0 if labels is not None else None
         if known is not None and known.any():
             for name, outputs in (("", logits), ("teacher_", teacher_logits)):
@@ -299,8 +320,20 @@ class _Meters:
         """Mean of every value over the batches so far."""
         return {name: total / max(1, self._count) for name, total in self._sums.items()}
 
-    def text(self, means: bool = False) -> str:
-        """Loss and accuracies in a few words."""
-        values = self.means() if means else self.last
-        names = {"loss": "loss {:.4f}", "top1": "train {:.1f}%", "teacher_top1": "(teacher {:.1f}%)"}
-        return "  ".join(text.format(values[k]) for k, text in names.items() if k in values)
+    def text(self) -> str:
+        """The epoch's mean loss and accuracies in a few words."""
+        return _words(
+            self.means(), {"loss": "loss {:.4f}", "top1": "train {:.1f}%", "teacher_top1": "(teacher {:.1f}%)"}
+        )
+
+    def details(self) -> str:
+        """Everything about the last step: the loss and its terms after weighting, accuracies, the gradient's norm."""
+        names = {"top1": "top-1 {:.1f}%", "top5": "top-5 {:.1f}%"}
+        names |= {f"teacher_{k}": f"teacher's {text}" for k, text in names.items()}
+        names |= {"gradient_norm": "gradient {:.3g}", "lr": "lr {:.2g}"}
+        terms = {k: f"{k} {{:.4g}}" for k in self.last if k not in names}
+        return _words(self.last, terms | names)
+
+
+def _words(values: dict[str, Any], names: dict[str, str]) -> str:
+    return "  ".join(text.format(values[k]) for k, text in names.items() if values.get(k) is not None)

@@ -31,16 +31,19 @@ def build_optimizer(model: nn.Module, spec: Training, batch_size: int, device: t
         raise UserError(f"optimizer {spec.optimizer!r} is unknown to timm; {did_you_mean(spec.optimizer, known)}")
     lr = spec.peak_lr(batch_size)
     arguments = timm.optim.get_optimizer_info(spec.optimizer)
+    if arguments.second_order:
+        raise UserError(
+            f"optimizer {spec.optimizer!r} needs second derivatives, which the training loop does not compute; "
+            "use a first-order one such as adamw"
+        )
     kwargs = {"momentum": spec.momentum} if arguments.has_momentum else {}
     if arguments.has_betas:
         kwargs["betas"] = spec.betas
     if device.type == "cuda" and spec.optimizer in ("adamw", "adam", "sgd"):
         kwargs["fused"] = True
     try:
-        # timm leaves out 1-D tensors and what the model names; iRPE's tables are position tables too
-        undecayed = {n for n, _ in model.named_parameters() if n.endswith("rpe_k.table")}
-        undecayed |= set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
-        groups = timm.optim.param_groups_weight_decay(model, spec.weight_decay, no_weight_decay_list=undecayed)
+        # timm leaves out 1-D tensors and what the model names; modules that transforms added name theirs
+        groups = timm.optim.param_groups_weight_decay(model, spec.weight_decay, no_weight_decay_list=_undecayed(model))
         return timm.optim.create_optimizer_v2(
             groups, opt=spec.optimizer, lr=lr, weight_decay=spec.weight_decay, **kwargs
         )
@@ -54,6 +57,16 @@ def build_optimizer(model: nn.Module, spec: Training, batch_size: int, device: t
         raise UserError(
             f"optimizer {spec.optimizer!r} cannot be built with {given or 'its defaults'}: {error}"
         ) from error
+
+
+def _undecayed(model: nn.Module) -> set[str]:
+    """Names of the parameters without weight decay: what the model and its modules name in `no_weight_decay()`."""
+    return {
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules()
+        if hasattr(module, "no_weight_decay")
+        for name in module.no_weight_decay()
+    }
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, spec: Training, steps_per_epoch: int) -> Scheduler:

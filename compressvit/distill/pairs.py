@@ -44,6 +44,8 @@ def match_layers(
     ours, theirs = _blocks(student), _blocks(teacher)
     if ours is None or theirs is None or ours.family != theirs.family:
         reason = f"{model_name(student)} and {model_name(teacher)} are of different architectures"
+        if ours is theirs is None:
+            reason = f"the blocks of {model_name(student)} and {model_name(teacher)} are not known to compressvit"
         if layers == "matched":
             return [], f"{reason}: no layer pairs, only the prediction is distilled"
         raise UserError(f"distill.layers gives pairs, but {reason}; remove it to distil the prediction alone")

@@ -14,7 +14,9 @@ class Training(Spec):
 
     epochs: int = Field(10, ge=1, description="Passes over the training set.")
     max_steps: int | None = Field(
-        None, ge=1, description="Stop after this many optimiser steps, whatever `epochs` says."
+        None,
+        ge=1,
+        description="Stop after this many optimiser steps, whatever `epochs` says; the schedule stays that of `epochs`.",
     )
     optimizer: str = Field("adamw", description="Any name of timm.optim.list_optimizers().")
     lr: float = Field(1e-3, gt=0, description="Peak learning rate.")

@@ -209,7 +209,10 @@ def _named_taps(kwargs: Any, whose: str | None = None) -> tuple[list[Tap], list[
             found[whose].append((kwargs["path"], kwargs.get("io", "output")))
         for key, value in kwargs.items():
             owner = next((w for w in found if key.startswith(w)), whose)
-            if isinstance(value, str) and key.endswith("_path") and owner:
+            if key == "module_path" and isinstance(value, str) and owner is None:  # RegularizationLoss names one side's
+                side = "teacher" if kwargs.get("is_from_teacher") else "student"
+                found[side].append((value, kwargs.get("io_type", "output")))
+            elif isinstance(value, str) and key.endswith("_path") and owner:
                 found[owner].append((value, kwargs.get(f"{key[: -len('_path')]}_io", "output")))
             elif isinstance(value, (dict, list)):
                 student, teacher = _named_taps(value, owner)

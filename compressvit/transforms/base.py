@@ -59,6 +59,8 @@ class Transform(Spec):
 
     name: ClassVar[str]
     plan_class: ClassVar[type[Plan]]
+    # Fields that name a file or folder which `initialise` reads: `--overwrite` must not delete it.
+    reads: ClassVar[tuple[str, ...]] = ()
 
     def plan(self, model: nn.Module) -> Plan:
         """Resolve against a model, which is not changed.

@@ -71,6 +71,10 @@ class ContextualKeyPosition(nn.Module):
         self.bucketing = (*grid, num_prefix_tokens, ratio)
         self.register_buffer("bucket_ids", bucket_ids(*self.bucketing).to(self.table.device), persistent=False)
 
+    def no_weight_decay(self) -> set[str]:
+        """timm's convention: position tables do not decay."""
+        return {"table"}
+
     def init_non_persistent_buffers(self) -> None:
         """timm's convention: fill the buffers that no checkpoint holds, after `to_empty()`."""
         self.bucket_ids = bucket_ids(*self.bucketing).to(self.table.device)

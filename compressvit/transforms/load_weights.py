@@ -32,7 +32,8 @@ class LoadWeightsPlan(Plan):
         from compressvit.artifact import read_manifest, read_tensors
         from compressvit.weights import resample_positions
 
-        made_by = [(s.transform, {**s.plan, "init": None}) for s in read_manifest(self.artifact).transforms]
+        folder = Path(self.artifact).expanduser()
+        made_by = [(s.transform, {**s.plan, "init": None}) for s in read_manifest(folder).transforms]
         asked = [(p.transform, {**p.model_dump(mode="json"), "init": None}) for p in student._compression.plans]
         asked = [entry for entry in asked if entry[0] != self.transform]
         if [e for e in made_by if e[0] != self.transform] != asked:
@@ -41,7 +42,7 @@ class LoadWeightsPlan(Plan):
                 f"load_weights: {self.artifact} was made by other transforms than this student: "
                 f"{_differences(made_by, asked)}. Give the recipe the settings that its compressvit.json lists"
             )
-        tensors = resample_positions(read_tensors(self.artifact), student)
+        tensors = resample_positions(read_tensors(folder), student)
         own = ties.unique_state(student)
         wrong = [n for n in own if n not in tensors or tensors[n].shape != own[n].shape]
         wrong += [n for n in tensors if n not in own]
@@ -72,6 +73,8 @@ def _differences(made_by: list, asked: list) -> str:
 class LoadWeights(Transform):
     """Set the student's values from an artifact (a folder with compressvit.json) made by the same transforms."""
 
+    reads: ClassVar[tuple[str, ...]] = ("artifact",)
+
     artifact: str = Field(description="Folder of the artifact, e.g. runs/mini_swin_b/student.")
 
     def plan(self, model: nn.Module) -> LoadWeightsPlan:
@@ -80,7 +83,7 @@ class LoadWeights(Transform):
     def require_inputs(self) -> None:
         from compressvit.artifact import MANIFEST
 
-        if not (Path(self.artifact) / MANIFEST).is_file():
+        if not (Path(self.artifact).expanduser() / MANIFEST).is_file():
             raise UserError(
                 f"load_weights: there is no artifact at {self.artifact} (a folder with {MANIFEST}); run the recipe that makes it "
                 "first, or name another with load_weights.artifact"

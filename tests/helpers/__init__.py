@@ -1,0 +1,1 @@
+"""What several test files need and no fixture is; `tests/conftest.py` has the fixtures."""

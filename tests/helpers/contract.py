@@ -1,0 +1,73 @@
+"""Every registered transform on every backbone: the cases of the contract tests (`test_transforms*.py`).
+
+A new transform needs an entry in `EXAMPLES` and nothing else to be held to all of them.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from compressvit import ties
+from compressvit.transforms import IRPE, LoadWeights, Multiplex, Transform
+from helpers.models import BACKBONES, build
+
+ARTIFACT = "an artifact that fits, made by the test"
+
+# Every registered transform, at settings that between them use everything it has.
+EXAMPLES: dict[str, list[Transform]] = {
+    "multiplex": [
+        Multiplex(share=2, mixing_bias=True, mlp_conv=3),
+        Multiplex(share=2, mlp_conv=3, form="reference", init="first"),
+        Multiplex(share=1, head_mixing=False, mlp_conv=5),
+    ],
+    "irpe": [IRPE()],
+    "load_weights": [LoadWeights(artifact=ARTIFACT)],
+}
+
+# What a transform does not do, and the words that say so. Everything else must work.
+REFUSED = {("irpe", "swin"): "is a Swin, which has a relative position table already"}
+
+# Parameters that cannot have a gradient when training starts, by the end of their names, and why.
+BLIND_AT_START = {
+    "mlp_conv.norm.weight": "the convolution behind it starts at zero",
+    "mlp_conv.norm.bias": "the convolution behind it starts at zero",
+}
+BLIND_FOREVER = {"logit_mix.bias": "the softmax does not see a constant added to a row"}
+
+CASES = [
+    pytest.param(spec, backbone, id=f"{name}{index}-{backbone}")
+    for name, specs in EXAMPLES.items()
+    for index, spec in enumerate(specs)
+    for backbone in BACKBONES
+    if (name, backbone) not in REFUSED
+]
+every_case = pytest.mark.parametrize(("spec", "backbone"), CASES)
+# For what depends on the layers and not on their settings: the first example of each is enough.
+every_transform = pytest.mark.parametrize(("spec", "backbone"), [case for case in CASES if "0-" in case.id])
+
+
+@functools.cache
+def teacher(backbone: str) -> nn.Module:
+    """Not to be changed: `test_compress_leaves_the_teacher_alone` and its like say who did."""
+    return build(backbone)
+
+
+def structure(model: nn.Module) -> dict[str, object]:
+    """Everything about a model but its values."""
+    return {
+        "modules": [(path, type(module)) for path, module in model.named_modules()],
+        "tensors": {name: (tuple(t.shape), t.dtype) for name, t in model.state_dict().items()},
+        "ties": ties.tied_groups(model),
+    }
+
+
+def values(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same_values(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

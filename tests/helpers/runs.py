@@ -1,0 +1,80 @@
+"""Running `compressvit` in this process, and reading what a run left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+
+from compressvit import artifact
+from compressvit.cli import main
+from helpers.training import VIT
+
+# A run of a second that writes everything a run can write. `recipe` and `finished` of conftest.py are of this one.
+RECIPE = f"""\
+teacher:
+  model: vit_tiny_patch16_224
+  weights: train
+  args: {json.dumps(VIT)}
+  finetune: {{epochs: 1, log_every: 1}}
+data: {{name: digits, batch_size: 8, limit_train: 56, limit_val: 16}}
+steps:
+  - multiplex: {{share: 2, mlp_conv: 3}}
+  - distill: {{epochs: 2, log_every: 1, losses: {{hidden_relation: {{weight: 0.5}}, labels: {{weight: 0.25}}}}}}
+"""
+
+
+# The shortest run, for tests of the command line.
+TINY = """\
+description: A run of a few seconds.
+teacher:
+  model: vit_tiny_patch16_224
+  weights: train
+  args: {img_size: 8, patch_size: 4, in_chans: 1, embed_dim: 16, depth: 2, num_heads: 2}
+  finetune: {epochs: 1}
+data: {name: digits, batch_size: 32, limit_train: 64, limit_val: 32}
+steps:
+  - multiplex: {share: 2}
+  - distill: {epochs: 1}
+"""
+
+
+def run(*words: object) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of `compressvit WORDS`; white space is squeezed."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main([str(word) for word in words])
+        except SystemExit as stop:  # argparse
+            code = int(stop.code or 0)
+    return code, *(" ".join(text.getvalue().split()) for text in (out, err))
+
+
+def done(*words: object) -> str:
+    """The standard output of a command that must succeed."""
+    code, out, err = run(*words)
+    assert code == 0, err
+    return out
+
+
+def refused(*words: object) -> str:
+    """The message of a command that must be refused: exit code 2, told once, no stack trace."""
+    code, out, err = run(*words)
+    assert code == 2, (out, err)
+    assert "Traceback" not in out + err
+    assert err.startswith("compressvit: ")
+    message = err.removeprefix("compressvit: ")
+    assert message not in out
+    return message
+
+
+def metrics(folder, **wanted):
+    """The lines of metrics.jsonl with the given values; there must be some."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    found = [line for line in lines if all(line.get(k) == v for k, v in wanted.items())]
+    assert found, wanted
+    return found
+
+
+def student_bytes(folder) -> bytes:
+    return (folder / "student" / artifact.TENSORS).read_bytes()

@@ -1,0 +1,107 @@
+"""Image files that cannot be decoded: left out of evaluation, replaced in training, refused when many."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import pickle
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+
+import pytest
+from helpers.images import COLOUR, CPU, PLAIN, POLICY, as_multiset, class_folders, epoch, jpeg
+
+from compressvit import samples
+from compressvit.data import Data, eval_loader, open_data, train_loader
+from compressvit.errors import UserError
+
+
+@pytest.fixture
+def damaged(tmp_path) -> Path:
+    """Two of six images of each split cannot be decoded: a truncated JPEG, and text."""
+    root = class_folders(tmp_path, each=3)
+    for split in ("train", "val"):
+        (root / split / "cat" / "1.jpg").write_bytes(jpeg(1)[:250])
+        (root / split / "dog" / "2.jpg").write_text("this is text")
+    return root
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_broken_files_are_left_out_of_evaluation(damaged, workers, caplog):
+    data = Data(name="folder", root=str(damaged), batch_size=2, num_workers=workers)
+    datasets = open_data(data)
+    loader = eval_loader(datasets, data, COLOUR, CPU)
+    with caplog.at_level(logging.WARNING, logger="compressvit"):
+        for _ in range(2):
+            images, targets = epoch(loader)
+            assert targets.tolist() == [0, 0, 1, 1]
+            assert len(images) == 4
+    assert datasets.broken.count == 2
+    expected = [str(damaged / "val" / "cat" / "1.jpg"), str(damaged / "val" / "dog" / "2.jpg")]
+    assert datasets.broken.paths == expected
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 2  # once each, in two epochs
+    assert all(path in message for path, message in zip(expected, messages, strict=True))
+    assert messages[0].startswith("skipped a broken image: ")
+    assert messages[1].endswith("it is not an image")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_broken_files_are_replaced_in_training(damaged, workers):
+    data = Data(name="folder", root=str(damaged), batch_size=3, num_workers=workers)
+    datasets = open_data(data)
+    images, targets = epoch(train_loader(datasets, data, PLAIN, CPU))
+    assert len(targets) == 6
+    assert datasets.broken.count == 2
+    assert sorted(targets.tolist()) == [0, 0, 0, 0, 1, 1]  # cat/1 by cat/2, and dog/2, the last of all, by cat/0
+    assert len(set(as_multiset(images))) == 4
+
+
+def test_an_item_that_is_no_image_says_so(damaged):
+    datasets = open_data(Data(name="folder", root=str(damaged)))
+    assert datasets.validation[1][1] == samples.NO_IMAGE
+    assert datasets.validation[0][1] == 0
+
+
+def test_a_batch_of_broken_files_is_skipped(tmp_path):
+    root = class_folders(tmp_path, each=4)
+    for name in ("cat/0", "cat/1"):
+        (root / "val" / f"{name}.jpg").write_text("text")
+    data = Data(name="folder", root=str(root), batch_size=2)
+    datasets = open_data(data)
+    assert epoch(eval_loader(datasets, data, COLOUR, CPU))[1].tolist() == [0, 0, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("make", [train_loader, eval_loader])
+def test_a_set_of_broken_files_is_refused(tmp_path, workers, make):
+    root = class_folders(tmp_path, each=30)
+    for split in ("train", "val"):
+        for file in [*(root / split / "cat").iterdir(), *sorted((root / split / "dog").iterdir())[:25]]:
+            file.write_text("text")
+    data = Data(name="folder", root=str(root), batch_size=16, num_workers=workers)
+    before = set(multiprocessing.active_children())
+    loader = make(open_data(data), data, COLOUR, CPU)
+    with pytest.raises(UserError, match=r"^50 consecutive image files cannot be decoded .* of 60 so far") as error:
+        epoch(loader)
+    assert "worker process" not in str(error.value)
+    assert set(multiprocessing.active_children()) <= before
+
+
+def test_a_small_set_of_broken_files_is_refused(tmp_path):
+    root = class_folders(tmp_path, each=2)
+    for file in (root / "train").rglob("*.jpg"):
+        file.write_text("text")
+    data = Data(name="folder", root=str(root))
+    with pytest.raises(UserError, match="4 consecutive image files cannot be decoded"):
+        epoch(train_loader(open_data(data), data, COLOUR, CPU))
+
+
+def test_what_a_worker_needs_can_be_sent_to_it(damaged):
+    data = Data(name="folder", root=str(damaged), augment=POLICY)
+    loader = train_loader(open_data(data), data, COLOUR, CPU)
+    sent = ForkingPickler.dumps(loader.dataset)
+    received = pickle.loads(sent)
+    assert received[0][0].shape == (3, 32, 32)
+    received[1]
+    assert loader.dataset.broken.sum() == 1  # the record is shared, not copied

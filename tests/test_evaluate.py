@@ -1,0 +1,71 @@
+"""Evaluation: what is counted as right, the comparison with a teacher, and what cannot be counted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.training import CPU
+from torch import nn
+
+from compressvit.distill.evaluate import evaluate
+from compressvit.errors import UserError
+
+
+class Table(nn.Module):
+    """A model that looks its logits up: image i is filled with the number i."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.num_classes = logits.shape[1]
+        self.logits = nn.Parameter(logits)
+
+    def forward(self, images):
+        return self.logits[images[:, 0, 0, 0].long()]
+
+
+def numbered(count, targets, size=2):
+    images = torch.arange(float(count))[:, None, None, None].expand(count, 1, 2, 2)
+    return [(images[i : i + size], torch.tensor(targets[i : i + size])) for i in range(0, count, size)]
+
+
+def test_evaluation_counts_what_is_right():
+    logits = torch.eye(7)[[0, 1, 2, 3, 4]] - 0.01 * torch.arange(7)
+    model = Table(logits).train()
+    targets = [0, 1, 3, 6, -1]  # right, right, among five, wrong, a broken image
+    result = evaluate(model, numbered(5, targets), CPU)
+    assert result["images"] == 4
+    assert result["top1"] == 50
+    assert result["top5"] == 75
+    assert result["loss"] == pytest.approx(F.cross_entropy(logits[:4], torch.tensor(targets[:4])).item(), rel=1e-5)
+    assert "agreement" not in result
+    assert model.training
+
+
+def test_evaluation_compares_with_the_teacher():
+    ours, theirs = torch.tensor([[1.0, 0], [0, 1], [3, 1]]), torch.tensor([[2.0, 0], [1, 0], [1, 3]])
+    data = numbered(3, [-1, -1, -2])  # -2: the stand-in of a broken image
+    result = evaluate(Table(ours), data, CPU, teacher=Table(theirs), labelled=False)
+    assert result["images"] == 2
+    assert result["top1"] is result["top5"] is result["loss"] is None
+    assert result["agreement"] == 50
+    assert result["cosine"] == pytest.approx(0.5)
+    doubled = evaluate(
+        Table(ours), data, CPU, teacher=Table(ours), teacher_input=lambda images: 0 * images, labelled=False
+    )
+    assert doubled["agreement"] == 50  # the teacher saw image 0 twice
+
+
+def test_outputs_of_different_widths_are_not_compared():
+    result = evaluate(Table(torch.eye(3)), numbered(3, [0, 1, 0]), CPU, teacher=Table(torch.eye(3, 4)[[0, 1, 0]]))
+    assert result["top1"] == pytest.approx(200 / 3)
+    assert result["teacher_top1"] == 100
+    assert result["teacher_loss"] < result["loss"]
+    assert result["agreement"] is result["cosine"] is None
+
+
+def test_evaluation_refuses_what_it_cannot_count():
+    with pytest.raises(UserError, match=r"label 5.*3 classes"):
+        evaluate(Table(torch.eye(3)), numbered(3, [0, 5, 2]), CPU)
+    with pytest.raises(UserError, match="no readable image"):
+        evaluate(Table(torch.eye(3)), numbered(3, [-1, -1, -1]), CPU)

@@ -1,0 +1,174 @@
+"""Building models: by name, with values from another model, and as a recipe asks for them."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from helpers.models import SWIN, VIT, build, outputs
+from torch import nn
+
+from compressvit import weights
+from compressvit.errors import UserError
+from compressvit.models import build_student, build_teacher, load_teacher, require_student_file
+from compressvit.recipe import Recipe, parse_recipe
+
+# ------------------------------------------------------------------------------------------------------------- building
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "message"),
+    [
+        (
+            "vit_tiny_patch16_242",
+            {},
+            r"timm .* has no model 'vit_tiny_patch16_242'; did you mean 'vit_tiny_patch16_224'\?",
+        ),
+        ("quux", {}, r"has no model 'quux'; timm\.list_models\(\) lists them"),
+        ("", {}, "has no model ''"),
+        (
+            "vit_tiny_patch16_224.augreg_in1k",
+            {},
+            r"no pretrained weights 'vit_tiny_.*augreg_in1k'.*\(known: augreg_in21k",
+        ),
+        ("vit_tiny_patch16_224", {"depht": 3}, r"timm cannot build vit_tiny_patch16_224 with depht=3: .*depht"),
+        ("vit_tiny_patch16_224", {"num_heads": 5}, "with num_heads=5: .*divisible"),
+        ("vit_tiny_patch16_224", {"embed_dim": -3}, "timm cannot build .* with embed_dim=-3"),
+        ("vit_tiny_patch16_224", {"patch_size": 0}, "timm cannot build .* with patch_size=0"),
+        ("vit_tiny_patch16_224", {"img_size": "big"}, "timm cannot build .* with img_size='big'"),
+    ],
+)
+@pytest.mark.parametrize("device", [None, "meta"])
+def test_models_that_cannot_be_built(name, args, message, device):
+    with pytest.raises(UserError, match=message):
+        weights.build(name, device=device, **args)
+
+
+def test_models_that_can():
+    assert {p.device.type for p in weights.build("vit_tiny_patch16_224", device="meta").parameters()} == {"meta"}
+    model = weights.build("swin_tiny_patch4_window7_224.ms_in1k", **SWIN)
+    assert model.num_classes == 5
+    assert model.pretrained_cfg["tag"] == "ms_in1k"
+
+
+# -------------------------------------------------------------------------------------------------- values from a model
+
+
+def without(model: nn.Module, *words: str) -> dict[str, torch.Tensor]:
+    return {n: t for n, t in model.state_dict().items() if not n.startswith(words)}
+
+
+def test_the_class_token_may_go():
+    teacher = build("vit")
+    args = {**VIT, "class_token": False, "global_pool": "avg", "fc_norm": False}
+    student = timm.create_model("vit_tiny_patch16_224", **args)
+    assert weights.copy_matching(student, teacher) == ["cls_token"]
+    assert torch.equal(student.pos_embed, teacher.pos_embed[:, 1:])
+    rest = without(teacher, "cls_token", "pos_embed")
+    assert without(student, "pos_embed").keys() == rest.keys()
+    assert all(torch.equal(t, rest[n]) for n, t in without(student, "pos_embed").items())
+
+
+def test_the_distillation_token_may_go_and_the_class_token_keeps_its_row():
+    teacher, student = build("deit_distilled"), build("vit", seed=5)
+    assert sorted(weights.copy_matching(student, teacher)) == ["dist_token", "head_dist.bias", "head_dist.weight"]
+    assert torch.equal(student.pos_embed[:, :1], teacher.pos_embed[:, :1])
+    assert torch.equal(student.pos_embed[:, 1:], teacher.pos_embed[:, 2:])
+
+
+def test_an_equal_model_is_copied_whole():
+    teacher, student = build("swin"), build("swin", seed=5)
+    assert weights.copy_matching(student, teacher) == []
+    assert torch.equal(outputs(student), outputs(teacher))
+
+
+@pytest.mark.parametrize(
+    "args", [{"embed_dim": 96}, {"img_size": 64}, {"depth": 5}, {"class_token": False, "global_pool": "avg"}], ids=str
+)
+def test_a_student_that_does_not_match(args):
+    student = timm.create_model("vit_tiny_patch16_224", **{**VIT, **args})
+    before = {n: t.clone() for n, t in student.state_dict().items()}
+    with pytest.raises(
+        UserError,
+        match=r"no counterpart in the teacher, first \S+ \(.*student \(.*\)\)\. Use `student",
+    ):
+        weights.copy_matching(student, build("vit"))
+    assert all(torch.equal(t, before[n]) for n, t in student.state_dict().items())
+
+
+# ----------------------------------------------------------------------------------------------- what a recipe asks for
+
+ARGS = "{img_size: 8, patch_size: 2, in_chans: 1, embed_dim: 48, depth: 2, num_heads: 4}"
+
+
+def recipe_of(teacher: str, student: str = "") -> Recipe:
+    return parse_recipe(
+        f"teacher: {{model: vit_tiny_patch16_224, args: {ARGS}, {teacher}}}\n"
+        f"student: {{{student}}}\ndata: {{name: digits}}\nsteps: [{{multiplex: {{share: 2}}}}]"
+    )
+
+
+def test_a_student_is_a_copy_of_its_teacher():
+    recipe = recipe_of("weights: train")
+    teacher = build_teacher(recipe)
+    assert teacher.num_classes == 10, "the data's classes, because the teacher is trained"
+    student = build_student(recipe, teacher)
+    assert student is not teacher
+    assert all(torch.equal(t, teacher.state_dict()[n]) for n, t in student.state_dict().items())
+    meta = build_student(recipe, build_teacher(recipe, device="meta"), meta=True)
+    assert {p.device.type for p in meta.parameters()} == {"meta"}
+    assert {n: t.shape for n, t in meta.state_dict().items()} == {n: t.shape for n, t in student.state_dict().items()}
+
+
+def test_a_student_with_arguments_of_its_own():
+    arguments = "args: {class_token: false, global_pool: avg, fc_norm: false}, weights: WEIGHTS"
+    recipe = recipe_of("weights: train", arguments.replace("WEIGHTS", "teacher"))
+    teacher = build_teacher(recipe)
+    student = build_student(recipe, teacher)
+    assert student.cls_token is None
+    assert torch.equal(student.blocks[1].mlp.fc1.weight, teacher.blocks[1].mlp.fc1.weight)
+    fresh = build_student(recipe_of("weights: train", arguments.replace("WEIGHTS", "random")), teacher)
+    assert fresh.cls_token is None
+    assert not torch.equal(fresh.blocks[1].mlp.fc1.weight, teacher.blocks[1].mlp.fc1.weight)
+
+
+def test_student_weights_that_do_not_fit_are_found_before_the_teacher_is_trained(tmp_path):
+    file = tmp_path / "w.pth"
+    torch.save(build_teacher(recipe_of("weights: train")).state_dict(), file)
+    teacher = build_teacher(recipe_of("weights: train"))
+    require_student_file(recipe_of("weights: train", f"weights: {file}"), teacher)
+    require_student_file(recipe_of("weights: train"), teacher)
+    with pytest.raises(UserError, match=r"student\.weights: .*w\.pth does not fit"):
+        require_student_file(recipe_of("weights: train", f"weights: {file}, args: {{depth: 3}}"), teacher)
+    with pytest.raises(UserError, match=r"student\.weights: there is no file .*gone\.pth"):
+        require_student_file(recipe_of("weights: train", f"weights: {tmp_path / 'gone.pth'}"), teacher)
+
+
+def test_the_home_folder_may_be_written_short(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    source = build_teacher(recipe_of("weights: train"))
+    torch.save(source.state_dict(), tmp_path / "w.pth")
+    recipe = recipe_of("weights: ~/w.pth, num_classes: 10", "weights: ~/w.pth")
+    teacher = build_teacher(recipe)
+    load_teacher(recipe, teacher)
+    require_student_file(recipe, teacher)
+    for model in (teacher, build_student(recipe, build_teacher(recipe))):
+        assert torch.equal(model.blocks[0].mlp.fc1.weight, source.blocks[0].mlp.fc1.weight)
+
+
+def test_a_teacher_and_a_student_from_files(tmp_path):
+    file = tmp_path / "w.pth"
+    student = f"model: vit_tiny_patch16_224, weights: {file}, args: {ARGS}"
+    recipe = recipe_of(f"weights: {file}, num_classes: 10", student)
+    source = build_teacher(recipe)
+    torch.save(source.state_dict(), file)
+    teacher = build_teacher(recipe)
+    load_teacher(recipe, teacher)
+    student = build_student(recipe, teacher)
+    for model in (teacher, student):
+        assert all(torch.equal(t, source.state_dict()[n]) for n, t in model.state_dict().items())
+    wrong = recipe_of(f"weights: {file}, num_classes: 3")
+    with pytest.raises(UserError, match=r"teacher\.weights: .* classifier of 10 classes and the model one of 3"):
+        load_teacher(wrong, build_teacher(wrong))
+    retrained = recipe_of(f"weights: {file}, num_classes: 3, finetune: {{}}")
+    load_teacher(retrained, build_teacher(retrained))

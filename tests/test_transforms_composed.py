@@ -1,0 +1,102 @@
+"""Several transforms in a row: every ordered pair composes or is refused; weights loaded between them."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import timm
+import torch
+from helpers.contract import EXAMPLES, REFUSED, same_values, structure, teacher, values
+from helpers.models import BACKBONES, build, images_for, outputs
+
+from compressvit import artifact, ties
+from compressvit.errors import UserError
+from compressvit.pipeline import compress, compression_of, plan_transforms, transform_
+from compressvit.transforms import IRPE, LoadWeights, Multiplex
+
+# ---------------------------------------------------------------------------------------------------------- composition
+
+# Pairs that must be refused, and the words that say so. Every other pair must compose, where both fit the backbone.
+CONFLICTS = {
+    ("multiplex", "multiplex"): "merge the two steps into one `multiplex`",
+    ("irpe", "irpe"): "irpe is applied twice",
+}
+
+
+@pytest.mark.parametrize("backbone", ["vit", "deit_distilled", "swin"])
+@pytest.mark.parametrize("names", list(itertools.product(EXAMPLES, EXAMPLES)), ids=lambda names: "+".join(names))
+def test_every_ordered_pair_composes_or_is_refused(names, backbone, fit, tmp_path):
+    model = build(backbone)
+    before, state = structure(model), values(model)
+    first, second = (EXAMPLES[name][0] for name in names)
+    expected = REFUSED.get((names[0], backbone)) or REFUSED.get((names[1], backbone)) or CONFLICTS.get(names)
+    if expected:
+        with pytest.raises(UserError, match=expected):
+            compress(model, [first, second])
+        assert structure(model) == before
+        assert same_values(values(model), state)
+        return
+    first = fit(first, backbone)
+    made = compress(model, [first, fit(second, backbone, before=[first])])
+    images = images_for(model)
+    assert outputs(made, images).isfinite().all()
+    assert [plan.transform for plan in compression_of(made).plans] == list(names)
+    ledger = compression_of(made).ledger
+    assert sum(e.after - e.before for e in ledger) == ties.count_parameters(made) - ties.count_parameters(model)
+    again = artifact.load(artifact.save(made, tmp_path / "student"))
+    assert structure(again) == structure(made)
+    assert torch.equal(outputs(again, images), outputs(made, images))
+
+
+def test_all_is_planned_before_the_first_change():
+    model = build("vit")
+    before, state = structure(model), values(model)
+    with pytest.raises(UserError, match="irpe is applied twice"):
+        transform_(model, [Multiplex(share=2), IRPE(), IRPE()])
+    with pytest.raises(UserError, match="there is no artifact at nowhere"):
+        transform_(model, [Multiplex(share=2), LoadWeights(artifact="nowhere")])
+    assert structure(model) == before
+    assert same_values(values(model), state)
+    assert len(plan_transforms(model, [Multiplex(share=2), IRPE(), LoadWeights(artifact="nowhere")])) == 3
+
+
+# --------------------------------------------------------------------------------------------------------- load_weights
+
+
+@pytest.mark.parametrize("backbone", ["vit", "swin"])
+def test_steps_run_top_to_bottom_around_loaded_weights(backbone, tmp_path):
+    share, images = Multiplex(share=2), images_for(teacher(backbone))
+    other = build(backbone, seed=9)
+    plain = artifact.save(other, tmp_path / "plain")
+    made = compress(teacher(backbone), [LoadWeights(artifact=str(plain)), share])
+    assert torch.equal(outputs(made, images), outputs(compress(other, [share]), images)), "load first, then share"
+    multiplexed = artifact.save(compress(other, [share]), tmp_path / "multiplexed")
+    made = compress(teacher(backbone), [share, LoadWeights(artifact=str(multiplexed))])
+    assert torch.equal(outputs(made, images), outputs(compress(other, [share]), images)), "share first, then load"
+
+
+def test_loaded_weights_must_have_the_structure(tmp_path):
+    plain = artifact.save(build("vit"), tmp_path / "plain")
+    with pytest.raises(UserError, match=r"was made by other transforms than this student: none there, multiplex here"):
+        compress(teacher("vit"), [Multiplex(share=2), LoadWeights(artifact=str(plain))])
+
+
+@pytest.mark.parametrize("backbone", ["vit", "swin"])
+def test_loaded_weights_are_resampled_to_another_resolution(backbone, tmp_path):
+    spec = Multiplex(share=2, mlp_conv=3)
+    architecture, args = BACKBONES[backbone]
+    larger = {**args, "img_size": 64} | ({"window_size": 8} if backbone == "swin" else {})
+    small = artifact.save(compress(build(backbone, seed=9), [spec]), tmp_path / "small")
+    made = compress(timm.create_model(architecture, **larger).eval(), [spec, LoadWeights(artifact=str(small))])
+    source = artifact.load(small)
+    resampled = {"vit": "pos_embed", "swin": "relative_position_bias_table"}[backbone]
+    kept = 0
+    for name, tensor in made.state_dict().items():
+        if name.endswith(resampled):
+            assert tensor.shape != source.state_dict()[name].shape
+        else:
+            assert torch.equal(tensor, source.state_dict()[name]), name
+            kept += 1
+    assert kept > 40
+    assert outputs(made, images_for(made)).isfinite().all()

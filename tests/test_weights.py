@@ -1,0 +1,244 @@
+"""Weights from files and hubs: every layout is read, code in a file never runs, and every bad input is told so."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from helpers.models import BACKBONES, SWIN, VIT, build, images_for, outputs
+from timm.layers import resample_abs_pos_embed
+
+from compressvit import artifact, weights
+from compressvit.errors import UserError
+
+WHERE = "teacher.weights"
+
+
+# ----------------------------------------------------------------------------------------------------- weights in files
+
+FILES: dict[str, Callable[[dict[str, torch.Tensor]], Any]] = {
+    "plain": lambda state: state,
+    "model": lambda state: {"model": state, "optimizer": {"lr": 0.1}, "epoch": 3},
+    "state_dict": lambda state: {"state_dict": state},
+    "teacher": lambda state: {"teacher": state},
+    "nested": lambda state: {"state_dict": {"model": state}},
+    "average first": lambda state: {"model": {n: t + 1 for n, t in state.items()}, "model_ema": state},
+    "data parallel": lambda state: {"model": {f"module.{n}": t for n, t in state.items()}},
+}
+
+
+@pytest.mark.parametrize("kind", [*FILES, "safetensors", "artifact", "legacy"])
+@pytest.mark.parametrize("name", ["vit", "swin"])
+def test_weights_from_a_file(name, kind, tmp_path):
+    source, model = build(name), build(name, seed=5)
+    path = tmp_path / ("weights.safetensors" if kind == "safetensors" else "weights.pth")
+    if kind == "safetensors":
+        artifact.save_file(source.state_dict(), path)
+    elif kind == "artifact":
+        artifact.save(source, path)
+    else:
+        content = FILES.get(kind, FILES["plain"])(source.state_dict())
+        torch.save(content, path, _use_new_zipfile_serialization=kind != "legacy")
+    assert not torch.equal(outputs(model), outputs(source))
+    weights.load_file(model, path, WHERE)
+    assert torch.equal(outputs(model), outputs(source))
+
+
+class Bomb:
+    """A pickle that would write a file when it is read."""
+
+    def __init__(self, target: Path):
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.target),)
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_code_in_a_file_is_refused_and_does_not_run(legacy, tmp_path):
+    file, ran = tmp_path / "evil.pth", tmp_path / "ran"
+    model = build("vit")
+    content = {"model": model.state_dict(), "bomb": Bomb(ran)}
+    torch.save(content, file, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(
+        UserError, match=r"evil\.pth is not a file of plain tensors \(it holds code.*convert it to safetensors"
+    ):
+        weights.load_file(model, file, WHERE)
+    disguised = tmp_path / "evil.safetensors"
+    disguised.write_bytes(file.read_bytes())
+    with pytest.raises(UserError, match="is not a complete safetensors file"):
+        weights.load_file(model, disguised, WHERE)
+    assert not ran.exists()
+    torch.load(file, weights_only=False)
+    assert ran.exists(), "the bomb must be live, or this tests nothing"
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_a_damaged_file_is_never_a_stack_trace(legacy, tmp_path):
+    model, path, chance = build("vit"), tmp_path / "weights.pth", random.Random(0)
+    torch.save(model.state_dict(), path, _use_new_zipfile_serialization=not legacy)
+    whole = path.read_bytes()
+    refused = 0
+    for attempt in range(60):
+        damaged = bytearray(whole[: chance.randrange(len(whole))] if attempt % 2 else whole)
+        for _ in range(attempt % 4 * 5):
+            if damaged:
+                damaged[chance.randrange(min(len(damaged), 3000))] = chance.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            weights.load_file(model, path, WHERE)
+        except UserError as error:
+            refused += 1
+            assert str(path) in str(error)  # noqa: PT017
+    assert refused >= 30, "every truncated file at least"
+
+
+NOT_WEIGHTS = {
+    "a number": (5, "holds a int, not a state dict of tensors"),
+    "a list": ([torch.zeros(1)], "holds a list, not a state dict of tensors"),
+    "mixed": ({"head.weight": torch.zeros(1), "epoch": 3}, "holds a dict, not a state dict of tensors"),
+    "another model": (
+        {"conv1.weight": torch.zeros(1)},
+        r"does not fit vit_tiny_patch16_224: \d+ tensors missing.*1 unknown, first conv1",
+    ),
+    "nothing": ({}, "tensors missing, first"),
+}
+
+
+@pytest.mark.parametrize("what", NOT_WEIGHTS)
+def test_a_file_of_something_else(what, tmp_path):
+    content, message = NOT_WEIGHTS[what]
+    torch.save(content, tmp_path / "weights.pth")
+    model = build("vit")
+    before = outputs(model)
+    with pytest.raises(UserError, match=message):
+        weights.load_file(model, tmp_path / "weights.pth", WHERE)
+    assert torch.equal(outputs(model), before)
+
+
+def test_no_file_at_all(tmp_path):
+    for path in (tmp_path / "nothing.pth", tmp_path):
+        with pytest.raises(
+            UserError, match=r"teacher\.weights: there is no file .*Supply them as a file: teacher\.weights=PATH"
+        ):
+            weights.load_file(build("vit"), path, WHERE)
+
+
+def test_positions_are_resampled_as_timm_does():
+    small, large = build("vit"), timm.create_model("vit_tiny_patch16_224", **{**VIT, "img_size": 64}).eval()
+    tensors = weights.resample_positions(small.state_dict(), large)
+    expected = resample_abs_pos_embed(small.pos_embed, new_size=(8, 8), old_size=(4, 4), num_prefix_tokens=1)
+    assert torch.equal(tensors["pos_embed"], expected)
+    assert torch.equal(tensors["pos_embed"][:, :1], small.pos_embed[:, :1]), "the class token's row is not on the grid"
+
+
+@pytest.mark.parametrize(("name", "args"), [("vit", {"img_size": 64}), ("swin", {"img_size": 64, "window_size": 8})])
+def test_weights_of_another_resolution(name, args, tmp_path):
+    small = build(name)
+    architecture, built_with = BACKBONES[name]
+    large = timm.create_model(architecture, **{**built_with, **args}).eval()
+    torch.save(small.state_dict(), tmp_path / "weights.pth")
+    weights.load_file(large, tmp_path / "weights.pth", WHERE)
+    resized = small
+    resized.set_input_size(img_size=(64, 64))
+    images = images_for(large)
+    with torch.no_grad():
+        assert (large(images) - resized(images)).abs().max() < 1e-6  # seen 0.0
+
+
+@pytest.mark.parametrize("name", ["vit", "deit_distilled", "swin"])
+def test_another_number_of_classes(name, tmp_path, caplog):
+    source = build(name)
+    torch.save(source.state_dict(), tmp_path / "weights.pth")
+    architecture, args = BACKBONES[name]
+    model = timm.create_model(architecture, **{**args, "num_classes": 9}).eval()
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    with pytest.raises(
+        UserError, match=r"classifier of 5 classes and the model one of 9; set num_classes=5.*teacher\.finetune"
+    ):
+        weights.load_file(model, tmp_path / "weights.pth", WHERE)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    with caplog.at_level("WARNING", logger="compressvit"):
+        weights.load_file(model, tmp_path / "weights.pth", WHERE, new_head=True)
+    assert "the classifier starts fresh" in caplog.text
+    fresh = 0
+    for n, tensor in model.state_dict().items():
+        is_head = n.startswith("head")
+        assert torch.equal(tensor, before[n] if is_head else source.state_dict()[n]), n
+        fresh += is_head
+    assert fresh == {"vit": 2, "deit_distilled": 4, "swin": 2}[name]
+
+
+def test_a_model_without_a_classifier_leaves_the_files_aside(tmp_path):
+    for name in ("vit", "swin"):
+        source, (architecture, args) = build(name), BACKBONES[name]
+        torch.save(source.state_dict(), tmp_path / "weights.pth")
+        model = timm.create_model(architecture, **{**args, "num_classes": 0})
+        weights.load_file(model, tmp_path / "weights.pth", WHERE)
+        assert all(torch.equal(t, source.state_dict()[n]) for n, t in model.state_dict().items())
+
+
+# ----------------------------------------------------------------------------------------------------- weights of a hub
+
+
+def refuse(*args: Any, **kwargs: Any) -> None:
+    raise OSError("Name or service not known")
+
+
+def test_pretrained_without_a_network_says_how_to_supply(monkeypatch):
+    model = weights.build("vit_tiny_patch16_224.augreg_in21k_ft_in1k", device="meta")
+    for module, name in ((weights, "_require_reachable"), (timm, "create_model")):
+        with monkeypatch.context() as patch:
+            patch.setattr(weights, "_require_reachable", lambda config: None)
+            patch.setattr(module, name, refuse)
+            with pytest.raises(UserError) as refusal:
+                weights.load_pretrained(model, WHERE)
+        for part in (
+            "teacher.weights: pretrained: the weights of vit_tiny_patch16_224.augreg_in21k_ft_in1k are not in the local cache",
+            "could not be downloaded (OSError: Name or service not known)",
+            "model.safetensors of the repository timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k of the Hugging Face Hub",
+            "Supply them as a file: teacher.weights=PATH",
+        ):
+            assert part in str(refusal.value)
+
+
+def test_a_model_that_timm_has_no_weights_for():
+    model = build("vit")
+    model.pretrained_cfg = {"architecture": "vit_tiny_patch16_224"}
+    with pytest.raises(
+        UserError,
+        match=r"student\.weights: pretrained: timm has no .* weights for vit_tiny_.*student\.weights=PATH",
+    ):
+        weights.load_pretrained(model, "student.weights")
+
+
+def test_pretrained_values_are_copied(monkeypatch):
+    source, model = build("swin", seed=5), build("swin")
+    asked = {}
+    monkeypatch.setattr(weights, "_require_reachable", lambda config: None)
+    monkeypatch.setattr(timm, "create_model", lambda name, **args: (asked.update(args, name=name), source)[1])
+    with pytest.raises(UserError, match=r"1000 classes apart and the model has a head of 5.*teacher\.finetune"):
+        weights.load_pretrained(model, WHERE)
+    assert not asked
+    weights.load_pretrained(model, WHERE, new_head=True)
+    assert torch.equal(outputs(model), outputs(source))
+    assert asked == {**SWIN, "name": "swin_tiny_patch4_window7_224.ms_in1k", "pretrained": True}
+
+
+def test_the_cache_is_asked_before_the_network(monkeypatch):
+    import huggingface_hub
+
+    config = {"hf_hub_id": "timm/a_model"}
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", refuse)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda repository, name: None)
+    with pytest.raises(OSError, match="Name or service"):
+        weights._require_reachable(config)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda repository, name: f"/cache/{name}")
+    weights._require_reachable(config)
+    weights._require_reachable({"url": "https://somewhere"})
