@@ -14,9 +14,11 @@ _PUBLIC = {
     "compress": "compressvit.pipeline",
     "save": "compressvit.artifact",
     "load": "compressvit.artifact",
+    "materialise": "compressvit.pipeline",
     "count_parameters": "compressvit.ties",
     "Multiplex": "compressvit.transforms.multiplex",
     "IRPE": "compressvit.transforms.irpe",
+    "LORS": "compressvit.transforms.lors",
     "Recipe": "compressvit.recipe",
     "UserError": "compressvit.errors",
 }

@@ -24,6 +24,7 @@ from compressvit import __version__, ties
 from compressvit.backbone import model_name
 from compressvit.errors import UserError, did_you_mean
 from compressvit.pipeline import apply_plans, compression_of
+from compressvit.pipeline import materialise as fold_low_rank
 from compressvit.spec import Spec
 from compressvit.transforms import TRANSFORMS
 
@@ -89,8 +90,13 @@ def save(model: nn.Module, path: str | Path, *, input_config: dict[str, Any] | N
     return path
 
 
-def load(path: str | Path) -> nn.Module:
+def load(path: str | Path, *, materialise: bool = False) -> nn.Module:
     """Rebuild a model from its artifact, on the CPU, in eval mode, in the precision it was saved in.
+
+    Args:
+        path: the artifact's folder.
+        materialise: turn low-rank layers into plain linear layers with their effective weights: the teacher's latency, for the
+            memory of weights that are not shared. False keeps them factored.
 
     Raises:
         UserError: no artifact there, one of another format, a truncated file, or tensors that do not fit the structure.
@@ -130,7 +136,7 @@ def load(path: str | Path) -> nn.Module:
     ties.check(model, manifest.ties)
     config: Any = model.pretrained_cfg
     model.pretrained_cfg = {**config, **_pretrained_config(manifest.input)}
-    return model.eval()
+    return (fold_low_rank(model) if materialise else model).eval()
 
 
 def read_manifest(path: str | Path) -> Manifest:
@@ -206,6 +212,11 @@ def file_bytes(model: nn.Module) -> int:
 
 def _manifest(model: nn.Module, input_config: dict[str, Any] | None) -> Manifest:
     compression = compression_of(model)
+    if compression.materialised:
+        raise UserError(
+            "a materialised model shares less than its transforms say, so it cannot be rebuilt from them; save the model it was made "
+            "from, and materialise it again after loading"
+        )
     ties.check(model, compression.ties)
     config = getattr(model, "pretrained_cfg", None) or {}
     if not timm.is_model(config.get("architecture", "")):

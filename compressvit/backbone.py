@@ -54,6 +54,37 @@ class Backbone:
         return tuple(tuple(b for b in self.blocks if b.stage == stage) for stage in range(count))
 
 
+def share_groups(model: nn.Module, share: int | tuple[int, ...], asker: str) -> list[tuple[str, ...]]:
+    """Paths of the blocks of each share group: `share` consecutive blocks of one stage.
+
+    Args:
+        model: a timm model.
+        share: blocks in a group, one number for every stage or one per stage; must divide the stage's depth.
+        asker: what messages call the option, e.g. 'multiplex.share'.
+
+    Raises:
+        UserError: a number does not divide its stage, or there are not as many numbers as stages.
+    """
+    stages = describe(model).stages
+    counts = (share,) * len(stages) if isinstance(share, int) else share
+    if len(counts) != len(stages):
+        raise UserError(
+            f"{asker} gives {len(counts)} numbers, {list(counts)}, but {model_name(model)} has {len(stages)} "
+            f"stage{'s' * (len(stages) > 1)} of depth {[len(s) for s in stages]}; give one number, or one per stage"
+        )
+    groups = []
+    for stage, (blocks, count) in enumerate(zip(stages, counts, strict=True)):
+        if len(blocks) % count:
+            divisors = [d for d in range(1, len(blocks) + 1) if len(blocks) % d == 0]
+            raise UserError(
+                f"{asker}={count} does not divide the {len(blocks)} blocks of stage {stage} of {model_name(model)}; "
+                f"it can be one of {divisors} there"
+            )
+        paths = [block.path for block in blocks]
+        groups += [tuple(paths[i : i + count]) for i in range(0, len(paths), count)]
+    return groups
+
+
 def timm_class(module: nn.Module) -> type:
     """The timm class that `module` is an instance of, looking through our own specialisations of it."""
     return next((c for c in type(module).__mro__ if c.__module__.startswith("timm.")), type(module))

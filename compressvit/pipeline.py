@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
 from compressvit import surgery, ties
+from compressvit.errors import UserError
+from compressvit.source import Images, Source
 from compressvit.transforms import LedgerEntry, Plan, Transform
 
 
@@ -19,6 +21,7 @@ class Compression:
     plans: list[Plan] = field(default_factory=list)
     ties: list[list[str]] = field(default_factory=list)
     ledger: list[LedgerEntry] = field(default_factory=list)
+    materialised: bool = False  # its ties are no longer those of its plans
 
 
 def compression_of(model: nn.Module) -> Compression:
@@ -43,37 +46,71 @@ def plan_transforms(model: nn.Module, transforms: Sequence[Transform]) -> list[P
 
 def apply_plans(model: nn.Module, plans: Sequence[Plan]) -> list[LedgerEntry]:
     """Change the structure of `model` in place and record it; values are whatever the tensors held. Returns the ledger."""
-    ledger = [entry for plan in plans for entry in plan.apply(model)]
+    ledger = [replace(entry, step=plan.transform) for plan in plans for entry in plan.apply(model)]
     done = compression_of(model)
     model._compression = Compression([*done.plans, *plans], ties.tied_groups(model), [*done.ledger, *ledger])  # type: ignore[assignment]
     return ledger
 
 
-def transform_(model: nn.Module, transforms: Sequence[Transform]) -> list[LedgerEntry]:
+def transform_(
+    model: nn.Module, transforms: Sequence[Transform], calibration: Images | None = None
+) -> list[LedgerEntry]:
     """Plan, apply and initialise transforms on `model`, in place. All are planned before the first change.
 
     The transforms of one call see the same `source`, the model as it was before the first of them: a low-rank step after a
     sharing step can still read what sharing lost. A step that loads values makes a new source for those after it.
+
+    Args:
+        calibration: images for transforms that learn from them; see `compressvit.source.Source`.
     """
-    plans = plan_transforms(model, transforms)
+    plan_transforms(model, transforms)  # without values: finds every conflict
+    source = Source(copy.deepcopy(model), calibration)
     for spec in transforms:
         spec.require_inputs()
-    source = copy.deepcopy(model)
+        if spec.needs_images:
+            source.require_images(spec.name)
     ledger = []
-    for plan in plans:
+    for spec in transforms:
+        plan = spec.plan(model, source)
         ledger += apply_plans(model, [plan])
         plan.initialise(model, source)
         if plan.loads_values:
-            source = copy.deepcopy(model)
+            source = source.with_model(copy.deepcopy(model))
     return ledger
 
 
-def compress(model: nn.Module, transforms: Sequence[Transform]) -> nn.Module:
+def materialise(model: nn.Module) -> nn.Module:
+    """A copy of a compressed model in which every low-rank layer is a plain linear layer with its effective weight.
+
+    It computes the same with the latency of the teacher's layers; what was shared is not any more, so it is for running a model,
+    not for storing it: `save` refuses it unless nothing but plain timm layers is left.
+
+    Raises:
+        UserError: nothing in the model can be materialised.
+    """
+    model = copy.deepcopy(model)
+    done = compression_of(model)
+    foldable = [plan for plan in done.plans if plan.foldable]
+    if not foldable:
+        names = ", ".join(plan.transform for plan in done.plans) or "no transform"
+        raise UserError(f"there is nothing to materialise: the model was made by {names}; only low-rank terms can be")
+    for plan in foldable:
+        plan.fold(model)
+    rest = [plan for plan in done.plans if not plan.foldable and not plan.loads_values]
+    model._compression = (
+        Compression(rest, ties.tied_groups(model), done.ledger, materialised=bool(rest)) if rest else None
+    )
+    return model
+
+
+def compress(model: nn.Module, transforms: Sequence[Transform], calibration: Images | None = None) -> nn.Module:
     """A compressed copy of a timm model. `model` itself is untouched.
 
     Args:
         model: a timm ViT, DeiT or Swin; see `compressvit.backbone.SUPPORTED`.
         transforms: applied in order, e.g. `[Multiplex(share=2)]`.
+        calibration: a few hundred images, normalised for the model, without labels, for transforms that learn from them: a tensor
+            (N, C, H, W), or batches that can be iterated more than once.
 
     Returns:
         A timm model of the same class, whose paths and keys are those of `model` plus what the transforms added.
@@ -89,5 +126,5 @@ def compress(model: nn.Module, transforms: Sequence[Transform]) -> nn.Module:
         3053056
     """
     student = copy.deepcopy(model)
-    transform_(student, transforms)
+    transform_(student, transforms, calibration)
     return student

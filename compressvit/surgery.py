@@ -53,6 +53,19 @@ def fill_slot(model: nn.Module, path: str, slot: str, module: nn.Module) -> None
     setattr(owner, slot, module.train(owner.training))
 
 
+def generalise(model: nn.Module, path: str, original: type[nn.Module]) -> None:
+    """Undo `specialise`: the module at `path` becomes an `original` again, and its slots are gone with what they held."""
+    module: Any = model.get_submodule(path)
+    for slot in module.slots:
+        del module._modules[slot]
+    module.__class__ = original
+
+
+def drop_parameter(model: nn.Module, path: str, name: str) -> None:
+    """Remove a parameter of the module at `path`, and its key with it."""
+    del model.get_submodule(path)._parameters[name]
+
+
 def added_parameters(model: nn.Module) -> set[str]:
     """Names of the parameters that sit in slots: what transforms added, private to each layer."""
     names: set[str] = set()

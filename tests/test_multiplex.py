@@ -270,7 +270,7 @@ def test_a_ratio_that_means_nothing():
         (
             Multiplex(share=2),
             Multiplex(share=4),
-            r"wants to share .*attn.*, but .* is shared already.*merge the two steps",
+            r"wants to share .*attn.*, but .* earlier step shares .* among .*merge two `multiplex` into one",
         ),
         (
             Multiplex(share=1),

@@ -234,7 +234,9 @@ def test_fold_keeps_the_function_or_says_why_not(spec, backbone, student):
             assert refusal.startswith(f"{spec.name} cannot be folded")
             assert len(refusal) > 80, "why not, and what to do instead"
             assert structure(model) == shape
-        assert torch.equal(outputs(model, images), before)
+            assert torch.equal(outputs(model, images), before)
+        else:
+            assert (outputs(model, images) - before).abs().max() <= 1e-5 * before.abs().max()  # measured 1e-6
 
 
 def _structural() -> list[Transform]:

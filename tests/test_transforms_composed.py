@@ -19,7 +19,8 @@ from compressvit.transforms import IRPE, LoadWeights, Multiplex
 
 # Pairs that must be refused, and the words that say so. Every other pair must compose, where both fit the backbone.
 CONFLICTS = {
-    ("multiplex", "multiplex"): "merge the two steps into one `multiplex`",
+    ("multiplex", "multiplex"): "which an earlier step added; apply one `multiplex`",
+    ("lors", "lors"): "lors is applied twice",
     ("irpe", "irpe"): "irpe is applied twice",
 }
 

@@ -4,6 +4,7 @@ A `Transform` is what a user asks for. Its `plan(model)` resolves names, shapes 
 device; the `Plan` it returns is data (it goes into the artifact) and rebuilds the structure without the teacher or any images:
 
     plan = spec.plan(model)            # pure; every fault is found here
+    plan = spec.plan(model, source)    # the same, with what is learned from values and calibration images (ranks, groups)
     ledger = plan.apply(model)         # structure only, in place
     plan.initialise(student, source)   # values, from the model as it was before
 """
@@ -17,6 +18,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from compressvit.errors import UserError
+from compressvit.source import Source
 from compressvit.spec import Spec
 
 
@@ -28,6 +30,7 @@ class LedgerEntry:
     change: str
     before: int
     after: int
+    step: str = ""  # the transform's word, filled in by whoever applies it
 
 
 class Plan(Spec):
@@ -36,13 +39,15 @@ class Plan(Spec):
     transform: ClassVar[str]
     # True: it replaces the values of the whole model, and later transforms start from them.
     loads_values: ClassVar[bool] = False
+    # True: `fold` works.
+    foldable: ClassVar[bool] = False
 
     def apply(self, model: nn.Module) -> list[LedgerEntry]:
         """Change the structure of `model` in place; the values of new tensors are set by `initialise` or by a checkpoint."""
         raise TypeError(f"{type(self).__name__} does not define apply")
 
-    def initialise(self, student: nn.Module, source: nn.Module) -> None:
-        """Set values: `student` has the new structure, `source` is the model as it was before the transforms."""
+    def initialise(self, student: nn.Module, source: Source) -> None:
+        """Set values: `student` has the new structure, `source` knows the model as it was before the transforms."""
         raise TypeError(f"{type(self).__name__} does not define initialise")
 
     def fold(self, model: nn.Module) -> None:
@@ -62,13 +67,22 @@ class Transform(Spec):
     # Fields that name a file or folder which `initialise` reads: `--overwrite` must not delete it.
     reads: ClassVar[tuple[str, ...]] = ()
 
-    def plan(self, model: nn.Module) -> Plan:
+    def plan(self, model: nn.Module, source: Source | None = None) -> Plan:
         """Resolve against a model, which is not changed.
+
+        Args:
+            model: what earlier transforms made of it, possibly on the meta device.
+            source: the values before them. Without it, what is learned from values is provisional, at the size that is asked for.
 
         Raises:
             UserError: the transform does not fit the model or what was done to it before; the text offers ways out.
         """
         raise TypeError(f"{type(self).__name__} does not define plan")
+
+    @property
+    def needs_images(self) -> bool:
+        """Whether it learns from calibration images."""
+        return False
 
     def require_inputs(self) -> None:
         """Check that the files the transform reads are there. `apply` asks before anything runs; `plan` does not need them.

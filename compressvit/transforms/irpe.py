@@ -19,6 +19,7 @@ from compressvit import surgery, ties
 from compressvit.backbone import describe, model_name
 from compressvit.errors import UserError
 from compressvit.layers.attention import EXPLICIT_ATTENTION
+from compressvit.source import Source
 from compressvit.transforms.base import LedgerEntry, Plan, Transform, transform
 
 
@@ -118,7 +119,7 @@ class IRPEPlan(Plan):
         return ledger
 
     @torch.no_grad()
-    def initialise(self, student: nn.Module, source: nn.Module) -> None:
+    def initialise(self, student: nn.Module, source: Source) -> None:
         for path in self.blocks:
             student.get_submodule(path).attn.rpe_k.table.zero_()
 
@@ -136,7 +137,7 @@ class IRPE(Transform):
         1.9, gt=1.0, description="α of the piecewise bucketing, in tokens; β = 2α, γ = 8α. 1.9 gives 49 buckets."
     )
 
-    def plan(self, model: nn.Module) -> IRPEPlan:
+    def plan(self, model: nn.Module, source: Source | None = None) -> IRPEPlan:
         backbone = describe(model)
         if backbone.family != "vit":
             raise UserError(

@@ -15,6 +15,7 @@ from torch import nn
 
 from compressvit import ties
 from compressvit.errors import UserError
+from compressvit.source import Source
 from compressvit.transforms.base import LedgerEntry, Plan, Transform, transform
 
 
@@ -28,7 +29,7 @@ class LoadWeightsPlan(Plan):
         return []
 
     @torch.no_grad()
-    def initialise(self, student: nn.Module, source: nn.Module) -> None:
+    def initialise(self, student: nn.Module, source: Source) -> None:
         from compressvit.artifact import read_manifest, read_tensors
         from compressvit.weights import resample_positions
 
@@ -77,7 +78,7 @@ class LoadWeights(Transform):
 
     artifact: str = Field(description="Folder of the artifact, e.g. runs/mini_swin_b/student.")
 
-    def plan(self, model: nn.Module) -> LoadWeightsPlan:
+    def plan(self, model: nn.Module, source: Source | None = None) -> LoadWeightsPlan:
         return LoadWeightsPlan(artifact=self.artifact)
 
     def require_inputs(self) -> None:

@@ -19,10 +19,11 @@ from pydantic import Field, field_validator
 from torch import nn
 
 from compressvit import surgery, ties
-from compressvit.backbone import Backbone, describe, model_name
+from compressvit.backbone import Backbone, describe, share_groups
 from compressvit.errors import UserError
 from compressvit.layers.attention import EXPLICIT_ATTENTION, HeadMixing
 from compressvit.layers.block import SLOTTED_BLOCK, TokenConv
+from compressvit.source import Source
 from compressvit.transforms.base import LedgerEntry, Plan, Transform, transform
 
 
@@ -79,15 +80,18 @@ class MultiplexPlan(Plan):
         return changes
 
     @torch.no_grad()
-    def initialise(self, student: nn.Module, source: nn.Module) -> None:
+    def initialise(self, student: nn.Module, source: Source) -> None:
         if self.init == "scratch":
             student.init_weights()
         elif self.init == "mean":
             for group in self.groups:
                 # A block on its own keeps its values; they may be those of an earlier step's group, which are not `source`'s.
-                for names in _shared_names(source, group) if len(group) > 1 else ():
+                for names in _shared_names(source.model, group) if len(group) > 1 else ():
+                    owner, _, tensor = names[0].rpartition(".")
+                    if tensor == "weight" and getattr(student.get_submodule(owner), "low_rank", None) is not None:
+                        continue  # an earlier low-rank step fitted this weight together with its private terms
                     # float64: the mean of equal tensors is then that tensor, to the bit
-                    mean = torch.stack([source.get_parameter(n).double() for n in names]).mean(dim=0)
+                    mean = torch.stack([source.model.get_parameter(n).double() for n in names]).mean(dim=0)
                     student.get_parameter(names[0]).copy_(mean)
         for path in (path for group in self.groups for path in group):
             block = student.get_submodule(path)
@@ -150,37 +154,21 @@ class Multiplex(Transform):
             )
         return kernel
 
-    def plan(self, model: nn.Module) -> MultiplexPlan:
-        backbone = describe(model)
-        stages = backbone.stages
-        share = (self.share,) * len(stages) if isinstance(self.share, int) else self.share
-        if len(share) != len(stages):
-            raise UserError(
-                f"multiplex.share gives {len(share)} numbers, {list(share)}, but {model_name(model)} has {len(stages)} "
-                f"stage{'s' * (len(stages) > 1)} of depth {[len(s) for s in stages]}; give one number, or one per stage"
-            )
-        groups = []
-        for stage, (blocks, count) in enumerate(zip(stages, share, strict=True)):
-            if len(blocks) % count:
-                divisors = [d for d in range(1, len(blocks) + 1) if len(blocks) % d == 0]
-                raise UserError(
-                    f"multiplex.share={count} does not divide the {len(blocks)} blocks of stage {stage} of {model_name(model)}; "
-                    f"it can be one of {divisors} there"
-                )
-            paths = [block.path for block in blocks]
-            groups += [tuple(paths[i : i + count]) for i in range(0, len(paths), count)]
+    def plan(self, model: nn.Module, source: Source | None = None) -> MultiplexPlan:
+        groups = share_groups(model, self.share, "multiplex.share")
         self._refuse_conflicts(model, groups)
         return MultiplexPlan(groups=tuple(groups), **self.model_dump(exclude={"share"}))
 
     def _refuse_conflicts(self, model: nn.Module, groups) -> None:
-        tied = {name for group in ties.tied_groups(model) for name in group}
+        tied = {name: group for group in ties.tied_groups(model) for name in group}
         for group in groups:
             for names in _shared_names(model, group):
-                already = tied.intersection(names) if len(names) > 1 else None
+                # A low-rank step may have tied the same layers, and no others.
+                already = [n for n in names if n in tied and tied[n] != names] if len(names) > 1 else None
                 if already:
                     raise UserError(
-                        f"multiplex wants to share {names[0]}, but {min(already)} is shared already by an earlier step; "
-                        "merge the two steps into one `multiplex` with a larger share, or remove one"
+                        f"multiplex wants to share {names[0]} among {len(names)} blocks, but an earlier step shares {min(already)} "
+                        f"among {len(tied[min(already)])}; give both steps the same share, or merge two `multiplex` into one"
                     )
             for path in group:
                 for slot, owner in (("logit_mix", f"{path}.attn"), ("mlp_conv", path)):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from compressvit import ties
-from compressvit.transforms import IRPE, LoadWeights, Multiplex, Transform
+from compressvit.transforms import IRPE, LORS, LoadWeights, Multiplex, Transform
 from helpers.models import BACKBONES, build
 
 ARTIFACT = "an artifact that fits, made by the test"
@@ -25,6 +25,11 @@ EXAMPLES: dict[str, list[Transform]] = {
         Multiplex(share=1, head_mixing=False, mlp_conv=5),
     ],
     "irpe": [IRPE()],
+    "lors": [
+        LORS(rank=2, share=2, metric="weights"),
+        LORS(rank=3, groups=2, share=2, targets=("mlp.*",), init="first", metric="weights"),
+        LORS(rank=2, targets=("attn.qkv", "attn.proj"), init="scratch"),
+    ],
     "load_weights": [LoadWeights(artifact=ARTIFACT)],
 }
 
@@ -35,6 +40,7 @@ REFUSED = {("irpe", "swin"): "is a Swin, which has a relative position table alr
 BLIND_AT_START = {
     "mlp_conv.norm.weight": "the convolution behind it starts at zero",
     "mlp_conv.norm.bias": "the convolution behind it starts at zero",
+    "low_rank.down": "where the shared weight is exact, or noise, the factor behind it starts at zero",
 }
 BLIND_FOREVER = {"logit_mix.bias": "the softmax does not see a constant added to a row"}
 

@@ -1,0 +1,145 @@
+"""Shared and low-rank approximations of weight matrices, measured where it matters: in the layers' outputs.
+
+A layer computes `y = x Wᵀ`. Replacing W by Ŵ changes its output by `x (Ŵ − W)ᵀ`, whose mean square over inputs with second
+moment `S = E[xᵀx]` is `‖(Ŵ − W) S^½‖²`: plain truncation minimises the error of the weights (S = I), *whitened* truncation that
+of the outputs (SVD-LLM, ICLR 2025, https://arxiv.org/abs/2403.07378). A second matrix `G` (out, out) says how much the model's
+output suffers from an error at the layer's: with `G = E[gᵀg]` of gradients g the squared norm `‖G^½ (Ŵ − W) S^½‖²` is the
+Kronecker-factored Gauss–Newton estimate of the change of the whole model's output (K-FAC, https://arxiv.org/abs/1503.05671).
+
+All of it is float64 on the CPU: a few matrices of a layer's size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class Metric:
+    """Lower-triangular factors of a layer's input moment S = L Lᵀ (in, in) and output moment G = M Mᵀ (out, out).
+
+    None stands for the identity: `Metric()` measures the weight itself.
+    """
+
+    input: Tensor | None = None
+    output: Tensor | None = None
+
+    def weigh(self, matrix: Tensor) -> Tensor:
+        """`Mᵀ · matrix · L`, whose plain squared norm is the error in this metric."""
+        weighed = matrix if self.input is None else matrix @ self.input
+        return weighed if self.output is None else self.output.mT @ weighed
+
+    def apply(self, matrix: Tensor) -> Tensor:
+        """`G · matrix · S`, half the gradient of the squared norm."""
+        image = matrix if self.input is None else matrix @ self.input @ self.input.mT
+        return image if self.output is None else self.output @ (self.output.mT @ image)
+
+    def squared_norm(self, matrix: Tensor) -> float:
+        """The error that `matrix` (out, in) makes."""
+        return self.weigh(matrix).square().sum().item()
+
+
+def cholesky(moment: Tensor, ridge: float) -> Tensor:
+    """Lower-triangular L with `L Lᵀ = moment + ridge · mean(diagonal) · I`, in float64.
+
+    The ridge keeps directions that the calibration images never used from being given away.
+    """
+    moment = moment.double()
+    size = moment.shape[0]
+    level = moment.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
+    return torch.linalg.cholesky(moment + ridge * level * torch.eye(size, dtype=torch.float64))
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The singular value decomposition of a matrix in a metric; `factors(rank)` is its best approximation there."""
+
+    left: Tensor  # (out, k)
+    values: Tensor  # (k,), falling
+    right: Tensor  # (k, in)
+    metric: Metric
+
+    def factors(self, rank: int) -> tuple[Tensor, Tensor]:
+        """`up` (out, rank) and `down` (rank, in), both scaled alike, whose product is the best approximation of that rank."""
+        root = self.values[:rank].sqrt()
+        up, down = self.left[:, :rank] * root, root[:, None] * self.right[:rank]
+        if self.metric.input is not None:
+            down = torch.linalg.solve_triangular(self.metric.input, down, upper=False, left=False)
+        if self.metric.output is not None:
+            up = torch.linalg.solve_triangular(self.metric.output.mT, up, upper=True)
+        return up, down
+
+
+def spectrum(matrix: Tensor, metric: Metric = Metric()) -> Spectrum:
+    """Decompose `matrix` (out, in) so that truncating it loses least in `metric`."""
+    left, values, right = torch.linalg.svd(metric.weigh(matrix.double()), full_matrices=False)
+    return Spectrum(left, values, right, metric)
+
+
+def fit_shared(
+    matrices: Sequence[Tensor], metrics: Sequence[Metric], ranks: Sequence[int], rounds: int
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """One shared matrix and a low-rank term for each layer, fitted together: minimise `Σ ‖matrix_i − shared − up_i down_i‖²`.
+
+    Each norm is that of the layer's metric. Alternates the two exact minimisations (the shared matrix for given terms, the
+    terms for a given shared matrix), so no round makes it worse.
+
+    Args:
+        matrices: (out, in) each.
+        ranks: of the terms; 0 for none.
+        rounds: how often the shared matrix is fitted again after the terms; 0 for the weighted mean and one fit of the terms.
+
+    Returns:
+        The shared matrix, and (up, down) of each layer.
+    """
+    matrices = [m.double() for m in matrices]
+    terms: list[Tensor] = [torch.zeros_like(m) for m in matrices]
+    shared = _best_shared([m - t for m, t in zip(matrices, terms, strict=True)], metrics, sum(matrices) / len(matrices))
+    for _ in range(rounds):
+        terms = [_product(spectrum(m - shared, g).factors(r)) for m, g, r in zip(matrices, metrics, ranks, strict=True)]
+        shared = _best_shared([m - t for m, t in zip(matrices, terms, strict=True)], metrics, shared)
+    factors = [spectrum(m - shared, g).factors(r) for m, g, r in zip(matrices, metrics, ranks, strict=True)]
+    return shared, factors
+
+
+def _product(factors: tuple[Tensor, Tensor]) -> Tensor:
+    return factors[0] @ factors[1]
+
+
+def _best_shared(targets: Sequence[Tensor], metrics: Sequence[Metric], start: Tensor) -> Tensor:
+    """The matrix X that minimises `Σ ‖targets_i − X‖²`, each in its metric: it solves `Σ G_i X S_i = Σ G_i targets_i S_i`.
+
+    With one kind of metric for inputs alone this is the mean weighted by the inputs' second moments.
+    """
+    out, inner = start.shape
+    left = torch.linalg.cholesky(sum(_moment(g.output, out) for g in metrics))  # type: ignore[arg-type]
+    right = torch.linalg.cholesky(sum(_moment(g.input, inner) for g in metrics))  # type: ignore[arg-type]
+
+    def precondition(r: Tensor) -> Tensor:  # exact where all G_i, or all S_i, are alike
+        return len(metrics) * torch.cholesky_solve(torch.cholesky_solve(r, left).mT, right).mT
+
+    # Preconditioned conjugate gradients from `start`, each step of which lowers the same quadratic form.
+    x = start
+    residual: Tensor = sum(g.apply(t - x) for g, t in zip(metrics, targets, strict=True))  # type: ignore[assignment]
+    first = residual.norm()
+    direction = z = precondition(residual)
+    for _ in range(50):
+        if residual.norm() <= 1e-6 * first:
+            break
+        image: Tensor = sum(g.apply(direction) for g in metrics)  # type: ignore[assignment]
+        scale = (residual * z).sum()
+        step = scale / (direction * image).sum()
+        x = x + step * direction
+        residual = residual - step * image
+        z = precondition(residual)
+        direction = z + ((residual * z).sum() / scale) * direction
+    return x
+
+
+def _moment(factor: Tensor | None, size: int) -> Tensor:
+    return torch.eye(size, dtype=torch.float64) if factor is None else factor @ factor.mT

@@ -1,0 +1,212 @@
+"""What a student's values come from: the model before the transforms, and what its layers see on calibration images.
+
+Second moments are summed up image by image, so memory does not grow with their number. Two are collected for each layer:
+that of its inputs, `S = E[xᵀx]`, and that of the gradients at its outputs, `G = E[gᵀg]`, which says how much an error there
+changes what the model computes (`compressvit.lowrank` uses both).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from compressvit.errors import UserError
+from compressvit.lowrank import Metric, cholesky
+
+log = logging.getLogger("compressvit")
+
+Images = torch.Tensor | Iterable[Any] | Callable[[], Iterable[Any]]
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Of one layer over all tokens: `inputs` E[xᵀx] (in, in), `mean` E[x] (in,), `outputs` E[gᵀg] (out, out) or None."""
+
+    inputs: torch.Tensor
+    mean: torch.Tensor
+    outputs: torch.Tensor | None
+    tokens: int
+
+
+class Source:
+    """The model as it was before the transforms of one call, and its moments on calibration images.
+
+    Args:
+        model: in eval mode, not changed.
+        images: calibration images without labels, normalised for the model: a tensor (N, C, H, W), batches of such that can be
+            iterated more than once (a loader's pairs of images and targets too), or a function that returns batches. None: there
+            are none, and whoever asks for moments is refused.
+    """
+
+    def __init__(self, model: nn.Module, images: Images | None = None):
+        self.model = model
+        self._images = images
+        self._moments: dict[str, Moments] = {}
+
+    def require_images(self, asker: str) -> None:
+        """Raise a `UserError` with the ways out if there are no calibration images."""
+        if self._images is None:
+            raise UserError(
+                f"{asker} measures errors on calibration images, and none were given: pass compress(…, calibration=images), "
+                "where a few hundred without labels are enough, or measure errors in the weights alone (metric=weights)"
+            )
+
+    def with_model(self, model: nn.Module) -> Source:
+        """The same images for another model."""
+        return Source(model, self._images)
+
+    def batches(self) -> Iterator[torch.Tensor]:
+        """The calibration images, on the model's device and in its precision."""
+        assert self._images is not None, "require_images comes first"
+        like = next(self.model.parameters())
+        batches = self._images() if callable(self._images) else self._images
+        for batch in batches.split(16) if isinstance(batches, torch.Tensor) else batches:
+            yield (batch if isinstance(batch, torch.Tensor) else batch[0]).to(like)
+
+    def moments(self, paths: Sequence[str], *, outputs: bool) -> dict[str, Moments]:
+        """The moments of the linear layers at `paths`; what was computed before is not computed again.
+
+        Raises:
+            UserError: a layer sees numbers that are not finite.
+        """
+        wanted = [
+            path for path in paths if path not in self._moments or (outputs and self._moments[path].outputs is None)
+        ]
+        if wanted:
+            self._moments |= collect_moments(self.model, wanted, self.batches(), outputs=outputs)
+            _warn_of_few(self._moments, wanted)
+        return {path: self._moments[path] for path in paths}
+
+    def metrics(self, paths: Sequence[str], kind: str, ridge: float, output_ridge: float) -> dict[str, Metric]:
+        """What errors of the layers at `paths` are measured in: 'weights', 'inputs' or 'outputs'."""
+        if kind == "weights":
+            return dict.fromkeys(paths, Metric())
+        moments = self.moments(paths, outputs=kind == "outputs")
+        return {
+            path: Metric(
+                cholesky(found.inputs, ridge),
+                cholesky(found.outputs, output_ridge) if kind == "outputs" and found.outputs is not None else None,
+            )
+            for path, found in moments.items()
+        }
+
+
+def collect_moments(
+    model: nn.Module, paths: Sequence[str], batches: Iterable[torch.Tensor], *, outputs: bool, seed: int = 0
+) -> dict[str, Moments]:
+    """Run the images through the model and sum up the second moments at the linear layers `paths`.
+
+    With `outputs` every batch is also propagated backwards: from labels drawn from the model's own prediction where there is a
+    classifier (the Fisher information), else from random directions of the normalised final tokens, the prefix tokens together
+    weighing as much as the others (the Gauss–Newton matrix of their mean squared error).
+
+    Raises:
+        UserError: a layer's input or gradient is not finite (the first such layer is named), or there is no image.
+    """
+    sums: dict[str, list[Any]] = {path: [0.0, 0.0, 0.0, 0] for path in paths}
+    generator = torch.Generator().manual_seed(seed)
+
+    def see_input(path: str, module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        x = inputs[0].detach().flatten(0, -2)
+        if not torch.isfinite(x).all():
+            raise _not_finite(path)
+        total = sums[path]
+        total[0] = total[0] + (x.mT @ x).double().cpu()
+        total[1] = total[1] + x.double().sum(dim=0).cpu()
+        total[3] += len(x)
+        if outputs:
+            output.register_hook(partial(see_gradient, path))
+
+    def see_gradient(path: str, gradient: torch.Tensor) -> None:
+        g = gradient.flatten(0, -2)
+        sums[path][2] = sums[path][2] + (g.mT @ g).double().cpu()
+
+    images = 0
+    with _hooks(model, {path: partial(see_input, path) for path in paths}), _frozen(model):
+        for batch in batches:
+            images += len(batch)
+            with torch.set_grad_enabled(outputs):
+                _run(model, batch.requires_grad_(outputs), outputs, generator)
+    if not images:
+        raise UserError("there is no calibration image")
+    for path, (first, _, second, _) in sums.items():
+        if not torch.isfinite(first).all() or (outputs and not torch.isfinite(second).all()):
+            raise _not_finite(path)
+    return {
+        path: Moments(first / count, mean / count, second / count if outputs else None, count)
+        for path, (first, mean, second, count) in sums.items()
+    }
+
+
+def _not_finite(path: str) -> UserError:
+    return UserError(
+        f"{path} sees numbers that are not finite on the calibration images; check the teacher's weights and the images"
+    )
+
+
+def _run(model: nn.Module, batch: torch.Tensor, outputs: bool, generator: torch.Generator) -> None:
+    if not outputs:
+        model(batch)
+    elif getattr(model, "num_classes", 0):
+        logits = model(batch).float()
+        drawn = torch.multinomial(logits.detach().softmax(dim=-1).cpu(), 1, generator=generator)[:, 0]
+        F.cross_entropy(logits, drawn.to(logits.device), reduction="sum").backward()
+    else:
+        tokens = F.normalize(model.forward_features(batch).float(), dim=-1)
+        tokens = tokens.flatten(1, -2)  # Swin's are on a grid
+        prefix = getattr(model, "num_prefix_tokens", 0)
+        weight = torch.ones(tokens.shape[1], 1, device=tokens.device)
+        if prefix:
+            weight[:prefix] = ((tokens.shape[1] - prefix) / prefix) ** 0.5
+        direction = torch.randn(tokens.shape, generator=generator).to(tokens.device)
+        (tokens * direction * weight).sum().backward()
+
+
+def _warn_of_few(moments: dict[str, Moments], paths: Sequence[str]) -> None:
+    few = [path for path in paths if moments[path].tokens < len(moments[path].mean)]
+    if few:
+        log.warning(
+            "the calibration images give %d tokens for the %d inputs of %s: what they do not show is regularised; "
+            "give more images for a better start",
+            moments[few[0]].tokens,
+            len(moments[few[0]].mean),
+            few[0],
+        )
+    for path in paths:
+        spread = moments[path].inputs.trace() - moments[path].mean.square().sum()
+        if spread <= 1e-6 * moments[path].inputs.trace():
+            log.warning("the calibration images look all alike to %s; its errors are regularised, not measured", path)
+            return
+
+
+@contextmanager
+def _hooks(model: nn.Module, hooks: dict[str, Any]) -> Iterator[None]:
+    handles = [model.get_submodule(path).register_forward_hook(hook) for path, hook in hooks.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients of parameters; everything is as before afterwards."""
+    training = {module: module.training for module in model.modules()}
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    model.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+        for parameter in wanted:
+            parameter.requires_grad_(True)

@@ -1,0 +1,255 @@
+"""LORS: the linear layers of a stack share one weight and keep a private low-rank term each.
+
+Paper: LORS: Low-rank Residual Structure for Parameter-Efficient Network Stacking, CVPR 2024, https://arxiv.org/abs/2403.04303
+
+The weight of layer i becomes `W_shared + up_i @ down_i` (static LORS; its K_i groups of rank r are one term of rank K_i·r). Biases
+and norms stay private. With `share: 1` nothing is shared and the dense weight is gone: `up_i @ down_i` alone, which also cuts MACs.
+
+The paper trains this from noise (`init: scratch`). From a trained model, the shared weight and the terms are fitted to its
+weights, with errors measured where they matter: see `compressvit.lowrank`.
+"""
+
+from __future__ import annotations
+
+from fnmatch import fnmatch
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import nn
+
+from compressvit import surgery, ties
+from compressvit.backbone import Backbone, describe, model_name, share_groups
+from compressvit.errors import UserError, did_you_mean
+from compressvit.layers.linear import FactoredLinear, LowRank, SharedLowRankLinear
+from compressvit.lowrank import fit_shared, spectrum
+from compressvit.source import Source
+from compressvit.transforms.base import LedgerEntry, Plan, Transform, transform
+
+TARGETS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+
+
+class LORSPlan(Plan):
+    """A resolved `LORS`: groups of linear layers that share a weight (alone: it is gone), and the rank of each layer's term."""
+
+    foldable: ClassVar[bool] = True
+
+    groups: tuple[tuple[str, ...], ...]
+    ranks: dict[str, int]
+    init: Literal["fit", "first", "scratch"]
+    metric: Literal["weights", "inputs", "outputs"]
+    rounds: int
+    ridge: float
+    output_ridge: float
+
+    @property
+    def paths(self) -> list[str]:
+        """All layers, group by group."""
+        return [path for group in self.groups for path in group]
+
+    def apply(self, model: nn.Module) -> list[LedgerEntry]:
+        before = ties.count_at_paths(model, self.paths)
+        ties.tie(model, [[f"{path}.weight" for path in group] for group in self.groups if len(group) > 1])
+        for group in self.groups:
+            for path in group:
+                if self.ranks[path]:
+                    self._add_term(model, path, alone=len(group) == 1)
+        after = ties.count_at_paths(model, self.paths)
+        return [
+            LedgerEntry(path, self._change(group, path), before[path], after[path])
+            for group in self.groups
+            for path in group
+        ]
+
+    def _add_term(self, model: nn.Module, path: str, *, alone: bool) -> None:
+        layer = model.get_submodule(path)
+        like = {"device": layer.weight.device, "dtype": layer.weight.dtype}
+        term = LowRank(layer.in_features, layer.out_features, self.ranks[path], **like)
+        surgery.specialise(model, path, FactoredLinear if alone else SharedLowRankLinear)
+        if alone:
+            surgery.drop_parameter(model, path, "weight")
+        surgery.fill_slot(model, path, "low_rank", term)
+
+    def _change(self, group: tuple[str, ...], path: str) -> str:
+        rank = self.ranks[path]
+        if len(group) == 1:
+            return f"low rank {rank} in place of the weight" if rank else "unchanged"
+        owner = f"owns the weight of {len(group)} layers" if path == group[0] else f"shares the weight of {group[0]}"
+        return f"{owner}; + private rank {rank}" if rank else owner
+
+    @torch.no_grad()
+    def initialise(self, student: nn.Module, source: Source) -> None:
+        terms = {path: student.get_submodule(path).low_rank for path in self.paths if self.ranks[path]}
+        if self.init == "scratch":
+            for group in self.groups:
+                layer = student.get_submodule(group[0])
+                if len(group) > 1:
+                    nn.init.trunc_normal_(layer.weight, std=0.02)  # as timm starts its linear layers
+            for path, term in terms.items():
+                term.reset_zero()
+                if isinstance(
+                    student.get_submodule(path), FactoredLinear
+                ):  # a product with zero would stay zero for long
+                    nn.init.trunc_normal_(term.up, std=0.02)
+            return
+        metrics = source.metrics(self.paths, self.metric, self.ridge, self.output_ridge)
+        for group in self.groups:
+            weights = [source.model.get_submodule(path).weight for path in group]
+            ranks = [self.ranks[path] for path in group]
+            measures = [metrics[path] for path in group]
+            if len(group) == 1:
+                factors = [spectrum(weights[0], measures[0]).factors(ranks[0])]
+            elif self.init == "first":
+                factors = [
+                    spectrum(w - weights[0], m).factors(r) for w, m, r in zip(weights, measures, ranks, strict=True)
+                ]
+            else:
+                shared, factors = fit_shared(weights, measures, ranks, self.rounds)
+                student.get_submodule(group[0]).weight.copy_(shared)
+            for path, pair in zip(group, factors, strict=True):
+                if path in terms:
+                    terms[path].set_factors(*pair)
+
+    def fold(self, model: nn.Module) -> None:
+        """Every layer becomes timm's own linear layer with its effective weight: nothing is shared any more."""
+        # All weights first: assigning one would change its siblings, which still share it.
+        weights = {}
+        for path in self.paths:
+            layer = model.get_submodule(path)
+            weight = layer.effective_weight() if self.ranks[path] else layer.weight
+            weights[path] = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+        for path, weight in weights.items():
+            if self.ranks[path]:
+                surgery.generalise(model, path, nn.Linear)
+            model.get_submodule(path).weight = weight
+
+
+@transform("lors", LORSPlan)
+class LORS(Transform):
+    """Share the weights of linear layers, with a private low-rank term each (LORS); or low rank alone."""
+
+    rank: int | tuple[int, ...] = Field(
+        description="Rank r of the private terms: one number, or one per block. 0 for none."
+    )
+    groups: int | tuple[int, ...] = Field(
+        1,
+        description="The paper's K: terms of rank r in each layer, so that its rank is K·r; one number, or one per block.",
+    )
+    share: int | tuple[int, ...] | None = Field(
+        None,
+        description="Blocks in a share group: one number, or one per stage. 1 shares nothing and drops the dense weight. "
+        "Null: as an earlier step shares them, and where none does, all blocks of a stage. What is not shared then keeps its weight.",
+    )
+    targets: tuple[str, ...] = Field(
+        TARGETS, min_length=1, description="Linear layers of a block, by path within it; * matches any part."
+    )
+    init: Literal["fit", "first", "scratch"] = Field(
+        "fit",
+        description="fit: shared weight and terms from the teacher's weights; first: the shared weight is the first layer's; "
+        "scratch: from noise as in the paper, the terms at zero.",
+    )
+    metric: Literal["outputs", "inputs", "weights"] = Field(
+        "outputs",
+        description="What an error is measured in. weights: the weight itself. inputs: the layer's output on calibration images "
+        "(whitening). outputs: what the model computes on them.",
+    )
+    rounds: int = Field(
+        4, ge=0, description="How often the shared weight is fitted again to what the private terms leave over."
+    )
+    ridge: float = Field(
+        1e-3,
+        ge=0,
+        description="Added to the inputs' second moment, in parts of its mean: errors off the images count too.",
+    )
+    output_ridge: float = Field(
+        0.1, ge=0, description="The same for the gradients' second moment; for metric: outputs."
+    )
+
+    @field_validator("rank", "groups", "share")
+    @classmethod
+    def _not_negative(cls, value, info):
+        least = 1 if info.field_name == "share" else 0
+        for number in (value,) if isinstance(value, int) else value or ():
+            if number < least:
+                raise ValueError(f"{info.field_name} is at least {least}, not {number}")
+        return value
+
+    @property
+    def needs_images(self) -> bool:
+        return self.init != "scratch" and self.metric != "weights"
+
+    def plan(self, model: nn.Module, source: Source | None = None) -> LORSPlan:
+        backbone = describe(model)
+        groups = [g for target in self._targets(model, backbone) for g in self._groups(model, backbone, target)]
+        ranks = self._ranks(model, backbone, groups)
+        self._refuse_conflicts(model, groups, ranks)
+        return LORSPlan(
+            groups=tuple(groups),
+            ranks=ranks,
+            **self.model_dump(include={"init", "metric", "rounds", "ridge", "output_ridge"}),
+        )
+
+    def _targets(self, model: nn.Module, backbone: Backbone) -> list[str]:
+        """The relative paths that the patterns name, which every block has."""
+        block = model.get_submodule(backbone.blocks[0].path)
+        known = [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
+        found: list[str] = []
+        for pattern in self.targets:
+            matches = [name for name in known if fnmatch(name, pattern)]
+            if not matches:
+                raise UserError(
+                    f"lors.targets: {pattern!r} matches no linear layer of {backbone.blocks[0].path} of {model_name(model)}; "
+                    + did_you_mean(pattern, known)
+                )
+            found += [name for name in matches if name not in found]
+        return found
+
+    def _groups(self, model: nn.Module, backbone: Backbone, target: str) -> list[tuple[str, ...]]:
+        """The layers called `target`, grouped by `share`."""
+        if self.share is not None:
+            return [tuple(f"{path}.{target}" for path in g) for g in share_groups(model, self.share, "lors.share")]
+        stages = [tuple(f"{block.path}.{target}" for block in stage) for stage in backbone.stages]
+        names = {f"{path}.weight" for stage in stages for path in stage}
+        tied = [tuple(n.removesuffix(".weight") for n in g) for g in ties.tied_groups(model) if set(g) <= names]
+        return tied or [stage for stage in stages if len(stage) > 1]
+
+    def _ranks(self, model: nn.Module, backbone: Backbone, groups: list[tuple[str, ...]]) -> dict[str, int]:
+        blocks = [block.path for block in backbone.blocks]
+        columns = {}
+        for name in ("rank", "groups"):
+            value = getattr(self, name)
+            columns[name] = (value,) * len(blocks) if isinstance(value, int) else value
+            if len(columns[name]) != len(blocks):
+                raise UserError(
+                    f"lors.{name} lists {len(columns[name])} numbers, but {model_name(model)} has {len(blocks)} blocks; "
+                    "give one number, or one per block"
+                )
+        of_block = {b: r * k for b, r, k in zip(blocks, columns["rank"], columns["groups"], strict=True)}
+        return {path: next(r for b, r in of_block.items() if path.startswith(f"{b}.")) for g in groups for path in g}
+
+    def _refuse_conflicts(self, model: nn.Module, groups: list[tuple[str, ...]], ranks: dict[str, int]) -> None:
+        tied = {n: group for group in ties.tied_groups(model) for n in group}
+        for group in groups:
+            for path in group:
+                layer: Any = model.get_submodule(path)
+                if isinstance(layer, (SharedLowRankLinear, FactoredLinear)):
+                    raise UserError(
+                        f"lors is applied twice: {path} has a low-rank term already; give the two steps different targets, "
+                        "or merge them into one with a larger rank"
+                    )
+                most = min(layer.in_features, layer.out_features)
+                if ranks[path] > most:
+                    raise UserError(
+                        f"lors: rank {ranks[path]} of {path} is larger than its {layer.out_features}×{layer.in_features} weight "
+                        f"allows; it can be at most {most}"
+                    )
+                if len(group) == 1 and not ranks[path]:
+                    raise UserError(
+                        f"lors: rank 0 with share 1 would leave {path} without a weight; give a rank of at least 1, or share more blocks"
+                    )
+                already = tied.get(f"{path}.weight")
+                if already and already != [f"{p}.weight" for p in group]:
+                    raise UserError(
+                        f"lors wants {path} to share its weight with {len(group) - 1} other layers, but an earlier step shares it with "
+                        f"{len(already) - 1}; leave lors.share out, which keeps that, or give both steps the same share"
+                    )
