@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from compressvit import __version__, ties
-from compressvit.backbone import model_name
+from compressvit.backbone import input_size, model_name
 from compressvit.errors import UserError, did_you_mean
 from compressvit.pipeline import apply_plans, compression_of
 from compressvit.pipeline import materialise as fold_low_rank
@@ -185,31 +185,6 @@ def read_safetensors(file: Path) -> dict[str, torch.Tensor]:
         raise UserError(f"{file} is not a complete safetensors file (truncated or of another kind): {error}") from error
 
 
-def file_bytes(model: nn.Module) -> int:
-    """Size in bytes of the `model.safetensors` that `save` would write; works on the meta device.
-
-    A safetensors file is 8 bytes of length, a JSON header padded to 8 bytes, and the data.
-    """
-    header: dict[str, Any] = {}
-    offset = 0
-    names = {
-        torch.float32: "F32",
-        torch.float16: "F16",
-        torch.bfloat16: "BF16",
-        torch.float64: "F64",
-        torch.int64: "I64",
-    }
-    state = ties.unique_state(model)
-    # The writer orders tensors by falling element size, then by name; only the digits of the offsets depend on it.
-    for name, tensor in sorted(state.items(), key=lambda item: (-item[1].element_size(), item[0])):
-        size = tensor.numel() * tensor.element_size()
-        dtype = names.get(tensor.dtype, str(tensor.dtype))
-        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [offset, offset + size]}
-        offset += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    return 8 + -(-len(text) // 8) * 8 + offset
-
-
 def _manifest(model: nn.Module, input_config: dict[str, Any] | None) -> Manifest:
     compression = compression_of(model)
     if compression.materialised:
@@ -259,13 +234,7 @@ def _manifest(model: nn.Module, input_config: dict[str, Any] | None) -> Manifest
 
 def _input_of(model: nn.Module) -> dict[str, Any]:
     """timm's configuration of the model, for the size it has now: timm keeps the pretrained one there."""
-    config = timm.data.resolve_model_data_config(model)
-    channels, *size = config["input_size"]
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None) or size
-    return {
-        **config,
-        "input_size": [getattr(model, "in_chans", channels), *((size, size) if isinstance(size, int) else size)],
-    }
+    return {**timm.data.resolve_model_data_config(model), "input_size": list(input_size(model))}
 
 
 def _plan(step: StepRecord, path: Path):

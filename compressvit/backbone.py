@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from timm.data import resolve_model_data_config
 from timm.layers import Attention
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, WindowAttention
@@ -83,6 +84,14 @@ def share_groups(model: nn.Module, share: int | tuple[int, ...], asker: str) -> 
         paths = [block.path for block in blocks]
         groups += [tuple(paths[i : i + count]) for i in range(0, len(paths), count)]
     return groups
+
+
+def input_size(model: nn.Module) -> tuple[int, int, int]:
+    """(C, H, W) of the images the model takes at its present size; timm's configuration keeps the pretrained one."""
+    channels, *size = resolve_model_data_config(model)["input_size"]
+    now = getattr(getattr(model, "patch_embed", None), "img_size", None) or size
+    height, width = (now, now) if isinstance(now, int) else now
+    return getattr(model, "in_chans", channels), height, width
 
 
 def timm_class(module: nn.Module) -> type:

@@ -67,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
             "overrides",
             metavar="key=value",
             nargs="*",
+            default=[],
             help="changes to it, e.g. data.root=FOLDER steps.0.multiplex.share=6",
         )
 
@@ -89,7 +90,11 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = verb("evaluate", _evaluate, "evaluate the student of a run folder, or an artifact")
     evaluate.add_argument("path", metavar="PATH", help="a run folder, or an artifact (a folder with compressvit.json)")
     evaluate.add_argument(
-        "overrides", metavar="key=value", nargs="*", help="of the data, e.g. data.name=digits data.root=FOLDER"
+        "overrides",
+        metavar="key=value",
+        nargs="*",
+        default=[],
+        help="of the data, e.g. data.name=digits data.root=FOLDER",
     )
     evaluate.add_argument("--device", default="auto", help="cpu, cuda, … (default: the best there is)")
     evaluate.add_argument("--json", action="store_true", help="print it as JSON, for programs")
@@ -108,7 +113,10 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--resolved", action="store_true", help="with every default and override written out")
     show.set_defaults(run=_recipes_show)
 
-    verb("schema", _schema, "print the JSON schema of recipes, for editors")
+    schema = verb("schema", _schema, "print the JSON schema of recipes, for editors, or what a key means, for people")
+    schema.add_argument(
+        "key", metavar="KEY", nargs="?", help="teacher, data, multiplex, distill, distill.losses, …: list its keys"
+    )
     return parser
 
 
@@ -116,7 +124,11 @@ def _apply(arguments: argparse.Namespace) -> int:
     from compressvit.distill.engine import Interrupted
     from compressvit.recipe import find_recipe, load_recipe
     from compressvit.run import apply
+    from compressvit.runfolder import RESOLVED
 
+    run = Path(arguments.recipe)
+    if arguments.resume and (run / RESOLVED).is_file():  # a run says itself what it is
+        arguments.recipe, arguments.output = str(run / RESOLVED), arguments.output or str(run)
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     path = find_recipe(arguments.recipe)
     try:
@@ -198,9 +210,20 @@ def _recipes_show(arguments: argparse.Namespace) -> int:
 
 
 def _schema(arguments: argparse.Namespace) -> int:
-    from compressvit.recipe import json_schema
+    from rich.console import Console
+    from rich.table import Table
 
-    print(json.dumps(json_schema(), indent=2))
+    from compressvit.recipe import documentation, json_schema
+
+    if arguments.key is None:
+        print(json.dumps(json_schema(), indent=2))
+        return 0
+    table = Table(box=None, pad_edge=False)
+    for column in (arguments.key, "default", "meaning"):
+        table.add_column(column)
+    for row in documentation(arguments.key):
+        table.add_row(*row)
+    Console().print(table, markup=False)
     return 0
 
 

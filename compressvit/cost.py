@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 import time
@@ -13,9 +14,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from compressvit import surgery
-from compressvit.artifact import file_bytes
-from compressvit.ties import count_parameters
+from compressvit import surgery, ties
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,32 @@ def cost(model: nn.Module, input_size: tuple[int, int, int]) -> Cost:
         model: on any device, also 'meta'.
         input_size: (C, H, W) of an image.
     """
-    return Cost(count_parameters(model), file_bytes(model), macs(model, input_size))
+    return Cost(ties.count_parameters(model), file_bytes(model), macs(model, input_size))
+
+
+def file_bytes(model: nn.Module) -> int:
+    """Size in bytes of the `model.safetensors` that `save` would write; works on the meta device.
+
+    A safetensors file is 8 bytes of length, a JSON header padded to 8 bytes, and the data.
+    """
+    header: dict[str, Any] = {}
+    offset = 0
+    names = {
+        torch.float32: "F32",
+        torch.float16: "F16",
+        torch.bfloat16: "BF16",
+        torch.float64: "F64",
+        torch.int64: "I64",
+    }
+    state = ties.unique_state(model)
+    # The writer orders tensors by falling element size, then by name; only the digits of the offsets depend on it.
+    for name, tensor in sorted(state.items(), key=lambda item: (-item[1].element_size(), item[0])):
+        size = tensor.numel() * tensor.element_size()
+        dtype = names.get(tensor.dtype, str(tensor.dtype))
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    return 8 + -(-len(text) // 8) * 8 + offset
 
 
 def macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:

@@ -15,7 +15,7 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 
 from compressvit.errors import UserError, nearest
-from compressvit.loaders import Loader, eval_loader, train_loader
+from compressvit.loaders import Loader, calibration_batches, eval_loader, train_loader
 from compressvit.samples import NO_LABEL, BrokenFiles
 from compressvit.sources import Datasets, open_data
 from compressvit.spec import Spec
@@ -28,6 +28,7 @@ __all__ = [
     "Datasets",
     "InputConfig",
     "Loader",
+    "calibration_batches",
     "eval_loader",
     "input_config",
     "known_classes",
@@ -203,6 +204,16 @@ class Data(Spec):
 def known_classes(data: Data) -> int | None:
     """The number of classes as far as it is known without touching the disk: declared, or a property of a named set."""
     return data.num_classes or _CLASSES.get(data.name.lower())
+
+
+def class_mismatch(classes: int | None, model_classes: int) -> str | None:
+    """What to tell when a set of `classes` is used with a head that tells `model_classes` apart; None when they fit."""
+    if not classes or not model_classes or classes == model_classes:
+        return None
+    return (
+        f"the data has {classes} classes and the teacher's head {model_classes}: accuracy means nothing unless class 0, 1, … are the "
+        "same; agreement with the teacher does. For your own classes give the teacher a head of theirs: teacher.finetune={}"
+    )
 
 
 @dataclass(frozen=True)

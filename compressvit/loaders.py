@@ -116,6 +116,26 @@ def eval_loader(
     return Loader(*_batches(datasets, data, config, device, size, False, distributed, None), config, device)
 
 
+def calibration_batches(
+    datasets: Datasets, data: Data, config: InputConfig, device: torch.device, *, images: int, seed: int
+) -> Iterator[torch.Tensor]:
+    """Normalised batches (B, C, H, W) of about `images` training images, drawn by `seed`, without augmentation or labels.
+
+    A streaming set gives its first ones. Broken files are left out.
+    """
+    subset = datasets.train
+    if isinstance(subset, Samples):
+        chosen = torch.randperm(len(subset), generator=torch.Generator().manual_seed(seed))[:images].tolist()
+        subset = Samples(subset.source, [subset.indices[i] for i in chosen], subset.labeled)
+    loader = eval_loader(dataclasses.replace(datasets, validation=subset), data, config, device)
+    left = images
+    for batch, _ in loader:
+        yield batch[:left]
+        left -= len(batch)
+        if left <= 0:
+            return
+
+
 def _draw(distributed: bool) -> int:
     """One number from torch's global generator; that of process 0 for all processes."""
     drawn = [int(torch.randint(2**62, ()))]

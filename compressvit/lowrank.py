@@ -47,12 +47,18 @@ class Metric:
 def cholesky(moment: Tensor, ridge: float) -> Tensor:
     """Lower-triangular L with `L Lᵀ = moment + ridge · mean(diagonal) · I`, in float64.
 
-    The ridge keeps directions that the calibration images never used from being given away.
+    The ridge keeps directions that the calibration images never used from being given away. It is at least 1e-6, and as much
+    as it takes where the moment is singular.
     """
     moment = moment.double()
     size = moment.shape[0]
     level = moment.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
-    return torch.linalg.cholesky(moment + ridge * level * torch.eye(size, dtype=torch.float64))
+    ridge = max(ridge, 1e-6)
+    while True:  # sums of products are positive definite only up to the rounding of their float32 terms
+        factor, failed = torch.linalg.cholesky_ex(moment + ridge * level * torch.eye(size, dtype=torch.float64))
+        if not failed:
+            return factor
+        ridge *= 10
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,7 @@ def spectrum(matrix: Tensor, metric: Metric = Metric()) -> Spectrum:
 
 
 def fit_shared(
-    matrices: Sequence[Tensor], metrics: Sequence[Metric], ranks: Sequence[int], rounds: int
+    matrices: Sequence[Tensor], metrics: Sequence[Metric], ranks: Sequence[int] = (), rounds: int = 0
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """One shared matrix and a low-rank term for each layer, fitted together: minimise `Σ ‖matrix_i − shared − up_i down_i‖²`.
 
@@ -91,7 +97,7 @@ def fit_shared(
 
     Args:
         matrices: (out, in) each.
-        ranks: of the terms; 0 for none.
+        ranks: of the terms; none at all for the shared matrix alone.
         rounds: how often the shared matrix is fitted again after the terms; 0 for the weighted mean and one fit of the terms.
 
     Returns:
@@ -103,8 +109,9 @@ def fit_shared(
     for _ in range(rounds):
         terms = [_product(spectrum(m - shared, g).factors(r)) for m, g, r in zip(matrices, metrics, ranks, strict=True)]
         shared = _best_shared([m - t for m, t in zip(matrices, terms, strict=True)], metrics, shared)
-    factors = [spectrum(m - shared, g).factors(r) for m, g, r in zip(matrices, metrics, ranks, strict=True)]
-    return shared, factors
+    if not ranks:
+        return shared, []
+    return shared, [spectrum(m - shared, g).factors(r) for m, g, r in zip(matrices, metrics, ranks, strict=True)]
 
 
 def _product(factors: tuple[Tensor, Tensor]) -> Tensor:

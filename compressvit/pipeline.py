@@ -72,8 +72,15 @@ def transform_(
     ledger = []
     for spec in transforms:
         plan = spec.plan(model, source)
-        ledger += apply_plans(model, [plan])
+        entries = apply_plans(model, [plan])
         plan.initialise(model, source)
+        errors = plan.errors(model, source)
+        for i, entry in enumerate(entries):
+            if entry.path in errors:
+                weight_error, output_error = errors[entry.path]
+                entries[i] = replace(entry, weight_error=weight_error, output_error=output_error)
+        compression_of(model).ledger[-len(entries) :] = entries
+        ledger += entries
         if plan.loads_values:
             source = source.with_model(copy.deepcopy(model))
     return ledger
@@ -125,6 +132,10 @@ def compress(model: nn.Module, transforms: Sequence[Transform], calibration: Ima
         >>> compressvit.count_parameters(student)
         3053056
     """
+    if not isinstance(model, nn.Module):
+        raise UserError(f"compress takes a model, not a {type(model).__name__}; build one with timm.create_model(NAME)")
+    if not isinstance(transforms, Sequence) or not all(isinstance(t, Transform) for t in transforms):
+        raise UserError(f"compress takes a list of transforms, e.g. [Multiplex(share=2)], not {transforms!r}")
     student = copy.deepcopy(model)
     transform_(student, transforms, calibration)
     return student

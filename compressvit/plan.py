@@ -15,7 +15,7 @@ from torch import nn
 from compressvit import surgery, ties
 from compressvit.backbone import describe, family
 from compressvit.cost import Cost, cost, saved_bytes
-from compressvit.data import Data, InputConfig, input_config, known_classes
+from compressvit.data import Data, InputConfig, class_mismatch, input_config, known_classes
 from compressvit.distill import optimisation as opt
 from compressvit.distill.pairs import match_layers
 from compressvit.distill.spec import Distill, Finetune, Training
@@ -121,8 +121,9 @@ def plan_recipe(recipe: Recipe, name: str = "recipe", *, classes: int | None = N
                 f"{where}: the warm-up of {phase.warmup_epochs:g} epochs is longer than the phase of {phase.epochs}, "
                 f"so the rate never reaches its peak; shorten warmup_epochs"
             )
-    if not any(isinstance(s.spec, Training) for s in recipe.steps):
-        notes.append("no step trains the student: what comes out is the student as the transforms initialise it")
+    if not isinstance(recipe.steps[-1].spec, Training):
+        last = f"no step trains the student after steps[{len(recipe.steps) - 1}].{recipe.steps[-1].name}"
+        notes.append(f"{last}: what comes out is the student as the transforms initialise it")
     if compression_of(student).ties:
         notes.append("sharing cuts parameters and disk, not MACs or latency: every block still runs")
     costs = [cost(m, (c.channels, c.height, c.width)) for m, c in ((teacher, teacher_input), (student, size))]
@@ -232,13 +233,8 @@ def _phase_summary(spec: Training, data: Data) -> str:
 
 
 def _data_notes(recipe: Recipe, teacher: nn.Module, classes: int | None) -> list[str]:
-    classes, have = known_classes(recipe.data) or classes, getattr(teacher, "num_classes", 0)
-    if classes and have and classes != have:
-        return [
-            f"the data has {classes} classes and the teacher's head {have}: accuracy means nothing unless class 0, 1, … are the same; "
-            "agreement with the teacher does"
-        ]
-    return []
+    mismatch = class_mismatch(known_classes(recipe.data) or classes, getattr(teacher, "num_classes", 0))
+    return [mismatch] if mismatch else []
 
 
 def _stages(student: nn.Module) -> list[StagePlan]:
@@ -259,7 +255,10 @@ def _stages(student: nn.Module) -> list[StagePlan]:
 def print_plan(plan: RecipePlan, console: Console) -> None:
     """Tables for a person."""
     console.print(
-        cost_table([("teacher", plan.teacher), ("student", plan.student)], title=f"{plan.recipe}: {plan.teacher_model}")
+        cost_table(
+            [("teacher", plan.teacher), ("student", plan.student)],
+            title=f"{plan.recipe}: {plan.teacher_model}, images {'×'.join(map(str, plan.input_size))}",
+        )
     )
     if plan.stages:
         table = Table(title="Parameters of the student", title_justify="left")

@@ -59,6 +59,14 @@ class Student(Spec):
     )
 
 
+class Calibration(Spec):
+    """The training images, without their labels, on which transforms measure what an approximation costs."""
+
+    images: int = Field(
+        256, ge=1, description="How many, drawn by the seed, without augmentation. A few hundred are enough."
+    )
+
+
 class _Step(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -101,6 +109,7 @@ class Recipe(Spec):
     teacher: Teacher
     student: Student = Student()
     data: Data
+    calibration: Calibration = Calibration()
     steps: tuple[Step, ...] = Field(min_length=1, description="Transforms and phases, in order.")  # type: ignore[valid-type]
 
     def phases(self) -> dict[str, Training]:
@@ -187,6 +196,40 @@ def find_recipe(name_or_path: str | Path) -> Path:
     raise UserError(f"there is no recipe {str(name_or_path)!r}, neither a file nor one that ships; {hint}")
 
 
+def documentation(key: str) -> list[tuple[str, str, str]]:
+    """The keys below `key` (a section, a step, or a path such as distill.losses): name, default and meaning of each.
+
+    Raises:
+        UserError: there is no such key.
+    """
+    parts = key.split(".")
+    known: dict[str, FieldInfo] = {**Recipe.model_fields, **Step.model_fields}
+    rows: dict[str, FieldInfo] = {}
+    for i, part in enumerate(parts):
+        if part not in known:
+            raise UserError(
+                f"there is no key {'.'.join(parts[: i + 1])!r} in a recipe; {did_you_mean(part, known, list_at_most=30)}"
+            )
+        model = _model_in(known[part].annotation)
+        rows = {part: known[part]} if model is None else dict(model.model_fields)
+        known = {} if model is None else rows
+    return [(name, _default(field), _meaning(field)) for name, field in rows.items()]
+
+
+def _meaning(field: FieldInfo) -> str:
+    """What the schema says about a key."""
+    model = _model_in(field.annotation)
+    text = field.description or (model.__doc__ if model else None) or ""
+    return text.splitlines()[0] if text else ""
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True)
+    return "…" if isinstance(value, BaseModel) else json.dumps(value, default=str)
+
+
 def json_schema() -> dict[str, Any]:
     """JSON schema of recipes, for editors that complete and check YAML."""
     schema = Recipe.model_json_schema()
@@ -246,9 +289,14 @@ def _existing(loc: tuple, content: Any, *, missing: bool) -> tuple:
 def _sentence(fault: Any, path: tuple) -> str:
     given = fault["input"]
     if fault["type"] == "extra_forbidden":
-        return f"unknown key; {did_you_mean(str(fault['loc'][-1]), _fields(path[:-1]), list_at_most=30)}"
+        word = str(fault["loc"][-1])
+        if len(path) == 1 and word in _STEP_FIELDS:
+            return f"unknown key; {word} is a step, so it belongs into the list `steps` (steps.0.{word} on the command line)"
+        hint = did_you_mean(word, _fields(path[:-1]), list_at_most=30)
+        return f"unknown key {hint}" if hint.startswith("(") else f"unknown key; {hint}"
     if fault["type"] == "missing":
-        about = _description(path)
+        field = _fields(path[:-1]).get(path[-1])
+        about = _meaning(field).rstrip(".") if field else ""
         return "missing, and it has no default" + (f"; it is {about[0].lower()}{about[1:]}" if about else "")
     if fault["type"] == "too_short":
         return f"should have at least {fault['ctx']['min_length']} item, not {fault['ctx']['actual_length']}"
@@ -271,14 +319,6 @@ def _fields(path: tuple) -> dict[str, FieldInfo]:
         field = model.model_fields.get(part)
         model = _model_in(field.annotation) if field else None
     return model.model_fields if model is not None else {}
-
-
-def _description(path: tuple) -> str:
-    """What the schema says about the key at a path, without its last full stop."""
-    field = _fields(path[:-1]).get(path[-1])
-    model = _model_in(field.annotation) if field else None
-    text = (field.description if field else None) or (model.__doc__ if model else None) or ""
-    return text.splitlines()[0].rstrip(".") if text else ""
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,8 @@ from compressvit import artifact, cost
 from compressvit.data import (
     Datasets,
     InputConfig,
+    calibration_batches,
+    class_mismatch,
     eval_loader,
     input_config,
     known_classes,
@@ -33,7 +38,7 @@ from compressvit.distill.terms import build_terms, labels_term
 from compressvit.errors import UserError
 from compressvit.files import disk_faults, write_text
 from compressvit.models import build_student, build_teacher, load_teacher, require_student_file, trains_teacher
-from compressvit.pipeline import transform_
+from compressvit.pipeline import compression_of, transform_
 from compressvit.plan import megabytes, plan_recipe, print_plan, require_no_conflicts
 from compressvit.recipe import Recipe
 from compressvit.runfolder import RunFolder
@@ -100,7 +105,7 @@ def apply(
         folder.open(recipe, recipe_text, plan.as_dict(), command, overwrite=overwrite)
     voice = RunLog(folder.path, console)
     try:
-        print_plan(plan, console)
+        voice.show(lambda to: print_plan(plan, to))
         run = _Run(recipe, folder, datasets, where, voice)
         if trains_teacher(recipe) and not taught:
             run.train_teacher(teacher)
@@ -236,9 +241,21 @@ class _Run:
     def _transform(self, student: nn.Module, specs: list[Transform], index: int) -> None:
         opt.seed_everything(self.recipe.seed, 2, index)
         student.cpu()
-        ledger = transform_(student, specs)
+        ledger = transform_(student, specs, self._calibration_images(student))
         if ledger:
-            self.log.console.print(ledger_table(ledger))
+            self.log.show(ledger_table(ledger))
+
+    def _calibration_images(self, student: nn.Module) -> Callable[[], Iterator[torch.Tensor]]:
+        config = input_config(student, self.recipe.data)
+        return partial(
+            calibration_batches,
+            self.datasets,
+            self.recipe.data,
+            config,
+            self.device,
+            images=self.recipe.calibration.images,
+            seed=self.recipe.seed,
+        )
 
     def _train(self, model: nn.Module, spec: Training, phase: Phase, teacher: nn.Module | None) -> None:
         config = input_config(model, self.recipe.data)
@@ -302,7 +319,8 @@ class _Run:
             theirs_only = {key: own[key] for key in theirs_only}
         results: dict[str, Any] = {
             "teacher": {**plan.teacher.as_dict(), "images": scores["images"], **theirs_only},
-            "student": {**plan.student.as_dict(), **scores},
+            "student": {**cost.cost(student, sizes[1]).as_dict(), **scores},
+            "ledger": [asdict(entry) for entry in compression_of(student).ledger],
             "read_back_difference": difference,
             "broken_images": self.datasets.broken.count,
         }
@@ -310,7 +328,9 @@ class _Run:
         times = cost.latency([teacher, student], sizes, device=self.device)
         results["teacher"]["latency_ms"], results["student"]["latency_ms"] = times
         write_text(self.folder.path / "results.json", json.dumps(results, indent=2) + "\n")
-        self.log.console.print(results_table(results, f"{self.recipe.teacher.model} → {self.folder.student}"))
+        self.log.show(results_table(results, f"{self.recipe.teacher.model} → {self.folder.student}"))
+        if mismatch := class_mismatch(self.datasets.num_classes, getattr(teacher, "num_classes", 0)):
+            log.warning("warning: %s", mismatch)
         self.log.say(
             f"latency: batch 1 on {self.device}, {torch.get_num_threads()} threads, median of up to 30 in turns. "
             f"The student was read back from disk: largest difference of its outputs {difference:.1e}"
@@ -356,14 +376,24 @@ def _summary(result: dict[str, Any]) -> str:
 
 
 def ledger_table(ledger: list[LedgerEntry]) -> Table:
-    """What the transforms did, path by path; a shared tensor counts at its first path."""
+    """What the transforms did, step by step and path by path; a shared tensor counts at its first path."""
     table = Table(title="Ledger (a shared tensor counts at its first path)", title_justify="left")
-    for column in ("path", "change", "parameters before", "after"):
-        table.add_column(column, justify="right" if column in ("parameters before", "after") else "left")
-    for entry in ledger:
-        table.add_row(entry.path, entry.change, f"{entry.before:,}", f"{entry.after:,}")
-    table.add_section()
-    table.add_row("sum", "", f"{sum(e.before for e in ledger):,}", f"{sum(e.after for e in ledger):,}")
+    measured = any(entry.weight_error is not None for entry in ledger)
+    for column in ("step", "path", "change"):
+        table.add_column(column)
+    for column in ("parameters before", "after", *(("error of weight", "of output") if measured else ())):
+        table.add_column(column, justify="right")
+    for step, group in itertools.groupby(ledger, lambda entry: entry.step):
+        entries = list(group)
+        for entry in entries:
+            errors = ["" if e is None else f"{e:.3f}" for e in (entry.weight_error, entry.output_error)]
+            table.add_row(
+                step, entry.path, entry.change, f"{entry.before:,}", f"{entry.after:,}", *errors[: 2 * measured]
+            )
+        before, after = sum(e.before for e in entries), sum(e.after for e in entries)
+        table.add_section()
+        table.add_row(step, "sum", "", f"{before:,}", f"{after:,}")
+        table.add_section()
     return table
 
 

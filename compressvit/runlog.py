@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
@@ -48,6 +49,13 @@ class RunLog:
                 handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
                 log.addHandler(handler)
                 self._writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def show(self, what: Any) -> None:
+        """A table, or whatever a function prints to the console it is given: to the console and to run.log."""
+        text = io.StringIO()
+        for console in (self.console, Console(file=text, width=160)):
+            what(console) if callable(what) else console.print(what)
+        log.info("%s", "\n" + text.getvalue().rstrip(), extra={"already_shown": True})
 
     def say(self, text: str) -> None:
         """One line for a person."""

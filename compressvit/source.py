@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from compressvit import surgery
+from compressvit.backbone import input_size
 from compressvit.errors import UserError
 from compressvit.lowrank import Metric, cholesky
 
@@ -63,13 +65,19 @@ class Source:
         """The same images for another model."""
         return Source(model, self._images)
 
+    def weight(self, path: str) -> torch.Tensor:
+        """The weight (out, in) of the linear layer at `path`, in float64 on the CPU."""
+        return self.model.get_submodule(path).weight.detach().double().cpu()  # type: ignore[union-attr, operator]
+
     def batches(self) -> Iterator[torch.Tensor]:
-        """The calibration images, on the model's device and in its precision."""
+        """The calibration images, in the model's precision. The model is moved to the device they come on."""
         assert self._images is not None, "require_images comes first"
-        like = next(self.model.parameters())
+        dtype = next(self.model.parameters()).dtype
         batches = self._images() if callable(self._images) else self._images
         for batch in batches.split(16) if isinstance(batches, torch.Tensor) else batches:
-            yield (batch if isinstance(batch, torch.Tensor) else batch[0]).to(like)
+            images = (batch if isinstance(batch, torch.Tensor) else batch[0]).to(dtype)
+            self.model.to(images.device)
+            yield images
 
     def moments(self, paths: Sequence[str], *, outputs: bool) -> dict[str, Moments]:
         """The moments of the linear layers at `paths`; what was computed before is not computed again.
@@ -168,6 +176,19 @@ def _run(model: nn.Module, batch: torch.Tensor, outputs: bool, generator: torch.
             weight[:prefix] = ((tokens.shape[1] - prefix) / prefix) ** 0.5
         direction = torch.randn(tokens.shape, generator=generator).to(tokens.device)
         (tokens * direction * weight).sum().backward()
+
+
+def tokens_at(model: nn.Module, paths: Sequence[str]) -> dict[str, int]:
+    """How many tokens the linear layers at `paths` see of one image; nothing is computed."""
+    empty = surgery.skeleton(model).eval()
+    seen: dict[str, int] = {}
+
+    def count(path: str, module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        seen[path] = inputs[0].numel() // inputs[0].shape[-1]
+
+    with _hooks(empty, {path: partial(count, path) for path in paths}), torch.no_grad():
+        empty(torch.empty(1, *input_size(model), device="meta", dtype=next(empty.parameters()).dtype))
+    return seen
 
 
 def _warn_of_few(moments: dict[str, Moments], paths: Sequence[str]) -> None:

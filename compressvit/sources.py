@@ -36,6 +36,7 @@ LAYOUT = """expected
   FOLDER/train/CLASS/*.jpg   (or FOLDER/train.tar, or a FOLDER/train/CLASS.tar for each class)
   FOLDER/val/CLASS/*.jpg     (or FOLDER/val.tar, …)
 for images without classes use data.name=images"""
+UNLABELED_LAYOUT = """expected images anywhere under FOLDER, or under FOLDER/train and FOLDER/val"""
 
 FASHION_CACHE = Path("~/.cache/compressvit/fashion_mnist")
 FASHION_DEBIAN = Path("/usr/share/datasets/fashion-mnist")
@@ -211,12 +212,13 @@ def _read_fashion_mnist(folder: Path) -> tuple[Pixels, Pixels]:
 
 def _existing(data: Data) -> Path:
     """data.root as a folder that is there, or a UserError that says how to supply it."""
+    layout = UNLABELED_LAYOUT if data.name == "images" else LAYOUT
     if data.root is None:
-        raise UserError(f"data.name={data.name} needs data.root=FOLDER; {LAYOUT}")
+        raise UserError(f"data.name={data.name} needs data.root=FOLDER; {layout}")
     root = Path(data.root).expanduser()
     if not root.is_dir():
         fault = "this is a file" if root.exists() else "there is no such folder"
-        raise UserError(f"data.root={data.root}: {fault}; {LAYOUT}")
+        raise UserError(f"data.root={data.root}: {fault}; {layout}")
     return root
 
 

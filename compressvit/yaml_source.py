@@ -110,7 +110,9 @@ def override(source: Source, assignments: list[str]) -> None:
             raise UserError(
                 f"override '{assignment}' has no '='; write it as key=value, e.g. seed=1 or steps.0.multiplex.share=6"
             )
-        parts: list[str] = key.split(".")
+        parts: list[str] = re.sub(r"\[(\d+)\]", r".\1", key).split(
+            "."
+        )  # steps[0] as in messages, steps.0 as in the README
         if not all(parts):
             raise UserError(f"override '{assignment}' names no key; write it as key=value, e.g. data.root=FOLDER")
         try:

@@ -16,7 +16,7 @@ from helpers.models import BACKBONES, VIT, build, images_for, outputs
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from compressvit import artifact, surgery, ties
+from compressvit import artifact, cost, surgery, ties
 from compressvit.errors import UserError
 from compressvit.pipeline import compress, compression_of
 from compressvit.transforms import IRPE, Multiplex
@@ -75,8 +75,8 @@ def test_file_bytes_is_the_size_of_the_file(name, tmp_path):
     model = special[name]() if name in special else student_of(name)
     path = artifact.save(model, tmp_path / "student")
     size = os.path.getsize(path / "model.safetensors")
-    assert artifact.file_bytes(model) == size
-    assert artifact.file_bytes(surgery.skeleton(model)) == size
+    assert cost.file_bytes(model) == size
+    assert cost.file_bytes(surgery.skeleton(model)) == size
 
 
 def test_a_new_classifier_is_saved(tmp_path):
@@ -150,7 +150,7 @@ def test_the_teacher_is_not_in_the_file(tmp_path):
     assert not any(tuple(t.flatten().tolist()) in teachers for t in stored.values())
     # everything in the folder is the student's numbers, four bytes each, and at most 16 KB of names
     assert sum(map(len, contents(path).values())) < 4 * ties.count_parameters(student) + 16_384
-    assert 4 * ties.count_parameters(teacher) > 1.5 * artifact.file_bytes(student)
+    assert 4 * ties.count_parameters(teacher) > 1.5 * cost.file_bytes(student)
 
 
 # --------------------------------------------------------------------------------------------------- saving over things

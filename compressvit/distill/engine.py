@@ -36,7 +36,10 @@ class Interrupted(Exception):
     """The user stopped the run; a checkpoint was written first."""
 
     def __init__(self, signum: int, checkpoint: Path):
-        super().__init__(f"stopped by {signal.Signals(signum).name}; {checkpoint} was written. Go on with --resume")
+        super().__init__(
+            f"stopped by {signal.Signals(signum).name}; {checkpoint} was written. "
+            f"Go on with: compressvit apply {checkpoint.parents[1]} --resume"
+        )
         self.signum = signum
 
 

@@ -88,7 +88,8 @@ class _Scores:
         if int(targets.max()) >= self.classes:
             raise UserError(
                 f"the data has label {int(targets.max())}, but the model tells only {self.classes} classes apart "
-                f"(0 to {self.classes - 1}); set teacher.num_classes to the number of classes and train the head with teacher.finetune"
+                f"(0 to {self.classes - 1}); use data of its classes, or a teacher with a head of theirs (teacher.num_classes and "
+                "teacher.finetune in a recipe)"
             )
         ranked = logits.topk(min(5, self.classes), dim=1).indices == targets[:, None]
         self.sums["top1"] += 100 * ranked[:, 0].sum().item()

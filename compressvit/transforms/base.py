@@ -31,6 +31,9 @@ class LedgerEntry:
     before: int
     after: int
     step: str = ""  # the transform's word, filled in by whoever applies it
+    # Relative errors of an approximation of the path's weight: of the weight itself, and of the layer's outputs on calibration images.
+    weight_error: float | None = None
+    output_error: float | None = None
 
 
 class Plan(Spec):
@@ -49,6 +52,11 @@ class Plan(Spec):
     def initialise(self, student: nn.Module, source: Source) -> None:
         """Set values: `student` has the new structure, `source` knows the model as it was before the transforms."""
         raise TypeError(f"{type(self).__name__} does not define initialise")
+
+    def errors(self, student: nn.Module, source: Source) -> dict[str, tuple[float, float | None]]:
+        """After `initialise`: by path, how far a weight is from the source's, relative to it, and its outputs from theirs (None
+        where no calibration images were used)."""
+        return {}
 
     def fold(self, model: nn.Module) -> None:
         """Turn the transform back into plain timm layers, in place.

@@ -87,5 +87,5 @@ class LoadWeights(Transform):
         if not (Path(self.artifact).expanduser() / MANIFEST).is_file():
             raise UserError(
                 f"load_weights: there is no artifact at {self.artifact} (a folder with {MANIFEST}); run the recipe that makes it "
-                "first, or name another with load_weights.artifact"
+                "first, or name another with this step's `artifact`"
             )

@@ -15,15 +15,16 @@ from fnmatch import fnmatch
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import nn
 
-from compressvit import surgery, ties
-from compressvit.backbone import Backbone, describe, model_name, share_groups
+from compressvit import cost, surgery, ties
+from compressvit.allocate import Budget, Curve, header_bytes, original_parameters, spend
+from compressvit.backbone import Backbone, describe, input_size, model_name, share_groups
 from compressvit.errors import UserError, did_you_mean
 from compressvit.layers.linear import FactoredLinear, LowRank, SharedLowRankLinear
 from compressvit.lowrank import fit_shared, spectrum
-from compressvit.source import Source
+from compressvit.source import Source, tokens_at
 from compressvit.transforms.base import LedgerEntry, Plan, Transform, transform
 
 TARGETS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
@@ -94,7 +95,7 @@ class LORSPlan(Plan):
             return
         metrics = source.metrics(self.paths, self.metric, self.ridge, self.output_ridge)
         for group in self.groups:
-            weights = [source.model.get_submodule(path).weight for path in group]
+            weights = [source.weight(path) for path in group]
             ranks = [self.ranks[path] for path in group]
             measures = [metrics[path] for path in group]
             if len(group) == 1:
@@ -109,6 +110,22 @@ class LORSPlan(Plan):
             for path, pair in zip(group, factors, strict=True):
                 if path in terms:
                     terms[path].set_factors(*pair)
+
+    @torch.no_grad()
+    def errors(self, student: nn.Module, source: Source) -> dict[str, tuple[float, float | None]]:
+        if self.init == "scratch":
+            return {}
+        measures = source.metrics(self.paths, "inputs", 0.0, 0.0) if self.metric != "weights" else {}
+        result = {}
+        for path in self.paths:
+            layer: Any = student.get_submodule(path)
+            weight = source.weight(path)
+            lost = weight - (layer.effective_weight() if self.ranks[path] else layer.weight).double().cpu()
+            output_error = None
+            if path in measures:
+                output_error = (measures[path].squared_norm(lost) / measures[path].squared_norm(weight)) ** 0.5
+            result[path] = ((lost.norm() / weight.norm()).item(), output_error)
+        return result
 
     def fold(self, model: nn.Module) -> None:
         """Every layer becomes timm's own linear layer with its effective weight: nothing is shared any more."""
@@ -128,8 +145,13 @@ class LORSPlan(Plan):
 class LORS(Transform):
     """Share the weights of linear layers, with a private low-rank term each (LORS); or low rank alone."""
 
-    rank: int | tuple[int, ...] = Field(
-        description="Rank r of the private terms: one number, or one per block. 0 for none."
+    rank: int | tuple[int, ...] | None = Field(
+        None, description="Rank r of the private terms: one number, or one per block; 0 for none. Or give a budget."
+    )
+    budget: Budget | None = Field(
+        None,
+        description="Instead of ranks: what the student may cost. Ranks go where they remove the most error for it; with `share: 1` "
+        "a layer stays dense where that is cheaper.",
     )
     groups: int | tuple[int, ...] = Field(
         1,
@@ -148,10 +170,11 @@ class LORS(Transform):
         description="fit: shared weight and terms from the teacher's weights; first: the shared weight is the first layer's; "
         "scratch: from noise as in the paper, the terms at zero.",
     )
-    metric: Literal["outputs", "inputs", "weights"] = Field(
-        "outputs",
+    metric: Literal["auto", "outputs", "inputs", "weights"] = Field(
+        "auto",
         description="What an error is measured in. weights: the weight itself. inputs: the layer's output on calibration images "
-        "(whitening). outputs: what the model computes on them.",
+        "(whitening). outputs: what the model computes on them. auto: what wins in our measurements, inputs for layers that share a "
+        "weight and outputs for the others.",
     )
     rounds: int = Field(
         4, ge=0, description="How often the shared weight is fitted again to what the private terms leave over."
@@ -174,6 +197,14 @@ class LORS(Transform):
                 raise ValueError(f"{info.field_name} is at least {least}, not {number}")
         return value
 
+    @model_validator(mode="after")
+    def _rank_or_budget(self) -> LORS:
+        if (self.rank is None) == (self.budget is None):
+            raise ValueError("lors needs a rank or a budget" + (", not both" if self.budget else ""))
+        if self.budget and self.init == "scratch":
+            raise ValueError("a budget is spent by the errors of a teacher's weights, which init: scratch does not use")
+        return self
+
     @property
     def needs_images(self) -> bool:
         return self.init != "scratch" and self.metric != "weights"
@@ -181,13 +212,88 @@ class LORS(Transform):
     def plan(self, model: nn.Module, source: Source | None = None) -> LORSPlan:
         backbone = describe(model)
         groups = [g for target in self._targets(model, backbone) for g in self._groups(model, backbone, target)]
-        ranks = self._ranks(model, backbone, groups)
-        self._refuse_conflicts(model, groups, ranks)
-        return LORSPlan(
-            groups=tuple(groups),
-            ranks=ranks,
-            **self.model_dump(include={"init", "metric", "rounds", "ridge", "output_ridge"}),
+        ranks = (
+            dict.fromkeys((path for g in groups for path in g), 0)
+            if self.budget
+            else self._ranks(model, backbone, groups)
         )
+        self._refuse_conflicts(model, groups, ranks)
+        if self.budget:
+            chosen = self._spend(self.budget, model, groups, source)
+            groups = [g for g in groups if chosen[g[0]] is not None]  # the others stay dense
+            ranks = {path: rank for path, rank in chosen.items() if rank is not None}
+        return self._resolved(groups, ranks)
+
+    def _resolved(self, groups: list[tuple[str, ...]], ranks: dict[str, int]) -> LORSPlan:
+        settings = self.model_dump(include={"init", "rounds", "ridge", "output_ridge"})
+        return LORSPlan(groups=tuple(groups), ranks=ranks, metric=self._metric(groups), **settings)
+
+    def _metric(self, groups: list[tuple[str, ...]]) -> Literal["weights", "inputs", "outputs"]:
+        if self.metric != "auto":
+            return self.metric
+        return "inputs" if any(len(g) > 1 for g in groups) else "outputs"
+
+    def _spend(
+        self, budget: Budget, model: nn.Module, groups: list[tuple[str, ...]], source: Source | None
+    ) -> dict[str, int | None]:
+        """Ranks within a budget; without a source, uniform ones."""
+        errors = self._errors(groups, source) if source is not None else {}
+        layers: dict[str, Any] = {path: model.get_submodule(path) for g in groups for path in g}
+        itemsize = next(model.parameters()).element_size()
+        tokens = tokens_at(model, list(layers)) if budget.macs else {}
+        unit = {"parameters": 1, "bytes": itemsize}.get(budget.unit, 0)
+        curves = {}
+        for group in groups:
+            for path in group:
+                inner, out = layers[path].in_features, layers[path].out_features
+                # as the layers' forward chooses it
+                macs = (
+                    inner * out
+                    if len(group) > 1 and tokens.get(path, 0) * (inner + out) >= inner * out
+                    else (tokens.get(path, 0) * (inner + out))
+                )
+                most = min(inner, out)
+                curves[path] = Curve(
+                    step=unit * (inner + out) or macs,
+                    least=1 if len(group) == 1 else 0,
+                    most=most,
+                    dense=(unit or tokens[path]) * inner * out if len(group) == 1 else None,
+                    errors=errors.get(path, [0.0] * (most + 1)),
+                )
+        weights = {id(layer.weight): layer.weight.numel() for layer in layers.values()}
+        shared = sum(layers[g[0]].weight.numel() for g in groups if len(g) > 1)
+        if budget.macs:
+            size = input_size(model)
+            fixed = cost.macs(model, size) - sum(
+                tokens[g[0]] * layers[g[0]].weight.numel() for g in groups if len(g) == 1
+            )
+            of_teacher = cost.macs(source.model if source else model, size)
+        else:
+            fixed = unit * (ties.count_parameters(model) - sum(weights.values()) + shared)
+            of_teacher = unit * original_parameters(model)
+            if budget.bytes:
+                empty = surgery.skeleton(model)
+                half = {path: max(1, curve.most // 2) for path, curve in curves.items()}
+                self._resolved(groups, half).apply(empty)
+                fixed += header_bytes(empty) + 4 * len(layers)  # the offsets may have a digit more each
+                of_teacher += header_bytes(model)
+        return spend(budget, curves, fixed=fixed, of_teacher=of_teacher, by_error=source is not None, asker="lors")
+
+    def _errors(self, groups: list[tuple[str, ...]], source: Source) -> dict[str, list[float]]:
+        """For every layer, the error that a term of rank 0, 1, … leaves."""
+        kind = self._metric(groups)
+        metrics = source.metrics([path for g in groups for path in g], kind, self.ridge, self.output_ridge)
+        errors = {}
+        for group in groups:
+            weights = [source.weight(path) for path in group]
+            measures = [metrics[path] for path in group]
+            shared = 0 if len(group) == 1 else weights[0] if self.init == "first" else fit_shared(weights, measures)[0]
+            for path, weight, measure in zip(group, weights, measures, strict=True):
+                left = spectrum(weight - shared, measure).values.square().flip(0).cumsum(0).flip(0)
+                # What the model's output loses adds up over layers; a layer's own errors are taken relative to what it computes.
+                whole = 1.0 if kind == "outputs" else measure.squared_norm(weight)
+                errors[path] = [*(left / whole).tolist(), 0.0]
+        return errors
 
     def _targets(self, model: nn.Module, backbone: Backbone) -> list[str]:
         """The relative paths that the patterns name, which every block has."""
@@ -217,7 +323,7 @@ class LORS(Transform):
         blocks = [block.path for block in backbone.blocks]
         columns = {}
         for name in ("rank", "groups"):
-            value = getattr(self, name)
+            value: Any = getattr(self, name)
             columns[name] = (value,) * len(blocks) if isinstance(value, int) else value
             if len(columns[name]) != len(blocks):
                 raise UserError(
@@ -243,7 +349,7 @@ class LORS(Transform):
                         f"lors: rank {ranks[path]} of {path} is larger than its {layer.out_features}×{layer.in_features} weight "
                         f"allows; it can be at most {most}"
                     )
-                if len(group) == 1 and not ranks[path]:
+                if len(group) == 1 and not ranks[path] and not self.budget:
                     raise UserError(
                         f"lors: rank 0 with share 1 would leave {path} without a weight; give a rank of at least 1, or share more blocks"
                     )
