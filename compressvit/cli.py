@@ -82,6 +82,24 @@ def _parser() -> argparse.ArgumentParser:
     recipe_arguments(plan)
     plan.add_argument("--json", action="store_true", help="print it as JSON, for programs")
 
+    frontier = verb("frontier", _frontier, "quality before any training against size, over a sweep of budgets")
+    recipe_arguments(frontier)
+    frontier.add_argument(
+        "--budgets",
+        metavar="B",
+        nargs="+",
+        type=float,
+        default=[0.75, 0.6, 0.5, 0.4, 0.3, 0.2],
+        help="up to 1 a share of the teacher's, above 1 a number (default: 0.75 0.6 0.5 0.4 0.3 0.2)",
+    )
+    frontier.add_argument(
+        "--unit", choices=("parameters", "bytes", "macs"), default="parameters", help="of the budgets"
+    )
+    frontier.add_argument(
+        "--output", metavar="FOLDER", help="for the table and the plot (default: runs/RECIPE_frontier)"
+    )
+    frontier.add_argument("--device", default="auto", help="cpu, cuda, … (default: the best there is)")
+
     validate = verb("validate", _validate, "check recipes against the schema and list every fault")
     validate.add_argument(
         "recipes", metavar="RECIPE", nargs="+", help="a shipped recipe's name, or the path of a YAML file"
@@ -160,6 +178,27 @@ def _plan(arguments: argparse.Namespace) -> int:
     else:
         print_plan(plan, Console())
     return 2 if plan.conflicts else 0
+
+
+def _frontier(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from compressvit.frontier import frontier
+    from compressvit.recipe import find_recipe, load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    wrong = [budget for budget in arguments.budgets if not 0 < budget < float("inf")]
+    if wrong:
+        raise UserError(f"--budgets {wrong[0]:g}: a budget is above 0, e.g. 0.5 for half of the teacher")
+    frontier(
+        recipe,
+        budgets=arguments.budgets,
+        unit=arguments.unit,
+        output=Path(arguments.output or f"runs/{find_recipe(arguments.recipe).stem}_frontier"),
+        device=arguments.device,
+        console=Console(),
+    )
+    return 0
 
 
 def _validate(arguments: argparse.Namespace) -> int:

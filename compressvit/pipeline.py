@@ -53,7 +53,7 @@ def apply_plans(model: nn.Module, plans: Sequence[Plan]) -> list[LedgerEntry]:
 
 
 def transform_(
-    model: nn.Module, transforms: Sequence[Transform], calibration: Images | None = None
+    model: nn.Module, transforms: Sequence[Transform], calibration: Images | Source | None = None
 ) -> list[LedgerEntry]:
     """Plan, apply and initialise transforms on `model`, in place. All are planned before the first change.
 
@@ -61,10 +61,10 @@ def transform_(
     sharing step can still read what sharing lost. A step that loads values makes a new source for those after it.
 
     Args:
-        calibration: images for transforms that learn from them; see `compressvit.source.Source`.
+        calibration: images for transforms that learn from them, or a `Source` of a model equal to this one.
     """
     plan_transforms(model, transforms)  # without values: finds every conflict
-    source = Source(copy.deepcopy(model), calibration)
+    source = calibration if isinstance(calibration, Source) else Source(copy.deepcopy(model), calibration)
     for spec in transforms:
         spec.require_inputs()
         if spec.needs_images:

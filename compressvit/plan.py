@@ -14,7 +14,7 @@ from torch import nn
 
 from compressvit import surgery, ties
 from compressvit.backbone import describe, family
-from compressvit.cost import Cost, cost, saved_bytes
+from compressvit.cost import Cost, break_even_rank, cost, saved_bytes
 from compressvit.data import Data, InputConfig, class_mismatch, input_config, known_classes
 from compressvit.distill import optimisation as opt
 from compressvit.distill.pairs import match_layers
@@ -22,9 +22,11 @@ from compressvit.distill.spec import Distill, Finetune, Training
 from compressvit.distill.taps import Taps
 from compressvit.distill.terms import Batch, Term, build_terms
 from compressvit.errors import UserError
+from compressvit.layers.linear import FactoredLinear
 from compressvit.models import build_student, build_teacher, trains_teacher
 from compressvit.pipeline import apply_plans, compression_of
 from compressvit.recipe import Recipe
+from compressvit.source import tokens_at
 from compressvit.transforms import LedgerEntry, Transform
 from compressvit.weights import copy_matching
 
@@ -124,6 +126,13 @@ def plan_recipe(recipe: Recipe, name: str = "recipe", *, classes: int | None = N
     if not isinstance(recipe.steps[-1].spec, Training):
         last = f"no step trains the student after steps[{len(recipe.steps) - 1}].{recipe.steps[-1].name}"
         notes.append(f"{last}: what comes out is the student as the transforms initialise it")
+    for index, step in enumerate(recipe.steps):
+        if isinstance(step.spec, Transform) and step.spec.provisional:
+            notes.append(
+                f"steps[{index}].{step.name}: ranks are uniform in this plan; apply spends the same budget by the errors it measures "
+                f"on {recipe.calibration.images} training images"
+            )
+    notes += _break_even_notes(student)
     if compression_of(student).ties:
         notes.append("sharing cuts parameters and disk, not MACs or latency: every block still runs")
     costs = [cost(m, (c.channels, c.height, c.width)) for m, c in ((teacher, teacher_input), (student, size))]
@@ -235,6 +244,25 @@ def _phase_summary(spec: Training, data: Data) -> str:
 def _data_notes(recipe: Recipe, teacher: nn.Module, classes: int | None) -> list[str]:
     mismatch = class_mismatch(known_classes(recipe.data) or classes, getattr(teacher, "num_classes", 0))
     return [mismatch] if mismatch else []
+
+
+def _break_even_notes(student: nn.Module) -> list[str]:
+    """For layers that are low rank alone: from which rank on they are slower than dense ones."""
+    layers = {p: m for p, m in student.named_modules() if isinstance(m, FactoredLinear)}
+    if not layers:
+        return []
+    tokens = tokens_at(student, list(layers))
+    shapes: dict[tuple[int, int, int], str] = {}
+    for path, layer in layers.items():
+        shapes.setdefault((layer.in_features, layer.out_features, tokens[path]), path)
+    texts = []
+    for (inner, out, count), path in shapes.items():
+        by_macs, measured = break_even_rank(inner, out, count)
+        texts.append(f"{path} ({out}×{inner}, {count} tokens) {by_macs} / {measured}")
+    return [
+        "low rank alone is faster than the dense layer up to rank (by MACs / as measured here, one image, "
+        f"{torch.get_num_threads()} threads): {'; '.join(texts)}"
+    ]
 
 
 def _stages(student: nn.Module) -> list[StagePlan]:

@@ -40,6 +40,7 @@ from compressvit.files import disk_faults, write_text
 from compressvit.models import build_student, build_teacher, load_teacher, require_student_file, trains_teacher
 from compressvit.pipeline import compression_of, transform_
 from compressvit.plan import megabytes, plan_recipe, print_plan, require_no_conflicts
+from compressvit.plots import ranks_plot
 from compressvit.recipe import Recipe
 from compressvit.runfolder import RunFolder
 from compressvit.runlog import RunLog, log
@@ -244,6 +245,19 @@ class _Run:
         ledger = transform_(student, specs, self._calibration_images(student))
         if ledger:
             self.log.show(ledger_table(ledger))
+        self._draw_ranks(student)
+
+    def _draw_ranks(self, student: nn.Module) -> None:
+        """A bar chart of the rank of every low-rank layer, where there are any."""
+        ranks: dict[str, int] = {}
+        for plan in compression_of(student).plans:
+            ranks |= getattr(plan, "ranks", {})
+        if ranks:
+            layers: dict[str, Any] = {path: student.get_submodule(path) for path in ranks}
+            full = {path: min(layer.in_features, layer.out_features) for path, layer in layers.items()}
+            order = [path for path, _ in student.named_modules() if path in ranks]
+            with disk_faults(self.folder.path):
+                ranks_plot({path: ranks[path] for path in order}, full, self.folder.path / "ranks.png")
 
     def _calibration_images(self, student: nn.Module) -> Callable[[], Iterator[torch.Tensor]]:
         config = input_config(student, self.recipe.data)

@@ -16,7 +16,7 @@ from compressvit.backbone import describe
 from compressvit.distill.pairs import LayerPair, match_layers
 from compressvit.errors import UserError
 from compressvit.pipeline import compress
-from compressvit.transforms import IRPE, Multiplex
+from compressvit.transforms import IRPE, LORS, Multiplex
 
 
 def indices(pairs: list[LayerPair]) -> list[tuple[int, int]]:
@@ -225,3 +225,14 @@ def test_candidates_are_pairs_that_work():
         ]
     # a pair works within one stage and one shift: 2 in the first stage, 2 × (2·3) in the second
     assert tried == 6 * 8 - 2 - 12
+
+
+def test_layers_that_share_linear_weights_count_as_sharing():
+    teacher = vit(depth=4)
+    student = compress(teacher, [LORS(rank=2, share=2, metric="weights")])
+    pairs, how = match_layers(student, teacher, "matched")
+    assert [(p.student.index, p.teacher.index) for p in pairs] == [(1, 1), (3, 3)]
+    assert how == "the last block of every share group"
+    pairs, how = match_layers(compress(teacher, [LORS(rank=2, share=1, metric="weights")]), teacher, "matched")
+    assert [(p.student.index, p.teacher.index) for p in pairs] == [(3, 3)]
+    assert how == "the last block of every stage"

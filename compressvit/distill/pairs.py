@@ -90,10 +90,9 @@ def _blocks(model: nn.Module) -> Backbone | None:
 
 def _group_ends(student: nn.Module, backbone) -> list[int]:
     """Indices of the last block of every share group, or of every stage where no block shares."""
-    index = {info.path: info.index for info in backbone.blocks}
     ends = {stage[-1].index for stage in backbone.stages}
-    for plan in compression_of(student).plans:
-        ends |= {index[group[-1]] for group in getattr(plan, "groups", ()) if len(group) > 1}
+    for names in compression_of(student).ties:
+        ends |= {info.index for info in backbone.blocks if names[-1].startswith(f"{info.path}.")}
     return sorted(ends)
 
 

@@ -92,6 +92,11 @@ class Transform(Spec):
         """Whether it learns from calibration images."""
         return False
 
+    @property
+    def provisional(self) -> bool:
+        """Whether a plan without a source is replaced by one that is learned from it."""
+        return False
+
     def require_inputs(self) -> None:
         """Check that the files the transform reads are there. `apply` asks before anything runs; `plan` does not need them.
 

@@ -209,6 +209,10 @@ class LORS(Transform):
     def needs_images(self) -> bool:
         return self.init != "scratch" and self.metric != "weights"
 
+    @property
+    def provisional(self) -> bool:
+        return self.budget is not None
+
     def plan(self, model: nn.Module, source: Source | None = None) -> LORSPlan:
         backbone = describe(model)
         groups = [g for target in self._targets(model, backbone) for g in self._groups(model, backbone, target)]

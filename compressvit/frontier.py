@@ -1,0 +1,162 @@
+"""`frontier`: how good a student is before any training, against its size, over a sweep of budgets."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import io
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from compressvit import cost
+from compressvit.allocate import Budget
+from compressvit.data import calibration_batches, eval_loader, input_config, open_data, renormalise
+from compressvit.distill import optimisation as opt
+from compressvit.distill.evaluate import evaluate
+from compressvit.errors import UserError
+from compressvit.files import disk_faults, write_text
+from compressvit.models import build_student, build_teacher, load_teacher
+from compressvit.pipeline import transform_
+from compressvit.recipe import Recipe
+from compressvit.run import pick_device
+from compressvit.source import Source
+from compressvit.transforms import LORS, Transform
+
+QUALITIES = {"top1": "top-1 (%)", "agreement": "same first class as the teacher (%)", "cosine": "cosine of the outputs"}
+
+
+def frontier(
+    recipe: Recipe, *, budgets: list[float], unit: str, output: Path, device: str, console: Console
+) -> list[dict[str, Any]]:
+    """Apply the transforms before the recipe's first phase at every budget, evaluate, and write table and plot.
+
+    The budget replaces the ranks, or the budget, of the recipe's last `lors` step. Nothing is trained.
+
+    Args:
+        recipe: with a `lors` step before its first phase.
+        budgets: in `unit`, up to 1 as a share of the teacher's.
+        unit: 'parameters', 'bytes' or 'macs'.
+        output: folder for `frontier.csv`, `frontier.json` and `frontier.png`; created.
+        device: as for `apply`.
+
+    Returns:
+        A row for the teacher and one for each budget that can be met.
+
+    Raises:
+        UserError: no `lors` step, a teacher without values, or no budget that can be met.
+    """
+    specs = _transforms(recipe)
+    if recipe.teacher.weights == "train":
+        raise UserError(
+            "frontier trains nothing, so the teacher needs values: run the recipe once and give teacher.weights=RUN/teacher"
+        )
+    where = pick_device(device)
+    datasets = open_data(recipe.data)
+    teacher = build_teacher(recipe, classes=datasets.num_classes)
+    load_teacher(recipe, teacher)
+    opt.seed_everything(recipe.seed, 1)
+    start = build_student(recipe, teacher)
+    config, theirs = input_config(start, recipe.data), input_config(teacher, recipe.data)
+    size = (config.channels, config.height, config.width)
+    images = partial(
+        calibration_batches,
+        datasets,
+        recipe.data,
+        config,
+        where,
+        images=recipe.calibration.images,
+        seed=recipe.seed,
+    )
+    source = Source(copy.deepcopy(start), images)  # its moments serve every budget
+    teacher.to(where).eval()
+
+    def measure(model: nn.Module, budget: float | None) -> dict[str, Any]:
+        scores = evaluate(
+            model.to(where),
+            eval_loader(datasets, recipe.data, config, where),
+            where,
+            teacher=teacher,
+            teacher_input=lambda batch: renormalise(batch, config, theirs),
+            labelled=datasets.labeled,
+        )
+        return {"budget": budget, **cost.cost(model, size).as_dict(), **{k: scores[k] for k in QUALITIES}}
+
+    rows = [measure(copy.deepcopy(teacher), None)]
+    for budget in sorted(budgets, reverse=True):
+        student = copy.deepcopy(start)
+        opt.seed_everything(recipe.seed, 2)
+        try:
+            transform_(student, _with_budget(specs, Budget(**{unit: budget})), source)
+        except UserError as error:
+            console.print(f"budget {budget:g}: {error}", highlight=False, markup=False)
+            continue
+        rows.append(measure(student, budget))
+        console.print(f"budget {budget:g}: {_words(rows[-1])}", highlight=False)
+    if len(rows) == 1:
+        raise UserError("none of the budgets can be met; the messages above say what can")
+    _write(rows, output, unit, recipe.teacher.model)
+    console.print(_table(rows, unit))
+    console.print(f"{output / 'frontier.png'}, {output / 'frontier.csv'}", highlight=False)
+    return rows
+
+
+def _transforms(recipe: Recipe) -> list[Transform]:
+    """The transforms before the first phase, with the `lors` step that the budget goes to."""
+    specs: list[Transform] = []
+    for step in recipe.steps:
+        if not isinstance(step.spec, Transform):
+            break
+        specs.append(step.spec)
+    if not any(isinstance(spec, LORS) for spec in specs):
+        names = ", ".join(step.name for step in recipe.steps)
+        raise UserError(
+            f"frontier spends its budgets on a `lors` step before the first phase; the steps of this recipe are {names}"
+        )
+    return specs
+
+
+def _with_budget(specs: list[Transform], budget: Budget) -> list[Transform]:
+    last = max(i for i, spec in enumerate(specs) if isinstance(spec, LORS))
+    return [
+        type(spec).model_validate({**spec.model_dump(), "rank": None, "budget": budget}) if i == last else spec
+        for i, spec in enumerate(specs)
+    ]
+
+
+def _words(row: dict[str, Any]) -> str:
+    return ", ".join(f"{label} {row[key]:.4g}" for key, label in QUALITIES.items() if row[key] is not None)
+
+
+def _table(rows: list[dict[str, Any]], unit: str) -> Table:
+    table = Table(title="Before any training", title_justify="left")
+    shown = {key: label for key, label in QUALITIES.items() if rows[-1][key] is not None}
+    for column in ("budget", "parameters", "bytes", "MACs", f"{unit} / teacher's", *shown.values()):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(
+            "teacher" if row["budget"] is None else f"{row['budget']:g}",
+            *(f"{row[key]:,}" for key in ("parameters", "bytes", "macs")),
+            f"{row[unit] / rows[0][unit]:.3f}",
+            *("" if row[key] is None else f"{row[key]:.4g}" for key in shown),
+        )
+    return table
+
+
+def _write(rows: list[dict[str, Any]], output: Path, unit: str, name: str) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(output / "frontier.csv", text.getvalue())
+    write_text(output / "frontier.json", json.dumps(rows, indent=2) + "\n")
+    from compressvit.plots import frontier_plot
+
+    quality = "top1" if rows[0]["top1"] is not None else "cosine"
+    with disk_faults(output):
+        frontier_plot(rows, unit, quality, QUALITIES[quality], name, output / "frontier.png")

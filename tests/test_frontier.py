@@ -1,0 +1,78 @@
+"""`compressvit frontier`: one row a budget, better with more, nothing trained; and the plots it and `apply` write."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+from helpers.runs import TINY, done, refused
+from PIL import Image
+
+from compressvit.plots import frontier_plot
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A recipe with a `lors` step, and the folder of a run whose teacher it can take."""
+    folder = tmp_path_factory.mktemp("frontier")
+    recipe = folder / "lors.yaml"
+    recipe.write_text(
+        TINY.replace("multiplex: {share: 2}", "lors: {share: 1, rank: 3}").replace("epochs: 1}", "epochs: 6}")
+    )
+    done("apply", recipe, "--output", folder / "run", "calibration.images=32")
+    return recipe, folder / "run"
+
+
+def values_of(run):
+    return [f"teacher.weights={run / 'teacher'}", "calibration.images=32"]  # its `finetune` is not asked for
+
+
+@pytest.mark.parametrize("unit", ["parameters", "macs"])
+def test_a_sweep_from_good_to_small(trained, tmp_path, unit):
+    recipe, run = trained
+    words = ["--budgets", 0.9, 0.5, 0.7, 0.0001, "--unit", unit, "--output", tmp_path / "out"]
+    out = done("frontier", recipe, *values_of(run), *words)
+    assert "budget 0.0001: lors: a budget of" in out
+    assert "cannot be met" in out
+    rows = json.loads((tmp_path / "out" / "frontier.json").read_text())
+    assert [row["budget"] for row in rows] == [None, 0.9, 0.7, 0.5]
+    for row in rows[1:]:
+        assert row[unit] <= row["budget"] * rows[0][unit]
+        assert row["agreement"] <= 100
+    assert rows[1]["cosine"] > rows[3]["cosine"]
+    assert rows[0]["cosine"] == pytest.approx(1, abs=1e-5)
+    with (tmp_path / "out" / "frontier.csv").open() as file:
+        assert [float(row["cosine"]) for row in csv.DictReader(file)] == [row["cosine"] for row in rows]
+    assert Image.open(tmp_path / "out" / "frontier.png").size[0] > 800
+
+
+def test_the_run_draws_its_ranks(trained):
+    assert Image.open(trained[1] / "ranks.png").size[0] > 800
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "trains nothing, so the teacher needs values: run the recipe once"),
+        (["--budgets", "-1"], "a budget is above 0"),
+        (["steps=[{multiplex: {share: 2}}, distill]"], "the steps of this recipe are multiplex, distill"),
+        (["steps=[distill, {lors: {rank: 2}}]"], "on a `lors` step before the first phase"),
+    ],
+)
+def test_what_cannot_be_swept(trained, words, message):
+    assert message in refused("frontier", trained[0], *words)
+
+
+def test_no_budget_can_be_met(trained, tmp_path):
+    recipe, run = trained
+    out = tmp_path / "out"
+    message = refused("frontier", recipe, *values_of(run), "--budgets", 0.0001, "--output", out)
+    assert "none of the budgets can be met" in message
+    assert not out.exists()
+
+
+def test_a_plot_of_a_model_without_classes(tmp_path):
+    rows = [{"parameters": 10, "cosine": 1.0}, {"parameters": 7, "cosine": 0.9}, {"parameters": 5, "cosine": 0.8}]
+    frontier_plot(rows, "parameters", "cosine", "cosine", "a model", tmp_path / "plot.svg")
+    assert (tmp_path / "plot.svg").read_text().count("<path") > 20
