@@ -15,7 +15,7 @@ from compressvit import surgery
 from compressvit.backbone import describe
 from compressvit.distill.pairs import LayerPair, match_layers
 from compressvit.errors import UserError
-from compressvit.pipeline import compress
+from compressvit.pipeline import apply_plans, compress
 from compressvit.transforms import IRPE, LORS, Multiplex
 
 
@@ -229,10 +229,13 @@ def test_candidates_are_pairs_that_work():
 
 def test_layers_that_share_linear_weights_count_as_sharing():
     teacher = vit(depth=4)
-    student = compress(teacher, [LORS(rank=2, share=2, metric="weights")])
+    student = vit(depth=4)
+    apply_plans(student, [LORS(rank=2, share=2).plan(student)])
     pairs, how = match_layers(student, teacher, "matched")
     assert [(p.student.index, p.teacher.index) for p in pairs] == [(1, 1), (3, 3)]
     assert how == "the last block of every share group"
-    pairs, how = match_layers(compress(teacher, [LORS(rank=2, share=1, metric="weights")]), teacher, "matched")
+    alone = vit(depth=4)
+    apply_plans(alone, [LORS(rank=2, share=1).plan(alone)])
+    pairs, how = match_layers(alone, teacher, "matched")
     assert [(p.student.index, p.teacher.index) for p in pairs] == [(3, 3)]
     assert how == "the last block of every stage"
