@@ -16,6 +16,7 @@ _PUBLIC = {
     "load": "compressvit.artifact",
     "materialise": "compressvit.pipeline",
     "count_parameters": "compressvit.ties",
+    "Align": "compressvit.transforms.align",
     "Multiplex": "compressvit.transforms.multiplex",
     "IRPE": "compressvit.transforms.irpe",
     "LORS": "compressvit.transforms.lors",

@@ -26,7 +26,7 @@ from compressvit.errors import UserError, did_you_mean
 from compressvit.pipeline import apply_plans, compression_of
 from compressvit.pipeline import materialise as fold_low_rank
 from compressvit.spec import Spec
-from compressvit.transforms import TRANSFORMS
+from compressvit.transforms import TRANSFORMS, Plan
 
 MANIFEST = "compressvit.json"
 TENSORS = "model.safetensors"
@@ -111,7 +111,7 @@ def load(path: str | Path, *, materialise: bool = False) -> nn.Module:
             f"{path / MANIFEST}: timm {timm.__version__} cannot build {manifest.architecture} with {manifest.args}: {error}"
         ) from error
     try:
-        apply_plans(model, [_plan(step, path) for step in manifest.transforms])
+        apply_plans(model, read_plans(path))
     except (AttributeError, KeyError) as error:
         raise UserError(
             f"{path / MANIFEST}: its transforms do not fit {manifest.architecture} with {manifest.args}: {error}"
@@ -160,6 +160,15 @@ def read_manifest(path: str | Path) -> Manifest:
         return Manifest.model_validate(content)
     except (json.JSONDecodeError, UnicodeDecodeError, ValidationError) as error:
         raise UserError(f"{file} is not a readable manifest: {str(error).splitlines()[0]}") from error
+
+
+def read_plans(path: str | Path) -> list[Plan]:
+    """The resolved transforms of the artifact at `path`, in order.
+
+    Raises:
+        UserError: the manifest is unreadable, or names a transform or a setting that this version does not have.
+    """
+    return [_plan(step, Path(path)) for step in read_manifest(path).transforms]
 
 
 def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
@@ -237,7 +246,7 @@ def _input_of(model: nn.Module) -> dict[str, Any]:
     return {**timm.data.resolve_model_data_config(model), "input_size": list(input_size(model))}
 
 
-def _plan(step: StepRecord, path: Path):
+def _plan(step: StepRecord, path: Path) -> Plan:
     known = TRANSFORMS.get(step.transform)
     if known is None:
         raise UserError(

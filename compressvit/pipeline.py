@@ -79,7 +79,8 @@ def transform_(
             if entry.path in errors:
                 weight_error, output_error = errors[entry.path]
                 entries[i] = replace(entry, weight_error=weight_error, output_error=output_error)
-        compression_of(model).ledger[-len(entries) :] = entries
+        record = compression_of(model).ledger
+        record[len(record) - len(entries) :] = entries
         ledger += entries
         if plan.loads_values:
             source = source.with_model(copy.deepcopy(model))

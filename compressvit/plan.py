@@ -303,7 +303,9 @@ def print_plan(plan: RecipePlan, console: Console) -> None:
         if step.loss_bytes:
             parts = ", ".join(f"{name} {megabytes(size)}" for name, size in step.loss_bytes.items())
             total = megabytes(sum(step.loss_bytes.values()))
-            console.print(f"  memory of the losses per batch, fp32: {total}  ({parts})", highlight=False)
+            console.print(
+                f"  the losses keep {total} for the backward pass of a batch, fp32  ({parts})", highlight=False
+            )
     for note in plan.notes:
         console.print(f"note: {note}", highlight=False)
     for conflict in plan.conflicts:

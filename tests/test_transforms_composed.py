@@ -21,6 +21,9 @@ from compressvit.transforms import IRPE, LoadWeights, Multiplex
 CONFLICTS = {
     ("multiplex", "multiplex"): "which an earlier step added; apply one `multiplex`",
     ("lors", "lors"): "lors is applied twice",
+    ("multiplex", "align"): "put `align` first",
+    ("lors", "align"): "put `align` first",
+    ("irpe", "align"): "put `align` first",
     ("irpe", "irpe"): "irpe is applied twice",
 }
 

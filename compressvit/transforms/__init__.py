@@ -6,10 +6,22 @@ To add one: write a file beside `multiplex.py` with a `Transform` and its `Plan`
 
 from __future__ import annotations
 
+from compressvit.transforms.align import Align
 from compressvit.transforms.base import TRANSFORMS, LedgerEntry, Plan, Transform, transform
 from compressvit.transforms.irpe import IRPE
 from compressvit.transforms.load_weights import LoadWeights
 from compressvit.transforms.lors import LORS
 from compressvit.transforms.multiplex import Multiplex
 
-__all__ = ["IRPE", "LORS", "TRANSFORMS", "LedgerEntry", "LoadWeights", "Multiplex", "Plan", "Transform", "transform"]
+__all__ = [
+    "IRPE",
+    "LORS",
+    "TRANSFORMS",
+    "Align",
+    "LedgerEntry",
+    "LoadWeights",
+    "Multiplex",
+    "Plan",
+    "Transform",
+    "transform",
+]

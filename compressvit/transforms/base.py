@@ -42,8 +42,14 @@ class Plan(Spec):
     transform: ClassVar[str]
     # True: it replaces the values of the whole model, and later transforms start from them.
     loads_values: ClassVar[bool] = False
+    # Fields that only say how values start; two plans that differ in nothing else make the same structure.
+    starts: ClassVar[tuple[str, ...]] = ()
     # True: `fold` works.
     foldable: ClassVar[bool] = False
+
+    def structure(self) -> dict[str, Any]:
+        """The plan without what only says how values start."""
+        return self.model_dump(mode="json", exclude=set(self.starts))
 
     def apply(self, model: nn.Module) -> list[LedgerEntry]:
         """Change the structure of `model` in place; the values of new tensors are set by `initialise` or by a checkpoint."""

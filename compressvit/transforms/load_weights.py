@@ -30,14 +30,15 @@ class LoadWeightsPlan(Plan):
 
     @torch.no_grad()
     def initialise(self, student: nn.Module, source: Source) -> None:
-        from compressvit.artifact import read_manifest, read_tensors
+        from compressvit.artifact import read_plans, read_tensors
         from compressvit.weights import resample_positions
 
         folder = Path(self.artifact).expanduser()
-        made_by = [(s.transform, {**s.plan, "init": None}) for s in read_manifest(folder).transforms]
-        asked = [(p.transform, {**p.model_dump(mode="json"), "init": None}) for p in student._compression.plans]
-        asked = [entry for entry in asked if entry[0] != self.transform]
-        if [e for e in made_by if e[0] != self.transform] != asked:
+        made_by, asked = (
+            [(plan.transform, plan.structure()) for plan in plans if not plan.loads_values]
+            for plans in (read_plans(folder), student._compression.plans)
+        )
+        if made_by != asked:
             # the same names and shapes can compute something else: form=reference and form=identity do
             raise UserError(
                 f"load_weights: {self.artifact} was made by other transforms than this student: "

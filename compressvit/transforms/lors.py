@@ -34,6 +34,7 @@ class LORSPlan(Plan):
     """A resolved `LORS`: groups of linear layers that share a weight (alone: it is gone), and the rank of each layer's term."""
 
     foldable: ClassVar[bool] = True
+    starts: ClassVar[tuple[str, ...]] = ("init", "metric", "rounds", "ridge", "output_ridge")
 
     groups: tuple[tuple[str, ...], ...]
     ranks: dict[str, int]

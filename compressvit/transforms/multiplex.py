@@ -12,7 +12,7 @@ Sharing cuts parameters and disk. It does not cut MACs: every block still runs.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator
@@ -29,6 +29,8 @@ from compressvit.transforms.base import LedgerEntry, Plan, Transform, transform
 
 class MultiplexPlan(Plan):
     """A resolved `Multiplex`: the share groups by block path, and the private transforms of every block in them."""
+
+    starts: ClassVar[tuple[str, ...]] = ("init",)
 
     groups: tuple[tuple[str, ...], ...]
     head_mixing: bool

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from compressvit import ties
-from compressvit.transforms import IRPE, LORS, LoadWeights, Multiplex, Transform
+from compressvit.transforms import IRPE, LORS, Align, LoadWeights, Multiplex, Transform
 from helpers.models import BACKBONES, build
 
 ARTIFACT = "an artifact that fits, made by the test"
@@ -25,6 +25,7 @@ EXAMPLES: dict[str, list[Transform]] = {
         Multiplex(share=1, head_mixing=False, mlp_conv=5),
     ],
     "irpe": [IRPE()],
+    "align": [Align(share=2), Align(share=2, heads=False, rounds=1)],
     "lors": [
         LORS(rank=2, share=2, metric="weights"),
         LORS(rank=3, groups=2, share=2, targets=("mlp.*",), init="first", metric="weights"),

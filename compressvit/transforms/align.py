@@ -1,0 +1,156 @@
+"""Align the layers of a share group before they share: the same function, with neurons and heads in an order that matches.
+
+The order of an MLP's hidden neurons and of attention heads is arbitrary: permuting the rows of fc1 with the columns of fc2, or the
+heads of q, k and v with the columns of proj, leaves what a block computes unchanged. So the blocks of a group are first brought into
+the order in which their weights lie closest to each other, found by linear assignment (weight matching as in Git Re-Basin,
+https://arxiv.org/abs/2209.04836, with the first block, then the mean of the aligned ones, as the reference).
+
+A step without structure: it goes before `multiplex` or `lors` with the same `share`, which then lose less.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from einops import rearrange
+from pydantic import Field
+from scipy.optimize import linear_sum_assignment
+from timm.layers import Mlp
+from torch import nn
+
+from compressvit import surgery, ties
+from compressvit.backbone import describe, model_name, share_groups
+from compressvit.errors import UserError
+from compressvit.source import Source
+from compressvit.transforms.base import LedgerEntry, Plan, Transform, transform
+
+
+class AlignPlan(Plan):
+    """A resolved `Align`: the groups of blocks whose neurons and heads are matched."""
+
+    loads_values: ClassVar[bool] = True
+
+    groups: tuple[tuple[str, ...], ...]
+    heads: bool
+    neurons: bool
+    rounds: int
+
+    def apply(self, model: nn.Module) -> list[LedgerEntry]:
+        return []
+
+    @torch.no_grad()
+    def initialise(self, student: nn.Module, source: Source) -> None:
+        for group in self.groups:
+            blocks: list[Any] = [student.get_submodule(path) for path in group]
+            if self.neurons:
+                _align([_neurons(block) for block in blocks], self.rounds, [_permute_neurons(b) for b in blocks])
+            if self.heads:
+                _align([_heads(block) for block in blocks], self.rounds, [_permute_heads(b) for b in blocks])
+
+    def fold(self, model: nn.Module) -> None:
+        """Nothing to fold: no structure was added."""
+
+
+def _align(units: list[torch.Tensor], rounds: int, permute: list[Any]) -> None:
+    """Permute the units of every layer, (units, features) each, to lie closest to the first layer's, then to their mean."""
+    orders = [torch.arange(len(u)) for u in units]
+    reference = units[0]
+    for _ in range(rounds):
+        for i, unit in enumerate(units):
+            _, order = linear_sum_assignment((reference @ unit.mT).numpy(), maximize=True)
+            orders[i] = torch.from_numpy(order)
+        reference = torch.stack([u[o] for u, o in zip(units, orders, strict=True)]).mean(dim=0)
+    for order, change in zip(orders, permute, strict=True):
+        change(order)
+
+
+def _neurons(block: Any) -> torch.Tensor:
+    """What each hidden neuron reads, adds and writes: (neurons, in + 1 + out)."""
+    mlp = block.mlp
+    parts = [mlp.fc1.weight, mlp.fc2.weight.mT]
+    if mlp.fc1.bias is not None:
+        parts.append(mlp.fc1.bias[:, None])
+    return torch.cat([p.detach().double().cpu() for p in parts], dim=1)
+
+
+def _permute_neurons(block: Any):
+    def permute(order: torch.Tensor) -> None:
+        fc1, fc2 = block.mlp.fc1, block.mlp.fc2
+        order = order.to(fc1.weight.device)
+        fc1.weight.copy_(fc1.weight[order])
+        if fc1.bias is not None:
+            fc1.bias.copy_(fc1.bias[order])
+        fc2.weight.copy_(fc2.weight[:, order])
+
+    return permute
+
+
+def _heads(block: Any) -> torch.Tensor:
+    """What each head reads and writes: (heads, features)."""
+    attn, h = block.attn, block.attn.num_heads
+    parts = [rearrange(attn.qkv.weight, "(three h d) c -> h (three d c)", three=3, h=h)]
+    if attn.qkv.bias is not None:
+        parts.append(rearrange(attn.qkv.bias, "(three h d) -> h (three d)", three=3, h=h))
+    parts.append(rearrange(attn.proj.weight, "c (h d) -> h (d c)", h=h))
+    table = getattr(attn, "relative_position_bias_table", None)
+    if table is not None:
+        parts.append(table.mT)
+    return torch.cat([p.detach().double().cpu() for p in parts], dim=1)
+
+
+def _permute_heads(block: Any):
+    def permute(order: torch.Tensor) -> None:
+        attn, h = block.attn, block.attn.num_heads
+        order = order.to(attn.qkv.weight.device)
+        for tensor in (attn.qkv.weight, attn.qkv.bias):
+            if tensor is not None:
+                split = rearrange(tensor, "(three h d) ... -> three h d ...", three=3, h=h)[:, order]
+                tensor.copy_(rearrange(split, "three h d ... -> (three h d) ..."))
+        columns = rearrange(attn.proj.weight, "c (h d) -> c h d", h=h)[:, order]
+        attn.proj.weight.copy_(rearrange(columns, "c h d -> c (h d)"))
+        table = getattr(attn, "relative_position_bias_table", None)
+        if table is not None:
+            table.copy_(table[:, order])
+
+    return permute
+
+
+@transform("align", AlignPlan)
+class Align(Transform):
+    """Match the neurons and heads of the blocks that a later step shares; the function stays the same."""
+
+    share: int | tuple[int, ...] = Field(
+        description="Blocks in a group, as in the step that shares them: one number, or one per stage."
+    )
+    heads: bool = Field(True, description="Match attention heads.")
+    neurons: bool = Field(True, description="Match the hidden neurons of the MLPs.")
+    rounds: int = Field(
+        3, ge=1, description="How often the matching is done: to the first block, then to the mean of the aligned ones."
+    )
+
+    def plan(self, model: nn.Module, source: Source | None = None) -> AlignPlan:
+        groups = [group for group in share_groups(model, self.share, "align.share") if len(group) > 1]
+        tied = {name for group in ties.tied_groups(model) for name in group}
+        added = surgery.added_parameters(model)
+        known = {info.path: model.get_submodule(info.path) for info in describe(model).blocks}
+        for path in (path for group in groups for path in group):
+            block: Any = known[path]
+            names = [f"{path}.{n}" for n, _ in block.named_parameters()]
+            changed = [n for n in names if n in tied or n in added]
+            if changed or "attn.qkv.weight" not in dict(block.named_parameters()):
+                raise UserError(
+                    f"align comes before the steps that share or add: {changed[0] if changed else path} was changed by an earlier one; "
+                    "put `align` first"
+                )
+            if self.neurons and (type(block.mlp) is not Mlp or not isinstance(block.mlp.norm, nn.Identity)):
+                raise UserError(
+                    f"align knows the neurons of timm's Mlp; {path}.mlp of {model_name(model)} is a {type(block.mlp).__name__}; "
+                    "set align.neurons=false"
+                )
+            if self.heads and not isinstance(getattr(block.attn, "norm", nn.Identity()), nn.Identity):
+                raise UserError(
+                    f"align cannot permute the heads of {path}.attn of {model_name(model)}, which are normed together; "
+                    "set align.heads=false"
+                )
+        return AlignPlan(groups=tuple(groups), **self.model_dump(include={"heads", "neurons", "rounds"}))
