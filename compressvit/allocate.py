@@ -9,12 +9,16 @@ from __future__ import annotations
 import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from pydantic import Field, model_validator
 from torch import nn
 
 from compressvit import cost, surgery, ties
+from compressvit.backbone import input_size
 from compressvit.errors import UserError
+from compressvit.layers.linear import FactoredLinear, SharedLowRankLinear
 from compressvit.spec import Spec
 
 
@@ -175,9 +179,21 @@ def spend(
 
 
 def original_parameters(model: nn.Module) -> int:
-    """What the model had before anything was shared or added: every path counts."""
+    """What the model had before anything was shared, added or dropped: every path counts."""
     added = surgery.added_parameters(model)
-    return sum(p.numel() for n, p in model.named_parameters(remove_duplicate=False) if n not in added)
+    kept = sum(p.numel() for n, p in model.named_parameters(remove_duplicate=False) if n not in added)
+    return kept + sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, FactoredLinear))
+
+
+def original_macs(model: nn.Module) -> int:
+    """Multiply-accumulates for one image with every low-rank layer dense again."""
+    empty: Any = surgery.skeleton(model)
+    for path, module in list(empty.named_modules()):
+        if isinstance(module, (FactoredLinear, SharedLowRankLinear)):
+            surgery.generalise(empty, path, nn.Linear)
+            weight = torch.empty(module.out_features, module.in_features, device="meta")
+            module.register_parameter("weight", nn.Parameter(weight))
+    return cost.macs(empty, input_size(model))
 
 
 def header_bytes(model: nn.Module) -> int:

@@ -16,7 +16,15 @@ from torch import nn
 
 from compressvit import cost
 from compressvit.allocate import Budget
-from compressvit.data import calibration_batches, eval_loader, input_config, open_data, renormalise
+from compressvit.data import (
+    InputConfig,
+    calibration_batches,
+    eval_loader,
+    input_config,
+    known_classes,
+    open_data,
+    renormalise,
+)
 from compressvit.distill import optimisation as opt
 from compressvit.distill.evaluate import evaluate
 from compressvit.errors import UserError
@@ -58,12 +66,10 @@ def frontier(
         )
     where = pick_device(device)
     datasets = open_data(recipe.data)
-    teacher = build_teacher(recipe, classes=datasets.num_classes)
-    load_teacher(recipe, teacher)
+    teacher = _teacher(recipe, datasets.num_classes)
     opt.seed_everything(recipe.seed, 1)
     start = build_student(recipe, teacher)
     config, theirs = input_config(start, recipe.data), input_config(teacher, recipe.data)
-    size = (config.channels, config.height, config.width)
     images = partial(
         calibration_batches,
         datasets,
@@ -76,18 +82,19 @@ def frontier(
     source = Source(copy.deepcopy(start), images)  # its moments serve every budget
     teacher.to(where).eval()
 
-    def measure(model: nn.Module, budget: float | None) -> dict[str, Any]:
+    def measure(model: nn.Module, budget: float | None, own: InputConfig) -> dict[str, Any]:
         scores = evaluate(
             model.to(where),
-            eval_loader(datasets, recipe.data, config, where),
+            eval_loader(datasets, recipe.data, own, where),
             where,
             teacher=teacher,
-            teacher_input=lambda batch: renormalise(batch, config, theirs),
+            teacher_input=lambda batch: renormalise(batch, own, theirs),
             labelled=datasets.labeled,
         )
-        return {"budget": budget, **cost.cost(model, size).as_dict(), **{k: scores[k] for k in QUALITIES}}
+        costs = cost.cost(model, (own.channels, own.height, own.width)).as_dict()
+        return {"budget": budget, **costs, **{k: scores[k] for k in QUALITIES}}
 
-    rows = [measure(copy.deepcopy(teacher), None)]
+    rows = [measure(copy.deepcopy(teacher), None, theirs)]
     for budget in sorted(budgets, reverse=True):
         student = copy.deepcopy(start)
         opt.seed_everything(recipe.seed, 2)
@@ -96,7 +103,7 @@ def frontier(
         except UserError as error:
             console.print(f"budget {budget:g}: {error}", highlight=False, markup=False)
             continue
-        rows.append(measure(student, budget))
+        rows.append(measure(student, budget, config))
         console.print(f"budget {budget:g}: {_words(rows[-1])}", highlight=False)
     if len(rows) == 1:
         raise UserError("none of the budgets can be met; the messages above say what can")
@@ -104,6 +111,19 @@ def frontier(
     console.print(_table(rows, unit))
     console.print(f"{output / 'frontier.png'}, {output / 'frontier.csv'}", highlight=False)
     return rows
+
+
+def _teacher(recipe: Recipe, classes: int | None) -> nn.Module:
+    """The teacher with its values, and no head that would have to be trained first."""
+    section = recipe.teacher
+    count = section.num_classes
+    if count is None and section.finetune is not None:
+        count = known_classes(recipe.data) or classes
+    as_it_is = section.model_copy(update={"finetune": None, "num_classes": count})
+    recipe = recipe.model_copy(update={"teacher": as_it_is})
+    teacher = build_teacher(recipe)
+    load_teacher(recipe, teacher)
+    return teacher
 
 
 def _transforms(recipe: Recipe) -> list[Transform]:
@@ -118,13 +138,19 @@ def _transforms(recipe: Recipe) -> list[Transform]:
         raise UserError(
             f"frontier spends its budgets on a `lors` step before the first phase; the steps of this recipe are {names}"
         )
+    if any(isinstance(spec, LORS) and spec.init == "scratch" for spec in specs):
+        raise UserError(
+            "frontier spends its budgets by the errors of a teacher's weights, which lors.init=scratch does not use"
+        )
     return specs
 
 
 def _with_budget(specs: list[Transform], budget: Budget) -> list[Transform]:
     last = max(i for i, spec in enumerate(specs) if isinstance(spec, LORS))
     return [
-        type(spec).model_validate({**spec.model_dump(), "rank": None, "budget": budget}) if i == last else spec
+        type(spec).model_validate({**spec.model_dump(), "rank": None, "groups": 1, "budget": budget})
+        if i == last
+        else spec
         for i, spec in enumerate(specs)
     ]
 

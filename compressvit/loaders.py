@@ -127,7 +127,8 @@ def calibration_batches(
     if isinstance(subset, Samples):
         chosen = torch.randperm(len(subset), generator=torch.Generator().manual_seed(seed))[:images].tolist()
         subset = Samples(subset.source, [subset.indices[i] for i in chosen], subset.labeled)
-    loader = eval_loader(dataclasses.replace(datasets, validation=subset), data, config, device)
+    # Small batches: gradients may be wanted, for which an evaluation batch would be too large.
+    loader = eval_loader(dataclasses.replace(datasets, validation=subset), data, config, device, batch_size=16)
     left = images
     for batch, _ in loader:
         yield batch[:left]

@@ -71,14 +71,20 @@ class Spectrum:
     metric: Metric
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
-        """`up` (out, rank) and `down` (rank, in), both scaled alike, whose product is the best approximation of that rank."""
-        root = self.values[:rank].sqrt()
-        up, down = self.left[:, :rank] * root, root[:, None] * self.right[:rank]
+        """`up` (out, rank) and `down` (rank, in), whose product is the best approximation of that rank.
+
+        Each component is split evenly, `‖up_k‖ = ‖down_k‖`: an optimiser's steps are of one size in both, and where one of them were
+        a hundred times the smaller they would destroy it.
+        """
+        up, down = self.left[:, :rank] * self.values[:rank], self.right[:rank]
         if self.metric.input is not None:
             down = torch.linalg.solve_triangular(self.metric.input, down, upper=False, left=False)
         if self.metric.output is not None:
             up = torch.linalg.solve_triangular(self.metric.output.mT, up, upper=True)
-        return up, down
+        tiny = torch.finfo(torch.float64).tiny
+        split = (down.norm(dim=1).clamp(min=tiny) / up.norm(dim=0).clamp(min=tiny)).sqrt()
+        split = torch.where(self.values[:rank] > 0, split, torch.ones_like(split))
+        return up * split, down / split[:, None]
 
 
 def spectrum(matrix: Tensor, metric: Metric = Metric()) -> Spectrum:

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import nn
 
 from compressvit import surgery, ties
@@ -133,6 +134,10 @@ def compress(model: nn.Module, transforms: Sequence[Transform], calibration: Ima
         >>> compressvit.count_parameters(student)
         3053056
     """
+    if torch.is_inference_mode_enabled():
+        raise UserError(
+            "compress makes parameters that can be trained, which torch.inference_mode() forbids; call it outside"
+        )
     if not isinstance(model, nn.Module):
         raise UserError(f"compress takes a model, not a {type(model).__name__}; build one with timm.create_model(NAME)")
     if not isinstance(transforms, Sequence) or not all(isinstance(t, Transform) for t in transforms):

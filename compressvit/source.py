@@ -42,15 +42,16 @@ class Source:
     """The model as it was before the transforms of one call, and its moments on calibration images.
 
     Args:
-        model: in eval mode, not changed.
-        images: calibration images without labels, normalised for the model: a tensor (N, C, H, W), batches of such that can be
-            iterated more than once (a loader's pairs of images and targets too), or a function that returns batches. None: there
-            are none, and whoever asks for moments is refused.
+        model: a copy that may be moved and converted to float32; its values are not changed.
+        images: calibration images without labels, normalised for the model: a tensor (N, C, H, W), batches of such (a loader's
+            pairs of images and targets too), or a function that returns batches. None: there are none, and whoever asks for
+            moments is refused.
     """
 
     def __init__(self, model: nn.Module, images: Images | None = None):
         self.model = model
-        self._images = images
+        # what can be iterated only once is kept: a few hundred images
+        self._images = list(images) if isinstance(images, Iterator) else images
         self._moments: dict[str, Moments] = {}
 
     def require_images(self, asker: str) -> None:
@@ -67,17 +68,34 @@ class Source:
 
     def weight(self, path: str) -> torch.Tensor:
         """The weight (out, in) of the linear layer at `path`, in float64 on the CPU."""
-        return self.model.get_submodule(path).weight.detach().double().cpu()  # type: ignore[union-attr, operator]
+        weight: torch.Tensor = self.model.get_submodule(path).weight.detach().cpu().double()  # type: ignore[union-attr, operator]
+        if not torch.isfinite(weight).all():
+            raise UserError(f"the weight of {path} holds numbers that are not finite; check the teacher's weights")
+        return weight
 
     def batches(self) -> Iterator[torch.Tensor]:
-        """The calibration images, in the model's precision. The model is moved to the device they come on."""
+        """The calibration images in float32, which the model is converted to, and moved to the device they come on.
+
+        Raises:
+            UserError: a batch is not a tensor (B, C, H, W) that the model takes.
+        """
         assert self._images is not None, "require_images comes first"
-        dtype = next(self.model.parameters()).dtype
+        size = input_size(self.model)
         batches = self._images() if callable(self._images) else self._images
-        for batch in batches.split(16) if isinstance(batches, torch.Tensor) else batches:
-            images = (batch if isinstance(batch, torch.Tensor) else batch[0]).to(dtype)
-            self.model.to(images.device)
-            yield images
+        if isinstance(batches, torch.Tensor):
+            batches = batches.split(16)
+        if not isinstance(batches, Iterable):
+            raise _wrong_images(type(batches).__name__, size)
+        for batch in batches:
+            images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+            if not isinstance(images, torch.Tensor):
+                raise _wrong_images(f"batches of {type(images).__name__}", size)
+            if images.ndim != 4 or images.shape[1] != size[0]:
+                raise _wrong_images(f"a batch of shape {tuple(images.shape)}", size)
+            if tuple(images.shape[1:]) != size and not getattr(self.model, "dynamic_img_size", False):
+                raise _wrong_images(f"a batch of shape {tuple(images.shape)}", size)
+            self.model.to(images.device, torch.float32)
+            yield images.detach().float()
 
     def moments(self, paths: Sequence[str], *, outputs: bool) -> dict[str, Moments]:
         """The moments of the linear layers at `paths`; what was computed before is not computed again.
@@ -101,7 +119,7 @@ class Source:
         return {
             path: Metric(
                 cholesky(found.inputs, ridge),
-                cholesky(found.outputs, output_ridge) if kind == "outputs" and found.outputs is not None else None,
+                cholesky(found.outputs, output_ridge) if kind == "outputs" and _says_something(found.outputs) else None,
             )
             for path, found in moments.items()
         }
@@ -127,22 +145,22 @@ def collect_moments(
         if not torch.isfinite(x).all():
             raise _not_finite(path)
         total = sums[path]
-        total[0] = total[0] + (x.mT @ x).double().cpu()
-        total[1] = total[1] + x.double().sum(dim=0).cpu()
+        total[0] = total[0] + (x.mT @ x).cpu().double()
+        total[1] = total[1] + x.sum(dim=0).cpu().double()
         total[3] += len(x)
         if outputs:
             output.register_hook(partial(see_gradient, path))
 
     def see_gradient(path: str, gradient: torch.Tensor) -> None:
         g = gradient.flatten(0, -2)
-        sums[path][2] = sums[path][2] + (g.mT @ g).double().cpu()
+        sums[path][2] = sums[path][2] + (g.mT @ g).cpu().double()
 
     images = 0
     with _hooks(model, {path: partial(see_input, path) for path in paths}), _frozen(model):
         for batch in batches:
             images += len(batch)
             with torch.set_grad_enabled(outputs):
-                _run(model, batch.requires_grad_(outputs), outputs, generator)
+                _run(model, batch.detach().clone().requires_grad_() if outputs else batch, outputs, generator)
     if not images:
         raise UserError("there is no calibration image")
     for path, (first, _, second, _) in sums.items():
@@ -152,6 +170,18 @@ def collect_moments(
         path: Moments(first / count, mean / count, second / count if outputs else None, count)
         for path, (first, mean, second, count) in sums.items()
     }
+
+
+def _says_something(outputs: torch.Tensor | None) -> bool:
+    """False where no gradient reaches a layer, as with a classifier of one class."""
+    return outputs is not None and outputs.trace().item() > 1e-60
+
+
+def _wrong_images(given: str, size: tuple[int, int, int]) -> UserError:
+    return UserError(
+        f"calibration takes images of the model's size: a tensor (N, {', '.join(map(str, size))}), or batches of such (a loader's pairs "
+        f"of images and targets too), not {given}"
+    )
 
 
 def _not_finite(path: str) -> UserError:
@@ -165,6 +195,8 @@ def _run(model: nn.Module, batch: torch.Tensor, outputs: bool, generator: torch.
         model(batch)
     elif getattr(model, "num_classes", 0):
         logits = model(batch).float()
+        if not torch.isfinite(logits).all():
+            raise _not_finite("the classifier")
         drawn = torch.multinomial(logits.detach().softmax(dim=-1).cpu(), 1, generator=generator)[:, 0]
         F.cross_entropy(logits, drawn.to(logits.device), reduction="sum").backward()
     else:

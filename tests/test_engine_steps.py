@@ -269,8 +269,12 @@ def test_mixup_leaves_a_batch_of_one_alone_and_skips_images_without_a_label(tmp_
     targets[:3] = torch.tensor([-1, 2, -1])
     batches = [(images, targets), (single, torch.tensor([3])), (images, torch.full((6,), -1))]
     spec = Finetune(epochs=1, mixup=0.8, log_every=1)
-    fit(tiny_vit(), spec, batches, tmp_path, terms=[Term("labels", 1.0, look)], size=6)
-    assert [tuple(t.shape) for t in seen] == [(4, 4), (1,), (6, 4)]  # no label at all: images are mixed all the same
+    heard = fit(tiny_vit(), spec, batches, tmp_path, terms=[Term("labels", 1.0, look)], size=6)
+    assert [tuple(t.shape) for t in seen] == [(4, 4), (1,), (6,)]
+    assert (seen[2] == -1).all()  # no label at all: images are mixed all the same, and nobody calls them class 0
+    lines = heard.of("train")
+    assert ["top1" in line for line in lines] == [True, True, False]
+    assert lines[2]["loss"] == 0
     assert set(seen[0].nonzero()[:, 1].tolist()) <= set(targets[targets >= 0].tolist())
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -122,6 +124,61 @@ def test_whitening_loses_less_of_every_layers_output_than_plain_truncation(backb
         assert whitened <= plain * 1.001, path
 
 
+@pytest.mark.parametrize("metric", ["weights", "inputs", "outputs"])
+def test_both_factors_are_of_one_size(metric):
+    teacher = build("vit")
+    student = compress(teacher, [LORS(rank=6, share=1, metric=metric)], calibration=images_for(teacher, 32))
+    terms = [m for m in student.modules() if isinstance(m, LowRank)]
+    assert len(terms) == 4 * len(teacher.blocks)
+    for term in terms:
+        assert torch.allclose(term.up.norm(dim=0), term.down.norm(dim=1), rtol=1e-4)
+
+
+def test_the_first_layers_weight_is_shared_whatever_an_earlier_step_put_there():
+    teacher = build("vit")
+    full = min(teacher.blocks[0].attn.proj.weight.shape)
+    steps = [Multiplex(share=2, head_mixing=False), LORS(rank=full, init="first", metric="weights")]
+    student = compress(teacher, steps)
+    assert all(e.weight_error < 1e-5 for e in student._compression.ledger if e.weight_error is not None)
+    layer = student.blocks[1].mlp.fc1
+    assert relative(layer.effective_weight(), teacher.blocks[1].mlp.fc1.weight) < 1e-5
+
+
+def test_a_weight_of_zeros_and_a_classifier_of_one_class():
+    teacher = build("vit")
+    teacher.blocks[0].attn.proj.weight.data.zero_()
+    images = images_for(teacher, 8)
+    for spec in (LORS(rank=4, share=2), LORS(rank=4, share=1), LORS(share=1, budget={"parameters": 0.6})):
+        assert outputs(compress(teacher, [spec], calibration=images), images).isfinite().all()
+    teacher.reset_classifier(1)  # its likelihood has no gradient
+    assert outputs(compress(teacher, [LORS(rank=4, share=1)], calibration=images), images).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_measured_in_full(dtype):
+    teacher = build("vit")
+    images = images_for(teacher, 16)
+    reference = compress(teacher, [LORS(rank=6, share=1)], calibration=images)
+    student = compress(copy.deepcopy(teacher).to(dtype), [LORS(rank=6, share=1)], calibration=images.to(dtype))
+    assert next(student.parameters()).dtype == dtype
+    a = student.blocks[0].mlp.fc1.weight.float()
+    assert relative(a, reference.blocks[0].mlp.fc1.weight) < 0.05  # measured 3e-3 (float16), 2e-2 (bfloat16)
+
+
+def test_the_callers_images_and_model_are_left_alone():
+    teacher = build("vit")
+    batches = [images_for(teacher, 4), images_for(teacher, 4)]
+    state = {n: p.clone() for n, p in teacher.state_dict().items()}
+    generator = compress(teacher, [LORS(rank=2, share=2, metric="outputs")], calibration=iter(batches))
+    listed = compress(teacher, [LORS(rank=2, share=2, metric="outputs")], calibration=batches)
+    assert torch.equal(outputs(generator, batches[0]), outputs(listed, batches[0]))
+    assert not any(b.requires_grad or b.grad is not None for b in batches)
+    assert all(p.requires_grad and p.grad is None for p in teacher.parameters())
+    assert all(torch.equal(p, state[n]) for n, p in teacher.state_dict().items())
+    twice = [LORS(rank=2, targets=("attn.*",), metric="inputs"), LORS(rank=2, targets=("mlp.*",), metric="inputs")]
+    compress(teacher, twice, calibration=iter(batches))  # a generator serves both steps
+
+
 # --------------------------------------------------------------------------------------------------- low rank alone
 
 
@@ -160,6 +217,15 @@ def test_sharing_and_private_terms_make_one_student_in_either_order():
     alone = compress(teacher, [Multiplex(share=2, mlp_conv=3)])
     expected = outputs(teacher, images)
     assert relative(outputs(made, images), expected) < relative(outputs(alone, images), expected)
+
+
+def test_what_low_rank_has_fitted_is_not_averaged_away():
+    teacher = build("vit")
+    full = min(teacher.blocks[0].attn.proj.weight.shape)
+    terms = LORS(rank=(0, full, 0, full), share=2, metric="weights")
+    student = compress(teacher, [terms, Multiplex(share=2, head_mixing=False)])
+    for i in (1, 3):
+        assert relative(student.blocks[i].mlp.fc1.effective_weight(), teacher.blocks[i].mlp.fc1.weight) < 1e-5
 
 
 def test_blocks_that_an_earlier_step_left_alone_keep_their_weight():
@@ -257,6 +323,41 @@ def test_calibration_images_that_are_missing():
         UserError, match=r"lors measures errors on calibration images, and none were given: .*metric=weights"
     ):
         compress(build("vit"), [LORS(rank=2, share=2)])
+
+
+@pytest.mark.parametrize(
+    ("images", "words"),
+    [
+        (torch.zeros(3, 32, 32), r"not a batch of shape"),
+        (torch.zeros(2, 1, 32, 32), r"a tensor \(N, 3, 32, 32\), .* not a batch of shape \(2, 1, 32, 32\)"),
+        (torch.zeros(2, 3, 48, 48), r"not a batch of shape \(2, 3, 48, 48\)"),
+        ([{"image": torch.zeros(2, 3, 32, 32)}], "not batches of dict"),
+        (5, "not int"),
+        ([], "there is no calibration image"),
+    ],
+)
+def test_calibration_that_is_no_images(images, words):
+    with pytest.raises(UserError, match=words):
+        compress(build("vit"), [LORS(rank=2, share=2)], calibration=images)
+
+
+def test_weights_that_are_not_finite():
+    for metric, words in (("weights", r"the weight of blocks\.1\.mlp\.fc1 holds"), ("outputs", "not finite")):
+        teacher = build("vit")
+        teacher.blocks[1].mlp.fc1.weight.data[0, 0] = torch.nan
+        with pytest.raises(UserError, match=words):
+            compress(teacher, [LORS(rank=2, share=2, metric=metric)], calibration=images_for(teacher, 4))
+
+
+def test_inference_mode_is_refused_in_words():
+    with torch.inference_mode(), pytest.raises(UserError, match="call it outside"):
+        compress(build("vit"), [LORS(rank=2, share=2, metric="weights")])
+
+
+def test_materialised_weights_can_be_trained_whoever_asks():
+    student = compress(build("vit"), [LORS(rank=2, share=2, metric="weights")])
+    with torch.no_grad():
+        assert all(p.requires_grad for p in materialise(student).parameters())
 
 
 def test_calibration_images_that_are_not_finite_name_the_first_layer():

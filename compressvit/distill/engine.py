@@ -179,6 +179,7 @@ def train(
 
             for images, targets in batches:
                 images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+                labelled = bool((targets >= 0).any())
                 if mixup is not None:
                     images, targets = _mix(mixup, images, targets)
                 with autocast:
@@ -198,7 +199,7 @@ def train(
                 scaler.scale(loss / min(spec.accumulate, left)).backward()
                 batch_index += 1
                 scored = getattr(model, "num_classes", 0)  # pooled features are no scores
-                meters.add(parts, logits, teacher_logits, targets if scored else None)
+                meters.add(parts, logits, teacher_logits, targets if scored and labelled else None)
                 if batch_index % spec.accumulate and batch_index < len(loader):
                     continue
 
@@ -246,12 +247,15 @@ def _mix(mixup: Mixup, images: torch.Tensor, targets: torch.Tensor) -> tuple[tor
     """timm's mixup or cutmix on a batch; the targets become (B, classes).
 
     It pairs images, so an odd one is left out, and a batch of one stays as it is. Images without a label (target −1) are
-    left out of a batch that has labels, because they have none to mix.
+    left out of a batch that has labels, because they have none to mix; a batch without any label keeps its targets.
     """
-    if (targets >= 0).any():
-        images, targets = images[targets >= 0], targets[targets >= 0]
+    labelled = targets >= 0
+    if not labelled.any():
+        even = len(images) // 2 * 2
+        return (mixup(images[:even], targets[:even].clamp(min=0))[0], targets[:even]) if even else (images, targets)
+    images, targets = images[labelled], targets[labelled]
     even = len(images) // 2 * 2
-    return mixup(images[:even], targets[:even].clamp(min=0)) if even else (images, targets)
+    return mixup(images[:even], targets[:even]) if even else (images, targets)
 
 
 def _total(terms: Sequence[Term], batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:

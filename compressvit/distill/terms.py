@@ -87,6 +87,8 @@ def labels_term(weight: float, smoothing: float) -> Term:
 
     def function(batch: Batch):
         targets = batch.targets
+        if targets.ndim == 1 and not (targets >= 0).any():  # the mean over no label would not be a number
+            return 0.0 * batch.student_logits.float().sum(), {}
         if targets.ndim == 2:  # mixup has smoothed already
             return F.cross_entropy(batch.student_logits.float(), targets), {}
         return F.cross_entropy(batch.student_logits.float(), targets, label_smoothing=smoothing, ignore_index=-1), {}

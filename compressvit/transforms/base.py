@@ -59,6 +59,10 @@ class Plan(Spec):
         """Set values: `student` has the new structure, `source` knows the model as it was before the transforms."""
         raise TypeError(f"{type(self).__name__} does not define initialise")
 
+    def fitted(self) -> set[str]:
+        """Names of tensors whose values belong together with what it added; a later step must not set them anew."""
+        return set()
+
     def errors(self, student: nn.Module, source: Source) -> dict[str, tuple[float, float | None]]:
         """After `initialise`: by path, how far a weight is from the source's, relative to it, and its outputs from theirs (None
         where no calibration images were used)."""

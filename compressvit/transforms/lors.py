@@ -12,14 +12,14 @@ weights, with errors measured where they matter: see `compressvit.lowrank`.
 from __future__ import annotations
 
 from fnmatch import fnmatch
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator
 from torch import nn
 
 from compressvit import cost, surgery, ties
-from compressvit.allocate import Budget, Curve, header_bytes, original_parameters, spend
+from compressvit.allocate import Budget, Curve, header_bytes, original_macs, original_parameters, spend
 from compressvit.backbone import Backbone, describe, input_size, model_name, share_groups
 from compressvit.errors import UserError, did_you_mean
 from compressvit.layers.linear import FactoredLinear, LowRank, SharedLowRankLinear
@@ -27,6 +27,7 @@ from compressvit.lowrank import fit_shared, spectrum
 from compressvit.source import Source, tokens_at
 from compressvit.transforms.base import LedgerEntry, Plan, Transform, transform
 
+_TINY = 1e-300  # a weight of zeros has no relative error
 TARGETS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
 
@@ -37,7 +38,7 @@ class LORSPlan(Plan):
     starts: ClassVar[tuple[str, ...]] = ("init", "metric", "rounds", "ridge", "output_ridge")
 
     groups: tuple[tuple[str, ...], ...]
-    ranks: dict[str, int]
+    ranks: dict[str, Annotated[int, Field(ge=0)]]
     init: Literal["fit", "first", "scratch"]
     metric: Literal["weights", "inputs", "outputs"]
     rounds: int
@@ -102,6 +103,7 @@ class LORSPlan(Plan):
             if len(group) == 1:
                 factors = [spectrum(weights[0], measures[0]).factors(ranks[0])]
             elif self.init == "first":
+                student.get_submodule(group[0]).weight.copy_(weights[0])
                 factors = [
                     spectrum(w - weights[0], m).factors(r) for w, m, r in zip(weights, measures, ranks, strict=True)
                 ]
@@ -111,6 +113,9 @@ class LORSPlan(Plan):
             for path, pair in zip(group, factors, strict=True):
                 if path in terms:
                     terms[path].set_factors(*pair)
+
+    def fitted(self) -> set[str]:
+        return {f"{path}.weight" for path in self.paths}
 
     @torch.no_grad()
     def errors(self, student: nn.Module, source: Source) -> dict[str, tuple[float, float | None]]:
@@ -124,8 +129,10 @@ class LORSPlan(Plan):
             lost = weight - (layer.effective_weight() if self.ranks[path] else layer.weight).double().cpu()
             output_error = None
             if path in measures:
-                output_error = (measures[path].squared_norm(lost) / measures[path].squared_norm(weight)) ** 0.5
-            result[path] = ((lost.norm() / weight.norm()).item(), output_error)
+                output_error = (
+                    measures[path].squared_norm(lost) / max(measures[path].squared_norm(weight), _TINY)
+                ) ** 0.5
+            result[path] = ((lost.norm() / weight.norm().clamp(min=_TINY)).item(), output_error)
         return result
 
     def fold(self, model: nn.Module) -> None:
@@ -135,7 +142,8 @@ class LORSPlan(Plan):
         for path in self.paths:
             layer = model.get_submodule(path)
             weight = layer.effective_weight() if self.ranks[path] else layer.weight
-            weights[path] = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+            trained = any(p.requires_grad for p in layer.parameters())
+            weights[path] = nn.Parameter(weight.detach().clone(), requires_grad=trained)
         for path, weight in weights.items():
             if self.ranks[path]:
                 surgery.generalise(model, path, nn.Linear)
@@ -169,7 +177,7 @@ class LORS(Transform):
     init: Literal["fit", "first", "scratch"] = Field(
         "fit",
         description="fit: shared weight and terms from the teacher's weights; first: the shared weight is the first layer's; "
-        "scratch: from noise as in the paper, the terms at zero.",
+        "scratch: from noise as in the paper, the terms at zero (these layers only; student: {weights: random} is noise all over).",
     )
     metric: Literal["auto", "outputs", "inputs", "weights"] = Field(
         "auto",
@@ -204,6 +212,8 @@ class LORS(Transform):
             raise ValueError("lors needs a rank or a budget" + (", not both" if self.budget else ""))
         if self.budget and self.init == "scratch":
             raise ValueError("a budget is spent by the errors of a teacher's weights, which init: scratch does not use")
+        if self.budget and self.groups != 1:
+            raise ValueError("groups multiply the rank, which a budget chooses; leave groups out")
         return self
 
     @property
@@ -272,7 +282,7 @@ class LORS(Transform):
             fixed = cost.macs(model, size) - sum(
                 tokens[g[0]] * layers[g[0]].weight.numel() for g in groups if len(g) == 1
             )
-            of_teacher = cost.macs(source.model if source else model, size)
+            of_teacher = original_macs(model)
         else:
             fixed = unit * (ties.count_parameters(model) - sum(weights.values()) + shared)
             of_teacher = unit * original_parameters(model)
@@ -296,7 +306,7 @@ class LORS(Transform):
             for path, weight, measure in zip(group, weights, measures, strict=True):
                 left = spectrum(weight - shared, measure).values.square().flip(0).cumsum(0).flip(0)
                 # What the model's output loses adds up over layers; a layer's own errors are taken relative to what it computes.
-                whole = 1.0 if kind == "outputs" else measure.squared_norm(weight)
+                whole = 1.0 if kind == "outputs" else max(measure.squared_norm(weight), _TINY)
                 errors[path] = [*(left / whole).tolist(), 0.0]
         return errors
 

@@ -23,6 +23,7 @@ from compressvit.backbone import Backbone, describe, share_groups
 from compressvit.errors import UserError
 from compressvit.layers.attention import EXPLICIT_ATTENTION, HeadMixing
 from compressvit.layers.block import SLOTTED_BLOCK, TokenConv
+from compressvit.layers.linear import FactoredLinear
 from compressvit.source import Source
 from compressvit.transforms.base import LedgerEntry, Plan, Transform, transform
 
@@ -86,11 +87,11 @@ class MultiplexPlan(Plan):
         if self.init == "scratch":
             student.init_weights()
         elif self.init == "mean":
+            fitted = {name for plan in student._compression.plans for name in plan.fitted()}
             for group in self.groups:
                 # A block on its own keeps its values; they may be those of an earlier step's group, which are not `source`'s.
                 for names in _shared_names(source.model, group) if len(group) > 1 else ():
-                    owner, _, tensor = names[0].rpartition(".")
-                    if tensor == "weight" and getattr(student.get_submodule(owner), "low_rank", None) is not None:
+                    if not fitted.isdisjoint(names):
                         continue  # an earlier low-rank step fitted this weight together with its private terms
                     # float64: the mean of equal tensors is then that tensor, to the bit
                     mean = torch.stack([source.model.get_parameter(n).double() for n in names]).mean(dim=0)
@@ -163,7 +164,18 @@ class Multiplex(Transform):
 
     def _refuse_conflicts(self, model: nn.Module, groups) -> None:
         tied = {name: group for group in ties.tied_groups(model) for name in group}
+        if self.init == "scratch" and any(getattr(m, "low_rank", None) is not None for m in model.modules()):
+            raise UserError(
+                "multiplex.init=scratch would put noise below the low-rank terms of an earlier step; put `multiplex` first"
+            )
         for group in groups:
+            for path in group if len(group) > 1 else ():
+                for name, module in model.get_submodule(path).named_modules():
+                    if isinstance(module, FactoredLinear):
+                        raise UserError(
+                            f"multiplex wants to share the weight of {path}.{name}, which an earlier `lors` with share 1 replaced; "
+                            "put `multiplex` first and leave lors.share out, or remove one of the two"
+                        )
             for names in _shared_names(model, group):
                 # A low-rank step may have tied the same layers, and no others.
                 already = [n for n in names if n in tied and tied[n] != names] if len(names) > 1 else None
