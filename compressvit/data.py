@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -234,6 +234,16 @@ class InputConfig:
     interpolation: str
     crop_pct: float
     crop_mode: str = "center"
+
+    def as_dict(self) -> dict[str, Any]:
+        """What an artifact records of it, under timm's names."""
+        return {
+            "input_size": [self.channels, self.height, self.width],
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "interpolation": self.interpolation,
+            "crop_pct": self.crop_pct,
+        }
 
 
 def input_config(model: nn.Module, data: Data) -> InputConfig:

@@ -27,6 +27,7 @@ from compressvit.models import build_student, build_teacher, trains_teacher
 from compressvit.pipeline import apply_plans, compression_of
 from compressvit.recipe import Recipe
 from compressvit.source import tokens_at
+from compressvit.tables import cost_table, megabytes
 from compressvit.transforms import LedgerEntry, Transform
 from compressvit.weights import copy_matching
 
@@ -310,23 +311,6 @@ def print_plan(plan: RecipePlan, console: Console) -> None:
         console.print(f"note: {note}", highlight=False)
     for conflict in plan.conflicts:
         console.print(f"[red]conflict:[/red] {_plain(conflict)}", highlight=False)
-
-
-def cost_table(rows: list[tuple[str, Cost]], title: str) -> Table:
-    """Parameters, disk and MACs, each with its share of the first row's."""
-    table = Table(title=title, title_justify="left")
-    for column in ("", "parameters", "bytes on disk", "MACs"):
-        table.add_column(column, justify="left" if not column else "right")
-    first = rows[0][1]
-    for name, row in rows:
-        values = [(row.parameters, first.parameters), (row.bytes, first.bytes), (row.macs, first.macs)]
-        table.add_row(name, *(f"{v:,}" + ("" if row is first else f" ({v / of:.1%})") for v, of in values))
-    return table
-
-
-def megabytes(size: float) -> str:
-    """Bytes as '12.3 MB' (10⁶)."""
-    return f"{size / 1e6:,.1f} MB"
 
 
 def _plain(text: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -13,13 +12,11 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from compressvit import artifact, cost
 from compressvit.data import (
     Datasets,
-    InputConfig,
     calibration_batches,
     class_mismatch,
     eval_loader,
@@ -39,12 +36,13 @@ from compressvit.errors import UserError
 from compressvit.files import disk_faults, write_text
 from compressvit.models import build_student, build_teacher, load_teacher, require_student_file, trains_teacher
 from compressvit.pipeline import compression_of, transform_
-from compressvit.plan import megabytes, plan_recipe, print_plan, require_no_conflicts
+from compressvit.plan import plan_recipe, print_plan, require_no_conflicts
 from compressvit.plots import ranks_plot
 from compressvit.recipe import Recipe
 from compressvit.runfolder import RunFolder
 from compressvit.runlog import RunLog, log
-from compressvit.transforms import LedgerEntry, Transform
+from compressvit.tables import ledger_table, results_table
+from compressvit.transforms import Transform
 
 
 def apply(
@@ -212,9 +210,7 @@ class _Run:
         phase = Phase("teacher", 0, self.recipe.seed, self.folder.checkpoint("teacher"))
         self._train(teacher, spec, phase, None)
         with disk_faults(self.folder.teacher):
-            artifact.save(
-                teacher, self.folder.teacher, input_config=_input_record(input_config(teacher, self.recipe.data))
-            )
+            artifact.save(teacher, self.folder.teacher, input_config=input_config(teacher, self.recipe.data).as_dict())
 
     def make_student(self, teacher: nn.Module) -> nn.Module:
         """Run the steps, top to bottom. Neighbouring transforms are planned and initialised together."""
@@ -324,7 +320,7 @@ class _Run:
         theirs = input_config(teacher, self.recipe.data)
         sizes = [(c.channels, c.height, c.width) for c in (theirs, config)]
         with disk_faults(self.folder.student):
-            artifact.save(student, self.folder.student, input_config=_input_record(config))
+            artifact.save(student, self.folder.student, input_config=config.as_dict())
         difference = _read_back_difference(self.folder.student, student, sizes[1])
         scores = self._evaluate(student, teacher)
         theirs_only = {key: scores.pop(f"teacher_{key}") for key in ("top1", "top5", "loss")}
@@ -374,64 +370,6 @@ def _read_back_difference(path: Path, student: nn.Module, size: tuple[int, int, 
     return difference
 
 
-def _input_record(config: InputConfig) -> dict[str, Any]:
-    return {
-        "input_size": [config.channels, config.height, config.width],
-        "mean": list(config.mean),
-        "std": list(config.std),
-        "interpolation": config.interpolation,
-        "crop_pct": config.crop_pct,
-    }
-
-
 def _summary(result: dict[str, Any]) -> str:
     names = {"top1": "top-1 {:.2f}%", "agreement": "agreement with the teacher {:.2f}%", "cosine": "cosine {:.4f}"}
     return ", ".join(text.format(result[k]) for k, text in names.items() if result.get(k) is not None)
-
-
-def ledger_table(ledger: list[LedgerEntry]) -> Table:
-    """What the transforms did, step by step and path by path; a shared tensor counts at its first path."""
-    table = Table(title="Ledger (a shared tensor counts at its first path)", title_justify="left")
-    measured = any(entry.weight_error is not None for entry in ledger)
-    for column in ("step", "path", "change"):
-        table.add_column(column)
-    for column in ("parameters before", "after", *(("error of weight", "of output") if measured else ())):
-        table.add_column(column, justify="right")
-    for step, group in itertools.groupby(ledger, lambda entry: entry.step):
-        entries = list(group)
-        for entry in entries:
-            errors = ["" if e is None else f"{e:.3f}" for e in (entry.weight_error, entry.output_error)]
-            table.add_row(
-                step, entry.path, entry.change, f"{entry.before:,}", f"{entry.after:,}", *errors[: 2 * measured]
-            )
-        before, after = sum(e.before for e in entries), sum(e.after for e in entries)
-        table.add_section()
-        table.add_row(step, "sum", "", f"{before:,}", f"{after:,}")
-        table.add_section()
-    return table
-
-
-def results_table(results: dict[str, Any], title: str) -> Table:
-    """Teacher and student side by side."""
-    teacher, student = results["teacher"], results["student"]
-    table = Table(title=title, title_justify="left")
-    for column in ("", "teacher", "student", "student / teacher"):
-        table.add_column(column, justify="left" if not column else "right")
-
-    def row(label: str, key: str, text: Any) -> None:
-        if teacher.get(key) is not None and student.get(key) is not None:
-            table.add_row(
-                label, text(teacher[key]), text(student[key]), f"{student[key] / max(teacher[key], 1e-12):.3f}"
-            )
-
-    row("parameters (unique)", "parameters", lambda v: f"{v:,}")
-    row("bytes on disk", "bytes", megabytes)
-    row("MACs per image", "macs", lambda v: f"{v / 1e6:,.2f} M")
-    row("latency", "latency_ms", lambda v: f"{v:.2f} ms")
-    row("top-1", "top1", lambda v: f"{v:.2f} %")
-    row("top-5", "top5", lambda v: f"{v:.2f} %")
-    if student.get("agreement") is not None:
-        table.add_row("same first class as the teacher", "", f"{student['agreement']:.2f} %", "")
-    if student.get("cosine") is not None:
-        table.add_row("cosine of the outputs", "", f"{student['cosine']:.4f}", "")
-    return table

@@ -86,12 +86,11 @@ def labels_term(weight: float, smoothing: float) -> Term:
     """Cross-entropy against the ground truth; images without a label (target −1) do not count."""
 
     def function(batch: Batch):
-        targets = batch.targets
-        if targets.ndim == 1 and not (targets >= 0).any():  # the mean over no label would not be a number
-            return 0.0 * batch.student_logits.float().sum(), {}
+        logits, targets = batch.student_logits.float(), batch.targets
         if targets.ndim == 2:  # mixup has smoothed already
-            return F.cross_entropy(batch.student_logits.float(), targets), {}
-        return F.cross_entropy(batch.student_logits.float(), targets, label_smoothing=smoothing, ignore_index=-1), {}
+            return F.cross_entropy(logits, targets), {}
+        total = F.cross_entropy(logits, targets, label_smoothing=smoothing, ignore_index=-1, reduction="sum")
+        return total / (targets >= 0).sum().clamp(min=1), {}  # 0 where no image has a label
 
     return Term("labels", weight, function)
 
