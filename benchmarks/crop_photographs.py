@@ -2,7 +2,10 @@
 
 Every crop of a picture goes to the same split: every `--hold-out`-th picture to val/, the others to train/.
 
-    python benchmarks/crop_photographs.py --output crops --size 320 --per-image 8 /usr/share/backgrounds /usr/share/wallpapers
+    python benchmarks/crop_photographs.py --output crops --per-image 16 @benchmarks/photographs.txt
+
+The list names the photographs (not drawings) of Debian's packages lomiri-wallpapers-16.04, lomiri-wallpapers-20.04, mate-backgrounds,
+plasma-workspace-wallpapers, opencv-doc, scratch and kphotoalbum; files and folders of your own do as well.
 
 A file whose crops vary little (a gradient, a logo on one colour) is left out: its pixels' standard deviation is below `--contrast`.
 """
@@ -19,10 +22,12 @@ from PIL import Image, UnidentifiedImageError
 
 def main() -> None:
     """Write the crops and say how many there are."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folders", nargs="+", type=Path)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], fromfile_prefix_chars="@")
+    parser.add_argument(
+        "pictures", nargs="+", type=Path, help="files, folders, or @LIST, a file with one of them a line"
+    )
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--size", type=int, default=320, help="side of a crop in pixels, after the image is scaled")
+    parser.add_argument("--size", type=int, default=256, help="side of a crop in pixels, after the image is scaled")
     parser.add_argument("--per-image", type=int, default=8)
     parser.add_argument("--hold-out", type=int, default=8, help="every so many pictures, one is held out")
     parser.add_argument("--contrast", type=float, default=25.0, help="smallest standard deviation of a crop, of 255")
@@ -30,15 +35,20 @@ def main() -> None:
     for split in ("train", "val"):
         (arguments.output / split).mkdir(parents=True, exist_ok=True)
     chance = random.Random(0)
-    files = sorted(
-        p for f in arguments.folders for p in f.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp")
-    )
+    suffixes = (".jpg", ".jpeg", ".png", ".webp")
+    files = [
+        p
+        for given in arguments.pictures
+        for p in (sorted(given.rglob("*")) if given.is_dir() else [given])
+        if p.suffix.lower() in suffixes
+    ]
     seen: set[str] = set()
     count = 0
     for file in files:
         try:
             image = Image.open(file).convert("RGB")
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError):
+        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            print(f"left out, cannot be read: {error}")
             continue
         if min(image.size) < arguments.size:
             continue

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 
 Tensor = torch.Tensor
+TINY = 1e-300  # in place of zero, where something is taken relative to a weight
 
 
 @dataclass(frozen=True)

@@ -70,21 +70,24 @@ def transform_(
         spec.require_inputs()
         if spec.needs_images:
             source.require_images(spec.name)
-    ledger = []
+    ledger: list[LedgerEntry] = []
+    fresh: list[Plan] = []  # since values were last loaded
     for spec in transforms:
         plan = spec.plan(model, source)
-        entries = apply_plans(model, [plan])
+        ledger += apply_plans(model, [plan])
         plan.initialise(model, source)
-        errors = plan.errors(model, source)
-        for i, entry in enumerate(entries):
-            if entry.path in errors:
-                weight_error, output_error = errors[entry.path]
-                entries[i] = replace(entry, weight_error=weight_error, output_error=output_error)
-        record = compression_of(model).ledger
-        record[len(record) - len(entries) :] = entries
-        ledger += entries
+        fresh.append(plan)
         if plan.loads_values:
             source = source.with_model(copy.deepcopy(model))
+            fresh = []
+    for plan in fresh:
+        plan.refine(model, source)
+    errors = {(plan.transform, path): found for plan in fresh for path, found in plan.errors(model, source).items()}
+    for i, entry in enumerate(ledger):
+        weight_error, output_error = errors.get((entry.step, entry.path), (None, None))
+        ledger[i] = replace(entry, weight_error=weight_error, output_error=output_error)
+    record = compression_of(model).ledger
+    record[len(record) - len(ledger) :] = ledger
     return ledger
 
 

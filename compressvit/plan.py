@@ -180,7 +180,13 @@ def _plan_phase(
     if isinstance(spec, Distill):
         pairs, step.layers_rule = match_layers(student, teacher, spec.layers)
         step.layers = [(p.student.index, p.teacher.index) for p in pairs]
-        terms = build_terms(spec.losses, pairs, classes=student.num_classes, smoothing=spec.smoothing)
+        terms = build_terms(
+            spec.losses,
+            pairs,
+            classes=student.num_classes,
+            prefix_tokens=getattr(student, "num_prefix_tokens", 0),
+            smoothing=spec.smoothing,
+        )
         step.loss_bytes = loss_bytes(student, teacher, terms, data.batch_size, size, teacher_size)
     return step
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -203,6 +203,9 @@ class _Run:
     datasets: Datasets
     device: torch.device
     log: RunLog
+    phases: dict[str, dict[str, Any]] = field(
+        default_factory=dict
+    )  # what each phase began with and which weights it kept
 
     def train_teacher(self, teacher: nn.Module) -> None:
         """The phase before the steps; its result is an artifact of its own, never part of the student's."""
@@ -223,14 +226,15 @@ class _Run:
                 continue
             name = f"{index}_{step.name}"
             phase = Phase(name, index + 1, self.recipe.seed, self.folder.checkpoint(name))
+            start = None
             if waiting:
                 self._transform(student, waiting, index)
                 if not phase.checkpoint.is_file():  # a resumed run has said it before
-                    result = self._evaluate(student, teacher)
-                    self.log.scalars(f"{index - 1}_{waiting[-1].name}", "evaluate", 0, result)
-                    self.log.say(f"before training: {_summary(result)}")
+                    start = self._evaluate(student, teacher)
+                    self.log.scalars(f"{index - 1}_{waiting[-1].name}", "evaluate", 0, start)
+                    self.log.say(f"before training: {_summary(start)}")
             waiting = []
-            self._train(student, step.spec, phase, teacher)
+            self.phases[name] = self._train(student, step.spec, phase, teacher, start)
         if waiting:
             self._transform(student, waiting, len(self.recipe.steps))
         return student
@@ -267,14 +271,27 @@ class _Run:
             seed=self.recipe.seed,
         )
 
-    def _train(self, model: nn.Module, spec: Training, phase: Phase, teacher: nn.Module | None) -> None:
+    def _train(
+        self,
+        model: nn.Module,
+        spec: Training,
+        phase: Phase,
+        teacher: nn.Module | None,
+        start: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
         config = input_config(model, self.recipe.data)
         loader = train_loader(self.datasets, self.recipe.data, config, self.device)
         guide = None
         if isinstance(spec, Distill):
             assert teacher is not None, "only the teacher itself is trained without one"
             pairs, how = match_layers(model, teacher, spec.layers)
-            terms = build_terms(spec.losses, pairs, classes=model.num_classes, smoothing=spec.smoothing)
+            terms = build_terms(
+                spec.losses,
+                pairs,
+                classes=model.num_classes,
+                prefix_tokens=getattr(model, "num_prefix_tokens", 0),
+                smoothing=spec.smoothing,
+            )
             self.log.say(
                 f"{phase.name}: {', '.join(t.name for t in terms)}; layer pairs {', '.join(map(str, pairs)) or 'none'} ({how})"
             )
@@ -284,12 +301,13 @@ class _Run:
         else:
             terms = [labels_term(1.0, spec.smoothing)]
         model.to(self.device)
-        train(
+        return train(
             model,
             spec,
             phase,
             terms,
             loader,
+            start=start,
             batch_size=self.recipe.data.batch_size,
             device=self.device,
             log=self.log,
@@ -330,6 +348,7 @@ class _Run:
         results: dict[str, Any] = {
             "teacher": {**plan.teacher.as_dict(), "images": scores["images"], **theirs_only},
             "student": {**cost.cost(student, sizes[1]).as_dict(), **scores},
+            "phases": self.phases,
             "ledger": [asdict(entry) for entry in compression_of(student).ledger],
             "read_back_difference": difference,
             "broken_images": self.datasets.broken.count,

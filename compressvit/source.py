@@ -1,8 +1,8 @@
 """What a student's values come from: the model before the transforms, and what its layers see on calibration images.
 
-Second moments are summed up image by image, so memory does not grow with their number. Two are collected for each layer:
-that of its inputs, `S = E[xᵀx]`, and that of the gradients at its outputs, `G = E[gᵀg]`, which says how much an error there
-changes what the model computes (`compressvit.lowrank` uses both).
+Second moments are summed up image by image, so memory does not grow with their number. Collected for each layer are that of its
+inputs, `S = E[xᵀx]`, that of the gradients at its outputs, `G = E[gᵀg]`, which says how much an error there changes what the model
+computes, and that of the inputs again with every token weighing `‖g‖²` (`compressvit.lowrank` uses them).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -30,12 +30,28 @@ Images = torch.Tensor | Iterable[Any] | Callable[[], Iterable[Any]]
 
 @dataclass(frozen=True)
 class Moments:
-    """Of one layer over all tokens: `inputs` E[xᵀx] (in, in), `mean` E[x] (in,), `outputs` E[gᵀg] (out, out) or None."""
+    """Of one layer over all tokens: `inputs` E[xᵀx] (in, in), `mean` E[x] (in,), and how many tokens.
+
+    With gradients g also `outputs` E[gᵀg] (out, out), `important` E[‖g‖² xᵀx] / E‖g‖² (in, in), and `prefix_weight`, the mean ‖g‖² of
+    a prefix token in means of the other tokens', at most as much as makes both kinds weigh the same.
+    """
 
     inputs: torch.Tensor
     mean: torch.Tensor
-    outputs: torch.Tensor | None
     tokens: int
+    outputs: torch.Tensor | None = None
+    important: torch.Tensor | None = None
+    prefix_weight: float = 1.0
+
+    def metric(self, ridge: float, output_ridge: float | None) -> Metric:
+        """Of errors of the layer's outputs; with an `output_ridge` of what the model computes, where a gradient says something.
+
+        In the latter a token counts for half as any other and for half by its ‖g‖²: the plain Kronecker factors would suppose that the
+        size of a gradient has nothing to do with the input, and lose the one class token among hundreds of patches.
+        """
+        if output_ridge is None or self.outputs is None or self.important is None or not _says_something(self.outputs):
+            return Metric(cholesky(self.inputs, ridge))
+        return Metric(cholesky((self.inputs + self.important) / 2, ridge), cholesky(self.outputs, output_ridge))
 
 
 class Source:
@@ -53,6 +69,8 @@ class Source:
         # what can be iterated only once is kept: a few hundred images
         self._images = list(images) if isinstance(images, Iterator) else images
         self._moments: dict[str, Moments] = {}
+        # by path, relative errors of layers' outputs that whoever fitted them has measured itself
+        self.output_errors: dict[str, float] = {}
 
     def require_images(self, asker: str) -> None:
         """Raise a `UserError` with the ways out if there are no calibration images."""
@@ -117,11 +135,7 @@ class Source:
             return dict.fromkeys(paths, Metric())
         moments = self.moments(paths, outputs=kind == "outputs")
         return {
-            path: Metric(
-                cholesky(found.inputs, ridge),
-                cholesky(found.outputs, output_ridge) if kind == "outputs" and _says_something(found.outputs) else None,
-            )
-            for path, found in moments.items()
+            path: found.metric(ridge, output_ridge if kind == "outputs" else None) for path, found in moments.items()
         }
 
 
@@ -137,44 +151,73 @@ def collect_moments(
     Raises:
         UserError: a layer's input or gradient is not finite (the first such layer is named), or there is no image.
     """
-    sums: dict[str, list[Any]] = {path: [0.0, 0.0, 0.0, 0] for path in paths}
+    sums = {path: _Sums() for path in paths}
+    prefix = getattr(model, "num_prefix_tokens", 0)
     generator = torch.Generator().manual_seed(seed)
 
     def see_input(path: str, module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-        x = inputs[0].detach().flatten(0, -2)
+        x = inputs[0].detach()
         if not torch.isfinite(x).all():
-            raise _not_finite(path)
-        total = sums[path]
-        total[0] = total[0] + (x.mT @ x).cpu().double()
-        total[1] = total[1] + x.sum(dim=0).cpu().double()
-        total[3] += len(x)
+            raise not_finite(path)
+        sums[path].add_inputs(x)
         if outputs:
-            output.register_hook(partial(see_gradient, path))
-
-    def see_gradient(path: str, gradient: torch.Tensor) -> None:
-        g = gradient.flatten(0, -2)
-        sums[path][2] = sums[path][2] + (g.mT @ g).cpu().double()
+            output.register_hook(partial(sums[path].add_gradients, x, prefix))
 
     images = 0
-    with _hooks(model, {path: partial(see_input, path) for path in paths}), _frozen(model):
+    with _hooks(model, {path: partial(see_input, path) for path in paths}), frozen(model):
         for batch in batches:
             images += len(batch)
             with torch.set_grad_enabled(outputs):
                 _run(model, batch.detach().clone().requires_grad_() if outputs else batch, outputs, generator)
     if not images:
         raise UserError("there is no calibration image")
-    for path, (first, _, second, _) in sums.items():
-        if not torch.isfinite(first).all() or (outputs and not torch.isfinite(second).all()):
-            raise _not_finite(path)
-    return {
-        path: Moments(first / count, mean / count, second / count if outputs else None, count)
-        for path, (first, mean, second, count) in sums.items()
-    }
+    for path, total in sums.items():
+        if not torch.isfinite(total.inputs).all() or (outputs and not torch.isfinite(total.outputs).all()):
+            raise not_finite(path)
+    return {path: total.moments(outputs) for path, total in sums.items()}
 
 
-def _says_something(outputs: torch.Tensor | None) -> bool:
+@dataclass
+class _Sums:
+    """Sums over tokens, in float64 on the CPU; see `Moments`."""
+
+    inputs: Any = 0.0
+    mean: Any = 0.0
+    tokens: int = 0
+    outputs: Any = 0.0
+    important: Any = 0.0
+    prefix: Any = 0.0  # (2,): of ‖g‖² over prefix tokens and over the others
+    counts: Any = 0.0  # (2,): their numbers
+
+    def add_inputs(self, x: torch.Tensor) -> None:
+        x = x.flatten(0, -2)
+        self.inputs = self.inputs + (x.mT @ x).cpu().double()
+        self.mean = self.mean + x.sum(dim=0).cpu().double()
+        self.tokens += len(x)
+
+    def add_gradients(self, x: torch.Tensor, prefix: int, gradient: torch.Tensor) -> None:
+        size = gradient.norm(dim=-1, keepdim=True)
+        g, weighted = gradient.flatten(0, -2), (x * size).flatten(0, -2)
+        self.outputs = self.outputs + (g.mT @ g).cpu().double()
+        self.important = self.important + (weighted.mT @ weighted).cpu().double()
+        parts = size.double().square().tensor_split([prefix], dim=1)
+        self.prefix = self.prefix + torch.stack([part.sum() for part in parts]).cpu()
+        self.counts = self.counts + torch.tensor([float(part.numel()) for part in parts])
+
+    def moments(self, outputs: bool) -> Moments:
+        found = Moments(self.inputs / self.tokens, self.mean / self.tokens, self.tokens)
+        if not outputs:
+            return found
+        size = self.prefix.sum().clamp(min=torch.finfo(torch.float64).tiny)
+        first, others = self.prefix / self.counts.clamp(min=1)
+        weight = (first / others).item() if self.counts[0] and others else 1.0
+        weight = min(weight, (self.counts[1] / self.counts[0].clamp(min=1)).item())  # together no more than all others
+        return replace(found, outputs=self.outputs / self.tokens, important=self.important / size, prefix_weight=weight)
+
+
+def _says_something(outputs: torch.Tensor) -> bool:
     """False where no gradient reaches a layer, as with a classifier of one class."""
-    return outputs is not None and outputs.trace().item() > 1e-60
+    return outputs.trace().item() > 1e-60
 
 
 def _wrong_images(given: str, size: tuple[int, int, int]) -> UserError:
@@ -184,7 +227,7 @@ def _wrong_images(given: str, size: tuple[int, int, int]) -> UserError:
     )
 
 
-def _not_finite(path: str) -> UserError:
+def not_finite(path: str) -> UserError:
     return UserError(
         f"{path} sees numbers that are not finite on the calibration images; check the teacher's weights and the images"
     )
@@ -196,7 +239,7 @@ def _run(model: nn.Module, batch: torch.Tensor, outputs: bool, generator: torch.
     elif getattr(model, "num_classes", 0):
         logits = model(batch).float()
         if not torch.isfinite(logits).all():
-            raise _not_finite("the classifier")
+            raise not_finite("the classifier")
         drawn = torch.multinomial(logits.detach().softmax(dim=-1).cpu(), 1, generator=generator)[:, 0]
         F.cross_entropy(logits, drawn.to(logits.device), reduction="sum").backward()
     else:
@@ -251,7 +294,7 @@ def _hooks(model: nn.Module, hooks: dict[str, Any]) -> Iterator[None]:
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients of parameters; everything is as before afterwards."""
     training = {module: module.training for module in model.modules()}
     wanted = [p for p in model.parameters() if p.requires_grad]

@@ -94,7 +94,8 @@ def train(
     log: RunLog,
     evaluate: Callable[[nn.Module], dict[str, Any]],
     teacher: Teacher | None = None,
-) -> None:
+    start: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """Train `model` in place until the phase is done, from its checkpoint if there is one.
 
     Args:
@@ -104,6 +105,11 @@ def train(
         loader: batches of (images, targets), with a length, of `batch_size` images; its order follows the global generators.
         evaluate: called every `evaluate_every` epochs with the model (its average, if there is one); what it returns is logged.
         teacher: needed when a term reads it; runs in eval mode without gradient, and is never part of a checkpoint.
+        start: what `evaluate` says of the model as it is given, where that is known.
+
+    Returns:
+        `start`, the evaluation of the model as it was given (None if nobody asked), and `kept_epoch`, the epoch whose weights it
+        ends with (0: those it was given).
 
     Raises:
         Interrupted: SIGINT or SIGTERM came; a checkpoint was written at the last optimiser step.
@@ -121,14 +127,16 @@ def train(
     parameters = [p for p in model.parameters() if p.requires_grad]
 
     epoch = batch_index = steps = 0
+    best: dict[str, Any] | None = None  # with `keep: best`: the score, epoch and weights of the best evaluation
     resumed_random_state = None
     resumed_meters: dict[str, Any] = {}
     if phase.checkpoint.is_file():
         saved = load_checkpoint(phase.checkpoint)
         require_keys(saved, ("done", "model"), phase.checkpoint)
         model.load_state_dict(saved["model"], strict=False)
+        start, best = saved.get("start"), saved.get("best")
         if saved["done"]:
-            return
+            return {"start": start, "kept_epoch": saved.get("kept_epoch", saved.get("epoch"))}
         require_keys(saved, _UNFINISHED, phase.checkpoint)
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
@@ -139,15 +147,29 @@ def train(
         resumed_random_state, resumed_meters = saved["random_state"], saved["meters"]
         log.say(f"{phase.name}: resumed at epoch {epoch + 1}, step {steps} of {total_steps}")
 
+    elif spec.keep == "best":
+        if start is None:
+            start = evaluate(model)
+        best = {"score": _score(start), "epoch": 0, "model": _copied(model)}
+
     def checkpoint(done: bool, random_state: dict | None = None) -> None:
-        content: dict[str, Any] = {"done": done, "model": ties.unique_state(model), "steps": steps, "epoch": epoch}
-        if not done:
+        content: dict[str, Any] = {
+            "done": done,
+            "model": ties.unique_state(model),
+            "steps": steps,
+            "epoch": epoch,
+            "start": start,
+        }
+        if done:
+            content["kept_epoch"] = best["epoch"] if best else epoch
+        else:
             content |= {
                 "optimizer": optimizer.state_dict(),
                 "scaler": scaler.state_dict(),
                 "batch_index": batch_index,
                 "random_state": random_state,
                 "meters": meters.state() if random_state else {},
+                "best": best,
             }
             if average is not None:
                 content |= {"average": ties.unique_state(average.module), "n_averaged": int(average.n_averaged)}
@@ -230,17 +252,45 @@ def train(
             log.scalars(phase.name, "epoch", steps, {"epoch": epoch, **meters.means()})
             if last and average is not None:
                 model.load_state_dict(ties.unique_state(average.module), strict=False)
-            checkpoint(last)
+            if best is None:
+                checkpoint(last)  # first, so that a fault in the evaluation costs nothing
             if last or epoch % spec.evaluate_every == 0:
-                result = evaluate(model if last or average is None else average.module)
+                judged = model if last or average is None else average.module
+                result = evaluate(judged)
                 log.scalars(phase.name, "evaluate", steps, {"epoch": epoch, **result})
                 log.say(f"{phase.name} {epoch}/{spec.epochs}  {meters.text()}  {_result_text(result)}")
+                if best is not None and _score(result) >= best["score"]:
+                    best = {"score": _score(result), "epoch": epoch, "model": _copied(judged)}
+            if best is not None:
+                if last and best["epoch"] != epoch:
+                    model.load_state_dict(best["model"], strict=False)
+                    log.say(f"{phase.name}: kept the weights of {_kept(best['epoch'])}, which did best")
+                checkpoint(last)
             if stop.signum is not None:  # during the last step or the evaluation
                 raise Interrupted(stop.signum, phase.checkpoint)
     student_taps.close()
     if teacher_taps:
         teacher_taps.close()
     model.eval()
+    return {"start": start, "kept_epoch": best["epoch"] if best else epoch}
+
+
+def _score(result: dict[str, Any]) -> float:
+    """What `keep: best` compares: the first of top-1, agreement and cosine that the data and the model allow."""
+    for name in ("top1", "agreement", "cosine"):
+        if result.get(name) is not None:
+            return result[name]
+    raise UserError(
+        "keep=best has nothing to compare: there are no labels, and the outputs of student and teacher differ in width; use keep=last"
+    )
+
+
+def _kept(epoch: int) -> str:
+    return f"epoch {epoch}" if epoch else "the start"
+
+
+def _copied(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in ties.unique_state(model).items()}
 
 
 def _mix(mixup: Mixup, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -60,6 +60,12 @@ class Training(Spec):
         description="Stochastic depth of the last block, rising linearly from 0; null keeps the model's.",
     )
     evaluate_every: int = Field(1, ge=1, description="Epochs between two evaluations.")
+    keep: Literal["last", "best"] = Field(
+        "last",
+        description="Which weights the phase ends with: the last, or those of its best evaluation, the start included: it then never "
+        "ends below where it began. Best is by top-1, without labels by the agreement or cosine with the teacher; it is chosen on "
+        "the evaluation set, so its figure is that much too good.",
+    )
     log_every: int = Field(10, ge=1, description="Optimiser steps between two lines of the log.")
 
     @property
@@ -105,6 +111,13 @@ class FeatureTerm(Spec):
 
     weight: float = Field(0.0, ge=0)
     form: Literal["cosine", "mse"] = "cosine"
+    prefix: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="Share of the term that the prefix tokens (class, registers) have together; the others have the rest. Counted "
+        "alike, a class token would be one of hundreds. Ignored where there are none.",
+    )
 
 
 class LabelTerm(Spec):

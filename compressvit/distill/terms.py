@@ -43,13 +43,16 @@ class Term:
     teacher_taps: tuple[Tap, ...] = ()
 
 
-def build_terms(spec: Losses, pairs: Sequence[LayerPair], *, classes: int, smoothing: float = 0.0) -> list[Term]:
+def build_terms(
+    spec: Losses, pairs: Sequence[LayerPair], *, classes: int, prefix_tokens: int = 0, smoothing: float = 0.0
+) -> list[Term]:
     """The terms of a distillation with weight above 0, relation terms only where there are layer pairs.
 
     Args:
         spec: the recipe's `losses`.
         pairs: the distilled layers.
         classes: size of the student's classifier; 0 for a headless backbone.
+        prefix_tokens: how many tokens at the front of the student's sequence are no patches.
         smoothing: of the ground truth, for `labels`.
 
     Raises:
@@ -70,7 +73,7 @@ def build_terms(spec: Losses, pairs: Sequence[LayerPair], *, classes: int, smoot
     if spec.hidden_relation.weight and pairs:
         terms.append(_hidden(spec.hidden_relation, pairs))
     if spec.feature.weight:
-        terms.append(_feature(spec.feature, "norm"))
+        terms.append(_feature(spec.feature, "norm", prefix_tokens))
     if spec.labels.weight:
         terms.append(labels_term(spec.labels.weight, smoothing))
     terms += [_torchdistill(term) for term in spec.torchdistill if term.weight]
@@ -155,10 +158,19 @@ def _hidden(spec, pairs: Sequence[LayerPair]) -> Term:
     )
 
 
-def _feature(spec, path: str) -> Term:
+def _feature(spec, path: str, prefix_tokens: int) -> Term:
     def function(batch: Batch):
         student, teacher = batch.student_taps[path]["output"], batch.teacher_taps[path]["output"]
-        return losses.feature(student, teacher, spec.form), {}
+        if not prefix_tokens or student.shape != teacher.shape:  # of unlike shapes the loss itself complains
+            return losses.feature(student, teacher, spec.form), {}
+        prefix, patches = (
+            losses.feature(student[:, part], teacher[:, part], spec.form)
+            for part in (slice(prefix_tokens), slice(prefix_tokens, None))
+        )
+        return spec.prefix * prefix + (1 - spec.prefix) * patches, {
+            "feature_prefix": prefix,
+            "feature_patches": patches,
+        }
 
     return Term("feature", spec.weight, function, ((path, "output"),), ((path, "output"),))
 

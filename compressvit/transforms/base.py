@@ -7,6 +7,7 @@ device; the `Plan` it returns is data (it goes into the artifact) and rebuilds t
     plan = spec.plan(model, source)    # the same, with what is learned from values and calibration images (ranks, groups)
     ledger = plan.apply(model)         # structure only, in place
     plan.initialise(student, source)   # values, from the model as it was before
+    plan.refine(student, source)       # values that depend on those of all transforms of one call
 """
 
 from __future__ import annotations
@@ -59,12 +60,16 @@ class Plan(Spec):
         """Set values: `student` has the new structure, `source` knows the model as it was before the transforms."""
         raise TypeError(f"{type(self).__name__} does not define initialise")
 
+    def refine(self, student: nn.Module, source: Source) -> None:
+        """Improve values once every transform of one call has set its own; a plan whose values follow from its own source alone has
+        nothing to do here."""
+
     def fitted(self) -> set[str]:
         """Names of tensors whose values belong together with what it added; a later step must not set them anew."""
         return set()
 
     def errors(self, student: nn.Module, source: Source) -> dict[str, tuple[float, float | None]]:
-        """After `initialise`: by path, how far a weight is from the source's, relative to it, and its outputs from theirs (None
+        """After `refine`: by path, how far a weight is from the source's, relative to it, and its outputs from theirs (None
         where no calibration images were used)."""
         return {}
 

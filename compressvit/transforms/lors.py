@@ -12,9 +12,8 @@ weights, with errors measured where they matter: see `compressvit.lowrank`.
 from __future__ import annotations
 
 from fnmatch import fnmatch
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, Literal
 
-import torch
 from pydantic import Field, field_validator, model_validator
 from torch import nn
 
@@ -22,132 +21,13 @@ from compressvit import cost, surgery, ties
 from compressvit.allocate import Budget, Curve, header_bytes, original_macs, original_parameters, spend
 from compressvit.backbone import Backbone, describe, input_size, model_name, share_groups
 from compressvit.errors import UserError, did_you_mean
-from compressvit.layers.linear import FactoredLinear, LowRank, SharedLowRankLinear
-from compressvit.lowrank import fit_shared, spectrum
+from compressvit.layers.linear import FactoredLinear, SharedLowRankLinear
+from compressvit.lowrank import TINY, fit_shared, spectrum
 from compressvit.source import Source, tokens_at
-from compressvit.transforms.base import LedgerEntry, Plan, Transform, transform
+from compressvit.transforms.base import Transform, transform
+from compressvit.transforms.lors_plan import LORSPlan
 
-_TINY = 1e-300  # a weight of zeros has no relative error
 TARGETS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-
-
-class LORSPlan(Plan):
-    """A resolved `LORS`: groups of linear layers that share a weight (alone: it is gone), and the rank of each layer's term."""
-
-    foldable: ClassVar[bool] = True
-    starts: ClassVar[tuple[str, ...]] = ("init", "metric", "rounds", "ridge", "output_ridge")
-
-    groups: tuple[tuple[str, ...], ...]
-    ranks: dict[str, Annotated[int, Field(ge=0)]]
-    init: Literal["fit", "first", "scratch"]
-    metric: Literal["weights", "inputs", "outputs"]
-    rounds: int
-    ridge: float
-    output_ridge: float
-
-    @property
-    def paths(self) -> list[str]:
-        """All layers, group by group."""
-        return [path for group in self.groups for path in group]
-
-    def apply(self, model: nn.Module) -> list[LedgerEntry]:
-        before = ties.count_at_paths(model, self.paths)
-        ties.tie(model, [[f"{path}.weight" for path in group] for group in self.groups if len(group) > 1])
-        for group in self.groups:
-            for path in group:
-                if self.ranks[path]:
-                    self._add_term(model, path, alone=len(group) == 1)
-        after = ties.count_at_paths(model, self.paths)
-        return [
-            LedgerEntry(path, self._change(group, path), before[path], after[path])
-            for group in self.groups
-            for path in group
-        ]
-
-    def _add_term(self, model: nn.Module, path: str, *, alone: bool) -> None:
-        layer = model.get_submodule(path)
-        like = {"device": layer.weight.device, "dtype": layer.weight.dtype}
-        term = LowRank(layer.in_features, layer.out_features, self.ranks[path], **like)
-        surgery.specialise(model, path, FactoredLinear if alone else SharedLowRankLinear)
-        if alone:
-            surgery.drop_parameter(model, path, "weight")
-        surgery.fill_slot(model, path, "low_rank", term)
-
-    def _change(self, group: tuple[str, ...], path: str) -> str:
-        rank = self.ranks[path]
-        if len(group) == 1:
-            return f"low rank {rank} in place of the weight" if rank else "unchanged"
-        owner = f"owns the weight of {len(group)} layers" if path == group[0] else f"shares the weight of {group[0]}"
-        return f"{owner}; + private rank {rank}" if rank else owner
-
-    @torch.no_grad()
-    def initialise(self, student: nn.Module, source: Source) -> None:
-        terms = {path: student.get_submodule(path).low_rank for path in self.paths if self.ranks[path]}
-        if self.init == "scratch":
-            for group in self.groups:
-                layer = student.get_submodule(group[0])
-                if len(group) > 1:
-                    nn.init.trunc_normal_(layer.weight, std=0.02)  # as timm starts its linear layers
-            for path, term in terms.items():
-                term.reset_zero()
-                if isinstance(
-                    student.get_submodule(path), FactoredLinear
-                ):  # a product with zero would stay zero for long
-                    nn.init.trunc_normal_(term.up, std=0.02)
-            return
-        metrics = source.metrics(self.paths, self.metric, self.ridge, self.output_ridge)
-        for group in self.groups:
-            weights = [source.weight(path) for path in group]
-            ranks = [self.ranks[path] for path in group]
-            measures = [metrics[path] for path in group]
-            if len(group) == 1:
-                factors = [spectrum(weights[0], measures[0]).factors(ranks[0])]
-            elif self.init == "first":
-                student.get_submodule(group[0]).weight.copy_(weights[0])
-                factors = [
-                    spectrum(w - weights[0], m).factors(r) for w, m, r in zip(weights, measures, ranks, strict=True)
-                ]
-            else:
-                shared, factors = fit_shared(weights, measures, ranks, self.rounds)
-                student.get_submodule(group[0]).weight.copy_(shared)
-            for path, pair in zip(group, factors, strict=True):
-                if path in terms:
-                    terms[path].set_factors(*pair)
-
-    def fitted(self) -> set[str]:
-        return {f"{path}.weight" for path in self.paths}
-
-    @torch.no_grad()
-    def errors(self, student: nn.Module, source: Source) -> dict[str, tuple[float, float | None]]:
-        if self.init == "scratch":
-            return {}
-        measures = source.metrics(self.paths, "inputs", 0.0, 0.0) if self.metric != "weights" else {}
-        result = {}
-        for path in self.paths:
-            layer: Any = student.get_submodule(path)
-            weight = source.weight(path)
-            lost = weight - (layer.effective_weight() if self.ranks[path] else layer.weight).double().cpu()
-            output_error = None
-            if path in measures:
-                output_error = (
-                    measures[path].squared_norm(lost) / max(measures[path].squared_norm(weight), _TINY)
-                ) ** 0.5
-            result[path] = ((lost.norm() / weight.norm().clamp(min=_TINY)).item(), output_error)
-        return result
-
-    def fold(self, model: nn.Module) -> None:
-        """Every layer becomes timm's own linear layer with its effective weight: nothing is shared any more."""
-        # All weights first: assigning one would change its siblings, which still share it.
-        weights = {}
-        for path in self.paths:
-            layer = model.get_submodule(path)
-            weight = layer.effective_weight() if self.ranks[path] else layer.weight
-            trained = any(p.requires_grad for p in layer.parameters())
-            weights[path] = nn.Parameter(weight.detach().clone(), requires_grad=trained)
-        for path, weight in weights.items():
-            if self.ranks[path]:
-                surgery.generalise(model, path, nn.Linear)
-            model.get_submodule(path).weight = weight
 
 
 @transform("lors", LORSPlan)
@@ -184,6 +64,11 @@ class LORS(Transform):
         description="What an error is measured in. weights: the weight itself. inputs: the layer's output on calibration images "
         "(whitening). outputs: what the model computes on them. auto: what wins in our measurements, inputs for layers that share a "
         "weight and outputs for the others.",
+    )
+    sequential: bool = Field(
+        True,
+        description="Fit layers in the order they run, each on what the fitted layers before it produce, towards the teacher's hidden "
+        "states, biases too. False: each as if all others were the teacher's. Ignored where nothing is measured on images.",
     )
     rounds: int = Field(
         4, ge=0, description="How often the shared weight is fitted again to what the private terms leave over."
@@ -241,7 +126,10 @@ class LORS(Transform):
 
     def _resolved(self, groups: list[tuple[str, ...]], ranks: dict[str, int]) -> LORSPlan:
         settings = self.model_dump(include={"init", "rounds", "ridge", "output_ridge"})
-        return LORSPlan(groups=tuple(groups), ranks=ranks, metric=self._metric(groups), **settings)
+        sequential = self.sequential and self.needs_images
+        return LORSPlan(
+            groups=tuple(groups), ranks=ranks, metric=self._metric(groups), sequential=sequential, **settings
+        )
 
     def _metric(self, groups: list[tuple[str, ...]]) -> Literal["weights", "inputs", "outputs"]:
         if self.metric != "auto":
@@ -306,7 +194,7 @@ class LORS(Transform):
             for path, weight, measure in zip(group, weights, measures, strict=True):
                 left = spectrum(weight - shared, measure).values.square().flip(0).cumsum(0).flip(0)
                 # What the model's output loses adds up over layers; a layer's own errors are taken relative to what it computes.
-                whole = 1.0 if kind == "outputs" else max(measure.squared_norm(weight), _TINY)
+                whole = 1.0 if kind == "outputs" else max(measure.squared_norm(weight), TINY)
                 errors[path] = [*(left / whole).tolist(), 0.0]
         return errors
 
