@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from compressvit import __version__
@@ -78,9 +79,15 @@ def _parser() -> argparse.ArgumentParser:
     apply.add_argument("--overwrite", action="store_true", help="delete the run in the folder and begin anew")
     apply.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps, … (default: the best there is)")
 
-    plan = verb("plan", _plan, "print what a recipe will do and cost, without weights or data")
+    plan = verb("plan", _plan, "print what a recipe will do and cost; without weights or data unless --measure")
     recipe_arguments(plan)
     plan.add_argument("--json", action="store_true", help="print it as JSON, for programs")
+    plan.add_argument(
+        "--measure",
+        action="store_true",
+        help="also make the student, from weights and data: the ledger with its errors, and its quality before any training",
+    )
+    plan.add_argument("--device", default="auto", help="cpu, cuda, … for --measure (default: the best there is)")
 
     frontier = verb("frontier", _frontier, "quality before any training against size, over a sweep of budgets")
     recipe_arguments(frontier)
@@ -172,11 +179,24 @@ def _plan(arguments: argparse.Namespace) -> int:
     from compressvit.plan import plan_recipe, print_plan
     from compressvit.recipe import load_recipe
 
-    plan = plan_recipe(load_recipe(arguments.recipe, arguments.overrides), arguments.recipe)
-    if arguments.json:
-        print(json.dumps(plan.as_dict(), indent=2))
-    else:
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    plan = plan_recipe(recipe, arguments.recipe)
+    content = plan.as_dict()
+    if not arguments.json:
         print_plan(plan, Console())
+    if arguments.measure and not plan.conflicts:
+        from compressvit.one_shot import OneShot, quality_words
+        from compressvit.tables import ledger_table
+
+        begin = OneShot(recipe, arguments.device, "plan --measure")
+        student, ledger = begin.student(begin.transforms)
+        scores = begin.scores(student, begin.config)
+        content["measured"] = {"ledger": [asdict(entry) for entry in ledger], "before_training": scores}
+        if not arguments.json:
+            Console().print(ledger_table(ledger))
+            print(f"before training: {quality_words(scores)}")
+    if arguments.json:
+        print(json.dumps(content, indent=2))
     return 2 if plan.conflicts else 0
 
 

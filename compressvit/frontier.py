@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import csv
 import io
+import itertools
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +16,12 @@ from torch import nn
 
 from compressvit import cost
 from compressvit.allocate import Budget
-from compressvit.data import (
-    InputConfig,
-    calibration_batches,
-    eval_loader,
-    input_config,
-    known_classes,
-    open_data,
-    renormalise,
-)
-from compressvit.distill import optimisation as opt
-from compressvit.distill.evaluate import evaluate
+from compressvit.data import InputConfig
 from compressvit.errors import UserError
 from compressvit.files import disk_faults, write_text
-from compressvit.models import build_student, build_teacher, load_teacher
-from compressvit.pipeline import transform_
+from compressvit.one_shot import QUALITIES, OneShot, quality_words
 from compressvit.recipe import Recipe
-from compressvit.run import pick_device
-from compressvit.source import Source
 from compressvit.transforms import LORS, Transform
-
-QUALITIES = {"top1": "top-1 (%)", "agreement": "same first class as the teacher (%)", "cosine": "cosine of the outputs"}
 
 
 def frontier(
@@ -59,52 +44,23 @@ def frontier(
     Raises:
         UserError: no `lors` step, a teacher without values, or no budget that can be met.
     """
-    specs = _transforms(recipe)
-    if recipe.teacher.weights == "train":
-        raise UserError(
-            "frontier trains nothing, so the teacher needs values: run the recipe once and give teacher.weights=RUN/teacher"
-        )
-    where = pick_device(device)
-    datasets = open_data(recipe.data)
-    teacher = _teacher(recipe, datasets.num_classes)
-    opt.seed_everything(recipe.seed, 1)
-    start = build_student(recipe, teacher)
-    config, theirs = input_config(start, recipe.data), input_config(teacher, recipe.data)
-    images = partial(
-        calibration_batches,
-        datasets,
-        recipe.data,
-        config,
-        where,
-        images=recipe.calibration.images,
-        seed=recipe.seed,
-    )
-    source = Source(copy.deepcopy(start), images)  # its moments serve every budget
-    teacher.to(where).eval()
+    _require_lors(recipe)
+    begin = OneShot(recipe, device, "frontier")
 
     def measure(model: nn.Module, budget: float | None, own: InputConfig) -> dict[str, Any]:
-        scores = evaluate(
-            model.to(where),
-            eval_loader(datasets, recipe.data, own, where),
-            where,
-            teacher=teacher,
-            teacher_input=lambda batch: renormalise(batch, own, theirs),
-            labelled=datasets.labeled,
-        )
+        scores = begin.scores(model, own)
         costs = cost.cost(model, (own.channels, own.height, own.width)).as_dict()
         return {"budget": budget, **costs, **{k: scores[k] for k in QUALITIES}}
 
-    rows = [measure(copy.deepcopy(teacher), None, theirs)]
+    rows = [measure(copy.deepcopy(begin.teacher), None, begin.teacher_config)]
     for budget in sorted(budgets, reverse=True):
-        student = copy.deepcopy(start)
-        opt.seed_everything(recipe.seed, 2)
         try:
-            transform_(student, _with_budget(specs, Budget(**{unit: budget})), source)
+            student, _ = begin.student(_with_budget(begin.transforms, Budget(**{unit: budget})))
         except UserError as error:
             console.print(f"budget {budget:g}: {error}", highlight=False, markup=False)
             continue
-        rows.append(measure(student, budget, config))
-        console.print(f"budget {budget:g}: {_words(rows[-1])}", highlight=False)
+        rows.append(measure(student, budget, begin.config))
+        console.print(f"budget {budget:g}: {quality_words(rows[-1])}", highlight=False)
     if len(rows) == 1:
         raise UserError("none of the budgets can be met; the messages above say what can")
     _write(rows, output, unit, recipe.teacher.model)
@@ -113,26 +69,9 @@ def frontier(
     return rows
 
 
-def _teacher(recipe: Recipe, classes: int | None) -> nn.Module:
-    """The teacher with its values, and no head that would have to be trained first."""
-    section = recipe.teacher
-    count = section.num_classes
-    if count is None and section.finetune is not None:
-        count = known_classes(recipe.data) or classes
-    as_it_is = section.model_copy(update={"finetune": None, "num_classes": count})
-    recipe = recipe.model_copy(update={"teacher": as_it_is})
-    teacher = build_teacher(recipe)
-    load_teacher(recipe, teacher)
-    return teacher
-
-
-def _transforms(recipe: Recipe) -> list[Transform]:
-    """The transforms before the first phase, with the `lors` step that the budget goes to."""
-    specs: list[Transform] = []
-    for step in recipe.steps:
-        if not isinstance(step.spec, Transform):
-            break
-        specs.append(step.spec)
+def _require_lors(recipe: Recipe) -> None:
+    """A `lors` step before the first phase, for the budget to go to."""
+    specs = [step.spec for step in itertools.takewhile(lambda step: isinstance(step.spec, Transform), recipe.steps)]
     if not any(isinstance(spec, LORS) for spec in specs):
         names = ", ".join(step.name for step in recipe.steps)
         raise UserError(
@@ -142,7 +81,6 @@ def _transforms(recipe: Recipe) -> list[Transform]:
         raise UserError(
             "frontier spends its budgets by the errors of a teacher's weights, which lors.init=scratch does not use"
         )
-    return specs
 
 
 def _with_budget(specs: list[Transform], budget: Budget) -> list[Transform]:
@@ -153,10 +91,6 @@ def _with_budget(specs: list[Transform], budget: Budget) -> list[Transform]:
         else spec
         for i, spec in enumerate(specs)
     ]
-
-
-def _words(row: dict[str, Any]) -> str:
-    return ", ".join(f"{label} {row[key]:.4g}" for key, label in QUALITIES.items() if row[key] is not None)
 
 
 def _table(rows: list[dict[str, Any]], unit: str) -> Table:

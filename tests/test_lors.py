@@ -112,7 +112,9 @@ def test_whitening_loses_less_of_every_layers_output_than_plain_truncation(backb
     outputs(teacher, images)
     inputs = dict(seen)
     made = {
-        metric: compress(teacher, [LORS(rank=4, share=1, metric=metric, ridge=1e-6, sequential=False)], calibration=images)
+        metric: compress(
+            teacher, [LORS(rank=4, share=1, metric=metric, ridge=1e-6, sequential=False)], calibration=images
+        )
         for metric in ("inputs", "weights")
     }
     assert len(paths) >= 8

@@ -123,7 +123,9 @@ def test_too_few_images_do_no_harm():
     teacher = build("vit")
     images, unseen = images_for(teacher, 2), images_for(teacher, 32, seed=2)
     errors = [
-        relative(outputs(compress(teacher, [LORS(rank=8, share=1, sequential=s)], images), unseen), outputs(teacher, unseen))
+        relative(
+            outputs(compress(teacher, [LORS(rank=8, share=1, sequential=s)], images), unseen), outputs(teacher, unseen)
+        )
         for s in (False, True)
     ]
     assert errors[1] < 1.2 * errors[0], errors
@@ -152,7 +154,8 @@ def test_composed_with_sharing_and_transforms():
         errors.append(relative(student.forward_features(unseen), teacher.forward_features(unseen)))
     assert errors[1] < errors[0]
     groups = compression_of(student).ties
-    assert groups and all(len(g) == 2 for g in groups)
+    assert groups
+    assert all(len(g) == 2 for g in groups)
 
 
 def test_nothing_is_left_behind_and_the_teacher_is_untouched(monkeypatch, tmp_path):
@@ -162,7 +165,8 @@ def test_nothing_is_left_behind_and_the_teacher_is_untouched(monkeypatch, tmp_pa
     student = compress(teacher, [LORS(rank=2, share=1)], calibration=images_for(teacher, 8))
     assert not list(tmp_path.iterdir())
     assert all(torch.equal(p, before[n]) for n, p in teacher.state_dict().items())
-    assert not teacher.training and all(p.requires_grad for p in student.parameters())
+    assert not teacher.training
+    assert all(p.requires_grad for p in student.parameters())
 
 
 def test_the_ledger_has_the_errors_that_were_fitted():

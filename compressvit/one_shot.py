@@ -1,0 +1,120 @@
+"""A recipe's student before any training: the transforms of its first steps on the teacher's values, and how good the result is."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from compressvit.data import (
+    InputConfig,
+    calibration_batches,
+    eval_loader,
+    input_config,
+    known_classes,
+    open_data,
+    renormalise,
+)
+from compressvit.distill import optimisation as opt
+from compressvit.distill.evaluate import evaluate
+from compressvit.errors import UserError
+from compressvit.models import build_student, build_teacher, load_teacher
+from compressvit.pipeline import transform_
+from compressvit.recipe import Recipe
+from compressvit.run import pick_device
+from compressvit.source import Source
+from compressvit.transforms import LedgerEntry, Transform
+
+QUALITIES = {"top1": "top-1 (%)", "agreement": "same first class as the teacher (%)", "cosine": "cosine of the outputs"}
+
+
+class OneShot:
+    """Teacher, data and calibration images of a recipe, loaded once for any number of students.
+
+    Attributes:
+        transforms: those before the recipe's first phase.
+        teacher: in eval mode, on the device.
+        config, teacher_config: what the images of student and teacher look like.
+
+    Raises:
+        UserError: the recipe would train its teacher first, begins with a phase, or names data or weights that are not there.
+    """
+
+    def __init__(self, recipe: Recipe, device: str, asker: str):
+        if recipe.teacher.weights == "train":
+            raise UserError(
+                f"{asker} trains nothing, so the teacher needs values: run the recipe once and give teacher.weights=RUN/teacher"
+            )
+        self.transforms = _leading_transforms(recipe, asker)
+        self.recipe = recipe
+        self.device = pick_device(device)
+        self.datasets = open_data(recipe.data)
+        self.teacher = _teacher(recipe, self.datasets.num_classes)
+        opt.seed_everything(recipe.seed, 1)
+        self._start = build_student(recipe, self.teacher)
+        self.config, self.teacher_config = (input_config(m, recipe.data) for m in (self._start, self.teacher))
+        images = partial(
+            calibration_batches,
+            self.datasets,
+            recipe.data,
+            self.config,
+            self.device,
+            images=recipe.calibration.images,
+            seed=recipe.seed,
+        )
+        self._source = Source(copy.deepcopy(self._start), images)  # its moments serve every student
+        self.teacher.to(self.device).eval()
+
+    def student(self, transforms: list[Transform]) -> tuple[nn.Module, list[LedgerEntry]]:
+        """A student that `transforms` make of the recipe's start, and their ledger with its errors."""
+        student = copy.deepcopy(self._start)
+        opt.seed_everything(self.recipe.seed, 2)
+        return student, transform_(student, transforms, self._source)
+
+    def scores(self, model: nn.Module, own: InputConfig) -> dict[str, Any]:
+        """`evaluate` of a model, beside the teacher, on images that look like `own`."""
+        teacher_input: Callable[[torch.Tensor], torch.Tensor] = lambda batch: renormalise(  # noqa: E731
+            batch, own, self.teacher_config
+        )
+        return evaluate(
+            model.to(self.device),
+            eval_loader(self.datasets, self.recipe.data, own, self.device),
+            self.device,
+            teacher=self.teacher,
+            teacher_input=teacher_input,
+            labelled=self.datasets.labeled,
+        )
+
+
+def quality_words(scores: dict[str, Any]) -> str:
+    """The qualities that were measured, in a few words."""
+    return ", ".join(f"{label} {scores[key]:.4g}" for key, label in QUALITIES.items() if scores[key] is not None)
+
+
+def _leading_transforms(recipe: Recipe, asker: str) -> list[Transform]:
+    specs: list[Transform] = []
+    for step in recipe.steps:
+        if not isinstance(step.spec, Transform):
+            break
+        specs.append(step.spec)
+    if not specs:
+        names = ", ".join(step.name for step in recipe.steps) or "none"
+        raise UserError(f"{asker} looks at the transforms before the first phase; the steps of this recipe are {names}")
+    return specs
+
+
+def _teacher(recipe: Recipe, classes: int | None) -> nn.Module:
+    """The teacher with its values, and no head that would have to be trained first."""
+    section = recipe.teacher
+    count = section.num_classes
+    if count is None and section.finetune is not None:
+        count = known_classes(recipe.data) or classes
+    as_it_is = section.model_copy(update={"finetune": None, "num_classes": count})
+    recipe = recipe.model_copy(update={"teacher": as_it_is})
+    teacher = build_teacher(recipe)
+    load_teacher(recipe, teacher)
+    return teacher

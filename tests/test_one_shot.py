@@ -1,0 +1,50 @@
+"""`plan --measure`: what a recipe's transforms make of the teacher, before any training."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from helpers.runs import TINY, done, refused
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one_shot")
+    recipe = folder / "lors.yaml"
+    recipe.write_text(
+        TINY.replace("multiplex: {share: 2}", "lors: {share: 1, rank: 3}").replace("epochs: 1}", "epochs: 6}")
+    )
+    done("apply", recipe, "--output", folder / "run", "calibration.images=32")
+    return recipe, folder / "run"
+
+
+def test_it_says_what_apply_says_before_training(trained):
+    recipe, run = trained
+    words = [recipe, f"teacher.weights={run / 'teacher'}", "calibration.images=32", "--measure"]
+    measured = json.loads(done("plan", *words, "--json"))["measured"]
+    results = json.loads((run / "results.json").read_text())
+    start = results["phases"]["1_distill"]["start"]
+    assert measured["before_training"]["top1"] == pytest.approx(start["top1"])
+    assert results["phases"]["1_distill"]["kept_epoch"] == 6
+    assert [e["path"] for e in measured["ledger"]] == [e["path"] for e in results["ledger"]]
+    for ours, theirs in zip(measured["ledger"], results["ledger"], strict=True):
+        assert ours["output_error"] == pytest.approx(theirs["output_error"], abs=1e-4)
+        assert 0 < ours["weight_error"] < 2  # of the weight itself, which is not what is minimised
+    out = done("plan", *words)
+    for word in ("error of weight", "before training", "top-1"):
+        assert word in out
+    assert "error of weight" not in done("plan", *words[:-1])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "plan --measure trains nothing, so the teacher needs values"),
+        (["steps=[distill]", "teacher.weights=RUN"], "plan --measure looks at the transforms before the first phase"),
+        (["teacher.weights=nowhere.safetensors"], "nowhere.safetensors"),
+    ],
+)
+def test_what_cannot_be_measured(trained, words, message):
+    words = [word.replace("RUN", str(trained[1] / "teacher")) for word in words]
+    assert message in refused("plan", trained[0], *words, "--measure")
