@@ -140,6 +140,11 @@ def uniform(curves: Mapping[str, Curve], limit: int) -> dict[str, int | None]:
     return {n: None if c.dense is not None and c.cost(ranks[n]) >= c.dense else ranks[n] for n, c in curves.items()}
 
 
+def least_cost(curves: Mapping[str, Curve]) -> int:
+    """What the layers cost at least."""
+    return sum(min(c.cost(c.least), c.cost(c.least) if c.dense is None else c.dense) for c in curves.values())
+
+
 def spend(
     budget: Budget,
     curves: Mapping[str, Curve],
@@ -162,9 +167,7 @@ def spend(
         UserError: not even the least ranks fit, or the budget is above what the model costs anyway.
     """
     limit = budget.limit(of_teacher)
-    least = fixed + sum(
-        min(c.cost(c.least), c.cost(None) if c.dense is not None else c.cost(c.least)) for c in curves.values()
-    )
+    least = fixed + least_cost(curves)
     if limit < least:
         raise UserError(
             f"{asker}: a budget of {limit:,} {budget.unit} cannot be met: the smallest that these steps reach is {least:,} "

@@ -68,15 +68,25 @@ class Sums:
 
 @dataclass
 class Regression:
-    """What one layer is to learn: sums of two sets of batches, so that a ridge can be judged by images it was not fitted to."""
+    """What one layer is to learn: sums over two sets of images, so that a ridge is judged by images it was not fitted to."""
 
     fitted: Sums = field(default_factory=Sums)
     held_out: Sums = field(default_factory=Sums)
+    _images: int = 0
+
+    def add(self, x: Tensor, y: Tensor, weights: Tensor, images: int) -> None:
+        """Add the tokens of a batch of images, one after the other: x (…, in), y (…, out), weights (…, 1). One in four is held out."""
+        held_out = (torch.arange(images, device=x.device) + self._images) % 4 == 3
+        self._images += images
+        tokens = [t.reshape(images, -1, t.shape[-1]) for t in (x, y, weights)]
+        for sums, mask in ((self.fitted, ~held_out), (self.held_out, held_out)):
+            if mask.any():
+                sums.add(*(t[mask].flatten(0, 1) for t in tokens))
 
     def solve(self, prior: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """The matrix (out, in) that predicts y from x best, with a ridge towards `prior`, and the moment E[xᵀx] (in, in) of errors in it.
 
-        The ridge is the one of `RIDGES` that does best on the held-out batches, or none of them: where that is `prior` itself, few
+        The ridge is the one of `RIDGES` that does best on the held-out images, or none of them: where that is `prior` itself, few
         images have nothing to teach.
 
         Args:
@@ -226,8 +236,7 @@ def fit_in_order(
                     weights = torch.ones(*x.shape[:-1], 1, device=device)
                     if prefix := getattr(student, "num_prefix_tokens", 0):
                         weights[:, :prefix] = prefix_weights[f"{block}.{name}"]
-                    sums = regression.held_out if i % 4 == 3 else regression.fitted
-                    sums.add(x.flatten(0, -2), y.flatten(0, -2), weights.flatten(0, -2))
+                    regression.add(x, y, weights, images=len(ours.hidden(i, device)))
                 fit(f"{block}.{name}", regression)
 
 

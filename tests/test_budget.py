@@ -110,7 +110,7 @@ def test_ranks_by_error_are_closer_than_uniform_ones():
             left, values, right = torch.linalg.svd(block.mlp.fc1.weight, full_matrices=False)
             block.mlp.fc1.weight.copy_(left * values * torch.linspace(1, 0, len(values)) ** (3 * i) @ right)
     images = images_for(teacher, 32)
-    spec = LORS(share=1, budget=Budget(parameters=0.5))
+    spec = LORS(share=1, budget=Budget(parameters=0.5), sequential=False)
     student = compress(teacher, [spec], calibration=images)
     even, plan = (
         copy.deepcopy(teacher),
@@ -119,8 +119,8 @@ def test_ranks_by_error_are_closer_than_uniform_ones():
     plan.apply(even)
     plan.initialise(even, Source(teacher, images))
     assert ties.count_parameters(student) <= ties.count_parameters(even)
-    gaps = [(outputs(m, images) - outputs(teacher, images)).norm() for m in (student, even)]
-    assert gaps[0] < gaps[1]  # measured 0.8
+    gaps = [(m.forward_features(images) - teacher.forward_features(images)).norm() for m in (student, even)]
+    assert gaps[0] < 0.9 * gaps[1]  # measured 0.74
 
 
 def test_a_budget_after_sharing_spends_what_is_left(tmp_path):

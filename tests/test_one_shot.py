@@ -30,7 +30,7 @@ def test_it_says_what_apply_says_before_training(trained):
     assert [e["path"] for e in measured["ledger"]] == [e["path"] for e in results["ledger"]]
     for ours, theirs in zip(measured["ledger"], results["ledger"], strict=True):
         assert ours["output_error"] == pytest.approx(theirs["output_error"], abs=1e-4)
-        assert 0 < ours["weight_error"] < 2  # of the weight itself, which is not what is minimised
+        assert ours["weight_error"] > 0
     out = done("plan", *words)
     for word in ("error of weight", "before training", "top-1"):
         assert word in out

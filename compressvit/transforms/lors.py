@@ -11,20 +11,22 @@ weights, with errors measured where they matter: see `compressvit.lowrank`.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from fnmatch import fnmatch
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 from torch import nn
 
-from compressvit import cost, surgery, ties
-from compressvit.allocate import Budget, Curve, header_bytes, original_macs, original_parameters, spend
-from compressvit.backbone import Backbone, describe, input_size, model_name, share_groups
+from compressvit import ties
+from compressvit.allocate import Budget
+from compressvit.backbone import Backbone, describe, model_name, share_groups
 from compressvit.errors import UserError, did_you_mean
 from compressvit.layers.linear import FactoredLinear, SharedLowRankLinear
-from compressvit.lowrank import TINY, fit_shared, spectrum
-from compressvit.source import Source, tokens_at
+from compressvit.source import Source
 from compressvit.transforms.base import Transform, transform
+from compressvit.transforms.lors_budget import Spending, group_by_similarity
 from compressvit.transforms.lors_plan import LORSPlan
 
 TARGETS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
@@ -46,10 +48,16 @@ class LORS(Transform):
         1,
         description="The paper's K: terms of rank r in each layer, so that its rank is K·r; one number, or one per block.",
     )
-    share: int | tuple[int, ...] | None = Field(
+    share: int | tuple[int, ...] | Literal["auto"] | None = Field(
         None,
         description="Blocks in a share group: one number, or one per stage. 1 shares nothing and drops the dense weight. "
-        "Null: as an earlier step shares them, and where none does, all blocks of a stage. What is not shared then keeps its weight.",
+        "Null: as an earlier step shares them, and where none does, all blocks of a stage. What is not shared then keeps its weight. "
+        "auto: for each kind of layer of each stage what leaves the least error in the budget, 1 included.",
+    )
+    group_by: Literal["consecutive", "similarity"] = Field(
+        "consecutive",
+        description="similarity: a stage has as many groups as with `share` consecutive blocks, of the layers that lose least by sharing, "
+        "wherever they are and however many.",
     )
     targets: tuple[str, ...] = Field(
         TARGETS, min_length=1, description="Linear layers of a block, by path within it; * matches any part."
@@ -86,7 +94,7 @@ class LORS(Transform):
     @classmethod
     def _not_negative(cls, value, info):
         least = 1 if info.field_name == "share" else 0
-        for number in (value,) if isinstance(value, int) else value or ():
+        for number in (value,) if isinstance(value, int) else () if value == "auto" else value or ():
             if number < least:
                 raise ValueError(f"{info.field_name} is at least {least}, not {number}")
         return value
@@ -97,6 +105,14 @@ class LORS(Transform):
             raise ValueError("lors needs a rank or a budget" + (", not both" if self.budget else ""))
         if self.budget and self.init == "scratch":
             raise ValueError("a budget is spent by the errors of a teacher's weights, which init: scratch does not use")
+        if self.share == "auto" and not self.budget:
+            raise ValueError("share: auto chooses by what is left of a budget; give one, or a number of blocks")
+        if self.group_by == "similarity" and self.init == "scratch":
+            raise ValueError("layers that start from noise are all alike; leave group_by: similarity out")
+        if self.group_by == "similarity" and self.share is None:
+            raise ValueError(
+                "group_by: similarity makes groups of its own, so it needs share: a number of blocks, or auto"
+            )
         if self.budget and self.groups != 1:
             raise ValueError("groups multiply the rank, which a budget chooses; leave groups out")
         return self
@@ -107,96 +123,56 @@ class LORS(Transform):
 
     @property
     def provisional(self) -> bool:
-        return self.budget is not None
+        return self.budget is not None or self.group_by == "similarity"
 
     def plan(self, model: nn.Module, source: Source | None = None) -> LORSPlan:
         backbone = describe(model)
-        groups = [g for target in self._targets(model, backbone) for g in self._groups(model, backbone, target)]
-        ranks = (
-            dict.fromkeys((path for g in groups for path in g), 0)
-            if self.budget
-            else self._ranks(model, backbone, groups)
-        )
-        self._refuse_conflicts(model, groups, ranks)
-        if self.budget:
-            chosen = self._spend(self.budget, model, groups, source)
-            groups = [g for g in groups if chosen[g[0]] is not None]  # the others stay dense
-            ranks = {path: rank for path, rank in chosen.items() if rank is not None}
-        return self._resolved(groups, ranks)
+        targets = self._targets(model, backbone)
+        if not self.budget:
+            groups = [g for target in targets for g in self._groups(model, backbone, target, self.share, source)]
+            ranks = self._ranks(model, backbone, groups)
+            self._refuse_conflicts(model, groups, ranks)
+            return self.resolved(groups, ranks)
+        choices = [ways for target in targets for ways in self._choices(model, backbone, target, source)]
+        every = [path for ways in choices for group in ways[0] for path in group]
+        groups = [group for ways in choices for group in ways[0]]
+        self._refuse_conflicts(model, groups, dict.fromkeys(every, 0))
+        spending = Spending(self, model, source, every)
+        if self.share == "auto" and source is not None:
+            groups = spending.choose(choices)
+        chosen = spending.ranks(groups)
+        kept = [g for g in groups if chosen[g[0]] is not None]  # the others stay dense
+        return self.resolved(kept, {path: rank for path, rank in chosen.items() if rank is not None})
 
-    def _resolved(self, groups: list[tuple[str, ...]], ranks: dict[str, int]) -> LORSPlan:
+    def resolved(self, groups: Sequence[tuple[str, ...]], ranks: dict[str, int]) -> LORSPlan:
+        """The plan for these groups and ranks."""
         settings = self.model_dump(include={"init", "rounds", "ridge", "output_ridge"})
         sequential = self.sequential and self.needs_images
         return LORSPlan(
-            groups=tuple(groups), ranks=ranks, metric=self._metric(groups), sequential=sequential, **settings
+            groups=tuple(groups), ranks=ranks, metric=self.metric_for(groups), sequential=sequential, **settings
         )
 
-    def _metric(self, groups: list[tuple[str, ...]]) -> Literal["weights", "inputs", "outputs"]:
+    def metric_for(self, groups: Sequence[tuple[str, ...]]) -> Literal["weights", "inputs", "outputs"]:
+        """What errors of these groups are measured in."""
         if self.metric != "auto":
             return self.metric
         return "inputs" if any(len(g) > 1 for g in groups) else "outputs"
 
-    def _spend(
-        self, budget: Budget, model: nn.Module, groups: list[tuple[str, ...]], source: Source | None
-    ) -> dict[str, int | None]:
-        """Ranks within a budget; without a source, uniform ones."""
-        errors = self._errors(groups, source) if source is not None else {}
-        layers: dict[str, Any] = {path: model.get_submodule(path) for g in groups for path in g}
-        itemsize = next(model.parameters()).element_size()
-        tokens = tokens_at(model, list(layers)) if budget.macs else {}
-        unit = {"parameters": 1, "bytes": itemsize}.get(budget.unit, 0)
-        curves = {}
-        for group in groups:
-            for path in group:
-                inner, out = layers[path].in_features, layers[path].out_features
-                # as the layers' forward chooses it
-                macs = (
-                    inner * out
-                    if len(group) > 1 and tokens.get(path, 0) * (inner + out) >= inner * out
-                    else (tokens.get(path, 0) * (inner + out))
-                )
-                most = min(inner, out)
-                curves[path] = Curve(
-                    step=unit * (inner + out) or macs,
-                    least=1 if len(group) == 1 else 0,
-                    most=most,
-                    dense=(unit or tokens[path]) * inner * out if len(group) == 1 else None,
-                    errors=errors.get(path, [0.0] * (most + 1)),
-                )
-        weights = {id(layer.weight): layer.weight.numel() for layer in layers.values()}
-        shared = sum(layers[g[0]].weight.numel() for g in groups if len(g) > 1)
-        if budget.macs:
-            size = input_size(model)
-            fixed = cost.macs(model, size) - sum(
-                tokens[g[0]] * layers[g[0]].weight.numel() for g in groups if len(g) == 1
-            )
-            of_teacher = original_macs(model)
-        else:
-            fixed = unit * (ties.count_parameters(model) - sum(weights.values()) + shared)
-            of_teacher = unit * original_parameters(model)
-            if budget.bytes:
-                empty = surgery.skeleton(model)
-                half = {path: max(1, curve.most // 2) for path, curve in curves.items()}
-                self._resolved(groups, half).apply(empty)
-                fixed += header_bytes(empty) + 4 * len(layers)  # the offsets may have a digit more each
-                of_teacher += header_bytes(model)
-        return spend(budget, curves, fixed=fixed, of_teacher=of_teacher, by_error=source is not None, asker="lors")
-
-    def _errors(self, groups: list[tuple[str, ...]], source: Source) -> dict[str, list[float]]:
-        """For every layer, the error that a term of rank 0, 1, … leaves."""
-        kind = self._metric(groups)
-        metrics = source.metrics([path for g in groups for path in g], kind, self.ridge, self.output_ridge)
-        errors = {}
-        for group in groups:
-            weights = [source.weight(path) for path in group]
-            measures = [metrics[path] for path in group]
-            shared = 0 if len(group) == 1 else weights[0] if self.init == "first" else fit_shared(weights, measures)[0]
-            for path, weight, measure in zip(group, weights, measures, strict=True):
-                left = spectrum(weight - shared, measure).values.square().flip(0).cumsum(0).flip(0)
-                # What the model's output loses adds up over layers; a layer's own errors are taken relative to what it computes.
-                whole = 1.0 if kind == "outputs" else max(measure.squared_norm(weight), TINY)
-                errors[path] = [*(left / whole).tolist(), 0.0]
-        return errors
+    def _choices(
+        self, model: nn.Module, backbone: Backbone, target: str, source: Source | None
+    ) -> list[list[list[tuple[str, ...]]]]:
+        """For every stage, the ways to group its layers called `target`: one, or with `share: auto` every one that divides it."""
+        depths = [len(stage) for stage in backbone.stages]
+        shares: list[Any] = [self.share]
+        if self.share == "auto":
+            shares = [tuple(math.gcd(d, n) for d in depths) for n in range(1, max(depths) + 1)]
+        groupings = [self._groups(model, backbone, target, share, source) for share in dict.fromkeys(shares)]
+        choices = []
+        for stage in backbone.stages:
+            paths = {f"{block.path}.{target}" for block in stage}
+            ways = [tuple(g for g in groups if g[0] in paths) for groups in groupings]
+            choices.append([list(way) for way in dict.fromkeys(ways)])
+        return choices
 
     def _targets(self, model: nn.Module, backbone: Backbone) -> list[str]:
         """The relative paths that the patterns name, which every block has."""
@@ -213,14 +189,29 @@ class LORS(Transform):
             found += [name for name in matches if name not in found]
         return found
 
-    def _groups(self, model: nn.Module, backbone: Backbone, target: str) -> list[tuple[str, ...]]:
+    def _groups(
+        self,
+        model: nn.Module,
+        backbone: Backbone,
+        target: str,
+        share: int | tuple[int, ...] | None,
+        source: Source | None,
+    ) -> list[tuple[str, ...]]:
         """The layers called `target`, grouped by `share`."""
-        if self.share is not None:
-            return [tuple(f"{path}.{target}" for path in g) for g in share_groups(model, self.share, "lors.share")]
         stages = [tuple(f"{block.path}.{target}" for block in stage) for stage in backbone.stages]
-        names = {f"{path}.weight" for stage in stages for path in stage}
-        tied = [tuple(n.removesuffix(".weight") for n in g) for g in ties.tied_groups(model) if set(g) <= names]
-        return tied or [stage for stage in stages if len(stage) > 1]
+        if share is None:
+            names = {f"{path}.weight" for stage in stages for path in stage}
+            tied = [tuple(n.removesuffix(".weight") for n in g) for g in ties.tied_groups(model) if set(g) <= names]
+            return tied or [stage for stage in stages if len(stage) > 1]
+        consecutive = [tuple(f"{path}.{target}" for path in g) for g in share_groups(model, share, "lors.share")]
+        if self.group_by == "consecutive" or source is None:
+            return consecutive
+        kind = "weights" if self.metric == "weights" else "inputs"
+        return [
+            group
+            for stage in stages
+            for group in group_by_similarity(stage, sum(g[0] in stage for g in consecutive), source, kind, self.ridge)
+        ]
 
     def _ranks(self, model: nn.Module, backbone: Backbone, groups: list[tuple[str, ...]]) -> dict[str, int]:
         blocks = [block.path for block in backbone.blocks]
