@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import csv
 import io
-import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,12 @@ from compressvit.allocate import Budget
 from compressvit.data import InputConfig
 from compressvit.errors import UserError
 from compressvit.files import disk_faults, write_text
-from compressvit.one_shot import QUALITIES, OneShot, quality_words
+from compressvit.one_shot import QUALITIES, OneShot, leading_transforms, quality_words
 from compressvit.recipe import Recipe
+from compressvit.tables import megabytes
 from compressvit.transforms import LORS, Transform
+
+_COLUMNS = {"top1": "top-1 %", "agreement": "same class %", "cosine": "cosine"}
 
 
 def frontier(
@@ -71,7 +73,7 @@ def frontier(
 
 def _require_lors(recipe: Recipe) -> None:
     """A `lors` step before the first phase, for the budget to go to."""
-    specs = [step.spec for step in itertools.takewhile(lambda step: isinstance(step.spec, Transform), recipe.steps)]
+    specs = leading_transforms(recipe)
     if not any(isinstance(spec, LORS) for spec in specs):
         names = ", ".join(step.name for step in recipe.steps)
         raise UserError(
@@ -95,15 +97,17 @@ def _with_budget(specs: list[Transform], budget: Budget) -> list[Transform]:
 
 def _table(rows: list[dict[str, Any]], unit: str) -> Table:
     table = Table(title="Before any training", title_justify="left")
-    shown = {key: label for key, label in QUALITIES.items() if rows[-1][key] is not None}
-    for column in ("budget", "parameters", "bytes", "MACs", f"{unit} / teacher's", *shown.values()):
+    shown = [key for key in QUALITIES if rows[-1][key] is not None]
+    for column in ("budget", "parameters", "bytes", "MACs", f"{unit}, of teacher", *(_COLUMNS[key] for key in shown)):
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(
             "teacher" if row["budget"] is None else f"{row['budget']:g}",
-            *(f"{row[key]:,}" for key in ("parameters", "bytes", "macs")),
+            f"{row['parameters']:,}",
+            megabytes(row["bytes"]),
+            f"{row['macs'] / 1e6:,.1f} M",
             f"{row[unit] / rows[0][unit]:.3f}",
-            *("" if row[key] is None else f"{row[key]:.4g}" for key in shown),
+            *(f"{row[key]:.4g}" for key in shown),
         )
     return table
 

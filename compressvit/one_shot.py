@@ -49,7 +49,12 @@ class OneShot:
             raise UserError(
                 f"{asker} trains nothing, so the teacher needs values: run the recipe once and give teacher.weights=RUN/teacher"
             )
-        self.transforms = _leading_transforms(recipe, asker)
+        self.transforms = leading_transforms(recipe)
+        if not self.transforms:
+            names = ", ".join(step.name for step in recipe.steps) or "none"
+            raise UserError(
+                f"{asker} looks at the transforms before the first phase; the steps of this recipe are {names}"
+            )
         self.recipe = recipe
         self.device = pick_device(device)
         self.datasets = open_data(recipe.data)
@@ -72,7 +77,7 @@ class OneShot:
     def student(self, transforms: list[Transform]) -> tuple[nn.Module, list[LedgerEntry]]:
         """A student that `transforms` make of the recipe's start, and their ledger with its errors."""
         student = copy.deepcopy(self._start)
-        opt.seed_everything(self.recipe.seed, 2)
+        opt.seed_everything(self.recipe.seed, 2, len(self.transforms))  # as `apply` does before its first phase
         return student, transform_(student, transforms, self._source)
 
     def scores(self, model: nn.Module, own: InputConfig) -> dict[str, Any]:
@@ -95,15 +100,13 @@ def quality_words(scores: dict[str, Any]) -> str:
     return ", ".join(f"{label} {scores[key]:.4g}" for key, label in QUALITIES.items() if scores[key] is not None)
 
 
-def _leading_transforms(recipe: Recipe, asker: str) -> list[Transform]:
+def leading_transforms(recipe: Recipe) -> list[Transform]:
+    """The transforms before the recipe's first phase."""
     specs: list[Transform] = []
     for step in recipe.steps:
         if not isinstance(step.spec, Transform):
             break
         specs.append(step.spec)
-    if not specs:
-        names = ", ".join(step.name for step in recipe.steps) or "none"
-        raise UserError(f"{asker} looks at the transforms before the first phase; the steps of this recipe are {names}")
     return specs
 
 

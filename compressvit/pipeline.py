@@ -11,6 +11,7 @@ from torch import nn
 
 from compressvit import surgery, ties
 from compressvit.errors import UserError
+from compressvit.sequential import fit_in_order
 from compressvit.source import Images, Source
 from compressvit.transforms import LedgerEntry, Plan, Transform
 
@@ -80,15 +81,21 @@ def transform_(
         if plan.loads_values:
             source = source.with_model(copy.deepcopy(model))
             fresh = []
-    for plan in fresh:
-        plan.refine(model, source)
+    fitted = _fit_in_order(fresh, model, source)
     errors = {(plan.transform, path): found for plan in fresh for path, found in plan.errors(model, source).items()}
     for i, entry in enumerate(ledger):
         weight_error, output_error = errors.get((entry.step, entry.path), (None, None))
+        output_error = fitted.get(entry.path, output_error) if weight_error is not None else None
         ledger[i] = replace(entry, weight_error=weight_error, output_error=output_error)
     record = compression_of(model).ledger
     record[len(record) - len(ledger) :] = ledger
     return ledger
+
+
+def _fit_in_order(plans: Sequence[Plan], student: nn.Module, source: Source) -> dict[str, float]:
+    """Fit the layers that want it, of all plans in one walk; returns by path the relative errors that are left."""
+    fits = {path: fit for plan in plans for path, fit in plan.layer_fits(student, source).items()}
+    return fit_in_order(copy.deepcopy(student).float(), source.model, source.batches(), fits) if fits else {}
 
 
 def materialise(model: nn.Module) -> nn.Module:

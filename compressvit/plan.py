@@ -128,11 +128,8 @@ def plan_recipe(recipe: Recipe, name: str = "recipe", *, classes: int | None = N
         last = f"no step trains the student after steps[{len(recipe.steps) - 1}].{recipe.steps[-1].name}"
         notes.append(f"{last}: what comes out is the student as the transforms initialise it")
     for index, step in enumerate(recipe.steps):
-        if isinstance(step.spec, Transform) and step.spec.provisional:
-            notes.append(
-                f"steps[{index}].{step.name}: ranks are uniform in this plan; apply spends the same budget by the errors it measures "
-                f"on {recipe.calibration.images} training images"
-            )
+        if isinstance(step.spec, Transform):
+            notes += [f"steps[{index}].{step.name}: {sentence}" for sentence in step.spec.provisional]
     notes += _break_even_notes(student)
     if compression_of(student).ties:
         notes.append("sharing cuts parameters and disk, not MACs or latency: every block still runs")

@@ -63,6 +63,6 @@ def ranks_plot(ranks: Mapping[str, int], full: Mapping[str, int], path: Path) ->
     axes.invert_yaxis()
     axes.tick_params(axis="y", labelsize=6)
     axes.set(xlabel="rank")
-    axes.legend(loc="lower right", fontsize=8)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, fontsize=8)  # above the bars
     axes.margins(y=0.01)
     figure.savefig(path, dpi=150)

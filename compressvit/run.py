@@ -311,7 +311,10 @@ class _Run:
             batch_size=self.recipe.data.batch_size,
             device=self.device,
             log=self.log,
-            evaluate=lambda m: self._evaluate(m, teacher if not self.datasets.labeled else None),
+            # without labels, or classes to tell apart, only the teacher says how good a student is
+            evaluate=lambda m: self._evaluate(
+                m, None if self.datasets.labeled and getattr(m, "num_classes", 0) else teacher
+            ),
             teacher=guide,
         )
 

@@ -7,15 +7,15 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, track
 from rich.text import Text
 
 from compressvit.files import disk_faults
@@ -92,6 +92,15 @@ class RunLog:
         if self._writer is not None:
             self._writer.close()
         _silence()
+
+
+T = TypeVar("T")
+
+
+def watched(items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
+    """`items`, with a progress bar on stderr while they are gone through, if that is a terminal."""
+    console = Console(stderr=True)
+    return track(items, description, total, console=console, transient=True, disable=not console.is_terminal)
 
 
 def _silence() -> None:

@@ -5,14 +5,16 @@ student's own inputs x and is asked for the teacher's outputs y, so it also undo
 residual branch, y is what makes the sum with the student's residual stream the teacher's. (Asymmetric reconstruction: Zhang et al.,
 https://arxiv.org/abs/1505.06798, section 3.3; for transformers e.g. SVD-LLM, https://arxiv.org/abs/2403.07378, section 3.3.)
 
-Only second moments are kept of a layer; the hidden states between blocks wait on the disk, so memory does not grow with images.
+Only second moments are kept of a layer. The hidden states between blocks wait in temporary files (TMPDIR), 8 bytes for each of
+images × tokens × width, so memory does not grow with images where those are on a disk.
 """
 
 from __future__ import annotations
 
+import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,12 +25,13 @@ from torch import nn
 
 from compressvit.backbone import describe
 from compressvit.errors import UserError
-from compressvit.files import disk_faults
-from compressvit.lowrank import Tensor
+from compressvit.lowrank import TINY, Tensor
+from compressvit.runlog import watched
 from compressvit.source import frozen, not_finite
 
 # The linear layer that ends each residual branch of a timm block: the branch's norm, the branch, and the scale of its output.
 BRANCHES = {"attn.proj": ("norm1", "attn", "ls1"), "mlp.fc2": ("norm2", "mlp", "ls2")}
+_LEAST_SCALE = 1e-3  # of the mean; what LayerScale makes smaller counts as that
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
 
@@ -41,7 +44,7 @@ class Sums:
     y: Any = 0.0  # (out,)
     xx: Any = 0.0  # (in, in)
     yx: Any = 0.0  # (out, in)
-    yy: float = 0.0
+    yy: Any = 0.0  # (out,), of squares
 
     def add(self, x: Tensor, y: Tensor, weights: Tensor) -> None:
         """Add tokens: x (T, in), y (T, out), weights (T, 1)."""
@@ -51,25 +54,37 @@ class Sums:
         self.y = self.y + (y * weights).sum(dim=0).cpu().double()
         self.xx = self.xx + (weighted.mT @ x).cpu().double()
         self.yx = self.yx + (y.mT @ weighted).cpu().double()
-        self.yy += (y.square() * weights).double().sum().item()
+        self.yy = self.yy + (y.square() * weights).sum(dim=0).cpu().double()
 
     def __add__(self, other: Sums) -> Sums:
-        names = self.__dataclass_fields__
-        return Sums(*(getattr(self, n) + getattr(other, n) for n in names))
+        return Sums(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
 
-    def moments(self, centre: bool) -> tuple[Tensor, Tensor]:
-        """E[xᵀx] (in, in) and E[yᵀx] (out, in); of deviations from the means, with `centre`."""
-        xx, yx = self.xx / self.weight, self.yx / self.weight
-        if centre:
-            mean = self.x / self.weight
-            xx, yx = xx - torch.outer(mean, mean), yx - torch.outer(self.y / self.weight, mean)
-        return xx, yx
+    def moments(self, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """E[xᵀx] (in, in) and E[(y − bias)ᵀx] (out, in); without a bias of deviations from the means."""
+        mean, xx = self.x / self.weight, self.xx / self.weight
+        if bias is None:
+            return xx - torch.outer(mean, mean), self.yx / self.weight - torch.outer(self.y / self.weight, mean)
+        return xx, self.yx / self.weight - torch.outer(bias, mean)
+
+    def best_bias(self, weight: Tensor) -> Tensor:
+        """The best bias (out,) beside `weight` (out, in)."""
+        return (self.y - weight @ self.x) / self.weight
+
+    def squared_errors(self, weight: Tensor, bias: Tensor) -> Tensor:
+        """Of `x weightᵀ + bias` from y, summed over tokens: (out,)."""
+        products = ((weight @ self.xx - 2 * self.yx) * weight).sum(dim=1)
+        return self.yy + products + 2 * (weight @ self.x - self.y) * bias + self.weight * bias.square()
 
 
 @dataclass
 class Regression:
-    """What one layer is to learn: sums over two sets of images, so that a ridge is judged by images it was not fitted to."""
+    """What one layer is to learn: sums over two sets of images, so that a ridge is judged by images it was not fitted to.
 
+    Attributes:
+        scale: how much an error of each output matters, (out,): timm's LayerScale behind it; None for alike.
+    """
+
+    scale: Tensor | None = None
     fitted: Sums = field(default_factory=Sums)
     held_out: Sums = field(default_factory=Sums)
     _images: int = 0
@@ -83,45 +98,57 @@ class Regression:
             if mask.any():
                 sums.add(*(t[mask].flatten(0, 1) for t in tokens))
 
+    @property
+    def whole(self) -> Sums:
+        """Over all images."""
+        return self.fitted + self.held_out
+
     def solve(self, prior: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """The matrix (out, in) that predicts y from x best, with a ridge towards `prior`, and the moment E[xᵀx] (in, in) of errors in it.
 
-        The ridge is the one of `RIDGES` that does best on the held-out images, or none of them: where that is `prior` itself, few
-        images have nothing to teach.
+        The ridge is the one of `RIDGES` that does best on the held-out images, or where there are none the largest, which leaves little
+        but `prior`.
 
         Args:
             prior: the teacher's weight (out, in).
-            bias: None if the layer has none, or one that must not change; with a bias that may, only deviations from the means count.
+            bias: one that stays as it is (zeros for a layer without); None for one that will be fitted to the matrix.
         """
-        centre = bias is not None
-        best, chosen = None, RIDGES[-1]
+        chosen = RIDGES[-1]
         if self.held_out.weight:
-            xx, yx = self.held_out.moments(centre)
+            moments, errors = self.fitted.moments(bias), []
             for ridge in RIDGES:
-                found = _ridge_regression(*self.fitted.moments(centre), prior, ridge)
-                error = ((found @ xx - 2 * yx) * found).sum().item()
-                if best is None or error < best:
-                    best, chosen = error, ridge
-        xx, yx = (self.fitted + self.held_out).moments(centre)
+                found = _ridge_regression(*moments, prior, ridge)
+                beside = self.fitted.best_bias(found) if bias is None else bias
+                errors.append(self._weigh(self.held_out.squared_errors(found, beside)))
+            chosen = RIDGES[errors.index(min(errors))]
+        xx, yx = self.whole.moments(bias)
         return _ridge_regression(xx, yx, prior, chosen), xx
 
-    def bias(self, weight: Tensor) -> Tensor:
-        """The best bias (out,) beside `weight` (out, in)."""
-        sums = self.fitted + self.held_out
-        return (sums.y - weight @ sums.x) / sums.weight
+    def error(self, weight: Tensor, bias: Tensor) -> float:
+        """Of `x weightᵀ + bias`, relative to y: the root of the ratio of mean squares."""
+        sums = self.whole
+        lost, asked = self._weigh(sums.squared_errors(weight, bias)), self._weigh(sums.yy)
+        return (max(lost, 0.0) / max(asked, TINY)) ** 0.5
 
-    def error(self, weight: Tensor, bias: Tensor | None) -> float:
-        """Of `x weightᵀ + bias`, relative to y: the root of the mean squares' ratio."""
-        sums = self.fitted + self.held_out
-        squares = sums.yy + ((weight @ sums.xx - 2 * sums.yx) * weight).sum().item()
-        if bias is not None:
-            b = bias.double().cpu()
-            squares += (2 * (weight @ sums.x - sums.y) @ b + sums.weight * b.square().sum()).item()
-        return (max(squares, 0.0) / max(sums.yy, torch.finfo(torch.float64).tiny)) ** 0.5
+    def _weigh(self, squares: Tensor) -> float:
+        return (squares if self.scale is None else squares * self.scale.square()).sum().item()
+
+
+@dataclass(frozen=True)
+class LayerFit:
+    """How one layer takes what it is to learn.
+
+    Attributes:
+        fit: sets the values of the layer it is given (and of whatever else it keeps), and returns the relative error that is left.
+        prefix_weight: how much a prefix (class) token counts, in tokens.
+    """
+
+    fit: Callable[[nn.Module, Regression], float]
+    prefix_weight: float = 1.0
 
 
 def _ridge_regression(xx: Tensor, yx: Tensor, prior: Tensor, ridge: float) -> Tensor:
-    level = ridge * xx.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
+    level = ridge * xx.diagonal().mean().clamp(min=TINY)
     return torch.linalg.solve(xx + level * torch.eye(len(xx), dtype=torch.float64), yx + level * prior, left=False)
 
 
@@ -136,11 +163,14 @@ class _Spool:
         self._stem, self._count = folder / name, 0
 
     def append(self, tensor: Tensor) -> None:
-        np.save(self._file(self._count), tensor.cpu().numpy())
         self._count += 1
+        self.replace(self._count - 1, tensor)
 
     def replace(self, index: int, tensor: Tensor) -> None:
-        np.save(self._file(index), tensor.cpu().numpy())
+        try:
+            np.save(self._file(index), tensor.cpu().numpy())
+        except OSError as error:
+            raise _no_room(str(self._stem.parent), error) from error
 
     def read(self, index: int, device: torch.device) -> Tensor:
         return torch.from_numpy(np.load(self._file(index))).to(device)
@@ -150,6 +180,23 @@ class _Spool:
 
     def _file(self, index: int) -> Path:
         return self._stem.with_name(f"{self._stem.name}_{index}.npy")
+
+
+def _no_room(folder: str, error: OSError) -> UserError:
+    return UserError(
+        f"the hidden states of the calibration images cannot be kept in {folder}: {error.strerror or error}; point TMPDIR at a folder with "
+        "room, give fewer calibration images, or fit layers one by one (lors.sequential=false)"
+    )
+
+
+@contextmanager
+def _folder() -> Iterator[Path]:
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="compressvit-", ignore_cleanup_errors=True)
+    except OSError as error:
+        raise _no_room(os.environ.get("TMPDIR", "the temporary folder"), error) from error
+    with folder as path:
+        yield Path(path)
 
 
 class _Side:
@@ -184,60 +231,55 @@ class _Side:
 
 
 def fit_in_order(
-    student: nn.Module,
-    teacher: nn.Module,
-    batches: Iterable[Tensor],
-    paths: Sequence[str],
-    fit: Callable[[str, Regression], None],
-    prefix_weights: Mapping[str, float],
-) -> None:
-    """Walk both models block by block and call `fit(path, regression)` for every linear layer of `paths`, in the order they run.
+    student: nn.Module, teacher: nn.Module, batches: Iterable[Tensor], fits: Mapping[str, LayerFit]
+) -> dict[str, float]:
+    """Walk both models block by block and fit every linear layer named in `fits`, in the order they run.
 
     Args:
-        student: whose layers are fitted; `fit` changes its values in place. It has the teacher's blocks, in float32, and is moved to
-            the device of the batches.
+        student: whose layers are fitted, in place. It has the teacher's blocks, in float32, and is moved to the device of the batches.
         teacher: in float32, on the device of the batches.
         batches: images (B, C, H, W), read once.
-        paths: linear layers within blocks.
-        prefix_weights: for every path, how much a prefix (class) token counts in the sums, in tokens.
+        fits: by path; linear layers within blocks.
+
+    Returns:
+        By path, the relative error of what a layer computes from what it was asked for.
 
     Raises:
-        UserError: there is no image, a layer sees numbers that are not finite, or the disk is full.
+        UserError: there is no image, a layer sees numbers that are not finite, or there is no room for the hidden states.
     """
     blocks = [info.path for info in describe(student).blocks]
-    wanted = {b: [p.removeprefix(f"{b}.") for p in paths if p.startswith(f"{b}.")] for b in blocks}
-    while not wanted[blocks[-1]]:
+    wanted = {b: [p.removeprefix(f"{b}.") for p in fits if p.startswith(f"{b}.")] for b in blocks}
+    while blocks and not wanted[blocks[-1]]:
         blocks.pop()
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="compressvit-")))
-        stack.enter_context(disk_faults(folder))
-        stack.enter_context(frozen(student))
-        stack.enter_context(frozen(teacher))
+    errors: dict[str, float] = {}
+    with torch.no_grad(), _folder() as folder, frozen(student), frozen(teacher):
         ours, theirs = _Side(student, folder, "student"), _Side(teacher, folder, "teacher")
-        count, device = 0, torch.device("cpu")
+        sizes, device = [], torch.device("cpu")
         for images in batches:
-            count, device = count + 1, images.device
+            sizes.append(len(images))
+            device = images.device
             student.to(device)
             ours.enter(images)
             theirs.enter(images)
-        if not count:
+        if not sizes:
             raise UserError("there is no calibration image")
-        for position, block in enumerate(blocks):
+        for position, block in enumerate(watched(blocks, "fitting block by block", len(blocks))):
             if position:
                 ours.advance(block, device)
                 theirs.advance(block, device)
             for name in _in_order(ours.block, ours.hidden(0, device), wanted[block]):
-                regression = Regression()
-                for i in range(count):
+                path = f"{block}.{name}"
+                regression = Regression(_scale_behind(ours.block, name))
+                for i, images_of_batch in enumerate(sizes):
                     x, y = _tokens(ours.block, theirs.block, name, ours.hidden(i, device), theirs.hidden(i, device))
                     if not (torch.isfinite(x).all() and torch.isfinite(y).all()):
-                        raise not_finite(f"{block}.{name}")
+                        raise not_finite(path)
                     weights = torch.ones(*x.shape[:-1], 1, device=device)
                     if prefix := getattr(student, "num_prefix_tokens", 0):
-                        weights[:, :prefix] = prefix_weights[f"{block}.{name}"]
-                    regression.add(x, y, weights, images=len(ours.hidden(i, device)))
-                fit(f"{block}.{name}", regression)
+                        weights[:, :prefix] = fits[path].prefix_weight
+                    regression.add(x, y, weights, images_of_batch)
+                errors[path] = fits[path].fit(student.get_submodule(path), regression)
+    return errors
 
 
 def _tokens(ours: nn.Module, theirs: nn.Module, name: str, h_ours: Tensor, h_theirs: Tensor) -> tuple[Tensor, Tensor]:
@@ -287,8 +329,17 @@ def _corrected(y: Tensor, residual: Tensor, ours: nn.Module | None, theirs: nn.M
     gamma, of_teacher = getattr(ours, "gamma", None), getattr(theirs, "gamma", None)
     if gamma is None or of_teacher is None:
         return y + residual
-    usable = gamma.abs() > 1e-3 * gamma.abs().mean()  # a dimension that is scaled away cannot be corrected here
+    usable = gamma.abs() > _LEAST_SCALE * gamma.abs().mean()  # a dimension that is scaled away cannot be corrected here
     return torch.where(usable, (y * of_teacher + residual) / gamma, y)
+
+
+def _scale_behind(block: nn.Module, name: str) -> Tensor | None:
+    """|γ| (out,) of the LayerScale behind a layer, where there is one; in float64 on the CPU."""
+    gamma = getattr(getattr(block, BRANCHES[name][2], None), "gamma", None) if name in BRANCHES else None
+    if gamma is None:
+        return None
+    scale = gamma.detach().abs().cpu().double()
+    return scale.clamp(min=_LEAST_SCALE * scale.mean().item())
 
 
 def _in_order(block: nn.Module, hidden: Tensor, names: Sequence[str]) -> list[str]:

@@ -22,6 +22,7 @@ from compressvit import surgery
 from compressvit.backbone import input_size
 from compressvit.errors import UserError
 from compressvit.lowrank import Metric, cholesky
+from compressvit.runlog import watched
 
 log = logging.getLogger("compressvit")
 
@@ -51,7 +52,20 @@ class Moments:
         """
         if output_ridge is None or self.outputs is None or self.important is None or not _says_something(self.outputs):
             return Metric(cholesky(self.inputs, ridge))
-        return Metric(cholesky((self.inputs + self.important) / 2, ridge), cholesky(self.outputs, output_ridge))
+        return Metric(cholesky((self.inputs + self.important) / 2, ridge), self.output_factor(output_ridge))
+
+    def output_factor(self, ridge: float | None, scale: torch.Tensor | None = None) -> torch.Tensor | None:
+        """The factor of a metric's output side: of the gradients with a ridge, where there are any; else of `scale` alone.
+
+        Args:
+            ridge: for the gradients; None not to use them.
+            scale: |γ| (out,) of a LayerScale behind the layer, before which the ridge is added: what is scaled down counts for less.
+        """
+        if ridge is None or self.outputs is None or not _says_something(self.outputs):
+            return None if scale is None else torch.diag(scale)
+        if scale is None:
+            return cholesky(self.outputs, ridge)
+        return scale[:, None] * cholesky(self.outputs / torch.outer(scale, scale), ridge)
 
 
 class Source:
@@ -69,8 +83,6 @@ class Source:
         # what can be iterated only once is kept: a few hundred images
         self._images = list(images) if isinstance(images, Iterator) else images
         self._moments: dict[str, Moments] = {}
-        # by path, relative errors of layers' outputs that whoever fitted them has measured itself
-        self.output_errors: dict[str, float] = {}
 
     def require_images(self, asker: str) -> None:
         """Raise a `UserError` with the ways out if there are no calibration images."""
@@ -165,7 +177,7 @@ def collect_moments(
 
     images = 0
     with _hooks(model, {path: partial(see_input, path) for path in paths}), frozen(model):
-        for batch in batches:
+        for batch in watched(batches, "batches of calibration images"):
             images += len(batch)
             with torch.set_grad_enabled(outputs):
                 _run(model, batch.detach().clone().requires_grad_() if outputs else batch, outputs, generator)
@@ -200,8 +212,8 @@ class _Sums:
         g, weighted = gradient.flatten(0, -2), (x * size).flatten(0, -2)
         self.outputs = self.outputs + (g.mT @ g).cpu().double()
         self.important = self.important + (weighted.mT @ weighted).cpu().double()
-        parts = size.double().square().tensor_split([prefix], dim=1)
-        self.prefix = self.prefix + torch.stack([part.sum() for part in parts]).cpu()
+        parts = size.square().tensor_split([prefix], dim=1)
+        self.prefix = self.prefix + torch.stack([part.sum() for part in parts]).cpu().double()
         self.counts = self.counts + torch.tensor([float(part.numel()) for part in parts])
 
     def moments(self, outputs: bool) -> Moments:

@@ -298,7 +298,11 @@ def test_nothing_to_materialise():
         ([], LORS(rank=4, share=(2, 2)), r"lors\.share gives 2 numbers, \[2, 2\], but .* has 1 stage"),
         ([], LORS(rank=4, targets=("attn.qvk",)), r"'attn.qvk' matches no linear layer .* did you mean 'attn.qkv'"),
         ([], LORS(rank=0, share=1), r"rank 0 with share 1 would leave blocks\.0\.attn\.qkv without a weight"),
-        ([Multiplex(share=2)], LORS(rank=4, share=4), r"an earlier step shares it with 1; leave lors\.share out"),
+        (
+            [Multiplex(share=2)],
+            LORS(rank=4, share=4),
+            r"an earlier step shares it with 1; leave lors\.share and group_by out",
+        ),
         ([LORS(rank=2, metric="weights")], LORS(rank=2), r"applied twice: .* different targets, or merge"),
         (
             [LORS(rank=2, share=4, metric="weights")],

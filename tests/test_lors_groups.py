@@ -133,7 +133,7 @@ def test_what_cannot_be_grouped(options, message):
 
 
 def test_groups_that_an_earlier_step_made_are_not_taken_apart():
-    with pytest.raises(UserError, match=r"leave lors\.share out, which keeps that"):
+    with pytest.raises(UserError, match=r"leave lors\.share and group_by out, which keeps that"):
         compress(
             build("vit"),
             [Multiplex(share=2), LORS(share="auto", budget={"parameters": 0.5})],

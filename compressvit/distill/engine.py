@@ -21,6 +21,7 @@ from torch import nn
 
 from compressvit import ties
 from compressvit.distill import optimisation as opt
+from compressvit.distill.meters import Meters, result_text
 from compressvit.distill.spec import Training
 from compressvit.distill.taps import Taps
 from compressvit.distill.terms import Batch, Term
@@ -133,11 +134,13 @@ def train(
     if phase.checkpoint.is_file():
         saved = load_checkpoint(phase.checkpoint)
         require_keys(saved, ("done", "model"), phase.checkpoint)
+        if not saved["done"]:
+            require_keys(saved, _UNFINISHED, phase.checkpoint)
+        _require_same_structure(saved["model"], model, phase.checkpoint)
         model.load_state_dict(saved["model"], strict=False)
         start, best = saved.get("start"), saved.get("best")
         if saved["done"]:
             return {"start": start, "kept_epoch": saved.get("kept_epoch", saved.get("epoch"))}
-        require_keys(saved, _UNFINISHED, phase.checkpoint)
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
         if average is not None:
@@ -195,7 +198,7 @@ def train(
             if resumed_random_state is not None:
                 opt.restore_random_state(resumed_random_state)
                 resumed_random_state = None
-            meters = _Meters(**resumed_meters)
+            meters = Meters(**resumed_meters)
             resumed_meters = {}
             optimizer.zero_grad(set_to_none=True)
 
@@ -258,7 +261,7 @@ def train(
                 judged = model if last or average is None else average.module
                 result = evaluate(judged)
                 log.scalars(phase.name, "evaluate", steps, {"epoch": epoch, **result})
-                log.say(f"{phase.name} {epoch}/{spec.epochs}  {meters.text()}  {_result_text(result)}")
+                log.say(f"{phase.name} {epoch}/{spec.epochs}  {meters.text()}  {result_text(result)}")
                 if best is not None and _score(result) >= best["score"]:
                     best = {"score": _score(result), "epoch": epoch, "model": _copied(judged)}
             if best is not None:
@@ -273,6 +276,19 @@ def train(
         teacher_taps.close()
     model.eval()
     return {"start": start, "kept_epoch": best["epoch"] if best else epoch}
+
+
+def _require_same_structure(saved: dict[str, torch.Tensor], model: nn.Module, path: Path) -> None:
+    """A checkpoint of a model that shares other layers, or has other ranks, would be loaded in part and say nothing."""
+    own = {name: tensor.shape for name, tensor in ties.unique_state(model).items()}
+    theirs = {name: tensor.shape for name, tensor in saved.items()}
+    if own != theirs:
+        name = next(n for n in [*own, *theirs] if own.get(n) != theirs.get(n))
+        raise UserError(
+            f"{path} is of another student: {name} is {tuple(theirs[name]) if name in theirs else 'not in it'}, and here "
+            f"{tuple(own[name]) if name in own else 'not there'}. Ranks and groups that are chosen by errors follow the images; "
+            "restore those of the run's beginning, or begin anew with --overwrite"
+        )
 
 
 def _score(result: dict[str, Any]) -> float:
@@ -290,7 +306,7 @@ def _kept(epoch: int) -> str:
 
 
 def _copied(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in ties.unique_state(model).items()}
+    return {name: tensor.detach().cpu().clone() for name, tensor in ties.unique_state(model).items()}
 
 
 def _mix(mixup: Mixup, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -333,64 +349,3 @@ def _diverged(phase: Phase, steps: int, what: str, parts: dict[str, float]) -> s
         f"{phase.name}: {what} at step {steps + 1} ({terms}); stopped, and {kept}. "
         "Try a smaller lr, a longer warm-up, clip_grad, or precision: fp32"
     )
-
-
-def _result_text(result: dict[str, Any]) -> str:
-    return _words(result, {"top1": "validation {:.2f}%", "agreement": "agreement {:.2f}%", "cosine": "cosine {:.4f}"})
-
-
-class _Meters:
-    """Means over an epoch and the values of the last batch."""
-
-    def __init__(self, sums: dict[str, float] | None = None, count: int = 0) -> None:
-        self.last: dict[str, float] = {}
-        self._sums = dict(sums or {})
-        self._count = count
-
-    def state(self) -> dict[str, Any]:
-        """What an interrupted epoch goes on from: the arguments of a new one."""
-        return {"sums": self._sums, "count": self._count}
-
-    def add(
-        self,
-        parts: dict[str, float],
-        logits: torch.Tensor,
-        teacher_logits: torch.Tensor | None,
-        targets: torch.Tensor | None,
-    ) -> None:
-        """Note a batch. Accuracies count images that carry labels; a mixed image has the label it has more of."""
-        values = dict(parts)
-        labels = targets.argmax(dim=1) if targets is not None and targets.ndim == 2 else targets
-        known = labels >= 0 if labels is not None else None
-        if known is not None and known.any():
-            for name, outputs in (("", logits), ("teacher_", teacher_logits)):
-                if outputs is not None and outputs.shape[-1] > 1 and int(labels.max()) < outputs.shape[-1]:  # type: ignore[union-attr]
-                    right = outputs[known].topk(min(5, outputs.shape[-1]), dim=1).indices == labels[known, None]  # type: ignore[index]
-                    values[f"{name}top1"] = 100 * right[:, 0].float().mean().item()
-                    values[f"{name}top5"] = 100 * right.any(dim=1).float().mean().item()
-        self.last = values
-        self._count += 1
-        for name, value in values.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
-
-    def means(self) -> dict[str, float]:
-        """Mean of every value over the batches so far."""
-        return {name: total / max(1, self._count) for name, total in self._sums.items()}
-
-    def text(self) -> str:
-        """The epoch's mean loss and accuracies in a few words."""
-        return _words(
-            self.means(), {"loss": "loss {:.4f}", "top1": "train {:.1f}%", "teacher_top1": "(teacher {:.1f}%)"}
-        )
-
-    def details(self) -> str:
-        """Everything about the last step: the loss and its terms after weighting, accuracies, the gradient's norm."""
-        names = {"top1": "top-1 {:.1f}%", "top5": "top-5 {:.1f}%"}
-        names |= {f"teacher_{k}": f"teacher's {text}" for k, text in names.items()}
-        names |= {"gradient_norm": "gradient {:.3g}", "lr": "lr {:.2g}"}
-        terms = {k: f"{k} {{:.4g}}" for k in self.last if k not in names}
-        return _words(self.last, terms | names)
-
-
-def _words(values: dict[str, Any], names: dict[str, str]) -> str:
-    return "  ".join(text.format(values[k]) for k, text in names.items() if values.get(k) is not None)

@@ -7,7 +7,7 @@ device; the `Plan` it returns is data (it goes into the artifact) and rebuilds t
     plan = spec.plan(model, source)    # the same, with what is learned from values and calibration images (ranks, groups)
     ledger = plan.apply(model)         # structure only, in place
     plan.initialise(student, source)   # values, from the model as it was before
-    plan.refine(student, source)       # values that depend on those of all transforms of one call
+    plan.layer_fits(student, source)   # for values that depend on those of all transforms of one call
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from compressvit.errors import UserError
+from compressvit.sequential import LayerFit
 from compressvit.source import Source
 from compressvit.spec import Spec
 
@@ -33,6 +34,7 @@ class LedgerEntry:
     after: int
     step: str = ""  # the transform's word, filled in by whoever applies it
     # Relative errors of an approximation of the path's weight: of the weight itself, and of the layer's outputs on calibration images.
+    # The latter are from the teacher's on its inputs, or for a layer fitted in order from what it was asked for on the student's.
     weight_error: float | None = None
     output_error: float | None = None
 
@@ -60,16 +62,17 @@ class Plan(Spec):
         """Set values: `student` has the new structure, `source` knows the model as it was before the transforms."""
         raise TypeError(f"{type(self).__name__} does not define initialise")
 
-    def refine(self, student: nn.Module, source: Source) -> None:
-        """Improve values once every transform of one call has set its own; a plan whose values follow from its own source alone has
-        nothing to do here."""
+    def layer_fits(self, student: nn.Module, source: Source) -> dict[str, LayerFit]:
+        """By path, how layers take values that depend on those of all transforms of one call: they are called in the order the layers
+        run (`compressvit.sequential`), once every transform has set its own. None by default."""
+        return {}
 
     def fitted(self) -> set[str]:
         """Names of tensors whose values belong together with what it added; a later step must not set them anew."""
         return set()
 
     def errors(self, student: nn.Module, source: Source) -> dict[str, tuple[float, float | None]]:
-        """After `refine`: by path, how far a weight is from the source's, relative to it, and its outputs from theirs (None
+        """After all values are set: by path, how far a weight is from the source's, relative to it, and its outputs from theirs (None
         where no calibration images were used)."""
         return {}
 
@@ -108,9 +111,9 @@ class Transform(Spec):
         return False
 
     @property
-    def provisional(self) -> bool:
-        """Whether a plan without a source is replaced by one that is learned from it."""
-        return False
+    def provisional(self) -> tuple[str, ...]:
+        """What a plan without a source takes for granted and one with a source decides, a sentence each."""
+        return ()
 
     def require_inputs(self) -> None:
         """Check that the files the transform reads are there. `apply` asks before anything runs; `plan` does not need them.

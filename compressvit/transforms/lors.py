@@ -122,12 +122,29 @@ class LORS(Transform):
         return self.init != "scratch" and self.metric != "weights"
 
     @property
-    def provisional(self) -> bool:
-        return self.budget is not None or self.group_by == "similarity"
+    def provisional(self) -> tuple[str, ...]:
+        on = "in the weights" if self.metric == "weights" else "on the calibration images"
+        notes = []
+        if self.budget:
+            notes.append(f"ranks are uniform in this plan; apply spends the same budget by the errors it measures {on}")
+        if self.share == "auto":
+            notes.append(
+                "nothing is shared in this plan; apply shares weights where that leaves less error in the budget, and with other groups "
+                "MACs, layer pairs and loss memory may be others"
+            )
+        elif self.group_by == "similarity":
+            notes.append(
+                f"groups are consecutive in this plan; apply makes as many of the layers that are most alike {on}"
+            )
+        return tuple(notes)
 
     def plan(self, model: nn.Module, source: Source | None = None) -> LORSPlan:
         backbone = describe(model)
         targets = self._targets(model, backbone)
+        if source is not None and self.group_by == "similarity" and self.metric != "weights":
+            every = [f"{block.path}.{target}" for block in backbone.blocks for target in targets]
+            # all in one pass over the images, for whatever comes of it
+            source.moments(every, outputs=self.metric == "outputs" or (self.metric == "auto" and self.share == "auto"))
         if not self.budget:
             groups = [g for target in targets for g in self._groups(model, backbone, target, self.share, source)]
             ranks = self._ranks(model, backbone, groups)
@@ -251,5 +268,5 @@ class LORS(Transform):
                 if already and already != [f"{p}.weight" for p in group]:
                     raise UserError(
                         f"lors wants {path} to share its weight with {len(group) - 1} other layers, but an earlier step shares it with "
-                        f"{len(already) - 1}; leave lors.share out, which keeps that, or give both steps the same share"
+                        f"{len(already) - 1}; leave lors.share and group_by out, which keeps that, or give both steps the same share"
                     )

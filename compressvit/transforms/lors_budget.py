@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from scipy.cluster.hierarchy import fcluster, linkage
+from scipy.cluster.hierarchy import cut_tree, linkage
 from scipy.spatial.distance import squareform
 from torch import nn
 
@@ -179,9 +179,8 @@ def group_by_similarity(paths: Sequence[str], count: int, source: Source, kind: 
         for j in range(i):
             lost = sum(metrics[paths[k]].squared_norm(weights[i] - weights[j]) for k in (i, j))
             distances[i, j] = distances[j, i] = (lost / max(own[i] + own[j], TINY)) ** 0.5
-    labels = fcluster(
-        linkage(squareform(distances.numpy(), checks=False), method="average"), count, criterion="maxclust"
-    )
+    tree = linkage(squareform(distances.numpy(), checks=False), method="average")
+    labels = cut_tree(tree, n_clusters=count)[:, 0]  # exactly so many, ties or not
     groups: dict[int, list[str]] = {}
     for path, label in zip(paths, labels, strict=True):
         groups.setdefault(int(label), []).append(path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 from compressvit import surgery, ties
 from compressvit.layers.linear import FactoredLinear, LowRank, SharedLowRankLinear
 from compressvit.lowrank import TINY, Metric, cholesky, fit_shared, spectrum
-from compressvit.sequential import Regression, fit_in_order
+from compressvit.sequential import LayerFit, Regression
 from compressvit.source import Source
 from compressvit.transforms.base import LedgerEntry, Plan
 
@@ -101,37 +101,42 @@ class LORSPlan(Plan):
                 if path in terms:
                     terms[path].set_factors(*pair)
 
-    @torch.no_grad()
-    def refine(self, student: nn.Module, source: Source) -> None:
-        """Fit the private terms and biases again, each layer on what the fitted layers before it produce."""
-        if not self.sequential:
-            return
-        moments = source.moments(self.paths, outputs=self.metric == "outputs")
+    def layer_fits(self, student: nn.Module, source: Source) -> dict[str, LayerFit]:
+        """Private terms and biases are fitted again to what the fitted layers before them produce."""
+        if not (self.sequential and self.paths):
+            return {}
+        by_gradient = self.metric == "outputs"
+        moments = source.moments(self.paths, outputs=by_gradient)
         shared = {name for group in ties.tied_groups(student) for name in group}
-        working: Any = copy.deepcopy(student).float()
+        return {
+            path: LayerFit(
+                partial(self._fit, student.get_submodule(path), path, f"{path}.bias" not in shared, source),
+                moments[path].prefix_weight if by_gradient else 1.0,
+            )
+            for path in self.paths
+        }
 
-        def fit(path: str, regression: Regression) -> None:
-            layers: tuple[Any, Any] = working.get_submodule(path), student.get_submodule(path)
-            own_bias = layers[0].bias if f"{path}.bias" not in shared else None
-            fixed: Any = layers[0].weight.double().cpu() if isinstance(layers[0], SharedLowRankLinear) else 0.0
-            wanted, moment = regression.solve(source.weight(path), own_bias)
-            outer = moments[path].metric(0.0, self.output_ridge if self.metric == "outputs" else None).output
-            if self.ranks[path]:
-                metric = Metric(cholesky(moment, self.ridge), outer)
-                up, down = spectrum(wanted - fixed, metric).factors(self.ranks[path])
-                for layer in layers:
-                    layer.low_rank.set_factors(up, down)
-                weight = layers[0].effective_weight()
-            else:
-                weight = layers[0].weight
-            weight = weight.double().cpu()
-            if own_bias is not None:
-                for layer in layers:
-                    layer.bias.copy_(regression.bias(weight))
-            source.output_errors[path] = regression.error(weight, layers[0].bias)
-
-        prefix_weights = {path: found.prefix_weight for path, found in moments.items()}
-        fit_in_order(working, source.model, source.batches(), self.paths, fit, prefix_weights)
+    def _fit(
+        self, target: Any, path: str, own_bias: bool, source: Source, working: Any, regression: Regression
+    ) -> float:
+        """Fit one layer of the working copy and give `target`, the student's, the same values; returns the error that is left."""
+        zeros = torch.zeros(working.out_features, dtype=torch.float64)
+        bias = zeros if working.bias is None else working.bias.cpu().double()
+        free = own_bias and working.bias is not None
+        if self.ranks[path]:
+            fixed: Any = working.weight.cpu().double() if isinstance(working, SharedLowRankLinear) else 0.0
+            wanted, moment = regression.solve(source.weight(path), None if free else bias)
+            ridge = self.output_ridge if self.metric == "outputs" else None
+            outer = source.moments([path], outputs=False)[path].output_factor(ridge, regression.scale)
+            factors = spectrum(wanted - fixed, Metric(cholesky(moment, self.ridge), outer)).factors(self.ranks[path])
+            for layer in (working, target):
+                layer.low_rank.set_factors(*factors)
+        weight = (working.effective_weight() if self.ranks[path] else working.weight).cpu().double()
+        if free:
+            bias = regression.whole.best_bias(weight)
+            for layer in (working, target):
+                layer.bias.copy_(bias)
+        return regression.error(weight, bias)
 
     def fitted(self) -> set[str]:
         return {f"{path}.weight" for path in self.paths}
@@ -145,11 +150,9 @@ class LORSPlan(Plan):
         for path in self.paths:
             layer: Any = student.get_submodule(path)
             weight = source.weight(path)
-            lost = weight - (layer.effective_weight() if self.ranks[path] else layer.weight).double().cpu()
+            lost = weight - (layer.effective_weight() if self.ranks[path] else layer.weight).cpu().double()
             output_error = None
-            if path in source.output_errors:
-                output_error = source.output_errors[path]
-            elif path in measures:
+            if path in measures:
                 output_error = (
                     measures[path].squared_norm(lost) / max(measures[path].squared_norm(weight), TINY)
                 ) ** 0.5
