@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--share", type=int, nargs="+", default=[1, 2, 3, 6, 12])
     parser.add_argument("--calibration", type=int, default=512, help="training images")
     parser.add_argument("--images", type=int, default=5000, help="test images")
+    parser.add_argument("--one-by-one", action="store_true", help="sequential: false, each layer for itself")
     arguments = parser.parse_args()
 
     recipe = load_recipe("fashion_mnist_lors", [f"data.limit_val={arguments.images}"])
@@ -55,9 +56,12 @@ def main() -> None:
         for metric in ("outputs", "inputs", "weights"):
             cells = []
             for budget in arguments.budgets:
+                spec = LORS(
+                    share=share, budget={"parameters": budget}, metric=metric, sequential=not arguments.one_by_one
+                )
                 student, started = copy.deepcopy(teacher), time.time()
                 try:
-                    transform_(student, [LORS(share=share, budget={"parameters": budget}, metric=metric)], source)
+                    transform_(student, [spec], source)
                 except UserError:  # sharing so little leaves more than the budget
                     cells.append("out of reach")
                     continue
