@@ -14,7 +14,8 @@ from helpers.models import BACKBONES, SWIN, VIT, build, images_for, outputs, ran
 from compressvit import LORS, Multiplex
 from compressvit.errors import UserError
 from compressvit.pipeline import compress, compression_of, transform_
-from compressvit.sequential import BRANCHES, LayerFit, Regression, fit_in_order
+from compressvit.regression import Regression
+from compressvit.sequential import BRANCHES, LayerFit, fit_in_order
 from compressvit.source import Source
 
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")

@@ -12,7 +12,8 @@ from torch import nn
 from compressvit import surgery, ties
 from compressvit.layers.linear import FactoredLinear, LowRank, SharedLowRankLinear
 from compressvit.lowrank import TINY, Metric, cholesky, fit_shared, spectrum
-from compressvit.sequential import LayerFit, Regression
+from compressvit.regression import Regression
+from compressvit.sequential import LayerFit
 from compressvit.source import Source
 from compressvit.transforms.base import LedgerEntry, Plan
 
