@@ -20,7 +20,7 @@ from compressvit.distill import optimisation as opt
 from compressvit.distill.pairs import match_layers
 from compressvit.distill.spec import Distill, Finetune, Training
 from compressvit.distill.taps import Taps
-from compressvit.distill.terms import Batch, Term, build_terms
+from compressvit.distill.terms import Batch, Term, terms_of_phase
 from compressvit.errors import UserError
 from compressvit.layers.linear import FactoredLinear
 from compressvit.models import build_student, build_teacher, trains_teacher
@@ -177,13 +177,7 @@ def _plan_phase(
     if isinstance(spec, Distill):
         pairs, step.layers_rule = match_layers(student, teacher, spec.layers)
         step.layers = [(p.student.index, p.teacher.index) for p in pairs]
-        terms = build_terms(
-            spec.losses,
-            pairs,
-            classes=student.num_classes,
-            prefix_tokens=getattr(student, "num_prefix_tokens", 0),
-            smoothing=spec.smoothing,
-        )
+        terms = terms_of_phase(spec, student, pairs)
         step.loss_bytes = loss_bytes(student, teacher, terms, data.batch_size, size, teacher_size)
     return step
 

@@ -31,7 +31,7 @@ from compressvit.distill.engine import Phase, Teacher, train
 from compressvit.distill.evaluate import evaluate
 from compressvit.distill.pairs import match_layers
 from compressvit.distill.spec import Distill, Finetune, Training
-from compressvit.distill.terms import build_terms, labels_term
+from compressvit.distill.terms import labels_term, terms_of_phase
 from compressvit.errors import UserError
 from compressvit.files import disk_faults, write_text
 from compressvit.models import build_student, build_teacher, load_teacher, require_student_file, trains_teacher
@@ -285,13 +285,7 @@ class _Run:
         if isinstance(spec, Distill):
             assert teacher is not None, "only the teacher itself is trained without one"
             pairs, how = match_layers(model, teacher, spec.layers)
-            terms = build_terms(
-                spec.losses,
-                pairs,
-                classes=model.num_classes,
-                prefix_tokens=getattr(model, "num_prefix_tokens", 0),
-                smoothing=spec.smoothing,
-            )
+            terms = terms_of_phase(spec, model, pairs)
             self.log.say(
                 f"{phase.name}: {', '.join(t.name for t in terms)}; layer pairs {', '.join(map(str, pairs)) or 'none'} ({how})"
             )

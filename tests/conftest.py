@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.runs import TINY, done
 from torch import nn
 
 from compressvit import artifact
@@ -19,7 +20,7 @@ pytest.register_assert_rewrite("helpers")  # before its import, so that its asse
 
 from helpers.contract import ARTIFACT, teacher  # noqa: E402
 from helpers.models import build  # noqa: E402
-from helpers.runs import RECIPE, done  # noqa: E402
+from helpers.runs import RECIPE  # noqa: E402
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -86,3 +87,15 @@ def student(fit) -> Callable[[Transform, str], nn.Module]:
         return copy.deepcopy(made[spec, backbone])
 
     return student
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A recipe with a `lors` step, and the folder of a run whose teacher it can take."""
+    folder = tmp_path_factory.mktemp("lors")
+    recipe = folder / "lors.yaml"
+    recipe.write_text(
+        TINY.replace("multiplex: {share: 2}", "lors: {share: 1, rank: 3}").replace("epochs: 1}", "epochs: 6}")
+    )
+    done("apply", recipe, "--output", folder / "run", "calibration.images=32")
+    return recipe, folder / "run"

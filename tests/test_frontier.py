@@ -6,22 +6,10 @@ import csv
 import json
 
 import pytest
-from helpers.runs import TINY, done, refused
+from helpers.runs import done, refused
 from PIL import Image
 
 from compressvit.plots import frontier_plot
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A recipe with a `lors` step, and the folder of a run whose teacher it can take."""
-    folder = tmp_path_factory.mktemp("frontier")
-    recipe = folder / "lors.yaml"
-    recipe.write_text(
-        TINY.replace("multiplex: {share: 2}", "lors: {share: 1, rank: 3}").replace("epochs: 1}", "epochs: 6}")
-    )
-    done("apply", recipe, "--output", folder / "run", "calibration.images=32")
-    return recipe, folder / "run"
 
 
 def values_of(run):

@@ -5,18 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from helpers.runs import TINY, done, refused
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("one_shot")
-    recipe = folder / "lors.yaml"
-    recipe.write_text(
-        TINY.replace("multiplex: {share: 2}", "lors: {share: 1, rank: 3}").replace("epochs: 1}", "epochs: 6}")
-    )
-    done("apply", recipe, "--output", folder / "run", "calibration.images=32")
-    return recipe, folder / "run"
+from helpers.runs import done, refused
 
 
 def test_it_says_what_apply_says_before_training(trained):

@@ -16,7 +16,7 @@ from torchdistill.losses.registry import MIDDLE_LEVEL_LOSS_DICT
 
 from compressvit import losses
 from compressvit.distill.pairs import LayerPair
-from compressvit.distill.spec import Losses
+from compressvit.distill.spec import Distill, Losses
 from compressvit.distill.taps import Tap
 from compressvit.errors import UserError, did_you_mean
 
@@ -83,6 +83,17 @@ def build_terms(
             "give distill.layers, or losses.prediction.weight"
         )
     return terms
+
+
+def terms_of_phase(spec: Distill, student: nn.Module, pairs: Sequence[LayerPair]) -> list[Term]:
+    """The terms of a distillation phase for a student; see `build_terms`."""
+    return build_terms(
+        spec.losses,
+        pairs,
+        classes=getattr(student, "num_classes", 0),
+        prefix_tokens=getattr(student, "num_prefix_tokens", 0),
+        smoothing=spec.smoothing,
+    )
 
 
 def labels_term(weight: float, smoothing: float) -> Term:
