@@ -52,7 +52,9 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=[*METHODS, "mimi"], choices=[*METHODS, "mimi"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--cycle-epochs", type=int, default=5, help="of each of MiMi's cycles")
     parser.add_argument("--size", type=int, default=56, help="side of the images in pixels, a multiple of 14")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of training; evaluated in fp32")
     arguments = parser.parse_args()
     base = yaml.safe_load(find_recipe("mimi_dinov2_s").read_text(encoding="utf-8"))
     base["teacher"] |= {"weights": arguments.weights, "args": {"img_size": arguments.size}}
@@ -70,8 +72,9 @@ def main() -> None:
         )
         return student["top1"]
 
-    def training(rate: float) -> dict:
-        return {"epochs": arguments.epochs, "lr": rate, "weight_decay": 0.05, "warmup_epochs": 1}
+    def training(rate: float, epochs: int = arguments.epochs) -> dict:
+        options = {"epochs": epochs, "lr": rate, "weight_decay": 0.05, "warmup_epochs": 1}
+        return {**options, "precision": arguments.precision, "evaluate_every": epochs}
 
     for method in arguments.methods:
         options = METHODS.get(method, METHODS["adapters"])
@@ -92,10 +95,16 @@ def main() -> None:
                 cell(f"final/{method}_seed{seed}", [*steps, {"finetune": training(rate)}], seed, splits)
                 continue
             for size in SIZES:
-                pruned = [*steps, {"prune": {**training(rate), "target": {"neurons": size}}}]
-                cell(f"final/mimi_{size:g}_seed{seed}", pruned, seed, splits)
-                # as many epochs as all of MiMi's cycles together
-                longer = {**training(rate), "epochs": arguments.epochs * (1 + round(-math.log2(size)))}
+                cycle = training(rate, arguments.cycle_epochs)
+                cell(
+                    f"final/mimi_{size:g}_seed{seed}",
+                    [*steps, {"prune": {**cycle, "target": {"neurons": size}}}],
+                    seed,
+                    splits,
+                )
+                longer = training(
+                    rate, arguments.cycle_epochs * (1 + round(-math.log2(size)))
+                )  # as all of MiMi's cycles
                 direct = [{"adapters": {"width": round(48 * size)}}, {"finetune": longer}]
                 cell(f"final/direct_{size:g}_seed{seed}", direct, seed, splits)
 

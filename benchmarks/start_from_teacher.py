@@ -1,7 +1,8 @@
 """Fashion-MNIST, epoch by epoch at equal parameters: low rank from the teacher, and MiniViT's sharing from noise.
 
-The reference shares weights among 2, 3 or 6 blocks, starts from noise and is distilled; ours (`lors`, `share: 1`) gets a budget of exactly
-the reference's parameters and starts from the teacher. Same teacher, data, epochs, losses and seeds. A finished cell is not run again.
+The reference shares weights among blocks (`--share`), starts from noise and is distilled; ours (`lors`, `share: 1`) gets a budget of
+exactly the reference's parameters and starts from the teacher. Same teacher, data, epochs, losses and seeds. A finished cell is not run
+again.
 
     python benchmarks/start_from_teacher.py --teacher runs/fashion_mnist_lors/teacher --output runs/start_from_teacher
 """
@@ -33,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--teacher", required=True, help="folder of the teacher's artifact")
     parser.add_argument("--output", type=Path, default=Path("runs/start_from_teacher"))
-    parser.add_argument("--share", type=int, nargs="+", default=[2, 3, 6])
+    parser.add_argument("--share", nargs="+", default=["2", "3", "6"], help="of the reference; 2,4 gives one a stage")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--images", type=int, default=60000, help="training images of an epoch")
@@ -49,7 +50,9 @@ def main() -> None:
     base["data"] |= {"limit_train": arguments.images}
 
     rows: dict[tuple, list[tuple[dict, dict]]] = {}
-    for share in arguments.share:
+    for text in arguments.share:
+        per_stage = [int(number) for number in text.split(",")]
+        share = per_stage if len(per_stage) > 1 else per_stage[0]
         for seed in arguments.seeds:
             parameters = 0
             for method, rate in METHODS.items():
@@ -59,14 +62,14 @@ def main() -> None:
                 if "low rank" in method:
                     first = {"lors": {"share": 1, "budget": {"parameters": parameters}}}
                 training = {"distill": {"epochs": arguments.epochs, "lr": rate, "warmup_epochs": 0.5}}
-                text = yaml.safe_dump({**base, "seed": seed, "steps": [first, training]}, sort_keys=False)
-                name = f"share{share}_{method.split(',')[0].replace(' ', '_')}_seed{seed}"
+                recipe = yaml.safe_dump({**base, "seed": seed, "steps": [first, training]}, sort_keys=False)
+                name = f"share{text}_{method.split(',')[0].replace(' ', '_')}_seed{seed}"
                 output = arguments.output / name
                 if arguments.table_only and not (output / "results.json").is_file():
                     continue
-                result = run(text, name, output, console)
+                result = run(recipe, name, output, console)
                 parameters = result["student"]["parameters"]
-                rows.setdefault((share, method), []).append((result, scores_by_epoch(output)))
+                rows.setdefault((text, method), []).append((result, scores_by_epoch(output)))
                 print(f"{name}: {parameters:,} {scores_by_epoch(output)} {result['seconds']:.0f} s", flush=True)
 
     print(
