@@ -1,0 +1,283 @@
+"""Charts by Altair: four kinds, each from a list of records (a dictionary a mark). One description becomes a PNG, an SVG or part of a page.
+
+Altair's charts are data (Vega-Lite): they are drawn into files by vl-convert, without a browser or a network, and in the report by Vega,
+where the pointer reads off values. Colours are legible on white and on black; what a theme decides (text, axes, background) is left open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+
+from compressvit.files import disk_faults, write_atomically
+
+Records = Sequence[Mapping[str, Any]]
+
+WIDTH, HEIGHT = 560, 300  # pixels, before a page makes them fit
+COLOURS = ("#3182bd", "#e6842a", "#31a354", "#a05fc4", "#d6616b", "#8c8c8c", "#17a2a2", "#b8860b", "#e377c2", "#7f6a4f")
+SEQUENTIAL = "viridis"  # the same on white and on black
+
+
+def heatmap(
+    records: Records,
+    *,
+    x: str,
+    y: str,
+    colour: str,
+    titles: Mapping[str, str] | None = None,
+    facet: str | None = None,
+    domain: Sequence[float] | None = (0.0, 1.0),
+    best: str | None = None,
+) -> alt.Chart:
+    """Squares at (x, y), in the order of the records.
+
+    Args:
+        titles: of the fields, where their names are not for people.
+        facet: a field: a panel for each of its values.
+        domain: of the colours; None for that of the data.
+        best: a field that is true where a square is to be marked.
+    """
+    titles = titles or {}
+    columns, rows = _order(records, x), _order(records, y)
+    side = max(8, min(28, 420 // max(len(columns), len(rows), 1)))
+    label = {"labelOverlap": False, "labelFontSize": 7 if side < 14 else 9, "labelLimit": 160}
+    base = alt.Chart(_data(records)).encode(
+        x=alt.X(x, type="nominal", sort=columns, title=titles.get(x, x), axis=alt.Axis(labelAngle=-90, **label)),
+        y=alt.Y(y, type="nominal", sort=rows, title=titles.get(y, y), axis=alt.Axis(**label)),
+        tooltip=_tooltip(records, titles),
+    )
+    scale = alt.Scale(scheme=SEQUENTIAL, **({"domain": list(domain), "clamp": True} if domain else {}))
+    legend = alt.Legend(gradientLength=120, title=titles.get(colour, colour))
+    chart: Any = base.mark_rect().encode(color=alt.Color(colour, type="quantitative", scale=scale, legend=legend))
+    if best is not None:
+        marks = base.transform_filter(alt.datum[best]).mark_point(
+            shape="circle", size=side * 2, stroke="white", filled=False
+        )
+        chart = chart + marks
+    chart = chart.properties(width=side * len(columns), height=side * len(rows))
+    return (
+        chart.facet(alt.Facet(facet, type="nominal", sort=_order(records, facet), title=None), columns=2)
+        if facet
+        else chart
+    )
+
+
+def lines(
+    records: Records,
+    *,
+    x: str,
+    y: str,
+    colour: str | None = None,
+    titles: Mapping[str, str] | None = None,
+    facet: str | None = None,
+    low: str | None = None,
+    high: str | None = None,
+    scales: Mapping[str, str] | None = None,
+    points: bool = True,
+    domain: Sequence[float] | None = None,
+    ramp: bool = False,
+) -> alt.Chart:
+    """A line for every value of `colour`, along x (numbers, or names in the order of the records).
+
+    Args:
+        facet: a field: a panel for each of its values, with a y axis of its own.
+        low, high: fields of a band around the line.
+        scales: 'log' or 'symlog' by field.
+        points: mark the values.
+        domain: of y; None for that of the data.
+        ramp: colours in an order (depth, cycles) instead of by kind.
+    """
+    titles, scales = titles or {}, scales or {}
+    numbers = all(isinstance(r[x], (int, float)) for r in records)
+    y_scale: dict[str, Any] = {"zero": False, "type": scales.get(y, "linear")}
+    if domain:
+        y_scale |= {"domain": list(domain)}
+    axis = {
+        "x": alt.X(
+            x,
+            type="quantitative",
+            title=titles.get(x, x),
+            scale=alt.Scale(zero=False, nice=False, type=scales.get(x, "linear")),
+        )
+        if numbers
+        else alt.X(
+            x,
+            type="nominal",
+            sort=_order(records, x),
+            title=titles.get(x, x),
+            axis=alt.Axis(labelAngle=-60, labelLimit=160),
+        ),
+        "y": alt.Y(y, type="quantitative", title=titles.get(y, y), scale=alt.Scale(**y_scale)),
+    }
+    if colour:
+        axis["color"] = _colour(records, colour, titles, ramp)
+    base = alt.Chart(_data(records))
+    marks: Any = base.mark_line(point=alt.OverlayMarkDef(size=22) if points else False, strokeWidth=1.6).encode(
+        **axis, tooltip=_tooltip(records, titles)
+    )
+    if low and high:
+        band = {**axis, "y": alt.Y(low, type="quantitative", title=titles.get(y, y), scale=alt.Scale(**y_scale))}
+        marks = base.mark_area(opacity=0.2).encode(**band, y2=alt.Y2(high)) + marks
+    return _framed(marks, records, facet)
+
+
+def bars(
+    records: Records,
+    *,
+    x: str,
+    y: str,
+    colour: str | None = None,
+    titles: Mapping[str, str] | None = None,
+    facet: str | None = None,
+    behind: str | None = None,
+    stacked: bool = False,
+    scales: Mapping[str, str] | None = None,
+    ramp: bool = False,
+) -> alt.Chart:
+    """Horizontal bars of length x, a row for every value of y, in the order of the records.
+
+    Args:
+        behind: a field: a grey bar of this length behind each.
+        stacked: bars of one row follow one another instead of lying side by side.
+    """
+    titles, scales = titles or {}, scales or {}
+    rows = _order(records, y)
+    place = alt.Y(y, type="nominal", sort=rows, title=titles.get(y, y), axis=alt.Axis(labelLimit=220))
+    length = {"title": titles.get(x, x), "scale": alt.Scale(type=scales.get(x, "linear"))}
+    encode: dict[str, Any] = {"y": place, "tooltip": _tooltip(records, titles)}
+    if colour:
+        encode["color"] = _colour(records, colour, titles, ramp)
+    beside = bool(colour) and not stacked
+    if beside:
+        encode["yOffset"] = alt.YOffset(colour, type="nominal", sort=_order(records, colour))  # type: ignore[arg-type]
+    base = alt.Chart(_data(records))
+    marks: Any = base.mark_bar(**({} if colour else {"color": COLOURS[0]})).encode(
+        x=alt.X(x, type="quantitative", stack="zero" if stacked else None, **length), **encode
+    )
+    if behind:
+        encode.pop("color", None)
+        marks = (
+            base.mark_bar(color=COLOURS[5], opacity=0.3).encode(
+                x=alt.X(behind, type="quantitative", **length), **encode
+            )
+            + marks
+        )
+    step = 14 if len(rows) > 12 else 20
+    each = max(1, len(_order(records, colour)) * 0.6) if beside else 1  # type: ignore[arg-type]
+    return _framed(marks, records, facet, height=int(step * each * len(rows)))
+
+
+def points(
+    records: Records,
+    *,
+    x: str,
+    y: str,
+    colour: str | None = None,
+    titles: Mapping[str, str] | None = None,
+    facet: str | None = None,
+    label: str | None = None,
+    error: str | None = None,
+    joined: bool = False,
+    scales: Mapping[str, str] | None = None,
+    front: str | None = None,
+) -> alt.Chart:
+    """A point a record; joined by kind if asked for.
+
+    Args:
+        label: a field that is written beside the points.
+        error: a field: half the length of a bar through the point, along y.
+        front: a field that is true for the points that a line joins from left to right (a Pareto front).
+    """
+    titles, scales = titles or {}, scales or {}
+    encode: dict[str, Any] = {
+        "x": alt.X(
+            x,
+            type="quantitative",
+            title=titles.get(x, x),
+            scale=alt.Scale(zero=False, type=scales.get(x, "linear"), padding=12),
+        ),
+        "y": alt.Y(
+            y,
+            type="quantitative",
+            title=titles.get(y, y),
+            scale=alt.Scale(zero=False, type=scales.get(y, "linear"), padding=12),
+        ),
+    }
+    kind = {"color": _colour(records, colour, titles, False)} if colour else {}
+    base = alt.Chart(_data(records))
+    marks: Any = base.mark_circle(size=46, opacity=0.85).encode(**encode, **kind, tooltip=_tooltip(records, titles))
+    if joined:
+        marks = base.mark_line(strokeWidth=1).encode(**encode, **kind) + marks
+    if front:
+        marks = (
+            base.transform_filter(alt.datum[front]).mark_line(color=COLOURS[5], strokeDash=[4, 3]).encode(**encode)
+            + marks
+        )
+    if error:
+        ends = {**encode, "y": alt.Y("_low", type="quantitative", title=titles.get(y, y))}
+        bar = base.transform_calculate(
+            _low=f"datum['{y}'] - datum['{error}']", _high=f"datum['{y}'] + datum['{error}']"
+        )
+        marks = bar.mark_rule().encode(**ends, **kind, y2="_high:Q") + marks
+    if label:
+        marks = marks + base.mark_text(align="left", dx=7, dy=-5, fontSize=9, color=COLOURS[5]).encode(
+            **encode, text=f"{label}:N"
+        )
+    return _framed(marks, records, facet)
+
+
+CHARTS: dict[str, Callable[..., alt.Chart]] = {"heatmap": heatmap, "lines": lines, "bars": bars, "points": points}
+
+
+def save(chart: alt.Chart, path: Path) -> None:
+    """Draw a chart into a PNG or SVG file, by the path's suffix; whole or not at all."""
+    kind: Any = path.suffix.removeprefix(".")
+    with disk_faults(path):
+        write_atomically(path, lambda scratch: chart.save(str(scratch), format=kind, ppi=144))
+
+
+def _framed(marks: Any, records: Records, facet: str | None, height: int = HEIGHT) -> Any:
+    if facet is None:
+        return marks.properties(width=WIDTH, height=height)
+    panels = marks.properties(width=WIDTH // 2 - 30, height=height if height != HEIGHT else HEIGHT * 2 // 3)
+    split = panels.facet(alt.Facet(facet, type="nominal", sort=_order(records, facet), title=None), columns=2)
+    return split.resolve_scale(y="independent")
+
+
+def _data(records: Records) -> alt.Data:
+    return alt.Data(values=[dict(record) for record in records])
+
+
+def _order(records: Records, field: str) -> list[Any]:
+    return list(dict.fromkeys(record[field] for record in records))
+
+
+def _colour(records: Records, field: str, titles: Mapping[str, str], ramp: bool) -> alt.Color:
+    kinds = _order(records, field)
+    scale = (
+        alt.Scale(domain=kinds, scheme=SEQUENTIAL)
+        if ramp
+        else alt.Scale(domain=kinds, range=[COLOURS[i % len(COLOURS)] for i in range(len(kinds))])
+    )
+    legend = alt.Legend(
+        title=titles.get(field, field), symbolLimit=40, columns=1 if len(kinds) < 16 else 2, labelLimit=260
+    )
+    return alt.Color(field, type="nominal", sort=kinds, scale=scale, legend=legend)
+
+
+def _tooltip(records: Records, titles: Mapping[str, str]) -> list[alt.Tooltip]:
+    shown = []
+    for field, value in records[0].items() if records else ():
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        shown.append(
+            alt.Tooltip(
+                field,
+                type="quantitative" if number else "nominal",
+                title=titles.get(field, field),
+                **({"format": ",.4~g"} if isinstance(value, float) else {}),
+            )
+        )
+    return shown

@@ -1,0 +1,83 @@
+"""What a diagnostic found: a table, how it is drawn, and how to read it. The one form that tools, runs and the report share.
+
+In a run folder a finding is `diagnostics/NAME.json` (whole, so that it can be drawn again), `.csv`, `.png` and `.svg`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+import numpy as np
+from PIL import Image
+
+from compressvit import charts
+from compressvit.errors import UserError
+from compressvit.files import write_text
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A table of `records` and the chart that shows it.
+
+    Attributes:
+        name: of its files and its TensorBoard tag, e.g. 'cka' or 'gradients_uses'.
+        title: one line above the picture.
+        caption: how to read it, in one to three sentences for somebody who has not read the paper.
+        chart: a kind of `compressvit.charts.CHARTS`, drawn with `options`.
+        records: rows of JSON values, all with the same keys.
+    """
+
+    name: str
+    title: str
+    caption: str
+    chart: str
+    records: list[dict[str, Any]]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def draw(self) -> alt.Chart:
+        """The chart, without title and caption."""
+        return charts.CHARTS[self.chart](self.records, **self.options)
+
+    def write(self, folder: Path, *, pictures: bool = True) -> list[Path]:
+        """Write `NAME.json`, `NAME.csv` and, unless told otherwise, `NAME.png` and `NAME.svg` into `folder`; returns their paths."""
+        written = [folder / f"{self.name}.{suffix}" for suffix in ("json", "csv")]
+        write_text(written[0], json.dumps(asdict(self), indent=1, allow_nan=False) + "\n")
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=list(self.records[0]) if self.records else [])
+        writer.writeheader()
+        writer.writerows(self.records)
+        write_text(written[1], text.getvalue())
+        if pictures and self.records:
+            for suffix in ("png", "svg"):
+                written.append(folder / f"{self.name}.{suffix}")
+                charts.save(self.draw().properties(title=self.title), written[-1])
+        return written
+
+    def log(self, writer: Any, folder: Path, step: int) -> None:
+        """Show the picture that `write` left in `folder` in TensorBoard, under `diagnostics/NAME`."""
+        with Image.open(folder / f"{self.name}.png") as image:
+            writer.add_image(f"diagnostics/{self.name}", np.asarray(image.convert("RGB")), step, dataformats="HWC")
+
+
+def read(path: Path) -> Finding:
+    """Read what `Finding.write` wrote.
+
+    Raises:
+        UserError: the file is damaged, or of another version.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        finding = Finding(**content)
+        known = finding.chart in charts.CHARTS and isinstance(finding.records, list)
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+        raise UserError(f"{path} is damaged, or was written by another version of compressvit: {error}") from error
+    if not known:
+        raise UserError(f"{path} was written by another version of compressvit: its chart is {finding.chart!r}")
+    return finding
