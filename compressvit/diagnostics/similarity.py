@@ -1,0 +1,120 @@
+"""Similarity of two models, layer by layer, and the layer map it suggests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from compressvit.backbone import BlockInfo
+from compressvit.diagnostics.cka import LEAST, CKAResult, Kernel, MinibatchCKA
+from compressvit.diagnostics.features import Batches, Subject, walk
+from compressvit.diagnostics.findings import Finding
+from compressvit.errors import UserError
+from compressvit.runlog import watched
+
+
+def cka_matrix(
+    first: Subject,
+    second: Subject,
+    batches: Batches,
+    device: torch.device,
+    *,
+    images: int = 512,
+    batch_size: int = 64,
+    kernel: Kernel = "linear",
+    bandwidth: float = 1.0,
+) -> CKAResult:
+    """CKA of every tap of one model with every tap of another: rows are the first's, columns the second's.
+
+    All tokens of an image together are its features, as in Raghu et al. (https://arxiv.org/abs/2108.08810).
+
+    Args:
+        first, second: may be the same object, which is then run once.
+        batches: gives batches of images (B, C, H, W).
+        images: how many of them.
+        batch_size: images whose features are in memory together; at least 4.
+        kernel, bandwidth: as for `compressvit.diagnostics.cka`.
+
+    Raises:
+        UserError: fewer than 4 images, taps that do not exist, features that are not finite.
+    """
+    if batch_size < LEAST:
+        raise UserError(f"CKA: batches of {batch_size} images are too small; it needs at least {LEAST} in each")
+    stream = MinibatchCKA(first.taps, second.taps, kernel, bandwidth)
+    subjects = [first] if first is second else [first, second]
+    steps = walk(subjects, batches, device, images, size=batch_size, least=LEAST)
+    for seen in watched(steps, "CKA", -(-images // batch_size)):
+        stream.add(seen[0], seen[-1])
+    return stream.result()
+
+
+def cka_records(result: CKAResult, row: str, column: str) -> list[dict]:
+    """One record a pair; `best` marks the most similar column of every row."""
+    values = result.values
+    best = values.argmax(dim=1)
+    width = result.half_width
+    return [
+        {
+            row: r,
+            column: c,
+            "cka": round(values[i, j].item(), 6),
+            "plus_minus": None if width is None else round(width[i, j].item(), 6),
+            "best": bool(best[i] == j),
+        }
+        for i, r in enumerate(result.rows)
+        for j, c in enumerate(result.columns)
+    ]
+
+
+def cka_finding(result: CKAResult, row: str = "student", column: str = "teacher") -> Finding:
+    """The matrix as a picture with its caption."""
+    return Finding(
+        "cka",
+        f"CKA of the layers of {row} and {column}",
+        f"How alike two layers see the same {result.images} images: 1 alike up to rotation and scale, 0 unrelated. A student that "
+        f"copies its {column} is bright on the diagonal; a ring marks the layer of the {column} that is most like each of the {row}.",
+        "heatmap",
+        cka_records(result, row, column),
+        {"x": column, "y": row, "colour": "cka", "best": "best", "titles": {"cka": "CKA"}},
+    )
+
+
+def suggested_pairs(
+    values: np.ndarray, students: Sequence[BlockInfo], teachers: Sequence[BlockInfo]
+) -> list[tuple[int, int]]:
+    """Which teacher block each student block should learn from: the most similar ones that keep the order and the rules.
+
+    A pair agrees in stage, resolution, window and window shift, and later student blocks learn from later teacher blocks: among all such
+    maps the one with the largest sum of CKA is found by dynamic programming.
+
+    Args:
+        values: CKA (student blocks, teacher blocks).
+        students, teachers: the blocks, in order.
+
+    Returns:
+        Pairs of indices over the whole model; a student block that no teacher block fits has none.
+    """
+    allowed = np.array([[_alike(s, t) for t in teachers] for s in students])
+    gain = np.where(allowed, values, -np.inf)
+    rows, columns = gain.shape
+    # best[i, j]: the most that student blocks i.. can have with teacher blocks j..
+    best = np.zeros((rows + 1, columns + 1))
+    for i in range(rows - 1, -1, -1):
+        for j in range(columns - 1, -1, -1):
+            best[i, j] = max(best[i + 1, j], best[i, j + 1], gain[i, j] + best[i + 1, j + 1])
+    pairs, i, j = [], 0, 0
+    while i < rows and j < columns:
+        if best[i, j] == gain[i, j] + best[i + 1, j + 1]:
+            pairs.append((students[i].index, teachers[j].index))
+            i, j = i + 1, j + 1
+        elif best[i, j] == best[i, j + 1]:
+            j += 1
+        else:
+            i += 1
+    return pairs
+
+
+def _alike(s: BlockInfo, t: BlockInfo) -> bool:
+    return (s.stage, s.resolution, s.window, s.shift) == (t.stage, t.resolution, t.window, t.shift)
