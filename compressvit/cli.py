@@ -201,10 +201,17 @@ def _plan(arguments: argparse.Namespace) -> int:
         begin = OneShot(recipe, arguments.device, "plan --measure")
         student, ledger = begin.student(begin.transforms)
         scores = begin.scores(student, begin.config)
-        content["measured"] = {"ledger": [asdict(entry) for entry in ledger], "before_training": scores}
+        pairs = begin.layer_pairs(student)
+        content["measured"] = {
+            "ledger": [asdict(entry) for entry in ledger],
+            "before_training": scores,
+            "layers": pairs,
+        }
         if not arguments.json:
             Console().print(ledger_table(ledger))
             print(f"before training: {quality_words(scores)}")
+            if pairs:
+                print(pairs)
     if arguments.json:
         print(json.dumps(content, indent=2))
     return 2 if plan.conflicts else 0

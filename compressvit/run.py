@@ -29,6 +29,7 @@ from compressvit.data import (
     renormalise,
     train_loader,
 )
+from compressvit.diagnostics.similarity import likeness
 from compressvit.distill import optimisation as opt
 from compressvit.distill.engine import Phase, Teacher, train
 from compressvit.distill.evaluate import evaluate
@@ -271,14 +272,22 @@ class _Run:
         guide = None
         if isinstance(spec, Distill):
             assert teacher is not None, "only the teacher itself is trained without one"
-            pairs, how = match_layers(model, teacher, spec.layers)
+            theirs = input_config(teacher, self.recipe.data)
+            guide = Teacher(teacher, lambda images: renormalise(images, config, theirs))
+            alike = likeness(
+                model,
+                teacher,
+                self._calibration_images(model),
+                self.device,
+                images=self.recipe.calibration.images,
+                teacher_input=guide.input,
+            )
+            pairs, how = match_layers(model, teacher, spec.layers, alike)
             terms = terms_of_phase(spec, model, pairs)
             self.log.say(
                 f"{phase.name}: {', '.join(t.name for t in terms)}; layer pairs {', '.join(map(str, pairs)) or 'none'} ({how})"
             )
             teacher.to(self.device)
-            theirs = input_config(teacher, self.recipe.data)
-            guide = Teacher(teacher, lambda images: renormalise(images, config, theirs))
         else:
             terms = [labels_term(1.0, spec.smoothing)]
         model.to(self.device)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from torch import nn
 
 from compressvit.backbone import BlockInfo
 from compressvit.diagnostics.cka import LEAST, CKAResult, Kernel, MinibatchCKA
-from compressvit.diagnostics.features import Batches, Subject, walk
+from compressvit.diagnostics.features import Batches, Subject, subject, walk
 from compressvit.diagnostics.findings import Finding
 from compressvit.errors import UserError
 from compressvit.runlog import watched
@@ -79,6 +80,24 @@ def cka_finding(result: CKAResult, row: str = "student", column: str = "teacher"
         cka_records(result, row, column),
         {"x": column, "y": row, "colour": "cka", "best": "best", "titles": {"cka": "CKA"}},
     )
+
+
+def likeness(
+    student: nn.Module,
+    teacher: nn.Module,
+    batches: Batches,
+    device: torch.device,
+    *,
+    images: int,
+    teacher_input: Callable[[torch.Tensor], torch.Tensor],
+) -> Callable[[Sequence[str], Sequence[str]], np.ndarray]:
+    """What `distill.layers: auto` asks: CKA of the blocks at these paths of the student with those of the teacher, on these images."""
+
+    def measure(ours: Sequence[str], theirs: Sequence[str]) -> np.ndarray:
+        pair = subject(student, ours), subject(teacher, theirs, teacher_input)
+        return cka_matrix(*pair, batches, device, images=images).values.numpy()
+
+    return measure
 
 
 def suggested_pairs(

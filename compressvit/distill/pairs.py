@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from torch import nn
 
 from compressvit.backbone import Backbone, BlockInfo, describe, model_name
+from compressvit.diagnostics.similarity import suggested_pairs
 from compressvit.errors import UserError
 from compressvit.pipeline import compression_of
+
+# CKA (student blocks, teacher blocks) of the outputs of the blocks at these paths
+Likeness = Callable[[Sequence[str], Sequence[str]], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -25,17 +31,22 @@ class LayerPair:
 
 
 def match_layers(
-    student: nn.Module, teacher: nn.Module, layers: str | tuple[tuple[int, int], ...]
+    student: nn.Module,
+    teacher: nn.Module,
+    layers: str | tuple[tuple[int, int], ...],
+    likeness: Likeness | None = None,
 ) -> tuple[list[LayerPair], str]:
     """Resolve `distill.layers`.
 
     Args:
         student, teacher: timm models, possibly on the meta device.
         layers: pairs of block indices, counted from 0 over the whole model, or 'matched': the last block of every share group
-            (of every stage where nothing is shared), with the teacher's block of the same index.
+            (of every stage where nothing is shared), with the teacher's block of the same index; or 'auto': the last block of every
+            share group (every block where nothing is shared), with the teacher's block that `likeness` says is most like it, in order.
+        likeness: CKA of blocks; None where there are no values to look at, and 'auto' pairs blocks by their depth meanwhile.
 
     Returns:
-        The pairs, and a sentence that says how they came about. No pairs with 'matched' when the architectures differ:
+        The pairs, and a sentence that says how they came about. No pairs with 'matched' and 'auto' when the architectures differ:
         only the prediction is distilled then.
 
     Raises:
@@ -46,7 +57,7 @@ def match_layers(
         reason = f"{model_name(student)} and {model_name(teacher)} are of different architectures"
         if ours is theirs is None:
             reason = f"the blocks of {model_name(student)} and {model_name(teacher)} are not known to compressvit"
-        if layers == "matched":
+        if isinstance(layers, str):
             return [], f"{reason}: no layer pairs, only the prediction is distilled"
         raise UserError(f"distill.layers gives pairs, but {reason}; remove it to distil the prediction alone")
     skip = (0, 0)
@@ -61,6 +72,8 @@ def match_layers(
             )
         indices = tuple((i, i) for i in _group_ends(student, ours))
         how = "the last block of every share group" if compression_of(student).ties else "the last block of every stage"
+    elif layers == "auto":
+        indices, how = _most_alike(student, ours, theirs, likeness)
     else:
         indices = layers  # type: ignore[assignment]
         how = "as given"
@@ -78,6 +91,23 @@ def match_layers(
     if skip != (0, 0):
         how += "; prefix tokens are left out, because the student has {} and the teacher {}".format(*skip)
     return pairs, how
+
+
+def _most_alike(
+    student: nn.Module, ours: Backbone, theirs: Backbone, likeness: Likeness | None
+) -> tuple[tuple[tuple[int, int], ...], str]:
+    """The pairs of 'auto': candidates of the student, each with the teacher's block that is most like it and keeps the order."""
+    shared = bool(compression_of(student).ties)
+    candidates = [ours.blocks[i] for i in _group_ends(student, ours)] if shared else list(ours.blocks)
+    if likeness is None:  # closeness in depth, so that plan and run have about as many pairs
+        mine = np.array([(b.index + 1) / len(ours.blocks) for b in candidates])
+        others = np.array([(b.index + 1) / len(theirs.blocks) for b in theirs.blocks])
+        values = 1 - abs(mine[:, None] - others[None, :])
+        how = "auto: the most alike by CKA, measured when the phase begins; by depth until then"
+    else:
+        values = likeness([b.path for b in candidates], [b.path for b in theirs.blocks])
+        how = "auto: the most alike by CKA"
+    return tuple(suggested_pairs(values, candidates, theirs.blocks)), how
 
 
 def _blocks(model: nn.Module) -> Backbone | None:
