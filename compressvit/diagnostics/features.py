@@ -90,7 +90,7 @@ def walk(
         least: the smallest batch that is of use; a smaller rest goes to the batch before it.
 
     Yields:
-        For every subject {path: (B, …)}.
+        For every subject {path: (B, …)}; emptied when the next batch is asked for.
 
     Raises:
         UserError: as `features` does.
@@ -103,7 +103,10 @@ def walk(
                 one.model(one.input(batch))
                 found = watcher.pop()
                 seen.append({path: _usable(path, found.get(path, {}).get("output")) for path in one.taps})
+                del found
             yield seen
+            for values in seen:  # whoever still holds them: the next pass needs the room
+                values.clear()
 
 
 @contextmanager
