@@ -12,7 +12,7 @@ from compressvit import LORS, Align, Multiplex, compress
 from compressvit.backbone import describe
 from compressvit.diagnostics.drift import drift, drift_finding
 from compressvit.diagnostics.features import block_paths, features, regrouped, subject, walk
-from compressvit.diagnostics.similarity import cka_finding, cka_matrix, suggested_pairs
+from compressvit.diagnostics.similarity import cka_finding, cka_matrix
 from compressvit.diagnostics.spectra import (
     effective_rank,
     sharing_finding,
@@ -20,7 +20,7 @@ from compressvit.diagnostics.spectra import (
     singular_values,
     spectra_findings,
 )
-from compressvit.distill.pairs import match_layers
+from compressvit.distill.pairs import match_layers, suggested_pairs
 from compressvit.errors import UserError
 
 CPU = torch.device("cpu")

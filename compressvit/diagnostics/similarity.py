@@ -1,4 +1,4 @@
-"""Similarity of two models, layer by layer, and the layer map it suggests."""
+"""Similarity of two models, layer by layer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from compressvit.backbone import BlockInfo
 from compressvit.diagnostics.cka import LEAST, CKAResult, Kernel, MinibatchCKA
 from compressvit.diagnostics.features import Batches, Subject, subject, walk
 from compressvit.diagnostics.findings import Finding
@@ -98,42 +97,3 @@ def likeness(
         return cka_matrix(*pair, batches, device, images=images).values.numpy()
 
     return measure
-
-
-def suggested_pairs(
-    values: np.ndarray, students: Sequence[BlockInfo], teachers: Sequence[BlockInfo]
-) -> list[tuple[int, int]]:
-    """Which teacher block each student block should learn from: the most similar ones that keep the order and the rules.
-
-    A pair agrees in stage, resolution, window and window shift, and later student blocks learn from later teacher blocks: among all such
-    maps the one with the largest sum of CKA is found by dynamic programming.
-
-    Args:
-        values: CKA (student blocks, teacher blocks).
-        students, teachers: the blocks, in order.
-
-    Returns:
-        Pairs of indices over the whole model; a student block that no teacher block fits has none.
-    """
-    allowed = np.array([[_alike(s, t) for t in teachers] for s in students])
-    gain = np.where(allowed, values, -np.inf)
-    rows, columns = gain.shape
-    # best[i, j]: the most that student blocks i.. can have with teacher blocks j..
-    best = np.zeros((rows + 1, columns + 1))
-    for i in range(rows - 1, -1, -1):
-        for j in range(columns - 1, -1, -1):
-            best[i, j] = max(best[i + 1, j], best[i, j + 1], gain[i, j] + best[i + 1, j + 1])
-    pairs, i, j = [], 0, 0
-    while i < rows and j < columns:
-        if best[i, j] == gain[i, j] + best[i + 1, j + 1]:
-            pairs.append((students[i].index, teachers[j].index))
-            i, j = i + 1, j + 1
-        elif best[i, j] == best[i, j + 1]:
-            j += 1
-        else:
-            i += 1
-    return pairs
-
-
-def _alike(s: BlockInfo, t: BlockInfo) -> bool:
-    return (s.stage, s.resolution, s.window, s.shift) == (t.stage, t.resolution, t.window, t.shift)

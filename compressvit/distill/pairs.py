@@ -9,7 +9,6 @@ import numpy as np
 from torch import nn
 
 from compressvit.backbone import Backbone, BlockInfo, describe, model_name
-from compressvit.diagnostics.similarity import suggested_pairs
 from compressvit.errors import UserError
 from compressvit.pipeline import compression_of
 
@@ -110,6 +109,46 @@ def _most_alike(
     return tuple(suggested_pairs(values, candidates, theirs.blocks)), how
 
 
+def suggested_pairs(
+    values: np.ndarray, students: Sequence[BlockInfo], teachers: Sequence[BlockInfo]
+) -> list[tuple[int, int]]:
+    """Which teacher block each student block should learn from: the most similar ones that keep the order and the rules.
+
+    A pair agrees in stage, resolution, window and window shift, and later student blocks learn from later teacher blocks: among all such
+    maps the one with the largest sum of CKA is found by dynamic programming.
+
+    Args:
+        values: CKA (student blocks, teacher blocks).
+        students, teachers: the blocks, in order.
+
+    Returns:
+        Pairs of indices over the whole model; a student block that no teacher block fits has none.
+    """
+    allowed = np.array([[_place(s) == _place(t) for t in teachers] for s in students])
+    gain = np.where(allowed, values, -np.inf)
+    rows, columns = gain.shape
+    # best[i, j]: the most that student blocks i.. can have with teacher blocks j..
+    best = np.zeros((rows + 1, columns + 1))
+    for i in range(rows - 1, -1, -1):
+        for j in range(columns - 1, -1, -1):
+            best[i, j] = max(best[i + 1, j], best[i, j + 1], gain[i, j] + best[i + 1, j + 1])
+    pairs, i, j = [], 0, 0
+    while i < rows and j < columns:
+        if best[i, j] == gain[i, j] + best[i + 1, j + 1]:
+            pairs.append((students[i].index, teachers[j].index))
+            i, j = i + 1, j + 1
+        elif best[i, j] == best[i, j + 1]:
+            j += 1
+        else:
+            i += 1
+    return pairs
+
+
+def _place(block: BlockInfo) -> tuple:
+    """What two blocks of a pair must have in common, so that their tokens are the same."""
+    return block.stage, block.resolution, block.window, block.shift
+
+
 def _blocks(model: nn.Module) -> Backbone | None:
     """The blocks of a model; None for one whose blocks compressvit does not know. Its prediction can still be distilled."""
     try:
@@ -135,11 +174,7 @@ def _refuse_unlike(pair: LayerPair, candidates: tuple[BlockInfo, ...]) -> None:
         ("window shift", s.shift, t.shift),
     ):
         if ours != theirs:
-            like = [
-                c.index
-                for c in candidates
-                if (c.stage, c.resolution, c.window, c.shift) == (s.stage, s.resolution, s.window, s.shift)
-            ]
+            like = [c.index for c in candidates if _place(c) == _place(s)]
             ways = f"teacher blocks that fit student block {s.index}: {like}" if like else "no teacher block fits it"
             raise UserError(
                 f"distill.layers: the pair [{s.index}, {t.index}] differs in {what}: {ours} in the student, {theirs} in the teacher, "
