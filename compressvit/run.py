@@ -397,4 +397,5 @@ def _read_back_difference(path: Path, student: nn.Module, size: tuple[int, int, 
 
 def _summary(result: dict[str, Any]) -> str:
     names = {"top1": "top-1 {:.2f}%", "agreement": "agreement with the teacher {:.2f}%", "cosine": "cosine {:.4f}"}
+    names |= {"cosine_patches": "of the patch tokens {:.4f}"}
     return ", ".join(text.format(result[k]) for k, text in names.items() if result.get(k) is not None)

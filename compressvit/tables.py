@@ -79,4 +79,6 @@ def results_table(results: dict[str, Any], title: str) -> Table:
         table.add_row("same first class as the teacher", "", f"{student['agreement']:.2f} %", "")
     if student.get("cosine") is not None:
         table.add_row("cosine of the outputs", "", f"{student['cosine']:.4f}", "")
+    if student.get("cosine_patches") is not None:
+        table.add_row("cosine of the patch tokens", "", f"{student['cosine_patches']:.4f}", "")
     return table
