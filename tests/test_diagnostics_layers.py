@@ -22,6 +22,7 @@ from compressvit.diagnostics.spectra import (
 )
 from compressvit.distill.pairs import match_layers, suggested_pairs
 from compressvit.errors import UserError
+from compressvit.source import Source
 
 CPU = torch.device("cpu")
 
@@ -262,7 +263,49 @@ def test_alignment_finds_a_permuted_layer():
     )
     assert plain > 0.5
     assert aligned == 0
-    assert sharing_finding(sharing_losses(model)).draw() is not None
+    assert sharing_finding(sharing_losses(model), outputs=False).draw() is not None
+
+
+def test_with_images_it_is_the_outputs_that_count():
+    """Weights that differ where no input goes lose nothing by sharing, and the error is that of the best shared weight."""
+    model = build("vit")
+    images = images_for(model, 32)
+    first, second = model.blocks[0].attn.qkv, model.blocks[1].attn.qkv
+    with torch.no_grad():
+        model.blocks[0].norm1.weight[3:] = 0  # only three inputs vary, around their biases
+        model.blocks[1].norm1.weight[3:] = 0
+        for block in model.blocks[:2]:
+            block.norm1.bias.zero_()
+        second.weight.copy_(first.weight)
+        second.weight[:, 3:] += 1.0
+    found = {
+        (r["layer"], r["block"], r["other"]): r["loss"] for r in sharing_losses(model, source=Source(model, images))
+    }
+    pair = ("attn.qkv", "blocks.0", "blocks.1")
+    assert found[pair] < 1e-4
+    assert next(r["loss"] for r in sharing_losses(model) if (r["layer"], r["block"], r["other"]) == pair) > 0.1
+    assert all(0 < loss < 1 for (_, one, other), loss in found.items() if {one, other} == {"blocks.2", "blocks.3"})
+    with pytest.raises(UserError, match="give one"):
+        sharing_losses(model, source=Source(model, images), aligned=True)
+
+
+def test_the_shared_weight_is_the_best_one():
+    model = build("vit")
+    images = images_for(model, 64)
+    source = Source(model, images)
+    found = {(r["layer"], r["block"], r["other"]): r["loss"] for r in sharing_losses(model, source=source)}
+    paths = ["blocks.1.mlp.fc1", "blocks.3.mlp.fc1"]
+    moments = [source.moments([path], outputs=False)[path].inputs.double() for path in paths]
+    weights = [source.weight(path) for path in paths]
+
+    def error(shared):
+        lost = sum(((w - shared) @ s @ (w - shared).mT).trace() for w, s in zip(weights, moments, strict=True))
+        return (lost / sum((w @ s @ w.mT).trace() for w, s in zip(weights, moments, strict=True))).sqrt().item()
+
+    loss = found["mlp.fc1", "blocks.1", "blocks.3"]
+    assert loss < error((weights[0] + weights[1]) / 2)
+    assert loss < min(error(w) for w in weights)
+    assert loss == pytest.approx(found["mlp.fc1", "blocks.3", "blocks.1"], abs=1e-6)
 
 
 def test_alignment_lowers_the_loss_as_the_step_does():
