@@ -18,7 +18,7 @@ from compressvit.errors import UserError
 from compressvit.files import disk_faults, write_text
 from compressvit.plots import compare_plot
 from compressvit.recipe import Recipe, parse_recipe
-from compressvit.runfolder import RESOLVED
+from compressvit.runfolder import RESOLVED, flat
 from compressvit.transforms import Transform
 
 # Column, its heading, and how a value is written.
@@ -148,7 +148,7 @@ def _finished(given: Sequence[str | Path], console: Console) -> list[tuple[Path,
 def _rows(found: list[tuple[Path, Recipe, dict[str, Any]]], console: Console) -> list[Row]:
     rows: dict[str, Row] = {}
     for folder, recipe, results in found:
-        key = recipe.model_copy(update={"seed": 0, "description": ""}).to_yaml()
+        key = recipe.model_copy(update={"seed": 0, "description": "", "diagnostics": ()}).to_yaml()
         row = rows.setdefault(key, Row(recipe, [], [], []))
         if recipe.seed in row.seeds:  # it would make the deviation look smaller than it is
             console.print(f"left out, a second run of the same recipe and seed: {folder}", highlight=False)
@@ -193,19 +193,14 @@ def _short(value: Any) -> str:
 
 def _tell_apart(rows: list[Row]) -> None:
     """Add to labels that are the same what differs in the recipes."""
-    flat = [_flat(row.recipe.model_dump(mode="json", exclude={"description", "seed"})) for row in rows]
-    differing = sorted({k for one in flat for k in one if len({json.dumps(other.get(k)) for other in flat}) > 1})
-    for row, values in zip(rows, flat, strict=True):
-        said = ", ".join(f"{key.rsplit('.', 1)[-1]} {values[key]}" for key in differing if values.get(key) is not None)
+    unlike = {"description", "seed", "diagnostics"}
+    each = [flat(row.recipe.model_dump(mode="json", exclude=unlike)) for row in rows]
+    differing = sorted({k for one in each for k in one if len({json.dumps(other.get(k)) for other in each}) > 1})
+    for row, values in zip(rows, each, strict=True):
+        said = ", ".join(
+            f"{key.rsplit('.', 1)[-1]} {values[key]}" for key in differing if values.get(key) not in (None, {}, [])
+        )
         row.label = f"{row.label} ({said})" if said else row.label
-
-
-def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(content, dict):
-        return {k: v for name, value in content.items() for k, v in _flat(value, f"{prefix}{name}.").items()}
-    if isinstance(content, list):
-        return {k: v for i, value in enumerate(content) for k, v in _flat(value, f"{prefix}{i}.").items()}
-    return {prefix.rstrip("."): content}
 
 
 def _cells(row: Mapping[str, Any], keys: Sequence[str]) -> list[str]:

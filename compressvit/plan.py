@@ -71,6 +71,7 @@ class RecipePlan:
     steps: list[StepPlan]
     notes: list[str]
     conflicts: list[str]
+    diagnostics: dict[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: `teacher.parameters`, `student.parameters`, `student.bytes`, `student.macs`, …"""
@@ -131,6 +132,12 @@ def plan_recipe(recipe: Recipe, name: str = "recipe", *, classes: int | None = N
         except UserError as error:
             conflicts.append(f"{where}: {error}")
     for where, phase in recipe.phases().items():
+        for asked in (entry.spec for entry in recipe.diagnostics):
+            try:
+                asked.refuse(phase)
+            except UserError as error:
+                conflicts.append(f"{where}: {error}")
+            notes += [f"{where}: {text}" for text in [asked.note(phase)] if text]
         if phase.warmup_epochs > phase.epochs:
             notes.append(
                 f"{where}: the warm-up of {phase.warmup_epochs:g} epochs is longer than the phase of {phase.epochs}, "
@@ -168,6 +175,7 @@ def plan_recipe(recipe: Recipe, name: str = "recipe", *, classes: int | None = N
         steps=steps,
         notes=notes,
         conflicts=conflicts,
+        diagnostics={entry.name: entry.spec.summary() for entry in recipe.diagnostics},
     )
 
 
@@ -368,6 +376,8 @@ def print_plan(plan: RecipePlan, console: Console) -> None:
             console.print(
                 f"  the losses keep {total} for the backward pass of a batch, fp32  ({parts})", highlight=False
             )
+    for name, summary in plan.diagnostics.items():
+        console.print(f"diagnostics: [bold]{name}[/bold]  {summary}", highlight=False)
     for note in plan.notes:
         console.print(f"note: {note}", highlight=False)
     for conflict in plan.conflicts:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from compressvit.data import Data
+from compressvit.diagnostics import DIAGNOSTICS
 from compressvit.distill.spec import PHASES, Finetune, Training
 from compressvit.errors import UserError, did_you_mean, nearest
 from compressvit.spec import Spec
@@ -71,33 +73,55 @@ class Calibration(Spec):
     )
 
 
-class _Step(BaseModel):
+class _Word(BaseModel):
+    """An entry of a list that is a word, or a word with its options behind it."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
+    kind: ClassVar[str]
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Any:
         named = [k for k in type(self).model_fields if getattr(self, k) is not None]
         if len(named) != 1:
             what = f"names {len(named)}: {', '.join(named)}" if named else "is empty"
-            raise ValueError(f"a step names one transform or phase; this one {what}")
+            raise ValueError(f"{self.kind}; this one {what}")
         return self
 
     @property
     def name(self) -> str:
-        """The step's word in the recipe."""
+        """The word in the recipe."""
         return next(k for k in type(self).model_fields if getattr(self, k) is not None)
 
     @property
     def spec(self) -> Any:
-        """The transform or phase it names."""
+        """What it names, with its options."""
         return getattr(self, self.name)
 
 
-_STEP_FIELDS: dict[str, Any] = {
-    name: (spec | None, Field(None, description=(spec.__doc__ or "").splitlines()[0]))
-    for name, spec in {**TRANSFORMS, **PHASES}.items()
-}
-Step = create_model("Step", __base__=_Step, __doc__="One entry of a recipe: a transform or a phase.", **_STEP_FIELDS)
+def _one_of(specs: Mapping[str, type[BaseModel]]) -> dict[str, Any]:
+    return {
+        name: (spec | None, Field(None, description=(spec.__doc__ or "").splitlines()[0]))
+        for name, spec in specs.items()
+    }
+
+
+class _Step(_Word):
+    kind = "a step names one transform or phase"
+
+
+class _Entry(_Word):
+    kind = "an entry names one diagnostic"
+
+
+Step = create_model(
+    "Step",
+    __base__=_Step,
+    __doc__="One entry of a recipe: a transform or a phase.",
+    **_one_of({**TRANSFORMS, **PHASES}),
+)
+Entry = create_model("Entry", __base__=_Entry, __doc__="One diagnostic.", **_one_of(DIAGNOSTICS))
+# Lists of such entries, and what one of theirs is called.
+_LISTS: dict[str, tuple[Any, str]] = {"steps": (Step, "a step"), "diagnostics": (Entry, "a diagnostic")}
 
 
 def step(spec: Transform | Training) -> Any:
@@ -115,6 +139,20 @@ class Recipe(Spec):
     data: Data
     calibration: Calibration = Calibration()
     steps: tuple[Step, ...] = Field(min_length=1, description="Transforms and phases, in order.")  # type: ignore[valid-type]
+    diagnostics: tuple[Entry, ...] = Field(  # type: ignore[valid-type]
+        (), description="What to record about training and models, in every phase; none of it changes the result."
+    )
+
+    @field_validator("diagnostics")
+    @classmethod
+    def _each_once(cls, entries: tuple[Any, ...]) -> tuple[Any, ...]:
+        names = [entry.name for entry in entries]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice:
+            raise ValueError(
+                f"{twice} stands twice; its findings would replace each other, so give one entry all options"
+            )
+        return entries
 
     def phases(self) -> dict[str, Training]:
         """Every phase by its place in the recipe, the teacher's training first where it is spelled out."""
@@ -124,8 +162,9 @@ class Recipe(Spec):
 
     def to_yaml(self) -> str:
         """The recipe with every default written out."""
-        content = self.model_dump(mode="json", exclude={"steps"})
-        content["steps"] = [{s.name: s.spec.model_dump(mode="json")} for s in self.steps]
+        content = self.model_dump(mode="json", exclude=set(_LISTS))
+        for key in _LISTS:
+            content[key] = [{entry.name: entry.spec.model_dump(mode="json")} for entry in getattr(self, key)]
         return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
@@ -159,9 +198,9 @@ def parse_recipe(text: str, name: str = "recipe", overrides: list[str] | None = 
         raise RecipeError(
             f"{name} holds a {type(source.content).__name__}, not a mapping; a recipe needs at least teacher, data and steps"
         )
-    _spell_out_steps(source.content)  # so that an override finds a mapping behind a bare word
+    _spell_out(source.content)  # so that an override finds a mapping behind a bare word
     override(source, overrides or [])
-    _spell_out_steps(source.content)
+    _spell_out(source.content)
     try:
         # Through JSON, because pydantic's strict mode takes lists for tuples there: a number in quotes stays an error.
         document = json.dumps(source.content, default=str)
@@ -207,7 +246,7 @@ def documentation(key: str) -> list[tuple[str, str, str]]:
         UserError: there is no such key.
     """
     parts = key.split(".")
-    known: dict[str, FieldInfo] = {**Recipe.model_fields, **Step.model_fields}
+    known: dict[str, FieldInfo] = {**Recipe.model_fields, **Step.model_fields, **Entry.model_fields}
     rows: dict[str, FieldInfo] = {}
     for i, part in enumerate(parts):
         if part not in known:
@@ -238,27 +277,33 @@ def json_schema() -> dict[str, Any]:
     """JSON schema of recipes, for editors that complete and check YAML."""
     schema = Recipe.model_json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    step = schema["$defs"]["Step"]
-    step.update(minProperties=1, maxProperties=1)
-    for name, field in step["properties"].items():
-        reference = next(option for option in field.pop("anyOf") if "$ref" in option)
-        # `- distill:` alone is YAML for a null value, and means the defaults
-        step["properties"][name] = {"anyOf": [reference, {"type": "null"}], "description": field.get("description", "")}
-    schema["properties"]["steps"]["items"] = {"anyOf": [{"$ref": "#/$defs/Step"}, {"enum": list(step["properties"])}]}
+    for key, (model, _) in _LISTS.items():
+        entry = schema["$defs"][model.__name__]
+        entry.update(minProperties=1, maxProperties=1)
+        for name, field in entry["properties"].items():
+            reference = next(option for option in field.pop("anyOf") if "$ref" in option)
+            # `- distill:` alone is YAML for a null value, and means the defaults
+            entry["properties"][name] = {
+                "anyOf": [reference, {"type": "null"}],
+                "description": field.get("description", ""),
+            }
+        words = {"enum": list(entry["properties"])}
+        schema["properties"][key]["items"] = {"anyOf": [{"$ref": f"#/$defs/{model.__name__}"}, words]}
     return schema
 
 
-def _spell_out_steps(content: dict[str, Any]) -> None:
-    """Turn a step that is a bare word, or a word with nothing behind it, into one with defaults."""
+def _spell_out(content: dict[str, Any]) -> None:
+    """Turn an entry that is a bare word, or a word with nothing behind it, into one with defaults."""
     # Not a validator: pydantic would then check the steps as Python values, where its strict mode refuses lists for tuples.
-    steps = content.get("steps")
-    if not isinstance(steps, list):
-        return
-    for i, entry in enumerate(steps):
-        if isinstance(entry, str):
-            steps[i] = {entry: {}}
-        elif isinstance(entry, dict):
-            steps[i] = {k: {} if v is None else v for k, v in entry.items()}
+    for key in _LISTS:
+        entries = content.get(key)
+        if not isinstance(entries, list):
+            continue
+        for i, entry in enumerate(entries):
+            if isinstance(entry, str):
+                entries[i] = {entry: {}}
+            elif isinstance(entry, dict):
+                entries[i] = {k: {} if v is None else v for k, v in entry.items()}
 
 
 def _explain(error: ValidationError, source: Source) -> str:
@@ -294,8 +339,9 @@ def _sentence(fault: Any, path: tuple) -> str:
     given = fault["input"]
     if fault["type"] == "extra_forbidden":
         word = str(fault["loc"][-1])
-        if len(path) == 1 and word in _STEP_FIELDS:
-            return f"unknown key; {word} is a step, so it belongs into the list `steps` (steps.0.{word} on the command line)"
+        for key, (model, what) in _LISTS.items():
+            if word in model.model_fields and path[:1] != (key,) and len(path) in (1, 3):
+                return f"unknown key; {word} is {what}, so it belongs into the list `{key}` ({key}.0.{word} on the command line)"
         hint = did_you_mean(word, _fields(path[:-1]), list_at_most=30)
         return f"unknown key {hint}" if hint.startswith("(") else f"unknown key; {hint}"
     if fault["type"] == "missing":

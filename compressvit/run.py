@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import nn
 
-from compressvit import artifact, cost
+from compressvit import artifact, boards, cost
 from compressvit.adapter_file import save_adapter
 from compressvit.data import (
     Datasets,
@@ -29,6 +29,7 @@ from compressvit.data import (
     renormalise,
     train_loader,
 )
+from compressvit.diagnostics.recorder import Recorder
 from compressvit.diagnostics.similarity import likeness
 from compressvit.distill import optimisation as opt
 from compressvit.distill.engine import Phase, Teacher, train
@@ -109,7 +110,7 @@ def apply(
         load_teacher(recipe, teacher)
     if not resume:
         folder.open(recipe, recipe_text, plan.as_dict(), command, overwrite=overwrite)
-    voice = RunLog(folder.path, console)
+    voice = RunLog(folder.path, console, boards.scalar_tags(recipe))
     try:
         voice.show(lambda to: print_plan(plan, to))
         run = _Run(recipe, folder, datasets, where, voice)
@@ -147,6 +148,9 @@ class _Run:
         default_factory=dict
     )  # what each phase began with and which weights it kept
 
+    def __post_init__(self) -> None:
+        self.diagnostics = Recorder(self.recipe, self.folder.path, self.datasets, self.device, self.log)
+
     def train_teacher(self, teacher: nn.Module) -> None:
         """The phase before the steps; its result is an artifact of its own, never part of the student's."""
         spec = self.recipe.teacher.finetune or Finetune()
@@ -178,7 +182,7 @@ class _Run:
                 left = self._sparsify(student, step.spec, phase)
                 self.phases[name] = {**self._train(student, step.spec, phase, teacher), "weights_left": left}
             elif isinstance(step.spec, Prune):
-                student, self.phases[name] = self._prune(student, step.spec, phase, start)
+                student, self.phases[name] = self._prune(student, step.spec, phase, start, teacher)
             else:
                 self.phases[name] = self._train(student, step.spec, phase, teacher, start)
         if waiting:
@@ -218,10 +222,10 @@ class _Run:
         )
 
     def _prune(
-        self, model: nn.Module, spec: Prune, phase: Phase, start: dict[str, Any] | None
+        self, model: nn.Module, spec: Prune, phase: Phase, start: dict[str, Any] | None, teacher: nn.Module
     ) -> tuple[nn.Module, dict[str, Any]]:
         def train_cycle(m: nn.Module, cycle: Phase, moments: dict[str, dict[str, Any]]) -> dict[str, Any]:
-            return self._train(m, spec, cycle, None, start, moments)
+            return self._train(m, spec, cycle, teacher, start, moments)
 
         model, told, history = prune_and_train(
             model,
@@ -234,6 +238,7 @@ class _Run:
         )
         with disk_faults(self.folder.path):
             widths_plot(history, self.folder.path / "widths.png")
+        self.diagnostics.allocation(phase.name, spec.scope, history)
         return model, told
 
     def _sparsify(self, model: nn.Module, spec: Sparsify, phase: Phase) -> dict[str, int]:
@@ -291,23 +296,26 @@ class _Run:
         else:
             terms = [labels_term(1.0, spec.smoothing)]
         model.to(self.device)
-        return train(
-            model,
-            spec,
-            phase,
-            terms,
-            loader,
-            start=start,
-            moments=moments,
-            batch_size=self.recipe.data.batch_size,
-            device=self.device,
-            log=self.log,
-            # without labels, or classes to tell apart, only the teacher says how good a student is
-            evaluate=lambda m: self._evaluate(
-                m, None if self.datasets.labeled and getattr(m, "num_classes", 0) else self._comparable(teacher)
-            ),
-            teacher=guide,
-        )
+        with self.diagnostics.watching(model, phase.name) as watches:
+            return train(
+                model,
+                spec,
+                phase,
+                terms,
+                loader,
+                start=start,
+                moments=moments,
+                batch_size=self.recipe.data.batch_size,
+                device=self.device,
+                log=self.log,
+                # without labels, or classes to tell apart, only the teacher says how good a student is
+                evaluate=lambda m: self._evaluate(
+                    m, None if self.datasets.labeled and getattr(m, "num_classes", 0) else self._comparable(teacher)
+                ),
+                teacher=guide,
+                watches=watches,
+                measure=partial(self.diagnostics.measure, phase.name, teacher),
+            )
 
     def _evaluate(self, model: nn.Module, teacher: nn.Module | None) -> dict[str, Any]:
         config = input_config(model, self.recipe.data)
@@ -361,6 +369,7 @@ class _Run:
         times = cost.latency([teacher, student], sizes, device=self.device)
         results["teacher"]["latency_ms"], results["student"]["latency_ms"] = times
         write_text(self.folder.path / "results.json", json.dumps(results, indent=2) + "\n")
+        self.log.board(lambda writer: boards.show_results(writer, self.recipe, results))
         self.log.show(results_table(results, f"{self.recipe.teacher.model} → {self.folder.student}"))
         if self._comparable(teacher) and (
             mismatch := class_mismatch(self.datasets.num_classes, getattr(teacher, "num_classes", 0))

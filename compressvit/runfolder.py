@@ -11,6 +11,7 @@ import os
 import platform
 import shutil
 import sys
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import yaml
 from compressvit import __version__
 from compressvit.errors import UserError
 from compressvit.files import disk_faults, write_text
-from compressvit.recipe import Recipe
+from compressvit.recipe import Recipe, parse_recipe
 
 RESOLVED = "resolved.yaml"
 
@@ -74,12 +75,15 @@ class RunFolder:
         if not (self.path / RESOLVED).is_file():
             raise UserError(f"--resume: there is no run in {self.path} (no {RESOLVED}); start it without --resume")
         try:
-            before = _flat(yaml.safe_load((self.path / RESOLVED).read_text(encoding="utf-8")))
+            text = (self.path / RESOLVED).read_text(encoding="utf-8")
+            before = flat(yaml.safe_load(text))
+            with suppress(UserError):  # keys that are newer than the run have their defaults
+                before = flat(yaml.safe_load(parse_recipe(text).to_yaml()))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UserError(
                 f"--resume: {self.path / RESOLVED} is damaged, so it does not say what the run was; start a new run with --output"
             ) from error
-        now = _flat(yaml.safe_load(recipe.to_yaml()))
+        now = flat(yaml.safe_load(recipe.to_yaml()))
         changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
         if changed:
             lines = [f"  {key}: {_value(before, key)} in the run, {_value(now, key)} now" for key in changed]
@@ -124,15 +128,16 @@ def environment(command: list[str]) -> dict[str, Any]:
     }
 
 
-def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
+def flat(content: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings and lists as one mapping of dotted paths, e.g. `steps.0.multiplex.share`; empty ones are values."""
     if isinstance(content, dict) and content:
         return {
             k: v
             for key, value in content.items()
-            for k, v in _flat(value, f"{prefix}.{key}" if prefix else str(key)).items()
+            for k, v in flat(value, f"{prefix}.{key}" if prefix else str(key)).items()
         }
     if isinstance(content, list) and content:
-        return {k: v for i, value in enumerate(content) for k, v in _flat(value, f"{prefix}.{i}").items()}
+        return {k: v for i, value in enumerate(content) for k, v in flat(value, f"{prefix}.{i}").items()}
     return {prefix: content}
 
 

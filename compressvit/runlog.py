@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,16 +24,19 @@ log = logging.getLogger("compressvit")
 
 
 class RunLog:
-    """The voices of one run. Scalars of a phase go to `metrics.jsonl` as a line a step, and to TensorBoard under `phase/name`.
+    """The voices of one run. Scalars of a phase go to `metrics.jsonl` as a line a step, and to TensorBoard under
+    `phase/kind/name`.
 
     Args:
         folder: the run folder; None writes no files.
         console: where the progress bar and the messages go.
+        tags: what TensorBoard calls a phase, where that is not its name (`compressvit.boards`).
     """
 
-    def __init__(self, folder: Path | None, console: Console | None = None):
+    def __init__(self, folder: Path | None, console: Console | None = None, tags: Mapping[str, str] | None = None):
         self.console = console or Console()
         self.folder = folder
+        self._tags = dict(tags or {})
         self._writer: Any = None
         _silence()
         log.setLevel(logging.INFO)
@@ -71,7 +74,16 @@ class RunLog:
         with disk_faults(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         for name, value in known.items():
-            self._writer.add_scalar(f"{phase}/{kind}/{name}", value, step)
+            self._writer.add_scalar(f"{self._tag(phase)}/{kind}/{name}", value, step)
+
+    def board(self, show: Callable[[Any], None]) -> None:
+        """Let a function show something else in TensorBoard, through the run's one SummaryWriter."""
+        if self._writer is not None:
+            show(self._writer)
+
+    def _tag(self, phase: str) -> str:
+        step, _, cycle = phase.partition("_cycle")
+        return "_cycle".join([self._tags.get(step, step), cycle]) if cycle else self._tags.get(phase, phase)
 
     @contextmanager
     def progress(self, description: str, total: int, completed: int = 0) -> Iterator[Any]:

@@ -14,6 +14,7 @@ from helpers.runs import done, metrics, refused, run, student_bytes
 from helpers.training import CPU, Heard, largest_difference, random_batches, tiny_vit, values
 
 from compressvit import artifact, plots
+from compressvit.diagnostics.findings import read
 from compressvit.distill import engine
 from compressvit.distill.engine import Phase, train
 from compressvit.distill.prune_cycles import prune_and_train
@@ -75,8 +76,15 @@ def test_a_run_tells_the_widths_everywhere(whole):
     assert [{k: line[k] for k in widths[0]} for line in heard] == widths
     assert [line["step"] for line in heard] == [0, 1, 2]
     events = next((whole / "tensorboard").iterdir()).read_bytes()
-    assert f"{PHASE}/widths/blocks.0.attn".encode() in events
+    assert b"prune/widths/blocks.0.attn" in events
+    assert b"prune_cycle2/train/loss" in events
     assert (whole / "widths.png").read_bytes().startswith(b"\x89PNG")
+    allocation = read(whole / "diagnostics" / "allocation.json")
+    assert {r["scope"] for r in allocation.records} == {"global"}
+    for removals, cycle in enumerate(widths):
+        found = {r["adapter"]: r["neurons"] for r in allocation.records if r["removals"] == removals}
+        assert found == cycle
+        assert {r["even"] for r in allocation.records if r["removals"] == removals} == {6 / 2**removals}
 
     results = json.loads((whole / "results.json").read_text())
     student, ledger = results["student"], results["ledger"]

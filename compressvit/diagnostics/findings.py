@@ -9,7 +9,7 @@ import csv
 import io
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,3 +81,16 @@ def read(path: Path) -> Finding:
     if not known:
         raise UserError(f"{path} was written by another version of compressvit: its chart is {finding.chart!r}")
     return finding
+
+
+def merged(earlier: Finding, later: Finding) -> Finding:
+    """One finding of two measurements of the same thing; where both are of one phase and epoch, the later counts.
+
+    The chart gets a panel for each `when`, unless the later one's options speak of `when`, `phase` or `epoch` themselves.
+    """
+    measured = {(record.get("phase"), record.get("epoch")) for record in later.records}
+    kept = [r for r in earlier.records if (r.get("phase"), r.get("epoch")) not in measured]
+    options = dict(later.options)
+    if kept and not {"when", "phase", "epoch"} & {value for value in options.values() if isinstance(value, str)}:
+        options["facet"] = "when"
+    return replace(later, records=kept + later.records, options=options)

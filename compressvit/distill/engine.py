@@ -20,6 +20,7 @@ from timm.data import Mixup
 from torch import nn
 
 from compressvit import ties
+from compressvit.diagnostics.base import Watch
 from compressvit.distill import optimisation as opt
 from compressvit.distill.meters import Meters, result_text
 from compressvit.distill.spec import Training
@@ -97,6 +98,8 @@ def train(
     teacher: Teacher | None = None,
     start: dict[str, Any] | None = None,
     moments: dict[str, dict[str, Any]] | None = None,
+    watches: Sequence[Watch] = (),
+    measure: Callable[[nn.Module, int, bool], None] = lambda model, epoch, last: None,
 ) -> dict[str, Any]:
     """Train `model` in place until the phase is done, from its checkpoint if there is one.
 
@@ -110,6 +113,9 @@ def train(
         start: what `evaluate` says of the model as it is given, where that is known.
         moments: the optimiser's state by parameter name to begin with, possibly empty; its state at the end is then returned too.
             Where there is any, the model was trained and then changed, so `start` says nothing of it.
+        watches: diagnostics that look on at every step.
+        measure: diagnostics of (model or its average, epochs done, whether they are the last), before the first epoch and behind every
+            one; of the weights that `evaluate` sees. A resumed phase asks again for where it is.
 
     Returns:
         `start`, the evaluation of the model as it was given (None if nobody asked), and `kept_epoch`, the epoch whose weights it
@@ -147,6 +153,8 @@ def train(
         start, best = saved.get("start"), saved.get("best")
         if saved["done"]:
             kept = {"start": start, "kept_epoch": saved.get("kept_epoch", saved.get("epoch"))}
+            if kept["kept_epoch"] == saved.get("epoch"):  # those of an earlier epoch are not what was to be measured
+                measure(model.eval(), saved["epoch"], True)
             return kept if moments is None else kept | {"moments": saved["moments"]}
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
@@ -163,6 +171,9 @@ def train(
         if start is None:
             start = evaluate(model)
         best = {"score": _score(start), "epoch": 0, "model": _copied(model)}
+
+    if not batch_index:
+        measure(model if average is None else average.module, epoch, False)
 
     def checkpoint(done: bool, random_state: dict | None = None) -> None:
         content: dict[str, Any] = {
@@ -218,6 +229,8 @@ def train(
                 labelled = bool((targets >= 0).any())
                 if mixup is not None:
                     images, targets = _mix(mixup, images, targets)
+                for watch in watches:
+                    watch.before(steps)
                 with autocast:
                     logits = run_student(images)
                     teacher_logits = None
@@ -241,6 +254,8 @@ def train(
 
                 schedule.step_update(steps)
                 scaler.unscale_(optimizer)
+                for watch in watches:
+                    watch.after(steps + 1, epoch, scaler.get_scale())
                 norm = torch.nn.utils.clip_grad_norm_(parameters, spec.clip_grad or math.inf)
                 if not torch.isfinite(norm) and not scaler.is_enabled():  # the scaler skips such a step itself
                     raise UserError(_diverged(phase, steps, f"the gradient's norm is {norm.item()}", parts))
@@ -275,6 +290,7 @@ def train(
                 log.say(f"{phase.name} {epoch}/{spec.epochs}  {meters.text()}  {result_text(result)}")
                 if best is not None and _score(result) >= best["score"]:
                     best = {"score": _score(result), "epoch": epoch, "model": _copied(judged)}
+            measure(model if last or average is None else average.module, epoch, last)
             if best is not None:
                 if last and best["epoch"] != epoch:
                     model.load_state_dict(best["model"], strict=False)

@@ -45,8 +45,8 @@ def random_batches(count, size, seed=0, classes=4):
     ]
 
 
-def fit(model, spec, batches, folder, *, terms=None, teacher=None, evaluate=lambda model: {}, size=None):
-    """Train on a list of batches and return what the log heard."""
+def fit(model, spec, batches, folder, *, terms=None, teacher=None, evaluate=lambda model: {}, size=None, **more):
+    """Train on a list of batches and return what the log heard; `more` goes to the engine."""
     heard = Heard()
     try:
         train(
@@ -60,6 +60,7 @@ def fit(model, spec, batches, folder, *, terms=None, teacher=None, evaluate=lamb
             log=heard,
             evaluate=evaluate,
             teacher=teacher,
+            **more,
         )
     finally:
         heard.close()

@@ -1,0 +1,167 @@
+"""What a diagnostic is, and the registry: one dict, one decorator.
+
+A diagnostic is what a user asks for under `diagnostics:` in a recipe. There are two kinds, and both leave `Finding`s:
+
+    Measured   measure(context)        at stated epochs of every phase, on evaluation images
+    Watched    watch(model, …)         looks at every step of a training
+
+Neither changes the training: a run ends with the same weights with it and without it, to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Protocol
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from compressvit.data import InputConfig, renormalise
+from compressvit.diagnostics.findings import Finding
+from compressvit.distill.spec import Training
+from compressvit.errors import UserError
+from compressvit.spec import Spec
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a diagnostic may look at. Models are on `device` and in eval mode, and are not to be changed.
+
+    Attributes:
+        student: what is trained; the teacher itself in the phase that trains it.
+        teacher: None in a phase without one.
+        images: `images(n)` yields batches (B, C, H, W) of about n evaluation images, evenly spaced over the set and always the same,
+            without labels, normalised for the student; `teacher_images` makes a batch the teacher's.
+        config, teacher_config: what the models take.
+        phase: its name, e.g. '1_distill'.
+        epoch: epochs of it that are done; 0 before the first.
+    """
+
+    student: nn.Module
+    teacher: nn.Module | None
+    images: Callable[[int], Iterator[torch.Tensor]]
+    config: InputConfig
+    teacher_config: InputConfig | None
+    device: torch.device
+    phase: str
+    epoch: int
+
+    def teacher_images(self, images: torch.Tensor) -> torch.Tensor:
+        """A batch that is normalised for the student, as the teacher expects it."""
+        assert self.teacher_config is not None, "asked for only where there is a teacher"
+        return renormalise(images, self.config, self.teacher_config)
+
+
+class Diagnostic(Spec):
+    """A diagnostic as a recipe asks for it."""
+
+    name: ClassVar[str]
+
+    def summary(self) -> str:
+        """What it will do, in a few words for `plan`."""
+        raise TypeError(f"{type(self).__name__} does not define summary")
+
+    def refuse(self, phase: Training) -> None:
+        """Raise a `UserError` where it cannot be had in a phase; `plan` asks, so nothing has run yet."""
+
+    def note(self, phase: Training) -> str | None:
+        """What `plan` should say about it in a phase, if anything."""
+        return None
+
+
+class Measured(Diagnostic):
+    """A diagnostic that is measured at stated epochs."""
+
+    # True: phases without a teacher (the teacher's own training) are passed over.
+    needs_teacher: ClassVar[bool] = False
+
+    epochs: tuple[Annotated[int, Field(ge=0)] | Literal["last"], ...] = Field(
+        (0, "last"),
+        min_length=1,
+        description="When to measure, in epochs of each phase that are done: 0 is before the first, last behind the last.",
+    )
+    images: int = Field(512, ge=1, description="Evaluation images, evenly spaced over the set.")
+
+    def measure(self, context: Context) -> list[Finding]:
+        """Look at the models. Records get the fields `phase`, `epoch` and `when` ('1_distill, epoch 0') where they have none.
+
+        Findings of one name from several epochs become one: its records follow one another, and where its chart's options speak of
+        none of the three fields it is drawn with a panel for each `when`.
+
+        Raises:
+            UserError: it cannot be measured; the run says so and goes on.
+        """
+        raise TypeError(f"{type(self).__name__} does not define measure")
+
+    def summary(self) -> str:
+        return f"{self.images:,} images, at epoch {', '.join(map(str, self.epochs))} of every phase"
+
+    def note(self, phase: Training) -> str | None:
+        late = [epoch for epoch in self.epochs if epoch != "last" and epoch > phase.epochs]
+        if not late:
+            return None
+        return f"{self.name} is not measured at epoch {', '.join(map(str, late))}: the phase has {phase.epochs}"
+
+    def due(self, epoch: int, last: bool) -> bool:
+        """Whether it is measured now."""
+        return epoch in self.epochs or (last and "last" in self.epochs)
+
+
+class Watch(Protocol):
+    """What the training loop calls around every optimiser step."""
+
+    def before(self, steps: int) -> None:
+        """A batch is about to go through the model; `steps` optimiser steps of the phase are done."""
+
+    def after(self, step: int, epoch: int, scale: float) -> None:
+        """The gradients of step number `step` (from 1) are whole: unscaled, not yet clipped. `scale` is what the loss was multiplied by."""
+
+    def findings(self) -> list[Finding]:
+        """What was seen so far, in this phase and those before."""
+
+    def close(self) -> None:
+        """Leave the model as it was."""
+
+
+class Watched(Diagnostic):
+    """A diagnostic that looks on while a model is trained."""
+
+    def watch(self, model: nn.Module, phase: str, folder: Path) -> Watch:
+        """Begin to look at a phase.
+
+        Args:
+            model: as the phase begins with it.
+            phase: its name.
+            folder: for what it writes as it goes. Rows of this phase that are there already are of a run that goes on.
+        """
+        raise TypeError(f"{type(self).__name__} does not define watch")
+
+
+DIAGNOSTICS: dict[str, type[Diagnostic]] = {}
+
+
+def diagnostic(name: str) -> Callable[[type[Any]], type[Any]]:
+    """Register a diagnostic under the word that recipes use. A second one of the same name is refused at import."""
+
+    def register(spec: Any) -> Any:
+        if name in DIAGNOSTICS:
+            raise TypeError(
+                f"two diagnostics are called {name!r}: {DIAGNOSTICS[name].__module__} and {spec.__module__}"
+            )
+        spec.name = name
+        DIAGNOSTICS[name] = spec
+        return spec
+
+    return register
+
+
+def refuse_compiled(name: str, phase: Training) -> None:
+    """For a diagnostic that needs the modules and the graph as they are written."""
+    if phase.compile:
+        raise UserError(
+            f"{name} reads the graph of the backward pass, block by block, and compile=true makes one piece of it; set compile=false, "
+            f"or leave {name} out of diagnostics"
+        )

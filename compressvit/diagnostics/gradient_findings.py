@@ -1,0 +1,140 @@
+"""Findings from rows of gradient norms (`gradients.jsonl`): over training, by kind of parameter, and of shared tensors."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from compressvit.diagnostics.findings import Finding
+
+Rows = Sequence[Mapping[str, Any]]
+
+_POINTS = 150  # of a line; more rows are averaged
+_TITLES = {
+    "step": "optimiser step",
+    "norm": "ℓ2 norm of the gradient, before clipping",
+    "layer": "layer",
+    "group": "parameters",
+    "own": "mean ℓ2 norm of the gradient",
+    "when": "",
+}
+
+
+def gradient_findings(rows: Rows) -> list[Finding]:
+    """`gradients` (a line a layer), `gradients_groups` (a line a kind of parameter) and, where blocks share, `gradients_shared`.
+
+    Args:
+        rows: as `GradientWatch` writes them, of one or several phases, which become panels. With a field `run` panels are named by it
+            as well.
+    """
+    found = [_over_training(rows), _by_group(rows)] if rows else []
+    return found + ([_shared(rows)] if any(row["shared"] for row in rows) else [])
+
+
+def _over_training(rows: Rows) -> Finding:
+    records = []
+    for panel, some in _panels(rows):
+        for step, norms in _thinned(some, lambda row: {n: math.hypot(*g.values()) for n, g in row["norms"].items()}):
+            records += [{**panel, "step": step, "layer": layer, "norm": norm} for layer, norm in norms.items()]
+    return Finding(
+        name="gradients",
+        title="Norm of the gradient per layer over training",
+        caption="A line a layer, from the first (dark) to the last (light): how strongly a step pulls at it. Lines that lie together and "
+        "run smoothly mean that all layers learn at one pace; spikes, or a wide fan, mean that some are torn about while others rest. "
+        "What a block shares counts with the gradient of its own use, so layers compare whether they share or not.",
+        chart="lines",
+        records=records,
+        options=_line_options(records, "layer", ramp=True),
+    )
+
+
+def _by_group(rows: Rows) -> Finding:
+    records = []
+    for panel, some in _panels(rows):
+        for step, norms in _thinned(some, _group_norms):
+            records += [{**panel, "step": step, "group": group, "norm": norm} for group, norm in norms.items()]
+    return Finding(
+        name="gradients_groups",
+        title="Norm of the gradient per kind of parameter over training",
+        caption="A line a kind of parameter, all layers together; 'transforms' are what compression or adaptation added. A kind whose "
+        "line stays far below the others hardly learns.",
+        chart="lines",
+        records=records,
+        options=_line_options(records, "group", ramp=False),
+    )
+
+
+def _shared(rows: Rows) -> Finding:
+    records = []
+    for panel, some in _panels(rows):
+        for layer in dict.fromkeys(layer for row in some for layer in row["shared"]):
+            here = [row["shared"][layer] for row in some if layer in row["shared"]]
+            means = {kind: statistics.fmean(row[kind] for row in here) for kind in ("own", "sum")}
+            records.append({**panel, "layer": layer, **means})
+    return Finding(
+        name="gradients_shared",
+        title="Shared tensors: what each block's use asks for, and what the tensors get",
+        caption="Coloured: the norm of the gradient of what a block shares, from this block's use alone, mean over training. Grey, behind: "
+        "the norm of the sum over all blocks that share it, which is what an optimiser sees. Grey much longer than the bars of its blocks "
+        "means that they pull the same way; hardly longer or shorter, that they pull against each other.",
+        chart="bars",
+        records=records,
+        options={
+            "x": "own",
+            "y": "layer",
+            "behind": "sum",
+            "titles": _TITLES,
+            **({"facet": "when"} if _several(records) else {}),
+        },
+    )
+
+
+def _group_norms(row: Mapping[str, Any]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for groups in row["norms"].values():
+        for group, norm in groups.items():
+            found[group] = math.hypot(found.get(group, 0.0), norm)
+    return found
+
+
+def _panels(rows: Rows) -> Iterator[tuple[dict[str, Any], list[Mapping[str, Any]]]]:
+    """The rows of every phase (of every run), with the fields that name it."""
+    panels: dict[tuple, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        panels.setdefault((row.get("run"), row["phase"]), []).append(row)
+    for (run, phase), some in panels.items():
+        fields = {"phase": phase, "when": phase} if run is None else {"run": run, "phase": phase, "when": run}
+        if sum(r == run for r, _ in panels) > 1 and run is not None:
+            fields["when"] = f"{run}, {phase}"
+        yield fields, some
+
+
+def _thinned(rows: Rows, norms: Any) -> Iterator[tuple[int, dict[str, float]]]:
+    """(step, mean norms by name) of at most `_POINTS` stretches of equally many rows; a stretch is named by its last step."""
+    size = math.ceil(len(rows) / _POINTS)
+    for start in range(0, len(rows), size):
+        stretch = rows[start : start + size]
+        found = [norms(row) for row in stretch]
+        names = dict.fromkeys(name for one in found for name in one)
+        means = {name: statistics.fmean(one[name] for one in found if name in one) for name in names}
+        yield stretch[-1]["step"], means
+
+
+def _line_options(records: Sequence[Mapping[str, Any]], colour: str, *, ramp: bool) -> dict[str, Any]:
+    positive = all(record["norm"] > 0 for record in records)
+    return {
+        "x": "step",
+        "y": "norm",
+        "colour": colour,
+        "titles": _TITLES,
+        "ramp": ramp,
+        "points": False,
+        "scales": {"norm": "log"} if positive else {},
+        **({"facet": "when"} if _several(records) else {}),
+    }
+
+
+def _several(records: Sequence[Mapping[str, Any]]) -> bool:
+    return len({record["when"] for record in records}) > 1

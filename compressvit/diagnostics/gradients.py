@@ -1,0 +1,164 @@
+"""ℓ2 norms of the gradient over training: per block and per kind of parameter, shared tensors per use (MiniViT, figure 4).
+
+Paper: MiniViT: Compressing Vision Transformers with Weight Multiplexing, CVPR 2022, https://arxiv.org/abs/2204.07154
+
+Norms are of the whole gradient of an optimiser step (all accumulated batches), before clipping. In a block, what it shares counts with the
+gradient of the block's own use, so that a block's norm means the same whether it shares or not.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from compressvit import surgery
+from compressvit.backbone import ALL_FAMILIES, describe, family, head_names
+from compressvit.diagnostics.base import Watched, diagnostic, refuse_compiled
+from compressvit.diagnostics.findings import Finding
+from compressvit.diagnostics.gradient_findings import gradient_findings
+from compressvit.diagnostics.rows import append_row, read_rows, rewrite_rows
+from compressvit.diagnostics.uses import Uses
+from compressvit.distill.spec import Training
+
+ROWS = "gradients.jsonl"
+KEYS = ("phase", "epoch", "step", "norms", "shared")
+GROUPS = ("attention", "MLP", "norms", "transforms", "embeddings", "head", "other")
+_EMBEDDINGS = ("patch_embed", "pos_embed", "cls_token", "reg_token", "dist_token", "downsample", "stem")
+
+
+@diagnostic("gradients")
+class Gradients(Watched):
+    """Norms of the gradient over training, per block and per kind of parameter; shared tensors per use."""
+
+    every: int = Field(
+        10, ge=1, description="Optimiser steps between two that are looked at; the first of a phase always is."
+    )
+
+    def summary(self) -> str:
+        return f"at every {self.every}. optimiser step" if self.every > 1 else "at every optimiser step"
+
+    def refuse(self, phase: Training) -> None:
+        refuse_compiled(self.name, phase)
+
+    def watch(self, model: nn.Module, phase: str, folder: Path) -> GradientWatch:
+        return GradientWatch(model, phase, folder / ROWS, self.every)
+
+
+class GradientWatch:
+    """Writes a row of norms at every so many steps of one phase.
+
+    A row: `phase`, `epoch`, `step`, `norms` (by layer and kind of parameter) and `shared` (by block, what it shares with others: the norm
+    of the gradient of its own use, and that of the sum over all uses, which is what `.grad` holds).
+
+    Args:
+        model: hooks are put on blocks that share; `close` takes them off.
+        phase: its name.
+        path: of the rows; those of other phases stay.
+        every: stride in optimiser steps; step 1 is always looked at.
+    """
+
+    def __init__(self, model: nn.Module, phase: str, path: Path, every: int):
+        self._model, self._phase, self._path, self._every = model, phase, path, every
+        self._places = places(model)
+        blocks = [info.path for info in describe(model, ALL_FAMILIES).blocks] if family(model) else []
+        self._uses = Uses(model, blocks)
+        self._begun = False
+
+    def before(self, steps: int) -> None:
+        if not self._begun:
+            self._begin(steps)
+        self._uses.recording = self._due(steps + 1)
+
+    def after(self, step: int, epoch: int, scale: float) -> None:
+        if not self._due(step):
+            return
+        row = self._row(step, epoch, scale)
+        self._uses.clear()
+        if row is not None:
+            append_row(self._path, row)
+
+    def findings(self) -> list[Finding]:
+        return gradient_findings(read_rows(self._path, KEYS)) if self._path.is_file() else []
+
+    def close(self) -> None:
+        self._uses.close()
+
+    def _due(self, step: int) -> bool:
+        return step == 1 or step % self._every == 0
+
+    def _begin(self, steps: int) -> None:
+        """Drop rows of steps that will be done again: those of a run that stopped between two checkpoints."""
+        self._begun = True
+        if self._path.is_file():
+            rows = read_rows(self._path, KEYS)
+            rewrite_rows(self._path, (row for row in rows if row["phase"] != self._phase or row["step"] <= steps))
+
+    def _row(self, step: int, epoch: int, scale: float) -> dict[str, Any] | None:
+        """None where a number is not finite: mixed precision then leaves the step out."""
+        tensors = {name: p.grad for name, p in self._model.named_parameters() if p.grad is not None}
+        found = [
+            torch.linalg.vector_norm(g, dtype=torch.float64)
+            for g in [*tensors.values(), *self._uses.gradients.values()]
+        ]
+        values = torch.stack(found).tolist() if found else []  # one wait for the device
+        if not all(map(math.isfinite, values)):
+            return None
+        sums = dict(zip(tensors, values[: len(tensors)], strict=True))
+        own = dict(zip(self._uses.gradients, (v / scale for v in values[len(tensors) :]), strict=True))
+
+        shared: dict[str, dict[str, float]] = {}
+        for path, names in self._uses.names.items():
+            if names:
+                whole = [sums.get(first, 0.0) for first in names]
+                uses = [own.get(name, 0.0) for name in names.values()]
+                shared[path] = {"own": math.hypot(*uses), "sum": math.hypot(*whole)}
+        per_use = {first for names in self._uses.names.values() for first in names}
+        norms: dict[str, dict[str, float]] = {layer: {} for layer, _ in self._places.values()}
+        for name, value in [*((n, v) for n, v in sums.items() if n not in per_use), *own.items()]:
+            layer, group = self._places[name]
+            norms[layer][group] = math.hypot(norms[layer].get(group, 0.0), value)
+        known = {layer: groups for layer, groups in norms.items() if groups}
+        return {"phase": self._phase, "epoch": epoch, "step": step, "norms": known, "shared": shared}
+
+
+def places(model: nn.Module) -> dict[str, tuple[str, str]]:
+    """Layer and kind (of `GROUPS`) of every parameter, a shared one under each of its names, in the order of the model.
+
+    A layer is a block by its path; what lies outside of blocks is one by its module, e.g. 'patch_embed' or 'layers.1.downsample'.
+    """
+    blocks = [info.path for info in describe(model, ALL_FAMILIES).blocks] if family(model) else []
+    head = head_names(model) if hasattr(model, "get_classifier") else set()
+    added = surgery.added_parameters(model)
+    found = {}
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        path, _, own = name.rpartition(".")
+        layer = next((block for block in blocks if name.startswith(f"{block}.")), None) or _outside(name)
+        kind = type(model.get_submodule(path)).__mro__
+        if name in added:
+            group = "transforms"
+        elif name in head:
+            group = "head"
+        elif any(word in name.split(".") for word in _EMBEDDINGS):
+            group = "embeddings"
+        elif own == "gamma" or any(c.__name__.endswith(("Norm", "Norm2d", "LayerScale")) for c in kind):
+            group = "norms"
+        elif f"{layer}.attn." in name:
+            group = "attention"
+        elif f"{layer}.mlp." in name:
+            group = "MLP"
+        else:
+            group = "other"
+        found[name] = (layer, group)
+    return found
+
+
+def _outside(name: str) -> str:
+    """The part of a model outside of its blocks that a parameter belongs to."""
+    parts = name.split(".")
+    numbered = len(parts) > 3 and parts[1].isdecimal()
+    return ".".join(parts[: (3 if parts[2] == "downsample" else 2) if numbered else 1])

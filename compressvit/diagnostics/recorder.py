@@ -1,0 +1,173 @@
+"""The diagnostics of a run: when they look, and where what they found goes. Training is left undisturbed, to the bit.
+
+In the run folder: `diagnostics/NAME.json`, `.csv`, `.png`, `.svg` for every finding, `diagnostics/measured.jsonl` (what was measured when,
+and how long that took), and what watching diagnostics write as they go.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from compressvit.data import Data, Datasets, InputConfig, eval_loader, input_config
+from compressvit.diagnostics.allocation import History, allocation_finding
+from compressvit.diagnostics.base import Context, Measured, Watch, Watched
+from compressvit.diagnostics.findings import Finding, merged, read
+from compressvit.diagnostics.rows import append_row, read_rows
+from compressvit.distill.optimisation import random_state, restore_random_state
+from compressvit.errors import UserError
+from compressvit.recipe import Recipe
+from compressvit.runlog import RunLog, log
+from compressvit.samples import Samples
+
+FOLDER = "diagnostics"
+MEASURED = "measured.jsonl"
+
+
+class Recorder:
+    """Runs the diagnostics that a recipe asks for.
+
+    Args:
+        recipe: names the diagnostics and the data.
+        run: the run folder. What an earlier part of the run recorded there stays.
+        voice: shows pictures in TensorBoard.
+    """
+
+    def __init__(self, recipe: Recipe, run: Path, datasets: Datasets, device: torch.device, voice: RunLog):
+        wanted = [entry.spec for entry in recipe.diagnostics]
+        self._measured = [spec for spec in wanted if isinstance(spec, Measured)]
+        self._watched = [spec for spec in wanted if isinstance(spec, Watched)]
+        self._folder = run / FOLDER
+        self._data, self._datasets, self._device, self._voice = recipe.data, datasets, device, voice
+        self._allocations: dict[str, tuple[str, History]] = {}
+
+    @contextmanager
+    def watching(self, model: nn.Module, phase: str) -> Iterator[list[Watch]]:
+        """Watches for a phase; what they found is written at its end, also where an error or a signal ended it."""
+        watches = [spec.watch(model, phase, self._folder) for spec in self._watched]
+        try:
+            yield watches
+        finally:
+            for watch in watches:
+                watch.close()
+                for finding in watch.findings():
+                    self.keep(finding)
+
+    def measure(self, phase: str, teacher: nn.Module | None, student: nn.Module, epoch: int, last: bool) -> None:
+        """Measure what is due at this epoch and was not measured before. What cannot be is told, and training goes on."""
+        due = [
+            spec
+            for spec in self._measured
+            if spec.due(epoch, last)
+            and not (spec.needs_teacher and teacher is None)
+            and not self._has(spec.name, phase, epoch)
+        ]
+        if not due:
+            return
+        with undisturbed(student, teacher):
+            for model in (student, teacher):
+                if model is not None:
+                    model.to(self._device).eval()
+            context = self._context(phase, teacher, student, epoch)
+            for spec in due:
+                began = time.monotonic()
+                try:
+                    found = [stamped(finding, phase, epoch) for finding in spec.measure(context)]
+                except UserError as error:
+                    log.warning("%s, epoch %d: %s was not measured: %s", phase, epoch, spec.name, error)
+                    continue
+                for finding in found:
+                    self.keep(_with_earlier(finding, self._folder), epoch)
+                row = {"diagnostic": spec.name, "phase": phase, "epoch": epoch}
+                seconds = round(time.monotonic() - began, 2)
+                append_row(self._folder / MEASURED, {**row, "findings": [f.name for f in found], "seconds": seconds})
+                self._voice.say(f"{phase}, epoch {epoch}: {spec.name} measured in {seconds:.1f} s")
+
+    def allocation(self, phase: str, scope: str, history: History) -> None:
+        """Tell where a `prune` phase left neurons; always, because it costs nothing."""
+        self._allocations[phase] = (scope, history)
+        self.keep(allocation_finding(self._allocations), len(history) - 1)
+
+    def keep(self, finding: Finding, step: int = 0) -> None:
+        """Write a finding into the run folder, in place of an earlier one of its name, and show it in TensorBoard."""
+        finding.write(self._folder)
+        if finding.records:
+            self._voice.board(lambda writer: finding.log(writer, self._folder, step))
+
+    def _has(self, name: str, phase: str, epoch: int) -> bool:
+        path = self._folder / MEASURED
+        rows = read_rows(path, ("diagnostic", "phase", "epoch")) if path.is_file() else []
+        return any((row["diagnostic"], row["phase"], row["epoch"]) == (name, phase, epoch) for row in rows)
+
+    def _context(self, phase: str, teacher: nn.Module | None, student: nn.Module, epoch: int) -> Context:
+        config = input_config(student, self._data)
+        return Context(
+            student=student,
+            teacher=teacher,
+            images=lambda count: evaluation_images(self._datasets, self._data, config, self._device, count),
+            config=config,
+            teacher_config=None if teacher is None else input_config(teacher, self._data),
+            device=self._device,
+            phase=phase,
+            epoch=epoch,
+        )
+
+
+def evaluation_images(
+    datasets: Datasets, data: Data, config: InputConfig, device: torch.device, count: int
+) -> Iterator[torch.Tensor]:
+    """Normalised batches (B, C, H, W) of about `count` evaluation images on the device, evenly spaced over the set, without labels.
+
+    A streaming set gives its first ones. Broken files are left out. Nothing is drawn from the global generators.
+    """
+    subset: Any = datasets.validation
+    if isinstance(subset, Samples):
+        count = min(count, len(subset))
+        chosen = [
+            subset.indices[i * len(subset) // count] for i in range(count)
+        ]  # a set may be in the order of its classes
+        subset = Samples(subset.source, chosen, subset.labeled)
+    left = count
+    for images, targets in eval_loader(dataclasses.replace(datasets, validation=subset), data, config, device):
+        whole = images[targets >= -1][:left]  # below that it stands for a broken file
+        if len(whole):
+            yield whole
+        left -= len(whole)
+        if left <= 0:
+            return
+
+
+def stamped(finding: Finding, phase: str, epoch: int) -> Finding:
+    """The finding with the fields `phase`, `epoch` and `when` in every record that has none."""
+    place = {"phase": phase, "epoch": epoch, "when": f"{phase}, epoch {epoch}"}
+    return dataclasses.replace(finding, records=[{**place, **record} for record in finding.records])
+
+
+def _with_earlier(finding: Finding, folder: Path) -> Finding:
+    path = folder / f"{finding.name}.json"
+    return merged(read(path), finding) if path.is_file() else finding
+
+
+@contextmanager
+def undisturbed(*models: nn.Module | None) -> Iterator[None]:
+    """Restore random state, train and eval mode of every module, and gradients, whatever happens inside."""
+    known = [model for model in models if model is not None]
+    state = random_state()
+    modes = [(module, module.training) for model in known for module in model.modules()]
+    gradients = [(parameter, parameter.grad) for model in known for parameter in model.parameters()]
+    kept = [None if gradient is None else gradient.clone() for _, gradient in gradients]
+    try:
+        yield
+    finally:
+        restore_random_state(state)
+        for module, training in modes:
+            module.training = training
+        for (parameter, _), gradient in zip(gradients, kept, strict=True):
+            parameter.grad = gradient

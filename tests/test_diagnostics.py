@@ -1,0 +1,356 @@
+"""`diagnostics:` in recipes: what is recorded and when, that a run ends with the same bits, and that a stopped one loses nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import shutil
+import signal
+from pathlib import Path
+from typing import ClassVar
+
+import jsonschema
+import numpy as np
+import pytest
+import torch
+import yaml
+from helpers.images import GRAY
+from helpers.recipes import GOOD, only_row
+from helpers.runs import RECIPE, done, metrics, run, student_bytes
+from helpers.training import CPU
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import compressvit.run
+from compressvit import artifact
+from compressvit.data import Data, open_data
+from compressvit.diagnostics.base import DIAGNOSTICS, Measured, diagnostic
+from compressvit.diagnostics.findings import Finding, merged, read
+from compressvit.diagnostics.gradients import KEYS, Gradients
+from compressvit.diagnostics.recorder import Recorder, evaluation_images, undisturbed
+from compressvit.diagnostics.rows import read_rows
+from compressvit.distill import engine
+from compressvit.errors import UserError
+from compressvit.plan import plan_recipe
+from compressvit.recipe import json_schema, load_recipe, parse_recipe
+
+WATCHED = "diagnostics=[gradients: {every: 3}]"
+HARD = [
+    "teacher.finetune.mixup=0.2",
+    "data.augment.random_erasing=0.25",
+    "steps.1.distill={epochs: 3, mixup: 0.5, drop_path: 0.2, ema: 0.9, accumulate: 2, log_every: 1}",
+]
+MOMENTS = [("teacher", 0), ("teacher", 1), ("1_distill", 0), ("1_distill", 1), ("1_distill", 3)]
+
+
+class Rude(Measured):
+    """Says what it sees, and leaves everything about it in disorder."""
+
+    name = "rude"
+    calls: ClassVar[list] = []
+    fault: ClassVar[Exception | None] = None
+
+    def measure(self, context):
+        images = torch.cat(list(context.images(5)))
+        self.calls.append((context.phase, context.epoch, context.student.training, tuple(images.shape)))
+        if self.fault:
+            raise self.fault
+        random.random(), np.random.rand(), torch.rand(3)
+        context.student.train()
+        context.student(images).sum().backward()
+        weight = sum(p.double().abs().sum().item() for p in context.student.parameters())
+        teacher = context.teacher and context.teacher(context.teacher_images(images)).abs().mean().item()
+        options = {"x": "side", "y": "size"}
+        return [
+            Finding("rude", "Rude", "None.", "bars", [{"side": "student", "size": weight, "teacher": teacher}], options)
+        ]
+
+
+@pytest.fixture
+def rude(monkeypatch):
+    """Every run measures `Rude` besides what its recipe asks for."""
+
+    class Ruder(Recorder):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self._measured.append(Rude(epochs=(0, 1, "last")))
+
+    monkeypatch.setattr(compressvit.run, "Recorder", Ruder)
+    monkeypatch.setattr(Rude, "calls", [])
+    monkeypatch.setattr(Rude, "fault", None)
+    return Rude
+
+
+@pytest.fixture(scope="module")
+def plain(recipe):
+    """A run without any diagnostic."""
+    folder = recipe.parent / "without_diagnostics"
+    done("apply", recipe, "--output", folder, *HARD)
+    return folder
+
+
+@pytest.fixture
+def whole(recipe, tmp_path, rude):
+    """A run that nobody stopped, watched and measured."""
+    folder = tmp_path / "whole"
+    done("apply", recipe, "--output", folder, WATCHED, *HARD)
+    return folder
+
+
+def records(folder: Path) -> list:
+    return read(folder / "diagnostics" / "rude.json").records
+
+
+def steps_watched(folder: Path) -> list:
+    return [(row["phase"], row["step"]) for row in read_rows(folder / "diagnostics" / "gradients.jsonl", KEYS)]
+
+
+# --------------------------------------------------------------------------------------------------------------------- runs
+
+
+def test_a_run_records_and_ends_with_the_same_bits(plain, whole):
+    assert student_bytes(whole) == student_bytes(plain)
+    assert not (plain / "diagnostics").exists()
+    seen = records(whole)
+    assert [(r["phase"], r["epoch"]) for r in seen] == MOMENTS
+    assert [r["when"] for r in seen][-1] == "1_distill, epoch 3"
+    assert len({r["size"] for r in seen}) == 5  # weights that training has moved
+    assert [r["teacher"] is None for r in seen] == [True, True, False, False, False]
+    assert Rude.calls[0] == ("teacher", 0, False, (5, 1, 8, 8))
+    measured = read_rows(whole / "diagnostics" / "measured.jsonl")
+    assert [(m["phase"], m["epoch"]) for m in measured] == MOMENTS
+    assert all(m["findings"] == ["rude"] and m["seconds"] >= 0 for m in measured)
+    assert steps_watched(whole) == [*(("teacher", s) for s in (1, 3, 6)), *(("1_distill", s) for s in (1, 3, 6, 9, 12))]
+
+
+def test_findings_are_files_and_pictures_in_tensorboard(whole):
+    names = ("rude", "gradients", "gradients_groups", "gradients_shared")
+    board = EventAccumulator(str(whole / "tensorboard"))
+    board.Reload()
+    for name in names:
+        for suffix in ("json", "csv", "png", "svg"):
+            assert (whole / "diagnostics" / f"{name}.{suffix}").stat().st_size > 100
+    assert {f"diagnostics/{name}" for name in names} == set(board.Tags()["images"])
+    assert read(whole / "diagnostics" / "rude.json").options["facet"] == "when"
+    plan = json.loads((whole / "plan.json").read_text())
+    assert plan["diagnostics"] == {"gradients": "at every 3. optimiser step"}
+
+
+@pytest.mark.parametrize(
+    "batch", [3, 12, 21]
+)  # amid the teacher's epoch, between two batches of a step, between two epochs
+def test_a_stopped_run_keeps_what_it_recorded(whole, recipe, tmp_path, monkeypatch, batch):
+    folder, seen, total = tmp_path / "run", [], engine._total
+
+    def counted(*args):
+        seen.append(1)
+        if len(seen) == batch:
+            signal.raise_signal(signal.SIGTERM)
+        return total(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_total", counted)
+        assert run("apply", recipe, "--output", folder, WATCHED, *HARD)[0] == 128 + signal.SIGTERM
+    assert (folder / "diagnostics" / "gradients.png").is_file()  # of what there is
+    done("apply", folder, "--resume")
+    assert student_bytes(folder) == student_bytes(whole)
+    assert records(folder) == records(whole)
+    assert (folder / "diagnostics" / "gradients.jsonl").read_text() == (
+        whole / "diagnostics" / "gradients.jsonl"
+    ).read_text()
+
+
+class Crash(Exception):
+    pass
+
+
+@pytest.mark.parametrize("call", range(1, 6))
+def test_a_crash_amid_a_measurement_loses_none(whole, recipe, tmp_path, monkeypatch, call):
+    folder, measure, before = tmp_path / "run", Rude.measure, len(Rude.calls)
+
+    def crash(self, context):
+        if len(Rude.calls) - before == call - 1:
+            raise Crash
+        return measure(self, context)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Rude, "measure", crash)
+        with pytest.raises(Crash):
+            done("apply", recipe, "--output", folder, WATCHED, *HARD)
+    done("apply", folder, "--resume")
+    assert student_bytes(folder) == student_bytes(whole)
+    assert records(folder) == records(whole)
+    assert sorted(steps_watched(folder)) == sorted(steps_watched(whole))
+
+
+def test_what_cannot_be_measured_is_told_and_the_run_goes_on(plain, recipe, tmp_path, rude, monkeypatch):
+    monkeypatch.setattr(rude, "fault", UserError("the features of blocks.1 are not finite"))
+    folder = tmp_path / "run"
+    done("apply", recipe, "--output", folder, *HARD)
+    assert student_bytes(folder) == student_bytes(plain)
+    log = (folder / "run.log").read_text()
+    assert "1_distill, epoch 0: rude was not measured: the features of blocks.1 are not finite" in log
+    assert not (folder / "diagnostics").exists()
+
+
+def test_an_average_is_what_is_measured_where_it_is_what_is_evaluated(recipe, tmp_path, rude, monkeypatch):
+    """The last measurement sees the student's own weights, whichever the phase keeps."""
+    seen = []
+    monkeypatch.setattr(
+        Rude, "measure", lambda self, c: seen.append({n: p.clone() for n, p in c.student.named_parameters()}) or []
+    )
+    done("apply", recipe, "--output", tmp_path / "run", *HARD)
+    kept = dict(artifact.load(tmp_path / "run" / "student").named_parameters())
+    assert all(torch.equal(kept[name], seen[-1][name]) for name in kept)
+    assert not all(torch.equal(kept[name], seen[-2][name]) for name in kept)
+
+
+# -------------------------------------------------------------------------------------------------------------------- pieces
+
+
+def test_images_are_spread_over_the_set_and_come_without_labels():
+    data = Data(name="digits", eval_batch_size=4)
+    datasets = open_data(data)
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    batches = list(evaluation_images(datasets, data, GRAY, CPU, 10))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [len(b) for b in batches] == [4, 4, 2]
+    everything = torch.cat(list(evaluation_images(datasets, data, GRAY, CPU, 10**6)))
+    assert len(everything) == len(datasets.validation) == 360
+    assert torch.equal(torch.cat(batches), everything[::36])
+
+
+def test_undisturbed_restores_what_a_diagnostic_changed():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout()).train()
+    model[1].eval()
+    model[0].weight.grad = torch.ones(2, 2)
+    states = [random.getstate(), np.random.get_state()[2], torch.get_rng_state()]
+
+    def disturb():
+        with undisturbed(model, None):
+            model.train()
+            model[0].weight.grad.zero_()
+            model[0].bias.grad = torch.ones(2)
+            random.random(), np.random.rand(), torch.rand(1)
+            raise Crash
+
+    with pytest.raises(Crash):
+        disturb()
+    assert (model.training, model[0].training, model[1].training) == (True, True, False)
+    assert torch.equal(model[0].weight.grad, torch.ones(2, 2))
+    assert model[0].bias.grad is None
+    assert random.getstate() == states[0]
+    assert np.random.get_state()[2] == states[1]
+    assert torch.equal(torch.get_rng_state(), states[2])
+
+
+def test_the_later_of_two_measurements_of_one_epoch_counts():
+    def finding(epoch, value, **options):
+        return Finding("x", "X", "", "bars", [{"phase": "p", "epoch": epoch, "v": value}], options)
+
+    both = merged(finding(0, 1.0), finding(2, 2.0))
+    assert [r["v"] for r in both.records] == [1.0, 2.0]
+    assert both.options == {"facet": "when"}
+    assert [r["v"] for r in merged(both, finding(2, 3.0)).records] == [1.0, 3.0]
+    assert merged(finding(0, 1.0), finding(0, 2.0)).options == {}
+    assert merged(finding(0, 1.0), finding(2, 2.0, colour="epoch")).options == {"colour": "epoch"}
+
+
+def test_epochs_and_teachers_decide_what_is_due():
+    spec = Rude()
+    assert [spec.due(e, last) for e, last in ((0, False), (1, False), (4, True))] == [True, False, True]
+    assert Rude(epochs=(0, 5)).due(5, False)
+    assert not Rude(epochs=(0, 5)).due(3, True)
+
+
+def test_a_second_diagnostic_of_one_name_is_refused():
+    with pytest.raises(TypeError, match=r"two diagnostics are called 'gradients': compressvit\.diagnostics\.gradients"):
+        diagnostic("gradients")(Rude)
+    assert DIAGNOSTICS["gradients"] is Gradients
+
+
+# ------------------------------------------------------------------------------------------------------------------- recipes
+
+
+def test_words_and_options_are_read_and_written_out():
+    recipe = parse_recipe(GOOD + "diagnostics: [gradients]\n")
+    assert [entry.spec for entry in recipe.diagnostics] == [Gradients()]
+    assert parse_recipe(GOOD + "diagnostics:\n  - gradients:\n") == recipe
+    assert parse_recipe(recipe.to_yaml()) == recipe
+    changed = parse_recipe(GOOD + "diagnostics: [gradients]\n", overrides=["diagnostics.0.gradients.every=4"])
+    assert changed.diagnostics[0].spec.every == 4
+    schema = jsonschema.Draft202012Validator(json_schema())
+    good = GOOD.replace("1e-3", "0.001")
+    for text in (good + "diagnostics: [gradients, gradients: {every: 2}]\n", recipe.to_yaml()):
+        schema.validate(yaml.safe_load(text))
+    with pytest.raises(jsonschema.ValidationError, match="evry"):
+        schema.validate(yaml.safe_load(good + "diagnostics: [gradients: {evry: 2}]\n"))
+
+
+FAULTS = {
+    "[gradient]": ("diagnostics[0].gradient", "unknown key; did you mean 'gradients'?"),
+    "[gradients: {evry: 2}]": ("diagnostics[0].gradients.evry", "unknown key; did you mean 'every'?"),
+    "[gradients: {every: 0}]": ("diagnostics[0].gradients.every", "should be greater than or equal to 1, not 0"),
+    "[gradients, gradients]": ("diagnostics", "gradients stands twice; its findings would replace each other"),
+    "[{}]": ("diagnostics[0]", "an entry names one diagnostic; this one is empty"),
+    "gradients": ("diagnostics", 'should be a valid array, not "gradients"'),
+    "[multiplex: {share: 2}]": (
+        "diagnostics[0].multiplex",
+        "unknown key; multiplex is a step, so it belongs into the list `steps`",
+    ),
+}
+
+
+@pytest.mark.parametrize(("value", "expected"), FAULTS.items())
+def test_faults_have_lines_and_near_names(value, expected):
+    place, path, sentence = only_row(GOOD + f"diagnostics: {value}\n")
+    assert place == "line 14"
+    assert path == expected[0]
+    assert sentence.startswith(expected[1])
+
+
+def test_a_diagnostic_in_another_place_is_pointed_to_its_list():
+    words = "unknown key; gradients is a diagnostic, so it belongs into the list `diagnostics`"
+    assert words in only_row(GOOD + "gradients: {every: 2}\n")[2]
+    assert words in only_row(GOOD.replace("steps:\n", "steps:\n  - gradients\n"))[2]
+
+
+def test_the_plan_refuses_a_compiled_phase_and_notes_epochs_that_never_come(monkeypatch):
+    text = GOOD + "diagnostics: [gradients]\n"
+    plan = plan_recipe(parse_recipe(text, overrides=["steps.1.distill.compile=true"]))
+    (conflict,) = plan.conflicts
+    assert conflict.startswith("steps[1].distill: gradients reads the graph of the backward pass")
+    assert "set compile=false, or leave gradients out of diagnostics" in conflict
+    assert plan_recipe(parse_recipe(text)).diagnostics == {"gradients": "at every 10. optimiser step"}
+    (phase,) = parse_recipe(text).phases().values()
+    assert Rude(epochs=(0, 2)).note(phase) is None
+    assert Rude(epochs=(0, 3, "last", 5)).note(phase) == "rude is not measured at epoch 3, 5: the phase has 2"
+    assert Rude().summary() == "512 images, at epoch 0, last of every phase"
+
+
+def test_a_run_that_is_older_than_a_key_can_be_resumed(finished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    resolved = yaml.safe_load((folder / "resolved.yaml").read_text())
+    del resolved["diagnostics"]
+    (folder / "resolved.yaml").write_text(yaml.safe_dump(resolved))
+    (folder / "tiny.yaml").write_text(RECIPE)
+    done("apply", folder / "tiny.yaml", "--output", folder, "--resume", "seed=3")
+    code, _, err = run("apply", folder / "tiny.yaml", "--output", folder, "--resume", "seed=3", WATCHED)
+    assert code == 2
+    assert "diagnostics.0.gradients.every: absent in the run, 3 now" in err
+    assert load_recipe(finished / "resolved.yaml").diagnostics == ()
+
+
+def test_pruning_watches_every_cycle(tmp_path):
+    text = (
+        RECIPE.split("steps:")[0] + "steps:\n  - adapters: {width: 4}\n  - prune: {target: {neurons: 0.5}, epochs: 1}\n"
+    )
+    (tmp_path / "prune.yaml").write_text(text + "diagnostics: [gradients: {every: 7}]\n")
+    done("apply", tmp_path / "prune.yaml", "--output", tmp_path / "run")
+    assert steps_watched(tmp_path / "run")[2:] == [(f"1_prune_cycle{c}", s) for c in (0, 1) for s in (1, 7)]
+    rows = read_rows(tmp_path / "run" / "diagnostics" / "gradients.jsonl", KEYS)
+    assert {kind for row in rows[2:] for kinds in row["norms"].values() for kind in kinds} == {"transforms", "head"}
+    assert metrics(tmp_path / "run", kind="widths")
+    assert dataclasses.asdict(read(tmp_path / "run" / "diagnostics" / "allocation.json"))["options"]["ramp"] is True
