@@ -15,6 +15,7 @@ _PUBLIC = {
     "save": "compressvit.artifact",
     "load": "compressvit.artifact",
     "materialise": "compressvit.pipeline",
+    "merge": "compressvit.export",
     "count_parameters": "compressvit.ties",
     "save_adapter": "compressvit.adapter_file",
     "load_adapter": "compressvit.adapter_file",

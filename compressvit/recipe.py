@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from compressvit.data import Data
@@ -71,6 +71,12 @@ class Calibration(Spec):
     )
 
 
+class Merge(Spec):
+    """Also write what comes out as a plain timm model, as `compressvit merge` does; the last step."""
+
+    name: ClassVar[str] = "merge"
+
+
 class _Step(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -89,18 +95,23 @@ class _Step(BaseModel):
 
     @property
     def spec(self) -> Any:
-        """The transform or phase it names."""
+        """The transform, phase or merge it names."""
         return getattr(self, self.name)
 
 
 _STEP_FIELDS: dict[str, Any] = {
     name: (spec | None, Field(None, description=(spec.__doc__ or "").splitlines()[0]))
-    for name, spec in {**TRANSFORMS, **PHASES}.items()
+    for name, spec in {**TRANSFORMS, **PHASES, Merge.name: Merge}.items()
 }
-Step = create_model("Step", __base__=_Step, __doc__="One entry of a recipe: a transform or a phase.", **_STEP_FIELDS)
+Step = create_model(
+    "Step",
+    __base__=_Step,
+    __doc__="One entry of a recipe: a transform, a phase, or `merge` at the end.",
+    **_STEP_FIELDS,
+)
 
 
-def step(spec: Transform | Training) -> Any:
+def step(spec: Transform | Training | Merge) -> Any:
     """A recipe's step from a spec, for recipes built in Python: `Recipe(…, steps=(step(Multiplex(share=2)), step(Distill())))`."""
     return Step(**{spec.name: spec})
 
@@ -115,6 +126,22 @@ class Recipe(Spec):
     data: Data
     calibration: Calibration = Calibration()
     steps: tuple[Step, ...] = Field(min_length=1, description="Transforms and phases, in order.")  # type: ignore[valid-type]
+
+    @field_validator("steps")
+    @classmethod
+    def _merge_comes_last(cls, steps: tuple[Any, ...]) -> tuple[Any, ...]:
+        for i, entry in enumerate(steps[:-1]):
+            if entry.name == Merge.name:
+                raise ValueError(
+                    f"merge writes the model that the recipe ends with, so it is the last step, and {steps[i + 1].name} comes behind it; "
+                    f"move it to the end. To go on from a merged model, give another recipe teacher.weights=RUN/merged/model.safetensors"
+                )
+        return steps
+
+    @property
+    def merges(self) -> bool:
+        """Whether it ends with a merge."""
+        return self.steps[-1].name == Merge.name
 
     def phases(self) -> dict[str, Training]:
         """Every phase by its place in the recipe, the teacher's training first where it is spelled out."""
