@@ -30,6 +30,7 @@ _PUBLIC = {
     "Compacter": "compressvit.transforms.compacter",
     "FacT": "compressvit.transforms.fact",
     "Freeze": "compressvit.transforms.freeze",
+    "HeadNorm": "compressvit.transforms.head_norm",
     "LoRA": "compressvit.transforms.lora",
     "PHM": "compressvit.transforms.phm",
     "RepAdapter": "compressvit.transforms.repadapter",
