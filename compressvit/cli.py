@@ -259,9 +259,11 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _merge(arguments: argparse.Namespace) -> int:
-    from compressvit.export import merge
+    from rich.console import Console
 
-    merge(arguments.path, arguments.output, device=arguments.device)
+    from compressvit.export import merge_folder, print_merge
+
+    print_merge(merge_folder(arguments.path, arguments.output, device=arguments.device), Console())
     return 0
 
 

@@ -39,13 +39,14 @@ from compressvit.distill.prune_cycles import prune_and_train
 from compressvit.distill.spec import Distill, Finetune, Prune, Sparsify, Training
 from compressvit.distill.terms import labels_term, terms_of_phase
 from compressvit.errors import UserError
+from compressvit.export import merge_folder, print_merge
 from compressvit.files import disk_faults, write_text
 from compressvit.models import build_student, build_teacher, load_teacher, require_student_file, trains_teacher
 from compressvit.pipeline import compression_of, trained_names, trained_parameters, transform_
 from compressvit.plan import plan_recipe, print_plan, require_no_conflicts
 from compressvit.plots import ranks_plot, widths_plot
 from compressvit.preflight import pick_device, refuse_labels, refuse_own_inputs
-from compressvit.recipe import Recipe
+from compressvit.recipe import Merge, Recipe
 from compressvit.runfolder import RunFolder
 from compressvit.runlog import RunLog, log
 from compressvit.sparsify import sparsify_
@@ -168,6 +169,8 @@ class _Run:
             if isinstance(step.spec, Transform):
                 waiting.append(step.spec)
                 continue
+            if isinstance(step.spec, Merge):  # of what is written in the end
+                break
             name = f"{index}_{step.name}"
             phase = Phase(name, index + 1, self.recipe.seed, self.folder.checkpoint(name))
             start = None
@@ -381,6 +384,8 @@ class _Run:
         )
         if self.datasets.broken.count:
             self.log.say(f"{self.datasets.broken.count} broken image files were skipped; run.log names them")
+        if self.recipe.merges:
+            self.log.show(partial(print_merge, merge_folder(self.folder.path, device=str(self.device))))
         self.log.say(f"run folder: {self.folder.path}")
         return results
 
