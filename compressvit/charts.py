@@ -6,6 +6,7 @@ where the pointer reads off values. Colours are legible on white and on black; w
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,21 @@ Records = Sequence[Mapping[str, Any]]
 WIDTH, HEIGHT = 560, 300  # pixels, before a page makes them fit
 COLOURS = ("#3182bd", "#e6842a", "#31a354", "#a05fc4", "#d6616b", "#8c8c8c", "#17a2a2", "#b8860b", "#e377c2", "#7f6a4f")
 SEQUENTIAL = "viridis"  # the same on white and on black
+QUIET = {  # what is not data takes little ink, in files and on pages alike
+    "font": "system-ui, -apple-system, 'Segoe UI', 'Helvetica Neue', Arial, sans-serif",
+    "axis": {
+        "gridOpacity": 0.5,
+        "titleFontWeight": "normal",
+        "labelFontSize": 10.5,
+        "titleFontSize": 11.5,
+        "tickSize": 4,
+        "labelSeparation": 6,
+    },
+    "legend": {"titleFontWeight": "normal", "symbolStrokeWidth": 2, "labelFontSize": 10.5},
+    "header": {"labelFontSize": 11.5},
+    "title": {"anchor": "start", "frame": "group", "fontSize": 13, "fontWeight": 600, "offset": 10},
+    "view": {"strokeOpacity": 0.4},
+}
 
 
 def heatmap(
@@ -134,6 +150,8 @@ def bars(
     facet: str | None = None,
     behind: str | None = None,
     stacked: bool = False,
+    over: bool = False,
+    note: str | None = None,
     scales: Mapping[str, str] | None = None,
     ramp: bool = False,
 ) -> alt.Chart:
@@ -142,15 +160,19 @@ def bars(
     Args:
         behind: a field: a grey bar of this length behind each.
         stacked: bars of one row follow one another instead of lying side by side.
+        over: bars of one row lie over one another, in the order of the records: the first is to be the longest.
+        note: a field of the row that is written at its right end.
     """
     titles, scales = titles or {}, scales or {}
     rows = _order(records, y)
     place = alt.Y(y, type="nominal", sort=rows, title=titles.get(y, y), axis=alt.Axis(labelLimit=220))
-    length = {"title": titles.get(x, x), "scale": alt.Scale(type=scales.get(x, "linear"))}
+    kind = scales.get(x, "linear")
+    ticks = {"axis": alt.Axis(values=_round_numbers(records, x), format=",d")} if kind == "symlog" else {}
+    length = {"title": titles.get(x, x), "scale": alt.Scale(type=kind), **ticks}  # type: ignore[arg-type]
     encode: dict[str, Any] = {"y": place, "tooltip": _tooltip(records, titles)}
     if colour:
         encode["color"] = _colour(records, colour, titles, ramp)
-    beside = bool(colour) and not stacked
+    beside = bool(colour) and not (stacked or over)
     if beside:
         encode["yOffset"] = alt.YOffset(colour, type="nominal", sort=_order(records, colour))  # type: ignore[arg-type]
     base = alt.Chart(_data(records))
@@ -165,6 +187,11 @@ def bars(
             )
             + marks
         )
+    if note:  # the labels of a second axis, because an axis has a place of its own however narrow the picture is
+        notes = {str(record[y]): str(record[note]) for record in records}
+        right = alt.Axis(orient="right", ticks=False, domain=False, labelExpr=f"({json.dumps(notes)})[datum.value]")
+        invisible = base.mark_point(opacity=0).encode(y=alt.Y(y, type="nominal", sort=rows, title=None, axis=right))
+        marks = (invisible + marks).resolve_axis(y="independent")
     step = 14 if len(rows) > 12 else 20
     each = max(1, len(_order(records, colour)) * 0.6) if beside else 1  # type: ignore[arg-type]
     return _framed(marks, records, facet, height=int(step * each * len(rows)))
@@ -183,6 +210,7 @@ def points(
     joined: bool = False,
     scales: Mapping[str, str] | None = None,
     front: str | None = None,
+    levels: Mapping[str, float] | None = None,
 ) -> alt.Chart:
     """A point a record; joined by kind if asked for.
 
@@ -190,6 +218,7 @@ def points(
         label: a field that is written beside the points.
         error: a field: half the length of a bar through the point, along y.
         front: a field that is true for the points that a line joins from left to right (a Pareto front).
+        levels: values of y that a dashed line marks, by what is written on it.
     """
     titles, scales = titles or {}, scales or {}
     encode: dict[str, Any] = {
@@ -222,8 +251,10 @@ def points(
             _low=f"datum['{y}'] - datum['{error}']", _high=f"datum['{y}'] + datum['{error}']"
         )
         marks = bar.mark_rule().encode(**ends, **kind, y2="_high:Q") + marks
+    if levels:
+        marks = _levels(levels, encode["y"].to_dict()) + marks
     if label:
-        marks = marks + base.mark_text(align="left", dx=7, dy=-5, fontSize=9, color=COLOURS[5]).encode(
+        marks = marks + base.mark_text(align="left", dx=6, dy=12, fontSize=10, color=COLOURS[5]).encode(
             **encode, text=f"{label}:N"
         )
     return _framed(marks, records, facet)
@@ -235,8 +266,14 @@ CHARTS: dict[str, Callable[..., alt.Chart]] = {"heatmap": heatmap, "lines": line
 def save(chart: alt.Chart, path: Path) -> None:
     """Draw a chart into a PNG or SVG file, by the path's suffix; whole or not at all."""
     kind: Any = path.suffix.removeprefix(".")
+    quiet: Any = chart.properties(config=QUIET)
     with disk_faults(path):
-        write_atomically(path, lambda scratch: chart.save(str(scratch), format=kind, ppi=144))
+        write_atomically(path, lambda scratch: quiet.save(str(scratch), format=kind, ppi=144))
+
+
+def column(charts: Sequence[alt.Chart]) -> Any:
+    """Charts one below the other, each with its own scales, to be saved as one picture."""
+    return alt.vconcat(*charts, spacing=30).resolve_scale(color="independent")
 
 
 def _framed(marks: Any, records: Records, facet: str | None, height: int = HEIGHT) -> Any:
@@ -245,6 +282,22 @@ def _framed(marks: Any, records: Records, facet: str | None, height: int = HEIGH
     panels = marks.properties(width=WIDTH // 2 - 30, height=height if height != HEIGHT else HEIGHT * 2 // 3)
     split = panels.facet(alt.Facet(facet, type="nominal", sort=_order(records, facet), title=None), columns=2)
     return split.resolve_scale(y="independent")
+
+
+def _levels(levels: Mapping[str, float], axis: Mapping[str, Any]) -> Any:
+    """Dashed lines across the whole width, each with its name at the left end."""
+    base = alt.Chart(_data([{"level": value, "name": name} for name, value in levels.items()]))
+    place = alt.Y("level", type="quantitative", title=axis["title"], scale=alt.Scale(**axis["scale"]))
+    rule = base.mark_rule(color=COLOURS[5], strokeDash=[5, 4]).encode(y=place)
+    return rule + base.mark_text(align="left", dx=4, dy=-6, color=COLOURS[5]).encode(
+        y=place, x=alt.value(0), text="name:N"
+    )
+
+
+def _round_numbers(records: Records, field: str) -> list[int]:
+    """0, 1, 2, 5, 10, 20, … up to the largest value: the ticks of a symlog axis, on which Vega crowds them."""
+    most = max((int(record[field]) for record in records), default=0)
+    return [n for n in (0, *(d * 10**p for p in range(len(str(most))) for d in (1, 2, 5))) if n <= most]
 
 
 def _data(records: Records) -> alt.Data:
@@ -276,7 +329,7 @@ def _tooltip(records: Records, titles: Mapping[str, str]) -> list[alt.Tooltip]:
             alt.Tooltip(
                 field,
                 type="quantitative" if number else "nominal",
-                title=titles.get(field, field),
+                title=titles.get(field) or field,  # an axis may go without a title, a pointer may not
                 **({"format": ",.4~g"} if isinstance(value, float) else {}),
             )
         )

@@ -13,10 +13,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from compressvit import charts
 from compressvit.distill.spec import Prune
 from compressvit.errors import UserError
 from compressvit.files import disk_faults, write_text
-from compressvit.plots import compare_plot
+from compressvit.plots import compare_findings
 from compressvit.recipe import Recipe, parse_recipe
 from compressvit.runfolder import RESOLVED
 from compressvit.transforms import Transform
@@ -114,7 +115,9 @@ def compare(
                 writer = csv.DictWriter(file, fieldnames=list(content[0]))
                 writer.writeheader()
                 writer.writerows(content)
-            compare_plot(content, output / "compare.png")
+            if findings := compare_findings(content):
+                panels = [finding.draw().properties(title=finding.title) for finding in findings]
+                charts.save(charts.column(panels), output / "compare.png")
         console.print(f"written to {output}", highlight=False)
     return content
 

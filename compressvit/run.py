@@ -41,7 +41,7 @@ from compressvit.files import disk_faults, write_text
 from compressvit.models import build_student, build_teacher, load_teacher, require_student_file, trains_teacher
 from compressvit.pipeline import compression_of, trained_names, trained_parameters, transform_
 from compressvit.plan import plan_recipe, print_plan, require_no_conflicts
-from compressvit.plots import ranks_plot, widths_plot
+from compressvit.plots import ranks_finding, widths_finding
 from compressvit.preflight import pick_device, refuse_labels, refuse_own_inputs
 from compressvit.recipe import Recipe
 from compressvit.runfolder import RunFolder
@@ -201,8 +201,7 @@ class _Run:
             layers: dict[str, Any] = {path: student.get_submodule(path) for path in ranks}
             full = {path: min(layer.in_features, layer.out_features) for path, layer in layers.items()}
             order = [path for path, _ in student.named_modules() if path in ranks]
-            with disk_faults(self.folder.path):
-                ranks_plot({path: ranks[path] for path in order}, full, self.folder.path / "ranks.png")
+            self.folder.keep(ranks_finding({path: ranks[path] for path in order}, full))
 
     def _calibration_images(self, student: nn.Module) -> Callable[[], Iterator[torch.Tensor]]:
         config = input_config(student, self.recipe.data)
@@ -231,8 +230,7 @@ class _Run:
             evaluate=lambda m: self._evaluate(m, None),
             gradients=lambda m: self._gradients(m, spec),
         )
-        with disk_faults(self.folder.path):
-            widths_plot(history, self.folder.path / "widths.png")
+        self.folder.keep(widths_finding(history))
         return model, told
 
     def _sparsify(self, model: nn.Module, spec: Sparsify, phase: Phase) -> dict[str, int]:

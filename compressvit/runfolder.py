@@ -19,6 +19,7 @@ import torch
 import yaml
 
 from compressvit import __version__
+from compressvit.diagnostics.findings import Finding
 from compressvit.errors import UserError
 from compressvit.files import disk_faults, write_text
 from compressvit.recipe import Recipe
@@ -41,6 +42,16 @@ class RunFolder:
     def teacher(self) -> Path:
         """The teacher, an artifact, where the run trained it."""
         return self.path / "teacher"
+
+    @property
+    def diagnostics(self) -> Path:
+        """The findings of a run (`compressvit.diagnostics.findings`)."""
+        return self.path / "diagnostics"
+
+    def keep(self, finding: Finding) -> None:
+        """Write a finding to `diagnostics/`, and its picture where a person looks first."""
+        finding.write(self.diagnostics, pictures=False)
+        finding.picture(self.path / f"{finding.name}.png")
 
     def checkpoint(self, name: str) -> Path:
         """The checkpoint file of a phase."""
