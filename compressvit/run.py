@@ -31,7 +31,7 @@ from compressvit.data import (
 )
 from compressvit.distill import optimisation as opt
 from compressvit.distill.engine import Phase, Teacher, train
-from compressvit.distill.evaluate import evaluate
+from compressvit.distill.evaluate import Watch, evaluate
 from compressvit.distill.pairs import match_layers
 from compressvit.distill.prune_cycles import prune_and_train
 from compressvit.distill.spec import Distill, Finetune, Prune, Sparsify, Training
@@ -42,6 +42,7 @@ from compressvit.models import build_student, build_teacher, load_teacher, requi
 from compressvit.pipeline import compression_of, trained_names, trained_parameters, transform_
 from compressvit.plan import plan_recipe, print_plan, require_no_conflicts
 from compressvit.plots import ranks_finding, widths_finding
+from compressvit.predictions import Predictions
 from compressvit.preflight import pick_device, refuse_labels, refuse_own_inputs
 from compressvit.recipe import Recipe
 from compressvit.runfolder import RunFolder
@@ -298,7 +299,7 @@ class _Run:
             teacher=guide,
         )
 
-    def _evaluate(self, model: nn.Module, teacher: nn.Module | None) -> dict[str, Any]:
+    def _evaluate(self, model: nn.Module, teacher: nn.Module | None, watch: Watch | None = None) -> dict[str, Any]:
         config = input_config(model, self.recipe.data)
         model.to(self.device)
         if teacher is not None:
@@ -313,6 +314,7 @@ class _Run:
             if teacher is not None
             else (lambda images: images),
             labelled=self.datasets.labeled,
+            watch=watch,
         )
 
     def _comparable(self, teacher: nn.Module | None) -> nn.Module | None:
@@ -327,7 +329,10 @@ class _Run:
         with disk_faults(self.folder.student):
             artifact.save(student, self.folder.student, input_config=config.as_dict())
         difference = _read_back_difference(self.folder.student, student, sizes[1])
-        scores = self._evaluate(student, self._comparable(teacher))
+        predictions = Predictions(
+            config, getattr(student, "num_classes", 0), self.datasets.class_names, self.datasets.labeled
+        )
+        scores = self._evaluate(student, self._comparable(teacher), predictions.add)
         theirs_only = {key: scores.pop(f"teacher_{key}", None) for key in ("top1", "top5", "loss")}
         if theirs != config and self._comparable(
             teacher
@@ -350,6 +355,7 @@ class _Run:
         times = cost.latency([teacher, student], sizes, device=self.device)
         results["teacher"]["latency_ms"], results["student"]["latency_ms"] = times
         write_text(self.folder.path / "results.json", json.dumps(results, indent=2) + "\n")
+        predictions.write(self.folder.path)
         self.log.show(results_table(results, f"{self.recipe.teacher.model} → {self.folder.student}"))
         if self._comparable(teacher) and (
             mismatch := class_mismatch(self.datasets.num_classes, getattr(teacher, "num_classes", 0))
