@@ -1,40 +1,21 @@
 """Charts by Altair: four kinds, each from a list of records (a dictionary a mark). One description becomes a PNG, an SVG or part of a page.
 
-Altair's charts are data (Vega-Lite): they are drawn into files by vl-convert, without a browser or a network, and in the report by Vega,
-where the pointer reads off values. Colours are legible on white and on black; what a theme decides (text, axes, background) is left open.
+Colours are legible on white and on black; what a theme decides (text, axes, background) is left to `compressvit.drawing`.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import altair as alt
-
-from compressvit.files import disk_faults, write_atomically
 
 Records = Sequence[Mapping[str, Any]]
 
 WIDTH, HEIGHT = 560, 300  # pixels, before a page makes them fit
 COLOURS = ("#3182bd", "#e6842a", "#31a354", "#a05fc4", "#d6616b", "#8c8c8c", "#17a2a2", "#b8860b", "#e377c2", "#7f6a4f")
 SEQUENTIAL = "viridis"  # the same on white and on black
-QUIET = {  # what is not data takes little ink, in files and on pages alike
-    "font": "system-ui, -apple-system, 'Segoe UI', 'Helvetica Neue', Arial, sans-serif",
-    "axis": {
-        "gridOpacity": 0.5,
-        "titleFontWeight": "normal",
-        "labelFontSize": 10.5,
-        "titleFontSize": 11.5,
-        "tickSize": 4,
-        "labelSeparation": 6,
-    },
-    "legend": {"titleFontWeight": "normal", "symbolStrokeWidth": 2, "labelFontSize": 10.5},
-    "header": {"labelFontSize": 11.5},
-    "title": {"anchor": "start", "frame": "group", "fontSize": 13, "fontWeight": 600, "offset": 10},
-    "view": {"strokeOpacity": 0.4},
-}
 
 
 def heatmap(
@@ -108,7 +89,7 @@ def lines(
     """
     titles, scales = titles or {}, scales or {}
     numbers = all(isinstance(r[x], (int, float)) for r in records)
-    y_scale: dict[str, Any] = {"zero": False, "type": scales.get(y, "linear")}
+    y_scale = _scale(scales, y)
     if domain:
         y_scale |= {"domain": list(domain)}
     axis = {
@@ -116,7 +97,7 @@ def lines(
             x,
             type="quantitative",
             title=titles.get(x, x),
-            scale=alt.Scale(zero=False, nice=False, type=scales.get(x, "linear")),
+            scale=alt.Scale(**{**_scale(scales, x), "nice": False}),
         )
         if numbers
         else alt.X(
@@ -211,13 +192,16 @@ def points(
     scales: Mapping[str, str] | None = None,
     front: str | None = None,
     levels: Mapping[str, float] | None = None,
+    span: bool = False,
 ) -> alt.Chart:
-    """A point a record; joined by kind if asked for.
+    """A point a record at (x, y), numbers, or a row for every y that is a name, in the order of the records.
 
     Args:
         label: a field that is written beside the points.
         error: a field: half the length of a bar through the point, along y.
         front: a field that is true for the points that a line joins from left to right (a Pareto front).
+        joined: a line joins the points of a kind.
+        span: a bar joins the points of a row, for y that are names.
         levels: values of y that a dashed line marks, by what is written on it.
     """
     titles, scales = titles or {}, scales or {}
@@ -226,18 +210,31 @@ def points(
             x,
             type="quantitative",
             title=titles.get(x, x),
-            scale=alt.Scale(zero=False, type=scales.get(x, "linear"), padding=12),
+            scale=alt.Scale(padding=12, **_scale(scales, x)),
         ),
         "y": alt.Y(
             y,
             type="quantitative",
             title=titles.get(y, y),
-            scale=alt.Scale(zero=False, type=scales.get(y, "linear"), padding=12),
+            scale=alt.Scale(padding=12, **_scale(scales, y)),
         ),
     }
+    rows = _order(records, y) if any(isinstance(record[y], str) for record in records) else []
+    if rows:
+        encode["y"] = alt.Y(
+            y, type="nominal", sort=rows, title=titles.get(y, y), axis=alt.Axis(labelLimit=220, grid=True)
+        )
     kind = {"color": _colour(records, colour, titles, False)} if colour else {}
     base = alt.Chart(_data(records))
-    marks: Any = base.mark_circle(size=46, opacity=0.85).encode(**encode, **kind, tooltip=_tooltip(records, titles))
+    large = _order(records, colour)[0] if span and colour else None  # under a small dot, where both are in one place
+    tip = _tooltip(records, titles)
+    marks: Any = base.mark_circle(size=46, opacity=0.85).encode(**encode, **kind, tooltip=tip)
+    if large is not None:
+        under = base.transform_filter(alt.datum[colour] == large).mark_circle(size=130, opacity=1)
+        marks = under.encode(**encode, **kind, tooltip=tip) + marks.transform_filter(alt.datum[colour] != large)
+    if span:
+        ends = base.mark_rule(color=COLOURS[5], strokeWidth=2, opacity=0.6)
+        marks = ends.encode(y=encode["y"], x=alt.X(f"min({x}):Q"), x2=alt.X2(f"max({x}):Q")) + marks
     if joined:
         marks = base.mark_line(strokeWidth=1).encode(**encode, **kind) + marks
     if front:
@@ -257,31 +254,27 @@ def points(
         marks = marks + base.mark_text(align="left", dx=6, dy=12, fontSize=10, color=COLOURS[5]).encode(
             **encode, text=f"{label}:N"
         )
-    return _framed(marks, records, facet)
+    return _framed(marks, records, facet, height=18 * len(rows) + 12 if rows else HEIGHT)
 
 
 CHARTS: dict[str, Callable[..., alt.Chart]] = {"heatmap": heatmap, "lines": lines, "bars": bars, "points": points}
 
 
-def save(chart: alt.Chart, path: Path) -> None:
-    """Draw a chart into a PNG or SVG file, by the path's suffix; whole or not at all."""
-    kind: Any = path.suffix.removeprefix(".")
-    quiet: Any = chart.properties(config=QUIET)
-    with disk_faults(path):
-        write_atomically(path, lambda scratch: quiet.save(str(scratch), format=kind, ppi=144))
-
-
-def column(charts: Sequence[alt.Chart]) -> Any:
-    """Charts one below the other, each with its own scales, to be saved as one picture."""
-    return alt.vconcat(*charts, spacing=30).resolve_scale(color="independent")
-
-
 def _framed(marks: Any, records: Records, facet: str | None, height: int = HEIGHT) -> Any:
+    """With its size; on a page these charts may take the width that there is, where a heatmap keeps its squares."""
     if facet is None:
-        return marks.properties(width=WIDTH, height=height)
+        return marks.properties(
+            width=WIDTH, height=height, usermeta={"fit": "fill", "height": "any" if height == HEIGHT else "rows"}
+        )
     panels = marks.properties(width=WIDTH // 2 - 30, height=height if height != HEIGHT else HEIGHT * 2 // 3)
     split = panels.facet(alt.Facet(facet, type="nominal", sort=_order(records, facet), title=None), columns=2)
-    return split.resolve_scale(y="independent")
+    return split.resolve_scale(y="independent").properties(usermeta={"fit": "fill"})
+
+
+def _scale(scales: Mapping[str, str], field: str) -> dict[str, Any]:
+    """From the smallest to the largest value: a logarithmic axis that is rounded to powers of ten is mostly empty."""
+    kind = scales.get(field, "linear")
+    return {"type": "log", "nice": False} if kind == "log" else {"type": kind, "zero": False}
 
 
 def _levels(levels: Mapping[str, float], axis: Mapping[str, Any]) -> Any:
@@ -311,12 +304,14 @@ def _order(records: Records, field: str) -> list[Any]:
 def _colour(records: Records, field: str, titles: Mapping[str, str], ramp: bool) -> alt.Color:
     kinds = _order(records, field)
     scale = (
-        alt.Scale(domain=kinds, scheme=SEQUENTIAL)
+        alt.Scale(
+            domain=kinds, scheme=alt.SchemeParams(name=SEQUENTIAL, extent=[0.2, 0.85])
+        )  # its ends vanish on black or white
         if ramp
         else alt.Scale(domain=kinds, range=[COLOURS[i % len(COLOURS)] for i in range(len(kinds))])
     )
     legend = alt.Legend(
-        title=titles.get(field, field), symbolLimit=40, columns=1 if len(kinds) < 16 else 2, labelLimit=260
+        title=titles.get(field, field), symbolLimit=40, labelLimit=260, **({"columns": 2} if len(kinds) > 15 else {})
     )
     return alt.Color(field, type="nominal", sort=kinds, scale=scale, legend=legend)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -45,6 +44,7 @@ from compressvit.plots import ranks_finding, widths_finding
 from compressvit.predictions import Predictions
 from compressvit.preflight import pick_device, refuse_labels, refuse_own_inputs
 from compressvit.recipe import Recipe
+from compressvit.report.write import report_after_run
 from compressvit.runfolder import RunFolder
 from compressvit.runlog import RunLog, log
 from compressvit.sparsify import sparsify_
@@ -62,6 +62,7 @@ def apply(
     resume: bool = False,
     overwrite: bool = False,
     device: str = "auto",
+    report: bool = True,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Run a recipe.
@@ -75,6 +76,7 @@ def apply(
         command: what was typed, kept in `environment.json`.
         resume, overwrite: what to do with a folder that is not empty.
         device: 'auto', 'cpu', 'cuda', 'cuda:1', 'mps', …
+        report: write `report.html` at the end.
 
     Returns:
         The content of `results.json`.
@@ -118,6 +120,8 @@ def apply(
             # As a resumed run does: its training left marks on it, such as drop path.
             teacher = _trained_teacher(folder)
         results = run.finish(teacher.to(where).eval(), run.make_student(teacher), plan)
+        if report:
+            report_after_run(folder.path)
     except UserError as error:
         log.error("%s", error, extra={"already_shown": True})
         raise
@@ -328,7 +332,7 @@ class _Run:
         sizes = [(c.channels, c.height, c.width) for c in (theirs, config)]
         with disk_faults(self.folder.student):
             artifact.save(student, self.folder.student, input_config=config.as_dict())
-        difference = _read_back_difference(self.folder.student, student, sizes[1])
+        difference = artifact.read_back_difference(self.folder.student, student, sizes[1])
         predictions = Predictions(
             config, getattr(student, "num_classes", 0), self.datasets.class_names, self.datasets.labeled
         )
@@ -369,25 +373,6 @@ class _Run:
             self.log.say(f"{self.datasets.broken.count} broken image files were skipped; run.log names them")
         self.log.say(f"run folder: {self.folder.path}")
         return results
-
-
-def _read_back_difference(path: Path, student: nn.Module, size: tuple[int, int, int]) -> float:
-    """Largest difference between the outputs of the student and of its artifact on random images; a mismatch is an error."""
-    student = student.cpu().eval()
-    images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        ours, theirs = student(images), artifact.load(path)(images)
-    difference = (ours - theirs).abs().max().item()
-    if not math.isfinite(difference):
-        raise UserError(
-            f"the student computes numbers that are not finite ({ours.isnan().sum().item()} of {ours.numel()} outputs are NaN); "
-            "check the teacher's weights, and lower the learning rate if they are sound"
-        )
-    if difference > 1e-5 * max(1.0, ours.abs().max().item()):
-        raise RuntimeError(
-            f"the artifact at {path} does not compute what the student does: outputs differ by {difference}"
-        )
-    return difference
 
 
 def _summary(result: dict[str, Any]) -> str:

@@ -1,7 +1,8 @@
 """A run folder holds everything one `apply` did, written before the first step where it can be.
 
 `recipe.yaml` (as given) · `resolved.yaml` (defaults and overrides in) · `environment.json` · `plan.json` · `checkpoints/` ·
-`student/` · `metrics.jsonl` · `tensorboard/` · `run.log` · `results.json`
+`student/` · `metrics.jsonl` · `tensorboard/` · `run.log` · `results.json` · `predictions.json` and `predictions/` · `diagnostics/` ·
+`report.html`
 """
 
 from __future__ import annotations
@@ -13,16 +14,17 @@ import shutil
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import yaml
 
 from compressvit import __version__
-from compressvit.diagnostics.findings import Finding
 from compressvit.errors import UserError
 from compressvit.files import disk_faults, write_text
-from compressvit.recipe import Recipe
+
+if TYPE_CHECKING:
+    from compressvit.diagnostics.findings import Finding
+    from compressvit.recipe import Recipe
 
 RESOLVED = "resolved.yaml"
 
@@ -115,6 +117,8 @@ class RunFolder:
 
 def environment(command: list[str]) -> dict[str, Any]:
     """What a number may depend on besides the recipe: command, versions, machine."""
+    import torch  # late, because a report reads run folders without it
+
     names = ("torch", "torchvision", "timm", "torchdistill", "numpy", "scipy", "einops", "safetensors", "pydantic")
     versions = {}
     for name in names:
