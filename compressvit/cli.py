@@ -79,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     apply.add_argument("--resume", action="store_true", help="go on with the run in the folder")
     apply.add_argument("--overwrite", action="store_true", help="delete the run in the folder and begin anew")
     apply.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps, … (default: the best there is)")
+    apply.add_argument("--no-report", action="store_true", help="do not write report.html at the end")
 
     plan = verb("plan", _plan, "print what a recipe will do and cost; without weights or data unless --measure")
     recipe_arguments(plan)
@@ -134,6 +135,12 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("runs", metavar="RUN", nargs="+", help="run folders, or folders of run folders")
     compare.add_argument("--output", metavar="FOLDER", help="also write the table (.md, .csv, .json) and a plot there")
 
+    report = verb("report", _report, "one HTML page of a run, or of several, to read and to send; it needs no network")
+    report.add_argument("runs", metavar="RUN", nargs="+", help="run folders, or folders of run folders")
+    report.add_argument(
+        "--output", metavar="FILE", help="where to write it (default: report.html in the folder that is given)"
+    )
+
     recipes = verb("recipes", lambda _: recipes_help(), "list the shipped recipes, or show one")
     what = recipes.add_subparsers(title="what", metavar="list|show")
 
@@ -176,6 +183,7 @@ def _apply(arguments: argparse.Namespace) -> int:
             resume=arguments.resume,
             overwrite=arguments.overwrite,
             device=arguments.device,
+            report=not arguments.no_report,
         )
     except Interrupted as stop:
         print(f"compressvit: {stop}", file=sys.stderr)
@@ -271,6 +279,17 @@ def _compare(arguments: argparse.Namespace) -> int:
     from compressvit.compare import compare
 
     compare(arguments.runs, output=Path(arguments.output) if arguments.output else None)
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from compressvit.report.write import report
+
+    file, runs = report(arguments.runs, arguments.output)
+    for run in runs:
+        for note in run.notes:
+            print(f"compressvit: {run.path}: {note}", file=sys.stderr)
+    print(file)
     return 0
 
 

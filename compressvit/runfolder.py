@@ -1,7 +1,8 @@
 """A run folder holds everything one `apply` did, written before the first step where it can be.
 
 `recipe.yaml` (as given) · `resolved.yaml` (defaults and overrides in) · `environment.json` · `plan.json` · `checkpoints/` ·
-`student/` · `metrics.jsonl` · `tensorboard/` · `run.log` · `results.json`
+`student/` · `metrics.jsonl` · `tensorboard/` · `run.log` · `results.json` · `predictions.json` and `predictions/` · `diagnostics/` ·
+`report.html`
 """
 
 from __future__ import annotations
@@ -14,15 +15,17 @@ import sys
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import yaml
 
 from compressvit import __version__
 from compressvit.errors import UserError
 from compressvit.files import disk_faults, write_text
-from compressvit.recipe import Recipe, parse_recipe
+
+if TYPE_CHECKING:
+    from compressvit.diagnostics.findings import Finding
+    from compressvit.recipe import Recipe
 
 RESOLVED = "resolved.yaml"
 
@@ -42,6 +45,16 @@ class RunFolder:
     def teacher(self) -> Path:
         """The teacher, an artifact, where the run trained it."""
         return self.path / "teacher"
+
+    @property
+    def diagnostics(self) -> Path:
+        """The findings of a run (`compressvit.diagnostics.findings`)."""
+        return self.path / "diagnostics"
+
+    def keep(self, finding: Finding) -> None:
+        """Write a finding to `diagnostics/`, and its picture where a person looks first."""
+        finding.write(self.diagnostics, pictures=False)
+        finding.picture(self.path / f"{finding.name}.png")
 
     def checkpoint(self, name: str) -> Path:
         """The checkpoint file of a phase."""
@@ -74,6 +87,8 @@ class RunFolder:
     def _refuse_other_recipe(self, recipe: Recipe) -> None:
         if not (self.path / RESOLVED).is_file():
             raise UserError(f"--resume: there is no run in {self.path} (no {RESOLVED}); start it without --resume")
+        from compressvit.recipe import parse_recipe  # here, because a report reads run folders without torch
+
         try:
             text = (self.path / RESOLVED).read_text(encoding="utf-8")
             before = flat(yaml.safe_load(text))
@@ -108,6 +123,8 @@ class RunFolder:
 
 def environment(command: list[str]) -> dict[str, Any]:
     """What a number may depend on besides the recipe: command, versions, machine."""
+    import torch  # late, because a report reads run folders without it
+
     names = ("torch", "torchvision", "timm", "torchdistill", "numpy", "scipy", "einops", "safetensors", "pydantic")
     versions = {}
     for name in names:

@@ -17,7 +17,7 @@ import altair as alt
 import numpy as np
 from PIL import Image
 
-from compressvit import charts
+from compressvit import charts, drawing
 from compressvit.errors import UserError
 from compressvit.files import write_text
 
@@ -57,8 +57,12 @@ class Finding:
         if pictures and self.records:
             for suffix in ("png", "svg"):
                 written.append(folder / f"{self.name}.{suffix}")
-                charts.save(self.draw().properties(title=self.title), written[-1])
+                self.picture(written[-1])
         return written
+
+    def picture(self, path: Path) -> None:
+        """Draw the chart with its title into a PNG or SVG file."""
+        drawing.save(self.draw().properties(title=self.title), path)
 
     def log(self, writer: Any, folder: Path, step: int) -> None:
         """Show the picture that `write` left in `folder` in TensorBoard, under `diagnostics/NAME`."""

@@ -158,7 +158,9 @@ def _lost(a: np.ndarray, b: np.ndarray, moments: Sequence[np.ndarray] | None) ->
         return float(np.linalg.norm(a - b) / np.sqrt(2) / size) if size > 0 else 0.0
     first, second = moments
     both = first + second
-    ridge = 1e-5 * both.diagonal().max() * np.eye(len(both))  # above the rounding of moments that were summed in float32
+    ridge = (
+        1e-5 * both.diagonal().max() * np.eye(len(both))
+    )  # above the rounding of moments that were summed in float32
     shared = solve(both + ridge, (a @ first + b @ second).T, assume_a="pos").T
     lost = sum(np.einsum("oi,ij,oj->", w - shared, s, w - shared, optimize=True) for w, s in ((a, first), (b, second)))
     whole = sum(np.einsum("oi,ij,oj->", w, s, w, optimize=True) for w, s in ((a, first), (b, second)))

@@ -11,6 +11,7 @@ from torch import nn
 from compressvit.errors import UserError
 
 Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
+Watch = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, "torch.Tensor | None"], None]
 
 
 @torch.inference_mode()
@@ -22,6 +23,7 @@ def evaluate(
     teacher: nn.Module | None = None,
     teacher_input: Callable[[torch.Tensor], torch.Tensor] = lambda images: images,
     labelled: bool = True,
+    watch: Watch | None = None,
 ) -> dict[str, float | int | None]:
     """Run a model over an evaluation set, in eval mode and full precision.
 
@@ -33,6 +35,7 @@ def evaluate(
         teacher_input: turns the student's images into the teacher's.
         labelled: in a labelled set a target below 0 stands for a broken image, which is not counted; in an unlabelled one −1 is
             an image and −2 the stand-in of a broken one.
+        watch: is shown every batch: images, targets, the outputs and, where the two can be compared, the teacher's.
 
     Returns:
         `images`, and in percent `top1` and `top5`, and `loss` (cross-entropy, nats); None without labels or classes. With a teacher
@@ -59,6 +62,7 @@ def evaluate(
         seen += len(images)
         outputs, hidden = _run(model, images, tokens)
         scores.add(outputs, targets)
+        expected = None
         if teacher is not None:
             expected, theirs = _run(teacher, teacher_input(images), tokens)
             teacher_scores.add(expected, targets)
@@ -69,6 +73,8 @@ def evaluate(
             if comparable:
                 agreement += (expected.argmax(1) == outputs.argmax(1)).sum().item()
                 cosine += F.cosine_similarity(outputs, expected, dim=1).sum().item()
+        if watch is not None:
+            watch(images, targets, outputs, expected if comparable else None)
     model.train(was_training)
     if seen == 0:
         raise UserError("the evaluation set has no readable image")
