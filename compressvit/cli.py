@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         "--budgets",
         metavar="B",
         nargs="+",
-        type=float,
+        type=_budget,
         default=[0.75, 0.6, 0.5, 0.4, 0.3, 0.2],
         help="up to 1 a share of the teacher's, above 1 a number (default: 0.75 0.6 0.5 0.4 0.3 0.2)",
     )
@@ -160,6 +160,14 @@ def _parser() -> argparse.ArgumentParser:
         "key", metavar="KEY", nargs="?", help="teacher, data, multiplex, distill, distill.losses, …: list its keys"
     )
     return parser
+
+
+def _budget(word: str) -> float:
+    try:
+        return float(word)
+    except ValueError:
+        hint = "; key=value goes before --budgets" if "=" in word else ""
+        raise argparse.ArgumentTypeError(f"{word!r} is not a number{hint}") from None
 
 
 def _apply(arguments: argparse.Namespace) -> int:

@@ -6,7 +6,7 @@ import csv
 import json
 
 import pytest
-from helpers.runs import done, refused
+from helpers.runs import done, refused, run
 from PIL import Image
 
 from compressvit.diagnostics.findings import read
@@ -83,3 +83,9 @@ def test_a_student_of_another_input_is_measured_on_its_own(trained, tmp_path):
     rows = json.loads((tmp_path / "out" / "frontier.json").read_text())
     assert rows[1]["macs"] > rows[0]["macs"]  # 16 tokens for 4, at 0.7 of the parameters
     assert rows[0]["agreement"] == 100
+
+
+def test_an_override_behind_the_budgets_is_told_its_place(trained):
+    code, _, err = run("frontier", trained[0], "--budgets", 0.5, "seed=3")
+    assert code == 2
+    assert "'seed=3' is not a number; key=value goes before --budgets" in err

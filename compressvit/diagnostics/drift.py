@@ -7,12 +7,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from compressvit import losses
-from compressvit.diagnostics.features import Batches, regrouped, tokens
+from compressvit.diagnostics.base import Context, MeasuredOnImages, diagnostic
+from compressvit.diagnostics.features import Batches, block_paths, regrouped, tokens
 from compressvit.diagnostics.findings import Finding
-from compressvit.distill.pairs import LayerPair
+from compressvit.distill.pairs import LayerPair, match_layers
 from compressvit.distill.taps import Tap, Taps
 from compressvit.errors import UserError
 
@@ -143,10 +145,11 @@ def _tapped(model: nn.Module, paths: Sequence[str], device: torch.device) -> Ite
             module.fused_attn = True  # type: ignore[assignment]
 
 
-def drift_finding(found: Sequence[dict[str, float]], pairs: Sequence[LayerPair]) -> Finding:
-    """A panel a measure, a point a block."""
+def drift_finding(found: Sequence[dict[str, float]], pairs: Sequence[LayerPair], when: str = "") -> Finding:
+    """A panel a measure, a point a block, a line for each `when`."""
     records = [
         {
+            "when": when,
             "block": pair.student.index,
             "teacher_block": pair.teacher.index,
             "measure": MEASURES[name],
@@ -166,7 +169,39 @@ def drift_finding(found: Sequence[dict[str, float]], pairs: Sequence[LayerPair])
         {
             "x": "block",
             "y": "value",
+            "colour": "when",
             "facet": "measure",
-            "titles": {"block": "block of the student", "value": ""},
+            "titles": {"block": "block of the student", "value": "", "when": ""},
         },
     )
+
+
+@diagnostic("drift")
+class Drift(MeasuredOnImages):
+    """How far every block of the student is from the teacher's: tokens, attention maps, relations."""
+
+    needs_teacher = True
+
+    images: int = Field(256, ge=1, description="Evaluation images, evenly spaced over the set.")
+    batch_size: int = Field(32, ge=1, description="Images whose features are in memory together.")
+    layers: tuple[tuple[int, int], ...] | None = Field(
+        None,
+        description="Pairs [student block, teacher block]; null for every block with the one of the same index, which "
+        "needs models of one depth.",
+    )
+
+    def measure(self, context: Context) -> list[Finding]:
+        assert context.teacher is not None, "needs_teacher"
+        layers = self.layers or tuple((i, i) for i in range(len(block_paths(context.student))))
+        pairs, _ = match_layers(context.student, context.teacher, layers)
+        found = drift(
+            context.student,
+            context.teacher,
+            pairs,
+            lambda: context.images(self.images),
+            context.device,
+            images=self.images,
+            batch_size=self.batch_size,
+            teacher_input=context.teacher_images,
+        )
+        return [drift_finding(found, pairs, context.when)]

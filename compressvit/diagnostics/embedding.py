@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import Field
 from sklearn.manifold import TSNE
 from torch import nn
 
 from compressvit.backbone import model_name
+from compressvit.diagnostics.base import EPOCHS, Context, Epochs, MeasuredOnImages, diagnostic
 from compressvit.diagnostics.findings import Finding
 from compressvit.errors import UserError
 
@@ -95,3 +97,22 @@ def embedding_finding(
         records,
         {"x": "x", "y": "y", "colour": "class", "facet": "model", "titles": {"x": "", "y": ""}},
     )
+
+
+@diagnostic("embedding")
+class Embedding(MeasuredOnImages):
+    """t-SNE of the pooled features of student and teacher, an image a point, in its class's colour."""
+
+    epochs: Epochs = Field(("last",), min_length=1, description=EPOCHS)
+    perplexity: float = Field(30.0, gt=0, description="About how many neighbours an image has.")
+
+    def measure(self, context: Context) -> list[Finding]:
+        models: dict[str, Any] = {"student": (context.student, lambda batch: batch)}
+        if context.teacher is not None:
+            models = {"teacher": (context.teacher, context.teacher_images), **models}
+        features, labels = {}, np.empty(0)
+        for name, (model, own) in models.items():
+            features[name], labels = pooled_features(
+                model, context.labelled(self.images), context.device, images=self.images, input=own
+            )
+        return [embedding_finding(features, labels, perplexity=self.perplexity)]

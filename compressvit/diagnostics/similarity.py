@@ -6,11 +6,13 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import nn
 
-from compressvit.diagnostics.cka import LEAST, CKAResult, Kernel, MinibatchCKA
+from compressvit.diagnostics.base import Context, MeasuredOnImages, diagnostic
 from compressvit.diagnostics.features import Batches, Subject, subject, walk
 from compressvit.diagnostics.findings import Finding
+from compressvit.diagnostics.kernel_alignment import LEAST, CKAResult, Kernel, MinibatchCKA
 from compressvit.errors import UserError
 from compressvit.runlog import watched
 
@@ -79,6 +81,71 @@ def cka_finding(result: CKAResult, row: str = "student", column: str = "teacher"
         cka_records(result, row, column),
         {"x": column, "y": row, "colour": "cka", "best": "best", "titles": {"cka": "CKA"}},
     )
+
+
+def cka_layers_finding(result: CKAResult, when: str) -> Finding:
+    """CKA of every layer with the layer of the same place, as MiniViT's figure 5 has it; only for as many layers on both sides."""
+    values, width = result.values.diagonal(), result.half_width
+    spread = torch.zeros_like(values) if width is None else width.diagonal()
+    records = [
+        {
+            "when": when,
+            "layer": i,
+            "path": path,
+            "cka": round(v, 6),
+            "low": round(max(v - w, 0.0), 6),
+            "high": round(min(v + w, 1.0), 6),
+        }
+        for i, (path, v, w) in enumerate(zip(result.rows, values.tolist(), spread.tolist(), strict=True))
+    ]
+    return Finding(
+        "cka_layers",
+        "CKA of every layer with the teacher's of the same place",
+        "1 where the student's layer sees the images as the teacher's does. In MiniViT's figure 5 sharing alone falls in the last layers. "
+        "The band is the 95 % interval.",
+        "lines",
+        records,
+        {
+            "x": "layer",
+            "y": "cka",
+            "colour": "when",
+            "low": "low",
+            "high": "high",
+            "titles": {"cka": "CKA", "layer": "layer, from the input", "when": ""},
+        },
+    )
+
+
+@diagnostic("cka")
+class CKA(MeasuredOnImages):
+    """Similarity of every layer of the student with every layer of the teacher (CKA), with its interval."""
+
+    needs_teacher = True
+
+    kernel: Kernel = Field("linear", description="linear, or rbf: exp(−d² / 2σ²) of the distance d of two images.")
+    bandwidth: float = Field(1.0, gt=0, description="σ of rbf in medians of the distances.")
+    batch_size: int = Field(64, ge=LEAST, description="Images whose features are in memory together.")
+    student_taps: tuple[str, ...] | None = Field(
+        None, min_length=1, description="Paths of modules; null for the blocks."
+    )
+    teacher_taps: tuple[str, ...] | None = Field(None, min_length=1, description="Likewise, of the teacher.")
+
+    def measure(self, context: Context) -> list[Finding]:
+        assert context.teacher is not None, "needs_teacher"
+        result = cka_matrix(
+            subject(context.student, self.student_taps),
+            subject(context.teacher, self.teacher_taps, context.teacher_images),
+            lambda: context.images(self.images),
+            context.device,
+            images=self.images,
+            batch_size=self.batch_size,
+            kernel=self.kernel,
+            bandwidth=self.bandwidth,
+        )
+        found = [cka_finding(result)]
+        if len(result.rows) == len(result.columns):
+            found.append(cka_layers_finding(result, context.when))
+        return found
 
 
 def likeness(

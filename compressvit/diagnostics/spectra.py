@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
+from pydantic import Field
 from scipy.linalg import solve, svdvals
 from torch import nn
 
 from compressvit.backbone import TRANSFORMERS, describe
+from compressvit.diagnostics.base import EPOCHS, Context, Epochs, Measured, MeasuredOnImages, diagnostic
 from compressvit.diagnostics.findings import Finding
 from compressvit.errors import UserError
 from compressvit.source import Source
@@ -190,3 +194,35 @@ def sharing_finding(records: list[dict[str, Any]], *, outputs: bool) -> Finding:
             "titles": {"loss": "error"},
         },
     )
+
+
+@diagnostic("spectra")
+class Spectra(Measured):
+    """Effective ranks and singular values of the weights of student and teacher; looks at no image."""
+
+    epochs: Epochs = Field(("last",), min_length=1, description=EPOCHS)
+
+    def measure(self, context: Context) -> list[Finding]:
+        models = {"teacher": context.teacher} if context.teacher is not None else {}
+        return spectra_findings({**models, "student": context.student})
+
+
+@diagnostic("similarity")
+class Similarity(MeasuredOnImages):
+    """What the student's layers would lose by sharing one weight, pair by pair."""
+
+    epochs: Epochs = Field(("last",), min_length=1, description=EPOCHS)
+    metric: Literal["inputs", "weights"] = Field(
+        "inputs", description="Error of the layers' outputs on images, or of the weights alone."
+    )
+    aligned: bool = Field(
+        False,
+        description="Match neurons and heads first, as the align step does; with metric: weights (slower).",
+    )
+
+    def measure(self, context: Context) -> list[Finding]:
+        on_images = self.metric == "inputs"
+        images = partial(context.images, self.images)
+        source = Source(copy.deepcopy(context.student), images) if on_images else None
+        records = sharing_losses(context.student, source=source, aligned=self.aligned)
+        return [sharing_finding(records, outputs=on_images)]

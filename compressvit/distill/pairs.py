@@ -98,13 +98,15 @@ def _most_alike(
     """The pairs of 'auto': candidates of the student, each with the teacher's block that is most like it and keeps the order."""
     shared = bool(compression_of(student).ties)
     candidates = [ours.blocks[i] for i in _group_ends(student, ours)] if shared else list(ours.blocks)
-    if likeness is None:  # closeness in depth, so that plan and run have about as many pairs
-        mine = np.array([(b.index + 1) / len(ours.blocks) for b in candidates])
-        others = np.array([(b.index + 1) / len(theirs.blocks) for b in theirs.blocks])
-        values = 1 - abs(mine[:, None] - others[None, :])
+    mine = np.array([(b.index + 1) / len(ours.blocks) for b in candidates])
+    others = np.array([(b.index + 1) / len(theirs.blocks) for b in theirs.blocks])
+    near = 1 - abs(mine[:, None] - others[None, :])  # in depth
+    if likeness is None:  # so that plan and run have about as many pairs
+        values = near
         how = "auto: the most alike by CKA, measured when the phase begins; by depth until then"
     else:
-        values = likeness([b.path for b in candidates], [b.path for b in theirs.blocks])
+        # neighbours are often alike to a hundredth, which a few hundred images cannot tell apart
+        values = likeness([b.path for b in candidates], [b.path for b in theirs.blocks]) + 0.01 * near
         how = "auto: the most alike by CKA"
     return tuple(suggested_pairs(values, candidates, theirs.blocks)), how
 

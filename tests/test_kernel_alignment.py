@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compressvit.diagnostics.cka import MinibatchCKA, centred_gram, cka
+from compressvit.diagnostics.kernel_alignment import MinibatchCKA, centred_gram, cka
 from compressvit.errors import UserError
 
 KERNELS = ("linear", "rbf")
@@ -139,7 +139,7 @@ def test_half_precision_is_summed_in_float64():
 def test_many_features_go_in_parts(monkeypatch):
     x, _ = related()
     whole = centred_gram(x)
-    monkeypatch.setattr("compressvit.diagnostics.cka._CHUNK", 7)
+    monkeypatch.setattr("compressvit.diagnostics.kernel_alignment._CHUNK", 7)
     assert torch.allclose(centred_gram(x), whole, rtol=1e-12)
 
 
