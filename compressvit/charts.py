@@ -89,6 +89,7 @@ def lines(
     """
     titles, scales = titles or {}, scales or {}
     numbers = all(isinstance(r[x], (int, float)) for r in records)
+    whole: dict[str, Any] = {"tickMinStep": 1} if all(isinstance(r[x], int) for r in records) else {}
     y_scale = _scale(scales, y)
     if domain:
         y_scale |= {"domain": list(domain)}
@@ -98,6 +99,7 @@ def lines(
             type="quantitative",
             title=titles.get(x, x),
             scale=alt.Scale(**{**_scale(scales, x), "nice": False}),
+            axis=alt.Axis(**whole),
         )
         if numbers
         else alt.X(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from compressvit import LORS, Align, Multiplex, compress
 from compressvit.backbone import describe
 from compressvit.diagnostics.drift import drift, drift_finding
 from compressvit.diagnostics.features import block_paths, features, regrouped, subject, walk
+from compressvit.diagnostics.findings import merged
 from compressvit.diagnostics.similarity import cka_finding, cka_matrix
 from compressvit.diagnostics.spectra import (
     effective_rank,
@@ -322,3 +325,26 @@ def test_weights_that_are_not_finite_have_no_spectrum():
         model.blocks[1].attn.proj.weight[0, 0] = float("nan")
     with pytest.raises(UserError, match=r"the weight of blocks.1.attn.proj holds numbers that are not finite"):
         singular_values(model)
+
+
+# --- findings of several moments
+
+
+def test_findings_that_have_panels_keep_them_when_they_are_merged():
+    teacher = build("vit")
+    first, second = (
+        dataclasses.replace(
+            f, records=[{"phase": "1_distill", "epoch": e, "when": f"epoch {e}", **r} for r in f.records]
+        )
+        for e, f in ((0, spectra_findings({"teacher": teacher})[0]), (3, spectra_findings({"teacher": teacher})[0]))
+    )
+    both = merged(first, second)
+    assert len(both.records) == len(first.records) + len(second.records)
+    panels = {record["panel"] for record in both.records}
+    assert panels == {
+        f"epoch {e}: {layer}" for e in (0, 3) for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    }
+    assert both.options["facet"] == "panel"
+    again = merged(both, second)
+    assert len(again.records) == len(both.records)
+    assert {record["panel"] for record in again.records} == panels

@@ -90,11 +90,15 @@ def read(path: Path) -> Finding:
 def merged(earlier: Finding, later: Finding) -> Finding:
     """One finding of two measurements of the same thing; where both are of one phase and epoch, the later counts.
 
-    The chart gets a panel for each `when`, unless the later one's options speak of `when`, `phase` or `epoch` themselves.
+    The chart gets a panel for each `when` (and for each of the panels that it has already), unless the later one's options speak of
+    `when`, `phase` or `epoch` themselves.
     """
     measured = {(record.get("phase"), record.get("epoch")) for record in later.records}
     kept = [r for r in earlier.records if (r.get("phase"), r.get("epoch")) not in measured]
-    options = dict(later.options)
+    records, options = kept + later.records, dict(later.options)
     if kept and not {"when", "phase", "epoch"} & {value for value in options.values() if isinstance(value, str)}:
-        options["facet"] = "when"
-    return replace(later, records=kept + later.records, options=options)
+        inner = options.get("facet")
+        if inner is not None:
+            records = [{**record, "panel": f"{record['when']}: {record[inner]}"} for record in records]
+        options["facet"] = "panel" if inner is not None else "when"
+    return replace(later, records=records, options=options)
