@@ -25,6 +25,7 @@ from compressvit.pipeline import compression_of, materialise
 from compressvit.preflight import pick_device
 from compressvit.recipe import parse_recipe
 from compressvit.runfolder import RESOLVED
+from compressvit.standalone import artifact_in
 
 TOLERANCE = 1e-5  # of the largest output, in float32
 _WRITTEN = ("config.json", artifact.MANIFEST, artifact.TENSORS, "merge.json")
@@ -78,7 +79,7 @@ def merge_folder(path: str | Path, output: str | Path | None = None, *, device: 
         UserError: also where the merged model computes something else.
     """
     where = pick_device(device)
-    folder = _artifact_of(Path(path).resolve())
+    folder = artifact_in(Path(path).resolve())
     target = Path(output).resolve() if output is not None else folder.parent / "merged"
     others = [p.name for p in target.iterdir() if p.name not in _WRITTEN] if target.is_dir() else []
     if target.exists() and (others or not target.is_dir()):
@@ -223,15 +224,6 @@ def _write(model: nn.Module, folder: Path, *, plain: bool) -> nn.Module:
                 file.unlink()
         return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     return artifact.load(artifact.save(model, folder)).float()
-
-
-def _artifact_of(path: Path) -> Path:
-    if not path.exists():
-        raise UserError(f"there is no {path}; give a run folder, or an artifact (a folder with {artifact.MANIFEST})")
-    folder = path / "student" if (path / RESOLVED).is_file() else path
-    if not folder.is_dir():
-        raise UserError(f"{path} is a run that has no student yet; `compressvit apply … --resume` finishes it")
-    return folder
 
 
 def _input_of(folder: Path, model: nn.Module) -> InputConfig:
