@@ -1,0 +1,68 @@
+"""Everything a recipe can measure, in one run: it changes nothing, and what is found can be read, drawn and reported."""
+
+from __future__ import annotations
+
+import html
+import math
+
+import pytest
+import yaml
+from helpers.runs import done, refused, student_bytes
+
+from compressvit.diagnostics import DIAGNOSTICS, Measured
+from compressvit.diagnostics.findings import read
+
+EVERYTHING = "diagnostics=[cka: {images: 12, batch_size: 4}, drift: {images: 8}, spectra, similarity: {images: 8}, embedding: {images: 16}]"
+FOUND = {"cka", "cka_layers", "drift", "effective_rank", "spectrum", "similarity", "embedding"}
+
+
+@pytest.fixture(scope="module")
+def measured(recipe):
+    """The run of `finished`, measured."""
+    folder = recipe.parent / "measured"
+    done("apply", recipe, "--output", folder, "seed=3", EVERYTHING)
+    return folder
+
+
+def test_every_measured_diagnostic_is_in_this_test():
+    wanted = yaml.safe_load(EVERYTHING.partition("=")[2])
+    named = {next(iter(entry)) if isinstance(entry, dict) else entry for entry in wanted}
+    assert named == {name for name, spec in DIAGNOSTICS.items() if issubclass(spec, Measured)}
+
+
+def test_measuring_everything_changes_nothing(measured, finished):
+    assert student_bytes(measured) == student_bytes(finished)
+
+
+def test_what_was_found(measured):
+    findings = {path.stem: read(path) for path in (measured / "diagnostics").glob("*.json")}
+    assert set(findings) == FOUND
+    for name, finding in findings.items():
+        numbers = [v for record in finding.records for v in record.values() if isinstance(v, float)]
+        assert numbers, name
+        assert all(map(math.isfinite, numbers)), name
+        assert finding.draw() is not None
+        assert len(finding.caption) > 80
+    moments = {(record["phase"], record["epoch"]) for record in findings["cka"].records}
+    assert moments == {("1_distill", 0), ("1_distill", 2)}  # the teacher's own training has no teacher
+    labels = {record["class"] for record in findings["embedding"].records}
+    assert len(labels) > 3
+    assert labels <= {str(digit) for digit in range(10)}
+    page = html.unescape((measured / "report.html").read_text(encoding="utf-8"))
+    assert all(finding.title in page for finding in findings.values())
+
+
+def test_layers_are_paired_when_the_phase_begins(recipe, tmp_path):
+    words = ("steps.1.distill.layers=auto", "calibration.images=16")
+    plan = done("plan", recipe, *words)
+    assert "auto: the most alike by CKA, measured when the phase begins; by depth until then" in plan
+    out = done("apply", recipe, "--output", tmp_path / "run", *words)
+    assert "(auto: the most alike by CKA)" in out
+    measured = done("plan", recipe, *words, "--measure", f"teacher.weights={tmp_path / 'run' / 'teacher'}")
+    assert "layer pairs (student↔teacher): 1↔" in measured
+
+
+def test_faults_of_diagnostics_have_near_names(recipe):
+    assert "did you mean 'drift'" in refused("plan", recipe, "diagnostics=[drfit]")
+    assert "did you mean 'kernel'" in refused("plan", recipe, "diagnostics=[cka: {kernl: rbf}]")
+    assert "should be greater than or equal to 4" in refused("plan", recipe, "diagnostics=[cka: {batch_size: 2}]")
