@@ -18,7 +18,7 @@ from compressvit.errors import UserError
 from compressvit.files import disk_faults, write_text
 from compressvit.plots import compare_plot
 from compressvit.recipe import Recipe, parse_recipe
-from compressvit.runfolder import RESOLVED, flat
+from compressvit.runfolder import RESOLVED, flat, run_folders
 from compressvit.transforms import Transform
 
 # Column, its heading, and how a value is written.
@@ -120,16 +120,8 @@ def compare(
 
 
 def _finished(given: Sequence[str | Path], console: Console) -> list[tuple[Path, Recipe, dict[str, Any]]]:
-    folders: list[Path] = []
-    for path in (Path(p).resolve() for p in given):
-        if (path / RESOLVED).is_file():
-            folders.append(path)
-        elif path.is_dir() and (inside := sorted(p.parent for p in path.glob(f"*/{RESOLVED}"))):
-            folders += inside
-        else:
-            raise UserError(f"{path} is not a run folder, and there is none in it: it has no {RESOLVED}")
     found = []
-    for folder in dict.fromkeys(folders):
+    for folder in run_folders(given):
         if not (folder / "results.json").is_file():
             console.print(f"left out, not finished: {folder}", highlight=False)
             continue

@@ -109,7 +109,7 @@ def apply(
         load_teacher(recipe, teacher)
     if not resume:
         folder.open(recipe, recipe_text, plan.as_dict(), command, overwrite=overwrite)
-    voice = RunLog(folder.path, console, boards.scalar_tags(recipe))
+    voice = RunLog(folder.path, console, partial(boards.tag_of, tags=boards.scalar_tags(recipe)))
     try:
         voice.show(lambda to: print_plan(plan, to))
         run = _Run(recipe, folder, datasets, where, voice)

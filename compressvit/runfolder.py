@@ -11,6 +11,7 @@ import os
 import platform
 import shutil
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -104,6 +105,25 @@ class RunFolder:
         write_text(self.path / RESOLVED, recipe.to_yaml())
         write_text(self.path / "environment.json", json.dumps(environment(command), indent=2) + "\n")
         write_text(self.path / "plan.json", json.dumps(plan, indent=2) + "\n")
+
+
+def run_folders(given: Sequence[str | Path]) -> list[Path]:
+    """Run folders among paths that are run folders or folders of some, each once.
+
+    Raises:
+        UserError: a path is neither.
+    """
+    found: list[Path] = []
+    for path in (Path(p).resolve() for p in given):
+        if (path / RESOLVED).is_file():
+            found.append(path)
+        elif path.is_dir() and (inside := sorted(p.parent for p in path.glob(f"*/{RESOLVED}"))):
+            found += inside
+        elif path.exists():
+            raise UserError(f"{path} is not a run folder, and there is none in it: it has no {RESOLVED}")
+        else:
+            raise UserError(f"there is no {path}; give a folder that `compressvit apply` wrote")
+    return list(dict.fromkeys(found))
 
 
 def environment(command: list[str]) -> dict[str, Any]:

@@ -5,9 +5,15 @@ Paper: Mini but Mighty: Finetuning ViTs with Mini Adapters, WACV 2024, https://a
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from compressvit.diagnostics.findings import Finding
+from compressvit.diagnostics.program import Run, not_recorded
+from compressvit.diagnostics.rows import read_rows
+from compressvit.distill.spec import Prune
+from compressvit.errors import UserError
 
 History = Sequence[Mapping[str, int]]  # neurons by adapter's path after every training, the start first
 
@@ -79,3 +85,47 @@ def final_allocation_finding(histories: Mapping[str, tuple[str, History]]) -> Fi
         records=records,
         options={"x": "neurons", "y": "adapter", "colour": "run", "titles": {**_TITLES, "neurons": "neurons left"}},
     )
+
+
+def allocation_summary(histories: Mapping[str, tuple[str, History]]) -> list[dict[str, Any]]:
+    """A row an adapter for a table: neurons after every removal, of every history one after the other."""
+    longest = max(len(history) for _, history in histories.values())
+    found = []
+    for panel, (scope, history) in histories.items():
+        for adapter in history[0]:
+            left = [widths.get(adapter, 0) for widths in history] + [None] * (longest - len(history))
+            names = ["start", *(f"removal {i}" for i in range(1, longest))]
+            found.append({"run": panel, "scope": scope, "adapter": adapter, **dict(zip(names, left, strict=True))})
+    return found
+
+
+def run_histories(run: Run) -> dict[str, tuple[str, History]]:
+    """Scope and widths of every `prune` phase of a run, finished or not.
+
+    Raises:
+        UserError: it has none, or is damaged.
+    """
+    results, metrics = run.path / "results.json", run.path / "metrics.jsonl"
+    scopes = {f"{i}_prune": s.spec.scope for i, s in enumerate(run.recipe.steps) if isinstance(s.spec, Prune)}
+    if not scopes:
+        raise not_recorded(
+            run, "`prune` step", "only pruning moves neurons: put one behind `adapters` or `adaptformer`"
+        )
+    histories: dict[str, list[dict[str, int]]] = {}
+    if results.is_file():
+        try:
+            phases = json.loads(results.read_text(encoding="utf-8"))["phases"]
+            histories = {phase: phases[phase]["widths"] for phase in scopes}
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            raise UserError(f"{results} is not what `apply` writes: {error!r}") from error
+    elif metrics.is_file():
+        for row in read_rows(metrics, ("phase", "kind", "step", "time")):
+            if row["kind"] == "widths" and row["phase"] in scopes:
+                widths = {k: v for k, v in row.items() if k not in ("phase", "kind", "step", "time")}
+                histories.setdefault(row["phase"], []).append(widths)
+    known: dict[str, tuple[str, History]] = {
+        phase: (scope, histories[phase]) for phase, scope in scopes.items() if histories.get(phase)
+    }
+    if not known:
+        raise not_recorded(run, "pruning yet", "it has not come to its `prune` step; go on with it by `--resume`")
+    return known

@@ -25,6 +25,8 @@ from compressvit.distill.spec import Training
 from compressvit.errors import UserError
 from compressvit.spec import Spec
 
+FOLDER = "diagnostics"  # in a run folder
+
 
 @dataclass(frozen=True)
 class Context:

@@ -18,7 +18,7 @@ from torch import nn
 
 from compressvit.data import Data, Datasets, InputConfig, eval_loader, input_config
 from compressvit.diagnostics.allocation import History, allocation_finding
-from compressvit.diagnostics.base import Context, Measured, Watch, Watched
+from compressvit.diagnostics.base import FOLDER, Context, Measured, Watch, Watched
 from compressvit.diagnostics.findings import Finding, merged, read
 from compressvit.diagnostics.rows import append_row, read_rows
 from compressvit.distill.optimisation import random_state, restore_random_state
@@ -27,7 +27,6 @@ from compressvit.recipe import Recipe
 from compressvit.runlog import RunLog, log
 from compressvit.samples import Samples
 
-FOLDER = "diagnostics"
 MEASURED = "measured.jsonl"
 
 
