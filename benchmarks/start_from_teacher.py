@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--images", type=int, default=60000, help="training images of an epoch")
+    parser.add_argument("--test-images", type=int, default=10000, help="evaluated after every epoch")
     parser.add_argument("--show", type=int, nargs="+", default=[0, 1, 3, 10], help="epochs in the table")
     parser.add_argument("--table-only", action="store_true", help="print what is finished and run nothing")
     arguments = parser.parse_args()
@@ -47,7 +48,7 @@ def main() -> None:
     made = json.loads((Path(arguments.teacher) / "compressvit.json").read_text())
     args = {name: value for name, value in made["args"].items() if name != "num_classes"}
     base["teacher"] = {"model": made["architecture"], "args": args, "weights": arguments.teacher, "num_classes": 10}
-    base["data"] |= {"limit_train": arguments.images}
+    base["data"] |= {"limit_train": arguments.images, "limit_val": arguments.test_images}
 
     rows: dict[tuple, list[tuple[dict, dict]]] = {}
     for text in arguments.share:

@@ -7,6 +7,7 @@ load: no teacher, no images, and nothing is unpickled.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import uuid
@@ -137,6 +138,30 @@ def load(path: str | Path, *, materialise: bool = False) -> nn.Module:
     config: Any = model.pretrained_cfg
     model.pretrained_cfg = {**config, **_pretrained_config(manifest.input)}
     return (fold_low_rank(model) if materialise else model).eval()
+
+
+def read_back_difference(path: Path, student: nn.Module, size: tuple[int, int, int]) -> float:
+    """Largest difference between the outputs of the student and of its artifact on random images of `size` (C, H, W).
+
+    Raises:
+        UserError: the student's outputs are not finite.
+        RuntimeError: the two compute different things.
+    """
+    student = student.cpu().eval()
+    images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        ours, theirs = student(images), load(path)(images)
+    difference = (ours - theirs).abs().max().item()
+    if not math.isfinite(difference):
+        raise UserError(
+            f"the student computes numbers that are not finite ({ours.isnan().sum().item()} of {ours.numel()} outputs are NaN); "
+            "check the teacher's weights, and lower the learning rate if they are sound"
+        )
+    if difference > 1e-5 * max(1.0, ours.abs().max().item()):
+        raise RuntimeError(
+            f"the artifact at {path} does not compute what the student does: outputs differ by {difference}"
+        )
+    return difference
 
 
 def read_manifest(path: str | Path) -> Manifest:

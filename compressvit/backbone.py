@@ -219,9 +219,15 @@ def _swin_blocks(model: nn.Module):
             index += 1
 
 
-def head_names(model: nn.Module) -> set[str]:
-    """Names of the tensors of a timm model's classifier (both, where it has one for a distillation token)."""
+def head_paths(model: nn.Module) -> list[str]:
+    """Paths of a timm model's classifier (both, where it has one for a distillation token); none where it has no parameters."""
     heads = model.get_classifier()
     heads = heads if isinstance(heads, tuple) else (heads,)
     paths = {id(m): p for p, m in model.named_modules()}
-    return {f"{paths[id(h)]}.{n}" for h in heads if id(h) in paths for n in h.state_dict()}
+    return [paths[id(h)] for h in heads if id(h) in paths and any(True for _ in h.parameters())]
+
+
+def head_names(model: nn.Module) -> set[str]:
+    """Names of the parameters of a timm model's classifier."""
+    inside = {p: model.get_submodule(p).named_parameters(remove_duplicate=False) for p in head_paths(model)}
+    return {f"{path}.{name}" for path, parameters in inside.items() for name, _ in parameters}

@@ -1,18 +1,15 @@
 """Charts by Altair: four kinds, each from a list of records (a dictionary a mark). One description becomes a PNG, an SVG or part of a page.
 
-Altair's charts are data (Vega-Lite): they are drawn into files by vl-convert, without a browser or a network, and in the report by Vega,
-where the pointer reads off values. Colours are legible on white and on black; what a theme decides (text, axes, background) is left open.
+Colours are legible on white and on black; what a theme decides (text, axes, background) is left to `compressvit.drawing`.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import altair as alt
-
-from compressvit.files import disk_faults, write_atomically
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -92,7 +89,8 @@ def lines(
     """
     titles, scales = titles or {}, scales or {}
     numbers = all(isinstance(r[x], (int, float)) for r in records)
-    y_scale: dict[str, Any] = {"zero": False, "type": scales.get(y, "linear")}
+    whole: dict[str, Any] = {"tickMinStep": 1} if all(isinstance(r[x], int) for r in records) else {}
+    y_scale = _scale(scales, y)
     if domain:
         y_scale |= {"domain": list(domain)}
     axis = {
@@ -100,7 +98,8 @@ def lines(
             x,
             type="quantitative",
             title=titles.get(x, x),
-            scale=alt.Scale(zero=False, nice=False, type=scales.get(x, "linear")),
+            scale=alt.Scale(**{**_scale(scales, x), "nice": False}),
+            axis=alt.Axis(**whole),
         )
         if numbers
         else alt.X(
@@ -134,6 +133,8 @@ def bars(
     facet: str | None = None,
     behind: str | None = None,
     stacked: bool = False,
+    over: bool = False,
+    note: str | None = None,
     scales: Mapping[str, str] | None = None,
     ramp: bool = False,
 ) -> alt.Chart:
@@ -142,15 +143,19 @@ def bars(
     Args:
         behind: a field: a grey bar of this length behind each.
         stacked: bars of one row follow one another instead of lying side by side.
+        over: bars of one row lie over one another, in the order of the records: the first is to be the longest.
+        note: a field of the row that is written at its right end.
     """
     titles, scales = titles or {}, scales or {}
     rows = _order(records, y)
     place = alt.Y(y, type="nominal", sort=rows, title=titles.get(y, y), axis=alt.Axis(labelLimit=220))
-    length = {"title": titles.get(x, x), "scale": alt.Scale(type=scales.get(x, "linear"))}
+    kind = scales.get(x, "linear")
+    ticks = {"axis": alt.Axis(values=_round_numbers(records, x), format=",d")} if kind == "symlog" else {}
+    length = {"title": titles.get(x, x), "scale": alt.Scale(type=kind), **ticks}  # type: ignore[arg-type]
     encode: dict[str, Any] = {"y": place, "tooltip": _tooltip(records, titles)}
     if colour:
         encode["color"] = _colour(records, colour, titles, ramp)
-    beside = bool(colour) and not stacked
+    beside = bool(colour) and not (stacked or over)
     if beside:
         encode["yOffset"] = alt.YOffset(colour, type="nominal", sort=_order(records, colour))  # type: ignore[arg-type]
     base = alt.Chart(_data(records))
@@ -165,6 +170,11 @@ def bars(
             )
             + marks
         )
+    if note:  # the labels of a second axis, because an axis has a place of its own however narrow the picture is
+        notes = {str(record[y]): str(record[note]) for record in records}
+        right = alt.Axis(orient="right", ticks=False, domain=False, labelExpr=f"({json.dumps(notes)})[datum.value]")
+        invisible = base.mark_point(opacity=0).encode(y=alt.Y(y, type="nominal", sort=rows, title=None, axis=right))
+        marks = (invisible + marks).resolve_axis(y="independent")
     step = 14 if len(rows) > 12 else 20
     each = max(1, len(_order(records, colour)) * 0.6) if beside else 1  # type: ignore[arg-type]
     return _framed(marks, records, facet, height=int(step * each * len(rows)))
@@ -183,13 +193,18 @@ def points(
     joined: bool = False,
     scales: Mapping[str, str] | None = None,
     front: str | None = None,
+    levels: Mapping[str, float] | None = None,
+    span: bool = False,
 ) -> alt.Chart:
-    """A point a record; joined by kind if asked for.
+    """A point a record at (x, y), numbers, or a row for every y that is a name, in the order of the records.
 
     Args:
         label: a field that is written beside the points.
         error: a field: half the length of a bar through the point, along y.
         front: a field that is true for the points that a line joins from left to right (a Pareto front).
+        joined: a line joins the points of a kind.
+        span: a bar joins the points of a row, for y that are names.
+        levels: values of y that a dashed line marks, by what is written on it.
     """
     titles, scales = titles or {}, scales or {}
     encode: dict[str, Any] = {
@@ -197,18 +212,31 @@ def points(
             x,
             type="quantitative",
             title=titles.get(x, x),
-            scale=alt.Scale(zero=False, type=scales.get(x, "linear"), padding=12),
+            scale=alt.Scale(padding=12, **_scale(scales, x)),
         ),
         "y": alt.Y(
             y,
             type="quantitative",
             title=titles.get(y, y),
-            scale=alt.Scale(zero=False, type=scales.get(y, "linear"), padding=12),
+            scale=alt.Scale(padding=12, **_scale(scales, y)),
         ),
     }
+    rows = _order(records, y) if any(isinstance(record[y], str) for record in records) else []
+    if rows:
+        encode["y"] = alt.Y(
+            y, type="nominal", sort=rows, title=titles.get(y, y), axis=alt.Axis(labelLimit=220, grid=True)
+        )
     kind = {"color": _colour(records, colour, titles, False)} if colour else {}
     base = alt.Chart(_data(records))
-    marks: Any = base.mark_circle(size=46, opacity=0.85).encode(**encode, **kind, tooltip=_tooltip(records, titles))
+    large = _order(records, colour)[0] if span and colour else None  # under a small dot, where both are in one place
+    tip = _tooltip(records, titles)
+    marks: Any = base.mark_circle(size=46, opacity=0.85).encode(**encode, **kind, tooltip=tip)
+    if large is not None:
+        under = base.transform_filter(alt.datum[colour] == large).mark_circle(size=130, opacity=1)
+        marks = under.encode(**encode, **kind, tooltip=tip) + marks.transform_filter(alt.datum[colour] != large)
+    if span:
+        ends = base.mark_rule(color=COLOURS[5], strokeWidth=2, opacity=0.6)
+        marks = ends.encode(y=encode["y"], x=alt.X(f"min({x}):Q"), x2=alt.X2(f"max({x}):Q")) + marks
     if joined:
         marks = base.mark_line(strokeWidth=1).encode(**encode, **kind) + marks
     if front:
@@ -222,29 +250,49 @@ def points(
             _low=f"datum['{y}'] - datum['{error}']", _high=f"datum['{y}'] + datum['{error}']"
         )
         marks = bar.mark_rule().encode(**ends, **kind, y2="_high:Q") + marks
+    if levels:
+        marks = _levels(levels, encode["y"].to_dict()) + marks
     if label:
-        marks = marks + base.mark_text(align="left", dx=7, dy=-5, fontSize=9, color=COLOURS[5]).encode(
+        marks = marks + base.mark_text(align="left", dx=6, dy=12, fontSize=10, color=COLOURS[5]).encode(
             **encode, text=f"{label}:N"
         )
-    return _framed(marks, records, facet)
+    return _framed(marks, records, facet, height=18 * len(rows) + 12 if rows else HEIGHT)
 
 
 CHARTS: dict[str, Callable[..., alt.Chart]] = {"heatmap": heatmap, "lines": lines, "bars": bars, "points": points}
 
 
-def save(chart: alt.Chart, path: Path) -> None:
-    """Draw a chart into a PNG or SVG file, by the path's suffix; whole or not at all."""
-    kind: Any = path.suffix.removeprefix(".")
-    with disk_faults(path):
-        write_atomically(path, lambda scratch: chart.save(str(scratch), format=kind, ppi=144))
-
-
 def _framed(marks: Any, records: Records, facet: str | None, height: int = HEIGHT) -> Any:
+    """With its size; on a page these charts may take the width that there is, where a heatmap keeps its squares."""
     if facet is None:
-        return marks.properties(width=WIDTH, height=height)
+        return marks.properties(
+            width=WIDTH, height=height, usermeta={"fit": "fill", "height": "any" if height == HEIGHT else "rows"}
+        )
     panels = marks.properties(width=WIDTH // 2 - 30, height=height if height != HEIGHT else HEIGHT * 2 // 3)
     split = panels.facet(alt.Facet(facet, type="nominal", sort=_order(records, facet), title=None), columns=2)
-    return split.resolve_scale(y="independent")
+    return split.resolve_scale(y="independent").properties(usermeta={"fit": "fill"})
+
+
+def _scale(scales: Mapping[str, str], field: str) -> dict[str, Any]:
+    """From the smallest to the largest value: a logarithmic axis that is rounded to powers of ten is mostly empty."""
+    kind = scales.get(field, "linear")
+    return {"type": "log", "nice": False} if kind == "log" else {"type": kind, "zero": False}
+
+
+def _levels(levels: Mapping[str, float], axis: Mapping[str, Any]) -> Any:
+    """Dashed lines across the whole width, each with its name at the left end."""
+    base = alt.Chart(_data([{"level": value, "name": name} for name, value in levels.items()]))
+    place = alt.Y("level", type="quantitative", title=axis["title"], scale=alt.Scale(**axis["scale"]))
+    rule = base.mark_rule(color=COLOURS[5], strokeDash=[5, 4]).encode(y=place)
+    return rule + base.mark_text(align="left", dx=4, dy=-6, color=COLOURS[5]).encode(
+        y=place, x=alt.value(0), text="name:N"
+    )
+
+
+def _round_numbers(records: Records, field: str) -> list[int]:
+    """0, 1, 2, 5, 10, 20, … up to the largest value: the ticks of a symlog axis, on which Vega crowds them."""
+    most = max((int(record[field]) for record in records), default=0)
+    return [n for n in (0, *(d * 10**p for p in range(len(str(most))) for d in (1, 2, 5))) if n <= most]
 
 
 def _data(records: Records) -> alt.Data:
@@ -258,12 +306,14 @@ def _order(records: Records, field: str) -> list[Any]:
 def _colour(records: Records, field: str, titles: Mapping[str, str], ramp: bool) -> alt.Color:
     kinds = _order(records, field)
     scale = (
-        alt.Scale(domain=kinds, scheme=SEQUENTIAL)
+        alt.Scale(
+            domain=kinds, scheme=alt.SchemeParams(name=SEQUENTIAL, extent=[0.2, 0.85])
+        )  # its ends vanish on black or white
         if ramp
         else alt.Scale(domain=kinds, range=[COLOURS[i % len(COLOURS)] for i in range(len(kinds))])
     )
     legend = alt.Legend(
-        title=titles.get(field, field), symbolLimit=40, columns=1 if len(kinds) < 16 else 2, labelLimit=260
+        title=titles.get(field, field), symbolLimit=40, labelLimit=260, **({"columns": 2} if len(kinds) > 15 else {})
     )
     return alt.Color(field, type="nominal", sort=kinds, scale=scale, legend=legend)
 
@@ -276,7 +326,7 @@ def _tooltip(records: Records, titles: Mapping[str, str]) -> list[alt.Tooltip]:
             alt.Tooltip(
                 field,
                 type="quantitative" if number else "nominal",
-                title=titles.get(field, field),
+                title=titles.get(field) or field,  # an axis may go without a title, a pointer may not
                 **({"format": ",.4~g"} if isinstance(value, float) else {}),
             )
         )

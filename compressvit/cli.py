@@ -79,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     apply.add_argument("--resume", action="store_true", help="go on with the run in the folder")
     apply.add_argument("--overwrite", action="store_true", help="delete the run in the folder and begin anew")
     apply.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps, … (default: the best there is)")
+    apply.add_argument("--no-report", action="store_true", help="do not write report.html at the end")
 
     plan = verb("plan", _plan, "print what a recipe will do and cost; without weights or data unless --measure")
     recipe_arguments(plan)
@@ -96,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         "--budgets",
         metavar="B",
         nargs="+",
-        type=float,
+        type=_budget,
         default=[0.75, 0.6, 0.5, 0.4, 0.3, 0.2],
         help="up to 1 a share of the teacher's, above 1 a number (default: 0.75 0.6 0.5 0.4 0.3 0.2)",
     )
@@ -134,6 +135,12 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("runs", metavar="RUN", nargs="+", help="run folders, or folders of run folders")
     compare.add_argument("--output", metavar="FOLDER", help="also write the table (.md, .csv, .json) and a plot there")
 
+    report = verb("report", _report, "one HTML page of a run, or of several, to read and to send; it needs no network")
+    report.add_argument("runs", metavar="RUN", nargs="+", help="run folders, or folders of run folders")
+    report.add_argument(
+        "--output", metavar="FILE", help="where to write it (default: report.html in the folder that is given)"
+    )
+
     recipes = verb("recipes", lambda _: recipes_help(), "list the shipped recipes, or show one")
     what = recipes.add_subparsers(title="what", metavar="list|show")
 
@@ -153,6 +160,14 @@ def _parser() -> argparse.ArgumentParser:
         "key", metavar="KEY", nargs="?", help="teacher, data, multiplex, distill, distill.losses, …: list its keys"
     )
     return parser
+
+
+def _budget(word: str) -> float:
+    try:
+        return float(word)
+    except ValueError:
+        hint = "; key=value goes before --budgets" if "=" in word else ""
+        raise argparse.ArgumentTypeError(f"{word!r} is not a number{hint}") from None
 
 
 def _apply(arguments: argparse.Namespace) -> int:
@@ -176,6 +191,7 @@ def _apply(arguments: argparse.Namespace) -> int:
             resume=arguments.resume,
             overwrite=arguments.overwrite,
             device=arguments.device,
+            report=not arguments.no_report,
         )
     except Interrupted as stop:
         print(f"compressvit: {stop}", file=sys.stderr)
@@ -201,10 +217,17 @@ def _plan(arguments: argparse.Namespace) -> int:
         begin = OneShot(recipe, arguments.device, "plan --measure")
         student, ledger = begin.student(begin.transforms)
         scores = begin.scores(student, begin.config)
-        content["measured"] = {"ledger": [asdict(entry) for entry in ledger], "before_training": scores}
+        pairs = begin.layer_pairs(student)
+        content["measured"] = {
+            "ledger": [asdict(entry) for entry in ledger],
+            "before_training": scores,
+            "layers": pairs,
+        }
         if not arguments.json:
             Console().print(ledger_table(ledger))
             print(f"before training: {quality_words(scores)}")
+            if pairs:
+                print(pairs)
     if arguments.json:
         print(json.dumps(content, indent=2))
     return 2 if plan.conflicts else 0
@@ -252,9 +275,11 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _merge(arguments: argparse.Namespace) -> int:
-    from compressvit.export import merge
+    from rich.console import Console
 
-    merge(arguments.path, arguments.output, device=arguments.device)
+    from compressvit.export import merge_folder, print_merge
+
+    print_merge(merge_folder(arguments.path, arguments.output, device=arguments.device), Console())
     return 0
 
 
@@ -262,6 +287,17 @@ def _compare(arguments: argparse.Namespace) -> int:
     from compressvit.compare import compare
 
     compare(arguments.runs, output=Path(arguments.output) if arguments.output else None)
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from compressvit.report.write import report
+
+    file, runs = report(arguments.runs, arguments.output)
+    for run in runs:
+        for note in run.notes:
+            print(f"compressvit: {run.path}: {note}", file=sys.stderr)
+    print(file)
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from compressvit import drawing
 from compressvit.distill.spec import Prune
 from compressvit.errors import UserError
 from compressvit.files import disk_faults, write_text
-from compressvit.plots import compare_plot
+from compressvit.plots import compare_findings
 from compressvit.recipe import Recipe, parse_recipe
-from compressvit.runfolder import RESOLVED, flat, run_folders
+from compressvit.runfolder import RESOLVED, find_runs, flat
 from compressvit.transforms import Transform
 
 # Column, its heading, and how a value is written.
@@ -98,9 +99,8 @@ def compare(
     console = console or Console()
     if console.width < 140:  # a table without its last columns would say less than a broken line
         console = Console(file=console.file, width=140)
-    rows = _rows(_finished(runs, console), console)
-    content = [row.as_dict() for row in rows]
-    for task in dict.fromkeys(row.task for row in rows):
+    content = gather(runs, lambda text: console.print(text, highlight=False))
+    for task in dict.fromkeys(row["task"] for row in content):
         console.print(_table(task, [row for row in content if row["task"] == task]))
     console.print(
         "mean ± standard deviation over seeds; latency is relative to the teacher's in the same run", highlight=False
@@ -114,16 +114,27 @@ def compare(
                 writer = csv.DictWriter(file, fieldnames=list(content[0]))
                 writer.writeheader()
                 writer.writerows(content)
-            compare_plot(content, output / "compare.png")
+            if findings := compare_findings(content):
+                panels = [finding.draw().properties(title=finding.title) for finding in findings]
+                drawing.save(drawing.column(panels), output / "compare.png")
         console.print(f"written to {output}", highlight=False)
     return content
 
 
-def _finished(given: Sequence[str | Path], console: Console) -> list[tuple[Path, Recipe, dict[str, Any]]]:
+def gather(runs: Sequence[str | Path], tell: Callable[[str], Any]) -> list[dict[str, Any]]:
+    """The rows that `compare` prints; `tell` is told what is left out.
+
+    Raises:
+        UserError: as `compare`.
+    """
+    return [row.as_dict() for row in _rows(_finished(runs, tell), tell)]
+
+
+def _finished(given: Sequence[str | Path], tell: Callable[[str], Any]) -> list[tuple[Path, Recipe, dict[str, Any]]]:
     found = []
-    for folder in run_folders(given):
+    for folder in (path.resolve() for path in find_runs(given)):
         if not (folder / "results.json").is_file():
-            console.print(f"left out, not finished: {folder}", highlight=False)
+            tell(f"left out, not finished: {folder}")
             continue
         recipe = parse_recipe((folder / RESOLVED).read_text(encoding="utf-8"), str(folder / RESOLVED))
         try:
@@ -137,13 +148,13 @@ def _finished(given: Sequence[str | Path], console: Console) -> list[tuple[Path,
     return found
 
 
-def _rows(found: list[tuple[Path, Recipe, dict[str, Any]]], console: Console) -> list[Row]:
+def _rows(found: list[tuple[Path, Recipe, dict[str, Any]]], tell: Callable[[str], Any]) -> list[Row]:
     rows: dict[str, Row] = {}
     for folder, recipe, results in found:
         key = recipe.model_copy(update={"seed": 0, "description": "", "diagnostics": ()}).to_yaml()
         row = rows.setdefault(key, Row(recipe, [], [], []))
         if recipe.seed in row.seeds:  # it would make the deviation look smaller than it is
-            console.print(f"left out, a second run of the same recipe and seed: {folder}", highlight=False)
+            tell(f"left out, a second run of the same recipe and seed: {folder}")
             continue
         row.seeds.append(recipe.seed)
         row.runs.append(folder)
@@ -219,14 +230,20 @@ def _keys(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def _table(task: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+def cells(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """The headings and the rows of a table of one task, as text."""
     keys = _keys(rows)
+    return ["student", "seeds", *(COLUMNS[key][0] for key in keys)], [_cells(row, keys) for row in rows]
+
+
+def _table(task: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    heads, written = cells(rows)
     table = Table(title=task, title_justify="left")
-    for column in ("student", "seeds", *(COLUMNS[key][0] for key in keys)):
+    for column in heads:
         first = column == "student"
         table.add_column(column, justify="left" if first else "right", overflow="fold", min_width=14 if first else None)
-    for row in rows:
-        table.add_row(*_cells(row, keys))
+    for row in written:
+        table.add_row(*row)
     return table
 
 
@@ -234,8 +251,7 @@ def _markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     text = []
     for task in dict.fromkeys(row["task"] for row in rows):
         own = [row for row in rows if row["task"] == task]
-        keys = _keys(own)
-        heads = ["student", "seeds", *(COLUMNS[key][0] for key in keys)]
+        heads, written = cells(own)
         text += [f"{task}\n", f"| {' | '.join(heads)} |", f"| {' | '.join(['---'] * len(heads))} |"]
-        text += [f"| {' | '.join(_cells(row, keys))} |" for row in own] + [""]
+        text += [f"| {' | '.join(row)} |" for row in written] + [""]
     return "\n".join(text)

@@ -25,16 +25,46 @@ from compressvit.pipeline import compression_of, materialise
 from compressvit.preflight import pick_device
 from compressvit.recipe import parse_recipe
 from compressvit.runfolder import RESOLVED
+from compressvit.standalone import artifact_in
 
 TOLERANCE = 1e-5  # of the largest output, in float32
-_WRITTEN = ("config.json", "model.safetensors", "merge.json")
+_WRITTEN = ("config.json", artifact.MANIFEST, artifact.TENSORS, "merge.json")
+DENSE_ADAPTERS = (
+    "the Kronecker products became dense matrices; the adapters keep their activation, so this is an artifact with dense `adapters`, "
+    "not a plain timm model"
+)
 
 
-def merge(
-    path: str | Path, output: str | Path | None = None, *, device: str = "auto", console: Console | None = None
-) -> dict[str, Any]:
+def merge(model: nn.Module) -> nn.Module:
+    """A plain timm model that computes what a compressed one does, compared with it on random images and on some like photographs.
+
+    Args:
+        model: of `compress` or `load`, or with an adapter; it is not changed.
+
+    Returns:
+        A model of the same class, with the keys of the untouched backbone. Adapters of Kronecker products leave dense ones: then it
+        is no plain timm model, but one with `adapters`, which `save` takes.
+
+    Raises:
+        UserError: a transform cannot be folded, or the merged model computes something else.
+
+    Example:
+        >>> import timm, compressvit
+        >>> backbone = timm.create_model("vit_tiny_patch16_224", num_classes=10)
+        >>> adapted = compressvit.compress(backbone, [compressvit.LoRA(rank=4)])  # and trained
+        >>> compressvit.merge(adapted).state_dict().keys() == backbone.state_dict().keys()
+        True
+    """
+    like = next(model.parameters())
+    exact = _in_float32(model)
+    merged = merged_copy(exact)
+    _differences(exact, merged, _made_up_images(input_config(exact, Data(name="images"))))
+    return merged.to(device=like.device, dtype=like.dtype)
+
+
+def merge_folder(path: str | Path, output: str | Path | None = None, *, device: str = "auto") -> dict[str, Any]:
     """Merge the artifact at `path`, or that of a run, and write a folder that `timm.create_model("local-dir:FOLDER", pretrained=True)`
-    reads.
+    reads; where adapters are left (of Kronecker products, now dense), an artifact instead.
 
     Args:
         path: an artifact or a run folder.
@@ -48,9 +78,8 @@ def merge(
         UserError: nothing there, or a transform that cannot be folded.
         UserError: also where the merged model computes something else.
     """
-    console = console or Console()
     where = pick_device(device)
-    folder = _artifact_of(Path(path).resolve())
+    folder = artifact_in(Path(path).resolve())
     target = Path(output).resolve() if output is not None else folder.parent / "merged"
     others = [p.name for p in target.iterdir() if p.name not in _WRITTEN] if target.is_dir() else []
     if target.exists() and (others or not target.is_dir()):
@@ -58,51 +87,50 @@ def merge(
         raise UserError(f"{target} {what}; give another --output")
     model = artifact.load(folder)
     dtype = next(model.parameters()).dtype
-    model = model.float()  # the proof is in float32, whatever the model is stored in
+    model = _in_float32(model)  # the proof is in float32, whatever the model is stored in
     config = _input_of(folder, model)
     merged = merged_copy(model)
-    size = (config.channels, config.height, config.width)
-    tests = {
-        "random": torch.randn(4, *size, generator=torch.Generator().manual_seed(0)),
-        **_real_images(folder, config),
+    left = [plan.transform for plan in compression_of(merged).plans]
+    tests = {**_made_up_images(config), **_real_images(folder, config)}
+    result: dict[str, Any] = {
+        "artifact": str(folder),
+        "merged": str(target),
+        "transforms": [p.transform for p in compression_of(model).plans],
+        "left": left,
+        "differences": _differences(model, merged, tests),
     }
-    tests["like photographs"] = photograph_like(4, config)
-    result: dict[str, Any] = {"artifact": str(folder), "transforms": [p.transform for p in compression_of(model).plans]}
-    result["differences"] = {name: relative_difference(model, merged, images) for name, images in tests.items()}
-    _require_equal(result["differences"], "the merged model")
     with disk_faults(target):
-        target.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=".merge.", dir=target.parent))
         try:
-            save_for_hf(copy.deepcopy(merged).to(dtype), str(scratch), safe_serialization=True)
-            again = timm.create_model(f"local-dir:{scratch}", pretrained=True).eval()
-            if dtype != torch.float32:  # timm reads into float32: compare with what was rounded on the way
+            again = _write(copy.deepcopy(merged).to(dtype), scratch, plain=not left)
+            if dtype != torch.float32:  # it is read into float32: compare with what was rounded on the way
                 merged = merged.to(dtype).float()
-            result["read_by_timm"] = relative_difference(merged, again, tests["random"])
-            _require_equal({"random": result["read_by_timm"]}, "what timm reads back")
-            for name in _WRITTEN[:2]:
-                os.replace(scratch / name, target / name)
+            result["read_back"] = _differences(merged, again, {"random": tests["random"]}, "what is read back")[
+                "random"
+            ]
+            target.mkdir(exist_ok=True)
+            for name in _WRITTEN:
+                (target / name).unlink(missing_ok=True)
+            for file in scratch.iterdir():
+                os.replace(file, target / file.name)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
     manifest = artifact.read_manifest(folder)
     base = timm.create_model(manifest.architecture, pretrained=False, **manifest.args).eval()
-    models = [m.to(where) for m in (base, model, merged)]
-    result["latency_ms"] = dict(
-        zip(("backbone", "unmerged", "merged"), cost.latency(models, [size] * 3, device=where), strict=True)
-    )
-    result["parameters"] = {
-        "backbone": ties.count_parameters(base),
-        "unmerged": ties.count_parameters(model),
-        "merged": ties.count_parameters(merged),
-    }
+    models = {"backbone": base, "unmerged": model, "merged": merged}
+    size = (config.channels, config.height, config.width)
+    times = cost.latency([m.to(where) for m in models.values()], [size] * 3, device=where)
+    result["latency_ms"] = dict(zip(models, times, strict=True))
+    result["latency_on"] = f"{where}, {torch.get_num_threads()} threads"
+    result["parameters"] = {name: ties.count_parameters(m) for name, m in models.items()}
     write_text(target / "merge.json", json.dumps(result, indent=2) + "\n")
-    _print(result, target, where, console)
     return result
 
 
 def merged_copy(model: nn.Module) -> nn.Module:
-    """A plain timm model that computes what a compressed one does.
+    """What `merge` returns, without the comparison; on the meta device it finds what cannot be merged.
 
     Raises:
         UserError: a transform cannot be folded; the text says which, why, and what to do instead.
@@ -114,6 +142,32 @@ def merged_copy(model: nn.Module) -> nn.Module:
         if not plan.foldable:
             plan.fold(copy.deepcopy(model))  # raises, and says why
     return materialise(model).eval()
+
+
+def print_merge(result: dict[str, Any], console: Console) -> None:
+    """What `merge_folder` returns, for a person."""
+    table = Table(title=f"{result['artifact']} → {result['merged']}", title_justify="left")
+    for column in ("", "parameters", "latency", "latency / backbone"):
+        table.add_column(column, justify="left" if not column else "right")
+    times = result["latency_ms"]
+    for name, label in (("backbone", "backbone alone"), ("unmerged", "unmerged"), ("merged", "merged")):
+        table.add_row(
+            label, f"{result['parameters'][name]:,}", f"{times[name]:.2f} ms", f"{times[name] / times['backbone']:.2f}"
+        )
+    console.print(table)
+    for name, difference in result["differences"].items():
+        console.print(f"largest difference on {name} inputs: {difference:.1e} of the largest output", highlight=False)
+    reader, call = "timm alone", f"timm.create_model('local-dir:{result['merged']}', pretrained=True)"
+    if result["left"]:
+        reader, call = "compressvit", f"compressvit.load('{result['merged']}')"
+    console.print(f"read back by {reader}: {result['read_back']:.1e}", highlight=False)
+    console.print(
+        f"latency: batch 1 on {result['latency_on']}, median of up to 30 in turns\n{call}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if result["left"]:
+        console.print(DENSE_ADAPTERS, highlight=False, soft_wrap=True)
 
 
 def photograph_like(count: int, config: InputConfig, seed: int = 0) -> torch.Tensor:
@@ -136,22 +190,40 @@ def relative_difference(model: nn.Module, other: nn.Module, images: torch.Tensor
     return ((ours - theirs).abs().max() / ours.abs().max()).item()
 
 
-def _require_equal(differences: dict[str, float], what: str) -> None:
-    for name, difference in differences.items():
+def _in_float32(model: nn.Module) -> nn.Module:
+    """A copy on the CPU in eval mode, for comparisons."""
+    return copy.deepcopy(model).cpu().float().eval()
+
+
+def _made_up_images(config: InputConfig) -> dict[str, torch.Tensor]:
+    size = (config.channels, config.height, config.width)
+    random = torch.randn(4, *size, generator=torch.Generator().manual_seed(0))
+    return {"random": random, "like photographs": photograph_like(4, config)}
+
+
+def _differences(
+    model: nn.Module, other: nn.Module, tests: dict[str, torch.Tensor], what: str = "the merged model"
+) -> dict[str, float]:
+    """By name of the images, the largest difference of the outputs relative to the largest; a `UserError` where it is too large."""
+    found = {name: relative_difference(model, other, images) for name, images in tests.items()}
+    for name, difference in found.items():
         if not difference <= TOLERANCE:  # NaN is not
             raise UserError(
-                f"{what} differs on {name} inputs by {difference:.1e} of the largest output, more than {TOLERANCE:g}; nothing was written. "
+                f"{what} differs on {name} inputs by {difference:.1e} of the largest output, more than {TOLERANCE:g}, so none is made. "
                 "Sums of float32 in a deep model, or after a large scale, can need more digits: ship the unmerged artifact"
             )
+    return found
 
 
-def _artifact_of(path: Path) -> Path:
-    if not path.exists():
-        raise UserError(f"there is no {path}; give a run folder, or an artifact (a folder with {artifact.MANIFEST})")
-    folder = path / "student" if (path / RESOLVED).is_file() else path
-    if not folder.is_dir():
-        raise UserError(f"{path} is a run that has no student yet; `compressvit apply … --resume` finishes it")
-    return folder
+def _write(model: nn.Module, folder: Path, *, plain: bool) -> nn.Module:
+    """Write a model into an empty folder, in timm's form or as an artifact, and read it back into float32."""
+    if plain:
+        save_for_hf(model, str(folder), safe_serialization=True)
+        for file in folder.iterdir():
+            if file.name not in _WRITTEN:
+                file.unlink()
+        return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    return artifact.load(artifact.save(model, folder)).float()
 
 
 def _input_of(folder: Path, model: nn.Module) -> InputConfig:
@@ -173,24 +245,3 @@ def _real_images(folder: Path, config: InputConfig) -> dict[str, torch.Tensor]:
     except UserError:  # the data has gone since
         return {}
     return {f"the first of {recipe.data.name}": images[:8]}
-
-
-def _print(result: dict[str, Any], target: Path, where: torch.device, console: Console) -> None:
-    table = Table(title=f"{result['artifact']} → {target}", title_justify="left")
-    for column in ("", "parameters", "latency", "latency / backbone"):
-        table.add_column(column, justify="left" if not column else "right")
-    times = result["latency_ms"]
-    for name, label in (("backbone", "backbone alone"), ("unmerged", "unmerged"), ("merged", "merged")):
-        table.add_row(
-            label, f"{result['parameters'][name]:,}", f"{times[name]:.2f} ms", f"{times[name] / times['backbone']:.2f}"
-        )
-    console.print(table)
-    for name, difference in result["differences"].items():
-        console.print(f"largest difference on {name} inputs: {difference:.1e} of the largest output", highlight=False)
-    console.print(f"read back by timm alone: {result['read_by_timm']:.1e}", highlight=False)
-    console.print(
-        f"latency: batch 1 on {where}, {torch.get_num_threads()} threads, median of up to 30 in turns\n"
-        f"timm.create_model('local-dir:{target}', pretrained=True)",
-        highlight=False,
-        soft_wrap=True,
-    )

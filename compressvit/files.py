@@ -1,4 +1,7 @@
-"""Writing to disk so that a full disk or a crash loses nothing: to a scratch file first, then one rename."""
+"""Writing to disk so that a full disk or a crash loses nothing: to a scratch file first, then one rename.
+
+torch is imported where checkpoints are: the report writes files without it.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from compressvit.errors import UserError
 
@@ -73,6 +74,8 @@ def write_text(path: Path, text: str) -> None:
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Write tensors and plain values with torch, whole or not at all."""
+    import torch
+
     write_atomically(path, lambda scratch: torch.save(content, scratch))
 
 
@@ -82,6 +85,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         UserError: the file is truncated or foreign.
     """
+    import torch
+
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (

@@ -17,8 +17,9 @@ from compressvit import cost
 from compressvit.allocate import Budget
 from compressvit.data import InputConfig
 from compressvit.errors import UserError
-from compressvit.files import disk_faults, write_text
+from compressvit.files import write_text
 from compressvit.one_shot import QUALITIES, OneShot, leading_transforms, quality_words
+from compressvit.plots import frontier_finding
 from compressvit.recipe import Recipe
 from compressvit.tables import megabytes
 from compressvit.transforms import LORS, Transform
@@ -119,8 +120,5 @@ def _write(rows: list[dict[str, Any]], output: Path, unit: str, name: str) -> No
     writer.writerows(rows)
     write_text(output / "frontier.csv", text.getvalue())
     write_text(output / "frontier.json", json.dumps(rows, indent=2) + "\n")
-    from compressvit.plots import frontier_plot
-
     quality = "top1" if rows[0]["top1"] is not None else "cosine"
-    with disk_faults(output):
-        frontier_plot(rows, unit, quality, QUALITIES[quality], name, output / "frontier.png")
+    frontier_finding(rows, unit, quality, QUALITIES[quality], name).picture(output / "frontier.png")

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
 from compressvit.data import (
@@ -19,8 +17,11 @@ from compressvit.data import (
     open_data,
     renormalise,
 )
+from compressvit.diagnostics.similarity import likeness
 from compressvit.distill import optimisation as opt
 from compressvit.distill.evaluate import evaluate
+from compressvit.distill.pairs import match_layers
+from compressvit.distill.spec import Distill
 from compressvit.errors import UserError
 from compressvit.models import build_student, build_teacher, load_teacher
 from compressvit.pipeline import transform_
@@ -67,7 +68,7 @@ class OneShot:
         opt.seed_everything(recipe.seed, 1)
         self._start = build_student(recipe, self.teacher)
         self.config, self.teacher_config = (input_config(m, recipe.data) for m in (self._start, self.teacher))
-        images = partial(
+        self._images = partial(
             calibration_batches,
             self.datasets,
             recipe.data,
@@ -76,7 +77,7 @@ class OneShot:
             images=recipe.calibration.images,
             seed=recipe.seed,
         )
-        self._source = Source(copy.deepcopy(self._start), images)  # its moments serve every student
+        self._source = Source(copy.deepcopy(self._start), self._images)  # its moments serve every student
         self.teacher.to(self.device).eval()
 
     def student(self, transforms: list[Transform]) -> tuple[nn.Module, list[LedgerEntry]]:
@@ -85,17 +86,31 @@ class OneShot:
         opt.seed_everything(self.recipe.seed, 2, len(self.transforms))  # as `apply` does before its first phase
         return student, transform_(student, transforms, self._source)
 
+    def layer_pairs(self, student: nn.Module) -> str | None:
+        """Where the phase that follows has `layers: auto`: the pairs it would begin with, in words."""
+        following = self.recipe.steps[len(self.transforms) :]
+        spec = following[0].spec if following else None
+        if not isinstance(spec, Distill) or spec.layers != "auto":
+            return None
+        alike = likeness(
+            student,
+            self.teacher,
+            self._images,
+            self.device,
+            images=self.recipe.calibration.images,
+            teacher_input=partial(renormalise, source=self.config, target=self.teacher_config),
+        )
+        pairs, how = match_layers(student, self.teacher, spec.layers, alike)
+        return f"layer pairs (student↔teacher): {', '.join(map(str, pairs)) or 'none'}  ({how})"
+
     def scores(self, model: nn.Module, own: InputConfig) -> dict[str, Any]:
         """`evaluate` of a model, beside the teacher, on images that look like `own`."""
-        teacher_input: Callable[[torch.Tensor], torch.Tensor] = lambda batch: renormalise(  # noqa: E731
-            batch, own, self.teacher_config
-        )
         return evaluate(
             model.to(self.device),
             eval_loader(self.datasets, self.recipe.data, own, self.device),
             self.device,
             teacher=self.teacher,
-            teacher_input=teacher_input,
+            teacher_input=partial(renormalise, source=own, target=self.teacher_config),
             labelled=self.datasets.labeled,
         )
 

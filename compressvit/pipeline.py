@@ -131,32 +131,37 @@ def materialise(model: nn.Module) -> nn.Module:
     """A copy of a compressed model in which low-rank layers and mergeable adapters are plain timm layers with their effective weights.
 
     It computes the same with the latency of the teacher's layers; what was shared is not any more, so it is for running a model,
-    not for storing it: `save` refuses it unless nothing but plain timm layers is left.
+    not for storing it: `save` refuses it unless plain timm layers and adapters are all that is left. Adapters of Kronecker products
+    become dense ones.
 
     Raises:
         UserError: nothing in the model can be materialised.
     """
     model = copy.deepcopy(model)
     done = compression_of(model)
-    foldable = [plan for plan in done.plans if plan.foldable]
+    foldable = [i for i, plan in enumerate(done.plans) if plan.foldable]
     if not foldable:
         names = ", ".join(plan.transform for plan in done.plans) or "no transform"
         raise UserError(
-            f"there is nothing to materialise: the model was made by {names}; only low-rank terms and linear adapters can be"
+            f"there is nothing to materialise: the model was made by {names}; only low-rank terms, linear adapters and those of "
+            "Kronecker products can be"
         )
     trained = trained_names(model)
     # From the weight outwards: what replaces it, what is added to it or behind it in the order it came, what is before it.
-    for plan in sorted(foldable, key=lambda plan: (not plan.fitted(), plan.folds_last)):
-        plan.fold(model)
-    rest = [plan for plan in done.plans if not plan.foldable and not plan.loads_values]
+    left: list[Plan | None] = list(done.plans)
+    for i in sorted(foldable, key=lambda i: (not done.plans[i].fitted(), done.plans[i].folds_last)):
+        left[i] = done.plans[i].fold(model)
+    rest = [plan for plan in left if plan is not None and not plan.loads_values]
     if not rest:  # a plain model, and nobody's adapter any more
         model.requires_grad_(True)
         model._compression = None
         return model
-    if trained is not None:  # a frozen weight that became dense stays frozen
-        surgery.train_only(model, trained)
     shared = ties.tied_groups(model)
-    model._compression = Compression(rest, shared, done.ledger, materialised=shared != done.ties)
+    # What is added beside a frozen backbone shares none of its tensors, so without another step nothing has to be tied again.
+    ties_backbone = any(plan.trains(model) is None for plan in rest)
+    model._compression = Compression(rest, shared, done.ledger, materialised=ties_backbone and shared != done.ties)
+    if trained is not None:  # a frozen weight that became dense stays frozen, and an adapter that did is trained
+        surgery.train_only(model, trained | (trained_names(model) or set()))
     return model
 
 

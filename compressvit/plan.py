@@ -22,11 +22,12 @@ from compressvit.distill.spec import Distill, Finetune, Prune, Sparsify, Trainin
 from compressvit.distill.taps import Taps
 from compressvit.distill.terms import Batch, Term, terms_of_phase
 from compressvit.errors import UserError
+from compressvit.export import DENSE_ADAPTERS, merged_copy
 from compressvit.layers.linear import FactoredLinear
 from compressvit.models import build_student, build_teacher, student_body, trains_teacher
 from compressvit.pipeline import apply_plans, compression_of, trained_parameters
 from compressvit.prune import amounts, cycles, prices, prunable_plan, select, shrink_
-from compressvit.recipe import Recipe
+from compressvit.recipe import Merge, Recipe
 from compressvit.source import tokens_at
 from compressvit.sparsify import sparsify_
 from compressvit.tables import cost_table, megabytes
@@ -127,6 +128,8 @@ def plan_recipe(recipe: Recipe, name: str = "recipe", *, classes: int | None = N
         try:
             if isinstance(step.spec, Transform):
                 steps.append(_plan_transform(where, step.spec, student))
+            elif isinstance(step.spec, Merge):
+                steps.append(_plan_merge(where, student))
             else:
                 steps.append(_plan_phase(where, step.spec, student, teacher, recipe.data, size, teacher_input))
         except UserError as error:
@@ -143,8 +146,9 @@ def plan_recipe(recipe: Recipe, name: str = "recipe", *, classes: int | None = N
                 f"{where}: the warm-up of {phase.warmup_epochs:g} epochs is longer than the phase of {phase.epochs}, "
                 f"so the rate never reaches its peak; shorten warmup_epochs"
             )
-    if not isinstance(recipe.steps[-1].spec, Training):
-        last = f"no step trains the student after steps[{len(recipe.steps) - 1}].{recipe.steps[-1].name}"
+    last_index = len(recipe.steps) - 1 - recipe.merges
+    if last_index >= 0 and not isinstance(recipe.steps[last_index].spec, Training):
+        last = f"no step trains the student after steps[{last_index}].{recipe.steps[last_index].name}"
         notes.append(f"{last}: what comes out is the student as the transforms initialise it")
     for index, step in enumerate(recipe.steps):
         if isinstance(step.spec, Transform):
@@ -193,6 +197,13 @@ def _plan_transform(where: str, spec: Transform, student: nn.Module) -> StepPlan
     return StepPlan(
         where, f"{len(ledger)} modules, {before:,} → {after:,} parameters" if ledger else "no structure", ledger
     )
+
+
+def _plan_merge(where: str, student: nn.Module) -> StepPlan:
+    """Merges the skeleton: what cannot be merged is found here, before anything is trained."""
+    merged = merged_copy(student)
+    kind = DENSE_ADAPTERS if compression_of(merged).plans else "a plain timm model"
+    return StepPlan(where, f"merged/, {ties.count_parameters(merged):,} parameters: {kind}")
 
 
 def _plan_phase(

@@ -1,21 +1,16 @@
-"""Plots, drawn by matplotlib into files. Each takes what a step left behind and a path."""
+"""The pictures that a run, `frontier` and `compare` leave, as findings: what each shows and how to read it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from matplotlib import colormaps
-from matplotlib.figure import Figure
+from compressvit.diagnostics.findings import Finding
 
-WIDTH, HEIGHT = 7.0, 4.2  # inches
-BLUE, GREY = "#2b6cb0", "#8a8f98"
+QUALITIES = {"top1": "top-1 (%)", "agreement": "same class (%)", "cosine": "cosine"}
 
 
-def frontier_plot(
-    rows: Sequence[Mapping[str, Any]], unit: str, quality: str, label: str, name: str, path: Path
-) -> None:
+def frontier_finding(rows: Sequence[Mapping[str, Any]], unit: str, quality: str, label: str, name: str) -> Finding:
     """Quality of the students before training against their size; the teacher's quality as a line.
 
     Args:
@@ -23,124 +18,113 @@ def frontier_plot(
         unit: 'parameters', 'bytes' or 'macs'.
         quality: key of the quality, and `label` what the axis calls it.
         name: the teacher's, for the title.
-        path: a PNG or SVG file.
     """
-    figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
-    axes = figure.subplots()
     teacher, students = rows[0], sorted(rows[1:], key=lambda row: row[unit])
-    sizes = [row[unit] / teacher[unit] for row in students]
-    values = [row[quality] for row in students]
-    axes.axhline(teacher[quality], color=GREY, linestyle="--", linewidth=1)
-    axes.annotate(
-        "teacher",
-        (0.01, teacher[quality]),
-        xycoords=("axes fraction", "data"),
-        xytext=(0, 4),
-        textcoords="offset points",
-        color=GREY,
+    return Finding(
+        name="frontier",
+        title=f"{name}: before any training",
+        caption=f"A point is a student made for one budget of {unit}, evaluated before any training; the dashed line is the teacher. "
+        "Where the curve leaves that line, compression begins to cost.",
+        chart="points",
+        records=[
+            {"share": row[unit] / teacher[unit], "quality": row[quality], "written": f"{row[quality]:.4g}"}
+            for row in students
+        ],
+        options={
+            "x": "share",
+            "y": "quality",
+            "joined": True,
+            "label": "written",
+            "levels": {"teacher": teacher[quality]},
+            "titles": {"share": f"{unit} of the student / of the teacher", "quality": label},
+        },
     )
-    axes.plot(sizes, values, color=BLUE, marker="o")
-    for size, value in zip(sizes, values, strict=True):
-        axes.annotate(f"{value:.4g}", (size, value), xytext=(6, -12), textcoords="offset points", fontsize=8)
-    axes.set(xlabel=f"{unit} of the student / of the teacher", ylabel=label, title=f"{name}: before any training")
-    axes.margins(x=0.08, y=0.15)
-    axes.grid(alpha=0.25)
-    figure.savefig(path, dpi=150)
 
 
-def ranks_plot(ranks: Mapping[str, int], full: Mapping[str, int], path: Path) -> None:
+def ranks_finding(ranks: Mapping[str, int], full: Mapping[str, int]) -> Finding:
     """Bars of the rank of every layer's term, in the order of the model, before the rank its weight could have.
 
     Args:
         ranks: of the terms, by layer.
         full: the smaller side of each layer's weight.
-        path: a PNG or SVG file.
     """
-    names = list(ranks)
-    figure = Figure(figsize=(WIDTH, max(2.0, 0.17 * len(names) + 1.2)), layout="constrained")
-    axes = figure.subplots()
-    axes.barh(names, [full[name] for name in names], color=GREY, alpha=0.25, label="of the full weight")
-    axes.barh(names, [ranks[name] for name in names], color=BLUE, label="of the low-rank term")
-    axes.invert_yaxis()
-    axes.tick_params(axis="y", labelsize=6)
-    axes.set(xlabel="rank")
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, fontsize=8)  # above the bars
-    axes.margins(y=0.01)
-    figure.savefig(path, dpi=150)
+    return Finding(
+        name="ranks",
+        title="Rank of every layer",
+        caption="A blue bar is the rank of a layer's low-rank term, the grey one behind it the rank that its whole weight could have. "
+        "A budget gives long bars to the layers that lose most without them.",
+        chart="bars",
+        records=[{"layer": name, "rank": rank, "full": full[name]} for name, rank in ranks.items()],
+        options={
+            "x": "rank",
+            "y": "layer",
+            "behind": "full",
+            "titles": {"rank": "rank (grey: of the full weight)", "layer": "", "full": "of the full weight"},
+        },
+    )
 
 
-def widths_plot(history: Sequence[Mapping[str, int]], path: Path) -> None:
-    """Bars of the neurons that every adapter has left, a row a layer, a colour a cycle (MiMi, figure 5).
-
-    Args:
-        history: neurons by layer after every training, the start first.
-        path: a PNG or SVG file.
-    """
-    names, last = list(history[0]), len(history) - 1
-    figure = Figure(figsize=(WIDTH, max(2.0, 0.17 * len(names) + 1.2)), layout="constrained")
-    axes = figure.subplots()
-    for cycle, widths in enumerate(history):  # each over the longer one before it, so colours must be opaque
-        colour = colormaps["YlGnBu"](0.2 + 0.8 * cycle / max(1, last))
-        label = f"{cycle} removal{'s' * (cycle > 1)}" if cycle else "start"
-        counts = [widths.get(name, 0) for name in names]
-        axes.barh(names, counts, color=colour, edgecolor="white", linewidth=0.4, label=label)
-    for row, name in enumerate(names):
-        left = history[-1].get(name, 0)
-        text = f"{history[0][name]:,} → {left:,}" if left else f"{history[0][name]:,}, gone"
-        axes.annotate(text, (1.01, row), xycoords=("axes fraction", "data"), va="center", fontsize=6)
-    axes.invert_yaxis()
-    axes.tick_params(axis="y", labelsize=6.5)
-    axes.set(xlabel="neurons of the adapter (linear to 1, then logarithmic)")
-    axes.set_xscale("symlog", linthresh=1, linscale=0.3)
-    most = max(history[0].values())
-    ticks = [0, *(digit * 10**power for power in range(len(str(most))) for digit in (1, 2, 5))]
-    axes.set_xticks([tick for tick in ticks if tick <= most], minor=False)
-    axes.set_xticks([], minor=True)
-    axes.xaxis.set_major_formatter(lambda tick, _: f"{tick:,.0f}")
-    rows = -(-len(history) // 5)
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=-(-len(history) // rows), frameon=False, fontsize=7)
-    axes.margins(y=0.01)
-    figure.savefig(path, dpi=150)
-
-
-def compare_plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+def compare_findings(rows: Sequence[Mapping[str, Any]]) -> list[Finding]:
     """Accuracy (or likeness to the teacher) against what is trained beside the backbone, or the student's size where nothing is frozen.
 
     Args:
-        rows: as `compressvit.compare.Row.as_dict` makes them; a panel for every task, a series for every first word of a label.
-        path: a PNG or SVG file.
+        rows: as `compressvit.compare.Row.as_dict` makes them.
+
+    Returns:
+        A finding for every task with something to draw; a colour for the first words of a label.
     """
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
-    figure = Figure(figsize=(WIDTH, HEIGHT * len(tasks)), layout="constrained")
-    for axes, task in zip(figure.subplots(len(tasks), squeeze=False)[:, 0], tasks, strict=True):
+    found = []
+    for number, task in enumerate(dict.fromkeys(row["task"] for row in rows)):
         own = [row for row in rows if row["task"] == task]
         size = "trained_adapter" if any(row["adapter_bytes"] is not None for row in own) else "parameters"
-        quality = next((q for q in ("top1", "agreement", "cosine") if any(row[q] is not None for row in own)), None)
-        if quality is None:
+        quality = next((q for q in QUALITIES if any(row[q] is not None for row in own)), None)
+        drawn = [row for row in own if quality and row[quality] is not None and row[size] is not None]
+        if quality is None or not drawn:
             continue
-        series: dict[str, list[Mapping[str, Any]]] = {}
-        for row in own:
-            if row[quality] is not None and row[size] is not None:
-                words = row["label"].split(" + ")
-                series.setdefault(" + ".join(word.split(" ")[0] for word in words), []).append(row)
-        for name, points in series.items():
-            points = sorted(points, key=lambda row: row[size])
-            axes.errorbar(
-                [max(1, p[size]) for p in points],
-                [p[quality] for p in points],
-                yerr=[p[f"{quality}_std"] or 0 for p in points],
-                marker="o",
-                markersize=4,
-                linewidth=1,
-                capsize=2,
-                label=name,
-            )
-        axes.set_xscale("log")
         what = (
             "trained parameters, without the classifier" if size == "trained_adapter" else "parameters of the student"
         )
-        axes.set(xlabel=what, ylabel={"top1": "top-1 (%)", "agreement": "same class (%)", "cosine": "cosine"}[quality])
-        axes.set_title(task, fontsize=9)
-        axes.grid(alpha=0.25)
-        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
+        records = [
+            {
+                "student": row["label"],
+                "method": " + ".join(word.split(" ")[0] for word in row["label"].split(" + ")),
+                "size": max(1, row[size]),
+                "quality": row[quality],
+                "deviation": row[f"{quality}_std"] or 0.0,
+            }
+            for row in drawn
+        ]
+        found.append(
+            Finding(
+                name=f"compare_{number}",
+                title=task,
+                caption="A point is a recipe, with a bar of one standard deviation over its seeds where there are several. Up is better "
+                "and left is smaller; the dashed line joins the Pareto front: no other recipe is both as small and as good.",
+                chart="points",
+                records=[{**record, "front": _unbeaten(record, records)} for record in _by_size(records)],
+                options={
+                    "x": "size",
+                    "y": "quality",
+                    "colour": "method",
+                    "error": "deviation",
+                    "front": "front",
+                    "scales": {"size": "log"},
+                    "titles": {"size": what, "quality": QUALITIES[quality], "method": "", "deviation": "±"},
+                },
+            )
+        )
+    return found
+
+
+def _by_size(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(records, key=lambda record: record["size"])
+
+
+def _unbeaten(one: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether no other record is at least as small and as good, and better in one of both."""
+    return not any(
+        other["size"] <= one["size"]
+        and other["quality"] >= one["quality"]
+        and (other["size"] < one["size"] or other["quality"] > one["quality"])
+        for other in records
+    )

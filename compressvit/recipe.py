@@ -73,6 +73,12 @@ class Calibration(Spec):
     )
 
 
+class Merge(Spec):
+    """Also write what comes out as a plain timm model, as `compressvit merge` does; the last step."""
+
+    name: ClassVar[str] = "merge"
+
+
 class _Word(BaseModel):
     """An entry of a list that is a word, or a word with its options behind it."""
 
@@ -116,15 +122,15 @@ class _Entry(_Word):
 Step = create_model(
     "Step",
     __base__=_Step,
-    __doc__="One entry of a recipe: a transform or a phase.",
-    **_one_of({**TRANSFORMS, **PHASES}),
+    __doc__="One entry of a recipe: a transform, a phase, or `merge` at the end.",
+    **_one_of({**TRANSFORMS, **PHASES, Merge.name: Merge}),
 )
 Entry = create_model("Entry", __base__=_Entry, __doc__="One diagnostic.", **_one_of(DIAGNOSTICS))
 # Lists of such entries, and what one of theirs is called.
 _LISTS: dict[str, tuple[Any, str]] = {"steps": (Step, "a step"), "diagnostics": (Entry, "a diagnostic")}
 
 
-def step(spec: Transform | Training) -> Any:
+def step(spec: Transform | Training | Merge) -> Any:
     """A recipe's step from a spec, for recipes built in Python: `Recipe(…, steps=(step(Multiplex(share=2)), step(Distill())))`."""
     return Step(**{spec.name: spec})
 
@@ -153,6 +159,22 @@ class Recipe(Spec):
                 f"{twice} stands twice; its findings would replace each other, so give one entry all options"
             )
         return entries
+
+    @field_validator("steps")
+    @classmethod
+    def _merge_comes_last(cls, steps: tuple[Any, ...]) -> tuple[Any, ...]:
+        for i, entry in enumerate(steps[:-1]):
+            if entry.name == Merge.name:
+                raise ValueError(
+                    f"merge writes the model that the recipe ends with, so it is the last step, and {steps[i + 1].name} comes behind it; "
+                    f"move it to the end. To go on from a merged model, give another recipe teacher.weights=RUN/merged/model.safetensors"
+                )
+        return steps
+
+    @property
+    def merges(self) -> bool:
+        """Whether it ends with a merge."""
+        return self.steps[-1].name == Merge.name
 
     def phases(self) -> dict[str, Training]:
         """Every phase by its place in the recipe, the teacher's training first where it is spelled out."""

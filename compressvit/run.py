@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -30,21 +29,25 @@ from compressvit.data import (
     train_loader,
 )
 from compressvit.diagnostics.recorder import Recorder
+from compressvit.diagnostics.similarity import likeness
 from compressvit.distill import optimisation as opt
 from compressvit.distill.engine import Phase, Teacher, train
-from compressvit.distill.evaluate import evaluate
+from compressvit.distill.evaluate import Watch, evaluate
 from compressvit.distill.pairs import match_layers
 from compressvit.distill.prune_cycles import prune_and_train
 from compressvit.distill.spec import Distill, Finetune, Prune, Sparsify, Training
 from compressvit.distill.terms import labels_term, terms_of_phase
 from compressvit.errors import UserError
+from compressvit.export import merge_folder, print_merge
 from compressvit.files import disk_faults, write_text
 from compressvit.models import build_student, build_teacher, load_teacher, require_student_file, trains_teacher
 from compressvit.pipeline import compression_of, trained_names, trained_parameters, transform_
 from compressvit.plan import plan_recipe, print_plan, require_no_conflicts
-from compressvit.plots import ranks_plot, widths_plot
+from compressvit.plots import ranks_finding
+from compressvit.predictions import Predictions
 from compressvit.preflight import pick_device, refuse_labels, refuse_own_inputs
-from compressvit.recipe import Recipe
+from compressvit.recipe import Merge, Recipe
+from compressvit.report.write import report_after_run
 from compressvit.runfolder import RunFolder
 from compressvit.runlog import RunLog, log
 from compressvit.sparsify import sparsify_
@@ -62,6 +65,7 @@ def apply(
     resume: bool = False,
     overwrite: bool = False,
     device: str = "auto",
+    report: bool = True,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Run a recipe.
@@ -75,6 +79,7 @@ def apply(
         command: what was typed, kept in `environment.json`.
         resume, overwrite: what to do with a folder that is not empty.
         device: 'auto', 'cpu', 'cuda', 'cuda:1', 'mps', …
+        report: write `report.html` at the end.
 
     Returns:
         The content of `results.json`.
@@ -118,6 +123,8 @@ def apply(
             # As a resumed run does: its training left marks on it, such as drop path.
             teacher = _trained_teacher(folder)
         results = run.finish(teacher.to(where).eval(), run.make_student(teacher), plan)
+        if report:
+            report_after_run(folder.path)
     except UserError as error:
         log.error("%s", error, extra={"already_shown": True})
         raise
@@ -167,6 +174,8 @@ class _Run:
             if isinstance(step.spec, Transform):
                 waiting.append(step.spec)
                 continue
+            if isinstance(step.spec, Merge):  # of what is written in the end
+                break
             name = f"{index}_{step.name}"
             phase = Phase(name, index + 1, self.recipe.seed, self.folder.checkpoint(name))
             start = None
@@ -205,8 +214,7 @@ class _Run:
             layers: dict[str, Any] = {path: student.get_submodule(path) for path in ranks}
             full = {path: min(layer.in_features, layer.out_features) for path, layer in layers.items()}
             order = [path for path, _ in student.named_modules() if path in ranks]
-            with disk_faults(self.folder.path):
-                ranks_plot({path: ranks[path] for path in order}, full, self.folder.path / "ranks.png")
+            self.folder.keep(ranks_finding({path: ranks[path] for path in order}, full))
 
     def _calibration_images(self, student: nn.Module) -> Callable[[], Iterator[torch.Tensor]]:
         config = input_config(student, self.recipe.data)
@@ -235,8 +243,6 @@ class _Run:
             evaluate=lambda m: self._evaluate(m, None),
             gradients=lambda m: self._gradients(m, spec),
         )
-        with disk_faults(self.folder.path):
-            widths_plot(history, self.folder.path / "widths.png")
         self.diagnostics.allocation(phase.name, spec.scope, history)
         return model, told
 
@@ -276,14 +282,22 @@ class _Run:
         guide = None
         if isinstance(spec, Distill):
             assert teacher is not None, "only the teacher itself is trained without one"
-            pairs, how = match_layers(model, teacher, spec.layers)
+            theirs = input_config(teacher, self.recipe.data)
+            guide = Teacher(teacher, lambda images: renormalise(images, config, theirs))
+            alike = likeness(
+                model,
+                teacher,
+                self._calibration_images(model),
+                self.device,
+                images=self.recipe.calibration.images,
+                teacher_input=guide.input,
+            )
+            pairs, how = match_layers(model, teacher, spec.layers, alike)
             terms = terms_of_phase(spec, model, pairs)
             self.log.say(
                 f"{phase.name}: {', '.join(t.name for t in terms)}; layer pairs {', '.join(map(str, pairs)) or 'none'} ({how})"
             )
             teacher.to(self.device)
-            theirs = input_config(teacher, self.recipe.data)
-            guide = Teacher(teacher, lambda images: renormalise(images, config, theirs))
         else:
             terms = [labels_term(1.0, spec.smoothing)]
         model.to(self.device)
@@ -308,7 +322,7 @@ class _Run:
                 measure=partial(self.diagnostics.measure, phase.name, teacher),
             )
 
-    def _evaluate(self, model: nn.Module, teacher: nn.Module | None) -> dict[str, Any]:
+    def _evaluate(self, model: nn.Module, teacher: nn.Module | None, watch: Watch | None = None) -> dict[str, Any]:
         config = input_config(model, self.recipe.data)
         model.to(self.device)
         if teacher is not None:
@@ -323,6 +337,7 @@ class _Run:
             if teacher is not None
             else (lambda images: images),
             labelled=self.datasets.labeled,
+            watch=watch,
         )
 
     def _comparable(self, teacher: nn.Module | None) -> nn.Module | None:
@@ -336,8 +351,11 @@ class _Run:
         sizes = [(c.channels, c.height, c.width) for c in (theirs, config)]
         with disk_faults(self.folder.student):
             artifact.save(student, self.folder.student, input_config=config.as_dict())
-        difference = _read_back_difference(self.folder.student, student, sizes[1])
-        scores = self._evaluate(student, self._comparable(teacher))
+        difference = artifact.read_back_difference(self.folder.student, student, sizes[1])
+        predictions = Predictions(
+            config, getattr(student, "num_classes", 0), self.datasets.class_names, self.datasets.labeled
+        )
+        scores = self._evaluate(student, self._comparable(teacher), predictions.add)
         theirs_only = {key: scores.pop(f"teacher_{key}", None) for key in ("top1", "top5", "loss")}
         if theirs != config and self._comparable(
             teacher
@@ -361,6 +379,7 @@ class _Run:
         results["teacher"]["latency_ms"], results["student"]["latency_ms"] = times
         write_text(self.folder.path / "results.json", json.dumps(results, indent=2) + "\n")
         self.log.board(lambda writer: boards.show_results(writer, self.recipe, results))
+        predictions.write(self.folder.path)
         self.log.show(results_table(results, f"{self.recipe.teacher.model} → {self.folder.student}"))
         if self._comparable(teacher) and (
             mismatch := class_mismatch(self.datasets.num_classes, getattr(teacher, "num_classes", 0))
@@ -372,29 +391,13 @@ class _Run:
         )
         if self.datasets.broken.count:
             self.log.say(f"{self.datasets.broken.count} broken image files were skipped; run.log names them")
+        if self.recipe.merges:
+            self.log.show(partial(print_merge, merge_folder(self.folder.path, device=str(self.device))))
         self.log.say(f"run folder: {self.folder.path}")
         return results
 
 
-def _read_back_difference(path: Path, student: nn.Module, size: tuple[int, int, int]) -> float:
-    """Largest difference between the outputs of the student and of its artifact on random images; a mismatch is an error."""
-    student = student.cpu().eval()
-    images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        ours, theirs = student(images), artifact.load(path)(images)
-    difference = (ours - theirs).abs().max().item()
-    if not math.isfinite(difference):
-        raise UserError(
-            f"the student computes numbers that are not finite ({ours.isnan().sum().item()} of {ours.numel()} outputs are NaN); "
-            "check the teacher's weights, and lower the learning rate if they are sound"
-        )
-    if difference > 1e-5 * max(1.0, ours.abs().max().item()):
-        raise RuntimeError(
-            f"the artifact at {path} does not compute what the student does: outputs differ by {difference}"
-        )
-    return difference
-
-
 def _summary(result: dict[str, Any]) -> str:
     names = {"top1": "top-1 {:.2f}%", "agreement": "agreement with the teacher {:.2f}%", "cosine": "cosine {:.4f}"}
+    names |= {"cosine_patches": "of the patch tokens {:.4f}"}
     return ", ".join(text.format(result[k]) for k, text in names.items() if result.get(k) is not None)

@@ -1,7 +1,8 @@
 """A run folder holds everything one `apply` did, written before the first step where it can be.
 
 `recipe.yaml` (as given) · `resolved.yaml` (defaults and overrides in) · `environment.json` · `plan.json` · `checkpoints/` ·
-`student/` · `metrics.jsonl` · `tensorboard/` · `run.log` · `results.json`
+`student/` · `metrics.jsonl` · `tensorboard/` · `run.log` · `results.json` · `predictions.json` and `predictions/` · `diagnostics/` ·
+`report.html`
 """
 
 from __future__ import annotations
@@ -15,17 +16,20 @@ from collections.abc import Sequence
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import yaml
 
 from compressvit import __version__
 from compressvit.errors import UserError
 from compressvit.files import disk_faults, write_text
-from compressvit.recipe import Recipe, parse_recipe
+
+if TYPE_CHECKING:
+    from compressvit.diagnostics.findings import Finding
+    from compressvit.recipe import Recipe
 
 RESOLVED = "resolved.yaml"
+_MANIFEST = "compressvit.json"  # of `compressvit.artifact`, which imports torch
 
 
 class RunFolder:
@@ -43,6 +47,16 @@ class RunFolder:
     def teacher(self) -> Path:
         """The teacher, an artifact, where the run trained it."""
         return self.path / "teacher"
+
+    @property
+    def diagnostics(self) -> Path:
+        """The findings of a run (`compressvit.diagnostics.findings`)."""
+        return self.path / "diagnostics"
+
+    def keep(self, finding: Finding) -> None:
+        """Write a finding to `diagnostics/`, and its picture where a person looks first."""
+        finding.write(self.diagnostics, pictures=False)
+        finding.picture(self.path / f"{finding.name}.png")
 
     def checkpoint(self, name: str) -> Path:
         """The checkpoint file of a phase."""
@@ -75,6 +89,8 @@ class RunFolder:
     def _refuse_other_recipe(self, recipe: Recipe) -> None:
         if not (self.path / RESOLVED).is_file():
             raise UserError(f"--resume: there is no run in {self.path} (no {RESOLVED}); start it without --resume")
+        from compressvit.recipe import parse_recipe  # here, because a report reads run folders without torch
+
         try:
             text = (self.path / RESOLVED).read_text(encoding="utf-8")
             before = flat(yaml.safe_load(text))
@@ -107,27 +123,45 @@ class RunFolder:
         write_text(self.path / "plan.json", json.dumps(plan, indent=2) + "\n")
 
 
-def run_folders(given: Sequence[str | Path]) -> list[Path]:
-    """Run folders among paths that are run folders or folders of some, each once.
+def find_runs(paths: Sequence[str | Path]) -> list[Path]:
+    """The run folders among `paths` and directly in them, each once.
 
     Raises:
-        UserError: a path is neither.
+        UserError: a path is neither; the sentence says what it is instead.
     """
     found: list[Path] = []
-    for path in (Path(p).resolve() for p in given):
+    for path in map(Path, paths):
         if (path / RESOLVED).is_file():
             found.append(path)
-        elif path.is_dir() and (inside := sorted(p.parent for p in path.glob(f"*/{RESOLVED}"))):
+        elif path.is_dir() and (inside := sorted(file.parent for file in path.glob(f"*/{RESOLVED}"))):
             found += inside
-        elif path.exists():
-            raise UserError(f"{path} is not a run folder, and there is none in it: it has no {RESOLVED}")
         else:
-            raise UserError(f"there is no {path}; give a folder that `compressvit apply` wrote")
-    return list(dict.fromkeys(found))
+            raise UserError(_not_a_run(path))
+    return list({path.resolve(): path for path in found}.values())
+
+
+def _not_a_run(path: Path) -> str:
+    way_out = "give a folder that `compressvit apply` wrote, or one with such folders in it"
+    if not path.exists():
+        return f"there is no {path}; {way_out}"
+    if not path.is_dir():
+        return f"{path} is a file, not a run folder; {way_out}"
+    if not any(path.iterdir()):
+        return f"{path} is empty: no run has begun in it; {way_out}"
+    if (path / _MANIFEST).is_file():
+        return f"{path} is a model, not a run folder; give the run folder around it"
+    if (path / "recipe.yaml").is_file():
+        return (
+            f"{path} is a run that stopped before its first step: it has a recipe.yaml and no {RESOLVED}, so there is nothing to "
+            "look at; start it again with `compressvit apply … --output` and a new folder"
+        )
+    return f"{path} is not a run folder: it has no {RESOLVED}; {way_out}"
 
 
 def environment(command: list[str]) -> dict[str, Any]:
     """What a number may depend on besides the recipe: command, versions, machine."""
+    import torch  # late, because a report reads run folders without it
+
     names = ("torch", "torchvision", "timm", "torchdistill", "numpy", "scipy", "einops", "safetensors", "pydantic")
     versions = {}
     for name in names:

@@ -14,8 +14,8 @@ from compressvit import artifact, cost
 from compressvit.data import eval_loader, input_config, open_data
 from compressvit.distill.evaluate import evaluate
 from compressvit.errors import UserError
+from compressvit.preflight import pick_device
 from compressvit.recipe import Recipe, parse_recipe
-from compressvit.run import pick_device
 from compressvit.runfolder import RESOLVED
 
 
@@ -25,14 +25,9 @@ def evaluate_path(path: str | Path, overrides: list[str], *, device: str, as_jso
     Raises:
         UserError: nothing to evaluate at `path`, no data known, or the data does not fit the model.
     """
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"there is no {path}; give a run folder, or an artifact (a folder with {artifact.MANIFEST})")
-    folder = path / "student" if (path / RESOLVED).is_file() else path
-    if folder != path and not folder.is_dir():
-        raise UserError(f"{path} is a run that has no student yet; `compressvit apply … --resume` finishes it")
+    folder = artifact_in(Path(path))
     model = artifact.load(folder)
-    recipe = _data_recipe(folder, overrides)
+    recipe = data_recipe(folder, overrides, "evaluate")
     where = pick_device(device)
     datasets = open_data(recipe.data)
     config = input_config(model, recipe.data)
@@ -58,19 +53,37 @@ def evaluate_path(path: str | Path, overrides: list[str], *, device: str, as_jso
     return 0
 
 
-def _data_recipe(folder: Path, overrides: list[str]) -> Recipe:
-    """The recipe whose data is evaluated: the run's, or a frame around what the overrides say."""
+def artifact_in(path: Path) -> Path:
+    """The artifact at a path, or the student's of the run there.
+
+    Raises:
+        UserError: neither is there.
+    """
+    if not path.exists():
+        raise UserError(f"there is no {path}; give a run folder, or an artifact (a folder with {artifact.MANIFEST})")
+    folder = path / "student" if (path / RESOLVED).is_file() else path
+    if not folder.is_dir() or (folder != path and not (folder / artifact.MANIFEST).is_file()):
+        raise UserError(f"{path} is a run that has no student yet; `compressvit apply … --resume` finishes it")
+    return folder
+
+
+def data_recipe(folder: Path, overrides: list[str], asker: str) -> Recipe:
+    """The recipe whose data is used with the artifact in `folder`: the run's, or a frame around what the overrides say.
+
+    Raises:
+        UserError: overrides of something else, or no data known.
+    """
     wrong = [o for o in overrides if "=" in o and not o.startswith("data.")]
     if wrong:
         raise UserError(
-            f"evaluate takes overrides of the data only, not '{wrong[0]}', e.g. data.name=digits data.root=FOLDER"
+            f"{asker} takes overrides of the data only, not '{wrong[0]}', e.g. data.name=digits data.root=FOLDER"
         )
     resolved = folder.parent / RESOLVED
     if resolved.is_file():
         return parse_recipe(resolved.read_text(encoding="utf-8"), str(resolved), overrides)
     if not any(o.startswith("data.name=") for o in overrides):
         raise UserError(
-            f"{folder} does not lie in a run folder, so it does not say on which data to evaluate it; "
+            f"{folder} does not lie in a run folder, so it does not say on which data to look at it; "
             "add data.name=digits, or data.name=folder data.root=FOLDER"
         )
     frame = {"teacher": {"model": "vit_tiny_patch16_224"}, "data": {}, "steps": [{"finetune": {}}]}

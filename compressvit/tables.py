@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from compressvit.cost import Cost
-from compressvit.transforms import LedgerEntry
+if TYPE_CHECKING:
+    from compressvit.cost import Cost
+    from compressvit.transforms import LedgerEntry
 
 
 def cost_table(rows: list[tuple[str, Cost]], title: str) -> Table:
@@ -52,21 +54,28 @@ def ledger_table(ledger: list[LedgerEntry]) -> Table:
 
 def results_table(results: dict[str, Any], title: str) -> Table:
     """Teacher and student side by side."""
-    teacher, student = results["teacher"], results["student"]
     table = Table(title=title, title_justify="left")
     for column in ("", "teacher", "student", "student / teacher"):
         table.add_column(column, justify="left" if not column else "right")
+    for cells in results_rows(results):
+        table.add_row(*cells)
+    return table
 
-    def row(label: str, key: str, text: Any) -> None:
-        if teacher.get(key) is None and student.get(key) is not None:
-            table.add_row(label, "", text(student[key]), "")
-        elif student.get(key) is not None:
-            table.add_row(
-                label, text(teacher[key]), text(student[key]), f"{student[key] / max(teacher[key], 1e-12):.3f}"
-            )
+
+def results_rows(results: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """What a measure is called, the teacher's, the student's, and their ratio; empty where there is none."""
+    teacher, student = results["teacher"], results["student"]
+    rows = []
+
+    def row(label: str, key: str, text: Callable[[Any], str]) -> None:
+        ours, theirs = student.get(key), teacher.get(key)
+        if ours is not None and theirs is None:
+            rows.append((label, "", text(ours), ""))
+        elif ours is not None:
+            rows.append((label, text(theirs), text(ours), f"{ours / max(theirs, 1e-12):.3f}"))
 
     row("parameters (unique)", "parameters", lambda v: f"{v:,}")
-    if student.get("trained_adapter", 0) + student.get("trained_head", 0) < student["parameters"]:
+    if adapted(student):
         row("trained, without the classifier", "trained_adapter", lambda v: f"{v:,}")
         row("trained, of the classifier", "trained_head", lambda v: f"{v:,}")
     row("bytes on disk", "bytes", megabytes)
@@ -75,8 +84,13 @@ def results_table(results: dict[str, Any], title: str) -> Table:
     row("latency", "latency_ms", lambda v: f"{v:.2f} ms")
     row("top-1", "top1", lambda v: f"{v:.2f} %")
     row("top-5", "top5", lambda v: f"{v:.2f} %")
-    if student.get("agreement") is not None:
-        table.add_row("same first class as the teacher", "", f"{student['agreement']:.2f} %", "")
-    if student.get("cosine") is not None:
-        table.add_row("cosine of the outputs", "", f"{student['cosine']:.4f}", "")
-    return table
+    row("same first class as the teacher", "agreement", lambda v: f"{v:.2f} %")
+    row("cosine of the outputs", "cosine", lambda v: f"{v:.4f}")
+    row("cosine of the patch tokens", "cosine_patches", lambda v: f"{v:.4f}")
+    return rows
+
+
+def adapted(student: dict[str, Any]) -> bool:
+    """Whether a part of the student was frozen, by its entry in `results.json`."""
+    trained = (student.get("trained_adapter") or 0) + (student.get("trained_head") or 0)
+    return "trained_adapter" in student and trained < student["parameters"]

@@ -15,7 +15,7 @@ from compressvit import artifact
 from compressvit.adapter_file import load_adapter
 from compressvit.compare import compare
 from compressvit.errors import UserError
-from compressvit.export import merge, photograph_like
+from compressvit.export import merge_folder, photograph_like
 from compressvit.pipeline import compress
 from compressvit.recipe import parse_recipe
 from compressvit.transforms import Adapters, RepAdapter
@@ -104,7 +104,7 @@ def test_a_merged_run_is_a_timm_model(runs, tmp_path):
     told = json.loads((tmp_path / "merged" / "merge.json").read_text())
     assert set(told["differences"]) == {"random", "the first of digits", "like photographs"}
     assert max(told["differences"].values()) < 1e-5  # seen 4e-7
-    assert told["read_by_timm"] == 0
+    assert told["read_back"] == 0
     assert told["parameters"]["merged"] == told["parameters"]["backbone"] < told["parameters"]["unmerged"]
     plain = timm.create_model(f"local-dir:{tmp_path / 'merged'}", pretrained=True).eval()
     assert type(plain.blocks[0].attn).__module__.startswith("timm.")
@@ -144,7 +144,7 @@ def test_a_merge_that_changes_the_outputs_is_an_error(runs, tmp_path, monkeypatc
         torch.nn.Module, "mul_head", lambda self: self.head.weight.data.mul_(1.01) is None or self, raising=False
     )
     with pytest.raises(UserError, match="the merged model differs on random inputs by"):
-        merge(runs["repadapter"], tmp_path / "merged")
+        merge_folder(runs["repadapter"], tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
 
@@ -195,8 +195,8 @@ def test_recipes_that_only_differ_elsewhere_are_told_apart(runs, tmp_path):
 
 def test_what_cannot_be_compared_says_why(runs, tmp_path):
     for words, paths in (
-        ("is not a run folder, and there is none in it", [tmp_path]),
-        ("is not a run folder", [runs["backbone"]]),
+        ("is empty: no run has begun in it", [tmp_path]),
+        ("is a model, not a run folder", [runs["backbone"]]),
     ):
         code, _, err = run("compare", *paths)
         assert code == 2

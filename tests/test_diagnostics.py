@@ -213,10 +213,10 @@ def test_images_are_spread_over_the_set_and_come_without_labels():
     datasets = open_data(data)
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    batches = list(evaluation_images(datasets, data, GRAY, CPU, 10))
+    batches = [images for images, _ in evaluation_images(datasets, data, GRAY, CPU, 10)]
     assert torch.equal(torch.get_rng_state(), before)
     assert [len(b) for b in batches] == [4, 4, 2]
-    everything = torch.cat(list(evaluation_images(datasets, data, GRAY, CPU, 10**6)))
+    everything = torch.cat([images for images, _ in evaluation_images(datasets, data, GRAY, CPU, 10**6)])
     assert len(everything) == len(datasets.validation) == 360
     assert torch.equal(torch.cat(batches), everything[::36])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.models import build, images_for
 from helpers.training import CPU
 from torch import nn
 
@@ -69,3 +70,23 @@ def test_evaluation_refuses_what_it_cannot_count():
         evaluate(Table(torch.eye(3)), numbered(3, [0, 5, 2]), CPU)
     with pytest.raises(UserError, match="no readable image"):
         evaluate(Table(torch.eye(3)), numbered(3, [-1, -1, -1]), CPU)
+
+
+def test_headless_backbones_are_compared_token_by_token():
+    teacher, student = build("headless"), build("headless", seed=1)
+    images = images_for(teacher, 5)
+    data = [(images[:3], torch.tensor([-1] * 3)), (images[3:], torch.tensor([-1, -2]))]
+    result = evaluate(student, data, CPU, teacher=teacher, labelled=False)
+    with torch.no_grad():
+        ours, theirs = (m.forward_features(images[:4]) for m in (student, teacher))
+    cosines = F.cosine_similarity(ours, theirs, dim=-1)
+    assert result["cosine"] == pytest.approx(cosines[:, 0].mean().item(), abs=1e-5)
+    assert result["cosine_patches"] == pytest.approx(cosines[:, 1:].mean().item(), abs=1e-5)
+    assert result["agreement"] is None
+    assert evaluate(teacher, data, CPU, teacher=teacher, labelled=False)["cosine_patches"] == pytest.approx(1, abs=1e-5)
+    with_head = evaluate(build("vit"), numbered_images(teacher), CPU, teacher=build("vit"))
+    assert "cosine_patches" not in with_head
+
+
+def numbered_images(model):
+    return [(images_for(model, 3), torch.tensor([0, 1, 2]))]

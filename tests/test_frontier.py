@@ -6,10 +6,11 @@ import csv
 import json
 
 import pytest
-from helpers.runs import done, refused
+from helpers.runs import done, refused, run
 from PIL import Image
 
-from compressvit.plots import frontier_plot
+from compressvit.diagnostics.findings import read
+from compressvit.plots import frontier_finding
 
 
 def values_of(run):
@@ -37,6 +38,9 @@ def test_a_sweep_from_good_to_small(trained, tmp_path, unit):
 
 def test_the_run_draws_its_ranks(trained):
     assert Image.open(trained[1] / "ranks.png").size[0] > 800
+    finding = read(trained[1] / "diagnostics" / "ranks.json")
+    assert len(finding.records) > 6
+    assert {record["rank"] for record in finding.records} == {3}
 
 
 @pytest.mark.parametrize(
@@ -65,8 +69,11 @@ def test_no_budget_can_be_met(trained, tmp_path):
 
 def test_a_plot_of_a_model_without_classes(tmp_path):
     rows = [{"parameters": 10, "cosine": 1.0}, {"parameters": 7, "cosine": 0.9}, {"parameters": 5, "cosine": 0.8}]
-    frontier_plot(rows, "parameters", "cosine", "cosine", "a model", tmp_path / "plot.svg")
-    assert (tmp_path / "plot.svg").read_text().count("<path") > 20
+    finding = frontier_finding(rows, "parameters", "cosine", "cosine", "a model")
+    finding.picture(tmp_path / "plot.svg")
+    svg = (tmp_path / "plot.svg").read_text()
+    assert svg.count('aria-roledescription="circle"') == 2
+    assert all(f">{text}</text>" in svg for text in ("0.8", "0.9", "teacher", "cosine", "a model: before any training"))
 
 
 def test_a_student_of_another_input_is_measured_on_its_own(trained, tmp_path):
@@ -76,3 +83,9 @@ def test_a_student_of_another_input_is_measured_on_its_own(trained, tmp_path):
     rows = json.loads((tmp_path / "out" / "frontier.json").read_text())
     assert rows[1]["macs"] > rows[0]["macs"]  # 16 tokens for 4, at 0.7 of the parameters
     assert rows[0]["agreement"] == 100
+
+
+def test_an_override_behind_the_budgets_is_told_its_place(trained):
+    code, _, err = run("frontier", trained[0], "--budgets", 0.5, "seed=3")
+    assert code == 2
+    assert "'seed=3' is not a number; key=value goes before --budgets" in err

@@ -14,12 +14,12 @@ from helpers.models import SWIN, build, images_for, outputs, randomise
 from timm.layers import StdConv2d
 from torch import Tensor, nn
 
+from compressvit.affine import PaddedConv2d, merge_before_, merge_behind_
 from compressvit.errors import UserError
 from compressvit.layers.delta import LoRATerm, WithLoRA, add_to_weight_
 from compressvit.layers.linear import FactoredLinear, SharedLowRankLinear
-from compressvit.merge import PaddedConv2d, merge_before_, merge_behind_
 from compressvit.pipeline import compress, compression_of, materialise, trained_names
-from compressvit.surgery import added_parameters, fill_slot, specialise
+from compressvit.surgery import added_parameters, fill_slot, skeleton, specialise
 from compressvit.transforms import LORS, SSF, Adapters, FacT, LoRA, Multiplex, RepAdapter, Transform
 from compressvit.transforms.lors_plan import LowRank
 
@@ -267,6 +267,7 @@ def test_merged_is_the_untouched_architecture_and_computes_the_same(name, backbo
     expected = outputs(made, images)
     merged = materialise(made)
     assert structure(merged) == structure(plain)
+    assert structure(materialise(skeleton(made))) == structure(plain), "as a plan does it, without values"
     assert relative(outputs(merged, images), expected) < 1e-5  # measured up to 1.5e-6
     assert relative(outputs(plain, images), expected) > 1e-2  # measured at least 3e-2
     assert torch.equal(outputs(made, images), expected), "the model it was made from changed"

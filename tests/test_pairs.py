@@ -7,12 +7,13 @@ import copy
 import pytest
 import timm
 import torch
-from helpers.models import BACKBONES, SWIN, VIT, build
+from helpers.models import BACKBONES, SWIN, VIT, build, images_for
 from timm.models.vision_transformer import ParallelScalingBlock
 from torch import nn
 
 from compressvit import surgery
 from compressvit.backbone import describe
+from compressvit.diagnostics.similarity import likeness
 from compressvit.distill.pairs import LayerPair, match_layers
 from compressvit.errors import UserError
 from compressvit.pipeline import apply_plans, compress
@@ -239,3 +240,52 @@ def test_layers_that_share_linear_weights_count_as_sharing():
     pairs, how = match_layers(alone, teacher, "matched")
     assert [(p.student.index, p.teacher.index) for p in pairs] == [(3, 3)]
     assert how == "the last block of every stage"
+
+
+# ----------------------------------------------------------------------------------------------------------------- auto
+
+
+def on(student, teacher, images):
+    """CKA of the two models' blocks on these images."""
+    batches = images.split(8)
+    return likeness(
+        student, teacher, lambda: batches, torch.device("cpu"), images=len(images), teacher_input=lambda x: x
+    )
+
+
+@pytest.mark.parametrize("name", ["vit", "swin"])
+def test_auto_finds_the_blocks_that_a_student_has(name):
+    """A student that has lost the last blocks of a stage is its teacher up to there; by depth it would learn from later ones."""
+    teacher, student = build(name), build(name)
+    blocks = student.blocks if name == "vit" else student.layers[1].blocks
+    del blocks[-2:]
+    pairs, how = match_layers(student, teacher, "auto", on(student, teacher, images_for(teacher, 32)))
+    assert indices(pairs) == [(i, i) for i in range(len(describe(student).blocks))]
+    assert how == "auto: the most alike by CKA"
+    assert indices(match_layers(student, teacher, "auto")[0]) != indices(pairs)
+
+
+def test_auto_of_a_copy_is_the_diagonal():
+    teacher = build("vit")
+    student = compress(teacher, [Multiplex(share=2, init="first")])
+    images = images_for(teacher, 32)
+    assert indices(match_layers(build("vit"), teacher, "auto", on(build("vit"), teacher, images))[0]) == [
+        (i, i) for i in range(4)
+    ]
+    pairs = indices(match_layers(student, teacher, "auto", on(student, teacher, images))[0])
+    assert [s for s, _ in pairs] == [1, 3]  # the ends of the share groups
+
+
+def test_auto_without_values_pairs_by_depth():
+    for student, teacher, expected in (
+        (vit(), vit(), [(i, i) for i in range(4)]),
+        (vit(depth=2), vit(), [(0, 1), (1, 3)]),
+        (swin(depths=(2, 2)), swin(), [(0, 0), (1, 1), (2, 4), (3, 5)]),
+    ):
+        pairs, how = match_layers(surgery.skeleton(student), surgery.skeleton(teacher), "auto")
+        assert indices(pairs) == expected
+        assert how == "auto: the most alike by CKA, measured when the phase begins; by depth until then"
+
+
+def test_auto_with_another_architecture_distils_the_prediction():
+    assert match_layers(vit(), swin(), "auto")[0] == []

@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import signal
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from helpers.recipes import GOOD, only_row
 from helpers.runs import done, metrics, refused, run, student_bytes
 from helpers.training import CPU, Heard, largest_difference, random_batches, tiny_vit, values
 
-from compressvit import artifact, plots
+from compressvit import artifact
+from compressvit.diagnostics.allocation import allocation_finding
 from compressvit.diagnostics.findings import read
 from compressvit.distill import engine
 from compressvit.distill.engine import Phase, train
@@ -82,7 +84,7 @@ def test_a_run_tells_the_widths_everywhere(whole):
     allocation = read(whole / "diagnostics" / "allocation.json")
     assert {r["scope"] for r in allocation.records} == {"global"}
     for removals, cycle in enumerate(widths):
-        found = {r["adapter"]: r["neurons"] for r in allocation.records if r["removals"] == removals}
+        found = {r["layer"]: r["neurons"] for r in allocation.records if r["removals"] == removals}
         assert found == cycle
         assert {r["even"] for r in allocation.records if r["removals"] == removals} == {6 / 2**removals}
 
@@ -384,20 +386,23 @@ def test_a_refused_prune_leaves_no_folder(recipe, tmp_path):
 
 
 @pytest.mark.parametrize("removals", [0, 1, 4, 8])
-def test_the_bars_of_every_cycle_have_a_colour_of_their_own(removals, tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(plots.Figure, "savefig", lambda figure, path, dpi: drawn.append(figure))
+def test_the_bars_of_every_cycle_have_a_colour_of_their_own(removals, tmp_path):
     names = [f"layers.2.blocks.{i}.{part}" for i in range(6) for part in ("attn", "mlp")]
     history = [
         {name: 64 // 2**cycle * (i != 3 or not cycle) for i, name in enumerate(names)} for cycle in range(removals + 1)
     ]
-    plots.widths_plot(history, tmp_path / "widths.png")
-    axes = drawn[0].axes[0]
-    bars = [[patch.get_width() for patch in cycle] for cycle in axes.containers]
-    assert bars == [list(widths.values()) for widths in history]
-    colours = {cycle[0].get_facecolor() for cycle in axes.containers}
-    assert len(colours) == removals + 1
-    assert {colour[3] for colour in colours} == {1}, "opaque: the legend's are those of the bars"
-    assert [label.get_text() for label in axes.get_yticklabels()] == names
+    allocation_finding({"prune": ("global", history)}).picture(tmp_path / "widths.svg")
+    marks = list(ElementTree.parse(tmp_path / "widths.svg").iter())
+    bars = [mark for mark in marks if mark.get("aria-roledescription") == "bar"]
+    said = [dict(part.split(": ") for part in bar.attrib["aria-label"].split("; ")) for bar in bars]
+    cycles = list(dict.fromkeys(one["cycle"] for one in said))
+    length = "neurons of the adapter (linear to 1, then logarithmic)"
+    drawn = [[int(one[length]) for one in said if one["cycle"] == cycle] for cycle in cycles]
+    assert drawn == [list(widths.values()) for widths in history], "later cycles over earlier ones"
+    colours = {(bar.get("fill"), one["cycle"]) for bar, one in zip(bars, said, strict=True)}
+    assert len({fill for fill, _ in colours}) == len(colours) == removals + 1
+    assert {float(bar.get("opacity", 1)) for bar in bars} == {1}, "opaque: the legend's are those of the bars"
+    assert list(dict.fromkeys(one["layer"] for one in said)) == names
     left = history[-1]
-    assert [note.get_text() for note in axes.texts] == [f"64 → {left[n]}" if left[n] else "64, gone" for n in names]
+    notes = [mark.text for mark in marks if mark.text and ("→" in mark.text or "gone" in mark.text)]
+    assert notes == [f"64 → {left[n]}" if left[n] else "64, gone" for n in names]

@@ -158,5 +158,5 @@ def test_the_schema_allows_a_step_with_nothing_said(written):
 def test_the_schema_describes_every_step_and_is_plain_json():
     schema = json.loads(json.dumps(json_schema()))
     steps = schema["$defs"]["Step"]["properties"]
-    assert steps.keys() == {*TRANSFORMS, *PHASES}
+    assert steps.keys() == {*TRANSFORMS, *PHASES, "merge"}
     assert all(entry["description"] for entry in steps.values())

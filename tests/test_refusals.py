@@ -11,14 +11,13 @@ from helpers.models import build, images_for
 from PIL import Image
 
 import compressvit
-from compressvit import Multiplex
+from compressvit import Multiplex, artifact
 from compressvit.data import Augment, InputConfig
 from compressvit.errors import UserError
 from compressvit.files import disk_faults
 from compressvit.loaders import _transform
 from compressvit.preflight import pick_device, refuse_own_inputs
 from compressvit.recipe import find_recipe, parse_recipe
-from compressvit.run import _read_back_difference
 from compressvit.runfolder import RunFolder
 from compressvit.transforms import LoadWeights
 from compressvit.weights import resample_positions
@@ -101,7 +100,7 @@ def test_a_student_that_is_not_finite_is_no_success(tmp_path):
         student.norm.weight.fill_(float("nan"))
     path = compressvit.save(student, tmp_path / "a")
     with pytest.raises(UserError, match="not finite"):
-        _read_back_difference(path, student, (3, 32, 32))
+        artifact.read_back_difference(path, student, (3, 32, 32))
 
 
 def test_overwrite_keeps_a_data_folder_that_is_the_run_folder(tmp_path):

@@ -246,8 +246,9 @@ def test_fold_keeps_the_function_or_says_why_not(spec, backbone, student):
 
 
 def _structural() -> list[Transform]:
-    """All that look for blocks; biases are found by their names wherever they are."""
-    return [s[0] for name, s in EXAMPLES.items() if not s[0].plan_class.loads_values and name != "bitfit"]
+    """All that look for blocks; biases are found by their names wherever they are, and every model has a classifier."""
+    others = ("bitfit", "head_norm")
+    return [s[0] for name, s in EXAMPLES.items() if not s[0].plan_class.loads_values and name not in others]
 
 
 UNSUPPORTED = {

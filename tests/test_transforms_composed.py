@@ -28,7 +28,9 @@ CONFLICTS = {
     ("irpe", "vpt"): "irpe needs every token at its place on the grid",
     ("vpt", "irpe"): "irpe needs every token at its place on the grid",
 }
-CONFLICTS |= {(name, "align"): "put `align` first" for name in ADAPTERS if name not in ("freeze", "bitfit")}
+CONFLICTS |= {
+    (name, "align"): "put `align` first" for name in ADAPTERS if name not in ("freeze", "bitfit", "head_norm")
+}
 CONFLICTS |= {(name, name): "is already there" for name in ADAPTERS if name not in ("freeze", "bitfit")}
 CONFLICTS |= dict.fromkeys(itertools.permutations(("adapters", "phm", "compacter"), 2), "is already there")
 

@@ -13,8 +13,8 @@ import pytest
 import timm
 import torch
 from helpers.contract import BLIND_FOREVER, same_values, structure, teacher
-from helpers.models import BACKBONES, EVERYTHING, SWIN, VIT, build, images_for, outputs, randomise
-from helpers.plain_blocks import naive_mlp, naive_norm
+from helpers.models import BACKBONES, EVERYTHING, VIT, build, images_for, outputs
+from helpers.prompts import EXACT, FORMS, gap, prompted, prompts_of, shapes
 from torch import Tensor, nn
 
 from compressvit import artifact, cost, surgery, ties
@@ -25,27 +25,7 @@ from compressvit.layers.prompts import Prompts, refuse_prompts, without_prompts
 from compressvit.pipeline import apply_plans, compress, compression_of, materialise, trained_names
 from compressvit.transforms import IRPE, SSF, VPT, FacT, LoRA, Multiplex, RepAdapter
 
-EXACT = 1e-12  # relative, in float64; measured up to 1.3e-15
 VITS = ("vit", "vit_no_class_token", "deit_distilled", "dinov2_registers", "headless", "clip")
-FORMS = pytest.mark.parametrize("deep", [True, False], ids=["deep", "shallow"])
-
-
-def prompted(backbone: str, deep: bool = True, count: int = 3, **options) -> nn.Module:
-    """A student in float64 whose prompts are far from zero, in eval mode."""
-    torch.manual_seed(3)
-    model = compress(teacher(backbone), [VPT(prompts=count, deep=deep, **options)]).double()
-    for prompts in prompts_of(model):
-        nn.init.normal_(prompts.tokens)
-    return model
-
-
-def prompts_of(model: nn.Module) -> list[Prompts]:
-    return [module for module in model.modules() if isinstance(module, Prompts)]
-
-
-def gap(a: Tensor, b: Tensor) -> float:
-    assert a.shape == b.shape
-    return ((a - b).abs().max() / b.abs().max()).item()
 
 
 # -------------------------------------------------------------------------------------------------------------- counts
@@ -57,6 +37,7 @@ def gap(a: Tensor, b: Tensor) -> float:
         ("vit_base_patch16_224", True, [768] * 12),
         ("vit_base_patch16_224", False, [768]),
         ("swin_tiny_patch4_window7_224", True, [96] * 2 + [192] * 2 + [384] * 6 + [768] * 2),
+        ("swin_tiny_patch4_window7_224", False, [96]),
         ("deit_base_distilled_patch16_224", True, [768] * 12),
     ],
 )
@@ -159,73 +140,10 @@ def test_masks_are_for_the_images_tokens(kind, deep):
         assert gap(causal[:, 1:], plain[:, 1:]) > 1e-3
 
 
-# ----------------------------------------------------------------------------------------------------- the formulas, Swin
-
-
-def naive_swin_block(block: nn.Module, prompts: Tensor, x: Tensor) -> Tensor:
-    """x: (height, width, M); window by window and head by head, queries of the image's tokens alone."""
-    height, width, _ = x.shape
-    (win, _), (shift, _), p, heads = block.window_size, block.shift_size, len(prompts), block.attn.num_heads
-    weight, offset = (t.unflatten(0, (3, heads, -1)) for t in (block.attn.qkv.weight, block.attn.qkv.bias))
-    normed, tokens = naive_norm(block.norm1, x), naive_norm(block.norm1, prompts)
-    tall, wide = -(-height // win) * win, -(-width // win) * win
-    attended = torch.zeros_like(x)
-    for top, left in itertools.product(range(0, tall, win), range(0, wide, win)):
-        rolled = [(top + i, left + j) for i, j in itertools.product(range(win), repeat=2)]
-        # rolling first, then zeros at the far edges
-        places = [((i + shift) % height, (j + shift) % width) if i < height and j < width else None for i, j in rolled]
-        image = torch.stack([normed[place] if place else torch.zeros_like(x[0, 0]) for place in places])
-        region = [(i >= tall - shift, j >= wide - shift) for i, j in rolled]
-        bias = x.new_zeros(heads, len(rolled), p + len(rolled))
-        for (q, a), (k, b) in itertools.product(enumerate(rolled), repeat=2):
-            row = (a[0] - b[0] + win - 1) * (2 * win - 1) + a[1] - b[1] + win - 1
-            apart = 100 if shift and region[q] != region[k] else 0
-            bias[:, q, p + k] = block.attn.relative_position_bias_table[row] - apart
-        maps, both = [], torch.cat([tokens, image])
-        for h in range(heads):
-            q = image @ weight[0, h].T + offset[0, h]
-            k, v = (both @ weight[i, h].T + offset[i, h] for i in (1, 2))
-            maps.append((q @ k.T / math.sqrt(q.shape[-1]) + bias[h]).softmax(-1) @ v)
-        out = torch.cat(maps, dim=-1) @ block.attn.proj.weight.T + block.attn.proj.bias
-        for place, value in zip(places, out, strict=True):
-            if place:
-                attended[place] = value
-    x = x + attended
-    return x + naive_mlp(block.mlp, naive_norm(block.norm2, x))
-
-
-@pytest.mark.parametrize("side", [32, 28], ids=["windows_fit", "windows_are_padded"])
-@torch.no_grad()
-def test_swin_is_windowed_attention_with_prompts(side):
-    torch.manual_seed(0)
-    plain = timm.create_model("swin_tiny_patch4_window7_224", **{**SWIN, "img_size": side}).double().eval()
-    model = compress(plain, [VPT(prompts=3)])
-    randomise(model)
-    plain.load_state_dict(model.state_dict(), strict=False)
-    images, tokens = images_for(model).double(), iter([p.tokens for p in prompts_of(model)])
-    x = plain.patch_embed(images)
-    for stage in plain.layers:
-        x = stage.downsample(x)
-        for block in stage.blocks:
-            own = next(tokens)
-            x = torch.stack([naive_swin_block(block, own, image) for image in x])
-    assert gap(model.forward_features(images), plain.norm(x)) < EXACT
-    assert gap(outputs(model, images), outputs(plain, images)) > 1e-3, "the prompts do nothing"
-
-
-def test_swin_of_any_input_size_masks_as_one_of_a_fixed():
-    fixed = prompted("swin")
-    plain = timm.create_model("swin_tiny_patch4_window7_224", **SWIN, dynamic_img_size=True).eval()
-    free = compress(plain.double(), [VPT(prompts=3)])
-    free.load_state_dict(fixed.state_dict())
-    assert gap(outputs(free), outputs(fixed)) < EXACT
-    assert outputs(free, torch.randn(1, 3, 40, 48).double()).shape == (1, 5)
-
-
 # ------------------------------------------------------------------------------------------------------ laws of prompts
 
 
-CASES = [("vit", True), ("vit", False), ("dinov2_registers", True), ("swin", True)]
+CASES = [("vit", True), ("vit", False), ("dinov2_registers", True), ("swin", True), ("swin", False)]
 every_form = pytest.mark.parametrize(("backbone", "deep"), CASES)
 
 
@@ -295,12 +213,6 @@ def test_intermediates_are_the_teachers_in_every_form(backbone, deep):
     assert shapes(model.get_intermediate_layers(images, 2)) == shapes(plain.get_intermediate_layers(images, 2))
 
 
-def shapes(found) -> object:
-    if isinstance(found, dict):
-        return {key: shapes(value) for key, value in found.items()}
-    return [shapes(value) for value in found] if isinstance(found, (list, tuple)) else found.shape
-
-
 @FORMS
 @torch.no_grad()
 def test_layers_behind_an_intermediate_one_can_go(deep):
@@ -313,7 +225,7 @@ def test_layers_behind_an_intermediate_one_can_go(deep):
     assert gap(model.forward_intermediates(images, output_fmt="NLC")[1][-1], expected[:, 1:]) < EXACT
 
 
-@pytest.mark.parametrize("backbone", ["vit", "deit_distilled", "clip"])
+@pytest.mark.parametrize("backbone", ["vit", "deit_distilled", "clip", "swin"])
 def test_prompts_that_travel_leave_the_rest_of_the_contract(backbone, tmp_path):
     model = compress(teacher(backbone), [VPT(prompts=3, deep=False, dropout=0.1)])
     images = images_for(model)
@@ -338,7 +250,7 @@ def test_prompts_that_travel_leave_the_rest_of_the_contract(backbone, tmp_path):
     assert outputs(model.to(torch.bfloat16), images.bfloat16()).isfinite().all()
 
 
-@pytest.mark.parametrize(("backbone", "deep"), [("vit", True), ("vit", False), ("swin", True)])
+@pytest.mark.parametrize(("backbone", "deep"), [("vit", True), ("vit", False), ("swin", True), ("swin", False)])
 def test_compile_captures_the_whole_student(backbone, deep):
     architecture, args = BACKBONES[backbone]
     small = args | {"vit": {"depth": 2}, "swin": {"depths": (2,), "num_heads": (2,)}}[backbone]
@@ -379,10 +291,10 @@ def test_what_merges_still_merges(backbone, deep, first):
 def test_conflicts_are_refused():
     tries = {
         "prompts need a token sequence.*lora": ("convnext", [VPT()]),
-        r"between those of swin_tiny_patch4_window7_224.*use vpt\.deep=true": ("swin", [VPT(deep=False)]),
         r"blocks\.0\.norm1\.vpt is already there": ("vit", [VPT(), VPT(deep=False)]),
         r"blocks\.0\.vpt is already there": ("vit", [VPT(deep=False), VPT()]),
         "irpe needs every token.*leave out one": ("vit", [IRPE(), VPT()]),
+        r"layers\.0\.blocks\.0\.vpt is already there": ("swin", [VPT(deep=False), VPT()]),
         r"mlp_conv needs every token.*vpt\.deep=true": ("vit", [Multiplex(share=1, mlp_conv=3), VPT(deep=False)]),
     }
     for words, (backbone, steps) in tries.items():
@@ -392,7 +304,13 @@ def test_conflicts_are_refused():
             compress(model, steps)
         assert structure(model) == before
     deep, shallow = prompted("vit"), prompted("vit", deep=False)
-    for model, asker in ((deep, "irpe"), (shallow, "irpe"), (shallow, "multiplex.mlp_conv")):
+    carried = prompted("swin", deep=False)
+    for model, asker in (
+        (deep, "irpe"),
+        (shallow, "irpe"),
+        (shallow, "multiplex.mlp_conv"),
+        (carried, "multiplex.mlp_conv"),
+    ):
         with pytest.raises(UserError, match=f"{asker} needs every token at its place"):
             refuse_prompts(model, asker)
     for model in (deep, prompted("swin"), teacher("vit")):

@@ -21,7 +21,8 @@ from compressvit.diagnostics.allocation import (
     final_allocation_finding,
     run_histories,
 )
-from compressvit.diagnostics.program import Findings, Run, program, table_of
+from compressvit.diagnostics.program import Findings, program, table_of
+from compressvit.diagnostics.recorded import Run
 
 
 def look(runs: list[Run], arguments: argparse.Namespace) -> Findings:

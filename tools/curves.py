@@ -15,7 +15,8 @@ import sys
 from collections.abc import Sequence
 
 from compressvit.diagnostics.curves import curves_finding, curves_summary, read_curves
-from compressvit.diagnostics.program import Findings, Run, program, table_of
+from compressvit.diagnostics.program import Findings, program, table_of
+from compressvit.diagnostics.recorded import Run
 
 
 def look(runs: list[Run], arguments: argparse.Namespace) -> Findings:

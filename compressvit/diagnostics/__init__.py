@@ -6,18 +6,40 @@ it here. Recipes, their schema and `plan` then know it.
 
 from __future__ import annotations
 
-from compressvit.diagnostics.base import DIAGNOSTICS, Context, Diagnostic, Measured, Watch, Watched, diagnostic
+from compressvit.diagnostics.base import (
+    DIAGNOSTICS,
+    Context,
+    Diagnostic,
+    Measured,
+    MeasuredOnImages,
+    Watch,
+    Watched,
+    diagnostic,
+)
+from compressvit.diagnostics.drift import Drift
+from compressvit.diagnostics.embedding import Embedding
 from compressvit.diagnostics.findings import Finding
 from compressvit.diagnostics.gradients import Gradients
+from compressvit.diagnostics.kernel_alignment import MinibatchCKA, cka
+from compressvit.diagnostics.similarity import CKA
+from compressvit.diagnostics.spectra import Similarity, Spectra
 
 __all__ = [
+    "CKA",
     "DIAGNOSTICS",
     "Context",
     "Diagnostic",
+    "Drift",
+    "Embedding",
     "Finding",
     "Gradients",
     "Measured",
+    "MeasuredOnImages",
+    "MinibatchCKA",
+    "Similarity",
+    "Spectra",
     "Watch",
     "Watched",
+    "cka",
     "diagnostic",
 ]

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from compressvit.diagnostics.findings import Finding
-from compressvit.diagnostics.program import Run, not_recorded
+from compressvit.diagnostics.recorded import Run, not_recorded
 from compressvit.diagnostics.rows import read_rows
 from compressvit.distill.spec import Prune
 from compressvit.errors import UserError
@@ -18,53 +18,51 @@ from compressvit.errors import UserError
 History = Sequence[Mapping[str, int]]  # neurons by adapter's path after every training, the start first
 
 _TITLES = {
-    "neurons": "neurons left",
-    "adapter": "adapter, in the order of the model",
-    "removals": "removals",
-    "run": "run",
+    "neurons": "neurons of the adapter (linear to 1, then logarithmic)",
+    "layer": "",
+    "cycle": "",
+    "even": "if every adapter had lost the same share",
 }
 
 
 def allocation_finding(histories: Mapping[str, tuple[str, History]]) -> Finding:
-    """`allocation`: neurons of every adapter after every removal, a line a removal, a panel for each history.
+    """`allocation`: neurons of every adapter after every removal, a row an adapter, a colour a removal, a panel a history.
 
     Args:
         histories: by the panel's name ('1_prune', or a run's): the scope ('global' or 'local') and the widths.
     """
-    records = []
-    for panel, (scope, history) in histories.items():
-        total = sum(history[0].values())
-        for removals, widths in enumerate(history):
-            share = sum(widths.values()) / max(1, total)
-            for adapter, start in history[0].items():
-                neurons = widths.get(adapter, 0)
-                # what the same number of neurons would be if every adapter had lost the same share
-                records.append(
-                    {
-                        "when": panel,
-                        "scope": scope,
-                        "adapter": adapter,
-                        "removals": removals,
-                        "neurons": neurons,
-                        "even": round(start * share, 2),
-                    }
-                )
+    records = [
+        {
+            "when": panel,
+            "scope": scope,
+            "layer": adapter,
+            "removals": removals,
+            "cycle": f"{removals} removal{'s' * (removals > 1)}" if removals else "start",
+            "neurons": widths.get(adapter, 0),
+            "even": round(start * sum(widths.values()) / max(1, sum(history[0].values())), 2),
+            "left": f"{start:,} → {history[-1][adapter]:,}" if history[-1].get(adapter) else f"{start:,}, gone",
+        }
+        for panel, (scope, history) in histories.items()
+        for removals, widths in enumerate(history)
+        for adapter, start in history[0].items()
+    ]
     return Finding(
         name="allocation",
-        title="Neurons of every adapter after every removal",
-        caption="A line a removal, from the start (dark) to the end (light). Where pruning is global, neurons go where they are missed "
-        "least, so the line bends: adapters that keep many are where the task differs most from what the backbone knows. Where it is "
-        "local, every adapter loses the same share, and the line keeps its form.",
-        chart="lines",
+        title="Neurons of every adapter",
+        caption="A row is an adapter, a colour a removal: the bar of a later removal lies over those before it, and ends where its neurons "
+        "do. Where pruning is global, neurons stay where they matter most: long last bars are the layers that need adapting most. Where it "
+        "is local, every adapter loses the same share. The axis is linear to 1, then logarithmic.",
+        chart="bars",
         records=records,
         options={
-            "x": "adapter",
-            "y": "neurons",
-            "colour": "removals",
+            "x": "neurons",
+            "y": "layer",
+            "colour": "cycle",
+            "over": True,
             "ramp": True,
+            "scales": {"neurons": "symlog"},
             "titles": _TITLES,
-            "scales": {"neurons": "symlog"},  # adapters may be empty
-            **({"facet": "when"} if len(histories) > 1 else {}),
+            **({"facet": "when"} if len(histories) > 1 else {"note": "left"}),
         },
     )
 
@@ -72,7 +70,7 @@ def allocation_finding(histories: Mapping[str, tuple[str, History]]) -> Finding:
 def final_allocation_finding(histories: Mapping[str, tuple[str, History]]) -> Finding:
     """`allocation_final`: neurons that are left in the end, a bar an adapter, runs side by side."""
     records = [
-        {"run": run, "scope": scope, "adapter": adapter, "start": start, "neurons": history[-1].get(adapter, 0)}
+        {"run": run, "scope": scope, "layer": adapter, "start": start, "neurons": history[-1].get(adapter, 0)}
         for run, (scope, history) in histories.items()
         for adapter, start in history[0].items()
     ]
@@ -83,7 +81,12 @@ def final_allocation_finding(histories: Mapping[str, tuple[str, History]]) -> Fi
         "pruning (MiMi) may empty an adapter, local pruning leaves the same share of each.",
         chart="bars",
         records=records,
-        options={"x": "neurons", "y": "adapter", "colour": "run", "titles": {**_TITLES, "neurons": "neurons left"}},
+        options={
+            "x": "neurons",
+            "y": "layer",
+            "colour": "run",
+            "titles": {"neurons": "neurons left", "layer": "", "run": ""},
+        },
     )
 
 

@@ -2,7 +2,7 @@
 
 A diagnostic is what a user asks for under `diagnostics:` in a recipe. There are two kinds, and both leave `Finding`s:
 
-    Measured   measure(context)        at stated epochs of every phase, on evaluation images
+    Measured   measure(context)        at stated epochs of every phase (MeasuredOnImages: on evaluation images)
     Watched    watch(model, …)         looks at every step of a training
 
 Neither changes the training: a run ends with the same weights with it and without it, to the bit.
@@ -26,6 +26,8 @@ from compressvit.errors import UserError
 from compressvit.spec import Spec
 
 FOLDER = "diagnostics"  # in a run folder
+Epochs = tuple[Annotated[int, Field(ge=0)] | Literal["last"], ...]
+EPOCHS = "When to measure, in epochs of each phase that are done: 0 is before the first, last behind the last."
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Context:
         teacher: None in a phase without one.
         images: `images(n)` yields batches (B, C, H, W) of about n evaluation images, evenly spaced over the set and always the same,
             without labels, normalised for the student; `teacher_images` makes a batch the teacher's.
+        labelled: likewise, batches of (images, targets); −1 where there is no label.
         config, teacher_config: what the models take.
         phase: its name, e.g. '1_distill'.
         epoch: epochs of it that are done; 0 before the first.
@@ -45,11 +48,17 @@ class Context:
     student: nn.Module
     teacher: nn.Module | None
     images: Callable[[int], Iterator[torch.Tensor]]
+    labelled: Callable[[int], Iterator[tuple[torch.Tensor, torch.Tensor]]]
     config: InputConfig
     teacher_config: InputConfig | None
     device: torch.device
     phase: str
     epoch: int
+
+    @property
+    def when(self) -> str:
+        """Phase and epoch in words, as records are stamped with."""
+        return f"{self.phase}, epoch {self.epoch}"
 
     def teacher_images(self, images: torch.Tensor) -> torch.Tensor:
         """A batch that is normalised for the student, as the teacher expects it."""
@@ -80,12 +89,7 @@ class Measured(Diagnostic):
     # True: phases without a teacher (the teacher's own training) are passed over.
     needs_teacher: ClassVar[bool] = False
 
-    epochs: tuple[Annotated[int, Field(ge=0)] | Literal["last"], ...] = Field(
-        (0, "last"),
-        min_length=1,
-        description="When to measure, in epochs of each phase that are done: 0 is before the first, last behind the last.",
-    )
-    images: int = Field(512, ge=1, description="Evaluation images, evenly spaced over the set.")
+    epochs: Epochs = Field((0, "last"), min_length=1, description=EPOCHS)
 
     def measure(self, context: Context) -> list[Finding]:
         """Look at the models. Records get the fields `phase`, `epoch` and `when` ('1_distill, epoch 0') where they have none.
@@ -99,7 +103,7 @@ class Measured(Diagnostic):
         raise TypeError(f"{type(self).__name__} does not define measure")
 
     def summary(self) -> str:
-        return f"{self.images:,} images, at epoch {', '.join(map(str, self.epochs))} of every phase"
+        return f"at epoch {', '.join(map(str, self.epochs))} of every phase"
 
     def note(self, phase: Training) -> str | None:
         late = [epoch for epoch in self.epochs if epoch != "last" and epoch > phase.epochs]
@@ -110,6 +114,15 @@ class Measured(Diagnostic):
     def due(self, epoch: int, last: bool) -> bool:
         """Whether it is measured now."""
         return epoch in self.epochs or (last and "last" in self.epochs)
+
+
+class MeasuredOnImages(Measured):
+    """A diagnostic that looks at what models make of evaluation images."""
+
+    images: int = Field(512, ge=1, description="Evaluation images, evenly spaced over the set.")
+
+    def summary(self) -> str:
+        return f"{self.images:,} images, {super().summary()}"
 
 
 class Watch(Protocol):

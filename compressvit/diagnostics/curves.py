@@ -7,7 +7,7 @@ from typing import Any
 
 from compressvit.boards import scalar_tags, tag_of
 from compressvit.diagnostics.findings import Finding
-from compressvit.diagnostics.program import Run, not_recorded
+from compressvit.diagnostics.recorded import Run, not_recorded
 from compressvit.diagnostics.rows import read_rows
 from compressvit.errors import UserError, did_you_mean
 

@@ -17,7 +17,7 @@ import altair as alt
 import numpy as np
 from PIL import Image
 
-from compressvit import charts
+from compressvit import charts, drawing
 from compressvit.errors import UserError
 from compressvit.files import write_text
 
@@ -57,8 +57,12 @@ class Finding:
         if pictures and self.records:
             for suffix in ("png", "svg"):
                 written.append(folder / f"{self.name}.{suffix}")
-                charts.save(self.draw().properties(title=self.title), written[-1])
+                self.picture(written[-1])
         return written
+
+    def picture(self, path: Path) -> None:
+        """Draw the chart with its title into a PNG or SVG file."""
+        drawing.save(self.draw().properties(title=self.title), path)
 
     def log(self, writer: Any, folder: Path, step: int) -> None:
         """Show the picture that `write` left in `folder` in TensorBoard, under `diagnostics/NAME`."""
@@ -86,11 +90,15 @@ def read(path: Path) -> Finding:
 def merged(earlier: Finding, later: Finding) -> Finding:
     """One finding of two measurements of the same thing; where both are of one phase and epoch, the later counts.
 
-    The chart gets a panel for each `when`, unless the later one's options speak of `when`, `phase` or `epoch` themselves.
+    The chart gets a panel for each `when` (and for each of the panels that it has already), unless the later one's options speak of
+    `when`, `phase` or `epoch` themselves.
     """
     measured = {(record.get("phase"), record.get("epoch")) for record in later.records}
     kept = [r for r in earlier.records if (r.get("phase"), r.get("epoch")) not in measured]
-    options = dict(later.options)
+    records, options = kept + later.records, dict(later.options)
     if kept and not {"when", "phase", "epoch"} & {value for value in options.values() if isinstance(value, str)}:
-        options["facet"] = "when"
-    return replace(later, records=kept + later.records, options=options)
+        inner = options.get("facet")
+        if inner is not None:
+            records = [{**record, "panel": f"{record['when']}: {record[inner]}"} for record in records]
+        options["facet"] = "panel" if inner is not None else "when"
+    return replace(later, records=records, options=options)

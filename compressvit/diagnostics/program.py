@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,36 +16,15 @@ from rich.console import Console
 from rich.table import Table
 
 from compressvit.diagnostics.findings import Finding
+from compressvit.diagnostics.opened import OpenedModels, open_models
+from compressvit.diagnostics.recorded import Run, labelled
 from compressvit.errors import UserError
 from compressvit.files import disk_faults
-from compressvit.recipe import Recipe, parse_recipe
-from compressvit.runfolder import RESOLVED, run_folders
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run folder, finished or not, under a name that tells it from the others given."""
-
-    path: Path
-    label: str
-
-    @property
-    def recipe(self) -> Recipe:
-        """What it was asked to do.
-
-        Raises:
-            UserError: it is damaged, or of another version.
-        """
-        file = self.path / RESOLVED
-        try:
-            return parse_recipe(file.read_text(encoding="utf-8"), str(file))
-        except (UserError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"{self.path} is damaged, or was written by another version of compressvit: {error}"
-            ) from error
-
+from compressvit.preflight import pick_device
+from compressvit.runfolder import find_runs
 
 Findings = tuple[list[Table], list[Finding]]
+Options = Callable[[argparse.ArgumentParser], None]
 
 
 def program(
@@ -55,16 +33,53 @@ def program(
     look: Callable[[list[Run], argparse.Namespace], Findings],
     argv: Sequence[str] | None = None,
     *,
-    options: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
+    options: Options = lambda parser: None,
 ) -> int:
-    """Run a program of `tools/`; returns its exit code.
+    """Run a program of `tools/` that reads what runs recorded; returns its exit code.
 
     Args:
-        name: of the file, without suffix, and of the default output folder.
+        name: of the file, without suffix.
         text: the module's docstring.
         look: makes tables and findings of the runs.
         options: adds options of its own.
     """
+    parser = _parser(name, text, options)
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="run folders, or folders of run folders")
+    arguments = parser.parse_args(argv)
+
+    def found() -> tuple[Findings, Path]:
+        runs = labelled(find_runs(arguments.runs))
+        return look(runs, arguments), runs[0].path if len(runs) == 1 else runs[0].path.parent
+
+    return _answered(name, arguments, found)
+
+
+def program_of_models(
+    name: str,
+    text: str | None,
+    look: Callable[[OpenedModels, argparse.Namespace], Findings],
+    argv: Sequence[str] | None = None,
+    *,
+    options: Options = lambda parser: None,
+) -> int:
+    """Run a program of `tools/` that opens models and images; returns its exit code. Arguments as those of `program`."""
+    parser = _parser(name, text, options)
+    parser.add_argument("models", metavar="RUN|ARTIFACT", nargs="+", help="one run, or up to two models")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, … (default: the best there is)")
+    parser.epilog = f"key=value after the models changes the data, e.g. data.name=digits\n\n{parser.epilog}"
+    # argparse stops collecting words at the first option
+    arguments, rest = parser.parse_known_args(argv)
+    if any(word.startswith("-") for word in rest):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+
+    def found() -> tuple[Findings, Path]:
+        opened = open_models([*arguments.models, *rest], pick_device(arguments.device))
+        return look(opened, arguments), opened.folder
+
+    return _answered(name, arguments, found)
+
+
+def _parser(name: str, text: str | None, options: Options) -> argparse.ArgumentParser:
     about, _, example = (text or "").strip().rpartition("\n\n")
     parser = argparse.ArgumentParser(
         prog=f"{name}.py",
@@ -73,20 +88,20 @@ def program(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("runs", metavar="RUN", nargs="+", help="run folders, or folders of run folders")
     options(parser)
     parser.add_argument(
         "--output",
         metavar="FOLDER",
         type=Path,
-        help=f"for .json, .csv, .png, .svg and TensorBoard (default: RUN/tools, of several runs {name} beside the first)",
+        help="for .json, .csv, .png, .svg and TensorBoard (default: tools, in the run or beside the first of several)",
     )
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def _answered(name: str, arguments: argparse.Namespace, found: Callable[[], tuple[Findings, Path]]) -> int:
     try:
-        runs = labelled(run_folders(arguments.runs))
-        tables, findings = look(runs, arguments)
-        output = arguments.output or (runs[0].path / "tools" if len(runs) == 1 else runs[0].path.parent / name)
-        show(tables, findings, output)
+        (tables, findings), home = found()
+        show(tables, findings, arguments.output or home / "tools")
     except UserError as error:
         print(f"{name}.py: {error}", file=sys.stderr)
         return 2
@@ -111,20 +126,6 @@ def show(tables: Sequence[Table], findings: Sequence[Finding], output: Path, con
             finding.log(writer, output, 0)
         console.print(f"{finding.title}: {output / finding.name}.png", highlight=False, soft_wrap=True)
     writer.close()
-
-
-def labelled(folders: Sequence[Path]) -> list[Run]:
-    """Runs named by as much of the end of their paths as tells them apart."""
-    for depth in range(1, max(len(folder.parts) for folder in folders) + 1):
-        labels = ["/".join(folder.parts[-depth:]) for folder in folders]
-        if len(set(labels)) == len(labels):
-            break
-    return [Run(folder, label) for folder, label in zip(folders, labels, strict=True)]
-
-
-def not_recorded(run: Run, what: str, how: str) -> UserError:
-    """For a run without what a program shows."""
-    return UserError(f"{run.path} has no {what}; {how}")
 
 
 def table_of(title: str, rows: Sequence[dict[str, Any]]) -> Table:

@@ -10,6 +10,7 @@ import dataclasses
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,9 @@ class Recorder:
     def allocation(self, phase: str, scope: str, history: History) -> None:
         """Tell where a `prune` phase left neurons; always, because it costs nothing."""
         self._allocations[phase] = (scope, history)
-        self.keep(allocation_finding(self._allocations), len(history) - 1)
+        finding = allocation_finding(self._allocations)
+        self.keep(finding, len(history) - 1)
+        finding.picture(self._folder.parent / "widths.png")  # where a person looks first
 
     def keep(self, finding: Finding, step: int = 0) -> None:
         """Write a finding into the run folder, in place of an earlier one of its name, and show it in TensorBoard."""
@@ -107,10 +110,12 @@ class Recorder:
 
     def _context(self, phase: str, teacher: nn.Module | None, student: nn.Module, epoch: int) -> Context:
         config = input_config(student, self._data)
+        labelled = partial(evaluation_images, self._datasets, self._data, config, self._device)
         return Context(
             student=student,
             teacher=teacher,
-            images=lambda count: evaluation_images(self._datasets, self._data, config, self._device, count),
+            images=lambda count: (batch for batch, _ in labelled(count)),
+            labelled=labelled,
             config=config,
             teacher_config=None if teacher is None else input_config(teacher, self._data),
             device=self._device,
@@ -121,8 +126,8 @@ class Recorder:
 
 def evaluation_images(
     datasets: Datasets, data: Data, config: InputConfig, device: torch.device, count: int
-) -> Iterator[torch.Tensor]:
-    """Normalised batches (B, C, H, W) of about `count` evaluation images on the device, evenly spaced over the set, without labels.
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches of about `count` normalised evaluation images (B, C, H, W), on the device, and labels (B,), evenly spaced over the set.
 
     A streaming set gives its first ones. Broken files are left out. Nothing is drawn from the global generators.
     """
@@ -135,10 +140,11 @@ def evaluation_images(
         subset = Samples(subset.source, chosen, subset.labeled)
     left = count
     for images, targets in eval_loader(dataclasses.replace(datasets, validation=subset), data, config, device):
-        whole = images[targets >= -1][:left]  # below that it stands for a broken file
-        if len(whole):
-            yield whole
-        left -= len(whole)
+        whole = targets >= -1  # below that it stands for a broken file
+        kept = images[whole][:left], targets[whole][:left]
+        if len(kept[0]):
+            yield kept
+        left -= len(kept[0])
         if left <= 0:
             return
 

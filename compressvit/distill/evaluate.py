@@ -11,6 +11,7 @@ from torch import nn
 from compressvit.errors import UserError
 
 Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
+Watch = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, "torch.Tensor | None"], None]
 
 
 @torch.inference_mode()
@@ -22,6 +23,7 @@ def evaluate(
     teacher: nn.Module | None = None,
     teacher_input: Callable[[torch.Tensor], torch.Tensor] = lambda images: images,
     labelled: bool = True,
+    watch: Watch | None = None,
 ) -> dict[str, float | int | None]:
     """Run a model over an evaluation set, in eval mode and full precision.
 
@@ -33,11 +35,13 @@ def evaluate(
         teacher_input: turns the student's images into the teacher's.
         labelled: in a labelled set a target below 0 stands for a broken image, which is not counted; in an unlabelled one −1 is
             an image and −2 the stand-in of a broken one.
+        watch: is shown every batch: images, targets, the outputs and, where the two can be compared, the teacher's.
 
     Returns:
         `images`, and in percent `top1` and `top5`, and `loss` (cross-entropy, nats); None without labels or classes. With a teacher
         also its `teacher_top1`, `teacher_top5` and `teacher_loss`, `agreement` (percent of images with the same first class) and
-        `cosine` (mean cosine of the two outputs), both None when the outputs differ in width.
+        `cosine` (mean cosine of the two outputs), both None when the outputs differ in width; of two headless backbones of tokens also
+        `cosine_patches` (mean cosine of their patch tokens behind the final norm).
 
     Raises:
         UserError: a label is not below the model's number of classes.
@@ -47,7 +51,8 @@ def evaluate(
     seen = 0
     scores = _Scores(getattr(model, "num_classes", 0) if labelled else 0)
     teacher_scores = _Scores(getattr(teacher, "num_classes", 0) if labelled and teacher is not None else 0)
-    agreement = cosine = 0.0
+    agreement = cosine = patches = 0.0
+    tokens = teacher is not None and all(_is_headless(m) for m in (model, teacher))
     comparable = teacher is not None
     for batch_images, batch_targets in batches:
         counted = batch_targets >= (0 if labelled else -1)
@@ -55,15 +60,21 @@ def evaluate(
         if not len(images):
             continue
         seen += len(images)
-        outputs = model(images).float()
+        outputs, hidden = _run(model, images, tokens)
         scores.add(outputs, targets)
+        expected = None
         if teacher is not None:
-            expected = teacher(teacher_input(images)).float()
+            expected, theirs = _run(teacher, teacher_input(images), tokens)
             teacher_scores.add(expected, targets)
+            tokens = tokens and hidden is not None and theirs is not None and hidden.shape == theirs.shape
+            if hidden is not None and theirs is not None and tokens:
+                patches += F.cosine_similarity(hidden, theirs, dim=-1).mean(dim=1).sum().item()
             comparable = expected.shape == outputs.shape
             if comparable:
                 agreement += (expected.argmax(1) == outputs.argmax(1)).sum().item()
                 cosine += F.cosine_similarity(outputs, expected, dim=1).sum().item()
+        if watch is not None:
+            watch(images, targets, outputs, expected if comparable else None)
     model.train(was_training)
     if seen == 0:
         raise UserError("the evaluation set has no readable image")
@@ -72,7 +83,22 @@ def evaluate(
         result |= {f"teacher_{name}": value for name, value in teacher_scores.means(seen).items()}
         result["agreement"] = 100 * agreement / seen if comparable and getattr(model, "num_classes", 0) else None
         result["cosine"] = cosine / seen if comparable else None
+        if tokens:
+            result["cosine_patches"] = patches / seen
     return result
+
+
+def _is_headless(model: nn.Module) -> bool:
+    return not getattr(model, "num_classes", 0) and hasattr(model, "forward_head")
+
+
+def _run(model: nn.Module, images: torch.Tensor, tokens: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Outputs (B, …) and, where they are asked for and there are any, patch tokens (B, N, C), both in float32 at least."""
+    if not tokens:
+        return model(images).float(), None
+    hidden = model.forward_features(images)  # type: ignore[operator]
+    outputs = model.forward_head(hidden).float()  # type: ignore[operator]
+    return outputs, hidden[:, getattr(model, "num_prefix_tokens", 0) :].float() if hidden.ndim == 3 else None
 
 
 class _Scores:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from torch import nn
 
 from compressvit.backbone import Backbone, BlockInfo, describe, model_name
 from compressvit.errors import UserError
 from compressvit.pipeline import compression_of
+
+# CKA (student blocks, teacher blocks) of the outputs of the blocks at these paths
+Likeness = Callable[[Sequence[str], Sequence[str]], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -25,17 +30,22 @@ class LayerPair:
 
 
 def match_layers(
-    student: nn.Module, teacher: nn.Module, layers: str | tuple[tuple[int, int], ...]
+    student: nn.Module,
+    teacher: nn.Module,
+    layers: str | tuple[tuple[int, int], ...],
+    likeness: Likeness | None = None,
 ) -> tuple[list[LayerPair], str]:
     """Resolve `distill.layers`.
 
     Args:
         student, teacher: timm models, possibly on the meta device.
         layers: pairs of block indices, counted from 0 over the whole model, or 'matched': the last block of every share group
-            (of every stage where nothing is shared), with the teacher's block of the same index.
+            (of every stage where nothing is shared), with the teacher's block of the same index; or 'auto': the last block of every
+            share group (every block where nothing is shared), with the teacher's block that `likeness` says is most like it, in order.
+        likeness: CKA of blocks; None where there are no values to look at, and 'auto' pairs blocks by their depth meanwhile.
 
     Returns:
-        The pairs, and a sentence that says how they came about. No pairs with 'matched' when the architectures differ:
+        The pairs, and a sentence that says how they came about. No pairs with 'matched' and 'auto' when the architectures differ:
         only the prediction is distilled then.
 
     Raises:
@@ -46,7 +56,7 @@ def match_layers(
         reason = f"{model_name(student)} and {model_name(teacher)} are of different architectures"
         if ours is theirs is None:
             reason = f"the blocks of {model_name(student)} and {model_name(teacher)} are not known to compressvit"
-        if layers == "matched":
+        if isinstance(layers, str):
             return [], f"{reason}: no layer pairs, only the prediction is distilled"
         raise UserError(f"distill.layers gives pairs, but {reason}; remove it to distil the prediction alone")
     skip = (0, 0)
@@ -61,6 +71,8 @@ def match_layers(
             )
         indices = tuple((i, i) for i in _group_ends(student, ours))
         how = "the last block of every share group" if compression_of(student).ties else "the last block of every stage"
+    elif layers == "auto":
+        indices, how = _most_alike(student, ours, theirs, likeness)
     else:
         indices = layers  # type: ignore[assignment]
         how = "as given"
@@ -78,6 +90,65 @@ def match_layers(
     if skip != (0, 0):
         how += "; prefix tokens are left out, because the student has {} and the teacher {}".format(*skip)
     return pairs, how
+
+
+def _most_alike(
+    student: nn.Module, ours: Backbone, theirs: Backbone, likeness: Likeness | None
+) -> tuple[tuple[tuple[int, int], ...], str]:
+    """The pairs of 'auto': candidates of the student, each with the teacher's block that is most like it and keeps the order."""
+    shared = bool(compression_of(student).ties)
+    candidates = [ours.blocks[i] for i in _group_ends(student, ours)] if shared else list(ours.blocks)
+    mine = np.array([(b.index + 1) / len(ours.blocks) for b in candidates])
+    others = np.array([(b.index + 1) / len(theirs.blocks) for b in theirs.blocks])
+    near = 1 - abs(mine[:, None] - others[None, :])  # in depth
+    if likeness is None:  # so that plan and run have about as many pairs
+        values = near
+        how = "auto: the most alike by CKA, measured when the phase begins; by depth until then"
+    else:
+        # neighbours are often alike to a hundredth, which a few hundred images cannot tell apart
+        values = likeness([b.path for b in candidates], [b.path for b in theirs.blocks]) + 0.01 * near
+        how = "auto: the most alike by CKA"
+    return tuple(suggested_pairs(values, candidates, theirs.blocks)), how
+
+
+def suggested_pairs(
+    values: np.ndarray, students: Sequence[BlockInfo], teachers: Sequence[BlockInfo]
+) -> list[tuple[int, int]]:
+    """Which teacher block each student block should learn from: the most similar ones that keep the order and the rules.
+
+    A pair agrees in stage, resolution, window and window shift, and later student blocks learn from later teacher blocks: among all such
+    maps the one with the largest sum of CKA is found by dynamic programming.
+
+    Args:
+        values: CKA (student blocks, teacher blocks).
+        students, teachers: the blocks, in order.
+
+    Returns:
+        Pairs of indices over the whole model; a student block that no teacher block fits has none.
+    """
+    allowed = np.array([[_place(s) == _place(t) for t in teachers] for s in students])
+    gain = np.where(allowed, values, -np.inf)
+    rows, columns = gain.shape
+    # best[i, j]: the most that student blocks i.. can have with teacher blocks j..
+    best = np.zeros((rows + 1, columns + 1))
+    for i in range(rows - 1, -1, -1):
+        for j in range(columns - 1, -1, -1):
+            best[i, j] = max(best[i + 1, j], best[i, j + 1], gain[i, j] + best[i + 1, j + 1])
+    pairs, i, j = [], 0, 0
+    while i < rows and j < columns:
+        if best[i, j] == gain[i, j] + best[i + 1, j + 1]:
+            pairs.append((students[i].index, teachers[j].index))
+            i, j = i + 1, j + 1
+        elif best[i, j] == best[i, j + 1]:
+            j += 1
+        else:
+            i += 1
+    return pairs
+
+
+def _place(block: BlockInfo) -> tuple:
+    """What two blocks of a pair must have in common, so that their tokens are the same."""
+    return block.stage, block.resolution, block.window, block.shift
 
 
 def _blocks(model: nn.Module) -> Backbone | None:
@@ -105,11 +176,7 @@ def _refuse_unlike(pair: LayerPair, candidates: tuple[BlockInfo, ...]) -> None:
         ("window shift", s.shift, t.shift),
     ):
         if ours != theirs:
-            like = [
-                c.index
-                for c in candidates
-                if (c.stage, c.resolution, c.window, c.shift) == (s.stage, s.resolution, s.window, s.shift)
-            ]
+            like = [c.index for c in candidates if _place(c) == _place(s)]
             ways = f"teacher blocks that fit student block {s.index}: {like}" if like else "no teacher block fits it"
             raise UserError(
                 f"distill.layers: the pair [{s.index}, {t.index}] differs in {what}: {ours} in the student, {theirs} in the teacher, "

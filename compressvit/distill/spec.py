@@ -153,11 +153,13 @@ class Distill(Training):
     name: ClassVar[str] = "distill"
 
     losses: Losses = Losses()
-    layers: Literal["matched"] | tuple[tuple[int, int], ...] = Field(
+    layers: Literal["matched", "auto"] | tuple[tuple[int, int], ...] = Field(
         "matched",
         description="Pairs [student block, teacher block] for the relation losses, counted from 0 over the whole model. "
         "'matched': the last block of every share group (of every stage, where nothing is shared), with the teacher's block "
-        "of the same index; needs teacher and student of the same depths.",
+        "of the same index; needs teacher and student of the same depths. 'auto': the last block of every share group (every block, "
+        "where nothing is shared), with the teacher's block that is most like it when the phase begins, by CKA on the calibration "
+        "images, in order and within stage, resolution and window shift; depths may differ.",
     )
 
     @property

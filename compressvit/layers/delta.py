@@ -9,8 +9,8 @@ import torch
 from einops import rearrange
 from torch import nn
 
+from compressvit.affine import owns_weight
 from compressvit.errors import UserError
-from compressvit.merge import owns_weight
 
 
 class LoRATerm(nn.Module):

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from compressvit.layers.adapter import AdapterLinear
+
 
 class PHMLinear(nn.Module):
     """`y = x Hᵀ + b` with `H = Σ_k rule_k ⊗ W_k`: (…, in) → (…, out).
@@ -49,6 +51,15 @@ class PHMLinear(nn.Module):
         factors = self.weight if self.rank is None else self.left @ self.right
         n, rows, columns = factors.shape
         return torch.einsum("kab,krc->arbc", self.rule, factors).reshape(n * rows, n * columns)
+
+    @torch.no_grad()
+    def as_dense(self) -> AdapterLinear:
+        """A layer with the matrix itself, which computes the same."""
+        rows, columns = self.dense().shape
+        layer = AdapterLinear(columns, rows, device=self.bias.device, dtype=self.bias.dtype)
+        layer.weight.copy_(self.dense())
+        layer.bias.copy_(self.bias)
+        return layer
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.dense(), self.bias)

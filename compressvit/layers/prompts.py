@@ -83,8 +83,38 @@ class DropPrompts(nn.Module):
         return mask
 
 
+class GridPrompts(Prompts):
+    """Prompts beside a grid of tokens, in rows of their own below it: (B, height, W, M) → (B, height + ⌈P/W⌉, W, M)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _below(x, self.of(len(x)))
+
+
+def _below(x: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
+    """A grid with rows of prompts below it; the last row is filled up with zeros."""
+    columns = x.shape[2]
+    prompts = F.pad(prompts, (0, 0, 0, -prompts.shape[1] % columns))
+    return torch.cat([x, prompts.unflatten(1, (-1, columns))], dim=1)
+
+
+class DropPromptRows(DropPrompts):
+    """Take the rows of prompts off a grid: (B, height + ⌈P/W⌉, W, M) → (B, height, W, M)."""
+
+    def rows(self, width: int) -> int:
+        """How many there are on a grid of that width."""
+        return -(-self.count // width)
+
+    def split(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The grid, and the prompts (B, P, M)."""
+        grid, prompts = x.tensor_split([x.shape[1] - self.rows(x.shape[2])], dim=1)
+        return grid, prompts.flatten(1, 2)[:, : self.count]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.split(x)[0]
+
+
 class WithPrompts:
-    """Of a norm or a block of a ViT: prompts enter before it."""
+    """Of a norm or a block: prompts enter before it."""
 
     slots = ("vpt",)
 
@@ -93,7 +123,7 @@ class WithPrompts:
 
 
 class WithoutPrompts:
-    """Of a block of a ViT: prompts leave behind it."""
+    """Of a block: prompts leave behind it."""
 
     slots = ("vpt_end",)
 
@@ -108,47 +138,90 @@ class PromptedAttention(WithoutPrompts):
         return super().forward(x, attn_mask=self.vpt_end.widen(attn_mask), **kwargs)  # type: ignore[attr-defined]
 
 
-class PromptedWindowAttention(WithoutPrompts):
+class WidenedWindowAttention:
     """Of Swin's attention, the windows of which have prompts: no mask and no relative position is for them."""
 
+    slots = ("vpt_end",)
+
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        return super().forward(x, mask=self.vpt_end.widen(mask))  # type: ignore[attr-defined]
+        return super().forward(x, mask=self.vpt_end.widen(mask))  # type: ignore[misc,attr-defined]
 
     def _get_rel_pos_bias(self) -> torch.Tensor:  # (1, H, N+P, N+P)
         return self.vpt_end.widen(super()._get_rel_pos_bias())  # type: ignore[misc,attr-defined]
 
 
-class PromptedSwinBlock:
-    """Of a Swin block: every window that attention sees begins with the prompts, behind the block's first norm like all tokens.
+class PromptedWindowAttention(WidenedWindowAttention, WithoutPrompts):
+    """The same, and the prompts leave behind it."""
 
-    timm's `_attn` cuts the windows and runs attention in one piece, so it is written out here.
-    """
+
+class PromptedSwinBlock:
+    """Of a Swin block: every window that attention sees begins with the prompts, behind the block's first norm like all tokens."""
 
     slots = ("vpt",)
 
     def _attn(self: Any, x: torch.Tensor) -> torch.Tensor:
-        batch, height, width, _ = x.shape
-        rows, columns = self.window_size
-        down, right = self.shift_size
-        x = torch.roll(x, (-down, -right), dims=(1, 2)) if down or right else x
-        x = F.pad(x, (0, 0, 0, -width % columns, 0, -height % rows))
-        mask = self.get_attn_mask(x) if getattr(self, "dynamic_mask", False) else self.attn_mask
-        windows = window_partition(x, self.window_size).flatten(1, 2)  # (B·windows, N, M), those of an image in a row
         # forward, not a call: hooks of the norm are for the image's tokens
-        prompts = self.norm1.forward(self.vpt.of(batch)).repeat_interleave(len(windows) // batch, dim=0)
-        windows = self.attn(torch.cat([prompts, windows], dim=1), mask=mask)
-        x = window_reverse(windows.unflatten(1, (rows, columns)), self.window_size, *x.shape[1:3])
-        x = x[:, :height, :width].contiguous()
-        return torch.roll(x, (down, right), dims=(1, 2)) if down or right else x
+        return _attend(self, x, self.norm1.forward(self.vpt.of(len(x))))[0]
 
 
-class WithTravellingPrompts:
-    """Of a ViT whose prompts enter before the first block and leave behind the last: timm's interface sees nothing of them.
+class CarryingSwinBlock:
+    """Of a Swin block whose grid has rows of prompts: they are copied into every window, and what attention makes of the copies is
+    averaged. Everything else in a block is done to each token alone, so it needs no change."""
 
-    Between blocks the sequence is longer, so masks are widened and intermediate outputs cut.
+    slots = ("vpt_rows",)
+
+    def _attn(self: Any, x: torch.Tensor) -> torch.Tensor:
+        grid, prompts = self.vpt_rows.split(x)
+        grid, copies = _attend(self, grid, prompts)
+        return _below(grid, rearrange(copies, "(b w) p m -> b w p m", b=len(x)).mean(1))
+
+
+class CarryingPatchMerging:
+    """Of Swin's patch merging: every prompt stands below the grid as a 2×2 patch of copies, so it is merged like the image's."""
+
+    slots = ("vpt_rows",)
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        grid, prompts = self.vpt_rows.split(x)
+        height, width = grid.shape[1:3]
+        grid = F.pad(grid, (0, 0, 0, width % 2, 0, height % 2))  # as timm does, but before the prompts come
+        merged = F.pad(prompts, (0, 0, 0, -prompts.shape[1] % (grid.shape[2] // 2)))
+        rows = rearrange(merged, "b (r c) m -> b r c m", c=grid.shape[2] // 2)
+        rows = rows.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
+        return super().forward(torch.cat([grid, rows], dim=1))  # type: ignore[misc]
+
+
+def _attend(block: Any, x: torch.Tensor, prompts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A Swin block's attention in windows that begin with prompts: (B, height, width, M), (B, P, M).
+
+    timm's `_attn` cuts the windows and runs attention in one piece, so it is written out here.
+
+    Returns:
+        The grid, and what came out for the prompts of every window, (B·windows, P, M); none if they left behind attention.
     """
+    batch, height, width, _ = x.shape
+    rows, columns = block.window_size
+    down, right = block.shift_size
+    x = torch.roll(x, (-down, -right), dims=(1, 2)) if down or right else x
+    x = F.pad(x, (0, 0, 0, -width % columns, 0, -height % rows))
+    mask = block.get_attn_mask(x) if getattr(block, "dynamic_mask", False) else block.attn_mask
+    windows = window_partition(x, block.window_size).flatten(1, 2)  # (B·windows, N, M), those of an image in a row
+    prompts = prompts.repeat_interleave(len(windows) // batch, dim=0)
+    made = block.attn(torch.cat([prompts, windows], dim=1), mask=mask)
+    copies, windows = made.tensor_split([made.shape[1] - rows * columns], dim=1)
+    x = window_reverse(windows.unflatten(1, (rows, columns)), block.window_size, *x.shape[1:3])
+    x = x[:, :height, :width].contiguous()
+    return torch.roll(x, (down, right), dims=(1, 2)) if down or right else x, copies
+
+
+class TravellingPrompts:
+    """Of a model whose prompts enter before the first block and leave behind the last: timm's interface sees nothing of them."""
 
     slots = ()
+
+
+class WithTravellingPrompts(TravellingPrompts):
+    """Of a ViT: between blocks the sequence is longer, so masks are widened and intermediate outputs cut."""
 
     def forward_features(self: Any, x: torch.Tensor, attn_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
         return super().forward_features(x, attn_mask=self.blocks[-1].vpt_end.widen(attn_mask), **kwargs)  # type: ignore[misc]
@@ -206,14 +279,51 @@ class WithTravellingPrompts:
         return taken
 
 
+class SwinWithTravellingPrompts(TravellingPrompts):
+    """Of a Swin: between blocks the grid has more rows, so intermediate outputs are cut."""
+
+    def forward_intermediates(
+        self: Any,
+        x: torch.Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ):
+        """timm's, with its arguments and results."""
+        drop, end = self.layers[-1].blocks[-1].vpt_end, len(self.layers) - 1
+        taken, last = feature_take_indices(len(self.layers), indices)
+        found = super().forward_intermediates(x, indices, norm, stop_early, output_fmt, intermediates_only)  # type: ignore[misc]
+        features, maps = (None, found) if intermediates_only else found
+        outputs = zip(sorted(set(taken)), maps, strict=True)
+        maps = [y[:, :, : y.shape[2] - drop.rows(y.shape[3])].contiguous() if i < end else y for i, y in outputs]
+        if features is not None and stop_early and last < end:
+            features = drop(features)
+        return maps if intermediates_only else (features, maps)
+
+    def prune_intermediate_layers(self: Any, *args, **kwargs) -> list[int]:
+        """timm's; prompts then leave behind the block that is now the last."""
+        drop = self.layers[-1].blocks[-1].vpt_end
+        taken = super().prune_intermediate_layers(*args, **kwargs)  # type: ignore[misc]
+        stage = len(self.layers) - 1
+        path = f"layers.{stage}.blocks.{len(self.layers[stage].blocks) - 1}"
+        surgery.extend(self, path, WithoutPrompts).vpt_end = drop
+        return taken
+
+
 # Subclasses first.
 _MIXINS = (
     PromptedAttention,
     PromptedWindowAttention,
+    WidenedWindowAttention,
     WithoutPrompts,
     WithPrompts,
     PromptedSwinBlock,
+    CarryingSwinBlock,
+    CarryingPatchMerging,
     WithTravellingPrompts,
+    SwinWithTravellingPrompts,
 )
 
 
@@ -245,6 +355,6 @@ def no_place_for_prompts(asker: Literal["irpe", "multiplex.mlp_conv"]) -> UserEr
 def refuse_prompts(model: nn.Module, asker: Literal["irpe", "multiplex.mlp_conv"]) -> None:
     """For a step that needs every token on the grid: raise if an earlier one put prompts where it acts."""
     prompted = any(isinstance(module, Prompts) for module in model.modules())
-    # Where every block has its own, they are gone before the convolution; in Swin they never are on its grid.
-    if prompted and (asker == "irpe" or isinstance(model, WithTravellingPrompts)):
+    # Where every block has its own, they are gone before the convolution.
+    if prompted and (asker == "irpe" or isinstance(model, TravellingPrompts)):
         raise no_place_for_prompts(asker)

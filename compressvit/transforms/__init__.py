@@ -13,6 +13,7 @@ from compressvit.transforms.base import TRANSFORMS, LedgerEntry, Plan, Transform
 from compressvit.transforms.compacter import Compacter
 from compressvit.transforms.fact import FacT
 from compressvit.transforms.freeze import BitFit, Freeze
+from compressvit.transforms.head_norm import HeadNorm
 from compressvit.transforms.irpe import IRPE
 from compressvit.transforms.load_weights import LoadWeights
 from compressvit.transforms.lora import LoRA
@@ -37,6 +38,7 @@ __all__ = [
     "Compacter",
     "FacT",
     "Freeze",
+    "HeadNorm",
     "LedgerEntry",
     "LoRA",
     "LoadWeights",

@@ -96,7 +96,7 @@ class AdaptersPlan(BottleneckPlan):
         """Take an adapter without neurons out of the forward pass."""
         surgery.retract(model, path, WithAdapter)
 
-    def fold(self, model: nn.Module) -> None:
+    def fold(self, model: nn.Module) -> Plan | None:
         raise UserError(
             f"{self.transform} cannot be folded: the activation between the two projections has no counterpart in a linear layer. "
             "Ship the artifact as it is, or adapt with repadapter, lora, ssf or fact, which can be"

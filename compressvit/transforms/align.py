@@ -10,6 +10,7 @@ A step without structure: it goes before `multiplex` or `lors` with the same `sh
 
 from __future__ import annotations
 
+import copy
 from typing import Any, ClassVar
 
 import torch
@@ -63,6 +64,16 @@ def _align(units: list[torch.Tensor], rounds: int, permute: list[Any]) -> None:
         reference = torch.stack([u[o] for u, o in zip(units, orders, strict=True)]).mean(dim=0)
     for order, change in zip(orders, permute, strict=True):
         change(order)
+
+
+@torch.no_grad()
+def matched_weights(model: nn.Module, first: str, second: str) -> dict[str, torch.Tensor]:
+    """The weights of the linear layers of the block at `second`, its neurons and heads in the order that fits the block at `first` best."""
+    reference: Any = model.get_submodule(first)
+    block: Any = copy.deepcopy(model.get_submodule(second))
+    for units, permute in ((_neurons, _permute_neurons), (_heads, _permute_heads)):
+        _align([units(reference), units(block)], 1, [lambda _: None, permute(block)])
+    return {name: block.get_submodule(name).weight.detach() for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
 
 
 def _neurons(block: Any) -> torch.Tensor:

@@ -85,8 +85,11 @@ class Plan(Spec):
         where no calibration images were used)."""
         return {}
 
-    def fold(self, model: nn.Module) -> None:
+    def fold(self, model: nn.Module) -> Plan | None:
         """Turn the transform back into plain timm layers, in place.
+
+        Returns:
+            None, or the plan of what is left where that is not plain, but simpler.
 
         Raises:
             UserError: the algebra does not allow it; the text says why and what to do instead.

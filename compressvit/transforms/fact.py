@@ -17,10 +17,10 @@ from pydantic import Field
 from torch import nn
 
 from compressvit import surgery, ties
+from compressvit.affine import refuse_tied
 from compressvit.backbone import describe
 from compressvit.errors import UserError
 from compressvit.layers.delta import FacTTerm, WithFacT, add_to_weight_
-from compressvit.merge import refuse_tied
 from compressvit.source import Source
 from compressvit.transforms.base import LedgerEntry, Plan, Transform, transform
 

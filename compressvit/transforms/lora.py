@@ -15,10 +15,10 @@ from pydantic import Field
 from torch import nn
 
 from compressvit import surgery
+from compressvit.affine import refuse_tied
 from compressvit.backbone import ALL_FAMILIES, describe, model_name
 from compressvit.errors import UserError
 from compressvit.layers.delta import LoRATerm, WithLoRA, add_to_weight_
-from compressvit.merge import refuse_tied
 from compressvit.source import Source
 from compressvit.transforms.base import LedgerEntry, Plan, Transform, record, transform
 

@@ -4,7 +4,8 @@ Paper: Beyond Fully-Connected Layers with Quaternions: Parameterization of Hyper
 ICLR 2021, https://arxiv.org/abs/2102.08597; as a baseline of MiMi, https://arxiv.org/abs/2311.03873
 
 `H = Σ_{k≤n} A_k ⊗ W_k`, A (n, n, n), W (n, out/n, in/n), with biases: 2·n³ + 2·M·h'/n + h' + M parameters an adapter. W of the
-upper projection is zero at the start, so the model is unchanged.
+upper projection is zero at the start, so the model is unchanged. Merging multiplies the products out: what is left are `adapters`
+with biases, which compute the same in fewer operations and more parameters.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ class PHMPlan(AdaptersPlan):
     """Resolved PHM adapters."""
 
     prunable = False  # a neuron is no row of its own in a Kronecker product
+    foldable = True
     rank: ClassVar[int | None] = None  # of W_k: full
 
     n: int
@@ -36,6 +38,13 @@ class PHMPlan(AdaptersPlan):
         return Bottleneck(
             PHMLinear(width, hidden, self.n, **options), PHMLinear(hidden, width, self.n, **options), self.act
         )
+
+    def fold(self, model: nn.Module) -> AdaptersPlan:
+        """Every projection becomes dense, with the matrix that its products add up to."""
+        for bottleneck in self.bottlenecks(model).values():
+            for projection in ("down", "up"):
+                setattr(bottleneck, projection, getattr(bottleneck, projection).as_dense())
+        return AdaptersPlan(widths=self.widths, bias=True, act=self.act)
 
 
 def require_divisible(asker: str, n: int, widths: dict[str, int], model: nn.Module) -> None:

@@ -16,10 +16,10 @@ from pydantic import Field
 from torch import nn
 
 from compressvit import surgery
+from compressvit.affine import merge_before_, refuse_tied
 from compressvit.backbone import ALL_FAMILIES, describe, model_name
 from compressvit.errors import UserError
 from compressvit.layers.adapter import RepBottleneck, WithRepAdapter
-from compressvit.merge import merge_before_, refuse_tied
 from compressvit.source import Source
 from compressvit.transforms.base import LedgerEntry, Plan, Transform, record, transform
 

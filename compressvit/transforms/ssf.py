@@ -16,9 +16,9 @@ from pydantic import Field
 from torch import nn
 
 from compressvit import surgery
+from compressvit.affine import refuse_tied
 from compressvit.backbone import ALL_FAMILIES, describe, head_names
 from compressvit.layers.delta import ScaleShift, WithScaleShift
-from compressvit.merge import refuse_tied
 from compressvit.source import Source
 from compressvit.transforms.base import LedgerEntry, Plan, Transform, record, transform
 

@@ -7,12 +7,16 @@ With x the class (and distillation, register) tokens, E the patch tokens and L a
     deep:     [x_i, _, E_i]   = L_i([x_{i-1}, P_{i-1}, E_{i-1}])    i = 1…depth, fresh P every time: P·ΣM parameters
     shallow:  [x_i, Z_i, E_i] = L_i([x_{i-1}, Z_{i-1}, E_{i-1}])    Z_0 = P, gone behind the last block: P·M parameters
 
-In Swin every window attends to the block's P prompts, without relative position or mask; only the deep form exists there. Prompts
-start uniform in ±sqrt(6 / (3·patch² + M)), M of the first block as in the paper's code, so the function is not kept at the start.
+In Swin every window attends to P prompts, without relative position or mask. Shallow ones are copied into every window, and what a
+block's attention makes of the copies is averaged; where a stage merges patches of 2×2, a prompt is merged as four copies of itself, so
+P·M of the first stage are all its parameters. (So does the paper's code, https://github.com/KMnP/vpt, but from the second block on it
+puts prompts of one image of a batch into windows of another.) Prompts start uniform in ±sqrt(6 / (3·patch² + M)), M of the first
+block as in that code, so the function is not kept at the start.
 
 Deep prompts come before a block's first norm and are gone behind its attention, because nothing reads what the MLP would make of
 them. (The paper's code averages those of Swin's last block into the pooled feature; here features are the image's alone.) Shallow
-ones lengthen the sequence between the blocks: who looks at the output of one there finds them behind the prefix tokens.
+ones lengthen the sequence between the blocks: who looks at the output of one there finds them behind the prefix tokens, and in Swin
+in rows below the grid, the last of which is filled up.
 """
 
 from __future__ import annotations
@@ -28,11 +32,17 @@ from compressvit import surgery
 from compressvit.backbone import ALL_FAMILIES, Backbone, describe, model_name
 from compressvit.errors import UserError
 from compressvit.layers.prompts import (
+    CarryingPatchMerging,
+    CarryingSwinBlock,
+    DropPromptRows,
     DropPrompts,
+    GridPrompts,
     PromptedAttention,
     PromptedSwinBlock,
     PromptedWindowAttention,
     Prompts,
+    SwinWithTravellingPrompts,
+    WidenedWindowAttention,
     WithoutPrompts,
     WithPrompts,
     WithTravellingPrompts,
@@ -53,23 +63,38 @@ class VPTPlan(Plan):
 
     def apply(self, model: nn.Module) -> list[LedgerEntry]:
         backbone = describe(model)
+        if backbone.family == "swin" and not self.deep:
+            self._carry(model, backbone)
         return record(model, self.blocks, lambda path: self._add(model, path, backbone))
+
+    def _carry(self, model: nn.Module, backbone: Backbone) -> None:
+        """Make all that stands between the first block of a Swin and the last pass the prompts on."""
+        for info in backbone.blocks:
+            surgery.extend(model, info.path, CarryingSwinBlock)
+            surgery.extend(model, f"{info.path}.attn", WidenedWindowAttention)
+            surgery.fill_slot(model, info.path, "vpt_rows", DropPromptRows(self.prompts))
+            surgery.fill_slot(model, f"{info.path}.attn", "vpt_end", DropPrompts(self.prompts))
+        for first, *_ in backbone.stages[1:]:
+            path = f"{first.path.partition('.blocks.')[0]}.downsample"
+            surgery.extend(model, path, CarryingPatchMerging)
+            surgery.fill_slot(model, path, "vpt_rows", DropPromptRows(self.prompts))
 
     def _add(self, model: nn.Module, path: str, backbone: Backbone) -> str:
         like, width = sublayer_width(model, f"{path}.attn")
-        at = backbone.num_prefix_tokens
-        prompts = Prompts(self.prompts, width, at, self.dropout, device=like.device, dtype=like.dtype)
+        at, swin = backbone.num_prefix_tokens, backbone.family == "swin"
+        kind, drop = (GridPrompts, DropPromptRows) if swin and not self.deep else (Prompts, DropPrompts)
+        prompts = kind(self.prompts, width, at, self.dropout, device=like.device, dtype=like.dtype)
         if not self.deep:
             enter, leave, behind = path, WithoutPrompts, backbone.blocks[-1].path
-            surgery.extend(model, "", WithTravellingPrompts)
-        elif backbone.family == "vit":
-            enter, leave, behind = f"{path}.norm1", PromptedAttention, f"{path}.attn"
-        else:
+            surgery.extend(model, "", SwinWithTravellingPrompts if swin else WithTravellingPrompts)
+        elif swin:
             enter, leave, behind = path, PromptedWindowAttention, f"{path}.attn"
-        surgery.extend(model, enter, PromptedSwinBlock if backbone.family == "swin" else WithPrompts)
+        else:
+            enter, leave, behind = f"{path}.norm1", PromptedAttention, f"{path}.attn"
+        surgery.extend(model, enter, PromptedSwinBlock if swin and self.deep else WithPrompts)
         surgery.fill_slot(model, enter, "vpt", prompts)
         surgery.extend(model, behind, leave)
-        surgery.fill_slot(model, behind, "vpt_end", DropPrompts(self.prompts, at))
+        surgery.fill_slot(model, behind, "vpt_end", drop(self.prompts, at))
         return f"+ {self.prompts} prompts" + (f", as far as {behind}" * (not self.deep))
 
     @torch.no_grad()
@@ -100,7 +125,7 @@ class VPT(Transform):
     prompts: int = Field(10, ge=1, description="P, tokens that are added; the paper tries 1 to 200 (1 to 50 in Swin).")
     deep: bool = Field(
         True,
-        description="Fresh prompts in every block (VPT-deep), or one set that goes through all of them (VPT-shallow; not in Swin).",
+        description="Fresh prompts in every block (VPT-deep), or one set that goes through all of them (VPT-shallow).",
     )
     dropout: float = Field(
         0.0, ge=0, lt=1, description="Of the prompts' elements, in training; the examples of the paper's code have 0.1."
@@ -112,11 +137,6 @@ class VPT(Transform):
             raise UserError(
                 f"vpt: prompts need a token sequence that attention runs over, and the blocks of {model_name(model)} have convolutions; "
                 "adapt it with adapters, adaptformer, repadapter, ssf or lora (targets: [fc1, fc2])"
-            )
-        if not self.deep and backbone.family != "vit":
-            raise UserError(
-                f"vpt.deep=false carries prompts from block to block, but between those of {model_name(model)} there is only the grid of "
-                "the image's tokens, where they have no place; use vpt.deep=true, which gives every block its own"
             )
         for path, module in model.named_modules():
             if isinstance(module, Prompts):

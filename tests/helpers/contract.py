@@ -26,6 +26,7 @@ from compressvit.transforms import (
     Compacter,
     FacT,
     Freeze,
+    HeadNorm,
     LoadWeights,
     LoRA,
     Multiplex,
@@ -61,6 +62,7 @@ EXAMPLES: dict[str, list[Transform]] = {
     "fact": [FacT(rank=3), FacT(rank=2, form="tt", scale=0.5)],
     "freeze": [Freeze(train="mlp")],
     "bitfit": [BitFit()],
+    "head_norm": [HeadNorm()],
     "vpt": [VPT(prompts=3), VPT(prompts=2, dropout=0.1)],
 }
 

@@ -1,6 +1,7 @@
 """The algebra of merging: an affine map `x → R x + c` over channels goes into the layer before or behind it, exactly.
 
-R is (M, M) and c is (M,), in float64; the layer keeps its own precision.
+R is (M, M) and c is (M,), in float64; the layer keeps its own precision. On the meta device, where nobody knows the values, a merge
+is refused for the structure alone.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def merge_before_(layer: nn.Module, r: torch.Tensor, c: torch.Tensor) -> None:
     pads = layer.padding != "valid" if isinstance(layer.padding, str) else any(layer.padding)
     border = layer.pad_value.double() if isinstance(layer, PaddedConv2d) else torch.zeros_like(c)
     # another mode repeats the image at the border, so the map was there already; without c it takes zeros to zeros
-    if pads and layer.padding_mode == "zeros" and (border.any() or c.any()):
+    if pads and layer.padding_mode == "zeros" and (_moves(border) or _moves(c)):
         border = _preimage(r, border - c)
         layer.__class__ = PaddedConv2d
         layer.register_buffer("pad_value", border.to(layer.weight.dtype))
@@ -66,7 +67,7 @@ def merge_behind_(layer: nn.Module, r: torch.Tensor, c: torch.Tensor) -> None:
     _require_bias(layer, c)
     weight: torch.Tensor = layer.weight.double()
     if isinstance(layer, nn.Conv2d) and layer.groups != 1:
-        if not torch.equal(r, torch.diag(r.diagonal())):
+        if not r.is_meta and not torch.equal(r, torch.diag(r.diagonal())):
             raise UserError(
                 f"merging a dense map behind a convolution of {layer.groups} groups would make it dense; only a scale and shift fits"
             )
@@ -131,11 +132,16 @@ def _require_plain(layer: nn.Module, where: str, kinds: tuple[type[nn.Module], .
 
 
 def _require_bias(layer: nn.Module, c: torch.Tensor, prefix: str = "") -> None:
-    if getattr(layer, f"{prefix}bias") is None and c.any():
+    if getattr(layer, f"{prefix}bias") is None and _moves(c):
         raise UserError(
             f"the {type(layer).__name__} has no bias that could take the shift in, so the merge would not be exact; "
             "build the model with one (e.g. qkv_bias=True), or keep the adapter unmerged"
         )
+
+
+def _moves(shift: torch.Tensor) -> bool:
+    """Whether a shift moves anything, or on the meta device may."""
+    return shift.is_meta or bool(shift.any())
 
 
 def _preimage(r: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,207 @@
+"""How far a student has drifted from its teacher, block by block: outputs, attention maps, and the relations that MiniViT distils."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from compressvit import losses
+from compressvit.diagnostics.base import Context, MeasuredOnImages, diagnostic
+from compressvit.diagnostics.features import Batches, block_paths, regrouped, tokens
+from compressvit.diagnostics.findings import Finding
+from compressvit.distill.pairs import LayerPair, match_layers
+from compressvit.distill.taps import Tap, Taps
+from compressvit.errors import UserError
+
+MEASURES = {
+    "cosine": "1 − cosine of the tokens",
+    "error": "error of the tokens, relative",
+    "attention_kl": "KL of the attention maps (nats)",
+    "attention_relation_kl": "KL of the q, k, v relations (nats)",
+    "hidden_relation": "hidden relation",
+}
+
+
+@torch.no_grad()
+def drift(
+    student: nn.Module,
+    teacher: nn.Module,
+    pairs: Sequence[LayerPair],
+    batches: Batches,
+    device: torch.device,
+    *,
+    images: int = 256,
+    batch_size: int = 32,
+    teacher_input: Callable[[torch.Tensor], torch.Tensor] = lambda batch: batch,
+) -> list[dict[str, float]]:
+    """Measure every pair of blocks on the same images.
+
+    Args:
+        pairs: of `compressvit.distill.pairs.match_layers`, e.g. every block with the teacher's of the same index.
+        batches: gives batches of images (B, C, H, W), as the student takes them.
+        teacher_input: turns them into the teacher's.
+
+    Returns:
+        For every pair the means over images of the keys of `MEASURES`; those that the two do not allow are left out: cosine and error
+        between widths that differ.
+        `attention_kl` is KL(teacher ‖ student) of a row of the maps, mean over rows and heads (of the mean map where the numbers of
+        heads differ); mixed probabilities may fall below 0 and are cut there and normalised. `hidden_relation` has the loss's factor 49.
+
+    Raises:
+        UserError: no image, or features that are not finite: the first block is named.
+    """
+    sums = [dict.fromkeys(MEASURES, 0.0) for _ in pairs]
+    norms = [[0.0, 0.0] for _ in pairs]
+    seen = 0
+    modes = [(m, m.training) for m in (student, teacher)]
+    with (
+        _tapped(student, [p.student.path for p in pairs], device) as ours,
+        _tapped(teacher, [p.teacher.path for p in pairs], device) as theirs,
+    ):
+        for batch in regrouped(batches(), images, batch_size):
+            batch = batch.to(device)
+            student(batch)
+            teacher(teacher_input(batch))
+            mine, other = ours.pop(), theirs.pop()
+            for pair, total, norm in zip(pairs, sums, norms, strict=True):
+                s = _Block(mine, pair.student.path, pair.student_skip, student)
+                t = _Block(other, pair.teacher.path, pair.teacher_skip, teacher)
+                for name, value in _measure(s, t, norm).items():
+                    total[name] += value * len(batch)
+            seen += len(batch)
+    for model, training in modes:
+        model.train(training)
+    if not seen:
+        raise UserError("drift needs images, and none were given")
+    found = []
+    for total, (difference, size) in zip(sums, norms, strict=True):
+        means = {name: value / seen for name, value in total.items()}
+        if size:
+            means["error"] = (difference / size) ** 0.5
+        else:
+            del means["cosine"], means["error"]
+        found.append(means)
+    return found
+
+
+class _Block:
+    """What one forward pass left of a block: tokens (B, N, C), q, k, v (B, N, C) each, attention maps (B, H, N, N)."""
+
+    def __init__(self, taps: dict[str, dict[str, Any]], path: str, skip: int, model: nn.Module):
+        hidden = tokens(taps[path]["output"], model)[:, skip:].float()
+        if not torch.isfinite(hidden).all():
+            raise UserError(
+                f"the features of '{path}' are not finite, and it is the first such layer; check the weights of the model up to there"
+            )
+        self.hidden = hidden
+        self.qkv = taps[f"{path}.attn.qkv"]["output"][:, skip:].float().chunk(3, dim=-1)
+        self.maps = taps[f"{path}.attn.attn_drop"]["input"]
+        self.maps = self.maps[0] if isinstance(self.maps, tuple) else self.maps
+        self.maps = self.maps[..., skip:, skip:].float().clamp(min=0)
+        self.maps = self.maps / self.maps.sum(-1, keepdim=True).clamp(min=1e-12)
+
+
+def _measure(s: _Block, t: _Block, norm: list[float]) -> dict[str, float]:
+    values = {
+        "attention_relation_kl": losses.attention_relation(s.qkv, t.qkv, with_kl=True)[1].item(),
+        "hidden_relation": losses.hidden_relation(s.hidden, t.hidden).item(),
+        "attention_kl": _kl(s.maps, t.maps),
+    }
+    if s.hidden.shape == t.hidden.shape:
+        values["cosine"] = losses.feature(s.hidden, t.hidden).item()
+        norm[0] += (s.hidden - t.hidden).square().sum(dtype=torch.float64).item()
+        norm[1] += t.hidden.square().sum(dtype=torch.float64).item()
+    return values
+
+
+def _kl(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    if ours.shape != theirs.shape:
+        ours, theirs = ours.mean(1), theirs.mean(1)
+    tiny = 1e-8  # a student that rules a token out would be infinitely wrong
+    row = theirs * ((theirs + tiny).log() - (ours + tiny).log())
+    return row.sum(-1).mean().item()
+
+
+@contextmanager
+def _tapped(model: nn.Module, paths: Sequence[str], device: torch.device) -> Iterator[Taps]:
+    """Taps on the blocks, their projections and their attention maps, which timm computes in the open meanwhile."""
+    fused = [m for m in model.modules() if getattr(m, "fused_attn", False)]
+    wanted: list[Tap] = []
+    for path in dict.fromkeys(paths):
+        wanted += [(path, "output"), (f"{path}.attn.qkv", "output"), (f"{path}.attn.attn_drop", "input")]
+    taps = Taps(model.to(device).eval(), wanted, device)
+    for module in fused:
+        module.fused_attn = False  # type: ignore[assignment]
+    try:
+        yield taps
+    finally:
+        taps.close()
+        for module in fused:
+            module.fused_attn = True  # type: ignore[assignment]
+
+
+def drift_finding(found: Sequence[dict[str, float]], pairs: Sequence[LayerPair], when: str = "") -> Finding:
+    """A panel a measure, a point a block, a line for each `when`."""
+    records = [
+        {
+            "when": when,
+            "block": pair.student.index,
+            "teacher_block": pair.teacher.index,
+            "measure": MEASURES[name],
+            "value": means[name],
+        }
+        for name in MEASURES
+        for pair, means in zip(pairs, found, strict=True)
+        if name in means
+    ]
+    return Finding(
+        "drift",
+        "Drift from the teacher, block by block",
+        "How far every block of the student is from the teacher's: 0 is the same. Errors that grow along the depth add up from block to "
+        "block; a jump marks the block that lost most. Attention maps are compared row by row.",
+        "lines",
+        records,
+        {
+            "x": "block",
+            "y": "value",
+            "colour": "when",
+            "facet": "measure",
+            "titles": {"block": "block of the student", "value": "", "when": ""},
+        },
+    )
+
+
+@diagnostic("drift")
+class Drift(MeasuredOnImages):
+    """How far every block of the student is from the teacher's: tokens, attention maps, relations."""
+
+    needs_teacher = True
+
+    images: int = Field(256, ge=1, description="Evaluation images, evenly spaced over the set.")
+    batch_size: int = Field(32, ge=1, description="Images whose features are in memory together.")
+    layers: tuple[tuple[int, int], ...] | None = Field(
+        None,
+        description="Pairs [student block, teacher block]; null for every block with the one of the same index, which "
+        "needs models of one depth.",
+    )
+
+    def measure(self, context: Context) -> list[Finding]:
+        assert context.teacher is not None, "needs_teacher"
+        layers = self.layers or tuple((i, i) for i in range(len(block_paths(context.student))))
+        pairs, _ = match_layers(context.student, context.teacher, layers)
+        found = drift(
+            context.student,
+            context.teacher,
+            pairs,
+            lambda: context.images(self.images),
+            context.device,
+            images=self.images,
+            batch_size=self.batch_size,
+            teacher_input=context.teacher_images,
+        )
+        return [drift_finding(found, pairs, context.when)]

@@ -1,0 +1,118 @@
+"""t-SNE of the pooled features: images that a model sees alike lie together (AdaptFormer, figure 5).
+
+scikit-learn does it: https://scikit-learn.org/stable/modules/generated/sklearn.manifold.TSNE.html
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import Field
+from sklearn.manifold import TSNE
+from torch import nn
+
+from compressvit.backbone import model_name
+from compressvit.diagnostics.base import EPOCHS, Context, Epochs, MeasuredOnImages, diagnostic
+from compressvit.diagnostics.findings import Finding
+from compressvit.errors import UserError
+
+LEAST = 10  # images
+
+
+@torch.no_grad()
+def pooled_features(
+    model: nn.Module,
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    device: torch.device,
+    *,
+    images: int,
+    input: Callable[[torch.Tensor], torch.Tensor] = lambda batch: batch,
+) -> tuple[np.ndarray, np.ndarray]:
+    """What a timm model's classifier would get, (images, width), and the labels (images,), −1 for none.
+
+    Args:
+        batches: (images, targets), as `compressvit.data.eval_loader` yields them; broken files (target −2) are left out.
+        images: how many at most.
+        input: turns the images of the batches into the model's own.
+
+    Raises:
+        UserError: the model is not timm's, too few images, or features that are not finite.
+    """
+    if not hasattr(model, "forward_head"):
+        raise UserError(
+            f"t-SNE needs pooled features, which {model_name(model)} does not give: it has no timm forward_head"
+        )
+    training = model.training
+    model.to(device).eval()
+    features, labels = [], []
+    left = images
+    for batch, targets in batches:
+        keep = targets > -2
+        batch, targets = batch[keep][:left], targets[keep][:left]
+        if len(batch):
+            hidden = model.forward_features(input(batch.to(device)))  # type: ignore[operator]
+            features.append(model.forward_head(hidden, pre_logits=True).float().cpu().flatten(1))  # type: ignore[operator]
+            labels.append(targets)
+        left -= len(batch)
+        if left <= 0:
+            break
+    model.train(training)
+    if images - left < LEAST:
+        raise UserError(
+            f"t-SNE: {images - left} images are too few to see groups in; it needs at least {LEAST}, and some hundreds to say much"
+        )
+    found = torch.cat(features).numpy()
+    if not np.isfinite(found).all():
+        raise UserError("t-SNE: the pooled features are not finite; check the weights of the model")
+    return found, torch.cat(labels).numpy()
+
+
+def embedding_finding(
+    features: Mapping[str, np.ndarray], labels: np.ndarray, *, perplexity: float = 30.0, seed: int = 0
+) -> Finding:
+    """A panel a model, a point an image, in its class's colour.
+
+    Args:
+        features: (images, width) of the same images, by what the model is called.
+        labels: (images,).
+        perplexity: about how many neighbours an image has; cut to a third of the images.
+    """
+    records: list[dict[str, Any]] = []
+    for name, values in features.items():
+        near = min(perplexity, (len(values) - 1) / 3)
+        placed = TSNE(perplexity=near, init="pca", random_state=seed).fit_transform(values)
+        records += [
+            {"model": name, "x": round(float(x), 3), "y": round(float(y), 3), "class": str(label)}
+            for (x, y), label in sorted(zip(placed.tolist(), labels.tolist(), strict=True), key=lambda row: row[1])
+        ]
+    return Finding(
+        "embedding",
+        "Features of the images, by t-SNE",
+        "Images that a model sees alike lie together; colours are the true classes. Compact groups of one colour are easy to classify. The "
+        "distance between groups and the axes mean nothing.",
+        "points",
+        records,
+        {"x": "x", "y": "y", "colour": "class", "facet": "model", "titles": {"x": "", "y": ""}},
+    )
+
+
+@diagnostic("embedding")
+class Embedding(MeasuredOnImages):
+    """t-SNE of the pooled features of student and teacher, an image a point, in its class's colour."""
+
+    epochs: Epochs = Field(("last",), min_length=1, description=EPOCHS)
+    perplexity: float = Field(30.0, gt=0, description="About how many neighbours an image has.")
+
+    def measure(self, context: Context) -> list[Finding]:
+        models: dict[str, Any] = {"student": (context.student, lambda batch: batch)}
+        if context.teacher is not None:
+            models = {"teacher": (context.teacher, context.teacher_images), **models}
+        features, labels = {}, np.empty(0)
+        for name, (model, own) in models.items():
+            features[name], labels = pooled_features(
+                model, context.labelled(self.images), context.device, images=self.images, input=own
+            )
+        return [embedding_finding(features, labels, perplexity=self.perplexity)]

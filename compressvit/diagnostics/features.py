@@ -1,0 +1,167 @@
+"""What the layers of a model make of images: features by module path, batch by batch.
+
+Taps are outputs of modules. Without any named, they are the blocks, in order, which are the layers of the literature's pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import nn
+
+from compressvit.backbone import ALL_FAMILIES, describe, family, model_name
+from compressvit.distill.taps import Taps
+from compressvit.errors import UserError
+
+Batches = Callable[[], Iterable[torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that is looked at.
+
+    Attributes:
+        model: put into eval mode while it is looked at.
+        taps: paths of the modules whose outputs are compared, in the order in which they run.
+        input: turns the images of the batches into the model's own (its normalisation and size).
+    """
+
+    model: nn.Module
+    taps: tuple[str, ...]
+    input: Callable[[torch.Tensor], torch.Tensor] = lambda images: images
+
+
+def subject(
+    model: nn.Module,
+    taps: Sequence[str] | None = None,
+    input: Callable[[torch.Tensor], torch.Tensor] = lambda images: images,
+) -> Subject:
+    """A model with its taps: those given, or its blocks.
+
+    Raises:
+        UserError: the blocks of the model are not known, so the taps must be given.
+    """
+    if taps is None:
+        taps = block_paths(model)
+    return Subject(model, tuple(taps), input)
+
+
+def block_paths(model: nn.Module) -> tuple[str, ...]:
+    """Paths of the blocks of a timm model, in order.
+
+    Raises:
+        UserError: they are not known.
+    """
+    if family(model) is None:
+        stages = [name for name, _ in model.named_children()]
+        raise UserError(
+            f"the blocks of {model_name(model)} are not known to compressvit; name the modules to look at as taps, "
+            f"e.g. {', '.join(stages[:4])}"
+        )
+    return tuple(info.path for info in describe(model, ALL_FAMILIES).blocks)
+
+
+@torch.no_grad()
+def features(subject: Subject, images: torch.Tensor, device: torch.device) -> dict[str, torch.Tensor]:
+    """The outputs at the taps for a batch, as they leave the modules: {path: (B, …)}.
+
+    Raises:
+        UserError: a tap is no module (near names are told), gives no tensor, or features that are not finite: the first layer
+            in the order of the taps is named.
+    """
+    return next(walk([subject], lambda: [images], device, len(images)))[0]
+
+
+@torch.no_grad()
+def walk(
+    subjects: Sequence[Subject], batches: Batches, device: torch.device, images: int, *, size: int = 64, least: int = 1
+) -> Iterator[list[dict[str, torch.Tensor]]]:
+    """Features of several models on the same images, batch by batch.
+
+    Args:
+        subjects: the models; moved to `device`, and left in the mode they were in.
+        batches: gives batches of images (B, C, H, W), as the first subject takes them before its own `input`.
+        images: how many images at most.
+        size: of the batches that are made of them. The last is between `least` and `size + least` images.
+        least: the smallest batch that is of use; a smaller rest goes to the batch before it.
+
+    Yields:
+        For every subject {path: (B, …)}; emptied when the next batch is asked for.
+
+    Raises:
+        UserError: as `features` does.
+    """
+    with _watched(subjects, device) as taps:
+        for batch in regrouped(batches(), images, size, least):
+            batch = batch.to(device)
+            seen = []
+            for one, watcher in zip(subjects, taps, strict=True):
+                one.model(one.input(batch))
+                found = watcher.pop()
+                seen.append({path: _usable(path, found.get(path, {}).get("output")) for path in one.taps})
+                del found
+            yield seen
+            for values in seen:  # whoever still holds them: the next pass needs the room
+                values.clear()
+
+
+@contextmanager
+def _watched(subjects: Sequence[Subject], device: torch.device) -> Iterator[list[Taps]]:
+    modes = [(one.model, one.model.training) for one in subjects]
+    taps: list[Taps] = []
+    try:
+        for one in subjects:
+            taps.append(Taps(one.model.to(device).eval(), [(path, "output") for path in one.taps], device))
+        yield taps
+    finally:
+        for watcher in taps:
+            watcher.close()
+        for model, training in modes:
+            model.train(training)
+
+
+def regrouped(batches: Iterable[torch.Tensor], images: int, size: int, least: int = 1) -> Iterator[torch.Tensor]:
+    """The first `images` images in batches of `size`; a rest smaller than `least` goes to the batch before it."""
+    waiting: list[torch.Tensor] = []
+    count = left = 0
+    left = images
+    for batch in batches:
+        batch = batch[:left]
+        left -= len(batch)
+        waiting.append(batch)
+        count += len(batch)
+        while count >= size + least:  # so that what remains is always enough
+            whole = torch.cat(waiting)
+            yield whole[:size]
+            waiting, count = [whole[size:]], count - size
+        if left <= 0:
+            break
+    if count:
+        yield torch.cat(waiting)
+
+
+def tokens(feature: torch.Tensor, model: nn.Module) -> torch.Tensor:
+    """An output of a block as tokens (B, N, C): Swin's are (B, H, W, C), ConvNeXt's (B, C, H, W)."""
+    if feature.ndim == 3:
+        return feature
+    if feature.ndim == 2:
+        return feature[:, None]
+    if family(model) == "swin":
+        return rearrange(feature, "b h w c -> b (h w) c")
+    return rearrange(feature, "b c h w -> b (h w) c")
+
+
+def _usable(path: str, value: object) -> torch.Tensor:
+    if not isinstance(value, torch.Tensor):
+        raise UserError(
+            f"tap '{path}' gives {'nothing' if value is None else type(value).__name__}, not a tensor; tap a module inside it"
+        )
+    if not torch.isfinite(value).all():
+        raise UserError(
+            f"the features of '{path}' are not finite, and it is the first such layer; check the weights of the model up to there"
+        )
+    return value

@@ -1,0 +1,82 @@
+"""A chart as a picture file, or as a part of a page.
+
+Altair's charts are data (Vega-Lite): vl-convert draws them into files without a browser or a network, and on a page Vega draws them again,
+where the pointer reads off values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+import vl_convert
+
+from compressvit.files import disk_faults, write_atomically
+
+QUIET = {  # what is not data takes little ink, in files and on pages alike
+    "font": "system-ui, -apple-system, 'Segoe UI', 'Helvetica Neue', Arial, sans-serif",
+    "axis": {
+        "gridOpacity": 0.5,
+        "titleFontWeight": "normal",
+        "labelFontSize": 10.5,
+        "titleFontSize": 11.5,
+        "tickSize": 4,
+        "labelSeparation": 6,
+    },
+    "legend": {"titleFontWeight": "normal", "symbolStrokeWidth": 2, "labelFontSize": 10.5},
+    "header": {"labelFontSize": 11.5},
+    "title": {"anchor": "start", "frame": "group", "fontSize": 13, "fontWeight": 600, "offset": 10},
+    "view": {"strokeOpacity": 0.4},
+}
+_INK = {
+    "axis": {
+        "labelColor": "currentColor",
+        "titleColor": "currentColor",
+        "gridColor": "currentColor",
+        "gridOpacity": 0.12,
+        "domainColor": "currentColor",
+        "domainOpacity": 0.4,
+        "tickColor": "currentColor",
+        "tickOpacity": 0.4,
+    },
+    "legend": {"labelColor": "currentColor", "titleColor": "currentColor"},
+    "header": {"labelColor": "currentColor", "titleColor": "currentColor"},
+    "title": {"color": "currentColor"},
+    "view": {"stroke": "currentColor", "strokeOpacity": 0.15},
+}
+
+
+def save(chart: alt.Chart, path: Path) -> None:
+    """Draw a chart into a PNG or SVG file, by the path's suffix; whole or not at all."""
+    kind: Any = path.suffix.removeprefix(".")
+    quiet: Any = chart.properties(config=QUIET)
+    with disk_faults(path):
+        write_atomically(path, lambda scratch: quiet.save(str(scratch), format=kind, ppi=144))
+
+
+def for_page(chart: alt.Chart) -> tuple[dict[str, Any], str]:
+    """The chart for an HTML page: as Vega-Lite, for `vegaEmbed` in mode 'vega-lite', and drawn, as an SVG element.
+
+    Text and axes are of the page's own text colour, on no background, so that they follow its theme, also in print.
+    """
+    inked: Any = chart.properties(config=_merged(QUIET, _INK), background="transparent")
+    spec = inked.to_dict()
+    svg = vl_convert.vegalite_to_svg(spec)
+    del spec["$schema"]  # an address; the page names the mode instead
+    return spec, svg
+
+
+def _merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """Two Vega-Lite configurations in one; the second wins."""
+    both = {**first, **second}
+    return {
+        k: {**first[k], **second[k]} if isinstance(v, dict) and k in first and k in second else v
+        for k, v in both.items()
+    }
+
+
+def column(charts: Sequence[alt.Chart]) -> Any:
+    """Charts one below the other, each with its own scales, to be saved as one picture."""
+    return alt.vconcat(*charts, spacing=30).resolve_scale(color="independent")

@@ -1,0 +1,159 @@
+"""One HTML page of what `sections` says: template, style, charts, and Vega's own code once."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import vl_convert
+from markupsafe import Markup
+
+from compressvit import __version__, drawing
+from compressvit.diagnostics.findings import Finding
+from compressvit.report import sections
+from compressvit.report.record import Run
+from compressvit.report.training import curves, phases
+
+_HERE = Path(__file__).parent
+
+
+class Page:
+    """A page under construction. Vega's code takes a second to put together, so that begins at once, beside the rest."""
+
+    def __init__(self) -> None:
+        self._bundle: Future[str] = ThreadPoolExecutor(1).submit(vl_convert.javascript_bundle, None)
+        self._numbers = 0
+
+    def figure(self, finding: Finding) -> dict[str, Any]:
+        """What the template draws of a finding.
+
+        Raises:
+            Exception: whatever Altair and Vega raise where options and records do not fit the chart.
+        """
+        told: dict[str, Any] = {"name": finding.name, "title": finding.title, "caption": finding.caption}
+        if finding.records:
+            spec, svg = drawing.for_page(finding.draw())
+            self._numbers += 1
+            told |= {"spec": Markup(_data_block(spec)), "svg": Markup(_with_own_names(svg, f"f{self._numbers}_"))}
+        return told
+
+    def html(self, heading: str, facts: Sequence[str], runs: Sequence[Run], comparison: dict[str, Any] | None) -> str:
+        """The page; with a comparison the runs get a short section each."""
+        told = [self.short(run) if comparison else self.whole(run) for run in runs]
+        drawn = bool(self._numbers)
+        scripts = [_script(text) for text in (self._bundle.result(), _text("page.js"))] if drawn else []
+        environment = jinja2.Environment(
+            loader=jinja2.FileSystemLoader(_HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+        )
+        return environment.get_template("page.html").render(
+            heading=heading,
+            facts=facts,
+            contents=_contents(told, comparison),
+            comparison=comparison,
+            runs=told,
+            version=__version__,
+            style=Markup(_text("style.css")),
+            scripts=[Markup(script) for script in scripts],
+            policy=Markup(_policy(scripts)),
+        )
+
+    def short(self, run: Run) -> dict[str, Any]:
+        """A run among others."""
+        return {
+            "title": sections.title(run),
+            "facts": sections.facts(run),
+            "verdict": sections.verdict(run),
+            "measures": sections.measures(run),
+            "recipe_text": run.recipe_text,
+            "resolved_text": run.resolved_text,
+            "commands": sections.reproduction(run),
+            "hash": sections.student_hash(run),
+            "log": sections.log_end(run),
+            "notes": run.notes,
+        }
+
+    def whole(self, run: Run) -> dict[str, Any]:
+        """A run alone."""
+        predictions = run.predictions
+        classes = sections.class_chart(predictions) if predictions else None
+        told = {
+            "details": sections.details(run),
+            "phases": [
+                {"name": name, "charts": self._figures(run, curves(name, lines))}
+                for name, lines in phases(run.metrics).items()
+            ],
+            "ledger": sections.ledger(run.results),
+            "predictions": predictions is not None,
+            "compared": bool(predictions and predictions.compared),
+            "classes": next(iter(self._figures(run, [classes])), None) if classes else None,
+            "confusions": predictions.confusions if predictions else None,
+            "gallery": sections.gallery(run),
+            "examples": sections.EXAMPLES[predictions.measure] if predictions else "",
+            "diagnostics": self._figures(run, run.findings),
+            "environment": sections.environment(run),
+        }
+        return {**told, **self.short(run)}  # last: a chart that cannot be drawn has left a note
+
+    def _figures(self, run: Run, findings: Sequence[Finding]) -> list[dict[str, Any]]:
+        """The findings that can be drawn; a note for each that cannot."""
+        drawn = []
+        for finding in findings:
+            try:
+                drawn.append(self.figure(finding))
+            except Exception as error:  # a finding comes from a file, and may be anything
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                run.notes.append(f"The chart of {finding.name} cannot be drawn, and is left out: {reason}.")
+        return drawn
+
+
+def _contents(runs: Sequence[dict[str, Any]], comparison: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """Anchor and text of every section."""
+    if comparison:
+        return [("comparison", "Comparison"), *((f"run-{n}", run["facts"][0]) for n, run in enumerate(runs, 1))]
+    named = [
+        ("verdict", "What came out", True),
+        ("asked", "What was asked", True),
+        ("training", "Training", runs[0]["phases"]),
+        ("ledger", "Changes", runs[0]["ledger"]),
+        ("predictions", "Predictions", runs[0]["predictions"]),
+        ("diagnostics", "Diagnostics", runs[0]["diagnostics"]),
+        ("reproduce", "To reproduce it", True),
+    ]
+    return [(anchor, text) for anchor, text, there in named if there]
+
+
+def _text(name: str) -> str:
+    return (_HERE / name).read_text(encoding="utf-8")
+
+
+def _script(text: str) -> str:
+    """Code that no text in it can end early."""
+    return re.sub(r"</(script)", r"<\\/\1", text, flags=re.IGNORECASE)
+
+
+def _data_block(content: Any) -> str:
+    """JSON for a script element: no text in it can end that element."""
+    return json.dumps(content, separators=(",", ":"), ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
+
+
+def _with_own_names(svg: str, prefix: str) -> str:
+    """The drawing with identifiers that no other drawing on the page has."""
+    names = set(re.findall(r'\sid="([^"]+)"', svg))
+    for name in names:
+        svg = svg.replace(f'id="{name}"', f'id="{prefix}{name}"').replace(f"url(#{name})", f"url(#{prefix}{name})")
+    return svg
+
+
+def _policy(scripts: Sequence[str]) -> str:
+    """What a browser lets the page do: run its own scripts, show its own pictures, and nothing over the network."""
+    allowed = " ".join(
+        f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" for script in scripts
+    )
+    return f"default-src 'none'; script-src {allowed or repr('none')}; style-src 'unsafe-inline'; img-src data:"

@@ -1,0 +1,248 @@
+"""What the page says of a run, as plain values for its template: the verdict, tables, predictions, commands."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import itertools
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from compressvit.diagnostics.findings import Finding
+from compressvit.report.record import Answer, ClassRow, Environment, LedgerRow, PredictionsFile, Results, Run
+from compressvit.tables import adapted, results_rows
+
+CLASSES = 40  # a chart of more would be a blur; those that changed most are drawn
+LOG_LINES = 12
+
+
+def title(run: Run) -> str:
+    """What the run is for, in its recipe's words."""
+    return str(run.recipe.get("description") or run.path.resolve().name)
+
+
+def facts(run: Run) -> list[str]:
+    """Folder, teacher and data, for the line below the title."""
+    teacher, data = run.recipe.get("teacher") or {}, run.recipe.get("data") or {}
+    said = [run.path.resolve().name, teacher.get("model"), data.get("name"), f"seed {run.recipe.get('seed', 0)}"]
+    return [str(word) for word in said if word]
+
+
+def verdict(run: Run) -> str:
+    """What came out, in one sentence."""
+    if run.results is None:
+        return _not_finished(run)
+    teacher, student = run.results.teacher, run.results.student
+    parts = []
+    if adapted(student.model_dump()):
+        stored = f", stored in {student.adapter_bytes / 1e3:,.1f} kB" if student.adapter_bytes else ""
+        parts.append(
+            f"With {student.trained_adapter or 0:,} trained parameters and a classifier of {student.trained_head or 0:,} beside "
+            f"a frozen backbone{stored}, the student"
+        )
+    else:
+        slower = ""
+        if teacher.latency_ms and student.latency_ms:
+            slower = f" and {student.latency_ms / teacher.latency_ms:.2f} times its latency"
+        parts.append(
+            f"With {100 * student.parameters / teacher.parameters:.1f} % of the teacher's parameters{slower}, the student"
+        )
+    images = f"{student.images:,} held-out images" if student.images else "the held-out images"
+    if student.top1 is not None:
+        parts.append(f"gets {student.top1:.2f} % of {images} right")
+        if teacher.top1 is not None:
+            parts.append(f"(the teacher {teacher.top1:.2f} %)")
+        if student.agreement is not None:
+            parts.append(f"and agrees with the teacher on {student.agreement:.2f} %")
+    elif student.agreement is not None:
+        parts.append(f"agrees with the teacher on {student.agreement:.2f} % of {images}")
+    elif student.cosine is not None:
+        parts.append(f"has outputs whose mean cosine to the teacher's is {student.cosine:.4f} on {images}")
+    else:
+        parts.append("was made; there was nothing to measure it by")
+    return " ".join(parts).replace(" %", "\u00a0%") + "."
+
+
+def _not_finished(run: Run) -> str:
+    if (run.path / "results.json").is_file():
+        return "This run has finished, but its results cannot be read; below is what there is."
+    last = run.metrics[-1] if run.metrics else None
+    where = f"its last line is step {last['step']:,} of phase {last['phase']}" if last else "it trained no step"
+    return f"This run has not finished: {where}; below is what there is."
+
+
+def log_end(run: Run) -> str | None:
+    """The last lines of run.log, where the run has not finished."""
+    return None if run.results or not run.log else "\n".join(run.log.rstrip().splitlines()[-LOG_LINES:])
+
+
+def measures(run: Run) -> list[tuple[str, str, str, str]]:
+    """The rows of the table of teacher and student; of the plan, where there are no results."""
+    told = run.results or run.plan
+    return results_rows(told.model_dump()) if told else []
+
+
+def details(run: Run) -> list[str]:
+    """Small print below the table."""
+    if run.results is None:
+        return ["As planned; nothing of it is measured."] if run.plan else []
+    said = []
+    if run.environment and run.results.student.latency_ms:
+        where = ", ".join(run.environment.gpus) or _threads(run.environment)
+        said.append(f"Latency is of one image, the median, teacher and student in turns; on a machine with {where}.")
+    for name, phase in run.results.phases.items():
+        start = phase.start or {}
+        if start.get("top1") is not None:
+            said.append(f"Before {name} the student had {start['top1']:.2f} % top-1.")
+        elif start.get("cosine") is not None:
+            said.append(f"Before {name} the student had a cosine of {start['cosine']:.4f}.")
+    if run.results.read_back_difference is not None:
+        said.append(
+            f"Read back from disk, the student's outputs differ by {run.results.read_back_difference:.1e} at most."
+        )
+    if run.results.broken_images:
+        said.append(f"{run.results.broken_images} broken image files were skipped; run.log names them.")
+    return said
+
+
+def ledger(results: Results | None) -> list[tuple[str, list[LedgerRow], int, int]]:
+    """Step, rows, and the sums of the parameters before and after, step by step."""
+    groups = itertools.groupby(results.ledger if results else [], lambda row: row.step)
+    found = [(step, list(rows)) for step, rows in groups]
+    return [(step, rows, sum(r.before for r in rows), sum(r.after for r in rows)) for step, rows in found]
+
+
+def class_chart(predictions: PredictionsFile) -> Finding | None:
+    """A dot for each model in the row of each class."""
+    rows = list(predictions.classes or ())
+    if not rows:
+        return None
+    cut = len(rows) > CLASSES
+    rows = sorted(sorted(rows, key=_change)[:CLASSES] if cut else rows, key=_change)
+    who = ("teacher", "student") if predictions.compared else ("student",)
+    return Finding(
+        name="classes",
+        title="Right by class",
+        caption=(
+            "A row is a class, "
+            if not predictions.compared
+            else "A row is a class, the line in it what changed from teacher to student, "
+        )
+        + ("and the classes that lost most are at the top" if predictions.compared else "the worst first")
+        + (f"; the {CLASSES} of {len(predictions.classes or ()):,} that changed most are shown." if cut else ".")
+        + " In a class of few images a single one moves the dot far: the pointer says how many there are.",
+        chart="points",
+        records=[
+            {"class": row.name, "right": getattr(row, w), "model": w, "images": row.images} for row in rows for w in who
+        ],
+        options={
+            "x": "right",
+            "y": "class",
+            "titles": {"right": "right (%)", "class": "", "model": ""},
+            **({"colour": "model", "span": True} if predictions.compared else {}),
+        },
+    )
+
+
+def _change(row: ClassRow) -> float:
+    return row.student - (row.teacher if row.teacher is not None else 0.0)
+
+
+EXAMPLES = {
+    "shift": "The images on which student and teacher differ most: under each the part of the probability that lies on other classes, "
+    "from 0 % (the same) to 100 % apart (sure of different classes), and each model's first class with its probability.",
+    "loss": "The images whose true class the student gives the least probability: that class, then the student's first one.",
+    "cosine": "The images on which the outputs of student and teacher point apart most, with their cosine: 1 is the same direction.",
+}
+
+
+def gallery(run: Run) -> list[dict[str, Any]]:
+    """A card for every kept image that is there: its picture as a data URI, and lines of text with whether each is right."""
+    cards = []
+    for example in run.predictions.examples if run.predictions else ():
+        # only a picture in its own folder, whatever a file from elsewhere may name
+        file = run.path / "predictions" / Path(example.file).name
+        kind = {".png": "image/png", ".jpg": "image/jpeg"}.get(file.suffix)
+        if kind is None or not file.is_file():
+            continue
+        measure = run.predictions.measure  # type: ignore[union-attr]
+        cards.append(
+            {
+                "picture": f"data:{kind};base64,{base64.b64encode(file.read_bytes()).decode()}",
+                "pixelated": file.suffix == ".png",
+                "true": example.true,
+                "lines": list(_answers(example.true, {"teacher": example.teacher, "student": example.student})),
+                "value": {"shift": f"{100 * example.value:.0f} % apart", "cosine": f"cosine {example.value:.3f}"}.get(
+                    measure
+                ),
+            }
+        )
+    return cards
+
+
+def _answers(true: str | None, answers: dict[str, Answer | None]) -> Iterator[dict[str, Any]]:
+    for who, answer in answers.items():
+        if answer is not None:
+            yield {
+                "who": who,
+                "class": answer.name,
+                "share": f"{100 * answer.probability:.0f} %",
+                "right": None if true is None else answer.name == true,
+            }
+
+
+def reproduction(run: Run) -> list[tuple[str, str]]:
+    """Commands, each with what it is for."""
+    found = []
+    if run.environment:
+        found.append(("as it was typed", shlex.join(run.environment.command)))
+    found.append(
+        (
+            "again, with every default and override written out",
+            f"compressvit apply {_quoted(run, 'resolved.yaml')} --output NEW_FOLDER",
+        )
+    )
+    if (run.path / "student").is_dir():
+        found.append(("evaluate the student", f"compressvit evaluate {shlex.quote(str(run.path))}"))
+    elif run.results is None:
+        found.append(("go on with this run", f"compressvit apply {shlex.quote(str(run.path))} --resume"))
+    return found
+
+
+def _quoted(run: Run, name: str) -> str:
+    return shlex.quote(str(run.path / name))
+
+
+def environment(run: Run) -> list[tuple[str, str]]:
+    """What the numbers may depend on besides the recipe."""
+    told = run.environment
+    if told is None:
+        return []
+    machine = ", ".join(told.gpus) + (f" (CUDA {told.cuda})" if told.cuda else "")
+    rows = [
+        ("compressvit", told.compressvit),
+        ("Python", told.python),
+        *((name, version) for name, version in told.versions.items() if version),
+        ("platform", told.platform),
+        ("processor", _threads(told)),
+        ("graphics", machine),
+    ]
+    return [(name, value) for name, value in rows if value]
+
+
+def _threads(told: Environment) -> str:
+    return f"{told.cpu_count} CPU cores, of which PyTorch used {told.torch_threads}"
+
+
+def student_hash(run: Run) -> str | None:
+    """SHA-256 of the student's tensors."""
+    file = run.path / "student" / "model.safetensors"
+    if not file.is_file():
+        return None
+    found = hashlib.sha256()
+    with file.open("rb") as content:
+        while block := content.read(2**20):
+            found.update(block)
+    return found.hexdigest()

@@ -1,0 +1,130 @@
+"""The curves of a run: a finding for the loss, the accuracy, the gradient and the learning rate of every phase."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from compressvit.diagnostics.findings import Finding
+
+POINTS = 200  # a line has at most about this many; more are averaged in equal stretches
+_RANGE = 30.0  # from the smallest to the largest value: above it an axis is logarithmic
+
+# What is not a term of the loss in a line about training.
+_NO_TERMS = ("time", "phase", "kind", "step", "epoch", "images", "gradient_norm", "lr")
+_ACCURACIES = ("top1", "top5", "teacher_top1", "teacher_top5")
+
+Line = dict[str, Any]
+
+
+def phases(metrics: Sequence[Line]) -> dict[str, list[Line]]:
+    """The lines of every phase that trained, in their order.
+
+    The cycles of a `prune` follow one another as one phase, and what was measured right before a phase is its step 0.
+    """
+    training = {line["phase"] for line in metrics if line["kind"] in ("train", "epoch")}
+    found: dict[str, list[Line]] = {}
+    before: Line | None = None
+    cycle, passed = "", 0  # the cycle that the lines are of, and the steps of those before it
+    for line in metrics:
+        if line["phase"] not in training:
+            before = line if line["kind"] == "evaluate" else before
+            continue
+        name = re.sub(r"_cycle\d+$", "", line["phase"])
+        own = found.setdefault(name, [{**before, "step": 0}] if before else [])
+        before = None
+        if line["phase"] != cycle:
+            cycle, passed = line["phase"], own[-1]["step"] if own else 0
+        own.append({**line, "step": line["step"] + passed})
+    return found
+
+
+def curves(phase: str, own: Sequence[Line]) -> list[Finding]:
+    """What there is to draw of a phase."""
+    train = [line for line in own if line["kind"] == "train"]
+    candidates = (_loss(phase, train), _quality(phase, own), _gradient(phase, train), _rate(phase, train))
+    return [finding for finding in candidates if finding is not None]
+
+
+def _loss(phase: str, train: Sequence[Line]) -> Finding | None:
+    terms = dict.fromkeys(key for line in train for key in line if key not in (*_NO_TERMS, *_ACCURACIES))
+    if list(terms)[:1] == ["loss"] and len(terms) == 2:  # a loss of one term is that term
+        terms = {"loss": None}
+    records = [record for term in terms for record in _series(train, term, term)]
+    return _finding(
+        f"{phase}_loss",
+        "Loss and its terms" if len(terms) > 1 else "Loss",
+        "The loss, which is minimised, and every term after weighting. It should fall and then level off; a term that rises is paid for "
+        "by the others."
+        if len(terms) > 1
+        else "The loss, which is minimised. It should fall and then level off.",
+        records,
+        "loss",
+    )
+
+
+def _quality(phase: str, own: Sequence[Line]) -> Finding | None:
+    epochs = [line for line in own if line["kind"] == "epoch"]
+    held_out = [line for line in own if line["kind"] == "evaluate"]
+    records = [
+        *_series(epochs, "top1", "training images"),
+        *_series(epochs, "teacher_top1", "teacher on them"),
+        *_series(held_out, "top1", "held-out images"),
+    ]
+    if records:
+        caption = (
+            "Percent of images whose first class is right: of training images, as they are augmented, over each epoch, and of held-out "
+            "images at evaluations. A growing gap between the two is overfitting."
+        )
+        return _finding(f"{phase}_accuracy", "Top-1", caption, records, "top-1 (%)")
+    records = _series(held_out, "cosine", "held-out images")
+    caption = "Mean cosine between the outputs of student and teacher on held-out images: 1 is the same direction."
+    return _finding(f"{phase}_cosine", "Cosine to the teacher", caption, records, "cosine")
+
+
+def _gradient(phase: str, train: Sequence[Line]) -> Finding | None:
+    caption = "Length of the gradient before clipping. Spikes are steps that may undo progress; a steady rise announces divergence."
+    return _finding(
+        f"{phase}_gradient", "Gradient norm", caption, _series(train, "gradient_norm", "gradient norm"), "gradient norm"
+    )
+
+
+def _rate(phase: str, train: Sequence[Line]) -> Finding | None:
+    caption = "The learning rate of every step: the warm-up, then the schedule."
+    return _finding(f"{phase}_lr", "Learning rate", caption, _series(train, "lr", "learning rate"), "learning rate")
+
+
+def _finding(name: str, title: str, caption: str, records: list[dict[str, Any]], axis: str) -> Finding | None:
+    if not records:
+        return None
+    values = [record["value"] for record in records]
+    log = min(values) > 0 and max(values) / min(values) > _RANGE and axis != "learning rate"
+    series = {record["series"] for record in records}
+    return Finding(
+        name=name,
+        title=title,
+        caption=caption + (" The axis is logarithmic." if log else ""),
+        chart="lines",
+        records=records,
+        options={
+            "x": "step",
+            "y": "value",
+            **({"colour": "series"} if len(series) > 1 else {}),
+            "titles": {"step": "step", "value": axis, "series": ""},
+            "points": max(sum(r["series"] == s for r in records) for s in series) <= 25,
+            **({"scales": {"value": "log"}} if log else {}),
+        },
+    )
+
+
+def _series(lines: Iterable[Line], key: str, name: str) -> list[dict[str, Any]]:
+    """A record for each line that has the key, or for each of `POINTS` stretches of them."""
+    known = [(line["step"], line[key]) for line in lines if math.isfinite(line.get(key, math.nan))]
+    stretch = math.ceil(len(known) / POINTS) or 1
+    parts = [known[i : i + stretch] for i in range(0, len(known), stretch)]
+    return [
+        {"step": part[-1][0], "value": float(f"{sum(v for _, v in part) / len(part):.5g}"), "series": name}
+        for part in parts
+    ]

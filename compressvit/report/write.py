@@ -1,0 +1,60 @@
+"""`report`: read run folders and write the page."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from compressvit.errors import UserError
+from compressvit.files import write_text
+from compressvit.report import sections
+from compressvit.report.page import Page
+from compressvit.report.record import Run, read_run
+from compressvit.runfolder import find_runs
+
+log = logging.getLogger("compressvit")
+
+FILE = "report.html"
+
+
+def report_after_run(folder: Path) -> None:
+    """Write the report of a run that has just finished; a fault in it is a warning, because the run is whole without."""
+    try:
+        report([folder])
+    except Exception as error:
+        log.warning(
+            "warning: the report could not be written (%s); the run is whole, and `compressvit report %s` tries again",
+            (str(error).splitlines() or [type(error).__name__])[0],
+            folder,
+        )
+
+
+def report(paths: list[str] | list[Path], output: str | Path | None = None) -> tuple[Path, list[Run]]:
+    """Write the report of a run, or of several.
+
+    Args:
+        paths: run folders, or folders of run folders.
+        output: the HTML file; by default `report.html` in the one folder that is given.
+
+    Returns:
+        The file, and the runs as they were read, with what is missing or damaged in their `notes`.
+
+    Raises:
+        UserError: a path is not a run folder, or several are given and no `output`.
+    """
+    folders = find_runs(paths)
+    if output is None and len(paths) > 1:
+        raise UserError("the report of several folders needs a place: add --output FILE, e.g. --output report.html")
+    file = Path(output) if output is not None else Path(paths[0]) / FILE
+    if file.is_dir():
+        raise UserError(f"--output {file} is a folder; name a file, e.g. --output {file / FILE}")
+    page = Page()
+    runs = [read_run(folder) for folder in folders]
+    if len(runs) == 1:
+        html = page.html(sections.title(runs[0]), sections.facts(runs[0]), runs, None)
+    else:
+        from compressvit.report.comparison import comparison  # late: labels come from recipes, which import torch
+
+        html = page.html(f"{len(runs)} runs", [str(path) for path in paths], runs, comparison(runs, page))
+    write_text(file, html)
+    return file, runs

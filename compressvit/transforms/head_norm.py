@@ -1,0 +1,83 @@
+"""A batch normalisation without parameters before the classifier of a frozen backbone.
+
+Code: that of AdaptFormer, https://arxiv.org/abs/2205.13535, which has it from the linear probes of MAE, https://arxiv.org/abs/2111.06377
+
+`y = W (x − μ) / sqrt(σ² + 1e-6) + b` over the pooled features: those of the batch in training, their running mean and variance
+otherwise, which start at 0 and 1. They are buffers: they are saved with the adapter, and nothing is counted. It merges exactly:
+`W' = W diag(σ)⁻¹`, `b' = b − W' μ`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from compressvit import surgery
+from compressvit.affine import merge_before_, owns_weight
+from compressvit.backbone import head_paths, model_name
+from compressvit.errors import UserError
+from compressvit.layers.head import KeepsHeadNorm, WithHeadNorm, put_norm
+from compressvit.source import Source
+from compressvit.transforms.base import LedgerEntry, Plan, Transform, record, transform
+
+
+class HeadNormPlan(Plan):
+    """A resolved `HeadNorm`: the classifiers, as far as the model has them still."""
+
+    foldable = True
+    folds_last = True  # `W R` is of the whole W
+
+    heads: tuple[str, ...]
+
+    def _present(self, model: nn.Module) -> list[str]:
+        return [path for path in head_paths(model) if path in self.heads]
+
+    def apply(self, model: nn.Module) -> list[LedgerEntry]:
+        surgery.extend(model, "", KeepsHeadNorm)
+        return record(model, self._present(model), lambda path: self._add(model, path))
+
+    def _add(self, model: nn.Module, path: str) -> str:
+        put_norm(model, path)
+        return "+ batch normalisation without parameters before it"
+
+    def initialise(self, student: nn.Module, source: Source) -> None:
+        """Its statistics are there: 0 and 1."""
+
+    def trains(self, model: nn.Module) -> set[str]:
+        return set()
+
+    def fold(self, model: nn.Module) -> None:
+        """Into the classifier."""
+        for path in self._present(model):
+            head = model.get_submodule(path)
+            if not owns_weight(head):
+                raise UserError(
+                    f"head_norm cannot be folded: {path} is low rank, so it has no dense weight that could take the scale in. Fold the "
+                    "low-rank step first, as compressvit.materialise does, or keep it unmerged"
+                )
+            r, c = head.head_norm.as_affine()
+            surgery.retract(model, path, WithHeadNorm)
+            merge_before_(head, r, c)
+        surgery.retract(model, "", KeepsHeadNorm)
+
+
+@transform("head_norm", HeadNormPlan)
+class HeadNorm(Transform):
+    """A batch normalisation without parameters before the classifier; the backbone is frozen (AdaptFormer's code)."""
+
+    freezes = True
+
+    def plan(self, model: nn.Module, source: Source | None = None) -> HeadNormPlan:
+        paths = head_paths(model)
+        if not paths:
+            raise UserError(
+                f"head_norm stands before the classifier, but {model_name(model)} has none; give the student one with student.head=new"
+            )
+        for path in paths:
+            head: Any = model.get_submodule(path)
+            if not isinstance(head, nn.Linear):
+                raise UserError(
+                    f"head_norm stands before a linear classifier, but {path} of {model_name(model)} is a {type(head).__name__}"
+                )
+        return HeadNormPlan(heads=tuple(paths))

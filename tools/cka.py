@@ -1,0 +1,72 @@
+"""CKA of every layer of one model with every layer of another: how alike they see the same images.
+
+Of one run student and teacher are compared; two runs or artifacts are compared with each other. The data is the run's, unless key=value
+says otherwise (data.name=digits).
+
+example:
+  compressvit apply quickstart --output runs/quickstart
+  python tools/cka.py runs/quickstart --images 256
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from compressvit.diagnostics.features import subject
+from compressvit.diagnostics.opened import OpenedModels
+from compressvit.diagnostics.program import Findings, program_of_models, table_of
+from compressvit.diagnostics.similarity import cka_finding, cka_layers_finding, cka_matrix
+
+
+def look(opened: OpenedModels, arguments: argparse.Namespace) -> Findings:
+    """The matrix, and the diagonal where there are as many layers on both sides."""
+    first, second = opened.models
+    result = cka_matrix(
+        subject(first.model, arguments.first_taps),
+        subject(second.model, arguments.second_taps, opened.own(second)),
+        lambda: opened.images(arguments.images),
+        opened.device,
+        images=arguments.images,
+        batch_size=arguments.batch_size,
+        kernel=arguments.kernel,
+        bandwidth=arguments.bandwidth,
+    )
+    findings = [cka_finding(result, first.label, second.label)]
+    if len(result.rows) == len(result.columns):
+        findings.append(cka_layers_finding(result, f"{first.label} / {second.label}"))
+    best = result.values.argmax(dim=1).tolist()
+    spread = result.half_width
+    rows = [
+        {
+            first.label: layer,
+            f"most alike of {second.label}": result.columns[best[i]],
+            "CKA": result.values[i, best[i]].item(),
+            "±": None if spread is None else spread[i, best[i]].item(),
+            "with the layer of the same place": result.values[i, i].item() if i < len(result.columns) else None,
+        }
+        for i, layer in enumerate(result.rows)
+    ]
+    return [table_of(f"CKA on {result.images} images", rows)], findings
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """What only this program has."""
+    parser.add_argument("--images", type=int, default=512, help="evaluation images (default: 512)")
+    parser.add_argument("--kernel", choices=("linear", "rbf"), default="linear")
+    parser.add_argument("--bandwidth", type=float, default=1.0, help="σ of rbf in medians of the distances")
+    parser.add_argument("--batch-size", type=int, default=64, help="images whose features are in memory together")
+    for side in ("first", "second"):
+        parser.add_argument(
+            f"--{side}-taps", metavar="PATH", nargs="+", help=f"modules of the {side} model (default: its blocks)"
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return program_of_models("cka", __doc__, look, argv, options=options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""Which layers of a model could share one weight, or do with a low rank: before you compress it.
+
+Pairs of blocks are compared by what their layers would lose if they shared the weight that is best for both, measured in their outputs on
+evaluation images, or in the weights alone; singular values tell how much rank a layer needs. Of a run the teacher is looked at
+(--student: the student), of an artifact the model in it.
+
+example:
+  compressvit apply quickstart --output runs/quickstart
+  python tools/similarity.py runs/quickstart
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+from collections.abc import Sequence
+
+from compressvit.backbone import describe
+from compressvit.diagnostics.opened import OpenedModels
+from compressvit.diagnostics.program import Findings, program_of_models, table_of
+from compressvit.diagnostics.spectra import sharing_finding, sharing_losses, spectra_findings
+from compressvit.source import Source
+
+
+def look(opened: OpenedModels, arguments: argparse.Namespace) -> Findings:
+    """The matrices, the spectra, and a table of the pairs that lose least."""
+    one = opened.models[0 if arguments.student else -1]
+    on_images = not (arguments.weights or arguments.aligned)
+    images = lambda: map(opened.own(one), opened.images(arguments.images))  # noqa: E731
+    source = Source(copy.deepcopy(one.model), images) if on_images else None
+    records = sharing_losses(one.model, source=source, aligned=arguments.aligned)
+    order = {info.path: info.index for info in describe(one.model).blocks}
+    pairs = [r for r in records if order[r["block"]] < order[r["other"]]]
+    best = sorted(pairs, key=lambda r: r["loss"])[: arguments.show]
+    what = "outputs" if on_images else "weights"
+    table = table_of(
+        f"{one.label}: the pairs that lose least by sharing (relative error of the {what})",
+        [{"layer": r["layer"], "block": r["block"], "with": r["other"], "error": r["loss"]} for r in best],
+    )
+    return [table], [sharing_finding(records, outputs=on_images), *spectra_findings({one.label: one.model})]
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """What only this program has."""
+    parser.add_argument("--student", action="store_true", help="look at the student of the run")
+    parser.add_argument("--images", type=int, default=256, help="evaluation images (default: 256)")
+    parser.add_argument("--weights", action="store_true", help="compare the weights alone; needs no images")
+    parser.add_argument(
+        "--aligned", action="store_true", help="match neurons and heads first, as the align step does; compares weights"
+    )
+    parser.add_argument("--show", type=int, default=12, help="pairs in the table (default: 12)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return program_of_models("similarity", __doc__, look, argv, options=options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
