@@ -5,7 +5,6 @@ The file's header says what structure to add, and the hash of the backbone it wa
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from compressvit.errors import UserError
 from compressvit.pipeline import Compression, apply_plans, compression_of, trained_names
 from compressvit.spec import Spec
 from compressvit.transforms import Plan
+from compressvit.weights import hash_tensors
 
 FORMAT = 1
 _KEY = "compressvit"
@@ -180,14 +180,9 @@ def remove_adapter(model: nn.Module) -> nn.Module:
 def _hash(model: nn.Module, without: set[str], restored: _Loaded | None = None) -> str:
     """SHA-256 over the model's own tensors, by name, but those named; where an adapter is loaded, of the values before it."""
     added = surgery.added_parameters(model) | surgery.added_buffers(model)
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if name in without or name in added:
-            continue
-        value = restored.replaced.get(name, tensor) if restored else tensor
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    own = {name: tensor for name, tensor in model.state_dict().items() if name not in without and name not in added}
+    before = {name: tensor for name, tensor in restored.replaced.items() if name in own} if restored else {}
+    return hash_tensors(own | before)
 
 
 def _read(path: Path) -> tuple[AdapterHeader, list[Plan]]:

@@ -207,12 +207,13 @@ def points(
         levels: values of y that a dashed line marks, by what is written on it.
     """
     titles, scales = titles or {}, scales or {}
+    rows = _order(records, y) if any(isinstance(record[y], str) for record in records) else []
     encode: dict[str, Any] = {
         "x": alt.X(
             x,
             type="quantitative",
             title=titles.get(x, x),
-            scale=alt.Scale(padding=12, **_scale(scales, x)),
+            scale=alt.Scale(padding=12, **_scale(scales, x), **({"nice": False} if rows and x not in scales else {})),
         ),
         "y": alt.Y(
             y,
@@ -221,7 +222,6 @@ def points(
             scale=alt.Scale(padding=12, **_scale(scales, y)),
         ),
     }
-    rows = _order(records, y) if any(isinstance(record[y], str) for record in records) else []
     if rows:
         encode["y"] = alt.Y(
             y, type="nominal", sort=rows, title=titles.get(y, y), axis=alt.Axis(labelLimit=220, grid=True)
@@ -251,7 +251,7 @@ def points(
         )
         marks = bar.mark_rule().encode(**ends, **kind, y2="_high:Q") + marks
     if levels:
-        marks = _levels(levels, encode["y"].to_dict()) + marks
+        marks = _levels(base, levels, encode["y"].to_dict()) + marks
     if label:
         marks = marks + base.mark_text(align="left", dx=6, dy=12, fontSize=10, color=COLOURS[5]).encode(
             **encode, text=f"{label}:N"
@@ -279,14 +279,16 @@ def _scale(scales: Mapping[str, str], field: str) -> dict[str, Any]:
     return {"type": "log", "nice": False} if kind == "log" else {"type": kind, "zero": False}
 
 
-def _levels(levels: Mapping[str, float], axis: Mapping[str, Any]) -> Any:
-    """Dashed lines across the whole width, each with its name at the left end."""
-    base = alt.Chart(_data([{"level": value, "name": name} for name, value in levels.items()]))
-    place = alt.Y("level", type="quantitative", title=axis["title"], scale=alt.Scale(**axis["scale"]))
-    rule = base.mark_rule(color=COLOURS[5], strokeDash=[5, 4]).encode(y=place)
-    return rule + base.mark_text(align="left", dx=4, dy=-6, color=COLOURS[5]).encode(
-        y=place, x=alt.value(0), text="name:N"
-    )
+def _levels(base: alt.Chart, levels: Mapping[str, float], axis: Mapping[str, Any]) -> Any:
+    """Dashed lines across the whole width, each with its name at the left end; in every panel where there are panels."""
+    once = base.transform_aggregate(number="count()")  # one mark, however many records there are
+    marks = []
+    for name, value in levels.items():
+        place = alt.YDatum(value, type="quantitative", title=axis["title"], scale=alt.Scale(**axis["scale"]))
+        marks.append(once.mark_rule(color=COLOURS[5], strokeDash=[5, 4]).encode(y=place))
+        text = once.mark_text(align="left", dx=4, dy=-6, color=COLOURS[5], text=name)
+        marks.append(text.encode(y=place, x=alt.value(0)))
+    return alt.layer(*marks)
 
 
 def _round_numbers(records: Records, field: str) -> list[int]:

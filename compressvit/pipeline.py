@@ -65,6 +65,12 @@ def trained_names(model: nn.Module) -> set[str] | None:
     return set[str]().union(*asked, head_names(model)) if asked else None
 
 
+def only_adapted(model: nn.Module) -> bool:
+    """Whether all that was done to a model was to add to it and to freeze its own tensors but those that are trained."""
+    plans = compression_of(model).plans
+    return bool(plans) and all(plan.trains(model) is not None for plan in plans)
+
+
 def trained_parameters(model: nn.Module) -> dict[str, int]:
     """How many parameters phases change: `trained_adapter`, without the classifier, and `trained_head`; a shared one once."""
     heads = head_names(model)

@@ -41,7 +41,7 @@ from compressvit.errors import UserError
 from compressvit.export import merge_folder, print_merge
 from compressvit.files import disk_faults, write_text
 from compressvit.models import build_student, build_teacher, load_teacher, require_student_file, trains_teacher
-from compressvit.pipeline import compression_of, trained_names, trained_parameters, transform_
+from compressvit.pipeline import compression_of, only_adapted, trained_names, trained_parameters, transform_
 from compressvit.plan import plan_recipe, print_plan, require_no_conflicts
 from compressvit.plots import ranks_finding
 from compressvit.predictions import Predictions
@@ -371,7 +371,7 @@ class _Run:
             "broken_images": self.datasets.broken.count,
         }
         results["student"]["bytes"] = (self.folder.student / artifact.TENSORS).stat().st_size
-        if all(p.trains(student) is not None for p in compression_of(student).plans) and trained_names(student):
+        if only_adapted(student) and trained_names(student):
             with disk_faults(self.folder.path):
                 file = save_adapter(student, self.folder.path / "adapter.safetensors")
             results["student"]["adapter_bytes"] = file.stat().st_size

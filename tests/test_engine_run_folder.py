@@ -123,7 +123,7 @@ def test_the_student_is_the_checkpoint_and_holds_no_teacher(finished):
     saved = load_checkpoint(finished / "checkpoints" / "1_distill.pt")
     student = artifact.load(finished / "student")
     assert saved["done"]
-    assert saved.keys() == {"done", "model", "steps", "epoch", "start", "kept_epoch"}
+    assert saved.keys() == {"done", "model", "frozen", "steps", "epoch", "start", "kept_epoch"}
     assert saved["steps"] == 14
     assert largest_difference(saved["model"], values(student)) == 0
     assert saved["model"].keys() == ties.unique_state(student).keys()

@@ -24,6 +24,7 @@ from compressvit.diagnostics.base import Watch
 from compressvit.distill import optimisation as opt
 from compressvit.distill.meters import Meters, result_text
 from compressvit.distill.spec import Training
+from compressvit.distill.state import TrainedState
 from compressvit.distill.taps import Taps
 from compressvit.distill.terms import Batch, Term
 from compressvit.errors import UserError
@@ -138,6 +139,7 @@ def train(
     autocast = torch.autocast(device.type, _AUTOCAST.get(spec.precision), enabled=spec.precision != "fp32")
     scaler = torch.amp.GradScaler(device.type, enabled=spec.precision == "fp16")
     parameters = [p for p in model.parameters() if p.requires_grad]
+    state = TrainedState(model)
 
     epoch = batch_index = steps = 0
     best: dict[str, Any] | None = None  # with `keep: best`: the score, epoch and weights of the best evaluation
@@ -145,11 +147,10 @@ def train(
     resumed_meters: dict[str, Any] = {}
     if phase.checkpoint.is_file():
         saved = load_checkpoint(phase.checkpoint)
-        require_keys(saved, ("done", "model"), phase.checkpoint)
+        require_keys(saved, ("done",), phase.checkpoint)
         if not saved["done"]:
             require_keys(saved, _UNFINISHED, phase.checkpoint)
-        _require_same_structure(saved["model"], model, phase.checkpoint)
-        model.load_state_dict(saved["model"], strict=False)
+        state.load(saved, model, phase.checkpoint)
         start, best = saved.get("start"), saved.get("best")
         if saved["done"]:
             kept = {"start": start, "kept_epoch": saved.get("kept_epoch", saved.get("epoch"))}
@@ -170,7 +171,7 @@ def train(
     elif spec.keep == "best":
         if start is None:
             start = evaluate(model)
-        best = {"score": _score(start), "epoch": 0, "model": _copied(model)}
+        best = {"score": _score(start), "epoch": 0, "model": state.copied(model)}
 
     if not batch_index:
         measure(model if average is None else average.module, epoch, False)
@@ -178,7 +179,8 @@ def train(
     def checkpoint(done: bool, random_state: dict | None = None) -> None:
         content: dict[str, Any] = {
             "done": done,
-            "model": ties.unique_state(model),
+            "model": state.of(model),
+            "frozen": state.frozen_hash,
             "steps": steps,
             "epoch": epoch,
             "start": start,
@@ -197,7 +199,7 @@ def train(
                 "best": best,
             }
             if average is not None:
-                content |= {"average": ties.unique_state(average.module), "n_averaged": int(average.n_averaged)}
+                content |= {"average": state.of(average.module), "n_averaged": int(average.n_averaged)}
         save_checkpoint(phase.checkpoint, content)
 
     student_taps = Taps(model, [tap for term in terms for tap in term.student_taps], device)
@@ -289,7 +291,7 @@ def train(
                 log.scalars(phase.name, "evaluate", steps, {"epoch": epoch, **result})
                 log.say(f"{phase.name} {epoch}/{spec.epochs}  {meters.text()}  {result_text(result)}")
                 if best is not None and _score(result) >= best["score"]:
-                    best = {"score": _score(result), "epoch": epoch, "model": _copied(judged)}
+                    best = {"score": _score(result), "epoch": epoch, "model": state.copied(judged)}
             measure(model if last or average is None else average.module, epoch, last)
             if best is not None:
                 if last and best["epoch"] != epoch:
@@ -319,19 +321,6 @@ def _give_moments(model: nn.Module, optimizer: torch.optim.Optimizer, moments: d
     optimizer.load_state_dict({**optimizer.state_dict(), "state": known})
 
 
-def _require_same_structure(saved: dict[str, torch.Tensor], model: nn.Module, path: Path) -> None:
-    """A checkpoint of a model that shares other layers, or has other ranks, would be loaded in part and say nothing."""
-    own = {name: tensor.shape for name, tensor in ties.unique_state(model).items()}
-    theirs = {name: tensor.shape for name, tensor in saved.items()}
-    if own != theirs:
-        name = next(n for n in [*own, *theirs] if own.get(n) != theirs.get(n))
-        raise UserError(
-            f"{path} is of another student: {name} is {tuple(theirs[name]) if name in theirs else 'not in it'}, and here "
-            f"{tuple(own[name]) if name in own else 'not there'}. Ranks and groups that are chosen by errors follow the images; "
-            "restore those of the run's beginning, or begin anew with --overwrite"
-        )
-
-
 def _score(result: dict[str, Any]) -> float:
     """What `keep: best` compares: the first of top-1, agreement and cosine that the data and the model allow."""
     for name in ("top1", "agreement", "cosine"):
@@ -344,10 +333,6 @@ def _score(result: dict[str, Any]) -> float:
 
 def _kept(epoch: int) -> str:
     return f"epoch {epoch}" if epoch else "the start"
-
-
-def _copied(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().cpu().clone() for name, tensor in ties.unique_state(model).items()}
 
 
 def _mix(mixup: Mixup, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -31,6 +31,11 @@ function limitLabels(part, limit) {
   for (const [key, inner] of Object.entries(part)) if (key !== "data" && key !== "datasets") limitLabels(inner, limit);
 }
 
+async function embed(spec) {
+  const canvas = document.createElement("div");
+  return [canvas, await vegaEmbed(canvas, spec, { mode: "vega-lite", ast: true, actions: false, renderer: "svg" })];
+}
+
 async function draw(figure) {
   const box = figure.querySelector(".chart");
   const width = Math.floor(box.clientWidth);
@@ -38,11 +43,19 @@ async function draw(figure) {
   figure.drawnWidth = width;
   figure.description ??= JSON.parse(figure.querySelector("script").textContent);
   figure.natural ??= Number(box.querySelector("svg").getAttribute("width"));
-  const canvas = document.createElement("div");
   const spec = fit(figure.description, figure.natural, width);
-  const drawn = await vegaEmbed(canvas, spec, { mode: "vega-lite", ast: true, actions: false, renderer: "svg" });
+  let [canvas, drawn] = await embed(spec);
+  if (spec.facet) {
+    // what panels need for their labels is known only now
+    const over = canvas.querySelector("svg").getAttribute("width") - width;
+    if (over > 0 || (spec.usermeta || {}).fit === "fill") {
+      drawn.finalize();
+      spec.spec.width = Math.max(60, spec.spec.width - Math.ceil(over / spec.columns));
+      [canvas, drawn] = await embed(spec);
+    }
+  }
   figure.view?.finalize();
-  figure.view = drawn.view;
+  figure.view = drawn;
   box.replaceChildren(canvas);
   figure.dataset.state = "live";
 }

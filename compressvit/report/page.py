@@ -37,7 +37,7 @@ class Page:
         Raises:
             Exception: whatever Altair and Vega raise where options and records do not fit the chart.
         """
-        told: dict[str, Any] = {"name": finding.name, "title": finding.title, "caption": finding.caption}
+        told: dict[str, Any] = {"name": finding.name, "title": finding.title, "caption": finding.caption, "spec": None}
         if finding.records:
             spec, svg = drawing.for_page(finding.draw())
             self._numbers += 1

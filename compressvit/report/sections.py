@@ -15,7 +15,7 @@ from compressvit.report.record import Answer, ClassRow, Environment, LedgerRow, 
 from compressvit.tables import adapted, results_rows
 
 CLASSES = 40  # a chart of more would be a blur; those that changed most are drawn
-LOG_LINES = 12
+LOG_LINES = 8
 
 
 def title(run: Run) -> str:
@@ -74,8 +74,11 @@ def _not_finished(run: Run) -> str:
 
 
 def log_end(run: Run) -> str | None:
-    """The last lines of run.log, where the run has not finished."""
-    return None if run.results or not run.log else "\n".join(run.log.rstrip().splitlines()[-LOG_LINES:])
+    """The last messages of run.log, where the run has not finished; without the tables among them."""
+    if run.results or not run.log:
+        return None
+    messages = [line for line in run.log.splitlines() if line[:1].isdigit() and line[-1:] != " "]
+    return "\n".join(messages[-LOG_LINES:])
 
 
 def measures(run: Run) -> list[tuple[str, str, str, str]]:

@@ -1,0 +1,129 @@
+"""Checkpoints beside a frozen backbone: they hold what is trained, and refuse to go on beside another one."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+import timm
+import torch
+from helpers.runs import done, refused, run, student_bytes
+from helpers.training import fit, largest_difference, random_batches, tiny_vit, values
+
+from compressvit import artifact, surgery
+from compressvit.backbone import head_names
+from compressvit.distill import engine
+from compressvit.distill.spec import Finetune
+from compressvit.errors import UserError
+from compressvit.files import load_checkpoint
+from compressvit.pipeline import compress
+from compressvit.transforms import LORS, Adapters, BitFit, Compacter, HeadNorm, Multiplex, RepAdapter
+
+ARGS = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 48, "depth": 3, "num_heads": 2}
+RECIPE = f"""
+teacher: {{model: vit_tiny_patch16_224, args: {ARGS}, weights: WEIGHTS, num_classes: 3}}
+student: {{head: new}}
+data: {{name: digits, batch_size: 8, limit_train: 32, limit_val: 30, augment: {{scale: [0.5, 1.0]}}}}
+steps:
+  - adapters: {{width: 2}}
+  - head_norm
+  - finetune: {{epochs: 3, lr: 1.0e-2, ema: 0.9, keep: best, drop_path: 0.2}}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    torch.manual_seed(0)
+    artifact.save(timm.create_model("vit_tiny_patch16_224", **ARGS, num_classes=3), tmp_path / "backbone")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE.replace("WEIGHTS", str(tmp_path / "backbone")))
+    return path
+
+
+def stopped(recipe, folder, monkeypatch, batch=6):
+    """A run that was stopped amid its second epoch; its checkpoint."""
+    seen, total = [], engine._total
+
+    def counted(*args):
+        seen.append(1)
+        if len(seen) == batch:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return total(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_total", counted)
+        assert run("apply", recipe, "--output", folder)[0] == 128 + signal.SIGTERM
+    return folder / "checkpoints" / "2_finetune.pt"
+
+
+def test_a_run_goes_on_from_what_was_trained_to_the_same_bits(recipe, tmp_path, monkeypatch):
+    done("apply", recipe, "--output", tmp_path / "whole")
+    file = stopped(recipe, tmp_path / "run", monkeypatch)
+    saved = load_checkpoint(file)
+    student = artifact.load(tmp_path / "whole" / "student")
+    wanted = surgery.added_parameters(student) | surgery.added_buffers(student) | head_names(student)
+    for part in (saved["model"], saved["average"], saved["best"]["model"]):
+        assert part.keys() == wanted
+    assert "head.head_norm.running_mean" in wanted
+    assert file.stat().st_size < 120_000 < 350_000 < (tmp_path / "whole" / "student" / artifact.TENSORS).stat().st_size
+    done("apply", recipe, "--output", tmp_path / "run", "--resume")
+    assert student_bytes(tmp_path / "run") == student_bytes(tmp_path / "whole")
+
+
+def test_another_backbone_is_refused(recipe, tmp_path, monkeypatch):
+    stopped(recipe, tmp_path / "run", monkeypatch)
+    torch.manual_seed(1)
+    artifact.save(timm.create_model("vit_tiny_patch16_224", **ARGS, num_classes=3), tmp_path / "backbone")
+    message = refused("apply", recipe, "--output", tmp_path / "run", "--resume")
+    assert "2_finetune.pt was trained beside another backbone: the frozen weights are not those of the run's" in message
+    assert "Restore the file that teacher.weights (or student.weights) named then" in message
+
+
+SPEC = Finetune(epochs=1, lr=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("steps", "whole"),
+    [
+        ([], True),
+        ([RepAdapter(width=2)], False),
+        ([BitFit(), Compacter(n=2, ratio=0.25)], False),
+        ([Multiplex(share=2), Adapters(width=2)], True),  # the backbone itself was changed
+        ([LORS(rank=2, metric="weights"), Adapters(width=2)], True),
+    ],
+    ids=lambda value: "+".join(s.name for s in value) or "plain" if isinstance(value, list) else "",
+)
+def test_what_a_checkpoint_holds(steps, whole, tmp_path):
+    """And a finished phase is loaded from it onto the model as it was before."""
+    model = compress(tiny_vit(), steps) if steps else tiny_vit()
+    fit(model, SPEC, random_batches(2, 4), tmp_path)
+    saved = load_checkpoint(tmp_path / "phase.pt")["model"]
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert saved.keys() == (values(model).keys() if whole else trained)
+    torch.manual_seed(0)
+    again = compress(tiny_vit(), steps) if steps else tiny_vit()
+    fit(again, SPEC, random_batches(2, 4), tmp_path)
+    assert largest_difference(values(again), values(model)) == 0
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (lambda: compress(tiny_vit(), [Adapters(width=3)]), r"another student: blocks\.0\.\S+adapter\.down\.weight is \(2, 16\), and"),
+        (lambda: compress(tiny_vit(), [Adapters(width=2), RepAdapter(width=2)]), r"repadapter\.\S+ is not in it"),
+        (lambda: compress(tiny_vit(), [Adapters(width=2), HeadNorm()]), r"head\.head_norm\.running_mean is not in it"),
+        (lambda: compress(tiny_vit(num_classes=5), [Adapters(width=2)]), r"another student: head\.weight is \(4, 16\), and"),
+        (lambda: compress(tiny_vit(seed=1), [Adapters(width=2)]), "beside another backbone"),
+        (lambda: compress(tiny_vit(patch_size=2), [Adapters(width=2)]), "beside another backbone"),
+        (lambda: compress(tiny_vit(qkv_bias=False), [Adapters(width=2)]), "beside another backbone"),
+        (tiny_vit, "another student"),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_of_another_structure_or_backbone_is_refused(other, words, tmp_path):
+    fit(compress(tiny_vit(), [Adapters(width=2)]), SPEC, random_batches(2, 4), tmp_path)
+    model = other()
+    before = values(model)
+    with pytest.raises(UserError, match=words):
+        fit(model, SPEC, random_batches(2, 4), tmp_path)
+    assert largest_difference(values(model), before) == 0

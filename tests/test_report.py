@@ -1,0 +1,338 @@
+"""`compressvit report`: what is on the page of a run, of a run that died, and of several; and that nothing on it is loaded or run."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from helpers.page import Page
+from helpers.runs import RECIPE, TINY, done, run
+from PIL import Image
+
+from compressvit import cli
+from compressvit.diagnostics.findings import Finding
+from compressvit.report import write as writing
+from compressvit.report.page import Page as Builder
+from compressvit.report.record import read_run
+from compressvit.report.training import POINTS, curves, phases
+
+SECTIONS = ["verdict", "asked", "training", "ledger", "predictions", "reproduce"]
+CURVES = ["teacher_loss", "teacher_accuracy", "teacher_gradient", "teacher_lr"]
+CURVES += ["1_distill_loss", "1_distill_accuracy", "1_distill_gradient", "1_distill_lr"]
+
+
+@pytest.fixture(scope="module")
+def page(finished):
+    """The page that `apply` left."""
+    return Page(finished / "report.html")
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of the finished run, without its report."""
+    folder = shutil.copytree(finished, tmp_path / "run")
+    (folder / "report.html").unlink()
+    return folder
+
+
+def reported(folder, *words):
+    """The page of `compressvit report FOLDER`."""
+    file = done("report", folder, *words)
+    return Page(type(folder)(file))
+
+
+# --- what is there
+
+
+def test_apply_leaves_a_page_with_every_section_and_figure(page, finished):
+    assert page.sections == SECTIONS
+    assert page.figure_names == [*CURVES, "classes"]
+    assert all(len(figure["caption"]) > 30 for figure in page.figures), "how to read it"
+    assert all(figure["svg"] for figure in page.figures), "drawn for readers without scripts"
+    assert not page.open, "every element is closed"
+    assert [a[1:] for a in (v for _, n, v in page.attributes if n == "href")] == SECTIONS
+    assert finished.name in page.text
+
+
+def test_the_verdict_and_the_table_are_those_of_results_json(page, finished):
+    results = json.loads((finished / "results.json").read_text())
+    teacher, student = results["teacher"], results["student"]
+    share = 100 * student["parameters"] / teacher["parameters"]
+    assert f"With {share:.1f} % of the teacher's parameters" in page.text
+    assert (
+        f"gets {student['top1']:.2f} % of 16 held-out images right (the teacher {teacher['top1']:.2f} %)" in page.text
+    )
+    rows = {row[0]: row[1:] for row in page.tables[0]}
+    assert rows["parameters (unique)"][:2] == [f"{teacher['parameters']:,}", f"{student['parameters']:,}"]
+    assert rows["cosine of the outputs"] == ["", f"{student['cosine']:.4f}", ""]
+
+
+def test_recipe_commands_environment_and_hash(page, finished):
+    environment = json.loads((finished / "environment.json").read_text())
+    assert "hidden_relation: {weight: 0.5}" in page.text, "as given"
+    assert "evaluate_every: 1" in page.text, "resolved"
+    assert f"compressvit apply {finished / 'resolved.yaml'} --output NEW_FOLDER" in page.text
+    assert f"compressvit evaluate {finished}" in page.text
+    assert environment["versions"]["timm"] in page.text
+    assert hashlib.sha256((finished / "student" / "model.safetensors").read_bytes()).hexdigest() in page.text
+
+
+def test_the_ledger_is_whole(page, finished):
+    ledger = json.loads((finished / "results.json").read_text())["ledger"]
+    table = next(table for table in page.tables if table[0][:2] == ["module", "change"])
+    assert [row[:4] for row in table[1:]] == [
+        [e["path"], e["change"], f"{e['before']:,}", f"{e['after']:,}"] for e in ledger
+    ]
+
+
+def test_curves_are_those_of_metrics_jsonl(page, finished):
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    spec = next(figure["spec"] for figure in page.figures if figure["name"] == "1_distill_loss")
+    drawn = {(r["series"], r["step"]): r["value"] for r in spec["data"]["values"]}
+    told = [line for line in lines if line["phase"] == "1_distill" and line["kind"] == "train"]
+    assert {series for series, _ in drawn} == {
+        "loss", "prediction", "attention_relation", "attention_relation_kl", "hidden_relation", "labels"
+    }  # fmt: skip
+    for line in told:
+        assert drawn["loss", line["step"]] == pytest.approx(line["loss"], rel=1e-4)
+    spec = next(figure["spec"] for figure in page.figures if figure["name"] == "1_distill_accuracy")
+    held_out = {r["step"]: r["value"] for r in spec["data"]["values"] if r["series"] == "held-out images"}
+    start = json.loads((finished / "results.json").read_text())["phases"]["1_distill"]["start"]["top1"]
+    assert held_out[0] == pytest.approx(start, rel=1e-4), "before training"
+    assert len(held_out) == 3
+
+
+def test_images_are_small_and_inside(page, finished):
+    examples = json.loads((finished / "predictions.json").read_text())["examples"]
+    assert len(page.images) == len(examples) == 16, "all held-out images"
+    for image, example in zip(page.images, examples, strict=True):
+        kind, data = image["src"].split(",")
+        assert kind == "data:image/png;base64"
+        assert Image.open(io.BytesIO(base64.b64decode(data))).size == (8, 8)
+        assert image["alt"] == f"held-out image of class {example['true']}"
+    first = examples[0]
+    assert f"teacher {first['teacher']['class']} {100 * first['teacher']['probability']:.0f} %" in page.text
+
+
+def test_any_diagnostic_is_drawn(copied):
+    options = {"x": "step", "y": "norm", "colour": "layer"}
+    records = [{"step": s, "norm": s + i, "layer": f"blocks.{i}"} for s in range(3) for i in range(2)]
+    Finding("x_new", "Something new", "Read it so.", "lines", records, options).write(copied / "diagnostics")
+    Finding("x_none", "Nothing found", "There might have been.", "bars", [], {}).write(copied / "diagnostics")
+    page = reported(copied)
+    assert page.sections == [*SECTIONS[:-1], "diagnostics", SECTIONS[-1]]
+    assert page.figure_names[-2:] == ["x_new", None]
+    assert page.figures[-2]["caption"] == "Read it so."
+    assert page.figures[-2]["spec"]["data"]["values"] == records
+    assert "Nothing found There is nothing to draw." in page.text
+
+
+def test_no_report(recipe, tmp_path):
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    done("apply", tmp_path / "tiny.yaml", "--output", tmp_path / "run", "--no-report")
+    assert (tmp_path / "run" / "results.json").is_file()
+    assert not (tmp_path / "run" / "report.html").exists()
+
+
+def test_a_fault_in_the_report_does_not_lose_the_run(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise ZeroDivisionError("something\nunheard of")
+
+    monkeypatch.setattr(writing, "report", fail)
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    out = done("apply", tmp_path / "tiny.yaml", "--output", tmp_path / "run")
+    assert "warning: the report could not be written (something); the run is whole" in out
+    assert (tmp_path / "run" / "results.json").is_file()
+
+
+def test_it_needs_neither_torch_nor_timm(finished, tmp_path):
+    code = f"""
+import sys
+from compressvit.cli import main
+assert main(["report", {str(finished)!r}, "--output", {str(tmp_path / "r.html")!r}]) == 0
+assert "altair" in sys.modules
+assert not {{"torch", "timm", "torchvision"}} & set(sys.modules), sorted(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    assert Page(tmp_path / "r.html").sections == SECTIONS
+
+
+# --- what is not
+
+
+def test_nothing_is_loaded(page):
+    assert page.loads() == []
+    policy = next(v for tag, name, v in page.attributes if (tag, name) == ("meta", "content") and "default-src" in v)
+    assert policy.startswith("default-src 'none'; script-src 'sha256-")
+    assert "http" not in policy
+    for script in page.scripts:
+        assert base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() in policy
+    assert len(page.scripts) == 2, "Vega once, and ours"
+    assert all("$schema" not in figure["spec"] for figure in page.figures)
+    assert len(page.source) < 2_000_000
+
+
+EVIL = """</script><script>alert(1)</script><img src=x onerror="alert(2)">{{ 7*7 }}&amp;'"]]>"""
+
+
+def test_everything_from_files_is_escaped(copied):
+    changes = {
+        "results.json": lambda c: c["ledger"][0].update(path=EVIL, change=EVIL, step=EVIL),
+        "environment.json": lambda c: c.update(command=["compressvit", EVIL], platform=EVIL),
+        "predictions.json": lambda c: (
+            c["classes"][0].update({"class": EVIL}),
+            c.update(confusions=[{"true": EVIL, "answer": EVIL, "teacher": 1, "student": 2}]),
+            c["examples"][0].update(true=EVIL, student={"class": EVIL, "probability": 1.0}),
+        ),
+    }
+    for name, change in changes.items():
+        content = json.loads((copied / name).read_text())
+        change(content)
+        (copied / name).write_text(json.dumps(content))
+    (copied / "recipe.yaml").write_text(f"# {EVIL}\n")
+    (copied / "resolved.yaml").write_text(json.dumps({"description": EVIL, "data": {"name": EVIL}}))
+    (copied / "metrics.jsonl").write_text(json.dumps({"phase": EVIL, "kind": "train", "step": 1, "loss": 1.0, EVIL: 1}))
+    bars = {"chart": "bars", "records": [{"a": 1, "b": EVIL}], "options": {"x": "a", "y": "b"}}
+    (copied / "diagnostics").mkdir()
+    (copied / "diagnostics" / "evil.json").write_text(
+        json.dumps({"name": EVIL, "title": EVIL, "caption": EVIL, **bars})
+    )
+    page = reported(copied)
+    assert not page.open
+    assert len(page.scripts) == 2
+    assert {name for _, name, _ in page.attributes if name.startswith("on")} == set()
+    assert len(page.images) == 16
+    assert all(image["src"].startswith("data:image/png") for image in page.images)
+    assert page.loads() == []
+    assert page.text.count("{{ 7*7 }}&amp;") > 12, "shown as it is"
+    assert "diagnostics" in page.sections
+
+
+def test_a_picture_outside_of_the_run_is_not_taken(copied):
+    Image.new("RGB", (4, 4), "red").save(copied.parent / "secret.png")
+    content = json.loads((copied / "predictions.json").read_text())
+    content["examples"] = [{**content["examples"][0], "file": "../../secret.png"}, *content["examples"][1:]]
+    (copied / "predictions.json").write_text(json.dumps(content))
+    assert len(reported(copied).images) == 15
+
+
+# --- runs that died, and several
+
+
+@pytest.fixture(scope="module")
+def died(tmp_path_factory):
+    """A run whose loss was not finite in its second phase."""
+    folder = tmp_path_factory.mktemp("died")
+    (folder / "died.yaml").write_text(RECIPE)
+    code, _, err = run("apply", folder / "died.yaml", "--output", folder / "run", "steps.1.distill.lr=1e18")
+    assert code == 2, err
+    return folder / "run"
+
+
+def test_a_run_that_died_yields_what_there_is(died):
+    page = reported(died)
+    assert page.sections == ["verdict", "asked", "training", "reproduce"]
+    assert re.search(r"This run has not finished: its last line is step \d+ of phase 1_distill", page.text)
+    assert "The last lines of run.log:" in page.text
+    assert "ERROR 1_distill: the loss is nan at step" in page.text, "the reason"
+    assert "━" not in page.text, "no tables from the log"
+    rows = {row[0]: row[1:] for row in page.tables[0]}
+    assert all(rows["parameters (unique)"]), "as planned"
+    assert "nothing of it is measured" in page.text
+    assert f"compressvit apply {died} --resume" in page.text
+
+
+def test_several_runs(finished, died, trained, tmp_path):
+    out = tmp_path / "all.html"
+    done("report", finished, died, trained[1], "--output", out)
+    page = Page(out)
+    assert page.sections == ["comparison", "run-1", "run-2", "run-3"]
+    assert f"Left out, without results: {died}." in page.text
+    heads = {table[0][0] for table in page.tables}
+    assert "student" in heads, "compare's table"
+    assert page.text.count("SHA-256") == 2
+    assert page.loads() == []
+
+
+def test_the_plot_of_several_runs_is_one_for_every_task(finished, tmp_path):
+    for number, top1 in enumerate((50.0, 75.0)):
+        folder = shutil.copytree(finished, tmp_path / "runs" / f"r{number}")
+        text = (folder / "resolved.yaml").read_text()
+        assert "mlp_conv: 3" in text
+        (folder / "resolved.yaml").write_text(text.replace("mlp_conv: 3", f"mlp_conv: {3 + 2 * number}"))
+        results = json.loads((folder / "results.json").read_text())
+        results["student"].update(top1=top1, parameters=1000 + number)
+        (folder / "results.json").write_text(json.dumps(results))
+    page = reported(tmp_path / "runs")  # a folder of runs says where the page goes
+    assert (tmp_path / "runs" / "report.html").is_file()
+    assert page.figure_names == ["compare_0"]
+    records = page.figures[0]["spec"]["data"]["values"]
+    assert [(r["size"], r["quality"], r["front"]) for r in records] == [(1000, 50.0, True), (1001, 75.0, True)]
+
+
+# --- details
+
+
+def test_many_steps_are_averaged():
+    lines = [{"phase": "p", "kind": "train", "step": s, "loss": float(s % 2)} for s in range(1, 10 * POINTS + 1)]
+    loss = curves("p", phases(lines)["p"])[0]
+    assert len(loss.records) == POINTS
+    assert {record["value"] for record in loss.records} == {0.5}
+    assert loss.records[-1]["step"] == 10 * POINTS
+
+
+def test_cycles_of_a_prune_follow_one_another():
+    lines = [
+        {"phase": f"1_prune_cycle{c}", "kind": "train", "step": s, "loss": 1.0 + c} for c in range(2) for s in (1, 2, 3)
+    ]
+    loss = curves("1_prune", phases(lines)["1_prune"])[0]
+    assert [(r["step"], r["value"]) for r in loss.records] == [(1, 1), (2, 1), (3, 1), (4, 2), (5, 2), (6, 2)]
+
+
+def test_an_axis_is_logarithmic_only_where_values_span_it():
+    def scale(*values):
+        lines = [{"phase": "p", "kind": "train", "step": s, "loss": v} for s, v in enumerate(values, 1)]
+        return curves("p", lines)[0].options.get("scales")
+
+    assert scale(0.01, 1.0, 2.0) == {"value": "log"}
+    assert scale(0.5, 1.0) is None
+    assert scale(-1.0, 100.0) is None
+
+
+def test_many_classes_show_those_that_changed_most(finished):
+    from compressvit.report.sections import CLASSES, class_chart
+
+    predictions = read_run(finished).predictions
+    row = predictions.classes[0]
+    predictions.classes = [
+        row.model_copy(update={"name": f"c{i}", "teacher": 90.0, "student": 90.0 - i / 10}) for i in range(100)
+    ]
+    chart = class_chart(predictions)
+    names = list(dict.fromkeys(record["class"] for record in chart.records))
+    assert names == [f"c{i}" for i in range(99, 99 - CLASSES, -1)]
+    assert "the 40 of 100 that changed most" in chart.caption
+
+
+def test_identifiers_of_drawings_do_not_meet():
+    builder = Builder()
+    records = [{"a": "p", "b": "q", "v": 0.5}]
+    finding = Finding("h", "H", "…", "heatmap", records, {"x": "a", "y": "b", "colour": "v"})
+    svgs = [builder.figure(finding)["svg"] for _ in range(2)]
+    ids = [set(re.findall(r' id="([^"]+)"', svg)) for svg in svgs]
+    assert ids[0]
+    assert not ids[0] & ids[1]
+    for svg, own in zip(svgs, ids, strict=True):
+        assert set(re.findall(r"url\(#([^)]+)\)", svg)) <= own
+
+
+def test_help_names_the_verb(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["report", "--help"])
+    assert "needs no network" in capsys.readouterr().out
