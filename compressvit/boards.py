@@ -7,9 +7,8 @@ of the phase that follows. `metrics.jsonl` keeps the places ('1_distill').
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
-
-from torch.utils.tensorboard import summary
 
 from compressvit.distill.spec import Training
 from compressvit.recipe import Recipe
@@ -37,6 +36,12 @@ def scalar_tags(recipe: Recipe) -> dict[str, str]:
     return tags
 
 
+def tag_of(phase: str, tags: Mapping[str, str]) -> str:
+    """What TensorBoard calls a phase, by `scalar_tags`; that of a cycle keeps its number ('prune_cycle2')."""
+    step, cycle, number = phase.partition("_cycle")
+    return f"{tags.get(step, step)}{cycle}{number}"
+
+
 def hyper_parameters(recipe: Recipe) -> dict[str, bool | int | float | str]:
     """Every value of a recipe by its path, that of a step by its name: `data.batch_size`, `distill.lr`, `multiplex.share`."""
     content = recipe.model_dump(mode="json", exclude={"description", "steps", "diagnostics"})
@@ -52,6 +57,8 @@ def show_results(writer: Any, recipe: Recipe, results: dict[str, Any]) -> None:
         writer: torch's SummaryWriter of the run. Its own `add_hparams` would make a second run of it.
         results: the content of results.json.
     """
+    from torch.utils.tensorboard import summary  # a second, which programs that only want names should not wait for
+
     found = {f"final/{key}": results["student"].get(key) for key in _FINAL}
     found |= {f"final/teacher_{key}": results["teacher"].get(key) for key in ("top1", "parameters", "latency_ms")}
     metrics = {tag: float(value) for tag, value in found.items() if value is not None}

@@ -19,7 +19,7 @@ from compressvit.errors import UserError
 from compressvit.files import disk_faults, write_text
 from compressvit.plots import compare_findings
 from compressvit.recipe import Recipe, parse_recipe
-from compressvit.runfolder import RESOLVED, flat
+from compressvit.runfolder import RESOLVED, find_runs, flat
 from compressvit.transforms import Transform
 
 # Column, its heading, and how a value is written.
@@ -131,16 +131,8 @@ def gather(runs: Sequence[str | Path], tell: Callable[[str], Any]) -> list[dict[
 
 
 def _finished(given: Sequence[str | Path], tell: Callable[[str], Any]) -> list[tuple[Path, Recipe, dict[str, Any]]]:
-    folders: list[Path] = []
-    for path in (Path(p).resolve() for p in given):
-        if (path / RESOLVED).is_file():
-            folders.append(path)
-        elif path.is_dir() and (inside := sorted(p.parent for p in path.glob(f"*/{RESOLVED}"))):
-            folders += inside
-        else:
-            raise UserError(f"{path} is not a run folder, and there is none in it: it has no {RESOLVED}")
     found = []
-    for folder in dict.fromkeys(folders):
+    for folder in (path.resolve() for path in find_runs(given)):
         if not (folder / "results.json").is_file():
             tell(f"left out, not finished: {folder}")
             continue

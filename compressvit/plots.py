@@ -64,43 +64,6 @@ def ranks_finding(ranks: Mapping[str, int], full: Mapping[str, int]) -> Finding:
     )
 
 
-def widths_finding(history: Sequence[Mapping[str, int]]) -> Finding:
-    """Bars of the neurons that every adapter has left, a row a layer, a colour a cycle (MiMi, figure 5).
-
-    Args:
-        history: neurons by layer after every training, the start first.
-    """
-    first, last = history[0], history[-1]
-    words = ["start", *(f"{cycle} removal{'s' * (cycle > 1)}" for cycle in range(1, len(history)))]
-    return Finding(
-        name="widths",
-        title="Neurons of every adapter",
-        caption="A row is an adapter, a colour a removal: the bar of a later cycle lies over those of the cycles before it, and ends where "
-        "its neurons do. Long last bars are the layers that need adapting most; the axis is linear to 1, then logarithmic.",
-        chart="bars",
-        records=[
-            {
-                "layer": name,
-                "cycle": word,
-                "neurons": widths.get(name, 0),
-                "left": f"{first[name]:,} → {last[name]:,}" if last.get(name) else f"{first[name]:,}, gone",
-            }
-            for word, widths in zip(words, history, strict=True)
-            for name in first
-        ],
-        options={
-            "x": "neurons",
-            "y": "layer",
-            "colour": "cycle",
-            "over": True,
-            "note": "left",
-            "ramp": True,
-            "scales": {"neurons": "symlog"},
-            "titles": {"neurons": "neurons of the adapter (linear to 1, then logarithmic)", "layer": "", "cycle": ""},
-        },
-    )
-
-
 def compare_findings(rows: Sequence[Mapping[str, Any]]) -> list[Finding]:
     """Accuracy (or likeness to the teacher) against what is trained beside the backbone, or the student's size where nothing is frozen.
 

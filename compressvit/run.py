@@ -43,7 +43,7 @@ from compressvit.files import disk_faults, write_text
 from compressvit.models import build_student, build_teacher, load_teacher, require_student_file, trains_teacher
 from compressvit.pipeline import compression_of, only_adapted, trained_names, trained_parameters, transform_
 from compressvit.plan import plan_recipe, print_plan, require_no_conflicts
-from compressvit.plots import ranks_finding, widths_finding
+from compressvit.plots import ranks_finding
 from compressvit.predictions import Predictions
 from compressvit.preflight import pick_device, refuse_labels, refuse_own_inputs
 from compressvit.recipe import Merge, Recipe
@@ -114,7 +114,7 @@ def apply(
         load_teacher(recipe, teacher)
     if not resume:
         folder.open(recipe, recipe_text, plan.as_dict(), command, overwrite=overwrite)
-    voice = RunLog(folder.path, console, boards.scalar_tags(recipe))
+    voice = RunLog(folder.path, console, partial(boards.tag_of, tags=boards.scalar_tags(recipe)))
     try:
         voice.show(lambda to: print_plan(plan, to))
         run = _Run(recipe, folder, datasets, where, voice)
@@ -243,7 +243,6 @@ class _Run:
             evaluate=lambda m: self._evaluate(m, None),
             gradients=lambda m: self._gradients(m, spec),
         )
-        self.folder.keep(widths_finding(history))
         self.diagnostics.allocation(phase.name, spec.scope, history)
         return model, told
 

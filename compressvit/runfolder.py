@@ -12,6 +12,7 @@ import os
 import platform
 import shutil
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from compressvit.recipe import Recipe
 
 RESOLVED = "resolved.yaml"
+_MANIFEST = "compressvit.json"  # of `compressvit.artifact`, which imports torch
 
 
 class RunFolder:
@@ -119,6 +121,41 @@ class RunFolder:
         write_text(self.path / RESOLVED, recipe.to_yaml())
         write_text(self.path / "environment.json", json.dumps(environment(command), indent=2) + "\n")
         write_text(self.path / "plan.json", json.dumps(plan, indent=2) + "\n")
+
+
+def find_runs(paths: Sequence[str | Path]) -> list[Path]:
+    """The run folders among `paths` and directly in them, each once.
+
+    Raises:
+        UserError: a path is neither; the sentence says what it is instead.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if (path / RESOLVED).is_file():
+            found.append(path)
+        elif path.is_dir() and (inside := sorted(file.parent for file in path.glob(f"*/{RESOLVED}"))):
+            found += inside
+        else:
+            raise UserError(_not_a_run(path))
+    return list({path.resolve(): path for path in found}.values())
+
+
+def _not_a_run(path: Path) -> str:
+    way_out = "give a folder that `compressvit apply` wrote, or one with such folders in it"
+    if not path.exists():
+        return f"there is no {path}; {way_out}"
+    if not path.is_dir():
+        return f"{path} is a file, not a run folder; {way_out}"
+    if not any(path.iterdir()):
+        return f"{path} is empty: no run has begun in it; {way_out}"
+    if (path / _MANIFEST).is_file():
+        return f"{path} is a model, not a run folder; give the run folder around it"
+    if (path / "recipe.yaml").is_file():
+        return (
+            f"{path} is a run that stopped before its first step: it has a recipe.yaml and no {RESOLVED}, so there is nothing to "
+            "look at; start it again with `compressvit apply … --output` and a new folder"
+        )
+    return f"{path} is not a run folder: it has no {RESOLVED}; {way_out}"
 
 
 def environment(command: list[str]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,13 +30,13 @@ class RunLog:
     Args:
         folder: the run folder; None writes no files.
         console: where the progress bar and the messages go.
-        tags: what TensorBoard calls a phase, where that is not its name (`compressvit.boards`).
+        tag: what TensorBoard calls a phase (`compressvit.boards`).
     """
 
-    def __init__(self, folder: Path | None, console: Console | None = None, tags: Mapping[str, str] | None = None):
+    def __init__(self, folder: Path | None, console: Console | None = None, tag: Callable[[str], str] = str):
         self.console = console or Console()
         self.folder = folder
-        self._tags = dict(tags or {})
+        self._tag = tag
         self._writer: Any = None
         _silence()
         log.setLevel(logging.INFO)
@@ -80,10 +80,6 @@ class RunLog:
         """Let a function show something else in TensorBoard, through the run's one SummaryWriter."""
         if self._writer is not None:
             show(self._writer)
-
-    def _tag(self, phase: str) -> str:
-        step, _, cycle = phase.partition("_cycle")
-        return "_cycle".join([self._tags.get(step, step), cycle]) if cycle else self._tags.get(phase, phase)
 
     @contextmanager
     def progress(self, description: str, total: int, completed: int = 0) -> Iterator[Any]:

@@ -195,8 +195,8 @@ def test_recipes_that_only_differ_elsewhere_are_told_apart(runs, tmp_path):
 
 def test_what_cannot_be_compared_says_why(runs, tmp_path):
     for words, paths in (
-        ("is not a run folder, and there is none in it", [tmp_path]),
-        ("is not a run folder", [runs["backbone"]]),
+        ("is empty: no run has begun in it", [tmp_path]),
+        ("is a model, not a run folder", [runs["backbone"]]),
     ):
         code, _, err = run("compare", *paths)
         assert code == 2

@@ -15,6 +15,7 @@ from helpers.runs import done, metrics, refused, run, student_bytes
 from helpers.training import CPU, Heard, largest_difference, random_batches, tiny_vit, values
 
 from compressvit import artifact
+from compressvit.diagnostics.allocation import allocation_finding
 from compressvit.diagnostics.findings import read
 from compressvit.distill import engine
 from compressvit.distill.engine import Phase, train
@@ -25,7 +26,6 @@ from compressvit.errors import UserError
 from compressvit.files import load_checkpoint
 from compressvit.pipeline import compress
 from compressvit.plan import plan_recipe
-from compressvit.plots import widths_finding
 from compressvit.prune import prunable_plan, shrink_
 from compressvit.recipe import parse_recipe
 from compressvit.transforms import Adapters, AdaptFormer
@@ -84,7 +84,7 @@ def test_a_run_tells_the_widths_everywhere(whole):
     allocation = read(whole / "diagnostics" / "allocation.json")
     assert {r["scope"] for r in allocation.records} == {"global"}
     for removals, cycle in enumerate(widths):
-        found = {r["adapter"]: r["neurons"] for r in allocation.records if r["removals"] == removals}
+        found = {r["layer"]: r["neurons"] for r in allocation.records if r["removals"] == removals}
         assert found == cycle
         assert {r["even"] for r in allocation.records if r["removals"] == removals} == {6 / 2**removals}
 
@@ -391,7 +391,7 @@ def test_the_bars_of_every_cycle_have_a_colour_of_their_own(removals, tmp_path):
     history = [
         {name: 64 // 2**cycle * (i != 3 or not cycle) for i, name in enumerate(names)} for cycle in range(removals + 1)
     ]
-    widths_finding(history).picture(tmp_path / "widths.svg")
+    allocation_finding({"prune": ("global", history)}).picture(tmp_path / "widths.svg")
     marks = list(ElementTree.parse(tmp_path / "widths.svg").iter())
     bars = [mark for mark in marks if mark.get("aria-roledescription") == "bar"]
     said = [dict(part.split(": ") for part in bar.attrib["aria-label"].split("; ")) for bar in bars]

@@ -14,10 +14,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from compressvit.diagnostics.program import Findings, program_of_models, table_of
-
 from compressvit.diagnostics.features import subject
 from compressvit.diagnostics.opened import OpenedModels
+from compressvit.diagnostics.program import Findings, program_of_models, table_of
 from compressvit.diagnostics.similarity import cka_finding, cka_layers_finding, cka_matrix
 
 

@@ -16,10 +16,9 @@ import copy
 import sys
 from collections.abc import Sequence
 
-from compressvit.diagnostics.program import Findings, program_of_models, table_of
-
 from compressvit.backbone import describe
 from compressvit.diagnostics.opened import OpenedModels
+from compressvit.diagnostics.program import Findings, program_of_models, table_of
 from compressvit.diagnostics.spectra import sharing_finding, sharing_losses, spectra_findings
 from compressvit.source import Source
 

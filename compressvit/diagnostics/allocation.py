@@ -5,60 +5,64 @@ Paper: Mini but Mighty: Finetuning ViTs with Mini Adapters, WACV 2024, https://a
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from compressvit.diagnostics.findings import Finding
+from compressvit.diagnostics.recorded import Run, not_recorded
+from compressvit.diagnostics.rows import read_rows
+from compressvit.distill.spec import Prune
+from compressvit.errors import UserError
 
 History = Sequence[Mapping[str, int]]  # neurons by adapter's path after every training, the start first
 
 _TITLES = {
-    "neurons": "neurons left",
-    "adapter": "adapter, in the order of the model",
-    "removals": "removals",
-    "run": "run",
+    "neurons": "neurons of the adapter (linear to 1, then logarithmic)",
+    "layer": "",
+    "cycle": "",
+    "even": "if every adapter had lost the same share",
 }
 
 
 def allocation_finding(histories: Mapping[str, tuple[str, History]]) -> Finding:
-    """`allocation`: neurons of every adapter after every removal, a line a removal, a panel for each history.
+    """`allocation`: neurons of every adapter after every removal, a row an adapter, a colour a removal, a panel a history.
 
     Args:
         histories: by the panel's name ('1_prune', or a run's): the scope ('global' or 'local') and the widths.
     """
-    records = []
-    for panel, (scope, history) in histories.items():
-        total = sum(history[0].values())
-        for removals, widths in enumerate(history):
-            share = sum(widths.values()) / max(1, total)
-            for adapter, start in history[0].items():
-                neurons = widths.get(adapter, 0)
-                # what the same number of neurons would be if every adapter had lost the same share
-                records.append(
-                    {
-                        "when": panel,
-                        "scope": scope,
-                        "adapter": adapter,
-                        "removals": removals,
-                        "neurons": neurons,
-                        "even": round(start * share, 2),
-                    }
-                )
+    records = [
+        {
+            "when": panel,
+            "scope": scope,
+            "layer": adapter,
+            "removals": removals,
+            "cycle": f"{removals} removal{'s' * (removals > 1)}" if removals else "start",
+            "neurons": widths.get(adapter, 0),
+            "even": round(start * sum(widths.values()) / max(1, sum(history[0].values())), 2),
+            "left": f"{start:,} → {history[-1][adapter]:,}" if history[-1].get(adapter) else f"{start:,}, gone",
+        }
+        for panel, (scope, history) in histories.items()
+        for removals, widths in enumerate(history)
+        for adapter, start in history[0].items()
+    ]
     return Finding(
         name="allocation",
-        title="Neurons of every adapter after every removal",
-        caption="A line a removal, from the start (dark) to the end (light). Where pruning is global, neurons go where they are missed "
-        "least, so the line bends: adapters that keep many are where the task differs most from what the backbone knows. Where it is "
-        "local, every adapter loses the same share, and the line keeps its form.",
-        chart="lines",
+        title="Neurons of every adapter",
+        caption="A row is an adapter, a colour a removal: the bar of a later removal lies over those before it, and ends where its neurons "
+        "do. Where pruning is global, neurons stay where they matter most: long last bars are the layers that need adapting most. Where it "
+        "is local, every adapter loses the same share. The axis is linear to 1, then logarithmic.",
+        chart="bars",
         records=records,
         options={
-            "x": "adapter",
-            "y": "neurons",
-            "colour": "removals",
+            "x": "neurons",
+            "y": "layer",
+            "colour": "cycle",
+            "over": True,
             "ramp": True,
+            "scales": {"neurons": "symlog"},
             "titles": _TITLES,
-            "scales": {"neurons": "symlog"},  # adapters may be empty
-            **({"facet": "when"} if len(histories) > 1 else {}),
+            **({"facet": "when"} if len(histories) > 1 else {"note": "left"}),
         },
     )
 
@@ -66,7 +70,7 @@ def allocation_finding(histories: Mapping[str, tuple[str, History]]) -> Finding:
 def final_allocation_finding(histories: Mapping[str, tuple[str, History]]) -> Finding:
     """`allocation_final`: neurons that are left in the end, a bar an adapter, runs side by side."""
     records = [
-        {"run": run, "scope": scope, "adapter": adapter, "start": start, "neurons": history[-1].get(adapter, 0)}
+        {"run": run, "scope": scope, "layer": adapter, "start": start, "neurons": history[-1].get(adapter, 0)}
         for run, (scope, history) in histories.items()
         for adapter, start in history[0].items()
     ]
@@ -77,5 +81,54 @@ def final_allocation_finding(histories: Mapping[str, tuple[str, History]]) -> Fi
         "pruning (MiMi) may empty an adapter, local pruning leaves the same share of each.",
         chart="bars",
         records=records,
-        options={"x": "neurons", "y": "adapter", "colour": "run", "titles": {**_TITLES, "neurons": "neurons left"}},
+        options={
+            "x": "neurons",
+            "y": "layer",
+            "colour": "run",
+            "titles": {"neurons": "neurons left", "layer": "", "run": ""},
+        },
     )
+
+
+def allocation_summary(histories: Mapping[str, tuple[str, History]]) -> list[dict[str, Any]]:
+    """A row an adapter for a table: neurons after every removal, of every history one after the other."""
+    longest = max(len(history) for _, history in histories.values())
+    found = []
+    for panel, (scope, history) in histories.items():
+        for adapter in history[0]:
+            left = [widths.get(adapter, 0) for widths in history] + [None] * (longest - len(history))
+            names = ["start", *(f"removal {i}" for i in range(1, longest))]
+            found.append({"run": panel, "scope": scope, "adapter": adapter, **dict(zip(names, left, strict=True))})
+    return found
+
+
+def run_histories(run: Run) -> dict[str, tuple[str, History]]:
+    """Scope and widths of every `prune` phase of a run, finished or not.
+
+    Raises:
+        UserError: it has none, or is damaged.
+    """
+    results, metrics = run.path / "results.json", run.path / "metrics.jsonl"
+    scopes = {f"{i}_prune": s.spec.scope for i, s in enumerate(run.recipe.steps) if isinstance(s.spec, Prune)}
+    if not scopes:
+        raise not_recorded(
+            run, "`prune` step", "only pruning moves neurons: put one behind `adapters` or `adaptformer`"
+        )
+    histories: dict[str, list[dict[str, int]]] = {}
+    if results.is_file():
+        try:
+            phases = json.loads(results.read_text(encoding="utf-8"))["phases"]
+            histories = {phase: phases[phase]["widths"] for phase in scopes}
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            raise UserError(f"{results} is not what `apply` writes: {error!r}") from error
+    elif metrics.is_file():
+        for row in read_rows(metrics, ("phase", "kind", "step", "time")):
+            if row["kind"] == "widths" and row["phase"] in scopes:
+                widths = {k: v for k, v in row.items() if k not in ("phase", "kind", "step", "time")}
+                histories.setdefault(row["phase"], []).append(widths)
+    known: dict[str, tuple[str, History]] = {
+        phase: (scope, histories[phase]) for phase, scope in scopes.items() if histories.get(phase)
+    }
+    if not known:
+        raise not_recorded(run, "pruning yet", "it has not come to its `prune` step; go on with it by `--resume`")
+    return known

@@ -25,6 +25,7 @@ from compressvit.distill.spec import Training
 from compressvit.errors import UserError
 from compressvit.spec import Spec
 
+FOLDER = "diagnostics"  # in a run folder
 Epochs = tuple[Annotated[int, Field(ge=0)] | Literal["last"], ...]
 EPOCHS = "When to measure, in epochs of each phase that are done: 0 is before the first, last behind the last."
 

@@ -36,7 +36,7 @@ def gradient_findings(rows: Rows) -> list[Finding]:
 def _over_training(rows: Rows) -> Finding:
     records = []
     for panel, some in _panels(rows):
-        for step, norms in _thinned(some, lambda row: {n: math.hypot(*g.values()) for n, g in row["norms"].items()}):
+        for step, norms in _thinned(some, _layer_norms):
             records += [{**panel, "step": step, "layer": layer, "norm": norm} for layer, norm in norms.items()]
     return Finding(
         name="gradients",
@@ -89,6 +89,67 @@ def _shared(rows: Rows) -> Finding:
             **({"facet": "when"} if _several(records) else {}),
         },
     )
+
+
+def layers_finding(rows: Rows) -> Finding:
+    """`gradients_layers`: the middle half of every layer's norms over training, phases or runs in one picture."""
+    records = []
+    for panel, some in _panels(rows):
+        for layer, norms in _by_layer(some).items():
+            quarters = statistics.quantiles(norms, n=4) if len(norms) > 1 else norms * 3
+            low, middle, high = (max(q, 0.0) for q in quarters)  # of few numbers they are extrapolated
+            records.append({**panel, "layer": layer, "norm": middle, "low": low, "high": high})
+    return Finding(
+        name="gradients_layers",
+        title="Norm of the gradient by layer",
+        caption="The median over training, and a band that holds the middle half. A flat line means that all layers are pulled at alike; a "
+        "slope or a jump, that depth decides how much a layer learns; a wide band, that its gradient varies.",
+        chart="lines",
+        records=records,
+        options={
+            "x": "layer",
+            "y": "norm",
+            "colour": "when",
+            "low": "low",
+            "high": "high",
+            "titles": _TITLES,
+            "scales": {"norm": "log", "low": "log"} if all(r["low"] > 0 for r in records) else {},
+        },
+    )
+
+
+def gradient_summary(rows: Rows) -> list[dict[str, Any]]:
+    """A row a layer for a table: the norm at first, its median and last; of shared tensors the mean norms of own use and sum."""
+    found = []
+    for panel, some in _panels(rows):
+        for layer, norms in _by_layer(some).items():
+            shared = [row["shared"][layer] for row in some if layer in row["shared"]]
+            means = {k: statistics.fmean(s[k] for s in shared) if shared else None for k in ("own", "sum")}
+            found.append(
+                {
+                    "run": panel["when"],
+                    "layer": layer,
+                    "steps": len(norms),
+                    "first": norms[0],
+                    "median": statistics.median(norms),
+                    "last": norms[-1],
+                    "shared, own use": means["own"],
+                    "shared, sum": means["sum"],
+                }
+            )
+    return found
+
+
+def _by_layer(rows: Rows) -> dict[str, list[float]]:
+    layers: dict[str, list[float]] = {}
+    for row in rows:
+        for layer, norm in _layer_norms(row).items():
+            layers.setdefault(layer, []).append(norm)
+    return layers
+
+
+def _layer_norms(row: Mapping[str, Any]) -> dict[str, float]:
+    return {layer: math.hypot(*groups.values()) for layer, groups in row["norms"].items()}
 
 
 def _group_norms(row: Mapping[str, Any]) -> dict[str, float]:

@@ -18,12 +18,13 @@ from torch import nn
 
 from compressvit import surgery
 from compressvit.backbone import ALL_FAMILIES, describe, family, head_names
-from compressvit.diagnostics.base import Watched, diagnostic, refuse_compiled
+from compressvit.diagnostics.base import FOLDER, Watched, diagnostic, refuse_compiled
 from compressvit.diagnostics.findings import Finding
 from compressvit.diagnostics.gradient_findings import gradient_findings
 from compressvit.diagnostics.rows import append_row, read_rows, rewrite_rows
 from compressvit.diagnostics.uses import Uses
 from compressvit.distill.spec import Training
+from compressvit.errors import UserError
 
 ROWS = "gradients.jsonl"
 KEYS = ("phase", "epoch", "step", "norms", "shared")
@@ -124,6 +125,31 @@ class GradientWatch:
             norms[layer][group] = math.hypot(norms[layer].get(group, 0.0), value)
         known = {layer: groups for layer, groups in norms.items() if groups}
         return {"phase": self._phase, "epoch": epoch, "step": step, "norms": known, "shared": shared}
+
+
+def gradient_rows(run: Path, phase: str | None = None, *, last: bool = False) -> list[dict[str, Any]]:
+    """The rows that a run recorded.
+
+    Args:
+        run: its folder; it need not be finished.
+        phase: only those of one phase.
+        last: only those of the last phase that has any, unless `phase` says which.
+
+    Raises:
+        UserError: it recorded none, or none of that phase.
+    """
+    path = run / FOLDER / ROWS
+    rows = read_rows(path, KEYS) if path.is_file() else []
+    if not rows:
+        raise UserError(
+            f"{run} has no gradients; a run records them where its recipe says `diagnostics: [gradients]`, e.g. "
+            "compressvit apply RECIPE 'diagnostics=[gradients]'"
+        )
+    known = list(dict.fromkeys(row["phase"] for row in rows))
+    if phase is not None and phase not in known:
+        raise UserError(f"{run} has no gradients of a phase {phase!r}; it has those of {', '.join(known)}")
+    wanted = phase or (known[-1] if last else None)
+    return [row for row in rows if wanted in (None, row["phase"])]
 
 
 def places(model: nn.Module) -> dict[str, tuple[str, str]]:

@@ -19,7 +19,7 @@ from torch import nn
 
 from compressvit.data import Data, Datasets, InputConfig, eval_loader, input_config
 from compressvit.diagnostics.allocation import History, allocation_finding
-from compressvit.diagnostics.base import Context, Measured, Watch, Watched
+from compressvit.diagnostics.base import FOLDER, Context, Measured, Watch, Watched
 from compressvit.diagnostics.findings import Finding, merged, read
 from compressvit.diagnostics.rows import append_row, read_rows
 from compressvit.distill.optimisation import random_state, restore_random_state
@@ -28,7 +28,6 @@ from compressvit.recipe import Recipe
 from compressvit.runlog import RunLog, log
 from compressvit.samples import Samples
 
-FOLDER = "diagnostics"
 MEASURED = "measured.jsonl"
 
 
@@ -94,7 +93,9 @@ class Recorder:
     def allocation(self, phase: str, scope: str, history: History) -> None:
         """Tell where a `prune` phase left neurons; always, because it costs nothing."""
         self._allocations[phase] = (scope, history)
-        self.keep(allocation_finding(self._allocations), len(history) - 1)
+        finding = allocation_finding(self._allocations)
+        self.keep(finding, len(history) - 1)
+        finding.picture(self._folder.parent / "widths.png")  # where a person looks first
 
     def keep(self, finding: Finding, step: int = 0) -> None:
         """Write a finding into the run folder, in place of an earlier one of its name, and show it in TensorBoard."""

@@ -15,8 +15,6 @@ from compressvit.diagnostics.findings import Finding
 from compressvit.errors import UserError
 from compressvit.runfolder import RESOLVED, RunFolder
 
-ARTIFACT = "compressvit.json"  # of `compressvit.artifact`, which imports torch
-
 
 class _File(BaseModel):
     """What the report relies on; a file may say more."""
@@ -166,41 +164,6 @@ class Run:
     log: str | None = None
     findings: list[Finding] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-
-
-def find_runs(paths: list[str] | list[Path]) -> list[Path]:
-    """The run folders among `paths` and directly in them, each once.
-
-    Raises:
-        UserError: a path is neither; the sentence says what it is instead.
-    """
-    found: list[Path] = []
-    for path in map(Path, paths):
-        if (path / RESOLVED).is_file():
-            found.append(path)
-        elif path.is_dir() and (inside := sorted(file.parent for file in path.glob(f"*/{RESOLVED}"))):
-            found += inside
-        else:
-            raise UserError(_not_a_run(path))
-    return list({path.resolve(): path for path in found}.values())
-
-
-def _not_a_run(path: Path) -> str:
-    way_out = "give a folder that `compressvit apply` wrote, or one with such folders in it"
-    if not path.exists():
-        return f"there is no {path}; {way_out}"
-    if not path.is_dir():
-        return f"{path} is a file, not a run folder; {way_out}"
-    if not any(path.iterdir()):
-        return f"{path} is empty: no run has begun in it; {way_out}"
-    if (path / ARTIFACT).is_file():
-        return f"{path} is a model, not a run folder; give the run folder around it"
-    if (path / "recipe.yaml").is_file():
-        return (
-            f"{path} is a run that stopped before its first step: it has a recipe.yaml and no {RESOLVED}, so there is nothing to "
-            "report; start it again with `compressvit apply … --output` and a new folder"
-        )
-    return f"{path} is not a run folder: it has no {RESOLVED}; {way_out}"
 
 
 def read_run(path: Path) -> Run:

@@ -9,7 +9,8 @@ from compressvit.errors import UserError
 from compressvit.files import write_text
 from compressvit.report import sections
 from compressvit.report.page import Page
-from compressvit.report.record import Run, find_runs, read_run
+from compressvit.report.record import Run, read_run
+from compressvit.runfolder import find_runs
 
 log = logging.getLogger("compressvit")
 

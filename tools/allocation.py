@@ -1,0 +1,45 @@
+r"""Where pruning left the neurons of adapters, of one run or of several side by side (MiMi, figure 5: local against global).
+
+Every run with a `prune` step has recorded it, also one that is not finished.
+
+example:
+  compressvit apply quickstart 'steps=[adapters: {ratio: 0.5}, prune: {target: {neurons: 0.1}, epochs: 3}]' --output runs/global
+  compressvit apply quickstart 'steps=[adapters: {ratio: 0.5}, prune: {target: {neurons: 0.1}, epochs: 3, scope: local}]' \
+    --output runs/local teacher.weights=runs/global/teacher
+  python tools/allocation.py runs/global runs/local
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from compressvit.diagnostics.allocation import (
+    allocation_finding,
+    allocation_summary,
+    final_allocation_finding,
+    run_histories,
+)
+from compressvit.diagnostics.program import Findings, program, table_of
+from compressvit.diagnostics.recorded import Run
+
+
+def look(runs: list[Run], arguments: argparse.Namespace) -> Findings:
+    """Every `prune` phase of every run."""
+    histories = {}
+    for run in runs:
+        own = run_histories(run)
+        for phase, history in own.items():
+            histories[run.label if len(own) == 1 else f"{run.label}, {phase}"] = history
+    table = table_of("Neurons of adapters", allocation_summary(histories))
+    return [table], [allocation_finding(histories), final_allocation_finding(histories)]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return program("allocation", __doc__, look, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""How training went: loss and evaluations over the steps of every phase, of one run or of several in one picture.
+
+Phases are called by their word (distill, not 1_distill), so that runs of different recipes lie in one panel.
+
+example:
+  compressvit apply quickstart --output runs/distilled
+  compressvit apply quickstart 'steps.1={finetune: {epochs: 15}}' --output runs/finetuned
+  python tools/curves.py runs/distilled runs/finetuned
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from compressvit.diagnostics.curves import curves_finding, curves_summary, read_curves
+from compressvit.diagnostics.program import Findings, program, table_of
+from compressvit.diagnostics.recorded import Run
+
+
+def look(runs: list[Run], arguments: argparse.Namespace) -> Findings:
+    """The curves asked for, or the ones that say most."""
+    curves = read_curves(runs, arguments.show)
+    return [table_of("Curves", curves_summary(curves))], [curves_finding(curves)]
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """What only this program has."""
+    parser.add_argument(
+        "--show",
+        metavar="TAG",
+        nargs="+",
+        help="as TensorBoard calls them, e.g. distill/train/gradient_norm (default: accuracy, and the mean loss of epochs)",
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return program("curves", __doc__, look, argv, options=options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,43 @@
+"""Norms of the gradient per layer over training, of one run or of several side by side (MiniViT, figure 4).
+
+A run records them where its recipe says `diagnostics: [gradients]`. What blocks share counts with the gradient of each block's own use.
+
+example:
+  compressvit apply quickstart 'diagnostics=[gradients]' --output runs/multiplexing
+  python tools/gradients.py runs/multiplexing
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from compressvit.diagnostics.gradient_findings import gradient_findings, gradient_summary, layers_finding
+from compressvit.diagnostics.gradients import gradient_rows
+from compressvit.diagnostics.program import Findings, program, table_of
+from compressvit.diagnostics.recorded import Run
+
+
+def look(runs: list[Run], arguments: argparse.Namespace) -> Findings:
+    """Of one run all phases; of several the last of each, so that students are compared."""
+    rows = []
+    for run in runs:
+        own = gradient_rows(run.path, arguments.phase, last=len(runs) > 1)
+        rows += [{**row, "run": run.label} for row in own] if len(runs) > 1 else own
+    table = table_of("Norm of the gradient, before clipping", gradient_summary(rows))
+    return [table], [*gradient_findings(rows), layers_finding(rows)]
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """What only this program has."""
+    parser.add_argument("--phase", help="teacher, 1_distill, … (default: all phases; of several runs the last of each)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return program("gradients", __doc__, look, argv, options=options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
