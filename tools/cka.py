@@ -22,7 +22,7 @@ from compressvit.diagnostics.similarity import cka_finding, cka_layers_finding, 
 
 def look(opened: OpenedModels, arguments: argparse.Namespace) -> Findings:
     """The matrix, and the diagonal where there are as many layers on both sides."""
-    first, second = opened.models
+    first, second = opened.pair()
     result = cka_matrix(
         subject(first.model, arguments.first_taps),
         subject(second.model, arguments.second_taps, opened.own(second)),

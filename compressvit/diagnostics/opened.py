@@ -43,6 +43,18 @@ class OpenedModels:
     device: torch.device
     folder: Path
 
+    def pair(self) -> tuple[Opened, Opened]:
+        """The two that are compared.
+
+        Raises:
+            UserError: one artifact was named, which does not know its teacher.
+        """
+        if len(self.models) == 1:
+            raise UserError(
+                f"{self.models[0].label} is an artifact, which does not know its teacher; name a second model to compare it with"
+            )
+        return self.models[0], self.models[1]
+
     def images(self, count: int) -> Iterator[torch.Tensor]:
         """Batches (B, C, H, W) of about `count` evaluation images as the first model takes them; `own` makes them another's."""
         for batch, _ in self.labelled(count):
@@ -58,12 +70,11 @@ class OpenedModels:
         return partial(renormalise, source=self.models[0].config, target=model.config)
 
 
-def open_models(words: Sequence[str], device: torch.device, *, teacher: bool = True, most: int = 2) -> OpenedModels:
+def open_models(words: Sequence[str], device: torch.device, *, most: int = 2) -> OpenedModels:
     """Load what is named.
 
     Args:
         words: run folders or artifacts, and overrides of the data (data.name=digits). Of one run, student and teacher are opened.
-        teacher: open the teacher of a single run, too.
         most: how many models at most.
 
     Raises:
@@ -76,10 +87,10 @@ def open_models(words: Sequence[str], device: torch.device, *, teacher: bool = T
             f"{len(paths)} models were named ({', '.join(map(str, paths)) or 'none'}); give one run, or up to {most} models"
         )
     folders = [artifact_in(path) for path in paths]
+    found = [(str(path), artifact.load(folder)) for path, folder in zip(paths, folders, strict=True)]
     home = next((f for f in folders if (f.parent / RESOLVED).is_file()), folders[0])
     recipe = data_recipe(home, overrides, "the program")
-    found = [(str(path), artifact.load(folder)) for path, folder in zip(paths, folders, strict=True)]
-    if len(paths) == 1 and teacher:
+    if len(paths) == 1 and (paths[0] / RESOLVED).is_file():
         found = [("student", found[0][1]), ("teacher", teacher_of(paths[0]))]
     labels = [label for label, _ in found]
     if len(set(labels)) < len(labels):
@@ -92,13 +103,9 @@ def teacher_of(run: Path) -> nn.Module:
     """The teacher of a run: the one that it trained, or the one that its recipe names.
 
     Raises:
-        UserError: the path is no run, or the weights cannot be had.
+        UserError: the weights cannot be had.
     """
     resolved = run / RESOLVED
-    if not resolved.is_file():
-        raise UserError(
-            f"{run} is an artifact, which does not know its teacher; name a second model to compare it with"
-        )
     if (run / "teacher").is_dir():
         return artifact.load(run / "teacher")
     recipe = parse_recipe(resolved.read_text(encoding="utf-8"), str(resolved))
