@@ -26,6 +26,7 @@ from compressvit.pipeline import apply_plans, compress, trained_names
 from compressvit.transforms import (
     PHM,
     SSF,
+    VPT,
     Adapters,
     AdaptFormer,
     BitFit,
@@ -360,6 +361,8 @@ def test_a_ratio_that_leaves_no_neuron_is_refused_with_one_that_does(kind):
         (RepAdapter, {"dropout": 1}, "dropout\n.*less than 1"),
         (LoRA, {"rank": 0}, "rank\n.*greater than or equal to 1"),
         (PHM, {"n": 0}, "n\n.*greater than or equal to 1"),
+        (FacT, {"rank": 0}, "rank\n.*greater than or equal to 1"),
+        (VPT, {"prompts": 0}, "prompts\n.*greater than or equal to 1"),
     ],
 )
 def test_numbers_that_make_no_sense_are_refused_by_name(kind, given, words):
