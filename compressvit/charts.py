@@ -98,6 +98,7 @@ def lines(
             type="quantitative",
             title=titles.get(x, x),
             scale=alt.Scale(**{**_scale(scales, x), "nice": False}),
+            axis=alt.Axis(tickMinStep=1) if all(isinstance(r[x], int) for r in records) else alt.Axis(),
         )
         if numbers
         else alt.X(
