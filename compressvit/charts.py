@@ -89,8 +89,7 @@ def lines(
     """
     titles, scales = titles or {}, scales or {}
     numbers = all(isinstance(r[x], (int, float)) for r in records)
-    whole: dict[str, Any] = {"tickMinStep": 1} if all(isinstance(r[x], int) for r in records) else {}
-    y_scale = _scale(scales, y)
+    y_scale = _scale(records, scales, y)
     if domain:
         y_scale |= {"domain": list(domain)}
     axis = {
@@ -98,8 +97,8 @@ def lines(
             x,
             type="quantitative",
             title=titles.get(x, x),
-            scale=alt.Scale(**{**_scale(scales, x), "nice": False}),
-            axis=alt.Axis(**whole),
+            scale=alt.Scale(**{**_scale(records, scales, x), "nice": False}),
+            axis=alt.Axis(tickMinStep=1) if all(isinstance(r[x], int) for r in records) else alt.Axis(),
         )
         if numbers
         else alt.X(
@@ -213,13 +212,15 @@ def points(
             x,
             type="quantitative",
             title=titles.get(x, x),
-            scale=alt.Scale(padding=12, **_scale(scales, x), **({"nice": False} if rows and x not in scales else {})),
+            scale=alt.Scale(
+                padding=12, **_scale(records, scales, x), **({"nice": False} if rows and x not in scales else {})
+            ),
         ),
         "y": alt.Y(
             y,
             type="quantitative",
             title=titles.get(y, y),
-            scale=alt.Scale(padding=12, **_scale(scales, y)),
+            scale=alt.Scale(padding=12, **_scale(records, scales, y)),
         ),
     }
     if rows:
@@ -273,10 +274,15 @@ def _framed(marks: Any, records: Records, facet: str | None, height: int = HEIGH
     return split.resolve_scale(y="independent").properties(usermeta={"fit": "fill"})
 
 
-def _scale(scales: Mapping[str, str], field: str) -> dict[str, Any]:
+def _scale(records: Records, scales: Mapping[str, str], field: str) -> dict[str, Any]:
     """From the smallest to the largest value: a logarithmic axis that is rounded to powers of ten is mostly empty."""
     kind = scales.get(field, "linear")
-    return {"type": "log", "nice": False} if kind == "log" else {"type": kind, "zero": False}
+    found: dict[str, Any] = {"type": "log", "nice": False} if kind == "log" else {"type": kind, "zero": False}
+    values = {record[field] for record in records if isinstance(record[field], (int, float))}
+    if len(values) == 1 and kind != "symlog":  # an axis of one value has a tick that is rounded as if there were others
+        only = float(values.pop())
+        found["domain"] = [only / 2, only * 2] if kind == "log" else [only - 1, only + 1]
+    return found
 
 
 def _levels(base: alt.Chart, levels: Mapping[str, float], axis: Mapping[str, Any]) -> Any:

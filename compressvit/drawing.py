@@ -79,4 +79,7 @@ def _merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, An
 
 def column(charts: Sequence[alt.Chart]) -> Any:
     """Charts one below the other, each with its own scales, to be saved as one picture."""
-    return alt.vconcat(*charts, spacing=30).resolve_scale(color="independent")
+    panels = [chart.copy(deep=False) for chart in charts]
+    for panel in panels:
+        panel.usermeta = alt.Undefined  # which only a whole picture has
+    return alt.vconcat(*panels, spacing=30).resolve_scale(color="independent")

@@ -207,8 +207,10 @@ def _text(run: Run, name: str) -> str | None:
 
 def _recipe(run: Run) -> dict[str, Any]:
     """The resolved recipe as plain values; the report shows its text and needs few of them."""
+    if run.resolved_text is None:
+        return {}
     try:
-        content = yaml.safe_load(run.resolved_text or "{}")
+        content = yaml.safe_load(run.resolved_text)
     except yaml.YAMLError:
         content = None
     if not isinstance(content, dict):

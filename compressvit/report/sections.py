@@ -25,8 +25,13 @@ def title(run: Run) -> str:
 
 def facts(run: Run) -> list[str]:
     """Folder, teacher and data, for the line below the title."""
-    teacher, data = run.recipe.get("teacher") or {}, run.recipe.get("data") or {}
-    said = [run.path.resolve().name, teacher.get("model"), data.get("name"), f"seed {run.recipe.get('seed', 0)}"]
+    teacher, data = (run.recipe.get(name) for name in ("teacher", "data"))
+    said = [
+        run.path.resolve().name,
+        teacher.get("model") if isinstance(teacher, dict) else None,
+        data.get("name") if isinstance(data, dict) else None,
+        f"seed {run.recipe.get('seed', 0)}",
+    ]
     return [str(word) for word in said if word]
 
 

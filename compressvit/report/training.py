@@ -97,7 +97,7 @@ def _rate(phase: str, train: Sequence[Line]) -> Finding | None:
 
 
 def _finding(name: str, title: str, caption: str, records: list[dict[str, Any]], axis: str) -> Finding | None:
-    if not records:
+    if len(records) < 2:  # a single value is no curve
         return None
     values = [record["value"] for record in records]
     log = min(values) > 0 and max(values) / min(values) > _RANGE and axis != "learning rate"
