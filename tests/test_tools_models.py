@@ -55,7 +55,7 @@ def test_cka_of_a_run_is_of_its_student_and_teacher(finished, tmp_path, capsys):
     assert {"student", "teacher", "cka", "plus_minus", "best"} == set(found[0])
     assert all(-0.3 < float(row["cka"]) <= 1 for row in found)
     for suffix in ("png", "svg", "json"):
-        assert (tmp_path / f"cka.{suffix}").stat().st_size > 1000
+        assert (tmp_path / f"cka.{suffix}").stat().st_size > 900
     assert list((tmp_path / "tensorboard").iterdir())
     assert len(rows(tmp_path / "cka_layers.csv")) == depth
 
@@ -116,7 +116,7 @@ def test_an_artifact_needs_data_and_a_partner(finished, tmp_path, capsys):
         (("RUN", "--first-taps", "blocks.9"), "tap 'blocks.9' is no module"),
         (("RUN", "--images", "3"), "3 images are too few"),
         (("RUN", "--batch-size", "2"), "batches of 2 images are too small"),
-        (("EMPTY",), "is no artifact"),
+        (("EMPTY",), "is not a compressvit artifact"),
     ],
 )
 def test_what_cannot_be_looked_at(finished, tmp_path, capsys, words, message):

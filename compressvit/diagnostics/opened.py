@@ -76,9 +76,9 @@ def open_models(words: Sequence[str], device: torch.device, *, teacher: bool = T
             f"{len(paths)} models were named ({', '.join(map(str, paths)) or 'none'}); give one run, or up to {most} models"
         )
     folders = [artifact_in(path) for path in paths]
+    found = [(str(path), artifact.load(folder)) for path, folder in zip(paths, folders, strict=True)]
     home = next((f for f in folders if (f.parent / RESOLVED).is_file()), folders[0])
     recipe = data_recipe(home, overrides, "the program")
-    found = [(str(path), artifact.load(folder)) for path, folder in zip(paths, folders, strict=True)]
     if len(paths) == 1 and teacher:
         found = [("student", found[0][1]), ("teacher", teacher_of(paths[0]))]
     labels = [label for label, _ in found]
