@@ -29,9 +29,8 @@ class Run:
         try:
             return parse_recipe(file.read_text(encoding="utf-8"), str(file))
         except (UserError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"{self.path} is damaged, or was written by another version of compressvit: {error}"
-            ) from error
+            first = str(error).splitlines()[:2][-1].strip()  # a recipe's faults are listed below a headline
+            raise UserError(f"{file} is damaged, or was written by another version of compressvit: {first}") from error
 
 
 def labelled(folders: Sequence[Path]) -> list[Run]:
