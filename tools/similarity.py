@@ -54,7 +54,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    return program_of_models("similarity", __doc__, look, argv, options=options, two=False)
+    return program_of_models("similarity", __doc__, look, argv, options=options)
 
 
 if __name__ == "__main__":

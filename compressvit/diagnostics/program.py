@@ -21,7 +21,7 @@ from compressvit.diagnostics.recorded import Run, labelled
 from compressvit.errors import UserError
 from compressvit.files import disk_faults
 from compressvit.preflight import pick_device
-from compressvit.runfolder import RESOLVED, find_runs
+from compressvit.runfolder import find_runs
 
 Findings = tuple[list[Table], list[Finding]]
 Options = Callable[[argparse.ArgumentParser], None]
@@ -61,14 +61,8 @@ def program_of_models(
     argv: Sequence[str] | None = None,
     *,
     options: Options = lambda parser: None,
-    two: bool = True,
 ) -> int:
-    """Run a program of `tools/` that opens models and images; returns its exit code.
-
-    Args:
-        name, text, look, options: as those of `program`.
-        two: it compares two models, so an artifact needs a second one; else it is looked at alone.
-    """
+    """Run a program of `tools/` that opens models and images; returns its exit code. Arguments as those of `program`."""
     parser = _parser(name, text, options)
     parser.add_argument("models", metavar="RUN|ARTIFACT", nargs="+", help="one run, or up to two models")
     parser.add_argument("--device", default="auto", help="cpu, cuda, … (default: the best there is)")
@@ -79,9 +73,7 @@ def program_of_models(
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
 
     def found() -> tuple[Findings, Path]:
-        words = [*arguments.models, *rest]
-        teacher = two or (Path(words[0]) / RESOLVED).is_file()
-        opened = open_models(words, pick_device(arguments.device), teacher=teacher)
+        opened = open_models([*arguments.models, *rest], pick_device(arguments.device))
         return look(opened, arguments), opened.folder
 
     return _answered(name, arguments, found)
