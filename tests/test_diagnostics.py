@@ -326,7 +326,7 @@ def test_the_plan_refuses_a_compiled_phase_and_notes_epochs_that_never_come(monk
     (phase,) = parse_recipe(text).phases().values()
     assert Rude(epochs=(0, 2)).note(phase) is None
     assert Rude(epochs=(0, 3, "last", 5)).note(phase) == "rude is not measured at epoch 3, 5: the phase has 2"
-    assert Rude().summary() == "512 images, at epoch 0, last of every phase"
+    assert Rude().summary() == "at epoch 0, last of every phase"
 
 
 def test_a_run_that_is_older_than_a_key_can_be_resumed(finished, tmp_path):
