@@ -79,7 +79,7 @@ def test_uses_add_up_to_the_gradient(spec, backbone, batches):
     assert set(total) == shared != set()
     expected = {name: model.get_parameter(name).grad.double() for name in shared}
     assert min(g.norm() for g in expected.values()) > 0
-    assert furthest(total, expected) < 1e-6  # measured up to 3e-7
+    assert furthest(total, expected) < 1e-6  # measured up to 1.1e-7
 
 
 @pytest.mark.parametrize(("spec", "backbone"), CASES)
@@ -110,7 +110,7 @@ def test_autocast_casts_a_shared_weight_once_and_its_uses_are_told_apart():
     model = sharing(Multiplex(share=2), "vit")
     uses = recorded(model, precision=torch.bfloat16)
     expected = {name: model.get_parameter(name).grad.double() for name in summed(uses)}
-    assert furthest(summed(uses), expected) < 2e-2  # bfloat16 has 8 bits; measured 4e-3
+    assert furthest(summed(uses), expected) < 2e-2  # bfloat16 has 8 bits; measured 2e-3
     own = [uses.gradients[f"blocks.{i}.attn.qkv.weight"] for i in (0, 1)]
     assert (own[0] - own[1]).norm() > 0.1 * own[0].norm()
 
