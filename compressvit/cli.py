@@ -332,7 +332,7 @@ def _schema(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from compressvit.recipe import documentation, json_schema
+    from compressvit.recipe_schema import documentation, json_schema
 
     if arguments.key is None:
         print(json.dumps(json_schema(), indent=2))

@@ -127,7 +127,7 @@ Step = create_model(
 )
 Entry = create_model("Entry", __base__=_Entry, __doc__="One diagnostic.", **_one_of(DIAGNOSTICS))
 # Lists of such entries, and what one of theirs is called.
-_LISTS: dict[str, tuple[Any, str]] = {"steps": (Step, "a step"), "diagnostics": (Entry, "a diagnostic")}
+LISTS: dict[str, tuple[Any, str]] = {"steps": (Step, "a step"), "diagnostics": (Entry, "a diagnostic")}
 
 
 def step(spec: Transform | Training | Merge) -> Any:
@@ -184,8 +184,8 @@ class Recipe(Spec):
 
     def to_yaml(self) -> str:
         """The recipe with every default written out."""
-        content = self.model_dump(mode="json", exclude=set(_LISTS))
-        for key in _LISTS:
+        content = self.model_dump(mode="json", exclude=set(LISTS))
+        for key in LISTS:
             content[key] = [{entry.name: entry.spec.model_dump(mode="json")} for entry in getattr(self, key)]
         return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
@@ -261,63 +261,17 @@ def find_recipe(name_or_path: str | Path) -> Path:
     raise UserError(f"there is no recipe {str(name_or_path)!r}, neither a file nor one that ships; {hint}")
 
 
-def documentation(key: str) -> list[tuple[str, str, str]]:
-    """The keys below `key` (a section, a step, or a path such as distill.losses): name, default and meaning of each.
-
-    Raises:
-        UserError: there is no such key.
-    """
-    parts = key.split(".")
-    known: dict[str, FieldInfo] = {**Recipe.model_fields, **Step.model_fields, **Entry.model_fields}
-    rows: dict[str, FieldInfo] = {}
-    for i, part in enumerate(parts):
-        if part not in known:
-            raise UserError(
-                f"there is no key {'.'.join(parts[: i + 1])!r} in a recipe; {did_you_mean(part, known, list_at_most=30)}"
-            )
-        model = _model_in(known[part].annotation)
-        rows = {part: known[part]} if model is None else dict(model.model_fields)
-        known = {} if model is None else rows
-    return [(name, _default(field), _meaning(field)) for name, field in rows.items()]
-
-
-def _meaning(field: FieldInfo) -> str:
+def meaning(field: FieldInfo) -> str:
     """What the schema says about a key."""
-    model = _model_in(field.annotation)
+    model = model_in(field.annotation)
     text = field.description or (model.__doc__ if model else None) or ""
     return text.splitlines()[0] if text else ""
-
-
-def _default(field: FieldInfo) -> str:
-    if field.is_required():
-        return "required"
-    value = field.get_default(call_default_factory=True)
-    return "…" if isinstance(value, BaseModel) else json.dumps(value, default=str)
-
-
-def json_schema() -> dict[str, Any]:
-    """JSON schema of recipes, for editors that complete and check YAML."""
-    schema = Recipe.model_json_schema()
-    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    for key, (model, _) in _LISTS.items():
-        entry = schema["$defs"][model.__name__]
-        entry.update(minProperties=1, maxProperties=1)
-        for name, field in entry["properties"].items():
-            reference = next(option for option in field.pop("anyOf") if "$ref" in option)
-            # `- distill:` alone is YAML for a null value, and means the defaults
-            entry["properties"][name] = {
-                "anyOf": [reference, {"type": "null"}],
-                "description": field.get("description", ""),
-            }
-        words = {"enum": list(entry["properties"])}
-        schema["properties"][key]["items"] = {"anyOf": [{"$ref": f"#/$defs/{model.__name__}"}, words]}
-    return schema
 
 
 def _spell_out(content: dict[str, Any]) -> None:
     """Turn an entry that is a bare word, or a word with nothing behind it, into one with defaults."""
     # Not a validator: pydantic would then check the steps as Python values, where its strict mode refuses lists for tuples.
-    for key in _LISTS:
+    for key in LISTS:
         entries = content.get(key)
         if not isinstance(entries, list):
             continue
@@ -361,14 +315,14 @@ def _sentence(fault: Any, path: tuple) -> str:
     given = fault["input"]
     if fault["type"] == "extra_forbidden":
         word = str(fault["loc"][-1])
-        for key, (model, what) in _LISTS.items():
+        for key, (model, what) in LISTS.items():
             if word in model.model_fields and path[:1] != (key,) and len(path) in (1, 3):
                 return f"unknown key; {word} is {what}, so it belongs into the list `{key}` ({key}.0.{word} on the command line)"
         hint = did_you_mean(word, _fields(path[:-1]), list_at_most=30)
         return f"unknown key {hint}" if hint.startswith("(") else f"unknown key; {hint}"
     if fault["type"] == "missing":
         field = _fields(path[:-1]).get(path[-1])
-        about = _meaning(field).rstrip(".") if field else ""
+        about = meaning(field).rstrip(".") if field else ""
         return "missing, and it has no default" + (f"; it is {about[0].lower()}{about[1:]}" if about else "")
     if fault["type"] == "too_short":
         return f"should have at least {fault['ctx']['min_length']} item, not {fault['ctx']['actual_length']}"
@@ -389,14 +343,14 @@ def _fields(path: tuple) -> dict[str, FieldInfo]:
         if isinstance(part, int) or model is None:
             continue
         field = model.model_fields.get(part)
-        model = _model_in(field.annotation) if field else None
+        model = model_in(field.annotation) if field else None
     return model.model_fields if model is not None else {}
 
 
-def _model_in(annotation: Any) -> type[BaseModel] | None:
+def model_in(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next((m for a in get_args(annotation) if (m := _model_in(a)) is not None), None)
+    return next((m for a in get_args(annotation) if (m := model_in(a)) is not None), None)
 
 
 def _written(path: tuple) -> str:

@@ -32,7 +32,8 @@ from compressvit.diagnostics.rows import read_rows
 from compressvit.distill import engine
 from compressvit.errors import UserError
 from compressvit.plan import plan_recipe
-from compressvit.recipe import json_schema, load_recipe, parse_recipe
+from compressvit.recipe import load_recipe, parse_recipe
+from compressvit.recipe_schema import json_schema
 
 WATCHED = "diagnostics=[gradients: {every: 3}]"
 HARD = [

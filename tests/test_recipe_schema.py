@@ -16,13 +16,13 @@ from compressvit.recipe import (
     Recipe,
     Student,
     Teacher,
-    json_schema,
     load_recipe,
     parse_recipe,
     recipes_folder,
     shipped_recipes,
     step,
 )
+from compressvit.recipe_schema import json_schema
 from compressvit.transforms import TRANSFORMS
 from compressvit.transforms.irpe import IRPE
 from compressvit.transforms.multiplex import Multiplex

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -11,34 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.models import build
+from helpers.tools import ran, refused
 
 from compressvit import artifact
 from compressvit.diagnostics.opened import open_models
 from compressvit.errors import UserError
 
 CPU = torch.device("cpu")
-TOOLS = Path(__file__).parents[1] / "tools"
-
-
-def tool(name: str):
-    spec = importlib.util.spec_from_file_location(f"tools_{name}", TOOLS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def ran(capsys, name: str, *words: object) -> str:
-    code = tool(name).main([str(word) for word in words])
-    out, err = capsys.readouterr()
-    assert code == 0, err
-    return " ".join(out.split())
-
-
-def refused(capsys, name: str, *words: object) -> str:
-    assert tool(name).main([str(word) for word in words]) == 2
-    out, err = capsys.readouterr()
-    assert "Traceback" not in out + err
-    return err
 
 
 def rows(path: Path) -> list[dict[str, str]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import importlib.util
 import io
 import json
 import os
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from helpers.runs import RECIPE, done
+from helpers.tools import ran, refused, tool
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from compressvit.diagnostics.allocation import allocation_finding, allocation_summary
@@ -25,29 +25,6 @@ from compressvit.diagnostics.recorded import Run, labelled
 
 ROOT = Path(__file__).parents[1]
 PRUNE = "steps=[adapters: {width: 6}, prune: {epochs: 1, target: {neurons: 0.25}, scope: SCOPE}]"
-
-
-def tool(name: str):
-    spec = importlib.util.spec_from_file_location(f"tools_{name}", ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def ran(capsys, name: str, *words: object) -> str:
-    code = tool(name).main([str(word) for word in words])
-    out, err = capsys.readouterr()
-    assert code == 0, err
-    return " ".join(out.split())
-
-
-def refused(capsys, name: str, *words: object) -> str:
-    assert tool(name).main([str(word) for word in words]) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert len(err.strip().splitlines()) == 1
-    assert err.startswith(f"{name}.py: ")
-    return err
 
 
 def rows(path: Path) -> list[dict[str, str]]:
