@@ -125,7 +125,9 @@ def merge_folder(path: str | Path, output: str | Path | None = None, *, device: 
     result["latency_ms"] = dict(zip(models, times, strict=True))
     result["latency_on"] = f"{where}, {torch.get_num_threads()} threads"
     result["parameters"] = {name: ties.count_parameters(m) for name, m in models.items()}
-    write_text(target / "merge.json", json.dumps(result, indent=2) + "\n")
+    # the folder is there to be shipped: nothing in it names this machine's folders
+    shipped = {**result, "artifact": os.path.relpath(folder, target), "merged": "."}
+    write_text(target / "merge.json", json.dumps(shipped, indent=2) + "\n")
     return result
 
 

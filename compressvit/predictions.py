@@ -42,7 +42,9 @@ class Predictions:
 
     def __init__(self, config: InputConfig, classes: int, names: Sequence[str] | None, labelled: bool):
         self.config = config
-        self.names = [*(names or ()), *map(str, range(len(names or ()), classes))]
+        self.names = (
+            [*(names or ()), *map(str, range(len(names or ()), classes))] if classes else []
+        )  # features are no scores
         self.labelled = labelled and classes > 0
         self.images = 0
         self.compared = False
@@ -74,6 +76,8 @@ class Predictions:
             outputs, expected: (B, classes or width) of student and teacher; no `expected` where they cannot be compared.
         """
         self.images += len(images)
+        if outputs.ndim != 2:  # tokens or maps of a backbone without pooling
+            return
         self.compared = expected is not None
         answers = {"student": outputs} | ({} if expected is None else {"teacher": expected})
         shares = {who: logits.softmax(1).nan_to_num() for who, logits in answers.items()} if self.names else {}
@@ -94,7 +98,8 @@ class Predictions:
             for who, share in shares.items():
                 probability, chosen = share[index].max(0)
                 said[who] = {"class": self.names[int(chosen)], "probability": round(float(probability), 4)}
-            entry = (value, next(self._order), said, images[index].cpu())
+            picture = images[index].cpu().clone()  # not a view, which would keep the batch
+            entry = (value, next(self._order), said, picture)
             (heapq.heappushpop if len(self._examples) == EXAMPLES else heapq.heappush)(self._examples, entry)  # type: ignore[operator]
 
     def _count_answers(self, targets: torch.Tensor, chosen: dict[str, torch.Tensor]) -> None:

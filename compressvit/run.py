@@ -33,7 +33,7 @@ from compressvit.diagnostics.similarity import likeness
 from compressvit.distill import optimisation as opt
 from compressvit.distill.engine import Phase, Teacher, train
 from compressvit.distill.evaluate import Watch, evaluate
-from compressvit.distill.pairs import match_layers
+from compressvit.distill.pairs import match_layers_once
 from compressvit.distill.prune_cycles import prune_and_train
 from compressvit.distill.spec import Distill, Finetune, Prune, Sparsify, Training
 from compressvit.distill.terms import labels_term, terms_of_phase
@@ -125,6 +125,8 @@ def apply(
         results = run.finish(teacher.to(where).eval(), run.make_student(teacher), plan)
         if report:
             report_after_run(folder.path)
+        if recipe.merges:  # last, because a merge that is not exact is refused
+            voice.show(partial(print_merge, merge_folder(folder.path, device=str(where))))
     except UserError as error:
         log.error("%s", error, extra={"already_shown": True})
         raise
@@ -292,7 +294,9 @@ class _Run:
                 images=self.recipe.calibration.images,
                 teacher_input=guide.input,
             )
-            pairs, how = match_layers(model, teacher, spec.layers, alike)
+            pairs, how = match_layers_once(
+                model, teacher, spec.layers, alike, phase.checkpoint.with_suffix(".layers.json")
+            )
             terms = terms_of_phase(spec, model, pairs)
             self.log.say(
                 f"{phase.name}: {', '.join(t.name for t in terms)}; layer pairs {', '.join(map(str, pairs)) or 'none'} ({how})"
@@ -391,8 +395,6 @@ class _Run:
         )
         if self.datasets.broken.count:
             self.log.say(f"{self.datasets.broken.count} broken image files were skipped; run.log names them")
-        if self.recipe.merges:
-            self.log.show(partial(print_merge, merge_folder(self.folder.path, device=str(self.device))))
         self.log.say(f"run folder: {self.folder.path}")
         return results
 

@@ -61,6 +61,8 @@ def artifact_in(path: Path) -> Path:
     """
     if not path.exists():
         raise UserError(f"there is no {path}; give a run folder, or an artifact (a folder with {artifact.MANIFEST})")
+    if path.is_file():
+        raise UserError(f"{path} is a file; give a run folder, or an artifact (a folder with {artifact.MANIFEST})")
     folder = path / "student" if (path / RESOLVED).is_file() else path
     if folder != path and not (folder / artifact.MANIFEST).is_file():
         raise UserError(f"{path} is a run that has no student yet; `compressvit apply … --resume` finishes it")

@@ -10,9 +10,10 @@ import torch
 from helpers.models import ADAPTED, BACKBONES, build, equal_within_stages, images_for
 from torch import nn
 
-from compressvit import LORS, Align, Multiplex, compress
+from compressvit import LORS, VPT, Align, Multiplex, compress
 from compressvit.backbone import describe
 from compressvit.diagnostics.drift import drift, drift_finding
+from compressvit.diagnostics.embedding import embedding_finding
 from compressvit.diagnostics.features import block_paths, features, regrouped, subject, walk
 from compressvit.diagnostics.findings import merged
 from compressvit.diagnostics.similarity import cka_finding, cka_matrix
@@ -199,7 +200,25 @@ def test_the_relative_error_is_what_it_says():
     assert found[3]["error"] == pytest.approx(((ours - theirs).norm() / theirs.norm()).item(), rel=1e-5)
 
 
-def test_heads_that_mix_and_prompts_of_none_are_compared():
+def test_prompts_leave_out_what_compares_tokens_one_by_one():
+    teacher = build("vit")
+    student = compress(teacher, [VPT(prompts=3)])
+    found = drift(student, teacher, every_block(student, teacher), batches_for(teacher), CPU)
+    assert all(set(means) <= {"cosine", "error", "hidden_relation"} for means in found)
+    assert found[-1]["error"] > 0
+
+
+def test_models_are_left_as_they_were_also_by_an_error():
+    teacher, student = build("vit").train(), build("vit").train()
+    with torch.no_grad():
+        student.blocks[1].mlp.fc1.bias[0] = float("nan")
+    with pytest.raises(UserError):
+        drift(student, teacher, every_block(student, teacher), batches_for(teacher), CPU)
+    assert student.training
+    assert teacher.training
+
+
+def test_heads_that_mix_are_compared():
     teacher = build("swin")
     student = compress(teacher, [Multiplex(share=2, head_mixing=True, mlp_conv=3)])
     pairs = every_block(student, teacher)
@@ -323,8 +342,42 @@ def test_weights_that_are_not_finite_have_no_spectrum():
     model = build("vit")
     with torch.no_grad():
         model.blocks[1].attn.proj.weight[0, 0] = float("nan")
-    with pytest.raises(UserError, match=r"the weight of blocks.1.attn.proj holds numbers that are not finite"):
-        singular_values(model)
+    for call in (
+        lambda: singular_values(model),
+        lambda: sharing_losses(model),
+        lambda: sharing_losses(model, aligned=True),
+    ):
+        with pytest.raises(UserError, match=r"the weight of blocks.1.attn.proj holds numbers that are not finite"):
+            call()
+
+
+def test_layers_that_see_nothing_lose_nothing():
+    model = build("vit")
+    with torch.no_grad():
+        for block in model.blocks:
+            block.norm1.weight.zero_()
+            block.norm1.bias.zero_()
+    found = sharing_losses(model, source=Source(model, images_for(model, 16)))
+    assert all(record["loss"] == 0 for record in found if record["layer"] == "attn.qkv")
+
+
+# --- t-SNE
+
+
+def test_images_of_a_class_lie_together():
+    chance = np.random.default_rng(0)
+    labels = np.repeat([0, 1], 30)
+    features = chance.normal(size=(60, 8)) + 20 * labels[:, None]
+    points = embedding_finding({"model": features}, labels).records
+    places = {c: np.array([[p["x"], p["y"]] for p in points if p["class"] == c]) for c in "01"}
+    spread = max(np.linalg.norm(v - v.mean(0), axis=1).max() for v in places.values())
+    assert np.linalg.norm(places["0"].mean(0) - places["1"].mean(0)) > spread
+
+
+@pytest.mark.parametrize("features", [np.ones((20, 8)), np.zeros((20, 8)), np.arange(20.0)[:, None]])
+def test_features_that_do_not_vary_are_refused(features):
+    with pytest.raises(UserError, match="there is nothing to draw"):
+        embedding_finding({"model": features}, np.zeros(20))
 
 
 # --- findings of several moments

@@ -130,6 +130,20 @@ def test_a_constant_layer_tells_nothing(kernel, constant):
     assert torch.allclose(result.values, torch.tensor([[1.0, 0.0], [0.0, 0.0]], dtype=torch.float64))
 
 
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_rbf_where_most_images_coincide(unbiased):
+    """Their median distance is 0, so σ is that of the images that differ."""
+    x, y = related(32)
+    x[:24] = 0
+    values = [cka(a, b, "rbf", unbiased=unbiased) for a, b in ((x, x), (x, y), (1e6 * x, y))]
+    assert values[0] == pytest.approx(1, abs=1e-9)
+    assert -0.5 < values[1] < 1
+    assert values[2] == pytest.approx(values[1], abs=1e-6)
+    stream = MinibatchCKA(["x"], ["y"], "rbf")
+    stream.add({"x": x}, {"y": y})
+    assert stream.result().values.item() == pytest.approx(cka(x, y, "rbf", unbiased=True), abs=1e-9)
+
+
 def test_half_precision_is_summed_in_float64():
     x, y = related()
     exact = cka(x.half().double(), y.half().double())

@@ -87,13 +87,28 @@ def test_a_student_on_its_own_shows_what_it_is_most_wrong_about(tmp_path):
 
 
 def test_headless_models_by_the_cosine_of_their_features(tmp_path):
-    seen = Predictions(GREY, 0, None, labelled=True)
+    seen = Predictions(GREY, 0, ["cat", "dog"], labelled=True)  # the data's classes, which the models do not tell apart
     ours, theirs = torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[2.0, 0.0], [0.0, 3.0]])
     seen.add(torch.zeros(2, 1, 8, 8), torch.tensor([-1, -1]), ours, theirs)
     content = seen.as_dict()
     assert (content["measure"], content["classes"], content["confusions"]) == ("cosine", None, None)
     assert [one["value"] for one in content["examples"]] == [0, 1]
     assert set(content["examples"][0]) == {"file", "value"}
+
+
+def test_backbones_without_pooling_are_only_counted(tmp_path):
+    seen = Predictions(GREY, 0, None, labelled=False)
+    seen.add(torch.zeros(2, 1, 8, 8), torch.tensor([-1, -1]), torch.ones(2, 5, 4), torch.ones(2, 5, 4))
+    assert (seen.images, seen.measure) == (2, None)
+
+
+def test_a_picture_does_not_keep_its_batch():
+    seen = Predictions(GREY, 2, None, labelled=True)
+    pixels = torch.zeros(50, 1, 8, 8)
+    seen.add(pixels, torch.zeros(50, dtype=torch.long), torch.randn(50, 2), torch.randn(50, 2))
+    kept = [entry[-1] for entry in seen._examples]
+    assert kept
+    assert all(picture.untyped_storage().nbytes() == 4 * 64 for picture in kept)
 
 
 def test_outputs_that_are_not_numbers_are_still_written(tmp_path):

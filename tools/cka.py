@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from compressvit.diagnostics.features import subject
 from compressvit.diagnostics.opened import OpenedModels
-from compressvit.diagnostics.program import Findings, program_of_models, table_of
+from compressvit.diagnostics.program import Findings, above_zero, program_of_models, table_of, whole
 from compressvit.diagnostics.similarity import cka_finding, cka_layers_finding, cka_matrix
 
 
@@ -53,10 +53,10 @@ def look(opened: OpenedModels, arguments: argparse.Namespace) -> Findings:
 
 def options(parser: argparse.ArgumentParser) -> None:
     """What only this program has."""
-    parser.add_argument("--images", type=int, default=512, help="evaluation images (default: 512)")
+    parser.add_argument("--images", type=whole, default=512, help="evaluation images (default: 512)")
     parser.add_argument("--kernel", choices=("linear", "rbf"), default="linear")
-    parser.add_argument("--bandwidth", type=float, default=1.0, help="σ of rbf in medians of the distances")
-    parser.add_argument("--batch-size", type=int, default=64, help="images whose features are in memory together")
+    parser.add_argument("--bandwidth", type=above_zero, default=1.0, help="σ of rbf in medians of the distances")
+    parser.add_argument("--batch-size", type=whole, default=64, help="images whose features are in memory together")
     for side in ("first", "second"):
         parser.add_argument(
             f"--{side}-taps", metavar="PATH", nargs="+", help=f"modules of the {side} model (default: its blocks)"

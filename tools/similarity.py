@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 from compressvit.backbone import describe
 from compressvit.diagnostics.opened import OpenedModels
-from compressvit.diagnostics.program import Findings, program_of_models, table_of
+from compressvit.diagnostics.program import Findings, program_of_models, table_of, whole
 from compressvit.diagnostics.spectra import sharing_finding, sharing_losses, spectra_findings
 from compressvit.source import Source
 
@@ -44,12 +44,12 @@ def look(opened: OpenedModels, arguments: argparse.Namespace) -> Findings:
 def options(parser: argparse.ArgumentParser) -> None:
     """What only this program has."""
     parser.add_argument("--student", action="store_true", help="look at the student of the run")
-    parser.add_argument("--images", type=int, default=256, help="evaluation images (default: 256)")
+    parser.add_argument("--images", type=whole, default=256, help="evaluation images (default: 256)")
     parser.add_argument("--weights", action="store_true", help="compare the weights alone; needs no images")
     parser.add_argument(
         "--aligned", action="store_true", help="match neurons and heads first, as the align step does; compares weights"
     )
-    parser.add_argument("--show", type=int, default=12, help="pairs in the table (default: 12)")
+    parser.add_argument("--show", type=whole, default=12, help="pairs in the table (default: 12)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -28,8 +28,8 @@ from compressvit.spec import Spec
 FOLDER = "diagnostics"  # in a run folder
 Epochs = tuple[Annotated[int, Field(ge=0)] | Literal["last"], ...]
 EPOCHS = (
-    "When to measure, in epochs of each phase that are done: 0 is before the first, last behind the last (with keep: best before the best "
-    "weights are put back)."
+    "When to measure, in epochs of each phase that are done: 0 is before the first, last behind the last (with keep: best of the weights "
+    "that are kept)."
 )
 
 

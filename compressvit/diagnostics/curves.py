@@ -35,7 +35,8 @@ def read_curves(runs: Sequence[Run], wanted: Sequence[str] | None = None) -> Cur
     known = list(dict.fromkeys(tag for _, tag in everything))
     for tag in wanted or ():
         if tag not in known:
-            raise UserError(f"there is no curve {tag!r} in these runs; {did_you_mean(tag, known, list_at_most=40)}")
+            near = did_you_mean(tag, known, list_at_most=40) or f"there are e.g. {', '.join(known[:6])}"
+            raise UserError(f"there is no curve {tag!r} in these runs; {near}")
     chosen = wanted or [tag for tag in known if _says_most(tag, known)]
     return {
         (label, tag): everything[label, tag]

@@ -48,17 +48,16 @@ def drift(
 
     Returns:
         For every pair the means over images of the keys of `MEASURES`; those that the two do not allow are left out: cosine and error
-        between widths that differ.
+        between widths that differ, what compares tokens where one of the two has prompts among them.
         `attention_kl` is KL(teacher ‖ student) of a row of the maps, mean over rows and heads (of the mean map where the numbers of
         heads differ); mixed probabilities may fall below 0 and are cut there and normalised. `hidden_relation` has the loss's factor 49.
 
     Raises:
         UserError: no image, or features that are not finite: the first block is named.
     """
-    sums = [dict.fromkeys(MEASURES, 0.0) for _ in pairs]
+    sums: list[dict[str, float]] = [{} for _ in pairs]
     norms = [[0.0, 0.0] for _ in pairs]
     seen = 0
-    modes = [(m, m.training) for m in (student, teacher)]
     with (
         _tapped(student, [p.student.path for p in pairs], device) as ours,
         _tapped(teacher, [p.teacher.path for p in pairs], device) as theirs,
@@ -72,10 +71,8 @@ def drift(
                 s = _Block(mine, pair.student.path, pair.student_skip, student)
                 t = _Block(other, pair.teacher.path, pair.teacher_skip, teacher)
                 for name, value in _measure(s, t, norm).items():
-                    total[name] += value * len(batch)
+                    total[name] = total.get(name, 0.0) + value * len(batch)
             seen += len(batch)
-    for model, training in modes:
-        model.train(training)
     if not seen:
         raise UserError("drift needs images, and none were given")
     found = []
@@ -83,9 +80,11 @@ def drift(
         means = {name: value / seen for name, value in total.items()}
         if size:
             means["error"] = (difference / size) ** 0.5
-        else:
-            del means["cosine"], means["error"]
         found.append(means)
+    if not any(found):
+        raise UserError(
+            "drift has nothing to compare: the blocks of the two models put out other numbers of tokens, and of other widths"
+        )
     return found
 
 
@@ -107,15 +106,16 @@ class _Block:
 
 
 def _measure(s: _Block, t: _Block, norm: list[float]) -> dict[str, float]:
-    values = {
-        "attention_relation_kl": losses.attention_relation(s.qkv, t.qkv, with_kl=True)[1].item(),
-        "hidden_relation": losses.hidden_relation(s.hidden, t.hidden).item(),
-        "attention_kl": _kl(s.maps, t.maps),
-    }
+    values = {}
+    if s.qkv[0].shape[:2] == t.qkv[0].shape[:2]:  # prompts make sequences longer
+        values["attention_relation_kl"] = losses.attention_relation(s.qkv, t.qkv, with_kl=True)[1].item()
+        values["attention_kl"] = _kl(s.maps, t.maps)
+    if s.hidden.shape[:2] == t.hidden.shape[:2]:
+        values["hidden_relation"] = losses.hidden_relation(s.hidden, t.hidden).item()
     if s.hidden.shape == t.hidden.shape:
         values["cosine"] = losses.feature(s.hidden, t.hidden).item()
-        norm[0] += (s.hidden - t.hidden).square().sum(dtype=torch.float64).item()
-        norm[1] += t.hidden.square().sum(dtype=torch.float64).item()
+        norm[0] += (s.hidden - t.hidden).square().sum().item()
+        norm[1] += t.hidden.square().sum().item()
     return values
 
 
@@ -134,6 +134,7 @@ def _tapped(model: nn.Module, paths: Sequence[str], device: torch.device) -> Ite
     wanted: list[Tap] = []
     for path in dict.fromkeys(paths):
         wanted += [(path, "output"), (f"{path}.attn.qkv", "output"), (f"{path}.attn.attn_drop", "input")]
+    training = model.training
     taps = Taps(model.to(device).eval(), wanted, device)
     for module in fused:
         module.fused_attn = False  # type: ignore[assignment]
@@ -141,6 +142,7 @@ def _tapped(model: nn.Module, paths: Sequence[str], device: torch.device) -> Ite
         yield taps
     finally:
         taps.close()
+        model.train(training)
         for module in fused:
             module.fused_attn = True  # type: ignore[assignment]
 
@@ -193,7 +195,7 @@ class Drift(MeasuredOnImages):
     def measure(self, context: Context) -> list[Finding]:
         assert context.teacher is not None, "needs_teacher"
         layers = self.layers or tuple((i, i) for i in range(len(block_paths(context.student))))
-        pairs, _ = match_layers(context.student, context.teacher, layers)
+        pairs, _ = match_layers(context.student, context.teacher, layers, asker="drift.layers")
         found = drift(
             context.student,
             context.teacher,

@@ -55,7 +55,7 @@ def pooled_features(
         if len(batch):
             hidden = model.forward_features(input(batch.to(device)))  # type: ignore[operator]
             features.append(model.forward_head(hidden, pre_logits=True).float().cpu().flatten(1))  # type: ignore[operator]
-            labels.append(targets)
+            labels.append(targets.cpu())
         left -= len(batch)
         if left <= 0:
             break
@@ -79,9 +79,18 @@ def embedding_finding(
         features: (images, width) of the same images, by what the model is called.
         labels: (images,).
         perplexity: about how many neighbours an image has; cut to a third of the images.
+
+    Raises:
+        UserError: the features do not vary.
     """
     records: list[dict[str, Any]] = []
     for name, values in features.items():
+        if (
+            values.shape[1] < 2 or not (values.std(axis=0) > 1e-6 * np.abs(values).max()).any()
+        ):  # scikit-learn's code crashes on these
+            raise UserError(
+                f"t-SNE: the features of {name} are the same for all images, or one number wide: there is nothing to draw"
+            )
         near = min(perplexity, (len(values) - 1) / 3)
         placed = TSNE(perplexity=near, init="pca", random_state=seed).fit_transform(values)
         records += [

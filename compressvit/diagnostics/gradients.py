@@ -103,7 +103,7 @@ class GradientWatch:
         """None where a number is not finite: mixed precision then leaves the step out."""
         tensors = {name: p.grad for name, p in self._model.named_parameters() if p.grad is not None}
         found = [
-            torch.linalg.vector_norm(g, dtype=torch.float64)
+            torch.linalg.vector_norm(g, dtype=torch.float64 if g.device.type != "mps" else None)  # it has no float64
             for g in [*tensors.values(), *self._uses.gradients.values()]
         ]
         values = torch.stack(found).tolist() if found else []  # one wait for the device

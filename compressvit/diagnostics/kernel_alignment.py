@@ -13,7 +13,6 @@ Shapes: n images, p and q features.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -91,7 +90,7 @@ class MinibatchCKA:
         self.rows, self.columns = tuple(rows), tuple(columns)
         self._kernel: Kernel = kernel
         self._bandwidth = bandwidth
-        self._scales: dict[tuple[int, str], float | None] = {}
+        self._scales: dict[tuple[int, str], float] = {}
         self._sums = _Sums(len(rows), len(columns))
         self.images = self.batches = 0
 
@@ -125,9 +124,9 @@ class MinibatchCKA:
         gram = centred_gram(features)
         if gram is None:
             return features.new_zeros(count * count, dtype=torch.float64, device="cpu")
-        if self._scales.get(key) is None:
+        if key not in self._scales:
             self._scales[key] = _scale(gram, self._bandwidth)
-        return _u_centred(_kernel(gram, self._kernel, self._scales[key] or 1.0)).flatten()
+        return _u_centred(_kernel(gram, self._kernel, self._scales[key])).flatten()
 
     def result(self) -> CKAResult:
         """What is known so far.
@@ -194,9 +193,13 @@ def centred_gram(features: Tensor) -> Tensor | None:
 
 
 def _scale(gram: Tensor, bandwidth: float) -> float:
-    """σ in units of the features: `bandwidth` medians of the distances between images."""
+    """σ in units of the features: `bandwidth` medians of the distances between images that differ."""
     first, second = torch.triu_indices(len(gram), len(gram), 1)
-    return bandwidth * max(_squared_distances(gram)[first, second].median().item(), 0.0) ** 0.5
+    distances = _squared_distances(gram)[first, second]
+    apart = distances[
+        distances > _FLAT * gram.diagonal().max()
+    ]  # many images may coincide, e.g. where features are sparse
+    return bandwidth * apart.median().item() ** 0.5
 
 
 def _squared_distances(gram: Tensor) -> Tensor:
@@ -207,7 +210,7 @@ def _squared_distances(gram: Tensor) -> Tensor:
 def _kernel(gram: Tensor, kernel: Kernel, scale: float) -> Tensor:
     if kernel == "linear":
         return gram
-    return torch.exp(-_squared_distances(gram) / (2 * max(scale, 1e-300) ** 2))
+    return torch.exp(-_squared_distances(gram) / (2 * scale**2))
 
 
 def _doubly_centred(k: Tensor) -> Tensor:
@@ -239,7 +242,7 @@ def _require_usable(name: str, features: Tensor, count: int, least: int) -> None
         )
     if count < least:
         raise UserError(f"CKA: {count} images are too few; it needs at least {least}, and some hundreds to say much")
-    if not math.isfinite(features.detach().sum(dtype=torch.float64).item()) and not torch.isfinite(features).all():
+    if not torch.isfinite(features).all():
         bad = (~torch.isfinite(features)).sum().item()
         raise UserError(
             f"CKA: {name} has {bad} features that are not finite; check the weights of the model up to there"

@@ -95,7 +95,7 @@ def open_models(words: Sequence[str], device: torch.device, *, most: int = 2) ->
     labels = [label for label, _ in found]
     if len(set(labels)) < len(labels):
         raise UserError(f"{labels[0]} is named twice; give one run for student and teacher, or two different models")
-    opened = tuple(Opened(label, model.eval(), input_config(model, recipe.data)) for label, model in found)
+    opened = tuple(Opened(label, model.float().eval(), input_config(model, recipe.data)) for label, model in found)
     return OpenedModels(opened, recipe, device, paths[0] if len(paths) == 1 else paths[0].parent)
 
 

@@ -7,6 +7,7 @@ A program is a docstring (its last paragraph is an example that runs), a functio
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -128,10 +129,28 @@ def show(tables: Sequence[Table], findings: Sequence[Finding], output: Path, con
     writer.close()
 
 
+def whole(word: str) -> int:
+    """For argparse: a whole number from 1."""
+    if not word.isdigit() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"{word!r} is no whole number from 1")
+    return int(word)
+
+
+def above_zero(word: str) -> float:
+    """For argparse: a number above 0."""
+    try:
+        value = float(word)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{word!r} is no number above 0")
+    return value
+
+
 def table_of(title: str, rows: Sequence[dict[str, Any]]) -> Table:
     """A table of records with the same keys; numbers to four digits, at the right."""
     table = Table(title=title, title_justify="left")
-    for key, value in rows[0].items():
+    for key, value in (rows[0] if rows else {}).items():
         table.add_column(key, justify="left" if isinstance(value, str) else "right", overflow="fold")
     for row in rows:
         table.add_row(*("" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))

@@ -80,11 +80,12 @@ class Recorder:
                 began = time.monotonic()
                 try:
                     found = [stamped(finding, phase, epoch) for finding in spec.measure(context)]
-                except UserError as error:
-                    log.warning("%s, epoch %d: %s was not measured: %s", phase, epoch, spec.name, error)
+                    for finding in found:
+                        self.keep(_with_earlier(finding, self._folder), epoch)
+                except Exception as error:  # a picture is not worth a training, whatever fault it has
+                    kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+                    log.warning("%s, epoch %d: %s was not measured: %s%s", phase, epoch, spec.name, kind, error)
                     continue
-                for finding in found:
-                    self.keep(_with_earlier(finding, self._folder), epoch)
                 row = {"diagnostic": spec.name, "phase": phase, "epoch": epoch}
                 seconds = round(time.monotonic() - began, 2)
                 append_row(self._folder / MEASURED, {**row, "findings": [f.name for f in found], "seconds": seconds})

@@ -93,8 +93,8 @@ def cka_layers_finding(result: CKAResult, when: str) -> Finding:
             "layer": i,
             "path": path,
             "cka": round(v, 6),
-            "low": round(max(v - w, 0.0), 6),
-            "high": round(min(v + w, 1.0), 6),
+            "low": round(v - w, 6),
+            "high": round(v + w, 6),
         }
         for i, (path, v, w) in enumerate(zip(result.rows, values.tolist(), spread.tolist(), strict=True))
     ]

@@ -13,7 +13,7 @@ from pydantic import Field
 from scipy.linalg import solve, svdvals
 from torch import nn
 
-from compressvit.backbone import TRANSFORMERS, describe
+from compressvit.backbone import TRANSFORMERS, describe, family
 from compressvit.diagnostics.base import EPOCHS, Context, Epochs, Measured, MeasuredOnImages, diagnostic
 from compressvit.diagnostics.findings import Finding
 from compressvit.errors import UserError
@@ -162,8 +162,8 @@ def _lost(a: np.ndarray, b: np.ndarray, moments: Sequence[np.ndarray] | None) ->
         return float(np.linalg.norm(a - b) / np.sqrt(2) / size) if size > 0 else 0.0
     first, second = moments
     both = first + second
-    ridge = (
-        1e-5 * both.diagonal().max() * np.eye(len(both))
+    ridge = max(1e-5 * both.diagonal().max(), 1e-30) * np.eye(
+        len(both)
     )  # above the rounding of moments that were summed in float32
     shared = solve(both + ridge, (a @ first + b @ second).T, assume_a="pos").T
     lost = sum(np.einsum("oi,ij,oj->", w - shared, s, w - shared, optimize=True) for w, s in ((a, first), (b, second)))
@@ -172,7 +172,13 @@ def _lost(a: np.ndarray, b: np.ndarray, moments: Sequence[np.ndarray] | None) ->
 
 
 def _weights(model: nn.Module, path: str) -> dict[str, np.ndarray]:
-    return {kind: effective_weight(model.get_submodule(f"{path}.{kind}")) for kind in TARGETS}
+    found = {kind: effective_weight(model.get_submodule(f"{path}.{kind}")) for kind in TARGETS}
+    for kind, weight in found.items():
+        if not np.isfinite(weight).all():
+            raise UserError(
+                f"the weight of {path}.{kind} holds numbers that are not finite; check the weights of the model"
+            )
+    return found
 
 
 def sharing_finding(records: list[dict[str, Any]], *, outputs: bool) -> Finding:
@@ -203,7 +209,11 @@ class Spectra(Measured):
     epochs: Epochs = Field(("last",), min_length=1, description=EPOCHS)
 
     def measure(self, context: Context) -> list[Finding]:
-        models = {"teacher": context.teacher} if context.teacher is not None else {}
+        models = {}
+        if (
+            context.teacher is not None and family(context.teacher) in TRANSFORMERS
+        ):  # a convolutional one has no such layers
+            models["teacher"] = context.teacher
         return spectra_findings({**models, "student": context.student})
 
 

@@ -292,11 +292,11 @@ def train(
                 log.say(f"{phase.name} {epoch}/{spec.epochs}  {meters.text()}  {result_text(result)}")
                 if best is not None and _score(result) >= best["score"]:
                     best = {"score": _score(result), "epoch": epoch, "model": state.copied(judged)}
+            if best is not None and last and best["epoch"] != epoch:
+                model.load_state_dict(best["model"], strict=False)
+                log.say(f"{phase.name}: kept the weights of {_kept(best['epoch'])}, which did best")
             measure(model if last or average is None else average.module, epoch, last)
             if best is not None:
-                if last and best["epoch"] != epoch:
-                    model.load_state_dict(best["model"], strict=False)
-                    log.say(f"{phase.name}: kept the weights of {_kept(best['epoch'])}, which did best")
                 checkpoint(last)
             if stop.signum is not None:  # during the last step or the evaluation
                 raise Interrupted(stop.signum, phase.checkpoint)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from torch import nn
 
 from compressvit.backbone import Backbone, BlockInfo, describe, model_name
 from compressvit.errors import UserError
+from compressvit.files import write_text
 from compressvit.pipeline import compression_of
 
 # CKA (student blocks, teacher blocks) of the outputs of the blocks at these paths
@@ -34,6 +37,7 @@ def match_layers(
     teacher: nn.Module,
     layers: str | tuple[tuple[int, int], ...],
     likeness: Likeness | None = None,
+    asker: str = "distill.layers",
 ) -> tuple[list[LayerPair], str]:
     """Resolve `distill.layers`.
 
@@ -42,6 +46,7 @@ def match_layers(
         layers: pairs of block indices, counted from 0 over the whole model, or 'matched': the last block of every share group
             (of every stage where nothing is shared), with the teacher's block of the same index; or 'auto': the last block of every
             share group (every block where nothing is shared), with the teacher's block that `likeness` says is most like it, in order.
+        asker: what messages call the key.
         likeness: CKA of blocks; None where there are no values to look at, and 'auto' pairs blocks by their depth meanwhile.
 
     Returns:
@@ -58,7 +63,12 @@ def match_layers(
             reason = f"the blocks of {model_name(student)} and {model_name(teacher)} are not known to compressvit"
         if isinstance(layers, str):
             return [], f"{reason}: no layer pairs, only the prediction is distilled"
-        raise UserError(f"distill.layers gives pairs, but {reason}; remove it to distil the prediction alone")
+        ways = (
+            "; remove it to distil the prediction alone"
+            if asker == "distill.layers"
+            else ", whose blocks have no pairs"
+        )
+        raise UserError(f"{asker} gives pairs, but {reason}{ways}")
     skip = (0, 0)
     if ours.num_prefix_tokens != theirs.num_prefix_tokens:
         skip = (ours.num_prefix_tokens, theirs.num_prefix_tokens)
@@ -81,15 +91,40 @@ def match_layers(
         for index, backbone, whose in ((s, ours, "student"), (t, theirs, "teacher")):
             if not 0 <= index < len(backbone.blocks):
                 raise UserError(
-                    f"distill.layers: the pair [{s}, {t}] names block {index} of the {whose}, which has {len(backbone.blocks)} "
+                    f"{asker}: the pair [{s}, {t}] names block {index} of the {whose}, which has {len(backbone.blocks)} "
                     f"(0 to {len(backbone.blocks) - 1})"
                 )
         pair = LayerPair(ours.blocks[s], theirs.blocks[t], *skip)
-        _refuse_unlike(pair, theirs.blocks)
+        _refuse_unlike(pair, theirs.blocks, asker)
         pairs.append(pair)
     if skip != (0, 0):
         how += "; prefix tokens are left out, because the student has {} and the teacher {}".format(*skip)
     return pairs, how
+
+
+def match_layers_once(
+    student: nn.Module,
+    teacher: nn.Module,
+    layers: str | tuple[tuple[int, int], ...],
+    likeness: Likeness,
+    kept: Path,
+) -> tuple[list[LayerPair], str]:
+    """`match_layers` for a phase that may be a resumed one: what 'auto' decided when it began, kept in a file, is not decided again.
+
+    Raises:
+        UserError: as `match_layers`, or the file is damaged.
+    """
+    if layers != "auto":
+        return match_layers(student, teacher, layers)
+    if not kept.is_file():
+        pairs, how = match_layers(student, teacher, layers, likeness)
+        write_text(kept, json.dumps([[p.student.index, p.teacher.index] for p in pairs]) + "\n")
+        return pairs, how
+    try:
+        before = tuple((int(s), int(t)) for s, t in json.loads(kept.read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, ValueError) as error:
+        raise UserError(f"{kept} is damaged: {error}; remove it and its checkpoint to begin the phase again") from error
+    return match_layers(student, teacher, before)[0], "auto: as when the phase began"
 
 
 def _most_alike(
@@ -167,7 +202,7 @@ def _group_ends(student: nn.Module, backbone) -> list[int]:
     return sorted(ends)
 
 
-def _refuse_unlike(pair: LayerPair, candidates: tuple[BlockInfo, ...]) -> None:
+def _refuse_unlike(pair: LayerPair, candidates: tuple[BlockInfo, ...], asker: str) -> None:
     s, t = pair.student, pair.teacher
     for what, ours, theirs in (
         ("stage", s.stage, t.stage),
@@ -179,6 +214,6 @@ def _refuse_unlike(pair: LayerPair, candidates: tuple[BlockInfo, ...]) -> None:
             like = [c.index for c in candidates if _place(c) == _place(s)]
             ways = f"teacher blocks that fit student block {s.index}: {like}" if like else "no teacher block fits it"
             raise UserError(
-                f"distill.layers: the pair [{s.index}, {t.index}] differs in {what}: {ours} in the student, {theirs} in the teacher, "
+                f"{asker}: the pair [{s.index}, {t.index}] differs in {what}: {ours} in the student, {theirs} in the teacher, "
                 f"so their tokens are not the same; {ways}"
             )
