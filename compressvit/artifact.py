@@ -172,6 +172,8 @@ def read_manifest(path: str | Path) -> Manifest:
     """
     path = Path(path)
     file = path / MANIFEST
+    if not path.exists():
+        raise UserError(f"there is no {path}; give a folder with {MANIFEST}")
     if not file.is_file():
         hint = f"; did you mean {path / 'student'}?" if (path / "student" / MANIFEST).is_file() else ""
         if (path / "merge.json").is_file():

@@ -179,6 +179,8 @@ def _apply(arguments: argparse.Namespace) -> int:
     run = Path(arguments.recipe)
     if arguments.resume and (run / RESOLVED).is_file():  # a run says itself what it is
         arguments.recipe, arguments.output = str(run / RESOLVED), arguments.output or str(run)
+    elif arguments.resume and run.is_dir():
+        raise UserError(f"--resume: there is no run in {run} (no {RESOLVED}); start it without --resume")
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     path = find_recipe(arguments.recipe)
     try:

@@ -158,7 +158,7 @@ def print_merge(result: dict[str, Any], console: Console) -> None:
         )
     console.print(table)
     for name, difference in result["differences"].items():
-        console.print(f"largest difference on {name} inputs: {difference:.1e} of the largest output", highlight=False)
+        console.print(f"largest difference on {name} images: {difference:.1e} of the largest output", highlight=False)
     reader, call = "timm alone", f"timm.create_model('local-dir:{result['merged']}', pretrained=True)"
     if result["left"]:
         reader, call = "compressvit", f"compressvit.load('{result['merged']}')"
@@ -200,7 +200,7 @@ def _in_float32(model: nn.Module) -> nn.Module:
 def _made_up_images(config: InputConfig) -> dict[str, torch.Tensor]:
     size = (config.channels, config.height, config.width)
     random = torch.randn(4, *size, generator=torch.Generator().manual_seed(0))
-    return {"random": random, "like photographs": photograph_like(4, config)}
+    return {"random": random, "photograph-like": photograph_like(4, config)}
 
 
 def _differences(
@@ -211,7 +211,7 @@ def _differences(
     for name, difference in found.items():
         if not difference <= TOLERANCE:  # NaN is not
             raise UserError(
-                f"{what} differs on {name} inputs by {difference:.1e} of the largest output, more than {TOLERANCE:g}, so none is made. "
+                f"{what} differs on {name} images by {difference:.1e} of the largest output, more than {TOLERANCE:g}, so none is made. "
                 "Sums of float32 in a deep model, or after a large scale, can need more digits: ship the unmerged artifact"
             )
     return found
@@ -246,4 +246,4 @@ def _real_images(folder: Path, config: InputConfig) -> dict[str, torch.Tensor]:
         images, _ = next(iter(eval_loader(open_data(data), data, config, torch.device("cpu"))))
     except UserError:  # the data has gone since
         return {}
-    return {f"the first of {recipe.data.name}": images[:8]}
+    return {"the run's own": images[:8]}

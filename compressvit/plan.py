@@ -111,6 +111,10 @@ def plan_recipe(recipe: Recipe, name: str = "recipe", *, classes: int | None = N
         except UserError as error:
             conflicts.append(str(error))
     notes: list[str] = [] if recipe.student.head == "new" else _data_notes(recipe, teacher, classes)
+    if recipe.teacher.finetune is not None and recipe.teacher.weights not in ("train", "pretrained"):
+        notes.append(
+            "the teacher given is trained further, as teacher.finetune says; teacher.finetune=null keeps it as it is"
+        )
     steps: list[StepPlan] = []
     if trains_teacher(recipe):
         how = recipe.teacher.finetune or Finetune()

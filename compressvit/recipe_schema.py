@@ -23,9 +23,8 @@ def documentation(key: str) -> list[tuple[str, str, str]]:
     rows: dict[str, FieldInfo] = {}
     for i, part in enumerate(parts):
         if part not in known:
-            raise UserError(
-                f"there is no key {'.'.join(parts[: i + 1])!r} in a recipe; {did_you_mean(part, known, list_at_most=30)}"
-            )
+            hint = did_you_mean(part, known, list_at_most=60) or "`compressvit schema teacher` lists those of a section"
+            raise UserError(f"there is no key {'.'.join(parts[: i + 1])!r} in a recipe; {hint}")
         model = model_in(known[part].annotation)
         rows = {part: known[part]} if model is None else dict(model.model_fields)
         known = {} if model is None else rows

@@ -66,10 +66,7 @@ def artifact_in(path: Path) -> Path:
     folder = path / "student" if (path / RESOLVED).is_file() else path
     if folder != path and not (folder / artifact.MANIFEST).is_file():
         raise UserError(f"{path} is a run that has no student yet; `compressvit apply … --resume` finishes it")
-    if not (folder / artifact.MANIFEST).is_file():
-        raise UserError(
-            f"{path} is not a compressvit artifact: it has no {artifact.MANIFEST}; give a run folder, or an artifact"
-        )
+    artifact.read_manifest(folder)  # says what is wrong with it
     return folder
 
 

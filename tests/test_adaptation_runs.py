@@ -143,7 +143,7 @@ def test_a_merge_that_changes_the_outputs_is_an_error(runs, tmp_path, monkeypatc
     monkeypatch.setattr(
         torch.nn.Module, "mul_head", lambda self: self.head.weight.data.mul_(1.01) is None or self, raising=False
     )
-    with pytest.raises(UserError, match="the merged model differs on random inputs by"):
+    with pytest.raises(UserError, match="the merged model differs on random images by"):
         merge_folder(runs["repadapter"], tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 

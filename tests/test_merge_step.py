@@ -199,7 +199,7 @@ def test_merge_raises_when_the_outputs_differ(monkeypatch):
         return merged
 
     monkeypatch.setattr("compressvit.export.materialise", wrong)
-    with pytest.raises(UserError, match=r"the merged model differs on random inputs by .*, so none is made"):
+    with pytest.raises(UserError, match=r"the merged model differs on random images by .*, so none is made"):
         compressvit.merge(made)
 
 

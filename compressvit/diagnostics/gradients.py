@@ -41,7 +41,7 @@ class Gradients(Watched):
     )
 
     def summary(self) -> str:
-        return f"at every {self.every}. optimiser step" if self.every > 1 else "at every optimiser step"
+        return f"at every {self.every}th optimiser step" if self.every > 1 else "at every optimiser step"
 
     def refuse(self, phase: Training) -> None:
         refuse_compiled(self.name, phase)

@@ -49,7 +49,9 @@ def curves(phase: str, own: Sequence[Line]) -> list[Finding]:
 
 
 def _loss(phase: str, train: Sequence[Line]) -> Finding | None:
-    terms = dict.fromkeys(key for line in train for key in line if key not in (*_NO_TERMS, *_ACCURACIES))
+    terms = dict.fromkeys(
+        key for line in train for key in line if key not in (*_NO_TERMS, *_ACCURACIES) and not key.endswith("_kl")
+    )
     if list(terms)[:1] == ["loss"] and len(terms) == 2:  # a loss of one term is that term
         terms = {"loss": None}
     records = [record for term in terms for record in _series(train, term, term)]
