@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -46,12 +47,14 @@ class Row:
     results: list[dict[str, Any]]
     seeds: list[int]
     label: str = ""
+    taught_here: bool = False  # its teacher is a file, and one that another of the runs compared has trained
 
     @property
     def task(self) -> str:
         """Data and teacher: rows of different ones are not compared."""
         data, teacher = self.recipe.data, self.recipe.teacher
-        weights = "" if teacher.weights in ("pretrained", "train") else f" ({teacher.weights})"
+        known = teacher.weights in ("pretrained", "train") or self.taught_here
+        weights = "" if known else f" ({teacher.weights})"
         return f"{data.name}{f' {data.root}' if data.root else ''}, {data.val_split}; {teacher.model}{weights}"
 
     def values(self, key: str) -> list[float]:
@@ -159,6 +162,9 @@ def _rows(found: list[tuple[Path, Recipe, dict[str, Any]]], tell: Callable[[str]
         row.seeds.append(recipe.seed)
         row.runs.append(folder)
         row.results.append(results)
+    trained = {_digest(run / "teacher") for row in rows.values() for run in row.runs} - {None}
+    for row in rows.values():
+        row.taught_here = _digest(Path(row.recipe.teacher.weights)) in trained
     by_label: dict[tuple[str, str], list[Row]] = {}
     for row in rows.values():
         row.label = label(row.recipe)
@@ -167,6 +173,12 @@ def _rows(found: list[tuple[Path, Recipe, dict[str, Any]]], tell: Callable[[str]
         if len(alike) > 1:
             _tell_apart(alike)
     return list(rows.values())
+
+
+def _digest(artifact: Path) -> str | None:
+    """Of the tensors of an artifact, if there is one: paths of one teacher may be written in many ways."""
+    file = artifact / "model.safetensors"
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
 
 
 def label(recipe: Recipe) -> str:

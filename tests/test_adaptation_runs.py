@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 
 import pytest
 import timm
@@ -191,6 +192,18 @@ def test_recipes_that_only_differ_elsewhere_are_told_apart(runs, tmp_path):
     done("apply", runs["head"].parent / "head.yaml", "--output", tmp_path / "slow", "steps.1.finetune.lr=0.001")
     labels = [row["label"] for row in compare([runs["head"], tmp_path / "slow"])]
     assert labels == ["freeze train head (lr 0.01)", "freeze train head (lr 0.001)"]
+
+
+def test_a_teacher_is_known_by_what_it_is_not_by_its_path(finished, recipe, tmp_path, monkeypatch):
+    """A run that trained its teacher and one that was given that teacher stand in one table, however the path is written."""
+    monkeypatch.chdir(tmp_path)
+    given = os.path.relpath(finished / "teacher")
+    words = ("teacher.finetune=null", "teacher.num_classes=10", f"teacher.weights={given}", "steps.1.distill.epochs=1")
+    code, _, err = run("apply", recipe, "--output", tmp_path / "given", "seed=3", *words)
+    assert code == 0, err
+    rows = compare([finished, tmp_path / "given"])
+    assert len({row["task"] for row in rows}) == 1
+    assert given not in rows[0]["task"]
 
 
 def test_what_cannot_be_compared_says_why(runs, tmp_path):
