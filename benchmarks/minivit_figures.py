@@ -18,8 +18,8 @@ import yaml
 from minivit_ablation import run
 from rich.console import Console
 
-from compressvit.diagnostics.findings import Finding, read
 from compressvit.diagnostics.rows import read_rows
+from compressvit.findings import Finding, read
 from compressvit.recipe import find_recipe
 
 NOISE = {"form": "reference", "init": "scratch"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from compressvit.diagnostics.findings import Finding
+from compressvit.findings import Finding
 
 QUALITIES = {"top1": "top-1 (%)", "agreement": "same class (%)", "cosine": "cosine"}
 

@@ -25,7 +25,7 @@ from compressvit.errors import UserError
 from compressvit.files import disk_faults, write_text
 
 if TYPE_CHECKING:
-    from compressvit.diagnostics.findings import Finding
+    from compressvit.findings import Finding
     from compressvit.recipe import Recipe
 
 RESOLVED = "resolved.yaml"
@@ -50,7 +50,7 @@ class RunFolder:
 
     @property
     def diagnostics(self) -> Path:
-        """The findings of a run (`compressvit.diagnostics.findings`)."""
+        """The findings of a run (`compressvit.findings`)."""
         return self.path / "diagnostics"
 
     def keep(self, finding: Finding) -> None:

@@ -324,7 +324,7 @@ def test_a_damaged_artifact_says_what_is_wrong(what, whole, tmp_path):
 def test_a_run_folder_is_not_an_artifact_but_holds_one(whole):
     with pytest.raises(UserError, match=r"is not a compressvit artifact.*did you mean .*student\?"):
         artifact.load(whole.parent)
-    with pytest.raises(UserError, match="is not a compressvit artifact"):
+    with pytest.raises(UserError, match=r"there is no .*nowhere; give a folder with compressvit\.json"):
         artifact.load(whole / "nowhere")
     with pytest.raises(UserError, match="is not a compressvit artifact"):
         artifact.load(whole / "compressvit.json")

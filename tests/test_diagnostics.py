@@ -25,12 +25,12 @@ import compressvit.run
 from compressvit import artifact
 from compressvit.data import Data, open_data
 from compressvit.diagnostics.base import DIAGNOSTICS, Measured, diagnostic
-from compressvit.diagnostics.findings import Finding, merged, read
 from compressvit.diagnostics.gradients import KEYS, Gradients
 from compressvit.diagnostics.recorder import Recorder, evaluation_images, undisturbed
 from compressvit.diagnostics.rows import read_rows
 from compressvit.distill import engine
 from compressvit.errors import UserError
+from compressvit.findings import Finding, merged, read
 from compressvit.plan import plan_recipe
 from compressvit.recipe import load_recipe, parse_recipe
 from compressvit.recipe_schema import json_schema
@@ -134,7 +134,7 @@ def test_findings_are_files_and_pictures_in_tensorboard(whole):
     assert {f"diagnostics/{name}" for name in names} == set(board.Tags()["images"])
     assert read(whole / "diagnostics" / "rude.json").options["facet"] == "when"
     plan = json.loads((whole / "plan.json").read_text())
-    assert plan["diagnostics"] == {"gradients": "at every 3. optimiser step"}
+    assert plan["diagnostics"] == {"gradients": "every 3 optimiser steps"}
 
 
 @pytest.mark.parametrize(
@@ -161,8 +161,8 @@ def test_a_stopped_run_keeps_what_it_recorded(whole, recipe, tmp_path, monkeypat
     ).read_text()
 
 
-class Crash(Exception):
-    pass
+class Crash(BaseException):
+    """The end of the process; a fault of a diagnostic alone would be told, and training would go on."""
 
 
 @pytest.mark.parametrize("call", range(1, 6))
@@ -184,23 +184,32 @@ def test_a_crash_amid_a_measurement_loses_none(whole, recipe, tmp_path, monkeypa
     assert sorted(steps_watched(folder)) == sorted(steps_watched(whole))
 
 
-def test_what_cannot_be_measured_is_told_and_the_run_goes_on(plain, recipe, tmp_path, rude, monkeypatch):
-    monkeypatch.setattr(rude, "fault", UserError("the features of blocks.1 are not finite"))
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        (UserError("the features of blocks.1 are not finite"), "the features of blocks.1 are not finite"),
+        (np.linalg.LinAlgError("singular matrix"), "LinAlgError: singular matrix"),
+    ],
+)
+def test_what_cannot_be_measured_is_told_and_the_run_goes_on(plain, recipe, tmp_path, rude, monkeypatch, fault, told):
+    monkeypatch.setattr(rude, "fault", fault)
     folder = tmp_path / "run"
     done("apply", recipe, "--output", folder, *HARD)
     assert student_bytes(folder) == student_bytes(plain)
     log = (folder / "run.log").read_text()
-    assert "1_distill, epoch 0: rude was not measured: the features of blocks.1 are not finite" in log
+    assert f"1_distill, epoch 0: rude was not measured: {told}" in log
     assert not (folder / "diagnostics").exists()
 
 
-def test_an_average_is_what_is_measured_where_it_is_what_is_evaluated(recipe, tmp_path, rude, monkeypatch):
-    """The last measurement sees the student's own weights, whichever the phase keeps."""
+@pytest.mark.parametrize("words", [HARD, ["steps.1.distill={epochs: 3, keep: best, lr: 0.3, warmup_epochs: 0}"]])
+def test_the_last_measurement_sees_the_weights_that_the_student_has(recipe, tmp_path, rude, monkeypatch, words):
+    """The average's, where there is one; those of the best evaluation with `keep: best`."""
     seen = []
     monkeypatch.setattr(
         Rude, "measure", lambda self, c: seen.append({n: p.clone() for n, p in c.student.named_parameters()}) or []
     )
-    done("apply", recipe, "--output", tmp_path / "run", *HARD)
+    done("apply", recipe, "--output", tmp_path / "run", *words)
+    assert words == HARD or "kept the weights of" in (tmp_path / "run" / "run.log").read_text()
     kept = dict(artifact.load(tmp_path / "run" / "student").named_parameters())
     assert all(torch.equal(kept[name], seen[-1][name]) for name in kept)
     assert not all(torch.equal(kept[name], seen[-2][name]) for name in kept)
@@ -323,7 +332,7 @@ def test_the_plan_refuses_a_compiled_phase_and_notes_epochs_that_never_come(monk
     (conflict,) = plan.conflicts
     assert conflict.startswith("steps[1].distill: gradients reads the graph of the backward pass")
     assert "set compile=false, or leave gradients out of diagnostics" in conflict
-    assert plan_recipe(parse_recipe(text)).diagnostics == {"gradients": "at every 10. optimiser step"}
+    assert plan_recipe(parse_recipe(text)).diagnostics == {"gradients": "every 10 optimiser steps"}
     (phase,) = parse_recipe(text).phases().values()
     assert Rude(epochs=(0, 2)).note(phase) is None
     assert Rude(epochs=(0, 3, "last", 5)).note(phase) == "rude is not measured at epoch 3, 5: the phase has 2"

@@ -15,7 +15,6 @@ from compressvit.backbone import describe
 from compressvit.diagnostics.drift import drift, drift_finding
 from compressvit.diagnostics.embedding import embedding_finding
 from compressvit.diagnostics.features import block_paths, features, regrouped, subject, walk
-from compressvit.diagnostics.findings import merged
 from compressvit.diagnostics.similarity import cka_finding, cka_matrix
 from compressvit.diagnostics.spectra import (
     effective_rank,
@@ -26,6 +25,7 @@ from compressvit.diagnostics.spectra import (
 )
 from compressvit.distill.pairs import match_layers, suggested_pairs
 from compressvit.errors import UserError
+from compressvit.findings import merged
 from compressvit.source import Source
 
 CPU = torch.device("cpu")

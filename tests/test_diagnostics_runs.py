@@ -10,7 +10,7 @@ import yaml
 from helpers.runs import done, refused, student_bytes
 
 from compressvit.diagnostics import DIAGNOSTICS, Measured
-from compressvit.diagnostics.findings import read
+from compressvit.findings import read
 
 EVERYTHING = "diagnostics=[cka: {images: 12, batch_size: 4}, drift: {images: 8}, spectra, similarity: {images: 8}, embedding: {images: 16}]"
 FOUND = {"cka", "cka_layers", "drift", "effective_rank", "spectrum", "similarity", "embedding"}

@@ -9,7 +9,7 @@ import pytest
 from helpers.runs import done, refused, run
 from PIL import Image
 
-from compressvit.diagnostics.findings import read
+from compressvit.findings import read
 from compressvit.plots import frontier_finding
 
 

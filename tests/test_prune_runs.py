@@ -16,7 +16,6 @@ from helpers.training import CPU, Heard, largest_difference, random_batches, tin
 
 from compressvit import artifact
 from compressvit.diagnostics.allocation import allocation_finding
-from compressvit.diagnostics.findings import read
 from compressvit.distill import engine
 from compressvit.distill.engine import Phase, train
 from compressvit.distill.prune_cycles import prune_and_train
@@ -24,6 +23,7 @@ from compressvit.distill.spec import Prune
 from compressvit.distill.terms import labels_term
 from compressvit.errors import UserError
 from compressvit.files import load_checkpoint
+from compressvit.findings import read
 from compressvit.pipeline import compress
 from compressvit.plan import plan_recipe
 from compressvit.prune import prunable_plan, shrink_

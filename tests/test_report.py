@@ -17,7 +17,7 @@ from helpers.runs import RECIPE, TINY, done, run
 from PIL import Image
 
 from compressvit import cli
-from compressvit.diagnostics.findings import Finding
+from compressvit.findings import Finding
 from compressvit.report import write as writing
 from compressvit.report.page import Page as Builder
 from compressvit.report.record import read_run
@@ -98,7 +98,7 @@ def test_curves_are_those_of_metrics_jsonl(page, finished):
     drawn = {(r["series"], r["step"]): r["value"] for r in spec["data"]["values"]}
     told = [line for line in lines if line["phase"] == "1_distill" and line["kind"] == "train"]
     assert {series for series, _ in drawn} == {
-        "loss", "prediction", "attention_relation", "attention_relation_kl", "hidden_relation", "labels"
+        "loss", "prediction", "attention_relation", "hidden_relation", "labels"
     }  # fmt: skip
     for line in told:
         assert drawn["loss", line["step"]] == pytest.approx(line["loss"], rel=1e-4)

@@ -18,11 +18,11 @@ from compressvit.diagnostics.base import (
 )
 from compressvit.diagnostics.drift import Drift
 from compressvit.diagnostics.embedding import Embedding
-from compressvit.diagnostics.findings import Finding
 from compressvit.diagnostics.gradients import Gradients
 from compressvit.diagnostics.kernel_alignment import MinibatchCKA, cka
 from compressvit.diagnostics.similarity import CKA
 from compressvit.diagnostics.spectra import Similarity, Spectra
+from compressvit.findings import Finding
 
 __all__ = [
     "CKA",

@@ -9,11 +9,11 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from compressvit.diagnostics.findings import Finding
 from compressvit.diagnostics.recorded import Run, not_recorded
 from compressvit.diagnostics.rows import read_rows
 from compressvit.distill.spec import Prune
 from compressvit.errors import UserError
+from compressvit.findings import Finding
 
 History = Sequence[Mapping[str, int]]  # neurons by adapter's path after every training, the start first
 

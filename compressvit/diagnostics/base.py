@@ -20,9 +20,9 @@ from pydantic import Field
 from torch import nn
 
 from compressvit.data import InputConfig, renormalise
-from compressvit.diagnostics.findings import Finding
 from compressvit.distill.spec import Training
 from compressvit.errors import UserError
+from compressvit.findings import Finding
 from compressvit.spec import Spec
 
 FOLDER = "diagnostics"  # in a run folder

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from compressvit.boards import scalar_tags, tag_of
-from compressvit.diagnostics.findings import Finding
 from compressvit.diagnostics.recorded import Run, not_recorded
 from compressvit.diagnostics.rows import read_rows
 from compressvit.errors import UserError, did_you_mean
+from compressvit.findings import Finding
 
 METRICS = "metrics.jsonl"
 Curve = list[tuple[int, float]]  # optimiser step of the phase, value

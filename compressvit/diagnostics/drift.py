@@ -13,10 +13,10 @@ from torch import nn
 from compressvit import losses
 from compressvit.diagnostics.base import Context, MeasuredOnImages, diagnostic
 from compressvit.diagnostics.features import Batches, block_paths, regrouped, tokens
-from compressvit.diagnostics.findings import Finding
 from compressvit.distill.pairs import LayerPair, match_layers
 from compressvit.distill.taps import Tap, Taps
 from compressvit.errors import UserError
+from compressvit.findings import Finding
 
 MEASURES = {
     "cosine": "1 − cosine of the tokens",

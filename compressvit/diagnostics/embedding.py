@@ -16,8 +16,8 @@ from torch import nn
 
 from compressvit.backbone import model_name
 from compressvit.diagnostics.base import EPOCHS, Context, Epochs, MeasuredOnImages, diagnostic
-from compressvit.diagnostics.findings import Finding
 from compressvit.errors import UserError
+from compressvit.findings import Finding
 
 LEAST = 10  # images
 

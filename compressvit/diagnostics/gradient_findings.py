@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from compressvit.diagnostics.findings import Finding
+from compressvit.findings import Finding
 
 Rows = Sequence[Mapping[str, Any]]
 

@@ -19,12 +19,12 @@ from torch import nn
 from compressvit import surgery
 from compressvit.backbone import ALL_FAMILIES, describe, family, head_names
 from compressvit.diagnostics.base import FOLDER, Watched, diagnostic, refuse_compiled
-from compressvit.diagnostics.findings import Finding
 from compressvit.diagnostics.gradient_findings import gradient_findings
 from compressvit.diagnostics.rows import append_row, read_rows, rewrite_rows
 from compressvit.diagnostics.uses import Uses
 from compressvit.distill.spec import Training
 from compressvit.errors import UserError
+from compressvit.findings import Finding
 
 ROWS = "gradients.jsonl"
 KEYS = ("phase", "epoch", "step", "norms", "shared")
@@ -41,7 +41,7 @@ class Gradients(Watched):
     )
 
     def summary(self) -> str:
-        return f"at every {self.every}th optimiser step" if self.every > 1 else "at every optimiser step"
+        return f"every {self.every} optimiser steps" if self.every > 1 else "every optimiser step"
 
     def refuse(self, phase: Training) -> None:
         refuse_compiled(self.name, phase)

@@ -16,11 +16,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from compressvit.diagnostics.findings import Finding
 from compressvit.diagnostics.opened import OpenedModels, open_models
 from compressvit.diagnostics.recorded import Run, labelled
 from compressvit.errors import UserError
 from compressvit.files import disk_faults
+from compressvit.findings import Finding
 from compressvit.preflight import pick_device
 from compressvit.runfolder import find_runs
 

@@ -20,10 +20,10 @@ from torch import nn
 from compressvit.data import Data, Datasets, InputConfig, eval_loader, input_config
 from compressvit.diagnostics.allocation import History, allocation_finding
 from compressvit.diagnostics.base import FOLDER, Context, Measured, Watch, Watched
-from compressvit.diagnostics.findings import Finding, merged, read
 from compressvit.diagnostics.rows import append_row, read_rows
 from compressvit.distill.optimisation import random_state, restore_random_state
 from compressvit.errors import UserError
+from compressvit.findings import Finding, merged, read
 from compressvit.recipe import Recipe
 from compressvit.runlog import RunLog, log
 from compressvit.samples import Samples

@@ -11,9 +11,9 @@ from torch import nn
 
 from compressvit.diagnostics.base import Context, MeasuredOnImages, diagnostic
 from compressvit.diagnostics.features import Batches, Subject, subject, walk
-from compressvit.diagnostics.findings import Finding
 from compressvit.diagnostics.kernel_alignment import LEAST, CKAResult, Kernel, MinibatchCKA
 from compressvit.errors import UserError
+from compressvit.findings import Finding
 from compressvit.runlog import watched
 
 

@@ -15,8 +15,8 @@ from torch import nn
 
 from compressvit.backbone import TRANSFORMERS, describe, family
 from compressvit.diagnostics.base import EPOCHS, Context, Epochs, Measured, MeasuredOnImages, diagnostic
-from compressvit.diagnostics.findings import Finding
 from compressvit.errors import UserError
+from compressvit.findings import Finding
 from compressvit.source import Source
 from compressvit.transforms.align import matched_weights
 from compressvit.transforms.lors import TARGETS

@@ -16,7 +16,7 @@ import vl_convert
 from markupsafe import Markup
 
 from compressvit import __version__, drawing
-from compressvit.diagnostics.findings import Finding
+from compressvit.findings import Finding
 from compressvit.report import sections
 from compressvit.report.record import Run
 from compressvit.report.training import curves, phases

@@ -9,10 +9,9 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from compressvit import __version__
-from compressvit.diagnostics import findings
-from compressvit.diagnostics.findings import Finding
+from compressvit import __version__, findings
 from compressvit.errors import UserError
+from compressvit.findings import Finding
 from compressvit.runfolder import RESOLVED, RunFolder
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from compressvit.diagnostics.findings import Finding
+from compressvit.findings import Finding
 from compressvit.report.record import Answer, ClassRow, Environment, LedgerRow, PredictionsFile, Results, Run
 from compressvit.tables import adapted, results_rows
 
