@@ -336,3 +336,14 @@ def test_help_names_the_verb(capsys):
     with pytest.raises(SystemExit):
         cli.main(["report", "--help"])
     assert "needs no network" in capsys.readouterr().out
+
+
+def test_what_the_command_line_changed_stands_below_the_recipe(finished, tmp_path):
+    copied = tmp_path / "run"
+    shutil.copytree(finished, copied)
+    told = json.loads((copied / "environment.json").read_text())
+    told["command"] = ["compressvit", "apply", "RECIPE", "seed=3", "data.root=a<b", "--output", "x=y/run"]
+    (copied / "environment.json").write_text(json.dumps(told))
+    done("report", copied)
+    page = (copied / "report.html").read_text(encoding="utf-8")
+    assert "Changed on the command line: <code>seed=3</code> <code>data.root=a&lt;b</code> </p>" in page

@@ -72,6 +72,7 @@ class Page:
             "verdict": sections.verdict(run),
             "measures": sections.measures(run),
             "recipe_text": run.recipe_text,
+            "overrides": sections.overrides(run.environment.command) if run.environment else [],
             "resolved_text": run.resolved_text,
             "commands": sections.reproduction(run),
             "hash": sections.student_hash(run),

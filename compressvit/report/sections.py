@@ -6,7 +6,7 @@ import base64
 import hashlib
 import itertools
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +199,16 @@ def _answers(true: str | None, answers: dict[str, Answer | None]) -> Iterator[di
                 "share": f"{100 * answer.probability:.0f} %",
                 "right": None if true is None else answer.name == true,
             }
+
+
+def overrides(command: Sequence[str]) -> list[str]:
+    """The key=value words of a command, which changed what the recipe's file says."""
+    before = ["", *command]
+    return [
+        word
+        for word, last in zip(command, before, strict=False)
+        if "=" in word and not word.startswith("-") and last not in ("--output", "--device")
+    ]
 
 
 def reproduction(run: Run) -> list[tuple[str, str]]:
