@@ -76,7 +76,7 @@ def test_few_images_in_wide_layers_do_not_look_alike():
     ]
     biased, unbiased = (torch.tensor(v).mean().item() for v in values)
     assert biased > 0.9  # measured: 0.97
-    assert abs(unbiased) < 0.03  # measured: 0.002
+    assert abs(unbiased) < 0.03  # measured: 0.016
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -89,7 +89,7 @@ def test_a_stream_is_all_images_at_once_within_its_interval(kernel):
             stream.add({"x": x[rows]}, {"x": x[rows], "y": y[rows]})
         result = stream.result()
         assert result.values[0, 0].item() == pytest.approx(1, abs=1e-12)
-        assert 0 < result.half_width[0, 1] < 0.05  # measured: 0.012
+        assert 0 < result.half_width[0, 1] < 0.05  # measured: at most 0.021
         inside += abs(result.values[0, 1].item() - cka(x, y, kernel, unbiased=True)) <= result.half_width[0, 1].item()
     assert inside >= 18  # of 20; measured: 20 and 20
 
@@ -110,7 +110,7 @@ def test_batches_of_any_size_from_four():
     for rows in torch.arange(100).split([50, 42, 4, 4]):
         stream.add({"x": x[rows]}, {"y": y[rows]})
     assert stream.result().images == 100
-    assert stream.result().values.item() == pytest.approx(cka(x, y, unbiased=True), abs=0.05)  # measured: 0.009
+    assert stream.result().values.item() == pytest.approx(cka(x, y, unbiased=True), abs=0.05)  # measured: 0.0015
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
