@@ -198,6 +198,7 @@ def test_what_cannot_be_measured_is_told_and_the_run_goes_on(plain, recipe, tmp_
     assert student_bytes(folder) == student_bytes(plain)
     log = (folder / "run.log").read_text()
     assert f"1_distill, epoch 0: rude was not measured: {told}" in log
+    assert ("Traceback" in log) != isinstance(fault, UserError)
     assert not (folder / "diagnostics").exists()
 
 

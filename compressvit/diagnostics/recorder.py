@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -85,6 +86,8 @@ class Recorder:
                 except Exception as error:  # a picture is not worth a training, whatever fault it has
                     kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
                     log.warning("%s, epoch %d: %s was not measured: %s%s", phase, epoch, spec.name, kind, error)
+                    if kind:  # perhaps a fault of ours: run.log keeps where it was
+                        log.info("%s", traceback.format_exc(), extra={"already_shown": True})
                     continue
                 row = {"diagnostic": spec.name, "phase": phase, "epoch": epoch}
                 seconds = round(time.monotonic() - began, 2)
