@@ -21,7 +21,9 @@ from rich.console import Console
 
 from compressvit.recipe import find_recipe
 
-RATES = (1e-3, 5e-3)
+RATES = (1e-3, 5e-3)  # to begin with; while the best is at an edge, up to EXTENSIONS more beyond it
+EXTENSIONS, FACTOR = 2, 4.0
+SMALLER = {"full": 100, "attention": 10, "mlp": 10}  # these start at rates so much smaller
 METHODS: dict[str, list[dict]] = {  # the steps before training; more than one: also a choice
     "full": [],
     "linear": [{"freeze": {"train": "head"}}],
@@ -41,6 +43,14 @@ METHODS: dict[str, list[dict]] = {  # the steps before training; more than one: 
     "fact_tk": [{"fact": {"form": "tk", "rank": 16, "scale": scale}} for scale in (1.0, 10.0)],
 }
 SIZES = (1 / 2, 1 / 4, 1 / 8, 1 / 16)  # of the neurons of adapters of M/8, for the curve
+
+
+def beyond(scores: dict[float, float]) -> list[float]:
+    """One rate beyond the best, where that is the smallest or largest tried; of equal scores the smallest rate counts."""
+    best = min(scores, key=lambda rate: (-scores[rate], rate))
+    if best == max(scores):
+        return [best * FACTOR]
+    return [best / FACTOR] if best == min(scores) else []
 
 
 def main() -> None:
@@ -77,17 +87,19 @@ def main() -> None:
         return {**options, "precision": arguments.precision, "evaluate_every": epochs}
 
     for method in arguments.methods:
-        options = METHODS.get(method, METHODS["adapters"])
-        found: dict[float, tuple[list, float]] = {}
-        for i, step in enumerate(options or [None]):
-            for rate in RATES:
-                steps = [step] if step else []
-                rate = rate / 100 if method == "full" else rate / 10 if method in ("attention", "mlp") else rate
-                source = "adapters" if method == "mimi" else method
-                name = f"choice/{source}_{i}_{rate:g}"
-                score = cell(name, [*steps, {"finetune": training(rate)}], 0, ("train800", "val200"))
-                found.setdefault(score, (steps, rate))
-        steps, rate = found[max(found)]
+        source = "adapters" if method == "mimi" else method
+        tried: list[tuple[float, list, float]] = []
+        for i, step in enumerate(METHODS[source] or [None]):
+            steps = [step] if step else []
+            scores: dict[float, float] = {}
+            waiting = [rate / SMALLER.get(method, 1) for rate in RATES]
+            while waiting:
+                for rate in waiting:
+                    name = f"choice/{source}_{i}_{rate:g}"
+                    scores[rate] = cell(name, [*steps, {"finetune": training(rate)}], 0, ("train800", "val200"))
+                waiting = beyond(scores) if len(scores) < len(RATES) + EXTENSIONS else []
+            tried += [(score, steps, rate) for rate, score in scores.items()]
+        _, steps, rate = max(tried, key=lambda one: one[0])  # the first of equals
         (arguments.output / f"choice_{method}.json").write_text(json.dumps([steps, rate]))
         for seed in arguments.seeds:
             splits = ("train800val200", "test")

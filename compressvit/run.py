@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,10 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import nn
 
-from compressvit import artifact, boards, cost
-from compressvit.adapter_file import save_adapter
+from compressvit import artifact, boards
 from compressvit.data import (
     Datasets,
     calibration_batches,
-    class_mismatch,
-    eval_loader,
     input_config,
     known_classes,
     open_data,
@@ -32,26 +28,25 @@ from compressvit.diagnostics.recorder import Recorder
 from compressvit.diagnostics.similarity import likeness
 from compressvit.distill import optimisation as opt
 from compressvit.distill.engine import Phase, Teacher, train
-from compressvit.distill.evaluate import Watch, evaluate
 from compressvit.distill.pairs import match_layers_once
 from compressvit.distill.prune_cycles import prune_and_train
 from compressvit.distill.spec import Distill, Finetune, Prune, Sparsify, Training
 from compressvit.distill.terms import labels_term, terms_of_phase
 from compressvit.errors import UserError
 from compressvit.export import merge_folder, print_merge
-from compressvit.files import disk_faults, write_text
+from compressvit.files import disk_faults
 from compressvit.models import build_student, build_teacher, load_teacher, require_student_file, trains_teacher
-from compressvit.pipeline import compression_of, only_adapted, trained_names, trained_parameters, transform_
+from compressvit.outcome import Scorer, finish, score_words
+from compressvit.pipeline import compression_of, transform_
 from compressvit.plan import plan_recipe, print_plan, require_no_conflicts
 from compressvit.plots import ranks_finding
-from compressvit.predictions import Predictions
 from compressvit.preflight import pick_device, refuse_labels, refuse_own_inputs
 from compressvit.recipe import Merge, Recipe
 from compressvit.report.write import report_after_run
 from compressvit.runfolder import RunFolder
 from compressvit.runlog import RunLog, log
 from compressvit.sparsify import sparsify_
-from compressvit.tables import ledger_table, results_table
+from compressvit.tables import ledger_table
 from compressvit.transforms import Transform
 
 
@@ -122,7 +117,17 @@ def apply(
             run.train_teacher(teacher)
             # As a resumed run does: its training left marks on it, such as drop path.
             teacher = _trained_teacher(folder)
-        results = run.finish(teacher.to(where).eval(), run.make_student(teacher), plan)
+        teacher.to(where).eval()
+        student = run.make_student(teacher)
+        results = finish(
+            run.scorer,
+            folder,
+            voice,
+            teacher=teacher,
+            student=student,
+            teacher_cost=plan.teacher.as_dict(),
+            phases=run.phases,
+        )
         if report:
             report_after_run(folder.path)
         if recipe.merges:  # last, because a merge that is not exact is refused
@@ -157,6 +162,7 @@ class _Run:
     )  # what each phase began with and which weights it kept
 
     def __post_init__(self) -> None:
+        self.scorer = Scorer(self.recipe, self.datasets, self.device)
         self.diagnostics = Recorder(self.recipe, self.folder.path, self.datasets, self.device, self.log)
 
     def train_teacher(self, teacher: nn.Module) -> None:
@@ -184,9 +190,9 @@ class _Run:
             if waiting:
                 self._transform(student, waiting, index)
                 if not phase.checkpoint.is_file():  # a resumed run has said it before
-                    start = self._evaluate(student, self._comparable(teacher))
+                    start = self.scorer.score(student, self.scorer.comparable(teacher))
                     self.log.scalars(f"{index - 1}_{waiting[-1].name}", "evaluate", 0, start)
-                    self.log.say(f"before training: {_summary(start)}")
+                    self.log.say(f"before training: {score_words(start)}")
             waiting = []
             if isinstance(step.spec, Sparsify):
                 left = self._sparsify(student, step.spec, phase)
@@ -242,7 +248,7 @@ class _Run:
             phase,
             self.log,
             train_cycle=train_cycle,
-            evaluate=lambda m: self._evaluate(m, None),
+            evaluate=lambda m: self.scorer.score(m, None),
             gradients=lambda m: self._gradients(m, spec),
         )
         self.diagnostics.allocation(phase.name, spec.scope, history)
@@ -317,89 +323,8 @@ class _Run:
                 batch_size=self.recipe.data.batch_size,
                 device=self.device,
                 log=self.log,
-                # without labels, or classes to tell apart, only the teacher says how good a student is
-                evaluate=lambda m: self._evaluate(
-                    m, None if self.datasets.labeled and getattr(m, "num_classes", 0) else self._comparable(teacher)
-                ),
+                evaluate=lambda m: self.scorer.in_training(m, teacher),
                 teacher=guide,
                 watches=watches,
                 measure=partial(self.diagnostics.measure, phase.name, teacher),
             )
-
-    def _evaluate(self, model: nn.Module, teacher: nn.Module | None, watch: Watch | None = None) -> dict[str, Any]:
-        config = input_config(model, self.recipe.data)
-        model.to(self.device)
-        if teacher is not None:
-            teacher.to(self.device).eval()
-            theirs = input_config(teacher, self.recipe.data)
-        return evaluate(
-            model,
-            eval_loader(self.datasets, self.recipe.data, config, self.device),
-            self.device,
-            teacher=teacher,
-            teacher_input=(lambda images: renormalise(images, config, theirs))
-            if teacher is not None
-            else (lambda images: images),
-            labelled=self.datasets.labeled,
-            watch=watch,
-        )
-
-    def _comparable(self, teacher: nn.Module | None) -> nn.Module | None:
-        """The teacher, unless the student has another task than it."""
-        return None if self.recipe.student.head == "new" else teacher
-
-    def finish(self, teacher: nn.Module, student: nn.Module, plan: Any) -> dict[str, Any]:
-        """Write the student, read it back, compare, measure, and print the table."""
-        config = input_config(student, self.recipe.data)
-        theirs = input_config(teacher, self.recipe.data)
-        sizes = [(c.channels, c.height, c.width) for c in (theirs, config)]
-        with disk_faults(self.folder.student):
-            artifact.save(student, self.folder.student, input_config=config.as_dict())
-        difference = artifact.read_back_difference(self.folder.student, student, sizes[1])
-        predictions = Predictions(
-            config, getattr(student, "num_classes", 0), self.datasets.class_names, self.datasets.labeled
-        )
-        scores = self._evaluate(student, self._comparable(teacher), predictions.add)
-        theirs_only = {key: scores.pop(f"teacher_{key}", None) for key in ("top1", "top5", "loss")}
-        if theirs != config and self._comparable(
-            teacher
-        ):  # it was compared on the student's images, but its own accuracy is on its own
-            own = self._evaluate(teacher, None)
-            theirs_only = {key: own[key] for key in theirs_only}
-        results: dict[str, Any] = {
-            "teacher": {**plan.teacher.as_dict(), "images": scores["images"], **theirs_only},
-            "student": {**cost.cost(student, sizes[1]).as_dict(), **scores, **trained_parameters(student)},
-            "phases": self.phases,
-            "ledger": [asdict(entry) for entry in compression_of(student).ledger],
-            "read_back_difference": difference,
-            "broken_images": self.datasets.broken.count,
-        }
-        results["student"]["bytes"] = (self.folder.student / artifact.TENSORS).stat().st_size
-        if only_adapted(student) and trained_names(student):
-            with disk_faults(self.folder.path):
-                file = save_adapter(student, self.folder.path / "adapter.safetensors")
-            results["student"]["adapter_bytes"] = file.stat().st_size
-        times = cost.latency([teacher, student], sizes, device=self.device)
-        results["teacher"]["latency_ms"], results["student"]["latency_ms"] = times
-        write_text(self.folder.path / "results.json", json.dumps(results, indent=2) + "\n")
-        self.log.board(lambda writer: boards.show_results(writer, self.recipe, results))
-        predictions.write(self.folder.path)
-        self.log.show(results_table(results, f"{self.recipe.teacher.model} → {self.folder.student}"))
-        if self._comparable(teacher) and (
-            mismatch := class_mismatch(self.datasets.num_classes, getattr(teacher, "num_classes", 0))
-        ):
-            log.warning("warning: %s", mismatch)
-        self.log.say(
-            f"latency: batch 1 on {self.device}, {torch.get_num_threads()} threads, median of up to 30 in turns. "
-            f"The student was read back from disk: largest difference of its outputs {difference:.1e}"
-        )
-        if self.datasets.broken.count:
-            self.log.say(f"{self.datasets.broken.count} broken image files were skipped; run.log names them")
-        self.log.say(f"run folder: {self.folder.path}")
-        return results
-
-
-def _summary(result: dict[str, Any]) -> str:
-    names = {"top1": "top-1 {:.2f}%", "agreement": "agreement with the teacher {:.2f}%", "cosine": "cosine {:.4f}"}
-    names |= {"cosine_patches": "of the patch tokens {:.4f}"}
-    return ", ".join(text.format(result[k]) for k, text in names.items() if result.get(k) is not None)

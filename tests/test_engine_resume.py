@@ -16,7 +16,7 @@ import pytest
 import torch
 from helpers.runs import done, metrics, refused, run, student_bytes
 
-import compressvit.run
+import compressvit.outcome
 from compressvit.artifact import TENSORS
 from compressvit.distill import engine
 from compressvit.files import load_checkpoint
@@ -68,7 +68,7 @@ def uninterrupted(recipe):
         folders[workers] = recipe.parent / f"uninterrupted-{workers}"
         with pytest.MonkeyPatch.context() as patch:
             batches = at_call(patch, engine, "_total", 0, None)
-            evaluations = at_call(patch, compressvit.run, "evaluate", 0, None)
+            evaluations = at_call(patch, compressvit.outcome, "evaluate", 0, None)
             done("apply", recipe, "--output", folders[workers], *overrides)
         assert len(batches) == BATCHES
         assert len(evaluations) > EVALUATIONS
@@ -100,7 +100,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     folder = tmp_path / "run"
     before = signal.getsignal(signum)
     with monkeypatch.context() as patch:
-        place = (engine, "_total") if what == "batch" else (compressvit.run, "evaluate")
+        place = (engine, "_total") if what == "batch" else (compressvit.outcome, "evaluate")
         calls = at_call(patch, *place, number, kill(signum))
         code, _, err = run("apply", recipe, "--output", folder, *WORKERS[workers])
     assert code == 128 + signum
