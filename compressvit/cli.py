@@ -204,8 +204,9 @@ def _apply(arguments: argparse.Namespace) -> int:
 def _plan(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from compressvit.plan import plan_recipe, print_plan
+    from compressvit.plan import plan_recipe
     from compressvit.recipe import load_recipe
+    from compressvit.tables import print_plan
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     plan = plan_recipe(recipe, arguments.recipe)

@@ -8,8 +8,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from compressvit import surgery, ties
@@ -30,7 +28,6 @@ from compressvit.prune import amounts, cycles, prices, prunable_plan, select, sh
 from compressvit.recipe import Merge, Recipe
 from compressvit.source import tokens_at
 from compressvit.sparsify import sparsify_
-from compressvit.tables import cost_table, megabytes
 from compressvit.transforms import LedgerEntry, Transform
 from compressvit.weights import copy_matching
 
@@ -363,41 +360,3 @@ def _stages(student: nn.Module) -> list[StagePlan]:
         StagePlan("embedding, downsampling, head" if s == "rest" else str(s), shared + private, shared, private)
         for s, (shared, private) in rows.items()
     ]
-
-
-def print_plan(plan: RecipePlan, console: Console) -> None:
-    """Tables for a person."""
-    console.print(
-        cost_table(
-            [("teacher", plan.teacher), ("student", plan.student)],
-            title=f"{plan.recipe}: {plan.teacher_model}, images {'×'.join(map(str, plan.input_size))}",
-        )
-    )
-    if plan.stages:
-        table = Table(title="Parameters of the student", title_justify="left")
-        for column in ("stage", "parameters", "shared by blocks", "private"):
-            table.add_column(column, justify="left" if column == "stage" else "right")
-        for row in plan.stages:
-            table.add_row(row.stage, f"{row.parameters:,}", f"{row.shared:,}", f"{row.private:,}")
-        console.print(table)
-    for step in plan.steps:
-        console.print(f"[bold]{_plain(step.step)}[/bold]  {step.summary}", highlight=False)
-        if step.layers_rule:
-            pairs = ", ".join(f"{s}↔{t}" for s, t in step.layers) or "none"
-            console.print(f"  layer pairs (student↔teacher): {pairs}  ({step.layers_rule})", highlight=False)
-        if step.loss_bytes:
-            parts = ", ".join(f"{name} {megabytes(size)}" for name, size in step.loss_bytes.items())
-            total = megabytes(sum(step.loss_bytes.values()))
-            console.print(
-                f"  the losses keep {total} for the backward pass of a batch, fp32  ({parts})", highlight=False
-            )
-    for name, summary in plan.diagnostics.items():
-        console.print(f"diagnostics: [bold]{name}[/bold]  {summary}", highlight=False)
-    for note in plan.notes:
-        console.print(f"note: {note}", highlight=False)
-    for conflict in plan.conflicts:
-        console.print(f"[red]conflict:[/red] {_plain(conflict)}", highlight=False)
-
-
-def _plain(text: str) -> str:
-    return text.replace("[", r"\[")

@@ -38,7 +38,7 @@ from compressvit.files import disk_faults
 from compressvit.models import build_student, build_teacher, load_teacher, require_student_file, trains_teacher
 from compressvit.outcome import Scorer, finish, score_words
 from compressvit.pipeline import compression_of, transform_
-from compressvit.plan import plan_recipe, print_plan, require_no_conflicts
+from compressvit.plan import plan_recipe, require_no_conflicts
 from compressvit.plots import ranks_finding
 from compressvit.preflight import pick_device, refuse_labels, refuse_own_inputs
 from compressvit.recipe import Merge, Recipe
@@ -46,7 +46,7 @@ from compressvit.report.write import report_after_run
 from compressvit.runfolder import RunFolder
 from compressvit.runlog import RunLog, log
 from compressvit.sparsify import sparsify_
-from compressvit.tables import ledger_table
+from compressvit.tables import ledger_table, print_plan
 from compressvit.transforms import Transform
 
 

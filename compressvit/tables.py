@@ -1,4 +1,4 @@
-"""Tables for a person: costs, the ledger of the transforms, teacher and student side by side."""
+"""Tables for a person: costs, the plan, the ledger of the transforms, teacher and student side by side."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from compressvit.cost import Cost
+    from compressvit.plan import RecipePlan
     from compressvit.transforms import LedgerEntry
 
 
@@ -94,3 +97,41 @@ def adapted(student: dict[str, Any]) -> bool:
     """Whether a part of the student was frozen, by its entry in `results.json`."""
     trained = (student.get("trained_adapter") or 0) + (student.get("trained_head") or 0)
     return "trained_adapter" in student and trained < student["parameters"]
+
+
+def print_plan(plan: RecipePlan, console: Console) -> None:
+    """Tables for a person."""
+    console.print(
+        cost_table(
+            [("teacher", plan.teacher), ("student", plan.student)],
+            title=f"{plan.recipe}: {plan.teacher_model}, images {'×'.join(map(str, plan.input_size))}",
+        )
+    )
+    if plan.stages:
+        table = Table(title="Parameters of the student", title_justify="left")
+        for column in ("stage", "parameters", "shared by blocks", "private"):
+            table.add_column(column, justify="left" if column == "stage" else "right")
+        for row in plan.stages:
+            table.add_row(row.stage, f"{row.parameters:,}", f"{row.shared:,}", f"{row.private:,}")
+        console.print(table)
+    for step in plan.steps:
+        console.print(f"[bold]{_plain(step.step)}[/bold]  {step.summary}", highlight=False)
+        if step.layers_rule:
+            pairs = ", ".join(f"{s}↔{t}" for s, t in step.layers) or "none"
+            console.print(f"  layer pairs (student↔teacher): {pairs}  ({step.layers_rule})", highlight=False)
+        if step.loss_bytes:
+            parts = ", ".join(f"{name} {megabytes(size)}" for name, size in step.loss_bytes.items())
+            total = megabytes(sum(step.loss_bytes.values()))
+            console.print(
+                f"  the losses keep {total} for the backward pass of a batch, fp32  ({parts})", highlight=False
+            )
+    for name, summary in plan.diagnostics.items():
+        console.print(f"diagnostics: [bold]{name}[/bold]  {summary}", highlight=False)
+    for note in plan.notes:
+        console.print(f"note: {note}", highlight=False)
+    for conflict in plan.conflicts:
+        console.print(f"[red]conflict:[/red] {_plain(conflict)}", highlight=False)
+
+
+def _plain(text: str) -> str:
+    return text.replace("[", r"\[")

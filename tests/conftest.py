@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.runs import TINY, done
 from torch import nn
 
 from compressvit import artifact
@@ -20,7 +19,7 @@ pytest.register_assert_rewrite("helpers")  # before its import, so that its asse
 
 from helpers.contract import ARTIFACT, teacher  # noqa: E402
 from helpers.models import build  # noqa: E402
-from helpers.runs import RECIPE  # noqa: E402
+from helpers.runs import RECIPE, TINY, done  # noqa: E402
 
 
 @pytest.fixture(autouse=True, scope="session")
