@@ -109,7 +109,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     frontier.add_argument("--device", default="auto", help="cpu, cuda, … (default: the best there is)")
 
-    validate = verb("validate", _validate, "check recipes against the schema and list every fault")
+    validate = verb(
+        "validate",
+        _validate,
+        "check recipe files against the schema and list every fault; `plan` also builds the models",
+    )
     validate.add_argument(
         "recipes", metavar="RECIPE", nargs="+", help="a shipped recipe's name, or the path of a YAML file"
     )

@@ -20,7 +20,7 @@ from compressvit.errors import UserError
 from compressvit.files import disk_faults, write_text
 from compressvit.plots import compare_findings
 from compressvit.recipe import Recipe, parse_recipe
-from compressvit.runfolder import RESOLVED, find_runs, flat
+from compressvit.runfolder import RESOLVED, find_runs, flat, results_of
 from compressvit.transforms import Transform
 
 # Column, its heading, and how a value is written.
@@ -28,7 +28,7 @@ COLUMNS = {
     "top1": ("top-1 (%)", lambda v: f"{v:.2f}"),
     "agreement": ("same class (%)", lambda v: f"{v:.2f}"),
     "cosine": ("cosine", lambda v: f"{v:.4f}"),
-    "trained_adapter": ("trained left", lambda v: f"{v:,.0f}"),
+    "trained_adapter": ("trained", lambda v: f"{v:,.0f}"),
     "trained_head": ("+ head", lambda v: f"{v:,.0f}"),
     "adapter_bytes": ("stored kB", lambda v: f"{v / 1e3:,.1f}"),
     "parameters": ("parameters", lambda v: f"{v:,.0f}"),
@@ -106,7 +106,9 @@ def compare(
     for task in dict.fromkeys(row["task"] for row in content):
         console.print(_table(task, [row for row in content if row["task"] == task]))
     console.print(
-        "mean ± standard deviation over seeds; latency is relative to the teacher's in the same run", highlight=False
+        "mean ± standard deviation over seeds; latency is relative to the teacher's in the same run"
+        + ("; trained: in the end, without the classifier" if any(row["adapter_bytes"] for row in content) else ""),
+        highlight=False,
     )
     if output is not None:
         with disk_faults(output):
@@ -140,11 +142,7 @@ def _finished(given: Sequence[str | Path], tell: Callable[[str], Any]) -> list[t
             tell(f"left out, not finished: {folder}")
             continue
         recipe = parse_recipe((folder / RESOLVED).read_text(encoding="utf-8"), str(folder / RESOLVED))
-        try:
-            results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-            results["student"]["parameters"], results["student"]["latency_ms"], results["teacher"]["latency_ms"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise UserError(f"{folder / 'results.json'} is not what `apply` writes: {error!r}") from error
+        results = results_of(folder)
         found.append((folder, recipe, results))
     if not found:
         raise UserError("there is no finished run to compare; `compressvit apply … --resume` finishes one")

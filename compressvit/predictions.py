@@ -112,13 +112,15 @@ class Predictions:
 
     def as_dict(self) -> dict[str, Any]:
         """The content of `predictions.json`."""
+        confusions = self._confusions()
         return {
             "format": FORMAT,
             "images": self.images,
             "compared": self.compared,
             "measure": self.measure,
             "classes": self._classes() if self.labelled else None,
-            "confusions": self._confusions() if self.labelled else None,
+            "confusions": confusions[:CONFUSIONS] if self.labelled else None,
+            "confusions_in_all": len(confusions) if self.labelled else None,
             "examples": [
                 {
                     "file": f"{PICTURES}/{self._name(number)}",
@@ -167,7 +169,7 @@ class Predictions:
                 **({"teacher": theirs[true, answer]} if self.compared else {}),
                 "student": ours[true, answer],
             }
-            for true, answer in ranked[:CONFUSIONS]
+            for true, answer in ranked
             if ours[true, answer] != theirs[true, answer]
         ]
 

@@ -140,6 +140,26 @@ def find_runs(paths: Sequence[str | Path]) -> list[Path]:
     return list({path.resolve(): path for path in found}.values())
 
 
+def results_of(run: Path) -> dict[str, Any]:
+    """The content of a run's `results.json`.
+
+    Raises:
+        UserError: it is no table of teacher and student.
+    """
+    file = run / "results.json"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        for whose in ("teacher", "student"):
+            content[whose]["parameters"], content[whose]["latency_ms"]
+        dict(content["phases"])
+    except (KeyError, TypeError, ValueError) as error:
+        fault = f"it has no {error}" if isinstance(error, KeyError) else "it is no table of teacher and student"
+        raise UserError(
+            f"{file} is not what `apply` writes: {fault}; leave the run out, or apply its recipe again"
+        ) from error
+    return content
+
+
 def _not_a_run(path: Path) -> str:
     way_out = "give a folder that `compressvit apply` wrote, or one with such folders in it"
     if not path.exists():

@@ -219,9 +219,10 @@ def test_what_cannot_be_compared_says_why(runs, tmp_path):
     (broken / "resolved.yaml").write_text((runs["head"] / "resolved.yaml").read_text())
     with pytest.raises(UserError, match="there is no finished run to compare"):
         compare([broken])
-    (broken / "results.json").write_text("{}")
-    with pytest.raises(UserError, match=r"results.json is not what `apply` writes"):
-        compare([broken])
+    for content, fault in (("{}", "it has no 'teacher'"), ("[]", "it is no table of teacher and student")):
+        (broken / "results.json").write_text(content)
+        with pytest.raises(UserError, match=rf"results.json is not what `apply` writes: {fault}; leave the run out"):
+            compare([broken])
 
 
 # ------------------------------------------------------------------------------------------------------------- the new head

@@ -46,6 +46,7 @@ def test_confusions_that_changed(told):
         {"true": "b", "answer": "a", "teacher": 1, "student": 2},
         {"true": "a", "answer": "b", "teacher": 1, "student": 0},
     ]
+    assert told[0]["confusions_in_all"] == 2
 
 
 def test_the_images_on_which_they_differ_most_come_first(told):

@@ -188,7 +188,7 @@ def test_everything_from_files_is_escaped(copied):
         "environment.json": lambda c: c.update(command=["compressvit", EVIL], platform=EVIL),
         "predictions.json": lambda c: (
             c["classes"][0].update({"class": EVIL}),
-            c.update(confusions=[{"true": EVIL, "answer": EVIL, "teacher": 1, "student": 2}]),
+            c.update(confusions=[{"true": EVIL, "answer": EVIL, "teacher": 1, "student": 2}], confusions_in_all=7),
             c["examples"][0].update(true=EVIL, student={"class": EVIL, "probability": 1.0}),
         ),
     }
@@ -212,6 +212,7 @@ def test_everything_from_files_is_escaped(copied):
     assert all(image["src"].startswith("data:image/png") for image in page.images)
     assert page.loads() == []
     assert page.text.count("{{ 7*7 }}&amp;") > 12, "shown as it is"
+    assert "the largest changes first; 1 of 7." in page.text
     assert "diagnostics" in page.sections
 
 

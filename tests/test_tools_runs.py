@@ -265,6 +265,6 @@ def test_words_that_are_not_there_have_near_names(runs, capsys):
 def test_a_damaged_result_is_told(runs, tmp_path, capsys):
     shutil.copytree(runs / "local", tmp_path / "run")
     (tmp_path / "run" / "results.json").write_text('{"phases": {}}')
-    assert "results.json is not what `apply` writes: KeyError('1_prune')" in refused(
+    assert "results.json is not what `apply` writes: it has no 'teacher'" in refused(
         capsys, "allocation", tmp_path / "run"
     )

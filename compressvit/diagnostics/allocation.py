@@ -5,15 +5,14 @@ Paper: Mini but Mighty: Finetuning ViTs with Mini Adapters, WACV 2024, https://a
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from compressvit.diagnostics.recorded import Run, not_recorded
 from compressvit.diagnostics.rows import read_rows
 from compressvit.distill.spec import Prune
-from compressvit.errors import UserError
 from compressvit.findings import Finding
+from compressvit.runfolder import results_of
 
 History = Sequence[Mapping[str, int]]  # neurons by adapter's path after every training, the start first
 
@@ -116,11 +115,8 @@ def run_histories(run: Run) -> dict[str, tuple[str, History]]:
         )
     histories: dict[str, list[dict[str, int]]] = {}
     if results.is_file():
-        try:
-            phases = json.loads(results.read_text(encoding="utf-8"))["phases"]
-            histories = {phase: phases[phase]["widths"] for phase in scopes}
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-            raise UserError(f"{results} is not what `apply` writes: {error!r}") from error
+        phases = results_of(run.path)["phases"]
+        histories = {phase: phases.get(phase, {}).get("widths", []) for phase in scopes}
     elif metrics.is_file():
         for row in read_rows(metrics, ("phase", "kind", "step", "time")):
             if row["kind"] == "widths" and row["phase"] in scopes:

@@ -125,7 +125,7 @@ class MeasuredOnImages(Measured):
     images: int = Field(512, ge=1, description="Evaluation images, evenly spaced over the set.")
 
     def summary(self) -> str:
-        return f"{self.images:,} images, {super().summary()}"
+        return f"up to {self.images:,} images, {super().summary()}"
 
 
 class Watch(Protocol):

@@ -95,6 +95,7 @@ class Page:
             "compared": bool(predictions and predictions.compared),
             "classes": next(iter(self._figures(run, [classes])), None) if classes else None,
             "confusions": predictions.confusions if predictions else None,
+            "confusions_in_all": predictions.confusions_in_all if predictions else None,
             "gallery": sections.gallery(run),
             "examples": sections.EXAMPLES[predictions.measure] if predictions else "",
             "diagnostics": self._figures(run, run.findings),

@@ -133,6 +133,7 @@ class PredictionsFile(_File):
     measure: Literal["shift", "cosine", "loss"]
     classes: list[ClassRow] | None
     confusions: list[Confusion] | None
+    confusions_in_all: int | None = None  # older runs have none
     examples: list[Example]
 
 

@@ -72,8 +72,8 @@ def _quality(phase: str, own: Sequence[Line]) -> Finding | None:
     held_out = [line for line in own if line["kind"] == "evaluate"]
     records = [
         *_series(epochs, "top1", "training images"),
-        *_series(epochs, "teacher_top1", "teacher on them"),
         *_series(held_out, "top1", "held-out images"),
+        *_series(epochs, "teacher_top1", "teacher on the training images"),  # last: colours go by order in every phase
     ]
     if records:
         caption = (
