@@ -62,10 +62,13 @@ def test_a_model_is_like_its_copy(finished, tmp_path, capsys):
 
 def test_similarity_of_the_teacher_or_of_the_student(finished, tmp_path, capsys):
     out = ran(capsys, "similarity", finished, "--images", 16, "--output", tmp_path / "a")
-    assert "teacher: the pairs that lose least by sharing (relative error of the outputs)" in out
+    assert "teacher: the pairs of each kind that lose least by sharing (relative error of the outputs)" in out
+    assert all(f"attn.{kind} " in out for kind in ("qkv", "proj")) and all(
+        f"mlp.{kind} " in out for kind in ("fc1", "fc2")
+    )
     assert rows(tmp_path / "a" / "effective_rank.csv")
     out = ran(capsys, "similarity", finished, "--student", "--weights", "--output", tmp_path / "b")
-    assert "student: the pairs that lose least by sharing (relative error of the weights)" in out
+    assert "student: the pairs of each kind that lose least by sharing (relative error of the weights)" in out
     shared = [
         row
         for row in rows(tmp_path / "b" / "similarity.csv")
@@ -81,7 +84,7 @@ def test_an_artifact_needs_data_and_a_partner(finished, tmp_path, capsys):
         capsys, "cka", plain, "data.name=digits"
     )
     out = ran(capsys, "similarity", plain, "data.name=digits", "--weights", "--output", tmp_path / "out")
-    assert "the pairs that lose least" in out
+    assert "the pairs of each kind that lose least" in out
 
 
 @pytest.mark.parametrize(

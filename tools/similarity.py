@@ -15,6 +15,7 @@ import argparse
 import copy
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from compressvit.backbone import describe
 from compressvit.diagnostics.opened import OpenedModels
@@ -24,7 +25,7 @@ from compressvit.source import Source
 
 
 def look(opened: OpenedModels, arguments: argparse.Namespace) -> Findings:
-    """The matrices, the spectra, and a table of the pairs that lose least."""
+    """The matrices, the spectra, and a table of the pairs of every kind of layer that lose least."""
     one = opened.models[0 if arguments.student else -1]
     on_images = not (arguments.weights or arguments.aligned)
     images = lambda: map(opened.own(one), opened.images(arguments.images))  # noqa: E731
@@ -32,13 +33,18 @@ def look(opened: OpenedModels, arguments: argparse.Namespace) -> Findings:
     records = sharing_losses(one.model, source=source, aligned=arguments.aligned)
     order = {info.path: info.index for info in describe(one.model).blocks}
     pairs = [r for r in records if order[r["block"]] < order[r["other"]]]
-    best = sorted(pairs, key=lambda r: r["loss"])[: arguments.show]
+    kinds = dict.fromkeys(r["layer"] for r in pairs)  # each has a scale of its own
+    best = [r for k in kinds for r in sorted((r for r in pairs if r["layer"] == k), key=_loss)[: arguments.show]]
     what = "outputs" if on_images else "weights"
     table = table_of(
-        f"{one.label}: the pairs that lose least by sharing (relative error of the {what})",
+        f"{one.label}: the pairs of each kind that lose least by sharing (relative error of the {what})",
         [{"layer": r["layer"], "block": r["block"], "with": r["other"], "error": r["loss"]} for r in best],
     )
     return [table], [sharing_finding(records, outputs=on_images), *spectra_findings({one.label: one.model})]
+
+
+def _loss(record: dict[str, Any]) -> float:
+    return record["loss"]
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +55,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--aligned", action="store_true", help="match neurons and heads first, as the align step does; compares weights"
     )
-    parser.add_argument("--show", type=whole, default=12, help="pairs in the table (default: 12)")
+    parser.add_argument("--show", type=whole, default=3, help="pairs of every kind of layer in the table (default: 3)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
