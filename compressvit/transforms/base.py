@@ -137,15 +137,20 @@ class Transform(Spec):
         """
 
 
-def record(model: nn.Module, paths: Iterable[str], change: Callable[[str], str]) -> list[LedgerEntry]:
+def record(
+    model: nn.Module, paths: Iterable[str], change: Callable[[str], str], then: Callable[[], Any] | None = None
+) -> list[LedgerEntry]:
     """Ledger of what `change` does to the module at each path, with parameters counted before the first and after the last.
 
     Args:
         change: takes a path, changes the module there and says how.
+        then: is called behind the last change, before parameters are counted.
     """
     paths = list(paths)
     before = ties.count_at_paths(model, paths)
     texts = [change(path) for path in paths]
+    if then is not None:
+        then()
     after = ties.count_at_paths(model, paths)
     return [LedgerEntry(path, text, before[path], after[path]) for path, text in zip(paths, texts, strict=True)]
 

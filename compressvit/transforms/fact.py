@@ -10,27 +10,28 @@ It merges exactly.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
-import torch
 from pydantic import Field
 from torch import nn
 
-from compressvit import surgery, ties
-from compressvit.affine import refuse_tied
+from compressvit import ties
 from compressvit.backbone import describe
 from compressvit.errors import UserError
 from compressvit.layers.delta import FacTTerm, WithFacT, add_to_weight_
 from compressvit.source import Source
-from compressvit.transforms.base import LedgerEntry, Plan, Transform, transform
+from compressvit.transforms.base import LedgerEntry, Transform, record, transform
+from compressvit.transforms.term import TermPlan, new_like
 
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
 
-class FacTPlan(Plan):
+class FacTPlan(TermPlan):
     """A resolved `FacT`: the layers of each width, which share U and V (and C)."""
 
-    foldable = True
+    mixin = WithFacT
+    slot = "fact"
 
     groups: tuple[tuple[str, ...], ...]
     form: Literal["tt", "tk"]
@@ -38,55 +39,25 @@ class FacTPlan(Plan):
     scale: float
 
     @property
-    def paths(self) -> tuple[str, ...]:
-        """Of all layers."""
+    def places(self) -> Iterable[str]:
         return tuple(path for group in self.groups for path in group)
 
     def apply(self, model: nn.Module) -> list[LedgerEntry]:
-        before = ties.count_at_paths(model, self.paths)
-        texts = {path: self._add(model, path) for path in self.paths}
+        return record(model, self.places, lambda path: self.add(model, path), then=lambda: self._share(model))
+
+    def _share(self, model: nn.Module) -> None:
         shared = ("u", "v", "core") if self.form == "tk" else ("u", "v")
         ties.tie(model, [[f"{path}.fact.{name}" for path in group] for group in self.groups for name in shared])
-        after = ties.count_at_paths(model, self.paths)
-        return [LedgerEntry(path, texts[path], before[path], after[path]) for path in self.paths]
 
-    def _add(self, model: nn.Module, path: str) -> str:
-        layer: Any = model.get_submodule(path)
-        width = min(layer.weight.shape)
-        on_inputs = layer.weight.shape[1] > width
-        term = FacTTerm(
-            width,
-            self.rank,
-            max(layer.weight.shape) // width,
-            on_inputs,
-            self.scale,
-            self.form == "tk",
-            device=layer.weight.device,
-            dtype=layer.weight.dtype,
-        )
-        surgery.extend(model, path, WithFacT)
-        surgery.fill_slot(model, path, "fact", term)
-        return f"+ FacT-{self.form.upper()} of rank {self.rank}"
+    def term(self, module: Any, path: str) -> tuple[nn.Module, str]:
+        width, longer = min(module.weight.shape), max(module.weight.shape)
+        on_inputs, tucker = module.weight.shape[1] > width, self.form == "tk"
+        options = (width, self.rank, longer // width, on_inputs, self.scale, tucker)
+        return FacTTerm(*options, **new_like(module.weight)), f"+ FacT-{self.form.upper()} of rank {self.rank}"
 
-    @torch.no_grad()
-    def initialise(self, student: nn.Module, source: Source) -> None:
-        for path in self.paths:
-            student.get_submodule(path).fact.reset()
-
-    def trains(self, model: nn.Module) -> set[str]:
-        return {
-            f"{path}.fact.{name}"
-            for path in self.paths
-            for name, _ in model.get_submodule(path).fact.named_parameters()
-        }
-
-    def fold(self, model: nn.Module) -> None:
+    def fold_term(self, module: Any, term: Any, path: str) -> None:
         """`weight += s·V Σ U`, slot by slot."""
-        refuse_tied(model, "fact", [f"{path}.weight" for path in self.paths])
-        for path in self.paths:
-            layer = model.get_submodule(path)
-            add_to_weight_(layer, layer.fact.product())
-            surgery.retract(model, path, WithFacT)
+        add_to_weight_(module, term.product())
 
 
 @transform("fact", FacTPlan)

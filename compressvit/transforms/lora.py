@@ -8,69 +8,47 @@ ConvNeXt has no attention: give `targets: [fc1, fc2]`. It merges exactly.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
-import torch
 from pydantic import Field
 from torch import nn
 
-from compressvit import surgery
-from compressvit.affine import refuse_tied
 from compressvit.backbone import ALL_FAMILIES, describe, model_name
 from compressvit.errors import UserError
 from compressvit.layers.delta import LoRATerm, WithLoRA, add_to_weight_
 from compressvit.source import Source
-from compressvit.transforms.base import LedgerEntry, Plan, Transform, record, transform
+from compressvit.transforms.base import Transform, transform
+from compressvit.transforms.term import TermPlan, new_like
 
 Target = Literal["q", "k", "v", "proj", "fc1", "fc2"]
 _PLACE = {"q": "attn.qkv", "k": "attn.qkv", "v": "attn.qkv", "proj": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
 
 
-class LoRAPlan(Plan):
+class LoRAPlan(TermPlan):
     """A resolved `LoRA`: by path of a layer, the thirds of its outputs that have a term (`[0]` where it is one piece)."""
 
-    foldable = True
+    mixin = WithLoRA
+    slot = "lora"
 
     layers: dict[str, tuple[int, ...]]
     rank: int
     alpha: float
 
-    def apply(self, model: nn.Module) -> list[LedgerEntry]:
-        return record(model, self.layers, lambda path: self._add(model, path))
+    @property
+    def places(self) -> Iterable[str]:
+        return self.layers
 
-    def _add(self, model: nn.Module, path: str) -> str:
-        layer: Any = model.get_submodule(path)
+    def term(self, module: Any, path: str) -> tuple[nn.Module, str]:
         pieces = 3 if path.endswith(".qkv") else 1
-        outputs, inputs = layer.weight.shape[:2]
-        term = LoRATerm(
-            inputs,
-            outputs // pieces,
-            self.rank,
-            self.layers[path],
-            pieces,
-            self.alpha / self.rank,
-            device=layer.weight.device,
-            dtype=layer.weight.dtype,
-        )
-        surgery.extend(model, path, WithLoRA)
-        surgery.fill_slot(model, path, "lora", term)
-        return f"+ LoRA of rank {self.rank}" + (f" on {', '.join('qkv'[p] for p in self.layers[path])}" * (pieces > 1))
+        outputs, inputs = module.weight.shape[:2]
+        which, scale = self.layers[path], self.alpha / self.rank
+        term = LoRATerm(inputs, outputs // pieces, self.rank, which, pieces, scale, **new_like(module.weight))
+        return term, f"+ LoRA of rank {self.rank}" + (f" on {', '.join('qkv'[p] for p in which)}" * (pieces > 1))
 
-    @torch.no_grad()
-    def initialise(self, student: nn.Module, source: Source) -> None:
-        for path in self.layers:
-            student.get_submodule(path).lora.reset()
-
-    def trains(self, model: nn.Module) -> set[str]:
-        return {f"{path}.lora.{name}" for path in self.layers for name in ("down", "up")}
-
-    def fold(self, model: nn.Module) -> None:
+    def fold_term(self, module: Any, term: Any, path: str) -> None:
         """`weight += (α/r) B A`."""
-        refuse_tied(model, "lora", [f"{path}.weight" for path in self.layers])
-        for path in self.layers:
-            layer = model.get_submodule(path)
-            add_to_weight_(layer, layer.lora.product())
-            surgery.retract(model, path, WithLoRA)
+        add_to_weight_(module, term.product())
 
 
 @transform("lora", LoRAPlan)

@@ -9,27 +9,28 @@ parameters each. In ConvNeXt φ sits between the norm and the MLP: before the de
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
-import torch
 from pydantic import Field
 from torch import nn
 
-from compressvit import surgery
-from compressvit.affine import merge_before_, refuse_tied
+from compressvit.affine import merge_before_
 from compressvit.backbone import ALL_FAMILIES, describe, model_name
 from compressvit.errors import UserError
 from compressvit.layers.adapter import RepBottleneck, WithRepAdapter
 from compressvit.source import Source
-from compressvit.transforms.base import LedgerEntry, Plan, Transform, record, transform
+from compressvit.transforms.base import Transform, transform
+from compressvit.transforms.term import TermPlan, new_like
 
 FIRST_LAYER = {"attn": "qkv", "mlp": "fc1"}  # of a sublayer: what φ merges into
 
 
-class RepAdapterPlan(Plan):
+class RepAdapterPlan(TermPlan):
     """A resolved `RepAdapter`: the sublayers that have one."""
 
-    foldable = True
+    mixin = WithRepAdapter
+    slot = "repadapter"
     folds_last = True  # `W R` is of the whole W, with what other steps add to it
 
     paths: tuple[str, ...]
@@ -38,40 +39,22 @@ class RepAdapterPlan(Plan):
     scale: float
     dropout: float
 
-    def apply(self, model: nn.Module) -> list[LedgerEntry]:
-        return record(model, self.paths, lambda path: self._add(model, path))
+    @property
+    def places(self) -> Iterable[str]:
+        return self.paths
 
-    def _add(self, model: nn.Module, path: str) -> str:
-        first: Any = model.get_submodule(f"{path}.{_first(path)}")
-        adapter = RepBottleneck(
-            first.weight.shape[1],
-            self.width,
-            self.groups,
-            self.scale,
-            self.dropout,
-            device=first.weight.device,
-            dtype=first.weight.dtype,
-        )
-        surgery.extend(model, path, WithRepAdapter)
-        surgery.fill_slot(model, path, "repadapter", adapter)
-        return f"+ linear bottleneck of {self.width} in {self.groups} groups, scale {self.scale:g}"
+    def term(self, module: Any, path: str) -> tuple[nn.Module, str]:
+        weight = module.get_submodule(_first(path)).weight
+        options = (self.width, self.groups, self.scale, self.dropout)
+        text = f"+ linear bottleneck of {self.width} in {self.groups} groups, scale {self.scale:g}"
+        return RepBottleneck(weight.shape[1], *options, **new_like(weight)), text
 
-    @torch.no_grad()
-    def initialise(self, student: nn.Module, source: Source) -> None:
-        for path in self.paths:
-            student.get_submodule(path).repadapter.reset()
+    def folds_into(self, path: str) -> list[str]:
+        return [f"{path}.{_first(path)}.weight"]
 
-    def trains(self, model: nn.Module) -> set[str]:
-        return {f"{path}.repadapter.{name}" for path in self.paths
-                for name, _ in model.get_submodule(path).repadapter.named_parameters()}  # fmt: skip
-
-    def fold(self, model: nn.Module) -> None:
-        """Merge every φ into the projection behind it: `W' = W R`, `b' = b + W c` with `φ(x) = R x + c`."""
-        refuse_tied(model, "repadapter", [f"{path}.{_first(path)}.weight" for path in self.paths])
-        for path in self.paths:
-            sublayer = model.get_submodule(path)
-            merge_before_(sublayer.get_submodule(_first(path)), *sublayer.repadapter.as_affine())
-            surgery.retract(model, path, WithRepAdapter)
+    def fold_term(self, module: Any, term: Any, path: str) -> None:
+        """Into the projection behind it: `W' = W R`, `b' = b + W c` with `φ(x) = R x + c`."""
+        merge_before_(module.get_submodule(_first(path)), *term.as_affine())
 
 
 def _first(path: str) -> str:

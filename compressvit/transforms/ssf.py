@@ -9,6 +9,7 @@ It merges exactly.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,52 +17,45 @@ from pydantic import Field
 from torch import nn
 
 from compressvit import surgery
-from compressvit.affine import refuse_tied
 from compressvit.backbone import ALL_FAMILIES, describe, head_names
 from compressvit.layers.delta import ScaleShift, WithScaleShift
 from compressvit.source import Source
-from compressvit.transforms.base import LedgerEntry, Plan, Transform, record, transform
+from compressvit.transforms.base import Transform, transform
+from compressvit.transforms.term import TermPlan, new_like
 
 
-class SSFPlan(Plan):
+class SSFPlan(TermPlan):
     """A resolved `SSF`: the layers that have a scale and shift behind them."""
 
-    foldable = True
+    mixin = WithScaleShift
+    slot = "ssf"
     starts = ("std",)
 
     layers: tuple[str, ...]
     std: float
 
-    def apply(self, model: nn.Module) -> list[LedgerEntry]:
-        return record(model, self.layers, lambda path: self._add(model, path))
+    @property
+    def places(self) -> Iterable[str]:
+        return self.layers
 
-    def _add(self, model: nn.Module, path: str) -> str:
-        layer: Any = model.get_submodule(path)
+    def term(self, module: Any, path: str) -> tuple[nn.Module, str]:
         # timm's LayerNorm2d normalises the channels of (B, C, H, W), and is a LayerNorm
-        first = isinstance(layer, nn.Conv2d) or any(kind.__name__.endswith("2d") for kind in type(layer).__mro__)
-        term = ScaleShift(layer.bias.shape[0], first, device=layer.bias.device, dtype=layer.bias.dtype)
-        surgery.extend(model, path, WithScaleShift)
-        surgery.fill_slot(model, path, "ssf", term)
-        return "+ scale and shift"
+        first = isinstance(module, nn.Conv2d) or any(kind.__name__.endswith("2d") for kind in type(module).__mro__)
+        return ScaleShift(module.bias.shape[0], first, **new_like(module.bias)), "+ scale and shift"
 
     @torch.no_grad()
     def initialise(self, student: nn.Module, source: Source) -> None:
-        for path in self.layers:
-            student.get_submodule(path).ssf.reset(self.std)
+        for term in self.terms(student).values():
+            term.reset(self.std)
 
-    def trains(self, model: nn.Module) -> set[str]:
-        return {f"{path}.ssf.{name}" for path in self.layers for name in ("scale", "shift")}
+    def folds_into(self, path: str) -> list[str]:
+        return [f"{path}.weight", f"{path}.bias"]
 
-    @torch.no_grad()
-    def fold(self, model: nn.Module) -> None:
+    def fold_term(self, module: Any, term: Any, path: str) -> None:
         """`W' = diag(γ) W`, `b' = γ b + β`, of norms alike."""
-        refuse_tied(model, "ssf", [f"{path}.{name}" for path in self.layers for name in ("weight", "bias")])
-        for path in self.layers:
-            layer: Any = model.get_submodule(path)
-            scale, shift = layer.ssf.scale.double(), layer.ssf.shift.double()
-            layer.weight.copy_(layer.weight.double() * scale.reshape(-1, *[1] * (layer.weight.ndim - 1)))
-            layer.bias.copy_(layer.bias.double() * scale + shift)
-            surgery.retract(model, path, WithScaleShift)
+        scale, shift = term.scale.double(), term.shift.double()
+        module.weight.copy_(module.weight.double() * scale.reshape(-1, *[1] * (module.weight.ndim - 1)))
+        module.bias.copy_(module.bias.double() * scale + shift)
 
 
 @transform("ssf", SSFPlan)

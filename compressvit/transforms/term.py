@@ -1,0 +1,78 @@
+"""What LoRA, SSF, FacT and RepAdapter have in common: a small trained module in one slot of existing modules, which can be merged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from compressvit import surgery
+from compressvit.affine import refuse_tied
+from compressvit.source import Source
+from compressvit.transforms.base import LedgerEntry, Plan, record
+
+
+class TermPlan(Plan):
+    """A resolved transform that extends modules by `mixin` and fills its slot with a term."""
+
+    foldable = True
+    mixin: ClassVar[type]
+    slot: ClassVar[str]  # of the mixin
+
+    @property
+    def places(self) -> Iterable[str]:
+        """Paths of the modules that get a term."""
+        raise TypeError(f"{type(self).__name__} does not define places")
+
+    def term(self, module: Any, path: str) -> tuple[nn.Module, str]:
+        """A new term for a module, and what the ledger says of it."""
+        raise TypeError(f"{type(self).__name__} does not define term")
+
+    def fold_term(self, module: Any, term: Any, path: str) -> None:
+        """Put a term into the weights of the module that has it."""
+        raise TypeError(f"{type(self).__name__} does not define fold_term")
+
+    def folds_into(self, path: str) -> list[str]:
+        """Names of the tensors that `fold_term` changes."""
+        return [f"{path}.weight"]
+
+    def apply(self, model: nn.Module) -> list[LedgerEntry]:
+        return record(model, self.places, lambda path: self.add(model, path))
+
+    def add(self, model: nn.Module, path: str) -> str:
+        """Put a term at a path; returns what the ledger says of it."""
+        term, text = self.term(model.get_submodule(path), path)
+        surgery.extend(model, path, self.mixin)
+        surgery.fill_slot(model, path, self.slot, term)
+        return text
+
+    def terms(self, model: nn.Module) -> dict[str, Any]:
+        """By path of the module that has it."""
+        return {path: getattr(model.get_submodule(path), self.slot) for path in self.places}
+
+    @torch.no_grad()
+    def initialise(self, student: nn.Module, source: Source) -> None:
+        for term in self.terms(student).values():
+            term.reset()
+
+    def trains(self, model: nn.Module) -> set[str]:
+        return {
+            f"{path}.{self.slot}.{name}"
+            for path, term in self.terms(model).items()
+            for name, _ in term.named_parameters()
+        }
+
+    @torch.no_grad()
+    def fold(self, model: nn.Module) -> None:
+        """Merge every term, and take it out."""
+        refuse_tied(model, self.transform, [name for path in self.places for name in self.folds_into(path)])
+        for path, term in self.terms(model).items():
+            self.fold_term(model.get_submodule(path), term, path)
+            surgery.retract(model, path, self.mixin)
+
+
+def new_like(tensor: torch.Tensor) -> dict[str, Any]:
+    """Device and dtype for a module beside a tensor."""
+    return {"device": tensor.device, "dtype": tensor.dtype}
