@@ -8,10 +8,11 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import altair as alt
 import numpy as np
@@ -20,6 +21,8 @@ from PIL import Image
 from compressvit import charts, drawing
 from compressvit.errors import UserError
 from compressvit.files import write_text
+
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
@@ -102,3 +105,9 @@ def merged(earlier: Finding, later: Finding) -> Finding:
             records = [{**record, "panel": f"{record['when']}: {record[inner]}"} for record in records]
         options["facet"] = "panel" if inner is not None else "when"
     return replace(later, records=records, options=options)
+
+
+def stretches(rows: Sequence[Row], count: int) -> Iterator[Sequence[Row]]:
+    """At most `count` stretches of neighbouring rows, equally many in each (the last may be shorter): for curves of many steps."""
+    size = max(1, math.ceil(len(rows) / count))
+    return (rows[start : start + size] for start in range(0, len(rows), size))

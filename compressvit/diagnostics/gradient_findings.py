@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from compressvit.findings import Finding
+from compressvit.findings import Finding, stretches
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -34,10 +34,7 @@ def gradient_findings(rows: Rows) -> list[Finding]:
 
 
 def _over_training(rows: Rows) -> Finding:
-    records = []
-    for panel, some in _panels(rows):
-        for step, norms in _thinned(some, _layer_norms):
-            records += [{**panel, "step": step, "layer": layer, "norm": norm} for layer, norm in norms.items()]
+    records = _over_steps(rows, "layer", _layer_norms)
     return Finding(
         name="gradients",
         title="Norm of the gradient per layer over training",
@@ -51,10 +48,7 @@ def _over_training(rows: Rows) -> Finding:
 
 
 def _by_group(rows: Rows) -> Finding:
-    records = []
-    for panel, some in _panels(rows):
-        for step, norms in _thinned(some, _group_norms):
-            records += [{**panel, "step": step, "group": group, "norm": norm} for group, norm in norms.items()]
+    records = _over_steps(rows, "group", _group_norms)
     return Finding(
         name="gradients_groups",
         title="Norm of the gradient per kind of parameter over training",
@@ -172,15 +166,16 @@ def _panels(rows: Rows) -> Iterator[tuple[dict[str, Any], list[Mapping[str, Any]
         yield fields, some
 
 
-def _thinned(rows: Rows, norms: Any) -> Iterator[tuple[int, dict[str, float]]]:
-    """(step, mean norms by name) of at most `_POINTS` stretches of equally many rows; a stretch is named by its last step."""
-    size = math.ceil(len(rows) / _POINTS)
-    for start in range(0, len(rows), size):
-        stretch = rows[start : start + size]
-        found = [norms(row) for row in stretch]
-        names = dict.fromkeys(name for one in found for name in one)
-        means = {name: statistics.fmean(one[name] for one in found if name in one) for name in names}
-        yield stretch[-1]["step"], means
+def _over_steps(rows: Rows, field: str, norms: Callable[[Mapping[str, Any]], dict[str, float]]) -> list[dict[str, Any]]:
+    """A record for each name that `norms` gives (as `field`) and stretch of rows, with the mean; a stretch is named by its last step."""
+    records = []
+    for panel, some in _panels(rows):
+        for stretch in stretches(some, _POINTS):
+            found = [norms(row) for row in stretch]
+            for name in dict.fromkeys(name for one in found for name in one):
+                mean = statistics.fmean(one[name] for one in found if name in one)
+                records.append({**panel, "step": stretch[-1]["step"], field: name, "norm": mean})
+    return records
 
 
 def _line_options(records: Sequence[Mapping[str, Any]], colour: str, *, ramp: bool) -> dict[str, Any]:

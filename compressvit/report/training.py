@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from compressvit.findings import Finding
+from compressvit.findings import Finding, stretches
 
 POINTS = 200  # a line has at most about this many; more are averaged in equal stretches
 _RANGE = 30.0  # from the smallest to the largest value: above it an axis is logarithmic
@@ -124,9 +124,7 @@ def _finding(name: str, title: str, caption: str, records: list[dict[str, Any]],
 def _series(lines: Iterable[Line], key: str, name: str) -> list[dict[str, Any]]:
     """A record for each line that has the key, or for each of `POINTS` stretches of them."""
     known = [(line["step"], line[key]) for line in lines if math.isfinite(line.get(key, math.nan))]
-    stretch = math.ceil(len(known) / POINTS) or 1
-    parts = [known[i : i + stretch] for i in range(0, len(known), stretch)]
     return [
         {"step": part[-1][0], "value": float(f"{sum(v for _, v in part) / len(part):.5g}"), "series": name}
-        for part in parts
+        for part in stretches(known, POINTS)
     ]
