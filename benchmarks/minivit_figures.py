@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import statistics
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import yaml
 from minivit_ablation import run
 from rich.console import Console
 
+from compressvit.artifact import read_manifest
 from compressvit.diagnostics.rows import read_rows
 from compressvit.findings import Finding, read
 from compressvit.recipe import find_recipe
@@ -45,9 +45,7 @@ def main() -> None:
     arguments = parser.parse_args()
     console = Console(quiet=True)
     base = yaml.safe_load(find_recipe("fashion_mnist_mini_vit").read_text(encoding="utf-8"))
-    made = json.loads((Path(arguments.teacher) / "compressvit.json").read_text())
-    args = {name: value for name, value in made["args"].items() if name != "num_classes"}
-    base["teacher"] = {"model": made["architecture"], "args": args, "weights": arguments.teacher, "num_classes": 10}
+    base["teacher"] = {"model": read_manifest(arguments.teacher).architecture, "weights": arguments.teacher}
     base["data"] |= {"limit_train": arguments.images}
     base["diagnostics"] = [{"gradients": {"every": 5}}, {"cka": {"epochs": ["last"], "images": 512}}]
     training = {"epochs": arguments.epochs, "lr": 1e-3, "warmup_epochs": 0.2}

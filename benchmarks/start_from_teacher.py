@@ -18,6 +18,7 @@ import yaml
 from minivit_ablation import run
 from rich.console import Console
 
+from compressvit.artifact import read_manifest
 from compressvit.recipe import find_recipe
 
 METHODS = {"reference, from noise": 1e-3, "low rank, from the teacher": 1e-4}  # and the peak learning rate
@@ -45,9 +46,7 @@ def main() -> None:
     console = Console(quiet=True)
 
     base = yaml.safe_load(find_recipe("fashion_mnist_lors").read_text(encoding="utf-8"))
-    made = json.loads((Path(arguments.teacher) / "compressvit.json").read_text())
-    args = {name: value for name, value in made["args"].items() if name != "num_classes"}
-    base["teacher"] = {"model": made["architecture"], "args": args, "weights": arguments.teacher, "num_classes": 10}
+    base["teacher"] = {"model": read_manifest(arguments.teacher).architecture, "weights": arguments.teacher}
     base["data"] |= {"limit_train": arguments.images, "limit_val": arguments.test_images}
 
     rows: dict[tuple, list[tuple[dict, dict]]] = {}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from compressvit import surgery, weights
+from compressvit.artifact import MANIFEST, read_manifest
 from compressvit.data import known_classes
 from compressvit.errors import UserError
 from compressvit.recipe import Recipe
@@ -20,20 +22,44 @@ def trains_teacher(recipe: Recipe) -> bool:
 
 
 def build_teacher(recipe: Recipe, *, classes: int | None = None, device: str | None = None) -> nn.Module:
-    """The teacher with fresh values.
+    """The teacher with fresh values; what the recipe does not say of it, an artifact that `teacher.weights` names does.
 
     Args:
         recipe: its `teacher` section.
         classes: classes of the opened data set, where the recipe's data does not tell; sizes the head of a teacher that is trained.
         device: 'meta' for a skeleton.
+
+    Raises:
+        UserError: timm cannot build it, or the artifact is of another architecture, or of a student.
     """
+    args = _teacher_args(recipe)
     count = recipe.teacher.num_classes
     if count is None and trains_teacher(recipe):
         count = known_classes(recipe.data) or classes
-    args = dict(recipe.teacher.args)
     if count is not None:
         args["num_classes"] = count
     return weights.build(recipe.teacher.model, device=device, **args)
+
+
+def _teacher_args(recipe: Recipe) -> dict[str, Any]:
+    """Arguments of timm.create_model: those of the artifact that `teacher.weights` names, if it names one, and over them the recipe's."""
+    asked = recipe.teacher
+    folder = Path(asked.weights).expanduser()
+    if asked.weights in ("pretrained", "train") or not (folder / MANIFEST).is_file():
+        return dict(asked.args)
+    manifest = read_manifest(folder)
+    if manifest.architecture.partition(".")[0] != asked.model.partition(".")[0]:
+        raise UserError(
+            f"teacher.weights: {asked.weights} is a {manifest.architecture}, and teacher.model says {asked.model}; set "
+            f"teacher.model={manifest.architecture}, or give the weights of another model"
+        )
+    if manifest.transforms:
+        steps = ", ".join(step.transform for step in manifest.transforms)
+        raise UserError(
+            f"teacher.weights: {asked.weights} is what {steps} made of a {manifest.architecture}, no model of timm's own; give the "
+            "teacher of that run (RUN/teacher), or what `compressvit merge` makes of it (RUN/merged/model.safetensors)"
+        )
+    return {**manifest.args, **asked.args}
 
 
 def load_teacher(recipe: Recipe, teacher: nn.Module) -> None:
@@ -85,7 +111,7 @@ def student_body(recipe: Recipe, teacher: nn.Module, *, meta: bool) -> nn.Module
     asked = recipe.student
     if asked.model is None and not asked.args and asked.weights == "teacher":
         return surgery.skeleton(teacher) if meta else copy.deepcopy(teacher)
-    args = {} if asked.model else dict(recipe.teacher.args)
+    args = {} if asked.model else _teacher_args(recipe)
     args |= {"num_classes": getattr(teacher, "num_classes", None), **asked.args}
     student = weights.build(asked.model or recipe.teacher.model, device="meta" if meta else None, **args)
     if meta:

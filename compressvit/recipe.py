@@ -33,7 +33,8 @@ class Teacher(Spec):
     )
     weights: str = Field(
         "pretrained",
-        description="pretrained (timm's, downloaded or from its cache), train (from noise, by `finetune`), or the path of a file.",
+        description="pretrained (timm's, downloaded or from its cache), train (from noise, by `finetune`), or the path of a file or "
+        "artifact (RUN/teacher, which also knows args and num_classes).",
     )
     args: dict[str, Any] = Field(
         default_factory=dict, description="Further arguments of timm.create_model, e.g. {img_size: 384}."

@@ -8,9 +8,10 @@ import torch
 from helpers.models import SWIN, VIT, build, outputs
 from torch import nn
 
-from compressvit import weights
+from compressvit import Multiplex, artifact, weights
 from compressvit.errors import UserError
 from compressvit.models import build_student, build_teacher, load_teacher, require_student_file
+from compressvit.pipeline import compress
 from compressvit.recipe import Recipe, parse_recipe
 
 # ------------------------------------------------------------------------------------------------------------- building
@@ -130,6 +131,46 @@ def test_a_student_with_arguments_of_its_own():
     fresh = build_student(recipe_of("weights: train", arguments.replace("WEIGHTS", "random")), teacher)
     assert fresh.cls_token is None
     assert not torch.equal(fresh.blocks[1].mlp.fc1.weight, teacher.blocks[1].mlp.fc1.weight)
+
+
+def test_an_artifact_says_what_the_recipe_does_not_of_its_teacher(tmp_path):
+    recipe = recipe_of("weights: train")
+    made = build_teacher(recipe, classes=3)
+    made.reset_classifier(3)
+    folder = artifact.save(made, tmp_path / "teacher")
+    named = Recipe.model_validate(
+        {**recipe.model_dump(), "teacher": {"model": recipe.teacher.model, "weights": str(folder)}}
+    )
+    for device in ("meta", None):
+        assert outline(build_teacher(named, device=device)) == outline(made)
+    teacher = build_teacher(named)
+    load_teacher(named, teacher)
+    assert all(torch.equal(t, teacher.state_dict()[n]) for n, t in made.state_dict().items())
+    section = {**named.teacher.model_dump(), "args": {"depth": 1}, "num_classes": 7}
+    other = build_teacher(Recipe.model_validate({**named.model_dump(), "teacher": section}))
+    assert (len(other.blocks), other.num_classes) == (1, 7), "what the recipe says counts more"
+    asked = {**named.model_dump(), "student": {"args": {"global_pool": "avg"}, "weights": "random"}}
+    assert len(build_student(Recipe.model_validate(asked), teacher).blocks) == len(made.blocks)
+
+
+def test_an_artifact_of_another_model_is_no_teacher(tmp_path):
+    recipe = recipe_of("weights: train")
+    folder = artifact.save(build("swin"), tmp_path / "swin")
+    section = {**recipe.teacher.model_dump(), "weights": str(folder), "finetune": None}
+    with pytest.raises(
+        UserError, match=r"is a swin_tiny_patch4_window7_224, and teacher.model says vit_tiny_patch16_224"
+    ):
+        build_teacher(Recipe.model_validate({**recipe.model_dump(), "teacher": section}))
+    student = artifact.save(compress(build_teacher(recipe), [Multiplex(share=2)]), tmp_path / "student")
+    section["weights"] = str(student)
+    with pytest.raises(
+        UserError, match=r"what multiplex made of a vit_tiny_patch16_224, .*give the teacher of that run"
+    ):
+        build_teacher(Recipe.model_validate({**recipe.model_dump(), "teacher": section}))
+
+
+def outline(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
 def test_student_weights_that_do_not_fit_are_found_before_the_teacher_is_trained(tmp_path):

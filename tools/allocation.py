@@ -5,7 +5,7 @@ Every run with a `prune` step has recorded it, also one that is not finished.
 example:
   compressvit apply quickstart 'steps=[adapters: {ratio: 0.5}, prune: {target: {neurons: 0.1}, epochs: 3}]' --output runs/global
   compressvit apply quickstart 'steps=[adapters: {ratio: 0.5}, prune: {target: {neurons: 0.1}, epochs: 3, scope: local}]' \
-    --output runs/local teacher.weights=runs/global/teacher teacher.finetune=null teacher.num_classes=10
+    --output runs/local teacher.weights=runs/global/teacher teacher.finetune=null
   python tools/allocation.py runs/global runs/local
 """
 
