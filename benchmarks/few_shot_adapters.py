@@ -6,6 +6,7 @@ several sizes, beside adapters that are trained directly at these sizes. A finis
     python benchmarks/few_shot_lists.py digits --output few_shot/digits
     python benchmarks/few_shot_adapters.py --data few_shot/digits --weights FILE --output runs/few_shot/digits
     compressvit compare runs/few_shot/digits/final --output runs/few_shot/digits/table
+    python benchmarks/few_shot_adapters.py --latencies runs/few_shot/digits
 """
 
 from __future__ import annotations
@@ -15,10 +16,14 @@ import json
 import math
 from pathlib import Path
 
+import torch
 import yaml
 from minivit_ablation import run
 from rich.console import Console
 
+import compressvit
+from compressvit import artifact, cost
+from compressvit.backbone import input_size
 from compressvit.recipe import find_recipe
 
 RATES = (1e-3, 5e-3)  # to begin with; while the best is at an edge, up to EXTENSIONS more beyond it
@@ -42,7 +47,28 @@ METHODS: dict[str, list[dict]] = {  # the steps before training; more than one: 
     "fact_tt": [{"fact": {"form": "tt", "rank": 16, "scale": scale}} for scale in (1.0, 10.0)],
     "fact_tk": [{"fact": {"form": "tk", "rank": 16, "scale": scale}} for scale in (1.0, 10.0)],
 }
+MERGED = ("repadapter", "lora", "ssf", "fact_tt", "fact_tk", "phm", "compacter")  # the last two into dense adapters
 SIZES = (1 / 2, 1 / 4, 1 / 8, 1 / 16)  # of the neurons of adapters of M/8, for the curve
+
+
+def latencies(output: Path, rounds: int = 30) -> None:
+    """Milliseconds for one image: the first seed's student of every method, as it is and merged, all in turns, beside the backbone."""
+    models, names = [], []
+    for folder in sorted(output.glob("final/*_seed0")):
+        student = artifact.load(folder / "student")
+        models.append(student)
+        names.append(folder.name.removesuffix("_seed0"))
+        if names[-1] in MERGED:
+            models.append(compressvit.merge(student))
+            names.append(f"{names[-1]}, merged")
+    names.append("backbone")
+    models.append(artifact.load(output / "final" / "linear_seed0" / "student"))
+    times = cost.latency(
+        models, [input_size(model) for model in models], device=torch.device("cpu"), rounds=rounds, seconds=600
+    )
+    print("| one image | milliseconds | of the backbone |\n| --- | --- | --- |")
+    for name, taken in zip(names, times, strict=True):
+        print(f"| {name} | {taken:.2f} | {taken / times[-1]:.2f} |")
 
 
 def beyond(scores: dict[float, float]) -> list[float]:
@@ -56,9 +82,12 @@ def beyond(scores: dict[float, float]) -> list[float]:
 def main() -> None:
     """Choose, then run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="a folder of few_shot_lists.py")
-    parser.add_argument("--weights", required=True, help="of DINOv2 ViT-S/14, in timm's names")
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument(
+        "--latencies", type=Path, metavar="OUTPUT", help="run nothing; time what is finished there, in turns"
+    )
+    parser.add_argument("--data", type=Path, help="a folder of few_shot_lists.py")
+    parser.add_argument("--weights", help="of DINOv2 ViT-S/14, in timm's names")
+    parser.add_argument("--output", type=Path)
     parser.add_argument("--methods", nargs="+", default=[*METHODS, "mimi"], choices=[*METHODS, "mimi"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=10)
@@ -66,6 +95,11 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=56, help="side of the images in pixels, a multiple of 14")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of training; evaluated in fp32")
     arguments = parser.parse_args()
+    if arguments.latencies:
+        latencies(arguments.latencies)
+        return
+    if not (arguments.data and arguments.weights and arguments.output):
+        parser.error("give --data, --weights and --output")
     base = yaml.safe_load(find_recipe("mimi_dinov2_s").read_text(encoding="utf-8"))
     base["teacher"] |= {"weights": arguments.weights, "args": {"img_size": arguments.size}}
     base["data"] |= {"root": str(arguments.data)}

@@ -76,19 +76,19 @@ def compare_findings(rows: Sequence[Mapping[str, Any]]) -> list[Finding]:
     found = []
     for number, task in enumerate(dict.fromkeys(row["task"] for row in rows)):
         own = [row for row in rows if row["task"] == task]
-        size = "trained_adapter" if any(row["adapter_bytes"] is not None for row in own) else "parameters"
+        frozen = any(row["adapter_bytes"] is not None for row in own)
+        size = "trained_adapter" if frozen else "parameters"
         quality = next((q for q in QUALITIES if any(row[q] is not None for row in own)), None)
         drawn = [row for row in own if quality and row[quality] is not None and row[size] is not None]
         if quality is None or not drawn:
             continue
-        what = (
-            "trained parameters, without the classifier" if size == "trained_adapter" else "parameters of the student"
-        )
+        # with the classifier: where it is all that is trained, there is no other place on a logarithmic axis
+        what = "trained parameters, with the classifier" if frozen else "parameters of the student"
         records = [
             {
                 "student": row["label"],
                 "method": " + ".join(word.split(" ")[0] for word in row["label"].split(" + ")),
-                "size": max(1, row[size]),
+                "size": row[size] + (row["trained_head"] or 0 if frozen else 0),
                 "quality": row[quality],
                 "deviation": row[f"{quality}_std"] or 0.0,
             }

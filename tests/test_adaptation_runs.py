@@ -18,6 +18,7 @@ from compressvit.compare import compare
 from compressvit.errors import UserError
 from compressvit.export import merge_folder, photograph_like
 from compressvit.pipeline import compress
+from compressvit.plots import compare_findings
 from compressvit.recipe import parse_recipe
 from compressvit.transforms import Adapters, RepAdapter
 
@@ -179,6 +180,10 @@ def test_seeds_of_one_recipe_are_one_row(runs, tmp_path):
     assert json.loads((tmp_path / "compare.json").read_text()) == list(rows.values())
     assert [r["label"] for r in csv.DictReader((tmp_path / "compare.csv").open())] == list(rows)
     assert (tmp_path / "compare.png").stat().st_size > 5_000
+    drawn = {record["student"]: record for record in compare_findings(list(rows.values()))[0].records}
+    head, adapted = drawn["freeze train head"], drawn["adapters ratio 0.25"]
+    assert head["size"] == rows["freeze train head"]["trained_head"] > 0, "it has a place on a logarithmic axis"
+    assert adapted["size"] == rows["adapters ratio 0.25"]["trained_adapter"] + head["size"]
 
 
 def test_a_folder_of_runs_is_all_of_them(runs):
