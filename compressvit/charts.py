@@ -15,6 +15,7 @@ Records = Sequence[Mapping[str, Any]]
 
 WIDTH, HEIGHT = 560, 300  # pixels, before a page makes them fit
 COLOURS = ("#3182bd", "#e6842a", "#31a354", "#a05fc4", "#d6616b", "#8c8c8c", "#17a2a2", "#b8860b", "#e377c2", "#7f6a4f")
+SHAPES = ("circle", "diamond", "triangle-up", "square")
 SEQUENTIAL = "viridis"  # the same on white and on black
 
 
@@ -231,7 +232,9 @@ def points(
     base = alt.Chart(_data(records))
     large = _order(records, colour)[0] if span and colour else None  # under a small dot, where both are in one place
     tip = _tooltip(records, titles)
-    marks: Any = base.mark_circle(size=46, opacity=0.85).encode(**encode, **kind, tooltip=tip)
+    marks: Any = base.mark_point(size=46, opacity=0.85, filled=True).encode(
+        **encode, **kind, **_shape(records, colour, titles), tooltip=tip
+    )
     if large is not None:
         under = base.transform_filter(alt.datum[colour] == large).mark_circle(size=130, opacity=1)
         marks = under.encode(**encode, **kind, tooltip=tip) + marks.transform_filter(alt.datum[colour] != large)
@@ -324,6 +327,17 @@ def _colour(records: Records, field: str, titles: Mapping[str, str], ramp: bool)
         title=titles.get(field, field), symbolLimit=40, labelLimit=260, **({"columns": 2} if len(kinds) > 15 else {})
     )
     return alt.Color(field, type="nominal", sort=kinds, scale=scale, legend=legend)
+
+
+def _shape(records: Records, field: str | None, titles: Mapping[str, str]) -> dict[str, alt.Shape]:
+    """Where there are more kinds than colours: a colour comes again, in another shape."""
+    kinds = _order(records, field) if field else []
+    if field is None or len(kinds) <= len(COLOURS):
+        return {}
+    forms = [SHAPES[i // len(COLOURS) % len(SHAPES)] for i in range(len(kinds))]
+    legend = _colour(records, field, titles, False).to_dict()["legend"]  # the same, so that Vega makes one of both
+    scale = alt.Scale(domain=kinds, range=forms)
+    return {"shape": alt.Shape(field, type="nominal", sort=kinds, scale=scale, legend=alt.Legend(**legend))}
 
 
 def _tooltip(records: Records, titles: Mapping[str, str]) -> list[alt.Tooltip]:
