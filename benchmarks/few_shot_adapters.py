@@ -55,14 +55,22 @@ def latencies(output: Path, rounds: int = 30) -> None:
     """Milliseconds for one image: the first seed's student of every method, as it is and merged, all in turns, beside the backbone."""
     models, names = [], []
     for folder in sorted(output.glob("final/*_seed0")):
+        if not (folder / "results.json").is_file():
+            print(f"left out, not finished: {folder}")
+            continue
         student = artifact.load(folder / "student")
         models.append(student)
         names.append(folder.name.removesuffix("_seed0"))
         if names[-1] in MERGED:
             models.append(compressvit.merge(student))
             names.append(f"{names[-1]}, merged")
+    linear = output / "final" / "linear_seed0" / "student"
+    if not linear.is_dir():
+        raise SystemExit(
+            f"{linear} is not there: the backbone to compare with is the one with a new classifier alone (--methods linear)"
+        )
     names.append("backbone")
-    models.append(artifact.load(output / "final" / "linear_seed0" / "student"))
+    models.append(artifact.load(linear))
     times = cost.latency(
         models, [input_size(model) for model in models], device=torch.device("cpu"), rounds=rounds, seconds=600
     )
@@ -72,7 +80,7 @@ def latencies(output: Path, rounds: int = 30) -> None:
 
 
 def beyond(scores: dict[float, float]) -> list[float]:
-    """One rate beyond the best, where that is the smallest or largest tried; of equal scores the smallest rate counts."""
+    """One rate beyond the best, where that is the smallest or largest tried; of equal scores the smallest rate counts, as in the end."""
     best = min(scores, key=lambda rate: (-scores[rate], rate))
     if best == max(scores):
         return [best * FACTOR]
@@ -122,7 +130,7 @@ def main() -> None:
 
     for method in arguments.methods:
         source = "adapters" if method == "mimi" else method
-        tried: list[tuple[float, list, float]] = []
+        tried: list[dict] = []
         for i, step in enumerate(METHODS[source] or [None]):
             steps = [step] if step else []
             scores: dict[float, float] = {}
@@ -132,9 +140,15 @@ def main() -> None:
                     name = f"choice/{source}_{i}_{rate:g}"
                     scores[rate] = cell(name, [*steps, {"finetune": training(rate)}], 0, ("train800", "val200"))
                 waiting = beyond(scores) if len(scores) < len(RATES) + EXTENSIONS else []
-            tried += [(score, steps, rate) for rate, score in scores.items()]
-        _, steps, rate = max(tried, key=lambda one: one[0])  # the first of equals
-        (arguments.output / f"choice_{method}.json").write_text(json.dumps([steps, rate]))
+            if beyond(scores):
+                print(f"{method}: the best rate of setting {i} is still at an edge of those tried", flush=True)
+            tried += [{"steps": steps, "rate": rate, "score": score} for rate, score in scores.items()]
+        best = min(
+            tried,
+            key=lambda one: (-one["score"], METHODS[source].index(one["steps"][0]) if one["steps"] else 0, one["rate"]),
+        )
+        steps, rate = best["steps"], best["rate"]
+        (arguments.output / f"choice_{method}.json").write_text(json.dumps({"chosen": best, "tried": tried}, indent=1))
         for seed in arguments.seeds:
             splits = ("train800val200", "test")
             if method != "mimi":

@@ -43,9 +43,16 @@ def recipe_text(overrides: dict, teacher: dict | None, steps: list) -> str:
 
 
 def run(text: str, name: str, output: Path, console: Console) -> dict:
-    """Apply a recipe unless its results are there already; returns its results with the wall time."""
+    """Apply a recipe unless its results are there already; returns its results with the wall time.
+
+    Raises:
+        SystemExit: what is there is of another recipe, and a table must not mix the two.
+    """
     results, clock = output / "results.json", output / "seconds.json"
-    if not results.is_file():
+    finished = results.is_file() and clock.is_file()
+    if finished and (output / "recipe.yaml").read_text(encoding="utf-8") != text:
+        raise SystemExit(f"{output} holds a finished run of another recipe; remove it, or give another --output")
+    if not finished:
         started = time.time()
         apply(
             parse_recipe(text, name),

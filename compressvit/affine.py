@@ -1,5 +1,7 @@
 """The algebra of merging: an affine map `x → R x + c` over channels goes into the layer before or behind it, exactly.
 
+The shipped transforms merge into linear layers and point-wise convolutions; the other layers are here for transforms of your own.
+
 R is (M, M) and c is (M,), in float64; the layer keeps its own precision. On the meta device, where nobody knows the values, a merge
 is refused for the structure alone.
 """

@@ -135,8 +135,7 @@ def load(path: str | Path, *, materialise: bool = False) -> nn.Module:
         )
     model.load_state_dict(tensors, strict=False)
     ties.check(model, manifest.ties)
-    config: Any = model.pretrained_cfg
-    model.pretrained_cfg = {**config, **_pretrained_config(manifest.input)}
+    expect_images(model, manifest)
     return (fold_low_rank(model) if materialise else model).eval()
 
 
@@ -162,6 +161,34 @@ def read_back_difference(path: Path, student: nn.Module, size: tuple[int, int, i
             f"the artifact at {path} does not compute what the student does: outputs differ by {difference}"
         )
     return difference
+
+
+def is_artifact(path: Path) -> bool:
+    """Whether there is an artifact at `path`."""
+    try:
+        return (path / MANIFEST).is_file()
+    except OSError:  # a name that no file can have
+        return False
+
+
+def is_plain(path: Path) -> bool:
+    """Whether the artifact at `path` has the structure of timm's own model: no transform, or only such as change values."""
+    manifest = read_manifest(path)
+    if not manifest.transforms:
+        return True
+    if manifest.ties:
+        return False
+    with torch.device("meta"):
+        model = timm.create_model(manifest.architecture, pretrained=False, **manifest.args)
+    before = {name: type(module) for name, module in model.named_modules()}
+    apply_plans(model, read_plans(path))
+    return before == {name: type(module) for name, module in model.named_modules()}
+
+
+def expect_images(model: nn.Module, manifest: Manifest) -> None:
+    """Make the model want the images that the artifact's model wants: size, mean, deviation, interpolation."""
+    config: Any = model.pretrained_cfg
+    model.pretrained_cfg = {**config, **_pretrained_config(manifest.input)}
 
 
 def read_manifest(path: str | Path) -> Manifest:

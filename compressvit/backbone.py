@@ -219,6 +219,23 @@ def _swin_blocks(model: nn.Module):
             index += 1
 
 
+def projection(model: nn.Module, path: str, asker: str) -> Any:
+    """The layer at `path`, e.g. blocks.0.mlp.fc1.
+
+    Raises:
+        UserError: the sublayer has none of that name, as an MLP with gates (SwiGLU) has no one fc1.
+    """
+    parent, _, name = path.rpartition(".")
+    sublayer = model.get_submodule(parent)
+    if not hasattr(sublayer, name):
+        have = [child for child, module in sublayer.named_children() if getattr(module, "weight", None) is not None]
+        raise UserError(
+            f"{asker}: {parent} of {model_name(model)} is a {timm_class(sublayer).__name__}, which has no {name} but {', '.join(have)}; "
+            "adapters, adaptformer, ssf and lora on q and v work on it"
+        )
+    return getattr(sublayer, name)
+
+
 def head_paths(model: nn.Module) -> list[str]:
     """Paths of a timm model's classifier (both, where it has one for a distillation token); none where it has no parameters."""
     heads = model.get_classifier()

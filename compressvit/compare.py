@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from compressvit import drawing
-from compressvit.distill.spec import Prune
+from compressvit.distill.spec import Prune, Sparsify
 from compressvit.errors import UserError
 from compressvit.files import disk_faults, write_text
 from compressvit.plots import compare_findings
@@ -51,11 +51,13 @@ class Row:
 
     @property
     def task(self) -> str:
-        """Data and teacher: rows of different ones are not compared."""
+        """Data, as much of it as was evaluated, and teacher: rows of different ones are not compared."""
         data, teacher = self.recipe.data, self.recipe.teacher
         known = teacher.weights in ("pretrained", "train") or self.taught_here
         weights = "" if known else f" ({teacher.weights})"
-        return f"{data.name}{f' {data.root}' if data.root else ''}, {data.val_split}; {teacher.model}{weights}"
+        images = self.results[0]["teacher"].get("images")
+        split = data.val_split + (f" ({images:,} images)" if images else "")
+        return f"{data.name}{f' {data.root}' if data.root else ''}, {split}; {teacher.model}{weights}"
 
     def values(self, key: str) -> list[float]:
         """Of every run that has the key; latency relative to the teacher's, which was taken in turns with it."""
@@ -68,10 +70,13 @@ class Row:
         return [r["student"][key] for r in self.results if r["student"].get(key) is not None]
 
     def _epochs(self, results: dict[str, Any]) -> int:
-        """Of all phases together; a `prune` trains once more than it removes."""
-        told = results.get("phases", {})
-        trainings = (len(told.get(f"{i}_{s.name}", {}).get("widths", [0])) for i, s in enumerate(self.recipe.steps))
-        return sum(getattr(s.spec, "epochs", 0) * n for s, n in zip(self.recipe.steps, trainings, strict=True))
+        """Of all phases together; a `prune` trains in every cycle."""
+        total = 0
+        for i, step in enumerate(self.recipe.steps):
+            told = results["phases"].get(f"{i}_{step.name}", {})
+            trainings = told.get("trainings", len(told.get("widths", [0])))  # older runs do not say how many
+            total += getattr(step.spec, "epochs", 0) * trainings
+        return total
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: mean and standard deviation over the seeds, None without at least two."""
@@ -179,21 +184,22 @@ def _digest(artifact: Path) -> str | None:
     return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
 
 
+_SAID: dict[type, tuple[str, ...]] = {Prune: ("target", "score"), Sparsify: ("keep", "score")}  # of a phase, in labels
+
+
 def label(recipe: Recipe) -> str:
-    """The transforms of a recipe with the settings that are not their defaults, and what was pruned to; 'finetune' without any."""
+    """The transforms of a recipe with the settings that are not their defaults, and what was pruned or masked; 'finetune' without any."""
     words = []
     for step in recipe.steps:
-        if not isinstance(step.spec, (Transform, Prune)):
+        kind: type[Any] = type(step.spec)
+        fields = kind.model_fields if issubclass(kind, Transform) else _SAID.get(kind)
+        if fields is None:
             continue
-        fields = type(step.spec).model_fields if isinstance(step.spec, Transform) else {"target": None, "score": None}
         said = []
         for name in fields:
             value = getattr(step.spec, name)
-            if isinstance(step.spec, Transform) and value == type(step.spec).model_fields[name].get_default():
-                continue
-            if isinstance(step.spec, Prune) and name == "score" and value == "magnitude":
-                continue
-            said.append(f"{name} {_short(value)}")
+            if kind.model_fields[name].is_required() or value != kind.model_fields[name].get_default():
+                said.append(f"{name} {_short(value)}")
         words.append(" ".join([step.name, ", ".join(said)]).strip())
     return " + ".join(words) or "finetune"
 

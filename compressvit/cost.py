@@ -53,6 +53,7 @@ def file_bytes(model: nn.Module) -> int:
         torch.bfloat16: "BF16",
         torch.float64: "F64",
         torch.int64: "I64",
+        torch.bool: "BOOL",
     }
     state = ties.unique_state(model)
     # The writer orders tensors by falling element size, then by name; only the digits of the offsets depend on it.

@@ -28,7 +28,8 @@ from compressvit.runfolder import RESOLVED
 from compressvit.standalone import artifact_in
 
 TOLERANCE = 1e-5  # of the largest output, in float32
-_WRITTEN = ("config.json", artifact.MANIFEST, artifact.TENSORS, "merge.json")
+_SEAL = "merge.json"  # of a folder that `merge` wrote
+_WRITTEN = ("config.json", artifact.MANIFEST, artifact.TENSORS)
 DENSE_ADAPTERS = (
     "the Kronecker products became dense matrices; the adapters keep their activation, so this is an artifact with dense `adapters`, "
     "not a plain timm model"
@@ -81,10 +82,7 @@ def merge_folder(path: str | Path, output: str | Path | None = None, *, device: 
     where = pick_device(device)
     folder = artifact_in(Path(path).resolve())
     target = Path(output).resolve() if output is not None else folder.parent / "merged"
-    others = [p.name for p in target.iterdir() if p.name not in _WRITTEN] if target.is_dir() else []
-    if target.exists() and (others or not target.is_dir()):
-        what = f"holds {others[0]}, which is not of an earlier merge" if others else "is a file"
-        raise UserError(f"{target} {what}; give another --output")
+    _require_free(target)
     model = artifact.load(folder)
     dtype = next(model.parameters()).dtype
     model = _in_float32(model)  # the proof is in float32, whatever the model is stored in
@@ -110,6 +108,7 @@ def merge_folder(path: str | Path, output: str | Path | None = None, *, device: 
                 "random"
             ]
             target.mkdir(exist_ok=True)
+            write_text(target / _SEAL, "{}\n")  # first: one that is interrupted here can be made again
             for name in _WRITTEN:
                 (target / name).unlink(missing_ok=True)
             for file in scratch.iterdir():
@@ -127,8 +126,24 @@ def merge_folder(path: str | Path, output: str | Path | None = None, *, device: 
     result["parameters"] = {name: ties.count_parameters(m) for name, m in models.items()}
     # the folder is there to be shipped: nothing in it names this machine's folders
     shipped = {**result, "artifact": os.path.relpath(folder, target), "merged": "."}
-    write_text(target / "merge.json", json.dumps(shipped, indent=2) + "\n")
+    write_text(target / _SEAL, json.dumps(shipped, indent=2) + "\n")
     return result
+
+
+def _require_free(target: Path) -> None:
+    """Raise a `UserError` unless nothing is there, or an earlier merge and nothing else."""
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{target} is a file; give another --output")
+    there = {path.name for path in target.iterdir()} if target.is_dir() else set()
+    if not there:
+        return
+    if _SEAL not in there:
+        raise UserError(
+            f"{target} is not empty, and no earlier merge wrote it (it has no {_SEAL}), so nothing in it is replaced; "
+            "give another --output"
+        )
+    if others := sorted(there - {_SEAL, *_WRITTEN}):
+        raise UserError(f"{target} holds {others[0]}, which is not of an earlier merge; give another --output")
 
 
 def merged_copy(model: nn.Module) -> nn.Module:

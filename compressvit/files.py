@@ -55,6 +55,25 @@ def _is_full(error: BaseException | None) -> bool:
     return False
 
 
+def expanded(path: str | Path, where: str) -> Path:
+    """A path that a user gave, with `~` spelled out.
+
+    Args:
+        where: the key it was given as.
+
+    Raises:
+        UserError: nobody of that name has a home folder, or no file can be called that.
+    """
+    try:
+        found = Path(path).expanduser()
+        found.exists()
+    except RuntimeError as error:
+        raise UserError(f"{where}: {path} begins with the home folder of somebody who has none here") from error
+    except OSError as error:
+        raise UserError(f"{where}: {path} is no path: {error.strerror or error}") from error
+    return found
+
+
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Call `write(scratch)` and rename the scratch file to `path`; a failure leaves the old file as it was."""
     scratch = path.with_name(f".{path.name}.part")

@@ -14,6 +14,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from compressvit.errors import UserError, nearest
+from compressvit.files import expanded
 
 if TYPE_CHECKING:
     from compressvit.data import Data
@@ -48,7 +49,7 @@ def open_lists(data: Data) -> tuple[Listed, Listed]:
     """
     if data.root is None:
         raise UserError(f"data.name=lists needs data.root=FOLDER; {LAYOUT}")
-    root = Path(data.root).expanduser()
+    root = expanded(data.root, "data.root")
     if not root.is_dir():
         raise UserError(f"data.root={data.root}: there is no such folder; {LAYOUT}")
     parts = [

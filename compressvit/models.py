@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from compressvit import surgery, weights
-from compressvit.artifact import MANIFEST, read_manifest
+from compressvit.artifact import Manifest, expect_images, is_artifact, is_plain, read_manifest
 from compressvit.data import known_classes
 from compressvit.errors import UserError
+from compressvit.files import expanded
 from compressvit.recipe import Recipe
 
 
@@ -32,34 +32,45 @@ def build_teacher(recipe: Recipe, *, classes: int | None = None, device: str | N
     Raises:
         UserError: timm cannot build it, or the artifact is of another architecture, or of a student.
     """
-    args = _teacher_args(recipe)
+    manifest = _teacher_manifest(recipe)
+    args = _teacher_args(recipe, manifest)
     count = recipe.teacher.num_classes
     if count is None and trains_teacher(recipe):
         count = known_classes(recipe.data) or classes
     if count is not None:
         args["num_classes"] = count
-    return weights.build(recipe.teacher.model, device=device, **args)
+    teacher = weights.build(recipe.teacher.model, device=device, **args)
+    if manifest is not None:
+        expect_images(teacher, manifest)
+    return teacher
 
 
-def _teacher_args(recipe: Recipe) -> dict[str, Any]:
-    """Arguments of timm.create_model: those of the artifact that `teacher.weights` names, if it names one, and over them the recipe's."""
+def _teacher_manifest(recipe: Recipe) -> Manifest | None:
+    """Of the artifact that `teacher.weights` names, if it names one."""
     asked = recipe.teacher
-    folder = Path(asked.weights).expanduser()
-    if asked.weights in ("pretrained", "train") or not (folder / MANIFEST).is_file():
-        return dict(asked.args)
+    if asked.weights in ("pretrained", "train"):
+        return None
+    folder = expanded(asked.weights, "teacher.weights")
+    if not is_artifact(folder):
+        return None
     manifest = read_manifest(folder)
     if manifest.architecture.partition(".")[0] != asked.model.partition(".")[0]:
         raise UserError(
             f"teacher.weights: {asked.weights} is a {manifest.architecture}, and teacher.model says {asked.model}; set "
             f"teacher.model={manifest.architecture}, or give the weights of another model"
         )
-    if manifest.transforms:
+    if not is_plain(folder):
         steps = ", ".join(step.transform for step in manifest.transforms)
         raise UserError(
-            f"teacher.weights: {asked.weights} is what {steps} made of a {manifest.architecture}, no model of timm's own; give the "
-            "teacher of that run (RUN/teacher), or what `compressvit merge` makes of it (RUN/merged/model.safetensors)"
+            f"teacher.weights: {asked.weights} is what {steps} made of a {manifest.architecture}, no model of timm's own. Give the "
+            "teacher of that run; or, if `compressvit merge` can make a plain model of it, RUN/merged/model.safetensors"
         )
-    return {**manifest.args, **asked.args}
+    return manifest
+
+
+def _teacher_args(recipe: Recipe, manifest: Manifest | None) -> dict[str, Any]:
+    """Arguments of timm.create_model: the artifact's, and over them the recipe's."""
+    return {**(manifest.args if manifest else {}), **recipe.teacher.args}
 
 
 def load_teacher(recipe: Recipe, teacher: nn.Module) -> None:
@@ -82,7 +93,7 @@ def require_student_file(recipe: Recipe, teacher: nn.Module, classes: int | None
     asked = recipe.student.weights
     if asked in ("teacher", "pretrained", "random"):
         return
-    if not Path(asked).expanduser().exists():
+    if not expanded(asked, "student.weights").exists():
         raise UserError(
             f"student.weights: there is no file {asked}; it can be teacher, pretrained, random, or the path of a file"
         )
@@ -111,7 +122,7 @@ def student_body(recipe: Recipe, teacher: nn.Module, *, meta: bool) -> nn.Module
     asked = recipe.student
     if asked.model is None and not asked.args and asked.weights == "teacher":
         return surgery.skeleton(teacher) if meta else copy.deepcopy(teacher)
-    args = {} if asked.model else _teacher_args(recipe)
+    args = {} if asked.model else _teacher_args(recipe, _teacher_manifest(recipe))
     args |= {"num_classes": getattr(teacher, "num_classes", None), **asked.args}
     student = weights.build(asked.model or recipe.teacher.model, device="meta" if meta else None, **args)
     if meta:

@@ -157,6 +157,8 @@ def materialise(model: nn.Module) -> nn.Module:
     left: list[Plan | None] = list(done.plans)
     for i in sorted(foldable, key=lambda i: (not done.plans[i].fitted(), done.plans[i].folds_last)):
         left[i] = done.plans[i].fold(model)
+    if hasattr(model, "_adapter"):  # what `remove_adapter` would restore is folded into other values
+        del model._adapter
     rest = [plan for plan in left if plan is not None and not plan.loads_values]
     if not rest:  # a plain model, and nobody's adapter any more
         model.requires_grad_(True)

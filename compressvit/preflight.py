@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
 from compressvit.data import Datasets
 from compressvit.distill.spec import Finetune, Training
 from compressvit.errors import UserError
+from compressvit.files import expanded
 from compressvit.models import build_student, build_teacher, trains_teacher
 from compressvit.recipe import Recipe
 from compressvit.runfolder import RunFolder
@@ -52,7 +51,7 @@ def refuse_own_inputs(recipe: Recipe, folder: RunFolder) -> None:
     for key, value in named.items():
         if not value:
             continue
-        path = Path(value).expanduser().resolve()
+        path = expanded(value, key).resolve()
         if path.exists() and folder.path.resolve() in (path, *path.parents):
             raise UserError(f"--overwrite would delete {value}, which {key} reads; give another --output")
 

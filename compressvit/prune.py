@@ -27,10 +27,15 @@ Widths = dict[str, int]
 
 @dataclass(frozen=True)
 class Price:
-    """What one neuron of an adapter costs. A budget of parameters, of neurons and of MACs are three different targets."""
+    """What one neuron of an adapter costs. A budget of parameters, of neurons and of MACs are three different targets.
+
+    Attributes:
+        fixed: parameters that an adapter has however many neurons are left: the bias of its upper projection, a learnable scale.
+    """
 
     parameters: int
     macs: int
+    fixed: int = 0
 
 
 def prunable_plan(model: nn.Module) -> Any:
@@ -100,8 +105,9 @@ def prices(model: nn.Module, plan: Any) -> dict[str, Price]:
     result = {}
     for path, adapter in bottlenecks.items():
         width = adapter.up.weight.shape[0]
-        bias = adapter.down.bias is not None
-        result[path] = Price(2 * width + bias, 2 * width * tokens[f"{plan.prefix(path)}.down"])
+        each = 2 * width + (adapter.down.bias is not None)
+        fixed = sum(p.numel() for p in adapter.parameters()) - adapter.up.weight.shape[1] * each
+        result[path] = Price(each, 2 * width * tokens[f"{plan.prefix(path)}.down"], fixed)
     return result
 
 
@@ -128,7 +134,10 @@ def cycles(
         )
     costs = [_cost(p, unit) for p in price.values()]
     if least:
-        need, why = least * sum(costs), f"too few neurons: each of {len(costs)} adapters keeps {least}"
+        need, why = (
+            least * sum(costs) + _fixed(price, unit),
+            f"too few neurons: each of {len(costs)} adapters keeps {least}",
+        )
     elif scope == "local":
         need, why = -(-have // max(start.values())), "no neuron: that share is less than one of any adapter"
     else:
@@ -182,11 +191,12 @@ def select(
 
 
 def _limit(share: float, spec: Prune, start: Widths, price: Mapping[str, Price]) -> tuple[str, int]:
-    """Unit and amount that a cycle keeps: the paper's share of what there was, until the target itself is nearer."""
+    """Unit and amount of it in neurons that a cycle keeps: the paper's share of what there was, until the target itself is nearer."""
     if spec.target.accuracy is not None:
         return "neurons", _floor(share * sum(start.values()))
     unit, wanted, have = amounts(spec.target, start, price)
-    return unit, max(wanted, _floor(share * have))
+    fixed = _fixed(price, unit)
+    return unit, max(wanted - fixed, _floor(share * (have - fixed)))
 
 
 def _local_widths(
@@ -198,18 +208,18 @@ def _local_widths(
 
 
 def amounts(target: PruneTarget, start: Widths, price: Mapping[str, Price]) -> tuple[str, int, int]:
-    """Unit of a target that is not an accuracy, how many of it may stay, and how many there are at the start."""
+    """Unit of a target that is not an accuracy, how many of it may stay, and how many there are at the start, in whole adapters."""
     unit = next(name for name in ("neurons", "parameters", "macs") if getattr(target, name) is not None)
-    have = sum(hidden * _cost(price[path], unit) for path, hidden in start.items() if hidden)
+    have = sum(hidden * _cost(price[path], unit) for path, hidden in start.items() if hidden) + _fixed(price, unit)
     asked = getattr(target, unit)
     return unit, _floor(asked * have) if asked < 1 else int(asked), have
 
 
 def _share(target: PruneTarget, start: Widths, price: Mapping[str, Price]) -> float:
-    """The part that may stay: as it was asked for, or that of a number."""
+    """The part of the neurons that may stay: as it was asked for, or that of a number."""
     unit, wanted, have = amounts(target, start, price)
-    asked = getattr(target, unit)
-    return asked if asked < 1 else wanted / have
+    asked, fixed = getattr(target, unit), _fixed(price, unit)
+    return asked if asked < 1 and not fixed else (wanted - fixed) / (have - fixed)
 
 
 def _floor(number: float) -> int:
@@ -219,6 +229,11 @@ def _floor(number: float) -> int:
 
 def _cost(price: Price, unit: str) -> int:
     return 1 if unit == "neurons" else getattr(price, unit)
+
+
+def _fixed(price: Mapping[str, Price], unit: str) -> int:
+    """Of a unit, what all adapters have besides their neurons."""
+    return sum(p.fixed for p in price.values()) if unit == "parameters" else 0
 
 
 def _best(scored: torch.Tensor, count: int) -> torch.Tensor:

@@ -257,8 +257,9 @@ class _Run:
     def _sparsify(self, model: nn.Module, spec: Sparsify, phase: Phase) -> dict[str, int]:
         opt.seed_everything(phase.seed, phase.number, 1000)  # the scores' images are those of any run
         left = sparsify_(model, spec, lambda: self._labelled_batches(model, spec.gradient_batches), phase.seed)
-        self.log.say(f"{phase.name}: {sum(left.values()):,} weights of adapters are left ({spec.score})")
-        self.log.scalars(phase.name, "weights", 0, dict(left))
+        if not phase.checkpoint.is_file():  # a resumed run has said it before
+            self.log.say(f"{phase.name}: {sum(left.values()):,} weights of adapters are left ({spec.score})")
+            self.log.scalars(phase.name, "weights", 0, dict(left))
         return left
 
     def _labelled_batches(self, model: nn.Module, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:

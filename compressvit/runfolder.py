@@ -149,9 +149,12 @@ def results_of(run: Path) -> dict[str, Any]:
     file = run / "results.json"
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content["phases"], dict):
+            raise TypeError
         for whose in ("teacher", "student"):
-            content[whose]["parameters"], content[whose]["latency_ms"]
-        dict(content["phases"])
+            for number in (content[whose]["parameters"], content[whose]["latency_ms"]):
+                if not isinstance(number, (int, float)):
+                    raise TypeError
     except (KeyError, TypeError, ValueError) as error:
         fault = f"it has no {error}" if isinstance(error, KeyError) else "it is no table of teacher and student"
         raise UserError(

@@ -23,6 +23,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets import SVHN, FashionMNIST, Flowers102, Food101
 
 from compressvit.errors import UserError
+from compressvit.files import expanded
 from compressvit.lists import open_lists
 from compressvit.samples import BrokenFiles, Pixels, Samples
 
@@ -178,7 +179,7 @@ def _digits(data: Data) -> tuple[Pixels, Pixels]:
 
 def _fashion_mnist(data: Data) -> tuple[Pixels, Pixels]:
     cache = FASHION_CACHE.expanduser()
-    places = [cache, FASHION_DEBIAN] if data.root is None else [Path(data.root).expanduser()]
+    places = [cache, FASHION_DEBIAN] if data.root is None else [expanded(data.root, "data.root")]
     for folder in (f for place in places for f in (place / "FashionMNIST" / "raw", place)):
         if all((folder / f).is_file() or (folder / f"{f}.gz").is_file() for f in FASHION_FILES):
             return _read_fashion_mnist(folder)
@@ -223,7 +224,7 @@ def _existing(data: Data) -> Path:
     layout = UNLABELED_LAYOUT if data.name == "images" else LAYOUT
     if data.root is None:
         raise UserError(f"data.name={data.name} needs data.root=FOLDER; {layout}")
-    root = Path(data.root).expanduser()
+    root = expanded(data.root, "data.root")
     if not root.is_dir():
         fault = "this is a file" if root.exists() else "there is no such folder"
         raise UserError(f"data.root={data.root}: {fault}; {layout}")
@@ -301,7 +302,7 @@ def _torchvision(data: Data) -> tuple[Any, Any]:
     for option, split in (("train_split", data.train_split), ("val_split", data.val_split)):
         split = "test" if split == "validation" else split
         try:
-            found.append(kind(str(Path(data.root).expanduser()), split=split, download=data.download))
+            found.append(kind(str(expanded(data.root, "data.root")), split=split, download=data.download))
         except (
             RuntimeError,
             ValueError,
@@ -332,7 +333,7 @@ def _timm(data: Data) -> tuple[Any, Any]:
         try:
             source = create_dataset(
                 data.name,
-                root=data.root and str(Path(data.root).expanduser()),
+                root=data.root and str(expanded(data.root, "data.root")),
                 split=split,
                 is_training=not sources,
                 download=data.download and prefix in ("torch", "tfds", "hfids"),

@@ -17,6 +17,7 @@ from torch import nn
 from compressvit import artifact
 from compressvit.backbone import family, head_names, model_name
 from compressvit.errors import UserError, did_you_mean
+from compressvit.files import expanded
 
 log = logging.getLogger("compressvit")
 
@@ -114,7 +115,7 @@ def load_file(model: nn.Module, path: str | Path, where: str, *, new_head: bool 
     Raises:
         UserError: no such file, a truncated or unsafe one, or tensors that do not fit the model.
     """
-    tensors = resample_positions(_read(Path(path).expanduser(), where), model)
+    tensors = resample_positions(_read(expanded(path, where), where), model)
     own = model.state_dict()
     heads = head_names(model)
     if not any(n in own for n in heads):  # a headless model has no use for the file's classifier

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 
 import pytest
 import timm
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 
 from compressvit import artifact
 from compressvit.adapter_file import load_adapter
-from compressvit.compare import compare
+from compressvit.compare import compare, label
 from compressvit.errors import UserError
 from compressvit.export import merge_folder, photograph_like
 from compressvit.pipeline import compress
@@ -136,8 +137,20 @@ def test_what_cannot_be_merged_says_why(runs, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
     code, _, err = run("merge", runs["repadapter"], "--output", tmp_path / "mine")
+    assert (code, "is not empty, and no earlier merge wrote it" in err) == (2, True)
+    assert run("merge", runs["repadapter"], "--output", tmp_path / "merged")[0] == 0
+    (tmp_path / "mine" / "thesis.tex").rename(tmp_path / "merged" / "thesis.tex")
+    code, _, err = run("merge", runs["repadapter"], "--output", tmp_path / "merged")
     assert (code, "holds thesis.tex, which is not of an earlier merge" in err) == (2, True)
-    assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
+    assert (tmp_path / "merged" / "thesis.tex").read_text() == "years of work"
+    copied = tmp_path / "run"
+    shutil.copytree(runs["repadapter"], copied)
+    shutil.copytree(runs["backbone"], copied / "teacher")
+    before = {f: f.read_bytes() for f in copied.rglob("*") if f.is_file()}
+    for target in ("student", "teacher"):  # artifacts are no earlier merges, least of all the one that is merged
+        code, _, err = run("merge", copied, "--output", copied / target)
+        assert (code, "and no earlier merge wrote it" in err) == (2, True)
+    assert {f: f.read_bytes() for f in copied.rglob("*") if f.is_file()} == before
 
 
 def test_a_merge_that_changes_the_outputs_is_an_error(runs, tmp_path, monkeypatch):
@@ -197,6 +210,10 @@ def test_recipes_that_only_differ_elsewhere_are_told_apart(runs, tmp_path):
     done("apply", runs["head"].parent / "head.yaml", "--output", tmp_path / "slow", "steps.1.finetune.lr=0.001")
     labels = [row["label"] for row in compare([runs["head"], tmp_path / "slow"])]
     assert labels == ["freeze train head (lr 0.01)", "freeze train head (lr 0.001)"]
+    done("apply", runs["head"].parent / "head.yaml", "--output", tmp_path / "few", "data.limit_val=40")
+    tasks = [row["task"] for row in compare([runs["head"], tmp_path / "few"])]
+    assert len(set(tasks)) == 2, "they were evaluated on other images"
+    assert "(40 images)" in tasks[1]
 
 
 def test_a_teacher_is_known_by_what_it_is_not_by_its_path(finished, recipe, tmp_path, monkeypatch):
@@ -224,7 +241,10 @@ def test_what_cannot_be_compared_says_why(runs, tmp_path):
     (broken / "resolved.yaml").write_text((runs["head"] / "resolved.yaml").read_text())
     with pytest.raises(UserError, match="there is no finished run to compare"):
         compare([broken])
-    for content, fault in (("{}", "it has no 'teacher'"), ("[]", "it is no table of teacher and student")):
+    table = "it is no table of teacher and student"
+    odd = [json.loads((runs["head"] / "results.json").read_text()) for _ in range(2)]
+    odd[0]["phases"], odd[1]["student"]["latency_ms"] = [], None
+    for content, fault in (("{}", "it has no 'phases'"), ("[]", table), *((json.dumps(one), table) for one in odd)):
         (broken / "results.json").write_text(content)
         with pytest.raises(UserError, match=rf"results.json is not what `apply` writes: {fault}; leave the run out"):
             compare([broken])
@@ -245,7 +265,7 @@ def test_a_new_classifier_cannot_be_distilled_from_another_one(runs, tmp_path):
     assert "its new classifier (student.head=new) knows nothing" in err
 
 
-def test_nothing_left_to_train_is_found_in_the_plan(tmp_path):
+def test_labels_without_a_classifier_are_found_in_the_plan(tmp_path):
     recipe = tmp_path / "frozen.yaml"
     recipe.write_text(
         BACKBONE.replace("WEIGHTS", "train").replace("STEP", STEPS["adapters"]).replace("num_classes: 3", "num_classes: 0")
@@ -257,6 +277,12 @@ def test_nothing_left_to_train_is_found_in_the_plan(tmp_path):
         "finetune learns from labels, but the model has no classifier (num_classes=0); give it one with student.head=new"
         in out
     )
+
+
+def test_masks_and_pruning_are_in_the_label():
+    steps = "steps: [adapters: {ratio: 0.5}, sparsify: {keep: 0.1, score: snip}, prune: {target: {neurons: 0.25}, epochs: 1}]"
+    text = "teacher: {model: vit_tiny_patch16_224}\ndata: {name: digits}\nstudent: {head: new}\n" + steps
+    assert label(parse_recipe(text)) == "adapters ratio 0.5 + sparsify keep 0.1, score snip + prune target neurons 0.25"
 
 
 def test_the_plan_says_what_is_trained():

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from compressvit.adapter_file import load_adapter, remove_adapter, save_adapter
 from compressvit.errors import UserError
+from compressvit.export import merge
 from compressvit.pipeline import compress, compression_of, trained_names
 from compressvit.transforms import (
     LORS,
@@ -223,3 +224,12 @@ def test_adapted_models_can_be_pickled(tmp_path):
     again = torch.load(tmp_path / "model.pt", weights_only=False)  # our own file, of a moment ago
     assert torch.equal(outputs(again), outputs(model))
     assert structure(again) == structure(model)
+
+
+def test_what_was_merged_has_no_adapter_to_remove(tmp_path):
+    backbone = build("vit")
+    load_adapter(backbone, save_adapter(adapted("repadapter and ssf", build("vit")), tmp_path / "task.safetensors"))
+    merged = merge(backbone)
+    with pytest.raises(UserError, match="no adapter was loaded onto this model"):
+        remove_adapter(merged)
+    remove_adapter(backbone)

@@ -8,7 +8,7 @@ import torch
 from helpers.models import SWIN, VIT, build, outputs
 from torch import nn
 
-from compressvit import Multiplex, artifact, weights
+from compressvit import Align, BitFit, Freeze, Multiplex, artifact, weights
 from compressvit.errors import UserError
 from compressvit.models import build_student, build_teacher, load_teacher, require_student_file
 from compressvit.pipeline import compress
@@ -149,6 +149,15 @@ def test_an_artifact_says_what_the_recipe_does_not_of_its_teacher(tmp_path):
     section = {**named.teacher.model_dump(), "args": {"depth": 1}, "num_classes": 7}
     other = build_teacher(Recipe.model_validate({**named.model_dump(), "teacher": section}))
     assert (len(other.blocks), other.num_classes) == (1, 7), "what the recipe says counts more"
+    strange = {"mean": [0.1], "std": [0.2], "interpolation": "nearest", "crop_pct": 0.5, "input_size": [1, 8, 8]}
+    artifact.save(made, folder, input_config=strange)
+    config = build_teacher(named).pretrained_cfg
+    assert (config["mean"], config["std"], config["interpolation"], config["crop_pct"]) == (
+        (0.1,),
+        (0.2,),
+        "nearest",
+        0.5,
+    )
     asked = {**named.model_dump(), "student": {"args": {"global_pool": "avg"}, "weights": "random"}}
     assert len(build_student(Recipe.model_validate(asked), teacher).blocks) == len(made.blocks)
 
@@ -162,9 +171,15 @@ def test_an_artifact_of_another_model_is_no_teacher(tmp_path):
     ):
         build_teacher(Recipe.model_validate({**recipe.model_dump(), "teacher": section}))
     student = artifact.save(compress(build_teacher(recipe), [Multiplex(share=2)]), tmp_path / "student")
+    for steps in ([Freeze(train="mlp")], [BitFit()], [Align(share=2)]):  # these change nothing but values
+        section["weights"] = str(artifact.save(compress(build_teacher(recipe), steps), tmp_path / "plain"))
+        build_teacher(Recipe.model_validate({**recipe.model_dump(), "teacher": section}))
+    section["weights"] = "~nobody-of-this-name/teacher"
+    with pytest.raises(UserError, match=r"teacher\.weights: ~nobody.* somebody who has none here"):
+        build_teacher(Recipe.model_validate({**recipe.model_dump(), "teacher": section}))
     section["weights"] = str(student)
     with pytest.raises(
-        UserError, match=r"what multiplex made of a vit_tiny_patch16_224, .*give the teacher of that run"
+        UserError, match=r"what multiplex made of a vit_tiny_patch16_224, .*Give the teacher of that run"
     ):
         build_teacher(Recipe.model_validate({**recipe.model_dump(), "teacher": section}))
 

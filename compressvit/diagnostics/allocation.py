@@ -113,15 +113,17 @@ def run_histories(run: Run) -> dict[str, tuple[str, History]]:
         raise not_recorded(
             run, "`prune` step", "only pruning moves neurons: put one behind `adapters` or `adaptformer`"
         )
-    histories: dict[str, list[dict[str, int]]] = {}
+    histories: dict[str, History] = {}
     if results.is_file():
         phases = results_of(run.path)["phases"]
         histories = {phase: phases.get(phase, {}).get("widths", []) for phase in scopes}
     elif metrics.is_file():
+        told: dict[str, dict[int, dict[str, int]]] = {phase: {} for phase in scopes}
         for row in read_rows(metrics, ("phase", "kind", "step", "time")):
             if row["kind"] == "widths" and row["phase"] in scopes:
                 widths = {k: v for k, v in row.items() if k not in ("phase", "kind", "step", "time")}
-                histories.setdefault(row["phase"], []).append(widths)
+                told[row["phase"]][row["step"]] = widths  # a killed run says a removal again when it goes on
+        histories = {phase: [by_step[step] for step in sorted(by_step)] for phase, by_step in told.items()}
     known: dict[str, tuple[str, History]] = {
         phase: (scope, histories[phase]) for phase, scope in scopes.items() if histories.get(phase)
     }

@@ -91,7 +91,8 @@ def prune_and_train(
         if not any(len(chosen) for chosen in keep.values()):
             break
         history.append(shrink_(model, keep, moments))
-    return model, {"start": first, "kept_epoch": trained["kept_epoch"], "widths": history}, history
+    told = {"start": first, "kept_epoch": trained["kept_epoch"], "widths": history, "trainings": done + 1}
+    return model, told, history
 
 
 def _tell(log: RunLog, phase: Phase, done: int, widths: Widths) -> None:

@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import nn
 
 from compressvit import ties
-from compressvit.backbone import describe
+from compressvit.backbone import describe, projection
 from compressvit.errors import UserError
 from compressvit.layers.delta import FacTTerm, WithFacT, add_to_weight_
 from compressvit.source import Source
@@ -39,11 +39,11 @@ class FacTPlan(TermPlan):
     scale: float
 
     @property
-    def places(self) -> Iterable[str]:
+    def sites(self) -> Iterable[str]:
         return tuple(path for group in self.groups for path in group)
 
     def apply(self, model: nn.Module) -> list[LedgerEntry]:
-        return record(model, self.places, lambda path: self.add(model, path), then=lambda: self._share(model))
+        return record(model, self.sites, lambda path: self.add(model, path), then=lambda: self._share(model))
 
     def _share(self, model: nn.Module) -> None:
         shared = ("u", "v", "core") if self.form == "tk" else ("u", "v")
@@ -75,7 +75,7 @@ class FacT(Transform):
         for stage in describe(model).stages:
             for info in stage:
                 for name in LAYERS:
-                    shape = tuple(model.get_submodule(f"{info.path}.{name}").weight.shape)  # type: ignore[union-attr,arg-type]
+                    shape = tuple(projection(model, f"{info.path}.{name}", "fact").weight.shape)
                     if min(shape) != info.width or max(shape) % info.width:
                         raise UserError(
                             f"fact cuts projections into {info.width}×{info.width} slots, which {info.path}.{name}, {shape}, is not "

@@ -6,7 +6,6 @@ the token grid or the window differs, as timm does it.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -15,6 +14,7 @@ from torch import nn
 
 from compressvit import ties
 from compressvit.errors import UserError
+from compressvit.files import expanded
 from compressvit.source import Source
 from compressvit.transforms.base import LedgerEntry, Plan, Transform, transform
 
@@ -33,7 +33,7 @@ class LoadWeightsPlan(Plan):
         from compressvit.artifact import read_plans, read_tensors
         from compressvit.weights import resample_positions
 
-        folder = Path(self.artifact).expanduser()
+        folder = expanded(self.artifact, "load_weights.artifact")
         made_by, asked = (
             [(plan.transform, plan.structure()) for plan in plans if not plan.loads_values]
             for plans in (read_plans(folder), student._compression.plans)
@@ -85,7 +85,7 @@ class LoadWeights(Transform):
     def require_inputs(self) -> None:
         from compressvit.artifact import MANIFEST
 
-        if not (Path(self.artifact).expanduser() / MANIFEST).is_file():
+        if not (expanded(self.artifact, "load_weights.artifact") / MANIFEST).is_file():
             raise UserError(
                 f"load_weights: there is no artifact at {self.artifact} (a folder with {MANIFEST}); run the recipe that makes it "
                 "first, or name another with this step's `artifact`"

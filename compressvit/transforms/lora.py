@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import Field
 from torch import nn
 
-from compressvit.backbone import ALL_FAMILIES, describe, model_name
+from compressvit.backbone import ALL_FAMILIES, describe, model_name, projection
 from compressvit.errors import UserError
 from compressvit.layers.delta import LoRATerm, WithLoRA, add_to_weight_
 from compressvit.source import Source
@@ -36,7 +36,7 @@ class LoRAPlan(TermPlan):
     alpha: float
 
     @property
-    def places(self) -> Iterable[str]:
+    def sites(self) -> Iterable[str]:
         return self.layers
 
     def term(self, module: Any, path: str) -> tuple[nn.Module, str]:
@@ -66,16 +66,16 @@ class LoRA(Transform):
     def plan(self, model: nn.Module, source: Source | None = None) -> LoRAPlan:
         backbone = describe(model, ALL_FAMILIES)
         layers: dict[str, tuple[int, ...]] = {}
-        places = {t: _PLACE[t] for t in self.targets if _PLACE[t].partition(".")[0] in backbone.parts}
-        if not places:
+        sites = {t: _PLACE[t] for t in self.targets if _PLACE[t].partition(".")[0] in backbone.parts}
+        if not sites:
             raise UserError(
                 f"lora.targets: {', '.join(self.targets)} are projections of attention, which the blocks of {model_name(model)} do not "
                 "have; they have fc1, fc2"
             )
         for info in backbone.blocks:
-            for target, place in places.items():
+            for target, place in sites.items():
                 path = f"{info.path}.{place}"
-                layer: Any = model.get_submodule(path)
+                layer = projection(model, path, "lora.targets")
                 if self.rank > min(layer.weight.shape[:2]):
                     raise UserError(
                         f"lora.rank={self.rank} is more than {path}, {tuple(layer.weight.shape[:2])}, can have; "

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import nn
 
 from compressvit.affine import merge_before_
-from compressvit.backbone import ALL_FAMILIES, describe, model_name
+from compressvit.backbone import ALL_FAMILIES, describe, model_name, projection
 from compressvit.errors import UserError
 from compressvit.layers.adapter import RepBottleneck, WithRepAdapter
 from compressvit.source import Source
@@ -40,7 +40,7 @@ class RepAdapterPlan(TermPlan):
     dropout: float
 
     @property
-    def places(self) -> Iterable[str]:
+    def sites(self) -> Iterable[str]:
         return self.paths
 
     def term(self, module: Any, path: str) -> tuple[nn.Module, str]:
@@ -87,4 +87,6 @@ class RepAdapter(Transform):
                     f"{[g for g in range(1, self.width + 1) if self.width % g == 0 and size % g == 0]}"
                 )
         paths = tuple(f"{info.path}.{part}" for info in backbone.blocks for part in parts)
+        for path in paths:
+            projection(model, f"{path}.{_first(path)}", f"repadapter.place={self.place}")
         return RepAdapterPlan(paths=paths, width=self.width, groups=self.groups, scale=self.scale, dropout=self.dropout)

@@ -35,7 +35,7 @@ class SSFPlan(TermPlan):
     std: float
 
     @property
-    def places(self) -> Iterable[str]:
+    def sites(self) -> Iterable[str]:
         return self.layers
 
     def term(self, module: Any, path: str) -> tuple[nn.Module, str]:

@@ -22,9 +22,9 @@ class TermPlan(Plan):
     slot: ClassVar[str]  # of the mixin
 
     @property
-    def places(self) -> Iterable[str]:
+    def sites(self) -> Iterable[str]:
         """Paths of the modules that get a term."""
-        raise TypeError(f"{type(self).__name__} does not define places")
+        raise TypeError(f"{type(self).__name__} does not define sites")
 
     def term(self, module: Any, path: str) -> tuple[nn.Module, str]:
         """A new term for a module, and what the ledger says of it."""
@@ -39,7 +39,7 @@ class TermPlan(Plan):
         return [f"{path}.weight"]
 
     def apply(self, model: nn.Module) -> list[LedgerEntry]:
-        return record(model, self.places, lambda path: self.add(model, path))
+        return record(model, self.sites, lambda path: self.add(model, path))
 
     def add(self, model: nn.Module, path: str) -> str:
         """Put a term at a path; returns what the ledger says of it."""
@@ -50,7 +50,7 @@ class TermPlan(Plan):
 
     def terms(self, model: nn.Module) -> dict[str, Any]:
         """By path of the module that has it."""
-        return {path: getattr(model.get_submodule(path), self.slot) for path in self.places}
+        return {path: getattr(model.get_submodule(path), self.slot) for path in self.sites}
 
     @torch.no_grad()
     def initialise(self, student: nn.Module, source: Source) -> None:
@@ -67,7 +67,7 @@ class TermPlan(Plan):
     @torch.no_grad()
     def fold(self, model: nn.Module) -> None:
         """Merge every term, and take it out."""
-        refuse_tied(model, self.transform, [name for path in self.places for name in self.folds_into(path)])
+        refuse_tied(model, self.transform, [name for path in self.sites for name in self.folds_into(path)])
         for path, term in self.terms(model).items():
             self.fold_term(model.get_submodule(path), term, path)
             surgery.retract(model, path, self.mixin)
