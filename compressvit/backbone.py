@@ -231,7 +231,7 @@ def projection(model: nn.Module, path: str, asker: str) -> Any:
         have = [child for child, module in sublayer.named_children() if getattr(module, "weight", None) is not None]
         raise UserError(
             f"{asker}: {parent} of {model_name(model)} is a {timm_class(sublayer).__name__}, which has no {name} but {', '.join(have)}; "
-            "adapters, adaptformer, ssf and lora on q and v work on it"
+            "adapters, adaptformer, ssf, lora on q and v, and repadapter with place=attention work on it"
         )
     return getattr(sublayer, name)
 

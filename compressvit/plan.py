@@ -21,6 +21,7 @@ from compressvit.distill.taps import Taps
 from compressvit.distill.terms import Batch, Term, terms_of_phase
 from compressvit.errors import UserError
 from compressvit.export import DENSE_ADAPTERS, merged_copy
+from compressvit.files import expanded
 from compressvit.layers.linear import FactoredLinear
 from compressvit.models import build_student, build_teacher, student_body, trains_teacher
 from compressvit.pipeline import apply_plans, compression_of, trained_parameters
@@ -108,6 +109,12 @@ def plan_recipe(recipe: Recipe, name: str = "recipe", *, classes: int | None = N
         except UserError as error:
             conflicts.append(str(error))
     notes: list[str] = [] if recipe.student.head == "new" else _data_notes(recipe, teacher, classes)
+    given = recipe.teacher.weights
+    if given not in ("train", "pretrained") and not expanded(given, "teacher.weights").exists():
+        notes.append(
+            f"teacher.weights: there is no {given} yet; an artifact would also say with which arguments and classes the teacher is built, "
+            "and this plan goes by the recipe alone"
+        )
     if recipe.teacher.finetune is not None and recipe.teacher.weights not in ("train", "pretrained"):
         notes.append(
             "the teacher given is trained further, as teacher.finetune says; teacher.finetune=null keeps it as it is"

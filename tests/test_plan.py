@@ -302,6 +302,16 @@ def test_classes_that_differ_from_the_datas_are_noted():
     assert not any("head" in n for n in planned(model, args, steps).notes)
 
 
+def test_a_teacher_that_is_not_there_yet_is_noted(tmp_path):
+    def notes(weights) -> str:
+        return " ".join(
+            plan_recipe(load_recipe("quickstart", [f"teacher.weights={weights}", "teacher.finetune=null"])).notes
+        )
+
+    assert f"teacher.weights: there is no {tmp_path / 'run'} yet" in notes(tmp_path / "run")
+    assert "there is no" not in notes("pretrained") + notes(tmp_path)
+
+
 def test_a_recipe_that_trains_nothing_says_so():
     plan = plan_recipe(
         parse_recipe(
