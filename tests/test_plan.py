@@ -19,7 +19,7 @@ from compressvit.distill.terms import Batch, build_terms
 from compressvit.models import build_student, build_teacher
 from compressvit.pipeline import transform_
 from compressvit.plan import RecipePlan, plan_recipe
-from compressvit.recipe import Recipe, parse_recipe
+from compressvit.recipe import Recipe, load_recipe, parse_recipe
 from compressvit.transforms import Transform
 
 VIT = {"img_size": 16, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 4, "num_heads": 2}
