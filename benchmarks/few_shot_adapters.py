@@ -80,7 +80,7 @@ def latencies(output: Path, rounds: int = 30) -> None:
 
 
 def beyond(scores: dict[float, float]) -> list[float]:
-    """One rate beyond the best, where that is the smallest or largest tried; of equal scores the smallest rate counts, as in the end."""
+    """One rate beyond the best, where that is the smallest or largest tried; it goes on from the smallest of equals."""
     best = min(scores, key=lambda rate: (-scores[rate], rate))
     if best == max(scores):
         return [best * FACTOR]
@@ -143,10 +143,7 @@ def main() -> None:
             if beyond(scores):
                 print(f"{method}: the best rate of setting {i} is still at an edge of those tried", flush=True)
             tried += [{"steps": steps, "rate": rate, "score": score} for rate, score in scores.items()]
-        best = min(
-            tried,
-            key=lambda one: (-one["score"], METHODS[source].index(one["steps"][0]) if one["steps"] else 0, one["rate"]),
-        )
+        best = max(tried, key=lambda one: one["score"])  # of equals the one that was tried first
         steps, rate = best["steps"], best["rate"]
         (arguments.output / f"choice_{method}.json").write_text(json.dumps({"chosen": best, "tried": tried}, indent=1))
         for seed in arguments.seeds:
