@@ -224,7 +224,10 @@ Score = Literal["magnitude", "sum", "shape", "relative", "down", "gradient", "ra
 
 
 class Prune(Training):
-    """Train adapters, remove their least important neurons, train again, … (MiMi). `epochs` and the schedule are those of a cycle."""
+    """Train adapters, remove their least important neurons, train again, … (MiMi). `epochs` and the schedule are those of a cycle.
+
+    With `keep: best` a cycle hands on the weights of its best evaluation, and the optimiser's moments of its last step.
+    """
 
     name: ClassVar[str] = "prune"
 
