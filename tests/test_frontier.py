@@ -72,7 +72,7 @@ def test_a_plot_of_a_model_without_classes(tmp_path):
     finding = frontier_finding(rows, "parameters", "cosine", "cosine", "a model")
     finding.picture(tmp_path / "plot.svg")
     svg = (tmp_path / "plot.svg").read_text()
-    assert svg.count('aria-roledescription="circle"') == 2
+    assert svg.count('aria-roledescription="point"') == 2
     assert all(f">{text}</text>" in svg for text in ("0.8", "0.9", "teacher", "cosine", "a model: before any training"))
 
 
