@@ -104,19 +104,8 @@ def load(path: str | Path, *, materialise: bool = False) -> nn.Module:
     """
     path = Path(path)
     manifest = read_manifest(path)
-    try:
-        model = timm.create_model(manifest.architecture, pretrained=False, **manifest.args)
-    except Exception as error:
-        # timm checks its arguments with asserts, look-ups and conversions, so that a wrong one can raise anything
-        raise UserError(
-            f"{path / MANIFEST}: timm {timm.__version__} cannot build {manifest.architecture} with {manifest.args}: {error}"
-        ) from error
-    try:
-        apply_plans(model, read_plans(path))
-    except (AttributeError, KeyError) as error:
-        raise UserError(
-            f"{path / MANIFEST}: its transforms do not fit {manifest.architecture} with {manifest.args}: {error}"
-        ) from error
+    model = _build(path, manifest)
+    _transform(model, path, manifest)
     model.to(getattr(torch, manifest.dtype))
     declared = sorted(sorted(group) for group in manifest.ties)
     if sorted(sorted(group) for group in ties.tied_groups(model)) != declared:
@@ -163,12 +152,28 @@ def read_back_difference(path: Path, student: nn.Module, size: tuple[int, int, i
     return difference
 
 
+def _build(path: Path, manifest: Manifest) -> nn.Module:
+    try:
+        return timm.create_model(manifest.architecture, pretrained=False, **manifest.args)
+    except Exception as error:
+        # timm checks its arguments with asserts, look-ups and conversions, so that a wrong one can raise anything
+        raise UserError(
+            f"{path / MANIFEST}: timm {timm.__version__} cannot build {manifest.architecture} with {manifest.args}: {error}"
+        ) from error
+
+
+def _transform(model: nn.Module, path: Path, manifest: Manifest) -> None:
+    try:
+        apply_plans(model, read_plans(path))
+    except (AttributeError, KeyError) as error:
+        raise UserError(
+            f"{path / MANIFEST}: its transforms do not fit {manifest.architecture} with {manifest.args}: {error}"
+        ) from error
+
+
 def is_artifact(path: Path) -> bool:
     """Whether there is an artifact at `path`."""
-    try:
-        return (path / MANIFEST).is_file()
-    except OSError:  # a name that no file can have
-        return False
+    return (path / MANIFEST).is_file()
 
 
 def is_plain(path: Path) -> bool:
@@ -179,9 +184,9 @@ def is_plain(path: Path) -> bool:
     if manifest.ties:
         return False
     with torch.device("meta"):
-        model = timm.create_model(manifest.architecture, pretrained=False, **manifest.args)
+        model = _build(path, manifest)
     before = {name: type(module) for name, module in model.named_modules()}
-    apply_plans(model, read_plans(path))
+    _transform(model, path, manifest)
     return before == {name: type(module) for name, module in model.named_modules()}
 
 
