@@ -64,7 +64,7 @@ def artifact_in(path: Path) -> Path:
     if path.is_file():
         raise UserError(f"{path} is a file; give a run folder, or an artifact (a folder with {artifact.MANIFEST})")
     folder = path / "student" if (path / RESOLVED).is_file() else path
-    if folder != path and not (folder / artifact.MANIFEST).is_file():
+    if folder != path and not artifact.is_artifact(folder):
         raise UserError(f"{path} is a run that has no student yet; `compressvit apply … --resume` finishes it")
     artifact.read_manifest(folder)  # says what is wrong with it
     return folder

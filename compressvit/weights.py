@@ -191,7 +191,7 @@ def resample_positions(tensors: dict[str, torch.Tensor], model: nn.Module) -> di
 
 
 def _read(path: Path, where: str) -> dict[str, torch.Tensor]:
-    if path.is_dir() and (path / artifact.MANIFEST).is_file():
+    if artifact.is_artifact(path):
         return artifact.read_tensors(path)
     if not path.is_file():
         raise UserError(f"{where}: there is no file {path}. {_supply(where)}")
