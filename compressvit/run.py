@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from compressvit.distill.spec import Distill, Finetune, Prune, Sparsify, Trainin
 from compressvit.distill.terms import labels_term, terms_of_phase
 from compressvit.errors import UserError
 from compressvit.export import merge_folder, print_merge
-from compressvit.files import disk_faults
+from compressvit.files import disk_faults, write_text
 from compressvit.models import build_student, build_teacher, load_teacher, require_student_file, trains_teacher
 from compressvit.outcome import Scorer, finish, score_words
 from compressvit.pipeline import compression_of, transform_
@@ -47,7 +48,7 @@ from compressvit.runfolder import RunFolder
 from compressvit.runlog import RunLog, log
 from compressvit.sparsify import sparsify_
 from compressvit.tables import ledger_table, print_plan
-from compressvit.transforms import Transform
+from compressvit.transforms import LedgerEntry, Transform
 
 
 def apply(
@@ -150,6 +151,24 @@ def _trained_teacher(folder: RunFolder) -> nn.Module:
         ) from error
 
 
+def _keep_transformed(student: nn.Module, ledger: list[LedgerEntry], path: Path, config: dict[str, Any]) -> None:
+    write_text(path.with_suffix(".ledger.json"), json.dumps([asdict(entry) for entry in ledger], indent=2) + "\n")
+    with disk_faults(path):  # last: where it is, the ledger is
+        artifact.save(student, path, input_config=config)
+
+
+def _read_transformed(path: Path) -> tuple[nn.Module, list[LedgerEntry]]:
+    """The student that an earlier part of the run made, with its record of errors, which an artifact does not have."""
+    try:
+        student = artifact.load(path)
+        ledger = [LedgerEntry(**e) for e in json.loads(path.with_suffix(".ledger.json").read_text(encoding="utf-8"))]
+    except (UserError, OSError, ValueError, TypeError) as error:
+        raise UserError(f"--resume: {error}\n  Remove {path}: --resume then makes it again") from error
+    record = compression_of(student).ledger
+    record[len(record) - len(ledger) :] = ledger
+    return student, ledger
+
+
 @dataclass
 class _Run:
     recipe: Recipe
@@ -188,7 +207,7 @@ class _Run:
             phase = Phase(name, index + 1, self.recipe.seed, self.folder.checkpoint(name))
             start = None
             if waiting:
-                self._transform(student, waiting, index)
+                student = self._transform(student, waiting, index)
                 if not phase.checkpoint.is_file():  # a resumed run has said it before
                     start = self.scorer.score(student, self.scorer.comparable(teacher))
                     self.log.scalars(f"{index - 1}_{waiting[-1].name}", "evaluate", 0, start)
@@ -202,16 +221,27 @@ class _Run:
             else:
                 self.phases[name] = self._train(student, step.spec, phase, teacher, start)
         if waiting:
-            self._transform(student, waiting, len(self.recipe.steps))
+            student = self._transform(student, waiting, len(self.recipe.steps))
         return student
 
-    def _transform(self, student: nn.Module, specs: list[Transform], index: int) -> None:
+    def _transform(self, student: nn.Module, specs: list[Transform], index: int) -> nn.Module:
+        """Apply neighbouring transforms. What was learned from images is kept: it takes long, and where the order of sums is another
+        (threads, a GPU) a resumed run would find other ranks, which its checkpoint does not fit."""
         opt.seed_everything(self.recipe.seed, 2, index)
         student.cpu()
-        ledger = transform_(student, specs, self._calibration_images(student))
+        kept = self.folder.transformed(f"{index - 1}_{specs[-1].name}")
+        if artifact.is_artifact(kept):
+            student, ledger = _read_transformed(kept)
+            self.log.say(f"{kept.name}: read from {kept}, as it was before the run stopped")
+        else:
+            ledger = transform_(student, specs, self._calibration_images(student))
+            if any(spec.needs_images for spec in specs):
+                config = input_config(student, self.recipe.data)
+                _keep_transformed(student, ledger, kept, config.as_dict())
         if ledger:
             self.log.show(ledger_table(ledger))
         self._draw_ranks(student)
+        return student
 
     def _draw_ranks(self, student: nn.Module) -> None:
         """A bar chart of the rank of every low-rank layer, where there are any."""

@@ -62,6 +62,10 @@ class RunFolder:
         """The checkpoint file of a phase."""
         return self.path / "checkpoints" / f"{name}.pt"
 
+    def transformed(self, name: str) -> Path:
+        """The student behind transforms that learned from images, an artifact, for a run that is resumed."""
+        return self.path / "checkpoints" / name
+
     def refuse_or_clear(self, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
         """Check that a run may start here. Nothing is deleted yet; `open` does that.
 

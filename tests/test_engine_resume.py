@@ -17,6 +17,7 @@ import torch
 from helpers.runs import done, metrics, refused, run, student_bytes
 
 import compressvit.outcome
+import compressvit.run
 from compressvit.artifact import TENSORS
 from compressvit.distill import engine
 from compressvit.files import load_checkpoint
@@ -258,6 +259,33 @@ def test_resuming_a_finished_run_only_reports(recipe, finished, tmp_path, monkey
         for result in results:
             result[side].pop("latency_ms")
     assert results[0] == results[1]
+
+
+def test_what_was_learned_from_images_is_not_learned_again(recipe, tmp_path, monkeypatch):
+    """Fits take long, and on another machine they may end with other ranks, which the checkpoint does not fit."""
+    steps = "steps=[lors: {share: 1, budget: {parameters: 0.5}}, distill: {epochs: 2}]"
+    words = ("apply", recipe, steps, "calibration.images=40", "--output")
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    done(*words, whole)
+    with monkeypatch.context() as patch:
+        at_call(patch, engine, "_total", 7 + 9, kill(signal.SIGTERM))
+        code, *_ = run(*words, folder)
+    assert code == 128 + signal.SIGTERM
+    with monkeypatch.context() as patch:
+        patch.setattr(compressvit.run, "transform_", lambda *_: pytest.fail("it was fitted again"))
+        out = done(*words, folder, "--resume")
+    assert "0_lors: read from" in out
+    assert student_bytes(folder) == student_bytes(whole)
+    ledgers = [json.loads((f / "results.json").read_text())["ledger"] for f in (folder, whole)]
+    assert ledgers[0] == ledgers[1]
+    assert all(entry["output_error"] > 0 for entry in ledgers[0])
+
+    (folder / "checkpoints" / "0_lors.ledger.json").write_text("[")
+    message = refused(*words, folder, "--resume")
+    assert f"Remove {folder / 'checkpoints' / '0_lors'}: --resume then makes it again" in message
+    shutil.rmtree(folder / "checkpoints" / "0_lors")
+    assert "read from" not in done(*words, folder, "--resume")
+    assert student_bytes(folder) == student_bytes(whole)
 
 
 def test_overwriting_a_run_leaves_nothing_of_it(recipe, finished, tmp_path):

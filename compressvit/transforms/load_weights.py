@@ -83,9 +83,9 @@ class LoadWeights(Transform):
         return LoadWeightsPlan(artifact=self.artifact)
 
     def require_inputs(self) -> None:
-        from compressvit.artifact import MANIFEST
+        from compressvit.artifact import MANIFEST, is_artifact
 
-        if not (expanded(self.artifact, "load_weights.artifact") / MANIFEST).is_file():
+        if not is_artifact(expanded(self.artifact, "load_weights.artifact")):
             raise UserError(
                 f"load_weights: there is no artifact at {self.artifact} (a folder with {MANIFEST}); run the recipe that makes it "
                 "first, or name another with this step's `artifact`"
