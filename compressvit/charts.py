@@ -274,7 +274,10 @@ def _framed(marks: Any, records: Records, facet: str | None, height: int = HEIGH
         )
     panels = marks.properties(width=WIDTH // 2 - 30, height=height if height != HEIGHT else HEIGHT * 2 // 3)
     split = panels.facet(alt.Facet(facet, type="nominal", sort=_order(records, facet), title=None), columns=2)
-    return split.resolve_scale(y="independent").properties(usermeta={"fit": "fill"})
+    split = split.resolve_scale(y="independent").resolve_axis(
+        x="independent"
+    )  # a last row that is not full has no axis under it
+    return split.properties(usermeta={"fit": "fill"})
 
 
 def _scale(records: Records, scales: Mapping[str, str], field: str) -> dict[str, Any]:
