@@ -63,7 +63,8 @@ def for_page(chart: alt.Chart) -> tuple[dict[str, Any], str]:
     """
     inked: Any = chart.properties(config=_merged(QUIET, _INK), background="transparent")
     spec = inked.to_dict()
-    svg = vl_convert.vegalite_to_svg(spec)
+    # The drawn one stands in until Vega has drawn its own, or where scripts are blocked; a name for every mark would double its size.
+    svg = vl_convert.vegalite_to_svg({**spec, "config": {**spec["config"], "aria": False}})
     del spec["$schema"]  # an address; the page names the mode instead
     return spec, svg
 

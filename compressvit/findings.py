@@ -30,7 +30,7 @@ class Finding:
     """A table of `records` and the chart that shows it.
 
     Attributes:
-        name: of its files and its TensorBoard tag, e.g. 'cka' or 'gradients_uses'.
+        name: of its files and its TensorBoard tag, e.g. 'cka' or 'gradients_shared'.
         title: one line above the picture.
         caption: how to read it, in one to three sentences for somebody who has not read the paper.
         chart: a kind of `compressvit.charts.CHARTS`, drawn with `options`.
@@ -67,8 +67,9 @@ class Finding:
         """Draw the chart with its title into a PNG or SVG file."""
         drawing.save(self.draw().properties(title=self.title), path)
 
-    def log(self, writer: Any, folder: Path, step: int) -> None:
-        """Show the picture that `write` left in `folder` in TensorBoard, under `diagnostics/NAME`."""
+    def log(self, writer: Any, folder: Path) -> None:
+        """Show the picture that `write` left in `folder` in TensorBoard, under `diagnostics/NAME`, as many steps on as it has moments."""
+        step = len({(record.get("phase"), record.get("epoch")) for record in self.records}) - 1
         with Image.open(folder / f"{self.name}.png") as image:
             writer.add_image(f"diagnostics/{self.name}", np.asarray(image.convert("RGB")), step, dataformats="HWC")
 

@@ -126,6 +126,7 @@ def plan_recipe(recipe: Recipe, name: str = "recipe", *, classes: int | None = N
             _refuse_phase(how, teacher, recipe.data)
         except UserError as error:
             conflicts.append(f"teacher.finetune: {error}")
+        conflicts += _diagnostics_refused(recipe, "teacher.finetune", how, teacher, None)
         text = _phase_summary(how, recipe.data)
         steps.append(StepPlan("teacher.finetune", text if recipe.teacher.finetune else f"{text} (defaults)"))
     counts = trained_parameters(student)
@@ -142,13 +143,11 @@ def plan_recipe(recipe: Recipe, name: str = "recipe", *, classes: int | None = N
                 steps.append(_plan_phase(where, step.spec, student, teacher, recipe.data, size, teacher_input))
         except UserError as error:
             conflicts.append(f"{where}: {error}")
+            continue
+        if isinstance(step.spec, Training):
+            conflicts += _diagnostics_refused(recipe, where, step.spec, student, teacher)
     for where, phase in recipe.phases().items():
-        for asked in (entry.spec for entry in recipe.diagnostics):
-            try:
-                asked.refuse(phase)
-            except UserError as error:
-                conflicts.append(f"{where}: {error}")
-            notes += [f"{where}: {text}" for text in [asked.note(phase)] if text]
+        notes += [f"{where}: {text}" for entry in recipe.diagnostics if (text := entry.spec.note(phase))]
         if phase.warmup_epochs > phase.epochs:
             notes.append(
                 f"{where}: the warm-up of {phase.warmup_epochs:g} epochs is longer than the phase of {phase.epochs}, "
@@ -189,6 +188,18 @@ def plan_recipe(recipe: Recipe, name: str = "recipe", *, classes: int | None = N
         conflicts=conflicts,
         diagnostics={entry.name: entry.spec.summary() for entry in recipe.diagnostics},
     )
+
+
+def _diagnostics_refused(
+    recipe: Recipe, where: str, phase: Training, student: nn.Module, teacher: nn.Module | None
+) -> list[str]:
+    refused = []
+    for entry in recipe.diagnostics:
+        try:
+            entry.spec.refuse(phase, student, teacher)
+        except UserError as error:
+            refused.append(f"{where}: {error}")
+    return refused
 
 
 def require_no_conflicts(plan: RecipePlan) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import logging
 import math
 import time
@@ -19,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from compressvit.files import disk_faults
+from compressvit.rows import append_row
 
 log = logging.getLogger("compressvit")
 
@@ -70,9 +70,7 @@ class RunLog:
             return
         known = {k: v for k, v in values.items() if v is not None and math.isfinite(v)}  # JSON has no infinity
         line = {"time": round(time.time(), 3), "phase": phase, "kind": kind, "step": step, **known}
-        path = self.folder / "metrics.jsonl"
-        with disk_faults(path), path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        append_row(self.folder / "metrics.jsonl", line)
         for name, value in known.items():
             self._writer.add_scalar(f"{self._tag(phase)}/{kind}/{name}", value, step)
 

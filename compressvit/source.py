@@ -22,6 +22,7 @@ from compressvit import surgery
 from compressvit.backbone import input_size
 from compressvit.errors import UserError
 from compressvit.lowrank import Metric, cholesky
+from compressvit.modes import evaluating
 from compressvit.runlog import watched
 
 log = logging.getLogger("compressvit")
@@ -308,13 +309,11 @@ def _hooks(model: nn.Module, hooks: dict[str, Any]) -> Iterator[None]:
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients of parameters; everything is as before afterwards."""
-    training = {module: module.training for module in model.modules()}
     wanted = [p for p in model.parameters() if p.requires_grad]
-    model.eval().requires_grad_(False)
+    model.requires_grad_(False)
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
-        for module, mode in training.items():
-            module.training = mode
         for parameter in wanted:
             parameter.requires_grad_(True)

@@ -25,15 +25,15 @@ import compressvit.run
 from compressvit import artifact
 from compressvit.data import Data, open_data
 from compressvit.diagnostics.base import DIAGNOSTICS, Measured, diagnostic
-from compressvit.diagnostics.gradients import KEYS, Gradients
-from compressvit.diagnostics.recorder import Recorder, evaluation_images, undisturbed
-from compressvit.diagnostics.rows import read_rows
+from compressvit.diagnostics.gradients import GradientRow, Gradients
+from compressvit.diagnostics.recorder import MeasuredRow, Recorder, evaluation_images, undisturbed
 from compressvit.distill import engine
 from compressvit.errors import UserError
 from compressvit.findings import Finding, merged, read
 from compressvit.plan import plan_recipe
 from compressvit.recipe import load_recipe, parse_recipe
 from compressvit.recipe_schema import json_schema
+from compressvit.rows import MetricsRow, append_row, read_rows
 
 WATCHED = "diagnostics=[gradients: {every: 3}]"
 HARD = [
@@ -103,7 +103,7 @@ def records(folder: Path) -> list:
 
 
 def steps_watched(folder: Path) -> list:
-    return [(row["phase"], row["step"]) for row in read_rows(folder / "diagnostics" / "gradients.jsonl", KEYS)]
+    return [(row["phase"], row["step"]) for row in read_rows(folder / "diagnostics" / "gradients.jsonl", GradientRow)]
 
 
 # --------------------------------------------------------------------------------------------------------------------- runs
@@ -118,7 +118,7 @@ def test_a_run_records_and_ends_with_the_same_bits(plain, whole):
     assert len({r["size"] for r in seen}) == 5  # weights that training has moved
     assert [r["teacher"] is None for r in seen] == [True, True, False, False, False]
     assert Rude.calls[0] == ("teacher", 0, False, (5, 1, 8, 8))
-    measured = read_rows(whole / "diagnostics" / "measured.jsonl")
+    measured = read_rows(whole / "diagnostics" / "measured.jsonl", MeasuredRow)
     assert [(m["phase"], m["epoch"]) for m in measured] == MOMENTS
     assert all(m["findings"] == ["rude"] and m["seconds"] >= 0 for m in measured)
     assert steps_watched(whole) == [*(("teacher", s) for s in (1, 3, 6)), *(("1_distill", s) for s in (1, 3, 6, 9, 12))]
@@ -202,6 +202,36 @@ def test_what_cannot_be_measured_is_told_and_the_run_goes_on(plain, recipe, tmp_
     assert not (folder / "diagnostics").exists()
 
 
+def test_a_chart_that_cannot_be_drawn_costs_no_training(plain, recipe, tmp_path, monkeypatch):
+    def broken(self, path):
+        raise ValueError("Invalid value for domain")
+
+    monkeypatch.setattr(Finding, "picture", broken)
+    folder = tmp_path / "run"
+    done("apply", recipe, "--output", folder, WATCHED, *HARD)
+    assert student_bytes(folder) == student_bytes(plain)
+    assert "1_distill: what was recorded was not drawn: ValueError: Invalid" in (folder / "run.log").read_text()
+
+
+def test_a_row_that_was_cut_short_is_measured_again(whole, recipe, tmp_path, rude):
+    """By a kill while it was written; what is written next must not be glued to it."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    files = [folder / "diagnostics" / "measured.jsonl", folder / "metrics.jsonl"]
+    for file in files:
+        file.write_bytes(file.read_bytes()[:-20])
+    calls = len(Rude.calls)
+    done("apply", folder, "--resume")
+    assert [call[:2] for call in Rude.calls[calls:]] == [("1_distill", 3)]
+    assert [(m["phase"], m["epoch"]) for m in read_rows(files[0], MeasuredRow)] == MOMENTS
+    append_row(files[1], {"phase": "1_distill", "kind": "evaluate", "step": 12})
+    assert read_rows(files[1], MetricsRow)[-1]["step"] == 12
+
+    files[0].write_text("[]\n[]\n")
+    done("apply", folder, "--resume")
+    assert "measured before is not known, so it is measured again" in (folder / "run.log").read_text()
+
+
 @pytest.mark.parametrize("words", [HARD, ["steps.1.distill={epochs: 3, keep: best, lr: 0.3, warmup_epochs: 0}"]])
 def test_the_last_measurement_sees_the_weights_that_the_student_has(recipe, tmp_path, rude, monkeypatch, words):
     """The average's, where there is one; those of the best evaluation with `keep: best`."""
@@ -229,7 +259,12 @@ def test_images_are_spread_over_the_set_and_come_without_labels():
     assert [len(b) for b in batches] == [4, 4, 2]
     everything = torch.cat([images for images, _ in evaluation_images(datasets, data, GRAY, CPU, 10**6)])
     assert len(everything) == len(datasets.validation) == 360
-    assert torch.equal(torch.cat(batches), everything[::36])
+    in_order = [
+        torch.cat(seen)[torch.randperm(count, generator=torch.Generator().manual_seed(0)).argsort()]
+        for seen, count in ((batches, 10), ([everything], 360))
+    ]
+    assert torch.equal(in_order[0], in_order[1][::36])
+    assert not torch.equal(torch.cat(batches), in_order[0]), "a set may be in the order of its classes"
 
 
 def test_undisturbed_restores_what_a_diagnostic_changed():
@@ -340,6 +375,36 @@ def test_the_plan_refuses_a_compiled_phase_and_notes_epochs_that_never_come(monk
     assert Rude().summary() == "at epoch 0, last of every phase"
 
 
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (
+            "cka: {student_taps: [blokcs.0]}",
+            "steps[1].distill: tap 'blokcs.0' is no module of VisionTransformer; did you mean 'blocks.0'",
+        ),
+        ("cka: {teacher_taps: [blocks.77]}", "steps[1].distill: tap 'blocks.77' is no module"),
+        (
+            "drift: {layers: [[0, 77]]}",
+            "steps[1].distill: drift.layers: the pair [0, 77] names block 77 of the teacher, which has ",
+        ),
+    ],
+)
+def test_the_plan_refuses_what_can_never_be_measured(asked, words):
+    (conflict,) = plan_recipe(parse_recipe(GOOD + f"diagnostics: [{asked}]\n")).conflicts
+    assert conflict.startswith(words)
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ("similarity: {aligned: true}", "aligned compares weights, whose neurons have no order: set metric: weights"),
+        ("cka: {images: 3}", "greater than or equal to 4"),
+    ],
+)
+def test_options_that_contradict_are_faults_of_the_recipe(asked, words):
+    assert words in only_row(GOOD + f"diagnostics: [{asked}]\n")[2]
+
+
 def test_a_run_that_is_older_than_a_key_can_be_resumed(finished, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
@@ -361,7 +426,7 @@ def test_pruning_watches_every_cycle(tmp_path):
     (tmp_path / "prune.yaml").write_text(text + "diagnostics: [gradients: {every: 7}]\n")
     done("apply", tmp_path / "prune.yaml", "--output", tmp_path / "run")
     assert steps_watched(tmp_path / "run")[2:] == [(f"1_prune_cycle{c}", s) for c in (0, 1) for s in (1, 7)]
-    rows = read_rows(tmp_path / "run" / "diagnostics" / "gradients.jsonl", KEYS)
+    rows = read_rows(tmp_path / "run" / "diagnostics" / "gradients.jsonl", GradientRow)
     assert {kind for row in rows[2:] for kinds in row["norms"].values() for kind in kinds} == {"transforms", "head"}
     assert metrics(tmp_path / "run", kind="widths")
     assert dataclasses.asdict(read(tmp_path / "run" / "diagnostics" / "allocation.json"))["options"]["ramp"] is True

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import numpy as np
 import pytest
+import timm
 import torch
 from helpers.models import ADAPTED, BACKBONES, build, images_for
+from PIL import Image
 from torch import nn
 
 from compressvit import VPT, Multiplex, compress
 from compressvit.backbone import describe
+from compressvit.data import Data, InputConfig, open_data
 from compressvit.diagnostics.drift import drift, drift_finding
-from compressvit.diagnostics.embedding import embedding_finding
+from compressvit.diagnostics.embedding import embedding_finding, pooled_features
 from compressvit.diagnostics.features import block_paths, features, regrouped, subject, walk
-from compressvit.diagnostics.similarity import cka_finding, cka_matrix
+from compressvit.diagnostics.kernel_alignment import cka
+from compressvit.diagnostics.recorder import evaluation_images
+from compressvit.diagnostics.similarity import cka_finding, cka_layers_finding, cka_matrix
 from compressvit.diagnostics.spectra import (
     spectra_findings,
 )
@@ -68,6 +74,34 @@ def test_each_model_sees_its_own_images():
     assert all(torch.equal(seen[path], doubled[path]) for path in one.taps)
 
 
+def test_features_are_of_every_image():
+    model = build("vit")
+    images = images_for(model, 70)
+    assert all(len(value) == 70 for value in features(subject(model), images, CPU).values())
+    with pytest.raises(UserError, match="features of no image were asked for"):
+        features(subject(model), images[:0], CPU)
+
+
+def test_a_model_that_is_in_two_modes_keeps_both():
+    model = build("vit").train()
+    model.blocks[0].eval()
+    modes = [module.training for module in model.modules()]
+    one = subject(model)
+    cka_matrix(one, one, batches_for(model), CPU)
+    drift(model, model, every_block(model, model), batches_for(model), CPU)
+    pooled_features(model, [(images_for(model, 12), torch.zeros(12))], CPU, images=12)
+    assert [module.training for module in model.modules()] == modes
+    assert not all(modes)
+
+
+def test_a_tap_inside_a_window_has_no_row_an_image():
+    model = build("swin")
+    with pytest.raises(
+        UserError, match=r"'layers.0.blocks.0.attn' gives \d+ rows for 8 images, .*tap the module around"
+    ):
+        features(subject(model, ["layers.0", "layers.0.blocks.0.attn"]), images_for(model, 8), CPU)
+
+
 def test_a_tap_that_is_no_module_has_near_names():
     model = build("vit")
     with pytest.raises(
@@ -87,8 +121,9 @@ def test_the_first_layer_that_is_not_finite_is_named():
     model = build("vit")
     with torch.no_grad():
         model.blocks[2].mlp.fc2.bias[0] = float("nan")
-    with pytest.raises(UserError, match=r"features of 'blocks.2' are not finite, and it is the first"):
-        features(subject(model), images_for(model), CPU)
+    for taps in (None, ["norm", "blocks.3", "blocks.2"]):  # whatever the order in which they are asked for
+        with pytest.raises(UserError, match=r"features of 'blocks.2' are not finite, and it is the first"):
+            features(subject(model, taps), images_for(model), CPU)
 
 
 # --- CKA of models
@@ -119,7 +154,16 @@ def test_models_of_other_widths_and_depths_are_compared():
     assert result.values.shape == (4, 2)
     records = cka_finding(result).records
     assert sum(record["best"] for record in records) == 4
-    assert {record["teacher"] for record in records} == {"layers.1", "head"}
+    assert {record["column"] for record in records} == {"layers.1", "head"}
+    assert cka_layers_finding(result, "") is None
+
+
+def test_one_batch_has_no_band():
+    one = subject(build("vit"))
+    found = [cka_layers_finding(cka_matrix(one, one, batches_for(one.model), CPU, batch_size=b), "") for b in (8, 64)]
+    assert ["low" in f.options for f in found] == ["low" in f.records[0] for f in found] == [True, False]
+    assert "One batch was measured, so there is no interval" in found[1].caption
+    assert found[1].draw() is not None
 
 
 def test_too_few_images_for_the_estimator():
@@ -129,6 +173,36 @@ def test_too_few_images_for_the_estimator():
         cka_matrix(one, one, batches_for(model, 3), CPU)
     with pytest.raises(UserError, match="batches of 2 images are too small"):
         cka_matrix(one, one, batches_for(model), CPU, batch_size=2)
+
+
+def test_a_set_in_the_order_of_its_classes_is_streamed_as_it_is(tmp_path):
+    """A batch of one class would not see what tells classes apart: 1.0000 within 0.0000 here, without the random order."""
+    colours, noise = torch.rand(8, 3, 1, 1), torch.Generator().manual_seed(0)
+    for c, colour in enumerate(colours):
+        for split, count in (("train", 1), ("val", 32)):
+            (tmp_path / split / str(c)).mkdir(parents=True)
+            for i in range(count):
+                image = (colour * 200 + 40 * torch.rand(3, 8, 8, generator=noise)).byte()
+                Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / split / str(c) / f"{i}.png")
+    data = Data(name="folder", root=str(tmp_path), crop_pct=1.0)
+    config = InputConfig(3, 8, 8, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bicubic", 1.0)
+    images = partial(evaluation_images, open_data(data), data, config, CPU, 256)
+
+    class Sees(nn.Module):
+        """One layer sees an image's colour, the other that and as much of the rest."""
+
+        def __init__(self):
+            super().__init__()
+            self.colour, self.rest = nn.AdaptiveAvgPool2d(1), nn.Identity()
+
+        def forward(self, x):
+            return self.colour(x) + self.rest(x)
+
+    taps = subject(Sees(), ["colour"]), subject(Sees(), ["rest"])
+    result = cka_matrix(*taps, lambda: (batch for batch, _ in images()), CPU, images=256, batch_size=16)
+    everything = torch.cat([batch for batch, _ in images()])
+    whole = cka(Sees().colour(everything), everything, unbiased=True)
+    assert abs(result.values.item() - whole) < result.half_width.item() < 0.05
 
 
 # --- the layer map
@@ -141,6 +215,12 @@ def test_the_map_keeps_the_order_and_finds_the_best_sum():
         (0, 0),
         (1, 2),
     ]  # 1.2; the greedy (1, 0) leaves block 0 alone
+
+
+def test_blocks_that_are_alike_to_none_still_have_a_pair():
+    blocks = describe(build("vit")).blocks
+    values = np.array([[0.9, 0.1, 0.0, 0.0], [-0.03, -0.02, -0.04, -0.03], [0.0, 0.0, 0.2, 0.8]])
+    assert suggested_pairs(values, blocks[:3], blocks) == [(0, 0), (1, 1), (2, 3)]
 
 
 def test_the_map_keeps_to_stage_and_shift():
@@ -224,6 +304,17 @@ def test_heads_that_mix_are_compared():
     assert all(np.isfinite(record["value"]) for record in finding.records)
 
 
+def test_drift_without_images_or_anything_to_compare():
+    teacher, student = build("vit"), build("vit")
+    pairs = every_block(student, teacher)
+    with pytest.raises(UserError, match="drift needs images, and none were given"):
+        drift(student, teacher, pairs, list, CPU)
+    narrow = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=4, num_heads=4)
+    longer = compress(narrow, [VPT(prompts=2, deep=False)])
+    with pytest.raises(UserError, match="other numbers of tokens, and of other widths"):
+        drift(longer, teacher, every_block(longer, teacher)[:1], batches_for(teacher), CPU)
+
+
 def test_drift_names_the_first_block_that_is_not_finite():
     teacher, student = build("vit"), build("vit")
     with torch.no_grad():
@@ -243,6 +334,17 @@ def test_images_of_a_class_lie_together():
     places = {c: np.array([[p["x"], p["y"]] for p in points if p["class"] == c]) for c in "01"}
     spread = max(np.linalg.norm(v - v.mean(0), axis=1).max() for v in places.values())
     assert np.linalg.norm(places["0"].mean(0) - places["1"].mean(0)) > spread
+
+
+def test_pooled_features_that_do_not_do():
+    model = build("vit")
+    batch = [(images_for(model, 12), torch.zeros(12))]
+    with pytest.raises(UserError, match="9 images are too few to see groups in; it needs at least 10"):
+        pooled_features(model, batch, CPU, images=9)
+    with torch.no_grad():
+        model.norm.bias[0] = float("nan")
+    with pytest.raises(UserError, match="the pooled features are not finite"):
+        pooled_features(model, batch, CPU, images=12)
 
 
 @pytest.mark.parametrize("features", [np.ones((20, 8)), np.zeros((20, 8)), np.arange(20.0)[:, None]])

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import html
+import json
 import math
+import os
+import signal
 
 import pytest
 import yaml
-from helpers.runs import done, refused, student_bytes
+from helpers.runs import done, refused, run, student_bytes
 
 from compressvit.diagnostics import DIAGNOSTICS, Measured
+from compressvit.distill import engine
 from compressvit.findings import read
 
 EVERYTHING = "diagnostics=[cka: {images: 12, batch_size: 4}, drift: {images: 8}, spectra, similarity: {images: 8}, embedding: {images: 16}]"
@@ -45,6 +49,9 @@ def test_what_was_found(measured):
         assert len(finding.caption) > 80
     moments = {(record["phase"], record["epoch"]) for record in findings["cka"].records}
     assert moments == {("1_distill", 0), ("1_distill", 2)}  # the teacher's own training has no teacher
+    for name in ("effective_rank", "embedding"):
+        seen = {(record["phase"], record["model"]) for record in findings[name].records}
+        assert seen == {("teacher", "teacher"), ("1_distill", "teacher"), ("1_distill", "student")}, name
     labels = {record["class"] for record in findings["embedding"].records}
     assert len(labels) > 3
     assert labels <= {str(digit) for digit in range(10)}
@@ -60,6 +67,23 @@ def test_layers_are_paired_when_the_phase_begins(recipe, tmp_path):
     assert "(auto: the most alike by CKA)" in out
     measured = done("plan", recipe, *words, "--measure", f"teacher.weights={tmp_path / 'run' / 'teacher'}")
     assert "layer pairs (student↔teacher): 1↔" in measured
+
+
+def test_a_student_of_another_architecture_is_resumed_without_pairs(recipe, tmp_path, monkeypatch):
+    words = ("steps.1.distill.layers=auto", "calibration.images=16", "student={model: test_convnext, weights: random}")
+    words = (*words, "steps=[distill: {epochs: 2, layers: auto}]", "--output", tmp_path / "run")
+    total = engine._total
+
+    def stopped(*arguments):
+        if (tmp_path / "run" / "checkpoints" / "0_distill.pt").is_file():
+            os.kill(os.getpid(), signal.SIGTERM)
+        return total(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_total", stopped)
+        assert run("apply", recipe, *words)[0] == 128 + signal.SIGTERM
+    assert json.loads((tmp_path / "run" / "checkpoints" / "0_distill.layers.json").read_text()) == []
+    assert "auto: as when the phase began" in done("apply", recipe, *words, "--resume")
 
 
 def test_faults_of_diagnostics_have_near_names(recipe):

@@ -15,12 +15,12 @@ from torch import nn
 from compressvit import ties
 from compressvit.backbone import describe
 from compressvit.diagnostics.gradient_findings import gradient_findings
-from compressvit.diagnostics.gradients import GROUPS, KEYS, GradientWatch, places
-from compressvit.diagnostics.rows import read_rows
+from compressvit.diagnostics.gradients import GROUPS, GradientRow, GradientWatch, places
 from compressvit.diagnostics.uses import Uses
 from compressvit.distill.spec import Finetune
 from compressvit.errors import UserError
 from compressvit.pipeline import compress
+from compressvit.rows import read_rows
 from compressvit.transforms import LORS, Adapters, Compacter, FacT, Multiplex
 
 SHARING = {
@@ -175,7 +175,7 @@ def trained(folder, *, watched, every=1, model=None, **options):
     heard = fit(model, spec, random_batches(5, 6), folder, watches=[watch] if watch else [])
     if watch:
         watch.close()
-    return values(model), read_rows(folder / "gradients.jsonl", KEYS) if watched else [], heard
+    return values(model), read_rows(folder / "gradients.jsonl", GradientRow) if watched else [], heard
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -243,7 +243,7 @@ def test_a_teacher_of_another_kind_is_watched_by_its_parts(tmp_path):
     watch.before(0)
     model(torch.randn(2, 3, 32, 32)).sum().backward()
     watch.after(1, 0, 1.0)
-    (row,) = read_rows(tmp_path / "rows.jsonl", KEYS)
+    (row,) = read_rows(tmp_path / "rows.jsonl", GradientRow)
     assert {"conv1", "layer1.0", "fc"} <= set(row["norms"])
 
 
@@ -262,7 +262,7 @@ def test_a_scaled_loss_is_told_unscaled_and_a_step_that_overflowed_is_left_out(t
         watch.after(1, 0, scale)
         watch.close()
         path = tmp_path / f"{scale}.jsonl"
-        found.append(read_rows(path)[0]["shared"] if path.is_file() else None)
+        found.append(read_rows(path, GradientRow)[0]["shared"] if path.is_file() else None)
     assert found[2] is None
     for block, told in found[0].items():
         assert found[1][block] == pytest.approx(told, rel=1e-5)
@@ -310,10 +310,10 @@ def test_rows_that_are_cut_short_or_of_another_kind(tmp_path):
     path = tmp_path / "gradients.jsonl"
     good = json.dumps(rows_of("a", 1)[0])
     path.write_text(f'{good}\n{good}\n{{"phase": "a", "st')
-    assert len(read_rows(path, KEYS)) == 2
+    assert len(read_rows(path, GradientRow)) == 2
     path.write_text(f'{good}\n{{"phase": \n{good}\n')
     with pytest.raises(UserError, match="damaged: line 2 is not JSON"):
-        read_rows(path, KEYS)
+        read_rows(path, GradientRow)
     path.write_text('{"step": 1}\n')
     with pytest.raises(UserError, match="another version of compressvit, or by another program: line 1 has no 'phase'"):
-        read_rows(path, KEYS)
+        read_rows(path, GradientRow)

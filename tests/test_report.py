@@ -312,13 +312,21 @@ def test_many_classes_show_those_that_changed_most(finished):
 
     predictions = read_run(finished).predictions
     row = predictions.classes[0]
+    # half of them lose, half gain; the later, the more
     predictions.classes = [
-        row.model_copy(update={"name": f"c{i}", "teacher": 90.0, "student": 90.0 - i / 10}) for i in range(100)
+        row.model_copy(update={"name": f"c{i}", "teacher": 50.0, "student": 50.0 + (-1) ** i * i / 10})
+        for i in range(100)
     ]
     chart = class_chart(predictions)
     names = list(dict.fromkeys(record["class"] for record in chart.records))
-    assert names == [f"c{i}" for i in range(99, 99 - CLASSES, -1)]
+    most = range(100 - CLASSES, 100)
+    assert names == [f"c{i}" for i in (*sorted((i for i in most if i % 2), reverse=True), *most[::2])]
     assert "the 40 of 100 that changed most" in chart.caption
+
+    predictions.compared = False
+    chart = class_chart(predictions)
+    assert {record["class"] for record in chart.records} == {f"c{i}" for i in range(21, 100, 2)}
+    assert "the 40 of 100 of which fewest are right" in chart.caption
 
 
 def test_identifiers_of_drawings_do_not_meet():

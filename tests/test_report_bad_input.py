@@ -125,6 +125,16 @@ def test_a_newer_form_of_predictions(copied):
     ]
 
 
+def test_confusions_of_the_student_alone(copied):
+    content = json.loads((copied / "predictions.json").read_text())
+    content["confusions"] = [{"true": "1", "answer": "7", "student": 3}]
+    (copied / "predictions.json").write_text(json.dumps(content))
+    notes, page = noted(copied)
+    assert notes == []
+    assert content["compared"]
+    assert "None" not in page.text
+
+
 def test_another_version_is_named(copied):
     content = json.loads((copied / "environment.json").read_text())
     (copied / "environment.json").write_text(json.dumps({**content, "compressvit": "9.9"}))

@@ -111,6 +111,19 @@ def test_a_phone_needs_no_scrolling_sideways(opened):
     assert opened.complaints == []
 
 
+def test_paper_shows_what_a_screen_folds_away(opened):
+    folded = "[...document.querySelectorAll('details')].map(d => d.lastElementChild.checkVisibility({contentVisibilityAuto: true}))"
+    assert not any(opened.value(folded))
+    opened.call("Emulation.setEmulatedMedia", media="print")
+    try:
+        seen = opened.value(folded)
+        assert len(seen) >= 3, "the resolved recipe, the ledger, the environment"
+        assert all(seen)
+        assert opened.value("document.querySelector('#ledger').getBoundingClientRect().height") > 200
+    finally:
+        opened.call("Emulation.setEmulatedMedia", media="")
+
+
 def test_a_picture_is_there_without_scripts(opened, page):
     opened.call("Emulation.setScriptExecutionDisabled", value=True)
     try:

@@ -36,7 +36,9 @@ def test_a_low_rank_student_has_the_singular_values_that_were_kept():
         assert values[5:] == pytest.approx(0, abs=1e-5)
     ranks, curves = spectra_findings({"teacher": teacher, "student": student})
     assert all(record["effective_rank"] <= 5.001 for record in ranks.records if record["model"] == "student")
-    assert {record["model"] for record in curves.records} == {"teacher"}
+    last = {r["model"]: r["relative"] for r in curves.records if r["layer"] == "mlp.fc1" and r["block"] == 0}
+    assert last["student"] < 1e-5 < last["teacher"], "each by its name"
+    assert len({r["weights"] for r in curves.records}) == 2 * 4, "a panel for each"
 
 
 def test_equal_layers_lose_nothing_by_sharing():

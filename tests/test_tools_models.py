@@ -30,7 +30,7 @@ def test_cka_of_a_run_is_of_its_student_and_teacher(finished, tmp_path, capsys):
     found = rows(tmp_path / "cka.csv")
     depth = json.loads((finished / "student" / artifact.MANIFEST).read_text())["args"]["depth"]
     assert len(found) == depth**2
-    assert {"student", "teacher", "cka", "plus_minus", "best"} == set(found[0])
+    assert {"row", "column", "cka", "plus_minus", "best"} == set(found[0])
     assert all(-0.3 < float(row["cka"]) <= 1 for row in found)
     for suffix in ("png", "svg", "json"):
         assert (tmp_path / f"cka.{suffix}").stat().st_size > 500
@@ -55,9 +55,23 @@ def test_a_model_is_like_its_copy(finished, tmp_path, capsys):
         "norm",
     )
     found = rows(tmp_path / "out" / "cka.csv")
-    assert {row[str(finished)] for row in found} == {"blocks.0", "norm"}
-    same = next(row for row in found if row[str(finished)] == row[str(copied)] == "blocks.0")
+    assert {row["row"] for row in found} == {"blocks.0", "norm"}
+    same = next(row for row in found if row["row"] == row["column"] == "blocks.0")
     assert float(same["cka"]) == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("names", [("a_0.3", "a_0.75"), ("a:q", "b[0]")])
+def test_models_of_any_name_are_drawn(finished, tmp_path, capsys, names):
+    """Names of models are not names of fields: Vega reads a dot or a bracket as a place inside, and Altair a colon as a type."""
+    models = [shutil.copytree(finished / "student", tmp_path / name) for name in names]
+    ran(capsys, "cka", *models, "data.name=digits", "--images", 16, "--output", tmp_path / "out")
+    for name in ("cka", "cka_layers"):
+        picture = (tmp_path / "out" / f"{name}.svg").read_text()
+        assert "undefined" not in picture
+        assert all(f"{tmp_path / model}" in picture for model in names), name
+    assert (tmp_path / "out" / "cka.svg").read_text().count('aria-roledescription="rect mark"') == len(
+        rows(tmp_path / "out" / "cka.csv")
+    )
 
 
 def test_similarity_of_the_teacher_or_of_the_student(finished, tmp_path, capsys):
@@ -85,6 +99,7 @@ def test_an_artifact_needs_data_and_a_partner(finished, tmp_path, capsys):
     )
     out = ran(capsys, "similarity", plain, "data.name=digits", "--weights", "--output", tmp_path / "out")
     assert "the pairs of each kind that lose least" in out
+    assert "2 models were named" in refused(capsys, "similarity", finished, plain), "it would look at one of them"
 
 
 @pytest.mark.parametrize(

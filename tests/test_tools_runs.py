@@ -21,9 +21,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from compressvit.diagnostics.allocation import allocation_finding, allocation_summary
 from compressvit.diagnostics.curves import read_curves
+from compressvit.diagnostics.gradient_findings import layers_finding
 from compressvit.diagnostics.recorded import Run, labelled
 
 ROOT = Path(__file__).parents[1]
+ROW = '{"phase": "a", "epoch": 0, "step": 1, "norms": {}, "shared": {}}\n'
 PRUNE = "steps=[adapters: {width: 6}, prune: {epochs: 1, target: {neurons: 0.25}, scope: SCOPE}]"
 
 
@@ -85,7 +87,7 @@ def test_the_example_of_help_runs(runs, path, tmp_path, monkeypatch, capsys):
     assert pictures
     for picture in pictures:
         for suffix in (".png", ".svg", ".csv", ".json"):
-            assert picture.with_suffix(suffix).stat().st_size > 100
+            assert picture.with_suffix(suffix).stat().st_size > 80
     board = EventAccumulator(str(pictures[0].parent / "tensorboard"))
     board.Reload()
     assert {f"diagnostics/{picture.stem}" for picture in pictures} == set(board.Tags()["images"])
@@ -141,6 +143,18 @@ def test_gradients_of_several_runs_lie_in_one_picture(runs, tmp_path, capsys):
     norms = sorted(sum(v**2 for v in row["norms"]["blocks.1"].values()) ** 0.5 for row in recorded)
     assert norms[0] <= float(by_layer[0]["norm"]) <= norms[-1]
     assert (tmp_path / "gradients_layers.png").is_file()
+
+
+def test_half_of_few_norms_does_not_reach_beyond_them():
+    rows_of_one = [{**json.loads(ROW), "step": s, "norms": {"a": {"MLP": n}}} for s, n in enumerate((1.0, 2.0), 1)]
+    (found,) = layers_finding(rows_of_one).records
+    assert (found["low"], found["norm"], found["high"]) == (1.25, 1.5, 1.75)
+
+
+def test_a_run_may_be_where_one_stands(runs, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(runs / "multiplexing")
+    assert [run.label for run in labelled([Path()])] == ["multiplexing"]
+    ran(capsys, "curves", ".", "--output", tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------------- allocation
@@ -242,7 +256,21 @@ def test_what_is_no_run_is_told(name, runs, tmp_path, capsys):
         ("gradients", "diagnostics/gradients.jsonl", '{"step": 1}\n', "written by another version of compressvit"),
         ("gradients", "diagnostics/gradients.jsonl", "{\n{}\n", "damaged: line 1 is not JSON"),
         ("curves", "metrics.jsonl", None, "has no metrics yet"),
+        ("gradients", "diagnostics/gradients.jsonl", ROW.replace("{}", "[]", 1), "line 1 has another norms"),
+        (
+            "gradients",
+            "diagnostics/gradients.jsonl",
+            ROW.replace("{}", '{"a": {"MLP": null}}', 1),
+            "another norms.a.MLP",
+        ),
         ("curves", "metrics.jsonl", '{"loss": 1}\n', "written by another version of compressvit"),
+        ("curves", "metrics.jsonl", '{"phase": 3, "kind": "epoch", "step": 1}\n', "line 1 has another phase"),
+        (
+            "curves",
+            "metrics.jsonl",
+            '{"phase": "a", "kind": "epoch", "step": 1, "loss": null}\n',
+            "line 1 has another loss",
+        ),
         ("curves", "resolved.yaml", "stepps: []\n", "damaged, or was written by another version of compressvit"),
         ("allocation", "resolved.yaml", "stepps: []\n", "damaged, or was written by another version of compressvit"),
         ("allocation", "run.log", None, "has no `prune` step; only pruning moves neurons"),

@@ -33,9 +33,8 @@ def look(opened: OpenedModels, arguments: argparse.Namespace) -> Findings:
         kernel=arguments.kernel,
         bandwidth=arguments.bandwidth,
     )
-    findings = [cka_finding(result, first.label, second.label)]
-    if len(result.rows) == len(result.columns):
-        findings.append(cka_layers_finding(result, f"{first.label} / {second.label}"))
+    layers = cka_layers_finding(result, f"{first.label} / {second.label}", first.label, second.label)
+    findings = [cka_finding(result, first.label, second.label), *([layers] if layers else [])]
     best = result.values.argmax(dim=1).tolist()
     spread = result.half_width
     rows = [

@@ -60,7 +60,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    return program_of_models("similarity", __doc__, look, argv, options=options)
+    return program_of_models("similarity", __doc__, look, argv, options=options, most=1)
 
 
 if __name__ == "__main__":

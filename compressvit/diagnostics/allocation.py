@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from compressvit.diagnostics.recorded import Run, not_recorded
-from compressvit.diagnostics.rows import read_rows
 from compressvit.distill.spec import Prune
 from compressvit.findings import Finding
+from compressvit.rows import MetricsRow, read_rows
 from compressvit.runfolder import results_of
 
 History = Sequence[Mapping[str, int]]  # neurons by adapter's path after every training, the start first
@@ -119,9 +119,9 @@ def run_histories(run: Run) -> dict[str, tuple[str, History]]:
         histories = {phase: phases.get(phase, {}).get("widths", []) for phase in scopes}
     elif metrics.is_file():
         told: dict[str, dict[int, dict[str, int]]] = {phase: {} for phase in scopes}
-        for row in read_rows(metrics, ("phase", "kind", "step", "time")):
+        for row in read_rows(metrics, MetricsRow):
             if row["kind"] == "widths" and row["phase"] in scopes:
-                widths = {k: v for k, v in row.items() if k not in ("phase", "kind", "step", "time")}
+                widths = {k: int(v) for k, v in row.items() if k not in ("phase", "kind", "step", "time")}
                 told[row["phase"]][row["step"]] = widths  # a killed run says a removal again when it goes on
         histories = {phase: [by_step[step] for step in sorted(by_step)] for phase, by_step in told.items()}
     known: dict[str, tuple[str, History]] = {

@@ -59,6 +59,11 @@ class Context:
     epoch: int
 
     @property
+    def models(self) -> dict[str, nn.Module]:
+        """The models by what they are called, 'teacher' and 'student'; in the phase that trains the teacher there is only that."""
+        return {"teacher": self.student} if self.teacher is None else {"teacher": self.teacher, "student": self.student}
+
+    @property
     def when(self) -> str:
         """Phase and epoch in words, as records are stamped with."""
         return f"{self.phase}, epoch {self.epoch}"
@@ -78,8 +83,8 @@ class Diagnostic(Spec):
         """What it will do, in a few words for `plan`."""
         raise TypeError(f"{type(self).__name__} does not define summary")
 
-    def refuse(self, phase: Training) -> None:
-        """Raise a `UserError` where it cannot be had in a phase; `plan` asks, so nothing has run yet."""
+    def refuse(self, phase: Training, student: nn.Module, teacher: nn.Module | None) -> None:
+        """Raise a `UserError` where it cannot be had in a phase; `plan` asks, with models on the meta device, so nothing has run yet."""
 
     def note(self, phase: Training) -> str | None:
         """What `plan` should say about it in a phase, if anything."""

@@ -7,9 +7,9 @@ from typing import Any
 
 from compressvit.boards import scalar_tags, tag_of
 from compressvit.diagnostics.recorded import Run, not_recorded
-from compressvit.diagnostics.rows import read_rows
 from compressvit.errors import UserError, did_you_mean
 from compressvit.findings import Finding
+from compressvit.rows import MetricsRow, read_rows
 
 METRICS = "metrics.jsonl"
 Curve = list[tuple[int, float]]  # optimiser step of the phase, value
@@ -48,7 +48,7 @@ def read_curves(runs: Sequence[Run], wanted: Sequence[str] | None = None) -> Cur
 
 def _all_curves(run: Run) -> dict[str, Curve]:
     path = run.path / METRICS
-    rows = read_rows(path, ("phase", "kind", "step", "time")) if path.is_file() else []
+    rows = read_rows(path, MetricsRow) if path.is_file() else []
     if not rows:
         raise not_recorded(
             run, "metrics yet", "they come with the first steps of its first phase; go on with it by `--resume`"

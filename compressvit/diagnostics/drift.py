@@ -12,11 +12,13 @@ from torch import nn
 
 from compressvit import losses
 from compressvit.diagnostics.base import Context, MeasuredOnImages, diagnostic
-from compressvit.diagnostics.features import Batches, block_paths, regrouped, tokens
+from compressvit.diagnostics.features import Batches, block_paths, regrouped, require_finite, tokens
 from compressvit.distill.pairs import LayerPair, match_layers
+from compressvit.distill.spec import Training
 from compressvit.distill.taps import Tap, Taps
 from compressvit.errors import UserError
 from compressvit.findings import Finding
+from compressvit.modes import evaluating
 
 MEASURES = {
     "cosine": "1 − cosine of the tokens",
@@ -93,10 +95,7 @@ class _Block:
 
     def __init__(self, taps: dict[str, dict[str, Any]], path: str, skip: int, model: nn.Module):
         hidden = tokens(taps[path]["output"], model)[:, skip:].float()
-        if not torch.isfinite(hidden).all():
-            raise UserError(
-                f"the features of '{path}' are not finite, and it is the first such layer; check the weights of the model up to there"
-            )
+        require_finite(path, hidden)
         self.hidden = hidden
         self.qkv = taps[f"{path}.attn.qkv"]["output"][:, skip:].float().chunk(3, dim=-1)
         self.maps = taps[f"{path}.attn.attn_drop"]["input"]
@@ -134,15 +133,14 @@ def _tapped(model: nn.Module, paths: Sequence[str], device: torch.device) -> Ite
     wanted: list[Tap] = []
     for path in dict.fromkeys(paths):
         wanted += [(path, "output"), (f"{path}.attn.qkv", "output"), (f"{path}.attn.attn_drop", "input")]
-    training = model.training
-    taps = Taps(model.to(device).eval(), wanted, device)
+    taps = Taps(model.to(device), wanted, device)
     for module in fused:
         module.fused_attn = False  # type: ignore[assignment]
     try:
-        yield taps
+        with evaluating(model):
+            yield taps
     finally:
         taps.close()
-        model.train(training)
         for module in fused:
             module.fused_attn = True  # type: ignore[assignment]
 
@@ -192,10 +190,17 @@ class Drift(MeasuredOnImages):
         "needs models of one depth.",
     )
 
+    def refuse(self, phase: Training, student: nn.Module, teacher: nn.Module | None) -> None:
+        if teacher is not None:
+            self._pairs(student, teacher)
+
+    def _pairs(self, student: nn.Module, teacher: nn.Module) -> list[LayerPair]:
+        layers = self.layers or tuple((i, i) for i in range(len(block_paths(student))))
+        return match_layers(student, teacher, layers, asker="drift.layers")[0]
+
     def measure(self, context: Context) -> list[Finding]:
         assert context.teacher is not None, "needs_teacher"
-        layers = self.layers or tuple((i, i) for i in range(len(block_paths(context.student))))
-        pairs, _ = match_layers(context.student, context.teacher, layers, asker="drift.layers")
+        pairs = self._pairs(context.student, context.teacher)
         found = drift(
             context.student,
             context.teacher,

@@ -18,6 +18,7 @@ from compressvit.backbone import model_name
 from compressvit.diagnostics.base import EPOCHS, Context, Epochs, MeasuredOnImages, diagnostic
 from compressvit.errors import UserError
 from compressvit.findings import Finding
+from compressvit.modes import evaluating
 
 LEAST = 10  # images
 
@@ -45,21 +46,19 @@ def pooled_features(
         raise UserError(
             f"t-SNE needs pooled features, which {model_name(model)} does not give: it has no timm forward_head"
         )
-    training = model.training
-    model.to(device).eval()
     features, labels = [], []
     left = images
-    for batch, targets in batches:
-        keep = targets > -2
-        batch, targets = batch[keep][:left], targets[keep][:left]
-        if len(batch):
-            hidden = model.forward_features(input(batch.to(device)))  # type: ignore[operator]
-            features.append(model.forward_head(hidden, pre_logits=True).float().cpu().flatten(1))  # type: ignore[operator]
-            labels.append(targets.cpu())
-        left -= len(batch)
-        if left <= 0:
-            break
-    model.train(training)
+    with evaluating(model.to(device)):
+        for batch, targets in batches:
+            keep = targets > -2
+            batch, targets = batch[keep][:left], targets[keep][:left]
+            if len(batch):
+                hidden = model.forward_features(input(batch.to(device)))  # type: ignore[operator]
+                features.append(model.forward_head(hidden, pre_logits=True).float().cpu().flatten(1))  # type: ignore[operator]
+                labels.append(targets.cpu())
+            left -= len(batch)
+            if left <= 0:
+                break
     if images - left < LEAST:
         raise UserError(
             f"t-SNE: {images - left} images are too few to see groups in; it needs at least {LEAST}, and some hundreds to say much"
@@ -116,11 +115,9 @@ class Embedding(MeasuredOnImages):
     perplexity: float = Field(30.0, gt=0, description="About how many neighbours an image has.")
 
     def measure(self, context: Context) -> list[Finding]:
-        models: dict[str, Any] = {"student": (context.student, lambda batch: batch)}
-        if context.teacher is not None:
-            models = {"teacher": (context.teacher, context.teacher_images), **models}
         features, labels = {}, np.empty(0)
-        for name, (model, own) in models.items():
+        for name, model in context.models.items():
+            own = context.teacher_images if model is context.teacher else (lambda batch: batch)
             features[name], labels = pooled_features(
                 model, context.labelled(self.images), context.device, images=self.images, input=own
             )

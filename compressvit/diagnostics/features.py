@@ -5,7 +5,7 @@ Taps are outputs of modules. Without any named, they are the blocks, in order, w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,6 +16,7 @@ from torch import nn
 from compressvit.backbone import ALL_FAMILIES, describe, family, model_name
 from compressvit.distill.taps import Taps
 from compressvit.errors import UserError
+from compressvit.modes import evaluating
 
 Batches = Callable[[], Iterable[torch.Tensor]]
 
@@ -65,15 +66,22 @@ def block_paths(model: nn.Module) -> tuple[str, ...]:
     return tuple(info.path for info in describe(model, ALL_FAMILIES).blocks)
 
 
+def require_taps(one: Subject) -> None:
+    """Raise a `UserError` for a tap that is no module of the model, with near names; the model may be on the meta device."""
+    Taps(one.model, [(path, "output") for path in one.taps], torch.device("meta")).close()
+
+
 @torch.no_grad()
 def features(subject: Subject, images: torch.Tensor, device: torch.device) -> dict[str, torch.Tensor]:
     """The outputs at the taps for a batch, as they leave the modules: {path: (B, …)}.
 
     Raises:
-        UserError: a tap is no module (near names are told), gives no tensor, or features that are not finite: the first layer
-            in the order of the taps is named.
+        UserError: no image, a tap that is no module (near names are told) or gives no tensor with a row an image, or features that are
+            not finite: the first layer of the model is named.
     """
-    return next(walk([subject], lambda: [images], device, len(images)))[0]
+    if not len(images):
+        raise UserError("features of no image were asked for; give at least one")
+    return next(walk([subject], lambda: [images], device, len(images), size=len(images)))[0]
 
 
 @torch.no_grad()
@@ -101,9 +109,7 @@ def walk(
             seen = []
             for one, watcher in zip(subjects, taps, strict=True):
                 one.model(one.input(batch))
-                found = watcher.pop()
-                seen.append({path: _usable(path, found.get(path, {}).get("output")) for path in one.taps})
-                del found
+                seen.append(_usable(one, watcher.pop(), len(batch)))
             yield seen
             for values in seen:  # whoever still holds them: the next pass needs the room
                 values.clear()
@@ -111,17 +117,15 @@ def walk(
 
 @contextmanager
 def _watched(subjects: Sequence[Subject], device: torch.device) -> Iterator[list[Taps]]:
-    modes = [(one.model, one.model.training) for one in subjects]
     taps: list[Taps] = []
     try:
         for one in subjects:
-            taps.append(Taps(one.model.to(device).eval(), [(path, "output") for path in one.taps], device))
-        yield taps
+            taps.append(Taps(one.model.to(device), [(path, "output") for path in one.taps], device))
+        with evaluating(*(one.model for one in subjects)):
+            yield taps
     finally:
         for watcher in taps:
             watcher.close()
-        for model, training in modes:
-            model.train(training)
 
 
 def regrouped(batches: Iterable[torch.Tensor], images: int, size: int, least: int = 1) -> Iterator[torch.Tensor]:
@@ -155,13 +159,29 @@ def tokens(feature: torch.Tensor, model: nn.Module) -> torch.Tensor:
     return rearrange(feature, "b c h w -> b (h w) c")
 
 
-def _usable(path: str, value: object) -> torch.Tensor:
-    if not isinstance(value, torch.Tensor):
-        raise UserError(
-            f"tap '{path}' gives {'nothing' if value is None else type(value).__name__}, not a tensor; tap a module inside it"
-        )
+def _usable(one: Subject, found: Mapping[str, Mapping[str, object]], images: int) -> dict[str, torch.Tensor]:
+    """What the taps gave, in their order, looked at in the order of the model."""
+    order = {path: i for i, (path, _) in enumerate(one.model.named_modules())}
+    usable = {}
+    for path in sorted(one.taps, key=order.__getitem__):
+        value = found.get(path, {}).get("output")
+        if not isinstance(value, torch.Tensor):
+            raise UserError(
+                f"tap '{path}' gives {'nothing' if value is None else type(value).__name__}, not a tensor; tap a module inside it"
+            )
+        if len(value) != images:
+            raise UserError(
+                f"tap '{path}' gives {len(value)} rows for {images} images, so a row is not an image (inside a window attention it is a "
+                "window); tap the module around it"
+            )
+        require_finite(path, value)
+        usable[path] = value
+    return {path: usable[path] for path in one.taps}
+
+
+def require_finite(path: str, value: torch.Tensor) -> None:
+    """Raise a `UserError` that names a layer whose features are not finite; to be asked in the order of the layers."""
     if not torch.isfinite(value).all():
         raise UserError(
             f"the features of '{path}' are not finite, and it is the first such layer; check the weights of the model up to there"
         )
-    return value

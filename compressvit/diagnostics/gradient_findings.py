@@ -90,8 +90,7 @@ def layers_finding(rows: Rows) -> Finding:
     records = []
     for panel, some in _panels(rows):
         for layer, norms in _by_layer(some).items():
-            quarters = statistics.quantiles(norms, n=4) if len(norms) > 1 else norms * 3
-            low, middle, high = (max(q, 0.0) for q in quarters)  # of few numbers they are extrapolated
+            low, middle, high = statistics.quantiles(norms, n=4, method="inclusive") if len(norms) > 1 else norms * 3
             records.append({**panel, "layer": layer, "norm": middle, "low": low, "high": high})
     return Finding(
         name="gradients_layers",

@@ -10,26 +10,41 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import BaseModel, Field
 from torch import nn
 
 from compressvit import surgery
 from compressvit.backbone import ALL_FAMILIES, describe, family, head_names
 from compressvit.diagnostics.base import FOLDER, Watched, diagnostic, refuse_compiled
 from compressvit.diagnostics.gradient_findings import gradient_findings
-from compressvit.diagnostics.rows import append_row, read_rows, rewrite_rows
 from compressvit.diagnostics.uses import Uses
 from compressvit.distill.spec import Training
 from compressvit.errors import UserError
 from compressvit.findings import Finding
+from compressvit.rows import append_row, read_rows, rewrite_rows
 
 ROWS = "gradients.jsonl"
-KEYS = ("phase", "epoch", "step", "norms", "shared")
 GROUPS = ("attention", "MLP", "norms", "transforms", "embeddings", "head", "other")
 _EMBEDDINGS = ("patch_embed", "pos_embed", "cls_token", "reg_token", "dist_token", "downsample", "stem")
+
+
+class GradientRow(BaseModel):
+    """A row of `gradients.jsonl`.
+
+    Attributes:
+        norms: by layer and kind of parameter.
+        shared: by block, what it shares with others: the norm of the gradient of its `own` use, and that of the `sum` over all uses, which
+            is what `.grad` holds.
+    """
+
+    phase: str
+    epoch: int
+    step: int
+    norms: dict[str, dict[str, float]]
+    shared: dict[str, dict[Literal["own", "sum"], float]]
 
 
 @diagnostic("gradients")
@@ -43,7 +58,7 @@ class Gradients(Watched):
     def summary(self) -> str:
         return f"every {self.every} optimiser steps" if self.every > 1 else "every optimiser step"
 
-    def refuse(self, phase: Training) -> None:
+    def refuse(self, phase: Training, student: nn.Module, teacher: nn.Module | None) -> None:
         refuse_compiled(self.name, phase)
 
     def watch(self, model: nn.Module, phase: str, folder: Path) -> GradientWatch:
@@ -51,10 +66,7 @@ class Gradients(Watched):
 
 
 class GradientWatch:
-    """Writes a row of norms at every so many steps of one phase.
-
-    A row: `phase`, `epoch`, `step`, `norms` (by layer and kind of parameter) and `shared` (by block, what it shares with others: the norm
-    of the gradient of its own use, and that of the sum over all uses, which is what `.grad` holds).
+    """Writes a `GradientRow` at every so many steps of one phase.
 
     Args:
         model: hooks are put on blocks that share; `close` takes them off.
@@ -84,7 +96,7 @@ class GradientWatch:
             append_row(self._path, row)
 
     def findings(self) -> list[Finding]:
-        return gradient_findings(read_rows(self._path, KEYS)) if self._path.is_file() else []
+        return gradient_findings(read_rows(self._path, GradientRow)) if self._path.is_file() else []
 
     def close(self) -> None:
         self._uses.close()
@@ -96,7 +108,7 @@ class GradientWatch:
         """Drop rows of steps that will be done again: those of a run that stopped between two checkpoints."""
         self._begun = True
         if self._path.is_file():
-            rows = read_rows(self._path, KEYS)
+            rows = read_rows(self._path, GradientRow)
             rewrite_rows(self._path, (row for row in rows if row["phase"] != self._phase or row["step"] <= steps))
 
     def _row(self, step: int, epoch: int, scale: float) -> dict[str, Any] | None:
@@ -139,7 +151,7 @@ def gradient_rows(run: Path, phase: str | None = None, *, last: bool = False) ->
         UserError: it recorded none, or none of that phase.
     """
     path = run / FOLDER / ROWS
-    rows = read_rows(path, KEYS) if path.is_file() else []
+    rows = read_rows(path, GradientRow) if path.is_file() else []
     if not rows:
         raise UserError(
             f"{run} has no gradients; a run records them where its recipe says `diagnostics: [gradients]`, e.g. "

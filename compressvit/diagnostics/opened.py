@@ -84,7 +84,8 @@ def open_models(words: Sequence[str], device: torch.device, *, most: int = 2) ->
     paths = [Path(word) for word in words if word not in overrides]
     if not 1 <= len(paths) <= most:
         raise UserError(
-            f"{len(paths)} models were named ({', '.join(map(str, paths)) or 'none'}); give one run, or up to {most} models"
+            f"{len(paths)} models were named ({', '.join(map(str, paths)) or 'none'}); give one run, or "
+            + (f"up to {most} models" if most > 1 else "one artifact")
         )
     folders = [artifact_in(path) for path in paths]
     found = [(str(path), artifact.load(folder)) for path, folder in zip(paths, folders, strict=True)]

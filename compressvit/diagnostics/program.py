@@ -62,10 +62,13 @@ def program_of_models(
     argv: Sequence[str] | None = None,
     *,
     options: Options = lambda parser: None,
+    most: int = 2,
 ) -> int:
-    """Run a program of `tools/` that opens models and images; returns its exit code. Arguments as those of `program`."""
+    """Run a program of `tools/` that opens models and images; returns its exit code. Arguments as those of `program`, and `most`: how
+    many models it takes."""
     parser = _parser(name, text, options)
-    parser.add_argument("models", metavar="RUN|ARTIFACT", nargs="+", help="one run, or up to two models")
+    several = "one run, or up to two models" if most > 1 else "a run or an artifact"
+    parser.add_argument("models", metavar="RUN|ARTIFACT", nargs="+", help=several)
     parser.add_argument("--device", default="auto", help="cpu, cuda, … (default: the best there is)")
     parser.epilog = f"key=value after the models changes the data, e.g. data.name=digits\n\n{parser.epilog}"
     # argparse stops collecting words at the first option
@@ -74,7 +77,7 @@ def program_of_models(
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
 
     def found() -> tuple[Findings, Path]:
-        opened = open_models([*arguments.models, *rest], pick_device(arguments.device))
+        opened = open_models([*arguments.models, *rest], pick_device(arguments.device), most=most)
         return look(opened, arguments), opened.folder
 
     return _answered(name, arguments, found)
@@ -124,7 +127,7 @@ def show(tables: Sequence[Table], findings: Sequence[Finding], output: Path, con
     for finding in findings:
         finding.write(output)
         if finding.records:
-            finding.log(writer, output, 0)
+            finding.log(writer, output)
         console.print(f"{finding.title}: {output / finding.name}.png", highlight=False, soft_wrap=True)
     writer.close()
 

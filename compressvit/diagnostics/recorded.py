@@ -35,8 +35,9 @@ class Run:
 
 def labelled(folders: Sequence[Path]) -> list[Run]:
     """Runs named by as much of the end of their paths as tells them apart."""
-    for depth in range(1, max(len(folder.parts) for folder in folders) + 1):
-        labels = ["/".join(folder.parts[-depth:]) for folder in folders]
+    places = [folder.resolve().parts for folder in folders]
+    for depth in range(1, max(map(len, places)) + 1):
+        labels = ["/".join(parts[-depth:]) for parts in places]
         if len(set(labels)) == len(labels):
             break
     return [Run(folder, label) for folder, label in zip(folders, labels, strict=True)]

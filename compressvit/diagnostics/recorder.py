@@ -16,20 +16,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 from torch import nn
 
 from compressvit.data import Data, Datasets, InputConfig, eval_loader, input_config
 from compressvit.diagnostics.allocation import History, allocation_finding
 from compressvit.diagnostics.base import FOLDER, Context, Measured, Watch, Watched
-from compressvit.diagnostics.rows import append_row, read_rows
 from compressvit.distill.optimisation import random_state, restore_random_state
 from compressvit.errors import UserError
 from compressvit.findings import Finding, merged, read
+from compressvit.modes import evaluating
 from compressvit.recipe import Recipe
+from compressvit.rows import append_row, read_rows
 from compressvit.runlog import RunLog, log
 from compressvit.samples import Samples
 
 MEASURED = "measured.jsonl"
+
+
+class MeasuredRow(BaseModel):
+    """A row of `measured.jsonl`."""
+
+    diagnostic: str
+    phase: str
+    epoch: int
+    findings: list[str]
+    seconds: float
 
 
 class Recorder:
@@ -58,8 +70,9 @@ class Recorder:
         finally:
             for watch in watches:
                 watch.close()
-                for finding in watch.findings():
-                    self.keep(finding)
+                with _told(f"{phase}: what was recorded was not drawn"):
+                    for finding in watch.findings():
+                        self.keep(finding)
 
     def measure(self, phase: str, teacher: nn.Module | None, student: nn.Module, epoch: int, last: bool) -> None:
         """Measure what is due at this epoch and was not measured before. What cannot be is told, and training goes on."""
@@ -75,41 +88,40 @@ class Recorder:
         with undisturbed(student, teacher):
             for model in (student, teacher):
                 if model is not None:
-                    model.to(self._device).eval()
+                    model.to(self._device)
             context = self._context(phase, teacher, student, epoch)
             for spec in due:
                 began = time.monotonic()
-                try:
+                with _told(f"{phase}, epoch {epoch}: {spec.name} was not measured"):
                     found = [stamped(finding, phase, epoch) for finding in spec.measure(context)]
                     for finding in found:
-                        self.keep(_with_earlier(finding, self._folder), epoch)
-                except Exception as error:  # a picture is not worth a training, whatever fault it has
-                    kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-                    log.warning("%s, epoch %d: %s was not measured: %s%s", phase, epoch, spec.name, kind, error)
-                    if kind:  # perhaps a fault of ours: run.log keeps where it was
-                        log.info("%s", traceback.format_exc(), extra={"already_shown": True})
-                    continue
-                row = {"diagnostic": spec.name, "phase": phase, "epoch": epoch}
-                seconds = round(time.monotonic() - began, 2)
-                append_row(self._folder / MEASURED, {**row, "findings": [f.name for f in found], "seconds": seconds})
-                self._voice.say(f"{phase}, epoch {epoch}: {spec.name} measured in {seconds:.1f} s")
+                        self.keep(_with_earlier(finding, self._folder))
+                    row = {"diagnostic": spec.name, "phase": phase, "epoch": epoch}
+                    seconds = round(time.monotonic() - began, 2)
+                    append_row(
+                        self._folder / MEASURED, {**row, "findings": [f.name for f in found], "seconds": seconds}
+                    )
+                    self._voice.say(f"{phase}, epoch {epoch}: {spec.name} measured in {seconds:.1f} s")
 
     def allocation(self, phase: str, scope: str, history: History) -> None:
         """Tell where a `prune` phase left neurons; always, because it costs nothing."""
         self._allocations[phase] = (scope, history)
-        finding = allocation_finding(self._allocations)
-        self.keep(finding, len(history) - 1)
-        finding.picture(self._folder.parent / "widths.png")  # where a person looks first
+        with _told(f"{phase}: where neurons are left was not drawn"):
+            finding = allocation_finding(self._allocations)
+            self.keep(finding)
+            finding.picture(self._folder.parent / "widths.png")  # where a person looks first
 
-    def keep(self, finding: Finding, step: int = 0) -> None:
+    def keep(self, finding: Finding) -> None:
         """Write a finding into the run folder, in place of an earlier one of its name, and show it in TensorBoard."""
         finding.write(self._folder)
         if finding.records:
-            self._voice.board(lambda writer: finding.log(writer, self._folder, step))
+            self._voice.board(lambda writer: finding.log(writer, self._folder))
 
     def _has(self, name: str, phase: str, epoch: int) -> bool:
         path = self._folder / MEASURED
-        rows = read_rows(path, ("diagnostic", "phase", "epoch")) if path.is_file() else []
+        rows: list[dict[str, Any]] = []
+        with _told("what was measured before is not known, so it is measured again"):
+            rows = read_rows(path, MeasuredRow) if path.is_file() else []
         return any((row["diagnostic"], row["phase"], row["epoch"]) == (name, phase, epoch) for row in rows)
 
     def _context(self, phase: str, teacher: nn.Module | None, student: nn.Module, epoch: int) -> Context:
@@ -133,14 +145,15 @@ def evaluation_images(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Batches of about `count` normalised evaluation images (B, C, H, W), on the device, and labels (B,), evenly spaced over the set.
 
-    A streaming set gives its first ones. Broken files are left out. Nothing is drawn from the global generators.
+    They come in a random order, always the same: a set is often in the order of its classes, and what is estimated batch by batch (CKA)
+    cannot see what tells classes apart in a batch that has one of them. A streaming set gives its first ones, in its own order. Broken
+    files are left out. Nothing is drawn from the global generators.
     """
     subset: Any = datasets.validation
     if isinstance(subset, Samples):
         count = min(count, len(subset))
-        chosen = [
-            subset.indices[i * len(subset) // count] for i in range(count)
-        ]  # a set may be in the order of its classes
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
+        chosen = [subset.indices[i * len(subset) // count] for i in order]
         subset = Samples(subset.source, chosen, subset.labeled)
     left = count
     for images, targets in eval_loader(dataclasses.replace(datasets, validation=subset), data, config, device):
@@ -165,18 +178,28 @@ def _with_earlier(finding: Finding, folder: Path) -> Finding:
 
 
 @contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Say what went wrong and go on: a picture is not worth a training, whatever fault it has."""
+    try:
+        yield
+    except Exception as error:  # perhaps a fault of ours: run.log keeps where it was
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        log.warning("%s: %s%s", what, kind, error)
+        if kind:
+            log.info("%s", traceback.format_exc(), extra={"already_shown": True})
+
+
+@contextmanager
 def undisturbed(*models: nn.Module | None) -> Iterator[None]:
-    """Restore random state, train and eval mode of every module, and gradients, whatever happens inside."""
+    """Eval mode; random state, the mode of every module, and gradients are as before afterwards, whatever happens inside."""
     known = [model for model in models if model is not None]
     state = random_state()
-    modes = [(module, module.training) for model in known for module in model.modules()]
     gradients = [(parameter, parameter.grad) for model in known for parameter in model.parameters()]
     kept = [None if gradient is None else gradient.clone() for _, gradient in gradients]
     try:
-        yield
+        with evaluating(*known):
+            yield
     finally:
         restore_random_state(state)
-        for module, training in modes:
-            module.training = training
         for (parameter, _), gradient in zip(gradients, kept, strict=True):
             parameter.grad = gradient

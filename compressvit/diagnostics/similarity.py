@@ -10,8 +10,9 @@ from pydantic import Field
 from torch import nn
 
 from compressvit.diagnostics.base import Context, MeasuredOnImages, diagnostic
-from compressvit.diagnostics.features import Batches, Subject, subject, walk
+from compressvit.diagnostics.features import Batches, Subject, require_taps, subject, walk
 from compressvit.diagnostics.kernel_alignment import LEAST, CKAResult, Kernel, MinibatchCKA
+from compressvit.distill.spec import Training
 from compressvit.errors import UserError
 from compressvit.findings import Finding
 from compressvit.runlog import watched
@@ -40,8 +41,10 @@ def cka_matrix(
         kernel, bandwidth: as for `compressvit.diagnostics.cka`.
 
     Raises:
-        UserError: fewer than 4 images, taps that do not exist, features that are not finite.
+        UserError: fewer than 4 images, taps that do not exist or none, features that are not finite.
     """
+    if not (first.taps and second.taps):
+        raise UserError("CKA compares layers, and a model without any tap was given; name at least one of each")
     if batch_size < LEAST:
         raise UserError(f"CKA: batches of {batch_size} images are too small; it needs at least {LEAST} in each")
     stream = MinibatchCKA(first.taps, second.taps, kernel, bandwidth)
@@ -52,15 +55,15 @@ def cka_matrix(
     return stream.result()
 
 
-def cka_records(result: CKAResult, row: str, column: str) -> list[dict]:
-    """One record a pair; `best` marks the most similar column of every row."""
+def cka_records(result: CKAResult) -> list[dict]:
+    """One record a pair of layers, `row` and `column`; `best` marks the most similar column of every row."""
     values = result.values
     best = values.argmax(dim=1)
     width = result.half_width
     return [
         {
-            row: r,
-            column: c,
+            "row": r,
+            "column": c,
             "cka": round(values[i, j].item(), 6),
             "plus_minus": None if width is None else round(width[i, j].item(), 6),
             "best": bool(best[i] == j),
@@ -71,46 +74,55 @@ def cka_records(result: CKAResult, row: str, column: str) -> list[dict]:
 
 
 def cka_finding(result: CKAResult, row: str = "student", column: str = "teacher") -> Finding:
-    """The matrix as a picture with its caption."""
+    """The matrix as a picture with its caption; `row` and `column` name the two models."""
     return Finding(
         "cka",
         f"CKA of the layers of {row} and {column}",
-        f"How alike two layers see the same {result.images} images: 1 alike up to rotation and scale, 0 unrelated. A student that "
-        f"copies its {column} is bright on the diagonal; a ring marks the layer of the {column} that is most like each of the {row}.",
+        f"How alike two layers see the same {result.images} images: 1 alike up to rotation and scale, 0 unrelated. Models that see alike "
+        f"all the way are bright on the diagonal; a ring marks the layer of {column} that is most like each of {row}.",
         "heatmap",
-        cka_records(result, row, column),
-        {"x": column, "y": row, "colour": "cka", "best": "best", "titles": {"cka": "CKA"}},
+        cka_records(result),
+        {
+            "x": "column",
+            "y": "row",
+            "colour": "cka",
+            "best": "best",
+            "titles": {"cka": "CKA", "row": row, "column": column},
+        },
     )
 
 
-def cka_layers_finding(result: CKAResult, when: str) -> Finding:
-    """CKA of every layer with the layer of the same place, as MiniViT's figure 5 has it; only for as many layers on both sides."""
-    values, width = result.values.diagonal(), result.half_width
-    spread = torch.zeros_like(values) if width is None else width.diagonal()
+def cka_layers_finding(
+    result: CKAResult, when: str, row: str = "the student", column: str = "the teacher"
+) -> Finding | None:
+    """CKA of every layer with the layer of the same place, as MiniViT's figure 5 has it; None for unlike numbers of layers."""
+    if len(result.rows) != len(result.columns):
+        return None
+    values, width = result.values.diagonal().tolist(), result.half_width
+    spread = [None] * len(values) if width is None else width.diagonal().tolist()
     records = [
         {
             "when": when,
             "layer": i,
             "path": path,
             "cka": round(v, 6),
-            "low": round(v - w, 6),
-            "high": round(v + w, 6),
+            **({} if w is None else {"low": round(v - w, 6), "high": round(v + w, 6)}),
         }
-        for i, (path, v, w) in enumerate(zip(result.rows, values.tolist(), spread.tolist(), strict=True))
+        for i, (path, v, w) in enumerate(zip(result.rows, values, spread, strict=True))
     ]
+    band = {} if width is None else {"low": "low", "high": "high"}
     return Finding(
         "cka_layers",
-        "CKA of every layer with the teacher's of the same place",
-        "1 where the student's layer sees the images as the teacher's does. In MiniViT's figure 5 sharing alone falls in the last layers. "
-        "The band is the 95 % interval.",
+        f"CKA of every layer of {row} with the layer of {column} in the same place",
+        "1 where the two layers see the images alike. In MiniViT's figure 5 sharing alone falls in the last layers. "
+        + ("The band is the 95 % interval." if band else "One batch was measured, so there is no interval."),
         "lines",
         records,
         {
             "x": "layer",
             "y": "cka",
             "colour": "when",
-            "low": "low",
-            "high": "high",
+            **band,
             "titles": {"cka": "CKA", "layer": "layer, from the input", "when": ""},
         },
     )
@@ -122,6 +134,7 @@ class CKA(MeasuredOnImages):
 
     needs_teacher = True
 
+    images: int = Field(512, ge=LEAST, description="Evaluation images, evenly spaced over the set.")
     kernel: Kernel = Field("linear", description="linear, or rbf: exp(−d² / 2σ²) of the distance d of two images.")
     bandwidth: float = Field(1.0, gt=0, description="σ of rbf in medians of the distances.")
     batch_size: int = Field(64, ge=LEAST, description="Images whose features are in memory together.")
@@ -129,6 +142,11 @@ class CKA(MeasuredOnImages):
         None, min_length=1, description="Paths of modules; null for the blocks."
     )
     teacher_taps: tuple[str, ...] | None = Field(None, min_length=1, description="Likewise, of the teacher.")
+
+    def refuse(self, phase: Training, student: nn.Module, teacher: nn.Module | None) -> None:
+        if teacher is not None:
+            for one in (subject(student, self.student_taps), subject(teacher, self.teacher_taps)):
+                require_taps(one)
 
     def measure(self, context: Context) -> list[Finding]:
         assert context.teacher is not None, "needs_teacher"
@@ -142,10 +160,8 @@ class CKA(MeasuredOnImages):
             kernel=self.kernel,
             bandwidth=self.bandwidth,
         )
-        found = [cka_finding(result)]
-        if len(result.rows) == len(result.columns):
-            found.append(cka_layers_finding(result, context.when))
-        return found
+        layers = cka_layers_finding(result, context.when)
+        return [cka_finding(result), *([layers] if layers else [])]
 
 
 def likeness(

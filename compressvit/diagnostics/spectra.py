@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 from scipy.linalg import solve, svdvals
 from torch import nn
 
@@ -77,8 +77,8 @@ def spectra_findings(models: Mapping[str, nn.Module]) -> list[Finding]:
             )
             for i in sorted({round(v) for v in np.linspace(0, len(values) - 1, _POINTS)}):
                 relative = float(values[i] / values[0]) if values[0] > 0 else 0.0
-                curves.append({"block": indices[block], "layer": kind, "model": name, "index": i, "relative": relative})
-    first = next(iter(models))
+                place = {"weights": f"{kind} of the {name}", "block": indices[block], "layer": kind, "model": name}
+                curves.append({**place, "index": i, "relative": relative})
     return [
         Finding(
             "effective_rank",
@@ -97,15 +97,15 @@ def spectra_findings(models: Mapping[str, nn.Module]) -> list[Finding]:
         ),
         Finding(
             "spectrum",
-            f"Singular values of the {first}'s weights",
+            "Singular values of the weights",
             "A line a block: how fast the singular values fall, relative to the largest. Steep lines lose little when they are cut off.",
             "lines",
-            [record for record in curves if record["model"] == first],
+            sorted(curves, key=lambda record: TARGETS.index(record["layer"])),
             {
                 "x": "index",
                 "y": "relative",
                 "colour": "block",
-                "facet": "layer",
+                "facet": "weights",
                 "points": False,
                 "ramp": True,
                 "titles": {"relative": "σ / largest σ", "index": "singular value"},
@@ -209,12 +209,8 @@ class Spectra(Measured):
     epochs: Epochs = Field(("last",), min_length=1, description=EPOCHS)
 
     def measure(self, context: Context) -> list[Finding]:
-        models = {}
-        if (
-            context.teacher is not None and family(context.teacher) in TRANSFORMERS
-        ):  # a convolutional one has no such layers
-            models["teacher"] = context.teacher
-        return spectra_findings({**models, "student": context.student})
+        # a convolutional teacher has no such layers
+        return spectra_findings({k: m for k, m in context.models.items() if family(m) in TRANSFORMERS})
 
 
 @diagnostic("similarity")
@@ -229,6 +225,14 @@ class Similarity(MeasuredOnImages):
         False,
         description="Match neurons and heads first, as the align step does; with metric: weights (slower).",
     )
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Similarity:
+        if self.aligned and self.metric != "weights":
+            raise ValueError(
+                "aligned compares weights, whose neurons have no order: set metric: weights, or aligned: false"
+            )
+        return self
 
     def measure(self, context: Context) -> list[Finding]:
         on_images = self.metric == "inputs"

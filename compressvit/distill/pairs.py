@@ -124,7 +124,8 @@ def match_layers_once(
         before = tuple((int(s), int(t)) for s, t in json.loads(kept.read_text(encoding="utf-8")))
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError, ValueError) as error:
         raise UserError(f"{kept} is damaged: {error}; remove it and its checkpoint to begin the phase again") from error
-    return match_layers(student, teacher, before)[0], "auto: as when the phase began"
+    pairs = match_layers(student, teacher, before)[0] if before else []
+    return pairs, "auto: as when the phase began"
 
 
 def _most_alike(
@@ -162,7 +163,8 @@ def suggested_pairs(
         Pairs of indices over the whole model; a student block that no teacher block fits has none.
     """
     allowed = np.array([[_place(s) == _place(t) for t in teachers] for s in students])
-    gain = np.where(allowed, values, -np.inf)
+    # Unbiased CKA of unlike blocks may be below 0, and a pair that is allowed is still better than none.
+    gain = np.where(allowed, values - min(values.min(), 0.0) + 1e-6, -np.inf)
     rows, columns = gain.shape
     # best[i, j]: the most that student blocks i.. can have with teacher blocks j..
     best = np.zeros((rows + 1, columns + 1))

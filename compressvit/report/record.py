@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from compressvit import __version__, findings
 from compressvit.errors import UserError
 from compressvit.findings import Finding
+from compressvit.rows import MetricsRow
 from compressvit.runfolder import RESOLVED, RunFolder
 
 
@@ -137,14 +138,6 @@ class PredictionsFile(_File):
     examples: list[Example]
 
 
-class MetricsLine(_File):
-    """A line of `metrics.jsonl`; the other keys are numbers."""
-
-    phase: str
-    kind: str
-    step: int
-
-
 F = TypeVar("F", bound=_File)
 
 
@@ -241,12 +234,11 @@ def _metrics(run: Run) -> list[dict[str, Any]]:
     lines = (text or "").splitlines()
     for number, line in enumerate(lines, 1):
         try:
-            said = MetricsLine.model_validate_json(line)
+            row = MetricsRow.model_validate_json(line).model_dump()
         except ValidationError:
             damaged.append(number)
             continue
-        numbers = {k: float(v) for k, v in (said.model_extra or {}).items() if isinstance(v, (int, float))}
-        found[said.phase, said.kind, said.step] = {**numbers, "phase": said.phase, "kind": said.kind, "step": said.step}
+        found[row["phase"], row["kind"], row["step"]] = row
     if damaged == [len(lines)]:
         run.notes.append("The last line of metrics.jsonl was cut off and is left out.")
     elif damaged:

@@ -127,20 +127,20 @@ def class_chart(predictions: PredictionsFile) -> Finding | None:
     rows = list(predictions.classes or ())
     if not rows:
         return None
-    cut = len(rows) > CLASSES
-    rows = sorted(sorted(rows, key=_change)[:CLASSES] if cut else rows, key=_change)
-    who = ("teacher", "student") if predictions.compared else ("student",)
+    if predictions.compared:
+        who: tuple[str, ...] = ("teacher", "student")
+        order = "the line in it what changed from teacher to student, and the classes that lost most are at the top"
+        kept, shown = "that changed most", sorted(rows, key=lambda row: -abs(_change(row)))[:CLASSES]
+    else:
+        who, order = ("student",), "the worst first"
+        kept, shown = "of which fewest are right", sorted(rows, key=_change)[:CLASSES]
+    cut = f"; the {CLASSES} of {len(rows):,} {kept} are shown" if len(shown) < len(rows) else ""
+    rows = sorted(shown, key=_change)
     return Finding(
         name="classes",
         title="Right by class",
-        caption=(
-            "A row is a class, "
-            if not predictions.compared
-            else "A row is a class, the line in it what changed from teacher to student, "
-        )
-        + ("and the classes that lost most are at the top" if predictions.compared else "the worst first")
-        + (f"; the {CLASSES} of {len(predictions.classes or ()):,} that changed most are shown." if cut else ".")
-        + " In a class of few images a single one moves the dot far: the pointer says how many there are.",
+        caption=f"A row is a class, {order}{cut}. In a class of few images a single one moves the dot far: the pointer says how many "
+        "there are.",
         chart="points",
         records=[
             {"class": row.name, "right": getattr(row, w), "model": w, "images": row.images} for row in rows for w in who
