@@ -18,7 +18,7 @@ from torch import nn
 from compressvit import cost, surgery, ties
 from compressvit.backbone import input_size
 from compressvit.errors import UserError
-from compressvit.layers.linear import FactoredLinear, SharedLowRankLinear
+from compressvit.layers.linear import FactoredLinear
 from compressvit.spec import Spec
 
 
@@ -137,6 +137,11 @@ def uniform(curves: Mapping[str, Curve], limit: int) -> dict[str, int | None]:
         middle = (low + high) / 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     ranks = at(1.0 if fits(1.0) else low)
+    left = limit - sum(c.cost(ranks[n]) for n, c in curves.items())
+    for name, curve in curves.items():  # what rounding down left over
+        if ranks[name] < curve.most and curve.step <= left:
+            ranks[name] += 1
+            left -= curve.step
     return {n: None if c.dense is not None and c.cost(ranks[n]) >= c.dense else ranks[n] for n, c in curves.items()}
 
 
@@ -189,13 +194,13 @@ def original_parameters(model: nn.Module) -> int:
 
 
 def original_macs(model: nn.Module) -> int:
-    """Multiply-accumulates for one image with every low-rank layer dense again."""
+    """Multiply-accumulates for one image of the model as it was before anything was added or dropped."""
     empty: Any = surgery.skeleton(model)
-    for path, module in list(empty.named_modules()):
-        if isinstance(module, (FactoredLinear, SharedLowRankLinear)):
-            surgery.generalise(empty, path, nn.Linear)
-            weight = torch.empty(module.out_features, module.in_features, device="meta")
-            module.register_parameter("weight", nn.Parameter(weight))
+    dropped = [module for module in empty.modules() if isinstance(module, FactoredLinear)]
+    surgery.strip(empty)
+    for module in dropped:
+        weight = torch.empty(module.out_features, module.in_features, device="meta")
+        module.register_parameter("weight", nn.Parameter(weight))
     return cost.macs(empty, input_size(model))
 
 

@@ -43,7 +43,7 @@ def plan_transforms(model: nn.Module, transforms: Sequence[Transform]) -> list[P
     plans = []
     for spec in transforms:
         plan = spec.plan(scratch)
-        plan.apply(scratch)
+        apply_plans(scratch, [plan])
         plans.append(plan)
     return plans
 

@@ -41,24 +41,33 @@ def frontier_finding(rows: Sequence[Mapping[str, Any]], unit: str, quality: str,
     )
 
 
-def ranks_finding(ranks: Mapping[str, int], full: Mapping[str, int]) -> Finding:
+def ranks_finding(ranks: Mapping[str, int | None], full: Mapping[str, int]) -> Finding:
     """Bars of the rank of every layer's term, in the order of the model, before the rank its weight could have.
 
     Args:
-        ranks: of the terms, by layer.
+        ranks: of the terms, by layer; None for one that stays dense.
         full: the smaller side of each layer's weight.
     """
     return Finding(
         name="ranks",
         title="Rank of every layer",
         caption="A blue bar is the rank of a layer's low-rank term, the grey one behind it the rank that its whole weight could have. "
-        "A budget gives long bars to the layers that lose most without them.",
+        "A budget gives long bars to the layers that lose most without them; one that is marked as dense keeps its weight.",
         chart="bars",
-        records=[{"layer": name, "rank": rank, "full": full[name]} for name, rank in ranks.items()],
+        records=[
+            {
+                "layer": name,
+                "rank": full[name] if rank is None else rank,
+                "full": full[name],
+                "kept": "dense" if rank is None else "",
+            }
+            for name, rank in ranks.items()
+        ],
         options={
             "x": "rank",
             "y": "layer",
             "behind": "full",
+            **({"note": "kept"} if None in ranks.values() else {}),
             "titles": {"rank": "rank (grey: of the full weight)", "layer": "", "full": "of the full weight"},
         },
     )

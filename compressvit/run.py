@@ -245,9 +245,9 @@ class _Run:
 
     def _draw_ranks(self, student: nn.Module) -> None:
         """A bar chart of the rank of every low-rank layer, where there are any."""
-        ranks: dict[str, int] = {}
+        ranks: dict[str, int | None] = {}
         for plan in compression_of(student).plans:
-            ranks |= getattr(plan, "ranks", {})
+            ranks |= getattr(plan, "ranks", {}) | dict.fromkeys(getattr(plan, "dense", ()))
         if ranks:
             layers: dict[str, Any] = {path: student.get_submodule(path) for path in ranks}
             full = {path: min(layer.in_features, layer.out_features) for path, layer in layers.items()}

@@ -184,9 +184,10 @@ def _tokens(ours: nn.Module, theirs: nn.Module, name: str, h_ours: Tensor, h_the
     seen = _look(ours, h_ours, also | {name: "input"}, name)
     aim = _look(theirs, h_theirs, also | {name: "output"}, name)
     wanted = aim[name]
-    if norm:
-        residual = _into(ours, norm, branch, h_ours, aim[norm] - seen[norm])
-        wanted = _corrected(wanted, residual, getattr(ours, scale, None), getattr(theirs, scale, None))
+    if norm:  # timm's Swin folds the grid into a sequence before its MLP, and a block with slots does not
+        residual = _into(ours, norm, branch, h_ours, aim[norm].reshape(seen[norm].shape) - seen[norm])
+        y = wanted.reshape(residual.shape)
+        wanted = _corrected(y, residual, getattr(ours, scale, None), getattr(theirs, scale, None))
     return seen[name], wanted
 
 

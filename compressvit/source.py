@@ -27,6 +27,9 @@ from compressvit.runlog import watched
 
 log = logging.getLogger("compressvit")
 
+LEAST_IMAGES = 8  # that differ; a fit to fewer is a fit to them alone
+STRONG_RIDGE = 1.0  # in parts of a moment's mean: what such images do not show counts as much as what they do
+
 Images = torch.Tensor | Iterable[Any] | Callable[[], Iterable[Any]]
 
 
@@ -84,6 +87,12 @@ class Source:
         # what can be iterated only once is kept: a few hundred images
         self._images = list(images) if isinstance(images, Iterator) else images
         self._moments: dict[str, Moments] = {}
+        self._different: set[bytes] = set()
+
+    @property
+    def too_alike(self) -> bool:
+        """Whether the images seen so far are so few, or so alike, that what is fitted to them would fit nothing else."""
+        return 0 < len(self._different) < LEAST_IMAGES
 
     def require_images(self, asker: str) -> None:
         """Raise a `UserError` with the ways out if there are no calibration images."""
@@ -125,8 +134,16 @@ class Source:
                 raise _wrong_images(f"a batch of shape {tuple(images.shape)}", size)
             if tuple(images.shape[1:]) != size and not getattr(self.model, "dynamic_img_size", False):
                 raise _wrong_images(f"a batch of shape {tuple(images.shape)}", size)
+            if not images.is_floating_point():
+                raise _wrong_images(f"images of {images.dtype}, which are not normalised", size)
             self.model.to(images.device, torch.float32)
+            self._look_at(images)
             yield images.detach().float()
+
+    def _look_at(self, images: torch.Tensor) -> None:
+        if len(self._different) < LEAST_IMAGES:
+            small = F.adaptive_avg_pool2d(images.detach().float(), 8).mul(64).round().nan_to_num().cpu()
+            self._different |= {image.numpy().tobytes() for image in small}
 
     def moments(self, paths: Sequence[str], *, outputs: bool) -> dict[str, Moments]:
         """The moments of the linear layers at `paths`; what was computed before is not computed again.
@@ -140,6 +157,13 @@ class Source:
         if wanted:
             self._moments |= collect_moments(self.model, wanted, self.batches(), outputs=outputs)
             _warn_of_few(self._moments, wanted)
+            if self.too_alike:
+                log.warning(
+                    "the calibration images are %d different ones, fewer than %d: layers are fitted one by one, with a strong "
+                    "regularisation; give more images, and different ones, for a better start",
+                    len(self._different),
+                    LEAST_IMAGES,
+                )
         return {path: self._moments[path] for path in paths}
 
     def metrics(self, paths: Sequence[str], kind: str, ridge: float, output_ridge: float) -> dict[str, Metric]:
@@ -147,6 +171,8 @@ class Source:
         if kind == "weights":
             return dict.fromkeys(paths, Metric())
         moments = self.moments(paths, outputs=kind == "outputs")
+        if self.too_alike:
+            ridge, output_ridge = max(ridge, STRONG_RIDGE), max(output_ridge, STRONG_RIDGE)
         return {
             path: found.metric(ridge, output_ridge if kind == "outputs" else None) for path, found in moments.items()
         }

@@ -27,8 +27,13 @@ def tie(model: nn.Module, groups: Iterable[Sequence[str]]) -> None:
     groups = [list(group) for group in groups]
     for group in groups:
         shapes = {name: tuple(model.get_parameter(name).shape) for name in group}
-        if len(set(shapes.values())) > 1:
-            raise UserError(f"cannot share tensors of different shapes: {shapes}")
+        first, shape = next(iter(shapes.items()))
+        for name, other in shapes.items():
+            if other != shape:
+                raise UserError(
+                    f"{first} {shape} and {name} {other} are of different shapes and cannot be one tensor; share among blocks of one shape "
+                    "(another `share`), or leave such layers out"
+                )
     for canonical, *aliases in groups:
         parameter = model.get_parameter(canonical)
         for alias in aliases:

@@ -64,6 +64,14 @@ def test_aligned_blocks_lie_closer_and_more_rounds_do_not_hurt():
     assert spreads[3] <= spreads[1] * 1.001
 
 
+def test_weights_that_are_not_finite_are_named():
+    model = build("vit")
+    with torch.no_grad():
+        model.blocks[1].mlp.fc1.bias[0] = float("nan")
+    with pytest.raises(UserError, match=r"blocks.1.mlp.fc1.bias holds numbers that are not finite"):
+        compress(model, [Align(share=2)])
+
+
 def test_sharing_after_alignment_starts_from_the_aligned_mean():
     teacher = build("vit")
     aligned = compress(teacher, [Align(share=2)])

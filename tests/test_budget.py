@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.models import build, images_for, outputs
 
-from compressvit import LORS, Multiplex, artifact, cost, surgery, ties
+from compressvit import LORS, Adapters, Multiplex, artifact, cost, surgery, ties
 from compressvit.allocate import Budget, Curve, allocate, uniform
 from compressvit.backbone import input_size
 from compressvit.errors import UserError
@@ -100,7 +100,7 @@ def test_a_budget_is_met_within_a_percent(backbone, unit, share, part):
     provisional = spec.plan(surgery.skeleton(teacher))
     empty = surgery.skeleton(teacher)
     provisional.apply(empty)
-    assert 0.9 * part * whole <= measured(empty, unit, size) <= part * whole
+    assert 0.97 * part * whole <= measured(empty, unit, size) <= part * whole
 
 
 def test_ranks_by_error_are_closer_than_uniform_ones():
@@ -169,12 +169,18 @@ def test_a_budget_that_says_nothing(fields, words):
 
 
 @pytest.mark.parametrize("unit", ["parameters", "macs"])
-def test_a_share_of_the_teachers_stays_one_after_a_step_that_dropped_weights(unit):
+@pytest.mark.parametrize(
+    "first",
+    [
+        LORS(rank=4, share=1, targets=("attn.*",), metric="weights"),
+        Multiplex(share=1, mlp_conv=3),
+        Adapters(ratio=0.25),
+    ],
+    ids=["drops", "mixes", "adapts"],
+)
+def test_a_share_of_the_teachers_stays_one_whatever_an_earlier_step_dropped_or_added(first, unit):
     teacher = build("vit")
     images, size = images_for(teacher, 16), input_size(teacher)
-    steps = [
-        LORS(rank=4, share=1, targets=("attn.*",), metric="weights"),
-        LORS(share=1, targets=("mlp.*",), budget=Budget(**{unit: 0.5})),
-    ]
+    steps = [first, LORS(share=1, targets=("mlp.*",), budget=Budget(**{unit: 0.6}))]
     student = compress(teacher, steps, calibration=images)
-    assert 0.48 <= measured(student, unit, size) / measured(teacher, unit, size) <= 0.5
+    assert 0.58 <= measured(student, unit, size) / measured(teacher, unit, size) <= 0.6

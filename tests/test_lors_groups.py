@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers.models import build, equal_within_stages, images_for, outputs
 from pydantic import ValidationError
+from torch import nn
 
 from compressvit import LORS, Multiplex, artifact, cost, ties
 from compressvit.errors import UserError
@@ -53,9 +54,14 @@ def test_similar_layers_of_one_stage_only(tmp_path):
     student = compress(teacher, [LORS(rank=1, share=2, group_by="similarity", metric="weights")])
     for group in plan_of(student).groups:
         assert len({path.split(".")[1] for path in group}) == 1
-    counts = [sum(path.startswith(f"layers.{s}.") for g in plan_of(student).groups for path in g) for s in (0, 1)]
+    plan = plan_of(student)
+    assert plan.dense, "a layer that is like no other of its stage keeps its weight"
+    counts = [sum(path.startswith(f"layers.{s}.") for path in (*plan.paths, *plan.dense)) for s in (0, 1)]
     assert counts == [2 * 4, 4 * 4]
-    assert len(plan_of(student).groups) == (1 + 2) * 4
+    assert len(plan.groups) + len(plan.dense) == (1 + 2) * 4
+    assert all(type(student.get_submodule(path)) is nn.Linear for path in plan.dense)
+    ledger = {e.path: e.change for e in compression_of(student).ledger}
+    assert {path for path, change in ledger.items() if change == "stays dense"} == set(plan.dense)
     artifact.save(student, tmp_path / "student")
     loaded = artifact.load(tmp_path / "student")
     images = images_for(teacher)

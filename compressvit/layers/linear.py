@@ -34,7 +34,8 @@ class LowRank(nn.Module):
     def set_factors(self, up: torch.Tensor, down: torch.Tensor) -> None:
         """Take these values, of any precision; components without any start as `reset_zero` leaves them, so that they can learn."""
         self.reset_zero()
-        used = up.norm(dim=0) * down.norm(dim=1) > 1e-7  # float32 has nothing below that beside weights of about 1
+        size = up.norm(dim=0) * down.norm(dim=1)
+        used = size > 1e-7 * size.max()  # float32 has nothing below that beside the largest
         self.up[:, used] = up[:, used].to(self.up)
         self.down[used] = down[used].to(self.down)
 

@@ -44,6 +44,10 @@ class AlignPlan(Plan):
     def initialise(self, student: nn.Module, source: Source) -> None:
         for group in self.groups:
             blocks: list[Any] = [student.get_submodule(path) for path in group]
+            for path, block in zip(group, blocks, strict=True):
+                for name, parameter in block.named_parameters():
+                    if not torch.isfinite(parameter).all():
+                        raise UserError(f"{path}.{name} holds numbers that are not finite; check the teacher's weights")
             if self.neurons:
                 _align([_neurons(block) for block in blocks], self.rounds, [_permute_neurons(b) for b in blocks])
             if self.heads:
@@ -104,6 +108,11 @@ def _heads(block: Any) -> torch.Tensor:
     if attn.qkv.bias is not None:
         parts.append(rearrange(attn.qkv.bias, "(three h d) -> h (three d)", three=3, h=h))
     parts.append(rearrange(attn.proj.weight, "c (h d) -> h (d c)", h=h))
+    if getattr(attn, "gate", None) is not None:
+        parts += [
+            rearrange(p.flatten(1) if p.ndim > 1 else p[:, None], "(h d) c -> h (d c)", h=h)
+            for p in attn.gate.parameters()
+        ]
     table = getattr(attn, "relative_position_bias_table", None)
     if table is not None:
         parts.append(table.mT)
@@ -118,6 +127,8 @@ def _permute_heads(block: Any):
             if tensor is not None:
                 split = rearrange(tensor, "(three h d) ... -> three h d ...", three=3, h=h)[:, order]
                 tensor.copy_(rearrange(split, "three h d ... -> (three h d) ..."))
+        for tensor in attn.gate.parameters() if getattr(attn, "gate", None) is not None else ():
+            tensor.copy_(rearrange(rearrange(tensor, "(h d) ... -> h d ...", h=h)[order], "h d ... -> (h d) ..."))
         columns = rearrange(attn.proj.weight, "c (h d) -> c h d", h=h)[:, order]
         attn.proj.weight.copy_(rearrange(columns, "c h d -> c (h d)"))
         table = getattr(attn, "relative_position_bias_table", None)
@@ -158,6 +169,17 @@ class Align(Transform):
                 raise UserError(
                     f"align knows the neurons of timm's Mlp; {path}.mlp of {model_name(model)} is a {type(block.mlp).__name__}; "
                     "set align.neurons=false"
+                )
+            first = next(group[0] for group in groups if path in group)
+            unlike = [
+                name
+                for name, parameter in block.named_parameters()
+                if known[first].get_parameter(name).shape != parameter.shape
+            ] + ["attn"] * (block.attn.num_heads != known[first].attn.num_heads)  # type: ignore[union-attr, operator]
+            if unlike:
+                raise UserError(
+                    f"align matches blocks of one shape: {path}.{unlike[0]} is of another than that of {first}; give an align.share whose "
+                    "groups are alike"
                 )
             if self.heads and not isinstance(getattr(block.attn, "norm", nn.Identity()), nn.Identity):
                 raise UserError(

@@ -141,15 +141,20 @@ class LORS(Transform):
     def plan(self, model: nn.Module, source: Source | None = None) -> LORSPlan:
         backbone = describe(model)
         targets = self._targets(model, backbone)
+        self._refuse_shapes(model, backbone, targets)
+        self._refuse_order(model)
         if source is not None and self.group_by == "similarity" and self.metric != "weights":
             every = [f"{block.path}.{target}" for block in backbone.blocks for target in targets]
             # all in one pass over the images, for whatever comes of it
             source.moments(every, outputs=self.metric == "outputs" or (self.metric == "auto" and self.share == "auto"))
         if not self.budget:
-            groups = [g for target in targets for g in self._groups(model, backbone, target, self.share, source)]
+            found = [g for target in targets for g in self._groups(model, backbone, target, self.share, source)]
+            # a layer that is like no other shares with none, which is no reason to take its weight away
+            alone = self.group_by == "similarity" and self.share not in (1, (1,) * len(backbone.stages))
+            groups = [g for g in found if len(g) > 1 or not alone]
             ranks = self._ranks(model, backbone, groups)
             self._refuse_conflicts(model, groups, ranks)
-            return self.resolved(groups, ranks)
+            return self.resolved(groups, ranks, dense=[path for g in found if g not in groups for path in g])
         choices = [ways for target in targets for ways in self._choices(model, backbone, target, source)]
         every = [path for ways in choices for group in ways[0] for path in group]
         groups = [group for ways in choices for group in ways[0]]
@@ -158,15 +163,21 @@ class LORS(Transform):
         if self.share == "auto" and source is not None:
             groups = spending.choose(choices)
         chosen = spending.ranks(groups)
-        kept = [g for g in groups if chosen[g[0]] is not None]  # the others stay dense
-        return self.resolved(kept, {path: rank for path, rank in chosen.items() if rank is not None})
+        kept = [g for g in groups if chosen[g[0]] is not None]
+        ranks = {path: rank for path, rank in chosen.items() if rank is not None}
+        return self.resolved(kept, ranks, dense=[path for path, rank in chosen.items() if rank is None])
 
-    def resolved(self, groups: Sequence[tuple[str, ...]], ranks: dict[str, int]) -> LORSPlan:
-        """The plan for these groups and ranks."""
+    def resolved(self, groups: Sequence[tuple[str, ...]], ranks: dict[str, int], dense: Sequence[str] = ()) -> LORSPlan:
+        """The plan for these groups and ranks, with layers that stay dense."""
         settings = self.model_dump(include={"init", "rounds", "ridge", "output_ridge"})
         sequential = self.sequential and self.needs_images
         return LORSPlan(
-            groups=tuple(groups), ranks=ranks, metric=self.metric_for(groups), sequential=sequential, **settings
+            groups=tuple(groups),
+            ranks=ranks,
+            dense=tuple(dense),
+            metric=self.metric_for(groups),
+            sequential=sequential,
+            **settings,
         )
 
     def metric_for(self, groups: Sequence[tuple[str, ...]]) -> Literal["weights", "inputs", "outputs"]:
@@ -245,6 +256,43 @@ class LORS(Transform):
                 )
         of_block = {b: r * k for b, r, k in zip(blocks, columns["rank"], columns["groups"], strict=True)}
         return {path: next(r for b, r in of_block.items() if path.startswith(f"{b}.")) for g in groups for path in g}
+
+    def _refuse_shapes(self, model: nn.Module, backbone: Backbone, targets: Sequence[str]) -> None:
+        modules = dict(model.named_modules())
+        for target in targets:
+            for stage in backbone.stages:
+                layers = {path: modules.get(path) for path in (f"{block.path}.{target}" for block in stage)}
+                for path, layer in layers.items():
+                    if not isinstance(layer, nn.Linear):
+                        raise UserError(
+                            f"lors.targets: {path} of {model_name(model)} is no linear layer, as {target} is in its first block; name "
+                            "targets that every block has"
+                        )
+                if self.share != "auto" and self.group_by != "similarity":
+                    continue
+                (first, one), *others = layers.items()
+                for path, other in others:
+                    if (one.in_features, one.out_features) != (other.in_features, other.out_features):  # type: ignore[union-attr]
+                        raise UserError(
+                            f"lors: {first} and {path} are of different shapes and cannot share a weight, which share: auto and "
+                            "group_by: similarity may choose for any layers of a stage; give share as numbers of consecutive blocks of one "
+                            "shape, or name other targets"
+                        )
+
+    def _refuse_order(self, model: nn.Module) -> None:
+        """Steps before this one whose work it would undo, or that left nothing to fit to."""
+        done = getattr(model, "_compression", None)
+        for plan in done.plans if done else ():
+            if plan.transform == "multiplex" and plan.init == "scratch" and self.init != "scratch":
+                raise UserError(
+                    f"lors.init={self.init} fits the teacher's weights, but an earlier multiplex starts the student from noise; give "
+                    "lors.init=scratch, or multiplex.init=mean"
+                )
+            if plan.transform == "align" and (self.share == "auto" or self.group_by == "similarity"):
+                raise UserError(
+                    "lors would choose its own groups (share: auto, group_by: similarity), but an earlier align has matched the blocks of "
+                    "others; leave align out, or give both steps the same share"
+                )
 
     def _refuse_conflicts(self, model: nn.Module, groups: list[tuple[str, ...]], ranks: dict[str, int]) -> None:
         tied = {n: group for group in ties.tied_groups(model) for n in group}

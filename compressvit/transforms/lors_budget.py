@@ -45,7 +45,7 @@ class Spending:
         assert spec.budget is not None
         self.spec, self.budget, self.model, self.source = spec, spec.budget, model, source
         self.layers: dict[str, Any] = {path: model.get_submodule(path) for path in paths}
-        self.tokens = tokens_at(model, paths) if self.budget.macs else {}
+        self.tokens = tokens_at(model, paths)
         itemsize = next(model.parameters()).element_size()
         self.unit = {"parameters": 1, "bytes": itemsize}.get(self.budget.unit, 0)
         self._macs = cost.macs(model, input_size(model)) if self.budget.macs else 0
@@ -149,8 +149,9 @@ class Spending:
             found = []
             for weight, measure in zip(weights, measures, strict=True):
                 left = spectrum(weight - shared, measure).values.square().flip(0).cumsum(0).flip(0)
-                # What the model's output loses adds up over layers; a layer's own errors are taken relative to what it computes.
-                whole = 1.0 if kind == "outputs" else max(measure.squared_norm(weight), TINY)
+                # What the model's output loses adds up over layers, and in a layer over the tokens of an image, of which Swin's first
+                # stage has 64 times as many as its last; a layer's own errors are taken relative to what it computes.
+                whole = 1 / self.tokens[group[0]] if kind == "outputs" else max(measure.squared_norm(weight), TINY)
                 found.append([*(left / whole).tolist(), 0.0])
             self._errors[group, kind] = found
         return self._errors[group, kind]
@@ -160,7 +161,8 @@ def group_by_similarity(paths: Sequence[str], count: int, source: Source, kind: 
     """Put layers of one shape into `count` groups of layers that lose least by sharing one weight, wherever in the model they are.
 
     Average-linkage clustering; the distance of two layers is the difference of their weights in the mean of their metrics, relative to
-    the weights: what is lost where both take their mean. Within a group, and groups by their first layer, the order stays.
+    the weights, which is twice what is lost where both take their mean. Groups are of any size: a layer that is like no other is one by
+    itself. Within a group, and groups by their first layer, the order stays.
 
     Args:
         paths: linear layers of one shape.

@@ -26,6 +26,7 @@ class LORSPlan(Plan):
 
     groups: tuple[tuple[str, ...], ...]
     ranks: dict[str, Annotated[int, Field(ge=0)]]
+    dense: tuple[str, ...] = ()  # layers that were looked at and stay as they are
     init: Literal["fit", "first", "scratch"]
     metric: Literal["weights", "inputs", "outputs"]
     sequential: bool = False  # as artifacts have it that were written before there was a choice
@@ -46,11 +47,12 @@ class LORSPlan(Plan):
                 if self.ranks[path]:
                     self._add_term(model, path, alone=len(group) == 1)
         after = ties.count_at_paths(model, self.paths)
+        whole = ties.count_at_paths(model, self.dense)
         return [
             LedgerEntry(path, self._change(group, path), before[path], after[path])
             for group in self.groups
             for path in group
-        ]
+        ] + [LedgerEntry(path, "stays dense", count, count) for path, count in whole.items()]
 
     def _add_term(self, model: nn.Module, path: str, *, alone: bool) -> None:
         layer = model.get_submodule(path)
@@ -64,7 +66,7 @@ class LORSPlan(Plan):
     def _change(self, group: tuple[str, ...], path: str) -> str:
         rank = self.ranks[path]
         if len(group) == 1:
-            return f"low rank {rank} in place of the weight" if rank else "unchanged"
+            return f"low rank {rank} in place of the weight"
         owner = f"owns the weight of {len(group)} layers" if path == group[0] else f"shares the weight of {group[0]}"
         return f"{owner}; + private rank {rank}" if rank else owner
 
@@ -108,6 +110,8 @@ class LORSPlan(Plan):
             return {}
         by_gradient = self.metric == "outputs"
         moments = source.moments(self.paths, outputs=by_gradient)
+        if source.too_alike:
+            return {}
         shared = {name for group in ties.tied_groups(student) for name in group}
         return {
             path: LayerFit(

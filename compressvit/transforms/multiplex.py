@@ -25,6 +25,7 @@ from compressvit.layers.attention import EXPLICIT_ATTENTION, HeadMixing
 from compressvit.layers.block import SLOTTED_BLOCK, TokenConv
 from compressvit.layers.linear import FactoredLinear
 from compressvit.layers.prompts import refuse_prompts
+from compressvit.lowrank import TINY
 from compressvit.source import Source
 from compressvit.transforms.base import LedgerEntry, Plan, Transform, transform
 
@@ -103,6 +104,21 @@ class MultiplexPlan(Plan):
             added += [block.mlp_conv] if self.mlp_conv else []
             for module in added:
                 module.reset_identity() if self.form == "identity" else module.reset_noise()
+
+    @torch.no_grad()
+    def errors(self, student: nn.Module, source: Source) -> dict[str, tuple[float, float | None]]:
+        """Of every block that shares: of all it shares together, but for what a low-rank step has fitted."""
+        fitted = {name for plan in student._compression.plans for name in plan.fitted()}
+        found: dict[str, tuple[float, float | None]] = {}
+        for group in self.groups if self.init != "scratch" else ():
+            shared = [names for names in _shared_names(source.model, group) if fitted.isdisjoint(names)]
+            for path, *names in zip(group, *shared, strict=True) if shared and len(group) > 1 else ():
+                ours, theirs = (
+                    torch.cat([model.get_parameter(name).cpu().double().flatten() for name in names])
+                    for model in (student, source.model)
+                )
+                found[path] = ((ours - theirs).norm() / theirs.norm().clamp(min=TINY)).item(), None
+        return found
 
     def fold(self, model: nn.Module) -> None:
         raise UserError(
