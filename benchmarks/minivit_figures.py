@@ -1,7 +1,8 @@
 """MiniViT's figures 4 and 5 at a small scale: gradient norms of the layers over training, and CKA of every layer with the teacher's.
 
-Three students from noise on Fashion-MNIST: the original (nothing shared, labels), sharing (labels), multiplexing (sharing, transforms and
-weight distillation). A finished run is not run again. Writes `gradients`, `gradients_by_block` and `cka` as .png, .svg, .csv and .json.
+Four students from noise on Fashion-MNIST: the original (nothing shared, labels), sharing (labels), sharing that is distilled, and
+multiplexing (sharing, transforms, distilled), so that what the transforms do can be told from what the teacher does. A finished run is not
+run again. Writes `gradients`, `gradients_by_block` and `cka` as .png, .svg, .csv and .json.
 
     python benchmarks/minivit_figures.py --teacher runs/ablation/teacher_run/teacher --output runs/minivit_figures
 """
@@ -18,19 +19,22 @@ from minivit_ablation import run
 from rich.console import Console
 
 from compressvit.artifact import read_manifest
-from compressvit.diagnostics.rows import read_rows
+from compressvit.diagnostics.gradients import GradientRow
 from compressvit.findings import Finding, read
 from compressvit.recipe import find_recipe
+from compressvit.rows import read_rows
 
 NOISE = {"form": "reference", "init": "scratch"}
 
 
-def students(share: int, start: dict) -> dict[str, list[dict]]:
-    """The steps of each, before training and the word of the phase."""
+def students(share: int, start: dict) -> dict[str, tuple[list[dict], str]]:
+    """Of each the steps before training, and the word of the phase."""
+    sharing = [{"multiplex": {"share": share, "head_mixing": False, **start}}]
     return {
-        "original": [],
-        "sharing": [{"multiplex": {"share": share, "head_mixing": False, **start}}],
-        "multiplexing": [{"multiplex": {"share": share, "head_mixing": True, "mlp_conv": 3, **start}}],
+        "original": ([], "finetune"),
+        "sharing": (sharing, "finetune"),
+        "sharing, distilled": (sharing, "distill"),
+        "multiplexing": ([{"multiplex": {"share": share, "head_mixing": True, "mlp_conv": 3, **start}}], "distill"),
     }
 
 
@@ -51,13 +55,12 @@ def main() -> None:
     training = {"epochs": arguments.epochs, "lr": 1e-3, "warmup_epochs": 0.2}
 
     norms, alike = [], []
-    for name, first in students(arguments.share, NOISE).items():
-        phase = {"distill" if name == "multiplexing" else "finetune": training}
-        recipe = {**base, "steps": [*first, phase], "student": {"weights": "random"}}
-        folder = arguments.output / name
+    for name, (first, word) in students(arguments.share, NOISE).items():
+        recipe = {**base, "steps": [*first, {word: training}], "student": {"weights": "random"}}
+        folder = arguments.output / name.replace(", ", "_")
         result = run(yaml.safe_dump(recipe, sort_keys=False), name, folder, console)
         print(f"{name}: {result['student']['top1']:.2f} %, {result['student']['parameters']:,} parameters", flush=True)
-        for row in read_rows(folder / "diagnostics" / "gradients.jsonl"):
+        for row in read_rows(folder / "diagnostics" / "gradients.jsonl", GradientRow):
             for layer, groups in row["norms"].items():
                 if layer.startswith("blocks."):
                     norm = sum(value**2 for value in groups.values()) ** 0.5
@@ -67,9 +70,11 @@ def main() -> None:
         found = read(folder / "diagnostics" / "cka_layers.json")
         alike.append(dataclasses.replace(found, records=[{**r, "when": name} for r in found.records]))
 
-    means: dict[tuple[str, int], list[float]] = {}
+    by_block: dict[tuple[str, int], list[float]] = {}
     for record in norms:
-        means.setdefault((record["student"], record["block"]), []).append(record["norm"])
+        by_block.setdefault((record["student"], record["block"]), []).append(record["norm"])
+    means = {key: statistics.mean(values) for key, values in by_block.items()}
+    whole = {s: statistics.mean(v for (other, _), v in means.items() if other == s) for s, _ in means}
     titles = {"norm": "ℓ2 norm of the gradient, before clipping", "step": "optimiser step", "block": "block"}
     findings = [
         Finding(
@@ -91,11 +96,18 @@ def main() -> None:
         ),
         Finding(
             "gradients_by_block",
-            "Norm of the gradient of every block, mean over training",
-            "What a block shares counts with the gradient of its own use.",
+            "Norm of the gradient of every block, in means of the student's",
+            "Means over training. Students have losses of their own, whose scale is taken out: a flat line is a student whose blocks are "
+            "pulled at alike. What a block shares counts with the gradient of its own use.",
             "lines",
-            [{"student": s, "block": b, "norm": statistics.mean(v)} for (s, b), v in means.items()],
-            {"x": "block", "y": "norm", "colour": "student", "scales": {"norm": "log"}, "titles": titles},
+            [{"student": s, "block": b, "norm": v, "relative": v / whole[s]} for (s, b), v in means.items()],
+            {
+                "x": "block",
+                "y": "relative",
+                "colour": "student",
+                "scales": {"relative": "log"},
+                "titles": {**titles, "relative": "norm / its mean over the blocks"},
+            },
         ),
         dataclasses.replace(alike[0], name="cka", records=[record for one in alike for record in one.records]),
     ]

@@ -327,7 +327,11 @@ def _colour(records: Records, field: str, titles: Mapping[str, str], ramp: bool)
         else alt.Scale(domain=kinds, range=[COLOURS[i % len(COLOURS)] for i in range(len(kinds))])
     )
     legend = alt.Legend(
-        title=titles.get(field, field), symbolLimit=40, labelLimit=260, **({"columns": 2} if len(kinds) > 15 else {})
+        title=titles.get(field, field),
+        symbolLimit=40,
+        symbolOpacity=1,  # also where the marks are bands
+        labelLimit=260,
+        **({"columns": 2} if len(kinds) > 15 else {}),
     )
     return alt.Color(field, type="nominal", sort=kinds, scale=scale, legend=legend)
 

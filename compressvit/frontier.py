@@ -24,7 +24,7 @@ from compressvit.recipe import Recipe
 from compressvit.tables import megabytes
 from compressvit.transforms import LORS, Transform
 
-_COLUMNS = {"top1": "top-1 %", "agreement": "same class %", "cosine": "cosine"}
+_COLUMNS = {"top1": "top-1 %", "agreement": "same class %", "cosine": "cosine", "cosine_patches": "of patches"}
 
 
 def frontier(
@@ -53,7 +53,7 @@ def frontier(
     def measure(model: nn.Module, budget: float | None, own: InputConfig) -> dict[str, Any]:
         scores = begin.scores(model, own)
         costs = cost.cost(model, (own.channels, own.height, own.width)).as_dict()
-        return {"budget": budget, **costs, **{k: scores[k] for k in QUALITIES}}
+        return {"budget": budget, **costs, **{k: scores.get(k) for k in QUALITIES}}
 
     rows = [measure(copy.deepcopy(begin.teacher), None, begin.teacher_config)]
     for budget in sorted(budgets, reverse=True):

@@ -30,7 +30,12 @@ from compressvit.recipe import Recipe
 from compressvit.source import Source
 from compressvit.transforms import LedgerEntry, Transform
 
-QUALITIES = {"top1": "top-1 (%)", "agreement": "same first class as the teacher (%)", "cosine": "cosine of the outputs"}
+QUALITIES = {
+    "top1": "top-1 (%)",
+    "agreement": "same first class as the teacher (%)",
+    "cosine": "cosine of the outputs",
+    "cosine_patches": "cosine of the patch tokens",  # of headless models
+}
 
 
 class OneShot:
@@ -117,7 +122,7 @@ class OneShot:
 
 def quality_words(scores: dict[str, Any]) -> str:
     """The qualities that were measured, in a few words."""
-    return ", ".join(f"{label} {scores[key]:.4g}" for key, label in QUALITIES.items() if scores[key] is not None)
+    return ", ".join(f"{label} {scores[key]:.4g}" for key, label in QUALITIES.items() if scores.get(key) is not None)
 
 
 def leading_transforms(recipe: Recipe) -> list[Transform]:
