@@ -187,6 +187,16 @@ def collect_moments(
     classifier (the Fisher information), else from random directions of the normalised final tokens, the prefix tokens together
     weighing as much as the others (the Gauss–Newton matrix of their mean squared error).
 
+    Args:
+        model: in float32, on the device of the batches; as it was afterwards.
+        paths: of linear layers.
+        batches: images (B, C, H, W), read once.
+        outputs: collect what gradients tell, too.
+        seed: of the labels, or directions, that are drawn.
+
+    Returns:
+        By path, sums over all tokens in float64 on the CPU.
+
     Raises:
         UserError: a layer's input or gradient is not finite (the first such layer is named), or there is no image.
     """

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import copy
 import itertools
+import statistics
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers.models import build, images_for, outputs
 
 from compressvit import LORS, Adapters, Multiplex, artifact, cost, surgery, ties
 from compressvit.allocate import Budget, Curve, allocate, uniform
 from compressvit.backbone import input_size
 from compressvit.errors import UserError
+from compressvit.lowrank import spectrum
 from compressvit.pipeline import compress
 from compressvit.source import Source
+from compressvit.transforms.lors_budget import Spending
 
 
 def spent(curves, ranks):
@@ -184,3 +188,29 @@ def test_a_share_of_the_teachers_stays_one_whatever_an_earlier_step_dropped_or_a
     steps = [first, LORS(share=1, targets=("mlp.*",), budget=Budget(**{unit: 0.6}))]
     student = compress(teacher, steps, calibration=images)
     assert 0.58 <= measured(student, unit, size) / measured(teacher, unit, size) <= 0.6
+
+
+def test_stages_of_many_tokens_count_for_as_much_as_they_cost():
+    """Swin's first stage has more tokens than its last: the estimate of what the model loses is of one scale in both."""
+    teacher = build("swin")
+    images = images_for(teacher, 64)
+    source = Source(copy.deepcopy(teacher), images)
+    spec = LORS(share=1, budget=Budget(parameters=0.5))
+    paths = [n for n, _ in teacher.named_modules() if n.endswith(("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"))]
+    metrics = source.metrics(paths, "outputs", spec.ridge, spec.output_ridge)
+    spending = Spending(spec, teacher, source, paths)
+    exact = copy.deepcopy(teacher).double()
+    expected = outputs(exact, images.double()).log_softmax(-1)
+    found: dict[str, list[float]] = {"layers.0": [], "layers.1": []}
+    for path in paths:
+        rank = min(source.weight(path).shape) // 2
+        up, down = spectrum(source.weight(path), metrics[path]).factors(rank)
+        student = copy.deepcopy(exact)
+        with torch.no_grad():
+            student.get_submodule(path).weight.copy_(up @ down)
+        lost = F.kl_div(
+            outputs(student, images.double()).log_softmax(-1), expected, log_target=True, reduction="batchmean"
+        )
+        found[path[:8]].append(lost.item() / spending.errors_by_rank((path,), "outputs")[0][rank])
+    first, last = (statistics.median(ratios) for ratios in found.values())
+    assert first / last < 8  # measured 4.9; 20 if tokens were not counted

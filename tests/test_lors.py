@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import timm
@@ -16,6 +17,7 @@ from compressvit import LORS, Align, Multiplex, artifact, cost, ties
 from compressvit.errors import UserError
 from compressvit.layers.linear import FactoredLinear, LowRank, SharedLowRankLinear
 from compressvit.pipeline import compress, materialise, plan_transforms
+from compressvit.plan import plan_recipe
 from compressvit.recipe import load_recipe
 from compressvit.transforms import Transform
 
@@ -408,6 +410,26 @@ def test_too_few_or_constant_images_are_told_and_regularised(share, positions, c
         assert found < 1.3 * without, (found, without)  # measured 0.05 to 1.15
     error(images_for(teacher, 8))
     assert not any("different ones" in record.getMessage() for record in caplog.records)
+
+
+def test_the_plan_says_up_to_which_rank_low_rank_is_faster(monkeypatch):
+    """On a machine whose time is that of the multiply-accumulates."""
+    clock = [0]
+
+    def forward(self, x):
+        clock[0] += len(x) * self.in_features * self.out_features
+        return x.new_zeros(len(x), self.out_features)
+
+    monkeypatch.setattr(nn.Linear, "forward", forward)
+    monkeypatch.setattr(cost.time, "perf_counter", lambda: clock[0])
+    assert cost.break_even_rank(40, 60, 5) == (
+        24,
+        21,
+    )  # 24 costs as much as the dense layer; the next eighth below is 21
+    monkeypatch.undo()
+    recipe = load_recipe("fashion_mnist_lors")
+    (note,) = (text for text in plan_recipe(recipe, "x").notes if "faster than the dense layer" in text)
+    assert re.search(r"blocks\.0\.attn\.qkv \(288×96, 17 tokens\) 72 / \d+;", note), note
 
 
 def test_images_of_whole_numbers_are_not_normalised():

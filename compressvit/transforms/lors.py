@@ -84,7 +84,7 @@ class LORS(Transform):
     ridge: float = Field(
         1e-3,
         ge=0,
-        description="Added to the inputs' second moment, in parts of its mean: errors off the images count too.",
+        description="Added to the inputs' second moment, in parts of its mean, at least 1e-6: errors off the images count too.",
     )
     output_ridge: float = Field(
         0.1, ge=0, description="The same for the gradients' second moment; for metric: outputs."

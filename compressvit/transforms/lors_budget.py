@@ -96,7 +96,7 @@ class Spending:
     def _curves(self, groups: Sequence[Group], kind: str) -> dict[str, Curve]:
         curves = {}
         for group in groups:
-            errors = self._group_errors(group, kind)
+            errors = self.errors_by_rank(group, kind)
             for position, path in enumerate(group):
                 inner, out = self.layers[path].in_features, self.layers[path].out_features
                 curves[path] = Curve(
@@ -134,7 +134,7 @@ class Spending:
         headers = header_bytes(self.model) if self.budget.bytes else 0
         return self.unit * original_parameters(self.model) + headers
 
-    def _group_errors(self, group: Group, kind: str) -> list[list[float]] | None:
+    def errors_by_rank(self, group: Group, kind: str) -> list[list[float]] | None:
         """For every layer of a group, the error that a term of rank 0, 1, … leaves; None without a source."""
         if self.source is None:
             return None
