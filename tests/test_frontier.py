@@ -10,7 +10,7 @@ from helpers.runs import done, refused, run
 from PIL import Image
 
 from compressvit.findings import read
-from compressvit.plots import frontier_finding
+from compressvit.plots import frontier_finding, ranks_finding
 
 
 def values_of(run):
@@ -40,6 +40,13 @@ def test_the_run_draws_its_ranks(trained):
     finding = read(trained[1] / "diagnostics" / "ranks.json")
     assert len(finding.records) > 6
     assert {record["rank"] for record in finding.records} == {3}
+
+
+def test_a_layer_that_stays_dense_has_a_bar_of_its_full_rank(tmp_path):
+    finding = ranks_finding({"a": 3, "b": None}, {"a": 8, "b": 8})
+    assert [(record["rank"], record["kept"]) for record in finding.records] == [(3, ""), (8, "dense")]
+    finding.picture(tmp_path / "ranks.svg")
+    assert ">dense<" in (tmp_path / "ranks.svg").read_text()
 
 
 @pytest.mark.parametrize(
