@@ -36,21 +36,21 @@ def megabytes(size: float) -> str:
 def ledger_table(ledger: list[LedgerEntry]) -> Table:
     """What the transforms did, step by step and path by path; a shared tensor counts at its first path."""
     table = Table(title="Ledger (a shared tensor counts at its first path)", title_justify="left")
-    measured = any(entry.weight_error is not None for entry in ledger)
-    for column in ("step", "path", "change"):
-        table.add_column(column, overflow="fold")
-    for column in ("parameters before", "after", *(("error of weight", "of output") if measured else ())):
+    kinds = {"weight_error": "error of\nweight", "output_error": "error of\noutput"}
+    measured = [kind for kind in kinds if any(getattr(entry, kind) is not None for entry in ledger)]
+    table.add_column("path", overflow="fold")
+    table.add_column("change", overflow="fold")
+    for column in ("parameters\nbefore", "after", *(kinds[kind] for kind in measured)):
         table.add_column(column, justify="right")
     for step, group in itertools.groupby(ledger, lambda entry: entry.step):
         entries = list(group)
         for entry in entries:
-            errors = ["" if e is None else f"{e:.3f}" for e in (entry.weight_error, entry.output_error)]
-            table.add_row(
-                step, entry.path, entry.change, f"{entry.before:,}", f"{entry.after:,}", *errors[: 2 * measured]
-            )
+            errors = (getattr(entry, kind) for kind in measured)
+            cells = ("" if error is None else f"{error:.3f}" for error in errors)
+            table.add_row(entry.path, entry.change, f"{entry.before:,}", f"{entry.after:,}", *cells)
         before, after = sum(e.before for e in entries), sum(e.after for e in entries)
         table.add_section()
-        table.add_row(step, "sum", "", f"{before:,}", f"{after:,}")
+        table.add_row(step, "sum", f"{before:,}", f"{after:,}")
         table.add_section()
     return table
 
