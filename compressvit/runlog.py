@@ -6,6 +6,7 @@ import io
 import logging
 import math
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, track
 from rich.text import Text
 
+from compressvit.errors import UserError
 from compressvit.files import disk_faults
 from compressvit.rows import append_row
 
@@ -98,6 +100,18 @@ class RunLog:
         if self._writer is not None:
             self._writer.close()
         _silence()
+
+
+@contextmanager
+def told(what: str) -> Iterator[None]:
+    """Say what went wrong and go on: a picture or a page is not worth a training, whatever fault it has."""
+    try:
+        yield
+    except Exception as error:  # perhaps a fault of ours: run.log keeps where it was
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        log.warning("%s: %s%s", what, kind, error)
+        if kind:
+            log.info("%s", traceback.format_exc(), extra={"already_shown": True})
 
 
 T = TypeVar("T")

@@ -91,7 +91,8 @@ def test_a_recipe_measures_errors_on_its_own_images(recipe, tmp_path):
     steps = "steps=[{lors: {share: 1, budget: {parameters: 0.7}}}]"
     out = done("apply", recipe, "--output", tmp_path / "run", steps, "calibration.images=24")
     assert "low rank" in out
-    assert "error of" in out
+    assert "error of ┃ error of ┃" in out
+    assert "weight ┃ output ┃" in out
     out = done("apply", recipe, "--output", tmp_path / "again", steps, "calibration.images=24")
     assert student_bytes(tmp_path / "run") == student_bytes(tmp_path / "again")
     assert metrics(tmp_path / "run")

@@ -21,7 +21,7 @@ def test_it_says_what_apply_says_before_training(trained):
         assert ours["output_error"] == pytest.approx(theirs["output_error"], abs=1e-4)
         assert ours["weight_error"] > 0
     out = done("plan", *words)
-    for word in ("error of", "before training", "top-1"):
+    for word in ("error of", " weight ┃", "before training", "top-1"):
         assert word in out
     assert "error of" not in done("plan", *words[:-1])
 

@@ -122,7 +122,8 @@ def test_fitted_in_order_the_model_is_closer_to_its_teacher(name, share, metric)
         spec = LORS(rank=8, share=share, metric=metric, sequential=sequential)
         student = compress(teacher, [spec], calibration=images.split(16))
         errors.append(relative(student.forward_features(unseen), teacher.forward_features(unseen)))
-    assert errors[1] < errors[0], errors  # measured 0.48 to 0.97
+    most = 0.97 if metric == "inputs" else 1.0  # measured 0.48 to 0.93, and up to 0.97
+    assert errors[1] < most * errors[0], errors
 
 
 def test_too_few_images_do_no_harm():

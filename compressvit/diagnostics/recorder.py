@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -23,12 +22,11 @@ from compressvit.data import Data, Datasets, InputConfig, eval_loader, input_con
 from compressvit.diagnostics.allocation import History, allocation_finding
 from compressvit.diagnostics.base import FOLDER, Context, Measured, Watch, Watched
 from compressvit.distill.optimisation import random_state, restore_random_state
-from compressvit.errors import UserError
 from compressvit.findings import Finding, merged, read
 from compressvit.modes import evaluating
 from compressvit.recipe import Recipe
 from compressvit.rows import append_row, read_rows
-from compressvit.runlog import RunLog, log
+from compressvit.runlog import RunLog, told
 from compressvit.samples import Samples
 
 MEASURED = "measured.jsonl"
@@ -70,7 +68,7 @@ class Recorder:
         finally:
             for watch in watches:
                 watch.close()
-                with _told(f"{phase}: what was recorded was not drawn"):
+                with told(f"{phase}: what was recorded was not drawn"):
                     for finding in watch.findings():
                         self.keep(finding)
 
@@ -92,7 +90,7 @@ class Recorder:
             context = self._context(phase, teacher, student, epoch)
             for spec in due:
                 began = time.monotonic()
-                with _told(f"{phase}, epoch {epoch}: {spec.name} was not measured"):
+                with told(f"{phase}, epoch {epoch}: {spec.name} was not measured"):
                     found = [stamped(finding, phase, epoch) for finding in spec.measure(context)]
                     for finding in found:
                         self.keep(_with_earlier(finding, self._folder))
@@ -106,7 +104,7 @@ class Recorder:
     def allocation(self, phase: str, scope: str, history: History) -> None:
         """Tell where a `prune` phase left neurons; always, because it costs nothing."""
         self._allocations[phase] = (scope, history)
-        with _told(f"{phase}: where neurons are left was not drawn"):
+        with told(f"{phase}: where neurons are left was not drawn"):
             finding = allocation_finding(self._allocations)
             self.keep(finding)
             finding.picture(self._folder.parent / "widths.png")  # where a person looks first
@@ -120,7 +118,7 @@ class Recorder:
     def _has(self, name: str, phase: str, epoch: int) -> bool:
         path = self._folder / MEASURED
         rows: list[dict[str, Any]] = []
-        with _told("what was measured before is not known, so it is measured again"):
+        with told("what was measured before is not known, so it is measured again"):
             rows = read_rows(path, MeasuredRow) if path.is_file() else []
         return any((row["diagnostic"], row["phase"], row["epoch"]) == (name, phase, epoch) for row in rows)
 
@@ -175,18 +173,6 @@ def stamped(finding: Finding, phase: str, epoch: int) -> Finding:
 def _with_earlier(finding: Finding, folder: Path) -> Finding:
     path = folder / f"{finding.name}.json"
     return merged(read(path), finding) if path.is_file() else finding
-
-
-@contextmanager
-def _told(what: str) -> Iterator[None]:
-    """Say what went wrong and go on: a picture is not worth a training, whatever fault it has."""
-    try:
-        yield
-    except Exception as error:  # perhaps a fault of ours: run.log keeps where it was
-        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-        log.warning("%s: %s%s", what, kind, error)
-        if kind:
-            log.info("%s", traceback.format_exc(), extra={"already_shown": True})
 
 
 @contextmanager

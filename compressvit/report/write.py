@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 from compressvit.errors import UserError
@@ -11,22 +10,16 @@ from compressvit.report import sections
 from compressvit.report.page import Page
 from compressvit.report.record import Run, read_run
 from compressvit.runfolder import find_runs
-
-log = logging.getLogger("compressvit")
+from compressvit.runlog import told
 
 FILE = "report.html"
 
 
 def report_after_run(folder: Path) -> None:
     """Write the report of a run that has just finished; a fault in it is a warning, because the run is whole without."""
-    try:
+    again = f"the run is whole, and `compressvit report {folder}` tries again"
+    with told(f"warning: the report could not be written; {again}"):
         report([folder])
-    except Exception as error:
-        log.warning(
-            "warning: the report could not be written (%s); the run is whole, and `compressvit report %s` tries again",
-            (str(error).splitlines() or [type(error).__name__])[0],
-            folder,
-        )
 
 
 def report(paths: list[str] | list[Path], output: str | Path | None = None) -> tuple[Path, list[Run]]:
