@@ -17,14 +17,10 @@ import timm
 import torch
 from torch import nn
 
-from compressvit import cost, surgery
-from compressvit.backbone import input_size
-from compressvit.distill.spec import Prune, PruneTarget
-from compressvit.layers.adapter import RepBottleneck
-from compressvit.layers.delta import FacTTerm, LoRATerm
-from compressvit.layers.phm import PHMLinear
-from compressvit.pipeline import apply_plans, compression_of, trained_parameters
-from compressvit.prune import cycles, prices, prunable_plan, select, shrink_
+from compressvit.model import cost, surgery
+from compressvit.model.backbone import input_size
+from compressvit.training.phases.prune.neurons import cycles, prices, prunable_plan, select, shrink_
+from compressvit.training.phases.prune.spec import Prune, PruneTarget
 from compressvit.transforms import (
     PHM,
     SSF,
@@ -39,6 +35,12 @@ from compressvit.transforms import (
     RepAdapter,
     Transform,
 )
+from compressvit.transforms.applying import apply_plans
+from compressvit.transforms.fact import FacTTerm
+from compressvit.transforms.lora import LoRATerm
+from compressvit.transforms.phm import PHMLinear
+from compressvit.transforms.record import compression_of, trained_parameters
+from compressvit.transforms.repadapter import RepBottleneck
 
 ROWS: dict[str, Sequence[Transform]] = {
     "full fine-tuning": [],

@@ -22,9 +22,10 @@ from minivit_ablation import run
 from rich.console import Console
 
 import compressvit
-from compressvit import artifact, cost
-from compressvit.backbone import input_size
-from compressvit.recipe import find_recipe
+from compressvit.artifacts import artifact
+from compressvit.model import cost
+from compressvit.model.backbone import input_size
+from compressvit.recipe.recipe import find_recipe
 
 RATES = (1e-3, 5e-3)  # to begin with; while the best is at an edge, up to EXTENSIONS more beyond it
 EXTENSIONS, FACTOR = 2, 4.0

@@ -9,7 +9,8 @@ import argparse
 import random
 from pathlib import Path
 
-from compressvit.data import Data, open_data
+from compressvit.data.opening import open_data
+from compressvit.data.spec import Data
 
 
 def main() -> None:

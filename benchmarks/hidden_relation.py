@@ -39,7 +39,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from compressvit.losses import hidden_relation
+from compressvit.training.losses import hidden_relation
 
 MIB = 2**20
 

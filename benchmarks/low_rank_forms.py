@@ -13,9 +13,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from compressvit import LORS, cost
-from compressvit.backbone import input_size
-from compressvit.pipeline import compress, materialise
+from compressvit import LORS
+from compressvit.model import cost
+from compressvit.model.backbone import input_size
+from compressvit.transforms.applying import compress, materialise
 
 
 def main() -> None:

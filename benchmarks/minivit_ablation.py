@@ -18,8 +18,8 @@ from pathlib import Path
 import yaml
 from rich.console import Console
 
-from compressvit.recipe import find_recipe, parse_recipe
-from compressvit.run import apply
+from compressvit.recipe.recipe import find_recipe, parse_recipe
+from compressvit.runs.apply import apply
 
 COMPONENTS = {
     "sharing alone": (False, False),

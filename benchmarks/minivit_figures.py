@@ -18,10 +18,10 @@ import yaml
 from minivit_ablation import run
 from rich.console import Console
 
-from compressvit.artifact import read_manifest
+from compressvit.charts.findings import Finding, read
 from compressvit.diagnostics.gradients import GradientRow
-from compressvit.findings import Finding, read
-from compressvit.recipe import find_recipe
+from compressvit.model.stored import read_manifest
+from compressvit.recipe.recipe import find_recipe
 from compressvit.rows import read_rows
 
 NOISE = {"form": "reference", "init": "scratch"}

@@ -14,14 +14,17 @@ from functools import partial
 
 import torch
 
-from compressvit import LORS, artifact
-from compressvit.data import calibration_batches, eval_loader, input_config, open_data
-from compressvit.distill.evaluate import evaluate
+from compressvit import LORS
+from compressvit.artifacts import artifact
+from compressvit.data.input import input_config
+from compressvit.data.loaders import calibration_batches, eval_loader
+from compressvit.data.opening import open_data
 from compressvit.errors import UserError
-from compressvit.pipeline import transform_
-from compressvit.recipe import load_recipe
-from compressvit.source import Source
-from compressvit.ties import count_parameters
+from compressvit.fitting.moments import Source
+from compressvit.model.ties import count_parameters
+from compressvit.recipe.recipe import load_recipe
+from compressvit.training.evaluate import evaluate
+from compressvit.transforms.applying import transform_
 
 CPU = torch.device("cpu")
 

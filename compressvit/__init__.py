@@ -11,19 +11,19 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "compress": "compressvit.pipeline",
-    "save": "compressvit.artifact",
-    "load": "compressvit.artifact",
-    "materialise": "compressvit.pipeline",
-    "merge": "compressvit.export",
-    "count_parameters": "compressvit.ties",
-    "save_adapter": "compressvit.adapter_file",
-    "load_adapter": "compressvit.adapter_file",
-    "remove_adapter": "compressvit.adapter_file",
+    "compress": "compressvit.transforms.applying",
+    "save": "compressvit.artifacts.artifact",
+    "load": "compressvit.artifacts.artifact",
+    "materialise": "compressvit.transforms.applying",
+    "merge": "compressvit.artifacts.merge",
+    "count_parameters": "compressvit.model.ties",
+    "save_adapter": "compressvit.artifacts.adapter",
+    "load_adapter": "compressvit.artifacts.adapter",
+    "remove_adapter": "compressvit.artifacts.adapter",
     "Align": "compressvit.transforms.align",
     "Multiplex": "compressvit.transforms.multiplex",
     "IRPE": "compressvit.transforms.irpe",
-    "LORS": "compressvit.transforms.lors",
+    "LORS": "compressvit.transforms.lors.spec",
     "Adapters": "compressvit.transforms.adapters",
     "AdaptFormer": "compressvit.transforms.adaptformer",
     "BitFit": "compressvit.transforms.freeze",
@@ -35,8 +35,8 @@ _PUBLIC = {
     "PHM": "compressvit.transforms.phm",
     "RepAdapter": "compressvit.transforms.repadapter",
     "SSF": "compressvit.transforms.ssf",
-    "VPT": "compressvit.transforms.vpt",
-    "Recipe": "compressvit.recipe",
+    "VPT": "compressvit.transforms.vpt.spec",
+    "Recipe": "compressvit.recipe.recipe",
     "UserError": "compressvit.errors",
 }
 
@@ -45,7 +45,7 @@ __all__ = ["__version__", "losses", *_PUBLIC]
 
 def __getattr__(name: str) -> Any:
     if name == "losses":
-        return importlib.import_module("compressvit.losses")
+        return importlib.import_module("compressvit.training.losses")
     if name in _PUBLIC:
         return getattr(importlib.import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module 'compressvit' has no attribute {name!r}")

@@ -1,5 +1,7 @@
 """`python -m compressvit`."""
 
+from __future__ import annotations
+
 import sys
 
 from compressvit.cli import main

@@ -175,10 +175,11 @@ def _budget(word: str) -> float:
 
 
 def _apply(arguments: argparse.Namespace) -> int:
-    from compressvit.distill.engine import Interrupted
-    from compressvit.recipe import find_recipe, load_recipe
-    from compressvit.run import apply
-    from compressvit.runfolder import RESOLVED
+    from compressvit.recipe.recipe import find_recipe, load_recipe
+    from compressvit.report.write import report_after_run
+    from compressvit.runs.apply import apply
+    from compressvit.runs.folder import RESOLVED
+    from compressvit.training.loop import Interrupted
 
     run = Path(arguments.recipe)
     if arguments.resume and (run / RESOLVED).is_file():  # a run says itself what it is
@@ -197,7 +198,7 @@ def _apply(arguments: argparse.Namespace) -> int:
             resume=arguments.resume,
             overwrite=arguments.overwrite,
             device=arguments.device,
-            report=not arguments.no_report,
+            report=None if arguments.no_report else report_after_run,
         )
     except Interrupted as stop:
         print(f"compressvit: {stop}", file=sys.stderr)
@@ -208,9 +209,9 @@ def _apply(arguments: argparse.Namespace) -> int:
 def _plan(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from compressvit.plan import plan_recipe
-    from compressvit.recipe import load_recipe
-    from compressvit.tables import print_plan
+    from compressvit.recipe.recipe import load_recipe
+    from compressvit.runs.plan import plan_recipe
+    from compressvit.runs.tables import print_plan
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     plan = plan_recipe(recipe, arguments.recipe)
@@ -218,8 +219,8 @@ def _plan(arguments: argparse.Namespace) -> int:
     if not arguments.json:
         print_plan(plan, Console())
     if arguments.measure and not plan.conflicts:
-        from compressvit.one_shot import OneShot, quality_words
-        from compressvit.tables import ledger_table
+        from compressvit.runs.one_shot import OneShot, quality_words
+        from compressvit.runs.tables import ledger_table
 
         begin = OneShot(recipe, arguments.device, "plan --measure")
         student, ledger = begin.student(begin.transforms)
@@ -243,8 +244,8 @@ def _plan(arguments: argparse.Namespace) -> int:
 def _frontier(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from compressvit.frontier import frontier
-    from compressvit.recipe import find_recipe, load_recipe
+    from compressvit.recipe.recipe import find_recipe, load_recipe
+    from compressvit.runs.frontier import frontier
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     wrong = [budget for budget in arguments.budgets if not 0 < budget < float("inf")]
@@ -262,7 +263,7 @@ def _frontier(arguments: argparse.Namespace) -> int:
 
 
 def _validate(arguments: argparse.Namespace) -> int:
-    from compressvit.recipe import load_recipe
+    from compressvit.recipe.recipe import load_recipe
 
     faulty = 0
     for name in arguments.recipes:
@@ -276,7 +277,7 @@ def _validate(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from compressvit.standalone import evaluate_path
+    from compressvit.runs.evaluate import evaluate_path
 
     return evaluate_path(arguments.path, arguments.overrides, device=arguments.device, as_json=arguments.json)
 
@@ -284,14 +285,14 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 def _merge(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from compressvit.export import merge_folder, print_merge
+    from compressvit.runs.merge import merge_folder, print_merge
 
     print_merge(merge_folder(arguments.path, arguments.output, device=arguments.device), Console())
     return 0
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from compressvit.compare import compare
+    from compressvit.report.compare import compare
 
     compare(arguments.runs, output=Path(arguments.output) if arguments.output else None)
     return 0
@@ -312,7 +313,7 @@ def _recipes_list(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from compressvit.recipe import load_recipe, shipped_recipes
+    from compressvit.recipe.recipe import load_recipe, shipped_recipes
 
     table = Table(box=None, pad_edge=False)
     table.add_column("name")
@@ -324,7 +325,7 @@ def _recipes_list(arguments: argparse.Namespace) -> int:
 
 
 def _recipes_show(arguments: argparse.Namespace) -> int:
-    from compressvit.recipe import load_recipe, read_recipe
+    from compressvit.recipe.recipe import load_recipe, read_recipe
 
     if arguments.resolved:
         print(load_recipe(arguments.recipe, arguments.overrides).to_yaml(), end="")
@@ -339,7 +340,7 @@ def _schema(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from compressvit.recipe_schema import documentation, json_schema
+    from compressvit.recipe.schema import documentation, json_schema
 
     if arguments.key is None:
         print(json.dumps(json_schema(), indent=2))

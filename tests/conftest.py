@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from compressvit import artifact
-from compressvit.pipeline import compress
+from compressvit.artifacts import artifact
 from compressvit.transforms import Transform
+from compressvit.transforms.applying import compress
 
 pytest.register_assert_rewrite("helpers")  # before its import, so that its assertions also tell what they saw
 

@@ -7,9 +7,10 @@ import pytest
 from helpers.runs import done, refused
 from PIL import Image
 
-from compressvit.data import known_classes, open_data
-from compressvit.models import build_student, build_teacher
-from compressvit.recipe import load_recipe
+from compressvit.data.opening import open_data
+from compressvit.data.spec import known_classes
+from compressvit.recipe.recipe import load_recipe
+from compressvit.runs.models import build_student, build_teacher
 
 # By paper: its recipe, and the sets that timm and torchvision know, with their classes.
 NAMED = [

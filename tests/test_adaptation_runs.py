@@ -13,15 +13,16 @@ import torch
 from helpers.runs import done, run
 from safetensors.torch import load_file
 
-from compressvit import artifact
-from compressvit.adapter_file import load_adapter
-from compressvit.compare import compare, label
+from compressvit.artifacts import artifact
+from compressvit.artifacts.adapter import load_adapter
+from compressvit.artifacts.merge import photograph_like
+from compressvit.charts.plots import compare_findings
 from compressvit.errors import UserError
-from compressvit.export import merge_folder, photograph_like
-from compressvit.pipeline import compress
-from compressvit.plots import compare_findings
-from compressvit.recipe import parse_recipe
+from compressvit.recipe.recipe import parse_recipe
+from compressvit.report.compare import compare, label
+from compressvit.runs.merge import merge_folder
 from compressvit.transforms import Adapters, RepAdapter
+from compressvit.transforms.applying import compress
 
 BACKBONE = """
 seed: 0
@@ -154,7 +155,9 @@ def test_what_cannot_be_merged_says_why(runs, tmp_path):
 
 
 def test_a_merge_that_changes_the_outputs_is_an_error(runs, tmp_path, monkeypatch):
-    monkeypatch.setattr("compressvit.export.materialise", lambda model: compress(model, [Adapters(width=2)]).mul_head())
+    monkeypatch.setattr(
+        "compressvit.artifacts.merge.materialise", lambda model: compress(model, [Adapters(width=2)]).mul_head()
+    )
     monkeypatch.setattr(
         torch.nn.Module, "mul_head", lambda self: self.head.weight.data.mul_(1.01) is None or self, raising=False
     )
@@ -164,7 +167,7 @@ def test_a_merge_that_changes_the_outputs_is_an_error(runs, tmp_path, monkeypatc
 
 
 def test_images_like_photographs_have_a_falling_spectrum():
-    from compressvit.data import InputConfig
+    from compressvit.data.input import InputConfig
 
     config = InputConfig(3, 64, 64, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), "bicubic", 1.0)
     images = photograph_like(8, config)
@@ -287,7 +290,7 @@ def test_masks_and_pruning_are_in_the_label():
 
 def test_the_plan_says_what_is_trained():
     text = BACKBONE.replace("WEIGHTS", "pretrained").replace("STEP", STEPS["repadapter"])
-    from compressvit.plan import plan_recipe
+    from compressvit.runs.plan import plan_recipe
 
     notes = plan_recipe(parse_recipe(text)).notes
     assert any(

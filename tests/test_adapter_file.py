@@ -13,10 +13,9 @@ from helpers.models import VIT, build, images_for, outputs, randomise
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from compressvit.adapter_file import load_adapter, remove_adapter, save_adapter
+from compressvit.artifacts.adapter import load_adapter, remove_adapter, save_adapter
+from compressvit.artifacts.merge import merge
 from compressvit.errors import UserError
-from compressvit.export import merge
-from compressvit.pipeline import compress, compression_of, trained_names
 from compressvit.transforms import (
     LORS,
     PHM,
@@ -32,6 +31,8 @@ from compressvit.transforms import (
     Multiplex,
     RepAdapter,
 )
+from compressvit.transforms.applying import compress
+from compressvit.transforms.record import compression_of, trained_names
 
 TASKS = {
     "adapters": ([Adapters(ratio=0.25)], 3),

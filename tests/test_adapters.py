@@ -16,13 +16,9 @@ from helpers.models import build, images_for, outputs, randomise
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from compressvit import surgery
-from compressvit.backbone import ALL_FAMILIES, describe, head_names
 from compressvit.errors import UserError
-from compressvit.layers.adapter import AdapterLinear, Bottleneck, RepBottleneck
-from compressvit.layers.delta import FacTTerm, LoRATerm, ScaleShift
-from compressvit.layers.phm import PHMLinear
-from compressvit.pipeline import apply_plans, compress, trained_names
+from compressvit.model import surgery
+from compressvit.model.backbone import ALL_FAMILIES, describe, head_names
 from compressvit.transforms import (
     PHM,
     SSF,
@@ -36,6 +32,14 @@ from compressvit.transforms import (
     LoRA,
     RepAdapter,
 )
+from compressvit.transforms.applying import apply_plans, compress
+from compressvit.transforms.bottleneck import AdapterLinear, Bottleneck
+from compressvit.transforms.fact import FacTTerm
+from compressvit.transforms.lora import LoRATerm
+from compressvit.transforms.phm import PHMLinear
+from compressvit.transforms.record import trained_names
+from compressvit.transforms.repadapter import RepBottleneck
+from compressvit.transforms.ssf import ScaleShift
 
 EXACT = 1e-13  # relative, in float64; measured up to 5e-16
 

@@ -11,8 +11,8 @@ from helpers.models import VIT, build, images_for, outputs
 
 from compressvit import Align, Multiplex
 from compressvit.errors import UserError
-from compressvit.pipeline import compress
 from compressvit.transforms.align import _permute_heads, _permute_neurons
+from compressvit.transforms.applying import compress
 
 
 def relative(a, b):

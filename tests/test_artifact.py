@@ -17,10 +17,12 @@ from helpers.models import BACKBONES, VIT, build, images_for, outputs
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from compressvit import artifact, cost, surgery, ties
+from compressvit.artifacts import artifact
 from compressvit.errors import UserError
-from compressvit.pipeline import compress, compression_of
+from compressvit.model import cost, stored, surgery, ties
 from compressvit.transforms import IRPE, Multiplex
+from compressvit.transforms.applying import compress
+from compressvit.transforms.record import compression_of
 
 
 def student_of(name: str, seed: int = 0) -> nn.Module:
@@ -116,7 +118,7 @@ def test_the_manifest_is_plain_json(tmp_path):
         return all(map(plain, value)) if isinstance(value, list) else isinstance(value, str | int | float | None)
 
     assert plain(manifest)
-    assert manifest["format"] == artifact.FORMAT == 1
+    assert manifest["format"] == stored.FORMAT == 1
     assert manifest["architecture"] == "vit_tiny_patch16_224"
     assert manifest["args"] == {**VIT, "global_pool": "token"}
     assert manifest["parameters"] == ties.count_parameters(student)
@@ -144,12 +146,12 @@ def test_the_manifest_says_what_images_look_like(tmp_path):
 def test_the_teacher_is_not_in_the_file(tmp_path):
     teacher, student = build("vit"), student_of("vit")
     path = artifact.save(student, tmp_path / "student")
-    stored = artifact.read_tensors(path)
-    assert stored.keys() == ties.unique_state(student).keys()
+    tensors = stored.read_tensors(path)
+    assert tensors.keys() == ties.unique_state(student).keys()
     lost = [n for group in ties.tied_groups(student) for n in group]
     assert lost
     teachers = {tuple(teacher.get_parameter(n).flatten().tolist()) for n in lost}
-    assert not any(tuple(t.flatten().tolist()) in teachers for t in stored.values())
+    assert not any(tuple(t.flatten().tolist()) in teachers for t in tensors.values())
     # everything in the folder is the student's numbers, four bytes each, and at most 16 KB of names
     assert sum(map(len, contents(path).values())) < 4 * ties.count_parameters(student) + 16_384
     assert 4 * ties.count_parameters(teacher) > 1.5 * cost.file_bytes(student)
@@ -238,7 +240,7 @@ def edit(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
 
 
 def drop_tensor(folder: Path) -> None:
-    tensors = artifact.read_tensors(folder)
+    tensors = stored.read_tensors(folder)
     del tensors["norm.weight"]
     tensors["surprise"] = torch.zeros(1)
     tensors["head.bias"] = torch.zeros(9)

@@ -10,8 +10,8 @@ from helpers.runs import done
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from compressvit.boards import hyper_parameters, scalar_tags, step_names
-from compressvit.recipe import parse_recipe
+from compressvit.recipe.recipe import parse_recipe
+from compressvit.runs.tensorboard import hyper_parameters, scalar_tags, step_names
 
 LONGER = GOOD.split("steps:")[0] + "steps: [multiplex: {share: 2}, distill, bitfit, lora, distill, irpe]\n"
 

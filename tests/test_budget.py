@@ -11,14 +11,16 @@ import torch
 import torch.nn.functional as F
 from helpers.models import build, images_for, outputs
 
-from compressvit import LORS, Adapters, Multiplex, artifact, cost, surgery, ties
-from compressvit.allocate import Budget, Curve, allocate, uniform
-from compressvit.backbone import input_size
+from compressvit import LORS, Adapters, Multiplex
+from compressvit.artifacts import artifact
 from compressvit.errors import UserError
-from compressvit.lowrank import spectrum
-from compressvit.pipeline import compress
-from compressvit.source import Source
-from compressvit.transforms.lors_budget import Spending
+from compressvit.fitting.allocate import Budget, Curve, allocate, uniform
+from compressvit.fitting.lowrank import spectrum
+from compressvit.fitting.moments import Source
+from compressvit.model import cost, surgery, ties
+from compressvit.model.backbone import input_size
+from compressvit.transforms.applying import compress
+from compressvit.transforms.lors.budget import Spending
 
 
 def spent(curves, ranks):

@@ -11,8 +11,8 @@ from helpers.runs import done, metrics, refused, run, student_bytes
 
 from compressvit import LORS, Multiplex
 from compressvit.errors import UserError
-from compressvit.pipeline import compress
-from compressvit.recipe import load_recipe
+from compressvit.recipe.recipe import load_recipe
+from compressvit.transforms.applying import compress
 
 
 def test_schema_of_a_key_is_for_people():

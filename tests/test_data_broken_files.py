@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 from helpers.images import COLOUR, CPU, PLAIN, POLICY, as_multiset, class_folders, epoch, jpeg
 
-from compressvit import samples
-from compressvit.data import Data, eval_loader, open_data, train_loader
+from compressvit.data import samples
+from compressvit.data.loaders import eval_loader, train_loader
+from compressvit.data.opening import open_data
+from compressvit.data.spec import Data
 from compressvit.errors import UserError
 
 

@@ -9,7 +9,9 @@ import pytest
 import torch
 from helpers.images import COLOUR, CPU, PLAIN, as_multiset, class_folders, epoch, picture
 
-from compressvit.data import Data, eval_loader, open_data, train_loader
+from compressvit.data.loaders import eval_loader, train_loader
+from compressvit.data.opening import open_data
+from compressvit.data.spec import Data
 from compressvit.errors import UserError
 
 # ---- class folders and tars

@@ -11,7 +11,8 @@ from helpers.images import COLOUR, picture
 from torch import nn
 from torchvision.transforms.functional import to_tensor
 
-from compressvit.data import Data, InputConfig, input_config, renormalise
+from compressvit.data.input import InputConfig, input_config, renormalise
+from compressvit.data.spec import Data
 from compressvit.errors import UserError
 
 # ---- what a model takes

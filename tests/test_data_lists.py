@@ -7,7 +7,8 @@ import pytest
 import scipy.io
 from PIL import Image
 
-from compressvit.data import Data, open_data
+from compressvit.data.opening import open_data
+from compressvit.data.spec import Data
 from compressvit.errors import UserError
 
 

@@ -22,8 +22,12 @@ from helpers.images import (
 from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
-from compressvit import loaders, samples, sources
-from compressvit.data import Augment, Data, InputConfig, eval_loader, open_data, train_loader
+from compressvit.data import loaders, samples
+from compressvit.data.input import InputConfig
+from compressvit.data.loaders import eval_loader, train_loader
+from compressvit.data.opening import open_data
+from compressvit.data.samples import Pixels
+from compressvit.data.spec import Augment, Data
 
 
 def test_batches_are_normalised(tmp_path):
@@ -182,9 +186,7 @@ def test_translation_shifts_and_fills_with_black(monkeypatch, memory):
     config = dataclasses.replace(GRAY, mean=(0.0,), std=(1.0,))
     data = Data(name="digits", augment=Augment(translate=2), batch_size=1437)
     datasets = open_data(data)
-    white = sources.Pixels(
-        torch.full((1437, 8, 8), 255, dtype=torch.uint8), datasets.train.source.targets, "0123456789"
-    )
+    white = Pixels(torch.full((1437, 8, 8), 255, dtype=torch.uint8), datasets.train.source.targets, "0123456789")
     datasets = dataclasses.replace(datasets, train=samples.Samples(white))
     images, _ = epoch(train_loader(datasets, data, config, CPU))
     assert set(images.unique().tolist()) == {0.0, 1.0}

@@ -11,8 +11,11 @@ import torch
 from helpers.images import CPU, write_idx
 from pydantic import ValidationError
 
-from compressvit import sources
-from compressvit.data import Augment, Data, InputConfig, eval_loader, known_classes, open_data
+from compressvit.data.input import InputConfig
+from compressvit.data.loaders import eval_loader
+from compressvit.data.opening import open_data
+from compressvit.data.sets import fashion_mnist
+from compressvit.data.spec import Augment, Data, known_classes
 from compressvit.errors import UserError
 
 # ---- the recipe's section
@@ -113,8 +116,8 @@ def test_more_classes_than_declared():
 
 @pytest.fixture
 def no_fashion(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "FASHION_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(sources, "FASHION_DEBIAN", tmp_path / "debian")
+    monkeypatch.setattr(fashion_mnist, "FASHION_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(fashion_mnist, "FASHION_DEBIAN", tmp_path / "debian")
     return tmp_path
 
 
@@ -151,13 +154,13 @@ def test_fashion_mnist_download_is_asked_of_torchvision(no_fashion, monkeypatch)
     def download(self):
         write_idx(Path(self.raw_folder), packed=False)
 
-    monkeypatch.setattr(sources.FashionMNIST, "download", download)
+    monkeypatch.setattr(fashion_mnist.FashionMNIST, "download", download)
     assert len(open_data(Data(name="fashion_mnist", root=str(no_fashion / "new"), download=True)).train) == 20
 
     def offline(self):
         raise RuntimeError("Error downloading train-images-idx3-ubyte.gz")
 
-    monkeypatch.setattr(sources.FashionMNIST, "download", offline)
+    monkeypatch.setattr(fashion_mnist.FashionMNIST, "download", offline)
     with pytest.raises(UserError, match="could not be downloaded: Error downloading"):
         open_data(Data(name="fashion_mnist", root=str(no_fashion / "newer"), download=True))
 
@@ -188,9 +191,9 @@ def test_fashion_mnist_label_out_of_range(no_fashion):
         open_data(Data(name="fashion_mnist", root=str(root)))
 
 
-@pytest.mark.skipif(not sources.FASHION_DEBIAN.is_dir(), reason="Debian's dataset-fashion-mnist is not installed")
+@pytest.mark.skipif(not fashion_mnist.FASHION_DEBIAN.is_dir(), reason="Debian's dataset-fashion-mnist is not installed")
 def test_the_real_fashion_mnist():
-    data = Data(name="fashion_mnist", root=str(sources.FASHION_DEBIAN), batch_size=500)
+    data = Data(name="fashion_mnist", root=str(fashion_mnist.FASHION_DEBIAN), batch_size=500)
     datasets = open_data(data)
     assert (len(datasets.train), len(datasets.validation)) == (60000, 10000)
     config = InputConfig(1, 28, 28, (0.2860,), (0.3530,), "bicubic", 1.0)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 from helpers.images import COLOUR, CPU, GRAY, class_folders, epoch, picture, write_idx
+from timm.data import IterableImageDataset
 
-from compressvit import sources
-from compressvit.data import Data, eval_loader, open_data, train_loader
+from compressvit.data.loaders import eval_loader, train_loader
+from compressvit.data.opening import open_data
+from compressvit.data.sets import timm as timm_sets
+from compressvit.data.spec import Data
 from compressvit.errors import UserError
 
 
@@ -38,7 +41,7 @@ def test_a_torchvision_set_that_is_not_there(tmp_path):
 
 
 def test_a_missing_package_is_named(monkeypatch):
-    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(timm_sets.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="hfds/food101 needs a package: pip install datasets"):
         open_data(Data(name="hfds/food101"))
     with pytest.raises(UserError, match="pip install tensorflow-datasets"):
@@ -66,10 +69,10 @@ def streaming(monkeypatch):
     streams = {"train": Stream(10), "validation": Stream(7)}
 
     def create(name, split, **_):
-        return sources.IterableImageDataset(None, reader=streams[split])
+        return IterableImageDataset(None, reader=streams[split])
 
-    monkeypatch.setattr(sources, "create_dataset", create)
-    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(timm_sets, "create_dataset", create)
+    monkeypatch.setattr(timm_sets.importlib.util, "find_spec", lambda name: name)
     return streams
 
 

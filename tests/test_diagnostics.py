@@ -17,16 +17,17 @@ from helpers.runs import done, run, student_bytes
 from helpers.training import CPU
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import compressvit.run
-from compressvit import artifact
-from compressvit.data import Data, open_data
+import compressvit.runs.apply
+from compressvit.artifacts import artifact
+from compressvit.charts.findings import Finding, merged, read
+from compressvit.data.opening import open_data
+from compressvit.data.spec import Data
 from compressvit.diagnostics.base import DIAGNOSTICS, Measured, diagnostic
 from compressvit.diagnostics.gradients import GradientRow, Gradients
-from compressvit.diagnostics.recorder import MeasuredRow, Recorder, evaluation_images, undisturbed
-from compressvit.distill import engine
 from compressvit.errors import UserError
-from compressvit.findings import Finding, merged, read
 from compressvit.rows import MetricsRow, append_row, read_rows
+from compressvit.runs.recorder import MeasuredRow, Recorder, evaluation_images, undisturbed
+from compressvit.training import loop
 
 WATCHED = "diagnostics=[gradients: {every: 3}]"
 HARD = [
@@ -69,7 +70,7 @@ def rude(monkeypatch):
             super().__init__(*arguments)
             self._measured.append(Rude(epochs=(0, 1, "last")))
 
-    monkeypatch.setattr(compressvit.run, "Recorder", Ruder)
+    monkeypatch.setattr(compressvit.runs.apply, "Recorder", Ruder)
     monkeypatch.setattr(Rude, "calls", [])
     monkeypatch.setattr(Rude, "fault", None)
     return Rude
@@ -134,7 +135,7 @@ def test_findings_are_files_and_pictures_in_tensorboard(whole):
     "batch", [3, 12, 21]
 )  # amid the teacher's epoch, between two batches of a step, between two epochs
 def test_a_stopped_run_keeps_what_it_recorded(whole, recipe, tmp_path, monkeypatch, batch):
-    folder, seen, total = tmp_path / "run", [], engine._total
+    folder, seen, total = tmp_path / "run", [], loop._total
 
     def counted(*args):
         seen.append(1)
@@ -143,7 +144,7 @@ def test_a_stopped_run_keeps_what_it_recorded(whole, recipe, tmp_path, monkeypat
         return total(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "_total", counted)
+        patch.setattr(loop, "_total", counted)
         assert run("apply", recipe, "--output", folder, WATCHED, *HARD)[0] == 128 + signal.SIGTERM
     assert (folder / "diagnostics" / "gradients.png").is_file()  # of what there is
     done("apply", folder, "--resume")

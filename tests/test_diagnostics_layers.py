@@ -14,20 +14,20 @@ from PIL import Image
 from torch import nn
 
 from compressvit import VPT, Multiplex, compress
-from compressvit.backbone import describe
-from compressvit.data import Data, InputConfig, open_data
+from compressvit.charts.findings import merged
+from compressvit.data.input import InputConfig
+from compressvit.data.opening import open_data
+from compressvit.data.spec import Data
 from compressvit.diagnostics.drift import drift, drift_finding
 from compressvit.diagnostics.embedding import embedding_finding, pooled_features
 from compressvit.diagnostics.features import block_paths, features, regrouped, subject, walk
 from compressvit.diagnostics.kernel_alignment import cka
-from compressvit.diagnostics.recorder import evaluation_images
 from compressvit.diagnostics.similarity import cka_finding, cka_layers_finding, cka_matrix
-from compressvit.diagnostics.spectra import (
-    spectra_findings,
-)
-from compressvit.distill.pairs import match_layers, suggested_pairs
+from compressvit.diagnostics.spectra import spectra_findings
 from compressvit.errors import UserError
-from compressvit.findings import merged
+from compressvit.model.backbone import describe
+from compressvit.runs.recorder import evaluation_images
+from compressvit.training.pairs import match_layers, suggested_pairs
 
 CPU = torch.device("cpu")
 

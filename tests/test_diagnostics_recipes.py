@@ -11,13 +11,13 @@ import yaml
 from helpers.recipes import GOOD, only_row
 from helpers.runs import RECIPE, done, metrics, run
 
+from compressvit.charts.findings import read
 from compressvit.diagnostics.gradients import GradientRow, Gradients
 from compressvit.diagnostics.spectra import Spectra
-from compressvit.findings import read
-from compressvit.plan import plan_recipe
-from compressvit.recipe import load_recipe, parse_recipe
-from compressvit.recipe_schema import json_schema
+from compressvit.recipe.recipe import load_recipe, parse_recipe
+from compressvit.recipe.schema import json_schema
 from compressvit.rows import read_rows
+from compressvit.runs.plan import plan_recipe
 
 WATCHED = "diagnostics=[gradients: {every: 3}]"
 

@@ -11,14 +11,15 @@ import torch
 from helpers.runs import done, refused, run, student_bytes
 from helpers.training import fit, largest_difference, random_batches, tiny_vit, values
 
-from compressvit import artifact, surgery
-from compressvit.backbone import head_names
-from compressvit.distill import engine
-from compressvit.distill.spec import Finetune
+from compressvit.artifacts import artifact
 from compressvit.errors import UserError
 from compressvit.files import load_checkpoint
-from compressvit.pipeline import compress
+from compressvit.model import stored, surgery
+from compressvit.model.backbone import head_names
+from compressvit.training import loop
+from compressvit.training.phases.finetune import Finetune
 from compressvit.transforms import LORS, Adapters, BitFit, Compacter, HeadNorm, Multiplex, RepAdapter
+from compressvit.transforms.applying import compress
 
 ARGS = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 48, "depth": 3, "num_heads": 2}
 RECIPE = f"""
@@ -43,7 +44,7 @@ def recipe(tmp_path):
 
 def stopped(recipe, folder, monkeypatch, batch=6):
     """A run that was stopped amid its second epoch; its checkpoint."""
-    seen, total = [], engine._total
+    seen, total = [], loop._total
 
     def counted(*args):
         seen.append(1)
@@ -52,7 +53,7 @@ def stopped(recipe, folder, monkeypatch, batch=6):
         return total(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "_total", counted)
+        patch.setattr(loop, "_total", counted)
         assert run("apply", recipe, "--output", folder)[0] == 128 + signal.SIGTERM
     return folder / "checkpoints" / "2_finetune.pt"
 
@@ -66,7 +67,7 @@ def test_a_run_goes_on_from_what_was_trained_to_the_same_bits(recipe, tmp_path, 
     for part in (saved["model"], saved["average"], saved["best"]["model"]):
         assert part.keys() == wanted
     assert "head.head_norm.running_mean" in wanted
-    assert file.stat().st_size < 120_000 < 350_000 < (tmp_path / "whole" / "student" / artifact.TENSORS).stat().st_size
+    assert file.stat().st_size < 120_000 < 350_000 < (tmp_path / "whole" / "student" / stored.TENSORS).stat().st_size
     done("apply", recipe, "--output", tmp_path / "run", "--resume")
     assert student_bytes(tmp_path / "run") == student_bytes(tmp_path / "whole")
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from helpers.training import fit, largest_difference, random_batches, tiny_vit, values
 
-from compressvit.distill.engine import Interrupted
-from compressvit.distill.spec import Finetune
 from compressvit.errors import UserError
 from compressvit.files import load_checkpoint
+from compressvit.training.loop import Interrupted
+from compressvit.training.phases.finetune import Finetune
 
 SPEC = {"epochs": 3, "lr": 1e-2, "log_every": 1}
 

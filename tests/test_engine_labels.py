@@ -12,9 +12,10 @@ from helpers.runs import done, metrics, refused
 from helpers.training import VIT, fit, random_batches, tiny_vit
 from PIL import Image
 
-from compressvit import artifact, ties
-from compressvit.distill.spec import Finetune
-from compressvit.distill.terms import Term
+from compressvit.artifacts import artifact
+from compressvit.model import ties
+from compressvit.training.phases.finetune import Finetune
+from compressvit.training.terms import Term
 
 # --- backbones without a classifier, and images without labels
 

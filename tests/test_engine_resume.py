@@ -16,12 +16,12 @@ import pytest
 import torch
 from helpers.runs import done, metrics, refused, run, student_bytes
 
-import compressvit.outcome
-import compressvit.run
-from compressvit.artifact import TENSORS
-from compressvit.distill import engine
+import compressvit.runs.apply
+import compressvit.runs.outcome
 from compressvit.files import load_checkpoint
-from compressvit.recipe import load_recipe
+from compressvit.model.stored import TENSORS
+from compressvit.recipe.recipe import load_recipe
+from compressvit.training import loop
 
 LONG = [
     "teacher.finetune.drop_path=0.3",
@@ -68,8 +68,8 @@ def uninterrupted(recipe):
     for workers, overrides in WORKERS.items():
         folders[workers] = recipe.parent / f"uninterrupted-{workers}"
         with pytest.MonkeyPatch.context() as patch:
-            batches = at_call(patch, engine, "_total", 0, None)
-            evaluations = at_call(patch, compressvit.outcome, "evaluate", 0, None)
+            batches = at_call(patch, loop, "_total", 0, None)
+            evaluations = at_call(patch, compressvit.runs.outcome, "evaluate", 0, None)
             done("apply", recipe, "--output", folders[workers], *overrides)
         assert len(batches) == BATCHES
         assert len(evaluations) > EVALUATIONS
@@ -101,7 +101,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     folder = tmp_path / "run"
     before = signal.getsignal(signum)
     with monkeypatch.context() as patch:
-        place = (engine, "_total") if what == "batch" else (compressvit.outcome, "evaluate")
+        place = (loop, "_total") if what == "batch" else (compressvit.runs.outcome, "evaluate")
         calls = at_call(patch, *place, number, kill(signum))
         code, _, err = run("apply", recipe, "--output", folder, *WORKERS[workers])
     assert code == 128 + signum
@@ -154,7 +154,7 @@ def test_a_crash_loses_no_more_than_an_epoch(uninterrupted, recipe, tmp_path, mo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        at_call(patch, engine, "_total", 7 + 7 + 4, crash)
+        at_call(patch, loop, "_total", 7 + 7 + 4, crash)
         code, _, err = run("apply", recipe, "--output", tmp_path / "run", *WORKERS[0])
     assert (code, err) == (130, "compressvit: stopped")
     out = done("apply", recipe, "--output", tmp_path / "run", *WORKERS[0], "--resume")
@@ -168,7 +168,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(uninterrupted,
 
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        at_call(patch, engine, "_total", 7 + 7 + 4, spoil)
+        at_call(patch, loop, "_total", 7 + 7 + 4, spoil)
         message = refused("apply", recipe, "--output", folder, *WORKERS[0])
     for words in ("1_distill", "loss is nan", "step 6", "prediction nan", "1_distill.pt", "smaller lr"):
         assert words in message
@@ -249,7 +249,7 @@ def test_resuming_a_finished_run_only_reports(recipe, finished, tmp_path, monkey
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
     with monkeypatch.context() as patch:
-        batches = at_call(patch, engine, "_total", 0, None)
+        batches = at_call(patch, loop, "_total", 0, None)
         out = done("apply", recipe, "--output", folder, "seed=3", "--resume")
     assert batches == []
     assert "student / teacher" in out
@@ -268,11 +268,11 @@ def test_what_was_learned_from_images_is_not_learned_again(recipe, tmp_path, mon
     whole, folder = tmp_path / "whole", tmp_path / "run"
     done(*words, whole)
     with monkeypatch.context() as patch:
-        at_call(patch, engine, "_total", 7 + 9, kill(signal.SIGTERM))
+        at_call(patch, loop, "_total", 7 + 9, kill(signal.SIGTERM))
         code, *_ = run(*words, folder)
     assert code == 128 + signal.SIGTERM
     with monkeypatch.context() as patch:
-        patch.setattr(compressvit.run, "transform_", lambda *_: pytest.fail("it was fitted again"))
+        patch.setattr(compressvit.runs.apply, "transform_", lambda *_: pytest.fail("it was fitted again"))
         out = done(*words, folder, "--resume")
     assert "0_lors: read from" in out
     assert student_bytes(folder) == student_bytes(whole)

@@ -13,9 +13,10 @@ from helpers.runs import RECIPE, done, metrics
 from helpers.training import largest_difference, values
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from compressvit import artifact, ties
+from compressvit.artifacts import artifact
 from compressvit.files import load_checkpoint
-from compressvit.recipe import load_recipe
+from compressvit.model import stored, ties
+from compressvit.recipe.recipe import load_recipe
 
 
 def test_a_run_folder_holds_everything(finished, recipe):
@@ -61,7 +62,7 @@ def test_the_plan_kept_its_word(finished):
         model = artifact.load(finished / side)
         assert plan[side]["parameters"] == results[side]["parameters"] == ties.count_parameters(model)
         assert plan[side]["macs"] == results[side]["macs"]
-        assert plan[side]["bytes"] == (finished / side / artifact.TENSORS).stat().st_size
+        assert plan[side]["bytes"] == (finished / side / stored.TENSORS).stat().st_size
     assert results["student"]["bytes"] == plan["student"]["bytes"]
     assert results["read_back_difference"] == 0
     assert results["student"]["latency_ms"] > 0

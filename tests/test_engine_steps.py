@@ -13,14 +13,14 @@ from helpers.training import CPU, Heard, distance, fit, largest_difference, rand
 from rich.console import Console
 from timm.layers import DropPath
 
-from compressvit.distill import optimisation as opt
-from compressvit.distill.engine import Phase, Teacher, train
-from compressvit.distill.spec import Finetune
-from compressvit.distill.terms import Term, labels_term
 from compressvit.errors import UserError
 from compressvit.files import load_checkpoint
-from compressvit.pipeline import compress
-from compressvit.runlog import RunLog
+from compressvit.log import RunLog
+from compressvit.training import optimisation as opt
+from compressvit.training.loop import Phase, Teacher, train
+from compressvit.training.phases.finetune import Finetune
+from compressvit.training.terms import Term, labels_term
+from compressvit.transforms.applying import compress
 from compressvit.transforms.multiplex import Multiplex
 
 PLAIN = {"optimizer": "momentum", "momentum": 0.0, "lr": 0.1, "schedule": "constant", "log_every": 1}

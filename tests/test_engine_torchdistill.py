@@ -12,11 +12,12 @@ from helpers.training import CPU, fit, random_batches, tiny_vit
 from torch import nn
 from torchdistill.losses.registry import MIDDLE_LEVEL_LOSS_DICT
 
-from compressvit.distill.engine import Teacher
-from compressvit.distill.spec import Distill, Losses, TorchdistillTerm
-from compressvit.distill.taps import Taps
-from compressvit.distill.terms import Batch, build_terms
 from compressvit.errors import UserError
+from compressvit.model.taps import Taps
+from compressvit.training.loop import Teacher
+from compressvit.training.phases.distill import Distill
+from compressvit.training.term_specs import Losses, TorchdistillTerm
+from compressvit.training.terms import Batch, build_terms
 
 
 def test_taps_read_inputs_and_outputs_and_forget_them():

@@ -9,8 +9,8 @@ from helpers.models import build, images_for
 from helpers.training import CPU
 from torch import nn
 
-from compressvit.distill.evaluate import evaluate
 from compressvit.errors import UserError
+from compressvit.training.evaluate import evaluate
 
 
 class Table(nn.Module):

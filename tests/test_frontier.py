@@ -9,8 +9,8 @@ import pytest
 from helpers.runs import done, refused, run
 from PIL import Image
 
-from compressvit.findings import read
-from compressvit.plots import frontier_finding, ranks_finding
+from compressvit.charts.findings import read
+from compressvit.charts.plots import frontier_finding, ranks_finding
 
 
 def values_of(run):

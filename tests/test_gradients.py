@@ -12,16 +12,16 @@ from helpers.models import build, images_for, randomise
 from helpers.training import fit, random_batches, tiny_vit, values
 from torch import nn
 
-from compressvit import ties
-from compressvit.backbone import describe
 from compressvit.diagnostics.gradient_findings import gradient_findings
 from compressvit.diagnostics.gradients import GROUPS, GradientRow, GradientWatch, places
 from compressvit.diagnostics.uses import Uses
-from compressvit.distill.spec import Finetune
 from compressvit.errors import UserError
-from compressvit.pipeline import compress
+from compressvit.model import ties
+from compressvit.model.backbone import describe
 from compressvit.rows import read_rows
+from compressvit.training.phases.finetune import Finetune
 from compressvit.transforms import LORS, Adapters, Compacter, FacT, Multiplex
+from compressvit.transforms.applying import compress
 
 SHARING = {
     "multiplex": (Multiplex(share=2, mlp_conv=3), ("vit", "dinov2_registers", "swin")),

@@ -12,12 +12,14 @@ from helpers.training import VIT
 from torch import nn
 
 import compressvit
-from compressvit import artifact, surgery, ties
-from compressvit.adapter_file import load_adapter, remove_adapter, save_adapter
+from compressvit.artifacts import artifact
+from compressvit.artifacts.adapter import load_adapter, remove_adapter, save_adapter
 from compressvit.errors import UserError
-from compressvit.pipeline import compress, trained_parameters
-from compressvit.recipe import load_recipe
+from compressvit.model import surgery, ties
+from compressvit.recipe.recipe import load_recipe
 from compressvit.transforms import LORS, AdaptFormer, HeadNorm
+from compressvit.transforms.applying import compress
+from compressvit.transforms.record import trained_parameters
 
 BACKBONES = ("vit", "swin", "convnext", "deit_distilled")
 

@@ -10,12 +10,14 @@ import torch
 from helpers.models import build, images_for, outputs
 
 import compressvit
-from compressvit import LORS, Multiplex, artifact, cost, ties
+from compressvit import LORS, Multiplex
+from compressvit.artifacts import artifact
 from compressvit.errors import UserError
-from compressvit.layers.linear import FactoredLinear, LowRank, SharedLowRankLinear
-from compressvit.pipeline import compress, materialise, plan_transforms
-from compressvit.recipe import load_recipe
+from compressvit.model import cost, ties
+from compressvit.recipe.recipe import load_recipe
 from compressvit.transforms import Transform
+from compressvit.transforms.applying import compress, materialise, plan_transforms
+from compressvit.transforms.lors.layers import FactoredLinear, LowRank, SharedLowRankLinear
 
 ALL_RANKS = [("vit", 4), ("swin", 2), ("deit_distilled", 4)]
 

@@ -10,11 +10,12 @@ from helpers.models import build, images_for, outputs
 from timm.layers import Mlp
 from torch import nn
 
-from compressvit import LORS, Align, Multiplex, cost
+from compressvit import LORS, Align, Multiplex
 from compressvit.errors import UserError
-from compressvit.pipeline import compress, materialise, plan_transforms
-from compressvit.plan import plan_recipe
-from compressvit.recipe import load_recipe
+from compressvit.model import cost
+from compressvit.recipe.recipe import load_recipe
+from compressvit.runs.plan import plan_recipe
+from compressvit.transforms.applying import compress, materialise, plan_transforms
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -10,9 +10,12 @@ from helpers.models import build, equal_within_stages, images_for, outputs
 from pydantic import ValidationError
 from torch import nn
 
-from compressvit import LORS, Multiplex, artifact, cost, ties
+from compressvit import LORS, Multiplex
+from compressvit.artifacts import artifact
 from compressvit.errors import UserError
-from compressvit.pipeline import compress, compression_of, plan_transforms
+from compressvit.model import cost, ties
+from compressvit.transforms.applying import compress, plan_transforms
+from compressvit.transforms.record import compression_of
 
 
 def plan_of(student):
@@ -98,8 +101,8 @@ def test_a_chosen_grouping_keeps_the_budget_and_is_repeated(unit):
 
 
 def test_it_is_no_worse_than_any_one_number_by_what_it_compares():
-    from compressvit.source import Source
-    from compressvit.transforms.lors_budget import Spending
+    from compressvit.fitting.moments import Source
+    from compressvit.transforms.lors.budget import Spending
 
     teacher = build("vit")
     source = Source(build("vit"), images_for(teacher, 48))

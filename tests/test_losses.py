@@ -24,8 +24,8 @@ from helpers.plain_losses import (
 )
 from torch.nn import functional as F
 
-from compressvit import losses
 from compressvit.errors import UserError
+from compressvit.training import losses
 
 # --- values ---------------------------------------------------------------------------------------------------------
 

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from compressvit import losses
+from compressvit.training import losses
 
 # --- gradients ------------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from compressvit.lowrank import Metric, cholesky, fit_shared, spectrum
+from compressvit.fitting.lowrank import Metric, cholesky, fit_shared, spectrum
 
 
 def matrix(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -14,14 +14,16 @@ from helpers.models import SWIN, build, images_for, outputs, randomise
 from timm.layers import StdConv2d
 from torch import Tensor, nn
 
-from compressvit.affine import PaddedConv2d, merge_before_, merge_behind_
 from compressvit.errors import UserError
-from compressvit.layers.delta import LoRATerm, WithLoRA, add_to_weight_
-from compressvit.layers.linear import FactoredLinear, SharedLowRankLinear
-from compressvit.pipeline import compress, compression_of, materialise, trained_names
-from compressvit.surgery import added_parameters, fill_slot, skeleton, specialise
+from compressvit.model.affine import PaddedConv2d, merge_before_, merge_behind_
+from compressvit.model.surgery import added_parameters, fill_slot, skeleton, specialise
 from compressvit.transforms import LORS, SSF, Adapters, FacT, LoRA, Multiplex, RepAdapter, Transform
-from compressvit.transforms.lors_plan import LowRank
+from compressvit.transforms.applying import compress, materialise
+from compressvit.transforms.lora import LoRATerm, WithLoRA
+from compressvit.transforms.lors.layers import FactoredLinear, SharedLowRankLinear
+from compressvit.transforms.lors.plan import LowRank
+from compressvit.transforms.record import compression_of, trained_names
+from compressvit.transforms.term import add_to_weight_
 
 IN, OUT = 6, 10
 

@@ -13,14 +13,16 @@ from helpers.models import build, images_for, outputs, randomise
 from helpers.runs import done, refused, run
 
 import compressvit
-from compressvit import artifact, surgery, ties
+from compressvit.artifacts import artifact
+from compressvit.artifacts.merge import merged_copy
 from compressvit.errors import UserError
-from compressvit.export import merged_copy
-from compressvit.layers.adapter import AdapterLinear
-from compressvit.layers.phm import PHMLinear
-from compressvit.pipeline import compress, compression_of, materialise, trained_names
-from compressvit.recipe import Merge, Recipe, step
+from compressvit.model import surgery, ties
+from compressvit.recipe.recipe import Merge, Recipe, step
 from compressvit.transforms import LORS, PHM, VPT, Adapters, AdaptFormer, Compacter, LoRA, Multiplex, RepAdapter
+from compressvit.transforms.applying import compress, materialise
+from compressvit.transforms.bottleneck import AdapterLinear
+from compressvit.transforms.phm import PHMLinear
+from compressvit.transforms.record import compression_of, trained_names
 
 RECIPE = """
 teacher:
@@ -198,7 +200,7 @@ def test_merge_raises_when_the_outputs_differ(monkeypatch):
             merged.head.weight.mul_(1.001)
         return merged
 
-    monkeypatch.setattr("compressvit.export.materialise", wrong)
+    monkeypatch.setattr("compressvit.artifacts.merge.materialise", wrong)
     with pytest.raises(UserError, match=r"the merged model differs on random images by .*, so none is made"):
         compressvit.merge(made)
 

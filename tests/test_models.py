@@ -8,11 +8,13 @@ import torch
 from helpers.models import SWIN, VIT, build, outputs
 from torch import nn
 
-from compressvit import Align, BitFit, Freeze, Multiplex, artifact, weights
+from compressvit import Align, BitFit, Freeze, Multiplex
+from compressvit.artifacts import artifact
 from compressvit.errors import UserError
-from compressvit.models import build_student, build_teacher, load_teacher, require_student_file
-from compressvit.pipeline import compress
-from compressvit.recipe import Recipe, parse_recipe
+from compressvit.model import weights
+from compressvit.recipe.recipe import Recipe, parse_recipe
+from compressvit.runs.models import build_student, build_teacher, load_teacher, require_student_file
+from compressvit.transforms.applying import compress
 
 # ------------------------------------------------------------------------------------------------------------- building
 

@@ -15,14 +15,15 @@ from helpers.models import BACKBONES, EVERYTHING, SWIN, VIT, blocks_of, build, e
 from pydantic import ValidationError
 from torch import nn
 
-from compressvit import ties
-from compressvit.backbone import describe
 from compressvit.errors import UserError
-from compressvit.layers.attention import HeadMixing
-from compressvit.pipeline import compress, compression_of
-from compressvit.plan import RecipePlan, plan_recipe
-from compressvit.recipe import load_recipe
+from compressvit.model import ties
+from compressvit.model.attention import HeadMixing
+from compressvit.model.backbone import describe
+from compressvit.recipe.recipe import load_recipe
+from compressvit.runs.plan import RecipePlan, plan_recipe
 from compressvit.transforms import IRPE, Multiplex, Transform
+from compressvit.transforms.applying import compress
+from compressvit.transforms.record import compression_of
 
 # ----------------------------------------------------------------------------------------------- a student at its start
 

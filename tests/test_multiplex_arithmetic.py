@@ -15,8 +15,8 @@ from helpers.plain_blocks import naive_attention, naive_irpe, naive_mlp, naive_m
 from torch import nn
 
 from compressvit.errors import UserError
-from compressvit.pipeline import compress, transform_
 from compressvit.transforms import IRPE, Multiplex
+from compressvit.transforms.applying import compress, transform_
 from compressvit.transforms.irpe import ContextualKeyPosition, bucket_ids, piecewise_index
 
 # ---------------------------------------------------------------------------------------------- the arithmetic, plainly

@@ -14,12 +14,12 @@ from helpers.models import EVERYTHING, VIT, build, gap, randomise
 from timm.layers import Attention
 from torch import nn
 
-from compressvit import surgery
 from compressvit.errors import UserError
-from compressvit.layers.attention import ExplicitAttention, HeadMixing
-from compressvit.layers.block import SlottedBlock, TokenConv
-from compressvit.pipeline import compress
+from compressvit.model import surgery
+from compressvit.model.attention import ExplicitAttention, HeadMixing
+from compressvit.model.block import SlottedBlock, TokenConv
 from compressvit.transforms import Multiplex
+from compressvit.transforms.applying import compress
 
 # ------------------------------------------------------------------------------------------- timm's ways into attention
 

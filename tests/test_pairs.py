@@ -11,13 +11,13 @@ from helpers.models import BACKBONES, SWIN, VIT, build, images_for
 from timm.models.vision_transformer import ParallelScalingBlock
 from torch import nn
 
-from compressvit import surgery
-from compressvit.backbone import describe
 from compressvit.diagnostics.similarity import likeness
-from compressvit.distill.pairs import LayerPair, match_layers
 from compressvit.errors import UserError
-from compressvit.pipeline import apply_plans, compress
+from compressvit.model import surgery
+from compressvit.model.backbone import describe
+from compressvit.training.pairs import LayerPair, match_layers
 from compressvit.transforms import IRPE, LORS, Multiplex
+from compressvit.transforms.applying import apply_plans, compress
 
 
 def indices(pairs: list[LayerPair]) -> list[tuple[int, int]]:

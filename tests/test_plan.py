@@ -10,17 +10,18 @@ from itertools import pairwise
 import pytest
 import torch
 
-from compressvit import artifact, ties
-from compressvit.cost import saved_bytes
-from compressvit.data import input_config
-from compressvit.distill.pairs import match_layers
-from compressvit.distill.taps import Taps
-from compressvit.distill.terms import Batch, build_terms
-from compressvit.models import build_student, build_teacher
-from compressvit.pipeline import transform_
-from compressvit.plan import RecipePlan, plan_recipe
-from compressvit.recipe import Recipe, load_recipe, parse_recipe
+from compressvit.artifacts import artifact
+from compressvit.data.input import input_config
+from compressvit.model import stored, ties
+from compressvit.model.cost import saved_bytes
+from compressvit.model.taps import Taps
+from compressvit.recipe.recipe import Recipe, load_recipe, parse_recipe
+from compressvit.runs.models import build_student, build_teacher
+from compressvit.runs.plan import RecipePlan, plan_recipe
+from compressvit.training.pairs import match_layers
+from compressvit.training.terms import Batch, build_terms
 from compressvit.transforms import Transform
+from compressvit.transforms.applying import transform_
 
 VIT = {"img_size": 16, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 4, "num_heads": 2}
 SWIN = {"img_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [2, 4], "num_heads": [2, 4], "window_size": 4}
@@ -74,10 +75,10 @@ def test_planned_bytes_and_parameters_are_those_of_the_file(name, tmp_path):
     for side, model in zip(("teacher", "student"), built(recipe), strict=True):
         cost = getattr(plan, side)
         artifact.save(model, tmp_path / side)
-        assert cost.bytes == (tmp_path / side / artifact.TENSORS).stat().st_size
+        assert cost.bytes == (tmp_path / side / stored.TENSORS).stat().st_size
         assert cost.parameters == ties.count_parameters(model)
-        stored = artifact.read_tensors(tmp_path / side)
-        assert cost.parameters == sum(t.numel() for t in stored.values() if t.is_floating_point())
+        tensors = stored.read_tensors(tmp_path / side)
+        assert cost.parameters == sum(t.numel() for t in tensors.values() if t.is_floating_point())
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -156,7 +157,11 @@ def test_a_plan_needs_neither_weights_nor_data(monkeypatch):
     def touched(*args, **kwargs):
         raise AssertionError("a plan reads nothing")
 
-    for name in ("compressvit.weights.load_pretrained", "compressvit.weights.load_file", "compressvit.data.open_data"):
+    for name in (
+        "compressvit.model.weights.load_pretrained",
+        "compressvit.model.weights.load_file",
+        "compressvit.data.opening.open_data",
+    ):
         monkeypatch.setattr(name, touched)
     teacher = {"model": "deit_tiny_patch16_224.fb_in1k"}
     plan = planned("", {}, [], teacher=teacher, data={"name": "folder", "root": "/nowhere"})

@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from compressvit.data import InputConfig
-from compressvit.predictions import EXAMPLES, Predictions
+from compressvit.data.input import InputConfig
+from compressvit.runs.predictions import EXAMPLES, Predictions
 
 GREY = InputConfig(1, 8, 8, (0.5,), (0.25,), "bilinear", 1.0)
 COLOUR = InputConfig(3, 224, 160, (0.5, 0.4, 0.3), (0.2, 0.2, 0.2), "bilinear", 1.0)

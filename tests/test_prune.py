@@ -11,14 +11,25 @@ from helpers.models import build, gap, outputs, randomise
 from helpers.training import tiny_vit
 from torch import nn
 
-from compressvit import artifact, surgery, ties
-from compressvit.backbone import input_size
-from compressvit.cost import macs
-from compressvit.distill.spec import Prune, PruneTarget
+from compressvit.artifacts import artifact
 from compressvit.errors import UserError
-from compressvit.pipeline import compress, compression_of
-from compressvit.prune import Price, amounts, cycles, prices, prunable_plan, scores, select, shrink_
+from compressvit.model import surgery, ties
+from compressvit.model.backbone import input_size
+from compressvit.model.cost import macs
+from compressvit.training.phases.prune.neurons import (
+    Price,
+    amounts,
+    cycles,
+    prices,
+    prunable_plan,
+    scores,
+    select,
+    shrink_,
+)
+from compressvit.training.phases.prune.spec import Prune, PruneTarget
 from compressvit.transforms import SSF, Adapters, AdaptFormer, Multiplex, RepAdapter
+from compressvit.transforms.applying import compress
+from compressvit.transforms.record import compression_of
 
 SPECS = {
     "adapters": Adapters(ratio=0.25),

@@ -8,15 +8,15 @@ import pytest
 import torch
 from helpers.training import CPU, Heard, largest_difference, random_batches, tiny_vit, values
 
-from compressvit.distill.engine import Phase, train
-from compressvit.distill.prune_cycles import prune_and_train
-from compressvit.distill.spec import Prune
-from compressvit.distill.terms import labels_term
 from compressvit.errors import UserError
 from compressvit.files import load_checkpoint
-from compressvit.pipeline import compress
-from compressvit.prune import prunable_plan, shrink_
+from compressvit.training.loop import Phase, train
+from compressvit.training.phases.prune.cycles import prune_and_train
+from compressvit.training.phases.prune.neurons import prunable_plan, shrink_
+from compressvit.training.phases.prune.spec import Prune
+from compressvit.training.terms import labels_term
 from compressvit.transforms import Adapters, AdaptFormer
+from compressvit.transforms.applying import compress
 
 PHASE = "1_prune"
 

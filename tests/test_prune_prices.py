@@ -7,11 +7,12 @@ import itertools
 import pytest
 from helpers.models import build
 
-from compressvit.distill.spec import Prune, PruneTarget
 from compressvit.errors import UserError
-from compressvit.pipeline import compress, trained_parameters
-from compressvit.prune import amounts, cycles, prices, prunable_plan, scores, select, shrink_
+from compressvit.training.phases.prune.neurons import amounts, cycles, prices, prunable_plan, scores, select, shrink_
+from compressvit.training.phases.prune.spec import Prune, PruneTarget
 from compressvit.transforms import Adapters, AdaptFormer
+from compressvit.transforms.applying import compress
+from compressvit.transforms.record import trained_parameters
 
 SPECS = {
     "adapters": Adapters(ratio=0.25),

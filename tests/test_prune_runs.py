@@ -11,14 +11,14 @@ import pytest
 from helpers.recipes import GOOD, only_row
 from helpers.runs import done, metrics, refused, run, student_bytes
 
-from compressvit import artifact
+from compressvit.artifacts import artifact
+from compressvit.charts.findings import read
 from compressvit.diagnostics.allocation import allocation_finding
-from compressvit.distill import engine
 from compressvit.files import load_checkpoint
-from compressvit.findings import read
-from compressvit.plan import plan_recipe
-from compressvit.prune import prunable_plan
-from compressvit.recipe import parse_recipe
+from compressvit.recipe.recipe import parse_recipe
+from compressvit.runs.plan import plan_recipe
+from compressvit.training import loop
+from compressvit.training.phases.prune.neurons import prunable_plan
 
 PHASE = "1_prune"
 RECIPE = """\
@@ -113,7 +113,7 @@ def test_every_removal_is_followed_by_a_training_with_a_checkpoint_of_its_own(wh
     ],
 )
 def test_a_stopped_run_goes_on_to_the_same_bits(whole, recipe, tmp_path, monkeypatch, batch, told):
-    folder, seen, total = tmp_path / "run", [], engine._total
+    folder, seen, total = tmp_path / "run", [], loop._total
 
     def counted(*args):
         seen.append(1)
@@ -122,7 +122,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(whole, recipe, tmp_path, monkeyp
         return total(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "_total", counted)
+        patch.setattr(loop, "_total", counted)
         code, _, err = run("apply", recipe, "--output", folder)
     assert code == 128 + signal.SIGTERM
     assert "--resume" in err

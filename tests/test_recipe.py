@@ -7,9 +7,9 @@ from textwrap import dedent
 import pytest
 from helpers.recipes import GOOD, fault, only_row, rows
 
-from compressvit.distill.spec import Distill
 from compressvit.errors import UserError
-from compressvit.recipe import RecipeError, find_recipe, load_recipe, parse_recipe, shipped_recipes
+from compressvit.recipe.recipe import RecipeError, find_recipe, load_recipe, parse_recipe, shipped_recipes
+from compressvit.training.phases.distill import Distill
 from compressvit.transforms.multiplex import Multiplex
 
 # --- what a list of faults looks like

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from helpers.recipes import GOOD, fault, only_row, rows
 
-from compressvit.distill.spec import Finetune
-from compressvit.recipe import parse_recipe
+from compressvit.recipe.recipe import parse_recipe
+from compressvit.training.phases.finetune import Finetune
 from compressvit.transforms.irpe import IRPE
 
 

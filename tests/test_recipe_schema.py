@@ -9,10 +9,8 @@ import pytest
 import yaml
 from helpers.recipes import GOOD, fault
 
-from compressvit.data import Data
-from compressvit.distill.spec import PHASES, Distill, Finetune, HiddenRelationTerm, Losses, TorchdistillTerm
-from compressvit.plan import plan_recipe
-from compressvit.recipe import (
+from compressvit.data.spec import Data
+from compressvit.recipe.recipe import (
     Recipe,
     Student,
     Teacher,
@@ -22,7 +20,12 @@ from compressvit.recipe import (
     shipped_recipes,
     step,
 )
-from compressvit.recipe_schema import json_schema
+from compressvit.recipe.schema import json_schema
+from compressvit.runs.plan import plan_recipe
+from compressvit.training.phases import PHASES
+from compressvit.training.phases.distill import Distill
+from compressvit.training.phases.finetune import Finetune
+from compressvit.training.term_specs import HiddenRelationTerm, Losses, TorchdistillTerm
 from compressvit.transforms import TRANSFORMS
 from compressvit.transforms.irpe import IRPE
 from compressvit.transforms.multiplex import Multiplex

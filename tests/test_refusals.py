@@ -11,16 +11,18 @@ from helpers.models import build, images_for
 from PIL import Image
 
 import compressvit
-from compressvit import Multiplex, artifact
-from compressvit.data import Augment, InputConfig
+from compressvit import Multiplex
+from compressvit.artifacts import artifact
+from compressvit.data.input import InputConfig
+from compressvit.data.loaders import _transform
+from compressvit.data.spec import Augment
 from compressvit.errors import UserError
 from compressvit.files import disk_faults
-from compressvit.loaders import _transform
-from compressvit.preflight import pick_device, refuse_own_inputs
-from compressvit.recipe import find_recipe, parse_recipe
-from compressvit.runfolder import RunFolder
+from compressvit.model.weights import resample_positions
+from compressvit.recipe.recipe import find_recipe, parse_recipe
+from compressvit.runs.folder import RunFolder
+from compressvit.runs.preflight import pick_device, refuse_own_inputs
 from compressvit.transforms import LoadWeights
-from compressvit.weights import resample_positions
 
 
 def test_the_policy_of_the_imagenet_recipes_takes_every_magnitude():

@@ -17,7 +17,7 @@ from helpers.runs import RECIPE, TINY, done, run
 from PIL import Image
 
 from compressvit import cli
-from compressvit.findings import Finding
+from compressvit.charts.findings import Finding
 from compressvit.report import write as writing
 from compressvit.report.page import Page as Builder
 from compressvit.report.record import read_run

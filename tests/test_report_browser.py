@@ -9,7 +9,7 @@ import pytest
 from helpers.browser import CHROMIUM, tab
 from helpers.runs import done
 
-from compressvit.findings import Finding
+from compressvit.charts.findings import Finding
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="neither chromium nor google-chrome is on the PATH")
 

@@ -13,10 +13,12 @@ from helpers.models import BACKBONES, SWIN, VIT, build, images_for, outputs, ran
 
 from compressvit import LORS, AdaptFormer, Multiplex
 from compressvit.errors import UserError
-from compressvit.pipeline import compress, compression_of, transform_
-from compressvit.regression import Regression
-from compressvit.sequential import BRANCHES, LayerFit, fit_in_order
-from compressvit.source import Source
+from compressvit.fitting import in_order
+from compressvit.fitting.in_order import BRANCHES, LayerFit, fit_in_order
+from compressvit.fitting.moments import Source
+from compressvit.fitting.regression import Regression
+from compressvit.transforms.applying import compress, transform_
+from compressvit.transforms.record import compression_of
 
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
@@ -39,7 +41,6 @@ def relative(a, b):
 @pytest.mark.parametrize("name", [*BACKBONES, "swin_padded"])
 def test_what_a_layer_is_asked_for_makes_the_hidden_state_the_teachers(name, monkeypatch):
     """Put the wanted outputs in place of the last layer's of each branch: the student's sum is then the teacher's, whatever came before."""
-    from compressvit import sequential
 
     teacher = build_any(name)
     for path, parameter in teacher.named_parameters():
@@ -49,14 +50,14 @@ def test_what_a_layer_is_asked_for_makes_the_hidden_state_the_teachers(name, mon
     randomise(student, 0.02)
     images = images_for(teacher, 4)
     asked: dict[str, torch.Tensor] = {}
-    tokens = sequential._tokens
+    tokens = in_order._tokens
 
     def noting(ours, theirs, layer, *hidden):
         x, y = tokens(ours, theirs, layer, *hidden)
         asked[layer] = y
         return x, y
 
-    monkeypatch.setattr(sequential, "_tokens", noting)
+    monkeypatch.setattr(in_order, "_tokens", noting)
     checked = []
 
     def fit(path, module, regression):

@@ -11,14 +11,14 @@ from helpers.models import build, images_for, outputs, randomise
 from helpers.runs import done, refused, run
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from compressvit import artifact
-from compressvit.adapter_file import load_adapter
-from compressvit.distill.spec import Sparsify
+from compressvit.artifacts import artifact
+from compressvit.artifacts.adapter import load_adapter
 from compressvit.errors import UserError
-from compressvit.pipeline import compress, compression_of, trained_parameters
-from compressvit.prune import prunable_plan
-from compressvit.sparsify import sparsify_
+from compressvit.training.phases.prune.neurons import prunable_plan
+from compressvit.training.phases.sparsify import Sparsify, sparsify_
 from compressvit.transforms import PHM, Adapters, AdaptFormer
+from compressvit.transforms.applying import compress
+from compressvit.transforms.record import compression_of, trained_parameters
 
 SIDES = [
     f"blocks.{i}.{part}.adapter.{side}.weight" for i in range(4) for part in ("attn", "mlp") for side in ("down", "up")

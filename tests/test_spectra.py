@@ -16,7 +16,7 @@ from compressvit.diagnostics.spectra import (
     spectra_findings,
 )
 from compressvit.errors import UserError
-from compressvit.source import Source
+from compressvit.fitting.moments import Source
 
 
 def test_effective_rank_counts_directions():

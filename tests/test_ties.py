@@ -10,12 +10,14 @@ from helpers.models import BACKBONES, build, images_for, outputs
 from timm.models._manipulate import reinit_non_persistent_buffers
 from torch import nn
 
-from compressvit import artifact, surgery, ties
-from compressvit.distill.optimisation import build_average, build_optimizer
-from compressvit.distill.spec import Finetune
+from compressvit.artifacts import artifact
 from compressvit.errors import UserError
-from compressvit.pipeline import compress, compression_of
+from compressvit.model import surgery, ties
+from compressvit.training.optimisation import build_average, build_optimizer
+from compressvit.training.phases.finetune import Finetune
 from compressvit.transforms import IRPE, Multiplex
+from compressvit.transforms.applying import compress
+from compressvit.transforms.record import compression_of
 
 KINDS = ("vit", "deit_distilled", "swin")
 

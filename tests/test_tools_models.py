@@ -12,9 +12,10 @@ import torch
 from helpers.models import build
 from helpers.tools import ran, refused
 
-from compressvit import artifact
-from compressvit.diagnostics.opened import open_models
+from compressvit.artifacts import artifact
 from compressvit.errors import UserError
+from compressvit.model import stored
+from compressvit.programs.opened import open_models
 
 CPU = torch.device("cpu")
 
@@ -28,7 +29,7 @@ def test_cka_of_a_run_is_of_its_student_and_teacher(finished, tmp_path, capsys):
     out = ran(capsys, "cka", finished, "--images", 16, "--batch-size", 8, "--output", tmp_path)
     assert "CKA on 16 images" in out
     found = rows(tmp_path / "cka.csv")
-    depth = json.loads((finished / "student" / artifact.MANIFEST).read_text())["args"]["depth"]
+    depth = json.loads((finished / "student" / stored.MANIFEST).read_text())["args"]["depth"]
     assert len(found) == depth**2
     assert {"row", "column", "cka", "plus_minus", "best"} == set(found[0])
     assert all(-0.3 < float(row["cka"]) <= 1 for row in found)

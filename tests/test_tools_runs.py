@@ -19,10 +19,11 @@ from helpers.runs import RECIPE, done
 from helpers.tools import ran, refused, tool
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from compressvit.diagnostics.allocation import allocation_finding, allocation_summary
-from compressvit.diagnostics.curves import read_curves
+from compressvit.diagnostics.allocation import allocation_finding
 from compressvit.diagnostics.gradient_findings import layers_finding
-from compressvit.diagnostics.recorded import Run, labelled
+from compressvit.programs.allocation import allocation_summary
+from compressvit.programs.curves import read_curves
+from compressvit.programs.recorded import Run, labelled
 
 ROOT = Path(__file__).parents[1]
 ROW = '{"phase": "a", "epoch": 0, "step": 1, "norms": {}, "shared": {}}\n'

@@ -25,12 +25,13 @@ from helpers.models import VIT, build, images_for, outputs
 from timm.models.vision_transformer import ParallelScalingBlock
 from torch import nn
 
-from compressvit import surgery, ties
-from compressvit.backbone import SUPPORTED
 from compressvit.errors import UserError
-from compressvit.pipeline import compress, compression_of, trained_names, transform_
+from compressvit.model import surgery, ties
+from compressvit.model.backbone import SUPPORTED
 from compressvit.transforms import IRPE, TRANSFORMS, Multiplex, Plan, Transform
 from compressvit.transforms import transform as register
+from compressvit.transforms.applying import compress, transform_
+from compressvit.transforms.record import compression_of, trained_names
 
 # --------------------------------------------------------------------------------------------------------- the registry
 

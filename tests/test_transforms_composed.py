@@ -10,10 +10,12 @@ import torch
 from helpers.contract import ADAPTERS, EXAMPLES, REFUSED, same_values, structure, teacher, values
 from helpers.models import BACKBONES, build, images_for, outputs
 
-from compressvit import artifact, ties
+from compressvit.artifacts import artifact
 from compressvit.errors import UserError
-from compressvit.pipeline import compress, compression_of, plan_transforms, transform_
+from compressvit.model import ties
 from compressvit.transforms import IRPE, LoadWeights, Multiplex
+from compressvit.transforms.applying import compress, plan_transforms, transform_
+from compressvit.transforms.record import compression_of
 
 # ---------------------------------------------------------------------------------------------------------- composition
 

@@ -10,9 +10,10 @@ import torch
 from helpers.contract import every_case, every_transform, same_values, structure, teacher
 from helpers.models import BACKBONES, build, images_for, outputs
 
-from compressvit import ties
-from compressvit.pipeline import compress, compression_of
+from compressvit.model import ties
 from compressvit.transforms import IRPE, Multiplex
+from compressvit.transforms.applying import compress
+from compressvit.transforms.record import compression_of
 
 
 @every_transform

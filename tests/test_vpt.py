@@ -17,13 +17,15 @@ from helpers.models import BACKBONES, EVERYTHING, VIT, build, images_for, output
 from helpers.prompts import EXACT, FORMS, gap, prompted, prompts_of, shapes
 from torch import Tensor, nn
 
-from compressvit import artifact, cost, surgery, ties
-from compressvit.adapter_file import load_adapter, remove_adapter, save_adapter
-from compressvit.backbone import describe, head_names
+from compressvit.artifacts import artifact
+from compressvit.artifacts.adapter import load_adapter, remove_adapter, save_adapter
 from compressvit.errors import UserError
-from compressvit.layers.prompts import Prompts, refuse_prompts, without_prompts
-from compressvit.pipeline import apply_plans, compress, compression_of, materialise, trained_names
+from compressvit.model import cost, surgery, ties
+from compressvit.model.backbone import describe, head_names
 from compressvit.transforms import IRPE, SSF, VPT, FacT, LoRA, Multiplex, RepAdapter
+from compressvit.transforms.applying import apply_plans, compress, materialise
+from compressvit.transforms.record import compression_of, trained_names
+from compressvit.transforms.vpt.prompts import Prompts, refuse_prompts, without_prompts
 
 VITS = ("vit", "vit_no_class_token", "deit_distilled", "dinov2_registers", "headless", "clip")
 

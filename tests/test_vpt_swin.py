@@ -15,8 +15,8 @@ from helpers.plain_blocks import naive_mlp, naive_norm
 from helpers.prompts import EXACT, FORMS, gap, prompted, prompts_of, shapes
 from torch import Tensor, nn
 
-from compressvit.pipeline import compress
 from compressvit.transforms import VPT
+from compressvit.transforms.applying import compress
 
 
 def naive_swin_block(block: nn.Module, prompts: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

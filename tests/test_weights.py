@@ -14,8 +14,9 @@ import torch
 from helpers.models import BACKBONES, SWIN, VIT, build, images_for, outputs
 from timm.layers import resample_abs_pos_embed
 
-from compressvit import artifact, weights
+from compressvit.artifacts import artifact
 from compressvit.errors import UserError
+from compressvit.model import weights
 
 WHERE = "teacher.weights"
 

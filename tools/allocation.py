@@ -15,14 +15,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from compressvit.diagnostics.allocation import (
-    allocation_finding,
-    allocation_summary,
-    final_allocation_finding,
-    run_histories,
-)
-from compressvit.diagnostics.program import Findings, program, table_of
-from compressvit.diagnostics.recorded import Run
+from compressvit.diagnostics.allocation import allocation_finding
+from compressvit.programs.allocation import allocation_summary, final_allocation_finding, run_histories
+from compressvit.programs.program import Findings, program, table_of
+from compressvit.programs.recorded import Run
 
 
 def look(runs: list[Run], arguments: argparse.Namespace) -> Findings:

@@ -15,9 +15,9 @@ import sys
 from collections.abc import Sequence
 
 from compressvit.diagnostics.features import subject
-from compressvit.diagnostics.opened import OpenedModels
-from compressvit.diagnostics.program import Findings, above_zero, program_of_models, table_of, whole
 from compressvit.diagnostics.similarity import cka_finding, cka_layers_finding, cka_matrix
+from compressvit.programs.opened import OpenedModels
+from compressvit.programs.program import Findings, above_zero, program_of_models, table_of, whole
 
 
 def look(opened: OpenedModels, arguments: argparse.Namespace) -> Findings:

@@ -14,9 +14,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from compressvit.diagnostics.curves import curves_finding, curves_summary, read_curves
-from compressvit.diagnostics.program import Findings, program, table_of
-from compressvit.diagnostics.recorded import Run
+from compressvit.programs.curves import curves_finding, curves_summary, read_curves
+from compressvit.programs.program import Findings, program, table_of
+from compressvit.programs.recorded import Run
 
 
 def look(runs: list[Run], arguments: argparse.Namespace) -> Findings:

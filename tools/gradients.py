@@ -15,8 +15,8 @@ from collections.abc import Sequence
 
 from compressvit.diagnostics.gradient_findings import gradient_findings, gradient_summary, layers_finding
 from compressvit.diagnostics.gradients import gradient_rows
-from compressvit.diagnostics.program import Findings, program, table_of
-from compressvit.diagnostics.recorded import Run
+from compressvit.programs.program import Findings, program, table_of
+from compressvit.programs.recorded import Run
 
 
 def look(runs: list[Run], arguments: argparse.Namespace) -> Findings:

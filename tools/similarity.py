@@ -17,11 +17,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from compressvit.backbone import describe
-from compressvit.diagnostics.opened import OpenedModels
-from compressvit.diagnostics.program import Findings, program_of_models, table_of, whole
 from compressvit.diagnostics.spectra import sharing_finding, sharing_losses, spectra_findings
-from compressvit.source import Source
+from compressvit.fitting.moments import Source
+from compressvit.model.backbone import describe
+from compressvit.programs.opened import OpenedModels
+from compressvit.programs.program import Findings, program_of_models, table_of, whole
 
 
 def look(opened: OpenedModels, arguments: argparse.Namespace) -> Findings:

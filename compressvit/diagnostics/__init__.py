@@ -6,13 +6,13 @@ it here. Recipes, their schema and `plan` then know it.
 
 from __future__ import annotations
 
+from compressvit.charts.findings import Finding
 from compressvit.diagnostics.base import (
     DIAGNOSTICS,
     Context,
     Diagnostic,
     Measured,
     MeasuredOnImages,
-    Watch,
     Watched,
     diagnostic,
 )
@@ -22,7 +22,7 @@ from compressvit.diagnostics.gradients import Gradients
 from compressvit.diagnostics.kernel_alignment import MinibatchCKA, cka
 from compressvit.diagnostics.similarity import CKA
 from compressvit.diagnostics.spectra import Similarity, Spectra
-from compressvit.findings import Finding
+from compressvit.training.watch import Watch
 
 __all__ = [
     "CKA",

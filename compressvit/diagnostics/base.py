@@ -13,17 +13,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import nn
 
-from compressvit.data import InputConfig, renormalise
-from compressvit.distill.spec import Training
+from compressvit.charts.findings import Finding
+from compressvit.data.input import InputConfig, renormalise
 from compressvit.errors import UserError
-from compressvit.findings import Finding
 from compressvit.spec import Spec
+from compressvit.training.spec import Training
+from compressvit.training.watch import Watch
 
 FOLDER = "diagnostics"  # in a run folder
 Epochs = tuple[Annotated[int, Field(ge=0)] | Literal["last"], ...]
@@ -131,22 +132,6 @@ class MeasuredOnImages(Measured):
 
     def summary(self) -> str:
         return f"up to {self.images:,} images, {super().summary()}"
-
-
-class Watch(Protocol):
-    """What the training loop calls around every optimiser step."""
-
-    def before(self, steps: int) -> None:
-        """A batch is about to go through the model; `steps` optimiser steps of the phase are done."""
-
-    def after(self, step: int, epoch: int, scale: float) -> None:
-        """The gradients of step number `step` (from 1) are whole: unscaled, not yet clipped. `scale` is what the loss was multiplied by."""
-
-    def findings(self) -> list[Finding]:
-        """What was seen so far, in this phase and those before."""
-
-    def close(self) -> None:
-        """Leave the model as it was."""
 
 
 class Watched(Diagnostic):

@@ -10,15 +10,15 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from compressvit import losses
+from compressvit.charts.findings import Finding
 from compressvit.diagnostics.base import Context, MeasuredOnImages, diagnostic
 from compressvit.diagnostics.features import Batches, block_paths, regrouped, require_finite, tokens
-from compressvit.distill.pairs import LayerPair, match_layers
-from compressvit.distill.spec import Training
-from compressvit.distill.taps import Tap, Taps
 from compressvit.errors import UserError
-from compressvit.findings import Finding
-from compressvit.modes import evaluating
+from compressvit.model.modes import evaluating
+from compressvit.model.taps import Tap, Taps
+from compressvit.training import losses
+from compressvit.training.pairs import LayerPair, match_layers
+from compressvit.training.spec import Training
 
 MEASURES = {
     "cosine": "1 − cosine of the tokens",

@@ -14,11 +14,11 @@ from pydantic import Field
 from sklearn.manifold import TSNE
 from torch import nn
 
-from compressvit.backbone import model_name
+from compressvit.charts.findings import Finding
 from compressvit.diagnostics.base import EPOCHS, Context, Epochs, MeasuredOnImages, diagnostic
 from compressvit.errors import UserError
-from compressvit.findings import Finding
-from compressvit.modes import evaluating
+from compressvit.model.backbone import model_name
+from compressvit.model.modes import evaluating
 
 LEAST = 10  # images
 
@@ -35,7 +35,7 @@ def pooled_features(
     """What a timm model's classifier would get, (images, width), and the labels (images,), −1 for none.
 
     Args:
-        batches: (images, targets), as `compressvit.data.eval_loader` yields them; broken files (target −2) are left out.
+        batches: (images, targets), as `compressvit.data.loaders.eval_loader` yields them; broken files (target −2) are left out.
         images: how many at most.
         input: turns the images of the batches into the model's own.
 

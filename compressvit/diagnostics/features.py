@@ -13,10 +13,10 @@ import torch
 from einops import rearrange
 from torch import nn
 
-from compressvit.backbone import ALL_FAMILIES, describe, family, model_name
-from compressvit.distill.taps import Taps
 from compressvit.errors import UserError
-from compressvit.modes import evaluating
+from compressvit.model.backbone import ALL_FAMILIES, describe, family, model_name
+from compressvit.model.modes import evaluating
+from compressvit.model.taps import Taps
 
 Batches = Callable[[], Iterable[torch.Tensor]]
 

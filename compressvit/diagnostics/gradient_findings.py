@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from compressvit.findings import Finding, stretches
+from compressvit.charts.findings import Finding, stretches
 
 Rows = Sequence[Mapping[str, Any]]
 

@@ -16,15 +16,15 @@ import torch
 from pydantic import BaseModel, Field
 from torch import nn
 
-from compressvit import surgery
-from compressvit.backbone import ALL_FAMILIES, describe, family, head_names
+from compressvit.charts.findings import Finding
 from compressvit.diagnostics.base import FOLDER, Watched, diagnostic, refuse_compiled
 from compressvit.diagnostics.gradient_findings import gradient_findings
 from compressvit.diagnostics.uses import Uses
-from compressvit.distill.spec import Training
 from compressvit.errors import UserError
-from compressvit.findings import Finding
+from compressvit.model import surgery
+from compressvit.model.backbone import ALL_FAMILIES, describe, family, head_names
 from compressvit.rows import append_row, read_rows, rewrite_rows
+from compressvit.training.spec import Training
 
 ROWS = "gradients.jsonl"
 GROUPS = ("attention", "MLP", "norms", "transforms", "embeddings", "head", "other")

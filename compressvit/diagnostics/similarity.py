@@ -9,13 +9,13 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from compressvit.charts.findings import Finding
 from compressvit.diagnostics.base import Context, MeasuredOnImages, diagnostic
 from compressvit.diagnostics.features import Batches, Subject, require_taps, subject, walk
 from compressvit.diagnostics.kernel_alignment import LEAST, CKAResult, Kernel, MinibatchCKA
-from compressvit.distill.spec import Training
 from compressvit.errors import UserError
-from compressvit.findings import Finding
-from compressvit.runlog import watched
+from compressvit.log import progress
+from compressvit.training.spec import Training
 
 
 def cka_matrix(
@@ -50,7 +50,7 @@ def cka_matrix(
     stream = MinibatchCKA(first.taps, second.taps, kernel, bandwidth)
     subjects = [first] if first is second else [first, second]
     steps = walk(subjects, batches, device, images, size=batch_size, least=LEAST)
-    for seen in watched(steps, "CKA", -(-images // batch_size)):
+    for seen in progress(steps, "CKA", -(-images // batch_size)):
         stream.add(seen[0], seen[-1])
     return stream.result()
 

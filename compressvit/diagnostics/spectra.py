@@ -13,13 +13,13 @@ from pydantic import Field, model_validator
 from scipy.linalg import solve, svdvals
 from torch import nn
 
-from compressvit.backbone import TRANSFORMERS, describe, family
+from compressvit.charts.findings import Finding
 from compressvit.diagnostics.base import EPOCHS, Context, Epochs, Measured, MeasuredOnImages, diagnostic
 from compressvit.errors import UserError
-from compressvit.findings import Finding
-from compressvit.source import Source
+from compressvit.fitting.moments import Source
+from compressvit.model.backbone import TRANSFORMERS, describe, family
 from compressvit.transforms.align import matched_weights
-from compressvit.transforms.lors import TARGETS
+from compressvit.transforms.lors.spec import TARGETS
 
 _POINTS = 48  # of a spectrum's curve
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from compressvit import ties
+from compressvit.model import ties
 
 _CAST = "ToCopyBackward0"  # autocast casts a weight once, and all its uses read the copy
 

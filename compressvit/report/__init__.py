@@ -1,1 +1,1 @@
-"""The report of a run, or of several: one HTML file that needs no network, no model, no data and no torch."""
+"""One page of a run, or of several."""

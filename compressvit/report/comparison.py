@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from compressvit.compare import cells, gather
+from compressvit.charts.plots import compare_findings
 from compressvit.errors import UserError
-from compressvit.plots import compare_findings
+from compressvit.report.compare import cells, gather
 from compressvit.report.page import Page
 from compressvit.report.record import Run
 

@@ -15,8 +15,9 @@ import jinja2
 import vl_convert
 from markupsafe import Markup
 
-from compressvit import __version__, drawing
-from compressvit.findings import Finding
+from compressvit import __version__
+from compressvit.charts import drawing
+from compressvit.charts.findings import Finding
 from compressvit.report import sections
 from compressvit.report.record import Run
 from compressvit.report.training import curves, phases

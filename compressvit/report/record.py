@@ -9,11 +9,12 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from compressvit import __version__, findings
+from compressvit import __version__
+from compressvit.charts import findings
+from compressvit.charts.findings import Finding
 from compressvit.errors import UserError
-from compressvit.findings import Finding
 from compressvit.rows import MetricsRow
-from compressvit.runfolder import RESOLVED, RunFolder
+from compressvit.runs.folder import RESOLVED, RunFolder
 
 
 class _File(BaseModel):

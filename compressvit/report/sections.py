@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from compressvit.findings import Finding
+from compressvit.charts.findings import Finding
 from compressvit.report.record import Answer, ClassRow, Environment, LedgerRow, PredictionsFile, Results, Run
-from compressvit.tables import adapted, results_rows
+from compressvit.runs.tables import adapted, results_rows
 
 CLASSES = 40  # a chart of more would be a blur; those that changed most are drawn
 LOG_LINES = 8

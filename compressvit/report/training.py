@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from compressvit.findings import Finding, stretches
+from compressvit.charts.findings import Finding, stretches
 
 POINTS = 200  # a line has at most about this many; more are averaged in equal stretches
 _RANGE = 30.0  # from the smallest to the largest value: above it an axis is logarithmic

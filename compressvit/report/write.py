@@ -6,11 +6,11 @@ from pathlib import Path
 
 from compressvit.errors import UserError
 from compressvit.files import write_text
+from compressvit.log import told
 from compressvit.report import sections
 from compressvit.report.page import Page
 from compressvit.report.record import Run, read_run
-from compressvit.runfolder import find_runs
-from compressvit.runlog import told
+from compressvit.runs.folder import find_runs
 
 FILE = "report.html"
 

@@ -17,12 +17,12 @@ from compressvit.transforms.head_norm import HeadNorm
 from compressvit.transforms.irpe import IRPE
 from compressvit.transforms.load_weights import LoadWeights
 from compressvit.transforms.lora import LoRA
-from compressvit.transforms.lors import LORS
+from compressvit.transforms.lors.spec import LORS
 from compressvit.transforms.multiplex import Multiplex
 from compressvit.transforms.phm import PHM
 from compressvit.transforms.repadapter import RepAdapter
 from compressvit.transforms.ssf import SSF
-from compressvit.transforms.vpt import VPT
+from compressvit.transforms.vpt.spec import VPT
 
 __all__ = [
     "IRPE",

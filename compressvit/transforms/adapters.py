@@ -9,58 +9,36 @@ start, so the model is unchanged. 2·M·h' parameters each, without biases. A Co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-from compressvit import surgery
-from compressvit.backbone import ALL_FAMILIES, describe, model_name
 from compressvit.errors import UserError
-from compressvit.layers.adapter import AdapterLinear, Bottleneck, WithAdapter
-from compressvit.source import Source
+from compressvit.fitting.moments import Source
+from compressvit.model import surgery
 from compressvit.transforms.base import LedgerEntry, Plan, Transform, record, transform
+from compressvit.transforms.bottleneck import (
+    Activation,
+    AdapterLinear,
+    Bottleneck,
+    BottleneckPlan,
+    Place,
+    adapter_widths,
+    at_tokens,
+    sublayer_width,
+)
 
-Place = Literal["attn", "mlp"]
-Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu", "hard_swish", "leaky_relu", "elu", "tanh"]
 
+class WithAdapter:
+    """Of a sublayer (attention, MLP): `A(h) = h + adapter(h)` on what leaves it, before LayerScale and the outer residual."""
 
-class BottleneckPlan(Plan):
-    """What all plans of bottlenecks have: by path, how many neurons the one in the path's slot has (0: it is gone)."""
+    slots = ("adapter",)
 
-    slot: ClassVar[str]
-
-    widths: dict[str, int]
-    masked: bool = False  # a `sparsify` phase masked single weights
-
-    def bottlenecks(self, model: nn.Module) -> dict[str, Bottleneck]:
-        """Those that are there, by path."""
-        return {path: getattr(model.get_submodule(path), self.slot) for path, hidden in self.widths.items() if hidden}
-
-    def prefix(self, path: str) -> str:
-        """Where the bottleneck of a path has its own name."""
-        return f"{path}.{self.slot}"
-
-    def put(self, model: nn.Module, path: str, bottleneck: Bottleneck) -> None:
-        """Fill the slot at `path`."""
-        if self.masked:
-            bottleneck.allow_all()
-        surgery.fill_slot(model, path, self.slot, bottleneck)
-
-    @torch.no_grad()
-    def initialise(self, student: nn.Module, source: Source) -> None:
-        for bottleneck in self.bottlenecks(student).values():
-            bottleneck.down.reset(zero=False)  # type: ignore[operator]
-            bottleneck.up.reset(zero=True)  # type: ignore[operator]
-
-    def trains(self, model: nn.Module) -> set[str]:
-        return {
-            f"{self.prefix(path)}.{name}"
-            for path, bottleneck in self.bottlenecks(model).items()
-            for name, _ in bottleneck.named_parameters(remove_duplicate=False)
-        }
+    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        h = super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        return h if self.adapter is None else h + at_tokens(self.adapter, h, self)  # type: ignore[attr-defined,arg-type]
 
 
 class AdaptersPlan(BottleneckPlan):
@@ -101,39 +79,6 @@ class AdaptersPlan(BottleneckPlan):
             f"{self.transform} cannot be folded: the activation between the two projections has no counterpart in a linear layer. "
             "Ship the artifact as it is, or adapt with repadapter, lora, ssf or fact, which can be"
         )
-
-
-def sublayer_width(model: nn.Module, path: str) -> tuple[torch.Tensor, int]:
-    """A tensor of the sublayer at `path` (for its device and type), and its width M."""
-    sublayer = model.get_submodule(path)
-    last: Any = sublayer.proj if hasattr(sublayer, "proj") else sublayer.fc2
-    return last.weight, last.weight.shape[0]
-
-
-def adapter_widths(
-    model: nn.Module, asker: str, places: Sequence[Place], width: int | None, ratio: float | None
-) -> dict[str, int]:
-    """Neurons of the bottleneck behind every sublayer: `width` everywhere, or `ratio` of each one's M.
-
-    Raises:
-        UserError: a block has none of the places, or the ratio leaves no neuron.
-    """
-    backbone = describe(model, ALL_FAMILIES)
-    parts = [part for part in backbone.parts if part in places]
-    if not parts:
-        raise UserError(
-            f"{asker}.places asks for {', '.join(places)}, but the blocks of {model_name(model)} have {', '.join(backbone.parts)}"
-        )
-    widths: dict[str, int] = {}
-    for info in backbone.blocks:
-        hidden = width if width is not None else int(info.width * (ratio or 0) + 1e-9)
-        if hidden < 1:
-            least = -(-10_000 // info.width) / 10_000  # rounded up, so that it is enough
-            raise UserError(
-                f"{asker}.ratio={ratio:g} of the {info.width} channels of {info.path} leaves no neuron; give at least {least}"
-            )
-        widths |= {f"{info.path}.{part}": hidden for part in parts}
-    return widths
 
 
 @transform("adapters", AdaptersPlan)

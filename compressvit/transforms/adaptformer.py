@@ -14,14 +14,13 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 from torch import nn
 
-from compressvit import surgery
-from compressvit.backbone import ALL_FAMILIES, describe
 from compressvit.errors import UserError
-from compressvit.layers.adapter import AdapterLinear, Bottleneck
-from compressvit.layers.block import SLOTTED_BLOCK
-from compressvit.source import Source
-from compressvit.transforms.adapters import BottleneckPlan, sublayer_width
+from compressvit.fitting.moments import Source
+from compressvit.model import surgery
+from compressvit.model.backbone import ALL_FAMILIES, describe
+from compressvit.model.block import SLOTTED_BLOCK
 from compressvit.transforms.base import LedgerEntry, Transform, record, transform
+from compressvit.transforms.bottleneck import AdapterLinear, Bottleneck, BottleneckPlan, sublayer_width
 
 Reads = Literal["normed", "residual"]
 

@@ -20,10 +20,10 @@ from scipy.optimize import linear_sum_assignment
 from timm.layers import Mlp
 from torch import nn
 
-from compressvit import surgery, ties
-from compressvit.backbone import describe, model_name, share_groups
 from compressvit.errors import UserError
-from compressvit.source import Source
+from compressvit.fitting.moments import Source
+from compressvit.model import surgery, ties
+from compressvit.model.backbone import describe, model_name, share_groups
 from compressvit.transforms.base import LedgerEntry, Plan, Transform, transform
 
 

@@ -18,10 +18,10 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from compressvit import ties
 from compressvit.errors import UserError
-from compressvit.sequential import LayerFit
-from compressvit.source import Source
+from compressvit.fitting.in_order import LayerFit
+from compressvit.fitting.moments import Source
+from compressvit.model import ties
 from compressvit.spec import Spec
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from compressvit import ties
+from compressvit.model import ties
 from compressvit.transforms.base import LedgerEntry, transform
 from compressvit.transforms.phm import PHM, PHMPlan
 

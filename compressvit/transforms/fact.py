@@ -13,18 +13,79 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Literal
 
+import torch
+from einops import rearrange
 from pydantic import Field
 from torch import nn
 
-from compressvit import ties
-from compressvit.backbone import describe, projection
 from compressvit.errors import UserError
-from compressvit.layers.delta import FacTTerm, WithFacT, add_to_weight_
-from compressvit.source import Source
+from compressvit.fitting.moments import Source
+from compressvit.model import ties
+from compressvit.model.backbone import describe, projection
 from compressvit.transforms.base import LedgerEntry, Transform, record, transform
-from compressvit.transforms.term import TermPlan, new_like
+from compressvit.transforms.term import TermPlan, add_to_weight_, new_like, with_term
 
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+
+
+class FacTTerm(nn.Module):
+    """`scale · V Σ_j U` for every M×M slot j of a projection: its outputs (fused qkv, fc1) or its inputs (fc2) cut into pieces of M.
+
+    Args:
+        width: M; U is (r, M), V is (M, r), both shared by all projections.
+        rank: r.
+        slots: pieces of the projection.
+        on_inputs: whether the inputs are cut instead of the outputs.
+        scale: s.
+        tucker: Σ_j = Σ_k p_jk C_k with a shared C (r, r, r) and a private p (slots, r) instead of a private Σ (slots, r, r).
+    """
+
+    def __init__(
+        self, width: int, rank: int, slots: int, on_inputs: bool, scale: float, tucker: bool, device=None, dtype=None
+    ):
+        super().__init__()
+        new = {"device": device, "dtype": dtype}
+        self.u = nn.Parameter(torch.empty(rank, width, **new))
+        self.v = nn.Parameter(torch.empty(width, rank, **new))
+        if tucker:
+            self.core = nn.Parameter(torch.empty(rank, rank, rank, **new))
+            self.mix = nn.Parameter(torch.empty(slots, rank, **new))
+        else:
+            self.sigma = nn.Parameter(torch.empty(slots, rank, rank, **new))
+        self.on_inputs, self.scale, self.tucker = on_inputs, scale, tucker
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """U Xavier, Σ (C, p) uniform as a linear layer's, V zero, so that ΔW is zero."""
+        nn.init.xavier_uniform_(self.u)
+        nn.init.zeros_(self.v)
+        bound = self.u.shape[0] ** -0.5
+        for part in (self.core, self.mix) if self.tucker else (self.sigma,):
+            nn.init.uniform_(part, -bound, bound)
+
+    def _sigma(self) -> torch.Tensor:  # (slots, r, r)
+        return torch.einsum("jk,ksr->jsr", self.mix, self.core) if self.tucker else self.sigma
+
+    def product(self) -> torch.Tensor:  # (out, in)
+        slots = self.scale * self.v @ self._sigma() @ self.u
+        return rearrange(slots, "j o i -> o (j i)") if self.on_inputs else rearrange(slots, "j o i -> (j o) i")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        sigma = self._sigma() * self.scale
+        if self.on_inputs:
+            inner = rearrange(x, "... (j i) -> ... j i", j=len(sigma)) @ self.u.T
+            return torch.einsum("...jr,jsr->...s", inner, sigma) @ self.v.T
+        inner = torch.einsum("...r,jsr->...js", x @ self.u.T, sigma)
+        return (inner @ self.v.T).flatten(-2)
+
+
+class WithFacT:
+    """Of a linear layer or 1×1 convolution: `y + fact(x)`."""
+
+    slots = ("fact",)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return with_term(super().forward(x), x, self.fact, self)  # type: ignore[misc,attr-defined]
 
 
 class FacTPlan(TermPlan):

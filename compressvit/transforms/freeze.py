@@ -14,9 +14,9 @@ from typing import Literal
 from pydantic import Field
 from torch import nn
 
-from compressvit.backbone import ALL_FAMILIES, describe, head_names, model_name
 from compressvit.errors import UserError
-from compressvit.source import Source
+from compressvit.fitting.moments import Source
+from compressvit.model.backbone import ALL_FAMILIES, describe, head_names, model_name
 from compressvit.transforms.base import LedgerEntry, Plan, Transform, transform
 
 

@@ -15,13 +15,13 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from compressvit import surgery, ties
-from compressvit.backbone import describe, model_name
 from compressvit.errors import UserError
-from compressvit.layers.attention import EXPLICIT_ATTENTION
-from compressvit.layers.prompts import refuse_prompts
-from compressvit.source import Source
+from compressvit.fitting.moments import Source
+from compressvit.model import surgery, ties
+from compressvit.model.attention import EXPLICIT_ATTENTION
+from compressvit.model.backbone import describe, model_name
 from compressvit.transforms.base import LedgerEntry, Plan, Transform, transform
+from compressvit.transforms.vpt.prompts import refuse_prompts
 
 
 def piecewise_index(distance: int, ratio: float) -> int:

@@ -12,11 +12,14 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from compressvit import ties
 from compressvit.errors import UserError
 from compressvit.files import expanded
-from compressvit.source import Source
+from compressvit.fitting.moments import Source
+from compressvit.model import ties
+from compressvit.model.stored import MANIFEST, is_artifact, read_tensors
+from compressvit.model.weights import resample_positions
 from compressvit.transforms.base import LedgerEntry, Plan, Transform, transform
+from compressvit.transforms.stored import read_plans
 
 
 class LoadWeightsPlan(Plan):
@@ -30,9 +33,6 @@ class LoadWeightsPlan(Plan):
 
     @torch.no_grad()
     def initialise(self, student: nn.Module, source: Source) -> None:
-        from compressvit.artifact import read_plans, read_tensors
-        from compressvit.weights import resample_positions
-
         folder = expanded(self.artifact, "load_weights.artifact")
         made_by, asked = (
             [(plan.transform, plan.structure()) for plan in plans if not plan.loads_values]
@@ -83,8 +83,6 @@ class LoadWeights(Transform):
         return LoadWeightsPlan(artifact=self.artifact)
 
     def require_inputs(self) -> None:
-        from compressvit.artifact import MANIFEST, is_artifact
-
         if not is_artifact(expanded(self.artifact, "load_weights.artifact")):
             raise UserError(
                 f"load_weights: there is no artifact at {self.artifact} (a folder with {MANIFEST}); run the recipe that makes it "

@@ -11,18 +11,78 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Literal
 
+import torch
 from pydantic import Field
 from torch import nn
 
-from compressvit.backbone import ALL_FAMILIES, describe, model_name, projection
 from compressvit.errors import UserError
-from compressvit.layers.delta import LoRATerm, WithLoRA, add_to_weight_
-from compressvit.source import Source
+from compressvit.fitting.moments import Source
+from compressvit.model.backbone import ALL_FAMILIES, describe, model_name, projection
 from compressvit.transforms.base import Transform, transform
-from compressvit.transforms.term import TermPlan, new_like
+from compressvit.transforms.term import TermPlan, add_to_weight_, new_like, with_term
 
 Target = Literal["q", "k", "v", "proj", "fc1", "fc2"]
 _PLACE = {"q": "attn.qkv", "k": "attn.qkv", "v": "attn.qkv", "proj": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
+
+
+class LoRATerm(nn.Module):
+    """`scale · up_p down_p` for some of the equal parts of a projection's outputs, such as q and v of a fused qkv.
+
+    Args:
+        in_features: of the projection.
+        part_features: outputs of one part.
+        rank: r.
+        parts: which parts have a term, of `num_parts`.
+        scale: α / r.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        part_features: int,
+        rank: int,
+        parts: tuple[int, ...],
+        num_parts: int,
+        scale: float,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        self.down = nn.Parameter(torch.empty(len(parts), rank, in_features, device=device, dtype=dtype))
+        self.up = nn.Parameter(torch.empty(len(parts), part_features, rank, device=device, dtype=dtype))
+        self.parts, self.num_parts, self.scale = parts, num_parts, scale
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """`down` Kaiming-uniform, `up` zero."""
+        for matrix in self.down:
+            nn.init.kaiming_uniform_(matrix, a=5**0.5)
+        nn.init.zeros_(self.up)
+
+    def product(self) -> torch.Tensor:  # (out, in)
+        return self._spread(self.scale * self.up @ self.down, dim=0).flatten(0, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.einsum("...i,pri->...pr", x, self.down)
+        out = torch.einsum("...pr,por->...po", hidden, self.up) * self.scale
+        return self._spread(out, dim=-2).flatten(-2)
+
+    def _spread(self, parts: torch.Tensor, dim: int) -> torch.Tensor:
+        """Zeros for the parts without a term."""
+        if len(self.parts) == self.num_parts:
+            return parts
+        taken = dict(zip(self.parts, parts.unbind(dim), strict=True))
+        empty = torch.zeros_like(next(iter(taken.values())))
+        return torch.stack([taken.get(p, empty) for p in range(self.num_parts)], dim=dim)
+
+
+class WithLoRA:
+    """Of a linear layer or 1×1 convolution: `y + lora(x)`."""
+
+    slots = ("lora",)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return with_term(super().forward(x), x, self.lora, self)  # type: ignore[misc,attr-defined]
 
 
 class LoRAPlan(TermPlan):

@@ -18,16 +18,16 @@ import torch
 from pydantic import Field, field_validator
 from torch import nn
 
-from compressvit import surgery, ties
-from compressvit.backbone import Backbone, describe, share_groups
 from compressvit.errors import UserError
-from compressvit.layers.attention import EXPLICIT_ATTENTION, HeadMixing
-from compressvit.layers.block import SLOTTED_BLOCK, TokenConv
-from compressvit.layers.linear import FactoredLinear
-from compressvit.layers.prompts import refuse_prompts
-from compressvit.lowrank import TINY
-from compressvit.source import Source
+from compressvit.fitting.lowrank import TINY
+from compressvit.fitting.moments import Source
+from compressvit.model import surgery, ties
+from compressvit.model.attention import EXPLICIT_ATTENTION, HeadMixing
+from compressvit.model.backbone import Backbone, describe, share_groups
+from compressvit.model.block import SLOTTED_BLOCK, TokenConv
 from compressvit.transforms.base import LedgerEntry, Plan, Transform, transform
+from compressvit.transforms.lors.layers import FactoredLinear
+from compressvit.transforms.vpt.prompts import refuse_prompts
 
 
 class MultiplexPlan(Plan):

@@ -12,18 +12,80 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Literal
 
+import torch
+from einops import rearrange
 from pydantic import Field
 from torch import nn
 
-from compressvit.affine import merge_before_
-from compressvit.backbone import ALL_FAMILIES, describe, model_name, projection
 from compressvit.errors import UserError
-from compressvit.layers.adapter import RepBottleneck, WithRepAdapter
-from compressvit.source import Source
+from compressvit.fitting.moments import Source
+from compressvit.model.affine import merge_before_
+from compressvit.model.backbone import ALL_FAMILIES, describe, model_name, projection
 from compressvit.transforms.base import Transform, transform
+from compressvit.transforms.bottleneck import at_tokens
 from compressvit.transforms.term import TermPlan, new_like
 
 FIRST_LAYER = {"attn": "qkv", "mlp": "fc1"}  # of a sublayer: what φ merges into
+
+
+class RepBottleneck(nn.Module):
+    """`s · (B(A x + a) + b)` without an activation, zero at the start: A dense (h, M), B in g groups, (M, h/g).
+
+    Hidden slice k feeds output slice k (RepAdapter, eq. 5).
+
+    Args:
+        width: M.
+        hidden: h; the groups divide it and M.
+        groups: g.
+        scale: s.
+        dropout: between A and B, in training.
+    """
+
+    def __init__(
+        self, width: int, hidden: int, groups: int, scale: float, dropout: float = 0.1, device=None, dtype=None
+    ):
+        super().__init__()
+        self.down = nn.Linear(width, hidden, device=device, dtype=dtype)
+        self.up_weight = nn.Parameter(
+            torch.empty(groups, width // groups, hidden // groups, device=device, dtype=dtype)
+        )
+        self.up_bias = nn.Parameter(torch.empty(width, device=device, dtype=dtype))
+        self.dropout = nn.Dropout(dropout)
+        self.scale = scale
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """A Xavier-uniform, the rest zero, as in the paper's code."""
+        nn.init.xavier_uniform_(self.down.weight)
+        for zero in (self.down.bias, self.up_weight, self.up_bias):
+            nn.init.zeros_(zero)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = rearrange(self.dropout(self.down(x)), "... (g k) -> ... g k", g=self.up_weight.shape[0])
+        out = torch.einsum("...gk,gok->...go", hidden, self.up_weight)
+        return self.scale * (rearrange(out, "... g o -> ... (g o)") + self.up_bias)
+
+    @torch.no_grad()
+    def as_affine(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """R (M, M) and c (M,) in float64, so that `x + self(x) = R x + c` in eval mode."""
+        down, bias = self.down.weight.double(), self.down.bias.double()
+        up = torch.block_diag(*self.up_weight.double())
+        identity = torch.eye(down.shape[1], dtype=torch.float64, device=down.device)
+        return identity + self.scale * up @ down, self.scale * (up @ bias + self.up_bias.double())
+
+
+class WithRepAdapter:
+    """Of a sublayer: `φ(x) = x + repadapter(x)` on what enters it, so that its first projection can take φ in.
+
+    In Swin that is behind the padding of windows, so padded tokens see φ(0): what the merged projection does to them, too.
+    """
+
+    slots = ("repadapter",)
+
+    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        if self.repadapter is not None:  # type: ignore[attr-defined]
+            x = x + at_tokens(self.repadapter, x, self)  # type: ignore[attr-defined,arg-type]
+        return super().forward(x, *args, **kwargs)  # type: ignore[misc]
 
 
 class RepAdapterPlan(TermPlan):

@@ -16,12 +16,47 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from compressvit import surgery
-from compressvit.backbone import ALL_FAMILIES, describe, head_names
-from compressvit.layers.delta import ScaleShift, WithScaleShift
-from compressvit.source import Source
+from compressvit.fitting.moments import Source
+from compressvit.model import surgery
+from compressvit.model.backbone import ALL_FAMILIES, describe, head_names
 from compressvit.transforms.base import Transform, transform
 from compressvit.transforms.term import TermPlan, new_like
+
+
+class ScaleShift(nn.Module):
+    """`γ ⊙ z + β` over the channels of z.
+
+    Args:
+        channels: their number.
+        channels_first: whether they are the second dimension of (B, C, H, W) instead of the last.
+    """
+
+    def __init__(self, channels: int, channels_first: bool = False, device=None, dtype=None):
+        super().__init__()
+        self.scale = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
+        self.shift = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
+        self.channels_first = channels_first
+
+    @torch.no_grad()
+    def reset(self, std: float) -> None:
+        """γ around 1 and β around 0, normal with this deviation; 0 is the identity."""
+        nn.init.normal_(self.scale, 1.0, std)
+        nn.init.normal_(self.shift, 0.0, std)
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        if self.channels_first:
+            return z * self.scale[:, None, None] + self.shift[:, None, None]
+        return z * self.scale + self.shift
+
+
+class WithScaleShift:
+    """Of any layer: a scale and shift of its channels behind it."""
+
+    slots = ("ssf",)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        z = super().forward(x)  # type: ignore[misc]
+        return z if self.ssf is None else self.ssf(z)  # type: ignore[attr-defined]
 
 
 class SSFPlan(TermPlan):

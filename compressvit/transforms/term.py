@@ -6,12 +6,38 @@ from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
+from einops import rearrange
 from torch import nn
 
-from compressvit import surgery
-from compressvit.affine import refuse_tied
-from compressvit.source import Source
+from compressvit.errors import UserError
+from compressvit.fitting.moments import Source
+from compressvit.model import surgery
+from compressvit.model.affine import owns_weight, refuse_tied
 from compressvit.transforms.base import LedgerEntry, Plan, record
+
+
+def with_term(y: torch.Tensor, x: torch.Tensor, term: nn.Module | None, layer: object) -> torch.Tensor:
+    if term is None:
+        return y
+    if isinstance(layer, nn.Conv2d):
+        return y + rearrange(term(rearrange(x, "b c h w -> b h w c")), "b h w c -> b c h w")
+    return y + term(x)
+
+
+@torch.no_grad()
+def add_to_weight_(layer: nn.Module, product: torch.Tensor) -> None:
+    """`weight += product`, (out, in), of a linear layer or 1×1 convolution, in place.
+
+    Raises:
+        UserError: the weight is low rank, so what is added to it would be lost.
+    """
+    if not owns_weight(layer):
+        raise UserError(
+            f"nothing can be added to the weight of a {type(layer).__name__}, which is low rank; fold that step first, as "
+            "compressvit.materialise does"
+        )
+    weight: torch.Tensor = layer.weight
+    weight.copy_(weight.double() + product.double().reshape(weight.shape))
 
 
 class TermPlan(Plan):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compressvit import ties
+from compressvit.model import ties
 from compressvit.transforms import (
     IRPE,
     LORS,

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from compressvit.data import Augment, InputConfig
+from compressvit.data.input import InputConfig
+from compressvit.data.spec import Augment
 
 CPU = torch.device("cpu")
 COLOUR = InputConfig(3, 32, 32, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3), "bicubic", 0.9)

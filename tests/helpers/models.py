@@ -6,7 +6,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from compressvit.backbone import describe
+from compressvit.model.backbone import describe
 
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 4, "num_classes": 5}
 SWIN = {

@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-from compressvit import losses
+from compressvit.training import losses
 
 # (N, C_student, C_teacher), on both sides of every switch between direct, C×C and chunked arithmetic.
 SHAPES = [(5, 8, 8), (5, 8, 12), (8, 8, 8), (10, 8, 12), (12, 8, 12), (13, 8, 12), (40, 8, 8), (40, 12, 8), (40, 8, 16)]

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compressvit.layers.prompts import Prompts
-from compressvit.pipeline import compress
 from compressvit.transforms import VPT
+from compressvit.transforms.applying import compress
+from compressvit.transforms.vpt.prompts import Prompts
 from helpers.contract import teacher
 
 EXACT = 1e-12  # relative, in float64; measured up to 1.3e-15

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from compressvit.errors import UserError
-from compressvit.recipe import parse_recipe
+from compressvit.recipe.recipe import parse_recipe
 
 GOOD = """\
 description: A test.

@@ -6,8 +6,8 @@ import contextlib
 import io
 import json
 
-from compressvit import artifact
 from compressvit.cli import main
+from compressvit.model import stored
 from helpers.training import VIT
 
 # A run of a second that writes everything a run can write. `recipe` and `finished` of conftest.py are of this one.
@@ -77,4 +77,4 @@ def metrics(folder, **wanted):
 
 
 def student_bytes(folder) -> bytes:
-    return (folder / "student" / artifact.TENSORS).read_bytes()
+    return (folder / "student" / stored.TENSORS).read_bytes()

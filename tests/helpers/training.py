@@ -9,10 +9,10 @@ import timm
 import torch
 from rich.console import Console
 
-from compressvit import ties
-from compressvit.distill.engine import Phase, train
-from compressvit.distill.terms import labels_term
-from compressvit.runlog import RunLog
+from compressvit.log import RunLog
+from compressvit.model import ties
+from compressvit.training.loop import Phase, train
+from compressvit.training.terms import labels_term
 
 CPU = torch.device("cpu")
 VIT = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 2}

@@ -1,0 +1,1 @@
+"""A model on disk: an artifact, an adapter, a merged model."""

@@ -1,0 +1,216 @@
+"""Adapters on their own: what was trained beside a frozen backbone, in one small safetensors file for every task.
+
+The file's header says what structure to add, and the hash of the backbone it was trained beside. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from compressvit import __version__
+from compressvit.errors import UserError
+from compressvit.model import surgery, ties
+from compressvit.model.backbone import head_names, model_name
+from compressvit.model.stored import StepRecord, read_safetensors
+from compressvit.model.weights import hash_tensors
+from compressvit.spec import Spec
+from compressvit.transforms import Plan
+from compressvit.transforms.applying import apply_plans
+from compressvit.transforms.record import Compression, compression_of, trained_names
+from compressvit.transforms.stored import resolve_plan
+
+FORMAT = 1
+_KEY = "compressvit"
+
+
+class AdapterHeader(Spec):
+    """What an adapter file says of itself. `backbone` is the hash of the tensors that were frozen."""
+
+    format: int
+    compressvit: str
+    architecture: str
+    num_classes: int
+    backbone: str
+    transforms: list[StepRecord]
+
+
+@dataclass
+class _Loaded:
+    """What `remove_adapter` puts back: the classifier's size, and the tensors that the adapter replaced."""
+
+    num_classes: int
+    replaced: dict[str, torch.Tensor]
+    trained: dict[str, bool]
+
+
+def save_adapter(model: nn.Module, path: str | Path) -> Path:
+    """Write what was trained beside a frozen backbone (kilobytes), the classifier included.
+
+    Args:
+        model: a plain timm model, to which transforms were applied that all freeze what they do not train.
+        path: a file, by convention `*.safetensors`.
+
+    Raises:
+        UserError: the model has no adapters, or transforms that changed the backbone itself.
+    """
+    plans = compression_of(model).plans
+    others = [plan.transform for plan in plans if plan.trains(model) is None]
+    names = trained_names(model)
+    if names is None or others:
+        made = f"{', '.join(others)} changed the backbone itself" if others else "no transform has frozen anything"
+        raise UserError(f"there is no adapter to save on its own: {made}; compressvit.save writes the whole model")
+    state = ties.unique_state(model)
+    tensors = {name: state[name].detach().cpu().contiguous() for name in state if name in _saved_names(model)}
+    header = AdapterHeader(
+        format=FORMAT,
+        compressvit=__version__,
+        architecture=model_name(model),
+        num_classes=model.num_classes,
+        backbone=_hash(model, names),
+        transforms=[StepRecord(transform=plan.transform, plan=plan.model_dump(mode="json")) for plan in plans],
+    )
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path, metadata={_KEY: header.model_dump_json()})
+    return path
+
+
+def load_adapter(model: nn.Module, path: str | Path) -> nn.Module:
+    """Put an adapter onto its backbone, in place; one that was loaded before is removed first, so this also switches tasks.
+
+    Args:
+        model: the plain timm model that the adapter was trained beside.
+        path: of `save_adapter`.
+
+    Raises:
+        UserError: no adapter file there, one of another backbone, or a model that transforms have changed. The model is then as it was.
+    """
+    path = Path(path)
+    header, plans = _read(path)
+    if getattr(model, "_adapter", None) is None and compression_of(model).plans:
+        made = ", ".join(plan.transform for plan in compression_of(model).plans)
+        raise UserError(
+            f"{path} is loaded onto a plain backbone, and this model was changed by {made}; build a fresh one"
+        )
+    tensors = read_safetensors(path)
+    if model_name(model) != header.architecture:
+        raise UserError(f"{path} was trained beside a {header.architecture}, and this is a {model_name(model)}")
+    own = model.state_dict().keys() - surgery.added_parameters(model) - surgery.added_buffers(model)
+    known = getattr(model, "_adapter", None)
+    if _hash(model, (tensors.keys() & own) | head_names(model), restored=known) != header.backbone:
+        raise UserError(
+            f"{path} was trained beside another {header.architecture}: the frozen weights (or their sizes or precision) are not those; "
+            "load the backbone's weights that the run's teacher had, in the same precision and input size"
+        )
+    _require_fit(model, header, plans, tensors, path)
+    if known:
+        remove_adapter(model)
+    loaded = _Loaded(model.num_classes, {}, {n: p.requires_grad for n, p in model.named_parameters()})
+    before = {name: tensor.detach().clone() for name, tensor in model.state_dict().items() if name in tensors}
+    heads = {name: tensor.detach().clone() for name, tensor in model.state_dict().items() if name in head_names(model)}
+    loaded.replaced = before | heads
+    if header.num_classes != model.num_classes:
+        like = next(model.parameters())
+        model.reset_classifier(header.num_classes)
+        model.to(device=like.device, dtype=like.dtype)
+    apply_plans(model, plans)
+    model.load_state_dict(tensors, strict=False)
+    model._adapter = loaded  # type: ignore[assignment]
+    return model
+
+
+def _require_fit(
+    model: nn.Module, header: AdapterHeader, plans: list[Plan], tensors: dict[str, torch.Tensor], path: Path
+) -> None:
+    """Raise a `UserError` unless the tensors are just those that the plans train on this backbone; tried on a skeleton."""
+    scratch = surgery.skeleton(model)
+    surgery.strip(scratch)
+    scratch._compression = Compression()  # type: ignore[assignment]
+    try:
+        with torch.device("meta"):
+            scratch.reset_classifier(header.num_classes)
+            apply_plans(scratch, plans)
+    except (AttributeError, KeyError, UserError) as error:
+        raise UserError(f"{path} does not fit {header.architecture}: {error}") from error
+    expected = {n: t for n, t in ties.unique_state(scratch).items() if n in _saved_names(scratch)}
+    wrong = list(expected.keys() ^ tensors.keys())
+    wrong += [n for n in expected.keys() & tensors.keys() if expected[n].shape != tensors[n].shape]
+    if wrong:
+        what = (
+            "is missing"
+            if wrong[0] in expected and wrong[0] not in tensors
+            else "does not belong there, or has another shape"
+        )
+        raise UserError(f"{path} does not fit its own structure: {wrong[0]} {what}; the file was changed")
+
+
+def _saved_names(model: nn.Module) -> set[str]:
+    """What an adapter file holds: the trained parameters, and the masks among what was added."""
+    return (trained_names(model) or set()) | surgery.added_buffers(model)
+
+
+def remove_adapter(model: nn.Module) -> nn.Module:
+    """Undo `load_adapter`, in place: the model is the backbone it was, classifier included.
+
+    Raises:
+        UserError: no adapter was loaded.
+    """
+    known: _Loaded | None = getattr(model, "_adapter", None)
+    if known is None:
+        raise UserError("no adapter was loaded onto this model by load_adapter, so none can be removed")
+    surgery.strip(model)
+    if model.num_classes != known.num_classes:
+        like = next(model.parameters())
+        model.reset_classifier(known.num_classes)
+        model.to(device=like.device, dtype=like.dtype)
+    model.load_state_dict(known.replaced, strict=False)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(known.trained.get(name, True))
+    model._compression = Compression()  # type: ignore[assignment]
+    del model._adapter
+    return model
+
+
+def _hash(model: nn.Module, without: set[str], restored: _Loaded | None = None) -> str:
+    """SHA-256 over the model's own tensors, by name, but those named; where an adapter is loaded, of the values before it."""
+    added = surgery.added_parameters(model) | surgery.added_buffers(model)
+    own = {name: tensor for name, tensor in model.state_dict().items() if name not in without and name not in added}
+    before = {name: tensor for name, tensor in restored.replaced.items() if name in own} if restored else {}
+    return hash_tensors(own | before)
+
+
+def _read(path: Path) -> tuple[AdapterHeader, list[Plan]]:
+    if not path.is_file():
+        inside = path / "adapter.safetensors"
+        hint = f"; did you mean {inside}?" if inside.is_file() else ""
+        raise UserError(f"there is no adapter file {path}{hint}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata: dict[str, Any] = file.metadata() or {}
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a complete safetensors file (truncated or of another kind): {error}") from error
+    if _KEY not in metadata:
+        raise UserError(
+            f"{path} is not an adapter file: its header does not say how it was made (compressvit.save_adapter writes it)"
+        )
+    try:
+        content = json.loads(metadata[_KEY])
+        if not isinstance(content, dict):
+            raise UserError(f"{path}: its header holds a {type(content).__name__} where it should say how it was made")
+        if content.get("format") != FORMAT:
+            raise UserError(
+                f"{path} is of format {content.get('format')!r}; this compressvit ({__version__}) reads {FORMAT}"
+            )
+        header = AdapterHeader.model_validate(content)
+    except (json.JSONDecodeError, ValidationError) as error:
+        raise UserError(f"{path}: its header cannot be read: {str(error).splitlines()[0]}") from error
+    return header, [resolve_plan(step, path) for step in header.transforms]

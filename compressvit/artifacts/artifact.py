@@ -1,0 +1,215 @@
+"""A compressed model on disk: a folder with its structure (`compressvit.json`) and its values (`model.safetensors`).
+
+Each shared tensor is stored once, under its canonical name; the manifest rebuilds the ties. Loading is plan + apply + a strict
+load: no teacher, no images, and nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from compressvit import __version__
+from compressvit.errors import UserError
+from compressvit.model import ties
+from compressvit.model.backbone import input_size, model_name
+from compressvit.model.stored import (
+    FORMAT,
+    MANIFEST,
+    TENSORS,
+    Manifest,
+    StepRecord,
+    build_plain,
+    expect_images,
+    read_manifest,
+    read_tensors,
+)
+from compressvit.transforms.applying import apply_plans
+from compressvit.transforms.applying import materialise as fold_low_rank
+from compressvit.transforms.record import compression_of
+from compressvit.transforms.stored import read_plans
+
+
+def save(model: nn.Module, path: str | Path, *, input_config: dict[str, Any] | None = None) -> Path:
+    """Write a compressed (or plain) timm model as an artifact. One already at `path` is replaced when the new one is whole.
+
+    Args:
+        model: built by `timm.create_model`, then possibly by `compressvit.compress`.
+        path: the artifact's folder; created.
+        input_config: what images the model expects; timm's configuration of the model by default.
+
+    Raises:
+        UserError: a tie is broken, the model was not built by timm, or `path` holds something that is not an artifact.
+    """
+    path = Path(path)
+    if path.is_symlink():  # what it points to is replaced, not the link
+        path = path.resolve()
+    manifest = _manifest(model, input_config)
+    if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or (path / MANIFEST).is_file())):
+        raise UserError(f"{path} exists and is not a compressvit artifact; choose another folder")
+    tensors = {k: v.detach().contiguous().cpu() for k, v in ties.unique_state(model).items()}
+    scratch = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}"
+    scratch.mkdir(parents=True)
+    try:
+        save_file(tensors, scratch / TENSORS)
+        (scratch / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        if path.exists():
+            old = path.parent / f".{path.name}.old.{uuid.uuid4().hex[:8]}"
+            os.replace(path, old)
+            os.replace(scratch, path)
+            shutil.rmtree(old)
+        else:
+            os.replace(scratch, path)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return path
+
+
+def load(path: str | Path, *, materialise: bool = False) -> nn.Module:
+    """Rebuild a model from its artifact, on the CPU, in eval mode, in the precision it was saved in.
+
+    Args:
+        path: the artifact's folder.
+        materialise: turn low-rank layers into plain linear layers with their effective weights: the teacher's latency, for the
+            memory of weights that are not shared. False keeps them factored.
+
+    Raises:
+        UserError: no artifact there, one of another format, a truncated file, or tensors that do not fit the structure.
+    """
+    path = Path(path)
+    manifest = read_manifest(path)
+    model = build_plain(path, manifest)
+    _transform(model, path, manifest)
+    model.to(getattr(torch, manifest.dtype))
+    declared = sorted(sorted(group) for group in manifest.ties)
+    if sorted(sorted(group) for group in ties.tied_groups(model)) != declared:
+        raise UserError(
+            f"{path / MANIFEST}: its ties are not those of its transforms; the manifest was edited or is of another version"
+        )
+    tensors = read_tensors(path)
+    expected = ties.unique_state(model)
+    missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    misfit = sorted(n for n in expected.keys() & tensors.keys() if expected[n].shape != tensors[n].shape)
+    if missing or unknown or misfit:
+        raise UserError(
+            f"{path / TENSORS} does not fit its manifest: "
+            f"{len(missing)} tensors missing{_first(missing)}, {len(unknown)} unknown{_first(unknown)}, "
+            f"{len(misfit)} of another shape{_first(misfit)}"
+        )
+    model.load_state_dict(tensors, strict=False)
+    ties.check(model, manifest.ties)
+    expect_images(model, manifest)
+    return (fold_low_rank(model) if materialise else model).eval()
+
+
+def read_back_difference(path: Path, student: nn.Module, size: tuple[int, int, int]) -> float:
+    """Largest difference between the outputs of the student and of its artifact on random images of `size` (C, H, W).
+
+    Raises:
+        UserError: the student's outputs are not finite.
+        RuntimeError: the two compute different things.
+    """
+    student = student.cpu().eval()
+    images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        ours, theirs = student(images), load(path)(images)
+    difference = (ours - theirs).abs().max().item()
+    if not math.isfinite(difference):
+        raise UserError(
+            f"the student computes numbers that are not finite ({ours.isnan().sum().item()} of {ours.numel()} outputs are NaN); "
+            "check the teacher's weights, and lower the learning rate if they are sound"
+        )
+    if difference > 1e-5 * max(1.0, ours.abs().max().item()):
+        raise RuntimeError(
+            f"the artifact at {path} does not compute what the student does: outputs differ by {difference}"
+        )
+    return difference
+
+
+def _transform(model: nn.Module, path: Path, manifest: Manifest) -> None:
+    try:
+        apply_plans(model, read_plans(path))
+    except (AttributeError, KeyError) as error:
+        raise UserError(
+            f"{path / MANIFEST}: its transforms do not fit {manifest.architecture} with {manifest.args}: {error}"
+        ) from error
+
+
+def is_plain(path: Path) -> bool:
+    """Whether the artifact at `path` has the structure of timm's own model: no transform, or only such as change values."""
+    manifest = read_manifest(path)
+    if not manifest.transforms:
+        return True
+    if manifest.ties:
+        return False
+    with torch.device("meta"):
+        model = build_plain(path, manifest)
+    before = {name: type(module) for name, module in model.named_modules()}
+    _transform(model, path, manifest)
+    return before == {name: type(module) for name, module in model.named_modules()}
+
+
+def _manifest(model: nn.Module, input_config: dict[str, Any] | None) -> Manifest:
+    compression = compression_of(model)
+    if compression.materialised:
+        raise UserError(
+            "a materialised model shares less than its transforms say, so it cannot be rebuilt from them; save the model it was made "
+            "from, and materialise it again after loading"
+        )
+    ties.check(model, compression.ties)
+    config = getattr(model, "pretrained_cfg", None) or {}
+    if not timm.is_model(config.get("architecture", "")):
+        raise UserError(
+            f"a {type(model).__name__} that was not built by timm.create_model has no name to rebuild it by; build it with "
+            "timm.create_model(NAME, …) (timm.models.register_model gives your own architecture a name)"
+        )
+    args = dict(getattr(model, "_model_args", {}))
+    args["num_classes"] = model.num_classes
+    if isinstance(getattr(model, "global_pool", None), str):  # a module in timm's convolutional networks
+        args["global_pool"] = model.global_pool
+    try:
+        args = json.loads(json.dumps(args))
+    except TypeError as error:
+        raise UserError(
+            f"{model_name(model)} was built with an argument that cannot be written to JSON ({error}); "
+            "give timm the name of a layer instead of its class, e.g. act_layer='gelu'"
+        ) from error
+    data = input_config or _input_of(model)
+    dtypes = {str(p.dtype).removeprefix("torch.") for p in model.parameters()}
+    if len(dtypes) != 1:
+        raise UserError(
+            f"the model mixes precisions {sorted(dtypes)}; convert it to one with model.to(dtype) before saving"
+        )
+    return Manifest(
+        format=FORMAT,
+        compressvit=__version__,
+        architecture=config["architecture"],
+        args=args,
+        num_classes=model.num_classes,
+        dtype=dtypes.pop(),  # type: ignore[arg-type]
+        parameters=ties.count_parameters(model),
+        transforms=[
+            StepRecord(transform=plan.transform, plan=plan.model_dump(mode="json")) for plan in compression.plans
+        ],
+        ties=compression.ties,
+        input=json.loads(json.dumps(data)),
+    )
+
+
+def _input_of(model: nn.Module) -> dict[str, Any]:
+    """timm's configuration of the model, for the size it has now: timm keeps the pretrained one there."""
+    return {**timm.data.resolve_model_data_config(model), "input_size": list(input_size(model))}
+
+
+def _first(names: list[str]) -> str:
+    return f" (first {names[0]})" if names else ""

@@ -1,0 +1,114 @@
+"""What a diagnostic found: a table, how it is drawn, and how to read it. The one form that tools, runs and the report share.
+
+In a run folder a finding is `diagnostics/NAME.json` (whole, so that it can be drawn again), `.csv`, `.png` and `.svg`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import altair as alt
+import numpy as np
+from PIL import Image
+
+from compressvit.charts import charts, drawing
+from compressvit.errors import UserError
+from compressvit.files import write_text
+
+Row = TypeVar("Row")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A table of `records` and the chart that shows it.
+
+    Attributes:
+        name: of its files and its TensorBoard tag, e.g. 'cka' or 'gradients_shared'.
+        title: one line above the picture.
+        caption: how to read it, in one to three sentences for somebody who has not read the paper.
+        chart: a kind of `compressvit.charts.CHARTS`, drawn with `options`.
+        records: rows of JSON values, all with the same keys.
+    """
+
+    name: str
+    title: str
+    caption: str
+    chart: str
+    records: list[dict[str, Any]]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def draw(self) -> alt.Chart:
+        """The chart, without title and caption."""
+        return charts.CHARTS[self.chart](self.records, **self.options)
+
+    def write(self, folder: Path, *, pictures: bool = True) -> list[Path]:
+        """Write `NAME.json`, `NAME.csv` and, unless told otherwise, `NAME.png` and `NAME.svg` into `folder`; returns their paths."""
+        written = [folder / f"{self.name}.{suffix}" for suffix in ("json", "csv")]
+        write_text(written[0], json.dumps(asdict(self), indent=1, allow_nan=False) + "\n")
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=list(self.records[0]) if self.records else [])
+        writer.writeheader()
+        writer.writerows(self.records)
+        write_text(written[1], text.getvalue())
+        if pictures and self.records:
+            for suffix in ("png", "svg"):
+                written.append(folder / f"{self.name}.{suffix}")
+                self.picture(written[-1])
+        return written
+
+    def picture(self, path: Path) -> None:
+        """Draw the chart with its title into a PNG or SVG file."""
+        drawing.save(self.draw().properties(title=self.title), path)
+
+    def log(self, writer: Any, folder: Path) -> None:
+        """Show the picture that `write` left in `folder` in TensorBoard, under `diagnostics/NAME`, as many steps on as it has moments."""
+        step = len({(record.get("phase"), record.get("epoch")) for record in self.records}) - 1
+        with Image.open(folder / f"{self.name}.png") as image:
+            writer.add_image(f"diagnostics/{self.name}", np.asarray(image.convert("RGB")), step, dataformats="HWC")
+
+
+def read(path: Path) -> Finding:
+    """Read what `Finding.write` wrote.
+
+    Raises:
+        UserError: the file is damaged, or of another version.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        finding = Finding(**content)
+        known = finding.chart in charts.CHARTS and isinstance(finding.records, list)
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+        raise UserError(f"{path} is damaged, or was written by another version of compressvit: {error}") from error
+    if not known:
+        raise UserError(f"{path} was written by another version of compressvit: its chart is {finding.chart!r}")
+    return finding
+
+
+def merged(earlier: Finding, later: Finding) -> Finding:
+    """One finding of two measurements of the same thing; where both are of one phase and epoch, the later counts.
+
+    The chart gets a panel for each `when` (and for each of the panels that it has already), unless the later one's options speak of
+    `when`, `phase` or `epoch` themselves.
+    """
+    measured = {(record.get("phase"), record.get("epoch")) for record in later.records}
+    kept = [r for r in earlier.records if (r.get("phase"), r.get("epoch")) not in measured]
+    records, options = kept + later.records, dict(later.options)
+    if kept and not {"when", "phase", "epoch"} & {value for value in options.values() if isinstance(value, str)}:
+        inner = options.get("facet")
+        if inner is not None:
+            records = [{**record, "panel": f"{record['when']}: {record[inner]}"} for record in records]
+        options["facet"] = "panel" if inner is not None else "when"
+    return replace(later, records=records, options=options)
+
+
+def stretches(rows: Sequence[Row], count: int) -> Iterator[Sequence[Row]]:
+    """At most `count` stretches of neighbouring rows, equally many in each (the last may be shorter): for curves of many steps."""
+    size = max(1, math.ceil(len(rows) / count))
+    return (rows[start : start + size] for start in range(0, len(rows), size))

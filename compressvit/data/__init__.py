@@ -1,0 +1,1 @@
+"""Images by name, in batches, as a model wants them."""

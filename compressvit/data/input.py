@@ -1,0 +1,115 @@
+"""What a model expects of an image, and a batch of one model as another expects it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.data import resolve_model_data_config
+from torch import nn
+
+from compressvit.data.spec import Data
+from compressvit.errors import UserError
+
+_LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow converts to mode L
+
+
+def class_mismatch(classes: int | None, model_classes: int) -> str | None:
+    """What to tell when a set of `classes` is used with a head that tells `model_classes` apart; None when they fit."""
+    if not classes or not model_classes or classes == model_classes:
+        return None
+    return (
+        f"the data has {classes} classes and the teacher's head {model_classes}: accuracy means nothing unless class 0, 1, … are the "
+        "same; agreement with the teacher does. For your own classes give the teacher a head of theirs: teacher.finetune={}"
+    )
+
+
+@dataclass(frozen=True)
+class InputConfig:
+    """What a model takes, and how an image gets there.
+
+    Attributes:
+        channels, height, width: 1 or 3, and pixels.
+        mean, std: one number per channel, of pixel values in 0..1.
+        interpolation, crop_pct, crop_mode: timm's words for resizing and cropping in evaluation.
+    """
+
+    channels: int
+    height: int
+    width: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    crop_pct: float
+    crop_mode: str = "center"
+
+    def as_dict(self) -> dict[str, Any]:
+        """What an artifact records of it, under timm's names."""
+        return {
+            "input_size": [self.channels, self.height, self.width],
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "interpolation": self.interpolation,
+            "crop_pct": self.crop_pct,
+        }
+
+
+def input_config(model: nn.Module, data: Data) -> InputConfig:
+    """What `model` takes at its present size, with the statistics that `data` overrides.
+
+    Raises:
+        UserError: the model takes neither 1 nor 3 channels.
+    """
+    config = resolve_model_data_config(model)
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    channels = first.in_channels if first is not None else config["input_size"][0]
+    if channels not in (1, 3):
+        raise UserError(f"the model takes {channels} channels; images have 1 (grayscale) or 3 (colour)")
+    # the pretrained size stays in the config when a model is built for another one
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None) or config["input_size"][1:]
+    height, width = (size, size) if isinstance(size, int) else size
+
+    def per_channel(values: tuple[float, ...]) -> tuple[float, ...]:
+        return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
+
+    # nothing is cropped from sets whose images fill their frame
+    crop_pct = 1.0 if data.name in ("digits", "fashion_mnist") else config["crop_pct"]
+    return InputConfig(
+        channels,
+        int(height),
+        int(width),
+        per_channel(data.mean or config["mean"]),
+        per_channel(data.std or config["std"]),
+        data.interpolation or config["interpolation"],
+        data.crop_pct or crop_pct,
+        config["crop_mode"],
+    )
+
+
+def renormalise(images: torch.Tensor, source: InputConfig, target: InputConfig) -> torch.Tensor:
+    """A batch normalised for one model as another model expects it.
+
+    Args:
+        images: (B, C, H, W) with the channels and statistics of `source`.
+
+    Returns:
+        (B, C', H', W') for `target`; `images` itself when nothing differs. A centre crop is not repeated: the whole of
+        `images` is resized. Channels go 3 to 1 by luma, 1 to 3 by repetition.
+    """
+    same_size = images.shape[-2:] == (target.height, target.width)
+    same_statistics = (source.channels, source.mean, source.std) == (target.channels, target.mean, target.std)
+    if same_size and same_statistics:
+        return images
+
+    def column(values: tuple[float, ...]) -> torch.Tensor:
+        return images.new_tensor(values).view(1, -1, 1, 1)
+
+    pixels = images * column(source.std) + column(source.mean)
+    if source.channels == 3 and target.channels == 1:
+        pixels = (pixels * column(_LUMA)).sum(1, keepdim=True)
+    if not same_size:
+        mode = "bilinear" if target.interpolation == "bilinear" else "bicubic"
+        pixels = F.interpolate(pixels, (target.height, target.width), mode=mode, antialias=True)
+    return (pixels - column(target.mean)) / column(target.std)

@@ -1,0 +1,397 @@
+"""Batches for training and evaluation.
+
+Transforms, collation and per-batch normalisation on the device are timm's. Added here: one draw at the start of an
+epoch decides everything that is random in it, so that an epoch does not depend on the number of workers or on where a
+run was resumed; and whole-batch indexing for small sets held in memory, many times faster than image by image.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import random
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from timm.data import IterableImageDataset, auto_augment, create_transform
+from timm.data.loader import PrefetchLoader, fast_collate
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision import transforms
+
+from compressvit.data.input import InputConfig
+from compressvit.data.opening import Datasets, check_targets
+from compressvit.data.samples import NO_IMAGE, Pixels, Samples, seeded
+from compressvit.data.spec import Augment, Data
+from compressvit.errors import UserError
+
+_IN_MEMORY_BYTES = 2**28  # larger than this after resizing, and a small set is read image by image like any other
+
+
+class Loader(PrefetchLoader):
+    """Batches `(images, targets)` on the device: float32 (B, C, H, W) normalised, and int64 (B,).
+
+    Attributes:
+        batch_size: images per batch and process.
+    """
+
+    def __init__(
+        self,
+        batches: DataLoader,
+        epoch: _Order | _StreamEpoch | None,
+        config: InputConfig,
+        device: torch.device,
+        **erasing: Any,
+    ):
+        super().__init__(batches, mean=config.mean, std=config.std, channels=config.channels, device=device, **erasing)
+        self.batch_size = batches.batch_size
+        self._epoch = epoch
+        if self.random_erasing is not None and epoch is not None:
+            self.random_erasing = _SeededErasing(self.random_erasing, epoch, device)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        if self._epoch is not None:
+            self._epoch.draw()  # at once, where timm's own iterator does nothing before its first batch is asked for
+        return super().__iter__()
+
+
+def train_loader(
+    datasets: Datasets,
+    data: Data,
+    config: InputConfig,
+    device: torch.device,
+    *,
+    batch_size: int | None = None,
+    drop_last: bool = True,
+    distributed: bool = False,
+) -> Loader:
+    """Shuffled, augmented batches; a target of -1 is an image without a label.
+
+    `iter(loader)` draws once from torch's global generator. That draw decides the order and the augmentation of the
+    epoch, whatever `num_workers` is and whatever is drawn while it runs. In a streaming set it decides the order of the
+    shards; what their reader and augmentation draw follows the global generators, and depends on `num_workers`.
+
+    A set smaller than a batch is one whole batch. Small sets in memory (digits, fashion_mnist) use no workers unless
+    each image is augmented by itself (random crop, colour jitter, auto_augment).
+
+    Args:
+        batch_size: images per batch and process; None = `data.batch_size`.
+        drop_last: leave out an incomplete last batch.
+        distributed: each process of `torch.distributed` gets its own part, cut by the draw of process 0.
+
+    Raises:
+        UserError: while iterating, when a label is out of range or 50 consecutive files are broken.
+    """
+    augment = data.augment
+    batches = _batches(datasets, data, config, device, batch_size or data.batch_size, drop_last, distributed, augment)
+    return Loader(
+        *batches,
+        config,
+        device,
+        re_prob=augment.random_erasing,
+        re_mode=augment.erasing_mode,
+        re_count=augment.erasing_count,
+    )
+
+
+def eval_loader(
+    datasets: Datasets,
+    data: Data,
+    config: InputConfig,
+    device: torch.device,
+    *,
+    batch_size: int | None = None,
+    distributed: bool = False,
+) -> Loader:
+    """The validation set in its own order, without augmentation; draws nothing from the global generators.
+
+    Broken files are left out, so a batch may be smaller than others. A target of -1 is an image without a label. With
+    `distributed` the processes share the set out without overlap; the number of batches may differ by one.
+    """
+    size = batch_size or data.eval_batch_size or data.batch_size
+    return Loader(*_batches(datasets, data, config, device, size, False, distributed, None), config, device)
+
+
+def calibration_batches(
+    datasets: Datasets, data: Data, config: InputConfig, device: torch.device, *, images: int, seed: int
+) -> Iterator[torch.Tensor]:
+    """Normalised batches (B, C, H, W) of about `images` training images, drawn by `seed`, without augmentation or labels.
+
+    A streaming set gives its first ones. Broken files are left out.
+    """
+    subset = datasets.train
+    if isinstance(subset, Samples):
+        chosen = torch.randperm(len(subset), generator=torch.Generator().manual_seed(seed))[:images].tolist()
+        subset = Samples(subset.source, [subset.indices[i] for i in chosen], subset.labeled)
+    # Small batches: gradients may be wanted, for which an evaluation batch would be too large.
+    loader = eval_loader(dataclasses.replace(datasets, validation=subset), data, config, device, batch_size=16)
+    left = images
+    for batch, _ in loader:
+        yield batch[:left]
+        left -= len(batch)
+        if left <= 0:
+            return
+
+
+def _draw(distributed: bool) -> int:
+    """One number from torch's global generator; that of process 0 for all processes."""
+    drawn = [int(torch.randint(2**62, ()))]
+    if distributed:
+        torch.distributed.broadcast_object_list(drawn, src=0)
+    return drawn[0]
+
+
+class _StreamEpoch:
+    """Tells a streaming set, which shuffles its shards by an epoch's number, that a new one begins."""
+
+    def __init__(self, dataset: IterableImageDataset, distributed: bool):
+        self.dataset, self.distributed = dataset, distributed
+        self.batch_seeds = random.Random(0)
+
+    def draw(self) -> None:
+        seed = _draw(self.distributed)
+        self.dataset.set_epoch(seed % 2**31)  # timm counts epochs in 32 bits
+        self.batch_seeds = random.Random(seed)
+
+
+class _Order(Sampler):
+    """Yields (index, seed) pairs: the order of an epoch, and what is random in it, from one draw.
+
+    Over several processes training wraps around, so that all take equally many steps; evaluation does not.
+    """
+
+    def __init__(self, count: int, training: bool, distributed: bool):
+        self.count, self.training, self.distributed = count, training, distributed
+        self.rank, self.world = 0, 1
+        if distributed:
+            self.rank, self.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self.seed = 0
+        self.batch_seeds = random.Random(0)
+
+    def draw(self) -> None:
+        """Starts an epoch."""
+        if self.training:
+            self.seed = _draw(self.distributed)
+            self.batch_seeds = random.Random(self.seed + self.rank)
+
+    def __len__(self) -> int:
+        if self.training:
+            return -(-self.count // self.world)
+        return len(range(self.rank, self.count, self.world))
+
+    def __iter__(self) -> Iterator[tuple[int, int | None]]:
+        if not self.training:
+            return iter([(i, None) for i in range(self.rank, self.count, self.world)])
+        generator = torch.Generator().manual_seed(self.seed)
+        order = torch.randperm(self.count, generator=generator).tolist()
+        total = len(self) * self.world
+        seeds = torch.randint(2**31, (total,), generator=generator).tolist()
+        return iter([(order[i % self.count], seeds[i]) for i in range(self.rank, total, self.world)])
+
+
+class _SeededErasing:
+    """timm's random erasing, which draws from the global generators, with one seed of the epoch per batch."""
+
+    def __init__(self, erase: Any, epoch: _Order | _StreamEpoch, device: torch.device):
+        self.erase, self.epoch = erase, epoch
+        self.devices = [device] if device.type == "cuda" else []
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        seed = self.epoch.batch_seeds.getrandbits(31)
+        with torch.random.fork_rng(self.devices), seeded(seed):
+            if self.devices:
+                torch.cuda.manual_seed(seed)
+            return self.erase(images)
+
+
+class _PixelBatches(Dataset):
+    """A small set indexed a batch at a time: `pixels` uint8 (N, 1, H, W), already resized, `targets` int64 (N,)."""
+
+    def __init__(self, pixels: torch.Tensor, targets: torch.Tensor, channels: int, augment: Augment | None):
+        self.pixels, self.targets, self.channels, self.augment = pixels, targets, channels, augment
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        index = torch.tensor([i for i, _ in keys])
+        images = self.pixels[index]
+        if self.augment is not None:
+            images = _flip_and_shift(images, self.augment, torch.Generator().manual_seed(keys[0][1]))
+        return images.repeat(1, self.channels, 1, 1), self.targets[index]
+
+
+def _flip_and_shift(images: torch.Tensor, augment: Augment, generator: torch.Generator) -> torch.Tensor:
+    """What `_transform` does to one image, for a batch: uint8 (B, 1, H, W) to the same shape."""
+    batch, _, height, width = images.shape
+    for probability, axis in ((augment.hflip, 3), (augment.vflip, 2)):
+        if probability:
+            flipped = torch.rand(batch, 1, 1, 1, generator=generator) < probability
+            images = torch.where(flipped, images.flip(axis), images)
+    if shift := augment.translate:
+        padded = F.pad(images, (shift,) * 4)[:, 0]
+        top, left = torch.randint(2 * shift + 1, (2, batch, 1, 1), generator=generator)
+        rows, columns = top + torch.arange(height)[:, None], left + torch.arange(width)
+        images = padded[torch.arange(batch)[:, None, None], rows, columns][:, None]
+    return images
+
+
+class _CheckedLoader(DataLoader):
+    """A DataLoader that names broken files and refuses impossible labels as it goes, in the main process."""
+
+    datasets: Datasets
+    name: str
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:  # type: ignore[override]
+        batches = super().__iter__()
+        try:
+            for batch in batches:
+                self.datasets.broken.report()
+                if batch is not None:
+                    check_targets(batch[1], self.datasets.num_classes, self.name)
+                    yield batch
+        except UserError:
+            # ends the workers now: the garbage collector may find them too late to tell them, and waits 5 s for each
+            self._iterator = None
+            del batches
+            raise
+
+
+def _collate_images(items: list[tuple[Any, int]]) -> Any:
+    """timm's collation of the items that are images; None when there are none."""
+    items = [item for item in items if item[1] != NO_IMAGE]
+    return fast_collate(items) if items else None
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+class _ToMode:
+    """Converts a PIL image to mode L or RGB."""
+
+    def __init__(self, channels: int):
+        self.mode = "L" if channels == 1 else "RGB"
+
+    def __call__(self, image: Any) -> Any:
+        return image if image.mode == self.mode else image.convert(self.mode)
+
+
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """timm's posterize; no bits kept is black, which Pillow 13 refuses to compute and RandAugment's noise asks for."""
+    return auto_augment.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
+
+
+def _allow_no_bits(policy: Any) -> None:
+    """Give the posterize steps of a timm policy an operation that takes 0 bits."""
+    steps = [*getattr(policy, "ops", ()), *(step for chain in getattr(policy, "policy", ()) for step in chain)]
+    for step in steps:
+        if getattr(step, "aug_fn", None) is auto_augment.posterize:
+            step.aug_fn = _posterize
+
+
+def _transform(config: InputConfig, augment: Augment | None) -> transforms.Compose:
+    """PIL image of any size to uint8 (C, H, W)."""
+    common: dict[str, Any] = {
+        "input_size": (config.channels, config.height, config.width),
+        "mean": config.mean,
+        "std": config.std,
+        "use_prefetcher": True,  # normalising and erasing come later, per batch
+    }
+    to_mode = _ToMode(config.channels)
+    *resize, to_tensor = create_transform(
+        **common, interpolation=config.interpolation, crop_pct=config.crop_pct, crop_mode=config.crop_mode
+    ).transforms
+    if augment is None:
+        return transforms.Compose([to_mode, *resize, to_tensor])
+    crop_and_flips, colours, _ = create_transform(
+        **common,
+        is_training=True,
+        separate=True,
+        scale=augment.scale,
+        ratio=augment.ratio,
+        hflip=augment.hflip,
+        vflip=augment.vflip,
+        color_jitter=augment.color_jitter,  # type: ignore[arg-type]
+        auto_augment=augment.auto_augment,
+        interpolation=augment.interpolation,
+    )
+    for policy in colours.transforms:
+        _allow_no_bits(policy)
+    random_crop, *flips = crop_and_flips.transforms
+    # timm's own transform without augmentation would squash the image, where evaluation keeps its proportions
+    crop = resize if augment.scale is None else [random_crop]
+    shift = []
+    if augment.translate:
+        shift = [transforms.RandomCrop((config.height, config.width), padding=augment.translate)]
+    return transforms.Compose([to_mode, *crop, *flips, *shift, *colours.transforms, to_tensor])
+
+
+def _pixel_batches(samples: Samples, config: InputConfig, augment: Augment | None) -> _PixelBatches | None:
+    """The set as tensors to take whole batches from, where it is small and no image is augmented by itself."""
+    source = samples.source
+    per_image = augment is not None and (augment.scale or augment.color_jitter or augment.auto_augment)
+    if not isinstance(source, Pixels) or per_image or len(samples) * config.height * config.width > _IN_MEMORY_BYTES:
+        return None
+    index = torch.tensor(samples.indices)
+    if source.data.shape[1:] == (config.height, config.width) and config.crop_pct == 1:
+        pixels = source.data[index].unsqueeze(1)
+    else:  # by Pillow, as everywhere: torch's resizing of a tensor differs where bicubic overshoots
+        transform = _transform(dataclasses.replace(config, channels=1, mean=(0.0,), std=(1.0,)), None)
+        pixels = torch.stack([transform(source[i][0]) for i in samples.indices])
+    return _PixelBatches(pixels, source.targets[index], config.channels, augment)
+
+
+def _leave_signals_to_the_main_process(worker: int) -> None:
+    """A signal to the whole process group (Ctrl-C, a job scheduler) must not end the workers before the checkpoint is written."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _batches(
+    datasets: Datasets,
+    data: Data,
+    config: InputConfig,
+    device: torch.device,
+    batch_size: int,
+    drop_last: bool,
+    distributed: bool,
+    augment: Augment | None,
+) -> tuple[_CheckedLoader, _Order | _StreamEpoch | None]:
+    """uint8 batches on the CPU, for training when there is an `augment`, and what starts their epochs."""
+    training = augment is not None
+    source: Any = datasets.train if training else datasets.validation
+    workers, collate = data.num_workers, _collate_images
+    dataset: Any = None
+    order: _Order | None = None
+    epoch: _Order | _StreamEpoch | None = None
+    if isinstance(source, Samples):
+        order = epoch = _Order(len(source), training, distributed)
+        batch_size = max(1, min(batch_size, len(order)))
+        dataset = _pixel_batches(source, config, augment)
+    if dataset is not None:
+        workers, collate = 0, _as_it_is  # indexing is quicker than a queue between processes
+    else:
+        dataset = copy.copy(source)  # the same files, and the same record of broken ones, prepared for this model
+        dataset.transform, dataset.training = _transform(config, augment), training
+    if isinstance(source, IterableImageDataset):
+        dataset.set_loader_cfg(num_workers=workers)
+        epoch = _StreamEpoch(dataset, distributed) if training else None
+    loader = _CheckedLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=order,
+        drop_last=drop_last,
+        num_workers=workers,
+        collate_fn=collate,
+        worker_init_fn=_leave_signals_to_the_main_process,
+        pin_memory=device.type == "cuda",
+        persistent_workers=workers > 0 and order is not None,  # a stream's workers take their seed when they start
+        # a DataLoader draws a seed for its workers; ours need none, and evaluation must not disturb training
+        generator=torch.Generator() if order is not None or not training else None,
+    )
+    loader.datasets, loader.name = datasets, data.name
+    return loader, epoch

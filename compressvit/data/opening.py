@@ -1,0 +1,116 @@
+"""Opens the data sets that a recipe can name, and checks them before anything is computed.
+
+Map-style sets become `Samples`; streaming sets (WebDataset, TensorFlow and streaming Hugging Face datasets) stay timm's
+`IterableImageDataset`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.data import IterableImageDataset
+from torch.utils.data import Dataset
+
+from compressvit.data.samples import BrokenFiles, Samples
+from compressvit.data.sets.base import LAYOUT, class_names_of, evenly, some_of
+from compressvit.data.sets.digits import open_digits
+from compressvit.data.sets.fashion_mnist import open_fashion_mnist
+from compressvit.data.sets.folder import open_folder
+from compressvit.data.sets.images import open_images
+from compressvit.data.sets.lists import open_lists
+from compressvit.data.sets.timm import open_timm
+from compressvit.data.sets.torchvision import _TORCHVISION, open_torchvision
+from compressvit.data.spec import Data
+from compressvit.errors import UserError
+
+
+@dataclass
+class Datasets:
+    """What `open_data` opened.
+
+    Attributes:
+        train, validation: `Samples`, or timm's `IterableImageDataset` for a streaming set.
+        num_classes: the number of classes; None in an unlabeled set.
+        class_names: names in target order, or None where the set does not say.
+        labeled: False when every target is -1.
+        broken: the files that could not be decoded so far.
+    """
+
+    train: Dataset
+    validation: Dataset
+    num_classes: int | None
+    class_names: list[str] | None
+    labeled: bool
+    broken: BrokenFiles
+
+
+def open_data(data: Data) -> Datasets:
+    """Opens the training and the validation set that `data` names, and checks what can be checked without decoding.
+
+    Raises:
+        UserError: the folder is missing, empty or laid out differently, a package is missing, the classes of the two
+            splits differ, there is only one class, or a label does not fit `data.num_classes`.
+    """
+    if data.name == "images":
+        parts = open_images(data)
+        return Datasets(*parts, None, None, False, BrokenFiles(*parts))
+
+    openers = {"digits": open_digits, "fashion_mnist": open_fashion_mnist, "folder": open_folder, "lists": open_lists}
+    other = open_torchvision if data.name in _TORCHVISION else open_timm
+    sources: Any = openers.get(data.name, other)(data)
+    class_names = _common_classes(sources, data.name)
+    found = len(class_names) if class_names else None
+    num_classes = data.num_classes or found
+    if num_classes is None:
+        raise UserError(f"data.name={data.name}: the set does not say how many classes it has; give data.num_classes=N")
+    if found and found > num_classes:
+        raise UserError(
+            f"data.num_classes={num_classes}, but {data.name} has {found} classes; leave data.num_classes out, "
+            f"or set {found}"
+        )
+    for source in sources:
+        targets = getattr(source, "targets", None)
+        if targets is not None:
+            check_targets(torch.as_tensor(targets), num_classes, data.name)
+    train = _limited(sources[0], data.limit_train, "limit_train")
+    validation = _limited(sources[1], data.limit_val, "limit_val")
+    return Datasets(train, validation, num_classes, class_names, True, BrokenFiles(train, validation))
+
+
+def check_targets(targets: torch.Tensor, num_classes: int | None, name: str) -> None:
+    """Raises UserError unless `targets` is (B,) and below `num_classes`; what is below 0 is no label."""
+    if targets.ndim != 1:
+        raise UserError(f"data.name={name}: each image must have one class, not a target of shape {targets.shape[1:]}")
+    highest = int(targets.max()) if targets.numel() else -1
+    if num_classes is not None and highest >= num_classes:
+        raise UserError(
+            f"data.name={name}: label {highest} is out of range for {num_classes} classes (0 to {num_classes - 1}); "
+            f"set data.num_classes to {highest + 1} or more, or correct the labels"
+        )
+
+
+def _common_classes(sources: tuple[Any, Any], name: str) -> list[str] | None:
+    train, validation = (class_names_of(source) for source in sources)
+    if train and validation and train != validation:
+        raise UserError(
+            f"data.name={name}: the training and the validation split have different classes"
+            f"\n  only in training: {some_of(sorted({*train} - {*validation}))}"
+            f"\n  only in validation: {some_of(sorted({*validation} - {*train}))}"
+            "\na target is the position of a class within its split, so both splits need the same class folders"
+        )
+    if train and len(train) == 1:
+        raise UserError(f"data.name={name}: there is only one class, '{train[0]}', so nothing to tell apart; {LAYOUT}")
+    return train
+
+
+def _limited(source: Any, limit: int | None, option: str) -> Dataset:
+    if not isinstance(source, IterableImageDataset):
+        return Samples(source, evenly(len(source), limit))
+    if limit is not None:
+        raise UserError(
+            f"data.{option}={limit}: a streaming set is read in the order of its shards and cannot be thinned out; "
+            "name fewer shards in data.train_split or data.val_split"
+        )
+    return source

@@ -1,0 +1,51 @@
+"""What the data sets share: layouts, class names, and the folder they are in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from compressvit.data.spec import Data
+from compressvit.errors import UserError
+from compressvit.files import expanded
+
+IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+LAYOUT = """expected
+  FOLDER/train/CLASS/*.jpg   (or FOLDER/train.tar, or a FOLDER/train/CLASS.tar for each class)
+  FOLDER/val/CLASS/*.jpg     (or FOLDER/val.tar, …)
+for images without classes use data.name=images"""
+UNLABELED_LAYOUT = """expected images anywhere under FOLDER, or under FOLDER/train and FOLDER/val"""
+
+
+def class_names_of(source: Any) -> list[str] | None:
+    """The class names of a source in target order, or None where it does not say."""
+    holder = getattr(source, "reader", source)
+    mapping = getattr(holder, "class_to_idx", None) or getattr(holder, "class_name_to_idx", None)
+    if not mapping:
+        return [str(name) for name in getattr(source, "classes", None) or ()] or None
+    by_index: dict[int, str] = {}
+    for name, index in mapping.items():  # ImageNet gives a class several names: the first is kept
+        by_index.setdefault(int(index), str(name))
+    return [by_index.get(i, str(i)) for i in range(max(by_index) + 1)]
+
+
+def some_of(names: Sequence[str], at_most: int = 5) -> str:
+    more = f" and {len(names) - at_most} more" if len(names) > at_most else ""
+    return ", ".join(names[:at_most]) + more if names else "none"
+
+
+def evenly(count: int, limit: int | None) -> Sequence[int]:
+    return range(count) if limit is None or limit >= count else [i * count // limit for i in range(limit)]
+
+
+def existing_root(data: Data) -> Path:
+    """data.root as a folder that is there, or a UserError that says how to supply it."""
+    layout = UNLABELED_LAYOUT if data.name == "images" else LAYOUT
+    if data.root is None:
+        raise UserError(f"data.name={data.name} needs data.root=FOLDER; {layout}")
+    root = expanded(data.root, "data.root")
+    if not root.is_dir():
+        fault = "this is a file" if root.exists() else "there is no such folder"
+        raise UserError(f"data.root={data.root}: {fault}; {layout}")
+    return root

@@ -1,0 +1,181 @@
+"""The recipe's `data` section: which images, and how they are augmented."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+from timm.data import create_transform
+
+from compressvit.errors import nearest
+from compressvit.spec import Spec
+
+Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
+
+_OWN_NAMES = ("digits", "fashion_mnist", "folder", "lists", "images")
+_PREFIXES = ("torch", "wds", "hfds", "hfids", "tfds")
+_CLASSES = {
+    "digits": 10,
+    "fashion_mnist": 10,
+    "torch/cifar10": 10,
+    "torch/cifar100": 100,
+    "torch/mnist": 10,
+    "torch/kmnist": 10,
+    "torch/qmnist": 10,
+    "torch/fashion_mnist": 10,
+    "torch/imagenet": 1000,
+    "torch/places365": 365,
+    "torch/svhn": 10,
+    "torch/flowers102": 102,
+    "torch/food101": 101,
+}
+_TORCH_NAMES = (*(name for name in _CLASSES if "/" in name), "torch/inaturalist", "torch/image_folder")
+
+
+class Augment(Spec):
+    """What happens to a training image. The default is nothing: the image is resized and cropped as in evaluation."""
+
+    scale: tuple[float, float] | None = Field(
+        default=None, description="Area of the random resized crop, as fractions of the image; none = no random crop."
+    )
+    ratio: tuple[float, float] = Field(default=(3 / 4, 4 / 3), description="Aspect ratios of the random resized crop.")
+    hflip: float = Field(default=0.0, ge=0, le=1, description="Probability of a left-right flip.")
+    vflip: float = Field(default=0.0, ge=0, le=1, description="Probability of an upside-down flip.")
+    translate: int = Field(
+        default=0, ge=0, description="Random shift by up to this many pixels each way, filled with zero (black)."
+    )
+    color_jitter: float | None = Field(
+        default=None,
+        ge=0,
+        description="Strength of brightness, contrast and saturation jitter; timm leaves it out with auto_augment.",
+    )
+    auto_augment: str | None = Field(
+        default=None,
+        description="A timm policy: rand-m9-mstd0.5-inc1, augmix-m3-w3, original, 3a, …; none = no policy.",
+    )
+    random_erasing: float = Field(
+        default=0.0, ge=0, le=1, description="Probability that a rectangle of the image is erased."
+    )
+    erasing_mode: Literal["pixel", "rand", "const"] = Field(
+        default="pixel", description="Erase with noise per pixel, one random colour, or the mean colour."
+    )
+    erasing_count: int = Field(default=1, ge=1, description="At most this many rectangles per image.")
+    interpolation: Interpolation | Literal["random"] = Field(
+        default="bicubic",
+        description="Resampling in the random crop and in auto_augment; random = bilinear or bicubic by chance.",
+    )
+
+    @field_validator("scale", "ratio")
+    @classmethod
+    def _is_range(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and not 0 < value[0] <= value[1]:
+            raise ValueError(f"{list(value)} is not a range: give [low, high] with 0 < low <= high")
+        return value
+
+    @field_validator("scale")
+    @classmethod
+    def _is_area(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and value[1] > 1:
+            raise ValueError(f"{list(value)}: a crop cannot be larger than the image; give fractions up to 1.0")
+        return value
+
+    @field_validator("auto_augment")
+    @classmethod
+    def _is_policy(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        try:
+            create_transform(32, is_training=True, auto_augment=value)
+        except Exception as error:  # timm parses the text with asserts and conversions
+            raise ValueError(
+                f"'{value}' is not a policy that timm knows ({error}); for example "
+                "rand-m9-mstd0.5-inc1, augmix-m3-w3 or original"
+            ) from error
+        return value
+
+
+class Data(Spec):
+    """Which images, in which batches."""
+
+    name: str = Field(
+        description="digits (comes with scikit-learn), fashion_mnist, folder (train/ and val/ with a folder or tar "
+        "per class), lists (SPLIT.txt with `PATH LABEL` lines, as a prepared VTAB-1k), images (unlabeled, searched recursively), "
+        "torch/svhn, torch/flowers102, torch/food101, or timm's torch/NAME, wds/NAME, hfds/NAME, hfids/NAME, tfds/NAME."
+    )
+    root: str | None = Field(default=None, description="Folder of the set; ~ is the home folder. digits needs none.")
+    download: bool = Field(
+        default=False, description="Fetch the set into root when it is missing, where its licence lets us."
+    )
+    train_split: str = Field(default="train", description="Name of the training split.")
+    val_split: str = Field(
+        default="validation", description="Name of the validation split; folder also finds val/, valid/, test/."
+    )
+    batch_size: int = Field(default=64, ge=1, description="Images per training batch, per process.")
+    eval_batch_size: int | None = Field(
+        default=None, ge=1, description="Images per evaluation batch; none = batch_size."
+    )
+    num_workers: int = Field(
+        default=0, ge=0, description="Processes that read images; 0 = the training process reads them."
+    )
+    num_classes: int | None = Field(
+        default=None, ge=2, description="Number of classes, where the set does not say or has gaps."
+    )
+    mean: tuple[float, ...] | None = Field(
+        default=None, description="Mean of each channel in 0..1; none = the model's."
+    )
+    std: tuple[float, ...] | None = Field(
+        default=None, description="Standard deviation of each channel in 0..1; none = the model's."
+    )
+    crop_pct: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="Evaluation: part of the resized image that the centre crop keeps; none = the model's.",
+    )
+    interpolation: Interpolation | None = Field(default=None, description="Evaluation: resampling; none = the model's.")
+    val_fraction: float = Field(
+        default=0.1,
+        gt=0,
+        le=0.5,
+        description="images without train/ and val/: every 1/val_fraction-th file is held out.",
+    )
+    limit_train: int | None = Field(
+        default=None, ge=1, description="Use at most this many training images, evenly spaced."
+    )
+    limit_val: int | None = Field(
+        default=None, ge=1, description="Use at most this many validation images, evenly spaced."
+    )
+    augment: Augment = Field(default=Augment(), description="Changes made to training images.")
+
+    @field_validator("name")
+    @classmethod
+    def _is_known(cls, value: str) -> str:
+        prefix, _, rest = value.partition("/")
+        if value in _OWN_NAMES or (rest and prefix.lower() in _PREFIXES[1:]) or value.lower() in _TORCH_NAMES:
+            return value
+        close = nearest(value, (*_OWN_NAMES, *_TORCH_NAMES))
+        known = _TORCH_NAMES if prefix.lower() == "torch" else (*_OWN_NAMES, *(f"{p}/NAME" for p in _PREFIXES))
+        raise ValueError(
+            f"there is no data set '{value}'; "
+            + (f"did you mean '{close}'? " if close else "")
+            + f"(known: {', '.join(known)})"
+        )
+
+    @field_validator("mean", "std")
+    @classmethod
+    def _is_per_channel(cls, value: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        if value is not None and len(value) not in (1, 3):
+            raise ValueError(f"{len(value)} numbers: give one for a grayscale model, three for a colour model")
+        return value
+
+    @field_validator("std")
+    @classmethod
+    def _is_positive(cls, value: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        if value is not None and min(value) <= 0:
+            raise ValueError(f"{list(value)}: images are divided by std, so it must be above 0")
+        return value
+
+
+def known_classes(data: Data) -> int | None:
+    """The number of classes as far as it is known without touching the disk: declared, or a property of a named set."""
+    return data.num_classes or _CLASSES.get(data.name.lower())

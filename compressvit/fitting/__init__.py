@@ -1,0 +1,1 @@
+"""Values from a teacher, before any training."""

@@ -1,0 +1,180 @@
+"""Spend a budget on ranks: every layer gets as many as remove the most error per parameter (or byte, or MAC).
+
+The error of a low-rank term of rank r is the sum of the squares of the singular values it leaves out, so each layer offers a falling,
+convex curve of error against cost, and taking the steepest step first over all layers is optimal but for the last step.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from pydantic import Field, model_validator
+
+from compressvit.errors import UserError
+from compressvit.spec import Spec
+
+
+class Budget(Spec):
+    """What a student may cost: one of the three. Up to 1 it is a share of the teacher's, above 1 a number."""
+
+    parameters: float | None = Field(
+        None, gt=0, description="Parameters, each shared tensor once; e.g. 0.5, or 11000000."
+    )
+    bytes: float | None = Field(None, gt=0, description="Bytes of model.safetensors.")
+    macs: float | None = Field(
+        None, gt=0, description="Multiply-accumulates for one image. Sharing saves none; `share: 1` does."
+    )
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Budget:
+        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"a budget names one of parameters, bytes, macs; this one names {', '.join(given) or 'none of them'}"
+            )
+        return self
+
+    @property
+    def unit(self) -> str:
+        """'parameters', 'bytes' or 'macs'."""
+        return next(name for name in type(self).model_fields if getattr(self, name) is not None)
+
+    def limit(self, of_teacher: int) -> int:
+        """The most that may be spent, where the teacher costs `of_teacher`."""
+        value: float = getattr(self, self.unit)
+        return int(value * of_teacher if value <= 1 else value)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What one layer offers.
+
+    Attributes:
+        step: cost of one more rank.
+        least, most: the ranks it may have.
+        dense: cost of leaving the layer as it is, without error; None where its weight is shared.
+        errors: error at rank 0, 1, …, `most`, falling and convex.
+    """
+
+    step: int
+    least: int
+    most: int
+    dense: int | None
+    errors: Sequence[float]
+
+    def cost(self, rank: int | None) -> int:
+        """Of a rank; None stands for the dense layer."""
+        return self.dense or 0 if rank is None else rank * self.step
+
+
+def allocate(curves: Mapping[str, Curve], limit: int) -> dict[str, int | None]:
+    """The ranks that remove the most error for `limit`; None for a layer that stays dense. Ties go to the layer named first.
+
+    The caller makes sure that the least ranks fit.
+    """
+    hulls = {name: _hull(curve) for name, curve in curves.items()}
+    chosen: dict[str, int | None] = {name: hull[0][2] for name, hull in hulls.items()}
+    left = limit - sum(curves[name].cost(rank) for name, rank in chosen.items())
+    queue: list[tuple[float, int, str, int]] = []
+
+    def offer(order: int, name: str, place: int) -> None:
+        if place < len(hulls[name]):
+            (cost, error, _), (more, less, _) = hulls[name][place - 1], hulls[name][place]
+            heapq.heappush(queue, (-(error - less) / (more - cost), order, name, place))
+
+    for order, name in enumerate(hulls):
+        offer(order, name, 1)
+    while queue:
+        _, order, name, place = heapq.heappop(queue)
+        price = hulls[name][place][0] - hulls[name][place - 1][0]
+        if price > left:
+            continue  # a cheaper step of another layer may still fit
+        left -= price
+        chosen[name] = hulls[name][place][2]
+        offer(order, name, place + 1)
+    return chosen
+
+
+def _hull(curve: Curve) -> list[tuple[int, float, int | None]]:
+    """The lower convex envelope of (cost, error, rank) of one layer, by cost."""
+    points: list[tuple[int, float, int | None]] = [
+        (curve.cost(rank), curve.errors[rank], rank) for rank in range(curve.least, curve.most + 1)
+    ]
+    if curve.dense is not None:
+        points = [p for p in points if p[0] < curve.dense] + [(curve.dense, 0.0, None)]
+    hull: list[tuple[int, float, int | None]] = []
+    for point in points:
+        while len(hull) >= 2 and _above(hull[-2], hull[-1], point):
+            hull.pop()
+        hull.append(point)
+    return hull
+
+
+def _above(a: tuple, b: tuple, c: tuple) -> bool:
+    """Whether b lies on or above the line from a to c."""
+    return (b[1] - a[1]) * (c[0] - a[0]) >= (c[1] - a[1]) * (b[0] - a[0])
+
+
+def uniform(curves: Mapping[str, Curve], limit: int) -> dict[str, int | None]:
+    """Ranks in proportion to what each layer can have: what is planned where errors are not known."""
+
+    def at(share: float) -> dict[str, int | None]:
+        return {n: min(c.most, max(c.least, int(share * c.most))) for n, c in curves.items()}
+
+    def fits(share: float) -> bool:
+        return sum(curves[n].cost(r) for n, r in at(share).items()) <= limit
+
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    ranks = at(1.0 if fits(1.0) else low)
+    left = limit - sum(c.cost(ranks[n]) for n, c in curves.items())
+    for name, curve in curves.items():  # what rounding down left over
+        if ranks[name] < curve.most and curve.step <= left:
+            ranks[name] += 1
+            left -= curve.step
+    return {n: None if c.dense is not None and c.cost(ranks[n]) >= c.dense else ranks[n] for n, c in curves.items()}
+
+
+def least_cost(curves: Mapping[str, Curve]) -> int:
+    """What the layers cost at least."""
+    return sum(min(c.cost(c.least), c.cost(c.least) if c.dense is None else c.dense) for c in curves.values())
+
+
+def spend(
+    budget: Budget,
+    curves: Mapping[str, Curve],
+    *,
+    fixed: int,
+    of_teacher: int,
+    by_error: bool,
+    asker: str,
+) -> dict[str, int | None]:
+    """Ranks within a budget.
+
+    Args:
+        curves: what the layers offer, in the budget's unit.
+        fixed: what everything else costs.
+        of_teacher: what the teacher costs.
+        by_error: whether the curves' errors are known; else ranks are uniform.
+        asker: what messages call the transform.
+
+    Raises:
+        UserError: not even the least ranks fit, or the budget is above what the model costs anyway.
+    """
+    limit = budget.limit(of_teacher)
+    least = fixed + least_cost(curves)
+    if limit < least:
+        raise UserError(
+            f"{asker}: a budget of {limit:,} {budget.unit} cannot be met: the smallest that these steps reach is {least:,} "
+            f"({least / of_teacher:.3f} of the teacher's {of_teacher:,}); raise it, share more blocks, or name more targets"
+        )
+    if limit >= of_teacher:
+        raise UserError(
+            f"{asker}: a budget of {limit:,} {budget.unit} is no smaller than the teacher, which has {of_teacher:,}; "
+            "give less, or leave the step out"
+        )
+    return (allocate if by_error else uniform)(curves, limit - fixed)

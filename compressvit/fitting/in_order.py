@@ -1,0 +1,249 @@
+"""Fit the layers of a student in the order they run, each on what the fitted layers before it produce.
+
+Fitted one by one, every layer assumes that all others are the teacher's, and the errors of a deep model add up. Here a layer sees the
+student's own inputs x and is asked for the teacher's outputs y, so it also undoes what the layers before it lost. Where a layer ends a
+residual branch, y is what makes the sum with the student's residual stream the teacher's. (Asymmetric reconstruction: Zhang et al.,
+https://arxiv.org/abs/1505.06798, section 3.3; for transformers e.g. SVD-LLM, https://arxiv.org/abs/2403.07378, section 3.3.)
+
+Only second moments are kept of a layer. The hidden states between blocks wait in temporary files (TMPDIR), 8 bytes for each of
+images × tokens × width, so memory does not grow with images where those are on a disk.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from compressvit.errors import UserError
+from compressvit.fitting.lowrank import Tensor
+from compressvit.fitting.moments import frozen, not_finite
+from compressvit.fitting.regression import Regression
+from compressvit.log import progress
+from compressvit.model.backbone import describe
+
+# The linear layer that ends each residual branch of a timm block: the branch's norm, the branch, and the scale of its output.
+BRANCHES = {"attn.proj": ("norm1", "attn", "ls1"), "mlp.fc2": ("norm2", "mlp", "ls2")}
+_LEAST_SCALE = 1e-3  # of the mean; what LayerScale makes smaller counts as that
+
+
+@dataclass(frozen=True)
+class LayerFit:
+    """How one layer takes what it is to learn.
+
+    Attributes:
+        fit: sets the values of the layer it is given (and of whatever else it keeps), and returns the relative error that is left.
+        prefix_weight: how much a prefix (class) token counts, in tokens.
+    """
+
+    fit: Callable[[nn.Module, Regression], float]
+    prefix_weight: float = 1.0
+
+
+class _Reached(Exception):
+    """A forward pass came to the module it was run for."""
+
+
+class _Spool:
+    """One tensor a batch, kept on the disk between two passes."""
+
+    def __init__(self, folder: Path, name: str):
+        self._stem, self._count = folder / name, 0
+
+    def append(self, tensor: Tensor) -> None:
+        self._count += 1
+        self.replace(self._count - 1, tensor)
+
+    def replace(self, index: int, tensor: Tensor) -> None:
+        try:
+            np.save(self._file(index), tensor.cpu().numpy())
+        except OSError as error:
+            raise _no_room(str(self._stem.parent), error) from error
+
+    def read(self, index: int, device: torch.device) -> Tensor:
+        return torch.from_numpy(np.load(self._file(index))).to(device)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def _file(self, index: int) -> Path:
+        return self._stem.with_name(f"{self._stem.name}_{index}.npy")
+
+
+def _no_room(folder: str, error: OSError) -> UserError:
+    return UserError(
+        f"the hidden states of the calibration images cannot be kept in {folder}: {error.strerror or error}; point TMPDIR at a folder with "
+        "room, give fewer calibration images, or fit layers one by one (lors.sequential=false)"
+    )
+
+
+@contextmanager
+def _folder() -> Iterator[Path]:
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="compressvit-", ignore_cleanup_errors=True)
+    except OSError as error:
+        raise _no_room(os.environ.get("TMPDIR", "the temporary folder"), error) from error
+    with folder as path:
+        yield Path(path)
+
+
+class _Side:
+    """Teacher or student on its way through the blocks, with the hidden states of every batch before the present one."""
+
+    def __init__(self, model: nn.Module, folder: Path, name: str):
+        self.model = model
+        self.path = describe(model).blocks[0].path
+        self._hidden = _Spool(folder, name)
+
+    @property
+    def block(self) -> nn.Module:
+        return self.model.get_submodule(self.path)
+
+    def enter(self, images: Tensor) -> None:
+        """Append a batch."""
+        self._hidden.append(_look(self.model, images, {self.path: "input"}, self.path)[self.path])
+
+    def advance(self, following: str, device: torch.device) -> None:
+        """Take every batch through the present block, up to the one at `following`."""
+        stage, _, number = following.rpartition(".blocks.")
+        name = f"blocks.{number}"
+        for i in range(len(self._hidden)):
+            x = self.block(self.hidden(i, device))
+            if stage != self.path.rpartition(".blocks.")[0]:  # Swin's patch merging stands between stages
+                x = _look(self.model.get_submodule(stage), x, {name: "input"}, name)[name]
+            self._hidden.replace(i, x)
+        self.path = following
+
+    def hidden(self, index: int, device: torch.device) -> Tensor:
+        return self._hidden.read(index, device)
+
+
+def fit_in_order(
+    student: nn.Module, teacher: nn.Module, batches: Iterable[Tensor], fits: Mapping[str, LayerFit]
+) -> dict[str, float]:
+    """Walk both models block by block and fit every linear layer named in `fits`, in the order they run.
+
+    Args:
+        student: whose layers are fitted, in place. It has the teacher's blocks, in float32, and is moved to the device of the batches.
+        teacher: in float32, on the device of the batches.
+        batches: images (B, C, H, W), read once.
+        fits: by path; linear layers within blocks.
+
+    Returns:
+        By path, the relative error of what a layer computes from what it was asked for.
+
+    Raises:
+        UserError: there is no image, a layer sees numbers that are not finite, or there is no room for the hidden states.
+    """
+    blocks = [info.path for info in describe(student).blocks]
+    wanted = {b: [p.removeprefix(f"{b}.") for p in fits if p.startswith(f"{b}.")] for b in blocks}
+    while blocks and not wanted[blocks[-1]]:
+        blocks.pop()
+    errors: dict[str, float] = {}
+    with torch.no_grad(), _folder() as folder, frozen(student), frozen(teacher):
+        ours, theirs = _Side(student, folder, "student"), _Side(teacher, folder, "teacher")
+        sizes, device = [], torch.device("cpu")
+        for images in batches:
+            sizes.append(len(images))
+            device = images.device
+            student.to(device)
+            ours.enter(images)
+            theirs.enter(images)
+        if not sizes:
+            raise UserError("there is no calibration image")
+        for position, block in enumerate(progress(blocks, "fitting block by block", len(blocks))):
+            if position:
+                ours.advance(block, device)
+                theirs.advance(block, device)
+            for name in _in_order(ours.block, ours.hidden(0, device), wanted[block]):
+                path = f"{block}.{name}"
+                regression = Regression(_scale_behind(ours.block, name))
+                for i, images_of_batch in enumerate(sizes):
+                    x, y = _tokens(ours.block, theirs.block, name, ours.hidden(i, device), theirs.hidden(i, device))
+                    if not (torch.isfinite(x).all() and torch.isfinite(y).all()):
+                        raise not_finite(path)
+                    weights = torch.ones(*x.shape[:-1], 1, device=device)
+                    if prefix := getattr(student, "num_prefix_tokens", 0):
+                        weights[:, :prefix] = fits[path].prefix_weight
+                    regression.add(x, y, weights, images_of_batch)
+                errors[path] = fits[path].fit(student.get_submodule(path), regression)
+    return errors
+
+
+def _tokens(ours: nn.Module, theirs: nn.Module, name: str, h_ours: Tensor, h_theirs: Tensor) -> tuple[Tensor, Tensor]:
+    """The inputs (…, in) of the student's layer `name` of a block, and the outputs (…, out) it should have."""
+    norm, branch, scale = BRANCHES.get(name, ("", "", ""))
+    also = {norm: "input"} if norm else {}
+    seen = _look(ours, h_ours, also | {name: "input"}, name)
+    aim = _look(theirs, h_theirs, also | {name: "output"}, name)
+    wanted = aim[name]
+    if norm:  # timm's Swin folds the grid into a sequence before its MLP, and a block with slots does not
+        residual = _into(ours, norm, branch, h_ours, aim[norm].reshape(seen[norm].shape) - seen[norm])
+        y = wanted.reshape(residual.shape)
+        wanted = _corrected(y, residual, getattr(ours, scale, None), getattr(theirs, scale, None))
+    return seen[name], wanted
+
+
+def _look(block: nn.Module, hidden: Tensor, wanted: dict[str, str], until: str) -> dict[str, Tensor]:
+    """Run a block up to its module `until`, and return the inputs or outputs of the modules in `wanted`."""
+    found: dict[str, Tensor] = {}
+    with ExitStack() as stack:
+        for name, io in wanted.items():
+
+            def see(module: nn.Module, inputs: tuple, output: Tensor | None = None, name: str = name) -> None:
+                found[name] = inputs[0] if output is None else output
+                if name == until:
+                    raise _Reached
+
+            module = block.get_submodule(name)
+            hook = module.register_forward_pre_hook if io == "input" else module.register_forward_hook
+            stack.callback(hook(see).remove)
+        with suppress(_Reached):
+            block(hidden)
+    return found
+
+
+def _into(block: nn.Module, norm: str, branch: str, hidden: Tensor, residual: Tensor) -> Tensor:
+    """The residual stream's tokens in the order in which the branch has them (Swin's attention works in shifted windows)."""
+    replaced = block.get_submodule(norm).register_forward_hook(lambda module, inputs, output: residual)
+    try:
+        return _look(block, hidden, {branch: "input"}, branch)[branch]
+    finally:
+        replaced.remove()
+
+
+def _corrected(y: Tensor, residual: Tensor, ours: nn.Module | None, theirs: nn.Module | None) -> Tensor:
+    """The output whose sum with the student's residual stream is what the teacher's y makes of its own: y and the difference of the
+    streams, both behind timm's LayerScale where there is one."""
+    gamma, of_teacher = getattr(ours, "gamma", None), getattr(theirs, "gamma", None)
+    if gamma is None or of_teacher is None:
+        return y + residual
+    usable = gamma.abs() > _LEAST_SCALE * gamma.abs().mean()  # a dimension that is scaled away cannot be corrected here
+    return torch.where(usable, (y * of_teacher + residual) / gamma, y)
+
+
+def _scale_behind(block: nn.Module, name: str) -> Tensor | None:
+    """|γ| (out,) of the LayerScale behind a layer, where there is one; in float64 on the CPU."""
+    gamma = getattr(getattr(block, BRANCHES[name][2], None), "gamma", None) if name in BRANCHES else None
+    if gamma is None:
+        return None
+    scale = gamma.detach().abs().cpu().double()
+    return scale.clamp(min=_LEAST_SCALE * scale.mean().item())
+
+
+def _in_order(block: nn.Module, hidden: Tensor, names: Sequence[str]) -> list[str]:
+    """The modules of a block that are called `names`, in the order they run."""
+    order: list[str] = []
+    with ExitStack() as stack:
+        for name in names:
+            hook = block.get_submodule(name).register_forward_pre_hook(lambda m, i, name=name: order.append(name))
+            stack.callback(hook.remove)
+        block(hidden)
+    return order

@@ -1,0 +1,116 @@
+"""The linear layer that computes wanted outputs from given inputs best, from sums over tokens alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from compressvit.fitting.lowrank import TINY, Tensor
+
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # in parts of the inputs' mean square
+
+
+@dataclass
+class Sums:
+    """Sums over tokens of a layer's inputs x (in,) and wanted outputs y (out,), in float64 on the CPU, weighted."""
+
+    weight: float = 0.0
+    x: Any = 0.0  # (in,)
+    y: Any = 0.0  # (out,)
+    xx: Any = 0.0  # (in, in)
+    yx: Any = 0.0  # (out, in)
+    yy: Any = 0.0  # (out,), of squares
+
+    def add(self, x: Tensor, y: Tensor, weights: Tensor) -> None:
+        """Add tokens: x (T, in), y (T, out), weights (T, 1)."""
+        weighted = x * weights
+        self.weight += weights.sum().item()
+        self.x = self.x + weighted.sum(dim=0).cpu().double()
+        self.y = self.y + (y * weights).sum(dim=0).cpu().double()
+        self.xx = self.xx + (weighted.mT @ x).cpu().double()
+        self.yx = self.yx + (y.mT @ weighted).cpu().double()
+        self.yy = self.yy + (y.square() * weights).sum(dim=0).cpu().double()
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
+
+    def moments(self, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """E[xᵀx] (in, in) and E[(y − bias)ᵀx] (out, in); without a bias of deviations from the means."""
+        mean, xx = self.x / self.weight, self.xx / self.weight
+        if bias is None:
+            return xx - torch.outer(mean, mean), self.yx / self.weight - torch.outer(self.y / self.weight, mean)
+        return xx, self.yx / self.weight - torch.outer(bias, mean)
+
+    def best_bias(self, weight: Tensor) -> Tensor:
+        """The best bias (out,) beside `weight` (out, in)."""
+        return (self.y - weight @ self.x) / self.weight
+
+    def squared_errors(self, weight: Tensor, bias: Tensor) -> Tensor:
+        """Of `x weightᵀ + bias` from y, summed over tokens: (out,)."""
+        products = ((weight @ self.xx - 2 * self.yx) * weight).sum(dim=1)
+        return self.yy + products + 2 * (weight @ self.x - self.y) * bias + self.weight * bias.square()
+
+
+@dataclass
+class Regression:
+    """What one layer is to learn: sums over two sets of images, so that a ridge is judged by images it was not fitted to.
+
+    Attributes:
+        scale: how much an error of each output matters, (out,): timm's LayerScale behind it; None for alike.
+    """
+
+    scale: Tensor | None = None
+    fitted: Sums = field(default_factory=Sums)
+    held_out: Sums = field(default_factory=Sums)
+    _images: int = 0
+
+    def add(self, x: Tensor, y: Tensor, weights: Tensor, images: int) -> None:
+        """Add the tokens of a batch of images, one after the other: x (…, in), y (…, out), weights (…, 1). One in four is held out."""
+        held_out = (torch.arange(images, device=x.device) + self._images) % 4 == 3
+        self._images += images
+        tokens = [t.reshape(images, -1, t.shape[-1]) for t in (x, y, weights)]
+        for sums, mask in ((self.fitted, ~held_out), (self.held_out, held_out)):
+            if mask.any():
+                sums.add(*(t[mask].flatten(0, 1) for t in tokens))
+
+    @property
+    def whole(self) -> Sums:
+        """Over all images."""
+        return self.fitted + self.held_out
+
+    def solve(self, prior: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The matrix (out, in) that predicts y from x best, with a ridge towards `prior`, and the moment E[xᵀx] (in, in) of errors in it.
+
+        The ridge is the one of `RIDGES` that does best on the held-out images, or where there are none the largest, which leaves little
+        but `prior`.
+
+        Args:
+            prior: the teacher's weight (out, in).
+            bias: one that stays as it is (zeros for a layer without); None for one that will be fitted to the matrix.
+        """
+        chosen = RIDGES[-1]
+        if self.held_out.weight:
+            moments, errors = self.fitted.moments(bias), []
+            for ridge in RIDGES:
+                found = _ridge_regression(*moments, prior, ridge)
+                beside = self.fitted.best_bias(found) if bias is None else bias
+                errors.append(self._weigh(self.held_out.squared_errors(found, beside)))
+            chosen = RIDGES[errors.index(min(errors))]
+        xx, yx = self.whole.moments(bias)
+        return _ridge_regression(xx, yx, prior, chosen), xx
+
+    def error(self, weight: Tensor, bias: Tensor) -> float:
+        """Of `x weightᵀ + bias`, relative to y: the root of the ratio of mean squares."""
+        sums = self.whole
+        lost, asked = self._weigh(sums.squared_errors(weight, bias)), self._weigh(sums.yy)
+        return (max(lost, 0.0) / max(asked, TINY)) ** 0.5
+
+    def _weigh(self, squares: Tensor) -> float:
+        return (squares if self.scale is None else squares * self.scale.square()).sum().item()
+
+
+def _ridge_regression(xx: Tensor, yx: Tensor, prior: Tensor, ridge: float) -> Tensor:
+    level = ridge * xx.diagonal().mean().clamp(min=TINY)
+    return torch.linalg.solve(xx + level * torch.eye(len(xx), dtype=torch.float64), yx + level * prior, left=False)

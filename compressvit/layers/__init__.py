@@ -1,1 +1,0 @@
-"""Specialisations of timm's attention and blocks, with slots that transforms fill."""

@@ -1,0 +1,130 @@
+"""What a run tells: to the console, to run.log, to metrics.jsonl and to TensorBoard."""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, track
+from rich.text import Text
+
+from compressvit.errors import UserError
+from compressvit.files import disk_faults
+from compressvit.rows import append_row
+
+log = logging.getLogger("compressvit")
+
+
+class RunLog:
+    """The voices of one run. Scalars of a phase go to `metrics.jsonl` as a line a step, and to TensorBoard under
+    `phase/kind/name`.
+
+    Args:
+        folder: the run folder; None writes no files.
+        console: where the progress bar and the messages go.
+        tag: what TensorBoard calls a phase (`compressvit.boards`).
+    """
+
+    def __init__(self, folder: Path | None, console: Console | None = None, tag: Callable[[str], str] = str):
+        self.console = console or Console()
+        self.folder = folder
+        self._tag = tag
+        self._writer: Any = None
+        _silence()
+        log.setLevel(logging.INFO)
+        log.propagate = False
+        voice = RichHandler(console=self.console, show_path=False, show_time=False, show_level=False, markup=False)
+        voice.addFilter(lambda record: not getattr(record, "already_shown", False))
+        log.addHandler(voice)
+        if folder is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            with disk_faults(folder):
+                handler = logging.FileHandler(folder / "run.log", encoding="utf-8")
+                handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+                log.addHandler(handler)
+                self._writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def show(self, what: Any) -> None:
+        """A table, or whatever a function prints to the console it is given: to the console and to run.log."""
+        text = io.StringIO()
+        for console in (self.console, Console(file=text, width=160)):
+            what(console) if callable(what) else console.print(what)
+        log.info("%s", "\n" + text.getvalue().rstrip(), extra={"already_shown": True})
+
+    def say(self, text: str) -> None:
+        """One line for a person."""
+        log.info(text)
+
+    def scalars(self, phase: str, kind: str, step: int, values: dict[str, float | int | None]) -> None:
+        """Record numbers of a phase. `kind` is 'train' (a step), 'epoch' or 'evaluate'; `step` counts optimiser steps of the phase."""
+        if self.folder is None:
+            return
+        known = {k: v for k, v in values.items() if v is not None and math.isfinite(v)}  # JSON has no infinity
+        line = {"time": round(time.time(), 3), "phase": phase, "kind": kind, "step": step, **known}
+        append_row(self.folder / "metrics.jsonl", line)
+        for name, value in known.items():
+            self._writer.add_scalar(f"{self._tag(phase)}/{kind}/{name}", value, step)
+
+    def board(self, show: Callable[[Any], None]) -> None:
+        """Let a function show something else in TensorBoard, through the run's one SummaryWriter."""
+        if self._writer is not None:
+            show(self._writer)
+
+    @contextmanager
+    def progress(self, description: str, total: int, completed: int = 0) -> Iterator[Any]:
+        """A progress bar with a line of numbers below it; yields `advance(text)`, to be called after every optimiser step."""
+        bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        task = bar.add_task(description, total=total, completed=completed)
+        numbers = Text()
+        with Live(Group(bar, numbers), console=self.console, transient=True, refresh_per_second=4):
+
+            def advance(text: str) -> None:
+                numbers.plain = text
+                bar.advance(task)
+
+            yield advance
+
+    def close(self) -> None:
+        """Flush and close the files."""
+        if self._writer is not None:
+            self._writer.close()
+        _silence()
+
+
+@contextmanager
+def told(what: str) -> Iterator[None]:
+    """Say what went wrong and go on: a picture or a page is not worth a training, whatever fault it has."""
+    try:
+        yield
+    except Exception as error:  # perhaps a fault of ours: run.log keeps where it was
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        log.warning("%s: %s%s", what, kind, error)
+        if kind:
+            log.info("%s", traceback.format_exc(), extra={"already_shown": True})
+
+
+T = TypeVar("T")
+
+
+def progress(items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
+    """`items`, with a progress bar on stderr while they are gone through, if that is a terminal."""
+    console = Console(stderr=True)
+    return track(items, description, total, console=console, transient=True, disable=not console.is_terminal)
+
+
+def _silence() -> None:
+    for handler in list(log.handlers):
+        log.removeHandler(handler)
+        handler.close()
+    log.propagate = True

@@ -1,0 +1,1 @@
+"""A model: where its parts are, changing them in place, what is shared, its files, and what it costs."""

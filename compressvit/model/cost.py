@@ -1,0 +1,180 @@
+"""What a model costs: parameters, bytes on disk, multiply-accumulates, latency, and the memory its losses keep."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from compressvit.model import surgery, ties
+
+
+@dataclass(frozen=True)
+class Cost:
+    """`parameters` count a shared tensor once; `bytes` is the size of model.safetensors; `macs` is for one image."""
+
+    parameters: int
+    bytes: int
+    macs: int
+
+    def as_dict(self) -> dict[str, int]:
+        """For JSON."""
+        return asdict(self)
+
+
+def cost(model: nn.Module, input_size: tuple[int, int, int]) -> Cost:
+    """Count on a skeleton: no weights are read and no image is computed.
+
+    Args:
+        model: on any device, also 'meta'.
+        input_size: (C, H, W) of an image.
+    """
+    return Cost(ties.count_parameters(model), file_bytes(model), macs(model, input_size))
+
+
+def file_bytes(model: nn.Module) -> int:
+    """Size in bytes of the `model.safetensors` that `save` would write; works on the meta device.
+
+    A safetensors file is 8 bytes of length, a JSON header padded to 8 bytes, and the data.
+    """
+    header: dict[str, Any] = {}
+    offset = 0
+    names = {
+        torch.float32: "F32",
+        torch.float16: "F16",
+        torch.bfloat16: "BF16",
+        torch.float64: "F64",
+        torch.int64: "I64",
+        torch.bool: "BOOL",
+    }
+    state = ties.unique_state(model)
+    # The writer orders tensors by falling element size, then by name; only the digits of the offsets depend on it.
+    for name, tensor in sorted(state.items(), key=lambda item: (-item[1].element_size(), item[0])):
+        size = tensor.numel() * tensor.element_size()
+        dtype = names.get(tensor.dtype, str(tensor.dtype))
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    return 8 + -(-len(text) // 8) * 8 + offset
+
+
+def header_bytes(model: nn.Module) -> int:
+    """Bytes of the model's file that are not numbers."""
+    state = ties.unique_state(model)
+    return file_bytes(model) - sum(t.numel() * t.element_size() for t in state.values())
+
+
+def macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
+    """Multiply-accumulates for one image of `input_size` (C, H, W).
+
+    Matrix products and convolutions, attention products included, and one per element of a LayerNorm (its scale and shift).
+    This is the convention of the Swin and MiniViT figures; softmax, GELU and additions are not counted.
+    """
+    empty = surgery.skeleton(model).eval()
+    with (
+        FlopCounterMode(display=False, custom_mapping={torch.ops.aten.native_layer_norm: _layer_norm_flops}) as counter,
+        torch.no_grad(),
+    ):
+        empty(torch.empty(1, *input_size, device="meta", dtype=next(empty.parameters()).dtype))
+    return counter.get_total_flops() // 2
+
+
+def _layer_norm_flops(shape, *args, out_shape=None, **kwargs) -> int:
+    return 2 * math.prod(shape)
+
+
+@torch.inference_mode()
+def latency(
+    models: Sequence[nn.Module],
+    input_sizes: Sequence[tuple[int, int, int]],
+    *,
+    device: torch.device,
+    rounds: int = 30,
+    seconds: float = 20.0,
+) -> list[float]:
+    """Median milliseconds for one image of each model, measured in turns, so that a busy machine is unfair to none.
+
+    Args:
+        models: on `device`; they are put into eval mode.
+        input_sizes: (C, H, W) of each model's image.
+        rounds: measurements of each model, after one that does not count.
+        seconds: stop early after so long, with at least 3 rounds.
+    """
+    images = [torch.randn(1, *size, device=device) for size in input_sizes]
+
+    def once(model: nn.Module, image: torch.Tensor) -> float:
+        start = time.perf_counter()
+        model(image)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return 1000 * (time.perf_counter() - start)
+
+    for model, image in zip(models, images, strict=True):
+        once(model.eval(), image)
+    times: list[list[float]] = []
+    end = time.perf_counter() + seconds
+    while len(times) < rounds and (len(times) < 3 or time.perf_counter() < end):
+        order = [(i + len(times)) % len(models) for i in range(len(models))]  # who runs behind whom changes, too
+        taken = {i: once(models[i], images[i]) for i in order}
+        times.append([taken[i] for i in range(len(models))])
+    return [statistics.median(column) for column in zip(*times, strict=True)]
+
+
+@torch.inference_mode()
+def break_even_rank(in_features: int, out_features: int, tokens: int, *, rounds: int = 7) -> tuple[int, int]:
+    """Up to which rank a factored linear layer costs less than the dense one: in MACs, and in time as measured here.
+
+    Args:
+        in_features, out_features: of the layer.
+        tokens: of one image.
+        rounds: measurements of each rank, in turns, of which the fastest counts.
+
+    Returns:
+        The two ranks; the measured one is among eighths of one and a half times the other, and 0 where none of them is faster.
+    """
+    by_macs = in_features * out_features // (in_features + out_features)
+    ranks = sorted({max(1, by_macs * eighth // 8) for eighth in range(1, 13)})
+    x = torch.randn(tokens, in_features)
+    dense = nn.Linear(in_features, out_features)
+    factored = [
+        nn.Sequential(nn.Linear(in_features, rank, bias=False), nn.Linear(rank, out_features)) for rank in ranks
+    ]
+    best = [math.inf] * (1 + len(ranks))
+    for _ in range(rounds):
+        for i, layer in enumerate([dense, *factored]):
+            start = time.perf_counter()
+            layer(x)
+            best[i] = min(best[i], time.perf_counter() - start)
+    faster = [rank for rank, seconds in zip(ranks, best[1:], strict=True) if seconds < best[0]]
+    return by_macs, max(faster, default=0)
+
+
+def saved_bytes(function: Callable[[], Any], exclude: Sequence[torch.Tensor] = ()) -> int:
+    """Bytes that autograd keeps for the backward pass of `function`, each storage once; works on the meta device.
+
+    Args:
+        function: the computation.
+        exclude: tensors that are alive anyway, whose storage does not count.
+    """
+    alive = {t.untyped_storage()._cdata for t in exclude}
+    sizes: dict[int, int] = {}
+    held = []  # a storage that is freed could lend its address to the next
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        held.append(storage)
+        if storage._cdata not in alive:
+            sizes[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        held.append(function())
+    return sum(sizes.values())

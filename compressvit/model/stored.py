@@ -1,0 +1,120 @@
+"""A model as files: the manifest that describes its structure, and its tensors. What its transforms do is not known here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from compressvit import __version__
+from compressvit.errors import UserError
+from compressvit.spec import Spec
+
+MANIFEST = "compressvit.json"
+TENSORS = "model.safetensors"
+FORMAT = 1
+
+
+class StepRecord(Spec):
+    """One transform of the manifest: its recipe word and its resolved plan."""
+
+    transform: str
+    plan: dict[str, Any]
+
+
+class Manifest(Spec):
+    """The structure of an artifact. `input` holds what images must look like: size (C, H, W), mean, std, interpolation, crop_pct."""
+
+    format: int
+    compressvit: str
+    architecture: str
+    args: dict[str, Any]
+    num_classes: int
+    dtype: Literal["float32", "float16", "bfloat16", "float64"]
+    parameters: int
+    transforms: list[StepRecord]
+    ties: list[list[str]]
+    input: dict[str, Any]
+
+
+def build_plain(path: Path, manifest: Manifest) -> nn.Module:
+    try:
+        return timm.create_model(manifest.architecture, pretrained=False, **manifest.args)
+    except Exception as error:
+        # timm checks its arguments with asserts, look-ups and conversions, so that a wrong one can raise anything
+        raise UserError(
+            f"{path / MANIFEST}: timm {timm.__version__} cannot build {manifest.architecture} with {manifest.args}: {error}"
+        ) from error
+
+
+def is_artifact(path: Path) -> bool:
+    """Whether there is an artifact at `path`."""
+    return (path / MANIFEST).is_file()
+
+
+def expect_images(model: nn.Module, manifest: Manifest) -> None:
+    """Make the model want the images that the artifact's model wants: size, mean, deviation, interpolation."""
+    config: Any = model.pretrained_cfg
+    model.pretrained_cfg = {**config, **_pretrained_config(manifest.input)}
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """The manifest of the artifact at `path`.
+
+    Raises:
+        UserError: it is missing, is not JSON, or is of another format.
+    """
+    path = Path(path)
+    file = path / MANIFEST
+    if not path.exists():
+        raise UserError(f"there is no {path}; give a folder with {MANIFEST}")
+    if not file.is_file():
+        hint = f"; did you mean {path / 'student'}?" if (path / "student" / MANIFEST).is_file() else ""
+        if (path / "merge.json").is_file():
+            hint = f"; it is a merged model, for timm.create_model('local-dir:{path}', pretrained=True)"
+        raise UserError(f"{path} is not a compressvit artifact: it has no {MANIFEST}{hint}")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(content, dict) and content.get("format") != FORMAT:
+            raise UserError(
+                f"{file} is of format {content.get('format')!r}; this compressvit ({__version__}) reads format {FORMAT}. "
+                f"It was written by compressvit {content.get('compressvit')}"
+            )
+        return Manifest.model_validate(content)
+    except (json.JSONDecodeError, UnicodeDecodeError, ValidationError) as error:
+        raise UserError(f"{file} is not a readable manifest: {str(error).splitlines()[0]}") from error
+
+
+def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
+    """The stored tensors of the artifact folder at `path`, by canonical name, on the CPU.
+
+    Raises:
+        UserError: the file is missing or truncated.
+    """
+    file = Path(path) / TENSORS
+    if not file.is_file():
+        raise UserError(
+            f"{path} has no {TENSORS}: the artifact is incomplete; `compressvit apply … --resume` writes it again"
+        )
+    return read_safetensors(file)
+
+
+def read_safetensors(file: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors file, on the CPU; a truncated or foreign file is a `UserError`."""
+    try:
+        with safe_open(file, framework="pt", device="cpu") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (not a dict)
+    except SafetensorError as error:
+        raise UserError(f"{file} is not a complete safetensors file (truncated or of another kind): {error}") from error
+
+
+def _pretrained_config(data: dict[str, Any]) -> dict[str, Any]:
+    """timm's field names and types for the manifest's `input`, so that `resolve_model_data_config` answers with it."""
+    keys = ("input_size", "mean", "std", "interpolation", "crop_pct")
+    return {k: tuple(v) if isinstance(v := data[k], list) else v for k in keys if k in data}

@@ -1,0 +1,254 @@
+"""Build timm models by name and give them values: timm's pretrained ones, a file's, another model's, or noise."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import convnext, swin_transformer, vision_transformer
+from torch import nn
+
+from compressvit.errors import UserError, did_you_mean
+from compressvit.files import expanded
+from compressvit.model.backbone import family, head_names, model_name
+from compressvit.model.stored import is_artifact, read_safetensors, read_tensors
+
+log = logging.getLogger("compressvit")
+
+_FILTERS: dict[str | None, Callable[..., Any]] = {
+    "vit": vision_transformer.checkpoint_filter_fn,
+    "swin": swin_transformer.checkpoint_filter_fn,
+    "convnext": convnext.checkpoint_filter_fn,
+}
+_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher")
+
+
+def build(name: str, *, device: str | None = None, **args: Any) -> nn.Module:
+    """A timm model with fresh values (or none, with device='meta').
+
+    Raises:
+        UserError: timm does not know the model, its tag or an argument; near names are suggested.
+    """
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        hint = did_you_mean(architecture, timm.list_models(), list_at_most=0)
+        raise UserError(
+            f"timm {timm.__version__} has no model {architecture!r}; {hint or 'timm.list_models() lists them'}"
+        )
+    if tag:
+        known = [n.partition(".")[2] for n in timm.list_pretrained(f"{architecture}.*")]
+        if tag not in known:
+            raise UserError(f"timm has no pretrained weights {name!r}; {did_you_mean(tag, known)}")
+    try:
+        if device is None:
+            return timm.create_model(name, pretrained=False, **args)
+        with torch.device(device):
+            return timm.create_model(name, pretrained=False, **args)
+    except Exception as error:
+        # timm checks its arguments with asserts, look-ups and conversions, so that a wrong one can raise anything
+        given = ", ".join(f"{k}={v!r}" for k, v in args.items()) or "no arguments"
+        raise UserError(f"timm cannot build {name} with {given}: {error or type(error).__name__}") from error
+
+
+def load_pretrained(model: nn.Module, where: str, *, new_head: bool = False) -> None:
+    """Give `model` the pretrained values that timm has for its name and tag, downloading them if they are not cached.
+
+    Args:
+        model: built by `build`; changed in place.
+        where: the recipe path to speak of in a message, e.g. 'teacher.weights'.
+        new_head: a classifier of another size than the pretrained one may start fresh, because it will be trained.
+
+    Raises:
+        UserError: timm has no weights for it, or none for a head of this size, or they cannot be downloaded; the text says how to
+            supply them.
+    """
+    config: Any = model.pretrained_cfg
+    name = config["architecture"] + (f".{config['tag']}" if config.get("tag") else "")
+    if not (config.get("hf_hub_id") or config.get("url") or config.get("file")):
+        raise UserError(f"{where}: pretrained: timm has no pretrained weights for {name}; {_supply(where)}")
+    classes = getattr(model, "num_classes", 0)
+    if classes and classes != config.get("num_classes") and not new_head:
+        raise UserError(
+            f"{where}: the pretrained {name} tells {config.get('num_classes')} classes apart and the model has a head of {classes}, "
+            "which would stay random; train it with teacher.finetune, or leave num_classes out"
+        )
+    try:
+        _require_reachable(config)
+        loaded = timm.create_model(name, pretrained=True, **getattr(model, "_model_args", {}))
+    except Exception as error:
+        # what the hub's HTTP client raises has no common base, and the client has changed before
+        reason = (
+            f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            if str(error).strip()
+            else type(error).__name__
+        )
+        source = (
+            f"repository {config['hf_hub_id']} of the Hugging Face Hub"
+            if config.get("hf_hub_id")
+            else config.get("url")
+        )
+        raise UserError(
+            f"{where}: pretrained: the weights of {name} are not in the local cache and could not be downloaded ({reason}).\n"
+            f"  They are file model.safetensors of the {source}.\n"
+            f"  {_supply(where)}"
+        ) from error
+    model.load_state_dict(loaded.state_dict())
+
+
+def load_file(model: nn.Module, path: str | Path, where: str, *, new_head: bool = False) -> None:
+    """Give `model` the values in a file: safetensors, or a torch file of plain tensors. Nothing is unpickled.
+
+    Position embeddings and tables of relative positions are resampled to the model's token grid, as timm does it.
+
+    Args:
+        model: changed in place.
+        path: the file, or an artifact's folder.
+        where: the recipe path to speak of in a message.
+        new_head: keep the model's fresh classifier when the file's has another number of classes (it will be trained).
+
+    Raises:
+        UserError: no such file, a truncated or unsafe one, or tensors that do not fit the model.
+    """
+    tensors = resample_positions(_read(expanded(path, where), where), model)
+    own = model.state_dict()
+    heads = head_names(model)
+    if not any(n in own for n in heads):  # a headless model has no use for the file's classifier
+        dropped = [n for n in tensors if n.split(".")[0] in ("head", "head_dist") and n not in own]
+        tensors = {n: t for n, t in tensors.items() if n not in dropped}
+    misfit = [n for n in tensors if n in own and tensors[n].shape != own[n].shape]
+    if misfit and set(misfit) <= heads:
+        if not new_head:
+            classes = tensors[misfit[0]].shape[0]
+            raise UserError(
+                f"{where}: {path} has a classifier of {classes} classes and the model one of {model.num_classes}; "
+                f"set num_classes={classes} beside it, or train a new head with `teacher.finetune`"
+            )
+        log.warning("%s: %s has another number of classes; the classifier starts fresh", where, path)
+        tensors = {n: t for n, t in tensors.items() if n not in heads}
+    missing = [n for n in own if n not in tensors and not (new_head and n in heads)]
+    unknown = [n for n in tensors if n not in own]
+    misfit = [n for n in tensors if n in own and tensors[n].shape != own[n].shape]
+    if missing or unknown or misfit:
+        lines = [
+            f"{len(names)} {what}, first {names[0]}{_shapes(names[0], tensors, own)}"
+            for what, names in (("tensors missing", missing), ("unknown", unknown), ("of another shape", misfit))
+            if names
+        ]
+        raise UserError(
+            f"{where}: {path} does not fit {model_name(model)}: {'; '.join(lines)}. "
+            "Check teacher.model and teacher.args against what the file was made with"
+        )
+    model.load_state_dict(tensors, strict=False)
+
+
+def copy_matching(student: nn.Module, teacher: nn.Module) -> list[str]:
+    """Give a student that timm built with other arguments its teacher's values, name by name.
+
+    Class, distillation and register tokens may be gone: their rows of the position embedding are then left out. On the meta
+    device it only checks. Returns the names that were not copied.
+
+    Raises:
+        UserError: a tensor of the student has no counterpart of its shape in the teacher.
+    """
+    source = teacher.state_dict()
+    own = student.state_dict()
+    if "pos_embed" in own and "pos_embed" in source and own["pos_embed"].shape != source["pos_embed"].shape:
+        extra = source["pos_embed"].shape[1] - own["pos_embed"].shape[1]
+        kept = int("cls_token" in own)  # the class token comes first, then distillation and register tokens
+        if 0 < extra <= getattr(teacher, "num_prefix_tokens", 0) - kept:
+            rows = source["pos_embed"]
+            source["pos_embed"] = torch.cat([rows[:, :kept], rows[:, kept + extra :]], dim=1)
+    wrong = [n for n in own if n not in source or source[n].shape != own[n].shape]
+    if wrong:
+        raise UserError(
+            f"student.weights: teacher: {len(wrong)} tensors of the student have no counterpart in the teacher, first {wrong[0]}"
+            f"{_shapes(wrong[0], source, own, ('teacher', 'student'))}. Use `student.weights: pretrained` or a file"
+        )
+    student.load_state_dict({n: source[n] for n in own})
+    return [n for n in source if n not in own]
+
+
+def resample_positions(tensors: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """timm's own conversion of a checkpoint for this model: position tables to its grid, original names to timm's."""
+    convert = _FILTERS.get(family(model))
+    if convert is None:
+        return tensors
+    options = {"adapt_layer_scale": True} if family(model) == "vit" else {}  # gamma_1 of the original DeiT III files
+    try:
+        return convert(dict(tensors), model, **options)
+    except Exception as error:
+        # timm looks blocks and shapes up as it goes, and fails in its own way on a file of another architecture
+        raise UserError(
+            f"the weights do not fit {model_name(model)}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}. "
+            "Check model and args against what the file was made with"
+        ) from error
+
+
+def _read(path: Path, where: str) -> dict[str, torch.Tensor]:
+    if is_artifact(path):
+        return read_tensors(path)
+    if not path.is_file():
+        raise UserError(f"{where}: there is no file {path}. {_supply(where)}")
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # on a damaged file: IndexError, struct.error, OSError, whatever the unpickler stumbles on
+        code = isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error).lower()
+        reason = "it holds code besides tensors" if code else (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{where}: {path} is not a file of plain tensors ({reason}). compressvit never runs code from a weights file; "
+            "convert it to safetensors where you trust it"
+        ) from error
+    for key in _WRAPPERS:
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not all(
+        isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in content.items()
+    ):
+        raise UserError(f"{where}: {path} holds a {type(content).__name__}, not a state dict of tensors")
+    return {name.removeprefix("module."): tensor for name, tensor in content.items()}
+
+
+def _require_reachable(config: dict[str, Any]) -> None:
+    """Ask the hub once, before timm's own five slow retries, whether uncached weights can be had."""
+    if not config.get("hf_hub_id") or config.get("custom_load") == "hf-local":
+        return
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+
+    if any(
+        isinstance(try_to_load_from_cache(config["hf_hub_id"], n), str)
+        for n in ("model.safetensors", "pytorch_model.bin")
+    ):
+        return
+    get_hf_file_metadata(hf_hub_url(config["hf_hub_id"], "model.safetensors"), timeout=10)
+
+
+def _supply(where: str) -> str:
+    return f"Supply them as a file: {where}=PATH (safetensors, or a torch file of plain tensors)."
+
+
+def _shapes(
+    name: str,
+    given: dict[str, torch.Tensor],
+    own: dict[str, torch.Tensor],
+    whose: tuple[str, str] = ("file", "model"),
+) -> str:
+    shapes = [f"{what} {tuple(t[name].shape)}" for what, t in zip(whose, (given, own), strict=True) if name in t]
+    return f" ({', '.join(shapes)})"
+
+
+def hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over names, types, shapes and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,160 @@
+"""What the programs in `tools/` share: run folders and options in; a table, pictures and TensorBoard out.
+
+A program is a docstring (its last paragraph is an example that runs), a function from runs to tables and findings, and one call of
+`program`. Whatever a user can put right is one sentence and exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from compressvit.charts.findings import Finding
+from compressvit.errors import UserError
+from compressvit.files import disk_faults
+from compressvit.programs.opened import OpenedModels, open_models
+from compressvit.programs.recorded import Run, labelled
+from compressvit.runs.folder import find_runs
+from compressvit.runs.preflight import pick_device
+
+Findings = tuple[list[Table], list[Finding]]
+Options = Callable[[argparse.ArgumentParser], None]
+
+
+def program(
+    name: str,
+    text: str | None,
+    look: Callable[[list[Run], argparse.Namespace], Findings],
+    argv: Sequence[str] | None = None,
+    *,
+    options: Options = lambda parser: None,
+) -> int:
+    """Run a program of `tools/` that reads what runs recorded; returns its exit code.
+
+    Args:
+        name: of the file, without suffix.
+        text: the module's docstring.
+        look: makes tables and findings of the runs.
+        options: adds options of its own.
+    """
+    parser = _parser(name, text, options)
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="run folders, or folders of run folders")
+    arguments = parser.parse_args(argv)
+
+    def found() -> tuple[Findings, Path]:
+        runs = labelled(find_runs(arguments.runs))
+        return look(runs, arguments), runs[0].path if len(runs) == 1 else runs[0].path.parent
+
+    return _answered(name, arguments, found)
+
+
+def program_of_models(
+    name: str,
+    text: str | None,
+    look: Callable[[OpenedModels, argparse.Namespace], Findings],
+    argv: Sequence[str] | None = None,
+    *,
+    options: Options = lambda parser: None,
+    most: int = 2,
+) -> int:
+    """Run a program of `tools/` that opens models and images; returns its exit code. Arguments as those of `program`, and `most`: how
+    many models it takes."""
+    parser = _parser(name, text, options)
+    several = "one run, or up to two models" if most > 1 else "a run or an artifact"
+    parser.add_argument("models", metavar="RUN|ARTIFACT", nargs="+", help=several)
+    parser.add_argument("--device", default="auto", help="cpu, cuda, … (default: the best there is)")
+    parser.epilog = f"key=value after the models changes the data, e.g. data.name=digits\n\n{parser.epilog}"
+    # argparse stops collecting words at the first option
+    arguments, rest = parser.parse_known_args(argv)
+    if any(word.startswith("-") for word in rest):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+
+    def found() -> tuple[Findings, Path]:
+        opened = open_models([*arguments.models, *rest], pick_device(arguments.device), most=most)
+        return look(opened, arguments), opened.folder
+
+    return _answered(name, arguments, found)
+
+
+def _parser(name: str, text: str | None, options: Options) -> argparse.ArgumentParser:
+    about, _, example = (text or "").strip().rpartition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog=f"{name}.py",
+        description=about,
+        epilog=example,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    options(parser)
+    parser.add_argument(
+        "--output",
+        metavar="FOLDER",
+        type=Path,
+        help="for .json, .csv, .png, .svg and TensorBoard (default: tools, in the run or beside the first of several)",
+    )
+    return parser
+
+
+def _answered(name: str, arguments: argparse.Namespace, found: Callable[[], tuple[Findings, Path]]) -> int:
+    try:
+        (tables, findings), home = found()
+        show(tables, findings, arguments.output or home / "tools")
+    except UserError as error:
+        print(f"{name}.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def show(tables: Sequence[Table], findings: Sequence[Finding], output: Path, console: Console | None = None) -> None:
+    """Print the tables, and write the findings into a folder and into TensorBoard's files in it."""
+    from torch.utils.tensorboard import SummaryWriter  # a second, which --help should not wait for
+
+    console = console or Console()
+    if console.width < 140:  # a table without its last columns would say less than a broken line
+        console = Console(file=console.file, width=140)
+    for table in tables:
+        console.print(table)
+    with disk_faults(output):
+        output.mkdir(parents=True, exist_ok=True)
+        writer = SummaryWriter(str(output / "tensorboard"))
+    for finding in findings:
+        finding.write(output)
+        if finding.records:
+            finding.log(writer, output)
+        console.print(f"{finding.title}: {output / finding.name}.png", highlight=False, soft_wrap=True)
+    writer.close()
+
+
+def whole(word: str) -> int:
+    """For argparse: a whole number from 1."""
+    if not word.isdigit() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"{word!r} is no whole number from 1")
+    return int(word)
+
+
+def above_zero(word: str) -> float:
+    """For argparse: a number above 0."""
+    try:
+        value = float(word)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{word!r} is no number above 0")
+    return value
+
+
+def table_of(title: str, rows: Sequence[dict[str, Any]]) -> Table:
+    """A table of records with the same keys; numbers to four digits, at the right."""
+    table = Table(title=title, title_justify="left")
+    for key, value in (rows[0] if rows else {}).items():
+        table.add_column(key, justify="left" if isinstance(value, str) else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*("" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
+    return table

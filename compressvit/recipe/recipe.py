@@ -1,0 +1,361 @@
+"""YAML ⇄ Recipe, every fault with its file, line, path, value and a suggestion; and the recipes that ship with the package."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
+from pydantic.fields import FieldInfo
+
+from compressvit.data.spec import Data
+from compressvit.diagnostics import DIAGNOSTICS
+from compressvit.errors import UserError, did_you_mean, nearest
+from compressvit.recipe.yaml import Source, override, parse
+from compressvit.spec import Spec
+from compressvit.training.phases import PHASES
+from compressvit.training.phases.finetune import Finetune
+from compressvit.training.spec import Training
+from compressvit.transforms import TRANSFORMS, Transform
+
+
+class RecipeError(UserError):
+    """A recipe that cannot be used: all its faults, a line each."""
+
+
+class Teacher(Spec):
+    """The model to compress, and the one the student learns from."""
+
+    model: str = Field(
+        description="A timm name, with or without a tag, e.g. swin_base_patch4_window7_224.ms_in22k_ft_in1k."
+    )
+    weights: str = Field(
+        "pretrained",
+        description="pretrained (timm's, downloaded or from its cache), train (from noise, by `finetune`), or the path of a file or "
+        "artifact (RUN/teacher, which also knows args and num_classes).",
+    )
+    args: dict[str, Any] = Field(
+        default_factory=dict, description="Further arguments of timm.create_model, e.g. {img_size: 384}."
+    )
+    num_classes: int | None = Field(
+        None,
+        ge=0,
+        description="Size of the classifier; 0 for none. Null: the data's where the teacher is trained, else timm's.",
+    )
+    finetune: Finetune | None = Field(
+        None,
+        description="Train the teacher on the data first. Always done, with defaults if need be, for weights: train.",
+    )
+
+
+class Student(Spec):
+    """What the transforms start from, where that is not a copy of the teacher."""
+
+    model: str | None = Field(None, description="A timm name; null for the teacher's.")
+    weights: str = Field(
+        "teacher", description="teacher (copied name by name), pretrained, random, or the path of a file."
+    )
+    args: dict[str, Any] = Field(
+        default_factory=dict, description="Further arguments of timm.create_model, over the teacher's."
+    )
+    head: Literal["teacher", "new"] = Field(
+        "teacher",
+        description="The classifier: the teacher's, or a new one of the data's classes, to adapt a pretrained backbone to another task.",
+    )
+
+
+class Calibration(Spec):
+    """The training images, without their labels, on which transforms measure what an approximation costs."""
+
+    images: int = Field(
+        256, ge=1, description="How many, drawn by the seed, without augmentation. A few hundred are enough."
+    )
+
+
+class Merge(Spec):
+    """Also write what comes out as a plain timm model, as `compressvit merge` does; the last step."""
+
+    name: ClassVar[str] = "merge"
+
+
+class _Word(BaseModel):
+    """An entry of a list that is a word, or a word with its options behind it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    kind: ClassVar[str]
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Any:
+        named = [k for k in type(self).model_fields if getattr(self, k) is not None]
+        if len(named) != 1:
+            what = f"names {len(named)}: {', '.join(named)}" if named else "is empty"
+            raise ValueError(f"{self.kind}; this one {what}")
+        return self
+
+    @property
+    def name(self) -> str:
+        """The word in the recipe."""
+        return next(k for k in type(self).model_fields if getattr(self, k) is not None)
+
+    @property
+    def spec(self) -> Any:
+        """What it names, with its options."""
+        return getattr(self, self.name)
+
+
+def _one_of(specs: Mapping[str, type[BaseModel]]) -> dict[str, Any]:
+    return {
+        name: (spec | None, Field(None, description=(spec.__doc__ or "").splitlines()[0]))
+        for name, spec in specs.items()
+    }
+
+
+class _Step(_Word):
+    kind = "a step names one transform or phase"
+
+
+class _Entry(_Word):
+    kind = "an entry names one diagnostic"
+
+
+Step = create_model(
+    "Step",
+    __base__=_Step,
+    __doc__="One entry of a recipe: a transform, a phase, or `merge` at the end.",
+    **_one_of({**TRANSFORMS, **PHASES, Merge.name: Merge}),
+)
+Entry = create_model("Entry", __base__=_Entry, __doc__="One diagnostic.", **_one_of(DIAGNOSTICS))
+# Lists of such entries, and what one of theirs is called.
+LISTS: dict[str, tuple[Any, str]] = {"steps": (Step, "a step"), "diagnostics": (Entry, "a diagnostic")}
+
+
+def step(spec: Transform | Training | Merge) -> Any:
+    """A recipe's step from a spec, for recipes built in Python: `Recipe(…, steps=(step(Multiplex(share=2)), step(Distill())))`."""
+    return Step(**{spec.name: spec})
+
+
+class Recipe(Spec):
+    """What to do, top to bottom. Nothing runs that is not in it."""
+
+    description: str = Field("", description="One sentence, shown by `compressvit recipes list`.")
+    seed: int = Field(0, ge=0, description="Of every random number: initial weights, order, augmentation, dropout.")
+    teacher: Teacher
+    student: Student = Student()
+    data: Data
+    calibration: Calibration = Calibration()
+    steps: tuple[Step, ...] = Field(min_length=1, description="Transforms and phases, in order.")  # type: ignore[valid-type]
+    diagnostics: tuple[Entry, ...] = Field(  # type: ignore[valid-type]
+        (), description="What to record about training and models, in every phase; none of it changes the result."
+    )
+
+    @field_validator("diagnostics")
+    @classmethod
+    def _each_once(cls, entries: tuple[Any, ...]) -> tuple[Any, ...]:
+        names = [entry.name for entry in entries]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice:
+            raise ValueError(
+                f"{twice} stands twice; its findings would replace each other, so give one entry all options"
+            )
+        return entries
+
+    @field_validator("steps")
+    @classmethod
+    def _merge_comes_last(cls, steps: tuple[Any, ...]) -> tuple[Any, ...]:
+        for i, entry in enumerate(steps[:-1]):
+            if entry.name == Merge.name:
+                raise ValueError(
+                    f"merge writes the model that the recipe ends with, so it is the last step, and {steps[i + 1].name} comes behind it; "
+                    f"move it to the end. To go on from a merged model, give another recipe teacher.weights=RUN/merged/model.safetensors"
+                )
+        return steps
+
+    @property
+    def merges(self) -> bool:
+        """Whether it ends with a merge."""
+        return self.steps[-1].name == Merge.name
+
+    def phases(self) -> dict[str, Training]:
+        """Every phase by its place in the recipe, the teacher's training first where it is spelled out."""
+        first: dict[str, Training] = {"teacher.finetune": self.teacher.finetune} if self.teacher.finetune else {}
+        steps = {f"steps[{i}].{s.name}": s.spec for i, s in enumerate(self.steps)}
+        return first | {where: spec for where, spec in steps.items() if isinstance(spec, Training)}
+
+    def to_yaml(self) -> str:
+        """The recipe with every default written out."""
+        content = self.model_dump(mode="json", exclude=set(LISTS))
+        for key in LISTS:
+            content[key] = [{entry.name: entry.spec.model_dump(mode="json")} for entry in getattr(self, key)]
+        return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+
+
+def load_recipe(name_or_path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe by path, or by the name of one that ships with the package, and apply overrides before validating.
+
+    Raises:
+        UserError: no such recipe, or an override that goes nowhere.
+        RecipeError: it is not YAML, is empty, or has faults; all of them are listed.
+    """
+    return parse_recipe(read_recipe(name_or_path), str(name_or_path), overrides)
+
+
+def read_recipe(name_or_path: str | Path) -> str:
+    """The text of a recipe as it stands in its file. Raises as `load_recipe` does."""
+    path = find_recipe(name_or_path)
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} cannot be read as text: {error}") from error
+
+
+def parse_recipe(text: str, name: str = "recipe", overrides: list[str] | None = None) -> Recipe:
+    """Validate the text of a recipe; `name` is what messages call it. Raises as `load_recipe` does."""
+    source = parse(text, name)
+    if source.content is None:
+        raise RecipeError(
+            f"{name} is empty; a recipe needs at least teacher, data and steps (see `compressvit recipes show quickstart`)"
+        )
+    if not isinstance(source.content, dict):
+        raise RecipeError(
+            f"{name} holds a {type(source.content).__name__}, not a mapping; a recipe needs at least teacher, data and steps"
+        )
+    _spell_out(source.content)  # so that an override finds a mapping behind a bare word
+    override(source, overrides or [])
+    _spell_out(source.content)
+    try:
+        # Through JSON, because pydantic's strict mode takes lists for tuples there: a number in quotes stays an error.
+        document = json.dumps(source.content, default=str)
+    except TypeError as error:
+        raise RecipeError(f"{name} has a key that is neither text nor a number ({error}); put it in quotes") from None
+    try:
+        return Recipe.model_validate_json(document, strict=True)
+    except ValidationError as error:
+        raise RecipeError(_explain(error, source)) from None
+
+
+def recipes_folder() -> Path:
+    """Where the shipped recipes are: inside an installed package, or beside it in a checkout."""
+    inside = Path(__file__).parents[1] / "recipes"
+    return inside if inside.is_dir() else Path(__file__).parents[2] / "recipes"
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that ship with the package, by name."""
+    return {p.stem: p for p in sorted(recipes_folder().glob("*.yaml"))}
+
+
+def find_recipe(name_or_path: str | Path) -> Path:
+    """The file of a recipe given by path or by shipped name; a `UserError` with near names if there is none."""
+    path = Path(name_or_path)
+    with suppress(OSError):  # a name too long for the system is that of no file
+        if path.is_file():
+            return path
+    shipped = shipped_recipes()
+    if path.parent in (Path("."), Path("recipes")) and path.suffix in ("", ".yaml", ".yml") and path.stem in shipped:
+        return shipped[path.stem]
+    hint = (
+        did_you_mean(path.stem, shipped, list_at_most=0)
+        or f"`compressvit recipes list` names those that ship: {', '.join(shipped)}"
+    )
+    raise UserError(f"there is no recipe {str(name_or_path)!r}, neither a file nor one that ships; {hint}")
+
+
+def meaning(field: FieldInfo) -> str:
+    """What the schema says about a key."""
+    model = model_in(field.annotation)
+    text = field.description or (model.__doc__ if model else None) or ""
+    return text.splitlines()[0] if text else ""
+
+
+def _spell_out(content: dict[str, Any]) -> None:
+    """Turn an entry that is a bare word, or a word with nothing behind it, into one with defaults."""
+    # Not a validator: pydantic would then check the steps as Python values, where its strict mode refuses lists for tuples.
+    for key in LISTS:
+        entries = content.get(key)
+        if not isinstance(entries, list):
+            continue
+        for i, entry in enumerate(entries):
+            if isinstance(entry, str):
+                entries[i] = {entry: {}}
+            elif isinstance(entry, dict):
+                entries[i] = {k: {} if v is None else v for k, v in entry.items()}
+
+
+def _explain(error: ValidationError, source: Source) -> str:
+    faults: dict[tuple, list[str]] = {}
+    for fault in error.errors():
+        path = _existing(fault["loc"], source.content, missing=fault["type"] in ("missing", "extra_forbidden"))
+        faults.setdefault(path, []).append(_sentence(fault, path))
+    # One branch of a union complains of the whole value where another one found the fault inside it.
+    faults = {p: t for p, t in faults.items() if not any(q != p and q[: len(p)] == p for q in faults) or p == ()}
+    rows = [(source.place(path), _written(path), " or ".join(dict.fromkeys(texts))) for path, texts in faults.items()]
+    width = max(len(place) for place, _, _ in rows)
+    lines = [f"  {place:<{width}}  {path}: {text}" for place, path, text in rows]
+    return f"{source.name}: {len(rows)} error{'s' * (len(rows) > 1)}\n" + "\n".join(lines)
+
+
+def _existing(loc: tuple, content: Any, *, missing: bool) -> tuple:
+    """The part of pydantic's location that is a path in the document; it also names branches of unions."""
+    path: list[str | int] = []
+    for i, part in enumerate(loc):
+        if (isinstance(content, dict) and part in content) or (
+            isinstance(content, list) and isinstance(part, int) and part < len(content)
+        ):
+            content = content[part]
+        elif missing and i == len(loc) - 1:
+            pass
+        else:
+            continue
+        path.append(part)
+    return tuple(path)
+
+
+def _sentence(fault: Any, path: tuple) -> str:
+    given = fault["input"]
+    if fault["type"] == "extra_forbidden":
+        word = str(fault["loc"][-1])
+        for key, (model, what) in LISTS.items():
+            if word in model.model_fields and path[:1] != (key,) and len(path) in (1, 3):
+                return f"unknown key; {word} is {what}, so it belongs into the list `{key}` ({key}.0.{word} on the command line)"
+        hint = did_you_mean(word, _fields(path[:-1]), list_at_most=30)
+        return f"unknown key {hint}" if hint.startswith("(") else f"unknown key; {hint}"
+    if fault["type"] == "missing":
+        field = _fields(path[:-1]).get(path[-1])
+        about = meaning(field).rstrip(".") if field else ""
+        return "missing, and it has no default" + (f"; it is {about[0].lower()}{about[1:]}" if about else "")
+    if fault["type"] == "too_short":
+        return f"should have at least {fault['ctx']['min_length']} item, not {fault['ctx']['actual_length']}"
+    if fault["type"] == "literal_error":
+        known = fault["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
+        close = nearest(str(given), known)
+        return f"{given!r} is none of {', '.join(known)}" + (f"; did you mean '{close}'?" if close else "")
+    text = fault["msg"].removeprefix("Value error, ").removeprefix("Input ").removeprefix("input ")
+    if fault["type"] == "value_error":
+        return text
+    return f"{text}, not {json.dumps(given, default=str, ensure_ascii=False)}"
+
+
+def _fields(path: tuple) -> dict[str, FieldInfo]:
+    """The keys that are allowed at a path of the recipe."""
+    model: Any = Recipe
+    for part in path:
+        if isinstance(part, int) or model is None:
+            continue
+        field = model.model_fields.get(part)
+        model = model_in(field.annotation) if field else None
+    return model.model_fields if model is not None else {}
+
+
+def model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((m for a in get_args(annotation) if (m := model_in(a)) is not None), None)
+
+
+def _written(path: tuple) -> str:
+    text = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path).removeprefix(".")
+    return text or "recipe"

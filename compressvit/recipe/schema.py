@@ -1,0 +1,57 @@
+"""What recipes can say: the meaning of every key, for people, and the JSON schema, for editors."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from compressvit.errors import UserError, did_you_mean
+from compressvit.recipe.recipe import LISTS, Entry, Recipe, Step, meaning, model_in
+
+
+def documentation(key: str) -> list[tuple[str, str, str]]:
+    """The keys below `key` (a section, a step, or a path such as distill.losses): name, default and meaning of each.
+
+    Raises:
+        UserError: there is no such key.
+    """
+    parts = key.split(".")
+    known: dict[str, FieldInfo] = {**Recipe.model_fields, **Step.model_fields, **Entry.model_fields}
+    rows: dict[str, FieldInfo] = {}
+    for i, part in enumerate(parts):
+        if part not in known:
+            hint = did_you_mean(part, known, list_at_most=60) or "`compressvit schema teacher` lists those of a section"
+            raise UserError(f"there is no key {'.'.join(parts[: i + 1])!r} in a recipe; {hint}")
+        model = model_in(known[part].annotation)
+        rows = {part: known[part]} if model is None else dict(model.model_fields)
+        known = {} if model is None else rows
+    return [(name, _default(field), meaning(field)) for name, field in rows.items()]
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of recipes, for editors that complete and check YAML."""
+    schema = Recipe.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    for key, (model, _) in LISTS.items():
+        entry = schema["$defs"][model.__name__]
+        entry.update(minProperties=1, maxProperties=1)
+        for name, field in entry["properties"].items():
+            reference = next(option for option in field.pop("anyOf") if "$ref" in option)
+            # `- distill:` alone is YAML for a null value, and means the defaults
+            entry["properties"][name] = {
+                "anyOf": [reference, {"type": "null"}],
+                "description": field.get("description", ""),
+            }
+        words = {"enum": list(entry["properties"])}
+        schema["properties"][key]["items"] = {"anyOf": [{"$ref": f"#/$defs/{model.__name__}"}, words]}
+    return schema
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True)
+    return "…" if isinstance(value, BaseModel) else json.dumps(value, default=str)

@@ -1,0 +1,274 @@
+"""`compare`: the runs of several recipes side by side, seeds of one recipe together, as a table and a plot."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from compressvit.charts import drawing
+from compressvit.charts.plots import compare_findings
+from compressvit.errors import UserError
+from compressvit.files import disk_faults, write_text
+from compressvit.recipe.recipe import Recipe, parse_recipe
+from compressvit.runs.folder import RESOLVED, find_runs, flat, results_of
+from compressvit.training.phases.prune.spec import Prune
+from compressvit.training.phases.sparsify import Sparsify
+from compressvit.transforms import Transform
+
+# Column, its heading, and how a value is written.
+COLUMNS = {
+    "top1": ("top-1 (%)", lambda v: f"{v:.2f}"),
+    "agreement": ("same class (%)", lambda v: f"{v:.2f}"),
+    "cosine": ("cosine", lambda v: f"{v:.4f}"),
+    "trained_adapter": ("trained", lambda v: f"{v:,.0f}"),
+    "trained_head": ("+ head", lambda v: f"{v:,.0f}"),
+    "adapter_bytes": ("stored kB", lambda v: f"{v / 1e3:,.1f}"),
+    "parameters": ("parameters", lambda v: f"{v:,.0f}"),
+    "epochs": ("epochs", lambda v: f"{v:.0f}"),
+    "macs": ("MACs", lambda v: f"{v / 1e6:,.2f} M"),
+    "latency": ("latency / teacher", lambda v: f"{v:.2f}"),
+}
+
+
+@dataclass
+class Row:
+    """Runs that differ in nothing but their seed."""
+
+    recipe: Recipe
+    runs: list[Path]
+    results: list[dict[str, Any]]
+    seeds: list[int]
+    label: str = ""
+    taught_here: bool = False  # its teacher is a file, and one that another of the runs compared has trained
+
+    @property
+    def task(self) -> str:
+        """Data, as much of it as was evaluated, and teacher: rows of different ones are not compared."""
+        data, teacher = self.recipe.data, self.recipe.teacher
+        known = teacher.weights in ("pretrained", "train") or self.taught_here
+        weights = "" if known else f" ({teacher.weights})"
+        images = self.results[0]["teacher"].get("images")
+        split = data.val_split + (f" ({images:,} images)" if images else "")
+        return f"{data.name}{f' {data.root}' if data.root else ''}, {split}; {teacher.model}{weights}"
+
+    def values(self, key: str) -> list[float]:
+        """Of every run that has the key; latency relative to the teacher's, which was taken in turns with it."""
+        if key == "latency":
+            return [r["student"]["latency_ms"] / r["teacher"]["latency_ms"] for r in self.results]
+        if key == "epochs":
+            return [float(self._epochs(r)) for r in self.results]
+        if key.startswith("trained") and not self.recipe.phases():
+            return []
+        return [r["student"][key] for r in self.results if r["student"].get(key) is not None]
+
+    def _epochs(self, results: dict[str, Any]) -> int:
+        """Of all phases together; a `prune` trains in every cycle."""
+        total = 0
+        for i, step in enumerate(self.recipe.steps):
+            told = results["phases"].get(f"{i}_{step.name}", {})
+            trainings = told.get("trainings", len(told.get("widths", [0])))  # older runs do not say how many
+            total += getattr(step.spec, "epochs", 0) * trainings
+        return total
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: mean and standard deviation over the seeds, None without at least two."""
+        content: dict[str, Any] = {"label": self.label, "task": self.task, "runs": [str(run) for run in self.runs]}
+
+        for key in COLUMNS:
+            found = self.values(key)
+            content[key] = statistics.mean(found) if found else None
+            content[f"{key}_std"] = statistics.stdev(found) if len(found) > 1 else None
+        return content
+
+
+def compare(
+    runs: Sequence[str | Path], *, output: Path | None = None, console: Console | None = None
+) -> list[dict[str, Any]]:
+    """Read run folders and print a table for every pair of data and teacher.
+
+    Args:
+        runs: run folders, or folders of run folders.
+        output: a folder for `compare.md`, `compare.csv`, `compare.json` and `compare.png`.
+
+    Returns:
+        A dictionary for every row, as in `compare.json`.
+
+    Raises:
+        UserError: no finished run among them, or a damaged one.
+    """
+    console = console or Console()
+    if console.width < 140:  # a table without its last columns would say less than a broken line
+        console = Console(file=console.file, width=140)
+    content = gather(runs, lambda text: console.print(text, highlight=False))
+    for task in dict.fromkeys(row["task"] for row in content):
+        console.print(_table(task, [row for row in content if row["task"] == task]))
+    console.print(
+        "mean ± standard deviation over seeds; latency is relative to the teacher's in the same run"
+        + ("; trained: in the end, without the classifier" if any(row["adapter_bytes"] for row in content) else ""),
+        highlight=False,
+    )
+    if output is not None:
+        with disk_faults(output):
+            output.mkdir(parents=True, exist_ok=True)
+            write_text(output / "compare.json", json.dumps(content, indent=2) + "\n")
+            write_text(output / "compare.md", _markdown(content))
+            with (output / "compare.csv").open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, fieldnames=list(content[0]))
+                writer.writeheader()
+                writer.writerows(content)
+            if findings := compare_findings(content):
+                panels = [finding.draw().properties(title=finding.title) for finding in findings]
+                drawing.save(drawing.column(panels), output / "compare.png")
+        console.print(f"written to {output}", highlight=False)
+    return content
+
+
+def gather(runs: Sequence[str | Path], tell: Callable[[str], Any]) -> list[dict[str, Any]]:
+    """The rows that `compare` prints; `tell` is told what is left out.
+
+    Raises:
+        UserError: as `compare`.
+    """
+    return [row.as_dict() for row in _rows(_finished(runs, tell), tell)]
+
+
+def _finished(given: Sequence[str | Path], tell: Callable[[str], Any]) -> list[tuple[Path, Recipe, dict[str, Any]]]:
+    found = []
+    for folder in (path.resolve() for path in find_runs(given)):
+        if not (folder / "results.json").is_file():
+            tell(f"left out, not finished: {folder}")
+            continue
+        recipe = parse_recipe((folder / RESOLVED).read_text(encoding="utf-8"), str(folder / RESOLVED))
+        results = results_of(folder)
+        found.append((folder, recipe, results))
+    if not found:
+        raise UserError("there is no finished run to compare; `compressvit apply … --resume` finishes one")
+    return found
+
+
+def _rows(found: list[tuple[Path, Recipe, dict[str, Any]]], tell: Callable[[str], Any]) -> list[Row]:
+    rows: dict[str, Row] = {}
+    for folder, recipe, results in found:
+        key = recipe.model_copy(update={"seed": 0, "description": "", "diagnostics": ()}).to_yaml()
+        row = rows.setdefault(key, Row(recipe, [], [], []))
+        if recipe.seed in row.seeds:  # it would make the deviation look smaller than it is
+            tell(f"left out, a second run of the same recipe and seed: {folder}")
+            continue
+        row.seeds.append(recipe.seed)
+        row.runs.append(folder)
+        row.results.append(results)
+    trained = {_digest(run / "teacher") for row in rows.values() for run in row.runs} - {None}
+    for row in rows.values():
+        row.taught_here = _digest(Path(row.recipe.teacher.weights)) in trained
+    by_label: dict[tuple[str, str], list[Row]] = {}
+    for row in rows.values():
+        row.label = label(row.recipe)
+        by_label.setdefault((row.task, row.label), []).append(row)
+    for alike in by_label.values():
+        if len(alike) > 1:
+            _tell_apart(alike)
+    return list(rows.values())
+
+
+def _digest(artifact: Path) -> str | None:
+    """Of the tensors of an artifact, if there is one: paths of one teacher may be written in many ways."""
+    file = artifact / "model.safetensors"
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+
+
+_SAID: dict[type, tuple[str, ...]] = {Prune: ("target", "score"), Sparsify: ("keep", "score")}  # of a phase, in labels
+
+
+def label(recipe: Recipe) -> str:
+    """The transforms of a recipe with the settings that are not their defaults, and what was pruned or masked; 'finetune' without any."""
+    words = []
+    for step in recipe.steps:
+        kind: type[Any] = type(step.spec)
+        fields = kind.model_fields if issubclass(kind, Transform) else _SAID.get(kind)
+        if fields is None:
+            continue
+        said = []
+        for name in fields:
+            value = getattr(step.spec, name)
+            if kind.model_fields[name].is_required() or value != kind.model_fields[name].get_default():
+                said.append(f"{name} {_short(value)}")
+        words.append(" ".join([step.name, ", ".join(said)]).strip())
+    return " + ".join(words) or "finetune"
+
+
+def _short(value: Any) -> str:
+    if hasattr(value, "model_dump"):
+        return " ".join(f"{k} {v:g}" for k, v in value.model_dump(exclude_none=True).items())
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _tell_apart(rows: list[Row]) -> None:
+    """Add to labels that are the same what differs in the recipes."""
+    unlike = {"description", "seed", "diagnostics"}
+    each = [flat(row.recipe.model_dump(mode="json", exclude=unlike)) for row in rows]
+    differing = sorted({k for one in each for k in one if len({json.dumps(other.get(k)) for other in each}) > 1})
+    for row, values in zip(rows, each, strict=True):
+        said = ", ".join(
+            f"{key.rsplit('.', 1)[-1]} {values[key]}" for key in differing if values.get(key) not in (None, {}, [])
+        )
+        row.label = f"{row.label} ({said})" if said else row.label
+
+
+def _cells(row: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
+    cells = []
+    for key in keys:
+        value, deviation = row[key], row[f"{key}_std"]
+        text = "" if value is None else COLUMNS[key][1](value)
+        if value is not None and deviation and key in ("top1", "agreement", "cosine"):
+            text += f" ± {deviation:.2f}" if key != "cosine" else f" ± {deviation:.4f}"
+        cells.append(text)
+    return [row["label"], str(len(row["runs"])), *cells]
+
+
+def _keys(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The columns that say something: the adapters' only where something was frozen, the parameters only where nothing was."""
+    frozen = any(row["adapter_bytes"] is not None for row in rows)
+    adapters = ("trained_adapter", "trained_head", "adapter_bytes")
+    return [
+        key
+        for key in COLUMNS
+        if any(row[key] is not None for row in rows)
+        and (frozen or key not in adapters)
+        and not (frozen and key == "parameters")
+    ]
+
+
+def cells(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """The headings and the rows of a table of one task, as text."""
+    keys = _keys(rows)
+    return ["student", "seeds", *(COLUMNS[key][0] for key in keys)], [_cells(row, keys) for row in rows]
+
+
+def _table(task: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    heads, written = cells(rows)
+    table = Table(title=task, title_justify="left")
+    for column in heads:
+        first = column == "student"
+        table.add_column(column, justify="left" if first else "right", overflow="fold", min_width=14 if first else None)
+    for row in written:
+        table.add_row(*row)
+    return table
+
+
+def _markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    text = []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        own = [row for row in rows if row["task"] == task]
+        heads, written = cells(own)
+        text += [f"{task}\n", f"| {' | '.join(heads)} |", f"| {' | '.join(['---'] * len(heads))} |"]
+        text += [f"| {' | '.join(row)} |" for row in written] + [""]
+    return "\n".join(text)

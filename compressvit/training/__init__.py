@@ -1,0 +1,1 @@
+"""Losses, taps' pairs, the loop, and one file a phase."""

@@ -1,0 +1,151 @@
+"""timm's and torch's optimisers, schedules, mixup and averages, built from a phase's options."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import numpy as np
+import timm.optim
+import torch
+from timm.data import Mixup
+from timm.layers import DropPath
+from timm.scheduler import CosineLRScheduler, StepLRScheduler
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from compressvit.errors import UserError, did_you_mean
+from compressvit.model.backbone import ALL_FAMILIES, describe
+from compressvit.training.spec import Training
+
+
+def build_optimizer(model: nn.Module, spec: Training, batch_size: int, device: torch.device) -> torch.optim.Optimizer:
+    """timm's optimiser of that name over the parameters that require gradient, each shared tensor once.
+
+    Raises:
+        UserError: timm has no optimiser of that name, or it does not take the options.
+    """
+    known = timm.optim.list_optimizers()
+    if spec.optimizer not in known:
+        raise UserError(f"optimizer {spec.optimizer!r} is unknown to timm; {did_you_mean(spec.optimizer, known)}")
+    lr = spec.peak_lr(batch_size)
+    arguments = timm.optim.get_optimizer_info(spec.optimizer)
+    if arguments.second_order:
+        raise UserError(
+            f"optimizer {spec.optimizer!r} needs second derivatives, which the training loop does not compute; "
+            "use a first-order one such as adamw"
+        )
+    kwargs = {"momentum": spec.momentum} if arguments.has_momentum else {}
+    if arguments.has_betas:
+        kwargs["betas"] = spec.betas
+    if device.type == "cuda" and spec.optimizer in ("adamw", "adam", "sgd"):
+        kwargs["fused"] = True
+    try:
+        # timm leaves out 1-D tensors and what the model names; modules that transforms added name theirs
+        groups = timm.optim.param_groups_weight_decay(model, spec.weight_decay, no_weight_decay_list=_undecayed(model))
+        return timm.optim.create_optimizer_v2(
+            groups, opt=spec.optimizer, lr=lr, weight_decay=spec.weight_decay, **kwargs
+        )
+    except (
+        ImportError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:  # e.g. timm's sgd is Nesterov's, which needs a momentum
+        given = ", ".join(f"{k}={v}" for k, v in kwargs.items())
+        raise UserError(
+            f"optimizer {spec.optimizer!r} cannot be built with {given or 'its defaults'}: {error}"
+        ) from error
+
+
+def _undecayed(model: nn.Module) -> set[str]:
+    """Names of the parameters without weight decay: what the model and its modules name in `no_weight_decay()`."""
+    return {
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules()
+        if hasattr(module, "no_weight_decay")
+        for name in module.no_weight_decay()
+    }
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, spec: Training, steps_per_epoch: int) -> Scheduler:
+    """timm's schedule, counted in optimiser steps; call `step_update(steps_done)` before every step."""
+    warmup = {
+        "warmup_t": round(spec.warmup_epochs * steps_per_epoch),
+        "warmup_lr_init": spec.warmup_lr,
+        "t_in_epochs": False,
+    }
+    total = spec.epochs * steps_per_epoch
+    if spec.schedule == "cosine":
+        return CosineLRScheduler(optimizer, t_initial=total, lr_min=spec.min_lr, cycle_limit=1, **warmup)
+    decay = round(spec.decay_epochs * steps_per_epoch) if spec.schedule == "step" else total + 1
+    return StepLRScheduler(optimizer, decay_t=max(1, decay), decay_rate=0.1, **warmup)
+
+
+def build_mixup(spec: Training, classes: int) -> Mixup | None:
+    """timm's mixup/cutmix, or None when both are off."""
+    if not (spec.mixup or spec.cutmix):
+        return None
+    # A backbone without a classifier has no classes to mix; timm wants one.
+    return Mixup(
+        mixup_alpha=spec.mixup, cutmix_alpha=spec.cutmix, label_smoothing=spec.smoothing, num_classes=max(1, classes)
+    )
+
+
+def build_average(model: nn.Module, decay: float | None) -> AveragedModel | None:
+    """An exponential average of the weights that counts a shared tensor once a step (timm's ModelEmaV3 counts every use)."""
+    if decay is None:
+        return None
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=False)
+
+
+def set_drop_path(model: nn.Module, rate: float | None) -> None:
+    """Set stochastic depth, rising linearly from 0 in the first block to `rate` in the last; None leaves it as it is."""
+    if rate is None:
+        return
+    blocks = describe(model, ALL_FAMILIES).blocks
+    for info in blocks:
+        probability = rate * info.index / max(1, len(blocks) - 1)
+        block = model.get_submodule(info.path)
+        for name in ("drop_path1", "drop_path2", "drop_path"):
+            if not hasattr(block, name):
+                continue
+            setattr(block, name, DropPath(probability) if probability else nn.Identity())
+
+
+def seed_everything(seed: int, *parts: int) -> None:
+    """Seed python, numpy and torch from a seed and counters, so that an epoch's randomness depends on nothing before it."""
+    mixed = int(np.random.SeedSequence([seed, *parts]).generate_state(1)[0])
+    random.seed(mixed)
+    np.random.seed(mixed)
+    torch.manual_seed(mixed)
+
+
+def random_state() -> dict:
+    """The state of all generators, as plain values and tensors."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    state = {
+        "python": [random.getstate()[0], list(random.getstate()[1]), random.getstate()[2]],
+        "numpy": [kind, torch.from_numpy(np.array(keys, dtype=np.int64)), position, has_gauss, gauss],
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def restore_random_state(state: dict) -> None:
+    """Undo everything random since `random_state()` was called."""
+    version, values, gauss = state["python"]
+    random.setstate((version, tuple(values), gauss))
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def steps_per_epoch(batches: int, accumulate: int) -> int:
+    """Optimiser steps in an epoch; the last may add up fewer batches."""
+    return math.ceil(batches / accumulate)

@@ -1,0 +1,221 @@
+"""Which student block learns from which teacher block, and which pairs are refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import nn
+
+from compressvit.errors import UserError
+from compressvit.files import write_text
+from compressvit.model.backbone import Backbone, BlockInfo, describe, model_name
+from compressvit.transforms.record import compression_of
+
+# CKA (student blocks, teacher blocks) of the outputs of the blocks at these paths
+Likeness = Callable[[Sequence[str], Sequence[str]], np.ndarray]
+
+
+@dataclass(frozen=True)
+class LayerPair:
+    """A distilled pair of blocks. Prefix tokens are left out of its relations when the two models differ in them."""
+
+    student: BlockInfo
+    teacher: BlockInfo
+    student_skip: int = 0
+    teacher_skip: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.student.index}↔{self.teacher.index}"
+
+
+def match_layers(
+    student: nn.Module,
+    teacher: nn.Module,
+    layers: str | tuple[tuple[int, int], ...],
+    likeness: Likeness | None = None,
+    asker: str = "distill.layers",
+) -> tuple[list[LayerPair], str]:
+    """Resolve `distill.layers`.
+
+    Args:
+        student, teacher: timm models, possibly on the meta device.
+        layers: pairs of block indices, counted from 0 over the whole model, or 'matched': the last block of every share group
+            (of every stage where nothing is shared), with the teacher's block of the same index; or 'auto': the last block of every
+            share group (every block where nothing is shared), with the teacher's block that `likeness` says is most like it, in order.
+        asker: what messages call the key.
+        likeness: CKA of blocks; None where there are no values to look at, and 'auto' pairs blocks by their depth meanwhile.
+
+    Returns:
+        The pairs, and a sentence that says how they came about. No pairs with 'matched' and 'auto' when the architectures differ:
+        only the prediction is distilled then.
+
+    Raises:
+        UserError: a given index does not exist, or a pair differs in stage, resolution, window or shift.
+    """
+    ours, theirs = _blocks(student), _blocks(teacher)
+    if ours is None or theirs is None or ours.family != theirs.family:
+        reason = f"{model_name(student)} and {model_name(teacher)} are of different architectures"
+        if ours is theirs is None:
+            reason = f"the blocks of {model_name(student)} and {model_name(teacher)} are not known to compressvit"
+        if isinstance(layers, str):
+            return [], f"{reason}: no layer pairs, only the prediction is distilled"
+        ways = (
+            "; remove it to distil the prediction alone"
+            if asker == "distill.layers"
+            else ", whose blocks have no pairs"
+        )
+        raise UserError(f"{asker} gives pairs, but {reason}{ways}")
+    skip = (0, 0)
+    if ours.num_prefix_tokens != theirs.num_prefix_tokens:
+        skip = (ours.num_prefix_tokens, theirs.num_prefix_tokens)
+    if layers == "matched":
+        depths = [len(s) for s in ours.stages], [len(s) for s in theirs.stages]
+        if depths[0] != depths[1]:
+            return [], (
+                f"the student has stages of {depths[0]} blocks and the teacher of {depths[1]}: "
+                "no layer pairs, only the prediction is distilled; give distill.layers to pair them yourself"
+            )
+        indices = tuple((i, i) for i in _group_ends(student, ours))
+        how = "the last block of every share group" if compression_of(student).ties else "the last block of every stage"
+    elif layers == "auto":
+        indices, how = _most_alike(student, ours, theirs, likeness)
+    else:
+        indices = layers  # type: ignore[assignment]
+        how = "as given"
+    pairs = []
+    for s, t in indices:
+        for index, backbone, whose in ((s, ours, "student"), (t, theirs, "teacher")):
+            if not 0 <= index < len(backbone.blocks):
+                raise UserError(
+                    f"{asker}: the pair [{s}, {t}] names block {index} of the {whose}, which has {len(backbone.blocks)} "
+                    f"(0 to {len(backbone.blocks) - 1})"
+                )
+        pair = LayerPair(ours.blocks[s], theirs.blocks[t], *skip)
+        _refuse_unlike(pair, theirs.blocks, asker)
+        pairs.append(pair)
+    if skip != (0, 0):
+        how += "; prefix tokens are left out, because the student has {} and the teacher {}".format(*skip)
+    return pairs, how
+
+
+def match_layers_once(
+    student: nn.Module,
+    teacher: nn.Module,
+    layers: str | tuple[tuple[int, int], ...],
+    likeness: Likeness,
+    kept: Path,
+) -> tuple[list[LayerPair], str]:
+    """`match_layers` for a phase that may be a resumed one: what 'auto' decided when it began, kept in a file, is not decided again.
+
+    Raises:
+        UserError: as `match_layers`, or the file is damaged.
+    """
+    if layers != "auto":
+        return match_layers(student, teacher, layers)
+    if not kept.is_file():
+        pairs, how = match_layers(student, teacher, layers, likeness)
+        write_text(kept, json.dumps([[p.student.index, p.teacher.index] for p in pairs]) + "\n")
+        return pairs, how
+    try:
+        before = tuple((int(s), int(t)) for s, t in json.loads(kept.read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, ValueError) as error:
+        raise UserError(f"{kept} is damaged: {error}; remove it and its checkpoint to begin the phase again") from error
+    pairs = match_layers(student, teacher, before)[0] if before else []
+    return pairs, "auto: as when the phase began"
+
+
+def _most_alike(
+    student: nn.Module, ours: Backbone, theirs: Backbone, likeness: Likeness | None
+) -> tuple[tuple[tuple[int, int], ...], str]:
+    """The pairs of 'auto': candidates of the student, each with the teacher's block that is most like it and keeps the order."""
+    shared = bool(compression_of(student).ties)
+    candidates = [ours.blocks[i] for i in _group_ends(student, ours)] if shared else list(ours.blocks)
+    mine = np.array([(b.index + 1) / len(ours.blocks) for b in candidates])
+    others = np.array([(b.index + 1) / len(theirs.blocks) for b in theirs.blocks])
+    near = 1 - abs(mine[:, None] - others[None, :])  # in depth
+    if likeness is None:  # so that plan and run have about as many pairs
+        values = near
+        how = "auto: the most alike by CKA, measured when the phase begins; by depth until then"
+    else:
+        # neighbours are often alike to a hundredth, which a few hundred images cannot tell apart
+        values = likeness([b.path for b in candidates], [b.path for b in theirs.blocks]) + 0.01 * near
+        how = "auto: the most alike by CKA"
+    return tuple(suggested_pairs(values, candidates, theirs.blocks)), how
+
+
+def suggested_pairs(
+    values: np.ndarray, students: Sequence[BlockInfo], teachers: Sequence[BlockInfo]
+) -> list[tuple[int, int]]:
+    """Which teacher block each student block should learn from: the most similar ones that keep the order and the rules.
+
+    A pair agrees in stage, resolution, window and window shift, and later student blocks learn from later teacher blocks: among all such
+    maps the one with the largest sum of CKA is found by dynamic programming.
+
+    Args:
+        values: CKA (student blocks, teacher blocks).
+        students, teachers: the blocks, in order.
+
+    Returns:
+        Pairs of indices over the whole model; a student block that no teacher block fits has none.
+    """
+    allowed = np.array([[_place(s) == _place(t) for t in teachers] for s in students])
+    # Unbiased CKA of unlike blocks may be below 0, and a pair that is allowed is still better than none.
+    gain = np.where(allowed, values - min(values.min(), 0.0) + 1e-6, -np.inf)
+    rows, columns = gain.shape
+    # best[i, j]: the most that student blocks i.. can have with teacher blocks j..
+    best = np.zeros((rows + 1, columns + 1))
+    for i in range(rows - 1, -1, -1):
+        for j in range(columns - 1, -1, -1):
+            best[i, j] = max(best[i + 1, j], best[i, j + 1], gain[i, j] + best[i + 1, j + 1])
+    pairs, i, j = [], 0, 0
+    while i < rows and j < columns:
+        if best[i, j] == gain[i, j] + best[i + 1, j + 1]:
+            pairs.append((students[i].index, teachers[j].index))
+            i, j = i + 1, j + 1
+        elif best[i, j] == best[i, j + 1]:
+            j += 1
+        else:
+            i += 1
+    return pairs
+
+
+def _place(block: BlockInfo) -> tuple:
+    """What two blocks of a pair must have in common, so that their tokens are the same."""
+    return block.stage, block.resolution, block.window, block.shift
+
+
+def _blocks(model: nn.Module) -> Backbone | None:
+    """The blocks of a model; None for one whose blocks compressvit does not know. Its prediction can still be distilled."""
+    try:
+        return describe(model)
+    except UserError:
+        return None
+
+
+def _group_ends(student: nn.Module, backbone) -> list[int]:
+    """Indices of the last block of every share group, or of every stage where no block shares."""
+    ends = {stage[-1].index for stage in backbone.stages}
+    for names in compression_of(student).ties:
+        ends |= {info.index for info in backbone.blocks if names[-1].startswith(f"{info.path}.")}
+    return sorted(ends)
+
+
+def _refuse_unlike(pair: LayerPair, candidates: tuple[BlockInfo, ...], asker: str) -> None:
+    s, t = pair.student, pair.teacher
+    for what, ours, theirs in (
+        ("stage", s.stage, t.stage),
+        ("resolution", s.resolution, t.resolution),
+        ("window", s.window, t.window),
+        ("window shift", s.shift, t.shift),
+    ):
+        if ours != theirs:
+            like = [c.index for c in candidates if _place(c) == _place(s)]
+            ways = f"teacher blocks that fit student block {s.index}: {like}" if like else "no teacher block fits it"
+            raise UserError(
+                f"{asker}: the pair [{s.index}, {t.index}] differs in {what}: {ours} in the student, {theirs} in the teacher, "
+                f"so their tokens are not the same; {ways}"
+            )

@@ -1,0 +1,1 @@
+"""The `prune` phase: train, remove neurons of adapters, train again (MiMi)."""

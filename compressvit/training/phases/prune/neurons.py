@@ -1,0 +1,324 @@
+"""Structured pruning of adapters: which neurons matter, which to keep within a target, and taking the others out (MiMi).
+
+Paper: Mini but Mighty: Finetuning ViTs with Mini Adapters, WACV 2024, https://arxiv.org/abs/2311.03873
+
+Neuron j of an adapter is row j of its down projection D (h', M) and column j of its up projection U (M, h').
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from compressvit.errors import UserError
+from compressvit.fitting.moments import tokens_at
+from compressvit.model import ties
+from compressvit.training.phases.prune.spec import Prune, PruneTarget, Score
+from compressvit.transforms import TRANSFORMS, Plan
+from compressvit.transforms.record import compression_of
+
+Widths = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Price:
+    """What one neuron of an adapter costs. A budget of parameters, of neurons and of MACs are three different targets.
+
+    Attributes:
+        fixed: parameters that an adapter has however many neurons are left: the bias of its upper projection, a learnable scale.
+    """
+
+    parameters: int
+    macs: int
+    fixed: int = 0
+
+
+def prunable_plan(model: nn.Module) -> Any:
+    """The plan of the model's adapters whose neurons can be removed.
+
+    Raises:
+        UserError: there is none, or more than one.
+    """
+    found: list[Any] = [plan for plan in compression_of(model).plans if plan.prunable]
+    names = [name for name, spec in TRANSFORMS.items() if spec.plan_class.prunable]
+    if len(found) == 1 and found[0].masked:
+        raise UserError(
+            f"the weights of {found[0].transform} were masked by an earlier `sparsify`; remove neurons (`prune`) before masking, "
+            "and mask once"
+        )
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise UserError(
+            f"prune finds the adapters of {len(found)} steps, {', '.join(p.transform for p in found)}; leave one of them"
+        )
+    have = ", ".join(p.transform for p in compression_of(model).plans) or "no transform"
+    raise UserError(
+        f"prune removes neurons of adapters ({' or '.join(names)}), and the model has none: it was made by {have}; put such a step "
+        "before it"
+    )
+
+
+def scores(
+    model: nn.Module, plan: Any, kind: Score, *, seed: int = 0, gradients: Mapping[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
+    """Importance of every neuron, (h',) float64 by the adapter's path.
+
+    Args:
+        model: with the adapters of `plan`.
+        kind: see `Prune.score`.
+        seed: of `random`.
+        gradients: by parameter name, for `gradient`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    found = {}
+    for path, adapter in plan.bottlenecks(model).items():
+        down, up = (p.detach().cpu().double() for p in (adapter.down.weight, adapter.up.weight))
+        width, hidden = up.shape
+        total = down.abs().sum(dim=1) + up.abs().sum(dim=0)
+        if kind == "gradient":
+            assert gradients is not None, "the caller computes them"
+            prefix = plan.prefix(path)
+            slopes = [gradients[f"{prefix}.{side}.weight"].cpu().double() for side in ("down", "up")]
+            total = (down * slopes[0]).abs().sum(dim=1) + (up * slopes[1]).abs().sum(dim=0)
+        found[path] = {
+            "magnitude": total / (2 * width),
+            "sum": total,
+            "shape": total / (width + hidden),
+            "relative": total / total.max().clamp(min=torch.finfo(total.dtype).tiny),
+            "down": down.abs().sum(dim=1) / width,
+            "gradient": total,
+            "random": torch.rand(hidden, generator=generator, dtype=torch.float64),
+        }[kind]
+    return found
+
+
+def prices(model: nn.Module, plan: Any) -> dict[str, Price]:
+    """What one neuron of every adapter costs."""
+    bottlenecks = plan.bottlenecks(model)
+    tokens = tokens_at(model, [f"{plan.prefix(path)}.down" for path in bottlenecks])
+    result = {}
+    for path, adapter in bottlenecks.items():
+        width = adapter.up.weight.shape[0]
+        each = 2 * width + (adapter.down.bias is not None)
+        fixed = sum(p.numel() for p in adapter.parameters()) - adapter.up.weight.shape[1] * each
+        result[path] = Price(each, 2 * width * tokens[f"{plan.prefix(path)}.down"], fixed)
+    return result
+
+
+def cycles(
+    target: PruneTarget,
+    rate: float,
+    start: Widths,
+    price: Mapping[str, Price],
+    scope: Literal["global", "local"] = "global",
+    least: int = 0,
+) -> int | None:
+    """How many removals of `rate` reach the target: ceil(ln(target / start) / ln(1 − ρ)); None where only accuracy ends it.
+
+    Raises:
+        UserError: the target is above what there is, or what it leaves is not a neuron for certain.
+    """
+    if target.accuracy is not None:
+        return None
+    unit, wanted, have = amounts(target, start, price)
+    if wanted > have:
+        raise UserError(
+            f"prune.target.{unit}={_short(getattr(target, unit))} is above the {have:,} that the adapters have; "
+            f"it can be up to {have:,}, or a share below 1"
+        )
+    costs = [_cost(p, unit) for p in price.values()]
+    if least:
+        need, why = (
+            least * sum(costs) + _fixed(price, unit),
+            f"too few neurons: each of {len(costs)} adapters keeps {least}",
+        )
+    elif scope == "local":
+        need, why = -(-have // max(start.values())), "no neuron: that share is less than one of any adapter"
+    else:
+        need, why = max(costs), f"no neuron: the best can cost {max(costs):,} {unit}"
+    if wanted < need:
+        share = math.ceil(1e4 * need / have) / 1e4  # rounded up, so that it is enough
+        raise UserError(
+            f"prune.target.{unit}={_short(getattr(target, unit))} leaves {why}; "
+            f"give at least {need:,} of the {have:,} there are, or a share of {share:g}"
+        )
+    if wanted == have:
+        return 0
+    quotient = math.log(_share(target, start, price)) / math.log(1 - rate)
+    return max(1, math.ceil(quotient * (1 - 1e-12)))
+
+
+def select(
+    scored: Mapping[str, torch.Tensor],
+    done: int,
+    spec: Prune,
+    start: Widths,
+    price: Mapping[str, Price],
+    least: int = 0,
+) -> dict[str, torch.Tensor]:
+    """Sorted indices of the neurons that stay in each adapter after removal number `done` (from 1).
+
+    Keeps `floor((1−ρ)^done · start)` of the target's unit (neurons, where it is an accuracy), but no less than it asks for; equal
+    scores keep the earlier neuron. Every adapter keeps `least` of its own.
+    """
+    share = (1 - spec.rate) ** done
+    unit, limit = _limit(share, spec, start, price)
+    if spec.scope == "local":
+        widths = _local_widths(list(scored), share, spec, start, price, least)
+        costs = {path: _cost(price[path], unit) for path in scored}
+        while sum(widths[path] * costs[path] for path in scored) > max(limit, least * sum(costs.values())):
+            widths[max(widths, key=lambda path: widths[path])] -= 1  # where others keep `least`, beyond their share
+        return {path: _best(s, widths[path]) for path, s in scored.items()}
+    paths = list(scored)
+    kept = {path: _best(s, least).tolist() for path, s in scored.items()}
+    spent = sum(len(chosen) * _cost(price[path], unit) for path, chosen in kept.items())
+    order = sorted((-float(value), i, j) for i, path in enumerate(paths) for j, value in enumerate(scored[path]))
+    for _, i, j in order:
+        if j in kept[paths[i]]:
+            continue
+        cost = _cost(price[paths[i]], unit)
+        if spent + cost > limit:
+            break  # not a cheaper one of less worth instead: what is kept is always a prefix of the ranking
+        spent += cost
+        kept[paths[i]].append(j)
+    return {path: torch.tensor(sorted(chosen), dtype=torch.long) for path, chosen in kept.items()}
+
+
+def _limit(share: float, spec: Prune, start: Widths, price: Mapping[str, Price]) -> tuple[str, int]:
+    """Unit and amount of it in neurons that a cycle keeps: the paper's share of what there was, until the target itself is nearer."""
+    if spec.target.accuracy is not None:
+        return "neurons", _floor(share * sum(start.values()))
+    unit, wanted, have = amounts(spec.target, start, price)
+    fixed = _fixed(price, unit)
+    return unit, max(wanted - fixed, _floor(share * (have - fixed)))
+
+
+def _local_widths(
+    paths: list[str], share: float, spec: Prune, start: Widths, price: Mapping[str, Price], least: int
+) -> Widths:
+    if spec.target.accuracy is None:  # the same share of every adapter is that share of any unit
+        share = max(share, _share(spec.target, start, price))
+    return {path: max(least, _floor(share * start[path])) for path in paths}
+
+
+def amounts(target: PruneTarget, start: Widths, price: Mapping[str, Price]) -> tuple[str, int, int]:
+    """Unit of a target that is not an accuracy, how many of it may stay, and how many there are at the start, in whole adapters."""
+    unit = next(name for name in ("neurons", "parameters", "macs") if getattr(target, name) is not None)
+    have = sum(hidden * _cost(price[path], unit) for path, hidden in start.items() if hidden) + _fixed(price, unit)
+    asked = getattr(target, unit)
+    return unit, _floor(asked * have) if asked < 1 else int(asked), have
+
+
+def _share(target: PruneTarget, start: Widths, price: Mapping[str, Price]) -> float:
+    """The part of the neurons that may stay: as it was asked for, or that of a number."""
+    unit, wanted, have = amounts(target, start, price)
+    asked, fixed = getattr(target, unit), _fixed(price, unit)
+    return asked if asked < 1 and not fixed else (wanted - fixed) / (have - fixed)
+
+
+def _floor(number: float) -> int:
+    """Rounded down, but 0.7 · 0.7 · 100 is 49."""
+    return math.floor(number * (1 + 1e-12))
+
+
+def _cost(price: Price, unit: str) -> int:
+    return 1 if unit == "neurons" else getattr(price, unit)
+
+
+def _fixed(price: Mapping[str, Price], unit: str) -> int:
+    """Of a unit, what all adapters have besides their neurons."""
+    return sum(p.fixed for p in price.values()) if unit == "parameters" else 0
+
+
+def _best(scored: torch.Tensor, count: int) -> torch.Tensor:
+    """Sorted indices of the best; the earlier of equal ones."""
+    order = sorted(range(len(scored)), key=lambda j: (-float(scored[j]), j))
+    return torch.tensor(sorted(order[:count]), dtype=torch.long)
+
+
+def shrink_(
+    model: nn.Module, keep: Mapping[str, torch.Tensor], moments: dict[str, dict[str, Any]] | None = None
+) -> Widths:
+    """Take all other neurons out of the adapters, in place; one without any leaves the forward pass.
+
+    What is left computes what the model did with the removed neurons' rows of U at zero. The model's record says the new widths, so
+    that its artifact loads without any data.
+
+    Args:
+        model: with prunable adapters.
+        keep: sorted indices by path.
+        moments: the optimiser's state by parameter name, changed alike.
+
+    Returns:
+        The new width of every adapter.
+    """
+    plan = prunable_plan(model)
+    before = _counts(model, plan)
+    for path, adapter in plan.bottlenecks(model).items():
+        chosen = keep[path].to(adapter.down.weight.device)
+        prefix = plan.prefix(path)
+        _gather(adapter.down, "weight", 0, chosen, f"{prefix}.down", moments)
+        if adapter.down.bias is not None:
+            _gather(adapter.down, "bias", 0, chosen, f"{prefix}.down", moments)
+        _gather(adapter.up, "weight", 1, chosen, f"{prefix}.up", moments)
+        adapter.down.out_features = adapter.up.in_features = len(chosen)
+        if not len(chosen):
+            for name, _ in adapter.named_parameters():
+                if moments is not None:
+                    moments.pop(f"{prefix}.{name}", None)
+            plan.remove(model, path)
+    widths = {**plan.widths, **{path: len(chosen) for path, chosen in keep.items()}}
+    _record(model, plan, plan.model_copy(update={"widths": widths}), before)
+    return widths
+
+
+def _gather(
+    layer: nn.Module,
+    name: str,
+    dim: int,
+    chosen: torch.Tensor,
+    prefix: str,
+    moments: dict[str, dict[str, Any]] | None,
+) -> None:
+    old = getattr(layer, name)
+    setattr(layer, name, nn.Parameter(old.detach().index_select(dim, chosen), requires_grad=old.requires_grad))
+    state = (moments or {}).get(f"{prefix}.{name}", {})
+    sized = [value for value in state.values() if not isinstance(value, (int, float, str)) and value is not None]
+    if all(isinstance(value, torch.Tensor) and value.shape in (old.shape, (), (1,)) for value in sized):
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor) and value.shape == old.shape:
+                state[key] = value.index_select(dim, chosen.to(value.device))
+    else:  # sums over rows, preconditioners: they do not tell the neurons apart
+        state.clear()
+
+
+def _counts(model: nn.Module, plan: Plan) -> dict[str, int]:
+    paths = [entry.path for entry in compression_of(model).ledger if entry.step == plan.transform]
+    return ties.count_at_paths(model, paths)
+
+
+def _record(model: nn.Module, old: Plan, new: Plan, before: Mapping[str, int]) -> None:
+    """Put the new plan, and its parameters, in the place of the old one in the model's record."""
+    done = compression_of(model)
+    done.plans[done.plans.index(old)] = new
+    done.ties = ties.tied_groups(model)
+    widths: Widths = new.widths  # type: ignore[attr-defined]
+    now = _counts(model, new)
+    for i, entry in enumerate(done.ledger):
+        if entry.step == new.transform and entry.path in widths:
+            words = entry.change.split(";")[0]
+            left = widths[entry.path]
+            text = f"{words}; {left} neuron{'s' * (left > 1)} left" if left else f"{words}; pruned away"
+            # a later step may have added to the same path, and its own entry says so
+            after = entry.after + now[entry.path] - before[entry.path]
+            done.ledger[i] = replace(entry, change=text, after=after)
+
+
+def _short(number: float) -> str:
+    return f"{number:,}" if isinstance(number, int) else f"{number:g}"

@@ -1,0 +1,121 @@
+"""Unstructured pruning of adapters: a mask over the single weights of their projections (SparseAdapter, SNIP, GraSP).
+
+Papers: SparseAdapter, EMNLP Findings 2022, https://arxiv.org/abs/2210.04284; SNIP, ICLR 2019, https://arxiv.org/abs/1810.02340;
+GraSP, ICLR 2020, https://arxiv.org/abs/2002.07376
+
+A masked weight is zero for good: it takes no part in training. Unlike `prune`, no tensor shrinks: fewer weights are counted as
+trained, but time, memory and the size of the file stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from compressvit.errors import UserError
+from compressvit.training.phases.prune.neurons import prunable_plan
+from compressvit.training.spec import Training
+from compressvit.transforms.record import compression_of
+
+Batches = Callable[[], Sequence[tuple[torch.Tensor, torch.Tensor]]]
+
+
+def sparsify_(model: nn.Module, spec: Sparsify, batches: Batches, seed: int = 0) -> dict[str, int]:
+    """Mask all but the best weights of all adapters together, in place; equal scores keep the earlier weight.
+
+    Args:
+        model: with `adapters` or `adaptformer`.
+        spec: its `keep` and `score`.
+        batches: images and labels, on the model's device, for scores that need a gradient; called at most once.
+        seed: of `random`.
+
+    Returns:
+        How many weights every adapter has left.
+
+    Raises:
+        UserError: no such adapters, or weights whose scores are all zero.
+    """
+    plan = prunable_plan(model)
+    weights = _weights(model, plan)
+    with torch.enable_grad():
+        scored = _scores(model, weights, spec, batches, seed)
+    flat = torch.cat([s.flatten() for s in scored.values()])
+    count = max(1, int(spec.keep * flat.numel() + 1e-9))
+    order = torch.argsort(flat, descending=True, stable=True)
+    alive = int((flat != 0).sum())
+    if alive < count:
+        raise UserError(
+            f"sparsify.keep={spec.keep:g} asks for {count:,} weights, but only {alive:,} have a score ({spec.score}) that is not zero: "
+            "fresh adapters have upper projections of zero, behind which no gradient comes. Put a finetune step before it"
+        )
+    chosen = torch.zeros(flat.numel(), dtype=torch.bool)
+    chosen[order[:count]] = True
+    masks = dict(zip(scored, chosen.split([s.numel() for s in scored.values()]), strict=True))
+    left: dict[str, int] = {}
+    for path, adapter in plan.bottlenecks(model).items():
+        for side in ("down", "up"):
+            layer = getattr(adapter, side)
+            mask = masks[f"{plan.prefix(path)}.{side}.weight"].reshape(layer.weight.shape)
+            layer.kept = int(mask.sum())  # a mask on the meta device could not be counted
+            left[path] = left.get(path, 0) + layer.kept
+            layer.mask = mask.to(layer.weight.device)
+            with torch.no_grad():
+                layer.weight.mul_(layer.mask)
+    done = compression_of(model)
+    done.plans[done.plans.index(plan)] = plan.model_copy(update={"masked": True})
+    return left
+
+
+def _weights(model: nn.Module, plan: Any) -> dict[str, nn.Parameter]:
+    return {
+        f"{plan.prefix(path)}.{side}.weight": getattr(adapter, side).weight
+        for path, adapter in plan.bottlenecks(model).items()
+        for side in ("down", "up")
+    }
+
+
+def _scores(
+    model: nn.Module, weights: dict[str, nn.Parameter], spec: Sparsify, batches: Batches, seed: int
+) -> dict[str, torch.Tensor]:
+    """By name of the weight, of its shape, on the CPU in float64: |θ|, |g⊙θ| or θ⊙Hg of the loss of the batches together."""
+    if spec.score == "magnitude":
+        return {name: w.detach().abs().cpu().double() for name, w in weights.items()}
+    if spec.score == "random":
+        generator = torch.Generator().manual_seed(seed)
+        return {n: torch.rand(w.shape, generator=generator, dtype=torch.float64) for n, w in weights.items()}
+    model.eval()
+    sums = [torch.zeros_like(w) for w in weights.values()]
+    images = list(batches())
+    for _ in range(1 if spec.score == "snip" else 2):
+        gradient, sums = sums, [torch.zeros_like(w) for w in weights.values()]
+        second = spec.score == "grasp" and any(g.any() for g in gradient)
+        for pixels, targets in images:
+            with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
+                loss = F.cross_entropy(model(pixels), targets, ignore_index=-1) / len(images)
+                slopes = torch.autograd.grad(loss, list(weights.values()), create_graph=second)
+                if second:  # H g, where g is the gradient over all batches
+                    along = sum((s * g).sum() for s, g in zip(slopes, gradient, strict=True))
+                    slopes = torch.autograd.grad(along, list(weights.values()))
+            sums = [total + s.detach() for total, s in zip(sums, slopes, strict=True)]
+    scored = {n: (w.detach() * s).cpu().double() for (n, w), s in zip(weights.items(), sums, strict=True)}
+    return {n: s.abs() for n, s in scored.items()} if spec.score == "snip" else scored
+
+
+class Sparsify(Training):
+    """Mask all but the best single weights of adapters, then train those (SparseAdapter, SNIP, GraSP). Nothing shrinks."""
+
+    name: ClassVar[str] = "sparsify"
+
+    keep: float = Field(gt=0, le=1, description="Share of the weights of all adapters together that stay.")
+    score: Literal["magnitude", "snip", "grasp", "random"] = Field(
+        "magnitude",
+        description="|θ| (SparseAdapter), |g⊙θ| (SNIP) or θ⊙Hg (GraSP), with gradient g and Hessian H of the ground truth's loss. Fresh "
+        "adapters have no gradient yet: put a finetune step before.",
+    )
+    gradient_batches: int = Field(10, ge=1, description="Training batches that snip and grasp look at.")

@@ -1,0 +1,78 @@
+"""What a recipe can say about a training phase."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from compressvit.spec import Spec
+
+
+class Training(Spec):
+    """Options that every phase has. Optimisers, schedules, mixup and cutmix are timm's, under timm's names."""
+
+    epochs: int = Field(10, ge=1, description="Passes over the training set.")
+    max_steps: int | None = Field(
+        None,
+        ge=1,
+        description="Stop after this many optimiser steps, whatever `epochs` says; the schedule stays that of `epochs`.",
+    )
+    optimizer: str = Field("adamw", description="Any name of timm.optim.list_optimizers().")
+    lr: float = Field(1e-3, gt=0, description="Peak learning rate.")
+    lr_reference_batch: int | None = Field(
+        None,
+        ge=1,
+        description="If set, the rate is scaled by batch_size · accumulate / this (linear scaling; MiniViT: 1024).",
+    )
+    weight_decay: float = Field(
+        0.05, ge=0, description="Not applied to 1-D tensors and to what the model's no_weight_decay() names."
+    )
+    betas: tuple[float, float] = Field(
+        (0.9, 0.999), description="Of Adam and its relatives; ignored by other optimisers."
+    )
+    momentum: float = Field(0.9, description="Of SGD and its relatives; ignored by Adam and its relatives.")
+    schedule: Literal["cosine", "step", "constant"] = Field(
+        "cosine", description="Of the learning rate, per optimiser step."
+    )
+    warmup_epochs: float = Field(0.0, ge=0, description="Linear warm-up from `warmup_lr`.")
+    warmup_lr: float = Field(1e-6, ge=0, description="Learning rate at the first step of the warm-up.")
+    min_lr: float = Field(0.0, ge=0, description="Learning rate at the end of a cosine.")
+    decay_epochs: float = Field(
+        30.0, gt=0, description="With `schedule: step`, divide the rate by 10 every so many epochs."
+    )
+    clip_grad: float | None = Field(
+        5.0, gt=0, description="Largest L2 norm of the whole gradient; null for no clipping."
+    )
+    accumulate: int = Field(1, ge=1, description="Batches whose gradients are added up before one optimiser step.")
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="Of autocast; parameters stay in float32.")
+    ema: float | None = Field(
+        None, gt=0, lt=1, description="Decay of an average of the weights, which is evaluated and becomes the result."
+    )
+    compile: bool = Field(False, description="torch.compile the model that is trained, and the teacher.")
+    mixup: float = Field(0.0, ge=0, description="α of mixup; 0 for none.")
+    cutmix: float = Field(0.0, ge=0, description="α of cutmix; 0 for none.")
+    smoothing: float = Field(0.0, ge=0, lt=1, description="Label smoothing of the ground truth.")
+    drop_path: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="Stochastic depth of the last block, rising linearly from 0; null keeps the model's.",
+    )
+    evaluate_every: int = Field(1, ge=1, description="Epochs between two evaluations.")
+    keep: Literal["last", "best"] = Field(
+        "last",
+        description="Which weights the phase ends with: the last, or those of its best evaluation, the start included: it then never "
+        "ends below where it began. Best is by top-1, without labels by the agreement or cosine with the teacher; it is chosen on "
+        "the evaluation set, so its figure is that much too good.",
+    )
+    log_every: int = Field(10, ge=1, description="Optimiser steps between two lines of the log.")
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether the phase learns from the ground truth."""
+        return True
+
+    def peak_lr(self, batch_size: int) -> float:
+        """The learning rate after linear scaling for batches of `batch_size` images."""
+        return self.lr * (batch_size * self.accumulate / self.lr_reference_batch if self.lr_reference_batch else 1)

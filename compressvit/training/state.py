@@ -1,0 +1,66 @@
+"""What a checkpoint holds of a model: what training changes, and for what it does not, a hash.
+
+Where transforms only add to a frozen backbone, whoever resumes builds the same one again, so a checkpoint has kilobytes. Where one
+changed the backbone itself, a checkpoint holds the whole model: values that were fitted need not come out alike on another machine.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from compressvit.errors import UserError
+from compressvit.files import require_keys
+from compressvit.model import ties
+from compressvit.model.weights import hash_tensors
+from compressvit.transforms.record import only_adapted
+
+
+class TrainedState:
+    """The part of a model's state that a phase changes.
+
+    Args:
+        model: as the phase begins with it; whether a parameter is trained is looked at now.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._frozen: set[str] = set()
+        if only_adapted(model):
+            self._frozen = {n for n, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+        state = ties.unique_state(model)
+        self.frozen_hash = hash_tensors({name: state[name] for name in state if name in self._frozen})
+
+    def of(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """Trained parameters and all buffers, by canonical name; of the model, or of one that has its structure."""
+        return {name: tensor for name, tensor in ties.unique_state(model).items() if name not in self._frozen}
+
+    def copied(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """The same, as it is now, on the CPU."""
+        return {name: tensor.detach().cpu().clone() for name, tensor in self.of(model).items()}
+
+    def load(self, saved: dict[str, Any], model: nn.Module, path: Path) -> None:
+        """Give the model what a checkpoint holds.
+
+        Raises:
+            UserError: it is of a model that shares other layers, has other ranks, or another frozen backbone; what fits would be
+                loaded, and nobody would know.
+        """
+        require_keys(saved, ("model", "frozen"), path)
+        own = {name: tensor.shape for name, tensor in self.of(model).items()}
+        theirs = {name: tensor.shape for name, tensor in saved["model"].items()}
+        if own != theirs:
+            name = next(n for n in [*own, *theirs] if own.get(n) != theirs.get(n))
+            raise UserError(
+                f"{path} is of another student: {name} is {tuple(theirs[name]) if name in theirs else 'not in it'}, and here "
+                f"{tuple(own[name]) if name in own else 'not there'}. Ranks and groups that are chosen by errors follow the images; "
+                "restore those of the run's beginning, or begin anew with --overwrite"
+            )
+        if saved["frozen"] != self.frozen_hash:
+            raise UserError(
+                f"{path} was trained beside another backbone: the frozen weights are not those of the run's beginning. Restore the file "
+                "that teacher.weights (or student.weights) named then, or begin anew with --overwrite"
+            )
+        model.load_state_dict(saved["model"], strict=False)

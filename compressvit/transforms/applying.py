@@ -1,0 +1,167 @@
+"""From a model and transforms to a student: plan everything on a skeleton, then change a copy."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from compressvit.errors import UserError
+from compressvit.fitting.in_order import fit_in_order
+from compressvit.fitting.moments import Images, Source
+from compressvit.model import surgery, ties
+from compressvit.transforms.base import LedgerEntry, Plan, Transform
+from compressvit.transforms.record import Compression, compression_of, trained_names
+from compressvit.transforms.vpt.prompts import without_prompts
+
+
+def plan_transforms(model: nn.Module, transforms: Sequence[Transform]) -> list[Plan]:
+    """Resolve transforms one after the other on a skeleton of `model`, which is not changed.
+
+    Raises:
+        UserError: a transform does not fit the model, or an earlier one.
+    """
+    scratch = surgery.skeleton(model)
+    plans = []
+    for spec in transforms:
+        plan = spec.plan(scratch)
+        apply_plans(scratch, [plan])
+        plans.append(plan)
+    return plans
+
+
+def apply_plans(model: nn.Module, plans: Sequence[Plan]) -> list[LedgerEntry]:
+    """Change the structure of `model` in place and record it; values are whatever the tensors held. Returns the ledger."""
+    ledger = [replace(entry, step=plan.transform) for plan in plans for entry in plan.apply(model)]
+    done = compression_of(model)
+    model._compression = Compression([*done.plans, *plans], ties.tied_groups(model), [*done.ledger, *ledger])  # type: ignore[assignment]
+    names = trained_names(model)
+    if names is not None:
+        surgery.train_only(model, names)
+    return ledger
+
+
+def transform_(
+    model: nn.Module, transforms: Sequence[Transform], calibration: Images | Source | None = None
+) -> list[LedgerEntry]:
+    """Plan, apply and initialise transforms on `model`, in place. All are planned before the first change.
+
+    The transforms of one call see the same `source`, the model as it was before the first of them: a low-rank step after a
+    sharing step can still read what sharing lost. A step that loads values makes a new source for those after it.
+
+    Args:
+        calibration: images for transforms that learn from them, or a `Source` of a model equal to this one.
+    """
+    plan_transforms(model, transforms)  # without values: finds every conflict
+    source = calibration if isinstance(calibration, Source) else Source(copy.deepcopy(model), calibration)
+    for spec in transforms:
+        spec.require_inputs()
+        if spec.needs_images:
+            source.require_images(spec.name)
+    ledger: list[LedgerEntry] = []
+    fresh: list[Plan] = []  # since values were last loaded
+    for spec in transforms:
+        plan = spec.plan(model, source)
+        ledger += apply_plans(model, [plan])
+        plan.initialise(model, source)
+        fresh.append(plan)
+        if plan.loads_values:
+            source = source.with_model(copy.deepcopy(model))
+            fresh = []
+    fitted = _fit_in_order(fresh, model, source)
+    errors = {(plan.transform, path): found for plan in fresh for path, found in plan.errors(model, source).items()}
+    for i, entry in enumerate(ledger):
+        weight_error, output_error = errors.get((entry.step, entry.path), (None, None))
+        output_error = fitted.get(entry.path, output_error) if weight_error is not None else None
+        ledger[i] = replace(entry, weight_error=weight_error, output_error=output_error)
+    record = compression_of(model).ledger
+    record[len(record) - len(ledger) :] = ledger
+    return ledger
+
+
+def _fit_in_order(plans: Sequence[Plan], student: nn.Module, source: Source) -> dict[str, float]:
+    """Fit the layers that want it, of all plans in one walk; returns by path the relative errors that are left."""
+    fits = {path: fit for plan in plans for path, fit in plan.layer_fits(student, source).items()}
+    if not fits:
+        return {}
+    # Prompts lengthen the sequence on the student's side alone and start as noise: weights are fitted as if they were not there.
+    walk = without_prompts(copy.deepcopy(student)).float()
+    return fit_in_order(walk, without_prompts(source.model), source.batches(), fits)
+
+
+def materialise(model: nn.Module) -> nn.Module:
+    """A copy of a compressed model in which low-rank layers and mergeable adapters are plain timm layers with their effective weights.
+
+    It computes the same with the latency of the teacher's layers; what was shared is not any more, so it is for running a model,
+    not for storing it: `save` refuses it unless plain timm layers and adapters are all that is left. Adapters of Kronecker products
+    become dense ones.
+
+    Raises:
+        UserError: nothing in the model can be materialised.
+    """
+    model = copy.deepcopy(model)
+    done = compression_of(model)
+    foldable = [i for i, plan in enumerate(done.plans) if plan.foldable]
+    if not foldable:
+        names = ", ".join(plan.transform for plan in done.plans) or "no transform"
+        raise UserError(
+            f"there is nothing to materialise: the model was made by {names}; only low-rank terms, linear adapters and those of "
+            "Kronecker products can be"
+        )
+    trained = trained_names(model)
+    # From the weight outwards: what replaces it, what is added to it or behind it in the order it came, what is before it.
+    left: list[Plan | None] = list(done.plans)
+    for i in sorted(foldable, key=lambda i: (not done.plans[i].fitted(), done.plans[i].folds_last)):
+        left[i] = done.plans[i].fold(model)
+    if hasattr(model, "_adapter"):  # what `remove_adapter` would restore is folded into other values
+        del model._adapter
+    rest = [plan for plan in left if plan is not None and not plan.loads_values]
+    if not rest:  # a plain model, and nobody's adapter any more
+        model.requires_grad_(True)
+        model._compression = None
+        return model
+    shared = ties.tied_groups(model)
+    # What is added beside a frozen backbone shares none of its tensors, so without another step nothing has to be tied again.
+    ties_backbone = any(plan.trains(model) is None for plan in rest)
+    model._compression = Compression(rest, shared, done.ledger, materialised=ties_backbone and shared != done.ties)
+    if trained is not None:  # a frozen weight that became dense stays frozen, and an adapter that did is trained
+        surgery.train_only(model, trained | (trained_names(model) or set()))
+    return model
+
+
+def compress(model: nn.Module, transforms: Sequence[Transform], calibration: Images | None = None) -> nn.Module:
+    """A compressed copy of a timm model. `model` itself is untouched.
+
+    Args:
+        model: a timm ViT, DeiT or Swin; see `compressvit.backbone.SUPPORTED`.
+        transforms: applied in order, e.g. `[Multiplex(share=2)]`.
+        calibration: a few hundred images, normalised for the model, without labels, for transforms that learn from them: a tensor
+            (N, C, H, W), or batches that can be iterated more than once.
+
+    Returns:
+        A timm model of the same class, whose paths and keys are those of `model` plus what the transforms added.
+
+    Raises:
+        UserError: the model is not supported, or a transform does not fit it or an earlier one.
+
+    Example:
+        >>> import timm, compressvit
+        >>> teacher = timm.create_model("deit_tiny_patch16_224")
+        >>> student = compressvit.compress(teacher, [compressvit.Multiplex(share=2)])
+        >>> compressvit.count_parameters(student)
+        3053056
+    """
+    if torch.is_inference_mode_enabled():
+        raise UserError(
+            "compress makes parameters that can be trained, which torch.inference_mode() forbids; call it outside"
+        )
+    if not isinstance(model, nn.Module):
+        raise UserError(f"compress takes a model, not a {type(model).__name__}; build one with timm.create_model(NAME)")
+    if not isinstance(transforms, Sequence) or not all(isinstance(t, Transform) for t in transforms):
+        raise UserError(f"compress takes a list of transforms, e.g. [Multiplex(share=2)], not {transforms!r}")
+    student = copy.deepcopy(model)
+    transform_(student, transforms, calibration)
+    return student

@@ -1,0 +1,163 @@
+"""Bottlenecks beside frozen sublayers, and the places where they act.
+
+Shapes: x is (…, M), or (B, M, height, width) behind timm's convolutional MLPs; M width, h hidden neurons of the bottleneck.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from timm.layers import create_act_layer
+from torch import nn
+
+from compressvit.errors import UserError
+from compressvit.fitting.moments import Source
+from compressvit.model import surgery
+from compressvit.model.backbone import ALL_FAMILIES, describe, model_name
+from compressvit.transforms.base import Plan
+
+Place = Literal["attn", "mlp"]
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu", "hard_swish", "leaky_relu", "elu", "tanh"]
+
+
+class Bottleneck(nn.Module):
+    """`s · up(act(down(x)))`, zero at the start: (…, M) → (…, M).
+
+    Args:
+        down, up: linear layers M → h and h → M.
+        act: timm's name of an activation.
+        scale: s; 'learnable' for a parameter that starts at 1.
+        reads: for a branch beside the MLP, whether its input is the MLP's ('normed') or the residual stream.
+    """
+
+    def __init__(
+        self,
+        down: nn.Module,
+        up: nn.Module,
+        act: str = "gelu",
+        scale: float | Literal["learnable"] = 1.0,
+        reads: Literal["normed", "residual"] = "normed",
+    ):
+        super().__init__()
+        self.down, self.up = down, up
+        self.act = create_act_layer(act)
+        like = next(down.parameters())
+        self.scale = (
+            nn.Parameter(torch.ones((), device=like.device, dtype=like.dtype)) if scale == "learnable" else scale
+        )
+        self.reads = reads
+
+    def allow_all(self) -> None:
+        """Give both projections a mask, to be filled from a file."""
+        for projection in (self.down, self.up):
+            projection.allow_all()  # type: ignore[operator]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.up(self.act(self.down(x))) * self.scale
+
+
+class AdapterLinear(nn.Linear):
+    """A dense projection of a bottleneck, (…, in) → (…, out). With a `mask` of its weight's shape, the others are zero for good."""
+
+    mask: torch.Tensor | None
+    kept: int  # how many of a mask that has no values, on the meta device
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, device=None, dtype=None):
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.register_buffer("mask", None)
+
+    def allow_all(self) -> None:
+        """Take a mask of ones, to be filled from a file."""
+        self.mask = torch.ones_like(self.weight, dtype=torch.bool)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight if self.mask is None else self.weight * self.mask, self.bias)
+
+    def reset(self, *, zero: bool) -> None:
+        """Start at zero, or Kaiming-uniform (with a bias of zero either way)."""
+        if zero:
+            nn.init.zeros_(self.weight)
+        else:
+            nn.init.kaiming_uniform_(self.weight, a=5**0.5)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+def at_tokens(adapter: nn.Module, x: torch.Tensor, owner: nn.Module) -> torch.Tensor:
+    """The adapter on the channels of x, which come last but behind a convolutional MLP."""
+    if isinstance(getattr(owner, "fc1", None), nn.Conv2d):
+        return rearrange(adapter(rearrange(x, "b c h w -> b h w c")), "b h w c -> b c h w")
+    return adapter(x)
+
+
+class BottleneckPlan(Plan):
+    """What all plans of bottlenecks have: by path, how many neurons the one in the path's slot has (0: it is gone)."""
+
+    slot: ClassVar[str]
+
+    widths: dict[str, int]
+    masked: bool = False  # a `sparsify` phase masked single weights
+
+    def bottlenecks(self, model: nn.Module) -> dict[str, Bottleneck]:
+        """Those that are there, by path."""
+        return {path: getattr(model.get_submodule(path), self.slot) for path, hidden in self.widths.items() if hidden}
+
+    def prefix(self, path: str) -> str:
+        """Where the bottleneck of a path has its own name."""
+        return f"{path}.{self.slot}"
+
+    def put(self, model: nn.Module, path: str, bottleneck: Bottleneck) -> None:
+        """Fill the slot at `path`."""
+        if self.masked:
+            bottleneck.allow_all()
+        surgery.fill_slot(model, path, self.slot, bottleneck)
+
+    @torch.no_grad()
+    def initialise(self, student: nn.Module, source: Source) -> None:
+        for bottleneck in self.bottlenecks(student).values():
+            bottleneck.down.reset(zero=False)  # type: ignore[operator]
+            bottleneck.up.reset(zero=True)  # type: ignore[operator]
+
+    def trains(self, model: nn.Module) -> set[str]:
+        return {
+            f"{self.prefix(path)}.{name}"
+            for path, bottleneck in self.bottlenecks(model).items()
+            for name, _ in bottleneck.named_parameters(remove_duplicate=False)
+        }
+
+
+def sublayer_width(model: nn.Module, path: str) -> tuple[torch.Tensor, int]:
+    """A tensor of the sublayer at `path` (for its device and type), and its width M."""
+    sublayer = model.get_submodule(path)
+    last: Any = sublayer.proj if hasattr(sublayer, "proj") else sublayer.fc2
+    return last.weight, last.weight.shape[0]
+
+
+def adapter_widths(
+    model: nn.Module, asker: str, places: Sequence[Place], width: int | None, ratio: float | None
+) -> dict[str, int]:
+    """Neurons of the bottleneck behind every sublayer: `width` everywhere, or `ratio` of each one's M.
+
+    Raises:
+        UserError: a block has none of the places, or the ratio leaves no neuron.
+    """
+    backbone = describe(model, ALL_FAMILIES)
+    parts = [part for part in backbone.parts if part in places]
+    if not parts:
+        raise UserError(
+            f"{asker}.places asks for {', '.join(places)}, but the blocks of {model_name(model)} have {', '.join(backbone.parts)}"
+        )
+    widths: dict[str, int] = {}
+    for info in backbone.blocks:
+        hidden = width if width is not None else int(info.width * (ratio or 0) + 1e-9)
+        if hidden < 1:
+            least = -(-10_000 // info.width) / 10_000  # rounded up, so that it is enough
+            raise UserError(
+                f"{asker}.ratio={ratio:g} of the {info.width} channels of {info.path} leaves no neuron; give at least {least}"
+            )
+        widths |= {f"{info.path}.{part}": hidden for part in parts}
+    return widths

@@ -1,0 +1,1 @@
+"""LORS: shared weights with private low-rank terms, and low rank alone."""

@@ -1,0 +1,52 @@
+"""What was done to a model, and which of its parameters phases may change."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from compressvit.model.backbone import head_names
+from compressvit.transforms.base import LedgerEntry, Plan
+
+
+@dataclass
+class Compression:
+    """What was done to a model; it travels with it (through `deepcopy` too) and goes into its artifact."""
+
+    plans: list[Plan] = field(default_factory=list)
+    ties: list[list[str]] = field(default_factory=list)
+    ledger: list[LedgerEntry] = field(default_factory=list)
+    materialised: bool = False  # its ties are no longer those of its plans
+
+
+def compression_of(model: nn.Module) -> Compression:
+    """The record of a compressed model; an empty one for a model that no transform has touched."""
+    return getattr(model, "_compression", None) or Compression()
+
+
+def trained_names(model: nn.Module) -> set[str] | None:
+    """Names of the parameters that phases change, the classifier's among them, where transforms freeze the others; else None."""
+    asked = [names for plan in compression_of(model).plans if (names := plan.trains(model)) is not None]
+    return set[str]().union(*asked, head_names(model)) if asked else None
+
+
+def only_adapted(model: nn.Module) -> bool:
+    """Whether all that was done to a model was to add to it and to freeze its own tensors but those that are trained."""
+    plans = compression_of(model).plans
+    return bool(plans) and all(plan.trains(model) is not None for plan in plans)
+
+
+def trained_parameters(model: nn.Module) -> dict[str, int]:
+    """How many parameters phases change: `trained_adapter`, without the classifier, and `trained_head`; a shared one once."""
+    heads = head_names(model)
+    counts = {"trained_adapter": 0, "trained_head": 0}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            counts["trained_head" if name in heads else "trained_adapter"] += parameter.numel()
+    for module in model.modules():
+        mask = getattr(module, "mask", None)  # of an adapter's weight: the others are zero and stay so
+        if isinstance(mask, torch.Tensor):
+            counts["trained_adapter"] -= mask.numel() - (module.kept if mask.is_meta else int(mask.sum()))
+    return counts

@@ -1,0 +1,1 @@
+"""VPT: prompt tokens."""

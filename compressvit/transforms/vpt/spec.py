@@ -1,0 +1,151 @@
+"""VPT: learnable prompt tokens that a frozen backbone's tokens attend to.
+
+Paper: Visual Prompt Tuning, ECCV 2022, https://arxiv.org/abs/2203.12119
+
+With x the class (and distillation, register) tokens, E the patch tokens and L a block, in a ViT
+
+    deep:     [x_i, _, E_i]   = L_i([x_{i-1}, P_{i-1}, E_{i-1}])    i = 1…depth, fresh P every time: P·ΣM parameters
+    shallow:  [x_i, Z_i, E_i] = L_i([x_{i-1}, Z_{i-1}, E_{i-1}])    Z_0 = P, gone behind the last block: P·M parameters
+
+In Swin every window attends to P prompts, without relative position or mask. Shallow ones are copied into every window, and what a
+block's attention makes of the copies is averaged; where a stage merges patches of 2×2, a prompt is merged as four copies of itself, so
+P·M of the first stage are all its parameters. (So does the paper's code, https://github.com/KMnP/vpt, but from the second block on it
+puts prompts of one image of a batch into windows of another.) Prompts start uniform in ±sqrt(6 / (3·patch² + M)), M of the first
+block as in that code, so the function is not kept at the start.
+
+Deep prompts come before a block's first norm and are gone behind its attention, because nothing reads what the MLP would make of
+them. (The paper's code averages those of Swin's last block into the pooled feature; here features are the image's alone.) Shallow
+ones lengthen the sequence between the blocks: who looks at the output of one there finds them behind the prefix tokens, and in Swin
+in rows below the grid, the last of which is filled up.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from compressvit.errors import UserError
+from compressvit.fitting.moments import Source
+from compressvit.model import surgery
+from compressvit.model.backbone import ALL_FAMILIES, Backbone, describe, model_name
+from compressvit.transforms.base import LedgerEntry, Plan, Transform, record, transform
+from compressvit.transforms.bottleneck import sublayer_width
+from compressvit.transforms.vpt.prompts import (
+    CarryingPatchMerging,
+    CarryingSwinBlock,
+    DropPromptRows,
+    DropPrompts,
+    GridPrompts,
+    PromptedAttention,
+    PromptedSwinBlock,
+    PromptedWindowAttention,
+    Prompts,
+    SwinWithTravellingPrompts,
+    WidenedWindowAttention,
+    WithoutPrompts,
+    WithPrompts,
+    WithTravellingPrompts,
+    no_place_for_prompts,
+)
+
+
+class VPTPlan(Plan):
+    """Resolved prompts: the blocks that have some of their own, and how many."""
+
+    blocks: tuple[str, ...]
+    prompts: int
+    deep: bool
+    dropout: float
+
+    def apply(self, model: nn.Module) -> list[LedgerEntry]:
+        backbone = describe(model)
+        if backbone.family == "swin" and not self.deep:
+            self._carry(model, backbone)
+        return record(model, self.blocks, lambda path: self._add(model, path, backbone))
+
+    def _carry(self, model: nn.Module, backbone: Backbone) -> None:
+        """Make all that stands between the first block of a Swin and the last pass the prompts on."""
+        for info in backbone.blocks:
+            surgery.extend(model, info.path, CarryingSwinBlock)
+            surgery.extend(model, f"{info.path}.attn", WidenedWindowAttention)
+            surgery.fill_slot(model, info.path, "vpt_rows", DropPromptRows(self.prompts))
+            surgery.fill_slot(model, f"{info.path}.attn", "vpt_end", DropPrompts(self.prompts))
+        for first, *_ in backbone.stages[1:]:
+            path = f"{first.path.partition('.blocks.')[0]}.downsample"
+            surgery.extend(model, path, CarryingPatchMerging)
+            surgery.fill_slot(model, path, "vpt_rows", DropPromptRows(self.prompts))
+
+    def _add(self, model: nn.Module, path: str, backbone: Backbone) -> str:
+        like, width = sublayer_width(model, f"{path}.attn")
+        at, swin = backbone.num_prefix_tokens, backbone.family == "swin"
+        kind, drop = (GridPrompts, DropPromptRows) if swin and not self.deep else (Prompts, DropPrompts)
+        prompts = kind(self.prompts, width, at, self.dropout, device=like.device, dtype=like.dtype)
+        if not self.deep:
+            enter, leave, behind = path, WithoutPrompts, backbone.blocks[-1].path
+            surgery.extend(model, "", SwinWithTravellingPrompts if swin else WithTravellingPrompts)
+        elif swin:
+            enter, leave, behind = path, PromptedWindowAttention, f"{path}.attn"
+        else:
+            enter, leave, behind = f"{path}.norm1", PromptedAttention, f"{path}.attn"
+        surgery.extend(model, enter, PromptedSwinBlock if swin and self.deep else WithPrompts)
+        surgery.fill_slot(model, enter, "vpt", prompts)
+        surgery.extend(model, behind, leave)
+        surgery.fill_slot(model, behind, "vpt_end", drop(self.prompts, at))
+        return f"+ {self.prompts} prompts" + (f", as far as {behind}" * (not self.deep))
+
+    @torch.no_grad()
+    def initialise(self, student: nn.Module, source: Source) -> None:
+        patch_embed: Any = student.patch_embed
+        height, width = patch_embed.patch_size
+        prompts = [module for module in student.modules() if isinstance(module, Prompts)]
+        bound = math.sqrt(6 / (3 * height * width + prompts[0].tokens.shape[1]))
+        for module in prompts:
+            module.reset(bound)
+
+    def trains(self, model: nn.Module) -> set[str]:
+        return {f"{path}.tokens" for path, module in model.named_modules() if isinstance(module, Prompts)}
+
+    def fold(self, model: nn.Module) -> None:
+        raise UserError(
+            "vpt cannot be folded: how much of a prompt a token takes in depends on the token, so no fixed weight equals it. Ship the "
+            "artifact as it is, or adapt with repadapter, lora, ssf or fact, which can be"
+        )
+
+
+@transform("vpt", VPTPlan)
+class VPT(Transform):
+    """Learnable prompt tokens beside the image's, in every block or from the first on; the backbone is frozen (VPT)."""
+
+    freezes = True
+
+    prompts: int = Field(10, ge=1, description="P, tokens that are added; the paper tries 1 to 200 (1 to 50 in Swin).")
+    deep: bool = Field(
+        True,
+        description="Fresh prompts in every block (VPT-deep), or one set that goes through all of them (VPT-shallow).",
+    )
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="Of the prompts' elements, in training; the examples of the paper's code have 0.1."
+    )
+
+    def plan(self, model: nn.Module, source: Source | None = None) -> VPTPlan:
+        backbone = describe(model, ALL_FAMILIES)
+        if "attn" not in backbone.parts:
+            raise UserError(
+                f"vpt: prompts need a token sequence that attention runs over, and the blocks of {model_name(model)} have convolutions; "
+                "adapt it with adapters, adaptformer, repadapter, ssf or lora (targets: [fc1, fc2])"
+            )
+        for path, module in model.named_modules():
+            if isinstance(module, Prompts):
+                raise UserError(
+                    f"{path} is already there: an earlier `vpt` put prompts; apply one, with as many as you want"
+                )
+            if getattr(module, "rpe_k", None) is not None:
+                raise no_place_for_prompts("irpe")
+            if not self.deep and getattr(module, "mlp_conv", None) is not None:
+                raise no_place_for_prompts("multiplex.mlp_conv")
+        blocks = [info.path for info in backbone.blocks]
+        return VPTPlan(blocks=tuple(blocks if self.deep else blocks[:1]), **self.model_dump())
