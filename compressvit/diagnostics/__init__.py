@@ -1,4 +1,4 @@
-"""What compression did to a model: similarity of layers, drift from the teacher, gradients, allocation.
+"""What compression did to a model: one file a diagnostic.
 
 `DIAGNOSTICS` maps a recipe's word to its spec. To add one: write a file beside `gradients.py` with a `Measured` or `Watched`, and import
 it here. Recipes, their schema and `plan` then know it.

@@ -1,7 +1,7 @@
-"""The compression transforms, one file a method. `TRANSFORMS` maps a recipe's word to its spec.
+"""What changes the structure of a model: one file or folder a method, with its layer.
 
 To add one: write a file beside `multiplex.py` with a `Transform` and its `Plan`, and import it here. The contract tests in
-`tests/test_transforms*.py` then run over it.
+`tests/contract/` then run over it.
 """
 
 from __future__ import annotations

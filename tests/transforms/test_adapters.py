@@ -1,6 +1,6 @@
 """Adapters of a frozen backbone: the literature's counts, the formulas in plain arithmetic, where they start, what they refuse.
 
-That they merge exactly is in test_merge.py; what every transform must do in test_transforms.py.
+That they merge exactly is in tests/artifacts/test_merge.py; what every transform must do in tests/contract/.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The contract of a transform: planning changes nothing, applying keeps every path, folding keeps the function.
 
-All of it over every example of `helpers/contract.py` and every backbone; it goes on in `test_transforms_in_timm.py` and
-`test_transforms_composed.py`.
+All of it over every example of `helpers/contract.py` and every backbone; it goes on in `test_in_timm.py` and
+`test_composed.py`.
 """
 
 from __future__ import annotations

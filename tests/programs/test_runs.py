@@ -25,7 +25,7 @@ from compressvit.programs.allocation import allocation_summary
 from compressvit.programs.curves import read_curves
 from compressvit.programs.recorded import Run, labelled
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ROW = '{"phase": "a", "epoch": 0, "step": 1, "norms": {}, "shared": {}}\n'
 PRUNE = "steps=[adapters: {width: 6}, prune: {epochs: 1, target: {neurons: 0.25}, scope: SCOPE}]"
 

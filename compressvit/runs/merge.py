@@ -1,0 +1,175 @@
+"""`compressvit merge`: the student of a run, or an artifact, merged into a folder of its own, with the proof and the latencies."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from rich.console import Console
+from rich.table import Table
+from timm.models import save_for_hf
+from torch import nn
+
+from compressvit.artifacts import artifact
+from compressvit.artifacts.merge import DENSE_ADAPTERS, differences, in_float32, made_up_images, merged_copy
+from compressvit.data.input import InputConfig, input_config
+from compressvit.data.loaders import eval_loader
+from compressvit.data.opening import open_data
+from compressvit.data.spec import Data
+from compressvit.errors import UserError
+from compressvit.files import disk_faults, write_text
+from compressvit.model import cost, stored, ties
+from compressvit.recipe.recipe import parse_recipe
+from compressvit.runs.evaluate import artifact_in
+from compressvit.runs.folder import RESOLVED
+from compressvit.runs.preflight import pick_device
+from compressvit.transforms.record import compression_of
+
+_SEAL = "merge.json"  # of a folder that `merge` wrote
+_WRITTEN = ("config.json", stored.MANIFEST, stored.TENSORS)
+
+
+def merge_folder(path: str | Path, output: str | Path | None = None, *, device: str = "auto") -> dict[str, Any]:
+    """Merge the artifact at `path`, or that of a run, and write a folder that `timm.create_model("local-dir:FOLDER", pretrained=True)`
+    reads; where adapters are left (of Kronecker products, now dense), an artifact instead.
+
+    Args:
+        path: an artifact or a run folder.
+        output: the folder to write, `merged` beside the artifact by default; it must not exist, or be an earlier merge.
+        device: where latencies are taken; the comparison is on the CPU.
+
+    Returns:
+        The content of `merge.json`: differences relative to the largest output, and latencies in milliseconds.
+
+    Raises:
+        UserError: nothing there, or a transform that cannot be folded.
+        UserError: also where the merged model computes something else.
+    """
+    where = pick_device(device)
+    folder = artifact_in(Path(path).resolve())
+    target = Path(output).resolve() if output is not None else folder.parent / "merged"
+    _require_free(target)
+    model = artifact.load(folder)
+    dtype = next(model.parameters()).dtype
+    model = in_float32(model)  # the proof is in float32, whatever the model is stored in
+    config = _input_of(folder, model)
+    merged = merged_copy(model)
+    left = [plan.transform for plan in compression_of(merged).plans]
+    tests = {**made_up_images(config), **_real_images(folder, config)}
+    result: dict[str, Any] = {
+        "artifact": str(folder),
+        "merged": str(target),
+        "transforms": [p.transform for p in compression_of(model).plans],
+        "left": left,
+        "differences": differences(model, merged, tests),
+    }
+    with disk_faults(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=".merge.", dir=target.parent))
+        try:
+            again = _write(copy.deepcopy(merged).to(dtype), scratch, plain=not left)
+            if dtype != torch.float32:  # it is read into float32: compare with what was rounded on the way
+                merged = merged.to(dtype).float()
+            result["read_back"] = differences(merged, again, {"random": tests["random"]}, "what is read back")["random"]
+            target.mkdir(exist_ok=True)
+            write_text(target / _SEAL, "{}\n")  # first: one that is interrupted here can be made again
+            for name in _WRITTEN:
+                (target / name).unlink(missing_ok=True)
+            for file in scratch.iterdir():
+                os.replace(file, target / file.name)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+    manifest = stored.read_manifest(folder)
+    base = timm.create_model(manifest.architecture, pretrained=False, **manifest.args).eval()
+    models = {"backbone": base, "unmerged": model, "merged": merged}
+    size = (config.channels, config.height, config.width)
+    times = cost.latency([m.to(where) for m in models.values()], [size] * 3, device=where)
+    result["latency_ms"] = dict(zip(models, times, strict=True))
+    result["latency_on"] = f"{where}, {torch.get_num_threads()} threads"
+    result["parameters"] = {name: ties.count_parameters(m) for name, m in models.items()}
+    # the folder is there to be shipped: nothing in it names this machine's folders
+    shipped = {**result, "artifact": os.path.relpath(folder, target), "merged": "."}
+    write_text(target / _SEAL, json.dumps(shipped, indent=2) + "\n")
+    return result
+
+
+def _require_free(target: Path) -> None:
+    """Raise a `UserError` unless nothing is there, or an earlier merge and nothing else."""
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{target} is a file; give another --output")
+    there = {path.name for path in target.iterdir()} if target.is_dir() else set()
+    if not there:
+        return
+    if _SEAL not in there:
+        raise UserError(
+            f"{target} is not empty, and no earlier merge wrote it (it has no {_SEAL}), so nothing in it is replaced; "
+            "give another --output"
+        )
+    if others := sorted(there - {_SEAL, *_WRITTEN}):
+        raise UserError(f"{target} holds {others[0]}, which is not of an earlier merge; give another --output")
+
+
+def print_merge(result: dict[str, Any], console: Console) -> None:
+    """What `merge_folder` returns, for a person."""
+    table = Table(title=f"{result['artifact']} → {result['merged']}", title_justify="left")
+    for column in ("", "parameters", "latency", "latency / backbone"):
+        table.add_column(column, justify="left" if not column else "right")
+    times = result["latency_ms"]
+    for name, label in (("backbone", "backbone alone"), ("unmerged", "unmerged"), ("merged", "merged")):
+        table.add_row(
+            label, f"{result['parameters'][name]:,}", f"{times[name]:.2f} ms", f"{times[name] / times['backbone']:.2f}"
+        )
+    console.print(table)
+    for name, difference in result["differences"].items():
+        console.print(f"largest difference on {name} images: {difference:.1e} of the largest output", highlight=False)
+    reader, call = "timm alone", f"timm.create_model('local-dir:{result['merged']}', pretrained=True)"
+    if result["left"]:
+        reader, call = "compressvit", f"compressvit.load('{result['merged']}')"
+    console.print(f"read back by {reader}: {result['read_back']:.1e}", highlight=False)
+    console.print(
+        f"latency: batch 1 on {result['latency_on']}, median of up to 30 in turns\n{call}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if result["left"]:
+        console.print(DENSE_ADAPTERS, highlight=False, soft_wrap=True)
+
+
+def _write(model: nn.Module, folder: Path, *, plain: bool) -> nn.Module:
+    """Write a model into an empty folder, in timm's form or as an artifact, and read it back into float32."""
+    if plain:
+        save_for_hf(model, str(folder), safe_serialization=True)
+        for file in folder.iterdir():
+            if file.name not in _WRITTEN:
+                file.unlink()
+        return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    return artifact.load(artifact.save(model, folder)).float()
+
+
+def _input_of(folder: Path, model: nn.Module) -> InputConfig:
+    resolved = folder.parent / RESOLVED
+    if resolved.is_file():
+        return input_config(model, parse_recipe(resolved.read_text(encoding="utf-8"), str(resolved)).data)
+    return input_config(model, Data(name="images"))
+
+
+def _real_images(folder: Path, config: InputConfig) -> dict[str, torch.Tensor]:
+    """The first evaluation images of the run that the artifact lies in, where its data is still there."""
+    resolved = folder.parent / RESOLVED
+    if not resolved.is_file():
+        return {}
+    recipe = parse_recipe(resolved.read_text(encoding="utf-8"), str(resolved))
+    data = recipe.data.model_copy(update={"download": False})
+    try:
+        images, _ = next(iter(eval_loader(open_data(data), data, config, torch.device("cpu"))))
+    except UserError:  # the data has gone since
+        return {}
+    return {"the run's own": images[:8]}

@@ -1,0 +1,137 @@
+"""The teacher and the student that a recipe asks for, with values or (on the meta device) without."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from compressvit.artifacts.artifact import is_plain
+from compressvit.data.spec import known_classes
+from compressvit.errors import UserError
+from compressvit.files import expanded
+from compressvit.model import surgery, weights
+from compressvit.model.stored import Manifest, expect_images, is_artifact, read_manifest
+from compressvit.recipe.recipe import Recipe
+
+
+def trains_teacher(recipe: Recipe) -> bool:
+    """Whether the run begins by training the teacher."""
+    return recipe.teacher.weights == "train" or recipe.teacher.finetune is not None
+
+
+def build_teacher(recipe: Recipe, *, classes: int | None = None, device: str | None = None) -> nn.Module:
+    """The teacher with fresh values; what the recipe does not say of it, an artifact that `teacher.weights` names does.
+
+    Args:
+        recipe: its `teacher` section.
+        classes: classes of the opened data set, where the recipe's data does not tell; sizes the head of a teacher that is trained.
+        device: 'meta' for a skeleton.
+
+    Raises:
+        UserError: timm cannot build it, or the artifact is of another architecture, or of a student.
+    """
+    manifest = _teacher_manifest(recipe)
+    args = _teacher_args(recipe, manifest)
+    count = recipe.teacher.num_classes
+    if count is None and trains_teacher(recipe):
+        count = known_classes(recipe.data) or classes
+    if count is not None:
+        args["num_classes"] = count
+    teacher = weights.build(recipe.teacher.model, device=device, **args)
+    if manifest is not None:
+        expect_images(teacher, manifest)
+    return teacher
+
+
+def _teacher_manifest(recipe: Recipe) -> Manifest | None:
+    """Of the artifact that `teacher.weights` names, if it names one."""
+    asked = recipe.teacher
+    if asked.weights in ("pretrained", "train"):
+        return None
+    folder = expanded(asked.weights, "teacher.weights")
+    if not is_artifact(folder):
+        return None
+    manifest = read_manifest(folder)
+    if manifest.architecture.partition(".")[0] != asked.model.partition(".")[0]:
+        raise UserError(
+            f"teacher.weights: {asked.weights} is a {manifest.architecture}, and teacher.model says {asked.model}; set "
+            f"teacher.model={manifest.architecture}, or give the weights of another model"
+        )
+    if not is_plain(folder):
+        steps = ", ".join(step.transform for step in manifest.transforms)
+        raise UserError(
+            f"teacher.weights: {asked.weights} is what {steps} made of a {manifest.architecture}, no model of timm's own. Give the "
+            "teacher of that run; or, if `compressvit merge` can make a plain model of it, RUN/merged/model.safetensors"
+        )
+    return manifest
+
+
+def _teacher_args(recipe: Recipe, manifest: Manifest | None) -> dict[str, Any]:
+    """Arguments of timm.create_model: the artifact's, and over them the recipe's."""
+    return {**(manifest.args if manifest else {}), **recipe.teacher.args}
+
+
+def load_teacher(recipe: Recipe, teacher: nn.Module) -> None:
+    """Give the teacher the values that `teacher.weights` names; for 'train' it keeps its fresh ones."""
+    if recipe.teacher.weights == "pretrained":
+        weights.load_pretrained(teacher, "teacher.weights", new_head=recipe.teacher.finetune is not None)
+    elif recipe.teacher.weights != "train":
+        new_head = recipe.teacher.finetune is not None
+        weights.load_file(teacher, recipe.teacher.weights, "teacher.weights", new_head=new_head)
+
+
+def require_student_file(recipe: Recipe, teacher: nn.Module, classes: int | None = None) -> None:
+    """Refuse a `student.weights` that names no file, or one that does not fit, before the teacher is trained.
+
+    Args:
+        recipe: its `student` section.
+        teacher: its structure alone is read.
+        classes: as `build_student` takes them.
+    """
+    asked = recipe.student.weights
+    if asked in ("teacher", "pretrained", "random"):
+        return
+    if not expanded(asked, "student.weights").exists():
+        raise UserError(
+            f"student.weights: there is no file {asked}; it can be teacher, pretrained, random, or the path of a file"
+        )
+    build_student(recipe, teacher, classes=classes)
+
+
+def build_student(recipe: Recipe, teacher: nn.Module, *, classes: int | None = None, meta: bool = False) -> nn.Module:
+    """The model that the first step works on: a copy of the teacher, or what the recipe's `student` section says.
+
+    Args:
+        recipe: its `student` section.
+        teacher: loaded (or on the meta device).
+        classes: of the opened data set, where the recipe's data does not tell; sizes a new head.
+        meta: build a skeleton; no values are set.
+    """
+    student = student_body(recipe, teacher, meta=meta)
+    classes = known_classes(recipe.data) or classes
+    if recipe.student.head == "new" and classes:
+        with torch.device("meta" if meta else "cpu"):
+            student.reset_classifier(classes)
+    return student
+
+
+def student_body(recipe: Recipe, teacher: nn.Module, *, meta: bool) -> nn.Module:
+    """What `build_student` makes before it gives the student a new head: with its teacher's classifier, or one of the same size."""
+    asked = recipe.student
+    if asked.model is None and not asked.args and asked.weights == "teacher":
+        return surgery.skeleton(teacher) if meta else copy.deepcopy(teacher)
+    args = {} if asked.model else _teacher_args(recipe, _teacher_manifest(recipe))
+    args |= {"num_classes": getattr(teacher, "num_classes", None), **asked.args}
+    student = weights.build(asked.model or recipe.teacher.model, device="meta" if meta else None, **args)
+    if meta:
+        return student
+    if asked.weights == "teacher":
+        weights.copy_matching(student, teacher)
+    elif asked.weights == "pretrained":
+        weights.load_pretrained(student, "student.weights", new_head=True)  # the steps train it
+    elif asked.weights != "random":
+        weights.load_file(student, asked.weights, "student.weights")
+    return student

@@ -1,0 +1,195 @@
+"""The diagnostics of a run: when they look, and where what they found goes. Training is left undisturbed, to the bit.
+
+In the run folder: `diagnostics/NAME.json`, `.csv`, `.png`, `.svg` for every finding, `diagnostics/measured.jsonl` (what was measured when,
+and how long that took), and what watching diagnostics write as they go.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel
+from torch import nn
+
+from compressvit.charts.findings import Finding, merged, read
+from compressvit.data.input import InputConfig, input_config
+from compressvit.data.loaders import eval_loader
+from compressvit.data.opening import Datasets
+from compressvit.data.samples import Samples
+from compressvit.data.spec import Data
+from compressvit.diagnostics.allocation import History, allocation_finding
+from compressvit.diagnostics.base import FOLDER, Context, Measured, Watched
+from compressvit.log import RunLog, told
+from compressvit.model.modes import evaluating
+from compressvit.recipe.recipe import Recipe
+from compressvit.rows import append_row, read_rows
+from compressvit.training.optimisation import random_state, restore_random_state
+from compressvit.training.watch import Watch
+
+MEASURED = "measured.jsonl"
+
+
+class MeasuredRow(BaseModel):
+    """A row of `measured.jsonl`."""
+
+    diagnostic: str
+    phase: str
+    epoch: int
+    findings: list[str]
+    seconds: float
+
+
+class Recorder:
+    """Runs the diagnostics that a recipe asks for.
+
+    Args:
+        recipe: names the diagnostics and the data.
+        run: the run folder. What an earlier part of the run recorded there stays.
+        voice: shows pictures in TensorBoard.
+    """
+
+    def __init__(self, recipe: Recipe, run: Path, datasets: Datasets, device: torch.device, voice: RunLog):
+        wanted = [entry.spec for entry in recipe.diagnostics]
+        self._measured = [spec for spec in wanted if isinstance(spec, Measured)]
+        self._watched = [spec for spec in wanted if isinstance(spec, Watched)]
+        self._folder = run / FOLDER
+        self._data, self._datasets, self._device, self._voice = recipe.data, datasets, device, voice
+        self._allocations: dict[str, tuple[str, History]] = {}
+
+    @contextmanager
+    def watching(self, model: nn.Module, phase: str) -> Iterator[list[Watch]]:
+        """Watches for a phase; what they found is written at its end, also where an error or a signal ended it."""
+        watches = [spec.watch(model, phase, self._folder) for spec in self._watched]
+        try:
+            yield watches
+        finally:
+            for watch in watches:
+                watch.close()
+                with told(f"{phase}: what was recorded was not drawn"):
+                    for finding in watch.findings():
+                        self.keep(finding)
+
+    def measure(self, phase: str, teacher: nn.Module | None, student: nn.Module, epoch: int, last: bool) -> None:
+        """Measure what is due at this epoch and was not measured before. What cannot be is told, and training goes on."""
+        due = [
+            spec
+            for spec in self._measured
+            if spec.due(epoch, last)
+            and not (spec.needs_teacher and teacher is None)
+            and not self._has(spec.name, phase, epoch)
+        ]
+        if not due:
+            return
+        with undisturbed(student, teacher):
+            for model in (student, teacher):
+                if model is not None:
+                    model.to(self._device)
+            context = self._context(phase, teacher, student, epoch)
+            for spec in due:
+                began = time.monotonic()
+                with told(f"{phase}, epoch {epoch}: {spec.name} was not measured"):
+                    found = [stamped(finding, phase, epoch) for finding in spec.measure(context)]
+                    for finding in found:
+                        self.keep(_with_earlier(finding, self._folder))
+                    row = {"diagnostic": spec.name, "phase": phase, "epoch": epoch}
+                    seconds = round(time.monotonic() - began, 2)
+                    append_row(
+                        self._folder / MEASURED, {**row, "findings": [f.name for f in found], "seconds": seconds}
+                    )
+                    self._voice.say(f"{phase}, epoch {epoch}: {spec.name} measured in {seconds:.1f} s")
+
+    def allocation(self, phase: str, scope: str, history: History) -> None:
+        """Tell where a `prune` phase left neurons; always, because it costs nothing."""
+        self._allocations[phase] = (scope, history)
+        with told(f"{phase}: where neurons are left was not drawn"):
+            finding = allocation_finding(self._allocations)
+            self.keep(finding)
+            finding.picture(self._folder.parent / "widths.png")  # where a person looks first
+
+    def keep(self, finding: Finding) -> None:
+        """Write a finding into the run folder, in place of an earlier one of its name, and show it in TensorBoard."""
+        finding.write(self._folder)
+        if finding.records:
+            self._voice.board(lambda writer: finding.log(writer, self._folder))
+
+    def _has(self, name: str, phase: str, epoch: int) -> bool:
+        path = self._folder / MEASURED
+        rows: list[dict[str, Any]] = []
+        with told("what was measured before is not known, so it is measured again"):
+            rows = read_rows(path, MeasuredRow) if path.is_file() else []
+        return any((row["diagnostic"], row["phase"], row["epoch"]) == (name, phase, epoch) for row in rows)
+
+    def _context(self, phase: str, teacher: nn.Module | None, student: nn.Module, epoch: int) -> Context:
+        config = input_config(student, self._data)
+        labelled = partial(evaluation_images, self._datasets, self._data, config, self._device)
+        return Context(
+            student=student,
+            teacher=teacher,
+            images=lambda count: (batch for batch, _ in labelled(count)),
+            labelled=labelled,
+            config=config,
+            teacher_config=None if teacher is None else input_config(teacher, self._data),
+            device=self._device,
+            phase=phase,
+            epoch=epoch,
+        )
+
+
+def evaluation_images(
+    datasets: Datasets, data: Data, config: InputConfig, device: torch.device, count: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches of about `count` normalised evaluation images (B, C, H, W), on the device, and labels (B,), evenly spaced over the set.
+
+    They come in a random order, always the same: a set is often in the order of its classes, and what is estimated batch by batch (CKA)
+    cannot see what tells classes apart in a batch that has one of them. A streaming set gives its first ones, in its own order. Broken
+    files are left out. Nothing is drawn from the global generators.
+    """
+    subset: Any = datasets.validation
+    if isinstance(subset, Samples):
+        count = min(count, len(subset))
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
+        chosen = [subset.indices[i * len(subset) // count] for i in order]
+        subset = Samples(subset.source, chosen, subset.labeled)
+    left = count
+    for images, targets in eval_loader(dataclasses.replace(datasets, validation=subset), data, config, device):
+        whole = targets >= -1  # below that it stands for a broken file
+        kept = images[whole][:left], targets[whole][:left]
+        if len(kept[0]):
+            yield kept
+        left -= len(kept[0])
+        if left <= 0:
+            return
+
+
+def stamped(finding: Finding, phase: str, epoch: int) -> Finding:
+    """The finding with the fields `phase`, `epoch` and `when` in every record that has none."""
+    place = {"phase": phase, "epoch": epoch, "when": f"{phase}, epoch {epoch}"}
+    return dataclasses.replace(finding, records=[{**place, **record} for record in finding.records])
+
+
+def _with_earlier(finding: Finding, folder: Path) -> Finding:
+    path = folder / f"{finding.name}.json"
+    return merged(read(path), finding) if path.is_file() else finding
+
+
+@contextmanager
+def undisturbed(*models: nn.Module | None) -> Iterator[None]:
+    """Eval mode; random state, the mode of every module, and gradients are as before afterwards, whatever happens inside."""
+    known = [model for model in models if model is not None]
+    state = random_state()
+    gradients = [(parameter, parameter.grad) for model in known for parameter in model.parameters()]
+    kept = [None if gradient is None else gradient.clone() for _, gradient in gradients]
+    try:
+        with evaluating(*known):
+            yield
+    finally:
+        restore_random_state(state)
+        for (parameter, _), gradient in zip(gradients, kept, strict=True):
+            parameter.grad = gradient

@@ -1,0 +1,137 @@
+"""Tables for a person: costs, the plan, the ledger of the transforms, teacher and student side by side."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from compressvit.model.cost import Cost
+    from compressvit.runs.plan import RecipePlan
+    from compressvit.transforms import LedgerEntry
+
+
+def cost_table(rows: list[tuple[str, Cost]], title: str) -> Table:
+    """Parameters, disk and MACs, each with its share of the first row's."""
+    table = Table(title=title, title_justify="left")
+    for column in ("", "parameters", "bytes on disk", "MACs"):
+        table.add_column(column, justify="left" if not column else "right")
+    first = rows[0][1]
+    for name, row in rows:
+        values = [(row.parameters, first.parameters), (row.bytes, first.bytes), (row.macs, first.macs)]
+        table.add_row(name, *(f"{v:,}" + ("" if row is first else f" ({v / of:.1%})") for v, of in values))
+    return table
+
+
+def megabytes(size: float) -> str:
+    """Bytes as '12.3 MB' (10⁶)."""
+    return f"{size / 1e6:,.1f} MB"
+
+
+def ledger_table(ledger: list[LedgerEntry]) -> Table:
+    """What the transforms did, step by step and path by path; a shared tensor counts at its first path."""
+    table = Table(title="Ledger (a shared tensor counts at its first path)", title_justify="left")
+    kinds = {"weight_error": "error of\nweight", "output_error": "error of\noutput"}
+    measured = [kind for kind in kinds if any(getattr(entry, kind) is not None for entry in ledger)]
+    table.add_column("path", overflow="fold")
+    table.add_column("change", overflow="fold")
+    for column in ("parameters\nbefore", "after", *(kinds[kind] for kind in measured)):
+        table.add_column(column, justify="right")
+    for step, group in itertools.groupby(ledger, lambda entry: entry.step):
+        entries = list(group)
+        for entry in entries:
+            errors = (getattr(entry, kind) for kind in measured)
+            cells = ("" if error is None else f"{error:.3f}" for error in errors)
+            table.add_row(entry.path, entry.change, f"{entry.before:,}", f"{entry.after:,}", *cells)
+        before, after = sum(e.before for e in entries), sum(e.after for e in entries)
+        table.add_section()
+        table.add_row(step, "sum", f"{before:,}", f"{after:,}")
+        table.add_section()
+    return table
+
+
+def results_table(results: dict[str, Any], title: str) -> Table:
+    """Teacher and student side by side."""
+    table = Table(title=title, title_justify="left")
+    for column in ("", "teacher", "student", "student / teacher"):
+        table.add_column(column, justify="left" if not column else "right")
+    for cells in results_rows(results):
+        table.add_row(*cells)
+    return table
+
+
+def results_rows(results: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """What a measure is called, the teacher's, the student's, and their ratio; empty where there is none."""
+    teacher, student = results["teacher"], results["student"]
+    rows = []
+
+    def row(label: str, key: str, text: Callable[[Any], str]) -> None:
+        ours, theirs = student.get(key), teacher.get(key)
+        if ours is not None and theirs is None:
+            rows.append((label, "", text(ours), ""))
+        elif ours is not None:
+            rows.append((label, text(theirs), text(ours), f"{ours / max(theirs, 1e-12):.3f}"))
+
+    row("parameters (unique)", "parameters", lambda v: f"{v:,}")
+    if adapted(student):
+        row("trained, without the classifier", "trained_adapter", lambda v: f"{v:,}")
+        row("trained, of the classifier", "trained_head", lambda v: f"{v:,}")
+    row("bytes on disk", "bytes", megabytes)
+    row("stored beside the backbone", "adapter_bytes", lambda v: f"{v / 1e3:,.1f} kB")
+    row("MACs per image", "macs", lambda v: f"{v / 1e6:,.2f} M")
+    row("latency", "latency_ms", lambda v: f"{v:.2f} ms")
+    row("top-1", "top1", lambda v: f"{v:.2f} %")
+    row("top-5", "top5", lambda v: f"{v:.2f} %")
+    row("same first class as the teacher", "agreement", lambda v: f"{v:.2f} %")
+    row("cosine of the outputs", "cosine", lambda v: f"{v:.4f}")
+    row("cosine of the patch tokens", "cosine_patches", lambda v: f"{v:.4f}")
+    return rows
+
+
+def adapted(student: dict[str, Any]) -> bool:
+    """Whether a part of the student was frozen, by its entry in `results.json`."""
+    trained = (student.get("trained_adapter") or 0) + (student.get("trained_head") or 0)
+    return "trained_adapter" in student and trained < student["parameters"]
+
+
+def print_plan(plan: RecipePlan, console: Console) -> None:
+    """Tables for a person."""
+    console.print(
+        cost_table(
+            [("teacher", plan.teacher), ("student", plan.student)],
+            title=f"{plan.recipe}: {plan.teacher_model}, images {'×'.join(map(str, plan.input_size))}",
+        )
+    )
+    if plan.stages:
+        table = Table(title="Parameters of the student", title_justify="left")
+        for column in ("stage", "parameters", "shared by blocks", "private"):
+            table.add_column(column, justify="left" if column == "stage" else "right")
+        for row in plan.stages:
+            table.add_row(row.stage, f"{row.parameters:,}", f"{row.shared:,}", f"{row.private:,}")
+        console.print(table)
+    for step in plan.steps:
+        console.print(f"[bold]{_plain(step.step)}[/bold]  {step.summary}", highlight=False)
+        if step.layers_rule:
+            pairs = ", ".join(f"{s}↔{t}" for s, t in step.layers) or "none"
+            console.print(f"  layer pairs (student↔teacher): {pairs}  ({step.layers_rule})", highlight=False)
+        if step.loss_bytes:
+            parts = ", ".join(f"{name} {megabytes(size)}" for name, size in step.loss_bytes.items())
+            total = megabytes(sum(step.loss_bytes.values()))
+            console.print(
+                f"  the losses keep {total} for the backward pass of a batch, fp32  ({parts})", highlight=False
+            )
+    for name, summary in plan.diagnostics.items():
+        console.print(f"diagnostics: [bold]{name}[/bold]  {summary}", highlight=False)
+    for note in plan.notes:
+        console.print(f"note: {note}", highlight=False)
+    for conflict in plan.conflicts:
+        console.print(f"[red]conflict:[/red] {_plain(conflict)}", highlight=False)
+
+
+def _plain(text: str) -> str:
+    return text.replace("[", r"\[")

@@ -1,0 +1,68 @@
+"""What TensorBoard shows of a run beside its curves, under names that are alike in all runs.
+
+A phase is called by its word, without its place in the recipe: `distill/evaluate/top1`, and `distill_2/…` where a recipe has a second one.
+So runs lie in one chart whether one transform comes before the phase, three, or none. What an evaluation before training finds is step 0
+of the phase that follows. `metrics.jsonl` keeps the places ('1_distill').
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from compressvit.recipe.recipe import Recipe
+from compressvit.runs.folder import flat
+from compressvit.training.spec import Training
+
+_FINAL = ("top1", "top5", "agreement", "cosine", "parameters", "trained_adapter", "bytes", "macs", "latency_ms")
+
+
+def step_names(recipe: Recipe) -> list[str]:
+    """A name for every step: its word, with a number behind it from the second of its kind on."""
+    names: list[str] = []
+    words = [step.name for step in recipe.steps]
+    for index, word in enumerate(words):
+        earlier = words[:index].count(word)
+        names.append(f"{word}_{earlier + 1}" if earlier else word)
+    return names
+
+
+def scalar_tags(recipe: Recipe) -> dict[str, str]:
+    """What TensorBoard calls a step that messages and files call by its place, such as '1_distill'."""
+    names, tags = step_names(recipe), {}
+    for index, step in enumerate(recipe.steps):
+        phases = (i for i in range(index, len(names)) if isinstance(recipe.steps[i].spec, Training))
+        tags[f"{index}_{step.name}"] = names[next(phases, index)]
+    return tags
+
+
+def tag_of(phase: str, tags: Mapping[str, str]) -> str:
+    """What TensorBoard calls a phase, by `scalar_tags`; that of a cycle keeps its number ('prune_cycle2')."""
+    step, cycle, number = phase.partition("_cycle")
+    return f"{tags.get(step, step)}{cycle}{number}"
+
+
+def hyper_parameters(recipe: Recipe) -> dict[str, bool | int | float | str]:
+    """Every value of a recipe by its path, that of a step by its name: `data.batch_size`, `distill.lr`, `multiplex.share`."""
+    content = recipe.model_dump(mode="json", exclude={"description", "steps", "diagnostics"})
+    for name, step in zip(step_names(recipe), recipe.steps, strict=True):
+        content[name] = step.spec.model_dump(mode="json")
+    return {key: value for key, value in flat(content).items() if isinstance(value, (bool, int, float, str))}
+
+
+def show_results(writer: Any, recipe: Recipe, results: dict[str, Any]) -> None:
+    """The HParams tab: the recipe beside what came out, as scalars `final/…`.
+
+    Args:
+        writer: torch's SummaryWriter of the run. Its own `add_hparams` would make a second run of it.
+        results: the content of results.json.
+    """
+    from torch.utils.tensorboard import summary  # a second, which programs that only want names should not wait for
+
+    found = {f"final/{key}": results["student"].get(key) for key in _FINAL}
+    found |= {f"final/teacher_{key}": results["teacher"].get(key) for key in ("top1", "parameters", "latency_ms")}
+    metrics = {tag: float(value) for tag, value in found.items() if value is not None}
+    for part in summary.hparams(hyper_parameters(recipe), metrics):
+        writer.file_writer.add_summary(part)
+    for tag, value in metrics.items():
+        writer.add_scalar(tag, value, 0)

@@ -1,0 +1,43 @@
+"""What the terms of a distillation keep in memory, found out on the meta device."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from functools import partial
+
+import torch
+from torch import nn
+
+from compressvit.data.input import InputConfig
+from compressvit.model import surgery
+from compressvit.model.cost import saved_bytes
+from compressvit.model.taps import Taps
+from compressvit.training.terms import Batch, Term
+
+_SIDES = (lambda term: term.student_taps, lambda term: term.teacher_taps)
+
+
+def loss_bytes(
+    student: nn.Module, teacher: nn.Module, terms: list[Term], batch: int, size: InputConfig, teacher_size: InputConfig
+) -> dict[str, int]:
+    """Bytes that each term keeps for the backward pass in float32, beyond the models' own activations, and the teacher's taps.
+
+    Measured on the meta device, by running the terms and adding up what autograd saves.
+    """
+    models, device = [surgery.skeleton(student).train(), surgery.skeleton(teacher).eval()], torch.device("meta")
+    taps = [Taps(m, [t for term in terms for t in side(term)], device) for m, side in zip(models, _SIDES, strict=True)]
+    images = [torch.empty(batch, c.channels, c.height, c.width, device=device) for c in (size, teacher_size)]
+    student_logits = models[0](images[0])
+    with torch.no_grad():
+        teacher_logits = models[1](images[1])
+    seen = [tap.pop() for tap in taps]
+    alive = [[t for values in side.values() for t in values.values() if isinstance(t, torch.Tensor)] for side in seen]
+    targets = torch.empty(batch, dtype=torch.int64, device=device)
+    example = Batch(student_logits, teacher_logits, seen[0], seen[1], targets)
+    known = [student_logits, teacher_logits, *alive[0], *alive[1]]
+    sizes = {}
+    for term in terms:
+        with suppress(NotImplementedError):  # a loss that looks at values has no size on the meta device
+            sizes[term.name] = saved_bytes(partial(term.function, example), known)
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in alive[1]}
+    return {**sizes, "teacher taps": sum(storages.values())}
