@@ -1,4 +1,4 @@
-"""A registry finds the files of its room and the entry points of installed packages, and says what is wrong with those that it cannot use."""
+"""A registry finds the files of its room and installed packages' entry points, and says what is wrong with those that it cannot use."""
 
 from __future__ import annotations
 
