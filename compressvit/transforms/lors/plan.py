@@ -143,6 +143,9 @@ class LORSPlan(Plan):
                 layer.bias.copy_(bias)
         return regression.error(weight, bias)
 
+    def drops(self) -> set[str]:
+        return {f"{path}.weight" for group in self.groups if len(group) == 1 for path in group if self.ranks[path]}
+
     def fitted(self) -> set[str]:
         return {f"{path}.weight" for path in self.paths}
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from fnmatch import fnmatch
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 from torch import nn
@@ -24,7 +24,7 @@ from compressvit.fitting.allocate import Budget
 from compressvit.fitting.moments import Source
 from compressvit.model import surgery, ties
 from compressvit.model.backbone import Backbone, describe, model_name, share_groups
-from compressvit.transforms.base import Transform, transform
+from compressvit.transforms.base import TRANSFORMERS_ONLY, Transform, transform
 from compressvit.transforms.lors.budget import Spending, group_by_similarity
 from compressvit.transforms.lors.layers import FactoredLinear, SharedLowRankLinear
 from compressvit.transforms.lors.plan import LORSPlan
@@ -35,6 +35,12 @@ TARGETS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 @transform("lors", LORSPlan)
 class LORS(Transform):
     """Share the weights of linear layers, with a private low-rank term each (LORS); or low rank alone."""
+
+    refuses: ClassVar[dict[str, str]] = TRANSFORMERS_ONLY
+    changes_at_start = True
+    blind_at_start: ClassVar[dict[str, str]] = {
+        "low_rank.down": "where the shared weight is exact, or noise, the factor after it starts at zero"
+    }
 
     rank: int | tuple[int, ...] | None = Field(
         None, description="Rank r of the private terms: one number, or one per block; 0 for none. Or give a budget."
@@ -137,6 +143,15 @@ class LORS(Transform):
                 f"groups are consecutive in this plan; apply makes as many of the layers that are most alike {on}"
             )
         return tuple(notes)
+
+    @classmethod
+    def examples(cls) -> Sequence[Transform]:
+        return (
+            LORS(rank=2, share=2, metric="weights"),
+            LORS(rank=3, groups=2, share=2, targets=("mlp.*",), init="first", metric="weights"),
+            LORS(rank=2, targets=("attn.qkv", "attn.proj"), init="scratch"),
+            LORS(rank=2, share=1, metric="weights"),
+        )
 
     def plan(self, model: nn.Module, source: Source | None = None) -> LORSPlan:
         backbone = describe(model)
