@@ -17,7 +17,7 @@ from compressvit.charts.findings import Finding
 from compressvit.diagnostics.base import EPOCHS, Context, Epochs, Measured, MeasuredOnImages, diagnostic
 from compressvit.errors import UserError
 from compressvit.fitting.moments import Source
-from compressvit.model.backbone import TRANSFORMERS, describe, family
+from compressvit.model.backbone import describe, family_of
 from compressvit.transforms.align import matched_weights
 from compressvit.transforms.lors.spec import TARGETS
 
@@ -37,7 +37,7 @@ def singular_values(model: nn.Module) -> dict[str, np.ndarray]:
         UserError: the blocks of the model are not known, or a weight is not finite.
     """
     found = {}
-    for info in describe(model, TRANSFORMERS).blocks:
+    for info in describe(model, "attention").blocks:
         for target in TARGETS:
             path = f"{info.path}.{target}"
             weight = effective_weight(model.get_submodule(path))
@@ -61,7 +61,7 @@ def spectra_findings(models: Mapping[str, nn.Module]) -> list[Finding]:
     ranks: list[dict[str, Any]] = []
     curves: list[dict[str, Any]] = []
     for name, model in models.items():
-        indices = {info.path: info.index for info in describe(model, TRANSFORMERS).blocks}
+        indices = {info.path: info.index for info in describe(model, "attention").blocks}
         for path, values in singular_values(model).items():
             block, kind = path.rsplit(".", 2)[0], ".".join(path.rsplit(".", 2)[1:])
             ranks.append(
@@ -137,7 +137,7 @@ def sharing_losses(model: nn.Module, *, source: Source | None = None, aligned: b
             "similarity: aligned compares weights, whose neurons have no order, and images what layers compute; give one"
         )
     records = []
-    for stage in describe(model, TRANSFORMERS).stages:
+    for stage in describe(model, "attention").stages:
         plain = {info.path: _weights(model, info.path) for info in stage}
         moments = {}
         if source is not None:
@@ -209,8 +209,10 @@ class Spectra(Measured):
     epochs: Epochs = Field(("last",), min_length=1, description=EPOCHS)
 
     def measure(self, context: Context) -> list[Finding]:
+        families = {key: family_of(model) for key, model in context.models.items()}
+        attends = {key for key, known in families.items() if known is not None and known.attention is not None}
         # a convolutional teacher has no such layers
-        return spectra_findings({k: m for k, m in context.models.items() if family(m) in TRANSFORMERS})
+        return spectra_findings({key: model for key, model in context.models.items() if key in attends})
 
 
 @diagnostic("similarity")

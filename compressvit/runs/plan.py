@@ -15,7 +15,7 @@ from compressvit.errors import UserError
 from compressvit.files import expanded
 from compressvit.fitting.moments import tokens_at
 from compressvit.model import surgery, ties
-from compressvit.model.backbone import ALL_FAMILIES, describe, family
+from compressvit.model.backbone import describe, family_of
 from compressvit.model.cost import Cost, break_even_rank, cost
 from compressvit.model.weights import copy_matching
 from compressvit.recipe.recipe import Merge, Recipe
@@ -290,7 +290,7 @@ def _refuse_phase(spec: Training, model: nn.Module, data: Data) -> None:
         )
     opt.build_optimizer(model, spec, data.batch_size, torch.device("meta"))
     if spec.drop_path is not None:
-        describe(model, ALL_FAMILIES)
+        describe(model)
     if (spec.mixup or spec.cutmix) and data.batch_size < 2:
         raise UserError(
             "mixup and cutmix mix the images of a batch in pairs; give data.batch_size of at least 2, or set both to 0"
@@ -340,10 +340,10 @@ def _break_even_notes(student: nn.Module) -> list[str]:
 
 
 def _stages(student: nn.Module) -> list[StagePlan]:
-    if family(student) is None:
+    if family_of(student) is None:
         return []
     tied = {name for group in ties.tied_groups(student) for name in group}
-    owner = {info.path: info.stage for info in describe(student, ALL_FAMILIES).blocks}
+    owner = {info.path: info.stage for info in describe(student).blocks}
     rows = {stage: [0, 0] for stage in [*sorted(set(owner.values())), "rest"]}
     for name, parameter in student.named_parameters():
         stage = next((s for path, s in owner.items() if name.startswith(f"{path}.")), "rest")
