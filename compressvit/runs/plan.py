@@ -97,9 +97,9 @@ def plan_recipe(recipe: Recipe, name: str = "recipe", *, classes: int | None = N
         UserError: timm cannot build the teacher or the student at all.
     """
     teacher = build_teacher(recipe, classes=classes, device="meta")
-    if recipe.student.head == "new" and recipe.data.name == "images":
+    if recipe.student.head == "new" and not recipe.data.labelled:
         raise UserError(
-            "student.head=new is a classifier of the data's classes, but the images of data 'images' have none; leave it out"
+            f"student.head=new is a classifier of the data's classes, but the images of data '{recipe.data.name}' have none; leave it out"
         )
     unknown = recipe.student.head == "new" and not (known_classes(recipe.data) or classes)
     student = build_student(recipe, teacher, classes=_PLACEHOLDER_CLASSES if unknown else classes, meta=True)
@@ -300,9 +300,9 @@ def _refuse_phase(spec: Training, model: nn.Module, data: Data) -> None:
             f"{spec.name} learns from labels, but the model has no classifier (num_classes=0); give it one with student.head=new, "
             "or distil it with losses.feature instead"
         )
-    if spec.needs_labels and data.name == "images":
+    if spec.needs_labels and not data.labelled:
         raise UserError(
-            "the phase learns from labels, but the images of data 'images' have none; distil with losses.labels.weight=0"
+            f"the phase learns from labels, but the images of data '{data.name}' have none; distil with losses.labels.weight=0"
         )
 
 
