@@ -16,12 +16,13 @@ from compressvit.diagnostics.base import (
     Watched,
     diagnostic,
 )
+from compressvit.diagnostics.cka_layers import CKA
 from compressvit.diagnostics.drift import Drift
 from compressvit.diagnostics.embedding import Embedding
 from compressvit.diagnostics.gradients import Gradients
 from compressvit.diagnostics.kernel_alignment import MinibatchCKA, cka
-from compressvit.diagnostics.similarity import CKA
-from compressvit.diagnostics.spectra import Similarity, Spectra
+from compressvit.diagnostics.similarity import Similarity
+from compressvit.diagnostics.spectra import Spectra
 from compressvit.training.watch import Watch
 
 __all__ = [
