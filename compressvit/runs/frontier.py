@@ -22,7 +22,8 @@ from compressvit.model import cost
 from compressvit.recipe.recipe import Recipe
 from compressvit.runs.one_shot import QUALITIES, OneShot, leading_transforms, quality_words
 from compressvit.runs.tables import megabytes
-from compressvit.transforms import LORS, Transform
+from compressvit.transforms.base import Transform
+from compressvit.transforms.lors.spec import LORS
 
 _COLUMNS = {"top1": "top-1 %", "agreement": "same class %", "cosine": "cosine", "cosine_patches": "of patches"}
 
