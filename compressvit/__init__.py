@@ -25,11 +25,12 @@ _PUBLIC = {
     "Recipe": "compressvit.recipe.recipe",
     "UserError": "compressvit.errors",
 }
+_MODULES = {"losses": "compressvit.training.losses", "diagnostics": "compressvit.diagnostics"}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "losses":
-        return importlib.import_module("compressvit.training.losses")
+    if name in _MODULES:
+        return importlib.import_module(_MODULES[name])
     if name in _PUBLIC:
         return getattr(importlib.import_module(_PUBLIC[name]), name)
     if name == "__all__":
@@ -45,7 +46,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     own = [spec.__name__ for word, spec in _transforms().items() if _transforms().is_own(word)]
-    return sorted({"__version__", "losses", *_PUBLIC, *own})
+    return sorted({"__version__", *_MODULES, *_PUBLIC, *own})
 
 
 def _transforms() -> Any:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from compressvit.model import ties
-from compressvit.model.backbone import family, input_size
+from compressvit.model.backbone import family_of as family_of_model
+from compressvit.model.backbone import input_size
 
 VIT: dict[str, Any] = {
     "img_size": 32,
@@ -74,10 +75,10 @@ def teacher(name: str) -> nn.Module:
 
 
 def family_of(name: str) -> str:
-    """The family of a small model, as `describe` calls it."""
-    kind = family(teacher(name))
-    assert kind is not None, f"{name} is of no family"
-    return kind
+    """The word of a small model's family."""
+    family = family_of_model(teacher(name))
+    assert family is not None, f"{name} is of no family"
+    return family.name
 
 
 def images_for(model: nn.Module, batch: int = 2, seed: int = 1) -> Tensor:

@@ -17,7 +17,7 @@ from torch import nn
 
 from compressvit.errors import UserError
 from compressvit.fitting.moments import Source
-from compressvit.model.backbone import ALL_FAMILIES, describe, model_name, projection
+from compressvit.model.backbone import describe, model_name, projection
 from compressvit.transforms.base import Transform, transform
 from compressvit.transforms.term import TermPlan, add_to_weight_, new_like, with_term
 
@@ -129,7 +129,7 @@ class LoRA(Transform):
         return (LoRA(rank=2, targets=("v", "fc1", "fc2")), LoRA(rank=2, alpha=1.0, targets=("fc1",)))
 
     def plan(self, model: nn.Module, source: Source | None = None) -> LoRAPlan:
-        backbone = describe(model, ALL_FAMILIES)
+        backbone = describe(model)
         layers: dict[str, tuple[int, ...]] = {}
         sites = {t: _PLACE[t] for t in self.targets if _PLACE[t].partition(".")[0] in backbone.parts}
         if not sites:

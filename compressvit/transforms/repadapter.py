@@ -20,7 +20,7 @@ from torch import nn
 from compressvit.errors import UserError
 from compressvit.fitting.moments import Source
 from compressvit.model.affine import merge_before_
-from compressvit.model.backbone import ALL_FAMILIES, describe, model_name, projection
+from compressvit.model.backbone import describe, model_name, projection
 from compressvit.transforms.base import Transform, transform
 from compressvit.transforms.bottleneck import at_tokens
 from compressvit.transforms.term import TermPlan, new_like
@@ -143,7 +143,7 @@ class RepAdapter(Transform):
         return (RepAdapter(width=4, scale=0.5),)
 
     def plan(self, model: nn.Module, source: Source | None = None) -> RepAdapterPlan:
-        backbone = describe(model, ALL_FAMILIES)
+        backbone = describe(model)
         parts = backbone.parts if self.place == "block" else tuple(p for p in backbone.parts if p == "attn")
         if not parts:
             raise UserError(

@@ -95,7 +95,7 @@ class IA3(Transform):
     refuses = TRANSFORMERS_ONLY
 
     def plan(self, model: nn.Module, source: Source | None = None) -> IA3Plan:
-        paths = [info.path for info in describe(model).blocks]
+        paths = [info.path for info in describe(model, "attention").blocks]
         qkv, fc2 = ([f"{path}.{place}" for path in paths] for place in ("attn.qkv", "mlp.fc2"))
         for path in (*qkv, *fc2):
             projection(model, path, "ia3")  # which says what a block has instead

@@ -154,7 +154,7 @@ class LORS(Transform):
         )
 
     def plan(self, model: nn.Module, source: Source | None = None) -> LORSPlan:
-        backbone = describe(model)
+        backbone = describe(model, "attention")
         targets = self._targets(model, backbone)
         self._refuse_shapes(model, backbone, targets)
         self._refuse_order(model)
