@@ -24,6 +24,7 @@ _PUBLIC = {
     "Multiplex": "compressvit.transforms.multiplex",
     "IRPE": "compressvit.transforms.irpe",
     "LORS": "compressvit.transforms.lors.spec",
+    "LowRank": "compressvit.transforms.low_rank.spec",
     "Adapters": "compressvit.transforms.adapters",
     "AdaptFormer": "compressvit.transforms.adaptformer",
     "BitFit": "compressvit.transforms.freeze",

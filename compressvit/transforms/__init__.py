@@ -18,6 +18,7 @@ from compressvit.transforms.irpe import IRPE
 from compressvit.transforms.load_weights import LoadWeights
 from compressvit.transforms.lora import LoRA
 from compressvit.transforms.lors.spec import LORS
+from compressvit.transforms.low_rank.spec import LowRank
 from compressvit.transforms.multiplex import Multiplex
 from compressvit.transforms.phm import PHM
 from compressvit.transforms.repadapter import RepAdapter
@@ -42,6 +43,7 @@ __all__ = [
     "LedgerEntry",
     "LoRA",
     "LoadWeights",
+    "LowRank",
     "Multiplex",
     "Plan",
     "RepAdapter",

@@ -9,6 +9,7 @@ import statistics
 import pytest
 import torch
 import torch.nn.functional as F
+from compressvit.transforms.lors.budget import Spending
 from helpers.models import build, images_for, outputs
 
 from compressvit import LORS, Adapters, Multiplex
@@ -20,7 +21,6 @@ from compressvit.fitting.moments import Source
 from compressvit.model import cost, surgery, ties
 from compressvit.model.backbone import input_size
 from compressvit.transforms.applying import compress
-from compressvit.transforms.lors.budget import Spending
 
 
 def spent(curves, ranks):

@@ -101,8 +101,9 @@ def test_a_chosen_grouping_keeps_the_budget_and_is_repeated(unit):
 
 
 def test_it_is_no_worse_than_any_one_number_by_what_it_compares():
-    from compressvit.fitting.moments import Source
     from compressvit.transforms.lors.budget import Spending
+
+    from compressvit.fitting.moments import Source
 
     teacher = build("vit")
     source = Source(build("vit"), images_for(teacher, 48))
