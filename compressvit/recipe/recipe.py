@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 from compressvit.data.spec import Data
 from compressvit.diagnostics import DIAGNOSTICS
 from compressvit.errors import UserError, did_you_mean, nearest
+from compressvit.model.old import current_recipe, is_of_a_run
 from compressvit.recipe.yaml import Source, override, parse
 from compressvit.spec import Spec
 from compressvit.training.phases import PHASES
@@ -213,7 +214,10 @@ def read_recipe(name_or_path: str | Path) -> str:
 
 
 def parse_recipe(text: str, name: str = "recipe", overrides: list[str] | None = None) -> Recipe:
-    """Validate the text of a recipe; `name` is what messages call it. Raises as `load_recipe` does."""
+    """Validate the text of a recipe; `name` is what messages call it, its path where it has one. Raises as `load_recipe` does.
+
+    A file that a run kept may be of an earlier version: it is read in today's words.
+    """
     source = parse(text, name)
     if source.content is None:
         raise RecipeError(
@@ -223,6 +227,8 @@ def parse_recipe(text: str, name: str = "recipe", overrides: list[str] | None = 
         raise RecipeError(
             f"{name} holds a {type(source.content).__name__}, not a mapping; a recipe needs at least teacher, data and steps"
         )
+    if is_of_a_run(Path(name)):
+        source.content = current_recipe(source.content)
     _spell_out(source.content)  # so that an override finds a mapping behind a bare word
     override(source, overrides or [])
     _spell_out(source.content)
