@@ -5,7 +5,7 @@
 | the step `lors: {share: 1, …}` | `low_rank: {…}` |
 | the option `groups` of `lors` | `terms` |
 | a plan of `lors` in which no layer shares | a plan of `low_rank` |
-| the tensors `P.low_rank.down`, `P.low_rank.up`, `P.bias` of a layer P that is low rank alone | `P.down.weight`, `P.up.weight`, `P.up.bias` |
+| tensors `P.low_rank.down`, `P.low_rank.up`, `P.bias` where layer P is low rank alone | `P.down.weight`, `P.up.weight`, `P.up.bias` |
 
 It is for files that a run or `save` wrote. A recipe that a user gives is not translated: the steps refuse old words and name the new.
 """

@@ -327,6 +327,9 @@ def _sentence(fault: Any, path: tuple) -> str:
         for key, (model, what) in LISTS.items():
             if word in model.model_fields and path[:1] != (key,) and len(path) in (1, 3):
                 return f"unknown key; {word} is {what}, so it belongs into the list `{key}` ({key}.0.{word} on the command line)"
+        new = getattr(_model_at(path[:-1]), "renamed", {}).get(word)
+        if new:
+            return f"is called {new} now; use {new}"
         hint = did_you_mean(word, _fields(path[:-1]), list_at_most=30)
         return f"unknown key {hint}" if hint.startswith("(") else f"unknown key; {hint}"
     if fault["type"] == "missing":
@@ -347,13 +350,18 @@ def _sentence(fault: Any, path: tuple) -> str:
 
 def _fields(path: tuple) -> dict[str, FieldInfo]:
     """The keys that are allowed at a path of the recipe."""
+    model = _model_at(path)
+    return model.model_fields if model is not None else {}
+
+
+def _model_at(path: tuple) -> type[BaseModel] | None:
     model: Any = Recipe
     for part in path:
         if isinstance(part, int) or model is None:
             continue
         field = model.model_fields.get(part)
         model = model_in(field.annotation) if field else None
-    return model.model_fields if model is not None else {}
+    return model
 
 
 def model_in(annotation: Any) -> type[BaseModel] | None:

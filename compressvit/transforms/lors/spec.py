@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 from torch import nn
@@ -35,6 +35,8 @@ from compressvit.transforms.record import compression_of
 @transform("lors", LORSPlan)
 class LORS(RankStep):
     """Share the weights of linear layers, with a private low-rank term each (LORS)."""
+
+    renamed: ClassVar[dict[str, str]] = {"groups": "terms"}
 
     terms: int | tuple[int, ...] = Field(
         1,
@@ -65,13 +67,6 @@ class LORS(RankStep):
     rounds: int = Field(
         4, ge=0, description="How often the shared weight is fitted again to what the private terms leave over."
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _old_words(cls, given: Any) -> Any:
-        if isinstance(given, dict) and "groups" in given:
-            raise ValueError("the number of terms (the paper's K) is `terms`; use terms instead of groups")
-        return given
 
     @field_validator("terms", "share")
     @classmethod
