@@ -195,7 +195,7 @@ class Multiplex(Transform):
                     if isinstance(module, FactoredLinear):
                         raise UserError(
                             f"multiplex wants to share the weight of {path}.{name}, which an earlier step made low rank; "
-                            "use `lors` behind `multiplex` instead, without its share, or leave one of the two out"
+                            "put `multiplex` first and `lors` without a share after it, or leave one of the two out"
                         )
             for names in _shared_names(model, group):
                 # A low-rank step may have tied the same layers, and no others.
