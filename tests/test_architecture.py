@@ -31,7 +31,6 @@ TOP = ("cli", "__main__")
 ORDER = ("", *GROUND, *ROOMS, *TOP)  # "" is compressvit/__init__.py, which knows names of modules alone
 
 TOO_LONG = {  # to become shorter
-    "charts.charts.points",
     "cli._parser",
     "runs.apply.apply",
     "runs.merge.merge_folder",

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import timm
 import torch
-from pydantic import ValidationError
+from pydantic import SerializerFunctionWrapHandler, ValidationError, model_serializer
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -23,10 +23,18 @@ FORMAT = 2  # 1 is read, too (see `compressvit.model.old`)
 
 
 class StepRecord(Spec):
-    """One transform of the manifest: its recipe word and its resolved plan."""
+    """One transform of the manifest: its recipe word, its resolved plan, and the package it comes from where that is another one."""
 
     transform: str
     plan: dict[str, Any]
+    package: str | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content: dict[str, Any] = write(self)
+        if self.package is None:
+            del content["package"]
+        return content
 
 
 class Manifest(Spec):

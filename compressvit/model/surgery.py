@@ -169,7 +169,11 @@ def strip(model: nn.Module) -> None:
         kind: Any = type(module)
         for slot in getattr(kind, "slots", ()):
             module._modules.pop(slot, None)
-        module.__class__ = next(c for c in kind.__mro__ if not c.__module__.startswith("compressvit."))
+        module.__class__ = next(c for c in kind.__mro__ if not (_is_ours(c) or hasattr(c, "slots")))
+
+
+def _is_ours(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] == "compressvit"
 
 
 def added_modules(model: nn.Module) -> set[str]:

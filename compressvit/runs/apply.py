@@ -21,7 +21,7 @@ from compressvit.data.input import input_config, renormalise
 from compressvit.data.loaders import calibration_batches, train_loader
 from compressvit.data.opening import Datasets, open_data
 from compressvit.data.spec import known_classes
-from compressvit.diagnostics.similarity import likeness
+from compressvit.diagnostics.cka_layers import likeness
 from compressvit.errors import UserError
 from compressvit.files import disk_faults, write_text
 from compressvit.log import RunLog, log

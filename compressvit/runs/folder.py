@@ -124,7 +124,7 @@ class RunFolder:
             self.path.resolve().mkdir(parents=True, exist_ok=True)
         write_text(self.path / "recipe.yaml", recipe_text)
         write_text(self.path / RESOLVED, recipe.to_yaml())
-        write_text(self.path / "environment.json", json.dumps(environment(command), indent=2) + "\n")
+        write_text(self.path / "environment.json", json.dumps(environment(command, recipe.packages), indent=2) + "\n")
         write_text(self.path / "plan.json", json.dumps(plan, indent=2) + "\n")
 
 
@@ -186,13 +186,13 @@ def _not_a_run(path: Path) -> str:
     return f"{path} is not a run folder: it has no {RESOLVED}; {way_out}"
 
 
-def environment(command: list[str]) -> dict[str, Any]:
-    """What a number may depend on besides the recipe: command, versions, machine."""
+def environment(command: list[str], packages: Sequence[str] = ()) -> dict[str, Any]:
+    """What a number may depend on besides the recipe: command, versions (of `packages` too), machine."""
     import torch  # late, because a report reads run folders without it
 
     names = ("torch", "torchvision", "timm", "torchdistill", "numpy", "scipy", "einops", "safetensors", "pydantic")
     versions = {}
-    for name in names:
+    for name in (*names, *packages):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

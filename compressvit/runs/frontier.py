@@ -22,7 +22,7 @@ from compressvit.model import cost
 from compressvit.recipe.recipe import Recipe
 from compressvit.runs.one_shot import QUALITIES, OneShot, leading_transforms, quality_words
 from compressvit.runs.tables import megabytes
-from compressvit.transforms import Transform
+from compressvit.transforms.base import Transform
 from compressvit.transforms.low_rank.base import RankStep
 
 _COLUMNS = {"top1": "top-1 %", "agreement": "same class %", "cosine": "cosine", "cosine_patches": "of patches"}

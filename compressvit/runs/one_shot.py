@@ -12,7 +12,7 @@ from compressvit.data.input import InputConfig, input_config, renormalise
 from compressvit.data.loaders import calibration_batches, eval_loader
 from compressvit.data.opening import open_data
 from compressvit.data.spec import known_classes
-from compressvit.diagnostics.similarity import likeness
+from compressvit.diagnostics.cka_layers import likeness
 from compressvit.errors import UserError
 from compressvit.fitting.moments import Source
 from compressvit.recipe.recipe import Recipe

@@ -8,13 +8,8 @@ import torch
 from helpers.models import build, equal_within_stages, images_for
 
 from compressvit import Align, LowRank, compress
-from compressvit.diagnostics.spectra import (
-    effective_rank,
-    sharing_finding,
-    sharing_losses,
-    singular_values,
-    spectra_findings,
-)
+from compressvit.diagnostics.similarity import sharing_finding, sharing_losses
+from compressvit.diagnostics.spectra import effective_rank, singular_values, spectra_findings
 from compressvit.errors import UserError
 from compressvit.fitting.moments import Source
 

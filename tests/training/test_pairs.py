@@ -11,7 +11,7 @@ from helpers.models import BACKBONES, SWIN, VIT, build, images_for
 from timm.models.vision_transformer import ParallelScalingBlock
 from torch import nn
 
-from compressvit.diagnostics.similarity import likeness
+from compressvit.diagnostics.cka_layers import likeness
 from compressvit.errors import UserError
 from compressvit.model import surgery
 from compressvit.model.backbone import describe
