@@ -77,8 +77,8 @@ class Plan(Spec):
         """Names of the parameters that a phase may change besides the classifier; all others are frozen. None: it freezes nothing."""
         return None
 
-    def drops(self) -> set[str]:
-        """Keys of the state dict that go because their tensors are replaced; every other key of the model stays."""
+    def drops(self, model: nn.Module) -> set[str]:
+        """Names of the tensors of `model`, as it is before the transform, that are replaced by others. None by default: every key stays."""
         return set()
 
     def fitted(self) -> set[str]:

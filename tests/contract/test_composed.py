@@ -20,12 +20,15 @@ from compressvit.transforms.applying import compress, plan_transforms, transform
 
 # The pairs that are refused, where both work on the backbone; every other one must compose.
 NO_PLACE = {("irpe", "vpt"), ("vpt", "irpe")}
-TWICE = {(name, name) for name in (*ADAPTERS, "multiplex", "lors", "irpe") if name not in ("freeze", "bitfit")}
+TWICE = {
+    (name, name) for name in (*ADAPTERS, "multiplex", "lors", "low_rank", "irpe") if name not in ("freeze", "bitfit")
+}
+ONE_WEIGHT = {("low_rank", "lors"), ("lors", "low_rank"), ("multiplex", "low_rank"), ("low_rank", "multiplex")}
 ONE_SLOT = set(itertools.permutations(("adapters", "phm", "compacter"), 2))
 TOO_LATE = {
     (name, "align") for name in EXAMPLES if name not in ("align", "load_weights", "freeze", "bitfit", "head_norm")
 }
-CONFLICTS = NO_PLACE | TWICE | ONE_SLOT | TOO_LATE
+CONFLICTS = NO_PLACE | ONE_WEIGHT | TWICE | ONE_SLOT | TOO_LATE
 
 # Adapters on adapters, and adapters with others, need not be tried on every kind of model.
 PAIRS = [
