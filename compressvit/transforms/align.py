@@ -28,6 +28,8 @@ from compressvit.model import surgery, ties
 from compressvit.model.backbone import describe, model_name, share_groups
 from compressvit.model.linear import effective_weight
 from compressvit.transforms.base import TRANSFORMERS_ONLY, LedgerEntry, Plan, Transform, transform
+from compressvit.transforms.claims import Claim, orders
+from compressvit.transforms.record import require_free
 
 _LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
@@ -41,6 +43,9 @@ class AlignPlan(Plan):
     heads: bool
     neurons: bool
     rounds: int
+
+    def claims(self, model: nn.Module) -> list[Claim]:
+        return [orders(path) for group in self.groups for path in group]
 
     def apply(self, model: nn.Module) -> list[LedgerEntry]:
         return []
@@ -176,6 +181,7 @@ class Align(Transform):
 
     def plan(self, model: nn.Module, source: Source | None = None) -> AlignPlan:
         groups = [group for group in share_groups(model, self.share, "align.share") if len(group) > 1]
+        require_free(model, self.name, (orders(path) for group in groups for path in group))
         tied = {name for group in ties.tied_groups(model) for name in group}
         added = surgery.added_parameters(model)
         known = {info.path: model.get_submodule(info.path) for info in describe(model, "attention").blocks}
@@ -185,7 +191,7 @@ class Align(Transform):
             changed = [n for n in names if n in tied or n in added]
             if changed or "attn.qkv.weight" not in dict(block.named_parameters()):
                 raise UserError(
-                    f"align comes before the steps that share or add: {changed[0] if changed else path} was changed by an earlier one; "
+                    f"align comes before the steps that share or add, and {changed[0] if changed else path} was changed by an earlier one; "
                     "put `align` first"
                 )
             if self.neurons and (type(block.mlp) is not Mlp or not isinstance(block.mlp.norm, nn.Identity)):
