@@ -88,21 +88,21 @@ def _same(a: Claim, b: Claim) -> str | None:
     return next((path for path in b.paths if path in a.paths and a.slot == b.slot), None)
 
 
+def _is_below(path: str, above: str) -> bool:
+    return not above or path == above or path.startswith(f"{above}.")
+
+
 def _inside(a: Claim, b: Claim) -> str | None:
     """The first path of one that is, or is below, one of the other."""
-    for above, below in ((a, b), (b, a)):
-        for path in below.paths:
-            if any(not other or path == other or path.startswith(f"{other}.") for other in above.paths):
-                return path
-    return None
+    pairs = ((below, above) for x, y in ((b, a), (a, b)) for below in x.paths for above in y.paths)
+    return next((below for below, above in pairs if _is_below(below, above)), None)
 
 
 def _otherwise_tied(a: Claim, b: Claim) -> str | None:
-    path = _inside(a, b)
-    pairs = [
-        (one, other) for one in a.paths for other in b.paths if _inside(Claim("tie", (one,)), Claim("tie", (other,)))
-    ]
-    return path if path is not None and not len(pairs) == len(a.paths) == len(b.paths) else None
+    """Where two ties meet, unless each name of one is, or is below, another name of the other."""
+    pairs = [(x, y) for x in a.paths for y in b.paths if _is_below(x, y) or _is_below(y, x)]
+    alike = all({pair[i] for pair in pairs} == set(claim.paths) for i, claim in enumerate((a, b)))
+    return None if alike and len(pairs) == len(a.paths) == len(b.paths) else _inside(a, b)
 
 
 @dataclass(frozen=True)
