@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -17,9 +18,8 @@ from compressvit.diagnostics import DIAGNOSTICS
 from compressvit.errors import UserError, did_you_mean, nearest
 from compressvit.recipe.yaml import Source, override, parse
 from compressvit.spec import Spec
-from compressvit.training.phases import PHASES
+from compressvit.training.phases import PHASES, PhaseSpec
 from compressvit.training.phases.finetune import Finetune
-from compressvit.training.spec import Training
 from compressvit.transforms import TRANSFORMS, Transform
 
 
@@ -133,9 +133,36 @@ Entry = create_model("Entry", __base__=_Entry, __doc__="One diagnostic.", **_one
 LISTS: dict[str, tuple[Any, str]] = {"steps": (Step, "a step"), "diagnostics": (Entry, "a diagnostic")}
 
 
-def step(spec: Transform | Training | Merge) -> Any:
+def step(spec: Transform | PhaseSpec | Merge) -> Any:
     """A recipe's step from a spec, for recipes built in Python: `Recipe(…, steps=(step(Multiplex(share=2)), step(Distill())))`."""
     return Step(**{spec.name: spec})
+
+
+@dataclass(frozen=True)
+class Part:
+    """Neighbouring transforms, which are planned and initialised together, and the phase that follows them.
+
+    Attributes:
+        transforms: possibly none; the first is step number `start`.
+        phase: None where nothing trains the student afterwards.
+        end: the phase's place among the recipe's steps; without a phase the number of steps.
+    """
+
+    transforms: tuple[Transform, ...]
+    phase: PhaseSpec | None
+    start: int
+    end: int
+
+    @property
+    def name(self) -> str:
+        """What messages and files call the phase, e.g. '1_distill'."""
+        assert self.phase is not None
+        return f"{self.end}_{self.phase.name}"
+
+    @property
+    def transformed(self) -> str:
+        """What messages and files call the student after the transforms, e.g. '0_multiplex'."""
+        return f"{self.end - 1}_{self.transforms[-1].name}"
 
 
 class Recipe(Spec):
@@ -179,11 +206,26 @@ class Recipe(Spec):
         """Whether it ends with a merge."""
         return self.steps[-1].name == Merge.name
 
-    def phases(self) -> dict[str, Training]:
+    def parts(self) -> list[Part]:
+        """The steps as a run takes them: transforms that stand together, then a phase. A merge at the end is none of them."""
+        parts: list[Part] = []
+        waiting: list[Transform] = []
+        start = 0
+        for index, entry in enumerate(self.steps):
+            if isinstance(entry.spec, Transform):
+                waiting.append(entry.spec)
+            elif isinstance(entry.spec, PhaseSpec):
+                parts.append(Part(tuple(waiting), entry.spec, start, index))
+                waiting, start = [], index + 1
+        if waiting:
+            parts.append(Part(tuple(waiting), None, start, len(self.steps)))
+        return parts
+
+    def phases(self) -> dict[str, PhaseSpec]:
         """Every phase by its place in the recipe, the teacher's training first where it is spelled out."""
-        first: dict[str, Training] = {"teacher.finetune": self.teacher.finetune} if self.teacher.finetune else {}
+        first: dict[str, PhaseSpec] = {"teacher.finetune": self.teacher.finetune} if self.teacher.finetune else {}
         steps = {f"steps[{i}].{s.name}": s.spec for i, s in enumerate(self.steps)}
-        return first | {where: spec for where, spec in steps.items() if isinstance(spec, Training)}
+        return first | {where: spec for where, spec in steps.items() if isinstance(spec, PhaseSpec)}
 
     def to_yaml(self) -> str:
         """The recipe with every default written out."""

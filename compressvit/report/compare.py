@@ -6,7 +6,7 @@ import csv
 import hashlib
 import json
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,7 @@ from compressvit.errors import UserError
 from compressvit.files import disk_faults, write_text
 from compressvit.recipe.recipe import Recipe, parse_recipe
 from compressvit.runs.folder import RESOLVED, find_runs, flat, results_of
-from compressvit.training.phases.prune.spec import Prune
-from compressvit.training.phases.sparsify import Sparsify
+from compressvit.training.phases import PhaseSpec
 from compressvit.transforms import Transform
 
 # Column, its heading, and how a value is written.
@@ -185,16 +184,16 @@ def _digest(artifact: Path) -> str | None:
     return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
 
 
-_SAID: dict[type, tuple[str, ...]] = {Prune: ("target", "score"), Sparsify: ("keep", "score")}  # of a phase, in labels
-
-
 def label(recipe: Recipe) -> str:
     """The transforms of a recipe with the settings that are not their defaults, and what was pruned or masked; 'finetune' without any."""
     words = []
     for step in recipe.steps:
         kind: type[Any] = type(step.spec)
-        fields = kind.model_fields if issubclass(kind, Transform) else _SAID.get(kind)
-        if fields is None:
+        if issubclass(kind, Transform):
+            fields: Iterable[str] = kind.model_fields
+        elif issubclass(kind, PhaseSpec) and kind.label_fields is not None:
+            fields = kind.label_fields
+        else:
             continue
         said = []
         for name in fields:
