@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -16,6 +15,7 @@ from pydantic.fields import FieldInfo
 from compressvit.data.spec import Data
 from compressvit.diagnostics import DIAGNOSTICS
 from compressvit.errors import UserError, did_you_mean, nearest
+from compressvit.recipe.parts import Part, parts_of
 from compressvit.recipe.yaml import Source, override, parse
 from compressvit.spec import Spec
 from compressvit.training.phases import PHASES, PhaseSpec
@@ -138,33 +138,6 @@ def step(spec: Transform | PhaseSpec | Merge) -> Any:
     return Step(**{spec.name: spec})
 
 
-@dataclass(frozen=True)
-class Part:
-    """Neighbouring transforms, which are planned and initialised together, and the phase that follows them.
-
-    Attributes:
-        transforms: possibly none; the first is step number `start`.
-        phase: None where nothing trains the student afterwards.
-        end: the phase's place among the recipe's steps; without a phase the number of steps.
-    """
-
-    transforms: tuple[Transform, ...]
-    phase: PhaseSpec | None
-    start: int
-    end: int
-
-    @property
-    def name(self) -> str:
-        """What messages and files call the phase, e.g. '1_distill'."""
-        assert self.phase is not None
-        return f"{self.end}_{self.phase.name}"
-
-    @property
-    def transformed(self) -> str:
-        """What messages and files call the student after the transforms, e.g. '0_multiplex'."""
-        return f"{self.end - 1}_{self.transforms[-1].name}"
-
-
 class Recipe(Spec):
     """What to do, top to bottom. Nothing runs that is not in it."""
 
@@ -208,18 +181,7 @@ class Recipe(Spec):
 
     def parts(self) -> list[Part]:
         """The steps as a run takes them: transforms that stand together, then a phase. A merge at the end is none of them."""
-        parts: list[Part] = []
-        waiting: list[Transform] = []
-        start = 0
-        for index, entry in enumerate(self.steps):
-            if isinstance(entry.spec, Transform):
-                waiting.append(entry.spec)
-            elif isinstance(entry.spec, PhaseSpec):
-                parts.append(Part(tuple(waiting), entry.spec, start, index))
-                waiting, start = [], index + 1
-        if waiting:
-            parts.append(Part(tuple(waiting), None, start, len(self.steps)))
-        return parts
+        return parts_of([entry.spec for entry in self.steps])
 
     def phases(self) -> dict[str, PhaseSpec]:
         """Every phase by its place in the recipe, the teacher's training first where it is spelled out."""

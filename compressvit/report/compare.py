@@ -16,6 +16,7 @@ from rich.table import Table
 
 from compressvit.charts import drawing
 from compressvit.charts.plots import compare_findings
+from compressvit.charts.qualities import QUALITIES, RANKING
 from compressvit.errors import UserError
 from compressvit.files import disk_faults, write_text
 from compressvit.recipe.recipe import Recipe, parse_recipe
@@ -24,10 +25,8 @@ from compressvit.training.phases import PhaseSpec
 from compressvit.transforms import Transform
 
 # Column, its heading, and how a value is written.
-COLUMNS = {
-    "top1": ("top-1 (%)", lambda v: f"{v:.2f}"),
-    "agreement": ("same class (%)", lambda v: f"{v:.2f}"),
-    "cosine": ("cosine", lambda v: f"{v:.4f}"),
+COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
+    **{key: (QUALITIES[key].heading, QUALITIES[key].number) for key in RANKING},
     "trained_adapter": ("trained", lambda v: f"{v:,.0f}"),
     "trained_head": ("+ head", lambda v: f"{v:,.0f}"),
     "adapter_bytes": ("stored kB", lambda v: f"{v / 1e3:,.1f}"),
@@ -227,8 +226,8 @@ def _cells(row: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
     for key in keys:
         value, deviation = row[key], row[f"{key}_std"]
         text = "" if value is None else COLUMNS[key][1](value)
-        if value is not None and deviation and key in ("top1", "agreement", "cosine"):
-            text += f" ± {deviation:.2f}" if key != "cosine" else f" ± {deviation:.4f}"
+        if value is not None and deviation and key in RANKING:
+            text += f" ± {QUALITIES[key].number(deviation)}"
         cells.append(text)
     return [row["label"], str(len(row["runs"])), *cells]
 

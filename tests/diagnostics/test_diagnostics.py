@@ -17,7 +17,7 @@ from helpers.runs import done, run, student_bytes
 from helpers.training import CPU
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import compressvit.runs.apply
+import compressvit.runs.run
 from compressvit.artifacts import artifact
 from compressvit.charts.findings import Finding, merged, read
 from compressvit.data.opening import open_data
@@ -70,7 +70,7 @@ def rude(monkeypatch):
             super().__init__(*arguments)
             self._measured.append(Rude(epochs=(0, 1, "last")))
 
-    monkeypatch.setattr(compressvit.runs.apply, "Recorder", Ruder)
+    monkeypatch.setattr(compressvit.runs.run, "Recorder", Ruder)
     monkeypatch.setattr(Rude, "calls", [])
     monkeypatch.setattr(Rude, "fault", None)
     return Rude

@@ -10,6 +10,7 @@ trained, but time, memory and the size of the file stay.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -59,7 +60,7 @@ class Sparsify(PhaseSpec):
         if stage.fresh:
             stage.log.say(f"{name}: {sum(left.values()):,} weights of adapters are left ({self.score})")
             stage.log.scalars(name, "weights", 0, dict(left))
-        model, report = super().run(model, stage)
+        model, report = super().run(model, replace(stage, start=None))  # that of the model before it was masked
         return model, {**report, "weights_left": left}
 
 

@@ -54,10 +54,9 @@ def prune_and_train(
         kept, and the widths of the adapters after every training.
     """
     plan = prunable_plan(model)
-    start: Widths = dict(plan.widths)
-    price = prices(model, plan)
+    start, price = dict(plan.widths), prices(model, plan)
     total = cycles(spec.target, spec.rate, start, price, spec.scope, plan.least)
-    history = [start]
+    history: list[Widths] = [start]
     good: tuple[nn.Module, dict[str, Any]] | None = None
     done, first = 0, None
     moments: dict[str, dict[str, Any]] = {}
@@ -69,7 +68,8 @@ def prune_and_train(
         moments = trained.pop("moments")
         first = first or trained["start"]
         if spec.target.accuracy is not None:
-            if not _reaches(spec.target.accuracy, evaluate(model)["top1"], log, phase, "the adapters of the cycle before are kept" if good else "nothing was pruned"):
+            otherwise = "the adapters of the cycle before are kept" if good else "nothing was pruned"
+            if not _reaches(spec.target.accuracy, evaluate(model)["top1"], log, phase, otherwise):
                 if good:
                     model, trained = good
                     history.pop()
@@ -83,8 +83,8 @@ def prune_and_train(
         if not any(len(chosen) for chosen in keep.values()):
             break
         history.append(shrink_(model, keep, moments))
-    report = {"start": first, "kept_epoch": trained["kept_epoch"], "widths": history, "trainings": done + 1}
-    return model, report, history
+    kept = {"start": first, "kept_epoch": trained["kept_epoch"], "widths": history, "trainings": done + 1}
+    return model, kept, history
 
 
 def _cycle(phase: Phase, done: int) -> Phase:
