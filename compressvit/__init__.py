@@ -11,7 +11,9 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "apply": "compressvit.runs.apply",
     "compress": "compressvit.transforms.applying",
+    "distill": "compressvit.runs.distill",
     "save": "compressvit.artifacts.artifact",
     "load": "compressvit.artifacts.artifact",
     "materialise": "compressvit.transforms.applying",
