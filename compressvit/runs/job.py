@@ -77,9 +77,9 @@ def prepare(recipe: Recipe, device: str = "auto", *, name: str = "recipe", witho
         classes = datasets.num_classes
     architecture = teacher_architecture(recipe, classes=classes)
     teacher = architecture.build("meta")
-    if recipe.student.head == "new" and recipe.data.name == "images":
+    if recipe.student.head == "new" and not recipe.data.labelled:
         raise UserError(
-            "student.head=new is a classifier of the data's classes, but the images of data 'images' have none; leave it out"
+            f"student.head=new is a classifier of the data's classes, but the images of data '{recipe.data.name}' have none; leave it out"
         )
     placeholder = recipe.student.head == "new" and not classes
     student = build_student(recipe, teacher, classes=PLACEHOLDER_CLASSES if placeholder else classes, meta=True)

@@ -16,7 +16,7 @@ from compressvit.errors import UserError
 from compressvit.files import expanded
 from compressvit.fitting.moments import tokens_at
 from compressvit.model import surgery, ties
-from compressvit.model.backbone import ALL_FAMILIES, describe, family
+from compressvit.model.backbone import describe, family_of
 from compressvit.model.cost import Cost, break_even_rank, cost
 from compressvit.model.weights import copy_matching
 from compressvit.recipe.recipe import Merge, Recipe
@@ -26,7 +26,7 @@ from compressvit.training.phases import PhaseSpec, Setting
 from compressvit.training.phases.finetune import Finetune
 from compressvit.transforms import LedgerEntry, Transform
 from compressvit.transforms.applying import apply_plans
-from compressvit.transforms.lors.layers import FactoredLinear
+from compressvit.transforms.low_rank.layer import FactoredLinear
 from compressvit.transforms.record import compression_of, trained_parameters
 
 
@@ -182,7 +182,7 @@ class _Steps:
 
     def _setting(self, student: Side, teacher: Side | None) -> Setting:
         data = self.recipe.data
-        unlabelled = "the images of data 'images'" if data.name == "images" else None
+        unlabelled = None if data.labelled else f"the images of data '{data.name}'"
         return Setting(student, teacher, data.batch_size, unlabelled)
 
     def _refuse_diagnostics(self, where: str, spec: PhaseSpec, setting: Setting) -> None:
@@ -289,10 +289,10 @@ def _break_even_notes(student: nn.Module) -> list[str]:
 
 
 def _stages(student: nn.Module) -> list[StagePlan]:
-    if family(student) is None:
+    if family_of(student) is None:
         return []
     tied = {name for group in ties.tied_groups(student) for name in group}
-    owner = {info.path: info.stage for info in describe(student, ALL_FAMILIES).blocks}
+    owner = {info.path: info.stage for info in describe(student).blocks}
     rows = {stage: [0, 0] for stage in [*sorted(set(owner.values())), "rest"]}
     for name, parameter in student.named_parameters():
         stage = next((s for path, s in owner.items() if name.startswith(f"{path}.")), "rest")

@@ -19,12 +19,16 @@ from pydantic import Field
 from scipy.optimize import linear_sum_assignment
 from timm.layers import Mlp
 from torch import nn
+from torch.nn.utils import skip_init
 
 from compressvit.errors import UserError
 from compressvit.fitting.moments import Source
 from compressvit.model import surgery, ties
 from compressvit.model.backbone import describe, model_name, share_groups
+from compressvit.model.linear import effective_weight
 from compressvit.transforms.base import LedgerEntry, Plan, Transform, transform
+
+_LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
 
 class AlignPlan(Plan):
@@ -73,11 +77,23 @@ def _align(units: list[torch.Tensor], rounds: int, permute: list[Any]) -> None:
 @torch.no_grad()
 def matched_weights(model: nn.Module, first: str, second: str) -> dict[str, torch.Tensor]:
     """The weights of the linear layers of the block at `second`, its neurons and heads in the order that fits the block at `first` best."""
-    reference: Any = model.get_submodule(first)
-    block: Any = copy.deepcopy(model.get_submodule(second))
+    reference, block = (_dense_copy(model.get_submodule(path)) for path in (first, second))
     for units, permute in ((_neurons, _permute_neurons), (_heads, _permute_heads)):
         _align([units(reference), units(block)], 1, [lambda _: None, permute(block)])
-    return {name: block.get_submodule(name).weight.detach() for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
+    return {name: block.get_submodule(name).weight.detach() for name in _LAYERS}
+
+
+def _dense_copy(block: nn.Module) -> Any:
+    """A copy of a block whose linear layers have plain weights, those that they compute with."""
+    block = copy.deepcopy(block)
+    for name in _LAYERS:
+        layer: Any = block.get_submodule(name)
+        weight = effective_weight(layer)
+        dense = skip_init(nn.Linear, *reversed(weight.shape), bias=False, device=weight.device, dtype=weight.dtype)
+        dense.weight.copy_(weight)
+        dense.bias = layer.bias
+        block.set_submodule(name, dense)
+    return block
 
 
 def _neurons(block: Any) -> torch.Tensor:
@@ -155,7 +171,7 @@ class Align(Transform):
         groups = [group for group in share_groups(model, self.share, "align.share") if len(group) > 1]
         tied = {name for group in ties.tied_groups(model) for name in group}
         added = surgery.added_parameters(model)
-        known = {info.path: model.get_submodule(info.path) for info in describe(model).blocks}
+        known = {info.path: model.get_submodule(info.path) for info in describe(model, "attention").blocks}
         for path in (path for group in groups for path in group):
             block: Any = known[path]
             names = [f"{path}.{n}" for n, _ in block.named_parameters()]

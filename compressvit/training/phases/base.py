@@ -76,7 +76,7 @@ class PhaseSpec(Training):
         """
         import torch
 
-        from compressvit.model.backbone import ALL_FAMILIES, describe
+        from compressvit.model.backbone import describe
         from compressvit.training import optimisation as opt
 
         model: Any = setting.student.model
@@ -87,7 +87,7 @@ class PhaseSpec(Training):
             )
         opt.build_optimizer(model, self, setting.batch_size, torch.device("meta"))
         if self.drop_path is not None:
-            describe(model, ALL_FAMILIES)
+            describe(model)
         if (self.mixup or self.cutmix) and setting.batch_size < 2:
             raise UserError(
                 "mixup and cutmix mix the images of a batch in pairs; give data.batch_size of at least 2, or set both to 0"
