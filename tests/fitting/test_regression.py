@@ -108,3 +108,11 @@ def test_without_a_held_out_image_little_but_the_prior_is_left():
     expected = ridge_regression(*flat(x, y, weights), prior, RIDGES[-1])
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     assert (found - prior).norm() < 0.5 * prior.norm()
+
+
+def test_a_layer_whose_inputs_are_zero_keeps_its_weight():
+    _, y, weights = tokens()
+    prior = torch.randn(OUT, INNER, dtype=torch.float64)
+    regression = filled(torch.zeros(IMAGES, TOKENS, INNER), y, weights, 4)
+    for bias in (None, torch.zeros(OUT, dtype=torch.float64)):
+        torch.testing.assert_close(regression.solve(prior, bias)[0], prior)
