@@ -1,13 +1,17 @@
-"""The made-up images that a merge is compared on, and the difference that is compared."""
+"""What a merge is checked by: that every step folds, and the difference on made-up images."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from helpers.models import build
 from torch import nn
 
-from compressvit.artifacts.merge import photograph_like, relative_difference
+from compressvit.artifacts.merge import merged_copy, photograph_like, relative_difference
 from compressvit.data.input import InputConfig
+from compressvit.errors import UserError
+from compressvit.transforms import AdaptFormer, HeadNorm, LoRA, Multiplex
+from compressvit.transforms.applying import compress
 
 SIZE = 64
 MEAN, STD = (0.1, 0.45, 0.8), (0.5, 0.25, 0.1)
@@ -52,3 +56,14 @@ def test_the_difference_is_the_largest_in_parts_of_the_largest_output():
     assert relative_difference(Constant(1, -8), Constant(1, -6), images) == pytest.approx(0.25)
     assert relative_difference(Constant(1, -8), Constant(1, -10), images) == pytest.approx(0.25)
     assert relative_difference(Constant(1, 8), Constant(5, 8), images) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("other", [AdaptFormer(width=2), Multiplex(share=2)], ids=lambda spec: spec.name)
+@pytest.mark.parametrize("first", [False, True])
+def test_one_step_that_cannot_be_folded_is_enough(other, first):
+    """Not a model in which only the other step is folded."""
+    steps = [other, LoRA(rank=2)] if first else [LoRA(rank=2), other]
+    if isinstance(other, Multiplex) and not first:
+        steps = [HeadNorm(), other]
+    with pytest.raises(UserError, match=f"{other.name} cannot be folded"):
+        merged_copy(compress(build("vit"), steps))
