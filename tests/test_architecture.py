@@ -32,15 +32,9 @@ TOP = ("cli", "__main__")
 ORDER = ("", *GROUND, *ROOMS, *TOP)  # "" is compressvit/__init__.py, which knows names of modules alone
 
 TOO_LONG = {  # to become shorter
-    "cli._parser",
-    "runs.apply.apply",
-    "runs.merge.merge_folder",
-    "runs.outcome.finish",
-    "runs.plan.plan_recipe",
     "training.evaluate.evaluate",
     "training.loop.train",
     "training.pairs.match_layers",
-    "training.phases.prune.cycles.prune_and_train",
 }
 
 
