@@ -56,9 +56,9 @@ def adds_tokens(path: str, instead: str = "") -> Claim:
     return Claim("tokens", (path,), instead=instead)
 
 
-def drops(name: str, instead: str = "") -> Claim:
-    """The parameter `name` is gone from the state dict."""
-    return Claim("drop", (name,), instead=instead)
+def drops(names: Iterable[str], instead: str = "") -> list[Claim]:
+    """These parameters are gone from the state dict; weights first, so that a refusal names one."""
+    return [Claim("drop", (name,), instead=instead) for name in sorted(names, key=lambda n: (n.endswith(".bias"), n))]
 
 
 def orders(path: str) -> Claim:
@@ -114,11 +114,13 @@ class Rule:
         why: the sentence, with {earlier} and {later} for the steps (or their options), {path}, {slot}, {n_earlier} and {n_later} for how
             many names a tie has.
         instead: the way out where the later claim names none.
+        whose: of which claims the ways out fit here: the later one's, those of both (either step can give way), or none.
     """
 
     meet: Meet
     why: str
     instead: str
+    whose: Literal["later", "both", "none"] = "later"
 
 
 _TOO_LATE = Rule(
@@ -150,14 +152,15 @@ RULES: dict[tuple[Kind, Kind], Rule] = {
         _inside,
         "{later} wants to share {path}, which the earlier {earlier} replaced",
         "put `{later}` first, or leave one of the two steps out",
+        whose="none",
     ),
     ("slot", "slot"): Rule(
         _same,
         "{later} wants to add {path}.{slot}, which is already there: the earlier {earlier} added it",
         "apply only one of the two, with everything it should do",
     ),
-    ("grid", "tokens"): Rule(_same, "{earlier} " + _OFF_GRID + " those of {later} have none", _FEWER),
-    ("tokens", "grid"): Rule(_same, "{later} " + _OFF_GRID + " those of {earlier} have none", _FEWER),
+    ("grid", "tokens"): Rule(_same, "{earlier} " + _OFF_GRID + " those of {later} have none", _FEWER, "both"),
+    ("tokens", "grid"): Rule(_same, "{later} " + _OFF_GRID + " those of {earlier} have none", _FEWER, "both"),
     ("tokens", "tokens"): Rule(
         _same,
         "{later} wants to add tokens in {path}, where the earlier {earlier} did",
@@ -173,14 +176,15 @@ RULES: dict[tuple[Kind, Kind], Rule] = {
         "leave {earlier} out, or give both steps the same share",
     ),
     ("noise", "values"): Rule(
-        _inside, "{later} fits the teacher's weights, but the earlier {earlier} starts the student from noise", ""
+        _inside,
+        "{later} fits the teacher's weights, but the earlier {earlier} starts the student from noise",
+        "leave one of the two steps out",
+        "both",
     ),
     ("weight", "noise"): Rule(
         _inside, "{later} would put noise below the low-rank terms of the earlier {earlier}", "put `{later}` first"
     ),
 }
-# Where either step can give way, so that the ways out of both are offered.
-_EITHER = {("grid", "tokens"), ("tokens", "grid"), ("noise", "values")}
 
 
 def conflict(taken: Iterable[tuple[str, Claim]], step: str, wanted: Iterable[Claim]) -> str | None:
@@ -211,8 +215,8 @@ def _sentence(rule: Rule, word: str, earlier: Claim, step: str, later: Claim, pa
         "n_earlier": len(earlier.paths),
         "n_later": len(later.paths),
     }
-    either = (earlier.instead, later.instead) if (earlier.kind, later.kind) in _EITHER else (later.instead,)
-    ways = ", or ".join(way for way in either if way) or rule.instead.format(**names)
+    offered = {"later": (later.instead,), "both": (earlier.instead, later.instead), "none": ()}[rule.whose]
+    ways = ", or ".join(way for way in offered if way) or rule.instead.format(**names)
     if word == step and (earlier.kind, later.kind) in {("weight", "weight"), ("slot", "slot")}:
         return (
             f"{step} is applied twice: {rule.why.format(**names).removeprefix(f'{step} comes after {step}: ')}; {ways}"

@@ -35,7 +35,7 @@ def claims_of(plan: Plan, model: nn.Module) -> list[Claim]:
     """All that a plan takes of a model, the keys that it drops included."""
     stated = plan.claims(model)
     named = {name for claim in stated if claim.kind == "drop" for name in claim.paths}
-    return [*stated, *(claims.drops(name) for name in sorted(plan.drops(model) - named))]
+    return [*stated, *claims.drops(plan.drops(model) - named)]
 
 
 def require_free(model: nn.Module, step: str, wanted: Iterable[Claim]) -> None:

@@ -29,7 +29,7 @@ ONE_OF_EACH = {
     "slot": slot("blocks.0.attn", "x"),
     "grid": grid("blocks.0.attn"),
     "tokens": adds_tokens("blocks.0.attn"),
-    "drop": drops("blocks.0.attn.qkv.weight"),
+    "drop": drops(["blocks.0.attn.qkv.weight"])[0],
     "order": orders("blocks.0"),
     "regroup": regroups("", "chooses"),
     "noise": noise("", "first.init", "first.init=mean"),

@@ -38,7 +38,7 @@ class LORSPlan(RankPlan):
     def claims(self, model: nn.Module) -> list[Claim]:
         keep = "leave lors.share and group_by out, which keeps that, or give both steps the same share"
         ties = [tie([f"{path}.weight" for path in group], keep) for group in self.groups if len(group) > 1]
-        return [*super().claims(model), *ties, *(drops(name, keep) for name in sorted(self.drops(model)))]
+        return [*super().claims(model), *ties, *drops(self.drops(model), keep)]
 
     def drops(self, model: nn.Module) -> set[str]:
         return dropped(model, self._alone)

@@ -40,7 +40,7 @@ class LowRankPlan(RankPlan):
 
     def claims(self, model: nn.Module) -> list[Claim]:
         use_lors = "use `lors`, which keeps that and adds a low-rank term to each, or leave one of the two steps out"
-        return [*super().claims(model), *(drops(name, use_lors) for name in sorted(self.drops(model)))]
+        return [*super().claims(model), *drops(self.drops(model), use_lors)]
 
     def drops(self, model: nn.Module) -> set[str]:
         return dropped(model, self.paths)
