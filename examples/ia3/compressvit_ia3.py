@@ -17,6 +17,7 @@ from torch import nn
 
 from compressvit.fitting.moments import Source
 from compressvit.model.backbone import describe, projection
+from compressvit.model.linear import weight_shape
 from compressvit.transforms.base import TRANSFORMERS_ONLY, Transform, transform
 from compressvit.transforms.term import TermPlan, new_like
 
@@ -69,10 +70,10 @@ class IA3Plan(TermPlan):
         return (*self.qkv, *self.fc2)
 
     def term(self, module: Any, path: str) -> tuple[nn.Module, str]:
-        outputs, inputs = module.weight.shape
+        (outputs, inputs), like = weight_shape(module), new_like(next(module.parameters()))
         if path in self.qkv:
-            return Scales(outputs * 2 // 3, False, **new_like(module.weight)), "+ scales of keys and values"
-        return Scales(inputs, True, **new_like(module.weight)), "+ scales of the hidden neurons"
+            return Scales(outputs * 2 // 3, False, **like), "+ scales of keys and values"
+        return Scales(inputs, True, **like), "+ scales of the hidden neurons"
 
     def folds_into(self, path: str) -> list[str]:
         return [f"{path}.weight", f"{path}.bias"] if path in self.qkv else [f"{path}.weight"]
