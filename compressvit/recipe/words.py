@@ -63,7 +63,7 @@ class Word(BaseModel):
 def with_words(base: type[Word]) -> type[Word]:
     """The model of `base` with a field for every word that it may be."""
     fields: dict[str, Any] = {
-        name: (spec | None, Field(None, description=(spec.__doc__ or "").splitlines()[0]))
+        name: (spec | None, Field(None, description=(spec.__doc__ or "").strip().partition("\n")[0]))
         for name, spec in base.specs().items()
     }
     return create_model(base.__name__, __base__=base, __doc__=base.__doc__, __module__=base.__module__, **fields)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from compressvit.errors import UserError
 from compressvit.files import disk_faults, write_text
 from compressvit.log import RunLog
 from compressvit.model import stored
+from compressvit.model.old import current_word
 from compressvit.recipe.recipe import Part
 from compressvit.runs.evaluate import Scorer
 from compressvit.runs.folder import RunFolder
@@ -215,6 +216,8 @@ def _read_transformed(path: Path) -> tuple[nn.Module, list[LedgerEntry]]:
         ledger = [LedgerEntry(**e) for e in json.loads(path.with_suffix(".ledger.json").read_text(encoding="utf-8"))]
     except (UserError, OSError, ValueError, TypeError) as error:
         raise UserError(f"--resume: {error}\n  Remove {path}: --resume then makes it again") from error
-    record = compression_of(student).ledger
-    record[len(record) - len(ledger) :] = ledger
+    done = compression_of(student)
+    words = {plan.transform for plan in done.plans}
+    ledger = [replace(entry, step=current_word(entry.step, words)) for entry in ledger]
+    done.ledger[len(done.ledger) - len(ledger) :] = ledger
     return student, ledger

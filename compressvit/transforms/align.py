@@ -11,6 +11,7 @@ A step without structure: it goes before `multiplex` or `lors` with the same `sh
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -26,7 +27,7 @@ from compressvit.fitting.moments import Source
 from compressvit.model import surgery, ties
 from compressvit.model.backbone import describe, model_name, share_groups
 from compressvit.model.linear import effective_weight
-from compressvit.transforms.base import LedgerEntry, Plan, Transform, transform
+from compressvit.transforms.base import TRANSFORMERS_ONLY, LedgerEntry, Plan, Transform, transform
 
 _LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
@@ -158,6 +159,8 @@ def _permute_heads(block: Any):
 class Align(Transform):
     """Match the neurons and heads of the blocks that a later step shares; the function stays the same."""
 
+    refuses: ClassVar[dict[str, str]] = TRANSFORMERS_ONLY
+
     share: int | tuple[int, ...] = Field(
         description="Blocks in a group, as in the step that shares them: one number, or one per stage."
     )
@@ -166,6 +169,10 @@ class Align(Transform):
     rounds: int = Field(
         3, ge=1, description="How often the matching is done: to the first block, then to the mean of the aligned ones."
     )
+
+    @classmethod
+    def examples(cls) -> Sequence[Transform]:
+        return (Align(share=2), Align(share=2, heads=False, rounds=1))
 
     def plan(self, model: nn.Module, source: Source | None = None) -> AlignPlan:
         groups = [group for group in share_groups(model, self.share, "align.share") if len(group) > 1]

@@ -12,7 +12,7 @@ device; the `Plan` it returns is data (it goes into the artifact) and rebuilds t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -102,6 +102,10 @@ class Plan(Spec):
         raise UserError(f"{self.transform} cannot be folded into plain layers")
 
 
+# For `Transform.refuses` of a method whose plan asks `describe(model)` for transformers.
+TRANSFORMERS_ONLY = {"convnext": "which compressvit cannot transform with this transform; it works on"}
+
+
 class Transform(Spec):
     """A transform as a recipe or a Python call asks for it."""
 
@@ -109,8 +113,22 @@ class Transform(Spec):
     plan_class: ClassVar[type[Plan]]
     # Whether it freezes what it does not train (its plan's `trains`).
     freezes: ClassVar[bool] = False
-    # Fields that name a file or folder which `initialise` reads: `--overwrite` must not delete it.
+    # Fields that name an artifact's folder which `initialise` reads: `--overwrite` must not delete it.
     reads: ClassVar[tuple[str, ...]] = ()
+
+    # What the contract (`compressvit.testing`) allows a method to differ in.
+    # By family of backbones that it does not work on, words of the sentence that says so.
+    refuses: ClassVar[dict[str, str]] = {}
+    # True: the student does not begin with the outputs of the model as it was before.
+    changes_at_start: ClassVar[bool] = False
+    # Added parameters without a gradient, by the end of their names, with the reason: in the first step, or in every one.
+    blind_at_start: ClassVar[dict[str, str]] = {}
+    blind: ClassVar[dict[str, str]] = {}
+
+    @classmethod
+    def examples(cls) -> Sequence[Transform]:
+        """Settings that between them use all that the method has, for the contract; its defaults unless it says more."""
+        return (cls(),)
 
     def plan(self, model: nn.Module, source: Source | None = None) -> Plan:
         """Resolve against a model, which is not changed.

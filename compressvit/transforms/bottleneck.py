@@ -23,6 +23,9 @@ from compressvit.transforms.base import Plan
 Place = Literal["attn", "mlp"]
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu", "hard_swish", "leaky_relu", "elu", "tanh"]
 
+# Parameters without a gradient in the first step of training.
+UP_STARTS_AT_ZERO = dict.fromkeys(("down.weight", "down.bias"), "the upper projection of an adapter starts at zero")
+
 
 class Bottleneck(nn.Module):
     """`s · up(act(down(x)))`, zero at the start: (…, M) → (…, M).

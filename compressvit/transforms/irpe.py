@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -19,7 +20,7 @@ from compressvit.errors import UserError
 from compressvit.fitting.moments import Source
 from compressvit.model import surgery, ties
 from compressvit.model.backbone import describe, model_name
-from compressvit.transforms.base import LedgerEntry, Plan, Transform, transform
+from compressvit.transforms.base import TRANSFORMERS_ONLY, LedgerEntry, Plan, Transform, transform
 from compressvit.transforms.vpt.prompts import refuse_prompts
 
 
@@ -132,6 +133,11 @@ class IRPEPlan(Plan):
 @transform("irpe", IRPEPlan)
 class IRPE(Transform):
     """Contextual relative position encoding on keys, one table per layer, shared over heads (iRPE; Mini-DeiT)."""
+
+    refuses: ClassVar[dict[str, str]] = {
+        "swin": "is a Swin, which has a relative position table already",
+        **TRANSFORMERS_ONLY,
+    }
 
     ratio: float = Field(
         1.9, gt=1.0, description="α of the piecewise bucketing, in tokens; β = 2α, γ = 8α. 1.9 gives 49 buckets."

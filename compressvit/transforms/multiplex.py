@@ -12,6 +12,7 @@ Sharing cuts parameters and disk. It does not cut MACs: every block still runs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -24,7 +25,7 @@ from compressvit.fitting.lowrank import TINY
 from compressvit.fitting.moments import Source
 from compressvit.model import surgery, ties
 from compressvit.model.backbone import Backbone, describe, share_groups
-from compressvit.transforms.base import LedgerEntry, Plan, Transform, transform
+from compressvit.transforms.base import TRANSFORMERS_ONLY, LedgerEntry, Plan, Transform, transform
 from compressvit.transforms.low_rank.layer import FactoredLinear
 from compressvit.transforms.vpt.prompts import refuse_prompts
 
@@ -237,6 +238,14 @@ class MultiplexPlan(Plan):
 class Multiplex(Transform):
     """Share attention and MLP between consecutive blocks, with private transforms (MiniViT)."""
 
+    refuses: ClassVar[dict[str, str]] = TRANSFORMERS_ONLY
+    changes_at_start = True
+    blind_at_start: ClassVar[dict[str, str]] = {
+        "mlp_conv.norm.weight": "the convolution after it starts at zero",
+        "mlp_conv.norm.bias": "the convolution after it starts at zero",
+    }
+    blind: ClassVar[dict[str, str]] = {"logit_mix.bias": "the softmax does not see a constant added to a row"}
+
     share: int | tuple[int, ...] = Field(
         description="Blocks in a share group: one number for every stage, or one per stage (Swin has 4). "
         "Must divide the stage's depth. 1 shares nothing and only adds the transforms."
@@ -279,6 +288,14 @@ class Multiplex(Transform):
                 f"mlp_conv is the width of a centred kernel and must be odd, not {kernel}; try {kernel + 1}"
             )
         return kernel
+
+    @classmethod
+    def examples(cls) -> Sequence[Transform]:
+        return (
+            Multiplex(share=2, mixing_bias=True, mlp_conv=3),
+            Multiplex(share=2, mlp_conv=3, form="reference", init="first"),
+            Multiplex(share=1, head_mixing=False, mlp_conv=5),
+        )
 
     def plan(self, model: nn.Module, source: Source | None = None) -> MultiplexPlan:
         if self.head_mixing:

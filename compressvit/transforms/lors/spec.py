@@ -24,7 +24,7 @@ from compressvit.fitting.moments import Source
 from compressvit.model import ties
 from compressvit.model.backbone import Backbone, describe, share_groups
 from compressvit.model.linear import weight_shape
-from compressvit.transforms.base import transform
+from compressvit.transforms.base import TRANSFORMERS_ONLY, Transform, transform
 from compressvit.transforms.lors.grouping import group_by_similarity
 from compressvit.transforms.lors.plan import LORSPlan
 from compressvit.transforms.low_rank.base import RankStep, at_least, measured_on
@@ -35,6 +35,12 @@ from compressvit.transforms.record import compression_of
 @transform("lors", LORSPlan)
 class LORS(RankStep):
     """Share the weights of linear layers, with a private low-rank term each (LORS)."""
+
+    refuses: ClassVar[dict[str, str]] = TRANSFORMERS_ONLY
+    changes_at_start = True
+    blind_at_start: ClassVar[dict[str, str]] = {
+        "low_rank.down": "where the shared weight is exact, or noise, the factor after it starts at zero"
+    }
 
     renamed: ClassVar[dict[str, str]] = {"groups": "terms"}
 
@@ -114,6 +120,14 @@ class LORS(RankStep):
                 + measured_on(self.metric)
             )
         return tuple(notes)
+
+    @classmethod
+    def examples(cls) -> Sequence[Transform]:
+        return (
+            LORS(rank=2, share=2, metric="weights"),
+            LORS(rank=3, terms=2, share=2, targets=("mlp.*",), init="first", metric="weights"),
+            LORS(rank=2, targets=("attn.qkv", "attn.proj"), init="scratch"),
+        )
 
     def plan(self, model: nn.Module, source: Source | None = None) -> LORSPlan:
         backbone = describe(model, "attention")

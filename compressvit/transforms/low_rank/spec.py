@@ -11,7 +11,7 @@ https://arxiv.org/abs/2403.07378. Where layers should share a weight beside such
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -22,7 +22,7 @@ from compressvit.fitting.lowrank import spectrum
 from compressvit.fitting.moments import Source
 from compressvit.model import ties
 from compressvit.model.backbone import describe
-from compressvit.transforms.base import transform
+from compressvit.transforms.base import TRANSFORMERS_ONLY, Transform, transform
 from compressvit.transforms.low_rank.base import RankPlan, RankStep
 from compressvit.transforms.low_rank.budget import Group, Spending
 from compressvit.transforms.low_rank.layer import FactoredLinear, factor
@@ -64,6 +64,9 @@ class LowRankPlan(RankPlan):
 class LowRank(RankStep):
     """Make linear layers low rank: two smaller layers in place of each, fitted to the teacher."""
 
+    refuses: ClassVar[dict[str, str]] = TRANSFORMERS_ONLY
+    changes_at_start = True
+
     init: Literal["fit", "scratch"] = Field(
         "fit",
         description="fit: from the teacher's weights; scratch: from noise (these layers only; student: {weights: random} is noise all "
@@ -87,6 +90,10 @@ class LowRank(RankStep):
     @property
     def provisional(self) -> tuple[str, ...]:
         return tuple(self.budget_note(self.metric))
+
+    @classmethod
+    def examples(cls) -> Sequence[Transform]:
+        return (LowRank(rank=2, metric="weights"), LowRank(rank=3, targets=("mlp.*",), init="scratch"))
 
     def plan(self, model: nn.Module, source: Source | None = None) -> LowRankPlan:
         backbone = describe(model, "attention")

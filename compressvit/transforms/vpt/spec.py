@@ -22,7 +22,8 @@ in rows below the grid, the last of which is filled up.
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -121,6 +122,8 @@ class VPT(Transform):
     """Learnable prompt tokens beside the image's, in every block or from the first on; the backbone is frozen (VPT)."""
 
     freezes = True
+    refuses: ClassVar[dict[str, str]] = {"convnext": "prompts need a token sequence that attention runs over"}
+    changes_at_start = True
 
     prompts: int = Field(10, ge=1, description="P, tokens that are added; the paper tries 1 to 200 (1 to 50 in Swin).")
     deep: bool = Field(
@@ -130,6 +133,10 @@ class VPT(Transform):
     dropout: float = Field(
         0.0, ge=0, lt=1, description="Of the prompts' elements, in training; the examples of the paper's code have 0.1."
     )
+
+    @classmethod
+    def examples(cls) -> Sequence[Transform]:
+        return (VPT(prompts=3), VPT(prompts=2, dropout=0.1))
 
     def plan(self, model: nn.Module, source: Source | None = None) -> VPTPlan:
         backbone = describe(model)
