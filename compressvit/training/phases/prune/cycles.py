@@ -5,15 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from compressvit.log import RunLog
-from compressvit.training.loop import Phase
-from compressvit.training.optimisation import seed_everything
 from compressvit.training.phases.prune.neurons import (
     Price,
     Widths,
@@ -26,7 +23,11 @@ from compressvit.training.phases.prune.neurons import (
 )
 from compressvit.training.phases.prune.options import PruneOptions
 
-TrainCycle = Callable[[nn.Module, Phase, dict[str, dict[str, Any]]], dict[str, Any]]
+if TYPE_CHECKING:
+    from compressvit.log import RunLog
+    from compressvit.training.loop import Phase
+
+TrainCycle = Callable[[nn.Module, "Phase", dict[str, dict[str, Any]]], dict[str, Any]]
 Gradients = Callable[[nn.Module], dict[str, torch.Tensor]]
 
 
@@ -111,6 +112,8 @@ def _choose(
     gradients: Gradients,
 ) -> dict[str, torch.Tensor]:
     """Indices of the neurons that stay after removal number `done`."""
+    from compressvit.training.optimisation import seed_everything
+
     plan = prunable_plan(model)
     seed_everything(phase.seed, phase.number, 1000 * done)  # the gradient's images are those of any run
     found = scores(
