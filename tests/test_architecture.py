@@ -38,7 +38,6 @@ TOO_LONG = {  # to become shorter
     "runs.outcome.finish",
     "runs.plan.plan_recipe",
     "training.evaluate.evaluate",
-    "training.loop.train",
     "training.pairs.match_layers",
     "training.phases.prune.cycles.prune_and_train",
 }
