@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+import timm.optim
 import torch
 from helpers.training import CPU, Heard, fit, largest_difference, random_batches, tiny_vit, values
 
@@ -104,8 +105,8 @@ def spoiling(number, spoilt):
         calls.append(1)
         loss, _ = labels_term(1.0, 0.0).function(batch)
         if len(calls) == number:
-            # the root has an infinite slope at 0
-            loss = loss * math.nan if spoilt == "loss" else loss + (0 * batch.student_logits.sum()).sqrt()
+            # a constant has no slope, and the root an infinite one at 0
+            loss = loss + math.inf if spoilt == "loss" else loss + (0 * batch.student_logits.sum()).sqrt()
         return loss, {"calls": torch.tensor(float(len(calls)))}
 
     return Term("spoilable", 1.0, term), calls
@@ -122,7 +123,7 @@ def test_the_weights_are_those_before_the_step_that_was_not_finite(tmp_path, spo
     model = tiny_vit()
     with pytest.raises(UserError, match=f"{spoilt}.*at step 7 .*spoilable.*calls 7.*no checkpoint had been") as caught:
         fit(model, spec, random_batches(20, 4), tmp_path / "spoilt", terms=[term])
-    assert ("the loss is nan" in str(caught.value)) == (spoilt == "loss")
+    assert ("the loss is inf" in str(caught.value)) == (spoilt == "loss")
     assert len(calls) == 10
     assert largest_difference(values(model), values(expected)) == 0
     assert largest_difference(values(model), values(tiny_vit())) > 1e-3
@@ -134,7 +135,7 @@ def test_a_batch_amid_a_step_spoils_the_whole_step(tmp_path):
     fit(expected, spec.model_copy(update={"max_steps": 2}), random_batches(12, 4), tmp_path / "expected")
     term, _ = spoiling(8, "loss")
     model = tiny_vit()
-    with pytest.raises(UserError, match=r"loss is nan at step 3 \(spoilable nan, calls 8\)"):
+    with pytest.raises(UserError, match=r"loss is inf at step 3 \(spoilable inf, calls 8\)"):
         fit(model, spec, random_batches(12, 4), tmp_path / "spoilt", terms=[term])
     assert largest_difference(values(model), values(expected)) == 0
 
@@ -159,7 +160,7 @@ def test_half_precision_skips_a_gradient_that_is_not_finite_and_goes_on(tmp_path
     assert all(value.isfinite().all() for value in values(model).values())
     assert largest_difference(values(model), values(tiny_vit())) > 1e-3
     term, _ = spoiling(2, "loss")
-    with pytest.raises(UserError, match="the loss is nan at step 2"):
+    with pytest.raises(UserError, match="the loss is inf at step 2"):
         fit(tiny_vit(), spec, random_batches(6, 4), tmp_path / "loss", terms=[term])
 
 
@@ -172,3 +173,20 @@ def test_a_stopped_run_looks_before_it_writes(tmp_path, monkeypatch):
         fit(tiny_vit(), Finetune(log_every=1000), random_batches(4, 4), tmp_path, terms=[term])
     assert len(calls) == 3
     assert not (tmp_path / "phase.pt").exists()
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD, timm.optim.Lion])
+def test_an_update_is_left_out_by_the_device(kind):
+    """A fused optimiser, as CUDA has them, leaves it out by itself; of others the parameters are put back."""
+    torch.manual_seed(0)
+    parameter = torch.nn.Parameter(torch.randn(5))
+    fused = {} if kind is timm.optim.Lion else {"fused": True}
+    optimizer, scaler = kind([parameter], lr=0.1, weight_decay=0.1, **fused), torch.amp.GradScaler("cpu", enabled=False)
+    ends = []
+    for allowed, gradient in ((True, 1.0), (False, 1.0), (False, math.nan), (True, 1.0)):
+        before = parameter.detach().clone()
+        parameter.grad = torch.full((5,), gradient)
+        opt.step_if(torch.tensor(allowed), optimizer, scaler, [parameter])
+        assert torch.equal(before, parameter.detach()) == (not allowed)
+        ends.append(parameter.detach().clone())
+    assert ends[-1].isfinite().all() or kind is timm.optim.Lion  # whose own moments are spoilt
