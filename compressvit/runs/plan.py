@@ -274,11 +274,12 @@ def _prune_summary(spec: Prune, student: nn.Module) -> str:
 
 def _refuse_other_classes(spec: Distill, student: nn.Module, teacher: nn.Module) -> None:
     ours, theirs = (getattr(model, "num_classes", 0) for model in (student, teacher))
-    if spec.losses.prediction.weight and ours and theirs and ours != theirs:
-        raise UserError(
-            f"losses.prediction compares classes, but the student has {ours} and the teacher {theirs}; set losses.prediction.weight=0, "
-            "or give both the same classifier"
-        )
+    for term in spec.losses.terms():
+        if term.compares_logits and ours and theirs and ours != theirs:
+            raise UserError(
+                f"losses.{term.name} compares classes, but the student has {ours} and the teacher {theirs}; set "
+                f"losses.{term.name}.weight=0, or give both the same classifier"
+            )
 
 
 def _refuse_phase(spec: Training, model: nn.Module, data: Data) -> None:

@@ -192,14 +192,14 @@ class Trainer:
 
     def connect(self) -> None:
         """Put the taps on, then compile: the compiled graph must contain their hooks."""
-        self.student_taps = Taps(self.model, [tap for term in self.terms for tap in term.student_taps], self.device)
+        self.student_taps = Taps(self.model, [tap for term in self.terms for tap in term.student_taps])
         self.teacher_taps: Taps | None = None
         self.run_student: Callable[[torch.Tensor], torch.Tensor] = (
             torch.compile(self.model) if self.spec.compile else self.model
         )
         if self.teacher is not None:
             model = self.teacher.model.eval()
-            self.teacher_taps = Taps(model, [tap for term in self.terms for tap in term.teacher_taps], self.device)
+            self.teacher_taps = Taps(model, [tap for term in self.terms for tap in term.teacher_taps])
             self.run_teacher: Callable[[torch.Tensor], torch.Tensor] = (
                 torch.compile(model) if self.spec.compile else model
             )

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
 from compressvit.training.spec import Training
-from compressvit.training.term_specs import Losses
+from compressvit.training.terms.section import LossSection, losses_section
+
+if TYPE_CHECKING:
+    Losses = LossSection
+else:
+    Losses = losses_section()  # a key for every loss term that is installed
 
 
 class Distill(Training):
@@ -27,12 +32,11 @@ class Distill(Training):
 
     @property
     def needs_labels(self) -> bool:
-        return self.losses.labels.weight > 0
+        return any(term.needs_labels for term in self.losses.terms())
 
     @field_validator("losses")
     @classmethod
-    def _something_to_learn(cls, losses: Losses) -> Losses:
-        terms = [*(getattr(losses, n) for n in type(losses).model_fields if n != "torchdistill"), *losses.torchdistill]
-        if not any(term.weight for term in terms):
+    def _something_to_learn(cls, losses: LossSection) -> LossSection:
+        if not losses.terms():
             raise ValueError("every loss term has weight 0, so there is nothing to learn; give one a weight")
         return losses
