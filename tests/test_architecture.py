@@ -37,8 +37,6 @@ TOO_LONG = {  # to become shorter
     "runs.merge.merge_folder",
     "runs.outcome.finish",
     "runs.plan.plan_recipe",
-    "training.evaluate.evaluate",
-    "training.pairs.match_layers",
     "training.phases.prune.cycles.prune_and_train",
 }
 
