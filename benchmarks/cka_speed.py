@@ -12,8 +12,8 @@ import time
 import timm
 import torch
 
+from compressvit.diagnostics.cka_layers import cka_matrix
 from compressvit.diagnostics.features import subject
-from compressvit.diagnostics.similarity import cka_matrix
 
 
 def main() -> None:

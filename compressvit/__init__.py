@@ -5,13 +5,17 @@ The public names are imported on first use, so that `import compressvit` and `co
 
 from __future__ import annotations
 
+import difflib
 import importlib
 from typing import Any
 
 __version__ = "0.1.0"
 
+# The classes of transforms are public names too: they are looked up in their registry.
 _PUBLIC = {
+    "apply": "compressvit.runs.apply",
     "compress": "compressvit.transforms.applying",
+    "distill": "compressvit.runs.distill",
     "save": "compressvit.artifacts.artifact",
     "load": "compressvit.artifacts.artifact",
     "materialise": "compressvit.transforms.applying",
@@ -20,36 +24,32 @@ _PUBLIC = {
     "save_adapter": "compressvit.artifacts.adapter",
     "load_adapter": "compressvit.artifacts.adapter",
     "remove_adapter": "compressvit.artifacts.adapter",
-    "Align": "compressvit.transforms.align",
-    "Multiplex": "compressvit.transforms.multiplex",
-    "IRPE": "compressvit.transforms.irpe",
-    "LORS": "compressvit.transforms.lors.spec",
-    "Adapters": "compressvit.transforms.adapters",
-    "AdaptFormer": "compressvit.transforms.adaptformer",
-    "BitFit": "compressvit.transforms.freeze",
-    "Compacter": "compressvit.transforms.compacter",
-    "FacT": "compressvit.transforms.fact",
-    "Freeze": "compressvit.transforms.freeze",
-    "HeadNorm": "compressvit.transforms.head_norm",
-    "LoRA": "compressvit.transforms.lora",
-    "PHM": "compressvit.transforms.phm",
-    "RepAdapter": "compressvit.transforms.repadapter",
-    "SSF": "compressvit.transforms.ssf",
-    "VPT": "compressvit.transforms.vpt.spec",
     "Recipe": "compressvit.recipe.recipe",
     "UserError": "compressvit.errors",
 }
-
-__all__ = ["__version__", "losses", *_PUBLIC]
+_MODULES = {"losses": "compressvit.training.losses", "diagnostics": "compressvit.diagnostics"}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "losses":
-        return importlib.import_module("compressvit.training.losses")
+    if name in _MODULES:
+        return importlib.import_module(_MODULES[name])
     if name in _PUBLIC:
         return getattr(importlib.import_module(_PUBLIC[name]), name)
-    raise AttributeError(f"module 'compressvit' has no attribute {name!r}")
+    if name == "__all__":
+        return __dir__()
+    if name[:1].isupper():  # a class; names of modules are asked for here before they are imported
+        spec = _transforms().class_called(name)
+        if spec is not None:
+            return spec
+    close = difflib.get_close_matches(name, __dir__() if name[:1].isupper() else _PUBLIC, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise AttributeError(f"module 'compressvit' has no attribute {name!r}{hint}")
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    own = [spec.__name__ for word, spec in _transforms().items() if _transforms().is_own(word)]
+    return sorted({"__version__", *_MODULES, *_PUBLIC, *own})
+
+
+def _transforms() -> Any:
+    return importlib.import_module("compressvit.transforms.base").TRANSFORMS

@@ -25,7 +25,7 @@ log = logging.getLogger("compressvit")
 
 
 class Registry(Mapping[str, T]):
-    """What words name, in the order in which it was registered.
+    """What words name: compressvit's own in alphabetical order, then those of other packages.
 
     Args:
         kind: what one entry is called in messages, e.g. 'transform'.
@@ -37,7 +37,8 @@ class Registry(Mapping[str, T]):
         self.kind, self.room = kind, room
         self.group = f"compressvit.{room.rpartition('.')[2]}"
         self._entries: dict[str, T] = {}
-        self._packages: dict[str, str] = {}
+        self._modules: dict[str, str] = {}
+        self._packages: dict[str, str] = {}  # of words that an entry point offers
         self._faults: dict[str, str] = {}
         self._found = False
 
@@ -48,58 +49,81 @@ class Registry(Mapping[str, T]):
             TypeError: the word is taken.
         """
         if name in self._entries:
-            raise TypeError(f"two {self.kind}s are called {name!r}: {self._packages[name]} and {module}")
+            raise TypeError(f"two {self.kind}s are called {name!r}: {self._modules[name]} and {module}")
         self._entries[name] = entry
-        self._packages[name] = module
+        self._modules[name] = module
 
     def __getitem__(self, name: str) -> T:
-        self._find()
+        if name not in self._entries:
+            self._find()
         return self._entries[name]
 
     def __iter__(self) -> Iterator[str]:
         self._find()
-        return iter(self._entries)
+        return iter(sorted(self._entries, key=lambda name: (not self._is_own(name), name)))
 
     def __len__(self) -> int:
         self._find()
         return len(self._entries)
 
-    def package_of(self, name: str) -> str | None:
-        """The distribution that provides an entry; None for what compressvit itself has."""
+    def is_own(self, name: str) -> bool:
+        """Whether compressvit itself defines an entry."""
         self._find()
-        package = self._packages[name]
-        return None if package.partition(".")[0] == "compressvit" else package
+        return self._is_own(name)
+
+    def package_of(self, name: str) -> str | None:
+        """The installed distribution that offers an entry; None for compressvit's own and for what a program registered itself."""
+        self._find()
+        return self._packages.get(name)
 
     def fault(self, name: str) -> str | None:
         """Why an installed package could not provide the word that it offers; None where nothing went wrong."""
         self._find()
         return self._faults.get(name)
 
+    def class_called(self, name: str) -> T | None:
+        """Compressvit's own entry that is a class of this name, e.g. `LoRA` for the word 'lora'."""
+        own = (entry for word, entry in self.items() if self._is_own(word))
+        return next((entry for entry in own if getattr(entry, "__name__", None) == name), None)
+
+    def _is_own(self, name: str) -> bool:
+        return self._modules[name].partition(".")[0] == "compressvit"
+
     def _find(self) -> None:
         if self._found:
             return
-        self._found = True
-        room = importlib.import_module(self.room)
-        for info in pkgutil.walk_packages(room.__path__, f"{self.room}."):
-            importlib.import_module(info.name)
+        self._found = True  # already here: a module that is imported below may read the registry
+        try:
+            room = importlib.import_module(self.room)
+            for info in pkgutil.walk_packages(room.__path__, f"{self.room}."):
+                importlib.import_module(info.name)
+        except BaseException:
+            self._found = False
+            raise
         for point in entry_points(group=self.group):
             self._load(point)
 
     def _load(self, point: EntryPoint) -> None:
         package = point.dist.name if point.dist is not None else point.value
-        if point.name in self._entries and self.package_of(point.name) is None:
-            fault = f"compressvit has a {self.kind} of that name"
-        else:
-            fault = _failure(point.load)
-            if fault is None and point.name not in self._entries:
-                fault = f"{point.value} registers no {self.kind} of that name"
+        fault = self._why_not(point)
         if fault is None:
             self._packages[point.name] = package
-        else:
-            self._faults[point.name] = (
-                f"the {self.kind} {point.name!r} of the package {package} cannot be used: {fault}"
-            )
-            log.warning("%s", self._faults[point.name])
+            return
+        text = f"the {self.kind} {point.name!r} of the package {package} cannot be used: {fault}"
+        self._faults[point.name] = text
+        log.warning("%s", text)
+
+    def _why_not(self, point: EntryPoint) -> str | None:
+        """Load an entry point; returns what is wrong with it, if anything."""
+        name = point.name
+        if name in self._packages:
+            return f"the package {self._packages[name]} has a {self.kind} of that name too; uninstall one of the two"
+        if name in self._entries and self._is_own(name):
+            return f"compressvit has a {self.kind} of that name"
+        fault = _failure(point.load)
+        if fault is None and name not in self._entries:
+            return f"{point.value} registers no {self.kind} of that name"
+        return fault
 
 
 def _failure(load: Callable[[], object]) -> str | None:

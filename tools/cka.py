@@ -14,8 +14,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from compressvit.diagnostics.cka_layers import cka_finding, cka_layers_finding, cka_matrix
 from compressvit.diagnostics.features import subject
-from compressvit.diagnostics.similarity import cka_finding, cka_layers_finding, cka_matrix
 from compressvit.programs.opened import OpenedModels
 from compressvit.programs.program import Findings, above_zero, program_of_models, table_of, whole
 

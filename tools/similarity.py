@@ -17,7 +17,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from compressvit.diagnostics.spectra import sharing_finding, sharing_losses, spectra_findings
+from compressvit.diagnostics.similarity import sharing_finding, sharing_losses
+from compressvit.diagnostics.spectra import spectra_findings
 from compressvit.fitting.moments import Source
 from compressvit.model.backbone import describe
 from compressvit.programs.opened import OpenedModels

@@ -23,10 +23,10 @@ from compressvit.model.backbone import head_names, model_name
 from compressvit.model.stored import StepRecord, read_safetensors
 from compressvit.model.weights import hash_tensors
 from compressvit.spec import Spec
-from compressvit.transforms import Plan
 from compressvit.transforms.applying import apply_plans
+from compressvit.transforms.base import Plan
 from compressvit.transforms.record import Compression, compression_of, trained_names
-from compressvit.transforms.stored import resolve_plan
+from compressvit.transforms.stored import record_of, resolve_plan
 
 FORMAT = 1
 _KEY = "compressvit"
@@ -76,7 +76,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> Path:
         architecture=model_name(model),
         num_classes=model.num_classes,
         backbone=_hash(model, names),
-        transforms=[StepRecord(transform=plan.transform, plan=plan.model_dump(mode="json")) for plan in plans],
+        transforms=[record_of(plan) for plan in plans],
     )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,9 +104,8 @@ def load_adapter(model: nn.Module, path: str | Path) -> nn.Module:
     tensors = read_safetensors(path)
     if model_name(model) != header.architecture:
         raise UserError(f"{path} was trained beside a {header.architecture}, and this is a {model_name(model)}")
-    own = model.state_dict().keys() - surgery.added_parameters(model) - surgery.added_buffers(model)
     known = getattr(model, "_adapter", None)
-    if _hash(model, (tensors.keys() & own) | head_names(model), restored=known) != header.backbone:
+    if _hash(model, tensors.keys() | head_names(model), restored=known) != header.backbone:
         raise UserError(
             f"{path} was trained beside another {header.architecture}: the frozen weights (or their sizes or precision) are not those; "
             "load the backbone's weights that the run's teacher had, in the same precision and input size"

@@ -28,7 +28,6 @@ from compressvit.model.stored import (
     MANIFEST,
     TENSORS,
     Manifest,
-    StepRecord,
     build_plain,
     expect_images,
     read_manifest,
@@ -37,7 +36,7 @@ from compressvit.model.stored import (
 from compressvit.transforms.applying import apply_plans
 from compressvit.transforms.applying import materialise as fold_low_rank
 from compressvit.transforms.record import compression_of
-from compressvit.transforms.stored import read_plans
+from compressvit.transforms.stored import read_plans, record_of
 
 
 def save(model: nn.Module, path: str | Path, *, input_config: dict[str, Any] | None = None) -> Path:
@@ -73,6 +72,11 @@ def save(model: nn.Module, path: str | Path, *, input_config: dict[str, Any] | N
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return path
+
+
+def require_storable(model: nn.Module) -> None:
+    """Raise the `UserError` that `save` would raise of the model, before a long training rather than after it."""
+    _manifest(model, None)
 
 
 def load(path: str | Path, *, materialise: bool = False) -> nn.Module:
@@ -198,9 +202,7 @@ def _manifest(model: nn.Module, input_config: dict[str, Any] | None) -> Manifest
         num_classes=model.num_classes,
         dtype=dtypes.pop(),  # type: ignore[arg-type]
         parameters=ties.count_parameters(model),
-        transforms=[
-            StepRecord(transform=plan.transform, plan=plan.model_dump(mode="json")) for plan in compression.plans
-        ],
+        transforms=[record_of(plan) for plan in compression.plans],
         ties=compression.ties,
         input=json.loads(json.dumps(data)),
     )

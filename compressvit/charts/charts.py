@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import altair as alt
 
@@ -16,7 +16,7 @@ Records = Sequence[Mapping[str, Any]]
 WIDTH, HEIGHT = 560, 300  # pixels, before a page makes them fit
 COLOURS = ("#3182bd", "#e6842a", "#31a354", "#a05fc4", "#d6616b", "#8c8c8c", "#17a2a2", "#b8860b", "#e377c2", "#7f6a4f")
 SHAPES = ("circle", "diamond", "triangle-up", "square")
-SEQUENTIAL = "viridis"  # the same on white and on black
+SEQUENTIAL: Literal["viridis"] = "viridis"  # the same on white and on black
 
 
 def heatmap(
@@ -41,13 +41,14 @@ def heatmap(
     titles = titles or {}
     columns, rows = _order(records, x), _order(records, y)
     side = max(8, min(28, 420 // max(len(columns), len(rows), 1)))
-    label = {"labelOverlap": False, "labelFontSize": 7 if side < 14 else 9, "labelLimit": 160}
+    label: dict[str, Any] = {"labelOverlap": False, "labelFontSize": 7 if side < 14 else 9, "labelLimit": 160}
     base = alt.Chart(_data(records)).encode(
         x=alt.X(x, type="nominal", sort=columns, title=titles.get(x, x), axis=alt.Axis(labelAngle=-90, **label)),
         y=alt.Y(y, type="nominal", sort=rows, title=titles.get(y, y), axis=alt.Axis(**label)),
         tooltip=_tooltip(records, titles),
     )
-    scale = alt.Scale(scheme=SEQUENTIAL, **({"domain": list(domain), "clamp": True} if domain else {}))
+    limits: dict[str, Any] = {"domain": list(domain), "clamp": True} if domain else {}
+    scale = alt.Scale(scheme=SEQUENTIAL, **limits)
     legend = alt.Legend(gradientLength=120, title=titles.get(colour, colour))
     chart: Any = base.mark_rect().encode(color=alt.Color(colour, type="quantitative", scale=scale, legend=legend))
     if best is not None:
@@ -93,7 +94,7 @@ def lines(
     y_scale = _scale(records, scales, y)
     if domain:
         y_scale |= {"domain": list(domain)}
-    axis = {
+    axis: dict[str, Any] = {
         "x": alt.X(
             x,
             type="quantitative",
@@ -150,18 +151,20 @@ def bars(
     rows = _order(records, y)
     place = alt.Y(y, type="nominal", sort=rows, title=titles.get(y, y), axis=alt.Axis(labelLimit=220))
     kind = scales.get(x, "linear")
-    ticks = {"axis": alt.Axis(values=_round_numbers(records, x), format=",d")} if kind == "symlog" else {}
-    length = {"title": titles.get(x, x), "scale": alt.Scale(type=kind), **ticks}  # type: ignore[arg-type]
+    ticks: dict[str, Any] = (
+        {"axis": alt.Axis(values=_round_numbers(records, x), format=",d")} if kind == "symlog" else {}
+    )
+    scale: dict[str, Any] = {"type": kind}
+    length: dict[str, Any] = {"title": titles.get(x, x), "scale": alt.Scale(**scale), **ticks}
     encode: dict[str, Any] = {"y": place, "tooltip": _tooltip(records, titles)}
     if colour:
         encode["color"] = _colour(records, colour, titles, ramp)
-    beside = bool(colour) and not (stacked or over)
+    beside = colour if not (stacked or over) else None
     if beside:
-        encode["yOffset"] = alt.YOffset(colour, type="nominal", sort=_order(records, colour))  # type: ignore[arg-type]
+        encode["yOffset"] = alt.YOffset(beside, type="nominal", sort=_order(records, beside))
     base = alt.Chart(_data(records))
-    marks: Any = base.mark_bar(**({} if colour else {"color": COLOURS[0]})).encode(
-        x=alt.X(x, type="quantitative", stack="zero" if stacked else None, **length), **encode
-    )
+    drawn = base.mark_bar() if colour else base.mark_bar(color=COLOURS[0])
+    marks: Any = drawn.encode(x=alt.X(x, type="quantitative", stack="zero" if stacked else None, **length), **encode)
     if behind:
         encode.pop("color", None)
         marks = (
@@ -176,7 +179,7 @@ def bars(
         invisible = base.mark_point(opacity=0).encode(y=alt.Y(y, type="nominal", sort=rows, title=None, axis=right))
         marks = (invisible + marks).resolve_axis(y="independent")
     step = 14 if len(rows) > 12 else 20
-    each = max(1, len(_order(records, colour)) * 0.6) if beside else 1  # type: ignore[arg-type]
+    each = max(1, len(_order(records, beside)) * 0.6) if beside else 1
     return _framed(marks, records, facet, height=int(step * each * len(rows)))
 
 
@@ -208,59 +211,53 @@ def points(
     """
     titles, scales = titles or {}, scales or {}
     rows = _order(records, y) if any(isinstance(record[y], str) for record in records) else []
-    encode: dict[str, Any] = {
-        "x": alt.X(
-            x,
-            type="quantitative",
-            title=titles.get(x, x),
-            scale=alt.Scale(
-                padding=12, **_scale(records, scales, x), **({"nice": False} if rows and x not in scales else {})
-            ),
-        ),
-        "y": alt.Y(
-            y,
-            type="quantitative",
-            title=titles.get(y, y),
-            scale=alt.Scale(padding=12, **_scale(records, scales, y)),
-        ),
-    }
-    if rows:
-        encode["y"] = alt.Y(
-            y, type="nominal", sort=rows, title=titles.get(y, y), axis=alt.Axis(labelLimit=220, grid=True)
-        )
+    place = _place(records, x, y, titles, scales, rows)
     kind = {"color": _colour(records, colour, titles, False)} if colour else {}
     base = alt.Chart(_data(records))
-    large = _order(records, colour)[0] if span and colour else None  # under a small dot, where both are in one place
     tip = _tooltip(records, titles)
     marks: Any = base.mark_point(size=46, opacity=0.85, filled=True).encode(
-        **encode, **kind, **_shape(records, colour, titles), tooltip=tip
+        **place, **kind, **_shape(records, colour, titles), tooltip=tip
     )
-    if large is not None:
-        under = base.transform_filter(alt.datum[colour] == large).mark_circle(size=130, opacity=1)
-        marks = under.encode(**encode, **kind, tooltip=tip) + marks.transform_filter(alt.datum[colour] != large)
+    if span and colour:  # the first kind is larger, under a small dot where both are in one place
+        first = _order(records, colour)[0]
+        under = base.transform_filter(alt.datum[colour] == first).mark_circle(size=130, opacity=1)
+        marks = under.encode(**place, **kind, tooltip=tip) + marks.transform_filter(alt.datum[colour] != first)
     if span:
         ends = base.mark_rule(color=COLOURS[5], strokeWidth=2, opacity=0.6)
-        marks = ends.encode(y=encode["y"], x=alt.X(f"min({x}):Q"), x2=alt.X2(f"max({x}):Q")) + marks
+        marks = ends.encode(y=place["y"], x=alt.X(f"min({x}):Q"), x2=alt.X2(f"max({x}):Q")) + marks
     if joined:
-        marks = base.mark_line(strokeWidth=1).encode(**encode, **kind) + marks
+        marks = base.mark_line(strokeWidth=1).encode(**place, **kind) + marks
     if front:
-        marks = (
-            base.transform_filter(alt.datum[front]).mark_line(color=COLOURS[5], strokeDash=[4, 3]).encode(**encode)
-            + marks
-        )
+        dashed = base.transform_filter(alt.datum[front]).mark_line(color=COLOURS[5], strokeDash=[4, 3])
+        marks = dashed.encode(**place) + marks
     if error:
-        ends = {**encode, "y": alt.Y("_low", type="quantitative", title=titles.get(y, y))}
+        low = alt.Y("_low", type="quantitative", title=titles.get(y, y))
         bar = base.transform_calculate(
             _low=f"datum['{y}'] - datum['{error}']", _high=f"datum['{y}'] + datum['{error}']"
         )
-        marks = bar.mark_rule().encode(**ends, **kind, y2="_high:Q") + marks
+        marks = bar.mark_rule().encode(**{**place, "y": low}, **kind, y2="_high:Q") + marks
     if levels:
-        marks = _levels(base, levels, encode["y"].to_dict()) + marks
+        marks = _levels(base, levels, place["y"].to_dict()) + marks
     if label:
-        marks = marks + base.mark_text(align="left", dx=6, dy=12, fontSize=10, color=COLOURS[5]).encode(
-            **encode, text=f"{label}:N"
-        )
+        text = base.mark_text(align="left", dx=6, dy=12, fontSize=10, color=COLOURS[5])
+        marks = marks + text.encode(**place, text=f"{label}:N")
     return _framed(marks, records, facet, height=18 * len(rows) + 12 if rows else HEIGHT)
+
+
+def _place(
+    records: Records, x: str, y: str, titles: Mapping[str, str], scales: Mapping[str, str], rows: Sequence[Any]
+) -> dict[str, Any]:
+    """The axes of points: numbers along x, and along y numbers or the names in `rows`."""
+    across: dict[str, Any] = {"nice": False} if rows and x not in scales else {}
+    scale = alt.Scale(padding=12, **_scale(records, scales, x), **across)
+    place: dict[str, Any] = {"x": alt.X(x, type="quantitative", title=titles.get(x, x), scale=scale)}
+    if rows:
+        axis = alt.Axis(labelLimit=220, grid=True)
+        place["y"] = alt.Y(y, type="nominal", sort=rows, title=titles.get(y, y), axis=axis)
+    else:
+        scale = alt.Scale(padding=12, **_scale(records, scales, y))
+        place["y"] = alt.Y(y, type="quantitative", title=titles.get(y, y), scale=scale)
+    return place
 
 
 CHARTS: dict[str, Callable[..., alt.Chart]] = {"heatmap": heatmap, "lines": lines, "bars": bars, "points": points}
@@ -326,23 +323,25 @@ def _colour(records: Records, field: str, titles: Mapping[str, str], ramp: bool)
         if ramp
         else alt.Scale(domain=kinds, range=[COLOURS[i % len(COLOURS)] for i in range(len(kinds))])
     )
+    columns: dict[str, Any] = {"columns": 2} if len(kinds) > 15 else {}
     legend = alt.Legend(
         title=titles.get(field, field),
         symbolLimit=40,
         symbolOpacity=1,  # also where the marks are bands
         labelLimit=260,
-        **({"columns": 2} if len(kinds) > 15 else {}),
+        **columns,
     )
     return alt.Color(field, type="nominal", sort=kinds, scale=scale, legend=legend)
 
 
-def _shape(records: Records, field: str | None, titles: Mapping[str, str]) -> dict[str, alt.Shape]:
+def _shape(records: Records, field: str | None, titles: Mapping[str, str]) -> dict[str, Any]:
     """Where there are more kinds than colours: a colour comes again, in another shape."""
     kinds = _order(records, field) if field else []
     if field is None or len(kinds) <= len(COLOURS):
         return {}
     forms = [SHAPES[i // len(COLOURS) % len(SHAPES)] for i in range(len(kinds))]
-    legend = _colour(records, field, titles, False).to_dict()["legend"]  # the same, so that Vega makes one of both
+    colour: Any = _colour(records, field, titles, False).to_dict()
+    legend = colour["legend"]  # the same, so that Vega makes one of both
     scale = alt.Scale(domain=kinds, range=forms)
     return {"shape": alt.Shape(field, type="nominal", sort=kinds, scale=scale, legend=alt.Legend(**legend))}
 
@@ -351,12 +350,13 @@ def _tooltip(records: Records, titles: Mapping[str, str]) -> list[alt.Tooltip]:
     shown = []
     for field, value in records[0].items() if records else ():
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        digits: dict[str, Any] = {"format": ",.4~g"} if isinstance(value, float) else {}
         shown.append(
             alt.Tooltip(
                 field,
                 type="quantitative" if number else "nominal",
                 title=titles.get(field) or field,  # an axis may go without a title, a pointer may not
-                **({"format": ",.4~g"} if isinstance(value, float) else {}),
+                **digits,
             )
         )
     return shown

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.data import resolve_model_data_config
 from torch import nn
 
+from compressvit.data.data_set import find_set
 from compressvit.data.spec import Data
 from compressvit.errors import UserError
 
@@ -45,6 +47,11 @@ class InputConfig:
     crop_pct: float
     crop_mode: str = "center"
 
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """Channels, height and width."""
+        return self.channels, self.height, self.width
+
     def as_dict(self) -> dict[str, Any]:
         """What an artifact records of it, under timm's names."""
         return {
@@ -62,6 +69,8 @@ def input_config(model: nn.Module, data: Data) -> InputConfig:
     Raises:
         UserError: the model takes neither 1 nor 3 channels.
     """
+    from timm.data import resolve_model_data_config
+
     config = resolve_model_data_config(model)
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     channels = first.in_channels if first is not None else config["input_size"][0]
@@ -74,8 +83,7 @@ def input_config(model: nn.Module, data: Data) -> InputConfig:
     def per_channel(values: tuple[float, ...]) -> tuple[float, ...]:
         return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
 
-    # nothing is cropped from sets whose images fill their frame
-    crop_pct = 1.0 if data.name in ("digits", "fashion_mnist") else config["crop_pct"]
+    crop_pct = 1.0 if find_set(data.name).full_frame else config["crop_pct"]
     return InputConfig(
         channels,
         int(height),
@@ -113,3 +121,24 @@ def renormalise(images: torch.Tensor, source: InputConfig, target: InputConfig) 
         mode = "bilinear" if target.interpolation == "bilinear" else "bicubic"
         pixels = F.interpolate(pixels, (target.height, target.width), mode=mode, antialias=True)
     return (pixels - column(target.mean)) / column(target.std)
+
+
+@dataclass(frozen=True)
+class Side:
+    """A model and what its images look like.
+
+    Teacher and student may take images of different sizes, channels and statistics: batches are loaded for one of them, and
+    `converter` turns them into the other's.
+    """
+
+    model: nn.Module
+    input: InputConfig
+
+    @classmethod
+    def of(cls, model: nn.Module, data: Data) -> Side:
+        """A model with what `input_config` says of it. Raises as `input_config` does."""
+        return cls(model, input_config(model, data))
+
+    def converter(self, source: InputConfig) -> Callable[[torch.Tensor], torch.Tensor]:
+        """A function that turns batches (B, C, H, W) normalised as `source` says into this model's."""
+        return partial(renormalise, source=source, target=self.input)

@@ -1,45 +1,39 @@
 """What compression did to a model: one file a diagnostic.
 
-`DIAGNOSTICS` maps a recipe's word to its spec. To add one: write a file beside `gradients.py` with a `Measured` or `Watched`, and import
-it here. Recipes, their schema and `plan` then know it.
+To add one, write a file beside `gradients.py` with a `Measured` or `Watched`. It is found by itself; recipes, their schema and `plan`
+then know its word.
 """
 
 from __future__ import annotations
 
-from compressvit.charts.findings import Finding
-from compressvit.diagnostics.base import (
-    DIAGNOSTICS,
-    Context,
-    Diagnostic,
-    Measured,
-    MeasuredOnImages,
-    Watched,
-    diagnostic,
-)
-from compressvit.diagnostics.drift import Drift
-from compressvit.diagnostics.embedding import Embedding
-from compressvit.diagnostics.gradients import Gradients
-from compressvit.diagnostics.kernel_alignment import MinibatchCKA, cka
-from compressvit.diagnostics.similarity import CKA
-from compressvit.diagnostics.spectra import Similarity, Spectra
-from compressvit.training.watch import Watch
+import importlib
+from typing import Any
 
-__all__ = [
-    "CKA",
-    "DIAGNOSTICS",
-    "Context",
-    "Diagnostic",
-    "Drift",
-    "Embedding",
-    "Finding",
-    "Gradients",
-    "Measured",
-    "MeasuredOnImages",
-    "MinibatchCKA",
-    "Similarity",
-    "Spectra",
-    "Watch",
-    "Watched",
-    "cka",
-    "diagnostic",
-]
+# Public functions, imported on first use.
+_PUBLIC = {
+    "cka": "compressvit.diagnostics.kernel_alignment",
+    "MinibatchCKA": "compressvit.diagnostics.kernel_alignment",
+    "DIAGNOSTICS": "compressvit.diagnostics.base",
+    "Context": "compressvit.diagnostics.base",
+    "Measured": "compressvit.diagnostics.base",
+    "MeasuredOnImages": "compressvit.diagnostics.base",
+    "Watched": "compressvit.diagnostics.base",
+    "Diagnostic": "compressvit.diagnostics.base",
+    "Watch": "compressvit.training.watch",
+    "CKA": "compressvit.diagnostics.cka_layers",
+    "Drift": "compressvit.diagnostics.drift",
+    "Embedding": "compressvit.diagnostics.embedding",
+    "Gradients": "compressvit.diagnostics.gradients",
+    "Similarity": "compressvit.diagnostics.similarity",
+    "Spectra": "compressvit.diagnostics.spectra",
+    "diagnostic": "compressvit.diagnostics.base",
+    "Finding": "compressvit.charts.findings",
+}
+
+__all__ = list(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'compressvit.diagnostics' has no attribute {name!r}")

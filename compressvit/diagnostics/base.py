@@ -1,4 +1,4 @@
-"""What a diagnostic is, and the registry: one dict, one decorator.
+"""What a diagnostic is, and their registry.
 
 A diagnostic is what a user asks for under `diagnostics:` in a recipe. There are two kinds, and both leave `Finding`s:
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, TypeVar
 
 import torch
 from pydantic import Field
@@ -22,6 +22,7 @@ from torch import nn
 from compressvit.charts.findings import Finding
 from compressvit.data.input import InputConfig, renormalise
 from compressvit.errors import UserError
+from compressvit.registry import Registry
 from compressvit.spec import Spec
 from compressvit.training.spec import Training
 from compressvit.training.watch import Watch
@@ -148,19 +149,20 @@ class Watched(Diagnostic):
         raise TypeError(f"{type(self).__name__} does not define watch")
 
 
-DIAGNOSTICS: dict[str, type[Diagnostic]] = {}
+DIAGNOSTICS: Registry[type[Diagnostic]] = Registry("diagnostic", "compressvit.diagnostics")
+_Spec = TypeVar("_Spec", bound=type[Diagnostic])
 
 
-def diagnostic(name: str) -> Callable[[type[Any]], type[Any]]:
-    """Register a diagnostic under the word that recipes use. A second one of the same name is refused at import."""
+def diagnostic(name: str) -> Callable[[_Spec], _Spec]:
+    """Register a diagnostic under the word that recipes use.
 
-    def register(spec: Any) -> Any:
-        if name in DIAGNOSTICS:
-            raise TypeError(
-                f"two diagnostics are called {name!r}: {DIAGNOSTICS[name].__module__} and {spec.__module__}"
-            )
+    Raises:
+        TypeError: when the class is defined: another one has that word.
+    """
+
+    def register(spec: _Spec) -> _Spec:
+        DIAGNOSTICS.add(name, spec, spec.__module__)
         spec.name = name
-        DIAGNOSTICS[name] = spec
         return spec
 
     return register

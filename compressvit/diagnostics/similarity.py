@@ -1,182 +1,140 @@
-"""Similarity of two models, layer by layer."""
+"""The `similarity` diagnostic: what two layers would lose by sharing one weight."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+import itertools
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
-import torch
-from pydantic import Field
+from pydantic import Field, model_validator
+from scipy.linalg import solve
 from torch import nn
 
 from compressvit.charts.findings import Finding
-from compressvit.diagnostics.base import Context, MeasuredOnImages, diagnostic
-from compressvit.diagnostics.features import Batches, Subject, require_taps, subject, walk
-from compressvit.diagnostics.kernel_alignment import LEAST, CKAResult, Kernel, MinibatchCKA
+from compressvit.diagnostics.base import EPOCHS, Context, Epochs, MeasuredOnImages, diagnostic
+from compressvit.diagnostics.spectra import effective_weight
 from compressvit.errors import UserError
-from compressvit.log import progress
-from compressvit.training.spec import Training
+from compressvit.fitting.moments import Source
+from compressvit.model.backbone import describe
+from compressvit.transforms.align import matched_weights
+from compressvit.transforms.low_rank.base import TARGETS
 
 
-def cka_matrix(
-    first: Subject,
-    second: Subject,
-    batches: Batches,
-    device: torch.device,
-    *,
-    images: int = 512,
-    batch_size: int = 64,
-    kernel: Kernel = "linear",
-    bandwidth: float = 1.0,
-) -> CKAResult:
-    """CKA of every tap of one model with every tap of another: rows are the first's, columns the second's.
+def sharing_losses(model: nn.Module, *, source: Source | None = None, aligned: bool = False) -> list[dict[str, Any]]:
+    """What two blocks of a stage would lose if a layer of theirs shared one weight.
 
-    All tokens of an image together are its features, as in Raghu et al. (https://arxiv.org/abs/2108.08810).
+    Without images the weight is the mean, and the error `‖(W_i − W_j) / 2‖ · √2 / √(‖W_i‖² + ‖W_j‖²)` that of the weights: 0 for equal
+    ones, 0.71 for unrelated ones, 1 for opposite ones. With images it is the best for what both layers see,
+    `W = (W_i S_i + W_j S_j) (S_i + S_j)⁻¹` of the second moments S of their inputs, and the error that of their outputs, relative.
 
     Args:
-        first, second: may be the same object, which is then run once.
-        batches: gives batches of images (B, C, H, W).
-        images: how many of them.
-        batch_size: images whose features are in memory together; at least 4.
-        kernel, bandwidth: as for `compressvit.diagnostics.cka`.
+        source: the model's own values and its calibration images.
+        aligned: put neurons and heads of the second block into the order that fits the first best, as the `align` step does (slower;
+            without images).
+
+    Returns:
+        A record for every kind of layer and pair of blocks: layer, block, other, loss.
 
     Raises:
-        UserError: fewer than 4 images, taps that do not exist or none, features that are not finite.
+        UserError: the blocks of the model are not known, both options at once, or images that do not do.
     """
-    if not (first.taps and second.taps):
-        raise UserError("CKA compares layers, and a model without any tap was given; name at least one of each")
-    if batch_size < LEAST:
-        raise UserError(f"CKA: batches of {batch_size} images are too small; it needs at least {LEAST} in each")
-    stream = MinibatchCKA(first.taps, second.taps, kernel, bandwidth)
-    subjects = [first] if first is second else [first, second]
-    steps = walk(subjects, batches, device, images, size=batch_size, least=LEAST)
-    for seen in progress(steps, "CKA", -(-images // batch_size)):
-        stream.add(seen[0], seen[-1])
-    return stream.result()
+    if source is not None and aligned:
+        raise UserError(
+            "similarity: aligned compares weights, whose neurons have no order, and images what layers compute; give one"
+        )
+    records = []
+    for stage in describe(model, "attention").stages:
+        plain = {info.path: _weights(model, info.path) for info in stage}
+        moments = {}
+        if source is not None:
+            seen = source.moments([f"{path}.{kind}" for path in plain for kind in TARGETS], outputs=False)
+            moments = {name: moment.inputs.cpu().double().numpy() for name, moment in seen.items()}
+        for one, other in itertools.product(plain, repeat=2):
+            second = plain[other]
+            if aligned and one != other:
+                found = matched_weights(model, one, other)
+                second = {kind: weight.cpu().double().numpy() for kind, weight in found.items()}
+            for kind in TARGETS:
+                s = [moments[f"{path}.{kind}"] for path in (one, other)] if moments else None
+                loss = 0.0 if one == other else _lost(plain[one][kind], second[kind], s)
+                records.append({"layer": kind, "block": one, "other": other, "loss": round(loss, 6)})
+    return sorted(records, key=lambda record: TARGETS.index(record["layer"]))
 
 
-def cka_records(result: CKAResult) -> list[dict]:
-    """One record a pair of layers, `row` and `column`; `best` marks the most similar column of every row."""
-    values = result.values
-    best = values.argmax(dim=1)
-    width = result.half_width
-    return [
-        {
-            "row": r,
-            "column": c,
-            "cka": round(values[i, j].item(), 6),
-            "plus_minus": None if width is None else round(width[i, j].item(), 6),
-            "best": bool(best[i] == j),
-        }
-        for i, r in enumerate(result.rows)
-        for j, c in enumerate(result.columns)
-    ]
+def _lost(a: np.ndarray, b: np.ndarray, moments: Sequence[np.ndarray] | None) -> float:
+    """The relative error of the two layers together, with one weight for both."""
+    if moments is None:
+        size = np.sqrt((a**2).sum() + (b**2).sum())
+        return float(np.linalg.norm(a - b) / np.sqrt(2) / size) if size > 0 else 0.0
+    first, second = moments
+    both = first + second
+    ridge = max(1e-5 * both.diagonal().max(), 1e-30) * np.eye(
+        len(both)
+    )  # above the rounding of moments that were summed in float32
+    shared = solve(both + ridge, (a @ first + b @ second).T, assume_a="pos").T
+    lost = sum(np.einsum("oi,ij,oj->", w - shared, s, w - shared, optimize=True) for w, s in ((a, first), (b, second)))
+    whole = sum(np.einsum("oi,ij,oj->", w, s, w, optimize=True) for w, s in ((a, first), (b, second)))
+    return float(np.sqrt(max(lost, 0.0) / whole)) if whole > 0 else 0.0
 
 
-def cka_finding(result: CKAResult, row: str = "student", column: str = "teacher") -> Finding:
-    """The matrix as a picture with its caption; `row` and `column` name the two models."""
+def _weights(model: nn.Module, path: str) -> dict[str, np.ndarray]:
+    found = {kind: effective_weight(model.get_submodule(f"{path}.{kind}")) for kind in TARGETS}
+    for kind, weight in found.items():
+        if not np.isfinite(weight).all():
+            raise UserError(
+                f"the weight of {path}.{kind} holds numbers that are not finite; check the weights of the model"
+            )
+    return found
+
+
+def sharing_finding(records: list[dict[str, Any]], *, outputs: bool) -> Finding:
+    """A panel a kind of layer: dark pairs could share. `outputs`: the records are of errors of outputs, not of weights."""
+    what = "outputs on the images" if outputs else "weights: 0 equal, 0.71 unrelated"
     return Finding(
-        "cka",
-        f"CKA of the layers of {row} and {column}",
-        f"How alike two layers see the same {result.images} images: 1 alike up to rotation and scale, 0 unrelated. Models that see alike "
-        f"all the way are bright on the diagonal; a ring marks the layer of {column} that is most like each of {row}.",
+        "similarity",
+        "What two layers would lose by sharing one weight",
+        f"Relative error of the {what}. Dark squares off the diagonal are layers that could share one weight; where there are none, share "
+        "with a private low-rank term, or use low rank alone.",
         "heatmap",
-        cka_records(result),
-        {
-            "x": "column",
-            "y": "row",
-            "colour": "cka",
-            "best": "best",
-            "titles": {"cka": "CKA", "row": row, "column": column},
-        },
-    )
-
-
-def cka_layers_finding(
-    result: CKAResult, when: str, row: str = "the student", column: str = "the teacher"
-) -> Finding | None:
-    """CKA of every layer with the layer of the same place, as MiniViT's figure 5 has it; None for unlike numbers of layers."""
-    if len(result.rows) != len(result.columns):
-        return None
-    values, width = result.values.diagonal().tolist(), result.half_width
-    spread = [None] * len(values) if width is None else width.diagonal().tolist()
-    records = [
-        {
-            "when": when,
-            "layer": i,
-            "path": path,
-            "cka": round(v, 6),
-            **({} if w is None else {"low": round(v - w, 6), "high": round(v + w, 6)}),
-        }
-        for i, (path, v, w) in enumerate(zip(result.rows, values, spread, strict=True))
-    ]
-    band = {} if width is None else {"low": "low", "high": "high"}
-    return Finding(
-        "cka_layers",
-        f"CKA of every layer of {row} with the layer of {column} in the same place",
-        "1 where the two layers see the images alike. In MiniViT's figure 5 sharing alone falls in the last layers. "
-        + ("The band is the 95 % interval." if band else "One batch was measured, so there is no interval."),
-        "lines",
         records,
         {
-            "x": "layer",
-            "y": "cka",
-            "colour": "when",
-            **band,
-            "titles": {"cka": "CKA", "layer": "layer, from the input", "when": ""},
+            "x": "other",
+            "y": "block",
+            "colour": "loss",
+            "facet": "layer",
+            "domain": None if outputs else (0.0, 0.75),
+            "titles": {"loss": "error"},
         },
     )
 
 
-@diagnostic("cka")
-class CKA(MeasuredOnImages):
-    """Similarity of every layer of the student with every layer of the teacher (CKA), with its interval."""
+@diagnostic("similarity")
+class Similarity(MeasuredOnImages):
+    """What the student's layers would lose by sharing one weight, pair by pair."""
 
-    needs_teacher = True
-
-    images: int = Field(512, ge=LEAST, description="Evaluation images, evenly spaced over the set.")
-    kernel: Kernel = Field("linear", description="linear, or rbf: exp(−d² / 2σ²) of the distance d of two images.")
-    bandwidth: float = Field(1.0, gt=0, description="σ of rbf in medians of the distances.")
-    batch_size: int = Field(64, ge=LEAST, description="Images whose features are in memory together.")
-    student_taps: tuple[str, ...] | None = Field(
-        None, min_length=1, description="Paths of modules; null for the blocks."
+    epochs: Epochs = Field(("last",), min_length=1, description=EPOCHS)
+    metric: Literal["inputs", "weights"] = Field(
+        "inputs", description="Error of the layers' outputs on images, or of the weights alone."
     )
-    teacher_taps: tuple[str, ...] | None = Field(None, min_length=1, description="Likewise, of the teacher.")
+    aligned: bool = Field(
+        False,
+        description="Match neurons and heads first, as the align step does; with metric: weights (slower).",
+    )
 
-    def refuse(self, phase: Training, student: nn.Module, teacher: nn.Module | None) -> None:
-        if teacher is not None:
-            for one in (subject(student, self.student_taps), subject(teacher, self.teacher_taps)):
-                require_taps(one)
+    @model_validator(mode="after")
+    def _one_way(self) -> Similarity:
+        if self.aligned and self.metric != "weights":
+            raise ValueError(
+                "aligned compares weights, whose neurons have no order: set metric: weights, or aligned: false"
+            )
+        return self
 
     def measure(self, context: Context) -> list[Finding]:
-        assert context.teacher is not None, "needs_teacher"
-        result = cka_matrix(
-            subject(context.student, self.student_taps),
-            subject(context.teacher, self.teacher_taps, context.teacher_images),
-            lambda: context.images(self.images),
-            context.device,
-            images=self.images,
-            batch_size=self.batch_size,
-            kernel=self.kernel,
-            bandwidth=self.bandwidth,
-        )
-        layers = cka_layers_finding(result, context.when)
-        return [cka_finding(result), *([layers] if layers else [])]
-
-
-def likeness(
-    student: nn.Module,
-    teacher: nn.Module,
-    batches: Batches,
-    device: torch.device,
-    *,
-    images: int,
-    teacher_input: Callable[[torch.Tensor], torch.Tensor],
-) -> Callable[[Sequence[str], Sequence[str]], np.ndarray]:
-    """What `distill.layers: auto` asks: CKA of the blocks at these paths of the student with those of the teacher, on these images."""
-
-    def measure(ours: Sequence[str], theirs: Sequence[str]) -> np.ndarray:
-        pair = subject(student, ours), subject(teacher, theirs, teacher_input)
-        return cka_matrix(*pair, batches, device, images=images).values.numpy()
-
-    return measure
+        on_images = self.metric == "inputs"
+        images = partial(context.images, self.images)
+        source = Source(copy.deepcopy(context.student), images) if on_images else None
+        records = sharing_losses(context.student, source=source, aligned=self.aligned)
+        return [sharing_finding(records, outputs=on_images)]

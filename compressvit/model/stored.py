@@ -8,24 +8,33 @@ from typing import Any, Literal
 
 import timm
 import torch
-from pydantic import ValidationError
+from pydantic import SerializerFunctionWrapHandler, ValidationError, model_serializer
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from compressvit import __version__
 from compressvit.errors import UserError
+from compressvit.model import old
 from compressvit.spec import Spec
 
 MANIFEST = "compressvit.json"
 TENSORS = "model.safetensors"
-FORMAT = 1
+FORMAT = 2  # 1 is read, too (see `compressvit.model.old`)
 
 
 class StepRecord(Spec):
-    """One transform of the manifest: its recipe word and its resolved plan."""
+    """One transform of the manifest: its recipe word, its resolved plan, and the package it comes from where that is another one."""
 
     transform: str
     plan: dict[str, Any]
+    package: str | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content: dict[str, Any] = write(self)
+        if self.package is None:
+            del content["package"]
+        return content
 
 
 class Manifest(Spec):
@@ -65,12 +74,30 @@ def expect_images(model: nn.Module, manifest: Manifest) -> None:
 
 
 def read_manifest(path: str | Path) -> Manifest:
-    """The manifest of the artifact at `path`.
+    """The manifest of the artifact at `path`; one of an earlier format as if it were of this one.
 
     Raises:
         UserError: it is missing, is not JSON, or is of another format.
     """
-    path = Path(path)
+    manifest = _as_written(Path(path))
+    if manifest.format == FORMAT:
+        return manifest
+    renames = old.renamed_tensors(_words(manifest))
+    steps = zip(manifest.transforms, old.current_plans(_words(manifest)), strict=True)
+    return manifest.model_copy(
+        update={
+            "format": FORMAT,
+            "transforms": [step.model_copy(update={"transform": word, "plan": plan}) for step, (word, plan) in steps],
+            "ties": [[renames.get(name, name) for name in group] for group in manifest.ties],
+        }
+    )
+
+
+def _words(manifest: Manifest) -> list[tuple[str, dict[str, Any]]]:
+    return [(step.transform, step.plan) for step in manifest.transforms]
+
+
+def _as_written(path: Path) -> Manifest:
     file = path / MANIFEST
     if not path.exists():
         raise UserError(f"there is no {path}; give a folder with {MANIFEST}")
@@ -81,9 +108,9 @@ def read_manifest(path: str | Path) -> Manifest:
         raise UserError(f"{path} is not a compressvit artifact: it has no {MANIFEST}{hint}")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(content, dict) and content.get("format") != FORMAT:
+        if isinstance(content, dict) and content.get("format") not in (1, FORMAT):
             raise UserError(
-                f"{file} is of format {content.get('format')!r}; this compressvit ({__version__}) reads format {FORMAT}. "
+                f"{file} is of format {content.get('format')!r}; this compressvit ({__version__}) reads formats 1 to {FORMAT}. "
                 f"It was written by compressvit {content.get('compressvit')}"
             )
         return Manifest.model_validate(content)
@@ -95,14 +122,16 @@ def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
     """The stored tensors of the artifact folder at `path`, by canonical name, on the CPU.
 
     Raises:
-        UserError: the file is missing or truncated.
+        UserError: the file is missing or truncated, or the manifest is.
     """
     file = Path(path) / TENSORS
     if not file.is_file():
         raise UserError(
             f"{path} has no {TENSORS}: the artifact is incomplete; `compressvit apply … --resume` writes it again"
         )
-    return read_safetensors(file)
+    tensors = read_safetensors(file)
+    manifest = _as_written(Path(path))
+    return tensors if manifest.format == FORMAT else old.rename(tensors, old.renamed_tensors(_words(manifest)))
 
 
 def read_safetensors(file: Path) -> dict[str, torch.Tensor]:

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic.config import JsonDict
 from pydantic.fields import FieldInfo
 
 from compressvit.data.spec import Data
-from compressvit.diagnostics import DIAGNOSTICS
 from compressvit.errors import UserError, did_you_mean, nearest
+from compressvit.model.old import current_recipe, is_of_a_run
+from compressvit.recipe.parts import Part, parts_of
+from compressvit.recipe.words import LISTS, Entry, Merge, Step, Word, broken, packages_of, with_words
 from compressvit.recipe.yaml import Source, override, parse
 from compressvit.spec import Spec
-from compressvit.training.phases import PHASES
+from compressvit.training.phases import PhaseSpec
 from compressvit.training.phases.finetune import Finetune
-from compressvit.training.spec import Training
-from compressvit.transforms import TRANSFORMS, Transform
 
 
 class RecipeError(UserError):
@@ -76,70 +76,10 @@ class Calibration(Spec):
     )
 
 
-class Merge(Spec):
-    """Also write what comes out as a plain timm model, as `compressvit merge` does; the last step."""
-
-    name: ClassVar[str] = "merge"
-
-
-class _Word(BaseModel):
-    """An entry of a list that is a word, or a word with its options behind it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    kind: ClassVar[str]
-
-    @model_validator(mode="after")
-    def _exactly_one(self) -> Any:
-        named = [k for k in type(self).model_fields if getattr(self, k) is not None]
-        if len(named) != 1:
-            what = f"names {len(named)}: {', '.join(named)}" if named else "is empty"
-            raise ValueError(f"{self.kind}; this one {what}")
-        return self
-
-    @property
-    def name(self) -> str:
-        """The word in the recipe."""
-        return next(k for k in type(self).model_fields if getattr(self, k) is not None)
-
-    @property
-    def spec(self) -> Any:
-        """What it names, with its options."""
-        return getattr(self, self.name)
-
-
-def _one_of(specs: Mapping[str, type[BaseModel]]) -> dict[str, Any]:
-    return {
-        name: (spec | None, Field(None, description=(spec.__doc__ or "").splitlines()[0]))
-        for name, spec in specs.items()
-    }
-
-
-class _Step(_Word):
-    kind = "a step names one transform or phase"
-
-
-class _Entry(_Word):
-    kind = "an entry names one diagnostic"
-
-
-Step = create_model(
-    "Step",
-    __base__=_Step,
-    __doc__="One entry of a recipe: a transform, a phase, or `merge` at the end.",
-    **_one_of({**TRANSFORMS, **PHASES, Merge.name: Merge}),
-)
-Entry = create_model("Entry", __base__=_Entry, __doc__="One diagnostic.", **_one_of(DIAGNOSTICS))
-# Lists of such entries, and what one of theirs is called.
-LISTS: dict[str, tuple[Any, str]] = {"steps": (Step, "a step"), "diagnostics": (Entry, "a diagnostic")}
-
-
-def step(spec: Transform | Training | Merge) -> Any:
-    """A recipe's step from a spec, for recipes built in Python: `Recipe(…, steps=(step(Multiplex(share=2)), step(Distill())))`."""
-    return Step(**{spec.name: spec})
-
-
 class Recipe(Spec):
     """What to do, top to bottom. Nothing runs that is not in it."""
+
+    model_config = ConfigDict(defer_build=True)  # until the words of its lists are known
 
     description: str = Field("", description="One sentence, shown by `compressvit recipes list`.")
     seed: int = Field(0, ge=0, description="Of every random number: initial weights, order, augmentation, dropout.")
@@ -147,14 +87,14 @@ class Recipe(Spec):
     student: Student = Student()
     data: Data
     calibration: Calibration = Calibration()
-    steps: tuple[Step, ...] = Field(min_length=1, description="Transforms and phases, in order.")  # type: ignore[valid-type]
-    diagnostics: tuple[Entry, ...] = Field(  # type: ignore[valid-type]
+    steps: tuple[Step, ...] = Field(min_length=1, description="Transforms and phases, in order.")
+    diagnostics: tuple[Entry, ...] = Field(
         (), description="What to record about training and models, in every phase; none of it changes the result."
     )
 
     @field_validator("diagnostics")
     @classmethod
-    def _each_once(cls, entries: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _each_once(cls, entries: tuple[Entry, ...]) -> tuple[Entry, ...]:
         names = [entry.name for entry in entries]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice:
@@ -165,7 +105,7 @@ class Recipe(Spec):
 
     @field_validator("steps")
     @classmethod
-    def _merge_comes_last(cls, steps: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _merge_comes_last(cls, steps: tuple[Step, ...]) -> tuple[Step, ...]:
         for i, entry in enumerate(steps[:-1]):
             if entry.name == Merge.name:
                 raise ValueError(
@@ -179,11 +119,20 @@ class Recipe(Spec):
         """Whether it ends with a merge."""
         return self.steps[-1].name == Merge.name
 
-    def phases(self) -> dict[str, Training]:
+    @property
+    def packages(self) -> list[str]:
+        """Other distributions that provide what it names."""
+        return packages_of(entry.name for entry in (*self.steps, *self.diagnostics))
+
+    def parts(self) -> list[Part]:
+        """The steps as a run takes them: transforms that stand together, then a phase. A merge at the end is none of them."""
+        return parts_of([entry.spec for entry in self.steps])
+
+    def phases(self) -> dict[str, PhaseSpec]:
         """Every phase by its place in the recipe, the teacher's training first where it is spelled out."""
-        first: dict[str, Training] = {"teacher.finetune": self.teacher.finetune} if self.teacher.finetune else {}
+        first: dict[str, PhaseSpec] = {"teacher.finetune": self.teacher.finetune} if self.teacher.finetune else {}
         steps = {f"steps[{i}].{s.name}": s.spec for i, s in enumerate(self.steps)}
-        return first | {where: spec for where, spec in steps.items() if isinstance(spec, Training)}
+        return first | {where: spec for where, spec in steps.items() if isinstance(spec, PhaseSpec)}
 
     def to_yaml(self) -> str:
         """The recipe with every default written out."""
@@ -213,7 +162,10 @@ def read_recipe(name_or_path: str | Path) -> str:
 
 
 def parse_recipe(text: str, name: str = "recipe", overrides: list[str] | None = None) -> Recipe:
-    """Validate the text of a recipe; `name` is what messages call it. Raises as `load_recipe` does."""
+    """Validate the text of a recipe; `name` is what messages call it, its path where it has one. Raises as `load_recipe` does.
+
+    A file that a run kept may be of an earlier version: it is read in today's words.
+    """
     source = parse(text, name)
     if source.content is None:
         raise RecipeError(
@@ -223,6 +175,8 @@ def parse_recipe(text: str, name: str = "recipe", overrides: list[str] | None = 
         raise RecipeError(
             f"{name} holds a {type(source.content).__name__}, not a mapping; a recipe needs at least teacher, data and steps"
         )
+    if is_of_a_run(Path(name)):
+        source.content = current_recipe(source.content)
     _spell_out(source.content)  # so that an override finds a mapping behind a bare word
     override(source, overrides or [])
     _spell_out(source.content)
@@ -268,6 +222,10 @@ def meaning(field: FieldInfo) -> str:
     """What the schema says about a key."""
     model = model_in(field.annotation)
     text = field.description or (model.__doc__ if model else None) or ""
+    if callable(field.json_schema_extra):  # what only a registry knows
+        schema: JsonDict = {"description": text}
+        field.json_schema_extra(schema)
+        text = str(schema["description"])
     return text.splitlines()[0] if text else ""
 
 
@@ -318,10 +276,17 @@ def _sentence(fault: Any, path: tuple) -> str:
     given = fault["input"]
     if fault["type"] == "extra_forbidden":
         word = str(fault["loc"][-1])
-        for key, (model, what) in LISTS.items():
-            if word in model.model_fields and path[:1] != (key,) and len(path) in (1, 3):
-                return f"unknown key; {word} is {what}, so it belongs into the list `{key}` ({key}.0.{word} on the command line)"
+        for key, base in LISTS.items():
+            if word in with_words(base).model_fields and path[:1] != (key,) and len(path) in (1, 3):
+                return f"unknown key; {word} is {base.indefinite}, so it belongs into the list `{key}` ({key}.0.{word} on the command line)"
+        if path[0] in LISTS and len(path) == 3 and (why := broken(word)):
+            return f"unknown key; {why}"
+        new = getattr(_model_at(path[:-1]), "renamed", {}).get(word)
+        if new:
+            return f"is called {new} now; use {new}"
         hint = did_you_mean(word, _fields(path[:-1]), list_at_most=30)
+        if path[0] in LISTS and len(path) == 3 and not hint.startswith("did"):
+            return f"unknown key, which neither compressvit nor an installed package offers {hint}"
         return f"unknown key {hint}" if hint.startswith("(") else f"unknown key; {hint}"
     if fault["type"] == "missing":
         field = _fields(path[:-1]).get(path[-1])
@@ -341,18 +306,24 @@ def _sentence(fault: Any, path: tuple) -> str:
 
 def _fields(path: tuple) -> dict[str, FieldInfo]:
     """The keys that are allowed at a path of the recipe."""
+    model = _model_at(path)
+    return model.model_fields if model is not None else {}
+
+
+def _model_at(path: tuple) -> type[BaseModel] | None:
     model: Any = Recipe
     for part in path:
         if isinstance(part, int) or model is None:
             continue
         field = model.model_fields.get(part)
         model = model_in(field.annotation) if field else None
-    return model.model_fields if model is not None else {}
+    return model
 
 
 def model_in(annotation: Any) -> type[BaseModel] | None:
+    """The pydantic model that an annotation names, alone or inside a list or union."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
+        return with_words(annotation) if issubclass(annotation, Word) and not annotation.model_fields else annotation
     return next((m for a in get_args(annotation) if (m := model_in(a)) is not None), None)
 
 

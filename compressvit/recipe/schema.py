@@ -9,7 +9,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from compressvit.errors import UserError, did_you_mean
-from compressvit.recipe.recipe import LISTS, Entry, Recipe, Step, meaning, model_in
+from compressvit.recipe.recipe import Recipe, meaning, model_in
+from compressvit.recipe.words import LISTS, with_words
 
 
 def documentation(key: str) -> list[tuple[str, str, str]]:
@@ -19,7 +20,9 @@ def documentation(key: str) -> list[tuple[str, str, str]]:
         UserError: there is no such key.
     """
     parts = key.split(".")
-    known: dict[str, FieldInfo] = {**Recipe.model_fields, **Step.model_fields, **Entry.model_fields}
+    known: dict[str, FieldInfo] = dict(Recipe.model_fields)
+    for base in LISTS.values():
+        known |= with_words(base).model_fields
     rows: dict[str, FieldInfo] = {}
     for i, part in enumerate(parts):
         if part not in known:
@@ -35,7 +38,7 @@ def json_schema() -> dict[str, Any]:
     """JSON schema of recipes, for editors that complete and check YAML."""
     schema = Recipe.model_json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    for key, (model, _) in LISTS.items():
+    for key, model in LISTS.items():
         entry = schema["$defs"][model.__name__]
         entry.update(minProperties=1, maxProperties=1)
         for name, field in entry["properties"].items():

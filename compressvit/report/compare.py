@@ -6,7 +6,7 @@ import csv
 import hashlib
 import json
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,19 +16,17 @@ from rich.table import Table
 
 from compressvit.charts import drawing
 from compressvit.charts.plots import compare_findings
+from compressvit.charts.qualities import QUALITIES, RANKING
 from compressvit.errors import UserError
 from compressvit.files import disk_faults, write_text
 from compressvit.recipe.recipe import Recipe, parse_recipe
 from compressvit.runs.folder import RESOLVED, find_runs, flat, results_of
-from compressvit.training.phases.prune.spec import Prune
-from compressvit.training.phases.sparsify import Sparsify
+from compressvit.training.phases import PhaseSpec
 from compressvit.transforms import Transform
 
 # Column, its heading, and how a value is written.
-COLUMNS = {
-    "top1": ("top-1 (%)", lambda v: f"{v:.2f}"),
-    "agreement": ("same class (%)", lambda v: f"{v:.2f}"),
-    "cosine": ("cosine", lambda v: f"{v:.4f}"),
+COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
+    **{key: (QUALITIES[key].heading, QUALITIES[key].number) for key in RANKING},
     "trained_adapter": ("trained", lambda v: f"{v:,.0f}"),
     "trained_head": ("+ head", lambda v: f"{v:,.0f}"),
     "adapter_bytes": ("stored kB", lambda v: f"{v / 1e3:,.1f}"),
@@ -185,16 +183,16 @@ def _digest(artifact: Path) -> str | None:
     return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
 
 
-_SAID: dict[type, tuple[str, ...]] = {Prune: ("target", "score"), Sparsify: ("keep", "score")}  # of a phase, in labels
-
-
 def label(recipe: Recipe) -> str:
     """The transforms of a recipe with the settings that are not their defaults, and what was pruned or masked; 'finetune' without any."""
     words = []
     for step in recipe.steps:
         kind: type[Any] = type(step.spec)
-        fields = kind.model_fields if issubclass(kind, Transform) else _SAID.get(kind)
-        if fields is None:
+        if issubclass(kind, Transform):
+            fields: Iterable[str] = kind.model_fields
+        elif issubclass(kind, PhaseSpec) and kind.label_fields is not None:
+            fields = kind.label_fields
+        else:
             continue
         said = []
         for name in fields:
@@ -228,8 +226,8 @@ def _cells(row: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
     for key in keys:
         value, deviation = row[key], row[f"{key}_std"]
         text = "" if value is None else COLUMNS[key][1](value)
-        if value is not None and deviation and key in ("top1", "agreement", "cosine"):
-            text += f" ± {deviation:.2f}" if key != "cosine" else f" ± {deviation:.4f}"
+        if value is not None and deviation and key in RANKING:
+            text += f" ± {QUALITIES[key].number(deviation)}"
         cells.append(text)
     return [row["label"], str(len(row["runs"])), *cells]
 

@@ -23,13 +23,13 @@ import yaml
 from compressvit import __version__
 from compressvit.errors import UserError
 from compressvit.files import disk_faults, write_text
+from compressvit.model.old import RESOLVED, current_recipe, stored_step
 
 if TYPE_CHECKING:
     from compressvit.charts.findings import Finding
     from compressvit.recipe.recipe import Recipe
 
 
-RESOLVED = "resolved.yaml"
 _MANIFEST = "compressvit.json"  # of `compressvit.artifact`, which imports torch
 
 
@@ -65,7 +65,7 @@ class RunFolder:
 
     def transformed(self, name: str) -> Path:
         """The student behind transforms that learned from images, an artifact, for a run that is resumed."""
-        return self.path / "checkpoints" / name
+        return self.path / "checkpoints" / stored_step(self.path / "checkpoints", name)
 
     def refuse_or_clear(self, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
         """Check that a run may start here. Nothing is deleted yet; `open` does that.
@@ -98,9 +98,9 @@ class RunFolder:
 
         try:
             text = (self.path / RESOLVED).read_text(encoding="utf-8")
-            before = flat(yaml.safe_load(text))
+            before = flat(current_recipe(yaml.safe_load(text)))
             with suppress(UserError):  # keys that are newer than the run have their defaults
-                before = flat(yaml.safe_load(parse_recipe(text).to_yaml()))
+                before = flat(yaml.safe_load(parse_recipe(text, RESOLVED).to_yaml()))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UserError(
                 f"--resume: {self.path / RESOLVED} is damaged, so it does not say what the run was; start a new run with --output"
@@ -124,7 +124,7 @@ class RunFolder:
             self.path.resolve().mkdir(parents=True, exist_ok=True)
         write_text(self.path / "recipe.yaml", recipe_text)
         write_text(self.path / RESOLVED, recipe.to_yaml())
-        write_text(self.path / "environment.json", json.dumps(environment(command), indent=2) + "\n")
+        write_text(self.path / "environment.json", json.dumps(environment(command, recipe.packages), indent=2) + "\n")
         write_text(self.path / "plan.json", json.dumps(plan, indent=2) + "\n")
 
 
@@ -186,13 +186,13 @@ def _not_a_run(path: Path) -> str:
     return f"{path} is not a run folder: it has no {RESOLVED}; {way_out}"
 
 
-def environment(command: list[str]) -> dict[str, Any]:
-    """What a number may depend on besides the recipe: command, versions, machine."""
+def environment(command: list[str], packages: Sequence[str] = ()) -> dict[str, Any]:
+    """What a number may depend on besides the recipe: command, versions (of `packages` too), machine."""
     import torch  # late, because a report reads run folders without it
 
     names = ("torch", "torchvision", "timm", "torchdistill", "numpy", "scipy", "einops", "safetensors", "pydantic")
     versions = {}
-    for name in names:
+    for name in (*names, *packages):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

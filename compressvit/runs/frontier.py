@@ -6,25 +6,25 @@ import copy
 import csv
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
 from compressvit.charts.plots import frontier_finding
-from compressvit.data.input import InputConfig
+from compressvit.charts.qualities import QUALITIES, measured, words
+from compressvit.data.input import Side
 from compressvit.errors import UserError
 from compressvit.files import write_text
 from compressvit.fitting.allocate import Budget
 from compressvit.model import cost
 from compressvit.recipe.recipe import Recipe
-from compressvit.runs.one_shot import QUALITIES, OneShot, leading_transforms, quality_words
+from compressvit.runs.one_shot import OneShot, leading_transforms
 from compressvit.runs.tables import megabytes
-from compressvit.transforms import LORS, Transform
-
-_COLUMNS = {"top1": "top-1 %", "agreement": "same class %", "cosine": "cosine", "cosine_patches": "of patches"}
+from compressvit.transforms.base import Transform
+from compressvit.transforms.low_rank.base import RankStep
 
 
 def frontier(
@@ -32,10 +32,10 @@ def frontier(
 ) -> list[dict[str, Any]]:
     """Apply the transforms before the recipe's first phase at every budget, evaluate, and write table and plot.
 
-    The budget replaces the ranks, or the budget, of the recipe's last `lors` step. Nothing is trained.
+    The budget replaces the ranks, or the budget, of the recipe's last `low_rank` or `lors` step. Nothing is trained.
 
     Args:
-        recipe: with a `lors` step before its first phase.
+        recipe: with such a step before its first phase.
         budgets: in `unit`, up to 1 as a share of the teacher's.
         unit: 'parameters', 'bytes' or 'macs'.
         output: folder for `frontier.csv`, `frontier.json` and `frontier.png`; created.
@@ -45,25 +45,25 @@ def frontier(
         A row for the teacher and one for each budget that can be met.
 
     Raises:
-        UserError: no `lors` step, a teacher without values, or no budget that can be met.
+        UserError: no such step, a teacher without values, or no budget that can be met.
     """
-    _require_lors(recipe)
+    _require_ranks(recipe)
     begin = OneShot(recipe, device, "frontier")
 
-    def measure(model: nn.Module, budget: float | None, own: InputConfig) -> dict[str, Any]:
-        scores = begin.scores(model, own)
-        costs = cost.cost(model, (own.channels, own.height, own.width)).as_dict()
-        return {"budget": budget, **costs, **{k: scores.get(k) for k in QUALITIES}}
+    def measure(side: Side, budget: float | None) -> dict[str, Any]:
+        scores = begin.scores(side)
+        costs = cost.cost(side.model, side.input.size).as_dict()
+        return {"budget": budget, **costs, **{k: scores.get(k) for k in QUALITIES if k != "top5"}}
 
-    rows = [measure(copy.deepcopy(begin.teacher), None, begin.teacher_config)]
+    rows = [measure(replace(begin.teacher, model=copy.deepcopy(begin.teacher.model)), None)]
     for budget in sorted(budgets, reverse=True):
         try:
             student, _ = begin.student(_with_budget(begin.transforms, Budget(**{unit: budget})))
         except UserError as error:
             console.print(f"budget {budget:g}: {error}", highlight=False, markup=False)
             continue
-        rows.append(measure(student, budget, begin.config))
-        console.print(f"budget {budget:g}: {quality_words(rows[-1])}", highlight=False)
+        rows.append(measure(student, budget))
+        console.print(f"budget {budget:g}: {words(rows[-1])}", highlight=False)
     if len(rows) == 1:
         raise UserError("none of the budgets can be met; the messages above say what can")
     _write(rows, output, unit, recipe.teacher.model)
@@ -72,34 +72,32 @@ def frontier(
     return rows
 
 
-def _require_lors(recipe: Recipe) -> None:
-    """A `lors` step before the first phase, for the budget to go to."""
+def _require_ranks(recipe: Recipe) -> None:
+    """A `low_rank` or `lors` step before the first phase, for the budget to go to."""
     specs = leading_transforms(recipe)
-    if not any(isinstance(spec, LORS) for spec in specs):
+    if not any(isinstance(spec, RankStep) for spec in specs):
         names = ", ".join(step.name for step in recipe.steps)
         raise UserError(
-            f"frontier spends its budgets on a `lors` step before the first phase; the steps of this recipe are {names}"
+            f"frontier spends its budgets on a `low_rank` or `lors` step before the first phase; the steps of this recipe are {names}"
         )
-    if any(isinstance(spec, LORS) and spec.init == "scratch" for spec in specs):
+    scratch = next((s.name for s in specs if isinstance(s, RankStep) and getattr(s, "init", None) == "scratch"), None)
+    if scratch:
         raise UserError(
-            "frontier spends its budgets by the errors of a teacher's weights, which lors.init=scratch does not use"
+            f"frontier spends its budgets by the errors of a teacher's weights, which {scratch}.init=scratch does not use"
         )
 
 
 def _with_budget(specs: list[Transform], budget: Budget) -> list[Transform]:
-    last = max(i for i, spec in enumerate(specs) if isinstance(spec, LORS))
+    last = max(i for i, spec in enumerate(specs) if isinstance(spec, RankStep))
     return [
-        type(spec).model_validate({**spec.model_dump(), "rank": None, "groups": 1, "budget": budget})
-        if i == last
-        else spec
-        for i, spec in enumerate(specs)
+        spec.with_budget(budget) if i == last and isinstance(spec, RankStep) else spec for i, spec in enumerate(specs)
     ]
 
 
 def _table(rows: list[dict[str, Any]], unit: str) -> Table:
     table = Table(title="Before any training", title_justify="left")
-    shown = [key for key in QUALITIES if rows[-1][key] is not None]
-    for column in ("budget", "parameters", "bytes", "MACs", f"{unit}, of teacher", *(_COLUMNS[key] for key in shown)):
+    shown = measured(rows[-1])
+    for column in ("budget", "parameters", "bytes", "MACs", f"{unit}, of teacher", *(q.heading for q in shown)):
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(
@@ -108,7 +106,7 @@ def _table(rows: list[dict[str, Any]], unit: str) -> Table:
             megabytes(row["bytes"]),
             f"{row['macs'] / 1e6:,.1f} M",
             f"{row[unit] / rows[0][unit]:.3f}",
-            *(f"{row[key]:.4g}" for key in shown),
+            *(f"{row[q.key]:.4g}" for q in shown),
         )
     return table
 
@@ -121,4 +119,4 @@ def _write(rows: list[dict[str, Any]], output: Path, unit: str, name: str) -> No
     write_text(output / "frontier.csv", text.getvalue())
     write_text(output / "frontier.json", json.dumps(rows, indent=2) + "\n")
     quality = "top1" if rows[0]["top1"] is not None else "cosine"
-    frontier_finding(rows, unit, quality, QUALITIES[quality], name).picture(output / "frontier.png")
+    frontier_finding(rows, unit, quality, QUALITIES[quality].axis, name).picture(output / "frontier.png")

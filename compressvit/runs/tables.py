@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from compressvit.charts.qualities import QUALITIES
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -85,11 +87,8 @@ def results_rows(results: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     row("stored beside the backbone", "adapter_bytes", lambda v: f"{v / 1e3:,.1f} kB")
     row("MACs per image", "macs", lambda v: f"{v / 1e6:,.2f} M")
     row("latency", "latency_ms", lambda v: f"{v:.2f} ms")
-    row("top-1", "top1", lambda v: f"{v:.2f} %")
-    row("top-5", "top5", lambda v: f"{v:.2f} %")
-    row("same first class as the teacher", "agreement", lambda v: f"{v:.2f} %")
-    row("cosine of the outputs", "cosine", lambda v: f"{v:.4f}")
-    row("cosine of the patch tokens", "cosine_patches", lambda v: f"{v:.4f}")
+    for quality in QUALITIES.values():
+        row(quality.long, quality.key, quality.text)
     return rows
 
 

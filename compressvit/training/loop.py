@@ -20,6 +20,7 @@ from torch import nn
 from compressvit.files import load_checkpoint, require_keys, save_checkpoint
 from compressvit.log import RunLog
 from compressvit.model import ties
+from compressvit.model.old import current_checkpoint
 from compressvit.model.taps import Taps
 from compressvit.training import optimisation as opt
 from compressvit.training.batch import Labels, to_device
@@ -168,7 +169,7 @@ class Trainer:
     def resume(self) -> dict[str, Any] | None:
         """Go on where the checkpoint ends; of a phase that is done, returns what `train` does."""
         path = self.phase.checkpoint
-        saved = load_checkpoint(path)
+        saved = current_checkpoint(load_checkpoint(path), self.model.state_dict().keys())
         require_keys(saved, ("done",), path)
         if not saved["done"]:
             require_keys(saved, _UNFINISHED, path)

@@ -57,7 +57,7 @@ def match_layers(
         UserError: a given index does not exist, or a pair differs in stage, resolution, window or shift.
     """
     ours, theirs = _blocks(student), _blocks(teacher)
-    if ours is None or theirs is None or ours.family != theirs.family:
+    if ours is None or theirs is None or ours.family is not theirs.family:
         return [], _no_pairs(student, teacher, layers, asker)
     if layers == "matched":
         depths = [len(s) for s in ours.stages], [len(s) for s in theirs.stages]
@@ -193,7 +193,7 @@ def _place(block: BlockInfo) -> tuple:
 def _blocks(model: nn.Module) -> Backbone | None:
     """The blocks of a model; None for one whose blocks compressvit does not know. Its prediction can still be distilled."""
     try:
-        return describe(model)
+        return describe(model, "attention")
     except UserError:
         return None
 

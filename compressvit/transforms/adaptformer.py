@@ -9,6 +9,7 @@ In ConvNeXt, u is the block's input and `LN u` what the MLP reads.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -17,10 +18,15 @@ from torch import nn
 from compressvit.errors import UserError
 from compressvit.fitting.moments import Source
 from compressvit.model import surgery
-from compressvit.model.backbone import ALL_FAMILIES, describe
-from compressvit.model.block import SLOTTED_BLOCK
+from compressvit.model.backbone import describe
 from compressvit.transforms.base import LedgerEntry, Transform, record, transform
-from compressvit.transforms.bottleneck import AdapterLinear, Bottleneck, BottleneckPlan, sublayer_width
+from compressvit.transforms.bottleneck import (
+    UP_STARTS_AT_ZERO,
+    AdapterLinear,
+    Bottleneck,
+    BottleneckPlan,
+    sublayer_width,
+)
 
 Reads = Literal["normed", "residual"]
 
@@ -36,9 +42,9 @@ class AdaptFormerPlan(BottleneckPlan):
     reads: Reads
 
     def apply(self, model: nn.Module) -> list[LedgerEntry]:
-        family = describe(model, ALL_FAMILIES).family
+        slotted = describe(model, "slotted_block").family.slotted_block
         paths = [path for path, hidden in self.widths.items() if hidden]
-        return record(model, paths, lambda path: self._add(model, path, SLOTTED_BLOCK[family]))
+        return record(model, paths, lambda path: self._add(model, path, slotted))
 
     def _add(self, model: nn.Module, path: str, slotted: Any) -> str:
         like, width = sublayer_width(model, f"{path}.mlp")
@@ -64,6 +70,10 @@ class AdaptFormer(Transform):
     """A scaled bottleneck parallel to every MLP; the backbone is frozen (AdaptFormer)."""
 
     freezes = True
+    blind_at_start: ClassVar[dict[str, str]] = {
+        **UP_STARTS_AT_ZERO,
+        "adaptformer.scale": "what it scales starts at zero",
+    }
 
     width: int = Field(64, ge=1, description="Neurons h' of every branch.")
     scale: Annotated[float, Field(gt=0)] | Literal["learnable"] = Field(
@@ -74,6 +84,10 @@ class AdaptFormer(Transform):
         description="What the branch reads: the MLP's normed input (the paper), or the residual stream (its code).",
     )
 
+    @classmethod
+    def examples(cls) -> Sequence[Transform]:
+        return (AdaptFormer(width=4), AdaptFormer(width=3, scale="learnable", input="residual"))
+
     def plan(self, model: nn.Module, source: Source | None = None) -> AdaptFormerPlan:
-        widths = {info.path: self.width for info in describe(model, ALL_FAMILIES).blocks}
+        widths = {info.path: self.width for info in describe(model, "slotted_block").blocks}
         return AdaptFormerPlan(widths=widths, scale=self.scale, reads=self.input)

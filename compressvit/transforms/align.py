@@ -11,6 +11,7 @@ A step without structure: it goes before `multiplex` or `lors` with the same `sh
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -19,12 +20,16 @@ from pydantic import Field
 from scipy.optimize import linear_sum_assignment
 from timm.layers import Mlp
 from torch import nn
+from torch.nn.utils import skip_init
 
 from compressvit.errors import UserError
 from compressvit.fitting.moments import Source
 from compressvit.model import surgery, ties
 from compressvit.model.backbone import describe, model_name, share_groups
-from compressvit.transforms.base import LedgerEntry, Plan, Transform, transform
+from compressvit.model.linear import effective_weight
+from compressvit.transforms.base import TRANSFORMERS_ONLY, LedgerEntry, Plan, Transform, transform
+
+_LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
 
 class AlignPlan(Plan):
@@ -73,11 +78,23 @@ def _align(units: list[torch.Tensor], rounds: int, permute: list[Any]) -> None:
 @torch.no_grad()
 def matched_weights(model: nn.Module, first: str, second: str) -> dict[str, torch.Tensor]:
     """The weights of the linear layers of the block at `second`, its neurons and heads in the order that fits the block at `first` best."""
-    reference: Any = model.get_submodule(first)
-    block: Any = copy.deepcopy(model.get_submodule(second))
+    reference, block = (_dense_copy(model.get_submodule(path)) for path in (first, second))
     for units, permute in ((_neurons, _permute_neurons), (_heads, _permute_heads)):
         _align([units(reference), units(block)], 1, [lambda _: None, permute(block)])
-    return {name: block.get_submodule(name).weight.detach() for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
+    return {name: block.get_submodule(name).weight.detach() for name in _LAYERS}
+
+
+def _dense_copy(block: nn.Module) -> Any:
+    """A copy of a block whose linear layers have plain weights, those that they compute with."""
+    block = copy.deepcopy(block)
+    for name in _LAYERS:
+        layer: Any = block.get_submodule(name)
+        weight = effective_weight(layer)
+        dense = skip_init(nn.Linear, *reversed(weight.shape), bias=False, device=weight.device, dtype=weight.dtype)
+        dense.weight.copy_(weight)
+        dense.bias = layer.bias
+        block.set_submodule(name, dense)
+    return block
 
 
 def _neurons(block: Any) -> torch.Tensor:
@@ -142,6 +159,8 @@ def _permute_heads(block: Any):
 class Align(Transform):
     """Match the neurons and heads of the blocks that a later step shares; the function stays the same."""
 
+    refuses: ClassVar[dict[str, str]] = TRANSFORMERS_ONLY
+
     share: int | tuple[int, ...] = Field(
         description="Blocks in a group, as in the step that shares them: one number, or one per stage."
     )
@@ -151,11 +170,15 @@ class Align(Transform):
         3, ge=1, description="How often the matching is done: to the first block, then to the mean of the aligned ones."
     )
 
+    @classmethod
+    def examples(cls) -> Sequence[Transform]:
+        return (Align(share=2), Align(share=2, heads=False, rounds=1))
+
     def plan(self, model: nn.Module, source: Source | None = None) -> AlignPlan:
         groups = [group for group in share_groups(model, self.share, "align.share") if len(group) > 1]
         tied = {name for group in ties.tied_groups(model) for name in group}
         added = surgery.added_parameters(model)
-        known = {info.path: model.get_submodule(info.path) for info in describe(model).blocks}
+        known = {info.path: model.get_submodule(info.path) for info in describe(model, "attention").blocks}
         for path in (path for group in groups for path in group):
             block: Any = known[path]
             names = [f"{path}.{n}" for n, _ in block.named_parameters()]

@@ -1,4 +1,4 @@
-"""What every transform offers, and the registry: one dict, one decorator.
+"""What every transform offers, and their registry.
 
 A `Transform` is what a user asks for. Its `plan(model)` resolves names, shapes and widths on a model that may live on the meta
 device; the `Plan` it returns is data (it goes into the artifact) and rebuilds the structure without the teacher or any images:
@@ -12,9 +12,9 @@ device; the `Plan` it returns is data (it goes into the artifact) and rebuilds t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import nn
 
@@ -22,6 +22,7 @@ from compressvit.errors import UserError
 from compressvit.fitting.in_order import LayerFit
 from compressvit.fitting.moments import Source
 from compressvit.model import ties
+from compressvit.registry import Registry
 from compressvit.spec import Spec
 
 
@@ -76,6 +77,10 @@ class Plan(Spec):
         """Names of the parameters that a phase may change besides the classifier; all others are frozen. None: it freezes nothing."""
         return None
 
+    def drops(self, model: nn.Module) -> set[str]:
+        """Names of the tensors of `model`, as it is before the transform, that are replaced by others. None by default: every key stays."""
+        return set()
+
     def fitted(self) -> set[str]:
         """Names of tensors whose values belong together with what it added; a later step must not set them anew."""
         return set()
@@ -97,6 +102,10 @@ class Plan(Spec):
         raise UserError(f"{self.transform} cannot be folded into plain layers")
 
 
+# For `Transform.refuses` of a method whose plan asks `describe(model)` for transformers.
+TRANSFORMERS_ONLY = {"convnext": "which compressvit cannot transform with this transform; it works on"}
+
+
 class Transform(Spec):
     """A transform as a recipe or a Python call asks for it."""
 
@@ -104,8 +113,22 @@ class Transform(Spec):
     plan_class: ClassVar[type[Plan]]
     # Whether it freezes what it does not train (its plan's `trains`).
     freezes: ClassVar[bool] = False
-    # Fields that name a file or folder which `initialise` reads: `--overwrite` must not delete it.
+    # Fields that name an artifact's folder which `initialise` reads: `--overwrite` must not delete it.
     reads: ClassVar[tuple[str, ...]] = ()
+
+    # What the contract (`compressvit.testing`) allows a method to differ in.
+    # By family of backbones that it does not work on, words of the sentence that says so.
+    refuses: ClassVar[dict[str, str]] = {}
+    # True: the student does not begin with the outputs of the model as it was before.
+    changes_at_start: ClassVar[bool] = False
+    # Added parameters without a gradient, by the end of their names, with the reason: in the first step, or in every one.
+    blind_at_start: ClassVar[dict[str, str]] = {}
+    blind: ClassVar[dict[str, str]] = {}
+
+    @classmethod
+    def examples(cls) -> Sequence[Transform]:
+        """Settings that between them use all that the method has, for the contract; its defaults unless it says more."""
+        return (cls(),)
 
     def plan(self, model: nn.Module, source: Source | None = None) -> Plan:
         """Resolve against a model, which is not changed.
@@ -155,17 +178,20 @@ def record(
     return [LedgerEntry(path, text, before[path], after[path]) for path, text in zip(paths, texts, strict=True)]
 
 
-TRANSFORMS: dict[str, type[Transform]] = {}
+TRANSFORMS: Registry[type[Transform]] = Registry("transform", "compressvit.transforms")
+_Spec = TypeVar("_Spec", bound=type[Transform])
 
 
-def transform(name: str, plan_class: type[Plan]) -> Callable[[type[Transform]], type[Transform]]:
-    """Register a transform under the word that recipes use. A second one of the same name is refused at import."""
+def transform(name: str, plan_class: type[Plan]) -> Callable[[_Spec], _Spec]:
+    """Register a transform under the word that recipes use.
 
-    def register(spec: Any) -> Any:
-        if name in TRANSFORMS:
-            raise TypeError(f"two transforms are called {name!r}: {TRANSFORMS[name].__module__} and {spec.__module__}")
+    Raises:
+        TypeError: when the class is defined: another one has that word.
+    """
+
+    def register(spec: _Spec) -> _Spec:
+        TRANSFORMS.add(name, spec, spec.__module__)
         spec.name, spec.plan_class, plan_class.transform = name, plan_class, name
-        TRANSFORMS[name] = spec
         return spec
 
     return register

@@ -17,11 +17,14 @@ from torch import nn
 from compressvit.errors import UserError
 from compressvit.fitting.moments import Source
 from compressvit.model import surgery
-from compressvit.model.backbone import ALL_FAMILIES, describe, model_name
+from compressvit.model.backbone import describe, model_name
 from compressvit.transforms.base import Plan
 
 Place = Literal["attn", "mlp"]
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu", "hard_swish", "leaky_relu", "elu", "tanh"]
+
+# Parameters without a gradient in the first step of training.
+UP_STARTS_AT_ZERO = dict.fromkeys(("down.weight", "down.bias"), "the upper projection of an adapter starts at zero")
 
 
 class Bottleneck(nn.Module):
@@ -145,7 +148,7 @@ def adapter_widths(
     Raises:
         UserError: a block has none of the places, or the ratio leaves no neuron.
     """
-    backbone = describe(model, ALL_FAMILIES)
+    backbone = describe(model)
     parts = [part for part in backbone.parts if part in places]
     if not parts:
         raise UserError(

@@ -10,8 +10,8 @@ It merges exactly.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, Literal
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 from einops import rearrange
@@ -22,7 +22,8 @@ from compressvit.errors import UserError
 from compressvit.fitting.moments import Source
 from compressvit.model import ties
 from compressvit.model.backbone import describe, projection
-from compressvit.transforms.base import LedgerEntry, Transform, record, transform
+from compressvit.model.linear import weight_shape
+from compressvit.transforms.base import TRANSFORMERS_ONLY, LedgerEntry, Transform, record, transform
 from compressvit.transforms.term import TermPlan, add_to_weight_, new_like, with_term
 
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
@@ -111,10 +112,13 @@ class FacTPlan(TermPlan):
         ties.tie(model, [[f"{path}.fact.{name}" for path in group] for group in self.groups for name in shared])
 
     def term(self, module: Any, path: str) -> tuple[nn.Module, str]:
-        width, longer = min(module.weight.shape), max(module.weight.shape)
-        on_inputs, tucker = module.weight.shape[1] > width, self.form == "tk"
+        shape = weight_shape(module)
+        width, longer = min(shape), max(shape)
+        on_inputs, tucker = shape[1] > width, self.form == "tk"
         options = (width, self.rank, longer // width, on_inputs, self.scale, tucker)
-        return FacTTerm(*options, **new_like(module.weight)), f"+ FacT-{self.form.upper()} of rank {self.rank}"
+        return FacTTerm(
+            *options, **new_like(next(module.parameters()))
+        ), f"+ FacT-{self.form.upper()} of rank {self.rank}"
 
     def fold_term(self, module: Any, term: Any, path: str) -> None:
         """`weight += s·V Σ U`, slot by slot."""
@@ -126,17 +130,25 @@ class FacT(Transform):
     """Low-rank changes of all projections that share their outer factors; the backbone is frozen (FacT)."""
 
     freezes = True
+    refuses: ClassVar[dict[str, str]] = TRANSFORMERS_ONLY
+    blind_at_start: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("fact.u", "fact.core", "fact.mix", "fact.sigma"), "V starts at zero"
+    )
 
     form: Literal["tt", "tk"] = Field("tk", description="Tensor train (a free Σ per slot) or Tucker.")
     rank: int = Field(16, ge=1, description="r.")
     scale: float = Field(1.0, gt=0, description="s; the paper chooses it per task from 0.01, 0.1, 1, 10, 100.")
 
+    @classmethod
+    def examples(cls) -> Sequence[Transform]:
+        return (FacT(rank=3), FacT(rank=2, form="tt", scale=0.5))
+
     def plan(self, model: nn.Module, source: Source | None = None) -> FacTPlan:
         groups = []
-        for stage in describe(model).stages:
+        for stage in describe(model, "attention").stages:
             for info in stage:
                 for name in LAYERS:
-                    shape = tuple(projection(model, f"{info.path}.{name}", "fact").weight.shape)
+                    shape = weight_shape(projection(model, f"{info.path}.{name}", "fact"))
                     if min(shape) != info.width or max(shape) % info.width:
                         raise UserError(
                             f"fact cuts projections into {info.width}×{info.width} slots, which {info.path}.{name}, {shape}, is not "

@@ -9,6 +9,7 @@ keeps every bias.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field
@@ -16,8 +17,9 @@ from torch import nn
 
 from compressvit.errors import UserError
 from compressvit.fitting.moments import Source
-from compressvit.model.backbone import ALL_FAMILIES, describe, head_names, model_name
+from compressvit.model.backbone import describe, head_names, model_name
 from compressvit.transforms.base import LedgerEntry, Plan, Transform, transform
+from compressvit.transforms.low_rank.layer import current_names
 
 
 class FreezePlan(Plan):
@@ -32,7 +34,7 @@ class FreezePlan(Plan):
         """Nothing is added, so nothing is set."""
 
     def trains(self, model: nn.Module) -> set[str]:
-        return set(self.names)
+        return current_names(model, self.names)
 
     def fold(self, model: nn.Module) -> None:
         """There is nothing to fold: the model is a plain one."""
@@ -54,6 +56,10 @@ class Freeze(Transform):
         description="What is trained besides the classifier: head for nothing (a linear probe), attention, or mlp."
     )
 
+    @classmethod
+    def examples(cls) -> Sequence[Transform]:
+        return (Freeze(train="mlp"),)
+
     def plan(self, model: nn.Module, source: Source | None = None) -> FreezePlan:
         if self.train == "head":
             if not head_names(model):
@@ -62,7 +68,7 @@ class Freeze(Transform):
                     "give the student one with student.head=new"
                 )
             return FreezePlan(names=())
-        backbone = describe(model, ALL_FAMILIES)
+        backbone = describe(model)
         part = {"attention": "attn", "mlp": "mlp"}[self.train]
         if part not in backbone.parts:
             raise UserError(

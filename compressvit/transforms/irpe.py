@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -18,9 +19,8 @@ from torch import nn
 from compressvit.errors import UserError
 from compressvit.fitting.moments import Source
 from compressvit.model import surgery, ties
-from compressvit.model.attention import EXPLICIT_ATTENTION
 from compressvit.model.backbone import describe, model_name
-from compressvit.transforms.base import LedgerEntry, Plan, Transform, transform
+from compressvit.transforms.base import TRANSFORMERS_ONLY, LedgerEntry, Plan, Transform, transform
 from compressvit.transforms.vpt.prompts import refuse_prompts
 
 
@@ -97,14 +97,14 @@ class IRPEPlan(Plan):
     blocks: tuple[str, ...]
 
     def apply(self, model: nn.Module) -> list[LedgerEntry]:
-        backbone = describe(model)
+        backbone = describe(model, "slotted_attention")
         infos = {info.path: info for info in backbone.blocks}
         paths = [f"{path}.attn" for path in self.blocks]
         before = ties.count_at_paths(model, paths)
         ledger = []
         for path in self.blocks:
-            attention = surgery.specialise(model, f"{path}.attn", EXPLICIT_ATTENTION[backbone.family])
-            weight = attention.qkv.weight
+            attention = surgery.specialise(model, f"{path}.attn", backbone.family.slotted_attention)
+            weight = next(attention.qkv.parameters())
             position = ContextualKeyPosition(
                 attention.head_dim,
                 infos[path].resolution,
@@ -134,15 +134,21 @@ class IRPEPlan(Plan):
 class IRPE(Transform):
     """Contextual relative position encoding on keys, one table per layer, shared over heads (iRPE; Mini-DeiT)."""
 
+    refuses: ClassVar[dict[str, str]] = {
+        "swin": "is a Swin, which has a relative position table already",
+        **TRANSFORMERS_ONLY,
+    }
+
     ratio: float = Field(
         1.9, gt=1.0, description="α of the piecewise bucketing, in tokens; β = 2α, γ = 8α. 1.9 gives 49 buckets."
     )
 
     def plan(self, model: nn.Module, source: Source | None = None) -> IRPEPlan:
-        backbone = describe(model)
-        if backbone.family != "vit":
+        backbone = describe(model, "slotted_attention")
+        if backbone.family.position_table:
             raise UserError(
-                f"irpe works on timm's ViT and DeiT; {model_name(model)} is a Swin, which has a relative position table already"
+                f"irpe works on timm's ViT and DeiT; {model_name(model)} is a {backbone.family.title}, which has a relative position "
+                "table already"
             )
         refuse_prompts(model, "irpe")
         paths = tuple(info.path for info in backbone.blocks)

@@ -8,8 +8,8 @@ ConvNeXt has no attention: give `targets: [fc1, fc2]`. It merges exactly.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, Literal
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -17,7 +17,8 @@ from torch import nn
 
 from compressvit.errors import UserError
 from compressvit.fitting.moments import Source
-from compressvit.model.backbone import ALL_FAMILIES, describe, model_name, projection
+from compressvit.model.backbone import describe, model_name, projection
+from compressvit.model.linear import weight_shape
 from compressvit.transforms.base import Transform, transform
 from compressvit.transforms.term import TermPlan, add_to_weight_, new_like, with_term
 
@@ -101,9 +102,11 @@ class LoRAPlan(TermPlan):
 
     def term(self, module: Any, path: str) -> tuple[nn.Module, str]:
         pieces = 3 if path.endswith(".qkv") else 1
-        outputs, inputs = module.weight.shape[:2]
+        outputs, inputs = weight_shape(module)
         which, scale = self.layers[path], self.alpha / self.rank
-        term = LoRATerm(inputs, outputs // pieces, self.rank, which, pieces, scale, **new_like(module.weight))
+        term = LoRATerm(
+            inputs, outputs // pieces, self.rank, which, pieces, scale, **new_like(next(module.parameters()))
+        )
         return term, f"+ LoRA of rank {self.rank}" + (f" on {', '.join('qkv'[p] for p in which)}" * (pieces > 1))
 
     def fold_term(self, module: Any, term: Any, path: str) -> None:
@@ -116,6 +119,7 @@ class LoRA(Transform):
     """Low-rank terms on projections; the backbone is frozen (LoRA)."""
 
     freezes = True
+    blind_at_start: ClassVar[dict[str, str]] = {"lora.down": "the factor after it starts at zero"}
 
     rank: int = Field(8, ge=1, description="r of every term.")
     alpha: float | None = Field(None, gt=0, description="α; terms are scaled by α/r. Null for α = r.")
@@ -123,8 +127,12 @@ class LoRA(Transform):
         ("q", "v"), min_length=1, description="Projections that get a term, of those that a block has."
     )
 
+    @classmethod
+    def examples(cls) -> Sequence[Transform]:
+        return (LoRA(rank=2, targets=("v", "fc1", "fc2")), LoRA(rank=2, alpha=1.0, targets=("fc1",)))
+
     def plan(self, model: nn.Module, source: Source | None = None) -> LoRAPlan:
-        backbone = describe(model, ALL_FAMILIES)
+        backbone = describe(model)
         layers: dict[str, tuple[int, ...]] = {}
         sites = {t: _PLACE[t] for t in self.targets if _PLACE[t].partition(".")[0] in backbone.parts}
         if not sites:
@@ -136,10 +144,10 @@ class LoRA(Transform):
             for target, place in sites.items():
                 path = f"{info.path}.{place}"
                 layer = projection(model, path, "lora.targets")
-                if self.rank > min(layer.weight.shape[:2]):
+                shape = weight_shape(layer)
+                if self.rank > min(shape):
                     raise UserError(
-                        f"lora.rank={self.rank} is more than {path}, {tuple(layer.weight.shape[:2])}, can have; "
-                        f"the largest is {min(layer.weight.shape[:2])}"
+                        f"lora.rank={self.rank} is more than {path}, {shape}, can have; the largest is {min(shape)}"
                     )
                 piece = ("qkv".index(target),) if place == "attn.qkv" else (0,)
                 layers[path] = tuple(sorted({*layers.get(path, ()), *piece}))

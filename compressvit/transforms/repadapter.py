@@ -9,8 +9,8 @@ parameters each. In ConvNeXt φ sits between the norm and the MLP: before the de
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, Literal
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 from einops import rearrange
@@ -20,7 +20,8 @@ from torch import nn
 from compressvit.errors import UserError
 from compressvit.fitting.moments import Source
 from compressvit.model.affine import merge_before_
-from compressvit.model.backbone import ALL_FAMILIES, describe, model_name, projection
+from compressvit.model.backbone import describe, model_name, projection
+from compressvit.model.linear import weight_shape
 from compressvit.transforms.base import Transform, transform
 from compressvit.transforms.bottleneck import at_tokens
 from compressvit.transforms.term import TermPlan, new_like
@@ -106,10 +107,10 @@ class RepAdapterPlan(TermPlan):
         return self.paths
 
     def term(self, module: Any, path: str) -> tuple[nn.Module, str]:
-        weight = module.get_submodule(_first(path)).weight
+        layer = module.get_submodule(_first(path))
         options = (self.width, self.groups, self.scale, self.dropout)
         text = f"+ linear bottleneck of {self.width} in {self.groups} groups, scale {self.scale:g}"
-        return RepBottleneck(weight.shape[1], *options, **new_like(weight)), text
+        return RepBottleneck(weight_shape(layer)[1], *options, **new_like(next(layer.parameters()))), text
 
     def folds_into(self, path: str) -> list[str]:
         return [f"{path}.{_first(path)}.weight"]
@@ -128,6 +129,9 @@ class RepAdapter(Transform):
     """Linear adapters before attention and MLP, merged into the projections for inference (RepAdapter)."""
 
     freezes = True
+    blind_at_start: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("down.weight", "down.bias"), "the second projection starts at zero"
+    )
 
     width: int = Field(8, ge=1, description="Hidden neurons h'.")
     groups: int = Field(2, ge=1, description="Groups g of the second projection; divides h' and M.")
@@ -135,8 +139,12 @@ class RepAdapter(Transform):
     place: Literal["block", "attention"] = Field("block", description="Before attention and MLP, or attention alone.")
     dropout: float = Field(0.1, ge=0, lt=1, description="Between the projections, in training.")
 
+    @classmethod
+    def examples(cls) -> Sequence[Transform]:
+        return (RepAdapter(width=4, scale=0.5),)
+
     def plan(self, model: nn.Module, source: Source | None = None) -> RepAdapterPlan:
-        backbone = describe(model, ALL_FAMILIES)
+        backbone = describe(model)
         parts = backbone.parts if self.place == "block" else tuple(p for p in backbone.parts if p == "attn")
         if not parts:
             raise UserError(

@@ -1,4 +1,4 @@
-"""From what a file records of a transform back to its plan."""
+"""From a plan to what a file records of it, and back."""
 
 from __future__ import annotations
 
@@ -10,6 +10,12 @@ from compressvit import __version__
 from compressvit.errors import UserError, did_you_mean
 from compressvit.model.stored import MANIFEST, StepRecord, read_manifest
 from compressvit.transforms.base import TRANSFORMS, Plan
+
+
+def record_of(plan: Plan) -> StepRecord:
+    """What a file says of a transform."""
+    package = TRANSFORMS.package_of(plan.transform)
+    return StepRecord(transform=plan.transform, plan=plan.model_dump(mode="json"), package=package)
 
 
 def read_plans(path: str | Path) -> list[Plan]:
@@ -25,10 +31,18 @@ def resolve_plan(step: StepRecord, file: Path) -> Plan:
     """The plan that a file records.
 
     Raises:
-        UserError: it names a transform or a setting that this version does not have, or lacks one.
+        UserError: it names a transform that neither this version nor an installed package has, or a setting that the transform does not
+            have, or lacks one.
     """
     known = TRANSFORMS.get(step.transform)
     if known is None:
+        if broken := TRANSFORMS.fault(step.transform):
+            raise UserError(f"{file} uses {broken}")
+        if step.package is not None:
+            raise UserError(
+                f"{file} uses the transform {step.transform!r} of the package {step.package}, which is not installed here or no longer has "
+                f"it; install it, e.g. with `pip install {step.package}`"
+            )
         raise UserError(
             f"{file} uses the transform {step.transform!r}, which this compressvit ({__version__}) does not have; "
             + did_you_mean(step.transform, TRANSFORMS)

@@ -177,3 +177,15 @@ def test_what_cannot_be_compared(x, y, words):
 def test_no_image_at_all():
     with pytest.raises(UserError, match="none were given"):
         MinibatchCKA(["x"], ["y"]).result()
+
+
+def test_the_public_names_are_there():
+    import compressvit
+
+    torch.manual_seed(0)
+    x = torch.randn(8, 5)
+    assert compressvit.diagnostics.cka(x, x) == pytest.approx(1)
+    for name in compressvit.diagnostics.__all__:
+        assert getattr(compressvit.diagnostics, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'ckaa'"):
+        _ = compressvit.diagnostics.ckaa

@@ -18,11 +18,11 @@ from compressvit.charts.findings import merged
 from compressvit.data.input import InputConfig
 from compressvit.data.opening import open_data
 from compressvit.data.spec import Data
+from compressvit.diagnostics.cka_layers import cka_finding, cka_layers_finding, cka_matrix
 from compressvit.diagnostics.drift import drift, drift_finding
 from compressvit.diagnostics.embedding import embedding_finding, pooled_features
 from compressvit.diagnostics.features import block_paths, features, regrouped, subject, walk
 from compressvit.diagnostics.kernel_alignment import cka
-from compressvit.diagnostics.similarity import cka_finding, cka_layers_finding, cka_matrix
 from compressvit.diagnostics.spectra import spectra_findings
 from compressvit.errors import UserError
 from compressvit.model.backbone import describe

@@ -13,7 +13,7 @@ import yaml
 from helpers.runs import done, refused, run, student_bytes
 
 from compressvit.charts.findings import read
-from compressvit.diagnostics import DIAGNOSTICS, Measured
+from compressvit.diagnostics.base import DIAGNOSTICS, Measured
 from compressvit.training import loop
 
 EVERYTHING = "diagnostics=[cka: {images: 12, batch_size: 4}, drift: {images: 8}, spectra, similarity: {images: 8}, embedding: {images: 16}]"

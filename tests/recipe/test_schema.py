@@ -18,9 +18,9 @@ from compressvit.recipe.recipe import (
     parse_recipe,
     recipes_folder,
     shipped_recipes,
-    step,
 )
 from compressvit.recipe.schema import json_schema
+from compressvit.recipe.words import step
 from compressvit.runs.plan import plan_recipe
 from compressvit.training.phases import PHASES
 from compressvit.training.phases.distill import Distill, Losses

@@ -17,7 +17,8 @@ from compressvit.artifacts import artifact
 from compressvit.artifacts.merge import merged_copy
 from compressvit.errors import UserError
 from compressvit.model import surgery, ties
-from compressvit.recipe.recipe import Merge, Recipe, step
+from compressvit.recipe.recipe import Merge, Recipe
+from compressvit.recipe.words import step
 from compressvit.transforms import LORS, PHM, VPT, Adapters, AdaptFormer, Compacter, LoRA, Multiplex, RepAdapter
 from compressvit.transforms.applying import compress, materialise
 from compressvit.transforms.bottleneck import AdapterLinear

@@ -18,7 +18,7 @@ from compressvit.training.pairs import match_layers
 from compressvit.training.phases.distill import Distill
 from compressvit.training.phases.finetune import Finetune
 from compressvit.training.stopping import StopRequest
-from compressvit.training.terms import Term, labels_term, terms_of_phase
+from compressvit.training.terms import Term, labels_term
 
 META = torch.device("meta")
 STEADY = {"lr": 1e-2, "weight_decay": 0.1, "schedule": "constant"}
@@ -33,7 +33,7 @@ def with_unlabelled(batches):
 def trainer_on_meta(spec, tmp_path, told):
     """A phase on the meta device, where whoever asks for a value gets an error; `told` hears of every step."""
     student, teacher = tiny_vit().to(META), tiny_vit(seed=1).to(META)
-    terms = terms_of_phase(spec, student, match_layers(student, teacher, "matched")[0])
+    terms = spec.terms(student, match_layers(student, teacher, "matched")[0])
     assert len(terms) == 5
     phase, batches = Phase("phase", 1, 0, tmp_path / "phase.pt"), with_unlabelled(random_batches(5, 6))
     trainer = Trainer(

@@ -6,18 +6,17 @@ through an entry point of the group `compressvit.terms`. The functions themselve
 
 from __future__ import annotations
 
-from compressvit.training.terms.base import TERMS, Batch, LossTerm, Setting, Term, loss_term
-from compressvit.training.terms.building import build_terms, terms_of_phase
+from compressvit.training.terms.base import TERMS, Batch, LossTerm, Term, TermSetting, loss_term
+from compressvit.training.terms.building import build_terms
 from compressvit.training.terms.labels import labels_term
 
 __all__ = [
     "TERMS",
     "Batch",
     "LossTerm",
-    "Setting",
     "Term",
+    "TermSetting",
     "build_terms",
     "labels_term",
     "loss_term",
-    "terms_of_phase",
 ]

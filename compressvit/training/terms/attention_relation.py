@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 
 from compressvit.training import losses
-from compressvit.training.terms.base import Batch, LossTerm, Setting, Term, loss_term
+from compressvit.training.terms.base import Batch, LossTerm, Term, TermSetting, loss_term
 
 
 @loss_term("attention_relation")
@@ -18,7 +18,7 @@ class AttentionRelationTerm(LossTerm):
     weight: float = Field(1.0, ge=0)
     heads: int = Field(1, ge=1, description="Relation heads that q, k and v are split into; must divide both widths.")
 
-    def build(self, setting: Setting) -> Term | None:
+    def build(self, setting: TermSetting) -> Term | None:
         pairs = setting.pairs
         if not pairs:
             return None

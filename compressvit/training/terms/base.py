@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from pydantic import Field
 
-from compressvit.model.taps import Tap
 from compressvit.registry import Registry
 from compressvit.spec import Spec
-from compressvit.training.pairs import LayerPair
+
+if TYPE_CHECKING:  # reading a recipe does not take timm
+    from compressvit.model.taps import Tap
+    from compressvit.training.pairs import LayerPair
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Term:
 
 
 @dataclass(frozen=True)
-class Setting:
+class TermSetting:
     """What a term is built for.
 
     Attributes:
@@ -73,7 +75,7 @@ class LossTerm(Spec):
 
     weight: float = Field(1.0, ge=0)
 
-    def build(self, setting: Setting) -> Term | None:
+    def build(self, setting: TermSetting) -> Term | None:
         """The term, with its taps; None where there is nothing that it could compare, as without layer pairs.
 
         Raises:

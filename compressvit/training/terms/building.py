@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from compressvit.errors import UserError
-from compressvit.training.pairs import LayerPair
-from compressvit.training.terms.base import Setting, Term
+from compressvit.training.terms.base import Term, TermSetting
 from compressvit.training.terms.section import LossSection
 
-
-class Distilling(Protocol):
-    """A phase with a distillation loss."""
-
-    @property
-    def losses(self) -> LossSection: ...
-    @property
-    def smoothing(self) -> float: ...
+if TYPE_CHECKING:
+    from compressvit.training.pairs import LayerPair
 
 
 def build_terms(
@@ -44,7 +35,7 @@ def build_terms(
                 f"losses.{asked.name} compares classes, but the model has no classifier (num_classes=0); "
                 f"set losses.{asked.name}.weight=0 and, to distil features, losses.feature.weight=1"
             )
-    setting = Setting(tuple(pairs), prefix_tokens, smoothing)
+    setting = TermSetting(tuple(pairs), prefix_tokens, smoothing)
     built = [term for asked in spec.terms() if (term := asked.build(setting)) is not None]
     if not built:
         raise UserError(
@@ -52,14 +43,3 @@ def build_terms(
             "give distill.layers, or losses.prediction.weight"
         )
     return built
-
-
-def terms_of_phase(spec: Distilling, student: nn.Module, pairs: Sequence[LayerPair]) -> list[Term]:
-    """The terms of a distillation phase for a student; see `build_terms`."""
-    return build_terms(
-        spec.losses,
-        pairs,
-        classes=getattr(student, "num_classes", 0),
-        prefix_tokens=getattr(student, "num_prefix_tokens", 0),
-        smoothing=spec.smoothing,
-    )

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 
 from compressvit.training import losses
-from compressvit.training.terms.base import Batch, LossTerm, Setting, Term, loss_term
+from compressvit.training.terms.base import Batch, LossTerm, Term, TermSetting, loss_term
 
 _TAP = ("norm", "output")
 
@@ -27,7 +27,7 @@ class FeatureTerm(LossTerm):
         "alike, a class token would be one of hundreds. Ignored where there are none.",
     )
 
-    def build(self, setting: Setting) -> Term:
+    def build(self, setting: TermSetting) -> Term:
         path, io = _TAP
         count = setting.prefix_tokens
 

@@ -9,7 +9,7 @@ from einops import rearrange
 from pydantic import Field
 
 from compressvit.training import losses
-from compressvit.training.terms.base import Batch, LossTerm, Setting, Term, loss_term
+from compressvit.training.terms.base import Batch, LossTerm, Term, TermSetting, loss_term
 
 
 @loss_term("hidden_relation")
@@ -20,7 +20,7 @@ class HiddenRelationTerm(LossTerm):
     form: Literal["cosine_mse", "softmax_ce"] = Field("cosine_mse", description="The released code's, or the paper's.")
     scale: float = Field(49.0, gt=0, description="Factor of cosine_mse; the released code's window area.")
 
-    def build(self, setting: Setting) -> Term | None:
+    def build(self, setting: TermSetting) -> Term | None:
         pairs = setting.pairs
         if not pairs:
             return None

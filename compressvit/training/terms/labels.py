@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 
-from compressvit.training.terms.base import Batch, LossTerm, Setting, Term, loss_term
+from compressvit.training.terms.base import Batch, LossTerm, Term, TermSetting, loss_term
 
 
 @loss_term("labels")
@@ -20,7 +20,7 @@ class LabelTerm(LossTerm):
 
     weight: float = Field(0.0, ge=0)
 
-    def build(self, setting: Setting) -> Term:
+    def build(self, setting: TermSetting) -> Term:
         return labels_term(self.weight, setting.smoothing)
 
 

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 
 from compressvit.training import losses
-from compressvit.training.terms.base import Batch, LossTerm, Setting, Term, loss_term
+from compressvit.training.terms.base import Batch, LossTerm, Term, TermSetting, loss_term
 
 
 @loss_term("prediction")
@@ -21,7 +21,7 @@ class PredictionTerm(LossTerm):
     weight: float = Field(1.0, ge=0)
     temperature: float = Field(1.0, gt=0, description="Divides both logits; no T² factor.")
 
-    def build(self, setting: Setting) -> Term:
+    def build(self, setting: TermSetting) -> Term:
         def function(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             assert batch.teacher_logits is not None, "only a distillation has this term"
             return losses.prediction(batch.student_logits, batch.teacher_logits, self.temperature), {}

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from pydantic import Field
 from torch import nn
 
 from compressvit.errors import UserError, did_you_mean
-from compressvit.model.taps import Tap
-from compressvit.training.terms.base import Batch, LossTerm, Setting, Term, loss_term
+from compressvit.training.terms.base import Batch, LossTerm, Term, TermSetting, loss_term
+
+if TYPE_CHECKING:
+    from compressvit.model.taps import Tap
 
 
 @loss_term("torchdistill")
@@ -26,7 +28,7 @@ class TorchdistillTerm(LossTerm):
         default_factory=dict, description="As torchdistill documents them; module paths name the taps."
     )
 
-    def build(self, setting: Setting) -> Term:
+    def build(self, setting: TermSetting) -> Term:
         module = _module(self.loss, self.kwargs)
         student_taps, teacher_taps = _named_taps(self.kwargs)
 

@@ -22,7 +22,8 @@ in rows below the grid, the last of which is filled up.
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -31,7 +32,7 @@ from torch import nn
 from compressvit.errors import UserError
 from compressvit.fitting.moments import Source
 from compressvit.model import surgery
-from compressvit.model.backbone import ALL_FAMILIES, Backbone, describe, model_name
+from compressvit.model.backbone import Backbone, describe, model_name
 from compressvit.transforms.base import LedgerEntry, Plan, Transform, record, transform
 from compressvit.transforms.bottleneck import sublayer_width
 from compressvit.transforms.vpt.prompts import (
@@ -63,7 +64,7 @@ class VPTPlan(Plan):
 
     def apply(self, model: nn.Module) -> list[LedgerEntry]:
         backbone = describe(model)
-        if backbone.family == "swin" and not self.deep:
+        if backbone.family.prompts == "windows" and not self.deep:
             self._carry(model, backbone)
         return record(model, self.blocks, lambda path: self._add(model, path, backbone))
 
@@ -81,17 +82,17 @@ class VPTPlan(Plan):
 
     def _add(self, model: nn.Module, path: str, backbone: Backbone) -> str:
         like, width = sublayer_width(model, f"{path}.attn")
-        at, swin = backbone.num_prefix_tokens, backbone.family == "swin"
-        kind, drop = (GridPrompts, DropPromptRows) if swin and not self.deep else (Prompts, DropPrompts)
+        at, windows = backbone.num_prefix_tokens, backbone.family.prompts == "windows"
+        kind, drop = (GridPrompts, DropPromptRows) if windows and not self.deep else (Prompts, DropPrompts)
         prompts = kind(self.prompts, width, at, self.dropout, device=like.device, dtype=like.dtype)
         if not self.deep:
             enter, leave, behind = path, WithoutPrompts, backbone.blocks[-1].path
-            surgery.extend(model, "", SwinWithTravellingPrompts if swin else WithTravellingPrompts)
-        elif swin:
+            surgery.extend(model, "", SwinWithTravellingPrompts if windows else WithTravellingPrompts)
+        elif windows:
             enter, leave, behind = path, PromptedWindowAttention, f"{path}.attn"
         else:
             enter, leave, behind = f"{path}.norm1", PromptedAttention, f"{path}.attn"
-        surgery.extend(model, enter, PromptedSwinBlock if swin and self.deep else WithPrompts)
+        surgery.extend(model, enter, PromptedSwinBlock if windows and self.deep else WithPrompts)
         surgery.fill_slot(model, enter, "vpt", prompts)
         surgery.extend(model, behind, leave)
         surgery.fill_slot(model, behind, "vpt_end", drop(self.prompts, at))
@@ -121,6 +122,8 @@ class VPT(Transform):
     """Learnable prompt tokens beside the image's, in every block or from the first on; the backbone is frozen (VPT)."""
 
     freezes = True
+    refuses: ClassVar[dict[str, str]] = {"convnext": "prompts need a token sequence that attention runs over"}
+    changes_at_start = True
 
     prompts: int = Field(10, ge=1, description="P, tokens that are added; the paper tries 1 to 200 (1 to 50 in Swin).")
     deep: bool = Field(
@@ -131,12 +134,21 @@ class VPT(Transform):
         0.0, ge=0, lt=1, description="Of the prompts' elements, in training; the examples of the paper's code have 0.1."
     )
 
+    @classmethod
+    def examples(cls) -> Sequence[Transform]:
+        return (VPT(prompts=3), VPT(prompts=2, dropout=0.1))
+
     def plan(self, model: nn.Module, source: Source | None = None) -> VPTPlan:
-        backbone = describe(model, ALL_FAMILIES)
+        backbone = describe(model)
         if "attn" not in backbone.parts:
             raise UserError(
                 f"vpt: prompts need a token sequence that attention runs over, and the blocks of {model_name(model)} have convolutions; "
                 "adapt it with adapters, adaptformer, repadapter, ssf or lora (targets: [fc1, fc2])"
+            )
+        if backbone.family.prompts is None:
+            raise UserError(
+                f"vpt: how prompts join the tokens of a {backbone.family.title} such as {model_name(model)} is not known; "
+                "adapt it with adapters, lora or ssf, which add no tokens"
             )
         for path, module in model.named_modules():
             if isinstance(module, Prompts):

@@ -1,0 +1,182 @@
+"""The `cka` diagnostic: similarity of two models, layer by layer. (A file called `cka` would hide the function of that name.)"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import nn
+
+from compressvit.charts.findings import Finding
+from compressvit.diagnostics.base import Context, MeasuredOnImages, diagnostic
+from compressvit.diagnostics.features import Batches, Subject, require_taps, subject, walk
+from compressvit.diagnostics.kernel_alignment import LEAST, CKAResult, Kernel, MinibatchCKA
+from compressvit.errors import UserError
+from compressvit.log import progress
+from compressvit.training.spec import Training
+
+
+def cka_matrix(
+    first: Subject,
+    second: Subject,
+    batches: Batches,
+    device: torch.device,
+    *,
+    images: int = 512,
+    batch_size: int = 64,
+    kernel: Kernel = "linear",
+    bandwidth: float = 1.0,
+) -> CKAResult:
+    """CKA of every tap of one model with every tap of another: rows are the first's, columns the second's.
+
+    All tokens of an image together are its features, as in Raghu et al. (https://arxiv.org/abs/2108.08810).
+
+    Args:
+        first, second: may be the same object, which is then run once.
+        batches: gives batches of images (B, C, H, W).
+        images: how many of them.
+        batch_size: images whose features are in memory together; at least 4.
+        kernel, bandwidth: as for `compressvit.diagnostics.cka`.
+
+    Raises:
+        UserError: fewer than 4 images, taps that do not exist or none, features that are not finite.
+    """
+    if not (first.taps and second.taps):
+        raise UserError("CKA compares layers, and a model without any tap was given; name at least one of each")
+    if batch_size < LEAST:
+        raise UserError(f"CKA: batches of {batch_size} images are too small; it needs at least {LEAST} in each")
+    stream = MinibatchCKA(first.taps, second.taps, kernel, bandwidth)
+    subjects = [first] if first is second else [first, second]
+    steps = walk(subjects, batches, device, images, size=batch_size, least=LEAST)
+    for seen in progress(steps, "CKA", -(-images // batch_size)):
+        stream.add(seen[0], seen[-1])
+    return stream.result()
+
+
+def cka_records(result: CKAResult) -> list[dict]:
+    """One record a pair of layers, `row` and `column`; `best` marks the most similar column of every row."""
+    values = result.values
+    best = values.argmax(dim=1)
+    width = result.half_width
+    return [
+        {
+            "row": r,
+            "column": c,
+            "cka": round(values[i, j].item(), 6),
+            "plus_minus": None if width is None else round(width[i, j].item(), 6),
+            "best": bool(best[i] == j),
+        }
+        for i, r in enumerate(result.rows)
+        for j, c in enumerate(result.columns)
+    ]
+
+
+def cka_finding(result: CKAResult, row: str = "student", column: str = "teacher") -> Finding:
+    """The matrix as a picture with its caption; `row` and `column` name the two models."""
+    return Finding(
+        "cka",
+        f"CKA of the layers of {row} and {column}",
+        f"How alike two layers see the same {result.images} images: 1 alike up to rotation and scale, 0 unrelated. Models that see alike "
+        f"all the way are bright on the diagonal; a ring marks the layer of {column} that is most like each of {row}.",
+        "heatmap",
+        cka_records(result),
+        {
+            "x": "column",
+            "y": "row",
+            "colour": "cka",
+            "best": "best",
+            "titles": {"cka": "CKA", "row": row, "column": column},
+        },
+    )
+
+
+def cka_layers_finding(
+    result: CKAResult, when: str, row: str = "the student", column: str = "the teacher"
+) -> Finding | None:
+    """CKA of every layer with the layer of the same place, as MiniViT's figure 5 has it; None for unlike numbers of layers."""
+    if len(result.rows) != len(result.columns):
+        return None
+    values, width = result.values.diagonal().tolist(), result.half_width
+    spread = [None] * len(values) if width is None else width.diagonal().tolist()
+    records = [
+        {
+            "when": when,
+            "layer": i,
+            "path": path,
+            "cka": round(v, 6),
+            **({} if w is None else {"low": round(v - w, 6), "high": round(v + w, 6)}),
+        }
+        for i, (path, v, w) in enumerate(zip(result.rows, values, spread, strict=True))
+    ]
+    band = {} if width is None else {"low": "low", "high": "high"}
+    return Finding(
+        "cka_layers",
+        f"CKA of every layer of {row} with the layer of {column} in the same place",
+        "1 where the two layers see the images alike. In MiniViT's figure 5 sharing alone falls in the last layers. "
+        + ("The band is the 95 % interval." if band else "One batch was measured, so there is no interval."),
+        "lines",
+        records,
+        {
+            "x": "layer",
+            "y": "cka",
+            "colour": "when",
+            **band,
+            "titles": {"cka": "CKA", "layer": "layer, from the input", "when": ""},
+        },
+    )
+
+
+@diagnostic("cka")
+class CKA(MeasuredOnImages):
+    """Similarity of every layer of the student with every layer of the teacher (CKA), with its interval."""
+
+    needs_teacher = True
+
+    images: int = Field(512, ge=LEAST, description="Evaluation images, evenly spaced over the set.")
+    kernel: Kernel = Field("linear", description="linear, or rbf: exp(−d² / 2σ²) of the distance d of two images.")
+    bandwidth: float = Field(1.0, gt=0, description="σ of rbf in medians of the distances.")
+    batch_size: int = Field(64, ge=LEAST, description="Images whose features are in memory together.")
+    student_taps: tuple[str, ...] | None = Field(
+        None, min_length=1, description="Paths of modules; null for the blocks."
+    )
+    teacher_taps: tuple[str, ...] | None = Field(None, min_length=1, description="Likewise, of the teacher.")
+
+    def refuse(self, phase: Training, student: nn.Module, teacher: nn.Module | None) -> None:
+        if teacher is not None:
+            for one in (subject(student, self.student_taps), subject(teacher, self.teacher_taps)):
+                require_taps(one)
+
+    def measure(self, context: Context) -> list[Finding]:
+        assert context.teacher is not None, "needs_teacher"
+        result = cka_matrix(
+            subject(context.student, self.student_taps),
+            subject(context.teacher, self.teacher_taps, context.teacher_images),
+            lambda: context.images(self.images),
+            context.device,
+            images=self.images,
+            batch_size=self.batch_size,
+            kernel=self.kernel,
+            bandwidth=self.bandwidth,
+        )
+        layers = cka_layers_finding(result, context.when)
+        return [cka_finding(result), *([layers] if layers else [])]
+
+
+def likeness(
+    student: nn.Module,
+    teacher: nn.Module,
+    batches: Batches,
+    device: torch.device,
+    *,
+    images: int,
+    teacher_input: Callable[[torch.Tensor], torch.Tensor],
+) -> Callable[[Sequence[str], Sequence[str]], np.ndarray]:
+    """What `distill.layers: auto` asks: CKA of the blocks at these paths of the student with those of the teacher, on these images."""
+
+    def measure(ours: Sequence[str], theirs: Sequence[str]) -> np.ndarray:
+        pair = subject(student, ours), subject(teacher, theirs, teacher_input)
+        return cka_matrix(*pair, batches, device, images=images).values.numpy()
+
+    return measure

@@ -1,0 +1,113 @@
+"""Entries of a recipe's lists: words, each with its options. What they may be is known when the registries have been read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, create_model, model_validator
+from pydantic_core import CoreSchema
+
+from compressvit.diagnostics.base import DIAGNOSTICS
+from compressvit.spec import Spec
+from compressvit.training.phases import PHASES, PhaseSpec
+from compressvit.transforms.base import TRANSFORMS, Transform
+
+
+class Merge(Spec):
+    """Also write what comes out as a plain timm model, as `compressvit merge` does; the last step."""
+
+    name: ClassVar[str] = "merge"
+
+
+class Word(BaseModel):
+    """An entry of a list that is a word, or a word with its options after it.
+
+    The words are the keys of registries, to which installed packages add, so a subclass gets its fields when it is first used.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    kind: ClassVar[str]
+    indefinite: ClassVar[str]  # what messages call one, e.g. 'a step'
+
+    @classmethod
+    def specs(cls) -> dict[str, type[BaseModel]]:
+        """What the words name."""
+        raise TypeError(f"{cls.__name__} does not define specs")
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return handler(source) if cls.model_fields else handler.generate_schema(with_words(cls))
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Any:
+        named = [k for k in type(self).model_fields if getattr(self, k) is not None]
+        if len(named) != 1:
+            what = f"names {len(named)}: {', '.join(named)}" if named else "is empty"
+            raise ValueError(f"{self.kind}; this one {what}")
+        return self
+
+    @property
+    def name(self) -> str:
+        """The word in the recipe."""
+        return next(k for k in type(self).model_fields if getattr(self, k) is not None)
+
+    @property
+    def spec(self) -> Any:
+        """What it names, with its options."""
+        return getattr(self, self.name)
+
+
+@cache
+def with_words(base: type[Word]) -> type[Word]:
+    """The model of `base` with a field for every word that it may be."""
+    fields: dict[str, Any] = {
+        name: (spec | None, Field(None, description=(spec.__doc__ or "").strip().partition("\n")[0]))
+        for name, spec in base.specs().items()
+    }
+    return create_model(base.__name__, __base__=base, __doc__=base.__doc__, __module__=base.__module__, **fields)
+
+
+class Step(Word):
+    """One entry of a recipe: a transform, a phase, or `merge` at the end."""
+
+    kind = "a step names one transform or phase"
+    indefinite = "a step"
+
+    @classmethod
+    def specs(cls) -> dict[str, type[BaseModel]]:
+        return {**TRANSFORMS, **PHASES, Merge.name: Merge}
+
+
+class Entry(Word):
+    """One diagnostic."""
+
+    kind = "an entry names one diagnostic"
+    indefinite = "a diagnostic"
+
+    @classmethod
+    def specs(cls) -> dict[str, type[BaseModel]]:
+        return dict(DIAGNOSTICS)
+
+
+# The lists of such entries.
+LISTS: dict[str, type[Word]] = {"steps": Step, "diagnostics": Entry}
+
+
+def step(spec: Transform | PhaseSpec | Merge) -> Step:
+    """A recipe's step from a spec, for recipes built in Python: `Recipe(…, steps=(step(Multiplex(share=2)), step(Distill())))`."""
+    made = with_words(Step)(**{spec.name: spec})
+    assert isinstance(made, Step)
+    return made
+
+
+def broken(word: str) -> str | None:
+    """Why an installed package cannot provide the word that it offers, if one offers it."""
+    return TRANSFORMS.fault(word) or PHASES.fault(word) or DIAGNOSTICS.fault(word)
+
+
+def packages_of(words: Iterable[str]) -> list[str]:
+    """The distributions other than compressvit that offer some of these words."""
+    found = {TRANSFORMS.package_of(word) or PHASES.package_of(word) or DIAGNOSTICS.package_of(word) for word in words}
+    return sorted(package for package in found if package is not None)

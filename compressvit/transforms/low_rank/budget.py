@@ -1,0 +1,197 @@
+"""What a budget buys: the ranks of layers that are low rank, alone or beside a weight that they share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import nn
+
+from compressvit.fitting.allocate import Budget, Curve, allocate, least_cost, spend
+from compressvit.fitting.lowrank import TINY, fit_shared, spectrum
+from compressvit.fitting.moments import Source, tokens_at
+from compressvit.model import cost, surgery, ties
+from compressvit.model.backbone import input_size
+from compressvit.model.cost import header_bytes
+from compressvit.transforms.base import Plan
+from compressvit.transforms.low_rank.layer import FactoredLinear, unfactor
+
+Group = tuple[str, ...]
+Kind = Literal["weights", "inputs", "outputs"]
+
+
+class Spender(Protocol):
+    """What a step must say so that a budget can be spent for it."""
+
+    name: ClassVar[str]
+
+    @property
+    def budget(self) -> Budget | None: ...
+    @property
+    def metric(self) -> Literal["auto"] | Kind: ...
+    @property
+    def init(self) -> str: ...
+    @property
+    def ridge(self) -> float: ...
+    @property
+    def output_ridge(self) -> float: ...
+
+    def metric_for(self, groups: Sequence[Group]) -> Kind:
+        """What errors of these groups are measured in."""
+
+    def resolved(self, groups: Sequence[Group], ranks: dict[str, int]) -> Plan:
+        """The plan for these groups and ranks."""
+
+
+def original_parameters(model: nn.Module) -> int:
+    """What the model had before anything was shared, added or dropped: every path counts."""
+    added = surgery.added_parameters(model)
+    kept = sum(p.numel() for n, p in model.named_parameters(remove_duplicate=False) if n not in added)
+    return kept + sum(
+        m.in_features * m.out_features + (0 if m.bias is None else m.out_features)
+        for m in model.modules()
+        if isinstance(m, FactoredLinear)
+    )
+
+
+def original_macs(model: nn.Module) -> int:
+    """Multiply-accumulates for one image of the model as it was before anything was added or dropped."""
+    empty = surgery.skeleton(model)
+    for path, module in list(empty.named_modules()):
+        if isinstance(module, FactoredLinear):
+            weight = torch.empty(module.out_features, module.in_features, device="meta", dtype=module.down.weight.dtype)
+            unfactor(empty, path, nn.Parameter(weight))
+    surgery.strip(empty)
+    return cost.macs(empty, input_size(model))
+
+
+class Spending:
+    """Spends the budget of a step on groups of layers of one model; errors that were computed once are kept.
+
+    Args:
+        spec: the step, with a budget.
+        model: what earlier transforms made of it, possibly on the meta device.
+        source: where errors come from; without it all are taken to be alike, and ranks are uniform.
+        paths: the layers.
+    """
+
+    def __init__(self, spec: Spender, model: nn.Module, source: Source | None, paths: Sequence[str]):
+        assert spec.budget is not None
+        self.spec, self.budget, self.model, self.source = spec, spec.budget, model, source
+        self.layers: dict[str, Any] = {path: model.get_submodule(path) for path in paths}
+        self.tokens = tokens_at(model, paths)
+        itemsize = next(model.parameters()).element_size()
+        self.unit = {"parameters": 1, "bytes": itemsize}.get(self.budget.unit, 0)
+        self._macs = cost.macs(model, input_size(model)) if self.budget.macs else 0
+        self._errors: dict[tuple[Group, str], list[list[float]]] = {}
+
+    def ranks(self, groups: Sequence[Group]) -> dict[str, int | None]:
+        """The rank of every layer; None for one that stays dense.
+
+        Raises:
+            UserError: the budget cannot be met.
+        """
+        return spend(
+            self.budget,
+            self._curves(groups, self.spec.metric_for(groups)),
+            fixed=self._fixed(groups),
+            of_teacher=self._of_teacher(),
+            by_error=self.source is not None,
+            asker=self.spec.name,
+        )
+
+    def choose(self, choices: Sequence[Sequence[list[Group]]]) -> list[Group]:
+        """One way to group each set of layers, so that the least error is left at the budget.
+
+        Starts from the first way of each and changes one at a time, as long as that helps.
+        """
+        chosen = [ways[0] for ways in choices]
+        least = self._error_left(_flat(chosen))
+        improved = True
+        while improved:
+            improved = False
+            for place, ways in enumerate(choices):
+                for way in ways:
+                    trial = [*chosen[:place], way, *chosen[place + 1 :]]
+                    error = self._error_left(_flat(trial))
+                    if error < least * (1 - 1e-6):
+                        chosen, least, improved = trial, error, True
+        return _flat(chosen)
+
+    def _error_left(self, groups: Sequence[Group]) -> float:
+        # Relative to each layer's output: the metric of the model's output says little where layers share (see README).
+        kind = "inputs" if self.spec.metric == "auto" else self.spec.metric
+        curves = self._curves(groups, kind)
+        left = self.budget.limit(self._of_teacher()) - self._fixed(groups)
+        if left < least_cost(curves):
+            return math.inf
+        return sum(0.0 if rank is None else curves[p].errors[rank] for p, rank in allocate(curves, left).items())
+
+    def _curves(self, groups: Sequence[Group], kind: str) -> dict[str, Curve]:
+        curves = {}
+        for group in groups:
+            errors = self.errors_by_rank(group, kind)
+            for position, path in enumerate(group):
+                inner, out = self.layers[path].in_features, self.layers[path].out_features
+                curves[path] = Curve(
+                    step=self.unit * (inner + out) or self._macs_of_a_rank(path, alone=len(group) == 1),
+                    least=1 if len(group) == 1 else 0,
+                    most=min(inner, out),
+                    dense=(self.unit or self.tokens[path]) * inner * out if len(group) == 1 else None,
+                    errors=errors[position] if errors else [0.0] * (min(inner, out) + 1),
+                )
+        return curves
+
+    def _macs_of_a_rank(self, path: str, *, alone: bool) -> int:
+        inner, out = self.layers[path].in_features, self.layers[path].out_features
+        by_tokens = self.tokens[path] * (inner + out)
+        return by_tokens if alone else min(by_tokens, inner * out)  # as the layers' forward chooses it
+
+    def _fixed(self, groups: Sequence[Group]) -> int:
+        """What everything but the terms costs."""
+        if self.budget.macs:
+            gone = (self.tokens[g[0]] * self.layers[g[0]].weight.numel() for g in groups if len(g) == 1)
+            return self._macs - sum(gone)
+        weights = {id(layer.weight): layer.weight.numel() for layer in self.layers.values()}
+        shared = sum(self.layers[g[0]].weight.numel() for g in groups if len(g) > 1)
+        fixed = self.unit * (ties.count_parameters(self.model) - sum(weights.values()) + shared)
+        if self.budget.bytes:
+            empty = surgery.skeleton(self.model)
+            half = {p: max(1, min(layer.in_features, layer.out_features) // 2) for p, layer in self.layers.items()}
+            self.spec.resolved(groups, half).apply(empty)
+            fixed += header_bytes(empty) + 4 * len(self.layers)  # the offsets may have a digit more each
+        return fixed
+
+    def _of_teacher(self) -> int:
+        if self.budget.macs:
+            return original_macs(self.model)
+        headers = header_bytes(self.model) if self.budget.bytes else 0
+        return self.unit * original_parameters(self.model) + headers
+
+    def errors_by_rank(self, group: Group, kind: str) -> list[list[float]] | None:
+        """For every layer of a group, the error that a term of rank 0, 1, … leaves; None without a source."""
+        if self.source is None:
+            return None
+        if (group, kind) not in self._errors:
+            if kind != "weights":  # of all layers in one pass over the images
+                self.source.moments(list(self.layers), outputs=kind == "outputs")
+            metrics = self.source.metrics(group, kind, self.spec.ridge, self.spec.output_ridge)
+            weights = [self.source.weight(path) for path in group]
+            measures = [metrics[path] for path in group]
+            first = self.spec.init == "first"
+            shared = 0 if len(group) == 1 else weights[0] if first else fit_shared(weights, measures)[0]
+            found = []
+            for weight, measure in zip(weights, measures, strict=True):
+                left = spectrum(weight - shared, measure).values.square().flip(0).cumsum(0).flip(0)
+                # What the model's output loses adds up over layers, and in a layer over the tokens of an image, of which Swin's first
+                # stage has 64 times as many as its last; a layer's own errors are taken relative to what it computes.
+                whole = 1 / self.tokens[group[0]] if kind == "outputs" else max(measure.squared_norm(weight), TINY)
+                found.append([*(left / whole).tolist(), 0.0])
+            self._errors[group, kind] = found
+        return self._errors[group, kind]
+
+
+def _flat(chosen: Sequence[list[Group]]) -> list[Group]:
+    return [group for way in chosen for group in way]
