@@ -50,7 +50,7 @@ def train(
     evaluate: Callable[[nn.Module], dict[str, Any]],
     teacher: Teacher | None = None,
     start: dict[str, Any] | None = None,
-    moments: dict[str, dict[str, Any]] | None = None,
+    moments: Moments | None = None,
     watches: Sequence[Watch] = (),
     measure: Callable[[nn.Module, int, bool], None] = lambda model, epoch, last: None,
 ) -> dict[str, Any]:
