@@ -83,14 +83,15 @@ class RunLog:
 
     @contextmanager
     def progress(self, description: str, total: int, completed: int = 0) -> Iterator[Any]:
-        """A progress bar with a line of numbers below it; yields `advance(text)`, to be called after every optimiser step."""
+        """A progress bar with a line of numbers below it; yields `advance`, to be called after every step, with new ones or none."""
         bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         task = bar.add_task(description, total=total, completed=completed)
         numbers = Text()
         with Live(Group(bar, numbers), console=self.console, transient=True, refresh_per_second=4):
 
-            def advance(text: str) -> None:
-                numbers.plain = text
+            def advance(text: str | None = None) -> None:
+                if text is not None:
+                    numbers.plain = text
                 bar.advance(task)
 
             yield advance
