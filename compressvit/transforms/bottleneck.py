@@ -18,6 +18,7 @@ from compressvit.errors import UserError
 from compressvit.fitting.moments import Source
 from compressvit.model import surgery
 from compressvit.model.backbone import ALL_FAMILIES, describe, model_name
+from compressvit.model.linear import weight_shape
 from compressvit.transforms.base import Plan
 
 Place = Literal["attn", "mlp"]
@@ -134,7 +135,7 @@ def sublayer_width(model: nn.Module, path: str) -> tuple[torch.Tensor, int]:
     """A tensor of the sublayer at `path` (for its device and type), and its width M."""
     sublayer = model.get_submodule(path)
     last: Any = sublayer.proj if hasattr(sublayer, "proj") else sublayer.fc2
-    return last.weight, last.weight.shape[0]
+    return next(last.parameters()), weight_shape(last)[0]
 
 
 def adapter_widths(
