@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.data import resolve_model_data_config
 from torch import nn
 
+from compressvit.data.data_set import find_set
 from compressvit.data.spec import Data
 from compressvit.errors import UserError
 
@@ -62,6 +62,8 @@ def input_config(model: nn.Module, data: Data) -> InputConfig:
     Raises:
         UserError: the model takes neither 1 nor 3 channels.
     """
+    from timm.data import resolve_model_data_config
+
     config = resolve_model_data_config(model)
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     channels = first.in_channels if first is not None else config["input_size"][0]
@@ -74,8 +76,7 @@ def input_config(model: nn.Module, data: Data) -> InputConfig:
     def per_channel(values: tuple[float, ...]) -> tuple[float, ...]:
         return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
 
-    # nothing is cropped from sets whose images fill their frame
-    crop_pct = 1.0 if data.name in ("digits", "fashion_mnist") else config["crop_pct"]
+    crop_pct = 1.0 if find_set(data.name).full_frame else config["crop_pct"]
     return InputConfig(
         channels,
         int(height),

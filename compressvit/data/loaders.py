@@ -24,7 +24,8 @@ from torchvision import transforms
 
 from compressvit.data.input import InputConfig
 from compressvit.data.opening import Datasets, check_targets
-from compressvit.data.samples import NO_IMAGE, Pixels, Samples, seeded
+from compressvit.data.pixels import Pixels
+from compressvit.data.samples import NO_IMAGE, Samples, seeded
 from compressvit.data.spec import Augment, Data
 from compressvit.errors import UserError
 

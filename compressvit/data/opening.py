@@ -6,22 +6,17 @@ Map-style sets become `Samples`; streaming sets (WebDataset, TensorFlow and stre
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from timm.data import IterableImageDataset
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
+from compressvit.data.data_set import find_set
 from compressvit.data.samples import BrokenFiles, Samples
 from compressvit.data.sets.base import LAYOUT, class_names_of, evenly, some_of
-from compressvit.data.sets.digits import open_digits
-from compressvit.data.sets.fashion_mnist import open_fashion_mnist
-from compressvit.data.sets.folder import open_folder
-from compressvit.data.sets.images import open_images
-from compressvit.data.sets.lists import open_lists
-from compressvit.data.sets.timm import open_timm
-from compressvit.data.sets.torchvision import _TORCHVISION, open_torchvision
 from compressvit.data.spec import Data
 from compressvit.errors import UserError
 
@@ -53,13 +48,14 @@ def open_data(data: Data) -> Datasets:
         UserError: the folder is missing, empty or laid out differently, a package is missing, the classes of the two
             splits differ, there is only one class, or a label does not fit `data.num_classes`.
     """
-    if data.name == "images":
-        parts = open_images(data)
-        return Datasets(*parts, None, None, False, BrokenFiles(*parts))
-
-    openers = {"digits": open_digits, "fashion_mnist": open_fashion_mnist, "folder": open_folder, "lists": open_lists}
-    other = open_torchvision if data.name in _TORCHVISION else open_timm
-    sources: Any = openers.get(data.name, other)(data)
+    found_set = find_set(data.name)
+    if found_set.package is not None and importlib.util.find_spec(found_set.package) is None:
+        raise UserError(f"data.name={data.name} needs a package: pip install {found_set.package.replace('_', '-')}")
+    sources = found_set.open(data)
+    train = _limited(sources[0], data.limit_train, "limit_train", found_set.labelled)
+    validation = _limited(sources[1], data.limit_val, "limit_val", found_set.labelled)
+    if not found_set.labelled:
+        return Datasets(train, validation, None, None, False, BrokenFiles(train, validation))
     class_names = _common_classes(sources, data.name)
     found = len(class_names) if class_names else None
     num_classes = data.num_classes or found
@@ -74,8 +70,6 @@ def open_data(data: Data) -> Datasets:
         targets = getattr(source, "targets", None)
         if targets is not None:
             check_targets(torch.as_tensor(targets), num_classes, data.name)
-    train = _limited(sources[0], data.limit_train, "limit_train")
-    validation = _limited(sources[1], data.limit_val, "limit_val")
     return Datasets(train, validation, num_classes, class_names, True, BrokenFiles(train, validation))
 
 
@@ -105,9 +99,12 @@ def _common_classes(sources: tuple[Any, Any], name: str) -> list[str] | None:
     return train
 
 
-def _limited(source: Any, limit: int | None, option: str) -> Dataset:
+def _limited(source: Any, limit: int | None, option: str, labelled: bool) -> Dataset:
     if not isinstance(source, IterableImageDataset):
-        return Samples(source, evenly(len(source), limit))
+        chosen = evenly(len(source), limit)
+        if isinstance(source, Subset):
+            return Samples(source.dataset, [source.indices[i] for i in chosen], labelled)
+        return Samples(source, chosen, labelled)
     if limit is not None:
         raise UserError(
             f"data.{option}={limit}: a streaming set is read in the order of its shards and cannot be thinned out; "

@@ -29,19 +29,6 @@ MAX_CONSECUTIVE_BROKEN = 50
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
-class Pixels(Dataset):
-    """A small grayscale set held in memory: `data` uint8 (N, H, W), `targets` int64 (N,), `classes` in target order."""
-
-    def __init__(self, data: torch.Tensor, targets: torch.Tensor, classes: Sequence[str]):
-        self.data, self.targets, self.classes = data, targets, list(classes)
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(self.data[index].numpy()), int(self.targets[index])
-
-
 @contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
     """Inside, Python's, numpy's and torch's CPU generators start from `seed`; after, they go on as before.

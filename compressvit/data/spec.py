@@ -5,31 +5,12 @@ from __future__ import annotations
 from typing import Literal
 
 from pydantic import Field, field_validator
-from timm.data import create_transform
+from pydantic.config import JsonDict
 
-from compressvit.errors import nearest
+from compressvit.data.data_set import find_set, list_of_sets
 from compressvit.spec import Spec
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
-
-_OWN_NAMES = ("digits", "fashion_mnist", "folder", "lists", "images")
-_PREFIXES = ("torch", "wds", "hfds", "hfids", "tfds")
-_CLASSES = {
-    "digits": 10,
-    "fashion_mnist": 10,
-    "torch/cifar10": 10,
-    "torch/cifar100": 100,
-    "torch/mnist": 10,
-    "torch/kmnist": 10,
-    "torch/qmnist": 10,
-    "torch/fashion_mnist": 10,
-    "torch/imagenet": 1000,
-    "torch/places365": 365,
-    "torch/svhn": 10,
-    "torch/flowers102": 102,
-    "torch/food101": 101,
-}
-_TORCH_NAMES = (*(name for name in _CLASSES if "/" in name), "torch/inaturalist", "torch/image_folder")
 
 
 class Augment(Spec):
@@ -84,6 +65,8 @@ class Augment(Spec):
     def _is_policy(cls, value: str | None) -> str | None:
         if value is None:
             return None
+        from timm.data import create_transform
+
         try:
             create_transform(32, is_training=True, auto_augment=value)
         except Exception as error:  # timm parses the text with asserts and conversions
@@ -94,14 +77,15 @@ class Augment(Spec):
         return value
 
 
+def _describe_names(schema: JsonDict) -> None:
+    """Say in the schema which sets there are; the registry is not read before somebody asks."""
+    schema["description"] = list_of_sets()
+
+
 class Data(Spec):
     """Which images, in which batches."""
 
-    name: str = Field(
-        description="digits (comes with scikit-learn), fashion_mnist, folder (train/ and val/ with a folder or tar "
-        "per class), lists (SPLIT.txt with `PATH LABEL` lines, as a prepared VTAB-1k), images (unlabeled, searched recursively), "
-        "torch/svhn, torch/flowers102, torch/food101, or timm's torch/NAME, wds/NAME, hfds/NAME, hfids/NAME, tfds/NAME."
-    )
+    name: str = Field(description="A data set", json_schema_extra=_describe_names)
     root: str | None = Field(default=None, description="Folder of the set; ~ is the home folder. digits needs none.")
     download: bool = Field(
         default=False, description="Fetch the set into root when it is missing, where its licence lets us."
@@ -150,16 +134,8 @@ class Data(Spec):
     @field_validator("name")
     @classmethod
     def _is_known(cls, value: str) -> str:
-        prefix, _, rest = value.partition("/")
-        if value in _OWN_NAMES or (rest and prefix.lower() in _PREFIXES[1:]) or value.lower() in _TORCH_NAMES:
-            return value
-        close = nearest(value, (*_OWN_NAMES, *_TORCH_NAMES))
-        known = _TORCH_NAMES if prefix.lower() == "torch" else (*_OWN_NAMES, *(f"{p}/NAME" for p in _PREFIXES))
-        raise ValueError(
-            f"there is no data set '{value}'; "
-            + (f"did you mean '{close}'? " if close else "")
-            + f"(known: {', '.join(known)})"
-        )
+        find_set(value)
+        return value
 
     @field_validator("mean", "std")
     @classmethod
@@ -175,7 +151,12 @@ class Data(Spec):
             raise ValueError(f"{list(value)}: images are divided by std, so it must be above 0")
         return value
 
+    @property
+    def labelled(self) -> bool:
+        """Whether the images of the set have classes."""
+        return find_set(self.name).labelled
+
 
 def known_classes(data: Data) -> int | None:
     """The number of classes as far as it is known without touching the disk: declared, or a property of a named set."""
-    return data.num_classes or _CLASSES.get(data.name.lower())
+    return data.num_classes or find_set(data.name).classes

@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import nn
 
 from compressvit.errors import UserError
-from compressvit.model.backbone import ALL_FAMILIES, describe, family, model_name
+from compressvit.model.backbone import describe, family_of, model_name
 from compressvit.model.modes import evaluating
 from compressvit.model.taps import Taps
 
@@ -57,13 +57,13 @@ def block_paths(model: nn.Module) -> tuple[str, ...]:
     Raises:
         UserError: they are not known.
     """
-    if family(model) is None:
+    if family_of(model) is None:
         stages = [name for name, _ in model.named_children()]
         raise UserError(
             f"the blocks of {model_name(model)} are not known to compressvit; name the modules to look at as taps, "
             f"e.g. {', '.join(stages[:4])}"
         )
-    return tuple(info.path for info in describe(model, ALL_FAMILIES).blocks)
+    return tuple(info.path for info in describe(model).blocks)
 
 
 def require_taps(one: Subject) -> None:
@@ -149,12 +149,13 @@ def regrouped(batches: Iterable[torch.Tensor], images: int, size: int, least: in
 
 
 def tokens(feature: torch.Tensor, model: nn.Module) -> torch.Tensor:
-    """An output of a block as tokens (B, N, C): Swin's are (B, H, W, C), ConvNeXt's (B, C, H, W)."""
+    """An output of a block as tokens (B, N, C): a grid is (B, H, W, C) or (B, C, H, W), as the model's family has it."""
     if feature.ndim == 3:
         return feature
     if feature.ndim == 2:
         return feature[:, None]
-    if family(model) == "swin":
+    family = family_of(model)
+    if family is not None and family.layout == "channels_last":
         return rearrange(feature, "b h w c -> b (h w) c")
     return rearrange(feature, "b c h w -> b (h w) c")
 

@@ -22,7 +22,7 @@ from compressvit.diagnostics.gradient_findings import gradient_findings
 from compressvit.diagnostics.uses import Uses
 from compressvit.errors import UserError
 from compressvit.model import surgery
-from compressvit.model.backbone import ALL_FAMILIES, describe, family, head_names
+from compressvit.model.backbone import describe, family_of, head_names
 from compressvit.rows import append_row, read_rows, rewrite_rows
 from compressvit.training.spec import Training
 
@@ -78,7 +78,7 @@ class GradientWatch:
     def __init__(self, model: nn.Module, phase: str, path: Path, every: int):
         self._model, self._phase, self._path, self._every = model, phase, path, every
         self._places = places(model)
-        blocks = [info.path for info in describe(model, ALL_FAMILIES).blocks] if family(model) else []
+        blocks = [info.path for info in describe(model).blocks] if family_of(model) else []
         self._uses = Uses(model, blocks)
         self._begun = False
 
@@ -169,7 +169,7 @@ def places(model: nn.Module) -> dict[str, tuple[str, str]]:
 
     A layer is a block by its path; what lies outside of blocks is one by its module, e.g. 'patch_embed' or 'layers.1.downsample'.
     """
-    blocks = [info.path for info in describe(model, ALL_FAMILIES).blocks] if family(model) else []
+    blocks = [info.path for info in describe(model).blocks] if family_of(model) else []
     head = head_names(model) if hasattr(model, "get_classifier") else set()
     added = surgery.added_parameters(model)
     found = {}

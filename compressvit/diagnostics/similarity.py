@@ -18,7 +18,7 @@ from compressvit.diagnostics.base import EPOCHS, Context, Epochs, MeasuredOnImag
 from compressvit.diagnostics.spectra import effective_weight
 from compressvit.errors import UserError
 from compressvit.fitting.moments import Source
-from compressvit.model.backbone import TRANSFORMERS, describe
+from compressvit.model.backbone import describe
 from compressvit.transforms.align import matched_weights
 from compressvit.transforms.low_rank.base import TARGETS
 
@@ -46,7 +46,7 @@ def sharing_losses(model: nn.Module, *, source: Source | None = None, aligned: b
             "similarity: aligned compares weights, whose neurons have no order, and images what layers compute; give one"
         )
     records = []
-    for stage in describe(model, TRANSFORMERS).stages:
+    for stage in describe(model, "attention").stages:
         plain = {info.path: _weights(model, info.path) for info in stage}
         moments = {}
         if source is not None:

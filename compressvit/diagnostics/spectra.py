@@ -14,7 +14,7 @@ from compressvit.charts.findings import Finding
 from compressvit.diagnostics.base import EPOCHS, Context, Epochs, Measured, diagnostic
 from compressvit.errors import UserError
 from compressvit.model import linear
-from compressvit.model.backbone import TRANSFORMERS, describe, family
+from compressvit.model.backbone import describe, family_of
 from compressvit.transforms.low_rank.base import TARGETS
 
 _POINTS = 48  # of a spectrum's curve
@@ -32,7 +32,7 @@ def singular_values(model: nn.Module) -> dict[str, np.ndarray]:
         UserError: the blocks of the model are not known, or a weight is not finite.
     """
     found = {}
-    for info in describe(model, TRANSFORMERS).blocks:
+    for info in describe(model, "attention").blocks:
         for target in TARGETS:
             path = f"{info.path}.{target}"
             weight = effective_weight(model.get_submodule(path))
@@ -56,7 +56,7 @@ def spectra_findings(models: Mapping[str, nn.Module]) -> list[Finding]:
     ranks: list[dict[str, Any]] = []
     curves: list[dict[str, Any]] = []
     for name, model in models.items():
-        indices = {info.path: info.index for info in describe(model, TRANSFORMERS).blocks}
+        indices = {info.path: info.index for info in describe(model, "attention").blocks}
         for path, values in singular_values(model).items():
             block, kind = path.rsplit(".", 2)[0], ".".join(path.rsplit(".", 2)[1:])
             ranks.append(
@@ -116,5 +116,7 @@ class Spectra(Measured):
     epochs: Epochs = Field(("last",), min_length=1, description=EPOCHS)
 
     def measure(self, context: Context) -> list[Finding]:
+        families = {key: family_of(model) for key, model in context.models.items()}
+        attends = {key for key, known in families.items() if known is not None and known.attention is not None}
         # a convolutional teacher has no such layers
-        return spectra_findings({k: m for k, m in context.models.items() if family(m) in TRANSFORMERS})
+        return spectra_findings({key: model for key, model in context.models.items() if key in attends})

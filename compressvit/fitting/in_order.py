@@ -99,7 +99,7 @@ class _Side:
 
     def __init__(self, model: nn.Module, folder: Path, name: str):
         self.model = model
-        self.path = describe(model).blocks[0].path
+        self.path = describe(model, "attention").blocks[0].path
         self._hidden = _Spool(folder, name)
 
     @property
@@ -142,7 +142,7 @@ def fit_in_order(
     Raises:
         UserError: there is no image, a layer sees numbers that are not finite, or there is no room for the hidden states.
     """
-    blocks = [info.path for info in describe(student).blocks]
+    blocks = [info.path for info in describe(student, "attention").blocks]
     wanted = {b: [p.removeprefix(f"{b}.") for p in fits if p.startswith(f"{b}.")] for b in blocks}
     while blocks and not wanted[blocks[-1]]:
         blocks.pop()

@@ -1,68 +1,34 @@
-"""Where a timm model keeps its stages, blocks, attention and MLP.
+"""Where a model keeps its stages, blocks, attention and MLP.
 
-This is the only file that knows the names of timm's classes. A transform asks `describe(model)` and works with what it gets.
+A transform asks `describe(model)` and works with what it gets; what differs between families is in `compressvit.model.families`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from timm.data import resolve_model_data_config
-from timm.layers import Attention
-from timm.models.convnext import ConvNeXt, ConvNeXtBlock
-from timm.models.deit import VisionTransformerDistilled
-from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, WindowAttention
-from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 from compressvit.errors import UserError
+from compressvit.model.family import FAMILIES, BlockInfo, Family
 
-SUPPORTED = (
-    "timm's VisionTransformer (vit_*, deit_*, deit3_*, DINOv2 with LayerScale and register tokens), "
-    "VisionTransformerDistilled (deit_*_distilled_*) and SwinTransformer (swin_*, version 1), at any size"
-)
-
-TRANSFORMERS = ("vit", "swin")  # the families that a transform works on unless it says more
-ALL_FAMILIES = (*TRANSFORMERS, "convnext")
-_FAMILIES: dict[type, str] = {
-    VisionTransformer: "vit",
-    VisionTransformerDistilled: "vit",
-    SwinTransformer: "swin",
-    ConvNeXt: "convnext",
-}
-_BLOCKS: dict[str, type] = {"vit": Block, "swin": SwinTransformerBlock, "convnext": ConvNeXtBlock}
-_ATTENTION: dict[str, type] = {"vit": Attention, "swin": WindowAttention}
-SUPPORTED_BY_ADAPTERS = "; adapters also on ConvNeXt (convnext_*, versions 1 and 2)"
-
-
-@dataclass(frozen=True)
-class BlockInfo:
-    """One block. Sizes are in tokens; `width` is that of its MLP's input, `heads` those of its attention (0 without one)."""
-
-    path: str
-    index: int  # over the whole model, from 0
-    stage: int  # from 0; a ViT has one stage
-    width: int
-    heads: int
-    resolution: tuple[int, int]
-    window: tuple[int, int] | None  # None: attention over all tokens
-    shift: tuple[int, int]
+Need = Literal["attention", "slotted_attention", "slotted_block"]
 
 
 @dataclass(frozen=True)
 class Backbone:
     """What a transform needs to know about a model."""
 
-    family: str  # 'vit', 'swin' or 'convnext'
+    family: Family
     blocks: tuple[BlockInfo, ...]
     num_prefix_tokens: int  # class, distillation and register tokens, which are not on the token grid
 
     @property
     def parts(self) -> tuple[str, ...]:
         """Names of the sublayers of a block: 'attn' and 'mlp', or 'mlp' alone."""
-        return ("attn", "mlp") if self.family in _ATTENTION else ("mlp",)
+        return ("attn", "mlp") if self.family.attention is not None else ("mlp",)
 
     @property
     def stages(self) -> tuple[tuple[BlockInfo, ...], ...]:
@@ -82,7 +48,7 @@ def share_groups(model: nn.Module, share: int | tuple[int, ...], asker: str) -> 
     Raises:
         UserError: a number does not divide its stage, or there are not as many numbers as stages.
     """
-    stages = describe(model).stages
+    stages = describe(model, "attention").stages
     counts = (share,) * len(stages) if isinstance(share, int) else share
     if len(counts) != len(stages):
         raise UserError(
@@ -104,15 +70,18 @@ def share_groups(model: nn.Module, share: int | tuple[int, ...], asker: str) -> 
 
 def input_size(model: nn.Module) -> tuple[int, int, int]:
     """(C, H, W) of the images the model takes at its present size; timm's configuration keeps the pretrained one."""
+    from timm.data import resolve_model_data_config
+
     channels, *size = resolve_model_data_config(model)["input_size"]
     now = getattr(getattr(model, "patch_embed", None), "img_size", None) or size
     height, width = (now, now) if isinstance(now, int) else now
     return getattr(model, "in_chans", channels), height, width
 
 
-def timm_class(module: nn.Module) -> type:
-    """The timm class that `module` is an instance of, looking through our own specialisations of it."""
-    return next((c for c in type(module).__mro__ if c.__module__.startswith("timm.")), type(module))
+def class_in_timm(module: nn.Module, *known: type) -> type:
+    """The class that `module` has in timm, or the one of `known` that it is an instance of, whatever we specialised it to."""
+    kinds = type(module).__mro__
+    return next((kind for kind in kinds if kind in known or kind.__module__.startswith("timm.")), type(module))
 
 
 def model_name(model: nn.Module) -> str:
@@ -121,102 +90,67 @@ def model_name(model: nn.Module) -> str:
     return config.get("architecture") or type(model).__name__
 
 
-def family(model: nn.Module) -> str | None:
-    """'vit', 'swin', 'convnext', or None for a model that no transform works on (it can still be a teacher)."""
-    return _FAMILIES.get(timm_class(model))
+def family_of(model: nn.Module) -> Family | None:
+    """The family of a model; None for one that no transform works on (it can still be a teacher)."""
+    known = {kind: family for family in FAMILIES.values() for kind in family.models}
+    return known.get(class_in_timm(model, *known))
 
 
-def describe(model: nn.Module, families: Sequence[str] = TRANSFORMERS) -> Backbone:
-    """Find the blocks of a timm model.
+def supported(need: Need | None = None) -> str:
+    """The models that compressvit works on, for messages; with `need`, those of the families that have it."""
+    families = [family for family in FAMILIES.values() if need is None or getattr(family, need) is not None]
+    with_attention = [text for family in families if family.attention is not None for text in family.supports]
+    others = [text for family in families if family.attention is None for text in family.supports]
+    texts = [f"timm's {_and(with_attention)}, at any size"] if with_attention else []
+    return "; ".join([*texts, f"adapters also on {_and(others)}"] if others else texts)
+
+
+def _and(words: list[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def describe(model: nn.Module, need: Need | None = None) -> Backbone:
+    """Find the blocks of a model.
 
     Args:
-        model: a timm model.
-        families: what the asker works on, of `ALL_FAMILIES`.
+        model: a model of one of the families.
+        need: what the asker cannot do without; a family that lacks it is refused.
 
     Raises:
-        UserError: the model, its blocks or its attention are of a class that the asker does not know.
+        UserError: the family is not known or lacks what is needed, or a block or its attention is of a class that is not known.
     """
-    kind = family(model)
-    supported = SUPPORTED + (SUPPORTED_BY_ADAPTERS if "convnext" in families else "")
-    if kind is None or kind not in families:
-        only = " with this transform" if kind else " yet"
+    family = family_of(model)
+    if family is None or (need is not None and getattr(family, need) is None):
+        only = " with this transform" if family is not None else " yet"
         raise UserError(
-            f"{model_name(model)} is a {type(model).__name__}, which compressvit cannot transform{only}; it works on {supported}"
+            f"{model_name(model)} is a {type(model).__name__}, which compressvit cannot transform{only}; it works on {supported(need)}"
         )
-    found = {"vit": _vit_blocks, "swin": _swin_blocks, "convnext": _convnext_blocks}[kind]
-    blocks = tuple(found(model))
+    blocks = tuple(family.blocks(model))
     if not blocks:
         raise UserError(
             f"{model_name(model)} was built with no blocks, so there is nothing to compress; give it a depth of at least 1"
         )
     for info in blocks:
-        block = model.get_submodule(info.path)
-        known = [(block, info.path, _BLOCKS[kind])]
-        if kind in _ATTENTION:
-            known.append((block.attn, f"{info.path}.attn", _ATTENTION[kind]))
-        for module, path, expected in known:
-            if timm_class(module) is not expected:
+        for module, path, expected in _parts(model, family, info.path):
+            found = class_in_timm(module, expected)
+            if found is not expected:
                 raise UserError(
-                    f"{model_name(model)}: {path} is a {timm_class(module).__name__}, "
-                    f"compressvit knows {expected.__name__} there; it works on {supported}"
+                    f"{model_name(model)}: {path} is a {found.__name__}, compressvit knows {expected.__name__} there; "
+                    f"it works on {supported(need)}"
                 )
-    return Backbone(kind, blocks, num_prefix_tokens=getattr(model, "num_prefix_tokens", 0))
+    return Backbone(family, blocks, num_prefix_tokens=getattr(model, "num_prefix_tokens", 0))
 
 
-def _convnext_blocks(model: nn.Module):
-    index = 0
-    height, width = input_size(model)[1:]
-    features: Any = model.feature_info
-    for stage, layer in enumerate(model.stages):
-        reduction = features[stage]["reduction"]
-        for i, block in enumerate(layer.blocks):
-            yield BlockInfo(
-                path=f"stages.{stage}.blocks.{i}",
-                index=index,
-                stage=stage,
-                width=block.mlp.fc1.in_channels if block.use_conv_mlp else block.mlp.fc1.in_features,
-                heads=0,
-                resolution=(height // reduction, width // reduction),
-                window=None,
-                shift=(0, 0),
-            )
-            index += 1
-
-
-def _vit_blocks(model: nn.Module):
-    for i, block in enumerate(model.blocks):
-        attention = getattr(block, "attn", None)
-        if attention is None:
-            raise UserError(
-                f"{model_name(model)}: blocks.{i} is a {type(block).__name__} without an `attn`; compressvit works on {SUPPORTED}"
-            )
-        yield BlockInfo(
-            path=f"blocks.{i}",
-            index=i,
-            stage=0,
-            width=model.embed_dim,
-            heads=getattr(attention, "num_heads", 0),
-            resolution=tuple(model.patch_embed.grid_size),
-            window=None,
-            shift=(0, 0),
+def _parts(model: nn.Module, family: Family, path: str) -> Iterator[tuple[nn.Module, str, type]]:
+    """A block and its attention, each with its path and the class that the family has there."""
+    block = model.get_submodule(path)
+    if family.attention is not None and getattr(block, "attn", None) is None:
+        raise UserError(
+            f"{model_name(model)}: {path} is a {type(block).__name__} without an `attn`; compressvit works on {supported('attention')}"
         )
-
-
-def _swin_blocks(model: nn.Module):
-    index = 0
-    for stage, layer in enumerate(model.layers):
-        for i, block in enumerate(layer.blocks):
-            yield BlockInfo(
-                path=f"layers.{stage}.blocks.{i}",
-                index=index,
-                stage=stage,
-                width=block.dim,
-                heads=block.attn.num_heads,
-                resolution=tuple(block.input_resolution),
-                window=tuple(block.window_size),
-                shift=tuple(block.shift_size),
-            )
-            index += 1
+    yield block, path, family.block
+    if family.attention is not None:
+        yield model.get_submodule(f"{path}.attn"), f"{path}.attn", family.attention
 
 
 def projection(model: nn.Module, path: str, asker: str) -> Any:
@@ -230,7 +164,7 @@ def projection(model: nn.Module, path: str, asker: str) -> Any:
     if not hasattr(sublayer, name):
         have = [child for child, module in sublayer.named_children() if getattr(module, "weight", None) is not None]
         raise UserError(
-            f"{asker}: {parent} of {model_name(model)} is a {timm_class(sublayer).__name__}, which has no {name} but {', '.join(have)}; "
+            f"{asker}: {parent} of {model_name(model)} is a {class_in_timm(sublayer).__name__}, which has no {name} but {', '.join(have)}; "
             "adapters, adaptformer, ssf, lora on q and v, and repadapter with place=attention work on it"
         )
     return getattr(sublayer, name)

@@ -5,27 +5,21 @@ from __future__ import annotations
 import hashlib
 import logging
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from timm.models import convnext, swin_transformer, vision_transformer
 from torch import nn
 
 from compressvit.errors import UserError, did_you_mean
 from compressvit.files import expanded
-from compressvit.model.backbone import family, head_names, model_name
+from compressvit.model.backbone import family_of, head_names, model_name
 from compressvit.model.stored import is_artifact, read_safetensors, read_tensors
 
 log = logging.getLogger("compressvit")
 
-_FILTERS: dict[str | None, Callable[..., Any]] = {
-    "vit": vision_transformer.checkpoint_filter_fn,
-    "swin": swin_transformer.checkpoint_filter_fn,
-    "convnext": convnext.checkpoint_filter_fn,
-}
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher")
 
 
@@ -176,12 +170,11 @@ def copy_matching(student: nn.Module, teacher: nn.Module) -> list[str]:
 
 def resample_positions(tensors: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     """timm's own conversion of a checkpoint for this model: position tables to its grid, original names to timm's."""
-    convert = _FILTERS.get(family(model))
-    if convert is None:
+    family = family_of(model)
+    if family is None:
         return tensors
-    options = {"adapt_layer_scale": True} if family(model) == "vit" else {}  # gamma_1 of the original DeiT III files
     try:
-        return convert(dict(tensors), model, **options)
+        return family.convert(dict(tensors), model)
     except Exception as error:
         # timm looks blocks and shapes up as it goes, and fails in its own way on a file of another architecture
         raise UserError(

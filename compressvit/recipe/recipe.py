@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic.config import JsonDict
 from pydantic.fields import FieldInfo
 
 from compressvit.data.spec import Data
@@ -216,6 +217,10 @@ def meaning(field: FieldInfo) -> str:
     """What the schema says about a key."""
     model = model_in(field.annotation)
     text = field.description or (model.__doc__ if model else None) or ""
+    if callable(field.json_schema_extra):  # what only a registry knows
+        schema: JsonDict = {"description": text}
+        field.json_schema_extra(schema)
+        text = str(schema["description"])
     return text.splitlines()[0] if text else ""
 
 

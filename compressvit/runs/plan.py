@@ -15,7 +15,7 @@ from compressvit.errors import UserError
 from compressvit.files import expanded
 from compressvit.fitting.moments import tokens_at
 from compressvit.model import surgery, ties
-from compressvit.model.backbone import ALL_FAMILIES, describe, family
+from compressvit.model.backbone import describe, family_of
 from compressvit.model.cost import Cost, break_even_rank, cost
 from compressvit.model.weights import copy_matching
 from compressvit.recipe.recipe import Merge, Recipe
@@ -97,9 +97,9 @@ def plan_recipe(recipe: Recipe, name: str = "recipe", *, classes: int | None = N
         UserError: timm cannot build the teacher or the student at all.
     """
     teacher = build_teacher(recipe, classes=classes, device="meta")
-    if recipe.student.head == "new" and recipe.data.name == "images":
+    if recipe.student.head == "new" and not recipe.data.labelled:
         raise UserError(
-            "student.head=new is a classifier of the data's classes, but the images of data 'images' have none; leave it out"
+            f"student.head=new is a classifier of the data's classes, but the images of data '{recipe.data.name}' have none; leave it out"
         )
     unknown = recipe.student.head == "new" and not (known_classes(recipe.data) or classes)
     student = build_student(recipe, teacher, classes=_PLACEHOLDER_CLASSES if unknown else classes, meta=True)
@@ -290,7 +290,7 @@ def _refuse_phase(spec: Training, model: nn.Module, data: Data) -> None:
         )
     opt.build_optimizer(model, spec, data.batch_size, torch.device("meta"))
     if spec.drop_path is not None:
-        describe(model, ALL_FAMILIES)
+        describe(model)
     if (spec.mixup or spec.cutmix) and data.batch_size < 2:
         raise UserError(
             "mixup and cutmix mix the images of a batch in pairs; give data.batch_size of at least 2, or set both to 0"
@@ -300,9 +300,9 @@ def _refuse_phase(spec: Training, model: nn.Module, data: Data) -> None:
             f"{spec.name} learns from labels, but the model has no classifier (num_classes=0); give it one with student.head=new, "
             "or distil it with losses.feature instead"
         )
-    if spec.needs_labels and data.name == "images":
+    if spec.needs_labels and not data.labelled:
         raise UserError(
-            "the phase learns from labels, but the images of data 'images' have none; distil with losses.labels.weight=0"
+            f"the phase learns from labels, but the images of data '{data.name}' have none; distil with losses.labels.weight=0"
         )
 
 
@@ -340,10 +340,10 @@ def _break_even_notes(student: nn.Module) -> list[str]:
 
 
 def _stages(student: nn.Module) -> list[StagePlan]:
-    if family(student) is None:
+    if family_of(student) is None:
         return []
     tied = {name for group in ties.tied_groups(student) for name in group}
-    owner = {info.path: info.stage for info in describe(student, ALL_FAMILIES).blocks}
+    owner = {info.path: info.stage for info in describe(student).blocks}
     rows = {stage: [0, 0] for stage in [*sorted(set(owner.values())), "rest"]}
     for name, parameter in student.named_parameters():
         stage = next((s for path, s in owner.items() if name.startswith(f"{path}.")), "rest")

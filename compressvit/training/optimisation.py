@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from compressvit.errors import UserError, did_you_mean
-from compressvit.model.backbone import ALL_FAMILIES, describe
+from compressvit.model.backbone import describe
 from compressvit.training.spec import Training
 
 
@@ -104,13 +104,11 @@ def set_drop_path(model: nn.Module, rate: float | None) -> None:
     """Set stochastic depth, rising linearly from 0 in the first block to `rate` in the last; None leaves it as it is."""
     if rate is None:
         return
-    blocks = describe(model, ALL_FAMILIES).blocks
-    for info in blocks:
-        probability = rate * info.index / max(1, len(blocks) - 1)
+    backbone = describe(model)
+    for info in backbone.blocks:
+        probability = rate * info.index / max(1, len(backbone.blocks) - 1)
         block = model.get_submodule(info.path)
-        for name in ("drop_path1", "drop_path2", "drop_path"):
-            if not hasattr(block, name):
-                continue
+        for name in backbone.family.drop_paths:
             setattr(block, name, DropPath(probability) if probability else nn.Identity())
 
 

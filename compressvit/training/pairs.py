@@ -57,7 +57,7 @@ def match_layers(
         UserError: a given index does not exist, or a pair differs in stage, resolution, window or shift.
     """
     ours, theirs = _blocks(student), _blocks(teacher)
-    if ours is None or theirs is None or ours.family != theirs.family:
+    if ours is None or theirs is None or ours.family is not theirs.family:
         reason = f"{model_name(student)} and {model_name(teacher)} are of different architectures"
         if ours is theirs is None:
             reason = f"the blocks of {model_name(student)} and {model_name(teacher)} are not known to compressvit"
@@ -191,7 +191,7 @@ def _place(block: BlockInfo) -> tuple:
 def _blocks(model: nn.Module) -> Backbone | None:
     """The blocks of a model; None for one whose blocks compressvit does not know. Its prediction can still be distilled."""
     try:
-        return describe(model)
+        return describe(model, "attention")
     except UserError:
         return None
 

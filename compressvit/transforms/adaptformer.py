@@ -17,8 +17,7 @@ from torch import nn
 from compressvit.errors import UserError
 from compressvit.fitting.moments import Source
 from compressvit.model import surgery
-from compressvit.model.backbone import ALL_FAMILIES, describe
-from compressvit.model.block import SLOTTED_BLOCK
+from compressvit.model.backbone import describe
 from compressvit.transforms.base import LedgerEntry, Transform, record, transform
 from compressvit.transforms.bottleneck import AdapterLinear, Bottleneck, BottleneckPlan, sublayer_width
 
@@ -36,9 +35,9 @@ class AdaptFormerPlan(BottleneckPlan):
     reads: Reads
 
     def apply(self, model: nn.Module) -> list[LedgerEntry]:
-        family = describe(model, ALL_FAMILIES).family
+        slotted = describe(model, "slotted_block").family.slotted_block
         paths = [path for path, hidden in self.widths.items() if hidden]
-        return record(model, paths, lambda path: self._add(model, path, SLOTTED_BLOCK[family]))
+        return record(model, paths, lambda path: self._add(model, path, slotted))
 
     def _add(self, model: nn.Module, path: str, slotted: Any) -> str:
         like, width = sublayer_width(model, f"{path}.mlp")
@@ -75,5 +74,5 @@ class AdaptFormer(Transform):
     )
 
     def plan(self, model: nn.Module, source: Source | None = None) -> AdaptFormerPlan:
-        widths = {info.path: self.width for info in describe(model, ALL_FAMILIES).blocks}
+        widths = {info.path: self.width for info in describe(model, "slotted_block").blocks}
         return AdaptFormerPlan(widths=widths, scale=self.scale, reads=self.input)

@@ -171,7 +171,7 @@ class Align(Transform):
         groups = [group for group in share_groups(model, self.share, "align.share") if len(group) > 1]
         tied = {name for group in ties.tied_groups(model) for name in group}
         added = surgery.added_parameters(model)
-        known = {info.path: model.get_submodule(info.path) for info in describe(model).blocks}
+        known = {info.path: model.get_submodule(info.path) for info in describe(model, "attention").blocks}
         for path in (path for group in groups for path in group):
             block: Any = known[path]
             names = [f"{path}.{n}" for n, _ in block.named_parameters()]

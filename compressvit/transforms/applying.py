@@ -136,7 +136,7 @@ def compress(model: nn.Module, transforms: Sequence[Transform], calibration: Ima
     """A compressed copy of a timm model. `model` itself is untouched.
 
     Args:
-        model: a timm ViT, DeiT or Swin; see `compressvit.backbone.SUPPORTED`.
+        model: a model of a family that compressvit knows (`compressvit.model.families`).
         transforms: applied in order, e.g. `[Multiplex(share=2)]`.
         calibration: a few hundred images, normalised for the model, without labels, for transforms that learn from them: a tensor
             (N, C, H, W), or batches that can be iterated more than once.

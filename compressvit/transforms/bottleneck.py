@@ -17,7 +17,7 @@ from torch import nn
 from compressvit.errors import UserError
 from compressvit.fitting.moments import Source
 from compressvit.model import surgery
-from compressvit.model.backbone import ALL_FAMILIES, describe, model_name
+from compressvit.model.backbone import describe, model_name
 from compressvit.model.linear import weight_shape
 from compressvit.transforms.base import Plan
 
@@ -146,7 +146,7 @@ def adapter_widths(
     Raises:
         UserError: a block has none of the places, or the ratio leaves no neuron.
     """
-    backbone = describe(model, ALL_FAMILIES)
+    backbone = describe(model)
     parts = [part for part in backbone.parts if part in places]
     if not parts:
         raise UserError(

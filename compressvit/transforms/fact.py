@@ -137,7 +137,7 @@ class FacT(Transform):
 
     def plan(self, model: nn.Module, source: Source | None = None) -> FacTPlan:
         groups = []
-        for stage in describe(model).stages:
+        for stage in describe(model, "attention").stages:
             for info in stage:
                 for name in LAYERS:
                     shape = weight_shape(projection(model, f"{info.path}.{name}", "fact"))

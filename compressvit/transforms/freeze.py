@@ -16,7 +16,7 @@ from torch import nn
 
 from compressvit.errors import UserError
 from compressvit.fitting.moments import Source
-from compressvit.model.backbone import ALL_FAMILIES, describe, head_names, model_name
+from compressvit.model.backbone import describe, head_names, model_name
 from compressvit.transforms.base import LedgerEntry, Plan, Transform, transform
 from compressvit.transforms.low_rank.layer import current_names
 
@@ -63,7 +63,7 @@ class Freeze(Transform):
                     "give the student one with student.head=new"
                 )
             return FreezePlan(names=())
-        backbone = describe(model, ALL_FAMILIES)
+        backbone = describe(model)
         part = {"attention": "attn", "mlp": "mlp"}[self.train]
         if part not in backbone.parts:
             raise UserError(

@@ -18,7 +18,6 @@ from torch import nn
 from compressvit.errors import UserError
 from compressvit.fitting.moments import Source
 from compressvit.model import surgery, ties
-from compressvit.model.attention import EXPLICIT_ATTENTION
 from compressvit.model.backbone import describe, model_name
 from compressvit.transforms.base import LedgerEntry, Plan, Transform, transform
 from compressvit.transforms.vpt.prompts import refuse_prompts
@@ -97,13 +96,13 @@ class IRPEPlan(Plan):
     blocks: tuple[str, ...]
 
     def apply(self, model: nn.Module) -> list[LedgerEntry]:
-        backbone = describe(model)
+        backbone = describe(model, "slotted_attention")
         infos = {info.path: info for info in backbone.blocks}
         paths = [f"{path}.attn" for path in self.blocks]
         before = ties.count_at_paths(model, paths)
         ledger = []
         for path in self.blocks:
-            attention = surgery.specialise(model, f"{path}.attn", EXPLICIT_ATTENTION[backbone.family])
+            attention = surgery.specialise(model, f"{path}.attn", backbone.family.slotted_attention)
             weight = next(attention.qkv.parameters())
             position = ContextualKeyPosition(
                 attention.head_dim,
@@ -139,10 +138,11 @@ class IRPE(Transform):
     )
 
     def plan(self, model: nn.Module, source: Source | None = None) -> IRPEPlan:
-        backbone = describe(model)
-        if backbone.family != "vit":
+        backbone = describe(model, "slotted_attention")
+        if backbone.family.position_table:
             raise UserError(
-                f"irpe works on timm's ViT and DeiT; {model_name(model)} is a Swin, which has a relative position table already"
+                f"irpe works on timm's ViT and DeiT; {model_name(model)} is a {backbone.family.title}, which has a relative position "
+                "table already"
             )
         refuse_prompts(model, "irpe")
         paths = tuple(info.path for info in backbone.blocks)

@@ -17,7 +17,7 @@ from torch import nn
 
 from compressvit.errors import UserError
 from compressvit.fitting.moments import Source
-from compressvit.model.backbone import ALL_FAMILIES, describe, model_name, projection
+from compressvit.model.backbone import describe, model_name, projection
 from compressvit.model.linear import weight_shape
 from compressvit.transforms.base import Transform, transform
 from compressvit.transforms.term import TermPlan, add_to_weight_, new_like, with_term
@@ -127,7 +127,7 @@ class LoRA(Transform):
     )
 
     def plan(self, model: nn.Module, source: Source | None = None) -> LoRAPlan:
-        backbone = describe(model, ALL_FAMILIES)
+        backbone = describe(model)
         layers: dict[str, tuple[int, ...]] = {}
         sites = {t: _PLACE[t] for t in self.targets if _PLACE[t].partition(".")[0] in backbone.parts}
         if not sites:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 import torch
+from einops import rearrange
 from pydantic import Field, field_validator
 from torch import nn
 
@@ -22,12 +23,116 @@ from compressvit.errors import UserError
 from compressvit.fitting.lowrank import TINY
 from compressvit.fitting.moments import Source
 from compressvit.model import surgery, ties
-from compressvit.model.attention import EXPLICIT_ATTENTION, HeadMixing
 from compressvit.model.backbone import Backbone, describe, share_groups
-from compressvit.model.block import SLOTTED_BLOCK, TokenConv
 from compressvit.transforms.base import LedgerEntry, Plan, Transform, transform
 from compressvit.transforms.low_rank.layer import FactoredLinear
 from compressvit.transforms.vpt.prompts import refuse_prompts
+
+
+class HeadMixing(nn.Module):
+    """Mix attention maps across heads: `out[g] = Σ_h weight[g, h] · maps[h] (+ bias[g])`. Private to a layer (MiniViT, eq. 5–6).
+
+    Args:
+        num_heads: H.
+        bias: one bias per head; the reference has it in Swin, not in DeiT.
+    """
+
+    def __init__(self, num_heads: int, bias: bool = False, device=None, dtype=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_heads, num_heads, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype)) if bias else None
+        self.reset_identity()
+
+    @torch.no_grad()
+    def reset_identity(self) -> None:
+        """Start as the identity, so that attention is unchanged."""
+        nn.init.eye_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    @torch.no_grad()
+    def reset_noise(self, std: float = 0.02) -> None:
+        """Start from truncated normal noise, as the paper's code does."""
+        nn.init.trunc_normal_(self.weight, std=std)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:  # (B, H, N, N) -> (B, H, N, N)
+        mixed = torch.matmul(self.weight, maps.flatten(2)).view_as(maps)
+        return mixed if self.bias is None else mixed + self.bias[:, None, None]
+
+
+class TokenConv(nn.Module):
+    """A depth-wise K×K convolution over the token grid, behind its own LayerNorm (MiniViT's MLP transformation, eq. 7).
+
+    Class, distillation and register tokens are not on the grid: the convolution passes them by.
+
+    Args:
+        width: C.
+        kernel_size: K, odd.
+        grid: height and width of the token grid, used to fold a (B, N, C) sequence; unused for (B, height, width, C).
+        num_prefix_tokens: how many tokens at the front of a sequence are not on the grid.
+        replace: False computes `x + conv(LN x)`; True computes `LN x + conv(LN x)`, which is what the paper's code does
+            to the residual stream, and which no pretrained function survives.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        kernel_size: int,
+        grid: tuple[int, int],
+        num_prefix_tokens: int = 0,
+        replace: bool = False,
+        eps: float = 1e-5,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=eps, device=device, dtype=dtype)
+        self.conv = nn.Conv2d(
+            width, width, kernel_size, padding=kernel_size // 2, groups=width, bias=True, device=device, dtype=dtype
+        )
+        self.grid = tuple(grid)
+        self.num_prefix_tokens = num_prefix_tokens
+        self.replace = replace
+
+    @torch.no_grad()
+    def reset_identity(self) -> None:
+        """Start with a convolution of zeros: `x + conv(LN x)` is then x."""
+        self.norm.reset_parameters()
+        nn.init.zeros_(self.conv.weight)
+        nn.init.zeros_(self.conv.bias)
+
+    @torch.no_grad()
+    def reset_noise(self, std: float = 0.02) -> None:
+        """Start from truncated normal noise, as the paper's code does."""
+        self.norm.reset_parameters()
+        nn.init.trunc_normal_(self.conv.weight, std=std)
+        nn.init.zeros_(self.conv.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # same shape in and out
+        normed = self.norm(x)
+        base = normed if self.replace else x
+        if x.ndim == 4:
+            return base + rearrange(self.conv(rearrange(normed, "b h w c -> b c h w")), "b c h w -> b h w c")
+        prefix, normed = normed.tensor_split([self.num_prefix_tokens], dim=1)
+        height, _ = self._grid_of(normed.shape[1])
+        normed = self.conv(rearrange(normed, "b (h w) c -> b c h w", h=height))
+        convolved = rearrange(normed, "b c h w -> b (h w) c")
+        return base + torch.cat([torch.zeros_like(prefix), convolved], dim=1)
+
+    def _grid_of(self, tokens: int) -> tuple[int, int]:
+        """The grid of a sequence: the configured one, or (other input size) one of the same aspect ratio."""
+        height, width = self.grid
+        if height * width != tokens:
+            height = max(1, round((tokens * height / width) ** 0.5))
+            width = tokens // height
+            if height * width != tokens:
+                raise UserError(
+                    f"the MLP convolution cannot fold {tokens} tokens into a grid shaped like {self.grid}; "
+                    "build the model with the input size you use (img_size=…)"
+                )
+        return height, width
 
 
 class MultiplexPlan(Plan):
@@ -43,7 +148,7 @@ class MultiplexPlan(Plan):
     init: Literal["mean", "first", "scratch"]
 
     def apply(self, model: nn.Module) -> list[LedgerEntry]:
-        backbone = describe(model)
+        backbone = describe(model, "attention")
         infos = {info.path: info for info in backbone.blocks}
         paths = [path for group in self.groups for path in group]
         before = ties.count_at_paths(model, paths)
@@ -62,15 +167,16 @@ class MultiplexPlan(Plan):
     def _add_private(self, model: nn.Module, info, backbone: Backbone) -> list[str]:
         changes = []
         block = model.get_submodule(info.path)
-        like = {"device": block.norm2.weight.device, "dtype": block.norm2.weight.dtype}
+        first = next(block.parameters())
+        like = {"device": first.device, "dtype": first.dtype}
         if self.head_mixing:
             path = f"{info.path}.attn"
-            surgery.specialise(model, path, EXPLICIT_ATTENTION[backbone.family])
+            surgery.specialise(model, path, backbone.family.slotted_attention)
             for slot in ("logit_mix", "prob_mix"):
                 surgery.fill_slot(model, path, slot, HeadMixing(info.heads, self.mixing_bias, **like))
             changes.append(f"+ 2 head mixes {info.heads}×{info.heads}")
         if self.mlp_conv:
-            surgery.specialise(model, info.path, SLOTTED_BLOCK[backbone.family])
+            surgery.specialise(model, info.path, backbone.family.slotted_block)
             conv = TokenConv(
                 info.width,
                 self.mlp_conv,
@@ -175,6 +281,10 @@ class Multiplex(Transform):
         return kernel
 
     def plan(self, model: nn.Module, source: Source | None = None) -> MultiplexPlan:
+        if self.head_mixing:
+            describe(model, "slotted_attention")
+        if self.mlp_conv:
+            describe(model, "slotted_block")
         groups = share_groups(model, self.share, "multiplex.share")
         self._refuse_conflicts(model, groups)
         return MultiplexPlan(groups=tuple(groups), **self.model_dump(exclude={"share"}))

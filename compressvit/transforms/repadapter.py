@@ -20,7 +20,7 @@ from torch import nn
 from compressvit.errors import UserError
 from compressvit.fitting.moments import Source
 from compressvit.model.affine import merge_before_
-from compressvit.model.backbone import ALL_FAMILIES, describe, model_name, projection
+from compressvit.model.backbone import describe, model_name, projection
 from compressvit.model.linear import weight_shape
 from compressvit.transforms.base import Transform, transform
 from compressvit.transforms.bottleneck import at_tokens
@@ -137,7 +137,7 @@ class RepAdapter(Transform):
     dropout: float = Field(0.1, ge=0, lt=1, description="Between the projections, in training.")
 
     def plan(self, model: nn.Module, source: Source | None = None) -> RepAdapterPlan:
-        backbone = describe(model, ALL_FAMILIES)
+        backbone = describe(model)
         parts = backbone.parts if self.place == "block" else tuple(p for p in backbone.parts if p == "attn")
         if not parts:
             raise UserError(

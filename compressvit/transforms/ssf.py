@@ -18,7 +18,7 @@ from torch import nn
 
 from compressvit.fitting.moments import Source
 from compressvit.model import surgery
-from compressvit.model.backbone import ALL_FAMILIES, describe, head_names
+from compressvit.model.backbone import describe, head_names
 from compressvit.transforms.base import Transform, transform
 from compressvit.transforms.low_rank.layer import FactoredLinear
 from compressvit.transforms.term import TermPlan, new_like
@@ -103,7 +103,7 @@ class SSF(Transform):
     std: float = Field(0.0, ge=0, description="Deviation of their start; the paper's code has 0.02, 0 is the identity.")
 
     def plan(self, model: nn.Module, source: Source | None = None) -> SSFPlan:
-        describe(model, ALL_FAMILIES)
+        describe(model)
         heads = head_names(model)
         of_steps = surgery.added_modules(model)  # earlier steps' own layers
         layers = tuple(

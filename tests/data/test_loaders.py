@@ -26,7 +26,7 @@ from compressvit.data import loaders, samples
 from compressvit.data.input import InputConfig
 from compressvit.data.loaders import eval_loader, train_loader
 from compressvit.data.opening import open_data
-from compressvit.data.samples import Pixels
+from compressvit.data.pixels import Pixels
 from compressvit.data.spec import Augment, Data
 
 

@@ -40,7 +40,7 @@ def test_every_field_is_described():
     [
         (
             {"name": "digit"},
-            ["no data set 'digit'", "did you mean 'digits'?", "fashion_mnist, folder, lists, images", "wds/NAME"],
+            ["no data set 'digit'", "did you mean 'digits'?", "fashion_mnist, folder, images, lists", "wds/NAME"],
         ),
         ({"name": "cifar10"}, ["did you mean 'torch/cifar10'?"]),
         ({"name": "torch/cifar1000"}, ["did you mean 'torch/cifar100'?", "torch/imagenet"]),
@@ -154,13 +154,13 @@ def test_fashion_mnist_download_is_asked_of_torchvision(no_fashion, monkeypatch)
     def download(self):
         write_idx(Path(self.raw_folder), packed=False)
 
-    monkeypatch.setattr(fashion_mnist.FashionMNIST, "download", download)
+    monkeypatch.setattr("torchvision.datasets.FashionMNIST.download", download)
     assert len(open_data(Data(name="fashion_mnist", root=str(no_fashion / "new"), download=True)).train) == 20
 
     def offline(self):
         raise RuntimeError("Error downloading train-images-idx3-ubyte.gz")
 
-    monkeypatch.setattr(fashion_mnist.FashionMNIST, "download", offline)
+    monkeypatch.setattr("torchvision.datasets.FashionMNIST.download", offline)
     with pytest.raises(UserError, match="could not be downloaded: Error downloading"):
         open_data(Data(name="fashion_mnist", root=str(no_fashion / "newer"), download=True))
 

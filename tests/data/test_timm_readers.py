@@ -8,7 +8,6 @@ from timm.data import IterableImageDataset
 
 from compressvit.data.loaders import eval_loader, train_loader
 from compressvit.data.opening import open_data
-from compressvit.data.sets import timm as timm_sets
 from compressvit.data.spec import Data
 from compressvit.errors import UserError
 
@@ -41,7 +40,7 @@ def test_a_torchvision_set_that_is_not_there(tmp_path):
 
 
 def test_a_missing_package_is_named(monkeypatch):
-    monkeypatch.setattr(timm_sets.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="hfds/food101 needs a package: pip install datasets"):
         open_data(Data(name="hfds/food101"))
     with pytest.raises(UserError, match="pip install tensorflow-datasets"):
@@ -71,8 +70,8 @@ def streaming(monkeypatch):
     def create(name, split, **_):
         return IterableImageDataset(None, reader=streams[split])
 
-    monkeypatch.setattr(timm_sets, "create_dataset", create)
-    monkeypatch.setattr(timm_sets.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr("timm.data.create_dataset", create)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     return streams
 
 

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from compressvit.model.attention import HeadMixing
+from compressvit.transforms.multiplex import HeadMixing
 
 
 def naive_mlp(mlp: nn.Module, x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from compressvit.errors import UserError
 from compressvit.model import surgery
-from compressvit.model.backbone import ALL_FAMILIES, describe, head_names
+from compressvit.model.backbone import describe, head_names
 from compressvit.transforms import (
     PHM,
     SSF,
@@ -158,9 +158,9 @@ def test_adaptformer_is_a_branch_parallel_to_the_mlp(backbone, reads, spec, s):
     """`y = u + MLP(LN2 u) + s·(ReLU(v Dᵀ + b_D) Uᵀ + b_U)`; LayerScale is the MLP's alone."""
     plain = build(backbone).double()
     model = randomise_added(compress(plain, [spec.model_copy(update={"input": reads})]))
-    info = describe(model, ALL_FAMILIES).blocks[1]  # Swin's shifted one
+    info = describe(model).blocks[1]  # Swin's shifted one
     shape = {"swin": (*info.resolution, info.width), "convnext": (info.width, 5, 6), "vit": (7, info.width)}
-    x = tokens(2, *shape[describe(model, ALL_FAMILIES).family])
+    x = tokens(2, *shape[describe(model).family.name])
     block, timms = model.get_submodule(info.path), plain.get_submodule(info.path)
     branch = block.adaptformer
     u, normed = parallel_inputs(backbone, timms, x)

@@ -17,12 +17,12 @@ from torch import nn
 
 from compressvit.errors import UserError
 from compressvit.model import ties
-from compressvit.model.attention import HeadMixing
 from compressvit.model.backbone import describe
 from compressvit.recipe.recipe import load_recipe
 from compressvit.runs.plan import RecipePlan, plan_recipe
 from compressvit.transforms import IRPE, Multiplex, Transform
 from compressvit.transforms.applying import compress
+from compressvit.transforms.multiplex import HeadMixing
 from compressvit.transforms.record import compression_of
 
 # ----------------------------------------------------------------------------------------------- a student at its start

@@ -16,10 +16,10 @@ from torch import nn
 
 from compressvit.errors import UserError
 from compressvit.model import surgery
-from compressvit.model.attention import ExplicitAttention, HeadMixing
-from compressvit.model.block import SlottedBlock, TokenConv
+from compressvit.model.families.vit import ExplicitAttention, SlottedBlock
 from compressvit.transforms import Multiplex
 from compressvit.transforms.applying import compress
+from compressvit.transforms.multiplex import HeadMixing, TokenConv
 
 # ------------------------------------------------------------------------------------------- timm's ways into attention
 

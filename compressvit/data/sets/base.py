@@ -15,7 +15,6 @@ LAYOUT = """expected
   FOLDER/train/CLASS/*.jpg   (or FOLDER/train.tar, or a FOLDER/train/CLASS.tar for each class)
   FOLDER/val/CLASS/*.jpg     (or FOLDER/val.tar, …)
 for images without classes use data.name=images"""
-UNLABELED_LAYOUT = """expected images anywhere under FOLDER, or under FOLDER/train and FOLDER/val"""
 
 
 def class_names_of(source: Any) -> list[str] | None:
@@ -39,9 +38,12 @@ def evenly(count: int, limit: int | None) -> Sequence[int]:
     return range(count) if limit is None or limit >= count else [i * count // limit for i in range(limit)]
 
 
-def existing_root(data: Data) -> Path:
-    """data.root as a folder that is there, or a UserError that says how to supply it."""
-    layout = UNLABELED_LAYOUT if data.name == "images" else LAYOUT
+def existing_root(data: Data, layout: str) -> Path:
+    """data.root as a folder that is there, or a UserError that says how to supply it.
+
+    Args:
+        layout: what messages say is expected in it.
+    """
     if data.root is None:
         raise UserError(f"data.name={data.name} needs data.root=FOLDER; {layout}")
     root = expanded(data.root, "data.root")
@@ -49,3 +51,10 @@ def existing_root(data: Data) -> Path:
         fault = "this is a file" if root.exists() else "there is no such folder"
         raise UserError(f"data.root={data.root}: {fault}; {layout}")
     return root
+
+
+def download_root(data: Data) -> str:
+    """data.root for a reader that may download the set, or a UserError that asks for it."""
+    if data.root is None:
+        raise UserError(f"data.name={data.name} needs data.root=FOLDER, where the set is or is to be downloaded to")
+    return str(expanded(data.root, "data.root"))

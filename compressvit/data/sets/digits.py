@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from compressvit.data.samples import Pixels
+from compressvit.data.data_set import data_set
+from compressvit.data.pixels import Pixels
 from compressvit.data.spec import Data
 
 
+@data_set("digits", note="comes with scikit-learn", classes=10, full_frame=True)
 def open_digits(data: Data) -> tuple[Pixels, Pixels]:
+    """A fifth is held out, the same one each time, with as many of each class as there are in the whole."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 

@@ -7,9 +7,8 @@ import tempfile
 import zlib
 from pathlib import Path
 
-from torchvision.datasets import FashionMNIST
-
-from compressvit.data.samples import Pixels
+from compressvit.data.data_set import data_set
+from compressvit.data.pixels import Pixels
 from compressvit.data.spec import Data
 from compressvit.errors import UserError
 from compressvit.files import expanded
@@ -19,13 +18,17 @@ FASHION_DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 FASHION_FILES = tuple(f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
 
 
+@data_set("fashion_mnist", classes=10, full_frame=True)
 def open_fashion_mnist(data: Data) -> tuple[Pixels, Pixels]:
+    """From data.root, else from where compressvit or Debian keep it; with data.download=true fetched if it is there nowhere."""
     cache = FASHION_CACHE.expanduser()
     places = [cache, FASHION_DEBIAN] if data.root is None else [expanded(data.root, "data.root")]
     for folder in (f for place in places for f in (place / "FashionMNIST" / "raw", place)):
         if all((folder / f).is_file() or (folder / f"{f}.gz").is_file() for f in FASHION_FILES):
             return _read_fashion_mnist(folder)
     if data.download:
+        from torchvision.datasets import FashionMNIST
+
         try:
             FashionMNIST(str(places[0]), download=True)
         except (RuntimeError, OSError) as error:
@@ -41,6 +44,8 @@ def open_fashion_mnist(data: Data) -> tuple[Pixels, Pixels]:
 
 
 def _read_fashion_mnist(folder: Path) -> tuple[Pixels, Pixels]:
+    from torchvision.datasets import FashionMNIST
+
     # torchvision reads one layout of unpacked files. The copies made for it last only as long as the reading, so that
     # another set under the same file names can never be taken for this one later.
     with tempfile.TemporaryDirectory() as scratch:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import tarfile
 from pathlib import Path
 
-from timm.data import ImageDataset, create_dataset
-from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+from torch.utils.data import Dataset
 
+from compressvit.data.data_set import data_set
 from compressvit.data.sets.base import IMAGE_TYPES, LAYOUT, class_names_of, existing_root, some_of
 from compressvit.data.spec import Data
 from compressvit.errors import UserError
@@ -17,8 +17,10 @@ TRAIN_FOLDERS = ("train", "training")
 VAL_FOLDERS = ("val", "valid", "validation", "eval", "evaluation", "test")
 
 
-def open_folder(data: Data) -> tuple[ImageDataset, ImageDataset]:
-    root = existing_root(data)
+@data_set("folder", note="train/ and val/ with a folder or tar per class")
+def open_folder(data: Data) -> tuple[Dataset, Dataset]:
+    """Splits are found under their usual names, too: val/, valid/, test/ for the validation split."""
+    root = existing_root(data, LAYOUT)
     opened = []
     for option, split, folders in (
         ("train_split", data.train_split, TRAIN_FOLDERS),
@@ -35,7 +37,10 @@ def open_folder(data: Data) -> tuple[ImageDataset, ImageDataset]:
     return opened[0], opened[1]
 
 
-def _class_folders(path: Path) -> ImageDataset:
+def _class_folders(path: Path) -> Dataset:
+    from timm.data import ImageDataset, create_dataset
+    from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+
     tars = path.is_file() or any(path.glob("*.tar"))
     try:
         if tars:

@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from compressvit.data.data_set import data_set
+from compressvit.data.sets.base import existing_root
 from compressvit.data.spec import Data
 from compressvit.errors import UserError, nearest
-from compressvit.files import expanded
 
 LAYOUT = """expected FOLDER/SPLIT.txt with a line `PATH LABEL` per image (PATH relative to FOLDER, LABEL from 0), as in a prepared VTAB-1k:
   data.train_split=train800val200 data.val_split=test      (or train800 and val200, to choose hyper-parameters)"""
@@ -38,17 +39,14 @@ class Listed(Dataset):
             return image, target
 
 
+@data_set("lists", note="SPLIT.txt with `PATH LABEL` lines, as a prepared VTAB-1k")
 def open_lists(data: Data) -> tuple[Listed, Listed]:
     """The two splits that `data` names; both have as many classes as the highest label of either says.
 
     Raises:
         UserError: no such folder or list, a line that cannot be read, or images that are not there.
     """
-    if data.root is None:
-        raise UserError(f"data.name=lists needs data.root=FOLDER; {LAYOUT}")
-    root = expanded(data.root, "data.root")
-    if not root.is_dir():
-        raise UserError(f"data.root={data.root}: there is no such folder; {LAYOUT}")
+    root = existing_root(data, LAYOUT)
     parts = [
         _read(root, option, split)
         for option, split in (("train_split", data.train_split), ("val_split", data.val_split))

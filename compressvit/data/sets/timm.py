@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
-import importlib.util
-from typing import Any
+from torch.utils.data import Dataset
 
-from timm.data import create_dataset
-
+from compressvit.data.data_set import data_set
+from compressvit.data.sets.base import download_root
 from compressvit.data.spec import Data
 from compressvit.errors import UserError
 from compressvit.files import expanded
 
-# the packages that timm imports for a prefix only when it is used
-_PREFIX_PACKAGES = {"hfds": "datasets", "hfids": "datasets", "tfds": "tensorflow_datasets", "wds": "webdataset"}
+_TORCH = {
+    "cifar10": 10,
+    "cifar100": 100,
+    "mnist": 10,
+    "kmnist": 10,
+    "qmnist": 10,
+    "fashion_mnist": 10,
+    "imagenet": 1000,
+    "places365": 365,
+    "inaturalist": None,
+    "image_folder": None,
+}
 
 
-def open_timm(data: Data) -> tuple[Any, Any]:
+@data_set("tfds/NAME", package="tensorflow_datasets")
+@data_set("hfids/NAME", package="datasets")
+@data_set("hfds/NAME", package="datasets")
+@data_set("wds/NAME", package="webdataset")
+def open_timm(data: Data) -> tuple[Dataset, Dataset]:
+    """As timm reads it: prefixes, splits and roots mean what they mean there."""
+    from timm.data import create_dataset
+
     prefix = data.name.partition("/")[0].lower()
-    package = _PREFIX_PACKAGES.get(prefix)
-    if package is not None and importlib.util.find_spec(package) is None:
-        raise UserError(f"data.name={data.name} needs a package: pip install {package.replace('_', '-')}")
-    if data.root is None and prefix in ("torch", "wds"):
-        raise UserError(f"data.name={data.name} needs data.root=FOLDER, where the set is or is to be downloaded to")
-    sources: list[Any] = []
+    if prefix in ("torch", "wds"):
+        download_root(data)
+    sources: list[Dataset] = []
     for option, split, batch_size in (
         ("train_split", data.train_split, data.batch_size),
         ("val_split", data.val_split, data.eval_batch_size or data.batch_size),
@@ -48,3 +61,7 @@ def open_timm(data: Data) -> tuple[Any, Any]:
             )
         sources.append(source)
     return sources[0], sources[1]
+
+
+for _name, _classes in _TORCH.items():
+    data_set(f"torch/{_name}", classes=_classes)(open_timm)

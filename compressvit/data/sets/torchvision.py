@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+from torch.utils.data import Dataset
 
-from torchvision.datasets import SVHN, Flowers102, Food101
-
+from compressvit.data.data_set import data_set
+from compressvit.data.sets.base import download_root
 from compressvit.data.spec import Data
 from compressvit.errors import UserError
-from compressvit.files import expanded
 
-_TORCHVISION: dict[str, Any] = {
-    "torch/svhn": (SVHN, 10),
-    "torch/flowers102": (Flowers102, 102),
-    "torch/food101": (Food101, 101),
-}
+_CLASSES = {"torch/svhn": ("SVHN", 10), "torch/flowers102": ("Flowers102", 102), "torch/food101": ("Food101", 101)}
 
 
-def open_torchvision(data: Data) -> tuple[Any, Any]:
-    """Sets of torchvision that timm does not name; their evaluation split is `test` unless the recipe names another."""
-    kind, classes = _TORCHVISION[data.name]
-    if data.root is None:
-        raise UserError(f"data.name={data.name} needs data.root=FOLDER, where the set is or is to be downloaded to")
+def open_torchvision(data: Data) -> tuple[Dataset, Dataset]:
+    """Their evaluation split is `test` unless the recipe names another."""
+    from torchvision import datasets
+
+    name, classes = _CLASSES[data.name.lower()]
+    kind, root = getattr(datasets, name), download_root(data)
     found = []
     for option, split in (("train_split", data.train_split), ("val_split", data.val_split)):
         split = "test" if split == "validation" else split
         try:
-            found.append(kind(str(expanded(data.root, "data.root")), split=split, download=data.download))
+            found.append(kind(root, split=split, download=data.download))
         except (
             RuntimeError,
             ValueError,
@@ -39,3 +35,7 @@ def open_torchvision(data: Data) -> tuple[Any, Any]:
     for source in found:  # not all of them name their classes
         source.classes = list(getattr(source, "classes", map(str, range(classes))))
     return found[0], found[1]
+
+
+for _name, (_, _count) in _CLASSES.items():
+    data_set(_name, classes=_count)(open_torchvision)

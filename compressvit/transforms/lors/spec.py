@@ -116,7 +116,7 @@ class LORS(RankStep):
         return tuple(notes)
 
     def plan(self, model: nn.Module, source: Source | None = None) -> LORSPlan:
-        backbone = describe(model)
+        backbone = describe(model, "attention")
         targets = self.find_targets(model, backbone)
         self._refuse_shapes(model, backbone, targets)
         self._refuse_order(model)

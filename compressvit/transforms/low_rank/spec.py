@@ -89,7 +89,7 @@ class LowRank(RankStep):
         return tuple(self.budget_note(self.metric))
 
     def plan(self, model: nn.Module, source: Source | None = None) -> LowRankPlan:
-        backbone = describe(model)
+        backbone = describe(model, "attention")
         targets = self.find_targets(model, backbone)
         self.refuse_scratch(model, self.init)
         paths = [f"{block.path}.{target}" for target in targets for block in backbone.blocks]

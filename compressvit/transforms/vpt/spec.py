@@ -31,7 +31,7 @@ from torch import nn
 from compressvit.errors import UserError
 from compressvit.fitting.moments import Source
 from compressvit.model import surgery
-from compressvit.model.backbone import ALL_FAMILIES, Backbone, describe, model_name
+from compressvit.model.backbone import Backbone, describe, model_name
 from compressvit.transforms.base import LedgerEntry, Plan, Transform, record, transform
 from compressvit.transforms.bottleneck import sublayer_width
 from compressvit.transforms.vpt.prompts import (
@@ -63,7 +63,7 @@ class VPTPlan(Plan):
 
     def apply(self, model: nn.Module) -> list[LedgerEntry]:
         backbone = describe(model)
-        if backbone.family == "swin" and not self.deep:
+        if backbone.family.prompts == "windows" and not self.deep:
             self._carry(model, backbone)
         return record(model, self.blocks, lambda path: self._add(model, path, backbone))
 
@@ -81,17 +81,17 @@ class VPTPlan(Plan):
 
     def _add(self, model: nn.Module, path: str, backbone: Backbone) -> str:
         like, width = sublayer_width(model, f"{path}.attn")
-        at, swin = backbone.num_prefix_tokens, backbone.family == "swin"
-        kind, drop = (GridPrompts, DropPromptRows) if swin and not self.deep else (Prompts, DropPrompts)
+        at, windows = backbone.num_prefix_tokens, backbone.family.prompts == "windows"
+        kind, drop = (GridPrompts, DropPromptRows) if windows and not self.deep else (Prompts, DropPrompts)
         prompts = kind(self.prompts, width, at, self.dropout, device=like.device, dtype=like.dtype)
         if not self.deep:
             enter, leave, behind = path, WithoutPrompts, backbone.blocks[-1].path
-            surgery.extend(model, "", SwinWithTravellingPrompts if swin else WithTravellingPrompts)
-        elif swin:
+            surgery.extend(model, "", SwinWithTravellingPrompts if windows else WithTravellingPrompts)
+        elif windows:
             enter, leave, behind = path, PromptedWindowAttention, f"{path}.attn"
         else:
             enter, leave, behind = f"{path}.norm1", PromptedAttention, f"{path}.attn"
-        surgery.extend(model, enter, PromptedSwinBlock if swin and self.deep else WithPrompts)
+        surgery.extend(model, enter, PromptedSwinBlock if windows and self.deep else WithPrompts)
         surgery.fill_slot(model, enter, "vpt", prompts)
         surgery.extend(model, behind, leave)
         surgery.fill_slot(model, behind, "vpt_end", drop(self.prompts, at))
@@ -132,11 +132,16 @@ class VPT(Transform):
     )
 
     def plan(self, model: nn.Module, source: Source | None = None) -> VPTPlan:
-        backbone = describe(model, ALL_FAMILIES)
+        backbone = describe(model)
         if "attn" not in backbone.parts:
             raise UserError(
                 f"vpt: prompts need a token sequence that attention runs over, and the blocks of {model_name(model)} have convolutions; "
                 "adapt it with adapters, adaptformer, repadapter, ssf or lora (targets: [fc1, fc2])"
+            )
+        if backbone.family.prompts is None:
+            raise UserError(
+                f"vpt: how prompts join the tokens of a {backbone.family.title} such as {model_name(model)} is not known; "
+                "adapt it with adapters, lora or ssf, which add no tokens"
             )
         for path, module in model.named_modules():
             if isinstance(module, Prompts):

@@ -1,0 +1,102 @@
+"""What compressvit knows of a data set before it is opened, and the registry of data sets.
+
+One set is one file in `compressvit/data/sets/`, or of a package that offers it (entry points `compressvit.sets`). Such a file imports what
+reads images only when the set is opened, so that names and classes do not wait for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch.utils.data import Dataset
+
+from compressvit.errors import UserError, nearest
+from compressvit.registry import Registry
+
+# Takes the recipe's `data` section (`compressvit.data.spec.Data`, which is built on this file) and gives the training and the validation
+# set: map-style ones of (PIL image, target), `Samples`, or timm's `IterableImageDataset`. What is amiss is a `UserError`.
+Opener = Callable[..., tuple[Dataset, Dataset]]
+Open = TypeVar("Open", bound=Opener)
+
+_ANY = "NAME"  # what follows the prefix of a set that stands for all names with it
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A set, or all sets of a prefix.
+
+    Attributes:
+        name: what recipes call it; 'wds/NAME' is every name that begins with 'wds/'.
+        open: reads it.
+        note: a few words for the list of sets.
+        classes: how many it has, where that is known without opening it.
+        labelled: whether its images have classes.
+        full_frame: its images fill their frame, so evaluation crops nothing off unless the recipe says so.
+        package: what must be installed to read it, as Python imports it.
+    """
+
+    name: str
+    open: Opener
+    note: str = ""
+    classes: int | None = None
+    labelled: bool = True
+    full_frame: bool = False
+    package: str | None = None
+
+
+SETS: Registry[DataSet] = Registry("data set", "compressvit.data.sets")
+
+
+def data_set(
+    name: str,
+    *,
+    note: str = "",
+    classes: int | None = None,
+    labelled: bool = True,
+    full_frame: bool = False,
+    package: str | None = None,
+) -> Callable[[Open], Open]:
+    """Register what opens a data set under the set's name; for the arguments see `DataSet`. A name that is taken is refused at import."""
+
+    def register(opener: Open) -> Open:
+        entry = DataSet(name, opener, note, classes, labelled, full_frame, package)
+        SETS.add(name, entry, opener.__module__)
+        return opener
+
+    return register
+
+
+def find_set(name: str) -> DataSet:
+    """The set of that name. Upper and lower case are the same in names with a prefix, as they are to timm.
+
+    Raises:
+        UserError: there is none, or the package that offers it cannot be used.
+    """
+    prefix, slash, rest = name.partition("/")
+    words = (name.lower(), f"{prefix.lower()}/{_ANY}") if slash else (name,)
+    for word in words if rest or not slash else ():
+        if word in SETS:
+            return SETS[word]
+        if fault := SETS.fault(word):
+            raise UserError(fault)
+    close = nearest(name, [known for known in SETS if not known.endswith(f"/{_ANY}")])
+    hint = f"did you mean '{close}'? " if close else ""
+    siblings = [
+        known for known in SETS if slash and known.startswith(f"{prefix.lower()}/") and not known.endswith(_ANY)
+    ]
+    raise UserError(f"there is no data set '{name}'; {hint}(known: {', '.join(siblings or _briefly(SETS))})")
+
+
+def _briefly(names: Sequence[str] | Registry[DataSet]) -> list[str]:
+    """Names without a prefix, then each prefix once."""
+    prefixes = (f"{name.partition('/')[0]}/{_ANY}" for name in names if "/" in name)
+    return [*(name for name in names if "/" not in name), *dict.fromkeys(prefixes)]
+
+
+def list_of_sets() -> str:
+    """All names, for the documentation of recipes: those without a prefix first, each with its note."""
+    entries = sorted(SETS.values(), key=lambda entry: "/" in entry.name)
+    texts = [f"{entry.name} ({entry.note})" if entry.note else entry.name for entry in entries]
+    return f"{', '.join(texts)}."

@@ -1,0 +1,76 @@
+"""timm's ConvNeXt (versions 1 and 2): stages of a grid, a depth-wise convolution in place of attention.
+
+Shapes: B batch, C width; blocks carry (B, C, height, width).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from einops import rearrange
+from timm.models import convnext
+from timm.models.convnext import ConvNeXt as TimmConvNeXt
+from timm.models.convnext import ConvNeXtBlock
+from torch import nn
+
+from compressvit.model.backbone import input_size
+from compressvit.model.family import BlockInfo, Family, family
+from compressvit.model.slots import beside
+
+
+class SlottedConvNeXtBlock(ConvNeXtBlock):
+    """timm's `ConvNeXtBlock` with a slot beside the MLP; x is (B, C, height, width)."""
+
+    slots = ("adaptformer",)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mixed = self.conv_dw(x)
+        if self.use_conv_mlp:
+            normed = self.norm(mixed)
+            inner = self.mlp(normed)
+            normed = rearrange(normed, "b c h w -> b h w c")
+        else:
+            normed = self.norm(rearrange(mixed, "b c h w -> b h w c"))
+            inner = rearrange(self.mlp(normed), "b h w c -> b c h w")
+        if self.gamma is not None:
+            inner = inner * self.gamma[:, None, None]
+        out = self.drop_path(inner) + self.shortcut(x)
+        if self.adaptformer is None:
+            return out
+        branch = beside(self.adaptformer, rearrange(x, "b c h w -> b h w c"), normed)
+        return out + rearrange(branch, "b h w c -> b c h w")
+
+
+@family("convnext")
+class ConvNeXt(Family):
+    """`stages.STAGE.blocks.I`, each with `mlp`."""
+
+    title = "ConvNeXt"
+    supports = ("ConvNeXt (convnext_*, versions 1 and 2)",)
+    models = (TimmConvNeXt,)
+    block = ConvNeXtBlock
+    slotted_block = SlottedConvNeXtBlock
+    layout = "channels_first"
+    drop_paths = ("drop_path",)
+
+    def blocks(self, model: nn.Module) -> Iterator[BlockInfo]:
+        index = 0
+        height, width = input_size(model)[1:]
+        features: Any = model.feature_info
+        for stage, layer in enumerate(model.stages):
+            reduction = features[stage]["reduction"]
+            for i, block in enumerate(layer.blocks):
+                yield BlockInfo(
+                    path=f"stages.{stage}.blocks.{i}",
+                    index=index,
+                    stage=stage,
+                    width=block.mlp.fc1.in_channels if block.use_conv_mlp else block.mlp.fc1.in_features,
+                    heads=0,
+                    resolution=(height // reduction, width // reduction),
+                )
+                index += 1
+
+    def convert(self, tensors: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+        return convnext.checkpoint_filter_fn(tensors, model)

@@ -1,0 +1,90 @@
+"""timm's Swin (version 1): stages of a grid of tokens, attention in windows that are shifted in every second block.
+
+Shapes: B batch, H heads, N tokens of a window, D head width, C width; blocks carry (B, height, width, C).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from einops import rearrange
+from timm.models import swin_transformer
+from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, WindowAttention
+from torch import nn
+
+from compressvit.model.family import BlockInfo, Family, family
+from compressvit.model.slots import ATTENTION_SLOTS, BLOCK_SLOTS, beside
+
+
+class ExplicitWindowAttention(WindowAttention):
+    """timm's `WindowAttention` (Swin v1) with slots on its logits and probabilities."""
+
+    slots = ATTENTION_SLOTS
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """x: (windows·B, N, C); mask: (windows, N, N) of 0 and −100, or None."""
+        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
+        q = q * self.scale
+
+        logits = q @ k.transpose(-2, -1)
+        if self.rpe_k is not None:
+            logits = logits + self.rpe_k(q)
+        logits = logits + self._get_rel_pos_bias()
+        if self.logit_mix is not None:
+            logits = self.logit_mix(logits)
+        if mask is not None:
+            windows = mask.shape[0]
+            logits = rearrange(logits, "(b w) h n m -> b w h n m", w=windows) + mask[:, None]
+            logits = rearrange(logits, "b w h n m -> (b w) h n m")
+        probabilities = self.softmax(logits)
+        if self.prob_mix is not None:
+            probabilities = self.prob_mix(probabilities)
+        x_out = rearrange(self.attn_drop(probabilities) @ v, "b h n d -> b n (h d)")
+        return self.proj_drop(self.proj(x_out))
+
+
+class SlottedSwinBlock(SwinTransformerBlock):
+    """timm's `SwinTransformerBlock` with a slot before the MLP and one beside it; x is (B, height, width, C)."""
+
+    slots = BLOCK_SLOTS
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.drop_path1(self._attn(self.norm1(x)))
+        if self.mlp_conv is not None:
+            x = self.mlp_conv(x)
+        normed = self.norm2(x)
+        return x + self.drop_path2(self.mlp(normed)) + beside(self.adaptformer, x, normed)
+
+
+@family("swin")
+class Swin(Family):
+    """`layers.STAGE.blocks.I`, each with `attn` and `mlp`."""
+
+    title = "Swin"
+    supports = ("SwinTransformer (swin_*, version 1)",)
+    models = (SwinTransformer,)
+    block, attention = SwinTransformerBlock, WindowAttention
+    slotted_block, slotted_attention = SlottedSwinBlock, ExplicitWindowAttention
+    position_table = True
+    prompts = "windows"
+    layout = "channels_last"
+
+    def blocks(self, model: nn.Module) -> Iterator[BlockInfo]:
+        index = 0
+        for stage, layer in enumerate(model.layers):
+            for i, block in enumerate(layer.blocks):
+                yield BlockInfo(
+                    path=f"layers.{stage}.blocks.{i}",
+                    index=index,
+                    stage=stage,
+                    width=block.dim,
+                    heads=block.attn.num_heads,
+                    resolution=tuple(block.input_resolution),
+                    window=tuple(block.window_size),
+                    shift=tuple(block.shift_size),
+                )
+                index += 1
+
+    def convert(self, tensors: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+        return swin_transformer.checkpoint_filter_fn(tensors, model)

@@ -1,0 +1,97 @@
+"""timm's ViT, DeiT, DeiT III and DINOv2: one sequence of tokens, attention over all of them.
+
+Shapes: B batch, H heads, N tokens, D head width, C width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from einops import rearrange
+from timm.layers import Attention
+from timm.models import vision_transformer
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import nn
+
+from compressvit.model.family import BlockInfo, Family, family
+from compressvit.model.slots import ATTENTION_SLOTS, BLOCK_SLOTS, beside
+
+
+class ExplicitAttention(Attention):
+    """timm's `Attention` (ViT, DeiT, DINOv2) with slots on its logits and probabilities."""
+
+    slots = ATTENTION_SLOTS
+
+    def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
+        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
+        q, k = self.q_norm(q) * self.scale, self.k_norm(k)
+
+        logits = q @ k.transpose(-2, -1)
+        if self.rpe_k is not None:
+            logits = logits + self.rpe_k(q)
+        if self.logit_mix is not None:
+            logits = self.logit_mix(logits)
+        # The mask comes after the mix: a weighted sum of −inf and finite logits would let masked tokens through or be NaN.
+        if is_causal:
+            future = torch.ones(logits.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
+            logits = logits.masked_fill(future, float("-inf"))
+        elif attn_mask is not None and attn_mask.dtype == torch.bool:
+            logits = logits.masked_fill(~attn_mask, float("-inf"))
+        elif attn_mask is not None:
+            logits = logits + attn_mask
+        probabilities = logits.softmax(dim=-1)
+        if self.prob_mix is not None:
+            probabilities = self.prob_mix(probabilities)
+        x_out = rearrange(self.attn_drop(probabilities) @ v, "b h n d -> b n (h d)")
+
+        x_out = self.norm(x_out)
+        gate = getattr(self, "gate", None)
+        if gate is not None:
+            x_out = x_out * gate(x).sigmoid()
+        return self.proj_drop(self.proj(x_out))
+
+
+class SlottedBlock(Block):
+    """timm's pre-norm ViT `Block` with a slot before the MLP and one beside it."""
+
+    slots = BLOCK_SLOTS
+
+    def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
+        masks = {"is_causal": True} if is_causal else {}
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, **masks)))
+        if self.mlp_conv is not None:
+            x = self.mlp_conv(x)
+        normed = self.norm2(x)
+        return x + self.drop_path2(self.ls2(self.mlp(normed))) + beside(self.adaptformer, x, normed)
+
+
+@family("vit")
+class ViT(Family):
+    """`blocks.I`, each with `attn` and `mlp`, in one stage."""
+
+    title = "ViT"
+    supports = (
+        "VisionTransformer (vit_*, deit_*, deit3_*, DINOv2 with LayerScale and register tokens)",
+        "VisionTransformerDistilled (deit_*_distilled_*)",
+    )
+    models = (VisionTransformer, VisionTransformerDistilled)
+    block, attention = Block, Attention
+    slotted_block, slotted_attention = SlottedBlock, ExplicitAttention
+    prompts = "sequence"
+
+    def blocks(self, model: nn.Module) -> Iterator[BlockInfo]:
+        for i, block in enumerate(model.blocks):
+            yield BlockInfo(
+                path=f"blocks.{i}",
+                index=i,
+                stage=0,
+                width=model.embed_dim,
+                heads=getattr(getattr(block, "attn", None), "num_heads", 0),
+                resolution=model.patch_embed.grid_size,
+            )
+
+    def convert(self, tensors: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+        # adapt_layer_scale: gamma_1 of the original DeiT III files
+        return vision_transformer.checkpoint_filter_fn(tensors, model, adapt_layer_scale=True)
