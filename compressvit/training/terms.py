@@ -18,7 +18,6 @@ from compressvit.errors import UserError, did_you_mean
 from compressvit.model.taps import Tap
 from compressvit.training import losses
 from compressvit.training.pairs import LayerPair
-from compressvit.training.phases.distill import Distill
 from compressvit.training.term_specs import Losses
 
 
@@ -84,17 +83,6 @@ def build_terms(
             "give distill.layers, or losses.prediction.weight"
         )
     return terms
-
-
-def terms_of_phase(spec: Distill, student: nn.Module, pairs: Sequence[LayerPair]) -> list[Term]:
-    """The terms of a distillation phase for a student; see `build_terms`."""
-    return build_terms(
-        spec.losses,
-        pairs,
-        classes=getattr(student, "num_classes", 0),
-        prefix_tokens=getattr(student, "num_prefix_tokens", 0),
-        smoothing=spec.smoothing,
-    )
 
 
 def labels_term(weight: float, smoothing: float) -> Term:

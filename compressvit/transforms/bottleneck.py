@@ -20,9 +20,13 @@ from compressvit.model import surgery
 from compressvit.model.backbone import describe, model_name
 from compressvit.model.linear import weight_shape
 from compressvit.transforms.base import Plan
+from compressvit.transforms.claims import Claim, slot
 
 Place = Literal["attn", "mlp"]
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu", "hard_swish", "leaky_relu", "elu", "tanh"]
+
+# Parameters without a gradient in the first step of training.
+UP_STARTS_AT_ZERO = dict.fromkeys(("down.weight", "down.bias"), "the upper projection of an adapter starts at zero")
 
 
 class Bottleneck(nn.Module):
@@ -102,6 +106,9 @@ class BottleneckPlan(Plan):
 
     widths: dict[str, int]
     masked: bool = False  # a `sparsify` phase masked single weights
+
+    def claims(self, model: nn.Module) -> list[Claim]:
+        return [slot(path, self.slot) for path in self.widths]
 
     def bottlenecks(self, model: nn.Module) -> dict[str, Bottleneck]:
         """Those that are there, by path."""

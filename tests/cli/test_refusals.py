@@ -21,7 +21,7 @@ from compressvit.files import disk_faults
 from compressvit.model.weights import resample_positions
 from compressvit.recipe.recipe import find_recipe, parse_recipe
 from compressvit.runs.folder import RunFolder
-from compressvit.runs.preflight import pick_device, refuse_own_inputs
+from compressvit.runs.job import pick_device, refuse_own_inputs
 from compressvit.transforms import LoadWeights
 
 

@@ -186,7 +186,9 @@ def test_lora_libraries_find_both_layers_by_path(student):
 
 
 def test_a_shared_weight_is_not_replaced():
-    with pytest.raises(UserError, match=r"which an earlier step shares among 2 layers; use `lors`, which keeps that"):
+    with pytest.raises(
+        UserError, match=r"which the earlier multiplex shares among 2 layers; use `lors`, which keeps that"
+    ):
         plan_transforms(build("vit"), [Multiplex(share=2), LowRank(rank=2)])
 
 

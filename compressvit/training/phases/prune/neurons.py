@@ -18,7 +18,7 @@ from torch import nn
 from compressvit.errors import UserError
 from compressvit.fitting.moments import tokens_at
 from compressvit.model import ties
-from compressvit.training.phases.prune.spec import Prune, PruneTarget, Score
+from compressvit.training.phases.prune.options import PruneOptions, PruneTarget, Score
 from compressvit.transforms import TRANSFORMS, Plan
 from compressvit.transforms.record import compression_of
 
@@ -71,7 +71,7 @@ def scores(
 
     Args:
         model: with the adapters of `plan`.
-        kind: see `Prune.score`.
+        kind: see `PruneOptions.score`.
         seed: of `random`.
         gradients: by parameter name, for `gradient`.
     """
@@ -157,7 +157,7 @@ def cycles(
 def select(
     scored: Mapping[str, torch.Tensor],
     done: int,
-    spec: Prune,
+    spec: PruneOptions,
     start: Widths,
     price: Mapping[str, Price],
     least: int = 0,
@@ -190,7 +190,7 @@ def select(
     return {path: torch.tensor(sorted(chosen), dtype=torch.long) for path, chosen in kept.items()}
 
 
-def _limit(share: float, spec: Prune, start: Widths, price: Mapping[str, Price]) -> tuple[str, int]:
+def _limit(share: float, spec: PruneOptions, start: Widths, price: Mapping[str, Price]) -> tuple[str, int]:
     """Unit and amount of it in neurons that a cycle keeps: the paper's share of what there was, until the target itself is nearer."""
     if spec.target.accuracy is not None:
         return "neurons", _floor(share * sum(start.values()))
@@ -200,7 +200,7 @@ def _limit(share: float, spec: Prune, start: Widths, price: Mapping[str, Price])
 
 
 def _local_widths(
-    paths: list[str], share: float, spec: Prune, start: Widths, price: Mapping[str, Price], least: int
+    paths: list[str], share: float, spec: PruneOptions, start: Widths, price: Mapping[str, Price], least: int
 ) -> Widths:
     if spec.target.accuracy is None:  # the same share of every adapter is that share of any unit
         share = max(share, _share(spec.target, start, price))
