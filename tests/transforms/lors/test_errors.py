@@ -7,13 +7,13 @@ import itertools
 
 import pytest
 import torch
-from compressvit.transforms.lors.budget import Spending
 from helpers.models import build, images_for, outputs
 
 from compressvit import LORS
 from compressvit.fitting.allocate import Budget
 from compressvit.fitting.moments import Source
 from compressvit.transforms.applying import compress
+from compressvit.transforms.low_rank.budget import Spending
 from compressvit.transforms.record import compression_of
 
 PATHS = [f"blocks.{i}.mlp.fc1" for i in range(4)]
