@@ -18,7 +18,8 @@ from pathlib import Path
 import yaml
 from rich.console import Console
 
-from compressvit.recipe.recipe import find_recipe, parse_recipe
+from compressvit.recipe.recipe import parse_recipe
+from compressvit.recipe.shipped import find_recipe
 from compressvit.runs.apply import apply
 
 COMPONENTS = {

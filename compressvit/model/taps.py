@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torchdistill.core.forward_hook import ForwardHookManager
 
 from compressvit.errors import UserError, did_you_mean
 
@@ -27,6 +26,8 @@ class Taps:
     """
 
     def __init__(self, model: nn.Module, taps: Iterable[Tap], device: torch.device):
+        from torchdistill.core.forward_hook import ForwardHookManager
+
         known = [name for name, _ in model.named_modules() if name]
         wanted: dict[str, set[str]] = {}
         for path, io in taps:

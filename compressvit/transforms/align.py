@@ -16,8 +16,6 @@ from typing import Any, ClassVar
 import torch
 from einops import rearrange
 from pydantic import Field
-from scipy.optimize import linear_sum_assignment
-from timm.layers import Mlp
 from torch import nn
 
 from compressvit.errors import UserError
@@ -59,6 +57,8 @@ class AlignPlan(Plan):
 
 def _align(units: list[torch.Tensor], rounds: int, permute: list[Any]) -> None:
     """Permute the units of every layer, (units, features) each, to lie closest to the first layer's, then to their mean."""
+    from scipy.optimize import linear_sum_assignment
+
     orders = [torch.arange(len(u)) for u in units]
     reference = units[0]
     for _ in range(rounds):
@@ -152,6 +152,8 @@ class Align(Transform):
     )
 
     def plan(self, model: nn.Module, source: Source | None = None) -> AlignPlan:
+        from timm.layers import Mlp
+
         groups = [group for group in share_groups(model, self.share, "align.share") if len(group) > 1]
         tied = {name for group in ties.tied_groups(model) for name in group}
         added = surgery.added_parameters(model)

@@ -13,7 +13,8 @@ from helpers.runs import TINY, refused, run
 
 from compressvit import __version__
 from compressvit.cli import main
-from compressvit.recipe.recipe import load_recipe, shipped_recipes
+from compressvit.recipe.recipe import load_recipe
+from compressvit.recipe.shipped import shipped_recipes
 
 
 @pytest.fixture(scope="module")

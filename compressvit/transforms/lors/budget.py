@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
 import torch
-from scipy.cluster.hierarchy import cut_tree, linkage
-from scipy.spatial.distance import squareform
 from torch import nn
 
 from compressvit.fitting.allocate import Budget, Curve, allocate, least_cost, spend
@@ -203,6 +201,9 @@ def group_by_similarity(paths: Sequence[str], count: int, source: Source, kind: 
         kind: 'weights' or 'inputs'.
         ridge: of the metric.
     """
+    from scipy.cluster.hierarchy import cut_tree, linkage
+    from scipy.spatial.distance import squareform
+
     if count >= len(paths):
         return [(path,) for path in paths]
     metrics = source.metrics(paths, kind, ridge, 0.0)
