@@ -339,14 +339,14 @@ def _recipes_show(arguments: argparse.Namespace) -> int:
 
 
 def _schema(arguments: argparse.Namespace) -> int:
-    from rich.console import Console
-    from rich.table import Table
-
     from compressvit.recipe.schema import documentation, json_schema
 
     if arguments.key is None:
         print(json.dumps(json_schema(), indent=2))
         return 0
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table(box=None, pad_edge=False)
     for column in (arguments.key, "default", "meaning"):
         table.add_column(column)
