@@ -1,4 +1,4 @@
-"""LORS in its forms: latency and bytes of the dense model, of shared and private low rank kept factored and materialised, and of
+"""Low rank in its forms: latency and bytes of the dense model, of shared and private low rank kept factored and materialised, and of
 low rank alone, all measured in turns in one run.
 
     python benchmarks/low_rank_forms.py --model deit_small_patch16_224 --rank 32
@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from compressvit import LORS
+from compressvit import LORS, LowRank
 from compressvit.model import cost
 from compressvit.model.backbone import input_size
 from compressvit.transforms.applying import compress, materialise
@@ -35,7 +35,7 @@ def main() -> None:
         "dense": dense,
         f"shared + private rank {arguments.rank}, factored": shared,
         f"shared + private rank {arguments.rank}, materialised": materialise(shared),
-        f"rank {arguments.rank} alone, factored": compress(dense, [LORS(rank=arguments.rank, share=1, init="scratch")]),
+        f"rank {arguments.rank} alone, factored": compress(dense, [LowRank(rank=arguments.rank, init="scratch")]),
     }
     size = input_size(dense)
     times = cost.latency(

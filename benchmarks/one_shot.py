@@ -1,4 +1,4 @@
-"""Top-1 on Fashion-MNIST before any training, over budgets, share groups and metrics: what the defaults of `lors` are chosen by.
+"""Top-1 on Fashion-MNIST before any training, over budgets, share groups and metrics: what the defaults of `low_rank` are chosen by.
 
 Needs the teacher of a finished run of `fashion_mnist_lors` (or `fashion_mnist_mini_vit`).
 
@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 
-from compressvit import LORS
+from compressvit import LORS, LowRank
 from compressvit.artifacts import artifact
 from compressvit.data.input import input_config
 from compressvit.data.loaders import calibration_batches, eval_loader
@@ -34,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--teacher", required=True, help="folder of the teacher's artifact")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.55, 0.35, 0.2])
-    parser.add_argument("--share", type=int, nargs="+", default=[1, 2, 3, 6, 12])
+    parser.add_argument("--share", type=int, nargs="+", default=[1, 2, 3, 6, 12], help="1 for low rank alone")
     parser.add_argument("--calibration", type=int, default=512, help="training images")
     parser.add_argument("--images", type=int, default=5000, help="test images")
     parser.add_argument("--one-by-one", action="store_true", help="sequential: false, each layer for itself")
@@ -59,9 +59,8 @@ def main() -> None:
         for metric in ("outputs", "inputs", "weights"):
             cells = []
             for budget in arguments.budgets:
-                spec = LORS(
-                    share=share, budget={"parameters": budget}, metric=metric, sequential=not arguments.one_by_one
-                )
+                options = {"budget": {"parameters": budget}, "metric": metric, "sequential": not arguments.one_by_one}
+                spec = LowRank(**options) if share == 1 else LORS(share=share, **options)
                 student, started = copy.deepcopy(teacher), time.time()
                 try:
                     transform_(student, [spec], source)

@@ -1,6 +1,6 @@
 """Fashion-MNIST, epoch by epoch at equal parameters: low rank from the teacher, and MiniViT's sharing from noise.
 
-The reference shares weights among blocks (`--share`), starts from noise and is distilled; ours (`lors`, `share: 1`) gets a budget of
+The reference shares weights among blocks (`--share`), starts from noise and is distilled; ours (`low_rank`) gets a budget of
 exactly the reference's parameters and starts from the teacher. Same teacher, data, epochs, losses and seeds. A finished cell is not run
 again.
 
@@ -60,7 +60,7 @@ def main() -> None:
                     "multiplex": {"share": share, "head_mixing": False, "form": "reference", "init": "scratch"}
                 }
                 if "low rank" in method:
-                    first = {"lors": {"share": 1, "budget": {"parameters": parameters}}}
+                    first = {"low_rank": {"budget": {"parameters": parameters}}}
                 training = {"distill": {"epochs": arguments.epochs, "lr": rate, "warmup_epochs": 0.5}}
                 recipe = yaml.safe_dump({**base, "seed": seed, "steps": [first, training]}, sort_keys=False)
                 name = f"share{text}_{method.split(',')[0].replace(' ', '_')}_seed{seed}"

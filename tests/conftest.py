@@ -93,8 +93,6 @@ def trained(tmp_path_factory):
     """A recipe with a `lors` step, and the folder of a run whose teacher it can take."""
     folder = tmp_path_factory.mktemp("lors")
     recipe = folder / "lors.yaml"
-    recipe.write_text(
-        TINY.replace("multiplex: {share: 2}", "lors: {share: 1, rank: 3}").replace("epochs: 1}", "epochs: 6}")
-    )
+    recipe.write_text(TINY.replace("multiplex: {share: 2}", "low_rank: {rank: 3}").replace("epochs: 1}", "epochs: 6}"))
     done("apply", recipe, "--output", folder / "run", "calibration.images=32")
     return recipe, folder / "run"

@@ -19,7 +19,7 @@ from compressvit.errors import UserError
 from compressvit.fitting.moments import Source
 from compressvit.model.backbone import describe
 from compressvit.transforms.align import matched_weights
-from compressvit.transforms.lors.spec import TARGETS
+from compressvit.transforms.low_rank.base import TARGETS
 
 
 def sharing_losses(model: nn.Module, *, source: Source | None = None, aligned: bool = False) -> list[dict[str, Any]]:

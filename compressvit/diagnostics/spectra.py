@@ -12,16 +12,16 @@ from torch import nn
 from compressvit.charts.findings import Finding
 from compressvit.diagnostics.base import EPOCHS, Context, Epochs, Measured, diagnostic
 from compressvit.errors import UserError
+from compressvit.model import linear
 from compressvit.model.backbone import describe, family_of
-from compressvit.transforms.lors.spec import TARGETS
+from compressvit.transforms.low_rank.base import TARGETS
 
 _POINTS = 48  # of a spectrum's curve
 
 
 def effective_weight(layer: Any) -> np.ndarray:
     """The weight (out, in) that a linear layer computes with, its low-rank term included, in float64."""
-    weight = layer.effective_weight() if hasattr(layer, "effective_weight") else layer.weight
-    return weight.detach().cpu().double().flatten(1).numpy()
+    return linear.effective_weight(layer).detach().cpu().double().flatten(1).numpy()
 
 
 def singular_values(model: nn.Module) -> dict[str, np.ndarray]:

@@ -24,7 +24,9 @@ class Budget(Spec):
     )
     bytes: float | None = Field(None, gt=0, description="Bytes of model.safetensors.")
     macs: float | None = Field(
-        None, gt=0, description="Multiply-accumulates for one image. Sharing saves none; `share: 1` does."
+        None,
+        gt=0,
+        description="Multiply-accumulates for one image. `low_rank` saves some; `lors`, where layers share, does not.",
     )
 
     @model_validator(mode="after")
@@ -160,7 +162,7 @@ def spend(
         fixed: what everything else costs.
         of_teacher: what the teacher costs.
         by_error: whether the curves' errors are known; else ranks are uniform.
-        asker: what messages call the transform.
+        asker: what messages call the step.
 
     Raises:
         UserError: not even the least ranks fit, or the budget is above what the model costs anyway.
@@ -170,7 +172,7 @@ def spend(
     if limit < least:
         raise UserError(
             f"{asker}: a budget of {limit:,} {budget.unit} cannot be met: the smallest that these steps reach is {least:,} "
-            f"({least / of_teacher:.3f} of the teacher's {of_teacher:,}); raise it, share more blocks, or name more targets"
+            f"({least / of_teacher:.3f} of the teacher's {of_teacher:,}); raise it, name more targets, or share more blocks with lors"
         )
     if limit >= of_teacher:
         raise UserError(

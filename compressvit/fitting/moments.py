@@ -23,6 +23,7 @@ from compressvit.fitting.lowrank import Metric, cholesky
 from compressvit.log import progress
 from compressvit.model import surgery
 from compressvit.model.backbone import input_size
+from compressvit.model.linear import effective_weight
 from compressvit.model.modes import evaluating
 
 log = logging.getLogger("compressvit")
@@ -108,7 +109,7 @@ class Source:
 
     def weight(self, path: str) -> torch.Tensor:
         """The weight (out, in) of the linear layer at `path`, in float64 on the CPU."""
-        weight: torch.Tensor = self.model.get_submodule(path).weight.detach().cpu().double()  # type: ignore[union-attr, operator]
+        weight: torch.Tensor = effective_weight(self.model.get_submodule(path)).detach().cpu().double()
         if not torch.isfinite(weight).all():
             raise UserError(f"the weight of {path} holds numbers that are not finite; check the teacher's weights")
         return weight

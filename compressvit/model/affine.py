@@ -124,7 +124,7 @@ def refuse_tied(model: nn.Module, step: str, names: Iterable[str]) -> None:
 def _require_plain(layer: nn.Module, where: str, kinds: tuple[type[nn.Module], ...], prefix: str = "") -> None:
     """Raise unless the layer is of one of these kinds, and computes as they do, with a weight of its own."""
     name = type(layer).__name__
-    if not isinstance(layer, kinds):
+    if not isinstance(layer, kinds) and not hasattr(layer, "effective_weight"):  # two factors are a linear layer, too
         raise UserError(f"merging {where} a {name} is not defined; it is for linear layers and convolutions")
     if type(layer).forward not in _PLAIN or layer._parameters.get(f"{prefix}weight") is None:
         raise UserError(

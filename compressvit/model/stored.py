@@ -13,11 +13,12 @@ from torch import nn
 
 from compressvit import __version__
 from compressvit.errors import UserError
+from compressvit.model import old
 from compressvit.spec import Spec
 
 MANIFEST = "compressvit.json"
 TENSORS = "model.safetensors"
-FORMAT = 1
+FORMAT = 2  # 1 is read, too (see `compressvit.model.old`)
 
 
 class StepRecord(Spec):
@@ -74,12 +75,30 @@ def expect_images(model: nn.Module, manifest: Manifest) -> None:
 
 
 def read_manifest(path: str | Path) -> Manifest:
-    """The manifest of the artifact at `path`.
+    """The manifest of the artifact at `path`; one of an earlier format as if it were of this one.
 
     Raises:
         UserError: it is missing, is not JSON, or is of another format.
     """
-    path = Path(path)
+    manifest = _as_written(Path(path))
+    if manifest.format == FORMAT:
+        return manifest
+    renames = old.renamed_tensors(_words(manifest))
+    steps = zip(manifest.transforms, old.current_plans(_words(manifest)), strict=True)
+    return manifest.model_copy(
+        update={
+            "format": FORMAT,
+            "transforms": [step.model_copy(update={"transform": word, "plan": plan}) for step, (word, plan) in steps],
+            "ties": [[renames.get(name, name) for name in group] for group in manifest.ties],
+        }
+    )
+
+
+def _words(manifest: Manifest) -> list[tuple[str, dict[str, Any]]]:
+    return [(step.transform, step.plan) for step in manifest.transforms]
+
+
+def _as_written(path: Path) -> Manifest:
     file = path / MANIFEST
     if not path.exists():
         raise UserError(f"there is no {path}; give a folder with {MANIFEST}")
@@ -90,9 +109,9 @@ def read_manifest(path: str | Path) -> Manifest:
         raise UserError(f"{path} is not a compressvit artifact: it has no {MANIFEST}{hint}")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(content, dict) and content.get("format") != FORMAT:
+        if isinstance(content, dict) and content.get("format") not in (1, FORMAT):
             raise UserError(
-                f"{file} is of format {content.get('format')!r}; this compressvit ({__version__}) reads format {FORMAT}. "
+                f"{file} is of format {content.get('format')!r}; this compressvit ({__version__}) reads formats 1 to {FORMAT}. "
                 f"It was written by compressvit {content.get('compressvit')}"
             )
         return Manifest.model_validate(content)
@@ -104,14 +123,16 @@ def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
     """The stored tensors of the artifact folder at `path`, by canonical name, on the CPU.
 
     Raises:
-        UserError: the file is missing or truncated.
+        UserError: the file is missing or truncated, or the manifest is.
     """
     file = Path(path) / TENSORS
     if not file.is_file():
         raise UserError(
             f"{path} has no {TENSORS}: the artifact is incomplete; `compressvit apply … --resume` writes it again"
         )
-    return read_safetensors(file)
+    tensors = read_safetensors(file)
+    manifest = _as_written(Path(path))
+    return tensors if manifest.format == FORMAT else old.rename(tensors, old.renamed_tensors(_words(manifest)))
 
 
 def read_safetensors(file: Path) -> dict[str, torch.Tensor]:

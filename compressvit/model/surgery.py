@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -130,6 +131,38 @@ def generalise(model: nn.Module, path: str, original: type[nn.Module]) -> None:
     module.__class__ = _dress(original, mixins)
 
 
+def exchange(
+    model: nn.Module,
+    path: str,
+    original: type[nn.Module],
+    replacement: type[nn.Module],
+    parameters: Mapping[str, nn.Parameter | None],
+) -> None:
+    """Make the module at `path`, an `original`, a `replacement` that need not extend it, in place.
+
+    It keeps its identity, hooks, attributes and extensions. Its parameters are gone, and the slots of `original` with what they held;
+    it has `parameters` instead, and the slots of `replacement`, empty.
+
+    Raises:
+        UserError: it is of another class, because another transform has specialised it.
+    """
+    module = model.get_submodule(path)
+    mixins, kind = _peel(type(module))
+    if kind is not original:
+        raise UserError(
+            f"{path} is a {kind.__name__}, which cannot become a {replacement.__name__}: "
+            "another transform has specialised it; apply only one of the two"
+        )
+    for slot in getattr(original, "slots", ()):
+        del module._modules[slot]
+    module._parameters.clear()
+    module.__class__ = _dress(replacement, mixins)
+    for name, parameter in parameters.items():
+        module.register_parameter(name, parameter)
+    for slot in getattr(replacement, "slots", ()):
+        module.register_module(slot, None)
+
+
 def strip(model: nn.Module) -> None:
     """Make every module an instance of its original class again, whatever it was specialised to; all slots are gone."""
     for module in list(model.modules()):
@@ -141,11 +174,6 @@ def strip(model: nn.Module) -> None:
 
 def _is_ours(kind: type) -> bool:
     return kind.__module__.partition(".")[0] == "compressvit"
-
-
-def drop_parameter(model: nn.Module, path: str, name: str) -> None:
-    """Remove a parameter of the module at `path`, and its key with it."""
-    del model.get_submodule(path)._parameters[name]
 
 
 def added_modules(model: nn.Module) -> set[str]:

@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 
 from compressvit.data.spec import Data
 from compressvit.errors import UserError, did_you_mean, nearest
+from compressvit.model.old import current_recipe, is_of_a_run
 from compressvit.model.weights import require_known
 from compressvit.recipe.shipped import find_recipe
 from compressvit.recipe.words import LISTS, Entry, Merge, Step, Word, broken, packages_of, with_words
@@ -157,7 +158,10 @@ def read_recipe(name_or_path: str | Path) -> str:
 
 
 def parse_recipe(text: str, name: str = "recipe", overrides: list[str] | None = None) -> Recipe:
-    """Validate the text of a recipe; `name` is what messages call it. Raises as `load_recipe` does."""
+    """Validate the text of a recipe; `name` is what messages call it, its path where it has one. Raises as `load_recipe` does.
+
+    A file that a run kept may be of an earlier version: it is read in today's words.
+    """
     source = parse(text, name)
     if source.content is None:
         raise RecipeError(
@@ -167,6 +171,8 @@ def parse_recipe(text: str, name: str = "recipe", overrides: list[str] | None = 
         raise RecipeError(
             f"{name} holds a {type(source.content).__name__}, not a mapping; a recipe needs at least teacher, data and steps"
         )
+    if is_of_a_run(Path(name)):
+        source.content = current_recipe(source.content)
     _spell_out(source.content)  # so that an override finds a mapping behind a bare word
     override(source, overrides or [])
     _spell_out(source.content)
@@ -258,6 +264,9 @@ def _sentence(fault: Any, path: tuple) -> str:
                 return f"unknown key; {word} is {base.indefinite}, so it belongs into the list `{key}` ({key}.0.{word} on the command line)"
         if path[0] in LISTS and len(path) == 3 and (why := broken(word)):
             return f"unknown key; {why}"
+        new = getattr(_model_at(path[:-1]), "renamed", {}).get(word)
+        if new:
+            return f"is called {new} now; use {new}"
         hint = did_you_mean(word, _fields(path[:-1]), list_at_most=30)
         if path[0] in LISTS and len(path) == 3 and not hint.startswith("did"):
             return f"unknown key, which neither compressvit nor an installed package offers {hint}"
@@ -280,13 +289,18 @@ def _sentence(fault: Any, path: tuple) -> str:
 
 def _fields(path: tuple) -> dict[str, FieldInfo]:
     """The keys that are allowed at a path of the recipe."""
+    model = _model_at(path)
+    return model.model_fields if model is not None else {}
+
+
+def _model_at(path: tuple) -> type[BaseModel] | None:
     model: Any = Recipe
     for part in path:
         if isinstance(part, int) or model is None:
             continue
         field = model.model_fields.get(part)
         model = model_in(field.annotation) if field else None
-    return model.model_fields if model is not None else {}
+    return model
 
 
 def model_in(annotation: Any) -> type[BaseModel] | None:

@@ -13,6 +13,7 @@ from compressvit import __version__
 from compressvit.charts import findings
 from compressvit.charts.findings import Finding
 from compressvit.errors import UserError
+from compressvit.model.old import current_recipe, current_text
 from compressvit.rows import MetricsRow
 from compressvit.runs.folder import RESOLVED, RunFolder
 
@@ -186,6 +187,7 @@ def read_run(path: Path) -> Run:
             run.findings.append(findings.read(file))
         except UserError as error:
             run.notes.append(f"A diagnostic is left out: {error}.")
+    run.recipe = current_recipe(run.recipe)
     return run
 
 
@@ -218,7 +220,7 @@ def _json(run: Run, name: str, kind: type[F]) -> F | None:
     if text is None:
         return None
     try:
-        return kind.model_validate_json(text)
+        return kind.model_validate_json(current_text(text, run.recipe))
     except ValidationError as error:
         fault = error.errors()[0]
         where = ".".join(map(str, fault["loc"]))
@@ -232,7 +234,7 @@ def _metrics(run: Run) -> list[dict[str, Any]]:
     text = _text(run, "metrics.jsonl")
     found: dict[tuple[str, str, int], dict[str, Any]] = {}
     damaged = []
-    lines = (text or "").splitlines()
+    lines = current_text(text or "", run.recipe).splitlines()
     for number, line in enumerate(lines, 1):
         try:
             row = MetricsRow.model_validate_json(line).model_dump()

@@ -23,13 +23,13 @@ import yaml
 from compressvit import __version__
 from compressvit.errors import UserError
 from compressvit.files import disk_faults, write_text
+from compressvit.model.old import RESOLVED, current_recipe, stored_step
 
 if TYPE_CHECKING:
     from compressvit.charts.findings import Finding
     from compressvit.recipe.recipe import Recipe
 
 
-RESOLVED = "resolved.yaml"
 _MANIFEST = "compressvit.json"  # of `compressvit.artifact`, which imports torch
 
 
@@ -65,7 +65,7 @@ class RunFolder:
 
     def transformed(self, name: str) -> Path:
         """The student behind transforms that learned from images, an artifact, for a run that is resumed."""
-        return self.path / "checkpoints" / name
+        return self.path / "checkpoints" / stored_step(self.path / "checkpoints", name)
 
     def refuse_or_clear(self, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
         """Check that a run may start here. Nothing is deleted yet; `open` does that.
@@ -98,9 +98,9 @@ class RunFolder:
 
         try:
             text = (self.path / RESOLVED).read_text(encoding="utf-8")
-            before = flat(yaml.safe_load(text))
+            before = flat(current_recipe(yaml.safe_load(text)))
             with suppress(UserError):  # keys that are newer than the run have their defaults
-                before = flat(yaml.safe_load(parse_recipe(text).to_yaml()))
+                before = flat(yaml.safe_load(parse_recipe(text, RESOLVED).to_yaml()))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UserError(
                 f"--resume: {self.path / RESOLVED} is damaged, so it does not say what the run was; start a new run with --output"

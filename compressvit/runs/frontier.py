@@ -23,7 +23,7 @@ from compressvit.recipe.recipe import Recipe
 from compressvit.runs.one_shot import QUALITIES, OneShot, leading_transforms, quality_words
 from compressvit.runs.tables import megabytes
 from compressvit.transforms.base import Transform
-from compressvit.transforms.lors.spec import LORS
+from compressvit.transforms.low_rank.base import RankStep
 
 _COLUMNS = {"top1": "top-1 %", "agreement": "same class %", "cosine": "cosine", "cosine_patches": "of patches"}
 
@@ -33,10 +33,10 @@ def frontier(
 ) -> list[dict[str, Any]]:
     """Apply the transforms before the recipe's first phase at every budget, evaluate, and write table and plot.
 
-    The budget replaces the ranks, or the budget, of the recipe's last `lors` step. Nothing is trained.
+    The budget replaces the ranks, or the budget, of the recipe's last `low_rank` or `lors` step. Nothing is trained.
 
     Args:
-        recipe: with a `lors` step before its first phase.
+        recipe: with such a step before its first phase.
         budgets: in `unit`, up to 1 as a share of the teacher's.
         unit: 'parameters', 'bytes' or 'macs'.
         output: folder for `frontier.csv`, `frontier.json` and `frontier.png`; created.
@@ -46,9 +46,9 @@ def frontier(
         A row for the teacher and one for each budget that can be met.
 
     Raises:
-        UserError: no `lors` step, a teacher without values, or no budget that can be met.
+        UserError: no such step, a teacher without values, or no budget that can be met.
     """
-    _require_lors(recipe)
+    _require_ranks(recipe)
     begin = OneShot(recipe, device, "frontier")
 
     def measure(model: nn.Module, budget: float | None, own: InputConfig) -> dict[str, Any]:
@@ -73,27 +73,25 @@ def frontier(
     return rows
 
 
-def _require_lors(recipe: Recipe) -> None:
-    """A `lors` step before the first phase, for the budget to go to."""
+def _require_ranks(recipe: Recipe) -> None:
+    """A `low_rank` or `lors` step before the first phase, for the budget to go to."""
     specs = leading_transforms(recipe)
-    if not any(isinstance(spec, LORS) for spec in specs):
+    if not any(isinstance(spec, RankStep) for spec in specs):
         names = ", ".join(step.name for step in recipe.steps)
         raise UserError(
-            f"frontier spends its budgets on a `lors` step before the first phase; the steps of this recipe are {names}"
+            f"frontier spends its budgets on a `low_rank` or `lors` step before the first phase; the steps of this recipe are {names}"
         )
-    if any(isinstance(spec, LORS) and spec.init == "scratch" for spec in specs):
+    scratch = next((s.name for s in specs if isinstance(s, RankStep) and getattr(s, "init", None) == "scratch"), None)
+    if scratch:
         raise UserError(
-            "frontier spends its budgets by the errors of a teacher's weights, which lors.init=scratch does not use"
+            f"frontier spends its budgets by the errors of a teacher's weights, which {scratch}.init=scratch does not use"
         )
 
 
 def _with_budget(specs: list[Transform], budget: Budget) -> list[Transform]:
-    last = max(i for i, spec in enumerate(specs) if isinstance(spec, LORS))
+    last = max(i for i, spec in enumerate(specs) if isinstance(spec, RankStep))
     return [
-        type(spec).model_validate({**spec.model_dump(), "rank": None, "groups": 1, "budget": budget})
-        if i == last
-        else spec
-        for i, spec in enumerate(specs)
+        spec.with_budget(budget) if i == last and isinstance(spec, RankStep) else spec for i, spec in enumerate(specs)
     ]
 
 

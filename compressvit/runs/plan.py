@@ -32,7 +32,7 @@ from compressvit.training.spec import Training
 from compressvit.training.terms import terms_of_phase
 from compressvit.transforms import LedgerEntry, Transform
 from compressvit.transforms.applying import apply_plans
-from compressvit.transforms.lors.layers import FactoredLinear
+from compressvit.transforms.low_rank.layer import FactoredLinear
 from compressvit.transforms.record import compression_of, trained_parameters
 
 _PLACEHOLDER_CLASSES = 1000  # of a new classifier, while nobody knows the data's

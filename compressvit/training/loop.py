@@ -23,6 +23,7 @@ from compressvit.errors import UserError
 from compressvit.files import load_checkpoint, require_keys, save_checkpoint
 from compressvit.log import RunLog
 from compressvit.model import ties
+from compressvit.model.old import current_checkpoint
 from compressvit.model.taps import Taps
 from compressvit.training import optimisation as opt
 from compressvit.training.meters import Meters, result_text
@@ -146,7 +147,7 @@ def train(
     resumed_random_state = None
     resumed_meters: dict[str, Any] = {}
     if phase.checkpoint.is_file():
-        saved = load_checkpoint(phase.checkpoint)
+        saved = current_checkpoint(load_checkpoint(phase.checkpoint), model.state_dict().keys())
         require_keys(saved, ("done",), phase.checkpoint)
         if not saved["done"]:
             require_keys(saved, _UNFINISHED, phase.checkpoint)

@@ -17,12 +17,16 @@ import torch
 from einops import rearrange
 from pydantic import Field
 from torch import nn
+from torch.nn.utils import skip_init
 
 from compressvit.errors import UserError
 from compressvit.fitting.moments import Source
 from compressvit.model import surgery, ties
 from compressvit.model.backbone import describe, model_name, share_groups
+from compressvit.model.linear import effective_weight
 from compressvit.transforms.base import LedgerEntry, Plan, Transform, transform
+
+_LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
 
 class AlignPlan(Plan):
@@ -73,11 +77,23 @@ def _align(units: list[torch.Tensor], rounds: int, permute: list[Any]) -> None:
 @torch.no_grad()
 def matched_weights(model: nn.Module, first: str, second: str) -> dict[str, torch.Tensor]:
     """The weights of the linear layers of the block at `second`, its neurons and heads in the order that fits the block at `first` best."""
-    reference: Any = model.get_submodule(first)
-    block: Any = copy.deepcopy(model.get_submodule(second))
+    reference, block = (_dense_copy(model.get_submodule(path)) for path in (first, second))
     for units, permute in ((_neurons, _permute_neurons), (_heads, _permute_heads)):
         _align([units(reference), units(block)], 1, [lambda _: None, permute(block)])
-    return {name: block.get_submodule(name).weight.detach() for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
+    return {name: block.get_submodule(name).weight.detach() for name in _LAYERS}
+
+
+def _dense_copy(block: nn.Module) -> Any:
+    """A copy of a block whose linear layers have plain weights, those that they compute with."""
+    block = copy.deepcopy(block)
+    for name in _LAYERS:
+        layer: Any = block.get_submodule(name)
+        weight = effective_weight(layer)
+        dense = skip_init(nn.Linear, *reversed(weight.shape), bias=False, device=weight.device, dtype=weight.dtype)
+        dense.weight.copy_(weight)
+        dense.bias = layer.bias
+        block.set_submodule(name, dense)
+    return block
 
 
 def _neurons(block: Any) -> torch.Tensor:

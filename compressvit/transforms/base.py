@@ -77,6 +77,10 @@ class Plan(Spec):
         """Names of the parameters that a phase may change besides the classifier; all others are frozen. None: it freezes nothing."""
         return None
 
+    def drops(self, model: nn.Module) -> set[str]:
+        """Names of the tensors of `model`, as it is before the transform, that are replaced by others. None by default: every key stays."""
+        return set()
+
     def fitted(self) -> set[str]:
         """Names of tensors whose values belong together with what it added; a later step must not set them anew."""
         return set()

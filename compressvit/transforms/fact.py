@@ -22,6 +22,7 @@ from compressvit.errors import UserError
 from compressvit.fitting.moments import Source
 from compressvit.model import ties
 from compressvit.model.backbone import describe, projection
+from compressvit.model.linear import weight_shape
 from compressvit.transforms.base import LedgerEntry, Transform, record, transform
 from compressvit.transforms.term import TermPlan, add_to_weight_, new_like, with_term
 
@@ -111,10 +112,13 @@ class FacTPlan(TermPlan):
         ties.tie(model, [[f"{path}.fact.{name}" for path in group] for group in self.groups for name in shared])
 
     def term(self, module: Any, path: str) -> tuple[nn.Module, str]:
-        width, longer = min(module.weight.shape), max(module.weight.shape)
-        on_inputs, tucker = module.weight.shape[1] > width, self.form == "tk"
+        shape = weight_shape(module)
+        width, longer = min(shape), max(shape)
+        on_inputs, tucker = shape[1] > width, self.form == "tk"
         options = (width, self.rank, longer // width, on_inputs, self.scale, tucker)
-        return FacTTerm(*options, **new_like(module.weight)), f"+ FacT-{self.form.upper()} of rank {self.rank}"
+        return FacTTerm(
+            *options, **new_like(next(module.parameters()))
+        ), f"+ FacT-{self.form.upper()} of rank {self.rank}"
 
     def fold_term(self, module: Any, term: Any, path: str) -> None:
         """`weight += s·V Σ U`, slot by slot."""
@@ -136,7 +140,7 @@ class FacT(Transform):
         for stage in describe(model, "attention").stages:
             for info in stage:
                 for name in LAYERS:
-                    shape = tuple(projection(model, f"{info.path}.{name}", "fact").weight.shape)
+                    shape = weight_shape(projection(model, f"{info.path}.{name}", "fact"))
                     if min(shape) != info.width or max(shape) % info.width:
                         raise UserError(
                             f"fact cuts projections into {info.width}×{info.width} slots, which {info.path}.{name}, {shape}, is not "

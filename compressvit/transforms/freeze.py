@@ -18,6 +18,7 @@ from compressvit.errors import UserError
 from compressvit.fitting.moments import Source
 from compressvit.model.backbone import describe, head_names, model_name
 from compressvit.transforms.base import LedgerEntry, Plan, Transform, transform
+from compressvit.transforms.low_rank.layer import current_names
 
 
 class FreezePlan(Plan):
@@ -32,7 +33,7 @@ class FreezePlan(Plan):
         """Nothing is added, so nothing is set."""
 
     def trains(self, model: nn.Module) -> set[str]:
-        return set(self.names)
+        return current_names(model, self.names)
 
     def fold(self, model: nn.Module) -> None:
         """There is nothing to fold: the model is a plain one."""

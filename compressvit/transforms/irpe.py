@@ -103,7 +103,7 @@ class IRPEPlan(Plan):
         ledger = []
         for path in self.blocks:
             attention = surgery.specialise(model, f"{path}.attn", backbone.family.slotted_attention)
-            weight = attention.qkv.weight
+            weight = next(attention.qkv.parameters())
             position = ContextualKeyPosition(
                 attention.head_dim,
                 infos[path].resolution,

@@ -18,6 +18,7 @@ from torch import nn
 from compressvit.errors import UserError
 from compressvit.fitting.moments import Source
 from compressvit.model.backbone import describe, model_name, projection
+from compressvit.model.linear import weight_shape
 from compressvit.transforms.base import Transform, transform
 from compressvit.transforms.term import TermPlan, add_to_weight_, new_like, with_term
 
@@ -101,9 +102,11 @@ class LoRAPlan(TermPlan):
 
     def term(self, module: Any, path: str) -> tuple[nn.Module, str]:
         pieces = 3 if path.endswith(".qkv") else 1
-        outputs, inputs = module.weight.shape[:2]
+        outputs, inputs = weight_shape(module)
         which, scale = self.layers[path], self.alpha / self.rank
-        term = LoRATerm(inputs, outputs // pieces, self.rank, which, pieces, scale, **new_like(module.weight))
+        term = LoRATerm(
+            inputs, outputs // pieces, self.rank, which, pieces, scale, **new_like(next(module.parameters()))
+        )
         return term, f"+ LoRA of rank {self.rank}" + (f" on {', '.join('qkv'[p] for p in which)}" * (pieces > 1))
 
     def fold_term(self, module: Any, term: Any, path: str) -> None:
@@ -136,10 +139,10 @@ class LoRA(Transform):
             for target, place in sites.items():
                 path = f"{info.path}.{place}"
                 layer = projection(model, path, "lora.targets")
-                if self.rank > min(layer.weight.shape[:2]):
+                shape = weight_shape(layer)
+                if self.rank > min(shape):
                     raise UserError(
-                        f"lora.rank={self.rank} is more than {path}, {tuple(layer.weight.shape[:2])}, can have; "
-                        f"the largest is {min(layer.weight.shape[:2])}"
+                        f"lora.rank={self.rank} is more than {path}, {shape}, can have; the largest is {min(shape)}"
                     )
                 piece = ("qkv".index(target),) if place == "attn.qkv" else (0,)
                 layers[path] = tuple(sorted({*layers.get(path, ()), *piece}))

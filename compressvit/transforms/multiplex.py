@@ -25,7 +25,7 @@ from compressvit.fitting.moments import Source
 from compressvit.model import surgery, ties
 from compressvit.model.backbone import Backbone, describe, share_groups
 from compressvit.transforms.base import LedgerEntry, Plan, Transform, transform
-from compressvit.transforms.lors.layers import FactoredLinear
+from compressvit.transforms.low_rank.layer import FactoredLinear
 from compressvit.transforms.vpt.prompts import refuse_prompts
 
 
@@ -293,7 +293,9 @@ class Multiplex(Transform):
         if self.mlp_conv:
             refuse_prompts(model, "multiplex.mlp_conv")
         tied = {name: group for group in ties.tied_groups(model) for name in group}
-        if self.init == "scratch" and any(getattr(m, "low_rank", None) is not None for m in model.modules()):
+        if self.init == "scratch" and any(
+            isinstance(m, FactoredLinear) or getattr(m, "low_rank", None) is not None for m in model.modules()
+        ):
             raise UserError(
                 "multiplex.init=scratch would put noise below the low-rank terms of an earlier step; put `multiplex` first"
             )
@@ -302,8 +304,8 @@ class Multiplex(Transform):
                 for name, module in model.get_submodule(path).named_modules():
                     if isinstance(module, FactoredLinear):
                         raise UserError(
-                            f"multiplex wants to share the weight of {path}.{name}, which an earlier `lors` with share 1 replaced; "
-                            "put `multiplex` first and leave lors.share out, or remove one of the two"
+                            f"multiplex wants to share the weight of {path}.{name}, which an earlier step made low rank; "
+                            "put `multiplex` first and `lors` without a share after it, or leave one of the two out"
                         )
             for names in _shared_names(model, group):
                 # A low-rank step may have tied the same layers, and no others.

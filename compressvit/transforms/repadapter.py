@@ -21,6 +21,7 @@ from compressvit.errors import UserError
 from compressvit.fitting.moments import Source
 from compressvit.model.affine import merge_before_
 from compressvit.model.backbone import describe, model_name, projection
+from compressvit.model.linear import weight_shape
 from compressvit.transforms.base import Transform, transform
 from compressvit.transforms.bottleneck import at_tokens
 from compressvit.transforms.term import TermPlan, new_like
@@ -106,10 +107,10 @@ class RepAdapterPlan(TermPlan):
         return self.paths
 
     def term(self, module: Any, path: str) -> tuple[nn.Module, str]:
-        weight = module.get_submodule(_first(path)).weight
+        layer = module.get_submodule(_first(path))
         options = (self.width, self.groups, self.scale, self.dropout)
         text = f"+ linear bottleneck of {self.width} in {self.groups} groups, scale {self.scale:g}"
-        return RepBottleneck(weight.shape[1], *options, **new_like(weight)), text
+        return RepBottleneck(weight_shape(layer)[1], *options, **new_like(next(layer.parameters()))), text
 
     def folds_into(self, path: str) -> list[str]:
         return [f"{path}.{_first(path)}.weight"]

@@ -11,17 +11,18 @@ import timm
 import torch
 from helpers.contract import ADAPTED_BACKBONES, REFUSED, same_values, structure, values
 from helpers.models import SWIN, build, images_for, outputs, randomise
+from helpers.ranks import ranked
 from timm.layers import StdConv2d
 from torch import Tensor, nn
 
 from compressvit.errors import UserError
 from compressvit.model.affine import PaddedConv2d, merge_before_, merge_behind_
 from compressvit.model.surgery import added_parameters, fill_slot, skeleton, specialise
-from compressvit.transforms import LORS, SSF, Adapters, FacT, LoRA, Multiplex, RepAdapter, Transform
+from compressvit.transforms import SSF, Adapters, FacT, LoRA, LowRank, Multiplex, RepAdapter, Transform
 from compressvit.transforms.applying import compress, materialise
 from compressvit.transforms.lora import LoRATerm, WithLoRA
-from compressvit.transforms.lors.layers import FactoredLinear, SharedLowRankLinear
-from compressvit.transforms.lors.plan import LowRank
+from compressvit.transforms.lors.layers import LowRankTerm, SharedLowRankLinear
+from compressvit.transforms.low_rank.layer import factor
 from compressvit.transforms.record import compression_of, trained_names
 from compressvit.transforms.term import add_to_weight_
 
@@ -179,14 +180,18 @@ def extended(kind: type, slot: str, term: nn.Module) -> nn.Module:
     holder = nn.ModuleDict({"layer": nn.Linear(IN, OUT)})
     specialise(holder, "layer", type("Extended", (kind, nn.Linear), {}) if kind is WithLoRA else kind)
     fill_slot(holder, "layer", slot, term)
-    if kind is FactoredLinear:
-        del holder["layer"]._parameters["weight"]
+    return holder["layer"]
+
+
+def factored() -> nn.Module:
+    holder = nn.ModuleDict({"layer": nn.Linear(IN, OUT)})
+    factor(holder, "layer", 2)
     return holder["layer"]
 
 
 NOT_PLAIN = {
-    "factored": lambda: extended(FactoredLinear, "low_rank", LowRank(IN, OUT, 2)),
-    "shared": lambda: extended(SharedLowRankLinear, "low_rank", LowRank(IN, OUT, 2)),
+    "factored": factored,
+    "shared": lambda: extended(SharedLowRankLinear, "low_rank", LowRankTerm(IN, OUT, 2)),
     "lora": lambda: extended(WithLoRA, "lora", LoRATerm(IN, OUT, 2, (0,), 1, 1.0)),
     "normalised": lambda: StdConv2d(IN, OUT, 1),
     "unfused": lambda: nn.MultiheadAttention(IN, 2, kdim=IN + 1),
@@ -294,7 +299,7 @@ def test_two_adapters_merge_in_either_order(names):
 @pytest.mark.parametrize("first", ["lors", "adapter"])
 @pytest.mark.parametrize("name", MERGEABLE)
 def test_low_rank_layers_take_adapters_in_once_they_are_dense(name, first, share):
-    low_rank = LORS(share=share, rank=2, metric="weights")
+    low_rank = ranked(share, rank=2, metric="weights")
     steps = [low_rank, MERGEABLE[name]][:: 1 if first == "lors" else -1]
     plain = build("swin" if share == 1 else "vit")
     made = adapted(plain, steps)
@@ -303,7 +308,7 @@ def test_low_rank_layers_take_adapters_in_once_they_are_dense(name, first, share
     assert structure(merged) == structure(plain)
     assert relative(outputs(merged), expected) < 1e-5  # measured up to 8e-7
     # alone, before the low-rank step is folded, the adapter has nowhere to go
-    plan = next(plan for plan in compression_of(made).plans if plan.transform != "lors")
+    plan = next(plan for plan in compression_of(made).plans if plan.transform not in ("lors", "low_rank"))
     before = values(made)
     with pytest.raises(UserError, match=r"cannot be folded: \S+ is low rank.* Fold the low-rank step first"):
         plan.fold(made)
@@ -330,14 +335,14 @@ def test_nothing_merges_into_a_shared_weight(name, order):
 
 
 def test_what_was_frozen_stays_frozen():
-    made = adapted(build("vit"), [LORS(share=1, rank=2, metric="weights"), MERGEABLE["lora"], Adapters(width=2)])
+    made = adapted(build("vit"), [LowRank(rank=2, metric="weights"), MERGEABLE["lora"], Adapters(width=2)])
     merged = materialise(made)
     assert {n for n, p in merged.named_parameters() if p.requires_grad} == trained_names(merged)
     assert trained_names(merged) < trained_names(made)
 
 
 def test_a_plain_model_can_be_trained_again():
-    merged = materialise(adapted(build("vit"), [LORS(share=1, rank=2, metric="weights"), MERGEABLE["lora"]]))
+    merged = materialise(adapted(build("vit"), [LowRank(rank=2, metric="weights"), MERGEABLE["lora"]]))
     assert all(p.requires_grad for p in merged.parameters())
     assert trained_names(merged) is None
 

@@ -149,7 +149,7 @@ def test_validate_looks_models_up_in_timm_as_plan_does(recipe, tmp_path):
         assert code == 0
         faulty.write_text(text)
         code, out, err = run("validate", faulty, recipe)
-        assert (code, out) == (2, f"{recipe}: valid\n")
+        assert (code, out) == (2, f"{recipe}: valid")
         planned = run("plan", faulty)[2].removeprefix("compressvit: ")
         assert err == f"{faulty}: {whose}.model: {planned}"
     assert (

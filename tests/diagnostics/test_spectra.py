@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers.models import build, equal_within_stages, images_for
 
-from compressvit import LORS, Align, compress
+from compressvit import Align, LowRank, compress
 from compressvit.diagnostics.similarity import sharing_finding, sharing_losses
 from compressvit.diagnostics.spectra import effective_rank, singular_values, spectra_findings
 from compressvit.errors import UserError
@@ -23,7 +23,7 @@ def test_effective_rank_counts_directions():
 
 def test_a_low_rank_student_has_the_singular_values_that_were_kept():
     teacher = build("vit")
-    student = compress(teacher, [LORS(share=1, rank=5, metric="weights", sequential=False)])
+    student = compress(teacher, [LowRank(rank=5, metric="weights", sequential=False)])
     theirs, ours = singular_values(teacher), singular_values(student)
     assert list(ours) == list(theirs)
     for path, values in ours.items():

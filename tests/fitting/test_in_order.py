@@ -10,8 +10,9 @@ import pytest
 import timm
 import torch
 from helpers.models import BACKBONES, SWIN, VIT, build, images_for, outputs, randomise
+from helpers.ranks import ranked
 
-from compressvit import LORS, AdaptFormer, Multiplex
+from compressvit import LORS, AdaptFormer, LowRank, Multiplex
 from compressvit.errors import UserError
 from compressvit.fitting import in_order
 from compressvit.fitting.in_order import BRANCHES, LayerFit, fit_in_order
@@ -120,7 +121,7 @@ def test_fitted_in_order_the_model_is_closer_to_its_teacher(name, share, metric)
     images, unseen = images_for(teacher, 96), images_for(teacher, 32, seed=2)
     errors = []
     for sequential in (False, True):
-        spec = LORS(rank=8, share=share, metric=metric, sequential=sequential)
+        spec = ranked(share, rank=8, metric=metric, sequential=sequential)
         student = compress(teacher, [spec], calibration=images.split(16))
         errors.append(relative(student.forward_features(unseen), teacher.forward_features(unseen)))
     most = 0.97 if metric == "inputs" else 1.0  # measured 0.48 to 0.93, and up to 0.97
@@ -131,9 +132,7 @@ def test_too_few_images_do_no_harm():
     teacher = build("vit")
     images, unseen = images_for(teacher, 2), images_for(teacher, 32, seed=2)
     errors = [
-        relative(
-            outputs(compress(teacher, [LORS(rank=8, share=1, sequential=s)], images), unseen), outputs(teacher, unseen)
-        )
+        relative(outputs(compress(teacher, [LowRank(rank=8, sequential=s)], images), unseen), outputs(teacher, unseen))
         for s in (False, True)
     ]
     assert errors[1] < 1.2 * errors[0], errors
@@ -171,7 +170,7 @@ def test_nothing_is_left_behind_and_the_teacher_is_untouched(monkeypatch, tmp_pa
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     teacher = build("swin")
     before = {n: p.clone() for n, p in teacher.state_dict().items()}
-    student = compress(teacher, [LORS(rank=2, share=1)], calibration=images_for(teacher, 8))
+    student = compress(teacher, [LowRank(rank=2)], calibration=images_for(teacher, 8))
     assert not list(tmp_path.iterdir())
     assert all(torch.equal(p, before[n]) for n, p in teacher.state_dict().items())
     assert not teacher.training
@@ -182,7 +181,7 @@ def test_the_ledger_has_the_errors_that_were_fitted():
     """Of the last layer on the student's own inputs, recomputed from the models alone: no residual stream to correct there."""
     teacher = build("vit")
     images = images_for(teacher, 64)
-    student = compress(teacher, [LORS(rank=6, share=1, targets=("mlp.fc1",))], images)
+    student = compress(teacher, [LowRank(rank=6, targets=("mlp.fc1",))], images)
     path = "blocks.3.mlp.fc1"
     entry = next(e for e in compression_of(student).ledger if e.path == path)
     seen = {}
@@ -199,7 +198,7 @@ def test_one_source_for_two_students_keeps_nothing_of_the_first():
     teacher = build("headless")
     images = images_for(teacher, 32)
     together, errors = Source(copy.deepcopy(teacher), images), []
-    for spec in (LORS(rank=4, share=1), LORS(rank=8, share=2), LORS(rank=20, share=1, sequential=False)):
+    for spec in (LowRank(rank=4), LORS(rank=8, share=2), LowRank(rank=20, sequential=False)):
         alone, shared = copy.deepcopy(teacher), copy.deepcopy(teacher)
         torch.manual_seed(0)
         first = transform_(alone, [spec], images)
@@ -238,7 +237,7 @@ def test_what_layer_scale_makes_small_does_not_take_the_rank(share, metric):
     images, unseen = images_for(teacher, 96), images_for(teacher, 32, seed=2)
     errors = []
     for sequential in (False, True):
-        student = compress(teacher, [LORS(rank=8, share=share, metric=metric, sequential=sequential)], images)
+        student = compress(teacher, [ranked(share, rank=8, metric=metric, sequential=sequential)], images)
         errors.append(relative(student.forward_features(unseen), teacher.forward_features(unseen)))
     assert errors[1] < 0.9 * errors[0], errors
 
@@ -247,10 +246,10 @@ def test_what_layer_scale_makes_small_does_not_take_the_rank(share, metric):
     "steps",
     [
         [
-            LORS(rank=2, share=1, targets=("attn.*",)),
-            LORS(share=1, budget={"parameters": 0.95}, targets=("mlp.*",), metric="inputs"),
+            LowRank(rank=2, targets=("attn.*",)),
+            LowRank(budget={"parameters": 0.95}, targets=("mlp.*",), metric="inputs"),
         ],
-        [LORS(rank=2, share=1, targets=("mlp.*",)), LORS(rank=3, share=2, targets=("attn.*",))],
+        [LowRank(rank=2, targets=("mlp.*",)), LORS(rank=3, share=2, targets=("attn.*",))],
     ],
     ids=["one stays dense", "two kinds of groups"],
 )
@@ -279,7 +278,7 @@ def test_blocks_with_slots_are_fitted_in_order_too(name, first):
     errors = []
     for sequential in (False, True):
         share = 2 if first.name == "multiplex" else 1
-        student = compress(teacher, [first, LORS(rank=8, share=share, sequential=sequential)], images)
+        student = compress(teacher, [first, ranked(share, rank=8, sequential=sequential)], images)
         errors.append(relative(outputs(student, unseen), outputs(teacher, unseen)))
     assert errors[1] < errors[0], errors  # measured 0.15 to 0.92
 
@@ -290,11 +289,11 @@ def test_no_room_for_the_hidden_states(monkeypatch):
 
     monkeypatch.setattr("numpy.save", full)
     with pytest.raises(UserError, match=r"No space left on device; point TMPDIR at a folder with room"):
-        compress(build("vit"), [LORS(rank=2, share=1)], images_for(build("vit"), 8))
+        compress(build("vit"), [LowRank(rank=2)], images_for(build("vit"), 8))
     monkeypatch.undo()
     monkeypatch.setattr(tempfile, "tempdir", "/nowhere/at/all")
     with pytest.raises(UserError, match="point TMPDIR at a folder with room"):
-        compress(build("vit"), [LORS(rank=2, share=1)], images_for(build("vit"), 8))
+        compress(build("vit"), [LowRank(rank=2)], images_for(build("vit"), 8))
 
 
 def test_numbers_that_are_not_finite_are_named():

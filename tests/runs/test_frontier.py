@@ -22,7 +22,7 @@ def test_a_sweep_from_good_to_small(trained, tmp_path, unit):
     recipe, run = trained
     words = ["--budgets", 0.9, 0.5, 0.7, 0.0001, "--unit", unit, "--output", tmp_path / "out"]
     out = done("frontier", recipe, *values_of(run), *words)
-    assert "budget 0.0001: lors: a budget of" in out
+    assert "budget 0.0001: low_rank: a budget of" in out
     assert "cannot be met" in out
     rows = json.loads((tmp_path / "out" / "frontier.json").read_text())
     assert [row["budget"] for row in rows] == [None, 0.9, 0.7, 0.5]
@@ -55,9 +55,9 @@ def test_a_layer_that_stays_dense_has_a_bar_of_its_full_rank(tmp_path):
         ([], "trains nothing, so the teacher needs values: run the recipe once"),
         (["--budgets", "-1"], "a budget is above 0"),
         (["steps=[{multiplex: {share: 2}}, distill]"], "the steps of this recipe are multiplex, distill"),
-        (["teacher.weights=RUN", "steps.0.lors.init=scratch"], "which lors.init=scratch does not use"),
+        (["teacher.weights=RUN", "steps.0.low_rank.init=scratch"], "which low_rank.init=scratch does not use"),
         (["teacher.weights=RUN", "teacher.num_classes=7"], "classifier of 10 classes and the model one of 7"),
-        (["steps=[distill, {lors: {rank: 2}}]"], "on a `lors` step before the first phase"),
+        (["steps=[distill, {lors: {rank: 2}}]"], "on a `low_rank` or `lors` step before the first phase"),
     ],
 )
 def test_what_cannot_be_swept(trained, words, message):

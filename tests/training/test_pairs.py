@@ -16,7 +16,7 @@ from compressvit.errors import UserError
 from compressvit.model import surgery
 from compressvit.model.backbone import describe
 from compressvit.training.pairs import LayerPair, match_layers
-from compressvit.transforms import IRPE, LORS, Multiplex
+from compressvit.transforms import IRPE, LORS, LowRank, Multiplex
 from compressvit.transforms.applying import apply_plans, compress
 
 
@@ -236,7 +236,7 @@ def test_layers_that_share_linear_weights_count_as_sharing():
     assert [(p.student.index, p.teacher.index) for p in pairs] == [(1, 1), (3, 3)]
     assert how == "the last block of every share group"
     alone = vit(depth=4)
-    apply_plans(alone, [LORS(rank=2, share=1).plan(alone)])
+    apply_plans(alone, [LowRank(rank=2).plan(alone)])
     pairs, how = match_layers(alone, teacher, "matched")
     assert [(p.student.index, p.teacher.index) for p in pairs] == [(3, 3)]
     assert how == "the last block of every stage"

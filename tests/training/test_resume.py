@@ -263,7 +263,7 @@ def test_resuming_a_finished_run_only_reports(recipe, finished, tmp_path, monkey
 
 def test_what_was_learned_from_images_is_not_learned_again(recipe, tmp_path, monkeypatch):
     """Fits take long, and on another machine they may end with other ranks, which the checkpoint does not fit."""
-    steps = "steps=[lors: {share: 1, budget: {parameters: 0.5}}, distill: {epochs: 2}]"
+    steps = "steps=[low_rank: {budget: {parameters: 0.5}}, distill: {epochs: 2}]"
     words = ("apply", recipe, steps, "calibration.images=40", "--output")
     whole, folder = tmp_path / "whole", tmp_path / "run"
     done(*words, whole)
@@ -274,16 +274,16 @@ def test_what_was_learned_from_images_is_not_learned_again(recipe, tmp_path, mon
     with monkeypatch.context() as patch:
         patch.setattr(compressvit.runs.apply, "transform_", lambda *_: pytest.fail("it was fitted again"))
         out = done(*words, folder, "--resume")
-    assert "0_lors: read from" in out
+    assert "0_low_rank: read from" in out
     assert student_bytes(folder) == student_bytes(whole)
     ledgers = [json.loads((f / "results.json").read_text())["ledger"] for f in (folder, whole)]
     assert ledgers[0] == ledgers[1]
     assert all(entry["output_error"] > 0 for entry in ledgers[0])
 
-    (folder / "checkpoints" / "0_lors.ledger.json").write_text("[")
+    (folder / "checkpoints" / "0_low_rank.ledger.json").write_text("[")
     message = refused(*words, folder, "--resume")
-    assert f"Remove {folder / 'checkpoints' / '0_lors'}: --resume then makes it again" in message
-    shutil.rmtree(folder / "checkpoints" / "0_lors")
+    assert f"Remove {folder / 'checkpoints' / '0_low_rank'}: --resume then makes it again" in message
+    shutil.rmtree(folder / "checkpoints" / "0_low_rank")
     assert "read from" not in done(*words, folder, "--resume")
     assert student_bytes(folder) == student_bytes(whole)
 

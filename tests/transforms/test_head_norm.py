@@ -17,7 +17,7 @@ from compressvit.artifacts.adapter import load_adapter, remove_adapter, save_ada
 from compressvit.errors import UserError
 from compressvit.model import surgery, ties
 from compressvit.recipe.recipe import load_recipe
-from compressvit.transforms import LORS, AdaptFormer, HeadNorm
+from compressvit.transforms import AdaptFormer, HeadNorm, LowRank
 from compressvit.transforms.applying import compress
 from compressvit.transforms.record import trained_parameters
 
@@ -107,7 +107,7 @@ def test_it_merges_into_the_classifier(backbone):
     images = images_for(model)
     assert structure(merged) == structure(build(backbone))
     assert (outputs(merged, images) - outputs(model, images)).abs().max() < 1e-5  # measured 1e-6
-    low_rank = seen("vit", LORS(share=1, rank=2, metric="weights"))
+    low_rank = seen("vit", LowRank(rank=2, metric="weights"))
     assert (outputs(compressvit.merge(low_rank)) - outputs(low_rank)).abs().max() < 1e-5
 
 

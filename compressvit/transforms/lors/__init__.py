@@ -1,1 +1,1 @@
-"""LORS: shared weights with private low-rank terms, and low rank alone."""
+"""LORS: linear layers that share a weight and keep a private low-rank term each."""

@@ -1,4 +1,4 @@
-"""Linear layers whose weight is shared plus a private low-rank term, or low rank alone.
+"""Linear layers whose weight is shared plus a private low-rank term.
 
 Paper: LORS: Low-rank Residual Structure for Parameter-Efficient Network Stacking, CVPR 2024, https://arxiv.org/abs/2403.04303
 """
@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from compressvit.transforms.low_rank.layer import reset_zero_, set_factors_
 
-class LowRank(nn.Module):
+
+class LowRankTerm(nn.Module):
     """The product `up @ down`, of shape (out, in) and rank at most r. Private to a layer.
 
     Args:
@@ -24,20 +26,9 @@ class LowRank(nn.Module):
         self.up = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
         self.reset_zero()
 
-    @torch.no_grad()
     def reset_zero(self) -> None:
-        """Start as the zero matrix: `down` Kaiming-uniform, `up` zero (LORS, section 4)."""
-        nn.init.kaiming_uniform_(self.down, a=5**0.5)
-        nn.init.zeros_(self.up)
-
-    @torch.no_grad()
-    def set_factors(self, up: torch.Tensor, down: torch.Tensor) -> None:
-        """Take these values, of any precision; components without any start as `reset_zero` leaves them, so that they can learn."""
-        self.reset_zero()
-        size = up.norm(dim=0) * down.norm(dim=1)
-        used = size > 1e-7 * size.max()  # float32 has nothing below that beside the largest
-        self.up[:, used] = up[:, used].to(self.up)
-        self.down[used] = down[used].to(self.down)
+        """Start as the zero matrix; see `reset_zero_`."""
+        reset_zero_(self.up, self.down)
 
     def product(self) -> torch.Tensor:  # (out, in)
         return self.up @ self.down
@@ -55,6 +46,8 @@ class SharedLowRankLinear(nn.Linear):
 
     slots = ("low_rank",)
 
+    low_rank: LowRankTerm
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         tokens = x.numel() // x.shape[-1]
         if tokens * (self.in_features + self.out_features) < self.in_features * self.out_features:
@@ -62,22 +55,9 @@ class SharedLowRankLinear(nn.Linear):
         return F.linear(x, self.effective_weight(), self.bias)
 
     def effective_weight(self) -> torch.Tensor:  # (out, in)
+        """The weight of the dense layer that computes the same."""
         return self.weight + self.low_rank.product()
 
-
-class FactoredLinear(nn.Linear):
-    """timm's linear layer with its dense weight gone: `y = (x downᵀ) upᵀ + bias`, r·(in + out) multiply-accumulates a token."""
-
-    slots = ("low_rank",)
-
-    @property
-    def weight(self) -> torch.Tensor:  # type: ignore[override]
-        """The product, for code that reads a layer's weight past its forward; it has no key of its own."""
-        return self.low_rank.product()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.low_rank(x)
-        return y if self.bias is None else y + self.bias
-
-    def effective_weight(self) -> torch.Tensor:  # (out, in)
-        return self.low_rank.product()
+    def set_factors(self, up: torch.Tensor, down: torch.Tensor) -> None:
+        """Give the term these values (out, r) and (r, in); see `set_factors_`."""
+        set_factors_(self.low_rank.up, self.low_rank.down, up, down)

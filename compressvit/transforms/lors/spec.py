@@ -2,55 +2,49 @@
 
 Paper: LORS: Low-rank Residual Structure for Parameter-Efficient Network Stacking, CVPR 2024, https://arxiv.org/abs/2403.04303
 
-The weight of layer i becomes `W_shared + up_i @ down_i` (static LORS; its K_i groups of rank r are one term of rank K_i·r). Biases
-and norms stay private. With `share: 1` nothing is shared and the dense weight is gone: `up_i @ down_i` alone, which also cuts MACs.
+The weight of layer i becomes `W_shared + up_i @ down_i` (static LORS; its K_i terms of rank r are one term of rank K_i·r). Biases and
+norms stay private. Parameters and bytes fall, MACs do not. A layer that shares with no other is low rank alone, as with `low_rank`.
 
 The paper trains this from noise (`init: scratch`). From a trained model, the shared weight and the terms are fitted to its
-weights, with errors measured where they matter: see `compressvit.lowrank`.
+weights, with errors measured where they matter: see `compressvit.fitting.lowrank`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from fnmatch import fnmatch
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 from torch import nn
 
-from compressvit.errors import UserError, did_you_mean
+from compressvit.errors import UserError
 from compressvit.fitting.allocate import Budget
 from compressvit.fitting.moments import Source
-from compressvit.model import surgery, ties
-from compressvit.model.backbone import Backbone, describe, model_name, share_groups
-from compressvit.transforms.base import Transform, transform
-from compressvit.transforms.lors.budget import Spending, group_by_similarity
-from compressvit.transforms.lors.layers import FactoredLinear, SharedLowRankLinear
+from compressvit.model import ties
+from compressvit.model.backbone import Backbone, describe, share_groups
+from compressvit.model.linear import weight_shape
+from compressvit.transforms.base import transform
+from compressvit.transforms.lors.grouping import group_by_similarity
 from compressvit.transforms.lors.plan import LORSPlan
-
-TARGETS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+from compressvit.transforms.low_rank.base import RankStep, at_least, measured_on
+from compressvit.transforms.low_rank.budget import Group, Spending
+from compressvit.transforms.record import compression_of
 
 
 @transform("lors", LORSPlan)
-class LORS(Transform):
-    """Share the weights of linear layers, with a private low-rank term each (LORS); or low rank alone."""
+class LORS(RankStep):
+    """Share the weights of linear layers, with a private low-rank term each (LORS)."""
 
-    rank: int | tuple[int, ...] | None = Field(
-        None, description="Rank r of the private terms: one number, or one per block; 0 for none. Or give a budget."
-    )
-    budget: Budget | None = Field(
-        None,
-        description="Instead of ranks: what the student may cost. Ranks go where they remove the most error for it; with `share: 1` "
-        "a layer stays dense where that is cheaper.",
-    )
-    groups: int | tuple[int, ...] = Field(
+    renamed: ClassVar[dict[str, str]] = {"groups": "terms"}
+
+    terms: int | tuple[int, ...] = Field(
         1,
         description="The paper's K: terms of rank r in each layer, so that its rank is K·r; one number, or one per block.",
     )
     share: int | tuple[int, ...] | Literal["auto"] | None = Field(
         None,
-        description="Blocks in a share group: one number, or one per stage. 1 shares nothing and drops the dense weight. "
+        description="Blocks in a share group: one number, or one per stage (1 there for low rank alone; `low_rank` is that everywhere). "
         "Null: as an earlier step shares them, and where none does, all blocks of a stage. What is not shared then keeps its weight. "
         "auto: for each kind of layer of each stage what leaves the least error in the budget, 1 included.",
     )
@@ -58,9 +52,6 @@ class LORS(Transform):
         "consecutive",
         description="similarity: a stage has as many groups as with `share` consecutive blocks, of the layers that lose least by sharing, "
         "wherever they are and however many.",
-    )
-    targets: tuple[str, ...] = Field(
-        TARGETS, min_length=1, description="Linear layers of a block, by path within it; * matches any part."
     )
     init: Literal["fit", "first", "scratch"] = Field(
         "fit",
@@ -73,38 +64,23 @@ class LORS(Transform):
         "(whitening). outputs: what the model computes on them. auto: what wins in our measurements, inputs for layers that share a "
         "weight and outputs for the others.",
     )
-    sequential: bool = Field(
-        True,
-        description="Fit layers in the order they run, each on what the fitted layers before it produce, towards the teacher's hidden "
-        "states, biases too. False: each as if all others were the teacher's. Ignored where nothing is measured on images.",
-    )
     rounds: int = Field(
         4, ge=0, description="How often the shared weight is fitted again to what the private terms leave over."
     )
-    ridge: float = Field(
-        1e-3,
-        ge=0,
-        description="Added to the inputs' second moment, in parts of its mean, at least 1e-6: errors off the images count too.",
-    )
-    output_ridge: float = Field(
-        0.1, ge=0, description="The same for the gradients' second moment; for metric: outputs."
-    )
 
-    @field_validator("rank", "groups", "share")
+    @field_validator("terms", "share")
     @classmethod
-    def _not_negative(cls, value, info):
-        least = 1 if info.field_name == "share" else 0
-        for number in (value,) if isinstance(value, int) else () if value == "auto" else value or ():
-            if number < least:
-                raise ValueError(f"{info.field_name} is at least {least}, not {number}")
-        return value
+    def _positive(cls, value: Any, info: Any) -> Any:
+        return value if value == "auto" else at_least(1 if info.field_name == "share" else 0, info.field_name, value)
 
     @model_validator(mode="after")
-    def _rank_or_budget(self) -> LORS:
-        if (self.rank is None) == (self.budget is None):
-            raise ValueError("lors needs a rank or a budget" + (", not both" if self.budget else ""))
-        if self.budget and self.init == "scratch":
-            raise ValueError("a budget is spent by the errors of a teacher's weights, which init: scratch does not use")
+    def _consistent(self) -> LORS:
+        self.require_rank_or_budget(self.init)
+        shares = (self.share,) if isinstance(self.share, int) else self.share
+        if isinstance(shares, tuple) and set(shares) == {1}:
+            raise ValueError(
+                "share: 1 shares nothing; use `low_rank`, which is that: `low_rank: {budget: {parameters: 0.5}}` (Python: LowRank)"
+            )
         if self.share == "auto" and not self.budget:
             raise ValueError("share: auto chooses by what is left of a budget; give one, or a number of blocks")
         if self.group_by == "similarity" and self.init == "scratch":
@@ -113,9 +89,12 @@ class LORS(Transform):
             raise ValueError(
                 "group_by: similarity makes groups of its own, so it needs share: a number of blocks, or auto"
             )
-        if self.budget and self.groups != 1:
-            raise ValueError("groups multiply the rank, which a budget chooses; leave groups out")
+        if self.budget and self.terms != 1:
+            raise ValueError("terms multiply the rank, which a budget chooses; leave terms out")
         return self
+
+    def with_budget(self, budget: Budget) -> LORS:
+        return self.model_validate({**self.model_dump(), "rank": None, "terms": 1, "budget": budget})
 
     @property
     def needs_images(self) -> bool:
@@ -123,10 +102,7 @@ class LORS(Transform):
 
     @property
     def provisional(self) -> tuple[str, ...]:
-        on = "in the weights" if self.metric == "weights" else "on the calibration images"
-        notes = []
-        if self.budget:
-            notes.append(f"ranks are uniform in this plan; apply spends the same budget by the errors it measures {on}")
+        notes = self.budget_note(self.metric)
         if self.share == "auto":
             notes.append(
                 "nothing is shared in this plan; apply shares weights where that leaves less error in the budget, and with other groups "
@@ -134,13 +110,14 @@ class LORS(Transform):
             )
         elif self.group_by == "similarity":
             notes.append(
-                f"groups are consecutive in this plan; apply makes as many of the layers that are most alike {on}"
+                "groups are consecutive in this plan; apply makes as many of the layers that are most alike "
+                + measured_on(self.metric)
             )
         return tuple(notes)
 
     def plan(self, model: nn.Module, source: Source | None = None) -> LORSPlan:
         backbone = describe(model, "attention")
-        targets = self._targets(model, backbone)
+        targets = self.find_targets(model, backbone)
         self._refuse_shapes(model, backbone, targets)
         self._refuse_order(model)
         if source is not None and self.group_by == "similarity" and self.metric != "weights":
@@ -150,8 +127,7 @@ class LORS(Transform):
         if not self.budget:
             found = [g for target in targets for g in self._groups(model, backbone, target, self.share, source)]
             # a layer that is like no other shares with none, which is no reason to take its weight away
-            alone = self.group_by == "similarity" and self.share not in (1, (1,) * len(backbone.stages))
-            groups = [g for g in found if len(g) > 1 or not alone]
+            groups = [g for g in found if len(g) > 1 or self.group_by != "similarity"]
             ranks = self._ranks(model, backbone, groups)
             self._refuse_conflicts(model, groups, ranks)
             return self.resolved(groups, ranks, dense=[path for g in found if g not in groups for path in g])
@@ -202,23 +178,6 @@ class LORS(Transform):
             choices.append([list(way) for way in dict.fromkeys(ways)])
         return choices
 
-    def _targets(self, model: nn.Module, backbone: Backbone) -> list[str]:
-        """The relative paths that the patterns name, which every block has."""
-        block = model.get_submodule(backbone.blocks[0].path)
-        linear = {name for name, module in block.named_modules() if isinstance(module, nn.Linear)}
-        of_steps = surgery.added_modules(block)  # earlier steps' own layers
-        known = [name for name, _ in block.named_modules() if name in linear and name not in of_steps]
-        found: list[str] = []
-        for pattern in self.targets:
-            matches = [name for name in known if fnmatch(name, pattern)]
-            if not matches:
-                raise UserError(
-                    f"lors.targets: {pattern!r} matches no linear layer of {backbone.blocks[0].path} of {model_name(model)}; "
-                    + did_you_mean(pattern, known)
-                )
-            found += [name for name in matches if name not in found]
-        return found
-
     def _groups(
         self,
         model: nn.Module,
@@ -226,7 +185,7 @@ class LORS(Transform):
         target: str,
         share: int | tuple[int, ...] | None,
         source: Source | None,
-    ) -> list[tuple[str, ...]]:
+    ) -> list[Group]:
         """The layers called `target`, grouped by `share`."""
         stages = [tuple(f"{block.path}.{target}" for block in stage) for stage in backbone.stages]
         if share is None:
@@ -243,36 +202,22 @@ class LORS(Transform):
             for group in group_by_similarity(stage, sum(g[0] in stage for g in consecutive), source, kind, self.ridge)
         ]
 
-    def _ranks(self, model: nn.Module, backbone: Backbone, groups: list[tuple[str, ...]]) -> dict[str, int]:
-        blocks = [block.path for block in backbone.blocks]
-        columns = {}
-        for name in ("rank", "groups"):
-            value: Any = getattr(self, name)
-            columns[name] = (value,) * len(blocks) if isinstance(value, int) else value
-            if len(columns[name]) != len(blocks):
-                raise UserError(
-                    f"lors.{name} lists {len(columns[name])} numbers, but {model_name(model)} has {len(blocks)} blocks; "
-                    "give one number, or one per block"
-                )
-        of_block = {b: r * k for b, r, k in zip(blocks, columns["rank"], columns["groups"], strict=True)}
+    def _ranks(self, model: nn.Module, backbone: Backbone, groups: Sequence[Group]) -> dict[str, int]:
+        ranks, terms = (self.per_block(model, backbone, name) for name in ("rank", "terms"))
+        of_block = {block: ranks[block] * terms[block] for block in ranks}
         return {path: next(r for b, r in of_block.items() if path.startswith(f"{b}.")) for g in groups for path in g}
 
     def _refuse_shapes(self, model: nn.Module, backbone: Backbone, targets: Sequence[str]) -> None:
-        modules = dict(model.named_modules())
+        if self.share != "auto" and self.group_by != "similarity":
+            return
         for target in targets:
             for stage in backbone.stages:
-                layers = {path: modules.get(path) for path in (f"{block.path}.{target}" for block in stage)}
-                for path, layer in layers.items():
-                    if not isinstance(layer, nn.Linear):
-                        raise UserError(
-                            f"lors.targets: {path} of {model_name(model)} is no linear layer, as {target} is in its first block; name "
-                            "targets that every block has"
-                        )
-                if self.share != "auto" and self.group_by != "similarity":
-                    continue
-                (first, one), *others = layers.items()
+                shapes = {
+                    p: weight_shape(model.get_submodule(p)) for p in (f"{block.path}.{target}" for block in stage)
+                }
+                (first, shape), *others = shapes.items()
                 for path, other in others:
-                    if (one.in_features, one.out_features) != (other.in_features, other.out_features):  # type: ignore[union-attr]
+                    if other != shape:
                         raise UserError(
                             f"lors: {first} and {path} are of different shapes and cannot share a weight, which share: auto and "
                             "group_by: similarity may choose for any layers of a stage; give share as numbers of consecutive blocks of one "
@@ -281,35 +226,19 @@ class LORS(Transform):
 
     def _refuse_order(self, model: nn.Module) -> None:
         """Steps before this one whose work it would undo, or that left nothing to fit to."""
-        done = getattr(model, "_compression", None)
-        for plan in done.plans if done else ():
-            if plan.transform == "multiplex" and plan.init == "scratch" and self.init != "scratch":
-                raise UserError(
-                    f"lors.init={self.init} fits the teacher's weights, but an earlier multiplex starts the student from noise; give "
-                    "lors.init=scratch, or multiplex.init=mean"
-                )
-            if plan.transform == "align" and (self.share == "auto" or self.group_by == "similarity"):
-                raise UserError(
-                    "lors would choose its own groups (share: auto, group_by: similarity), but an earlier align has matched the blocks of "
-                    "others; leave align out, or give both steps the same share"
-                )
+        self.refuse_scratch(model, self.init)
+        aligned = any(plan.transform == "align" for plan in compression_of(model).plans)
+        if aligned and (self.share == "auto" or self.group_by == "similarity"):
+            raise UserError(
+                "lors would choose its own groups (share: auto, group_by: similarity), but an earlier align has matched the blocks of "
+                "others; leave align out, or give both steps the same share"
+            )
 
-    def _refuse_conflicts(self, model: nn.Module, groups: list[tuple[str, ...]], ranks: dict[str, int]) -> None:
+    def _refuse_conflicts(self, model: nn.Module, groups: Sequence[Group], ranks: dict[str, int]) -> None:
+        self.refuse_ranks(model, ranks)
         tied = {n: group for group in ties.tied_groups(model) for n in group}
         for group in groups:
             for path in group:
-                layer: Any = model.get_submodule(path)
-                if isinstance(layer, (SharedLowRankLinear, FactoredLinear)):
-                    raise UserError(
-                        f"lors is applied twice: {path} has a low-rank term already; give the two steps different targets, "
-                        "or merge them into one with a larger rank"
-                    )
-                most = min(layer.in_features, layer.out_features)
-                if ranks[path] > most:
-                    raise UserError(
-                        f"lors: rank {ranks[path]} of {path} is larger than its {layer.out_features}×{layer.in_features} weight "
-                        f"allows; it can be at most {most}"
-                    )
                 if len(group) == 1 and not ranks[path] and not self.budget:
                     raise UserError(
                         f"lors: rank 0 with share 1 would leave {path} without a weight; give a rank of at least 1, or share more blocks"

@@ -7,10 +7,11 @@ import re
 import pytest
 import torch
 from helpers.models import build, images_for, outputs
+from helpers.ranks import ranked
 from timm.layers import Mlp
 from torch import nn
 
-from compressvit import LORS, Align, Multiplex
+from compressvit import LORS, Align, LowRank, Multiplex
 from compressvit.errors import UserError
 from compressvit.model import cost
 from compressvit.recipe.recipe import load_recipe
@@ -35,11 +36,11 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
             LORS(rank=(4, 4, 4)),
             r"lors\.rank lists 3 numbers, but .* has 4 blocks; give one number, or one per block",
         ),
-        ([], LORS(rank=4, groups=(1, 2)), r"lors\.groups lists 2 numbers, but .* has 4 blocks"),
+        ([], LORS(rank=4, terms=(1, 2)), r"lors\.terms lists 2 numbers, but .* has 4 blocks"),
         ([], LORS(rank=4, share=3), r"lors\.share=3 does not divide the 4 blocks of stage 0 .* \[1, 2, 4\]"),
         ([], LORS(rank=4, share=(2, 2)), r"lors\.share gives 2 numbers, \[2, 2\], but .* has 1 stage"),
         ([], LORS(rank=4, targets=("attn.qvk",)), r"'attn.qvk' matches no linear layer .* did you mean 'attn.qkv'"),
-        ([], LORS(rank=0, share=1), r"rank 0 with share 1 would leave blocks\.0\.attn\.qkv without a weight"),
+        ([], LowRank(rank=0), r"rank 0 would leave blocks\.0\.attn\.qkv without a weight"),
         (
             [Multiplex(share=2)],
             LORS(rank=4, share=4),
@@ -123,7 +124,7 @@ def test_too_few_or_constant_images_are_told_and_regularised(share, positions, c
     with torch.no_grad():  # tokens that differ by their positions alone may look like a rich set
         teacher.pos_embed.mul_(positions)
     unseen = images_for(teacher, 32, seed=2)
-    spec = LORS(rank=12, share=share)
+    spec = ranked(share, rank=12)
 
     def error(images):
         caplog.clear()
@@ -180,7 +181,7 @@ def test_a_layer_of_tiny_weights_keeps_them():
     with torch.no_grad():
         teacher.blocks[0].mlp.fc2.weight.mul_(1e-9)
     full = min(teacher.blocks[0].mlp.fc2.weight.shape)
-    student = compress(teacher, [LORS(rank=full, share=1, targets=("mlp.fc2",), metric="weights")])
+    student = compress(teacher, [LowRank(rank=full, targets=("mlp.fc2",), metric="weights")])
     weight = student.blocks[0].mlp.fc2.effective_weight()
     assert relative(weight, teacher.blocks[0].mlp.fc2.weight) < 1e-4  # measured 1.5e-7
 
@@ -222,7 +223,7 @@ def test_a_target_that_a_later_block_lacks():
     with pytest.raises(
         UserError, match=r"blocks.3.mlp.fc1 of vit_tiny_patch16_224 is no linear layer, as mlp.fc1 is in its first"
     ):
-        compress(model, [LORS(rank=2, share=1, metric="weights")])
+        compress(model, [LowRank(rank=2, metric="weights")])
 
 
 @pytest.mark.parametrize(

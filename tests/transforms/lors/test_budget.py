@@ -10,8 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.models import build, images_for, outputs
+from helpers.ranks import ranked
 
-from compressvit import LORS, Adapters, Multiplex
+from compressvit import LORS, Adapters, LowRank, Multiplex
 from compressvit.artifacts import artifact
 from compressvit.errors import UserError
 from compressvit.fitting.allocate import Budget, Curve, allocate, uniform
@@ -20,7 +21,7 @@ from compressvit.fitting.moments import Source
 from compressvit.model import cost, surgery, ties
 from compressvit.model.backbone import input_size
 from compressvit.transforms.applying import compress
-from compressvit.transforms.lors.budget import Spending
+from compressvit.transforms.low_rank.budget import Spending
 
 
 def spent(curves, ranks):
@@ -95,7 +96,7 @@ def test_a_budget_is_met_within_a_percent(backbone, unit, share, part):
     teacher = build(backbone)
     images, size = images_for(teacher, 16), input_size(teacher)
     whole = measured(teacher, unit, size)
-    spec = LORS(share=share, budget=Budget(**{unit: part}))
+    spec = ranked(share, budget=Budget(**{unit: part}))
     student = compress(teacher, [spec], calibration=images)
     # A step of rank of these small models is up to 0.8 % of them; an artifact's header is estimated from above.
     assert 0.97 * part * whole <= measured(student, unit, size) <= part * whole
@@ -116,11 +117,11 @@ def test_ranks_by_error_are_closer_than_uniform_ones():
             left, values, right = torch.linalg.svd(block.mlp.fc1.weight, full_matrices=False)
             block.mlp.fc1.weight.copy_(left * values * torch.linspace(1, 0, len(values)) ** (3 * i) @ right)
     images = images_for(teacher, 32)
-    spec = LORS(share=1, budget=Budget(parameters=0.5), sequential=False)
+    spec = LowRank(budget=Budget(parameters=0.5), sequential=False)
     student = compress(teacher, [spec], calibration=images)
     even, plan = (
         copy.deepcopy(teacher),
-        LORS(share=1, budget=Budget(parameters=0.54)).plan(teacher),
+        LowRank(budget=Budget(parameters=0.54)).plan(teacher),
     )  # uniform, without values
     plan.apply(even)
     plan.initialise(even, Source(teacher, images))
@@ -148,8 +149,8 @@ def test_a_budget_after_sharing_spends_what_is_left(tmp_path):
             r"cannot be met: the smallest that these steps reach is [\d,]+ \(0\.\d+ of the",
         ),
         (LORS(share=2, budget=Budget(macs=0.5)), r"macs cannot be met: the smallest .* \(1\.\d+ of the teacher's"),
-        (LORS(share=1, budget=Budget(parameters=1.0)), r"is no smaller than the teacher"),
-        (LORS(share=1, budget=Budget(bytes=10**9)), r"1,000,000,000 bytes is no smaller than the teacher, which has"),
+        (LowRank(budget=Budget(parameters=1.0)), r"is no smaller than the teacher"),
+        (LowRank(budget=Budget(bytes=10**9)), r"1,000,000,000 bytes is no smaller than the teacher, which has"),
     ],
 )
 def test_a_budget_out_of_reach_says_what_is_in_reach(spec, words):
@@ -166,7 +167,7 @@ def test_a_budget_out_of_reach_says_what_is_in_reach(spec, words):
         ({"budget": {"parameters": 0.5, "macs": 0.5}}, "names parameters, macs"),
         ({"budget": {"parameters": 0}}, "greater than 0"),
         ({"budget": {"parameters": 0.5}, "init": "scratch"}, "errors of a teacher's weights"),
-        ({"budget": {"parameters": 0.5}, "groups": 3}, "leave groups out"),
+        ({"budget": {"parameters": 0.5}, "terms": 3}, "leave terms out"),
     ],
 )
 def test_a_budget_that_says_nothing(fields, words):
@@ -178,7 +179,7 @@ def test_a_budget_that_says_nothing(fields, words):
 @pytest.mark.parametrize(
     "first",
     [
-        LORS(rank=4, share=1, targets=("attn.*",), metric="weights"),
+        LowRank(rank=4, targets=("attn.*",), metric="weights"),
         Multiplex(share=1, mlp_conv=3),
         Adapters(ratio=0.25),
     ],
@@ -187,7 +188,7 @@ def test_a_budget_that_says_nothing(fields, words):
 def test_a_share_of_the_teachers_stays_one_whatever_an_earlier_step_dropped_or_added(first, unit):
     teacher = build("vit")
     images, size = images_for(teacher, 16), input_size(teacher)
-    steps = [first, LORS(share=1, targets=("mlp.*",), budget=Budget(**{unit: 0.6}))]
+    steps = [first, LowRank(targets=("mlp.*",), budget=Budget(**{unit: 0.6}))]
     student = compress(teacher, steps, calibration=images)
     assert 0.58 <= measured(student, unit, size) / measured(teacher, unit, size) <= 0.6
 
@@ -197,7 +198,7 @@ def test_stages_of_many_tokens_count_for_as_much_as_they_cost():
     teacher = build("swin")
     images = images_for(teacher, 64)
     source = Source(copy.deepcopy(teacher), images)
-    spec = LORS(share=1, budget=Budget(parameters=0.5))
+    spec = LowRank(budget=Budget(parameters=0.5))
     paths = [n for n, _ in teacher.named_modules() if n.endswith(("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"))]
     metrics = source.metrics(paths, "outputs", spec.ridge, spec.output_ridge)
     spending = Spending(spec, teacher, source, paths)

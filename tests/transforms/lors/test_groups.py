@@ -7,10 +7,11 @@ import json
 import pytest
 import torch
 from helpers.models import build, equal_within_stages, images_for, outputs
+from helpers.ranks import ranked
 from pydantic import ValidationError
 from torch import nn
 
-from compressvit import LORS, Multiplex
+from compressvit import LORS, LowRank, Multiplex
 from compressvit.artifacts import artifact
 from compressvit.errors import UserError
 from compressvit.model import cost, ties
@@ -20,6 +21,10 @@ from compressvit.transforms.record import compression_of
 
 def plan_of(student):
     return compression_of(student).plans[-1]
+
+
+def _groups(plan):
+    return plan.groups if plan.transform == "lors" else [(path,) for path in plan.paths]
 
 
 def relative(a, b):
@@ -102,15 +107,15 @@ def test_a_chosen_grouping_keeps_the_budget_and_is_repeated(unit):
 
 def test_it_is_no_worse_than_any_one_number_by_what_it_compares():
     from compressvit.fitting.moments import Source
-    from compressvit.transforms.lors.budget import Spending
+    from compressvit.transforms.low_rank.budget import Spending
 
     teacher = build("vit")
     source = Source(build("vit"), images_for(teacher, 48))
     spec = LORS(share="auto", budget={"parameters": 0.4})
     plan = spec.plan(teacher, source)
-    every = LORS(share=1, rank=1).plan(teacher).paths
+    every = LowRank(rank=1).plan(teacher).paths
     spending = Spending(spec, teacher, source, every)
-    left = {share: spending._error_left(LORS(share=share, rank=1).plan(teacher).groups) for share in (1, 2, 4)}
+    left = {share: spending._error_left(_groups(ranked(share, rank=1).plan(teacher))) for share in (1, 2, 4)}
     dense = [(path,) for path in every if path not in plan.paths]
     assert spending._error_left([*plan.groups, *dense]) <= min(left.values()) * (1 + 1e-9), left
 

@@ -8,16 +8,18 @@ import pytest
 import timm
 import torch
 from helpers.models import build, images_for, outputs
+from helpers.ranks import ranked
 
 import compressvit
-from compressvit import LORS, Multiplex
+from compressvit import LORS, LowRank, Multiplex
 from compressvit.artifacts import artifact
 from compressvit.errors import UserError
 from compressvit.model import cost, ties
 from compressvit.recipe.recipe import load_recipe
 from compressvit.transforms import Transform
 from compressvit.transforms.applying import compress, materialise, plan_transforms
-from compressvit.transforms.lors.layers import FactoredLinear, LowRank, SharedLowRankLinear
+from compressvit.transforms.lors.layers import LowRankTerm, SharedLowRankLinear
+from compressvit.transforms.low_rank.layer import FactoredLinear
 
 ALL_RANKS = [("vit", 4), ("swin", 2), ("deit_distilled", 4)]
 
@@ -52,7 +54,7 @@ def test_from_noise_the_terms_start_at_zero():
     torch.manual_seed(0)
     student = compress(build("vit"), [LORS(rank=4, share=2, init="scratch")])
     for path, module in student.named_modules():
-        if isinstance(module, LowRank):
+        if isinstance(module, LowRankTerm):
             assert not module.up.any()
             assert module.down.abs().min() > 0, path
             assert module.down.abs().max() <= module.down.shape[1] ** -0.5
@@ -67,7 +69,7 @@ def test_both_orders_of_the_product_are_the_same(tokens, bias):
     torch.manual_seed(0)
     layer = torch.nn.Linear(24, 36, bias=bias).double()
     layer.__class__ = SharedLowRankLinear
-    layer.low_rank = LowRank(24, 36, 5, dtype=torch.float64)
+    layer.low_rank = LowRankTerm(24, 36, 5, dtype=torch.float64)
     torch.nn.init.normal_(layer.low_rank.up)
     x = torch.randn(2, tokens, 24, dtype=torch.float64)
     expected = x @ (layer.weight + layer.low_rank.up @ layer.low_rank.down).mT + (layer.bias if bias else 0)
@@ -81,7 +83,7 @@ def test_full_rank_keeps_the_teachers_function(backbone, share, metric, alone):
     teacher = build(backbone)
     images = images_for(teacher, 8)
     full = tuple(m.out_features for n, m in teacher.named_modules() if n.endswith("attn.proj"))
-    spec = LORS(rank=full, share=1 if alone else share, metric=metric)
+    spec = ranked(1 if alone else share, rank=full, metric=metric)
     student = compress(teacher, [spec], calibration=images)
     assert not torch.equal(outputs(student, images), outputs(teacher, images))
     assert relative(outputs(student, images), outputs(teacher, images)) < 1e-4  # measured 2e-6 at most
@@ -94,7 +96,7 @@ def test_more_rank_is_closer_and_the_metric_of_the_outputs_is_closest(share):
     errors = {}
     for metric in ("weights", "inputs", "outputs"):
         for rank in (4, 12):
-            student = compress(teacher, [LORS(rank=rank, share=share, metric=metric)], calibration=images)
+            student = compress(teacher, [ranked(share, rank=rank, metric=metric)], calibration=images)
             errors[metric, rank] = relative(outputs(student, images), outputs(teacher, images))
     for metric in ("weights", "inputs", "outputs"):
         assert errors[metric, 12] < errors[metric, 4]
@@ -114,16 +116,15 @@ def test_whitening_loses_less_of_every_layers_output_than_plain_truncation(backb
     outputs(teacher, images)
     inputs = dict(seen)
     made = {
-        metric: compress(
-            teacher, [LORS(rank=4, share=1, metric=metric, ridge=1e-6, sequential=False)], calibration=images
-        )
+        metric: compress(teacher, [LowRank(rank=4, metric=metric, ridge=1e-6, sequential=False)], calibration=images)
         for metric in ("inputs", "weights")
     }
     assert len(paths) >= 8
     for path in paths:
         weight = teacher.get_submodule(path).weight
         whitened, plain = (
-            (inputs[path] @ (made[m].get_submodule(path).weight - weight).mT).norm() for m in ("inputs", "weights")
+            (inputs[path] @ (made[m].get_submodule(path).effective_weight() - weight).mT).norm()
+            for m in ("inputs", "weights")
         )
         assert whitened <= plain * 1.001, path
 
@@ -131,11 +132,11 @@ def test_whitening_loses_less_of_every_layers_output_than_plain_truncation(backb
 @pytest.mark.parametrize("metric", ["weights", "inputs", "outputs"])
 def test_both_factors_are_of_one_size(metric):
     teacher = build("vit")
-    student = compress(teacher, [LORS(rank=6, share=1, metric=metric)], calibration=images_for(teacher, 32))
-    terms = [m for m in student.modules() if isinstance(m, LowRank)]
+    student = compress(teacher, [LowRank(rank=6, metric=metric)], calibration=images_for(teacher, 32))
+    terms = [m for m in student.modules() if isinstance(m, FactoredLinear)]
     assert len(terms) == 4 * len(teacher.blocks)
     for term in terms:
-        assert torch.allclose(term.up.norm(dim=0), term.down.norm(dim=1), rtol=1e-4)
+        assert torch.allclose(term.up.weight.norm(dim=0), term.down.weight.norm(dim=1), rtol=1e-4)
 
 
 def test_the_first_layers_weight_is_shared_whatever_an_earlier_step_put_there():
@@ -154,21 +155,23 @@ def test_a_weight_of_zeros_and_a_classifier_of_one_class():
     teacher = build("vit")
     teacher.blocks[0].attn.proj.weight.data.zero_()
     images = images_for(teacher, 8)
-    for spec in (LORS(rank=4, share=2), LORS(rank=4, share=1), LORS(share=1, budget={"parameters": 0.6})):
+    for spec in (LORS(rank=4, share=2), LowRank(rank=4), LowRank(budget={"parameters": 0.6})):
         assert outputs(compress(teacher, [spec], calibration=images), images).isfinite().all()
     teacher.reset_classifier(1)  # its likelihood has no gradient
-    assert outputs(compress(teacher, [LORS(rank=4, share=1)], calibration=images), images).isfinite().all()
+    assert outputs(compress(teacher, [LowRank(rank=4)], calibration=images), images).isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_measured_in_full(dtype):
     teacher = build("vit")
     images = images_for(teacher, 16)
-    reference = compress(teacher, [LORS(rank=6, share=1)], calibration=images)
-    student = compress(copy.deepcopy(teacher).to(dtype), [LORS(rank=6, share=1)], calibration=images.to(dtype))
+    reference = compress(teacher, [LowRank(rank=6)], calibration=images)
+    student = compress(copy.deepcopy(teacher).to(dtype), [LowRank(rank=6)], calibration=images.to(dtype))
     assert next(student.parameters()).dtype == dtype
-    a = student.blocks[0].mlp.fc1.weight.float()
-    assert relative(a, reference.blocks[0].mlp.fc1.weight) < 0.05  # measured 3e-3 (float16), 2e-2 (bfloat16)
+    a = student.blocks[0].mlp.fc1.effective_weight().float()
+    assert (
+        relative(a, reference.blocks[0].mlp.fc1.effective_weight()) < 0.05
+    )  # measured 3e-3 (float16), 2e-2 (bfloat16)
 
 
 def test_the_callers_images_and_model_are_left_alone():
@@ -190,7 +193,7 @@ def test_the_callers_images_and_model_are_left_alone():
 
 def test_low_rank_alone_drops_the_weight_and_cuts_macs():
     teacher = build("vit")
-    student = compress(teacher, [LORS(rank=4, share=1, metric="weights")])
+    student = compress(teacher, [LowRank(rank=4, metric="weights")])
     layer = student.blocks[1].mlp.fc1
     assert isinstance(layer, FactoredLinear)
     assert isinstance(layer, torch.nn.Linear)
@@ -247,7 +250,7 @@ def test_blocks_that_an_earlier_step_left_alone_keep_their_weight():
 @pytest.mark.parametrize("share", [1, 2])
 def test_materialised_is_a_plain_timm_model_that_computes_the_same(share, tmp_path):
     teacher = build("vit")
-    student = compress(teacher, [LORS(rank=4, share=share, metric="weights")])
+    student = compress(teacher, [ranked(share, rank=4, metric="weights")])
     images = images_for(teacher)
     before = outputs(student, images)
     plain = materialise(student)

@@ -1,10 +1,10 @@
-"""What a budget buys for `lors`: the ranks of its terms, and which layers share a weight."""
+"""What a budget buys: the ranks of layers that are low rank, alone or beside a weight that they share."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ from compressvit.model import cost, surgery, ties
 from compressvit.model.backbone import input_size
 from compressvit.model.cost import header_bytes
 from compressvit.transforms.base import Plan
-from compressvit.transforms.lors.layers import FactoredLinear
+from compressvit.transforms.low_rank.layer import FactoredLinear, unfactor
 
 Group = tuple[str, ...]
 Kind = Literal["weights", "inputs", "outputs"]
@@ -24,6 +24,8 @@ Kind = Literal["weights", "inputs", "outputs"]
 
 class Spender(Protocol):
     """What a step must say so that a budget can be spent for it."""
+
+    name: ClassVar[str]
 
     @property
     def budget(self) -> Budget | None: ...
@@ -47,22 +49,26 @@ def original_parameters(model: nn.Module) -> int:
     """What the model had before anything was shared, added or dropped: every path counts."""
     added = surgery.added_parameters(model)
     kept = sum(p.numel() for n, p in model.named_parameters(remove_duplicate=False) if n not in added)
-    return kept + sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, FactoredLinear))
+    return kept + sum(
+        m.in_features * m.out_features + (0 if m.bias is None else m.out_features)
+        for m in model.modules()
+        if isinstance(m, FactoredLinear)
+    )
 
 
 def original_macs(model: nn.Module) -> int:
     """Multiply-accumulates for one image of the model as it was before anything was added or dropped."""
-    empty: Any = surgery.skeleton(model)
-    dropped = [module for module in empty.modules() if isinstance(module, FactoredLinear)]
+    empty = surgery.skeleton(model)
+    for path, module in list(empty.named_modules()):
+        if isinstance(module, FactoredLinear):
+            weight = torch.empty(module.out_features, module.in_features, device="meta", dtype=module.down.weight.dtype)
+            unfactor(empty, path, nn.Parameter(weight))
     surgery.strip(empty)
-    for module in dropped:
-        weight = torch.empty(module.out_features, module.in_features, device="meta")
-        module.register_parameter("weight", nn.Parameter(weight))
     return cost.macs(empty, input_size(model))
 
 
 class Spending:
-    """Spends the budget of a `lors` step on groups of layers of one model; errors that were computed once are kept.
+    """Spends the budget of a step on groups of layers of one model; errors that were computed once are kept.
 
     Args:
         spec: the step, with a budget.
@@ -93,7 +99,7 @@ class Spending:
             fixed=self._fixed(groups),
             of_teacher=self._of_teacher(),
             by_error=self.source is not None,
-            asker="lors",
+            asker=self.spec.name,
         )
 
     def choose(self, choices: Sequence[Sequence[list[Group]]]) -> list[Group]:
@@ -185,41 +191,6 @@ class Spending:
                 found.append([*(left / whole).tolist(), 0.0])
             self._errors[group, kind] = found
         return self._errors[group, kind]
-
-
-def group_by_similarity(paths: Sequence[str], count: int, source: Source, kind: str, ridge: float) -> list[Group]:
-    """Put layers of one shape into `count` groups of layers that lose least by sharing one weight, wherever in the model they are.
-
-    Average-linkage clustering; the distance of two layers is the difference of their weights in the mean of their metrics, relative to
-    the weights, which is twice what is lost where both take their mean. Groups are of any size: a layer that is like no other is one by
-    itself. Within a group, and groups by their first layer, the order stays.
-
-    Args:
-        paths: linear layers of one shape.
-        count: from 1 to the number of layers.
-        source: their values and moments.
-        kind: 'weights' or 'inputs'.
-        ridge: of the metric.
-    """
-    from scipy.cluster.hierarchy import cut_tree, linkage
-    from scipy.spatial.distance import squareform
-
-    if count >= len(paths):
-        return [(path,) for path in paths]
-    metrics = source.metrics(paths, kind, ridge, 0.0)
-    weights = [source.weight(path) for path in paths]
-    own = [metrics[path].squared_norm(weight) for path, weight in zip(paths, weights, strict=True)]
-    distances = torch.zeros(len(paths), len(paths), dtype=torch.float64)
-    for i in range(len(paths)):
-        for j in range(i):
-            lost = sum(metrics[paths[k]].squared_norm(weights[i] - weights[j]) for k in (i, j))
-            distances[i, j] = distances[j, i] = (lost / max(own[i] + own[j], TINY)) ** 0.5
-    tree = linkage(squareform(distances.numpy(), checks=False), method="average")
-    labels = cut_tree(tree, n_clusters=count)[:, 0]  # exactly so many, ties or not
-    groups: dict[int, list[str]] = {}
-    for path, label in zip(paths, labels, strict=True):
-        groups.setdefault(int(label), []).append(path)
-    return [tuple(group) for group in groups.values()]
 
 
 def _flat(chosen: Sequence[list[Group]]) -> list[Group]:

@@ -1,0 +1,22 @@
+"""Linear layers whatever they are made of: a dense weight, a weight with a term beside it, or two factors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def effective_weight(layer: nn.Module) -> torch.Tensor:
+    """The weight (out, in) that a linear layer computes with: low-rank terms and factors included, what adapters add left out."""
+    linear: Any = layer
+    return linear.effective_weight() if hasattr(layer, "effective_weight") else linear.weight
+
+
+def weight_shape(layer: nn.Module) -> tuple[int, int]:
+    """(out, in) of a linear layer or 1×1 convolution."""
+    linear: Any = layer
+    if isinstance(layer, nn.Conv2d):
+        return layer.out_channels, layer.in_channels
+    return linear.out_features, linear.in_features

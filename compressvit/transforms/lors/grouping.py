@@ -1,0 +1,46 @@
+"""Which layers share a weight: those that lose least by it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from compressvit.fitting.lowrank import TINY
+from compressvit.fitting.moments import Source
+from compressvit.transforms.low_rank.budget import Group
+
+
+def group_by_similarity(paths: Sequence[str], count: int, source: Source, kind: str, ridge: float) -> list[Group]:
+    """Put layers of one shape into `count` groups of layers that lose least by sharing one weight, wherever in the model they are.
+
+    Average-linkage clustering; the distance of two layers is the difference of their weights in the mean of their metrics, relative to
+    the weights, which is twice what is lost where both take their mean. Groups are of any size: a layer that is like no other is one by
+    itself. Within a group, and groups by their first layer, the order stays.
+
+    Args:
+        paths: linear layers of one shape.
+        count: from 1 to the number of layers.
+        source: their values and moments.
+        kind: 'weights' or 'inputs'.
+        ridge: of the metric.
+    """
+    from scipy.cluster.hierarchy import cut_tree, linkage
+    from scipy.spatial.distance import squareform
+
+    if count >= len(paths):
+        return [(path,) for path in paths]
+    metrics = source.metrics(paths, kind, ridge, 0.0)
+    weights = [source.weight(path) for path in paths]
+    own = [metrics[path].squared_norm(weight) for path, weight in zip(paths, weights, strict=True)]
+    distances = torch.zeros(len(paths), len(paths), dtype=torch.float64)
+    for i in range(len(paths)):
+        for j in range(i):
+            lost = sum(metrics[paths[k]].squared_norm(weights[i] - weights[j]) for k in (i, j))
+            distances[i, j] = distances[j, i] = (lost / max(own[i] + own[j], TINY)) ** 0.5
+    tree = linkage(squareform(distances.numpy(), checks=False), method="average")
+    labels = cut_tree(tree, n_clusters=count)[:, 0]  # exactly so many, ties or not
+    groups: dict[int, list[str]] = {}
+    for path, label in zip(paths, labels, strict=True):
+        groups.setdefault(int(label), []).append(path)
+    return [tuple(group) for group in groups.values()]

@@ -1,0 +1,279 @@
+"""What `low_rank` and `lors` have in common: layers that are named, ranks that are given or bought, and values fitted to a teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatch
+from functools import partial
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+import torch
+from pydantic import Field, field_validator
+from torch import nn
+
+from compressvit.errors import UserError, did_you_mean
+from compressvit.fitting.allocate import Budget
+from compressvit.fitting.in_order import LayerFit
+from compressvit.fitting.lowrank import TINY, Metric, cholesky, spectrum
+from compressvit.fitting.moments import Source
+from compressvit.fitting.regression import Regression
+from compressvit.model import surgery, ties
+from compressvit.model.backbone import Backbone, model_name
+from compressvit.model.linear import effective_weight
+from compressvit.transforms.base import LedgerEntry, Plan, Transform
+from compressvit.transforms.low_rank.layer import FactoredLinear, unfactor
+from compressvit.transforms.record import compression_of
+
+TARGETS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+S = TypeVar("S", bound="RankStep")
+
+
+class RankPlan(Plan):
+    """Linear layers that are low rank, alone or beside a shared weight, and how their values are fitted."""
+
+    foldable: ClassVar[bool] = True
+    starts: ClassVar[tuple[str, ...]] = ("init", "metric", "sequential", "ridge", "output_ridge")
+
+    ranks: dict[str, Annotated[int, Field(ge=0)]]
+    dense: tuple[str, ...] = ()  # layers that were looked at and stay as they are
+    metric: Literal["weights", "inputs", "outputs"]
+    sequential: bool = False  # as artifacts have it that were written before there was a choice
+    ridge: float
+    output_ridge: float
+
+    @property
+    def paths(self) -> list[str]:
+        """All layers, in the order of the plan."""
+        return list(self.ranks)
+
+    def change(self, model: nn.Module) -> dict[str, str]:
+        """Change the structure of the layers; returns by path what the ledger says of each."""
+        raise TypeError(f"{type(self).__name__} does not define change")
+
+    def apply(self, model: nn.Module) -> list[LedgerEntry]:
+        before = ties.count_at_paths(model, self.paths)
+        texts = self.change(model)
+        after = ties.count_at_paths(model, self.paths)
+        whole = ties.count_at_paths(model, self.dense)
+        return [LedgerEntry(path, texts[path], before[path], after[path]) for path in self.paths] + [
+            LedgerEntry(path, "stays dense", count, count) for path, count in whole.items()
+        ]
+
+    def layer_fits(self, student: nn.Module, source: Source) -> dict[str, LayerFit]:
+        """Low-rank factors and biases are fitted again to what the fitted layers before them produce."""
+        if not (self.sequential and self.paths):
+            return {}
+        by_gradient = self.metric == "outputs"
+        moments = source.moments(self.paths, outputs=by_gradient)
+        if source.too_alike:
+            return {}
+        shared = {name for group in ties.tied_groups(student) for name in group}
+        return {
+            path: LayerFit(
+                partial(self._fit, student.get_submodule(path), path, f"{path}.bias" not in shared, source),
+                moments[path].prefix_weight if by_gradient else 1.0,
+            )
+            for path in self.paths
+        }
+
+    def _fit(
+        self, target: Any, path: str, own_bias: bool, source: Source, working: Any, regression: Regression
+    ) -> float:
+        """Fit one layer of the working copy and give `target`, the student's, the same values; returns the error that is left."""
+        zeros = torch.zeros(working.out_features, dtype=torch.float64)
+        bias = zeros if working.bias is None else working.bias.cpu().double()
+        free = own_bias and working.bias is not None
+        if self.ranks[path]:
+            # what stands beside the factors: the shared weight, or nothing
+            fixed: Any = working.weight.cpu().double() if isinstance(working, nn.Linear) else 0.0
+            wanted, moment = regression.solve(source.weight(path), None if free else bias)
+            ridge = self.output_ridge if self.metric == "outputs" else None
+            outer = source.moments([path], outputs=False)[path].output_factor(ridge, regression.scale)
+            factors = spectrum(wanted - fixed, Metric(cholesky(moment, self.ridge), outer)).factors(self.ranks[path])
+            for layer in (working, target):
+                layer.set_factors(*factors)
+        weight = effective_weight(working).cpu().double()
+        if free:
+            bias = regression.whole.best_bias(weight)
+            for layer in (working, target):
+                layer.bias.copy_(bias)
+        return regression.error(weight, bias)
+
+    @torch.no_grad()
+    def errors(self, student: nn.Module, source: Source) -> dict[str, tuple[float, float | None]]:
+        measures = source.metrics(self.paths, "inputs", 0.0, 0.0) if self.metric != "weights" else {}
+        result = {}
+        for path in self.paths:
+            weight = source.weight(path)
+            lost = weight - effective_weight(student.get_submodule(path)).cpu().double()
+            output_error = None
+            if path in measures:
+                output_error = (
+                    measures[path].squared_norm(lost) / max(measures[path].squared_norm(weight), TINY)
+                ) ** 0.5
+            result[path] = ((lost.norm() / weight.norm().clamp(min=TINY)).item(), output_error)
+        return result
+
+    def fold(self, model: nn.Module) -> None:
+        """Every layer becomes timm's own linear layer with its effective weight: nothing is shared any more."""
+        # All weights first: assigning one would change its siblings, which still share it.
+        weights = {}
+        for path in self.paths:
+            layer = model.get_submodule(path)
+            trained = any(p.requires_grad for p in layer.parameters())
+            weights[path] = nn.Parameter(effective_weight(layer).detach().clone(), requires_grad=trained)
+        for path, weight in weights.items():
+            layer = model.get_submodule(path)
+            if isinstance(layer, FactoredLinear):
+                unfactor(model, path, weight)
+                continue
+            if self.ranks[path]:
+                surgery.generalise(model, path, nn.Linear)
+            layer.weight = weight
+
+
+class RankStep(Transform):
+    """Options of a step that gives linear layers a rank each."""
+
+    rank: int | tuple[int, ...] | None = Field(
+        None, description="Rank: one number, or one per block. Or give a budget."
+    )
+    budget: Budget | None = Field(
+        None,
+        description="Instead of ranks: what the student may cost. Ranks go where they remove the most error for it; a layer that shares "
+        "no weight stays dense where that is cheaper.",
+    )
+    targets: tuple[str, ...] = Field(
+        TARGETS, min_length=1, description="Linear layers of a block, by path within it; * matches any part."
+    )
+    sequential: bool = Field(
+        True,
+        description="Fit layers in the order they run, each on what the fitted layers before it produce, towards the teacher's hidden "
+        "states, biases too. False: each as if all others were the teacher's. Ignored where nothing is measured on images.",
+    )
+    ridge: float = Field(
+        1e-3,
+        ge=0,
+        description="Added to the inputs' second moment, in parts of its mean, at least 1e-6: errors off the images count too.",
+    )
+    output_ridge: float = Field(
+        0.1, ge=0, description="The same for the gradients' second moment; for metric: outputs."
+    )
+
+    @field_validator("rank")
+    @classmethod
+    def _not_negative(cls, value: int | tuple[int, ...] | None) -> int | tuple[int, ...] | None:
+        return at_least(0, "rank", value)
+
+    def with_budget(self: S, budget: Budget) -> S:
+        """The same step with this budget in place of its ranks, or of the budget it has."""
+        return self.model_validate({**self.model_dump(), "rank": None, "budget": budget})
+
+    def require_rank_or_budget(self, init: str) -> None:
+        """Raise a ValueError unless exactly one of the two is given, and a budget where there are values to measure errors of."""
+        if (self.rank is None) == (self.budget is None):
+            raise ValueError(f"{self.name} needs a rank or a budget" + (", not both" if self.budget else ""))
+        if self.budget and init == "scratch":
+            raise ValueError("a budget is spent by the errors of a teacher's weights, which init: scratch does not use")
+
+    def budget_note(self, metric: str) -> list[str]:
+        """What a plan without values takes for granted of a budget."""
+        on = measured_on(metric)
+        text = f"ranks are uniform in this plan; apply spends the same budget by the errors it measures {on}"
+        return [text] if self.budget else []
+
+    def find_targets(self, model: nn.Module, backbone: Backbone) -> list[str]:
+        """The relative paths that the patterns name, which every block has.
+
+        Raises:
+            UserError: a pattern matches nothing, or a block has no linear layer at a path that the first one has.
+        """
+        block = model.get_submodule(backbone.blocks[0].path)
+        of_steps = surgery.added_modules(block)  # earlier steps' own layers
+        known = [
+            name
+            for name, module in block.named_modules()
+            if isinstance(module, (nn.Linear, FactoredLinear)) and name not in of_steps
+        ]
+        found: list[str] = []
+        for pattern in self.targets:
+            matches = [name for name in known if fnmatch(name, pattern)]
+            if not matches:
+                raise UserError(
+                    f"{self.name}.targets: {pattern!r} matches no linear layer of {backbone.blocks[0].path} of {model_name(model)}; "
+                    + did_you_mean(pattern, known)
+                )
+            found += [name for name in matches if name not in found]
+        modules = dict(model.named_modules())
+        for path in (f"{block.path}.{target}" for target in found for stage in backbone.stages for block in stage):
+            if not isinstance(modules.get(path), (nn.Linear, FactoredLinear)):
+                target = next(t for t in found if path.endswith(f".{t}"))
+                raise UserError(
+                    f"{self.name}.targets: {path} of {model_name(model)} is no linear layer, as {target} is in its first block; name "
+                    "targets that every block has"
+                )
+        return found
+
+    def per_block(self, model: nn.Module, backbone: Backbone, name: str) -> dict[str, int]:
+        """An option that is one number, or one per block, by block.
+
+        Raises:
+            UserError: it lists another number of numbers.
+        """
+        value: int | tuple[int, ...] = getattr(self, name)
+        blocks = [block.path for block in backbone.blocks]
+        numbers = (value,) * len(blocks) if isinstance(value, int) else value
+        if len(numbers) != len(blocks):
+            raise UserError(
+                f"{self.name}.{name} lists {len(numbers)} numbers, but {model_name(model)} has {len(blocks)} blocks; "
+                "give one number, or one per block"
+            )
+        return dict(zip(blocks, numbers, strict=True))
+
+    def refuse_scratch(self, model: nn.Module, init: str) -> None:
+        """Raise a `UserError` where an earlier step left no values of the teacher's to fit to."""
+        for plan in compression_of(model).plans:
+            if plan.transform == "multiplex" and getattr(plan, "init", None) == "scratch" and init != "scratch":
+                raise UserError(
+                    f"{self.name}.init={init} fits the teacher's weights, but an earlier multiplex starts the student from noise; give "
+                    f"{self.name}.init=scratch, or multiplex.init=mean"
+                )
+
+    def refuse_ranks(self, model: nn.Module, ranks: dict[str, int]) -> None:
+        """Raise a `UserError` for a layer that is low rank already, or cannot have the rank."""
+        for path, rank in ranks.items():
+            layer: Any = model.get_submodule(path)
+            if isinstance(layer, FactoredLinear) or getattr(layer, "low_rank", None) is not None:
+                earlier = _made_by(model, path)
+                order = (
+                    f"{self.name} is applied twice" if earlier == self.name else f"{self.name} comes after {earlier}"
+                )
+                raise UserError(
+                    f"{order}: {path} has a low-rank term already; give the two steps different targets, "
+                    "or merge them into one with a larger rank"
+                )
+            most = min(layer.in_features, layer.out_features)
+            if rank > most:
+                raise UserError(
+                    f"{self.name}: rank {rank} of {path} is larger than its {layer.out_features}×{layer.in_features} weight "
+                    f"allows; it can be at most {most}"
+                )
+
+
+def measured_on(metric: str) -> str:
+    """Where errors in this metric are measured."""
+    return "in the weights" if metric == "weights" else "on the calibration images"
+
+
+def at_least(least: int, name: str, value: Any) -> Any:
+    """The option `name`, a number, several, or None, where no number is below `least`; else a ValueError."""
+    numbers: Iterable[int] = (value,) if isinstance(value, int) else value or ()
+    for number in numbers:
+        if number < least:
+            raise ValueError(f"{name} is at least {least}, not {number}")
+    return value
+
+
+def _made_by(model: nn.Module, path: str) -> str:
+    plans: Sequence[Plan] = compression_of(model).plans
+    return next((p.transform for p in plans if isinstance(p, RankPlan) and p.ranks.get(path)), "an earlier step")

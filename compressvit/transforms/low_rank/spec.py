@@ -1,0 +1,146 @@
+"""Low rank alone: the weight of a linear layer becomes a product `up @ down`, two smaller linear layers.
+
+A layer of r·(in + out) parameters and multiply-accumulates a token instead of in·out: of all steps here the one that loses least at a
+budget, and one that cuts parameters, bytes, MACs and (up to a rank that `plan` prints) latency.
+
+The factors are the truncated singular value decomposition of the teacher's weight in the metric of what the model computes on
+calibration images; see `compressvit.fitting.lowrank`. The whitened form is that of SVD-LLM, ICLR 2025,
+https://arxiv.org/abs/2403.07378. Where layers should share a weight beside such a term, use `lors`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import nn
+
+from compressvit.errors import UserError
+from compressvit.fitting.lowrank import spectrum
+from compressvit.fitting.moments import Source
+from compressvit.model import ties
+from compressvit.model.backbone import describe
+from compressvit.transforms.base import transform
+from compressvit.transforms.low_rank.base import RankPlan, RankStep
+from compressvit.transforms.low_rank.budget import Group, Spending
+from compressvit.transforms.low_rank.layer import FactoredLinear, factor
+
+
+class LowRankPlan(RankPlan):
+    """A resolved `LowRank`: the rank of each layer whose weight is replaced by two factors."""
+
+    init: Literal["fit", "scratch"]
+
+    def change(self, model: nn.Module) -> dict[str, str]:
+        for path, rank in self.ranks.items():
+            factor(model, path, rank)
+        return {path: f"low rank {rank} in place of the weight" for path, rank in self.ranks.items()}
+
+    def drops(self, model: nn.Module) -> set[str]:
+        return dropped(model, self.paths)
+
+    @torch.no_grad()
+    def initialise(self, student: nn.Module, source: Source) -> None:
+        if self.init == "fit":
+            metrics = source.metrics(self.paths, self.metric, self.ridge, self.output_ridge)
+        for path, rank in self.ranks.items():
+            layer = student.get_submodule(path)
+            assert isinstance(layer, FactoredLinear)
+            if self.init == "fit":
+                layer.set_factors(*spectrum(source.weight(path), metrics[path]).factors(rank))
+            else:
+                start_from_noise_(layer)
+
+    def errors(self, student: nn.Module, source: Source) -> dict[str, tuple[float, float | None]]:
+        return super().errors(student, source) if self.init == "fit" else {}
+
+    def fitted(self) -> set[str]:
+        return factor_names(self.paths)
+
+
+@transform("low_rank", LowRankPlan)
+class LowRank(RankStep):
+    """Make linear layers low rank: two smaller layers in place of each, fitted to the teacher."""
+
+    init: Literal["fit", "scratch"] = Field(
+        "fit",
+        description="fit: from the teacher's weights; scratch: from noise (these layers only; student: {weights: random} is noise all "
+        "over).",
+    )
+    metric: Literal["outputs", "inputs", "weights"] = Field(
+        "outputs",
+        description="What an error is measured in. outputs: what the model computes on calibration images. inputs: the layer's output on "
+        "them (whitening). weights: the weight itself, without images.",
+    )
+
+    @model_validator(mode="after")
+    def _rank_or_budget(self) -> LowRank:
+        self.require_rank_or_budget(self.init)
+        return self
+
+    @property
+    def needs_images(self) -> bool:
+        return self.init != "scratch" and self.metric != "weights"
+
+    @property
+    def provisional(self) -> tuple[str, ...]:
+        return tuple(self.budget_note(self.metric))
+
+    def plan(self, model: nn.Module, source: Source | None = None) -> LowRankPlan:
+        backbone = describe(model, "attention")
+        targets = self.find_targets(model, backbone)
+        self.refuse_scratch(model, self.init)
+        paths = [f"{block.path}.{target}" for target in targets for block in backbone.blocks]
+        groups: list[Group] = [(path,) for path in paths]
+        if self.budget:
+            self._refuse(model, dict.fromkeys(paths, 1))
+            chosen = Spending(self, model, source, paths).ranks(groups)
+            ranks = {path: rank for path, rank in chosen.items() if rank is not None}
+            return self._resolved(ranks, dense=[path for path, rank in chosen.items() if rank is None])
+        of_block = self.per_block(model, backbone, "rank")
+        ranks = {f"{block.path}.{target}": of_block[block.path] for target in targets for block in backbone.blocks}
+        self._refuse(model, ranks)
+        return self._resolved(ranks)
+
+    def resolved(self, groups: Sequence[Group], ranks: dict[str, int]) -> LowRankPlan:
+        """The plan for these ranks; every group is one layer."""
+        return self._resolved({path: ranks[path] for group in groups for path in group})
+
+    def _resolved(self, ranks: dict[str, int], dense: Sequence[str] = ()) -> LowRankPlan:
+        settings = self.model_dump(include={"init", "metric", "ridge", "output_ridge"})
+        sequential = self.sequential and self.needs_images
+        return LowRankPlan(ranks=ranks, dense=tuple(dense), sequential=sequential, **settings)
+
+    def metric_for(self, groups: Sequence[Group]) -> Literal["weights", "inputs", "outputs"]:
+        """What errors are measured in."""
+        return self.metric
+
+    def _refuse(self, model: nn.Module, ranks: dict[str, int]) -> None:
+        self.refuse_ranks(model, ranks)
+        tied = {name: group for group in ties.tied_groups(model) for name in group}
+        for path, rank in ranks.items():
+            if not rank:
+                raise UserError(f"low_rank: rank 0 would leave {path} without a weight; give a rank of at least 1")
+            if (name := f"{path}.weight") in tied:
+                raise UserError(
+                    f"low_rank would replace the weight of {path}, which an earlier step shares among {len(tied[name])} layers; use "
+                    "`lors`, which keeps that and adds a low-rank term to each, or leave one of the two steps out"
+                )
+
+
+def start_from_noise_(layer: FactoredLinear) -> None:
+    """Start as timm starts its linear layers, as far as that goes: a factor of zeros would leave the product zero for long."""
+    layer.reset_zero()
+    nn.init.trunc_normal_(layer.up.weight, std=0.02)
+
+
+def factor_names(paths: Sequence[str]) -> set[str]:
+    """Names of the factors of the layers at `paths`."""
+    return {f"{path}.{side}.weight" for path in paths for side in ("down", "up")}
+
+
+def dropped(model: nn.Module, paths: Sequence[str]) -> set[str]:
+    """Names of the tensors of `model` that are gone once the linear layers at `paths` are factored."""
+    return {f"{path}.{name}" for path in paths for name, _ in model.get_submodule(path).named_parameters(recurse=False)}
