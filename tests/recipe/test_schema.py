@@ -10,16 +10,9 @@ import yaml
 from helpers.recipes import GOOD, fault
 
 from compressvit.data.spec import Data
-from compressvit.recipe.recipe import (
-    Recipe,
-    Student,
-    Teacher,
-    load_recipe,
-    parse_recipe,
-    recipes_folder,
-    shipped_recipes,
-)
+from compressvit.recipe.recipe import Recipe, Student, Teacher, load_recipe, parse_recipe
 from compressvit.recipe.schema import json_schema
+from compressvit.recipe.shipped import recipes_folder, shipped_recipes
 from compressvit.recipe.words import step
 from compressvit.runs.plan import plan_recipe
 from compressvit.training.phases import PHASES
