@@ -41,6 +41,14 @@ def test_the_ledger_has_the_error_of_the_outputs_on_the_teachers_inputs(metric):
         assert ledger[path].weight_error == pytest.approx((difference.norm() / own.weight.norm()).item(), rel=1e-3)
 
 
+def test_the_ledger_says_whose_weight_a_layer_has():
+    student = compress(build("vit"), [LORS(rank=3, share=2, targets=("mlp.fc1",), metric="weights")])
+    changes = {entry.path: entry.change for entry in compression_of(student).ledger}
+    for i, path in enumerate(PATHS):
+        owner = "owns the weight of 2 layers" if i % 2 == 0 else f"shares the weight of {PATHS[i - 1]}"
+        assert changes[path].startswith(owner)
+
+
 @pytest.mark.parametrize("kind", ["inputs", "outputs"])
 def test_the_errors_of_all_layers_take_one_pass_over_the_images(kind):
     teacher = build("vit")
