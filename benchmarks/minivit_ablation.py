@@ -17,7 +17,7 @@ from pathlib import Path
 import yaml
 from rich.console import Console
 
-from compressvit.recipe.recipe import find_recipe
+from compressvit.recipe.shipped import find_recipe
 from compressvit.runs.apply import apply
 
 COMPONENTS = {

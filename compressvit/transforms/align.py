@@ -17,8 +17,6 @@ from typing import Any, ClassVar
 import torch
 from einops import rearrange
 from pydantic import Field
-from scipy.optimize import linear_sum_assignment
-from timm.layers import Mlp
 from torch import nn
 from torch.nn.utils import skip_init
 
@@ -28,6 +26,8 @@ from compressvit.model import surgery, ties
 from compressvit.model.backbone import describe, model_name, share_groups
 from compressvit.model.linear import effective_weight
 from compressvit.transforms.base import TRANSFORMERS_ONLY, LedgerEntry, Plan, Transform, transform
+from compressvit.transforms.claims import Claim, orders
+from compressvit.transforms.record import require_free
 
 _LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
@@ -41,6 +41,9 @@ class AlignPlan(Plan):
     heads: bool
     neurons: bool
     rounds: int
+
+    def claims(self, model: nn.Module) -> list[Claim]:
+        return [orders(path) for group in self.groups for path in group]
 
     def apply(self, model: nn.Module) -> list[LedgerEntry]:
         return []
@@ -64,6 +67,8 @@ class AlignPlan(Plan):
 
 def _align(units: list[torch.Tensor], rounds: int, permute: list[Any]) -> None:
     """Permute the units of every layer, (units, features) each, to lie closest to the first layer's, then to their mean."""
+    from scipy.optimize import linear_sum_assignment
+
     orders = [torch.arange(len(u)) for u in units]
     reference = units[0]
     for _ in range(rounds):
@@ -175,7 +180,10 @@ class Align(Transform):
         return (Align(share=2), Align(share=2, heads=False, rounds=1))
 
     def plan(self, model: nn.Module, source: Source | None = None) -> AlignPlan:
+        from timm.layers import Mlp
+
         groups = [group for group in share_groups(model, self.share, "align.share") if len(group) > 1]
+        require_free(model, self.name, (orders(path) for group in groups for path in group))
         tied = {name for group in ties.tied_groups(model) for name in group}
         added = surgery.added_parameters(model)
         known = {info.path: model.get_submodule(info.path) for info in describe(model, "attention").blocks}
@@ -185,7 +193,7 @@ class Align(Transform):
             changed = [n for n in names if n in tied or n in added]
             if changed or "attn.qkv.weight" not in dict(block.named_parameters()):
                 raise UserError(
-                    f"align comes before the steps that share or add: {changed[0] if changed else path} was changed by an earlier one; "
+                    f"align comes before the steps that share or add, and {changed[0] if changed else path} was changed by an earlier one; "
                     "put `align` first"
                 )
             if self.neurons and (type(block.mlp) is not Mlp or not isinstance(block.mlp.norm, nn.Identity)):

@@ -24,6 +24,7 @@ from compressvit.fitting.moments import Source
 from compressvit.model import ties
 from compressvit.registry import Registry
 from compressvit.spec import Spec
+from compressvit.transforms.claims import Claim
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class Plan(Spec):
     prunable: ClassVar[bool] = False
     # True: `fold` works.
     foldable: ClassVar[bool] = False
+    # True: it adds what weights are to be fitted without, and `set_aside` takes it out.
+    sets_aside: ClassVar[bool] = False
     # True: what it folds into must have taken in everything else before.
     folds_last: ClassVar[bool] = False
 
@@ -76,6 +79,13 @@ class Plan(Spec):
     def trains(self, model: nn.Module) -> set[str] | None:
         """Names of the parameters that a phase may change besides the classifier; all others are frozen. None: it freezes nothing."""
         return None
+
+    def claims(self, model: nn.Module) -> list[Claim]:
+        """What it takes of `model`, as it is before the transform: steps whose claims exclude each other are refused."""
+        return []
+
+    def set_aside(self, model: nn.Module) -> None:
+        """Where `sets_aside`: take out of `model`, in place, what must not be there while weights are fitted to a teacher's."""
 
     def drops(self, model: nn.Module) -> set[str]:
         """Names of the tensors of `model`, as it is before the transform, that are replaced by others. None by default: every key stays."""

@@ -11,14 +11,15 @@ from typing import Any, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from timm.layers import create_act_layer
 from torch import nn
 
 from compressvit.errors import UserError
 from compressvit.fitting.moments import Source
 from compressvit.model import surgery
 from compressvit.model.backbone import describe, model_name
+from compressvit.model.linear import weight_shape
 from compressvit.transforms.base import Plan
+from compressvit.transforms.claims import Claim, slot
 
 Place = Literal["attn", "mlp"]
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu", "hard_swish", "leaky_relu", "elu", "tanh"]
@@ -45,6 +46,8 @@ class Bottleneck(nn.Module):
         scale: float | Literal["learnable"] = 1.0,
         reads: Literal["normed", "residual"] = "normed",
     ):
+        from timm.layers import create_act_layer
+
         super().__init__()
         self.down, self.up = down, up
         self.act = create_act_layer(act)
@@ -105,6 +108,9 @@ class BottleneckPlan(Plan):
     widths: dict[str, int]
     masked: bool = False  # a `sparsify` phase masked single weights
 
+    def claims(self, model: nn.Module) -> list[Claim]:
+        return [slot(path, self.slot) for path in self.widths]
+
     def bottlenecks(self, model: nn.Module) -> dict[str, Bottleneck]:
         """Those that are there, by path."""
         return {path: getattr(model.get_submodule(path), self.slot) for path, hidden in self.widths.items() if hidden}
@@ -137,7 +143,7 @@ def sublayer_width(model: nn.Module, path: str) -> tuple[torch.Tensor, int]:
     """A tensor of the sublayer at `path` (for its device and type), and its width M."""
     sublayer = model.get_submodule(path)
     last: Any = sublayer.proj if hasattr(sublayer, "proj") else sublayer.fc2
-    return last.weight, last.weight.shape[0]
+    return next(last.parameters()), weight_shape(last)[0]
 
 
 def adapter_widths(

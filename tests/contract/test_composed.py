@@ -49,7 +49,7 @@ def test_every_ordered_pair_composes_or_is_refused(names, backbone):
 def test_all_is_planned_before_the_first_change():
     model = build("vit")
     before, state = structure(model), values(model)
-    with pytest.raises(UserError, match="irpe is applied twice"):
+    with pytest.raises(UserError, match="irpe is applied twice: irpe wants to add"):
         transform_(model, [Multiplex(share=2), IRPE(), IRPE()])
     with pytest.raises(UserError, match="there is no artifact at nowhere"):
         transform_(model, [Multiplex(share=2), LoadWeights(artifact="nowhere")])

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from compressvit.log import RunLog
+from compressvit.training.phase import Phase
 from compressvit.training.phases.prune.neurons import (
     Price,
     Widths,
@@ -22,12 +24,9 @@ from compressvit.training.phases.prune.neurons import (
     shrink_,
 )
 from compressvit.training.phases.prune.options import PruneOptions
+from compressvit.training.state import Moments
 
-if TYPE_CHECKING:
-    from compressvit.log import RunLog
-    from compressvit.training.loop import Phase
-
-TrainCycle = Callable[[nn.Module, "Phase", dict[str, dict[str, Any]]], dict[str, Any]]
+TrainCycle = Callable[[nn.Module, Phase, Moments], dict[str, Any]]
 Gradients = Callable[[nn.Module], dict[str, torch.Tensor]]
 
 
@@ -60,7 +59,7 @@ def prune_and_train(
     history: list[Widths] = [start]
     good: tuple[nn.Module, dict[str, Any]] | None = None
     done, first = 0, None
-    moments: dict[str, dict[str, Any]] = {}
+    moments = Moments()
     while True:
         cycle = _cycle(phase, done)
         if not cycle.checkpoint.is_file():  # a resumed run has reported it before
