@@ -2,7 +2,8 @@
 
 `GFLOPs` are 2 × the multiply-accumulates of linear layers and convolutions alone, the convention of the MiMi paper, with what adapters add
 to them; `GMACs` include attention products and norms. A method that merges costs what the backbone costs. MiMi's rows are of pruning every
-adapter alike; another allocation of as many neurons costs more where early stages keep them, whose neurons see more tokens.
+adapter alike; another allocation of as many neurons costs more where early stages keep them, whose neurons see more tokens. The methods,
+what they train and the figures of the MiMi paper are read from published.yaml beside this file; a count that differs is an error.
 
     python benchmarks/adapter_costs.py                          # Swin-T and the 345 classes of DomainNet
     python benchmarks/adapter_costs.py --model vit_base_patch16_224 --classes 100
@@ -11,30 +12,19 @@ adapter alike; another allocation of as many neurons costs more where early stag
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import timm
 import torch
+import yaml
 from torch import nn
 
 from compressvit.model import cost, surgery
 from compressvit.model.backbone import input_size
 from compressvit.training.phases.prune.neurons import cycles, prices, prunable_plan, select, shrink_
 from compressvit.training.phases.prune.spec import Prune, PruneTarget
-from compressvit.transforms import (
-    PHM,
-    SSF,
-    VPT,
-    Adapters,
-    AdaptFormer,
-    BitFit,
-    Compacter,
-    FacT,
-    Freeze,
-    LoRA,
-    RepAdapter,
-    Transform,
-)
+from compressvit.transforms import TRANSFORMS, Adapters
 from compressvit.transforms.applying import apply_plans
 from compressvit.transforms.fact import FacTTerm
 from compressvit.transforms.lora import LoRATerm
@@ -42,24 +32,8 @@ from compressvit.transforms.phm import PHMLinear
 from compressvit.transforms.record import compression_of, trained_parameters
 from compressvit.transforms.repadapter import RepBottleneck
 
-ROWS: dict[str, Sequence[Transform]] = {
-    "full fine-tuning": [],
-    "attention": [Freeze(train="attention")],
-    "MLP": [Freeze(train="mlp")],
-    "linear probe": [Freeze(train="head")],
-    "BitFit": [BitFit()],
-    "VPT, shallow, 100 prompts": [VPT(prompts=100, deep=False)],
-    "VPT, deep, 100 prompts": [VPT(prompts=100)],
-    "SSF": [SSF()],
-    "FacT-TK, r = 16": [FacT()],
-    "LoRA, r = 8": [LoRA()],
-    "RepAdapter": [RepAdapter()],
-    "AdaptFormer, h' = 64": [AdaptFormer()],
-    "PHM": [PHM()],
-    "Compacter": [Compacter()],
-    "adapters, M/2": [Adapters(ratio=0.5)],
-    "adapters, M/8": [Adapters()],
-}
+PUBLISHED: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("published.yaml").read_text(encoding="utf-8"))
+PRUNINGS = range(1, 6)  # of half of MiMi's neurons each
 
 
 def linear_and_convolution_macs(model: nn.Module) -> int:
@@ -93,8 +67,8 @@ def linear_and_convolution_macs(model: nn.Module) -> int:
     return total
 
 
-def row(label: str, model: nn.Module) -> str:
-    """A line of the table."""
+def row(label: str, model: nn.Module, published: float | None = None) -> str:
+    """A line of the table; `published` are the paper's GFLOPs."""
     plans = compression_of(model).plans
     trained = trained_parameters(model)
     both = trained["trained_adapter"] + trained["trained_head"]
@@ -102,7 +76,8 @@ def row(label: str, model: nn.Module) -> str:
     merges = added and all(plan.foldable for plan in plans)
     size = input_size(model)
     gflops, macs = 2 * linear_and_convolution_macs(model) / 1e9, cost.macs(model, size) / 1e9
-    cells = [f"{trained['trained_adapter']:,}", f"{both:,}", f"{4 * both / 1e6:.2f}", f"{gflops:.2f}", f"{macs:.2f}"]
+    cells = [f"{trained['trained_adapter']:,}", f"{both:,}", f"{4 * both / 1e6:.2f}", f"{gflops:.2f}"]
+    cells += [f"{published:.2f}" if published else "", f"{macs:.2f}"]
     return f"| {label} | {' | '.join(cells)} | {'yes' if merges else 'no' if added else '–'} |"
 
 
@@ -117,18 +92,22 @@ def main() -> None:
         with torch.device("meta"):
             return timm.create_model(arguments.model, num_classes=arguments.classes)
 
-    print("| method | trained | + classifier | MB a task | GFLOPs unmerged | GMACs unmerged | merges |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    for label, specs in ROWS.items():
-        model = fresh()
+    backbone = next((key for key, name in PUBLISHED["backbones"].items() if name == arguments.model), None)
+    print("| method | trained | + classifier | MB a task | GFLOPs unmerged | the paper's | GMACs unmerged | merges |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for entry in PUBLISHED["trained"]:
+        model, label = fresh(), entry["label"]
         try:
-            for spec in specs:
-                apply_plans(model, [spec.plan(model)])
+            for name, options in (entry["step"] or {}).items():
+                apply_plans(model, [TRANSFORMS[name](**options).plan(model)])
         except ValueError as error:
-            print(f"| {label} | not defined here: {str(error).split(';')[0]} | | | | | |")
+            print(f"| {label} | not defined here: {str(error).split(';')[0]} | | | | | | |")
             continue
-        print(row(label, model))
-    for prunings in range(1, 6):
+        trained = trained_parameters(model)["trained_adapter"]
+        if backbone and trained != entry[backbone]:
+            raise SystemExit(f"{label} trains {trained:,} parameters here, and {entry[backbone]:,} by published.yaml")
+        print(row(label, model, entry.get("gflops") if backbone == "swin_t" else None))
+    for prunings in PRUNINGS:
         model = fresh()
         apply_plans(model, [Adapters(ratio=0.5).plan(model)])
         plan = prunable_plan(model)
@@ -136,7 +115,8 @@ def main() -> None:
         spec = Prune(target=PruneTarget(neurons=0.5**prunings), scope="local")
         done = cycles(spec.target, spec.rate, start, price)
         shrink_(model, select({p: torch.zeros(h) for p, h in start.items()}, done or 0, spec, start, price))
-        print(row(f"MiMi, M/2 pruned {prunings} time{'s' * (prunings > 1)}", model))
+        published = PUBLISHED["pruned_gflops"].get(prunings) if backbone == "swin_t" else None
+        print(row(f"MiMi, M/2 pruned {prunings} time{'s' * (prunings > 1)}", model, published))
 
 
 if __name__ == "__main__":

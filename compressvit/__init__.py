@@ -13,7 +13,9 @@ __version__ = "0.1.0"
 
 # The classes of transforms are public names too: they are looked up in their registry.
 _PUBLIC = {
+    "apply": "compressvit.runs.apply",
     "compress": "compressvit.transforms.applying",
+    "distill": "compressvit.runs.distill",
     "save": "compressvit.artifacts.artifact",
     "load": "compressvit.artifacts.artifact",
     "materialise": "compressvit.transforms.applying",

@@ -22,6 +22,8 @@ examples:
   compressvit apply quickstart steps.0.multiplex.share=3        change anything in a recipe from the command line
 """
 
+Verb = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Exit codes: 0 done, 2 something asked for cannot be done, 128 + N stopped by signal N."""
@@ -63,36 +65,63 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return added
 
-    def recipe_arguments(to: argparse.ArgumentParser) -> None:
-        to.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name, or the path of a YAML file")
-        to.add_argument(
-            "overrides",
-            metavar="key=value",
-            nargs="*",
-            default=[],
-            help="changes to it, e.g. data.root=FOLDER steps.0.multiplex.share=6",
-        )
+    # In the order of `--help`.
+    for add in (
+        _add_apply,
+        _add_plan,
+        _add_frontier,
+        _add_validate,
+        _add_evaluate,
+        _add_merge,
+        _add_compare,
+        _add_report,
+    ):
+        add(verb)
+    _add_recipes(verb)
+    _add_schema(verb)
+    return parser
 
+
+def _add_recipe(to: argparse.ArgumentParser) -> None:
+    to.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name, or the path of a YAML file")
+    to.add_argument(
+        "overrides",
+        metavar="key=value",
+        nargs="*",
+        default=[],
+        help="changes to it, e.g. data.root=FOLDER steps.0.multiplex.share=6",
+    )
+
+
+def _add_device(to: argparse.ArgumentParser, text: str = "cpu, cuda, … (default: the best there is)") -> None:
+    to.add_argument("--device", default="auto", help=text)
+
+
+def _add_apply(verb: Verb) -> None:
     apply = verb("apply", _apply, "run a recipe: compress, distil, evaluate, and write a run folder")
-    recipe_arguments(apply)
+    _add_recipe(apply)
     apply.add_argument("--output", metavar="FOLDER", help="the run folder (default: runs/RECIPE)")
     apply.add_argument("--resume", action="store_true", help="go on with the run in the folder")
     apply.add_argument("--overwrite", action="store_true", help="delete the run in the folder and begin anew")
-    apply.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps, … (default: the best there is)")
+    _add_device(apply, "cpu, cuda, cuda:1, mps, … (default: the best there is)")
     apply.add_argument("--no-report", action="store_true", help="do not write report.html at the end")
 
+
+def _add_plan(verb: Verb) -> None:
     plan = verb("plan", _plan, "print what a recipe will do and cost; without weights or data unless --measure")
-    recipe_arguments(plan)
+    _add_recipe(plan)
     plan.add_argument("--json", action="store_true", help="print it as JSON, for programs")
     plan.add_argument(
         "--measure",
         action="store_true",
         help="also make the student, from weights and data: the ledger with its errors, and its quality before any training",
     )
-    plan.add_argument("--device", default="auto", help="cpu, cuda, … for --measure (default: the best there is)")
+    _add_device(plan, "cpu, cuda, … for --measure (default: the best there is)")
 
+
+def _add_frontier(verb: Verb) -> None:
     frontier = verb("frontier", _frontier, "quality before any training against size, over a sweep of budgets")
-    recipe_arguments(frontier)
+    _add_recipe(frontier)
     frontier.add_argument(
         "--budgets",
         metavar="B",
@@ -107,8 +136,10 @@ def _parser() -> argparse.ArgumentParser:
     frontier.add_argument(
         "--output", metavar="FOLDER", help="for the table and the plot (default: runs/RECIPE_frontier)"
     )
-    frontier.add_argument("--device", default="auto", help="cpu, cuda, … (default: the best there is)")
+    _add_device(frontier)
 
+
+def _add_validate(verb: Verb) -> None:
     validate = verb(
         "validate",
         _validate,
@@ -118,6 +149,8 @@ def _parser() -> argparse.ArgumentParser:
         "recipes", metavar="RECIPE", nargs="+", help="a shipped recipe's name, or the path of a YAML file"
     )
 
+
+def _add_evaluate(verb: Verb) -> None:
     evaluate = verb("evaluate", _evaluate, "evaluate the student of a run folder, or an artifact")
     evaluate.add_argument("path", metavar="PATH", help="a run folder, or an artifact (a folder with compressvit.json)")
     evaluate.add_argument(
@@ -127,24 +160,32 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         help="of the data, e.g. data.name=digits data.root=FOLDER",
     )
-    evaluate.add_argument("--device", default="auto", help="cpu, cuda, … (default: the best there is)")
+    _add_device(evaluate)
     evaluate.add_argument("--json", action="store_true", help="print it as JSON, for programs")
 
+
+def _add_merge(verb: Verb) -> None:
     merge = verb("merge", _merge, "fold adapters and low rank into plain timm layers, prove it, and write a timm model")
     merge.add_argument("path", metavar="RUN|ARTIFACT", help="a run folder, or a folder with compressvit.json")
     merge.add_argument("--output", metavar="FOLDER", help="where to write it (default: merged, beside the artifact)")
-    merge.add_argument("--device", default="auto", help="for the latencies: cpu, cuda, … (default: the best there is)")
+    _add_device(merge, "for the latencies: cpu, cuda, … (default: the best there is)")
 
+
+def _add_compare(verb: Verb) -> None:
     compare = verb("compare", _compare, "a table of several runs, the seeds of one recipe together")
     compare.add_argument("runs", metavar="RUN", nargs="+", help="run folders, or folders of run folders")
     compare.add_argument("--output", metavar="FOLDER", help="also write the table (.md, .csv, .json) and a plot there")
 
+
+def _add_report(verb: Verb) -> None:
     report = verb("report", _report, "one HTML page of a run, or of several, to read and to send; it needs no network")
     report.add_argument("runs", metavar="RUN", nargs="+", help="run folders, or folders of run folders")
     report.add_argument(
         "--output", metavar="FILE", help="where to write it (default: report.html in the folder that is given)"
     )
 
+
+def _add_recipes(verb: Verb) -> None:
     recipes = verb("recipes", lambda _: recipes_help(), "list the shipped recipes, or show one")
     what = recipes.add_subparsers(title="what", metavar="list|show")
 
@@ -155,15 +196,16 @@ def _parser() -> argparse.ArgumentParser:
     listing = what.add_parser("list", help="names and descriptions")
     listing.set_defaults(run=_recipes_list)
     show = what.add_parser("show", help="print a recipe")
-    recipe_arguments(show)
+    _add_recipe(show)
     show.add_argument("--resolved", action="store_true", help="with every default and override written out")
     show.set_defaults(run=_recipes_show)
 
+
+def _add_schema(verb: Verb) -> None:
     schema = verb("schema", _schema, "print the JSON schema of recipes, for editors, or what a key means, for people")
     schema.add_argument(
         "key", metavar="KEY", nargs="?", help="teacher, data, multiplex, distill, distill.losses, …: list its keys"
     )
-    return parser
 
 
 def _budget(word: str) -> float:
@@ -175,7 +217,6 @@ def _budget(word: str) -> float:
 
 
 def _apply(arguments: argparse.Namespace) -> int:
-    from compressvit.recipe.recipe import load_recipe
     from compressvit.recipe.shipped import find_recipe
     from compressvit.report.write import report_after_run
     from compressvit.runs.apply import apply
@@ -187,14 +228,11 @@ def _apply(arguments: argparse.Namespace) -> int:
         arguments.recipe, arguments.output = str(run / RESOLVED), arguments.output or str(run)
     elif arguments.resume and run.is_dir():
         raise UserError(f"--resume: there is no run in {run} (no {RESOLVED}); start it without --resume")
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
-    path = find_recipe(arguments.recipe)
     try:
         apply(
-            recipe,
-            name=arguments.recipe,
-            recipe_text=path.read_text(encoding="utf-8"),
-            output=arguments.output or Path("runs") / path.stem,
+            arguments.recipe,
+            arguments.output or Path("runs") / find_recipe(arguments.recipe).stem,
+            overrides=arguments.overrides,
             command=["compressvit", *sys.argv[1:]],
             resume=arguments.resume,
             overwrite=arguments.overwrite,
@@ -220,13 +258,14 @@ def _plan(arguments: argparse.Namespace) -> int:
     if not arguments.json:
         print_plan(plan, Console())
     if arguments.measure and not plan.conflicts:
-        from compressvit.runs.one_shot import OneShot, quality_words
+        from compressvit.charts.qualities import words
+        from compressvit.runs.one_shot import OneShot
         from compressvit.runs.tables import ledger_table
 
         begin = OneShot(recipe, arguments.device, "plan --measure")
         student, ledger = begin.student(begin.transforms)
-        scores = begin.scores(student, begin.config)
-        pairs = begin.layer_pairs(student)
+        scores = begin.scores(student)
+        pairs = begin.preview(student)
         content["measured"] = {
             "ledger": [asdict(entry) for entry in ledger],
             "before_training": scores,
@@ -234,7 +273,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         }
         if not arguments.json:
             Console().print(ledger_table(ledger))
-            print(f"before training: {quality_words(scores)}")
+            print(f"before training: {words(scores)}")
             if pairs:
                 print(pairs)
     if arguments.json:

@@ -85,7 +85,7 @@ class RunLog:
 
     @contextmanager
     def progress(self, description: str, total: int, completed: int = 0) -> Iterator[Any]:
-        """A progress bar with a line of numbers below it; yields `advance(text)`, to be called after every optimiser step."""
+        """A progress bar with a line of numbers below it; yields `advance`, to be called after every step, with new ones or none."""
         from rich.console import Group
         from rich.live import Live
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -96,8 +96,9 @@ class RunLog:
         numbers = Text()
         with Live(Group(bar, numbers), console=self.console, transient=True, refresh_per_second=4):
 
-            def advance(text: str) -> None:
-                numbers.plain = text
+            def advance(text: str | None = None) -> None:
+                if text is not None:
+                    numbers.plain = text
                 bar.advance(task)
 
             yield advance

@@ -2,23 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-import functools
-from collections.abc import Callable, Sequence
-from pathlib import Path
-
 import pytest
 import torch
-from torch import nn
-
-from compressvit.artifacts import artifact
-from compressvit.transforms import Transform
-from compressvit.transforms.applying import compress
 
 pytest.register_assert_rewrite("helpers")  # before its import, so that its assertions also tell what they saw
 
-from helpers.contract import ARTIFACT, teacher  # noqa: E402
-from helpers.models import build  # noqa: E402
 from helpers.runs import RECIPE, TINY, done  # noqa: E402
 
 
@@ -52,40 +40,6 @@ def finished(recipe):
     folder = recipe.parent / "finished"
     done("apply", recipe, "--output", folder, "seed=3")
     return folder
-
-
-# --- the contract of a transform
-
-
-@pytest.fixture(scope="session")
-def fit(tmp_path_factory) -> Callable[..., Transform]:
-    """Give a spec that reads an artifact one that fits a backbone after some transforms."""
-
-    @functools.cache
-    def artifact_of(backbone: str, before: tuple[Transform, ...]) -> Path:
-        return artifact.save(compress(build(backbone, seed=7), before), tmp_path_factory.mktemp("artifact") / "student")
-
-    def fit(spec: Transform, backbone: str, before: Sequence[Transform] = ()) -> Transform:
-        if getattr(spec, "artifact", None) != ARTIFACT:
-            return spec
-        structure = tuple(s for s in before if not s.plan_class.loads_values)
-        return spec.model_copy(update={"artifact": str(artifact_of(backbone, structure))})
-
-    return fit
-
-
-@pytest.fixture(scope="session")
-def student(fit) -> Callable[[Transform, str], nn.Module]:
-    """The compressed model of a case; a copy, so that a test may do with it what it likes."""
-    made: dict[tuple[Transform, str], nn.Module] = {}
-
-    def student(spec: Transform, backbone: str) -> nn.Module:
-        if (spec, backbone) not in made:
-            torch.manual_seed(3)
-            made[spec, backbone] = compress(teacher(backbone), [fit(spec, backbone)])
-        return copy.deepcopy(made[spec, backbone])
-
-    return student
 
 
 @pytest.fixture(scope="session")

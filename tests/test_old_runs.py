@@ -57,7 +57,8 @@ def results(run: Path) -> dict:
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(run / "student" / "model.safetensors")
+    """Of the student, under the names that they have now."""
+    return compressvit.load(run / "student").state_dict()
 
 
 def metrics(run: Path, kind: str, phase: str) -> dict[int, dict]:
@@ -122,7 +123,11 @@ def test_a_recipe_that_was_kept_still_plans_the_same_student(name, capsys):
     for recipe in ("recipe.yaml", "resolved.yaml"):
         done("plan", RUNS / name / recipe, "--json")
         now = json.loads(capsys.readouterr().out)
-        assert (now["teacher"], now["student"]) == (recorded["teacher"], recorded["student"])
+        assert now["teacher"] == recorded["teacher"]
+        for key in ("parameters", "macs"):
+            assert now["student"][key] == recorded["student"][key], key
+        # names of tensors in a file's header may have become shorter
+        assert now["student"]["bytes"] == pytest.approx(recorded["student"]["bytes"], abs=64)
 
 
 @pytest.mark.parametrize("name", ["quickstart", "adapted_pruned", "stopped"])

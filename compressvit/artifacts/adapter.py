@@ -104,9 +104,8 @@ def load_adapter(model: nn.Module, path: str | Path) -> nn.Module:
     tensors = read_safetensors(path)
     if model_name(model) != header.architecture:
         raise UserError(f"{path} was trained beside a {header.architecture}, and this is a {model_name(model)}")
-    own = model.state_dict().keys() - surgery.added_parameters(model) - surgery.added_buffers(model)
     known = getattr(model, "_adapter", None)
-    if _hash(model, (tensors.keys() & own) | head_names(model), restored=known) != header.backbone:
+    if _hash(model, tensors.keys() | head_names(model), restored=known) != header.backbone:
         raise UserError(
             f"{path} was trained beside another {header.architecture}: the frozen weights (or their sizes or precision) are not those; "
             "load the backbone's weights that the run's teacher had, in the same precision and input size"

@@ -74,6 +74,11 @@ def save(model: nn.Module, path: str | Path, *, input_config: dict[str, Any] | N
     return path
 
 
+def require_storable(model: nn.Module) -> None:
+    """Raise the `UserError` that `save` would raise of the model, before a long training rather than after it."""
+    _manifest(model, None)
+
+
 def load(path: str | Path, *, materialise: bool = False) -> nn.Module:
     """Rebuild a model from its artifact, on the CPU, in eval mode, in the precision it was saved in.
 

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from compressvit.charts.findings import Finding
-
-QUALITIES = {"top1": "top-1 (%)", "agreement": "same class (%)", "cosine": "cosine"}
+from compressvit.charts.qualities import QUALITIES, RANKING
 
 
 def frontier_finding(rows: Sequence[Mapping[str, Any]], unit: str, quality: str, label: str, name: str) -> Finding:
@@ -87,7 +86,7 @@ def compare_findings(rows: Sequence[Mapping[str, Any]]) -> list[Finding]:
         own = [row for row in rows if row["task"] == task]
         frozen = any(row["adapter_bytes"] is not None for row in own)
         size = "trained_adapter" if frozen else "parameters"
-        quality = next((q for q in QUALITIES if any(row[q] is not None for row in own)), None)
+        quality = next((q for q in RANKING if any(row[q] is not None for row in own)), None)
         drawn = [row for row in own if quality and row[quality] is not None and row[size] is not None]
         if quality is None or not drawn:
             continue
@@ -118,7 +117,7 @@ def compare_findings(rows: Sequence[Mapping[str, Any]]) -> list[Finding]:
                     "error": "deviation",
                     "front": "front",
                     "scales": {"size": "log"},
-                    "titles": {"size": what, "quality": QUALITIES[quality], "method": "", "deviation": "±"},
+                    "titles": {"size": what, "quality": QUALITIES[quality].heading, "method": "", "deviation": "±"},
                 },
             )
         )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,6 +46,11 @@ class InputConfig:
     interpolation: str
     crop_pct: float
     crop_mode: str = "center"
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """Channels, height and width."""
+        return self.channels, self.height, self.width
 
     def as_dict(self) -> dict[str, Any]:
         """What an artifact records of it, under timm's names."""
@@ -114,3 +121,24 @@ def renormalise(images: torch.Tensor, source: InputConfig, target: InputConfig) 
         mode = "bilinear" if target.interpolation == "bilinear" else "bicubic"
         pixels = F.interpolate(pixels, (target.height, target.width), mode=mode, antialias=True)
     return (pixels - column(target.mean)) / column(target.std)
+
+
+@dataclass(frozen=True)
+class Side:
+    """A model and what its images look like.
+
+    Teacher and student may take images of different sizes, channels and statistics: batches are loaded for one of them, and
+    `converter` turns them into the other's.
+    """
+
+    model: nn.Module
+    input: InputConfig
+
+    @classmethod
+    def of(cls, model: nn.Module, data: Data) -> Side:
+        """A model with what `input_config` says of it. Raises as `input_config` does."""
+        return cls(model, input_config(model, data))
+
+    def converter(self, source: InputConfig) -> Callable[[torch.Tensor], torch.Tensor]:
+        """A function that turns batches (B, C, H, W) normalised as `source` says into this model's."""
+        return partial(renormalise, source=source, target=self.input)

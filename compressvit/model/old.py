@@ -95,6 +95,11 @@ def _steps(recipe: Any) -> list[Any]:
     return steps if isinstance(steps, list) else []
 
 
+def current_word(word: str, transforms: Collection[str]) -> str:
+    """The word of a step in a ledger, where the model was made by these transforms."""
+    return "low_rank" if word == "lors" and word not in transforms and "low_rank" in transforms else word
+
+
 def stored_step(folder: Path, name: str) -> str:
     """What a run calls the model that it kept after a step, e.g. `0_low_rank`; a run of an earlier version may call it otherwise."""
     index, _, word = name.partition("_")

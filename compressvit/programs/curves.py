@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from compressvit.charts.findings import Finding
+from compressvit.charts.qualities import RANKING
 from compressvit.errors import UserError, did_you_mean
 from compressvit.programs.recorded import Run, not_recorded
 from compressvit.rows import MetricsRow, read_rows
@@ -14,8 +15,6 @@ from compressvit.runs.tensorboard import scalar_tags, tag_of
 METRICS = "metrics.jsonl"
 Curve = list[tuple[int, float]]  # optimiser step of the phase, value
 Curves = dict[tuple[str, str], Curve]  # by the run's label and the tag
-
-_QUALITY = ("top1", "agreement", "cosine")
 
 
 def read_curves(runs: Sequence[Run], wanted: Sequence[str] | None = None) -> Curves:
@@ -64,7 +63,7 @@ def _all_curves(run: Run) -> dict[str, Curve]:
 def _says_most(tag: str, known: Sequence[str]) -> bool:
     place, _, name = tag.rpartition("/")
     if place.endswith("/evaluate"):
-        return name == next((q for q in _QUALITY if f"{place}/{q}" in known), None)
+        return name == next((q for q in RANKING if f"{place}/{q}" in known), None)
     return place.endswith("/epoch") and name == "loss"
 
 

@@ -22,7 +22,7 @@ from compressvit.files import disk_faults
 from compressvit.programs.opened import OpenedModels, open_models
 from compressvit.programs.recorded import Run, labelled
 from compressvit.runs.folder import find_runs
-from compressvit.runs.preflight import pick_device
+from compressvit.runs.job import pick_device
 
 Findings = tuple[list[Table], list[Finding]]
 Options = Callable[[argparse.ArgumentParser], None]

@@ -15,12 +15,13 @@ from compressvit.data.spec import Data
 from compressvit.errors import UserError, did_you_mean, nearest
 from compressvit.model.old import current_recipe, is_of_a_run
 from compressvit.model.weights import require_known
+from compressvit.recipe.parts import Part, parts_of
 from compressvit.recipe.shipped import find_recipe
 from compressvit.recipe.words import LISTS, Entry, Merge, Step, Word, broken, packages_of, with_words
 from compressvit.recipe.yaml import Source, override, parse
 from compressvit.spec import Spec
+from compressvit.training.phases import PhaseSpec
 from compressvit.training.phases.finetune import Finetune
-from compressvit.training.spec import Training
 
 
 class RecipeError(UserError):
@@ -124,11 +125,15 @@ class Recipe(Spec):
         """Other distributions that provide what it names."""
         return packages_of(entry.name for entry in (*self.steps, *self.diagnostics))
 
-    def phases(self) -> dict[str, Training]:
+    def parts(self) -> list[Part]:
+        """The steps as a run takes them: transforms that stand together, then a phase. A merge at the end is none of them."""
+        return parts_of([entry.spec for entry in self.steps])
+
+    def phases(self) -> dict[str, PhaseSpec]:
         """Every phase by its place in the recipe, the teacher's training first where it is spelled out."""
-        first: dict[str, Training] = {"teacher.finetune": self.teacher.finetune} if self.teacher.finetune else {}
+        first: dict[str, PhaseSpec] = {"teacher.finetune": self.teacher.finetune} if self.teacher.finetune else {}
         steps = {f"steps[{i}].{s.name}": s.spec for i, s in enumerate(self.steps)}
-        return first | {where: spec for where, spec in steps.items() if isinstance(spec, Training)}
+        return first | {where: spec for where, spec in steps.items() if isinstance(spec, PhaseSpec)}
 
     def to_yaml(self) -> str:
         """The recipe with every default written out."""

@@ -11,8 +11,7 @@ from pydantic_core import CoreSchema
 
 from compressvit.diagnostics.base import DIAGNOSTICS
 from compressvit.spec import Spec
-from compressvit.training.phases import PHASES
-from compressvit.training.spec import Training
+from compressvit.training.phases import PHASES, PhaseSpec
 from compressvit.transforms.base import TRANSFORMS, Transform
 
 
@@ -64,7 +63,7 @@ class Word(BaseModel):
 def with_words(base: type[Word]) -> type[Word]:
     """The model of `base` with a field for every word that it may be."""
     fields: dict[str, Any] = {
-        name: (spec | None, Field(None, description=(spec.__doc__ or "").splitlines()[0]))
+        name: (spec | None, Field(None, description=(spec.__doc__ or "").strip().partition("\n")[0]))
         for name, spec in base.specs().items()
     }
     return create_model(base.__name__, __base__=base, __doc__=base.__doc__, __module__=base.__module__, **fields)
@@ -96,7 +95,7 @@ class Entry(Word):
 LISTS: dict[str, type[Word]] = {"steps": Step, "diagnostics": Entry}
 
 
-def step(spec: Transform | Training | Merge) -> Step:
+def step(spec: Transform | PhaseSpec | Merge) -> Step:
     """A recipe's step from a spec, for recipes built in Python: `Recipe(…, steps=(step(Multiplex(share=2)), step(Distill())))`."""
     made = with_words(Step)(**{spec.name: spec})
     assert isinstance(made, Step)
@@ -105,10 +104,10 @@ def step(spec: Transform | Training | Merge) -> Step:
 
 def broken(word: str) -> str | None:
     """Why an installed package cannot provide the word that it offers, if one offers it."""
-    return TRANSFORMS.fault(word) or DIAGNOSTICS.fault(word)
+    return TRANSFORMS.fault(word) or PHASES.fault(word) or DIAGNOSTICS.fault(word)
 
 
 def packages_of(words: Iterable[str]) -> list[str]:
     """The distributions other than compressvit that offer some of these words."""
-    found = {TRANSFORMS.package_of(word) or DIAGNOSTICS.package_of(word) for word in words}
+    found = {TRANSFORMS.package_of(word) or PHASES.package_of(word) or DIAGNOSTICS.package_of(word) for word in words}
     return sorted(package for package in found if package is not None)

@@ -1,25 +1,66 @@
-"""`evaluate`: what a run's student, or an artifact on its own, gets right on a data set."""
+"""What models get right on a data set: in a run (`Scorer`), and for `compressvit evaluate`, a run's student or an artifact."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from rich.console import Console
 from rich.table import Table
 
 from compressvit.artifacts import artifact
-from compressvit.data.input import input_config
+from compressvit.data.input import Side
 from compressvit.data.loaders import eval_loader
-from compressvit.data.opening import open_data
+from compressvit.data.opening import Datasets, open_data
+from compressvit.data.spec import Data
 from compressvit.errors import UserError
 from compressvit.model import cost, stored
 from compressvit.recipe.recipe import Recipe, parse_recipe
 from compressvit.runs.folder import RESOLVED
-from compressvit.runs.preflight import pick_device
-from compressvit.training.evaluate import evaluate
+from compressvit.runs.job import pick_device
+from compressvit.training.evaluate import Watch, evaluate
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Evaluates models on held-out images, each as the model itself takes them.
+
+    Attributes:
+        other_task: the student has another task than its teacher, so the two are not compared.
+    """
+
+    datasets: Datasets
+    data: Data
+    device: torch.device
+    other_task: bool = False
+
+    def score(self, model: Side, teacher: Side | None = None, watch: Watch | None = None) -> dict[str, Any]:
+        """`evaluate` of a model, beside `teacher` where one is given; both are moved to the device."""
+        model.model.to(self.device)
+        if teacher is not None:
+            teacher.model.to(self.device).eval()
+        return evaluate(
+            model.model,
+            eval_loader(self.datasets, self.data, model.input, self.device),
+            self.device,
+            teacher=teacher.model if teacher is not None else None,
+            teacher_input=teacher.converter(model.input) if teacher is not None else lambda images: images,
+            labelled=self.datasets.labeled,
+            watch=watch,
+        )
+
+    def in_training(self, model: Side, teacher: Side | None) -> dict[str, Any]:
+        """Without labels, or classes to tell apart, only the teacher says how good a student is."""
+        enough = self.datasets.labeled and getattr(model.model, "num_classes", 0)
+        return self.score(model, None if enough else self.comparable(teacher))
+
+    def comparable(self, teacher: Side | None) -> Side | None:
+        """The teacher, unless the student has another task than it."""
+        return None if self.other_task else teacher
 
 
 def evaluate_path(path: str | Path, overrides: list[str], *, device: str, as_json: bool) -> int:
@@ -33,13 +74,12 @@ def evaluate_path(path: str | Path, overrides: list[str], *, device: str, as_jso
     recipe = data_recipe(folder, overrides, "evaluate")
     where = pick_device(device)
     datasets = open_data(recipe.data)
-    config = input_config(model, recipe.data)
-    loader = eval_loader(datasets, recipe.data, config, where)
+    side = Side.of(model, recipe.data)
     result: dict[str, Any] = {
         "path": str(folder),
         "data": recipe.data.name,
-        **cost.cost(model, (config.channels, config.height, config.width)).as_dict(),
-        **evaluate(model.to(where), loader, where, labelled=datasets.labeled),
+        **cost.cost(model, side.input.size).as_dict(),
+        **Scorer(datasets, recipe.data, where).score(side),
         "broken_images": datasets.broken.count,
     }
     if as_json:

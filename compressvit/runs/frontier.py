@@ -6,26 +6,25 @@ import copy
 import csv
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
 from compressvit.charts.plots import frontier_finding
-from compressvit.data.input import InputConfig
+from compressvit.charts.qualities import QUALITIES, measured, words
+from compressvit.data.input import Side
 from compressvit.errors import UserError
 from compressvit.files import write_text
 from compressvit.fitting.allocate import Budget
 from compressvit.model import cost
 from compressvit.recipe.recipe import Recipe
-from compressvit.runs.one_shot import QUALITIES, OneShot, leading_transforms, quality_words
+from compressvit.runs.one_shot import OneShot, leading_transforms
 from compressvit.runs.tables import megabytes
 from compressvit.transforms.base import Transform
 from compressvit.transforms.low_rank.base import RankStep
-
-_COLUMNS = {"top1": "top-1 %", "agreement": "same class %", "cosine": "cosine", "cosine_patches": "of patches"}
 
 
 def frontier(
@@ -51,20 +50,20 @@ def frontier(
     _require_ranks(recipe)
     begin = OneShot(recipe, device, "frontier")
 
-    def measure(model: nn.Module, budget: float | None, own: InputConfig) -> dict[str, Any]:
-        scores = begin.scores(model, own)
-        costs = cost.cost(model, (own.channels, own.height, own.width)).as_dict()
-        return {"budget": budget, **costs, **{k: scores.get(k) for k in QUALITIES}}
+    def measure(side: Side, budget: float | None) -> dict[str, Any]:
+        scores = begin.scores(side)
+        costs = cost.cost(side.model, side.input.size).as_dict()
+        return {"budget": budget, **costs, **{k: scores.get(k) for k in QUALITIES if k != "top5"}}
 
-    rows = [measure(copy.deepcopy(begin.teacher), None, begin.teacher_config)]
+    rows = [measure(replace(begin.teacher, model=copy.deepcopy(begin.teacher.model)), None)]
     for budget in sorted(budgets, reverse=True):
         try:
             student, _ = begin.student(_with_budget(begin.transforms, Budget(**{unit: budget})))
         except UserError as error:
             console.print(f"budget {budget:g}: {error}", highlight=False, markup=False)
             continue
-        rows.append(measure(student, budget, begin.config))
-        console.print(f"budget {budget:g}: {quality_words(rows[-1])}", highlight=False)
+        rows.append(measure(student, budget))
+        console.print(f"budget {budget:g}: {words(rows[-1])}", highlight=False)
     if len(rows) == 1:
         raise UserError("none of the budgets can be met; the messages above say what can")
     _write(rows, output, unit, recipe.teacher.model)
@@ -97,8 +96,8 @@ def _with_budget(specs: list[Transform], budget: Budget) -> list[Transform]:
 
 def _table(rows: list[dict[str, Any]], unit: str) -> Table:
     table = Table(title="Before any training", title_justify="left")
-    shown = [key for key in QUALITIES if rows[-1][key] is not None]
-    for column in ("budget", "parameters", "bytes", "MACs", f"{unit}, of teacher", *(_COLUMNS[key] for key in shown)):
+    shown = measured(rows[-1])
+    for column in ("budget", "parameters", "bytes", "MACs", f"{unit}, of teacher", *(q.heading for q in shown)):
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(
@@ -107,7 +106,7 @@ def _table(rows: list[dict[str, Any]], unit: str) -> Table:
             megabytes(row["bytes"]),
             f"{row['macs'] / 1e6:,.1f} M",
             f"{row[unit] / rows[0][unit]:.3f}",
-            *(f"{row[key]:.4g}" for key in shown),
+            *(f"{row[q.key]:.4g}" for q in shown),
         )
     return table
 
@@ -120,4 +119,4 @@ def _write(rows: list[dict[str, Any]], output: Path, unit: str, name: str) -> No
     write_text(output / "frontier.csv", text.getvalue())
     write_text(output / "frontier.json", json.dumps(rows, indent=2) + "\n")
     quality = "top1" if rows[0]["top1"] is not None else "cosine"
-    frontier_finding(rows, unit, quality, QUALITIES[quality], name).picture(output / "frontier.png")
+    frontier_finding(rows, unit, quality, QUALITIES[quality].axis, name).picture(output / "frontier.png")

@@ -7,8 +7,9 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import timm
 import torch
@@ -21,22 +22,26 @@ from compressvit.artifacts import artifact
 from compressvit.artifacts.merge import DENSE_ADAPTERS, differences, in_float32, made_up_images, merged_copy
 from compressvit.data.input import InputConfig, input_config
 from compressvit.data.loaders import eval_loader
-from compressvit.data.opening import open_data
+from compressvit.data.opening import Datasets, open_data
 from compressvit.data.spec import Data
 from compressvit.errors import UserError
 from compressvit.files import disk_faults, write_text
 from compressvit.model import cost, stored, ties
+from compressvit.model.stored import Manifest
 from compressvit.recipe.recipe import parse_recipe
 from compressvit.runs.evaluate import artifact_in
 from compressvit.runs.folder import RESOLVED
-from compressvit.runs.preflight import pick_device
+from compressvit.runs.job import pick_device
 from compressvit.transforms.record import compression_of
 
 _SEAL = "merge.json"  # of a folder that `merge` wrote
+T = TypeVar("T")
 _WRITTEN = ("config.json", stored.MANIFEST, stored.TENSORS)
 
 
-def merge_folder(path: str | Path, output: str | Path | None = None, *, device: str = "auto") -> dict[str, Any]:
+def merge_folder(
+    path: str | Path, output: str | Path | None = None, *, device: str = "auto", datasets: Datasets | None = None
+) -> dict[str, Any]:
     """Merge the artifact at `path`, or that of a run, and write a folder that `timm.create_model("local-dir:FOLDER", pretrained=True)`
     reads; where adapters are left (of Kronecker products, now dense), an artifact instead.
 
@@ -44,6 +49,7 @@ def merge_folder(path: str | Path, output: str | Path | None = None, *, device: 
         path: an artifact or a run folder.
         output: the folder to write, `merged` beside the artifact by default; it must not exist, or be an earlier merge.
         device: where latencies are taken; the comparison is on the CPU.
+        datasets: the data of the run, where it is open already.
 
     Returns:
         The content of `merge.json`: differences relative to the largest output, and latencies in milliseconds.
@@ -62,7 +68,7 @@ def merge_folder(path: str | Path, output: str | Path | None = None, *, device: 
     config = _input_of(folder, model)
     merged = merged_copy(model)
     left = [plan.transform for plan in compression_of(merged).plans]
-    tests = {**made_up_images(config), **_real_images(folder, config)}
+    tests = {**made_up_images(config), **_real_images(folder, config, datasets)}
     result: dict[str, Any] = {
         "artifact": str(folder),
         "merged": str(target),
@@ -70,31 +76,13 @@ def merge_folder(path: str | Path, output: str | Path | None = None, *, device: 
         "left": left,
         "differences": differences(model, merged, tests),
     }
-    with disk_faults(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=".merge.", dir=target.parent))
-        try:
-            again = _write(copy.deepcopy(merged).to(dtype), scratch, plain=not left)
-            if dtype != torch.float32:  # it is read into float32: compare with what was rounded on the way
-                merged = merged.to(dtype).float()
-            result["read_back"] = differences(merged, again, {"random": tests["random"]}, "what is read back")["random"]
-            target.mkdir(exist_ok=True)
-            write_text(target / _SEAL, "{}\n")  # first: one that is interrupted here can be made again
-            for name in _WRITTEN:
-                (target / name).unlink(missing_ok=True)
-            for file in scratch.iterdir():
-                os.replace(file, target / file.name)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-
-    manifest = stored.read_manifest(folder)
-    base = timm.create_model(manifest.architecture, pretrained=False, **manifest.args).eval()
-    models = {"backbone": base, "unmerged": model, "merged": merged}
-    size = (config.channels, config.height, config.width)
-    times = cost.latency([m.to(where) for m in models.values()], [size] * 3, device=where)
-    result["latency_ms"] = dict(zip(models, times, strict=True))
-    result["latency_on"] = f"{where}, {torch.get_num_threads()} threads"
-    result["parameters"] = {name: ties.count_parameters(m) for name, m in models.items()}
+    written = copy.deepcopy(merged).to(dtype)
+    if dtype != torch.float32:  # it is read into float32: compare with what was rounded on the way
+        merged = merged.to(dtype).float()
+    random = {"random": tests["random"]}
+    found = _replace(target, written, not left, lambda again: differences(merged, again, random, "what is read back"))
+    result["read_back"] = found["random"]
+    result |= _measured(stored.read_manifest(folder), model, merged, config, where)
     # the folder is there to be shipped: nothing in it names this machine's folders
     shipped = {**result, "artifact": os.path.relpath(folder, target), "merged": "."}
     write_text(target / _SEAL, json.dumps(shipped, indent=2) + "\n")
@@ -143,6 +131,38 @@ def print_merge(result: dict[str, Any], console: Console) -> None:
         console.print(DENSE_ADAPTERS, highlight=False, soft_wrap=True)
 
 
+def _replace(target: Path, model: nn.Module, plain: bool, check: Callable[[nn.Module], T]) -> T:
+    """Write a model beside `target`, check what is read back, and then put it in the place of an earlier merge."""
+    with disk_faults(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=".merge.", dir=target.parent))
+        try:
+            checked = check(_write(model, scratch, plain=plain))
+            target.mkdir(exist_ok=True)
+            write_text(target / _SEAL, "{}\n")  # first: one that is interrupted here can be made again
+            for name in _WRITTEN:
+                (target / name).unlink(missing_ok=True)
+            for file in scratch.iterdir():
+                os.replace(file, target / file.name)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return checked
+
+
+def _measured(
+    manifest: Manifest, model: nn.Module, merged: nn.Module, config: InputConfig, device: torch.device
+) -> dict[str, Any]:
+    """Latencies in turns, and parameters, of the backbone alone, the unmerged and the merged model."""
+    base = timm.create_model(manifest.architecture, pretrained=False, **manifest.args).eval()
+    models = {"backbone": base, "unmerged": model, "merged": merged}
+    times = cost.latency([m.to(device) for m in models.values()], [config.size] * 3, device=device)
+    return {
+        "latency_ms": dict(zip(models, times, strict=True)),
+        "latency_on": f"{device}, {torch.get_num_threads()} threads",
+        "parameters": {name: ties.count_parameters(m) for name, m in models.items()},
+    }
+
+
 def _write(model: nn.Module, folder: Path, *, plain: bool) -> nn.Module:
     """Write a model into an empty folder, in timm's form or as an artifact, and read it back into float32."""
     if plain:
@@ -161,15 +181,16 @@ def _input_of(folder: Path, model: nn.Module) -> InputConfig:
     return input_config(model, Data(name="images"))
 
 
-def _real_images(folder: Path, config: InputConfig) -> dict[str, torch.Tensor]:
-    """The first evaluation images of the run that the artifact lies in, where its data is still there."""
+def _real_images(folder: Path, config: InputConfig, datasets: Datasets | None) -> dict[str, torch.Tensor]:
+    """The first evaluation images of the run that the artifact lies in, where its data is still there; `datasets` is that data where it
+    is open."""
     resolved = folder.parent / RESOLVED
     if not resolved.is_file():
         return {}
     recipe = parse_recipe(resolved.read_text(encoding="utf-8"), str(resolved))
     data = recipe.data.model_copy(update={"download": False})
     try:
-        images, _ = next(iter(eval_loader(open_data(data), data, config, torch.device("cpu"))))
+        images, _ = next(iter(eval_loader(datasets or open_data(data), data, config, torch.device("cpu"))))
     except UserError:  # the data has gone since
         return {}
     return {"the run's own": images[:8]}

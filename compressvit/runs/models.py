@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,16 +23,41 @@ def trains_teacher(recipe: Recipe) -> bool:
     return recipe.teacher.weights == "train" or recipe.teacher.finetune is not None
 
 
-def build_teacher(recipe: Recipe, *, classes: int | None = None, device: str | None = None) -> nn.Module:
-    """The teacher with fresh values; what the recipe does not say of it, an artifact that `teacher.weights` names does.
+@dataclass(frozen=True)
+class Architecture:
+    """A model of timm's, settled: what it takes to build it, as often as need be, with values or without.
+
+    Attributes:
+        name: timm's, with or without a tag.
+        args: further arguments of timm.create_model.
+        manifest: of the artifact that says what its images look like, if there is one.
+    """
+
+    name: str
+    args: dict[str, Any]
+    manifest: Manifest | None = None
+
+    def build(self, device: str | None = None) -> nn.Module:
+        """The model with fresh values; 'meta' for a skeleton.
+
+        Raises:
+            UserError: timm cannot build it.
+        """
+        model = weights.build(self.name, device=device, **self.args)
+        if self.manifest is not None:
+            expect_images(model, self.manifest)
+        return model
+
+
+def teacher_architecture(recipe: Recipe, *, classes: int | None = None) -> Architecture:
+    """What the teacher is; what the recipe does not say of it, an artifact that `teacher.weights` names does.
 
     Args:
         recipe: its `teacher` section.
         classes: classes of the opened data set, where the recipe's data does not tell; sizes the head of a teacher that is trained.
-        device: 'meta' for a skeleton.
 
     Raises:
-        UserError: timm cannot build it, or the artifact is of another architecture, or of a student.
+        UserError: the artifact is of another architecture, or of a student.
     """
     manifest = _teacher_manifest(recipe)
     args = _teacher_args(recipe, manifest)
@@ -40,10 +66,13 @@ def build_teacher(recipe: Recipe, *, classes: int | None = None, device: str | N
         count = known_classes(recipe.data) or classes
     if count is not None:
         args["num_classes"] = count
-    teacher = weights.build(recipe.teacher.model, device=device, **args)
-    if manifest is not None:
-        expect_images(teacher, manifest)
-    return teacher
+    return Architecture(recipe.teacher.model, args, manifest)
+
+
+def build_teacher(recipe: Recipe, *, classes: int | None = None, device: str | None = None) -> nn.Module:
+    """The teacher with fresh values, or a skeleton with device='meta'. Arguments and faults are those of `teacher_architecture` and of
+    `Architecture.build`."""
+    return teacher_architecture(recipe, classes=classes).build(device)
 
 
 def _teacher_manifest(recipe: Recipe) -> Manifest | None:

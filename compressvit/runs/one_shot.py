@@ -3,34 +3,20 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
 from typing import Any
 
-from torch import nn
-
-from compressvit.data.input import InputConfig, input_config, renormalise
-from compressvit.data.loaders import calibration_batches, eval_loader
-from compressvit.data.opening import open_data
-from compressvit.data.spec import known_classes
+from compressvit.data.input import Side
 from compressvit.diagnostics.cka_layers import likeness
 from compressvit.errors import UserError
 from compressvit.fitting.moments import Source
 from compressvit.recipe.recipe import Recipe
-from compressvit.runs.models import build_student, build_teacher, load_teacher
-from compressvit.runs.preflight import pick_device
+from compressvit.runs.evaluate import Scorer
+from compressvit.runs.job import prepare
+from compressvit.runs.models import build_student, load_teacher
+from compressvit.runs.run import calibration_images
 from compressvit.training import optimisation as opt
-from compressvit.training.evaluate import evaluate
-from compressvit.training.pairs import match_layers
-from compressvit.training.phases.distill import Distill
 from compressvit.transforms import LedgerEntry, Transform
 from compressvit.transforms.applying import transform_
-
-QUALITIES = {
-    "top1": "top-1 (%)",
-    "agreement": "same first class as the teacher (%)",
-    "cosine": "cosine of the outputs",
-    "cosine_patches": "cosine of the patch tokens",  # of headless models
-}
 
 
 class OneShot:
@@ -38,8 +24,8 @@ class OneShot:
 
     Attributes:
         transforms: those before the recipe's first phase.
+        job: the recipe, prepared.
         teacher: in eval mode, on the device.
-        config, teacher_config: what the images of student and teacher look like.
 
     Raises:
         UserError: the recipe would train its teacher first, begins with a phase, or names data or weights that are not there.
@@ -62,82 +48,46 @@ class OneShot:
                 f"{asker} looks at the transforms before the first phase; the steps of this recipe are {names}"
             )
         self.recipe = recipe
-        self.device = pick_device(device)
-        self.datasets = open_data(recipe.data)
-        self.teacher = _teacher(recipe, self.datasets.num_classes)
+        self.job = prepare(recipe, device)
+        teacher = self.job.architecture.build()
+        # as it is given: no head may stay random that training would have taught
+        as_given = recipe.teacher.model_copy(update={"finetune": None})
+        load_teacher(recipe.model_copy(update={"teacher": as_given}), teacher)
         opt.seed_everything(recipe.seed, 1)
-        self._start = build_student(recipe, self.teacher)
-        self.config, self.teacher_config = (input_config(m, recipe.data) for m in (self._start, self.teacher))
-        self._images = partial(
-            calibration_batches,
-            self.datasets,
-            recipe.data,
-            self.config,
-            self.device,
-            images=recipe.calibration.images,
-            seed=recipe.seed,
-        )
+        self._start = build_student(recipe, teacher)
+        self._images = calibration_images(self.job)
         self._source = Source(copy.deepcopy(self._start), self._images)  # its moments serve every student
-        self.teacher.to(self.device).eval()
+        self.teacher = Side(teacher.to(self.job.device).eval(), self.job.teacher.input)
+        self.scorer = Scorer(self.job.datasets, recipe.data, self.job.device)
 
-    def student(self, transforms: list[Transform]) -> tuple[nn.Module, list[LedgerEntry]]:
+    def student(self, transforms: list[Transform]) -> tuple[Side, list[LedgerEntry]]:
         """A student that `transforms` make of the recipe's start, and their ledger with its errors."""
         student = copy.deepcopy(self._start)
         opt.seed_everything(self.recipe.seed, 2, len(self.transforms))  # as `apply` does before its first phase
-        return student, transform_(student, transforms, self._source)
+        ledger = transform_(student, transforms, self._source)
+        return Side(student, self.job.student.input), ledger
 
-    def layer_pairs(self, student: nn.Module) -> str | None:
-        """Where the phase that follows has `layers: auto`: the pairs it would begin with, in words."""
-        following = self.recipe.steps[len(self.transforms) :]
-        spec = following[0].spec if following else None
-        if not isinstance(spec, Distill) or spec.layers != "auto":
+    def preview(self, student: Side) -> str | None:
+        """What the phase that follows would begin with, in words, where it depends on values."""
+        phase = self.recipe.parts()[0].phase
+        if phase is None:
             return None
         alike = likeness(
-            student,
-            self.teacher,
+            student.model,
+            self.teacher.model,
             self._images,
-            self.device,
+            self.job.device,
             images=self.recipe.calibration.images,
-            teacher_input=partial(renormalise, source=self.config, target=self.teacher_config),
+            teacher_input=self.teacher.converter(student.input),
         )
-        pairs, how = match_layers(student, self.teacher, spec.layers, alike)
-        return f"layer pairs (student↔teacher): {', '.join(map(str, pairs)) or 'none'}  ({how})"
+        return phase.preview(student.model, self.teacher.model, alike)
 
-    def scores(self, model: nn.Module, own: InputConfig) -> dict[str, Any]:
-        """`evaluate` of a model, beside the teacher, on images that look like `own`."""
-        return evaluate(
-            model.to(self.device),
-            eval_loader(self.datasets, self.recipe.data, own, self.device),
-            self.device,
-            teacher=self.teacher,
-            teacher_input=partial(renormalise, source=own, target=self.teacher_config),
-            labelled=self.datasets.labeled,
-        )
-
-
-def quality_words(scores: dict[str, Any]) -> str:
-    """The qualities that were measured, in a few words."""
-    return ", ".join(f"{label} {scores[key]:.4g}" for key, label in QUALITIES.items() if scores.get(key) is not None)
+    def scores(self, model: Side) -> dict[str, Any]:
+        """`evaluate` of a model, beside the teacher."""
+        return self.scorer.score(model, self.teacher)
 
 
 def leading_transforms(recipe: Recipe) -> list[Transform]:
     """The transforms before the recipe's first phase."""
-    specs: list[Transform] = []
-    for step in recipe.steps:
-        if not isinstance(step.spec, Transform):
-            break
-        specs.append(step.spec)
-    return specs
-
-
-def _teacher(recipe: Recipe, classes: int | None) -> nn.Module:
-    """The teacher with its values, and no head that would have to be trained first."""
-    section = recipe.teacher
-    count = section.num_classes
-    if count is None and section.finetune is not None:
-        count = known_classes(recipe.data) or classes
-    as_it_is = section.model_copy(update={"finetune": None, "num_classes": count})
-    recipe = recipe.model_copy(update={"teacher": as_it_is})
-    teacher = build_teacher(recipe)
-    load_teacher(recipe, teacher)
-    return teacher
+    parts = recipe.parts()
+    return list(parts[0].transforms) if parts else []

@@ -19,7 +19,7 @@ from pydantic import BaseModel
 from torch import nn
 
 from compressvit.charts.findings import Finding, merged, read
-from compressvit.data.input import InputConfig, input_config
+from compressvit.data.input import InputConfig, Side
 from compressvit.data.loaders import eval_loader
 from compressvit.data.opening import Datasets
 from compressvit.data.samples import Samples
@@ -76,7 +76,7 @@ class Recorder:
                     for finding in watch.findings():
                         self.keep(finding)
 
-    def measure(self, phase: str, teacher: nn.Module | None, student: nn.Module, epoch: int, last: bool) -> None:
+    def measure(self, phase: str, teacher: Side | None, student: Side, epoch: int, last: bool) -> None:
         """Measure what is due at this epoch and was not measured before. What cannot be is told, and training goes on."""
         due = [
             spec
@@ -87,10 +87,10 @@ class Recorder:
         ]
         if not due:
             return
-        with undisturbed(student, teacher):
-            for model in (student, teacher):
-                if model is not None:
-                    model.to(self._device)
+        models = [side.model for side in (student, teacher) if side is not None]
+        with undisturbed(*models):
+            for model in models:
+                model.to(self._device)
             context = self._context(phase, teacher, student, epoch)
             for spec in due:
                 began = time.monotonic()
@@ -126,16 +126,15 @@ class Recorder:
             rows = read_rows(path, MeasuredRow) if path.is_file() else []
         return any((row["diagnostic"], row["phase"], row["epoch"]) == (name, phase, epoch) for row in rows)
 
-    def _context(self, phase: str, teacher: nn.Module | None, student: nn.Module, epoch: int) -> Context:
-        config = input_config(student, self._data)
-        labelled = partial(evaluation_images, self._datasets, self._data, config, self._device)
+    def _context(self, phase: str, teacher: Side | None, student: Side, epoch: int) -> Context:
+        labelled = partial(evaluation_images, self._datasets, self._data, student.input, self._device)
         return Context(
-            student=student,
-            teacher=teacher,
+            student=student.model,
+            teacher=None if teacher is None else teacher.model,
             images=lambda count: (batch for batch, _ in labelled(count)),
             labelled=labelled,
-            config=config,
-            teacher_config=None if teacher is None else input_config(teacher, self._data),
+            config=student.input,
+            teacher_config=None if teacher is None else teacher.input,
             device=self._device,
             phase=phase,
             epoch=epoch,

@@ -9,7 +9,8 @@ start, so the model is unchanged. 2·M·h' parameters each, without biases. A Co
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field, model_validator
@@ -20,6 +21,7 @@ from compressvit.fitting.moments import Source
 from compressvit.model import surgery
 from compressvit.transforms.base import LedgerEntry, Plan, Transform, record, transform
 from compressvit.transforms.bottleneck import (
+    UP_STARTS_AT_ZERO,
     Activation,
     AdapterLinear,
     Bottleneck,
@@ -86,6 +88,7 @@ class Adapters(Transform):
     """Bottleneck adapters behind attention and MLP; the backbone is frozen. What MiMi's `prune` starts from."""
 
     freezes = True
+    blind_at_start: ClassVar[dict[str, str]] = UP_STARTS_AT_ZERO
 
     width: int | None = Field(None, ge=1, description="Neurons h' of every adapter (uniform). Or give `ratio`.")
     ratio: float | None = Field(
@@ -102,6 +105,10 @@ class Adapters(Transform):
         if self.width is not None and self.ratio is not None:
             raise ValueError(f"width={self.width} and ratio={self.ratio:g} are both given; remove one of them")
         return self
+
+    @classmethod
+    def examples(cls) -> Sequence[Transform]:
+        return (Adapters(ratio=0.25), Adapters(width=3, places=("mlp",), bias=True, act="relu"))
 
     def plan(self, model: nn.Module, source: Source | None = None) -> AdaptersPlan:
         ratio = 1 / 8 if self.ratio is None else self.ratio

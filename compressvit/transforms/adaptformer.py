@@ -9,6 +9,7 @@ In ConvNeXt, u is the block's input and `LN u` what the MLP reads.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -19,7 +20,13 @@ from compressvit.fitting.moments import Source
 from compressvit.model import surgery
 from compressvit.model.backbone import describe
 from compressvit.transforms.base import LedgerEntry, Transform, record, transform
-from compressvit.transforms.bottleneck import AdapterLinear, Bottleneck, BottleneckPlan, sublayer_width
+from compressvit.transforms.bottleneck import (
+    UP_STARTS_AT_ZERO,
+    AdapterLinear,
+    Bottleneck,
+    BottleneckPlan,
+    sublayer_width,
+)
 
 Reads = Literal["normed", "residual"]
 
@@ -63,6 +70,10 @@ class AdaptFormer(Transform):
     """A scaled bottleneck parallel to every MLP; the backbone is frozen (AdaptFormer)."""
 
     freezes = True
+    blind_at_start: ClassVar[dict[str, str]] = {
+        **UP_STARTS_AT_ZERO,
+        "adaptformer.scale": "what it scales starts at zero",
+    }
 
     width: int = Field(64, ge=1, description="Neurons h' of every branch.")
     scale: Annotated[float, Field(gt=0)] | Literal["learnable"] = Field(
@@ -72,6 +83,10 @@ class AdaptFormer(Transform):
         "normed",
         description="What the branch reads: the MLP's normed input (the paper), or the residual stream (its code).",
     )
+
+    @classmethod
+    def examples(cls) -> Sequence[Transform]:
+        return (AdaptFormer(width=4), AdaptFormer(width=3, scale="learnable", input="residual"))
 
     def plan(self, model: nn.Module, source: Source | None = None) -> AdaptFormerPlan:
         widths = {info.path: self.width for info in describe(model, "slotted_block").blocks}

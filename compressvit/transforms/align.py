@@ -11,6 +11,7 @@ A step without structure: it goes before `multiplex` or `lors` with the same `sh
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -24,7 +25,9 @@ from compressvit.fitting.moments import Source
 from compressvit.model import surgery, ties
 from compressvit.model.backbone import describe, model_name, share_groups
 from compressvit.model.linear import effective_weight
-from compressvit.transforms.base import LedgerEntry, Plan, Transform, transform
+from compressvit.transforms.base import TRANSFORMERS_ONLY, LedgerEntry, Plan, Transform, transform
+from compressvit.transforms.claims import Claim, orders
+from compressvit.transforms.record import require_free
 
 _LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
@@ -38,6 +41,9 @@ class AlignPlan(Plan):
     heads: bool
     neurons: bool
     rounds: int
+
+    def claims(self, model: nn.Module) -> list[Claim]:
+        return [orders(path) for group in self.groups for path in group]
 
     def apply(self, model: nn.Module) -> list[LedgerEntry]:
         return []
@@ -158,6 +164,8 @@ def _permute_heads(block: Any):
 class Align(Transform):
     """Match the neurons and heads of the blocks that a later step shares; the function stays the same."""
 
+    refuses: ClassVar[dict[str, str]] = TRANSFORMERS_ONLY
+
     share: int | tuple[int, ...] = Field(
         description="Blocks in a group, as in the step that shares them: one number, or one per stage."
     )
@@ -167,10 +175,15 @@ class Align(Transform):
         3, ge=1, description="How often the matching is done: to the first block, then to the mean of the aligned ones."
     )
 
+    @classmethod
+    def examples(cls) -> Sequence[Transform]:
+        return (Align(share=2), Align(share=2, heads=False, rounds=1))
+
     def plan(self, model: nn.Module, source: Source | None = None) -> AlignPlan:
         from timm.layers import Mlp
 
         groups = [group for group in share_groups(model, self.share, "align.share") if len(group) > 1]
+        require_free(model, self.name, (orders(path) for group in groups for path in group))
         tied = {name for group in ties.tied_groups(model) for name in group}
         added = surgery.added_parameters(model)
         known = {info.path: model.get_submodule(info.path) for info in describe(model, "attention").blocks}
@@ -180,7 +193,7 @@ class Align(Transform):
             changed = [n for n in names if n in tied or n in added]
             if changed or "attn.qkv.weight" not in dict(block.named_parameters()):
                 raise UserError(
-                    f"align comes before the steps that share or add: {changed[0] if changed else path} was changed by an earlier one; "
+                    f"align comes before the steps that share or add, and {changed[0] if changed else path} was changed by an earlier one; "
                     "put `align` first"
                 )
             if self.neurons and (type(block.mlp) is not Mlp or not isinstance(block.mlp.norm, nn.Identity)):

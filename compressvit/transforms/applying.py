@@ -14,8 +14,7 @@ from compressvit.fitting.in_order import fit_in_order
 from compressvit.fitting.moments import Images, Source
 from compressvit.model import surgery, ties
 from compressvit.transforms.base import LedgerEntry, Plan, Transform
-from compressvit.transforms.record import Compression, compression_of, trained_names
-from compressvit.transforms.vpt.prompts import without_prompts
+from compressvit.transforms.record import Compression, claims_of, compression_of, require_free, trained_names
 
 
 def plan_transforms(model: nn.Module, transforms: Sequence[Transform]) -> list[Plan]:
@@ -28,6 +27,7 @@ def plan_transforms(model: nn.Module, transforms: Sequence[Transform]) -> list[P
     plans = []
     for spec in transforms:
         plan = spec.plan(scratch)
+        require_free(scratch, plan.transform, claims_of(plan, scratch))
         apply_plans(scratch, [plan])
         plans.append(plan)
     return plans
@@ -35,9 +35,14 @@ def plan_transforms(model: nn.Module, transforms: Sequence[Transform]) -> list[P
 
 def apply_plans(model: nn.Module, plans: Sequence[Plan]) -> list[LedgerEntry]:
     """Change the structure of `model` in place and record it; values are whatever the tensors held. Returns the ledger."""
-    ledger = [replace(entry, step=plan.transform) for plan in plans for entry in plan.apply(model)]
     done = compression_of(model)
-    model._compression = Compression([*done.plans, *plans], ties.tied_groups(model), [*done.ledger, *ledger])  # type: ignore[assignment]
+    ledger: list[LedgerEntry] = []
+    taken = list(done.claims)
+    for plan in plans:
+        taken += [(plan.transform, claim) for claim in claims_of(plan, model)]
+        ledger += [replace(entry, step=plan.transform) for entry in plan.apply(model)]
+    whole = [*done.plans, *plans], ties.tied_groups(model), [*done.ledger, *ledger]
+    model._compression = Compression(*whole, claims=taken)  # type: ignore[assignment]
     names = trained_names(model)
     if names is not None:
         surgery.train_only(model, names)
@@ -65,6 +70,7 @@ def transform_(
     fresh: list[Plan] = []  # since values were last loaded
     for spec in transforms:
         plan = spec.plan(model, source)
+        require_free(model, plan.transform, claims_of(plan, model))
         ledger += apply_plans(model, [plan])
         plan.initialise(model, source)
         fresh.append(plan)
@@ -87,9 +93,18 @@ def _fit_in_order(plans: Sequence[Plan], student: nn.Module, source: Source) -> 
     fits = {path: fit for plan in plans for path, fit in plan.layer_fits(student, source).items()}
     if not fits:
         return {}
-    # Prompts lengthen the sequence on the student's side alone and start as noise: weights are fitted as if they were not there.
-    walk = without_prompts(copy.deepcopy(student)).float()
-    return fit_in_order(walk, without_prompts(source.model), source.batches(), fits)
+    walk = _without_what_is_set_aside(copy.deepcopy(student)).float()
+    return fit_in_order(walk, _without_what_is_set_aside(source.model), source.batches(), fits)
+
+
+def _without_what_is_set_aside(model: nn.Module) -> nn.Module:
+    """The model itself, or a copy without what its transforms set aside while weights are fitted."""
+    plans = [plan for plan in compression_of(model).plans if plan.sets_aside]
+    if plans:
+        model = copy.deepcopy(model)
+    for plan in plans:
+        plan.set_aside(model)
+    return model
 
 
 def materialise(model: nn.Module) -> nn.Module:
@@ -126,7 +141,14 @@ def materialise(model: nn.Module) -> nn.Module:
     shared = ties.tied_groups(model)
     # What is added beside a frozen backbone shares none of its tensors, so without another step nothing has to be tied again.
     ties_backbone = any(plan.trains(model) is None for plan in rest)
-    model._compression = Compression(rest, shared, done.ledger, materialised=ties_backbone and shared != done.ties)
+    words = {plan.transform for plan in rest}
+    model._compression = Compression(
+        rest,
+        shared,
+        done.ledger,
+        materialised=ties_backbone and shared != done.ties,
+        claims=[(word, claim) for word, claim in done.claims if word in words],
+    )
     if trained is not None:  # a frozen weight that became dense stays frozen, and an adapter that did is trained
         surgery.train_only(model, trained | (trained_names(model) or set()))
     return model

@@ -12,7 +12,7 @@ device; the `Plan` it returns is data (it goes into the artifact) and rebuilds t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -24,6 +24,7 @@ from compressvit.fitting.moments import Source
 from compressvit.model import ties
 from compressvit.registry import Registry
 from compressvit.spec import Spec
+from compressvit.transforms.claims import Claim
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class Plan(Spec):
     prunable: ClassVar[bool] = False
     # True: `fold` works.
     foldable: ClassVar[bool] = False
+    # True: it adds what weights are to be fitted without, and `set_aside` takes it out.
+    sets_aside: ClassVar[bool] = False
     # True: what it folds into must have taken in everything else before.
     folds_last: ClassVar[bool] = False
 
@@ -76,6 +79,13 @@ class Plan(Spec):
     def trains(self, model: nn.Module) -> set[str] | None:
         """Names of the parameters that a phase may change besides the classifier; all others are frozen. None: it freezes nothing."""
         return None
+
+    def claims(self, model: nn.Module) -> list[Claim]:
+        """What it takes of `model`, as it is before the transform: steps whose claims exclude each other are refused."""
+        return []
+
+    def set_aside(self, model: nn.Module) -> None:
+        """Where `sets_aside`: take out of `model`, in place, what must not be there while weights are fitted to a teacher's."""
 
     def drops(self, model: nn.Module) -> set[str]:
         """Names of the tensors of `model`, as it is before the transform, that are replaced by others. None by default: every key stays."""
@@ -102,6 +112,10 @@ class Plan(Spec):
         raise UserError(f"{self.transform} cannot be folded into plain layers")
 
 
+# For `Transform.refuses` of a method whose plan asks `describe(model)` for transformers.
+TRANSFORMERS_ONLY = {"convnext": "which compressvit cannot transform with this transform; it works on"}
+
+
 class Transform(Spec):
     """A transform as a recipe or a Python call asks for it."""
 
@@ -109,8 +123,22 @@ class Transform(Spec):
     plan_class: ClassVar[type[Plan]]
     # Whether it freezes what it does not train (its plan's `trains`).
     freezes: ClassVar[bool] = False
-    # Fields that name a file or folder which `initialise` reads: `--overwrite` must not delete it.
+    # Fields that name an artifact's folder which `initialise` reads: `--overwrite` must not delete it.
     reads: ClassVar[tuple[str, ...]] = ()
+
+    # What the contract (`compressvit.testing`) allows a method to differ in.
+    # By family of backbones that it does not work on, words of the sentence that says so.
+    refuses: ClassVar[dict[str, str]] = {}
+    # True: the student does not begin with the outputs of the model as it was before.
+    changes_at_start: ClassVar[bool] = False
+    # Added parameters without a gradient, by the end of their names, with the reason: in the first step, or in every one.
+    blind_at_start: ClassVar[dict[str, str]] = {}
+    blind: ClassVar[dict[str, str]] = {}
+
+    @classmethod
+    def examples(cls) -> Sequence[Transform]:
+        """Settings that between them use all that the method has, for the contract; its defaults unless it says more."""
+        return (cls(),)
 
     def plan(self, model: nn.Module, source: Source | None = None) -> Plan:
         """Resolve against a model, which is not changed.

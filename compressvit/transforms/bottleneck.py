@@ -17,10 +17,15 @@ from compressvit.errors import UserError
 from compressvit.fitting.moments import Source
 from compressvit.model import surgery
 from compressvit.model.backbone import describe, model_name
+from compressvit.model.linear import weight_shape
 from compressvit.transforms.base import Plan
+from compressvit.transforms.claims import Claim, slot
 
 Place = Literal["attn", "mlp"]
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu", "hard_swish", "leaky_relu", "elu", "tanh"]
+
+# Parameters without a gradient in the first step of training.
+UP_STARTS_AT_ZERO = dict.fromkeys(("down.weight", "down.bias"), "the upper projection of an adapter starts at zero")
 
 
 class Bottleneck(nn.Module):
@@ -103,6 +108,9 @@ class BottleneckPlan(Plan):
     widths: dict[str, int]
     masked: bool = False  # a `sparsify` phase masked single weights
 
+    def claims(self, model: nn.Module) -> list[Claim]:
+        return [slot(path, self.slot) for path in self.widths]
+
     def bottlenecks(self, model: nn.Module) -> dict[str, Bottleneck]:
         """Those that are there, by path."""
         return {path: getattr(model.get_submodule(path), self.slot) for path, hidden in self.widths.items() if hidden}
@@ -135,7 +143,7 @@ def sublayer_width(model: nn.Module, path: str) -> tuple[torch.Tensor, int]:
     """A tensor of the sublayer at `path` (for its device and type), and its width M."""
     sublayer = model.get_submodule(path)
     last: Any = sublayer.proj if hasattr(sublayer, "proj") else sublayer.fc2
-    return last.weight, last.weight.shape[0]
+    return next(last.parameters()), weight_shape(last)[0]
 
 
 def adapter_widths(

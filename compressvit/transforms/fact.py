@@ -10,8 +10,8 @@ It merges exactly.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, Literal
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 from einops import rearrange
@@ -23,7 +23,7 @@ from compressvit.fitting.moments import Source
 from compressvit.model import ties
 from compressvit.model.backbone import describe, projection
 from compressvit.model.linear import weight_shape
-from compressvit.transforms.base import LedgerEntry, Transform, record, transform
+from compressvit.transforms.base import TRANSFORMERS_ONLY, LedgerEntry, Transform, record, transform
 from compressvit.transforms.term import TermPlan, add_to_weight_, new_like, with_term
 
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
@@ -130,10 +130,18 @@ class FacT(Transform):
     """Low-rank changes of all projections that share their outer factors; the backbone is frozen (FacT)."""
 
     freezes = True
+    refuses: ClassVar[dict[str, str]] = TRANSFORMERS_ONLY
+    blind_at_start: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("fact.u", "fact.core", "fact.mix", "fact.sigma"), "V starts at zero"
+    )
 
     form: Literal["tt", "tk"] = Field("tk", description="Tensor train (a free Σ per slot) or Tucker.")
     rank: int = Field(16, ge=1, description="r.")
     scale: float = Field(1.0, gt=0, description="s; the paper chooses it per task from 0.01, 0.1, 1, 10, 100.")
+
+    @classmethod
+    def examples(cls) -> Sequence[Transform]:
+        return (FacT(rank=3), FacT(rank=2, form="tt", scale=0.5))
 
     def plan(self, model: nn.Module, source: Source | None = None) -> FacTPlan:
         groups = []

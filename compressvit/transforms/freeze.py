@@ -9,6 +9,7 @@ keeps every bias.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field
@@ -54,6 +55,10 @@ class Freeze(Transform):
     train: Literal["head", "attention", "mlp"] = Field(
         description="What is trained besides the classifier: head for nothing (a linear probe), attention, or mlp."
     )
+
+    @classmethod
+    def examples(cls) -> Sequence[Transform]:
+        return (Freeze(train="mlp"),)
 
     def plan(self, model: nn.Module, source: Source | None = None) -> FreezePlan:
         if self.train == "head":

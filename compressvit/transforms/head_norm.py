@@ -21,6 +21,7 @@ from compressvit.model import surgery
 from compressvit.model.affine import merge_before_, owns_weight
 from compressvit.model.backbone import head_paths, model_name
 from compressvit.transforms.base import LedgerEntry, Plan, Transform, record, transform
+from compressvit.transforms.claims import Claim, slot
 
 
 class PooledNorm(nn.BatchNorm1d):
@@ -82,6 +83,9 @@ class HeadNormPlan(Plan):
 
     def _present(self, model: nn.Module) -> list[str]:
         return [path for path in head_paths(model) if path in self.heads]
+
+    def claims(self, model: nn.Module) -> list[Claim]:
+        return [slot(path, "head_norm") for path in self.heads]
 
     def apply(self, model: nn.Module) -> list[LedgerEntry]:
         surgery.extend(model, "", KeepsHeadNorm)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -19,8 +20,8 @@ from compressvit.errors import UserError
 from compressvit.fitting.moments import Source
 from compressvit.model import surgery, ties
 from compressvit.model.backbone import describe, model_name
-from compressvit.transforms.base import LedgerEntry, Plan, Transform, transform
-from compressvit.transforms.vpt.prompts import refuse_prompts
+from compressvit.transforms.base import TRANSFORMERS_ONLY, LedgerEntry, Plan, Transform, transform
+from compressvit.transforms.claims import Claim, grid, slot
 
 
 def piecewise_index(distance: int, ratio: float) -> int:
@@ -95,6 +96,10 @@ class IRPEPlan(Plan):
     ratio: float
     blocks: tuple[str, ...]
 
+    def claims(self, model: nn.Module) -> list[Claim]:
+        paths = [f"{path}.attn" for path in self.blocks]
+        return [claim for path in paths for claim in (slot(path, "rpe_k"), grid(path))]
+
     def apply(self, model: nn.Module) -> list[LedgerEntry]:
         backbone = describe(model, "slotted_attention")
         infos = {info.path: info for info in backbone.blocks}
@@ -133,6 +138,11 @@ class IRPEPlan(Plan):
 class IRPE(Transform):
     """Contextual relative position encoding on keys, one table per layer, shared over heads (iRPE; Mini-DeiT)."""
 
+    refuses: ClassVar[dict[str, str]] = {
+        "swin": "is a Swin, which has a relative position table already",
+        **TRANSFORMERS_ONLY,
+    }
+
     ratio: float = Field(
         1.9, gt=1.0, description="α of the piecewise bucketing, in tokens; β = 2α, γ = 8α. 1.9 gives 49 buckets."
     )
@@ -144,11 +154,7 @@ class IRPE(Transform):
                 f"irpe works on timm's ViT and DeiT; {model_name(model)} is a {backbone.family.title}, which has a relative position "
                 "table already"
             )
-        refuse_prompts(model, "irpe")
         paths = tuple(info.path for info in backbone.blocks)
-        for path in paths:
-            if getattr(model.get_submodule(path).attn, "rpe_k", None) is not None:
-                raise UserError(f"irpe is applied twice: {path}.attn has a table already; remove one of the two steps")
         if getattr(getattr(model, "patch_drop", None), "prob", 0):
             raise UserError(
                 "irpe needs every token at its place on the grid, but the model drops patches in training; "

@@ -6,6 +6,7 @@ the token grid or the window differs, as timm does it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -76,8 +77,13 @@ class LoadWeights(Transform):
     """Set the student's values from an artifact (a folder with compressvit.json) made by the same transforms."""
 
     reads: ClassVar[tuple[str, ...]] = ("artifact",)
+    changes_at_start = True
 
     artifact: str = Field(description="Folder of the artifact, e.g. runs/mini_swin_b/student.")
+
+    @classmethod
+    def examples(cls) -> Sequence[Transform]:
+        return (LoadWeights(artifact="an artifact that fits"),)
 
     def plan(self, model: nn.Module, source: Source | None = None) -> LoadWeightsPlan:
         return LoadWeightsPlan(artifact=self.artifact)

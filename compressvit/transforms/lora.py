@@ -8,8 +8,8 @@ ConvNeXt has no attention: give `targets: [fc1, fc2]`. It merges exactly.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, Literal
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -119,12 +119,17 @@ class LoRA(Transform):
     """Low-rank terms on projections; the backbone is frozen (LoRA)."""
 
     freezes = True
+    blind_at_start: ClassVar[dict[str, str]] = {"lora.down": "the factor after it starts at zero"}
 
     rank: int = Field(8, ge=1, description="r of every term.")
     alpha: float | None = Field(None, gt=0, description="α; terms are scaled by α/r. Null for α = r.")
     targets: tuple[Target, ...] = Field(
         ("q", "v"), min_length=1, description="Projections that get a term, of those that a block has."
     )
+
+    @classmethod
+    def examples(cls) -> Sequence[Transform]:
+        return (LoRA(rank=2, targets=("v", "fc1", "fc2")), LoRA(rank=2, alpha=1.0, targets=("fc1",)))
 
     def plan(self, model: nn.Module, source: Source | None = None) -> LoRAPlan:
         backbone = describe(model)

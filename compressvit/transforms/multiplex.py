@@ -12,6 +12,7 @@ Sharing cuts parameters and disk. It does not cut MACs: every block still runs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -24,9 +25,8 @@ from compressvit.fitting.lowrank import TINY
 from compressvit.fitting.moments import Source
 from compressvit.model import surgery, ties
 from compressvit.model.backbone import Backbone, describe, share_groups
-from compressvit.transforms.base import LedgerEntry, Plan, Transform, transform
-from compressvit.transforms.low_rank.layer import FactoredLinear
-from compressvit.transforms.vpt.prompts import refuse_prompts
+from compressvit.transforms.base import TRANSFORMERS_ONLY, LedgerEntry, Plan, Transform, transform
+from compressvit.transforms.claims import Claim, grid, noise, slot, tie
 
 
 class HeadMixing(nn.Module):
@@ -147,6 +147,19 @@ class MultiplexPlan(Plan):
     form: Literal["identity", "reference"]
     init: Literal["mean", "first", "scratch"]
 
+    def claims(self, model: nn.Module) -> list[Claim]:
+        same = "give both steps the same share, or merge two `multiplex` into one"
+        shared = [group for group in self.groups if len(group) > 1]
+        found = [tie([f"{path}.{part}" for path in group], same) for group in shared for part in ("attn", "mlp")]
+        for path in (path for group in self.groups for path in group):
+            if self.head_mixing:
+                found.append(slot(f"{path}.attn", "logit_mix"))
+            if self.mlp_conv:
+                found += [slot(path, "mlp_conv"), grid(f"{path}.mlp", "multiplex.mlp_conv", "multiplex.mlp_conv=0")]
+        if self.init == "scratch":
+            found.append(noise("", "multiplex.init=scratch", "multiplex.init=mean"))
+        return found
+
     def apply(self, model: nn.Module) -> list[LedgerEntry]:
         backbone = describe(model, "attention")
         infos = {info.path: info for info in backbone.blocks}
@@ -237,6 +250,14 @@ class MultiplexPlan(Plan):
 class Multiplex(Transform):
     """Share attention and MLP between consecutive blocks, with private transforms (MiniViT)."""
 
+    refuses: ClassVar[dict[str, str]] = TRANSFORMERS_ONLY
+    changes_at_start = True
+    blind_at_start: ClassVar[dict[str, str]] = {
+        "mlp_conv.norm.weight": "the convolution after it starts at zero",
+        "mlp_conv.norm.bias": "the convolution after it starts at zero",
+    }
+    blind: ClassVar[dict[str, str]] = {"logit_mix.bias": "the softmax does not see a constant added to a row"}
+
     share: int | tuple[int, ...] = Field(
         description="Blocks in a share group: one number for every stage, or one per stage (Swin has 4). "
         "Must divide the stage's depth. 1 shares nothing and only adds the transforms."
@@ -280,54 +301,26 @@ class Multiplex(Transform):
             )
         return kernel
 
+    @classmethod
+    def examples(cls) -> Sequence[Transform]:
+        return (
+            Multiplex(share=2, mixing_bias=True, mlp_conv=3),
+            Multiplex(share=2, mlp_conv=3, form="reference", init="first"),
+            Multiplex(share=1, head_mixing=False, mlp_conv=5),
+        )
+
     def plan(self, model: nn.Module, source: Source | None = None) -> MultiplexPlan:
         if self.head_mixing:
             describe(model, "slotted_attention")
         if self.mlp_conv:
             describe(model, "slotted_block")
         groups = share_groups(model, self.share, "multiplex.share")
-        self._refuse_conflicts(model, groups)
-        return MultiplexPlan(groups=tuple(groups), **self.model_dump(exclude={"share"}))
-
-    def _refuse_conflicts(self, model: nn.Module, groups) -> None:
-        if self.mlp_conv:
-            refuse_prompts(model, "multiplex.mlp_conv")
-        tied = {name: group for group in ties.tied_groups(model) for name in group}
-        if self.init == "scratch" and any(
-            isinstance(m, FactoredLinear) or getattr(m, "low_rank", None) is not None for m in model.modules()
-        ):
-            raise UserError(
-                "multiplex.init=scratch would put noise below the low-rank terms of an earlier step; put `multiplex` first"
-            )
-        for group in groups:
-            for path in group if len(group) > 1 else ():
-                for name, module in model.get_submodule(path).named_modules():
-                    if isinstance(module, FactoredLinear):
-                        raise UserError(
-                            f"multiplex wants to share the weight of {path}.{name}, which an earlier step made low rank; "
-                            "put `multiplex` first and `lors` without a share after it, or leave one of the two out"
-                        )
-            for names in _shared_names(model, group):
-                # A low-rank step may have tied the same layers, and no others.
-                already = [n for n in names if n in tied and tied[n] != names] if len(names) > 1 else None
-                if already:
-                    raise UserError(
-                        f"multiplex wants to share {names[0]} among {len(names)} blocks, but an earlier step shares {min(already)} "
-                        f"among {len(tied[min(already)])}; give both steps the same share, or merge two `multiplex` into one"
-                    )
-            for path in group:
-                for slot, owner in (("logit_mix", f"{path}.attn"), ("mlp_conv", path)):
-                    wanted = self.head_mixing if slot == "logit_mix" else self.mlp_conv
-                    if wanted and getattr(model.get_submodule(owner), slot, None) is not None:
-                        raise UserError(
-                            f"multiplex wants to add {owner}.{slot}, which an earlier step added; "
-                            "apply one `multiplex` with everything it should do"
-                        )
         if self.mlp_conv and getattr(getattr(model, "patch_drop", None), "prob", 0):
             raise UserError(
                 "multiplex.mlp_conv needs every token at its place on the grid, but the model drops patches in training; "
                 "build it with patch_drop_rate=0"
             )
+        return MultiplexPlan(groups=tuple(groups), **self.model_dump(exclude={"share"}))
 
 
 def _shared_names(model: nn.Module, group: tuple[str, ...]) -> list[list[str]]:

@@ -10,6 +10,7 @@ with biases, which compute the same in fewer operations and more parameters.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -22,6 +23,7 @@ from compressvit.fitting.moments import Source
 from compressvit.transforms.adapters import AdaptersPlan
 from compressvit.transforms.base import Transform, transform
 from compressvit.transforms.bottleneck import (
+    UP_STARTS_AT_ZERO,
     Activation,
     AdapterLinear,
     Bottleneck,
@@ -125,6 +127,14 @@ class PHM(Transform):
     """Adapters whose projections are sums of Kronecker products (PHM)."""
 
     freezes = True
+    blind_at_start: ClassVar[dict[str, str]] = {
+        **UP_STARTS_AT_ZERO,
+        "down.rule": "the upper projection starts at zero",
+        "down.left": "the upper projection starts at zero",
+        "down.right": "the upper projection starts at zero",
+        "up.rule": "the factors it multiplies start at zero",
+        "up.right": "the factor after it starts at zero",
+    }
 
     n: int = Field(12, ge=1, description="Number of products; divides the width and the neurons of every adapter.")
     ratio: float = Field(1 / 8, gt=0, description="Neurons as a share of the block's width M.")
@@ -132,6 +142,10 @@ class PHM(Transform):
         ("attn", "mlp"), min_length=1, description="Sublayers that get one, of those that a block has."
     )
     act: Activation = Field("gelu", description="timm's name of the activation between the projections.")
+
+    @classmethod
+    def examples(cls) -> Sequence[Transform]:
+        return (cls(n=2, ratio=0.25),)
 
     def plan(self, model: nn.Module, source: Source | None = None) -> PHMPlan:
         widths = adapter_widths(model, self.name, self.places, None, self.ratio)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
+from compressvit.errors import UserError
 from compressvit.model.backbone import head_names
+from compressvit.transforms import claims
 from compressvit.transforms.base import LedgerEntry, Plan
+from compressvit.transforms.claims import Claim
 
 
 @dataclass
@@ -19,11 +23,30 @@ class Compression:
     ties: list[list[str]] = field(default_factory=list)
     ledger: list[LedgerEntry] = field(default_factory=list)
     materialised: bool = False  # its ties are no longer those of its plans
+    claims: list[tuple[str, Claim]] = field(default_factory=list)  # what each step took, with its word
 
 
 def compression_of(model: nn.Module) -> Compression:
     """The record of a compressed model; an empty one for a model that no transform has touched."""
     return getattr(model, "_compression", None) or Compression()
+
+
+def claims_of(plan: Plan, model: nn.Module) -> list[Claim]:
+    """All that a plan takes of a model, the keys that it drops included."""
+    stated = plan.claims(model)
+    named = {name for claim in stated if claim.kind == "drop" for name in claim.paths}
+    return [*stated, *claims.drops(plan.drops(model) - named)]
+
+
+def require_free(model: nn.Module, step: str, wanted: Iterable[Claim]) -> None:
+    """Check that a step may take what it wants of a model.
+
+    Raises:
+        UserError: an earlier step took something that excludes it; the sentence names both and a way out.
+    """
+    text = claims.conflict(compression_of(model).claims, step, wanted)
+    if text is not None:
+        raise UserError(text)
 
 
 def trained_names(model: nn.Module) -> set[str] | None:

@@ -9,8 +9,8 @@ parameters each. In ConvNeXt φ sits between the norm and the MLP: before the de
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, Literal
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 from einops import rearrange
@@ -129,12 +129,19 @@ class RepAdapter(Transform):
     """Linear adapters before attention and MLP, merged into the projections for inference (RepAdapter)."""
 
     freezes = True
+    blind_at_start: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("down.weight", "down.bias"), "the second projection starts at zero"
+    )
 
     width: int = Field(8, ge=1, description="Hidden neurons h'.")
     groups: int = Field(2, ge=1, description="Groups g of the second projection; divides h' and M.")
     scale: float = Field(1.0, gt=0, description="s; the paper chooses it per task from 0.1, 0.5, 1, 5, 10.")
     place: Literal["block", "attention"] = Field("block", description="Before attention and MLP, or attention alone.")
     dropout: float = Field(0.1, ge=0, lt=1, description="Between the projections, in training.")
+
+    @classmethod
+    def examples(cls) -> Sequence[Transform]:
+        return (RepAdapter(width=4, scale=0.5),)
 
     def plan(self, model: nn.Module, source: Source | None = None) -> RepAdapterPlan:
         backbone = describe(model)

@@ -14,6 +14,7 @@ from compressvit.fitting.moments import Source
 from compressvit.model import surgery
 from compressvit.model.affine import owns_weight, refuse_tied
 from compressvit.transforms.base import LedgerEntry, Plan, record
+from compressvit.transforms.claims import Claim, slot
 
 
 def with_term(y: torch.Tensor, x: torch.Tensor, term: nn.Module | None, layer: object) -> torch.Tensor:
@@ -63,6 +64,9 @@ class TermPlan(Plan):
     def folds_into(self, path: str) -> list[str]:
         """Names of the tensors that `fold_term` changes."""
         return [f"{path}.weight"]
+
+    def claims(self, model: nn.Module) -> list[Claim]:
+        return [slot(path, self.slot) for path in self.sites]
 
     def apply(self, model: nn.Module) -> list[LedgerEntry]:
         return record(model, self.sites, lambda path: self.add(model, path))

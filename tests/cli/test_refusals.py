@@ -22,7 +22,7 @@ from compressvit.model.weights import resample_positions
 from compressvit.recipe.recipe import parse_recipe
 from compressvit.recipe.shipped import find_recipe
 from compressvit.runs.folder import RunFolder
-from compressvit.runs.preflight import pick_device, refuse_own_inputs
+from compressvit.runs.job import pick_device, refuse_own_inputs
 from compressvit.transforms import LoadWeights
 
 

@@ -17,7 +17,7 @@ from helpers.runs import done, run, student_bytes
 from helpers.training import CPU
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import compressvit.runs.apply
+import compressvit.runs.run
 from compressvit.artifacts import artifact
 from compressvit.charts.findings import Finding, merged, read
 from compressvit.data.opening import open_data
@@ -61,16 +61,18 @@ class Rude(Measured):
         ]
 
 
+class Ruder(Recorder):
+    """Measures `Rude` besides what the recipe asks for."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self._measured.append(Rude(epochs=(0, 1, "last")))
+
+
 @pytest.fixture
 def rude(monkeypatch):
-    """Every run measures `Rude` besides what its recipe asks for."""
-
-    class Ruder(Recorder):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
-            self._measured.append(Rude(epochs=(0, 1, "last")))
-
-    monkeypatch.setattr(compressvit.runs.apply, "Recorder", Ruder)
+    """Every run measures `Rude`."""
+    monkeypatch.setattr(compressvit.runs.run, "Recorder", Ruder)
     monkeypatch.setattr(Rude, "calls", [])
     monkeypatch.setattr(Rude, "fault", None)
     return Rude
@@ -84,11 +86,15 @@ def plain(recipe):
     return folder
 
 
-@pytest.fixture
-def whole(recipe, tmp_path, rude):
-    """A run that nobody stopped, watched and measured."""
-    folder = tmp_path / "whole"
-    done("apply", recipe, "--output", folder, WATCHED, *HARD)
+@pytest.fixture(scope="module")
+def whole(recipe):
+    """A run that nobody stopped, watched and measured. Not to be changed: copy it first."""
+    folder = recipe.parent / "watched_and_measured"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compressvit.runs.run, "Recorder", Ruder)
+        patch.setattr(Rude, "calls", [])
+        done("apply", recipe, "--output", folder, WATCHED, *HARD)
+        assert Rude.calls[0] == ("teacher", 0, False, (5, 1, 8, 8))
     return folder
 
 
@@ -111,7 +117,6 @@ def test_a_run_records_and_ends_with_the_same_bits(plain, whole):
     assert [r["when"] for r in seen][-1] == "1_distill, epoch 3"
     assert len({r["size"] for r in seen}) == 5  # weights that training has moved
     assert [r["teacher"] is None for r in seen] == [True, True, False, False, False]
-    assert Rude.calls[0] == ("teacher", 0, False, (5, 1, 8, 8))
     measured = read_rows(whole / "diagnostics" / "measured.jsonl", MeasuredRow)
     assert [(m["phase"], m["epoch"]) for m in measured] == MOMENTS
     assert all(m["findings"] == ["rude"] and m["seconds"] >= 0 for m in measured)
@@ -134,7 +139,7 @@ def test_findings_are_files_and_pictures_in_tensorboard(whole):
 @pytest.mark.parametrize(
     "batch", [3, 12, 21]
 )  # amid the teacher's epoch, between two batches of a step, between two epochs
-def test_a_stopped_run_keeps_what_it_recorded(whole, recipe, tmp_path, monkeypatch, batch):
+def test_a_stopped_run_keeps_what_it_recorded(whole, recipe, tmp_path, monkeypatch, rude, batch):
     folder, seen, total = tmp_path / "run", [], loop._total
 
     def counted(*args):
@@ -160,11 +165,11 @@ class Crash(BaseException):
 
 
 @pytest.mark.parametrize("call", range(1, 6))
-def test_a_crash_amid_a_measurement_loses_none(whole, recipe, tmp_path, monkeypatch, call):
-    folder, measure, before = tmp_path / "run", Rude.measure, len(Rude.calls)
+def test_a_crash_amid_a_measurement_loses_none(whole, recipe, tmp_path, monkeypatch, rude, call):
+    folder, measure = tmp_path / "run", Rude.measure
 
     def crash(self, context):
-        if len(Rude.calls) - before == call - 1:
+        if len(Rude.calls) == call - 1:
             raise Crash
         return measure(self, context)
 
@@ -214,9 +219,8 @@ def test_a_row_that_was_cut_short_is_measured_again(whole, recipe, tmp_path, rud
     files = [folder / "diagnostics" / "measured.jsonl", folder / "metrics.jsonl"]
     for file in files:
         file.write_bytes(file.read_bytes()[:-20])
-    calls = len(Rude.calls)
     done("apply", folder, "--resume")
-    assert [call[:2] for call in Rude.calls[calls:]] == [("1_distill", 3)]
+    assert [call[:2] for call in Rude.calls] == [("1_distill", 3)]
     assert [(m["phase"], m["epoch"]) for m in read_rows(files[0], MeasuredRow)] == MOMENTS
     append_row(files[1], {"phase": "1_distill", "kind": "evaluate", "step": 12})
     assert read_rows(files[1], MetricsRow)[-1]["step"] == 12

@@ -80,6 +80,12 @@ def test_texts_of_a_run_folder():
     assert old.current_text(text, None) == text
 
 
+def test_words_of_a_ledger():
+    assert old.current_word("lors", ["align", "low_rank"]) == "low_rank"
+    assert old.current_word("lors", ["lors", "low_rank"]) == "lors"
+    assert old.current_word("multiplex", ["low_rank"]) == "multiplex"
+
+
 def test_where_a_run_kept_its_student(tmp_path):
     assert old.stored_step(tmp_path, "0_low_rank") == "0_low_rank"
     (tmp_path / "0_lors").mkdir()

@@ -16,9 +16,10 @@ from compressvit.recipe.shipped import recipes_folder, shipped_recipes
 from compressvit.recipe.words import step
 from compressvit.runs.plan import plan_recipe
 from compressvit.training.phases import PHASES
-from compressvit.training.phases.distill import Distill
+from compressvit.training.phases.distill import Distill, Losses
 from compressvit.training.phases.finetune import Finetune
-from compressvit.training.term_specs import HiddenRelationTerm, Losses, TorchdistillTerm
+from compressvit.training.terms.hidden_relation import HiddenRelationTerm
+from compressvit.training.terms.torchdistill import TorchdistillTerm
 from compressvit.transforms import TRANSFORMS
 from compressvit.transforms.irpe import IRPE
 from compressvit.transforms.multiplex import Multiplex

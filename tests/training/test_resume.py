@@ -16,8 +16,8 @@ import pytest
 import torch
 from helpers.runs import done, metrics, refused, run, student_bytes
 
-import compressvit.runs.apply
-import compressvit.runs.outcome
+import compressvit.runs.evaluate
+import compressvit.runs.run
 from compressvit.files import load_checkpoint
 from compressvit.model.stored import TENSORS
 from compressvit.recipe.recipe import load_recipe
@@ -69,7 +69,7 @@ def uninterrupted(recipe):
         folders[workers] = recipe.parent / f"uninterrupted-{workers}"
         with pytest.MonkeyPatch.context() as patch:
             batches = at_call(patch, loop, "_total", 0, None)
-            evaluations = at_call(patch, compressvit.runs.outcome, "evaluate", 0, None)
+            evaluations = at_call(patch, compressvit.runs.evaluate, "evaluate", 0, None)
             done("apply", recipe, "--output", folders[workers], *overrides)
         assert len(batches) == BATCHES
         assert len(evaluations) > EVALUATIONS
@@ -101,7 +101,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     folder = tmp_path / "run"
     before = signal.getsignal(signum)
     with monkeypatch.context() as patch:
-        place = (loop, "_total") if what == "batch" else (compressvit.runs.outcome, "evaluate")
+        place = (loop, "_total") if what == "batch" else (compressvit.runs.evaluate, "evaluate")
         calls = at_call(patch, *place, number, kill(signum))
         code, _, err = run("apply", recipe, "--output", folder, *WORKERS[workers])
     assert code == 128 + signum
@@ -164,7 +164,7 @@ def test_a_crash_loses_no_more_than_an_epoch(uninterrupted, recipe, tmp_path, mo
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(uninterrupted, recipe, tmp_path, monkeypatch):
     def spoil(result):
-        return result[0] * math.nan, {**result[1], "prediction": math.nan}
+        return result[0] * math.nan, {**result[1], "prediction": torch.tensor(math.nan)}
 
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
@@ -272,7 +272,7 @@ def test_what_was_learned_from_images_is_not_learned_again(recipe, tmp_path, mon
         code, *_ = run(*words, folder)
     assert code == 128 + signal.SIGTERM
     with monkeypatch.context() as patch:
-        patch.setattr(compressvit.runs.apply, "transform_", lambda *_: pytest.fail("it was fitted again"))
+        patch.setattr(compressvit.runs.run, "transform_", lambda *_: pytest.fail("it was fitted again"))
         out = done(*words, folder, "--resume")
     assert "0_low_rank: read from" in out
     assert student_bytes(folder) == student_bytes(whole)

@@ -13,11 +13,10 @@ from helpers.runs import done, metrics, refused
 from helpers.training import VIT, fit, largest_difference, random_batches, tiny_vit, values
 from timm.layers import DropPath
 
-import compressvit.runs.apply
+import compressvit.training.stage
 from compressvit.training.loop import Teacher
 from compressvit.training.pairs import match_layers
-from compressvit.training.phases.distill import Distill
-from compressvit.training.term_specs import Losses
+from compressvit.training.phases.distill import Distill, Losses
 from compressvit.training.terms import build_terms
 from compressvit.transforms.applying import compress
 from compressvit.transforms.multiplex import Multiplex
@@ -71,7 +70,7 @@ SIZES = [
 
 def test_the_teacher_sees_the_images_as_it_knows_them(recipe, tmp_path, monkeypatch):
     seen: dict[str, list] = {"teacher": [], "student": [], "trained teacher": []}
-    original = compressvit.runs.apply.train
+    original = compressvit.training.stage.train
 
     def watch(model, spec, phase, *args, teacher=None, **kwargs):
         mine = "student" if teacher else "trained teacher"
@@ -83,7 +82,7 @@ def test_the_teacher_sees_the_images_as_it_knows_them(recipe, tmp_path, monkeypa
         for hook in hooks:
             hook.remove()
 
-    monkeypatch.setattr(compressvit.runs.apply, "train", watch)
+    monkeypatch.setattr(compressvit.training.stage, "train", watch)
     done("apply", recipe, "--output", tmp_path / "run", *SIZES, "steps.1.distill.epochs=1")
     assert seen["trained teacher"][0].shape == (8, 3, 16, 16)
     pairs = [(s, t) for s, t in zip(seen["student"], seen["teacher"], strict=False) if s.shape[0] == t.shape[0]]
@@ -101,13 +100,13 @@ def test_the_teacher_sees_the_images_as_it_knows_them(recipe, tmp_path, monkeypa
 
 def test_a_trained_teacher_leaves_no_stochastic_depth_behind(recipe, tmp_path, monkeypatch):
     rates = {}
-    original = compressvit.runs.apply.train
+    original = compressvit.training.stage.train
 
     def watch(model, spec, phase, *args, **kwargs):
         original(model, spec, phase, *args, **kwargs)
         rates[phase.name] = [m.drop_prob for m in model.modules() if isinstance(m, DropPath)]
 
-    monkeypatch.setattr(compressvit.runs.apply, "train", watch)
+    monkeypatch.setattr(compressvit.training.stage, "train", watch)
     overrides = ["teacher.finetune.drop_path=0.3", "steps.1.distill.epochs=1"]
     done("apply", recipe, "--output", tmp_path / "run", *overrides)
     assert rates == {"teacher": [0.3, 0.3], "1_distill": []}

@@ -1,6 +1,7 @@
-"""Adapters of a frozen backbone: the literature's counts, the formulas in plain arithmetic, where they start, what they refuse.
+"""Adapters of a frozen backbone: the formulas in plain arithmetic, where they start, what they refuse.
 
-That they merge exactly is in tests/artifacts/test_merge.py; what every transform must do in tests/contract/.
+The literature's counts are in tests/test_published.py, exact merging in tests/artifacts/test_merge.py, what every transform must do in
+tests/contract/.
 """
 
 from __future__ import annotations
@@ -11,33 +12,31 @@ import re
 import pytest
 import timm
 import torch
-from helpers.contract import ADAPTED_BACKBONES, EXAMPLES, REFUSED, teacher
+from helpers.contract import EXAMPLES, Case, backbones_of, teacher
 from helpers.models import build, images_for, outputs, randomise
 from pydantic import ValidationError
 from torch import Tensor, nn
 
 from compressvit.errors import UserError
 from compressvit.model import surgery
-from compressvit.model.backbone import describe, head_names
+from compressvit.model.backbone import describe
 from compressvit.transforms import (
     PHM,
     SSF,
     VPT,
     Adapters,
     AdaptFormer,
-    BitFit,
     Compacter,
     FacT,
     Freeze,
     LoRA,
     RepAdapter,
 )
-from compressvit.transforms.applying import apply_plans, compress
+from compressvit.transforms.applying import compress
 from compressvit.transforms.bottleneck import AdapterLinear, Bottleneck
 from compressvit.transforms.fact import FacTTerm
 from compressvit.transforms.lora import LoRATerm
 from compressvit.transforms.phm import PHMLinear
-from compressvit.transforms.record import trained_names
 from compressvit.transforms.repadapter import RepBottleneck
 from compressvit.transforms.ssf import ScaleShift
 
@@ -67,47 +66,6 @@ def randomise_added(model: nn.Module, scale: float = 0.2) -> nn.Module:
     added = surgery.added_parameters(model)
     randomise(nn.ParameterList(p for n, p in model.named_parameters() if n in added), scale)
     return model
-
-
-# ------------------------------------------------------------------------------------------------ the literature's counts
-
-SWIN_T, VIT_B = "swin_tiny_patch4_window7_224", "vit_base_patch16_224"
-COUNTS = [
-    (Adapters(), SWIN_T, 1_078_272),
-    (PHM(), SWIN_T, 182_736),
-    (Compacter(), SWIN_T, 31_536),
-    (AdaptFormer(), SWIN_T, 570_432),
-    (LoRA(), SWIN_T, 141_312),
-    (SSF(), SWIN_T, 104_448),
-    (BitFit(), SWIN_T, 52_224),
-    (Freeze(train="attention"), SWIN_T, 8_667_162),
-    (Freeze(train="mlp"), SWIN_T, 17_274_432),
-    (Freeze(train="head"), SWIN_T, 0),
-    (None, SWIN_T, 27_519_354),  # all of it
-    (Compacter(), VIT_B, 63_936),
-    (AdaptFormer(), VIT_B, 1_189_632),
-    (RepAdapter(), VIT_B, 239_808),
-    (RepAdapter(place="attention"), VIT_B, 119_904),
-    (LoRA(), VIT_B, 294_912),
-    (SSF(), VIT_B, 205_824),
-    (FacT(form="tk", rank=16), VIT_B, 30_976),
-    (BitFit(), VIT_B, 102_912),
-]
-
-
-@pytest.mark.parametrize(("spec", "name", "expected"), COUNTS, ids=lambda case: getattr(case, "name", str(case)))
-def test_the_literatures_counts_without_the_classifier(spec, name, expected):
-    with torch.device("meta"):
-        model = timm.create_model(name)
-    if spec is not None:
-        apply_plans(model, [spec.plan(model)])
-    trained = trained_names(model)
-    heads = head_names(model)
-    assert heads
-    assert trained is None or heads <= trained
-    named = [(n, p) for n, p in model.named_parameters() if n not in heads]
-    assert sum(p.numel() for n, p in named if trained is None or n in trained) == expected
-    assert sum(p.numel() for _, p in named if p.requires_grad) == expected, "what is counted is what learns"
 
 
 # ------------------------------------------------------------------------------------------------------------- the formulas
@@ -285,14 +243,13 @@ STARTS = [
     pytest.param(spec, backbone, id=f"{name}{index}-{backbone}")
     for name in ["adapters", "phm", "compacter", "adaptformer", "repadapter", "lora", "ssf", "fact", "freeze", "bitfit"]
     for index, spec in enumerate(EXAMPLES[name])
-    for backbone in ADAPTED_BACKBONES
-    if (name, backbone) not in REFUSED
+    for backbone in backbones_of(type(spec))
 ]
 
 
 @pytest.mark.parametrize(("spec", "backbone"), STARTS)
-def test_the_model_is_unchanged_at_the_start_and_not_behind_it(spec, backbone, student):
-    model = student(spec, backbone)
+def test_the_model_is_unchanged_at_the_start_and_not_behind_it(spec, backbone):
+    model = Case(spec, backbone).student()
     images = images_for(model)
     before = outputs(teacher(backbone), images)
     assert gap(outputs(model, images), before) <= 1e-6  # measured 0

@@ -1,11 +1,11 @@
-"""What a recipe can train: one phase a file or folder. `PHASES` maps a recipe's word to its spec."""
+"""What a recipe can train: one phase a file or folder, with its options, its plan and its run.
+
+`PHASES` maps a recipe's word to its class. To add one: write a file beside `finetune.py` with a `PhaseSpec` under `@phase("word")`.
+Recipes, their schema, `plan`, `apply`, `compare` and the report then know it.
+"""
 
 from __future__ import annotations
 
-from compressvit.training.phases.distill import Distill
-from compressvit.training.phases.finetune import Finetune
-from compressvit.training.phases.prune.spec import Prune
-from compressvit.training.phases.sparsify import Sparsify
-from compressvit.training.spec import Training
+from compressvit.training.phases.base import PHASES, PhasePlan, PhaseSpec, Setting, phase
 
-PHASES: dict[str, type[Training]] = {"distill": Distill, "finetune": Finetune, "prune": Prune, "sparsify": Sparsify}
+__all__ = ["PHASES", "PhasePlan", "PhaseSpec", "Setting", "phase"]

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from compressvit.training.spec import Training
-from compressvit.training.term_specs import Losses
+from compressvit.errors import UserError
+from compressvit.training.phases.base import PhasePlan, PhaseSpec, Setting, phase
+from compressvit.training.terms.section import LossSection, losses_section
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from compressvit.training.pairs import LayerPair, Likeness
+    from compressvit.training.stage import Stage
+    from compressvit.training.terms import Term
+
+    Losses = LossSection
+else:
+    Losses = losses_section()  # a key for every loss term that is installed
 
 
-class Distill(Training):
+@phase("distill")
+class Distill(PhaseSpec):
     """Train the student to behave as its teacher (MiniViT's weight distillation by default)."""
 
-    name: ClassVar[str] = "distill"
+    needs_classifier: ClassVar[bool] = False
 
     losses: Losses = Losses()
     layers: Literal["matched", "auto"] | tuple[tuple[int, int], ...] = Field(
@@ -27,12 +41,67 @@ class Distill(Training):
 
     @property
     def needs_labels(self) -> bool:
-        return self.losses.labels.weight > 0
+        return any(term.needs_labels for term in self.losses.terms())
 
     @field_validator("losses")
     @classmethod
-    def _something_to_learn(cls, losses: Losses) -> Losses:
-        terms = [*(getattr(losses, n) for n in type(losses).model_fields if n != "torchdistill"), *losses.torchdistill]
-        if not any(term.weight for term in terms):
+    def _something_to_learn(cls, losses: LossSection) -> LossSection:
+        if not losses.terms():
             raise ValueError("every loss term has weight 0, so there is nothing to learn; give one a weight")
         return losses
+
+    def plan(self, setting: Setting) -> PhasePlan:
+        from compressvit.training.loss_memory import loss_bytes
+        from compressvit.training.pairs import match_layers
+
+        student, teacher = setting.student, setting.teacher
+        assert teacher is not None, "only the teacher itself is trained without one"
+        plan = super().plan(setting)
+        self._refuse_other_classes(student.model, teacher.model)
+        pairs, plan.layers_rule = match_layers(student.model, teacher.model, self.layers)
+        plan.layers = [(p.student.index, p.teacher.index) for p in pairs]
+        terms = self.terms(student.model, pairs)
+        plan.loss_bytes = loss_bytes(
+            student.model, teacher.model, terms, setting.batch_size, student.input, teacher.input
+        )
+        return plan
+
+    def preview(self, student: nn.Module, teacher: nn.Module, likeness: Likeness) -> str | None:
+        from compressvit.training.pairs import match_layers
+
+        if self.layers != "auto":
+            return None
+        pairs, how = match_layers(student, teacher, self.layers, likeness)
+        return f"layer pairs (student↔teacher): {', '.join(map(str, pairs)) or 'none'}  ({how})"
+
+    def run(self, model: nn.Module, stage: Stage) -> tuple[nn.Module, dict[str, Any]]:
+        from compressvit.training.pairs import match_layers_once
+
+        assert stage.teacher is not None, "only the teacher itself is trained without one"
+        kept = stage.phase.checkpoint.with_suffix(".layers.json")
+        pairs, how = match_layers_once(model, stage.teacher.model, self.layers, stage.likeness(model), kept)
+        terms = self.terms(model, pairs)
+        names = ", ".join(term.name for term in terms)
+        stage.log.say(f"{stage.phase.name}: {names}; layer pairs {', '.join(map(str, pairs)) or 'none'} ({how})")
+        return model, stage.train(model, self, terms, taught=True)
+
+    def terms(self, student: nn.Module, pairs: Sequence[LayerPair]) -> list[Term]:
+        """The loss terms for a student; see `compressvit.training.terms.build_terms`."""
+        from compressvit.training.terms import build_terms
+
+        return build_terms(
+            self.losses,
+            pairs,
+            classes=getattr(student, "num_classes", 0),
+            prefix_tokens=getattr(student, "num_prefix_tokens", 0),
+            smoothing=self.smoothing,
+        )
+
+    def _refuse_other_classes(self, student: nn.Module, teacher: nn.Module) -> None:
+        ours, theirs = (getattr(model, "num_classes", 0) for model in (student, teacher))
+        for term in self.losses.terms():
+            if term.compares_logits and ours and theirs and ours != theirs:
+                raise UserError(
+                    f"losses.{term.name} compares classes, but the student has {ours} and the teacher {theirs}; set "
+                    f"losses.{term.name}.weight=0, or give both the same classifier"
+                )

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
-from compressvit.training.spec import Training
+from compressvit.training.phases.base import PhaseSpec, phase
 
 
-class Finetune(Training):
+@phase("finetune")
+class Finetune(PhaseSpec):
     """Train with the ground truth alone; also how a teacher is trained from scratch."""
-
-    name: ClassVar[str] = "finetune"

@@ -10,7 +10,8 @@ trained, but time, memory and the size of the file stay.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +20,48 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from compressvit.errors import UserError
+from compressvit.training.phases.base import PhasePlan, PhaseSpec, Setting, phase
 from compressvit.training.phases.prune.neurons import prunable_plan
-from compressvit.training.spec import Training
 from compressvit.transforms.record import compression_of
 
+if TYPE_CHECKING:
+    from compressvit.training.stage import Stage
+
 Batches = Callable[[], Sequence[tuple[torch.Tensor, torch.Tensor]]]
+
+
+@phase("sparsify")
+class Sparsify(PhaseSpec):
+    """Mask all but the best single weights of adapters, then train those (SparseAdapter, SNIP, GraSP). Nothing shrinks."""
+
+    label_fields: ClassVar[tuple[str, ...] | None] = ("keep", "score")
+
+    keep: float = Field(gt=0, le=1, description="Share of the weights of all adapters together that stay.")
+    score: Literal["magnitude", "snip", "grasp", "random"] = Field(
+        "magnitude",
+        description="|θ| (SparseAdapter), |g⊙θ| (SNIP) or θ⊙Hg (GraSP), with gradient g and Hessian H of the ground truth's loss. Fresh "
+        "adapters have no gradient yet: put a finetune step before.",
+    )
+    gradient_batches: int = Field(10, ge=1, description="Training batches that snip and grasp look at.")
+
+    def plan(self, setting: Setting) -> PhasePlan:
+        plan = super().plan(setting)
+        # which weights stay is not known before their values: any will do to count them
+        sparsify_(setting.student.model, self.model_copy(update={"score": "random"}), list)
+        plan.summary += f"; keeps {self.keep:.0%} of the weights of adapters"
+        return plan
+
+    def run(self, model: nn.Module, stage: Stage) -> tuple[nn.Module, dict[str, Any]]:
+        from compressvit.training.optimisation import seed_everything
+
+        name = stage.phase.name
+        seed_everything(stage.phase.seed, stage.phase.number, 1000)  # the scores' images are those of any run
+        left = sparsify_(model, self, lambda: stage.labelled_batches(model, self.gradient_batches), stage.phase.seed)
+        if stage.fresh:
+            stage.log.say(f"{name}: {sum(left.values()):,} weights of adapters are left ({self.score})")
+            stage.log.scalars(name, "weights", 0, dict(left))
+        model, report = super().run(model, replace(stage, start=None))  # that of the model before it was masked
+        return model, {**report, "weights_left": left}
 
 
 def sparsify_(model: nn.Module, spec: Sparsify, batches: Batches, seed: int = 0) -> dict[str, int]:
@@ -105,17 +143,3 @@ def _scores(
             sums = [total + s.detach() for total, s in zip(sums, slopes, strict=True)]
     scored = {n: (w.detach() * s).cpu().double() for (n, w), s in zip(weights.items(), sums, strict=True)}
     return {n: s.abs() for n, s in scored.items()} if spec.score == "snip" else scored
-
-
-class Sparsify(Training):
-    """Mask all but the best single weights of adapters, then train those (SparseAdapter, SNIP, GraSP). Nothing shrinks."""
-
-    name: ClassVar[str] = "sparsify"
-
-    keep: float = Field(gt=0, le=1, description="Share of the weights of all adapters together that stay.")
-    score: Literal["magnitude", "snip", "grasp", "random"] = Field(
-        "magnitude",
-        description="|θ| (SparseAdapter), |g⊙θ| (SNIP) or θ⊙Hg (GraSP), with gradient g and Hessian H of the ground truth's loss. Fresh "
-        "adapters have no gradient yet: put a finetune step before.",
-    )
-    gradient_batches: int = Field(10, ge=1, description="Training batches that snip and grasp look at.")

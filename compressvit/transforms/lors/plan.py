@@ -10,6 +10,7 @@ from torch import nn
 from compressvit.fitting.lowrank import fit_shared, spectrum
 from compressvit.fitting.moments import Source
 from compressvit.model import surgery, ties
+from compressvit.transforms.claims import Claim, drops, tie
 from compressvit.transforms.lors.layers import LowRankTerm, SharedLowRankLinear
 from compressvit.transforms.low_rank.base import RankPlan
 from compressvit.transforms.low_rank.layer import FactoredLinear, factor
@@ -33,6 +34,11 @@ class LORSPlan(RankPlan):
     @property
     def _alone(self) -> list[str]:
         return [group[0] for group in self.groups if len(group) == 1]
+
+    def claims(self, model: nn.Module) -> list[Claim]:
+        keep = "leave lors.share and group_by out, which keeps that, or give both steps the same share"
+        ties = [tie([f"{path}.weight" for path in group], keep) for group in self.groups if len(group) > 1]
+        return [*super().claims(model), *ties, *drops(self.drops(model), keep)]
 
     def drops(self, model: nn.Module) -> set[str]:
         return dropped(model, self._alone)

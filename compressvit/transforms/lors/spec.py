@@ -24,17 +24,24 @@ from compressvit.fitting.moments import Source
 from compressvit.model import ties
 from compressvit.model.backbone import Backbone, describe, share_groups
 from compressvit.model.linear import weight_shape
-from compressvit.transforms.base import transform
+from compressvit.transforms.base import TRANSFORMERS_ONLY, Transform, transform
+from compressvit.transforms.claims import regroups
 from compressvit.transforms.lors.grouping import group_by_similarity
 from compressvit.transforms.lors.plan import LORSPlan
 from compressvit.transforms.low_rank.base import RankStep, at_least, measured_on
 from compressvit.transforms.low_rank.budget import Group, Spending
-from compressvit.transforms.record import compression_of
+from compressvit.transforms.record import require_free
 
 
 @transform("lors", LORSPlan)
 class LORS(RankStep):
     """Share the weights of linear layers, with a private low-rank term each (LORS)."""
+
+    refuses: ClassVar[dict[str, str]] = TRANSFORMERS_ONLY
+    changes_at_start = True
+    blind_at_start: ClassVar[dict[str, str]] = {
+        "low_rank.down": "where the shared weight is exact, or noise, the factor after it starts at zero"
+    }
 
     renamed: ClassVar[dict[str, str]] = {"groups": "terms"}
 
@@ -115,11 +122,20 @@ class LORS(RankStep):
             )
         return tuple(notes)
 
+    @classmethod
+    def examples(cls) -> Sequence[Transform]:
+        return (
+            LORS(rank=2, share=2, metric="weights"),
+            LORS(rank=3, terms=2, share=2, targets=("mlp.*",), init="first", metric="weights"),
+            LORS(rank=2, targets=("attn.qkv", "attn.proj"), init="scratch"),
+        )
+
     def plan(self, model: nn.Module, source: Source | None = None) -> LORSPlan:
         backbone = describe(model, "attention")
         targets = self.find_targets(model, backbone)
         self._refuse_shapes(model, backbone, targets)
-        self._refuse_order(model)
+        if self.share == "auto" or self.group_by == "similarity":
+            require_free(model, self.name, [regroups("", "lors (share: auto, group_by: similarity)")])
         if source is not None and self.group_by == "similarity" and self.metric != "weights":
             every = [f"{block.path}.{target}" for block in backbone.blocks for target in targets]
             # all in one pass over the images, for whatever comes of it
@@ -224,28 +240,11 @@ class LORS(RankStep):
                             "shape, or name other targets"
                         )
 
-    def _refuse_order(self, model: nn.Module) -> None:
-        """Steps before this one whose work it would undo, or that left nothing to fit to."""
-        self.refuse_scratch(model, self.init)
-        aligned = any(plan.transform == "align" for plan in compression_of(model).plans)
-        if aligned and (self.share == "auto" or self.group_by == "similarity"):
-            raise UserError(
-                "lors would choose its own groups (share: auto, group_by: similarity), but an earlier align has matched the blocks of "
-                "others; leave align out, or give both steps the same share"
-            )
-
     def _refuse_conflicts(self, model: nn.Module, groups: Sequence[Group], ranks: dict[str, int]) -> None:
         self.refuse_ranks(model, ranks)
-        tied = {n: group for group in ties.tied_groups(model) for n in group}
         for group in groups:
             for path in group:
                 if len(group) == 1 and not ranks[path] and not self.budget:
                     raise UserError(
                         f"lors: rank 0 with share 1 would leave {path} without a weight; give a rank of at least 1, or share more blocks"
-                    )
-                already = tied.get(f"{path}.weight")
-                if already and already != [f"{p}.weight" for p in group]:
-                    raise UserError(
-                        f"lors wants {path} to share its weight with {len(group) - 1} other layers, but an earlier step shares it with "
-                        f"{len(already) - 1}; leave lors.share and group_by out, which keeps that, or give both steps the same share"
                     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from fnmatch import fnmatch
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -21,8 +21,9 @@ from compressvit.model import surgery, ties
 from compressvit.model.backbone import Backbone, model_name
 from compressvit.model.linear import effective_weight
 from compressvit.transforms.base import LedgerEntry, Plan, Transform
+from compressvit.transforms.claims import Claim, values, weight
 from compressvit.transforms.low_rank.layer import FactoredLinear, unfactor
-from compressvit.transforms.record import compression_of
+from compressvit.transforms.record import require_free
 
 TARGETS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 S = TypeVar("S", bound="RankStep")
@@ -49,6 +50,15 @@ class RankPlan(Plan):
     def change(self, model: nn.Module) -> dict[str, str]:
         """Change the structure of the layers; returns by path what the ledger says of each."""
         raise TypeError(f"{type(self).__name__} does not define change")
+
+    def claims(self, model: nn.Module) -> list[Claim]:
+        alone = {name.rpartition(".")[0] for name in self.drops(model)}
+        found = [weight(path) for path, rank in self.ranks.items() if rank or path in alone]
+        if getattr(self, "init", None) != "scratch":
+            found += [
+                values(path, f"{self.transform}.init", f"give {self.transform}.init=scratch") for path in self.paths
+            ]
+        return found
 
     def apply(self, model: nn.Module) -> list[LedgerEntry]:
         before = ties.count_at_paths(model, self.paths)
@@ -92,26 +102,26 @@ class RankPlan(Plan):
             factors = spectrum(wanted - fixed, Metric(cholesky(moment, self.ridge), outer)).factors(self.ranks[path])
             for layer in (working, target):
                 layer.set_factors(*factors)
-        weight = effective_weight(working).cpu().double()
+        whole = effective_weight(working).cpu().double()
         if free:
-            bias = regression.whole.best_bias(weight)
+            bias = regression.whole.best_bias(whole)
             for layer in (working, target):
                 layer.bias.copy_(bias)
-        return regression.error(weight, bias)
+        return regression.error(whole, bias)
 
     @torch.no_grad()
     def errors(self, student: nn.Module, source: Source) -> dict[str, tuple[float, float | None]]:
         measures = source.metrics(self.paths, "inputs", 0.0, 0.0) if self.metric != "weights" else {}
         result = {}
         for path in self.paths:
-            weight = source.weight(path)
-            lost = weight - effective_weight(student.get_submodule(path)).cpu().double()
+            wanted = source.weight(path)
+            lost = wanted - effective_weight(student.get_submodule(path)).cpu().double()
             output_error = None
             if path in measures:
                 output_error = (
-                    measures[path].squared_norm(lost) / max(measures[path].squared_norm(weight), TINY)
+                    measures[path].squared_norm(lost) / max(measures[path].squared_norm(wanted), TINY)
                 ) ** 0.5
-            result[path] = ((lost.norm() / weight.norm().clamp(min=TINY)).item(), output_error)
+            result[path] = ((lost.norm() / wanted.norm().clamp(min=TINY)).item(), output_error)
         return result
 
     def fold(self, model: nn.Module) -> None:
@@ -122,14 +132,14 @@ class RankPlan(Plan):
             layer = model.get_submodule(path)
             trained = any(p.requires_grad for p in layer.parameters())
             weights[path] = nn.Parameter(effective_weight(layer).detach().clone(), requires_grad=trained)
-        for path, weight in weights.items():
+        for path, dense in weights.items():
             layer = model.get_submodule(path)
             if isinstance(layer, FactoredLinear):
-                unfactor(model, path, weight)
+                unfactor(model, path, dense)
                 continue
             if self.ranks[path]:
                 surgery.generalise(model, path, nn.Linear)
-            layer.weight = weight
+            layer.weight = dense
 
 
 class RankStep(Transform):
@@ -230,28 +240,11 @@ class RankStep(Transform):
             )
         return dict(zip(blocks, numbers, strict=True))
 
-    def refuse_scratch(self, model: nn.Module, init: str) -> None:
-        """Raise a `UserError` where an earlier step left no values of the teacher's to fit to."""
-        for plan in compression_of(model).plans:
-            if plan.transform == "multiplex" and getattr(plan, "init", None) == "scratch" and init != "scratch":
-                raise UserError(
-                    f"{self.name}.init={init} fits the teacher's weights, but an earlier multiplex starts the student from noise; give "
-                    f"{self.name}.init=scratch, or multiplex.init=mean"
-                )
-
     def refuse_ranks(self, model: nn.Module, ranks: dict[str, int]) -> None:
         """Raise a `UserError` for a layer that is low rank already, or cannot have the rank."""
+        require_free(model, self.name, (weight(path) for path in ranks))
         for path, rank in ranks.items():
             layer: Any = model.get_submodule(path)
-            if isinstance(layer, FactoredLinear) or getattr(layer, "low_rank", None) is not None:
-                earlier = _made_by(model, path)
-                order = (
-                    f"{self.name} is applied twice" if earlier == self.name else f"{self.name} comes after {earlier}"
-                )
-                raise UserError(
-                    f"{order}: {path} has a low-rank term already; give the two steps different targets, "
-                    "or merge them into one with a larger rank"
-                )
             most = min(layer.in_features, layer.out_features)
             if rank > most:
                 raise UserError(
@@ -272,8 +265,3 @@ def at_least(least: int, name: str, value: Any) -> Any:
         if number < least:
             raise ValueError(f"{name} is at least {least}, not {number}")
     return value
-
-
-def _made_by(model: nn.Module, path: str) -> str:
-    plans: Sequence[Plan] = compression_of(model).plans
-    return next((p.transform for p in plans if isinstance(p, RankPlan) and p.ranks.get(path)), "an earlier step")

@@ -11,7 +11,7 @@ https://arxiv.org/abs/2403.07378. Where layers should share a weight beside such
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -20,9 +20,9 @@ from torch import nn
 from compressvit.errors import UserError
 from compressvit.fitting.lowrank import spectrum
 from compressvit.fitting.moments import Source
-from compressvit.model import ties
 from compressvit.model.backbone import describe
-from compressvit.transforms.base import transform
+from compressvit.transforms.base import TRANSFORMERS_ONLY, Transform, transform
+from compressvit.transforms.claims import Claim, drops
 from compressvit.transforms.low_rank.base import RankPlan, RankStep
 from compressvit.transforms.low_rank.budget import Group, Spending
 from compressvit.transforms.low_rank.layer import FactoredLinear, factor
@@ -37,6 +37,10 @@ class LowRankPlan(RankPlan):
         for path, rank in self.ranks.items():
             factor(model, path, rank)
         return {path: f"low rank {rank} in place of the weight" for path, rank in self.ranks.items()}
+
+    def claims(self, model: nn.Module) -> list[Claim]:
+        use_lors = "use `lors`, which keeps that and adds a low-rank term to each, or leave one of the two steps out"
+        return [*super().claims(model), *drops(self.drops(model), use_lors)]
 
     def drops(self, model: nn.Module) -> set[str]:
         return dropped(model, self.paths)
@@ -64,6 +68,9 @@ class LowRankPlan(RankPlan):
 class LowRank(RankStep):
     """Make linear layers low rank: two smaller layers in place of each, fitted to the teacher."""
 
+    refuses: ClassVar[dict[str, str]] = TRANSFORMERS_ONLY
+    changes_at_start = True
+
     init: Literal["fit", "scratch"] = Field(
         "fit",
         description="fit: from the teacher's weights; scratch: from noise (these layers only; student: {weights: random} is noise all "
@@ -88,10 +95,13 @@ class LowRank(RankStep):
     def provisional(self) -> tuple[str, ...]:
         return tuple(self.budget_note(self.metric))
 
+    @classmethod
+    def examples(cls) -> Sequence[Transform]:
+        return (LowRank(rank=2, metric="weights"), LowRank(rank=3, targets=("mlp.*",), init="scratch"))
+
     def plan(self, model: nn.Module, source: Source | None = None) -> LowRankPlan:
         backbone = describe(model, "attention")
         targets = self.find_targets(model, backbone)
-        self.refuse_scratch(model, self.init)
         paths = [f"{block.path}.{target}" for target in targets for block in backbone.blocks]
         groups: list[Group] = [(path,) for path in paths]
         if self.budget:
@@ -119,15 +129,9 @@ class LowRank(RankStep):
 
     def _refuse(self, model: nn.Module, ranks: dict[str, int]) -> None:
         self.refuse_ranks(model, ranks)
-        tied = {name: group for group in ties.tied_groups(model) for name in group}
         for path, rank in ranks.items():
             if not rank:
                 raise UserError(f"low_rank: rank 0 would leave {path} without a weight; give a rank of at least 1")
-            if (name := f"{path}.weight") in tied:
-                raise UserError(
-                    f"low_rank would replace the weight of {path}, which an earlier step shares among {len(tied[name])} layers; use "
-                    "`lors`, which keeps that and adds a low-rank term to each, or leave one of the two steps out"
-                )
 
 
 def start_from_noise_(layer: FactoredLinear) -> None:

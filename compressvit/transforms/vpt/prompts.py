@@ -7,15 +7,13 @@ Shapes: B batch, N tokens, M width, P prompts; Swin's blocks carry (B, height, w
 
 from __future__ import annotations
 
-import copy
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from compressvit.errors import UserError
 from compressvit.model import surgery
 
 
@@ -331,34 +329,9 @@ _MIXINS = (
 )
 
 
-def without_prompts(model: nn.Module) -> nn.Module:
-    """The model itself if it has no prompts, else a copy that computes as it did before they came."""
-    if not any(isinstance(module, Prompts) for module in model.modules()):
-        return model
-    model = copy.deepcopy(model)
+def remove_prompts(model: nn.Module) -> None:
+    """Take all prompts out of a model, in place, so that it computes as it did before they came."""
     for path, module in list(model.named_modules()):
         for mixin in _MIXINS:
             if isinstance(module, mixin):
                 surgery.retract(model, path, mixin)
-    return model
-
-
-_OFF_GRID = {
-    "irpe": "irpe needs every token at its place on the grid, and prompts have none; leave out one of `irpe` and `vpt`, or adapt with "
-    "lora, adapters or ssf, which add no tokens",
-    "multiplex.mlp_conv": "multiplex.mlp_conv needs every token at its place on the grid, and prompts that travel through the blocks have "
-    "none; use vpt.deep=true, whose prompts only attention sees, or multiplex.mlp_conv=0",
-}
-
-
-def no_place_for_prompts(asker: Literal["irpe", "multiplex.mlp_conv"]) -> UserError:
-    """Why this step and prompts cannot be on one model, whichever comes first."""
-    return UserError(_OFF_GRID[asker])
-
-
-def refuse_prompts(model: nn.Module, asker: Literal["irpe", "multiplex.mlp_conv"]) -> None:
-    """For a step that needs every token on the grid: raise if an earlier one put prompts where it acts."""
-    prompted = any(isinstance(module, Prompts) for module in model.modules())
-    # Where every block has its own, they are gone before the convolution.
-    if prompted and (asker == "irpe" or isinstance(model, TravellingPrompts)):
-        raise no_place_for_prompts(asker)

@@ -22,7 +22,8 @@ in rows below the grid, the last of which is filled up.
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -34,6 +35,7 @@ from compressvit.model import surgery
 from compressvit.model.backbone import Backbone, describe, model_name
 from compressvit.transforms.base import LedgerEntry, Plan, Transform, record, transform
 from compressvit.transforms.bottleneck import sublayer_width
+from compressvit.transforms.claims import Claim, adds_tokens, slot
 from compressvit.transforms.vpt.prompts import (
     CarryingPatchMerging,
     CarryingSwinBlock,
@@ -49,7 +51,7 @@ from compressvit.transforms.vpt.prompts import (
     WithoutPrompts,
     WithPrompts,
     WithTravellingPrompts,
-    no_place_for_prompts,
+    remove_prompts,
 )
 
 
@@ -60,6 +62,19 @@ class VPTPlan(Plan):
     prompts: int
     deep: bool
     dropout: float
+
+    sets_aside = True  # prompts lengthen the sequence on the student's side alone, and start as noise
+
+    def set_aside(self, model: nn.Module) -> None:
+        remove_prompts(model)
+
+    def claims(self, model: nn.Module) -> list[Claim]:
+        paths = [info.path for info in describe(model).blocks]
+        inside = [adds_tokens(f"{path}.attn") for path in paths] + [slot(path, "vpt") for path in self.blocks]
+        if self.deep:
+            return inside  # they are gone after the attention
+        only_attention = "use vpt.deep=true, whose prompts only attention sees"
+        return [*inside, *(adds_tokens(f"{path}.mlp", only_attention) for path in paths)]
 
     def apply(self, model: nn.Module) -> list[LedgerEntry]:
         backbone = describe(model)
@@ -121,6 +136,8 @@ class VPT(Transform):
     """Learnable prompt tokens beside the image's, in every block or from the first on; the backbone is frozen (VPT)."""
 
     freezes = True
+    refuses: ClassVar[dict[str, str]] = {"convnext": "prompts need a token sequence that attention runs over"}
+    changes_at_start = True
 
     prompts: int = Field(10, ge=1, description="P, tokens that are added; the paper tries 1 to 200 (1 to 50 in Swin).")
     deep: bool = Field(
@@ -130,6 +147,10 @@ class VPT(Transform):
     dropout: float = Field(
         0.0, ge=0, lt=1, description="Of the prompts' elements, in training; the examples of the paper's code have 0.1."
     )
+
+    @classmethod
+    def examples(cls) -> Sequence[Transform]:
+        return (VPT(prompts=3), VPT(prompts=2, dropout=0.1))
 
     def plan(self, model: nn.Module, source: Source | None = None) -> VPTPlan:
         backbone = describe(model)
@@ -143,14 +164,5 @@ class VPT(Transform):
                 f"vpt: how prompts join the tokens of a {backbone.family.title} such as {model_name(model)} is not known; "
                 "adapt it with adapters, lora or ssf, which add no tokens"
             )
-        for path, module in model.named_modules():
-            if isinstance(module, Prompts):
-                raise UserError(
-                    f"{path} is already there: an earlier `vpt` put prompts; apply one, with as many as you want"
-                )
-            if getattr(module, "rpe_k", None) is not None:
-                raise no_place_for_prompts("irpe")
-            if not self.deep and getattr(module, "mlp_conv", None) is not None:
-                raise no_place_for_prompts("multiplex.mlp_conv")
         blocks = [info.path for info in backbone.blocks]
         return VPTPlan(blocks=tuple(blocks if self.deep else blocks[:1]), **self.model_dump())

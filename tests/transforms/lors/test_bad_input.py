@@ -44,13 +44,14 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
         (
             [Multiplex(share=2)],
             LORS(rank=4, share=4),
-            r"an earlier step shares it with 1; leave lors\.share and group_by out",
+            r"lors wants to share blocks\.0\.attn\.qkv\.weight among 4 layers, but the earlier multiplex shares it among 2; "
+            r"leave lors\.share and group_by out",
         ),
         ([LORS(rank=2, metric="weights")], LORS(rank=2), r"applied twice: .* different targets, or merge"),
         (
             [LORS(rank=2, share=4, metric="weights")],
             Multiplex(share=2),
-            r"an earlier step shares .* give both steps the same share",
+            r"multiplex wants to share .* but the earlier lors shares .* give both steps the same share",
         ),
     ],
 )
@@ -229,12 +230,15 @@ def test_a_target_that_a_later_block_lacks():
 @pytest.mark.parametrize(
     ("steps", "words"),
     [
-        ([Multiplex(share=2, init="scratch"), LORS(rank=2)], "give lors.init=scratch, or multiplex.init=mean"),
+        (
+            [Multiplex(share=2, init="scratch"), LORS(rank=2)],
+            "the earlier multiplex.init=scratch .*; multiplex.init=mean, or give lors.init=scratch",
+        ),
         (
             [Align(share=2), LORS(rank=2, share=2, group_by="similarity")],
-            "an earlier align has matched the blocks of others; leave align out",
+            "the earlier align has matched the blocks of others; leave align out",
         ),
-        ([Align(share=2), LORS(share="auto", budget={"parameters": 0.5})], "lors would choose its own groups"),
+        ([Align(share=2), LORS(share="auto", budget={"parameters": 0.5})], "would choose its own groups"),
     ],
 )
 def test_steps_whose_work_would_be_undone(steps, words):

@@ -1,11 +1,10 @@
-"""LORS: the paper's counts, its arithmetic, and what it keeps of a teacher."""
+"""LORS: the paper's arithmetic, and what it keeps of a teacher."""
 
 from __future__ import annotations
 
 import copy
 
 import pytest
-import timm
 import torch
 from helpers.models import build, images_for, outputs
 from helpers.ranks import ranked
@@ -15,9 +14,7 @@ from compressvit import LORS, LowRank, Multiplex
 from compressvit.artifacts import artifact
 from compressvit.errors import UserError
 from compressvit.model import cost, ties
-from compressvit.recipe.recipe import load_recipe
-from compressvit.transforms import Transform
-from compressvit.transforms.applying import compress, materialise, plan_transforms
+from compressvit.transforms.applying import compress, materialise
 from compressvit.transforms.lors.layers import LowRankTerm, SharedLowRankLinear
 from compressvit.transforms.low_rank.layer import FactoredLinear
 
@@ -31,21 +28,10 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 # ------------------------------------------------------------------------------------------------------------- the paper
 
 
-def test_the_papers_deit_tiny_on_cifar_100():
-    recipe = load_recipe("lors_deit_ti_cifar100")
-    with torch.device("meta"):
-        teacher = timm.create_model(recipe.teacher.model, num_classes=100, **recipe.teacher.args)
-    assert ties.count_parameters(teacher) == 5_405_476
-    specs = [step.spec for step in recipe.steps if isinstance(step.spec, Transform)]
-    for plan in plan_transforms(teacher, specs):
-        plan.apply(teacher)
-    assert ties.count_parameters(teacher) == 2_603_812
-
-
-def test_groups_of_rank_r_are_one_term_of_their_sum():
+def test_terms_of_rank_r_are_one_of_their_sum():
     model = build("vit")
     depth = len(model.blocks)
-    plan = LORS(rank=3, groups=tuple(range(1, depth + 1)), targets=("mlp.fc1",)).plan(model)
+    plan = LORS(rank=3, terms=tuple(range(1, depth + 1)), targets=("mlp.fc1",)).plan(model)
     assert plan.ranks == {f"blocks.{i}.mlp.fc1": 3 * (i + 1) for i in range(depth)}
     assert plan.groups == (tuple(f"blocks.{i}.mlp.fc1" for i in range(depth)),)
 
@@ -196,13 +182,12 @@ def test_low_rank_alone_drops_the_weight_and_cuts_macs():
     student = compress(teacher, [LowRank(rank=4, metric="weights")])
     layer = student.blocks[1].mlp.fc1
     assert isinstance(layer, FactoredLinear)
-    assert isinstance(layer, torch.nn.Linear)
     assert teacher.state_dict().keys() - student.state_dict().keys() == {
-        f"blocks.{i}.{target}.weight"
+        f"blocks.{i}.{target}.{name}"
         for i in range(len(teacher.blocks))
         for target in LORS.model_fields["targets"].default
+        for name in ("weight", "bias")
     }
-    assert torch.equal(layer.weight, layer.low_rank.up @ layer.low_rank.down)  # for code that reads it past the layer
     size = images_for(teacher).shape[1:]
     assert cost.macs(student, size) < 0.6 * cost.macs(teacher, size)
     again = compress(teacher, [LORS(rank=4, share=2, metric="weights")])

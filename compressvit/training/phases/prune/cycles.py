@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,23 +12,33 @@ import torch
 from torch import nn
 
 from compressvit.log import RunLog
-from compressvit.training.loop import Phase
-from compressvit.training.optimisation import seed_everything
-from compressvit.training.phases.prune.neurons import Widths, cycles, prices, prunable_plan, scores, select, shrink_
-from compressvit.training.phases.prune.spec import Prune
+from compressvit.training.phase import Phase
+from compressvit.training.phases.prune.neurons import (
+    Price,
+    Widths,
+    cycles,
+    prices,
+    prunable_plan,
+    scores,
+    select,
+    shrink_,
+)
+from compressvit.training.phases.prune.options import PruneOptions
+from compressvit.training.state import Moments
 
-TrainCycle = Callable[[nn.Module, Phase, dict[str, dict[str, Any]]], dict[str, Any]]
+TrainCycle = Callable[[nn.Module, Phase, Moments], dict[str, Any]]
+Gradients = Callable[[nn.Module], dict[str, torch.Tensor]]
 
 
 def prune_and_train(
     model: nn.Module,
-    spec: Prune,
+    spec: PruneOptions,
     phase: Phase,
     log: RunLog,
     *,
     train_cycle: TrainCycle,
     evaluate: Callable[[nn.Module], dict[str, Any]],
-    gradients: Callable[[nn.Module], dict[str, torch.Tensor]],
+    gradients: Gradients,
 ) -> tuple[nn.Module, dict[str, Any], list[Widths]]:
     """Run all cycles. Each has a checkpoint of its own, so a run that was stopped goes on in the cycle where it was.
 
@@ -44,31 +54,22 @@ def prune_and_train(
         kept, and the widths of the adapters after every training.
     """
     plan = prunable_plan(model)
-    start: Widths = dict(plan.widths)
-    price = prices(model, plan)
+    start, price = dict(plan.widths), prices(model, plan)
     total = cycles(spec.target, spec.rate, start, price, spec.scope, plan.least)
-    history = [start]
+    history: list[Widths] = [start]
     good: tuple[nn.Module, dict[str, Any]] | None = None
     done, first = 0, None
-    moments: dict[str, dict[str, Any]] = {}
+    moments = Moments()
     while True:
-        file = phase.checkpoint.with_name(f"{phase.checkpoint.stem}_cycle{done}.pt") if done else phase.checkpoint
-        if not file.is_file():  # a resumed run has said it before
-            _tell(log, phase, done, history[-1])
-        trained = train_cycle(
-            model,
-            replace(phase, name=f"{phase.name}_cycle{done}", number=phase.number + 1000 * done, checkpoint=file),
-            moments,
-        )
+        cycle = _cycle(phase, done)
+        if not cycle.checkpoint.is_file():  # a resumed run has reported it before
+            _report(log, phase, done, history[-1])
+        trained = train_cycle(model, cycle, moments)
         moments = trained.pop("moments")
         first = first or trained["start"]
         if spec.target.accuracy is not None:
-            top1 = evaluate(model)["top1"]
-            if top1 < spec.target.accuracy:
-                log.say(
-                    f"{phase.name}: top-1 {top1:.2f}% is below the target of {spec.target.accuracy:g}%; "
-                    + ("the adapters of the cycle before are kept" if good else "nothing was pruned")
-                )
+            otherwise = "the adapters of the cycle before are kept" if good else "nothing was pruned"
+            if not _reaches(spec.target.accuracy, evaluate(model)["top1"], log, phase, otherwise):
                 if good:
                     model, trained = good
                     history.pop()
@@ -78,24 +79,53 @@ def prune_and_train(
         if done == total or left <= plan.least * len(start) or left == 0:
             break
         done += 1
-        plan = prunable_plan(model)
-        seed_everything(phase.seed, phase.number, 1000 * done)  # the gradient's images are those of any run
-        found = scores(
-            model,
-            plan,
-            spec.score,
-            seed=int(np.random.SeedSequence([phase.seed, done]).generate_state(1)[0]),
-            gradients=gradients(model) if spec.score == "gradient" else None,
-        )
-        keep = select(found, done, spec, start, price, plan.least)
+        keep = _choose(model, spec, phase, done, start, price, gradients)
         if not any(len(chosen) for chosen in keep.values()):
             break
         history.append(shrink_(model, keep, moments))
-    told = {"start": first, "kept_epoch": trained["kept_epoch"], "widths": history, "trainings": done + 1}
-    return model, told, history
+    kept = {"start": first, "kept_epoch": trained["kept_epoch"], "widths": history, "trainings": done + 1}
+    return model, kept, history
 
 
-def _tell(log: RunLog, phase: Phase, done: int, widths: Widths) -> None:
+def _cycle(phase: Phase, done: int) -> Phase:
+    """The training after removal number `done`."""
+    first = phase.checkpoint
+    file = first.with_name(f"{first.stem}_cycle{done}.pt") if done else first
+    return replace(phase, name=f"{phase.name}_cycle{done}", number=phase.number + 1000 * done, checkpoint=file)
+
+
+def _reaches(wanted: float, top1: float, log: RunLog, phase: Phase, otherwise: str) -> bool:
+    if top1 < wanted:
+        log.say(f"{phase.name}: top-1 {top1:.2f}% is below the target of {wanted:g}%; {otherwise}")
+        return False
+    return True
+
+
+def _choose(
+    model: nn.Module,
+    spec: PruneOptions,
+    phase: Phase,
+    done: int,
+    start: Widths,
+    price: Mapping[str, Price],
+    gradients: Gradients,
+) -> dict[str, torch.Tensor]:
+    """Indices of the neurons that stay after removal number `done`."""
+    from compressvit.training.optimisation import seed_everything
+
+    plan = prunable_plan(model)
+    seed_everything(phase.seed, phase.number, 1000 * done)  # the gradient's images are those of any run
+    found = scores(
+        model,
+        plan,
+        spec.score,
+        seed=int(np.random.SeedSequence([phase.seed, done]).generate_state(1)[0]),
+        gradients=gradients(model) if spec.score == "gradient" else None,
+    )
+    return select(found, done, spec, start, price, plan.least)
+
+
+def _report(log: RunLog, phase: Phase, done: int, widths: Widths) -> None:
     log.scalars(phase.name, "widths", done, dict(widths))
     gone = sum(not hidden for hidden in widths.values())
     if done:

@@ -18,7 +18,8 @@ from torch import nn
 from compressvit.errors import UserError
 from compressvit.fitting.moments import tokens_at
 from compressvit.model import ties
-from compressvit.training.phases.prune.spec import Prune, PruneTarget, Score
+from compressvit.training.phases.prune.options import PruneOptions, PruneTarget, Score
+from compressvit.training.state import Moments
 from compressvit.transforms import TRANSFORMS, Plan
 from compressvit.transforms.record import compression_of
 
@@ -71,7 +72,7 @@ def scores(
 
     Args:
         model: with the adapters of `plan`.
-        kind: see `Prune.score`.
+        kind: see `PruneOptions.score`.
         seed: of `random`.
         gradients: by parameter name, for `gradient`.
     """
@@ -157,7 +158,7 @@ def cycles(
 def select(
     scored: Mapping[str, torch.Tensor],
     done: int,
-    spec: Prune,
+    spec: PruneOptions,
     start: Widths,
     price: Mapping[str, Price],
     least: int = 0,
@@ -190,7 +191,7 @@ def select(
     return {path: torch.tensor(sorted(chosen), dtype=torch.long) for path, chosen in kept.items()}
 
 
-def _limit(share: float, spec: Prune, start: Widths, price: Mapping[str, Price]) -> tuple[str, int]:
+def _limit(share: float, spec: PruneOptions, start: Widths, price: Mapping[str, Price]) -> tuple[str, int]:
     """Unit and amount of it in neurons that a cycle keeps: the paper's share of what there was, until the target itself is nearer."""
     if spec.target.accuracy is not None:
         return "neurons", _floor(share * sum(start.values()))
@@ -200,7 +201,7 @@ def _limit(share: float, spec: Prune, start: Widths, price: Mapping[str, Price])
 
 
 def _local_widths(
-    paths: list[str], share: float, spec: Prune, start: Widths, price: Mapping[str, Price], least: int
+    paths: list[str], share: float, spec: PruneOptions, start: Widths, price: Mapping[str, Price], least: int
 ) -> Widths:
     if spec.target.accuracy is None:  # the same share of every adapter is that share of any unit
         share = max(share, _share(spec.target, start, price))
@@ -242,9 +243,7 @@ def _best(scored: torch.Tensor, count: int) -> torch.Tensor:
     return torch.tensor(sorted(order[:count]), dtype=torch.long)
 
 
-def shrink_(
-    model: nn.Module, keep: Mapping[str, torch.Tensor], moments: dict[str, dict[str, Any]] | None = None
-) -> Widths:
+def shrink_(model: nn.Module, keep: Mapping[str, torch.Tensor], moments: Moments | None = None) -> Widths:
     """Take all other neurons out of the adapters, in place; one without any leaves the forward pass.
 
     What is left computes what the model did with the removed neurons' rows of U at zero. The model's record says the new widths, so
@@ -284,7 +283,7 @@ def _gather(
     dim: int,
     chosen: torch.Tensor,
     prefix: str,
-    moments: dict[str, dict[str, Any]] | None,
+    moments: Moments | None,
 ) -> None:
     old = getattr(layer, name)
     setattr(layer, name, nn.Parameter(old.detach().index_select(dim, chosen), requires_grad=old.requires_grad))

@@ -1,79 +1,78 @@
-"""What a recipe can say about the `prune` phase (MiMi)."""
+"""The `prune` phase: its plan and its run."""
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, model_validator
+import torch
+import torch.nn.functional as F
+from torch import nn
 
-from compressvit.spec import Spec
-from compressvit.training.spec import Training
+from compressvit.training.phases.base import PhasePlan, Setting, phase
+from compressvit.training.phases.prune.neurons import amounts, cycles, prices, prunable_plan, select, shrink_
+from compressvit.training.phases.prune.options import PruneOptions, PruneTarget
 
+if TYPE_CHECKING:
+    from compressvit.training.phase import Phase
+    from compressvit.training.stage import Stage
+    from compressvit.training.state import Moments
 
-class PruneTarget(Spec):
-    """Where pruning ends: one of these."""
-
-    neurons: float | int | None = Field(
-        None,
-        gt=0,
-        description="Neurons of all adapters together: below 1 a share of those at the start (σ), else a number.",
-    )
-    parameters: float | int | None = Field(
-        None,
-        gt=0,
-        description="Parameters of all adapters together: below 1 a share of those at the start, else a number.",
-    )
-    macs: float | int | None = Field(
-        None,
-        gt=0,
-        description="Multiply-accumulates of all adapters for one image: below 1 a share of those at the start, else a number.",
-    )
-    accuracy: float | None = Field(
-        None,
-        gt=0,
-        le=100,
-        description="Prune on while the top-1 (%) after a cycle's training is at least this; the last adapters that reached it are kept. "
-        "It is chosen on the evaluation set, so its figure is that much too good.",
-    )
-
-    @model_validator(mode="after")
-    def _exactly_one(self) -> PruneTarget:
-        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
-        if len(given) != 1:
-            what = " and ".join(given) if given else "none"
-            raise ValueError(f"a target is one of neurons, parameters, macs and accuracy; given: {what}")
-        if self.accuracy is not None and self.accuracy <= 1:
-            raise ValueError(
-                f"accuracy={self.accuracy:g} is in percent; for {self.accuracy:.0%} give {100 * self.accuracy:g}"
-            )
-        for name in ("neurons", "parameters", "macs"):
-            value = getattr(self, name)
-            if isinstance(value, float) and value >= 1:
-                raise ValueError(
-                    f"{name}={value} is neither a share below 1 nor a whole number; give e.g. 0.25, or {int(value)}"
-                )
-        return self
+__all__ = ["Prune", "PruneTarget"]
 
 
-Score = Literal["magnitude", "sum", "shape", "relative", "down", "gradient", "random"]
-
-
-class Prune(Training):
+@phase("prune")
+class Prune(PruneOptions):
     """Train adapters, remove their least important neurons, train again, … (MiMi). `epochs` and the schedule are those of a cycle.
 
     With `keep: best` a cycle hands on the weights of its best evaluation, and the optimiser's moments of its last step.
     """
 
-    name: ClassVar[str] = "prune"
+    def plan(self, setting: Setting) -> PhasePlan:
+        self.refuse(setting)
+        return PhasePlan(self._removals(setting.student.model))
 
-    target: PruneTarget = Field(description="Where it ends; there is always a training after the last removal.")
-    rate: float = Field(0.5, gt=0, lt=1, description="ρ: share of the remaining neurons that a cycle removes.")
-    score: Score = Field(
-        "magnitude",
-        description="Of neuron j of an adapter of width M: magnitude (|D_j|₁ + |U_j|₁) / 2M, the paper's; sum, without / 2M; shape, "
-        "/ (M + h'); relative, / the largest of its adapter; down, |D_j|₁ / M alone; gradient, |θ·∂L/∂θ| summed; random.",
-    )
-    scope: Literal["global", "local"] = Field(
-        "global", description="Rank all neurons together, or remove the same share of every adapter."
-    )
-    gradient_batches: int = Field(10, ge=1, description="Training batches that `score: gradient` looks at.")
+    def _removals(self, student: nn.Module) -> str:
+        """Shrinks the student as if every adapter lost the same share: which neurons go is known after training."""
+        plan = prunable_plan(student)
+        start, price = dict(plan.widths), prices(student, plan)
+        total = cycles(self.target, self.rate, start, price, self.scope, plan.least)
+        if total is None:
+            return f"removes {self.rate:.0%} of the neurons a cycle while top-1 is at least {self.target.accuracy:g} %"
+        unit, wanted, have = amounts(self.target, start, price)
+        keep = {path: torch.arange(hidden) for path, hidden in start.items() if hidden}
+        if total:
+            nothing = {path: torch.zeros(hidden) for path, hidden in start.items() if hidden}
+            keep = select(nothing, total, self.model_copy(update={"scope": "local"}), start, price, plan.least)
+        shrink_(student, keep)
+        return (
+            f"{total + 1} trainings and {total} removals: {have:,} → at most {wanted:,} {unit} of adapters "
+            f"(counted here as the same share of each; scores decide)"
+        )
+
+    def run(self, model: nn.Module, stage: Stage) -> tuple[nn.Module, dict[str, Any]]:
+        from compressvit.training.phases.prune.cycles import prune_and_train
+        from compressvit.training.terms import labels_term
+
+        def train_cycle(m: nn.Module, cycle: Phase, moments: Moments) -> dict[str, Any]:
+            return stage.train(m, self, [labels_term(1.0, self.smoothing)], phase=cycle, moments=moments)
+
+        model, report, history = prune_and_train(
+            model,
+            self,
+            stage.phase,
+            stage.log,
+            train_cycle=train_cycle,
+            evaluate=stage.evaluate,
+            gradients=lambda m: self._gradients(m, stage),
+        )
+        stage.widths(stage.phase.name, self.scope, history)
+        return model, report
+
+    def _gradients(self, model: nn.Module, stage: Stage) -> dict[str, torch.Tensor]:
+        """Sum of the gradients of the ground truth's loss over some training batches, by name of the trained parameters."""
+        model.eval().zero_grad()
+        for images, targets in stage.labelled_batches(model, self.gradient_batches):
+            F.cross_entropy(model(images), targets, ignore_index=-1).backward()
+        found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        return found

@@ -1,0 +1,79 @@
+"""Batches of a caller's own data loader, checked as they come."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from compressvit.errors import UserError
+
+
+class LoadedBatches:
+    """The caller's batches as pairs (images, targets); without targets, −1 for every image.
+
+    Args:
+        loader: gives batches and has a length.
+        name: what messages call it.
+        student: takes the images, and tells the classes apart.
+        learned: whether the targets are learned from, so that each must be one of the student's classes.
+
+    Attributes:
+        batch_size: of the first batch.
+        shape: (C, H, W) of its images.
+        labelled: whether the batches have targets.
+    """
+
+    def __init__(self, loader: Iterable[Any], name: str, student: nn.Module, learned: bool = False):
+        self.loader, self.name = loader, name
+        self._classes = getattr(student, "num_classes", 0) if learned else 0
+        try:
+            self._length = len(loader)  # type: ignore[arg-type]
+        except TypeError:
+            raise UserError(
+                f"{name} has no length, and the schedule needs the number of batches of an epoch; give a DataLoader of a map-style data "
+                "set, or a list of batches"
+            ) from None
+        first = next(iter(loader), None)
+        if not self._length or first is None:
+            raise UserError(f"{name} has no batches; with drop_last=True it needs at least one whole batch")
+        self.first, _ = self._pair(first)
+        self.labelled = isinstance(first, (tuple, list))
+        self.batch_size, self.shape = len(self.first), tuple(self.first.shape[1:])
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return map(self._pair, self.loader)
+
+    def _pair(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        images, targets = batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else (batch, None)
+        if not isinstance(images, torch.Tensor) or images.ndim != 4 or not images.is_floating_point():
+            raise UserError(
+                f"{self.name} gives {_described(batch)}; a batch is images (B, C, H, W) in floating point, normalised for the student, "
+                "alone or as a pair (images, targets)"
+            )
+        if targets is None:
+            return images, torch.full((len(images),), -1)
+        if not isinstance(targets, torch.Tensor) or targets.shape != images.shape[:1] or targets.is_floating_point():
+            raise UserError(
+                f"{self.name} gives targets of {_described(targets)} with {len(images)} images; targets are class indices, one an image "
+                "(−1 where there is none)"
+            )
+        if self._classes and int(targets.max()) >= self._classes:
+            raise UserError(
+                f"{self.name} has label {int(targets.max())}, but the student tells only {self._classes} classes apart "
+                f"(0 to {self._classes - 1}); give it a head of the data's classes, or set losses={{'labels': {{'weight': 0}}}}"
+            )
+        return images, targets
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of shape {tuple(value.shape)} and {value.dtype}"
+    if isinstance(value, (tuple, list)):
+        return f"{len(value)} values ({', '.join(_described(v) for v in value[:3])})"
+    return f"a {type(value).__name__}"

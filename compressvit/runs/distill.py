@@ -1,0 +1,279 @@
+"""`compressvit.distill`: train a student of `compress` with a `DataLoader` of one's own, by the `distill` phase of recipes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from rich.console import Console
+from torch import nn
+
+from compressvit.artifacts import artifact
+from compressvit.data.input import Side, input_config
+from compressvit.data.spec import Data
+from compressvit.diagnostics.cka_layers import likeness
+from compressvit.errors import UserError, did_you_mean
+from compressvit.files import disk_faults
+from compressvit.log import RunLog
+from compressvit.model import surgery
+from compressvit.model.modes import evaluating
+from compressvit.runs.batches import LoadedBatches
+from compressvit.runs.folder import RunFolder
+from compressvit.runs.job import pick_device
+from compressvit.training import optimisation as opt
+from compressvit.training.evaluate import evaluate
+from compressvit.training.loop import Interrupted, Phase
+from compressvit.training.pairs import Likeness
+from compressvit.training.phases import Setting
+from compressvit.training.phases.distill import Distill
+from compressvit.training.stage import Stage
+
+Images = Callable[[torch.Tensor], torch.Tensor]
+_LAYERS_IMAGES = 256  # for layers='auto', as many as recipes take by default
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """What `distill` made.
+
+    Attributes:
+        student: the model that was given, trained, in eval mode, on the device it was trained on.
+        figures: of the student on the validation images, beside its teacher: `images`, `top1`, `top5` and `loss` (None without labels),
+            `agreement` and `cosine` (None where the outputs differ in width), and the teacher's as `teacher_top1`, …; empty without
+            validation images.
+        kept_epoch: the epoch whose weights it ends with; 0 for those it was given.
+        folder: where it was written, if anywhere.
+    """
+
+    student: nn.Module
+    figures: dict[str, Any]
+    kept_epoch: int
+    folder: Path | None
+
+
+def distill(
+    student: nn.Module,
+    teacher: nn.Module,
+    train_loader: Iterable[Any],
+    *,
+    validation: Iterable[Any] | None = None,
+    device: str = "auto",
+    output: str | Path | None = None,
+    resume: bool = False,
+    seed: int = 0,
+    teacher_input: Images | None = None,
+    console: Console | None = None,
+    **options: Any,
+) -> Distilled:
+    """Train a student to behave as its teacher, in place, on batches of one's own.
+
+    Args:
+        student: e.g. what `compress` returns.
+        teacher: what it learns from; it is not changed.
+        train_loader: with a length, gives batches of images (B, C, H, W) that are normalised for the student, alone or with targets
+            (B,) of class indices, −1 where an image has none. Shuffling and augmentation are its own.
+        validation: batches likewise, to evaluate on.
+        device: 'auto', 'cpu', 'cuda', 'cuda:1', 'mps', …
+        output: a folder for `student/` (an artifact), `metrics.jsonl`, `run.log`, TensorBoard's files and the checkpoint.
+        resume: go on from the checkpoint in `output`.
+        seed: of what is random in the training itself (dropout, mixup, …).
+        teacher_input: turns a batch of the student's into the teacher's. By default it is resized and normalised anew where timm's
+            configurations of the two models differ.
+        console: where progress goes; `Console(quiet=True)` shows nothing.
+        **options: of the `distill` phase, as recipes have them: `epochs`, `lr`, `losses`, `layers`, `keep`, ….
+
+    Raises:
+        UserError: a batch, an option or a pair of models that does not do.
+        compressvit.training.loop.Interrupted: stopped by a signal, after a checkpoint.
+
+    Example:
+        >>> student = compressvit.compress(teacher, [compressvit.Multiplex(share=2)])  # doctest: +SKIP
+        >>> done = compressvit.distill(student, teacher, train_loader, validation=val_loader, epochs=5)  # doctest: +SKIP
+        >>> done.figures["agreement"]  # doctest: +SKIP
+        96.4
+    """
+    spec = _options(options)
+    where = pick_device(device)
+    _refuse_models(student, teacher)
+    batches = LoadedBatches(train_loader, "train_loader", student, spec.needs_labels)
+    held_out = LoadedBatches(validation, "validation", student) if validation is not None else None
+    ours, theirs = _sides(student, teacher, batches.first, teacher_input)
+    _refuse(spec, ours, theirs, batches, held_out)
+    folder = _folder(output, student, resume)
+    task = _Task(ours, theirs, batches, held_out, where)
+    with TemporaryDirectory() as scratch:
+        phase = Phase("distill", 1, seed, (folder or RunFolder(scratch)).checkpoint("distill"))
+        report = _run(spec, task.stage(phase, RunLog(folder and folder.path, console)), student, folder)
+    figures = task.evaluate(student, theirs)
+    if folder is not None:
+        with disk_faults(folder.student):
+            artifact.save(student, folder.student, input_config=ours.input.as_dict())
+    return Distilled(student, figures, report["kept_epoch"], folder and folder.path)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Two models and the batches to train and to evaluate on."""
+
+    ours: Side
+    theirs: Side
+    batches: LoadedBatches
+    held_out: LoadedBatches | None
+    device: torch.device
+
+    def stage(self, phase: Phase, log: RunLog) -> Stage:
+        return Stage(
+            phase=phase,
+            input=self.ours.input,
+            teacher=self.theirs,
+            device=self.device,
+            log=log,
+            batch_size=self.batches.batch_size,
+            loader=lambda: self.batches,
+            evaluate=self.in_training,
+            likeness=self.likeness,
+        )
+
+    def in_training(self, model: nn.Module) -> dict[str, Any]:
+        """Without labels, or classes to tell apart, only the teacher says how good a student is."""
+        enough = self.held_out is not None and self.held_out.labelled and getattr(model, "num_classes", 0)
+        return self.evaluate(model, None if enough else self.theirs)
+
+    def evaluate(self, model: nn.Module, teacher: Side | None) -> dict[str, Any]:
+        """Scores on the validation images; none without any."""
+        if self.held_out is None:
+            return {}
+        return evaluate(
+            model.to(self.device),
+            self.held_out,
+            self.device,
+            teacher=teacher.model.to(self.device).eval() if teacher is not None else None,
+            teacher_input=self.theirs.converter(self.ours.input),
+            labelled=self.held_out.labelled,
+        )
+
+    def likeness(self, student: nn.Module) -> Likeness:
+        """For layers='auto': CKA on training images."""
+        return likeness(
+            student,
+            self.theirs.model,
+            lambda: (images for images, _ in self.batches),
+            self.device,
+            images=_LAYERS_IMAGES,
+            teacher_input=self.theirs.converter(self.ours.input),
+        )
+
+
+@dataclass(frozen=True)
+class _Converted(Side):
+    """A teacher whose images are made by a function of the caller's."""
+
+    convert: Images
+
+    def converter(self, source: Any) -> Images:
+        return self.convert
+
+
+def _options(options: dict[str, Any]) -> Distill:
+    """The phase with these options."""
+    unknown = next((name for name in options if name not in Distill.model_fields), None)
+    if unknown is not None:
+        hint = did_you_mean(unknown, Distill.model_fields)
+        raise UserError(f"distill has no option {unknown!r}; {hint or '`compressvit schema distill` lists them'}")
+    try:
+        return Distill(**options)
+    except ValidationError as error:
+        faults = [f"{'.'.join(map(str, f['loc']))}: {f['msg'].removeprefix('Value error, ')}" for f in error.errors()]
+        raise UserError(
+            f"distill: {'; '.join(faults)}; `compressvit schema distill` says what each option takes"
+        ) from None
+
+
+def _refuse_models(student: nn.Module, teacher: nn.Module) -> None:
+    for whose, model in (("student", student), ("teacher", teacher)):
+        if not isinstance(model, nn.Module):
+            raise UserError(f"the {whose} is a {type(model).__name__}, not a model")
+    if student is teacher:
+        raise UserError(
+            "student and teacher are the same model; give compress(teacher, […]), or a copy, as the student"
+        )
+
+
+def _sides(
+    student: nn.Module, teacher: nn.Module, images: torch.Tensor, teacher_input: Images | None
+) -> tuple[Side, Side]:
+    """What the images of both look like, by two of the student's; those are found to be what the models take."""
+    images, shape = images[:2], tuple(images.shape[1:])
+    _try(student, images, f"the student does not take images of shape {shape}", "")
+    ours = replace(input_config(student, Data(name="images")), channels=shape[0], height=shape[1], width=shape[2])
+    # a model that timm did not build does not say what it takes
+    known = input_config(teacher, Data(name="images")) if hasattr(teacher, "pretrained_cfg") else ours
+    theirs = Side(teacher, known) if teacher_input is None else _Converted(teacher, known, teacher_input)
+    converted = theirs.converter(ours)(images)
+    size = tuple(converted.shape[1:])
+    way = "; teacher_input=FUNCTION makes the teacher's images of the student's"
+    _try(teacher, converted, f"the teacher does not take images of shape {size}", way)
+    return Side(student, ours), replace(theirs, input=replace(known, channels=size[0], height=size[1], width=size[2]))
+
+
+def _refuse(
+    spec: Distill, student: Side, teacher: Side, batches: LoadedBatches, held_out: LoadedBatches | None
+) -> None:
+    """All that the phase's plan refuses, and what only a Python call can get wrong."""
+    if spec.keep == "best" and held_out is None:
+        raise UserError(
+            "keep='best' goes by evaluations, and there are no validation batches; give validation=LOADER, or keep='last'"
+        )
+    if held_out is not None and held_out.shape != batches.shape:
+        raise UserError(
+            f"the images of train_loader are {batches.shape} and those of validation {held_out.shape}; give them one size"
+        )
+    unlabelled = None if batches.labelled else "the batches of train_loader"
+    skeletons = [replace(side, model=surgery.skeleton(side.model)) for side in (student, teacher)]
+    spec.plan(Setting(skeletons[0], skeletons[1], batches.batch_size, unlabelled))
+
+
+def _try(model: nn.Module, images: torch.Tensor, fault: str, way: str) -> None:
+    like = next(model.parameters())
+    try:
+        with evaluating(model), torch.inference_mode():
+            model(images.to(like.device, like.dtype))
+    except Exception as error:  # whatever a model raises at images that it does not take
+        raise UserError(f"{fault}: {error}{way}") from error
+
+
+def _folder(output: str | Path | None, student: nn.Module, resume: bool) -> RunFolder | None:
+    if output is None:
+        if resume:
+            raise UserError("resume=True goes on from the checkpoint in output; give output=FOLDER")
+        return None
+    folder = RunFolder(output)
+    if resume and not folder.checkpoint("distill").is_file():
+        raise UserError(
+            f"resume=True: there is no checkpoint in {folder.path} ({folder.checkpoint('distill')}); start without it"
+        )
+    if not resume and folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
+        raise UserError(
+            f"{folder.path} is not empty; give resume=True to go on with the training in it, or another output"
+        )
+    artifact.require_storable(student)
+    with disk_faults(folder.path):
+        folder.path.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _run(spec: Distill, stage: Stage, student: nn.Module, folder: RunFolder | None) -> dict[str, Any]:
+    opt.seed_everything(stage.phase.seed)
+    try:
+        return spec.run(student, stage)[1]
+    except Interrupted as stop:
+        on = "nothing was kept: output=FOLDER keeps a checkpoint" if folder is None else "go on with resume=True"
+        stop.args = (f"the training was stopped; {on}",)
+        raise
+    finally:
+        stage.log.close()

@@ -1,0 +1,99 @@
+"""What a run ends with: the student on disk, read back and compared with its teacher, and `results.json`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from compressvit.artifacts import artifact
+from compressvit.artifacts.adapter import save_adapter
+from compressvit.data.input import Side, class_mismatch
+from compressvit.files import disk_faults, write_text
+from compressvit.log import RunLog
+from compressvit.log import log as warnings
+from compressvit.model import cost, stored
+from compressvit.runs import tensorboard
+from compressvit.runs.evaluate import Scorer
+from compressvit.runs.files import Results
+from compressvit.runs.folder import RunFolder
+from compressvit.runs.job import Job
+from compressvit.runs.plan import RecipePlan
+from compressvit.runs.predictions import Predictions
+from compressvit.runs.run import Trained
+from compressvit.runs.tables import results_table
+from compressvit.transforms.record import compression_of, only_adapted, trained_names, trained_parameters
+
+
+def finish(job: Job, scorer: Scorer, folder: RunFolder, log: RunLog, *, plan: RecipePlan, trained: Trained) -> Results:
+    """Write the student, read it back, compare, measure, and print the table.
+
+    Args:
+        job, scorer, folder, log: of the run.
+        plan: knows what the teacher costs.
+        trained: what the parts of the recipe ended with.
+
+    Returns:
+        The content of `results.json`.
+    """
+    teacher, student = trained.teacher, trained.student
+    with disk_faults(folder.student):
+        artifact.save(student.model, folder.student, input_config=student.input.as_dict())
+    difference = artifact.read_back_difference(folder.student, student.model, student.input.size)
+    predictions = Predictions(
+        student.input, getattr(student.model, "num_classes", 0), job.datasets.class_names, job.datasets.labeled
+    )
+    scores, theirs = _scores(scorer, student, teacher, predictions)
+    costs = cost.cost(student.model, student.input.size).as_dict()
+    costs["bytes"] = (folder.student / stored.TENSORS).stat().st_size
+    if only_adapted(student.model) and trained_names(student.model):
+        with disk_faults(folder.path):
+            file = save_adapter(student.model, folder.path / "adapter.safetensors")
+        costs["adapter_bytes"] = file.stat().st_size
+    sizes = [teacher.input.size, student.input.size]
+    times = cost.latency([teacher.model, student.model], sizes, device=job.device)
+    results = Results.model_validate(
+        {
+            "teacher": {**plan.teacher.as_dict(), "images": scores["images"], **theirs, "latency_ms": times[0]},
+            "student": {**costs, **scores, **trained_parameters(student.model), "latency_ms": times[1]},
+            "phases": trained.phases,
+            "ledger": [asdict(entry) for entry in compression_of(student.model).ledger],
+            "read_back_difference": difference,
+            "broken_images": job.datasets.broken.count,
+        }
+    )
+    write_text(folder.path / "results.json", results.model_dump_json(indent=2, exclude_unset=True) + "\n")
+    log.board(lambda writer: tensorboard.show_results(writer, job.recipe, results))
+    predictions.write(folder.path)
+    _report(
+        job, folder, log, results, class_mismatch(job.datasets.num_classes, getattr(teacher.model, "num_classes", 0))
+    )
+    return results
+
+
+def _scores(
+    scorer: Scorer, student: Side, teacher: Side, predictions: Predictions
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The scores of the student beside its teacher, and the teacher's own."""
+    comparable = scorer.comparable(teacher)
+    scores = scorer.score(student, comparable, predictions.add)
+    theirs = {key: scores.pop(f"teacher_{key}", None) for key in ("top1", "top5", "loss")}
+    if comparable and teacher.input != student.input:
+        # it was compared on the student's images, but its own accuracy is on its own
+        own = scorer.score(teacher, None)
+        theirs = {key: own[key] for key in theirs}
+    return scores, theirs
+
+
+def _report(job: Job, folder: RunFolder, log: RunLog, results: Results, mismatch: str | None) -> None:
+    log.show(results_table(results, f"{job.recipe.teacher.model} → {folder.student}"))
+    if mismatch and job.recipe.student.head != "new":
+        warnings.warning("warning: %s", mismatch)
+    log.say(
+        f"latency: batch 1 on {job.device}, {torch.get_num_threads()} threads, median of up to 30 in turns. "
+        f"The student was read back from disk: largest difference of its outputs {results.read_back_difference:.1e}"
+    )
+    if job.datasets.broken.count:
+        log.say(f"{job.datasets.broken.count} broken image files were skipped; run.log names them")
+    log.say(f"run folder: {folder.path}")

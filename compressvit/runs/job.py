@@ -1,0 +1,167 @@
+"""`prepare`: a recipe with everything settled that takes no values: device, data, classes, and the structure of teacher and student.
+
+The stations of a run, each of which reads those before it:
+
+    job = prepare(recipe, device)      this module
+    plan = plan_job(job)               compressvit.runs.plan: every refusal that needs no values, and what it will cost
+    run = Run(job, plan, folder, log)  compressvit.runs.run: values, then part by part of the recipe
+    finish(…)                          compressvit.runs.finish: the student on disk, scores, results.json
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from compressvit.data.input import Side
+from compressvit.data.opening import Datasets, open_data
+from compressvit.data.spec import known_classes
+from compressvit.errors import UserError
+from compressvit.files import expanded
+from compressvit.recipe.recipe import Recipe
+from compressvit.runs.folder import RunFolder
+from compressvit.runs.models import Architecture, build_student, teacher_architecture, trains_teacher
+from compressvit.training.phases import PhaseSpec
+from compressvit.training.phases.finetune import Finetune
+from compressvit.transforms import Transform
+
+PLACEHOLDER_CLASSES = 1000  # of a new classifier, while nobody knows the data's
+
+
+@dataclass
+class Job:
+    """A recipe, and what it comes to.
+
+    Attributes:
+        name: what messages call the recipe.
+        device: where models run.
+        classes: of the data; None where it has none, or where only opening it would tell.
+        architecture: the teacher's.
+        teacher, student: their structure, without values; the student as the first step finds it.
+        placeholder: whether the student's new classifier has `PLACEHOLDER_CLASSES`, because the data's classes are not known.
+    """
+
+    recipe: Recipe
+    name: str
+    device: torch.device
+    classes: int | None
+    architecture: Architecture
+    teacher: Side
+    student: Side
+    placeholder: bool
+
+    @cached_property
+    def datasets(self) -> Datasets:
+        """The data, opened when it is first asked for. Raises as `open_data` does."""
+        return open_data(self.recipe.data)
+
+
+def prepare(recipe: Recipe, device: str = "auto", *, name: str = "recipe", without_data: bool = False) -> Job:
+    """Settle what a recipe is about. Models are built without values; data is opened where only that tells its classes.
+
+    Args:
+        name: what messages call the recipe.
+        device: 'auto', 'cpu', 'cuda', 'cuda:1', 'mps', …
+        without_data: open nothing: what only the data tells is taken for granted, as a plan does.
+
+    Raises:
+        UserError: a device or a data set that is not there, or a model that timm cannot build.
+    """
+    where = pick_device(device)
+    datasets = None
+    classes = known_classes(recipe.data)
+    if classes is None and not without_data:
+        datasets = open_data(recipe.data)
+        classes = datasets.num_classes
+    architecture = teacher_architecture(recipe, classes=classes)
+    teacher = architecture.build("meta")
+    if recipe.student.head == "new" and not recipe.data.labelled:
+        raise UserError(
+            f"student.head=new is a classifier of the data's classes, but the images of data '{recipe.data.name}' have none; leave it out"
+        )
+    placeholder = recipe.student.head == "new" and not classes
+    student = build_student(recipe, teacher, classes=PLACEHOLDER_CLASSES if placeholder else classes, meta=True)
+    sides = Side.of(teacher, recipe.data), Side.of(student, recipe.data)
+    job = Job(recipe, name, where, classes, architecture, *sides, placeholder)
+    if datasets is not None:
+        job.datasets = datasets
+    return job
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; 'auto' is the first of cuda, mps and cpu that is there.
+
+    Raises:
+        UserError: it is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kinds = ("cpu", "cuda", "mps", "xpu")
+    try:
+        device = torch.device(name)
+        if device.type not in kinds:
+            raise UserError(f"--device {name} is none of {', '.join(kinds)} (cuda:1 names the second GPU)")
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(
+            f"--device {name} cannot be used: {str(error).splitlines()[0]}; --device cpu always can"
+        ) from error
+    return device
+
+
+def refuse_own_inputs(recipe: Recipe, folder: RunFolder) -> None:
+    """`--overwrite` must not delete what the run reads."""
+    named = {
+        "teacher.weights": recipe.teacher.weights,
+        "student.weights": recipe.student.weights,
+        "data.root": recipe.data.root,
+    }
+    named |= {
+        f"steps[{i}].{s.name}.{field}": getattr(s.spec, field)
+        for i, s in enumerate(recipe.steps)
+        if isinstance(s.spec, Transform)
+        for field in s.spec.reads
+    }
+    for key, value in named.items():
+        if not value:
+            continue
+        path = expanded(value, key).resolve()
+        if path.exists() and folder.path.resolve() in (path, *path.parents):
+            raise UserError(f"--overwrite would delete {value}, which {key} reads; give another --output")
+
+
+def refuse_labels(job: Job) -> None:
+    """Labels that are missing or that a head cannot tell apart, before anything is trained.
+
+    Raises:
+        UserError: a phase learns from labels that the data has not, or a head has too few classes.
+    """
+    recipe, datasets = job.recipe, job.datasets
+    if recipe.student.head == "new" and not datasets.num_classes:
+        raise UserError(
+            f"student.head=new is a classifier of the data's classes, but the images of data '{recipe.data.name}' have none; leave it out"
+        )
+    if not datasets.labeled:
+        phases: dict[str, PhaseSpec] = {"teacher.finetune": Finetune()} if trains_teacher(recipe) else {}
+        for name, spec in (phases | recipe.phases()).items():
+            if spec.needs_labels:
+                raise UserError(f"{name} learns from labels, but the images of data '{recipe.data.name}' have none")
+        return
+    have = datasets.num_classes
+    models = {"student": job.student.model}
+    if recipe.student.head != "new":
+        models = {"teacher": job.teacher.model, **models}
+    for whose, model in models.items():
+        classes = getattr(model, "num_classes", 0)
+        if have and classes and have > classes:
+            advice = (
+                " and train the head with teacher.finetune"
+                if whose == "teacher"
+                else ", or give student.args no num_classes"
+            )
+            where = "teacher.num_classes" if whose == "teacher" else "student.args.num_classes"
+            raise UserError(
+                f"the data has {have} classes, and the {whose}'s head tells only {classes} apart; set {where}={have}{advice}"
+            )

@@ -1,0 +1,223 @@
+"""Values for a job's models, and then the parts of its recipe: transforms that stand together, and the phase that follows them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from compressvit.artifacts import artifact
+from compressvit.charts.plots import ranks_finding
+from compressvit.charts.qualities import words
+from compressvit.data.input import Side
+from compressvit.data.loaders import calibration_batches, train_loader
+from compressvit.diagnostics.cka_layers import likeness
+from compressvit.errors import UserError
+from compressvit.files import disk_faults, write_text
+from compressvit.log import RunLog
+from compressvit.model import stored
+from compressvit.model.old import current_word
+from compressvit.recipe.recipe import Part
+from compressvit.runs.evaluate import Scorer
+from compressvit.runs.folder import RunFolder
+from compressvit.runs.job import Job
+from compressvit.runs.models import build_student, load_teacher, require_student_file
+from compressvit.runs.recorder import Recorder
+from compressvit.runs.tables import ledger_table
+from compressvit.training import optimisation as opt
+from compressvit.training.loop import Phase
+from compressvit.training.pairs import Likeness
+from compressvit.training.phases.finetune import Finetune
+from compressvit.training.stage import Stage
+from compressvit.transforms import LedgerEntry
+from compressvit.transforms.applying import transform_
+from compressvit.transforms.record import compression_of
+
+
+@dataclass
+class Trained:
+    """What the parts of a recipe end with.
+
+    Attributes:
+        phases: by name, what each phase began with and which weights it kept.
+    """
+
+    teacher: Side
+    student: Side
+    phases: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def fill_teacher(job: Job, folder: RunFolder, *, resume: bool) -> tuple[nn.Module, bool]:
+    """The teacher with the values that the recipe names, and whether an earlier part of the run has trained it.
+
+    Raises:
+        UserError: weights of the teacher or the student that are not there, or do not fit.
+    """
+    opt.seed_everything(job.recipe.seed)
+    teacher = job.architecture.build()
+    require_student_file(job.recipe, teacher, job.classes)
+    if resume and folder.teacher.is_dir():
+        return trained_teacher(folder), True
+    load_teacher(job.recipe, teacher)
+    return teacher, False
+
+
+def trained_teacher(folder: RunFolder) -> nn.Module:
+    """The teacher that an earlier part of the run trained."""
+    try:
+        return artifact.load(folder.teacher)
+    except UserError as error:
+        raise UserError(
+            f"--resume: {error}\n  Remove {folder.teacher}: --resume then writes it again from its checkpoint"
+        ) from error
+
+
+class Run:
+    """A job that is carried out in a run folder."""
+
+    def __init__(self, job: Job, folder: RunFolder, log: RunLog):
+        self.job, self.folder, self.log = job, folder, log
+        self.recipe, self.device = job.recipe, job.device
+        self.scorer = Scorer(job.datasets, job.recipe.data, job.device, job.recipe.student.head == "new")
+        self.diagnostics = Recorder(job.recipe, folder.path, job.datasets, job.device, log)
+
+    def train_teacher(self, teacher: nn.Module) -> nn.Module:
+        """The phase before the steps; its result is an artifact of its own, never part of the student's. Returns it as it is read back,
+        as a resumed run reads it: its training left marks on the model, such as drop path."""
+        spec = self.recipe.teacher.finetune or Finetune()
+        phase = Phase("teacher", 0, self.recipe.seed, self.folder.checkpoint("teacher"))
+        side = Side(teacher, self.job.teacher.input)
+        teacher, _ = spec.run(teacher, self._stage(phase, side, None))
+        with disk_faults(self.folder.teacher):
+            artifact.save(teacher, self.folder.teacher, input_config=side.input.as_dict())
+        return trained_teacher(self.folder)
+
+    def parts(self, teacher: nn.Module) -> Trained:
+        """Carry out the parts of the recipe, top to bottom."""
+        done = Trained(Side(teacher.to(self.device).eval(), self.job.teacher.input), self.job.student)
+        opt.seed_everything(self.recipe.seed, 1)
+        model = build_student(self.recipe, teacher, classes=self.job.classes)
+        for part in self.recipe.parts():
+            if part.transforms:
+                model = self._transform(model, part)
+            if part.phase is None:
+                continue
+            phase = Phase(part.name, part.end + 1, self.recipe.seed, self.folder.checkpoint(part.name))
+            side = Side(model, self.job.student.input)
+            start = self._start(part, phase, side, done.teacher) if part.transforms else None
+            model, done.phases[part.name] = part.phase.run(model, self._stage(phase, side, done.teacher, start))
+        done.student = Side(model, self.job.student.input)
+        return done
+
+    def _start(self, part: Part, phase: Phase, student: Side, teacher: Side) -> dict[str, Any] | None:
+        """The scores after transforms and before training; a resumed run has reported them before."""
+        if phase.checkpoint.is_file():
+            return None
+        start = self.scorer.score(student, self.scorer.comparable(teacher))
+        self.log.scalars(part.transformed, "evaluate", 0, start)
+        self.log.say(f"before training: {words(start)}")
+        return start
+
+    def _stage(self, phase: Phase, model: Side, teacher: Side | None, start: dict[str, Any] | None = None) -> Stage:
+        """What a phase is given; `model` is what it begins with."""
+        data = self.recipe.data
+        return Stage(
+            phase=phase,
+            input=model.input,
+            teacher=teacher,
+            device=self.device,
+            log=self.log,
+            batch_size=data.batch_size,
+            loader=partial(train_loader, self.job.datasets, data, model.input, self.device),
+            evaluate=lambda m: self.scorer.in_training(Side(m, model.input), teacher),
+            likeness=lambda m: self._likeness(m, teacher),
+            start=start,
+            watching=self.diagnostics.watching,
+            measure=lambda name, m, epoch, last: self.diagnostics.measure(
+                name, teacher, Side(m, model.input), epoch, last
+            ),
+            widths=self.diagnostics.allocation,
+        )
+
+    def _likeness(self, student: nn.Module, teacher: Side | None) -> Likeness:
+        assert teacher is not None, "layers are paired with those of a teacher"
+        return likeness(
+            student,
+            teacher.model,
+            self._calibration_images(),
+            self.device,
+            images=self.recipe.calibration.images,
+            teacher_input=teacher.converter(self.job.student.input),
+        )
+
+    def _calibration_images(self) -> Callable[[], Iterator[torch.Tensor]]:
+        return calibration_images(self.job)
+
+    def _transform(self, student: nn.Module, part: Part) -> nn.Module:
+        """Apply neighbouring transforms. What was learned from images is kept: it takes long, and where the order of sums is another
+        (threads, a GPU) a resumed run would find other ranks, which its checkpoint does not fit."""
+        opt.seed_everything(self.recipe.seed, 2, part.end)
+        student.cpu()
+        kept = self.folder.transformed(part.transformed)
+        if stored.is_artifact(kept):
+            student, ledger = _read_transformed(kept)
+            self.log.say(f"{kept.name}: read from {kept}, as it was before the run stopped")
+        else:
+            ledger = transform_(student, part.transforms, self._calibration_images())
+            if any(spec.needs_images for spec in part.transforms):
+                _keep_transformed(student, ledger, kept, self.job.student.input.as_dict())
+        if ledger:
+            self.log.show(ledger_table(ledger))
+        self._draw_ranks(student)
+        return student
+
+    def _draw_ranks(self, student: nn.Module) -> None:
+        """A bar chart of the rank of every low-rank layer, where there are any."""
+        ranks: dict[str, int | None] = {}
+        for plan in compression_of(student).plans:
+            ranks |= getattr(plan, "ranks", {}) | dict.fromkeys(getattr(plan, "dense", ()))
+        if ranks:
+            layers: dict[str, Any] = {path: student.get_submodule(path) for path in ranks}
+            full = {path: min(layer.in_features, layer.out_features) for path, layer in layers.items()}
+            order = [path for path, _ in student.named_modules() if path in ranks]
+            self.folder.keep(ranks_finding({path: ranks[path] for path in order}, full))
+
+
+def calibration_images(job: Job) -> Callable[[], Iterator[torch.Tensor]]:
+    """A function that makes batches (B, C, H, W) of the recipe's calibration images, normalised for the student."""
+    recipe = job.recipe
+    return partial(
+        calibration_batches,
+        job.datasets,
+        recipe.data,
+        job.student.input,
+        job.device,
+        images=recipe.calibration.images,
+        seed=recipe.seed,
+    )
+
+
+def _keep_transformed(student: nn.Module, ledger: list[LedgerEntry], path: Path, config: dict[str, Any]) -> None:
+    write_text(path.with_suffix(".ledger.json"), json.dumps([asdict(entry) for entry in ledger], indent=2) + "\n")
+    with disk_faults(path):  # last: where it is, the ledger is
+        artifact.save(student, path, input_config=config)
+
+
+def _read_transformed(path: Path) -> tuple[nn.Module, list[LedgerEntry]]:
+    """The student that an earlier part of the run made, with its record of errors, which an artifact does not have."""
+    try:
+        student = artifact.load(path)
+        ledger = [LedgerEntry(**e) for e in json.loads(path.with_suffix(".ledger.json").read_text(encoding="utf-8"))]
+    except (UserError, OSError, ValueError, TypeError) as error:
+        raise UserError(f"--resume: {error}\n  Remove {path}: --resume then makes it again") from error
+    done = compression_of(student)
+    words = {plan.transform for plan in done.plans}
+    ledger = [replace(entry, step=current_word(entry.step, words)) for entry in ledger]
+    done.ledger[len(done.ledger) - len(ledger) :] = ledger
+    return student, ledger

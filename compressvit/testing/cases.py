@@ -1,0 +1,118 @@
+"""A case of the contract: one setting of a transform on one small backbone."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from compressvit.artifacts import artifact
+from compressvit.testing.models import BACKBONES, build, family_of, teacher
+from compressvit.transforms.applying import compress
+from compressvit.transforms.base import Transform
+
+# Transforms that freeze the backbone act at a few places, so they are tried on one model of every family.
+ADAPTED_BACKBONES = ("vit", "dinov2_registers", "swin", "convnext", "convnext_conv_mlp", "clip")
+
+
+@dataclass(eq=False)
+class Case:
+    """A transform on a backbone of `compressvit.testing.models`.
+
+    Attributes:
+        spec: the transform; where it reads an artifact, one that fits is made for it.
+        backbone: the name of the small model.
+        index: which of the transform's examples it is.
+    """
+
+    spec: Transform
+    backbone: str
+    index: int = 0
+    _student: nn.Module | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        self.spec = with_files(self.spec, self.backbone)
+
+    def __str__(self) -> str:
+        return f"{self.spec.name}{self.index}-{self.backbone}"
+
+    def build(self, seed: int = 0) -> nn.Module:
+        """A fresh backbone, to do with as one likes."""
+        return build(self.backbone, seed)
+
+    @property
+    def teacher(self) -> nn.Module:
+        """The backbone, shared and not to be changed."""
+        return teacher(self.backbone)
+
+    def student(self) -> nn.Module:
+        """A copy of the compressed model."""
+        if self._student is None:
+            torch.manual_seed(3)
+            self._student = compress(self.teacher, [self.spec])
+        return copy.deepcopy(self._student)
+
+
+def examples_of(transform: Transform | type[Transform]) -> Sequence[Transform]:
+    """The settings that a class names as its examples, or the one that is given."""
+    return (transform,) if isinstance(transform, Transform) else transform.examples()
+
+
+def backbones_of(spec: type[Transform], index: int = 0) -> list[str]:
+    """Where an example is tried: further ones of transforms that freeze on fewer models, and none on a family that is refused."""
+    names = tuple(BACKBONES) if not spec.freezes else ADAPTED_BACKBONES if index == 0 else ("vit", "swin")
+    return [name for name in names if family_of(name) not in spec.refuses]
+
+
+def cases_of(transform: Transform | type[Transform]) -> Iterator[Case]:
+    """Every example on every backbone that it is tried on."""
+    for index, spec in enumerate(examples_of(transform)):
+        for backbone in backbones_of(type(spec), index):
+            yield Case(spec, backbone, index)
+
+
+def with_files(spec: Transform, backbone: str, before: Sequence[Transform] = ()) -> Transform:
+    """The spec, reading artifacts that fit the backbone after the transforms `before`, where it reads files."""
+    if not spec.reads:
+        return spec
+    made = tuple(s for s in before if not s.plan_class.loads_values)
+    folder = str(_artifact(backbone, made))
+    return spec.model_copy(update=dict.fromkeys(spec.reads, folder))
+
+
+@functools.cache
+def _scratch() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="compressvit-testing-")
+
+
+@functools.cache
+def _artifact(backbone: str, before: tuple[Transform, ...]) -> Path:
+    folder = Path(tempfile.mkdtemp(dir=_scratch().name)) / "student"
+    return artifact.save(compress(build(backbone, seed=7), before), folder)
+
+
+def require(condition: object, sentence: str) -> None:
+    """Raise an AssertionError with a sentence unless a condition holds."""
+    if not condition:
+        raise AssertionError(sentence)
+
+
+Law = Callable[[Case], None]
+EVERY_CASE: list[Law] = []
+FIRST_EXAMPLE: list[Law] = []  # what depends on the layers and not on their settings
+
+
+def law(held_by: list[Law]) -> Callable[[Law], Law]:
+    """Add a law to those that every case, or the first example of each transform, is held to."""
+
+    def add(function: Law) -> Law:
+        held_by.append(function)
+        return function
+
+    return add

@@ -1,0 +1,105 @@
+"""All laws over all cases of a transform: as calls, or as tests of pytest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from compressvit.errors import UserError
+from compressvit.testing import in_timm, laws  # noqa: F401  (they add laws to the lists)
+from compressvit.testing.cases import (
+    EVERY_CASE,
+    FIRST_EXAMPLE,
+    Case,
+    backbones_of,
+    cases_of,
+    examples_of,
+    require,
+    with_files,
+)
+from compressvit.testing.models import ADAPTED, BACKBONES, build, family_of, structure
+from compressvit.testing.pairs import compose_or_refuse
+from compressvit.transforms.applying import compress
+from compressvit.transforms.base import TRANSFORMS, Transform
+
+if TYPE_CHECKING:
+    import pytest
+
+AnyTransform = Transform | type[Transform]
+_FEW = ("vit", "swin", "convnext")  # where the laws for first examples are tried of transforms that freeze the backbone
+
+
+@dataclass(frozen=True)
+class Check:
+    """One law on one case: call it, and it raises an AssertionError with a sentence where the law does not hold."""
+
+    name: str
+    run: Callable[[], object]
+
+    def __call__(self) -> None:
+        self.run()
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def transform_checks(transform: AnyTransform) -> Iterator[Check]:
+    """Every law on every example of a transform, or on the one setting that is given.
+
+    A transform class says what it is tried at and in what it differs: `examples`, `refuses`, `changes_at_start`, `blind_at_start`,
+    `blind` (see `compressvit.transforms.base.Transform`).
+    """
+    for case in cases_of(transform):
+        for law in (*EVERY_CASE, *(FIRST_EXAMPLE if _stands_for_all(case) else ())):
+            yield Check(f"{case}-{law.__name__}", partial(law, case))
+    first = examples_of(transform)[0]
+    for backbone in (*BACKBONES, *ADAPTED):
+        if family_of(backbone) in first.refuses:
+            yield Check(f"{first.name}-{backbone}-is_refused", partial(_is_refused, first, backbone))
+
+
+def pair_checks(transform: AnyTransform) -> Iterator[Check]:
+    """A transform before and after every registered one, on the first backbone that both work on."""
+    mine = examples_of(transform)[0]
+    for kind in TRANSFORMS.values():
+        other = examples_of(kind)[0]
+        backbone = next(name for name in backbones_of(type(mine)) if name in backbones_of(kind))
+        for first, second in ((mine, other), (other, mine))[: 1 if kind is type(mine) else 2]:
+            name = f"{first.name}+{second.name}-{backbone}-composes_or_is_refused"
+            yield Check(name, partial(compose_or_refuse, first, second, backbone))
+
+
+def _stands_for_all(case: Case) -> bool:
+    return case.index == 0 and (not case.spec.freezes or case.backbone in _FEW)
+
+
+def _is_refused(spec: Transform, backbone: str) -> None:
+    model = build(backbone)
+    before, words = structure(model), spec.refuses[family_of(backbone)]
+    try:
+        compress(model, [with_files(spec, backbone)])
+    except UserError as error:
+        require(words in str(error), f"{spec.name} refuses {backbone} with {str(error)!r}, not with {words!r}")
+    else:
+        raise AssertionError(f"{spec.name} works on {backbone}, which `refuses` says it does not")
+    require(structure(model) == before, f"{spec.name} refuses {backbone} and changes it")
+
+
+def check_transform(transform: AnyTransform) -> None:
+    """Run every law, alone and with every other transform.
+
+    Raises:
+        AssertionError: the first law that does not hold, in a sentence.
+    """
+    for check in (*transform_checks(transform), *pair_checks(transform)):
+        check()
+
+
+def parametrize_with_checks(transforms: Iterable[AnyTransform]) -> pytest.MarkDecorator:
+    """A decorator for a test that takes `check` and calls it: a test for every law and case, and for every pair with another transform."""
+    import pytest  # here alone, so that the laws can be used without it
+
+    checks = [check for transform in transforms for check in (*transform_checks(transform), *pair_checks(transform))]
+    return pytest.mark.parametrize("check", checks, ids=str)

@@ -1,0 +1,76 @@
+"""What a recipe can say about the `prune` phase (MiMi); what it does is in `spec.py`."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from compressvit.spec import Spec
+from compressvit.training.phases.base import PhaseSpec
+
+
+class PruneTarget(Spec):
+    """Where pruning ends: one of these."""
+
+    neurons: float | int | None = Field(
+        None,
+        gt=0,
+        description="Neurons of all adapters together: below 1 a share of those at the start (σ), else a number.",
+    )
+    parameters: float | int | None = Field(
+        None,
+        gt=0,
+        description="Parameters of all adapters together: below 1 a share of those at the start, else a number.",
+    )
+    macs: float | int | None = Field(
+        None,
+        gt=0,
+        description="Multiply-accumulates of all adapters for one image: below 1 a share of those at the start, else a number.",
+    )
+    accuracy: float | None = Field(
+        None,
+        gt=0,
+        le=100,
+        description="Prune on while the top-1 (%) after a cycle's training is at least this; the last adapters that reached it are kept. "
+        "It is chosen on the evaluation set, so its figure is that much too good.",
+    )
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> PruneTarget:
+        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        if len(given) != 1:
+            what = " and ".join(given) if given else "none"
+            raise ValueError(f"a target is one of neurons, parameters, macs and accuracy; given: {what}")
+        if self.accuracy is not None and self.accuracy <= 1:
+            raise ValueError(
+                f"accuracy={self.accuracy:g} is in percent; for {self.accuracy:.0%} give {100 * self.accuracy:g}"
+            )
+        for name in ("neurons", "parameters", "macs"):
+            value = getattr(self, name)
+            if isinstance(value, float) and value >= 1:
+                raise ValueError(
+                    f"{name}={value} is neither a share below 1 nor a whole number; give e.g. 0.25, or {int(value)}"
+                )
+        return self
+
+
+Score = Literal["magnitude", "sum", "shape", "relative", "down", "gradient", "random"]
+
+
+class PruneOptions(PhaseSpec):
+    """The options of `prune`."""
+
+    label_fields: ClassVar[tuple[str, ...] | None] = ("target", "score")
+
+    target: PruneTarget = Field(description="Where it ends; there is always a training after the last removal.")
+    rate: float = Field(0.5, gt=0, lt=1, description="ρ: share of the remaining neurons that a cycle removes.")
+    score: Score = Field(
+        "magnitude",
+        description="Of neuron j of an adapter of width M: magnitude (|D_j|₁ + |U_j|₁) / 2M, the paper's; sum, without / 2M; shape, "
+        "/ (M + h'); relative, / the largest of its adapter; down, |D_j|₁ / M alone; gradient, |θ·∂L/∂θ| summed; random.",
+    )
+    scope: Literal["global", "local"] = Field(
+        "global", description="Rank all neurons together, or remove the same share of every adapter."
+    )
+    gradient_batches: int = Field(10, ge=1, description="Training batches that `score: gradient` looks at.")

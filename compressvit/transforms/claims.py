@@ -1,0 +1,224 @@
+"""What a transform takes of a model, and which two takings exclude each other.
+
+A plan states its claims (`Plan.claims`); nobody has to know another transform by name. `RULES` is the one table of what cannot go
+together: the kind of claim of an earlier step, that of a later one, where two such claims meet, and the sentence about it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["weight", "tie", "slot", "grid", "tokens", "drop", "order", "regroup", "noise", "values"]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One thing that a step takes, at some paths or names of the model.
+
+    Attributes:
+        paths: where; for a tie, the names of the parameters that become one.
+        slot: the slot's name.
+        by: the option that asks for it, e.g. 'multiplex.mlp_conv', where that is not the step as a whole.
+        instead: how to do without it, for the sentence of a refusal.
+    """
+
+    kind: Kind
+    paths: tuple[str, ...]
+    slot: str = ""
+    by: str = ""
+    instead: str = ""
+
+
+def weight(path: str) -> Claim:
+    """The weight of the layer at `path` is made of parts of its own."""
+    return Claim("weight", (path,))
+
+
+def tie(names: Iterable[str], instead: str = "") -> Claim:
+    """These parameters become one, or those of one name below these modules."""
+    return Claim("tie", tuple(names), instead=instead)
+
+
+def slot(path: str, name: str) -> Claim:
+    """The slot `name` of the module at `path` is filled."""
+    return Claim("slot", (path,), slot=name)
+
+
+def grid(path: str, by: str = "", instead: str = "") -> Claim:
+    """What runs at `path` needs every token at its place on the grid."""
+    return Claim("grid", (path,), by=by, instead=instead)
+
+
+def adds_tokens(path: str, instead: str = "") -> Claim:
+    """What runs at `path` sees more tokens than the image's."""
+    return Claim("tokens", (path,), instead=instead)
+
+
+def drops(names: Iterable[str], instead: str = "") -> list[Claim]:
+    """These parameters are gone from the state dict; weights first, so that a refusal names one."""
+    return [Claim("drop", (name,), instead=instead) for name in sorted(names, key=lambda n: (n.endswith(".bias"), n))]
+
+
+def orders(path: str) -> Claim:
+    """Neurons and heads of the block at `path` are put into another order, so it must be as the teacher has it."""
+    return Claim("order", (path,))
+
+
+def regroups(path: str, by: str) -> Claim:
+    """The step chooses by itself which layers below `path` belong together; '' for the whole model."""
+    return Claim("regroup", (path,), by=by)
+
+
+def noise(path: str, by: str, instead: str) -> Claim:
+    """Values below `path` start from noise; '' for the whole model."""
+    return Claim("noise", (path,), by=by, instead=instead)
+
+
+def values(path: str, by: str, instead: str) -> Claim:
+    """The step fits the values that the layer at `path` has."""
+    return Claim("values", (path,), by=by, instead=instead)
+
+
+Meet = Callable[[Claim, Claim], str | None]
+
+
+def _same(a: Claim, b: Claim) -> str | None:
+    return next((path for path in b.paths if path in a.paths and a.slot == b.slot), None)
+
+
+def _is_below(path: str, above: str) -> bool:
+    return not above or path == above or path.startswith(f"{above}.")
+
+
+def _inside(a: Claim, b: Claim) -> str | None:
+    """The first path of one that is, or is below, one of the other."""
+    pairs = ((below, above) for x, y in ((b, a), (a, b)) for below in x.paths for above in y.paths)
+    return next((below for below, above in pairs if _is_below(below, above)), None)
+
+
+def _otherwise_tied(a: Claim, b: Claim) -> str | None:
+    """Where two ties meet, unless each name of one is, or is below, another name of the other."""
+    pairs = [(x, y) for x in a.paths for y in b.paths if _is_below(x, y) or _is_below(y, x)]
+    alike = all({pair[i] for pair in pairs} == set(claim.paths) for i, claim in enumerate((a, b)))
+    return None if alike and len(pairs) == len(a.paths) == len(b.paths) else _inside(a, b)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Why two claims exclude each other.
+
+    Attributes:
+        meet: where two claims do; None where they do not.
+        why: the sentence, with {earlier} and {later} for the steps (or their options), {path}, {slot}, {n_earlier} and {n_later} for how
+            many names a tie has.
+        instead: the way out where the later claim names none.
+        whose: of which claims the ways out fit here: the later one's, those of both (either step can give way), or none.
+    """
+
+    meet: Meet
+    why: str
+    instead: str
+    whose: Literal["later", "both", "none"] = "later"
+
+
+_TOO_LATE = Rule(
+    _inside,
+    "{later} comes before the steps that share or add, and the earlier {earlier} changed {path}",
+    "put `{later}` first",
+)
+_OFF_GRID = "needs every token at its place on the grid, and"
+_FEWER = "leave out one of `{earlier}` and `{later}`, or adapt with lora, adapters or ssf, which add no tokens"
+
+# (kind of the earlier claim, kind of the later one)
+RULES: dict[tuple[Kind, Kind], Rule] = {
+    ("weight", "weight"): Rule(
+        _same,
+        "{later} comes after {earlier}: {path} has a low-rank term already",
+        "give the two steps different targets, or merge them into one with a larger rank",
+    ),
+    ("tie", "tie"): Rule(
+        _otherwise_tied,
+        "{later} wants to share {path} among {n_later} layers, but the earlier {earlier} shares it among {n_earlier}",
+        "give both steps the same share",
+    ),
+    ("tie", "drop"): Rule(
+        _inside,
+        "{later} would replace {path}, which the earlier {earlier} shares among {n_earlier} layers",
+        "leave one of the two steps out",
+    ),
+    ("drop", "tie"): Rule(
+        _inside,
+        "{later} wants to share {path}, which the earlier {earlier} replaced",
+        "put `{later}` first, or leave one of the two steps out",
+        whose="none",
+    ),
+    ("slot", "slot"): Rule(
+        _same,
+        "{later} wants to add {path}.{slot}, which is already there: the earlier {earlier} added it",
+        "apply only one of the two, with everything it should do",
+    ),
+    ("grid", "tokens"): Rule(_same, "{earlier} " + _OFF_GRID + " those of {later} have none", _FEWER, "both"),
+    ("tokens", "grid"): Rule(_same, "{later} " + _OFF_GRID + " those of {earlier} have none", _FEWER, "both"),
+    ("tokens", "tokens"): Rule(
+        _same,
+        "{later} wants to add tokens in {path}, where the earlier {earlier} did",
+        "apply one, with as many as you want",
+    ),
+    ("tie", "order"): _TOO_LATE,
+    ("slot", "order"): _TOO_LATE,
+    ("weight", "order"): _TOO_LATE,
+    ("drop", "order"): _TOO_LATE,
+    ("order", "regroup"): Rule(
+        _inside,
+        "{later} would choose its own groups, but the earlier {earlier} has matched the blocks of others",
+        "leave {earlier} out, or give both steps the same share",
+    ),
+    ("noise", "values"): Rule(
+        _inside,
+        "{later} fits the teacher's weights, but the earlier {earlier} starts the student from noise",
+        "leave one of the two steps out",
+        "both",
+    ),
+    ("weight", "noise"): Rule(
+        _inside, "{later} would put noise below the low-rank terms of the earlier {earlier}", "put `{later}` first"
+    ),
+}
+
+
+def conflict(taken: Iterable[tuple[str, Claim]], step: str, wanted: Iterable[Claim]) -> str | None:
+    """Why a step cannot have what it wants, with a way out; None where it can.
+
+    Args:
+        taken: what earlier steps claimed, each with its step's word.
+        step: the word of the step that asks.
+    """
+    by_kind: dict[Kind, list[tuple[str, Claim]]] = {}
+    for earlier, claim in taken:
+        by_kind.setdefault(claim.kind, []).append((earlier, claim))
+    for later in wanted:
+        for (first, second), rule in RULES.items():
+            for word, claim in by_kind.get(first, ()) if second == later.kind else ():
+                path = rule.meet(claim, later)
+                if path is not None:
+                    return _sentence(rule, word, claim, step, later, path)
+    return None
+
+
+def _sentence(rule: Rule, word: str, earlier: Claim, step: str, later: Claim, path: str) -> str:
+    names = {
+        "earlier": earlier.by or word,
+        "later": later.by or step,
+        "path": path,
+        "slot": later.slot,
+        "n_earlier": len(earlier.paths),
+        "n_later": len(later.paths),
+    }
+    offered = {"later": (later.instead,), "both": (earlier.instead, later.instead), "none": ()}[rule.whose]
+    ways = ", or ".join(way for way in offered if way) or rule.instead.format(**names)
+    if word == step and (earlier.kind, later.kind) in {("weight", "weight"), ("slot", "slot")}:
+        return (
+            f"{step} is applied twice: {rule.why.format(**names).removeprefix(f'{step} comes after {step}: ')}; {ways}"
+        )
+    return f"{rule.why.format(**names)}; {ways}"

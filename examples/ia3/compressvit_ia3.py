@@ -1,0 +1,102 @@
+"""IA³: learned scales of the keys, the values and the hidden layer of the MLP of a frozen backbone.
+
+Paper: Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning, NeurIPS 2022,
+https://arxiv.org/abs/2205.05638, section 3.3
+
+`softmax(q (l_k ⊙ k)ᵀ) (l_v ⊙ v)` in attention and `(l_ff ⊙ γ(x W1)) W2` in the MLP. All scales start at one, so the model is
+unchanged. 2·M + hidden parameters a block (M its width). It merges exactly: into the rows of qkv and the columns of fc2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from compressvit.fitting.moments import Source
+from compressvit.model.backbone import describe, projection
+from compressvit.transforms.base import TRANSFORMERS_ONLY, Transform, transform
+from compressvit.transforms.term import TermPlan, new_like
+
+
+class Scales(nn.Module):
+    """`l ⊙ x` over the last `channels` channels of x, (…, C) → (…, C); those before them (the queries) stay.
+
+    Args:
+        channels: their number.
+        on_inputs: whether x is what the layer reads, instead of what it computes.
+    """
+
+    def __init__(self, channels: int, on_inputs: bool, device=None, dtype=None):
+        super().__init__()
+        self.scale = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
+        self.on_inputs = on_inputs
+
+    def reset(self) -> None:
+        """All ones, the identity."""
+        nn.init.ones_(self.scale)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        kept = x.shape[-1] - len(self.scale)
+        return torch.cat([x[..., :kept], x[..., kept:] * self.scale], dim=-1)
+
+
+class WithScales:
+    """Of a linear layer: scales of its inputs or outputs."""
+
+    slots = ("ia3",)
+    ia3: Scales
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.ia3.on_inputs:
+            return super().forward(self.ia3(x))  # type: ignore[misc]
+        return self.ia3(super().forward(x))  # type: ignore[misc]
+
+
+class IA3Plan(TermPlan):
+    """A resolved `IA3`: the fused qkv layers, whose keys and values are scaled, and the layers that read the hidden neurons."""
+
+    mixin = WithScales
+    slot = "ia3"
+
+    qkv: tuple[str, ...]
+    fc2: tuple[str, ...]
+
+    @property
+    def sites(self) -> Iterable[str]:
+        return (*self.qkv, *self.fc2)
+
+    def term(self, module: Any, path: str) -> tuple[nn.Module, str]:
+        outputs, inputs = module.weight.shape
+        if path in self.qkv:
+            return Scales(outputs * 2 // 3, False, **new_like(module.weight)), "+ scales of keys and values"
+        return Scales(inputs, True, **new_like(module.weight)), "+ scales of the hidden neurons"
+
+    def folds_into(self, path: str) -> list[str]:
+        return [f"{path}.weight", f"{path}.bias"] if path in self.qkv else [f"{path}.weight"]
+
+    def fold_term(self, module: Any, term: Any, path: str) -> None:
+        """The rows of qkv and its bias, or the columns of fc2, times their scales."""
+        outputs, inputs = module.weight.shape
+        scale = term(torch.ones(inputs if term.on_inputs else outputs).to(module.weight)).double()
+        weight = module.weight.double()
+        module.weight.copy_(weight * (scale if term.on_inputs else scale[:, None]))
+        if module.bias is not None and not term.on_inputs:
+            module.bias.copy_(module.bias.double() * scale)
+
+
+@transform("ia3", IA3Plan)
+class IA3(Transform):
+    """Learned scales of keys, values and the hidden layer of the MLP; the backbone is frozen (IA³)."""
+
+    freezes = True
+    refuses = TRANSFORMERS_ONLY
+
+    def plan(self, model: nn.Module, source: Source | None = None) -> IA3Plan:
+        paths = [info.path for info in describe(model, "attention").blocks]
+        qkv, fc2 = ([f"{path}.{place}" for path in paths] for place in ("attn.qkv", "mlp.fc2"))
+        for path in (*qkv, *fc2):
+            projection(model, path, "ia3")  # which says what a block has instead
+        return IA3Plan(qkv=tuple(qkv), fc2=tuple(fc2))

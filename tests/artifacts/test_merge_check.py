@@ -1,0 +1,69 @@
+"""What a merge is checked by: that every step folds, and the difference on made-up images."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers.models import build
+from torch import nn
+
+from compressvit.artifacts.merge import merged_copy, photograph_like, relative_difference
+from compressvit.data.input import InputConfig
+from compressvit.errors import UserError
+from compressvit.transforms import AdaptFormer, HeadNorm, LoRA, Multiplex
+from compressvit.transforms.applying import compress
+
+SIZE = 64
+MEAN, STD = (0.1, 0.45, 0.8), (0.5, 0.25, 0.1)
+
+
+@pytest.fixture(scope="module")
+def pixels() -> torch.Tensor:
+    """Of images normalised for a model, back in 0..1."""
+    images = photograph_like(64, InputConfig(3, SIZE, SIZE, MEAN, STD, "bicubic", 1.0))
+    return images * torch.tensor(STD).reshape(-1, 1, 1) + torch.tensor(MEAN).reshape(-1, 1, 1)
+
+
+def test_they_are_normalised_per_channel(pixels):
+    assert pixels.shape == (64, 3, SIZE, SIZE)
+    assert pixels.min() == pytest.approx(0, abs=1e-5)
+    assert pixels.max() == pytest.approx(1, abs=1e-5)
+    assert pixels.mean((0, 2, 3)).tolist() == pytest.approx([0.45] * 3, abs=0.01)
+    assert pixels.std((0, 2, 3)).tolist() == pytest.approx([0.25] * 3, abs=0.02)
+
+
+def test_the_spectrum_falls_with_the_frequency_in_every_direction(pixels):
+    """Amplitudes as 1/f, so that f · amplitude is the same everywhere (but where pixels were cut off at 0 and 1)."""
+    amplitude = torch.fft.rfft2(pixels).abs().square().mean((0, 1)).sqrt()
+    rows, columns = torch.fft.fftfreq(SIZE)[:, None], torch.fft.rfftfreq(SIZE)
+    frequency = (rows**2 + columns**2).sqrt()
+    flat = (frequency * amplitude)[(frequency > 0.05) & (frequency < 0.4)]
+    assert flat.std() / flat.mean() < 0.12  # measured 0.08
+    along = [(frequency * amplitude)[i, j] for i, j in ((10, 0), (-10, 0), (0, 10), (7, 7), (-7, 7))]
+    assert min(along) > 0.75 * max(along)
+
+
+def test_the_difference_is_the_largest_in_parts_of_the_largest_output():
+    class Constant(nn.Module):
+        def __init__(self, *values: float):
+            super().__init__()
+            self.values = torch.tensor([values])
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.values
+
+    images = torch.zeros(1)
+    assert relative_difference(Constant(1, -8), Constant(1, -6), images) == pytest.approx(0.25)
+    assert relative_difference(Constant(1, -8), Constant(1, -10), images) == pytest.approx(0.25)
+    assert relative_difference(Constant(1, 8), Constant(5, 8), images) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("other", [AdaptFormer(width=2), Multiplex(share=2)], ids=lambda spec: spec.name)
+@pytest.mark.parametrize("first", [False, True])
+def test_one_step_that_cannot_be_folded_is_enough(other, first):
+    """Not a model in which only the other step is folded."""
+    steps = [other, LoRA(rank=2)] if first else [LoRA(rank=2), other]
+    if isinstance(other, Multiplex) and not first:
+        steps = [HeadNorm(), other]
+    with pytest.raises(UserError, match=f"{other.name} cannot be folded"):
+        merged_copy(compress(build("vit"), steps))

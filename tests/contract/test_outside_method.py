@@ -1,0 +1,158 @@
+"""A method of another package, `examples/ia3`: planned, trained, merged, reported and loaded without an edit here, and missed by name."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.runs import TINY
+
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "examples" / "ia3"
+RECIPE = TINY.replace("multiplex: {share: 2}", "ia3").replace("distill: {epochs: 1}", "finetune: {epochs: 2}")
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    """A folder with the distribution's files as pip would leave them."""
+    folder = tmp_path_factory.mktemp("site-packages")
+    (folder / "compressvit_ia3.py").write_text((EXAMPLE / "compressvit_ia3.py").read_text())
+    project = (EXAMPLE / "pyproject.toml").read_text()
+    group, entry = '[project.entry-points."compressvit.transforms"]', 'ia3 = "compressvit_ia3"'
+    assert f"{group}\n{entry}" in project
+    assert 'name = "compressvit-ia3"\nversion = "0.1.0"' in project
+    info = folder / "compressvit_ia3-0.1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: compressvit-ia3\nVersion: 0.1.0\n")
+    (info / "entry_points.txt").write_text("[compressvit.transforms]\nia3 = compressvit_ia3\n")
+    return folder
+
+
+def python(*words: object, path: Path | None = None, code: int = 0) -> str:
+    """Output and errors of a Python of its own, with `path` beside compressvit on the path."""
+    paths = [str(ROOT), *([str(path)] if path else [])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "COLUMNS": "240", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, env=environment)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def compressvit(*words: object, path: Path | None = None, code: int = 0) -> str:
+    return " ".join(python("-m", "compressvit", *words, path=path, code=code).split())
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, installed) -> Path:
+    """A run that trained the method, merged it and wrote an adapter file."""
+    folder = tmp_path_factory.mktemp("outside")
+    (folder / "recipe.yaml").write_text(RECIPE)
+    compressvit("apply", folder / "recipe.yaml", "--output", folder / "run", path=installed)
+    return folder / "run"
+
+
+def test_a_recipe_names_it_by_its_word(run, installed):
+    recipe = run.parent / "recipe.yaml"
+    said = compressvit("plan", recipe, path=installed)
+    assert "ia3" in said
+    python(
+        "-c",
+        "from compressvit.recipe.schema import documentation, json_schema\n"
+        "from compressvit import Recipe\n"
+        "assert 'ia3' in json_schema()['$defs']['Step']['properties']\n"
+        "assert documentation('ia3') == []\n",
+        path=installed,
+    )
+
+
+def test_the_files_name_the_package(run):
+    steps = json.loads((run / "student" / "compressvit.json").read_text())["transforms"]
+    assert [(step["transform"], step["package"]) for step in steps] == [("ia3", "compressvit-ia3")]
+    assert json.loads((run / "environment.json").read_text())["versions"]["compressvit-ia3"] == "0.1.0"
+
+
+def test_it_is_loaded_merged_and_reported(run, installed, tmp_path):
+    merged = tmp_path / "merged"
+    assert str(merged) in compressvit("merge", run, "--output", merged, path=installed)
+    assert "report.html" in compressvit("report", run, path=installed)
+    assert "scales of the hidden neurons" in (run / "report.html").read_text()
+    python(
+        "-c",
+        "import sys, timm, torch, compressvit\n"
+        "run, merged = sys.argv[1:]\n"
+        "student = compressvit.load(f'{run}/student')\n"
+        "images = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))\n"
+        "scales = [p for n, p in student.named_parameters() if n.endswith('ia3.scale')]\n"
+        "assert len(scales) == 4 and all((p != 1).any() for p in scales), 'it was not trained'\n"
+        "plain = timm.create_model(f'local-dir:{merged}', pretrained=True).eval()\n"
+        "assert not any('ia3' in name for name in plain.state_dict())\n"
+        "with torch.no_grad():\n"
+        "    assert torch.allclose(student(images), plain(images), atol=1e-5)\n"
+        "teacher = compressvit.load(f'{run}/teacher')\n"
+        "compressvit.load_adapter(teacher, f'{run}/adapter.safetensors')\n"
+        "with torch.no_grad():\n"
+        "    assert torch.equal(student(images), teacher(images))\n"
+        "compressvit.remove_adapter(teacher)\n"
+        "assert not any('ia3' in name for name in teacher.state_dict())\n",
+        run,
+        merged,
+        path=installed,
+    )
+
+
+MISSING = "the transform 'ia3' of the package compressvit-ia3, which is not installed here"
+
+
+@pytest.mark.parametrize("verb", ["merge", "evaluate"])
+def test_without_the_package_verbs_name_it(run, verb, tmp_path):
+    words = (verb, run / "student") if verb == "merge" else (verb, run / "student", "data.name=digits")
+    said = compressvit(*words, code=2)
+    assert MISSING in said
+    assert "`pip install compressvit-ia3`" in said
+
+
+def test_without_the_package_an_adapter_file_names_it(run):
+    said = python(
+        "-c",
+        "import sys, compressvit\n"
+        "teacher = compressvit.load(f'{sys.argv[1]}/teacher')\n"
+        "try:\n    compressvit.load_adapter(teacher, f'{sys.argv[1]}/adapter.safetensors')\n"
+        "except compressvit.UserError as error:\n    print(error)\n",
+        run,
+    )
+    assert MISSING in said
+
+
+def test_without_the_package_a_recipe_is_refused(run):
+    said = compressvit("plan", run / "resolved.yaml", code=2)
+    assert "steps[0].ia3: unknown key, which neither compressvit nor an installed package offers" in said
+    assert "multiplex" in said, "what is known"
+
+
+def test_a_broken_package_is_named_where_its_word_is_used(run, installed, tmp_path):
+    for item in installed.glob("*.dist-info"):
+        (tmp_path / item.name).mkdir()
+        for file in item.iterdir():
+            (tmp_path / item.name / file.name).write_text(file.read_text())
+    (tmp_path / "compressvit_ia3.py").write_text("raise RuntimeError('built for another torch')\n")
+    fault = "the transform 'ia3' of the package compressvit-ia3 cannot be used: RuntimeError: built for another torch"
+    assert f"steps[0].ia3: unknown key; {fault}" in compressvit("plan", run / "resolved.yaml", path=tmp_path, code=2)
+    assert fault in compressvit("merge", run / "student", path=tmp_path, code=2)
+    compressvit("recipes", "list", path=tmp_path)
+
+
+def test_its_test_file_runs_every_law(installed):
+    said = python(
+        "-c",
+        "import torch; torch.set_num_threads(1)\n"
+        "from compressvit_ia3 import IA3\n"
+        "from compressvit.testing import transform_checks, check_transform\n"
+        "print(len(list(transform_checks(IA3))), 'checks')\n"
+        "check_transform(IA3)\n",
+        path=installed,
+    )
+    assert int(said.split()[0]) > 60

@@ -1,0 +1,53 @@
+"""Calibration images: in which forms they may come, and which sizes a model takes."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from helpers.models import VIT, build, images_for
+
+from compressvit.errors import UserError
+from compressvit.fitting.moments import LEAST_IMAGES, STRONG_RIDGE, Source
+
+PATHS = ["blocks.0.mlp.fc1", "blocks.1.attn.proj"]
+
+
+def test_every_form_of_the_images_gives_the_same_moments():
+    model = build("vit")
+    images = images_for(model, 20)
+    pairs = [(part, torch.zeros(len(part))) for part in images.split(8)]
+    forms = (images, images.split(8), pairs, iter(pairs), lambda: images.split(8), images.double())
+    expected = None
+    for form in forms:
+        found = Source(build("vit"), form).moments(PATHS, outputs=False)
+        assert list(found) == PATHS
+        assert all(moments.tokens == 20 * 17 for moments in found.values())
+        expected = expected or found
+        for path in PATHS:
+            torch.testing.assert_close(found[path].inputs, expected[path].inputs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_of_any_size_takes_images_of_any_size():
+    dynamic = timm.create_model("vit_tiny_patch16_224", **VIT, dynamic_img_size=True)
+    images = torch.randn(9, 3, 48, 48)
+    assert Source(dynamic, images).moments(PATHS, outputs=False)[PATHS[0]].tokens == 9 * 37
+    with pytest.raises(UserError, match=r"a tensor \(N, 3, 32, 32\).*not a batch of shape \(9, 3, 48, 48\)"):
+        Source(build("vit"), images).moments(PATHS, outputs=False)
+    with pytest.raises(UserError, match=r"not a batch of shape \(9, 1, 48, 48\)"):
+        Source(dynamic, images[:, :1]).moments(PATHS, outputs=False)
+
+
+@pytest.mark.parametrize(("different", "strong"), [(LEAST_IMAGES - 1, True), (LEAST_IMAGES, False)])
+def test_images_that_are_too_few_or_too_alike_have_a_strong_ridge(different, strong):
+    model = build("vit")
+    images = images_for(model, different).repeat(3, 1, 1, 1)
+    source = Source(model, images)
+    metric = source.metrics(PATHS, "outputs", 1e-3, 1e-2)[PATHS[0]]
+    assert source.too_alike is strong
+    moments = source.moments(PATHS, outputs=True)[PATHS[0]]
+    ridges = (STRONG_RIDGE, STRONG_RIDGE) if strong else (1e-3, 1e-2)
+    expected = moments.metric(*ridges)
+    torch.testing.assert_close(metric.input, expected.input)
+    torch.testing.assert_close(metric.output, expected.output)
+    assert not torch.allclose(metric.input, moments.metric(0.5, 0.5).input, rtol=1e-3)
