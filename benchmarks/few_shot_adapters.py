@@ -25,7 +25,7 @@ import compressvit
 from compressvit.artifacts import artifact
 from compressvit.model import cost
 from compressvit.model.backbone import input_size
-from compressvit.recipe.recipe import find_recipe
+from compressvit.recipe.shipped import find_recipe
 
 RATES = (1e-3, 5e-3)  # to begin with; while the best is at an edge, up to EXTENSIONS more beyond it
 EXTENSIONS, FACTOR = 2, 4.0

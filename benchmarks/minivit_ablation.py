@@ -11,14 +11,13 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import yaml
 from rich.console import Console
 
-from compressvit.recipe.recipe import find_recipe, parse_recipe
+from compressvit.recipe.shipped import find_recipe
 from compressvit.runs.apply import apply
 
 COMPONENTS = {
@@ -42,7 +41,7 @@ def recipe_text(overrides: dict, teacher: dict | None, steps: list) -> str:
     return yaml.safe_dump(content, sort_keys=False)
 
 
-def run(text: str, name: str, output: Path, console: Console) -> dict:
+def run(text: str, output: Path, console: Console) -> dict:
     """Apply a recipe unless its results are there already; returns its results with the wall time.
 
     Raises:
@@ -50,19 +49,11 @@ def run(text: str, name: str, output: Path, console: Console) -> dict:
     """
     results, clock = output / "results.json", output / "seconds.json"
     finished = results.is_file() and clock.is_file()
-    if finished and (output / "recipe.yaml").read_text(encoding="utf-8") != text:
+    if finished and yaml.safe_load((output / "recipe.yaml").read_text(encoding="utf-8")) != yaml.safe_load(text):
         raise SystemExit(f"{output} holds a finished run of another recipe; remove it, or give another --output")
     if not finished:
         started = time.time()
-        apply(
-            parse_recipe(text, name),
-            name=name,
-            recipe_text=text,
-            output=output,
-            command=sys.argv,
-            overwrite=True,
-            console=console,
-        )
+        apply(yaml.safe_load(text), output, overwrite=True, console=console)
         clock.write_text(json.dumps(time.time() - started))
     return {**json.loads(results.read_text()), "seconds": json.loads(clock.read_text())}
 
@@ -86,7 +77,7 @@ def main() -> None:
     training = {**base["steps"][-1]["distill"], "epochs": arguments.epochs}
     taught = {**base["teacher"], "finetune": {**base["teacher"]["finetune"], "epochs": arguments.teacher_epochs}}
     nothing = [{"multiplex": {"share": 1, "head_mixing": False}}]
-    teacher_run = run(recipe_text({}, taught, nothing), "teacher", arguments.output / "teacher_run", console)
+    teacher_run = run(recipe_text({}, taught, nothing), arguments.output / "teacher_run", console)
     fixed = {**base["teacher"], "weights": str(arguments.output / "teacher_run" / "teacher"), "num_classes": 10}
     fixed.pop("finetune")
     print(f"teacher: top-1 {teacher_run['teacher']['top1']:.2f} %, {teacher_run['teacher']['parameters']:,} parameters")
@@ -106,7 +97,6 @@ def main() -> None:
                         recipe_text(
                             {"seed": seed, "data": {**base["data"], "limit_train": arguments.images}}, fixed, steps
                         ),
-                        name,
                         output,
                         console,
                     )

@@ -21,7 +21,7 @@ from rich.console import Console
 from compressvit.charts.findings import Finding, read
 from compressvit.diagnostics.gradients import GradientRow
 from compressvit.model.stored import read_manifest
-from compressvit.recipe.recipe import find_recipe
+from compressvit.recipe.shipped import find_recipe
 from compressvit.rows import read_rows
 
 NOISE = {"form": "reference", "init": "scratch"}

@@ -19,7 +19,7 @@ from minivit_ablation import run
 from rich.console import Console
 
 from compressvit.model.stored import read_manifest
-from compressvit.recipe.recipe import find_recipe
+from compressvit.recipe.shipped import find_recipe
 
 METHODS = {"reference, from noise": 1e-3, "low rank, from the teacher": 1e-4}  # and the peak learning rate
 

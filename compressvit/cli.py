@@ -143,7 +143,7 @@ def _add_validate(verb: Verb) -> None:
     validate = verb(
         "validate",
         _validate,
-        "check recipe files against the schema and list every fault; `plan` also builds the models",
+        "check recipe files against the schema, and their models' names against timm's; `plan` also builds the models",
     )
     validate.add_argument(
         "recipes", metavar="RECIPE", nargs="+", help="a shipped recipe's name, or the path of a YAML file"
@@ -217,7 +217,7 @@ def _budget(word: str) -> float:
 
 
 def _apply(arguments: argparse.Namespace) -> int:
-    from compressvit.recipe.recipe import find_recipe
+    from compressvit.recipe.shipped import find_recipe
     from compressvit.report.write import report_after_run
     from compressvit.runs.apply import apply
     from compressvit.runs.folder import RESOLVED
@@ -284,7 +284,8 @@ def _plan(arguments: argparse.Namespace) -> int:
 def _frontier(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from compressvit.recipe.recipe import find_recipe, load_recipe
+    from compressvit.recipe.recipe import load_recipe
+    from compressvit.recipe.shipped import find_recipe
     from compressvit.runs.frontier import frontier
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
@@ -303,12 +304,12 @@ def _frontier(arguments: argparse.Namespace) -> int:
 
 
 def _validate(arguments: argparse.Namespace) -> int:
-    from compressvit.recipe.recipe import load_recipe
+    from compressvit.recipe.recipe import load_recipe, require_known_models
 
     faulty = 0
     for name in arguments.recipes:
         try:
-            load_recipe(name)
+            require_known_models(load_recipe(name), name)
             print(f"{name}: valid")
         except UserError as error:
             faulty += 1
@@ -353,13 +354,13 @@ def _recipes_list(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from compressvit.recipe.recipe import load_recipe, shipped_recipes
+    from compressvit.recipe.shipped import described
 
     table = Table(box=None, pad_edge=False)
     table.add_column("name")
     table.add_column("description")
-    for name, path in shipped_recipes().items():
-        table.add_row(name, load_recipe(path).description)
+    for name, description in described().items():
+        table.add_row(name, description)
     Console().print(table)
     return 0
 
@@ -377,14 +378,14 @@ def _recipes_show(arguments: argparse.Namespace) -> int:
 
 
 def _schema(arguments: argparse.Namespace) -> int:
-    from rich.console import Console
-    from rich.table import Table
-
     from compressvit.recipe.schema import documentation, json_schema
 
     if arguments.key is None:
         print(json.dumps(json_schema(), indent=2))
         return 0
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table(box=None, pad_edge=False)
     for column in (arguments.key, "default", "meaning"):
         table.add_column(column)

@@ -10,17 +10,14 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
-
-from rich.console import Console, Group
-from rich.live import Live
-from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, track
-from rich.text import Text
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from compressvit.errors import UserError
 from compressvit.files import disk_faults
 from compressvit.rows import append_row
+
+if TYPE_CHECKING:  # rich is imported where something is printed: much is validated and planned that never prints
+    from rich.console import Console
 
 log = logging.getLogger("compressvit")
 
@@ -36,6 +33,9 @@ class RunLog:
     """
 
     def __init__(self, folder: Path | None, console: Console | None = None, tag: Callable[[str], str] = str):
+        from rich.console import Console
+        from rich.logging import RichHandler
+
         self.console = console or Console()
         self.folder = folder
         self._tag = tag
@@ -57,6 +57,8 @@ class RunLog:
 
     def show(self, what: Any) -> None:
         """A table, or whatever a function prints to the console it is given: to the console and to run.log."""
+        from rich.console import Console
+
         text = io.StringIO()
         for console in (self.console, Console(file=text, width=160)):
             what(console) if callable(what) else console.print(what)
@@ -83,14 +85,20 @@ class RunLog:
 
     @contextmanager
     def progress(self, description: str, total: int, completed: int = 0) -> Iterator[Any]:
-        """A progress bar with a line of numbers below it; yields `advance(text)`, to be called after every optimiser step."""
+        """A progress bar with a line of numbers below it; yields `advance`, to be called after every step, with new ones or none."""
+        from rich.console import Group
+        from rich.live import Live
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.text import Text
+
         bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         task = bar.add_task(description, total=total, completed=completed)
         numbers = Text()
         with Live(Group(bar, numbers), console=self.console, transient=True, refresh_per_second=4):
 
-            def advance(text: str) -> None:
-                numbers.plain = text
+            def advance(text: str | None = None) -> None:
+                if text is not None:
+                    numbers.plain = text
                 bar.advance(task)
 
             yield advance
@@ -119,6 +127,9 @@ T = TypeVar("T")
 
 def progress(items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
     """`items`, with a progress bar on stderr while they are gone through, if that is a terminal."""
+    from rich.console import Console
+    from rich.progress import track
+
     console = Console(stderr=True)
     return track(items, description, total, console=console, transient=True, disable=not console.is_terminal)
 

@@ -32,9 +32,6 @@ TOP = ("cli", "__main__")
 ORDER = ("", *GROUND, *ROOMS, *TOP)  # "" is compressvit/__init__.py, which knows names of modules alone
 
 TOO_LONG = {  # to become shorter
-    "training.evaluate.evaluate",
-    "training.loop.train",
-    "training.pairs.match_layers",
 }
 
 

@@ -12,15 +12,16 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import altair as alt
 import numpy as np
 from PIL import Image
 
-from compressvit.charts import charts, drawing
 from compressvit.errors import UserError
 from compressvit.files import write_text
+
+if TYPE_CHECKING:
+    import altair as alt
 
 Row = TypeVar("Row")
 
@@ -46,6 +47,8 @@ class Finding:
 
     def draw(self) -> alt.Chart:
         """The chart, without title and caption."""
+        from compressvit.charts import charts  # Altair takes a second to import, and recipes only name what is drawn
+
         return charts.CHARTS[self.chart](self.records, **self.options)
 
     def write(self, folder: Path, *, pictures: bool = True) -> list[Path]:
@@ -65,6 +68,8 @@ class Finding:
 
     def picture(self, path: Path) -> None:
         """Draw the chart with its title into a PNG or SVG file."""
+        from compressvit.charts import drawing
+
         drawing.save(self.draw().properties(title=self.title), path)
 
     def log(self, writer: Any, folder: Path) -> None:
@@ -80,6 +85,8 @@ def read(path: Path) -> Finding:
     Raises:
         UserError: the file is damaged, or of another version.
     """
+    from compressvit.charts import charts
+
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         finding = Finding(**content)

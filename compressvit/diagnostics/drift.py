@@ -133,7 +133,7 @@ def _tapped(model: nn.Module, paths: Sequence[str], device: torch.device) -> Ite
     wanted: list[Tap] = []
     for path in dict.fromkeys(paths):
         wanted += [(path, "output"), (f"{path}.attn.qkv", "output"), (f"{path}.attn.attn_drop", "input")]
-    taps = Taps(model.to(device), wanted, device)
+    taps = Taps(model.to(device), wanted)
     for module in fused:
         module.fused_attn = False  # type: ignore[assignment]
     try:

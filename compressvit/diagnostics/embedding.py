@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import Field
-from sklearn.manifold import TSNE
 from torch import nn
 
 from compressvit.charts.findings import Finding
@@ -82,6 +81,8 @@ def embedding_finding(
     Raises:
         UserError: the features do not vary.
     """
+    from sklearn.manifold import TSNE
+
     records: list[dict[str, Any]] = []
     for name, values in features.items():
         if (

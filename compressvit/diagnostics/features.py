@@ -68,7 +68,7 @@ def block_paths(model: nn.Module) -> tuple[str, ...]:
 
 def require_taps(one: Subject) -> None:
     """Raise a `UserError` for a tap that is no module of the model, with near names; the model may be on the meta device."""
-    Taps(one.model, [(path, "output") for path in one.taps], torch.device("meta")).close()
+    Taps(one.model, [(path, "output") for path in one.taps]).close()
 
 
 @torch.no_grad()
@@ -120,7 +120,7 @@ def _watched(subjects: Sequence[Subject], device: torch.device) -> Iterator[list
     taps: list[Taps] = []
     try:
         for one in subjects:
-            taps.append(Taps(one.model.to(device), [(path, "output") for path in one.taps], device))
+            taps.append(Taps(one.model.to(device), [(path, "output") for path in one.taps]))
         with evaluating(*(one.model for one in subjects)):
             yield taps
     finally:

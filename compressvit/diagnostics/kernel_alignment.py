@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from scipy import stats
 from torch import Tensor
 
 from compressvit.errors import UserError
@@ -159,6 +158,8 @@ class _Sums:
 
     def ratio(self, batches: int) -> tuple[Tensor, Tensor | None]:
         """The ratio of the means, and half of its 95 % interval by the delta method, with Student's t for few batches."""
+        from scipy import stats
+
         mean = self._means / self._weight
         value = _ratio(*mean)
         if batches < 2:

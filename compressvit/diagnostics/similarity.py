@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
-from scipy.linalg import solve
 from torch import nn
 
 from compressvit.charts.findings import Finding
@@ -69,6 +68,8 @@ def _lost(a: np.ndarray, b: np.ndarray, moments: Sequence[np.ndarray] | None) ->
     if moments is None:
         size = np.sqrt((a**2).sum() + (b**2).sum())
         return float(np.linalg.norm(a - b) / np.sqrt(2) / size) if size > 0 else 0.0
+    from scipy.linalg import solve
+
     first, second = moments
     both = first + second
     ridge = max(1e-5 * both.diagonal().max(), 1e-30) * np.eye(

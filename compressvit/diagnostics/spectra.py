@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from pydantic import Field
-from scipy.linalg import svdvals
 from torch import nn
 
 from compressvit.charts.findings import Finding
@@ -31,6 +30,8 @@ def singular_values(model: nn.Module) -> dict[str, np.ndarray]:
     Raises:
         UserError: the blocks of the model are not known, or a weight is not finite.
     """
+    from scipy.linalg import svdvals
+
     found = {}
     for info in describe(model, "attention").blocks:
         for target in TARGETS:

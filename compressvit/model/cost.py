@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from compressvit.model import surgery, ties
 
@@ -78,6 +77,8 @@ def macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
     Matrix products and convolutions, attention products included, and one per element of a LayerNorm (its scale and shift).
     This is the convention of the Swin and MiniViT figures; softmax, GELU and additions are not counted.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton
+
     empty = surgery.skeleton(model).eval()
     with (
         FlopCounterMode(display=False, custom_mapping={torch.ops.aten.native_layer_norm: _layer_norm_flops}) as counter,

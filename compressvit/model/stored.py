@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-import timm
 import torch
 from pydantic import SerializerFunctionWrapHandler, ValidationError, model_serializer
 from safetensors import SafetensorError, safe_open
@@ -53,6 +52,8 @@ class Manifest(Spec):
 
 
 def build_plain(path: Path, manifest: Manifest) -> nn.Module:
+    import timm
+
     try:
         return timm.create_model(manifest.architecture, pretrained=False, **manifest.args)
     except Exception as error:

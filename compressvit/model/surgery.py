@@ -189,10 +189,14 @@ def added_modules(model: nn.Module) -> set[str]:
 
 
 def added_parameters(model: nn.Module) -> set[str]:
-    """Names of the parameters that sit in slots, private to each layer; a shared one under all of them."""
+    """Names of the parameters that sit in slots, private to each layer; a shared one under all of them.
+
+    Not those that a module had before and that its class names in `adopted`.
+    """
     inside = added_modules(model)
+    adopted = {f"{path}.{name}" for path, m in model.named_modules() for name in getattr(m, "adopted", ())}
     names = (name for name, _ in model.named_parameters(remove_duplicate=False))
-    return {name for name in names if name.rpartition(".")[0] in inside}
+    return {name for name in names if name.rpartition(".")[0] in inside and name not in adopted}
 
 
 def added_buffers(model: nn.Module) -> set[str]:

@@ -1,13 +1,11 @@
-"""Taps: tensors read out of a model by module path, through torchdistill's ForwardHookManager."""
+"""Taps: tensors read out of a model by module path."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import nn
-from torchdistill.core.forward_hook import ForwardHookManager
 
 from compressvit.errors import UserError, did_you_mean
 
@@ -20,13 +18,12 @@ class Taps:
     Args:
         model: the tapped model; a shared tensor does not matter, every block has its own path.
         taps: (module path, 'input' or 'output') each.
-        device: where the model runs.
 
     Raises:
         UserError: a path is not a module of the model; near names are suggested.
     """
 
-    def __init__(self, model: nn.Module, taps: Iterable[Tap], device: torch.device):
+    def __init__(self, model: nn.Module, taps: Iterable[Tap]):
         known = [name for name, _ in model.named_modules() if name]
         wanted: dict[str, set[str]] = {}
         for path, io in taps:
@@ -35,14 +32,31 @@ class Taps:
             if io not in ("input", "output"):
                 raise UserError(f"tap '{path}' asks for the {io!r} of the module; it has an 'input' and an 'output'")
             wanted.setdefault(path, set()).add(io)
-        self._manager = ForwardHookManager(device)
-        for path, ios in wanted.items():
-            self._manager.add_hook(model, path, requires_input="input" in ios, requires_output="output" in ios)
+        self._seen: dict[str, dict[str, Any]] = {path: {} for path in wanted}
+        self._hooks = [
+            model.get_submodule(path).register_forward_hook(_recording(self._seen[path], frozenset(ios)))
+            for path, ios in wanted.items()
+        ]
 
     def pop(self) -> dict[str, dict[str, Any]]:
         """What the last forward pass left, as {path: {'input' | 'output': tensor}}; forgotten here."""
-        return self._manager.pop_io_dict()
+        popped = {path: dict(seen) for path, seen in self._seen.items()}
+        for seen in self._seen.values():
+            seen.clear()
+        return popped
 
     def close(self) -> None:
         """Remove the hooks."""
-        self._manager.clear()
+        for hook in self._hooks:
+            hook.remove()
+
+
+def _recording(into: dict[str, Any], wanted: frozenset[str]) -> Callable[[nn.Module, Any, Any], None]:
+    """A forward hook that keeps what goes into a module and what comes out, a single tensor without its tuple."""
+
+    def hook(module: nn.Module, inputs: Any, outputs: Any) -> None:
+        for io, value in (("input", inputs), ("output", outputs)):
+            if io in wanted:
+                into[io] = value[0] if isinstance(value, tuple) and len(value) == 1 else value
+
+    return hook

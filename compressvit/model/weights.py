@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from torch import nn
 
@@ -29,6 +28,28 @@ def build(name: str, *, device: str | None = None, **args: Any) -> nn.Module:
     Raises:
         UserError: timm does not know the model, its tag or an argument; near names are suggested.
     """
+    import timm
+
+    require_known(name)
+    try:
+        if device is None:
+            return timm.create_model(name, pretrained=False, **args)
+        with torch.device(device):
+            return timm.create_model(name, pretrained=False, **args)
+    except Exception as error:
+        # timm checks its arguments with asserts, look-ups and conversions, so that a wrong one can raise anything
+        given = ", ".join(f"{k}={v!r}" for k, v in args.items()) or "no arguments"
+        raise UserError(f"timm cannot build {name} with {given}: {error or type(error).__name__}") from error
+
+
+def require_known(name: str) -> None:
+    """Check that timm knows a model's name, and its tag if it has one.
+
+    Raises:
+        UserError: it does not; near names are suggested.
+    """
+    import timm
+
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
         hint = did_you_mean(architecture, timm.list_models(), list_at_most=0)
@@ -39,15 +60,6 @@ def build(name: str, *, device: str | None = None, **args: Any) -> nn.Module:
         known = [n.partition(".")[2] for n in timm.list_pretrained(f"{architecture}.*")]
         if tag not in known:
             raise UserError(f"timm has no pretrained weights {name!r}; {did_you_mean(tag, known)}")
-    try:
-        if device is None:
-            return timm.create_model(name, pretrained=False, **args)
-        with torch.device(device):
-            return timm.create_model(name, pretrained=False, **args)
-    except Exception as error:
-        # timm checks its arguments with asserts, look-ups and conversions, so that a wrong one can raise anything
-        given = ", ".join(f"{k}={v!r}" for k, v in args.items()) or "no arguments"
-        raise UserError(f"timm cannot build {name} with {given}: {error or type(error).__name__}") from error
 
 
 def load_pretrained(model: nn.Module, where: str, *, new_head: bool = False) -> None:
@@ -62,6 +74,8 @@ def load_pretrained(model: nn.Module, where: str, *, new_head: bool = False) -> 
         UserError: timm has no weights for it, or none for a head of this size, or they cannot be downloaded; the text says how to
             supply them.
     """
+    import timm
+
     config: Any = model.pretrained_cfg
     name = config["architecture"] + (f".{config['tag']}" if config.get("tag") else "")
     if not (config.get("hf_hub_id") or config.get("url") or config.get("file")):

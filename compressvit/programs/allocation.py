@@ -9,7 +9,7 @@ from compressvit.charts.findings import Finding
 from compressvit.diagnostics.allocation import History
 from compressvit.programs.recorded import Run, not_recorded
 from compressvit.rows import MetricsRow, read_rows
-from compressvit.runs.folder import results_of
+from compressvit.runs.files import read_results
 from compressvit.training.phases.prune.spec import Prune
 
 
@@ -62,8 +62,8 @@ def run_histories(run: Run) -> dict[str, tuple[str, History]]:
         )
     histories: dict[str, History] = {}
     if results.is_file():
-        phases = results_of(run.path)["phases"]
-        histories = {phase: phases.get(phase, {}).get("widths", []) for phase in scopes}
+        phases = read_results(run.path).phases
+        histories = {phase: phases[phase].widths if phase in phases else [] for phase in scopes}
     elif metrics.is_file():
         told: dict[str, dict[int, dict[str, int]]] = {phase: {} for phase in scopes}
         for row in read_rows(metrics, MetricsRow):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -15,7 +14,9 @@ from pydantic.fields import FieldInfo
 from compressvit.data.spec import Data
 from compressvit.errors import UserError, did_you_mean, nearest
 from compressvit.model.old import current_recipe, is_of_a_run
+from compressvit.model.weights import require_known
 from compressvit.recipe.parts import Part, parts_of
+from compressvit.recipe.shipped import find_recipe
 from compressvit.recipe.words import LISTS, Entry, Merge, Step, Word, broken, packages_of, with_words
 from compressvit.recipe.yaml import Source, override, parse
 from compressvit.spec import Spec
@@ -191,31 +192,18 @@ def parse_recipe(text: str, name: str = "recipe", overrides: list[str] | None = 
         raise RecipeError(_explain(error, source)) from None
 
 
-def recipes_folder() -> Path:
-    """Where the shipped recipes are: inside an installed package, or beside it in a checkout."""
-    inside = Path(__file__).parents[1] / "recipes"
-    return inside if inside.is_dir() else Path(__file__).parents[2] / "recipes"
+def require_known_models(recipe: Recipe, name: str = "recipe") -> None:
+    """Check that timm knows the models that a recipe names; `name` is what messages call it.
 
-
-def shipped_recipes() -> dict[str, Path]:
-    """The recipes that ship with the package, by name."""
-    return {p.stem: p for p in sorted(recipes_folder().glob("*.yaml"))}
-
-
-def find_recipe(name_or_path: str | Path) -> Path:
-    """The file of a recipe given by path or by shipped name; a `UserError` with near names if there is none."""
-    path = Path(name_or_path)
-    with suppress(OSError):  # a name too long for the system is that of no file
-        if path.is_file():
-            return path
-    shipped = shipped_recipes()
-    if path.parent in (Path("."), Path("recipes")) and path.suffix in ("", ".yaml", ".yml") and path.stem in shipped:
-        return shipped[path.stem]
-    hint = (
-        did_you_mean(path.stem, shipped, list_at_most=0)
-        or f"`compressvit recipes list` names those that ship: {', '.join(shipped)}"
-    )
-    raise UserError(f"there is no recipe {str(name_or_path)!r}, neither a file nor one that ships; {hint}")
+    Raises:
+        UserError: it does not; near names are suggested.
+    """
+    for key, model in (("teacher.model", recipe.teacher.model), ("student.model", recipe.student.model)):
+        try:
+            if model is not None:
+                require_known(model)
+        except UserError as error:
+            raise UserError(f"{name}: {key}: {error}") from None
 
 
 def meaning(field: FieldInfo) -> str:

@@ -20,7 +20,8 @@ from compressvit.charts.qualities import QUALITIES, RANKING
 from compressvit.errors import UserError
 from compressvit.files import disk_faults, write_text
 from compressvit.recipe.recipe import Recipe, parse_recipe
-from compressvit.runs.folder import RESOLVED, find_runs, flat, results_of
+from compressvit.runs.files import PhaseReport, Results, read_results
+from compressvit.runs.folder import RESOLVED, find_runs, flat
 from compressvit.training.phases import PhaseSpec
 from compressvit.transforms import Transform
 
@@ -43,7 +44,7 @@ class Row:
 
     recipe: Recipe
     runs: list[Path]
-    results: list[dict[str, Any]]
+    results: list[Results]
     seeds: list[int]
     label: str = ""
     taught_here: bool = False  # its teacher is a file, and one that another of the runs compared has trained
@@ -54,26 +55,27 @@ class Row:
         data, teacher = self.recipe.data, self.recipe.teacher
         known = teacher.weights in ("pretrained", "train") or self.taught_here
         weights = "" if known else f" ({teacher.weights})"
-        images = self.results[0]["teacher"].get("images")
+        images = self.results[0].teacher.images
         split = data.val_split + (f" ({images:,} images)" if images else "")
         return f"{data.name}{f' {data.root}' if data.root else ''}, {split}; {teacher.model}{weights}"
 
     def values(self, key: str) -> list[float]:
         """Of every run that has the key; latency relative to the teacher's, which was taken in turns with it."""
         if key == "latency":
-            return [r["student"]["latency_ms"] / r["teacher"]["latency_ms"] for r in self.results]
+            both = [(r.student.latency_ms, r.teacher.latency_ms) for r in self.results]
+            return [ours / theirs for ours, theirs in both if ours is not None and theirs]
         if key == "epochs":
             return [float(self._epochs(r)) for r in self.results]
         if key.startswith("trained") and not self.recipe.phases():
             return []
-        return [r["student"][key] for r in self.results if r["student"].get(key) is not None]
+        return [value for r in self.results if (value := r.student.value(key)) is not None]
 
-    def _epochs(self, results: dict[str, Any]) -> int:
+    def _epochs(self, results: Results) -> int:
         """Of all phases together; a `prune` trains in every cycle."""
         total = 0
         for i, step in enumerate(self.recipe.steps):
-            told = results["phases"].get(f"{i}_{step.name}", {})
-            trainings = told.get("trainings", len(told.get("widths", [0])))  # older runs do not say how many
+            told = results.phases.get(f"{i}_{step.name}", PhaseReport())
+            trainings = told.trainings or len(told.widths) or 1  # older runs do not say how many
             total += getattr(step.spec, "epochs", 0) * trainings
         return total
 
@@ -139,21 +141,21 @@ def gather(runs: Sequence[str | Path], tell: Callable[[str], Any]) -> list[dict[
     return [row.as_dict() for row in _rows(_finished(runs, tell), tell)]
 
 
-def _finished(given: Sequence[str | Path], tell: Callable[[str], Any]) -> list[tuple[Path, Recipe, dict[str, Any]]]:
+def _finished(given: Sequence[str | Path], tell: Callable[[str], Any]) -> list[tuple[Path, Recipe, Results]]:
     found = []
     for folder in (path.resolve() for path in find_runs(given)):
         if not (folder / "results.json").is_file():
             tell(f"left out, not finished: {folder}")
             continue
         recipe = parse_recipe((folder / RESOLVED).read_text(encoding="utf-8"), str(folder / RESOLVED))
-        results = results_of(folder)
+        results = read_results(folder)
         found.append((folder, recipe, results))
     if not found:
         raise UserError("there is no finished run to compare; `compressvit apply … --resume` finishes one")
     return found
 
 
-def _rows(found: list[tuple[Path, Recipe, dict[str, Any]]], tell: Callable[[str], Any]) -> list[Row]:
+def _rows(found: list[tuple[Path, Recipe, Results]], tell: Callable[[str], Any]) -> list[Row]:
     rows: dict[str, Row] = {}
     for folder, recipe, results in found:
         key = recipe.model_copy(update={"seed": 0, "description": "", "diagnostics": ()}).to_yaml()

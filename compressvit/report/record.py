@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
 from compressvit import __version__
 from compressvit.charts import findings
@@ -15,132 +15,10 @@ from compressvit.charts.findings import Finding
 from compressvit.errors import UserError
 from compressvit.model.old import current_recipe, current_text
 from compressvit.rows import MetricsRow
+from compressvit.runs.files import Environment, PlanFile, PredictionsFile, Results, RunFile
 from compressvit.runs.folder import RESOLVED, RunFolder
 
-
-class _File(BaseModel):
-    """What the report relies on; a file may say more."""
-
-    model_config = ConfigDict(extra="allow")
-
-
-class Side(_File):
-    """Teacher or student in `results.json` and `plan.json`."""
-
-    parameters: int
-    bytes: int
-    macs: int
-    images: int | None = None
-    latency_ms: float | None = None
-    top1: float | None = None
-    top5: float | None = None
-    agreement: float | None = None
-    cosine: float | None = None
-    trained_adapter: int | None = None
-    trained_head: int | None = None
-    adapter_bytes: int | None = None
-
-
-class LedgerRow(_File):
-    """What a transform did to a module."""
-
-    step: str
-    path: str
-    change: str
-    before: int
-    after: int
-    weight_error: float | None = None
-    output_error: float | None = None
-
-
-class Phase(_File):
-    """What a phase began with, and the epoch whose weights it kept."""
-
-    start: dict[str, float | None] | None = None
-    kept_epoch: int | None = None
-
-
-class Results(_File):
-    """`results.json`."""
-
-    teacher: Side
-    student: Side
-    phases: dict[str, Phase] = {}
-    ledger: list[LedgerRow] = []
-    read_back_difference: float | None = None
-    broken_images: int = 0
-
-
-class Plan(_File):
-    """`plan.json`."""
-
-    teacher: Side
-    student: Side
-
-
-class Environment(_File):
-    """`environment.json`."""
-
-    command: list[str]
-    compressvit: str
-    python: str
-    platform: str
-    cpu_count: int | None = None
-    torch_threads: int | None = None
-    cuda: str | None = None
-    gpus: list[str] = []
-    versions: dict[str, str | None] = {}
-
-
-class Answer(_File):
-    """A model's first class of an image."""
-
-    name: str = Field(alias="class")
-    probability: float
-
-
-class Example(_File):
-    """An image worth looking at."""
-
-    file: str
-    value: float
-    true: str | None = None
-    teacher: Answer | None = None
-    student: Answer | None = None
-
-
-class ClassRow(_File):
-    """Percent right in a class."""
-
-    name: str = Field(alias="class")
-    images: int
-    teacher: float | None = None
-    student: float
-
-
-class Confusion(_File):
-    """How often the images of a class are taken for another."""
-
-    true: str
-    answer: str
-    teacher: int | None = None
-    student: int
-
-
-class PredictionsFile(_File):
-    """`predictions.json`."""
-
-    format: Literal[1]
-    images: int
-    compared: bool
-    measure: Literal["shift", "cosine", "loss"]
-    classes: list[ClassRow] | None
-    confusions: list[Confusion] | None
-    confusions_in_all: int | None = None  # older runs have none
-    examples: list[Example]
-
-
-F = TypeVar("F", bound=_File)
+F = TypeVar("F", bound=RunFile)
 
 
 @dataclass
@@ -152,7 +30,7 @@ class Run:
     resolved_text: str | None = None
     recipe: dict[str, Any] = field(default_factory=dict)
     environment: Environment | None = None
-    plan: Plan | None = None
+    plan: PlanFile | None = None
     results: Results | None = None
     predictions: PredictionsFile | None = None
     metrics: list[dict[str, Any]] = field(default_factory=list)
@@ -173,7 +51,7 @@ def read_run(path: Path) -> Run:
             f"The run was made by compressvit {run.environment.compressvit}, and this page by {__version__}; "
             "what the two write differently is left out."
         )
-    run.plan = _json(run, "plan.json", Plan)
+    run.plan = _json(run, "plan.json", PlanFile)
     finished = (path / "results.json").is_file()
     if finished:
         run.results = _json(run, "results.json", Results)

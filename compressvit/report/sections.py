@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from compressvit.charts.findings import Finding
-from compressvit.report.record import Answer, ClassRow, Environment, LedgerRow, PredictionsFile, Results, Run
-from compressvit.runs.tables import adapted, results_rows
+from compressvit.report.record import Run
+from compressvit.runs.files import Answer, ClassRow, Environment, LedgerRow, PredictionsFile, Results
+from compressvit.runs.tables import results_rows
 
 CLASSES = 40  # a chart of more would be a blur; those that changed most are drawn
 LOG_LINES = 8
@@ -41,7 +42,7 @@ def verdict(run: Run) -> str:
         return _not_finished(run)
     teacher, student = run.results.teacher, run.results.student
     parts = []
-    if adapted(student.model_dump()):
+    if student.adapted:
         stored = f", stored in {student.adapter_bytes / 1e3:,.1f} kB" if student.adapter_bytes else ""
         parts.append(
             f"With {student.trained_adapter or 0:,} trained parameters and a classifier of {student.trained_head or 0:,} beside "
@@ -89,7 +90,7 @@ def log_end(run: Run) -> str | None:
 def measures(run: Run) -> list[tuple[str, str, str, str]]:
     """The rows of the table of teacher and student; of the plan, where there are no results."""
     told = run.results or run.plan
-    return results_rows(told.model_dump()) if told else []
+    return results_rows(told.teacher, told.student) if told else []
 
 
 def details(run: Run) -> list[str]:

@@ -17,6 +17,7 @@ from compressvit.errors import UserError
 from compressvit.log import RunLog, log
 from compressvit.recipe.recipe import Recipe, parse_recipe, read_recipe
 from compressvit.runs import tensorboard
+from compressvit.runs.files import Results
 from compressvit.runs.finish import finish
 from compressvit.runs.folder import RunFolder
 from compressvit.runs.job import Job, prepare, refuse_labels, refuse_own_inputs
@@ -40,7 +41,7 @@ class RunResult:
 
     student: nn.Module
     teacher: nn.Module
-    results: dict[str, Any]
+    results: Results
     folder: Path
     merged: dict[str, Any] | None = None
 
@@ -80,7 +81,7 @@ def apply(
     Example:
         >>> import compressvit
         >>> run = compressvit.apply("quickstart", "runs/first", overrides=["seed=1"])  # doctest: +SKIP
-        >>> run.results["student"]["top1"]  # doctest: +SKIP
+        >>> run.results.student.top1  # doctest: +SKIP
         97.21
     """
     recipe, name, text = _recipe(recipe, overrides)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -106,25 +105,68 @@ def distill(
     ours, theirs = _sides(student, teacher, batches.first, teacher_input)
     _refuse(spec, ours, theirs, batches, held_out)
     folder = _folder(output, student, resume)
+    task = _Task(ours, theirs, batches, held_out, where)
     with TemporaryDirectory() as scratch:
-        kept = folder or RunFolder(scratch)
-        stage = Stage(
-            phase=Phase("distill", 1, seed, kept.checkpoint("distill")),
-            input=ours.input,
-            teacher=theirs,
-            device=where,
-            log=RunLog(folder.path if folder is not None else None, console),
-            batch_size=batches.batch_size,
-            loader=lambda: batches,
-            evaluate=lambda model: _in_training(replace(ours, model=model), theirs, held_out, where),
-            likeness=partial(_likeness, ours, theirs, batches, where),
-        )
-        report = _run(spec, student, stage, folder)
-    figures = _evaluate(ours, theirs, held_out, where)
+        phase = Phase("distill", 1, seed, (folder or RunFolder(scratch)).checkpoint("distill"))
+        report = _run(spec, task.stage(phase, RunLog(folder and folder.path, console)), student, folder)
+    figures = task.evaluate(student, theirs)
     if folder is not None:
         with disk_faults(folder.student):
             artifact.save(student, folder.student, input_config=ours.input.as_dict())
-    return Distilled(student, figures, report["kept_epoch"], folder.path if folder is not None else None)
+    return Distilled(student, figures, report["kept_epoch"], folder and folder.path)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Two models and the batches to train and to evaluate on."""
+
+    ours: Side
+    theirs: Side
+    batches: LoadedBatches
+    held_out: LoadedBatches | None
+    device: torch.device
+
+    def stage(self, phase: Phase, log: RunLog) -> Stage:
+        return Stage(
+            phase=phase,
+            input=self.ours.input,
+            teacher=self.theirs,
+            device=self.device,
+            log=log,
+            batch_size=self.batches.batch_size,
+            loader=lambda: self.batches,
+            evaluate=self.in_training,
+            likeness=self.likeness,
+        )
+
+    def in_training(self, model: nn.Module) -> dict[str, Any]:
+        """Without labels, or classes to tell apart, only the teacher says how good a student is."""
+        enough = self.held_out is not None and self.held_out.labelled and getattr(model, "num_classes", 0)
+        return self.evaluate(model, None if enough else self.theirs)
+
+    def evaluate(self, model: nn.Module, teacher: Side | None) -> dict[str, Any]:
+        """Scores on the validation images; none without any."""
+        if self.held_out is None:
+            return {}
+        return evaluate(
+            model.to(self.device),
+            self.held_out,
+            self.device,
+            teacher=teacher.model.to(self.device).eval() if teacher is not None else None,
+            teacher_input=self.theirs.converter(self.ours.input),
+            labelled=self.held_out.labelled,
+        )
+
+    def likeness(self, student: nn.Module) -> Likeness:
+        """For layers='auto': CKA on training images."""
+        return likeness(
+            student,
+            self.theirs.model,
+            lambda: (images for images, _ in self.batches),
+            self.device,
+            images=_LAYERS_IMAGES,
+            teacher_input=self.theirs.converter(self.ours.input),
+        )
 
 
 @dataclass(frozen=True)
@@ -225,7 +267,7 @@ def _folder(output: str | Path | None, student: nn.Module, resume: bool) -> RunF
     return folder
 
 
-def _run(spec: Distill, student: nn.Module, stage: Stage, folder: RunFolder | None) -> dict[str, Any]:
+def _run(spec: Distill, stage: Stage, student: nn.Module, folder: RunFolder | None) -> dict[str, Any]:
     opt.seed_everything(stage.phase.seed)
     try:
         return spec.run(student, stage)[1]
@@ -235,33 +277,3 @@ def _run(spec: Distill, student: nn.Module, stage: Stage, folder: RunFolder | No
         raise
     finally:
         stage.log.close()
-
-
-def _in_training(model: Side, teacher: Side, batches: LoadedBatches | None, device: torch.device) -> dict[str, Any]:
-    """Without labels, or classes to tell apart, only the teacher says how good a student is."""
-    enough = batches is not None and batches.labelled and getattr(model.model, "num_classes", 0)
-    return _evaluate(model, None if enough else teacher, batches, device)
-
-
-def _evaluate(model: Side, teacher: Side | None, batches: LoadedBatches | None, device: torch.device) -> dict[str, Any]:
-    if batches is None:
-        return {}
-    return evaluate(
-        model.model.to(device),
-        batches,
-        device,
-        teacher=teacher.model.to(device).eval() if teacher is not None else None,
-        teacher_input=teacher.converter(model.input) if teacher is not None else lambda images: images,
-        labelled=batches.labelled,
-    )
-
-
-def _likeness(ours: Side, theirs: Side, batches: LoadedBatches, device: torch.device, student: nn.Module) -> Likeness:
-    return likeness(
-        student,
-        theirs.model,
-        lambda: (images for images, _ in batches),
-        device,
-        images=_LAYERS_IMAGES,
-        teacher_input=theirs.converter(ours.input),
-    )

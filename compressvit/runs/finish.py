@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from typing import Any
 
@@ -17,6 +16,7 @@ from compressvit.log import log as warnings
 from compressvit.model import cost, stored
 from compressvit.runs import tensorboard
 from compressvit.runs.evaluate import Scorer
+from compressvit.runs.files import Results
 from compressvit.runs.folder import RunFolder
 from compressvit.runs.job import Job
 from compressvit.runs.plan import RecipePlan
@@ -26,9 +26,7 @@ from compressvit.runs.tables import results_table
 from compressvit.transforms.record import compression_of, only_adapted, trained_names, trained_parameters
 
 
-def finish(
-    job: Job, scorer: Scorer, folder: RunFolder, log: RunLog, *, plan: RecipePlan, trained: Trained
-) -> dict[str, Any]:
+def finish(job: Job, scorer: Scorer, folder: RunFolder, log: RunLog, *, plan: RecipePlan, trained: Trained) -> Results:
     """Write the student, read it back, compare, measure, and print the table.
 
     Args:
@@ -47,27 +45,25 @@ def finish(
         student.input, getattr(student.model, "num_classes", 0), job.datasets.class_names, job.datasets.labeled
     )
     scores, theirs = _scores(scorer, student, teacher, predictions)
-    results: dict[str, Any] = {
-        "teacher": {**plan.teacher.as_dict(), "images": scores["images"], **theirs},
-        "student": {
-            **cost.cost(student.model, student.input.size).as_dict(),
-            **scores,
-            **trained_parameters(student.model),
-            "bytes": (folder.student / stored.TENSORS).stat().st_size,
-        },
-        "phases": trained.phases,
-        "ledger": [asdict(entry) for entry in compression_of(student.model).ledger],
-        "read_back_difference": difference,
-        "broken_images": job.datasets.broken.count,
-    }
+    costs = cost.cost(student.model, student.input.size).as_dict()
+    costs["bytes"] = (folder.student / stored.TENSORS).stat().st_size
     if only_adapted(student.model) and trained_names(student.model):
         with disk_faults(folder.path):
             file = save_adapter(student.model, folder.path / "adapter.safetensors")
-        results["student"]["adapter_bytes"] = file.stat().st_size
+        costs["adapter_bytes"] = file.stat().st_size
     sizes = [teacher.input.size, student.input.size]
     times = cost.latency([teacher.model, student.model], sizes, device=job.device)
-    results["teacher"]["latency_ms"], results["student"]["latency_ms"] = times
-    write_text(folder.path / "results.json", json.dumps(results, indent=2) + "\n")
+    results = Results.model_validate(
+        {
+            "teacher": {**plan.teacher.as_dict(), "images": scores["images"], **theirs, "latency_ms": times[0]},
+            "student": {**costs, **scores, **trained_parameters(student.model), "latency_ms": times[1]},
+            "phases": trained.phases,
+            "ledger": [asdict(entry) for entry in compression_of(student.model).ledger],
+            "read_back_difference": difference,
+            "broken_images": job.datasets.broken.count,
+        }
+    )
+    write_text(folder.path / "results.json", results.model_dump_json(indent=2, exclude_unset=True) + "\n")
     log.board(lambda writer: tensorboard.show_results(writer, job.recipe, results))
     predictions.write(folder.path)
     _report(
@@ -90,13 +86,13 @@ def _scores(
     return scores, theirs
 
 
-def _report(job: Job, folder: RunFolder, log: RunLog, results: dict[str, Any], mismatch: str | None) -> None:
+def _report(job: Job, folder: RunFolder, log: RunLog, results: Results, mismatch: str | None) -> None:
     log.show(results_table(results, f"{job.recipe.teacher.model} → {folder.student}"))
     if mismatch and job.recipe.student.head != "new":
         warnings.warning("warning: %s", mismatch)
     log.say(
         f"latency: batch 1 on {job.device}, {torch.get_num_threads()} threads, median of up to 30 in turns. "
-        f"The student was read back from disk: largest difference of its outputs {results['read_back_difference']:.1e}"
+        f"The student was read back from disk: largest difference of its outputs {results.read_back_difference:.1e}"
     )
     if job.datasets.broken.count:
         log.say(f"{job.datasets.broken.count} broken image files were skipped; run.log names them")

@@ -24,6 +24,7 @@ from compressvit import __version__
 from compressvit.errors import UserError
 from compressvit.files import disk_faults, write_text
 from compressvit.model.old import RESOLVED, current_recipe, stored_step
+from compressvit.runs.files import Environment
 
 if TYPE_CHECKING:
     from compressvit.charts.findings import Finding
@@ -124,7 +125,8 @@ class RunFolder:
             self.path.resolve().mkdir(parents=True, exist_ok=True)
         write_text(self.path / "recipe.yaml", recipe_text)
         write_text(self.path / RESOLVED, recipe.to_yaml())
-        write_text(self.path / "environment.json", json.dumps(environment(command, recipe.packages), indent=2) + "\n")
+        found = environment(command, recipe.packages)
+        write_text(self.path / "environment.json", found.model_dump_json(indent=2) + "\n")
         write_text(self.path / "plan.json", json.dumps(plan, indent=2) + "\n")
 
 
@@ -145,29 +147,6 @@ def find_runs(paths: Sequence[str | Path]) -> list[Path]:
     return list({path.resolve(): path for path in found}.values())
 
 
-def results_of(run: Path) -> dict[str, Any]:
-    """The content of a run's `results.json`.
-
-    Raises:
-        UserError: it is no table of teacher and student.
-    """
-    file = run / "results.json"
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(content["phases"], dict):
-            raise TypeError
-        for whose in ("teacher", "student"):
-            for number in (content[whose]["parameters"], content[whose]["latency_ms"]):
-                if not isinstance(number, (int, float)):
-                    raise TypeError
-    except (KeyError, TypeError, ValueError) as error:
-        fault = f"it has no {error}" if isinstance(error, KeyError) else "it is no table of teacher and student"
-        raise UserError(
-            f"{file} is not what `apply` writes: {fault}; leave the run out, or apply its recipe again"
-        ) from error
-    return content
-
-
 def _not_a_run(path: Path) -> str:
     way_out = "give a folder that `compressvit apply` wrote, or one with such folders in it"
     if not path.exists():
@@ -186,28 +165,28 @@ def _not_a_run(path: Path) -> str:
     return f"{path} is not a run folder: it has no {RESOLVED}; {way_out}"
 
 
-def environment(command: list[str], packages: Sequence[str] = ()) -> dict[str, Any]:
+def environment(command: list[str], packages: Sequence[str] = ()) -> Environment:
     """What a number may depend on besides the recipe: command, versions (of `packages` too), machine."""
     import torch  # late, because a report reads run folders without it
 
     names = ("torch", "torchvision", "timm", "torchdistill", "numpy", "scipy", "einops", "safetensors", "pydantic")
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in (*names, *packages):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             versions[name] = None
-    return {
-        "command": command,
-        "compressvit": __version__,
-        "python": sys.version.split()[0],
-        "platform": platform.platform(),
-        "cpu_count": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "cuda": torch.version.cuda if torch.cuda.is_available() else None,
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "versions": versions,
-    }
+    return Environment(
+        command=command,
+        compressvit=__version__,
+        python=sys.version.split()[0],
+        platform=platform.platform(),
+        cpu_count=os.cpu_count(),
+        torch_threads=torch.get_num_threads(),
+        cuda=torch.version.cuda if torch.cuda.is_available() else None,
+        gpus=[torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        versions=versions,
+    )
 
 
 def flat(content: Any, prefix: str = "") -> dict[str, Any]:

@@ -21,6 +21,7 @@ from PIL import Image
 
 from compressvit.data.input import InputConfig
 from compressvit.files import disk_faults, write_atomically, write_text
+from compressvit.runs.files import PredictionsFile
 
 FILE = "predictions.json"
 PICTURES = "predictions"
@@ -142,7 +143,8 @@ class Predictions:
             picture = self._picture(pixels)
             kind = "PNG" if self._suffix == "png" else "JPEG"
             write_atomically(folder / PICTURES / self._name(number), partial(picture.save, format=kind, quality=88))
-        write_text(folder / FILE, json.dumps(self.as_dict(), indent=1, allow_nan=False) + "\n")
+        content = PredictionsFile.model_validate(self.as_dict()).model_dump(by_alias=True, exclude_unset=True)
+        write_text(folder / FILE, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
     def _ordered(self) -> list[tuple[float, int, dict[str, Any], torch.Tensor]]:
         return sorted(self._examples, key=lambda entry: entry[:2], reverse=True)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from compressvit.model.cost import Cost
+    from compressvit.runs.files import Figures, Results
     from compressvit.runs.plan import RecipePlan
     from compressvit.transforms import LedgerEntry
 
@@ -57,30 +58,31 @@ def ledger_table(ledger: list[LedgerEntry]) -> Table:
     return table
 
 
-def results_table(results: dict[str, Any], title: str) -> Table:
+def results_table(results: Results, title: str) -> Table:
     """Teacher and student side by side."""
     table = Table(title=title, title_justify="left")
     for column in ("", "teacher", "student", "student / teacher"):
         table.add_column(column, justify="left" if not column else "right")
-    for cells in results_rows(results):
+    for cells in results_rows(results.teacher, results.student):
         table.add_row(*cells)
     return table
 
 
-def results_rows(results: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+def results_rows(teacher: Figures, student: Figures) -> list[tuple[str, str, str, str]]:
     """What a measure is called, the teacher's, the student's, and their ratio; empty where there is none."""
-    teacher, student = results["teacher"], results["student"]
     rows = []
 
     def row(label: str, key: str, text: Callable[[Any], str]) -> None:
-        ours, theirs = student.get(key), teacher.get(key)
-        if ours is not None and theirs is None:
+        ours, theirs = student.value(key), teacher.value(key)
+        if ours is None:
+            return
+        if theirs is None:
             rows.append((label, "", text(ours), ""))
-        elif ours is not None:
+        else:
             rows.append((label, text(theirs), text(ours), f"{ours / max(theirs, 1e-12):.3f}"))
 
     row("parameters (unique)", "parameters", lambda v: f"{v:,}")
-    if adapted(student):
+    if student.adapted:
         row("trained, without the classifier", "trained_adapter", lambda v: f"{v:,}")
         row("trained, of the classifier", "trained_head", lambda v: f"{v:,}")
     row("bytes on disk", "bytes", megabytes)
@@ -90,12 +92,6 @@ def results_rows(results: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     for quality in QUALITIES.values():
         row(quality.long, quality.key, quality.text)
     return rows
-
-
-def adapted(student: dict[str, Any]) -> bool:
-    """Whether a part of the student was frozen, by its entry in `results.json`."""
-    trained = (student.get("trained_adapter") or 0) + (student.get("trained_head") or 0)
-    return "trained_adapter" in student and trained < student["parameters"]
 
 
 def print_plan(plan: RecipePlan, console: Console) -> None:

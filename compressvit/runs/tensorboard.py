@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from compressvit.recipe.recipe import Recipe
+from compressvit.runs.files import Results
 from compressvit.runs.folder import flat
 from compressvit.training.spec import Training
 
@@ -50,7 +51,7 @@ def hyper_parameters(recipe: Recipe) -> dict[str, bool | int | float | str]:
     return {key: value for key, value in flat(content).items() if isinstance(value, (bool, int, float, str))}
 
 
-def show_results(writer: Any, recipe: Recipe, results: dict[str, Any]) -> None:
+def show_results(writer: Any, recipe: Recipe, results: Results) -> None:
     """The HParams tab: the recipe beside what came out, as scalars `final/…`.
 
     Args:
@@ -59,8 +60,8 @@ def show_results(writer: Any, recipe: Recipe, results: dict[str, Any]) -> None:
     """
     from torch.utils.tensorboard import summary  # a second, which programs that only want names should not wait for
 
-    found = {f"final/{key}": results["student"].get(key) for key in _FINAL}
-    found |= {f"final/teacher_{key}": results["teacher"].get(key) for key in ("top1", "parameters", "latency_ms")}
+    found = {f"final/{key}": results.student.value(key) for key in _FINAL}
+    found |= {f"final/teacher_{key}": results.teacher.value(key) for key in ("top1", "parameters", "latency_ms")}
     metrics = {tag: float(value) for tag, value in found.items() if value is not None}
     for part in summary.hparams(hyper_parameters(recipe), metrics):
         writer.file_writer.add_summary(part)

@@ -1,1 +1,1 @@
-"""Losses, taps' pairs, the loop, and one file a phase."""
+"""Losses, the loop, one file a loss term and one file a phase."""

@@ -49,43 +49,26 @@ def evaluate(
     was_training = model.training
     model.eval()
     seen = 0
-    scores = _Scores(getattr(model, "num_classes", 0) if labelled else 0)
-    teacher_scores = _Scores(getattr(teacher, "num_classes", 0) if labelled and teacher is not None else 0)
-    agreement = cosine = patches = 0.0
-    tokens = teacher is not None and all(_is_headless(m) for m in (model, teacher))
-    comparable = teacher is not None
+    scores = _Scores(model, labelled)
+    closeness = None if teacher is None else _Closeness(model, teacher, labelled)
     for batch_images, batch_targets in batches:
         counted = batch_targets >= (0 if labelled else -1)
         images, targets = batch_images[counted].to(device), batch_targets[counted].to(device)
         if not len(images):
             continue
         seen += len(images)
-        outputs, hidden = _run(model, images, tokens)
+        outputs, hidden = _run(model, images, closeness is not None and closeness.tokens)
         scores.add(outputs, targets)
         expected = None
-        if teacher is not None:
-            expected, theirs = _run(teacher, teacher_input(images), tokens)
-            teacher_scores.add(expected, targets)
-            tokens = tokens and hidden is not None and theirs is not None and hidden.shape == theirs.shape
-            if hidden is not None and theirs is not None and tokens:
-                patches += F.cosine_similarity(hidden, theirs, dim=-1).mean(dim=1).sum().item()
-            comparable = expected.shape == outputs.shape
-            if comparable:
-                agreement += (expected.argmax(1) == outputs.argmax(1)).sum().item()
-                cosine += F.cosine_similarity(outputs, expected, dim=1).sum().item()
+        if closeness is not None:
+            expected = closeness.add(outputs, hidden, teacher_input(images), targets)
         if watch is not None:
-            watch(images, targets, outputs, expected if comparable else None)
+            watch(images, targets, outputs, expected)
     model.train(was_training)
     if seen == 0:
         raise UserError("the evaluation set has no readable image")
     result: dict[str, float | int | None] = {"images": seen, **scores.means(seen)}
-    if teacher is not None:
-        result |= {f"teacher_{name}": value for name, value in teacher_scores.means(seen).items()}
-        result["agreement"] = 100 * agreement / seen if comparable and getattr(model, "num_classes", 0) else None
-        result["cosine"] = cosine / seen if comparable else None
-        if tokens:
-            result["cosine_patches"] = patches / seen
-    return result
+    return result if closeness is None else result | closeness.means(seen)
 
 
 def _is_headless(model: nn.Module) -> bool:
@@ -104,8 +87,8 @@ def _run(model: nn.Module, images: torch.Tensor, tokens: bool) -> tuple[torch.Te
 class _Scores:
     """Top-1, top-5 and cross-entropy of one model; all None for a model without classes or a set without labels."""
 
-    def __init__(self, classes: int | None):
-        self.classes = classes or 0
+    def __init__(self, model: nn.Module, labelled: bool):
+        self.classes: int = (getattr(model, "num_classes", 0) or 0) if labelled else 0
         self.sums = {"top1": 0.0, "top5": 0.0, "loss": 0.0}
 
     def add(self, logits: torch.Tensor, targets: torch.Tensor) -> None:
@@ -124,3 +107,42 @@ class _Scores:
 
     def means(self, count: int) -> dict[str, float | None]:
         return {name: total / count if self.classes else None for name, total in self.sums.items()}
+
+
+class _Closeness:
+    """How close a student's outputs are to its teacher's, and the teacher's own scores.
+
+    Attributes:
+        tokens: both are headless backbones of tokens of one shape, so their patch tokens are compared too.
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, labelled: bool):
+        self.tokens = _is_headless(student) and _is_headless(teacher)
+        self._teacher = teacher
+        self._has_classes = bool(getattr(student, "num_classes", 0))
+        self._scores = _Scores(teacher, labelled)
+        self._comparable = True
+        self._agreement = self._cosine = self._patches = 0.0
+
+    def add(
+        self, outputs: torch.Tensor, hidden: torch.Tensor | None, images: torch.Tensor, targets: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Compare a batch; `images` as the teacher knows them. Returns its outputs, None where they differ in width."""
+        expected, theirs = _run(self._teacher, images, self.tokens)
+        self._scores.add(expected, targets)
+        self.tokens = self.tokens and hidden is not None and theirs is not None and hidden.shape == theirs.shape
+        if hidden is not None and theirs is not None and self.tokens:
+            self._patches += F.cosine_similarity(hidden, theirs, dim=-1).mean(dim=1).sum().item()
+        self._comparable = expected.shape == outputs.shape
+        if not self._comparable:
+            return None
+        self._agreement += (expected.argmax(1) == outputs.argmax(1)).sum().item()
+        self._cosine += F.cosine_similarity(outputs, expected, dim=1).sum().item()
+        return expected
+
+    def means(self, count: int) -> dict[str, float | None]:
+        agreement = 100 * self._agreement / count if self._comparable and self._has_classes else None
+        cosine = self._cosine / count if self._comparable else None
+        found = {f"teacher_{name}": value for name, value in self._scores.means(count).items()}
+        found |= {"agreement": agreement, "cosine": cosine}
+        return {**found, "cosine_patches": self._patches / count} if self.tokens else found

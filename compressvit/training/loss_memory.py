@@ -25,7 +25,7 @@ def loss_bytes(
     Measured on the meta device, by running the terms and adding up what autograd saves.
     """
     models, device = [surgery.skeleton(student).train(), surgery.skeleton(teacher).eval()], torch.device("meta")
-    taps = [Taps(m, [t for term in terms for t in side(term)], device) for m, side in zip(models, _SIDES, strict=True)]
+    taps = [Taps(m, [t for term in terms for t in side(term)]) for m, side in zip(models, _SIDES, strict=True)]
     images = [torch.empty(batch, c.channels, c.height, c.width, device=device) for c in (size, teacher_size)]
     student_logits = models[0](images[0])
     with torch.no_grad():

@@ -1,45 +1,94 @@
-"""What a training loop counts over an epoch, and how it says so."""
+"""What a training loop counts over an epoch, and how it says so.
+
+Values stay tensors on the device until somebody reads them, because a device that is asked for a number has to finish its work first.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from compressvit.training.batch import Labels
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The numbers of one batch.
+
+    Attributes:
+        step: the optimiser step that the batch is part of, from 1.
+        loss: the weighted sum of the terms.
+        terms: every term after weighting, and what else the terms say of themselves.
+        gradient_norm: of the whole gradient before clipping; None unless an optimiser step followed the batch.
+    """
+
+    step: int
+    loss: float
+    terms: dict[str, float]
+    gradient_norm: float | None
+
+
+@dataclass
+class _Waiting:
+    """A batch whose numbers are still on the device."""
+
+    step: int
+    terms: Sequence[str]
+    values: dict[str, torch.Tensor]
+    gradient_norm: torch.Tensor | None = None
+    lr: float = 0.0
+
 
 class Meters:
-    """Means over an epoch and the values of the last batch."""
+    """Means over an epoch and the values of the last batch, as of the last `read`.
+
+    Args:
+        sums, count: the `state` of the interrupted epoch that this one continues.
+    """
 
     def __init__(self, sums: dict[str, float] | None = None, count: int = 0) -> None:
         self.last: dict[str, float] = {}
         self._sums = dict(sums or {})
         self._count = count
+        self._waiting: list[_Waiting] = []
+
+    def add(
+        self,
+        step: int,
+        loss: torch.Tensor,
+        terms: Mapping[str, torch.Tensor],
+        accuracies: Mapping[str, torch.Tensor],
+    ) -> None:
+        """Note the scalars of a batch, without waiting for them."""
+        values = {"loss": loss, **terms, **accuracies}
+        self._waiting.append(_Waiting(step, list(terms), {name: value.detach() for name, value in values.items()}))
+
+    def add_update(self, gradient_norm: torch.Tensor, lr: float) -> None:
+        """Note the optimiser step that followed the last batch."""
+        self._waiting[-1].gradient_norm, self._waiting[-1].lr = gradient_norm.detach(), lr
+
+    def read(self) -> list[Reading]:
+        """Wait for the device once, and count what was noted since the last time, batch by batch."""
+        waiting, self._waiting = self._waiting, []
+        norms = [batch.gradient_norm for batch in waiting if batch.gradient_norm is not None]
+        numbers = iter(_numbers([*(value for batch in waiting for value in batch.values.values()), *norms]))
+        rows = [dict(zip(batch.values, numbers, strict=False)) for batch in waiting]
+        readings = []
+        for batch, row in zip(waiting, rows, strict=True):
+            self._count += 1
+            for name, value in row.items():
+                self._sums[name] = self._sums.get(name, 0.0) + value
+            norm = None if batch.gradient_norm is None else next(numbers)
+            self.last = dict(row) if norm is None else {**row, "gradient_norm": norm, "lr": batch.lr}
+            readings.append(Reading(batch.step, row["loss"], {name: row[name] for name in batch.terms}, norm))
+        return readings
 
     def state(self) -> dict[str, Any]:
         """What an interrupted epoch goes on from: the arguments of a new one."""
         return {"sums": self._sums, "count": self._count}
-
-    def add(
-        self,
-        parts: dict[str, float],
-        logits: torch.Tensor,
-        teacher_logits: torch.Tensor | None,
-        targets: torch.Tensor | None,
-    ) -> None:
-        """Note a batch. Accuracies count images that carry labels; a mixed image has the label it has more of."""
-        values = dict(parts)
-        labels = targets.argmax(dim=1) if targets is not None and targets.ndim == 2 else targets
-        known = labels >= 0 if labels is not None else None
-        if known is not None and known.any():
-            for name, outputs in (("", logits), ("teacher_", teacher_logits)):
-                if outputs is not None and outputs.shape[-1] > 1 and int(labels.max()) < outputs.shape[-1]:  # type: ignore[union-attr]
-                    right = outputs[known].topk(min(5, outputs.shape[-1]), dim=1).indices == labels[known, None]  # type: ignore[index]
-                    values[f"{name}top1"] = 100 * right[:, 0].float().mean().item()
-                    values[f"{name}top5"] = 100 * right.any(dim=1).float().mean().item()
-        self.last = values
-        self._count += 1
-        for name, value in values.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
 
     def means(self) -> dict[str, float]:
         """Mean of every value over the batches so far."""
@@ -60,6 +109,29 @@ class Meters:
         return words(self.last, terms | names)
 
 
+def accuracies(
+    logits: torch.Tensor, teacher_logits: torch.Tensor | None, targets: torch.Tensor, labels: Labels
+) -> dict[str, torch.Tensor]:
+    """Top-1 and top-5 of a batch in percent, the teacher's too, over the images that have a label; nothing where none has.
+
+    Args:
+        logits, teacher_logits: (B, classes).
+        targets: (B,) class indices, or (B, classes) after mixup: a mixed image has the label it has more of.
+        labels: what the targets were before mixup.
+    """
+    if not labels.count:
+        return {}
+    expected = targets.argmax(dim=1) if targets.ndim == 2 else targets
+    found = {}
+    for name, outputs in (("", logits), ("teacher_", teacher_logits)):
+        if outputs is None or outputs.shape[-1] == 1 or labels.largest >= outputs.shape[-1]:
+            continue
+        right = outputs.topk(min(5, outputs.shape[-1]), dim=1).indices == expected[:, None]  # never so for −1
+        for top, hits in (("top1", right[:, 0]), ("top5", right.any(dim=1))):
+            found[f"{name}{top}"] = 100 * (hits.float().sum() / labels.count).to(_widest(outputs.device))
+    return found
+
+
 def words(values: dict[str, Any], names: dict[str, str]) -> str:
     return "  ".join(text.format(values[k]) for k, text in names.items() if values.get(k) is not None)
 
@@ -67,3 +139,14 @@ def words(values: dict[str, Any], names: dict[str, str]) -> str:
 def result_text(result: dict[str, Any]) -> str:
     """What an evaluation found, in a few words."""
     return words(result, {"top1": "validation {:.2f}%", "agreement": "agreement {:.2f}%", "cosine": "cosine {:.4f}"})
+
+
+def _numbers(scalars: Sequence[torch.Tensor]) -> list[float]:
+    if not scalars:
+        return []
+    device = scalars[0].device
+    return torch.stack([scalar.to(device, _widest(device)) for scalar in scalars]).tolist()
+
+
+def _widest(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # it has no float64

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 
 import numpy as np
 import timm.optim
@@ -67,6 +68,29 @@ def _undecayed(model: nn.Module) -> set[str]:
         if hasattr(module, "no_weight_decay")
         for name in module.no_weight_decay()
     }
+
+
+def step_if(
+    allowed: torch.Tensor,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    parameters: Sequence[nn.Parameter],
+) -> None:
+    """An optimiser step that leaves the parameters as they are where `allowed` (a boolean scalar on their device) is false.
+
+    The device decides, so nobody waits for it. What the optimiser keeps for itself may be spoilt by a step that was not allowed.
+    """
+    if getattr(optimizer, "_step_supports_amp_scaling", False) and not scaler.is_enabled():
+        # Fused optimisers skip a step by themselves; torch.amp.GradScaler tells them the same way.
+        optimizer.found_inf = (~allowed).float()  # type: ignore[attr-defined]
+        optimizer.step()
+        del optimizer.found_inf  # type: ignore[attr-defined]
+        return
+    before = [p.detach().clone() for p in parameters]
+    scaler.step(optimizer)
+    for parameter, old in zip(parameters, before, strict=True):
+        kept = parameter.detach()
+        torch.where(allowed, kept, old, out=kept)
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, spec: Training, steps_per_epoch: int) -> Scheduler:

@@ -58,20 +58,7 @@ def match_layers(
     """
     ours, theirs = _blocks(student), _blocks(teacher)
     if ours is None or theirs is None or ours.family is not theirs.family:
-        reason = f"{model_name(student)} and {model_name(teacher)} are of different architectures"
-        if ours is theirs is None:
-            reason = f"the blocks of {model_name(student)} and {model_name(teacher)} are not known to compressvit"
-        if isinstance(layers, str):
-            return [], f"{reason}: no layer pairs, only the prediction is distilled"
-        ways = (
-            "; remove it to distil the prediction alone"
-            if asker == "distill.layers"
-            else ", whose blocks have no pairs"
-        )
-        raise UserError(f"{asker} gives pairs, but {reason}{ways}")
-    skip = (0, 0)
-    if ours.num_prefix_tokens != theirs.num_prefix_tokens:
-        skip = (ours.num_prefix_tokens, theirs.num_prefix_tokens)
+        return [], _no_pairs(student, teacher, layers, asker)
     if layers == "matched":
         depths = [len(s) for s in ours.stages], [len(s) for s in theirs.stages]
         if depths[0] != depths[1]:
@@ -81,25 +68,40 @@ def match_layers(
             )
         indices = tuple((i, i) for i in _group_ends(student, ours))
         how = "the last block of every share group" if compression_of(student).ties else "the last block of every stage"
-    elif layers == "auto":
+    elif isinstance(layers, str):
         indices, how = _most_alike(student, ours, theirs, likeness)
     else:
-        indices = layers  # type: ignore[assignment]
-        how = "as given"
-    pairs = []
-    for s, t in indices:
-        for index, backbone, whose in ((s, ours, "student"), (t, theirs, "teacher")):
-            if not 0 <= index < len(backbone.blocks):
-                raise UserError(
-                    f"{asker}: the pair [{s}, {t}] names block {index} of the {whose}, which has {len(backbone.blocks)} "
-                    f"(0 to {len(backbone.blocks) - 1})"
-                )
-        pair = LayerPair(ours.blocks[s], theirs.blocks[t], *skip)
-        _refuse_unlike(pair, theirs.blocks, asker)
-        pairs.append(pair)
-    if skip != (0, 0):
-        how += "; prefix tokens are left out, because the student has {} and the teacher {}".format(*skip)
-    return pairs, how
+        indices, how = layers, "as given"
+    if ours.num_prefix_tokens != theirs.num_prefix_tokens:
+        counts = f"the student has {ours.num_prefix_tokens} and the teacher {theirs.num_prefix_tokens}"
+        how += f"; prefix tokens are left out, because {counts}"
+    return [_pair(ours, theirs, s, t, asker) for s, t in indices], how
+
+
+def _no_pairs(student: nn.Module, teacher: nn.Module, layers: str | tuple[tuple[int, int], ...], asker: str) -> str:
+    """Why two models whose blocks cannot be paired have no pairs; a `UserError` where pairs are given."""
+    reason = f"{model_name(student)} and {model_name(teacher)} are of different architectures"
+    if _blocks(student) is _blocks(teacher) is None:
+        reason = f"the blocks of {model_name(student)} and {model_name(teacher)} are not known to compressvit"
+    if isinstance(layers, str):
+        return f"{reason}: no layer pairs, only the prediction is distilled"
+    ways = "; remove it to distil the prediction alone" if asker == "distill.layers" else ", whose blocks have no pairs"
+    raise UserError(f"{asker} gives pairs, but {reason}{ways}")
+
+
+def _pair(ours: Backbone, theirs: Backbone, student: int, teacher: int, asker: str) -> LayerPair:
+    """The pair of two blocks by index; a `UserError` where one is not there, or their tokens are not the same."""
+    for index, backbone, whose in ((student, ours, "student"), (teacher, theirs, "teacher")):
+        if not 0 <= index < len(backbone.blocks):
+            raise UserError(
+                f"{asker}: the pair [{student}, {teacher}] names block {index} of the {whose}, which has {len(backbone.blocks)} "
+                f"(0 to {len(backbone.blocks) - 1})"
+            )
+    alike = ours.num_prefix_tokens == theirs.num_prefix_tokens
+    skip = (0, 0) if alike else (ours.num_prefix_tokens, theirs.num_prefix_tokens)
+    pair = LayerPair(ours.blocks[student], theirs.blocks[teacher], *skip)
+    _refuse_unlike(pair, theirs.blocks, asker)
+    return pair
 
 
 def match_layers_once(
@@ -196,7 +198,7 @@ def _blocks(model: nn.Module) -> Backbone | None:
         return None
 
 
-def _group_ends(student: nn.Module, backbone) -> list[int]:
+def _group_ends(student: nn.Module, backbone: Backbone) -> list[int]:
     """Indices of the last block of every share group, or of every stage where no block shares."""
     ends = {stage[-1].index for stage in backbone.stages}
     for names in compression_of(student).ties:

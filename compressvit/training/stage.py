@@ -16,6 +16,7 @@ from compressvit.log import RunLog
 from compressvit.training.loop import Phase, Teacher, train
 from compressvit.training.pairs import Likeness
 from compressvit.training.spec import Training
+from compressvit.training.state import Moments
 from compressvit.training.terms import Term
 from compressvit.training.watch import Watch
 
@@ -74,7 +75,7 @@ class Stage:
         *,
         taught: bool = False,
         phase: Phase | None = None,
-        moments: dict[str, dict[str, Any]] | None = None,
+        moments: Moments | None = None,
     ) -> dict[str, Any]:
         """Train a model in place; returns what `compressvit.training.loop.train` does.
 

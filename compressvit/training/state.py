@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a model: what training changes, and for what it does not, a hash.
+"""What a checkpoint holds of a model (what training changes, and for what it does not, a hash) and of its optimiser.
 
 Where transforms only add to a frozen backbone, whoever resumes builds the same one again, so a checkpoint has kilobytes. Where one
 changed the backbone itself, a checkpoint holds the whole model: values that were fitted need not come out alike on another machine.
@@ -64,3 +64,19 @@ class TrainedState:
                 "that teacher.weights (or student.weights) named then, or begin anew with --overwrite"
             )
         model.load_state_dict(saved["model"], strict=False)
+
+
+class Moments(dict[str, dict[str, Any]]):
+    """What an optimiser keeps of every parameter that is trained, e.g. Adam's moments, by the parameter's name."""
+
+    @classmethod
+    def of(cls, model: nn.Module, optimizer: torch.optim.Optimizer) -> Moments:
+        """Those of an optimiser over the parameters of `model`."""
+        return cls({n: dict(optimizer.state.get(p, {})) for n, p in model.named_parameters() if p.requires_grad})
+
+    def give(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Put them where the optimiser keeps its own, on the devices of the parameters (a checkpoint's are on the CPU)."""
+        names = {id(p): name for name, p in model.named_parameters()}
+        ordered = [p for group in optimizer.param_groups for p in group["params"]]
+        known = {i: self[names[id(p)]] for i, p in enumerate(ordered) if self.get(names[id(p)])}
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": known})

@@ -17,8 +17,6 @@ from typing import Any, ClassVar
 import torch
 from einops import rearrange
 from pydantic import Field
-from scipy.optimize import linear_sum_assignment
-from timm.layers import Mlp
 from torch import nn
 from torch.nn.utils import skip_init
 
@@ -69,6 +67,8 @@ class AlignPlan(Plan):
 
 def _align(units: list[torch.Tensor], rounds: int, permute: list[Any]) -> None:
     """Permute the units of every layer, (units, features) each, to lie closest to the first layer's, then to their mean."""
+    from scipy.optimize import linear_sum_assignment
+
     orders = [torch.arange(len(u)) for u in units]
     reference = units[0]
     for _ in range(rounds):
@@ -180,6 +180,8 @@ class Align(Transform):
         return (Align(share=2), Align(share=2, heads=False, rounds=1))
 
     def plan(self, model: nn.Module, source: Source | None = None) -> AlignPlan:
+        from timm.layers import Mlp
+
         groups = [group for group in share_groups(model, self.share, "align.share") if len(group) > 1]
         require_free(model, self.name, (orders(path) for group in groups for path in group))
         tied = {name for group in ties.tied_groups(model) for name in group}

@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from timm.layers import create_act_layer
 from torch import nn
 
 from compressvit.errors import UserError
@@ -47,6 +46,8 @@ class Bottleneck(nn.Module):
         scale: float | Literal["learnable"] = 1.0,
         reads: Literal["normed", "residual"] = "normed",
     ):
+        from timm.layers import create_act_layer
+
         super().__init__()
         self.down, self.up = down, up
         self.act = create_act_layer(act)

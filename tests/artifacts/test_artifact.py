@@ -118,7 +118,7 @@ def test_the_manifest_is_plain_json(tmp_path):
         return all(map(plain, value)) if isinstance(value, list) else isinstance(value, str | int | float | None)
 
     assert plain(manifest)
-    assert manifest["format"] == stored.FORMAT == 1
+    assert manifest["format"] == stored.FORMAT == 2
     assert manifest["architecture"] == "vit_tiny_patch16_224"
     assert manifest["args"] == {**VIT, "global_pool": "token"}
     assert manifest["parameters"] == ties.count_parameters(student)
@@ -275,7 +275,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a list": (lambda f: (f / "compressvit.json").write_text("[]"), "is not a readable manifest"),
     "another format": (
         edit(lambda m: m.update(format=9, compressvit="7.7.7")),
-        r"is of format 9; this compressvit \(.*\) reads format 1\. It was written by compressvit 7\.7\.7",
+        r"is of format 9; this compressvit \(.*\) reads formats 1 to 2\. It was written by compressvit 7\.7\.7",
     ),
     "a key gone": (edit(lambda m: m.pop("ties")), "is not a readable manifest"),
     "a key more": (edit(lambda m: m.update(surprise=1)), "is not a readable manifest"),

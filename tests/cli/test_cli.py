@@ -13,7 +13,8 @@ from helpers.runs import TINY, refused, run
 
 from compressvit import __version__
 from compressvit.cli import main
-from compressvit.recipe.recipe import load_recipe, shipped_recipes
+from compressvit.recipe.recipe import load_recipe
+from compressvit.recipe.shipped import shipped_recipes
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +139,23 @@ def test_validate_reports_every_file_and_fails_when_one_is_faulty(recipe, tmp_pa
     assert f"{faulty}: 2 errors" in err
     assert "steps[0].multiplex.shar" in err
     assert "there is no recipe 'nowhere'" in err
+
+
+def test_validate_looks_models_up_in_timm_as_plan_does(recipe, tmp_path):
+    names = {"teacher": "vit_tiny_patch16_244", "student": "vit_tiny_patch16_224.no_such_tag"}
+    for whose, name in names.items():
+        faulty = tmp_path / f"{whose}.yaml"
+        code, text, _ = run("recipes", "show", recipe, f"{whose}.model={name}", "--resolved")
+        assert code == 0
+        faulty.write_text(text)
+        code, out, err = run("validate", faulty, recipe)
+        assert (code, out) == (2, f"{recipe}: valid")
+        planned = run("plan", faulty)[2].removeprefix("compressvit: ")
+        assert err == f"{faulty}: {whose}.model: {planned}"
+    assert (
+        "has no model 'vit_tiny_patch16_244'; did you mean 'vit_tiny_patch16_224'?"
+        in run("validate", tmp_path / "teacher.yaml")[2]
+    )
 
 
 def test_validate_succeeds_on_all_that_ship():

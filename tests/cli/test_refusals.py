@@ -19,7 +19,8 @@ from compressvit.data.spec import Augment
 from compressvit.errors import UserError
 from compressvit.files import disk_faults
 from compressvit.model.weights import resample_positions
-from compressvit.recipe.recipe import find_recipe, parse_recipe
+from compressvit.recipe.recipe import parse_recipe
+from compressvit.recipe.shipped import find_recipe
 from compressvit.runs.folder import RunFolder
 from compressvit.runs.job import pick_device, refuse_own_inputs
 from compressvit.transforms import LoadWeights

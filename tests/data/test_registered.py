@@ -38,8 +38,8 @@ class Unlabelled(Dataset):
 def registered(monkeypatch):
     """Takes what a test registers out again."""
     len(SETS)  # found, so that what is added below can be taken out
-    monkeypatch.setattr(SETS, "_entries", dict(SETS))
-    monkeypatch.setattr(SETS, "_packages", dict(SETS._packages))
+    for table in ("_entries", "_modules"):
+        monkeypatch.setattr(SETS, table, dict(getattr(SETS, table)))
 
 
 def test_a_new_set_is_opened_and_read(registered):

@@ -79,7 +79,8 @@ def toy(monkeypatch):
 
     register_model(toy_net)
     len(FAMILIES)  # found, so that what is added below can be taken out again
-    monkeypatch.setattr(FAMILIES, "_entries", dict(FAMILIES))
+    for table in ("_entries", "_modules"):
+        monkeypatch.setattr(FAMILIES, table, dict(getattr(FAMILIES, table)))
 
     @families.family("toy")
     class ToyFamily(Family):
@@ -92,8 +93,7 @@ def toy(monkeypatch):
             for i, block in enumerate(model.trunk):
                 yield BlockInfo(f"trunk.{i}", i, 0, model.head.in_features, block.attn.num_heads, (2, 2))
 
-    yield timm.create_model("toy_net")
-    FAMILIES._packages.pop("toy")
+    return timm.create_model("toy_net")
 
 
 def test_a_new_family_is_adapted_saved_and_loaded(toy, tmp_path):

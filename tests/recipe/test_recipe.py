@@ -8,7 +8,8 @@ import pytest
 from helpers.recipes import GOOD, fault, only_row, rows
 
 from compressvit.errors import UserError
-from compressvit.recipe.recipe import RecipeError, find_recipe, load_recipe, parse_recipe, shipped_recipes
+from compressvit.recipe.recipe import RecipeError, load_recipe, parse_recipe
+from compressvit.recipe.shipped import find_recipe, shipped_recipes
 from compressvit.training.phases.distill import Distill
 from compressvit.transforms.multiplex import Multiplex
 

@@ -10,22 +10,16 @@ import yaml
 from helpers.recipes import GOOD, fault
 
 from compressvit.data.spec import Data
-from compressvit.recipe.recipe import (
-    Recipe,
-    Student,
-    Teacher,
-    load_recipe,
-    parse_recipe,
-    recipes_folder,
-    shipped_recipes,
-)
+from compressvit.recipe.recipe import Recipe, Student, Teacher, load_recipe, parse_recipe
 from compressvit.recipe.schema import json_schema
+from compressvit.recipe.shipped import recipes_folder, shipped_recipes
 from compressvit.recipe.words import step
 from compressvit.runs.plan import plan_recipe
 from compressvit.training.phases import PHASES
-from compressvit.training.phases.distill import Distill
+from compressvit.training.phases.distill import Distill, Losses
 from compressvit.training.phases.finetune import Finetune
-from compressvit.training.term_specs import HiddenRelationTerm, Losses, TorchdistillTerm
+from compressvit.training.terms.hidden_relation import HiddenRelationTerm
+from compressvit.training.terms.torchdistill import TorchdistillTerm
 from compressvit.transforms import TRANSFORMS
 from compressvit.transforms.irpe import IRPE
 from compressvit.transforms.multiplex import Multiplex

@@ -45,8 +45,9 @@ def test_apply_does_what_the_command_line_does(typed, tmp_path, kind):
     }[kind]
     run = compressvit.apply(given, tmp_path / "run", overrides=words, console=QUIET)
     assert student_bytes(run.folder) == student_bytes(typed / "run")
-    assert run.results == json.loads((run.folder / "results.json").read_text())
-    assert run.results["student"]["top1"] >= 0
+    written = json.loads((run.folder / "results.json").read_text())
+    assert run.results.model_dump(exclude_unset=True) == written
+    assert run.results.student.top1 == written["student"]["top1"] >= 0
     assert not run.student.training
     again = compressvit.load(run.folder / "student")
     images = torch.randn(2, 1, 8, 8)
@@ -221,12 +222,17 @@ def test_distill_refuses(batches, options, message):
     assert all(torch.equal(v, before[n]) for n, v in values(student).items())
 
 
-def test_models_that_do_not_go_together():
+def test_models_that_do_not_go_together(tmp_path):
     student, teacher = pair()
     with pytest.raises(UserError, match="the same model"):
         compressvit.distill(teacher, teacher, GOOD)
     with pytest.raises(UserError, match="the teacher is a str, not a model"):
         compressvit.distill(student, "teacher", GOOD)
+    other = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 8), torch.nn.Flatten())
+    other.num_classes = 4
+    with pytest.raises(UserError, match=r"Sequential that was not built by timm\.create_model"):
+        compressvit.distill(other, teacher, GOOD, layers="matched", output=tmp_path / "out", console=QUIET)
+    assert not (tmp_path / "out").exists(), "before the training, not after it"
     with pytest.raises(UserError, match=r"the student has 4 and the teacher 7; set losses\.prediction\.weight=0"):
         compressvit.distill(student, tiny_vit(num_classes=7), GOOD)
 

@@ -248,10 +248,9 @@ def test_planned_memory_is_what_autograd_keeps(name):
     images = torch.randn(recipe.data.batch_size, config.channels, config.height, config.width)
     pairs, _ = match_layers(student, teacher, "matched")
     terms = build_terms(recipe.steps[-1].spec.losses, pairs, classes=10)
-    cpu = torch.device("cpu")
     taps = [
-        Taps(student, [t for term in terms for t in term.student_taps], cpu),
-        Taps(teacher, [t for term in terms for t in term.teacher_taps], cpu),
+        Taps(student, [t for term in terms for t in term.student_taps]),
+        Taps(teacher, [t for term in terms for t in term.teacher_taps]),
     ]
     student_logits = student.train()(images)
     with torch.no_grad():

@@ -164,7 +164,7 @@ def test_a_crash_loses_no_more_than_an_epoch(uninterrupted, recipe, tmp_path, mo
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(uninterrupted, recipe, tmp_path, monkeypatch):
     def spoil(result):
-        return result[0] * math.nan, {**result[1], "prediction": math.nan}
+        return result[0] * math.nan, {**result[1], "prediction": torch.tensor(math.nan)}
 
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:

@@ -16,8 +16,7 @@ from timm.layers import DropPath
 import compressvit.training.stage
 from compressvit.training.loop import Teacher
 from compressvit.training.pairs import match_layers
-from compressvit.training.phases.distill import Distill
-from compressvit.training.term_specs import Losses
+from compressvit.training.phases.distill import Distill, Losses
 from compressvit.training.terms import build_terms
 from compressvit.transforms.applying import compress
 from compressvit.transforms.multiplex import Multiplex

@@ -8,21 +8,21 @@ import json
 import pytest
 import torch
 from helpers.runs import done, metrics, refused
-from helpers.training import CPU, fit, random_batches, tiny_vit
+from helpers.training import fit, random_batches, tiny_vit
 from torch import nn
 from torchdistill.losses.registry import MIDDLE_LEVEL_LOSS_DICT
 
 from compressvit.errors import UserError
 from compressvit.model.taps import Taps
 from compressvit.training.loop import Teacher
-from compressvit.training.phases.distill import Distill
-from compressvit.training.term_specs import Losses, TorchdistillTerm
+from compressvit.training.phases.distill import Distill, Losses
 from compressvit.training.terms import Batch, build_terms
+from compressvit.training.terms.torchdistill import TorchdistillTerm
 
 
 def test_taps_read_inputs_and_outputs_and_forget_them():
     model = tiny_vit()
-    taps = Taps(model, [("blocks.0", "output"), ("blocks.1", "input"), ("blocks.1", "output"), ("head", "input")], CPU)
+    taps = Taps(model, [("blocks.0", "output"), ("blocks.1", "input"), ("blocks.1", "output"), ("head", "input")])
     images = torch.randn(2, 1, 8, 8)
     model(images)
     seen = taps.pop()
@@ -45,7 +45,7 @@ def test_taps_read_inputs_and_outputs_and_forget_them():
 )
 def test_a_tap_that_is_not_there(tap, words):
     with pytest.raises(UserError) as caught:
-        Taps(tiny_vit(), [tap], CPU)
+        Taps(tiny_vit(), [tap])
     for word in words:
         assert word in str(caught.value)
 
@@ -80,7 +80,7 @@ def test_a_torchdistill_loss_by_name(name, tmp_path):
     teacher, student = tiny_vit(seed=1).eval(), tiny_vit(seed=2)
     gaps = []
     for model in (copy.deepcopy(teacher), student):
-        taps = [Taps(m, side, CPU) for m, side in ((model, term.student_taps), (teacher, term.teacher_taps))]
+        taps = [Taps(m, side) for m, side in ((model, term.student_taps), (teacher, term.teacher_taps))]
         images, targets = random_batches(1, 6)[0]
         logits = [m(images) for m in (model, teacher)]
         loss, _ = term.function(Batch(*logits, *(t.pop() for t in taps), targets))

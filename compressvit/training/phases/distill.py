@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 
 from compressvit.errors import UserError
 from compressvit.training.phases.base import PhasePlan, PhaseSpec, Setting, phase
-from compressvit.training.term_specs import Losses
+from compressvit.training.terms.section import LossSection, losses_section
 
 if TYPE_CHECKING:
     from torch import nn
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from compressvit.training.pairs import LayerPair, Likeness
     from compressvit.training.stage import Stage
     from compressvit.training.terms import Term
+
+    Losses = LossSection
+else:
+    Losses = losses_section()  # a key for every loss term that is installed
 
 
 @phase("distill")
@@ -37,13 +41,12 @@ class Distill(PhaseSpec):
 
     @property
     def needs_labels(self) -> bool:
-        return self.losses.labels.weight > 0
+        return any(term.needs_labels for term in self.losses.terms())
 
     @field_validator("losses")
     @classmethod
-    def _something_to_learn(cls, losses: Losses) -> Losses:
-        terms = [*(getattr(losses, n) for n in type(losses).model_fields if n != "torchdistill"), *losses.torchdistill]
-        if not any(term.weight for term in terms):
+    def _something_to_learn(cls, losses: LossSection) -> LossSection:
+        if not losses.terms():
             raise ValueError("every loss term has weight 0, so there is nothing to learn; give one a weight")
         return losses
 
@@ -96,8 +99,9 @@ class Distill(PhaseSpec):
 
     def _refuse_other_classes(self, student: nn.Module, teacher: nn.Module) -> None:
         ours, theirs = (getattr(model, "num_classes", 0) for model in (student, teacher))
-        if self.losses.prediction.weight and ours and theirs and ours != theirs:
-            raise UserError(
-                f"losses.prediction compares classes, but the student has {ours} and the teacher {theirs}; set losses.prediction.weight=0, "
-                "or give both the same classifier"
-            )
+        for term in self.losses.terms():
+            if term.compares_logits and ours and theirs and ours != theirs:
+                raise UserError(
+                    f"losses.{term.name} compares classes, but the student has {ours} and the teacher {theirs}; set "
+                    f"losses.{term.name}.weight=0, or give both the same classifier"
+                )

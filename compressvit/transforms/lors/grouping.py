@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from scipy.cluster.hierarchy import cut_tree, linkage
-from scipy.spatial.distance import squareform
 
 from compressvit.fitting.lowrank import TINY
 from compressvit.fitting.moments import Source
@@ -27,6 +25,9 @@ def group_by_similarity(paths: Sequence[str], count: int, source: Source, kind: 
         kind: 'weights' or 'inputs'.
         ridge: of the metric.
     """
+    from scipy.cluster.hierarchy import cut_tree, linkage
+    from scipy.spatial.distance import squareform
+
     if count >= len(paths):
         return [(path,) for path in paths]
     metrics = source.metrics(paths, kind, ridge, 0.0)

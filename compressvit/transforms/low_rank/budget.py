@@ -49,11 +49,7 @@ def original_parameters(model: nn.Module) -> int:
     """What the model had before anything was shared, added or dropped: every path counts."""
     added = surgery.added_parameters(model)
     kept = sum(p.numel() for n, p in model.named_parameters(remove_duplicate=False) if n not in added)
-    return kept + sum(
-        m.in_features * m.out_features + (0 if m.bias is None else m.out_features)
-        for m in model.modules()
-        if isinstance(m, FactoredLinear)
-    )
+    return kept + sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, FactoredLinear))
 
 
 def original_macs(model: nn.Module) -> int:

@@ -22,6 +22,7 @@ class FactoredLinear(nn.Module):
     """
 
     slots = ("down", "up")
+    adopted = ("up.bias",)
 
     in_features: int
     out_features: int

@@ -12,8 +12,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from timm.models._features import feature_take_indices
-from timm.models.swin_transformer import window_partition, window_reverse
 from torch import nn
 
 from compressvit.model import surgery
@@ -197,6 +195,8 @@ def _attend(block: Any, x: torch.Tensor, prompts: torch.Tensor) -> tuple[torch.T
     Returns:
         The grid, and what came out for the prompts of every window, (B·windows, P, M); none if they left behind attention.
     """
+    from timm.models.swin_transformer import window_partition, window_reverse
+
     batch, height, width, _ = x.shape
     rows, columns = block.window_size
     down, right = block.shift_size
@@ -238,6 +238,8 @@ class WithTravellingPrompts(TravellingPrompts):
         **kwargs,
     ):
         """timm's, with its arguments and results."""
+        from timm.models._features import feature_take_indices
+
         drop, end = self.blocks[-1].vpt_end, len(self.blocks) - 1
         taken, last = feature_take_indices(len(self.blocks), indices)
         height, _ = self.patch_embed.dynamic_feat_size(x.shape[-2:])
@@ -290,6 +292,8 @@ class SwinWithTravellingPrompts(TravellingPrompts):
         intermediates_only: bool = False,
     ):
         """timm's, with its arguments and results."""
+        from timm.models._features import feature_take_indices
+
         drop, end = self.layers[-1].blocks[-1].vpt_end, len(self.layers) - 1
         taken, last = feature_take_indices(len(self.layers), indices)
         found = super().forward_intermediates(x, indices, norm, stop_early, output_fmt, intermediates_only)  # type: ignore[misc]

@@ -10,7 +10,7 @@ import pytest
 from helpers.page import Page
 from helpers.runs import TINY, metrics
 
-from compressvit.training.phases import PhaseSpec, phase
+from compressvit.training.phases import PHASES, PhaseSpec, phase
 
 PROGRAM = '''
 import sys
@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import nn
 
 from compressvit.errors import UserError
-from compressvit.training.phases import PhaseSpec, phase
+from compressvit.training.phases import PHASES, PhaseSpec, phase
 
 
 @phase("norms")
@@ -97,5 +97,6 @@ def test_it_is_compared_documented_and_reported(run):
 
 
 def test_a_word_is_taken_once():
+    assert {"distill", "finetune", "prune", "sparsify"} <= set(PHASES)
     with pytest.raises(TypeError, match="two phases are called 'finetune'"):
         phase("finetune")(type("Other", (PhaseSpec,), {}))

@@ -7,13 +7,13 @@ import itertools
 
 import pytest
 import torch
-from compressvit.transforms.lors.budget import Spending
 from helpers.models import build, images_for, outputs
 
 from compressvit import LORS
 from compressvit.fitting.allocate import Budget
 from compressvit.fitting.moments import Source
 from compressvit.transforms.applying import compress
+from compressvit.transforms.low_rank.budget import Spending
 from compressvit.transforms.record import compression_of
 
 PATHS = [f"blocks.{i}.mlp.fc1" for i in range(4)]
@@ -39,6 +39,14 @@ def test_the_ledger_has_the_error_of_the_outputs_on_the_teachers_inputs(metric):
         weight = torch.stack([other(torch.eye(own.in_features)), other(torch.zeros(own.in_features).expand(48, -1))])
         difference = own.weight.mT - (weight[0] - weight[1])
         assert ledger[path].weight_error == pytest.approx((difference.norm() / own.weight.norm()).item(), rel=1e-3)
+
+
+def test_the_ledger_says_whose_weight_a_layer_has():
+    student = compress(build("vit"), [LORS(rank=3, share=2, targets=("mlp.fc1",), metric="weights")])
+    changes = {entry.path: entry.change for entry in compression_of(student).ledger}
+    for i, path in enumerate(PATHS):
+        owner = "owns the weight of 2 layers" if i % 2 == 0 else f"shares the weight of {PATHS[i - 1]}"
+        assert changes[path].startswith(owner)
 
 
 @pytest.mark.parametrize("kind", ["inputs", "outputs"])

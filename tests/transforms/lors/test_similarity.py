@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compressvit.transforms.lors.budget import group_by_similarity
 from torch import Tensor, nn
 
 from compressvit.fitting.moments import Moments, Source
+from compressvit.transforms.lors.grouping import group_by_similarity
 
 
 def layers(weights: list[Tensor]) -> nn.ModuleDict:

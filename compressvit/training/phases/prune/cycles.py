@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from compressvit.log import RunLog
-from compressvit.training.loop import Phase
-from compressvit.training.optimisation import seed_everything
+from compressvit.training.phase import Phase
 from compressvit.training.phases.prune.neurons import (
     Price,
     Widths,
@@ -25,8 +24,9 @@ from compressvit.training.phases.prune.neurons import (
     shrink_,
 )
 from compressvit.training.phases.prune.options import PruneOptions
+from compressvit.training.state import Moments
 
-TrainCycle = Callable[[nn.Module, Phase, dict[str, dict[str, Any]]], dict[str, Any]]
+TrainCycle = Callable[[nn.Module, Phase, Moments], dict[str, Any]]
 Gradients = Callable[[nn.Module], dict[str, torch.Tensor]]
 
 
@@ -59,7 +59,7 @@ def prune_and_train(
     history: list[Widths] = [start]
     good: tuple[nn.Module, dict[str, Any]] | None = None
     done, first = 0, None
-    moments: dict[str, dict[str, Any]] = {}
+    moments = Moments()
     while True:
         cycle = _cycle(phase, done)
         if not cycle.checkpoint.is_file():  # a resumed run has reported it before
@@ -111,6 +111,8 @@ def _choose(
     gradients: Gradients,
 ) -> dict[str, torch.Tensor]:
     """Indices of the neurons that stay after removal number `done`."""
+    from compressvit.training.optimisation import seed_everything
+
     plan = prunable_plan(model)
     seed_everything(phase.seed, phase.number, 1000 * done)  # the gradient's images are those of any run
     found = scores(

@@ -19,6 +19,7 @@ from compressvit.errors import UserError
 from compressvit.fitting.moments import tokens_at
 from compressvit.model import ties
 from compressvit.training.phases.prune.options import PruneOptions, PruneTarget, Score
+from compressvit.training.state import Moments
 from compressvit.transforms import TRANSFORMS, Plan
 from compressvit.transforms.record import compression_of
 
@@ -242,9 +243,7 @@ def _best(scored: torch.Tensor, count: int) -> torch.Tensor:
     return torch.tensor(sorted(order[:count]), dtype=torch.long)
 
 
-def shrink_(
-    model: nn.Module, keep: Mapping[str, torch.Tensor], moments: dict[str, dict[str, Any]] | None = None
-) -> Widths:
+def shrink_(model: nn.Module, keep: Mapping[str, torch.Tensor], moments: Moments | None = None) -> Widths:
     """Take all other neurons out of the adapters, in place; one without any leaves the forward pass.
 
     What is left computes what the model did with the removed neurons' rows of U at zero. The model's record says the new widths, so
@@ -284,7 +283,7 @@ def _gather(
     dim: int,
     chosen: torch.Tensor,
     prefix: str,
-    moments: dict[str, dict[str, Any]] | None,
+    moments: Moments | None,
 ) -> None:
     old = getattr(layer, name)
     setattr(layer, name, nn.Parameter(old.detach().index_select(dim, chosen), requires_grad=old.requires_grad))

@@ -13,8 +13,9 @@ from compressvit.training.phases.prune.neurons import amounts, cycles, prices, p
 from compressvit.training.phases.prune.options import PruneOptions, PruneTarget
 
 if TYPE_CHECKING:
-    from compressvit.training.loop import Phase
+    from compressvit.training.phase import Phase
     from compressvit.training.stage import Stage
+    from compressvit.training.state import Moments
 
 __all__ = ["Prune", "PruneTarget"]
 
@@ -52,7 +53,7 @@ class Prune(PruneOptions):
         from compressvit.training.phases.prune.cycles import prune_and_train
         from compressvit.training.terms import labels_term
 
-        def train_cycle(m: nn.Module, cycle: Phase, moments: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        def train_cycle(m: nn.Module, cycle: Phase, moments: Moments) -> dict[str, Any]:
             return stage.train(m, self, [labels_term(1.0, self.smoothing)], phase=cycle, moments=moments)
 
         model, report, history = prune_and_train(

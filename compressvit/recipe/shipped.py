@@ -1,0 +1,43 @@
+"""The recipes that ship with the package: where they are, and what they say of themselves. Nothing is validated here, so it is quick."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+import yaml
+
+from compressvit.errors import UserError, did_you_mean
+
+
+def recipes_folder() -> Path:
+    """Where the shipped recipes are: inside an installed package, or beside it in a checkout."""
+    inside = Path(__file__).parents[1] / "recipes"
+    return inside if inside.is_dir() else Path(__file__).parents[2] / "recipes"
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that ship with the package, by name."""
+    return {p.stem: p for p in sorted(recipes_folder().glob("*.yaml"))}
+
+
+def find_recipe(name_or_path: str | Path) -> Path:
+    """The file of a recipe given by path or by shipped name; a `UserError` with near names if there is none."""
+    path = Path(name_or_path)
+    with suppress(OSError):  # a name too long for the system is that of no file
+        if path.is_file():
+            return path
+    shipped = shipped_recipes()
+    if path.parent in (Path("."), Path("recipes")) and path.suffix in ("", ".yaml", ".yml") and path.stem in shipped:
+        return shipped[path.stem]
+    hint = (
+        did_you_mean(path.stem, shipped, list_at_most=0)
+        or f"`compressvit recipes list` names those that ship: {', '.join(shipped)}"
+    )
+    raise UserError(f"there is no recipe {str(name_or_path)!r}, neither a file nor one that ships; {hint}")
+
+
+def described() -> dict[str, str]:
+    """What each shipped recipe is for, by name."""
+    content = {name: yaml.safe_load(path.read_text(encoding="utf-8")) for name, path in shipped_recipes().items()}
+    return {name: recipe.get("description", "") for name, recipe in content.items()}

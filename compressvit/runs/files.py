@@ -1,0 +1,177 @@
+"""The files of a run folder, each a class: what is written with it is read with it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from compressvit.errors import UserError
+
+
+class RunFile(BaseModel):
+    """What is relied on; a file may have more, and one of an earlier version less."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class Figures(RunFile):
+    """Costs and scores of the teacher or the student in `results.json` and `plan.json`. Scores are in percent but for `loss` and the
+    cosines; None where they cannot be had."""
+
+    parameters: int
+    bytes: int
+    macs: int
+    images: int | None = None
+    latency_ms: float | None = None
+    top1: float | None = None
+    top5: float | None = None
+    loss: float | None = None
+    agreement: float | None = None
+    cosine: float | None = None
+    cosine_patches: float | None = None
+    trained_adapter: int | None = None
+    trained_head: int | None = None
+    adapter_bytes: int | None = None
+
+    def value(self, key: str) -> float | None:
+        """The figure of that name, if it is there."""
+        found = getattr(self, key, None)
+        return found if isinstance(found, (int, float)) else None
+
+    @property
+    def adapted(self) -> bool:
+        """Whether a part of the student was frozen."""
+        trained = (self.trained_adapter or 0) + (self.trained_head or 0)
+        return self.trained_adapter is not None and trained < self.parameters
+
+
+class LedgerRow(RunFile):
+    """What a transform did to a module."""
+
+    step: str
+    path: str
+    change: str
+    before: int
+    after: int
+    weight_error: float | None = None
+    output_error: float | None = None
+
+
+class PhaseReport(RunFile):
+    """What a phase began with, and the epoch whose weights it kept.
+
+    Attributes:
+        trainings: how many a phase of several had; `widths` those of the adapters after each of them.
+    """
+
+    start: dict[str, int | float | None] | None = None
+    kept_epoch: int | None = None
+    trainings: int | None = None
+    widths: list[dict[str, int]] = []
+
+
+class Results(RunFile):
+    """`results.json`."""
+
+    teacher: Figures
+    student: Figures
+    phases: dict[str, PhaseReport] = {}
+    ledger: list[LedgerRow] = []
+    read_back_difference: float | None = None
+    broken_images: int = 0
+
+
+class PlanFile(RunFile):
+    """`plan.json`."""
+
+    teacher: Figures
+    student: Figures
+
+
+class Environment(RunFile):
+    """`environment.json`."""
+
+    command: list[str]
+    compressvit: str
+    python: str
+    platform: str
+    cpu_count: int | None = None
+    torch_threads: int | None = None
+    cuda: str | None = None
+    gpus: list[str] = []
+    versions: dict[str, str | None] = {}
+
+
+class Answer(RunFile):
+    """A model's first class of an image."""
+
+    name: str = Field(alias="class")
+    probability: float
+
+
+class Example(RunFile):
+    """An image worth looking at."""
+
+    file: str
+    value: float
+    true: str | None = None
+    teacher: Answer | None = None
+    student: Answer | None = None
+
+
+class ClassRow(RunFile):
+    """Percent right in a class."""
+
+    name: str = Field(alias="class")
+    images: int
+    teacher: float | None = None
+    student: float
+
+
+class Confusion(RunFile):
+    """How often the images of a class are taken for another."""
+
+    true: str
+    answer: str
+    teacher: int | None = None
+    student: int
+
+
+class PredictionsFile(RunFile):
+    """`predictions.json`."""
+
+    format: Literal[1]
+    images: int
+    compared: bool
+    measure: Literal["shift", "cosine", "loss"]
+    classes: list[ClassRow] | None
+    confusions: list[Confusion] | None
+    confusions_in_all: int | None = None  # older runs have none
+    examples: list[Example]
+
+
+def read_results(run: Path) -> Results:
+    """The content of a run's `results.json`.
+
+    Raises:
+        UserError: it is no table of teacher and student.
+    """
+    file = run / "results.json"
+    fault = "it is no table of teacher and student"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(content, dict) and "phases" not in content:
+            fault = "it has no 'phases'"
+        else:
+            found = Results.model_validate(content)
+            if None not in (found.teacher.latency_ms, found.student.latency_ms):
+                return found
+    except ValidationError as error:
+        missing = [f["loc"][-1] for f in error.errors() if f["type"] == "missing"]
+        fault = f"it has no {missing[0]!r}" if missing else fault
+    except ValueError:  # no JSON
+        pass
+    raise UserError(f"{file} is not what `apply` writes: {fault}; leave the run out, or apply its recipe again")

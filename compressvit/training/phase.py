@@ -1,0 +1,28 @@
+"""What the training loop is told of the phase it runs, besides its options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Where a phase stands in its run: its name, its number (part of the seed), the run's seed, and its checkpoint file."""
+
+    name: str
+    number: int
+    seed: int
+    checkpoint: Path
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The teacher of a distillation, and what its images must look like."""
+
+    model: nn.Module
+    input: Callable[[torch.Tensor], torch.Tensor] = lambda images: images

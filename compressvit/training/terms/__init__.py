@@ -1,0 +1,22 @@
+"""The terms of the distillation loss: one file a term, with its key in a recipe, its taps and what it computes.
+
+To add one, write a file beside `prediction.py`; it is found by itself, and its word is a key of `losses`. Another package adds one
+through an entry point of the group `compressvit.terms`. The functions themselves are in `compressvit.losses`.
+"""
+
+from __future__ import annotations
+
+from compressvit.training.terms.base import TERMS, Batch, LossTerm, Term, TermSetting, loss_term
+from compressvit.training.terms.building import build_terms
+from compressvit.training.terms.labels import labels_term
+
+__all__ = [
+    "TERMS",
+    "Batch",
+    "LossTerm",
+    "Term",
+    "TermSetting",
+    "build_terms",
+    "labels_term",
+    "loss_term",
+]

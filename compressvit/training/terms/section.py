@@ -1,0 +1,37 @@
+"""The section `losses` of a recipe: a key for every registered term."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from pydantic import create_model
+
+from compressvit.spec import Spec
+from compressvit.training.terms.base import TERMS, LossTerm
+
+# In this order the terms are listed and added up (a sum's last digits depend on it); any others follow.
+_ORDER = ("prediction", "attention_relation", "hidden_relation", "feature", "labels", "torchdistill")
+
+
+class LossSection(Spec):
+    """The terms of the distillation loss. A term of weight 0 is not computed."""
+
+    def terms(self) -> list[LossTerm]:
+        """Those with a weight, in order."""
+        found: list[LossTerm] = []
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            found += value if isinstance(value, tuple) else [value]
+        return [term for term in found if term.weight]
+
+
+@cache
+def losses_section() -> type[LossSection]:
+    """The section's model, with the terms that are known when it is first asked for."""
+    names = sorted(TERMS, key=lambda name: _ORDER.index(name) if name in _ORDER else len(_ORDER))
+    fields: dict[str, Any] = {}
+    for name in names:
+        term: Any = TERMS[name]
+        fields[name] = (tuple[term, ...], ()) if term.listed else (term, term())
+    return create_model("Losses", __base__=LossSection, __doc__=LossSection.__doc__, __module__=__name__, **fields)
