@@ -27,22 +27,27 @@ def plan_transforms(model: nn.Module, transforms: Sequence[Transform]) -> list[P
     plans = []
     for spec in transforms:
         plan = spec.plan(scratch)
-        require_free(scratch, plan.transform, claims_of(plan, scratch))
         apply_plans(scratch, [plan])
         plans.append(plan)
     return plans
 
 
 def apply_plans(model: nn.Module, plans: Sequence[Plan]) -> list[LedgerEntry]:
-    """Change the structure of `model` in place and record it; values are whatever the tensors held. Returns the ledger."""
-    done = compression_of(model)
+    """Change the structure of `model` in place and record it; values are whatever the tensors held. Returns the ledger.
+
+    Raises:
+        UserError: a plan claims what excludes a claim of an earlier one; that plan has changed nothing then.
+    """
     ledger: list[LedgerEntry] = []
-    taken = list(done.claims)
     for plan in plans:
-        taken += [(plan.transform, claim) for claim in claims_of(plan, model)]
-        ledger += [replace(entry, step=plan.transform) for entry in plan.apply(model)]
-    whole = [*done.plans, *plans], ties.tied_groups(model), [*done.ledger, *ledger]
-    model._compression = Compression(*whole, claims=taken)  # type: ignore[assignment]
+        wanted = claims_of(plan, model)
+        require_free(model, plan.transform, wanted)
+        rows = [replace(entry, step=plan.transform) for entry in plan.apply(model)]
+        done = compression_of(model)
+        whole = [*done.plans, plan], ties.tied_groups(model), [*done.ledger, *rows]
+        taken = [*done.claims, *((plan.transform, claim) for claim in wanted)]
+        model._compression = Compression(*whole, claims=taken)  # type: ignore[assignment]
+        ledger += rows
     names = trained_names(model)
     if names is not None:
         surgery.train_only(model, names)
@@ -70,7 +75,6 @@ def transform_(
     fresh: list[Plan] = []  # since values were last loaded
     for spec in transforms:
         plan = spec.plan(model, source)
-        require_free(model, plan.transform, claims_of(plan, model))
         ledger += apply_plans(model, [plan])
         plan.initialise(model, source)
         fresh.append(plan)

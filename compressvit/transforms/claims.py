@@ -151,7 +151,7 @@ RULES: dict[tuple[Kind, Kind], Rule] = {
     ("drop", "tie"): Rule(
         _inside,
         "{later} wants to share {path}, which the earlier {earlier} replaced",
-        "put `{later}` first, or leave one of the two steps out",
+        "leave one of the two steps out",
         whose="none",
     ),
     ("slot", "slot"): Rule(

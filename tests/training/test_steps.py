@@ -9,6 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers.models import build
 from helpers.training import CPU, Heard, distance, fit, largest_difference, random_batches, tiny_vit, values
 from rich.console import Console
 from timm.layers import DropPath
@@ -16,6 +17,7 @@ from timm.layers import DropPath
 from compressvit.errors import UserError
 from compressvit.files import load_checkpoint
 from compressvit.log import RunLog
+from compressvit.model.backbone import describe
 from compressvit.training import optimisation as opt
 from compressvit.training.loop import Phase, Teacher, train
 from compressvit.training.phases.finetune import Finetune
@@ -149,6 +151,16 @@ def test_stochastic_depth_rises_linearly():
     assert model.blocks[4].drop_path1.drop_prob == pytest.approx(0.2)
     opt.set_drop_path(model, 0.0)
     assert not any(isinstance(module, DropPath) for module in model.modules())
+
+
+@pytest.mark.parametrize("backbone", ["vit", "swin", "convnext"])
+def test_stochastic_depth_reaches_every_block_of_every_family(backbone):
+    model = build(backbone)
+    opt.set_drop_path(model, 0.2)
+    last = model.get_submodule(describe(model).blocks[-1].path)
+    assert [m.drop_prob for m in last.modules() if isinstance(m, DropPath)] == pytest.approx(
+        [0.2] * (1 + (backbone != "convnext"))
+    )
 
 
 def test_the_state_of_the_generators_comes_back():
