@@ -78,9 +78,10 @@ def test_the_teacher_sees_the_images_as_it_knows_them(recipe, tmp_path, monkeypa
         if teacher:
             keep = lambda m, images: seen["teacher"].append(images[0].clone())  # noqa: E731
             hooks.append(teacher.model.register_forward_pre_hook(keep))
-        original(model, spec, phase, *args, teacher=teacher, **kwargs)
+        report = original(model, spec, phase, *args, teacher=teacher, **kwargs)
         for hook in hooks:
             hook.remove()
+        return report
 
     monkeypatch.setattr(compressvit.training.stage, "train", watch)
     done("apply", recipe, "--output", tmp_path / "run", *SIZES, "steps.1.distill.epochs=1")
@@ -103,8 +104,9 @@ def test_a_trained_teacher_leaves_no_stochastic_depth_behind(recipe, tmp_path, m
     original = compressvit.training.stage.train
 
     def watch(model, spec, phase, *args, **kwargs):
-        original(model, spec, phase, *args, **kwargs)
+        report = original(model, spec, phase, *args, **kwargs)
         rates[phase.name] = [m.drop_prob for m in model.modules() if isinstance(m, DropPath)]
+        return report
 
     monkeypatch.setattr(compressvit.training.stage, "train", watch)
     overrides = ["teacher.finetune.drop_path=0.3", "steps.1.distill.epochs=1"]
