@@ -14,6 +14,8 @@ from compressvit.charts.findings import Finding
 from compressvit.report.record import Run
 from compressvit.runs.files import Answer, ClassRow, Environment, LedgerRow, PredictionsFile, Results
 from compressvit.runs.tables import results_rows
+from compressvit.tasks.base import TASKS, Measure
+from compressvit.tasks.qualities import qualities
 
 CLASSES = 40  # a chart of more would be a blur; those that changed most are drawn
 LOG_LINES = 8
@@ -56,18 +58,9 @@ def verdict(run: Run) -> str:
             f"With {100 * student.parameters / teacher.parameters:.1f} % of the teacher's parameters{slower}, the student"
         )
     images = f"{student.images:,} held-out images" if student.images else "the held-out images"
-    if student.top1 is not None:
-        parts.append(f"gets {student.top1:.2f} % of {images} right")
-        if teacher.top1 is not None:
-            parts.append(f"(the teacher {teacher.top1:.2f} %)")
-        if student.agreement is not None:
-            parts.append(f"and agrees with the teacher on {student.agreement:.2f} %")
-    elif student.agreement is not None:
-        parts.append(f"agrees with the teacher on {student.agreement:.2f} % of {images}")
-    elif student.cosine is not None:
-        parts.append(f"has outputs whose mean cosine to the teacher's is {student.cosine:.4f} on {images}")
-    else:
-        parts.append("was made; there was nothing to measure it by")
+    ours, theirs = student.model_dump(), teacher.model_dump()
+    said = (text for task in TASKS.values() if (text := task.verdict(ours, theirs, images)))
+    parts.append(next(said, "was made; there was nothing to measure it by"))
     return " ".join(parts).replace(" %", "\u00a0%") + "."
 
 
@@ -103,10 +96,9 @@ def details(run: Run) -> list[str]:
         said.append(f"Latency is of one image, the median, teacher and student in turns; on a machine with {where}.")
     for name, phase in run.results.phases.items():
         start = phase.start or {}
-        if start.get("top1") is not None:
-            said.append(f"Before {name} the student had {start['top1']:.2f} % top-1.")
-        elif start.get("cosine") is not None:
-            said.append(f"Before {name} the student had a cosine of {start['cosine']:.4f}.")
+        known = [q for q in qualities().values() if q.curve is not None and start.get(q.key) is not None]
+        if known:
+            said.append(f"Before {name} the student had {known[0].had(start[known[0].key])}.")
     if run.results.read_back_difference is not None:
         said.append(
             f"Read back from disk, the student's outputs differ by {run.results.read_back_difference:.1e} at most."
@@ -159,33 +151,28 @@ def _change(row: ClassRow) -> float:
     return row.student - (row.teacher if row.teacher is not None else 0.0)
 
 
-EXAMPLES = {
-    "shift": "The images on which student and teacher differ most: under each the part of the probability that lies on other classes, "
-    "from 0 % (the same) to 100 % apart (sure of different classes), and each model's first class with its probability.",
-    "loss": "The images whose true class the student gives the least probability: that class, then the student's first one.",
-    "cosine": "The images on which the outputs of student and teacher point apart most, with their cosine: 1 is the same direction.",
-}
+def measure_of(predictions: PredictionsFile) -> Measure | None:
+    """What the images of a run were chosen by; None where no task that is installed knows it."""
+    return next((t.measures[predictions.measure] for t in TASKS.values() if predictions.measure in t.measures), None)
 
 
 def gallery(run: Run) -> list[dict[str, Any]]:
     """A card for every kept image that is there: its picture as a data URI, and lines of text with whether each is right."""
     cards = []
+    measure = measure_of(run.predictions) if run.predictions else None
     for example in run.predictions.examples if run.predictions else ():
         # only a picture in its own folder, whatever a file from elsewhere may name
         file = run.path / "predictions" / Path(example.file).name
         kind = {".png": "image/png", ".jpg": "image/jpeg"}.get(file.suffix)
         if kind is None or not file.is_file():
             continue
-        measure = run.predictions.measure  # type: ignore[union-attr]
         cards.append(
             {
                 "picture": f"data:{kind};base64,{base64.b64encode(file.read_bytes()).decode()}",
                 "pixelated": file.suffix == ".png",
                 "true": example.true,
                 "lines": list(_answers(example.true, {"teacher": example.teacher, "student": example.student})),
-                "value": {"shift": f"{100 * example.value:.0f} % apart", "cosine": f"cosine {example.value:.3f}"}.get(
-                    measure
-                ),
+                "value": measure.text(example.value) if measure else None,
             }
         )
     return cards
