@@ -6,6 +6,8 @@ names it by its word in `data.task`, where it is not the usual one of the data s
 
 Shapes: B images of a batch. *Outputs* are what the model returns in training and what `Task.run` returns in evaluation; *targets* are the
 ground truth of a batch as the data set gives it, (B,) unless a task and its data sets agree on something else.
+
+Whatever computes imports torch when it runs: reading a recipe or writing a report takes the names of figures alone.
 """
 
 from __future__ import annotations
@@ -13,14 +15,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from compressvit.errors import UserError, did_you_mean
 from compressvit.registry import Registry
 from compressvit.tasks.quality import Quality
+
+if TYPE_CHECKING:  # a report and a recipe need the names of figures, and not torch
+    import torch
+    from torch import Tensor, nn
 
 Result = dict[str, float | None]
 
@@ -215,6 +218,8 @@ class Task(ABC):
         Raises:
             FloatingPointError: the outputs are not finite; its text says what they come from.
         """
+        import torch
+
         outputs = self.run(model, images)
         direction = torch.randn(outputs.shape, generator=generator).to(outputs.device)
         return (outputs * direction).sum()

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from compressvit.errors import UserError
 from compressvit.tasks.base import Answers, Labels, Measure, Metrics, Result, Task, task
 from compressvit.tasks.quality import Curve, Quality
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
 CONFUSIONS = 20
 GRADED = ("top1", "top5", "loss")
@@ -77,6 +77,8 @@ class Classification(Task):
 
     def loss(self, outputs: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
         """Cross-entropy; images without a label (target −1) do not count."""
+        import torch.nn.functional as F
+
         logits = outputs.float()
         if targets.ndim == 2:  # mixup has smoothed already
             return F.cross_entropy(logits, targets)
@@ -88,6 +90,8 @@ class Classification(Task):
     ) -> dict[str, Tensor]:
         """Top-1 and top-5 in percent, the teacher's too, over the images that have a label; nothing where none has. A mixed image has
         the label it has more of."""
+        import torch
+
         if not labels.count:
             return {}
         classes = targets.argmax(dim=1) if targets.ndim == 2 else targets
@@ -113,6 +117,9 @@ class Classification(Task):
 
     def output_distance(self, model: nn.Module, images: Tensor, generator: torch.Generator) -> Tensor:
         """The loss of classes drawn from the model's own probabilities: its squared gradients are the Fisher information."""
+        import torch
+        import torch.nn.functional as F
+
         logits = self.run(model, images)
         if not torch.isfinite(logits).all():
             raise FloatingPointError("the classifier")
@@ -147,6 +154,8 @@ class ClassScores:
 
     def add(self, logits: Any, targets: Tensor) -> None:
         """Note a batch of logits (B, classes) and classes (B,)."""
+        import torch.nn.functional as F
+
         self.images += len(targets)
         if not self.classes:
             return
@@ -176,6 +185,8 @@ class _Metrics(Metrics):
         self._agreement = self._cosine = 0.0
 
     def add(self, outputs: Tensor, targets: Tensor, expected: Tensor | None) -> None:
+        import torch.nn.functional as F
+
         self._scores.add(outputs, targets)
         if expected is None or self._theirs is None:
             return
@@ -207,12 +218,15 @@ class ClassAnswers(Answers):
     """
 
     def __init__(self, classes: int, names: Sequence[str] | None, labelled: bool):
+        import torch
+
         self.names = [*(names or ()), *map(str, range(len(names or ()), classes))]
         self.labelled, self.compared = labelled, False
         self._count = torch.zeros(classes, dtype=torch.long)
         self._right = {who: torch.zeros(classes, dtype=torch.long) for who in ("student", "teacher")}
         self._confused: dict[str, Counter[tuple[int, int]]] = {"student": Counter(), "teacher": Counter()}
-        self._targets, self._shares = torch.zeros(0), dict[str, Tensor]()
+        self._targets = torch.zeros(0)
+        self._shares: dict[str, Tensor] = {}
 
     @property
     def measure(self) -> str | None:  # type: ignore[override]
@@ -251,6 +265,8 @@ class ClassAnswers(Answers):
         }
 
     def _count_answers(self, targets: Tensor, chosen: dict[str, Tensor]) -> None:
+        import torch
+
         classes = len(self._count)
         self._count += torch.bincount(targets, minlength=classes)
         for who, answers in chosen.items():

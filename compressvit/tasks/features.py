@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from compressvit.tasks.base import Answers, Measure, Metrics, Result, Task, task
 from compressvit.tasks.classification import COSINE, GRADED, ClassScores, class_count
 from compressvit.tasks.quality import Quality
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
 
 class Features(NamedTuple):
@@ -64,6 +64,9 @@ class FeatureTask(Task):
 
     def output_distance(self, model: nn.Module, images: Tensor, generator: torch.Generator) -> Tensor:
         """Normalised tokens in a random direction; prefix tokens together count as much as all others."""
+        import torch
+        import torch.nn.functional as F
+
         tokens = F.normalize(model.forward_features(images).float(), dim=-1)  # type: ignore[operator]
         tokens = tokens.flatten(1, -2)  # Swin's are on a grid
         prefix = getattr(model, "num_prefix_tokens", 0)
@@ -89,6 +92,8 @@ class _Metrics(Metrics):
         self._cosine = self._patches = 0.0
 
     def add(self, outputs: Features, targets: Tensor, expected: Features | None) -> None:
+        import torch.nn.functional as F
+
         self._scores.add(outputs.pooled, targets)
         if expected is None or self._theirs is None:
             return
@@ -116,6 +121,8 @@ class _Answers(Answers):
     """The images whose features point apart most."""
 
     def add(self, outputs: Features, targets: Tensor, expected: Features | None) -> Tensor | None:
+        import torch.nn.functional as F
+
         self.measure = None if expected is None or outputs.pooled.ndim != 2 else "cosine"
         if self.measure is None or expected is None:
             return None
