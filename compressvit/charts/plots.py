@@ -76,7 +76,7 @@ def compare_findings(rows: Sequence[Mapping[str, Any]]) -> list[Finding]:
     """Accuracy (or likeness to the teacher) against what is trained beside the backbone, or the student's size where nothing is frozen.
 
     Args:
-        rows: as `compressvit.compare.Row.as_dict` makes them.
+        rows: as `compressvit.report.compare.Row.as_dict` makes them.
 
     Returns:
         A finding for every task with something to draw; a colour for the first words of a label.

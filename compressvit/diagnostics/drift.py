@@ -44,7 +44,7 @@ def drift(
     """Measure every pair of blocks on the same images.
 
     Args:
-        pairs: of `compressvit.distill.pairs.match_layers`, e.g. every block with the teacher's of the same index.
+        pairs: of `compressvit.training.pairs.match_layers`, e.g. every block with the teacher's of the same index.
         batches: gives batches of images (B, C, H, W), as the student takes them.
         teacher_input: turns them into the teacher's.
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from compressvit.recipe.recipe import Recipe
 
 
-_MANIFEST = "compressvit.json"  # of `compressvit.artifact`, which imports torch
+_MANIFEST = "compressvit.json"  # of `compressvit.artifacts.artifact`, which imports torch
 
 
 class RunFolder:

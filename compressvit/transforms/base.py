@@ -73,7 +73,7 @@ class Plan(Spec):
 
     def layer_fits(self, student: nn.Module, source: Source) -> dict[str, LayerFit]:
         """By path, how layers take values that depend on those of all transforms of one call: they are called in the order the layers
-        run (`compressvit.sequential`), once every transform has set its own. None by default."""
+        run (`compressvit.fitting.in_order`), once every transform has set its own. None by default."""
         return {}
 
     def trains(self, model: nn.Module) -> set[str] | None:
