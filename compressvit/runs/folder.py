@@ -52,7 +52,7 @@ class RunFolder:
 
     @property
     def diagnostics(self) -> Path:
-        """The findings of a run (`compressvit.findings`)."""
+        """The findings of a run (`compressvit.charts.findings`)."""
         return self.path / "diagnostics"
 
     def keep(self, finding: Finding) -> None:
