@@ -13,6 +13,7 @@ from torch import nn
 
 from compressvit.errors import UserError
 from compressvit.model.family import FAMILIES, BlockInfo, Family
+from compressvit.model.modules import as_timm
 
 Need = Literal["attention", "slotted_attention", "slotted_block"]
 
@@ -29,6 +30,18 @@ class Backbone:
     def parts(self) -> tuple[str, ...]:
         """Names of the sublayers of a block: 'attn' and 'mlp', or 'mlp' alone."""
         return ("attn", "mlp") if self.family.attention is not None else ("mlp",)
+
+    @property
+    def slotted_attention(self) -> type[nn.Module]:
+        """The family's attention with slots, for who has asked `describe` for it."""
+        assert self.family.slotted_attention is not None
+        return self.family.slotted_attention
+
+    @property
+    def slotted_block(self) -> type[nn.Module]:
+        """The family's block with slots, for who has asked `describe` for it."""
+        assert self.family.slotted_block is not None
+        return self.family.slotted_block
 
     @property
     def stages(self) -> tuple[tuple[BlockInfo, ...], ...]:
@@ -172,7 +185,7 @@ def projection(model: nn.Module, path: str, asker: str) -> Any:
 
 def head_paths(model: nn.Module) -> list[str]:
     """Paths of a timm model's classifier (both, where it has one for a distillation token); none where it has no parameters."""
-    heads = model.get_classifier()
+    heads = as_timm(model).get_classifier()
     heads = heads if isinstance(heads, tuple) else (heads,)
     paths = {id(m): p for p, m in model.named_modules()}
     return [paths[id(h)] for h in heads if id(h) in paths and any(True for _ in h.parameters())]

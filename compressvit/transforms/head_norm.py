@@ -20,6 +20,7 @@ from compressvit.fitting.moments import Source
 from compressvit.model import surgery
 from compressvit.model.affine import merge_before_, owns_weight
 from compressvit.model.backbone import head_paths, model_name
+from compressvit.model.modules import module_at
 from compressvit.transforms.base import LedgerEntry, Plan, Transform, record, transform
 from compressvit.transforms.claims import Claim, slot
 
@@ -104,13 +105,13 @@ class HeadNormPlan(Plan):
     def fold(self, model: nn.Module) -> None:
         """Into the classifier."""
         for path in self._present(model):
-            head = model.get_submodule(path)
+            head = module_at(model, path, nn.Linear)
             if not owns_weight(head):
                 raise UserError(
                     f"head_norm cannot be folded: {path} is low rank, so it has no dense weight that could take the scale in. Fold the "
                     "low-rank step first, as compressvit.materialise does, or keep it unmerged"
                 )
-            r, c = head.head_norm.as_affine()
+            r, c = module_at(head, "head_norm", PooledNorm).as_affine()
             surgery.retract(model, path, WithHeadNorm)
             merge_before_(head, r, c)
         surgery.retract(model, "", KeepsHeadNorm)

@@ -37,7 +37,7 @@ def add_to_weight_(layer: nn.Module, product: torch.Tensor) -> None:
             f"nothing can be added to the weight of a {type(layer).__name__}, which is low rank; fold that step first, as "
             "compressvit.materialise does"
         )
-    weight: torch.Tensor = layer.weight
+    weight = layer.get_parameter("weight")
     weight.copy_(weight.double() + product.double().reshape(weight.shape))
 
 

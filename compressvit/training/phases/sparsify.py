@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import reduce
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -36,7 +37,10 @@ class Sparsify(PhaseSpec):
 
     label_fields: ClassVar[tuple[str, ...] | None] = ("keep", "score")
 
-    keep: float = Field(gt=0, le=1, description="Share of the weights of all adapters together that stay.")
+    # In place of the epoch to keep, which other phases have under this word: this phase ends with its last.
+    keep: float = Field(  # type: ignore[assignment]
+        gt=0, le=1, description="Share of the weights of all adapters together that stay."
+    )
     score: Literal["magnitude", "snip", "grasp", "random"] = Field(
         "magnitude",
         description="|θ| (SparseAdapter), |g⊙θ| (SNIP) or θ⊙Hg (GraSP), with gradient g and Hessian H of the ground truth's loss. Fresh "
@@ -138,7 +142,7 @@ def _scores(
                 loss = F.cross_entropy(model(pixels), targets, ignore_index=-1) / len(images)
                 slopes = torch.autograd.grad(loss, list(weights.values()), create_graph=second)
                 if second:  # H g, where g is the gradient over all batches
-                    along = sum((s * g).sum() for s, g in zip(slopes, gradient, strict=True))
+                    along = reduce(torch.add, ((s * g).sum() for s, g in zip(slopes, gradient, strict=True)))
                     slopes = torch.autograd.grad(along, list(weights.values()))
             sums = [total + s.detach() for total, s in zip(sums, slopes, strict=True)]
     scored = {n: (w.detach() * s).cpu().double() for (n, w), s in zip(weights.items(), sums, strict=True)}

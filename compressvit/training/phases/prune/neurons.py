@@ -287,7 +287,7 @@ def _gather(
 ) -> None:
     old = getattr(layer, name)
     setattr(layer, name, nn.Parameter(old.detach().index_select(dim, chosen), requires_grad=old.requires_grad))
-    state = (moments or {}).get(f"{prefix}.{name}", {})
+    state = moments.get(f"{prefix}.{name}", {}) if moments is not None else {}
     sized = [value for value in state.values() if not isinstance(value, (int, float, str)) and value is not None]
     if all(isinstance(value, torch.Tensor) and value.shape in (old.shape, (), (1,)) for value in sized):
         for key, value in state.items():
