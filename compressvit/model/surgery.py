@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -17,6 +17,12 @@ from torch import nn
 from compressvit.errors import UserError
 
 M = TypeVar("M", bound=nn.Module)
+
+if TYPE_CHECKING:
+    Mixin = nn.Module
+else:
+    Mixin = object
+"""The base of a class for `extend`: it has none of its own, but is put before a module's class, so `super()` is a module."""
 
 
 def slots_of(kind: type) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from torch import nn
 
 from compressvit.errors import UserError
 from compressvit.fitting.moments import Source
-from compressvit.model import ties
+from compressvit.model import surgery, ties
 from compressvit.model.backbone import describe, projection
 from compressvit.model.linear import weight_shape
 from compressvit.transforms.base import TRANSFORMERS_ONLY, LedgerEntry, Transform, record, transform
@@ -80,13 +80,15 @@ class FacTTerm(nn.Module):
         return (inner @ self.v.T).flatten(-2)
 
 
-class WithFacT:
+class WithFacT(surgery.Mixin):
     """Of a linear layer or 1×1 convolution: `y + fact(x)`."""
 
     slots = ("fact",)
 
+    fact: nn.Module | None
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return with_term(super().forward(x), x, self.fact, self)  # type: ignore[misc,attr-defined]
+        return with_term(super().forward(x), x, self.fact, self)
 
 
 class FacTPlan(TermPlan):

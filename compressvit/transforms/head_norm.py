@@ -46,22 +46,24 @@ class PooledNorm(nn.BatchNorm1d):
         return torch.diag(scale), -scale * self.running_mean.double()
 
 
-class WithHeadNorm:
+class WithHeadNorm(surgery.Mixin):
     """Of a linear classifier: a norm before it."""
 
     slots = ("head_norm",)
 
+    head_norm: nn.Module
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(self.head_norm(x))  # type: ignore[misc,attr-defined]
+        return super().forward(self.head_norm(x))
 
 
-class KeepsHeadNorm:
+class KeepsHeadNorm(surgery.Mixin):
     """Of a model: a classifier that timm puts in the place of another one has a norm, too, with fresh statistics."""
 
     slots = ()
 
-    def reset_classifier(self: Any, *args, **kwargs) -> None:
-        super().reset_classifier(*args, **kwargs)  # type: ignore[misc]
+    def reset_classifier(self, *args, **kwargs) -> None:
+        super().reset_classifier(*args, **kwargs)  # type: ignore[misc]  # of every model in timm, by no common class
         for path in head_paths(self):
             put_norm(self, path)
 

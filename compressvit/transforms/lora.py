@@ -17,6 +17,7 @@ from torch import nn
 
 from compressvit.errors import UserError
 from compressvit.fitting.moments import Source
+from compressvit.model import surgery
 from compressvit.model.backbone import describe, model_name, projection
 from compressvit.model.linear import weight_shape
 from compressvit.transforms.base import Transform, transform
@@ -77,13 +78,15 @@ class LoRATerm(nn.Module):
         return torch.stack([taken.get(p, empty) for p in range(self.num_parts)], dim=dim)
 
 
-class WithLoRA:
+class WithLoRA(surgery.Mixin):
     """Of a linear layer or 1×1 convolution: `y + lora(x)`."""
 
     slots = ("lora",)
 
+    lora: nn.Module | None
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return with_term(super().forward(x), x, self.lora, self)  # type: ignore[misc,attr-defined]
+        return with_term(super().forward(x), x, self.lora, self)
 
 
 class LoRAPlan(TermPlan):

@@ -50,14 +50,16 @@ class ScaleShift(nn.Module):
         return z * self.scale + self.shift
 
 
-class WithScaleShift:
+class WithScaleShift(surgery.Mixin):
     """Of any layer: a scale and shift of its channels behind it."""
 
     slots = ("ssf",)
 
+    ssf: nn.Module | None
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        z = super().forward(x)  # type: ignore[misc]
-        return z if self.ssf is None else self.ssf(z)  # type: ignore[attr-defined]
+        z = super().forward(x)
+        return z if self.ssf is None else self.ssf(z)
 
 
 class SSFPlan(TermPlan):
