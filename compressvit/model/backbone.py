@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 
@@ -166,7 +166,7 @@ def _parts(model: nn.Module, family: Family, path: str) -> Iterator[tuple[nn.Mod
         yield model.get_submodule(f"{path}.attn"), f"{path}.attn", family.attention
 
 
-def projection(model: nn.Module, path: str, asker: str) -> Any:
+def projection(model: nn.Module, path: str, asker: str) -> nn.Module:
     """The layer at `path`, e.g. blocks.0.mlp.fc1.
 
     Raises:
@@ -180,7 +180,7 @@ def projection(model: nn.Module, path: str, asker: str) -> Any:
             f"{asker}: {parent} of {model_name(model)} is a {class_in_timm(sublayer).__name__}, which has no {name} but {', '.join(have)}; "
             "adapters, adaptformer, ssf, lora on q and v, and repadapter with place=attention work on it"
         )
-    return getattr(sublayer, name)
+    return model.get_submodule(path)
 
 
 def head_paths(model: nn.Module) -> list[str]:

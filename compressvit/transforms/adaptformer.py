@@ -36,7 +36,6 @@ class AdaptFormerPlan(BottleneckPlan):
 
     prunable = True
     slot = "adaptformer"
-    least: ClassVar[int] = 1  # pruning leaves one: the bias of the upper projection has no other place
 
     scale: float | Literal["learnable"]
     reads: Reads
@@ -54,6 +53,11 @@ class AdaptFormerPlan(BottleneckPlan):
         surgery.specialise(model, path, slotted)
         self.put(model, path, Bottleneck(down, up, "relu", self.scale, self.reads))
         return f"+ parallel bottleneck of {hidden}, scale {self.scale}"
+
+    @property
+    def least(self) -> int:
+        """One: the bias of the upper projection has no other place."""
+        return 1
 
     def remove(self, model: nn.Module, path: str) -> None:
         """Take a branch without neurons out of the forward pass."""

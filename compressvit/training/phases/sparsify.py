@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from compressvit.errors import UserError
 from compressvit.training.phases.base import PhasePlan, PhaseSpec, Setting, phase
 from compressvit.training.phases.prune.neurons import prunable_plan
+from compressvit.transforms.bottleneck import BottleneckPlan
 from compressvit.transforms.record import compression_of
 
 if TYPE_CHECKING:
@@ -101,8 +102,7 @@ def sparsify_(model: nn.Module, spec: Sparsify, batches: Batches, seed: int = 0)
     masks = dict(zip(scored, chosen.split([s.numel() for s in scored.values()]), strict=True))
     left: dict[str, int] = {}
     for path, adapter in plan.bottlenecks(model).items():
-        for side in ("down", "up"):
-            layer = getattr(adapter, side)
+        for side, layer in zip(("down", "up"), adapter.dense(), strict=True):
             mask = masks[f"{plan.prefix(path)}.{side}.weight"].reshape(layer.weight.shape)
             layer.kept = int(mask.sum())  # a mask on the meta device could not be counted
             left[path] = left.get(path, 0) + layer.kept
@@ -114,16 +114,16 @@ def sparsify_(model: nn.Module, spec: Sparsify, batches: Batches, seed: int = 0)
     return left
 
 
-def _weights(model: nn.Module, plan: Any) -> dict[str, nn.Parameter]:
+def _weights(model: nn.Module, plan: BottleneckPlan) -> dict[str, torch.Tensor]:
     return {
-        f"{plan.prefix(path)}.{side}.weight": getattr(adapter, side).weight
+        f"{plan.prefix(path)}.{side}.weight": layer.weight
         for path, adapter in plan.bottlenecks(model).items()
-        for side in ("down", "up")
+        for side, layer in zip(("down", "up"), adapter.dense(), strict=True)
     }
 
 
 def _scores(
-    model: nn.Module, weights: dict[str, nn.Parameter], spec: Sparsify, batches: Batches, seed: int
+    model: nn.Module, weights: dict[str, torch.Tensor], spec: Sparsify, batches: Batches, seed: int
 ) -> dict[str, torch.Tensor]:
     """By name of the weight, of its shape, on the CPU in float64: |θ|, |g⊙θ| or θ⊙Hg of the loss of the batches together."""
     if spec.score == "magnitude":
