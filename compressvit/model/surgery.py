@@ -18,11 +18,11 @@ from compressvit.errors import UserError
 
 M = TypeVar("M", bound=nn.Module)
 
+# The base of a class for `extend`: it has none of its own, but is put before the class of a module, so its `super()` is that one.
 if TYPE_CHECKING:
     Mixin = nn.Module
 else:
     Mixin = object
-"""The base of a class for `extend`: it has none of its own, but is put before a module's class, so `super()` is a module."""
 
 
 def slots_of(kind: type) -> tuple[str, ...]:
@@ -96,11 +96,11 @@ def _empty(mixins: list[type], kind: type[nn.Module]) -> nn.Module:
     return made.__new__(made)
 
 
-def _peel(kind: Any) -> tuple[list[type], type[nn.Module]]:
+def _peel(kind: type[nn.Module]) -> tuple[list[type], type[nn.Module]]:
     """The mixins of an extended class, outermost first, and the class they extend."""
     mixins = []
     while "extended_by" in vars(kind):
-        mixins.append(kind.extended_by)
+        mixins.append(vars(kind)["extended_by"])
         kind = kind.__bases__[1]
     return mixins, kind
 
@@ -177,7 +177,7 @@ def exchange(
 def strip(model: nn.Module) -> None:
     """Make every module an instance of its original class again, whatever it was specialised to; all slots are gone."""
     for module in list(model.modules()):
-        kind: Any = type(module)
+        kind = type(module)
         for slot in slots_of(kind):
             module._modules.pop(slot, None)
         module.__class__ = next(c for c in kind.__mro__ if not (_is_ours(c) or hasattr(c, "slots")))

@@ -113,7 +113,7 @@ class FacTPlan(TermPlan):
         shared = ("u", "v", "core") if self.form == "tk" else ("u", "v")
         ties.tie(model, [[f"{path}.fact.{name}" for path in group] for group in self.groups for name in shared])
 
-    def term(self, module: Any, path: str) -> tuple[nn.Module, str]:
+    def term(self, module: nn.Module, path: str) -> tuple[nn.Module, str]:
         shape = weight_shape(module)
         width, longer = min(shape), max(shape)
         on_inputs, tucker = shape[1] > width, self.form == "tk"
@@ -122,7 +122,7 @@ class FacTPlan(TermPlan):
             *options, **new_like(next(module.parameters()))
         ), f"+ FacT-{self.form.upper()} of rank {self.rank}"
 
-    def fold_term(self, module: Any, term: Any, path: str) -> None:
+    def fold_term(self, module: nn.Module, term: Any, path: str) -> None:
         """`weight += s·V Σ U`, slot by slot."""
         add_to_weight_(module, term.product())
 

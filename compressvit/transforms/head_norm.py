@@ -9,8 +9,6 @@ otherwise, which start at 0 and 1. They are buffers: they are saved with the ada
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -70,7 +68,7 @@ class KeepsHeadNorm(surgery.Mixin):
 
 def put_norm(model: nn.Module, path: str) -> None:
     """Put a norm with fresh statistics before the classifier at `path`."""
-    head: Any = model.get_submodule(path)
+    head = module_at(model, path, nn.Linear)
     norm = PooledNorm(head.in_features, device=head.weight.device, dtype=head.weight.dtype)
     surgery.extend(model, path, WithHeadNorm)
     surgery.fill_slot(model, path, "head_norm", norm)
@@ -107,7 +105,7 @@ class HeadNormPlan(Plan):
     def fold(self, model: nn.Module) -> None:
         """Into the classifier."""
         for path in self._present(model):
-            head = module_at(model, path, nn.Linear)
+            head = model.get_submodule(path)
             if not owns_weight(head):
                 raise UserError(
                     f"head_norm cannot be folded: {path} is low rank, so it has no dense weight that could take the scale in. Fold the "
@@ -132,7 +130,7 @@ class HeadNorm(Transform):
                 f"head_norm stands before the classifier, but {model_name(model)} has none; give the student one with student.head=new"
             )
         for path in paths:
-            head: Any = model.get_submodule(path)
+            head = model.get_submodule(path)
             if not isinstance(head, nn.Linear):
                 raise UserError(
                     f"head_norm stands before a linear classifier, but {path} of {model_name(model)} is a {type(head).__name__}"

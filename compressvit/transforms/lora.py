@@ -103,7 +103,7 @@ class LoRAPlan(TermPlan):
     def sites(self) -> Iterable[str]:
         return self.layers
 
-    def term(self, module: Any, path: str) -> tuple[nn.Module, str]:
+    def term(self, module: nn.Module, path: str) -> tuple[nn.Module, str]:
         pieces = 3 if path.endswith(".qkv") else 1
         outputs, inputs = weight_shape(module)
         which, scale = self.layers[path], self.alpha / self.rank
@@ -112,7 +112,7 @@ class LoRAPlan(TermPlan):
         )
         return term, f"+ LoRA of rank {self.rank}" + (f" on {', '.join('qkv'[p] for p in which)}" * (pieces > 1))
 
-    def fold_term(self, module: Any, term: Any, path: str) -> None:
+    def fold_term(self, module: nn.Module, term: Any, path: str) -> None:
         """`weight += (α/r) B A`."""
         add_to_weight_(module, term.product())
 

@@ -13,7 +13,7 @@ Sharing cuts parameters and disk. It does not cut MACs: every block still runs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 import torch
 from einops import rearrange
@@ -199,7 +199,7 @@ class MultiplexPlan(Plan):
                 info.resolution,
                 backbone.num_prefix_tokens,
                 replace=self.form == "reference",
-                eps=module_at(model, f"{info.path}.norm2", nn.LayerNorm).eps,
+                eps=cast(nn.LayerNorm, model.get_submodule(f"{info.path}.norm2")).eps,  # every norm in timm has it
                 **like,
             )
             surgery.fill_slot(model, info.path, "mlp_conv", conv)

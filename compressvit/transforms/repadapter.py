@@ -109,7 +109,7 @@ class RepAdapterPlan(TermPlan):
     def sites(self) -> Iterable[str]:
         return self.paths
 
-    def term(self, module: Any, path: str) -> tuple[nn.Module, str]:
+    def term(self, module: nn.Module, path: str) -> tuple[nn.Module, str]:
         layer = module.get_submodule(_first(path))
         options = (self.width, self.groups, self.scale, self.dropout)
         text = f"+ linear bottleneck of {self.width} in {self.groups} groups, scale {self.scale:g}"
@@ -118,7 +118,7 @@ class RepAdapterPlan(TermPlan):
     def folds_into(self, path: str) -> list[str]:
         return [f"{path}.{_first(path)}.weight"]
 
-    def fold_term(self, module: Any, term: Any, path: str) -> None:
+    def fold_term(self, module: nn.Module, term: Any, path: str) -> None:
         """Into the projection behind it: `W' = W R`, `b' = b + W c` with `φ(x) = R x + c`."""
         merge_before_(module.get_submodule(_first(path)), *term.as_affine())
 
