@@ -135,14 +135,14 @@ def _tapped(model: nn.Module, paths: Sequence[str], device: torch.device) -> Ite
         wanted += [(path, "output"), (f"{path}.attn.qkv", "output"), (f"{path}.attn.attn_drop", "input")]
     taps = Taps(model.to(device), wanted)
     for module in fused:
-        module.fused_attn = False  # type: ignore[assignment]
+        vars(module)["fused_attn"] = False
     try:
         with evaluating(model):
             yield taps
     finally:
         taps.close()
         for module in fused:
-            module.fused_attn = True  # type: ignore[assignment]
+            vars(module)["fused_attn"] = True
 
 
 def drift_finding(found: Sequence[dict[str, float]], pairs: Sequence[LayerPair], when: str = "") -> Finding:

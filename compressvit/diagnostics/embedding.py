@@ -18,6 +18,7 @@ from compressvit.diagnostics.base import EPOCHS, Context, Epochs, MeasuredOnImag
 from compressvit.errors import UserError
 from compressvit.model.backbone import model_name
 from compressvit.model.modes import evaluating
+from compressvit.model.modules import as_timm
 
 LEAST = 10  # images
 
@@ -52,8 +53,8 @@ def pooled_features(
             keep = targets > -2
             batch, targets = batch[keep][:left], targets[keep][:left]
             if len(batch):
-                hidden = model.forward_features(input(batch.to(device)))  # type: ignore[operator]
-                features.append(model.forward_head(hidden, pre_logits=True).float().cpu().flatten(1))  # type: ignore[operator]
+                hidden = as_timm(model).forward_features(input(batch.to(device)))
+                features.append(as_timm(model).forward_head(hidden, pre_logits=True).float().cpu().flatten(1))
                 labels.append(targets.cpu())
             left -= len(batch)
             if left <= 0:

@@ -122,7 +122,7 @@ def _above(a: tuple, b: tuple, c: tuple) -> bool:
 def uniform(curves: Mapping[str, Curve], limit: int) -> dict[str, int | None]:
     """Ranks in proportion to what each layer can have: what is planned where errors are not known."""
 
-    def at(share: float) -> dict[str, int | None]:
+    def at(share: float) -> dict[str, int]:
         return {n: min(c.most, max(c.least, int(share * c.most))) for n, c in curves.items()}
 
     def fits(share: float) -> bool:

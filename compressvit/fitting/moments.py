@@ -25,6 +25,7 @@ from compressvit.model import surgery
 from compressvit.model.backbone import input_size
 from compressvit.model.linear import effective_weight
 from compressvit.model.modes import evaluating
+from compressvit.model.modules import as_timm
 
 log = logging.getLogger("compressvit")
 
@@ -293,7 +294,7 @@ def _run(model: nn.Module, batch: torch.Tensor, outputs: bool, generator: torch.
         drawn = torch.multinomial(logits.detach().softmax(dim=-1).cpu(), 1, generator=generator)[:, 0]
         F.cross_entropy(logits, drawn.to(logits.device), reduction="sum").backward()
     else:
-        tokens = F.normalize(model.forward_features(batch).float(), dim=-1)
+        tokens = F.normalize(as_timm(model).forward_features(batch).float(), dim=-1)
         tokens = tokens.flatten(1, -2)  # Swin's are on a grid
         prefix = getattr(model, "num_prefix_tokens", 0)
         weight = torch.ones(tokens.shape[1], 1, device=tokens.device)

@@ -169,14 +169,16 @@ EXAMPLES = {
 
 def gallery(run: Run) -> list[dict[str, Any]]:
     """A card for every kept image that is there: its picture as a data URI, and lines of text with whether each is right."""
+    if run.predictions is None:
+        return []
     cards = []
-    for example in run.predictions.examples if run.predictions else ():
+    measure = run.predictions.measure
+    for example in run.predictions.examples:
         # only a picture in its own folder, whatever a file from elsewhere may name
         file = run.path / "predictions" / Path(example.file).name
         kind = {".png": "image/png", ".jpg": "image/jpeg"}.get(file.suffix)
         if kind is None or not file.is_file():
             continue
-        measure = run.predictions.measure  # type: ignore[union-attr]
         cards.append(
             {
                 "picture": f"data:{kind};base64,{base64.b64encode(file.read_bytes()).decode()}",

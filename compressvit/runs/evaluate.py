@@ -55,7 +55,7 @@ class Scorer:
 
     def in_training(self, model: Side, teacher: Side | None) -> dict[str, Any]:
         """Without labels, or classes to tell apart, only the teacher says how good a student is."""
-        enough = self.datasets.labeled and getattr(model.model, "num_classes", 0)
+        enough = self.datasets.labeled and bool(getattr(model.model, "num_classes", 0))
         return self.score(model, None if enough else self.comparable(teacher))
 
     def comparable(self, teacher: Side | None) -> Side | None:

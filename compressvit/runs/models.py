@@ -14,6 +14,7 @@ from compressvit.data.spec import known_classes
 from compressvit.errors import UserError
 from compressvit.files import expanded
 from compressvit.model import surgery, weights
+from compressvit.model.modules import as_timm
 from compressvit.model.stored import Manifest, expect_images, is_artifact, read_manifest
 from compressvit.recipe.recipe import Recipe
 
@@ -143,7 +144,7 @@ def build_student(recipe: Recipe, teacher: nn.Module, *, classes: int | None = N
     classes = known_classes(recipe.data) or classes
     if recipe.student.head == "new" and classes:
         with torch.device("meta" if meta else "cpu"):
-            student.reset_classifier(classes)
+            as_timm(student).reset_classifier(classes)
     return student
 
 

@@ -101,7 +101,7 @@ class Predictions:
                 said[who] = {"class": self.names[int(chosen)], "probability": round(float(probability), 4)}
             picture = images[index].cpu().clone()  # not a view, which would keep the batch
             entry = (value, next(self._order), said, picture)
-            (heapq.heappushpop if len(self._examples) == EXAMPLES else heapq.heappush)(self._examples, entry)  # type: ignore[operator]
+            (heapq.heappushpop if len(self._examples) == EXAMPLES else heapq.heappush)(self._examples, entry)
 
     def _count_answers(self, targets: torch.Tensor, chosen: dict[str, torch.Tensor]) -> None:
         classes = len(self._count)

@@ -33,14 +33,16 @@ from compressvit.transforms.bottleneck import (
 )
 
 
-class WithAdapter:
+class WithAdapter(surgery.Mixin):
     """Of a sublayer (attention, MLP): `A(h) = h + adapter(h)` on what leaves it, before LayerScale and the outer residual."""
 
     slots = ("adapter",)
 
+    adapter: nn.Module | None
+
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        h = super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        return h if self.adapter is None else h + at_tokens(self.adapter, h, self)  # type: ignore[attr-defined,arg-type]
+        h = super().forward(x, *args, **kwargs)
+        return h if self.adapter is None else h + at_tokens(self.adapter, h, self)
 
 
 class AdaptersPlan(BottleneckPlan):

@@ -50,7 +50,7 @@ class Plan(Spec):
     loads_values: ClassVar[bool] = False
     # Fields that only say how values start; two plans that differ in nothing else make the same structure.
     starts: ClassVar[tuple[str, ...]] = ()
-    # True: it has `widths`, `bottlenecks(model)`, `prefix(path)` and `remove(model, path)`, and the `prune` phase may change them.
+    # True: it is a `BottleneckPlan` with `remove(model, path)` and dense projections, and the `prune` phase may change its widths.
     prunable: ClassVar[bool] = False
     # True: `fold` works.
     foldable: ClassVar[bool] = False

@@ -20,7 +20,7 @@ from torch import nn
 
 from compressvit.errors import UserError
 from compressvit.fitting.moments import Source
-from compressvit.model import ties
+from compressvit.model import surgery, ties
 from compressvit.model.backbone import describe, projection
 from compressvit.model.linear import weight_shape
 from compressvit.transforms.base import TRANSFORMERS_ONLY, LedgerEntry, Transform, record, transform
@@ -80,13 +80,15 @@ class FacTTerm(nn.Module):
         return (inner @ self.v.T).flatten(-2)
 
 
-class WithFacT:
+class WithFacT(surgery.Mixin):
     """Of a linear layer or 1×1 convolution: `y + fact(x)`."""
 
     slots = ("fact",)
 
+    fact: nn.Module | None
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return with_term(super().forward(x), x, self.fact, self)  # type: ignore[misc,attr-defined]
+        return with_term(super().forward(x), x, self.fact, self)
 
 
 class FacTPlan(TermPlan):
@@ -111,7 +113,7 @@ class FacTPlan(TermPlan):
         shared = ("u", "v", "core") if self.form == "tk" else ("u", "v")
         ties.tie(model, [[f"{path}.fact.{name}" for path in group] for group in self.groups for name in shared])
 
-    def term(self, module: Any, path: str) -> tuple[nn.Module, str]:
+    def term(self, module: nn.Module, path: str) -> tuple[nn.Module, str]:
         shape = weight_shape(module)
         width, longer = min(shape), max(shape)
         on_inputs, tucker = shape[1] > width, self.form == "tk"
@@ -120,7 +122,7 @@ class FacTPlan(TermPlan):
             *options, **new_like(next(module.parameters()))
         ), f"+ FacT-{self.form.upper()} of rank {self.rank}"
 
-    def fold_term(self, module: Any, term: Any, path: str) -> None:
+    def fold_term(self, module: nn.Module, term: Any, path: str) -> None:
         """`weight += s·V Σ U`, slot by slot."""
         add_to_weight_(module, term.product())
 

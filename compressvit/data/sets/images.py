@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch.utils.data import Dataset, Subset
 
@@ -10,6 +11,9 @@ from compressvit.data.data_set import data_set
 from compressvit.data.sets.base import IMAGE_TYPES, existing_root
 from compressvit.data.spec import Data
 from compressvit.errors import UserError
+
+if TYPE_CHECKING:
+    from timm.data import ImageDataset
 
 LAYOUT = "expected images anywhere under FOLDER, or under FOLDER/train and FOLDER/val"
 
@@ -29,7 +33,7 @@ def open_images(data: Data) -> tuple[Dataset, Dataset]:
     return Subset(source, [i for i in range(count) if i not in held_out]), Subset(source, sorted(held_out))
 
 
-def _readable(folder: Path, data: Data) -> Dataset:
+def _readable(folder: Path, data: Data) -> ImageDataset:
     """All images in a folder or below it, whatever their folders are called."""
     from timm.data import create_dataset
 

@@ -141,6 +141,7 @@ class LORS(RankStep):
             # all in one pass over the images, for whatever comes of it
             source.moments(every, outputs=self.metric == "outputs" or (self.metric == "auto" and self.share == "auto"))
         if not self.budget:
+            assert self.share != "auto"  # refused without a budget
             found = [g for target in targets for g in self._groups(model, backbone, target, self.share, source)]
             # a layer that is like no other shares with none, which is no reason to take its weight away
             groups = [g for g in found if len(g) > 1 or self.group_by != "similarity"]
