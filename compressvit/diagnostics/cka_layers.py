@@ -130,18 +130,20 @@ def cka_layers_finding(
 
 @diagnostic("cka")
 class CKA(MeasuredOnImages):
-    """Similarity of every layer of the student with every layer of the teacher (CKA), with its interval."""
+    """Similarity (CKA) of every layer of the student with every layer of the teacher, with its confidence interval."""
 
     needs_teacher = True
 
     images: int = Field(512, ge=LEAST, description="Evaluation images, evenly spaced over the set.")
-    kernel: Kernel = Field("linear", description="linear, or rbf: exp(−d² / 2σ²) of the distance d of two images.")
-    bandwidth: float = Field(1.0, gt=0, description="σ of rbf in medians of the distances.")
-    batch_size: int = Field(64, ge=LEAST, description="Images whose features are in memory together.")
+    kernel: Kernel = Field(
+        "linear", description="linear, or rbf: exp(−d² / 2σ²) with the distance d between two images."
+    )
+    bandwidth: float = Field(1.0, gt=0, description="σ of rbf, in multiples of the median distance.")
+    batch_size: int = Field(64, ge=LEAST, description="Images whose features are in memory at once.")
     student_taps: tuple[str, ...] | None = Field(
         None, min_length=1, description="Paths of modules; null for the blocks."
     )
-    teacher_taps: tuple[str, ...] | None = Field(None, min_length=1, description="Likewise, of the teacher.")
+    teacher_taps: tuple[str, ...] | None = Field(None, min_length=1, description="The same for the teacher.")
 
     def refuse(self, phase: Training, student: nn.Module, teacher: nn.Module | None) -> None:
         if teacher is not None:

@@ -183,11 +183,11 @@ class Drift(MeasuredOnImages):
     needs_teacher = True
 
     images: int = Field(256, ge=1, description="Evaluation images, evenly spaced over the set.")
-    batch_size: int = Field(32, ge=1, description="Images whose features are in memory together.")
+    batch_size: int = Field(32, ge=1, description="Images whose features are in memory at once.")
     layers: tuple[tuple[int, int], ...] | None = Field(
         None,
-        description="Pairs [student block, teacher block]; null for every block with the one of the same index, which "
-        "needs models of one depth.",
+        description="Pairs [student block, teacher block]; null pairs every block with the one of the same index, which "
+        "needs models of the same depth.",
     )
 
     def refuse(self, phase: Training, student: nn.Module, teacher: nn.Module | None) -> None:

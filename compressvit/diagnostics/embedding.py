@@ -110,10 +110,12 @@ def embedding_finding(
 
 @diagnostic("embedding")
 class Embedding(MeasuredOnImages):
-    """t-SNE of the pooled features of student and teacher, an image a point, in its class's colour."""
+    """t-SNE of the pooled features of student and teacher: one point per image, coloured by class."""
 
     epochs: Epochs = Field(("last",), min_length=1, description=EPOCHS)
-    perplexity: float = Field(30.0, gt=0, description="About how many neighbours an image has.")
+    perplexity: float = Field(
+        30.0, gt=0, description="t-SNE's perplexity: roughly the number of neighbours of an image."
+    )
 
     def measure(self, context: Context) -> list[Finding]:
         features, labels = {}, np.empty(0)

@@ -112,7 +112,7 @@ def spectra_findings(models: Mapping[str, nn.Module]) -> list[Finding]:
 
 @diagnostic("spectra")
 class Spectra(Measured):
-    """Effective ranks and singular values of the weights of student and teacher; looks at no image."""
+    """Effective ranks and singular values of the weights of student and teacher; needs no images."""
 
     epochs: Epochs = Field(("last",), min_length=1, description=EPOCHS)
 
