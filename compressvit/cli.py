@@ -120,9 +120,7 @@ def _add_plan(verb: Verb) -> None:
 
 
 def _add_frontier(verb: Verb) -> None:
-    frontier = verb(
-        "frontier", _frontier, "tabulate and plot quality before any training against size, for several budgets"
-    )
+    frontier = verb("frontier", _frontier, "show quality before any training against size, for several budgets")
     _add_recipe(frontier)
     frontier.add_argument(
         "--budgets",
@@ -167,11 +165,7 @@ def _add_evaluate(verb: Verb) -> None:
 
 
 def _add_merge(verb: Verb) -> None:
-    merge = verb(
-        "merge",
-        _merge,
-        "fold adapters and low rank into plain timm layers, compare the outputs, and write a timm model",
-    )
+    merge = verb("merge", _merge, "fold adapters and low rank into plain timm layers, and check the result")
     merge.add_argument("path", metavar="RUN|ARTIFACT", help="a run folder, or a folder with compressvit.json")
     merge.add_argument("--output", metavar="FOLDER", help="where to write it (default: merged/ next to the artifact)")
     _add_device(merge, "for the latencies: cpu, cuda, … (default: the best available)")

@@ -100,8 +100,8 @@ def embedding_finding(
     return Finding(
         "embedding",
         "Features of the images, by t-SNE",
-        "Images that a model sees alike lie together; colours are the true classes. Compact groups of one colour are easy to classify. The "
-        "distance between groups and the axes mean nothing.",
+        "Images with similar features lie close together; colours are the true classes. Compact groups of one colour are easy to classify. "
+        "The distance between groups and the axes have no meaning.",
         "points",
         records,
         {"x": "x", "y": "y", "colour": "class", "facet": "model", "titles": {"x": "", "y": ""}},

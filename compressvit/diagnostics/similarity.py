@@ -97,7 +97,7 @@ def sharing_finding(records: list[dict[str, Any]], *, outputs: bool) -> Finding:
     return Finding(
         "similarity",
         "What two layers would lose by sharing one weight",
-        f"Relative error of the {what}. Dark squares off the diagonal are layers that could share one weight; where there are none, share "
+        f"Relative error of the {what}. Dark squares off the diagonal are layers that could share one weight; if there are none, share "
         "with a private low-rank term, or use low rank alone.",
         "heatmap",
         records,
