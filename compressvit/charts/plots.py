@@ -22,8 +22,8 @@ def frontier_finding(rows: Sequence[Mapping[str, Any]], unit: str, quality: str,
     return Finding(
         name="frontier",
         title=f"{name}: before any training",
-        caption=f"A point is a student made for one budget of {unit}, evaluated before any training; the dashed line is the teacher. "
-        "Where the curve leaves that line, compression begins to cost.",
+        caption=f"Each point is a student for one budget of {unit}, evaluated before any training; the dashed line is the teacher. "
+        "Where the curve leaves that line, compression starts to cost quality.",
         chart="points",
         records=[
             {"share": row[unit] / teacher[unit], "quality": row[quality], "written": f"{row[quality]:.4g}"}
@@ -50,8 +50,8 @@ def ranks_finding(ranks: Mapping[str, int | None], full: Mapping[str, int]) -> F
     return Finding(
         name="ranks",
         title="Rank of every layer",
-        caption="A blue bar is the rank of a layer's low-rank term, the grey one behind it the rank that its whole weight could have. "
-        "A budget gives long bars to the layers that lose most without them; one that is marked as dense keeps its weight.",
+        caption="A blue bar is the rank of a layer's low-rank term, the grey bar the full rank of its weight. "
+        "A budget gives high ranks to the layers that would lose most without them; a layer marked as dense keeps its weight.",
         chart="bars",
         records=[
             {
@@ -106,8 +106,8 @@ def compare_findings(rows: Sequence[Mapping[str, Any]]) -> list[Finding]:
             Finding(
                 name=f"compare_{number}",
                 title=task,
-                caption="A point is a recipe, with a bar of one standard deviation over its seeds where there are several. Up is better "
-                "and left is smaller; the dashed line joins the Pareto front: no other recipe is both as small and as good.",
+                caption="Each point is a recipe, with a bar of one standard deviation if it has several seeds. Higher is better and "
+                "further left is smaller; the dashed line is the Pareto front: no other recipe is both as small and as good.",
                 chart="points",
                 records=[{**record, "front": _unbeaten(record, records)} for record in _by_size(records)],
                 options={

@@ -101,8 +101,8 @@ def embedding_finding(
     return Finding(
         "embedding",
         "Features of the images, by t-SNE",
-        "Images that a model sees alike lie together; colours are the true classes. Compact groups of one colour are easy to classify. The "
-        "distance between groups and the axes mean nothing.",
+        "Images with similar features lie close together; colours are the true classes. Compact groups of one colour are easy to classify. "
+        "The distance between groups and the axes have no meaning.",
         "points",
         records,
         {"x": "x", "y": "y", "colour": "class", "facet": "model", "titles": {"x": "", "y": ""}},
@@ -111,10 +111,12 @@ def embedding_finding(
 
 @diagnostic("embedding")
 class Embedding(MeasuredOnImages):
-    """t-SNE of the pooled features of student and teacher, an image a point, in its class's colour."""
+    """t-SNE of the pooled features of student and teacher: one point per image, coloured by class."""
 
     epochs: Epochs = Field(("last",), min_length=1, description=EPOCHS)
-    perplexity: float = Field(30.0, gt=0, description="About how many neighbours an image has.")
+    perplexity: float = Field(
+        30.0, gt=0, description="t-SNE's perplexity: roughly the number of neighbours of an image."
+    )
 
     def measure(self, context: Context) -> list[Finding]:
         features, labels = {}, np.empty(0)

@@ -123,13 +123,13 @@ def _contents(runs: Sequence[dict[str, Any]], comparison: dict[str, Any] | None)
     if comparison:
         return [("comparison", "Comparison"), *((f"run-{n}", run["facts"][0]) for n, run in enumerate(runs, 1))]
     named = [
-        ("verdict", "What came out", True),
-        ("asked", "What was asked", True),
+        ("verdict", "Results", True),
+        ("asked", "Recipe", True),
         ("training", "Training", runs[0]["phases"]),
         ("ledger", "Changes", runs[0]["ledger"]),
         ("predictions", "Predictions", runs[0]["predictions"]),
         ("diagnostics", "Diagnostics", runs[0]["diagnostics"]),
-        ("reproduce", "To reproduce it", True),
+        ("reproduce", "Reproduction", True),
     ]
     return [(anchor, text) for anchor, text, there in named if there]
 

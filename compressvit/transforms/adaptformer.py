@@ -82,11 +82,11 @@ class AdaptFormer(Transform):
 
     width: int = Field(64, ge=1, description="Neurons h' of every branch.")
     scale: Annotated[float, Field(gt=0)] | Literal["learnable"] = Field(
-        0.1, description="s, a number, or learnable: one per block that starts at 1."
+        0.1, description="s: a number, or learnable (one per block, initially 1)."
     )
     input: Reads = Field(
         "normed",
-        description="What the branch reads: the MLP's normed input (the paper), or the residual stream (its code).",
+        description="Input of the branch: the MLP's normalised input (the paper), or the residual stream (its code).",
     )
 
     @classmethod

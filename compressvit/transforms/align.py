@@ -172,7 +172,7 @@ class Align(Transform):
     heads: bool = Field(True, description="Match attention heads.")
     neurons: bool = Field(True, description="Match the hidden neurons of the MLPs.")
     rounds: int = Field(
-        3, ge=1, description="How often the matching is done: to the first block, then to the mean of the aligned ones."
+        3, ge=1, description="Rounds of matching: first to the first block, then to the mean of the aligned blocks."
     )
 
     @classmethod

@@ -129,7 +129,7 @@ class FacTPlan(TermPlan):
 
 @transform("fact", FacTPlan)
 class FacT(Transform):
-    """Low-rank changes of all projections that share their outer factors; the backbone is frozen (FacT)."""
+    """Low-rank updates of all projections, with shared outer factors; the backbone is frozen (FacT)."""
 
     freezes = True
     refuses: ClassVar[dict[str, str]] = TRANSFORMERS_ONLY
@@ -137,9 +137,9 @@ class FacT(Transform):
         ("fact.u", "fact.core", "fact.mix", "fact.sigma"), "V starts at zero"
     )
 
-    form: Literal["tt", "tk"] = Field("tk", description="Tensor train (a free Σ per slot) or Tucker.")
-    rank: int = Field(16, ge=1, description="r.")
-    scale: float = Field(1.0, gt=0, description="s; the paper chooses it per task from 0.01, 0.1, 1, 10, 100.")
+    form: Literal["tt", "tk"] = Field("tk", description="tt: tensor train (a free Σ per slot); tk: Tucker.")
+    rank: int = Field(16, ge=1, description="Rank r.")
+    scale: float = Field(1.0, gt=0, description="Scale s; the paper chooses it per task from 0.01, 0.1, 1, 10, 100.")
 
     @classmethod
     def examples(cls) -> Sequence[Transform]:

@@ -124,10 +124,10 @@ class LoRA(Transform):
     freezes = True
     blind_at_start: ClassVar[dict[str, str]] = {"lora.down": "the factor after it starts at zero"}
 
-    rank: int = Field(8, ge=1, description="r of every term.")
-    alpha: float | None = Field(None, gt=0, description="α; terms are scaled by α/r. Null for α = r.")
+    rank: int = Field(8, ge=1, description="Rank r of every term.")
+    alpha: float | None = Field(None, gt=0, description="Terms are scaled by α/r. Null for α = r.")
     targets: tuple[Target, ...] = Field(
-        ("q", "v"), min_length=1, description="Projections that get a term, of those that a block has."
+        ("q", "v"), min_length=1, description="Projections that get a term, where a block has them."
     )
 
     @classmethod

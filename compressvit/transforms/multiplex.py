@@ -269,7 +269,7 @@ class Multiplex(Transform):
         True, description="Mix attention logits and probabilities across heads, two H×H matrices per block."
     )
     mixing_bias: bool = Field(
-        False, description="A bias per head in both mixes. The paper's code: true for Swin, false for DeiT."
+        False, description="Add a bias per head to both mixings. The paper's code: true for Swin, false for DeiT."
     )
     mlp_conv: int = Field(
         0,
@@ -278,13 +278,13 @@ class Multiplex(Transform):
     )
     form: Literal["identity", "reference"] = Field(
         "identity",
-        description="identity: transforms start as the identity, x + conv(LN x), so a pretrained function survives. "
-        "reference: the paper code's arithmetic, LN x + conv(LN x), transforms starting from noise (std 0.02).",
+        description="identity: transforms start as the identity, x + conv(LN x), so a pretrained function is preserved. "
+        "reference: as in the paper's code, LN x + conv(LN x), with transforms initialised at random (std 0.02).",
     )
     init: Literal["mean", "first", "scratch"] = Field(
         "mean",
-        description="Shared weights from the mean of the group's layers, from the first of them, "
-        "or the whole student from noise as in the paper.",
+        description="mean, first: shared weights from the mean of the group's layers or from the first of them; "
+        "scratch: the whole student at random, as in the paper.",
     )
 
     @field_validator("share")

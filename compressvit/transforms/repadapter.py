@@ -137,10 +137,12 @@ class RepAdapter(Transform):
     )
 
     width: int = Field(8, ge=1, description="Hidden neurons h'.")
-    groups: int = Field(2, ge=1, description="Groups g of the second projection; divides h' and M.")
-    scale: float = Field(1.0, gt=0, description="s; the paper chooses it per task from 0.1, 0.5, 1, 5, 10.")
-    place: Literal["block", "attention"] = Field("block", description="Before attention and MLP, or attention alone.")
-    dropout: float = Field(0.1, ge=0, lt=1, description="Between the projections, in training.")
+    groups: int = Field(2, ge=1, description="Groups g of the second projection; must divide h' and M.")
+    scale: float = Field(1.0, gt=0, description="Scale s; the paper chooses it per task from 0.1, 0.5, 1, 5, 10.")
+    place: Literal["block", "attention"] = Field(
+        "block", description="block: before attention and MLP; attention: before attention only."
+    )
+    dropout: float = Field(0.1, ge=0, lt=1, description="Dropout between the projections in training.")
 
     @classmethod
     def examples(cls) -> Sequence[Transform]:

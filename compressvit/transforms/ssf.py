@@ -100,11 +100,15 @@ class SSFPlan(TermPlan):
 
 @transform("ssf", SSFPlan)
 class SSF(Transform):
-    """A scale and shift behind every linear layer, convolution and norm; the backbone is frozen (SSF)."""
+    """A scale and shift after every linear layer, convolution and norm; the backbone is frozen (SSF)."""
 
     freezes = True
 
-    std: float = Field(0.0, ge=0, description="Deviation of their start; the paper's code has 0.02, 0 is the identity.")
+    std: float = Field(
+        0.0,
+        ge=0,
+        description="Standard deviation of the initial values; 0 starts as the identity, the paper's code uses 0.02.",
+    )
 
     def plan(self, model: nn.Module, source: Source | None = None) -> SSFPlan:
         describe(model)

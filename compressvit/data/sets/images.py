@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 LAYOUT = "expected images anywhere under FOLDER, or under FOLDER/train and FOLDER/val"
 
 
-@data_set("images", note="unlabeled, searched recursively", labelled=False)
+@data_set("images", note="unlabelled, searched recursively", labelled=False)
 def open_images(data: Data) -> tuple[Dataset, Dataset]:
     """FOLDER/train and FOLDER/val where both are there; else every 1/val_fraction-th image is held out."""
     root = existing_root(data, LAYOUT)

@@ -34,20 +34,20 @@ Batches = Callable[[], Sequence[tuple[torch.Tensor, torch.Tensor]]]
 
 @phase("sparsify")
 class Sparsify(PhaseSpec):
-    """Mask all but the best single weights of adapters, then train those (SparseAdapter, SNIP, GraSP). Nothing shrinks."""
+    """Mask all but the best individual weights of adapters, then train those (SparseAdapter, SNIP, GraSP). Tensors do not shrink."""
 
     label_fields: ClassVar[tuple[str, ...] | None] = ("keep", "score")
 
     # In place of the epoch to keep, which other phases have under this word: this phase ends with its last.
     keep: float = Field(  # type: ignore[assignment]
-        gt=0, le=1, description="Share of the weights of all adapters together that stay."
+        gt=0, le=1, description="Fraction of the weights of all adapters together that is kept."
     )
     score: Literal["magnitude", "snip", "grasp", "random"] = Field(
         "magnitude",
-        description="|θ| (SparseAdapter), |g⊙θ| (SNIP) or θ⊙Hg (GraSP), with gradient g and Hessian H of the ground truth's loss. Fresh "
-        "adapters have no gradient yet: put a finetune step before.",
+        description="|θ| (SparseAdapter), |g⊙θ| (SNIP) or θ⊙Hg (GraSP), with gradient g and Hessian H of the loss on the labels. New "
+        "adapters have no gradient yet: put a finetune step before it.",
     )
-    gradient_batches: int = Field(10, ge=1, description="Training batches that snip and grasp look at.")
+    gradient_batches: int = Field(10, ge=1, description="Training batches used by snip and grasp.")
 
     def plan(self, setting: Setting) -> PhasePlan:
         plan = super().plan(setting)
