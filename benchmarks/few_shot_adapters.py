@@ -117,7 +117,7 @@ def main() -> None:
     def cell(name: str, steps: list, seed: int, splits: tuple[str, str]) -> float:
         content = {**base, "seed": seed, "steps": steps}
         content["data"] = {**base["data"], "train_split": splits[0], "val_split": splits[1]}
-        result = run(yaml.safe_dump(content, sort_keys=False), name, arguments.output / name, console)
+        result = run(yaml.safe_dump(content, sort_keys=False), arguments.output / name, console)
         student = result["student"]
         print(
             f"{name}: {student['top1']:.2f} %, {student['trained_adapter']:,} parameters, {result['seconds']:.0f} s",

@@ -58,7 +58,7 @@ def main() -> None:
     for name, (first, word) in students(arguments.share, NOISE).items():
         recipe = {**base, "steps": [*first, {word: training}], "student": {"weights": "random"}}
         folder = arguments.output / name.replace(", ", "_")
-        result = run(yaml.safe_dump(recipe, sort_keys=False), name, folder, console)
+        result = run(yaml.safe_dump(recipe, sort_keys=False), folder, console)
         print(f"{name}: {result['student']['top1']:.2f} %, {result['student']['parameters']:,} parameters", flush=True)
         for row in read_rows(folder / "diagnostics" / "gradients.jsonl", GradientRow):
             for layer, groups in row["norms"].items():

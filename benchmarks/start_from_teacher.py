@@ -69,7 +69,7 @@ def main() -> None:
                     (output / "results.json").is_file() and (parameters or "low" not in method)
                 ):
                     continue  # without the reference there is no budget for ours
-                result = run(recipe, name, output, console)
+                result = run(recipe, output, console)
                 parameters = result["student"]["parameters"]
                 rows.setdefault((text, method), []).append((result, scores_by_epoch(output)))
                 print(f"{name}: {parameters:,} {scores_by_epoch(output)} {result['seconds']:.0f} s", flush=True)

@@ -27,7 +27,11 @@ _PUBLIC = {
     "Recipe": "compressvit.recipe.recipe",
     "UserError": "compressvit.errors",
 }
-_MODULES = {"losses": "compressvit.training.losses", "diagnostics": "compressvit.diagnostics"}
+_MODULES = {
+    "losses": "compressvit.training.losses",
+    "ties": "compressvit.model.ties",
+    "diagnostics": "compressvit.diagnostics",
+}
 
 
 def __getattr__(name: str) -> Any:

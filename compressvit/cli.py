@@ -19,7 +19,7 @@ examples:
   compressvit plan mini_swin_b                                  what the recipe will do and cost, without weights or data
   compressvit apply mini_swin_b data.root=IMAGENET              compress a pretrained Swin-B
   compressvit apply repadapter_vit_b_vtab data.root=TASK        adapt a frozen backbone to a task, then: compressvit merge RUN
-  compressvit apply quickstart steps.0.multiplex.share=3        change anything in a recipe from the command line
+  compressvit apply quickstart steps.0.multiplex.share=3        override any value of a recipe
 """
 
 Verb = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="compressvit",
-        description="Compress a pretrained vision transformer by a recipe and distil it, or adapt it to a task, and show what it cost.",
+        description="Compress a pretrained vision transformer by a recipe and distil it, or adapt it to a task, and report what it cost.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -89,11 +89,11 @@ def _add_recipe(to: argparse.ArgumentParser) -> None:
         metavar="key=value",
         nargs="*",
         default=[],
-        help="changes to it, e.g. data.root=FOLDER steps.0.multiplex.share=6",
+        help="overrides, e.g. data.root=FOLDER steps.0.multiplex.share=6",
     )
 
 
-def _add_device(to: argparse.ArgumentParser, text: str = "cpu, cuda, … (default: the best there is)") -> None:
+def _add_device(to: argparse.ArgumentParser, text: str = "cpu, cuda, … (default: the best available)") -> None:
     to.add_argument("--device", default="auto", help=text)
 
 
@@ -101,26 +101,26 @@ def _add_apply(verb: Verb) -> None:
     apply = verb("apply", _apply, "run a recipe: compress, distil, evaluate, and write a run folder")
     _add_recipe(apply)
     apply.add_argument("--output", metavar="FOLDER", help="the run folder (default: runs/RECIPE)")
-    apply.add_argument("--resume", action="store_true", help="go on with the run in the folder")
-    apply.add_argument("--overwrite", action="store_true", help="delete the run in the folder and begin anew")
-    _add_device(apply, "cpu, cuda, cuda:1, mps, … (default: the best there is)")
+    apply.add_argument("--resume", action="store_true", help="continue the run in the folder")
+    apply.add_argument("--overwrite", action="store_true", help="delete the run in the folder and start again")
+    _add_device(apply, "cpu, cuda, cuda:1, mps, … (default: the best available)")
     apply.add_argument("--no-report", action="store_true", help="do not write report.html at the end")
 
 
 def _add_plan(verb: Verb) -> None:
     plan = verb("plan", _plan, "print what a recipe will do and cost; without weights or data unless --measure")
     _add_recipe(plan)
-    plan.add_argument("--json", action="store_true", help="print it as JSON, for programs")
+    plan.add_argument("--json", action="store_true", help="print JSON")
     plan.add_argument(
         "--measure",
         action="store_true",
-        help="also make the student, from weights and data: the ledger with its errors, and its quality before any training",
+        help="also make the student from weights and data, and print the error of every layer and its quality before any training",
     )
-    _add_device(plan, "cpu, cuda, … for --measure (default: the best there is)")
+    _add_device(plan, "for --measure: cpu, cuda, … (default: the best available)")
 
 
 def _add_frontier(verb: Verb) -> None:
-    frontier = verb("frontier", _frontier, "quality before any training against size, over a sweep of budgets")
+    frontier = verb("frontier", _frontier, "show quality before any training against size, for several budgets")
     _add_recipe(frontier)
     frontier.add_argument(
         "--budgets",
@@ -128,13 +128,13 @@ def _add_frontier(verb: Verb) -> None:
         nargs="+",
         type=_budget,
         default=[0.75, 0.6, 0.5, 0.4, 0.3, 0.2],
-        help="up to 1 a share of the teacher's, above 1 a number (default: 0.75 0.6 0.5 0.4 0.3 0.2)",
+        help="budgets: up to 1 a fraction of the teacher's, above 1 a number (default: 0.75 0.6 0.5 0.4 0.3 0.2)",
     )
     frontier.add_argument(
-        "--unit", choices=("parameters", "bytes", "macs"), default="parameters", help="of the budgets"
+        "--unit", choices=("parameters", "bytes", "macs"), default="parameters", help="unit of the budgets"
     )
     frontier.add_argument(
-        "--output", metavar="FOLDER", help="for the table and the plot (default: runs/RECIPE_frontier)"
+        "--output", metavar="FOLDER", help="folder for the table and the plot (default: runs/RECIPE_frontier)"
     )
     _add_device(frontier)
 
@@ -143,7 +143,7 @@ def _add_validate(verb: Verb) -> None:
     validate = verb(
         "validate",
         _validate,
-        "check recipe files against the schema, and their models' names against timm's; `plan` also builds the models",
+        "check recipes against the schema and their model names against timm; `plan` also builds the models",
     )
     validate.add_argument(
         "recipes", metavar="RECIPE", nargs="+", help="a shipped recipe's name, or the path of a YAML file"
@@ -151,38 +151,36 @@ def _add_validate(verb: Verb) -> None:
 
 
 def _add_evaluate(verb: Verb) -> None:
-    evaluate = verb("evaluate", _evaluate, "evaluate the student of a run folder, or an artifact")
+    evaluate = verb("evaluate", _evaluate, "evaluate the student of a run, or an artifact")
     evaluate.add_argument("path", metavar="PATH", help="a run folder, or an artifact (a folder with compressvit.json)")
     evaluate.add_argument(
         "overrides",
         metavar="key=value",
         nargs="*",
         default=[],
-        help="of the data, e.g. data.name=digits data.root=FOLDER",
+        help="overrides of the data, e.g. data.name=digits data.root=FOLDER",
     )
     _add_device(evaluate)
-    evaluate.add_argument("--json", action="store_true", help="print it as JSON, for programs")
+    evaluate.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _add_merge(verb: Verb) -> None:
-    merge = verb("merge", _merge, "fold adapters and low rank into plain timm layers, prove it, and write a timm model")
+    merge = verb("merge", _merge, "fold adapters and low rank into plain timm layers, and check the result")
     merge.add_argument("path", metavar="RUN|ARTIFACT", help="a run folder, or a folder with compressvit.json")
-    merge.add_argument("--output", metavar="FOLDER", help="where to write it (default: merged, beside the artifact)")
-    _add_device(merge, "for the latencies: cpu, cuda, … (default: the best there is)")
+    merge.add_argument("--output", metavar="FOLDER", help="where to write it (default: merged/ next to the artifact)")
+    _add_device(merge, "for the latencies: cpu, cuda, … (default: the best available)")
 
 
 def _add_compare(verb: Verb) -> None:
-    compare = verb("compare", _compare, "a table of several runs, the seeds of one recipe together")
+    compare = verb("compare", _compare, "tabulate several runs, with the seeds of one recipe in one row")
     compare.add_argument("runs", metavar="RUN", nargs="+", help="run folders, or folders of run folders")
     compare.add_argument("--output", metavar="FOLDER", help="also write the table (.md, .csv, .json) and a plot there")
 
 
 def _add_report(verb: Verb) -> None:
-    report = verb("report", _report, "one HTML page of a run, or of several, to read and to send; it needs no network")
+    report = verb("report", _report, "write one self-contained HTML page about a run or several")
     report.add_argument("runs", metavar="RUN", nargs="+", help="run folders, or folders of run folders")
-    report.add_argument(
-        "--output", metavar="FILE", help="where to write it (default: report.html in the folder that is given)"
-    )
+    report.add_argument("--output", metavar="FILE", help="where to write it (default: report.html in the given folder)")
 
 
 def _add_recipes(verb: Verb) -> None:
@@ -202,9 +200,9 @@ def _add_recipes(verb: Verb) -> None:
 
 
 def _add_schema(verb: Verb) -> None:
-    schema = verb("schema", _schema, "print the JSON schema of recipes, for editors, or what a key means, for people")
+    schema = verb("schema", _schema, "print the JSON schema of recipes, for editors, or explain a key")
     schema.add_argument(
-        "key", metavar="KEY", nargs="?", help="teacher, data, multiplex, distill, distill.losses, …: list its keys"
+        "key", metavar="KEY", nargs="?", help="teacher, data, multiplex, distill, distill.losses, …: explain its keys"
     )
 
 
@@ -227,7 +225,7 @@ def _apply(arguments: argparse.Namespace) -> int:
     if arguments.resume and (run / RESOLVED).is_file():  # a run says itself what it is
         arguments.recipe, arguments.output = str(run / RESOLVED), arguments.output or str(run)
     elif arguments.resume and run.is_dir():
-        raise UserError(f"--resume: there is no run in {run} (no {RESOLVED}); start it without --resume")
+        raise UserError(f"--resume: there is no run in {run} (no {RESOLVED}); start one without --resume")
     try:
         apply(
             arguments.recipe,
@@ -371,7 +369,7 @@ def _recipes_show(arguments: argparse.Namespace) -> int:
     if arguments.resolved:
         print(load_recipe(arguments.recipe, arguments.overrides).to_yaml(), end="")
     elif arguments.overrides:
-        raise UserError("overrides are shown with --resolved; without it a recipe is printed as it stands in its file")
+        raise UserError("overrides are shown only with --resolved; without it the recipe's file is printed unchanged")
     else:
         print(read_recipe(arguments.recipe), end="")
     return 0

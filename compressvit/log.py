@@ -29,7 +29,7 @@ class RunLog:
     Args:
         folder: the run folder; None writes no files.
         console: where the progress bar and the messages go.
-        tag: what TensorBoard calls a phase (`compressvit.boards`).
+        tag: what TensorBoard calls a phase (`compressvit.runs.tensorboard`).
     """
 
     def __init__(self, folder: Path | None, console: Console | None = None, tag: Callable[[str], str] = str):

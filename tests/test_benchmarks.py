@@ -33,6 +33,6 @@ def test_a_finished_run_of_another_recipe_is_not_taken(few_shot, tmp_path):
     run = few_shot.run
     for name, text in (("results.json", '{"student": {}}'), ("seconds.json", "1.5"), ("recipe.yaml", "seed: 0\n")):
         (tmp_path / name).write_text(text)
-    assert run("seed: 0\n", "one", tmp_path, None) == {"student": {}, "seconds": 1.5}
+    assert run("seed: 0\n", tmp_path, None) == {"student": {}, "seconds": 1.5}
     with pytest.raises(SystemExit, match="holds a finished run of another recipe"):
-        run("seed: 1\n", "one", tmp_path, None)
+        run("seed: 1\n", tmp_path, None)

@@ -20,12 +20,13 @@ from compressvit import __version__
 from compressvit.errors import UserError
 from compressvit.model import surgery, ties
 from compressvit.model.backbone import head_names, model_name
+from compressvit.model.modules import as_timm
 from compressvit.model.stored import StepRecord, read_safetensors
 from compressvit.model.weights import hash_tensors
 from compressvit.spec import Spec
 from compressvit.transforms.applying import apply_plans
 from compressvit.transforms.base import Plan
-from compressvit.transforms.record import Compression, compression_of, trained_names
+from compressvit.transforms.record import Compression, compression_of, set_compression, trained_names
 from compressvit.transforms.stored import record_of, resolve_plan
 
 FORMAT = 1
@@ -74,7 +75,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> Path:
         format=FORMAT,
         compressvit=__version__,
         architecture=model_name(model),
-        num_classes=model.num_classes,
+        num_classes=as_timm(model).num_classes,
         backbone=_hash(model, names),
         transforms=[record_of(plan) for plan in plans],
     )
@@ -113,17 +114,17 @@ def load_adapter(model: nn.Module, path: str | Path) -> nn.Module:
     _require_fit(model, header, plans, tensors, path)
     if known:
         remove_adapter(model)
-    loaded = _Loaded(model.num_classes, {}, {n: p.requires_grad for n, p in model.named_parameters()})
+    loaded = _Loaded(as_timm(model).num_classes, {}, {n: p.requires_grad for n, p in model.named_parameters()})
     before = {name: tensor.detach().clone() for name, tensor in model.state_dict().items() if name in tensors}
     heads = {name: tensor.detach().clone() for name, tensor in model.state_dict().items() if name in head_names(model)}
     loaded.replaced = before | heads
-    if header.num_classes != model.num_classes:
+    if header.num_classes != as_timm(model).num_classes:
         like = next(model.parameters())
-        model.reset_classifier(header.num_classes)
+        as_timm(model).reset_classifier(header.num_classes)
         model.to(device=like.device, dtype=like.dtype)
     apply_plans(model, plans)
     model.load_state_dict(tensors, strict=False)
-    model._adapter = loaded  # type: ignore[assignment]
+    vars(model)["_adapter"] = loaded
     return model
 
 
@@ -133,10 +134,10 @@ def _require_fit(
     """Raise a `UserError` unless the tensors are just those that the plans train on this backbone; tried on a skeleton."""
     scratch = surgery.skeleton(model)
     surgery.strip(scratch)
-    scratch._compression = Compression()  # type: ignore[assignment]
+    set_compression(scratch, Compression())
     try:
         with torch.device("meta"):
-            scratch.reset_classifier(header.num_classes)
+            as_timm(scratch).reset_classifier(header.num_classes)
             apply_plans(scratch, plans)
     except (AttributeError, KeyError, UserError) as error:
         raise UserError(f"{path} does not fit {header.architecture}: {error}") from error
@@ -167,14 +168,14 @@ def remove_adapter(model: nn.Module) -> nn.Module:
     if known is None:
         raise UserError("no adapter was loaded onto this model by load_adapter, so none can be removed")
     surgery.strip(model)
-    if model.num_classes != known.num_classes:
+    if as_timm(model).num_classes != known.num_classes:
         like = next(model.parameters())
-        model.reset_classifier(known.num_classes)
+        as_timm(model).reset_classifier(known.num_classes)
         model.to(device=like.device, dtype=like.dtype)
     model.load_state_dict(known.replaced, strict=False)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(known.trained.get(name, True))
-    model._compression = Compression()  # type: ignore[assignment]
+    set_compression(model, Compression())
     del model._adapter
     return model
 

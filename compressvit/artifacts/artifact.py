@@ -200,7 +200,7 @@ def _manifest(model: nn.Module, input_config: dict[str, Any] | None) -> Manifest
         architecture=config["architecture"],
         args=args,
         num_classes=model.num_classes,
-        dtype=dtypes.pop(),  # type: ignore[arg-type]
+        dtype=dtypes.pop(),
         parameters=ties.count_parameters(model),
         transforms=[record_of(plan) for plan in compression.plans],
         ties=compression.ties,

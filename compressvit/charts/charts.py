@@ -1,6 +1,6 @@
 """Charts by Altair: four kinds, each from a list of records (a dictionary a mark). One description becomes a PNG, an SVG or part of a page.
 
-Colours are legible on white and on black; what a theme decides (text, axes, background) is left to `compressvit.drawing`.
+Colours are legible on white and on black; what a theme decides (text, axes, background) is left to `compressvit.charts.drawing`.
 """
 
 from __future__ import annotations

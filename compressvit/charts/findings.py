@@ -34,7 +34,7 @@ class Finding:
         name: of its files and its TensorBoard tag, e.g. 'cka' or 'gradients_shared'.
         title: one line above the picture.
         caption: how to read it, in one to three sentences for somebody who has not read the paper.
-        chart: a kind of `compressvit.charts.CHARTS`, drawn with `options`.
+        chart: a kind of `compressvit.charts.charts.CHARTS`, drawn with `options`.
         records: rows of JSON values, all with the same keys.
     """
 

@@ -21,8 +21,8 @@ def frontier_finding(rows: Sequence[Mapping[str, Any]], unit: str, quality: str,
     return Finding(
         name="frontier",
         title=f"{name}: before any training",
-        caption=f"A point is a student made for one budget of {unit}, evaluated before any training; the dashed line is the teacher. "
-        "Where the curve leaves that line, compression begins to cost.",
+        caption=f"Each point is a student for one budget of {unit}, evaluated before any training; the dashed line is the teacher. "
+        "Where the curve leaves that line, compression starts to cost quality.",
         chart="points",
         records=[
             {"share": row[unit] / teacher[unit], "quality": row[quality], "written": f"{row[quality]:.4g}"}
@@ -49,8 +49,8 @@ def ranks_finding(ranks: Mapping[str, int | None], full: Mapping[str, int]) -> F
     return Finding(
         name="ranks",
         title="Rank of every layer",
-        caption="A blue bar is the rank of a layer's low-rank term, the grey one behind it the rank that its whole weight could have. "
-        "A budget gives long bars to the layers that lose most without them; one that is marked as dense keeps its weight.",
+        caption="A blue bar is the rank of a layer's low-rank term, the grey bar the full rank of its weight. "
+        "A budget gives high ranks to the layers that would lose most without them; a layer marked as dense keeps its weight.",
         chart="bars",
         records=[
             {

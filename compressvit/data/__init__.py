@@ -1,1 +1,1 @@
-"""Images by name, in batches, as a model wants them."""
+"""Data sets by name, loaded in batches as a model expects them."""

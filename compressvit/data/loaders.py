@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from timm.data import IterableImageDataset, auto_augment, create_transform
 from timm.data.loader import PrefetchLoader, fast_collate
+from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms
 
@@ -193,11 +194,12 @@ class _Order(Sampler):
         return iter([(order[i % self.count], seeds[i]) for i in range(self.rank, total, self.world)])
 
 
-class _SeededErasing:
+class _SeededErasing(RandomErasing):
     """timm's random erasing, which draws from the global generators, with one seed of the epoch per batch."""
 
-    def __init__(self, erase: Any, epoch: _Order | _StreamEpoch, device: torch.device):
-        self.erase, self.epoch = erase, epoch
+    def __init__(self, erase: RandomErasing, epoch: _Order | _StreamEpoch, device: torch.device):
+        vars(self).update(vars(erase))  # timm has set it up
+        self.epoch = epoch
         self.devices = [device] if device.type == "cuda" else []
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
@@ -205,7 +207,7 @@ class _SeededErasing:
         with torch.random.fork_rng(self.devices), seeded(seed):
             if self.devices:
                 torch.cuda.manual_seed(seed)
-            return self.erase(images)
+            return super().__call__(images)
 
 
 class _PixelBatches(Dataset):
@@ -365,7 +367,6 @@ def _batches(
     """uint8 batches on the CPU, for training when there is an `augment`, and what starts their epochs."""
     training = augment is not None
     source: Any = datasets.train if training else datasets.validation
-    workers, collate = data.num_workers, _collate_images
     dataset: Any = None
     order: _Order | None = None
     epoch: _Order | _StreamEpoch | None = None
@@ -373,9 +374,9 @@ def _batches(
         order = epoch = _Order(len(source), training, distributed)
         batch_size = max(1, min(batch_size, len(order)))
         dataset = _pixel_batches(source, config, augment)
-    if dataset is not None:
-        workers, collate = 0, _as_it_is  # indexing is quicker than a queue between processes
-    else:
+    in_memory = dataset is not None
+    workers = 0 if in_memory else data.num_workers  # indexing is quicker than a queue between processes
+    if not in_memory:
         dataset = copy.copy(source)  # the same files, and the same record of broken ones, prepared for this model
         dataset.transform, dataset.training = _transform(config, augment), training
     if isinstance(source, IterableImageDataset):
@@ -387,7 +388,7 @@ def _batches(
         sampler=order,
         drop_last=drop_last,
         num_workers=workers,
-        collate_fn=collate,
+        collate_fn=_as_it_is if in_memory else _collate_images,
         worker_init_fn=_leave_signals_to_the_main_process,
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0 and order is not None,  # a stream's workers take their seed when they start

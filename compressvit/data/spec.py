@@ -15,7 +15,7 @@ Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lan
 
 
 class Augment(Spec):
-    """What happens to a training image. The default is nothing: the image is resized and cropped as in evaluation."""
+    """Augmentation of training images. By default there is none: images are resized and cropped as in evaluation."""
 
     scale: tuple[float, float] | None = Field(
         default=None, description="Area of the random resized crop, as fractions of the image; none = no random crop."
@@ -29,7 +29,7 @@ class Augment(Spec):
     color_jitter: float | None = Field(
         default=None,
         ge=0,
-        description="Strength of brightness, contrast and saturation jitter; timm leaves it out with auto_augment.",
+        description="Strength of brightness, contrast and saturation jitter; timm skips it if auto_augment is set.",
     )
     auto_augment: str | None = Field(
         default=None,
@@ -84,7 +84,7 @@ def _describe_names(schema: JsonDict) -> None:
 
 
 class Data(Spec):
-    """Which images, in which batches."""
+    """The data set and how it is loaded."""
 
     name: str = Field(description="A data set", json_schema_extra=_describe_names)
     task: str | None = Field(
@@ -92,9 +92,11 @@ class Data(Spec):
         description="What a model's outputs mean; none = what the set is for, in most classification, and features of a model without "
         "a classifier.",
     )
-    root: str | None = Field(default=None, description="Folder of the set; ~ is the home folder. digits needs none.")
+    root: str | None = Field(
+        default=None, description="Folder of the set; ~ is the home folder. Not needed for digits."
+    )
     download: bool = Field(
-        default=False, description="Fetch the set into root when it is missing, where its licence lets us."
+        default=False, description="Download the set into root if it is missing and its licence allows it."
     )
     train_split: str = Field(default="train", description="Name of the training split.")
     val_split: str = Field(
@@ -105,10 +107,10 @@ class Data(Spec):
         default=None, ge=1, description="Images per evaluation batch; none = batch_size."
     )
     num_workers: int = Field(
-        default=0, ge=0, description="Processes that read images; 0 = the training process reads them."
+        default=0, ge=0, description="Processes that load images; 0 = the training process loads them."
     )
     num_classes: int | None = Field(
-        default=None, ge=2, description="Number of classes, where the set does not say or has gaps."
+        default=None, ge=2, description="Number of classes, if the set does not say or has gaps."
     )
     mean: tuple[float, ...] | None = Field(
         default=None, description="Mean of each channel in 0..1; none = the model's."
@@ -120,14 +122,14 @@ class Data(Spec):
         default=None,
         gt=0,
         le=1,
-        description="Evaluation: part of the resized image that the centre crop keeps; none = the model's.",
+        description="Evaluation: fraction of the resized image kept by the centre crop; none = the model's.",
     )
     interpolation: Interpolation | None = Field(default=None, description="Evaluation: resampling; none = the model's.")
     val_fraction: float = Field(
         default=0.1,
         gt=0,
         le=0.5,
-        description="images without train/ and val/: every 1/val_fraction-th file is held out.",
+        description="For `images` without train/ and val/: every 1/val_fraction-th file is held out.",
     )
     limit_train: int | None = Field(
         default=None, ge=1, description="Use at most this many training images, evenly spaced."
@@ -135,7 +137,7 @@ class Data(Spec):
     limit_val: int | None = Field(
         default=None, ge=1, description="Use at most this many validation images, evenly spaced."
     )
-    augment: Augment = Field(default=Augment(), description="Changes made to training images.")
+    augment: Augment = Field(default=Augment(), description="Augmentation of training images.")
 
     @field_validator("name")
     @classmethod

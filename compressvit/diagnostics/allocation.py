@@ -43,9 +43,9 @@ def allocation_finding(histories: Mapping[str, tuple[str, History]]) -> Finding:
     return Finding(
         name="allocation",
         title="Neurons of every adapter",
-        caption="A row is an adapter, a colour a removal: the bar of a later removal lies over those before it, and ends where its neurons "
-        "do. Where pruning is global, neurons stay where they matter most: long last bars are the layers that need adapting most. Where it "
-        "is local, every adapter loses the same share. The axis is linear to 1, then logarithmic.",
+        caption="Each row is an adapter, each colour a removal; a bar shows the neurons left after it, later ones on top. With global "
+        "pruning, neurons stay where they matter most: long last bars are the layers that need adapting most. With local "
+        "pruning, every adapter loses the same fraction. The axis is linear to 1, then logarithmic.",
         chart="bars",
         records=records,
         options={

@@ -30,8 +30,8 @@ from compressvit.training.watch import Watch
 FOLDER = "diagnostics"  # in a run folder
 Epochs = tuple[Annotated[int, Field(ge=0)] | Literal["last"], ...]
 EPOCHS = (
-    "When to measure, in epochs of each phase that are done: 0 is before the first, last behind the last (with keep: best of the weights "
-    "that are kept)."
+    "When to measure, as a number of completed epochs of each phase: 0 is before the first, last after the last (with keep: best, the "
+    "weights that are kept)."
 )
 
 

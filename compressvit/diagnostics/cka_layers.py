@@ -78,8 +78,8 @@ def cka_finding(result: CKAResult, row: str = "student", column: str = "teacher"
     return Finding(
         "cka",
         f"CKA of the layers of {row} and {column}",
-        f"How alike two layers see the same {result.images} images: 1 alike up to rotation and scale, 0 unrelated. Models that see alike "
-        f"all the way are bright on the diagonal; a ring marks the layer of {column} that is most like each of {row}.",
+        f"Similarity of two layers' features of the same {result.images} images: 1 is equal up to rotation and scale, 0 unrelated. Models "
+        f"that are similar throughout are bright on the diagonal; a ring marks the layer of {column} most similar to each layer of {row}.",
         "heatmap",
         cka_records(result),
         {
@@ -114,7 +114,7 @@ def cka_layers_finding(
     return Finding(
         "cka_layers",
         f"CKA of every layer of {row} with the layer of {column} in the same place",
-        "1 where the two layers see the images alike. In MiniViT's figure 5 sharing alone falls in the last layers. "
+        "1 means that both layers represent the images the same way. In MiniViT's figure 5 sharing alone falls in the last layers. "
         + ("The band is the 95 % interval." if band else "One batch was measured, so there is no interval."),
         "lines",
         records,
@@ -130,18 +130,20 @@ def cka_layers_finding(
 
 @diagnostic("cka")
 class CKA(MeasuredOnImages):
-    """Similarity of every layer of the student with every layer of the teacher (CKA), with its interval."""
+    """Similarity (CKA) of every layer of the student with every layer of the teacher, with its confidence interval."""
 
     needs_teacher = True
 
     images: int = Field(512, ge=LEAST, description="Evaluation images, evenly spaced over the set.")
-    kernel: Kernel = Field("linear", description="linear, or rbf: exp(−d² / 2σ²) of the distance d of two images.")
-    bandwidth: float = Field(1.0, gt=0, description="σ of rbf in medians of the distances.")
-    batch_size: int = Field(64, ge=LEAST, description="Images whose features are in memory together.")
+    kernel: Kernel = Field(
+        "linear", description="linear, or rbf: exp(−d² / 2σ²) with the distance d between two images."
+    )
+    bandwidth: float = Field(1.0, gt=0, description="σ of rbf, in multiples of the median distance.")
+    batch_size: int = Field(64, ge=LEAST, description="Images whose features are in memory at once.")
     student_taps: tuple[str, ...] | None = Field(
         None, min_length=1, description="Paths of modules; null for the blocks."
     )
-    teacher_taps: tuple[str, ...] | None = Field(None, min_length=1, description="Likewise, of the teacher.")
+    teacher_taps: tuple[str, ...] | None = Field(None, min_length=1, description="The same for the teacher.")
 
     def refuse(self, phase: Training, student: nn.Module, teacher: nn.Module | None) -> None:
         if teacher is not None:

@@ -44,7 +44,7 @@ def drift(
     """Measure every pair of blocks on the same images.
 
     Args:
-        pairs: of `compressvit.distill.pairs.match_layers`, e.g. every block with the teacher's of the same index.
+        pairs: of `compressvit.training.pairs.match_layers`, e.g. every block with the teacher's of the same index.
         batches: gives batches of images (B, C, H, W), as the student takes them.
         teacher_input: turns them into the teacher's.
 
@@ -85,7 +85,7 @@ def drift(
         found.append(means)
     if not any(found):
         raise UserError(
-            "drift has nothing to compare: the blocks of the two models put out other numbers of tokens, and of other widths"
+            "drift has nothing to compare: the blocks of the two models differ in the number of tokens and in width"
         )
     return found
 
@@ -135,14 +135,14 @@ def _tapped(model: nn.Module, paths: Sequence[str], device: torch.device) -> Ite
         wanted += [(path, "output"), (f"{path}.attn.qkv", "output"), (f"{path}.attn.attn_drop", "input")]
     taps = Taps(model.to(device), wanted)
     for module in fused:
-        module.fused_attn = False  # type: ignore[assignment]
+        vars(module)["fused_attn"] = False
     try:
         with evaluating(model):
             yield taps
     finally:
         taps.close()
         for module in fused:
-            module.fused_attn = True  # type: ignore[assignment]
+            vars(module)["fused_attn"] = True
 
 
 def drift_finding(found: Sequence[dict[str, float]], pairs: Sequence[LayerPair], when: str = "") -> Finding:
@@ -162,8 +162,8 @@ def drift_finding(found: Sequence[dict[str, float]], pairs: Sequence[LayerPair],
     return Finding(
         "drift",
         "Drift from the teacher, block by block",
-        "How far every block of the student is from the teacher's: 0 is the same. Errors that grow along the depth add up from block to "
-        "block; a jump marks the block that lost most. Attention maps are compared row by row.",
+        "Difference between every block of the student and the teacher's: 0 is identical. Errors that grow with depth accumulate from "
+        "block to block; a jump marks the block that lost most. Attention maps are compared row by row.",
         "lines",
         records,
         {
@@ -183,11 +183,11 @@ class Drift(MeasuredOnImages):
     needs_teacher = True
 
     images: int = Field(256, ge=1, description="Evaluation images, evenly spaced over the set.")
-    batch_size: int = Field(32, ge=1, description="Images whose features are in memory together.")
+    batch_size: int = Field(32, ge=1, description="Images whose features are in memory at once.")
     layers: tuple[tuple[int, int], ...] | None = Field(
         None,
-        description="Pairs [student block, teacher block]; null for every block with the one of the same index, which "
-        "needs models of one depth.",
+        description="Pairs [student block, teacher block]; null pairs every block with the one of the same index, which "
+        "needs models of the same depth.",
     )
 
     def refuse(self, phase: Training, student: nn.Module, teacher: nn.Module | None) -> None:

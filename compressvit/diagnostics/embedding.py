@@ -18,6 +18,7 @@ from compressvit.diagnostics.base import EPOCHS, Context, Epochs, MeasuredOnImag
 from compressvit.errors import UserError
 from compressvit.model.backbone import model_name
 from compressvit.model.modes import evaluating
+from compressvit.model.modules import as_timm
 
 LEAST = 10  # images
 
@@ -52,8 +53,8 @@ def pooled_features(
             keep = targets > -2
             batch, targets = batch[keep][:left], targets[keep][:left]
             if len(batch):
-                hidden = model.forward_features(input(batch.to(device)))  # type: ignore[operator]
-                features.append(model.forward_head(hidden, pre_logits=True).float().cpu().flatten(1))  # type: ignore[operator]
+                hidden = as_timm(model).forward_features(input(batch.to(device)))
+                features.append(as_timm(model).forward_head(hidden, pre_logits=True).float().cpu().flatten(1))
                 labels.append(targets.cpu())
             left -= len(batch)
             if left <= 0:
@@ -100,8 +101,8 @@ def embedding_finding(
     return Finding(
         "embedding",
         "Features of the images, by t-SNE",
-        "Images that a model sees alike lie together; colours are the true classes. Compact groups of one colour are easy to classify. The "
-        "distance between groups and the axes mean nothing.",
+        "Images with similar features lie close together; colours are the true classes. Compact groups of one colour are easy to classify. "
+        "The distance between groups and the axes have no meaning.",
         "points",
         records,
         {"x": "x", "y": "y", "colour": "class", "facet": "model", "titles": {"x": "", "y": ""}},
@@ -110,10 +111,12 @@ def embedding_finding(
 
 @diagnostic("embedding")
 class Embedding(MeasuredOnImages):
-    """t-SNE of the pooled features of student and teacher, an image a point, in its class's colour."""
+    """t-SNE of the pooled features of student and teacher: one point per image, coloured by class."""
 
     epochs: Epochs = Field(("last",), min_length=1, description=EPOCHS)
-    perplexity: float = Field(30.0, gt=0, description="About how many neighbours an image has.")
+    perplexity: float = Field(
+        30.0, gt=0, description="t-SNE's perplexity: roughly the number of neighbours of an image."
+    )
 
     def measure(self, context: Context) -> list[Finding]:
         features, labels = {}, np.empty(0)

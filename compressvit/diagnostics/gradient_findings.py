@@ -37,10 +37,10 @@ def _over_training(rows: Rows) -> Finding:
     records = _over_steps(rows, "layer", _layer_norms)
     return Finding(
         name="gradients",
-        title="Norm of the gradient per layer over training",
-        caption="A line a layer, from the first (dark) to the last (light): how strongly a step pulls at it. Lines that lie together and "
-        "run smoothly mean that all layers learn at one pace; spikes, or a wide fan, mean that some are torn about while others rest. "
-        "What a block shares counts with the gradient of its own use, so layers compare whether they share or not.",
+        title="Gradient norm per layer over training",
+        caption="One line per layer, from the first (dark) to the last (light). Lines that lie close together and run smoothly mean that "
+        "all layers learn at the same pace; spikes, or a wide spread, mean that some change strongly while others hardly change. "
+        "A shared tensor counts with the gradient of the block's own use, so layers are comparable whether they share or not.",
         chart="lines",
         records=records,
         options=_line_options(records, "layer", ramp=True),
@@ -51,8 +51,8 @@ def _by_group(rows: Rows) -> Finding:
     records = _over_steps(rows, "group", _group_norms)
     return Finding(
         name="gradients_groups",
-        title="Norm of the gradient per kind of parameter over training",
-        caption="A line a kind of parameter, all layers together; 'transforms' are what compression or adaptation added. A kind whose "
+        title="Gradient norm per kind of parameter over training",
+        caption="One line per kind of parameter, over all layers; 'transforms' are what compression or adaptation added. A kind whose "
         "line stays far below the others hardly learns.",
         chart="lines",
         records=records,
@@ -69,10 +69,10 @@ def _shared(rows: Rows) -> Finding:
             records.append({**panel, "layer": layer, **means})
     return Finding(
         name="gradients_shared",
-        title="Shared tensors: what each block's use asks for, and what the tensors get",
-        caption="Coloured: the norm of the gradient of what a block shares, from this block's use alone, mean over training. Grey, behind: "
-        "the norm of the sum over all blocks that share it, which is what an optimiser sees. Grey much longer than the bars of its blocks "
-        "means that they pull the same way; hardly longer or shorter, that they pull against each other.",
+        title="Gradients of shared tensors: each block's own use, and the sum",
+        caption="Coloured: the norm of the gradient of a block's shared tensors from this block's use alone, mean over training. Grey: "
+        "the norm of the sum over all blocks that share them, which the optimiser sees. Grey much longer than the bars of its blocks "
+        "means that their gradients agree; hardly longer, or shorter, that they conflict.",
         chart="bars",
         records=records,
         options={
@@ -94,9 +94,9 @@ def layers_finding(rows: Rows) -> Finding:
             records.append({**panel, "layer": layer, "norm": middle, "low": low, "high": high})
     return Finding(
         name="gradients_layers",
-        title="Norm of the gradient by layer",
-        caption="The median over training, and a band that holds the middle half. A flat line means that all layers are pulled at alike; a "
-        "slope or a jump, that depth decides how much a layer learns; a wide band, that its gradient varies.",
+        title="Gradient norm by layer",
+        caption="The median over training, with the interquartile range as a band. A flat line means that all layers have gradients of "
+        "similar size; a slope or a jump, that depth decides how much a layer learns; a wide band, that its gradient varies.",
         chart="lines",
         records=records,
         options={

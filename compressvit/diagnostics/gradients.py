@@ -52,7 +52,7 @@ class Gradients(Watched):
     """Norms of the gradient over training, per block and per kind of parameter; shared tensors per use."""
 
     every: int = Field(
-        10, ge=1, description="Optimiser steps between two that are looked at; the first of a phase always is."
+        10, ge=1, description="Record every this many optimiser steps; the first step of a phase is always recorded."
     )
 
     def summary(self) -> str:

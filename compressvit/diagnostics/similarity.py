@@ -97,7 +97,7 @@ def sharing_finding(records: list[dict[str, Any]], *, outputs: bool) -> Finding:
     return Finding(
         "similarity",
         "What two layers would lose by sharing one weight",
-        f"Relative error of the {what}. Dark squares off the diagonal are layers that could share one weight; where there are none, share "
+        f"Relative error of the {what}. Dark squares off the diagonal are layers that could share one weight; if there are none, share "
         "with a private low-rank term, or use low rank alone.",
         "heatmap",
         records,
@@ -114,11 +114,11 @@ def sharing_finding(records: list[dict[str, Any]], *, outputs: bool) -> Finding:
 
 @diagnostic("similarity")
 class Similarity(MeasuredOnImages):
-    """What the student's layers would lose by sharing one weight, pair by pair."""
+    """How much each pair of the student's layers would lose by sharing one weight."""
 
     epochs: Epochs = Field(("last",), min_length=1, description=EPOCHS)
     metric: Literal["inputs", "weights"] = Field(
-        "inputs", description="Error of the layers' outputs on images, or of the weights alone."
+        "inputs", description="inputs: error of the layers' outputs on images; weights: error of the weights alone."
     )
     aligned: bool = Field(
         False,

@@ -79,8 +79,8 @@ def spectra_findings(models: Mapping[str, nn.Module]) -> list[Finding]:
         Finding(
             "effective_rank",
             "Effective rank of the weights",
-            "How many directions a layer's weight really uses, as a share of those that it could: exp of the entropy of its singular "
-            "values. Low layers can be factored cheaply; a student far below its teacher has lost directions.",
+            "Effective rank (exp of the entropy of the singular values) of a layer's weight, as a fraction of its full rank. "
+            "Layers with low values can be factored cheaply; a student far below its teacher has lost directions.",
             "lines",
             ranks,
             {
@@ -94,7 +94,7 @@ def spectra_findings(models: Mapping[str, nn.Module]) -> list[Finding]:
         Finding(
             "spectrum",
             "Singular values of the weights",
-            "A line a block: how fast the singular values fall, relative to the largest. Steep lines lose little when they are cut off.",
+            "One line per block: how fast the singular values fall, relative to the largest. Steep spectra lose little by truncation.",
             "lines",
             sorted(curves, key=lambda record: TARGETS.index(record["layer"])),
             {
@@ -112,7 +112,7 @@ def spectra_findings(models: Mapping[str, nn.Module]) -> list[Finding]:
 
 @diagnostic("spectra")
 class Spectra(Measured):
-    """Effective ranks and singular values of the weights of student and teacher; looks at no image."""
+    """Effective ranks and singular values of the weights of student and teacher; needs no images."""
 
     epochs: Epochs = Field(("last",), min_length=1, description=EPOCHS)
 

@@ -77,7 +77,8 @@ class Uses:
                 continue
             seen.add(node)
             for index, (child, _) in enumerate(node.next_functions):
-                name = names.get(_leaf(child))  # type: ignore[arg-type]
+                leaf = _leaf(child)
+                name = names.get(leaf) if leaf is not None else None
                 if name is None:
                     waiting.append(child)
                 else:

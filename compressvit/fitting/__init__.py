@@ -1,1 +1,1 @@
-"""Values from a teacher, before any training."""
+"""Values computed from a teacher, before any training."""

@@ -17,7 +17,7 @@ from compressvit.spec import Spec
 
 
 class Budget(Spec):
-    """What a student may cost: one of the three. Up to 1 it is a share of the teacher's, above 1 a number."""
+    """What a student may cost: one of these. Up to 1 it is a fraction of the teacher's, above 1 an absolute number."""
 
     parameters: float | None = Field(
         None, gt=0, description="Parameters, each shared tensor once; e.g. 0.5, or 11000000."
@@ -122,7 +122,7 @@ def _above(a: tuple, b: tuple, c: tuple) -> bool:
 def uniform(curves: Mapping[str, Curve], limit: int) -> dict[str, int | None]:
     """Ranks in proportion to what each layer can have: what is planned where errors are not known."""
 
-    def at(share: float) -> dict[str, int | None]:
+    def at(share: float) -> dict[str, int]:
         return {n: min(c.most, max(c.least, int(share * c.most))) for n, c in curves.items()}
 
     def fits(share: float) -> bool:

@@ -11,7 +11,7 @@ All of it is float64 on the CPU: a few matrices of a layer's size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -112,13 +112,19 @@ def fit_shared(
     """
     matrices = [m.double() for m in matrices]
     terms: list[Tensor] = [torch.zeros_like(m) for m in matrices]
-    shared = _best_shared([m - t for m, t in zip(matrices, terms, strict=True)], metrics, sum(matrices) / len(matrices))
+    shared = _best_shared(
+        [m - t for m, t in zip(matrices, terms, strict=True)], metrics, _sum(matrices) / len(matrices)
+    )
     for _ in range(rounds):
         terms = [_product(spectrum(m - shared, g).factors(r)) for m, g, r in zip(matrices, metrics, ranks, strict=True)]
         shared = _best_shared([m - t for m, t in zip(matrices, terms, strict=True)], metrics, shared)
     if not ranks:
         return shared, []
     return shared, [spectrum(m - shared, g).factors(r) for m, g, r in zip(matrices, metrics, ranks, strict=True)]
+
+
+def _sum(matrices: Iterable[Tensor]) -> Tensor:
+    return sum(matrices, torch.zeros((), device="cpu"))
 
 
 def _product(factors: tuple[Tensor, Tensor]) -> Tensor:
@@ -131,21 +137,21 @@ def _best_shared(targets: Sequence[Tensor], metrics: Sequence[Metric], start: Te
     With one kind of metric for inputs alone this is the mean weighted by the inputs' second moments.
     """
     out, inner = start.shape
-    left = torch.linalg.cholesky(sum(_moment(g.output, out) for g in metrics))  # type: ignore[arg-type]
-    right = torch.linalg.cholesky(sum(_moment(g.input, inner) for g in metrics))  # type: ignore[arg-type]
+    left = torch.linalg.cholesky(_sum(_moment(g.output, out) for g in metrics))
+    right = torch.linalg.cholesky(_sum(_moment(g.input, inner) for g in metrics))
 
     def precondition(r: Tensor) -> Tensor:  # exact where all G_i, or all S_i, are alike
         return len(metrics) * torch.cholesky_solve(torch.cholesky_solve(r, left).mT, right).mT
 
     # Preconditioned conjugate gradients from `start`, each step of which lowers the same quadratic form.
     x = start
-    residual: Tensor = sum(g.apply(t - x) for g, t in zip(metrics, targets, strict=True))  # type: ignore[assignment]
+    residual = _sum(g.apply(t - x) for g, t in zip(metrics, targets, strict=True))
     first = residual.norm()
     direction = z = precondition(residual)
     for _ in range(50):
         if residual.norm() <= 1e-6 * first:
             break
-        image: Tensor = sum(g.apply(direction) for g in metrics)  # type: ignore[assignment]
+        image = _sum(g.apply(direction) for g in metrics)
         scale = (residual * z).sum()
         step = scale / (direction * image).sum()
         x = x + step * direction

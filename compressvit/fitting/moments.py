@@ -2,7 +2,7 @@
 
 Second moments are summed up image by image, so memory does not grow with their number. Collected for each layer are that of its
 inputs, `S = E[xᵀx]`, that of the gradients at its outputs, `G = E[gᵀg]`, which says how much an error there changes what the model
-computes, and that of the inputs again with every token weighing `‖g‖²` (`compressvit.lowrank` uses them).
+computes, and that of the inputs again with every token weighing `‖g‖²` (`compressvit.fitting.lowrank` uses them).
 """
 
 from __future__ import annotations

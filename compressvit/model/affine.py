@@ -67,7 +67,8 @@ def merge_behind_(layer: nn.Module, r: torch.Tensor, c: torch.Tensor) -> None:
     """
     _require_plain(layer, "behind", (nn.Linear, nn.Conv2d))
     _require_bias(layer, c)
-    weight: torch.Tensor = layer.weight.double()
+    assert isinstance(layer, (nn.Linear, nn.Conv2d))
+    weight = layer.weight.double()
     if isinstance(layer, nn.Conv2d) and layer.groups != 1:
         if not r.is_meta and not torch.equal(r, torch.diag(r.diagonal())):
             raise UserError(
@@ -87,6 +88,7 @@ class PaddedConv2d(nn.Conv2d):
     pad_value: torch.Tensor
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert self.bias is not None  # `merge_before_` would have had nowhere to put the shift
         value = self.pad_value[:, None, None]
         # zeros around x − v are v around x
         spread = F.conv2d(x - value, self.weight, None, self.stride, self.padding, self.dilation, self.groups)

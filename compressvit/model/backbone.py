@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 
 from compressvit.errors import UserError
 from compressvit.model.family import FAMILIES, BlockInfo, Family
+from compressvit.model.modules import as_timm
 
 Need = Literal["attention", "slotted_attention", "slotted_block"]
 
@@ -29,6 +30,18 @@ class Backbone:
     def parts(self) -> tuple[str, ...]:
         """Names of the sublayers of a block: 'attn' and 'mlp', or 'mlp' alone."""
         return ("attn", "mlp") if self.family.attention is not None else ("mlp",)
+
+    @property
+    def slotted_attention(self) -> type[nn.Module]:
+        """The family's attention with slots, for who has asked `describe` for it."""
+        assert self.family.slotted_attention is not None
+        return self.family.slotted_attention
+
+    @property
+    def slotted_block(self) -> type[nn.Module]:
+        """The family's block with slots, for who has asked `describe` for it."""
+        assert self.family.slotted_block is not None
+        return self.family.slotted_block
 
     @property
     def stages(self) -> tuple[tuple[BlockInfo, ...], ...]:
@@ -153,7 +166,7 @@ def _parts(model: nn.Module, family: Family, path: str) -> Iterator[tuple[nn.Mod
         yield model.get_submodule(f"{path}.attn"), f"{path}.attn", family.attention
 
 
-def projection(model: nn.Module, path: str, asker: str) -> Any:
+def projection(model: nn.Module, path: str, asker: str) -> nn.Module:
     """The layer at `path`, e.g. blocks.0.mlp.fc1.
 
     Raises:
@@ -167,12 +180,12 @@ def projection(model: nn.Module, path: str, asker: str) -> Any:
             f"{asker}: {parent} of {model_name(model)} is a {class_in_timm(sublayer).__name__}, which has no {name} but {', '.join(have)}; "
             "adapters, adaptformer, ssf, lora on q and v, and repadapter with place=attention work on it"
         )
-    return getattr(sublayer, name)
+    return model.get_submodule(path)
 
 
 def head_paths(model: nn.Module) -> list[str]:
     """Paths of a timm model's classifier (both, where it has one for a distillation token); none where it has no parameters."""
-    heads = model.get_classifier()
+    heads = as_timm(model).get_classifier()
     heads = heads if isinstance(heads, tuple) else (heads,)
     paths = {id(m): p for p, m in model.named_modules()}
     return [paths[id(h)] for h in heads if id(h) in paths and any(True for _ in h.parameters())]

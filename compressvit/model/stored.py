@@ -14,6 +14,7 @@ from torch import nn
 from compressvit import __version__
 from compressvit.errors import UserError
 from compressvit.model import old
+from compressvit.model.modules import as_timm
 from compressvit.spec import Spec
 
 MANIFEST = "compressvit.json"
@@ -70,8 +71,8 @@ def is_artifact(path: Path) -> bool:
 
 def expect_images(model: nn.Module, manifest: Manifest) -> None:
     """Make the model want the images that the artifact's model wants: size, mean, deviation, interpolation."""
-    config: Any = model.pretrained_cfg
-    model.pretrained_cfg = {**config, **_pretrained_config(manifest.input)}
+    known = as_timm(model)
+    known.pretrained_cfg = {**known.pretrained_cfg, **_pretrained_config(manifest.input)}
 
 
 def read_manifest(path: str | Path) -> Manifest:

@@ -8,30 +8,36 @@ something is put there. So several transforms can specialise one module, in any 
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Mapping
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
 
 from compressvit.errors import UserError
 
+M = TypeVar("M", bound=nn.Module)
 
-class Slotted(Protocol):
-    """A specialisation: a module class that names its slots."""
+# The base of a class for `extend`: it has none of its own, but is put before the class of a module, so its `super()` is that one.
+if TYPE_CHECKING:
+    Mixin = nn.Module
+else:
+    Mixin = object
 
-    slots: ClassVar[tuple[str, ...]]
+
+def slots_of(kind: type) -> tuple[str, ...]:
+    """The slots that a class names; none for one of timm's or torch's own."""
+    return getattr(kind, "slots", ())
 
 
-def specialise(model: nn.Module, path: str, subclass: type[Slotted]) -> Any:
+def specialise(model: nn.Module, path: str, subclass: type[M]) -> M:
     """Turn the module at `path` into a `subclass` of its class, in place; a no-op if it already is one.
 
     `subclass.slots` names the submodules that transforms may fill; each starts as None and then has no state-dict key.
     """
     module = model.get_submodule(path)
     mixins, kind = _peel(type(module))
-    if issubclass(kind, subclass):  # type: ignore[arg-type]
+    if isinstance(module, subclass):
         return module
     if not issubclass(subclass, kind):
         raise UserError(
@@ -39,12 +45,13 @@ def specialise(model: nn.Module, path: str, subclass: type[Slotted]) -> Any:
             "another transform has specialised it; apply only one of the two"
         )
     module.__class__ = _dress(subclass, mixins)
-    for slot in subclass.slots:
+    for slot in slots_of(subclass):
         module.register_module(slot, None)
+    assert isinstance(module, subclass)
     return module
 
 
-def extend(model: nn.Module, path: str, mixin: type) -> Any:
+def extend(model: nn.Module, path: str, mixin: type) -> nn.Module:
     """Put `mixin` before the class of the module at `path`, in place, whatever that class is; a no-op if it is there already.
 
     For what only acts on a module's inputs or outputs: `mixin.forward` calls `super().forward`, and `mixin.slots` are added to
@@ -53,7 +60,7 @@ def extend(model: nn.Module, path: str, mixin: type) -> Any:
     module = model.get_submodule(path)
     if not isinstance(module, mixin):
         module.__class__ = _extension(mixin, type(module))
-        for slot in mixin.slots:  # type: ignore[attr-defined]
+        for slot in slots_of(mixin):
             module.register_module(slot, None)
     return module
 
@@ -63,15 +70,19 @@ def retract(model: nn.Module, path: str, mixin: type) -> None:
     module = model.get_submodule(path)
     mixins, kind = _peel(type(module))
     module.__class__ = _dress(kind, [other for other in mixins if other is not mixin])
-    for slot in mixin.slots:  # type: ignore[attr-defined]
+    for slot in slots_of(mixin):
         del module._modules[slot]
 
 
-@functools.cache
-def _extension(mixin: Any, base: Any) -> type[nn.Module]:
-    slots = (*mixin.slots, *getattr(base, "slots", ()))
-    content = {"slots": slots, "extended_by": mixin, "__module__": mixin.__module__, "__reduce_ex__": _reduce}
-    return type(f"{mixin.__name__}{base.__name__}", (mixin, base), content)
+_EXTENSIONS: dict[tuple[type, type], type[nn.Module]] = {}
+
+
+def _extension(mixin: type, base: type) -> type[nn.Module]:
+    if (mixin, base) not in _EXTENSIONS:
+        slots = (*slots_of(mixin), *slots_of(base))
+        content = {"slots": slots, "extended_by": mixin, "__module__": mixin.__module__, "__reduce_ex__": _reduce}
+        _EXTENSIONS[mixin, base] = type(f"{mixin.__name__}{base.__name__}", (mixin, base), content)
+    return _EXTENSIONS[mixin, base]
 
 
 def _reduce(module: nn.Module, protocol: Any) -> tuple:
@@ -80,21 +91,21 @@ def _reduce(module: nn.Module, protocol: Any) -> tuple:
     return _empty, (mixins, kind), module.__dict__
 
 
-def _empty(mixins: list[type], kind: type) -> nn.Module:
+def _empty(mixins: list[type], kind: type[nn.Module]) -> nn.Module:
     made = _dress(kind, mixins)
     return made.__new__(made)
 
 
-def _peel(kind: Any) -> tuple[list[type], type[nn.Module]]:
+def _peel(kind: type[nn.Module]) -> tuple[list[type], type[nn.Module]]:
     """The mixins of an extended class, outermost first, and the class they extend."""
     mixins = []
     while "extended_by" in vars(kind):
-        mixins.append(kind.extended_by)
+        mixins.append(vars(kind)["extended_by"])
         kind = kind.__bases__[1]
     return mixins, kind
 
 
-def _dress(kind: Any, mixins: list[type]) -> type[nn.Module]:
+def _dress(kind: type[nn.Module], mixins: list[type]) -> type[nn.Module]:
     """The class `kind` with these mixins before it, outermost first."""
     for mixin in reversed(mixins):
         kind = _extension(mixin, kind)
@@ -124,9 +135,9 @@ def fill_slot(model: nn.Module, path: str, slot: str, module: nn.Module) -> None
 
 def generalise(model: nn.Module, path: str, original: type[nn.Module]) -> None:
     """Undo `specialise`: the module at `path` becomes an `original` again, and its slots are gone with what they held."""
-    module: Any = model.get_submodule(path)
+    module = model.get_submodule(path)
     mixins, kind = _peel(type(module))
-    for slot in kind.slots:  # type: ignore[attr-defined]
+    for slot in slots_of(kind):
         del module._modules[slot]
     module.__class__ = _dress(original, mixins)
 
@@ -153,21 +164,21 @@ def exchange(
             f"{path} is a {kind.__name__}, which cannot become a {replacement.__name__}: "
             "another transform has specialised it; apply only one of the two"
         )
-    for slot in getattr(original, "slots", ()):
+    for slot in slots_of(original):
         del module._modules[slot]
     module._parameters.clear()
     module.__class__ = _dress(replacement, mixins)
     for name, parameter in parameters.items():
         module.register_parameter(name, parameter)
-    for slot in getattr(replacement, "slots", ()):
+    for slot in slots_of(replacement):
         module.register_module(slot, None)
 
 
 def strip(model: nn.Module) -> None:
     """Make every module an instance of its original class again, whatever it was specialised to; all slots are gone."""
     for module in list(model.modules()):
-        kind: Any = type(module)
-        for slot in getattr(kind, "slots", ()):
+        kind = type(module)
+        for slot in slots_of(kind):
             module._modules.pop(slot, None)
         module.__class__ = next(c for c in kind.__mro__ if not (_is_ours(c) or hasattr(c, "slots")))
 
@@ -180,7 +191,7 @@ def added_modules(model: nn.Module) -> set[str]:
     """Paths of the modules that sit in slots, and of all below them: what transforms added."""
     paths: set[str] = set()
     for path, module in model.named_modules():
-        for slot in getattr(module, "slots", ()):
+        for slot in slots_of(type(module)):
             child = getattr(module, slot)
             if child is not None:
                 prefix = f"{path}.{slot}" if path else slot

@@ -15,6 +15,7 @@ from torch import nn
 from compressvit.errors import UserError, did_you_mean
 from compressvit.files import expanded
 from compressvit.model.backbone import family_of, head_names, model_name
+from compressvit.model.modules import as_timm
 from compressvit.model.stored import is_artifact, read_safetensors, read_tensors
 
 log = logging.getLogger("compressvit")
@@ -76,7 +77,7 @@ def load_pretrained(model: nn.Module, where: str, *, new_head: bool = False) -> 
     """
     import timm
 
-    config: Any = model.pretrained_cfg
+    config = as_timm(model).pretrained_cfg
     name = config["architecture"] + (f".{config['tag']}" if config.get("tag") else "")
     if not (config.get("hf_hub_id") or config.get("url") or config.get("file")):
         raise UserError(f"{where}: pretrained: timm has no pretrained weights for {name}; {_supply(where)}")

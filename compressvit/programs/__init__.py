@@ -1,1 +1,1 @@
-"""What the programs in `tools/` share."""
+"""Code shared by the programs in `tools/`."""

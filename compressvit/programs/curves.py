@@ -76,7 +76,7 @@ def curves_finding(curves: Curves) -> Finding:
     ]
     return Finding(
         name="curves",
-        title="How training went",
+        title="Training curves",
         caption="A panel a quantity, a line a run, over the optimiser steps of a phase; step 0 is before its first. Loss counts every term "
         "after weighting, so losses compare only between runs with the same terms; accuracies always do.",
         chart="lines",

@@ -69,7 +69,7 @@ def program_of_models(
     parser = _parser(name, text, options)
     several = "one run, or up to two models" if most > 1 else "a run or an artifact"
     parser.add_argument("models", metavar="RUN|ARTIFACT", nargs="+", help=several)
-    parser.add_argument("--device", default="auto", help="cpu, cuda, … (default: the best there is)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, … (default: the best available)")
     parser.epilog = f"key=value after the models changes the data, e.g. data.name=digits\n\n{parser.epilog}"
     # argparse stops collecting words at the first option
     arguments, rest = parser.parse_known_args(argv)

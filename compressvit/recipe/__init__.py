@@ -1,1 +1,1 @@
-"""What to do: YAML to a recipe and back, every fault with its line, and what its keys mean."""
+"""Recipes: reading and writing YAML, every error with its line, and what the keys mean."""

@@ -29,15 +29,15 @@ class RecipeError(UserError):
 
 
 class Teacher(Spec):
-    """The model to compress, and the one the student learns from."""
+    """The model to compress, from which the student learns."""
 
     model: str = Field(
         description="A timm name, with or without a tag, e.g. swin_base_patch4_window7_224.ms_in22k_ft_in1k."
     )
     weights: str = Field(
         "pretrained",
-        description="pretrained (timm's, downloaded or from its cache), train (from noise, by `finetune`), or the path of a file or "
-        "artifact (RUN/teacher, which also knows args and num_classes).",
+        description="pretrained (timm's, downloaded or from its cache), train (from random initialisation, by `finetune`), or the path of "
+        "a file or artifact (e.g. RUN/teacher, which also records args and num_classes).",
     )
     args: dict[str, Any] = Field(
         default_factory=dict, description="Further arguments of timm.create_model, e.g. {img_size: 384}."
@@ -45,52 +45,52 @@ class Teacher(Spec):
     num_classes: int | None = Field(
         None,
         ge=0,
-        description="Size of the classifier; 0 for none. Null: the data's where the teacher is trained, else timm's.",
+        description="Size of the classifier; 0 for none. Null: the data's if the teacher is trained, otherwise timm's.",
     )
     finetune: Finetune | None = Field(
         None,
-        description="Train the teacher on the data first. Always done, with defaults if need be, for weights: train.",
+        description="Train the teacher on the data first. With `weights: train` this is always done, with defaults if not given.",
     )
 
 
 class Student(Spec):
-    """What the transforms start from, where that is not a copy of the teacher."""
+    """The model that the transforms start from, if it is not a copy of the teacher."""
 
     model: str | None = Field(None, description="A timm name; null for the teacher's.")
     weights: str = Field(
         "teacher", description="teacher (copied name by name), pretrained, random, or the path of a file."
     )
     args: dict[str, Any] = Field(
-        default_factory=dict, description="Further arguments of timm.create_model, over the teacher's."
+        default_factory=dict, description="Further arguments of timm.create_model, added to the teacher's."
     )
     head: Literal["teacher", "new"] = Field(
         "teacher",
-        description="The classifier: the teacher's, or a new one of the data's classes, to adapt a pretrained backbone to another task.",
+        description="The classifier: the teacher's, or a new one for the data's classes, to adapt a pretrained backbone to another task.",
     )
 
 
 class Calibration(Spec):
-    """The training images, without their labels, on which transforms measure what an approximation costs."""
+    """Training images, without labels, on which transforms measure the error of an approximation."""
 
     images: int = Field(
-        256, ge=1, description="How many, drawn by the seed, without augmentation. A few hundred are enough."
+        256, ge=1, description="Number of images, drawn by the seed, without augmentation. A few hundred are enough."
     )
 
 
 class Recipe(Spec):
-    """What to do, top to bottom. Nothing runs that is not in it."""
+    """What to do, from top to bottom. Nothing else is done."""
 
     model_config = ConfigDict(defer_build=True)  # until the words of its lists are known
 
     description: str = Field("", description="One sentence, shown by `compressvit recipes list`.")
-    seed: int = Field(0, ge=0, description="Of every random number: initial weights, order, augmentation, dropout.")
+    seed: int = Field(0, ge=0, description="Seed of all random numbers: initial weights, order, augmentation, dropout.")
     teacher: Teacher
     student: Student = Student()
     data: Data
     calibration: Calibration = Calibration()
     steps: tuple[Step, ...] = Field(min_length=1, description="Transforms and phases, in order.")
     diagnostics: tuple[Entry, ...] = Field(
-        (), description="What to record about training and models, in every phase; none of it changes the result."
+        (), description="Diagnostics to record in every phase; none of them changes the result."
     )
 
     @field_validator("diagnostics")

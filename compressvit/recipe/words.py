@@ -16,7 +16,7 @@ from compressvit.transforms.base import TRANSFORMS, Transform
 
 
 class Merge(Spec):
-    """Also write what comes out as a plain timm model, as `compressvit merge` does; the last step."""
+    """Also write the result as a plain timm model, as `compressvit merge` does; must be the last step."""
 
     name: ClassVar[str] = "merge"
 

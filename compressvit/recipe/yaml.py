@@ -147,17 +147,17 @@ def _assign(source: Source, parts: list[str], value: Any, assignment: str) -> No
             )
         path = (*path, step)
         if last:
-            here[step] = value  # type: ignore[index]
+            here[step] = value
         else:
             if isinstance(here, dict) and here.get(part) is None:
                 if part not in here:
                     source.overridden[path] = assignment
                 here[part] = {}
-            here = here[step]  # type: ignore[index]
+            here = here[step]
     # What stood below the value is gone, and the lines and overrides that spoke of it.
     for places in (source.lines, source.overridden):
         for inside in [p for p in places if p[: len(path)] == path]:
-            del places[inside]  # type: ignore[attr-defined]
+            del places[inside]
     source.overridden[path] = assignment
 
 

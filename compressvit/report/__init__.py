@@ -1,1 +1,1 @@
-"""One page of a run, or of several."""
+"""The HTML page of one run or of several."""

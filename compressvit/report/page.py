@@ -6,10 +6,10 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jinja2
 import vl_convert
@@ -29,7 +29,9 @@ class Page:
     """A page under construction. Vega's code takes a second to put together, so that begins at once, beside the rest."""
 
     def __init__(self) -> None:
-        self._bundle: Future[str] = ThreadPoolExecutor(1).submit(vl_convert.javascript_bundle, None)
+        # without a snippet it exposes what `page.js` uses; its type stub forgets that the snippet may be left out
+        bundle = cast(Callable[[], str], vl_convert.javascript_bundle)
+        self._bundle: Future[str] = ThreadPoolExecutor(1).submit(bundle)
         self._numbers = 0
 
     def figure(self, finding: Finding) -> dict[str, Any]:
@@ -122,13 +124,13 @@ def _contents(runs: Sequence[dict[str, Any]], comparison: dict[str, Any] | None)
     if comparison:
         return [("comparison", "Comparison"), *((f"run-{n}", run["facts"][0]) for n, run in enumerate(runs, 1))]
     named = [
-        ("verdict", "What came out", True),
-        ("asked", "What was asked", True),
+        ("verdict", "Results", True),
+        ("asked", "Recipe", True),
         ("training", "Training", runs[0]["phases"]),
         ("ledger", "Changes", runs[0]["ledger"]),
         ("predictions", "Predictions", runs[0]["predictions"]),
         ("diagnostics", "Diagnostics", runs[0]["diagnostics"]),
-        ("reproduce", "To reproduce it", True),
+        ("reproduce", "Reproduction", True),
     ]
     return [(anchor, text) for anchor, text, there in named if there]
 

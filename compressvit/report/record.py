@@ -49,7 +49,7 @@ def read_run(path: Path) -> Run:
     if run.environment and run.environment.compressvit != __version__:
         run.notes.append(
             f"The run was made by compressvit {run.environment.compressvit}, and this page by {__version__}; "
-            "what the two write differently is left out."
+            "anything that the two write differently is left out."
         )
     run.plan = _json(run, "plan.json", PlanFile)
     finished = (path / "results.json").is_file()
@@ -88,7 +88,7 @@ def _recipe(run: Run) -> dict[str, Any]:
     except yaml.YAMLError:
         content = None
     if not isinstance(content, dict):
-        run.notes.append(f"{RESOLVED} is damaged: it is no recipe.")
+        run.notes.append(f"{RESOLVED} is damaged: it is not a recipe.")
         return {}
     return content
 

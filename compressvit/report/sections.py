@@ -22,7 +22,7 @@ LOG_LINES = 8
 
 
 def title(run: Run) -> str:
-    """What the run is for, in its recipe's words."""
+    """The recipe's description, or the folder's name."""
     return str(run.recipe.get("description") or run.path.resolve().name)
 
 
@@ -60,16 +60,16 @@ def verdict(run: Run) -> str:
     images = f"{student.images:,} held-out images" if student.images else "the held-out images"
     ours, theirs = student.model_dump(), teacher.model_dump()
     said = (text for task in TASKS.values() if (text := task.verdict(ours, theirs, images)))
-    parts.append(next(said, "was made; there was nothing to measure it by"))
+    parts.append(next(said, "was made; there was nothing to evaluate it on"))
     return " ".join(parts).replace(" %", "\u00a0%") + "."
 
 
 def _not_finished(run: Run) -> str:
     if (run.path / "results.json").is_file():
-        return "This run has finished, but its results cannot be read; below is what there is."
+        return "This run has finished, but its results cannot be read; the rest is shown below."
     last = run.metrics[-1] if run.metrics else None
-    where = f"its last line is step {last['step']:,} of phase {last['phase']}" if last else "it trained no step"
-    return f"This run has not finished: {where}; below is what there is."
+    where = f"its last log line is step {last['step']:,} of phase {last['phase']}" if last else "it trained no step"
+    return f"This run has not finished: {where}; the results so far are shown below."
 
 
 def log_end(run: Run) -> str | None:
@@ -89,19 +89,19 @@ def measures(run: Run) -> list[tuple[str, str, str, str]]:
 def details(run: Run) -> list[str]:
     """Small print below the table."""
     if run.results is None:
-        return ["As planned; nothing of it is measured."] if run.plan else []
+        return ["As planned, not measured."] if run.plan else []
     said = []
     if run.environment and run.results.student.latency_ms:
         where = ", ".join(run.environment.gpus) or _threads(run.environment)
-        said.append(f"Latency is of one image, the median, teacher and student in turns; on a machine with {where}.")
+        said.append(f"Latency is the median for one image, teacher and student measured alternately on {where}.")
     for name, phase in run.results.phases.items():
         start = phase.start or {}
-        known = [q for q in qualities().values() if q.curve is not None and start.get(q.key) is not None]
-        if known:
-            said.append(f"Before {name} the student had {known[0].had(start[known[0].key])}.")
+        figures = [q.had(v) for q in qualities().values() if q.curve and (v := start.get(q.key)) is not None]
+        if figures:
+            said.append(f"Before {name} the student had {figures[0]}.")
     if run.results.read_back_difference is not None:
         said.append(
-            f"Read back from disk, the student's outputs differ by {run.results.read_back_difference:.1e} at most."
+            f"After reading the student back from disk, its outputs differ by at most {run.results.read_back_difference:.1e}."
         )
     if run.results.broken_images:
         said.append(f"{run.results.broken_images} broken image files were skipped; run.log names them.")
@@ -122,17 +122,17 @@ def class_chart(predictions: PredictionsFile) -> Finding | None:
         return None
     if predictions.compared:
         who: tuple[str, ...] = ("teacher", "student")
-        order = "the line in it what changed from teacher to student, and the classes that lost most are at the top"
+        order = "the line joins teacher and student, and the classes that lost most are at the top"
         kept, shown = "that changed most", sorted(rows, key=lambda row: -abs(_change(row)))[:CLASSES]
     else:
         who, order = ("student",), "the worst first"
-        kept, shown = "of which fewest are right", sorted(rows, key=_change)[:CLASSES]
+        kept, shown = "with the lowest accuracy", sorted(rows, key=_change)[:CLASSES]
     cut = f"; the {CLASSES} of {len(rows):,} {kept} are shown" if len(shown) < len(rows) else ""
     rows = sorted(shown, key=_change)
     return Finding(
         name="classes",
-        title="Right by class",
-        caption=f"A row is a class, {order}{cut}. In a class of few images a single one moves the dot far: the pointer says how many "
+        title="Accuracy by class",
+        caption=f"Each row is a class; {order}{cut}. In a class with few images a single one moves the dot far: hover to see how many "
         "there are.",
         chart="points",
         records=[
@@ -141,7 +141,7 @@ def class_chart(predictions: PredictionsFile) -> Finding | None:
         options={
             "x": "right",
             "y": "class",
-            "titles": {"right": "right (%)", "class": "", "model": ""},
+            "titles": {"right": "accuracy (%)", "class": "", "model": ""},
             **({"colour": "model", "span": True} if predictions.compared else {}),
         },
     )
@@ -158,9 +158,11 @@ def measure_of(predictions: PredictionsFile) -> Measure | None:
 
 def gallery(run: Run) -> list[dict[str, Any]]:
     """A card for every kept image that is there: its picture as a data URI, and lines of text with whether each is right."""
+    if run.predictions is None:
+        return []
     cards = []
-    measure = measure_of(run.predictions) if run.predictions else None
-    for example in run.predictions.examples if run.predictions else ():
+    measure = measure_of(run.predictions)
+    for example in run.predictions.examples:
         # only a picture in its own folder, whatever a file from elsewhere may name
         file = run.path / "predictions" / Path(example.file).name
         kind = {".png": "image/png", ".jpg": "image/jpeg"}.get(file.suffix)
@@ -203,17 +205,17 @@ def reproduction(run: Run) -> list[tuple[str, str]]:
     """Commands, each with what it is for."""
     found = []
     if run.environment:
-        found.append(("as it was typed", shlex.join(run.environment.command)))
+        found.append(("the original command", shlex.join(run.environment.command)))
     found.append(
         (
-            "again, with every default and override written out",
+            "the same run, with every default and override written out",
             f"compressvit apply {_quoted(run, 'resolved.yaml')} --output NEW_FOLDER",
         )
     )
     if (run.path / "student").is_dir():
         found.append(("evaluate the student", f"compressvit evaluate {shlex.quote(str(run.path))}"))
     elif run.results is None:
-        found.append(("go on with this run", f"compressvit apply {shlex.quote(str(run.path))} --resume"))
+        found.append(("continue this run", f"compressvit apply {shlex.quote(str(run.path))} --resume"))
     return found
 
 

@@ -13,7 +13,7 @@ def compare_findings(rows: Sequence[Mapping[str, Any]]) -> list[Finding]:
     """Accuracy (or another quality) against what is trained beside the backbone, or the student's size where nothing is frozen.
 
     Args:
-        rows: as `compressvit.compare.Row.as_dict` makes them.
+        rows: as `compressvit.report.compare.Row.as_dict` makes them.
 
     Returns:
         A finding for every task with something to draw; a colour for the first words of a label.
@@ -45,9 +45,9 @@ def compare_findings(rows: Sequence[Mapping[str, Any]]) -> list[Finding]:
             Finding(
                 name=f"compare_{number}",
                 title=task,
-                caption="A point is a recipe, with a bar of one standard deviation over its seeds where there are several. "
-                f"{'Down' if quality.lower_is_better else 'Up'} is better and left is smaller; the dashed line joins the Pareto front: "
-                "no other recipe is both as small and as good.",
+                caption="Each point is a recipe, with a bar of one standard deviation if it has several seeds. "
+                f"{'Lower' if quality.lower_is_better else 'Higher'} is better and further left is smaller; the dashed line is the Pareto "
+                "front: no other recipe is both as small and as good.",
                 chart="points",
                 records=[{**record, "front": _unbeaten(record, records, sign)} for record in _by_size(records)],
                 options={

@@ -57,8 +57,8 @@ def _loss(phase: str, train: Sequence[Line]) -> Finding | None:
     return _finding(
         f"{phase}_loss",
         "Loss and its terms" if len(terms) > 1 else "Loss",
-        "The loss, which is minimised, and every term after weighting. It should fall and then level off; a term that rises is paid for "
-        "by the others."
+        "The loss, which is minimised, and every term after weighting. It should fall and then level off; a rising term means that the "
+        "others fall at its expense."
         if len(terms) > 1
         else "The loss, which is minimised. It should fall and then level off.",
         records,
@@ -83,7 +83,7 @@ def _quality(phase: str, own: Sequence[Line]) -> Finding | None:
 
 
 def _gradient(phase: str, train: Sequence[Line]) -> Finding | None:
-    caption = "Length of the gradient before clipping. Spikes are steps that may undo progress; a steady rise announces divergence."
+    caption = "Norm of the gradient before clipping. Spikes are steps that may undo progress; a steady rise is a sign of divergence."
     return _finding(
         f"{phase}_gradient", "Gradient norm", caption, _series(train, "gradient_norm", "gradient norm"), "gradient norm"
     )

@@ -106,15 +106,16 @@ def distill(
     ours, theirs = _sides(student, teacher, batches.first, teacher_input)
     _refuse(spec, ours, theirs, batches, held_out)
     folder = _folder(output, student, resume)
+    where_to = folder.path if folder is not None else None
     task = _Task(ours, theirs, batches, held_out, where)
     with TemporaryDirectory() as scratch:
         phase = Phase("distill", 1, seed, (folder or RunFolder(scratch)).checkpoint("distill"))
-        report = _run(spec, task.stage(phase, RunLog(folder and folder.path, console)), student, folder)
+        report = _run(spec, task.stage(phase, RunLog(where_to, console)), student, folder)
     figures = task.evaluate(student, theirs)
     if folder is not None:
         with disk_faults(folder.student):
             artifact.save(student, folder.student, input_config=ours.input.as_dict())
-    return Distilled(student, figures, report["kept_epoch"], folder and folder.path)
+    return Distilled(student, figures, report["kept_epoch"], where_to)
 
 
 @dataclass(frozen=True)

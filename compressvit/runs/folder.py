@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from compressvit.recipe.recipe import Recipe
 
 
-_MANIFEST = "compressvit.json"  # of `compressvit.artifact`, which imports torch
+_MANIFEST = "compressvit.json"  # of `compressvit.artifacts.artifact`, which imports torch
 
 
 class RunFolder:
@@ -52,7 +52,7 @@ class RunFolder:
 
     @property
     def diagnostics(self) -> Path:
-        """The findings of a run (`compressvit.findings`)."""
+        """The findings of a run (`compressvit.charts.findings`)."""
         return self.path / "diagnostics"
 
     def keep(self, finding: Finding) -> None:

@@ -62,7 +62,7 @@ class Predictions:
                 break
             picture = images[index].cpu().clone()  # not a view, which would keep the batch
             entry = (value, next(self._order), self.answers.describe(index), picture)
-            (heapq.heappushpop if len(self._examples) == EXAMPLES else heapq.heappush)(self._examples, entry)  # type: ignore[operator]
+            (heapq.heappushpop if len(self._examples) == EXAMPLES else heapq.heappush)(self._examples, entry)
 
     def as_dict(self) -> dict[str, Any]:
         """The content of `predictions.json`; empty where there is nothing to show."""

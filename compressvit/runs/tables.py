@@ -84,9 +84,9 @@ def results_rows(teacher: Figures, student: Figures) -> list[tuple[str, str, str
     row("parameters (unique)", "parameters", lambda v: f"{v:,}")
     if student.adapted:
         row("trained, without the classifier", "trained_adapter", lambda v: f"{v:,}")
-        row("trained, of the classifier", "trained_head", lambda v: f"{v:,}")
+        row("trained, in the classifier", "trained_head", lambda v: f"{v:,}")
     row("bytes on disk", "bytes", megabytes)
-    row("stored beside the backbone", "adapter_bytes", lambda v: f"{v / 1e3:,.1f} kB")
+    row("stored in addition to the backbone", "adapter_bytes", lambda v: f"{v / 1e3:,.1f} kB")
     row("MACs per image", "macs", lambda v: f"{v / 1e6:,.2f} M")
     row("latency", "latency_ms", lambda v: f"{v:.2f} ms")
     for quality in qualities().values():
@@ -118,7 +118,8 @@ def print_plan(plan: RecipePlan, console: Console) -> None:
             parts = ", ".join(f"{name} {megabytes(size)}" for name, size in step.loss_bytes.items())
             total = megabytes(sum(step.loss_bytes.values()))
             console.print(
-                f"  the losses keep {total} for the backward pass of a batch, fp32  ({parts})", highlight=False
+                f"  memory of the losses for a batch, kept for the backward pass: {total} in fp32  ({parts})",
+                highlight=False,
             )
     for name, summary in plan.diagnostics.items():
         console.print(f"diagnostics: [bold]{name}[/bold]  {summary}", highlight=False)

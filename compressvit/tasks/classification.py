@@ -28,8 +28,8 @@ TOP1 = Quality(
     curve=Curve(
         "accuracy",
         "Top-1",
-        "Percent of images whose first class is right: of training images, as they are augmented, over each epoch, and of held-out "
-        "images at evaluations. A growing gap between the two is overfitting.",
+        "Top-1 accuracy on augmented training images, averaged over each epoch, and on held-out "
+        "images at each evaluation. A growing gap between the two is overfitting.",
     ),
 )
 TOP5 = Quality("top5", "top-5", "top-5", "top-5", "%", 2, detail=True)
@@ -59,12 +59,12 @@ class Classification(Task):
     mixes = True
     measures: ClassVar[Mapping[str, Measure]] = {
         "shift": Measure(
-            "The images on which student and teacher differ most: under each the part of the probability that lies on other classes, "
-            "from 0 % (the same) to 100 % apart (sure of different classes), and each model's first class with its probability.",
+            "The images on which student and teacher differ most. Captions give the distance between the predicted distributions, "
+            "from 0 % (the same) to 100 % apart (certain of different classes), and each model's top class with its probability.",
             lambda value: f"{100 * value:.0f} % apart",
         ),
         "loss": Measure(
-            "The images whose true class the student gives the least probability: that class, then the student's first one.",
+            "The images to whose true class the student gives the lowest probability: the true class, then the student's top class.",
             lambda value: None,
         ),
     }

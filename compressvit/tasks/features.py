@@ -35,7 +35,7 @@ class FeatureTask(Task):
     mixes = True  # the images; there are no targets
     measures: ClassVar[Mapping[str, Measure]] = {
         "cosine": Measure(
-            "The images on which the outputs of student and teacher point apart most, with their cosine: 1 is the same direction.",
+            "The images on which the outputs of student and teacher point apart the most, with their cosine: 1 is the same direction.",
             lambda value: f"cosine {value:.3f}",
         )
     }
@@ -44,12 +44,15 @@ class FeatureTask(Task):
         return not class_count(model)
 
     def run(self, model: nn.Module, images: Tensor) -> Features:
+        from compressvit.model.modules import as_timm
+
         if class_count(model) or not hasattr(
             model, "forward_head"
         ):  # a teacher with a classifier, or a model not of timm's
             return Features(model(images).float(), None)
-        hidden = model.forward_features(images)  # type: ignore[operator]
-        pooled = model.forward_head(hidden).float()  # type: ignore[operator]
+        timm_model = as_timm(model)
+        hidden = timm_model.forward_features(images)
+        pooled = timm_model.forward_head(hidden).float()
         prefix = getattr(model, "num_prefix_tokens", 0)
         return Features(pooled, hidden[:, prefix:].float() if hidden.ndim == 3 else None)
 
@@ -67,7 +70,9 @@ class FeatureTask(Task):
         import torch
         import torch.nn.functional as F
 
-        tokens = F.normalize(model.forward_features(images).float(), dim=-1)  # type: ignore[operator]
+        from compressvit.model.modules import as_timm
+
+        tokens = F.normalize(as_timm(model).forward_features(images).float(), dim=-1)
         tokens = tokens.flatten(1, -2)  # Swin's are on a grid
         prefix = getattr(model, "num_prefix_tokens", 0)
         weight = torch.ones(tokens.shape[1], 1, device=tokens.device)

@@ -1,6 +1,6 @@
-"""The contract of a transform, for tests of our own and of packages that offer one.
+"""The contract of a transform, for our own tests and those of packages that add one.
 
-Five lines hold a transform to every law, each law on each small backbone a test of its own:
+Five lines check a transform against every law; each law on each small backbone is a separate test:
 
     from compressvit.testing import parametrize_with_checks
     from compressvit_ia3 import IA3
@@ -9,7 +9,7 @@ Five lines hold a transform to every law, each law on each small backbone a test
     def test_contract(check):
         check()
 
-Without pytest, `check_transform(IA3)` runs them all and raises at the first that does not hold.
+Without pytest, `check_transform(IA3)` runs them all and raises at the first that fails.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from torch import nn
 
 from compressvit.errors import UserError
 from compressvit.model import surgery, ties
+from compressvit.model.modules import as_timm
 from compressvit.testing.cases import EVERY_CASE, FIRST_EXAMPLE, Case, law, require
 from compressvit.testing.models import images_for, outputs, same_values, structure, values
 from compressvit.transforms.applying import compress, transform_
@@ -194,7 +195,7 @@ def every_parameter_is_trained(case: Case) -> None:
         optimizer.zero_grad()
         # All tokens: after the last block, a class token does not see what was done to the others.
         features = _features(model, images)
-        (features.square().mean() + model.forward_head(features).square().mean()).backward()
+        (features.square().mean() + as_timm(model).forward_head(features).square().mean()).backward()
         blind = {**case.spec.blind, **(case.spec.blind_at_start if step == 0 else {})}
         for name, parameter in model.named_parameters():
             if trained is not None and name not in trained:

@@ -1,1 +1,1 @@
-"""Losses, the loop, one file a loss term and one file a phase."""
+"""Losses and the training loop; one file per loss term and one file or folder per phase."""

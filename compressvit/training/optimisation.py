@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import timm.optim
@@ -27,7 +28,7 @@ def build_optimizer(model: nn.Module, spec: Training, batch_size: int, device: t
     Raises:
         UserError: timm has no optimiser of that name, or it does not take the options.
     """
-    known = timm.optim.list_optimizers()
+    known = [str(name) for name in timm.optim.list_optimizers()]
     if spec.optimizer not in known:
         raise UserError(f"optimizer {spec.optimizer!r} is unknown to timm; {did_you_mean(spec.optimizer, known)}")
     lr = spec.peak_lr(batch_size)
@@ -37,7 +38,7 @@ def build_optimizer(model: nn.Module, spec: Training, batch_size: int, device: t
             f"optimizer {spec.optimizer!r} needs second derivatives, which the training loop does not compute; "
             "use a first-order one such as adamw"
         )
-    kwargs = {"momentum": spec.momentum} if arguments.has_momentum else {}
+    kwargs: dict[str, Any] = {"momentum": spec.momentum} if arguments.has_momentum else {}
     if arguments.has_betas:
         kwargs["betas"] = spec.betas
     if device.type == "cuda" and spec.optimizer in ("adamw", "adam", "sgd"):
@@ -95,7 +96,7 @@ def step_if(
 
 def build_schedule(optimizer: torch.optim.Optimizer, spec: Training, steps_per_epoch: int) -> Scheduler:
     """timm's schedule, counted in optimiser steps; call `step_update(steps_done)` before every step."""
-    warmup = {
+    warmup: dict[str, Any] = {
         "warmup_t": round(spec.warmup_epochs * steps_per_epoch),
         "warmup_lr_init": spec.warmup_lr,
         "t_in_epochs": False,

@@ -23,50 +23,55 @@ class Training(Spec):
     lr_reference_batch: int | None = Field(
         None,
         ge=1,
-        description="If set, the rate is scaled by batch_size · accumulate / this (linear scaling; MiniViT: 1024).",
+        description="If set, `lr` is scaled by batch_size · accumulate / this (linear scaling; MiniViT: 1024).",
     )
     weight_decay: float = Field(
-        0.05, ge=0, description="Not applied to 1-D tensors and to what the model's no_weight_decay() names."
+        0.05, ge=0, description="Not applied to 1-D tensors or to the names in the model's no_weight_decay()."
     )
     betas: tuple[float, float] = Field(
-        (0.9, 0.999), description="Of Adam and its relatives; ignored by other optimisers."
+        (0.9, 0.999), description="For Adam and its variants; ignored by other optimisers."
     )
-    momentum: float = Field(0.9, description="Of SGD and its relatives; ignored by Adam and its relatives.")
+    momentum: float = Field(0.9, description="For SGD and its variants; ignored by Adam and its variants.")
     schedule: Literal["cosine", "step", "constant"] = Field(
-        "cosine", description="Of the learning rate, per optimiser step."
+        "cosine", description="Schedule of the learning rate, per optimiser step."
     )
     warmup_epochs: float = Field(0.0, ge=0, description="Linear warm-up from `warmup_lr`.")
     warmup_lr: float = Field(1e-6, ge=0, description="Learning rate at the first step of the warm-up.")
-    min_lr: float = Field(0.0, ge=0, description="Learning rate at the end of a cosine.")
+    min_lr: float = Field(0.0, ge=0, description="Learning rate at the end of a cosine schedule.")
     decay_epochs: float = Field(
-        30.0, gt=0, description="With `schedule: step`, divide the rate by 10 every so many epochs."
+        30.0, gt=0, description="With `schedule: step`, divide the learning rate by 10 every this many epochs."
     )
     clip_grad: float | None = Field(
-        5.0, gt=0, description="Largest L2 norm of the whole gradient; null for no clipping."
+        5.0, gt=0, description="Maximum L2 norm of the whole gradient; null for no clipping."
     )
-    accumulate: int = Field(1, ge=1, description="Batches whose gradients are added up before one optimiser step.")
-    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="Of autocast; parameters stay in float32.")
+    accumulate: int = Field(1, ge=1, description="Batches whose gradients are accumulated for one optimiser step.")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="Precision of autocast; parameters stay in float32."
+    )
     ema: float | None = Field(
-        None, gt=0, lt=1, description="Decay of an average of the weights, which is evaluated and becomes the result."
+        None,
+        gt=0,
+        lt=1,
+        description="Decay of a moving average of the weights, which is evaluated and becomes the result.",
     )
-    compile: bool = Field(False, description="torch.compile the model that is trained, and the teacher.")
+    compile: bool = Field(False, description="Use torch.compile on the trained model and the teacher.")
     mixup: float = Field(0.0, ge=0, description="α of mixup; 0 for none.")
     cutmix: float = Field(0.0, ge=0, description="α of cutmix; 0 for none.")
-    smoothing: float = Field(0.0, ge=0, lt=1, description="Label smoothing of the ground truth.")
+    smoothing: float = Field(0.0, ge=0, lt=1, description="Label smoothing.")
     drop_path: float | None = Field(
         None,
         ge=0,
         lt=1,
-        description="Stochastic depth of the last block, rising linearly from 0; null keeps the model's.",
+        description="Stochastic depth rate of the last block, rising linearly from 0; null keeps the model's.",
     )
     evaluate_every: int = Field(1, ge=1, description="Epochs between two evaluations.")
     keep: Literal["last", "best"] = Field(
         "last",
-        description="Which weights the phase ends with: the last, or those of its best evaluation, the start included: it then never "
-        "ends below where it began. Best is by top-1, without labels by the agreement or cosine with the teacher; it is chosen on "
-        "the evaluation set, so its figure is that much too good.",
+        description="Which weights the phase keeps: the last, or those of its best evaluation, including the one before training, so it "
+        "never ends worse than it started. Best means highest top-1, or without labels agreement or cosine with the teacher. The figure "
+        "is optimistic, because it was chosen on the evaluation set.",
     )
-    log_every: int = Field(10, ge=1, description="Optimiser steps between two lines of the log.")
+    log_every: int = Field(10, ge=1, description="Optimiser steps between two log lines.")
 
     @property
     def needs_labels(self) -> bool:

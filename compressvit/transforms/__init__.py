@@ -1,6 +1,6 @@
-"""What changes the structure of a model: one file or folder a method, with its layer.
+"""What changes the structure of a model: one file or folder per method, with its layer.
 
-To add one, write a file beside `lora.py` with a `Transform` and its `Plan`. It is found by itself, and its class is a name of this
+To add one, write a file beside `lora.py` with a `Transform` and its `Plan`. It is discovered, and its class is a name of this
 package: `from compressvit.transforms import LoRA`.
 """
 

@@ -33,14 +33,16 @@ from compressvit.transforms.bottleneck import (
 )
 
 
-class WithAdapter:
+class WithAdapter(surgery.Mixin):
     """Of a sublayer (attention, MLP): `A(h) = h + adapter(h)` on what leaves it, before LayerScale and the outer residual."""
 
     slots = ("adapter",)
 
+    adapter: nn.Module | None
+
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        h = super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        return h if self.adapter is None else h + at_tokens(self.adapter, h, self)  # type: ignore[attr-defined,arg-type]
+        h = super().forward(x, *args, **kwargs)
+        return h if self.adapter is None else h + at_tokens(self.adapter, h, self)
 
 
 class AdaptersPlan(BottleneckPlan):
@@ -85,20 +87,22 @@ class AdaptersPlan(BottleneckPlan):
 
 @transform("adapters", AdaptersPlan)
 class Adapters(Transform):
-    """Bottleneck adapters behind attention and MLP; the backbone is frozen. What MiMi's `prune` starts from."""
+    """Bottleneck adapters after attention and MLP; the backbone is frozen. MiMi's `prune` starts from them."""
 
     freezes = True
     blind_at_start: ClassVar[dict[str, str]] = UP_STARTS_AT_ZERO
 
-    width: int | None = Field(None, ge=1, description="Neurons h' of every adapter (uniform). Or give `ratio`.")
+    width: int | None = Field(
+        None, ge=1, description="Neurons h' of every adapter (uniform). Alternatively give `ratio`."
+    )
     ratio: float | None = Field(
-        None, gt=0, description="Neurons as a share of the block's width M (proportional); 1/8 where neither is given."
+        None, gt=0, description="Neurons as a share of the block's width M (proportional); 1/8 if neither is given."
     )
     places: tuple[Place, ...] = Field(
-        ("attn", "mlp"), min_length=1, description="Sublayers that get one, of those that a block has."
+        ("attn", "mlp"), min_length=1, description="Sublayers that get an adapter, where a block has them."
     )
-    bias: bool = Field(False, description="Biases of the projections; the reference has none.")
-    act: Activation = Field("gelu", description="timm's name of the activation between them.")
+    bias: bool = Field(False, description="Whether the projections have biases; the reference has none.")
+    act: Activation = Field("gelu", description="timm's name of the activation between the projections.")
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Adapters:

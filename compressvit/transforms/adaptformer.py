@@ -10,7 +10,7 @@ In ConvNeXt, u is the block's input and `LN u` what the MLP reads.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 from torch import nn
@@ -36,27 +36,32 @@ class AdaptFormerPlan(BottleneckPlan):
 
     prunable = True
     slot = "adaptformer"
-    least: ClassVar[int] = 1  # pruning leaves one: the bias of the upper projection has no other place
 
     scale: float | Literal["learnable"]
     reads: Reads
 
     def apply(self, model: nn.Module) -> list[LedgerEntry]:
-        slotted = describe(model, "slotted_block").family.slotted_block
+        slotted = describe(model, "slotted_block").slotted_block
         paths = [path for path, hidden in self.widths.items() if hidden]
         return record(model, paths, lambda path: self._add(model, path, slotted))
 
-    def _add(self, model: nn.Module, path: str, slotted: Any) -> str:
+    def _add(self, model: nn.Module, path: str, slotted: type[nn.Module]) -> str:
         like, width = sublayer_width(model, f"{path}.mlp")
-        new, hidden = {"device": like.device, "dtype": like.dtype}, self.widths[path]
-        down, up = AdapterLinear(width, hidden, **new), AdapterLinear(hidden, width, **new)
+        hidden, device, dtype = self.widths[path], like.device, like.dtype
+        down = AdapterLinear(width, hidden, device=device, dtype=dtype)
+        up = AdapterLinear(hidden, width, device=device, dtype=dtype)
         surgery.specialise(model, path, slotted)
         self.put(model, path, Bottleneck(down, up, "relu", self.scale, self.reads))
         return f"+ parallel bottleneck of {hidden}, scale {self.scale}"
 
+    @property
+    def least(self) -> int:
+        """One: the bias of the upper projection has no other place."""
+        return 1
+
     def remove(self, model: nn.Module, path: str) -> None:
         """Take a branch without neurons out of the forward pass."""
-        model.get_submodule(path).adaptformer = None  # type: ignore[assignment]
+        model.get_submodule(path).register_module("adaptformer", None)
 
     def fold(self, model: nn.Module) -> None:
         raise UserError(
@@ -77,11 +82,11 @@ class AdaptFormer(Transform):
 
     width: int = Field(64, ge=1, description="Neurons h' of every branch.")
     scale: Annotated[float, Field(gt=0)] | Literal["learnable"] = Field(
-        0.1, description="s, a number, or learnable: one per block that starts at 1."
+        0.1, description="s: a number, or learnable (one per block, initially 1)."
     )
     input: Reads = Field(
         "normed",
-        description="What the branch reads: the MLP's normed input (the paper), or the residual stream (its code).",
+        description="Input of the branch: the MLP's normalised input (the paper), or the residual stream (its code).",
     )
 
     @classmethod

@@ -172,7 +172,7 @@ class Align(Transform):
     heads: bool = Field(True, description="Match attention heads.")
     neurons: bool = Field(True, description="Match the hidden neurons of the MLPs.")
     rounds: int = Field(
-        3, ge=1, description="How often the matching is done: to the first block, then to the mean of the aligned ones."
+        3, ge=1, description="Rounds of matching: first to the first block, then to the mean of the aligned blocks."
     )
 
     @classmethod
@@ -186,7 +186,8 @@ class Align(Transform):
         require_free(model, self.name, (orders(path) for group in groups for path in group))
         tied = {name for group in ties.tied_groups(model) for name in group}
         added = surgery.added_parameters(model)
-        known = {info.path: model.get_submodule(info.path) for info in describe(model, "attention").blocks}
+        infos = {info.path: info for info in describe(model, "attention").blocks}
+        known = {path: model.get_submodule(path) for path in infos}
         for path in (path for group in groups for path in group):
             block: Any = known[path]
             names = [f"{path}.{n}" for n, _ in block.named_parameters()]
@@ -206,7 +207,7 @@ class Align(Transform):
                 name
                 for name, parameter in block.named_parameters()
                 if known[first].get_parameter(name).shape != parameter.shape
-            ] + ["attn"] * (block.attn.num_heads != known[first].attn.num_heads)  # type: ignore[union-attr, operator]
+            ] + ["attn"] * (infos[path].heads != infos[first].heads)
             if unlike:
                 raise UserError(
                     f"align matches blocks of one shape: {path}.{unlike[0]} is of another than that of {first}; give an align.share whose "

@@ -14,7 +14,14 @@ from compressvit.fitting.in_order import fit_in_order
 from compressvit.fitting.moments import Images, Source
 from compressvit.model import surgery, ties
 from compressvit.transforms.base import LedgerEntry, Plan, Transform
-from compressvit.transforms.record import Compression, claims_of, compression_of, require_free, trained_names
+from compressvit.transforms.record import (
+    Compression,
+    claims_of,
+    compression_of,
+    require_free,
+    set_compression,
+    trained_names,
+)
 
 
 def plan_transforms(model: nn.Module, transforms: Sequence[Transform]) -> list[Plan]:
@@ -46,7 +53,7 @@ def apply_plans(model: nn.Module, plans: Sequence[Plan]) -> list[LedgerEntry]:
         done = compression_of(model)
         whole = [*done.plans, plan], ties.tied_groups(model), [*done.ledger, *rows]
         taken = [*done.claims, *((plan.transform, claim) for claim in wanted)]
-        model._compression = Compression(*whole, claims=taken)  # type: ignore[assignment]
+        set_compression(model, Compression(*whole, claims=taken))
         ledger += rows
     names = trained_names(model)
     if names is not None:
@@ -140,19 +147,20 @@ def materialise(model: nn.Module) -> nn.Module:
     rest = [plan for plan in left if plan is not None and not plan.loads_values]
     if not rest:  # a plain model, and nobody's adapter any more
         model.requires_grad_(True)
-        model._compression = None
+        set_compression(model, None)
         return model
     shared = ties.tied_groups(model)
     # What is added beside a frozen backbone shares none of its tensors, so without another step nothing has to be tied again.
     ties_backbone = any(plan.trains(model) is None for plan in rest)
     words = {plan.transform for plan in rest}
-    model._compression = Compression(
+    record = Compression(
         rest,
         shared,
         done.ledger,
         materialised=ties_backbone and shared != done.ties,
         claims=[(word, claim) for word, claim in done.claims if word in words],
     )
+    set_compression(model, record)
     if trained is not None:  # a frozen weight that became dense stays frozen, and an adapter that did is trained
         surgery.train_only(model, trained | (trained_names(model) or set()))
     return model

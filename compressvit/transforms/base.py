@@ -50,7 +50,7 @@ class Plan(Spec):
     loads_values: ClassVar[bool] = False
     # Fields that only say how values start; two plans that differ in nothing else make the same structure.
     starts: ClassVar[tuple[str, ...]] = ()
-    # True: it has `widths`, `bottlenecks(model)`, `prefix(path)` and `remove(model, path)`, and the `prune` phase may change them.
+    # True: it is a `BottleneckPlan` with `remove(model, path)` and dense projections, and the `prune` phase may change its widths.
     prunable: ClassVar[bool] = False
     # True: `fold` works.
     foldable: ClassVar[bool] = False
@@ -73,7 +73,7 @@ class Plan(Spec):
 
     def layer_fits(self, student: nn.Module, source: Source) -> dict[str, LayerFit]:
         """By path, how layers take values that depend on those of all transforms of one call: they are called in the order the layers
-        run (`compressvit.sequential`), once every transform has set its own. None by default."""
+        run (`compressvit.fitting.in_order`), once every transform has set its own. None by default."""
         return {}
 
     def trains(self, model: nn.Module) -> set[str] | None:

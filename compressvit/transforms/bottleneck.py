@@ -6,7 +6,7 @@ Shapes: x is (…, M), or (B, M, height, width) behind timm's convolutional MLPs
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,13 @@ Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu", "hard_sw
 
 # Parameters without a gradient in the first step of training.
 UP_STARTS_AT_ZERO = dict.fromkeys(("down.weight", "down.bias"), "the upper projection of an adapter starts at zero")
+
+
+class Projection(Protocol):
+    """What a bottleneck asks of its projections, besides being modules."""
+
+    def reset(self, *, zero: bool) -> None:
+        """Start so that the product is zero, or not."""
 
 
 class Bottleneck(nn.Module):
@@ -57,10 +64,22 @@ class Bottleneck(nn.Module):
         )
         self.reads = reads
 
+    def dense(self) -> tuple[AdapterLinear, AdapterLinear]:
+        """The projections down and up of a bottleneck whose neurons or weights can be removed."""
+        assert isinstance(self.down, AdapterLinear)
+        assert isinstance(self.up, AdapterLinear)
+        return self.down, self.up
+
+    def reset(self) -> None:
+        """Start as zero, with a gradient for the upper projection."""
+        down, up = cast(Projection, self.down), cast(Projection, self.up)
+        down.reset(zero=False)
+        up.reset(zero=True)
+
     def allow_all(self) -> None:
         """Give both projections a mask, to be filled from a file."""
-        for projection in (self.down, self.up):
-            projection.allow_all()  # type: ignore[operator]
+        for projection in self.dense():
+            projection.allow_all()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.up(self.act(self.down(x))) * self.scale
@@ -108,6 +127,15 @@ class BottleneckPlan(Plan):
     widths: dict[str, int]
     masked: bool = False  # a `sparsify` phase masked single weights
 
+    @property
+    def least(self) -> int:
+        """Neurons that pruning must leave in every bottleneck."""
+        return 0
+
+    def remove(self, model: nn.Module, path: str) -> None:
+        """Take a bottleneck without neurons out of the forward pass, where they can be pruned."""
+        raise TypeError(f"{type(self).__name__} does not define remove")
+
     def claims(self, model: nn.Module) -> list[Claim]:
         return [slot(path, self.slot) for path in self.widths]
 
@@ -128,8 +156,7 @@ class BottleneckPlan(Plan):
     @torch.no_grad()
     def initialise(self, student: nn.Module, source: Source) -> None:
         for bottleneck in self.bottlenecks(student).values():
-            bottleneck.down.reset(zero=False)  # type: ignore[operator]
-            bottleneck.up.reset(zero=True)  # type: ignore[operator]
+            bottleneck.reset()
 
     def trains(self, model: nn.Module) -> set[str]:
         return {
@@ -142,7 +169,7 @@ class BottleneckPlan(Plan):
 def sublayer_width(model: nn.Module, path: str) -> tuple[torch.Tensor, int]:
     """A tensor of the sublayer at `path` (for its device and type), and its width M."""
     sublayer = model.get_submodule(path)
-    last: Any = sublayer.proj if hasattr(sublayer, "proj") else sublayer.fc2
+    last = sublayer.get_submodule("proj" if hasattr(sublayer, "proj") else "fc2")
     return next(last.parameters()), weight_shape(last)[0]
 
 

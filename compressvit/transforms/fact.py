@@ -20,7 +20,7 @@ from torch import nn
 
 from compressvit.errors import UserError
 from compressvit.fitting.moments import Source
-from compressvit.model import ties
+from compressvit.model import surgery, ties
 from compressvit.model.backbone import describe, projection
 from compressvit.model.linear import weight_shape
 from compressvit.transforms.base import TRANSFORMERS_ONLY, LedgerEntry, Transform, record, transform
@@ -80,13 +80,15 @@ class FacTTerm(nn.Module):
         return (inner @ self.v.T).flatten(-2)
 
 
-class WithFacT:
+class WithFacT(surgery.Mixin):
     """Of a linear layer or 1×1 convolution: `y + fact(x)`."""
 
     slots = ("fact",)
 
+    fact: nn.Module | None
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return with_term(super().forward(x), x, self.fact, self)  # type: ignore[misc,attr-defined]
+        return with_term(super().forward(x), x, self.fact, self)
 
 
 class FacTPlan(TermPlan):
@@ -111,7 +113,7 @@ class FacTPlan(TermPlan):
         shared = ("u", "v", "core") if self.form == "tk" else ("u", "v")
         ties.tie(model, [[f"{path}.fact.{name}" for path in group] for group in self.groups for name in shared])
 
-    def term(self, module: Any, path: str) -> tuple[nn.Module, str]:
+    def term(self, module: nn.Module, path: str) -> tuple[nn.Module, str]:
         shape = weight_shape(module)
         width, longer = min(shape), max(shape)
         on_inputs, tucker = shape[1] > width, self.form == "tk"
@@ -120,14 +122,14 @@ class FacTPlan(TermPlan):
             *options, **new_like(next(module.parameters()))
         ), f"+ FacT-{self.form.upper()} of rank {self.rank}"
 
-    def fold_term(self, module: Any, term: Any, path: str) -> None:
+    def fold_term(self, module: nn.Module, term: Any, path: str) -> None:
         """`weight += s·V Σ U`, slot by slot."""
         add_to_weight_(module, term.product())
 
 
 @transform("fact", FacTPlan)
 class FacT(Transform):
-    """Low-rank changes of all projections that share their outer factors; the backbone is frozen (FacT)."""
+    """Low-rank updates of all projections, with shared outer factors; the backbone is frozen (FacT)."""
 
     freezes = True
     refuses: ClassVar[dict[str, str]] = TRANSFORMERS_ONLY
@@ -135,9 +137,9 @@ class FacT(Transform):
         ("fact.u", "fact.core", "fact.mix", "fact.sigma"), "V starts at zero"
     )
 
-    form: Literal["tt", "tk"] = Field("tk", description="Tensor train (a free Σ per slot) or Tucker.")
-    rank: int = Field(16, ge=1, description="r.")
-    scale: float = Field(1.0, gt=0, description="s; the paper chooses it per task from 0.01, 0.1, 1, 10, 100.")
+    form: Literal["tt", "tk"] = Field("tk", description="tt: tensor train (a free Σ per slot); tk: Tucker.")
+    rank: int = Field(16, ge=1, description="Rank r.")
+    scale: float = Field(1.0, gt=0, description="Scale s; the paper chooses it per task from 0.01, 0.1, 1, 10, 100.")
 
     @classmethod
     def examples(cls) -> Sequence[Transform]:

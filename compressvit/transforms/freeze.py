@@ -48,12 +48,12 @@ class BitFitPlan(FreezePlan):
 
 @transform("freeze", FreezePlan)
 class Freeze(Transform):
-    """Train one part of every block and the classifier, or the classifier alone."""
+    """Train one part of every block and the classifier, or only the classifier."""
 
     freezes = True
 
     train: Literal["head", "attention", "mlp"] = Field(
-        description="What is trained besides the classifier: head for nothing (a linear probe), attention, or mlp."
+        description="What is trained in addition to the classifier: head for nothing (a linear probe), attention, or mlp."
     )
 
     @classmethod
@@ -85,7 +85,7 @@ class BitFit(Transform):
     freezes = True
 
     position_tables: bool = Field(
-        False, description="Also train Swin's tables of relative position bias, which add to logits as biases do."
+        False, description="Also train Swin's relative position bias tables, which are added to logits like biases."
     )
 
     def plan(self, model: nn.Module, source: Source | None = None) -> BitFitPlan:

@@ -9,8 +9,6 @@ otherwise, which start at 0 and 1. They are buffers: they are saved with the ada
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -20,6 +18,7 @@ from compressvit.fitting.moments import Source
 from compressvit.model import surgery
 from compressvit.model.affine import merge_before_, owns_weight
 from compressvit.model.backbone import head_paths, model_name
+from compressvit.model.modules import module_at
 from compressvit.transforms.base import LedgerEntry, Plan, Transform, record, transform
 from compressvit.transforms.claims import Claim, slot
 
@@ -45,29 +44,31 @@ class PooledNorm(nn.BatchNorm1d):
         return torch.diag(scale), -scale * self.running_mean.double()
 
 
-class WithHeadNorm:
+class WithHeadNorm(surgery.Mixin):
     """Of a linear classifier: a norm before it."""
 
     slots = ("head_norm",)
 
+    head_norm: nn.Module
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(self.head_norm(x))  # type: ignore[misc,attr-defined]
+        return super().forward(self.head_norm(x))
 
 
-class KeepsHeadNorm:
+class KeepsHeadNorm(surgery.Mixin):
     """Of a model: a classifier that timm puts in the place of another one has a norm, too, with fresh statistics."""
 
     slots = ()
 
-    def reset_classifier(self: Any, *args, **kwargs) -> None:
-        super().reset_classifier(*args, **kwargs)  # type: ignore[misc]
+    def reset_classifier(self, *args, **kwargs) -> None:
+        super().reset_classifier(*args, **kwargs)  # type: ignore[misc]  # of every model in timm, by no common class
         for path in head_paths(self):
             put_norm(self, path)
 
 
 def put_norm(model: nn.Module, path: str) -> None:
     """Put a norm with fresh statistics before the classifier at `path`."""
-    head: Any = model.get_submodule(path)
+    head = module_at(model, path, nn.Linear)
     norm = PooledNorm(head.in_features, device=head.weight.device, dtype=head.weight.dtype)
     surgery.extend(model, path, WithHeadNorm)
     surgery.fill_slot(model, path, "head_norm", norm)
@@ -110,7 +111,7 @@ class HeadNormPlan(Plan):
                     f"head_norm cannot be folded: {path} is low rank, so it has no dense weight that could take the scale in. Fold the "
                     "low-rank step first, as compressvit.materialise does, or keep it unmerged"
                 )
-            r, c = head.head_norm.as_affine()
+            r, c = module_at(head, "head_norm", PooledNorm).as_affine()
             surgery.retract(model, path, WithHeadNorm)
             merge_before_(head, r, c)
         surgery.retract(model, "", KeepsHeadNorm)
@@ -129,7 +130,7 @@ class HeadNorm(Transform):
                 f"head_norm stands before the classifier, but {model_name(model)} has none; give the student one with student.head=new"
             )
         for path in paths:
-            head: Any = model.get_submodule(path)
+            head = model.get_submodule(path)
             if not isinstance(head, nn.Linear):
                 raise UserError(
                     f"head_norm stands before a linear classifier, but {path} of {model_name(model)} is a {type(head).__name__}"

@@ -20,6 +20,8 @@ from compressvit.errors import UserError
 from compressvit.fitting.moments import Source
 from compressvit.model import surgery, ties
 from compressvit.model.backbone import describe, model_name
+from compressvit.model.linear import weight_shape
+from compressvit.model.modules import module_at
 from compressvit.transforms.base import TRANSFORMERS_ONLY, LedgerEntry, Plan, Transform, transform
 from compressvit.transforms.claims import Claim, grid, slot
 
@@ -107,10 +109,11 @@ class IRPEPlan(Plan):
         before = ties.count_at_paths(model, paths)
         ledger = []
         for path in self.blocks:
-            attention = surgery.specialise(model, f"{path}.attn", backbone.family.slotted_attention)
-            weight = next(attention.qkv.parameters())
+            surgery.specialise(model, f"{path}.attn", backbone.slotted_attention)
+            qkv = model.get_submodule(f"{path}.attn.qkv")
+            weight = next(qkv.parameters())
             position = ContextualKeyPosition(
-                attention.head_dim,
+                weight_shape(qkv)[0] // (3 * infos[path].heads),
                 infos[path].resolution,
                 backbone.num_prefix_tokens,
                 self.ratio,
@@ -126,7 +129,7 @@ class IRPEPlan(Plan):
     @torch.no_grad()
     def initialise(self, student: nn.Module, source: Source) -> None:
         for path in self.blocks:
-            student.get_submodule(path).attn.rpe_k.table.zero_()
+            module_at(student, f"{path}.attn.rpe_k", ContextualKeyPosition).table.zero_()
 
     def fold(self, model: nn.Module) -> None:
         raise UserError(

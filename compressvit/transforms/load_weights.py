@@ -20,6 +20,7 @@ from compressvit.model import ties
 from compressvit.model.stored import MANIFEST, is_artifact, read_tensors
 from compressvit.model.weights import resample_positions
 from compressvit.transforms.base import LedgerEntry, Plan, Transform, transform
+from compressvit.transforms.record import compression_of
 from compressvit.transforms.stored import read_plans
 
 
@@ -37,7 +38,7 @@ class LoadWeightsPlan(Plan):
         folder = expanded(self.artifact, "load_weights.artifact")
         made_by, asked = (
             [(plan.transform, plan.structure()) for plan in plans if not plan.loads_values]
-            for plans in (read_plans(folder), student._compression.plans)
+            for plans in (read_plans(folder), compression_of(student).plans)
         )
         if made_by != asked:
             # the same names and shapes can compute something else: form=reference and form=identity do

@@ -17,6 +17,7 @@ from torch import nn
 
 from compressvit.errors import UserError
 from compressvit.fitting.moments import Source
+from compressvit.model import surgery
 from compressvit.model.backbone import describe, model_name, projection
 from compressvit.model.linear import weight_shape
 from compressvit.transforms.base import Transform, transform
@@ -77,13 +78,15 @@ class LoRATerm(nn.Module):
         return torch.stack([taken.get(p, empty) for p in range(self.num_parts)], dim=dim)
 
 
-class WithLoRA:
+class WithLoRA(surgery.Mixin):
     """Of a linear layer or 1×1 convolution: `y + lora(x)`."""
 
     slots = ("lora",)
 
+    lora: nn.Module | None
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return with_term(super().forward(x), x, self.lora, self)  # type: ignore[misc,attr-defined]
+        return with_term(super().forward(x), x, self.lora, self)
 
 
 class LoRAPlan(TermPlan):
@@ -100,7 +103,7 @@ class LoRAPlan(TermPlan):
     def sites(self) -> Iterable[str]:
         return self.layers
 
-    def term(self, module: Any, path: str) -> tuple[nn.Module, str]:
+    def term(self, module: nn.Module, path: str) -> tuple[nn.Module, str]:
         pieces = 3 if path.endswith(".qkv") else 1
         outputs, inputs = weight_shape(module)
         which, scale = self.layers[path], self.alpha / self.rank
@@ -109,7 +112,7 @@ class LoRAPlan(TermPlan):
         )
         return term, f"+ LoRA of rank {self.rank}" + (f" on {', '.join('qkv'[p] for p in which)}" * (pieces > 1))
 
-    def fold_term(self, module: Any, term: Any, path: str) -> None:
+    def fold_term(self, module: nn.Module, term: Any, path: str) -> None:
         """`weight += (α/r) B A`."""
         add_to_weight_(module, term.product())
 
@@ -121,10 +124,10 @@ class LoRA(Transform):
     freezes = True
     blind_at_start: ClassVar[dict[str, str]] = {"lora.down": "the factor after it starts at zero"}
 
-    rank: int = Field(8, ge=1, description="r of every term.")
-    alpha: float | None = Field(None, gt=0, description="α; terms are scaled by α/r. Null for α = r.")
+    rank: int = Field(8, ge=1, description="Rank r of every term.")
+    alpha: float | None = Field(None, gt=0, description="Terms are scaled by α/r. Null for α = r.")
     targets: tuple[Target, ...] = Field(
-        ("q", "v"), min_length=1, description="Projections that get a term, of those that a block has."
+        ("q", "v"), min_length=1, description="Projections that get a term, where a block has them."
     )
 
     @classmethod

@@ -13,7 +13,7 @@ Sharing cuts parameters and disk. It does not cut MACs: every block still runs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 import torch
 from einops import rearrange
@@ -25,8 +25,11 @@ from compressvit.fitting.lowrank import TINY
 from compressvit.fitting.moments import Source
 from compressvit.model import surgery, ties
 from compressvit.model.backbone import Backbone, describe, share_groups
+from compressvit.model.family import BlockInfo
+from compressvit.model.modules import as_timm, module_at
 from compressvit.transforms.base import TRANSFORMERS_ONLY, LedgerEntry, Plan, Transform, transform
 from compressvit.transforms.claims import Claim, grid, noise, slot, tie
+from compressvit.transforms.record import compression_of
 
 
 class HeadMixing(nn.Module):
@@ -100,13 +103,14 @@ class TokenConv(nn.Module):
     def reset_identity(self) -> None:
         """Start with a convolution of zeros: `x + conv(LN x)` is then x."""
         self.norm.reset_parameters()
-        nn.init.zeros_(self.conv.weight)
-        nn.init.zeros_(self.conv.bias)
+        for parameter in self.conv.parameters():
+            nn.init.zeros_(parameter)
 
     @torch.no_grad()
     def reset_noise(self, std: float = 0.02) -> None:
         """Start from truncated normal noise, as the paper's code does."""
         self.norm.reset_parameters()
+        assert self.conv.bias is not None
         nn.init.trunc_normal_(self.conv.weight, std=std)
         nn.init.zeros_(self.conv.bias)
 
@@ -177,26 +181,25 @@ class MultiplexPlan(Plan):
         after = ties.count_at_paths(model, paths)
         return [LedgerEntry(path, what[path], before[path], after[path]) for path in paths]
 
-    def _add_private(self, model: nn.Module, info, backbone: Backbone) -> list[str]:
+    def _add_private(self, model: nn.Module, info: BlockInfo, backbone: Backbone) -> list[str]:
         changes = []
-        block = model.get_submodule(info.path)
-        first = next(block.parameters())
+        first = next(model.get_submodule(info.path).parameters())
         like = {"device": first.device, "dtype": first.dtype}
         if self.head_mixing:
             path = f"{info.path}.attn"
-            surgery.specialise(model, path, backbone.family.slotted_attention)
+            surgery.specialise(model, path, backbone.slotted_attention)
             for slot in ("logit_mix", "prob_mix"):
                 surgery.fill_slot(model, path, slot, HeadMixing(info.heads, self.mixing_bias, **like))
             changes.append(f"+ 2 head mixes {info.heads}×{info.heads}")
         if self.mlp_conv:
-            surgery.specialise(model, info.path, backbone.family.slotted_block)
+            surgery.specialise(model, info.path, backbone.slotted_block)
             conv = TokenConv(
                 info.width,
                 self.mlp_conv,
                 info.resolution,
                 backbone.num_prefix_tokens,
                 replace=self.form == "reference",
-                eps=block.norm2.eps,
+                eps=cast(nn.LayerNorm, model.get_submodule(f"{info.path}.norm2")).eps,  # every norm in timm has it
                 **like,
             )
             surgery.fill_slot(model, info.path, "mlp_conv", conv)
@@ -206,9 +209,9 @@ class MultiplexPlan(Plan):
     @torch.no_grad()
     def initialise(self, student: nn.Module, source: Source) -> None:
         if self.init == "scratch":
-            student.init_weights()
+            as_timm(student).init_weights()
         elif self.init == "mean":
-            fitted = {name for plan in student._compression.plans for name in plan.fitted()}
+            fitted = {name for plan in compression_of(student).plans for name in plan.fitted()}
             for group in self.groups:
                 # A block on its own keeps its values; they may be those of an earlier step's group, which are not `source`'s.
                 for names in _shared_names(source.model, group) if len(group) > 1 else ():
@@ -218,16 +221,16 @@ class MultiplexPlan(Plan):
                     mean = torch.stack([source.model.get_parameter(n).double() for n in names]).mean(dim=0)
                     student.get_parameter(names[0]).copy_(mean)
         for path in (path for group in self.groups for path in group):
-            block = student.get_submodule(path)
-            added = [block.attn.logit_mix, block.attn.prob_mix] if self.head_mixing else []
-            added += [block.mlp_conv] if self.mlp_conv else []
+            mixes = [f"{path}.attn.logit_mix", f"{path}.attn.prob_mix"] if self.head_mixing else []
+            added: list[HeadMixing | TokenConv] = [module_at(student, mix, HeadMixing) for mix in mixes]
+            added += [module_at(student, f"{path}.mlp_conv", TokenConv)] if self.mlp_conv else []
             for module in added:
                 module.reset_identity() if self.form == "identity" else module.reset_noise()
 
     @torch.no_grad()
     def errors(self, student: nn.Module, source: Source) -> dict[str, tuple[float, float | None]]:
         """Of every block that shares: of all it shares together, but for what a low-rank step has fitted."""
-        fitted = {name for plan in student._compression.plans for name in plan.fitted()}
+        fitted = {name for plan in compression_of(student).plans for name in plan.fitted()}
         found: dict[str, tuple[float, float | None]] = {}
         for group in self.groups if self.init != "scratch" else ():
             shared = [names for names in _shared_names(source.model, group) if fitted.isdisjoint(names)]
@@ -266,7 +269,7 @@ class Multiplex(Transform):
         True, description="Mix attention logits and probabilities across heads, two H×H matrices per block."
     )
     mixing_bias: bool = Field(
-        False, description="A bias per head in both mixes. The paper's code: true for Swin, false for DeiT."
+        False, description="Add a bias per head to both mixings. The paper's code: true for Swin, false for DeiT."
     )
     mlp_conv: int = Field(
         0,
@@ -275,13 +278,13 @@ class Multiplex(Transform):
     )
     form: Literal["identity", "reference"] = Field(
         "identity",
-        description="identity: transforms start as the identity, x + conv(LN x), so a pretrained function survives. "
-        "reference: the paper code's arithmetic, LN x + conv(LN x), transforms starting from noise (std 0.02).",
+        description="identity: transforms start as the identity, x + conv(LN x), so a pretrained function is preserved. "
+        "reference: as in the paper's code, LN x + conv(LN x), with transforms initialised at random (std 0.02).",
     )
     init: Literal["mean", "first", "scratch"] = Field(
         "mean",
-        description="Shared weights from the mean of the group's layers, from the first of them, "
-        "or the whole student from noise as in the paper.",
+        description="mean, first: shared weights from the mean of the group's layers or from the first of them; "
+        "scratch: the whole student at random, as in the paper.",
     )
 
     @field_validator("share")

@@ -136,10 +136,12 @@ class PHM(Transform):
         "up.right": "the factor after it starts at zero",
     }
 
-    n: int = Field(12, ge=1, description="Number of products; divides the width and the neurons of every adapter.")
+    n: int = Field(
+        12, ge=1, description="Number of Kronecker products; must divide the width and the neurons of every adapter."
+    )
     ratio: float = Field(1 / 8, gt=0, description="Neurons as a share of the block's width M.")
     places: tuple[Place, ...] = Field(
-        ("attn", "mlp"), min_length=1, description="Sublayers that get one, of those that a block has."
+        ("attn", "mlp"), min_length=1, description="Sublayers that get an adapter, where a block has them."
     )
     act: Activation = Field("gelu", description="timm's name of the activation between the projections.")
 

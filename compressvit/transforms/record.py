@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-import torch
 from torch import nn
 
 from compressvit.errors import UserError
 from compressvit.model.backbone import head_names
 from compressvit.transforms import claims
 from compressvit.transforms.base import LedgerEntry, Plan
+from compressvit.transforms.bottleneck import AdapterLinear
 from compressvit.transforms.claims import Claim
 
 
@@ -29,6 +29,11 @@ class Compression:
 def compression_of(model: nn.Module) -> Compression:
     """The record of a compressed model; an empty one for a model that no transform has touched."""
     return getattr(model, "_compression", None) or Compression()
+
+
+def set_compression(model: nn.Module, done: Compression | None) -> None:
+    """Replace the record of what was done to a model; None for a plain model."""
+    vars(model)["_compression"] = done
 
 
 def claims_of(plan: Plan, model: nn.Module) -> list[Claim]:
@@ -69,7 +74,7 @@ def trained_parameters(model: nn.Module) -> dict[str, int]:
         if parameter.requires_grad:
             counts["trained_head" if name in heads else "trained_adapter"] += parameter.numel()
     for module in model.modules():
-        mask = getattr(module, "mask", None)  # of an adapter's weight: the others are zero and stay so
-        if isinstance(mask, torch.Tensor):
-            counts["trained_adapter"] -= mask.numel() - (module.kept if mask.is_meta else int(mask.sum()))
+        if isinstance(module, AdapterLinear) and module.mask is not None:  # where it is false, the weight stays zero
+            left = module.kept if module.mask.is_meta else int(module.mask.sum())
+            counts["trained_adapter"] -= module.mask.numel() - left
     return counts

@@ -19,6 +19,7 @@ from torch import nn
 
 from compressvit.errors import UserError
 from compressvit.fitting.moments import Source
+from compressvit.model import surgery
 from compressvit.model.affine import merge_before_
 from compressvit.model.backbone import describe, model_name, projection
 from compressvit.model.linear import weight_shape
@@ -75,7 +76,7 @@ class RepBottleneck(nn.Module):
         return identity + self.scale * up @ down, self.scale * (up @ bias + self.up_bias.double())
 
 
-class WithRepAdapter:
+class WithRepAdapter(surgery.Mixin):
     """Of a sublayer: `φ(x) = x + repadapter(x)` on what enters it, so that its first projection can take φ in.
 
     In Swin that is behind the padding of windows, so padded tokens see φ(0): what the merged projection does to them, too.
@@ -83,10 +84,12 @@ class WithRepAdapter:
 
     slots = ("repadapter",)
 
+    repadapter: nn.Module | None
+
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        if self.repadapter is not None:  # type: ignore[attr-defined]
-            x = x + at_tokens(self.repadapter, x, self)  # type: ignore[attr-defined,arg-type]
-        return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        if self.repadapter is not None:
+            x = x + at_tokens(self.repadapter, x, self)
+        return super().forward(x, *args, **kwargs)
 
 
 class RepAdapterPlan(TermPlan):
@@ -106,7 +109,7 @@ class RepAdapterPlan(TermPlan):
     def sites(self) -> Iterable[str]:
         return self.paths
 
-    def term(self, module: Any, path: str) -> tuple[nn.Module, str]:
+    def term(self, module: nn.Module, path: str) -> tuple[nn.Module, str]:
         layer = module.get_submodule(_first(path))
         options = (self.width, self.groups, self.scale, self.dropout)
         text = f"+ linear bottleneck of {self.width} in {self.groups} groups, scale {self.scale:g}"
@@ -115,7 +118,7 @@ class RepAdapterPlan(TermPlan):
     def folds_into(self, path: str) -> list[str]:
         return [f"{path}.{_first(path)}.weight"]
 
-    def fold_term(self, module: Any, term: Any, path: str) -> None:
+    def fold_term(self, module: nn.Module, term: Any, path: str) -> None:
         """Into the projection behind it: `W' = W R`, `b' = b + W c` with `φ(x) = R x + c`."""
         merge_before_(module.get_submodule(_first(path)), *term.as_affine())
 
@@ -134,10 +137,12 @@ class RepAdapter(Transform):
     )
 
     width: int = Field(8, ge=1, description="Hidden neurons h'.")
-    groups: int = Field(2, ge=1, description="Groups g of the second projection; divides h' and M.")
-    scale: float = Field(1.0, gt=0, description="s; the paper chooses it per task from 0.1, 0.5, 1, 5, 10.")
-    place: Literal["block", "attention"] = Field("block", description="Before attention and MLP, or attention alone.")
-    dropout: float = Field(0.1, ge=0, lt=1, description="Between the projections, in training.")
+    groups: int = Field(2, ge=1, description="Groups g of the second projection; must divide h' and M.")
+    scale: float = Field(1.0, gt=0, description="Scale s; the paper chooses it per task from 0.1, 0.5, 1, 5, 10.")
+    place: Literal["block", "attention"] = Field(
+        "block", description="block: before attention and MLP; attention: before attention only."
+    )
+    dropout: float = Field(0.1, ge=0, lt=1, description="Dropout between the projections in training.")
 
     @classmethod
     def examples(cls) -> Sequence[Transform]:

@@ -50,14 +50,16 @@ class ScaleShift(nn.Module):
         return z * self.scale + self.shift
 
 
-class WithScaleShift:
+class WithScaleShift(surgery.Mixin):
     """Of any layer: a scale and shift of its channels behind it."""
 
     slots = ("ssf",)
 
+    ssf: nn.Module | None
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        z = super().forward(x)  # type: ignore[misc]
-        return z if self.ssf is None else self.ssf(z)  # type: ignore[attr-defined]
+        z = super().forward(x)
+        return z if self.ssf is None else self.ssf(z)
 
 
 class SSFPlan(TermPlan):
@@ -74,10 +76,11 @@ class SSFPlan(TermPlan):
     def sites(self) -> Iterable[str]:
         return self.layers
 
-    def term(self, module: Any, path: str) -> tuple[nn.Module, str]:
+    def term(self, module: nn.Module, path: str) -> tuple[nn.Module, str]:
         # timm's LayerNorm2d normalises the channels of (B, C, H, W), and is a LayerNorm
         first = isinstance(module, nn.Conv2d) or any(kind.__name__.endswith("2d") for kind in type(module).__mro__)
-        return ScaleShift(module.bias.shape[0], first, **new_like(module.bias)), "+ scale and shift"
+        bias = module.get_parameter("bias")
+        return ScaleShift(bias.shape[0], first, **new_like(bias)), "+ scale and shift"
 
     @torch.no_grad()
     def initialise(self, student: nn.Module, source: Source) -> None:
@@ -87,20 +90,25 @@ class SSFPlan(TermPlan):
     def folds_into(self, path: str) -> list[str]:
         return [f"{path}.weight", f"{path}.bias"]
 
-    def fold_term(self, module: Any, term: Any, path: str) -> None:
+    def fold_term(self, module: nn.Module, term: Any, path: str) -> None:
         """`W' = diag(γ) W`, `b' = γ b + β`, of norms alike."""
         scale, shift = term.scale.double(), term.shift.double()
-        module.weight.copy_(module.weight.double() * scale.reshape(-1, *[1] * (module.weight.ndim - 1)))
-        module.bias.copy_(module.bias.double() * scale + shift)
+        weight, bias = module.get_parameter("weight"), module.get_parameter("bias")
+        weight.copy_(weight.double() * scale.reshape(-1, *[1] * (weight.ndim - 1)))
+        bias.copy_(bias.double() * scale + shift)
 
 
 @transform("ssf", SSFPlan)
 class SSF(Transform):
-    """A scale and shift behind every linear layer, convolution and norm; the backbone is frozen (SSF)."""
+    """A scale and shift after every linear layer, convolution and norm; the backbone is frozen (SSF)."""
 
     freezes = True
 
-    std: float = Field(0.0, ge=0, description="Deviation of their start; the paper's code has 0.02, 0 is the identity.")
+    std: float = Field(
+        0.0,
+        ge=0,
+        description="Standard deviation of the initial values; 0 starts as the identity, the paper's code uses 0.02.",
+    )
 
     def plan(self, model: nn.Module, source: Source | None = None) -> SSFPlan:
         describe(model)

@@ -37,7 +37,7 @@ def add_to_weight_(layer: nn.Module, product: torch.Tensor) -> None:
             f"nothing can be added to the weight of a {type(layer).__name__}, which is low rank; fold that step first, as "
             "compressvit.materialise does"
         )
-    weight: torch.Tensor = layer.weight
+    weight = layer.get_parameter("weight")
     weight.copy_(weight.double() + product.double().reshape(weight.shape))
 
 
@@ -53,11 +53,11 @@ class TermPlan(Plan):
         """Paths of the modules that get a term."""
         raise TypeError(f"{type(self).__name__} does not define sites")
 
-    def term(self, module: Any, path: str) -> tuple[nn.Module, str]:
+    def term(self, module: nn.Module, path: str) -> tuple[nn.Module, str]:
         """A new term for a module, and what the ledger says of it."""
         raise TypeError(f"{type(self).__name__} does not define term")
 
-    def fold_term(self, module: Any, term: Any, path: str) -> None:
+    def fold_term(self, module: nn.Module, term: Any, path: str) -> None:
         """Put a term into the weights of the module that has it."""
         raise TypeError(f"{type(self).__name__} does not define fold_term")
 

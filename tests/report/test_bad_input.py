@@ -113,7 +113,7 @@ def test_a_field_of_another_version(copied):
     (copied / "results.json").write_text(json.dumps(results))
     notes, page = noted(copied)
     assert "student.parameters: input should be a valid integer" in notes[0]
-    assert "This run has finished, but its results cannot be read; below is what there is." in page.text
+    assert "This run has finished, but its results cannot be read; the rest is shown below." in page.text
 
 
 def test_a_newer_form_of_predictions(copied):
@@ -172,7 +172,7 @@ def test_metrics_that_are_no_text(copied):
 @pytest.mark.parametrize("text", ["steps: [", "42", "- a\n- b", ""])
 def test_a_resolved_recipe_that_is_none(copied, text):
     (copied / "resolved.yaml").write_text(text)
-    assert noted(copied)[0] == ["resolved.yaml is damaged: it is no recipe."]
+    assert noted(copied)[0] == ["resolved.yaml is damaged: it is not a recipe."]
 
 
 def test_a_recipe_whose_sections_are_none(copied):

@@ -131,7 +131,7 @@ def test_any_diagnostic_is_drawn(copied):
     assert page.figure_names[-2:] == ["x_new", None]
     assert page.figures[-2]["caption"] == "Read it so."
     assert page.figures[-2]["spec"]["data"]["values"] == records
-    assert "Nothing found There is nothing to draw." in page.text
+    assert "Nothing found No chart." in page.text
 
 
 def test_no_report(recipe, tmp_path):
@@ -242,7 +242,7 @@ def died(tmp_path_factory):
 def test_a_run_that_died_yields_what_there_is(died):
     page = reported(died)
     assert page.sections == ["verdict", "asked", "training", "reproduce"]
-    assert re.search(r"This run has not finished: its last line is step \d+ of phase 1_distill", page.text)
+    assert re.search(r"This run has not finished: its last log line is step \d+ of phase 1_distill", page.text)
     assert "The last lines of run.log:" in page.text
     assert "ERROR 1_distill: the loss is nan at step" in page.text, "the reason"
     assert "━" not in page.text, "no tables from the log"
@@ -328,7 +328,7 @@ def test_many_classes_show_those_that_changed_most(finished):
     predictions.compared = False
     chart = class_chart(predictions)
     assert {record["class"] for record in chart.records} == {f"c{i}" for i in range(21, 100, 2)}
-    assert "the 40 of 100 of which fewest are right" in chart.caption
+    assert "the 40 of 100 with the lowest accuracy" in chart.caption
 
 
 def test_identifiers_of_drawings_do_not_meet():
@@ -346,7 +346,7 @@ def test_identifiers_of_drawings_do_not_meet():
 def test_help_names_the_verb(capsys):
     with pytest.raises(SystemExit):
         cli.main(["report", "--help"])
-    assert "needs no network" in capsys.readouterr().out
+    assert "self-contained" in capsys.readouterr().out
 
 
 def test_what_the_command_line_changed_stands_below_the_recipe(finished, tmp_path):
@@ -357,4 +357,4 @@ def test_what_the_command_line_changed_stands_below_the_recipe(finished, tmp_pat
     (copied / "environment.json").write_text(json.dumps(told))
     done("report", copied)
     page = (copied / "report.html").read_text(encoding="utf-8")
-    assert "Changed on the command line: <code>seed=3</code> <code>data.root=a&lt;b</code> </p>" in page
+    assert "Overridden on the command line: <code>seed=3</code> <code>data.root=a&lt;b</code> </p>" in page

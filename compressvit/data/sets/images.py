@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch.utils.data import Dataset, Subset
 
@@ -11,10 +12,13 @@ from compressvit.data.sets.base import IMAGE_TYPES, existing_root
 from compressvit.data.spec import Data
 from compressvit.errors import UserError
 
+if TYPE_CHECKING:
+    from timm.data import ImageDataset
+
 LAYOUT = "expected images anywhere under FOLDER, or under FOLDER/train and FOLDER/val"
 
 
-@data_set("images", note="unlabeled, searched recursively", labelled=False)
+@data_set("images", note="unlabelled, searched recursively", labelled=False)
 def open_images(data: Data) -> tuple[Dataset, Dataset]:
     """FOLDER/train and FOLDER/val where both are there; else every 1/val_fraction-th image is held out."""
     root = existing_root(data, LAYOUT)
@@ -29,7 +33,7 @@ def open_images(data: Data) -> tuple[Dataset, Dataset]:
     return Subset(source, [i for i in range(count) if i not in held_out]), Subset(source, sorted(held_out))
 
 
-def _readable(folder: Path, data: Data) -> Dataset:
+def _readable(folder: Path, data: Data) -> ImageDataset:
     """All images in a folder or below it, whatever their folders are called."""
     from timm.data import create_dataset
 

@@ -1,1 +1,1 @@
-"""Families of backbones: one file a family, with everything compressvit knows of it (`compressvit.model.family.Family`)."""
+"""Families of backbones: one file per family, with everything compressvit knows about it (`compressvit.model.family.Family`)."""

@@ -5,18 +5,19 @@ Shapes: B batch, C width; blocks carry (B, C, height, width).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import cast
 
 import torch
 from einops import rearrange
 from timm.models import convnext
 from timm.models.convnext import ConvNeXt as TimmConvNeXt
-from timm.models.convnext import ConvNeXtBlock
+from timm.models.convnext import ConvNeXtBlock, ConvNeXtStage
 from torch import nn
 
 from compressvit.model.backbone import input_size
 from compressvit.model.family import BlockInfo, Family, family
+from compressvit.model.linear import weight_shape
 from compressvit.model.slots import beside
 
 
@@ -24,6 +25,8 @@ class SlottedConvNeXtBlock(ConvNeXtBlock):
     """timm's `ConvNeXtBlock` with a slot beside the MLP; x is (B, C, height, width)."""
 
     slots = ("adaptformer",)
+
+    adaptformer: nn.Module | None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         mixed = self.conv_dw(x)
@@ -56,17 +59,18 @@ class ConvNeXt(Family):
     drop_paths = ("drop_path",)
 
     def blocks(self, model: nn.Module) -> Iterator[BlockInfo]:
+        assert isinstance(model, TimmConvNeXt)
         index = 0
         height, width = input_size(model)[1:]
-        features: Any = model.feature_info
-        for stage, layer in enumerate(model.stages):
-            reduction = features[stage]["reduction"]
-            for i, block in enumerate(layer.blocks):
+        for stage, layer in enumerate(cast(Iterable[ConvNeXtStage], model.stages)):
+            reduction = model.feature_info[stage]["reduction"]
+            assert isinstance(reduction, int)
+            for i, block in enumerate(cast(Iterable[ConvNeXtBlock], layer.blocks)):
                 yield BlockInfo(
                     path=f"stages.{stage}.blocks.{i}",
                     index=index,
                     stage=stage,
-                    width=block.mlp.fc1.in_channels if block.use_conv_mlp else block.mlp.fc1.in_features,
+                    width=weight_shape(block.get_submodule("mlp.fc1"))[1],
                     heads=0,
                     resolution=(height // reduction, width // reduction),
                 )

@@ -5,12 +5,18 @@ Shapes: B batch, H heads, N tokens of a window, D head width, C width; blocks ca
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import cast
 
 import torch
 from einops import rearrange
 from timm.models import swin_transformer
-from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, WindowAttention
+from timm.models.swin_transformer import (
+    SwinTransformer,
+    SwinTransformerBlock,
+    SwinTransformerStage,
+    WindowAttention,
+)
 from torch import nn
 
 from compressvit.model.family import BlockInfo, Family, family
@@ -21,6 +27,10 @@ class ExplicitWindowAttention(WindowAttention):
     """timm's `WindowAttention` (Swin v1) with slots on its logits and probabilities."""
 
     slots = ATTENTION_SLOTS
+
+    rpe_k: nn.Module | None
+    logit_mix: nn.Module | None
+    prob_mix: nn.Module | None
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """x: (windows·B, N, C); mask: (windows, N, N) of 0 and −100, or None."""
@@ -49,6 +59,9 @@ class SlottedSwinBlock(SwinTransformerBlock):
 
     slots = BLOCK_SLOTS
 
+    mlp_conv: nn.Module | None
+    adaptformer: nn.Module | None
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x + self.drop_path1(self._attn(self.norm1(x)))
         if self.mlp_conv is not None:
@@ -71,20 +84,27 @@ class Swin(Family):
     layout = "channels_last"
 
     def blocks(self, model: nn.Module) -> Iterator[BlockInfo]:
+        assert isinstance(model, SwinTransformer)
         index = 0
-        for stage, layer in enumerate(model.layers):
-            for i, block in enumerate(layer.blocks):
+        for stage, layer in enumerate(cast(Iterable[SwinTransformerStage], model.layers)):
+            for i, block in enumerate(cast(Iterable[SwinTransformerBlock], layer.blocks)):
                 yield BlockInfo(
                     path=f"layers.{stage}.blocks.{i}",
                     index=index,
                     stage=stage,
                     width=block.dim,
                     heads=block.attn.num_heads,
-                    resolution=tuple(block.input_resolution),
-                    window=tuple(block.window_size),
-                    shift=tuple(block.shift_size),
+                    resolution=_pair(block.input_resolution),
+                    window=_pair(block.window_size),
+                    shift=_pair(block.shift_size),
                 )
                 index += 1
 
     def convert(self, tensors: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
         return swin_transformer.checkpoint_filter_fn(tensors, model)
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """Height and width, which timm may give as one number."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width

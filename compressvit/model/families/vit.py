@@ -24,6 +24,10 @@ class ExplicitAttention(Attention):
 
     slots = ATTENTION_SLOTS
 
+    rpe_k: nn.Module | None
+    logit_mix: nn.Module | None
+    prob_mix: nn.Module | None
+
     def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
         q, k = self.q_norm(q) * self.scale, self.k_norm(k)
@@ -58,6 +62,9 @@ class SlottedBlock(Block):
 
     slots = BLOCK_SLOTS
 
+    mlp_conv: nn.Module | None
+    adaptformer: nn.Module | None
+
     def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
         masks = {"is_causal": True} if is_causal else {}
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, **masks)))
@@ -82,6 +89,7 @@ class ViT(Family):
     prompts = "sequence"
 
     def blocks(self, model: nn.Module) -> Iterator[BlockInfo]:
+        assert isinstance(model, VisionTransformer)
         for i, block in enumerate(model.blocks):
             yield BlockInfo(
                 path=f"blocks.{i}",
@@ -93,5 +101,6 @@ class ViT(Family):
             )
 
     def convert(self, tensors: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+        assert isinstance(model, VisionTransformer)
         # adapt_layer_scale: gamma_1 of the original DeiT III files
         return vision_transformer.checkpoint_filter_fn(tensors, model, adapt_layer_scale=True)

@@ -26,7 +26,7 @@ else:
 
 @phase("distill")
 class Distill(PhaseSpec):
-    """Train the student to behave as its teacher (MiniViT's weight distillation by default)."""
+    """Train the student to reproduce its teacher (by default MiniViT's weight distillation)."""
 
     needs_classifier: ClassVar[bool] = False
 
@@ -34,9 +34,9 @@ class Distill(PhaseSpec):
     layers: Literal["matched", "auto"] | tuple[tuple[int, int], ...] = Field(
         "matched",
         description="Pairs [student block, teacher block] for the relation losses, counted from 0 over the whole model. "
-        "'matched': the last block of every share group (of every stage, where nothing is shared), with the teacher's block "
-        "of the same index; needs teacher and student of the same depths. 'auto': the last block of every share group (every block, "
-        "where nothing is shared), with the teacher's block that is most like it when the phase begins, by CKA on the calibration "
+        "'matched': the last block of every share group (of every stage if nothing is shared), with the teacher's block "
+        "of the same index; teacher and student must have the same depths. 'auto': the last block of every share group (every block "
+        "if nothing is shared), with the teacher's block that is most similar when the phase begins, by CKA on the calibration "
         "images, in order and within stage, resolution and window shift; depths may differ.",
     )
 

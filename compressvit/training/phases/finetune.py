@@ -7,4 +7,4 @@ from compressvit.training.phases.base import PhaseSpec, phase
 
 @phase("finetune")
 class Finetune(PhaseSpec):
-    """Train with the ground truth alone; also how a teacher is trained from scratch."""
+    """Train on the labels alone; a teacher is trained from scratch this way, too."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import reduce
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -22,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from compressvit.errors import UserError
 from compressvit.training.phases.base import PhasePlan, PhaseSpec, Setting, phase
 from compressvit.training.phases.prune.neurons import prunable_plan
+from compressvit.transforms.bottleneck import BottleneckPlan
 from compressvit.transforms.record import compression_of
 
 if TYPE_CHECKING:
@@ -32,17 +34,20 @@ Batches = Callable[[], Sequence[tuple[torch.Tensor, torch.Tensor]]]
 
 @phase("sparsify")
 class Sparsify(PhaseSpec):
-    """Mask all but the best single weights of adapters, then train those (SparseAdapter, SNIP, GraSP). Nothing shrinks."""
+    """Mask all but the best individual weights of adapters, then train those (SparseAdapter, SNIP, GraSP). Tensors do not shrink."""
 
     label_fields: ClassVar[tuple[str, ...] | None] = ("keep", "score")
 
-    keep: float = Field(gt=0, le=1, description="Share of the weights of all adapters together that stay.")
+    # In place of the epoch to keep, which other phases have under this word: this phase ends with its last.
+    keep: float = Field(  # type: ignore[assignment]
+        gt=0, le=1, description="Fraction of the weights of all adapters together that is kept."
+    )
     score: Literal["magnitude", "snip", "grasp", "random"] = Field(
         "magnitude",
-        description="|θ| (SparseAdapter), |g⊙θ| (SNIP) or θ⊙Hg (GraSP), with gradient g and Hessian H of the ground truth's loss. Fresh "
-        "adapters have no gradient yet: put a finetune step before.",
+        description="|θ| (SparseAdapter), |g⊙θ| (SNIP) or θ⊙Hg (GraSP), with gradient g and Hessian H of the loss on the labels. New "
+        "adapters have no gradient yet: put a finetune step before it.",
     )
-    gradient_batches: int = Field(10, ge=1, description="Training batches that snip and grasp look at.")
+    gradient_batches: int = Field(10, ge=1, description="Training batches used by snip and grasp.")
 
     def plan(self, setting: Setting) -> PhasePlan:
         plan = super().plan(setting)
@@ -97,8 +102,7 @@ def sparsify_(model: nn.Module, spec: Sparsify, batches: Batches, seed: int = 0)
     masks = dict(zip(scored, chosen.split([s.numel() for s in scored.values()]), strict=True))
     left: dict[str, int] = {}
     for path, adapter in plan.bottlenecks(model).items():
-        for side in ("down", "up"):
-            layer = getattr(adapter, side)
+        for side, layer in zip(("down", "up"), adapter.dense(), strict=True):
             mask = masks[f"{plan.prefix(path)}.{side}.weight"].reshape(layer.weight.shape)
             layer.kept = int(mask.sum())  # a mask on the meta device could not be counted
             left[path] = left.get(path, 0) + layer.kept
@@ -110,16 +114,16 @@ def sparsify_(model: nn.Module, spec: Sparsify, batches: Batches, seed: int = 0)
     return left
 
 
-def _weights(model: nn.Module, plan: Any) -> dict[str, nn.Parameter]:
+def _weights(model: nn.Module, plan: BottleneckPlan) -> dict[str, torch.Tensor]:
     return {
-        f"{plan.prefix(path)}.{side}.weight": getattr(adapter, side).weight
+        f"{plan.prefix(path)}.{side}.weight": layer.weight
         for path, adapter in plan.bottlenecks(model).items()
-        for side in ("down", "up")
+        for side, layer in zip(("down", "up"), adapter.dense(), strict=True)
     }
 
 
 def _scores(
-    model: nn.Module, weights: dict[str, nn.Parameter], spec: Sparsify, batches: Batches, seed: int
+    model: nn.Module, weights: dict[str, torch.Tensor], spec: Sparsify, batches: Batches, seed: int
 ) -> dict[str, torch.Tensor]:
     """By name of the weight, of its shape, on the CPU in float64: |θ|, |g⊙θ| or θ⊙Hg of the loss of the batches together."""
     if spec.score == "magnitude":
@@ -138,7 +142,7 @@ def _scores(
                 loss = F.cross_entropy(model(pixels), targets, ignore_index=-1) / len(images)
                 slopes = torch.autograd.grad(loss, list(weights.values()), create_graph=second)
                 if second:  # H g, where g is the gradient over all batches
-                    along = sum((s * g).sum() for s, g in zip(slopes, gradient, strict=True))
+                    along = reduce(torch.add, ((s * g).sum() for s, g in zip(slopes, gradient, strict=True)))
                     slopes = torch.autograd.grad(along, list(weights.values()))
             sums = [total + s.detach() for total, s in zip(sums, slopes, strict=True)]
     scored = {n: (w.detach() * s).cpu().double() for (n, w), s in zip(weights.items(), sums, strict=True)}

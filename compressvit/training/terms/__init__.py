@@ -1,6 +1,6 @@
-"""The terms of the distillation loss: one file a term, with its key in a recipe, its taps and what it computes.
+"""The terms of the distillation loss: one file per term, with its key in a recipe, its taps and its formula.
 
-To add one, write a file beside `prediction.py`; it is found by itself, and its word is a key of `losses`. Another package adds one
+To add one, write a file beside `prediction.py`; it is discovered, and its word becomes a key of `losses`. Another package adds one
 through an entry point of the group `compressvit.terms`. The functions themselves are in `compressvit.losses`.
 """
 

@@ -13,10 +13,12 @@ from compressvit.training.terms.base import Batch, LossTerm, Term, TermSetting, 
 
 @loss_term("attention_relation")
 class AttentionRelationTerm(LossTerm):
-    """β of MiniViT: relations of queries, keys and values of the paired layers."""
+    """MiniViT's attention distillation (β): relations of queries, keys and values of the paired layers."""
 
     weight: float = Field(1.0, ge=0)
-    heads: int = Field(1, ge=1, description="Relation heads that q, k and v are split into; must divide both widths.")
+    heads: int = Field(
+        1, ge=1, description="Number of relation heads that q, k and v are split into; must divide both widths."
+    )
 
     def build(self, setting: TermSetting) -> Term | None:
         pairs = setting.pairs

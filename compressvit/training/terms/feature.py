@@ -15,7 +15,7 @@ _TAP = ("norm", "output")
 
 @loss_term("feature")
 class FeatureTerm(LossTerm):
-    """Distance of the tokens after the final norm; what a backbone without a classifier is distilled by."""
+    """Distance between the tokens after the final norm; used to distil a backbone without a classifier."""
 
     weight: float = Field(0.0, ge=0)
     form: Literal["cosine", "mse"] = "cosine"
@@ -23,8 +23,8 @@ class FeatureTerm(LossTerm):
         0.5,
         ge=0,
         le=1,
-        description="Share of the term that the prefix tokens (class, registers) have together; the others have the rest. Counted "
-        "alike, a class token would be one of hundreds. Ignored where there are none.",
+        description="Weight of all prefix tokens (class, registers) together within the term; the other tokens share the rest. With "
+        "equal weights a class token would be one of hundreds. Ignored if there are none.",
     )
 
     def build(self, setting: TermSetting) -> Term:

@@ -14,10 +14,12 @@ from compressvit.training.terms.base import Batch, LossTerm, Term, TermSetting, 
 
 @loss_term("hidden_relation")
 class HiddenRelationTerm(LossTerm):
-    """γ of MiniViT: relations of the tokens that leave the paired blocks."""
+    """MiniViT's hidden-state distillation (γ): relations of the output tokens of the paired blocks."""
 
     weight: float = Field(0.1, ge=0)
-    form: Literal["cosine_mse", "softmax_ce"] = Field("cosine_mse", description="The released code's, or the paper's.")
+    form: Literal["cosine_mse", "softmax_ce"] = Field(
+        "cosine_mse", description="cosine_mse: the released code's form; softmax_ce: the paper's."
+    )
     scale: float = Field(49.0, gt=0, description="Factor of cosine_mse; the released code's window area.")
 
     def build(self, setting: TermSetting) -> Term | None:

@@ -13,7 +13,7 @@ from compressvit.training.terms.base import Batch, LossTerm, Term, TermSetting, 
 
 @loss_term("labels")
 class LabelTerm(LossTerm):
-    """Cross-entropy against the ground truth. MiniViT uses none: soft labels alone do better there."""
+    """Cross-entropy against the ground truth. MiniViT does not use it: soft labels alone do better there."""
 
     needs_classes: ClassVar[bool] = True
     needs_labels: ClassVar[bool] = True

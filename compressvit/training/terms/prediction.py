@@ -19,7 +19,7 @@ class PredictionTerm(LossTerm):
     compares_logits: ClassVar[bool] = True
 
     weight: float = Field(1.0, ge=0)
-    temperature: float = Field(1.0, gt=0, description="Divides both logits; no T² factor.")
+    temperature: float = Field(1.0, gt=0, description="Both models' logits are divided by it; there is no T² factor.")
 
     def build(self, setting: TermSetting) -> Term:
         def function(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

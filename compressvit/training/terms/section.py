@@ -15,7 +15,7 @@ _ORDER = ("prediction", "attention_relation", "hidden_relation", "feature", "lab
 
 
 class LossSection(Spec):
-    """The terms of the distillation loss. A term of weight 0 is not computed."""
+    """The terms of the distillation loss. A term with weight 0 is not computed."""
 
     def terms(self) -> list[LossTerm]:
         """Those with a weight, in order."""

@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 @loss_term("torchdistill")
 class TorchdistillTerm(LossTerm):
-    """Any mid-level loss of torchdistill, by its class name and its own arguments, in which it names its taps."""
+    """Any mid-level loss of torchdistill, given by its class name and its own arguments, which name the taps."""
 
     listed: ClassVar[bool] = True
 
-    loss: str = Field(description="Name of the class, e.g. SPKDLoss.")
+    loss: str = Field(description="Name of the loss class, e.g. SPKDLoss.")
     weight: float = Field(1.0, ge=0)
     kwargs: dict[str, Any] = Field(
-        default_factory=dict, description="As torchdistill documents them; module paths name the taps."
+        default_factory=dict, description="Its arguments, as documented by torchdistill; module paths name the taps."
     )
 
     def build(self, setting: TermSetting) -> Term:

@@ -47,32 +47,32 @@ class LORS(RankStep):
 
     terms: int | tuple[int, ...] = Field(
         1,
-        description="The paper's K: terms of rank r in each layer, so that its rank is K·r; one number, or one per block.",
+        description="The paper's K: number of terms of rank r in each layer, for a total rank of K·r; one number, or one per block.",
     )
     share: int | tuple[int, ...] | Literal["auto"] | None = Field(
         None,
-        description="Blocks in a share group: one number, or one per stage (1 there for low rank alone; `low_rank` is that everywhere). "
-        "Null: as an earlier step shares them, and where none does, all blocks of a stage. What is not shared then keeps its weight. "
-        "auto: for each kind of layer of each stage what leaves the least error in the budget, 1 included.",
+        description="Blocks in a share group: one number, or one per stage (1: low rank alone there; for all stages use `low_rank`). "
+        "Null: as an earlier step shares them, or if none does, all blocks of a stage. Layers that are not shared then keep their weight. "
+        "auto: for each kind of layer of each stage the size, 1 included, with the least error within the budget.",
     )
     group_by: Literal["consecutive", "similarity"] = Field(
         "consecutive",
-        description="similarity: a stage has as many groups as with `share` consecutive blocks, of the layers that lose least by sharing, "
-        "wherever they are and however many.",
+        description="similarity: as many groups per stage as with `share` consecutive blocks, but each of the layers that lose least by "
+        "sharing, wherever and however many they are.",
     )
     init: Literal["fit", "first", "scratch"] = Field(
         "fit",
         description="fit: shared weight and terms from the teacher's weights; first: the shared weight is the first layer's; "
-        "scratch: from noise as in the paper, the terms at zero (these layers only; student: {weights: random} is noise all over).",
+        "scratch: random as in the paper, the terms at zero (these layers only; student: {weights: random} for the whole student).",
     )
     metric: Literal["auto", "outputs", "inputs", "weights"] = Field(
         "auto",
-        description="What an error is measured in. weights: the weight itself. inputs: the layer's output on calibration images "
-        "(whitening). outputs: what the model computes on them. auto: what wins in our measurements, inputs for layers that share a "
+        description="The metric of an error. weights: the weight itself. inputs: the layer's output on calibration images "
+        "(whitening). outputs: the model's output on them. auto: the best in our measurements, inputs for layers that share a "
         "weight and outputs for the others.",
     )
     rounds: int = Field(
-        4, ge=0, description="How often the shared weight is fitted again to what the private terms leave over."
+        4, ge=0, description="How often the shared weight is refitted to the residual of the private terms."
     )
 
     @field_validator("terms", "share")
@@ -141,6 +141,7 @@ class LORS(RankStep):
             # all in one pass over the images, for whatever comes of it
             source.moments(every, outputs=self.metric == "outputs" or (self.metric == "auto" and self.share == "auto"))
         if not self.budget:
+            assert self.share != "auto"  # refused without a budget
             found = [g for target in targets for g in self._groups(model, backbone, target, self.share, source)]
             # a layer that is like no other shares with none, which is no reason to take its weight away
             groups = [g for g in found if len(g) > 1 or self.group_by != "similarity"]

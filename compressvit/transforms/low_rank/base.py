@@ -146,28 +146,28 @@ class RankStep(Transform):
     """Options of a step that gives linear layers a rank each."""
 
     rank: int | tuple[int, ...] | None = Field(
-        None, description="Rank: one number, or one per block. Or give a budget."
+        None, description="Rank: one number, or one per block. Alternatively give `budget`."
     )
     budget: Budget | None = Field(
         None,
-        description="Instead of ranks: what the student may cost. Ranks go where they remove the most error for it; a layer that shares "
-        "no weight stays dense where that is cheaper.",
+        description="Instead of a rank: what the student may cost. Ranks are allocated where they reduce the error most for their cost; a "
+        "layer that shares no weight stays dense if that is cheaper.",
     )
     targets: tuple[str, ...] = Field(
         TARGETS, min_length=1, description="Linear layers of a block, by path within it; * matches any part."
     )
     sequential: bool = Field(
         True,
-        description="Fit layers in the order they run, each on what the fitted layers before it produce, towards the teacher's hidden "
-        "states, biases too. False: each as if all others were the teacher's. Ignored where nothing is measured on images.",
+        description="Fit layers, with their biases, in the order they run: each on the outputs of the fitted layers before it, towards the "
+        "teacher's hidden states. False: each as if all others were the teacher's. Ignored if nothing is measured on images.",
     )
     ridge: float = Field(
         1e-3,
         ge=0,
-        description="Added to the inputs' second moment, in parts of its mean, at least 1e-6: errors off the images count too.",
+        description="Regularisation of the inputs' second moment, relative to its mean, at least 1e-6: errors on other inputs count too.",
     )
     output_ridge: float = Field(
-        0.1, ge=0, description="The same for the gradients' second moment; for metric: outputs."
+        0.1, ge=0, description="The same for the gradients' second moment, with `metric: outputs`."
     )
 
     @field_validator("rank")

@@ -73,12 +73,12 @@ class LowRank(RankStep):
 
     init: Literal["fit", "scratch"] = Field(
         "fit",
-        description="fit: from the teacher's weights; scratch: from noise (these layers only; student: {weights: random} is noise all "
-        "over).",
+        description="fit: from the teacher's weights; scratch: random (these layers only; student: {weights: random} for the whole "
+        "student).",
     )
     metric: Literal["outputs", "inputs", "weights"] = Field(
         "outputs",
-        description="What an error is measured in. outputs: what the model computes on calibration images. inputs: the layer's output on "
+        description="The metric of an error. outputs: the model's output on calibration images. inputs: the layer's output on "
         "them (whitening). weights: the weight itself, without images.",
     )
 

@@ -7,7 +7,7 @@ Shapes: B batch, N tokens, M width, P prompts; Swin's blocks carry (B, height, w
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,11 @@ from einops import rearrange
 from torch import nn
 
 from compressvit.model import surgery
+
+if TYPE_CHECKING:
+    from timm.models.swin_transformer import WindowAttention
+else:
+    WindowAttention = object  # as `surgery.Mixin`
 
 
 class Prompts(nn.Module):
@@ -109,82 +114,97 @@ class DropPromptRows(DropPrompts):
         return self.split(x)[0]
 
 
-class WithPrompts:
+class WithPrompts(surgery.Mixin):
     """Of a norm or a block: prompts enter before it."""
 
     slots = ("vpt",)
 
+    vpt: Prompts
+
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        return super().forward(self.vpt(x), *args, **kwargs)  # type: ignore[misc,attr-defined]
+        return super().forward(self.vpt(x), *args, **kwargs)
 
 
-class WithoutPrompts:
+class WithoutPrompts(surgery.Mixin):
     """Of a block: prompts leave behind it."""
 
     slots = ("vpt_end",)
 
+    vpt_end: DropPrompts
+
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        return self.vpt_end(super().forward(x, *args, **kwargs))  # type: ignore[misc,attr-defined]
+        return self.vpt_end(super().forward(x, *args, **kwargs))
 
 
 class PromptedAttention(WithoutPrompts):
     """Of a ViT's attention, whose input has prompts: they leave behind it, and a mask, which is for N tokens, leaves them alone."""
 
     def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
-        return super().forward(x, attn_mask=self.vpt_end.widen(attn_mask), **kwargs)  # type: ignore[attr-defined]
+        return super().forward(x, attn_mask=self.vpt_end.widen(attn_mask), **kwargs)
 
 
-class WidenedWindowAttention:
+class WidenedWindowAttention(WindowAttention):
     """Of Swin's attention, the windows of which have prompts: no mask and no relative position is for them."""
 
     slots = ("vpt_end",)
 
+    vpt_end: DropPrompts
+
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        return super().forward(x, mask=self.vpt_end.widen(mask))  # type: ignore[misc,attr-defined]
+        return super().forward(x, mask=self.vpt_end.widen(mask))
 
     def _get_rel_pos_bias(self) -> torch.Tensor:  # (1, H, N+P, N+P)
-        return self.vpt_end.widen(super()._get_rel_pos_bias())  # type: ignore[misc,attr-defined]
+        bias = self.vpt_end.widen(super()._get_rel_pos_bias())
+        assert bias is not None
+        return bias
 
 
 class PromptedWindowAttention(WidenedWindowAttention, WithoutPrompts):
     """The same, and the prompts leave behind it."""
 
 
-class PromptedSwinBlock:
+class PromptedSwinBlock(surgery.Mixin):
     """Of a Swin block: every window that attention sees begins with the prompts, behind the block's first norm like all tokens."""
 
     slots = ("vpt",)
 
-    def _attn(self: Any, x: torch.Tensor) -> torch.Tensor:
+    vpt: Prompts
+    norm1: nn.Module
+
+    def _attn(self, x: torch.Tensor) -> torch.Tensor:
         # forward, not a call: hooks of the norm are for the image's tokens
         return _attend(self, x, self.norm1.forward(self.vpt.of(len(x))))[0]
 
 
-class CarryingSwinBlock:
+class CarryingSwinBlock(surgery.Mixin):
     """Of a Swin block whose grid has rows of prompts: they are copied into every window, and what attention makes of the copies is
     averaged. Everything else in a block is done to each token alone, so it needs no change."""
 
     slots = ("vpt_rows",)
 
-    def _attn(self: Any, x: torch.Tensor) -> torch.Tensor:
+    vpt_rows: DropPromptRows
+
+    def _attn(self, x: torch.Tensor) -> torch.Tensor:
         grid, prompts = self.vpt_rows.split(x)
         grid, copies = _attend(self, grid, prompts)
         return _below(grid, rearrange(copies, "(b w) p m -> b w p m", b=len(x)).mean(1))
 
 
-class CarryingPatchMerging:
+class CarryingPatchMerging(surgery.Mixin):
     """Of Swin's patch merging: every prompt stands below the grid as a 2×2 patch of copies, so it is merged like the image's."""
 
     slots = ("vpt_rows",)
 
-    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+    vpt_rows: DropPromptRows
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         grid, prompts = self.vpt_rows.split(x)
         height, width = grid.shape[1:3]
         grid = F.pad(grid, (0, 0, 0, width % 2, 0, height % 2))  # as timm does, but before the prompts come
         merged = F.pad(prompts, (0, 0, 0, -prompts.shape[1] % (grid.shape[2] // 2)))
         rows = rearrange(merged, "b (r c) m -> b r c m", c=grid.shape[2] // 2)
         rows = rows.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
-        return super().forward(torch.cat([grid, rows], dim=1))  # type: ignore[misc]
+        return super().forward(torch.cat([grid, rows], dim=1))
 
 
 def _attend(block: Any, x: torch.Tensor, prompts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -212,7 +232,7 @@ def _attend(block: Any, x: torch.Tensor, prompts: torch.Tensor) -> tuple[torch.T
     return torch.roll(x, (down, right), dims=(1, 2)) if down or right else x, copies
 
 
-class TravellingPrompts:
+class TravellingPrompts(surgery.Mixin):
     """Of a model whose prompts enter before the first block and leave behind the last: timm's interface sees nothing of them."""
 
     slots = ()

@@ -133,19 +133,22 @@ class VPTPlan(Plan):
 
 @transform("vpt", VPTPlan)
 class VPT(Transform):
-    """Learnable prompt tokens beside the image's, in every block or from the first on; the backbone is frozen (VPT)."""
+    """Learnable prompt tokens added to the image's tokens, in every block or before the first; the backbone is frozen (VPT)."""
 
     freezes = True
     refuses: ClassVar[dict[str, str]] = {"convnext": "prompts need a token sequence that attention runs over"}
     changes_at_start = True
 
-    prompts: int = Field(10, ge=1, description="P, tokens that are added; the paper tries 1 to 200 (1 to 50 in Swin).")
+    prompts: int = Field(10, ge=1, description="Number P of prompt tokens; the paper tries 1 to 200 (1 to 50 in Swin).")
     deep: bool = Field(
         True,
-        description="Fresh prompts in every block (VPT-deep), or one set that goes through all of them (VPT-shallow).",
+        description="true: new prompts in every block (VPT-deep); false: one set that passes through all blocks (VPT-shallow).",
     )
     dropout: float = Field(
-        0.0, ge=0, lt=1, description="Of the prompts' elements, in training; the examples of the paper's code have 0.1."
+        0.0,
+        ge=0,
+        lt=1,
+        description="Dropout of the prompts' elements in training; the examples of the paper's code use 0.1.",
     )
 
     @classmethod

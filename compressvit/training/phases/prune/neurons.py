@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from compressvit.model import ties
 from compressvit.training.phases.prune.options import PruneOptions, PruneTarget, Score
 from compressvit.training.state import Moments
 from compressvit.transforms import TRANSFORMS, Plan
+from compressvit.transforms.bottleneck import BottleneckPlan
 from compressvit.transforms.record import compression_of
 
 Widths = dict[str, int]
@@ -39,13 +40,13 @@ class Price:
     fixed: int = 0
 
 
-def prunable_plan(model: nn.Module) -> Any:
+def prunable_plan(model: nn.Module) -> BottleneckPlan:
     """The plan of the model's adapters whose neurons can be removed.
 
     Raises:
         UserError: there is none, or more than one.
     """
-    found: list[Any] = [plan for plan in compression_of(model).plans if plan.prunable]
+    found = [plan for plan in compression_of(model).plans if isinstance(plan, BottleneckPlan) and plan.prunable]
     names = [name for name, spec in TRANSFORMS.items() if spec.plan_class.prunable]
     if len(found) == 1 and found[0].masked:
         raise UserError(
@@ -66,7 +67,12 @@ def prunable_plan(model: nn.Module) -> Any:
 
 
 def scores(
-    model: nn.Module, plan: Any, kind: Score, *, seed: int = 0, gradients: Mapping[str, torch.Tensor] | None = None
+    model: nn.Module,
+    plan: BottleneckPlan,
+    kind: Score,
+    *,
+    seed: int = 0,
+    gradients: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Importance of every neuron, (h',) float64 by the adapter's path.
 
@@ -79,7 +85,7 @@ def scores(
     generator = torch.Generator().manual_seed(seed)
     found = {}
     for path, adapter in plan.bottlenecks(model).items():
-        down, up = (p.detach().cpu().double() for p in (adapter.down.weight, adapter.up.weight))
+        down, up = (layer.weight.detach().cpu().double() for layer in adapter.dense())
         width, hidden = up.shape
         total = down.abs().sum(dim=1) + up.abs().sum(dim=0)
         if kind == "gradient":
@@ -99,15 +105,16 @@ def scores(
     return found
 
 
-def prices(model: nn.Module, plan: Any) -> dict[str, Price]:
+def prices(model: nn.Module, plan: BottleneckPlan) -> dict[str, Price]:
     """What one neuron of every adapter costs."""
     bottlenecks = plan.bottlenecks(model)
     tokens = tokens_at(model, [f"{plan.prefix(path)}.down" for path in bottlenecks])
     result = {}
     for path, adapter in bottlenecks.items():
-        width = adapter.up.weight.shape[0]
-        each = 2 * width + (adapter.down.bias is not None)
-        fixed = sum(p.numel() for p in adapter.parameters()) - adapter.up.weight.shape[1] * each
+        down, up = adapter.dense()
+        width = up.weight.shape[0]
+        each = 2 * width + (down.bias is not None)
+        fixed = sum(p.numel() for p in adapter.parameters()) - up.weight.shape[1] * each
         result[path] = Price(each, 2 * width * tokens[f"{plan.prefix(path)}.down"], fixed)
     return result
 
@@ -260,13 +267,14 @@ def shrink_(model: nn.Module, keep: Mapping[str, torch.Tensor], moments: Moments
     plan = prunable_plan(model)
     before = _counts(model, plan)
     for path, adapter in plan.bottlenecks(model).items():
-        chosen = keep[path].to(adapter.down.weight.device)
+        down, up = adapter.dense()
+        chosen = keep[path].to(down.weight.device)
         prefix = plan.prefix(path)
-        _gather(adapter.down, "weight", 0, chosen, f"{prefix}.down", moments)
-        if adapter.down.bias is not None:
-            _gather(adapter.down, "bias", 0, chosen, f"{prefix}.down", moments)
-        _gather(adapter.up, "weight", 1, chosen, f"{prefix}.up", moments)
-        adapter.down.out_features = adapter.up.in_features = len(chosen)
+        _gather(down, "weight", 0, chosen, f"{prefix}.down", moments)
+        if down.bias is not None:
+            _gather(down, "bias", 0, chosen, f"{prefix}.down", moments)
+        _gather(up, "weight", 1, chosen, f"{prefix}.up", moments)
+        down.out_features = up.in_features = len(chosen)
         if not len(chosen):
             for name, _ in adapter.named_parameters():
                 if moments is not None:
@@ -287,7 +295,7 @@ def _gather(
 ) -> None:
     old = getattr(layer, name)
     setattr(layer, name, nn.Parameter(old.detach().index_select(dim, chosen), requires_grad=old.requires_grad))
-    state = (moments or {}).get(f"{prefix}.{name}", {})
+    state = moments.get(f"{prefix}.{name}", {}) if moments is not None else {}
     sized = [value for value in state.values() if not isinstance(value, (int, float, str)) and value is not None]
     if all(isinstance(value, torch.Tensor) and value.shape in (old.shape, (), (1,)) for value in sized):
         for key, value in state.items():
@@ -302,17 +310,16 @@ def _counts(model: nn.Module, plan: Plan) -> dict[str, int]:
     return ties.count_at_paths(model, paths)
 
 
-def _record(model: nn.Module, old: Plan, new: Plan, before: Mapping[str, int]) -> None:
+def _record(model: nn.Module, old: BottleneckPlan, new: BottleneckPlan, before: Mapping[str, int]) -> None:
     """Put the new plan, and its parameters, in the place of the old one in the model's record."""
     done = compression_of(model)
     done.plans[done.plans.index(old)] = new
     done.ties = ties.tied_groups(model)
-    widths: Widths = new.widths  # type: ignore[attr-defined]
     now = _counts(model, new)
     for i, entry in enumerate(done.ledger):
-        if entry.step == new.transform and entry.path in widths:
+        if entry.step == new.transform and entry.path in new.widths:
             words = entry.change.split(";")[0]
-            left = widths[entry.path]
+            left = new.widths[entry.path]
             text = f"{words}; {left} neuron{'s' * (left > 1)} left" if left else f"{words}; pruned away"
             # a later step may have added to the same path, and its own entry says so
             after = entry.after + now[entry.path] - before[entry.path]

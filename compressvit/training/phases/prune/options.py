@@ -11,29 +11,29 @@ from compressvit.training.phases.base import PhaseSpec
 
 
 class PruneTarget(Spec):
-    """Where pruning ends: one of these."""
+    """When pruning ends: one of these."""
 
     neurons: float | int | None = Field(
         None,
         gt=0,
-        description="Neurons of all adapters together: below 1 a share of those at the start (σ), else a number.",
+        description="Neurons of all adapters together: below 1 a fraction of those at the start (σ), otherwise a number.",
     )
     parameters: float | int | None = Field(
         None,
         gt=0,
-        description="Parameters of all adapters together: below 1 a share of those at the start, else a number.",
+        description="Parameters of all adapters together: below 1 a fraction of those at the start, otherwise a number.",
     )
     macs: float | int | None = Field(
         None,
         gt=0,
-        description="Multiply-accumulates of all adapters for one image: below 1 a share of those at the start, else a number.",
+        description="Multiply-accumulates of all adapters for one image: below 1 a fraction of those at the start, otherwise a number.",
     )
     accuracy: float | None = Field(
         None,
         gt=0,
         le=100,
-        description="Prune on while the top-1 (%) after a cycle's training is at least this; the last adapters that reached it are kept. "
-        "It is chosen on the evaluation set, so its figure is that much too good.",
+        description="Keep pruning while the top-1 (%) after a cycle's training is at least this; the last adapters that reached it are "
+        "kept. The figure is optimistic, because it was chosen on the evaluation set.",
     )
 
     @model_validator(mode="after")
@@ -63,14 +63,17 @@ class PruneOptions(PhaseSpec):
 
     label_fields: ClassVar[tuple[str, ...] | None] = ("target", "score")
 
-    target: PruneTarget = Field(description="Where it ends; there is always a training after the last removal.")
-    rate: float = Field(0.5, gt=0, lt=1, description="ρ: share of the remaining neurons that a cycle removes.")
+    target: PruneTarget = Field(
+        description="When pruning ends; the model is always trained again after the last removal."
+    )
+    rate: float = Field(0.5, gt=0, lt=1, description="ρ: fraction of the remaining neurons that a cycle removes.")
     score: Score = Field(
         "magnitude",
-        description="Of neuron j of an adapter of width M: magnitude (|D_j|₁ + |U_j|₁) / 2M, the paper's; sum, without / 2M; shape, "
-        "/ (M + h'); relative, / the largest of its adapter; down, |D_j|₁ / M alone; gradient, |θ·∂L/∂θ| summed; random.",
+        description="Score of neuron j of an adapter of width M. magnitude: (|D_j|₁ + |U_j|₁) / 2M, the paper's; sum: not divided by 2M; "
+        "shape: divided by M + h' instead; relative: divided by the largest of its adapter; down: |D_j|₁ / M; gradient: sum of "
+        "|θ·∂L/∂θ|; random.",
     )
     scope: Literal["global", "local"] = Field(
-        "global", description="Rank all neurons together, or remove the same share of every adapter."
+        "global", description="global: rank all neurons together; local: remove the same fraction of every adapter."
     )
-    gradient_batches: int = Field(10, ge=1, description="Training batches that `score: gradient` looks at.")
+    gradient_batches: int = Field(10, ge=1, description="Training batches used by `score: gradient`.")

@@ -22,7 +22,7 @@ __all__ = ["Prune", "PruneTarget"]
 
 @phase("prune")
 class Prune(PruneOptions):
-    """Train adapters, remove their least important neurons, train again, … (MiMi). `epochs` and the schedule are those of a cycle.
+    """Train adapters, remove their least important neurons, train again, … (MiMi). `epochs` and the schedule apply to each cycle.
 
     With `keep: best` a cycle hands on the weights of its best evaluation, and the optimiser's moments of its last step.
     """

@@ -1,0 +1,56 @@
+"""Every dotted name of the package that a text or a docstring mentions is there: texts outlive what they speak of."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TEXTS = sorted(
+    path
+    for path in [
+        *ROOT.glob("*.md"),
+        *ROOT.glob("benchmarks/*.md"),
+        *ROOT.rglob("compressvit/**/*.py"),
+        *ROOT.glob("tools/*.py"),
+    ]
+    if path.name != "CHANGELOG.md"  # what is past may be gone
+)
+NAME = re.compile(r"(?<![\w./-])compressvit(?:\.[A-Za-z_]\w*)+")
+NO_NAMES = {"compressvit.json", "compressvit.CLASS"}  # a file, a placeholder
+GROUPS = re.compile(r"compressvit\.(transforms|phases|terms|diagnostics|sets|families|tasks)$")  # of entry points
+
+
+def resolved(name: str) -> object:
+    """What a dotted name stands for: a module, or an attribute of one."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        try:
+            found: object = importlib.import_module(".".join(parts[:end]))
+        except ModuleNotFoundError:
+            continue
+        for attribute in parts[end:]:
+            found = getattr(found, attribute)
+        return found
+    raise AttributeError(name)
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_name_that_is_mentioned_is_there(path):
+    for name in sorted(set(NAME.findall(path.read_text(encoding="utf-8"))) - NO_NAMES):
+        if GROUPS.match(name):
+            continue
+        try:
+            resolved(name)
+        except AttributeError as error:
+            pytest.fail(f"{path.relative_to(ROOT)} mentions {name}: {error}")
+
+
+def test_the_texts_were_seen():
+    assert len(TEXTS) > 100
+    assert resolved("compressvit.load") is not None
+    with pytest.raises(AttributeError):
+        resolved("compressvit.no_such_module.name")
