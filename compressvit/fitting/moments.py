@@ -25,7 +25,7 @@ from compressvit.model import surgery
 from compressvit.model.backbone import input_size
 from compressvit.model.linear import effective_weight
 from compressvit.model.modes import evaluating
-from compressvit.model.modules import as_timm
+from compressvit.tasks.base import task_of
 
 log = logging.getLogger("compressvit")
 
@@ -287,21 +287,11 @@ def not_finite(path: str) -> UserError:
 def _run(model: nn.Module, batch: torch.Tensor, outputs: bool, generator: torch.Generator) -> None:
     if not outputs:
         model(batch)
-    elif getattr(model, "num_classes", 0):
-        logits = model(batch).float()
-        if not torch.isfinite(logits).all():
-            raise not_finite("the classifier")
-        drawn = torch.multinomial(logits.detach().softmax(dim=-1).cpu(), 1, generator=generator)[:, 0]
-        F.cross_entropy(logits, drawn.to(logits.device), reduction="sum").backward()
-    else:
-        tokens = F.normalize(as_timm(model).forward_features(batch).float(), dim=-1)
-        tokens = tokens.flatten(1, -2)  # Swin's are on a grid
-        prefix = getattr(model, "num_prefix_tokens", 0)
-        weight = torch.ones(tokens.shape[1], 1, device=tokens.device)
-        if prefix:
-            weight[:prefix] = ((tokens.shape[1] - prefix) / prefix) ** 0.5
-        direction = torch.randn(tokens.shape, generator=generator).to(tokens.device)
-        (tokens * direction * weight).sum().backward()
+        return
+    try:
+        task_of(model).output_distance(model, batch, generator).backward()
+    except FloatingPointError as error:
+        raise not_finite(str(error)) from error
 
 
 def tokens_at(model: nn.Module, paths: Sequence[str]) -> dict[str, int]:

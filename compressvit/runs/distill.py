@@ -25,6 +25,7 @@ from compressvit.model.modes import evaluating
 from compressvit.runs.batches import LoadedBatches
 from compressvit.runs.folder import RunFolder
 from compressvit.runs.job import pick_device
+from compressvit.tasks.base import task_of
 from compressvit.training import optimisation as opt
 from compressvit.training.evaluate import evaluate
 from compressvit.training.loop import Interrupted, Phase
@@ -141,8 +142,8 @@ class _Task:
         )
 
     def in_training(self, model: nn.Module) -> dict[str, Any]:
-        """Without labels, or classes to tell apart, only the teacher says how good a student is."""
-        enough = self.held_out is not None and self.held_out.labelled and bool(getattr(model, "num_classes", 0))
+        """Without a ground truth that its task knows, only the teacher says how good a student is."""
+        enough = self.held_out is not None and self.held_out.labelled and task_of(model).supervised
         return self.evaluate(model, None if enough else self.theirs)
 
     def evaluate(self, model: nn.Module, teacher: Side | None) -> dict[str, Any]:

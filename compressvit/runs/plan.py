@@ -22,6 +22,7 @@ from compressvit.model.weights import copy_matching
 from compressvit.recipe.recipe import Merge, Recipe
 from compressvit.runs.job import PLACEHOLDER_CLASSES, Job, prepare
 from compressvit.runs.models import student_body, trains_teacher
+from compressvit.tasks.base import TASKS, find_task, task_of
 from compressvit.training.phases import PhaseSpec, Setting
 from compressvit.training.phases.finetune import Finetune
 from compressvit.transforms import LedgerEntry, Transform
@@ -98,6 +99,11 @@ def plan_job(job: Job) -> RecipePlan:
             copy_matching(student_body(recipe, teacher.model, meta=True), teacher.model)
         except UserError as error:
             planned.conflicts.append(str(error))
+    if recipe.data.task is not None and not find_task(recipe.data.task).fits(student.model):
+        planned.conflicts.append(
+            f"data.task={recipe.data.task}: the student's outputs cannot be read as those of that task; leave it out, or name another: "
+            f"{', '.join(name for name, task in TASKS.items() if task.fits(student.model))}"
+        )
     notes = _teacher_notes(job)
     planned.teacher()
     planned.all()
@@ -183,7 +189,7 @@ class _Steps:
     def _setting(self, student: Side, teacher: Side | None) -> Setting:
         data = self.recipe.data
         unlabelled = None if data.labelled else f"the images of data '{data.name}'"
-        return Setting(student, teacher, data.batch_size, unlabelled)
+        return Setting(student, teacher, data.batch_size, unlabelled, task_of(student.model, data.usual_task))
 
     def _refuse_diagnostics(self, where: str, spec: PhaseSpec, setting: Setting) -> None:
         teacher = setting.teacher.model if setting.teacher is not None else None
@@ -210,7 +216,8 @@ def _teacher_notes(job: Job) -> list[str]:
     recipe = job.recipe
     notes = []
     if recipe.student.head != "new":
-        mismatch = class_mismatch(job.classes, getattr(job.teacher.model, "num_classes", 0))
+        needed = task_of(job.teacher.model, recipe.data.usual_task).needs_classes(job.classes or 0)
+        mismatch = class_mismatch(needed, getattr(job.teacher.model, "num_classes", 0))
         notes += [mismatch] if mismatch else []
     given = recipe.teacher.weights
     if given not in ("train", "pretrained") and not expanded(given, "teacher.weights").exists():

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from compressvit.artifacts import artifact
 from compressvit.artifacts.adapter import load_adapter
 from compressvit.artifacts.merge import photograph_like
-from compressvit.charts.plots import compare_findings
 from compressvit.errors import UserError
 from compressvit.recipe.recipe import parse_recipe
 from compressvit.report.compare import compare, label
+from compressvit.report.trade_off import compare_findings
 from compressvit.runs.merge import merge_folder
 from compressvit.transforms import Adapters, RepAdapter
 from compressvit.transforms.applying import compress

@@ -54,7 +54,7 @@ class Prune(PruneOptions):
         from compressvit.training.terms import labels_term
 
         def train_cycle(m: nn.Module, cycle: Phase, moments: Moments) -> dict[str, Any]:
-            return stage.train(m, self, [labels_term(1.0, self.smoothing)], phase=cycle, moments=moments)
+            return stage.train(m, self, [labels_term(1.0, self.smoothing, stage.task)], phase=cycle, moments=moments)
 
         model, report, history = prune_and_train(
             model,
