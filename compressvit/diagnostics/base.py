@@ -172,6 +172,6 @@ def refuse_compiled(name: str, phase: Training) -> None:
     """For a diagnostic that needs the modules and the graph as they are written."""
     if phase.compile:
         raise UserError(
-            f"{name} reads the graph of the backward pass, block by block, and compile=true makes one piece of it; set compile=false, "
+            f"{name} reads the graph of the backward pass block by block, and compile=true fuses it; set compile=false, "
             f"or leave {name} out of diagnostics"
         )

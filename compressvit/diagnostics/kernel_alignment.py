@@ -242,7 +242,7 @@ def _require_usable(name: str, features: Tensor, count: int, least: int) -> None
             f"CKA: {name} has the features of {len(features)} images, and another layer those of {count}; both must see the same images"
         )
     if count < least:
-        raise UserError(f"CKA: {count} images are too few; it needs at least {least}, and some hundreds to say much")
+        raise UserError(f"CKA: {count} images are too few; it needs at least {least}, better some hundreds")
     if not torch.isfinite(features).all():
         bad = (~torch.isfinite(features)).sum().item()
         raise UserError(

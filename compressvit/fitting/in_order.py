@@ -79,8 +79,8 @@ class _Spool:
 
 def _no_room(folder: str, error: OSError) -> UserError:
     return UserError(
-        f"the hidden states of the calibration images cannot be kept in {folder}: {error.strerror or error}; point TMPDIR at a folder with "
-        "room, give fewer calibration images, or fit layers one by one (sequential: false)"
+        f"the hidden states of the calibration images cannot be stored in {folder}: {error.strerror or error}; point TMPDIR at a folder "
+        "with room, give fewer calibration images, or fit layers one by one (sequential: false)"
     )
 
 

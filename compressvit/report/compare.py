@@ -151,7 +151,7 @@ def _finished(given: Sequence[str | Path], tell: Callable[[str], Any]) -> list[t
         results = read_results(folder)
         found.append((folder, recipe, results))
     if not found:
-        raise UserError("there is no finished run to compare; `compressvit apply … --resume` finishes one")
+        raise UserError("there is no finished run to compare; finish one with `compressvit apply … --resume`")
     return found
 
 

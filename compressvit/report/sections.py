@@ -163,7 +163,7 @@ EXAMPLES = {
     "shift": "The images on which student and teacher differ most. Captions give the distance between the predicted distributions, "
     "from 0 % (the same) to 100 % apart (certain of different classes), and each model's top class with its probability.",
     "loss": "The images to whose true class the student gives the lowest probability: the true class, then the student's top class.",
-    "cosine": "The images on which the outputs of student and teacher point apart the most, with their cosine: 1 is the same direction.",
+    "cosine": "The images on which the outputs of student and teacher differ most in direction, with their cosine (1: same direction).",
 }
 
 

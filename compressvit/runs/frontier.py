@@ -65,7 +65,7 @@ def frontier(
         rows.append(measure(student, budget))
         console.print(f"budget {budget:g}: {words(rows[-1])}", highlight=False)
     if len(rows) == 1:
-        raise UserError("none of the budgets can be met; the messages above say what can")
+        raise UserError("none of the budgets can be met; the messages above say which can")
     _write(rows, output, unit, recipe.teacher.model)
     console.print(_table(rows, unit))
     console.print(f"{output / 'frontier.png'}, {output / 'frontier.csv'}", highlight=False)

@@ -123,7 +123,7 @@ def print_merge(result: dict[str, Any], console: Console) -> None:
         reader, call = "compressvit", f"compressvit.load('{result['merged']}')"
     console.print(f"read back by {reader}: {result['read_back']:.1e}", highlight=False)
     console.print(
-        f"latency: batch 1 on {result['latency_on']}, median of up to 30 in turns\n{call}",
+        f"latency: batch 1 on {result['latency_on']}, median of up to 30, measured alternately\n{call}",
         highlight=False,
         soft_wrap=True,
     )

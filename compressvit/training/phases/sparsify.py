@@ -95,7 +95,7 @@ def sparsify_(model: nn.Module, spec: Sparsify, batches: Batches, seed: int = 0)
     if alive < count:
         raise UserError(
             f"sparsify.keep={spec.keep:g} asks for {count:,} weights, but only {alive:,} have a score ({spec.score}) that is not zero: "
-            "fresh adapters have upper projections of zero, behind which no gradient comes. Put a finetune step before it"
+            "fresh adapters have upper projections of zero, which pass no gradient back. Put a finetune step before it"
         )
     chosen = torch.zeros(flat.numel(), dtype=torch.bool)
     chosen[order[:count]] = True

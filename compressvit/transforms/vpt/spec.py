@@ -126,7 +126,7 @@ class VPTPlan(Plan):
 
     def fold(self, model: nn.Module) -> None:
         raise UserError(
-            "vpt cannot be folded: how much of a prompt a token takes in depends on the token, so no fixed weight equals it. Ship the "
+            "vpt cannot be folded: how much a token attends to a prompt depends on the token, so no fixed weight equals it. Ship the "
             "artifact as it is, or adapt with repadapter, lora, ssf or fact, which can be"
         )
 
