@@ -27,7 +27,7 @@ class Datasets:
 
     Attributes:
         train, validation: `Samples`, or timm's `IterableImageDataset` for a streaming set.
-        num_classes: the number of classes; None in an unlabeled set.
+        num_classes: the number of classes; None in an unlabelled set.
         class_names: names in target order, or None where the set does not say.
         labeled: False when every target is -1.
         broken: the files that could not be decoded so far.

@@ -1,4 +1,4 @@
-"""t-SNE of the pooled features: images that a model sees alike lie together (AdaptFormer, figure 5).
+"""t-SNE of the pooled features: images with similar features lie together (AdaptFormer, figure 5).
 
 scikit-learn does it: https://scikit-learn.org/stable/modules/generated/sklearn.manifold.TSNE.html
 """

@@ -76,7 +76,7 @@ def features(subject: Subject, images: torch.Tensor, device: torch.device) -> di
     """The outputs at the taps for a batch, as they leave the modules: {path: (B, …)}.
 
     Raises:
-        UserError: no image, a tap that is no module (near names are told) or gives no tensor with a row an image, or features that are
+        UserError: no image, a tap that is not a module (the error gives similar names) or has no row per image, or features that are
             not finite: the first layer of the model is named.
     """
     if not len(images):

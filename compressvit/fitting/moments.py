@@ -65,7 +65,7 @@ class Moments:
 
         Args:
             ridge: for the gradients; None not to use them.
-            scale: |γ| (out,) of a LayerScale behind the layer, before which the ridge is added: what is scaled down counts for less.
+            scale: |γ| (out,) of a LayerScale after the layer, before which the ridge is added: what is scaled down counts for less.
         """
         if ridge is None or self.outputs is None or not _says_something(self.outputs):
             return None if scale is None else torch.diag(scale)
@@ -93,7 +93,7 @@ class Source:
 
     @property
     def too_alike(self) -> bool:
-        """Whether the images seen so far are so few, or so alike, that what is fitted to them would fit nothing else."""
+        """Whether the images seen so far are so few, or so similar, that a fit to them would not generalise."""
         return 0 < len(self._different) < LEAST_IMAGES
 
     def require_images(self, asker: str) -> None:

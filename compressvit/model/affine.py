@@ -1,4 +1,4 @@
-"""The algebra of merging: an affine map `x → R x + c` over channels goes into the layer before or behind it, exactly.
+"""The algebra of merging: an affine map `x → R x + c` over channels is folded exactly into the layer before or after it.
 
 The shipped transforms merge into linear layers and point-wise convolutions; the other layers are here for transforms of your own.
 

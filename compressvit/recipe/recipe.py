@@ -178,7 +178,7 @@ def parse_recipe(text: str, name: str = "recipe", overrides: list[str] | None = 
         )
     if is_of_a_run(Path(name)):
         source.content = current_recipe(source.content)
-    _spell_out(source.content)  # so that an override finds a mapping behind a bare word
+    _spell_out(source.content)  # so that an override finds a mapping after a bare word
     override(source, overrides or [])
     _spell_out(source.content)
     try:
@@ -218,7 +218,7 @@ def meaning(field: FieldInfo) -> str:
 
 
 def _spell_out(content: dict[str, Any]) -> None:
-    """Turn an entry that is a bare word, or a word with nothing behind it, into one with defaults."""
+    """Turn an entry that is a bare word, or a word with nothing after it, into one with defaults."""
     # Not a validator: pydantic would then check the steps as Python values, where its strict mode refuses lists for tuples.
     for key in LISTS:
         entries = content.get(key)

@@ -60,7 +60,7 @@ class Row:
         return f"{data.name}{f' {data.root}' if data.root else ''}, {split}; {teacher.model}{weights}"
 
     def values(self, key: str) -> list[float]:
-        """Of every run that has the key; latency relative to the teacher's, which was taken in turns with it."""
+        """Of every run that has the key; latency relative to the teacher's, which was measured alternately with it."""
         if key == "latency":
             both = [(r.student.latency_ms, r.teacher.latency_ms) for r in self.results]
             return [ours / theirs for ours, theirs in both if ours is not None and theirs]

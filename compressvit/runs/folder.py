@@ -65,7 +65,7 @@ class RunFolder:
         return self.path / "checkpoints" / f"{name}.pt"
 
     def transformed(self, name: str) -> Path:
-        """The student behind transforms that learned from images, an artifact, for a run that is resumed."""
+        """The student after transforms that learned from images, an artifact, for resuming the run."""
         return self.path / "checkpoints" / stored_step(self.path / "checkpoints", name)
 
     def refuse_or_clear(self, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
@@ -166,7 +166,7 @@ def _not_a_run(path: Path) -> str:
 
 
 def environment(command: list[str], packages: Sequence[str] = ()) -> Environment:
-    """What a number may depend on besides the recipe: command, versions (of `packages` too), machine."""
+    """What a number may depend on apart from the recipe: command, versions (of `packages` too), machine."""
     import torch  # late, because a report reads run folders without it
 
     names = ("torch", "torchvision", "timm", "torchdistill", "numpy", "scipy", "einops", "safetensors", "pydantic")

@@ -152,7 +152,7 @@ def _replace(target: Path, model: nn.Module, plain: bool, check: Callable[[nn.Mo
 def _measured(
     manifest: Manifest, model: nn.Module, merged: nn.Module, config: InputConfig, device: torch.device
 ) -> dict[str, Any]:
-    """Latencies in turns, and parameters, of the backbone alone, the unmerged and the merged model."""
+    """Latencies, measured alternately, and parameters, of the backbone alone, the unmerged and the merged model."""
     base = timm.create_model(manifest.architecture, pretrained=False, **manifest.args).eval()
     models = {"backbone": base, "unmerged": model, "merged": merged}
     times = cost.latency([m.to(device) for m in models.values()], [config.size] * 3, device=device)

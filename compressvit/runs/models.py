@@ -26,7 +26,7 @@ def trains_teacher(recipe: Recipe) -> bool:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model of timm's, settled: what it takes to build it, as often as need be, with values or without.
+    """A timm model, fully specified: everything needed to build it, with or without values, any number of times.
 
     Attributes:
         name: timm's, with or without a tag.

@@ -139,7 +139,7 @@ class _Steps:
         self.trained = trained_parameters(self.student.model)
 
     def teacher(self) -> None:
-        """The training of the teacher, where there is one."""
+        """The training of the teacher, if there is one."""
         if not trains_teacher(self.recipe):
             return
         spec = self.recipe.teacher.finetune or Finetune()

@@ -56,7 +56,7 @@ class Predictions:
         }
         self._confused: dict[str, Counter[tuple[int, int]]] = {"student": Counter(), "teacher": Counter()}
         self._examples: list[tuple[float, int, dict[str, Any], torch.Tensor]] = []  # a heap: the least of them first
-        self._order = itertools.count(0, -1)  # of two alike, the earlier image is kept
+        self._order = itertools.count(0, -1)  # of two equal ones, the earlier image is kept
 
     @property
     def measure(self) -> str | None:
@@ -133,7 +133,7 @@ class Predictions:
         }
 
     def write(self, folder: Path) -> None:
-        """Write `predictions.json` and the pictures into a run folder; nothing where there is nothing to tell."""
+        """Write `predictions.json` and the pictures into a run folder; nothing if there are no predictions."""
         if self.measure is None:
             return
         with disk_faults(folder):

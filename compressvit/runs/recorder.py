@@ -77,7 +77,7 @@ class Recorder:
                         self.keep(finding)
 
     def measure(self, phase: str, teacher: Side | None, student: Side, epoch: int, last: bool) -> None:
-        """Measure what is due at this epoch and was not measured before. What cannot be is told, and training goes on."""
+        """Measure what is due at this epoch and was not measured before. What cannot be is reported, and training continues."""
         due = [
             spec
             for spec in self._measured

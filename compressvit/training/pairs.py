@@ -143,7 +143,7 @@ def _most_alike(
         values = near
         how = "auto: the most similar by CKA, measured when the phase begins; by depth until then"
     else:
-        # neighbours are often alike to a hundredth, which a few hundred images cannot tell apart
+        # neighbours often differ by less than a hundredth, which a few hundred images cannot resolve
         values = likeness([b.path for b in candidates], [b.path for b in theirs.blocks]) + 0.01 * near
         how = "auto: the most similar by CKA"
     return tuple(suggested_pairs(values, candidates, theirs.blocks)), how
@@ -165,7 +165,7 @@ def suggested_pairs(
         Pairs of indices over the whole model; a student block that no teacher block fits has none.
     """
     allowed = np.array([[_place(s) == _place(t) for t in teachers] for s in students])
-    # Unbiased CKA of unlike blocks may be below 0, and a pair that is allowed is still better than none.
+    # Unbiased CKA of dissimilar blocks may be below 0, and an allowed pair is still better than none.
     gain = np.where(allowed, values - min(values.min(), 0.0) + 1e-6, -np.inf)
     rows, columns = gain.shape
     # best[i, j]: the most that student blocks i.. can have with teacher blocks j..

@@ -1,7 +1,7 @@
 """What a checkpoint holds of a model (what training changes, and for what it does not, a hash) and of its optimiser.
 
 Where transforms only add to a frozen backbone, whoever resumes builds the same one again, so a checkpoint has kilobytes. Where one
-changed the backbone itself, a checkpoint holds the whole model: values that were fitted need not come out alike on another machine.
+changed the backbone itself, a checkpoint holds the whole model: fitted values need not be the same on another machine.
 """
 
 from __future__ import annotations

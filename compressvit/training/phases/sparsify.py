@@ -3,7 +3,7 @@
 Papers: SparseAdapter, EMNLP Findings 2022, https://arxiv.org/abs/2210.04284; SNIP, ICLR 2019, https://arxiv.org/abs/1810.02340;
 GraSP, ICLR 2020, https://arxiv.org/abs/2002.07376
 
-A masked weight is zero for good: it takes no part in training. Unlike `prune`, no tensor shrinks: fewer weights are counted as
+A masked weight stays zero and is not trained. In contrast to `prune`, no tensor shrinks: fewer weights are counted as
 trained, but time, memory and the size of the file stay.
 """
 
