@@ -256,9 +256,9 @@ def _plan(arguments: argparse.Namespace) -> int:
     if not arguments.json:
         print_plan(plan, Console())
     if arguments.measure and not plan.conflicts:
-        from compressvit.charts.qualities import words
         from compressvit.runs.one_shot import OneShot
         from compressvit.runs.tables import ledger_table
+        from compressvit.tasks.qualities import words
 
         begin = OneShot(recipe, arguments.device, "plan --measure")
         student, ledger = begin.student(begin.transforms)

@@ -16,6 +16,7 @@ GROUND = ("errors", "spec", "registry", "files", "rows", "log")
 ROOMS = (
     "charts",
     "model",
+    "tasks",
     "data",
     "fitting",
     "transforms",

@@ -1,4 +1,4 @@
-"""The pictures that a run, `frontier` and `compare` leave, as findings: what each shows and how to read it."""
+"""The pictures that a run and `frontier` leave, as findings: what each shows and how to read it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from compressvit.charts.findings import Finding
-from compressvit.charts.qualities import QUALITIES, RANKING
 
 
 def frontier_finding(rows: Sequence[Mapping[str, Any]], unit: str, quality: str, label: str, name: str) -> Finding:
@@ -69,70 +68,4 @@ def ranks_finding(ranks: Mapping[str, int | None], full: Mapping[str, int]) -> F
             **({"note": "kept"} if None in ranks.values() else {}),
             "titles": {"rank": "rank (grey: of the full weight)", "layer": "", "full": "of the full weight"},
         },
-    )
-
-
-def compare_findings(rows: Sequence[Mapping[str, Any]]) -> list[Finding]:
-    """Accuracy (or likeness to the teacher) against what is trained beside the backbone, or the student's size where nothing is frozen.
-
-    Args:
-        rows: as `compressvit.report.compare.Row.as_dict` makes them.
-
-    Returns:
-        A finding for every task with something to draw; a colour for the first words of a label.
-    """
-    found = []
-    for number, task in enumerate(dict.fromkeys(row["task"] for row in rows)):
-        own = [row for row in rows if row["task"] == task]
-        frozen = any(row["adapter_bytes"] is not None for row in own)
-        size = "trained_adapter" if frozen else "parameters"
-        quality = next((q for q in RANKING if any(row[q] is not None for row in own)), None)
-        drawn = [row for row in own if quality and row[quality] is not None and row[size] is not None]
-        if quality is None or not drawn:
-            continue
-        # with the classifier: where it is all that is trained, there is no other place on a logarithmic axis
-        what = "trained parameters, with the classifier" if frozen else "parameters of the student"
-        records = [
-            {
-                "student": row["label"],
-                "method": " + ".join(word.split(" ")[0] for word in row["label"].split(" + ")),
-                "size": row[size] + (row["trained_head"] or 0 if frozen else 0),
-                "quality": row[quality],
-                "deviation": row[f"{quality}_std"] or 0.0,
-            }
-            for row in drawn
-        ]
-        found.append(
-            Finding(
-                name=f"compare_{number}",
-                title=task,
-                caption="Each point is a recipe, with a bar of one standard deviation if it has several seeds. Higher is better and "
-                "further left is smaller; the dashed line is the Pareto front: no other recipe is both as small and as good.",
-                chart="points",
-                records=[{**record, "front": _unbeaten(record, records)} for record in _by_size(records)],
-                options={
-                    "x": "size",
-                    "y": "quality",
-                    "colour": "method",
-                    "error": "deviation",
-                    "front": "front",
-                    "scales": {"size": "log"},
-                    "titles": {"size": what, "quality": QUALITIES[quality].heading, "method": "", "deviation": "±"},
-                },
-            )
-        )
-    return found
-
-
-def _by_size(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return sorted(records, key=lambda record: record["size"])
-
-
-def _unbeaten(one: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether no other record is at least as small and as good, and better in one of both."""
-    return not any(
-        other["size"] <= one["size"]
-        and other["quality"] >= one["quality"]
-        and (other["size"] < one["size"] or other["quality"] > one["quality"])
-        for other in records
     )

@@ -32,7 +32,8 @@ class DataSet:
         open: reads it.
         note: a few words for the list of sets.
         classes: how many it has, where that is known without opening it.
-        labelled: whether its images have classes.
+        labelled: whether its images have classes, or another ground truth.
+        task: what its ground truth is for (a word of `compressvit.tasks`); None: classification, or features where there is none.
         full_frame: its images fill their frame, so evaluation crops nothing off unless the recipe says so.
         package: what must be installed to read it, as Python imports it.
     """
@@ -42,6 +43,7 @@ class DataSet:
     note: str = ""
     classes: int | None = None
     labelled: bool = True
+    task: str | None = None
     full_frame: bool = False
     package: str | None = None
 
@@ -55,13 +57,14 @@ def data_set(
     note: str = "",
     classes: int | None = None,
     labelled: bool = True,
+    task: str | None = None,
     full_frame: bool = False,
     package: str | None = None,
 ) -> Callable[[Open], Open]:
     """Register what opens a data set under the set's name; for the arguments see `DataSet`. A name that is taken is refused at import."""
 
     def register(opener: Open) -> Open:
-        entry = DataSet(name, opener, note, classes, labelled, full_frame, package)
+        entry = DataSet(name, opener, note, classes, labelled, task, full_frame, package)
         SETS.add(name, entry, opener.__module__)
         return opener
 

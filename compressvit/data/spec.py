@@ -9,6 +9,7 @@ from pydantic.config import JsonDict
 
 from compressvit.data.data_set import find_set, list_of_sets
 from compressvit.spec import Spec
+from compressvit.tasks.base import find_task
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
 
@@ -86,6 +87,11 @@ class Data(Spec):
     """The data set and how it is loaded."""
 
     name: str = Field(description="A data set", json_schema_extra=_describe_names)
+    task: str | None = Field(
+        default=None,
+        description="What a model's outputs mean; none = what the set is for, in most classification, and features of a model without "
+        "a classifier.",
+    )
     root: str | None = Field(
         default=None, description="Folder of the set; ~ is the home folder. Not needed for digits."
     )
@@ -139,6 +145,13 @@ class Data(Spec):
         find_set(value)
         return value
 
+    @field_validator("task")
+    @classmethod
+    def _is_task(cls, value: str | None) -> str | None:
+        if value is not None:
+            find_task(value)
+        return value
+
     @field_validator("mean", "std")
     @classmethod
     def _is_per_channel(cls, value: tuple[float, ...] | None) -> tuple[float, ...] | None:
@@ -157,6 +170,12 @@ class Data(Spec):
     def labelled(self) -> bool:
         """Whether the images of the set have classes."""
         return find_set(self.name).labelled
+
+    @property
+    def usual_task(self) -> str:
+        """The word of the task: that of the recipe, or of the set. A model that cannot do it has another (`task_of`)."""
+        entry = find_set(self.name)
+        return self.task or entry.task or ("classification" if entry.labelled else "features")
 
 
 def known_classes(data: Data) -> int | None:

@@ -25,7 +25,7 @@ from compressvit.model import surgery
 from compressvit.model.backbone import input_size
 from compressvit.model.linear import effective_weight
 from compressvit.model.modes import evaluating
-from compressvit.model.modules import as_timm
+from compressvit.tasks.base import task_of
 
 log = logging.getLogger("compressvit")
 
@@ -65,7 +65,7 @@ class Moments:
 
         Args:
             ridge: for the gradients; None not to use them.
-            scale: |γ| (out,) of a LayerScale behind the layer, before which the ridge is added: what is scaled down counts for less.
+            scale: |γ| (out,) of a LayerScale after the layer, before which the ridge is added: what is scaled down counts for less.
         """
         if ridge is None or self.outputs is None or not _says_something(self.outputs):
             return None if scale is None else torch.diag(scale)
@@ -93,7 +93,7 @@ class Source:
 
     @property
     def too_alike(self) -> bool:
-        """Whether the images seen so far are so few, or so alike, that what is fitted to them would fit nothing else."""
+        """Whether the images seen so far are so few, or so similar, that a fit to them would not generalise."""
         return 0 < len(self._different) < LEAST_IMAGES
 
     def require_images(self, asker: str) -> None:
@@ -161,8 +161,8 @@ class Source:
             _warn_of_few(self._moments, wanted)
             if self.too_alike:
                 log.warning(
-                    "the calibration images are %d different ones, fewer than %d: layers are fitted one by one, with a strong "
-                    "regularisation; give more images, and different ones, for a better start",
+                    "there are only %d distinct calibration images, fewer than %d: layers are fitted one by one, with strong "
+                    "regularisation; give more distinct images for a better start",
                     len(self._different),
                     LEAST_IMAGES,
                 )
@@ -287,21 +287,11 @@ def not_finite(path: str) -> UserError:
 def _run(model: nn.Module, batch: torch.Tensor, outputs: bool, generator: torch.Generator) -> None:
     if not outputs:
         model(batch)
-    elif getattr(model, "num_classes", 0):
-        logits = model(batch).float()
-        if not torch.isfinite(logits).all():
-            raise not_finite("the classifier")
-        drawn = torch.multinomial(logits.detach().softmax(dim=-1).cpu(), 1, generator=generator)[:, 0]
-        F.cross_entropy(logits, drawn.to(logits.device), reduction="sum").backward()
-    else:
-        tokens = F.normalize(as_timm(model).forward_features(batch).float(), dim=-1)
-        tokens = tokens.flatten(1, -2)  # Swin's are on a grid
-        prefix = getattr(model, "num_prefix_tokens", 0)
-        weight = torch.ones(tokens.shape[1], 1, device=tokens.device)
-        if prefix:
-            weight[:prefix] = ((tokens.shape[1] - prefix) / prefix) ** 0.5
-        direction = torch.randn(tokens.shape, generator=generator).to(tokens.device)
-        (tokens * direction * weight).sum().backward()
+        return
+    try:
+        task_of(model).output_distance(model, batch, generator).backward()
+    except FloatingPointError as error:
+        raise not_finite(str(error)) from error
 
 
 def tokens_at(model: nn.Module, paths: Sequence[str]) -> dict[str, int]:
@@ -321,7 +311,7 @@ def _warn_of_few(moments: dict[str, Moments], paths: Sequence[str]) -> None:
     few = [path for path in paths if moments[path].tokens < len(moments[path].mean)]
     if few:
         log.warning(
-            "the calibration images give %d tokens for the %d inputs of %s: what they do not show is regularised; "
+            "the calibration images give %d tokens for the %d inputs of %s: directions they do not cover are regularised; "
             "give more images for a better start",
             moments[few[0]].tokens,
             len(moments[few[0]].mean),
@@ -330,7 +320,7 @@ def _warn_of_few(moments: dict[str, Moments], paths: Sequence[str]) -> None:
     for path in paths:
         spread = moments[path].inputs.trace() - moments[path].mean.square().sum()
         if spread <= 1e-6 * moments[path].inputs.trace():
-            log.warning("the calibration images look all alike to %s; its errors are regularised, not measured", path)
+            log.warning("all calibration images look the same to %s; its errors are regularised, not measured", path)
             return
 
 

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from compressvit.charts.findings import Finding
-from compressvit.charts.qualities import RANKING
 from compressvit.errors import UserError, did_you_mean
 from compressvit.programs.recorded import Run, not_recorded
 from compressvit.rows import MetricsRow, read_rows
 from compressvit.runs.tensorboard import scalar_tags, tag_of
+from compressvit.tasks.qualities import ranking
 
 METRICS = "metrics.jsonl"
 Curve = list[tuple[int, float]]  # optimiser step of the phase, value
@@ -50,7 +50,9 @@ def _all_curves(run: Run) -> dict[str, Curve]:
     rows = read_rows(path, MetricsRow) if path.is_file() else []
     if not rows:
         raise not_recorded(
-            run, "metrics yet", "they come with the first steps of its first phase; go on with it by `--resume`"
+            run,
+            "metrics yet",
+            "they are written from the first steps of its first phase on; continue it with `--resume`",
         )
     tags = scalar_tags(run.recipe)
     points: dict[str, dict[int, float]] = {}
@@ -63,7 +65,7 @@ def _all_curves(run: Run) -> dict[str, Curve]:
 def _says_most(tag: str, known: Sequence[str]) -> bool:
     place, _, name = tag.rpartition("/")
     if place.endswith("/evaluate"):
-        return name == next((q for q in RANKING if f"{place}/{q}" in known), None)
+        return name == next((q for q in ranking() if f"{place}/{q}" in known), None)
     return place.endswith("/epoch") and name == "loss"
 
 

@@ -15,19 +15,17 @@ from rich.console import Console
 from rich.table import Table
 
 from compressvit.charts import drawing
-from compressvit.charts.plots import compare_findings
-from compressvit.charts.qualities import QUALITIES, RANKING
 from compressvit.errors import UserError
 from compressvit.files import disk_faults, write_text
 from compressvit.recipe.recipe import Recipe, parse_recipe
+from compressvit.report.trade_off import compare_findings
 from compressvit.runs.files import PhaseReport, Results, read_results
 from compressvit.runs.folder import RESOLVED, find_runs, flat
+from compressvit.tasks.qualities import qualities, ranking
 from compressvit.training.phases import PhaseSpec
 from compressvit.transforms import Transform
 
-# Column, its heading, and how a value is written.
-COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
-    **{key: (QUALITIES[key].heading, QUALITIES[key].number) for key in RANKING},
+_COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
     "trained_adapter": ("trained", lambda v: f"{v:,.0f}"),
     "trained_head": ("+ head", lambda v: f"{v:,.0f}"),
     "adapter_bytes": ("stored kB", lambda v: f"{v / 1e3:,.1f}"),
@@ -36,6 +34,12 @@ COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "macs": ("MACs", lambda v: f"{v / 1e6:,.2f} M"),
     "latency": ("latency / teacher", lambda v: f"{v:.2f}"),
 }
+
+
+def _columns() -> dict[str, tuple[str, Callable[[float], str]]]:
+    """By key: the heading of a column, and how a value is written."""
+    known = qualities()
+    return {**{key: (known[key].heading, known[key].number) for key in ranking()}, **_COSTS}
 
 
 @dataclass
@@ -60,7 +64,7 @@ class Row:
         return f"{data.name}{f' {data.root}' if data.root else ''}, {split}; {teacher.model}{weights}"
 
     def values(self, key: str) -> list[float]:
-        """Of every run that has the key; latency relative to the teacher's, which was taken in turns with it."""
+        """Of every run that has the key; latency relative to the teacher's, which was measured alternately with it."""
         if key == "latency":
             both = [(r.student.latency_ms, r.teacher.latency_ms) for r in self.results]
             return [ours / theirs for ours, theirs in both if ours is not None and theirs]
@@ -83,7 +87,7 @@ class Row:
         """For JSON: mean and standard deviation over the seeds, None without at least two."""
         content: dict[str, Any] = {"label": self.label, "task": self.task, "runs": [str(run) for run in self.runs]}
 
-        for key in COLUMNS:
+        for key in _columns():
             found = self.values(key)
             content[key] = statistics.mean(found) if found else None
             content[f"{key}_std"] = statistics.stdev(found) if len(found) > 1 else None
@@ -151,7 +155,7 @@ def _finished(given: Sequence[str | Path], tell: Callable[[str], Any]) -> list[t
         results = read_results(folder)
         found.append((folder, recipe, results))
     if not found:
-        raise UserError("there is no finished run to compare; `compressvit apply … --resume` finishes one")
+        raise UserError("there is no finished run to compare; finish one with `compressvit apply … --resume`")
     return found
 
 
@@ -224,12 +228,13 @@ def _tell_apart(rows: list[Row]) -> None:
 
 
 def _cells(row: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
+    columns = _columns()
     cells = []
     for key in keys:
         value, deviation = row[key], row[f"{key}_std"]
-        text = "" if value is None else COLUMNS[key][1](value)
-        if value is not None and deviation and key in RANKING:
-            text += f" ± {QUALITIES[key].number(deviation)}"
+        text = "" if value is None else columns[key][1](value)
+        if value is not None and deviation and key in ranking():
+            text += f" ± {qualities()[key].number(deviation)}"
         cells.append(text)
     return [row["label"], str(len(row["runs"])), *cells]
 
@@ -238,9 +243,10 @@ def _keys(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The columns that say something: the adapters' only where something was frozen, the parameters only where nothing was."""
     frozen = any(row["adapter_bytes"] is not None for row in rows)
     adapters = ("trained_adapter", "trained_head", "adapter_bytes")
+    columns = _columns()
     return [
         key
-        for key in COLUMNS
+        for key in columns
         if any(row[key] is not None for row in rows)
         and (frozen or key not in adapters)
         and not (frozen and key == "parameters")
@@ -249,8 +255,8 @@ def _keys(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def cells(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """The headings and the rows of a table of one task, as text."""
-    keys = _keys(rows)
-    return ["student", "seeds", *(COLUMNS[key][0] for key in keys)], [_cells(row, keys) for row in rows]
+    keys, columns = _keys(rows), _columns()
+    return ["student", "seeds", *(columns[key][0] for key in keys)], [_cells(row, keys) for row in rows]
 
 
 def _table(task: str, rows: Sequence[Mapping[str, Any]]) -> Table:

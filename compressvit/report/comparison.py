@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from compressvit.charts.plots import compare_findings
 from compressvit.errors import UserError
 from compressvit.report.compare import cells, gather
 from compressvit.report.page import Page
 from compressvit.report.record import Run
+from compressvit.report.trade_off import compare_findings
 
 
 def comparison(runs: Sequence[Run], page: Page) -> dict[str, Any]:

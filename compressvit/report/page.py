@@ -87,6 +87,7 @@ class Page:
         """A run alone."""
         predictions = run.predictions
         classes = sections.class_chart(predictions) if predictions else None
+        measure = sections.measure_of(predictions) if predictions else None
         told = {
             "details": sections.details(run),
             "phases": [
@@ -100,7 +101,7 @@ class Page:
             "confusions": predictions.confusions if predictions else None,
             "confusions_in_all": predictions.confusions_in_all if predictions else None,
             "gallery": sections.gallery(run),
-            "examples": sections.EXAMPLES[predictions.measure] if predictions else "",
+            "examples": measure.caption if measure else "",
             "diagnostics": self._figures(run, run.findings),
             "environment": sections.environment(run),
         }

@@ -14,6 +14,8 @@ from compressvit.charts.findings import Finding
 from compressvit.report.record import Run
 from compressvit.runs.files import Answer, ClassRow, Environment, LedgerRow, PredictionsFile, Results
 from compressvit.runs.tables import results_rows
+from compressvit.tasks.base import TASKS, Measure
+from compressvit.tasks.qualities import qualities
 
 CLASSES = 40  # a chart of more would be a blur; those that changed most are drawn
 LOG_LINES = 8
@@ -56,18 +58,9 @@ def verdict(run: Run) -> str:
             f"With {100 * student.parameters / teacher.parameters:.1f} % of the teacher's parameters{slower}, the student"
         )
     images = f"{student.images:,} held-out images" if student.images else "the held-out images"
-    if student.top1 is not None:
-        parts.append(f"gets {student.top1:.2f} % of {images} right")
-        if teacher.top1 is not None:
-            parts.append(f"(the teacher {teacher.top1:.2f} %)")
-        if student.agreement is not None:
-            parts.append(f"and agrees with the teacher on {student.agreement:.2f} %")
-    elif student.agreement is not None:
-        parts.append(f"agrees with the teacher on {student.agreement:.2f} % of {images}")
-    elif student.cosine is not None:
-        parts.append(f"has outputs whose mean cosine to the teacher's is {student.cosine:.4f} on {images}")
-    else:
-        parts.append("was made; there was nothing to evaluate it on")
+    ours, theirs = student.model_dump(), teacher.model_dump()
+    said = (text for task in TASKS.values() if (text := task.verdict(ours, theirs, images)))
+    parts.append(next(said, "was made; there was nothing to evaluate it on"))
     return " ".join(parts).replace(" %", "\u00a0%") + "."
 
 
@@ -103,10 +96,9 @@ def details(run: Run) -> list[str]:
         said.append(f"Latency is the median for one image, teacher and student measured alternately on {where}.")
     for name, phase in run.results.phases.items():
         start = phase.start or {}
-        if start.get("top1") is not None:
-            said.append(f"Before {name} the student had {start['top1']:.2f} % top-1.")
-        elif start.get("cosine") is not None:
-            said.append(f"Before {name} the student had a cosine of {start['cosine']:.4f}.")
+        figures = [q.had(v) for q in qualities().values() if q.curve and (v := start.get(q.key)) is not None]
+        if figures:
+            said.append(f"Before {name} the student had {figures[0]}.")
     if run.results.read_back_difference is not None:
         said.append(
             f"After reading the student back from disk, its outputs differ by at most {run.results.read_back_difference:.1e}."
@@ -159,12 +151,9 @@ def _change(row: ClassRow) -> float:
     return row.student - (row.teacher if row.teacher is not None else 0.0)
 
 
-EXAMPLES = {
-    "shift": "The images on which student and teacher differ most. Captions give the distance between the predicted distributions, "
-    "from 0 % (the same) to 100 % apart (certain of different classes), and each model's top class with its probability.",
-    "loss": "The images to whose true class the student gives the lowest probability: the true class, then the student's top class.",
-    "cosine": "The images on which the outputs of student and teacher point apart the most, with their cosine: 1 is the same direction.",
-}
+def measure_of(predictions: PredictionsFile) -> Measure | None:
+    """What the images of a run were chosen by; None where no task that is installed knows it."""
+    return next((t.measures[predictions.measure] for t in TASKS.values() if predictions.measure in t.measures), None)
 
 
 def gallery(run: Run) -> list[dict[str, Any]]:
@@ -172,7 +161,7 @@ def gallery(run: Run) -> list[dict[str, Any]]:
     if run.predictions is None:
         return []
     cards = []
-    measure = run.predictions.measure
+    measure = measure_of(run.predictions)
     for example in run.predictions.examples:
         # only a picture in its own folder, whatever a file from elsewhere may name
         file = run.path / "predictions" / Path(example.file).name
@@ -185,9 +174,7 @@ def gallery(run: Run) -> list[dict[str, Any]]:
                 "pixelated": file.suffix == ".png",
                 "true": example.true,
                 "lines": list(_answers(example.true, {"teacher": example.teacher, "student": example.student})),
-                "value": {"shift": f"{100 * example.value:.0f} % apart", "cosine": f"cosine {example.value:.3f}"}.get(
-                    measure
-                ),
+                "value": measure.text(example.value) if measure else None,
             }
         )
     return cards
@@ -237,7 +224,7 @@ def _quoted(run: Run, name: str) -> str:
 
 
 def environment(run: Run) -> list[tuple[str, str]]:
-    """What the numbers may depend on besides the recipe."""
+    """What the numbers may depend on, apart from the recipe."""
     told = run.environment
     if told is None:
         return []

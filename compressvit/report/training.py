@@ -8,13 +8,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from compressvit.charts.findings import Finding, stretches
+from compressvit.tasks.qualities import graded, qualities
 
 POINTS = 200  # a line has at most about this many; more are averaged in equal stretches
 _RANGE = 30.0  # from the smallest to the largest value: above it an axis is logarithmic
 
 # What is not a term of the loss in a line about training.
 _NO_TERMS = ("time", "phase", "kind", "step", "epoch", "images", "gradient_norm", "lr")
-_ACCURACIES = ("top1", "top5", "teacher_top1", "teacher_top5")
 
 Line = dict[str, Any]
 
@@ -49,9 +49,8 @@ def curves(phase: str, own: Sequence[Line]) -> list[Finding]:
 
 
 def _loss(phase: str, train: Sequence[Line]) -> Finding | None:
-    terms = dict.fromkeys(
-        key for line in train for key in line if key not in (*_NO_TERMS, *_ACCURACIES) and not key.endswith("_kl")
-    )
+    others = {*_NO_TERMS, *graded(), *(f"teacher_{key}" for key in graded())}
+    terms = dict.fromkeys(key for line in train for key in line if key not in others and not key.endswith("_kl"))
     if list(terms)[:1] == ["loss"] and len(terms) == 2:  # a loss of one term is that term
         terms = {"loss": None}
     records = [record for term in terms for record in _series(train, term, term)]
@@ -70,20 +69,17 @@ def _loss(phase: str, train: Sequence[Line]) -> Finding | None:
 def _quality(phase: str, own: Sequence[Line]) -> Finding | None:
     epochs = [line for line in own if line["kind"] == "epoch"]
     held_out = [line for line in own if line["kind"] == "evaluate"]
-    records = [
-        *_series(epochs, "top1", "training images"),
-        *_series(held_out, "top1", "held-out images"),
-        *_series(epochs, "teacher_top1", "teacher on the training images"),  # last: colours go by order in every phase
-    ]
-    if records:
-        caption = (
-            "Top-1 accuracy on augmented training images, averaged over each epoch, and on held-out "
-            "images at each evaluation. A growing gap between the two is overfitting."
-        )
-        return _finding(f"{phase}_accuracy", "Top-1", caption, records, "top-1 (%)")
-    records = _series(held_out, "cosine", "held-out images")
-    caption = "Mean cosine between the outputs of student and teacher on held-out images: 1 is the same direction."
-    return _finding(f"{phase}_cosine", "Cosine to the teacher", caption, records, "cosine")
+    for key, quality in qualities().items():
+        records = [
+            *_series(epochs, key, "training images"),
+            *_series(held_out, key, "held-out images"),
+            # last: colours go by order in every phase
+            *_series(epochs, f"teacher_{key}", "teacher on the training images"),
+        ]
+        if quality.curve is not None and records:
+            name, title, caption = quality.curve.name, quality.curve.title, quality.curve.caption
+            return _finding(f"{phase}_{name}", title, caption, records, quality.heading)
+    return None
 
 
 def _gradient(phase: str, train: Sequence[Line]) -> Finding | None:

@@ -22,6 +22,8 @@ from compressvit.model import cost, stored
 from compressvit.recipe.recipe import Recipe, parse_recipe
 from compressvit.runs.folder import RESOLVED
 from compressvit.runs.job import pick_device
+from compressvit.tasks.base import Task, task_of
+from compressvit.tasks.qualities import qualities
 from compressvit.training.evaluate import Watch, evaluate
 
 
@@ -38,6 +40,10 @@ class Scorer:
     device: torch.device
     other_task: bool = False
 
+    def task(self, model: Side) -> Task:
+        """What the outputs of a model mean."""
+        return task_of(model.model, self.data.usual_task)
+
     def score(self, model: Side, teacher: Side | None = None, watch: Watch | None = None) -> dict[str, Any]:
         """`evaluate` of a model, beside `teacher` where one is given; both are moved to the device."""
         model.model.to(self.device)
@@ -50,12 +56,13 @@ class Scorer:
             teacher=teacher.model if teacher is not None else None,
             teacher_input=teacher.converter(model.input) if teacher is not None else lambda images: images,
             labelled=self.datasets.labeled,
+            task=self.task(model),
             watch=watch,
         )
 
     def in_training(self, model: Side, teacher: Side | None) -> dict[str, Any]:
-        """Without labels, or classes to tell apart, only the teacher says how good a student is."""
-        enough = self.datasets.labeled and bool(getattr(model.model, "num_classes", 0))
+        """Without a ground truth that its task knows, only the teacher says how good a student is."""
+        enough = self.datasets.labeled and self.task(model).supervised
         return self.score(model, None if enough else self.comparable(teacher))
 
     def comparable(self, teacher: Side | None) -> Side | None:
@@ -86,10 +93,11 @@ def evaluate_path(path: str | Path, overrides: list[str], *, device: str, as_jso
         print(json.dumps(result, indent=2))
         return 0
     table = Table(title=f"{folder} on {recipe.data.name}", title_justify="left", show_header=False)
+    known = qualities()
     for key, value in result.items():
         if key not in ("path", "data") and value is not None:
-            percent = " %" if key in ("top1", "top5") else ""
-            table.add_row(key, f"{value:,}" if isinstance(value, int) else f"{value:.4f}{percent}")
+            unit = f" {known[key].unit}".rstrip() if key in known else ""
+            table.add_row(key, f"{value:,}" if isinstance(value, int) else f"{value:.4f}{unit}")
     Console().print(table)
     if not datasets.labeled:
         print("the images have no labels, so there is no accuracy; `apply` compares a student with its teacher")
@@ -108,7 +116,7 @@ def artifact_in(path: Path) -> Path:
         raise UserError(f"{path} is a file; give a run folder, or an artifact (a folder with {stored.MANIFEST})")
     folder = path / "student" if (path / RESOLVED).is_file() else path
     if folder != path and not stored.is_artifact(folder):
-        raise UserError(f"{path} is a run that has no student yet; `compressvit apply … --resume` finishes it")
+        raise UserError(f"{path} is a run that has no student yet; finish it with `compressvit apply … --resume`")
     stored.read_manifest(folder)  # says what is wrong with it
     return folder
 
@@ -129,7 +137,7 @@ def data_recipe(folder: Path, overrides: list[str], asker: str) -> Recipe:
         return parse_recipe(resolved.read_text(encoding="utf-8"), str(resolved), overrides)
     if not any(o.startswith("data.name=") for o in overrides):
         raise UserError(
-            f"{folder} does not lie in a run folder, so it does not say on which data to look at it; "
+            f"{folder} is not in a run folder, so its data is not known; "
             "add data.name=digits, or data.name=folder data.root=FOLDER"
         )
     frame = {"teacher": {"model": "vit_tiny_patch16_224"}, "data": {}, "steps": [{"finetune": {}}]}

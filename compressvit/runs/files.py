@@ -146,7 +146,7 @@ class PredictionsFile(RunFile):
     format: Literal[1]
     images: int
     compared: bool
-    measure: Literal["shift", "cosine", "loss"]
+    measure: str  # a key of the task's `measures`
     classes: list[ClassRow] | None
     confusions: list[Confusion] | None
     confusions_in_all: int | None = None  # older runs have none

@@ -41,9 +41,8 @@ def finish(job: Job, scorer: Scorer, folder: RunFolder, log: RunLog, *, plan: Re
     with disk_faults(folder.student):
         artifact.save(student.model, folder.student, input_config=student.input.as_dict())
     difference = artifact.read_back_difference(folder.student, student.model, student.input.size)
-    predictions = Predictions(
-        student.input, getattr(student.model, "num_classes", 0), job.datasets.class_names, job.datasets.labeled
-    )
+    answers = scorer.task(student).answers(student.model, job.datasets.class_names, job.datasets.labeled)
+    predictions = Predictions(student.input, answers)
     scores, theirs = _scores(scorer, student, teacher, predictions)
     costs = cost.cost(student.model, student.input.size).as_dict()
     costs["bytes"] = (folder.student / stored.TENSORS).stat().st_size
@@ -66,9 +65,8 @@ def finish(job: Job, scorer: Scorer, folder: RunFolder, log: RunLog, *, plan: Re
     write_text(folder.path / "results.json", results.model_dump_json(indent=2, exclude_unset=True) + "\n")
     log.board(lambda writer: tensorboard.show_results(writer, job.recipe, results))
     predictions.write(folder.path)
-    _report(
-        job, folder, log, results, class_mismatch(job.datasets.num_classes, getattr(teacher.model, "num_classes", 0))
-    )
+    needed = scorer.task(teacher).needs_classes(job.datasets.num_classes or 0)
+    _report(job, folder, log, results, class_mismatch(needed, getattr(teacher.model, "num_classes", 0)))
     return results
 
 
@@ -78,11 +76,11 @@ def _scores(
     """The scores of the student beside its teacher, and the teacher's own."""
     comparable = scorer.comparable(teacher)
     scores = scorer.score(student, comparable, predictions.add)
-    theirs = {key: scores.pop(f"teacher_{key}", None) for key in ("top1", "top5", "loss")}
+    theirs = {key: scores.pop(f"teacher_{key}", None) for key in scorer.task(student).graded}
     if comparable and teacher.input != student.input:
         # it was compared on the student's images, but its own accuracy is on its own
         own = scorer.score(teacher, None)
-        theirs = {key: own[key] for key in theirs}
+        theirs = {key: own.get(key) for key in theirs}
     return scores, theirs
 
 
@@ -91,7 +89,7 @@ def _report(job: Job, folder: RunFolder, log: RunLog, results: Results, mismatch
     if mismatch and job.recipe.student.head != "new":
         warnings.warning("warning: %s", mismatch)
     log.say(
-        f"latency: batch 1 on {job.device}, {torch.get_num_threads()} threads, median of up to 30 in turns. "
+        f"latency: batch 1 on {job.device}, {torch.get_num_threads()} threads, median of up to 30, measured alternately. "
         f"The student was read back from disk: largest difference of its outputs {results.read_back_difference:.1e}"
     )
     if job.datasets.broken.count:

@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.table import Table
 
 from compressvit.charts.plots import frontier_finding
-from compressvit.charts.qualities import QUALITIES, measured, words
 from compressvit.data.input import Side
 from compressvit.errors import UserError
 from compressvit.files import write_text
@@ -23,6 +22,7 @@ from compressvit.model import cost
 from compressvit.recipe.recipe import Recipe
 from compressvit.runs.one_shot import OneShot, leading_transforms
 from compressvit.runs.tables import megabytes
+from compressvit.tasks.qualities import measured, qualities, words
 from compressvit.transforms.base import Transform
 from compressvit.transforms.low_rank.base import RankStep
 
@@ -53,7 +53,7 @@ def frontier(
     def measure(side: Side, budget: float | None) -> dict[str, Any]:
         scores = begin.scores(side)
         costs = cost.cost(side.model, side.input.size).as_dict()
-        return {"budget": budget, **costs, **{k: scores.get(k) for k in QUALITIES if k != "top5"}}
+        return {"budget": budget, **costs, **{k: scores.get(k) for k, q in qualities().items() if not q.detail}}
 
     rows = [measure(replace(begin.teacher, model=copy.deepcopy(begin.teacher.model)), None)]
     for budget in sorted(budgets, reverse=True):
@@ -65,8 +65,10 @@ def frontier(
         rows.append(measure(student, budget))
         console.print(f"budget {budget:g}: {words(rows[-1])}", highlight=False)
     if len(rows) == 1:
-        raise UserError("none of the budgets can be met; the messages above say what can")
-    _write(rows, output, unit, recipe.teacher.model)
+        raise UserError("none of the budgets can be met; the messages above say which can")
+    task = begin.scorer.task(begin.teacher)
+    quality = next((key for key in task.ranking if key in task.graded and rows[0][key] is not None), "cosine")
+    _write(rows, output, unit, recipe.teacher.model, quality)
     console.print(_table(rows, unit))
     console.print(f"{output / 'frontier.png'}, {output / 'frontier.csv'}", highlight=False)
     return rows
@@ -111,12 +113,11 @@ def _table(rows: list[dict[str, Any]], unit: str) -> Table:
     return table
 
 
-def _write(rows: list[dict[str, Any]], output: Path, unit: str, name: str) -> None:
+def _write(rows: list[dict[str, Any]], output: Path, unit: str, name: str, quality: str) -> None:
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]))
     writer.writeheader()
     writer.writerows(rows)
     write_text(output / "frontier.csv", text.getvalue())
     write_text(output / "frontier.json", json.dumps(rows, indent=2) + "\n")
-    quality = "top1" if rows[0]["top1"] is not None else "cosine"
-    frontier_finding(rows, unit, quality, QUALITIES[quality].axis, name).picture(output / "frontier.png")
+    frontier_finding(rows, unit, quality, qualities()[quality].axis, name).picture(output / "frontier.png")

@@ -23,6 +23,7 @@ from compressvit.files import expanded
 from compressvit.recipe.recipe import Recipe
 from compressvit.runs.folder import RunFolder
 from compressvit.runs.models import Architecture, build_student, teacher_architecture, trains_teacher
+from compressvit.tasks.base import task_of
 from compressvit.training.phases import PhaseSpec
 from compressvit.training.phases.finetune import Finetune
 from compressvit.transforms import Transform
@@ -155,7 +156,8 @@ def refuse_labels(job: Job) -> None:
         models = {"teacher": job.teacher.model, **models}
     for whose, model in models.items():
         classes = getattr(model, "num_classes", 0)
-        if have and classes and have > classes:
+        needed = task_of(model, recipe.data.usual_task).needs_classes(have) if have else 0
+        if classes and needed > classes:
             advice = (
                 " and train the head with teacher.finetune"
                 if whose == "teacher"
@@ -163,5 +165,5 @@ def refuse_labels(job: Job) -> None:
             )
             where = "teacher.num_classes" if whose == "teacher" else "student.args.num_classes"
             raise UserError(
-                f"the data has {have} classes, and the {whose}'s head tells only {classes} apart; set {where}={have}{advice}"
+                f"the data has {have} classes, and the {whose}'s head has only {classes}; set {where}={have}{advice}"
             )

@@ -17,6 +17,7 @@ from compressvit.model import surgery, weights
 from compressvit.model.modules import as_timm
 from compressvit.model.stored import Manifest, expect_images, is_artifact, read_manifest
 from compressvit.recipe.recipe import Recipe
+from compressvit.tasks.base import find_task
 
 
 def trains_teacher(recipe: Recipe) -> bool:
@@ -26,7 +27,7 @@ def trains_teacher(recipe: Recipe) -> bool:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model of timm's, settled: what it takes to build it, as often as need be, with values or without.
+    """A timm model, fully specified: everything needed to build it, with or without values, any number of times.
 
     Attributes:
         name: timm's, with or without a tag.
@@ -64,10 +65,16 @@ def teacher_architecture(recipe: Recipe, *, classes: int | None = None) -> Archi
     args = _teacher_args(recipe, manifest)
     count = recipe.teacher.num_classes
     if count is None and trains_teacher(recipe):
-        count = known_classes(recipe.data) or classes
+        known = known_classes(recipe.data) or classes
+        count = None if known is None else _head_size(recipe, known)
     if count is not None:
         args["num_classes"] = count
     return Architecture(recipe.teacher.model, args, manifest)
+
+
+def _head_size(recipe: Recipe, classes: int) -> int:
+    """Number of outputs of a new head for data with that many classes."""
+    return find_task(recipe.data.usual_task).head_size(classes)
 
 
 def build_teacher(recipe: Recipe, *, classes: int | None = None, device: str | None = None) -> nn.Module:
@@ -93,7 +100,7 @@ def _teacher_manifest(recipe: Recipe) -> Manifest | None:
     if not is_plain(folder):
         steps = ", ".join(step.transform for step in manifest.transforms)
         raise UserError(
-            f"teacher.weights: {asked.weights} is what {steps} made of a {manifest.architecture}, no model of timm's own. Give the "
+            f"teacher.weights: {asked.weights} is the result of {steps} on a {manifest.architecture}, no model of timm's own. Give the "
             "teacher of that run; or, if `compressvit merge` can make a plain model of it, RUN/merged/model.safetensors"
         )
     return manifest
@@ -144,7 +151,7 @@ def build_student(recipe: Recipe, teacher: nn.Module, *, classes: int | None = N
     classes = known_classes(recipe.data) or classes
     if recipe.student.head == "new" and classes:
         with torch.device("meta" if meta else "cpu"):
-            as_timm(student).reset_classifier(classes)
+            as_timm(student).reset_classifier(_head_size(recipe, classes))
     return student
 
 

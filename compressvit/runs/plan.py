@@ -22,6 +22,7 @@ from compressvit.model.weights import copy_matching
 from compressvit.recipe.recipe import Merge, Recipe
 from compressvit.runs.job import PLACEHOLDER_CLASSES, Job, prepare
 from compressvit.runs.models import student_body, trains_teacher
+from compressvit.tasks.base import TASKS, find_task, task_of
 from compressvit.training.phases import PhaseSpec, Setting
 from compressvit.training.phases.finetune import Finetune
 from compressvit.transforms import LedgerEntry, Transform
@@ -98,6 +99,11 @@ def plan_job(job: Job) -> RecipePlan:
             copy_matching(student_body(recipe, teacher.model, meta=True), teacher.model)
         except UserError as error:
             planned.conflicts.append(str(error))
+    if recipe.data.task is not None and not find_task(recipe.data.task).fits(student.model):
+        planned.conflicts.append(
+            f"data.task={recipe.data.task}: the student's outputs cannot be read as those of that task; leave it out, or name another: "
+            f"{', '.join(name for name, task in TASKS.items() if task.fits(student.model))}"
+        )
     notes = _teacher_notes(job)
     planned.teacher()
     planned.all()
@@ -105,8 +111,8 @@ def plan_job(job: Job) -> RecipePlan:
     notes += planned.training_notes()
     if job.placeholder:
         notes.append(
-            f"the new classifier is counted with {PLACEHOLDER_CLASSES:,} classes here; it gets those of the data, which only opening "
-            "it tells"
+            f"the new classifier is counted with {PLACEHOLDER_CLASSES:,} classes here; it gets those of the data, which are known "
+            "only once it is opened"
         )
     if any(group[0] not in surgery.added_parameters(student.model) for group in compression_of(student.model).ties):
         notes.append("sharing cuts parameters and disk, not MACs or latency: every block still runs")
@@ -139,7 +145,7 @@ class _Steps:
         self.trained = trained_parameters(self.student.model)
 
     def teacher(self) -> None:
-        """The training of the teacher, where there is one."""
+        """The training of the teacher, if there is one."""
         if not trains_teacher(self.recipe):
             return
         spec = self.recipe.teacher.finetune or Finetune()
@@ -183,7 +189,7 @@ class _Steps:
     def _setting(self, student: Side, teacher: Side | None) -> Setting:
         data = self.recipe.data
         unlabelled = None if data.labelled else f"the images of data '{data.name}'"
-        return Setting(student, teacher, data.batch_size, unlabelled)
+        return Setting(student, teacher, data.batch_size, unlabelled, task_of(student.model, data.usual_task))
 
     def _refuse_diagnostics(self, where: str, spec: PhaseSpec, setting: Setting) -> None:
         teacher = setting.teacher.model if setting.teacher is not None else None
@@ -199,7 +205,7 @@ class _Steps:
         end = trained_parameters(model)
         if sum(end.values()) >= ties.count_parameters(model):
             return []
-        left = "" if end == counts else f" (in the end {end['trained_adapter']:,}, if every adapter loses alike)"
+        left = "" if end == counts else f" (in the end {end['trained_adapter']:,}, if every adapter loses equally)"
         return [
             f"the last phase trains {counts['trained_adapter']:,} parameters{left} and {counts['trained_head']:,} of the classifier; "
             "the others are frozen"
@@ -210,7 +216,8 @@ def _teacher_notes(job: Job) -> list[str]:
     recipe = job.recipe
     notes = []
     if recipe.student.head != "new":
-        mismatch = class_mismatch(job.classes, getattr(job.teacher.model, "num_classes", 0))
+        needed = task_of(job.teacher.model, recipe.data.usual_task).needs_classes(job.classes or 0)
+        mismatch = class_mismatch(needed, getattr(job.teacher.model, "num_classes", 0))
         notes += [mismatch] if mismatch else []
     given = recipe.teacher.weights
     if given not in ("train", "pretrained") and not expanded(given, "teacher.weights").exists():
@@ -233,13 +240,13 @@ def _phase_notes(recipe: Recipe) -> list[str]:
         if phase.warmup_epochs > phase.epochs:
             notes.append(
                 f"{where}: the warm-up of {phase.warmup_epochs:g} epochs is longer than the phase of {phase.epochs}, "
-                f"so the rate never reaches its peak; shorten warmup_epochs"
+                f"so the learning rate never reaches its peak; shorten warmup_epochs"
             )
     parts = recipe.parts()
     if parts and parts[-1].phase is None:
         index = parts[-1].start + len(parts[-1].transforms) - 1
         last = f"no step trains the student after steps[{index}].{recipe.steps[index].name}"
-        notes.append(f"{last}: what comes out is the student as the transforms initialise it")
+        notes.append(f"{last}: the result is the student as the transforms initialise it")
     for part in parts:
         for index, spec in enumerate(part.transforms, part.start):
             notes += [f"steps[{index}].{spec.name}: {sentence}" for sentence in spec.provisional]

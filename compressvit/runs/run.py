@@ -14,7 +14,6 @@ from torch import nn
 
 from compressvit.artifacts import artifact
 from compressvit.charts.plots import ranks_finding
-from compressvit.charts.qualities import words
 from compressvit.data.input import Side
 from compressvit.data.loaders import calibration_batches, train_loader
 from compressvit.diagnostics.cka_layers import likeness
@@ -30,6 +29,7 @@ from compressvit.runs.job import Job
 from compressvit.runs.models import build_student, load_teacher, require_student_file
 from compressvit.runs.recorder import Recorder
 from compressvit.runs.tables import ledger_table
+from compressvit.tasks.qualities import words
 from compressvit.training import optimisation as opt
 from compressvit.training.loop import Phase
 from compressvit.training.pairs import Likeness
@@ -137,6 +137,7 @@ class Run:
             loader=partial(train_loader, self.job.datasets, data, model.input, self.device),
             evaluate=lambda m: self.scorer.in_training(Side(m, model.input), teacher),
             likeness=lambda m: self._likeness(m, teacher),
+            task=self.scorer.task(model),
             start=start,
             watching=self.diagnostics.watching,
             measure=lambda name, m, epoch, last: self.diagnostics.measure(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from compressvit.charts.qualities import QUALITIES
+from compressvit.tasks.qualities import qualities
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -69,7 +69,7 @@ def results_table(results: Results, title: str) -> Table:
 
 
 def results_rows(teacher: Figures, student: Figures) -> list[tuple[str, str, str, str]]:
-    """What a measure is called, the teacher's, the student's, and their ratio; empty where there is none."""
+    """Each measure's name, the teacher's value, the student's, and their ratio; empty if there is none."""
     rows = []
 
     def row(label: str, key: str, text: Callable[[Any], str]) -> None:
@@ -89,7 +89,7 @@ def results_rows(teacher: Figures, student: Figures) -> list[tuple[str, str, str
     row("stored in addition to the backbone", "adapter_bytes", lambda v: f"{v / 1e3:,.1f} kB")
     row("MACs per image", "macs", lambda v: f"{v / 1e6:,.2f} M")
     row("latency", "latency_ms", lambda v: f"{v:.2f} ms")
-    for quality in QUALITIES.values():
+    for quality in qualities().values():
         row(quality.long, quality.key, quality.text)
     return rows
 

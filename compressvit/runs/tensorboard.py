@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a run beside its curves, under names that are alike in all runs.
+"""What TensorBoard shows of a run in addition to its curves, under names that are the same in all runs.
 
 A phase is called by its word, without its place in the recipe: `distill/evaluate/top1`, and `distill_2/…` where a recipe has a second one.
 So runs lie in one chart whether one transform comes before the phase, three, or none. What an evaluation before training finds is step 0
@@ -13,13 +13,14 @@ from typing import Any
 from compressvit.recipe.recipe import Recipe
 from compressvit.runs.files import Results
 from compressvit.runs.folder import flat
+from compressvit.tasks.qualities import graded, qualities, ranking
 from compressvit.training.spec import Training
 
-_FINAL = ("top1", "top5", "agreement", "cosine", "parameters", "trained_adapter", "bytes", "macs", "latency_ms")
+_COSTS = ("parameters", "trained_adapter", "bytes", "macs", "latency_ms")
 
 
 def step_names(recipe: Recipe) -> list[str]:
-    """A name for every step: its word, with a number behind it from the second of its kind on."""
+    """A name for every step: its word, followed by a number from the second of its kind on."""
     names: list[str] = []
     words = [step.name for step in recipe.steps]
     for index, word in enumerate(words):
@@ -60,8 +61,11 @@ def show_results(writer: Any, recipe: Recipe, results: Results) -> None:
     """
     from torch.utils.tensorboard import summary  # a second, which programs that only want names should not wait for
 
-    found = {f"final/{key}": results.student.value(key) for key in _FINAL}
-    found |= {f"final/teacher_{key}": results.teacher.value(key) for key in ("top1", "parameters", "latency_ms")}
+    first, own = ranking(), graded()
+    scores = [key for key in qualities() if key in first or key in own]
+    found = {f"final/{key}": results.student.value(key) for key in (*scores, *_COSTS)}
+    theirs = (*(key for key in scores if key in first and key in own), "parameters", "latency_ms")
+    found |= {f"final/teacher_{key}": results.teacher.value(key) for key in theirs}
     metrics = {tag: float(value) for tag, value in found.items() if value is not None}
     for part in summary.hparams(hyper_parameters(recipe), metrics):
         writer.file_writer.add_summary(part)

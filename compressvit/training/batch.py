@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from timm.data import Mixup
 
-
-@dataclass(frozen=True)
-class Labels:
-    """What the labels of a batch decide, so that nobody has to ask the device: how many images have one, and the largest."""
-
-    count: int
-    largest: int
+from compressvit.tasks.base import Labels
 
 
 def to_device(

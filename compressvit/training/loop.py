@@ -22,10 +22,11 @@ from compressvit.log import RunLog
 from compressvit.model import ties
 from compressvit.model.old import current_checkpoint
 from compressvit.model.taps import Taps
+from compressvit.tasks.base import Task, task_of
 from compressvit.training import optimisation as opt
-from compressvit.training.batch import Labels, to_device
-from compressvit.training.best import Best, score
-from compressvit.training.meters import Meters, accuracies, result_text
+from compressvit.training.batch import to_device
+from compressvit.training.best import Best
+from compressvit.training.meters import Meters
 from compressvit.training.phase import Phase, Teacher
 from compressvit.training.spec import Training
 from compressvit.training.state import Moments, TrainedState
@@ -48,6 +49,7 @@ def train(
     device: torch.device,
     log: RunLog,
     evaluate: Callable[[nn.Module], dict[str, Any]],
+    task: Task | None = None,
     teacher: Teacher | None = None,
     start: dict[str, Any] | None = None,
     moments: Moments | None = None,
@@ -62,6 +64,7 @@ def train(
         terms: the loss terms; their weighted sum is minimised.
         loader: batches of (images, targets), with a length, of `batch_size` images; its order follows the global generators.
         evaluate: called every `evaluate_every` epochs with the model (its average, if there is one); what it returns is logged.
+        task: what the outputs mean; None: classes of a model that has a classifier, else features.
         teacher: needed when a term reads it; runs in eval mode without gradient, and is never part of a checkpoint.
         start: what `evaluate` says of the model as it is given, where that is known.
         moments: the optimiser's state by parameter name to begin with, possibly empty; its state at the end is then returned too.
@@ -80,9 +83,8 @@ def train(
             that step. It may be found out up to `log_every` steps later.
     """
     warm = None if moments is None else Moments(moments)
-    return Trainer(
-        model, spec, phase, terms, loader, batch_size, device, log, evaluate, teacher, start, warm, watches, measure
-    ).run()
+    others = (task or task_of(model), teacher, start, warm, watches, measure)
+    return Trainer(model, spec, phase, terms, loader, batch_size, device, log, evaluate, *others).run()
 
 
 @dataclass(eq=False)
@@ -98,6 +100,7 @@ class Trainer:
     device: torch.device
     log: RunLog
     evaluate: Callable[[nn.Module], dict[str, Any]]
+    task: Task
     teacher: Teacher | None
     start: dict[str, Any] | None
     warm: Moments | None
@@ -118,8 +121,7 @@ class Trainer:
         opt.set_drop_path(model, spec.drop_path)
         self.optimizer = opt.build_optimizer(model, spec, self.batch_size, device)
         self.schedule = opt.build_schedule(self.optimizer, spec, steps_per_epoch)
-        self.classes: int = getattr(model, "num_classes", 0)  # 0: its outputs are features
-        self.mixup = opt.build_mixup(spec, self.classes)
+        self.mixup = opt.build_mixup(spec, getattr(model, "num_classes", 0))
         self.average = opt.build_average(model, spec.ema)
         self.autocast = torch.autocast(device.type, _AUTOCAST.get(spec.precision), enabled=spec.precision != "fp32")
         self.scaler = torch.amp.GradScaler(device.type, enabled=spec.precision == "fp16")
@@ -164,7 +166,7 @@ class Trainer:
             return
         if self.start is None:
             self.start = self.evaluate(self.model)
-        self.best = {"score": score(self.start), "epoch": 0, "model": self.state.copied(self.model)}
+        self.best = {"score": self.task.score(self.start), "epoch": 0, "model": self.state.copied(self.model)}
 
     def resume(self) -> dict[str, Any] | None:
         """Go on where the checkpoint ends; of a phase that is done, returns what `train` does."""
@@ -264,10 +266,8 @@ class Trainer:
         left = len(self.loader) - self.batch_index // self.spec.accumulate * self.spec.accumulate
         self.scaler.scale(loss / min(self.spec.accumulate, left)).backward()
         self.batch_index += 1
-        scored = labels if self.classes else Labels(0, -1)  # pooled features are no scores
-        self.meters.add(
-            self.steps + 1, loss, parts, accuracies(batch.student_logits, batch.teacher_logits, targets, scored)
-        )
+        figures = self.task.batch_figures(batch.student_logits, batch.teacher_logits, targets, labels)
+        self.meters.add(self.steps + 1, loss, parts, figures)
 
     def forward(self, images: torch.Tensor, targets: torch.Tensor) -> Batch:
         """Student and teacher on a batch, and what their taps read."""
@@ -341,9 +341,10 @@ class Trainer:
         judged = self.judged()
         result = self.evaluate(judged)
         self.log.scalars(self.phase.name, "evaluate", self.steps, {"epoch": self.epoch, **result})
-        self.log.say(f"{self.phase.name} {self.epoch}/{self.spec.epochs}  {self.meters.text()}  {result_text(result)}")
-        if self.best is not None and score(result) >= self.best["score"]:
-            self.best = {"score": score(result), "epoch": self.epoch, "model": self.state.copied(judged)}
+        found = f"{self.meters.text()}  {self.task.progress(result)}"
+        self.log.say(f"{self.phase.name} {self.epoch}/{self.spec.epochs}  {found}")
+        if self.best is not None and (score := self.task.score(result)) >= self.best["score"]:
+            self.best = {"score": score, "epoch": self.epoch, "model": self.state.copied(judged)}
 
     def take_best(self) -> None:
         """End with the weights of the best evaluation, where those are asked for."""
@@ -352,7 +353,7 @@ class Trainer:
             return
         self.model.load_state_dict(best["model"], strict=False)
         kept = f"epoch {best['epoch']}" if best["epoch"] else "the start"
-        self.log.say(f"{self.phase.name}: kept the weights of {kept}, which did best")
+        self.log.say(f"{self.phase.name}: kept the weights of {kept}, which were best")
 
     def kept_epoch(self) -> int:
         return self.epoch if self.best is None else self.best["epoch"]

@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 
-from compressvit.training.batch import Labels
-
 
 @dataclass(frozen=True)
 class Reading:
@@ -109,36 +107,8 @@ class Meters:
         return words(self.last, terms | names)
 
 
-def accuracies(
-    logits: torch.Tensor, teacher_logits: torch.Tensor | None, targets: torch.Tensor, labels: Labels
-) -> dict[str, torch.Tensor]:
-    """Top-1 and top-5 of a batch in percent, the teacher's too, over the images that have a label; nothing where none has.
-
-    Args:
-        logits, teacher_logits: (B, classes).
-        targets: (B,) class indices, or (B, classes) after mixup: a mixed image has the label it has more of.
-        labels: what the targets were before mixup.
-    """
-    if not labels.count:
-        return {}
-    expected = targets.argmax(dim=1) if targets.ndim == 2 else targets
-    found = {}
-    for name, outputs in (("", logits), ("teacher_", teacher_logits)):
-        if outputs is None or outputs.shape[-1] == 1 or labels.largest >= outputs.shape[-1]:
-            continue
-        right = outputs.topk(min(5, outputs.shape[-1]), dim=1).indices == expected[:, None]  # never so for −1
-        for top, hits in (("top1", right[:, 0]), ("top5", right.any(dim=1))):
-            found[f"{name}{top}"] = 100 * (hits.float().sum() / labels.count).to(_widest(outputs.device))
-    return found
-
-
 def words(values: dict[str, Any], names: dict[str, str]) -> str:
     return "  ".join(text.format(values[k]) for k, text in names.items() if values.get(k) is not None)
-
-
-def result_text(result: dict[str, Any]) -> str:
-    """What an evaluation found, in a few words."""
-    return words(result, {"top1": "validation {:.2f}%", "agreement": "agreement {:.2f}%", "cosine": "cosine {:.4f}"})
 
 
 def _numbers(scalars: Sequence[torch.Tensor]) -> list[float]:

@@ -13,6 +13,7 @@ from torch import nn
 
 from compressvit.data.input import InputConfig, Side
 from compressvit.log import RunLog
+from compressvit.tasks.base import Task
 from compressvit.training.loop import Phase, Teacher, train
 from compressvit.training.pairs import Likeness
 from compressvit.training.spec import Training
@@ -42,6 +43,7 @@ class Stage:
         loader: makes the training batches (images, targets) of one pass, with a length, normalised as `input` says.
         evaluate: scores of a model on the held-out images; beside the teacher where labels do not say how good it is.
         likeness: CKA of a model's blocks with those of the teacher, for layer pairs.
+        task: what the model's outputs mean; None: classes where it has a classifier, else features.
         start: what `evaluate` says of the model as it is given, where that is known.
         watching: (model, phase name) → the diagnostics that look on at every step, closed at the end.
         measure: (phase name, model, epochs done, whether they are the last): diagnostics at stated epochs.
@@ -57,6 +59,7 @@ class Stage:
     loader: Callable[[], Any]
     evaluate: Callable[[nn.Module], dict[str, Any]]
     likeness: Callable[[nn.Module], Likeness]
+    task: Task | None = None
     start: dict[str, Any] | None = None
     watching: Callable[[nn.Module, str], AbstractContextManager[Sequence[Watch]]] = _nobody
     measure: Callable[[str, nn.Module, int, bool], None] = _nothing
@@ -106,6 +109,7 @@ class Stage:
                 device=self.device,
                 log=self.log,
                 evaluate=self.evaluate,
+                task=self.task,
                 teacher=guide,
                 watches=watches,
                 measure=lambda judged, epoch, last: self.measure(phase.name, judged, epoch, last),

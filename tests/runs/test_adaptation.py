@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from compressvit.artifacts import artifact
 from compressvit.artifacts.adapter import load_adapter
 from compressvit.artifacts.merge import photograph_like
-from compressvit.charts.plots import compare_findings
 from compressvit.errors import UserError
 from compressvit.recipe.recipe import parse_recipe
 from compressvit.report.compare import compare, label
+from compressvit.report.trade_off import compare_findings
 from compressvit.runs.merge import merge_folder
 from compressvit.transforms import Adapters, RepAdapter
 from compressvit.transforms.applying import compress
@@ -265,7 +265,7 @@ def test_a_new_classifier_cannot_be_distilled_from_another_one(runs, tmp_path):
     assert "losses.prediction compares classes, but the student has 10 and the teacher 3" in out
     code, _, err = run("plan", recipe, "--measure", "steps.1.distill.losses.prediction.weight=0")
     assert code == 2
-    assert "its new classifier (student.head=new) knows nothing" in err
+    assert "its new classifier (student.head=new) is random" in err
 
 
 def test_labels_without_a_classifier_are_found_in_the_plan(tmp_path):

@@ -7,9 +7,13 @@ import json
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from compressvit.data.input import InputConfig
 from compressvit.runs.predictions import EXAMPLES, Predictions
+from compressvit.tasks.base import TASKS
+from compressvit.tasks.classification import ClassAnswers
+from compressvit.tasks.features import Features
 
 GREY = InputConfig(1, 8, 8, (0.5,), (0.25,), "bilinear", 1.0)
 COLOUR = InputConfig(3, 224, 160, (0.5, 0.4, 0.3), (0.2, 0.2, 0.2), "bilinear", 1.0)
@@ -23,7 +27,7 @@ def logits(*rows):
 @pytest.fixture
 def told(tmp_path):
     """Three classes of which the last has no image; the student takes b for a twice, the teacher once and a for b once."""
-    seen = Predictions(GREY, 3, ["a", "b"], labelled=True)
+    seen = Predictions(GREY, ClassAnswers(3, ["a", "b"], labelled=True))
     a, b = [0.8, 0.1, 0.1], [0.1, 0.8, 0.1]
     images = torch.stack([torch.full((1, 8, 8), level) for level in (-2.0, 0.0, 1.0, 2.0)])
     targets = torch.tensor([0, 0, 1, 1])
@@ -64,7 +68,7 @@ def test_the_images_on_which_they_differ_most_come_first(told):
 
 
 def test_only_the_most_different_are_kept_of_many():
-    seen = Predictions(GREY, 2, None, labelled=True)
+    seen = Predictions(GREY, ClassAnswers(2, None, labelled=True))
     for batch in torch.linspace(0.5, 0.95, 120)[torch.randperm(120, generator=torch.Generator().manual_seed(0))].split(
         7
     ):
@@ -75,7 +79,7 @@ def test_only_the_most_different_are_kept_of_many():
 
 
 def test_a_student_on_its_own_shows_what_it_is_most_wrong_about(tmp_path):
-    seen = Predictions(COLOUR, 2, ["cat", "dog"], labelled=True)
+    seen = Predictions(COLOUR, ClassAnswers(2, ["cat", "dog"], labelled=True))
     pixels = torch.randn(3, 3, 224, 160)
     seen.add(pixels, torch.tensor([0, 0, 1]), logits([0.9, 0.1], [0.2, 0.8], [0.4, 0.6]), None)
     seen.write(tmp_path)
@@ -88,9 +92,12 @@ def test_a_student_on_its_own_shows_what_it_is_most_wrong_about(tmp_path):
 
 
 def test_headless_models_by_the_cosine_of_their_features(tmp_path):
-    seen = Predictions(GREY, 0, ["cat", "dog"], labelled=True)  # the data's classes, which the models do not tell apart
+    """The data has classes, which the models do not tell apart."""
+    seen = Predictions(
+        GREY, TASKS["features"].answers(nn.Identity(), ["cat", "dog"], labelled=True)
+    )  # the data's classes, which the models do not tell apart
     ours, theirs = torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[2.0, 0.0], [0.0, 3.0]])
-    seen.add(torch.zeros(2, 1, 8, 8), torch.tensor([-1, -1]), ours, theirs)
+    seen.add(torch.zeros(2, 1, 8, 8), torch.tensor([-1, -1]), Features(ours, None), Features(theirs, None))
     content = seen.as_dict()
     assert (content["measure"], content["classes"], content["confusions"]) == ("cosine", None, None)
     assert [one["value"] for one in content["examples"]] == [0, 1]
@@ -98,13 +105,14 @@ def test_headless_models_by_the_cosine_of_their_features(tmp_path):
 
 
 def test_backbones_without_pooling_are_only_counted(tmp_path):
-    seen = Predictions(GREY, 0, None, labelled=False)
-    seen.add(torch.zeros(2, 1, 8, 8), torch.tensor([-1, -1]), torch.ones(2, 5, 4), torch.ones(2, 5, 4))
-    assert (seen.images, seen.measure) == (2, None)
+    seen = Predictions(GREY, TASKS["features"].answers(nn.Identity(), None, labelled=False))
+    maps = Features(torch.ones(2, 5, 4), None)
+    seen.add(torch.zeros(2, 1, 8, 8), torch.tensor([-1, -1]), maps, maps)
+    assert (seen.images, seen.as_dict()) == (2, {})
 
 
 def test_a_picture_does_not_keep_its_batch():
-    seen = Predictions(GREY, 2, None, labelled=True)
+    seen = Predictions(GREY, ClassAnswers(2, None, labelled=True))
     pixels = torch.zeros(50, 1, 8, 8)
     seen.add(pixels, torch.zeros(50, dtype=torch.long), torch.randn(50, 2), torch.randn(50, 2))
     kept = [entry[-1] for entry in seen._examples]
@@ -113,14 +121,14 @@ def test_a_picture_does_not_keep_its_batch():
 
 
 def test_outputs_that_are_not_numbers_are_still_written(tmp_path):
-    seen = Predictions(GREY, 2, None, labelled=True)
+    seen = Predictions(GREY, ClassAnswers(2, None, labelled=True))
     seen.add(torch.zeros(1, 1, 8, 8), torch.tensor([1]), torch.tensor([[torch.nan, 0.0]]), logits([0.5, 0.5]))
     seen.write(tmp_path)
     assert json.loads((tmp_path / "predictions.json").read_text())["examples"][0]["value"] == 0.5
 
 
 def test_nothing_is_written_where_there_is_nothing_to_tell(tmp_path):
-    seen = Predictions(GREY, 0, None, labelled=False)
-    seen.add(torch.zeros(2, 1, 8, 8), torch.tensor([-1, -1]), torch.ones(2, 4), None)
+    seen = Predictions(GREY, TASKS["features"].answers(nn.Identity(), None, labelled=False))
+    seen.add(torch.zeros(2, 1, 8, 8), torch.tensor([-1, -1]), Features(torch.ones(2, 4), None), None)
     seen.write(tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -11,6 +11,7 @@ from helpers.training import CPU, Heard, fit, largest_difference, random_batches
 
 from compressvit.errors import UserError
 from compressvit.files import load_checkpoint
+from compressvit.tasks.base import task_of
 from compressvit.training import optimisation as opt
 from compressvit.training.batch import to_device
 from compressvit.training.loop import Phase, Teacher, Trainer
@@ -37,7 +38,7 @@ def trainer_on_meta(spec, tmp_path, told):
     assert len(terms) == 5
     phase, batches = Phase("phase", 1, 0, tmp_path / "phase.pt"), with_unlabelled(random_batches(5, 6))
     trainer = Trainer(
-        *(student, spec, phase, terms, batches, 6, CPU, Heard(), lambda model: {}, Teacher(teacher)),
+        *(student, spec, phase, terms, batches, 6, CPU, Heard(), lambda model: {}, task_of(student), Teacher(teacher)),
         *(None, None, (), lambda model, epoch, last: None),
     )
     trainer.device, trainer.finite = META, trainer.finite.to(META)  # autocast knows no meta device

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from compressvit.data.input import Side
+    from compressvit.tasks.base import Task
     from compressvit.training.pairs import Likeness
     from compressvit.training.stage import Stage
 
@@ -34,6 +35,7 @@ class Setting:
         student: what is trained, on the meta device; the teacher itself in the phase that trains it.
         teacher: None in the phase that trains the teacher.
         batch_size: images of a training batch.
+        task: what the student's outputs mean; None: classes where it has a classifier, else features.
         unlabelled: what to call the training images where they have no labels, e.g. "the images of data 'images'"; else None.
     """
 
@@ -41,6 +43,7 @@ class Setting:
     teacher: Side | None
     batch_size: int
     unlabelled: str | None = None
+    task: Task | None = None
 
 
 @dataclass
@@ -77,6 +80,7 @@ class PhaseSpec(Training):
         import torch
 
         from compressvit.model.backbone import describe
+        from compressvit.tasks.base import task_of
         from compressvit.training import optimisation as opt
 
         model: Any = setting.student.model
@@ -92,7 +96,10 @@ class PhaseSpec(Training):
             raise UserError(
                 "mixup and cutmix mix the images of a batch in pairs; give data.batch_size of at least 2, or set both to 0"
             )
-        if self.needs_classifier and not model.num_classes:
+        task = setting.task or task_of(model)
+        if (self.mixup or self.cutmix) and not task.mixes:
+            raise UserError(f"mixup and cutmix mix classes, and the task {task.name!r} has none to mix; set both to 0")
+        if self.needs_classifier and not task.supervised:
             raise UserError(
                 f"{self.name} learns from labels, but the model has no classifier (num_classes=0); give it one with student.head=new, "
                 "or distil it with losses.feature instead"
@@ -133,7 +140,7 @@ class PhaseSpec(Training):
         """
         from compressvit.training.terms import labels_term
 
-        return model, stage.train(model, self, [labels_term(1.0, self.smoothing)])
+        return model, stage.train(model, self, [labels_term(1.0, self.smoothing, stage.task)])
 
     def summary(self, batch_size: int) -> str:
         """Length, batch, optimiser and precision in a line."""

@@ -14,6 +14,7 @@ from compressvit.training.terms.section import LossSection, losses_section
 if TYPE_CHECKING:
     from torch import nn
 
+    from compressvit.tasks.base import Task
     from compressvit.training.pairs import LayerPair, Likeness
     from compressvit.training.stage import Stage
     from compressvit.training.terms import Term
@@ -60,7 +61,7 @@ class Distill(PhaseSpec):
         self._refuse_other_classes(student.model, teacher.model)
         pairs, plan.layers_rule = match_layers(student.model, teacher.model, self.layers)
         plan.layers = [(p.student.index, p.teacher.index) for p in pairs]
-        terms = self.terms(student.model, pairs)
+        terms = self.terms(student.model, pairs, setting.task)
         plan.loss_bytes = loss_bytes(
             student.model, teacher.model, terms, setting.batch_size, student.input, teacher.input
         )
@@ -80,12 +81,12 @@ class Distill(PhaseSpec):
         assert stage.teacher is not None, "only the teacher itself is trained without one"
         kept = stage.phase.checkpoint.with_suffix(".layers.json")
         pairs, how = match_layers_once(model, stage.teacher.model, self.layers, stage.likeness(model), kept)
-        terms = self.terms(model, pairs)
+        terms = self.terms(model, pairs, stage.task)
         names = ", ".join(term.name for term in terms)
         stage.log.say(f"{stage.phase.name}: {names}; layer pairs {', '.join(map(str, pairs)) or 'none'} ({how})")
         return model, stage.train(model, self, terms, taught=True)
 
-    def terms(self, student: nn.Module, pairs: Sequence[LayerPair]) -> list[Term]:
+    def terms(self, student: nn.Module, pairs: Sequence[LayerPair], task: Task | None = None) -> list[Term]:
         """The loss terms for a student; see `compressvit.training.terms.build_terms`."""
         from compressvit.training.terms import build_terms
 
@@ -95,6 +96,7 @@ class Distill(PhaseSpec):
             classes=getattr(student, "num_classes", 0),
             prefix_tokens=getattr(student, "num_prefix_tokens", 0),
             smoothing=self.smoothing,
+            task=task,
         )
 
     def _refuse_other_classes(self, student: nn.Module, teacher: nn.Module) -> None:

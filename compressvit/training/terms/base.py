@@ -14,6 +14,7 @@ from compressvit.spec import Spec
 
 if TYPE_CHECKING:  # reading a recipe does not take timm
     from compressvit.model.taps import Tap
+    from compressvit.tasks.base import Task
     from compressvit.training.pairs import LayerPair
 
 
@@ -53,11 +54,13 @@ class TermSetting:
         pairs: the distilled layers.
         prefix_tokens: how many tokens at the front of the student's sequence are no patches.
         smoothing: of the ground truth.
+        task: what the student's outputs mean; None: classes.
     """
 
     pairs: tuple[LayerPair, ...] = ()
     prefix_tokens: int = 0
     smoothing: float = 0.0
+    task: Task | None = None
 
 
 class LossTerm(Spec):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 
+from compressvit.tasks.base import TASKS, Task
 from compressvit.training.terms.base import Batch, LossTerm, Term, TermSetting, loss_term
 
 
@@ -21,17 +21,14 @@ class LabelTerm(LossTerm):
     weight: float = Field(0.0, ge=0)
 
     def build(self, setting: TermSetting) -> Term:
-        return labels_term(self.weight, setting.smoothing)
+        return labels_term(self.weight, setting.smoothing, setting.task)
 
 
-def labels_term(weight: float, smoothing: float) -> Term:
-    """Cross-entropy against the ground truth; images without a label (target −1) do not count."""
+def labels_term(weight: float, smoothing: float, task: Task | None = None) -> Term:
+    """The task's loss against the ground truth; that of a classification where none is given."""
+    task = task or TASKS["classification"]
 
     def function(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        logits, targets = batch.student_logits.float(), batch.targets
-        if targets.ndim == 2:  # mixup has smoothed already
-            return F.cross_entropy(logits, targets), {}
-        total = F.cross_entropy(logits, targets, label_smoothing=smoothing, ignore_index=-1, reduction="sum")
-        return total / (targets >= 0).sum().clamp(min=1), {}  # 0 where no image has a label
+        return task.loss(batch.student_logits, batch.targets, smoothing), {}
 
     return Term("labels", weight, function)

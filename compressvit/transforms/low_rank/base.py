@@ -184,12 +184,14 @@ class RankStep(Transform):
         if (self.rank is None) == (self.budget is None):
             raise ValueError(f"{self.name} needs a rank or a budget" + (", not both" if self.budget else ""))
         if self.budget and init == "scratch":
-            raise ValueError("a budget is spent by the errors of a teacher's weights, which init: scratch does not use")
+            raise ValueError(
+                "a budget is allocated by the errors of a teacher's weights, which init: scratch does not use"
+            )
 
     def budget_note(self, metric: str) -> list[str]:
         """What a plan without values takes for granted of a budget."""
         on = measured_on(metric)
-        text = f"ranks are uniform in this plan; apply spends the same budget by the errors it measures {on}"
+        text = f"ranks are uniform in this plan; apply allocates the same budget by the errors it measures {on}"
         return [text] if self.budget else []
 
     def find_targets(self, model: nn.Module, backbone: Backbone) -> list[str]:

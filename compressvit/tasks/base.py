@@ -1,0 +1,275 @@
+"""What a task offers, and the registry of tasks.
+
+A task says what the outputs of a model mean. Training, evaluation, the run folder and the report ask it, and none of them knows which
+tasks there are. One task is one file in `compressvit/tasks/`, or of a package that offers it (entry points `compressvit.tasks`); a recipe
+names it by its word in `data.task`, where it is not the usual one of the data set.
+
+Shapes: B images of a batch. *Outputs* are what the model returns in training and what `Task.run` returns in evaluation; *targets* are the
+ground truth of a batch as the data set gives it, (B,) unless a task and its data sets agree on something else.
+
+Whatever computes imports torch when it runs: reading a recipe or writing a report takes the names of figures alone.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from compressvit.errors import UserError, did_you_mean
+from compressvit.registry import Registry
+from compressvit.tasks.quality import Quality
+
+if TYPE_CHECKING:  # a report and a recipe need the names of figures, and not torch
+    import torch
+    from torch import Tensor, nn
+
+Result = dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What the labels of a batch decide, so that nobody has to ask the device: how many images have one, and the largest."""
+
+    count: int
+    largest: int
+
+
+class Metrics(ABC):
+    """The figures of one evaluation, gathered batch by batch in memory that does not grow with the set."""
+
+    @abstractmethod
+    def add(self, outputs: Any, targets: Tensor, expected: Any | None) -> None:
+        """Note a batch.
+
+        Args:
+            outputs: of the model, as `Task.run` returns them.
+            targets: of the same images.
+            expected: likewise the teacher's outputs; None without a teacher.
+
+        Raises:
+            UserError: targets that do not fit the model.
+        """
+
+    @abstractmethod
+    def result(self) -> Result:
+        """Every figure by its key, over all images; None for what cannot be had. With a teacher the teacher's own figures begin with
+        `teacher_`."""
+
+
+class Answers(ABC):
+    """What two models say of the held-out images, beyond figures: tables, and the images worth looking at.
+
+    Attributes:
+        measure: the key in `Task.measures` of what the images are chosen by; None where there is nothing to choose by.
+    """
+
+    measure: str | None = None
+
+    @abstractmethod
+    def add(self, outputs: Any, targets: Tensor, expected: Any | None) -> Tensor | None:
+        """Note a batch.
+
+        Args:
+            outputs, targets: as for `Metrics.add`.
+            expected: the teacher's outputs where the two can be compared.
+
+        Returns:
+            (B,): the higher, the more an image is worth looking at; None where there is no `measure`.
+        """
+
+    @abstractmethod
+    def describe(self, index: int) -> dict[str, Any]:
+        """What `predictions.json` keeps of the image at `index` of the last batch: `true`, `teacher` and `student` as far as known."""
+
+    def value(self, worth: float) -> float:
+        """The value that is shown of an image, from the one it was chosen by."""
+        return worth
+
+    def tables(self) -> dict[str, Any]:
+        """What else `predictions.json` has: `classes`, `confusions` and `confusions_in_all`, None where the task has none."""
+        return {"classes": None, "confusions": None, "confusions_in_all": None}
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What the images that a report shows were chosen by: the caption above them, and the text under each from its value."""
+
+    caption: str
+    text: Callable[[float], str | None]
+
+
+class Task(ABC):
+    """What the outputs of a model mean.
+
+    Attributes:
+        name: its word, set by `task`.
+        qualities: the figures that it measures, in the order in which they are shown. A key that another task has must mean the same.
+        ranking: the keys of those that say how good a model is: `keep: best`, charts and tables go by the first that was measured.
+        graded: the keys of what `Metrics` measures of one model against the ground truth alone.
+        supervised: whether it has a loss against the ground truth.
+        mixes: whether its targets can be mixed by mixup and cutmix.
+        measures: what the images in a report can be chosen by.
+    """
+
+    name: ClassVar[str]
+    qualities: ClassVar[tuple[Quality, ...]] = ()
+    ranking: ClassVar[tuple[str, ...]] = ()
+    graded: ClassVar[tuple[str, ...]] = ()
+    supervised: ClassVar[bool] = True
+    mixes: ClassVar[bool] = False
+    measures: ClassVar[Mapping[str, Measure]] = {}
+
+    @abstractmethod
+    def fits(self, model: nn.Module) -> bool:
+        """Whether the outputs of a model can be read as this task's."""
+
+    def head_size(self, classes: int) -> int:
+        """How many outputs a new head has, for data of `classes` classes: what timm's `reset_classifier` is given."""
+        return classes
+
+    def needs_classes(self, classes: int) -> int:
+        """How many outputs a head must have at least, for data of `classes` classes."""
+        return 0
+
+    # In training
+
+    def loss(self, outputs: Any, targets: Tensor, smoothing: float = 0.0) -> Tensor:
+        """The loss against the ground truth, a scalar on the device.
+
+        Args:
+            outputs: what the model returns in training; may be in lower precision.
+            targets: (B,), or (B, classes) after mixup.
+            smoothing: of the labels; a task without labels to smooth ignores it.
+        """
+        raise TypeError(f"the task {self.name!r} learns nothing from the ground truth")
+
+    def batch_figures(self, outputs: Any, expected: Any | None, targets: Tensor, labels: Labels) -> dict[str, Tensor]:
+        """What a training loop logs of a batch beside its loss: scalars on the device by name. May not wait for the device.
+
+        Args:
+            outputs, expected: of the model and, where it runs too, its teacher.
+            targets: as for `loss`.
+            labels: what the targets were before mixup.
+        """
+        return {}
+
+    # In evaluation
+
+    def run(self, model: nn.Module, images: Tensor) -> Any:
+        """The outputs for images (B, C, H, W), in float32 at least."""
+        return model(images).float()
+
+    @abstractmethod
+    def metrics(self, model: nn.Module, teacher: nn.Module | None, labelled: bool) -> Metrics:
+        """A fresh accumulator.
+
+        Args:
+            model: what is evaluated.
+            teacher: what it is compared with, if anything.
+            labelled: whether the targets are the ground truth.
+        """
+
+    def comparable(self, outputs: Any, expected: Any) -> bool:
+        """Whether the outputs of two models can be compared image by image."""
+        return outputs.shape == expected.shape
+
+    def score(self, result: Mapping[str, Any]) -> float:
+        """What `keep: best` compares evaluations by, the higher the better: the first figure of `ranking` that was measured.
+
+        Raises:
+            UserError: none was.
+        """
+        lower = {quality.key for quality in self.qualities if quality.lower_is_better}
+        for key in self.ranking:
+            if result.get(key) is not None:
+                return -result[key] if key in lower else result[key]
+        raise UserError(
+            "keep=best has nothing to compare: there are no labels, and the outputs of student and teacher differ in width; use keep=last"
+        )
+
+    def progress(self, result: Mapping[str, Any]) -> str:
+        """What an evaluation found, in the line that training prints of an epoch."""
+        known = {quality.key: quality for quality in self.qualities}
+        measured = [known[key] for key in self.ranking if result.get(key) is not None]
+        return "  ".join(f"{q.said} {q.number(result[q.key])}{q.unit}" for q in measured)
+
+    def answers(self, model: nn.Module, names: Sequence[str] | None, labelled: bool) -> Answers | None:
+        """A fresh collector of what `predictions.json` and the report's gallery show; None: they show nothing of this task.
+
+        Args:
+            model: what is evaluated.
+            names: of the classes, as far as they are known.
+            labelled: whether the targets are the ground truth.
+        """
+        return None
+
+    # In fitting
+
+    def output_distance(self, model: nn.Module, images: Tensor, generator: torch.Generator) -> Tensor:
+        """A scalar whose gradients, squared and averaged over draws, are the metric of the outputs: how far they move with a layer's.
+
+        Args:
+            model: in eval mode.
+            images: (B, C, H, W).
+            generator: on the CPU; what is random is drawn from it.
+
+        Raises:
+            FloatingPointError: the outputs are not finite; its text says what they come from.
+        """
+        import torch
+
+        outputs = self.run(model, images)
+        direction = torch.randn(outputs.shape, generator=generator).to(outputs.device)
+        return (outputs * direction).sum()
+
+    # In words
+
+    def verdict(self, student: Mapping[str, Any], teacher: Mapping[str, Any], images: str) -> str | None:
+        """How good a student is, as the end of a sentence that begins with "the student"; None where none of its figures is there.
+
+        Args:
+            student, teacher: figures by key.
+            images: what the sentence calls the evaluation set.
+        """
+        known = {quality.key: quality for quality in self.qualities}
+        key = next((key for key in self.ranking if student.get(key) is not None), None)
+        if key is None:
+            return None
+        ours, theirs = student[key], teacher.get(key)
+        beside = "" if theirs is None else f" (the teacher {known[key].text(theirs)})"
+        return f"has {known[key].had(ours)} on {images}{beside}"
+
+
+TASKS: Registry[Task] = Registry("task", "compressvit.tasks")
+T = TypeVar("T", bound=type[Task])
+
+
+def task(name: str) -> Callable[[T], T]:
+    """Register a task under its word. A second one of the same word is refused at import."""
+
+    def register(kind: T) -> T:
+        kind.name = name
+        TASKS.add(name, kind(), kind.__module__)
+        return kind
+
+    return register
+
+
+def find_task(name: str) -> Task:
+    """The task of that word.
+
+    Raises:
+        UserError: there is none, or the package that offers it cannot be used.
+    """
+    if name in TASKS:
+        return TASKS[name]
+    raise UserError(TASKS.fault(name) or f"there is no task '{name}'; {did_you_mean(name, list(TASKS))}")
+
+
+def task_of(model: nn.Module, name: str | None = None) -> Task:
+    """The task of a model: the one of that word where the model can do it, else the first that fits."""
+    if name is not None and find_task(name).fits(model):
+        return TASKS[name]
+    return next(task for task in TASKS.values() if task.fits(model))

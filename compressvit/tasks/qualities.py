@@ -1,0 +1,38 @@
+"""The figures of all tasks, in the order in which they are shown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from compressvit.tasks.base import TASKS
+from compressvit.tasks.quality import Quality
+
+
+def qualities() -> dict[str, Quality]:
+    """By key. A key that several tasks have is one figure, described as the first of them does."""
+    found: dict[str, Quality] = {}
+    for task in TASKS.values():
+        for quality in task.qualities:
+            found.setdefault(quality.key, quality)
+    return found
+
+
+def ranking() -> tuple[str, ...]:
+    """The keys of those that say how good a model is; of two that were measured, the first counts."""
+    return tuple(dict.fromkeys(key for task in TASKS.values() for key in task.ranking))
+
+
+def graded() -> list[str]:
+    """The keys of those that one model has alone, against the ground truth."""
+    return [key for key in qualities() if any(key in task.graded for task in TASKS.values())]
+
+
+def measured(scores: Mapping[str, Any]) -> list[Quality]:
+    """Those that were measured, without details such as top-5."""
+    return [q for key, q in qualities().items() if not q.detail and scores.get(key) is not None]
+
+
+def words(scores: Mapping[str, Any]) -> str:
+    """The scores that were measured, in a few words."""
+    return ", ".join(f"{q.said} {q.number(scores[q.key])}{q.unit}" for q in measured(scores))

@@ -1,0 +1,70 @@
+"""A figure that an evaluation measures of a model: its names and formats, for every table, message and chart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The chart of a figure over the training.
+
+    Attributes:
+        name: of the chart's file, after the phase's.
+        title, caption: above and below it.
+    """
+
+    name: str
+    title: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Quality:
+    """One figure of an evaluation.
+
+    Attributes:
+        key: in `results.json` and `metrics.jsonl`.
+        short: in the heading of a column.
+        long: in the name of a row or an axis.
+        said: in a sentence, before the value.
+        unit: '%', or nothing for a share of 1.
+        digits: after the point.
+        detail: left out of what is said in a few words.
+        phrase: what a student had, with {} for the value and its unit; by default 'a SAID of {}'.
+        curve: its chart over the training; None: it has none.
+        lower_is_better: as of an error.
+    """
+
+    key: str
+    short: str
+    long: str
+    said: str
+    unit: str
+    digits: int
+    detail: bool = False
+    phrase: str | None = None
+    curve: Curve | None = None
+    lower_is_better: bool = False
+
+    @property
+    def heading(self) -> str:
+        """`short` with the unit."""
+        return f"{self.short} ({self.unit})" if self.unit else self.short
+
+    @property
+    def axis(self) -> str:
+        """`long` with the unit."""
+        return f"{self.long} ({self.unit})" if self.unit else self.long
+
+    def number(self, value: float) -> str:
+        """A value without its unit."""
+        return f"{value:.{self.digits}f}"
+
+    def text(self, value: float) -> str:
+        """A value with its unit."""
+        return f"{self.number(value)} {self.unit}".rstrip()
+
+    def had(self, value: float) -> str:
+        """A value as what a student had, e.g. 'a cosine of 0.9876'."""
+        return (self.phrase or f"a {self.said} of {{}}").format(self.text(value))
