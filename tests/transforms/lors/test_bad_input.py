@@ -166,7 +166,7 @@ def test_the_plan_says_up_to_which_rank_low_rank_is_faster(monkeypatch):
         21,
     )  # 24 costs as much as the dense layer; the next eighth below is 21
     monkeypatch.undo()
-    recipe = load_recipe("fashion_mnist_lors")
+    recipe = load_recipe("fashion_mnist_low_rank")
     (note,) = (text for text in plan_recipe(recipe, "x").notes if "faster than the dense layer" in text)
     assert re.search(r"blocks\.0\.attn\.qkv \(288×96, 17 tokens\) 72 / \d+;", note), note
 
