@@ -1,4 +1,4 @@
-"""Cut photographs into square crops, so that a few large files become a small set of unlabeled images.
+"""Cut photographs into square crops, so that a few large files become a small set of unlabelled images.
 
 Every crop of a picture goes to the same split: every `--hold-out`-th picture to val/, the others to train/.
 

@@ -53,7 +53,7 @@ SIZES = (1 / 2, 1 / 4, 1 / 8, 1 / 16)  # of the neurons of adapters of M/8, for 
 
 
 def latencies(output: Path, rounds: int = 30) -> None:
-    """Milliseconds for one image: the first seed's student of every method, as it is and merged, all in turns, beside the backbone."""
+    """Milliseconds for one image: the first seed's student of every method, as it is and merged, measured alternately with the backbone."""
     models, names = [], []
     for folder in sorted(output.glob("final/*_seed0")):
         if not (folder / "results.json").is_file():
@@ -92,7 +92,7 @@ def main() -> None:
     """Choose, then run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--latencies", type=Path, metavar="OUTPUT", help="run nothing; time what is finished there, in turns"
+        "--latencies", type=Path, metavar="OUTPUT", help="run nothing; time the finished students there, alternately"
     )
     parser.add_argument("--data", type=Path, help="a folder of few_shot_lists.py")
     parser.add_argument("--weights", help="of DINOv2 ViT-S/14, in timm's names")

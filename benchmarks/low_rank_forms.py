@@ -1,5 +1,5 @@
 """Low rank in its forms: latency and bytes of the dense model, of shared and private low rank kept factored and materialised, and of
-low rank alone, all measured in turns in one run.
+low rank alone, all measured alternately in one run.
 
     python benchmarks/low_rank_forms.py --model deit_small_patch16_224 --rank 32
 """
@@ -42,7 +42,7 @@ def main() -> None:
         list(models.values()), [size] * len(models), device=torch.device("cpu"), rounds=arguments.rounds, seconds=300
     )
     table = Table(
-        title=f"{arguments.model}, one image, {arguments.threads} threads, medians of {arguments.rounds} in turns"
+        title=f"{arguments.model}, one image, {arguments.threads} threads, medians of {arguments.rounds}, measured alternately"
     )
     for column in ("", "bytes on disk", "MACs", "latency", "/ dense"):
         table.add_column(column, justify="left" if not column else "right")

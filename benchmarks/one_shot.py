@@ -1,8 +1,8 @@
 """Top-1 on Fashion-MNIST before any training, over budgets, share groups and metrics: what the defaults of `low_rank` are chosen by.
 
-Needs the teacher of a finished run of `fashion_mnist_lors` (or `fashion_mnist_mini_vit`).
+Needs the teacher of a finished run of `fashion_mnist_low_rank` (or `fashion_mnist_mini_vit`).
 
-    python benchmarks/one_shot.py --teacher runs/fashion_mnist_lors/teacher
+    python benchmarks/one_shot.py --teacher runs/fashion_mnist_low_rank/teacher
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--one-by-one", action="store_true", help="sequential: false, each layer for itself")
     arguments = parser.parse_args()
 
-    recipe = load_recipe("fashion_mnist_lors", [f"data.limit_val={arguments.images}"])
+    recipe = load_recipe("fashion_mnist_low_rank", [f"data.limit_val={arguments.images}"])
     datasets = open_data(recipe.data)
     teacher = artifact.load(arguments.teacher)
     config = input_config(teacher, recipe.data)

@@ -4,7 +4,7 @@ The reference shares weights among blocks (`--share`), starts from noise and is 
 exactly the reference's parameters and starts from the teacher. Same teacher, data, epochs, losses and seeds. A finished cell is not run
 again.
 
-    python benchmarks/start_from_teacher.py --teacher runs/fashion_mnist_lors/teacher --output runs/start_from_teacher
+    python benchmarks/start_from_teacher.py --teacher runs/fashion_mnist_low_rank/teacher --output runs/start_from_teacher
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main() -> None:
     arguments = parser.parse_args()
     console = Console(quiet=True)
 
-    base = yaml.safe_load(find_recipe("fashion_mnist_lors").read_text(encoding="utf-8"))
+    base = yaml.safe_load(find_recipe("fashion_mnist_low_rank").read_text(encoding="utf-8"))
     base["teacher"] = {"model": read_manifest(arguments.teacher).architecture, "weights": arguments.teacher}
     base["data"] |= {"limit_train": arguments.images, "limit_val": arguments.test_images}
 

@@ -23,7 +23,7 @@ log = logging.getLogger("compressvit")
 
 
 class RunLog:
-    """The voices of one run. Scalars of a phase go to `metrics.jsonl` as a line a step, and to TensorBoard under
+    """The outputs of one run's log. Scalars of a phase go to `metrics.jsonl` as a line a step, and to TensorBoard under
     `phase/kind/name`.
 
     Args:

@@ -1,4 +1,4 @@
-"""CKA of every layer of one model with every layer of another: how alike they see the same images.
+"""CKA of every layer of one model with every layer of another: similarity of their features of the same images.
 
 Of one run student and teacher are compared; two runs or artifacts are compared with each other. The data is the run's, unless key=value
 says otherwise (data.name=digits).
@@ -40,7 +40,7 @@ def look(opened: OpenedModels, arguments: argparse.Namespace) -> Findings:
     rows = [
         {
             first.label: layer,
-            f"most alike of {second.label}": result.columns[best[i]],
+            f"most similar of {second.label}": result.columns[best[i]],
             "CKA": result.values[i, best[i]].item(),
             "±": None if spread is None else spread[i, best[i]].item(),
             "with the layer of the same place": result.values[i, i].item() if i < len(result.columns) else None,

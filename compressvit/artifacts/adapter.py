@@ -100,16 +100,16 @@ def load_adapter(model: nn.Module, path: str | Path) -> nn.Module:
     if getattr(model, "_adapter", None) is None and compression_of(model).plans:
         made = ", ".join(plan.transform for plan in compression_of(model).plans)
         raise UserError(
-            f"{path} is loaded onto a plain backbone, and this model was changed by {made}; build a fresh one"
+            f"{path} is loaded onto a plain backbone, but this model was changed by {made}; build a new one"
         )
     tensors = read_safetensors(path)
     if model_name(model) != header.architecture:
-        raise UserError(f"{path} was trained beside a {header.architecture}, and this is a {model_name(model)}")
+        raise UserError(f"{path} was trained with a {header.architecture}, and this is a {model_name(model)}")
     known = getattr(model, "_adapter", None)
     if _hash(model, tensors.keys() | head_names(model), restored=known) != header.backbone:
         raise UserError(
-            f"{path} was trained beside another {header.architecture}: the frozen weights (or their sizes or precision) are not those; "
-            "load the backbone's weights that the run's teacher had, in the same precision and input size"
+            f"{path} was trained with another {header.architecture}: its frozen weights (or their sizes or precision) differ; "
+            "load the weights of the run's teacher, in the same precision and input size"
         )
     _require_fit(model, header, plans, tensors, path)
     if known:
@@ -148,7 +148,7 @@ def _require_fit(
         what = (
             "is missing"
             if wrong[0] in expected and wrong[0] not in tensors
-            else "does not belong there, or has another shape"
+            else "does not belong there, or has a different shape"
         )
         raise UserError(f"{path} does not fit its own structure: {wrong[0]} {what}; the file was changed")
 
@@ -197,7 +197,9 @@ def _read(path: Path) -> tuple[AdapterHeader, list[Plan]]:
         with safe_open(path, framework="pt") as file:
             metadata: dict[str, Any] = file.metadata() or {}
     except SafetensorError as error:
-        raise UserError(f"{path} is not a complete safetensors file (truncated or of another kind): {error}") from error
+        raise UserError(
+            f"{path} is not a complete safetensors file (truncated, or a different format): {error}"
+        ) from error
     if _KEY not in metadata:
         raise UserError(
             f"{path} is not an adapter file: its header does not say how it was made (compressvit.save_adapter writes it)"

@@ -102,6 +102,6 @@ def differences(
         if not difference <= TOLERANCE:  # NaN is not
             raise UserError(
                 f"{what} differs on {name} images by {difference:.1e} of the largest output, more than {TOLERANCE:g}, so none is made. "
-                "Sums of float32 in a deep model, or after a large scale, can need more digits: ship the unmerged artifact"
+                "In a deep model, or after a large scale, float32 can be too imprecise: use the unmerged artifact"
             )
     return found

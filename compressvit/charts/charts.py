@@ -142,7 +142,7 @@ def bars(
     """Horizontal bars of length x, a row for every value of y, in the order of the records.
 
     Args:
-        behind: a field: a grey bar of this length behind each.
+        behind: a field; a grey bar of this length is drawn behind each.
         stacked: bars of one row follow one another instead of lying side by side.
         over: bars of one row lie over one another, in the order of the records: the first is to be the longest.
         note: a field of the row that is written at its right end.

@@ -15,7 +15,7 @@ import vl_convert
 
 from compressvit.files import disk_faults, write_atomically
 
-QUIET = {  # what is not data takes little ink, in files and on pages alike
+QUIET = {  # what is not data takes little ink, in files and on pages
     "font": "system-ui, -apple-system, 'Segoe UI', 'Helvetica Neue', Arial, sans-serif",
     "axis": {
         "gridOpacity": 0.5,

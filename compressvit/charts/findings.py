@@ -52,7 +52,7 @@ class Finding:
         return charts.CHARTS[self.chart](self.records, **self.options)
 
     def write(self, folder: Path, *, pictures: bool = True) -> list[Path]:
-        """Write `NAME.json`, `NAME.csv` and, unless told otherwise, `NAME.png` and `NAME.svg` into `folder`; returns their paths."""
+        """Write `NAME.json`, `NAME.csv` and, unless disabled, `NAME.png` and `NAME.svg` into `folder`; returns their paths."""
         written = [folder / f"{self.name}.{suffix}" for suffix in ("json", "csv")]
         write_text(written[0], json.dumps(asdict(self), indent=1, allow_nan=False) + "\n")
         text = io.StringIO()

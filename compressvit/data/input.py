@@ -23,8 +23,8 @@ def class_mismatch(classes: int | None, model_classes: int) -> str | None:
     if not classes or not model_classes or classes == model_classes:
         return None
     return (
-        f"the data has {classes} classes and the teacher's head {model_classes}: accuracy means nothing unless class 0, 1, … are the "
-        "same; agreement with the teacher does. For your own classes give the teacher a head of theirs: teacher.finetune={}"
+        f"the data has {classes} classes and the teacher's head {model_classes}: accuracy is meaningless unless class 0, 1, … are the "
+        "same; agreement with the teacher is not. For your own classes give the teacher a new head: teacher.finetune={}"
     )
 
 

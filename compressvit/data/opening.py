@@ -27,7 +27,7 @@ class Datasets:
 
     Attributes:
         train, validation: `Samples`, or timm's `IterableImageDataset` for a streaming set.
-        num_classes: the number of classes; None in an unlabeled set.
+        num_classes: the number of classes; None in an unlabelled set.
         class_names: names in target order, or None where the set does not say.
         labeled: False when every target is -1.
         broken: the files that could not be decoded so far.
@@ -95,7 +95,9 @@ def _common_classes(sources: tuple[Any, Any], name: str) -> list[str] | None:
             "\na target is the position of a class within its split, so both splits need the same class folders"
         )
     if train and len(train) == 1:
-        raise UserError(f"data.name={name}: there is only one class, '{train[0]}', so nothing to tell apart; {LAYOUT}")
+        raise UserError(
+            f"data.name={name}: there is only one class, '{train[0]}', so there is nothing to classify; {LAYOUT}"
+        )
     return train
 
 

@@ -152,7 +152,7 @@ class BrokenFiles:
                 raise UserError(
                     f"{run} consecutive image files cannot be decoded ({int(samples.broken.count_nonzero())} of "
                     f"{len(samples)} so far), such as {samples.name(int(samples.broken.argmax()))}; that is "
-                    "more than a few bad files: check that data.root holds whole images"
+                    "more than a few bad files: check that data.root holds intact images"
                 )
         for key in self._found():
             if key in self._reported:
@@ -161,7 +161,7 @@ class BrokenFiles:
             samples, position = self._sets[key[0]], key[1]
             try:
                 samples.read(position)
-                reason = "it could not be read a moment ago"
+                reason = "it could not be read before"
             except UnidentifiedImageError:
                 reason = "it is not an image"
             except _DECODE_ERRORS as error:

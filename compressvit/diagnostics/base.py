@@ -44,7 +44,7 @@ class Context:
         teacher: None in a phase without one.
         images: `images(n)` yields batches (B, C, H, W) of about n evaluation images, evenly spaced over the set and always the same,
             without labels, normalised for the student; `teacher_images` makes a batch the teacher's.
-        labelled: likewise, batches of (images, targets); −1 where there is no label.
+        labelled: likewise, batches of (images, targets); −1 for no label.
         config, teacher_config: what the models take.
         phase: its name, e.g. '1_distill'.
         epoch: epochs of it that are done; 0 before the first.
@@ -172,6 +172,6 @@ def refuse_compiled(name: str, phase: Training) -> None:
     """For a diagnostic that needs the modules and the graph as they are written."""
     if phase.compile:
         raise UserError(
-            f"{name} reads the graph of the backward pass, block by block, and compile=true makes one piece of it; set compile=false, "
+            f"{name} reads the graph of the backward pass block by block, and compile=true fuses it; set compile=false, "
             f"or leave {name} out of diagnostics"
         )

@@ -95,7 +95,7 @@ def cka_finding(result: CKAResult, row: str = "student", column: str = "teacher"
 def cka_layers_finding(
     result: CKAResult, when: str, row: str = "the student", column: str = "the teacher"
 ) -> Finding | None:
-    """CKA of every layer with the layer of the same place, as MiniViT's figure 5 has it; None for unlike numbers of layers."""
+    """CKA of every layer with the layer in the same place, as in MiniViT's figure 5; None for different numbers of layers."""
     if len(result.rows) != len(result.columns):
         return None
     values, width = result.values.diagonal().tolist(), result.half_width

@@ -1,4 +1,4 @@
-"""t-SNE of the pooled features: images that a model sees alike lie together (AdaptFormer, figure 5).
+"""t-SNE of the pooled features: images with similar features lie together (AdaptFormer, figure 5).
 
 scikit-learn does it: https://scikit-learn.org/stable/modules/generated/sklearn.manifold.TSNE.html
 """
@@ -61,7 +61,7 @@ def pooled_features(
                 break
     if images - left < LEAST:
         raise UserError(
-            f"t-SNE: {images - left} images are too few to see groups in; it needs at least {LEAST}, and some hundreds to say much"
+            f"t-SNE: {images - left} images are too few to show groups; it needs at least {LEAST}, better some hundreds"
         )
     found = torch.cat(features).numpy()
     if not np.isfinite(found).all():
@@ -90,7 +90,7 @@ def embedding_finding(
             values.shape[1] < 2 or not (values.std(axis=0) > 1e-6 * np.abs(values).max()).any()
         ):  # scikit-learn's code crashes on these
             raise UserError(
-                f"t-SNE: the features of {name} are the same for all images, or one number wide: there is nothing to draw"
+                f"t-SNE: the features of {name} are the same for all images, or of width 1: there is nothing to draw"
             )
         near = min(perplexity, (len(values) - 1) / 3)
         placed = TSNE(perplexity=near, init="pca", random_state=seed).fit_transform(values)

@@ -76,11 +76,11 @@ def features(subject: Subject, images: torch.Tensor, device: torch.device) -> di
     """The outputs at the taps for a batch, as they leave the modules: {path: (B, …)}.
 
     Raises:
-        UserError: no image, a tap that is no module (near names are told) or gives no tensor with a row an image, or features that are
+        UserError: no image, a tap that is not a module (the error gives similar names) or has no row per image, or features that are
             not finite: the first layer of the model is named.
     """
     if not len(images):
-        raise UserError("features of no image were asked for; give at least one")
+        raise UserError("features were asked for without any image; give at least one")
     return next(walk([subject], lambda: [images], device, len(images), size=len(images)))[0]
 
 
@@ -172,8 +172,8 @@ def _usable(one: Subject, found: Mapping[str, Mapping[str, object]], images: int
             )
         if len(value) != images:
             raise UserError(
-                f"tap '{path}' gives {len(value)} rows for {images} images, so a row is not an image (inside a window attention it is a "
-                "window); tap the module around it"
+                f"tap '{path}' gives {len(value)} rows for {images} images, so a row is not an image (inside window attention it is a "
+                "window); tap the enclosing module"
             )
         require_finite(path, value)
         usable[path] = value

@@ -154,7 +154,7 @@ def gradient_rows(run: Path, phase: str | None = None, *, last: bool = False) ->
     rows = read_rows(path, GradientRow) if path.is_file() else []
     if not rows:
         raise UserError(
-            f"{run} has no gradients; a run records them where its recipe says `diagnostics: [gradients]`, e.g. "
+            f"{run} has no gradients; a run records them if its recipe has `diagnostics: [gradients]`, e.g. "
             "compressvit apply RECIPE 'diagnostics=[gradients]'"
         )
     known = list(dict.fromkeys(row["phase"] for row in rows))

@@ -1,4 +1,4 @@
-"""Centred kernel alignment (CKA): how alike two layers see the same images, from 0 to 1, whatever their widths, rotation or scale.
+"""Centred kernel alignment (CKA): how similar two layers' features are, from 0 to 1, whatever their widths, rotation or scale.
 
 Paper: Similarity of Neural Network Representations Revisited, ICML 2019, https://arxiv.org/abs/1905.00414
 In batches: Do Wide and Deep Networks Learn the Same Things?, ICLR 2021, https://arxiv.org/abs/2010.15327, with the unbiased estimator of
@@ -36,7 +36,7 @@ def cka(x: Tensor, y: Tensor, kernel: Kernel = "linear", *, unbiased: bool = Fal
         x: (n, p), or any shape whose first axis is the images.
         y: (n, q), likewise.
         kernel: 'linear', or 'rbf': `exp(−d² / 2σ²)` of the distance d of two images.
-        unbiased: estimate HSIC without bias; then at least 4 images, and unlike representations can be slightly below 0.
+        unbiased: estimate HSIC without bias; then at least 4 images, and dissimilar representations can be slightly below 0.
         bandwidth: σ of 'rbf' in medians of the distances, as in the paper.
 
     Returns:
@@ -242,7 +242,7 @@ def _require_usable(name: str, features: Tensor, count: int, least: int) -> None
             f"CKA: {name} has the features of {len(features)} images, and another layer those of {count}; both must see the same images"
         )
     if count < least:
-        raise UserError(f"CKA: {count} images are too few; it needs at least {least}, and some hundreds to say much")
+        raise UserError(f"CKA: {count} images are too few; it needs at least {least}, better some hundreds")
     if not torch.isfinite(features).all():
         bad = (~torch.isfinite(features)).sum().item()
         raise UserError(

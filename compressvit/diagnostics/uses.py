@@ -96,7 +96,7 @@ class Uses:
 
 
 def _leaf(node: Any) -> torch.Tensor | None:
-    """The parameter that a node of the graph stands for, also behind autocast's cast of it."""
+    """The parameter that a node of the graph stands for, also through autocast's cast of it."""
     if node is not None and node.name() == _CAST:
         node = node.next_functions[0][0]
     return getattr(node, "variable", None)

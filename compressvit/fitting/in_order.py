@@ -79,8 +79,8 @@ class _Spool:
 
 def _no_room(folder: str, error: OSError) -> UserError:
     return UserError(
-        f"the hidden states of the calibration images cannot be kept in {folder}: {error.strerror or error}; point TMPDIR at a folder with "
-        "room, give fewer calibration images, or fit layers one by one (sequential: false)"
+        f"the hidden states of the calibration images cannot be stored in {folder}: {error.strerror or error}; point TMPDIR at a folder "
+        "with room, give fewer calibration images, or fit layers one by one (sequential: false)"
     )
 
 
@@ -221,7 +221,7 @@ def _into(block: nn.Module, norm: str, branch: str, hidden: Tensor, residual: Te
 
 def _corrected(y: Tensor, residual: Tensor, ours: nn.Module | None, theirs: nn.Module | None) -> Tensor:
     """The output whose sum with the student's residual stream is what the teacher's y makes of its own: y and the difference of the
-    streams, both behind timm's LayerScale where there is one."""
+    streams, both after timm's LayerScale if there is one."""
     gamma, of_teacher = getattr(ours, "gamma", None), getattr(theirs, "gamma", None)
     if gamma is None or of_teacher is None:
         return y + residual
@@ -230,7 +230,7 @@ def _corrected(y: Tensor, residual: Tensor, ours: nn.Module | None, theirs: nn.M
 
 
 def _scale_behind(block: nn.Module, name: str) -> Tensor | None:
-    """|γ| (out,) of the LayerScale behind a layer, where there is one; in float64 on the CPU."""
+    """|γ| (out,) of the LayerScale after a layer, if there is one; in float64 on the CPU."""
     gamma = getattr(getattr(block, BRANCHES[name][2], None), "gamma", None) if name in BRANCHES else None
     if gamma is None:
         return None

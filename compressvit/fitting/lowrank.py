@@ -140,7 +140,7 @@ def _best_shared(targets: Sequence[Tensor], metrics: Sequence[Metric], start: Te
     left = torch.linalg.cholesky(_sum(_moment(g.output, out) for g in metrics))
     right = torch.linalg.cholesky(_sum(_moment(g.input, inner) for g in metrics))
 
-    def precondition(r: Tensor) -> Tensor:  # exact where all G_i, or all S_i, are alike
+    def precondition(r: Tensor) -> Tensor:  # exact where all G_i, or all S_i, are equal
         return len(metrics) * torch.cholesky_solve(torch.cholesky_solve(r, left).mT, right).mT
 
     # Preconditioned conjugate gradients from `start`, each step of which lowers the same quadratic form.

@@ -65,7 +65,7 @@ class Moments:
 
         Args:
             ridge: for the gradients; None not to use them.
-            scale: |γ| (out,) of a LayerScale behind the layer, before which the ridge is added: what is scaled down counts for less.
+            scale: |γ| (out,) of a LayerScale after the layer, before which the ridge is added: what is scaled down counts for less.
         """
         if ridge is None or self.outputs is None or not _says_something(self.outputs):
             return None if scale is None else torch.diag(scale)
@@ -93,7 +93,7 @@ class Source:
 
     @property
     def too_alike(self) -> bool:
-        """Whether the images seen so far are so few, or so alike, that what is fitted to them would fit nothing else."""
+        """Whether the images seen so far are so few, or so similar, that a fit to them would not generalise."""
         return 0 < len(self._different) < LEAST_IMAGES
 
     def require_images(self, asker: str) -> None:
@@ -161,8 +161,8 @@ class Source:
             _warn_of_few(self._moments, wanted)
             if self.too_alike:
                 log.warning(
-                    "the calibration images are %d different ones, fewer than %d: layers are fitted one by one, with a strong "
-                    "regularisation; give more images, and different ones, for a better start",
+                    "there are only %d distinct calibration images, fewer than %d: layers are fitted one by one, with strong "
+                    "regularisation; give more distinct images for a better start",
                     len(self._different),
                     LEAST_IMAGES,
                 )
@@ -311,7 +311,7 @@ def _warn_of_few(moments: dict[str, Moments], paths: Sequence[str]) -> None:
     few = [path for path in paths if moments[path].tokens < len(moments[path].mean)]
     if few:
         log.warning(
-            "the calibration images give %d tokens for the %d inputs of %s: what they do not show is regularised; "
+            "the calibration images give %d tokens for the %d inputs of %s: directions they do not cover are regularised; "
             "give more images for a better start",
             moments[few[0]].tokens,
             len(moments[few[0]].mean),
@@ -320,7 +320,7 @@ def _warn_of_few(moments: dict[str, Moments], paths: Sequence[str]) -> None:
     for path in paths:
         spread = moments[path].inputs.trace() - moments[path].mean.square().sum()
         if spread <= 1e-6 * moments[path].inputs.trace():
-            log.warning("the calibration images look all alike to %s; its errors are regularised, not measured", path)
+            log.warning("all calibration images look the same to %s; its errors are regularised, not measured", path)
             return
 
 

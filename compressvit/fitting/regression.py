@@ -58,7 +58,7 @@ class Regression:
     """What one layer is to learn: sums over two sets of images, so that a ridge is judged by images it was not fitted to.
 
     Attributes:
-        scale: how much an error of each output matters, (out,): timm's LayerScale behind it; None for alike.
+        scale: how much an error of each output matters, (out,): timm's LayerScale after it; None if all are equal.
     """
 
     scale: Tensor | None = None

@@ -1,4 +1,4 @@
-"""The algebra of merging: an affine map `x → R x + c` over channels goes into the layer before or behind it, exactly.
+"""The algebra of merging: an affine map `x → R x + c` over channels is folded exactly into the layer before or after it.
 
 The shipped transforms merge into linear layers and point-wise convolutions; the other layers are here for transforms of your own.
 
@@ -42,7 +42,7 @@ def merge_before_(layer: nn.Module, r: torch.Tensor, c: torch.Tensor) -> None:
         return
     if layer.groups != 1:
         raise UserError(
-            f"merging into a convolution of {layer.groups} groups would make it dense; put the adapter behind it instead"
+            f"merging into a convolution of {layer.groups} groups would make it dense; put the adapter after it instead"
         )
     pads = layer.padding != "valid" if isinstance(layer.padding, str) else any(layer.padding)
     border = layer.pad_value.double() if isinstance(layer, PaddedConv2d) else torch.zeros_like(c)
@@ -65,14 +65,14 @@ def merge_behind_(layer: nn.Module, r: torch.Tensor, c: torch.Tensor) -> None:
         UserError: the layer has no bias to take c, is grouped and R is dense, computes with more than its own weight, or is of another
             kind. It is unchanged then.
     """
-    _require_plain(layer, "behind", (nn.Linear, nn.Conv2d))
+    _require_plain(layer, "after", (nn.Linear, nn.Conv2d))
     _require_bias(layer, c)
     assert isinstance(layer, (nn.Linear, nn.Conv2d))
     weight = layer.weight.double()
     if isinstance(layer, nn.Conv2d) and layer.groups != 1:
         if not r.is_meta and not torch.equal(r, torch.diag(r.diagonal())):
             raise UserError(
-                f"merging a dense map behind a convolution of {layer.groups} groups would make it dense; only a scale and shift fits"
+                f"merging a dense map after a convolution of {layer.groups} groups would make it dense; only a scale and shift fits"
             )
         weight = weight * r.diagonal()[:, None, None, None]
     else:
@@ -112,7 +112,7 @@ def refuse_tied(model: nn.Module, step: str, names: Iterable[str]) -> None:
         path = name.rpartition(".")[0]
         if not owns_weight(model.get_submodule(path)):
             raise UserError(
-                f"{step} cannot be folded: {path} is low rank, so it has no dense weight that could take the change in. "
+                f"{step} cannot be folded: {path} is low rank, so it has no dense weight to absorb the change. "
                 "Fold the low-rank step first, as compressvit.materialise does, or keep it unmerged"
             )
         if name in shared:
@@ -138,7 +138,7 @@ def _require_plain(layer: nn.Module, where: str, kinds: tuple[type[nn.Module], .
 def _require_bias(layer: nn.Module, c: torch.Tensor, prefix: str = "") -> None:
     if getattr(layer, f"{prefix}bias") is None and _moves(c):
         raise UserError(
-            f"the {type(layer).__name__} has no bias that could take the shift in, so the merge would not be exact; "
+            f"the {type(layer).__name__} has no bias to absorb the shift, so the merge would not be exact; "
             "build the model with one (e.g. qkv_bias=True), or keep the adapter unmerged"
         )
 
@@ -154,6 +154,6 @@ def _preimage(r: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         return torch.linalg.solve(r, value)
     except torch.linalg.LinAlgError:
         raise UserError(
-            "merging into a convolution that pads with zeros would not be exact: R has no inverse, so nothing may be there that it "
-            "takes to them; keep the adapter unmerged"
+            "merging into a convolution that pads with zeros would not be exact: R has no inverse, so no "
+            "padding value is mapped to zero; keep the adapter unmerged"
         ) from None

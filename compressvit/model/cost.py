@@ -101,7 +101,7 @@ def latency(
     rounds: int = 30,
     seconds: float = 20.0,
 ) -> list[float]:
-    """Median milliseconds for one image of each model, measured in turns, so that a busy machine is unfair to none.
+    """Median milliseconds for one image of each model, measured alternately, so that load on the machine affects all equally.
 
     Args:
         models: on `device`; they are put into eval mode.
@@ -123,7 +123,7 @@ def latency(
     times: list[list[float]] = []
     end = time.perf_counter() + seconds
     while len(times) < rounds and (len(times) < 3 or time.perf_counter() < end):
-        order = [(i + len(times)) % len(models) for i in range(len(models))]  # who runs behind whom changes, too
+        order = [(i + len(times)) % len(models) for i in range(len(models))]  # the order changes, too
         taken = {i: once(models[i], images[i]) for i in order}
         times.append([taken[i] for i in range(len(models))])
     return [statistics.median(column) for column in zip(*times, strict=True)]
@@ -136,7 +136,7 @@ def break_even_rank(in_features: int, out_features: int, tokens: int, *, rounds:
     Args:
         in_features, out_features: of the layer.
         tokens: of one image.
-        rounds: measurements of each rank, in turns, of which the fastest counts.
+        rounds: measurements of each rank, made alternately; the fastest counts.
 
     Returns:
         The two ranks; the measured one is among eighths of one and a half times the other, and 0 where none of them is faster.

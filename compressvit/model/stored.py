@@ -142,7 +142,9 @@ def read_safetensors(file: Path) -> dict[str, torch.Tensor]:
         with safe_open(file, framework="pt", device="cpu") as opened:
             return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (not a dict)
     except SafetensorError as error:
-        raise UserError(f"{file} is not a complete safetensors file (truncated or of another kind): {error}") from error
+        raise UserError(
+            f"{file} is not a complete safetensors file (truncated, or a different format): {error}"
+        ) from error
 
 
 def _pretrained_config(data: dict[str, Any]) -> dict[str, Any]:

@@ -84,8 +84,8 @@ def load_pretrained(model: nn.Module, where: str, *, new_head: bool = False) -> 
     classes = getattr(model, "num_classes", 0)
     if classes and classes != config.get("num_classes") and not new_head:
         raise UserError(
-            f"{where}: the pretrained {name} tells {config.get('num_classes')} classes apart and the model has a head of {classes}, "
-            "which would stay random; train it with teacher.finetune, or leave num_classes out"
+            f"{where}: the pretrained {name} has {config.get('num_classes')} classes and the model's head {classes}, "
+            "so it would stay random; train it with teacher.finetune, or leave num_classes out"
         )
     try:
         _require_reachable(config)
@@ -138,7 +138,7 @@ def load_file(model: nn.Module, path: str | Path, where: str, *, new_head: bool 
                 f"{where}: {path} has a classifier of {classes} classes and the model one of {model.num_classes}; "
                 f"set num_classes={classes} beside it, or train a new head with `teacher.finetune`"
             )
-        log.warning("%s: %s has another number of classes; the classifier starts fresh", where, path)
+        log.warning("%s: %s has another number of classes; the classifier is initialised anew", where, path)
         tensors = {n: t for n, t in tensors.items() if n not in heads}
     missing = [n for n in own if n not in tensors and not (new_head and n in heads)]
     unknown = [n for n in tensors if n not in own]

@@ -58,7 +58,7 @@ def run_histories(run: Run) -> dict[str, tuple[str, History]]:
     scopes = {f"{i}_prune": s.spec.scope for i, s in enumerate(run.recipe.steps) if isinstance(s.spec, Prune)}
     if not scopes:
         raise not_recorded(
-            run, "`prune` step", "only pruning moves neurons: put one behind `adapters` or `adaptformer`"
+            run, "`prune` step", "only pruning removes neurons: put a `prune` step after `adapters` or `adaptformer`"
         )
     histories: dict[str, History] = {}
     if results.is_file():
@@ -75,5 +75,5 @@ def run_histories(run: Run) -> dict[str, tuple[str, History]]:
         phase: (scope, histories[phase]) for phase, scope in scopes.items() if histories.get(phase)
     }
     if not known:
-        raise not_recorded(run, "pruning yet", "it has not come to its `prune` step; go on with it by `--resume`")
+        raise not_recorded(run, "pruning yet", "it has not reached its `prune` step; continue it with `--resume`")
     return known

@@ -50,7 +50,9 @@ def _all_curves(run: Run) -> dict[str, Curve]:
     rows = read_rows(path, MetricsRow) if path.is_file() else []
     if not rows:
         raise not_recorded(
-            run, "metrics yet", "they come with the first steps of its first phase; go on with it by `--resume`"
+            run,
+            "metrics yet",
+            "they are written from the first steps of its first phase on; continue it with `--resume`",
         )
     tags = scalar_tags(run.recipe)
     points: dict[str, dict[int, float]] = {}

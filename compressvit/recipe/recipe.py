@@ -100,7 +100,7 @@ class Recipe(Spec):
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice:
             raise ValueError(
-                f"{twice} stands twice; its findings would replace each other, so give one entry all options"
+                f"{twice} is listed twice; its findings would overwrite each other, so put all options into one entry"
             )
         return entries
 
@@ -110,7 +110,7 @@ class Recipe(Spec):
         for i, entry in enumerate(steps[:-1]):
             if entry.name == Merge.name:
                 raise ValueError(
-                    f"merge writes the model that the recipe ends with, so it is the last step, and {steps[i + 1].name} comes behind it; "
+                    f"merge writes the model that the recipe ends with, so it is the last step, and {steps[i + 1].name} comes after it; "
                     f"move it to the end. To go on from a merged model, give another recipe teacher.weights=RUN/merged/model.safetensors"
                 )
         return steps
@@ -178,7 +178,7 @@ def parse_recipe(text: str, name: str = "recipe", overrides: list[str] | None = 
         )
     if is_of_a_run(Path(name)):
         source.content = current_recipe(source.content)
-    _spell_out(source.content)  # so that an override finds a mapping behind a bare word
+    _spell_out(source.content)  # so that an override finds a mapping after a bare word
     override(source, overrides or [])
     _spell_out(source.content)
     try:
@@ -218,7 +218,7 @@ def meaning(field: FieldInfo) -> str:
 
 
 def _spell_out(content: dict[str, Any]) -> None:
-    """Turn an entry that is a bare word, or a word with nothing behind it, into one with defaults."""
+    """Turn an entry that is a bare word, or a word with nothing after it, into one with defaults."""
     # Not a validator: pydantic would then check the steps as Python values, where its strict mode refuses lists for tuples.
     for key in LISTS:
         entries = content.get(key)
@@ -266,7 +266,7 @@ def _sentence(fault: Any, path: tuple) -> str:
         word = str(fault["loc"][-1])
         for key, base in LISTS.items():
             if word in with_words(base).model_fields and path[:1] != (key,) and len(path) in (1, 3):
-                return f"unknown key; {word} is {base.indefinite}, so it belongs into the list `{key}` ({key}.0.{word} on the command line)"
+                return f"unknown key; {word} is {base.indefinite}, so it belongs in the list `{key}` ({key}.0.{word} on the command line)"
         if path[0] in LISTS and len(path) == 3 and (why := broken(word)):
             return f"unknown key; {why}"
         new = getattr(_model_at(path[:-1]), "renamed", {}).get(word)

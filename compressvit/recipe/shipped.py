@@ -32,9 +32,9 @@ def find_recipe(name_or_path: str | Path) -> Path:
         return shipped[path.stem]
     hint = (
         did_you_mean(path.stem, shipped, list_at_most=0)
-        or f"`compressvit recipes list` names those that ship: {', '.join(shipped)}"
+        or f"`compressvit recipes list` lists those that are included: {', '.join(shipped)}"
     )
-    raise UserError(f"there is no recipe {str(name_or_path)!r}, neither a file nor one that ships; {hint}")
+    raise UserError(f"there is no recipe {str(name_or_path)!r}, neither as a file nor among those included; {hint}")
 
 
 def described() -> dict[str, str]:

@@ -80,7 +80,7 @@ def _walk(node: yaml.Node, path: Path, source: Source) -> None:
         for key_node, value_node in node.value:
             key, line = str(key_node.value), key_node.start_mark.line + 1
             if key in seen:
-                raise UserError(f"{source.name}, line {line}: key '{key}' stands twice (first on line {seen[key]})")
+                raise UserError(f"{source.name}, line {line}: key '{key}' appears twice (first on line {seen[key]})")
             seen[key] = line
             place = (*path, key)
             source.lines[place] = line

@@ -64,7 +64,7 @@ class Row:
         return f"{data.name}{f' {data.root}' if data.root else ''}, {split}; {teacher.model}{weights}"
 
     def values(self, key: str) -> list[float]:
-        """Of every run that has the key; latency relative to the teacher's, which was taken in turns with it."""
+        """Of every run that has the key; latency relative to the teacher's, which was measured alternately with it."""
         if key == "latency":
             both = [(r.student.latency_ms, r.teacher.latency_ms) for r in self.results]
             return [ours / theirs for ours, theirs in both if ours is not None and theirs]
@@ -155,7 +155,7 @@ def _finished(given: Sequence[str | Path], tell: Callable[[str], Any]) -> list[t
         results = read_results(folder)
         found.append((folder, recipe, results))
     if not found:
-        raise UserError("there is no finished run to compare; `compressvit apply … --resume` finishes one")
+        raise UserError("there is no finished run to compare; finish one with `compressvit apply … --resume`")
     return found
 
 

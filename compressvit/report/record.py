@@ -1,4 +1,4 @@
-"""A run folder as far as it goes: what is whole is read, and what is missing or damaged is said in a sentence each."""
+"""Reads a run folder, finished or not: every file that is missing or damaged gets a sentence in the notes."""
 
 from __future__ import annotations
 

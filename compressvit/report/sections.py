@@ -224,7 +224,7 @@ def _quoted(run: Run, name: str) -> str:
 
 
 def environment(run: Run) -> list[tuple[str, str]]:
-    """What the numbers may depend on besides the recipe."""
+    """What the numbers may depend on, apart from the recipe."""
     told = run.environment
     if told is None:
         return []

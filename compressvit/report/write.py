@@ -17,7 +17,7 @@ FILE = "report.html"
 
 def report_after_run(folder: Path) -> None:
     """Write the report of a run that has just finished; a fault in it is a warning, because the run is whole without."""
-    again = f"the run is whole, and `compressvit report {folder}` tries again"
+    again = f"the run is complete, and `compressvit report {folder}` tries again"
     with told(f"warning: the report could not be written; {again}"):
         report([folder])
 
@@ -37,7 +37,7 @@ def report(paths: list[str] | list[Path], output: str | Path | None = None) -> t
     """
     folders = find_runs(paths)
     if output is None and len(paths) > 1:
-        raise UserError("the report of several folders needs a place: add --output FILE, e.g. --output report.html")
+        raise UserError("the report of several folders needs a file name: add --output FILE, e.g. --output report.html")
     file = Path(output) if output is not None else Path(paths[0]) / FILE
     if file.is_dir():
         raise UserError(f"--output {file} is a folder; name a file, e.g. --output {file / FILE}")

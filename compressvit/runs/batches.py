@@ -60,12 +60,12 @@ class LoadedBatches:
             return images, torch.full((len(images),), -1)
         if not isinstance(targets, torch.Tensor) or targets.shape != images.shape[:1] or targets.is_floating_point():
             raise UserError(
-                f"{self.name} gives targets of {_described(targets)} with {len(images)} images; targets are class indices, one an image "
-                "(−1 where there is none)"
+                f"{self.name} gives targets of {_described(targets)} with {len(images)} images; targets are class indices, one per image "
+                "(−1 for none)"
             )
         if self._classes and int(targets.max()) >= self._classes:
             raise UserError(
-                f"{self.name} has label {int(targets.max())}, but the student tells only {self._classes} classes apart "
+                f"{self.name} has label {int(targets.max())}, but the student has only {self._classes} classes "
                 f"(0 to {self._classes - 1}); give it a head of the data's classes, or set losses={{'labels': {{'weight': 0}}}}"
             )
         return images, targets

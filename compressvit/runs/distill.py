@@ -191,9 +191,7 @@ def _options(options: dict[str, Any]) -> Distill:
         return Distill(**options)
     except ValidationError as error:
         faults = [f"{'.'.join(map(str, f['loc']))}: {f['msg'].removeprefix('Value error, ')}" for f in error.errors()]
-        raise UserError(
-            f"distill: {'; '.join(faults)}; `compressvit schema distill` says what each option takes"
-        ) from None
+        raise UserError(f"distill: {'; '.join(faults)}; `compressvit schema distill` explains the options") from None
 
 
 def _refuse_models(student: nn.Module, teacher: nn.Module) -> None:
@@ -218,7 +216,7 @@ def _sides(
     theirs = Side(teacher, known) if teacher_input is None else _Converted(teacher, known, teacher_input)
     converted = theirs.converter(ours)(images)
     size = tuple(converted.shape[1:])
-    way = "; teacher_input=FUNCTION makes the teacher's images of the student's"
+    way = "; teacher_input=FUNCTION converts the student's images to the teacher's"
     _try(teacher, converted, f"the teacher does not take images of shape {size}", way)
     return Side(student, ours), replace(theirs, input=replace(known, channels=size[0], height=size[1], width=size[2]))
 
@@ -229,7 +227,7 @@ def _refuse(
     """All that the phase's plan refuses, and what only a Python call can get wrong."""
     if spec.keep == "best" and held_out is None:
         raise UserError(
-            "keep='best' goes by evaluations, and there are no validation batches; give validation=LOADER, or keep='last'"
+            "keep='best' needs evaluations, and there are no validation batches; give validation=LOADER, or keep='last'"
         )
     if held_out is not None and held_out.shape != batches.shape:
         raise UserError(
@@ -252,7 +250,7 @@ def _try(model: nn.Module, images: torch.Tensor, fault: str, way: str) -> None:
 def _folder(output: str | Path | None, student: nn.Module, resume: bool) -> RunFolder | None:
     if output is None:
         if resume:
-            raise UserError("resume=True goes on from the checkpoint in output; give output=FOLDER")
+            raise UserError("resume=True continues from the checkpoint in output; give output=FOLDER")
         return None
     folder = RunFolder(output)
     if resume and not folder.checkpoint("distill").is_file():
@@ -261,7 +259,7 @@ def _folder(output: str | Path | None, student: nn.Module, resume: bool) -> RunF
         )
     if not resume and folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
         raise UserError(
-            f"{folder.path} is not empty; give resume=True to go on with the training in it, or another output"
+            f"{folder.path} is not empty; give resume=True to continue the training in it, or another output"
         )
     artifact.require_storable(student)
     with disk_faults(folder.path):

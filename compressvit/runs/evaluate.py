@@ -116,7 +116,7 @@ def artifact_in(path: Path) -> Path:
         raise UserError(f"{path} is a file; give a run folder, or an artifact (a folder with {stored.MANIFEST})")
     folder = path / "student" if (path / RESOLVED).is_file() else path
     if folder != path and not stored.is_artifact(folder):
-        raise UserError(f"{path} is a run that has no student yet; `compressvit apply … --resume` finishes it")
+        raise UserError(f"{path} is a run that has no student yet; finish it with `compressvit apply … --resume`")
     stored.read_manifest(folder)  # says what is wrong with it
     return folder
 
@@ -137,7 +137,7 @@ def data_recipe(folder: Path, overrides: list[str], asker: str) -> Recipe:
         return parse_recipe(resolved.read_text(encoding="utf-8"), str(resolved), overrides)
     if not any(o.startswith("data.name=") for o in overrides):
         raise UserError(
-            f"{folder} does not lie in a run folder, so it does not say on which data to look at it; "
+            f"{folder} is not in a run folder, so its data is not known; "
             "add data.name=digits, or data.name=folder data.root=FOLDER"
         )
     frame = {"teacher": {"model": "vit_tiny_patch16_224"}, "data": {}, "steps": [{"finetune": {}}]}

@@ -89,7 +89,7 @@ def _report(job: Job, folder: RunFolder, log: RunLog, results: Results, mismatch
     if mismatch and job.recipe.student.head != "new":
         warnings.warning("warning: %s", mismatch)
     log.say(
-        f"latency: batch 1 on {job.device}, {torch.get_num_threads()} threads, median of up to 30 in turns. "
+        f"latency: batch 1 on {job.device}, {torch.get_num_threads()} threads, median of up to 30, measured alternately. "
         f"The student was read back from disk: largest difference of its outputs {results.read_back_difference:.1e}"
     )
     if job.datasets.broken.count:

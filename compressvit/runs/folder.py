@@ -65,7 +65,7 @@ class RunFolder:
         return self.path / "checkpoints" / f"{name}.pt"
 
     def transformed(self, name: str) -> Path:
-        """The student behind transforms that learned from images, an artifact, for a run that is resumed."""
+        """The student after transforms that learned from images, an artifact, for resuming the run."""
         return self.path / "checkpoints" / stored_step(self.path / "checkpoints", name)
 
     def refuse_or_clear(self, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
@@ -84,7 +84,7 @@ class RunFolder:
             self._refuse_other_recipe(recipe)
         elif occupied and not overwrite:
             raise UserError(
-                f"{self.path} is not empty. Give --resume to go on with the run in it, --overwrite to delete it and begin anew, "
+                f"{self.path} is not empty. Give --resume to continue the run in it, --overwrite to delete it and start again, "
                 "or --output for another folder"
             )
         elif occupied and not (self.path / RESOLVED).is_file():
@@ -104,7 +104,7 @@ class RunFolder:
                 before = flat(yaml.safe_load(parse_recipe(text, RESOLVED).to_yaml()))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UserError(
-                f"--resume: {self.path / RESOLVED} is damaged, so it does not say what the run was; start a new run with --output"
+                f"--resume: {self.path / RESOLVED} is damaged, so the run's settings are not known; start a new run with --output"
             ) from error
         now = flat(yaml.safe_load(recipe.to_yaml()))
         changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
@@ -156,17 +156,17 @@ def _not_a_run(path: Path) -> str:
     if not any(path.iterdir()):
         return f"{path} is empty: no run has begun in it; {way_out}"
     if (path / _MANIFEST).is_file():
-        return f"{path} is a model, not a run folder; give the run folder around it"
+        return f"{path} is a model, not a run folder; give the run folder that contains it"
     if (path / "recipe.yaml").is_file():
         return (
             f"{path} is a run that stopped before its first step: it has a recipe.yaml and no {RESOLVED}, so there is nothing to "
-            "look at; start it again with `compressvit apply … --output` and a new folder"
+            "read; start it again with `compressvit apply … --output` and a new folder"
         )
     return f"{path} is not a run folder: it has no {RESOLVED}; {way_out}"
 
 
 def environment(command: list[str], packages: Sequence[str] = ()) -> Environment:
-    """What a number may depend on besides the recipe: command, versions (of `packages` too), machine."""
+    """What a number may depend on apart from the recipe: command, versions (of `packages` too), machine."""
     import torch  # late, because a report reads run folders without it
 
     names = ("torch", "torchvision", "timm", "torchdistill", "numpy", "scipy", "einops", "safetensors", "pydantic")

@@ -65,7 +65,7 @@ def frontier(
         rows.append(measure(student, budget))
         console.print(f"budget {budget:g}: {words(rows[-1])}", highlight=False)
     if len(rows) == 1:
-        raise UserError("none of the budgets can be met; the messages above say what can")
+        raise UserError("none of the budgets can be met; the messages above say which can")
     task = begin.scorer.task(begin.teacher)
     quality = next((key for key in task.ranking if key in task.graded and rows[0][key] is not None), "cosine")
     _write(rows, output, unit, recipe.teacher.model, quality)

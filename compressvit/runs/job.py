@@ -165,5 +165,5 @@ def refuse_labels(job: Job) -> None:
             )
             where = "teacher.num_classes" if whose == "teacher" else "student.args.num_classes"
             raise UserError(
-                f"the data has {have} classes, and the {whose}'s head tells only {classes} apart; set {where}={have}{advice}"
+                f"the data has {have} classes, and the {whose}'s head has only {classes}; set {where}={have}{advice}"
             )

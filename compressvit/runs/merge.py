@@ -123,7 +123,7 @@ def print_merge(result: dict[str, Any], console: Console) -> None:
         reader, call = "compressvit", f"compressvit.load('{result['merged']}')"
     console.print(f"read back by {reader}: {result['read_back']:.1e}", highlight=False)
     console.print(
-        f"latency: batch 1 on {result['latency_on']}, median of up to 30 in turns\n{call}",
+        f"latency: batch 1 on {result['latency_on']}, median of up to 30, measured alternately\n{call}",
         highlight=False,
         soft_wrap=True,
     )
@@ -152,7 +152,7 @@ def _replace(target: Path, model: nn.Module, plain: bool, check: Callable[[nn.Mo
 def _measured(
     manifest: Manifest, model: nn.Module, merged: nn.Module, config: InputConfig, device: torch.device
 ) -> dict[str, Any]:
-    """Latencies in turns, and parameters, of the backbone alone, the unmerged and the merged model."""
+    """Latencies, measured alternately, and parameters, of the backbone alone, the unmerged and the merged model."""
     base = timm.create_model(manifest.architecture, pretrained=False, **manifest.args).eval()
     models = {"backbone": base, "unmerged": model, "merged": merged}
     times = cost.latency([m.to(device) for m in models.values()], [config.size] * 3, device=device)

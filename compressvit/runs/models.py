@@ -27,7 +27,7 @@ def trains_teacher(recipe: Recipe) -> bool:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model of timm's, settled: what it takes to build it, as often as need be, with values or without.
+    """A timm model, fully specified: everything needed to build it, with or without values, any number of times.
 
     Attributes:
         name: timm's, with or without a tag.
@@ -100,7 +100,7 @@ def _teacher_manifest(recipe: Recipe) -> Manifest | None:
     if not is_plain(folder):
         steps = ", ".join(step.transform for step in manifest.transforms)
         raise UserError(
-            f"teacher.weights: {asked.weights} is what {steps} made of a {manifest.architecture}, no model of timm's own. Give the "
+            f"teacher.weights: {asked.weights} is the result of {steps} on a {manifest.architecture}, no model of timm's own. Give the "
             "teacher of that run; or, if `compressvit merge` can make a plain model of it, RUN/merged/model.safetensors"
         )
     return manifest

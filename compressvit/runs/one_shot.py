@@ -34,19 +34,17 @@ class OneShot:
     def __init__(self, recipe: Recipe, device: str, asker: str):
         if recipe.teacher.weights == "train":
             raise UserError(
-                f"{asker} trains nothing, so the teacher needs values: run the recipe once and give teacher.weights=RUN/teacher"
+                f"{asker} trains nothing, so the teacher needs weights: run the recipe once and give teacher.weights=RUN/teacher"
             )
         if recipe.student.head == "new":
             raise UserError(
-                f"{asker} looks at the student before any training, when its new classifier "
-                "(student.head=new) knows nothing; apply the recipe"
+                f"{asker} evaluates the student before any training, when its new classifier "
+                "(student.head=new) is random; apply the recipe"
             )
         self.transforms = leading_transforms(recipe)
         if not self.transforms:
             names = ", ".join(step.name for step in recipe.steps) or "none"
-            raise UserError(
-                f"{asker} looks at the transforms before the first phase; the steps of this recipe are {names}"
-            )
+            raise UserError(f"{asker} needs transforms before the first phase; the steps of this recipe are {names}")
         self.recipe = recipe
         self.job = prepare(recipe, device)
         teacher = self.job.architecture.build()

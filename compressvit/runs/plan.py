@@ -111,8 +111,8 @@ def plan_job(job: Job) -> RecipePlan:
     notes += planned.training_notes()
     if job.placeholder:
         notes.append(
-            f"the new classifier is counted with {PLACEHOLDER_CLASSES:,} classes here; it gets those of the data, which only opening "
-            "it tells"
+            f"the new classifier is counted with {PLACEHOLDER_CLASSES:,} classes here; it gets those of the data, which are known "
+            "only once it is opened"
         )
     if any(group[0] not in surgery.added_parameters(student.model) for group in compression_of(student.model).ties):
         notes.append("sharing cuts parameters and disk, not MACs or latency: every block still runs")
@@ -145,7 +145,7 @@ class _Steps:
         self.trained = trained_parameters(self.student.model)
 
     def teacher(self) -> None:
-        """The training of the teacher, where there is one."""
+        """The training of the teacher, if there is one."""
         if not trains_teacher(self.recipe):
             return
         spec = self.recipe.teacher.finetune or Finetune()
@@ -205,7 +205,7 @@ class _Steps:
         end = trained_parameters(model)
         if sum(end.values()) >= ties.count_parameters(model):
             return []
-        left = "" if end == counts else f" (in the end {end['trained_adapter']:,}, if every adapter loses alike)"
+        left = "" if end == counts else f" (in the end {end['trained_adapter']:,}, if every adapter loses equally)"
         return [
             f"the last phase trains {counts['trained_adapter']:,} parameters{left} and {counts['trained_head']:,} of the classifier; "
             "the others are frozen"
@@ -240,13 +240,13 @@ def _phase_notes(recipe: Recipe) -> list[str]:
         if phase.warmup_epochs > phase.epochs:
             notes.append(
                 f"{where}: the warm-up of {phase.warmup_epochs:g} epochs is longer than the phase of {phase.epochs}, "
-                f"so the rate never reaches its peak; shorten warmup_epochs"
+                f"so the learning rate never reaches its peak; shorten warmup_epochs"
             )
     parts = recipe.parts()
     if parts and parts[-1].phase is None:
         index = parts[-1].start + len(parts[-1].transforms) - 1
         last = f"no step trains the student after steps[{index}].{recipe.steps[index].name}"
-        notes.append(f"{last}: what comes out is the student as the transforms initialise it")
+        notes.append(f"{last}: the result is the student as the transforms initialise it")
     for part in parts:
         for index, spec in enumerate(part.transforms, part.start):
             notes += [f"steps[{index}].{spec.name}: {sentence}" for sentence in spec.provisional]

@@ -42,7 +42,7 @@ class Predictions:
         self.images = 0
         self.compared = False
         self._examples: list[tuple[float, int, dict[str, Any], torch.Tensor]] = []  # a heap: the least of them first
-        self._order = itertools.count(0, -1)  # of two alike, the earlier image is kept
+        self._order = itertools.count(0, -1)  # of two equal ones, the earlier image is kept
 
     def add(self, images: torch.Tensor, targets: torch.Tensor, outputs: Any, expected: Any | None) -> None:
         """Note a batch.
@@ -82,7 +82,7 @@ class Predictions:
         }
 
     def write(self, folder: Path) -> None:
-        """Write `predictions.json` and the pictures into a run folder; nothing where there is nothing to tell."""
+        """Write `predictions.json` and the pictures into a run folder; nothing if there are no predictions."""
         content = self.as_dict()
         if not content:
             return

@@ -72,12 +72,12 @@ class Recorder:
         finally:
             for watch in watches:
                 watch.close()
-                with told(f"{phase}: what was recorded was not drawn"):
+                with told(f"{phase}: the recordings were not drawn"):
                     for finding in watch.findings():
                         self.keep(finding)
 
     def measure(self, phase: str, teacher: Side | None, student: Side, epoch: int, last: bool) -> None:
-        """Measure what is due at this epoch and was not measured before. What cannot be is told, and training goes on."""
+        """Measure what is due at this epoch and was not measured before. What cannot be is reported, and training continues."""
         due = [
             spec
             for spec in self._measured
@@ -108,7 +108,7 @@ class Recorder:
     def allocation(self, phase: str, scope: str, history: History) -> None:
         """Tell where a `prune` phase left neurons; always, because it costs nothing."""
         self._allocations[phase] = (scope, history)
-        with told(f"{phase}: where neurons are left was not drawn"):
+        with told(f"{phase}: the allocation of neurons was not drawn"):
             finding = allocation_finding(self._allocations)
             self.keep(finding)
             finding.picture(self._folder.parent / "widths.png")  # where a person looks first
@@ -122,7 +122,7 @@ class Recorder:
     def _has(self, name: str, phase: str, epoch: int) -> bool:
         path = self._folder / MEASURED
         rows: list[dict[str, Any]] = []
-        with told("what was measured before is not known, so it is measured again"):
+        with told("earlier measurements cannot be read, so they are repeated"):
             rows = read_rows(path, MeasuredRow) if path.is_file() else []
         return any((row["diagnostic"], row["phase"], row["epoch"]) == (name, phase, epoch) for row in rows)
 

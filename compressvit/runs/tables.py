@@ -69,7 +69,7 @@ def results_table(results: Results, title: str) -> Table:
 
 
 def results_rows(teacher: Figures, student: Figures) -> list[tuple[str, str, str, str]]:
-    """What a measure is called, the teacher's, the student's, and their ratio; empty where there is none."""
+    """Each measure's name, the teacher's value, the student's, and their ratio; empty if there is none."""
     rows = []
 
     def row(label: str, key: str, text: Callable[[Any], str]) -> None:

@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a run beside its curves, under names that are alike in all runs.
+"""What TensorBoard shows of a run in addition to its curves, under names that are the same in all runs.
 
 A phase is called by its word, without its place in the recipe: `distill/evaluate/top1`, and `distill_2/…` where a recipe has a second one.
 So runs lie in one chart whether one transform comes before the phase, three, or none. What an evaluation before training finds is step 0
@@ -20,7 +20,7 @@ _COSTS = ("parameters", "trained_adapter", "bytes", "macs", "latency_ms")
 
 
 def step_names(recipe: Recipe) -> list[str]:
-    """A name for every step: its word, with a number behind it from the second of its kind on."""
+    """A name for every step: its word, followed by a number from the second of its kind on."""
     names: list[str] = []
     words = [step.name for step in recipe.steps]
     for index, word in enumerate(words):

@@ -161,8 +161,8 @@ class ClassScores:
             return
         if int(targets.max()) >= self.classes:
             raise UserError(
-                f"the data has label {int(targets.max())}, but the model tells only {self.classes} classes apart "
-                f"(0 to {self.classes - 1}); use data of its classes, or a teacher with a head of theirs (teacher.num_classes and "
+                f"the data has label {int(targets.max())}, but the model has only {self.classes} classes "
+                f"(0 to {self.classes - 1}); use data of its classes, or a teacher with a head for them (teacher.num_classes and "
                 "teacher.finetune in a recipe)"
             )
         ranked = logits.topk(min(5, self.classes), dim=1).indices == targets[:, None]

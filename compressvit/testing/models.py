@@ -89,7 +89,7 @@ def images_for(model: nn.Module, batch: int = 2, seed: int = 1) -> Tensor:
 
 @torch.no_grad()
 def outputs(model: nn.Module, images: Tensor | None = None) -> Tensor:
-    """What a model makes of images; of `images_for` it, in its own precision, if none are given."""
+    """The output of a model for images; for `images_for` it, in its own precision, if none are given."""
     return model(images_for(model).to(next(model.parameters()).dtype) if images is None else images)
 
 

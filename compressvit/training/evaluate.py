@@ -44,7 +44,7 @@ def evaluate(
         `images`, and the figures of the task. Of classes and features: in percent `top1` and `top5`, and `loss` (cross-entropy, nats);
         None without labels or classes. With a teacher also its `teacher_top1`, `teacher_top5` and `teacher_loss`, `agreement` (percent
         of images with the same first class) and `cosine` (mean cosine of the two outputs), both None when the outputs differ in width;
-        of two headless backbones of tokens also `cosine_patches` (mean cosine of their patch tokens behind the final norm).
+        of two headless backbones of tokens also `cosine_patches` (mean cosine of their patch tokens after the final norm).
 
     Raises:
         UserError: a label is not below the model's number of classes.

@@ -353,7 +353,7 @@ class Trainer:
             return
         self.model.load_state_dict(best["model"], strict=False)
         kept = f"epoch {best['epoch']}" if best["epoch"] else "the start"
-        self.log.say(f"{self.phase.name}: kept the weights of {kept}, which did best")
+        self.log.say(f"{self.phase.name}: kept the weights of {kept}, which were best")
 
     def kept_epoch(self) -> int:
         return self.epoch if self.best is None else self.best["epoch"]

@@ -125,7 +125,7 @@ def match_layers_once(
     try:
         before = tuple((int(s), int(t)) for s, t in json.loads(kept.read_text(encoding="utf-8")))
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError, ValueError) as error:
-        raise UserError(f"{kept} is damaged: {error}; remove it and its checkpoint to begin the phase again") from error
+        raise UserError(f"{kept} is damaged: {error}; remove it and its checkpoint to start the phase again") from error
     pairs = match_layers(student, teacher, before)[0] if before else []
     return pairs, "auto: as when the phase began"
 
@@ -141,11 +141,11 @@ def _most_alike(
     near = 1 - abs(mine[:, None] - others[None, :])  # in depth
     if likeness is None:  # so that plan and run have about as many pairs
         values = near
-        how = "auto: the most alike by CKA, measured when the phase begins; by depth until then"
+        how = "auto: the most similar by CKA, measured when the phase begins; by depth until then"
     else:
-        # neighbours are often alike to a hundredth, which a few hundred images cannot tell apart
+        # neighbours often differ by less than a hundredth, which a few hundred images cannot resolve
         values = likeness([b.path for b in candidates], [b.path for b in theirs.blocks]) + 0.01 * near
-        how = "auto: the most alike by CKA"
+        how = "auto: the most similar by CKA"
     return tuple(suggested_pairs(values, candidates, theirs.blocks)), how
 
 
@@ -165,7 +165,7 @@ def suggested_pairs(
         Pairs of indices over the whole model; a student block that no teacher block fits has none.
     """
     allowed = np.array([[_place(s) == _place(t) for t in teachers] for s in students])
-    # Unbiased CKA of unlike blocks may be below 0, and a pair that is allowed is still better than none.
+    # Unbiased CKA of dissimilar blocks may be below 0, and an allowed pair is still better than none.
     gain = np.where(allowed, values - min(values.min(), 0.0) + 1e-6, -np.inf)
     rows, columns = gain.shape
     # best[i, j]: the most that student blocks i.. can have with teacher blocks j..

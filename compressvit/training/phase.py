@@ -1,4 +1,4 @@
-"""What the training loop is told of the phase it runs, besides its options."""
+"""What the training loop needs to know about its phase, in addition to the options."""
 
 from __future__ import annotations
 

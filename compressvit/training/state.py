@@ -1,7 +1,7 @@
 """What a checkpoint holds of a model (what training changes, and for what it does not, a hash) and of its optimiser.
 
 Where transforms only add to a frozen backbone, whoever resumes builds the same one again, so a checkpoint has kilobytes. Where one
-changed the backbone itself, a checkpoint holds the whole model: values that were fitted need not come out alike on another machine.
+changed the backbone itself, a checkpoint holds the whole model: fitted values need not be the same on another machine.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ class TrainedState:
         if own != theirs:
             name = next(n for n in [*own, *theirs] if own.get(n) != theirs.get(n))
             raise UserError(
-                f"{path} is of another student: {name} is {tuple(theirs[name]) if name in theirs else 'not in it'}, and here "
+                f"{path} belongs to a different student: {name} is {tuple(theirs[name]) if name in theirs else 'not in it'}, and here "
                 f"{tuple(own[name]) if name in own else 'not there'}. Ranks and groups that are chosen by errors follow the images; "
-                "restore those of the run's beginning, or begin anew with --overwrite"
+                "restore the original ones, or start again with --overwrite"
             )
         if saved["frozen"] != self.frozen_hash:
             raise UserError(
-                f"{path} was trained beside another backbone: the frozen weights are not those of the run's beginning. Restore the file "
-                "that teacher.weights (or student.weights) named then, or begin anew with --overwrite"
+                f"{path} was trained with another backbone: the frozen weights have changed since the run started. Restore the file "
+                "that teacher.weights (or student.weights) named then, or start again with --overwrite"
             )
         model.load_state_dict(saved["model"], strict=False)
 

@@ -19,7 +19,7 @@ class Interrupted(Exception):
     def __init__(self, signum: int, checkpoint: Path):
         super().__init__(
             f"stopped by {signal.Signals(signum).name}; {checkpoint} was written. "
-            f"Go on with: compressvit apply {checkpoint.parents[1]} --resume"
+            f"Continue with: compressvit apply {checkpoint.parents[1]} --resume"
         )
         self.signum = signum
 

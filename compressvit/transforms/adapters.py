@@ -1,10 +1,10 @@
-"""Bottleneck adapters: two small projections behind every attention and every MLP of a frozen backbone.
+"""Bottleneck adapters: two small projections after every attention and every MLP of a frozen backbone.
 
 Paper: Parameter-Efficient Transfer Learning for NLP, ICML 2019, https://arxiv.org/abs/1902.00751; in the form of MiMi,
 WACV 2024, https://arxiv.org/abs/2311.03873
 
 `A(h) = h + act(h Dᵀ) Uᵀ` on what leaves a sublayer, before LayerScale and the outer residual; D (h', M), U (M, h'), U zero at the
-start, so the model is unchanged. 2·M·h' parameters each, without biases. A ConvNeXt block has one, behind its MLP.
+start, so the model is unchanged. 2·M·h' parameters each, without biases. A ConvNeXt block has one, after its MLP.
 """
 
 from __future__ import annotations

@@ -210,8 +210,8 @@ class Align(Transform):
             ] + ["attn"] * (infos[path].heads != infos[first].heads)
             if unlike:
                 raise UserError(
-                    f"align matches blocks of one shape: {path}.{unlike[0]} is of another than that of {first}; give an align.share whose "
-                    "groups are alike"
+                    f"align matches blocks of one shape: {path}.{unlike[0]} has another shape than that of {first}; give an "
+                    "align.share that groups blocks of one shape"
                 )
             if self.heads and not isinstance(getattr(block.attn, "norm", nn.Identity()), nn.Identity):
                 raise UserError(

@@ -138,7 +138,7 @@ def materialise(model: nn.Module) -> nn.Module:
             "Kronecker products can be"
         )
     trained = trained_names(model)
-    # From the weight outwards: what replaces it, what is added to it or behind it in the order it came, what is before it.
+    # From the weight outwards: what replaces it, what is added to it or after it in the order applied, what is before it.
     left: list[Plan | None] = list(done.plans)
     for i in sorted(foldable, key=lambda i: (not done.plans[i].fitted(), done.plans[i].folds_last)):
         left[i] = done.plans[i].fold(model)

@@ -77,11 +77,11 @@ class Plan(Spec):
         return {}
 
     def trains(self, model: nn.Module) -> set[str] | None:
-        """Names of the parameters that a phase may change besides the classifier; all others are frozen. None: it freezes nothing."""
+        """Names of the parameters, except the classifier's, that a phase may change; all others are frozen. None: freezes nothing."""
         return None
 
     def claims(self, model: nn.Module) -> list[Claim]:
-        """What it takes of `model`, as it is before the transform: steps whose claims exclude each other are refused."""
+        """What it claims of `model`, as it is before the transform: steps whose claims exclude each other are refused."""
         return []
 
     def set_aside(self, model: nn.Module) -> None:
@@ -177,7 +177,7 @@ def record(
 
     Args:
         change: takes a path, changes the module there and says how.
-        then: is called behind the last change, before parameters are counted.
+        then: is called after the last change, before parameters are counted.
     """
     paths = list(paths)
     before = ties.count_at_paths(model, paths)

@@ -1,6 +1,6 @@
 """Bottlenecks beside frozen sublayers, and the places where they act.
 
-Shapes: x is (…, M), or (B, M, height, width) behind timm's convolutional MLPs; M width, h hidden neurons of the bottleneck.
+Shapes: x is (…, M), or (B, M, height, width) after timm's convolutional MLPs; M width, h hidden neurons of the bottleneck.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class AdapterLinear(nn.Linear):
 
 
 def at_tokens(adapter: nn.Module, x: torch.Tensor, owner: nn.Module) -> torch.Tensor:
-    """The adapter on the channels of x, which come last but behind a convolutional MLP."""
+    """The adapter on the channels of x, which are last, except after a convolutional MLP."""
     if isinstance(getattr(owner, "fc1", None), nn.Conv2d):
         return rearrange(adapter(rearrange(x, "b c h w -> b h w c")), "b h w c -> b c h w")
     return adapter(x)
@@ -176,7 +176,7 @@ def sublayer_width(model: nn.Module, path: str) -> tuple[torch.Tensor, int]:
 def adapter_widths(
     model: nn.Module, asker: str, places: Sequence[Place], width: int | None, ratio: float | None
 ) -> dict[str, int]:
-    """Neurons of the bottleneck behind every sublayer: `width` everywhere, or `ratio` of each one's M.
+    """Neurons of the bottleneck after every sublayer: `width` everywhere, or `ratio` of each one's M.
 
     Raises:
         UserError: a block has none of the places, or the ratio leaves no neuron.

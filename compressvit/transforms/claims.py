@@ -172,17 +172,19 @@ RULES: dict[tuple[Kind, Kind], Rule] = {
     ("drop", "order"): _TOO_LATE,
     ("order", "regroup"): Rule(
         _inside,
-        "{later} would choose its own groups, but the earlier {earlier} has matched the blocks of others",
+        "{later} would choose its own groups, but the earlier {earlier} has matched the blocks of different groups",
         "leave {earlier} out, or give both steps the same share",
     ),
     ("noise", "values"): Rule(
         _inside,
-        "{later} fits the teacher's weights, but the earlier {earlier} starts the student from noise",
+        "{later} fits the teacher's weights, but the earlier {earlier} initialises the student at random",
         "leave one of the two steps out",
         "both",
     ),
     ("weight", "noise"): Rule(
-        _inside, "{later} would put noise below the low-rank terms of the earlier {earlier}", "put `{later}` first"
+        _inside,
+        "{later} would randomise the weights below the low-rank terms of the earlier {earlier}",
+        "put `{later}` first",
     ),
 }
 

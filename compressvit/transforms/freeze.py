@@ -23,7 +23,7 @@ from compressvit.transforms.low_rank.layer import current_names
 
 
 class FreezePlan(Plan):
-    """Names of the parameters that are trained besides the classifier."""
+    """Names of the parameters that are trained in addition to the classifier."""
 
     names: tuple[str, ...]
 

@@ -108,7 +108,7 @@ class HeadNormPlan(Plan):
             head = model.get_submodule(path)
             if not owns_weight(head):
                 raise UserError(
-                    f"head_norm cannot be folded: {path} is low rank, so it has no dense weight that could take the scale in. Fold the "
+                    f"head_norm cannot be folded: {path} is low rank, so it has no dense weight to absorb the scale. Fold the "
                     "low-rank step first, as compressvit.materialise does, or keep it unmerged"
                 )
             r, c = module_at(head, "head_norm", PooledNorm).as_affine()

@@ -5,7 +5,7 @@ Paper: MiniViT: Compressing Vision Transformers with Weight Multiplexing, CVPR 2
 Shared inside a group of k consecutive blocks of one stage: every attention and MLP tensor, Swin's position table included.
 Private to each block: both LayerNorms, LayerScale, drop path, Swin's shift and mask, and
 - two H×H mixes of the attention maps across heads, one on the logits and one on the probabilities (eq. 5–6);
-- a depth-wise K×K convolution on the token grid before the MLP, behind its own LayerNorm (eq. 7).
+- a depth-wise K×K convolution on the token grid before the MLP, after its own LayerNorm (eq. 7).
 
 Sharing cuts parameters and disk. It does not cut MACs: every block still runs.
 """
@@ -66,7 +66,7 @@ class HeadMixing(nn.Module):
 
 
 class TokenConv(nn.Module):
-    """A depth-wise K×K convolution over the token grid, behind its own LayerNorm (MiniViT's MLP transformation, eq. 7).
+    """A depth-wise K×K convolution over the token grid, after its own LayerNorm (MiniViT's MLP transformation, eq. 7).
 
     Class, distillation and register tokens are not on the grid: the convolution passes them by.
 

@@ -79,7 +79,7 @@ class RepBottleneck(nn.Module):
 class WithRepAdapter(surgery.Mixin):
     """Of a sublayer: `φ(x) = x + repadapter(x)` on what enters it, so that its first projection can take φ in.
 
-    In Swin that is behind the padding of windows, so padded tokens see φ(0): what the merged projection does to them, too.
+    In Swin that is after the padding of windows, so padded tokens see φ(0): what the merged projection does to them, too.
     """
 
     slots = ("repadapter",)
@@ -119,7 +119,7 @@ class RepAdapterPlan(TermPlan):
         return [f"{path}.{_first(path)}.weight"]
 
     def fold_term(self, module: nn.Module, term: Any, path: str) -> None:
-        """Into the projection behind it: `W' = W R`, `b' = b + W c` with `φ(x) = R x + c`."""
+        """Into the projection after it: `W' = W R`, `b' = b + W c` with `φ(x) = R x + c`."""
         merge_before_(module.get_submodule(_first(path)), *term.as_affine())
 
 

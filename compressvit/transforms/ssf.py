@@ -1,8 +1,8 @@
-"""SSF: a scale and shift of the channels behind every layer of a frozen backbone.
+"""SSF: a scale and shift of the channels after every layer of a frozen backbone.
 
 Paper: Scaling & Shifting Your Features: A New Baseline for Efficient Model Tuning, NeurIPS 2022, https://arxiv.org/abs/2210.08823
 
-`y = γ ⊙ z + β` behind every linear layer, convolution and norm that has a bias (β needs it to merge into; Swin's reductions have
+`y = γ ⊙ z + β` after every linear layer, convolution and norm that has a bias (β needs it to merge into; Swin's reductions have
 none), the classifier left out. γ around 1 and β around 0 with a deviation of 0.02 in the paper's code; exactly there by default.
 It merges exactly.
 """
@@ -51,7 +51,7 @@ class ScaleShift(nn.Module):
 
 
 class WithScaleShift(surgery.Mixin):
-    """Of any layer: a scale and shift of its channels behind it."""
+    """Of any layer: a scale and shift of its output channels."""
 
     slots = ("ssf",)
 
@@ -63,7 +63,7 @@ class WithScaleShift(surgery.Mixin):
 
 
 class SSFPlan(TermPlan):
-    """A resolved `SSF`: the layers that have a scale and shift behind them."""
+    """A resolved `SSF`: the layers that are followed by a scale and shift."""
 
     mixin = WithScaleShift
     slot = "ssf"
@@ -91,7 +91,7 @@ class SSFPlan(TermPlan):
         return [f"{path}.weight", f"{path}.bias"]
 
     def fold_term(self, module: nn.Module, term: Any, path: str) -> None:
-        """`W' = diag(γ) W`, `b' = γ b + β`, of norms alike."""
+        """`W' = diag(γ) W`, `b' = γ b + β`; the same for norms."""
         scale, shift = term.scale.double(), term.shift.double()
         weight, bias = module.get_parameter("weight"), module.get_parameter("bias")
         weight.copy_(weight.double() * scale.reshape(-1, *[1] * (weight.ndim - 1)))

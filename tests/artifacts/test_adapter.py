@@ -100,11 +100,11 @@ def test_another_backbone_is_refused_and_left_alone(tmp_path):
     backbone = build("vit")
     file = save_adapter(adapted("bitfit", backbone), tmp_path / "a.safetensors")
     for other, words in (
-        (build("vit", seed=5), "was trained beside another vit_tiny_patch16_224: the frozen weights .* are not those"),
-        (build("swin"), "was trained beside a vit_tiny_patch16_224, and this is a swin_tiny_patch4_window7_224"),
+        (build("vit", seed=5), "was trained with another vit_tiny_patch16_224: its frozen weights .* differ"),
+        (build("swin"), "was trained with a vit_tiny_patch16_224, and this is a swin_tiny_patch4_window7_224"),
         (
             compress(backbone, [Multiplex(share=2)]),
-            "loaded onto a plain backbone, and this model was changed by multiplex",
+            "loaded onto a plain backbone, but this model was changed by multiplex",
         ),
     ):
         before, state = structure(other), values(other)

@@ -14,7 +14,7 @@ from compressvit.errors import UserError
 from compressvit.transforms import LoRA
 from compressvit.transforms.applying import compress
 
-SHAPE = "does not belong there, or has another shape"
+SHAPE = "does not belong there, or has a different shape"
 
 
 @pytest.mark.parametrize("case", ["missing", "of another shape", "one too many", "turned"])

@@ -165,7 +165,7 @@ def test_a_map_behind_a_layer_goes_into_it(name):
 def test_grouped_convolutions_take_a_scale_and_shift_behind_and_nothing_before(groups):
     layer = nn.Conv2d(IN, IN, 3, padding=1, groups=groups)
     before, (r, c) = values(layer), affine(IN)
-    with pytest.raises(UserError, match=rf"convolution of {groups} groups would make it dense; put the adapter behind"):
+    with pytest.raises(UserError, match=rf"convolution of {groups} groups would make it dense; put the adapter after"):
         merge_before_(layer, r, c)
     with pytest.raises(UserError, match=rf"convolution of {groups} groups would make it dense; only a scale and shift"):
         merge_behind_(layer, r, c)
@@ -361,7 +361,7 @@ def test_a_projection_without_a_bias_takes_no_shift():
     plain = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=48, depth=2, num_heads=4, qkv_bias=False)
     made = adapted(plain.eval(), [RepAdapter(width=4)])
     before = copy.deepcopy(values(made))
-    with pytest.raises(UserError, match=r"Linear has no bias that could take the shift in.* qkv_bias=True"):
+    with pytest.raises(UserError, match=r"Linear has no bias to absorb the shift.* qkv_bias=True"):
         materialise(made)
     assert same_values(values(made), before)
     ssf = adapted(plain, [SSF()])

@@ -36,7 +36,7 @@ def test_both_notations_of_a_place_in_a_list_are_understood():
 
 def test_a_step_at_the_top_of_a_recipe_is_told_where_it_belongs():
     message = refused("plan", "quickstart", "multiplex.share=3")
-    assert "multiplex is a step, so it belongs into the list `steps` (steps.0.multiplex on the command line)" in message
+    assert "multiplex is a step, so it belongs in the list `steps` (steps.0.multiplex on the command line)" in message
     message = refused("plan", "quickstart", "teacher.epochs=3")
     assert "teacher.epochs: unknown key (known: model, weights, args, num_classes, finetune)" in message
 
@@ -53,7 +53,7 @@ def test_a_run_goes_on_by_its_folder_alone(recipe, finished, tmp_path):
     shutil.rmtree(folder / "student")
     done("apply", folder, "--resume")
     assert student_bytes(folder) == student_bytes(finished)
-    assert "neither a file nor one that ships" in refused("apply", folder)
+    assert "neither as a file nor among those included" in refused("apply", folder)
 
 
 def test_the_log_holds_what_the_console_showed(finished):

@@ -209,7 +209,7 @@ def test_a_chart_that_cannot_be_drawn_costs_no_training(plain, recipe, tmp_path,
     folder = tmp_path / "run"
     done("apply", recipe, "--output", folder, WATCHED, *HARD)
     assert student_bytes(folder) == student_bytes(plain)
-    assert "1_distill: what was recorded was not drawn: ValueError: Invalid" in (folder / "run.log").read_text()
+    assert "1_distill: the recordings were not drawn: ValueError: Invalid" in (folder / "run.log").read_text()
 
 
 def test_a_row_that_was_cut_short_is_measured_again(whole, recipe, tmp_path, rude):
@@ -227,7 +227,7 @@ def test_a_row_that_was_cut_short_is_measured_again(whole, recipe, tmp_path, rud
 
     files[0].write_text("[]\n[]\n")
     done("apply", folder, "--resume")
-    assert "measured before is not known, so it is measured again" in (folder / "run.log").read_text()
+    assert "earlier measurements cannot be read, so they are repeated" in (folder / "run.log").read_text()
 
 
 @pytest.mark.parametrize("words", [HARD, ["steps.1.distill={epochs: 3, keep: best, lr: 0.3, warmup_epochs: 0}"]])

@@ -41,12 +41,12 @@ FAULTS = {
     "[gradient]": ("diagnostics[0].gradient", "unknown key; did you mean 'gradients'?"),
     "[gradients: {evry: 2}]": ("diagnostics[0].gradients.evry", "unknown key; did you mean 'every'?"),
     "[gradients: {every: 0}]": ("diagnostics[0].gradients.every", "should be greater than or equal to 1, not 0"),
-    "[gradients, gradients]": ("diagnostics", "gradients stands twice; its findings would replace each other"),
+    "[gradients, gradients]": ("diagnostics", "gradients is listed twice; its findings would overwrite each other"),
     "[{}]": ("diagnostics[0]", "an entry names one diagnostic; this one is empty"),
     "gradients": ("diagnostics", 'should be a valid array, not "gradients"'),
     "[multiplex: {share: 2}]": (
         "diagnostics[0].multiplex",
-        "unknown key; multiplex is a step, so it belongs into the list `steps`",
+        "unknown key; multiplex is a step, so it belongs in the list `steps`",
     ),
 }
 
@@ -60,7 +60,7 @@ def test_faults_have_lines_and_near_names(value, expected):
 
 
 def test_a_diagnostic_in_another_place_is_pointed_to_its_list():
-    words = "unknown key; gradients is a diagnostic, so it belongs into the list `diagnostics`"
+    words = "unknown key; gradients is a diagnostic, so it belongs in the list `diagnostics`"
     assert words in only_row(GOOD + "gradients: {every: 2}\n")[2]
     assert words in only_row(GOOD.replace("steps:\n", "steps:\n  - gradients\n"))[2]
 

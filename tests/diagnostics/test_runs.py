@@ -62,9 +62,9 @@ def test_what_was_found(measured):
 def test_layers_are_paired_when_the_phase_begins(recipe, tmp_path):
     words = ("steps.1.distill.layers=auto", "calibration.images=16")
     plan = done("plan", recipe, *words)
-    assert "auto: the most alike by CKA, measured when the phase begins; by depth until then" in plan
+    assert "auto: the most similar by CKA, measured when the phase begins; by depth until then" in plan
     out = done("apply", recipe, "--output", tmp_path / "run", *words)
-    assert "(auto: the most alike by CKA)" in out
+    assert "(auto: the most similar by CKA)" in out
     measured = done("plan", recipe, *words, "--measure", f"teacher.weights={tmp_path / 'run' / 'teacher'}")
     assert "layer pairs (student↔teacher): 1↔" in measured
 

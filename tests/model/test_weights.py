@@ -167,7 +167,7 @@ def test_another_number_of_classes(name, tmp_path, caplog):
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
     with caplog.at_level("WARNING", logger="compressvit"):
         weights.load_file(model, tmp_path / "weights.pth", WHERE, new_head=True)
-    assert "the classifier starts fresh" in caplog.text
+    assert "the classifier is initialised anew" in caplog.text
     fresh = 0
     for n, tensor in model.state_dict().items():
         is_head = n.startswith("head")
@@ -224,7 +224,7 @@ def test_pretrained_values_are_copied(monkeypatch):
     asked = {}
     monkeypatch.setattr(weights, "_require_reachable", lambda config: None)
     monkeypatch.setattr(timm, "create_model", lambda name, **args: (asked.update(args, name=name), source)[1])
-    with pytest.raises(UserError, match=r"1000 classes apart and the model has a head of 5.*teacher\.finetune"):
+    with pytest.raises(UserError, match=r"1000 classes and the model's head 5.*teacher\.finetune"):
         weights.load_pretrained(model, WHERE)
     assert not asked
     weights.load_pretrained(model, WHERE, new_head=True)

@@ -94,7 +94,7 @@ def test_similarity_of_the_teacher_or_of_the_student(finished, tmp_path, capsys)
 
 def test_an_artifact_needs_data_and_a_partner(finished, tmp_path, capsys):
     plain = artifact.save(build("vit"), tmp_path / "plain")
-    assert "it does not say on which data to look at it; add data.name=digits" in refused(capsys, "cka", plain)
+    assert "its data is not known; add data.name=digits" in refused(capsys, "cka", plain)
     assert "is an artifact, which does not know its teacher; name a second model" in refused(
         capsys, "cka", plain, "data.name=digits"
     )

@@ -252,7 +252,7 @@ def test_what_is_no_run_is_told(name, runs, tmp_path, capsys):
             "gradients",
             "diagnostics/gradients.jsonl",
             None,
-            "a run records them where its recipe says `diagnostics: [gradients]`",
+            "a run records them if its recipe has `diagnostics: [gradients]`",
         ),
         ("gradients", "diagnostics/gradients.jsonl", "", "has no gradients"),
         ("gradients", "diagnostics/gradients.jsonl", '{"step": 1}\n', "written by another version of compressvit"),
@@ -275,7 +275,7 @@ def test_what_is_no_run_is_told(name, runs, tmp_path, capsys):
         ),
         ("curves", "resolved.yaml", "stepps: []\n", "damaged, or was written by another version of compressvit"),
         ("allocation", "resolved.yaml", "stepps: []\n", "damaged, or was written by another version of compressvit"),
-        ("allocation", "run.log", None, "has no `prune` step; only pruning moves neurons"),
+        ("allocation", "run.log", None, "has no `prune` step; only pruning removes neurons"),
     ],
 )
 def test_what_a_run_does_not_have_is_told(name, file, content, words, runs, tmp_path, capsys):

@@ -61,14 +61,14 @@ def test_what_is_no_run_folder(make, message, tmp_path):
 
 def test_a_model_is_no_run(finished):
     assert refused("report", finished / "student") == (
-        f"{finished / 'student'} is a model, not a run folder; give the run folder around it"
+        f"{finished / 'student'} is a model, not a run folder; give the run folder that contains it"
     )
     assert not (finished / "student" / "report.html").exists()
 
 
 def test_several_folders_need_a_place(finished, trained):
     assert refused("report", finished, trained[1]).startswith(
-        "the report of several folders needs a place: add --output"
+        "the report of several folders needs a file name: add --output"
     )
 
 

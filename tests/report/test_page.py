@@ -248,7 +248,7 @@ def test_a_run_that_died_yields_what_there_is(died):
     assert "━" not in page.text, "no tables from the log"
     rows = {row[0]: row[1:] for row in page.tables[0]}
     assert all(rows["parameters (unique)"]), "as planned"
-    assert "nothing of it is measured" in page.text
+    assert "As planned, not measured." in page.text
     assert f"compressvit apply {died} --resume" in page.text
 
 

@@ -197,7 +197,7 @@ GOOD = random_batches(1, 4)
         (
             [(torch.randn(4, 1, 8, 8), torch.full((4,), 9))],
             {"losses": {"labels": {"weight": 1}}},
-            r"label 9, but the student tells only 4 classes apart",
+            r"label 9, but the student has only 4 classes",
         ),
         ([torch.randn(4, 1, 8, 8)], {"losses": {"labels": {"weight": 1}}}, r"batches of train_loader have none"),
         ([torch.randn(4, 3, 8, 8)], {}, r"the student does not take images of shape \(3, 8, 8\)"),

@@ -52,7 +52,7 @@ def test_a_layer_that_stays_dense_has_a_bar_of_its_full_rank(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "trains nothing, so the teacher needs values: run the recipe once"),
+        ([], "trains nothing, so the teacher needs weights: run the recipe once"),
         (["--budgets", "-1"], "a budget is above 0"),
         (["steps=[{multiplex: {share: 2}}, distill]"], "the steps of this recipe are multiplex, distill"),
         (["teacher.weights=RUN", "steps.0.low_rank.init=scratch"], "which low_rank.init=scratch does not use"),

@@ -105,7 +105,7 @@ def test_a_merged_model_can_be_compressed_by_another_recipe(tmp_path):
     [
         ("adapters: {width: 2}", "adapters cannot be folded: the activation between the two projections"),
         ("adaptformer: {width: 2}", "adaptformer cannot be folded: its branch has a ReLU and runs parallel"),
-        ("vpt: {prompts: 2}", "vpt cannot be folded: how much of a prompt a token takes in depends on the token"),
+        ("vpt: {prompts: 2}", "vpt cannot be folded: how much a token attends to a prompt depends on the token"),
         ("multiplex: {share: 2}", "multiplex cannot be folded"),
         ("lora: {rank: 2}\n  - lors: {share: 2, rank: 2}\n  - irpe", "irpe cannot be folded"),
         ("align: {share: 2}\n  - adapters: {width: 2}", "adapters cannot be folded"),
@@ -126,7 +126,7 @@ def test_a_tied_weight_and_a_missing_bias_are_found_in_the_plan(tmp_path):
     recipe = recipe_with(tmp_path, "load_weights: {artifact: x}\n  - repadapter: {width: 4}")
     code, out, _ = run("plan", recipe, "teacher.args.qkv_bias=false")
     assert code == 2
-    assert "merge: the Linear has no bias that could take the shift in" in out
+    assert "merge: the Linear has no bias to absorb the shift" in out
     assert "qkv_bias=True" in out
     shared = surgery.skeleton(compress(build("vit"), [Multiplex(share=2, head_mixing=False), RepAdapter(width=4)]))
     shared._compression.plans.pop(0)

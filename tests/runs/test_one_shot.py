@@ -30,7 +30,7 @@ def test_it_says_what_apply_says_before_training(trained):
     ("words", "message"),
     [
         ([], "plan --measure trains nothing, so the teacher needs values"),
-        (["steps=[distill]", "teacher.weights=RUN"], "plan --measure looks at the transforms before the first phase"),
+        (["steps=[distill]", "teacher.weights=RUN"], "plan --measure needs transforms before the first phase"),
         (["teacher.weights=nowhere.safetensors"], "nowhere.safetensors"),
     ],
 )

@@ -77,7 +77,7 @@ def test_another_backbone_is_refused(recipe, tmp_path, monkeypatch):
     torch.manual_seed(1)
     artifact.save(timm.create_model("vit_tiny_patch16_224", **ARGS, num_classes=3), tmp_path / "backbone")
     message = refused("apply", recipe, "--output", tmp_path / "run", "--resume")
-    assert "2_finetune.pt was trained beside another backbone: the frozen weights are not those of the run's" in message
+    assert "2_finetune.pt was trained with another backbone: the frozen weights have changed since the run" in message
     assert "Restore the file that teacher.weights (or student.weights) named then" in message
 
 
@@ -115,9 +115,9 @@ def test_what_a_checkpoint_holds(steps, whole, tmp_path):
         (lambda: compress(tiny_vit(), [Adapters(width=2), RepAdapter(width=2)]), r"repadapter\.\S+ is not in it"),
         (lambda: compress(tiny_vit(), [Adapters(width=2), HeadNorm()]), r"head\.head_norm\.running_mean is not in it"),
         (lambda: compress(tiny_vit(num_classes=5), [Adapters(width=2)]), r"another student: head\.weight is \(4, 16\), and"),
-        (lambda: compress(tiny_vit(seed=1), [Adapters(width=2)]), "beside another backbone"),
-        (lambda: compress(tiny_vit(patch_size=2), [Adapters(width=2)]), "beside another backbone"),
-        (lambda: compress(tiny_vit(qkv_bias=False), [Adapters(width=2)]), "beside another backbone"),
+        (lambda: compress(tiny_vit(seed=1), [Adapters(width=2)]), "with another backbone"),
+        (lambda: compress(tiny_vit(patch_size=2), [Adapters(width=2)]), "with another backbone"),
+        (lambda: compress(tiny_vit(qkv_bias=False), [Adapters(width=2)]), "with another backbone"),
         (tiny_vit, "another student"),
     ],
 )  # fmt: skip

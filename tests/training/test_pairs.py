@@ -261,7 +261,7 @@ def test_auto_finds_the_blocks_that_a_student_has(name):
     del blocks[-2:]
     pairs, how = match_layers(student, teacher, "auto", on(student, teacher, images_for(teacher, 32)))
     assert indices(pairs) == [(i, i) for i in range(len(describe(student).blocks))]
-    assert how == "auto: the most alike by CKA"
+    assert how == "auto: the most similar by CKA"
     assert indices(match_layers(student, teacher, "auto")[0]) != indices(pairs)
 
 
@@ -284,7 +284,7 @@ def test_auto_without_values_pairs_by_depth():
     ):
         pairs, how = match_layers(surgery.skeleton(student), surgery.skeleton(teacher), "auto")
         assert indices(pairs) == expected
-        assert how == "auto: the most alike by CKA, measured when the phase begins; by depth until then"
+        assert how == "auto: the most similar by CKA, measured when the phase begins; by depth until then"
 
 
 def test_auto_with_another_architecture_distils_the_prediction():

@@ -127,7 +127,7 @@ def test_a_torchdistill_loss_of_one_side_names_its_tap():
 
 def test_a_torchdistill_loss_with_weights_of_its_own_is_refused(monkeypatch):
     monkeypatch.setitem(MIDDLE_LEVEL_LOSS_DICT, "ProjectingLoss", lambda: nn.Linear(2, 2))
-    with pytest.raises(UserError, match="ProjectingLoss has weights of its own"):
+    with pytest.raises(UserError, match="ProjectingLoss has trainable weights"):
         build_terms(only(torchdistill=(TorchdistillTerm(loss="ProjectingLoss"),)), [], classes=4)
 
 

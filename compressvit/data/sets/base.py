@@ -56,5 +56,5 @@ def existing_root(data: Data, layout: str) -> Path:
 def download_root(data: Data) -> str:
     """data.root for a reader that may download the set, or a UserError that asks for it."""
     if data.root is None:
-        raise UserError(f"data.name={data.name} needs data.root=FOLDER, where the set is or is to be downloaded to")
+        raise UserError(f"data.name={data.name} needs data.root=FOLDER, where the set is or will be downloaded to")
     return str(expanded(data.root, "data.root"))

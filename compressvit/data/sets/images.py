@@ -27,7 +27,9 @@ def open_images(data: Data) -> tuple[Dataset, Dataset]:
     source = _readable(root, data)
     count = len(source)
     if count < 2:
-        raise UserError(f"data.root={data.root}: one image cannot be both trained on and held out; add images")
+        raise UserError(
+            f"data.root={data.root}: a single image cannot be used for both training and evaluation; add images"
+        )
     every = round(1 / data.val_fraction)
     held_out = set(range(every - 1, count, every)) or {count - 1}
     return Subset(source, [i for i in range(count) if i not in held_out]), Subset(source, sorted(held_out))

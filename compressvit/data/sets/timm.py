@@ -52,7 +52,11 @@ def open_timm(data: Data) -> tuple[Dataset, Dataset]:
             )
             count = len(source)
         except Exception as error:  # each reader objects in its own way, always to what the recipe asked for
-            way_out = "; data.download=true fetches it if it may be" if prefix == "torch" and not data.download else ""
+            way_out = (
+                "; data.download=true downloads it if its licence allows it"
+                if prefix == "torch" and not data.download
+                else ""
+            )
             raise UserError(f"{asked}: {str(error) or type(error).__name__}{way_out}") from error
         if not count:
             raise UserError(

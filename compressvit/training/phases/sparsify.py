@@ -3,7 +3,7 @@
 Papers: SparseAdapter, EMNLP Findings 2022, https://arxiv.org/abs/2210.04284; SNIP, ICLR 2019, https://arxiv.org/abs/1810.02340;
 GraSP, ICLR 2020, https://arxiv.org/abs/2002.07376
 
-A masked weight is zero for good: it takes no part in training. Unlike `prune`, no tensor shrinks: fewer weights are counted as
+A masked weight stays zero and is not trained. In contrast to `prune`, no tensor shrinks: fewer weights are counted as
 trained, but time, memory and the size of the file stay.
 """
 
@@ -95,7 +95,7 @@ def sparsify_(model: nn.Module, spec: Sparsify, batches: Batches, seed: int = 0)
     if alive < count:
         raise UserError(
             f"sparsify.keep={spec.keep:g} asks for {count:,} weights, but only {alive:,} have a score ({spec.score}) that is not zero: "
-            "fresh adapters have upper projections of zero, behind which no gradient comes. Put a finetune step before it"
+            "fresh adapters have upper projections of zero, which pass no gradient back. Put a finetune step before it"
         )
     chosen = torch.zeros(flat.numel(), dtype=torch.bool)
     chosen[order[:count]] = True

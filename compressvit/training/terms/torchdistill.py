@@ -70,7 +70,7 @@ def _module(name: str, kwargs: dict[str, Any]) -> nn.Module:
         raise UserError(f"torchdistill's {name} does not take {kwargs}: {error}") from error
     if any(True for _ in module.parameters()):
         raise UserError(
-            f"torchdistill's {name} has weights of its own to train, which a loss term here has not; use a loss without"
+            f"torchdistill's {name} has trainable weights, which a loss term here cannot have; use a loss without any"
         )
     return module
 

@@ -86,15 +86,15 @@ class LORS(RankStep):
         shares = (self.share,) if isinstance(self.share, int) else self.share
         if isinstance(shares, tuple) and set(shares) == {1}:
             raise ValueError(
-                "share: 1 shares nothing; use `low_rank`, which is that: `low_rank: {budget: {parameters: 0.5}}` (Python: LowRank)"
+                "share: 1 shares nothing; use `low_rank` instead: `low_rank: {budget: {parameters: 0.5}}` (Python: LowRank)"
             )
         if self.share == "auto" and not self.budget:
-            raise ValueError("share: auto chooses by what is left of a budget; give one, or a number of blocks")
+            raise ValueError("share: auto needs a budget; give one, or a number of blocks")
         if self.group_by == "similarity" and self.init == "scratch":
-            raise ValueError("layers that start from noise are all alike; leave group_by: similarity out")
+            raise ValueError("randomly initialised layers have no similarity; leave out group_by: similarity")
         if self.group_by == "similarity" and self.share is None:
             raise ValueError(
-                "group_by: similarity makes groups of its own, so it needs share: a number of blocks, or auto"
+                "group_by: similarity forms its own groups, so it needs share: a number of blocks, or auto"
             )
         if self.budget and self.terms != 1:
             raise ValueError("terms multiply the rank, which a budget chooses; leave terms out")
@@ -117,7 +117,7 @@ class LORS(RankStep):
             )
         elif self.group_by == "similarity":
             notes.append(
-                "groups are consecutive in this plan; apply makes as many of the layers that are most alike "
+                "groups are consecutive in this plan; apply forms as many of the most similar layers "
                 + measured_on(self.metric)
             )
         return tuple(notes)

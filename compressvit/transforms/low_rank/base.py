@@ -19,7 +19,7 @@ from compressvit.fitting.moments import Source
 from compressvit.fitting.regression import Regression
 from compressvit.model import surgery, ties
 from compressvit.model.backbone import Backbone, model_name
-from compressvit.model.linear import effective_weight
+from compressvit.model.linear import effective_weight, weight_shape
 from compressvit.transforms.base import LedgerEntry, Plan, Transform
 from compressvit.transforms.claims import Claim, values, weight
 from compressvit.transforms.low_rank.layer import FactoredLinear, unfactor
@@ -184,12 +184,14 @@ class RankStep(Transform):
         if (self.rank is None) == (self.budget is None):
             raise ValueError(f"{self.name} needs a rank or a budget" + (", not both" if self.budget else ""))
         if self.budget and init == "scratch":
-            raise ValueError("a budget is spent by the errors of a teacher's weights, which init: scratch does not use")
+            raise ValueError(
+                "a budget is allocated by the errors of a teacher's weights, which init: scratch does not use"
+            )
 
     def budget_note(self, metric: str) -> list[str]:
         """What a plan without values takes for granted of a budget."""
         on = measured_on(metric)
-        text = f"ranks are uniform in this plan; apply spends the same budget by the errors it measures {on}"
+        text = f"ranks are uniform in this plan; apply allocates the same budget by the errors it measures {on}"
         return [text] if self.budget else []
 
     def find_targets(self, model: nn.Module, backbone: Backbone) -> list[str]:
@@ -244,11 +246,11 @@ class RankStep(Transform):
         """Raise a `UserError` for a layer that is low rank already, or cannot have the rank."""
         require_free(model, self.name, (weight(path) for path in ranks))
         for path, rank in ranks.items():
-            layer: Any = model.get_submodule(path)
-            most = min(layer.in_features, layer.out_features)
+            outputs, inputs = weight_shape(model.get_submodule(path))
+            most = min(inputs, outputs)
             if rank > most:
                 raise UserError(
-                    f"{self.name}: rank {rank} of {path} is larger than its {layer.out_features}×{layer.in_features} weight "
+                    f"{self.name}: rank {rank} of {path} is larger than its {outputs}×{inputs} weight "
                     f"allows; it can be at most {most}"
                 )
 

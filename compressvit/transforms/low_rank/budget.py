@@ -69,7 +69,7 @@ class Spending:
     Args:
         spec: the step, with a budget.
         model: what earlier transforms made of it, possibly on the meta device.
-        source: where errors come from; without it all are taken to be alike, and ranks are uniform.
+        source: where errors come from; without it all are assumed equal, and ranks are uniform.
         paths: the layers.
     """
 

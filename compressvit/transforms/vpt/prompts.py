@@ -126,7 +126,7 @@ class WithPrompts(surgery.Mixin):
 
 
 class WithoutPrompts(surgery.Mixin):
-    """Of a block: prompts leave behind it."""
+    """Of a block: prompts are removed after it."""
 
     slots = ("vpt_end",)
 
@@ -137,7 +137,7 @@ class WithoutPrompts(surgery.Mixin):
 
 
 class PromptedAttention(WithoutPrompts):
-    """Of a ViT's attention, whose input has prompts: they leave behind it, and a mask, which is for N tokens, leaves them alone."""
+    """Of a ViT's attention, whose input has prompts: they are removed after it, and a mask, which is for N tokens, ignores them."""
 
     def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
         return super().forward(x, attn_mask=self.vpt_end.widen(attn_mask), **kwargs)
@@ -160,11 +160,11 @@ class WidenedWindowAttention(WindowAttention):
 
 
 class PromptedWindowAttention(WidenedWindowAttention, WithoutPrompts):
-    """The same, and the prompts leave behind it."""
+    """The same, and the prompts are removed after it."""
 
 
 class PromptedSwinBlock(surgery.Mixin):
-    """Of a Swin block: every window that attention sees begins with the prompts, behind the block's first norm like all tokens."""
+    """Of a Swin block: every window that attention sees begins with the prompts, after the block's first norm like all tokens."""
 
     slots = ("vpt",)
 
@@ -177,7 +177,7 @@ class PromptedSwinBlock(surgery.Mixin):
 
 
 class CarryingSwinBlock(surgery.Mixin):
-    """Of a Swin block whose grid has rows of prompts: they are copied into every window, and what attention makes of the copies is
+    """Of a Swin block whose grid has rows of prompts: they are copied into every window, and the attention outputs of the copies are
     averaged. Everything else in a block is done to each token alone, so it needs no change."""
 
     slots = ("vpt_rows",)
@@ -213,7 +213,7 @@ def _attend(block: Any, x: torch.Tensor, prompts: torch.Tensor) -> tuple[torch.T
     timm's `_attn` cuts the windows and runs attention in one piece, so it is written out here.
 
     Returns:
-        The grid, and what came out for the prompts of every window, (B·windows, P, M); none if they left behind attention.
+        The grid, and what came out for the prompts of every window, (B·windows, P, M); none if they were removed after attention.
     """
     from timm.models.swin_transformer import window_partition, window_reverse
 
@@ -233,7 +233,7 @@ def _attend(block: Any, x: torch.Tensor, prompts: torch.Tensor) -> tuple[torch.T
 
 
 class TravellingPrompts(surgery.Mixin):
-    """Of a model whose prompts enter before the first block and leave behind the last: timm's interface sees nothing of them."""
+    """Of a model whose prompts are added before the first block and removed after the last: timm's interface never sees them."""
 
     slots = ()
 
@@ -292,7 +292,7 @@ class WithTravellingPrompts(TravellingPrompts):
         return patches if intermediates_only else (found["image_features"], patches)
 
     def prune_intermediate_layers(self: Any, *args, **kwargs) -> list[int]:
-        """timm's; prompts then leave behind the block that is now the last."""
+        """timm's; prompts are then removed after the block that is now the last."""
         drop = self.blocks[-1].vpt_end
         taken = super().prune_intermediate_layers(*args, **kwargs)  # type: ignore[misc]
         surgery.extend(self, f"blocks.{len(self.blocks) - 1}", WithoutPrompts).vpt_end = drop
@@ -325,7 +325,7 @@ class SwinWithTravellingPrompts(TravellingPrompts):
         return maps if intermediates_only else (features, maps)
 
     def prune_intermediate_layers(self: Any, *args, **kwargs) -> list[int]:
-        """timm's; prompts then leave behind the block that is now the last."""
+        """timm's; prompts are then removed after the block that is now the last."""
         drop = self.layers[-1].blocks[-1].vpt_end
         taken = super().prune_intermediate_layers(*args, **kwargs)  # type: ignore[misc]
         stage = len(self.layers) - 1

@@ -5,7 +5,7 @@ Paper: Visual Prompt Tuning, ECCV 2022, https://arxiv.org/abs/2203.12119
 With x the class (and distillation, register) tokens, E the patch tokens and L a block, in a ViT
 
     deep:     [x_i, _, E_i]   = L_i([x_{i-1}, P_{i-1}, E_{i-1}])    i = 1…depth, fresh P every time: P·ΣM parameters
-    shallow:  [x_i, Z_i, E_i] = L_i([x_{i-1}, Z_{i-1}, E_{i-1}])    Z_0 = P, gone behind the last block: P·M parameters
+    shallow:  [x_i, Z_i, E_i] = L_i([x_{i-1}, Z_{i-1}, E_{i-1}])    Z_0 = P, removed after the last block: P·M parameters
 
 In Swin every window attends to P prompts, without relative position or mask. Shallow ones are copied into every window, and what a
 block's attention makes of the copies is averaged; where a stage merges patches of 2×2, a prompt is merged as four copies of itself, so
@@ -13,9 +13,9 @@ P·M of the first stage are all its parameters. (So does the paper's code, https
 puts prompts of one image of a batch into windows of another.) Prompts start uniform in ±sqrt(6 / (3·patch² + M)), M of the first
 block as in that code, so the function is not kept at the start.
 
-Deep prompts come before a block's first norm and are gone behind its attention, because nothing reads what the MLP would make of
+Deep prompts are added before a block's first norm and removed after its attention, because nothing reads what the MLP would compute from
 them. (The paper's code averages those of Swin's last block into the pooled feature; here features are the image's alone.) Shallow
-ones lengthen the sequence between the blocks: who looks at the output of one there finds them behind the prefix tokens, and in Swin
+ones lengthen the sequence between the blocks: the output of a block there has them after the prefix tokens, and in Swin
 in rows below the grid, the last of which is filled up.
 """
 
@@ -126,7 +126,7 @@ class VPTPlan(Plan):
 
     def fold(self, model: nn.Module) -> None:
         raise UserError(
-            "vpt cannot be folded: how much of a prompt a token takes in depends on the token, so no fixed weight equals it. Ship the "
+            "vpt cannot be folded: how much a token attends to a prompt depends on the token, so no fixed weight equals it. Ship the "
             "artifact as it is, or adapt with repadapter, lora, ssf or fact, which can be"
         )
 

@@ -159,7 +159,7 @@ def test_a_run_masks_trains_and_resumes(score, tmp_path):
     code, out, _ = run("plan", recipe)
     assert code == 0
     assert "keeps 25% of the weights of adapters" in out
-    assert "trains 512 parameters (in the end 128, if every adapter loses alike) and 170 of the classifier" in out
+    assert "trains 512 parameters (in the end 128, if every adapter loses equally) and 170 of the classifier" in out
     done("apply", recipe, "--output", tmp_path / "run")
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["student"]["trained_adapter"] == 128

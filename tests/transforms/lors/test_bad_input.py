@@ -143,7 +143,8 @@ def test_too_few_or_constant_images_are_told_and_regularised(share, positions, c
     ):
         found = error(images)
         assert any(
-            "different ones, fewer than 8: layers are fitted one by one" in r.getMessage() for r in caplog.records
+            "distinct calibration images, fewer than 8: layers are fitted one by one" in r.getMessage()
+            for r in caplog.records
         )
         assert found < 1.3 * without, (found, without)  # measured 0.05 to 1.15
     error(images_for(teacher, 8))
@@ -165,7 +166,7 @@ def test_the_plan_says_up_to_which_rank_low_rank_is_faster(monkeypatch):
         21,
     )  # 24 costs as much as the dense layer; the next eighth below is 21
     monkeypatch.undo()
-    recipe = load_recipe("fashion_mnist_lors")
+    recipe = load_recipe("fashion_mnist_low_rank")
     (note,) = (text for text in plan_recipe(recipe, "x").notes if "faster than the dense layer" in text)
     assert re.search(r"blocks\.0\.attn\.qkv \(288×96, 17 tokens\) 72 / \d+;", note), note
 
@@ -207,7 +208,7 @@ def unlike_blocks():
             r"blocks.0.mlp.fc1 and blocks.2.mlp.fc1 are of different shapes",
         ),
         (LORS(share="auto", budget={"parameters": 0.5}), "which share: auto and group_by: similarity may choose"),
-        (Align(share=4), r"blocks.2.mlp.fc1.weight is of another than that of blocks.0; give an align.share"),
+        (Align(share=4), r"blocks.2.mlp.fc1.weight has another shape than that of blocks.0; give an align.share"),
     ],
     ids=["share", "similarity", "auto", "align"],
 )
@@ -236,7 +237,7 @@ def test_a_target_that_a_later_block_lacks():
         ),
         (
             [Align(share=2), LORS(rank=2, share=2, group_by="similarity")],
-            "the earlier align has matched the blocks of others; leave align out",
+            "the earlier align has matched the blocks of different groups; leave align out",
         ),
         ([Align(share=2), LORS(share="auto", budget={"parameters": 0.5})], "would choose its own groups"),
     ],

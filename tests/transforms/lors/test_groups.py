@@ -131,11 +131,11 @@ def test_without_values_the_plan_is_provisional():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"share": "auto", "rank": 2}, "share: auto chooses by what is left of a budget"),
+        ({"share": "auto", "rank": 2}, "share: auto needs a budget"),
         ({"group_by": "similarity", "rank": 2}, "needs share: a number of blocks, or auto"),
         (
             {"group_by": "similarity", "rank": 2, "share": 2, "init": "scratch"},
-            "layers that start from noise are all alike",
+            "randomly initialised layers have no similarity",
         ),
         ({"share": "automatic", "rank": 2}, "auto"),
     ],

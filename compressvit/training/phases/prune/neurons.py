@@ -259,7 +259,7 @@ def shrink_(model: nn.Module, keep: Mapping[str, torch.Tensor], moments: Moments
     Args:
         model: with prunable adapters.
         keep: sorted indices by path.
-        moments: the optimiser's state by parameter name, changed alike.
+        moments: the optimiser's state by parameter name, changed in the same way.
 
     Returns:
         The new width of every adapter.

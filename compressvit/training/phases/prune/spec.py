@@ -37,7 +37,9 @@ class Prune(PruneOptions):
         start, price = dict(plan.widths), prices(student, plan)
         total = cycles(self.target, self.rate, start, price, self.scope, plan.least)
         if total is None:
-            return f"removes {self.rate:.0%} of the neurons a cycle while top-1 is at least {self.target.accuracy:g} %"
+            return (
+                f"removes {self.rate:.0%} of the neurons per cycle while top-1 is at least {self.target.accuracy:g} %"
+            )
         unit, wanted, have = amounts(self.target, start, price)
         keep = {path: torch.arange(hidden) for path, hidden in start.items() if hidden}
         if total:
@@ -46,7 +48,7 @@ class Prune(PruneOptions):
         shrink_(student, keep)
         return (
             f"{total + 1} trainings and {total} removals: {have:,} → at most {wanted:,} {unit} of adapters "
-            f"(counted here as the same share of each; scores decide)"
+            f"(estimated as the same fraction of each; scores decide)"
         )
 
     def run(self, model: nn.Module, stage: Stage) -> tuple[nn.Module, dict[str, Any]]:
