@@ -210,7 +210,7 @@ def test_a_layer_that_computes_with_more_than_its_weight_is_refused(name):
     with pytest.raises(UserError, match=r"merging before .* would not be exact: it computes with more"):
         merge_before_(layer, *affine(IN))
     if name != "unfused":
-        with pytest.raises(UserError, match=r"merging behind .* would not be exact: it computes with more"):
+        with pytest.raises(UserError, match=r"merging after .* would not be exact: it computes with more"):
             merge_behind_(layer, *affine(OUT))
     if name in ("factored", "shared", "parametrised"):
         with pytest.raises(
@@ -222,7 +222,7 @@ def test_a_layer_that_computes_with_more_than_its_weight_is_refused(name):
 
 def test_other_layers_and_maps_are_refused_by_name():
     for kind in (nn.LayerNorm(IN), nn.ReLU()):
-        for merge, where in ((merge_before_, "before"), (merge_behind_, "behind")):
+        for merge, where in ((merge_before_, "before"), (merge_behind_, "after")):
             with pytest.raises(UserError, match=rf"merging {where} a {type(kind).__name__} is not defined"):
                 merge(kind, *affine(IN))
     layer, _, _ = layer_of("padded")

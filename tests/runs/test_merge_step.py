@@ -162,7 +162,7 @@ def test_merge_is_the_last_step(tmp_path):
     recipe = recipe_with(tmp_path, "lora\n  - merge")
     message = refused("plan", recipe)
     assert (
-        "merge writes the model that the recipe ends with, so it is the last step, and finetune comes behind it"
+        "merge writes the model that the recipe ends with, so it is the last step, and finetune comes after it"
         in message
     )
     assert "teacher.weights=RUN/merged/model.safetensors" in message

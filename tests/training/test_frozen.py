@@ -111,14 +111,14 @@ def test_what_a_checkpoint_holds(steps, whole, tmp_path):
 @pytest.mark.parametrize(
     ("other", "words"),
     [
-        (lambda: compress(tiny_vit(), [Adapters(width=3)]), r"another student: blocks\.0\.\S+adapter\.down\.weight is \(2, 16\), and"),
+        (lambda: compress(tiny_vit(), [Adapters(width=3)]), r"different student: blocks\.0\.\S+adapter\.down\.weight is \(2, 16\), and"),
         (lambda: compress(tiny_vit(), [Adapters(width=2), RepAdapter(width=2)]), r"repadapter\.\S+ is not in it"),
         (lambda: compress(tiny_vit(), [Adapters(width=2), HeadNorm()]), r"head\.head_norm\.running_mean is not in it"),
-        (lambda: compress(tiny_vit(num_classes=5), [Adapters(width=2)]), r"another student: head\.weight is \(4, 16\), and"),
+        (lambda: compress(tiny_vit(num_classes=5), [Adapters(width=2)]), r"different student: head\.weight is \(4, 16\), and"),
         (lambda: compress(tiny_vit(seed=1), [Adapters(width=2)]), "with another backbone"),
         (lambda: compress(tiny_vit(patch_size=2), [Adapters(width=2)]), "with another backbone"),
         (lambda: compress(tiny_vit(qkv_bias=False), [Adapters(width=2)]), "with another backbone"),
-        (tiny_vit, "another student"),
+        (tiny_vit, "different student"),
     ],
 )  # fmt: skip
 def test_a_checkpoint_of_another_structure_or_backbone_is_refused(other, words, tmp_path):
