@@ -140,7 +140,7 @@ def test_evaluate_an_artifact_on_its_own(finished, tmp_path):
     alone = tmp_path / "artifact"
     shutil.copytree(finished / "student", alone)
     message = refused("evaluate", alone)
-    for word in ("which data", "data.name=digits", "data.root"):
+    for word in ("its data is not known", "data.name=digits", "data.root"):
         assert word in message
     code, out, _ = run("evaluate", alone, "data.name=digits", "data.limit_val=32", "--json")
     assert code == 0

@@ -140,7 +140,7 @@ def test_too_few_unlabeled_images(tmp_path):
     with pytest.raises(UserError, match=r"no images in .* or below \(\.jpg"):
         open_data(Data(name="images", root=str(tmp_path)))
     picture(0).save(tmp_path / "0.png")
-    with pytest.raises(UserError, match="one image"):
+    with pytest.raises(UserError, match="a single image"):
         open_data(Data(name="images", root=str(tmp_path)))
     picture(1).save(tmp_path / "1.png")
     datasets = open_data(Data(name="images", root=str(tmp_path)))

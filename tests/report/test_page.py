@@ -148,7 +148,7 @@ def test_a_fault_in_the_report_does_not_lose_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(writing, "report", fail)
     (tmp_path / "tiny.yaml").write_text(TINY)
     out = done("apply", tmp_path / "tiny.yaml", "--output", tmp_path / "run")
-    assert "warning: the report could not be written; the run is whole" in out
+    assert "warning: the report could not be written; the run is complete" in out
     assert "ZeroDivisionError: something" in out
     assert "Traceback" in (tmp_path / "run" / "run.log").read_text(), "perhaps a fault of ours"
     assert (tmp_path / "run" / "results.json").is_file()
