@@ -129,6 +129,9 @@ class Registry(Mapping[str, T]):
 def _failure(load: Callable[[], object]) -> str | None:
     try:
         load()
-    except Exception as error:  # somebody else's code: whatever it raises must not stop recipes that do not use it
+    except (
+        Exception,
+        SystemExit,
+    ) as error:  # somebody else's code: whatever it raises must not stop recipes without it
         return f"{type(error).__name__}: {error}"
     return None

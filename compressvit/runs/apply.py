@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from rich.console import Console
 from torch import nn
@@ -131,8 +133,10 @@ def _recipe(given: Recipe | Mapping[str, Any] | str | Path, overrides: Sequence[
                 "dictionary or the path, or change it with recipe.model_copy(update={…})"
             )
         return given, "recipe", given.to_yaml()
+    if isinstance(overrides, (str, Mapping)):
+        raise UserError(f"overrides is a list of 'key=value', e.g. ['seed=1'], not {overrides!r}")
     if isinstance(given, Mapping):
-        text, name = yaml.safe_dump(dict(given), sort_keys=False, allow_unicode=True), "recipe"
+        text, name = yaml.safe_dump(_plain(given, ""), sort_keys=False, allow_unicode=True), "recipe"
     elif isinstance(given, (str, Path)):
         text, name = read_recipe(given), str(given)
     else:
@@ -141,6 +145,24 @@ def _recipe(given: Recipe | Mapping[str, Any] | str | Path, overrides: Sequence[
             'e.g. apply("quickstart", "runs/first")'
         )
     return parse_recipe(text, name, list(overrides)), name, text
+
+
+def _plain(value: Any, where: str) -> Any:
+    """What Python holds as what YAML writes: paths as text, numbers of numpy as numbers, tuples as lists."""
+    if isinstance(value, Mapping):
+        return {key: _plain(inner, f"{where}.{key}" if where else str(key)) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner, f"{where}[{i}]") for i, inner in enumerate(value)]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, np.generic):
+        return value.item()
+    if value is None or isinstance(value, (str, bool, int, float)):
+        return value
+    raise UserError(
+        f"{where} of the dictionary is a {type(value).__name__}, which a recipe cannot hold; a step is written "
+        "{'multiplex': {'share': 2}}"
+    )
 
 
 def _refuse(job: Job, plan: RecipePlan, folder: RunFolder, *, overwrite: bool) -> None:

@@ -39,8 +39,9 @@ class LoadedBatches:
         first = next(iter(loader), None)
         if not self._length or first is None:
             raise UserError(f"{name} has no batches; with drop_last=True it needs at least one whole batch")
+        self.shape: tuple[int, ...] | None = None
         self.first, _ = self._pair(first)
-        self.labelled = isinstance(first, (tuple, list))
+        self.labelled = isinstance(first, (tuple, list)) and len(first) == 2
         self.batch_size, self.shape = len(self.first), tuple(self.first.shape[1:])
 
     def __len__(self) -> int:
@@ -50,12 +51,18 @@ class LoadedBatches:
         return map(self._pair, self.loader)
 
     def _pair(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        images, targets = batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else (batch, None)
+        several = isinstance(batch, (tuple, list)) and len(batch) in (1, 2)  # one: as TensorDataset(images) gives them
+        images, targets = (*batch, None)[:2] if several else (batch, None)
         if not isinstance(images, torch.Tensor) or images.ndim != 4 or not images.is_floating_point():
             raise UserError(
                 f"{self.name} gives {_described(batch)}; a batch is images (B, C, H, W) in floating point, normalised for the student, "
                 "alone or as a pair (images, targets)"
             )
+        if self.shape not in (None, tuple(images.shape[1:])):
+            raise UserError(
+                f"{self.name} gives images of shape {tuple(images.shape[1:])} after some of {self.shape}; give them one size"
+            )
+        images = images.float()
         if targets is None:
             return images, torch.full((len(images),), -1)
         if not isinstance(targets, torch.Tensor) or targets.shape != images.shape[:1] or targets.is_floating_point():

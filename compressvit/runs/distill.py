@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,12 +19,12 @@ from compressvit.data.input import Side, input_config
 from compressvit.data.spec import Data
 from compressvit.diagnostics.cka_layers import likeness
 from compressvit.errors import UserError, did_you_mean
-from compressvit.files import disk_faults
+from compressvit.files import disk_faults, write_text
 from compressvit.log import RunLog
 from compressvit.model import surgery
 from compressvit.model.modes import evaluating
 from compressvit.runs.batches import LoadedBatches
-from compressvit.runs.folder import RunFolder
+from compressvit.runs.folder import RunFolder, flat
 from compressvit.runs.job import pick_device
 from compressvit.tasks.base import task_of
 from compressvit.training import optimisation as opt
@@ -35,6 +36,7 @@ from compressvit.training.phases.distill import Distill
 from compressvit.training.stage import Stage
 
 Images = Callable[[torch.Tensor], torch.Tensor]
+_OPTIONS = "distill.json"  # what the training in a folder was started with
 _LAYERS_IMAGES = 256  # for layers='auto', as many as recipes take by default
 
 
@@ -81,7 +83,7 @@ def distill(
         validation: batches likewise, to evaluate on.
         device: 'auto', 'cpu', 'cuda', 'cuda:1', 'mps', …
         output: a folder for `student/` (an artifact), `metrics.jsonl`, `run.log`, TensorBoard's files and the checkpoint.
-        resume: go on from the checkpoint in `output`.
+        resume: continue the training in `output`, which has to have the same options.
         seed: of what is random in the training itself (dropout, mixup, …).
         teacher_input: turns a batch of the student's into the teacher's. By default it is resized and normalised anew where timm's
             configurations of the two models differ.
@@ -105,7 +107,7 @@ def distill(
     held_out = LoadedBatches(validation, "validation", student) if validation is not None else None
     ours, theirs = _sides(student, teacher, batches.first, teacher_input)
     _refuse(spec, ours, theirs, batches, held_out)
-    folder = _folder(output, student, resume)
+    folder = _folder(output, student, resume, {**spec.model_dump(mode="json"), "seed": seed})
     where_to = folder.path if folder is not None else None
     task = _Task(ours, theirs, batches, held_out, where)
     with TemporaryDirectory() as scratch:
@@ -198,6 +200,13 @@ def _refuse_models(student: nn.Module, teacher: nn.Module) -> None:
     for whose, model in (("student", student), ("teacher", teacher)):
         if not isinstance(model, nn.Module):
             raise UserError(f"the {whose} is a {type(model).__name__}, not a model")
+        dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+        if dtypes != {torch.float32}:
+            given = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)) or "nothing"
+            raise UserError(
+                f"the {whose} has parameters of {given}, and is trained and asked in float32; give {whose}.float(), with "
+                "precision='bf16' for autocast"
+            )
     if student is teacher:
         raise UserError(
             "student and teacher are the same model; give compress(teacher, […]), or a copy, as the student"
@@ -242,29 +251,53 @@ def _try(model: nn.Module, images: torch.Tensor, fault: str, way: str) -> None:
     like = next(model.parameters())
     try:
         with evaluating(model), torch.inference_mode():
-            model(images.to(like.device, like.dtype))
+            model(images.to(like.device))
     except Exception as error:  # whatever a model raises at images that it does not take
         raise UserError(f"{fault}: {error}{way}") from error
 
 
-def _folder(output: str | Path | None, student: nn.Module, resume: bool) -> RunFolder | None:
+def _folder(output: str | Path | None, student: nn.Module, resume: bool, options: dict[str, Any]) -> RunFolder | None:
+    """The folder to write into; `options` are kept there, and a training that is continued has the same."""
     if output is None:
         if resume:
             raise UserError("resume=True continues from the checkpoint in output; give output=FOLDER")
         return None
     folder = RunFolder(output)
-    if resume and not folder.checkpoint("distill").is_file():
-        raise UserError(
-            f"resume=True: there is no checkpoint in {folder.path} ({folder.checkpoint('distill')}); start without it"
-        )
-    if not resume and folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
+    if folder.path.exists() and not folder.path.is_dir():
+        raise UserError(f"{folder.path} is a file; give the path of a folder as output")
+    if resume:
+        _refuse_other_options(folder.path / _OPTIONS, options)
+        return folder
+    if folder.path.exists() and any(folder.path.iterdir()):
         raise UserError(
             f"{folder.path} is not empty; give resume=True to continue the training in it, or another output"
         )
     artifact.require_storable(student)
     with disk_faults(folder.path):
         folder.path.mkdir(parents=True, exist_ok=True)
+        write_text(folder.path / _OPTIONS, json.dumps(options, indent=2) + "\n")
     return folder
+
+
+def _refuse_other_options(file: Path, options: dict[str, Any]) -> None:
+    """A training is continued as it was started. (The models and the batches are the caller's word.)"""
+    if not file.is_file():
+        raise UserError(f"resume=True: there is no training in {file.parent} (no {file.name}); start it without resume")
+    try:
+        before = flat(json.loads(file.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise UserError(f"resume=True: {file} is damaged ({error}); start a training in another output") from error
+    now = flat(json.loads(json.dumps(options)))
+    changed = [
+        f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
+    if changed:
+        raise UserError(
+            f"resume=True: the training in {file.parent} was started with other options: {'; '.join(changed)}. Give the same ones, or "
+            "another output"
+        )
 
 
 def _run(spec: Distill, stage: Stage, student: nn.Module, folder: RunFolder | None) -> dict[str, Any]:

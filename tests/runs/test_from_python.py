@@ -7,6 +7,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -167,6 +168,10 @@ def test_a_stopped_training_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="is not empty; give resume=True"):
         compressvit.distill(stopped, teacher, batches, output=tmp_path / "out", **options)
     fresh, _ = pair()
+    with pytest.raises(UserError, match=r"other options: epochs was 2 and is 3; lr was 0\.001 and is 0\.5"):
+        compressvit.distill(
+            fresh, teacher, batches, output=tmp_path / "out", resume=True, **{**options, "epochs": 3, "lr": 0.5}
+        )
     compressvit.distill(fresh, teacher, batches, output=tmp_path / "out", resume=True, **options)
     assert all(torch.equal(v, values(whole)[n]) for n, v in values(fresh).items())
 
@@ -250,3 +255,55 @@ def test_the_example_of_the_readme_runs(tmp_path, monkeypatch, capsys):
         exec(compile(block, "README.md", "exec"), names)
     assert (tmp_path / "runs" / "first" / "results.json").is_file()
     assert names["done"].figures["agreement"] > 50
+
+
+def test_models_in_half_precision_are_refused():
+    half, teacher = pair()
+    with pytest.raises(
+        UserError, match=r"the student has parameters of bfloat16.*student\.float\(\), with precision='bf16'"
+    ):
+        compressvit.distill(half.bfloat16(), teacher, GOOD)
+
+
+def test_a_folder_of_a_training_that_failed_at_once_can_be_continued(tmp_path):
+    student, teacher = pair()
+    spoilt = [(torch.full((4, 1, 8, 8), float("nan")), torch.zeros(4, dtype=torch.long))]
+    with pytest.raises(UserError, match="loss is nan"):
+        compressvit.distill(student, teacher, spoilt, output=tmp_path / "out", epochs=1, console=QUIET)
+    student, _ = pair()
+    done = compressvit.distill(student, teacher, GOOD, output=tmp_path / "out", epochs=1, resume=True, console=QUIET)
+    assert done.folder == tmp_path / "out"
+    with pytest.raises(UserError, match=r"there is no training in .* \(no distill\.json\)"):
+        compressvit.distill(student, teacher, GOOD, output=tmp_path / "none", resume=True)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        compressvit.distill(student, teacher, GOOD, output=tmp_path / "file")
+
+
+def test_a_later_batch_of_another_size_is_refused():
+    student, teacher = pair()
+    with pytest.raises(UserError, match=r"images of shape \(1, 4, 4\) after some of \(1, 8, 8\)"):
+        compressvit.distill(student, teacher, [*GOOD, torch.randn(2, 1, 4, 4)], console=QUIET)
+
+
+def test_images_alone_in_any_float(tmp_path):
+    """As `DataLoader(TensorDataset(images))` gives them."""
+    student, teacher = pair()
+    loader = DataLoader(TensorDataset(torch.randn(8, 1, 8, 8, dtype=torch.float64)), batch_size=4)
+    done = compressvit.distill(student, teacher, loader, validation=loader, epochs=1, console=QUIET)
+    assert done.figures["top1"] is None
+    assert done.figures["agreement"] is not None
+
+
+def test_a_dictionary_holds_what_python_holds(tmp_path):
+    content = {**yaml.safe_load(TINY), "seed": np.int64(3)}
+    content["teacher"] = {**content["teacher"], "weights": tmp_path / "nothing"}
+    with pytest.raises(UserError, match="there is no file"):
+        compressvit.apply(content, tmp_path / "run", console=QUIET)
+    with pytest.raises(
+        UserError, match=r"steps\[0\] of the dictionary is a Multiplex, which a recipe cannot hold; a step is written"
+    ):
+        compressvit.apply({**content, "steps": [compressvit.Multiplex(share=2)]}, tmp_path / "run", console=QUIET)
+    with pytest.raises(UserError, match="overrides is a list"):
+        compressvit.apply("quickstart", tmp_path / "run", overrides="seed=1", console=QUIET)
+    assert not (tmp_path / "run").exists()
