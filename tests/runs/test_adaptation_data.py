@@ -77,7 +77,7 @@ def test_a_task_of_vtab_runs_by_two_words(tmp_path):
     root = listed(tmp_path / "dtd", VTAB)
     words = ["apply", "repadapter_vit_b_vtab", f"data.root={root}", *TINY, "teacher.finetune=null"]
     out = done(*words, "--output", tmp_path / "run")
-    assert "trained, of the classifier" in out
+    assert "trained, in the classifier" in out
 
 
 def test_a_classifier_of_too_few_classes_is_refused(tmp_path):

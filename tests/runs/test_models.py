@@ -181,7 +181,7 @@ def test_an_artifact_of_another_model_is_no_teacher(tmp_path):
         build_teacher(Recipe.model_validate({**recipe.model_dump(), "teacher": section}))
     section["weights"] = str(student)
     with pytest.raises(
-        UserError, match=r"what multiplex made of a vit_tiny_patch16_224, .*Give the teacher of that run"
+        UserError, match=r"the result of multiplex on a vit_tiny_patch16_224, .*Give the teacher of that run"
     ):
         build_teacher(Recipe.model_validate({**recipe.model_dump(), "teacher": section}))
 

@@ -29,7 +29,7 @@ def test_it_says_what_apply_says_before_training(trained):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "plan --measure trains nothing, so the teacher needs values"),
+        ([], "plan --measure trains nothing, so the teacher needs weights"),
         (["steps=[distill]", "teacher.weights=RUN"], "plan --measure needs transforms before the first phase"),
         (["teacher.weights=nowhere.safetensors"], "nowhere.safetensors"),
     ],
