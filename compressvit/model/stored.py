@@ -53,6 +53,7 @@ class Manifest(Spec):
 
 
 def build_plain(path: Path, manifest: Manifest) -> nn.Module:
+    """timm's own model of a manifest, before any transform, with fresh values; a `UserError` where timm cannot build it."""
     import timm
 
     try:

@@ -342,3 +342,15 @@ def test_the_classes_of_an_opened_set_size_the_head_of_a_teacher_that_is_trained
         recipe = recipe_of(model, args, steps, data={"name": "folder", "root": str(root)})
         sizes.append(plan_job(prepare(recipe, "cpu")).teacher.parameters)
     assert sizes[1] - sizes[0] == 4 * (16 + 1)
+
+
+def test_a_loss_whose_memory_a_plan_cannot_know_is_named(monkeypatch):
+    def on_values(*_, **__):
+        raise NotImplementedError("the meta device has no values")
+
+    recipe = load_recipe("quickstart")
+    assert "known only when it runs" not in plan_recipe(recipe).steps[-1].summary
+    monkeypatch.setattr("compressvit.training.losses.prediction", on_values)
+    step = plan_recipe(recipe).steps[-1]
+    assert "prediction" not in step.loss_bytes
+    assert step.summary.endswith("; the memory of prediction is known only when it runs")

@@ -30,11 +30,13 @@ def class_names_of(source: Any) -> list[str] | None:
 
 
 def some_of(names: Sequence[str], at_most: int = 5) -> str:
+    """The first few names for a message, and how many more there are."""
     more = f" and {len(names) - at_most} more" if len(names) > at_most else ""
     return ", ".join(names[:at_most]) + more if names else "none"
 
 
 def evenly(count: int, limit: int | None) -> Sequence[int]:
+    """Positions of at most `limit` of `count` items, evenly spaced."""
     return range(count) if limit is None or limit >= count else [i * count // limit for i in range(limit)]
 
 

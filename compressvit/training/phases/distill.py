@@ -65,6 +65,9 @@ class Distill(PhaseSpec):
         plan.loss_bytes = loss_bytes(
             student.model, teacher.model, terms, setting.batch_size, student.input, teacher.input
         )
+        unknown = [term.name for term in terms if term.name not in plan.loss_bytes]
+        if unknown:
+            plan.summary += f"; the memory of {', '.join(unknown)} is known only when it runs"
         return plan
 
     def preview(self, student: nn.Module, teacher: nn.Module, likeness: Likeness) -> str | None:
