@@ -129,9 +129,7 @@ class Registry(Mapping[str, T]):
 def _failure(load: Callable[[], object]) -> str | None:
     try:
         load()
-    except (
-        Exception,
-        SystemExit,
-    ) as error:  # somebody else's code: whatever it raises must not stop recipes without it
+    # somebody else's code: whatever it raises, also by exiting, must not stop recipes that do not use it
+    except (Exception, SystemExit) as error:
         return f"{type(error).__name__}: {error}"
     return None

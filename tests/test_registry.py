@@ -83,6 +83,7 @@ def test_an_installed_package_adds_its_word_after_our_own(room, tmp_path):
     ("text", "word", "sentence"),
     [
         ("raise RuntimeError('no GPU')", "apple", "RuntimeError: no GPU"),
+        ("raise SystemExit('bye')", "apple", "SystemExit: bye"),
         ("", "apple", "registers no thing of that name"),
         ("import nothing_of_that_name", "apple", "ModuleNotFoundError: No module named 'nothing_of_that_name'"),
         ("", "zebra", "compressvit has a thing of that name"),

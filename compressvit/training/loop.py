@@ -285,9 +285,8 @@ class Trainer:
         for watch in self.watches:
             watch.after(self.steps + 1, self.epoch, self.scaler.get_scale())
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.spec.clip_grad or math.inf)
-        if (
-            not self.scaler.is_enabled()
-        ):  # the scaler skips a step whose gradient is not finite, and goes on with a smaller scale
+        # The scaler itself skips a step whose gradient is not finite, and goes on with a smaller scale.
+        if not self.scaler.is_enabled():
             self.finite = self.finite & torch.isfinite(norm)
         opt.step_if(self.finite, self.optimizer, self.scaler, self.parameters)
         self.scaler.update()
