@@ -20,7 +20,7 @@ from compressvit.data.input import input_config
 from compressvit.data.loaders import calibration_batches, eval_loader
 from compressvit.data.opening import open_data
 from compressvit.errors import UserError
-from compressvit.fitting.moments import Source
+from compressvit.fitting.moments import Reference
 from compressvit.model.ties import count_parameters
 from compressvit.recipe.recipe import load_recipe
 from compressvit.training.evaluate import evaluate
@@ -47,7 +47,7 @@ def main() -> None:
     batches = partial(
         calibration_batches, datasets, recipe.data, config, CPU, images=arguments.calibration, seed=recipe.seed
     )
-    source = Source(copy.deepcopy(teacher), batches)
+    reference = Reference(copy.deepcopy(teacher), batches)
 
     def top1(model: torch.nn.Module) -> float:
         return evaluate(model.eval(), eval_loader(datasets, recipe.data, config, CPU), CPU)["top1"]
@@ -63,7 +63,7 @@ def main() -> None:
                 spec = LowRank(**options) if share == 1 else LORS(share=share, **options)
                 student, started = copy.deepcopy(teacher), time.time()
                 try:
-                    transform_(student, [spec], source)
+                    transform_(student, [spec], reference)
                 except UserError:  # sharing so little leaves more than the budget
                     cells.append("out of reach")
                     continue

@@ -43,9 +43,11 @@ class RunLog:
         _silence()
         log.setLevel(logging.INFO)
         log.propagate = False
-        voice = RichHandler(console=self.console, show_path=False, show_time=False, show_level=False, markup=False)
-        voice.addFilter(lambda record: not getattr(record, "already_shown", False))
-        log.addHandler(voice)
+        console_handler = RichHandler(
+            console=self.console, show_path=False, show_time=False, show_level=False, markup=False
+        )
+        console_handler.addFilter(lambda record: not getattr(record, "already_shown", False))
+        log.addHandler(console_handler)
         if folder is not None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -111,7 +113,7 @@ class RunLog:
 
 
 @contextmanager
-def told(what: str) -> Iterator[None]:
+def warn_and_continue(what: str) -> Iterator[None]:
     """Say what went wrong and go on: a picture or a page is not worth a training, whatever fault it has."""
     try:
         yield

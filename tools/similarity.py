@@ -19,7 +19,7 @@ from typing import Any
 
 from compressvit.diagnostics.similarity import sharing_finding, sharing_losses
 from compressvit.diagnostics.spectra import spectra_findings
-from compressvit.fitting.moments import Source
+from compressvit.fitting.moments import Reference
 from compressvit.model.backbone import describe
 from compressvit.programs.opened import OpenedModels
 from compressvit.programs.program import Findings, program_of_models, table_of, whole
@@ -30,8 +30,8 @@ def look(opened: OpenedModels, arguments: argparse.Namespace) -> Findings:
     one = opened.models[0 if arguments.student else -1]
     on_images = not (arguments.weights or arguments.aligned)
     images = lambda: map(opened.own(one), opened.images(arguments.images))  # noqa: E731
-    source = Source(copy.deepcopy(one.model), images) if on_images else None
-    records = sharing_losses(one.model, source=source, aligned=arguments.aligned)
+    reference = Reference(copy.deepcopy(one.model), images) if on_images else None
+    records = sharing_losses(one.model, reference=reference, aligned=arguments.aligned)
     order = {info.path: info.index for info in describe(one.model).blocks}
     pairs = [r for r in records if order[r["block"]] < order[r["other"]]]
     kinds = dict.fromkeys(r["layer"] for r in pairs)  # each has a scale of its own

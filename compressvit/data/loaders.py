@@ -127,7 +127,7 @@ def calibration_batches(
     subset = datasets.train
     if isinstance(subset, Samples):
         chosen = torch.randperm(len(subset), generator=torch.Generator().manual_seed(seed))[:images].tolist()
-        subset = Samples(subset.source, [subset.indices[i] for i in chosen], subset.labeled)
+        subset = Samples(subset.source, [subset.indices[i] for i in chosen], subset.labelled)
     # Small batches: gradients may be wanted, for which an evaluation batch would be too large.
     loader = eval_loader(dataclasses.replace(datasets, validation=subset), data, config, device, batch_size=16)
     left = images

@@ -29,7 +29,7 @@ class Datasets:
         train, validation: `Samples`, or timm's `IterableImageDataset` for a streaming set.
         num_classes: the number of classes; None in an unlabelled set.
         class_names: names in target order, or None where the set does not say.
-        labeled: False when every target is -1.
+        labelled: False when every target is -1.
         broken: the files that could not be decoded so far.
     """
 
@@ -37,7 +37,7 @@ class Datasets:
     validation: Dataset
     num_classes: int | None
     class_names: list[str] | None
-    labeled: bool
+    labelled: bool
     broken: BrokenFiles
 
 

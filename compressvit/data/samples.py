@@ -61,8 +61,8 @@ class Samples(Dataset):
     `training` the next good sample takes its place; otherwise a black image with target NO_IMAGE (-2).
     """
 
-    def __init__(self, source: Any, indices: Sequence[int] | None = None, labeled: bool = True):
-        self.source, self.labeled = source, labeled
+    def __init__(self, source: Any, indices: Sequence[int] | None = None, labelled: bool = True):
+        self.source, self.labelled = source, labelled
         self.indices = range(len(source)) if indices is None else indices
         self.broken = torch.zeros(len(self.indices), dtype=torch.uint8).share_memory_()
         self.transform: Any = None
@@ -91,7 +91,7 @@ class Samples(Dataset):
                 # BrokenFiles.report finds the reason again: a worker has no way to reach the run's log
                 self.broken[position] = 1
                 continue
-            return image, target if self.labeled and target is not None else NO_LABEL
+            return image, target if self.labelled and target is not None else NO_LABEL
         return Image.new("L", (8, 8)), NO_IMAGE
 
     def read(self, position: int) -> tuple[Image.Image, Any]:

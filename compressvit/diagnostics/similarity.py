@@ -16,13 +16,15 @@ from compressvit.charts.findings import Finding
 from compressvit.diagnostics.base import EPOCHS, Context, Epochs, MeasuredOnImages, diagnostic
 from compressvit.diagnostics.spectra import effective_weight
 from compressvit.errors import UserError
-from compressvit.fitting.moments import Source
+from compressvit.fitting.moments import Reference
 from compressvit.model.backbone import describe
 from compressvit.transforms.align import matched_weights
 from compressvit.transforms.low_rank.base import TARGETS
 
 
-def sharing_losses(model: nn.Module, *, source: Source | None = None, aligned: bool = False) -> list[dict[str, Any]]:
+def sharing_losses(
+    model: nn.Module, *, reference: Reference | None = None, aligned: bool = False
+) -> list[dict[str, Any]]:
     """What two blocks of a stage would lose if a layer of theirs shared one weight.
 
     Without images the weight is the mean, and the error `‖(W_i − W_j) / 2‖ · √2 / √(‖W_i‖² + ‖W_j‖²)` that of the weights: 0 for equal
@@ -30,7 +32,7 @@ def sharing_losses(model: nn.Module, *, source: Source | None = None, aligned: b
     `W = (W_i S_i + W_j S_j) (S_i + S_j)⁻¹` of the second moments S of their inputs, and the error that of their outputs, relative.
 
     Args:
-        source: the model's own values and its calibration images.
+        reference: the model's own values and its calibration images.
         aligned: put neurons and heads of the second block into the order that fits the first best, as the `align` step does (slower;
             without images).
 
@@ -40,7 +42,7 @@ def sharing_losses(model: nn.Module, *, source: Source | None = None, aligned: b
     Raises:
         UserError: the blocks of the model are not known, both options at once, or images that do not do.
     """
-    if source is not None and aligned:
+    if reference is not None and aligned:
         raise UserError(
             "similarity: aligned compares weights, whose neurons have no order, and images what layers compute; give one"
         )
@@ -48,8 +50,8 @@ def sharing_losses(model: nn.Module, *, source: Source | None = None, aligned: b
     for stage in describe(model, "attention").stages:
         plain = {info.path: _weights(model, info.path) for info in stage}
         moments = {}
-        if source is not None:
-            seen = source.moments([f"{path}.{kind}" for path in plain for kind in TARGETS], outputs=False)
+        if reference is not None:
+            seen = reference.moments([f"{path}.{kind}" for path in plain for kind in TARGETS], outputs=False)
             moments = {name: moment.inputs.cpu().double().numpy() for name, moment in seen.items()}
         for one, other in itertools.product(plain, repeat=2):
             second = plain[other]
@@ -136,6 +138,6 @@ class Similarity(MeasuredOnImages):
     def measure(self, context: Context) -> list[Finding]:
         on_images = self.metric == "inputs"
         images = partial(context.images, self.images)
-        source = Source(copy.deepcopy(context.student), images) if on_images else None
-        records = sharing_losses(context.student, source=source, aligned=self.aligned)
+        reference = Reference(copy.deepcopy(context.student), images) if on_images else None
+        records = sharing_losses(context.student, reference=reference, aligned=self.aligned)
         return [sharing_finding(records, outputs=on_images)]

@@ -74,7 +74,7 @@ class Moments:
         return scale[:, None] * cholesky(self.outputs / torch.outer(scale, scale), ridge)
 
 
-class Source:
+class Reference:
     """The model as it was before the transforms of one call, and its moments on calibration images.
 
     Args:
@@ -104,9 +104,9 @@ class Source:
                 "where a few hundred without labels are enough, or measure errors in the weights alone (metric=weights)"
             )
 
-    def with_model(self, model: nn.Module) -> Source:
+    def with_model(self, model: nn.Module) -> Reference:
         """The same images for another model."""
-        return Source(model, self._images)
+        return Reference(model, self._images)
 
     def weight(self, path: str) -> torch.Tensor:
         """The weight (out, in) of the linear layer at `path`, in float64 on the CPU."""

@@ -58,7 +58,7 @@ def merge_before_(layer: nn.Module, r: torch.Tensor, c: torch.Tensor) -> None:
 
 
 @torch.no_grad()
-def merge_behind_(layer: nn.Module, r: torch.Tensor, c: torch.Tensor) -> None:
+def merge_after_(layer: nn.Module, r: torch.Tensor, c: torch.Tensor) -> None:
     """Change `layer` in place so that it computes `R y + c` of what it computed: `W' = R W`, `b' = R b + c` (linear, convolution).
 
     Raises:

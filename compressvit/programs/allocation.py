@@ -65,12 +65,12 @@ def run_histories(run: Run) -> dict[str, tuple[str, History]]:
         phases = read_results(run.path).phases
         histories = {phase: phases[phase].widths if phase in phases else [] for phase in scopes}
     elif metrics.is_file():
-        told: dict[str, dict[int, dict[str, int]]] = {phase: {} for phase in scopes}
+        by_phase: dict[str, dict[int, dict[str, int]]] = {phase: {} for phase in scopes}
         for row in read_rows(metrics, MetricsRow):
             if row["kind"] == "widths" and row["phase"] in scopes:
                 widths = {k: int(v) for k, v in row.items() if k not in ("phase", "kind", "step", "time")}
-                told[row["phase"]][row["step"]] = widths  # a killed run says a removal again when it goes on
-        histories = {phase: [by_step[step] for step in sorted(by_step)] for phase, by_step in told.items()}
+                by_phase[row["phase"]][row["step"]] = widths  # a killed run says a removal again when it goes on
+        histories = {phase: [by_step[step] for step in sorted(by_step)] for phase, by_step in by_phase.items()}
     known: dict[str, tuple[str, History]] = {
         phase: (scope, histories[phase]) for phase, scope in scopes.items() if histories.get(phase)
     }

@@ -18,7 +18,7 @@ from compressvit.model.weights import require_known
 from compressvit.recipe.parts import Part, parts_of
 from compressvit.recipe.shipped import find_recipe
 from compressvit.recipe.words import LISTS, Entry, Merge, Step, Word, broken, packages_of, with_words
-from compressvit.recipe.yaml import Source, override, parse
+from compressvit.recipe.yaml import Document, override, parse
 from compressvit.spec import Spec
 from compressvit.training.phases import PhaseSpec
 from compressvit.training.phases.finetune import Finetune
@@ -167,29 +167,29 @@ def parse_recipe(text: str, name: str = "recipe", overrides: list[str] | None = 
 
     A file that a run kept may be of an earlier version: it is read in today's words.
     """
-    source = parse(text, name)
-    if source.content is None:
+    parsed = parse(text, name)
+    if parsed.content is None:
         raise RecipeError(
             f"{name} is empty; a recipe needs at least teacher, data and steps (see `compressvit recipes show quickstart`)"
         )
-    if not isinstance(source.content, dict):
+    if not isinstance(parsed.content, dict):
         raise RecipeError(
-            f"{name} holds a {type(source.content).__name__}, not a mapping; a recipe needs at least teacher, data and steps"
+            f"{name} holds a {type(parsed.content).__name__}, not a mapping; a recipe needs at least teacher, data and steps"
         )
     if is_of_a_run(Path(name)):
-        source.content = current_recipe(source.content)
-    _spell_out(source.content)  # so that an override finds a mapping after a bare word
-    override(source, overrides or [])
-    _spell_out(source.content)
+        parsed.content = current_recipe(parsed.content)
+    _spell_out(parsed.content)  # so that an override finds a mapping after a bare word
+    override(parsed, overrides or [])
+    _spell_out(parsed.content)
     try:
         # Through JSON, because pydantic's strict mode takes lists for tuples there: a number in quotes stays an error.
-        document = json.dumps(source.content, default=str)
+        document = json.dumps(parsed.content, default=str)
     except TypeError as error:
         raise RecipeError(f"{name} has a key that is neither text nor a number ({error}); put it in quotes") from None
     try:
         return Recipe.model_validate_json(document, strict=True)
     except ValidationError as error:
-        raise RecipeError(_explain(error, source)) from None
+        raise RecipeError(_explain(error, parsed)) from None
 
 
 def require_known_models(recipe: Recipe, name: str = "recipe") -> None:
@@ -231,17 +231,17 @@ def _spell_out(content: dict[str, Any]) -> None:
                 entries[i] = {k: {} if v is None else v for k, v in entry.items()}
 
 
-def _explain(error: ValidationError, source: Source) -> str:
+def _explain(error: ValidationError, document: Document) -> str:
     faults: dict[tuple, list[str]] = {}
     for fault in error.errors():
-        path = _existing(fault["loc"], source.content, missing=fault["type"] in ("missing", "extra_forbidden"))
+        path = _existing(fault["loc"], document.content, missing=fault["type"] in ("missing", "extra_forbidden"))
         faults.setdefault(path, []).append(_sentence(fault, path))
     # One branch of a union complains of the whole value where another one found the fault inside it.
     faults = {p: t for p, t in faults.items() if not any(q != p and q[: len(p)] == p for q in faults) or p == ()}
-    rows = [(source.place(path), _written(path), " or ".join(dict.fromkeys(texts))) for path, texts in faults.items()]
+    rows = [(document.place(path), _written(path), " or ".join(dict.fromkeys(texts))) for path, texts in faults.items()]
     width = max(len(place) for place, _, _ in rows)
     lines = [f"  {place:<{width}}  {path}: {text}" for place, path, text in rows]
-    return f"{source.name}: {len(rows)} error{'s' * (len(rows) > 1)}\n" + "\n".join(lines)
+    return f"{document.name}: {len(rows)} error{'s' * (len(rows) > 1)}\n" + "\n".join(lines)
 
 
 def _existing(loc: tuple, content: Any, *, missing: bool) -> tuple:

@@ -24,7 +24,7 @@ _Loader.add_implicit_resolver(
 
 
 @dataclass
-class Source:
+class Document:
     """A parsed document: its content and where each value stands."""
 
     name: str
@@ -42,7 +42,7 @@ class Source:
         return "line 1"
 
 
-def parse(text: str, name: str) -> Source:
+def parse(text: str, name: str) -> Document:
     """Parse one YAML document.
 
     Raises:
@@ -52,12 +52,12 @@ def parse(text: str, name: str) -> Source:
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
-        source = Source(name, None)
+        document = Document(name, None)
         if node is None:
-            return source
-        _walk(node, (), source)
-        source.content = loader.construct_document(node)
-        return source
+            return document
+        _walk(node, (), document)
+        document.content = loader.construct_document(node)
+        return document
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
@@ -73,21 +73,21 @@ def parse(text: str, name: str) -> Source:
             loader.dispose()
 
 
-def _walk(node: yaml.Node, path: Path, source: Source) -> None:
-    source.lines.setdefault(path, node.start_mark.line + 1)
+def _walk(node: yaml.Node, path: Path, document: Document) -> None:
+    document.lines.setdefault(path, node.start_mark.line + 1)
     if isinstance(node, yaml.MappingNode):
         seen: dict[str, int] = {}
         for key_node, value_node in node.value:
             key, line = str(key_node.value), key_node.start_mark.line + 1
             if key in seen:
-                raise UserError(f"{source.name}, line {line}: key '{key}' appears twice (first on line {seen[key]})")
+                raise UserError(f"{document.name}, line {line}: key '{key}' appears twice (first on line {seen[key]})")
             seen[key] = line
             place = (*path, key)
-            source.lines[place] = line
-            _walk(value_node, place, source)
+            document.lines[place] = line
+            _walk(value_node, place, document)
     elif isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
-            _walk(item, (*path, index), source)
+            _walk(item, (*path, index), document)
 
 
 def _unshared(content: Any) -> Any:
@@ -97,13 +97,13 @@ def _unshared(content: Any) -> Any:
     return [_unshared(value) for value in content] if isinstance(content, list) else content
 
 
-def override(source: Source, assignments: list[str]) -> None:
+def override(document: Document, assignments: list[str]) -> None:
     """Apply `a.b.0.c=VALUE` to the content, in place; the value is read as YAML. Missing mappings on the way are made.
 
     Raises:
         UserError: no '=', an empty key, an index outside its list, or a path into something that is neither list nor mapping.
     """
-    source.content = _unshared(source.content)
+    document.content = _unshared(document.content)
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals:
@@ -125,12 +125,12 @@ def override(source: Source, assignments: list[str]) -> None:
             raise UserError(
                 f"override '{assignment}': YAML cannot build its value: {error}; put text in quotes"
             ) from error
-        _assign(source, parts, value, assignment)
+        _assign(document, parts, value, assignment)
 
 
-def _assign(source: Source, parts: list[str], value: Any, assignment: str) -> None:
+def _assign(document: Document, parts: list[str], value: Any, assignment: str) -> None:
     path: Path = ()
-    here = source.content
+    here = document.content
     for depth, part in enumerate(parts):
         last = depth == len(parts) - 1
         step: str | int = part
@@ -151,14 +151,14 @@ def _assign(source: Source, parts: list[str], value: Any, assignment: str) -> No
         else:
             if isinstance(here, dict) and here.get(part) is None:
                 if part not in here:
-                    source.overridden[path] = assignment
+                    document.overridden[path] = assignment
                 here[part] = {}
             here = here[step]
     # What stood below the value is gone, and the lines and overrides that spoke of it.
-    for places in (source.lines, source.overridden):
+    for places in (document.lines, document.overridden):
         for inside in [p for p in places if p[: len(path)] == path]:
             del places[inside]
-    source.overridden[path] = assignment
+    document.overridden[path] = assignment
 
 
 def _dotted(path: Path) -> str:

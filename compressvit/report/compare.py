@@ -78,8 +78,8 @@ class Row:
         """Of all phases together; a `prune` trains in every cycle."""
         total = 0
         for i, step in enumerate(self.recipe.steps):
-            told = results.phases.get(f"{i}_{step.name}", PhaseReport())
-            trainings = told.trainings or len(told.widths) or 1  # older runs do not say how many
+            report = results.phases.get(f"{i}_{step.name}", PhaseReport())
+            trainings = report.trainings or len(report.widths) or 1  # older runs do not say how many
             total += getattr(step.spec, "epochs", 0) * trainings
         return total
 
@@ -200,12 +200,12 @@ def label(recipe: Recipe) -> str:
             fields = kind.label_fields
         else:
             continue
-        said = []
+        options = []
         for name in fields:
             value = getattr(step.spec, name)
             if kind.model_fields[name].is_required() or value != kind.model_fields[name].get_default():
-                said.append(f"{name} {_short(value)}")
-        words.append(" ".join([step.name, ", ".join(said)]).strip())
+                options.append(f"{name} {_short(value)}")
+        words.append(" ".join([step.name, ", ".join(options)]).strip())
     return " + ".join(words) or "finetune"
 
 
@@ -221,10 +221,10 @@ def _tell_apart(rows: list[Row]) -> None:
     each = [flat(row.recipe.model_dump(mode="json", exclude=unlike)) for row in rows]
     differing = sorted({k for one in each for k in one if len({json.dumps(other.get(k)) for other in each}) > 1})
     for row, values in zip(rows, each, strict=True):
-        said = ", ".join(
+        difference = ", ".join(
             f"{key.rsplit('.', 1)[-1]} {values[key]}" for key in differing if values.get(key) not in (None, {}, [])
         )
-        row.label = f"{row.label} ({said})" if said else row.label
+        row.label = f"{row.label} ({difference})" if difference else row.label
 
 
 def _cells(row: Mapping[str, Any], keys: Sequence[str]) -> list[str]:

@@ -40,16 +40,21 @@ class Page:
         Raises:
             Exception: whatever Altair and Vega raise where options and records do not fit the chart.
         """
-        told: dict[str, Any] = {"name": finding.name, "title": finding.title, "caption": finding.caption, "spec": None}
+        content: dict[str, Any] = {
+            "name": finding.name,
+            "title": finding.title,
+            "caption": finding.caption,
+            "spec": None,
+        }
         if finding.records:
             spec, svg = drawing.for_page(finding.draw())
             self._numbers += 1
-            told |= {"spec": Markup(_data_block(spec)), "svg": Markup(_with_own_names(svg, f"f{self._numbers}_"))}
-        return told
+            content |= {"spec": Markup(_data_block(spec)), "svg": Markup(_with_own_names(svg, f"f{self._numbers}_"))}
+        return content
 
     def html(self, heading: str, facts: Sequence[str], runs: Sequence[Run], comparison: dict[str, Any] | None) -> str:
         """The page; with a comparison the runs get a short section each."""
-        told = [self.short(run) if comparison else self.whole(run) for run in runs]
+        contents = [self.short(run) if comparison else self.whole(run) for run in runs]
         drawn = bool(self._numbers)
         scripts = [_script(text) for text in (self._bundle.result(), _text("page.js"))] if drawn else []
         environment = jinja2.Environment(
@@ -58,9 +63,9 @@ class Page:
         return environment.get_template("page.html").render(
             heading=heading,
             facts=facts,
-            contents=_contents(told, comparison),
+            contents=_contents(contents, comparison),
             comparison=comparison,
-            runs=told,
+            runs=contents,
             version=__version__,
             style=Markup(_text("style.css")),
             scripts=[Markup(script) for script in scripts],
@@ -88,7 +93,7 @@ class Page:
         predictions = run.predictions
         classes = sections.class_chart(predictions) if predictions else None
         measure = sections.measure_of(predictions) if predictions else None
-        told = {
+        content = {
             "details": sections.details(run),
             "phases": [
                 {"name": name, "charts": self._figures(run, curves(name, lines))}
@@ -105,7 +110,7 @@ class Page:
             "diagnostics": self._figures(run, run.findings),
             "environment": sections.environment(run),
         }
-        return {**told, **self.short(run)}  # last: a chart that cannot be drawn has left a note
+        return {**content, **self.short(run)}  # last: a chart that cannot be drawn has left a note
 
     def _figures(self, run: Run, findings: Sequence[Finding]) -> list[dict[str, Any]]:
         """The findings that can be drawn; a note for each that cannot."""

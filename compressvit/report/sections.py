@@ -29,13 +29,13 @@ def title(run: Run) -> str:
 def facts(run: Run) -> list[str]:
     """Folder, teacher and data, for the line below the title."""
     teacher, data = (run.recipe.get(name) for name in ("teacher", "data"))
-    said = [
+    words = [
         run.path.resolve().name,
         teacher.get("model") if isinstance(teacher, dict) else None,
         data.get("name") if isinstance(data, dict) else None,
         f"seed {run.recipe.get('seed', 0)}",
     ]
-    return [str(word) for word in said if word]
+    return [str(word) for word in words if word]
 
 
 def verdict(run: Run) -> str:
@@ -59,8 +59,8 @@ def verdict(run: Run) -> str:
         )
     images = f"{student.images:,} held-out images" if student.images else "the held-out images"
     ours, theirs = student.model_dump(), teacher.model_dump()
-    said = (text for task in TASKS.values() if (text := task.verdict(ours, theirs, images)))
-    parts.append(next(said, "was made; there was nothing to evaluate it on"))
+    verdicts = (text for task in TASKS.values() if (text := task.verdict(ours, theirs, images)))
+    parts.append(next(verdicts, "was made; there was nothing to evaluate it on"))
     return " ".join(parts).replace(" %", "\u00a0%") + "."
 
 
@@ -82,30 +82,30 @@ def log_end(run: Run) -> str | None:
 
 def measures(run: Run) -> list[tuple[str, str, str, str]]:
     """The rows of the table of teacher and student; of the plan, where there are no results."""
-    told = run.results or run.plan
-    return results_rows(told.teacher, told.student) if told else []
+    summary = run.results or run.plan
+    return results_rows(summary.teacher, summary.student) if summary else []
 
 
 def details(run: Run) -> list[str]:
     """Small print below the table."""
     if run.results is None:
         return ["As planned, not measured."] if run.plan else []
-    said = []
+    sentences = []
     if run.environment and run.results.student.latency_ms:
         where = ", ".join(run.environment.gpus) or _threads(run.environment)
-        said.append(f"Latency is the median for one image, teacher and student measured alternately on {where}.")
+        sentences.append(f"Latency is the median for one image, teacher and student measured alternately on {where}.")
     for name, phase in run.results.phases.items():
         start = phase.start or {}
         figures = [q.had(v) for q in qualities().values() if q.curve and (v := start.get(q.key)) is not None]
         if figures:
-            said.append(f"Before {name} the student had {figures[0]}.")
+            sentences.append(f"Before {name} the student had {figures[0]}.")
     if run.results.read_back_difference is not None:
-        said.append(
+        sentences.append(
             f"After reading the student back from disk, its outputs differ by at most {run.results.read_back_difference:.1e}."
         )
     if run.results.broken_images:
-        said.append(f"{run.results.broken_images} broken image files were skipped; run.log names them.")
-    return said
+        sentences.append(f"{run.results.broken_images} broken image files were skipped; run.log names them.")
+    return sentences
 
 
 def ledger(results: Results | None) -> list[tuple[str, list[LedgerRow], int, int]]:
@@ -225,23 +225,23 @@ def _quoted(run: Run, name: str) -> str:
 
 def environment(run: Run) -> list[tuple[str, str]]:
     """What the numbers may depend on, apart from the recipe."""
-    told = run.environment
-    if told is None:
+    recorded = run.environment
+    if recorded is None:
         return []
-    machine = ", ".join(told.gpus) + (f" (CUDA {told.cuda})" if told.cuda else "")
+    machine = ", ".join(recorded.gpus) + (f" (CUDA {recorded.cuda})" if recorded.cuda else "")
     rows = [
-        ("compressvit", told.compressvit),
-        ("Python", told.python),
-        *((name, version) for name, version in told.versions.items() if version),
-        ("platform", told.platform),
-        ("processor", _threads(told)),
+        ("compressvit", recorded.compressvit),
+        ("Python", recorded.python),
+        *((name, version) for name, version in recorded.versions.items() if version),
+        ("platform", recorded.platform),
+        ("processor", _threads(recorded)),
         ("graphics", machine),
     ]
     return [(name, value) for name, value in rows if value]
 
 
-def _threads(told: Environment) -> str:
-    return f"{told.cpu_count} CPU cores, of which PyTorch used {told.torch_threads}"
+def _threads(environment: Environment) -> str:
+    return f"{environment.cpu_count} CPU cores, of which PyTorch used {environment.torch_threads}"
 
 
 def student_hash(run: Run) -> str | None:

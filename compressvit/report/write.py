@@ -6,7 +6,7 @@ from pathlib import Path
 
 from compressvit.errors import UserError
 from compressvit.files import write_text
-from compressvit.log import told
+from compressvit.log import warn_and_continue
 from compressvit.report import sections
 from compressvit.report.page import Page
 from compressvit.report.record import Run, read_run
@@ -18,7 +18,7 @@ FILE = "report.html"
 def report_after_run(folder: Path) -> None:
     """Write the report of a run that has just finished; a fault in it is a warning, because the run is whole without."""
     again = f"the run is complete, and `compressvit report {folder}` tries again"
-    with told(f"warning: the report could not be written; {again}"):
+    with warn_and_continue(f"warning: the report could not be written; {again}"):
         report([folder])
 
 

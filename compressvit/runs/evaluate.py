@@ -55,14 +55,14 @@ class Scorer:
             self.device,
             teacher=teacher.model if teacher is not None else None,
             teacher_input=teacher.converter(model.input) if teacher is not None else lambda images: images,
-            labelled=self.datasets.labeled,
+            labelled=self.datasets.labelled,
             task=self.task(model),
             watch=watch,
         )
 
     def in_training(self, model: Side, teacher: Side | None) -> dict[str, Any]:
         """Without a ground truth that its task knows, only the teacher says how good a student is."""
-        enough = self.datasets.labeled and self.task(model).supervised
+        enough = self.datasets.labelled and self.task(model).supervised
         return self.score(model, None if enough else self.comparable(teacher))
 
     def comparable(self, teacher: Side | None) -> Side | None:
@@ -99,7 +99,7 @@ def evaluate_path(path: str | Path, overrides: list[str], *, device: str, as_jso
             unit = f" {known[key].unit}".rstrip() if key in known else ""
             table.add_row(key, f"{value:,}" if isinstance(value, int) else f"{value:.4f}{unit}")
     Console().print(table)
-    if not datasets.labeled:
+    if not datasets.labelled:
         print("the images have no labels, so there is no accuracy; `apply` compares a student with its teacher")
     return 0
 

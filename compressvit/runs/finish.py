@@ -41,7 +41,7 @@ def finish(job: Job, scorer: Scorer, folder: RunFolder, log: RunLog, *, plan: Re
     with disk_faults(folder.student):
         artifact.save(student.model, folder.student, input_config=student.input.as_dict())
     difference = artifact.read_back_difference(folder.student, student.model, student.input.size)
-    answers = scorer.task(student).answers(student.model, job.datasets.class_names, job.datasets.labeled)
+    answers = scorer.task(student).answers(student.model, job.datasets.class_names, job.datasets.labelled)
     predictions = Predictions(student.input, answers)
     scores, theirs = _scores(scorer, student, teacher, predictions)
     costs = cost.cost(student.model, student.input.size).as_dict()

@@ -144,7 +144,7 @@ def refuse_labels(job: Job) -> None:
         raise UserError(
             f"student.head=new is a classifier of the data's classes, but the images of data '{recipe.data.name}' have none; leave it out"
         )
-    if not datasets.labeled:
+    if not datasets.labelled:
         phases: dict[str, PhaseSpec] = {"teacher.finetune": Finetune()} if trains_teacher(recipe) else {}
         for name, spec in (phases | recipe.phases()).items():
             if spec.needs_labels:

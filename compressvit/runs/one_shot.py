@@ -8,7 +8,7 @@ from typing import Any
 from compressvit.data.input import Side
 from compressvit.diagnostics.cka_layers import likeness
 from compressvit.errors import UserError
-from compressvit.fitting.moments import Source
+from compressvit.fitting.moments import Reference
 from compressvit.recipe.recipe import Recipe
 from compressvit.runs.evaluate import Scorer
 from compressvit.runs.job import prepare
@@ -54,7 +54,7 @@ class OneShot:
         opt.seed_everything(recipe.seed, 1)
         self._start = build_student(recipe, teacher)
         self._images = calibration_images(self.job)
-        self._source = Source(copy.deepcopy(self._start), self._images)  # its moments serve every student
+        self._source = Reference(copy.deepcopy(self._start), self._images)  # its moments serve every student
         self.teacher = Side(teacher.to(self.job.device).eval(), self.job.teacher.input)
         self.scorer = Scorer(self.job.datasets, recipe.data, self.job.device)
 

@@ -76,8 +76,8 @@ class Predictions:
             "measure": answers.measure,
             **answers.tables(),
             "examples": [
-                {"file": f"{PICTURES}/{self._name(number)}", "value": round(answers.value(v), 4), **said}
-                for number, (v, _, said, _) in enumerate(self._ordered())
+                {"file": f"{PICTURES}/{self._name(number)}", "value": round(answers.value(v), 4), **answer}
+                for number, (v, _, answer, _) in enumerate(self._ordered())
             ],
         }
 

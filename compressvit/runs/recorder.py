@@ -26,7 +26,7 @@ from compressvit.data.samples import Samples
 from compressvit.data.spec import Data
 from compressvit.diagnostics.allocation import History, allocation_finding
 from compressvit.diagnostics.base import FOLDER, Context, Measured, Watched
-from compressvit.log import RunLog, told
+from compressvit.log import RunLog, warn_and_continue
 from compressvit.model.modes import evaluating
 from compressvit.recipe.recipe import Recipe
 from compressvit.rows import append_row, read_rows
@@ -52,15 +52,15 @@ class Recorder:
     Args:
         recipe: names the diagnostics and the data.
         run: the run folder. What an earlier part of the run recorded there stays.
-        voice: shows pictures in TensorBoard.
+        run_log: shows pictures in TensorBoard.
     """
 
-    def __init__(self, recipe: Recipe, run: Path, datasets: Datasets, device: torch.device, voice: RunLog):
+    def __init__(self, recipe: Recipe, run: Path, datasets: Datasets, device: torch.device, run_log: RunLog):
         wanted = [entry.spec for entry in recipe.diagnostics]
         self._measured = [spec for spec in wanted if isinstance(spec, Measured)]
         self._watched = [spec for spec in wanted if isinstance(spec, Watched)]
         self._folder = run / FOLDER
-        self._data, self._datasets, self._device, self._voice = recipe.data, datasets, device, voice
+        self._data, self._datasets, self._device, self._run_log = recipe.data, datasets, device, run_log
         self._allocations: dict[str, tuple[str, History]] = {}
 
     @contextmanager
@@ -72,7 +72,7 @@ class Recorder:
         finally:
             for watch in watches:
                 watch.close()
-                with told(f"{phase}: the recordings were not drawn"):
+                with warn_and_continue(f"{phase}: the recordings were not drawn"):
                     for finding in watch.findings():
                         self.keep(finding)
 
@@ -94,7 +94,7 @@ class Recorder:
             context = self._context(phase, teacher, student, epoch)
             for spec in due:
                 began = time.monotonic()
-                with told(f"{phase}, epoch {epoch}: {spec.name} was not measured"):
+                with warn_and_continue(f"{phase}, epoch {epoch}: {spec.name} was not measured"):
                     found = [stamped(finding, phase, epoch) for finding in spec.measure(context)]
                     for finding in found:
                         self.keep(_with_earlier(finding, self._folder))
@@ -103,12 +103,12 @@ class Recorder:
                     append_row(
                         self._folder / MEASURED, {**row, "findings": [f.name for f in found], "seconds": seconds}
                     )
-                    self._voice.say(f"{phase}, epoch {epoch}: {spec.name} measured in {seconds:.1f} s")
+                    self._run_log.say(f"{phase}, epoch {epoch}: {spec.name} measured in {seconds:.1f} s")
 
     def allocation(self, phase: str, scope: str, history: History) -> None:
         """Tell where a `prune` phase left neurons; always, because it costs nothing."""
         self._allocations[phase] = (scope, history)
-        with told(f"{phase}: the allocation of neurons was not drawn"):
+        with warn_and_continue(f"{phase}: the allocation of neurons was not drawn"):
             finding = allocation_finding(self._allocations)
             self.keep(finding)
             finding.picture(self._folder.parent / "widths.png")  # where a person looks first
@@ -117,12 +117,12 @@ class Recorder:
         """Write a finding into the run folder, in place of an earlier one of its name, and show it in TensorBoard."""
         finding.write(self._folder)
         if finding.records:
-            self._voice.board(lambda writer: finding.log(writer, self._folder))
+            self._run_log.board(lambda writer: finding.log(writer, self._folder))
 
     def _has(self, name: str, phase: str, epoch: int) -> bool:
         path = self._folder / MEASURED
         rows: list[dict[str, Any]] = []
-        with told("earlier measurements cannot be read, so they are repeated"):
+        with warn_and_continue("earlier measurements cannot be read, so they are repeated"):
             rows = read_rows(path, MeasuredRow) if path.is_file() else []
         return any((row["diagnostic"], row["phase"], row["epoch"]) == (name, phase, epoch) for row in rows)
 
@@ -155,7 +155,7 @@ def evaluation_images(
         count = min(count, len(subset))
         order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
         chosen = [subset.indices[i * len(subset) // count] for i in order]
-        subset = Samples(subset.source, chosen, subset.labeled)
+        subset = Samples(subset.source, chosen, subset.labelled)
     left = count
     for images, targets in eval_loader(dataclasses.replace(datasets, validation=subset), data, config, device):
         whole = targets >= -1  # below that it stands for a broken file

@@ -193,7 +193,7 @@ class Task(ABC):
         """What an evaluation found, in the line that training prints of an epoch."""
         known = {quality.key: quality for quality in self.qualities}
         measured = [known[key] for key in self.ranking if result.get(key) is not None]
-        return "  ".join(f"{q.said} {q.number(result[q.key])}{q.unit}" for q in measured)
+        return "  ".join(f"{q.in_text} {q.number(result[q.key])}{q.unit}" for q in measured)
 
     def answers(self, model: nn.Module, names: Sequence[str] | None, labelled: bool) -> Answers | None:
         """A fresh collector of what `predictions.json` and the report's gallery show; None: they show nothing of this task.

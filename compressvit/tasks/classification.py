@@ -248,11 +248,11 @@ class ClassAnswers(Answers):
         return None
 
     def describe(self, index: int) -> dict[str, Any]:
-        said: dict[str, Any] = {"true": self.names[int(self._targets[index])]} if self.labelled else {}
+        answer: dict[str, Any] = {"true": self.names[int(self._targets[index])]} if self.labelled else {}
         for who, share in self._shares.items():
             probability, chosen = share[index].max(0)
-            said[who] = {"class": self.names[int(chosen)], "probability": round(float(probability), 4)}
-        return said
+            answer[who] = {"class": self.names[int(chosen)], "probability": round(float(probability), 4)}
+        return answer
 
     def tables(self) -> dict[str, Any]:
         if not self.labelled:

@@ -35,4 +35,4 @@ def measured(scores: Mapping[str, Any]) -> list[Quality]:
 
 def words(scores: Mapping[str, Any]) -> str:
     """The scores that were measured, in a few words."""
-    return ", ".join(f"{q.said} {q.number(scores[q.key])}{q.unit}" for q in measured(scores))
+    return ", ".join(f"{q.in_text} {q.number(scores[q.key])}{q.unit}" for q in measured(scores))

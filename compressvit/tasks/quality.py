@@ -27,11 +27,11 @@ class Quality:
         key: in `results.json` and `metrics.jsonl`.
         short: in the heading of a column.
         long: in the name of a row or an axis.
-        said: in a sentence, before the value.
+        in_text: in a sentence, before the value.
         unit: '%', or nothing for a share of 1.
         digits: after the point.
-        detail: left out of what is said in a few words.
-        phrase: what a student had, with {} for the value and its unit; by default 'a SAID of {}'.
+        detail: left out where there is room for a few words only.
+        phrase: what a student had, with {} for the value and its unit; by default 'a IN_TEXT of {}'.
         curve: its chart over the training; None: it has none.
         lower_is_better: as of an error.
     """
@@ -39,7 +39,7 @@ class Quality:
     key: str
     short: str
     long: str
-    said: str
+    in_text: str
     unit: str
     digits: int
     detail: bool = False
@@ -67,4 +67,4 @@ class Quality:
 
     def had(self, value: float) -> str:
         """A value as what a student had, e.g. 'a cosine of 0.9876'."""
-        return (self.phrase or f"a {self.said} of {{}}").format(self.text(value))
+        return (self.phrase or f"a {self.in_text} of {{}}").format(self.text(value))

@@ -131,8 +131,8 @@ def ledger_adds_up(case: Case) -> None:
     before = ties.count_parameters(model)
     ledger = transform_(model, [case.spec])
     change = ties.count_parameters(model) - before
-    told = sum(e.after - e.before for e in ledger)
-    require(told == change, f"{case}: the model has {change:+,} parameters, and the ledger says {told:+,}")
+    stated = sum(e.after - e.before for e in ledger)
+    require(stated == change, f"{case}: the model has {change:+,} parameters, and the ledger says {stated:+,}")
     require(len({e.path for e in ledger}) == len(ledger), f"{case}: the ledger has two rows of one path")
     for whole, total in ((case.teacher, sum(e.before for e in ledger)), (model, sum(e.after for e in ledger))):
         unique = {id(p): p.numel() for e in ledger for p in whole.get_submodule(e.path).parameters()}

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from compressvit.errors import UserError
-from compressvit.fitting.moments import Source
+from compressvit.fitting.moments import Reference
 from compressvit.model import surgery
 from compressvit.transforms.base import LedgerEntry, Plan, Transform, record, transform
 from compressvit.transforms.bottleneck import (
@@ -114,7 +114,7 @@ class Adapters(Transform):
     def examples(cls) -> Sequence[Transform]:
         return (Adapters(ratio=0.25), Adapters(width=3, places=("mlp",), bias=True, act="relu"))
 
-    def plan(self, model: nn.Module, source: Source | None = None) -> AdaptersPlan:
+    def plan(self, model: nn.Module, reference: Reference | None = None) -> AdaptersPlan:
         ratio = 1 / 8 if self.ratio is None else self.ratio
         widths = adapter_widths(model, "adapters", self.places, self.width, ratio)
         return AdaptersPlan(widths=widths, bias=self.bias, act=self.act)

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import nn
 
 from compressvit.errors import UserError
-from compressvit.fitting.moments import Source
+from compressvit.fitting.moments import Reference
 from compressvit.model import surgery
 from compressvit.model.backbone import describe
 from compressvit.transforms.base import LedgerEntry, Transform, record, transform
@@ -93,6 +93,6 @@ class AdaptFormer(Transform):
     def examples(cls) -> Sequence[Transform]:
         return (AdaptFormer(width=4), AdaptFormer(width=3, scale="learnable", input="residual"))
 
-    def plan(self, model: nn.Module, source: Source | None = None) -> AdaptFormerPlan:
+    def plan(self, model: nn.Module, reference: Reference | None = None) -> AdaptFormerPlan:
         widths = {info.path: self.width for info in describe(model, "slotted_block").blocks}
         return AdaptFormerPlan(widths=widths, scale=self.scale, reads=self.input)

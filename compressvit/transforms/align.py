@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.utils import skip_init
 
 from compressvit.errors import UserError
-from compressvit.fitting.moments import Source
+from compressvit.fitting.moments import Reference
 from compressvit.model import surgery, ties
 from compressvit.model.backbone import describe, model_name, share_groups
 from compressvit.model.linear import effective_weight
@@ -49,7 +49,7 @@ class AlignPlan(Plan):
         return []
 
     @torch.no_grad()
-    def initialise(self, student: nn.Module, source: Source) -> None:
+    def initialise(self, student: nn.Module, reference: Reference) -> None:
         for group in self.groups:
             blocks: list[Any] = [student.get_submodule(path) for path in group]
             for path, block in zip(group, blocks, strict=True):
@@ -179,7 +179,7 @@ class Align(Transform):
     def examples(cls) -> Sequence[Transform]:
         return (Align(share=2), Align(share=2, heads=False, rounds=1))
 
-    def plan(self, model: nn.Module, source: Source | None = None) -> AlignPlan:
+    def plan(self, model: nn.Module, reference: Reference | None = None) -> AlignPlan:
         from timm.layers import Mlp
 
         groups = [group for group in share_groups(model, self.share, "align.share") if len(group) > 1]

@@ -11,7 +11,7 @@ from torch import nn
 
 from compressvit.errors import UserError
 from compressvit.fitting.in_order import fit_in_order
-from compressvit.fitting.moments import Images, Source
+from compressvit.fitting.moments import Images, Reference
 from compressvit.model import surgery, ties
 from compressvit.transforms.base import LedgerEntry, Plan, Transform
 from compressvit.transforms.record import (
@@ -62,34 +62,34 @@ def apply_plans(model: nn.Module, plans: Sequence[Plan]) -> list[LedgerEntry]:
 
 
 def transform_(
-    model: nn.Module, transforms: Sequence[Transform], calibration: Images | Source | None = None
+    model: nn.Module, transforms: Sequence[Transform], calibration: Images | Reference | None = None
 ) -> list[LedgerEntry]:
     """Plan, apply and initialise transforms on `model`, in place. All are planned before the first change.
 
-    The transforms of one call see the same `source`, the model as it was before the first of them: a low-rank step after a
-    sharing step can still read what sharing lost. A step that loads values makes a new source for those after it.
+    The transforms of one call see the same `reference`, the model as it was before the first of them: a low-rank step after a
+    sharing step can still read what sharing lost. A step that loads values makes a new reference for those after it.
 
     Args:
-        calibration: images for transforms that learn from them, or a `Source` of a model equal to this one.
+        calibration: images for transforms that learn from them, or a `Reference` of a model equal to this one.
     """
     plan_transforms(model, transforms)  # without values: finds every conflict
-    source = calibration if isinstance(calibration, Source) else Source(copy.deepcopy(model), calibration)
+    reference = calibration if isinstance(calibration, Reference) else Reference(copy.deepcopy(model), calibration)
     for spec in transforms:
         spec.require_inputs()
         if spec.needs_images:
-            source.require_images(spec.name)
+            reference.require_images(spec.name)
     ledger: list[LedgerEntry] = []
     fresh: list[Plan] = []  # since values were last loaded
     for spec in transforms:
-        plan = spec.plan(model, source)
+        plan = spec.plan(model, reference)
         ledger += apply_plans(model, [plan])
-        plan.initialise(model, source)
+        plan.initialise(model, reference)
         fresh.append(plan)
         if plan.loads_values:
-            source = source.with_model(copy.deepcopy(model))
+            reference = reference.with_model(copy.deepcopy(model))
             fresh = []
-    fitted = _fit_in_order(fresh, model, source)
-    errors = {(plan.transform, path): found for plan in fresh for path, found in plan.errors(model, source).items()}
+    fitted = _fit_in_order(fresh, model, reference)
+    errors = {(plan.transform, path): found for plan in fresh for path, found in plan.errors(model, reference).items()}
     for i, entry in enumerate(ledger):
         weight_error, output_error = errors.get((entry.step, entry.path), (None, None))
         output_error = fitted.get(entry.path, output_error) if weight_error is not None else None
@@ -99,13 +99,13 @@ def transform_(
     return ledger
 
 
-def _fit_in_order(plans: Sequence[Plan], student: nn.Module, source: Source) -> dict[str, float]:
+def _fit_in_order(plans: Sequence[Plan], student: nn.Module, reference: Reference) -> dict[str, float]:
     """Fit the layers that want it, of all plans in one walk; returns by path the relative errors that are left."""
-    fits = {path: fit for plan in plans for path, fit in plan.layer_fits(student, source).items()}
+    fits = {path: fit for plan in plans for path, fit in plan.layer_fits(student, reference).items()}
     if not fits:
         return {}
     walk = _without_what_is_set_aside(copy.deepcopy(student)).float()
-    return fit_in_order(walk, _without_what_is_set_aside(source.model), source.batches(), fits)
+    return fit_in_order(walk, _without_what_is_set_aside(reference.model), reference.batches(), fits)
 
 
 def _without_what_is_set_aside(model: nn.Module) -> nn.Module:

@@ -4,10 +4,10 @@ A `Transform` is what a user asks for. Its `plan(model)` resolves names, shapes 
 device; the `Plan` it returns is data (it goes into the artifact) and rebuilds the structure without the teacher or any images:
 
     plan = spec.plan(model)            # pure; every fault is found here
-    plan = spec.plan(model, source)    # the same, with what is learned from values and calibration images (ranks, groups)
+    plan = spec.plan(model, reference)    # the same, with what is learned from values and calibration images (ranks, groups)
     ledger = plan.apply(model)         # structure only, in place
-    plan.initialise(student, source)   # values, from the model as it was before
-    plan.layer_fits(student, source)   # for values that depend on those of all transforms of one call
+    plan.initialise(student, reference)   # values, from the model as it was before
+    plan.layer_fits(student, reference)   # for values that depend on those of all transforms of one call
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import nn
 
 from compressvit.errors import UserError
 from compressvit.fitting.in_order import LayerFit
-from compressvit.fitting.moments import Source
+from compressvit.fitting.moments import Reference
 from compressvit.model import ties
 from compressvit.registry import Registry
 from compressvit.spec import Spec
@@ -67,11 +67,11 @@ class Plan(Spec):
         """Change the structure of `model` in place; the values of new tensors are set by `initialise` or by a checkpoint."""
         raise TypeError(f"{type(self).__name__} does not define apply")
 
-    def initialise(self, student: nn.Module, source: Source) -> None:
-        """Set values: `student` has the new structure, `source` knows the model as it was before the transforms."""
+    def initialise(self, student: nn.Module, reference: Reference) -> None:
+        """Set values: `student` has the new structure, `reference` knows the model as it was before the transforms."""
         raise TypeError(f"{type(self).__name__} does not define initialise")
 
-    def layer_fits(self, student: nn.Module, source: Source) -> dict[str, LayerFit]:
+    def layer_fits(self, student: nn.Module, reference: Reference) -> dict[str, LayerFit]:
         """By path, how layers take values that depend on those of all transforms of one call: they are called in the order the layers
         run (`compressvit.fitting.in_order`), once every transform has set its own. None by default."""
         return {}
@@ -95,8 +95,8 @@ class Plan(Spec):
         """Names of tensors whose values belong together with what it added; a later step must not set them anew."""
         return set()
 
-    def errors(self, student: nn.Module, source: Source) -> dict[str, tuple[float, float | None]]:
-        """After all values are set: by path, how far a weight is from the source's, relative to it, and its outputs from theirs (None
+    def errors(self, student: nn.Module, reference: Reference) -> dict[str, tuple[float, float | None]]:
+        """After all values are set: by path, how far a weight is from the reference's, relative to it, and its outputs from theirs (None
         where no calibration images were used)."""
         return {}
 
@@ -140,12 +140,12 @@ class Transform(Spec):
         """Settings that between them use all that the method has, for the contract; its defaults unless it says more."""
         return (cls(),)
 
-    def plan(self, model: nn.Module, source: Source | None = None) -> Plan:
+    def plan(self, model: nn.Module, reference: Reference | None = None) -> Plan:
         """Resolve against a model, which is not changed.
 
         Args:
             model: what earlier transforms made of it, possibly on the meta device.
-            source: the values before them. Without it, what is learned from values is provisional, at the size that is asked for.
+            reference: the values before them. Without it, what is learned from values is provisional, at the size that is asked for.
 
         Raises:
             UserError: the transform does not fit the model or what was done to it before; the text offers ways out.
@@ -159,7 +159,7 @@ class Transform(Spec):
 
     @property
     def provisional(self) -> tuple[str, ...]:
-        """What a plan without a source takes for granted and one with a source decides, a sentence each."""
+        """What a plan without a reference takes for granted and one with a reference decides, a sentence each."""
         return ()
 
     def require_inputs(self) -> None:

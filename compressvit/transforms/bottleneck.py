@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import nn
 
 from compressvit.errors import UserError
-from compressvit.fitting.moments import Source
+from compressvit.fitting.moments import Reference
 from compressvit.model import surgery
 from compressvit.model.backbone import describe, model_name
 from compressvit.model.linear import weight_shape
@@ -154,7 +154,7 @@ class BottleneckPlan(Plan):
         surgery.fill_slot(model, path, self.slot, bottleneck)
 
     @torch.no_grad()
-    def initialise(self, student: nn.Module, source: Source) -> None:
+    def initialise(self, student: nn.Module, reference: Reference) -> None:
         for bottleneck in self.bottlenecks(student).values():
             bottleneck.reset()
 

@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import nn
 
 from compressvit.errors import UserError
-from compressvit.fitting.moments import Source
+from compressvit.fitting.moments import Reference
 from compressvit.model import surgery, ties
 from compressvit.model.backbone import describe, projection
 from compressvit.model.linear import weight_shape
@@ -145,7 +145,7 @@ class FacT(Transform):
     def examples(cls) -> Sequence[Transform]:
         return (FacT(rank=3), FacT(rank=2, form="tt", scale=0.5))
 
-    def plan(self, model: nn.Module, source: Source | None = None) -> FacTPlan:
+    def plan(self, model: nn.Module, reference: Reference | None = None) -> FacTPlan:
         groups = []
         for stage in describe(model, "attention").stages:
             for info in stage:

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import nn
 
 from compressvit.errors import UserError
-from compressvit.fitting.moments import Source
+from compressvit.fitting.moments import Reference
 from compressvit.model.backbone import describe, head_names, model_name
 from compressvit.transforms.base import LedgerEntry, Plan, Transform, transform
 from compressvit.transforms.low_rank.layer import current_names
@@ -30,7 +30,7 @@ class FreezePlan(Plan):
     def apply(self, model: nn.Module) -> list[LedgerEntry]:
         return []
 
-    def initialise(self, student: nn.Module, source: Source) -> None:
+    def initialise(self, student: nn.Module, reference: Reference) -> None:
         """Nothing is added, so nothing is set."""
 
     def trains(self, model: nn.Module) -> set[str]:
@@ -60,7 +60,7 @@ class Freeze(Transform):
     def examples(cls) -> Sequence[Transform]:
         return (Freeze(train="mlp"),)
 
-    def plan(self, model: nn.Module, source: Source | None = None) -> FreezePlan:
+    def plan(self, model: nn.Module, reference: Reference | None = None) -> FreezePlan:
         if self.train == "head":
             if not head_names(model):
                 raise UserError(
@@ -88,7 +88,7 @@ class BitFit(Transform):
         False, description="Also train Swin's relative position bias tables, which are added to logits like biases."
     )
 
-    def plan(self, model: nn.Module, source: Source | None = None) -> BitFitPlan:
+    def plan(self, model: nn.Module, reference: Reference | None = None) -> BitFitPlan:
         ends = (".bias", ".relative_position_bias_table") if self.position_tables else (".bias",)
         heads = head_names(model)
         return BitFitPlan(names=tuple(n for n, _ in model.named_parameters() if n.endswith(ends) and n not in heads))

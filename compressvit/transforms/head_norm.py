@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from compressvit.errors import UserError
-from compressvit.fitting.moments import Source
+from compressvit.fitting.moments import Reference
 from compressvit.model import surgery
 from compressvit.model.affine import merge_before_, owns_weight
 from compressvit.model.backbone import head_paths, model_name
@@ -96,7 +96,7 @@ class HeadNormPlan(Plan):
         put_norm(model, path)
         return "+ batch normalisation without parameters before it"
 
-    def initialise(self, student: nn.Module, source: Source) -> None:
+    def initialise(self, student: nn.Module, reference: Reference) -> None:
         """Its statistics are there: 0 and 1."""
 
     def trains(self, model: nn.Module) -> set[str]:
@@ -123,7 +123,7 @@ class HeadNorm(Transform):
 
     freezes = True
 
-    def plan(self, model: nn.Module, source: Source | None = None) -> HeadNormPlan:
+    def plan(self, model: nn.Module, reference: Reference | None = None) -> HeadNormPlan:
         paths = head_paths(model)
         if not paths:
             raise UserError(

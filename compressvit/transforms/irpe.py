@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import nn
 
 from compressvit.errors import UserError
-from compressvit.fitting.moments import Source
+from compressvit.fitting.moments import Reference
 from compressvit.model import surgery, ties
 from compressvit.model.backbone import describe, model_name
 from compressvit.model.linear import weight_shape
@@ -127,7 +127,7 @@ class IRPEPlan(Plan):
         return ledger
 
     @torch.no_grad()
-    def initialise(self, student: nn.Module, source: Source) -> None:
+    def initialise(self, student: nn.Module, reference: Reference) -> None:
         for path in self.blocks:
             module_at(student, f"{path}.attn.rpe_k", ContextualKeyPosition).table.zero_()
 
@@ -150,7 +150,7 @@ class IRPE(Transform):
         1.9, gt=1.0, description="α of the piecewise bucketing, in tokens; β = 2α, γ = 8α. 1.9 gives 49 buckets."
     )
 
-    def plan(self, model: nn.Module, source: Source | None = None) -> IRPEPlan:
+    def plan(self, model: nn.Module, reference: Reference | None = None) -> IRPEPlan:
         backbone = describe(model, "slotted_attention")
         if backbone.family.position_table:
             raise UserError(

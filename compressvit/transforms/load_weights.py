@@ -15,7 +15,7 @@ from torch import nn
 
 from compressvit.errors import UserError
 from compressvit.files import expanded
-from compressvit.fitting.moments import Source
+from compressvit.fitting.moments import Reference
 from compressvit.model import ties
 from compressvit.model.stored import MANIFEST, is_artifact, read_tensors
 from compressvit.model.weights import resample_positions
@@ -34,7 +34,7 @@ class LoadWeightsPlan(Plan):
         return []
 
     @torch.no_grad()
-    def initialise(self, student: nn.Module, source: Source) -> None:
+    def initialise(self, student: nn.Module, reference: Reference) -> None:
         folder = expanded(self.artifact, "load_weights.artifact")
         made_by, asked = (
             [(plan.transform, plan.structure()) for plan in plans if not plan.loads_values]
@@ -86,7 +86,7 @@ class LoadWeights(Transform):
     def examples(cls) -> Sequence[Transform]:
         return (LoadWeights(artifact="an artifact that fits"),)
 
-    def plan(self, model: nn.Module, source: Source | None = None) -> LoadWeightsPlan:
+    def plan(self, model: nn.Module, reference: Reference | None = None) -> LoadWeightsPlan:
         return LoadWeightsPlan(artifact=self.artifact)
 
     def require_inputs(self) -> None:

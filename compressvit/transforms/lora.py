@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import nn
 
 from compressvit.errors import UserError
-from compressvit.fitting.moments import Source
+from compressvit.fitting.moments import Reference
 from compressvit.model import surgery
 from compressvit.model.backbone import describe, model_name, projection
 from compressvit.model.linear import weight_shape
@@ -134,7 +134,7 @@ class LoRA(Transform):
     def examples(cls) -> Sequence[Transform]:
         return (LoRA(rank=2, targets=("v", "fc1", "fc2")), LoRA(rank=2, alpha=1.0, targets=("fc1",)))
 
-    def plan(self, model: nn.Module, source: Source | None = None) -> LoRAPlan:
+    def plan(self, model: nn.Module, reference: Reference | None = None) -> LoRAPlan:
         backbone = describe(model)
         layers: dict[str, tuple[int, ...]] = {}
         sites = {t: _PLACE[t] for t in self.targets if _PLACE[t].partition(".")[0] in backbone.parts}

@@ -22,7 +22,7 @@ from torch import nn
 
 from compressvit.errors import UserError
 from compressvit.fitting.lowrank import TINY
-from compressvit.fitting.moments import Source
+from compressvit.fitting.moments import Reference
 from compressvit.model import surgery, ties
 from compressvit.model.backbone import Backbone, describe, share_groups
 from compressvit.model.family import BlockInfo
@@ -207,18 +207,18 @@ class MultiplexPlan(Plan):
         return changes
 
     @torch.no_grad()
-    def initialise(self, student: nn.Module, source: Source) -> None:
+    def initialise(self, student: nn.Module, reference: Reference) -> None:
         if self.init == "scratch":
             as_timm(student).init_weights()
         elif self.init == "mean":
             fitted = {name for plan in compression_of(student).plans for name in plan.fitted()}
             for group in self.groups:
-                # A block on its own keeps its values; they may be those of an earlier step's group, which are not `source`'s.
-                for names in _shared_names(source.model, group) if len(group) > 1 else ():
+                # A block on its own keeps its values; they may be those of an earlier step's group, which are not `reference`'s.
+                for names in _shared_names(reference.model, group) if len(group) > 1 else ():
                     if not fitted.isdisjoint(names):
                         continue  # an earlier low-rank step fitted this weight together with its private terms
                     # float64: the mean of equal tensors is then that tensor, to the bit
-                    mean = torch.stack([source.model.get_parameter(n).double() for n in names]).mean(dim=0)
+                    mean = torch.stack([reference.model.get_parameter(n).double() for n in names]).mean(dim=0)
                     student.get_parameter(names[0]).copy_(mean)
         for path in (path for group in self.groups for path in group):
             mixes = [f"{path}.attn.logit_mix", f"{path}.attn.prob_mix"] if self.head_mixing else []
@@ -228,16 +228,16 @@ class MultiplexPlan(Plan):
                 module.reset_identity() if self.form == "identity" else module.reset_noise()
 
     @torch.no_grad()
-    def errors(self, student: nn.Module, source: Source) -> dict[str, tuple[float, float | None]]:
+    def errors(self, student: nn.Module, reference: Reference) -> dict[str, tuple[float, float | None]]:
         """Of every block that shares: of all it shares together, but for what a low-rank step has fitted."""
         fitted = {name for plan in compression_of(student).plans for name in plan.fitted()}
         found: dict[str, tuple[float, float | None]] = {}
         for group in self.groups if self.init != "scratch" else ():
-            shared = [names for names in _shared_names(source.model, group) if fitted.isdisjoint(names)]
+            shared = [names for names in _shared_names(reference.model, group) if fitted.isdisjoint(names)]
             for path, *names in zip(group, *shared, strict=True) if shared and len(group) > 1 else ():
                 ours, theirs = (
                     torch.cat([model.get_parameter(name).cpu().double().flatten() for name in names])
-                    for model in (student, source.model)
+                    for model in (student, reference.model)
                 )
                 found[path] = ((ours - theirs).norm() / theirs.norm().clamp(min=TINY)).item(), None
         return found
@@ -312,7 +312,7 @@ class Multiplex(Transform):
             Multiplex(share=1, head_mixing=False, mlp_conv=5),
         )
 
-    def plan(self, model: nn.Module, source: Source | None = None) -> MultiplexPlan:
+    def plan(self, model: nn.Module, reference: Reference | None = None) -> MultiplexPlan:
         if self.head_mixing:
             describe(model, "slotted_attention")
         if self.mlp_conv:

@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import nn
 
 from compressvit.errors import UserError
-from compressvit.fitting.moments import Source
+from compressvit.fitting.moments import Reference
 from compressvit.transforms.adapters import AdaptersPlan
 from compressvit.transforms.base import Transform, transform
 from compressvit.transforms.bottleneck import (
@@ -149,7 +149,7 @@ class PHM(Transform):
     def examples(cls) -> Sequence[Transform]:
         return (cls(n=2, ratio=0.25),)
 
-    def plan(self, model: nn.Module, source: Source | None = None) -> PHMPlan:
+    def plan(self, model: nn.Module, reference: Reference | None = None) -> PHMPlan:
         widths = adapter_widths(model, self.name, self.places, None, self.ratio)
         require_divisible(self.name, self.n, widths, model)
         plan_class: Any = self.plan_class  # Compacter's is another

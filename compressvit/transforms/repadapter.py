@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import nn
 
 from compressvit.errors import UserError
-from compressvit.fitting.moments import Source
+from compressvit.fitting.moments import Reference
 from compressvit.model import surgery
 from compressvit.model.affine import merge_before_
 from compressvit.model.backbone import describe, model_name, projection
@@ -148,7 +148,7 @@ class RepAdapter(Transform):
     def examples(cls) -> Sequence[Transform]:
         return (RepAdapter(width=4, scale=0.5),)
 
-    def plan(self, model: nn.Module, source: Source | None = None) -> RepAdapterPlan:
+    def plan(self, model: nn.Module, reference: Reference | None = None) -> RepAdapterPlan:
         backbone = describe(model)
         parts = backbone.parts if self.place == "block" else tuple(p for p in backbone.parts if p == "attn")
         if not parts:

@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from compressvit.fitting.moments import Source
+from compressvit.fitting.moments import Reference
 from compressvit.model import surgery
 from compressvit.model.backbone import describe, head_names
 from compressvit.transforms.base import Transform, transform
@@ -83,7 +83,7 @@ class SSFPlan(TermPlan):
         return ScaleShift(bias.shape[0], first, **new_like(bias)), "+ scale and shift"
 
     @torch.no_grad()
-    def initialise(self, student: nn.Module, source: Source) -> None:
+    def initialise(self, student: nn.Module, reference: Reference) -> None:
         for term in self.terms(student).values():
             term.reset(self.std)
 
@@ -110,7 +110,7 @@ class SSF(Transform):
         description="Standard deviation of the initial values; 0 starts as the identity, the paper's code uses 0.02.",
     )
 
-    def plan(self, model: nn.Module, source: Source | None = None) -> SSFPlan:
+    def plan(self, model: nn.Module, reference: Reference | None = None) -> SSFPlan:
         describe(model)
         heads = head_names(model)
         of_steps = surgery.added_modules(model)  # earlier steps' own layers

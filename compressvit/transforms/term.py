@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import nn
 
 from compressvit.errors import UserError
-from compressvit.fitting.moments import Source
+from compressvit.fitting.moments import Reference
 from compressvit.model import surgery
 from compressvit.model.affine import owns_weight, refuse_tied
 from compressvit.transforms.base import LedgerEntry, Plan, record
@@ -83,7 +83,7 @@ class TermPlan(Plan):
         return {path: getattr(model.get_submodule(path), self.slot) for path in self.sites}
 
     @torch.no_grad()
-    def initialise(self, student: nn.Module, source: Source) -> None:
+    def initialise(self, student: nn.Module, reference: Reference) -> None:
         for term in self.terms(student).values():
             term.reset()
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from compressvit.fitting.moments import Source
+from compressvit.fitting.moments import Reference
 from compressvit.model.backbone import describe, projection
 from compressvit.model.linear import weight_shape
 from compressvit.transforms.base import TRANSFORMERS_ONLY, Transform, transform
@@ -95,7 +95,7 @@ class IA3(Transform):
     freezes = True
     refuses = TRANSFORMERS_ONLY
 
-    def plan(self, model: nn.Module, source: Source | None = None) -> IA3Plan:
+    def plan(self, model: nn.Module, reference: Reference | None = None) -> IA3Plan:
         paths = [info.path for info in describe(model, "attention").blocks]
         qkv, fc2 = ([f"{path}.{place}" for path in paths] for place in ("attn.qkv", "mlp.fc2"))
         for path in (*qkv, *fc2):

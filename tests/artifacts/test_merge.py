@@ -16,7 +16,7 @@ from timm.layers import StdConv2d
 from torch import Tensor, nn
 
 from compressvit.errors import UserError
-from compressvit.model.affine import PaddedConv2d, merge_before_, merge_behind_
+from compressvit.model.affine import PaddedConv2d, merge_after_, merge_before_
 from compressvit.model.backbone import family_of
 from compressvit.model.surgery import added_parameters, fill_slot, skeleton, specialise
 from compressvit.transforms import SSF, Adapters, FacT, LoRA, LowRank, Multiplex, RepAdapter, Transform
@@ -150,15 +150,15 @@ def test_a_map_behind_a_layer_goes_into_it(name):
     r, c = affine(OUT)
     for _ in range(2):  # the second time behind a `PaddedConv2d`, where there is one
         expected = mapped(run(layer, x), r, c, channels)
-        merge_behind_(layer, r, c)
+        merge_after_(layer, r, c)
         assert relative(run(layer, x), expected) < 1e-5  # measured 3e-7
         merge_before_(layer, *affine(IN))
     bare, x, channels = layer_of(name, bias=False)
     expected = mapped(run(bare, x), r, 0 * c, channels)
-    merge_behind_(bare, r, 0 * c)
+    merge_after_(bare, r, 0 * c)
     assert relative(run(bare, x), expected) < 1e-5  # measured 3e-7
     with pytest.raises(UserError, match="has no bias"):
-        merge_behind_(bare, r, c)
+        merge_after_(bare, r, c)
 
 
 @pytest.mark.parametrize("groups", [2, IN])
@@ -168,11 +168,11 @@ def test_grouped_convolutions_take_a_scale_and_shift_behind_and_nothing_before(g
     with pytest.raises(UserError, match=rf"convolution of {groups} groups would make it dense; put the adapter after"):
         merge_before_(layer, r, c)
     with pytest.raises(UserError, match=rf"convolution of {groups} groups would make it dense; only a scale and shift"):
-        merge_behind_(layer, r, c)
+        merge_after_(layer, r, c)
     assert same_values(values(layer), before)
     r = torch.diag(r.diagonal())
     expected = mapped(run(layer, IMAGE), r, c, 1)
-    merge_behind_(layer, r, c)
+    merge_after_(layer, r, c)
     assert relative(run(layer, IMAGE), expected) < 1e-5  # measured 8e-8
 
 
@@ -211,7 +211,7 @@ def test_a_layer_that_computes_with_more_than_its_weight_is_refused(name):
         merge_before_(layer, *affine(IN))
     if name != "unfused":
         with pytest.raises(UserError, match=r"merging after .* would not be exact: it computes with more"):
-            merge_behind_(layer, *affine(OUT))
+            merge_after_(layer, *affine(OUT))
     if name in ("factored", "shared", "parametrised"):
         with pytest.raises(
             UserError, match=r"nothing can be added to the weight of a .* low rank; fold that step first"
@@ -222,7 +222,7 @@ def test_a_layer_that_computes_with_more_than_its_weight_is_refused(name):
 
 def test_other_layers_and_maps_are_refused_by_name():
     for kind in (nn.LayerNorm(IN), nn.ReLU()):
-        for merge, where in ((merge_before_, "before"), (merge_behind_, "after")):
+        for merge, where in ((merge_before_, "before"), (merge_after_, "after")):
             with pytest.raises(UserError, match=rf"merging {where} a {type(kind).__name__} is not defined"):
                 merge(kind, *affine(IN))
     layer, _, _ = layer_of("padded")

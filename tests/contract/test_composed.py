@@ -86,14 +86,14 @@ def test_loaded_weights_are_resampled_to_another_resolution(backbone, tmp_path):
     larger = {**args, "img_size": 64} | ({"window_size": 8} if backbone == "swin" else {})
     small = artifact.save(compress(build(backbone, seed=9), [spec]), tmp_path / "small")
     made = compress(timm.create_model(architecture, **larger).eval(), [spec, LoadWeights(artifact=str(small))])
-    source = artifact.load(small)
+    reference = artifact.load(small)
     resampled = {"vit": "pos_embed", "swin": "relative_position_bias_table"}[backbone]
     kept = 0
     for name, tensor in made.state_dict().items():
         if name.endswith(resampled):
-            assert tensor.shape != source.state_dict()[name].shape
+            assert tensor.shape != reference.state_dict()[name].shape
         else:
-            assert torch.equal(tensor, source.state_dict()[name]), name
+            assert torch.equal(tensor, reference.state_dict()[name]), name
             kept += 1
     assert kept > 40
     assert outputs(made, images_for(made)).isfinite().all()

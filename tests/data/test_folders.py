@@ -125,7 +125,7 @@ def test_unlabeled_images_are_held_out_by_position(tmp_path):
     (tmp_path / "notes.txt").write_text("not an image")
     data = Data(name="images", root=str(tmp_path), val_fraction=0.2, batch_size=4)
     datasets = open_data(data)
-    assert (datasets.num_classes, datasets.class_names, datasets.labeled) == (None, None, False)
+    assert (datasets.num_classes, datasets.class_names, datasets.labelled) == (None, None, False)
     assert (len(datasets.train), len(datasets.validation)) == (16, 4)
     train = [datasets.train.name(i) for i in range(16)]
     held_out = [datasets.validation.name(i) for i in range(4)]

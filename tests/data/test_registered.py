@@ -70,7 +70,7 @@ def test_a_new_set_without_labels_has_none(registered):
     data = Data(name="snaps", batch_size=4, limit_val=2)
     assert not data.labelled
     datasets = open_data(data)
-    assert (len(datasets.train), len(datasets.validation), datasets.num_classes, datasets.labeled) == (
+    assert (len(datasets.train), len(datasets.validation), datasets.num_classes, datasets.labelled) == (
         12,
         2,
         None,

@@ -88,7 +88,7 @@ def test_digits_are_split_by_class_and_always_alike():
     data = Data(name="digits")
     first, second = open_data(data), open_data(data)
     assert (len(first.train), len(first.validation)) == (1437, 360)
-    assert (first.num_classes, first.class_names, first.labeled) == (10, list("0123456789"), True)
+    assert (first.num_classes, first.class_names, first.labelled) == (10, list("0123456789"), True)
     assert torch.equal(first.train.source.data, second.train.source.data)
     assert first.validation.source.targets.bincount().min() >= 33
     image, target = first.train[0]

@@ -11,7 +11,7 @@ from compressvit import Align, LowRank, compress
 from compressvit.diagnostics.similarity import sharing_finding, sharing_losses
 from compressvit.diagnostics.spectra import effective_rank, singular_values, spectra_findings
 from compressvit.errors import UserError
-from compressvit.fitting.moments import Source
+from compressvit.fitting.moments import Reference
 
 
 def test_effective_rank_counts_directions():
@@ -77,24 +77,25 @@ def test_with_images_it_is_the_outputs_that_count():
         second.weight.copy_(first.weight)
         second.weight[:, 3:] += 1.0
     found = {
-        (r["layer"], r["block"], r["other"]): r["loss"] for r in sharing_losses(model, source=Source(model, images))
+        (r["layer"], r["block"], r["other"]): r["loss"]
+        for r in sharing_losses(model, reference=Reference(model, images))
     }
     pair = ("attn.qkv", "blocks.0", "blocks.1")
     assert found[pair] < 1e-4
     assert next(r["loss"] for r in sharing_losses(model) if (r["layer"], r["block"], r["other"]) == pair) > 0.1
     assert all(0 < loss < 1 for (_, one, other), loss in found.items() if {one, other} == {"blocks.2", "blocks.3"})
     with pytest.raises(UserError, match="give one"):
-        sharing_losses(model, source=Source(model, images), aligned=True)
+        sharing_losses(model, reference=Reference(model, images), aligned=True)
 
 
 def test_the_shared_weight_is_the_best_one():
     model = build("vit")
     images = images_for(model, 64)
-    source = Source(model, images)
-    found = {(r["layer"], r["block"], r["other"]): r["loss"] for r in sharing_losses(model, source=source)}
+    reference = Reference(model, images)
+    found = {(r["layer"], r["block"], r["other"]): r["loss"] for r in sharing_losses(model, reference=reference)}
     paths = ["blocks.1.mlp.fc1", "blocks.3.mlp.fc1"]
-    moments = [source.moments([path], outputs=False)[path].inputs.double() for path in paths]
-    weights = [source.weight(path) for path in paths]
+    moments = [reference.moments([path], outputs=False)[path].inputs.double() for path in paths]
+    weights = [reference.weight(path) for path in paths]
 
     def error(shared):
         lost = sum(((w - shared) @ s @ (w - shared).mT).trace() for w, s in zip(weights, moments, strict=True))
@@ -133,5 +134,5 @@ def test_layers_that_see_nothing_lose_nothing():
         for block in model.blocks:
             block.norm1.weight.zero_()
             block.norm1.bias.zero_()
-    found = sharing_losses(model, source=Source(model, images_for(model, 16)))
+    found = sharing_losses(model, reference=Reference(model, images_for(model, 16)))
     assert all(record["loss"] == 0 for record in found if record["layer"] == "attn.qkv")

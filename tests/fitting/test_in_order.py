@@ -16,7 +16,7 @@ from compressvit import LORS, AdaptFormer, LowRank, Multiplex
 from compressvit.errors import UserError
 from compressvit.fitting import in_order
 from compressvit.fitting.in_order import BRANCHES, LayerFit, fit_in_order
-from compressvit.fitting.moments import Source
+from compressvit.fitting.moments import Reference
 from compressvit.fitting.regression import Regression
 from compressvit.transforms.applying import compress, transform_
 from compressvit.transforms.record import compression_of
@@ -198,7 +198,7 @@ def test_the_ledger_has_the_errors_that_were_fitted():
 def test_one_source_for_two_students_keeps_nothing_of_the_first():
     teacher = build("headless")
     images = images_for(teacher, 32)
-    together, errors = Source(copy.deepcopy(teacher), images), []
+    together, errors = Reference(copy.deepcopy(teacher), images), []
     for spec in (LowRank(rank=4), LORS(rank=8, share=2), LowRank(rank=20, sequential=False)):
         alone, shared = copy.deepcopy(teacher), copy.deepcopy(teacher)
         torch.manual_seed(0)
@@ -310,10 +310,10 @@ def test_numbers_that_are_not_finite_are_named():
 
 def test_a_class_token_counts_as_much_as_its_gradient_says():
     teacher = build("headless")
-    found = Source(copy.deepcopy(teacher), images_for(teacher, 32)).moments(["blocks.3.mlp.fc2"], outputs=True)
+    found = Reference(copy.deepcopy(teacher), images_for(teacher, 32)).moments(["blocks.3.mlp.fc2"], outputs=True)
     patches = teacher.patch_embed.num_patches
     # at the last layer the class token's share of the loss is all that tells it from a patch
     assert patches / 4 < found["blocks.3.mlp.fc2"].prefix_weight <= patches
     swin = build("swin")
     path = "layers.1.blocks.3.mlp.fc2"
-    assert Source(copy.deepcopy(swin), images_for(swin, 8)).moments([path], outputs=True)[path].prefix_weight == 1.0
+    assert Reference(copy.deepcopy(swin), images_for(swin, 8)).moments([path], outputs=True)[path].prefix_weight == 1.0

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 
 from compressvit.fitting.lowrank import TINY
-from compressvit.fitting.moments import Source
+from compressvit.fitting.moments import Reference
 from compressvit.transforms.low_rank.budget import Group
 
 
-def group_by_similarity(paths: Sequence[str], count: int, source: Source, kind: str, ridge: float) -> list[Group]:
+def group_by_similarity(paths: Sequence[str], count: int, reference: Reference, kind: str, ridge: float) -> list[Group]:
     """Put layers of one shape into `count` groups of layers that lose least by sharing one weight, wherever in the model they are.
 
     Average-linkage clustering; the distance of two layers is the difference of their weights in the mean of their metrics, relative to
@@ -21,7 +21,7 @@ def group_by_similarity(paths: Sequence[str], count: int, source: Source, kind: 
     Args:
         paths: linear layers of one shape.
         count: from 1 to the number of layers.
-        source: their values and moments.
+        reference: their values and moments.
         kind: 'weights' or 'inputs'.
         ridge: of the metric.
     """
@@ -30,8 +30,8 @@ def group_by_similarity(paths: Sequence[str], count: int, source: Source, kind: 
 
     if count >= len(paths):
         return [(path,) for path in paths]
-    metrics = source.metrics(paths, kind, ridge, 0.0)
-    weights = [source.weight(path) for path in paths]
+    metrics = reference.metrics(paths, kind, ridge, 0.0)
+    weights = [reference.weight(path) for path in paths]
     own = [metrics[path].squared_norm(weight) for path, weight in zip(paths, weights, strict=True)]
     distances = torch.zeros(len(paths), len(paths), dtype=torch.float64)
     for i in range(len(paths)):

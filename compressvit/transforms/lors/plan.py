@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from compressvit.fitting.lowrank import fit_shared, spectrum
-from compressvit.fitting.moments import Source
+from compressvit.fitting.moments import Reference
 from compressvit.model import surgery, ties
 from compressvit.transforms.claims import Claim, drops, tie
 from compressvit.transforms.lors.layers import LowRankTerm, SharedLowRankLinear
@@ -67,14 +67,14 @@ class LORSPlan(RankPlan):
         surgery.fill_slot(model, path, "low_rank", term)
 
     @torch.no_grad()
-    def initialise(self, student: nn.Module, source: Source) -> None:
+    def initialise(self, student: nn.Module, reference: Reference) -> None:
         layers: dict[str, Any] = {path: student.get_submodule(path) for path in self.paths}
         if self.init == "scratch":
             self._start_from_noise(layers)
             return
-        metrics = source.metrics(self.paths, self.metric, self.ridge, self.output_ridge)
+        metrics = reference.metrics(self.paths, self.metric, self.ridge, self.output_ridge)
         for group in self.groups:
-            weights = [source.weight(path) for path in group]
+            weights = [reference.weight(path) for path in group]
             ranks = [self.ranks[path] for path in group]
             measures = [metrics[path] for path in group]
             if len(group) == 1:
@@ -101,8 +101,8 @@ class LORSPlan(RankPlan):
             elif self.ranks[path]:
                 layer.low_rank.reset_zero()
 
-    def errors(self, student: nn.Module, source: Source) -> dict[str, tuple[float, float | None]]:
-        return {} if self.init == "scratch" else super().errors(student, source)
+    def errors(self, student: nn.Module, reference: Reference) -> dict[str, tuple[float, float | None]]:
+        return {} if self.init == "scratch" else super().errors(student, reference)
 
     def fitted(self) -> set[str]:
         return factor_names(self._alone) | {f"{path}.weight" for path in self.paths if path not in self._alone}

@@ -20,7 +20,7 @@ from torch import nn
 
 from compressvit.errors import UserError
 from compressvit.fitting.allocate import Budget
-from compressvit.fitting.moments import Source
+from compressvit.fitting.moments import Reference
 from compressvit.model import ties
 from compressvit.model.backbone import Backbone, describe, share_groups
 from compressvit.model.linear import weight_shape
@@ -130,30 +130,32 @@ class LORS(RankStep):
             LORS(rank=2, targets=("attn.qkv", "attn.proj"), init="scratch"),
         )
 
-    def plan(self, model: nn.Module, source: Source | None = None) -> LORSPlan:
+    def plan(self, model: nn.Module, reference: Reference | None = None) -> LORSPlan:
         backbone = describe(model, "attention")
         targets = self.find_targets(model, backbone)
         self._refuse_shapes(model, backbone, targets)
         if self.share == "auto" or self.group_by == "similarity":
             require_free(model, self.name, [regroups("", "lors (share: auto, group_by: similarity)")])
-        if source is not None and self.group_by == "similarity" and self.metric != "weights":
+        if reference is not None and self.group_by == "similarity" and self.metric != "weights":
             every = [f"{block.path}.{target}" for block in backbone.blocks for target in targets]
             # all in one pass over the images, for whatever comes of it
-            source.moments(every, outputs=self.metric == "outputs" or (self.metric == "auto" and self.share == "auto"))
+            reference.moments(
+                every, outputs=self.metric == "outputs" or (self.metric == "auto" and self.share == "auto")
+            )
         if not self.budget:
             assert self.share != "auto"  # refused without a budget
-            found = [g for target in targets for g in self._groups(model, backbone, target, self.share, source)]
+            found = [g for target in targets for g in self._groups(model, backbone, target, self.share, reference)]
             # a layer that is like no other shares with none, which is no reason to take its weight away
             groups = [g for g in found if len(g) > 1 or self.group_by != "similarity"]
             ranks = self._ranks(model, backbone, groups)
             self._refuse_conflicts(model, groups, ranks)
             return self.resolved(groups, ranks, dense=[path for g in found if g not in groups for path in g])
-        choices = [ways for target in targets for ways in self._choices(model, backbone, target, source)]
+        choices = [ways for target in targets for ways in self._choices(model, backbone, target, reference)]
         every = [path for ways in choices for group in ways[0] for path in group]
         groups = [group for ways in choices for group in ways[0]]
         self._refuse_conflicts(model, groups, dict.fromkeys(every, 0))
-        spending = Spending(self, model, source, every)
-        if self.share == "auto" and source is not None:
+        spending = Spending(self, model, reference, every)
+        if self.share == "auto" and reference is not None:
             groups = spending.choose(choices)
         chosen = spending.ranks(groups)
         kept = [g for g in groups if chosen[g[0]] is not None]
@@ -180,14 +182,14 @@ class LORS(RankStep):
         return "inputs" if any(len(g) > 1 for g in groups) else "outputs"
 
     def _choices(
-        self, model: nn.Module, backbone: Backbone, target: str, source: Source | None
+        self, model: nn.Module, backbone: Backbone, target: str, reference: Reference | None
     ) -> list[list[list[tuple[str, ...]]]]:
         """For every stage, the ways to group its layers called `target`: one, or with `share: auto` every one that divides it."""
         depths = [len(stage) for stage in backbone.stages]
         shares: list[Any] = [self.share]
         if self.share == "auto":
             shares = [tuple(math.gcd(d, n) for d in depths) for n in range(1, max(depths) + 1)]
-        groupings = [self._groups(model, backbone, target, share, source) for share in dict.fromkeys(shares)]
+        groupings = [self._groups(model, backbone, target, share, reference) for share in dict.fromkeys(shares)]
         choices = []
         for stage in backbone.stages:
             paths = {f"{block.path}.{target}" for block in stage}
@@ -201,7 +203,7 @@ class LORS(RankStep):
         backbone: Backbone,
         target: str,
         share: int | tuple[int, ...] | None,
-        source: Source | None,
+        reference: Reference | None,
     ) -> list[Group]:
         """The layers called `target`, grouped by `share`."""
         stages = [tuple(f"{block.path}.{target}" for block in stage) for stage in backbone.stages]
@@ -210,13 +212,15 @@ class LORS(RankStep):
             tied = [tuple(n.removesuffix(".weight") for n in g) for g in ties.tied_groups(model) if set(g) <= names]
             return tied or [stage for stage in stages if len(stage) > 1]
         consecutive = [tuple(f"{path}.{target}" for path in g) for g in share_groups(model, share, "lors.share")]
-        if self.group_by == "consecutive" or source is None:
+        if self.group_by == "consecutive" or reference is None:
             return consecutive
         kind = "weights" if self.metric == "weights" else "inputs"
         return [
             group
             for stage in stages
-            for group in group_by_similarity(stage, sum(g[0] in stage for g in consecutive), source, kind, self.ridge)
+            for group in group_by_similarity(
+                stage, sum(g[0] in stage for g in consecutive), reference, kind, self.ridge
+            )
         ]
 
     def _ranks(self, model: nn.Module, backbone: Backbone, groups: Sequence[Group]) -> dict[str, int]:

@@ -15,7 +15,7 @@ from compressvit.errors import UserError, did_you_mean
 from compressvit.fitting.allocate import Budget
 from compressvit.fitting.in_order import LayerFit
 from compressvit.fitting.lowrank import TINY, Metric, cholesky, spectrum
-from compressvit.fitting.moments import Source
+from compressvit.fitting.moments import Reference
 from compressvit.fitting.regression import Regression
 from compressvit.model import surgery, ties
 from compressvit.model.backbone import Backbone, model_name
@@ -69,25 +69,25 @@ class RankPlan(Plan):
             LedgerEntry(path, "stays dense", count, count) for path, count in whole.items()
         ]
 
-    def layer_fits(self, student: nn.Module, source: Source) -> dict[str, LayerFit]:
+    def layer_fits(self, student: nn.Module, reference: Reference) -> dict[str, LayerFit]:
         """Low-rank factors and biases are fitted again to what the fitted layers before them produce."""
         if not (self.sequential and self.paths):
             return {}
         by_gradient = self.metric == "outputs"
-        moments = source.moments(self.paths, outputs=by_gradient)
-        if source.too_alike:
+        moments = reference.moments(self.paths, outputs=by_gradient)
+        if reference.too_alike:
             return {}
         shared = {name for group in ties.tied_groups(student) for name in group}
         return {
             path: LayerFit(
-                partial(self._fit, student.get_submodule(path), path, f"{path}.bias" not in shared, source),
+                partial(self._fit, student.get_submodule(path), path, f"{path}.bias" not in shared, reference),
                 moments[path].prefix_weight if by_gradient else 1.0,
             )
             for path in self.paths
         }
 
     def _fit(
-        self, target: Any, path: str, own_bias: bool, source: Source, working: Any, regression: Regression
+        self, target: Any, path: str, own_bias: bool, reference: Reference, working: Any, regression: Regression
     ) -> float:
         """Fit one layer of the working copy and give `target`, the student's, the same values; returns the error that is left."""
         zeros = torch.zeros(working.out_features, dtype=torch.float64)
@@ -96,9 +96,9 @@ class RankPlan(Plan):
         if self.ranks[path]:
             # what stands beside the factors: the shared weight, or nothing
             fixed: Any = working.weight.cpu().double() if isinstance(working, nn.Linear) else 0.0
-            wanted, moment = regression.solve(source.weight(path), None if free else bias)
+            wanted, moment = regression.solve(reference.weight(path), None if free else bias)
             ridge = self.output_ridge if self.metric == "outputs" else None
-            outer = source.moments([path], outputs=False)[path].output_factor(ridge, regression.scale)
+            outer = reference.moments([path], outputs=False)[path].output_factor(ridge, regression.scale)
             factors = spectrum(wanted - fixed, Metric(cholesky(moment, self.ridge), outer)).factors(self.ranks[path])
             for layer in (working, target):
                 layer.set_factors(*factors)
@@ -110,11 +110,11 @@ class RankPlan(Plan):
         return regression.error(whole, bias)
 
     @torch.no_grad()
-    def errors(self, student: nn.Module, source: Source) -> dict[str, tuple[float, float | None]]:
-        measures = source.metrics(self.paths, "inputs", 0.0, 0.0) if self.metric != "weights" else {}
+    def errors(self, student: nn.Module, reference: Reference) -> dict[str, tuple[float, float | None]]:
+        measures = reference.metrics(self.paths, "inputs", 0.0, 0.0) if self.metric != "weights" else {}
         result = {}
         for path in self.paths:
-            wanted = source.weight(path)
+            wanted = reference.weight(path)
             lost = wanted - effective_weight(student.get_submodule(path)).cpu().double()
             output_error = None
             if path in measures:

@@ -11,7 +11,7 @@ from torch import nn
 
 from compressvit.fitting.allocate import Budget, Curve, allocate, least_cost, spend
 from compressvit.fitting.lowrank import TINY, fit_shared, spectrum
-from compressvit.fitting.moments import Source, tokens_at
+from compressvit.fitting.moments import Reference, tokens_at
 from compressvit.model import cost, surgery, ties
 from compressvit.model.backbone import input_size
 from compressvit.model.cost import header_bytes
@@ -69,13 +69,13 @@ class Spending:
     Args:
         spec: the step, with a budget.
         model: what earlier transforms made of it, possibly on the meta device.
-        source: where errors come from; without it all are assumed equal, and ranks are uniform.
+        reference: where errors come from; without it all are assumed equal, and ranks are uniform.
         paths: the layers.
     """
 
-    def __init__(self, spec: Spender, model: nn.Module, source: Source | None, paths: Sequence[str]):
+    def __init__(self, spec: Spender, model: nn.Module, reference: Reference | None, paths: Sequence[str]):
         assert spec.budget is not None
-        self.spec, self.budget, self.model, self.source = spec, spec.budget, model, source
+        self.spec, self.budget, self.model, self.reference = spec, spec.budget, model, reference
         self.layers: dict[str, Any] = {path: model.get_submodule(path) for path in paths}
         self.tokens = tokens_at(model, paths)
         itemsize = next(model.parameters()).element_size()
@@ -94,7 +94,7 @@ class Spending:
             self._curves(groups, self.spec.metric_for(groups)),
             fixed=self._fixed(groups),
             of_teacher=self._of_teacher(),
-            by_error=self.source is not None,
+            by_error=self.reference is not None,
             asker=self.spec.name,
         )
 
@@ -167,14 +167,14 @@ class Spending:
         return self.unit * original_parameters(self.model) + headers
 
     def errors_by_rank(self, group: Group, kind: str) -> list[list[float]] | None:
-        """For every layer of a group, the error that a term of rank 0, 1, … leaves; None without a source."""
-        if self.source is None:
+        """For every layer of a group, the error that a term of rank 0, 1, … leaves; None without a reference."""
+        if self.reference is None:
             return None
         if (group, kind) not in self._errors:
             if kind != "weights":  # of all layers in one pass over the images
-                self.source.moments(list(self.layers), outputs=kind == "outputs")
-            metrics = self.source.metrics(group, kind, self.spec.ridge, self.spec.output_ridge)
-            weights = [self.source.weight(path) for path in group]
+                self.reference.moments(list(self.layers), outputs=kind == "outputs")
+            metrics = self.reference.metrics(group, kind, self.spec.ridge, self.spec.output_ridge)
+            weights = [self.reference.weight(path) for path in group]
             measures = [metrics[path] for path in group]
             first = self.spec.init == "first"
             shared = 0 if len(group) == 1 else weights[0] if first else fit_shared(weights, measures)[0]

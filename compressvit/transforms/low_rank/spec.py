@@ -19,7 +19,7 @@ from torch import nn
 
 from compressvit.errors import UserError
 from compressvit.fitting.lowrank import spectrum
-from compressvit.fitting.moments import Source
+from compressvit.fitting.moments import Reference
 from compressvit.model.backbone import describe
 from compressvit.transforms.base import TRANSFORMERS_ONLY, Transform, transform
 from compressvit.transforms.claims import Claim, drops
@@ -46,19 +46,19 @@ class LowRankPlan(RankPlan):
         return dropped(model, self.paths)
 
     @torch.no_grad()
-    def initialise(self, student: nn.Module, source: Source) -> None:
+    def initialise(self, student: nn.Module, reference: Reference) -> None:
         if self.init == "fit":
-            metrics = source.metrics(self.paths, self.metric, self.ridge, self.output_ridge)
+            metrics = reference.metrics(self.paths, self.metric, self.ridge, self.output_ridge)
         for path, rank in self.ranks.items():
             layer = student.get_submodule(path)
             assert isinstance(layer, FactoredLinear)
             if self.init == "fit":
-                layer.set_factors(*spectrum(source.weight(path), metrics[path]).factors(rank))
+                layer.set_factors(*spectrum(reference.weight(path), metrics[path]).factors(rank))
             else:
                 start_from_noise_(layer)
 
-    def errors(self, student: nn.Module, source: Source) -> dict[str, tuple[float, float | None]]:
-        return super().errors(student, source) if self.init == "fit" else {}
+    def errors(self, student: nn.Module, reference: Reference) -> dict[str, tuple[float, float | None]]:
+        return super().errors(student, reference) if self.init == "fit" else {}
 
     def fitted(self) -> set[str]:
         return factor_names(self.paths)
@@ -99,14 +99,14 @@ class LowRank(RankStep):
     def examples(cls) -> Sequence[Transform]:
         return (LowRank(rank=2, metric="weights"), LowRank(rank=3, targets=("mlp.*",), init="scratch"))
 
-    def plan(self, model: nn.Module, source: Source | None = None) -> LowRankPlan:
+    def plan(self, model: nn.Module, reference: Reference | None = None) -> LowRankPlan:
         backbone = describe(model, "attention")
         targets = self.find_targets(model, backbone)
         paths = [f"{block.path}.{target}" for target in targets for block in backbone.blocks]
         groups: list[Group] = [(path,) for path in paths]
         if self.budget:
             self._refuse(model, dict.fromkeys(paths, 1))
-            chosen = Spending(self, model, source, paths).ranks(groups)
+            chosen = Spending(self, model, reference, paths).ranks(groups)
             ranks = {path: rank for path, rank in chosen.items() if rank is not None}
             return self._resolved(ranks, dense=[path for path, rank in chosen.items() if rank is None])
         of_block = self.per_block(model, backbone, "rank")

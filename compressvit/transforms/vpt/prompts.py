@@ -47,8 +47,8 @@ class Prompts(nn.Module):
         return F.dropout(self.tokens.expand(batch, -1, -1), self.dropout, self.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        before, behind = x.tensor_split([self.at], dim=1)
-        return torch.cat([before, self.of(len(x)), behind], dim=1)
+        before, after = x.tensor_split([self.at], dim=1)
+        return torch.cat([before, self.of(len(x)), after], dim=1)
 
 
 class DropPrompts(nn.Module):
@@ -64,8 +64,8 @@ class DropPrompts(nn.Module):
         self.count, self.at = count, at
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        before, _, behind = x.tensor_split([self.at, self.at + self.count], dim=1)
-        return torch.cat([before, behind], dim=1) if self.at else behind
+        before, _, after = x.tensor_split([self.at, self.at + self.count], dim=1)
+        return torch.cat([before, after], dim=1) if self.at else after
 
     def widen(self, mask: torch.Tensor | None) -> torch.Tensor | None:
         """A mask or bias of the logits for N+P tokens: prompts are seen by all and see all, or where it is one of keys what it lets.
@@ -76,11 +76,11 @@ class DropPrompts(nn.Module):
             return None
         dims = (-1, -2) if mask.shape[-2] == mask.shape[-1] else (-1,)
         for dim in dims:
-            before, behind = mask.tensor_split([self.at], dim=dim)
+            before, after = mask.tensor_split([self.at], dim=dim)
             shape = list(mask.shape)
             shape[dim] = self.count
             open_to_all = mask.new_full(shape, mask.dtype == torch.bool)  # True, or nothing added to the logits
-            mask = torch.cat([before, open_to_all, behind], dim=dim)
+            mask = torch.cat([before, open_to_all, after], dim=dim)
         return mask
 
 

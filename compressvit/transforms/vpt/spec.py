@@ -30,7 +30,7 @@ from pydantic import Field
 from torch import nn
 
 from compressvit.errors import UserError
-from compressvit.fitting.moments import Source
+from compressvit.fitting.moments import Reference
 from compressvit.model import surgery
 from compressvit.model.backbone import Backbone, describe, model_name
 from compressvit.transforms.base import LedgerEntry, Plan, Transform, record, transform
@@ -100,20 +100,20 @@ class VPTPlan(Plan):
         kind, drop = (GridPrompts, DropPromptRows) if windows and not self.deep else (Prompts, DropPrompts)
         prompts = kind(self.prompts, width, at, self.dropout, device=like.device, dtype=like.dtype)
         if not self.deep:
-            enter, leave, behind = path, WithoutPrompts, backbone.blocks[-1].path
+            enter, leave, after = path, WithoutPrompts, backbone.blocks[-1].path
             surgery.extend(model, "", SwinWithTravellingPrompts if windows else WithTravellingPrompts)
         elif windows:
-            enter, leave, behind = path, PromptedWindowAttention, f"{path}.attn"
+            enter, leave, after = path, PromptedWindowAttention, f"{path}.attn"
         else:
-            enter, leave, behind = f"{path}.norm1", PromptedAttention, f"{path}.attn"
+            enter, leave, after = f"{path}.norm1", PromptedAttention, f"{path}.attn"
         surgery.extend(model, enter, PromptedSwinBlock if windows and self.deep else WithPrompts)
         surgery.fill_slot(model, enter, "vpt", prompts)
-        surgery.extend(model, behind, leave)
-        surgery.fill_slot(model, behind, "vpt_end", drop(self.prompts, at))
-        return f"+ {self.prompts} prompts" + (f", as far as {behind}" * (not self.deep))
+        surgery.extend(model, after, leave)
+        surgery.fill_slot(model, after, "vpt_end", drop(self.prompts, at))
+        return f"+ {self.prompts} prompts" + (f", as far as {after}" * (not self.deep))
 
     @torch.no_grad()
-    def initialise(self, student: nn.Module, source: Source) -> None:
+    def initialise(self, student: nn.Module, reference: Reference) -> None:
         patch_embed: Any = student.patch_embed
         height, width = patch_embed.patch_size
         prompts = [module for module in student.modules() if isinstance(module, Prompts)]
@@ -155,7 +155,7 @@ class VPT(Transform):
     def examples(cls) -> Sequence[Transform]:
         return (VPT(prompts=3), VPT(prompts=2, dropout=0.1))
 
-    def plan(self, model: nn.Module, source: Source | None = None) -> VPTPlan:
+    def plan(self, model: nn.Module, reference: Reference | None = None) -> VPTPlan:
         backbone = describe(model)
         if "attn" not in backbone.parts:
             raise UserError(

@@ -17,7 +17,7 @@ from compressvit.artifacts import artifact
 from compressvit.errors import UserError
 from compressvit.fitting.allocate import Budget, Curve, allocate, uniform
 from compressvit.fitting.lowrank import spectrum
-from compressvit.fitting.moments import Source
+from compressvit.fitting.moments import Reference
 from compressvit.model import cost, surgery, ties
 from compressvit.model.backbone import input_size
 from compressvit.transforms.applying import compress
@@ -124,7 +124,7 @@ def test_ranks_by_error_are_closer_than_uniform_ones():
         LowRank(budget=Budget(parameters=0.54)).plan(teacher),
     )  # uniform, without values
     plan.apply(even)
-    plan.initialise(even, Source(teacher, images))
+    plan.initialise(even, Reference(teacher, images))
     assert ties.count_parameters(student) <= ties.count_parameters(even)
     gaps = [(m.forward_features(images) - teacher.forward_features(images)).norm() for m in (student, even)]
     assert gaps[0] < 0.9 * gaps[1]  # measured 0.74
@@ -197,17 +197,17 @@ def test_stages_of_many_tokens_count_for_as_much_as_they_cost():
     """Swin's first stage has more tokens than its last: the estimate of what the model loses is of one scale in both."""
     teacher = build("swin")
     images = images_for(teacher, 64)
-    source = Source(copy.deepcopy(teacher), images)
+    reference = Reference(copy.deepcopy(teacher), images)
     spec = LowRank(budget=Budget(parameters=0.5))
     paths = [n for n, _ in teacher.named_modules() if n.endswith(("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"))]
-    metrics = source.metrics(paths, "outputs", spec.ridge, spec.output_ridge)
-    spending = Spending(spec, teacher, source, paths)
+    metrics = reference.metrics(paths, "outputs", spec.ridge, spec.output_ridge)
+    spending = Spending(spec, teacher, reference, paths)
     exact = copy.deepcopy(teacher).double()
     expected = outputs(exact, images.double()).log_softmax(-1)
     found: dict[str, list[float]] = {"layers.0": [], "layers.1": []}
     for path in paths:
-        rank = min(source.weight(path).shape) // 2
-        up, down = spectrum(source.weight(path), metrics[path]).factors(rank)
+        rank = min(reference.weight(path).shape) // 2
+        up, down = spectrum(reference.weight(path), metrics[path]).factors(rank)
         student = copy.deepcopy(exact)
         with torch.no_grad():
             student.get_submodule(path).weight.copy_(up @ down)

@@ -11,7 +11,7 @@ from helpers.models import build, images_for, outputs
 
 from compressvit import LORS
 from compressvit.fitting.allocate import Budget
-from compressvit.fitting.moments import Source
+from compressvit.fitting.moments import Reference
 from compressvit.transforms.applying import compress
 from compressvit.transforms.low_rank.budget import Spending
 from compressvit.transforms.record import compression_of
@@ -59,7 +59,7 @@ def test_the_errors_of_all_layers_take_one_pass_over_the_images(kind):
         return images.split(8)
 
     spending = Spending(
-        LORS(share=2, budget=Budget(parameters=0.8)), teacher, Source(copy.deepcopy(teacher), batches), PATHS
+        LORS(share=2, budget=Budget(parameters=0.8)), teacher, Reference(copy.deepcopy(teacher), batches), PATHS
     )
     for group in ((PATHS[0], PATHS[1]), (PATHS[2], PATHS[3]), (PATHS[1], PATHS[2])):
         errors = spending.errors_by_rank(group, kind)

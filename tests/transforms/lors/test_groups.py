@@ -106,15 +106,15 @@ def test_a_chosen_grouping_keeps_the_budget_and_is_repeated(unit):
 
 
 def test_it_is_no_worse_than_any_one_number_by_what_it_compares():
-    from compressvit.fitting.moments import Source
+    from compressvit.fitting.moments import Reference
     from compressvit.transforms.low_rank.budget import Spending
 
     teacher = build("vit")
-    source = Source(build("vit"), images_for(teacher, 48))
+    reference = Reference(build("vit"), images_for(teacher, 48))
     spec = LORS(share="auto", budget={"parameters": 0.4})
-    plan = spec.plan(teacher, source)
+    plan = spec.plan(teacher, reference)
     every = LowRank(rank=1).plan(teacher).paths
-    spending = Spending(spec, teacher, source, every)
+    spending = Spending(spec, teacher, reference, every)
     left = {share: spending._error_left(_groups(ranked(share, rank=1).plan(teacher))) for share in (1, 2, 4)}
     dense = [(path,) for path in every if path not in plan.paths]
     assert spending._error_left([*plan.groups, *dense]) <= min(left.values()) * (1 + 1e-9), left

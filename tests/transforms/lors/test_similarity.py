@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compressvit.fitting.moments import Moments, Source
+from compressvit.fitting.moments import Moments, Reference
 from compressvit.transforms.lors.grouping import group_by_similarity
 
 
@@ -21,7 +21,7 @@ def layers(weights: list[Tensor]) -> nn.ModuleDict:
 
 def groups(weights: list[Tensor], count: int) -> list[tuple[int, ...]]:
     model = layers(weights)
-    found = group_by_similarity(list(model), count, Source(model), "weights", 1e-3)
+    found = group_by_similarity(list(model), count, Reference(model), "weights", 1e-3)
     return [tuple(int(path.removeprefix("layer")) for path in group) for group in found]
 
 
@@ -43,11 +43,11 @@ def test_layers_that_differ_where_no_input_goes_are_alike():
     """In the metric of the inputs the second one of which is always (nearly) zero."""
     weights = [torch.tensor([[1.0, y]]) for y in (0.0, 5.0)] + [torch.tensor([[2.0, y]]) for y in (0.0, 5.0)]
     model = layers(weights)
-    source = Source(model)
+    reference = Reference(model)
     inputs = torch.randn(16, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 1e-3])
     second = inputs.double().mT @ inputs.double() / 16
-    source._moments = {path: Moments(second, torch.zeros(2), 16) for path in model}
-    by_inputs = group_by_similarity(list(model), 2, source, "inputs", 1e-6)
+    reference._moments = {path: Moments(second, torch.zeros(2), 16) for path in model}
+    by_inputs = group_by_similarity(list(model), 2, reference, "inputs", 1e-6)
     assert by_inputs == [("layer0", "layer1"), ("layer2", "layer3")]
     assert groups(weights, 2) == [(0, 2), (1, 3)]
 

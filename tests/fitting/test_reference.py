@@ -8,7 +8,7 @@ import torch
 from helpers.models import VIT, build, images_for
 
 from compressvit.errors import UserError
-from compressvit.fitting.moments import LEAST_IMAGES, STRONG_RIDGE, Source
+from compressvit.fitting.moments import LEAST_IMAGES, STRONG_RIDGE, Reference
 
 PATHS = ["blocks.0.mlp.fc1", "blocks.1.attn.proj"]
 
@@ -20,7 +20,7 @@ def test_every_form_of_the_images_gives_the_same_moments():
     forms = (images, images.split(8), pairs, iter(pairs), lambda: images.split(8), images.double())
     expected = None
     for form in forms:
-        found = Source(build("vit"), form).moments(PATHS, outputs=False)
+        found = Reference(build("vit"), form).moments(PATHS, outputs=False)
         assert list(found) == PATHS
         assert all(moments.tokens == 20 * 17 for moments in found.values())
         expected = expected or found
@@ -31,21 +31,21 @@ def test_every_form_of_the_images_gives_the_same_moments():
 def test_a_model_of_any_size_takes_images_of_any_size():
     dynamic = timm.create_model("vit_tiny_patch16_224", **VIT, dynamic_img_size=True)
     images = torch.randn(9, 3, 48, 48)
-    assert Source(dynamic, images).moments(PATHS, outputs=False)[PATHS[0]].tokens == 9 * 37
+    assert Reference(dynamic, images).moments(PATHS, outputs=False)[PATHS[0]].tokens == 9 * 37
     with pytest.raises(UserError, match=r"a tensor \(N, 3, 32, 32\).*not a batch of shape \(9, 3, 48, 48\)"):
-        Source(build("vit"), images).moments(PATHS, outputs=False)
+        Reference(build("vit"), images).moments(PATHS, outputs=False)
     with pytest.raises(UserError, match=r"not a batch of shape \(9, 1, 48, 48\)"):
-        Source(dynamic, images[:, :1]).moments(PATHS, outputs=False)
+        Reference(dynamic, images[:, :1]).moments(PATHS, outputs=False)
 
 
 @pytest.mark.parametrize(("different", "strong"), [(LEAST_IMAGES - 1, True), (LEAST_IMAGES, False)])
 def test_images_that_are_too_few_or_too_alike_have_a_strong_ridge(different, strong):
     model = build("vit")
     images = images_for(model, different).repeat(3, 1, 1, 1)
-    source = Source(model, images)
-    metric = source.metrics(PATHS, "outputs", 1e-3, 1e-2)[PATHS[0]]
-    assert source.too_alike is strong
-    moments = source.moments(PATHS, outputs=True)[PATHS[0]]
+    reference = Reference(model, images)
+    metric = reference.metrics(PATHS, "outputs", 1e-3, 1e-2)[PATHS[0]]
+    assert reference.too_alike is strong
+    moments = reference.moments(PATHS, outputs=True)[PATHS[0]]
     ridges = (STRONG_RIDGE, STRONG_RIDGE) if strong else (1e-3, 1e-2)
     expected = moments.metric(*ridges)
     torch.testing.assert_close(metric.input, expected.input)
