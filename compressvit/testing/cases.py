@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 from compressvit.artifacts import artifact
+from compressvit.model import surgery
 from compressvit.testing.models import BACKBONES, build, family_of, teacher
 from compressvit.transforms.applying import compress
 from compressvit.transforms.base import Transform
@@ -56,7 +56,7 @@ class Case:
         if self._student is None:
             torch.manual_seed(3)
             self._student = compress(self.teacher, [self.spec])
-        return copy.deepcopy(self._student)
+        return surgery.duplicate(self._student)
 
 
 def examples_of(transform: Transform | type[Transform]) -> Sequence[Transform]:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from helpers import process
 from helpers.runs import TINY
 
 ROOT = Path(__file__).parents[2]
@@ -34,12 +32,11 @@ def installed(tmp_path_factory) -> Path:
 
 def python(*words: object, path: Path | None = None, code: int = 0) -> str:
     """Output and errors of a Python of its own, with `path` beside compressvit on the path."""
-    paths = [str(ROOT), *([str(path)] if path else [])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "COLUMNS": "240", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, env=environment)
-    assert done.returncode == code, done.stdout + done.stderr
-    assert "Traceback" not in done.stdout + done.stderr
-    return done.stdout + done.stderr
+    answer = process.python(*words, path=[path] if path else [])
+    said = answer.out + answer.err
+    assert answer.code == code, said
+    assert "Traceback" not in said
+    return said
 
 
 def compressvit(*words: object, path: Path | None = None, code: int = 0) -> str:
