@@ -142,14 +142,20 @@ def test_a_broken_package_is_named_where_its_word_is_used(run, installed, tmp_pa
     compressvit("recipes", "list", path=tmp_path)
 
 
-def test_its_test_file_runs_every_law(installed):
+@pytest.mark.parametrize("part", ["alone", "in pairs"])
+def test_its_test_file_runs_every_law(installed, part):
+    """As `check_transform` does, which runs both parts."""
     said = python(
         "-c",
-        "import torch; torch.set_num_threads(1)\n"
+        "import sys\n"
         "from compressvit_ia3 import IA3\n"
-        "from compressvit.testing import transform_checks, check_transform\n"
-        "print(len(list(transform_checks(IA3))), 'checks')\n"
-        "check_transform(IA3)\n",
+        "from compressvit.testing import checks\n"
+        "one, both = list(checks.transform_checks(IA3)), list(checks.pair_checks(IA3))\n"
+        "alone = sys.argv[1] == 'alone'\n"
+        "setattr(checks, *('pair_checks', lambda _: ()) if alone else ('transform_checks', lambda _: ()))\n"
+        "checks.check_transform(IA3)\n"
+        "print(len(one if alone else both), 'checks')\n",
+        part,
         path=installed,
     )
-    assert int(said.split()[0]) > 60
+    assert int(said.split()[0]) > {"alone": 60, "in pairs": 20}[part]

@@ -11,6 +11,7 @@ import os
 import runpy
 import sys
 import tempfile
+import types
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -73,4 +74,5 @@ def _program(words: list[str], paths: list[str], environment: Mapping[str, str],
     else:
         assert kind == "-c"
         sys.argv[0] = kind
-        exec(compile(what, "<string>", "exec"), {"__name__": "__main__"})
+        main = sys.modules["__main__"] = types.ModuleType("__main__")
+        exec(compile(what, "<string>", "exec"), vars(main))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from helpers.process import python
 
 from compressvit.training.phases.distill import Distill, Losses
 from compressvit.training.terms import TERMS, LossTerm, build_terms, loss_term
@@ -55,13 +55,9 @@ def test_a_term_of_an_installed_package(recipe, tmp_path):
     (info / "entry_points.txt").write_text("[compressvit.terms]\nstillness = stillness\n")
     folder = tmp_path / "run"
     words = ["steps.1.distill.losses.stillness={weight: 0.5, half: 2}", "steps.1.distill.epochs=1"]
-    paths = [str(tmp_path), *filter(None, sys.path)]
-    program = f"import sys; sys.path[:0] = {paths!r}\n{PROGRAM}"
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(recipe), str(folder), *words], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    schema, keys, plan, _ = done.stdout.split("=====")[:4]
+    done = python("-c", PROGRAM, recipe, folder, *words, path=[tmp_path])
+    assert done.code == 0, done.err
+    schema, keys, plan, _ = done.out.split("=====")[:4]
     losses = json.loads(schema)["$defs"]["Losses"]["properties"]
     assert list(losses) == [*Losses.model_fields, "stillness"]
     assert "An exponent." in keys
