@@ -50,7 +50,7 @@ def python(*words: object, path: Iterable[Path] = ()) -> Answer:
         arguments = ([str(word) for word in words], paths, dict(os.environ), os.getcwd(), *map(str, files))
         process = _FORKED.Process(target=_program, args=arguments)
         process.start()
-        process.join(200)
+        process.join(280)  # below the limit of a test
         if process.is_alive():
             process.kill()
             raise TimeoutError(f"{words} takes too long")

@@ -245,19 +245,8 @@ def test_models_that_do_not_go_together(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------- README
 
 
-# Fewer images in place of the README's, so that its example takes seconds.
-FEWER = {
-    '"steps.1.distill.epochs=2"]': '"steps.1.distill.epochs=2", "data.limit_train=448", "data.limit_val=64"]',
-    "images[360:], labels[360:]": "images[360:808], labels[360:808]",
-    "images[:360], labels[:360]": "images[:64], labels[:64]",
-}
-
-
 def test_the_example_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## From Python")[2].partition("\n## ")[0]
-    for words, fewer in FEWER.items():
-        assert section.count(words) == 1
-        section = section.replace(words, fewer)
     code = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     assert len(code) >= 2
     monkeypatch.chdir(tmp_path)
