@@ -23,6 +23,7 @@ from compressvit import __version__
 from compressvit.errors import UserError
 from compressvit.model import ties
 from compressvit.model.backbone import input_size, model_name
+from compressvit.model.checksums import content_checksum, tensor_checksums
 from compressvit.model.stored import (
     FORMAT,
     MANIFEST,
@@ -32,6 +33,7 @@ from compressvit.model.stored import (
     expect_images,
     read_manifest,
     read_tensors,
+    require_as_written,
 )
 from compressvit.transforms.applying import apply_plans
 from compressvit.transforms.applying import materialise as fold_low_rank
@@ -61,7 +63,9 @@ def save(model: nn.Module, path: str | Path, *, input_config: dict[str, Any] | N
     scratch.mkdir(parents=True)
     try:
         save_file(tensors, scratch / TENSORS)
-        (scratch / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        content = {**manifest.model_dump(mode="json"), "tensors": tensor_checksums(tensors)}
+        content["checksum"] = content_checksum(content)
+        (scratch / MANIFEST).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         if path.exists():
             old = path.parent / f".{path.name}.old.{uuid.uuid4().hex[:8]}"
             os.replace(path, old)
@@ -88,7 +92,7 @@ def load(path: str | Path, *, materialise: bool = False) -> nn.Module:
             memory of weights that are not shared. False keeps them factored.
 
     Raises:
-        UserError: no artifact there, one of another format, a truncated file, or tensors that do not fit the structure.
+        UserError: no artifact there, one of another format, a truncated or damaged file, or tensors that do not fit the structure.
     """
     path = Path(path)
     manifest = read_manifest(path)
@@ -112,6 +116,7 @@ def load(path: str | Path, *, materialise: bool = False) -> nn.Module:
         )
     model.load_state_dict(tensors, strict=False)
     ties.check(model, manifest.ties)
+    require_as_written(path, tensors)
     expect_images(model, manifest)
     return (fold_low_rank(model) if materialise else model).eval()
 

@@ -188,7 +188,7 @@ class Trainer:
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scaler.load_state_dict(saved["scaler"])
         if self.average is not None:
-            self.average.load(saved["average"], saved["n_averaged"])
+            self.average.load(saved)
         self.epoch, self.batch_index, self.steps = saved["epoch"], saved["batch_index"], saved["steps"]
         self.random_state, self.meters = saved["random_state"], Meters(**saved["meters"])
         self.log.say(f"{self.phase.name}: resumed at epoch {self.epoch + 1}, step {self.steps} of {self.total_steps}")
@@ -382,7 +382,8 @@ class Trainer:
                 "best": self.best,
             }
             if self.average is not None:
-                content |= {"average": self.state.of(self.average.module), "n_averaged": self.average.updates}
+                average = self.state.of(self.average.module)
+                content |= {"average": average, "n_averaged": self.average.updates, "average_rises": self.average.rises}
         save_checkpoint(self.phase.checkpoint, content)
 
 

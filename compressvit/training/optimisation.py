@@ -127,16 +127,20 @@ class WeightAverage:
     Attributes:
         module: a copy of the model with the averaged weights.
         updates: how many there were. Counted here and not on the device, so that no step waits for it.
+        rises: False for the rest of a phase that an earlier version began with a constant decay.
     """
 
     def __init__(self, model: nn.Module, decay: float):
         self.module = copy.deepcopy(model).requires_grad_(False)
         self.decay = decay
         self.updates = 0
+        self.rises = True
 
     def decay_at(self, updates: int) -> float:
         """The decay of the update that follows so many others; 0 for the first, which copies the model."""
-        return min(self.decay, (1 + updates) / (10 + updates)) if updates else 0.0
+        if not updates:
+            return 0.0
+        return min(self.decay, (1 + updates) / (10 + updates)) if self.rises else self.decay
 
     def note(self, updates: int) -> str | None:
         """What to say of an average of so many updates, where they are too few for its decay."""
@@ -148,10 +152,10 @@ class WeightAverage:
             f"to {reached:.3g}"
         )
 
-    def load(self, tensors: Mapping[str, torch.Tensor], updates: int) -> None:
-        """Go on from what a checkpoint holds: averaged tensors by name, and how many updates there were."""
-        self.module.load_state_dict(tensors, strict=False)
-        self.updates = updates
+    def load(self, saved: Mapping[str, Any]) -> None:
+        """Continue from what a checkpoint holds: averaged tensors by name, how many updates there were, and the kind of decay."""
+        self.module.load_state_dict(saved["average"], strict=False)
+        self.updates, self.rises = saved["n_averaged"], saved.get("average_rises", False)
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:

@@ -392,4 +392,6 @@ def test_an_average_of_few_steps_is_near_the_weights(tmp_path):
     moved = distance(steps[-1], start)
     assert distance(values(model), steps[-1]) < 0.2 * moved
     text = " ".join(log.console.file.getvalue().split())
-    assert "40 updates are few for an average of the weights with ema 0.9999; its decay rises with them, to 0.82" in text
+    assert (
+        "40 updates are few for an average of the weights with ema 0.9999; its decay rises with them, to 0.82" in text
+    )
