@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +42,20 @@ from compressvit.transforms.record import compression_of
 from compressvit.transforms.stored import read_plans, record_of
 
 
-def save(model: nn.Module, path: str | Path, *, input_config: dict[str, Any] | None = None) -> Path:
+def save(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    input_config: dict[str, Any] | None = None,
+    check: Callable[[Path], object] | None = None,
+) -> Path:
     """Write a compressed (or plain) timm model as an artifact. One already at `path` is replaced when the new one is whole.
 
     Args:
         model: built by `timm.create_model`, then possibly by `compressvit.compress`.
         path: the artifact's folder; created.
         input_config: what images the model expects; timm's configuration of the model by default.
+        check: called with the new artifact's folder before it replaces an earlier one, which stays where this raises.
 
     Raises:
         UserError: a tie is broken, the model was not built by timm, or `path` holds something that is not an artifact.
@@ -66,6 +74,8 @@ def save(model: nn.Module, path: str | Path, *, input_config: dict[str, Any] | N
         content = {**manifest.model_dump(mode="json"), "tensors": tensor_checksums(tensors)}
         content["checksum"] = content_checksum(content)
         (scratch / MANIFEST).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        if check is not None:
+            check(scratch)
         if path.exists():
             old = path.parent / f".{path.name}.old.{uuid.uuid4().hex[:8]}"
             os.replace(path, old)
