@@ -111,8 +111,8 @@ def _require_finite(model: nn.Module, folder: Path) -> None:
     wrong = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
     if wrong:
         raise UserError(
-            f"{folder} cannot be evaluated: {wrong[0]} has values that are not finite ({len(wrong)} such tensors); its training diverged, or "
-            "its teacher's weights are damaged"
+            f"{folder} cannot be evaluated: {wrong[0]} has values that are not finite ({len(wrong)} such tensors); its training diverged, "
+            "or its teacher's weights are damaged"
         )
 
 
