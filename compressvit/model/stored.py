@@ -80,10 +80,10 @@ def is_artifact(path: Path) -> bool:
     return (path / MANIFEST).is_file()
 
 
-def expect_images(model: nn.Module, manifest: Manifest) -> None:
-    """Make the model want the images that the artifact's model wants: size, mean, deviation, interpolation."""
+def expect_images(model: nn.Module, images: dict[str, Any]) -> None:
+    """Make the model want the images that a manifest's `input` describes: size, mean, deviation, interpolation."""
     known = as_timm(model)
-    known.pretrained_cfg = {**known.pretrained_cfg, **_pretrained_config(manifest.input)}
+    known.pretrained_cfg = {**known.pretrained_cfg, **_pretrained_config(images)}
 
 
 def read_manifest(path: str | Path) -> Manifest:

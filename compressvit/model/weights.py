@@ -15,6 +15,7 @@ from torch import nn
 from compressvit.errors import UserError, did_you_mean
 from compressvit.files import damaged_record, expanded
 from compressvit.model.backbone import family_of, head_names, model_name
+from compressvit.model.local_dir import read_local_dir
 from compressvit.model.modules import as_timm
 from compressvit.model.stored import is_artifact, read_safetensors, read_tensors, require_as_written
 
@@ -203,6 +204,8 @@ def _read(path: Path, where: str) -> dict[str, torch.Tensor]:
         tensors = read_tensors(path)
         require_as_written(path, tensors)
         return tensors
+    if path.is_dir() and (known := read_local_dir(path)) is not None:
+        path = known.file
     if not path.is_file():
         raise UserError(f"{where}: there is no file {path}. {_supply(where)}")
     if path.suffix == ".safetensors":

@@ -84,7 +84,7 @@ def prepare(recipe: Recipe, device: str = "auto", *, name: str = "recipe", witho
         )
     placeholder = recipe.student.head == "new" and not classes
     student = build_student(recipe, teacher, classes=PLACEHOLDER_CLASSES if placeholder else classes, meta=True)
-    sides = Side.of(teacher, recipe.data), Side.of(student, recipe.data)
+    sides = Side.of(teacher, recipe.data, trained=architecture.trained), Side.of(student, recipe.data)
     job = Job(recipe, name, where, classes, architecture, *sides, placeholder)
     if datasets is not None:
         job.datasets = datasets

@@ -177,7 +177,7 @@ def _write(model: nn.Module, folder: Path, *, plain: bool) -> nn.Module:
 def _input_of(folder: Path, model: nn.Module) -> InputConfig:
     resolved = folder.parent / RESOLVED
     if resolved.is_file():
-        return input_config(model, parse_recipe(resolved.read_text(encoding="utf-8"), str(resolved)).data)
+        return input_config(model, parse_recipe(resolved.read_text(encoding="utf-8"), str(resolved)).data, trained=True)
     return input_config(model, Data(name="images"))
 
 

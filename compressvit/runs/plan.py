@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from compressvit.artifacts.merge import DENSE_ADAPTERS, merged_copy
-from compressvit.data.input import Side, class_mismatch
+from compressvit.data.input import STATISTICS, Side, class_mismatch
 from compressvit.errors import UserError
 from compressvit.files import expanded
 from compressvit.fitting.moments import tokens_at
@@ -219,6 +219,13 @@ def _teacher_notes(job: Job) -> list[str]:
         needed = task_of(job.teacher.model, recipe.data.usual_task).needs_classes(job.classes or 0)
         mismatch = class_mismatch(needed, getattr(job.teacher.model, "num_classes", 0))
         notes += [mismatch] if mismatch else []
+    if job.architecture.trained:
+        ours, theirs = job.student.input.as_dict(), job.teacher.input.as_dict()
+        unlike = [key for key in STATISTICS if getattr(recipe.data, key) is not None and ours[key] != theirs[key]]
+        notes += [
+            f"data.{key} is the student's: {_short(ours[key])}. The teacher keeps its own, {_short(theirs[key])}, with which it was trained"
+            for key in unlike
+        ]
     given = recipe.teacher.weights
     if given not in ("train", "pretrained") and not expanded(given, "teacher.weights").exists():
         notes.append(
@@ -230,6 +237,10 @@ def _teacher_notes(job: Job) -> list[str]:
             "the teacher given is trained further, as teacher.finetune says; teacher.finetune=null keeps it as it is"
         )
     return notes
+
+
+def _short(value: Any) -> str:
+    return ", ".join(f"{number:g}" for number in value) if isinstance(value, list) else str(value)
 
 
 def _phase_notes(recipe: Recipe) -> list[str]:
