@@ -7,9 +7,9 @@ timm: the registry is first read when somebody asks about a model, so that words
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -31,11 +31,50 @@ class BlockInfo:
     shift: tuple[int, int] = (0, 0)
 
 
+# What a method may need of a family (`Family.lacks`).
+Need = Literal["attention", "slotted_attention", "slotted_block", "no_position_table", "prompts"]
+
+# By need, what a refusal says: the method needs ..., and the model is a Swin, ...
+NEEDS: dict[Need, tuple[str, str]] = {
+    "attention": ("attention", "whose blocks have none"),
+    "slotted_attention": (
+        "attention whose logits it can change",
+        "for which compressvit has no such attention (`Family.slotted_attention`)",
+    ),
+    "slotted_block": (
+        "a block to which it can add a layer or a branch",
+        "for which compressvit has no such block (`Family.slotted_block`)",
+    ),
+    "no_position_table": (
+        "attention without relative positions of its own",
+        "which has a relative position table already",
+    ),
+    "prompts": ("to know how prompts join the tokens", "which does not say so (`Family.prompts`)"),
+}
+_OF_ATTENTION: set[Need] = {"slotted_attention", "no_position_table", "prompts"}  # missing where there is no attention
+
+
+@dataclass(frozen=True)
+class Example:
+    """A small model of a family, on which the contract of transforms (`compressvit.testing`) is checked.
+
+    Attributes:
+        model: its name in timm.
+        args: for `timm.create_model`; they make it small.
+        tried: with every transform, only with those that train the whole model, or only with those that freeze the backbone, which
+            act at a few places, so that fewer models tell them apart.
+    """
+
+    model: str
+    args: Mapping[str, Any]
+    tried: Literal["always", "whole", "frozen"] = "always"
+
+
 class Family(ABC):
     """Models of one design: which classes they are, where their blocks are, and what can be put into them.
 
     A block has its MLP at `mlp` and, where there is attention, its attention at `attn`. What a family leaves out is not offered for its
-    models: a transform that needs it refuses them and names the families that have it.
+    models: a transform that needs it (`Transform.needs`) refuses them and names the families that have it.
     """
 
     name: ClassVar[str]  # its word, set by `family`
@@ -54,6 +93,8 @@ class Family(ABC):
     prompts: ClassVar[Literal["sequence", "windows"] | None] = None
     # What a block passes on: (B, N, C), (B, height, width, C) or (B, C, height, width).
     layout: ClassVar[Literal["sequence", "channels_last", "channels_first"]] = "sequence"
+    # By name, the first one standing for the family where one is enough. A family without is not under the contract.
+    examples: ClassVar[Mapping[str, Example]] = {}
     drop_paths: ClassVar[tuple[str, ...]] = ("drop_path1", "drop_path2")  # a block's stochastic depth
 
     @abstractmethod
@@ -63,6 +104,13 @@ class Family(ABC):
         Raises:
             UserError: the model is of this family, but was built with something in place of a block.
         """
+
+    def lacks(self, need: Need) -> Need | None:
+        """The need that is not met, None if it is. Where there is no attention, that is what any need of it lacks."""
+        if self.attention is None and need in _OF_ATTENTION:
+            return "attention"
+        has = not self.position_table if need == "no_position_table" else getattr(self, need) is not None
+        return None if has else need
 
     def convert(self, tensors: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
         """A checkpoint as `model` takes it: original names to timm's, position tables resampled to its grid. Raises whatever it meets."""

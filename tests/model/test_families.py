@@ -111,11 +111,15 @@ def test_a_new_family_is_adapted_saved_and_loaded(toy, tmp_path):
 
 
 def test_what_a_new_family_does_not_offer_is_refused_by_name(toy):
-    for spec in (AdaptFormer(), Multiplex(share=2), Multiplex(share=2, head_mixing=False, mlp_conv=3)):
-        with pytest.raises(UserError, match="toy_net is a Toy, which compressvit cannot transform with this transform"):
+    refusals = {
+        "multiplex needs attention whose logits it can change, and toy_net is a Toy, for which": Multiplex(share=2),
+        "multiplex needs a block to which": Multiplex(share=2, head_mixing=False, mlp_conv=3),
+        "adaptformer needs a block to which it can add a layer or a branch, and toy_net is a Toy, for": AdaptFormer(),
+        "vpt needs to know how prompts join the tokens, and toy_net is a Toy, which does not say so": VPT(),
+    }
+    for words, spec in refusals.items():
+        with pytest.raises(UserError, match=words):
             compress(toy, [spec])
-    with pytest.raises(UserError, match="how prompts join the tokens of a Toy such as toy_net is not known"):
-        compress(toy, [VPT()])
     assert compress(toy, [Multiplex(share=2, head_mixing=False)]) is not toy
     assert compress(toy, [Freeze(train="attention")]) is not toy
 
@@ -144,10 +148,10 @@ def test_a_family_of_convolutions_is_asked_for_only_where_attention_is_not_neede
     model = build("convnext")
     assert describe(model).parts == ("mlp",)
     assert describe(model, "slotted_block").blocks == describe(model).blocks
-    with pytest.raises(UserError, match="with this transform; it works on") as refusal:
-        describe(model, "attention")
+    with pytest.raises(UserError, match=r"fact needs attention, and .* whose blocks have none; it works on") as refusal:
+        describe(model, "attention", asker="fact")
     assert "ConvNeXt (convnext_*" not in str(refusal.value)
-    assert "adapters also on ConvNeXt (convnext_*, versions 1 and 2)" in supported()
+    assert "methods that need no attention also on ConvNeXt (convnext_*, versions 1 and 2)" in supported()
 
 
 def test_a_specialised_module_and_a_users_subclass_count_as_their_timm_class():

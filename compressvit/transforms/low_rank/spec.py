@@ -20,8 +20,8 @@ from torch import nn
 from compressvit.errors import UserError
 from compressvit.fitting.lowrank import spectrum
 from compressvit.fitting.moments import Reference
-from compressvit.model.backbone import describe
-from compressvit.transforms.base import TRANSFORMERS_ONLY, Transform, transform
+from compressvit.model.family import Need
+from compressvit.transforms.base import Transform, transform
 from compressvit.transforms.claims import Claim, drops
 from compressvit.transforms.low_rank.base import RankPlan, RankStep
 from compressvit.transforms.low_rank.budget import Group, Spending
@@ -68,7 +68,7 @@ class LowRankPlan(RankPlan):
 class LowRank(RankStep):
     """Make linear layers low rank: two smaller layers in place of each, fitted to the teacher."""
 
-    refuses: ClassVar[dict[str, str]] = TRANSFORMERS_ONLY
+    needs: ClassVar[tuple[Need, ...]] = ("attention",)
     changes_at_start = True
 
     init: Literal["fit", "scratch"] = Field(
@@ -100,7 +100,7 @@ class LowRank(RankStep):
         return (LowRank(rank=2, metric="weights"), LowRank(rank=3, targets=("mlp.*",), init="scratch"))
 
     def plan(self, model: nn.Module, reference: Reference | None = None) -> LowRankPlan:
-        backbone = describe(model, "attention")
+        backbone = self.backbone(model)
         targets = self.find_targets(model, backbone)
         paths = [f"{block.path}.{target}" for target in targets for block in backbone.blocks]
         groups: list[Group] = [(path,) for path in paths]

@@ -32,7 +32,8 @@ from torch import nn
 from compressvit.errors import UserError
 from compressvit.fitting.moments import Reference
 from compressvit.model import surgery
-from compressvit.model.backbone import Backbone, describe, model_name
+from compressvit.model.backbone import Backbone, describe
+from compressvit.model.family import Need
 from compressvit.transforms.base import LedgerEntry, Plan, Transform, record, transform
 from compressvit.transforms.bottleneck import sublayer_width
 from compressvit.transforms.claims import Claim, adds_tokens, slot
@@ -136,7 +137,8 @@ class VPT(Transform):
     """Learnable prompt tokens added to the image's tokens, in every block or before the first; the backbone is frozen (VPT)."""
 
     freezes = True
-    refuses: ClassVar[dict[str, str]] = {"convnext": "prompts need a token sequence that attention runs over"}
+    needs: ClassVar[tuple[Need, ...]] = ("prompts",)
+    instead: ClassVar[str] = "adapt it with adapters, ssf or lora (targets: [fc1, fc2]), which add no tokens"
     changes_at_start = True
 
     prompts: int = Field(10, ge=1, description="Number P of prompt tokens; the paper tries 1 to 200 (1 to 50 in Swin).")
@@ -156,16 +158,5 @@ class VPT(Transform):
         return (VPT(prompts=3), VPT(prompts=2, dropout=0.1))
 
     def plan(self, model: nn.Module, reference: Reference | None = None) -> VPTPlan:
-        backbone = describe(model)
-        if "attn" not in backbone.parts:
-            raise UserError(
-                f"vpt: prompts need a token sequence that attention runs over, and the blocks of {model_name(model)} have convolutions; "
-                "adapt it with adapters, adaptformer, repadapter, ssf or lora (targets: [fc1, fc2])"
-            )
-        if backbone.family.prompts is None:
-            raise UserError(
-                f"vpt: how prompts join the tokens of a {backbone.family.title} such as {model_name(model)} is not known; "
-                "adapt it with adapters, lora or ssf, which add no tokens"
-            )
-        blocks = [info.path for info in backbone.blocks]
+        blocks = [info.path for info in self.backbone(model).blocks]
         return VPTPlan(blocks=tuple(blocks if self.deep else blocks[:1]), **self.model_dump())
