@@ -29,6 +29,9 @@ class BlockInfo:
     resolution: tuple[int, int]
     window: tuple[int, int] | None = None  # None: attention over all tokens
     shift: tuple[int, int] = (0, 0)
+    # The module of its stage, which runs what stands between the stage before and its blocks (as patch merging), then the blocks one
+    # after the other, and nothing else. "": nothing stands between stages.
+    stage_path: str = ""
 
 
 # What a method may need of a family (`Family.lacks`).
@@ -52,6 +55,19 @@ NEEDS: dict[Need, tuple[str, str]] = {
     "prompts": ("to know how prompts join the tokens", "which does not say so (`Family.prompts`)"),
 }
 _OF_ATTENTION: set[Need] = {"slotted_attention", "no_position_table", "prompts"}  # missing where there is no attention
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A residual branch of a block, `x + scale(branch(norm(x)))`: paths within the block."""
+
+    norm: str  # its input is the residual stream
+    branch: str
+    scale: str  # a LayerScale, whose `gamma` (width,) is read; a block need not have one
+
+
+# By the linear layer that ends each, of timm's pre-norm blocks.
+PRE_NORM_BRANCHES = {"attn.proj": Branch("norm1", "attn", "ls1"), "mlp.fc2": Branch("norm2", "mlp", "ls2")}
 
 
 @dataclass(frozen=True)
@@ -93,6 +109,8 @@ class Family(ABC):
     prompts: ClassVar[Literal["sequence", "windows"] | None] = None
     # What a block passes on: (B, N, C), (B, height, width, C) or (B, C, height, width).
     layout: ClassVar[Literal["sequence", "channels_last", "channels_first"]] = "sequence"
+    # By the linear layer that ends it, which is then fitted so that its sum with the residual stream is the teacher's.
+    branches: ClassVar[Mapping[str, Branch]] = {}
     # By name, the first one standing for the family where one is enough. A family without is not under the contract.
     examples: ClassVar[Mapping[str, Example]] = {}
     drop_paths: ClassVar[tuple[str, ...]] = ("drop_path1", "drop_path2")  # a block's stochastic depth

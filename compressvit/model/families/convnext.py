@@ -85,6 +85,7 @@ class ConvNeXt(Family):
                     width=weight_shape(block.get_submodule("mlp.fc1"))[1],
                     heads=0,
                     resolution=(height // reduction, width // reduction),
+                    stage_path=f"stages.{stage}",
                 )
                 index += 1
 

@@ -19,7 +19,7 @@ from timm.models.swin_transformer import (
 )
 from torch import nn
 
-from compressvit.model.family import BlockInfo, Example, Family, family
+from compressvit.model.family import PRE_NORM_BRANCHES, BlockInfo, Example, Family, family
 from compressvit.model.slots import ATTENTION_SLOTS, BLOCK_SLOTS, beside
 
 SMALL: dict[str, Any] = {
@@ -93,6 +93,7 @@ class Swin(Family):
     position_table = True
     prompts = "windows"
     layout = "channels_last"
+    branches = PRE_NORM_BRANCHES
     examples: ClassVar[Mapping[str, Example]] = {"swin": Example("swin_tiny_patch4_window7_224", SMALL)}
 
     def blocks(self, model: nn.Module) -> Iterator[BlockInfo]:
@@ -109,6 +110,7 @@ class Swin(Family):
                     resolution=_pair(block.input_resolution),
                     window=_pair(block.window_size),
                     shift=_pair(block.shift_size),
+                    stage_path=f"layers.{stage}",
                 )
                 index += 1
 

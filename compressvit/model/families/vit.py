@@ -16,7 +16,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
-from compressvit.model.family import BlockInfo, Example, Family, family
+from compressvit.model.family import PRE_NORM_BRANCHES, BlockInfo, Example, Family, family
 from compressvit.model.slots import ATTENTION_SLOTS, BLOCK_SLOTS, beside
 
 SMALL: dict[str, Any] = {
@@ -97,6 +97,7 @@ class ViT(Family):
     block, attention = Block, Attention
     slotted_block, slotted_attention = SlottedBlock, ExplicitAttention
     prompts = "sequence"
+    branches = PRE_NORM_BRANCHES
     examples: ClassVar[Mapping[str, Example]] = {
         "vit": Example("vit_tiny_patch16_224", SMALL),
         "vit_no_class_token": Example(

@@ -154,7 +154,10 @@ class RankStep(Transform):
         "layer that shares no weight stays dense if that is cheaper.",
     )
     targets: tuple[str, ...] = Field(
-        TARGETS, min_length=1, description="Linear layers of a block, by path within it; * matches any part."
+        TARGETS,
+        min_length=1,
+        description="Linear layers of a block, by path within it; * matches any part. Those of attention are left out where blocks "
+        "have none.",
     )
     sequential: bool = Field(
         True,
@@ -207,8 +210,10 @@ class RankStep(Transform):
             for name, module in block.named_modules()
             if isinstance(module, (nn.Linear, FactoredLinear)) and name not in of_steps
         ]
+        absent = tuple(f"{part}." for part in ("attn", "mlp") if part not in backbone.parts)
+        asked = [pattern for pattern in self.targets if not (pattern in TARGETS and pattern.startswith(absent))]
         found: list[str] = []
-        for pattern in self.targets:
+        for pattern in asked or self.targets:
             matches = [name for name in known if fnmatch(name, pattern)]
             if not matches:
                 raise UserError(

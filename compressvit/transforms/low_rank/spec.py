@@ -11,7 +11,7 @@ https://arxiv.org/abs/2403.07378. Where layers should share a weight beside such
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -20,7 +20,6 @@ from torch import nn
 from compressvit.errors import UserError
 from compressvit.fitting.lowrank import spectrum
 from compressvit.fitting.moments import Reference
-from compressvit.model.family import Need
 from compressvit.transforms.base import Transform, transform
 from compressvit.transforms.claims import Claim, drops
 from compressvit.transforms.low_rank.base import RankPlan, RankStep
@@ -68,7 +67,6 @@ class LowRankPlan(RankPlan):
 class LowRank(RankStep):
     """Make linear layers low rank: two smaller layers in place of each, fitted to the teacher."""
 
-    needs: ClassVar[tuple[Need, ...]] = ("attention",)
     changes_at_start = True
 
     init: Literal["fit", "scratch"] = Field(
