@@ -105,8 +105,9 @@ class Family(ABC):
     slotted_block: ClassVar[type[nn.Module] | None] = None
     slotted_attention: ClassVar[type[nn.Module] | None] = None
     position_table: ClassVar[bool] = False  # its attention has a table of relative positions
-    # How prompt tokens (VPT) can join: in the sequence, as in timm's ViT, or in each window, as in timm's Swin. None: they cannot.
-    prompts: ClassVar[Literal["sequence", "windows"] | None] = None
+    # How prompt tokens (VPT) join the others, by a word registered in `compressvit/transforms/vpt/`: `sequence`, as in timm's ViT, or
+    # `windows`, as in timm's Swin. None: they cannot.
+    prompts: ClassVar[str | None] = None
     # What a block passes on: (B, N, C), (B, height, width, C) or (B, C, height, width).
     layout: ClassVar[Literal["sequence", "channels_last", "channels_first"]] = "sequence"
     # By the linear layer that ends it, which is then fitted so that its sum with the residual stream is the teacher's.
@@ -122,6 +123,12 @@ class Family(ABC):
         Raises:
             UserError: the model is of this family, but was built with something in place of a block.
         """
+
+    def patch_size(self, model: nn.Module) -> tuple[int, int]:
+        """Height and width, in pixels, of the patch that becomes a token of the first block."""
+        patch_embed: Any = model.patch_embed  # of timm
+        height, width = patch_embed.patch_size
+        return height, width
 
     def lacks(self, need: Need) -> Need | None:
         """The need that is not met, None if it is. Where there is no attention, that is what any need of it lacks."""

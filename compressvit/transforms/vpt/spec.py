@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -31,29 +31,12 @@ from torch import nn
 
 from compressvit.errors import UserError
 from compressvit.fitting.moments import Reference
-from compressvit.model import surgery
-from compressvit.model.backbone import Backbone, describe
+from compressvit.model.backbone import describe, model_name
 from compressvit.model.family import Need
 from compressvit.transforms.base import LedgerEntry, Plan, Transform, record, transform
-from compressvit.transforms.bottleneck import sublayer_width
 from compressvit.transforms.claims import Claim, adds_tokens, slot
-from compressvit.transforms.vpt.prompts import (
-    CarryingPatchMerging,
-    CarryingSwinBlock,
-    DropPromptRows,
-    DropPrompts,
-    GridPrompts,
-    PromptedAttention,
-    PromptedSwinBlock,
-    PromptedWindowAttention,
-    Prompts,
-    SwinWithTravellingPrompts,
-    WidenedWindowAttention,
-    WithoutPrompts,
-    WithPrompts,
-    WithTravellingPrompts,
-    remove_prompts,
-)
+from compressvit.transforms.vpt.prompts import Prompts, remove_prompts
+from compressvit.transforms.vpt.ways import WAYS, Joining
 
 
 class VPTPlan(Plan):
@@ -79,44 +62,19 @@ class VPTPlan(Plan):
 
     def apply(self, model: nn.Module) -> list[LedgerEntry]:
         backbone = describe(model)
-        if backbone.family.prompts == "windows" and not self.deep:
-            self._carry(model, backbone)
-        return record(model, self.blocks, lambda path: self._add(model, path, backbone))
+        joining, kind = Joining(model, backbone, self.prompts, self.dropout), WAYS[backbone.family.prompts or ""]
 
-    def _carry(self, model: nn.Module, backbone: Backbone) -> None:
-        """Make all that stands between the first block of a Swin and the last pass the prompts on."""
-        for info in backbone.blocks:
-            surgery.extend(model, info.path, CarryingSwinBlock)
-            surgery.extend(model, f"{info.path}.attn", WidenedWindowAttention)
-            surgery.fill_slot(model, info.path, "vpt_rows", DropPromptRows(self.prompts))
-            surgery.fill_slot(model, f"{info.path}.attn", "vpt_end", DropPrompts(self.prompts))
-        for first, *_ in backbone.stages[1:]:
-            path = f"{first.path.partition('.blocks.')[0]}.downsample"
-            surgery.extend(model, path, CarryingPatchMerging)
-            surgery.fill_slot(model, path, "vpt_rows", DropPromptRows(self.prompts))
+        def add(path: str) -> str:
+            if self.deep:
+                kind.deep(joining, path)
+                return f"+ {self.prompts} prompts"
+            return f"+ {self.prompts} prompts, as far as {kind.shallow(joining)}"
 
-    def _add(self, model: nn.Module, path: str, backbone: Backbone) -> str:
-        like, width = sublayer_width(model, f"{path}.attn")
-        at, windows = backbone.num_prefix_tokens, backbone.family.prompts == "windows"
-        kind, drop = (GridPrompts, DropPromptRows) if windows and not self.deep else (Prompts, DropPrompts)
-        prompts = kind(self.prompts, width, at, self.dropout, device=like.device, dtype=like.dtype)
-        if not self.deep:
-            enter, leave, after = path, WithoutPrompts, backbone.blocks[-1].path
-            surgery.extend(model, "", SwinWithTravellingPrompts if windows else WithTravellingPrompts)
-        elif windows:
-            enter, leave, after = path, PromptedWindowAttention, f"{path}.attn"
-        else:
-            enter, leave, after = f"{path}.norm1", PromptedAttention, f"{path}.attn"
-        surgery.extend(model, enter, PromptedSwinBlock if windows and self.deep else WithPrompts)
-        surgery.fill_slot(model, enter, "vpt", prompts)
-        surgery.extend(model, after, leave)
-        surgery.fill_slot(model, after, "vpt_end", drop(self.prompts, at))
-        return f"+ {self.prompts} prompts" + (f", as far as {after}" * (not self.deep))
+        return record(model, self.blocks, add)
 
     @torch.no_grad()
     def initialise(self, student: nn.Module, reference: Reference) -> None:
-        patch_embed: Any = student.patch_embed
-        height, width = patch_embed.patch_size
+        height, width = describe(student).family.patch_size(student)
         prompts = [module for module in student.modules() if isinstance(module, Prompts)]
         bound = math.sqrt(6 / (3 * height * width + prompts[0].tokens.shape[1]))
         for module in prompts:
@@ -158,5 +116,11 @@ class VPT(Transform):
         return (VPT(prompts=3), VPT(prompts=2, dropout=0.1))
 
     def plan(self, model: nn.Module, reference: Reference | None = None) -> VPTPlan:
-        blocks = [info.path for info in self.backbone(model).blocks]
+        backbone = self.backbone(model)
+        if backbone.family.prompts not in WAYS:
+            raise UserError(
+                f"vpt knows how prompts join tokens in {' and '.join(WAYS)}, and {model_name(model)} is a {backbone.family.title}, whose "
+                f"`Family.prompts` is {backbone.family.prompts!r}; {self.instead}"
+            )
+        blocks = [info.path for info in backbone.blocks]
         return VPTPlan(blocks=tuple(blocks if self.deep else blocks[:1]), **self.model_dump())
