@@ -52,7 +52,7 @@ def test_a_new_family_is_fitted_in_order(toys, name):
     model, images = build(name), torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     made = [compress(model, [LowRank(rank=5, sequential=order)], calibration=images) for order in (False, True)]
     alone, in_order = (float((outputs(m, images) - outputs(model, images)).norm()) for m in made)
-    assert in_order < 0.9 * alone  # measured
+    assert in_order < 0.9 * alone  # measured 0.78
 
 
 def test_a_new_family_is_adapted_saved_and_loaded(toy, tmp_path):
@@ -80,6 +80,14 @@ def test_what_a_new_family_does_not_offer_is_refused_by_name(toy, monkeypatch):
     for words, spec in refusals.items():
         with pytest.raises(UserError, match=words):
             compress(toy, [spec])
+    ways = {
+        "sequence": r"vpt: prompts in sequence need timm ViT's `patch_embed` .*, or vpt\.deep=true, and toy_net is a Toy, which",
+        "windows": "vpt: prompts in windows need timm's SwinTransformerBlock, and toy_net is a Toy, which does not have that",
+    }
+    for way, words in ways.items():
+        monkeypatch.setattr(type(FAMILIES["toy"]), "prompts", way)
+        with pytest.raises(UserError, match=words):
+            compress(toy, [VPT(deep=False)])
     monkeypatch.setattr(type(FAMILIES["toy"]), "prompts", "rings")
     with pytest.raises(
         UserError, match=r"vpt knows how prompts join tokens in sequence and windows, .* `Family.prompts` is 'rings'"

@@ -8,10 +8,12 @@ Shapes: B batch, N tokens, M width, P prompts.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from einops import rearrange
+from torch import nn
 
 from compressvit.model.backbone import describe
 from compressvit.transforms.vpt.prompts import DropPrompts, Prompts, TravellingPrompts, WithoutPrompts, WithPrompts
@@ -86,6 +88,14 @@ class WithTravellingPrompts(TravellingPrompts):
 @way("sequence")
 class Sequence(Way):
     """After the prefix tokens; into attention through its norm, where the family says that there is one."""
+
+    def missing(self, model: nn.Module, deep: bool) -> str | None:
+        if deep:
+            return None
+        accepted = inspect.signature(getattr(model, "forward_intermediates", lambda: None)).parameters
+        if {"return_prefix_tokens", "output_dict"} <= accepted.keys() and hasattr(model, "patch_embed"):
+            return None
+        return "timm ViT's `patch_embed` and the arguments of its `forward_intermediates`, or vpt.deep=true"
 
     def deep(self, joining: Joining, path: str) -> None:
         branches = joining.backbone.family.branches.values()

@@ -117,10 +117,16 @@ class VPT(Transform):
 
     def plan(self, model: nn.Module, reference: Reference | None = None) -> VPTPlan:
         backbone = self.backbone(model)
-        if backbone.family.prompts not in WAYS:
+        word, title = backbone.family.prompts or "", backbone.family.title
+        if word not in WAYS:
             raise UserError(
-                f"vpt knows how prompts join tokens in {' and '.join(WAYS)}, and {model_name(model)} is a {backbone.family.title}, whose "
-                f"`Family.prompts` is {backbone.family.prompts!r}; {self.instead}"
+                f"vpt knows how prompts join tokens in {' and '.join(WAYS)}, and {model_name(model)} is a {title}, whose "
+                f"`Family.prompts` is {word!r}; {self.instead}"
+            )
+        missing = WAYS[word].missing(model, self.deep)
+        if missing is not None:
+            raise UserError(
+                f"vpt: prompts in {word} need {missing}, and {model_name(model)} is a {title}, which does not have that; {self.instead}"
             )
         blocks = [info.path for info in backbone.blocks]
         return VPTPlan(blocks=tuple(blocks if self.deep else blocks[:1]), **self.model_dump())

@@ -63,6 +63,10 @@ class Way(ABC):
     """How prompts join the tokens of models whose family names it (`Family.prompts`)."""
 
     @abstractmethod
+    def missing(self, model: nn.Module, deep: bool) -> str | None:
+        """What a model must have for such prompts and has not, in words; None where nothing is missing."""
+
+    @abstractmethod
     def deep(self, joining: Joining, path: str) -> None:
         """Prompts of its own for the block at `path`: before its attention, and out after it."""
 

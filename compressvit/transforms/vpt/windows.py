@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import nn
 
 from compressvit.model import surgery
+from compressvit.model.backbone import describe
 from compressvit.transforms.vpt.prompts import DropPrompts, PromptMixin, Prompts, TravellingPrompts, WithoutPrompts
 from compressvit.transforms.vpt.ways import Joining, Way, way
 
@@ -170,6 +171,12 @@ class SwinWithTravellingPrompts(TravellingPrompts):
 @way("windows")
 class Windows(Way):
     """Into every window; those that travel stand in rows below the grid between the blocks."""
+
+    def missing(self, model: nn.Module, deep: bool) -> str | None:
+        from timm.models.swin_transformer import SwinTransformerBlock
+
+        swin = all(isinstance(model.get_submodule(info.path), SwinTransformerBlock) for info in describe(model).blocks)
+        return None if swin else "timm's SwinTransformerBlock"
 
     def deep(self, joining: Joining, path: str) -> None:
         joining.enter(path, PromptedSwinBlock, path)
