@@ -29,6 +29,7 @@ from compressvit.fitting.regression import Regression
 from compressvit.log import progress
 from compressvit.model.backbone import describe
 from compressvit.model.family import BlockInfo, Branch
+from compressvit.model.linear import channels_last
 
 _LEAST_SCALE = 1e-3  # of the mean; what LayerScale makes smaller counts as that
 
@@ -191,13 +192,13 @@ def _tokens(
     also = {branch.norm: "input"} if branch else {}
     seen = _look(ours, h_ours, also | {name: "input"}, name)
     aim = _look(theirs, h_theirs, also | {name: "output"}, name)
-    wanted = aim[name]
+    wanted = channels_last(theirs.get_submodule(name), aim[name])
     if branch:  # timm's Swin folds the grid into a sequence before its MLP, and a block with slots does not
         norm = branch.norm
         residual = _into(ours, norm, branch.branch, h_ours, aim[norm].reshape(seen[norm].shape) - seen[norm])
         y = wanted.reshape(residual.shape)
         wanted = _corrected(y, residual, getattr(ours, branch.scale, None), getattr(theirs, branch.scale, None))
-    return seen[name], wanted
+    return channels_last(ours.get_submodule(name), seen[name]), wanted
 
 
 def _look(block: nn.Module, hidden: Tensor, wanted: dict[str, str], until: str) -> dict[str, Tensor]:

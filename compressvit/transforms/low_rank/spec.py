@@ -24,7 +24,7 @@ from compressvit.transforms.base import Transform, transform
 from compressvit.transforms.claims import Claim, drops
 from compressvit.transforms.low_rank.base import RankPlan, RankStep
 from compressvit.transforms.low_rank.budget import Group, Spending
-from compressvit.transforms.low_rank.layer import FactoredLinear, factor
+from compressvit.transforms.low_rank.layer import Factored, factor
 
 
 class LowRankPlan(RankPlan):
@@ -50,7 +50,7 @@ class LowRankPlan(RankPlan):
             metrics = reference.metrics(self.paths, self.metric, self.ridge, self.output_ridge)
         for path, rank in self.ranks.items():
             layer = student.get_submodule(path)
-            assert isinstance(layer, FactoredLinear)
+            assert isinstance(layer, Factored)
             if self.init == "fit":
                 layer.set_factors(*spectrum(reference.weight(path), metrics[path]).factors(rank))
             else:
@@ -65,9 +65,15 @@ class LowRankPlan(RankPlan):
 
 @transform("low_rank", LowRankPlan)
 class LowRank(RankStep):
-    """Make linear layers low rank: two smaller layers in place of each, fitted to the teacher."""
+    """Make linear layers low rank: two smaller layers in place of each, fitted to the teacher.
+
+    A target is an `nn.Linear` of a block, which becomes two, or an `nn.Conv2d` with a 1×1 kernel, stride 1, no padding and no groups
+    (the MLP of a ConvNeXt built with `conv_mlp`), which becomes two of those. Larger kernels and groups are no targets: such a
+    convolution is not a product of one weight with the channels of one position.
+    """
 
     changes_at_start = True
+    convolutions = True
 
     init: Literal["fit", "scratch"] = Field(
         "fit",
@@ -132,7 +138,7 @@ class LowRank(RankStep):
                 raise UserError(f"low_rank: rank 0 would leave {path} without a weight; give a rank of at least 1")
 
 
-def start_from_noise_(layer: FactoredLinear) -> None:
+def start_from_noise_(layer: Factored) -> None:
     """Start as timm starts its linear layers, as far as that goes: a factor of zeros would leave the product zero for long."""
     layer.reset_zero()
     nn.init.trunc_normal_(layer.up.weight, std=0.02)
