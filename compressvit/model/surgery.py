@@ -74,6 +74,11 @@ def retract(model: nn.Module, path: str, mixin: type) -> None:
         del module._modules[slot]
 
 
+def mixins_of(module: nn.Module) -> list[type]:
+    """What `extend` put before the class of a module, the last one first."""
+    return _peel(type(module))[0]
+
+
 _EXTENSIONS: dict[tuple[type, type], type[nn.Module]] = {}
 
 

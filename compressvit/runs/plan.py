@@ -18,6 +18,7 @@ from compressvit.fitting.moments import tokens_at
 from compressvit.model import surgery, ties
 from compressvit.model.backbone import describe, family_of
 from compressvit.model.cost import Cost, break_even_rank, cost
+from compressvit.model.linear import weight_shape
 from compressvit.model.weights import copy_matching
 from compressvit.recipe.recipe import Merge, Recipe
 from compressvit.runs.job import PLACEHOLDER_CLASSES, Job, prepare
@@ -27,7 +28,7 @@ from compressvit.training.phases import PhaseSpec, Setting
 from compressvit.training.phases.finetune import Finetune
 from compressvit.transforms import LedgerEntry, Transform
 from compressvit.transforms.applying import apply_plans
-from compressvit.transforms.low_rank.layer import FactoredLinear
+from compressvit.transforms.low_rank.layer import Factored
 from compressvit.transforms.record import compression_of, trained_parameters
 
 
@@ -289,13 +290,14 @@ def _plan_merge(where: str, *, student: nn.Module) -> StepPlan:
 
 def _break_even_notes(student: nn.Module) -> list[str]:
     """For layers that are low rank alone: from which rank on they are slower than dense ones."""
-    layers = {p: m for p, m in student.named_modules() if isinstance(m, FactoredLinear)}
+    layers = {p: m for p, m in student.named_modules() if isinstance(m, Factored)}
     if not layers:
         return []
     tokens = tokens_at(student, list(layers))
     shapes: dict[tuple[int, int, int], str] = {}
     for path, layer in layers.items():
-        shapes.setdefault((layer.in_features, layer.out_features, tokens[path]), path)
+        outputs, inputs = weight_shape(layer)
+        shapes.setdefault((inputs, outputs, tokens[path]), path)
     texts = []
     for (inner, out, count), path in shapes.items():
         by_macs, measured = break_even_rank(inner, out, count)

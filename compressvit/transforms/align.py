@@ -23,9 +23,10 @@ from torch.nn.utils import skip_init
 from compressvit.errors import UserError
 from compressvit.fitting.moments import Reference
 from compressvit.model import surgery, ties
-from compressvit.model.backbone import describe, model_name, share_groups
+from compressvit.model.backbone import model_name, share_groups
+from compressvit.model.family import Need
 from compressvit.model.linear import effective_weight
-from compressvit.transforms.base import TRANSFORMERS_ONLY, LedgerEntry, Plan, Transform, transform
+from compressvit.transforms.base import LedgerEntry, Plan, Transform, transform
 from compressvit.transforms.claims import Claim, orders
 from compressvit.transforms.record import require_free
 
@@ -164,7 +165,7 @@ def _permute_heads(block: Any):
 class Align(Transform):
     """Match the neurons and heads of the blocks that a later step shares; the function stays the same."""
 
-    refuses: ClassVar[dict[str, str]] = TRANSFORMERS_ONLY
+    needs: ClassVar[tuple[Need, ...]] = ("attention",)
 
     share: int | tuple[int, ...] = Field(
         description="Blocks in a group, as in the step that shares them: one number, or one per stage."
@@ -182,11 +183,12 @@ class Align(Transform):
     def plan(self, model: nn.Module, reference: Reference | None = None) -> AlignPlan:
         from timm.layers import Mlp
 
+        backbone = self.backbone(model)
         groups = [group for group in share_groups(model, self.share, "align.share") if len(group) > 1]
         require_free(model, self.name, (orders(path) for group in groups for path in group))
         tied = {name for group in ties.tied_groups(model) for name in group}
         added = surgery.added_parameters(model)
-        infos = {info.path: info for info in describe(model, "attention").blocks}
+        infos = {info.path: info for info in backbone.blocks}
         known = {path: model.get_submodule(path) for path in infos}
         for path in (path for group in groups for path in group):
             block: Any = known[path]

@@ -22,6 +22,8 @@ from compressvit.errors import UserError
 from compressvit.fitting.in_order import LayerFit
 from compressvit.fitting.moments import Reference
 from compressvit.model import ties
+from compressvit.model.backbone import Backbone, describe
+from compressvit.model.family import Need
 from compressvit.registry import Registry
 from compressvit.spec import Spec
 from compressvit.transforms.claims import Claim
@@ -112,10 +114,6 @@ class Plan(Spec):
         raise UserError(f"{self.transform} cannot be folded into plain layers")
 
 
-# For `Transform.refuses` of a method whose plan asks `describe(model)` for transformers.
-TRANSFORMERS_ONLY = {"convnext": "which compressvit cannot transform with this transform; it works on"}
-
-
 class Transform(Spec):
     """A transform as a recipe or a Python call asks for it."""
 
@@ -126,9 +124,12 @@ class Transform(Spec):
     # Fields that name an artifact's folder which `initialise` reads: `--overwrite` must not delete it.
     reads: ClassVar[tuple[str, ...]] = ()
 
+    # What it needs of a family of backbones; models of the others are refused (`backbone`), which the contract checks.
+    needs: ClassVar[tuple[Need, ...]] = ()
+    # What else a user can do with such a model; the families it works on are listed if nothing is said.
+    instead: ClassVar[str] = ""
+
     # What the contract (`compressvit.testing`) allows a method to differ in.
-    # By family of backbones that it does not work on, words of the sentence that says so.
-    refuses: ClassVar[dict[str, str]] = {}
     # True: the student does not begin with the outputs of the model as it was before.
     changes_at_start: ClassVar[bool] = False
     # Added parameters without a gradient, by the end of their names, with the reason: in the first step, or in every one.
@@ -139,6 +140,18 @@ class Transform(Spec):
     def examples(cls) -> Sequence[Transform]:
         """Settings that between them use all that the method has, for the contract; its defaults unless it says more."""
         return (cls(),)
+
+    def needed(self) -> tuple[Need, ...]:
+        """What these settings need of a family; `needs` unless it depends on them."""
+        return self.needs
+
+    def backbone(self, model: nn.Module) -> Backbone:
+        """The model's blocks.
+
+        Raises:
+            UserError: the model's family is not known, or lacks something that is needed.
+        """
+        return describe(model, *self.needed(), asker=self.name, instead=self.instead)
 
     def plan(self, model: nn.Module, reference: Reference | None = None) -> Plan:
         """Resolve against a model, which is not changed.

@@ -17,7 +17,7 @@ from compressvit.errors import UserError
 from compressvit.fitting.moments import Reference
 from compressvit.model import surgery
 from compressvit.model.backbone import describe, model_name
-from compressvit.model.linear import weight_shape
+from compressvit.model.linear import ChannelsFirst, weight_shape
 from compressvit.transforms.base import Plan
 from compressvit.transforms.claims import Claim, slot
 
@@ -114,7 +114,7 @@ class AdapterLinear(nn.Linear):
 
 def at_tokens(adapter: nn.Module, x: torch.Tensor, owner: nn.Module) -> torch.Tensor:
     """The adapter on the channels of x, which are last, except after a convolutional MLP."""
-    if isinstance(getattr(owner, "fc1", None), nn.Conv2d):
+    if isinstance(getattr(owner, "fc1", None), (nn.Conv2d, ChannelsFirst)):
         return rearrange(adapter(rearrange(x, "b c h w -> b h w c")), "b h w c -> b c h w")
     return adapter(x)
 

@@ -13,6 +13,7 @@ from compressvit.errors import UserError
 from compressvit.fitting.moments import Reference
 from compressvit.model import surgery
 from compressvit.model.affine import owns_weight, refuse_tied
+from compressvit.model.linear import ChannelsFirst
 from compressvit.transforms.base import LedgerEntry, Plan, record
 from compressvit.transforms.claims import Claim, slot
 
@@ -20,7 +21,7 @@ from compressvit.transforms.claims import Claim, slot
 def with_term(y: torch.Tensor, x: torch.Tensor, term: nn.Module | None, layer: object) -> torch.Tensor:
     if term is None:
         return y
-    if isinstance(layer, nn.Conv2d):
+    if isinstance(layer, (nn.Conv2d, ChannelsFirst)):
         return y + rearrange(term(rearrange(x, "b c h w -> b h w c")), "b h w c -> b c h w")
     return y + term(x)
 
