@@ -4,7 +4,8 @@ One code path for CPU and GPU. An epoch's randomness is seeded from the run's se
 stopped and resumed ends with the weights of one that was not (to the bit on a CPU).
 
 A step asks the device for no number. Losses, accuracies and norms stay on it until the next line of the log, and an update whose loss or
-gradient is not finite is left out by the device itself, as is every one after it, until the loop reads that and stops.
+gradient is not finite is left out by the device itself, as is every one after it, until the loop reads that and stops. Buffers that such
+a step has changed (the running statistics of BatchNorm) are set back in the same way.
 """
 
 from __future__ import annotations
@@ -79,8 +80,8 @@ def train(
 
     Raises:
         Interrupted: SIGINT or SIGTERM came; a checkpoint was written at the last optimiser step.
-        UserError: the loss or the gradient is not finite; the last good checkpoint is kept, and the model has the weights it had before
-            that step. It may be found out up to `log_every` steps later.
+        UserError: the loss or the gradient is not finite; the last good checkpoint is kept, and the model has the weights and
+            buffers it had before that step. It may be found out up to `log_every` steps later.
     """
     warm = None if moments is None else Moments(moments)
     others = (task or task_of(model), teacher, start, warm, watches, measure)
@@ -127,6 +128,8 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=spec.precision == "fp16")
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.state = TrainedState(model)
+        self.buffers = _persistent_buffers(model)
+        self.buffers_before: list[torch.Tensor] = []
         self.finite = torch.ones((), dtype=torch.bool, device=device)  # so far: every loss and every gradient
 
     def run(self) -> dict[str, Any]:
@@ -258,6 +261,8 @@ class Trainer:
         images, targets, labels = to_device(images, targets, self.device, self.mixup)
         for watch in self.watches:
             watch.before(self.steps)
+        if self.batch_index % self.spec.accumulate == 0:
+            self.buffers_before = [buffer.clone() for buffer in self.buffers]
         with self.autocast:
             batch = self.forward(images, targets)
             loss, parts = _total(self.terms, batch)
@@ -289,6 +294,8 @@ class Trainer:
         if not self.scaler.is_enabled():
             self.finite = self.finite & torch.isfinite(norm)
         opt.step_if(self.finite, self.optimizer, self.scaler, self.parameters)
+        for buffer, before in zip(self.buffers, self.buffers_before, strict=True):
+            torch.where(self.finite, buffer, before, out=buffer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
@@ -384,6 +391,13 @@ class Trainer:
                 average = self.state.of(self.average.module)
                 content |= {"average": average, "n_averaged": int(self.average.n_averaged)}
         save_checkpoint(self.phase.checkpoint, content)
+
+
+def _persistent_buffers(model: nn.Module) -> list[torch.Tensor]:
+    """The buffers in the state dict, each once: a forward pass in training mode may update them, e.g. the statistics of BatchNorm."""
+    state = model.state_dict(keep_vars=True).values()
+    found = {id(tensor): tensor for tensor in state if isinstance(tensor, torch.Tensor)}
+    return [tensor for tensor in found.values() if not isinstance(tensor, nn.Parameter)]
 
 
 def _total(terms: Sequence[Term], batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

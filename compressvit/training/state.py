@@ -56,12 +56,12 @@ class TrainedState:
             raise UserError(
                 f"{path} belongs to a different student: {name} is {tuple(theirs[name]) if name in theirs else 'not in it'}, and here "
                 f"{tuple(own[name]) if name in own else 'not there'}. Ranks and groups that are chosen by errors follow the images; "
-                "restore the original ones, or start again with --overwrite"
+                "restore the original ones, or start again in another folder"
             )
         if saved["frozen"] != self.frozen_hash:
             raise UserError(
                 f"{path} was trained with another backbone: the frozen weights have changed since the run started. Restore the file "
-                "that teacher.weights (or student.weights) named then, or start again with --overwrite"
+                "that teacher.weights (or student.weights) named then, or start again in another folder"
             )
         model.load_state_dict(saved["model"], strict=False)
 
