@@ -3,9 +3,8 @@
 One code path for CPU and GPU. An epoch's randomness is seeded from the run's seed, the phase and the epoch, so a run that was
 stopped and resumed ends with the weights of one that was not (to the bit on a CPU).
 
-A step asks the device for no number. Losses, accuracies and norms stay on it until the next line of the log, and an update whose loss or
-gradient is not finite is left out by the device itself, as is every one after it, until the loop reads that and stops. Buffers that such
-a step has changed (the running statistics of BatchNorm) are set back in the same way.
+A step does not wait for the device. Losses, accuracies and norms stay on it until they are logged. From a loss or gradient that is not
+finite on, the device itself leaves out updates and sets buffers (BatchNorm) back, until the loop reads the values and stops.
 """
 
 from __future__ import annotations
@@ -35,6 +34,7 @@ from compressvit.training.stopping import Interrupted, StopRequest, diverged
 from compressvit.training.terms import Batch, Term
 from compressvit.training.watch import Watch
 
+Forward = Callable[[torch.Tensor], torch.Tensor]
 _UNFINISHED = ("epoch", "batch_index", "steps", "optimizer", "scaler", "random_state", "meters")
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -80,8 +80,8 @@ def train(
 
     Raises:
         Interrupted: SIGINT or SIGTERM came; a checkpoint was written at the last optimiser step.
-        UserError: the loss or the gradient is not finite; the last good checkpoint is kept, and the model has the weights and
-            buffers it had before that step. It may be found out up to `log_every` steps later.
+        UserError: the loss or the gradient is not finite, which may be noticed up to `log_every` steps later. The last good checkpoint
+            is kept, and the model has the weights and buffers from before that step.
     """
     warm = None if moments is None else Moments(moments)
     others = (task or task_of(model), teacher, start, warm, watches, measure)
@@ -90,7 +90,7 @@ def train(
 
 @dataclass(eq=False)
 class Trainer:
-    """The state of one phase. Its fields are the arguments of `train`; what follows them changes as the training goes."""
+    """The state of one phase: the arguments of `train`, then what changes during training."""
 
     model: nn.Module
     spec: Training
@@ -128,8 +128,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=spec.precision == "fp16")
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.state = TrainedState(model)
-        self.buffers = _persistent_buffers(model)
-        self.buffers_before: list[torch.Tensor] = []
+        self.buffers = opt.Buffers(model)
         self.finite = torch.ones((), dtype=torch.bool, device=device)  # so far: every loss and every gradient
 
     def run(self) -> dict[str, Any]:
@@ -200,20 +199,16 @@ class Trainer:
         """Put the taps on, then compile: the compiled graph must contain their hooks."""
         self.student_taps = Taps(self.model, [tap for term in self.terms for tap in term.student_taps])
         self.teacher_taps: Taps | None = None
-        self.run_student: Callable[[torch.Tensor], torch.Tensor] = (
-            torch.compile(self.model) if self.spec.compile else self.model
-        )
+        self.run_student: Forward = torch.compile(self.model) if self.spec.compile else self.model
         if self.teacher is not None:
             model = self.teacher.model.eval()
             self.teacher_taps = Taps(model, [tap for term in self.terms for tap in term.teacher_taps])
-            self.run_teacher: Callable[[torch.Tensor], torch.Tensor] = (
-                torch.compile(model) if self.spec.compile else model
-            )
+            self.run_teacher: Forward = torch.compile(model) if self.spec.compile else model
 
     def disconnect(self) -> None:
-        for taps in (self.student_taps, self.teacher_taps):
-            if taps is not None:
-                taps.close()
+        self.student_taps.close()
+        if self.teacher_taps is not None:
+            self.teacher_taps.close()
 
     def is_over(self) -> bool:
         return self.epoch >= self.spec.epochs or self.steps >= self.total_steps
@@ -262,7 +257,7 @@ class Trainer:
         for watch in self.watches:
             watch.before(self.steps)
         if self.batch_index % self.spec.accumulate == 0:
-            self.buffers_before = [buffer.clone() for buffer in self.buffers]
+            self.buffers.remember()
         with self.autocast:
             batch = self.forward(images, targets)
             loss, parts = _total(self.terms, batch)
@@ -294,8 +289,7 @@ class Trainer:
         if not self.scaler.is_enabled():
             self.finite = self.finite & torch.isfinite(norm)
         opt.step_if(self.finite, self.optimizer, self.scaler, self.parameters)
-        for buffer, before in zip(self.buffers, self.buffers_before, strict=True):
-            torch.where(self.finite, buffer, before, out=buffer)
+        self.buffers.put_back_unless(self.finite)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
@@ -391,13 +385,6 @@ class Trainer:
                 average = self.state.of(self.average.module)
                 content |= {"average": average, "n_averaged": int(self.average.n_averaged)}
         save_checkpoint(self.phase.checkpoint, content)
-
-
-def _persistent_buffers(model: nn.Module) -> list[torch.Tensor]:
-    """The buffers in the state dict, each once: a forward pass in training mode may update them, e.g. the statistics of BatchNorm."""
-    state = model.state_dict(keep_vars=True).values()
-    found = {id(tensor): tensor for tensor in state if isinstance(tensor, torch.Tensor)}
-    return [tensor for tensor in found.values() if not isinstance(tensor, nn.Parameter)]
 
 
 def _total(terms: Sequence[Term], batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
