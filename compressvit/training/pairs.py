@@ -93,15 +93,25 @@ def _pair(ours: Backbone, theirs: Backbone, student: int, teacher: int, asker: s
     """The pair of two blocks by index; a `UserError` where one is not there, or their tokens are not the same."""
     for index, backbone, whose in ((student, ours, "student"), (teacher, theirs, "teacher")):
         if not 0 <= index < len(backbone.blocks):
+            last = len(backbone.blocks) - 1
+            near = _nearest_pair(ours, theirs, student, teacher)
             raise UserError(
-                f"{asker}: the pair [{student}, {teacher}] names block {index} of the {whose}, which has {len(backbone.blocks)} "
-                f"(0 to {len(backbone.blocks) - 1})"
+                f"{asker}: the pair [{student}, {teacher}] names block {index} of the {whose}, which has {last + 1} "
+                f"(0 to {last}){'; the nearest pair that fits is ' + near if near else ''}"
             )
     alike = ours.num_prefix_tokens == theirs.num_prefix_tokens
     skip = (0, 0) if alike else (ours.num_prefix_tokens, theirs.num_prefix_tokens)
     pair = LayerPair(ours.blocks[student], theirs.blocks[teacher], *skip)
-    _refuse_unlike(pair, theirs.blocks, asker)
+    _refuse_unlike(pair, ours.blocks, theirs.blocks, asker)
     return pair
+
+
+def _nearest_pair(ours: Backbone, theirs: Backbone, student: int, teacher: int) -> str | None:
+    """The pair that is closest to two indices, which need not exist, and whose tokens are the same; None where no pair's are."""
+    fitting = [(s.index, t.index) for s in ours.blocks for t in theirs.blocks if _place(s) == _place(t)]
+    if not fitting:
+        return None
+    return str(list(min(fitting, key=lambda pair: (abs(pair[0] - student) + abs(pair[1] - teacher), pair))))
 
 
 def match_layers_once(
@@ -206,7 +216,9 @@ def _group_ends(student: nn.Module, backbone: Backbone) -> list[int]:
     return sorted(ends)
 
 
-def _refuse_unlike(pair: LayerPair, candidates: tuple[BlockInfo, ...], asker: str) -> None:
+def _refuse_unlike(
+    pair: LayerPair, students: tuple[BlockInfo, ...], teachers: tuple[BlockInfo, ...], asker: str
+) -> None:
     s, t = pair.student, pair.teacher
     for what, ours, theirs in (
         ("stage", s.stage, t.stage),
@@ -215,8 +227,16 @@ def _refuse_unlike(pair: LayerPair, candidates: tuple[BlockInfo, ...], asker: st
         ("window shift", s.shift, t.shift),
     ):
         if ours != theirs:
-            like = [c.index for c in candidates if _place(c) == _place(s)]
-            ways = f"teacher blocks that fit student block {s.index}: {like}" if like else "no teacher block fits it"
+            like = [c.index for c in teachers if _place(c) == _place(s)]
+            back = [c.index for c in students if _place(c) == _place(t)]
+            ways = "no teacher block fits it"
+            if like:
+                nearest = min(like, key=lambda i: abs(i - t.index))
+                ways = f"teacher blocks that fit student block {s.index}: {like}, the nearest is [{s.index}, {nearest}]"
+            elif back:
+                ways += f"; student blocks that fit teacher block {t.index}: {back}"
+            else:
+                ways += "; build student and teacher for images and windows of the same size"
             raise UserError(
                 f"{asker}: the pair [{s.index}, {t.index}] differs in {what}: {ours} in the student, {theirs} in the teacher, "
                 f"so their tokens are not the same; {ways}"
