@@ -111,7 +111,8 @@ def _nearest_pair(ours: Backbone, theirs: Backbone, student: int, teacher: int) 
     fitting = [(s.index, t.index) for s in ours.blocks for t in theirs.blocks if _place(s) == _place(t)]
     if not fitting:
         return None
-    return str(list(min(fitting, key=lambda pair: (abs(pair[0] - student) + abs(pair[1] - teacher), pair))))
+    _, nearest = min((abs(s - student) + abs(t - teacher), [s, t]) for s, t in fitting)
+    return str(nearest)
 
 
 def match_layers_once(

@@ -174,7 +174,8 @@ def test_prefix_tokens_are_left_out_where_they_differ(student, teacher, skip):
         ),
         (
             (5, 2),
-            r"\[5, 2\] differs in window shift: \(2, 2\) in the student, \(0, 0\) in the teacher.*block 5: \[3, 5\], the nearest is \[5, 3\]",
+            r"\[5, 2\] differs in window shift: \(2, 2\) in the student, \(0, 0\) in the teacher.*block 5: \[3, 5\], "
+            r"the nearest is \[5, 3\]",
         ),
     ],
 )
@@ -188,7 +189,8 @@ def test_pairs_of_another_resolution_or_window():
     for layers in ("matched", ((1, 1),)):
         with pytest.raises(
             UserError,
-            match=r"differs in resolution: \(16, 16\) in the student, \(32, 32\) .*no teacher block fits it; build student and teacher for images and windows of the same size",
+            match=r"differs in resolution: \(16, 16\) in the student, \(32, 32\) .*no teacher block fits it; build "
+            r"student and teacher for images and windows of the same size",
         ):
             match_layers(swin(), swin(img_size=64), layers)
         with pytest.raises(UserError, match=r"differs in window: \(4, 4\) in the student, \(8, 8\) in the teacher"):
