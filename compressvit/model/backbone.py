@@ -1,6 +1,7 @@
 """Where a model keeps its stages, blocks, attention and MLP.
 
-A transform asks `describe(model)` and works with what it gets; what differs between families is in `compressvit.model.families`.
+A transform calls `describe(model)` and works with the `Backbone` that it returns; what differs between
+families is in `compressvit.model.families`.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ class Backbone:
 
     @property
     def slotted_attention(self) -> type[nn.Module]:
-        """The family's attention with slots, for who has asked `describe` for it."""
+        """The family's attention with slots; only after `describe` was called with this need."""
         assert self.family.slotted_attention is not None
         return self.family.slotted_attention
 
     @property
     def slotted_block(self) -> type[nn.Module]:
-        """The family's block with slots, for who has asked `describe` for it."""
+        """The family's block with slots; only after `describe` was called with this need."""
         assert self.family.slotted_block is not None
         return self.family.slotted_block
 
@@ -56,7 +57,7 @@ def share_groups(model: nn.Module, share: int | tuple[int, ...], asker: str) -> 
     Args:
         model: a timm model.
         share: blocks in a group, one number for every stage or one per stage; must divide the stage's depth.
-        asker: what messages call the option, e.g. 'multiplex.share'.
+        asker: the option's name in messages, e.g. 'multiplex.share'.
 
     Raises:
         UserError: a number does not divide its stage, or there are not as many numbers as stages.
@@ -104,7 +105,7 @@ def model_name(model: nn.Module) -> str:
 
 
 def family_of(model: nn.Module) -> Family | None:
-    """The family of a model; None for one that no transform works on (it can still be a teacher)."""
+    """The family of a model; None where no transform works on it (it can still be a teacher)."""
     known = {kind: family for family in FAMILIES.values() for kind in family.models}
     return known.get(class_in_timm(model, *known))
 
@@ -127,7 +128,7 @@ def describe(model: nn.Module, need: Need | None = None) -> Backbone:
 
     Args:
         model: a model of one of the families.
-        need: what the asker cannot do without; a family that lacks it is refused.
+        need: an attribute of `Family` that the caller requires; a family without it is refused.
 
     Raises:
         UserError: the family is not known or lacks what is needed, or a block or its attention is of a class that is not known.

@@ -32,7 +32,7 @@ class BlockInfo:
 
 
 class Family(ABC):
-    """Models of one design: which classes they are, where their blocks are, and what can be put into them.
+    """Models of one architecture: their classes, where their blocks are, and what transforms can attach to them.
 
     A block has its MLP at `mlp` and, where there is attention, its attention at `attn`. What a family leaves out is not offered for its
     models: a transform that needs it refuses them and names the families that have it.
@@ -65,7 +65,7 @@ class Family(ABC):
         """
 
     def convert(self, tensors: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-        """A checkpoint as `model` takes it: original names to timm's, position tables resampled to its grid. Raises whatever it meets."""
+        """A checkpoint as `model` takes it: original names to timm's, position tables resampled to its grid. May raise any exception."""
         return tensors
 
 

@@ -1,4 +1,4 @@
-"""Linear layers whatever they are made of: a dense weight, a weight with a term beside it, or two factors."""
+"""Linear layers of every form: a dense weight, a weight with an added low-rank term, or two factors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 
 def effective_weight(layer: nn.Module) -> torch.Tensor:
-    """The weight (out, in) that a linear layer computes with: low-rank terms and factors included, what adapters add left out."""
+    """The weight (out, in) that a linear layer computes with: low-rank terms and factors included, adapters excluded."""
     computed = getattr(layer, "effective_weight", None)
     return cast(nn.Linear, layer).weight if computed is None else computed()
 
