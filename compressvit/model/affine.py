@@ -101,7 +101,7 @@ _PLAIN = {nn.Linear.forward, nn.Conv2d.forward, PaddedConv2d.forward, nn.Multihe
 
 
 def owns_weight(layer: nn.Module) -> bool:
-    """Whether a layer computes with one weight parameter: neither a product of low-rank factors, nor a weight with a low-rank term added."""
+    """Whether a layer computes with one weight parameter: neither a product of low-rank factors, nor one with an added low-rank term."""
     return layer._parameters.get("weight") is not None and getattr(layer, "low_rank", None) is None
 
 

@@ -1,4 +1,4 @@
-"""Prompt tokens (VPT): where they enter a sequence, where they leave it, and what stands between the two.
+"""Prompt tokens (VPT): where they enter a sequence, where they are removed, and the layers between.
 
 Each of the classes below `DropPrompts` is a mixin for `surgery.extend`, put there together with what fills its slot.
 
@@ -115,7 +115,7 @@ class DropPromptRows(DropPrompts):
 
 
 class WithPrompts(surgery.Mixin):
-    """Of a norm or a block: prompts enter before it."""
+    """Mixin for a norm or a block: prompts are added before it."""
 
     slots = ("vpt",)
 
@@ -126,7 +126,7 @@ class WithPrompts(surgery.Mixin):
 
 
 class WithoutPrompts(surgery.Mixin):
-    """Of a block: prompts are removed after it."""
+    """Mixin for a block: prompts are removed after it."""
 
     slots = ("vpt_end",)
 
