@@ -1,4 +1,4 @@
-"""`apply`: run a recipe from top to bottom, and leave the student and the evidence in a run folder."""
+"""`apply`: run a recipe from top to bottom, and write the student and its results to a run folder."""
 
 from __future__ import annotations
 

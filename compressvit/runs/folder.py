@@ -1,4 +1,4 @@
-"""A run folder holds everything one `apply` did, written before the first step where it can be.
+"""A run folder holds everything about one `apply`; what is known at the start is written before the first step.
 
 `recipe.yaml` (as given) · `resolved.yaml` (defaults and overrides in) · `environment.json` · `plan.json` · `checkpoints/` ·
 `student/` · `metrics.jsonl` · `tensorboard/` · `run.log` · `results.json` · `predictions.json` and `predictions/` · `diagnostics/` ·
@@ -56,7 +56,7 @@ class RunFolder:
         return self.path / "diagnostics"
 
     def keep(self, finding: Finding) -> None:
-        """Write a finding to `diagnostics/`, and its picture where a person looks first."""
+        """Write a finding to `diagnostics/`, and its picture to the top of the run folder."""
         finding.write(self.diagnostics, pictures=False)
         finding.picture(self.path / f"{finding.name}.png")
 

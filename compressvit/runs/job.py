@@ -33,7 +33,7 @@ PLACEHOLDER_CLASSES = 1000  # of a new classifier, while nobody knows the data's
 
 @dataclass
 class Job:
-    """A recipe, and what it comes to.
+    """A recipe with everything that follows from it without values.
 
     Attributes:
         name: what messages call the recipe.
@@ -60,7 +60,7 @@ class Job:
 
 
 def prepare(recipe: Recipe, device: str = "auto", *, name: str = "recipe", without_data: bool = False) -> Job:
-    """Settle what a recipe is about. Models are built without values; data is opened where only that tells its classes.
+    """Resolve a recipe to a job. Models are built without values; data is opened where only that tells its classes.
 
     Args:
         name: what messages call the recipe.

@@ -1,4 +1,4 @@
-"""`compressvit merge`: the student of a run, or an artifact, merged into a folder of its own, with the proof and the latencies."""
+"""`compressvit merge`: the student of a run, or an artifact, merged into a folder of its own, with the comparison and latencies."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def _require_free(target: Path, overwrite: bool) -> None:
 
 
 def print_merge(result: dict[str, Any], console: Console) -> None:
-    """What `merge_folder` returns, for a person."""
+    """Print what `merge_folder` returns."""
     table = Table(title=f"{result['artifact']} → {result['merged']}", title_justify="left")
     for column in ("", "parameters", "latency", "latency / backbone"):
         table.add_column(column, justify="left" if not column else "right")

@@ -157,7 +157,7 @@ class Trainer:
         return ended if self.warm is None else {**ended, "moments": Moments.of(self.model, self.optimizer)}
 
     def begin(self) -> None:
-        """Begin anew: with the moments of a training before, and with the first candidate of `keep: best`."""
+        """Start the phase from its beginning, with the given optimiser moments and the first candidate of `keep: best`."""
         if self.warm:
             self.start = None
             self.warm.give(self.model, self.optimizer)
@@ -171,7 +171,7 @@ class Trainer:
         self.best = {"score": self.task.score(self.start), "epoch": 0, "model": self.state.copied(self.model)}
 
     def resume(self) -> dict[str, Any] | None:
-        """Go on where the checkpoint ends; of a phase that is done, returns what `train` does."""
+        """Continue from the checkpoint. If the phase is complete, returns what `train` returns."""
         path = self.phase.checkpoint
         saved = current_checkpoint(load_checkpoint(path), self.model.state_dict().keys())
         require_keys(saved, ("done",), path)
@@ -196,7 +196,7 @@ class Trainer:
         return None
 
     def connect(self) -> None:
-        """Put the taps on, then compile: the compiled graph must contain their hooks."""
+        """Attach the taps, then compile: the compiled graph must contain their hooks."""
         self.student_taps = Taps(self.model, [tap for term in self.terms for tap in term.student_taps])
         self.teacher_taps: Taps | None = None
         self.run_student: Forward = torch.compile(self.model) if self.spec.compile else self.model
@@ -241,7 +241,7 @@ class Trainer:
                 raise Interrupted(self.stop.signum, self.phase.checkpoint)
 
     def batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """What is left of the epoch, with its own randomness, on the CPU."""
+        """The remaining batches of the epoch, on the CPU, with the epoch's own random state."""
         opt.seed_everything(self.phase.seed, self.phase.number, self.epoch)
         batches = iter(self.loader)
         for _ in range(self.batch_index):  # what the interrupted epoch had done already
@@ -252,7 +252,7 @@ class Trainer:
         return batches
 
     def backward(self, images: torch.Tensor, targets: torch.Tensor) -> None:
-        """One batch forward and backward: its gradient is added to that of the step."""
+        """Forward and backward pass of one batch; its gradient is added to the step's."""
         images, targets, labels = to_device(images, targets, self.device, self.mixup)
         for watch in self.watches:
             watch.before(self.steps)
@@ -270,7 +270,7 @@ class Trainer:
         self.meters.add(self.steps + 1, loss, parts, figures)
 
     def forward(self, images: torch.Tensor, targets: torch.Tensor) -> Batch:
-        """Student and teacher on a batch, and what their taps read."""
+        """Run student and teacher on a batch, and collect their taps."""
         logits = self.run_student(images)
         if self.teacher is None or self.teacher_taps is None:
             return Batch(logits, None, self.student_taps.pop(), {}, targets)
@@ -279,7 +279,7 @@ class Trainer:
         return Batch(logits, teacher_logits, self.student_taps.pop(), self.teacher_taps.pop(), targets)
 
     def step(self) -> None:
-        """One optimiser step with the gradient that was added up, unless anything was not finite so far."""
+        """One optimiser step with the accumulated gradient, skipped if any loss or gradient so far was not finite."""
         self.schedule.step_update(self.steps)
         self.scaler.unscale_(self.optimizer)
         for watch in self.watches:
@@ -298,7 +298,7 @@ class Trainer:
         self.meters.add_update(norm, self.optimizer.param_groups[0]["lr"])
 
     def read(self) -> None:
-        """Wait for the device and count the batches since the last time.
+        """Wait for the device and read the values of the batches since the last call.
 
         Raises:
             UserError: the loss or the gradient of one was not finite.
@@ -337,7 +337,7 @@ class Trainer:
         return self.model if self.average is None or self.is_over() else self.average.module
 
     def judge(self) -> None:
-        """Evaluate, and note the weights if none did better."""
+        """Evaluate, and keep the weights if no earlier evaluation was better."""
         judged = self.judged()
         result = self.evaluate(judged)
         self.log.scalars(self.phase.name, "evaluate", self.steps, {"epoch": self.epoch, **result})
@@ -347,7 +347,7 @@ class Trainer:
             self.best = {"score": score, "epoch": self.epoch, "model": self.state.copied(judged)}
 
     def take_best(self) -> None:
-        """End with the weights of the best evaluation, where those are asked for."""
+        """With `keep: best`, load the weights of the best evaluation."""
         best = self.best
         if best is None or best["model"] is None or best["epoch"] == self.epoch:
             return

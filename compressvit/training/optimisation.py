@@ -109,7 +109,7 @@ class Buffers:
         self._before: list[torch.Tensor] = []
 
     def remember(self) -> None:
-        """Keep the values that they have now."""
+        """Keep a copy of the present values."""
         self._before = [tensor.clone() for tensor in self._tensors]
 
     def put_back_unless(self, allowed: torch.Tensor) -> None:
@@ -182,7 +182,7 @@ def random_state() -> dict:
 
 
 def restore_random_state(state: dict) -> None:
-    """Undo everything random since `random_state()` was called."""
+    """Set all generators to a state from `random_state()`."""
     version, values, gauss = state["python"]
     random.setstate((version, tuple(values), gauss))
     kind, keys, position, has_gauss, cached = state["numpy"]
@@ -193,5 +193,5 @@ def restore_random_state(state: dict) -> None:
 
 
 def steps_per_epoch(batches: int, accumulate: int) -> int:
-    """Optimiser steps in an epoch; the last may add up fewer batches."""
+    """Optimiser steps in an epoch; the last may accumulate fewer batches."""
     return math.ceil(batches / accumulate)

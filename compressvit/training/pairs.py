@@ -1,4 +1,4 @@
-"""Which student block learns from which teacher block, and which pairs are refused."""
+"""Pairing student blocks with teacher blocks, and refusing pairs that do not fit."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ def match_layers(
         layers: pairs of block indices, counted from 0 over the whole model, or 'matched': the last block of every share group
             (of every stage where nothing is shared), with the teacher's block of the same index; or 'auto': the last block of every
             share group (every block where nothing is shared), with the teacher's block that `likeness` says is most like it, in order.
-        asker: what messages call the key.
+        asker: the key's name in messages.
         likeness: CKA of blocks; None where there are no values to look at, and 'auto' pairs blocks by their depth meanwhile.
 
     Returns:
-        The pairs, and a sentence that says how they came about. No pairs with 'matched' and 'auto' when the architectures differ:
+        The pairs, and a sentence that says how they were chosen. No pairs with 'matched' and 'auto' when the architectures differ:
         only the prediction is distilled then.
 
     Raises:
@@ -122,7 +122,7 @@ def match_layers_once(
     likeness: Likeness,
     kept: Path,
 ) -> tuple[list[LayerPair], str]:
-    """`match_layers` for a phase that may be a resumed one: what 'auto' decided when it began, kept in a file, is not decided again.
+    """`match_layers` for a phase that may be resumed: the pairs that 'auto' chose at its start are kept in a file and used again.
 
     Raises:
         UserError: as `match_layers`, or the file is damaged.

@@ -1,4 +1,4 @@
-"""How a training ends before its time: stopped from outside, or diverged."""
+"""How training ends early: interrupted by a signal, or diverged."""
 
 from __future__ import annotations
 

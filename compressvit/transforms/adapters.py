@@ -71,7 +71,7 @@ class AdaptersPlan(BottleneckPlan):
 
     @property
     def least(self) -> int:
-        """The number of neurons that pruning must leave in every adapter: 1 if there are biases, because the upper one has no other place."""
+        """How many neurons pruning must leave in every adapter: 1 if there are biases, because the upper one has no other place."""
         return int(self.bias)
 
     def remove(self, model: nn.Module, path: str) -> None:
