@@ -1,4 +1,4 @@
-"""What a model expects of an image, and a batch of one model as another expects it."""
+"""The input that a model expects, and the conversion of a batch from one model's input to another's."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def class_mismatch(classes: int | None, model_classes: int) -> str | None:
 
 @dataclass(frozen=True)
 class InputConfig:
-    """What a model takes, and how an image gets there.
+    """The size and statistics of a model's input, and how an image is resized to it.
 
     Attributes:
         channels, height, width: 1 or 3, and pixels.
@@ -107,7 +107,7 @@ def input_config(model: nn.Module, data: Data, *, trained: bool = False) -> Inpu
 
 
 def renormalise(images: torch.Tensor, source: InputConfig, target: InputConfig) -> torch.Tensor:
-    """A batch normalised for one model as another model expects it.
+    """Convert a batch that is normalised for one model to the input of another.
 
     Args:
         images: (B, C, H, W) with the channels and statistics of `source`.
@@ -135,7 +135,7 @@ def renormalise(images: torch.Tensor, source: InputConfig, target: InputConfig) 
 
 @dataclass(frozen=True)
 class Side:
-    """A model and what its images look like.
+    """A model and the configuration of its input.
 
     Teacher and student may take images of different sizes, channels and statistics: batches are loaded for one of them, and
     `converter` turns them into the other's.
@@ -150,5 +150,5 @@ class Side:
         return cls(model, input_config(model, data, trained=trained))
 
     def converter(self, source: InputConfig) -> Callable[[torch.Tensor], torch.Tensor]:
-        """A function that turns batches (B, C, H, W) normalised as `source` says into this model's."""
+        """A function that converts batches (B, C, H, W), normalised as `source` describes, to this model's input."""
         return partial(renormalise, source=source, target=self.input)

@@ -5,7 +5,7 @@ student's own inputs x and is asked for the teacher's outputs y, so it also undo
 residual branch, y is what makes the sum with the student's residual stream the teacher's. (Asymmetric reconstruction: Zhang et al.,
 https://arxiv.org/abs/1505.06798, section 3.3; for transformers e.g. SVD-LLM, https://arxiv.org/abs/2403.07378, section 3.3.)
 
-Only second moments are kept of a layer. The hidden states between blocks wait in temporary files (TMPDIR), 8 bytes for each of
+For each layer only second moments are kept. The hidden states between blocks wait in temporary files (TMPDIR), 8 bytes for each of
 images × tokens × width, so memory does not grow with images where those are on a disk.
 """
 
@@ -36,11 +36,11 @@ _LEAST_SCALE = 1e-3  # of the mean; what LayerScale makes smaller counts as that
 
 @dataclass(frozen=True)
 class LayerFit:
-    """How one layer takes what it is to learn.
+    """How one layer is fitted to its targets.
 
     Attributes:
         fit: sets the values of the layer it is given (and of whatever else it keeps), and returns the relative error that is left.
-        prefix_weight: how much a prefix (class) token counts, in tokens.
+        prefix_weight: the weight of a prefix (class) token relative to other tokens.
     """
 
     fit: Callable[[nn.Module, Regression], float]

@@ -1,4 +1,4 @@
-"""What a student's values come from: the model before the transforms, and what its layers see on calibration images.
+"""The source of a student's values: the model before the transforms, and moments of its layers on calibration images.
 
 Second moments are summed up image by image, so memory does not grow with their number. Collected for each layer are that of its
 inputs, `S = E[xᵀx]`, that of the gradients at its outputs, `G = E[gᵀg]`, which says how much an error there changes what the model
@@ -190,10 +190,10 @@ def collect_moments(
     weighing as much as the others (the Gauss–Newton matrix of their mean squared error).
 
     Args:
-        model: in float32, on the device of the batches; as it was afterwards.
+        model: in float32, on the device of the batches; it is restored afterwards.
         paths: of linear layers.
         batches: images (B, C, H, W), read once.
-        outputs: collect what gradients tell, too.
+        outputs: also collect the moments of gradients.
         seed: of the labels, or directions, that are drawn.
 
     Returns:

@@ -1,6 +1,7 @@
 """Where a model keeps its stages, blocks, attention and MLP.
 
-A transform asks `describe(model)` and works with what it gets; what differs between families is in `compressvit.model.families`.
+A transform calls `describe(model)` and works with the `Backbone` that it returns; what differs between
+families is in `compressvit.model.families`.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ class Backbone:
 
     @property
     def slotted_attention(self) -> type[nn.Module]:
-        """The family's attention with slots, for who has asked `describe` for it."""
+        """The family's attention with slots; only after `describe` was called with this need."""
         assert self.family.slotted_attention is not None
         return self.family.slotted_attention
 
     @property
     def slotted_block(self) -> type[nn.Module]:
-        """The family's block with slots, for who has asked `describe` for it."""
+        """The family's block with slots; only after `describe` was called with this need."""
         assert self.family.slotted_block is not None
         return self.family.slotted_block
 
@@ -53,7 +54,7 @@ def share_groups(model: nn.Module, share: int | tuple[int, ...], asker: str) -> 
     Args:
         model: a timm model.
         share: blocks in a group, one number for every stage or one per stage; must divide the stage's depth.
-        asker: what messages call the option, e.g. 'multiplex.share'.
+        asker: the option's name in messages, e.g. 'multiplex.share'.
 
     Raises:
         UserError: a number does not divide its stage, or there are not as many numbers as stages.
@@ -101,7 +102,7 @@ def model_name(model: nn.Module) -> str:
 
 
 def family_of(model: nn.Module) -> Family | None:
-    """The family of a model; None for one that no transform works on (it can still be a teacher)."""
+    """The family of a model; None where no transform works on it (it can still be a teacher)."""
     known = {kind: family for family in FAMILIES.values() for kind in family.models}
     return known.get(class_in_timm(model, *known))
 
@@ -125,8 +126,8 @@ def describe(model: nn.Module, *needs: Need, asker: str = "this", instead: str =
 
     Args:
         model: a model of one of the families.
-        needs: what the asker cannot do without; a family that lacks one is refused.
-        asker: what messages call who needs it, e.g. 'multiplex'.
+        needs: what the caller requires; a family that lacks one is refused.
+        asker: what messages call the caller, e.g. 'multiplex'.
         instead: what a refused user can do, where that is better than to know which models it works on.
 
     Raises:

@@ -87,7 +87,7 @@ class Example:
 
 
 class Family(ABC):
-    """Models of one design: which classes they are, where their blocks are, and what can be put into them.
+    """Models of one architecture: their classes, where their blocks are, and what transforms can attach to them.
 
     A block has its MLP at `mlp` and, where there is attention, its attention at `attn`. What a family leaves out is not offered for its
     models: a transform that needs it (`Transform.needs`) refuses them and names the families that have it.
@@ -138,7 +138,7 @@ class Family(ABC):
         return None if has else need
 
     def convert(self, tensors: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-        """A checkpoint as `model` takes it: original names to timm's, position tables resampled to its grid. Raises whatever it meets."""
+        """A checkpoint as `model` takes it: original names to timm's, position tables resampled to its grid. May raise any exception."""
         return tensors
 
 

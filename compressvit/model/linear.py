@@ -1,4 +1,4 @@
-"""Linear layers and point-wise convolutions whatever they are made of: a dense weight, a weight with a term beside it, two factors."""
+"""Linear layers and pointwise convolutions of every form: a dense weight, a weight with an added low-rank term, or two factors."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def load_pretrained(model: nn.Module, where: str, *, new_head: bool = False) -> 
 
     Args:
         model: built by `build`; changed in place.
-        where: the recipe path to speak of in a message, e.g. 'teacher.weights'.
+        where: the recipe key that messages name, e.g. 'teacher.weights'.
         new_head: a classifier of another size than the pretrained one may start fresh, because it will be trained.
 
     Raises:
@@ -158,7 +158,7 @@ def load_file(model: nn.Module, path: str | Path, where: str, *, new_head: bool 
 
 
 def copy_matching(student: nn.Module, teacher: nn.Module) -> list[str]:
-    """Give a student that timm built with other arguments its teacher's values, name by name.
+    """Copy the teacher's values, by name, into a student that timm built with other arguments.
 
     Class, distillation and register tokens may be gone: their rows of the position embedding are then left out. On the meta
     device it only checks. Returns the names that were not copied.

@@ -62,7 +62,7 @@ class Scorer:
         )
 
     def in_training(self, model: Side, teacher: Side | None) -> dict[str, Any]:
-        """Without a ground truth that its task knows, only the teacher says how good a student is."""
+        """Scores during training: against the teacher where there is no ground truth for the model's task."""
         enough = self.datasets.labelled and self.task(model).supervised
         return self.score(model, None if enough else self.comparable(teacher))
 

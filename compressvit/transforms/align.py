@@ -1,4 +1,4 @@
-"""Align the layers of a share group before they share: the same function, with neurons and heads in an order that matches.
+"""Align the layers of a share group before they share weights: permute neurons and heads to match, without changing the function.
 
 The order of an MLP's hidden neurons and of attention heads is arbitrary: permuting the rows of fc1 with the columns of fc2, or the
 heads of q, k and v with the columns of proj, leaves what a block computes unchanged. So the blocks of a group are first brought into
@@ -83,7 +83,7 @@ def _align(units: list[torch.Tensor], rounds: int, permute: list[Any]) -> None:
 
 @torch.no_grad()
 def matched_weights(model: nn.Module, first: str, second: str) -> dict[str, torch.Tensor]:
-    """The weights of the linear layers of the block at `second`, its neurons and heads in the order that fits the block at `first` best."""
+    """The weights of the linear layers of the block at `second`, its neurons and heads permuted to match the block at `first` best."""
     reference, block = (_dense_copy(model.get_submodule(path)) for path in (first, second))
     for units, permute in ((_neurons, _permute_neurons), (_heads, _permute_heads)):
         _align([units(reference), units(block)], 1, [lambda _: None, permute(block)])

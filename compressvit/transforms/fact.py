@@ -82,7 +82,7 @@ class FacTTerm(nn.Module):
 
 
 class WithFacT(surgery.Mixin):
-    """Of a linear layer or 1×1 convolution: `y + fact(x)`."""
+    """Mixin for a linear layer or 1×1 convolution: `y + fact(x)`."""
 
     slots = ("fact",)
 

@@ -51,7 +51,7 @@ class ScaleShift(nn.Module):
 
 
 class WithScaleShift(surgery.Mixin):
-    """Of any layer: a scale and shift of its output channels."""
+    """Mixin for any layer: a scale and shift of its output channels."""
 
     slots = ("ssf",)
 

@@ -1,4 +1,4 @@
-"""What `low_rank` and `lors` have in common: layers that are named, ranks that are given or bought, and values fitted to a teacher."""
+"""The common part of `low_rank` and `lors`: target layers, ranks that are given or follow from a budget, and values fitted to a teacher."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ class RankStep(Transform):
         return at_least(0, "rank", value)
 
     def with_budget(self: S, budget: Budget) -> S:
-        """The same step with this budget in place of its ranks, or of the budget it has."""
+        """A copy of the step with this budget instead of its ranks or budget."""
         return self.model_validate({**self.model_dump(), "rank": None, "budget": budget})
 
     def require_rank_or_budget(self, init: str) -> None:
@@ -194,7 +194,7 @@ class RankStep(Transform):
             )
 
     def budget_note(self, metric: str) -> list[str]:
-        """What a plan without values takes for granted of a budget."""
+        """What a plan without values assumes about a budget."""
         on = measured_on(metric)
         text = f"ranks are uniform in this plan; apply allocates the same budget by the errors it measures {on}"
         return [text] if self.budget else []

@@ -1,4 +1,4 @@
-"""What a budget buys: the ranks of layers that are low rank, alone or beside a weight that they share."""
+"""Choosing ranks within a budget, for layers that are low rank, alone or beside a weight that they share."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Kind = Literal["weights", "inputs", "outputs"]
 
 
 class Spender(Protocol):
-    """What a step must say so that a budget can be spent for it."""
+    """The interface of a step whose ranks follow from a budget."""
 
     name: ClassVar[str]
 
@@ -47,7 +47,7 @@ class Spender(Protocol):
 
 
 def original_parameters(model: nn.Module) -> int:
-    """What the model had before anything was shared, added or dropped: every path counts."""
+    """The parameter count of the model before anything was shared, added or dropped."""
     added = surgery.added_parameters(model)
     kept = sum(p.numel() for n, p in model.named_parameters(remove_duplicate=False) if n not in added)
     return kept + sum(math.prod(weight_shape(m)) for m in model.modules() if isinstance(m, Factored))
@@ -65,7 +65,7 @@ def original_macs(model: nn.Module) -> int:
 
 
 class Spending:
-    """Spends the budget of a step on groups of layers of one model; errors that were computed once are kept.
+    """Allocates the budget of a step to groups of layers of one model; computed errors are cached.
 
     Args:
         spec: the step, with a budget.
@@ -100,7 +100,7 @@ class Spending:
         )
 
     def choose(self, choices: Sequence[Sequence[list[Group]]]) -> list[Group]:
-        """One way to group each set of layers, so that the least error is left at the budget.
+        """Choose a grouping for each set of layers so that the error at the budget is smallest.
 
         Starts from the first way of each and changes one at a time, as long as that helps.
         """

@@ -139,7 +139,7 @@ class LowRank(RankStep):
 
 
 def start_from_noise_(layer: Factored) -> None:
-    """Start as timm starts its linear layers, as far as that goes: a factor of zeros would leave the product zero for long."""
+    """Initialise `down` Kaiming-uniform and `up` with timm's noise for linear layers: from zero the product would be slow to grow."""
     layer.reset_zero()
     nn.init.trunc_normal_(layer.up.weight, std=0.02)
 

@@ -84,7 +84,7 @@ class PromptMixin(surgery.Mixin):
 
 
 class WithPrompts(PromptMixin):
-    """Of a norm or a block: prompts enter before it."""
+    """Mixin for a norm or a block: prompts are added before it."""
 
     slots = ("vpt",)
 
@@ -95,7 +95,7 @@ class WithPrompts(PromptMixin):
 
 
 class WithoutPrompts(PromptMixin):
-    """Of a block: prompts are removed after it."""
+    """Mixin for a block: prompts are removed after it."""
 
     slots = ("vpt_end",)
 
