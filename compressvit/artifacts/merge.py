@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import nn
 
 from compressvit.data.input import InputConfig, input_config
 from compressvit.data.spec import Data
 from compressvit.errors import UserError
-from compressvit.model import surgery
 from compressvit.transforms.applying import materialise
 from compressvit.transforms.record import compression_of
 
@@ -57,7 +58,7 @@ def merged_copy(model: nn.Module) -> nn.Module:
         raise UserError("there is nothing to merge: no transform has changed the model")
     for plan in plans:
         if not plan.foldable:
-            plan.fold(surgery.duplicate(model))  # raises, and says why
+            plan.fold(copy.deepcopy(model))  # raises, and says why
     return materialise(model).eval()
 
 
@@ -83,7 +84,7 @@ def relative_difference(model: nn.Module, other: nn.Module, images: torch.Tensor
 
 def in_float32(model: nn.Module) -> nn.Module:
     """A copy on the CPU in eval mode, for comparisons."""
-    return surgery.duplicate(model).cpu().float().eval()
+    return copy.deepcopy(model).cpu().float().eval()
 
 
 def made_up_images(config: InputConfig) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,7 +163,7 @@ def student_body(recipe: Recipe, teacher: nn.Module, *, meta: bool) -> nn.Module
     """What `build_student` makes before it gives the student a new head: with its teacher's classifier, or one of the same size."""
     asked = recipe.student
     if asked.model is None and not asked.args and asked.weights == "teacher":
-        return surgery.skeleton(teacher) if meta else surgery.duplicate(teacher)
+        return surgery.skeleton(teacher) if meta else copy.deepcopy(teacher)
     args = {} if asked.model else _teacher_args(recipe, _stored_teacher(recipe))
     args |= {"num_classes": getattr(teacher, "num_classes", None), **asked.args}
     student = weights.build(asked.model or recipe.teacher.model, device="meta" if meta else None, **args)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -72,7 +73,7 @@ def transform_(
         calibration: images for transforms that learn from them, or a `Reference` of a model equal to this one.
     """
     plan_transforms(model, transforms)  # without values: finds every conflict
-    reference = calibration if isinstance(calibration, Reference) else Reference(surgery.duplicate(model), calibration)
+    reference = calibration if isinstance(calibration, Reference) else Reference(copy.deepcopy(model), calibration)
     for spec in transforms:
         spec.require_inputs()
         if spec.needs_images:
@@ -85,7 +86,7 @@ def transform_(
         plan.initialise(model, reference)
         fresh.append(plan)
         if plan.loads_values:
-            reference = reference.with_model(surgery.duplicate(model))
+            reference = reference.with_model(copy.deepcopy(model))
             fresh = []
     fitted = _fit_in_order(fresh, model, reference)
     errors = {(plan.transform, path): found for plan in fresh for path, found in plan.errors(model, reference).items()}
@@ -103,7 +104,7 @@ def _fit_in_order(plans: Sequence[Plan], student: nn.Module, reference: Referenc
     fits = {path: fit for plan in plans for path, fit in plan.layer_fits(student, reference).items()}
     if not fits:
         return {}
-    walk = _without_what_is_set_aside(surgery.duplicate(student)).float()
+    walk = _without_what_is_set_aside(copy.deepcopy(student)).float()
     return fit_in_order(walk, _without_what_is_set_aside(reference.model), reference.batches(), fits)
 
 
@@ -111,7 +112,7 @@ def _without_what_is_set_aside(model: nn.Module) -> nn.Module:
     """The model itself, or a copy without what its transforms set aside while weights are fitted."""
     plans = [plan for plan in compression_of(model).plans if plan.sets_aside]
     if plans:
-        model = surgery.duplicate(model)
+        model = copy.deepcopy(model)
     for plan in plans:
         plan.set_aside(model)
     return model
@@ -127,7 +128,7 @@ def materialise(model: nn.Module) -> nn.Module:
     Raises:
         UserError: nothing in the model can be materialised.
     """
-    model = surgery.duplicate(model)
+    model = copy.deepcopy(model)
     done = compression_of(model)
     foldable = [i for i, plan in enumerate(done.plans) if plan.foldable]
     if not foldable:
@@ -195,6 +196,6 @@ def compress(model: nn.Module, transforms: Sequence[Transform], calibration: Ima
         raise UserError(f"compress takes a model, not a {type(model).__name__}; build one with timm.create_model(NAME)")
     if not isinstance(transforms, Sequence) or not all(isinstance(t, Transform) for t in transforms):
         raise UserError(f"compress takes a list of transforms, e.g. [Multiplex(share=2)], not {transforms!r}")
-    student = surgery.duplicate(model)
+    student = copy.deepcopy(model)
     transform_(student, transforms, calibration)
     return student

@@ -25,12 +25,6 @@ class Compression:
     materialised: bool = False  # its ties are no longer those of its plans
     claims: list[tuple[str, Claim]] = field(default_factory=list)  # what each step took, with its word
 
-    def __deepcopy__(self, memo: dict[int, object]) -> Compression:
-        """With lists of its own; what they hold is frozen, and the same."""
-        return Compression(
-            [*self.plans], [[*group] for group in self.ties], [*self.ledger], self.materialised, [*self.claims]
-        )
-
 
 def compression_of(model: nn.Module) -> Compression:
     """The record of a compressed model; an empty one for a model that no transform has touched."""
