@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic.config import JsonDict
 from pydantic.fields import FieldInfo
 
@@ -20,6 +20,7 @@ from compressvit.recipe.shipped import find_recipe
 from compressvit.recipe.words import LISTS, Entry, Merge, Step, Word, broken, packages_of, with_words
 from compressvit.recipe.yaml import Document, override, parse
 from compressvit.spec import Spec
+from compressvit.tasks.base import find_task
 from compressvit.training.phases import PhaseSpec
 from compressvit.training.phases.finetune import Finetune
 
@@ -113,6 +114,17 @@ class Recipe(Spec):
                     f"merge writes the model that the recipe ends with, so it is the last step, and {steps[i + 1].name} comes after it; "
                     f"move it to the end. To go on from a merged model, give another recipe teacher.weights=RUN/merged/model.safetensors"
                 )
+        return steps
+
+    @field_validator("steps")
+    @classmethod
+    def _fit_the_task(cls, steps: tuple[Step, ...], info: ValidationInfo) -> tuple[Step, ...]:
+        data: Data | None = info.data.get("data")  # missing where it has faults of its own
+        if data is None:
+            return steps
+        for i, entry in enumerate(steps):
+            if isinstance(entry.spec, PhaseSpec) and (fault := entry.spec.unfit_for(find_task(data.usual_task))):
+                raise ValueError(f"steps[{i}].{entry.name}.{fault}")
         return steps
 
     @property

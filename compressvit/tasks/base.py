@@ -125,6 +125,11 @@ class Task(ABC):
     def fits(self, model: nn.Module) -> bool:
         """Whether the outputs of a model can be read as this task's."""
 
+    @property
+    def main_quality(self) -> Quality:
+        """The first figure of `ranking`: what a target of accuracy is compared with."""
+        return next(quality for quality in self.qualities if quality.key == self.ranking[0])
+
     def head_size(self, classes: int) -> int:
         """How many outputs a new head has, for data of `classes` classes: what timm's `reset_classifier` is given."""
         return classes

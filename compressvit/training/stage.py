@@ -13,7 +13,7 @@ from torch import nn
 
 from compressvit.data.input import InputConfig, Side
 from compressvit.log import RunLog
-from compressvit.tasks.base import Task
+from compressvit.tasks.base import Task, task_of
 from compressvit.training.loop import Phase, Teacher, train
 from compressvit.training.pairs import Likeness
 from compressvit.training.spec import Training
@@ -114,6 +114,10 @@ class Stage:
                 watches=watches,
                 measure=lambda judged, epoch, last: self.measure(phase.name, judged, epoch, last),
             )
+
+    def task_of(self, model: nn.Module) -> Task:
+        """What the outputs of a model mean, where `task` says nothing too."""
+        return self.task or task_of(model)
 
     def labelled_batches(self, model: nn.Module, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """The first batches (images, targets) of a pass over the training set, on the device, where the model goes too."""

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from compressvit.artifacts import artifact
 from compressvit.artifacts.adapter import load_adapter
 from compressvit.errors import UserError
+from compressvit.tasks.classification import Classification
 from compressvit.training.phases.prune.neurons import prunable_plan
 from compressvit.training.phases.sparsify import Sparsify, sparsify_
 from compressvit.transforms import PHM, Adapters, AdaptFormer
@@ -71,6 +72,27 @@ def test_gradient_and_curvature_scores(score):
     sparsify_(model, Sparsify(keep=0.4, score=score), lambda: data)
     assert (masks(model) == expected).float().mean() > 0.995  # seen 1.0; sums of another order may swap two
     assert all(p.grad is None for p in model.parameters())
+
+
+class FirstOutput(Classification):
+    """Another loss than cross-entropy."""
+
+    def loss(self, outputs, targets, smoothing=0.0):
+        return outputs[:, 0].square().mean()
+
+
+def test_the_scores_go_by_the_loss_of_the_task():
+    model, data = adapted(), batches(adapted())
+    weights = [model.get_parameter(n) for n in SIDES]
+    with sdpa_kernel(SDPBackend.MATH):
+        slopes = torch.autograd.grad(sum(model(x)[:, 0].square().mean() for x, _ in data), weights)
+    found = {n: (w * s).detach().abs() for n, w, s in zip(SIDES, weights, slopes, strict=True)}
+    expected = kept_best(model, found, 0.4)
+    by_classes = adapted()
+    for each, task in ((model, FirstOutput()), (by_classes, None)):
+        sparsify_(each, Sparsify(keep=0.4, score="snip"), lambda: data, task=task)
+    assert (masks(model) == expected).float().mean() > 0.995
+    assert (masks(by_classes) == expected).float().mean() < 0.9
 
 
 def test_random_follows_the_seed_and_equal_scores_keep_the_earlier():
