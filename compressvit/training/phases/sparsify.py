@@ -15,7 +15,7 @@ from functools import partial, reduce
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -34,14 +34,14 @@ Batches = Callable[[], Sequence[tuple[torch.Tensor, torch.Tensor]]]
 
 @phase("sparsify")
 class Sparsify(PhaseSpec):
-    """Mask all but the best individual weights of adapters, then train those (SparseAdapter, SNIP, GraSP). Tensors do not shrink."""
+    """Mask all but the best individual weights of adapters, then train those (SparseAdapter, SNIP, GraSP). Tensors do not shrink.
 
-    label_fields: ClassVar[tuple[str, ...] | None] = ("keep", "score")
+    With `keep: best` the evaluation before training is that of the masked model, so what is kept always has the masks.
+    """
 
-    # In place of the epoch to keep, which other phases have under this word: this phase ends with its last.
-    keep: float = Field(  # type: ignore[assignment]
-        gt=0, le=1, description="Fraction of the weights of all adapters together that is kept."
-    )
+    label_fields: ClassVar[tuple[str, ...] | None] = ("density", "score")
+
+    density: float = Field(gt=0, le=1, description="Fraction of the weights of all adapters together that is kept.")
     score: Literal["magnitude", "snip", "grasp", "random"] = Field(
         "magnitude",
         description="|θ| (SparseAdapter), |g⊙θ| (SNIP) or θ⊙Hg (GraSP), with gradient g and Hessian H of the task's loss. New "
@@ -49,11 +49,20 @@ class Sparsify(PhaseSpec):
     )
     gradient_batches: int = Field(10, ge=1, description="Training batches used by snip and grasp.")
 
+    @field_validator("keep", mode="before")
+    @classmethod
+    def _is_no_share(cls, keep: Any) -> Any:
+        if isinstance(keep, float | int):
+            raise ValueError(
+                f"is which epoch's weights the phase ends with, last or best; the share is density={keep:g} now"
+            )
+        return keep
+
     def plan(self, setting: Setting) -> PhasePlan:
         plan = super().plan(setting)
         # which weights stay is not known before their values: any will do to count them
         sparsify_(setting.student.model, self.model_copy(update={"score": "random"}), list)
-        plan.summary += f"; keeps {self.keep:.0%} of the weights of adapters"
+        plan.summary += f"; keeps {self.density:.0%} of the weights of adapters"
         return plan
 
     def run(self, model: nn.Module, stage: Stage) -> tuple[nn.Module, dict[str, Any]]:
@@ -77,7 +86,7 @@ def sparsify_(
 
     Args:
         model: with `adapters` or `adaptformer`.
-        spec: its `keep` and `score`.
+        spec: its `density` and `score`.
         batches: images and labels, on the model's device, for scores that need a gradient; called at most once.
         seed: of `random`.
         task: whose loss `snip` and `grasp` differentiate; None: classes of a model that has a classifier.
@@ -93,13 +102,13 @@ def sparsify_(
     with torch.enable_grad():
         scored = _scores(model, weights, spec, batches, seed, task or task_of(model))
     flat = torch.cat([s.flatten() for s in scored.values()])
-    count = max(1, int(spec.keep * flat.numel() + 1e-9))
+    count = max(1, int(spec.density * flat.numel() + 1e-9))
     order = torch.argsort(flat, descending=True, stable=True)
     alive = int((flat != 0).sum())
     if alive < count:
         raise UserError(
-            f"sparsify.keep={spec.keep:g} asks for {count:,} weights, but only {alive:,} have a score ({spec.score}) that is not zero: "
-            "fresh adapters have upper projections of zero, which pass no gradient back. Put a finetune step before it"
+            f"sparsify.density={spec.density:g} asks for {count:,} weights, but only {alive:,} have a score ({spec.score}) that is not "
+            "zero: fresh adapters have upper projections of zero, which pass no gradient back. Put a finetune step before it"
         )
     chosen = torch.zeros(flat.numel(), dtype=torch.bool)
     chosen[order[:count]] = True
