@@ -63,7 +63,7 @@ class Distill(PhaseSpec):
         plan.layers = [(p.student.index, p.teacher.index) for p in pairs]
         terms = self.terms(student.model, pairs, setting.task)
         plan.loss_bytes = loss_bytes(
-            student.model, teacher.model, terms, setting.batch_size, student.input, teacher.input
+            student.model, teacher.model, terms, setting.batch_size, student.input, teacher.input, setting.task
         )
         unknown = [term.name for term in terms if term.name not in plan.loss_bytes]
         if unknown:

@@ -29,7 +29,7 @@ from compressvit.transforms.record import compression_of
 if TYPE_CHECKING:
     from compressvit.training.stage import Stage
 
-Batches = Callable[[], Sequence[tuple[torch.Tensor, torch.Tensor]]]
+Batches = Callable[[], Sequence[tuple[torch.Tensor, Any]]]
 
 
 @phase("sparsify")
