@@ -141,6 +141,7 @@ class Task(ABC):
         graded: the keys of what `Metrics` measures of one model against the ground truth alone.
         needs_class_count: whether nothing can be learned before it is known how many classes the data has.
         supervised: whether it has a loss against the ground truth.
+        outputs_are_logits: whether a model's outputs are logits of classes, which a student can learn from its teacher as soft labels.
         mixes: whether its targets can be mixed by mixup and cutmix.
         measures: what the images in a report can be chosen by.
     """
@@ -151,6 +152,7 @@ class Task(ABC):
     graded: ClassVar[tuple[str, ...]] = ()
     needs_class_count: ClassVar[bool] = False
     supervised: ClassVar[bool] = True
+    outputs_are_logits: ClassVar[bool] = False
     mixes: ClassVar[bool] = False
     measures: ClassVar[Mapping[str, Measure]] = {}
 

@@ -58,6 +58,7 @@ class Classification(ClassTargets):
     ranking = ("top1", "agreement", "cosine")
     graded = GRADED
     needs_class_count = True
+    outputs_are_logits = True
     measures: ClassVar[Mapping[str, Measure]] = {
         "shift": Measure(
             "The images on which student and teacher differ most. Captions give the distance between the predicted distributions, "
