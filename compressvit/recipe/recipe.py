@@ -23,6 +23,8 @@ from compressvit.spec import Spec
 from compressvit.tasks.base import find_task
 from compressvit.training.phases import PhaseSpec
 from compressvit.training.phases.finetune import Finetune
+from compressvit.training.terms.base import TERMS
+from compressvit.training.terms.section import LossSection, losses_section
 
 
 class RecipeError(UserError):
@@ -281,6 +283,8 @@ def _sentence(fault: Any, path: tuple) -> str:
                 return f"unknown key; {word} is {base.indefinite}, so it belongs in the list `{key}` ({key}.0.{word} on the command line)"
         if path[0] in LISTS and len(path) == 3 and (why := broken(word)):
             return f"unknown key; {why}"
+        if issubclass(_model_at(path[:-1]) or Spec, LossSection) and (why := TERMS.fault(word)):
+            return f"unknown key; {why}"
         new = getattr(_model_at(path[:-1]), "renamed", {}).get(word)
         if new:
             return f"is called {new} now; use {new}"
@@ -323,6 +327,8 @@ def _model_at(path: tuple) -> type[BaseModel] | None:
 def model_in(annotation: Any) -> type[BaseModel] | None:
     """The pydantic model that an annotation names, alone or inside a list or union."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        if annotation is LossSection:
+            return losses_section()
         return with_words(annotation) if issubclass(annotation, Word) and not annotation.model_fields else annotation
     return next((m for a in get_args(annotation) if (m := model_in(a)) is not None), None)
 
