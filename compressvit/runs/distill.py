@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,7 +25,7 @@ from compressvit.log import RunLog
 from compressvit.model import surgery
 from compressvit.model.modes import evaluating
 from compressvit.runs.batches import LoadedBatches
-from compressvit.runs.folder import RunFolder, flat
+from compressvit.runs.folder import RunFolder, flat, refuse_processes
 from compressvit.runs.job import pick_device
 from compressvit.tasks.base import Task, find_task, task_of
 from compressvit.training import optimisation as opt
@@ -103,6 +104,7 @@ def distill(
         >>> done.figures["agreement"]  # doctest: +SKIP
         96.4
     """
+    refuse_processes()
     spec = _options(options)
     where = pick_device(device)
     _refuse_models(student, teacher)
@@ -113,16 +115,13 @@ def distill(
     _refuse(spec, ours, theirs, batches, held_out)
     started = {**spec.model_dump(mode="json"), "seed": seed} | ({} if task is None else {"task": task})
     folder = _folder(output, student, resume, started)
-    where_to = folder.path if folder is not None else None
     bench = _Bench(ours, theirs, batches, held_out, where)
-    with TemporaryDirectory() as scratch:
-        phase = Phase("distill", 1, seed, (folder or RunFolder(scratch)).checkpoint("distill"))
-        report = _run(spec, bench.stage(phase, RunLog(where_to, console)), student, folder)
+    report = bench.train(spec, folder, seed, console)
     figures = bench.evaluate(student, theirs)
     if folder is not None:
         with disk_faults(folder.student):
             artifact.save(student, folder.student, input_config=ours.input.as_dict())
-    return Distilled(student, figures, report["kept_epoch"], where_to)
+    return Distilled(student, figures, report["kept_epoch"], folder.path if folder is not None else None)
 
 
 @dataclass(frozen=True)
@@ -134,6 +133,13 @@ class _Bench:
     batches: LoadedBatches
     held_out: LoadedBatches | None
     device: torch.device
+
+    def train(self, spec: Distill, folder: RunFolder | None, seed: int, console: Console | None) -> dict[str, Any]:
+        """The phase, in a folder if there is one; returns what it reports."""
+        with TemporaryDirectory() as scratch, folder.owned() if folder is not None else nullcontext():
+            phase = Phase("distill", 1, seed, (folder or RunFolder(scratch)).checkpoint("distill"))
+            log = RunLog(folder.path if folder is not None else None, console)
+            return _run(spec, self.stage(phase, log), self.ours.model, folder)
 
     def stage(self, phase: Phase, log: RunLog) -> Stage:
         return Stage(
