@@ -89,8 +89,7 @@ def distill(
         seed: of what is random in the training itself (dropout, mixup, …).
         teacher_input: turns a batch of the student's into the teacher's. By default it is resized and normalised anew where timm's
             configurations of the two models differ.
-        task: what the models' outputs and the targets mean, by a word of `compressvit.tasks`; None: classes where the student has a
-            classifier, else features.
+        task: a word for what outputs and targets mean; None: classes where the student has a classifier, else features.
         console: where progress goes; `Console(quiet=True)` shows nothing.
         **options: of the `distill` phase, as recipes have them: `epochs`, `lr`, `losses`, `layers`, `keep`, ….
 
@@ -113,8 +112,7 @@ def distill(
     held_out = LoadedBatches(validation, "validation", student, meaning) if validation is not None else None
     ours, theirs = _sides(student, teacher, batches.first, teacher_input)
     _refuse(spec, ours, theirs, batches, held_out)
-    started = {**spec.model_dump(mode="json"), "seed": seed} | ({} if task is None else {"task": task})
-    folder = _folder(output, student, resume, started)
+    folder = _folder(output, student, resume, spec.model_dump(mode="json") | {"seed": seed, "task": task})
     bench = _Bench(ours, theirs, batches, held_out, where)
     report = bench.train(spec, folder, seed, console)
     figures = bench.evaluate(student, theirs)
