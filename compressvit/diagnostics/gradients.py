@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field
 from torch import nn
 
 from compressvit.charts.findings import Finding
+from compressvit.data.input import Side
 from compressvit.diagnostics.base import FOLDER, Watched, diagnostic, refuse_compiled
 from compressvit.diagnostics.gradient_findings import gradient_findings
 from compressvit.diagnostics.uses import Uses
@@ -58,7 +59,7 @@ class Gradients(Watched):
     def summary(self) -> str:
         return f"every {self.every} optimiser steps" if self.every > 1 else "every optimiser step"
 
-    def refuse(self, phase: Training, student: nn.Module, teacher: nn.Module | None) -> None:
+    def refuse(self, phase: Training, student: Side, teacher: Side | None) -> None:
         refuse_compiled(self.name, phase)
 
     def watch(self, model: nn.Module, phase: str, folder: Path) -> GradientWatch:

@@ -192,10 +192,9 @@ class _Steps:
         return Setting(student, teacher, data.batch_size, unlabelled, task_of(student.model, data.usual_task))
 
     def _refuse_diagnostics(self, where: str, spec: PhaseSpec, setting: Setting) -> None:
-        teacher = setting.teacher.model if setting.teacher is not None else None
         for entry in self.recipe.diagnostics:
             try:
-                entry.spec.refuse(spec, setting.student.model, teacher)
+                entry.spec.refuse(spec, setting.student, setting.teacher)
             except UserError as error:
                 self.conflicts.append(f"{where}: {error}")
 

@@ -129,12 +129,10 @@ class Recorder:
     def _context(self, phase: str, teacher: Side | None, student: Side, epoch: int) -> Context:
         labelled = partial(evaluation_images, self._datasets, self._data, student.input, self._device)
         return Context(
-            student=student.model,
-            teacher=None if teacher is None else teacher.model,
+            student=student,
+            teacher=teacher,
             images=lambda count: (batch for batch, _ in labelled(count)),
             labelled=labelled,
-            config=student.input,
-            teacher_config=None if teacher is None else teacher.input,
             device=self._device,
             phase=phase,
             epoch=epoch,

@@ -136,7 +136,7 @@ class Run:
             batch_size=data.batch_size,
             loader=partial(train_loader, self.job.datasets, data, model.input, self.device),
             evaluate=lambda m: self.scorer.in_training(Side(m, model.input), teacher),
-            likeness=lambda m: self._likeness(m, teacher),
+            likeness=lambda m: self._likeness(Side(m, model.input), teacher),
             task=self.scorer.task(model),
             start=start,
             watching=self.diagnostics.watching,
@@ -146,16 +146,10 @@ class Run:
             widths=self.diagnostics.allocation,
         )
 
-    def _likeness(self, student: nn.Module, teacher: Side | None) -> Likeness:
+    def _likeness(self, student: Side, teacher: Side | None) -> Likeness:
         assert teacher is not None, "layers are paired with those of a teacher"
-        return likeness(
-            student,
-            teacher.model,
-            self._calibration_images(),
-            self.device,
-            images=self.recipe.calibration.images,
-            teacher_input=teacher.converter(self.job.student.input),
-        )
+        images = self.recipe.calibration.images
+        return likeness(student, teacher, self._calibration_images(), self.device, images=images)
 
     def _calibration_images(self) -> Callable[[], Iterator[torch.Tensor]]:
         return calibration_images(self.job)

@@ -47,14 +47,17 @@ class Rude(Measured):
 
     def measure(self, context):
         images = torch.cat(list(context.images(5)))
-        self.calls.append((context.phase, context.epoch, context.student.training, tuple(images.shape)))
+        self.calls.append((context.phase, context.epoch, context.student.model.training, tuple(images.shape)))
         if self.fault:
             raise self.fault
         random.random(), np.random.rand(), torch.rand(3)
-        context.student.train()
-        context.student(images).sum().backward()
-        weight = sum(p.double().abs().sum().item() for p in context.student.parameters())
-        teacher = context.teacher and context.teacher(context.teacher_images(images)).abs().mean().item()
+        context.student.model.train()
+        context.student.model(images).sum().backward()
+        weight = sum(p.double().abs().sum().item() for p in context.student.model.parameters())
+        teacher = None
+        if context.teacher is not None:
+            own = context.teacher.converter(context.student.input)
+            teacher = context.teacher.model(own(images)).abs().mean().item()
         options = {"x": "side", "y": "size"}
         return [
             Finding("rude", "Rude", "None.", "bars", [{"side": "student", "size": weight, "teacher": teacher}], options)
