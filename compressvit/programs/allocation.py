@@ -8,7 +8,7 @@ from typing import Any
 from compressvit.charts.findings import Finding
 from compressvit.diagnostics.allocation import History
 from compressvit.programs.recorded import Run, not_recorded
-from compressvit.rows import MetricsRow, read_rows
+from compressvit.rows import WidthsRow, read_metrics
 from compressvit.runs.files import read_results
 from compressvit.training.phases.prune.spec import Prune
 
@@ -66,10 +66,9 @@ def run_histories(run: Run) -> dict[str, tuple[str, History]]:
         histories = {phase: phases[phase].widths if phase in phases else [] for phase in scopes}
     elif metrics.is_file():
         by_phase: dict[str, dict[int, dict[str, int]]] = {phase: {} for phase in scopes}
-        for row in read_rows(metrics, MetricsRow):
-            if row["kind"] == "widths" and row["phase"] in scopes:
-                widths = {k: int(v) for k, v in row.items() if k not in ("phase", "kind", "step", "time")}
-                by_phase[row["phase"]][row["step"]] = widths  # a killed run says a removal again when it goes on
+        for row in read_metrics(metrics):
+            if isinstance(row, WidthsRow) and row.phase in scopes:
+                by_phase[row.phase][row.step] = row.widths  # a killed run says a removal again when it goes on
         histories = {phase: [by_step[step] for step in sorted(by_step)] for phase, by_step in by_phase.items()}
     known: dict[str, tuple[str, History]] = {
         phase: (scope, histories[phase]) for phase, scope in scopes.items() if histories.get(phase)

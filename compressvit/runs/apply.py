@@ -19,13 +19,13 @@ from compressvit.errors import UserError
 from compressvit.log import RunLog, log
 from compressvit.recipe.recipe import Recipe, parse_recipe, read_recipe
 from compressvit.runs import tensorboard
-from compressvit.runs.files import Results
+from compressvit.runs.files import RecipePlan, Results
 from compressvit.runs.finish import finish
 from compressvit.runs.folder import RunFolder
 from compressvit.runs.job import Job, prepare, refuse_labels, refuse_own_inputs
 from compressvit.runs.merge import merge_folder, print_merge
 from compressvit.runs.models import trains_teacher
-from compressvit.runs.plan import RecipePlan, plan_job, require_no_conflicts
+from compressvit.runs.plan import plan_job, require_no_conflicts
 from compressvit.runs.run import Run, fill_teacher
 from compressvit.runs.tables import print_plan
 
@@ -94,7 +94,7 @@ def apply(
     _refuse(job, plan, folder, overwrite=overwrite)
     teacher, taught = fill_teacher(job, folder, resume=resume)
     if not resume:
-        folder.open(recipe, text, plan.as_dict(), list(command or sys.argv), overwrite=overwrite)
+        folder.open(recipe, text, plan, list(command or sys.argv), overwrite=overwrite)
     run_log = RunLog(folder.path, console, partial(tensorboard.tag_of, tags=tensorboard.scalar_tags(recipe)))
     try:
         run_log.show(lambda to: print_plan(plan, to))

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shutil
@@ -24,7 +23,7 @@ from compressvit import __version__
 from compressvit.errors import UserError
 from compressvit.files import disk_faults, write_text
 from compressvit.model.old import RESOLVED, current_recipe, stored_step
-from compressvit.runs.files import Environment
+from compressvit.runs.files import Environment, RecipePlan
 
 if TYPE_CHECKING:
     from compressvit.charts.findings import Finding
@@ -115,9 +114,7 @@ class RunFolder:
                 "Give the same recipe and overrides, or start a new run with --output"
             )
 
-    def open(
-        self, recipe: Recipe, recipe_text: str, plan: dict[str, Any], command: list[str], *, overwrite: bool
-    ) -> None:
+    def open(self, recipe: Recipe, recipe_text: str, plan: RecipePlan, command: list[str], *, overwrite: bool) -> None:
         """Make the folder and write what is known before the first step."""
         with disk_faults(self.path):
             if overwrite and self.path.is_dir():
@@ -127,7 +124,7 @@ class RunFolder:
         write_text(self.path / RESOLVED, recipe.to_yaml())
         found = environment(command, recipe.packages)
         write_text(self.path / "environment.json", found.model_dump_json(indent=2) + "\n")
-        write_text(self.path / "plan.json", json.dumps(plan, indent=2) + "\n")
+        write_text(self.path / "plan.json", plan.model_dump_json(indent=2) + "\n")
 
 
 def find_runs(paths: Sequence[str | Path]) -> list[Path]:

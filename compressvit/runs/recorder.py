@@ -98,11 +98,10 @@ class Recorder:
                     found = [stamped(finding, phase, epoch) for finding in spec.measure(context)]
                     for finding in found:
                         self.keep(_with_earlier(finding, self._folder))
-                    row = {"diagnostic": spec.name, "phase": phase, "epoch": epoch}
                     seconds = round(time.monotonic() - began, 2)
-                    append_row(
-                        self._folder / MEASURED, {**row, "findings": [f.name for f in found], "seconds": seconds}
-                    )
+                    names = [finding.name for finding in found]
+                    row = MeasuredRow(diagnostic=spec.name, phase=phase, epoch=epoch, findings=names, seconds=seconds)
+                    append_row(self._folder / MEASURED, row)
                     self._run_log.say(f"{phase}, epoch {epoch}: {spec.name} measured in {seconds:.1f} s")
 
     def allocation(self, phase: str, scope: str, history: History) -> None:
@@ -121,10 +120,10 @@ class Recorder:
 
     def _has(self, name: str, phase: str, epoch: int) -> bool:
         path = self._folder / MEASURED
-        rows: list[dict[str, Any]] = []
+        rows: list[MeasuredRow] = []
         with warn_and_continue("earlier measurements cannot be read, so they are repeated"):
             rows = read_rows(path, MeasuredRow) if path.is_file() else []
-        return any((row["diagnostic"], row["phase"], row["epoch"]) == (name, phase, epoch) for row in rows)
+        return any((row.diagnostic, row.phase, row.epoch) == (name, phase, epoch) for row in rows)
 
     def _context(self, phase: str, teacher: Side | None, student: Side, epoch: int) -> Context:
         labelled = partial(evaluation_images, self._datasets, self._data, student.input, self._device)

@@ -39,20 +39,8 @@ def trainer_on_meta(spec, tmp_path, told):
     assert len(terms) == 5
     phase, batches = Phase("phase", 1, 0, tmp_path / "phase.pt"), with_unlabelled(random_batches(5, 6))
     trainer = Trainer(
-        *(
-            side(student),
-            spec,
-            phase,
-            terms,
-            batches,
-            6,
-            CPU,
-            Heard(),
-            lambda model: {},
-            task_of(student),
-            side(teacher),
-        ),
-        *(None, None, (), lambda model, epoch, last: None),
+        *(side(student), spec, phase, terms, batches, 6, CPU, Heard(), lambda model: {}, task_of(student)),
+        *(side(teacher), None, None, (), lambda model, epoch, last: None),
     )
     trainer.device, trainer.finite = META, trainer.finite.to(META)  # autocast knows no meta device
     trainer.stop, trainer.advance = StopRequest(), lambda *text: told.append(text)
