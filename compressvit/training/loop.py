@@ -36,6 +36,7 @@ from compressvit.training.terms import Batch, Term
 from compressvit.training.watch import Watch
 
 _UNFINISHED = ("epoch", "batch_index", "steps", "optimizer", "scaler", "random_state", "meters")
+_Run = Callable[[torch.Tensor], torch.Tensor]
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -199,16 +200,12 @@ class Trainer:
         """Put the taps on, then compile: the compiled graph must contain their hooks."""
         self.student_taps = Taps(self.model, [tap for term in self.terms for tap in term.student_taps])
         self.teacher_taps: Taps | None = None
-        self.run_student: Callable[[torch.Tensor], torch.Tensor] = (
-            torch.compile(self.model) if self.spec.compile else self.model
-        )
+        self.run_student: _Run = torch.compile(self.model) if self.spec.compile else self.model
         if self.teacher is not None:
             model = self.teacher.model.to(self.device).eval()
             self.teacher_images = self.teacher.converter(self.student.input)
             self.teacher_taps = Taps(model, [tap for term in self.terms for tap in term.teacher_taps])
-            self.run_teacher: Callable[[torch.Tensor], torch.Tensor] = (
-                torch.compile(model) if self.spec.compile else model
-            )
+            self.run_teacher: _Run = torch.compile(model) if self.spec.compile else model
 
     def disconnect(self) -> None:
         for taps in (self.student_taps, self.teacher_taps):
@@ -234,7 +231,7 @@ class Trainer:
             if self.steps % self.spec.log_every == 0 or self.steps == self.total_steps:
                 self.read()
                 self.log.scalars(self.phase.name, "train", self.steps, {"epoch": self.epoch, **self.meters.last})
-                self.advance(self.meters.details())
+                self.advance(self.meters.details(self.task.qualities))
             else:
                 self.advance()
             if self.steps >= self.total_steps:
@@ -343,7 +340,7 @@ class Trainer:
         judged = self.judged()
         result = self.evaluate(judged)
         self.log.scalars(self.phase.name, "evaluate", self.steps, {"epoch": self.epoch, **result})
-        found = f"{self.meters.text()}  {self.task.progress(result)}"
+        found = f"{self.meters.text(self.task)}  {self.task.progress(result)}"
         self.log.say(f"{self.phase.name} {self.epoch}/{self.spec.epochs}  {found}")
         if self.best is not None and (score := self.task.score(result)) >= self.best["score"]:
             self.best = {"score": score, "epoch": self.epoch, "model": self.state.copied(judged)}
