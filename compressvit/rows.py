@@ -101,8 +101,13 @@ def parse_metrics(line: str) -> MetricsRow:
 
 
 def read_metrics(path: Path) -> list[MetricsRow]:
-    """The rows of a `metrics.jsonl`; a last one that is cut short is left out. Raises as `read_rows` does."""
-    return _read(path, parse_metrics)
+    """The rows of a `metrics.jsonl`, each step once; a last one that is cut short is left out. Raises as `read_rows` does."""
+    return each_once(_read(path, parse_metrics))
+
+
+def each_once(rows: Iterable[MetricsRow]) -> list[MetricsRow]:
+    """Of a step that a resumed run took again, the later row, in the place of the first."""
+    return list({(row.phase, row.kind, row.step): row for row in rows}.values())
 
 
 def append_row(path: Path, row: BaseModel) -> None:
@@ -115,12 +120,12 @@ def append_row(path: Path, row: BaseModel) -> None:
                 if file.read(1) != b"\n":
                     file.seek(0)
                     file.truncate(file.read().rfind(b"\n") + 1)
-            file.write(json.dumps(row.model_dump(exclude_unset=True), allow_nan=False).encode() + b"\n")
+            file.write(json.dumps(row.model_dump(exclude_none=True), allow_nan=False).encode() + b"\n")
 
 
 def rewrite_rows(path: Path, rows: Iterable[BaseModel]) -> None:
     """Replace a file by these rows, whole or not at all."""
-    write_text(path, "".join(json.dumps(row.model_dump(exclude_unset=True)) + "\n" for row in rows))
+    write_text(path, "".join(json.dumps(row.model_dump(exclude_none=True)) + "\n" for row in rows))
 
 
 def read_rows(path: Path, kind: type[Row]) -> list[Row]:

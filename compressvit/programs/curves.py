@@ -55,11 +55,11 @@ def _all_curves(run: Run) -> dict[str, Curve]:
             "they are written from the first steps of its first phase on; continue it with `--resume`",
         )
     tags = scalar_tags(run.recipe)
-    points: dict[str, dict[int, float]] = {}
-    for row in rows:  # a step that was done again after a crash counts once
+    points: dict[str, Curve] = {}
+    for row in rows:
         for name, value in row.values.items():
-            points.setdefault(f"{tag_of(row.phase, tags)}/{row.kind}/{name}", {})[row.step] = value
-    return {tag: sorted(curve.items()) for tag, curve in sorted(points.items())}
+            points.setdefault(f"{tag_of(row.phase, tags)}/{row.kind}/{name}", []).append((row.step, value))
+    return {tag: sorted(curve) for tag, curve in sorted(points.items())}
 
 
 def _says_most(tag: str, known: Sequence[str]) -> bool:

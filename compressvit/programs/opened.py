@@ -13,7 +13,7 @@ from compressvit.artifacts import artifact
 from compressvit.data.input import Side, input_config
 from compressvit.data.opening import open_data
 from compressvit.errors import UserError
-from compressvit.recipe.recipe import Recipe, parse_recipe
+from compressvit.recipe.recipe import Recipe, load_recipe
 from compressvit.runs.evaluate import artifact_in, data_recipe
 from compressvit.runs.folder import RESOLVED
 from compressvit.runs.models import build_teacher, load_teacher
@@ -100,10 +100,9 @@ def teacher_of(run: Path) -> nn.Module:
     Raises:
         UserError: the weights cannot be had.
     """
-    resolved = run / RESOLVED
     if (run / "teacher").is_dir():
         return artifact.load(run / "teacher")
-    recipe = parse_recipe(resolved.read_text(encoding="utf-8"), str(resolved))
+    recipe = load_recipe(run / RESOLVED)
     teacher = build_teacher(recipe)
     load_teacher(recipe, teacher)
     return teacher

@@ -14,7 +14,7 @@ from compressvit.charts import findings
 from compressvit.charts.findings import Finding
 from compressvit.errors import UserError
 from compressvit.model.old import current_recipe, current_text
-from compressvit.rows import MetricsRow, parse_metrics
+from compressvit.rows import MetricsRow, each_once, parse_metrics
 from compressvit.runs.files import Environment, PredictionsFile, RecipePlan, Results, RunFile
 from compressvit.runs.folder import RESOLVED, RunFolder
 
@@ -110,20 +110,18 @@ def _json(run: Run, name: str, kind: type[F]) -> F | None:
 def _metrics(run: Run) -> list[MetricsRow]:
     """The whole lines; of a step that a resumed run took again, the later one."""
     text = _text(run, "metrics.jsonl")
-    found: dict[tuple[str, str, int], MetricsRow] = {}
+    found: list[MetricsRow] = []
     damaged = []
     lines = current_text(text or "", run.recipe).splitlines()
     for number, line in enumerate(lines, 1):
         try:
-            row = parse_metrics(line)
+            found.append(parse_metrics(line))
         except ValidationError:
             damaged.append(number)
-            continue
-        found[row.phase, row.kind, row.step] = row
     if damaged == [len(lines)]:
         run.notes.append("The last line of metrics.jsonl was cut off and is left out.")
     elif damaged:
         run.notes.append(
             f"{len(damaged)} of {len(lines)} lines of metrics.jsonl are damaged and left out; the first is line {damaged[0]}."
         )
-    return list(found.values())
+    return each_once(found)

@@ -19,7 +19,7 @@ from compressvit.data.opening import Datasets, open_data
 from compressvit.data.spec import Data
 from compressvit.errors import UserError
 from compressvit.model import cost, stored
-from compressvit.recipe.recipe import Recipe, parse_recipe
+from compressvit.recipe.recipe import Recipe, load_recipe, parse_recipe
 from compressvit.runs.folder import RESOLVED
 from compressvit.runs.job import pick_device
 from compressvit.tasks.base import Task, task_of
@@ -133,7 +133,7 @@ def data_recipe(folder: Path, overrides: list[str], asker: str) -> Recipe:
         )
     resolved = folder.parent / RESOLVED
     if resolved.is_file():
-        return parse_recipe(resolved.read_text(encoding="utf-8"), str(resolved), overrides)
+        return load_recipe(resolved, overrides)
     if not any(o.startswith("data.name=") for o in overrides):
         raise UserError(
             f"{folder} is not in a run folder, so its data is not known; "

@@ -225,8 +225,8 @@ def test_a_row_that_was_cut_short_is_measured_again(whole, recipe, tmp_path, rud
     done("apply", folder, "--resume")
     assert [call[:2] for call in Rude.calls] == [("1_distill", 3)]
     assert [(m.phase, m.epoch) for m in read_rows(files[0], MeasuredRow)] == MOMENTS
-    append_row(files[1], EvaluationRow(phase="1_distill", step=12))
-    assert read_metrics(files[1])[-1] == EvaluationRow(phase="1_distill", step=12)
+    append_row(files[1], EvaluationRow(phase="1_distill", step=99))
+    assert read_metrics(files[1])[-1] == EvaluationRow(phase="1_distill", step=99)
 
     files[0].write_text("[]\n[]\n")
     done("apply", folder, "--resume")
