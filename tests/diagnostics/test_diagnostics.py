@@ -238,7 +238,9 @@ def test_the_last_measurement_sees_the_weights_that_the_student_has(recipe, tmp_
     """The average's, where there is one; those of the best evaluation with `keep: best`."""
     seen = []
     monkeypatch.setattr(
-        Rude, "measure", lambda self, c: seen.append({n: p.clone() for n, p in c.student.named_parameters()}) or []
+        Rude,
+        "measure",
+        lambda self, c: seen.append({n: p.clone() for n, p in c.student.model.named_parameters()}) or [],
     )
     done("apply", recipe, "--output", tmp_path / "run", *words)
     assert words == HARD or "kept the weights of" in (tmp_path / "run" / "run.log").read_text()
