@@ -8,7 +8,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Phase:
-    """Where a phase stands in its run: its name, its number (part of the seed), the run's seed, and its checkpoint file."""
+    """A phase within its run: its name, its number (part of the seed), the run's seed, and its checkpoint file."""
 
     name: str
     number: int
