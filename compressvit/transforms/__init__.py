@@ -1,7 +1,7 @@
-"""What changes the structure of a model: one file or folder per method, with its layer.
+"""Transforms, which change the structure of a model: one file or folder per method, containing its layers.
 
-To add one, write a file beside `lora.py` with a `Transform` and its `Plan`. It is discovered, and its class is a name of this
-package: `from compressvit.transforms import LoRA`.
+To add one, write a file beside `lora.py` with a `Transform` and its `Plan`. The file is discovered automatically, and the class can be
+imported from this package: `from compressvit.transforms import LoRA`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ __all__ = ["TRANSFORMS", "LedgerEntry", "Plan", "Transform", "transform"]
 
 
 def __getattr__(name: str) -> type[Transform]:
-    """The class of a registered transform, by its name."""
+    """Look up the class of a registered transform by its class name."""
     spec = TRANSFORMS.class_called(name) if name[:1].isupper() else None
     if spec is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,8 +3,9 @@
 Paper: Parameter-Efficient Transfer Learning for NLP, ICML 2019, https://arxiv.org/abs/1902.00751; in the form of MiMi,
 WACV 2024, https://arxiv.org/abs/2311.03873
 
-`A(h) = h + act(h Dᵀ) Uᵀ` on what leaves a sublayer, before LayerScale and the outer residual; D (h', M), U (M, h'), U zero at the
-start, so the model is unchanged. 2·M·h' parameters each, without biases. A ConvNeXt block has one, after its MLP.
+`A(h) = h + act(h Dᵀ) Uᵀ` is applied to the output of a sublayer, before LayerScale and the outer residual; D is (h', M), U is (M, h').
+U is initialised to zero, so the model starts unchanged. Each adapter has 2·M·h' parameters without biases. A ConvNeXt block has one,
+after its MLP.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class WithAdapter(surgery.Mixin):
 
 
 class AdaptersPlan(BottleneckPlan):
-    """Resolved adapters, by path of a sublayer."""
+    """Resolved `Adapters`, by path of the sublayer."""
 
     prunable = True
     slot = "adapter"
@@ -71,11 +72,11 @@ class AdaptersPlan(BottleneckPlan):
 
     @property
     def least(self) -> int:
-        """How many neurons pruning must leave in every adapter: 1 if there are biases, because the upper one has no other place."""
+        """Neurons that pruning must leave in every adapter: 1 with biases, because the up projection's bias needs the layer to exist."""
         return int(self.bias)
 
     def remove(self, model: nn.Module, path: str) -> None:
-        """Take an adapter without neurons out of the forward pass."""
+        """Remove an adapter that has no neurons left from the forward pass."""
         surgery.retract(model, path, WithAdapter)
 
     def fold(self, model: nn.Module) -> Plan | None:

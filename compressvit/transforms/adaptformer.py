@@ -2,9 +2,9 @@
 
 Paper: AdaptFormer: Adapting Vision Transformers for Scalable Visual Recognition, NeurIPS 2022, https://arxiv.org/abs/2205.13535
 
-`y = u + DP(MLP(LN2 u)) + s·(ReLU(v Dᵀ + b_D) Uᵀ + b_U)`, where v is `LN2 u` in the paper and u itself in its code. D Kaiming, the rest
-zero, so the model is unchanged at the start. 2·M·h' + h' + M parameters a block. It cannot be merged: ReLU, and parallel to the MLP.
-In ConvNeXt, u is the block's input and `LN u` what the MLP reads.
+`y = u + DP(MLP(LN2 u)) + s·(ReLU(v Dᵀ + b_D) Uᵀ + b_U)`, where v is `LN2 u` in the paper and u itself in its code. D is initialised
+Kaiming-uniform and the rest to zero, so the model starts unchanged. 2·M·h' + h' + M parameters per block. The branch cannot be merged:
+it is parallel to the MLP and has a ReLU. In ConvNeXt, u is the block's input and `LN u` is the input of the MLP.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Reads = Literal["normed", "residual"]
 
 
 class AdaptFormerPlan(BottleneckPlan):
-    """A resolved `AdaptFormer`, by path of a block."""
+    """A resolved `AdaptFormer`, by path of the block."""
 
     prunable = True
     slot = "adaptformer"
@@ -57,11 +57,11 @@ class AdaptFormerPlan(BottleneckPlan):
 
     @property
     def least(self) -> int:
-        """One: the bias of the upper projection has no other place."""
+        """1: the up projection's bias needs the layer to exist."""
         return 1
 
     def remove(self, model: nn.Module, path: str) -> None:
-        """Take a branch without neurons out of the forward pass."""
+        """Remove a branch that has no neurons left from the forward pass."""
         model.get_submodule(path).register_module("adaptformer", None)
 
     def fold(self, model: nn.Module) -> None:

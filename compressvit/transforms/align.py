@@ -1,11 +1,11 @@
 """Align the layers of a share group before they share weights: permute neurons and heads to match, without changing the function.
 
 The order of an MLP's hidden neurons and of attention heads is arbitrary: permuting the rows of fc1 with the columns of fc2, or the
-heads of q, k and v with the columns of proj, leaves what a block computes unchanged. So the blocks of a group are first brought into
-the order in which their weights lie closest to each other, found by linear assignment (weight matching as in Git Re-Basin,
-https://arxiv.org/abs/2209.04836, with the first block, then the mean of the aligned ones, as the reference).
+heads of q, k and v with the columns of proj, leaves what a block computes unchanged. So the neurons and heads of the blocks of a group
+are first permuted to bring the blocks' weights as close to each other as possible, by linear assignment (weight matching as in Git
+Re-Basin, https://arxiv.org/abs/2209.04836, with the first block, then the mean of the aligned ones, as the reference).
 
-A step without structure: it goes before `multiplex` or `lors` with the same `share`, which then lose less.
+The step adds no structure. Put it before `multiplex` or `lors` with the same `share`, which then lose less.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class AlignPlan(Plan):
 
 
 def _align(units: list[torch.Tensor], rounds: int, permute: list[Any]) -> None:
-    """Permute the units of every layer, (units, features) each, to lie closest to the first layer's, then to their mean."""
+    """Permute the units of every layer, (units, features) each, to match the first layer's, then the mean of the aligned layers."""
     from scipy.optimize import linear_sum_assignment
 
     orders = [torch.arange(len(u)) for u in units]
@@ -83,7 +83,7 @@ def _align(units: list[torch.Tensor], rounds: int, permute: list[Any]) -> None:
 
 @torch.no_grad()
 def matched_weights(model: nn.Module, first: str, second: str) -> dict[str, torch.Tensor]:
-    """The weights of the linear layers of the block at `second`, its neurons and heads permuted to match the block at `first` best."""
+    """The linear weights of the block at `second`, with its neurons and heads permuted to best match the block at `first`."""
     reference, block = (_dense_copy(model.get_submodule(path)) for path in (first, second))
     for units, permute in ((_neurons, _permute_neurons), (_heads, _permute_heads)):
         _align([units(reference), units(block)], 1, [lambda _: None, permute(block)])
@@ -91,7 +91,7 @@ def matched_weights(model: nn.Module, first: str, second: str) -> dict[str, torc
 
 
 def _dense_copy(block: nn.Module) -> Any:
-    """A copy of a block whose linear layers have plain weights, those that they compute with."""
+    """A copy of a block in which every linear layer is plain and has its effective weight."""
     block = copy.deepcopy(block)
     for name in _LAYERS:
         layer: Any = block.get_submodule(name)
@@ -104,7 +104,7 @@ def _dense_copy(block: nn.Module) -> Any:
 
 
 def _neurons(block: Any) -> torch.Tensor:
-    """What each hidden neuron reads, adds and writes: (neurons, in + 1 + out)."""
+    """The input weights, bias and output weights of each hidden neuron: (neurons, in + 1 + out)."""
     mlp = block.mlp
     parts = [mlp.fc1.weight, mlp.fc2.weight.mT]
     if mlp.fc1.bias is not None:
@@ -125,7 +125,7 @@ def _permute_neurons(block: Any):
 
 
 def _heads(block: Any) -> torch.Tensor:
-    """What each head reads and writes: (heads, features)."""
+    """The q, k, v and output weights of each head: (heads, features)."""
     attn, h = block.attn, block.attn.num_heads
     parts = [rearrange(attn.qkv.weight, "(three h d) c -> h (three d c)", three=3, h=h)]
     if attn.qkv.bias is not None:
@@ -163,7 +163,7 @@ def _permute_heads(block: Any):
 
 @transform("align", AlignPlan)
 class Align(Transform):
-    """Match the neurons and heads of the blocks that a later step shares; the function stays the same."""
+    """Match the neurons and heads of the blocks that a later step shares, without changing the function."""
 
     needs: ClassVar[tuple[Need, ...]] = ("attention",)
 

@@ -1,4 +1,4 @@
-"""Making a student from a model and transforms: everything is planned on a skeleton, and then a copy is changed."""
+"""Applying transforms to a model: all of them are planned on a skeleton before the first change."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from compressvit.transforms.record import (
 
 
 def plan_transforms(model: nn.Module, transforms: Sequence[Transform]) -> list[Plan]:
-    """Resolve transforms one after the other on a skeleton of `model`, which is not changed.
+    """Resolve transforms one after the other on a skeleton of `model`, which itself is not changed.
 
     Raises:
         UserError: a transform does not fit the model, or an earlier one.
@@ -40,10 +40,10 @@ def plan_transforms(model: nn.Module, transforms: Sequence[Transform]) -> list[P
 
 
 def apply_plans(model: nn.Module, plans: Sequence[Plan]) -> list[LedgerEntry]:
-    """Change the structure of `model` in place and record it; the values of new tensors are uninitialised. Returns the ledger.
+    """Change the structure of `model` in place and record the plans; new tensors are uninitialised. Returns the ledger.
 
     Raises:
-        UserError: a plan claims what excludes a claim of an earlier one; that plan has changed nothing then.
+        UserError: a claim of a plan excludes a claim of an earlier one; nothing of that plan has been applied.
     """
     ledger: list[LedgerEntry] = []
     for plan in plans:
@@ -66,11 +66,11 @@ def transform_(
 ) -> list[LedgerEntry]:
     """Plan, apply and initialise transforms on `model`, in place. All are planned before the first change.
 
-    The transforms of one call see the same `reference`, the model as it was before the first of them: a low-rank step after a
-    sharing step can still read what sharing lost. A step that loads values makes a new reference for those after it.
+    All transforms of one call see the same `reference`, the model before the first of them, so a low-rank step after a sharing step
+    can still recover what sharing lost. After a step that loads values, the loaded model is the reference.
 
     Args:
-        calibration: images for transforms that learn from them, or a `Reference` of a model equal to this one.
+        calibration: images for data-driven transforms, or a `Reference` of an identical model.
     """
     plan_transforms(model, transforms)  # without values: finds every conflict
     reference = calibration if isinstance(calibration, Reference) else Reference(copy.deepcopy(model), calibration)
@@ -100,7 +100,7 @@ def transform_(
 
 
 def _fit_in_order(plans: Sequence[Plan], student: nn.Module, reference: Reference) -> dict[str, float]:
-    """Fit the layers that want it, of all plans in one walk; returns by path the relative errors that are left."""
+    """Fit the layers that the plans name, in a single pass through the model; returns the remaining relative errors by path."""
     fits = {path: fit for plan in plans for path, fit in plan.layer_fits(student, reference).items()}
     if not fits:
         return {}
@@ -109,7 +109,7 @@ def _fit_in_order(plans: Sequence[Plan], student: nn.Module, reference: Referenc
 
 
 def _without_what_is_set_aside(model: nn.Module) -> nn.Module:
-    """The model itself, or a copy without what its transforms set aside while weights are fitted."""
+    """The model itself, or a copy without the modules that its transforms set aside (`Plan.set_aside`) while weights are fitted."""
     plans = [plan for plan in compression_of(model).plans if plan.sets_aside]
     if plans:
         model = copy.deepcopy(model)
@@ -121,9 +121,9 @@ def _without_what_is_set_aside(model: nn.Module) -> nn.Module:
 def materialise(model: nn.Module) -> nn.Module:
     """A copy of a compressed model in which low-rank layers and mergeable adapters are plain timm layers with their effective weights.
 
-    It computes the same with the latency of the teacher's layers; what was shared is not any more, so it is for running a model,
-    not for storing it: `save` refuses it unless plain timm layers and adapters are all that is left. Adapters of Kronecker products
-    become dense ones.
+    The copy computes the same, with the latency of the teacher's layers. Its layers no longer share weights, so it is meant for running
+    a model, not for storing it: `save` refuses it unless only plain timm layers and adapters are left. Adapters made of Kronecker
+    products become dense.
 
     Raises:
         UserError: nothing in the model can be materialised.
@@ -138,19 +138,19 @@ def materialise(model: nn.Module) -> nn.Module:
             "Kronecker products can be"
         )
     trained = trained_names(model)
-    # From the weight outwards: what replaces it, what is added to it or after it in the order applied, what is before it.
+    # From the weight outwards: what replaces it, what is added to or after it in the order applied, what precedes it.
     left: list[Plan | None] = list(done.plans)
     for i in sorted(foldable, key=lambda i: (not done.plans[i].fitted(), done.plans[i].folds_last)):
         left[i] = done.plans[i].fold(model)
-    if hasattr(model, "_adapter"):  # what `remove_adapter` would restore is folded into other values
+    if hasattr(model, "_adapter"):  # the values that `remove_adapter` would restore have been folded
         del model._adapter
     rest = [plan for plan in left if plan is not None and not plan.loads_values]
-    if not rest:  # a plain model, and nobody's adapter any more
+    if not rest:  # now a plain model without adapters
         model.requires_grad_(True)
         set_compression(model, None)
         return model
     shared = ties.tied_groups(model)
-    # What is added beside a frozen backbone shares none of its tensors, so without another step nothing has to be tied again.
+    # Modules added to a frozen backbone share none of its tensors, so without another step there are no ties to restore.
     ties_backbone = any(plan.trains(model) is None for plan in rest)
     words = {plan.transform for plan in rest}
     record = Compression(
@@ -161,19 +161,19 @@ def materialise(model: nn.Module) -> nn.Module:
         claims=[(word, claim) for word, claim in done.claims if word in words],
     )
     set_compression(model, record)
-    if trained is not None:  # a frozen weight that became dense stays frozen, and an adapter that did is trained
+    if trained is not None:  # a frozen weight that became dense stays frozen; an adapter that did stays trainable
         surgery.train_only(model, trained | (trained_names(model) or set()))
     return model
 
 
 def compress(model: nn.Module, transforms: Sequence[Transform], calibration: Images | None = None) -> nn.Module:
-    """A compressed copy of a timm model. `model` itself is untouched.
+    """Return a compressed copy of a timm model. `model` itself is not changed.
 
     Args:
         model: a model of a family that compressvit knows (`compressvit.model.families`).
         transforms: applied in order, e.g. `[Multiplex(share=2)]`.
-        calibration: a few hundred images, normalised for the model, without labels, for transforms that learn from them: a tensor
-            (N, C, H, W), or batches that can be iterated more than once.
+        calibration: a few hundred unlabelled images, normalised for the model, for data-driven transforms: a tensor (N, C, H, W), or
+            batches that can be iterated more than once.
 
     Returns:
         A timm model of the same class, whose paths and keys are those of `model` plus what the transforms added.

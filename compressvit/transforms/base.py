@@ -1,13 +1,13 @@
 """The interface of a transform, and the registry of transforms.
 
-A `Transform` is what a user asks for. Its `plan(model)` resolves names, shapes and widths on a model that may live on the meta
-device; the `Plan` it returns is data (it goes into the artifact) and rebuilds the structure without the teacher or any images:
+A `Transform` holds the options that a user gives. Its `plan(model)` resolves names, shapes and widths on a model that may be on the meta
+device. The `Plan` that it returns is plain data: it is stored in the artifact and rebuilds the structure without teacher or images.
 
-    plan = spec.plan(model)            # pure; every fault is found here
-    plan = spec.plan(model, reference)    # the same, with what is learned from values and calibration images (ranks, groups)
-    ledger = plan.apply(model)         # structure only, in place
-    plan.initialise(student, reference)   # values, from the model as it was before
-    plan.layer_fits(student, reference)   # for values that depend on those of all transforms of one call
+    plan = spec.plan(model)               # changes nothing; every error is raised here
+    plan = spec.plan(model, reference)    # the same, with ranks and groups chosen from values and calibration images
+    ledger = plan.apply(model)            # structure only, in place
+    plan.initialise(student, reference)   # values, from the model before the transforms
+    plan.layer_fits(student, reference)   # values that depend on the other transforms of the same call
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from compressvit.transforms.claims import Claim
 
 @dataclass(frozen=True)
 class LedgerEntry:
-    """What a transform did at one path. `before` and `after` count the path's own parameters, a shared tensor at its first path only."""
+    """What a transform did at one path. `before` and `after` count its parameters; a shared tensor counts only at its first path."""
 
     path: str
     change: str
     before: int
     after: int
-    step: str = ""  # the transform's word, filled in by whoever applies it
-    # Relative errors of an approximation of the path's weight: of the weight itself, and of the layer's outputs on calibration images.
-    # The latter are from the teacher's on its inputs, or for a layer fitted in order from what it was asked for on the student's.
+    step: str = ""  # the transform's recipe key, filled in by the caller of `apply`
+    # Relative errors of the approximation: of the weight itself, and of the layer's outputs on calibration images. The latter are
+    # relative to the teacher's outputs on its own inputs or, for a layer fitted in order, to its target on the student's inputs.
     weight_error: float | None = None
     output_error: float | None = None
 
@@ -48,17 +48,17 @@ class Plan(Spec):
     """A resolved transform: enough to rebuild the structure on a fresh model of the same architecture."""
 
     transform: ClassVar[str]
-    # True: it replaces the values of the whole model, and later transforms start from them.
+    # True: the plan replaces the values of the whole model, and later transforms start from the new ones.
     loads_values: ClassVar[bool] = False
-    # Fields that only say how values start; two plans that differ in nothing else make the same structure.
+    # Fields that only affect initial values; plans that differ in no other field produce the same structure.
     starts: ClassVar[tuple[str, ...]] = ()
-    # True: it is a `BottleneckPlan` with `remove(model, path)` and dense projections, and the `prune` phase may change its widths.
+    # True: the plan is a `BottleneckPlan` with dense projections and `remove(model, path)`; the `prune` phase may change its widths.
     prunable: ClassVar[bool] = False
-    # True: `fold` works.
+    # True: `fold` is supported.
     foldable: ClassVar[bool] = False
-    # True: it adds what weights are to be fitted without, and `set_aside` takes it out.
+    # True: the plan adds modules that must be absent while weights are fitted; `set_aside` removes them.
     sets_aside: ClassVar[bool] = False
-    # True: what it folds into must have taken in everything else before.
+    # True: the plan must be folded last, after all others have been folded into the same weight.
     folds_last: ClassVar[bool] = False
 
     def structure(self) -> dict[str, Any]:
@@ -70,46 +70,46 @@ class Plan(Spec):
         raise TypeError(f"{type(self).__name__} does not define apply")
 
     def initialise(self, student: nn.Module, reference: Reference) -> None:
-        """Set values: `student` has the new structure, `reference` knows the model as it was before the transforms."""
+        """Set the values of `student`, which has the new structure; `reference` is the model before the transforms."""
         raise TypeError(f"{type(self).__name__} does not define initialise")
 
     def layer_fits(self, student: nn.Module, reference: Reference) -> dict[str, LayerFit]:
-        """By path, how layers take values that depend on those of all transforms of one call: they are called in the order the layers
-        run (`compressvit.fitting.in_order`), once every transform has set its own. None by default."""
+        """Functions, by layer path, that fit values which depend on the other transforms of the same call. They are called in the order
+        in which the layers run (`compressvit.fitting.in_order`), after every `initialise`. Empty by default."""
         return {}
 
     def trains(self, model: nn.Module) -> set[str] | None:
-        """Names of the parameters, except the classifier's, that a phase may change; all others are frozen. None: freezes nothing."""
+        """Names of the parameters, besides the classifier's, that phases may train; all others are frozen. None: nothing is frozen."""
         return None
 
     def claims(self, model: nn.Module) -> list[Claim]:
-        """What it claims of `model`, as it is before the transform: steps whose claims exclude each other are refused."""
+        """Claims on `model` as it is before the transform; steps whose claims exclude each other are refused."""
         return []
 
     def set_aside(self, model: nn.Module) -> None:
-        """Where `sets_aside`: take out of `model`, in place, what must not be there while weights are fitted to a teacher's."""
+        """With `sets_aside`: remove from `model`, in place, the modules that must be absent while weights are fitted to a teacher's."""
 
     def drops(self, model: nn.Module) -> set[str]:
-        """Names of the tensors of `model`, as it is before the transform, that are replaced by others. None by default: every key stays."""
+        """Names of tensors of `model`, as it is before the transform, that the plan replaces by others. Empty by default."""
         return set()
 
     def fitted(self) -> set[str]:
-        """Names of tensors that were fitted together with what it added; a later step must not overwrite them."""
+        """Names of tensors that were fitted together with those the plan added; a later step must not overwrite them."""
         return set()
 
     def errors(self, student: nn.Module, reference: Reference) -> dict[str, tuple[float, float | None]]:
-        """After all values are set: by path, how far a weight is from the reference's, relative to it, and its outputs from theirs (None
-        where no calibration images were used)."""
+        """After all values are set: by path, the relative error of a weight, and that of the layer's outputs (None without calibration
+        images), both with respect to the reference."""
         return {}
 
     def fold(self, model: nn.Module) -> Plan | None:
         """Turn the transform back into plain timm layers, in place.
 
         Returns:
-            None, or the plan of what is left where that is not plain, but simpler.
+            None, or the plan of the simpler structure that is left if the result is not plain.
 
         Raises:
-            UserError: the algebra does not allow it; the text says why and what to do instead.
+            UserError: the transform cannot be folded; the message says why and what to do instead.
         """
         raise UserError(f"{self.transform} cannot be folded into plain layers")
 
@@ -119,37 +119,37 @@ class Transform(Spec):
 
     name: ClassVar[str]
     plan_class: ClassVar[type[Plan]]
-    # Whether it freezes what it does not train (its plan's `trains`).
+    # Whether the transform freezes every parameter that its plan does not name in `trains`.
     freezes: ClassVar[bool] = False
-    # Fields that name an artifact's folder which `initialise` reads: `--overwrite` must not delete it.
+    # Fields that name an artifact folder which `initialise` reads: `--overwrite` must not delete it.
     reads: ClassVar[tuple[str, ...]] = ()
 
-    # What it needs of a family of backbones; models of the others are refused (`backbone`), which the contract checks.
+    # What the transform needs of a family of backbones. `backbone` refuses models of other families, and the contract checks that.
     needs: ClassVar[tuple[Need, ...]] = ()
-    # What else a user can do with such a model; the families it works on are listed if nothing is said.
+    # What a user can do instead with an unsupported model; by default the message lists the supported families.
     instead: ClassVar[str] = ""
 
-    # What the contract (`compressvit.testing`) allows a method to differ in.
-    # True: the student does not begin with the outputs of the model as it was before.
+    # Permitted deviations from the contract (`compressvit.testing`).
+    # True: the student's initial outputs differ from those of the model before the transform.
     changes_at_start: ClassVar[bool] = False
-    # Added parameters without a gradient, by the end of their names, with the reason: in the first step, or in every one.
+    # Added parameters without a gradient, by name suffix, with the reason: in the first step only, or in every step.
     blind_at_start: ClassVar[dict[str, str]] = {}
     blind: ClassVar[dict[str, str]] = {}
 
     @classmethod
     def examples(cls) -> Sequence[Transform]:
-        """Settings for the contract tests, which together exercise every option; by default only the default settings."""
+        """Settings that the contract tests try, which together exercise every option. By default: the default settings."""
         return (cls(),)
 
     def needed(self) -> tuple[Need, ...]:
-        """What these settings need of a family; `needs` unless it depends on them."""
+        """What these settings need of a family; `needs` unless that depends on the settings."""
         return self.needs
 
     def backbone(self, model: nn.Module) -> Backbone:
         """The model's blocks.
 
         Raises:
-            UserError: the model's family is not known, or lacks something that is needed.
+            UserError: the model's family is unknown, or lacks something that the transform needs.
         """
         return describe(model, *self.needed(), asker=self.name, instead=self.instead)
 
@@ -157,40 +157,40 @@ class Transform(Spec):
         """Resolve the options for a model, which is not changed.
 
         Args:
-            model: what earlier transforms made of it, possibly on the meta device.
-            reference: the values before them. Without it, what is learned from values is provisional, at the size that is asked for.
+            model: the model after the earlier transforms, possibly on the meta device.
+            reference: the values before those transforms. Without it, data-driven choices are provisional, at the requested size.
 
         Raises:
-            UserError: the transform does not fit the model or what was done to it before; the text offers ways out.
+            UserError: the transform does not fit the model or an earlier transform; the message says what would work.
         """
         raise TypeError(f"{type(self).__name__} does not define plan")
 
     @property
     def needs_images(self) -> bool:
-        """Whether it needs calibration images."""
+        """Whether these settings need calibration images."""
         return False
 
     @property
     def provisional(self) -> tuple[str, ...]:
-        """What a plan without a reference assumes and one with a reference determines, one sentence each."""
+        """What a plan assumes without a reference and determines with one, one sentence each."""
         return ()
 
     def require_inputs(self) -> None:
-        """Check that the files the transform reads are there. `apply` calls it before anything runs; `plan` does not need the files.
+        """Check that the files the transform reads exist. `apply` calls it before anything runs; `plan` does not need the files.
 
         Raises:
-            UserError: one is missing.
+            UserError: a file is missing.
         """
 
 
 def record(
     model: nn.Module, paths: Iterable[str], change: Callable[[str], str], then: Callable[[], Any] | None = None
 ) -> list[LedgerEntry]:
-    """Ledger of what `change` does to the module at each path, with parameters counted before the first and after the last.
+    """Call `change` for every path and return the ledger; parameters are counted before the first and after the last change.
 
     Args:
-        change: takes a path, changes the module there and says how.
-        then: is called after the last change, before parameters are counted.
+        change: takes a path, changes the module there and returns a description of the change.
+        then: called after the last change, before parameters are counted.
     """
     paths = list(paths)
     before = ties.count_at_paths(model, paths)
@@ -206,10 +206,10 @@ _Spec = TypeVar("_Spec", bound=type[Transform])
 
 
 def transform(name: str, plan_class: type[Plan]) -> Callable[[_Spec], _Spec]:
-    """Register a transform under the word that recipes use.
+    """Register a transform under its key in recipes.
 
     Raises:
-        TypeError: when the class is defined: another one has that word.
+        TypeError: at class definition, if the key is taken.
     """
 
     def register(spec: _Spec) -> _Spec:

@@ -1,4 +1,4 @@
-"""Bottlenecks beside frozen sublayers, and the places where they act.
+"""Bottleneck modules beside or after frozen sublayers, and where they are inserted.
 
 Shapes: x is (…, M), or (B, M, height, width) after timm's convolutional MLPs; M width, h hidden neurons of the bottleneck.
 """
@@ -29,18 +29,18 @@ UP_STARTS_AT_ZERO = dict.fromkeys(("down.weight", "down.bias"), "the upper proje
 
 
 class Projection(Protocol):
-    """The methods that a bottleneck needs from its projections, besides those of modules."""
+    """The interface that a bottleneck needs of its projections, in addition to that of a module."""
 
     def reset(self, *, zero: bool) -> None:
-        """Start so that the product is zero, or not."""
+        """Initialise the projection, with `zero` such that its output is zero."""
 
 
 class Bottleneck(nn.Module):
-    """`s · up(act(down(x)))`, zero at the start: (…, M) → (…, M).
+    """`s · up(act(down(x)))`, initially zero: (…, M) → (…, M).
 
     Args:
         down, up: linear layers M → h and h → M.
-        act: timm's name of an activation.
+        act: name of an activation in timm.
         scale: s; 'learnable' for a parameter that starts at 1.
         reads: for a branch beside the MLP, whether its input is the MLP's ('normed') or the residual stream.
     """
@@ -65,19 +65,19 @@ class Bottleneck(nn.Module):
         self.reads = reads
 
     def dense(self) -> tuple[AdapterLinear, AdapterLinear]:
-        """The projections down and up of a bottleneck whose neurons or weights can be removed."""
+        """The down and up projections, for a bottleneck whose neurons or weights can be removed."""
         assert isinstance(self.down, AdapterLinear)
         assert isinstance(self.up, AdapterLinear)
         return self.down, self.up
 
     def reset(self) -> None:
-        """Start as zero, with a gradient for the upper projection."""
+        """Initialise so that the output is zero and the up projection has a gradient."""
         down, up = cast(Projection, self.down), cast(Projection, self.up)
         down.reset(zero=False)
         up.reset(zero=True)
 
     def allow_all(self) -> None:
-        """Give both projections a mask, to be filled from a file."""
+        """Add masks of ones to both projections; their values are then loaded from a file."""
         for projection in self.dense():
             projection.allow_all()
 
@@ -86,24 +86,24 @@ class Bottleneck(nn.Module):
 
 
 class AdapterLinear(nn.Linear):
-    """A dense projection of a bottleneck, (…, in) → (…, out). With a `mask` of its weight's shape, the others are zero for good."""
+    """A dense projection of a bottleneck, (…, in) → (…, out). Weights outside the optional `mask` (out, in) stay zero."""
 
     mask: torch.Tensor | None
-    kept: int  # how many of a mask that has no values, on the meta device
+    kept: int  # number of ones in a mask on the meta device, which has no values
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, device=None, dtype=None):
         super().__init__(in_features, out_features, bias, device, dtype)
         self.register_buffer("mask", None)
 
     def allow_all(self) -> None:
-        """Take a mask of ones, to be filled from a file."""
+        """Add a mask of ones; its values are then loaded from a file."""
         self.mask = torch.ones_like(self.weight, dtype=torch.bool)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight if self.mask is None else self.weight * self.mask, self.bias)
 
     def reset(self, *, zero: bool) -> None:
-        """Start at zero, or Kaiming-uniform (with a bias of zero either way)."""
+        """Initialise the weight to zero, or Kaiming-uniform; the bias is zero in both cases."""
         if zero:
             nn.init.zeros_(self.weight)
         else:
@@ -113,14 +113,14 @@ class AdapterLinear(nn.Linear):
 
 
 def at_tokens(adapter: nn.Module, x: torch.Tensor, owner: nn.Module) -> torch.Tensor:
-    """The adapter on the channels of x, which are last, except after a convolutional MLP."""
+    """Apply the adapter to the channels of x, which are the last dimension, except after a convolutional MLP."""
     if isinstance(getattr(owner, "fc1", None), (nn.Conv2d, ChannelsFirst)):
         return rearrange(adapter(rearrange(x, "b c h w -> b h w c")), "b h w c -> b c h w")
     return adapter(x)
 
 
 class BottleneckPlan(Plan):
-    """What all plans of bottlenecks have: by path, how many neurons the one in the path's slot has (0: it is gone)."""
+    """Base of plans with bottlenecks: by path, the number of neurons of the bottleneck in the slot there (0: it was removed)."""
 
     slot: ClassVar[str]
 
@@ -133,7 +133,7 @@ class BottleneckPlan(Plan):
         return 0
 
     def remove(self, model: nn.Module, path: str) -> None:
-        """Take a bottleneck without neurons out of the forward pass, where they can be pruned."""
+        """Remove a bottleneck that has no neurons left from the forward pass. Needed where neurons can be pruned."""
         raise TypeError(f"{type(self).__name__} does not define remove")
 
     def claims(self, model: nn.Module) -> list[Claim]:
@@ -144,7 +144,7 @@ class BottleneckPlan(Plan):
         return {path: getattr(model.get_submodule(path), self.slot) for path, hidden in self.widths.items() if hidden}
 
     def prefix(self, path: str) -> str:
-        """Where the bottleneck of a path is in the model."""
+        """The module path of the bottleneck that belongs to `path`."""
         return f"{path}.{self.slot}"
 
     def put(self, model: nn.Module, path: str, bottleneck: Bottleneck) -> None:
@@ -167,7 +167,7 @@ class BottleneckPlan(Plan):
 
 
 def sublayer_width(model: nn.Module, path: str) -> tuple[torch.Tensor, int]:
-    """A tensor of the sublayer at `path` (for its device and type), and its width M."""
+    """A tensor of the sublayer at `path` (for its device and dtype), and the sublayer's width M."""
     sublayer = model.get_submodule(path)
     last = sublayer.get_submodule("proj" if hasattr(sublayer, "proj") else "fc2")
     return next(last.parameters()), weight_shape(last)[0]
@@ -176,10 +176,10 @@ def sublayer_width(model: nn.Module, path: str) -> tuple[torch.Tensor, int]:
 def adapter_widths(
     model: nn.Module, asker: str, places: Sequence[Place], width: int | None, ratio: float | None
 ) -> dict[str, int]:
-    """Neurons of the bottleneck after every sublayer: `width` everywhere, or `ratio` of each one's M.
+    """Neurons of the bottleneck at every sublayer: `width` everywhere, or `ratio` times the sublayer's M.
 
     Raises:
-        UserError: a block has none of the places, or the ratio leaves no neuron.
+        UserError: a block has none of these sublayers, or the ratio leaves no neuron.
     """
     backbone = describe(model)
     parts = [part for part in backbone.parts if part in places]
@@ -191,7 +191,7 @@ def adapter_widths(
     for info in backbone.blocks:
         hidden = width if width is not None else int(info.width * (ratio or 0) + 1e-9)
         if hidden < 1:
-            least = -(-10_000 // info.width) / 10_000  # rounded up, so that it is enough
+            least = -(-10_000 // info.width) / 10_000  # rounded up, so that the ratio is still reached
             raise UserError(
                 f"{asker}.ratio={ratio:g} of the {info.width} channels of {info.path} leaves no neuron; give at least {least}"
             )

@@ -1,7 +1,7 @@
-"""Claims: what a transform uses of a model, and which pairs of claims exclude each other.
+"""Claims: which parts of a model a transform uses, and which pairs of claims exclude each other.
 
-A plan states its claims (`Plan.claims`); nobody has to know another transform by name. `RULES` is the one table of what cannot go
-together: the kind of claim of an earlier step, that of a later one, where two such claims meet, and the sentence about it.
+A plan states its claims (`Plan.claims`), so no transform refers to another by name. `RULES` is the table of all conflicts: the kind of
+the earlier step's claim, the kind of the later one's, the condition under which they overlap, and the error message.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ Kind = Literal["weight", "tie", "slot", "grid", "tokens", "drop", "order", "regr
 
 @dataclass(frozen=True)
 class Claim:
-    """One kind of use that a step makes of the model, at some paths or names.
+    """One kind of use that a step makes of parts of the model.
 
     Attributes:
-        paths: where; for a tie, the names of the parameters that become one.
+        paths: module paths; for a tie, the names of the parameters that become one.
         slot: the slot's name.
-        by: the option that asks for it, e.g. 'multiplex.mlp_conv', where that is not the step as a whole.
-        instead: how to do without it, for the sentence of a refusal.
+        by: the option that causes the claim, e.g. 'multiplex.mlp_conv', unless it is the step as a whole.
+        instead: how to avoid the claim, for the error message.
     """
 
     kind: Kind
@@ -37,7 +37,7 @@ def weight(path: str) -> Claim:
 
 
 def tie(names: Iterable[str], instead: str = "") -> Claim:
-    """These parameters become one, or those of one name below these modules."""
+    """These parameters become one; for modules, the parameters of the same name below them do."""
     return Claim("tie", tuple(names), instead=instead)
 
 
@@ -57,27 +57,27 @@ def adds_tokens(path: str, instead: str = "") -> Claim:
 
 
 def drops(names: Iterable[str], instead: str = "") -> list[Claim]:
-    """These parameters are gone from the state dict; weights first, so that a refusal names one."""
+    """These parameters disappear from the state dict; weights come first, so that a message names one."""
     return [Claim("drop", (name,), instead=instead) for name in sorted(names, key=lambda n: (n.endswith(".bias"), n))]
 
 
 def orders(path: str) -> Claim:
-    """Neurons and heads of the block at `path` are put into another order, so it must be as the teacher has it."""
+    """The neurons and heads of the block at `path` are permuted, so the block must still be as in the teacher."""
     return Claim("order", (path,))
 
 
 def regroups(path: str, by: str) -> Claim:
-    """The step chooses by itself which layers below `path` belong together; '' for the whole model."""
+    """The step chooses itself which layers below `path` to group; '' for the whole model."""
     return Claim("regroup", (path,), by=by)
 
 
 def noise(path: str, by: str, instead: str) -> Claim:
-    """Values below `path` start from noise; '' for the whole model."""
+    """Values below `path` are initialised at random; '' for the whole model."""
     return Claim("noise", (path,), by=by, instead=instead)
 
 
 def values(path: str, by: str, instead: str) -> Claim:
-    """The step fits the values that the layer at `path` has."""
+    """The step is fitted to the values of the layer at `path`."""
     return Claim("values", (path,), by=by, instead=instead)
 
 
@@ -93,13 +93,13 @@ def _is_below(path: str, above: str) -> bool:
 
 
 def _inside(a: Claim, b: Claim) -> str | None:
-    """The first path of one that is, or is below, one of the other."""
+    """The first path of either claim that equals a path of the other or is below one."""
     pairs = ((below, above) for x, y in ((b, a), (a, b)) for below in x.paths for above in y.paths)
     return next((below for below, above in pairs if _is_below(below, above)), None)
 
 
 def _otherwise_tied(a: Claim, b: Claim) -> str | None:
-    """Where two ties meet, unless each name of one is, or is below, another name of the other."""
+    """A path at which two ties overlap; None if each name of one equals, or is below, a different name of the other."""
     pairs = [(x, y) for x in a.paths for y in b.paths if _is_below(x, y) or _is_below(y, x)]
     alike = all({pair[i] for pair in pairs} == set(claim.paths) for i, claim in enumerate((a, b)))
     return None if alike and len(pairs) == len(a.paths) == len(b.paths) else _inside(a, b)
@@ -110,11 +110,11 @@ class Rule:
     """Why two claims exclude each other.
 
     Attributes:
-        meet: where two claims do; None where they do not.
-        why: the sentence, with {earlier} and {later} for the steps (or their options), {path}, {slot}, {n_earlier} and {n_later} for how
-            many names a tie has.
-        instead: the way out where the later claim names none.
-        whose: of which claims the ways out fit here: the later one's, those of both (either step can give way), or none.
+        meet: the path at which two claims overlap; None if they do not.
+        why: the message, with the placeholders {earlier} and {later} (the steps or their options), {path}, {slot}, and {n_earlier} and
+            {n_later} (the number of names of a tie).
+        instead: the suggestion if the later claim has none.
+        whose: the claims whose `instead` applies here: the later one's, those of both, or neither's.
     """
 
     meet: Meet
@@ -190,11 +190,11 @@ RULES: dict[tuple[Kind, Kind], Rule] = {
 
 
 def conflict(taken: Iterable[tuple[str, Claim]], step: str, wanted: Iterable[Claim]) -> str | None:
-    """Why a step's claims cannot be granted, with a way out; None where they can.
+    """Why the claims of a step conflict with those of earlier steps, with a suggestion; None if they do not.
 
     Args:
-        taken: what earlier steps claimed, each with its step's word.
-        step: the word of the step that asks.
+        taken: the claims of earlier steps, each with the step's key.
+        step: the key of the step that makes the new claims.
     """
     by_kind: dict[Kind, list[tuple[str, Claim]]] = {}
     for earlier, claim in taken:

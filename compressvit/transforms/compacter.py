@@ -2,8 +2,8 @@
 
 Paper: Compacter: Efficient Low-Rank Hypercomplex Adapter Layers, NeurIPS 2021, https://arxiv.org/abs/2106.04647
 
-`H = Σ_{k≤n} A_k ⊗ (s_k t_kᵀ)`, A (n, n, n) shared by all projections, s (n, out/n), t (n, in/n), with biases: n³ once, and
-3·(M + h') parameters an adapter.
+`H = Σ_{k≤n} A_k ⊗ (s_k t_kᵀ)`, with A (n, n, n) shared by all projections, s (n, out/n), t (n, in/n), and biases: n³ parameters once,
+and 3·(M + h') per adapter.
 """
 
 from __future__ import annotations

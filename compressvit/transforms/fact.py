@@ -1,11 +1,11 @@
-"""FacT: the changes of all projections of a frozen ViT as one tensor, factored.
+"""FacT: the weight updates of all projections of a frozen ViT as one factored tensor.
 
 Paper: FacT: Factor-Tuning for Lightweight Adaptation on Vision Transformer, AAAI 2023, https://arxiv.org/abs/2212.03145
 
-The projections of a block are cut into M×M slots: q, k, v, the output, and as many of fc1 and of fc2 as the hidden width holds M (12
-in all at 4M). `ΔW_j = s·V Σ_j U` with U (r, M) and V (M, r) shared by all blocks of one width; in the tensor-train form (TT) Σ_j is
-free, in the Tucker form (TK) `Σ_j = Σ_k p_jk C_k` with a shared C (r, r, r). V is zero at the start. TK of rank 16 on ViT-B: 30,976.
-It merges exactly.
+The projections of a block are cut into M×M slots: q, k, v, the output, and `hidden width / M` each for fc1 and fc2 (12 slots in total
+for a hidden width of 4M). `ΔW_j = s·V Σ_j U` with U (r, M) and V (M, r) shared by all blocks of one width. In the tensor-train form (TT)
+Σ_j is free; in the Tucker form (TK) `Σ_j = Σ_k p_jk C_k` with a shared C (r, r, r). V is initialised to zero. TK of rank 16 on ViT-B
+has 30,976 parameters. The update merges exactly.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class FacTTerm(nn.Module):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """U Xavier, Σ (C, p) uniform as a linear layer's, V zero, so that ΔW is zero."""
+        """Initialise U Xavier, Σ (or C and p) uniform like a linear layer, and V to zero, so that ΔW is zero."""
         nn.init.xavier_uniform_(self.u)
         nn.init.zeros_(self.v)
         bound = self.u.shape[0] ** -0.5

@@ -1,10 +1,10 @@
-"""Partial fine-tuning: some of the model's own parameters are trained, and nothing is added.
+"""Partial fine-tuning: train some of the model's own parameters, without adding any.
 
 BitFit: BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models, ACL 2022,
 https://arxiv.org/abs/2106.10199
 
-`freeze` keeps the classifier and one part of every block (its attention, or its MLP) or nothing else (a linear probe); `bitfit`
-keeps every bias.
+`freeze` trains the classifier and one part of every block (its attention or its MLP), or only the classifier (a linear probe);
+`bitfit` trains the classifier and every bias.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from compressvit.transforms.low_rank.layer import current_names
 
 
 class FreezePlan(Plan):
-    """Names of the parameters that are trained in addition to the classifier."""
+    """A resolved `Freeze`: names of the parameters that are trained in addition to the classifier."""
 
     names: tuple[str, ...]
 
@@ -31,19 +31,19 @@ class FreezePlan(Plan):
         return []
 
     def initialise(self, student: nn.Module, reference: Reference) -> None:
-        """Nothing is added, so nothing is set."""
+        """Nothing to initialise: no parameter was added."""
 
     def trains(self, model: nn.Module) -> set[str]:
         return current_names(model, self.names)
 
     def fold(self, model: nn.Module) -> None:
-        """There is nothing to fold: the model is a plain one."""
+        """Nothing to fold: no structure was added."""
 
     foldable = True
 
 
 class BitFitPlan(FreezePlan):
-    """Names of the biases."""
+    """A resolved `BitFit`: names of the biases."""
 
 
 @transform("freeze", FreezePlan)

@@ -1,10 +1,11 @@
 """A batch normalisation without parameters before the classifier of a frozen backbone.
 
-Code: that of AdaptFormer, https://arxiv.org/abs/2205.13535, which has it from the linear probes of MAE, https://arxiv.org/abs/2111.06377
+Source: the code of AdaptFormer, https://arxiv.org/abs/2205.13535, which takes it from the linear probes of MAE,
+https://arxiv.org/abs/2111.06377
 
-`y = W (x − μ) / sqrt(σ² + 1e-6) + b` over the pooled features: those of the batch in training, their running mean and variance
-otherwise, which start at 0 and 1. They are buffers: they are saved with the adapter, and nothing is counted. It merges exactly:
-`W' = W diag(σ)⁻¹`, `b' = b − W' μ`.
+`y = W (x − μ) / sqrt(σ² + 1e-6) + b` for pooled features x. μ and σ² are the statistics of the batch in training mode, and running
+statistics (initially 0 and 1) in eval mode. The running statistics are buffers: they are saved with the adapter, and do not count as
+parameters. The norm merges exactly: `W' = W diag(σ)⁻¹`, `b' = b − W' μ`.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class PooledNorm(nn.BatchNorm1d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.flatten(0, -2)
-        if len(rows) == 1:  # one image has no variance
+        if len(rows) == 1:  # a single image has no variance
             return F.batch_norm(rows, self.running_mean, self.running_var, eps=self.eps).view_as(x)
         return super().forward(rows).view_as(x)
 
@@ -45,7 +46,7 @@ class PooledNorm(nn.BatchNorm1d):
 
 
 class WithHeadNorm(surgery.Mixin):
-    """Mixin for a linear classifier: a norm before it."""
+    """Mixin for a linear classifier: applies a norm to its input."""
 
     slots = ("head_norm",)
 
@@ -56,7 +57,7 @@ class WithHeadNorm(surgery.Mixin):
 
 
 class KeepsHeadNorm(surgery.Mixin):
-    """Mixin for a model: a classifier that replaces another (timm's `reset_classifier`) gets a norm with new statistics."""
+    """Mixin for a model: after timm's `reset_classifier`, the new classifier gets a norm with fresh statistics."""
 
     slots = ()
 
@@ -75,10 +76,10 @@ def put_norm(model: nn.Module, path: str) -> None:
 
 
 class HeadNormPlan(Plan):
-    """A resolved `HeadNorm`: the classifiers, as far as the model has them still."""
+    """A resolved `HeadNorm`: paths of the classifiers, some of which the model may no longer have."""
 
     foldable = True
-    folds_last = True  # `W R` is of the whole W
+    folds_last = True  # `W R` needs the complete W, updates included
 
     heads: tuple[str, ...]
 
@@ -97,13 +98,13 @@ class HeadNormPlan(Plan):
         return "+ batch normalisation without parameters before it"
 
     def initialise(self, student: nn.Module, reference: Reference) -> None:
-        """Its statistics are there: 0 and 1."""
+        """Nothing to initialise: the statistics start at 0 and 1."""
 
     def trains(self, model: nn.Module) -> set[str]:
         return set()
 
     def fold(self, model: nn.Module) -> None:
-        """Into the classifier."""
+        """Merge the norm into the classifier."""
         for path in self._present(model):
             head = model.get_submodule(path)
             if not owns_weight(head):

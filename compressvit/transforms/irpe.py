@@ -2,8 +2,8 @@
 
 Paper: Rethinking and Improving Relative Position Encoding for Vision Transformer, ICCV 2021, https://arxiv.org/abs/2107.14222
 
-Product method, shared over heads: the logit of query n and key m gains `q_n · E[:, bucket(n, m)]`, q already scaled. The table E
-(head width, buckets) starts at zero, so a pretrained function is kept.
+Product method, shared over heads: `q_n · E[:, bucket(n, m)]` is added to the logit of query n and key m, with q already scaled. The
+table E (head width, buckets) is initialised to zero, so a pretrained function is kept.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ def piecewise_index(distance: int, ratio: float) -> int:
     alpha, beta, gamma = ratio, 2 * ratio, 8 * ratio
     size = abs(distance)
     if size <= alpha:
-        return distance  # a whole number of tokens already
+        return distance  # an exact number of tokens already
     index = min(beta, round(alpha + math.log(size / alpha) / math.log(gamma / alpha) * (beta - alpha)))
     return int(math.copysign(int(index), distance))
 
 
 @lru_cache(maxsize=16)
 def bucket_ids(height: int, width: int, num_prefix_tokens: int, ratio: float) -> torch.Tensor:
-    """(N, N) int64 table of buckets, N = prefix + height·width. A pair with a prefix token has the extra last bucket."""
+    """(N, N) int64 table of buckets, N = prefix + height·width. Pairs with a prefix token share the extra last bucket."""
     reach = int(2 * ratio)
     side = 2 * reach + 1
-    # On the CPU by name: a table made under torch.device("meta") would stay in the cache, without values.
+    # Explicitly on the CPU: a table created under torch.device("meta") would be cached without values.
     rows, cols = (
         torch.tensor([[piecewise_index(i - j, ratio) for j in range(n)] for i in range(n)], device="cpu") + reach
         for n in (height, width)
@@ -63,7 +63,7 @@ class ContextualKeyPosition(nn.Module):
     Args:
         head_width: D.
         grid: height and width in tokens.
-        num_prefix_tokens: tokens that are not on the grid; with any, the table has one more bucket for their pairs.
+        num_prefix_tokens: tokens that are not on the grid; if there are any, the table has one more bucket for pairs with them.
         ratio: α of the bucketing.
     """
 
@@ -77,11 +77,11 @@ class ContextualKeyPosition(nn.Module):
         self.register_buffer("bucket_ids", bucket_ids(*self.bucketing).to(self.table.device), persistent=False)
 
     def no_weight_decay(self) -> set[str]:
-        """timm's convention: position tables do not decay."""
+        """Names of parameters without weight decay (timm's convention): position tables."""
         return {"table"}
 
     def init_non_persistent_buffers(self) -> None:
-        """timm's convention: fill the buffers that no checkpoint holds, after `to_empty()`."""
+        """Fill the buffers that no checkpoint contains, after `to_empty()` (timm's convention)."""
         self.bucket_ids = bucket_ids(*self.bucketing).to(self.table.device)
 
     def forward(self, q: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""Take the values of an earlier student of the same structure, e.g. to fine-tune it at another resolution.
+"""Load the weights of an earlier student of the same structure, e.g. to fine-tune it at another resolution.
 
-A step without structure: it only sets values. Position embeddings and Swin's tables of relative positions are resampled when
-the token grid or the window differs, as timm does it.
+The step adds no structure. Position embeddings and Swin's relative position tables are resampled as in timm if the token grid or the
+window differs.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class LoadWeightsPlan(Plan):
             for plans in (read_plans(folder), compression_of(student).plans)
         )
         if made_by != asked:
-            # the same names and shapes can compute something else: form=reference and form=identity do
+            # equal names and shapes do not imply the same function, e.g. form=reference and form=identity
             raise UserError(
                 f"load_weights: {self.artifact} was made by other transforms than this student: "
                 f"{_differences(made_by, asked)}. Give the recipe the settings that its compressvit.json lists"

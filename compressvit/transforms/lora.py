@@ -2,8 +2,8 @@
 
 Paper: LoRA: Low-Rank Adaptation of Large Language Models, ICLR 2022, https://arxiv.org/abs/2106.09685
 
-`W + (α/r) B A`, A (r, in) Kaiming, B (out, r) zero. timm fuses q, k and v in one layer; q and v have factors of their own there.
-ConvNeXt has no attention: give `targets: [fc1, fc2]`. It merges exactly.
+`W + (α/r) B A`, with A (r, in) initialised Kaiming-uniform and B (out, r) to zero. timm fuses q, k and v in one layer, in which q and v
+have separate factors. ConvNeXt has no attention: use `targets: [fc1, fc2]`. The term merges exactly.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class LoRATerm(nn.Module):
         in_features: of the projection.
         part_features: outputs of one part.
         rank: r.
-        parts: which parts have a term, of `num_parts`.
+        parts: indices of the parts that have a term, out of `num_parts`.
         scale: α / r.
     """
 
@@ -56,7 +56,7 @@ class LoRATerm(nn.Module):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """`down` Kaiming-uniform, `up` zero."""
+        """Initialise `down` Kaiming-uniform and `up` to zero."""
         for matrix in self.down:
             nn.init.kaiming_uniform_(matrix, a=5**0.5)
         nn.init.zeros_(self.up)
@@ -70,7 +70,7 @@ class LoRATerm(nn.Module):
         return self._spread(out, dim=-2).flatten(-2)
 
     def _spread(self, parts: torch.Tensor, dim: int) -> torch.Tensor:
-        """Zeros for the parts without a term."""
+        """Fill in zeros for the parts without a term."""
         if len(self.parts) == self.num_parts:
             return parts
         taken = dict(zip(self.parts, parts.unbind(dim), strict=True))
@@ -90,7 +90,7 @@ class WithLoRA(surgery.Mixin):
 
 
 class LoRAPlan(TermPlan):
-    """A resolved `LoRA`: by path of a layer, the thirds of its outputs that have a term (`[0]` where it is one piece)."""
+    """A resolved `LoRA`: by layer path, the parts of its outputs that have a term (thirds of a fused qkv; `[0]` for any other layer)."""
 
     mixin = WithLoRA
     slot = "lora"

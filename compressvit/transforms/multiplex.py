@@ -1,4 +1,4 @@
-"""MiniViT weight multiplexing: consecutive blocks share their attention and MLP, and keep small private transforms.
+"""MiniViT weight multiplexing: consecutive blocks share attention and MLP, with small private transforms.
 
 Paper: MiniViT: Compressing Vision Transformers with Weight Multiplexing, CVPR 2022, https://arxiv.org/abs/2204.07154
 
@@ -37,7 +37,7 @@ class HeadMixing(nn.Module):
 
     Args:
         num_heads: H.
-        bias: one bias per head; the reference has it in Swin, not in DeiT.
+        bias: add one bias per head; the reference code has it for Swin, not for DeiT.
     """
 
     def __init__(self, num_heads: int, bias: bool = False, device=None, dtype=None):
@@ -48,14 +48,14 @@ class HeadMixing(nn.Module):
 
     @torch.no_grad()
     def reset_identity(self) -> None:
-        """Start as the identity, so that attention is unchanged."""
+        """Initialise to the identity, so that attention is unchanged."""
         nn.init.eye_(self.weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
     @torch.no_grad()
     def reset_noise(self, std: float = 0.02) -> None:
-        """Start from truncated normal noise, as the paper's code does."""
+        """Initialise from a truncated normal distribution, as in the paper's code."""
         nn.init.trunc_normal_(self.weight, std=std)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
@@ -68,15 +68,15 @@ class HeadMixing(nn.Module):
 class TokenConv(nn.Module):
     """A depth-wise K×K convolution over the token grid, after its own LayerNorm (MiniViT's MLP transformation, eq. 7).
 
-    Class, distillation and register tokens are not on the grid: the convolution passes them by.
+    Class, distillation and register tokens are not on the grid and skip the convolution.
 
     Args:
         width: C.
         kernel_size: K, odd.
         grid: height and width of the token grid, used to fold a (B, N, C) sequence; unused for (B, height, width, C).
         num_prefix_tokens: how many tokens at the front of a sequence are not on the grid.
-        replace: False computes `x + conv(LN x)`; True computes `LN x + conv(LN x)`, which is what the paper's code does
-            to the residual stream, and which no pretrained function survives.
+        replace: False computes `x + conv(LN x)`; True computes `LN x + conv(LN x)`, as the paper's code does to the residual stream,
+            which does not preserve a pretrained function.
     """
 
     def __init__(
@@ -101,14 +101,14 @@ class TokenConv(nn.Module):
 
     @torch.no_grad()
     def reset_identity(self) -> None:
-        """Start with a convolution of zeros: `x + conv(LN x)` is then x."""
+        """Initialise the convolution to zero: `x + conv(LN x)` is then x."""
         self.norm.reset_parameters()
         for parameter in self.conv.parameters():
             nn.init.zeros_(parameter)
 
     @torch.no_grad()
     def reset_noise(self, std: float = 0.02) -> None:
-        """Start from truncated normal noise, as the paper's code does."""
+        """Initialise from a truncated normal distribution, as in the paper's code."""
         self.norm.reset_parameters()
         assert self.conv.bias is not None
         nn.init.trunc_normal_(self.conv.weight, std=std)
@@ -126,7 +126,7 @@ class TokenConv(nn.Module):
         return base + torch.cat([torch.zeros_like(prefix), convolved], dim=1)
 
     def _grid_of(self, tokens: int) -> tuple[int, int]:
-        """The grid of a sequence: the configured one, or (other input size) one of the same aspect ratio."""
+        """The grid of a sequence: the configured one or, for another input size, one of the same aspect ratio."""
         height, width = self.grid
         if height * width != tokens:
             height = max(1, round((tokens * height / width) ** 0.5))
@@ -199,7 +199,7 @@ class MultiplexPlan(Plan):
                 info.resolution,
                 backbone.num_prefix_tokens,
                 replace=self.form == "reference",
-                eps=cast(nn.LayerNorm, model.get_submodule(f"{info.path}.norm2")).eps,  # every norm in timm has it
+                eps=cast(nn.LayerNorm, model.get_submodule(f"{info.path}.norm2")).eps,  # every norm in timm has a weight
                 **like,
             )
             surgery.fill_slot(model, info.path, "mlp_conv", conv)
@@ -213,11 +213,11 @@ class MultiplexPlan(Plan):
         elif self.init == "mean":
             fitted = {name for plan in compression_of(student).plans for name in plan.fitted()}
             for group in self.groups:
-                # A block on its own keeps its values; they may be those of an earlier step's group, which are not `reference`'s.
+                # A group of one keeps its current values; an earlier step may have changed them, so `reference` would be wrong.
                 for names in _shared_names(reference.model, group) if len(group) > 1 else ():
                     if not fitted.isdisjoint(names):
                         continue  # an earlier low-rank step fitted this weight together with its private terms
-                    # float64: the mean of equal tensors is then that tensor, to the bit
+                    # in float64 the mean of equal tensors equals them bit for bit
                     mean = torch.stack([reference.model.get_parameter(n).double() for n in names]).mean(dim=0)
                     student.get_parameter(names[0]).copy_(mean)
         for path in (path for group in self.groups for path in group):
@@ -229,7 +229,7 @@ class MultiplexPlan(Plan):
 
     @torch.no_grad()
     def errors(self, student: nn.Module, reference: Reference) -> dict[str, tuple[float, float | None]]:
-        """Of every block that shares: of all it shares together, but for what a low-rank step has fitted."""
+        """For every block that shares: the error over all its shared tensors, without those that a low-rank step fitted."""
         fitted = {name for plan in compression_of(student).plans for name in plan.fitted()}
         found: dict[str, tuple[float, float | None]] = {}
         for group in self.groups if self.init != "scratch" else ():
@@ -328,7 +328,7 @@ class Multiplex(Transform):
 
 
 def _shared_names(model: nn.Module, group: tuple[str, ...]) -> list[list[str]]:
-    """For a group of blocks, the names that become one parameter: all of `attn` and `mlp` but what transforms added."""
+    """For a group of blocks, the names that become one parameter: all of `attn` and `mlp` except what transforms added."""
     added = surgery.added_parameters(model)
     tails = [
         f"{part}.{name}"

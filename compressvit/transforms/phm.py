@@ -3,9 +3,9 @@
 Paper: Beyond Fully-Connected Layers with Quaternions: Parameterization of Hypercomplex Multiplications with 1/n Parameters,
 ICLR 2021, https://arxiv.org/abs/2102.08597; as a baseline of MiMi, https://arxiv.org/abs/2311.03873
 
-`H = Σ_{k≤n} A_k ⊗ W_k`, A (n, n, n), W (n, out/n, in/n), with biases: 2·n³ + 2·M·h'/n + h' + M parameters an adapter. W of the
-upper projection is zero at the start, so the model is unchanged. Merging multiplies the products out: what is left are `adapters`
-with biases, which compute the same in fewer operations and more parameters.
+`H = Σ_{k≤n} A_k ⊗ W_k`, A (n, n, n), W (n, out/n, in/n), with biases: 2·n³ + 2·M·h'/n + h' + M parameters per adapter. W of
+the up projection is initialised to zero, so the model starts unchanged. Merging evaluates the Kronecker products: the result are `adapters`
+with biases, which compute the same with fewer operations and more parameters.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class PHMLinear(nn.Module):
 
     Args:
         in_features, out_features: both divisible by n.
-        n: number of products; `rule` is (n, n, n), W is (n, out/n, in/n).
+        n: number of Kronecker products; `rule` is (n, n, n), W is (n, out/n, in/n).
         rank: None for full W_k; 1 for `W_k = left_k right_kᵀ` (Compacter).
     """
 
@@ -56,7 +56,7 @@ class PHMLinear(nn.Module):
 
     @torch.no_grad()
     def reset(self, *, zero: bool) -> None:
-        """`rule` normal (0.01, as in Compacter's code), factors Glorot; with `zero` the last factor is zero instead."""
+        """Initialise `rule` normal (std 0.01, as in Compacter's code) and the factors Glorot; with `zero`, the last factor is zero."""
         nn.init.normal_(self.rule, std=0.01)
         first, last = (self.weight, self.weight) if self.rank is None else (self.right, self.left)
         for k in range(self.rule.shape[0]):
@@ -74,7 +74,7 @@ class PHMLinear(nn.Module):
 
     @torch.no_grad()
     def as_dense(self) -> AdapterLinear:
-        """A layer with the matrix itself, which computes the same."""
+        """The equivalent dense layer."""
         rows, columns = self.dense().shape
         layer = AdapterLinear(columns, rows, device=self.bias.device, dtype=self.bias.dtype)
         layer.weight.copy_(self.dense())
@@ -88,9 +88,9 @@ class PHMLinear(nn.Module):
 class PHMPlan(AdaptersPlan):
     """Resolved PHM adapters."""
 
-    prunable = False  # a neuron is no row of its own in a Kronecker product
+    prunable = False  # a neuron has no row of its own in a Kronecker product
     foldable = True
-    rank: ClassVar[int | None] = None  # of W_k: full
+    rank: ClassVar[int | None] = None  # rank of W_k; None: full
 
     n: int
 
@@ -102,7 +102,7 @@ class PHMPlan(AdaptersPlan):
         )
 
     def fold(self, model: nn.Module) -> AdaptersPlan:
-        """Every projection becomes dense, with the matrix that its products add up to."""
+        """Replace every projection by a dense one whose matrix is the sum of its Kronecker products."""
         for bottleneck in self.bottlenecks(model).values():
             for projection in ("down", "up"):
                 setattr(bottleneck, projection, getattr(bottleneck, projection).as_dense())
@@ -152,5 +152,5 @@ class PHM(Transform):
     def plan(self, model: nn.Module, reference: Reference | None = None) -> PHMPlan:
         widths = adapter_widths(model, self.name, self.places, None, self.ratio)
         require_divisible(self.name, self.n, widths, model)
-        plan_class: Any = self.plan_class  # Compacter's is another
+        plan_class: Any = self.plan_class  # Compacter's reset differs
         return plan_class(widths=widths, bias=True, act=self.act, n=self.n)

@@ -1,4 +1,4 @@
-"""The record of the transforms of a model, and of the parameters that phases may train."""
+"""The record of the transforms applied to a model, and which parameters phases may train."""
 
 from __future__ import annotations
 
@@ -17,37 +17,37 @@ from compressvit.transforms.claims import Claim
 
 @dataclass
 class Compression:
-    """The transforms that a model has been through. It stays with the model (also through `deepcopy`) and is stored in its artifact."""
+    """The transforms that were applied to a model. The record stays with the model (also in copies) and is stored in its artifact."""
 
     plans: list[Plan] = field(default_factory=list)
     ties: list[list[str]] = field(default_factory=list)
     ledger: list[LedgerEntry] = field(default_factory=list)
-    materialised: bool = False  # its ties are no longer those of its plans
-    claims: list[tuple[str, Claim]] = field(default_factory=list)  # what each step took, with its word
+    materialised: bool = False  # the ties no longer match the plans
+    claims: list[tuple[str, Claim]] = field(default_factory=list)  # the claims of every step, with its key
 
 
 def compression_of(model: nn.Module) -> Compression:
-    """The record of a compressed model; an empty one for a model that no transform has touched."""
+    """The record of a compressed model; an empty one for a model without transforms."""
     return getattr(model, "_compression", None) or Compression()
 
 
 def set_compression(model: nn.Module, done: Compression | None) -> None:
-    """Replace a model's record; None for a plain model."""
+    """Replace a model's record; None removes it."""
     vars(model)["_compression"] = done
 
 
 def claims_of(plan: Plan, model: nn.Module) -> list[Claim]:
-    """All claims of a plan on a model, including the keys that it drops."""
+    """All claims of a plan on a model, including the keys that the plan drops."""
     stated = plan.claims(model)
     named = {name for claim in stated if claim.kind == "drop" for name in claim.paths}
     return [*stated, *claims.drops(plan.drops(model) - named)]
 
 
 def require_free(model: nn.Module, step: str, wanted: Iterable[Claim]) -> None:
-    """Check that a step's claims on a model can be granted.
+    """Check that a step's claims on a model do not conflict with those of earlier steps.
 
     Raises:
-        UserError: an earlier step took something that excludes it; the sentence names both and a way out.
+        UserError: a claim of an earlier step excludes one of these; the message names both steps and an alternative.
     """
     text = claims.conflict(compression_of(model).claims, step, wanted)
     if text is not None:
@@ -55,26 +55,26 @@ def require_free(model: nn.Module, step: str, wanted: Iterable[Claim]) -> None:
 
 
 def trained_names(model: nn.Module) -> set[str] | None:
-    """Names of the parameters that phases change, the classifier's among them, where transforms freeze the others; else None."""
+    """Names of the parameters that phases train, including the classifier's, if transforms freeze the others; else None."""
     asked = [names for plan in compression_of(model).plans if (names := plan.trains(model)) is not None]
     return set[str]().union(*asked, head_names(model)) if asked else None
 
 
 def only_adapted(model: nn.Module) -> bool:
-    """Whether all that was done to a model was to add to it and to freeze its own tensors but those that are trained."""
+    """Whether the transforms only added modules and froze the backbone, except for the parameters that are trained."""
     plans = compression_of(model).plans
     return bool(plans) and all(plan.trains(model) is not None for plan in plans)
 
 
 def trained_parameters(model: nn.Module) -> dict[str, int]:
-    """How many parameters phases change: `trained_adapter`, without the classifier, and `trained_head`; a shared one once."""
+    """Numbers of trained parameters: `trained_adapter`, without the classifier, and `trained_head`. A shared one counts once."""
     heads = head_names(model)
     counts = {"trained_adapter": 0, "trained_head": 0}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             counts["trained_head" if name in heads else "trained_adapter"] += parameter.numel()
     for module in model.modules():
-        if isinstance(module, AdapterLinear) and module.mask is not None:  # where it is false, the weight stays zero
+        if isinstance(module, AdapterLinear) and module.mask is not None:  # where the mask is false, the weight stays zero
             left = module.kept if module.mask.is_meta else int(module.mask.sum())
             counts["trained_adapter"] -= module.mask.numel() - left
     return counts

@@ -1,10 +1,11 @@
-"""RepAdapter: linear adapters before the projections of a frozen backbone, which merge into them: no cost at inference.
+"""RepAdapter: linear adapters before the projections of a frozen backbone, which can be merged into them at no inference cost.
 
 Paper: Towards Efficient Visual Adaption via Structural Re-parameterization, https://arxiv.org/abs/2302.08106
 
-`φ(x) = x + s·(B(A x + a) + b)` on what enters attention and MLP (`place: block`) or attention alone; A (h', M), B in g groups, no
-activation, dropout between the two in training. A Xavier, the rest zero: the identity at the start. M·h' + h' + M·h'/g + M
-parameters each. In ConvNeXt φ sits between the norm and the MLP: before the depth-wise convolution it would make that one dense.
+`φ(x) = x + s·(B(A x + a) + b)` on the input of attention and MLP (`place: block`) or of attention alone, with A (h', M), B in g groups,
+no activation, and dropout between A and B in training. A is initialised Xavier-uniform and the rest to zero, so φ starts as the identity.
+M·h' + h' + M·h'/g + M parameters each. In ConvNeXt φ is between the norm and the MLP, because merging it into the depth-wise convolution
+would make that convolution dense.
 """
 
 from __future__ import annotations
@@ -27,17 +28,17 @@ from compressvit.transforms.base import Transform, transform
 from compressvit.transforms.bottleneck import at_tokens
 from compressvit.transforms.term import TermPlan, new_like
 
-FIRST_LAYER = {"attn": "qkv", "mlp": "fc1"}  # of a sublayer: what φ merges into
+FIRST_LAYER = {"attn": "qkv", "mlp": "fc1"}  # the projection of each sublayer that φ is merged into
 
 
 class RepBottleneck(nn.Module):
-    """`s · (B(A x + a) + b)` without an activation, zero at the start: A dense (h, M), B in g groups, (M, h/g).
+    """`s · (B(A x + a) + b)` without an activation, initially zero: A dense (h, M), B in g groups (M, h/g).
 
     Hidden slice k feeds output slice k (RepAdapter, eq. 5).
 
     Args:
         width: M.
-        hidden: h; the groups divide it and M.
+        hidden: h; h and M must be divisible by g.
         groups: g.
         scale: s.
         dropout: between A and B, in training.
@@ -57,7 +58,7 @@ class RepBottleneck(nn.Module):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """A Xavier-uniform, the rest zero, as in the paper's code."""
+        """Initialise A Xavier-uniform and the rest to zero, as in the paper's code."""
         nn.init.xavier_uniform_(self.down.weight)
         for zero in (self.down.bias, self.up_weight, self.up_bias):
             nn.init.zeros_(zero)
@@ -79,7 +80,7 @@ class RepBottleneck(nn.Module):
 class WithRepAdapter(surgery.Mixin):
     """Mixin for a sublayer: `φ(x) = x + repadapter(x)` on its input, so that φ can be merged into its first projection.
 
-    In Swin that is after the padding of windows, so padded tokens see φ(0): what the merged projection does to them, too.
+    In Swin this comes after windows are padded, so padded tokens become φ(0), exactly as with the merged projection.
     """
 
     slots = ("repadapter",)
@@ -97,7 +98,7 @@ class RepAdapterPlan(TermPlan):
 
     mixin = WithRepAdapter
     slot = "repadapter"
-    folds_last = True  # `W R` is of the whole W, with what other steps add to it
+    folds_last = True  # `W R` needs the complete W, including the updates of other steps
 
     paths: tuple[str, ...]
     width: int
@@ -119,7 +120,7 @@ class RepAdapterPlan(TermPlan):
         return [f"{path}.{_first(path)}.weight"]
 
     def fold_term(self, module: nn.Module, term: Any, path: str) -> None:
-        """Into the projection after it: `W' = W R`, `b' = b + W c` with `φ(x) = R x + c`."""
+        """Merge into the following projection: `W' = W R`, `b' = b + W c` with `φ(x) = R x + c`."""
         merge_before_(module.get_submodule(_first(path)), *term.as_affine())
 
 

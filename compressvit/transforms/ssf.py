@@ -1,10 +1,10 @@
-"""SSF: a scale and shift of the channels after every layer of a frozen backbone.
+"""SSF: a per-channel scale and shift after every layer of a frozen backbone.
 
 Paper: Scaling & Shifting Your Features: A New Baseline for Efficient Model Tuning, NeurIPS 2022, https://arxiv.org/abs/2210.08823
 
-`y = γ ⊙ z + β` after every linear layer, convolution and norm that has a bias (β needs it to merge into; Swin's reductions have
-none), the classifier left out. γ around 1 and β around 0 with a deviation of 0.02 in the paper's code; exactly there by default.
-It merges exactly.
+`y = γ ⊙ z + β` after every linear layer, convolution and norm that has a bias (into which β can be merged; Swin's reductions have none),
+except the classifier. The paper's code draws γ around 1 and β around 0 with a standard deviation of 0.02; by default they are exactly 1
+and 0. It merges exactly.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class ScaleShift(nn.Module):
     """`γ ⊙ z + β` over the channels of z.
 
     Args:
-        channels: their number.
-        channels_first: whether they are the second dimension of (B, C, H, W) instead of the last.
+        channels: number of channels.
+        channels_first: whether channels are the second dimension, as in (B, C, H, W), instead of the last.
     """
 
     def __init__(self, channels: int, channels_first: bool = False, device=None, dtype=None):
@@ -40,7 +40,7 @@ class ScaleShift(nn.Module):
 
     @torch.no_grad()
     def reset(self, std: float) -> None:
-        """γ around 1 and β around 0, normal with this deviation; 0 is the identity."""
+        """Draw γ around 1 and β around 0 from normal distributions with this standard deviation; 0 gives the identity."""
         nn.init.normal_(self.scale, 1.0, std)
         nn.init.normal_(self.shift, 0.0, std)
 
@@ -77,7 +77,7 @@ class SSFPlan(TermPlan):
         return self.layers
 
     def term(self, module: nn.Module, path: str) -> tuple[nn.Module, str]:
-        # timm's LayerNorm2d normalises the channels of (B, C, H, W), and is a LayerNorm
+        # timm's LayerNorm2d, a subclass of LayerNorm, normalises the channels of (B, C, H, W)
         first = isinstance(module, nn.Conv2d) or any(kind.__name__.endswith("2d") for kind in type(module).__mro__)
         bias = module.get_parameter("bias")
         return ScaleShift(bias.shape[0], first, **new_like(bias)), "+ scale and shift"
@@ -113,7 +113,7 @@ class SSF(Transform):
     def plan(self, model: nn.Module, reference: Reference | None = None) -> SSFPlan:
         describe(model)
         heads = head_names(model)
-        of_steps = surgery.added_modules(model)  # earlier steps' own layers
+        of_steps = surgery.added_modules(model)  # layers added by earlier steps
         layers = tuple(
             path
             for path, layer in model.named_modules()

@@ -1,4 +1,4 @@
-"""Conversion between a plan and its record in a file."""
+"""Conversion between plans and their records in files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from compressvit.transforms.base import TRANSFORMS, Plan
 
 
 def record_of(plan: Plan) -> StepRecord:
-    """The record of a transform for a file."""
+    """The record of a plan as plain values for a file."""
     package = TRANSFORMS.package_of(plan.transform)
     return StepRecord(transform=plan.transform, plan=plan.model_dump(mode="json"), package=package)
 
@@ -31,8 +31,7 @@ def resolve_plan(step: StepRecord, file: Path) -> Plan:
     """The plan that a file records.
 
     Raises:
-        UserError: it names a transform that neither this version nor an installed package has, or a setting that the transform does not
-            have, or lacks one.
+        UserError: the transform is unknown to this version and to the installed packages, or a setting is unknown or missing.
     """
     known = TRANSFORMS.get(step.transform)
     if known is None:

@@ -1,4 +1,4 @@
-"""The common part of LoRA, SSF, FacT and RepAdapter: a small trained module in a slot of existing modules, which can be merged."""
+"""Shared by LoRA, SSF, FacT and RepAdapter: a small trained module in a slot of an existing module, which can be merged."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def add_to_weight_(layer: nn.Module, product: torch.Tensor) -> None:
     """`weight += product`, (out, in), of a linear layer or 1×1 convolution, in place.
 
     Raises:
-        UserError: the weight is low rank, so what is added to it would be lost.
+        UserError: the layer is low rank, so it has no full weight to add to.
     """
     if not owns_weight(layer):
         raise UserError(
@@ -47,7 +47,7 @@ class TermPlan(Plan):
 
     foldable = True
     mixin: ClassVar[type]
-    slot: ClassVar[str]  # of the mixin
+    slot: ClassVar[str]  # the slot of the mixin
 
     @property
     def sites(self) -> Iterable[str]:
@@ -55,7 +55,7 @@ class TermPlan(Plan):
         raise TypeError(f"{type(self).__name__} does not define sites")
 
     def term(self, module: nn.Module, path: str) -> tuple[nn.Module, str]:
-        """A new term for a module, and what the ledger says of it."""
+        """A new term for a module, and its ledger text."""
         raise TypeError(f"{type(self).__name__} does not define term")
 
     def fold_term(self, module: nn.Module, term: Any, path: str) -> None:
@@ -73,7 +73,7 @@ class TermPlan(Plan):
         return record(model, self.sites, lambda path: self.add(model, path))
 
     def add(self, model: nn.Module, path: str) -> str:
-        """Put a term at a path; returns what the ledger says of it."""
+        """Add a term at a path; returns its ledger text."""
         term, text = self.term(model.get_submodule(path), path)
         surgery.extend(model, path, self.mixin)
         surgery.fill_slot(model, path, self.slot, term)
@@ -105,5 +105,5 @@ class TermPlan(Plan):
 
 
 def new_like(tensor: torch.Tensor) -> dict[str, Any]:
-    """Device and dtype of a tensor, for a new module beside it."""
+    """Device and dtype of a tensor, as keyword arguments for a new module."""
     return {"device": tensor.device, "dtype": tensor.dtype}

@@ -12,16 +12,16 @@ from compressvit.transforms.low_rank.budget import Group
 
 
 def group_by_similarity(paths: Sequence[str], count: int, reference: Reference, kind: str, ridge: float) -> list[Group]:
-    """Put layers of one shape into `count` groups with the smallest error of sharing one weight, at any places of the model.
+    """Cluster layers of one shape, from anywhere in the model, into `count` groups whose layers lose least by sharing a weight.
 
-    Average-linkage clustering; the distance of two layers is the difference of their weights in the mean of their metrics, relative to
-    the weights, which is twice what is lost where both take their mean. Groups are of any size: a layer that is like no other is one by
-    itself. Within a group, and groups by their first layer, the order stays.
+    Average-linkage clustering. The distance of two layers is the difference of their weights in the mean of their metrics, relative to
+    the weights: twice the error if both take the mean weight. Groups may have any size; a layer that resembles no other forms a group
+    by itself. Layers keep their order within a group, and groups are ordered by their first layer.
 
     Args:
         paths: linear layers of one shape.
         count: from 1 to the number of layers.
-        reference: their values and moments.
+        reference: the values of the layers and the moments of their inputs.
         kind: 'weights' or 'inputs'.
         ridge: of the metric.
     """
@@ -39,7 +39,7 @@ def group_by_similarity(paths: Sequence[str], count: int, reference: Reference, 
             lost = sum(metrics[paths[k]].squared_norm(weights[i] - weights[j]) for k in (i, j))
             distances[i, j] = distances[j, i] = (lost / max(own[i] + own[j], TINY)) ** 0.5
     tree = linkage(squareform(distances.numpy(), checks=False), method="average")
-    labels = cut_tree(tree, n_clusters=count)[:, 0]  # exactly so many, ties or not
+    labels = cut_tree(tree, n_clusters=count)[:, 0]  # exactly `count` groups, even with equal distances
     groups: dict[int, list[str]] = {}
     for path, label in zip(paths, labels, strict=True):
         groups.setdefault(int(label), []).append(path)

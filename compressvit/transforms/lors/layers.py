@@ -13,7 +13,7 @@ from compressvit.transforms.low_rank.layer import reset_zero_, set_factors_
 
 
 class LowRankTerm(nn.Module):
-    """The product `up @ down`, of shape (out, in) and rank at most r. Private to a layer.
+    """The private low-rank term `up @ down` of a layer, of shape (out, in) and rank at most r.
 
     Args:
         in_features, out_features: of the layer.
@@ -27,7 +27,7 @@ class LowRankTerm(nn.Module):
         self.reset_zero()
 
     def reset_zero(self) -> None:
-        """Start as the zero matrix; see `reset_zero_`."""
+        """Initialise to the zero matrix; see `reset_zero_`."""
         reset_zero_(self.up, self.down)
 
     def product(self) -> torch.Tensor:  # (out, in)
@@ -40,8 +40,8 @@ class LowRankTerm(nn.Module):
 class SharedLowRankLinear(nn.Linear):
     """timm's linear layer with a private low-rank term in its slot: `y = x (weight + up @ down)ᵀ + bias`.
 
-    The cheaper of two equal orders is used: the product is added to the weight where there are more tokens than that costs,
-    and applied to the tokens where there are fewer.
+    The cheaper of two equivalent forms is computed: for many tokens the product is added to the weight first, for few tokens the factors
+    are applied to the tokens.
     """
 
     slots = ("low_rank",)
@@ -55,9 +55,9 @@ class SharedLowRankLinear(nn.Linear):
         return F.linear(x, self.effective_weight(), self.bias)
 
     def effective_weight(self) -> torch.Tensor:  # (out, in)
-        """The weight of the dense layer that computes the same."""
+        """The weight (out, in) of the equivalent dense layer."""
         return self.weight + self.low_rank.product()
 
     def set_factors(self, up: torch.Tensor, down: torch.Tensor) -> None:
-        """Give the term these values (out, r) and (r, in); see `set_factors_`."""
+        """Set the factors `up` (out, r) and `down` (r, in) of the term; see `set_factors_`."""
         set_factors_(self.low_rank.up, self.low_rank.down, up, down)

@@ -1,4 +1,4 @@
-"""A resolved `LORS`: its structure, and the values it starts with."""
+"""A resolved `LORS`: its structure and its initial values."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from compressvit.transforms.low_rank.spec import dropped, factor_names, start_fr
 
 
 class LORSPlan(RankPlan):
-    """A resolved `LORS`: groups of linear layers that share a weight (one by itself is low rank alone), and the rank of each layer's
-    term."""
+    """A resolved `LORS`: groups of linear layers that share a weight, and the rank of each layer's term. The layer of a group of one
+    is only low rank."""
 
     starts: ClassVar[tuple[str, ...]] = (*RankPlan.starts, "rounds")
 
@@ -94,7 +94,7 @@ class LORSPlan(RankPlan):
     def _start_from_noise(self, layers: dict[str, Any]) -> None:
         for group in self.groups:
             if len(group) > 1:
-                nn.init.trunc_normal_(layers[group[0]].weight, std=0.02)  # as timm starts its linear layers
+                nn.init.trunc_normal_(layers[group[0]].weight, std=0.02)  # timm's initialisation of linear layers
         for path, layer in layers.items():
             if isinstance(layer, Factored):
                 start_from_noise_(layer)

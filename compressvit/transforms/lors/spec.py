@@ -3,10 +3,10 @@
 Paper: LORS: Low-rank Residual Structure for Parameter-Efficient Network Stacking, CVPR 2024, https://arxiv.org/abs/2403.04303
 
 The weight of layer i becomes `W_shared + up_i @ down_i` (static LORS; its K_i terms of rank r are one term of rank K_i·r). Biases and
-norms stay private. Parameters and bytes fall, MACs do not. A layer that shares with no other is low rank alone, as with `low_rank`.
+norms stay private. Parameters and bytes fall, MACs do not. A layer that shares with no other is only low rank, as with `low_rank`.
 
-The paper trains this from noise (`init: scratch`). From a trained model, the shared weight and the terms are fitted to its
-weights, with errors measured where they matter: see `compressvit.fitting.lowrank`.
+The paper trains from random initialisation (`init: scratch`). Given a trained model, the shared weight and the terms are fitted to its
+weights, with the error measured in the layers' or the model's outputs: see `compressvit.fitting.lowrank`.
 """
 
 from __future__ import annotations
@@ -139,14 +139,14 @@ class LORS(RankStep):
             require_free(model, self.name, [regroups("", "lors (share: auto, group_by: similarity)")])
         if reference is not None and self.group_by == "similarity" and self.metric != "weights":
             every = [f"{block.path}.{target}" for block in backbone.blocks for target in targets]
-            # all in one pass over the images, for whatever comes of it
+            # the moments of all layers in one pass over the images
             reference.moments(
                 every, outputs=self.metric == "outputs" or (self.metric == "auto" and self.share == "auto")
             )
         if not self.budget:
             assert self.share != "auto"  # refused without a budget
             found = [g for target in targets for g in self._groups(model, backbone, target, self.share, reference)]
-            # a layer that is like no other shares with none, which is no reason to take its weight away
+            # a layer without similar ones shares with none, and may then keep its dense weight
             groups = [g for g in found if len(g) > 1 or self.group_by != "similarity"]
             ranks = self._ranks(model, backbone, groups)
             self._refuse_conflicts(model, groups, ranks)
@@ -164,7 +164,7 @@ class LORS(RankStep):
         return self.resolved(kept, ranks, dense=[path for path, rank in chosen.items() if rank is None])
 
     def resolved(self, groups: Sequence[tuple[str, ...]], ranks: dict[str, int], dense: Sequence[str] = ()) -> LORSPlan:
-        """The plan for these groups and ranks, with layers that stay dense."""
+        """The plan for these groups and ranks; layers whose rank is None stay dense."""
         settings = self.model_dump(include={"init", "rounds", "ridge", "output_ridge"})
         sequential = self.sequential and self.needs_images
         return LORSPlan(
@@ -177,7 +177,7 @@ class LORS(RankStep):
         )
 
     def metric_for(self, groups: Sequence[tuple[str, ...]]) -> Literal["weights", "inputs", "outputs"]:
-        """What errors of these groups are measured in."""
+        """The metric in which errors of these groups are measured."""
         if self.metric != "auto":
             return self.metric
         return "inputs" if any(len(g) > 1 for g in groups) else "outputs"
@@ -185,7 +185,7 @@ class LORS(RankStep):
     def _choices(
         self, model: nn.Module, backbone: Backbone, target: str, reference: Reference | None
     ) -> list[list[list[tuple[str, ...]]]]:
-        """For every stage, the ways to group its layers called `target`: one, or with `share: auto` every one that divides it."""
+        """For every stage, the candidate groupings of its `target` layers: one, or with `share: auto` one per divisor of its depth."""
         depths = [len(stage) for stage in backbone.stages]
         shares: list[Any] = [self.share]
         if self.share == "auto":
@@ -206,7 +206,7 @@ class LORS(RankStep):
         share: int | tuple[int, ...] | None,
         reference: Reference | None,
     ) -> list[Group]:
-        """The layers called `target`, grouped by `share`."""
+        """The `target` layers, grouped by `share`."""
         stages = [tuple(f"{block.path}.{target}" for block in stage) for stage in backbone.stages]
         if share is None:
             names = {f"{path}.weight" for stage in stages for path in stage}

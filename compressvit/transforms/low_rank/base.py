@@ -1,4 +1,4 @@
-"""The common part of `low_rank` and `lors`: target layers, ranks that are given or follow from a budget, and values fitted to a teacher."""
+"""Shared by `low_rank` and `lors`: target layers, ranks (given or chosen within a budget), and fitting to a teacher."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ S = TypeVar("S", bound="RankStep")
 
 
 class RankPlan(Plan):
-    """Linear layers that are low rank, alone or beside a shared weight, and how their values are fitted."""
+    """Low-rank linear layers, with or without a shared weight, and how their values are fitted."""
 
     foldable: ClassVar[bool] = True
     starts: ClassVar[tuple[str, ...]] = ("init", "metric", "sequential", "ridge", "output_ridge")
 
     ranks: dict[str, Annotated[int, Field(ge=0)]]
-    dense: tuple[str, ...] = ()  # layers that were looked at and stay as they are
+    dense: tuple[str, ...] = ()  # layers that were considered and stay dense
     metric: Literal["weights", "inputs", "outputs"]
-    sequential: bool = False  # as artifacts have it that were written before there was a choice
+    sequential: bool = False  # the value in artifacts from before the option existed
     ridge: float
     output_ridge: float
 
@@ -48,7 +48,7 @@ class RankPlan(Plan):
         return list(self.ranks)
 
     def change(self, model: nn.Module) -> dict[str, str]:
-        """Change the structure of the layers; returns by path what the ledger says of each."""
+        """Change the structure of the layers; returns the ledger text of each by path."""
         raise TypeError(f"{type(self).__name__} does not define change")
 
     def claims(self, model: nn.Module) -> list[Claim]:
@@ -70,7 +70,7 @@ class RankPlan(Plan):
         ]
 
     def layer_fits(self, student: nn.Module, reference: Reference) -> dict[str, LayerFit]:
-        """Low-rank factors and biases are fitted again to what the fitted layers before them produce."""
+        """Refit low-rank factors and biases to the outputs of the fitted layers before them."""
         if not (self.sequential and self.paths):
             return {}
         by_gradient = self.metric == "outputs"
@@ -89,12 +89,12 @@ class RankPlan(Plan):
     def _fit(
         self, target: Any, path: str, own_bias: bool, reference: Reference, working: Any, regression: Regression
     ) -> float:
-        """Fit one layer of the working copy and give `target`, the student's, the same values; returns the error that is left."""
+        """Fit one layer of the working copy and copy the values to the student's layer `target`; returns the remaining error."""
         zeros = torch.zeros(weight_shape(working)[0], dtype=torch.float64)
         bias = zeros if working.bias is None else working.bias.cpu().double()
         free = own_bias and working.bias is not None
         if self.ranks[path]:
-            # what stands beside the factors: the shared weight, or nothing
+            # the weight added to the product of the factors: the shared weight, or zero
             fixed: Any = working.weight.cpu().double() if isinstance(working, nn.Linear) else 0.0
             wanted, moment = regression.solve(reference.weight(path), None if free else bias)
             ridge = self.output_ridge if self.metric == "outputs" else None
@@ -125,7 +125,7 @@ class RankPlan(Plan):
         return result
 
     def fold(self, model: nn.Module) -> None:
-        """Every layer becomes timm's own linear layer with its effective weight: nothing is shared any more."""
+        """Replace every layer by timm's own linear layer with its effective weight; no weight is shared afterwards."""
         # All weights first: assigning one would change its siblings, which still share it.
         weights = {}
         for path in self.paths:
@@ -143,9 +143,9 @@ class RankPlan(Plan):
 
 
 class RankStep(Transform):
-    """Options of a step that gives linear layers a rank each."""
+    """Options of a step that assigns a rank to each linear layer."""
 
-    convolutions: ClassVar[bool] = False  # point-wise ones (1×1, stride 1, no groups) are targets, too
+    convolutions: ClassVar[bool] = False  # point-wise convolutions (1×1, stride 1, no groups) are targets, too
 
     rank: int | tuple[int, ...] | None = Field(
         None, description="Rank: one number, or one per block. Alternatively give `budget`."
@@ -181,11 +181,11 @@ class RankStep(Transform):
         return at_least(0, "rank", value)
 
     def with_budget(self: S, budget: Budget) -> S:
-        """A copy of the step with this budget instead of its ranks or budget."""
+        """A copy of the step with this budget in place of its own ranks or budget."""
         return self.model_validate({**self.model_dump(), "rank": None, "budget": budget})
 
     def require_rank_or_budget(self, init: str) -> None:
-        """Raise a ValueError unless exactly one of the two is given, and a budget where there are values to measure errors of."""
+        """Raise a ValueError unless exactly one of rank and budget is given; a budget also needs values to measure errors on."""
         if (self.rank is None) == (self.budget is None):
             raise ValueError(f"{self.name} needs a rank or a budget" + (", not both" if self.budget else ""))
         if self.budget and init == "scratch":
@@ -194,7 +194,7 @@ class RankStep(Transform):
             )
 
     def budget_note(self, metric: str) -> list[str]:
-        """What a plan without values assumes about a budget."""
+        """What a plan without values assumes about the ranks within a budget."""
         on = measured_on(metric)
         text = f"ranks are uniform in this plan; apply allocates the same budget by the errors it measures {on}"
         return [text] if self.budget else []
@@ -203,13 +203,13 @@ class RankStep(Transform):
         return isinstance(module, (nn.Linear, Factored)) or (self.convolutions and is_pointwise(module))
 
     def find_targets(self, model: nn.Module, backbone: Backbone) -> list[str]:
-        """The relative paths that the patterns name, which every block has.
+        """The relative paths that match the patterns; every block has them.
 
         Raises:
             UserError: a pattern matches nothing, or a block has no linear layer at a path that the first one has.
         """
         block = model.get_submodule(backbone.blocks[0].path)
-        of_steps = surgery.added_modules(block)  # earlier steps' own layers
+        of_steps = surgery.added_modules(block)  # layers added by earlier steps
         known = [name for name, module in block.named_modules() if self._fits(module) and name not in of_steps]
         absent = tuple(f"{part}." for part in ("attn", "mlp") if part not in backbone.parts)
         asked = [pattern for pattern in self.targets if not (pattern in TARGETS and pattern.startswith(absent))]
@@ -233,10 +233,10 @@ class RankStep(Transform):
         return found
 
     def per_block(self, model: nn.Module, backbone: Backbone, name: str) -> dict[str, int]:
-        """An option that is one number, or one per block, by block.
+        """Expand an option that is one number, or one per block, to one per block.
 
         Raises:
-            UserError: it lists another number of numbers.
+            UserError: the list does not have one number per block.
         """
         value: int | tuple[int, ...] = getattr(self, name)
         blocks = [block.path for block in backbone.blocks]
@@ -262,12 +262,12 @@ class RankStep(Transform):
 
 
 def measured_on(metric: str) -> str:
-    """Where errors in this metric are measured."""
+    """Where errors in this metric are measured, in words."""
     return "in the weights" if metric == "weights" else "on the calibration images"
 
 
 def at_least(least: int, name: str, value: Any) -> Any:
-    """The option `name`, a number, several, or None, where no number is below `least`; else a ValueError."""
+    """Check the option `name` (a number, several, or None): raise a ValueError if a number is below `least`, else return it."""
     numbers: Iterable[int] = (value,) if isinstance(value, int) else value or ()
     for number in numbers:
         if number < least:

@@ -1,4 +1,4 @@
-"""Choosing ranks within a budget, for layers that are low rank, alone or beside a weight that they share."""
+"""Choosing the ranks of low-rank layers, with or without a shared weight, within a budget."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Spender(Protocol):
     def output_ridge(self) -> float: ...
 
     def metric_for(self, groups: Sequence[Group]) -> Kind:
-        """What errors of these groups are measured in."""
+        """The metric in which errors of these groups are measured."""
 
     def resolved(self, groups: Sequence[Group], ranks: dict[str, int]) -> Plan:
         """The plan for these groups and ranks."""
@@ -55,7 +55,7 @@ def original_parameters(model: nn.Module) -> int:
 
 
 def original_macs(model: nn.Module) -> int:
-    """Multiply-accumulates for one image of the model as it was before anything was added or dropped."""
+    """Multiply-accumulates per image of the model before anything was added or dropped."""
     empty = surgery.skeleton(model)
     for path, module in list(empty.named_modules()):
         if isinstance(module, Factored):
@@ -70,8 +70,8 @@ class Spending:
 
     Args:
         spec: the step, with a budget.
-        model: what earlier transforms made of it, possibly on the meta device.
-        reference: where errors come from; without it all are assumed equal, and ranks are uniform.
+        model: the model after the earlier transforms, possibly on the meta device.
+        reference: the values on which errors are computed; without it all errors are assumed equal, and ranks are uniform.
         paths: the layers.
     """
 
@@ -103,7 +103,7 @@ class Spending:
     def choose(self, choices: Sequence[Sequence[list[Group]]]) -> list[Group]:
         """Choose a grouping for each set of layers so that the error at the budget is smallest.
 
-        Starts from the first way of each and changes one at a time, as long as that helps.
+        Starts from the first candidate of each set, and changes one grouping at a time while the error decreases.
         """
         chosen = [ways[0] for ways in choices]
         least = self._error_left(_flat(chosen))
@@ -119,7 +119,7 @@ class Spending:
         return _flat(chosen)
 
     def _error_left(self, groups: Sequence[Group]) -> float:
-        # Relative to each layer's output: the metric of the model's output says little where layers share (see README).
+        # Relative to each layer's output: the metric of the model's output is a poor guide where layers share (see README).
         kind = "inputs" if self.spec.metric == "auto" else self.spec.metric
         curves = self._curves(groups, kind)
         left = self.budget.limit(self._of_teacher) - self._fixed(groups)
@@ -145,10 +145,10 @@ class Spending:
     def _macs_of_a_rank(self, path: str, *, alone: bool) -> int:
         out, inner = weight_shape(self.layers[path])
         by_tokens = self.tokens[path] * (inner + out)
-        return by_tokens if alone else min(by_tokens, inner * out)  # as the layers' forward chooses it
+        return by_tokens if alone else min(by_tokens, inner * out)  # the choice that the layers' forward makes
 
     def _fixed(self, groups: Sequence[Group]) -> int:
-        """What everything but the terms costs."""
+        """The cost of everything except the low-rank terms."""
         if self.budget.macs:
             gone = (self.tokens[g[0]] * self.layers[g[0]].weight.numel() for g in groups if len(g) == 1)
             return self._macs - sum(gone)
@@ -159,7 +159,7 @@ class Spending:
             empty = surgery.skeleton(self.model)
             half = {p: max(1, min(weight_shape(layer)) // 2) for p, layer in self.layers.items()}
             self.spec.resolved(groups, half).apply(empty)
-            fixed += header_bytes(empty) + 4 * len(self.layers)  # the offsets may have a digit more each
+            fixed += header_bytes(empty) + 4 * len(self.layers)  # each offset in the file may need one more digit
         return fixed
 
     @cached_property
@@ -170,7 +170,7 @@ class Spending:
         return self.unit * original_parameters(self.model) + headers
 
     def errors_by_rank(self, group: Group, kind: str) -> list[list[float]] | None:
-        """For every layer of a group, the error that a term of rank 0, 1, … leaves; None without a reference."""
+        """For every layer of a group, the errors with terms of rank 0, 1, …; None without a reference."""
         if self.reference is None:
             return None
         if (group, kind) not in self._errors:
@@ -184,8 +184,8 @@ class Spending:
             found = []
             for weight, measure in zip(weights, measures, strict=True):
                 left = spectrum(weight - shared, measure).values.square().flip(0).cumsum(0).flip(0)
-                # What the model's output loses adds up over layers, and in a layer over the tokens of an image, of which Swin's first
-                # stage has 64 times as many as its last; a layer's own errors are taken relative to what it computes.
+                # Errors of the model's output add up over layers and, within a layer, over the tokens of an image, of which Swin's first
+                # stage has 64 times as many as its last. Errors of a layer's own output are taken relative to that output.
                 whole = 1 / self.tokens[group[0]] if kind == "outputs" else max(measure.squared_norm(weight), TINY)
                 found.append([*(left / whole).tolist(), 0.0])
             self._errors[group, kind] = found

@@ -13,10 +13,10 @@ from compressvit.model.linear import ChannelsFirst, weight_shape
 
 
 class Factored(nn.Module):
-    """`y = up(down(x))`, with `down` (in → r) without a bias and `up` (r → out) with the bias: r·(in + out) multiply-accumulates a token.
+    """`y = up(down(x))`, with `down` (in → r) without a bias and `up` (r → out) with one: r·(in + out) multiply-accumulates per token.
 
-    Both are plain layers of torch, so whatever works on such (quantisers, profilers, LoRA, exporters) finds them. The module is the one
-    that was a single layer before, with its hooks; it has no `weight`.
+    Both are plain torch layers, so quantisers, profilers, LoRA libraries and exporters recognise them. The module is the same object that
+    was a single layer before, and keeps its hooks; it has no `weight`.
     """
 
     slots = ("down", "up")
@@ -30,12 +30,12 @@ class Factored(nn.Module):
 
     @property
     def rank(self) -> int:
-        """r."""
+        """The rank r."""
         return len(self.down.weight)
 
     @property
     def bias(self) -> nn.Parameter | None:
-        """That of `up`, (out,)."""
+        """The bias of `up`, (out,)."""
         return self.up._parameters["bias"]
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,16 +44,16 @@ class Factored(nn.Module):
         return up.view(*up.shape[:2]), down.view(*down.shape[:2])
 
     def effective_weight(self) -> torch.Tensor:  # (out, in)
-        """The weight of the dense layer that computes the same."""
+        """The weight (out, in) of the equivalent dense layer."""
         up, down = self.factors()
         return up @ down
 
     def reset_zero(self) -> None:
-        """Start as the zero matrix; see `reset_zero_`."""
+        """Initialise to the zero matrix; see `reset_zero_`."""
         reset_zero_(*self.factors())
 
     def set_factors(self, up: torch.Tensor, down: torch.Tensor) -> None:
-        """Take these values (out, r) and (r, in); see `set_factors_`."""
+        """Set `up` (out, r) and `down` (r, in); see `set_factors_`."""
         set_factors_(*self.factors(), up, down)
 
     def extra_repr(self) -> str:
@@ -95,35 +95,35 @@ class FactoredConv2d(Factored, ChannelsFirst):
 
 @torch.no_grad()
 def reset_zero_(up: torch.Tensor, down: torch.Tensor) -> None:
-    """Make `up @ down` the zero matrix in place, so that it can learn: `down` Kaiming-uniform, `up` zero (LORS, section 4)."""
+    """Make `up @ down` zero but trainable, in place: `down` Kaiming-uniform, `up` zero (LORS, section 4)."""
     nn.init.kaiming_uniform_(down, a=5**0.5)
     nn.init.zeros_(up)
 
 
 @torch.no_grad()
 def set_factors_(up: torch.Tensor, down: torch.Tensor, new_up: torch.Tensor, new_down: torch.Tensor) -> None:
-    """Give `up` (out, r) and `down` (r, in) new values of any precision, in place.
+    """Set `up` (out, r) and `down` (r, in) in place, from values of any precision.
 
-    Components whose new values are zero start as `reset_zero_` leaves them, so that they can learn.
+    Components whose new values are zero are initialised as in `reset_zero_`, so that they stay trainable.
     """
     reset_zero_(up, down)
     size = new_up.norm(dim=0) * new_down.norm(dim=1)
-    used = size > 1e-7 * size.max()  # float32 has nothing below that beside the largest
+    used = size > 1e-7 * size.max()  # below float32's precision relative to the largest
     up[:, used] = new_up[:, used].to(up)
     down[used] = new_down[used].to(down)
 
 
 def factor(model: nn.Module, path: str, rank: int) -> None:
-    """Make the linear layer or point-wise convolution at `path` two of its kind, in place; it keeps its bias, and its weight is gone.
+    """Replace the linear layer or point-wise convolution at `path` by two of its kind, in place; the bias is kept, the weight is not.
 
     Raises:
-        UserError: another transform has made the layer something else than a plain `nn.Linear` or `nn.Conv2d`.
+        UserError: another transform has changed the layer, so it is no longer a plain `nn.Linear` or `nn.Conv2d`.
     """
     layer = model.get_submodule(path)
     assert isinstance(layer, (nn.Linear, nn.Conv2d))
     bias, (outputs, inputs) = layer.bias, weight_shape(layer)
     like = {"device": layer.weight.device, "dtype": layer.weight.dtype}
-    # without their own initialisation, which would draw random numbers for nothing
+    # skips their initialisation, which would consume random numbers needlessly
     if isinstance(layer, nn.Conv2d):
         down: nn.Module = skip_init(nn.Conv2d, inputs, rank, 1, bias=False, **like)
         up: nn.Module = skip_init(nn.Conv2d, rank, outputs, 1, bias=bias is not None, **like)
@@ -153,7 +153,7 @@ def unfactor(model: nn.Module, path: str, weight: nn.Parameter) -> None:
 
 
 def current_names(model: nn.Module, names: Iterable[str]) -> set[str]:
-    """Names of parameters of a model as they are now, where some of its layers have been factored: their biases moved."""
+    """Translate parameter names to the current ones after some layers have been factored, which renames their biases."""
     factored = {path for path, module in model.named_modules() if isinstance(module, Factored)}
     moved = {f"{path}.bias": f"{path}.up.bias" for path in factored}
     return {moved.get(name, name) for name in names}

@@ -1,10 +1,10 @@
 """Low rank alone: the weight of a linear layer becomes a product `up @ down`, two smaller linear layers.
 
-A layer of r·(in + out) parameters and multiply-accumulates a token instead of in·out: of all steps here the one that loses least at a
-budget, and one that cuts parameters, bytes, MACs and (up to a rank that `plan` prints) latency.
+A layer then has r·(in + out) parameters and multiply-accumulates per token instead of in·out. Of all steps here it loses least at a given
+budget, and it reduces parameters, bytes, MACs and (below a rank that `plan` prints) latency.
 
-The factors are the truncated singular value decomposition of the teacher's weight in the metric of what the model computes on
-calibration images; see `compressvit.fitting.lowrank`. The whitened form is that of SVD-LLM, ICLR 2025,
+The factors are the truncated singular value decomposition of the teacher's weight, in a metric that weighs errors by their effect on
+outputs for calibration images; see `compressvit.fitting.lowrank`. The whitened form is that of SVD-LLM, ICLR 2025,
 https://arxiv.org/abs/2403.07378. Where layers should share a weight beside such a term, use `lors`.
 """
 
@@ -68,8 +68,8 @@ class LowRank(RankStep):
     """Make linear layers low rank: two smaller layers in place of each, fitted to the teacher.
 
     A target is an `nn.Linear` of a block, which becomes two, or an `nn.Conv2d` with a 1×1 kernel, stride 1, no padding and no groups
-    (the MLP of a ConvNeXt built with `conv_mlp`), which becomes two of those. Larger kernels and groups are no targets: such a
-    convolution is not a product of one weight with the channels of one position.
+    (the MLP of a ConvNeXt built with `conv_mlp`), which becomes two point-wise convolutions. Convolutions with larger kernels or groups
+    are not targets, because they do not multiply the channels of each position by one weight matrix.
     """
 
     changes_at_start = True
@@ -119,7 +119,7 @@ class LowRank(RankStep):
         return self._resolved(ranks)
 
     def resolved(self, groups: Sequence[Group], ranks: dict[str, int]) -> LowRankPlan:
-        """The plan for these ranks; every group is one layer."""
+        """The plan for these ranks; every group has one layer."""
         return self._resolved({path: ranks[path] for group in groups for path in group})
 
     def _resolved(self, ranks: dict[str, int], dense: Sequence[str] = ()) -> LowRankPlan:
@@ -128,7 +128,7 @@ class LowRank(RankStep):
         return LowRankPlan(ranks=ranks, dense=tuple(dense), sequential=sequential, **settings)
 
     def metric_for(self, groups: Sequence[Group]) -> Literal["weights", "inputs", "outputs"]:
-        """What errors are measured in."""
+        """The metric in which errors are measured."""
         return self.metric
 
     def _refuse(self, model: nn.Module, ranks: dict[str, int]) -> None:
@@ -139,7 +139,7 @@ class LowRank(RankStep):
 
 
 def start_from_noise_(layer: Factored) -> None:
-    """Initialise `down` Kaiming-uniform and `up` with timm's noise for linear layers: from zero the product would be slow to grow."""
+    """Initialise `down` Kaiming-uniform and `up` like timm's linear layers: a zero product would grow slowly."""
     layer.reset_zero()
     nn.init.trunc_normal_(layer.up.weight, std=0.02)
 
@@ -150,5 +150,5 @@ def factor_names(paths: Sequence[str]) -> set[str]:
 
 
 def dropped(model: nn.Module, paths: Sequence[str]) -> set[str]:
-    """Names of the tensors of `model` that are gone once the linear layers at `paths` are factored."""
+    """Names of the tensors of `model` that disappear when the linear layers at `paths` are factored."""
     return {f"{path}.{name}" for path in paths for name, _ in model.get_submodule(path).named_parameters(recurse=False)}

@@ -1,6 +1,6 @@
-"""Prompt tokens (VPT): the modules and mixins that every way of attention has in common.
+"""Prompt tokens (VPT): the modules and mixins that are shared by all kinds of attention.
 
-Each of the classes from `PromptMixin` on is a mixin for `surgery.extend`, put there together with what fills its slots.
+The classes from `PromptMixin` on are mixins for `surgery.extend`, which adds them together with the modules in their slots.
 
 Shapes: B batch, N tokens, M width, P prompts.
 """
@@ -23,8 +23,8 @@ class Prompts(nn.Module):
     Args:
         count: P.
         width: M.
-        at: how many tokens of the sequence come before them (class, distillation and register tokens).
-        dropout: of their elements in training, for each image anew.
+        at: number of tokens before the prompts (class, distillation and register tokens).
+        dropout: probability of dropping an element of the prompts in training, independently for each image.
     """
 
     def __init__(self, count: int, width: int, at: int = 0, dropout: float = 0.0, device=None, dtype=None):
@@ -34,11 +34,11 @@ class Prompts(nn.Module):
 
     @torch.no_grad()
     def reset(self, bound: float) -> None:
-        """Start uniform between −bound and bound."""
+        """Initialise uniformly between −bound and bound."""
         nn.init.uniform_(self.tokens, -bound, bound)
 
     def of(self, batch: int) -> torch.Tensor:  # (batch, P, M)
-        # A function: torch's counter of FLOPs cannot hook a module whose input is a view of a parameter.
+        # The functional form: torch's FLOP counter cannot hook a module whose input is a view of a parameter.
         return F.dropout(self.tokens.expand(batch, -1, -1), self.dropout, self.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -47,11 +47,11 @@ class Prompts(nn.Module):
 
 
 class DropPrompts(nn.Module):
-    """Take prompts out of a sequence: (B, N+P, M) → (B, N, M).
+    """Remove prompts from a sequence: (B, N+P, M) → (B, N, M).
 
     Args:
         count: P.
-        at: how many tokens come before them.
+        at: number of tokens before the prompts.
     """
 
     def __init__(self, count: int, at: int = 0):
@@ -63,7 +63,7 @@ class DropPrompts(nn.Module):
         return torch.cat([before, after], dim=1) if self.at else after
 
     def widen(self, mask: torch.Tensor | None) -> torch.Tensor | None:
-        """A mask or bias of the logits for N+P tokens: prompts are seen by all and see all, or where it is one of keys what it lets.
+        """Extend a mask or bias of the logits to N+P tokens. Prompts attend to all tokens (those a key mask allows) and all attend to them.
 
         (…, N, N) → (…, N+P, N+P); (…, 1, N) → (…, 1, N+P).
         """
@@ -74,17 +74,17 @@ class DropPrompts(nn.Module):
             before, after = mask.tensor_split([self.at], dim=dim)
             shape = list(mask.shape)
             shape[dim] = self.count
-            open_to_all = mask.new_full(shape, mask.dtype == torch.bool)  # True, or nothing added to the logits
+            open_to_all = mask.new_full(shape, mask.dtype == torch.bool)  # True in a mask, 0 in a bias: attended to
             mask = torch.cat([before, open_to_all, after], dim=dim)
         return mask
 
 
 class PromptMixin(surgery.Mixin):
-    """What `remove_prompts` takes out."""
+    """Base of the mixins that `remove_prompts` removes."""
 
 
 class WithPrompts(PromptMixin):
-    """Mixin for a norm or a block: prompts are added before it."""
+    """Mixin for a norm or a block: adds prompts before it."""
 
     slots = ("vpt",)
 
@@ -95,7 +95,7 @@ class WithPrompts(PromptMixin):
 
 
 class WithoutPrompts(PromptMixin):
-    """Mixin for a block: prompts are removed after it."""
+    """Mixin for a block: removes prompts after it."""
 
     slots = ("vpt_end",)
 
@@ -106,21 +106,21 @@ class WithoutPrompts(PromptMixin):
 
 
 class TravellingPrompts(PromptMixin):
-    """Of a model whose prompts are added before the first block and removed after the last: timm's interface never sees them."""
+    """Mixin for a model whose prompts are added before the first block and removed after the last, invisible to timm's interface."""
 
     slots = ("vpt_drop",)
 
-    vpt_drop: DropPrompts  # that of the last block
+    vpt_drop: DropPrompts  # removes the prompts after the last block
 
     def prune_intermediate_layers(self: Any, *args, **kwargs) -> list[int]:
-        """timm's; prompts are then removed after the block that is now the last."""
+        """timm's method; afterwards prompts are removed after the new last block."""
         taken = super().prune_intermediate_layers(*args, **kwargs)  # type: ignore[misc]
         surgery.extend(self, describe(self).blocks[-1].path, WithoutPrompts).vpt_end = self.vpt_drop
         return taken
 
 
 def remove_prompts(model: nn.Module) -> None:
-    """Take all prompts out of a model, in place, so that it computes as it did before they came."""
+    """Remove all prompts from a model, in place, which restores its original function."""
     for path, module in list(model.named_modules()):
         for mixin in surgery.mixins_of(module):
             if issubclass(mixin, PromptMixin):

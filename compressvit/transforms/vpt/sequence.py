@@ -1,7 +1,7 @@
-"""Prompts in one sequence of tokens over which attention runs, as in timm's ViT.
+"""Prompts for attention over one sequence of tokens, as in timm's ViT.
 
-For a family whose attention takes (B, N, M) and, where it takes a mask, calls it `attn_mask`. Prompts that travel from block to block
-also need models with timm ViT's `forward_features` and `forward_intermediates`.
+The family's attention must take (B, N, M) and call its mask, if it has one, `attn_mask`. Prompts that stay in the sequence across blocks
+also need a model with the `forward_features` and `forward_intermediates` of timm's ViT.
 
 Shapes: B batch, N tokens, M width, P prompts.
 """
@@ -21,7 +21,7 @@ from compressvit.transforms.vpt.ways import Joining, Way, way
 
 
 class PromptedAttention(WithoutPrompts):
-    """Of attention whose input has prompts: they are removed after it, and a mask, which is for N tokens, ignores them."""
+    """Mixin for attention whose input contains prompts: removes them afterwards, and extends a mask for N tokens to them."""
 
     def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
         masked = {} if attn_mask is None else {"attn_mask": self.vpt_end.widen(attn_mask)}
@@ -29,7 +29,7 @@ class PromptedAttention(WithoutPrompts):
 
 
 class WithTravellingPrompts(TravellingPrompts):
-    """Of a model with timm ViT's interface: between blocks the sequence is longer, so masks are widened and intermediate outputs cut."""
+    """Mixin for a model with the interface of timm's ViT and prompts between blocks: extends masks, and cuts intermediate outputs."""
 
     def forward_features(self: Any, x: torch.Tensor, attn_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
         masked = {} if attn_mask is None else {"attn_mask": self.vpt_drop.widen(attn_mask)}
@@ -48,7 +48,7 @@ class WithTravellingPrompts(TravellingPrompts):
         attn_mask: torch.Tensor | None = None,
         **kwargs,
     ):
-        """timm's, with its arguments and results."""
+        """timm's method, with the same arguments and results."""
         from timm.models._features import feature_take_indices
 
         drop, count = self.vpt_drop, len(describe(self).blocks)
@@ -68,7 +68,7 @@ class WithTravellingPrompts(TravellingPrompts):
             **masked,
             **kwargs,
         )
-        # timm has cut the prefix tokens off, so prompts come first
+        # timm has removed the prefix tokens, so prompts come first
         outputs = zip(sorted(set(taken)), found["image_intermediates"], strict=True)
         patches = [y[:, drop.count :] if i < end else y for i, y in outputs]
         if output_fmt == "NCHW":
@@ -87,7 +87,7 @@ class WithTravellingPrompts(TravellingPrompts):
 
 @way("sequence")
 class Sequence(Way):
-    """After the prefix tokens; into attention through its norm, where the family says that there is one."""
+    """Prompts after the prefix tokens; added before the norm of attention if the family names one."""
 
     def missing(self, model: nn.Module, deep: bool) -> str | None:
         if deep:

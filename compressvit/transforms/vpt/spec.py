@@ -7,16 +7,16 @@ With x the class (and distillation, register) tokens, E the patch tokens and L a
     deep:     [x_i, _, E_i]   = L_i([x_{i-1}, P_{i-1}, E_{i-1}])    i = 1…depth, fresh P every time: P·ΣM parameters
     shallow:  [x_i, Z_i, E_i] = L_i([x_{i-1}, Z_{i-1}, E_{i-1}])    Z_0 = P, removed after the last block: P·M parameters
 
-In Swin every window attends to P prompts, without relative position or mask. Shallow ones are copied into every window, and what a
-block's attention makes of the copies is averaged; where a stage merges patches of 2×2, a prompt is merged as four copies of itself, so
-P·M of the first stage are all its parameters. (So does the paper's code, https://github.com/KMnP/vpt, but from the second block on it
-puts prompts of one image of a batch into windows of another.) Prompts start uniform in ±sqrt(6 / (3·patch² + M)), M of the first
-block as in that code, so the function is not kept at the start.
+In Swin every window attends to P prompts, without relative position or mask. Shallow prompts are copied into every window, and the
+attention outputs of the copies are averaged. Patch merging treats a prompt as a 2×2 patch of copies of itself, so P·M of the first stage
+are all its parameters. (The paper's code, https://github.com/KMnP/vpt, does the same, but from the second block on it puts prompts of one
+image of a batch into windows of another.) Prompts are initialised uniformly in ±sqrt(6 / (3·patch² + M)) with M of the first block, as in
+that code, so the function is not preserved at the start.
 
 Deep prompts are added before a block's first norm and removed after its attention, because nothing reads what the MLP would compute from
-them. (The paper's code averages those of Swin's last block into the pooled feature; here features are the image's alone.) Shallow
-ones lengthen the sequence between the blocks: the output of a block there has them after the prefix tokens, and in Swin
-in rows below the grid, the last of which is filled up.
+them. (The paper's code averages those of Swin's last block into the pooled feature; here only image tokens are pooled.) Shallow prompts
+lengthen the sequence between blocks: a block's output has them after the prefix tokens or, in Swin, in rows below the grid, the last of
+which is padded.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from compressvit.transforms.vpt.ways import WAYS, Joining
 
 
 class VPTPlan(Plan):
-    """Resolved prompts: the blocks that have some of their own, and how many."""
+    """A resolved `VPT`: the blocks that have prompts of their own, and the number of prompts."""
 
     blocks: tuple[str, ...]
     prompts: int
     deep: bool
     dropout: float
 
-    sets_aside = True  # prompts lengthen the sequence on the student's side alone, and start as noise
+    sets_aside = True  # prompts lengthen only the student's sequence, and start at random
 
     def set_aside(self, model: nn.Module) -> None:
         remove_prompts(model)
@@ -56,7 +56,7 @@ class VPTPlan(Plan):
         paths = [info.path for info in describe(model).blocks]
         inside = [adds_tokens(f"{path}.attn") for path in paths] + [slot(path, "vpt") for path in self.blocks]
         if self.deep:
-            return inside  # they are gone after the attention
+            return inside  # deep prompts are removed after attention
         only_attention = "use vpt.deep=true, whose prompts only attention sees"
         return [*inside, *(adds_tokens(f"{path}.mlp", only_attention) for path in paths)]
 

@@ -1,4 +1,4 @@
-"""How prompts join the tokens of a model: one file for each way of attention, registered under the word that families name."""
+"""How prompts are added to the tokens of a model: one file per kind of attention, registered under the word that families name."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from compressvit.transforms.vpt.prompts import DropPrompts, Prompts, TravellingP
 
 @dataclass(frozen=True)
 class Joining:
-    """Prompts that are to join the tokens of a model.
+    """Adds prompts to a model, in place.
 
     Attributes:
         model: changed in place.
-        backbone: where its blocks are.
+        backbone: the paths of its blocks.
         count: P, the number of prompts.
-        dropout: of their elements, in training.
+        dropout: of the elements of prompts, in training.
     """
 
     model: nn.Module
@@ -34,23 +34,23 @@ class Joining:
 
     @property
     def at(self) -> int:
-        """How many tokens of the sequence come before the prompts."""
+        """Number of tokens before the prompts."""
         return self.backbone.num_prefix_tokens
 
     def enter(self, path: str, mixin: type, block: str, kind: type[Prompts] = Prompts) -> None:
-        """New prompts of the width of `block`, in the slot `vpt` of `mixin` at `path`."""
+        """Add new prompts of the width of `block`, in the slot `vpt` of `mixin` at `path`."""
         like, width = sublayer_width(self.model, f"{block}.attn")
         surgery.extend(self.model, path, mixin)
         prompts = kind(self.count, width, self.at, self.dropout, device=like.device, dtype=like.dtype)
         surgery.fill_slot(self.model, path, "vpt", prompts)
 
     def leave(self, path: str, mixin: type, drop: DropPrompts) -> None:
-        """Take them out by the slot `vpt_end` of `mixin` at `path`."""
+        """Remove the prompts with the slot `vpt_end` of `mixin` at `path`."""
         surgery.extend(self.model, path, mixin)
         surgery.fill_slot(self.model, path, "vpt_end", drop)
 
     def travel(self, mixin: type[TravellingPrompts], kind: type[Prompts], drop: DropPrompts) -> str:
-        """One set of prompts from before the first block to after the last, with `mixin` on the model; returns the last one's path."""
+        """Add one set of prompts before the first block and remove it after the last, whose path is returned; `mixin` extends the model."""
         first, last = self.backbone.blocks[0].path, self.backbone.blocks[-1].path
         surgery.extend(self.model, "", mixin)
         surgery.fill_slot(self.model, "", "vpt_drop", drop)
@@ -60,19 +60,19 @@ class Joining:
 
 
 class Way(ABC):
-    """How prompts join the tokens of models whose family names it (`Family.prompts`)."""
+    """How prompts are added to the tokens, for families that name this way (`Family.prompts`)."""
 
     @abstractmethod
     def missing(self, model: nn.Module, deep: bool) -> str | None:
-        """What a model must have for such prompts and has not, in words; None where nothing is missing."""
+        """What the model lacks for such prompts, in words; None if nothing."""
 
     @abstractmethod
     def deep(self, joining: Joining, path: str) -> None:
-        """Prompts of its own for the block at `path`: before its attention, and out after it."""
+        """Give the block at `path` prompts of its own, added before its attention and removed after it."""
 
     @abstractmethod
     def shallow(self, joining: Joining) -> str:
-        """One set of prompts, before the first block and out after the last, the path of which is returned."""
+        """Add one set of prompts before the first block and remove it after the last, whose path is returned."""
 
 
 WAYS: Registry[Way] = Registry("way of prompts", "compressvit.transforms.vpt")

@@ -1,4 +1,4 @@
-"""Prompts in each window of attention, as in timm's Swin: relative position, mask and patch merging are timm's.
+"""Prompts in each attention window of timm's Swin; relative position, mask and patch merging follow timm.
 
 Shapes: B batch, N tokens of a window, M width, P prompts; blocks carry (B, height, width, M).
 """
@@ -24,28 +24,28 @@ else:
 
 
 class GridPrompts(Prompts):
-    """Prompts beside a grid of tokens, in rows of their own below it: (B, height, W, M) → (B, height + ⌈P/W⌉, W, M)."""
+    """Append prompts to a grid of tokens as extra rows below it: (B, height, W, M) → (B, height + ⌈P/W⌉, W, M)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return _below(x, self.of(len(x)))
 
 
 def _below(x: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
-    """A grid with rows of prompts below it; the last row is filled up with zeros."""
+    """A grid with rows of prompts below it; the last row is padded with zeros."""
     columns = x.shape[2]
     prompts = F.pad(prompts, (0, 0, 0, -prompts.shape[1] % columns))
     return torch.cat([x, prompts.unflatten(1, (-1, columns))], dim=1)
 
 
 class DropPromptRows(DropPrompts):
-    """Take the rows of prompts off a grid: (B, height + ⌈P/W⌉, W, M) → (B, height, W, M)."""
+    """Remove the rows of prompts from a grid: (B, height + ⌈P/W⌉, W, M) → (B, height, W, M)."""
 
     def rows(self, width: int) -> int:
-        """How many there are on a grid of that width."""
+        """Number of rows of prompts on a grid of that width."""
         return -(-self.count // width)
 
     def split(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The grid, and the prompts (B, P, M)."""
+        """Separate the grid from the prompts (B, P, M)."""
         grid, prompts = x.tensor_split([x.shape[1] - self.rows(x.shape[2])], dim=1)
         return grid, prompts.flatten(1, 2)[:, : self.count]
 
@@ -54,7 +54,7 @@ class DropPromptRows(DropPrompts):
 
 
 class WidenedWindowAttention(PromptMixin, WindowAttention):
-    """Of Swin's attention, the windows of which have prompts: no mask and no relative position is for them."""
+    """Mixin for Swin's attention in windows with prompts, to which neither mask nor relative position applies."""
 
     slots = ("vpt_end",)
 
@@ -70,11 +70,11 @@ class WidenedWindowAttention(PromptMixin, WindowAttention):
 
 
 class PromptedWindowAttention(WidenedWindowAttention, WithoutPrompts):
-    """The same, and the prompts are removed after it."""
+    """As `WidenedWindowAttention`, and removes the prompts afterwards."""
 
 
 class PromptedSwinBlock(PromptMixin):
-    """Of a Swin block: every window that attention sees begins with the prompts, after the block's first norm like all tokens."""
+    """Mixin for a Swin block: prepends the prompts, normalised by the block's first norm, to every attention window."""
 
     slots = ("vpt",)
 
@@ -82,13 +82,13 @@ class PromptedSwinBlock(PromptMixin):
     norm1: nn.Module
 
     def _attn(self, x: torch.Tensor) -> torch.Tensor:
-        # forward, not a call: hooks of the norm are for the image's tokens
+        # `forward`, not a call: hooks on the norm expect image tokens only
         return _attend(self, x, self.norm1.forward(self.vpt.of(len(x))))[0]
 
 
 class CarryingSwinBlock(PromptMixin):
-    """Of a Swin block whose grid has rows of prompts: they are copied into every window, and the attention outputs of the copies are
-    averaged. Everything else in a block is done to each token alone, so it needs no change."""
+    """Mixin for a Swin block whose grid has rows of prompts: copies them into every window, and averages the attention outputs of the
+    copies. The rest of a block acts on each token separately and needs no change."""
 
     slots = ("vpt_rows",)
 
@@ -101,7 +101,7 @@ class CarryingSwinBlock(PromptMixin):
 
 
 class CarryingPatchMerging(PromptMixin):
-    """Of Swin's patch merging: every prompt stands below the grid as a 2×2 patch of copies, so it is merged like the image's."""
+    """Mixin for Swin's patch merging: merges each prompt as a 2×2 patch of copies of itself."""
 
     slots = ("vpt_rows",)
 
@@ -110,7 +110,7 @@ class CarryingPatchMerging(PromptMixin):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         grid, prompts = self.vpt_rows.split(x)
         height, width = grid.shape[1:3]
-        grid = F.pad(grid, (0, 0, 0, width % 2, 0, height % 2))  # as timm does, but before the prompts come
+        grid = F.pad(grid, (0, 0, 0, width % 2, 0, height % 2))  # as in timm, but before prompts are added
         merged = F.pad(prompts, (0, 0, 0, -prompts.shape[1] % (grid.shape[2] // 2)))
         rows = rearrange(merged, "b (r c) m -> b r c m", c=grid.shape[2] // 2)
         rows = rows.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
@@ -118,12 +118,12 @@ class CarryingPatchMerging(PromptMixin):
 
 
 def _attend(block: Any, x: torch.Tensor, prompts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A Swin block's attention in windows that begin with prompts: (B, height, width, M), (B, P, M).
+    """A Swin block's attention in windows that begin with prompts: takes the grid (B, height, width, M) and the prompts (B, P, M).
 
-    timm's `_attn` cuts the windows and runs attention in one piece, so it is written out here.
+    timm's `_attn` partitions the windows and runs attention in one function, so its steps are repeated here.
 
     Returns:
-        The grid, and what came out for the prompts of every window, (B·windows, P, M); none if they were removed after attention.
+        The grid, and the outputs of the prompts of every window (B·windows, P, M); empty if they were removed after attention.
     """
     from timm.models.swin_transformer import window_partition, window_reverse
 
@@ -133,7 +133,7 @@ def _attend(block: Any, x: torch.Tensor, prompts: torch.Tensor) -> tuple[torch.T
     x = torch.roll(x, (-down, -right), dims=(1, 2)) if down or right else x
     x = F.pad(x, (0, 0, 0, -width % columns, 0, -height % rows))
     mask = block.get_attn_mask(x) if getattr(block, "dynamic_mask", False) else block.attn_mask
-    windows = window_partition(x, block.window_size).flatten(1, 2)  # (B·windows, N, M), those of an image in a row
+    windows = window_partition(x, block.window_size).flatten(1, 2)  # (B·windows, N, M), the windows of an image consecutive
     prompts = prompts.repeat_interleave(len(windows) // batch, dim=0)
     made = block.attn(torch.cat([prompts, windows], dim=1), mask=mask)
     copies, windows = made.tensor_split([made.shape[1] - rows * columns], dim=1)
@@ -143,7 +143,7 @@ def _attend(block: Any, x: torch.Tensor, prompts: torch.Tensor) -> tuple[torch.T
 
 
 class SwinWithTravellingPrompts(TravellingPrompts):
-    """Of a Swin: between blocks the grid has more rows, so intermediate outputs are cut."""
+    """Mixin for a Swin model with prompts between blocks: removes their rows from intermediate outputs."""
 
     def forward_intermediates(
         self: Any,
@@ -154,7 +154,7 @@ class SwinWithTravellingPrompts(TravellingPrompts):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ):
-        """timm's, with its arguments and results."""
+        """timm's method, with the same arguments and results."""
         from timm.models._features import feature_take_indices
 
         drop, end = self.vpt_drop, len(self.layers) - 1
@@ -170,7 +170,7 @@ class SwinWithTravellingPrompts(TravellingPrompts):
 
 @way("windows")
 class Windows(Way):
-    """Into every window; those that travel stand in rows below the grid between the blocks."""
+    """Prompts in every window; shallow ones are in rows below the grid between blocks."""
 
     def missing(self, model: nn.Module, deep: bool) -> str | None:
         from timm.models.swin_transformer import SwinTransformerBlock
