@@ -1,4 +1,4 @@
-"""Moving a batch from the loader to the device: its labels are inspected on the CPU, and mixup is applied on the device."""
+"""Moving a batch to the device. Its labels are inspected on the CPU first; mixup is applied on the device."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from compressvit.tasks.targets import moved
 def to_device(
     images: torch.Tensor, targets: Any, device: torch.device, task: Task, mixing: Mixing | None
 ) -> tuple[torch.Tensor, Any, Labels]:
-    """Move a batch to the device and mix it there.
+    """Move a batch to the device and apply mixup or cutmix there.
 
     Args:
         images: (B, C, H, W).
         targets: as the task collates them.
-        mixing: of the task; None for none.
+        mixing: from the task; None: no mixing.
 
     Returns:
-        The images, their targets ((B, classes) where classes were mixed), and what the labels are.
+        The images, their targets ((B, classes) after mixing), and what was found out about the labels.
     """
     if mixing is not None:
         images, targets = mixing.choose(images, targets)

@@ -31,19 +31,20 @@ def evaluate(
 
     Args:
         student: images (B, C, H, W) → logits, or pooled features (B, width) of a headless backbone.
-        batches: (images, targets) for the student, as `compressvit.data.loaders.eval_loader` yields them.
-        device: where the images go.
-        teacher: compare with it too, on the student's images as the teacher expects them.
-    labelled: in a labelled set a target that the task does not know (a class below 0) stands for a broken image,
-        which is not counted; in an unlabelled one −1 is an image and −2 the stand-in of a broken one.
-        task: what the outputs mean; None: classes of a model that has a classifier, else features.
-        watch: is shown every batch: images, targets, the outputs (of the task's `run`) and, where the two can be compared, the teacher's.
+        batches: (images, targets), normalised for the student, as yielded by `compressvit.data.loaders.eval_loader`.
+        device: the device to which images are moved.
+        teacher: also compare with this model, on the same images converted to the teacher's input.
+        labelled: in a labelled set, a target that is not valid for the task (a class below 0) marks a broken image, which is not
+            counted; in an unlabelled set, −1 marks an image and −2 the stand-in for a broken one.
+        task: what the outputs mean; None: classes if the model has a classifier, else features.
+        watch: called with every batch: images, targets, outputs (of the task's `run`) and, if they are comparable, the teacher's outputs.
 
     Returns:
-        `images`, and the figures of the task. Of classes and features: in percent `top1` and `top5`, and `loss` (cross-entropy, nats);
-        None without labels or classes. With a teacher also its `teacher_top1`, `teacher_top5` and `teacher_loss`, `agreement` (percent
-        of images with the same first class) and `cosine` (mean cosine of the two outputs), both None when the outputs differ in width;
-        of two headless backbones of tokens also `cosine_patches` (mean cosine of their patch tokens after the final norm).
+        `images` (their number) and the metrics of the task. For classes and features: `top1` and `top5` in percent and `loss`
+        (cross-entropy in nats), None without labels or classes. With a teacher also `teacher_top1`, `teacher_top5`, `teacher_loss`,
+        `agreement` (percent of images with the same top-1 class) and `cosine` (mean cosine similarity of the outputs), the last two None
+        if the outputs differ in width; for two headless token backbones also `cosine_patches` (mean cosine similarity of their patch
+        tokens after the final norm).
 
     Raises:
         UserError: a label is not below the model's number of classes.

@@ -1,10 +1,10 @@
-"""The training loop of every phase: `Trainer`, to be read from `run` down.
+"""The training loop of every phase: `Trainer`. Start reading at `Trainer.run`.
 
-One code path for CPU and GPU. An epoch's randomness is seeded from the run's seed, the phase and the epoch, so a run that was
-stopped and resumed ends with the weights of one that was not (to the bit on a CPU).
+CPU and GPU use one code path. The randomness of an epoch is seeded from the run's seed, the phase and the epoch, so a resumed run ends
+with the same weights as an uninterrupted one (bit for bit on a CPU).
 
-A step does not wait for the device. Losses, accuracies and norms stay on it until they are logged. From a loss or gradient that is not
-finite on, the device itself leaves out updates and sets buffers (BatchNorm) back, until the loop reads the values and stops.
+A step does not wait for the device: losses, accuracies and norms stay there until they are logged. After the first non-finite loss or
+gradient, the device itself skips updates and restores buffers (BatchNorm), until the loop reads the values and stops.
 """
 
 from __future__ import annotations
@@ -58,31 +58,31 @@ def train(
     watches: Sequence[Watch] = (),
     measure: Callable[[nn.Module, int, bool], None] = lambda model, epoch, last: None,
 ) -> dict[str, Any]:
-    """Train the model of `student` in place until the phase is done, from its checkpoint if there is one.
+    """Train the model of `student` in place until the end of the phase, resuming from its checkpoint if there is one.
 
     Args:
-        student: on `device`; the batches are normalised for it.
+        student: on `device`; batches are normalised for this model.
         spec: the phase's options.
         terms: the loss terms; their weighted sum is minimised.
-        loader: batches of (images, targets), with a length, of `batch_size` images; its order follows the global generators.
-        evaluate: called every `evaluate_every` epochs with the model (its average, if there is one); what it returns is logged.
-        task: what the outputs mean; None: classes of a model that has a classifier, else features.
-        teacher: needed when a term reads it; runs in eval mode without gradient, and is never part of a checkpoint.
-        start: what `evaluate` says of the model as it is given, where that is known.
-        moments: the optimiser's state by parameter name to begin with, possibly empty; its state at the end is then returned too.
-            Where there is any, the model was trained and then changed, so `start` says nothing of it.
-        watches: diagnostics that look on at every step.
-        measure: diagnostics of (model or its average, epochs done, whether they are the last), before the first epoch and after every
-            one; of the weights that `evaluate` sees. A resumed phase asks again for where it is.
+        loader: yields batches (images, targets) of `batch_size` images and has a length; its order depends on the global generators.
+        evaluate: called every `evaluate_every` epochs with the model (or its weight average); the result is logged.
+        task: what the outputs mean; None: classes if the model has a classifier, else features.
+        teacher: required if a term reads it; runs in eval mode without gradient, and is never part of a checkpoint.
+        start: the result of `evaluate` for the initial model, if it is already known.
+        moments: initial optimiser state by parameter name, possibly empty; the final state is then returned too. If it is not empty,
+            the model was trained and then changed, so `start` does not apply to it.
+        watches: diagnostics that observe every step.
+        measure: called with (model or its average, epochs done, whether this was the last) before the first and after every epoch, with
+            the weights that `evaluate` uses. A resumed phase calls it again for the epoch it resumes from.
 
     Returns:
-        `start`, the evaluation of the model as it was given (None if nobody asked), and `kept_epoch`, the epoch whose weights it
-        ends with (0: those it was given); with `moments` given also `moments`.
+        `start`, the evaluation of the initial model (None if there was none), and `kept_epoch`, the epoch whose weights the model has
+        at the end (0: the initial ones); also `moments` if they were passed.
 
     Raises:
-        Interrupted: SIGINT or SIGTERM came; a checkpoint was written at the last optimiser step.
-        UserError: the loss or the gradient is not finite, which may be noticed up to `log_every` steps later. The last good checkpoint
-            is kept, and the model has the weights and buffers from before that step.
+        Interrupted: SIGINT or SIGTERM was received; a checkpoint was written after the last optimiser step.
+        UserError: the loss or the gradient is not finite, which is detected up to `log_every` steps later. The last good checkpoint is
+            kept, and the model has the weights and buffers from before that step.
     """
     warm = None if moments is None else Moments(moments)
     others = (task or task_of(student.model), teacher, start, warm, watches, measure)
@@ -91,7 +91,7 @@ def train(
 
 @dataclass(eq=False)
 class Trainer:
-    """The state of one phase: the arguments of `train`, then what changes during training."""
+    """The state of one phase: first the arguments of `train`, then what changes during training."""
 
     student: Side
     spec: Training
@@ -110,11 +110,11 @@ class Trainer:
     measure: Callable[[nn.Module, int, bool], None]
 
     epoch: int = 0  # done
-    batch_index: int = 0  # batches done of the next one
+    batch_index: int = 0  # batches done in the next epoch
     steps: int = 0  # optimiser steps done
     best: Best | None = None
     meters: Meters = field(default_factory=Meters)
-    random_state: dict[str, Any] | None = None  # of a resumed epoch that was begun
+    random_state: dict[str, Any] | None = None  # random state of a resumed, unfinished epoch
 
     def __post_init__(self) -> None:
         spec, device = self.spec, self.device
@@ -131,10 +131,12 @@ class Trainer:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.state = TrainedState(model)
         self.buffers = opt.Buffers(model)
-        self.finite = torch.ones((), dtype=torch.bool, device=device)  # so far: every loss and every gradient
+        self.finite = torch.ones(
+            (), dtype=torch.bool, device=device
+        )  # whether every loss and gradient so far was finite
 
     def run(self) -> dict[str, Any]:
-        """The whole phase; returns what `train` does."""
+        """Run the whole phase; returns the result of `train`."""
         if self.phase.checkpoint.is_file():
             ended = self.resume()
             if ended is not None:
@@ -167,7 +169,7 @@ class Trainer:
             self.warm.give(self.model, self.optimizer)
         if self.spec.keep != "best":
             return
-        if self.warm is not None:  # adapters that have just lost neurons are no candidate
+        if self.warm is not None:  # adapters that have just lost neurons are not a candidate
             self.best = {"score": -math.inf, "epoch": 0, "model": None}
             return
         if self.start is None:
@@ -175,7 +177,7 @@ class Trainer:
         self.best = {"score": self.task.score(self.start), "epoch": 0, "model": self.state.copied(self.model)}
 
     def resume(self) -> dict[str, Any] | None:
-        """Continue from the checkpoint. If the phase is complete, returns what `train` returns."""
+        """Continue from the checkpoint. If the phase is already complete, return the result of `train`."""
         path = self.phase.checkpoint
         saved = current_checkpoint(load_checkpoint(path), self.model.state_dict().keys())
         require_keys(saved, ("done",), path)
@@ -185,7 +187,7 @@ class Trainer:
         self.start, self.best = saved.get("start"), saved.get("best")
         if saved["done"]:
             kept = saved.get("kept_epoch", saved.get("epoch"))
-            if kept == saved.get("epoch"):  # those of an earlier epoch are not what was to be measured
+            if kept == saved.get("epoch"):  # the weights of an earlier epoch are not the ones to measure
                 self.measure(self.model.eval(), saved["epoch"], True)
             ended = {"start": self.start, "kept_epoch": kept}
             return ended if self.warm is None else {**ended, "moments": Moments(saved["moments"])}
@@ -218,7 +220,7 @@ class Trainer:
         return self.epoch >= self.spec.epochs or self.steps >= self.total_steps
 
     def train_epoch(self) -> None:
-        """Train until the epoch or the phase is over. Raises as `train` does."""
+        """Train until the epoch or the phase ends. Raises as `train` does."""
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         for images, targets in self.batches():
@@ -244,7 +246,7 @@ class Trainer:
         """The remaining batches of the epoch, on the CPU, with the epoch's own random state."""
         opt.seed_everything(self.phase.seed, self.phase.number, self.epoch)
         batches = iter(self.loader)
-        for _ in range(self.batch_index):  # what the interrupted epoch had done already
+        for _ in range(self.batch_index):  # batches that the interrupted epoch had already processed
             next(batches)
         if self.random_state is not None:
             opt.restore_random_state(self.random_state)
@@ -252,7 +254,7 @@ class Trainer:
         return batches
 
     def backward(self, images: torch.Tensor, targets: Any) -> None:
-        """Forward and backward pass of one batch; its gradient is added to the step's."""
+        """Forward and backward pass of one batch; its gradient is accumulated."""
         images, targets, labels = to_device(images, targets, self.device, self.task, self.mixing)
         for watch in self.watches:
             watch.before(self.steps)
@@ -262,7 +264,7 @@ class Trainer:
             batch = self.forward(images, targets)
             loss, parts = _total(self.terms, batch)
         self.finite = self.finite & torch.isfinite(loss.detach())
-        # The last step of an epoch may have fewer batches to add up.
+        # The last step of an epoch may accumulate fewer batches.
         left = len(self.loader) - self.batch_index // self.spec.accumulate * self.spec.accumulate
         self.scaler.scale(loss / min(self.spec.accumulate, left)).backward()
         self.batch_index += 1
@@ -285,7 +287,7 @@ class Trainer:
         for watch in self.watches:
             watch.after(self.steps + 1, self.epoch, self.scaler.get_scale())
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.spec.clip_grad or math.inf)
-        # The scaler itself skips a step whose gradient is not finite, and goes on with a smaller scale.
+        # The scaler itself skips a step with a non-finite gradient, and continues with a smaller scale.
         if not self.scaler.is_enabled():
             self.finite = self.finite & torch.isfinite(norm)
         opt.step_if(self.finite, self.optimizer, self.scaler, self.parameters)
@@ -301,7 +303,7 @@ class Trainer:
         """Wait for the device and read the values of the batches since the last call.
 
         Raises:
-            UserError: the loss or the gradient of one was not finite.
+            UserError: a loss or gradient was not finite.
         """
         for reading in self.meters.read():
             norm = reading.gradient_norm
@@ -311,7 +313,7 @@ class Trainer:
                 raise diverged(self.phase, reading, f"the gradient's norm is {norm}")
 
     def close_epoch(self) -> None:
-        """Log, evaluate, keep the best, measure, and write a checkpoint."""
+        """Log, evaluate, keep the best weights, run diagnostics, and write a checkpoint."""
         name, average = self.phase.name, self.average
         self.read()
         self.epoch, self.batch_index = self.epoch + 1, 0
@@ -320,7 +322,7 @@ class Trainer:
         if last and average is not None:
             self.model.load_state_dict(ties.unique_state(average.module), strict=False)
         if self.best is None:
-            self.checkpoint(last)  # first, so that a fault in the evaluation costs nothing
+            self.checkpoint(last)  # first, so that an error in the evaluation loses no training
         if last or self.epoch % self.spec.evaluate_every == 0:
             self.judge()
         if last:
@@ -329,11 +331,11 @@ class Trainer:
         if self.best is not None:
             self.checkpoint(last)
         self.meters = Meters()
-        if self.stop.signum is not None:  # during the last step or the evaluation
+        if self.stop.signum is not None:  # requested during the last step or the evaluation
             raise Interrupted(self.stop.signum, self.phase.checkpoint)
 
     def judged(self) -> nn.Module:
-        """What is evaluated: the average of the weights if there is one, until the model itself has taken it over at the end."""
+        """The model to evaluate: the weight average, if there is one, until it is copied into the model at the end."""
         return self.model if self.average is None or self.is_over() else self.average.module
 
     def judge(self) -> None:
@@ -359,7 +361,7 @@ class Trainer:
         return self.epoch if self.best is None else self.best["epoch"]
 
     def checkpoint(self, done: bool, random_state: dict[str, Any] | None = None) -> None:
-        """Write the state; `random_state` in the middle of an epoch, whose meters then belong to it."""
+        """Write a checkpoint; in the middle of an epoch with its `random_state` and meters."""
         content: dict[str, Any] = {
             "done": done,
             "model": self.state.of(self.model),
@@ -388,7 +390,7 @@ class Trainer:
 
 
 def _total(terms: Sequence[Term], batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The weighted sum of the terms; and by name every term after weighting, and what else it says of itself."""
+    """The weighted sum of the terms, and by name each weighted term and the further values that it logs."""
     total: torch.Tensor | None = None
     parts: dict[str, torch.Tensor] = {}
     for term in terms:

@@ -1,4 +1,4 @@
-"""The memory of distillation losses, computed on the meta device."""
+"""Memory of distillation losses, determined on the meta device."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def loss_bytes(
     teacher_size: InputConfig,
     task: Task | None = None,
 ) -> dict[str, int]:
-    """Bytes that each term keeps for the backward pass in float32, beyond the models' own activations, and the teacher's taps.
+    """Bytes that each term keeps for the backward pass in float32, in addition to the models' activations; and those of the teacher's taps.
 
     Measured on the meta device, by running the terms and adding up what autograd saves.
     """
@@ -44,7 +44,7 @@ def loss_bytes(
     known = [student_logits, teacher_logits, *alive[0], *alive[1]]
     sizes = {}
     for term in terms:
-        with suppress(NotImplementedError):  # a loss that looks at values has no size on the meta device
+        with suppress(NotImplementedError):  # a loss that depends on values cannot run on the meta device
             sizes[term.name] = saved_bytes(partial(term.function, example), known)
     storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in alive[1]}
     return {**sizes, "teacher taps": sum(storages.values())}

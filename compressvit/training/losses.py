@@ -1,13 +1,13 @@
 """Distillation losses: predictions, attention relations, hidden relations, plain features.
 
-Every function takes the student first, returns one scalar, and sends gradient to the student only: the teacher's
-tensors are detached inside. Reductions run in float32 at least, in float64 for float64, whatever autocast is on.
+Every function takes the student first and returns one scalar. Only the student receives a gradient: the teacher's tensors
+are detached inside. Reductions run in at least float32, and in float64 for float64 inputs, regardless of autocast.
 
-B is the batch (in Swin's attention: batch times windows), N the tokens, C the width. No function builds an N×N matrix
-once N exceeds the width, forward or backward: it would outgrow its own inputs (Swin's first stage: N = 3136, C = 96).
+B is the batch (in Swin's attention: batch times windows), N the tokens, C the width. If N exceeds the width, no function
+builds an N×N matrix, forward or backward, because it would exceed its inputs in size (Swin's first stage: N = 3136, C = 96).
 
 Paper: MiniViT, https://arxiv.org/abs/2204.07154 (weight distillation).
-Code: https://github.com/microsoft/Cream/tree/main/MiniViT; its hidden relation is not the paper's, so both are here.
+Code: https://github.com/microsoft/Cream/tree/main/MiniViT; its hidden relation differs from the paper's, so both forms are here.
 """
 
 from __future__ import annotations
@@ -78,18 +78,18 @@ def attention_relation(
 
     Args:
         student_qkv: the full query, key and value projections, three tensors (B, N, C_student).
-        teacher_qkv: likewise (B, N, C_teacher), with the student's B and N.
+        teacher_qkv: three tensors (B, N, C_teacher), with the student's B and N.
         heads: relation heads; must divide both widths.
-        with_kl: also return the KL divergence, detached: the loss less the teacher's entropy.
+        with_kl: also return the KL divergence (the loss minus the teacher's entropy), detached.
 
     Returns:
-        The loss, a scalar; with `with_kl` the pair (loss, KL).
+        The loss, a scalar; with `with_kl`, the pair (loss, KL).
 
     Raises:
-        UserError: not three tensors a side, shapes that disagree, or `heads` does not divide a width.
+        UserError: there are not three tensors per model, their shapes do not match, or `heads` does not divide a width.
 
-    The products run in the dtype given or chosen by autocast, as attention's own do; softmax and reductions do not.
-    When N exceeds the width of a relation head, rows go in chunks that are recomputed in the backward pass.
+    The matrix products run in the inputs' dtype or the one chosen by autocast, as in attention; softmax and reductions do not.
+    If N exceeds the width of a relation head, rows are processed in chunks that are recomputed in the backward pass.
 
     Source: MiniViT, self-attention distillation.
     """
@@ -129,7 +129,7 @@ def hidden_relation(
     """Distance between the token relations of two hidden states, which may differ in width.
 
     - "cosine_mse", the released code: `scale · mean((Ŝ Ŝᵀ − T̂ T̂ᵀ)²)` over B, N and N, of L2-normalised tokens Ŝ, T̂.
-      Exactly 0 for equal inputs; rounding can take it a little below 0 where relations agree and the inputs do not.
+      Exactly 0 for equal inputs; for unequal inputs with equal relations, rounding can make it slightly negative.
     - "softmax_ce", the paper: cross-entropy of the rows of `softmax(S Sᵀ / sqrt(C_student))` against those of
       `softmax(T Tᵀ / sqrt(C_teacher))`, in nats, mean over B and rows. The floor is the teacher's entropy.
 
@@ -137,15 +137,15 @@ def hidden_relation(
         student_hidden: (B, N, C_student).
         teacher_hidden: (B, N, C_teacher).
         form: one of the two above.
-        scale: factor of "cosine_mse" only; "softmax_ce" ignores it. The released code has 49, a Swin window's area,
-            in every stage.
+        scale: factor for "cosine_mse"; "softmax_ce" ignores it. The released code uses 49, the area of a Swin window, in
+            every stage.
 
     Raises:
         UserError: the tensors are not (B, N, C) with equal B and N, or `form` is unknown.
 
-    When N exceeds the larger width, "cosine_mse" needs C×C matrices only and "softmax_ce" goes through its rows in
-    chunks that are recomputed in the backward pass. Autocast is off inside. With unequal widths the C×C form is a
-    difference of squares: if TF32 products are allowed, it has three digits of the squares, not of the difference.
+    If N exceeds the larger width, "cosine_mse" needs only C×C matrices, and "softmax_ce" processes its rows in chunks that
+    are recomputed in the backward pass. Autocast is disabled inside. With unequal widths the C×C form is a difference of
+    squares: if TF32 products are allowed, it is accurate to three digits of the squares, not of the difference.
 
     Source: MiniViT, hidden-state distillation.
     """
@@ -166,7 +166,7 @@ def hidden_relation(
 
 
 def feature(student: Tensor, teacher: Tensor, form: Literal["cosine", "mse"] = "cosine") -> Tensor:
-    """Distance between features of one shape: "cosine", the mean of 1 − cosine over tokens, or "mse".
+    """Distance between features of equal shape: "cosine", the mean of 1 − cosine over tokens, or "mse".
 
     Args:
         student: (..., C).
@@ -181,7 +181,7 @@ def feature(student: Tensor, teacher: Tensor, form: Literal["cosine", "mse"] = "
     student, teacher = _in_common_precision(student, teacher)
     if form == "mse":
         return F.mse_loss(student, teacher)
-    # ½‖Ŝ − T̂‖² is 1 − cosine without its cancellation, which in float32 rounds small angles to nothing.
+    # ½‖Ŝ − T̂‖² equals 1 − cosine without the cancellation that would round small angles to zero in float32.
     return (F.normalize(student, dim=-1) - F.normalize(teacher, dim=-1)).square().sum(dim=-1).mean() / 2
 
 
@@ -189,8 +189,8 @@ def _squared_relation_distance(student: Tensor, teacher: Tensor) -> Tensor:
     """`Σ (S Sᵀ − T Tᵀ)²` over the batch, for (B, N, C_student) and (B, N, C_teacher)."""
     tokens, student_width, teacher_width = student.shape[-2], student.shape[-1], teacher.shape[-1]
     if student_width == teacher_width:
-        # S Sᵀ − T Tᵀ = (E Pᵀ + P Eᵀ)/2 with E = S − T and P = S + T. Every term carries E, so a student close to its
-        # teacher, which is where distillation should end, is not a small difference of large numbers.
+        # S Sᵀ − T Tᵀ = (E Pᵀ + P Eᵀ)/2 with E = S − T and P = S + T. Every term contains E, so for a student close to its
+        # teacher, the goal of distillation, the result is not a small difference of large numbers.
         error, total = student - teacher, student + teacher
         if tokens <= student_width:
             half = error @ total.mT
@@ -208,20 +208,20 @@ def _relation_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy of the rows of `softmax(X Yᵀ / sqrt(D))`, student against teacher, and the detached KL.
 
-    A pair (X, Y) is twice (..., N, D); D may differ between the two pairs. Without `with_kl` the second value is 0.
+    Each pair (X, Y) has two tensors (..., N, D); D may differ between student and teacher. Without `with_kl` the KL is 0.
     """
     tokens, widths = student[0].shape[-2], (student[0].shape[-1], teacher[0].shape[-1])
     if tokens <= max(widths):
         loss, kl = _cross_entropy_sums(*student, *teacher, with_kl)
     else:
-        # With as many rows to a chunk as the narrower input has columns, the logits are no larger than their inputs.
+        # With at most as many rows per chunk as the narrower input has columns, the logits are no larger than the inputs.
         row_chunks = zip(student[0].split(min(widths), dim=-2), teacher[0].split(min(widths), dim=-2), strict=True)
         parts = [
             checkpoint(
                 _cross_entropy_sums,
                 *(student_rows, student[1], teacher_rows, teacher[1], with_kl),
                 use_reentrant=False,
-                preserve_rng_state=False,  # nothing is random, and saving the state would synchronise the device
+                preserve_rng_state=False,  # nothing here is random, and saving the random state would synchronise the device
             )
             for student_rows, teacher_rows in row_chunks
         ]
@@ -238,13 +238,13 @@ def _cross_entropy_sums(
     log_teacher = _log_relation(teacher_rows, teacher_columns)
     probabilities = log_teacher.exp()
     loss = -(probabilities * log_student).sum()
-    # Entry by entry rather than as loss − entropy, so that equal relations give exactly 0.
+    # Elementwise rather than as loss − entropy, so that equal relations give exactly 0.
     kl = (probabilities * (log_teacher - log_student.detach())).sum() if with_kl else loss.new_zeros(())
     return loss, kl
 
 
 def _log_relation(rows: Tensor, columns: Tensor) -> Tensor:
-    # Scaling ahead of the product keeps float16 logits in range.
+    # Scaling before the product keeps float16 logits in range.
     logits = (rows * rows.shape[-1] ** -0.5) @ columns.mT
     return F.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 

@@ -1,6 +1,6 @@
 """The values that a training loop accumulates over an epoch, and how they are logged.
 
-Values stay tensors on the device until somebody reads them, because a device that is asked for a number has to finish its work first.
+Values stay on the device as tensors until they are read, because reading one waits until the device has finished its work.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Reading:
     Attributes:
         step: the optimiser step that the batch is part of, from 1.
         loss: the weighted sum of the terms.
-        terms: every term after weighting, and what else the terms say of themselves.
-        gradient_norm: of the whole gradient before clipping; None unless an optimiser step followed the batch.
+        terms: every weighted term, and the further values that terms log.
+        gradient_norm: norm of the whole gradient before clipping; None unless an optimiser step followed the batch.
     """
 
     step: int
@@ -48,7 +48,7 @@ class Meters:
     """Means over an epoch and the values of the last batch, as of the last `read`.
 
     Args:
-        sums, count: the `state` of the interrupted epoch that this one continues.
+        sums, count: from the `state` of an interrupted epoch that is continued.
     """
 
     def __init__(self, sums: dict[str, float] | None = None, count: int = 0) -> None:
@@ -97,7 +97,7 @@ class Meters:
         return {name: total / max(1, self._count) for name, total in self._sums.items()}
 
     def text(self, task: Task) -> str:
-        """The epoch's mean loss in a few words, with the first of the figures that rank models, of the model and of its teacher."""
+        """The epoch's mean loss in a few words, with the first metric that ranks models, for the model and for its teacher."""
         means = self.means()
         found = [f"loss {means['loss']:.4f}"] if "loss" in means else []
         first = next(iter(task.ranked(means)), None)
@@ -108,7 +108,7 @@ class Meters:
         return "  ".join(found)
 
     def details(self, qualities: Sequence[Quality]) -> str:
-        """Everything about the last step: the loss and its terms after weighting, figures of the task, the gradient's norm."""
+        """The values of the last step: the loss and its weighted terms, the metrics of the task, and the gradient norm."""
         names: dict[str, Callable[[float], str]] = {q.key: partial(_named, q.short, q.roughly) for q in qualities}
         names |= {f"teacher_{q.key}": partial(_named, f"teacher's {q.short}", q.roughly) for q in qualities}
         names |= {"gradient_norm": "gradient {:.3g}".format, "lr": "lr {:.2g}".format}
@@ -128,4 +128,4 @@ def _numbers(scalars: Sequence[torch.Tensor]) -> list[float]:
 
 
 def _widest(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64  # it has no float64
+    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64

@@ -1,4 +1,4 @@
-"""timm's and torch's optimisers, schedules and averages, built from a phase's options."""
+"""Optimisers, schedules and weight averages of timm and torch, built from a phase's options."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from compressvit.training.spec import Training
 
 
 def build_optimizer(model: nn.Module, spec: Training, batch_size: int, device: torch.device) -> torch.optim.Optimizer:
-    """timm's optimiser of that name over the parameters that require gradient, each shared tensor once.
+    """Build timm's optimiser of that name for the parameters that require a gradient, each shared tensor once.
 
     Raises:
         UserError: timm has no optimiser of that name, or it does not take the options.
@@ -44,7 +44,7 @@ def build_optimizer(model: nn.Module, spec: Training, batch_size: int, device: t
     if device.type == "cuda" and spec.optimizer in ("adamw", "adam", "sgd"):
         kwargs["fused"] = True
     try:
-        # timm leaves out 1-D tensors and what the model names; modules that transforms added name theirs
+        # timm excludes 1-D tensors and those that the model names; modules that transforms added name their own
         groups = timm.optim.param_groups_weight_decay(model, spec.weight_decay, no_weight_decay_list=_undecayed(model))
         return timm.optim.create_optimizer_v2(
             groups, opt=spec.optimizer, lr=lr, weight_decay=spec.weight_decay, **kwargs
@@ -54,7 +54,7 @@ def build_optimizer(model: nn.Module, spec: Training, batch_size: int, device: t
         RuntimeError,
         TypeError,
         ValueError,
-    ) as error:  # e.g. timm's sgd is Nesterov's, which needs a momentum
+    ) as error:  # e.g. timm's sgd uses Nesterov momentum, which must not be 0
         given = ", ".join(f"{k}={v}" for k, v in kwargs.items())
         raise UserError(
             f"optimizer {spec.optimizer!r} cannot be built with {given or 'its defaults'}: {error}"
@@ -62,7 +62,7 @@ def build_optimizer(model: nn.Module, spec: Training, batch_size: int, device: t
 
 
 def _undecayed(model: nn.Module) -> set[str]:
-    """Names of the parameters without weight decay: what the model and its modules name in `no_weight_decay()`."""
+    """Names of the parameters without weight decay: those that the model and its modules return from `no_weight_decay()`."""
     return {
         f"{path}.{name}" if path else name
         for path, module in model.named_modules()
@@ -77,12 +77,12 @@ def step_if(
     scaler: torch.amp.GradScaler,
     parameters: Sequence[nn.Parameter],
 ) -> None:
-    """An optimiser step that leaves the parameters as they are where `allowed` (a boolean scalar on their device) is false.
+    """Take an optimiser step that leaves the parameters unchanged if `allowed` (a boolean scalar on their device) is false.
 
-    The device decides, so nobody waits for it. What the optimiser keeps for itself may be spoilt by a step that was not allowed.
+    The decision is made on the device, so the host does not wait. A step that was not allowed may corrupt the optimiser's own state.
     """
     if getattr(optimizer, "_step_supports_amp_scaling", False) and not scaler.is_enabled():
-        # Fused optimisers skip a step by themselves; torch.amp.GradScaler tells them the same way.
+        # Fused optimisers skip a step themselves if `found_inf` is set, as torch.amp.GradScaler does.
         optimizer.found_inf = (~allowed).float()  # type: ignore[attr-defined]
         optimizer.step()
         del optimizer.found_inf  # type: ignore[attr-defined]
@@ -93,14 +93,14 @@ def step_if(
 
 
 def put_back_unless(allowed: torch.Tensor, tensors: Sequence[torch.Tensor], before: Sequence[torch.Tensor]) -> None:
-    """Give tensors their values `before` where `allowed` (a boolean scalar on their device) is false, without waiting for the device."""
+    """Restore the values `before` of tensors if `allowed` (a boolean scalar on their device) is false, without waiting for the device."""
     for tensor, old in zip(tensors, before, strict=True):
         kept = tensor.detach()
         torch.where(allowed, kept, old, out=kept)
 
 
 class Buffers:
-    """The buffers in a model's state dict, which a forward pass in training mode may update, e.g. the running statistics of BatchNorm."""
+    """The buffers in a model's state dict that a forward pass in training mode may update, e.g. the running statistics of BatchNorm."""
 
     def __init__(self, model: nn.Module):
         state = model.state_dict(keep_vars=True).values()
@@ -109,16 +109,16 @@ class Buffers:
         self._before: list[torch.Tensor] = []
 
     def remember(self) -> None:
-        """Keep a copy of the present values."""
+        """Store a copy of the current values."""
         self._before = [tensor.clone() for tensor in self._tensors]
 
     def put_back_unless(self, allowed: torch.Tensor) -> None:
-        """Give them the values that were kept where `allowed` (a boolean scalar on their device) is false."""
+        """Restore the stored values if `allowed` (a boolean scalar on their device) is false."""
         put_back_unless(allowed, self._tensors, self._before)
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, spec: Training, steps_per_epoch: int) -> Scheduler:
-    """timm's schedule, counted in optimiser steps; call `step_update(steps_done)` before every step."""
+    """Build timm's schedule, in optimiser steps; call `step_update(steps_done)` before every step."""
     warmup: dict[str, Any] = {
         "warmup_t": round(spec.warmup_epochs * steps_per_epoch),
         "warmup_lr_init": spec.warmup_lr,
@@ -132,21 +132,21 @@ def build_schedule(optimizer: torch.optim.Optimizer, spec: Training, steps_per_e
 
 
 def build_mixing(spec: Training, task: Task, outputs: int) -> Mixing | None:
-    """The task's mixup and cutmix for a head of that many outputs, or None when both are off."""
+    """Build the task's mixup and cutmix for a head with that many outputs; None if both are off."""
     if not (spec.mixup or spec.cutmix):
         return None
     return task.mixing(spec.mixup, spec.cutmix, spec.smoothing, outputs)
 
 
 class WeightAverage:
-    """An exponential moving average of a model's weights. A shared tensor counts once a step (timm's ModelEmaV3 counts every use).
+    """An exponential moving average of a model's weights. A shared tensor is updated once per step (in timm's ModelEmaV3, once per use).
 
     The decay rises with the number of updates t, `min(decay, (1 + t) / (10 + t))` (TensorFlow's ExponentialMovingAverage): with a
     constant decay of 0.9999, the average of 132 steps would still be 99 % of the first one. Buffers are copied, not averaged.
 
     Attributes:
         module: a copy of the model with the averaged weights.
-        updates: how many there were. Counted here and not on the device, so that no step waits for it.
+        updates: number of updates so far. Counted on the host, so that no step waits for the device.
         rises: False for the rest of a phase that an earlier version began with a constant decay.
     """
 
@@ -157,13 +157,13 @@ class WeightAverage:
         self.rises = True
 
     def decay_at(self, updates: int) -> float:
-        """The decay of the update that follows so many others; 0 for the first, which copies the model."""
+        """The decay after `updates` updates; 0 for the first update, which copies the model."""
         if not updates:
             return 0.0
         return min(self.decay, (1 + updates) / (10 + updates)) if self.rises else self.decay
 
     def note(self, updates: int) -> str | None:
-        """What to say of an average of so many updates, where they are too few for its decay."""
+        """A note if the number of updates is too small for the decay."""
         reached = self.decay_at(updates)
         if reached >= self.decay:
             return None
@@ -173,13 +173,13 @@ class WeightAverage:
         )
 
     def load(self, saved: Mapping[str, Any]) -> None:
-        """Continue from what a checkpoint holds: averaged tensors by name, how many updates there were, and the kind of decay."""
+        """Continue from a checkpoint: averaged tensors by name, the number of updates, and the kind of decay."""
         self.module.load_state_dict(saved["average"], strict=False)
         self.updates, self.rises = saved["n_averaged"], saved.get("average_rises", False)
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Count the model's present weights in; its structure must be that of the average."""
+        """Update the average with the model's current weights; the model must have the structure of the average."""
         averaged = [p.detach() for p in self.module.parameters()]
         torch._foreach_lerp_(averaged, [p.detach() for p in model.parameters()], 1 - self.decay_at(self.updates))
         for ours, theirs in zip(self.module.buffers(), model.buffers(), strict=True):
@@ -188,12 +188,12 @@ class WeightAverage:
 
 
 def build_average(model: nn.Module, decay: float | None) -> WeightAverage | None:
-    """The average that `ema` asks for; None without one."""
+    """The weight average that `ema` asks for; None without `ema`."""
     return None if decay is None else WeightAverage(model, decay)
 
 
 def set_drop_path(model: nn.Module, rate: float | None) -> None:
-    """Set stochastic depth, rising linearly from 0 in the first block to `rate` in the last; None leaves it as it is."""
+    """Set stochastic depth, increasing linearly from 0 in the first block to `rate` in the last; None leaves it unchanged."""
     if rate is None:
         return
     backbone = describe(model)
@@ -205,7 +205,7 @@ def set_drop_path(model: nn.Module, rate: float | None) -> None:
 
 
 def seed_everything(seed: int, *parts: int) -> None:
-    """Seed python, numpy and torch from a seed and counters, so that an epoch's randomness depends on nothing before it."""
+    """Seed python, numpy and torch from a seed and counters, so that the randomness of an epoch is independent of earlier ones."""
     mixed = int(np.random.SeedSequence([seed, *parts]).generate_state(1)[0])
     random.seed(mixed)
     np.random.seed(mixed)

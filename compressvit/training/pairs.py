@@ -1,4 +1,4 @@
-"""Pairing student blocks with teacher blocks, and refusing pairs that do not fit."""
+"""Pairing student blocks with teacher blocks, and rejecting pairs that do not match."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Likeness = Callable[[Sequence[str], Sequence[str]], np.ndarray]
 
 @dataclass(frozen=True)
 class LayerPair:
-    """A distilled pair of blocks. Prefix tokens are left out of its relations when the two models differ in them."""
+    """A pair of blocks to distil. Its relations exclude prefix tokens if the two models differ in their number."""
 
     student: BlockInfo
     teacher: BlockInfo
@@ -43,15 +43,15 @@ def match_layers(
 
     Args:
         student, teacher: timm models, possibly on the meta device.
-        layers: pairs of block indices, counted from 0 over the whole model, or 'matched': the last block of every share group
-            (of every stage where nothing is shared), with the teacher's block of the same index; or 'auto': the last block of every
-            share group (every block where nothing is shared), with the teacher's block that `likeness` says is most like it, in order.
-        asker: the key's name in messages.
-        likeness: CKA of blocks; None where there are no values to look at, and 'auto' pairs blocks by their depth meanwhile.
+        layers: pairs of block indices, counted from 0 over the whole model; or 'matched': the last block of every share group (of
+            every stage without sharing) and the teacher's block of the same index; or 'auto': the last block of every share group
+            (every block without sharing) and the most similar teacher block by `likeness`, in order of depth.
+        asker: the name of the key in messages.
+        likeness: CKA of blocks; None if there are no values yet, in which case 'auto' pairs blocks by depth.
 
     Returns:
-        The pairs, and a sentence that says how they were chosen. No pairs with 'matched' and 'auto' when the architectures differ:
-        only the prediction is distilled then.
+        The pairs, and a sentence on how they were chosen. If the architectures differ, 'matched' and 'auto' give no pairs, and only the
+        prediction is distilled.
 
     Raises:
         UserError: a given index does not exist, or a pair differs in stage, resolution, window or shift.
@@ -79,7 +79,7 @@ def match_layers(
 
 
 def _no_pairs(student: nn.Module, teacher: nn.Module, layers: str | tuple[tuple[int, int], ...], asker: str) -> str:
-    """Why two models whose blocks cannot be paired have no pairs; a `UserError` where pairs are given."""
+    """Why two models have no pairs, if their blocks cannot be paired; a `UserError` if pairs are given."""
     reason = f"{model_name(student)} and {model_name(teacher)} are of different architectures"
     if _blocks(student) is _blocks(teacher) is None:
         reason = f"the blocks of {model_name(student)} and {model_name(teacher)} are not known to compressvit"
@@ -90,7 +90,7 @@ def _no_pairs(student: nn.Module, teacher: nn.Module, layers: str | tuple[tuple[
 
 
 def _pair(ours: Backbone, theirs: Backbone, student: int, teacher: int, asker: str) -> LayerPair:
-    """The pair of two blocks by index; a `UserError` where one is not there, or their tokens are not the same."""
+    """The pair of two blocks by index; a `UserError` if one does not exist or their tokens differ."""
     for index, backbone, whose in ((student, ours, "student"), (teacher, theirs, "teacher")):
         if not 0 <= index < len(backbone.blocks):
             last = len(backbone.blocks) - 1
@@ -107,7 +107,7 @@ def _pair(ours: Backbone, theirs: Backbone, student: int, teacher: int, asker: s
 
 
 def _nearest_pair(ours: Backbone, theirs: Backbone, student: int, teacher: int) -> str | None:
-    """The pair that is closest to two indices, which need not exist, and whose tokens are the same; None where no pair's are."""
+    """The valid pair (with the same tokens) closest to two indices, which need not exist; None if there is none."""
     fitting = [(s.index, t.index) for s in ours.blocks for t in theirs.blocks if _place(s) == _place(t)]
     if not fitting:
         return None
@@ -122,7 +122,7 @@ def match_layers_once(
     likeness: Likeness,
     kept: Path,
 ) -> tuple[list[LayerPair], str]:
-    """`match_layers` for a phase that may be resumed: the pairs that 'auto' chose at its start are kept in a file and used again.
+    """`match_layers` for a phase that may be resumed: the pairs that 'auto' chose at its start are stored in a file and reused.
 
     Raises:
         UserError: as `match_layers`, or the file is damaged.
@@ -144,17 +144,17 @@ def match_layers_once(
 def _most_alike(
     student: nn.Module, ours: Backbone, theirs: Backbone, likeness: Likeness | None
 ) -> tuple[tuple[tuple[int, int], ...], str]:
-    """The pairs of 'auto': candidates of the student, each with the teacher's block that is most like it and keeps the order."""
+    """The pairs of 'auto': each candidate block of the student with its most similar teacher block, preserving the order."""
     shared = bool(compression_of(student).ties)
     candidates = [ours.blocks[i] for i in _group_ends(student, ours)] if shared else list(ours.blocks)
     mine = np.array([(b.index + 1) / len(ours.blocks) for b in candidates])
     others = np.array([(b.index + 1) / len(theirs.blocks) for b in theirs.blocks])
-    near = 1 - abs(mine[:, None] - others[None, :])  # in depth
-    if likeness is None:  # so that plan and run have about as many pairs
+    near = 1 - abs(mine[:, None] - others[None, :])  # by relative depth
+    if likeness is None:  # so that plan and run have a similar number of pairs
         values = near
         how = "auto: the most similar by CKA, measured when the phase begins; by depth until then"
     else:
-        # neighbours often differ by less than a hundredth, which a few hundred images cannot resolve
+        # CKA of neighbouring blocks often differs by less than 0.01, which a few hundred images cannot resolve
         values = likeness([b.path for b in candidates], [b.path for b in theirs.blocks]) + 0.01 * near
         how = "auto: the most similar by CKA"
     return tuple(suggested_pairs(values, candidates, theirs.blocks)), how
@@ -163,23 +163,23 @@ def _most_alike(
 def suggested_pairs(
     values: np.ndarray, students: Sequence[BlockInfo], teachers: Sequence[BlockInfo]
 ) -> list[tuple[int, int]]:
-    """Which teacher block each student block should learn from: the most similar ones that keep the order and the rules.
+    """Which teacher block each student block should learn from, by the largest sum of CKA over the pairs.
 
-    A pair agrees in stage, resolution, window and window shift, and later student blocks learn from later teacher blocks: among all such
-    maps the one with the largest sum of CKA is found by dynamic programming.
+    The blocks of a pair must agree in stage, resolution, window and window shift, and later student blocks learn from later teacher blocks.
+    The best such assignment is found by dynamic programming.
 
     Args:
         values: CKA (student blocks, teacher blocks).
         students, teachers: the blocks, in order.
 
     Returns:
-        Pairs of indices over the whole model; a student block that no teacher block fits has none.
+        Pairs of indices over the whole model; a student block without a matching teacher block has none.
     """
     allowed = np.array([[_place(s) == _place(t) for t in teachers] for s in students])
-    # Unbiased CKA of dissimilar blocks may be below 0, and an allowed pair is still better than none.
+    # Unbiased CKA of dissimilar blocks may be negative, and a valid pair is still better than none.
     gain = np.where(allowed, values - min(values.min(), 0.0) + 1e-6, -np.inf)
     rows, columns = gain.shape
-    # best[i, j]: the most that student blocks i.. can have with teacher blocks j..
+    # best[i, j]: the largest sum for student blocks i.. and teacher blocks j..
     best = np.zeros((rows + 1, columns + 1))
     for i in range(rows - 1, -1, -1):
         for j in range(columns - 1, -1, -1):
@@ -197,12 +197,12 @@ def suggested_pairs(
 
 
 def _place(block: BlockInfo) -> tuple:
-    """What two blocks of a pair must have in common, so that their tokens are the same."""
+    """The properties in which two blocks of a pair must agree, so that their tokens correspond."""
     return block.stage, block.resolution, block.window, block.shift
 
 
 def _blocks(model: nn.Module) -> Backbone | None:
-    """The blocks of a model; None for one whose blocks compressvit does not know. Its prediction can still be distilled."""
+    """The blocks of a model; None for an unsupported model, whose prediction can still be distilled."""
     try:
         return describe(model, "attention")
     except UserError:
@@ -210,7 +210,7 @@ def _blocks(model: nn.Module) -> Backbone | None:
 
 
 def _group_ends(student: nn.Module, backbone: Backbone) -> list[int]:
-    """Indices of the last block of every share group, or of every stage where no block shares."""
+    """Indices of the last block of every share group or, without sharing, of every stage."""
     ends = {stage[-1].index for stage in backbone.stages}
     for names in compression_of(student).ties:
         ends |= {info.index for info in backbone.blocks if names[-1].startswith(f"{info.path}.")}

@@ -1,4 +1,4 @@
-"""What the training loop needs to know about its phase, in addition to the options."""
+"""The identity of a phase within its run, which the training loop needs in addition to the options."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Phase:
-    """A phase within its run: its name, its number (part of the seed), the run's seed, and its checkpoint file."""
+    """A phase within a run: its name, its number (which enters the seed), the run's seed, and its checkpoint file."""
 
     name: str
     number: int

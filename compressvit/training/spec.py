@@ -1,4 +1,4 @@
-"""What a recipe can say about a training phase."""
+"""Options of training that all phases share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from compressvit.spec import Spec
 
 
 class Training(Spec):
-    """Options that every phase has. Optimisers, schedules, mixup and cutmix are timm's, under timm's names."""
+    """Options that all phases share. Optimisers, schedules, mixup and cutmix are those of timm, under timm's names."""
 
     epochs: int = Field(10, ge=1, description="Passes over the training set.")
     max_steps: int | None = Field(

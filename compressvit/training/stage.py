@@ -1,4 +1,4 @@
-"""What a run gives to one of its phases: its position, the images, the teacher, and the diagnostics."""
+"""What a run provides to a phase: its position, the images, the teacher, and the diagnostics."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ def _nothing(*_: Any) -> None:
 
 @dataclass(frozen=True)
 class Stage:
-    """One phase's position in a run, and the objects that the run provides for it.
+    """The position of a phase in a run, and the objects that the run provides for it.
 
     Attributes:
         phase: its name, number, seed and checkpoint.
-        input: what the images of the trained model look like.
+        input: size and normalisation of the trained model's images.
         teacher: None in the phase that trains the teacher itself.
-        device: where it trains; the phase moves the model there.
-        batch_size: images of a training batch.
-        loader: makes the training batches (images, targets) of one pass, with a length, normalised as `input` says.
-        evaluate: scores of a model on the held-out images; beside the teacher where labels do not say how good it is.
+        device: the training device; the phase moves the model there.
+        batch_size: images per training batch.
+        loader: returns the training batches (images, targets) of one pass, with a length, normalised according to `input`.
+        evaluate: scores of a model on the held-out images, compared with the teacher's if labels do not measure its quality.
         likeness: CKA of a model's blocks with those of the teacher, for layer pairs.
-        task: what the model's outputs mean; None: classes where it has a classifier, else features.
-        start: what `evaluate` says of the model as it is given, where that is known.
-        watching: (model, phase name) → the diagnostics that look on at every step, closed at the end.
-        measure: (phase name, model, epochs done, whether they are the last): diagnostics at stated epochs.
-        widths: (phase name, scope, widths after every training): where a phase that removes neurons left them.
+        task: what the model's outputs mean; None: classes if it has a classifier, else features.
+        start: the result of `evaluate` for the initial model, if it is already known.
+        watching: (model, phase name) → context manager of the diagnostics that observe every step.
+        measure: called with (phase name, model, epochs done, whether this was the last) for diagnostics at given epochs.
+        widths: called with (phase name, scope, widths after every training) by a phase that removes neurons.
     """
 
     phase: Phase
@@ -68,7 +68,7 @@ class Stage:
 
     @property
     def fresh(self) -> bool:
-        """Whether the phase begins; a resumed one has reported its beginning before."""
+        """Whether the phase starts now; a resumed phase has already reported its start."""
         return not self.phase.checkpoint.is_file()
 
     def train(
@@ -81,14 +81,14 @@ class Stage:
         phase: Phase | None = None,
         moments: Moments | None = None,
     ) -> dict[str, Any]:
-        """Train a model in place; returns what `compressvit.training.loop.train` does.
+        """Train a model in place; returns the result of `compressvit.training.loop.train`.
 
         Args:
             spec: the options of the training.
             terms: the loss terms.
-            taught: whether the teacher runs beside the model, for terms that read it.
-            phase: where it is not the whole phase that is trained, but one of its cycles.
-            moments: the optimiser's state by parameter name to begin with, for cycles.
+            taught: whether the teacher runs too, for terms that read it.
+            phase: a cycle of the phase, if not the whole phase is trained.
+            moments: initial optimiser state by parameter name, for cycles.
         """
         phase = phase or self.phase
         loader = self.loader()
@@ -114,11 +114,11 @@ class Stage:
             )
 
     def task_of(self, model: nn.Module) -> Task:
-        """What the outputs of a model mean, where `task` says nothing too."""
+        """What the outputs of a model mean, also if `task` is None."""
         return self.task or task_of(model)
 
     def labelled_batches(self, model: nn.Module, count: int) -> list[tuple[torch.Tensor, Any]]:
-        """The first batches (images, targets) of a pass over the training set, on the device, where the model goes too."""
+        """The first batches (images, targets) of a pass over the training set, on the device; the model is moved there, too."""
         loader = self.loader()
         model.to(self.device)
         return [(x.to(self.device), moved(y, self.device)) for x, y in itertools.islice(loader, count)]

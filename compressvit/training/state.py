@@ -1,7 +1,7 @@
-"""The content of a checkpoint: the tensors of a model that training changes, a hash of those it does not, and optimiser state.
+"""The content of a checkpoint: the tensors that training changes, a hash of those it does not, and the optimiser state.
 
-Where transforms only add to a frozen backbone, whoever resumes builds the same one again, so a checkpoint has kilobytes. Where one
-changed the backbone itself, a checkpoint holds the whole model: fitted values need not be the same on another machine.
+If transforms only add to a frozen backbone, a resumed run can rebuild that backbone, so a checkpoint has only kilobytes. If a transform
+changed the backbone itself, a checkpoint contains the whole model, because fitted values may differ on another machine.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class TrainedState:
     """The part of a model's state that a phase changes.
 
     Args:
-        model: as the phase begins with it; whether a parameter is trained is looked at now.
+        model: the model at the start of the phase; which parameters are trained is determined now.
     """
 
     def __init__(self, model: nn.Module):
@@ -34,19 +34,19 @@ class TrainedState:
         self.frozen_hash = hash_tensors({name: state[name] for name in state if name in self._frozen})
 
     def of(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        """Trained parameters and all buffers, by canonical name; of the model, or of one that has its structure."""
+        """Trained parameters and all buffers by canonical name, of the model or of another one with its structure."""
         return {name: tensor for name, tensor in ties.unique_state(model).items() if name not in self._frozen}
 
     def copied(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        """The same, as it is now, on the CPU."""
+        """A copy of the current state (see `of`) on the CPU."""
         return {name: tensor.detach().cpu().clone() for name, tensor in self.of(model).items()}
 
     def load(self, saved: dict[str, Any], model: nn.Module, path: Path) -> None:
-        """Give the model what a checkpoint holds.
+        """Load the state from a checkpoint into the model.
 
         Raises:
-            UserError: it is of a model that shares other layers, has other ranks, or another frozen backbone; what fits would be
-                loaded, and nobody would know.
+            UserError: the checkpoint is from a model that shares other layers, or has other ranks or another frozen backbone. Loading
+                only the matching tensors would go unnoticed.
         """
         require_keys(saved, ("model", "frozen"), path)
         own = {name: tensor.shape for name, tensor in self.of(model).items()}
@@ -71,11 +71,11 @@ class Moments(dict[str, dict[str, Any]]):
 
     @classmethod
     def of(cls, model: nn.Module, optimizer: torch.optim.Optimizer) -> Moments:
-        """Those of an optimiser over the parameters of `model`."""
+        """The state of an optimiser over the parameters of `model`."""
         return cls({n: dict(optimizer.state.get(p, {})) for n, p in model.named_parameters() if p.requires_grad})
 
     def give(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Load them into an optimiser, on the devices of the parameters (those of a checkpoint are on the CPU)."""
+        """Load the state into an optimiser, moving it to the devices of the parameters (in a checkpoint it is on the CPU)."""
         names = {id(p): name for name, p in model.named_parameters()}
         ordered = [p for group in optimizer.param_groups for p in group["params"]]
         known = {i: self[names[id(p)]] for i, p in enumerate(ordered) if self.get(names[id(p)])}

@@ -28,7 +28,7 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """Turns SIGINT and SIGTERM into a request that the loop answers at the end of an optimiser step."""
+    """Turns SIGINT and SIGTERM into a request that the loop checks after every optimiser step."""
 
     def __init__(self) -> None:
         self.signum: int | None = None
@@ -36,12 +36,12 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         for signum in (signal.SIGINT, signal.SIGTERM):
-            with suppress(ValueError):  # not in the main thread: whoever runs us there handles signals
+            with suppress(ValueError):  # not in the main thread, where only the caller can handle signals
                 self._old[signum] = signal.signal(signum, self._note)
         return self
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
-        if self.signum is not None:  # asked twice: do not insist on a tidy end
+        if self.signum is not None:  # a second signal stops at once, without a checkpoint
             raise KeyboardInterrupt
         self.signum = signum
 

@@ -1,4 +1,4 @@
-"""What may look on while a model is trained."""
+"""The interface of objects that observe training."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from compressvit.charts.findings import Finding
 
 
 class Watch(Protocol):
-    """What the training loop calls around every optimiser step."""
+    """An observer that the training loop calls around every optimiser step."""
 
     def before(self, steps: int) -> None:
-        """A batch is about to go through the model; `steps` optimiser steps of the phase are done."""
+        """Called before the forward pass of a batch; `steps` optimiser steps of the phase are done."""
 
     def after(self, step: int, epoch: int, scale: float) -> None:
-        """The gradients of step number `step` (from 1) are whole: unscaled, not yet clipped. `scale` is what the loss was multiplied by."""
+        """Called with the accumulated gradients of step `step` (from 1), unscaled and not yet clipped. `scale` is the loss scale."""
 
     def findings(self) -> list[Finding]:
-        """What was seen so far, in this phase and those before."""
+        """The findings so far, from this phase and earlier ones."""
 
     def close(self) -> None:
-        """Leave the model as it was."""
+        """Remove all hooks from the model."""

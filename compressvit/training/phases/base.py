@@ -1,11 +1,11 @@
 """The interface of a phase, and the registry of phases.
 
-A phase is what a user asks for in a recipe's `steps` to train the student:
+A phase is a step of a recipe that trains the student:
 
-    spec.plan(student, setting)    # on the meta device: what it will do; every fault is found here
-    spec.run(model, stage)         # trains, and returns the model and what `results.json` keeps of it
+    spec.plan(student, setting)    # on the meta device: what it will do; every error is raised here
+    spec.run(model, stage)         # trains, and returns the model and its entry in `results.json`
 
-Whatever trains is imported when it runs: reading a recipe takes neither timm nor the losses.
+Training code is imported only when a phase runs: reading a recipe needs neither timm nor the losses.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class Setting:
     """The models, data and batch size that a phase will run with, as known to a plan.
 
     Attributes:
-        student: what is trained, on the meta device; the teacher itself in the phase that trains it.
+        student: the model to train, on the meta device; the teacher itself in the phase that trains it.
         teacher: None in the phase that trains the teacher.
-        batch_size: images of a training batch.
-        task: what the student's outputs mean; None: classes where it has a classifier, else features.
-        unlabelled: what to call the training images where they have no labels, e.g. "the images of data 'images'"; else None.
+        batch_size: images per training batch.
+        task: what the student's outputs mean; None: classes if it has a classifier, else features.
+        unlabelled: how messages call the training images if they have no labels, e.g. "the images of data 'images'"; else None.
     """
 
     student: Side
@@ -51,9 +51,9 @@ class PhasePlan:
     """What a phase will do.
 
     Attributes:
-        summary: in a few words.
-        layers: pairs of block indices, student before teacher; `layers_rule` says how they came about.
-        loss_bytes: what each loss term keeps for the backward pass of a batch, in float32.
+        summary: a short description.
+        layers: pairs of block indices, (student, teacher); `layers_rule` says how they were chosen.
+        loss_bytes: bytes that each loss term keeps for the backward pass of a batch, in float32.
     """
 
     summary: str
@@ -66,24 +66,24 @@ class PhaseSpec(Training):
     """The options of a phase, as given in a recipe. The base class trains on the ground truth."""
 
     name: ClassVar[str]
-    # False: it also trains a model without a classifier.
+    # False: the phase can also train a model without a classifier.
     needs_classifier: ClassVar[bool] = True
-    # Options that `compare` names in the label of a student, besides the phase's word; None: the phase is not part of the label.
+    # Options that `compare` shows in a student's label after the phase's key; None: the phase is not part of the label.
     label_fields: ClassVar[tuple[str, ...] | None] = None
 
     @property
     def removal_scope(self) -> str | None:
-        """Among which neurons a phase that removes some compares, e.g. 'global' or 'local'; None: it removes none.
+        """The scope in which a phase that removes neurons compares them, e.g. 'global' or 'local'; None: it removes none.
 
-        One that does logs a `compressvit.rows.WidthsRow` after every removal, and its report has `widths`.
+        A phase that removes neurons logs a `compressvit.rows.WidthsRow` after every removal, and its report has `widths`.
         """
         return None
 
     def refuse(self, setting: Setting) -> None:
-        """Report faults that would otherwise appear only when the phase begins, possibly after hours.
+        """Raise errors that would otherwise appear only when the phase starts, possibly hours later.
 
         Raises:
-            UserError: nothing can be trained, an optimiser that cannot be built, a model or data without what the phase learns from.
+            UserError: there is nothing to train, the optimiser cannot be built, or model or data lack what the phase learns from.
         """
         import torch
 
@@ -120,44 +120,44 @@ class PhaseSpec(Training):
             )
 
     def unfit_for(self, task: Task) -> str | None:
-        """What of its options does not fit the task, for a recipe's reader and `refuse`; None where all do."""
+        """Which of its options does not fit the task, as a message for recipe validation and `refuse`; None if all do."""
         return None
 
     def plan(self, setting: Setting) -> PhasePlan:
-        """What the phase will do. One that changes the structure of the student changes that of `setting.student` likewise.
+        """Plan the phase. If the phase changes the structure of the student, that of `setting.student` is changed in the same way.
 
         Raises:
-            UserError: as `refuse`, and what else is wrong with it.
+            UserError: as `refuse`, or any other error that can be found without values.
         """
         self.refuse(setting)
         return PhasePlan(self.summary(setting.batch_size))
 
     def preview(self, student: nn.Module, teacher: nn.Module, likeness: Likeness) -> str | None:
-        """What the phase would begin with, in words, where only values tell; None where its plan has said everything.
+        """Choices of the phase that depend on values (such as layer pairs), in words; None if the plan is complete without values.
 
         Args:
-            student, teacher: with values.
+            student, teacher: models with values.
             likeness: CKA of their blocks.
         """
         return None
 
     def run(self, model: nn.Module, stage: Stage) -> tuple[nn.Module, dict[str, Any]]:
-        """Train, from the phase's checkpoint if there is one.
+        """Train, resuming from the phase's checkpoint if there is one.
 
         Returns:
-            The model (possibly another one), and what `results.json` keeps of the phase: at least `start`, the scores it began with,
-            and `kept_epoch`, the epoch whose weights it ends with.
+            The model (possibly another object), and the phase's entry in `results.json`: at least `start`, the scores before training,
+            and `kept_epoch`, the epoch whose weights were kept.
 
         Raises:
-            Interrupted: a signal came; a checkpoint was written.
-            UserError: it diverged, or cannot be had.
+            Interrupted: a signal was received; a checkpoint was written.
+            UserError: the training diverged, or the phase cannot run.
         """
         from compressvit.training.terms import labels_term
 
         return model, stage.train(model, self, [labels_term(1.0, self.smoothing, stage.task)])
 
     def summary(self, batch_size: int) -> str:
-        """Length, batch, optimiser and precision in a line."""
+        """Length, batch size, optimiser and precision in one line."""
         length = f"{self.epochs} epoch{'s' * (self.epochs > 1)}" + (
             f", at most {self.max_steps} steps" if self.max_steps else ""
         )
@@ -170,7 +170,7 @@ P = TypeVar("P", bound=type[PhaseSpec])
 
 
 def phase(name: str) -> Callable[[P], P]:
-    """Register a phase under the word that recipes use. A second one of the same name is refused at import."""
+    """Register a phase under its key in recipes. A duplicate key raises at import."""
 
     def register(spec: P) -> P:
         PHASES.add(name, spec, spec.__module__)

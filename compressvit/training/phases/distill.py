@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def _show_default(schema: JsonDict) -> None:
-    """Say in the schema what the losses are by default, which is known when their keys are."""
+    """Add the default losses to the schema, once the keys of the losses are known."""
     schema["default"] = losses_section()().model_dump(mode="json")
 
 
@@ -32,7 +32,7 @@ class Distill(PhaseSpec):
 
     needs_classifier: ClassVar[bool] = False
 
-    model_config = ConfigDict(defer_build=True)  # until the keys of `losses` are known
+    model_config = ConfigDict(defer_build=True)  # completed when the keys of `losses` are known
 
     losses: LossSection = Field(default_factory=lambda: losses_section()(), json_schema_extra=_show_default)
     layers: Literal["matched", "auto"] | tuple[tuple[int, int], ...] = Field(

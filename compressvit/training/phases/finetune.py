@@ -7,4 +7,4 @@ from compressvit.training.phases.base import PhaseSpec, phase
 
 @phase("finetune")
 class Finetune(PhaseSpec):
-    """Train on the labels alone; a teacher is trained from scratch this way, too."""
+    """Train on the labels only, also used to train a teacher from scratch."""

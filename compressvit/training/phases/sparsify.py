@@ -1,10 +1,10 @@
-"""Unstructured pruning of adapters: a mask over the single weights of their projections (SparseAdapter, SNIP, GraSP).
+"""Unstructured pruning of adapters: a mask over the individual weights of their projections (SparseAdapter, SNIP, GraSP).
 
 Papers: SparseAdapter, EMNLP Findings 2022, https://arxiv.org/abs/2210.04284; SNIP, ICLR 2019, https://arxiv.org/abs/1810.02340;
 GraSP, ICLR 2020, https://arxiv.org/abs/2002.07376
 
-A masked weight stays zero and is not trained. In contrast to `prune`, no tensor shrinks: fewer weights are counted as
-trained, but time, memory and the size of the file stay.
+A masked weight stays zero and is not trained. In contrast to `prune`, no tensor shrinks: fewer weights count as trained, but
+time, memory and file size do not change.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Batches = Callable[[], Sequence[tuple[torch.Tensor, Any]]]
 class Sparsify(PhaseSpec):
     """Mask all but the best individual weights of adapters, then train those (SparseAdapter, SNIP, GraSP). Tensors do not shrink.
 
-    With `keep: best` the evaluation before training is that of the masked model, so what is kept always has the masks.
+    With `keep: best`, the evaluation before training is that of the masked model, so the weights kept are always masked.
     """
 
     label_fields: ClassVar[tuple[str, ...] | None] = ("density", "score")
@@ -60,7 +60,7 @@ class Sparsify(PhaseSpec):
 
     def plan(self, setting: Setting) -> PhasePlan:
         plan = super().plan(setting)
-        # which weights stay is not known before their values: any will do to count them
+        # which weights stay depends on values; for counting them, any choice will do
         sparsify_(setting.student.model, self.model_copy(update={"score": "random"}), list)
         plan.summary += f"; keeps {self.density:.0%} of the weights of adapters"
         return plan
@@ -69,33 +69,35 @@ class Sparsify(PhaseSpec):
         from compressvit.training.optimisation import seed_everything
 
         name = stage.phase.name
-        seed_everything(stage.phase.seed, stage.phase.number, 1000)  # the scores' images are those of any run
+        seed_everything(stage.phase.seed, stage.phase.number, 1000)  # the same images in every run, resumed or not
         images = partial(stage.labelled_batches, model, self.gradient_batches)
         left = sparsify_(model, self, images, stage.phase.seed, stage.task)
         if stage.fresh:
             stage.log.say(f"{name}: {sum(left.values()):,} weights of adapters are left ({self.score})")
             stage.log.scalars(name, "weights", 0, dict(left))
-        model, report = super().run(model, replace(stage, start=None))  # that of the model before it was masked
+        model, report = super().run(
+            model, replace(stage, start=None)
+        )  # the known evaluation is that of the model before masking
         return model, {**report, "weights_left": left}
 
 
 def sparsify_(
     model: nn.Module, spec: Sparsify, batches: Batches, seed: int = 0, task: Task | None = None
 ) -> dict[str, int]:
-    """Mask all but the best weights of all adapters together, in place; equal scores keep the earlier weight.
+    """Mask all but the best weights over all adapters together, in place; of equal scores the earlier weight is kept.
 
     Args:
         model: with `adapters` or `adaptformer`.
-        spec: its `density` and `score`.
+        spec: provides `density` and `score`.
         batches: images and labels, on the model's device, for scores that need a gradient; called at most once.
-        seed: of `random`.
-        task: whose loss `snip` and `grasp` differentiate; None: classes of a model that has a classifier.
+        seed: for `random`.
+        task: `snip` and `grasp` differentiate its loss; None: classes of a model with a classifier.
 
     Returns:
-        How many weights every adapter has left.
+        The number of remaining weights of every adapter.
 
     Raises:
-        UserError: no such adapters, or weights whose scores are all zero.
+        UserError: the model has no such adapters, or all scores are zero.
     """
     plan = prunable_plan(model)
     weights = _weights(model, plan)
@@ -138,7 +140,7 @@ def _weights(model: nn.Module, plan: BottleneckPlan) -> dict[str, torch.Tensor]:
 def _scores(
     model: nn.Module, weights: dict[str, torch.Tensor], spec: Sparsify, batches: Batches, seed: int, task: Task
 ) -> dict[str, torch.Tensor]:
-    """By name of the weight, of its shape, on the CPU in float64: |θ|, |g⊙θ| or θ⊙Hg of the loss of the batches together."""
+    """Scores |θ|, |g⊙θ| or θ⊙Hg by weight name, in the weight's shape, float64 on the CPU; g and H of the loss over all batches."""
     if spec.score == "magnitude":
         return {name: w.detach().abs().cpu().double() for name, w in weights.items()}
     if spec.score == "random":
@@ -151,7 +153,7 @@ def _scores(
         gradient, sums = sums, [torch.zeros_like(w) for w in weights.values()]
         second = spec.score == "grasp" and any(g.any() for g in gradient)
         for pixels, targets in images:
-            with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
+            with sdpa_kernel(SDPBackend.MATH):  # fused attention kernels have no second derivative
                 loss = task.loss(model(pixels), targets) / len(images)
                 slopes = torch.autograd.grad(loss, list(weights.values()), create_graph=second)
                 if second:  # H g, where g is the gradient over all batches

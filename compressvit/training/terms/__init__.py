@@ -1,7 +1,7 @@
 """The terms of the distillation loss: one file per term, with its key in a recipe, its taps and its formula.
 
-To add one, write a file beside `prediction.py`; it is discovered, and its word becomes a key of `losses`. Another package adds one
-through an entry point of the group `compressvit.terms`. The functions themselves are in `compressvit.losses`.
+To add one, write a file beside `prediction.py`. It is discovered automatically, and its name becomes a key of `losses`. Other packages
+add terms through entry points of the group `compressvit.terms`. The loss functions themselves are in `compressvit.losses`.
 """
 
 from __future__ import annotations

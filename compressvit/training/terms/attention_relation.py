@@ -1,4 +1,4 @@
-"""The `attention_relation` term: how queries, keys and values of paired layers relate (MiniViT)."""
+"""The `attention_relation` term: relations among queries, keys and values of paired layers (MiniViT)."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class AttentionRelationTerm(LossTerm):
                 for p in pairs
             ]
             loss, kl = (torch.stack(v).mean() for v in zip(*values, strict=True))
-            # The cross-entropy cannot fall below the teacher's entropy; its distance from there is what training closes.
+            # The cross-entropy cannot fall below the teacher's entropy; training can only reduce the difference, the KL divergence.
             return loss, {"attention_relation_kl": kl}
 
         return Term(

@@ -1,4 +1,4 @@
-"""What every loss term offers, and the registry of their words."""
+"""The interface of a loss term, and the registry of terms."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pydantic import Field
 from compressvit.registry import Registry
 from compressvit.spec import Spec
 
-if TYPE_CHECKING:  # reading a recipe does not take timm
+if TYPE_CHECKING:  # reading a recipe does not need timm
     from compressvit.model.taps import Tap
     from compressvit.tasks.base import Task
     from compressvit.training.pairs import LayerPair
@@ -20,13 +20,13 @@ if TYPE_CHECKING:  # reading a recipe does not take timm
 
 @dataclass(frozen=True)
 class Batch:
-    """What one step offers to the loss terms. Logits are (B, classes); taps are {path: {'input' | 'output': tensor}}."""
+    """The inputs of the loss terms in one step. Logits are (B, classes); taps are {path: {'input' | 'output': tensor}}."""
 
     student_logits: torch.Tensor
     teacher_logits: torch.Tensor | None
     student_taps: dict[str, dict[str, Any]]
     teacher_taps: dict[str, dict[str, Any]]
-    targets: Any  # of the task: classes (B,), or (B, classes) after mixup
+    targets: Any  # as the task defines them: classes (B,), or (B, classes) after mixup
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Term:
     """One weighted term.
 
     Attributes:
-        function: returns the unweighted loss, a scalar, and what else is worth logging, scalars by name. All stay on the device: a term
-            that asks one for its value makes every step wait.
-        student_taps, teacher_taps: what it reads of the two models.
+        function: returns the unweighted loss, a scalar, and further scalars to log, by name. All must stay on the device: reading a
+            value would make every step wait.
+        student_taps, teacher_taps: the module inputs and outputs that the term reads of each model.
     """
 
     name: str
@@ -48,12 +48,12 @@ class Term:
 
 @dataclass(frozen=True)
 class TermSetting:
-    """What a term is built for.
+    """What a term needs to know of models and options when it is built.
 
     Attributes:
-        pairs: the distilled layers.
-        prefix_tokens: how many tokens at the front of the student's sequence are no patches.
-        smoothing: of the ground truth.
+        pairs: the pairs of layers to distil.
+        prefix_tokens: number of tokens before the patches in the student's sequence.
+        smoothing: label smoothing of the ground truth.
         task: what the student's outputs mean; None: classes.
     """
 
@@ -64,25 +64,25 @@ class TermSetting:
 
 
 class LossTerm(Spec):
-    """A term as a recipe asks for it: its docstring and fields are what the schema says of the key."""
+    """A term as given in a recipe. The docstring and fields of a subclass document its key in the schema."""
 
     name: ClassVar[str]
-    # True: it reads the student's logits, so a student without a classifier cannot have it.
+    # True: the term reads the student's logits, so the student needs a classifier.
     needs_classes: ClassVar[bool] = False
-    # True: it compares the student's logits with the teacher's, so both need the same classes.
+    # True: the term compares the student's logits with the teacher's, so both need the same classes.
     compares_logits: ClassVar[bool] = False
-    # True: it learns from the ground truth.
+    # True: the term uses the ground truth.
     needs_labels: ClassVar[bool] = False
-    # True: the key holds a list, of any number of such terms.
+    # True: the key takes a list of any number of such terms.
     listed: ClassVar[bool] = False
 
     weight: float = Field(1.0, ge=0)
 
     def build(self, setting: TermSetting) -> Term | None:
-        """The term, with its taps; None where there is nothing that it could compare, as without layer pairs.
+        """Build the term with its taps; None if it has nothing to compare, e.g. without layer pairs.
 
         Raises:
-            UserError: it does not fit what it is asked for.
+            UserError: the term does not fit the models or its options.
         """
         raise TypeError(f"{type(self).__name__} does not define build")
 

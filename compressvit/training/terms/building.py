@@ -1,4 +1,4 @@
-"""From the section `losses` of a recipe to terms."""
+"""Building loss terms from the section `losses` of a recipe."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ def build_terms(
     smoothing: float = 0.0,
     task: Task | None = None,
 ) -> list[Term]:
-    """The terms of a distillation with weight above 0, relation terms only where there are layer pairs.
+    """Build the terms of a distillation that have a positive weight; relation terms only if there are layer pairs.
 
     Args:
         spec: the recipe's `losses`.
-        pairs: the distilled layers.
+        pairs: the pairs of layers to distil.
         classes: size of the student's classifier; 0 for a headless backbone.
-        prefix_tokens: how many tokens at the front of the student's sequence are no patches.
-        smoothing: of the ground truth, for `labels`.
-        task: what the student's outputs mean; None: classes where it has a classifier.
+        prefix_tokens: number of tokens before the patches in the student's sequence.
+        smoothing: label smoothing, for `labels`.
+        task: what the student's outputs mean; None: classes if it has a classifier.
 
     Raises:
-        UserError: a term needs logits and there is no classifier, a torchdistill loss is unknown or ill-configured,
-            or nothing is left to learn.
+        UserError: a term needs logits and there is no classifier, a torchdistill loss is unknown or misconfigured,
+            or no term is left.
     """
     for asked in spec.terms():
         fits = task.supervised if task is not None and asked.needs_labels else classes

@@ -33,7 +33,7 @@ class FeatureTerm(LossTerm):
 
         def function(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             student, teacher = batch.student_taps[path][io], batch.teacher_taps[path][io]
-            if not count or student.shape != teacher.shape:  # the loss itself complains about different shapes
+            if not count or student.shape != teacher.shape:  # the loss itself raises for different shapes
                 return losses.feature(student, teacher, self.form), {}
             prefix, patches = (
                 losses.feature(student[:, part], teacher[:, part], self.form)

@@ -1,4 +1,4 @@
-"""The `hidden_relation` term: how the tokens that leave paired blocks relate (MiniViT)."""
+"""The `hidden_relation` term: relations among the output tokens of paired blocks (MiniViT)."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from compressvit.training.terms.base import Batch, LossTerm, Term, TermSetting, 
 
 @loss_term("labels")
 class LabelTerm(LossTerm):
-    """Cross-entropy against the ground truth. MiniViT does not use it: soft labels alone do better there."""
+    """Cross-entropy against the ground truth. MiniViT does not use it: soft labels alone work better there."""
 
     needs_classes: ClassVar[bool] = True
     needs_labels: ClassVar[bool] = True
@@ -25,11 +25,11 @@ class LabelTerm(LossTerm):
 
 
 def labels_term(weight: float, smoothing: float, task: Task | None = None) -> Term:
-    """The task's loss against the ground truth; that of a classification where none is given."""
+    """The task's loss against the ground truth; classification if no task is given."""
     task = task or TASKS["classification"]
 
     def function(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        if batch.targets is None:  # in a plan, of a task whose targets cannot be made up
+        if batch.targets is None:  # in a plan, for a task without synthetic targets
             raise NotImplementedError
         return task.loss(batch.student_logits, batch.targets, smoothing), {}
 

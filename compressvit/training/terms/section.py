@@ -1,4 +1,4 @@
-"""The section `losses` of a recipe: a key for every registered term."""
+"""The section `losses` of a recipe, with a key for every registered term."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pydantic_core import CoreSchema
 from compressvit.spec import Spec
 from compressvit.training.terms.base import TERMS, LossTerm
 
-# In this order the terms are listed and added up (a sum's last digits depend on it); any others follow.
+# The order in which terms are listed and summed (the last digits of the sum depend on it); all other terms follow.
 _ORDER = ("prediction", "attention_relation", "hidden_relation", "feature", "labels", "torchdistill")
 
 
 class LossSection(Spec):
     """The terms of the distillation loss. A term with weight 0 is not computed.
 
-    Its keys are the registered terms, to which packages and programs add, so they are settled when a section is first validated.
+    Its keys are the registered terms. Packages and programs can add terms until a section is first validated.
     """
 
     model_config = ConfigDict(defer_build=True)
@@ -28,7 +28,7 @@ class LossSection(Spec):
         return handler(source) if cls is not LossSection else handler.generate_schema(losses_section())
 
     def terms(self) -> list[LossTerm]:
-        """Those with a weight, in order."""
+        """The terms with a positive weight, in order."""
         found: list[LossTerm] = []
         for name in type(self).model_fields:
             value = getattr(self, name)
@@ -38,7 +38,7 @@ class LossSection(Spec):
 
 @cache
 def losses_section() -> type[LossSection]:
-    """The section's model, with the terms that are known when it is first asked for."""
+    """The pydantic model of the section, with the terms that are registered at the first call."""
     names = sorted(TERMS, key=lambda name: _ORDER.index(name) if name in _ORDER else len(_ORDER))
     fields: dict[str, Any] = {}
     for name in names:

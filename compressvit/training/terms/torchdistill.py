@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @loss_term("torchdistill")
 class TorchdistillTerm(LossTerm):
-    """Any mid-level loss of torchdistill, given by its class name and its own arguments, which name the taps."""
+    """Any mid-level loss of torchdistill, given by its class name and arguments, which also name the taps."""
 
     listed: ClassVar[bool] = True
 
@@ -35,7 +35,7 @@ class TorchdistillTerm(LossTerm):
         def function(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             try:
                 return module(batch.student_taps, batch.teacher_taps, batch.targets), {}
-            except NotImplementedError:  # an operation that the device lacks, as the meta device of a plan does
+            except NotImplementedError:  # an operation that the device does not support, e.g. the meta device of a plan
                 raise
             except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
                 shapes = [
@@ -56,7 +56,7 @@ class TorchdistillTerm(LossTerm):
 
 
 def _module(name: str, kwargs: dict[str, Any]) -> nn.Module:
-    # only here: it takes seconds to import
+    # imported only here because it takes seconds
     from torchdistill.losses import mid_level  # noqa: F401  (fills the registry below)
     from torchdistill.losses.registry import MIDDLE_LEVEL_LOSS_DICT
 
@@ -80,15 +80,17 @@ def _shape(value: Any) -> str:
 
 
 def _named_taps(kwargs: Any, whose: str | None = None) -> tuple[list[Tap], list[Tap]]:
-    """The module paths in a torchdistill loss's arguments, by its conventions: `student_module_path` beside `student_module_io`,
-    `student_output_path`, or {path: …, io: …} under a key that says whose it is."""
+    """The module paths in the arguments of a torchdistill loss, by its conventions: `student_module_path` with `student_module_io`,
+    `student_output_path`, or {path: …, io: …} under a key that names the model."""
     found: dict[str, list[Tap]] = {"student": [], "teacher": []}
     if isinstance(kwargs, dict):
         if whose and isinstance(kwargs.get("path"), str):
             found[whose].append((kwargs["path"], kwargs.get("io", "output")))
         for key, value in kwargs.items():
             owner = next((w for w in found if key.startswith(w)), whose)
-            if key == "module_path" and isinstance(value, str) and owner is None:  # RegularizationLoss names one side's
+            if (
+                key == "module_path" and isinstance(value, str) and owner is None
+            ):  # RegularizationLoss takes one model's module path only
                 side = "teacher" if kwargs.get("is_from_teacher") else "student"
                 found[side].append((value, kwargs.get("io_type", "output")))
             elif isinstance(value, str) and key.endswith("_path") and owner:

@@ -1,4 +1,4 @@
-"""The `prune` phase: train, remove neurons, train, …, always ending with a training (MiMi, algorithm 1)."""
+"""The `prune` phase: train, remove neurons, train, …, always ending with training (MiMi, algorithm 1)."""
 
 from __future__ import annotations
 
@@ -42,19 +42,19 @@ def prune_and_train(
     gradients: Gradients,
     quality: Quality,
 ) -> tuple[nn.Module, dict[str, Any], list[Widths]]:
-    """Run all cycles. Each has a checkpoint of its own, so a run that was stopped goes on in the cycle where it was.
+    """Run all cycles. Each has its own checkpoint, so an interrupted run resumes in the cycle it had reached.
 
     Args:
         model: with prunable adapters; changed in place.
-        phase: its checkpoint's name is that of the first training; those of the cycles carry their number.
-        train_cycle: trains the model, from its checkpoint if there is one, with the optimiser's moments to begin with.
-        evaluate: for a target of accuracy.
-        gradients: for `score: gradient`.
-        quality: the figure that a target of accuracy is about.
+        phase: its checkpoint is that of the first training; the checkpoints of later cycles have the cycle's number in their names.
+        train_cycle: trains the model, starting from its checkpoint if there is one, with the given optimiser moments.
+        evaluate: used for a target of accuracy.
+        gradients: used for `score: gradient`.
+        quality: the metric to which a target of accuracy refers.
 
     Returns:
-        The model (an earlier, larger one where accuracy fell below the target), what the first training began with and the last one
-        kept, and the widths of the adapters after every training.
+        The model (an earlier, larger one if accuracy fell below the target), the initial scores of the first training and the epoch
+        kept by the last one, and the widths of the adapters after every training.
     """
     plan = prunable_plan(model)
     start, price = dict(plan.widths), prices(model, plan)
@@ -65,7 +65,7 @@ def prune_and_train(
     moments = Moments()
     while True:
         cycle = _cycle(phase, done)
-        if not cycle.checkpoint.is_file():  # a resumed run has reported it before
+        if not cycle.checkpoint.is_file():  # already reported before the run was resumed
             _report(log, phase, done, history[-1])
         trained = train_cycle(model, cycle, moments)
         moments = trained.pop("moments")
@@ -91,7 +91,7 @@ def prune_and_train(
 
 
 def _cycle(phase: Phase, done: int) -> Phase:
-    """The training after removal number `done`."""
+    """The training that follows removal number `done`."""
     first = phase.checkpoint
     file = first.with_name(f"{first.stem}_cycle{done}.pt") if done else first
     return replace(phase, name=f"{phase.name}_cycle{done}", number=phase.number + 1000 * done, checkpoint=file)
@@ -118,11 +118,11 @@ def _choose(
     price: Mapping[str, Price],
     gradients: Gradients,
 ) -> dict[str, torch.Tensor]:
-    """Indices of the neurons that stay after removal number `done`."""
+    """Indices of the neurons kept by removal number `done`."""
     from compressvit.training.optimisation import seed_everything
 
     plan = prunable_plan(model)
-    seed_everything(phase.seed, phase.number, 1000 * done)  # the gradient's images are those of any run
+    seed_everything(phase.seed, phase.number, 1000 * done)  # the same images in every run, resumed or not
     found = scores(
         model,
         plan,

@@ -1,4 +1,4 @@
-"""Structured pruning of adapters: which neurons matter, which to keep within a target, and taking the others out (MiMi).
+"""Structured pruning of adapters: scoring neurons, choosing those to keep within a target, and removing the others (MiMi).
 
 Paper: Mini but Mighty: Finetuning ViTs with Mini Adapters, WACV 2024, https://arxiv.org/abs/2311.03873
 
@@ -29,10 +29,10 @@ Widths = dict[str, int]
 
 @dataclass(frozen=True)
 class Price:
-    """What one neuron of an adapter costs. A budget of parameters, of neurons and of MACs are three different targets.
+    """The cost of one neuron of an adapter, in the units of the possible targets: parameters, neurons and MACs.
 
     Attributes:
-        fixed: parameters that an adapter has however many neurons are left: the bias of its upper projection, a learnable scale.
+        fixed: parameters of an adapter that do not depend on its number of neurons: the up projection's bias and a learnable scale.
     """
 
     parameters: int
@@ -41,10 +41,10 @@ class Price:
 
 
 def prunable_plan(model: nn.Module) -> BottleneckPlan:
-    """The plan of the model's adapters whose neurons can be removed.
+    """The plan of the model's prunable adapters.
 
     Raises:
-        UserError: there is none, or more than one.
+        UserError: the model has no such plan, or more than one.
     """
     found = [plan for plan in compression_of(model).plans if isinstance(plan, BottleneckPlan) and plan.prunable]
     names = [name for name, spec in TRANSFORMS.items() if spec.plan_class.prunable]
@@ -74,12 +74,12 @@ def scores(
     seed: int = 0,
     gradients: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Importance of every neuron, (h',) float64 by the adapter's path.
+    """Importance of every neuron, (h',) float64 by adapter path.
 
     Args:
-        model: with the adapters of `plan`.
+        model: has the adapters of `plan`.
         kind: see `PruneOptions.score`.
-        seed: of `random`.
+        seed: for `random`.
         gradients: by parameter name, for `gradient`.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -106,7 +106,7 @@ def scores(
 
 
 def prices(model: nn.Module, plan: BottleneckPlan) -> dict[str, Price]:
-    """What one neuron of every adapter costs."""
+    """The cost of one neuron, by adapter path."""
     bottlenecks = plan.bottlenecks(model)
     tokens = tokens_at(model, [f"{plan.prefix(path)}.down" for path in bottlenecks])
     result = {}
@@ -127,10 +127,10 @@ def cycles(
     scope: Literal["global", "local"] = "global",
     least: int = 0,
 ) -> int | None:
-    """How many removals of `rate` reach the target: ceil(ln(target / start) / ln(1 − ρ)); None where only accuracy ends it.
+    """Number of removals at rate ρ that reach the target: ceil(ln(target / start) / ln(1 − ρ)); None if only accuracy ends pruning.
 
     Raises:
-        UserError: the target is above what there is, or what it leaves is not a neuron for certain.
+        UserError: the target exceeds the initial size, or may leave no neuron.
     """
     if target.accuracy is not None:
         return None
@@ -151,7 +151,7 @@ def cycles(
     else:
         need, why = max(costs), f"no neuron: the best can cost {max(costs):,} {unit}"
     if wanted < need:
-        share = math.ceil(1e4 * need / have) / 1e4  # rounded up, so that it is enough
+        share = math.ceil(1e4 * need / have) / 1e4  # rounded up, so that the target is reached
         raise UserError(
             f"prune.target.{unit}={_short(getattr(target, unit))} leaves {why}; "
             f"give at least {need:,} of the {have:,} there are, or a share of {share:g}"
@@ -170,10 +170,10 @@ def select(
     price: Mapping[str, Price],
     least: int = 0,
 ) -> dict[str, torch.Tensor]:
-    """Sorted indices of the neurons that stay in each adapter after removal number `done` (from 1).
+    """Sorted indices of the neurons that each adapter keeps after removal number `done` (from 1).
 
-    Keeps `floor((1−ρ)^done · start)` of the target's unit (neurons, where it is an accuracy), but no less than it asks for; equal
-    scores keep the earlier neuron. Every adapter keeps `least` of its own.
+    Keeps `floor((1−ρ)^done · start)` in the unit of the target (neurons for an accuracy), but no less than the target. Of equal scores
+    the earlier neuron is kept. Every adapter keeps at least `least` neurons.
     """
     share = (1 - spec.rate) ** done
     unit, limit = _limit(share, spec, start, price)
@@ -181,7 +181,9 @@ def select(
         widths = _local_widths(list(scored), share, spec, start, price, least)
         costs = {path: _cost(price[path], unit) for path in scored}
         while sum(widths[path] * costs[path] for path in scored) > max(limit, least * sum(costs.values())):
-            widths[max(widths, key=lambda path: widths[path])] -= 1  # where others keep `least`, beyond their share
+            widths[max(widths, key=lambda path: widths[path])] -= (
+                1  # because others keep `least`, which exceeds their share
+            )
         return {path: _best(s, widths[path]) for path, s in scored.items()}
     paths = list(scored)
     kept = {path: _best(s, least).tolist() for path, s in scored.items()}
@@ -192,14 +194,14 @@ def select(
             continue
         cost = _cost(price[paths[i]], unit)
         if spent + cost > limit:
-            break  # not a cheaper one of less worth instead: what is kept is always a prefix of the ranking
+            break  # no cheaper neuron of lower score instead: the neurons kept are always a prefix of the ranking
         spent += cost
         kept[paths[i]].append(j)
     return {path: torch.tensor(sorted(chosen), dtype=torch.long) for path, chosen in kept.items()}
 
 
 def _limit(share: float, spec: PruneOptions, start: Widths, price: Mapping[str, Price]) -> tuple[str, int]:
-    """Unit and amount of it in neurons that a cycle keeps: the paper's share of what there was, until the target itself is nearer."""
+    """The unit, and how much of it a cycle keeps in neurons: the paper's share of the initial amount, but at least the target."""
     if spec.target.accuracy is not None:
         return "neurons", _floor(share * sum(start.values()))
     unit, wanted, have = amounts(spec.target, start, price)
@@ -210,13 +212,13 @@ def _limit(share: float, spec: PruneOptions, start: Widths, price: Mapping[str, 
 def _local_widths(
     paths: list[str], share: float, spec: PruneOptions, start: Widths, price: Mapping[str, Price], least: int
 ) -> Widths:
-    if spec.target.accuracy is None:  # the same share of every adapter is that share of any unit
+    if spec.target.accuracy is None:  # the same share of neurons in every adapter is also that share of any other unit
         share = max(share, _share(spec.target, start, price))
     return {path: max(least, _floor(share * start[path])) for path in paths}
 
 
 def amounts(target: PruneTarget, start: Widths, price: Mapping[str, Price]) -> tuple[str, int, int]:
-    """Unit of a target that is not an accuracy, how many of it may stay, and how many there are at the start, in whole adapters."""
+    """The unit of a target other than accuracy, the amount that may stay, and the initial amount, each including fixed costs."""
     unit = next(name for name in ("neurons", "parameters", "macs") if getattr(target, name) is not None)
     have = sum(hidden * _cost(price[path], unit) for path, hidden in start.items() if hidden) + _fixed(price, unit)
     asked = getattr(target, unit)
@@ -224,14 +226,14 @@ def amounts(target: PruneTarget, start: Widths, price: Mapping[str, Price]) -> t
 
 
 def _share(target: PruneTarget, start: Widths, price: Mapping[str, Price]) -> float:
-    """The part of the neurons that may stay: as it was asked for, or that of a number."""
+    """The share of neurons that may stay: the given share, or the given number as a share."""
     unit, wanted, have = amounts(target, start, price)
     asked, fixed = getattr(target, unit), _fixed(price, unit)
     return asked if asked < 1 and not fixed else (wanted - fixed) / (have - fixed)
 
 
 def _floor(number: float) -> int:
-    """Rounded down, but 0.7 · 0.7 · 100 is 49."""
+    """Round down, with a tolerance for rounding errors: 0.7 · 0.7 · 100 gives 49."""
     return math.floor(number * (1 + 1e-12))
 
 
@@ -240,26 +242,26 @@ def _cost(price: Price, unit: str) -> int:
 
 
 def _fixed(price: Mapping[str, Price], unit: str) -> int:
-    """Of a unit, what all adapters have besides their neurons."""
+    """The amount of a unit that all adapters have independently of their neurons."""
     return sum(p.fixed for p in price.values()) if unit == "parameters" else 0
 
 
 def _best(scored: torch.Tensor, count: int) -> torch.Tensor:
-    """Sorted indices of the best; the earlier of equal ones."""
+    """Sorted indices of the highest scores; of equal scores, the earlier ones."""
     order = sorted(range(len(scored)), key=lambda j: (-float(scored[j]), j))
     return torch.tensor(sorted(order[:count]), dtype=torch.long)
 
 
 def shrink_(model: nn.Module, keep: Mapping[str, torch.Tensor], moments: Moments | None = None) -> Widths:
-    """Take all other neurons out of the adapters, in place; one without any leaves the forward pass.
+    """Keep only the given neurons of the adapters, in place; an adapter without neurons is removed from the forward pass.
 
-    What is left computes what the model did with the removed neurons' rows of U at zero. The model's record says the new widths, so
-    that its artifact loads without any data.
+    The result computes the same as the original model with the removed neurons' columns of U set to zero. The new widths are recorded in
+    the model, so its artifact loads without any data.
 
     Args:
-        model: with prunable adapters.
-        keep: sorted indices by path.
-        moments: the optimiser's state by parameter name, changed in the same way.
+        model: has prunable adapters.
+        keep: sorted indices of the neurons to keep, by path.
+        moments: the optimiser's state by parameter name, reduced in the same way.
 
     Returns:
         The new width of every adapter.
@@ -301,7 +303,7 @@ def _gather(
         for key, value in state.items():
             if isinstance(value, torch.Tensor) and value.shape == old.shape:
                 state[key] = value.index_select(dim, chosen.to(value.device))
-    else:  # sums over rows, preconditioners: they do not tell the neurons apart
+    else:  # sums over rows or preconditioners, which have no entries for single neurons
         state.clear()
 
 
@@ -311,7 +313,7 @@ def _counts(model: nn.Module, plan: Plan) -> dict[str, int]:
 
 
 def _record(model: nn.Module, old: BottleneckPlan, new: BottleneckPlan, before: Mapping[str, int]) -> None:
-    """Put the new plan, and its parameters, in the place of the old one in the model's record."""
+    """Replace the old plan and its parameter counts by the new ones in the model's record."""
     done = compression_of(model)
     done.plans[done.plans.index(old)] = new
     done.ties = ties.tied_groups(model)
@@ -321,7 +323,7 @@ def _record(model: nn.Module, old: BottleneckPlan, new: BottleneckPlan, before: 
             words = entry.change.split(";")[0]
             left = new.widths[entry.path]
             text = f"{words}; {left} neuron{'s' * (left > 1)} left" if left else f"{words}; pruned away"
-            # a later step may have added to the same path, and its own entry says so
+            # a later step may have added to the same path, and has its own entry for that
             after = entry.after + now[entry.path] - before[entry.path]
             done.ledger[i] = replace(entry, change=text, after=after)
 

@@ -1,4 +1,4 @@
-"""What a recipe can say about the `prune` phase (MiMi); what it does is in `spec.py`."""
+"""Options of the `prune` phase (MiMi); the phase itself is in `spec.py`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class PruneTarget(Spec):
-    """When pruning ends: one of these."""
+    """When pruning ends: exactly one of these keys."""
 
     neurons: float | int | None = Field(
         None,

@@ -25,7 +25,7 @@ __all__ = ["Prune", "PruneTarget"]
 class Prune(PruneOptions):
     """Train adapters, remove their least important neurons, train again, … (MiMi). `epochs` and the schedule apply to each cycle.
 
-    With `keep: best` a cycle hands on the weights of its best evaluation, and the optimiser's moments of its last step.
+    With `keep: best`, the next cycle starts from the weights of the best evaluation, and from the optimiser's moments of the last step.
     """
 
     @property
@@ -38,7 +38,7 @@ class Prune(PruneOptions):
         return PhasePlan(self._removals(setting.student.model, task.main_quality))
 
     def _removals(self, student: nn.Module, quality: Quality) -> str:
-        """Shrinks the student as if every adapter lost the same share: which neurons go is known after training."""
+        """Shrink the student as if every adapter lost the same share; which neurons are removed is known only after training."""
         plan = prunable_plan(student)
         start, price = dict(plan.widths), prices(student, plan)
         total = cycles(self.target, self.rate, start, price, self.scope, plan.least)
