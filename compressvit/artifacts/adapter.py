@@ -1,6 +1,6 @@
-"""Adapters on their own: what was trained beside a frozen backbone, in one small safetensors file for every task.
+"""Adapter files: the parameters trained on top of a frozen backbone, in one small safetensors file per task.
 
-The file's header says what structure to add, and the hash of the backbone it was trained beside. Nothing is unpickled.
+The header of the file describes the structure to add, and contains the hash of the backbone. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ _KEY = "compressvit"
 
 
 class AdapterHeader(Spec):
-    """What an adapter file says of itself.
+    """The header of an adapter file.
 
     Attributes:
-        backbone: hash of the tensors that were frozen.
-        tensors: hash of those in the file; None in files of earlier versions, as `checksum`.
-        checksum: of the header itself.
+        backbone: hash of the frozen tensors.
+        tensors: hash of the tensors in the file; None in files of earlier versions.
+        checksum: hash of the header itself; None in files of earlier versions.
     """
 
     format: int
@@ -55,7 +55,7 @@ class AdapterHeader(Spec):
 
 @dataclass
 class _Loaded:
-    """What `remove_adapter` puts back: the classifier's size, and the tensors that the adapter replaced."""
+    """What `remove_adapter` restores: the classifier's size, and the tensors that the adapter replaced."""
 
     num_classes: int
     replaced: dict[str, torch.Tensor]
@@ -63,10 +63,10 @@ class _Loaded:
 
 
 def save_adapter(model: nn.Module, path: str | Path) -> Path:
-    """Write what was trained beside a frozen backbone (kilobytes), the classifier included.
+    """Write the parameters trained on top of a frozen backbone (kilobytes), including the classifier.
 
     Args:
-        model: a plain timm model, to which transforms were applied that all freeze what they do not train.
+        model: a timm model with transforms that all freeze the parameters they do not train.
         path: a file, by convention `*.safetensors`.
 
     Raises:
@@ -100,14 +100,15 @@ def save_adapter(model: nn.Module, path: str | Path) -> Path:
 
 
 def load_adapter(model: nn.Module, path: str | Path) -> nn.Module:
-    """Put an adapter onto its backbone, in place; one that was loaded before is removed first, so this also switches tasks.
+    """Add an adapter to its backbone, in place. An adapter loaded before is removed first, so this also switches tasks.
 
     Args:
-        model: the plain timm model that the adapter was trained beside.
-        path: of `save_adapter`.
+        model: the plain timm model on which the adapter was trained.
+        path: a file written by `save_adapter`.
 
     Raises:
-        UserError: no adapter file there, one of another backbone, or a model that transforms have changed. The model is then as it was.
+        UserError: there is no adapter file at `path`, it belongs to another backbone, or transforms have changed the model. The model is
+            then unchanged.
     """
     path = Path(path)
     header, plans = _read(path)
@@ -147,7 +148,7 @@ def load_adapter(model: nn.Module, path: str | Path) -> nn.Module:
 def _require_fit(
     model: nn.Module, header: AdapterHeader, plans: list[Plan], tensors: dict[str, torch.Tensor], path: Path
 ) -> None:
-    """Raise a `UserError` unless the tensors are just those that the plans train on this backbone; tried on a skeleton."""
+    """Raise a `UserError` unless the tensors are exactly those that the plans train on this backbone; checked on a skeleton."""
     scratch = surgery.skeleton(model)
     surgery.strip(scratch)
     set_compression(scratch, Compression())
@@ -171,7 +172,7 @@ def _require_fit(
 
 
 def _require_as_written(header: AdapterHeader, tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Raise a `UserError` where the file is not what was written; files of earlier versions cannot tell."""
+    """Raise a `UserError` if the file fails its checksums; files of earlier versions have none."""
     if header.tensors is not None and hash_tensors(tensors) != header.tensors:
         what = "tensors are"
     elif header.checksum is not None and content_checksum(header.model_dump(mode="json")) != header.checksum:
@@ -182,12 +183,12 @@ def _require_as_written(header: AdapterHeader, tensors: dict[str, torch.Tensor],
 
 
 def _saved_names(model: nn.Module) -> set[str]:
-    """What an adapter file holds: the trained parameters, and the masks among what was added."""
+    """Names of the tensors in an adapter file: the trained parameters, and the masks of added modules."""
     return (trained_names(model) or set()) | surgery.added_buffers(model)
 
 
 def remove_adapter(model: nn.Module) -> nn.Module:
-    """Undo `load_adapter`, in place: the model is the backbone it was, classifier included.
+    """Undo `load_adapter`, in place, which restores the original backbone and classifier.
 
     Raises:
         UserError: no adapter was loaded.
@@ -209,7 +210,7 @@ def remove_adapter(model: nn.Module) -> nn.Module:
 
 
 def _hash(model: nn.Module, without: set[str], restored: _Loaded | None = None) -> str:
-    """SHA-256 over the model's own tensors, by name, but those named; where an adapter is loaded, of the values before it."""
+    """SHA-256 over the model's original tensors by name, except those given; values that a loaded adapter replaced count as before."""
     added = surgery.added_parameters(model) | surgery.added_buffers(model)
     own = {name: tensor for name, tensor in model.state_dict().items() if name not in without and name not in added}
     before = {name: tensor for name, tensor in restored.replaced.items() if name in own} if restored else {}

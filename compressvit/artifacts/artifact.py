@@ -1,7 +1,7 @@
 """A compressed model on disk: a folder with its structure (`compressvit.json`) and its values (`model.safetensors`).
 
-Each shared tensor is stored once, under its canonical name; the manifest rebuilds the ties. Loading is plan + apply + a strict
-load: no teacher, no images, and nothing is unpickled.
+Each shared tensor is stored once, under its canonical name; the ties are restored from the manifest. Loading applies the recorded plans
+and loads the tensors strictly: it needs no teacher and no images, and unpickles nothing.
 """
 
 from __future__ import annotations
@@ -49,19 +49,19 @@ def save(
     input_config: dict[str, Any] | None = None,
     check: Callable[[Path], object] | None = None,
 ) -> Path:
-    """Write a compressed (or plain) timm model as an artifact. One already at `path` is replaced when the new one is whole.
+    """Write a compressed (or plain) timm model as an artifact. An artifact at `path` is replaced once the new one is complete.
 
     Args:
         model: built by `timm.create_model`, then possibly by `compressvit.compress`.
         path: the artifact's folder; created.
-        input_config: what images the model expects; timm's configuration of the model by default.
-        check: called with the new artifact's folder before it replaces an earlier one, which stays where this raises.
+        input_config: size and normalisation of the model's images; by default timm's configuration of the model.
+        check: called with the new artifact's folder before it replaces an earlier one, which is kept if `check` raises.
 
     Raises:
         UserError: a tie is broken, the model was not built by timm, or `path` holds something that is not an artifact.
     """
     path = Path(path)
-    if path.is_symlink():  # what it points to is replaced, not the link
+    if path.is_symlink():  # the target of a link is replaced, not the link
         path = path.resolve()
     manifest = _manifest(model, input_config)
     if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or (path / MANIFEST).is_file())):
@@ -89,7 +89,7 @@ def save(
 
 
 def require_storable(model: nn.Module) -> None:
-    """Raise the `UserError` that `save` would raise of the model, before a long training rather than after it."""
+    """Raise the `UserError` that `save` would raise for the model, before a long training rather than after it."""
     _manifest(model, None)
 
 
@@ -98,11 +98,11 @@ def load(path: str | Path, *, materialise: bool = False) -> nn.Module:
 
     Args:
         path: the artifact's folder.
-        materialise: turn low-rank layers into plain linear layers with their effective weights: the teacher's latency, for the
-            memory of weights that are not shared. False keeps them factored.
+        materialise: turn low-rank layers into plain linear layers with their effective weights: the teacher's latency, at the cost of
+            the memory that sharing saved. False keeps them factored.
 
     Raises:
-        UserError: no artifact there, one of another format, a truncated or damaged file, or tensors that do not fit the structure.
+        UserError: there is no artifact at `path`, its format is unknown, a file is damaged, or tensors do not fit the structure.
     """
     path = Path(path)
     manifest = read_manifest(path)
@@ -132,11 +132,11 @@ def load(path: str | Path, *, materialise: bool = False) -> nn.Module:
 
 
 def read_back_difference(path: Path, student: nn.Module, size: tuple[int, int, int]) -> float:
-    """Largest difference between the outputs of the student and of its artifact on random images of `size` (C, H, W).
+    """Largest absolute difference between the outputs of the student and of its artifact on random images of `size` (C, H, W).
 
     Raises:
         UserError: the student's outputs are not finite.
-        RuntimeError: the two compute different things.
+        RuntimeError: the outputs differ.
     """
     student = student.cpu().eval()
     images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
@@ -165,7 +165,7 @@ def _transform(model: nn.Module, path: Path, manifest: Manifest) -> None:
 
 
 def is_plain(path: Path) -> bool:
-    """Whether the artifact at `path` has the structure of timm's own model: no transform, or only such as change values."""
+    """Whether the artifact at `path` has the structure of timm's own model: no transforms, or only ones that change values."""
     manifest = read_manifest(path)
     if not manifest.transforms:
         return True
@@ -224,7 +224,7 @@ def _manifest(model: nn.Module, input_config: dict[str, Any] | None) -> Manifest
 
 
 def _input_of(model: nn.Module) -> dict[str, Any]:
-    """timm's configuration of the model, for the size it has now: timm keeps the pretrained one there."""
+    """timm's input configuration of the model, with the model's current image size (timm keeps the pretrained one)."""
     return {**timm.data.resolve_model_data_config(model), "input_size": list(input_size(model))}
 
 

@@ -1,4 +1,4 @@
-"""`merge`: fold what the transforms added into timm's own layers, prove that nothing changed, and write a plain timm model."""
+"""`merge`: fold what transforms added into timm's own layers, and check that the plain timm model computes the same."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from compressvit.errors import UserError
 from compressvit.transforms.applying import materialise
 from compressvit.transforms.record import compression_of
 
-TOLERANCE = 1e-5  # of the largest output, in float32
+TOLERANCE = 1e-5  # relative to the largest output, in float32
 DENSE_ADAPTERS = (
     "the Kronecker products became dense matrices; the adapters keep their activation, so this is an artifact with dense `adapters`, "
     "not a plain timm model"
@@ -21,17 +21,17 @@ DENSE_ADAPTERS = (
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """A plain timm model that computes what a compressed one does, compared with it on random images and on some like photographs.
+    """Return a plain timm model that computes the same as a compressed one; both are compared on random and photograph-like images.
 
     Args:
-        model: of `compress` or `load`, or with an adapter; it is not changed.
+        model: from `compress` or `load`, or with a loaded adapter; it is not changed.
 
     Returns:
-        A model of the same class, with the keys of the untouched backbone. Adapters of Kronecker products leave dense ones: then it
-        is no plain timm model, but one with `adapters`, which `save` takes.
+        A model of the same class, with the keys of the original backbone. Adapters made of Kronecker products become dense `adapters`: the
+        result is then not a plain timm model, but `save` accepts it.
 
     Raises:
-        UserError: a transform cannot be folded, or the merged model computes something else.
+        UserError: a transform cannot be folded, or the outputs of the merged model differ.
 
     Example:
         >>> import timm, compressvit
@@ -48,22 +48,22 @@ def merge(model: nn.Module) -> nn.Module:
 
 
 def merged_copy(model: nn.Module) -> nn.Module:
-    """What `merge` returns, without the comparison; on the meta device it finds what cannot be merged.
+    """The merged model of `merge` without the comparison; also works on the meta device, to check whether a model can be merged.
 
     Raises:
-        UserError: a transform cannot be folded; the text says which, why, and what to do instead.
+        UserError: a transform cannot be folded; the message says which, why, and what to do instead.
     """
     plans = [plan for plan in compression_of(model).plans if not plan.loads_values]
     if not plans:
         raise UserError("there is nothing to merge: no transform has changed the model")
     for plan in plans:
         if not plan.foldable:
-            plan.fold(copy.deepcopy(model))  # raises, and says why
+            plan.fold(copy.deepcopy(model))  # raises a UserError with the reason
     return materialise(model).eval()
 
 
 def photograph_like(count: int, config: InputConfig, seed: int = 0) -> torch.Tensor:
-    """Normalised random images (count, C, H, W) with a 1/f spectrum, like photographs."""
+    """Normalised random images (count, C, H, W) with a 1/f spectrum like that of photographs."""
     generator = torch.Generator().manual_seed(seed)
     white = torch.fft.rfft2(torch.randn(count, config.channels, config.height, config.width, generator=generator))
     rows, columns = torch.fft.fftfreq(config.height), torch.fft.rfftfreq(config.width)
@@ -77,7 +77,7 @@ def photograph_like(count: int, config: InputConfig, seed: int = 0) -> torch.Ten
 
 @torch.inference_mode()
 def relative_difference(model: nn.Module, other: nn.Module, images: torch.Tensor) -> float:
-    """Largest difference of the outputs, relative to the largest output."""
+    """Largest absolute difference of the outputs, relative to the largest output."""
     ours, theirs = model(images), other(images)
     return ((ours - theirs).abs().max() / ours.abs().max()).item()
 
@@ -96,7 +96,7 @@ def made_up_images(config: InputConfig) -> dict[str, torch.Tensor]:
 def differences(
     model: nn.Module, other: nn.Module, tests: dict[str, torch.Tensor], what: str = "the merged model"
 ) -> dict[str, float]:
-    """By name of the images, the largest difference of the outputs relative to the largest; a `UserError` where it is too large."""
+    """The relative difference of the outputs for each named set of images; a `UserError` if one is too large."""
     found = {name: relative_difference(model, other, images) for name, images in tests.items()}
     for name, difference in found.items():
         if not difference <= TOLERANCE:  # NaN is not

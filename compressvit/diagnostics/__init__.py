@@ -1,7 +1,7 @@
-"""What compression did to a model: one file per diagnostic.
+"""Diagnostics of how compression changed a model: one file per diagnostic.
 
-To add one, write a file beside `gradients.py` with a `Measured` or `Watched`. It is discovered; recipes, their schema and `plan`
-then include it.
+To add one, write a file beside `gradients.py` with a subclass of `Measured` or `Watched`. It is discovered automatically; recipes, their
+schema and `plan` then include it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where the neurons of adapters stay while pruning takes the others away (MiMi, figure 5).
+"""The numbers of neurons that pruning leaves in each adapter (MiMi, figure 5).
 
 Paper: Mini but Mighty: Finetuning ViTs with Mini Adapters, WACV 2024, https://arxiv.org/abs/2311.03873
 """
@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from compressvit.charts.findings import Finding
 
-History = Sequence[Mapping[str, int]]  # neurons by adapter's path after every training, the start first
+History = Sequence[Mapping[str, int]]  # neurons by adapter path after every training, the initial ones first
 
 _TITLES = {
     "neurons": "neurons of the adapter (linear to 1, then logarithmic)",
@@ -20,10 +20,10 @@ _TITLES = {
 
 
 def allocation_finding(histories: Mapping[str, tuple[str, History]]) -> Finding:
-    """`allocation`: neurons of every adapter after every removal, a row an adapter, a colour a removal, a panel a history.
+    """`allocation`: neurons of every adapter after every removal, with one row per adapter, one colour per removal, one panel per history.
 
     Args:
-        histories: by the panel's name ('1_prune', or a run's): the scope ('global' or 'local') and the widths.
+        histories: scope ('global' or 'local') and widths, by panel name ('1_prune', or the name of a run).
     """
     records = [
         {

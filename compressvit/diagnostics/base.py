@@ -1,11 +1,11 @@
-"""What a diagnostic is, and their registry.
+"""The interface of a diagnostic, and the registry of diagnostics.
 
-A diagnostic is what a user asks for under `diagnostics:` in a recipe. There are two kinds, and both leave `Finding`s:
+Diagnostics are listed under `diagnostics:` in a recipe. There are two kinds, and both produce `Finding`s:
 
-    Measured   measure(context)        at stated epochs of every phase (MeasuredOnImages: on evaluation images)
-    Watched    watch(model, …)         looks at every step of a training
+    Measured   measure(context)        at given epochs of every phase (MeasuredOnImages: on evaluation images)
+    Watched    watch(model, …)         observes every training step
 
-Neither changes the training: a run ends with the same weights with it and without it, to the bit.
+Neither changes the training: the final weights are the same with and without diagnostics, bit for bit.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from compressvit.spec import Spec
 from compressvit.training.spec import Training
 from compressvit.training.watch import Watch
 
-FOLDER = "diagnostics"  # in a run folder
+FOLDER = "diagnostics"  # subfolder of a run folder
 Epochs = tuple[Annotated[int, Field(ge=0)] | Literal["last"], ...]
 EPOCHS = (
     "When to measure, as a number of completed epochs of each phase: 0 is before the first, last after the last (with keep: best, the "
@@ -37,16 +37,16 @@ EPOCHS = (
 
 @dataclass(frozen=True)
 class Context:
-    """What a diagnostic may look at. Models are on `device` and in eval mode, and are not to be changed.
+    """The inputs of a diagnostic. Models are on `device` in eval mode, and must not be changed.
 
     Attributes:
-        student: what is trained; the teacher itself in the phase that trains it.
+        student: the trained model; the teacher itself in the phase that trains it.
         teacher: None in a phase without one.
-        images: `images(n)` yields batches (B, C, H, W) of about n evaluation images, evenly spaced over the set and always the same,
-            without labels, normalised for the student; `teacher.converter(student.input)` makes a batch the teacher's.
-        labelled: likewise, batches of (images, targets); −1 for no label.
-        phase: its name, e.g. '1_distill'.
-        epoch: epochs of it that are done; 0 before the first.
+        images: `images(n)` yields batches (B, C, H, W) of about n evaluation images without labels, normalised for the student. They are
+            always the same, evenly spaced over the set. `teacher.converter(student.input)` converts a batch for the teacher.
+        labelled: `labelled(n)` yields the same images as batches (images, targets), with target −1 for no label.
+        phase: name of the phase, e.g. '1_distill'.
+        epoch: number of completed epochs of the phase; 0 before the first.
     """
 
     student: Side
@@ -59,48 +59,48 @@ class Context:
 
     @property
     def sides(self) -> dict[str, Side]:
-        """The models by what they are called, 'teacher' and 'student'; in the phase that trains the teacher there is only that."""
+        """The models by name, 'teacher' and 'student'; only 'teacher' in the phase that trains the teacher."""
         return {"teacher": self.student} if self.teacher is None else {"teacher": self.teacher, "student": self.student}
 
     @property
     def when(self) -> str:
-        """Phase and epoch in words, as records are stamped with."""
+        """Phase and epoch in words, for the field `when` of records."""
         return f"{self.phase}, epoch {self.epoch}"
 
 
 class Diagnostic(Spec):
-    """A diagnostic as a recipe asks for it."""
+    """The options of a diagnostic, as given in a recipe."""
 
     name: ClassVar[str]
 
     def summary(self) -> str:
-        """What it will do, in a few words for `plan`."""
+        """What the diagnostic will do, in a few words for `plan`."""
         raise TypeError(f"{type(self).__name__} does not define summary")
 
     def refuse(self, phase: Training, student: Side, teacher: Side | None) -> None:
-        """Raise a `UserError` where it cannot be had in a phase; `plan` asks, with models on the meta device, so nothing has run yet."""
+        """Raise a `UserError` if the diagnostic cannot run in a phase. Called by `plan`, with models on the meta device."""
 
     def note(self, phase: Training) -> str | None:
-        """What `plan` should say about it in a phase, if anything."""
+        """A note for `plan` about the diagnostic in a phase, if there is one."""
         return None
 
 
 class Measured(Diagnostic):
-    """A diagnostic that is measured at stated epochs."""
+    """A diagnostic that is measured at given epochs."""
 
-    # True: phases without a teacher (the teacher's own training) are passed over.
+    # True: phases without a teacher (the teacher's own training) are skipped.
     needs_teacher: ClassVar[bool] = False
 
     epochs: Epochs = Field((0, "last"), min_length=1, description=EPOCHS)
 
     def measure(self, context: Context) -> list[Finding]:
-        """Look at the models. Records get the fields `phase`, `epoch` and `when` ('1_distill, epoch 0') where they have none.
+        """Measure the models. Fields `phase`, `epoch` and `when` (e.g. '1_distill, epoch 0') are added to records that lack them.
 
-        Findings of one name from several epochs become one: its records follow one another, and where its chart's options speak of
-        none of the three fields it is drawn with a panel for each `when`.
+        Findings of the same name from several epochs are combined into one, with their records concatenated. If the options of its chart
+        use none of the three fields, it is drawn with one panel per `when`.
 
         Raises:
-            UserError: it cannot be measured; the run says so and goes on.
+            UserError: it cannot be measured; the run reports this and continues.
         """
         raise TypeError(f"{type(self).__name__} does not define measure")
 
@@ -114,12 +114,12 @@ class Measured(Diagnostic):
         return f"{self.name} is not measured at epoch {', '.join(map(str, late))}: the phase has {phase.epochs}"
 
     def due(self, epoch: int, last: bool) -> bool:
-        """Whether it is measured now."""
+        """Whether the diagnostic is measured at this epoch."""
         return epoch in self.epochs or (last and "last" in self.epochs)
 
 
 class MeasuredOnImages(Measured):
-    """A diagnostic that looks at what models make of evaluation images."""
+    """A diagnostic that is measured on evaluation images."""
 
     images: int = Field(512, ge=1, description="Evaluation images, evenly spaced over the set.")
 
@@ -128,15 +128,15 @@ class MeasuredOnImages(Measured):
 
 
 class Watched(Diagnostic):
-    """A diagnostic that looks on while a model is trained."""
+    """A diagnostic that observes training."""
 
     def watch(self, model: nn.Module, phase: str, folder: Path) -> Watch:
-        """Begin to look at a phase.
+        """Start observing a phase.
 
         Args:
-            model: as the phase begins with it.
-            phase: its name.
-            folder: for what it writes as it goes. Rows of this phase that are there already are of a run that goes on.
+            model: the model at the start of the phase.
+            phase: name of the phase.
+            folder: where rows are written during training. Existing rows of this phase are from before the run was resumed.
         """
         raise TypeError(f"{type(self).__name__} does not define watch")
 
@@ -146,10 +146,10 @@ _Spec = TypeVar("_Spec", bound=type[Diagnostic])
 
 
 def diagnostic(name: str) -> Callable[[_Spec], _Spec]:
-    """Register a diagnostic under the word that recipes use.
+    """Register a diagnostic under its key in recipes.
 
     Raises:
-        TypeError: when the class is defined: another one has that word.
+        TypeError: at class definition, if the key is taken.
     """
 
     def register(spec: _Spec) -> _Spec:
@@ -161,7 +161,7 @@ def diagnostic(name: str) -> Callable[[_Spec], _Spec]:
 
 
 def refuse_compiled(name: str, phase: Training) -> None:
-    """For a diagnostic that needs the modules and the graph as they are written."""
+    """Raise a `UserError` for a compiled phase; for diagnostics that need the uncompiled modules and graph."""
     if phase.compile:
         raise UserError(
             f"{name} reads the graph of the backward pass block by block, and compile=true fuses it; set compile=false, "

@@ -1,4 +1,4 @@
-"""The `cka` diagnostic: similarity of two models, layer by layer. (A file called `cka` would hide the function of that name.)"""
+"""The `cka` diagnostic: layer-wise similarity of two models. (A module named `cka` would hide the function of that name.)"""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ def cka_matrix(
     kernel: Kernel = "linear",
     bandwidth: float = 1.0,
 ) -> CKAResult:
-    """CKA of every tap of one model with every tap of another: rows are the first's, columns the second's.
+    """CKA of every tap of one model (rows) with every tap of another (columns).
 
-    All tokens of an image together are its features, as in Raghu et al. (https://arxiv.org/abs/2108.08810).
+    The features of an image are all its tokens, flattened, as in Raghu et al. (https://arxiv.org/abs/2108.08810).
 
     Args:
-        first, second: may be the same object, which is then run once.
-        batches: gives batches of images (B, C, H, W), as the first takes them.
-        images: how many of them.
-        batch_size: images whose features are in memory together; at least 4.
+        first, second: the models; the same object twice is run once.
+        batches: returns batches of images (B, C, H, W), normalised for the first model.
+        images: number of images.
+        batch_size: number of images whose features are in memory together; at least 4.
         kernel, bandwidth: as for `compressvit.diagnostics.cka`.
 
     Raises:
-        UserError: fewer than 4 images, taps that do not exist or none, features that are not finite.
+        UserError: there are fewer than 4 images or no taps, a tap does not exist, or features are not finite.
     """
     if not (first.taps and second.taps):
         raise UserError("CKA compares layers, and a model without any tap was given; name at least one of each")
@@ -56,7 +56,7 @@ def cka_matrix(
 
 
 def cka_records(result: CKAResult) -> list[dict]:
-    """One record a pair of layers, `row` and `column`; `best` marks the most similar column of every row."""
+    """One record per pair of layers, `row` and `column`; `best` marks the most similar column of every row."""
     values = result.values
     best = values.argmax(dim=1)
     width = result.half_width
@@ -74,7 +74,7 @@ def cka_records(result: CKAResult) -> list[dict]:
 
 
 def cka_finding(result: CKAResult, row: str = "student", column: str = "teacher") -> Finding:
-    """The matrix as a picture with its caption; `row` and `column` name the two models."""
+    """The matrix as a chart with a caption; `row` and `column` name the two models."""
     return Finding(
         "cka",
         f"CKA of the layers of {row} and {column}",
@@ -95,7 +95,7 @@ def cka_finding(result: CKAResult, row: str = "student", column: str = "teacher"
 def cka_layers_finding(
     result: CKAResult, when: str, row: str = "the student", column: str = "the teacher"
 ) -> Finding | None:
-    """CKA of every layer with the layer in the same place, as in MiniViT's figure 5; None for different numbers of layers."""
+    """CKA of every layer with the other model's layer of the same index, as in MiniViT's figure 5; None if the depths differ."""
     if len(result.rows) != len(result.columns):
         return None
     values, width = result.values.diagonal().tolist(), result.half_width
@@ -169,7 +169,7 @@ class CKA(MeasuredOnImages):
 def likeness(
     student: Side, teacher: Side, batches: Batches, device: torch.device, *, images: int
 ) -> Callable[[Sequence[str], Sequence[str]], np.ndarray]:
-    """What `distill.layers: auto` asks: CKA of the blocks at these paths of the student with those of the teacher, on these images."""
+    """CKA of the student's blocks at these paths with those of the teacher on these images, for `distill.layers: auto`."""
 
     def measure(ours: Sequence[str], theirs: Sequence[str]) -> np.ndarray:
         pair = subject(student, ours), subject(teacher, theirs)

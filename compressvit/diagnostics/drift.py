@@ -44,17 +44,18 @@ def drift(
     """Measure every pair of blocks on the same images.
 
     Args:
-        pairs: of `compressvit.training.pairs.match_layers`, e.g. every block with the teacher's of the same index.
-        batches: gives batches of images (B, C, H, W), as the student takes them.
+        pairs: from `compressvit.training.pairs.match_layers`, e.g. every block with the teacher's block of the same index.
+        batches: returns batches of images (B, C, H, W), normalised for the student.
 
     Returns:
-        For every pair the means over images of the keys of `MEASURES`; those that the two do not allow are left out: cosine and error
-        between widths that differ, what compares tokens where one of the two has prompts among them.
-        `attention_kl` is KL(teacher ‖ student) of a row of the maps, mean over rows and heads (of the mean map where the numbers of
-        heads differ); mixed probabilities may fall below 0 and are cut there and normalised. `hidden_relation` has the loss's factor 49.
+        For every pair, the means over images of the keys of `MEASURES`. Measures that are undefined for a pair are omitted: cosine and
+        error for different widths, and comparisons of tokens if one of the blocks has prompts among them.
+        `attention_kl` is KL(teacher ‖ student) of the rows of attention maps, mean over rows and heads (of the mean map if the numbers of
+        heads differ); mixed probabilities can be negative, and are clamped to 0 and renormalised. `hidden_relation` includes the loss's
+        factor of 49.
 
     Raises:
-        UserError: no image, or features that are not finite: the first block is named.
+        UserError: there are no images, or features are not finite; the message names the first such block.
     """
     sums: list[dict[str, float]] = [{} for _ in pairs]
     norms = [[0.0, 0.0] for _ in pairs]
@@ -91,7 +92,7 @@ def drift(
 
 
 class _Block:
-    """What one forward pass left of a block: tokens (B, N, C), q, k, v (B, N, C) each, attention maps (B, H, N, N)."""
+    """The tapped tensors of a block in one forward pass: tokens (B, N, C), q, k, v (B, N, C) each, attention maps (B, H, N, N)."""
 
     def __init__(self, taps: dict[str, dict[str, Any]], path: str, skip: int, model: nn.Module):
         hidden = tokens(taps[path]["output"], model)[:, skip:].float()
@@ -106,7 +107,7 @@ class _Block:
 
 def _measure(s: _Block, t: _Block, norm: list[float]) -> dict[str, float]:
     values = {}
-    if s.qkv[0].shape[:2] == t.qkv[0].shape[:2]:  # prompts make sequences longer
+    if s.qkv[0].shape[:2] == t.qkv[0].shape[:2]:  # prompts lengthen sequences
         values["attention_relation_kl"] = losses.attention_relation(s.qkv, t.qkv, with_kl=True)[1].item()
         values["attention_kl"] = _kl(s.maps, t.maps)
     if s.hidden.shape[:2] == t.hidden.shape[:2]:
@@ -121,14 +122,14 @@ def _measure(s: _Block, t: _Block, norm: list[float]) -> dict[str, float]:
 def _kl(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     if ours.shape != theirs.shape:
         ours, theirs = ours.mean(1), theirs.mean(1)
-    tiny = 1e-8  # a student that rules a token out would be infinitely wrong
+    tiny = 1e-8  # a student probability of 0 would make the KL infinite
     row = theirs * ((theirs + tiny).log() - (ours + tiny).log())
     return row.sum(-1).mean().item()
 
 
 @contextmanager
 def _tapped(model: nn.Module, paths: Sequence[str], device: torch.device) -> Iterator[Taps]:
-    """Taps on the blocks, their projections and their attention maps, which timm computes in the open meanwhile."""
+    """Tap the blocks, their projections and their attention maps; timm's fused attention is disabled meanwhile."""
     fused = [m for m in model.modules() if getattr(m, "fused_attn", False)]
     wanted: list[Tap] = []
     for path in dict.fromkeys(paths):
@@ -146,7 +147,7 @@ def _tapped(model: nn.Module, paths: Sequence[str], device: torch.device) -> Ite
 
 
 def drift_finding(found: Sequence[dict[str, float]], pairs: Sequence[LayerPair], when: str = "") -> Finding:
-    """A panel a measure, a point a block, a line for each `when`."""
+    """A chart with one panel per measure, one point per block, and one line per `when`."""
     records = [
         {
             "when": when,

@@ -1,6 +1,6 @@
 """t-SNE of the pooled features: images with similar features lie together (AdaptFormer, figure 5).
 
-scikit-learn does it: https://scikit-learn.org/stable/modules/generated/sklearn.manifold.TSNE.html
+Computed by scikit-learn: https://scikit-learn.org/stable/modules/generated/sklearn.manifold.TSNE.html
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ def pooled_features(
     images: int,
     source: InputConfig | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What a timm model's classifier would get, (images, width), and the labels (images,), −1 for none.
+    """The inputs of a timm model's classifier (images, width), and the labels (images,), −1 for none.
 
     Args:
-        batches: (images, targets), as `compressvit.data.loaders.eval_loader` yields them; broken files (target −2) are left out.
-        images: how many at most.
-        source: what the images of the batches look like; None: as the model takes them.
+        batches: (images, targets), as yielded by `compressvit.data.loaders.eval_loader`; broken files (target −2) are skipped.
+        images: maximum number of images.
+        source: size and normalisation of the images in the batches; None: those of the model.
 
     Raises:
-        UserError: the model is not timm's, too few images, or features that are not finite.
+        UserError: the model is not from timm, there are too few images, or features are not finite.
     """
     model, convert = side.model, side.converter(source or side.input)
     if not hasattr(model, "forward_head"):
@@ -72,7 +72,7 @@ def pooled_features(
 
 
 def _classes(targets: Any) -> torch.Tensor:
-    """Targets (B,) that are classes; −1 for all where they are something else."""
+    """Targets (B,) if they are classes; otherwise −1 for every image."""
     plain = isinstance(targets, torch.Tensor) and targets.ndim == 1 and not targets.is_floating_point()
     return targets if plain else torch.full((len(at_least(targets, NO_LABEL)),), NO_LABEL)
 
@@ -80,12 +80,12 @@ def _classes(targets: Any) -> torch.Tensor:
 def embedding_finding(
     features: Mapping[str, np.ndarray], labels: np.ndarray, *, perplexity: float = 30.0, seed: int = 0
 ) -> Finding:
-    """A panel a model, a point an image, in its class's colour.
+    """A chart with one panel per model and one point per image, coloured by class.
 
     Args:
-        features: (images, width) of the same images, by what the model is called.
+        features: (images, width) of the same images, by model name.
         labels: (images,).
-        perplexity: about how many neighbours an image has; cut to a third of the images.
+        perplexity: effective number of neighbours of an image; at most a third of the images.
 
     Raises:
         UserError: the features do not vary.
@@ -96,7 +96,7 @@ def embedding_finding(
     for name, values in features.items():
         if (
             values.shape[1] < 2 or not (values.std(axis=0) > 1e-6 * np.abs(values).max()).any()
-        ):  # scikit-learn's code crashes on these
+        ):  # scikit-learn crashes on constant features
             raise UserError(
                 f"t-SNE: the features of {name} are the same for all images, or of width 1: there is nothing to draw"
             )

@@ -1,6 +1,6 @@
-"""What the layers of a model make of images: features by module path, batch by batch.
+"""Features of the layers of a model: outputs by module path, batch by batch.
 
-Taps are outputs of modules. Without any named, they are the blocks, in order, which are the layers of the literature's pictures.
+Taps are outputs of modules; by default those of the blocks, in order, which are the layers in the literature's figures.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ Batches = Callable[[], Iterable[torch.Tensor]]
 
 @dataclass(frozen=True)
 class Subject:
-    """A model that is looked at.
+    """A model and its taps.
 
     Attributes:
-        side: the model, put into eval mode while it is looked at, and what its images look like.
-        taps: paths of the modules whose outputs are compared, in the order in which they run.
+        side: the model, which is put into eval mode meanwhile, with size and normalisation of its images.
+        taps: paths of the modules whose outputs are recorded, in execution order.
     """
 
     side: Side
@@ -40,10 +40,10 @@ class Subject:
 
 
 def subject(side: Side, taps: Sequence[str] | None = None) -> Subject:
-    """A model with its taps: those given, or its blocks.
+    """A model with the given taps, or with its blocks as taps.
 
     Raises:
-        UserError: the blocks of the model are not known, so the taps must be given.
+        UserError: the model's family is unknown, so the taps must be given.
     """
     return Subject(side, block_paths(side.model) if taps is None else tuple(taps))
 
@@ -52,7 +52,7 @@ def block_paths(model: nn.Module) -> tuple[str, ...]:
     """Paths of the blocks of a timm model, in order.
 
     Raises:
-        UserError: they are not known.
+        UserError: the model's family is unknown.
     """
     if family_of(model) is None:
         stages = [name for name, _ in model.named_children()]
@@ -64,17 +64,17 @@ def block_paths(model: nn.Module) -> tuple[str, ...]:
 
 
 def require_taps(one: Subject) -> None:
-    """Raise a `UserError` for a tap that is no module of the model, with near names; the model may be on the meta device."""
+    """Raise a `UserError` with similar names for a tap that is not a module of the model, which may be on the meta device."""
     Taps(one.model, [(path, "output") for path in one.taps]).close()
 
 
 @torch.no_grad()
 def features(subject: Subject, images: torch.Tensor, device: torch.device) -> dict[str, torch.Tensor]:
-    """The outputs at the taps for a batch, as they leave the modules: {path: (B, …)}.
+    """The unchanged outputs of the taps for a batch: {path: (B, …)}.
 
     Raises:
-        UserError: no image, a tap that is not a module (the error gives similar names) or has no row per image, or features that are
-            not finite: the first layer of the model is named.
+        UserError: there are no images, a tap is not a module (the message suggests similar names) or does not output one row per image,
+            or features are not finite (the message names the first such layer).
     """
     if not len(images):
         raise UserError("features were asked for without any image; give at least one")
@@ -88,14 +88,14 @@ def walk(
     """Features of several models on the same images, batch by batch.
 
     Args:
-        subjects: the models; moved to `device`, and left in the mode they were in.
-        batches: gives batches of images (B, C, H, W), as the first subject takes them; every other gets them as it takes them.
-        images: how many images at most.
-        size: of the batches that are made of them. The last is between `least` and `size + least` images.
-        least: the smallest batch that is of use; a smaller rest goes to the batch before it.
+        subjects: the models; they are moved to `device`, and keep their train or eval mode.
+        batches: returns batches of images (B, C, H, W), normalised for the first subject; they are converted for the others.
+        images: maximum number of images.
+        size: number of images in the batches that are formed. The last has between `least` and `size + least` images.
+        least: the smallest usable batch; a smaller remainder is added to the batch before it.
 
     Yields:
-        For every subject {path: (B, …)}; emptied when the next batch is asked for.
+        For every subject {path: (B, …)}; the dictionaries are emptied when the next batch is requested.
 
     Raises:
         UserError: as `features` does.
@@ -109,7 +109,7 @@ def walk(
                 one.model(convert(batch))
                 seen.append(_usable(one, watcher.pop(), len(batch)))
             yield seen
-            for values in seen:  # whoever still holds them: the next pass needs the room
+            for values in seen:  # also for a caller that still holds them: the next pass needs the memory
                 values.clear()
 
 
@@ -127,7 +127,7 @@ def _watched(subjects: Sequence[Subject], device: torch.device) -> Iterator[list
 
 
 def regrouped(batches: Iterable[torch.Tensor], images: int, size: int, least: int = 1) -> Iterator[torch.Tensor]:
-    """The first `images` images in batches of `size`; a rest smaller than `least` goes to the batch before it."""
+    """The first `images` images in batches of `size`; a remainder smaller than `least` is added to the batch before it."""
     waiting: list[torch.Tensor] = []
     count = left = 0
     left = images
@@ -136,7 +136,7 @@ def regrouped(batches: Iterable[torch.Tensor], images: int, size: int, least: in
         left -= len(batch)
         waiting.append(batch)
         count += len(batch)
-        while count >= size + least:  # so that what remains is always enough
+        while count >= size + least:  # so that the remainder is always large enough
             whole = torch.cat(waiting)
             yield whole[:size]
             waiting, count = [whole[size:]], count - size
@@ -147,7 +147,7 @@ def regrouped(batches: Iterable[torch.Tensor], images: int, size: int, least: in
 
 
 def tokens(feature: torch.Tensor, model: nn.Module) -> torch.Tensor:
-    """An output of a block as tokens (B, N, C): a grid is (B, H, W, C) or (B, C, H, W), as the model's family has it."""
+    """An output of a block as tokens (B, N, C); grids are (B, H, W, C) or (B, C, H, W), depending on the model's family."""
     if feature.ndim == 3:
         return feature
     if feature.ndim == 2:
@@ -159,7 +159,7 @@ def tokens(feature: torch.Tensor, model: nn.Module) -> torch.Tensor:
 
 
 def _usable(one: Subject, found: Mapping[str, Mapping[str, object]], images: int) -> dict[str, torch.Tensor]:
-    """What the taps gave, in their order, looked at in the order of the model."""
+    """The outputs of the taps in their given order, checked in the order of the model."""
     order = {path: i for i, (path, _) in enumerate(one.model.named_modules())}
     usable = {}
     for path in sorted(one.taps, key=order.__getitem__):
@@ -179,7 +179,7 @@ def _usable(one: Subject, found: Mapping[str, Mapping[str, object]], images: int
 
 
 def require_finite(path: str, value: torch.Tensor) -> None:
-    """Raise a `UserError` that names a layer whose features are not finite; to be asked in the order of the layers."""
+    """Raise a `UserError` if the features of a layer are not finite; call it in the order of the layers to name the first."""
     if not torch.isfinite(value).all():
         raise UserError(
             f"the features of '{path}' are not finite, and it is the first such layer; check the weights of the model up to there"

@@ -1,4 +1,4 @@
-"""Findings from rows of gradient norms (`gradients.jsonl`): over training, by kind of parameter, and of shared tensors."""
+"""Findings from rows of gradient norms (`gradients.jsonl`): over training, by kind of parameter, and for shared tensors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from compressvit.charts.findings import Finding, stretches
 
 Rows = Sequence[Mapping[str, Any]]
 
-_POINTS = 150  # of a line; more rows are averaged
+_POINTS = 150  # points per line; more rows are averaged
 _TITLES = {
     "step": "optimiser step",
     "norm": "ℓ2 norm of the gradient, before clipping",
@@ -23,11 +23,11 @@ _TITLES = {
 
 
 def gradient_findings(rows: Rows) -> list[Finding]:
-    """`gradients` (a line a layer), `gradients_groups` (a line a kind of parameter) and, where blocks share, `gradients_shared`.
+    """`gradients` (one line per layer), `gradients_groups` (one line per kind of parameter) and, with sharing, `gradients_shared`.
 
     Args:
-        rows: as `GradientWatch` writes them, of one or several phases, which become panels. With a field `run` panels are named by it
-            as well.
+        rows: as written by `GradientWatch`, from one or several phases, each of which becomes a panel. A field `run` is added to the
+            panels' names.
     """
     found = [_over_training(rows), _by_group(rows)] if rows else []
     return found + ([_shared(rows)] if any(row["shared"] for row in rows) else [])
@@ -86,7 +86,7 @@ def _shared(rows: Rows) -> Finding:
 
 
 def layers_finding(rows: Rows) -> Finding:
-    """`gradients_layers`: the middle half of every layer's norms over training, phases or runs in one picture."""
+    """`gradients_layers`: the interquartile range of every layer's norms over training, with phases or runs in one chart."""
     records = []
     for panel, some in _panels(rows):
         for layer, norms in _by_layer(some).items():
@@ -112,7 +112,7 @@ def layers_finding(rows: Rows) -> Finding:
 
 
 def gradient_summary(rows: Rows) -> list[dict[str, Any]]:
-    """A row a layer for a table: the norm at first, its median and last; of shared tensors the mean norms of own use and sum."""
+    """Table rows, one per layer: first, median and last norm; for shared tensors also the mean norms of the own use and of the sum."""
     found = []
     for panel, some in _panels(rows):
         for layer, norms in _by_layer(some).items():
@@ -154,7 +154,7 @@ def _group_norms(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _panels(rows: Rows) -> Iterator[tuple[dict[str, Any], list[Mapping[str, Any]]]]:
-    """The rows of every phase (of every run), with the fields that name it."""
+    """The rows of every phase (of every run), with the fields that name the phase."""
     panels: dict[tuple, list[Mapping[str, Any]]] = {}
     for row in rows:
         panels.setdefault((row.get("run"), row["phase"]), []).append(row)
@@ -166,7 +166,7 @@ def _panels(rows: Rows) -> Iterator[tuple[dict[str, Any], list[Mapping[str, Any]
 
 
 def _over_steps(rows: Rows, field: str, norms: Callable[[Mapping[str, Any]], dict[str, float]]) -> list[dict[str, Any]]:
-    """A record for each name that `norms` gives (as `field`) and stretch of rows, with the mean; a stretch is named by its last step."""
+    """Mean norms: one record per name from `norms` (stored as `field`) and interval of rows, labelled with the interval's last step."""
     records = []
     for panel, some in _panels(rows):
         for stretch in stretches(some, _POINTS):

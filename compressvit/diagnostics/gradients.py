@@ -2,8 +2,8 @@
 
 Paper: MiniViT: Compressing Vision Transformers with Weight Multiplexing, CVPR 2022, https://arxiv.org/abs/2204.07154
 
-Norms are of the whole gradient of an optimiser step (all accumulated batches), before clipping. In a block, what it shares counts with the
-gradient of the block's own use, so that a block's norm means the same whether it shares or not.
+Norms are those of the accumulated gradient of an optimiser step, before clipping. For a shared tensor, only the gradient of the block's
+own use counts in the block's norm, so norms of blocks with and without sharing are comparable.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class GradientRow(BaseModel):
 
     Attributes:
         norms: by layer and kind of parameter.
-        shared: by block, what it shares with others: the norm of the gradient of its `own` use, and that of the `sum` over all uses, which
-            is what `.grad` holds.
+        shared: by block, for the tensors that it shares: the gradient norm of its `own` use, and that of the `sum` over all uses, which is
+            in `.grad`.
     """
 
     phase: str
@@ -67,13 +67,13 @@ class Gradients(Watched):
 
 
 class GradientWatch:
-    """Writes a `GradientRow` at every so many steps of one phase.
+    """Writes a `GradientRow` every `every` steps of one phase.
 
     Args:
-        model: hooks are put on blocks that share; `close` takes them off.
-        phase: its name.
-        path: of the rows; those of other phases stay.
-        every: stride in optimiser steps; step 1 is always looked at.
+        model: hooks are registered on blocks that share; `close` removes them.
+        phase: name of the phase.
+        path: file of the rows; rows of other phases are kept.
+        every: interval in optimiser steps; step 1 is always recorded.
     """
 
     def __init__(self, model: nn.Module, phase: str, path: Path, every: int):
@@ -107,20 +107,20 @@ class GradientWatch:
         return step == 1 or step % self._every == 0
 
     def _begin(self, steps: int) -> None:
-        """Drop rows of steps that will be done again: those of a run that stopped between two checkpoints."""
+        """Drop rows of steps that will be repeated, because the run stopped after its last checkpoint."""
         self._begun = True
         if self._path.is_file():
             rows = read_rows(self._path, GradientRow)
             rewrite_rows(self._path, (row for row in rows if row.phase != self._phase or row.step <= steps))
 
     def _row(self, step: int, epoch: int, scale: float) -> GradientRow | None:
-        """None where a number is not finite: mixed precision then leaves the step out."""
+        """The row of a step; None if a norm is not finite, in which case mixed precision skips the step."""
         tensors = {name: p.grad for name, p in self._model.named_parameters() if p.grad is not None}
         found = [
-            torch.linalg.vector_norm(g, dtype=torch.float64 if g.device.type != "mps" else None)  # it has no float64
+            torch.linalg.vector_norm(g, dtype=torch.float64 if g.device.type != "mps" else None)  # MPS has no float64
             for g in [*tensors.values(), *self._uses.gradients.values()]
         ]
-        values = torch.stack(found).tolist() if found else []  # one wait for the device
+        values = torch.stack(found).tolist() if found else []  # a single synchronisation with the device
         if not all(map(math.isfinite, values)):
             return None
         sums = dict(zip(tensors, values[: len(tensors)], strict=True))
@@ -145,12 +145,12 @@ def gradient_rows(run: Path, phase: str | None = None, *, last: bool = False) ->
     """The rows that a run recorded.
 
     Args:
-        run: its folder; it need not be finished.
-        phase: only those of one phase.
-        last: only those of the last phase that has any, unless `phase` says which.
+        run: the run folder; the run need not be finished.
+        phase: return only the rows of this phase.
+        last: without `phase`, return only the rows of the last phase that has any.
 
     Raises:
-        UserError: it recorded none, or none of that phase.
+        UserError: the run recorded no rows, or none of that phase.
     """
     path = run / FOLDER / ROWS
     rows = read_rows(path, GradientRow) if path.is_file() else []
@@ -169,7 +169,7 @@ def gradient_rows(run: Path, phase: str | None = None, *, last: bool = False) ->
 def places(model: nn.Module) -> dict[str, tuple[str, str]]:
     """Layer and kind (of `GROUPS`) of every parameter, a shared one under each of its names, in the order of the model.
 
-    A layer is a block by its path; what lies outside of blocks is one by its module, e.g. 'patch_embed' or 'layers.1.downsample'.
+    Layers are blocks, named by their paths, and modules outside of blocks, e.g. 'patch_embed' or 'layers.1.downsample'.
     """
     blocks = [info.path for info in describe(model).blocks] if family_of(model) else []
     head = head_names(model) if hasattr(model, "get_classifier") else set()
@@ -198,7 +198,7 @@ def places(model: nn.Module) -> dict[str, tuple[str, str]]:
 
 
 def _outside(name: str) -> str:
-    """The part of a model outside of its blocks that a parameter belongs to."""
+    """The layer of a parameter outside of the blocks."""
     parts = name.split(".")
     numbered = len(parts) > 3 and parts[1].isdecimal()
     return ".".join(parts[: (3 if parts[2] == "downsample" else 2) if numbered else 1])

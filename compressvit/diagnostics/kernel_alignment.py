@@ -1,12 +1,12 @@
-"""Centred kernel alignment (CKA): how similar two layers' features are, from 0 to 1, whatever their widths, rotation or scale.
+"""Centred kernel alignment (CKA): similarity of two layers' features from 0 to 1, independent of width, rotation and scale.
 
 Paper: Similarity of Neural Network Representations Revisited, ICML 2019, https://arxiv.org/abs/1905.00414
 In batches: Do Wide and Deep Networks Learn the Same Things?, ICLR 2021, https://arxiv.org/abs/2010.15327, with the unbiased estimator of
 HSIC of Song et al., JMLR 2012, https://jmlr.org/papers/v13/song12a.html
 
-`CKA(K, L) = HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L))` of two kernel matrices over images. The plain (biased) HSIC makes few images in
-wide layers look alike; the unbiased one does not, and its mean over batches is that over all images, so a stream needs no more memory
-than one batch. Kernels and sums are in float64, whatever the features are in.
+`CKA(K, L) = HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L))` of two kernel matrices over images. The plain (biased) HSIC overestimates similarity
+for few images and wide layers. The unbiased estimator does not, and can be averaged over batches, so a stream of batches needs the
+memory of only one. Kernels and sums are in float64, regardless of the features' dtype.
 
 Shapes: n images, p and q features.
 """
@@ -25,25 +25,25 @@ from compressvit.errors import UserError
 Kernel = Literal["linear", "rbf"]
 
 LEAST = 4  # images: the unbiased estimator divides by n − 3
-_FLAT = 1e-12  # of the squared norm: below it, centred features are rounding (float32 has 1e-14)
-_CHUNK = 1 << 15  # features that are turned into float64 at a time
+_FLAT = 1e-12  # relative to the squared norm: anything smaller in centred features is rounding (1e-14 in float32)
+_CHUNK = 1 << 15  # features converted to float64 at a time
 
 
 def cka(x: Tensor, y: Tensor, kernel: Kernel = "linear", *, unbiased: bool = False, bandwidth: float = 1.0) -> float:
-    """CKA of two representations of the same images, all at once.
+    """CKA of two representations of the same images, computed in one piece.
 
     Args:
         x: (n, p), or any shape whose first axis is the images.
-        y: (n, q), likewise.
+        y: (n, q), or any shape whose first axis is the images.
         kernel: 'linear', or 'rbf': `exp(−d² / 2σ²)` of the distance d of two images.
-        unbiased: estimate HSIC without bias; then at least 4 images, and dissimilar representations can be slightly below 0.
-        bandwidth: σ of 'rbf' in medians of the distances, as in the paper.
+        unbiased: use the unbiased estimator of HSIC, which needs at least 4 images and can be slightly negative for dissimilar inputs.
+        bandwidth: σ of 'rbf', as a multiple of the median distance, as in the paper.
 
     Returns:
-        0 where one of the two is the same for all images: it tells nothing of them.
+        The CKA; 0 if one representation is the same for all images.
 
     Raises:
-        UserError: too few images, not the same number, or numbers that are not finite.
+        UserError: there are too few images, their numbers differ, or values are not finite.
     """
     least = LEAST if unbiased else 2
     grams = {}
@@ -61,7 +61,7 @@ def cka(x: Tensor, y: Tensor, kernel: Kernel = "linear", *, unbiased: bool = Fal
 
 @dataclass(frozen=True)
 class CKAResult:
-    """Of every row with every column: `values` and `half_width` of the 95 % interval (None after one batch), both (rows, columns)."""
+    """CKA `values` and the `half_width` of their 95 % confidence intervals (None after one batch), both (rows, columns)."""
 
     rows: tuple[str, ...]
     columns: tuple[str, ...]
@@ -76,7 +76,7 @@ class MinibatchCKA:
 
     Args:
         rows, columns: names of the layers of the two models.
-        kernel, bandwidth: as for `cka`; the medians are those of the first batch.
+        kernel, bandwidth: as for `cka`; the median distances are those of the first batch.
 
     Example:
         >>> stream = MinibatchCKA(["a"], ["b"])
@@ -94,10 +94,10 @@ class MinibatchCKA:
         self.images = self.batches = 0
 
     def add(self, x: Mapping[str, Tensor], y: Mapping[str, Tensor]) -> None:
-        """Take in a batch: for every layer its features, images on the first axis.
+        """Add a batch: the features of every layer, with images on the first axis.
 
         Raises:
-            UserError: fewer than 4 images, another number of images than in the other layers, or numbers that are not finite.
+            UserError: there are fewer than 4 images, layers differ in their number, or values are not finite.
         """
         count = len(x[self.rows[0]])
         # The same tensors on both sides are centred once.
@@ -118,7 +118,7 @@ class MinibatchCKA:
         self.batches += 1
 
     def _centred(self, key: tuple[int, str], features: Tensor, count: int) -> Tensor:
-        """The U-centred kernel matrix as a row (n²,); zeros for features that are all the same."""
+        """The U-centred kernel matrix, flattened to (n²,); zeros for constant features."""
         _require_usable(key[1], features, count, LEAST)
         gram = centred_gram(features)
         if gram is None:
@@ -128,10 +128,10 @@ class MinibatchCKA:
         return _u_centred(_kernel(gram, self._kernel, self._scales[key])).flatten()
 
     def result(self) -> CKAResult:
-        """What is known so far.
+        """The result over all batches so far.
 
         Raises:
-            UserError: no batch yet.
+            UserError: no batch was added.
         """
         if not self.batches:
             raise UserError(f"CKA needs images: none were given; at least {LEAST}, better some hundreds")
@@ -157,7 +157,7 @@ class _Sums:
         self._second += weight**2 * values[:, None] * values[None, :]
 
     def ratio(self, batches: int) -> tuple[Tensor, Tensor | None]:
-        """The ratio of the means, and half of its 95 % interval by the delta method, with Student's t for few batches."""
+        """The ratio of the means, and half the width of its 95 % interval (delta method, Student's t)."""
         from scipy import stats
 
         mean = self._means / self._weight
@@ -176,16 +176,16 @@ class _Sums:
 
 
 def centred_gram(features: Tensor) -> Tensor | None:
-    """Inner products of the images (n, n) after the mean image was taken off, in float64 on the CPU; None where nothing is left.
+    """Inner products (n, n) of the features after subtracting their mean over images, float64 on the CPU; None for constant features.
 
-    The mean changes no kernel's HSIC; taken off first, it costs no digits either.
+    The mean does not affect the HSIC of any kernel; subtracting it first avoids cancellation.
     """
     flat = features.detach().flatten(1)
-    if flat.device.type == "mps":  # it has no float64
+    if flat.device.type == "mps":  # MPS has no float64
         flat = flat.cpu()
     gram = flat.new_zeros(len(flat), len(flat), dtype=torch.float64)
     whole = 0.0
-    for part in flat.split(_CHUNK, dim=1):  # float64 of all features at once would be twice their memory
+    for part in flat.split(_CHUNK, dim=1):  # converting all features to float64 at once would need twice their memory
         part = part.double()
         whole += part.square().sum().item()
         part = part - part.mean(dim=0)
@@ -194,12 +194,10 @@ def centred_gram(features: Tensor) -> Tensor | None:
 
 
 def _scale(gram: Tensor, bandwidth: float) -> float:
-    """σ in units of the features: `bandwidth` medians of the distances between images that differ."""
+    """σ: `bandwidth` times the median distance between different images."""
     first, second = torch.triu_indices(len(gram), len(gram), 1)
     distances = _squared_distances(gram)[first, second]
-    apart = distances[
-        distances > _FLAT * gram.diagonal().max()
-    ]  # many images may coincide, e.g. where features are sparse
+    apart = distances[distances > _FLAT * gram.diagonal().max()]  # many images may coincide, e.g. with sparse features
     return bandwidth * apart.median().item() ** 0.5
 
 
@@ -215,12 +213,12 @@ def _kernel(gram: Tensor, kernel: Kernel, scale: float) -> Tensor:
 
 
 def _doubly_centred(k: Tensor) -> Tensor:
-    """`H K H`, whose products are the biased HSIC times (n − 1)²."""
+    """`H K H`: the sum of the products of two such matrices is the biased HSIC times (n − 1)²."""
     return k - k.mean(0, keepdim=True) - k.mean(1, keepdim=True) + k.mean()
 
 
 def _u_centred(k: Tensor) -> Tensor:
-    """Székely and Rizzo's U-centred matrix (n, n): the sum of the products of two is Song's unbiased HSIC times n(n − 3)."""
+    """Székely and Rizzo's U-centred matrix (n, n): the sum of the products of two such matrices is the unbiased HSIC times n(n − 3)."""
     n = len(k)
     k = k - torch.diag(k.diagonal())
     rows = k.sum(0) / (n - 2)
@@ -229,7 +227,7 @@ def _u_centred(k: Tensor) -> Tensor:
 
 
 def _ratio(cross: Tensor, own: Tensor, other: Tensor) -> Tensor:
-    """Cross over the geometric mean of the others; 0 where one of them is not above 0."""
+    """`cross` divided by the geometric mean of the other two; 0 if one of those is not positive."""
     flat = (own <= 0) | (other <= 0)
     return (cross / own.masked_fill(flat, 1.0).sqrt() / other.masked_fill(flat, 1.0).sqrt()).masked_fill(flat, 0.0)
 

@@ -1,4 +1,4 @@
-"""The `similarity` diagnostic: what two layers would lose by sharing one weight."""
+"""The `similarity` diagnostic: the error that two layers would have if they shared one weight."""
 
 from __future__ import annotations
 
@@ -25,22 +25,23 @@ from compressvit.transforms.low_rank.base import TARGETS
 def sharing_losses(
     model: nn.Module, *, reference: Reference | None = None, aligned: bool = False
 ) -> list[dict[str, Any]]:
-    """What two blocks of a stage would lose if a layer of theirs shared one weight.
+    """The error that every pair of blocks of a stage would have if their layers of one kind shared a weight.
 
-    Without images the weight is the mean, and the error `‖(W_i − W_j) / 2‖ · √2 / √(‖W_i‖² + ‖W_j‖²)` that of the weights: 0 for equal
-    ones, 0.71 for unrelated ones, 1 for opposite ones. With images it is the best for what both layers see,
-    `W = (W_i S_i + W_j S_j) (S_i + S_j)⁻¹` of the second moments S of their inputs, and the error that of their outputs, relative.
+    Without images, the shared weight is the mean, and the error is that of the weights,
+    `‖(W_i − W_j) / 2‖ · √2 / √(‖W_i‖² + ‖W_j‖²)`: 0 for equal weights, 0.71 for unrelated ones, 1 for opposite ones. With images, the
+    shared weight is the optimum for the inputs of both layers, `W = (W_i S_i + W_j S_j) (S_i + S_j)⁻¹` with the second moments S of the
+    inputs, and the error is the relative error of the outputs.
 
     Args:
-        reference: the model's own values and its calibration images.
-        aligned: put neurons and heads of the second block into the order that fits the first best, as the `align` step does (slower;
+        reference: the model's values and its calibration images.
+        aligned: first permute the neurons and heads of the second block to match the first, as the `align` step does (slower; only
             without images).
 
     Returns:
-        A record for every kind of layer and pair of blocks: layer, block, other, loss.
+        A record per kind of layer and pair of blocks: layer, block, other, loss.
 
     Raises:
-        UserError: the blocks of the model are not known, both options at once, or images that do not do.
+        UserError: the model's family is unknown, both options were given, or the images are unsuitable.
     """
     if reference is not None and aligned:
         raise UserError(
@@ -66,7 +67,7 @@ def sharing_losses(
 
 
 def _lost(a: np.ndarray, b: np.ndarray, moments: Sequence[np.ndarray] | None) -> float:
-    """The relative error of the two layers together, with one weight for both."""
+    """The relative error of two layers together if they share one weight."""
     if moments is None:
         size = np.sqrt((a**2).sum() + (b**2).sum())
         return float(np.linalg.norm(a - b) / np.sqrt(2) / size) if size > 0 else 0.0
@@ -76,7 +77,7 @@ def _lost(a: np.ndarray, b: np.ndarray, moments: Sequence[np.ndarray] | None) ->
     both = first + second
     ridge = max(1e-5 * both.diagonal().max(), 1e-30) * np.eye(
         len(both)
-    )  # above the rounding of moments that were summed in float32
+    )  # larger than the rounding errors of moments summed in float32
     shared = solve(both + ridge, (a @ first + b @ second).T, assume_a="pos").T
     lost = sum(np.einsum("oi,ij,oj->", w - shared, s, w - shared, optimize=True) for w, s in ((a, first), (b, second)))
     whole = sum(np.einsum("oi,ij,oj->", w, s, w, optimize=True) for w, s in ((a, first), (b, second)))
@@ -94,7 +95,7 @@ def _weights(model: nn.Module, path: str) -> dict[str, np.ndarray]:
 
 
 def sharing_finding(records: list[dict[str, Any]], *, outputs: bool) -> Finding:
-    """A panel a kind of layer: dark pairs could share. `outputs`: the records are of errors of outputs, not of weights."""
+    """A chart with one panel per kind of layer; dark pairs could share. `outputs`: errors are those of outputs, not of weights."""
     what = "outputs on the images" if outputs else "weights: 0 equal, 0.71 unrelated"
     return Finding(
         "similarity",

@@ -1,4 +1,4 @@
-"""The `spectra` diagnostic: singular values and effective ranks of the weights; it looks at no image."""
+"""The `spectra` diagnostic: singular values and effective ranks of the weights; needs no images."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from compressvit.model import linear
 from compressvit.model.backbone import describe, family_of
 from compressvit.transforms.low_rank.base import TARGETS
 
-_POINTS = 48  # of a spectrum's curve
+_POINTS = 48  # points per spectrum
 
 
 def effective_weight(layer: Any) -> np.ndarray:
-    """The weight (out, in) that a linear layer computes with, its low-rank term included, in float64."""
+    """The effective weight (out, in) of a linear layer, including its low-rank term, in float64."""
     return linear.effective_weight(layer).detach().cpu().double().flatten(1).numpy()
 
 
@@ -28,7 +28,7 @@ def singular_values(model: nn.Module) -> dict[str, np.ndarray]:
     """Singular values of every linear layer of the blocks (attn.qkv, attn.proj, mlp.fc1, mlp.fc2), largest first, by path.
 
     Raises:
-        UserError: the blocks of the model are not known, or a weight is not finite.
+        UserError: the model's family is unknown, or a weight is not finite.
     """
     from scipy.linalg import svdvals
 
@@ -44,7 +44,7 @@ def singular_values(model: nn.Module) -> dict[str, np.ndarray]:
 
 
 def effective_rank(values: np.ndarray) -> float:
-    """`exp(H(σ / Σσ))`: how many singular values do the work (Roy and Vetterli, EUSIPCO 2007); 0 for a matrix of zeros."""
+    """Effective rank `exp(H(σ / Σσ))` with the entropy H (Roy and Vetterli, EUSIPCO 2007); 0 for a zero matrix."""
     total = values.sum()
     if total <= 0:
         return 0.0
@@ -53,7 +53,7 @@ def effective_rank(values: np.ndarray) -> float:
 
 
 def spectra_findings(models: Mapping[str, nn.Module]) -> list[Finding]:
-    """Effective ranks along the depth, and the spectra themselves, of models by what they are called ('teacher', 'student')."""
+    """Effective ranks over depth, and the spectra, of models by name ('teacher', 'student')."""
     ranks: list[dict[str, Any]] = []
     curves: list[dict[str, Any]] = []
     for name, model in models.items():

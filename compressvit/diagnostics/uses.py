@@ -1,8 +1,8 @@
-"""The gradient of a shared tensor, one block's use at a time.
+"""The gradient of a shared tensor, separately for each block that uses it.
 
-`.grad` of a tensor that several blocks hold is a sum. autograd's graph still knows its terms: every operation that reads the tensor is
-a node of it, and what the node passes on to the tensor is the gradient of that use alone. So nothing is recomputed and the graph is left
-as it is: hooks read what flows by.
+`.grad` of a shared tensor is a sum over all uses. The terms of the sum can be read from autograd's graph: every operation that uses the
+tensor is a node, and the gradient that this node passes on to the tensor belongs to that use alone. Hooks on these nodes record it, so
+nothing is recomputed and the graph does not change.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from torch import nn
 
 from compressvit.model import ties
 
-_CAST = "ToCopyBackward0"  # autocast casts a weight once, and all its uses read the copy
+_CAST = "ToCopyBackward0"  # autocast casts a weight once, and all uses read the cast copy
 
 
 class Uses:
     """Records the gradient that each block's use contributes to the tensors it shares with others, while `recording`.
 
-    Exact under autocast (a term has the precision of the backward pass), accumulation (batches add up until `clear`) and any layer,
-    because no formula of a layer is repeated. Not under `torch.compile`, whose graph is one node.
+    Exact under autocast (in the precision of the backward pass), with gradient accumulation (batches are summed until `clear`), and for
+    any layer, because no layer's formula is duplicated. Does not work under `torch.compile`, whose graph is a single node.
 
     Args:
-        model: hooks are put on its blocks; `close` takes them off.
-        blocks: their paths.
+        model: hooks are registered on its blocks; `close` removes them.
+        blocks: paths of the blocks.
 
     Attributes:
-        names: by block, what it shares: the model's first name of a tensor, and its first name in the block.
-        gradients: by the name the tensor has in the block (its first one there), float32, of the tensor's shape. As large as the gradient
-            of a model that shares nothing would be.
+        names: by block, the tensors that it shares: the first name of each in the model, and its first name in the block.
+        gradients: by the tensor's first name in the block, float32, in the tensor's shape. In total as large as the gradient of a model
+            without sharing.
     """
 
     def __init__(self, model: nn.Module, blocks: Iterable[str]):
@@ -57,16 +57,16 @@ class Uses:
         ]
 
     def clear(self) -> None:
-        """Forget what was recorded."""
+        """Discard the recorded gradients."""
         self.gradients = {}
 
     def close(self) -> None:
-        """Take the hooks off the model."""
+        """Remove the hooks from the model."""
         for hook in self._hooks:
             hook.remove()
 
     def _enter(self, names: dict[torch.Tensor, str], block: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-        """Walk the graph from a block's output back to its input, and hook every node that reads one of the tensors."""
+        """Walk the graph from a block's output back to its input, and hook every node that uses one of the tensors."""
         if not self.recording or output.grad_fn is None:
             return
         seen: set[Any] = {value.grad_fn for value in inputs if isinstance(value, torch.Tensor)}
@@ -91,12 +91,12 @@ class Uses:
         if name in self.gradients:
             self.gradients[name] += term
         else:
-            # a copy: autograd may go on adding to its own tensor in place
+            # a copy, because autograd may still accumulate into its own tensor in place
             self.gradients[name] = term.detach().to(torch.float32, copy=True)
 
 
 def _leaf(node: Any) -> torch.Tensor | None:
-    """The parameter that a node of the graph stands for, also through autocast's cast of it."""
+    """The parameter that a node accumulates into, looking through autocast's cast."""
     if node is not None and node.name() == _CAST:
         node = node.next_functions[0][0]
     return getattr(node, "variable", None)

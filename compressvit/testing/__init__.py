@@ -1,4 +1,4 @@
-"""The contract of a transform, for our own tests and those of packages that add one.
+"""The contract of a transform, for the tests of compressvit and of packages that add transforms.
 
 Five lines check a transform against every law; each law on each small backbone is a separate test:
 
@@ -9,7 +9,7 @@ Five lines check a transform against every law; each law on each small backbone 
     def test_contract(check):
         check()
 
-Without pytest, `check_transform(IA3)` runs them all and raises at the first that fails.
+Without pytest, `check_transform(IA3)` runs all checks and raises at the first failure.
 """
 
 from __future__ import annotations

@@ -24,9 +24,9 @@ class Case:
     """A transform on a backbone of `compressvit.testing.models`.
 
     Attributes:
-        spec: the transform; where it reads an artifact, one that fits is made for it.
+        spec: the transform; if it reads an artifact, a matching one is created.
         backbone: the name of the small model.
-        index: which of the transform's examples it is.
+        index: index of the setting among the transform's examples.
     """
 
     spec: Transform
@@ -41,12 +41,12 @@ class Case:
         return f"{self.spec.name}{self.index}-{self.backbone}"
 
     def build(self, seed: int = 0) -> nn.Module:
-        """A fresh backbone, to do with as one likes."""
+        """A new backbone, which may be changed."""
         return build(self.backbone, seed)
 
     @property
     def teacher(self) -> nn.Module:
-        """The backbone, shared and not to be changed."""
+        """The backbone, shared between tests, which must not be changed."""
         return teacher(self.backbone)
 
     def student(self) -> nn.Module:
@@ -58,12 +58,12 @@ class Case:
 
 
 def examples_of(transform: Transform | type[Transform]) -> Sequence[Transform]:
-    """The settings that a class names as its examples, or the one that is given."""
+    """The examples of a transform class, or the single given setting."""
     return (transform,) if isinstance(transform, Transform) else transform.examples()
 
 
 def tried_on(freezes: bool) -> list[str]:
-    """The small models that transforms are tried on which freeze the backbone, or those which do not."""
+    """The small models on which transforms are tested that freeze the backbone (`freezes`), or that do not."""
     unlike = "whole" if freezes else "frozen"
     return [name for name, example in examples().items() if example.tried != unlike]
 
@@ -74,26 +74,26 @@ def stand_for_families() -> list[str]:
 
 
 def lacking(spec: Transform, backbone: str) -> Need | None:
-    """What a transform needs and the family of a small model lacks; None if it works there."""
+    """What the transform needs and the family of a small model lacks; None if nothing."""
     found = map(family_of(backbone).lacks, spec.needed())
     return next((need for need in found if need is not None), None)
 
 
 def backbones_of(spec: Transform, index: int = 0) -> list[str]:
-    """Where an example is tried: further ones of transforms that freeze on fewer models, and none on a family that lacks what it needs."""
+    """The small models on which an example is tested: those whose family supports it; fewer for further examples that freeze."""
     names = stand_for_families() if spec.freezes and index else tried_on(spec.freezes)
     return [name for name in names if lacking(spec, name) is None]
 
 
 def cases_of(transform: Transform | type[Transform]) -> Iterator[Case]:
-    """Every example on every backbone that it is tried on."""
+    """Every example on every backbone on which it is tested."""
     for index, spec in enumerate(examples_of(transform)):
         for backbone in backbones_of(spec, index):
             yield Case(spec, backbone, index)
 
 
 def with_files(spec: Transform, backbone: str, before: Sequence[Transform] = ()) -> Transform:
-    """The spec, reading artifacts that fit the backbone after the transforms `before`, where it reads files."""
+    """The spec; if it reads files, with artifacts that fit the backbone after the transforms `before`."""
     if not spec.reads:
         return spec
     made = tuple(s for s in before if not s.plan_class.loads_values)
@@ -113,18 +113,18 @@ def _artifact(backbone: str, before: tuple[Transform, ...]) -> Path:
 
 
 def require(condition: object, sentence: str) -> None:
-    """Raise an AssertionError with a sentence unless a condition holds."""
+    """Raise an AssertionError with this message unless the condition holds."""
     if not condition:
         raise AssertionError(sentence)
 
 
 Law = Callable[[Case], None]
 EVERY_CASE: list[Law] = []
-FIRST_EXAMPLE: list[Law] = []  # what depends on the layers and not on their settings
+FIRST_EXAMPLE: list[Law] = []  # laws that depend on the kind of layer and not on the settings
 
 
 def law(held_by: list[Law]) -> Callable[[Law], Law]:
-    """Add a law to those that every case, or the first example of each transform, is held to."""
+    """Register a law, to be checked for every case or only for the first example of each transform."""
 
     def add(function: Law) -> Law:
         held_by.append(function)

@@ -1,4 +1,4 @@
-"""All laws over all cases of a transform: as calls, or as tests of pytest."""
+"""All laws for all cases of a transform, as callables or as pytest tests."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from compressvit.errors import UserError
 from compressvit.model.backbone import model_name
 from compressvit.model.family import NEEDS
-from compressvit.testing import in_timm, laws  # noqa: F401  (they add laws to the lists)
+from compressvit.testing import in_timm, laws  # noqa: F401  (register their laws on import)
 from compressvit.testing.cases import (
     EVERY_CASE,
     FIRST_EXAMPLE,
@@ -36,7 +36,7 @@ AnyTransform = Transform | type[Transform]
 
 @dataclass(frozen=True)
 class Check:
-    """One law on one case: call it, and it raises an AssertionError with a sentence where the law does not hold."""
+    """One law on one case. Calling it raises an AssertionError if the law does not hold."""
 
     name: str
     run: Callable[[], object]
@@ -49,10 +49,10 @@ class Check:
 
 
 def transform_checks(transform: AnyTransform) -> Iterator[Check]:
-    """Every law on every example of a transform, or on the one setting that is given.
+    """Every law on every example of a transform, or on the single given setting.
 
-    A transform class says what it is tried at and in what it differs: `examples`, `needs`, `changes_at_start`, `blind_at_start`,
-    `blind` (see `compressvit.transforms.base.Transform`).
+    A transform class declares its test settings and its deviations from the laws in `examples`, `needs`, `changes_at_start`,
+    `blind_at_start` and `blind` (see `compressvit.transforms.base.Transform`).
     """
     for case in cases_of(transform):
         for law in (*EVERY_CASE, *(FIRST_EXAMPLE if _stands_for_all(case) else ())):
@@ -64,7 +64,7 @@ def transform_checks(transform: AnyTransform) -> Iterator[Check]:
 
 
 def pair_checks(transform: AnyTransform) -> Iterator[Check]:
-    """A transform before and after every registered one, on the first backbone that both work on."""
+    """The transform before and after every registered one, on the first backbone that supports both."""
     mine = examples_of(transform)[0]
     for kind in TRANSFORMS.values():
         other = examples_of(kind)[0]
@@ -94,18 +94,18 @@ def _is_refused(spec: Transform, backbone: str) -> None:
 
 
 def check_transform(transform: AnyTransform) -> None:
-    """Run every law, alone and with every other transform.
+    """Check every law, for the transform alone and combined with every other one.
 
     Raises:
-        AssertionError: the first law that does not hold, in a sentence.
+        AssertionError: a law does not hold; the message says which.
     """
     for check in (*transform_checks(transform), *pair_checks(transform)):
         check()
 
 
 def parametrize_with_checks(transforms: Iterable[AnyTransform]) -> pytest.MarkDecorator:
-    """A decorator for a test that takes `check` and calls it: a test for every law and case, and for every pair with another transform."""
-    import pytest  # here alone, so that the laws can be used without it
+    """Decorator that parametrizes a test with the argument `check`: one test per law and case, and per pair with another transform."""
+    import pytest  # imported only here, so that the laws can be used without pytest
 
     checks = [check for transform in transforms for check in (*transform_checks(transform), *pair_checks(transform))]
     return pytest.mark.parametrize("check", checks, ids=str)

@@ -1,4 +1,4 @@
-"""Laws of living in timm: features, heads, copies, precisions, checkpoints, files."""
+"""Laws of compatibility with timm and torch: features, heads, copies, precisions, checkpoints, files."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def it_runs_in_bfloat16(case: Case) -> None:
     got = outputs(half, images.bfloat16())
     require(got.dtype == torch.bfloat16, f"{case}: a bfloat16 model has {got.dtype} outputs")
     difference = (got.float() - expected).norm() / expected.norm()
-    require(difference < 0.03, f"{case}: in bfloat16 the outputs differ by {difference:.2g}")  # seen 0.0132
+    require(difference < 0.03, f"{case}: in bfloat16 the outputs differ by {difference:.2g}")  # measured: 0.0132
 
 
 @law(FIRST_EXAMPLE)
@@ -114,7 +114,7 @@ def it_runs_under_autocast(case: Case) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = outputs(model, images)
     difference = (got.float() - expected).norm() / expected.norm()
-    require(difference < 0.02, f"{case}: under autocast the outputs differ by {difference:.2g}")  # seen 0.0079
+    require(difference < 0.02, f"{case}: under autocast the outputs differ by {difference:.2g}")  # measured: 0.0079
 
 
 @law(EVERY_CASE)
@@ -147,7 +147,7 @@ def an_artifact_is_loaded_to_the_bit(case: Case) -> None:
 
 @law(FIRST_EXAMPLE)
 def an_adapter_file_comes_and_goes(case: Case) -> None:
-    """Where all that was done is to add to a frozen backbone."""
+    """Applies to transforms that only add to a frozen backbone."""
     model = case.student()
     if not only_adapted(model):
         return
@@ -177,7 +177,7 @@ def train_and_eval_reach_what_was_added(case: Case) -> None:
     before = outputs(model, images)
     model.train()
     require(all(module.training for module in model.modules()), f"{case}: train() does not reach every module")
-    # a copy: statistics follow what is seen
+    # a copy, because running statistics change
     require(
         outputs(copy.deepcopy(model), images).shape == before.shape, f"{case}: in training, outputs have another shape"
     )
@@ -196,7 +196,7 @@ def gradient_checkpointing_gives_the_same_gradients(case: Case) -> None:
     images, gradients = images_for(model), []
     for enable in (False, True):
         model.zero_grad()
-        torch.manual_seed(0)  # of dropout
+        torch.manual_seed(0)  # for dropout
         model.set_grad_checkpointing(enable)
         model(images).square().sum().backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad})

@@ -84,7 +84,7 @@ def plan_is_frozen_and_refuses_unknown_keys(case: Case) -> None:
 
 @law(EVERY_CASE)
 def no_path_or_key_goes_or_changes_shape(case: Case) -> None:
-    """But for keys whose tensors are replaced, which the plan names (`Plan.drops`)."""
+    """Except for keys whose tensors are replaced, which the plan names (`Plan.drops`)."""
     model = case.build()
     dropped = case.spec.plan(model).drops(model)
     replaced = {name.rpartition(".")[0] for name in dropped}
@@ -168,7 +168,7 @@ def same_seed_same_student(case: Case) -> None:
 
 @law(EVERY_CASE)
 def the_function_is_kept_at_the_start(case: Case) -> None:
-    """Unless the transform says `changes_at_start`."""
+    """Unless the transform sets `changes_at_start`."""
     if case.spec.changes_at_start:
         return
     before, now = outputs(case.teacher), outputs(case.student())
@@ -182,7 +182,7 @@ def the_function_is_kept_at_the_start(case: Case) -> None:
 
 @law(EVERY_CASE)
 def every_parameter_is_trained(case: Case) -> None:
-    """Each that is added or freed has a gradient in the first two steps, but those that the transform names."""
+    """Every added or unfrozen parameter has a gradient in the first two steps, except those in `blind` and `blind_at_start`."""
     model = case.student().train()
     images = images_for(model)
     added = surgery.added_parameters(model)
@@ -195,7 +195,7 @@ def every_parameter_is_trained(case: Case) -> None:
     optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.1)
     for step in range(2):
         optimizer.zero_grad()
-        # All tokens: after the last block, a class token does not see what was done to the others.
+        # All tokens, because in the last block the class token is not affected by changes to the others.
         features = _features(model, images)
         (features.square().mean() + as_timm(model).forward_head(features).square().mean()).backward()
         blind = {**case.spec.blind, **(case.spec.blind_at_start if step == 0 else {})}
@@ -244,7 +244,7 @@ def fold_keeps_the_function_or_says_why_not(case: Case) -> None:
 
 @torch.no_grad()
 def _move_what_was_added(model: nn.Module) -> None:
-    """So that a fold that drops what was added instead of merging it is seen."""
+    """Perturb added parameters, so that a fold that drops them instead of merging them is detected."""
     generator = torch.Generator().manual_seed(4)
     added = surgery.added_parameters(model)
     for name, parameter in model.named_parameters():

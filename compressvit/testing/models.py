@@ -1,4 +1,4 @@
-"""Small timm models of every family, and what the laws compare of them."""
+"""Small timm models of every family, and the properties that the laws compare."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from compressvit.model.family import FAMILIES, Example, Family
 
 
 def examples() -> dict[str, Example]:
-    """The small models of every family, by name: sequences of tokens first, then what has attention, then the rest."""
+    """The small models of every family, by name: those with token sequences first, then others with attention, then the rest."""
     families = sorted(FAMILIES.values(), key=lambda family: (family.layout != "sequence", family.attention is None))
     return {name: example for family in families for name, example in family.examples.items()}
 
 
 def build(name: str, seed: int = 0) -> nn.Module:
-    """A small model of `examples`, in eval mode, with no parameter left at zero or one."""
+    """Build a small model of `examples` in eval mode, with random values in place of parameters that are initially 0 or 1."""
     torch.manual_seed(seed)
     example = examples()[name]
     model = timm.create_model(example.model, **example.args)
-    with torch.no_grad():  # fresh biases are zeros and norms ones, which would hide a mistake
+    with torch.no_grad():  # initial biases are 0 and norm weights 1, which would hide errors
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
     return model.eval()
@@ -32,7 +32,7 @@ def build(name: str, seed: int = 0) -> nn.Module:
 
 @functools.cache
 def teacher(name: str) -> nn.Module:
-    """`build(name)`, made once and not to be changed; the laws say which transform did."""
+    """`build(name)`, cached; it must not be changed, and the laws report a transform that does."""
     return build(name)
 
 
@@ -42,7 +42,7 @@ def family_of(name: str) -> Family:
 
 
 def images_for(model: nn.Module, batch: int = 2, seed: int = 1) -> Tensor:
-    """Random images of the model's size; 32 × 32 where it takes any and is made for larger ones."""
+    """Random images of the model's size; 32 × 32 if the model takes any size and its default is larger."""
     height, width = input_size(model)[1:]
     size = (height, width) if hasattr(model, "patch_embed") else (min(height, 32), min(width, 32))
     return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(seed))
@@ -50,12 +50,12 @@ def images_for(model: nn.Module, batch: int = 2, seed: int = 1) -> Tensor:
 
 @torch.no_grad()
 def outputs(model: nn.Module, images: Tensor | None = None) -> Tensor:
-    """The output of a model for images; for `images_for` it, in its own precision, if none are given."""
+    """The output of a model for images; by default for `images_for(model)` in the model's precision."""
     return model(images_for(model).to(next(model.parameters()).dtype) if images is None else images)
 
 
 def structure(model: nn.Module) -> dict[str, object]:
-    """Everything about a model but its values."""
+    """Everything about a model except its values."""
     return {
         "modules": [(path, type(module)) for path, module in model.named_modules()],
         "tensors": {name: (tuple(t.shape), t.dtype) for name, t in model.state_dict().items()},
@@ -69,5 +69,5 @@ def values(model: nn.Module) -> dict[str, Tensor]:
 
 
 def same_values(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    """Whether two sets of tensors are equal to the bit."""
+    """Whether two sets of tensors are equal bit for bit."""
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

@@ -1,4 +1,4 @@
-"""Laws of several transforms: every ordered pair composes, or is refused with a sentence that names both steps and a way out."""
+"""Laws of several transforms: every ordered pair composes, or is refused with a message that names both steps and an alternative."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from compressvit.transforms.record import compression_of
 
 
 def compose_or_refuse(first: Transform, second: Transform, backbone: str) -> str | None:
-    """Apply two transforms to a backbone that both work on.
+    """Apply two transforms to a backbone that supports both.
 
     Returns:
-        None where they compose, and the sentence where they are refused.
+        None if they compose, else the message with which they are refused.
 
     Raises:
-        AssertionError: they do neither as they should.
+        AssertionError: the result of composing them is wrong, or the message is incomplete.
     """
     pair = f"{first.name} and then {second.name} on {backbone}"
     model = build(backbone)

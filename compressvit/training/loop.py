@@ -131,9 +131,7 @@ class Trainer:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.state = TrainedState(model)
         self.buffers = opt.Buffers(model)
-        self.finite = torch.ones(
-            (), dtype=torch.bool, device=device
-        )  # whether every loss and gradient so far was finite
+        self.finite = torch.ones((), dtype=torch.bool, device=device)  # every loss and gradient so far
 
     def run(self) -> dict[str, Any]:
         """Run the whole phase; returns the result of `train`."""

@@ -199,9 +199,7 @@ class MultiplexPlan(Plan):
                 info.resolution,
                 backbone.num_prefix_tokens,
                 replace=self.form == "reference",
-                eps=cast(
-                    nn.LayerNorm, model.get_submodule(f"{info.path}.norm2")
-                ).eps,  # every norm in timm has a weight
+                eps=cast(nn.LayerNorm, model.get_submodule(f"{info.path}.norm2")).eps,  # in every norm of timm
                 **like,
             )
             surgery.fill_slot(model, info.path, "mlp_conv", conv)

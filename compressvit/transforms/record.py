@@ -74,9 +74,7 @@ def trained_parameters(model: nn.Module) -> dict[str, int]:
         if parameter.requires_grad:
             counts["trained_head" if name in heads else "trained_adapter"] += parameter.numel()
     for module in model.modules():
-        if (
-            isinstance(module, AdapterLinear) and module.mask is not None
-        ):  # where the mask is false, the weight stays zero
+        if isinstance(module, AdapterLinear) and module.mask is not None:  # masked weights stay zero
             left = module.kept if module.mask.is_meta else int(module.mask.sum())
             counts["trained_adapter"] -= module.mask.numel() - left
     return counts

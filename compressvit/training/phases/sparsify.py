@@ -75,9 +75,7 @@ class Sparsify(PhaseSpec):
         if stage.fresh:
             stage.log.say(f"{name}: {sum(left.values()):,} weights of adapters are left ({self.score})")
             stage.log.scalars(name, "weights", 0, dict(left))
-        model, report = super().run(
-            model, replace(stage, start=None)
-        )  # the known evaluation is that of the model before masking
+        model, report = super().run(model, replace(stage, start=None))  # `start` is from before masking
         return model, {**report, "weights_left": left}
 
 

@@ -88,9 +88,7 @@ def _named_taps(kwargs: Any, whose: str | None = None) -> tuple[list[Tap], list[
             found[whose].append((kwargs["path"], kwargs.get("io", "output")))
         for key, value in kwargs.items():
             owner = next((w for w in found if key.startswith(w)), whose)
-            if (
-                key == "module_path" and isinstance(value, str) and owner is None
-            ):  # RegularizationLoss takes one model's module path only
+            if key == "module_path" and isinstance(value, str) and owner is None:  # RegularizationLoss
                 side = "teacher" if kwargs.get("is_from_teacher") else "student"
                 found[side].append((value, kwargs.get("io_type", "output")))
             elif isinstance(value, str) and key.endswith("_path") and owner:

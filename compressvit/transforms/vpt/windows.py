@@ -133,9 +133,7 @@ def _attend(block: Any, x: torch.Tensor, prompts: torch.Tensor) -> tuple[torch.T
     x = torch.roll(x, (-down, -right), dims=(1, 2)) if down or right else x
     x = F.pad(x, (0, 0, 0, -width % columns, 0, -height % rows))
     mask = block.get_attn_mask(x) if getattr(block, "dynamic_mask", False) else block.attn_mask
-    windows = window_partition(x, block.window_size).flatten(
-        1, 2
-    )  # (B·windows, N, M), the windows of an image consecutive
+    windows = window_partition(x, block.window_size).flatten(1, 2)  # (B·windows, N, M), grouped by image
     prompts = prompts.repeat_interleave(len(windows) // batch, dim=0)
     made = block.attn(torch.cat([prompts, windows], dim=1), mask=mask)
     copies, windows = made.tensor_split([made.shape[1] - rows * columns], dim=1)

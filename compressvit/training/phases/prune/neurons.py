@@ -181,9 +181,7 @@ def select(
         widths = _local_widths(list(scored), share, spec, start, price, least)
         costs = {path: _cost(price[path], unit) for path in scored}
         while sum(widths[path] * costs[path] for path in scored) > max(limit, least * sum(costs.values())):
-            widths[max(widths, key=lambda path: widths[path])] -= (
-                1  # because others keep `least`, which exceeds their share
-            )
+            widths[max(widths, key=lambda path: widths[path])] -= 1  # others keep `least`, more than their share
         return {path: _best(s, widths[path]) for path, s in scored.items()}
     paths = list(scored)
     kept = {path: _best(s, least).tolist() for path, s in scored.items()}
