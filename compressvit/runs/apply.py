@@ -25,7 +25,7 @@ from compressvit.runs.folder import RunFolder
 from compressvit.runs.job import Job, prepare, refuse_labels, refuse_own_inputs
 from compressvit.runs.merge import merge_folder, print_merge
 from compressvit.runs.models import trains_teacher
-from compressvit.runs.plan import RecipePlan, plan_job, require_no_conflicts
+from compressvit.runs.plan import DataPlan, RecipePlan, plan_job, require_no_conflicts
 from compressvit.runs.run import Run, fill_teacher
 from compressvit.runs.tables import print_plan
 
@@ -92,6 +92,7 @@ def apply(
     job = prepare(recipe, device, name=name)
     plan = plan_job(job)
     _refuse(job, plan, folder, overwrite=overwrite)
+    plan.data = DataPlan.of(job.datasets)
     teacher, taught = fill_teacher(job, folder, resume=resume)
     if not resume:
         folder.open(recipe, text, plan.as_dict(), list(command or sys.argv), overwrite=overwrite)

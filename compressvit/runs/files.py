@@ -73,6 +73,14 @@ class PhaseReport(RunFile):
     widths: list[dict[str, int]] = []
 
 
+class DataNote(RunFile):
+    """What was passed over, guessed or converted in the data: a word for it, how often, and the sentence."""
+
+    what: str
+    count: int
+    text: str
+
+
 class Results(RunFile):
     """`results.json`."""
 
@@ -82,6 +90,7 @@ class Results(RunFile):
     ledger: list[LedgerRow] = []
     read_back_difference: float | None = None
     broken_images: int = 0
+    data_notes: list[DataNote] = []
 
 
 class PlanFile(RunFile):

@@ -60,6 +60,7 @@ def finish(job: Job, scorer: Scorer, folder: RunFolder, log: RunLog, *, plan: Re
             "ledger": [asdict(entry) for entry in compression_of(student.model).ledger],
             "read_back_difference": difference,
             "broken_images": job.datasets.broken.count,
+            "data_notes": [asdict(note) for note in job.datasets.notes()],
         }
     )
     write_text(folder.path / "results.json", results.model_dump_json(indent=2, exclude_unset=True) + "\n")
@@ -94,4 +95,6 @@ def _report(job: Job, folder: RunFolder, log: RunLog, results: Results, mismatch
     )
     if job.datasets.broken.count:
         log.say(f"{job.datasets.broken.count} broken image files were skipped; run.log names them")
+    for note in job.datasets.broken.notes():  # the others stand in the plan
+        log.say(f"data: {note.text}")
     log.say(f"run folder: {folder.path}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -12,6 +12,8 @@ from torch import nn
 
 from compressvit.artifacts.merge import DENSE_ADAPTERS, merged_copy
 from compressvit.data.input import Side, class_mismatch
+from compressvit.data.notes import Note
+from compressvit.data.opening import Datasets
 from compressvit.errors import UserError
 from compressvit.files import expanded
 from compressvit.fitting.moments import tokens_at
@@ -54,8 +56,24 @@ class StagePlan:
 
 
 @dataclass
+class DataPlan:
+    """The opened data: how many images, what identifies them, and what was passed over or guessed."""
+
+    train: int
+    validation: int
+    classes: int | None
+    fingerprint: str | None
+    notes: list[Note]
+
+    @classmethod
+    def of(cls, datasets: Datasets) -> DataPlan:
+        sizes = [len(part) if isinstance(part, Sized) else 0 for part in (datasets.train, datasets.validation)]
+        return cls(sizes[0], sizes[1], datasets.num_classes, datasets.fingerprint(), datasets.notes())
+
+
+@dataclass
 class RecipePlan:
-    """What `compressvit plan` prints. `conflicts` is empty when the recipe can run."""
+    """What `compressvit plan` prints. `conflicts` is empty when the recipe can run; `data` is known once the data is opened."""
 
     recipe: str
     teacher_model: str
@@ -67,6 +85,7 @@ class RecipePlan:
     notes: list[str]
     conflicts: list[str]
     diagnostics: dict[str, str] = field(default_factory=dict)
+    data: DataPlan | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: `teacher.parameters`, `student.parameters`, `student.bytes`, `student.macs`, …"""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from compressvit.model.cost import Cost
     from compressvit.runs.files import Figures, Results
-    from compressvit.runs.plan import RecipePlan
+    from compressvit.runs.plan import DataPlan, RecipePlan
     from compressvit.transforms import LedgerEntry
 
 
@@ -123,10 +123,19 @@ def print_plan(plan: RecipePlan, console: Console) -> None:
             )
     for name, summary in plan.diagnostics.items():
         console.print(f"diagnostics: [bold]{name}[/bold]  {summary}", highlight=False)
+    if plan.data is not None:
+        print_data(plan.data, console)
     for note in plan.notes:
         console.print(f"note: {note}", highlight=False)
     for conflict in plan.conflicts:
         console.print(f"[red]conflict:[/red] {_plain(conflict)}", highlight=False)
+
+
+def print_data(data: DataPlan, console: Console) -> None:
+    """How many images there are, and what was passed over or guessed about them."""
+    console.print(f"data: {data.train:,} images to train on, {data.validation:,} held out", highlight=False)
+    for note in data.notes:
+        console.print(f"data: {_plain(note.text)}", highlight=False)
 
 
 def _plain(text: str) -> str:
