@@ -160,7 +160,8 @@ class Search:
             text = f"{where}: {pictures(self._from_outside)} read by links from outside {self._within}"
             notes.append(Note("from_outside", self._from_outside, f"{text} (data.outside=false passes them over)"))
         if count := self._other_types.total():
-            types = ", ".join(f"{n:,} {extension}" for extension, n in self._other_types.most_common(5))
+            most = sorted(self._other_types.items(), key=lambda item: (-item[1], item[0]))
+            types = ", ".join(f"{n:,} {extension}" for extension, n in most[:5])
             more = f", … ({len(self._other_types)} types)" if len(self._other_types) > 5 else ""
             text = f"{where}: {pictures(count, 'file')} of types that are not read passed over: {types}{more}"
             notes.append(Note("other_types", count, text))
