@@ -8,7 +8,7 @@ function fit(description, natural, width) {
   const spec = structuredClone(description);
   const narrow = width < NARROW;
   if (narrow) {
-    spec.config.legend = { ...spec.config.legend, orient: "bottom", columns: 2, labelLimit: width / 2 - 40 };
+    spec.config.legend = { ...spec.config.legend, orient: "bottom", columns: 2, labelLimit: width / 2 - 28 };
     limitLabels(spec, width / 3);
   }
   if (spec.facet) {

@@ -74,7 +74,7 @@ def _quality(phase: str, own: Sequence[Line]) -> Finding | None:
             *_series(epochs, key, "training images"),
             *_series(held_out, key, "held-out images"),
             # last: colours go by order in every phase
-            *_series(epochs, f"teacher_{key}", "teacher on the training images"),
+            *_series(epochs, f"teacher_{key}", "teacher, training images"),
         ]
         if quality.curve is not None and records:
             name, title, caption = quality.curve.name, quality.curve.title, quality.curve.caption
