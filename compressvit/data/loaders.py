@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from compressvit.data.image_transform import image_transform
 from compressvit.data.input import InputConfig
 from compressvit.data.opening import Datasets, check_targets
+from compressvit.data.pictures import BrokenPicture
 from compressvit.data.pixels import Pixels
 from compressvit.data.samples import NO_IMAGE, Samples, seeded
 from compressvit.data.spec import Augment, Data
@@ -257,10 +258,13 @@ class _CheckedLoader(DataLoader):
                 if batch is not None:
                     check_targets(batch[1], self.datasets.num_classes, self.name)
                     yield batch
-        except UserError:
+        except (UserError, BrokenPicture) as error:
             # ends the workers now: the garbage collector may find them too late to tell them, and waits 5 s for each
             self._iterator = None
             del batches
+            if isinstance(error, BrokenPicture):  # of a stream; others count theirs
+                reason = str(error).rstrip().rpartition("BrokenPicture: ")[2]  # a worker adds its trace
+                raise UserError(f"data.name={self.name}: an image of the stream cannot be read: {reason}") from error
             raise
 
 

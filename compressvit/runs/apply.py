@@ -26,6 +26,7 @@ from compressvit.runs.job import Job, prepare, refuse_labels, refuse_own_inputs
 from compressvit.runs.merge import merge_folder, print_merge
 from compressvit.runs.models import trains_teacher
 from compressvit.runs.plan import DataPlan, RecipePlan, plan_job, require_no_conflicts
+from compressvit.runs.resources import resource_faults
 from compressvit.runs.run import Run, fill_teacher
 from compressvit.runs.tables import print_plan
 
@@ -94,6 +95,8 @@ def apply(
     plan = plan_job(job)
     _refuse(job, plan, folder, overwrite=overwrite)
     plan.data = DataPlan.of(job.datasets)
+    if resume:
+        plan.notes += folder.refuse_other_data(recipe, plan.data)
     with folder.owned():
         folder.refuse_or_clear(recipe, resume=resume, overwrite=overwrite)  # a run may have begun in it, or ended
         teacher, taught = fill_teacher(job, folder, resume=resume)
@@ -101,7 +104,8 @@ def apply(
         run_log = RunLog(folder.path, console, partial(tensorboard.tag_of, tags=tensorboard.scalar_tags(recipe)))
         try:
             run_log.show(lambda to: print_plan(plan, to))
-            return _run(Run(job, folder, run_log), plan, teacher, taught, report)
+            with resource_faults(recipe.data):
+                return _run(Run(job, folder, run_log), plan, teacher, taught, report)
         except UserError as error:
             log.error("%s", error, extra={"already_shown": True})
             raise

@@ -26,10 +26,10 @@ _TORCH = {
 }
 
 
-@data_set("tfds/NAME", package="tensorflow_datasets")
-@data_set("hfids/NAME", package="datasets")
+@data_set("tfds/NAME", package="tensorflow_datasets", streams=True)
+@data_set("hfids/NAME", package="datasets", streams=True)
 @data_set("hfds/NAME", package="datasets")
-@data_set("wds/NAME", package="webdataset")
+@data_set("wds/NAME", package="webdataset", streams=True)
 def open_timm(data: Data) -> tuple[Dataset, Dataset]:
     """As timm reads it: prefixes, splits and roots mean what they mean there."""
     from timm.data import create_dataset
