@@ -1,9 +1,9 @@
-"""A model as files: the manifest that describes its structure, and its tensors. What its transforms do is not known here."""
+"""A model as files: the manifest that describes its structure, and its tensors. This module does not know what transforms do."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from compressvit.spec import Spec
 
 MANIFEST = "compressvit.json"
 TENSORS = "model.safetensors"
+LABEL_NAMES = "label_names"  # timm's key
 FORMAT = 2  # 1 is read, too (see `compressvit.model.old`)
 
 
@@ -44,6 +45,7 @@ class Manifest(Spec):
 
     Attributes:
         input: what images must look like: size (C, H, W), mean, std, interpolation, crop_pct.
+        label_names: of the classes, in the order of the outputs, where they are known.
         tensors: a checksum for every tensor; none in artifacts of earlier versions.
         checksum: of the manifest itself.
     """
@@ -58,12 +60,13 @@ class Manifest(Spec):
     transforms: list[StepRecord]
     ties: list[list[str]]
     input: dict[str, Any]
+    label_names: list[str] | None = None
     tensors: dict[str, str] | None = None
     checksum: str | None = None
 
 
 def build_plain(path: Path, manifest: Manifest) -> nn.Module:
-    """timm's own model of a manifest, before any transform, with fresh values; a `UserError` where timm cannot build it."""
+    """timm's own model of a manifest, before any transform, with fresh values; raises a `UserError` where timm cannot build it."""
     import timm
 
     try:
@@ -80,14 +83,29 @@ def is_artifact(path: Path) -> bool:
     return (path / MANIFEST).is_file()
 
 
-def expect_images(model: nn.Module, manifest: Manifest) -> None:
-    """Make the model want the images that the artifact's model wants: size, mean, deviation, interpolation."""
+def expect_images(model: nn.Module, images: dict[str, Any]) -> None:
+    """Set the model's input configuration to a manifest's `input`: size, mean, standard deviation, interpolation."""
     known = as_timm(model)
-    known.pretrained_cfg = {**known.pretrained_cfg, **_pretrained_config(manifest.input)}
+    known.pretrained_cfg = {**known.pretrained_cfg, **_pretrained_config(images)}
+
+
+def name_classes(model: nn.Module, names: Sequence[str] | None) -> None:
+    """Note the names of a model's classes where timm looks for them (`label_names`), if there are as many as it has outputs."""
+    known = as_timm(model)
+    if names is not None and len(names) == known.num_classes:
+        known.pretrained_cfg = {**known.pretrained_cfg, LABEL_NAMES: list(names)}
+
+
+def class_names(model: nn.Module) -> list[str] | None:
+    """What `name_classes` noted, or timm knows; None after the head has been given another size."""
+    names = (getattr(model, "pretrained_cfg", None) or {}).get(LABEL_NAMES)
+    if not isinstance(names, (list, tuple)) or len(names) != getattr(model, "num_classes", None):
+        return None
+    return [str(name) for name in names]
 
 
 def read_manifest(path: str | Path) -> Manifest:
-    """The manifest of the artifact at `path`; one of an earlier format as if it were of this one.
+    """The manifest of the artifact at `path`; an earlier format is converted to the current one.
 
     Raises:
         UserError: it is missing, is not JSON, or is of another format.

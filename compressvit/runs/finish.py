@@ -39,6 +39,7 @@ def finish(job: Job, scorer: Scorer, folder: RunFolder, log: RunLog, *, plan: Re
         The content of `results.json`.
     """
     teacher, student = trained.teacher, trained.student
+    stored.name_classes(student.model, job.datasets.class_names)
     difference = _save(student, folder.student)
     answers = scorer.task(student).answers(student.model, job.datasets.class_names, job.datasets.labelled)
     predictions = Predictions(student.input, answers)
