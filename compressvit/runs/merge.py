@@ -178,7 +178,10 @@ def _measured(
 def _write(model: nn.Module, folder: Path, *, plain: bool) -> nn.Module:
     """Write a model into an empty folder, in timm's form or as an artifact, and read it back into float32."""
     if plain:
-        save_for_hf(model, str(folder), safe_serialization=True)
+        names = stored.class_names(model)
+        save_for_hf(
+            model, str(folder), model_config={stored.LABEL_NAMES: names} if names else None, safe_serialization=True
+        )
         for file in folder.iterdir():
             if file.name not in _WRITTEN:
                 file.unlink()

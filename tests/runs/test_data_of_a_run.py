@@ -15,9 +15,11 @@ from helpers.runs import TINY, done, refused
 from PIL import Image
 from safetensors.torch import load_file
 
+import compressvit
 from compressvit.data.opening import open_data
 from compressvit.data.spec import Data
 from compressvit.errors import UserError
+from compressvit.runs.merge import merge_folder
 from compressvit.runs.resources import resource_faults
 
 
@@ -58,6 +60,23 @@ def test_what_was_passed_over_or_guessed_is_in_plan_log_and_results(begun):
         assert "data: 10 classes: the folders directly in train/, in natural order" in text
         assert "data: train: 1 file of types that are not read passed over: 1 .txt" in text
         assert "data: 80 pictures of 16 bits scaled to 8 (value / 257)" in text
+
+
+def test_class_names_are_kept_in_artifacts_and_in_what_timm_reads(begun, tmp_path):
+    names = [f"{digit}x" for digit in range(10)]
+    for model in ("teacher", "student"):
+        assert json.loads((begun[1] / model / "compressvit.json").read_text())["label_names"] == names
+    loaded = compressvit.load(begun[1] / "student")
+    assert loaded.pretrained_cfg["label_names"] == names
+    compressvit.save(loaded, tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "compressvit.json").read_text())["label_names"] == names
+    loaded.reset_classifier(3)
+    compressvit.save(loaded, tmp_path / "other")
+    assert json.loads((tmp_path / "other" / "compressvit.json").read_text())["label_names"] is None
+    plain = compressvit.compress(compressvit.load(begun[1] / "teacher"), [compressvit.LoRA(rank=2)])
+    compressvit.save(plain, tmp_path / "adapted")
+    merge_folder(tmp_path / "adapted", device="cpu")
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["label_names"] == names
 
 
 def weights(run) -> dict[str, torch.Tensor]:
@@ -141,7 +160,9 @@ def test_other_faults_stay_what_they_are():
 KILLED = """
 import os, signal, sys
 from compressvit.data import samples
+import compressvit
 from compressvit.data.loaders import eval_loader
+import compressvit
 from compressvit.data.opening import open_data
 from compressvit.data.spec import Data
 from compressvit.runs.resources import resource_faults
