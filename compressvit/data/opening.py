@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+from collections.abc import Sized
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,17 @@ from compressvit.data.samples import BrokenFiles, Samples
 from compressvit.data.sets.base import LAYOUT, class_names_of, evenly
 from compressvit.data.spec import Data
 from compressvit.errors import UserError
+
+
+@dataclass
+class DataPlan:
+    """The opened data: how many images, what identifies them, and what was passed over or guessed."""
+
+    train: int
+    validation: int
+    classes: int | None
+    fingerprint: str | None
+    notes: list[Note]
 
 
 @dataclass
@@ -54,6 +66,11 @@ class Datasets:
         """A hash of the names and labels of all files, relative to their folder; None for a streaming set, which cannot list them."""
         parts = [part.identity() for part in (self.train, self.validation) if isinstance(part, Samples)]
         return hashlib.sha256("".join(parts).encode()).hexdigest() if len(parts) == 2 else None
+
+    def plan(self) -> DataPlan:
+        """What a plan says of them."""
+        sizes = [len(part) if isinstance(part, Sized) else 0 for part in (self.train, self.validation)]
+        return DataPlan(sizes[0], sizes[1], self.num_classes, self.fingerprint(), self.notes())
 
 
 def open_data(data: Data) -> Datasets:

@@ -25,7 +25,7 @@ from compressvit.runs.folder import RunFolder, refuse_processes
 from compressvit.runs.job import Job, prepare, refuse_labels, refuse_own_inputs
 from compressvit.runs.merge import merge_folder, print_merge
 from compressvit.runs.models import trains_teacher
-from compressvit.runs.plan import DataPlan, RecipePlan, plan_job, require_no_conflicts
+from compressvit.runs.plan import RecipePlan, plan_job, require_no_conflicts
 from compressvit.runs.resources import resource_faults
 from compressvit.runs.run import Run, fill_teacher
 from compressvit.runs.tables import print_plan
@@ -94,9 +94,7 @@ def apply(
     job = prepare(recipe, device, name=name)
     plan = plan_job(job)
     _refuse(job, plan, folder, overwrite=overwrite)
-    plan.data = DataPlan.of(job.datasets)
-    if resume:
-        plan.notes += folder.refuse_other_data(recipe, plan.data)
+    _note_data(job, plan, folder, resume=resume)
     with folder.owned():
         folder.refuse_or_clear(recipe, resume=resume, overwrite=overwrite)  # a run may have begun in it, or ended
         teacher, taught = fill_teacher(job, folder, resume=resume)
@@ -170,6 +168,13 @@ def _plain(value: Any, where: str) -> Any:
         f"{where} of the dictionary is a {type(value).__name__}, which a recipe cannot hold; a step is written "
         "{'multiplex': {'share': 2}}"
     )
+
+
+def _note_data(job: Job, plan: RecipePlan, folder: RunFolder, *, resume: bool) -> None:
+    """Add the data to the plan; a run that is resumed has the same as before."""
+    plan.data = job.datasets.plan()
+    if resume:
+        plan.notes += folder.refuse_other_data(job.recipe, plan.data)
 
 
 def _refuse(job: Job, plan: RecipePlan, folder: RunFolder, *, overwrite: bool) -> None:

@@ -30,8 +30,8 @@ from compressvit.runs.files import Environment
 
 if TYPE_CHECKING:
     from compressvit.charts.findings import Finding
+    from compressvit.data.opening import DataPlan
     from compressvit.recipe.recipe import Recipe
-    from compressvit.runs.plan import DataPlan
 
 
 _LOCK = ".lock"  # in a run folder, while a process writes into it

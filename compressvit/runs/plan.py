@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sized
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -12,8 +12,7 @@ from torch import nn
 
 from compressvit.artifacts.merge import DENSE_ADAPTERS, merged_copy
 from compressvit.data.input import STATISTICS, Side, class_mismatch
-from compressvit.data.notes import Note
-from compressvit.data.opening import Datasets
+from compressvit.data.opening import DataPlan
 from compressvit.errors import UserError
 from compressvit.files import expanded
 from compressvit.fitting.moments import tokens_at
@@ -54,22 +53,6 @@ class StagePlan:
     parameters: int
     shared: int
     private: int
-
-
-@dataclass
-class DataPlan:
-    """The opened data: how many images, what identifies them, and what was passed over or guessed."""
-
-    train: int
-    validation: int
-    classes: int | None
-    fingerprint: str | None
-    notes: list[Note]
-
-    @classmethod
-    def of(cls, datasets: Datasets) -> DataPlan:
-        sizes = [len(part) if isinstance(part, Sized) else 0 for part in (datasets.train, datasets.validation)]
-        return cls(sizes[0], sizes[1], datasets.num_classes, datasets.fingerprint(), datasets.notes())
 
 
 @dataclass

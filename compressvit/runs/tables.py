@@ -13,9 +13,10 @@ from compressvit.tasks.qualities import qualities
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from compressvit.data.opening import DataPlan
     from compressvit.model.cost import Cost
     from compressvit.runs.files import Figures, Results
-    from compressvit.runs.plan import DataPlan, RecipePlan
+    from compressvit.runs.plan import RecipePlan
     from compressvit.transforms import LedgerEntry
 
 
