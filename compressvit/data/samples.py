@@ -23,11 +23,10 @@ from compressvit.data.files import PictureFiles
 from compressvit.data.notes import Note, notes_of_reading
 from compressvit.data.pictures import Read, read_picture, standard
 from compressvit.errors import UserError
+from compressvit.tasks.targets import NO_IMAGE, NO_LABEL
 
 log = logging.getLogger("compressvit")
 
-NO_LABEL = -1  # the target of an image that has no label
-NO_IMAGE = -2  # the target of a stand-in for a broken file; loaders leave it out
 MAX_CONSECUTIVE_BROKEN = 50
 
 # what a set that opens its files itself passes on of Pillow, for a file that is not an image or ends early; `BrokenPicture` is a ValueError
@@ -85,15 +84,15 @@ class Samples(Dataset):
         """The samples at these positions, as a set of their own."""
         return Samples(self.source, [self.indices[i] for i in positions], self.labelled, exif=self.exif)
 
-    def __getitem__(self, index: int) -> tuple[Any, int]:
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
         image, target = self._sample(index)
         return (image if self.transform is None else self.transform(image)), target
 
-    def __getitems__(self, keys: Sequence[tuple[int, int | None]]) -> list[tuple[Any, int]]:
+    def __getitems__(self, keys: Sequence[tuple[int, int | None]]) -> list[tuple[Any, Any]]:
         with seeded(keys[0][1]):
             return [self[index] for index, _ in keys]
 
-    def _sample(self, index: int) -> tuple[Image.Image, int]:
+    def _sample(self, index: int) -> tuple[Image.Image, Any]:
         tries = min(MAX_CONSECUTIVE_BROKEN, len(self)) if self.training else 1
         for position in range(index, index + tries):
             position %= len(self)

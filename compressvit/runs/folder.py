@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import re
@@ -26,11 +25,10 @@ from compressvit import __version__
 from compressvit.errors import UserError, option, switch
 from compressvit.files import disk_faults, write_text
 from compressvit.model.old import RESOLVED, current_recipe, stored_step
-from compressvit.runs.files import Environment
+from compressvit.runs.files import DataPlan, Environment, RecipePlan
 
 if TYPE_CHECKING:
     from compressvit.charts.findings import Finding
-    from compressvit.data.opening import DataPlan
     from compressvit.recipe.recipe import Recipe
 
 
@@ -140,12 +138,10 @@ class RunFolder:
     def _fingerprint(self) -> str | None:
         """What identified the data of the run that began here, where that is known."""
         try:
-            content = json.loads((self.path / "plan.json").read_text(encoding="utf-8"))
+            plan = RecipePlan.model_validate_json((self.path / "plan.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        data = content.get("data") if isinstance(content, dict) else None
-        found = data.get("fingerprint") if isinstance(data, dict) else None
-        return found if isinstance(found, str) else None
+        return plan.data.fingerprint if plan.data is not None else None
 
     def refuse_other_data(self, recipe: Recipe, data: DataPlan) -> list[str]:
         """Check that a run is resumed with the files that it began with, wherever they are now.
@@ -198,7 +194,7 @@ class RunFolder:
         self,
         recipe: Recipe,
         recipe_text: str,
-        plan: dict[str, Any],
+        plan: RecipePlan,
         command: list[str],
         *,
         resume: bool,
@@ -214,7 +210,7 @@ class RunFolder:
             RESOLVED: recipe.to_yaml(),  # first: where it is, there is a run that can be resumed or overwritten
             "recipe.yaml": recipe_text,
             "environment.json": found.model_dump_json(indent=2) + "\n",
-            "plan.json": json.dumps(plan, indent=2) + "\n",
+            "plan.json": plan.model_dump_json(indent=2) + "\n",
         }
         for name, text in texts.items():
             if not (resume and (self.path / name).exists()):
