@@ -38,10 +38,11 @@ class Costs(RunFile):
 
 class Figures(Costs):
     """Costs and scores of the teacher or the student in `results.json`. Scores are in percent but for `loss` and the cosines; None where
-    they cannot be had."""
+    they cannot be had. `latency_ratio` has the quartiles of student / teacher within a round of measurements."""
 
     images: int | None = None
     latency_ms: float | None = None
+    latency_ratio: tuple[float, float, float] | None = None
     top1: float | None = None
     top5: float | None = None
     loss: float | None = None
@@ -96,6 +97,14 @@ class Results(RunFile):
     read_back_difference: float | None = None
     broken_images: int = 0
     data_notes: list[DataNote] = []
+
+    @property
+    def slowdown(self) -> float | None:
+        """The student's latency in those of its teacher, which was measured alternately with it."""
+        if self.student.latency_ratio is not None:
+            return self.student.latency_ratio[1]
+        ours, theirs = self.student.latency_ms, self.teacher.latency_ms  # of an earlier version
+        return ours / theirs if ours is not None and theirs else None
 
 
 class PlannedTeacher(Costs):

@@ -50,16 +50,22 @@ def finish(job: Job, scorer: Scorer, folder: RunFolder, log: RunLog, *, plan: Re
             file = save_adapter(student.model, folder.path / "adapter.safetensors")
         costs["adapter_bytes"] = file.stat().st_size
     sizes = [teacher.input.size, student.input.size]
-    times = cost.latency([teacher.model, student.model], sizes, device=job.device)
+    times = cost.latencies([teacher.model, student.model], sizes, device=job.device)
     results = Results.model_validate(
         {
             "teacher": {
                 **plan.teacher.model_dump(exclude={"model"}),
                 "images": scores["images"],
                 **theirs,
-                "latency_ms": times[0],
+                "latency_ms": times.medians[0],
             },
-            "student": {**costs, **scores, **trained_parameters(student.model), "latency_ms": times[1]},
+            "student": {
+                **costs,
+                **scores,
+                **trained_parameters(student.model),
+                "latency_ms": times.medians[1],
+                "latency_ratio": times.ratio(1),
+            },
             "phases": trained.phases,
             "ledger": [asdict(entry) for entry in compression_of(student.model).ledger],
             "read_back_difference": difference,
@@ -106,7 +112,8 @@ def _report(job: Job, folder: RunFolder, log: RunLog, results: Results, mismatch
     if mismatch and job.recipe.student.head != "new":
         warnings.warning("warning: %s", mismatch)
     log.say(
-        f"latency: batch 1 on {job.device}, {torch.get_num_threads()} threads, median of up to 30, measured alternately. "
+        f"latency: batch 1 on {job.device}, {torch.get_num_threads()} threads, median of up to 30, measured alternately; "
+        f"in brackets the middle half of the ratios. "
         f"The student was read back from disk: largest difference of its outputs {results.read_back_difference:.1e}"
     )
     if job.datasets.broken.count:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from compressvit.runs.files import Figures
 from compressvit.tasks.qualities import qualities
 
 if TYPE_CHECKING:
@@ -87,6 +88,9 @@ def results_rows(teacher: Costs, student: Costs) -> list[tuple[str, str, str, st
     row("stored in addition to the backbone", "adapter_bytes", lambda v: f"{v / 1e3:,.1f} kB")
     row("MACs per image", "macs", lambda v: f"{v / 1e6:,.2f} M")
     row("latency", "latency_ms", lambda v: f"{v:.2f} ms")
+    if rows[-1][0] == "latency" and rows[-1][-1]:  # noise is larger than a third digit
+        known = student.latency_ratio if isinstance(student, Figures) else None
+        rows[-1] = (*rows[-1][:-1], ratio_text(known) if known else f"{float(rows[-1][-1]):.2f}")
     for quality in qualities().values():
         row(quality.long, quality.key, quality.text)
     return rows
@@ -138,3 +142,9 @@ def print_data(data: DataPlan, console: Console) -> None:
 
 def _plain(text: str) -> str:
     return text.replace("[", r"\[")
+
+
+def ratio_text(ratio: Sequence[float]) -> str:
+    """Quartiles of a ratio, as '1.89 (1.81–1.97)': median, and in brackets the middle half of all rounds."""
+    low, middle, high = ratio
+    return f"{middle:.2f} ({low:.2f}–{high:.2f})"
