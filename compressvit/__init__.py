@@ -16,7 +16,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# The classes of transforms are public names too: they are looked up in their registry.
+# Classes of transforms are also public names; they are looked up in the registry.
 _PUBLIC = {
     "apply": "compressvit.runs.apply",
     "compress": "compressvit.transforms.applying",
@@ -49,7 +49,7 @@ class _Modules(MetaPathFinder, Loader):
         return ModuleSpec(fullname, self) if package == "compressvit" and name in _MODULES else None
 
     def exec_module(self, module: ModuleType) -> None:
-        # What importlib hands out is what stands under the name afterwards: the module itself, not a copy.
+        # The import system puts the returned object into sys.modules: the module itself, not a copy.
         name = module.__name__.rpartition(".")[2]
         sys.modules[module.__name__] = importlib.import_module(_MODULES[name])
 
@@ -64,7 +64,7 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module(_PUBLIC[name]), name)
     if name == "__all__":
         return __dir__()
-    if name[:1].isupper():  # a class; names of modules are asked for here before they are imported
+    if name[:1].isupper():  # a class; names of submodules also arrive here, before they are imported
         spec = _transforms().class_called(name)
         if spec is not None:
             return spec

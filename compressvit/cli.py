@@ -1,4 +1,4 @@
-"""The command line. Nothing heavy is imported until a verb needs it, so that `--help` answers at once."""
+"""The command line. Heavy imports are deferred until a command needs them, so that `--help` is fast."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ Verb = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.Argume
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. Exit codes: 0 done, 2 something asked for cannot be done, 128 + N stopped by signal N."""
+    """Entry point. Exit codes: 0 success, 2 the request cannot be carried out, 128 + N stopped by signal N."""
     parser = _parser()
-    # argparse stops collecting key=value words at the first option; those that follow one come back as unknown.
+    # argparse stops collecting key=value arguments at the first option and returns later ones as unknown.
     arguments, rest = parser.parse_known_args(argv)
     if any(word.startswith("-") for word in rest) or (rest and not hasattr(arguments, "overrides")):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("compressvit: stopped", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `| head` closed our output; what Python still holds back goes nowhere
+    except BrokenPipeError:  # `| head` closed stdout; discard what Python has still buffered
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return added
 
-    # In the order of `--help`.
+    # In the order shown by `--help`.
     for add in (
         _add_apply,
         _add_plan,
@@ -224,7 +224,7 @@ def _apply(arguments: argparse.Namespace) -> int:
     from compressvit.training.loop import Interrupted
 
     run = Path(arguments.recipe)
-    if arguments.resume and (run / RESOLVED).is_file():  # a run says itself what it is
+    if arguments.resume and (run / RESOLVED).is_file():  # a run prints its own summary
         arguments.recipe, arguments.output = str(run / RESOLVED), arguments.output or str(run)
     elif arguments.resume and run.is_dir():
         raise UserError(f"--resume: there is no run in {run} (no {RESOLVED}); start one without --resume")

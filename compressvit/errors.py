@@ -1,7 +1,7 @@
-"""The one kind of error a user can cause, and the suggestions that go with it.
+"""`UserError`, the exception for errors that a user can fix, and helpers for its messages.
 
-`UserError` is for what somebody outside the code can put right: a recipe, a file, a folder, a model's name.
-The command line prints its text without a stack trace and exits with code 2. Anything else that escapes is our own fault.
+`UserError` is for errors whose cause is outside the code: in a recipe, a file, a folder, or the name of a model.
+The command line prints its message without a traceback and exits with code 2. Any other exception that escapes is a bug.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ _COMMAND_LINE = ContextVar("_COMMAND_LINE", default=False)
 
 
 class UserError(ValueError):
-    """A fault in what was asked for. The text says what was asked, what was given, why it fails and what would work."""
+    """An error that a user can fix. The message says what was asked, what was given, why it fails and what would work."""
 
 
 @contextmanager
 def command_line() -> Iterator[None]:
-    """While it lasts, `option` and `switch` write options as flags: a command is running."""
+    """Context in which `option` and `switch` write options as command-line flags, because a command is running."""
     token = _COMMAND_LINE.set(True)
     try:
         yield
@@ -29,24 +29,24 @@ def command_line() -> Iterator[None]:
 
 
 def is_command_line() -> bool:
-    """Whether a command is running, and not a call from Python."""
+    """Whether a command is running, as opposed to a call from Python."""
     return _COMMAND_LINE.get()
 
 
 def option(name: str, value: object = None) -> str:
-    """An option as the caller writes it: `--device cpu` on the command line, `device='cpu'` in Python; its name alone without a value."""
+    """An option as the caller writes it: `--device cpu` on the command line, `device='cpu'` in Python; without a value, only its name."""
     if is_command_line():
         return f"--{name}" if value is None else f"--{name} {value}"
     return name if value is None else f"{name}={str(value)!r}"
 
 
 def switch(name: str) -> str:
-    """An option that is on or off, as the caller turns it on: `--resume` on the command line, `resume=True` in Python."""
+    """A boolean option as the caller enables it: `--resume` on the command line, `resume=True` in Python."""
     return f"--{name}" if is_command_line() else f"{name}=True"
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The entry of `known` that `word` was probably meant to be, or None if nothing is close."""
+    """The entry of `known` that is most similar to `word`; None if none is close."""
     known = list(known)
     by_lower = {k.lower(): k for k in known}
     matches = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
@@ -54,9 +54,9 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
 
 
 def did_you_mean(word: str, known: Iterable[str], *, list_at_most: int = 12) -> str:
-    """A clause for the end of a message: the nearest known word, and the known words when there are few of them.
+    """A clause for the end of a message: the most similar known word, and all known words if there are few.
 
-    Returns an empty string when there is neither a near word nor a short list.
+    Returns an empty string if there is neither a similar word nor a short list.
     """
     known = list(known)
     close = nearest(word, known)

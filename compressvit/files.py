@@ -1,6 +1,6 @@
-"""Writing to disk so that a full disk or a crash loses nothing: to a scratch file first, then one rename.
+"""Atomic writes: to a scratch file first, then a rename, so that a full disk or a crash loses no earlier data.
 
-torch is imported where checkpoints are: the report writes files without it.
+torch is imported only in the functions for checkpoints, because the report writes files without it.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from compressvit.errors import UserError, switch
 
 @contextmanager
 def disk_faults(path: Path) -> Iterator[None]:
-    """Turn a failed write into one message.
+    """Turn a failed write into a `UserError` with one message.
 
-    torch and safetensors wrap the system's error in a RuntimeError and a SafetensorError, so their texts are looked at too.
+    torch and safetensors wrap the system's error in a RuntimeError or SafetensorError, so the texts of those are checked, too.
     """
     try:
         yield
@@ -46,7 +46,7 @@ _FULL_TEXTS = (
 
 
 def _is_full(error: BaseException | None) -> bool:
-    """Whether an error, or one that it came from, is that of a full disk."""
+    """Whether an error, or one of its causes, means that the disk is full."""
     while error is not None:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return True
@@ -57,13 +57,13 @@ def _is_full(error: BaseException | None) -> bool:
 
 
 def expanded(path: str | Path, where: str) -> Path:
-    """A path that a user gave, with `~` spelled out.
+    """A path given by a user, with `~` expanded.
 
     Args:
-        where: the key it was given as.
+        where: the key under which the path was given.
 
     Raises:
-        UserError: nobody of that name has a home folder, or no file can be called that.
+        UserError: the user named after `~` has no home folder, or the path is not a valid file name.
     """
     try:
         found = Path(path).expanduser()
@@ -76,7 +76,7 @@ def expanded(path: str | Path, where: str) -> Path:
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Call `write(scratch)` and rename the scratch file to `path`; a failure leaves the old file as it was."""
+    """Call `write(scratch)` and rename the scratch file to `path`; if this fails, the old file is unchanged."""
     scratch = path.with_name(f".{path.name}.part")
     with disk_faults(path):
         try:
@@ -88,28 +88,28 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
+    """Write a text file atomically."""
     write_atomically(path, lambda scratch: scratch.write_text(text, encoding="utf-8"))
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Write tensors and plain values with torch, whole or not at all."""
+    """Write tensors and plain values with torch, atomically."""
     import torch
 
     write_atomically(path, lambda scratch: torch.save(content, scratch))
 
 
 def damaged_record(path: Path) -> str | None:
-    """The first record of a torch file whose CRC-32 differs, which torch does not look at; None where none does.
+    """The first record of a torch file with a wrong CRC-32 (which torch does not check); None if there is none.
 
-    A file without checksums (`torch.serialization.set_crc32_options(False)`), or none of torch's zip archives, has none that could.
+    Also None for a file without checksums (`torch.serialization.set_crc32_options(False)`) or one that is not a zip archive of torch.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             records = [info for info in archive.infolist() if info.file_size]
             wrong = [info.filename for info in records if not _sound(archive, info)]
     except (zipfile.BadZipFile, OSError, NotImplementedError, EOFError, ValueError):
-        return None  # whoever reads it next says what it is
+        return None  # the code that reads it next reports the problem
     return wrong[0] if wrong and len(wrong) < len(records) else None
 
 
@@ -124,10 +124,10 @@ def _sound(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bool:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read what `save_checkpoint` wrote; only tensors and plain values, never code.
+    """Read a file written by `save_checkpoint`; it loads only tensors and plain values, never code.
 
     Raises:
-        UserError: the file is truncated, damaged or foreign.
+        UserError: the file is truncated, damaged or not such a file.
     """
     import torch
 
@@ -145,10 +145,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def require_keys(content: Any, keys: Sequence[str], path: Path) -> None:
-    """Check that a loaded checkpoint says what is about to be read from it.
+    """Check that a loaded checkpoint has the keys that are about to be read.
 
     Raises:
-        UserError: one of `keys` is not there.
+        UserError: one of `keys` is missing.
     """
     missing = [key for key in keys if not isinstance(content, dict) or key not in content]
     if missing:

@@ -1,4 +1,4 @@
-"""What a run tells: to the console, to run.log, to metrics.jsonl and to TensorBoard."""
+"""Logging of a run to the console, run.log, metrics.jsonl and TensorBoard."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from compressvit.errors import UserError
 from compressvit.files import disk_faults
 from compressvit.rows import append_row, metrics_row
 
-if TYPE_CHECKING:  # rich is imported where something is printed: much is validated and planned that never prints
+if TYPE_CHECKING:  # rich is imported only where something is printed
     from rich.console import Console
 
 log = logging.getLogger("compressvit")
 
 
 class RunLog:
-    """The outputs of one run's log. Scalars of a phase go to `metrics.jsonl` as a line a step, and to TensorBoard under
+    """The log of one run. Scalars of a phase are written to `metrics.jsonl`, one line per step, and to TensorBoard as
     `phase/kind/name`.
 
     Args:
         folder: the run folder; None writes no files.
-        console: where the progress bar and the messages go.
-        tag: what TensorBoard calls a phase (`compressvit.runs.tensorboard`).
+        console: for the progress bar and messages.
+        tag: maps the name of a phase to its name in TensorBoard (`compressvit.runs.tensorboard`).
     """
 
     def __init__(self, folder: Path | None, console: Console | None = None, tag: Callable[[str], str] = str):
@@ -58,7 +58,7 @@ class RunLog:
                 self._writer = SummaryWriter(str(folder / "tensorboard"))
 
     def show(self, what: Any) -> None:
-        """A table, or whatever a function prints to the console it is given: to the console and to run.log."""
+        """Print a table, or whatever a function prints to the console passed to it, to the console and to run.log."""
         from rich.console import Console
 
         text = io.StringIO()
@@ -67,27 +67,29 @@ class RunLog:
         log.info("%s", "\n" + text.getvalue().rstrip(), extra={"already_shown": True})
 
     def say(self, text: str) -> None:
-        """One line for a person."""
+        """Log one line for people."""
         log.info(text)
 
     def scalars(self, phase: str, kind: str, step: int, values: dict[str, float | int | None]) -> None:
-        """Record numbers of a phase. `kind` is that of a class of `compressvit.rows`; `step` counts optimiser steps of the phase."""
+        """Record numbers of a phase. `kind` is the kind of a row class in `compressvit.rows`; `step` counts the phase's optimiser steps."""
         if self.folder is None:
             return
-        known = {k: v for k, v in values.items() if v is not None and math.isfinite(v)}  # JSON has no infinity
+        known = {
+            k: v for k, v in values.items() if v is not None and math.isfinite(v)
+        }  # JSON cannot represent infinity
         row = metrics_row(kind, {"time": round(time.time(), 3), "phase": phase, "step": step, **known})
         append_row(self.folder / "metrics.jsonl", row)
         for name, value in known.items():
             self._writer.add_scalar(f"{self._tag(phase)}/{kind}/{name}", value, step)
 
     def board(self, show: Callable[[Any], None]) -> None:
-        """Let a function show something else in TensorBoard, through the run's one SummaryWriter."""
+        """Call a function with the run's SummaryWriter, to show something other than scalars in TensorBoard."""
         if self._writer is not None:
             show(self._writer)
 
     @contextmanager
     def progress(self, description: str, total: int, completed: int = 0) -> Iterator[Any]:
-        """A progress bar with a line of numbers below it; yields `advance`, to be called after every step, with new ones or none."""
+        """A progress bar with a line of numbers below it. Yields `advance`, to be called after every step, optionally with new numbers."""
         from rich.console import Group
         from rich.live import Live
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -114,10 +116,10 @@ class RunLog:
 
 @contextmanager
 def warn_and_continue(what: str) -> Iterator[None]:
-    """Say what went wrong and go on: a picture or a page is not worth a training, whatever fault it has."""
+    """Report any exception as a warning and continue: an error in a chart or page must not end a training."""
     try:
         yield
-    except Exception as error:  # perhaps a fault of ours: run.log keeps where it was
+    except Exception as error:  # possibly a bug of compressvit: run.log keeps the traceback
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         log.warning("%s: %s%s", what, kind, error)
         if kind:
@@ -128,7 +130,7 @@ T = TypeVar("T")
 
 
 def progress(items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
-    """`items`, with a progress bar on stderr while they are gone through, if that is a terminal."""
+    """Iterate over `items`, with a progress bar on stderr if that is a terminal."""
     from rich.console import Console
     from rich.progress import track
 

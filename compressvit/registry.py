@@ -1,13 +1,13 @@
-"""Words of recipes and what they name: one registry for each kind of thing that can be added.
+"""Registries, which map words of recipes to classes: one for each kind of extension.
 
-Inside the package a file registers what it defines when it is imported, and all files of the registry's room are imported when the
-registry is first read: adding a method is adding a file. Outside, an installed package offers an entry point
+Within compressvit, a file registers its definitions when it is imported. All files of the registry's subpackage are imported when the
+registry is first read, so adding a method means adding a file. Another package provides an entry point
 
     [project.entry-points."compressvit.transforms"]
     ia3 = "compressvit_ia3"
 
-whose name is the word and whose module registers it. A recipe names the word alone, never a module: recipes stay data, and only
-what is installed is loaded.
+whose name is the word and whose module registers it. A recipe contains only the word, never the name of a module, so recipes are plain
+data and only installed code is loaded.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ log = logging.getLogger("compressvit")
 
 
 class Registry(Mapping[str, T]):
-    """What words name: compressvit's own in alphabetical order, then those of other packages.
+    """A mapping from words to entries: compressvit's own in alphabetical order, then those of other packages.
 
     Args:
-        kind: what one entry is called in messages, e.g. 'transform'.
-        room: the package whose files register entries, e.g. 'compressvit.transforms'. Its last part names the entry points' group:
-            'compressvit.transforms'.
+        kind: what messages call an entry, e.g. 'transform'.
+        room: the subpackage whose files register entries, e.g. 'compressvit.transforms'. Its last part also names the group of entry
+            points, 'compressvit.transforms'.
     """
 
     def __init__(self, kind: str, room: str):
@@ -38,7 +38,7 @@ class Registry(Mapping[str, T]):
         self.group = f"compressvit.{room.rpartition('.')[2]}"
         self._entries: dict[str, T] = {}
         self._modules: dict[str, str] = {}
-        self._packages: dict[str, str] = {}  # of words that an entry point offers
+        self._packages: dict[str, str] = {}  # by word, for words from entry points
         self._faults: dict[str, str] = {}
         self._found = False
 
@@ -72,17 +72,17 @@ class Registry(Mapping[str, T]):
         return self._is_own(name)
 
     def package_of(self, name: str) -> str | None:
-        """The installed distribution that offers an entry; None for compressvit's own and for what a program registered itself."""
+        """The installed distribution that provides an entry; None for compressvit's own entries and those registered by a program."""
         self._find()
         return self._packages.get(name)
 
     def fault(self, name: str) -> str | None:
-        """Why an installed package could not provide the word that it offers; None where nothing went wrong."""
+        """Why an installed package failed to provide the word of its entry point; None if it did not fail."""
         self._find()
         return self._faults.get(name)
 
     def class_called(self, name: str) -> T | None:
-        """Compressvit's own entry that is a class of this name, e.g. `LoRA` for the word 'lora'."""
+        """Compressvit's own entry with this class name, e.g. `LoRA`, whose word is 'lora'."""
         own = (entry for word, entry in self.items() if self._is_own(word))
         return next((entry for entry in own if getattr(entry, "__name__", None) == name), None)
 
@@ -92,7 +92,7 @@ class Registry(Mapping[str, T]):
     def _find(self) -> None:
         if self._found:
             return
-        self._found = True  # already here: a module that is imported below may read the registry
+        self._found = True  # set before the imports below, whose modules may read the registry
         try:
             room = importlib.import_module(self.room)
             for info in pkgutil.walk_packages(room.__path__, f"{self.room}."):
@@ -114,7 +114,7 @@ class Registry(Mapping[str, T]):
         log.warning("%s", text)
 
     def _why_not(self, point: EntryPoint) -> str | None:
-        """Load an entry point; returns what is wrong with it, if anything."""
+        """Load an entry point; returns the reason if this fails."""
         name = point.name
         if name in self._packages:
             return f"the package {self._packages[name]} has a {self.kind} of that name too; uninstall one of the two"
@@ -129,7 +129,7 @@ class Registry(Mapping[str, T]):
 def _failure(load: Callable[[], object]) -> str | None:
     try:
         load()
-    # somebody else's code: whatever it raises, also by exiting, must not stop recipes that do not use it
+    # third-party code: no exception, nor an exit, may break recipes that do not use it
     except (Exception, SystemExit) as error:
         return f"{type(error).__name__}: {error}"
     return None

@@ -1,4 +1,4 @@
-"""JSON lines that are written as a run goes on: a row a line, and a run that was killed may have left half of the last one."""
+"""Files of JSON lines that grow during a run, one row per line; the last row is incomplete if the run was killed."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def _number(value: Any) -> int | float:
 
 
 class MetricsRow(BaseModel):
-    """A row of a run's `metrics.jsonl`: numbers that a phase recorded, which are its other keys.
+    """A row of a run's `metrics.jsonl`: the numbers that a phase recorded are its further keys.
 
-    Every kind of row has a class. One of a kind that has none is read as this.
+    Every kind of row has a subclass. A row of an unknown kind is read as this class.
 
     Attributes:
-        time: in seconds since 1970.
-        step: of the optimiser, counted from the beginning of the phase.
-        epoch: how many are done.
+        time: seconds since 1970.
+        step: optimiser step, counted from the start of the phase.
+        epoch: number of completed epochs.
     """
 
     model_config = ConfigDict(extra="allow", strict=True)
@@ -48,12 +48,12 @@ class MetricsRow(BaseModel):
         return {name: float(value) for name, value in self.__pydantic_extra__.items()}
 
     def value(self, name: str) -> float | None:
-        """The number of that name, if it is there."""
+        """The number of that name; None if there is none."""
         return self.__pydantic_extra__.get(name)
 
 
 class TrainRow(MetricsRow):
-    """The last batch before an optimiser step: `loss`, its terms after weighting, what the task measures, `gradient_norm` and `lr`."""
+    """The last batch before an optimiser step: `loss`, its weighted terms, the metrics of the task, `gradient_norm` and `lr`."""
 
     kind: Literal["train"] = "train"
 
@@ -65,13 +65,13 @@ class EpochRow(MetricsRow):
 
 
 class EvaluationRow(MetricsRow):
-    """Scores on the evaluation images; before a phase there is no epoch."""
+    """Scores on the evaluation images; without an epoch if evaluated before the phase."""
 
     kind: Literal["evaluate"] = "evaluate"
 
 
 class WidthsRow(MetricsRow):
-    """How many neurons every adapter has after removal number `step`, by its path; 0 is the start."""
+    """Number of neurons by adapter path after removal number `step`; step 0 is before any removal."""
 
     kind: Literal["widths"] = "widths"
 
@@ -89,29 +89,29 @@ _KINDS: dict[str, type[MetricsRow]] = {
 
 
 def metrics_row(kind: str, content: dict[str, Any]) -> MetricsRow:
-    """A row of a kind. Raises a `ValidationError` where it is none."""
+    """Parse a row according to its kind. Raises a `ValidationError` if it is invalid."""
     return _KINDS.get(kind, MetricsRow).model_validate({"kind": kind, **content})
 
 
 def parse_metrics(line: str) -> MetricsRow:
-    """A line of `metrics.jsonl` as a row of its kind. Raises a `ValidationError` where it is none."""
+    """Parse a line of `metrics.jsonl` as a row of its kind. Raises a `ValidationError` if it is invalid."""
     row = MetricsRow.model_validate_json(line)
     known = _KINDS.get(row.kind)
     return row if known is None else known.model_construct(row.model_fields_set, **row.model_dump(exclude_unset=True))
 
 
 def read_metrics(path: Path) -> list[MetricsRow]:
-    """The rows of a `metrics.jsonl`, each step once; a last one that is cut short is left out. Raises as `read_rows` does."""
+    """The rows of a `metrics.jsonl`, each step once, without an incomplete last row. Raises as `read_rows` does."""
     return each_once(_read(path, parse_metrics))
 
 
 def each_once(rows: Iterable[MetricsRow]) -> list[MetricsRow]:
-    """Of a step that a resumed run took again, the later row, in the place of the first."""
+    """Keep only the later row of a step that a resumed run repeated, at the position of the first."""
     return list({(row.phase, row.kind, row.step): row for row in rows}.values())
 
 
 def append_row(path: Path, row: BaseModel) -> None:
-    """Add a row to a file, which is made where there is none. Half a row at its end, of a run that was killed, goes."""
+    """Append a row to a file, which is created if necessary. An incomplete last row of a killed run is removed first."""
     with disk_faults(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a+b") as file:
@@ -124,18 +124,18 @@ def append_row(path: Path, row: BaseModel) -> None:
 
 
 def rewrite_rows(path: Path, rows: Iterable[BaseModel]) -> None:
-    """Replace a file by these rows, whole or not at all."""
+    """Replace the content of a file by these rows, atomically."""
     write_text(path, "".join(json.dumps(row.model_dump(exclude_none=True)) + "\n" for row in rows))
 
 
 def read_rows(path: Path, kind: type[Row]) -> list[Row]:
-    """The rows of a file; a last one that is cut short is left out.
+    """The rows of a file, without an incomplete last row.
 
     Args:
-        kind: what every row must be.
+        kind: the class of every row.
 
     Raises:
-        UserError: the file is damaged, or of another version.
+        UserError: the file is damaged, or was written by another version.
     """
     return _read(path, kind.model_validate_json)
 

@@ -1,4 +1,4 @@
-"""The base of everything a recipe can say: frozen pydantic models that refuse unknown keys."""
+"""The base class of all parts of a recipe: frozen pydantic models that reject unknown keys."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Spec(BaseModel):
-    """A frozen description. YAML and Python build the same object; unknown keys are refused."""
+    """A frozen set of options. YAML and Python build the same object; unknown keys are rejected."""
 
-    # Keys of earlier versions and what they are called now, for the message that refuses them.
+    # Keys of earlier versions with their current names, for the error message.
     renamed: ClassVar[dict[str, str]] = {}
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)

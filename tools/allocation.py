@@ -1,6 +1,6 @@
-r"""Where pruning left the neurons of adapters, of one run or of several side by side (MiMi, figure 5: local against global).
+r"""Numbers of neurons that pruning left in each adapter, for one run or several side by side (MiMi, figure 5: local against global).
 
-Every run with a `prune` step has recorded it, also one that is not finished.
+Every run with a `prune` step records them; the run need not be finished.
 
 example:
   compressvit apply quickstart 'steps=[adapters: {ratio: 0.5}, prune: {target: {neurons: 0.1}, epochs: 3}]' --output runs/global
@@ -22,7 +22,7 @@ from compressvit.programs.recorded import Run
 
 
 def look(runs: list[Run], arguments: argparse.Namespace) -> Findings:
-    """Every `prune` phase of every run."""
+    """Tables and charts of every `prune` phase of every run."""
     histories = {}
     for run in runs:
         own = run_histories(run)

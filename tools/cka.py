@@ -1,7 +1,7 @@
-"""CKA of every layer of one model with every layer of another: similarity of their features of the same images.
+"""CKA of every layer of one model with every layer of another: similarity of their features for the same images.
 
-Of one run student and teacher are compared; two runs or artifacts are compared with each other. The data is the run's, unless key=value
-says otherwise (data.name=digits).
+For one run, student and teacher are compared; two runs or artifacts are compared with each other. The data is that of the run, unless
+overridden by key=value (data.name=digits).
 
 example:
   compressvit apply quickstart --output runs/quickstart
@@ -21,7 +21,7 @@ from compressvit.programs.program import Findings, above_zero, program_of_models
 
 
 def look(opened: OpenedModels, arguments: argparse.Namespace) -> Findings:
-    """The matrix, and the diagonal where there are as many layers on both sides."""
+    """The CKA matrix, and its diagonal if both models have the same number of layers."""
     first, second = opened.pair()
     result = cka_matrix(
         subject(first, arguments.first_taps),
@@ -51,7 +51,7 @@ def look(opened: OpenedModels, arguments: argparse.Namespace) -> Findings:
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    """What only this program has."""
+    """Options of this program."""
     parser.add_argument("--images", type=whole, default=512, help="evaluation images (default: 512)")
     parser.add_argument("--kernel", choices=("linear", "rbf"), default="linear")
     parser.add_argument("--bandwidth", type=above_zero, default=1.0, help="σ of rbf in medians of the distances")

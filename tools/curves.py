@@ -1,6 +1,6 @@
-"""How training went: loss and evaluations over the steps of every phase, of one run or of several in one picture.
+"""Training curves: loss and evaluations over the steps of every phase, for one run or several in one chart.
 
-Phases are called by their word (distill, not 1_distill), so that runs of different recipes lie in one panel.
+Phases are named without their position (distill, not 1_distill), so that runs of different recipes share a panel.
 
 example:
   compressvit apply quickstart --output runs/distilled
@@ -20,13 +20,13 @@ from compressvit.programs.recorded import Run
 
 
 def look(runs: list[Run], arguments: argparse.Namespace) -> Findings:
-    """The curves asked for, or the ones that say most."""
+    """The requested curves, or the most informative ones."""
     curves = read_curves(runs, arguments.show)
     return [table_of("Curves", curves_summary(curves))], [curves_finding(curves)]
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    """What only this program has."""
+    """Options of this program."""
     parser.add_argument(
         "--show",
         metavar="TAG",

@@ -1,6 +1,6 @@
-"""Norms of the gradient per layer over training, of one run or of several side by side (MiniViT, figure 4).
+"""Gradient norms per layer over training, for one run or several side by side (MiniViT, figure 4).
 
-A run records them where its recipe says `diagnostics: [gradients]`. What blocks share counts with the gradient of each block's own use.
+A run records them if its recipe has `diagnostics: [gradients]`. For shared tensors, the gradient of each block's own use counts.
 
 example:
   compressvit apply quickstart 'diagnostics=[gradients]' --output runs/multiplexing
@@ -20,7 +20,7 @@ from compressvit.programs.recorded import Run
 
 
 def look(runs: list[Run], arguments: argparse.Namespace) -> Findings:
-    """Of one run all phases; of several the last of each, so that students are compared."""
+    """All phases of a single run; of several runs only the last phase of each, to compare students."""
     rows = []
     for run in runs:
         own = gradient_rows(run.path, arguments.phase, last=len(runs) > 1)
@@ -30,7 +30,7 @@ def look(runs: list[Run], arguments: argparse.Namespace) -> Findings:
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    """What only this program has."""
+    """Options of this program."""
     parser.add_argument("--phase", help="teacher, 1_distill, … (default: all phases; of several runs the last of each)")
 
 

@@ -1,8 +1,8 @@
-"""Which layers of a model could share one weight, or do with a low rank: before you compress it.
+"""Which layers of a model could share a weight, or have a low rank: run it before compressing the model.
 
-Pairs of blocks are compared by what their layers would lose if they shared the weight that is best for both, measured in their outputs on
-evaluation images, or in the weights alone; singular values tell how much rank a layer needs. Of a run the teacher is looked at
-(--student: the student), of an artifact the model in it.
+For every pair of blocks, it computes the error that their layers would have if they shared the optimal common weight, measured in the
+outputs on evaluation images or in the weights alone. Singular values show which rank a layer needs. Of a run, the teacher is examined
+(with --student, the student); of an artifact, its model.
 
 example:
   compressvit apply quickstart --output runs/quickstart
@@ -26,7 +26,7 @@ from compressvit.programs.program import Findings, program_of_models, table_of, 
 
 
 def look(opened: OpenedModels, arguments: argparse.Namespace) -> Findings:
-    """The matrices, the spectra, and a table of the pairs of every kind of layer that lose least."""
+    """The matrices, the spectra, and a table of the pairs that would lose least, per kind of layer."""
     one = opened.models[0 if arguments.student else -1]
     on_images = not (arguments.weights or arguments.aligned)
     own = one.converter(opened.models[0].input)
@@ -35,7 +35,7 @@ def look(opened: OpenedModels, arguments: argparse.Namespace) -> Findings:
     records = sharing_losses(one.model, reference=reference, aligned=arguments.aligned)
     order = {info.path: info.index for info in describe(one.model).blocks}
     pairs = [r for r in records if order[r["block"]] < order[r["other"]]]
-    kinds = dict.fromkeys(r["layer"] for r in pairs)  # each has a scale of its own
+    kinds = dict.fromkeys(r["layer"] for r in pairs)  # each measure has its own scale
     best = [r for k in kinds for r in sorted((r for r in pairs if r["layer"] == k), key=_loss)[: arguments.show]]
     what = "outputs" if on_images else "weights"
     table = table_of(
@@ -50,7 +50,7 @@ def _loss(record: dict[str, Any]) -> float:
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    """What only this program has."""
+    """Options of this program."""
     parser.add_argument("--student", action="store_true", help="look at the student of the run")
     parser.add_argument("--images", type=whole, default=256, help="evaluation images (default: 256)")
     parser.add_argument("--weights", action="store_true", help="compare the weights alone; needs no images")

@@ -1,1 +1,1 @@
-"""A model on disk: an artifact, an adapter, a merged model."""
+"""Models on disk: artifacts, adapters, merged models."""

@@ -1,4 +1,4 @@
-"""Where pruning left neurons, run beside run; what `tools/allocation.py` prints and draws."""
+"""Numbers of neurons that pruning left, compared between runs; printed and drawn by `tools/allocation.py`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from compressvit.runs.files import read_results
 
 
 def final_allocation_finding(histories: Mapping[str, tuple[str, History]]) -> Finding:
-    """`allocation_final`: neurons that are left in the end, a bar an adapter, runs side by side."""
+    """`allocation_final`: the final numbers of neurons, one bar per adapter, with runs side by side."""
     records = [
         {"run": run, "scope": scope, "layer": adapter, "start": start, "neurons": history[-1].get(adapter, 0)}
         for run, (scope, history) in histories.items()
@@ -36,7 +36,7 @@ def final_allocation_finding(histories: Mapping[str, tuple[str, History]]) -> Fi
 
 
 def allocation_summary(histories: Mapping[str, tuple[str, History]]) -> list[dict[str, Any]]:
-    """A row an adapter for a table: neurons after every removal, of every history one after the other."""
+    """Table rows, one per adapter and history: neurons after every removal."""
     longest = max(len(history) for _, history in histories.values())
     found = []
     for panel, (scope, history) in histories.items():
@@ -51,7 +51,7 @@ def run_histories(run: Run) -> dict[str, tuple[str, History]]:
     """Scope and widths of every phase of a run that removes neurons; the run need not be finished.
 
     Raises:
-        UserError: it has none, or is damaged.
+        UserError: the run has no such phase, or is damaged.
     """
     results, metrics = run.path / "results.json", run.path / "metrics.jsonl"
     phases = {part.name: part.phase for part in run.recipe.parts() if part.phase is not None}

@@ -1,4 +1,4 @@
-"""Curves of a training from `metrics.jsonl`, under the names they have in TensorBoard."""
+"""Training curves from `metrics.jsonl`, with the same names as in TensorBoard."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from compressvit.tasks.qualities import ranking
 
 METRICS = "metrics.jsonl"
 Curve = list[tuple[int, float]]  # optimiser step of the phase, value
-Curves = dict[tuple[str, str], Curve]  # by the run's label and the tag
+Curves = dict[tuple[str, str], Curve]  # by label of the run and tag
 
 
 def read_curves(runs: Sequence[Run], wanted: Sequence[str] | None = None) -> Curves:
     """The curves of runs.
 
     Args:
-        wanted: tags, such as 'distill/evaluate/top1'; None for every phase's mean loss of an epoch, and the first of top-1, agreement
-            and cosine that its evaluations have.
+        wanted: tags, such as 'distill/evaluate/top1'; None: for every phase, the mean loss per epoch, and the first of top-1, agreement and
+            cosine that its evaluations contain.
 
     Raises:
         UserError: a run has no metrics, or none of the runs has a tag.
@@ -70,7 +70,7 @@ def _says_most(tag: str, known: Sequence[str]) -> bool:
 
 
 def curves_finding(curves: Curves) -> Finding:
-    """`curves`: a panel a tag, a line a run."""
+    """`curves`: a chart with one panel per tag and one line per run."""
     records = [
         {"run": label, "curve": tag, "step": step, "value": value}
         for (label, tag), curve in curves.items()

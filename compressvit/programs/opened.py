@@ -1,4 +1,4 @@
-"""Models on disk and the images to look at them with, for the programs that need both."""
+"""Loading models and evaluation images, for programs that need both."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from compressvit.runs.recorder import evaluation_images
 
 @dataclass(frozen=True)
 class Opened(Side):
-    """A model of a run or an artifact, in eval mode, with what it is called."""
+    """A model of a run or an artifact, in eval mode, with its name."""
 
     label: str
 
@@ -32,8 +32,8 @@ class OpenedModels:
     """Models, and evaluation images for them.
 
     Attributes:
-        models: the student before its teacher, or as they were named.
-        folder: where what is found about them belongs.
+        models: student and teacher of a run, or the models in the given order.
+        folder: where findings about them are written.
     """
 
     models: tuple[Opened, ...]
@@ -42,10 +42,10 @@ class OpenedModels:
     folder: Path
 
     def pair(self) -> tuple[Opened, Opened]:
-        """The two that are compared.
+        """The two models to compare.
 
         Raises:
-            UserError: one artifact was named, which does not know its teacher.
+            UserError: only one artifact was given, which does not record its teacher.
         """
         if len(self.models) == 1:
             raise UserError(
@@ -54,25 +54,25 @@ class OpenedModels:
         return self.models[0], self.models[1]
 
     def images(self, count: int) -> Iterator[torch.Tensor]:
-        """Batches (B, C, H, W) of about `count` evaluation images as the first model takes them."""
+        """Batches (B, C, H, W) of about `count` evaluation images, normalised for the first model."""
         for batch, _ in self.labelled(count):
             yield batch
 
     def labelled(self, count: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Likewise, with labels."""
+        """Batches (images, targets) of the same images as `images`."""
         datasets = open_data(self.recipe.data)
         yield from evaluation_images(datasets, self.recipe.data, self.models[0].input, self.device, count)
 
 
 def open_models(words: Sequence[str], device: torch.device, *, most: int = 2) -> OpenedModels:
-    """Load what is named.
+    """Load the models and the data given on a command line.
 
     Args:
-        words: run folders or artifacts, and overrides of the data (data.name=digits). Of one run, student and teacher are opened.
-        most: how many models at most.
+        words: run folders or artifacts, and overrides of the data (data.name=digits). For one run, student and teacher are loaded.
+        most: maximum number of models.
 
     Raises:
-        UserError: nothing to open at a path, a teacher that cannot be had, too many paths, or no data known.
+        UserError: there is no model at a path, a teacher is not available, there are too many paths, or the data is unknown.
     """
     overrides = [word for word in words if "=" in word and not Path(word).exists()]
     paths = [Path(word) for word in words if word not in overrides]
@@ -95,10 +95,10 @@ def open_models(words: Sequence[str], device: torch.device, *, most: int = 2) ->
 
 
 def teacher_of(run: Path) -> nn.Module:
-    """The teacher of a run: the one that it trained, or the one that its recipe names.
+    """The teacher of a run: the one that it trained, or the one named in its recipe.
 
     Raises:
-        UserError: the weights cannot be had.
+        UserError: the weights are not available.
     """
     if (run / "teacher").is_dir():
         return artifact.load(run / "teacher")

@@ -1,7 +1,7 @@
-"""What the programs in `tools/` share: run folders and options in; a table, pictures and TensorBoard out.
+"""Shared by the programs in `tools/`: they take run folders and options, and output tables, charts and TensorBoard files.
 
-A program is a docstring (its last paragraph is an example that runs), a function from runs to tables and findings, and one call of
-`program`. Whatever a user can put right is one sentence and exit code 2.
+A program consists of a docstring (whose last paragraph is an example that runs), a function from runs to tables and findings, and a call
+of `program`. Errors that a user can fix are printed as one message, with exit code 2.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ def program(
     *,
     options: Options = lambda parser: None,
 ) -> int:
-    """Run a program of `tools/` that reads what runs recorded; returns its exit code.
+    """Run a program of `tools/` that reads the records of runs; returns the exit code.
 
     Args:
-        name: of the file, without suffix.
+        name: file name of the program, without suffix.
         text: the module's docstring.
-        look: makes tables and findings of the runs.
-        options: adds options of its own.
+        look: returns tables and findings for the runs.
+        options: adds the program's own options.
     """
     parser = _parser(name, text, options)
     parser.add_argument("runs", metavar="RUN", nargs="+", help="run folders, or folders of run folders")
@@ -64,14 +64,14 @@ def program_of_models(
     options: Options = lambda parser: None,
     most: int = 2,
 ) -> int:
-    """Run a program of `tools/` that opens models and images; returns its exit code. Arguments as those of `program`, and `most`: how
-    many models it takes."""
+    """Run a program of `tools/` that loads models and images; returns the exit code. Takes the arguments of `program`, and `most`, the
+    maximum number of models."""
     parser = _parser(name, text, options)
     several = "one run, or up to two models" if most > 1 else "a run or an artifact"
     parser.add_argument("models", metavar="RUN|ARTIFACT", nargs="+", help=several)
     parser.add_argument("--device", default="auto", help="cpu, cuda, … (default: the best available)")
     parser.epilog = f"key=value after the models changes the data, e.g. data.name=digits\n\n{parser.epilog}"
-    # argparse stops collecting words at the first option
+    # argparse stops collecting positional arguments at the first option
     arguments, rest = parser.parse_known_args(argv)
     if any(word.startswith("-") for word in rest):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -114,11 +114,11 @@ def _answered(name: str, arguments: argparse.Namespace, found: Callable[[], tupl
 
 
 def show(tables: Sequence[Table], findings: Sequence[Finding], output: Path, console: Console | None = None) -> None:
-    """Print the tables, and write the findings into a folder and into TensorBoard's files in it."""
-    from torch.utils.tensorboard import SummaryWriter  # a second, which --help should not wait for
+    """Print the tables, and write the findings to a folder and to TensorBoard files in it."""
+    from torch.utils.tensorboard import SummaryWriter  # takes a second, for which --help should not wait
 
     console = console or Console()
-    if console.width < 140:  # a table without its last columns would say less than a broken line
+    if console.width < 140:  # wrapped lines are better than missing columns
         console = Console(file=console.file, width=140)
     for table in tables:
         console.print(table)
@@ -134,14 +134,14 @@ def show(tables: Sequence[Table], findings: Sequence[Finding], output: Path, con
 
 
 def whole(word: str) -> int:
-    """For argparse: a whole number from 1."""
+    """argparse type: an integer of at least 1."""
     if not word.isdigit() or int(word) < 1:
         raise argparse.ArgumentTypeError(f"{word!r} is no whole number from 1")
     return int(word)
 
 
 def above_zero(word: str) -> float:
-    """For argparse: a number above 0."""
+    """argparse type: a positive number."""
     try:
         value = float(word)
     except ValueError:
@@ -152,7 +152,7 @@ def above_zero(word: str) -> float:
 
 
 def table_of(title: str, rows: Sequence[dict[str, Any]]) -> Table:
-    """A table of records with the same keys; numbers to four digits, at the right."""
+    """A table of records with the same keys; numbers have four digits and are right-aligned."""
     table = Table(title=title, title_justify="left")
     for key, value in (rows[0] if rows else {}).items():
         table.add_column(key, justify="left" if isinstance(value, str) else "right", overflow="fold")

@@ -1,4 +1,4 @@
-"""Run folders as programs read them: what was recorded, and a sentence where it was not."""
+"""Run folders as read by the programs: recorded data, or an error message if it is missing."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from compressvit.runs.folder import RESOLVED
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder, finished or not, under a name that tells it from the others given."""
+    """A run folder, finished or not, with a label that distinguishes it from the other given runs."""
 
     path: Path
     label: str
 
     @property
     def recipe(self) -> Recipe:
-        """What it was asked to do.
+        """The recipe of the run.
 
         Raises:
-            UserError: it is damaged, or of another version.
+            UserError: the file is damaged, or was written by another version.
         """
         file = self.path / RESOLVED
         try:
             return load_recipe(file)
         except UserError as error:
-            first = str(error).splitlines()[:2][-1].strip()  # a recipe's faults are listed below a headline
+            first = str(error).splitlines()[:2][-1].strip()  # a recipe's errors are listed below a headline
             raise UserError(f"{file} is damaged, or was written by another version of compressvit: {first}") from error
 
 
 def labelled(folders: Sequence[Path]) -> list[Run]:
-    """Runs named by as much of the end of their paths as tells them apart."""
+    """Runs labelled by the shortest ends of their paths that distinguish them."""
     places = [folder.resolve().parts for folder in folders]
     for depth in range(1, max(map(len, places)) + 1):
         labels = ["/".join(parts[-depth:]) for parts in places]
@@ -44,5 +44,5 @@ def labelled(folders: Sequence[Path]) -> list[Run]:
 
 
 def not_recorded(run: Run, what: str, how: str) -> UserError:
-    """For a run without what a program shows."""
+    """The error for a run without the data that a program shows."""
     return UserError(f"{run.path} has no {what}; {how}")

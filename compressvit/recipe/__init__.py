@@ -1,1 +1,1 @@
-"""Recipes: reading and writing YAML, every error with its line, and what the keys mean."""
+"""Recipes: reading and writing YAML, errors with line numbers, and the documentation of the keys."""

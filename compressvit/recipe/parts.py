@@ -1,4 +1,4 @@
-"""The steps of a recipe as a run takes them: transforms that stand together, then a phase."""
+"""The parts of a recipe, as a run executes them: consecutive transforms, then a phase."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from compressvit.transforms import Transform
 
 @dataclass(frozen=True)
 class Part:
-    """Neighbouring transforms, which are planned and initialised together, and the phase that follows them.
+    """Consecutive transforms, which are planned and initialised together, and the phase that follows them.
 
     Attributes:
-        transforms: possibly none; the first is step number `start`.
-        phase: None where nothing trains the student afterwards.
-        end: the phase's place among the recipe's steps; without a phase the number of steps.
+        transforms: possibly empty; the first is step number `start`.
+        phase: None if no phase follows.
+        end: index of the phase among the recipe's steps; the number of steps if there is no phase.
     """
 
     transforms: tuple[Transform, ...]
@@ -27,18 +27,18 @@ class Part:
 
     @property
     def name(self) -> str:
-        """What messages and files call the phase, e.g. '1_distill'."""
+        """The name of the phase in messages and files, e.g. '1_distill'."""
         assert self.phase is not None
         return f"{self.end}_{self.phase.name}"
 
     @property
     def transformed(self) -> str:
-        """What messages and files call the student after the transforms, e.g. '0_multiplex'."""
+        """The name of the student after the transforms in messages and files, e.g. '0_multiplex'."""
         return f"{self.end - 1}_{self.transforms[-1].name}"
 
 
 def parts_of(steps: Iterable[Spec]) -> list[Part]:
-    """The parts of a list of steps. What is neither a transform nor a phase (a merge at the end) is in none of them."""
+    """The parts of a list of steps. A step that is neither a transform nor a phase (a final merge) belongs to no part."""
     parts: list[Part] = []
     waiting: list[Transform] = []
     start = end = 0

@@ -1,4 +1,4 @@
-"""YAML ⇄ Recipe, every fault with its file, line, path, value and a suggestion; and the recipes that ship with the package."""
+"""Reading and writing recipes as YAML; every error is reported with its file, line, path, value and a suggestion."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from compressvit.training.terms.section import LossSection, losses_section
 
 
 class RecipeError(UserError):
-    """A recipe that cannot be used: all its faults, a line each."""
+    """A recipe that cannot be used; the message lists all its errors, one per line."""
 
 
 class Teacher(Spec):
@@ -83,7 +83,7 @@ class Calibration(Spec):
 class Recipe(Spec):
     """What to do, from top to bottom. Nothing else is done."""
 
-    model_config = ConfigDict(defer_build=True)  # until the words of its lists are known
+    model_config = ConfigDict(defer_build=True)  # completed when the words of its lists are known
 
     description: str = Field("", description="One sentence, shown by `compressvit recipes list`.")
     seed: int = Field(0, ge=0, description="Seed of all random numbers: initial weights, order, augmentation, dropout.")
@@ -121,7 +121,7 @@ class Recipe(Spec):
     @field_validator("steps")
     @classmethod
     def _fit_the_task(cls, steps: tuple[Step, ...], info: ValidationInfo) -> tuple[Step, ...]:
-        data: Data | None = info.data.get("data")  # missing where it has faults of its own
+        data: Data | None = info.data.get("data")  # missing if it has errors of its own
         if data is None:
             return steps
         for i, entry in enumerate(steps):
@@ -131,26 +131,26 @@ class Recipe(Spec):
 
     @property
     def merges(self) -> bool:
-        """Whether it ends with a merge."""
+        """Whether the recipe ends with a merge."""
         return self.steps[-1].name == Merge.name
 
     @property
     def packages(self) -> list[str]:
-        """Other distributions that provide what it names."""
+        """Other distributions that provide entries of the recipe."""
         return packages_of(entry.name for entry in (*self.steps, *self.diagnostics))
 
     def parts(self) -> list[Part]:
-        """The steps as a run takes them: transforms that stand together, then a phase. A merge at the end is none of them."""
+        """The parts that a run executes: consecutive transforms, then a phase. A final merge belongs to no part."""
         return parts_of([entry.spec for entry in self.steps])
 
     def phases(self) -> dict[str, PhaseSpec]:
-        """Every phase by its place in the recipe, the teacher's training first where it is spelled out."""
+        """Every phase by its path in the recipe; the teacher's training comes first if the recipe contains it."""
         first: dict[str, PhaseSpec] = {"teacher.finetune": self.teacher.finetune} if self.teacher.finetune else {}
         steps = {f"steps[{i}].{s.name}": s.spec for i, s in enumerate(self.steps)}
         return first | {where: spec for where, spec in steps.items() if isinstance(spec, PhaseSpec)}
 
     def to_yaml(self) -> str:
-        """The recipe with every default written out."""
+        """The recipe as YAML with every default written out."""
         content = self.model_dump(mode="json", exclude=set(LISTS))
         for key in LISTS:
             content[key] = [{entry.name: entry.spec.model_dump(mode="json")} for entry in getattr(self, key)]
@@ -161,14 +161,14 @@ def load_recipe(name_or_path: str | Path, overrides: list[str] | None = None) ->
     """Read a recipe by path, or by the name of one that ships with the package, and apply overrides before validating.
 
     Raises:
-        UserError: no such recipe, or an override that goes nowhere.
-        RecipeError: it is not YAML, is empty, or has faults; all of them are listed.
+        UserError: there is no such recipe, or an override has an invalid path.
+        RecipeError: the recipe is not YAML, is empty, or has errors; the message lists all of them.
     """
     return parse_recipe(read_recipe(name_or_path), str(name_or_path), overrides)
 
 
 def read_recipe(name_or_path: str | Path) -> str:
-    """The text of a recipe as it stands in its file. Raises as `load_recipe` does."""
+    """The text of a recipe, unchanged. Raises as `load_recipe` does."""
     path = find_recipe(name_or_path)
     try:
         return path.read_text(encoding="utf-8")
@@ -177,9 +177,9 @@ def read_recipe(name_or_path: str | Path) -> str:
 
 
 def parse_recipe(text: str, name: str = "recipe", overrides: list[str] | None = None) -> Recipe:
-    """Validate the text of a recipe; `name` is what messages call it, its path where it has one. Raises as `load_recipe` does.
+    """Validate the text of a recipe; `name` is its name in messages, if possible its path. Raises as `load_recipe` does.
 
-    A file that a run kept may be of an earlier version: it is read in today's words.
+    A file stored in a run folder may be from an earlier version; its keys are then translated to the current ones.
     """
     parsed = parse(text, name)
     if parsed.content is None:
@@ -192,7 +192,7 @@ def parse_recipe(text: str, name: str = "recipe", overrides: list[str] | None = 
         )
     if is_of_a_run(Path(name)):
         parsed.content = current_recipe(parsed.content)
-    _spell_out(parsed.content)  # so that an override finds a mapping after a bare word
+    _spell_out(parsed.content)  # so that overrides find a mapping where the recipe has only a word
     override(parsed, overrides or [])
     _spell_out(parsed.content)
     try:
@@ -209,7 +209,7 @@ def parse_recipe(text: str, name: str = "recipe", overrides: list[str] | None = 
 def _validated(parsed: Document) -> Recipe:
     """Raises pydantic's error where it has faults."""
     try:
-        # Through JSON, because pydantic's strict mode takes lists for tuples there: a number in quotes stays an error.
+        # Via JSON, where pydantic's strict mode accepts lists as tuples; a number in quotes is still an error.
         document = json.dumps(parsed.content, default=str)
     except TypeError as error:
         raise RecipeError(
@@ -226,10 +226,10 @@ def _revalidated(parsed: Document) -> Recipe:
 
 
 def require_known_models(recipe: Recipe, name: str = "recipe") -> None:
-    """Check that timm knows the models that a recipe names; `name` is what messages call it.
+    """Check that timm knows the models that a recipe names; `name` is the recipe's name in messages.
 
     Raises:
-        UserError: it does not; near names are suggested.
+        UserError: a model is unknown; the message suggests similar names.
     """
     for key, model in (("teacher.model", recipe.teacher.model), ("student.model", recipe.student.model)):
         try:
@@ -240,10 +240,10 @@ def require_known_models(recipe: Recipe, name: str = "recipe") -> None:
 
 
 def meaning(field: FieldInfo) -> str:
-    """What the schema says about a key."""
+    """The documentation of a key in the schema."""
     model = model_in(field.annotation)
     text = field.description or (model.__doc__ if model else None) or ""
-    if callable(field.json_schema_extra):  # what only a registry knows
+    if callable(field.json_schema_extra):  # known only from a registry
         schema: JsonDict = {"description": text}
         field.json_schema_extra(schema)
         text = str(schema["description"])
@@ -251,7 +251,7 @@ def meaning(field: FieldInfo) -> str:
 
 
 def _spell_out(content: dict[str, Any]) -> None:
-    """Turn an entry that is a bare word, or a word with nothing after it, into one with defaults."""
+    """Turn an entry that is only a word, or a word with an empty value, into one with default options."""
     # Not a validator: pydantic would then check the steps as Python values, where its strict mode refuses lists for tuples.
     for key in LISTS:
         entries = content.get(key)
@@ -269,7 +269,7 @@ def _explain(error: ValidationError, document: Document) -> str:
     for fault in error.errors():
         path = _existing(fault["loc"], document.content, missing=fault["type"] in ("missing", "extra_forbidden"))
         faults.setdefault(path, []).append(_sentence(fault, path))
-    # One branch of a union complains of the whole value where another one found the fault inside it.
+    # One branch of a union rejects the whole value while another one found the error inside it.
     faults = {p: t for p, t in faults.items() if not any(q != p and q[: len(p)] == p for q in faults) or p == ()}
     rows = [(document.place(path), _written(path), " or ".join(dict.fromkeys(texts))) for path, texts in faults.items()]
     width = max(len(place) for place, _, _ in rows)
@@ -278,7 +278,7 @@ def _explain(error: ValidationError, document: Document) -> str:
 
 
 def _existing(loc: tuple, content: Any, *, missing: bool) -> tuple:
-    """The part of pydantic's location that is a path in the document; it also names branches of unions."""
+    """The part of pydantic's location that is a path in the document; the location also contains branches of unions."""
     path: list[str | int] = []
     for i, part in enumerate(loc):
         if (isinstance(content, dict) and part in content) or (
@@ -328,7 +328,7 @@ def _sentence(fault: Any, path: tuple) -> str:
 
 
 def _fields(path: tuple) -> dict[str, FieldInfo]:
-    """The keys that are allowed at a path of the recipe."""
+    """The valid keys at a path of the recipe."""
     model = _model_at(path)
     return model.model_fields if model is not None else {}
 
@@ -344,7 +344,7 @@ def _model_at(path: tuple) -> type[BaseModel] | None:
 
 
 def model_in(annotation: Any) -> type[BaseModel] | None:
-    """The pydantic model that an annotation names, alone or inside a list or union."""
+    """The pydantic model in an annotation, possibly inside a list or union."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         if annotation is LossSection:
             return losses_section()

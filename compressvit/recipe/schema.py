@@ -1,4 +1,4 @@
-"""What recipes can say: the meaning of every key, for people, and the JSON schema, for editors."""
+"""The documentation of recipe keys for people, and the JSON schema of recipes for editors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from compressvit.recipe.words import LISTS, with_words
 
 
 def documentation(key: str) -> list[tuple[str, str, str]]:
-    """The keys below `key` (a section, a step, or a path such as distill.losses): name, default and meaning of each.
+    """Name, default and meaning of the keys below `key` (a section, a step, or a path such as distill.losses).
 
     Raises:
         UserError: there is no such key.
@@ -43,7 +43,7 @@ def json_schema() -> dict[str, Any]:
         entry.update(minProperties=1, maxProperties=1)
         for name, field in entry["properties"].items():
             reference = next(option for option in field.pop("anyOf") if "$ref" in option)
-            # `- distill:` alone is YAML for a null value, and means the defaults
+            # `- distill:` without a value is null in YAML, and means default options
             entry["properties"][name] = {
                 "anyOf": [reference, {"type": "null"}],
                 "description": field.get("description", ""),

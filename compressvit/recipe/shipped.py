@@ -1,4 +1,4 @@
-"""The recipes that ship with the package: where they are, and what they say of themselves. Nothing is validated here, so it is quick."""
+"""The recipes that ship with the package: their paths and descriptions. Nothing is validated here, which keeps it fast."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from compressvit.errors import UserError, did_you_mean
 
 
 def recipes_folder() -> Path:
-    """Where the shipped recipes are: inside an installed package, or beside it in a checkout."""
+    """The folder of the shipped recipes: inside an installed package, or beside the package in a checkout."""
     inside = Path(__file__).parents[1] / "recipes"
     return inside if inside.is_dir() else Path(__file__).parents[2] / "recipes"
 
@@ -22,9 +22,9 @@ def shipped_recipes() -> dict[str, Path]:
 
 
 def find_recipe(name_or_path: str | Path) -> Path:
-    """The file of a recipe given by path or by shipped name; a `UserError` with near names if there is none."""
+    """The file of a recipe given by path or by shipped name; a `UserError` with similar names if there is none."""
     path = Path(name_or_path)
-    with suppress(OSError):  # a name too long for the system is that of no file
+    with suppress(OSError):  # a name too long for the system cannot be a file
         if path.is_file():
             return path
     shipped = shipped_recipes()
@@ -38,6 +38,6 @@ def find_recipe(name_or_path: str | Path) -> Path:
 
 
 def described() -> dict[str, str]:
-    """What each shipped recipe is for, by name."""
+    """The description of each shipped recipe, by name."""
     content = {name: yaml.safe_load(path.read_text(encoding="utf-8")) for name, path in shipped_recipes().items()}
     return {name: recipe.get("description", "") for name, recipe in content.items()}

@@ -1,4 +1,4 @@
-"""Entries of a recipe's lists: words, each with its options. What they may be is known when the registries have been read."""
+"""Entries of a recipe's lists: words, each with its options. The valid words are known once the registries have been read."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ class Merge(Spec):
 
 
 class Word(BaseModel):
-    """An entry of a list that is a word, or a word with its options after it.
+    """An entry of a list: a word, or a word with its options.
 
-    The words are the keys of registries, to which installed packages add, so a subclass gets its fields when it is first used.
+    The words are the keys of registries, which installed packages extend, so a subclass gets its fields when it is first used.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
     kind: ClassVar[str]
-    indefinite: ClassVar[str]  # what messages call one, e.g. 'a step'
+    indefinite: ClassVar[str]  # the name of an entry in messages, e.g. 'a step'
 
     @classmethod
     def specs(cls) -> dict[str, type[BaseModel]]:
-        """What the words name."""
+        """The spec classes, by word."""
         raise TypeError(f"{cls.__name__} does not define specs")
 
     @classmethod
@@ -55,13 +55,13 @@ class Word(BaseModel):
 
     @property
     def spec(self) -> Any:
-        """What it names, with its options."""
+        """The spec of the entry, i.e. its options."""
         return getattr(self, self.name)
 
 
 @cache
 def with_words(base: type[Word]) -> type[Word]:
-    """The model of `base` with a field for every word that it may be."""
+    """The pydantic model of `base` with a field for every valid word."""
     fields: dict[str, Any] = {
         name: (spec | None, Field(None, description=(spec.__doc__ or "").strip().partition("\n")[0]))
         for name, spec in base.specs().items()
@@ -91,23 +91,23 @@ class Entry(Word):
         return dict(DIAGNOSTICS)
 
 
-# The lists of such entries.
+# The keys of lists of such entries.
 LISTS: dict[str, type[Word]] = {"steps": Step, "diagnostics": Entry}
 
 
 def step(spec: Transform | PhaseSpec | Merge) -> Step:
-    """A recipe's step from a spec, for recipes built in Python: `Recipe(…, steps=(step(Multiplex(share=2)), step(Distill())))`."""
+    """Make a recipe step from a spec, for recipes built in Python: `Recipe(…, steps=(step(Multiplex(share=2)), step(Distill())))`."""
     made = with_words(Step)(**{spec.name: spec})
     assert isinstance(made, Step)
     return made
 
 
 def broken(word: str) -> str | None:
-    """Why an installed package cannot provide the word that it offers, if one offers it."""
+    """Why an installed package fails to provide the word of its entry point, if there is one for this word."""
     return TRANSFORMS.fault(word) or PHASES.fault(word) or DIAGNOSTICS.fault(word)
 
 
 def packages_of(words: Iterable[str]) -> list[str]:
-    """The distributions other than compressvit that offer some of these words."""
+    """The distributions other than compressvit that provide these words."""
     found = {TRANSFORMS.package_of(word) or PHASES.package_of(word) or DIAGNOSTICS.package_of(word) for word in words}
     return sorted(package for package in found if package is not None)

@@ -1,4 +1,4 @@
-"""YAML with its line numbers, and bare `key=value` overrides. Nothing here knows what a recipe is."""
+"""YAML with line numbers, and `key=value` overrides, independent of what a recipe contains."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Path = tuple[str | int, ...]
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, with the floats of YAML 1.2: PyYAML reads `1e-3` as text."""
+    """The safe loader, with the floats of YAML 1.2, since PyYAML reads `1e-3` as text."""
 
 
 _Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
@@ -25,7 +25,7 @@ _Loader.add_implicit_resolver(
 
 @dataclass
 class Document:
-    """A parsed document: its content and where each value stands."""
+    """A parsed document: its content, and the line of each value."""
 
     name: str
     content: Any
@@ -33,7 +33,7 @@ class Document:
     overridden: dict[Path, str] = field(default_factory=dict)
 
     def place(self, path: Path) -> str:
-        """'line 9' for the value at `path`, or of the nearest thing around it; the override that set it, if one did."""
+        """'line 9' for the value at `path` or the closest value that contains it; or the override that set it."""
         for end in range(len(path), -1, -1):
             if path[:end] in self.overridden:
                 return f"override {self.overridden[path[:end]]}"
@@ -57,7 +57,7 @@ def parse(text: str, name: str) -> Document:
     """Parse one YAML document.
 
     Raises:
-        UserError: it is not YAML, or a key stands twice in a mapping.
+        UserError: the text is not YAML, or a mapping contains a key twice.
     """
     loader = None
     try:
@@ -77,7 +77,7 @@ def parse(text: str, name: str) -> Document:
         raise
     except RecursionError as error:
         raise UserError(f"{name} is nested too deeply, or holds an alias of something around it") from error
-    except ValueError as error:  # 2020-13-45 is read as a date
+    except ValueError as error:  # e.g. 2020-13-45, which matches the pattern of a date
         raise UserError(f"{name} holds a value that YAML cannot build: {error}; put text in quotes") from error
     finally:
         if loader is not None:
@@ -102,7 +102,7 @@ def _walk(node: yaml.Node, path: Path, document: Document) -> None:
 
 
 def _unshared(content: Any) -> Any:
-    """A copy in which an alias has a value of its own, so that changing one place does not change the other."""
+    """A copy in which aliases do not share values, so that changing one place does not change another."""
     if isinstance(content, dict):
         return {key: _unshared(value) for key, value in content.items()}
     return [_unshared(value) for value in content] if isinstance(content, list) else content
@@ -112,7 +112,7 @@ def override(document: Document, assignments: list[str]) -> None:
     """Apply `a.b.0.c=VALUE` to the content, in place; the value is read as YAML. Missing mappings on the way are made.
 
     Raises:
-        UserError: no '=', an empty key, an index outside its list, or a path into something that is neither list nor mapping.
+        UserError: there is no '=', the key is empty, an index is out of range, or the path leads into neither a list nor a mapping.
     """
     document.content = _unshared(document.content)
     for assignment in assignments:
@@ -123,7 +123,7 @@ def override(document: Document, assignments: list[str]) -> None:
             )
         parts: list[str] = re.sub(r"\[(\d+)\]", r".\1", key).split(
             "."
-        )  # steps[0] as in messages, steps.0 as in the README
+        )  # accepts steps[0], as in messages, and steps.0, as in the README
         if not all(parts):
             raise UserError(f"override '{assignment}' names no key; write it as key=value, e.g. data.root=FOLDER")
         try:
@@ -171,7 +171,7 @@ def _assign(document: Document, parts: list[str], value: Any, assignment: str) -
                     document.overridden[path] = assignment
                 here[part] = {}
             here = here[step]
-    # What stood below the value is gone, and the lines and overrides that spoke of it.
+    # The old value is replaced, so lines and overrides recorded below it no longer apply.
     for places in (document.lines, document.overridden):
         for inside in [p for p in places if p[: len(path)] == path]:
             del places[inside]

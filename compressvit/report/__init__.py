@@ -1,1 +1,1 @@
-"""The HTML page of one run or of several."""
+"""The HTML report of one or several runs, and their comparison."""

@@ -1,1 +1,1 @@
-"""From a recipe to a run folder: plan, apply, evaluate, and every file of the folder."""
+"""Running a recipe: plan, apply, evaluate, and every file of a run folder."""

@@ -1,4 +1,4 @@
-"""Transforms, which change the structure of a model: one file or folder per method, containing its layers.
+"""Transforms, which change the structure of a model: one file or folder per method.
 
 To add one, write a file beside `lora.py` with a `Transform` and its `Plan`. The file is discovered automatically, and the class can be
 imported from this package: `from compressvit.transforms import LoRA`.

@@ -3,8 +3,8 @@
 Paper: Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning, NeurIPS 2022,
 https://arxiv.org/abs/2205.05638, section 3.3
 
-`softmax(q (l_k ⊙ k)ᵀ) (l_v ⊙ v)` in attention and `(l_ff ⊙ γ(x W1)) W2` in the MLP. All scales start at one, so the model is
-unchanged. 2·M + hidden parameters a block (M its width). It merges exactly: into the rows of qkv and the columns of fc2.
+`softmax(q (l_k ⊙ k)ᵀ) (l_v ⊙ v)` in attention and `(l_ff ⊙ γ(x W1)) W2` in the MLP. All scales are initialised to one, so the
+model starts unchanged. 2·M + hidden parameters per block of width M. The scales merge exactly, into the rows of qkv and the columns of fc2.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from compressvit.transforms.term import TermPlan, new_like
 
 
 class Scales(nn.Module):
-    """`l ⊙ x` over the last `channels` channels of x, (…, C) → (…, C); those before them (the queries) stay.
+    """`l ⊙ x` over the last `channels` channels of x, (…, C) → (…, C); the channels before them (queries) are unchanged.
 
     Args:
-        channels: their number.
-        on_inputs: whether x is what the layer reads, instead of what it computes.
+        channels: number of scaled channels.
+        on_inputs: whether x is the input of the layer, instead of its output.
     """
 
     def __init__(self, channels: int, on_inputs: bool, device=None, dtype=None):
@@ -36,7 +36,7 @@ class Scales(nn.Module):
         self.on_inputs = on_inputs
 
     def reset(self) -> None:
-        """All ones, the identity."""
+        """Set all scales to one, the identity."""
         nn.init.ones_(self.scale)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -45,7 +45,7 @@ class Scales(nn.Module):
 
 
 class WithScales:
-    """Of a linear layer: scales of its inputs or outputs."""
+    """Mixin for a linear layer: scales its inputs or outputs."""
 
     slots = ("ia3",)
     ia3: Scales
@@ -79,7 +79,7 @@ class IA3Plan(TermPlan):
         return [f"{path}.weight", f"{path}.bias"] if path in self.qkv else [f"{path}.weight"]
 
     def fold_term(self, module: Any, term: Any, path: str) -> None:
-        """The rows of qkv and its bias, or the columns of fc2, times their scales."""
+        """Multiply the rows of qkv and its bias, or the columns of fc2, by their scales."""
         outputs, inputs = module.weight.shape
         scale = term(torch.ones(inputs if term.on_inputs else outputs).to(module.weight)).double()
         weight = module.weight.double()
@@ -99,5 +99,5 @@ class IA3(Transform):
         paths = [info.path for info in self.backbone(model).blocks]
         qkv, fc2 = ([f"{path}.{place}" for path in paths] for place in ("attn.qkv", "mlp.fc2"))
         for path in (*qkv, *fc2):
-            projection(model, path, "ia3")  # which says what a block has instead
+            projection(model, path, "ia3")  # whose message says what a block has instead
         return IA3Plan(qkv=tuple(qkv), fc2=tuple(fc2))
