@@ -1,4 +1,4 @@
-"""`compare`: the runs of several recipes side by side, seeds of one recipe together, as a table and a plot."""
+"""`compare`: runs of several recipes side by side, with seeds of one recipe grouped, as a table and a plot."""
 
 from __future__ import annotations
 
@@ -37,25 +37,25 @@ _COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
 
 
 def _columns() -> dict[str, tuple[str, Callable[[float], str]]]:
-    """By key: the heading of a column, and how a value is written."""
+    """The heading and the number format of every column, by key."""
     known = qualities()
     return {**{key: (known[key].heading, known[key].number) for key in ranking()}, **_COSTS}
 
 
 @dataclass
 class Row:
-    """Runs that differ in nothing but their seed."""
+    """Runs that differ only in their seed."""
 
     recipe: Recipe
     runs: list[Path]
     results: list[Results]
     seeds: list[int]
     label: str = ""
-    taught_here: bool = False  # its teacher is a file, and one that another of the runs compared has trained
+    taught_here: bool = False  # its teacher is a file that another one of the compared runs trained
 
     @property
     def task(self) -> str:
-        """Data, as much of it as was evaluated, and teacher: rows of different ones are not compared."""
+        """Data, number of evaluated images, and teacher; only rows that agree in these are compared."""
         data, teacher = self.recipe.data, self.recipe.teacher
         known = teacher.weights in ("pretrained", "train") or self.taught_here
         weights = "" if known else f" ({teacher.weights})"
@@ -64,7 +64,7 @@ class Row:
         return f"{data.name}{f' {data.root}' if data.root else ''}, {split}; {teacher.model}{weights}"
 
     def values(self, key: str) -> list[float]:
-        """Of every run that has the key; latency relative to the teacher's, which was measured alternately with it."""
+        """The values of all runs that have the key; latency is relative to the teacher's, measured alternately with it."""
         if key == "latency":
             return [ratio for r in self.results if (ratio := r.slowdown) is not None]
         if key == "epochs":
@@ -74,16 +74,16 @@ class Row:
         return [value for r in self.results if (value := r.student.value(key)) is not None]
 
     def _epochs(self, results: Results) -> int:
-        """Of all phases together; a `prune` trains in every cycle."""
+        """Epochs of all phases together; `prune` trains in every cycle."""
         total = 0
         for i, step in enumerate(self.recipe.steps):
             report = results.phases.get(f"{i}_{step.name}", PhaseReport())
-            trainings = report.trainings or len(report.widths) or 1  # older runs do not say how many
+            trainings = report.trainings or len(report.widths) or 1  # runs of earlier versions do not record how many
             total += getattr(step.spec, "epochs", 0) * trainings
         return total
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: mean and standard deviation over the seeds, None without at least two."""
+        """As plain values for JSON: mean and standard deviation over the seeds (None for a single seed)."""
         content: dict[str, Any] = {"label": self.label, "task": self.task, "runs": [str(run) for run in self.runs]}
 
         for key in _columns():
@@ -103,13 +103,13 @@ def compare(
         output: a folder for `compare.md`, `compare.csv`, `compare.json` and `compare.png`.
 
     Returns:
-        A dictionary for every row, as in `compare.json`.
+        A dictionary per row, as in `compare.json`.
 
     Raises:
-        UserError: no finished run among them, or a damaged one.
+        UserError: there is no finished run, or a run is damaged.
     """
     console = console or Console()
-    if console.width < 140:  # a table without its last columns would say less than a broken line
+    if console.width < 140:  # wrapped lines are better than missing columns
         console = Console(file=console.file, width=140)
     content = gather(runs, lambda text: console.print(text, highlight=False))
     for task in dict.fromkeys(row["task"] for row in content):
@@ -136,7 +136,7 @@ def compare(
 
 
 def gather(runs: Sequence[str | Path], tell: Callable[[str], Any]) -> list[dict[str, Any]]:
-    """The rows that `compare` prints; `tell` is told what is left out.
+    """The rows that `compare` prints; `tell` is called with a message for everything that is left out.
 
     Raises:
         UserError: as `compare`.
@@ -163,7 +163,7 @@ def _rows(found: list[tuple[Path, Recipe, Results]], tell: Callable[[str], Any])
     for folder, recipe, results in found:
         key = recipe.model_copy(update={"seed": 0, "description": "", "diagnostics": ()}).to_yaml()
         row = rows.setdefault(key, Row(recipe, [], [], []))
-        if recipe.seed in row.seeds:  # it would make the deviation look smaller than it is
+        if recipe.seed in row.seeds:  # a duplicate would make the deviation too small
             tell(f"left out, a second run of the same recipe and seed: {folder}")
             continue
         row.seeds.append(recipe.seed)
@@ -183,13 +183,13 @@ def _rows(found: list[tuple[Path, Recipe, Results]], tell: Callable[[str], Any])
 
 
 def _digest(artifact: Path) -> str | None:
-    """Of the tensors of an artifact, if there is one: paths of one teacher may be written in many ways."""
+    """Hash of the tensors of an artifact, if there is one, since the path of the same teacher can be written in many ways."""
     file = artifact / "model.safetensors"
     return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
 
 
 def label(recipe: Recipe) -> str:
-    """The transforms of a recipe with the settings that are not their defaults, and what was pruned or masked; 'finetune' without any."""
+    """The transforms of a recipe with their non-default settings, and what was pruned or masked; 'finetune' if there are none."""
     words = []
     for step in recipe.steps:
         kind: type[Any] = type(step.spec)
@@ -215,7 +215,7 @@ def _short(value: Any) -> str:
 
 
 def _tell_apart(rows: list[Row]) -> None:
-    """Add to labels that are the same what differs in the recipes."""
+    """Make equal labels distinct by adding the settings in which the recipes differ."""
     unlike = {"description", "seed", "diagnostics"}
     each = [flat(row.recipe.model_dump(mode="json", exclude=unlike)) for row in rows]
     differing = sorted({k for one in each for k in one if len({json.dumps(other.get(k)) for other in each}) > 1})
@@ -239,7 +239,7 @@ def _cells(row: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
 
 
 def _keys(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The columns that say something: the adapters' only where something was frozen, the parameters only where nothing was."""
+    """The informative columns: those of adapters only if something was frozen, parameters only if nothing was."""
     frozen = any(row["adapter_bytes"] is not None for row in rows)
     adapters = ("trained_adapter", "trained_head", "adapter_bytes")
     columns = _columns()
@@ -253,7 +253,7 @@ def _keys(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def cells(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """The headings and the rows of a table of one task, as text."""
+    """Headings and rows of the table of one task, as text."""
     keys, columns = _keys(rows), _columns()
     return ["student", "seeds", *(columns[key][0] for key in keys)], [_cells(row, keys) for row in rows]
 

@@ -1,4 +1,4 @@
-"""Several runs side by side: the tables of `compare`, and quality against size, a task at a time."""
+"""Several runs side by side: the tables of `compare`, and quality against size, separately for each task."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from compressvit.report.trade_off import compare_findings
 
 
 def comparison(runs: Sequence[Run], page: Page) -> dict[str, Any]:
-    """Tables, charts, and a note for every run that is left out."""
+    """Tables, charts, and a note for every run that was left out."""
     finished = [run for run in runs if run.results]
     notes = [f"Left out, without results: {run.path}." for run in runs if not run.results]
     rows: list[dict[str, Any]] = []
     if finished:
         try:
             rows = gather([run.path for run in finished], lambda text: notes.append(f"{text[0].upper()}{text[1:]}."))
-        except UserError as error:  # the recipe of another version, for example
+        except UserError as error:  # e.g. the recipe of another version
             notes.append(f"There is no comparison: {error}.")
     tables = []
     for task in dict.fromkeys(row["task"] for row in rows):
         heads, written = cells([row for row in rows if row["task"] == task])
         tables.append({"task": task, "heads": heads, "rows": written})
-    # a single recipe has nothing to be compared with
+    # with a single recipe there is nothing to compare
     charts = [page.figure(found) for found in compare_findings(rows) if len(found.records) > 1]
     return {"notes": notes, "tables": tables, "charts": charts}

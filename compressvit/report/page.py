@@ -1,4 +1,4 @@
-"""One HTML page of what `sections` says: template, style, charts, and Vega's own code once."""
+"""The HTML page: template, style, the content from `sections`, charts, and one copy of Vega's code."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ _HERE = Path(__file__).parent
 
 
 class Page:
-    """A page under construction. Vega's code takes a second to put together, so that begins at once, beside the rest."""
+    """A page under construction. Vega's code takes a second to bundle, so this starts at once in the background."""
 
     def __init__(self) -> None:
-        # without a snippet it exposes what `page.js` uses; its type stub forgets that the snippet may be left out
+        # without a snippet it exports what `page.js` uses; the type stub wrongly requires a snippet
         bundle = cast(Callable[[], str], vl_convert.javascript_bundle)
         self._bundle: Future[str] = ThreadPoolExecutor(1).submit(bundle)
         self._numbers = 0
 
     def figure(self, finding: Finding) -> dict[str, Any]:
-        """What the template draws of a finding.
+        """The data of a finding for the template.
 
         Raises:
-            Exception: whatever Altair and Vega raise where options and records do not fit the chart.
+            Exception: any error of Altair or Vega if options and records do not fit the chart.
         """
         content: dict[str, Any] = {
             "name": finding.name,
@@ -53,7 +53,7 @@ class Page:
         return content
 
     def html(self, heading: str, facts: Sequence[str], runs: Sequence[Run], comparison: dict[str, Any] | None) -> str:
-        """The page; with a comparison the runs get a short section each."""
+        """The page; with a comparison, each run gets only a short section."""
         contents = [self.short(run) if comparison else self.whole(run) for run in runs]
         drawn = bool(self._numbers)
         scripts = [_script(text) for text in (self._bundle.result(), _text("page.js"))] if drawn else []
@@ -73,7 +73,7 @@ class Page:
         )
 
     def short(self, run: Run) -> dict[str, Any]:
-        """A run among others."""
+        """The section of a run among others."""
         return {
             "title": sections.title(run),
             "facts": sections.facts(run),
@@ -89,7 +89,7 @@ class Page:
         }
 
     def whole(self, run: Run) -> dict[str, Any]:
-        """A run alone."""
+        """The section of a single run."""
         predictions = run.predictions
         classes = sections.class_chart(predictions) if predictions else None
         measure = sections.measure_of(predictions) if predictions else None
@@ -110,7 +110,7 @@ class Page:
             "diagnostics": self._figures(run, run.findings),
             "environment": sections.environment(run),
         }
-        return {**content, **self.short(run)}  # last: a chart that cannot be drawn has left a note
+        return {**content, **self.short(run)}  # last, because charts that cannot be drawn add notes
 
     def _figures(self, run: Run, findings: Sequence[Finding]) -> list[dict[str, Any]]:
         """The findings that can be drawn; a note for each that cannot."""
@@ -118,7 +118,7 @@ class Page:
         for finding in findings:
             try:
                 drawn.append(self.figure(finding))
-            except Exception as error:  # a finding comes from a file, and may be anything
+            except Exception as error:  # a finding comes from a file and may be invalid in any way
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
                 run.notes.append(f"The chart of {finding.name} cannot be drawn, and is left out: {reason}.")
         return drawn
@@ -145,17 +145,17 @@ def _text(name: str) -> str:
 
 
 def _script(text: str) -> str:
-    """Code that no text in it can end early."""
+    """JavaScript code, escaped so that no text in it can end the script element."""
     return re.sub(r"</(script)", r"<\\/\1", text, flags=re.IGNORECASE)
 
 
 def _data_block(content: Any) -> str:
-    """JSON for a script element: no text in it can end that element."""
+    """JSON, escaped so that no text in it can end the script element."""
     return json.dumps(content, separators=(",", ":"), ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
 
 
 def _with_own_names(svg: str, prefix: str) -> str:
-    """The drawing with identifiers that no other drawing on the page has."""
+    """The SVG drawing with identifiers that are unique on the page."""
     names = set(re.findall(r'\sid="([^"]+)"', svg))
     for name in names:
         svg = svg.replace(f'id="{name}"', f'id="{prefix}{name}"').replace(f"url(#{name})", f"url(#{prefix}{name})")
@@ -163,7 +163,7 @@ def _with_own_names(svg: str, prefix: str) -> str:
 
 
 def _policy(scripts: Sequence[str]) -> str:
-    """What a browser lets the page do: run its own scripts, show its own pictures, and nothing over the network."""
+    """The content security policy: the page may run its own scripts and show its own images, without any network access."""
     allowed = " ".join(
         f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" for script in scripts
     )

@@ -1,4 +1,4 @@
-"""Reads a run folder, finished or not: every file that is missing or damaged gets a sentence in the notes."""
+"""Reading a run folder, finished or not; every missing or damaged file is reported in the notes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ F = TypeVar("F", bound=RunFile)
 
 @dataclass
 class Run:
-    """What a report says of a run, with a sentence in `notes` for everything that is missing or damaged."""
+    """The data of a run for its report, with a message in `notes` for everything that is missing or damaged."""
 
     path: Path
     recipe_text: str | None = None
@@ -40,7 +40,7 @@ class Run:
 
 
 def read_run(path: Path) -> Run:
-    """Read a run folder that `find_runs` found."""
+    """Read a run folder found by `find_runs`."""
     run = Run(path)
     run.resolved_text = _text(run, RESOLVED)
     run.recipe_text = _text(run, "recipe.yaml")
@@ -80,7 +80,7 @@ def _text(run: Run, name: str) -> str | None:
 
 
 def _recipe(run: Run) -> dict[str, Any]:
-    """The resolved recipe as plain values; the report shows its text and needs few of them."""
+    """The resolved recipe as plain values, without validation; the report shows its text and needs only few values."""
     if run.resolved_text is None:
         return {}
     try:
@@ -108,7 +108,7 @@ def _json(run: Run, name: str, kind: type[F]) -> F | None:
 
 
 def _metrics(run: Run) -> list[MetricsRow]:
-    """The whole lines; of a step that a resumed run took again, the later one."""
+    """The complete rows; of a step that a resumed run repeated, only the later one."""
     text = _text(run, "metrics.jsonl")
     found: list[MetricsRow] = []
     damaged = []

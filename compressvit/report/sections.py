@@ -1,4 +1,4 @@
-"""What the page says of a run, as plain values for its template: the verdict, tables, predictions, commands."""
+"""The content of a run's page as plain values for the template: the verdict, tables, predictions, commands."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from compressvit.runs.tables import results_rows
 from compressvit.tasks.base import TASKS, Measure
 from compressvit.tasks.qualities import qualities
 
-CLASSES = 40  # a chart of more would be a blur; those that changed most are drawn
+CLASSES = 40  # more would be illegible; those that changed most are drawn
 LOG_LINES = 8
 
 
@@ -39,7 +39,7 @@ def facts(run: Run) -> list[str]:
 
 
 def verdict(run: Run) -> str:
-    """What came out, in one sentence."""
+    """The result of the run in one sentence."""
     if run.results is None:
         return _not_finished(run)
     teacher, student = run.results.teacher, run.results.student
@@ -73,7 +73,7 @@ def _not_finished(run: Run) -> str:
 
 
 def log_end(run: Run) -> str | None:
-    """The last messages of run.log, where the run has not finished; without the tables among them."""
+    """The last messages of run.log, without tables, if the run has not finished."""
     if run.results or not run.log:
         return None
     messages = [line for line in run.log.splitlines() if line[:1].isdigit() and line[-1:] != " "]
@@ -81,7 +81,7 @@ def log_end(run: Run) -> str | None:
 
 
 def measures(run: Run) -> list[tuple[str, str, str, str]]:
-    """The rows of the table of teacher and student; of the plan, where there are no results."""
+    """The rows of the table of teacher and student; those of the plan if there are no results."""
     summary = run.results or run.plan
     return results_rows(summary.teacher, summary.student) if summary else []
 
@@ -110,14 +110,14 @@ def details(run: Run) -> list[str]:
 
 
 def ledger(results: Results | None) -> list[tuple[str, list[LedgerRow], int, int]]:
-    """Step, rows, and the sums of the parameters before and after, step by step."""
+    """For every step its name, its rows, and the total parameters before and after."""
     groups = itertools.groupby(results.ledger if results else [], lambda row: row.step)
     found = [(step, list(rows)) for step, rows in groups]
     return [(step, rows, sum(r.before for r in rows), sum(r.after for r in rows)) for step, rows in found]
 
 
 def class_chart(predictions: PredictionsFile) -> Finding | None:
-    """A dot for each model in the row of each class."""
+    """A chart with one row per class and one dot per model."""
     rows = list(predictions.classes or ())
     if not rows:
         return None
@@ -153,18 +153,18 @@ def _change(row: ClassRow) -> float:
 
 
 def measure_of(predictions: PredictionsFile) -> Measure | None:
-    """What the images of a run were chosen by; None where no task that is installed knows it."""
+    """The measure by which the images of a run were chosen; None if no installed task has it."""
     return next((t.measures[predictions.measure] for t in TASKS.values() if predictions.measure in t.measures), None)
 
 
 def gallery(run: Run) -> list[dict[str, Any]]:
-    """A card for every kept image that is there: its picture as a data URI, and lines of text with whether each is right."""
+    """A card per stored image: its picture as a data URI, and lines of text, each marked as right or wrong."""
     if run.predictions is None:
         return []
     cards = []
     measure = measure_of(run.predictions)
     for example in run.predictions.examples:
-        # only a picture in its own folder, whatever a file from elsewhere may name
+        # only pictures in the run's own folder, whatever path the file contains
         file = run.path / "predictions" / Path(example.file).name
         kind = {".png": "image/png", ".jpg": "image/jpeg"}.get(file.suffix)
         if kind is None or not file.is_file():
@@ -195,7 +195,7 @@ def _answers(true: str | None, answers: dict[str, Answer | str | None]) -> Itera
 
 
 def overrides(command: Sequence[str]) -> list[str]:
-    """The key=value words of a command, which changed what the recipe's file says."""
+    """The key=value arguments of a command, which override the recipe's file."""
     before = ["", *command]
     return [
         word
@@ -205,7 +205,7 @@ def overrides(command: Sequence[str]) -> list[str]:
 
 
 def reproduction(run: Run) -> list[tuple[str, str]]:
-    """Commands, each with what it is for."""
+    """Commands to reproduce the run, each with its purpose."""
     found = []
     if run.environment:
         found.append(("the original command", shlex.join(run.environment.command)))
@@ -227,7 +227,7 @@ def _quoted(run: Run, name: str) -> str:
 
 
 def environment(run: Run) -> list[tuple[str, str]]:
-    """What the numbers may depend on, apart from the recipe."""
+    """What the results may depend on besides the recipe."""
     recorded = run.environment
     if recorded is None:
         return []

@@ -1,4 +1,4 @@
-"""The chart of `compare`: how good students are against what they cost, with the Pareto front."""
+"""The chart of `compare`: quality of students against their cost, with the Pareto front."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from compressvit.tasks.qualities import qualities, ranking
 
 
 def compare_findings(rows: Sequence[Mapping[str, Any]]) -> list[Finding]:
-    """Accuracy (or another quality) against what is trained beside the backbone, or the student's size where nothing is frozen.
+    """Accuracy (or another metric) against the number of trained parameters, or against the student's size if nothing is frozen.
 
     Args:
-        rows: as `compressvit.report.compare.Row.as_dict` makes them.
+        rows: from `compressvit.report.compare.Row.as_dict`.
 
     Returns:
-        A finding for every task with something to draw; a colour for the first words of a label.
+        A finding per task with anything to draw; students are coloured by the first words of their label.
     """
     found = []
     for number, task in enumerate(dict.fromkeys(row["task"] for row in rows)):
@@ -29,7 +29,7 @@ def compare_findings(rows: Sequence[Mapping[str, Any]]) -> list[Finding]:
             continue
         quality = qualities()[key]
         sign = -1 if quality.lower_is_better else 1
-        # with the classifier: where it is all that is trained, there is no other place on a logarithmic axis
+        # includes the classifier: if only that is trained, 0 would not fit on a logarithmic axis
         what = "trained parameters, with the classifier" if frozen else "parameters of the student"
         records = [
             {
@@ -69,6 +69,6 @@ def _by_size(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _unbeaten(one: Mapping[str, Any], records: Sequence[Mapping[str, Any]], sign: int) -> bool:
-    """Whether no other record is at least as small and as good, and better in one of both; `sign` −1 where less is better."""
+    """Whether no other record is at least as small and as good, and better in one of the two; `sign` is −1 if less is better."""
     gains = [(one["size"] - other["size"], sign * (other["quality"] - one["quality"])) for other in records]
     return not any(min(gain) >= 0 and max(gain) > 0 for gain in gains)

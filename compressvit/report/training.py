@@ -1,4 +1,4 @@
-"""The curves of a run: a finding for the loss, the accuracy, the gradient and the learning rate of every phase."""
+"""The training curves of a run: findings for loss, accuracy, gradient norm and learning rate of every phase."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from compressvit.charts.findings import Finding, stretches
 from compressvit.rows import EpochRow, EvaluationRow, MetricsRow, TrainRow
 from compressvit.tasks.qualities import graded, qualities
 
-POINTS = 200  # a line has at most about this many; more are averaged in equal stretches
-_RANGE = 30.0  # from the smallest to the largest value: above it an axis is logarithmic
+POINTS = 200  # approximate maximum per line; more are averaged over equal intervals
+_RANGE = 30.0  # ratio of the largest to the smallest value above which an axis is logarithmic
 
-# What is not a term of the loss in a row about training.
+# Keys of a training row that are not terms of the loss.
 _NO_TERMS = ("images", "gradient_norm", "lr")
 
 
 def phases(metrics: Sequence[MetricsRow]) -> dict[str, list[MetricsRow]]:
     """The rows of every phase that trained, in their order.
 
-    The cycles of a `prune` follow one another as one phase, and what was measured right before a phase is its step 0.
+    The cycles of `prune` are concatenated to one phase, and an evaluation right before a phase is its step 0.
     """
     training = {row.phase for row in metrics if isinstance(row, (TrainRow, EpochRow))}
     found: dict[str, list[MetricsRow]] = {}
     before: MetricsRow | None = None
-    cycle, passed = "", 0  # the cycle that the rows are of, and the steps of those before it
+    cycle, passed = "", 0  # the cycle of the rows, and the number of steps before it
     for row in metrics:
         if row.phase not in training:
             before = row if isinstance(row, EvaluationRow) else before
@@ -41,7 +41,7 @@ def phases(metrics: Sequence[MetricsRow]) -> dict[str, list[MetricsRow]]:
 
 
 def curves(phase: str, own: Sequence[MetricsRow]) -> list[Finding]:
-    """What there is to draw of a phase."""
+    """The findings of a phase."""
     train = [row for row in own if isinstance(row, TrainRow)]
     candidates = (_loss(phase, train), _quality(phase, own), _gradient(phase, train), _rate(phase, train))
     return [finding for finding in candidates if finding is not None]
@@ -50,7 +50,7 @@ def curves(phase: str, own: Sequence[MetricsRow]) -> list[Finding]:
 def _loss(phase: str, train: Sequence[MetricsRow]) -> Finding | None:
     others = {*_NO_TERMS, *graded(), *(f"teacher_{key}" for key in graded())}
     terms = dict.fromkeys(key for row in train for key in row.values if key not in others and not key.endswith("_kl"))
-    if list(terms)[:1] == ["loss"] and len(terms) == 2:  # a loss of one term is that term
+    if list(terms)[:1] == ["loss"] and len(terms) == 2:  # with a single term, the loss equals it
         terms = {"loss": None}
     records = [record for term in terms for record in _series(train, term, term)]
     return _finding(
@@ -72,7 +72,7 @@ def _quality(phase: str, own: Sequence[MetricsRow]) -> Finding | None:
         records = [
             *_series(epochs, key, "training images"),
             *_series(held_out, key, "held-out images"),
-            # last: colours go by order in every phase
+            # last, because colours are assigned by order
             *_series(epochs, f"teacher_{key}", "teacher, training images"),
         ]
         if quality.curve is not None and records:
@@ -94,7 +94,7 @@ def _rate(phase: str, train: Sequence[MetricsRow]) -> Finding | None:
 
 
 def _finding(name: str, title: str, caption: str, records: list[dict[str, Any]], axis: str) -> Finding | None:
-    if len(records) < 2:  # a single value is no curve
+    if len(records) < 2:  # a single value does not make a curve
         return None
     values = [record["value"] for record in records]
     log = min(values) > 0 and max(values) / min(values) > _RANGE and axis != "learning rate"
@@ -117,7 +117,7 @@ def _finding(name: str, title: str, caption: str, records: list[dict[str, Any]],
 
 
 def _series(rows: Iterable[MetricsRow], key: str, name: str) -> list[dict[str, Any]]:
-    """A record for each row that has the key, or for each of `POINTS` stretches of them."""
+    """A record per row that has the key, or per interval if there are more than `POINTS` rows."""
     found = ((row.step, row.value(key)) for row in rows)
     known = [(step, value) for step, value in found if value is not None and math.isfinite(value)]
     return [

@@ -16,21 +16,21 @@ FILE = "report.html"
 
 
 def report_after_run(folder: Path) -> None:
-    """Write the report of a run that has just finished; a fault in it is a warning, because the run is whole without."""
+    """Write the report of a run that has just finished; an error is only a warning, because the run is complete without it."""
     again = f"the run is complete, and `compressvit report {folder}` tries again"
     with warn_and_continue(f"warning: the report could not be written; {again}"):
         report([folder])
 
 
 def report(paths: list[str] | list[Path], output: str | Path | None = None) -> tuple[Path, list[Run]]:
-    """Write the report of a run, or of several.
+    """Write the report of one or several runs.
 
     Args:
         paths: run folders, or folders of run folders.
-        output: the HTML file; by default `report.html` in the one folder that is given.
+        output: the HTML file; by default `report.html` in the given folder, if it is only one.
 
     Returns:
-        The file, and the runs as they were read, with what is missing or damaged in their `notes`.
+        The file, and the runs, whose `notes` say what is missing or damaged.
 
     Raises:
         UserError: a path is not a run folder, or several are given and no `output`.
@@ -48,7 +48,7 @@ def report(paths: list[str] | list[Path], output: str | Path | None = None) -> t
     if len(runs) == 1:
         html = page.html(sections.title(runs[0]), sections.facts(runs[0]), runs, None)
     else:
-        from compressvit.report.comparison import comparison  # late: labels come from recipes, which import torch
+        from compressvit.report.comparison import comparison  # late, because labels need recipes, which import torch
 
         html = page.html(f"{len(runs)} runs", [str(path) for path in paths], runs, comparison(runs, page))
     write_text(file, html)

@@ -1,4 +1,4 @@
-"""`apply`: run a recipe from top to bottom, and write the student and its results to a run folder."""
+"""`apply`: run a recipe, and write the student and its results to a run folder."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ from compressvit.runs.tables import print_plan
 
 @dataclass(frozen=True)
 class RunResult:
-    """What `apply` made.
+    """The result of `apply`.
 
     Attributes:
-        student, teacher: in eval mode, on the device they ran on.
+        student, teacher: in eval mode, on the device of the run.
         results: the content of `results.json`: scores and costs of `teacher` and `student`, `phases`, `ledger`, ….
         folder: the run folder.
-        merged: the content of `merge.json` where the recipe ends with a merge.
+        merged: the content of `merge.json` if the recipe ends with a merge, else None.
     """
 
     student: nn.Module
@@ -63,23 +63,23 @@ def apply(
 ) -> RunResult:
     """Run a recipe, as `compressvit apply` does.
 
-    Everything that can be refused is refused before the folder is touched: conflicts between steps, a missing data set,
-    weights that cannot be had.
+    All errors that can be found in advance are raised before the folder is touched: conflicts between steps, a missing data set, or
+    weights that are not available.
 
     Args:
-        recipe: what to do: a `Recipe`, its content as a dictionary, the path of a YAML file, or the name of a recipe that ships with the
+        recipe: a `Recipe`, its content as a dictionary, the path of a YAML file, or the name of a recipe that ships with the
             package.
         output: the run folder.
-        overrides: changes to a recipe that is read or given as a dictionary, e.g. `["data.root=FOLDER", "seed=1"]`.
+        overrides: changes to a recipe given as a name, path or dictionary, e.g. `["data.root=FOLDER", "seed=1"]`.
         device: 'auto', 'cpu', 'cuda', 'cuda:1', 'mps', …
-        resume, overwrite: what to do with a folder that is not empty.
-        console: where progress and tables go; `Console(quiet=True)` shows nothing.
-        report: called with the run folder when its results are there, before a merge.
-        command: what was typed, kept in `environment.json`; by default that of this process.
+        resume, overwrite: continue the run in a folder that is not empty, or replace it.
+        console: shows progress and tables; `Console(quiet=True)` shows nothing.
+        report: called with the run folder once the results are written, before a merge.
+        command: the command line to record in `environment.json`; by default that of this process.
 
     Raises:
-        UserError: something asked for cannot be done.
-        compressvit.training.loop.Interrupted: stopped by a signal, after a checkpoint.
+        UserError: the recipe cannot be run as requested.
+        compressvit.training.loop.Interrupted: stopped by a signal, after writing a checkpoint.
 
     Example:
         >>> import compressvit
@@ -96,7 +96,7 @@ def apply(
     _refuse(job, plan, folder, overwrite=overwrite)
     _note_data(job, plan, folder, resume=resume)
     with folder.owned():
-        folder.refuse_or_clear(recipe, resume=resume, overwrite=overwrite)  # a run may have begun in it, or ended
+        folder.refuse_or_clear(recipe, resume=resume, overwrite=overwrite)  # again: another run may have used it
         teacher, taught = fill_teacher(job, folder, resume=resume)
         folder.open(recipe, text, plan, list(command or sys.argv), resume=resume, overwrite=overwrite)
         run_log = RunLog(folder.path, console, partial(tensorboard.tag_of, tags=tensorboard.scalar_tags(recipe)))
@@ -114,7 +114,7 @@ def apply(
 def _run(
     run: Run, plan: RecipePlan, teacher: nn.Module, taught: bool, report: Callable[[Path], object] | None
 ) -> RunResult:
-    """The teacher's training unless it is `taught`, the parts of the recipe, and what they end with."""
+    """Train the teacher unless it is `taught`, run the parts of the recipe, and finish the run."""
     job, folder = run.job, run.folder
     if trains_teacher(job.recipe) and not taught:
         teacher = run.train_teacher(teacher)
@@ -130,7 +130,7 @@ def _run(
 
 
 def _recipe(given: Recipe | Mapping[str, Any] | str | Path, overrides: Sequence[str]) -> tuple[Recipe, str, str]:
-    """A recipe, what messages call it, and its text."""
+    """A recipe, its name in messages, and its text."""
     if isinstance(given, Recipe):
         if overrides:
             raise UserError(
@@ -153,7 +153,7 @@ def _recipe(given: Recipe | Mapping[str, Any] | str | Path, overrides: Sequence[
 
 
 def _plain(value: Any, where: str) -> Any:
-    """What Python holds as what YAML writes: paths as text, numbers of numpy as numbers, tuples as lists."""
+    """Convert Python values to those of YAML: paths to text, numpy numbers to numbers, tuples to lists."""
     if isinstance(value, Mapping):
         return {key: _plain(inner, f"{where}.{key}" if where else str(key)) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -186,7 +186,7 @@ def _note_data(job: Job, plan: RecipePlan, folder: RunFolder, *, resume: bool) -
 
 
 def _refuse(job: Job, plan: RecipePlan, folder: RunFolder, *, overwrite: bool) -> None:
-    """What cannot be done, found before the folder is touched and anything is trained."""
+    """Raise errors that can be found before the folder is touched and before any training."""
     require_no_conflicts(plan)
     for part in job.recipe.parts():
         for spec in part.transforms:

@@ -1,4 +1,4 @@
-"""Batches of a caller's own data loader, checked as they come."""
+"""Batches of a caller's own data loader, which are checked one by one."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from compressvit.tasks.targets import NO_LABEL
 
 
 class LoadedBatches:
-    """The caller's batches as pairs (images, targets); without targets, −1 for every image.
+    """The caller's batches as pairs (images, targets), with target −1 for every image if there are none.
 
     Args:
-        loader: gives batches and has a length.
-        name: what messages call it.
-        student: takes the images, and tells the classes apart.
-        task: says which targets can be used.
-        learned: whether the targets are learned from, so that the student's head must be able to.
+        loader: yields batches and has a length.
+        name: name of the loader in messages.
+        student: the model whose input and classes the batches must fit.
+        task: determines which targets are valid.
+        learned: whether the student learns from the targets, so that its head must support them.
 
     Attributes:
         batch_size: of the first batch.
@@ -55,7 +55,7 @@ class LoadedBatches:
         return map(self._pair, self.loader)
 
     def _pair(self, batch: Any) -> tuple[torch.Tensor, Any]:
-        several = isinstance(batch, (tuple, list)) and len(batch) in (1, 2)  # one: as TensorDataset(images) gives them
+        several = isinstance(batch, (tuple, list)) and len(batch) in (1, 2)  # 1: as from TensorDataset(images)
         images, targets = (*batch, None)[:2] if several else (batch, None)
         if not isinstance(images, torch.Tensor) or images.ndim != 4 or not images.is_floating_point():
             raise UserError(

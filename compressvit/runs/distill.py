@@ -37,21 +37,20 @@ from compressvit.training.phases.distill import Distill
 from compressvit.training.stage import Stage
 
 Images = Callable[[torch.Tensor], torch.Tensor]
-_OPTIONS = "distill.json"  # what the training in a folder was started with
-_LAYERS_IMAGES = 256  # for layers='auto', as many as recipes take by default
+_OPTIONS = "distill.json"  # the options with which the training in a folder was started
+_LAYERS_IMAGES = 256  # for layers='auto'; the default of recipes
 
 
 @dataclass(frozen=True)
 class Distilled:
-    """What `distill` made.
+    """The result of `distill`.
 
     Attributes:
-        student: the model that was given, trained, in eval mode, on the device it was trained on.
-        figures: of the student on the validation images, beside its teacher: `images`, `top1`, `top5` and `loss` (None without labels),
-            `agreement` and `cosine` (None where the outputs differ in width), and the teacher's as `teacher_top1`, …; empty without
-            validation images.
-        kept_epoch: the epoch whose weights it ends with; 0 for those it was given.
-        folder: where it was written, if anywhere.
+        student: the given model after training, in eval mode, on the device of the training.
+        figures: scores on the validation images: `images` (their number), `top1`, `top5` and `loss` (None without labels), `agreement`
+            and `cosine` (None if the outputs differ in width), and `teacher_top1`, … of the teacher; empty without validation images.
+        kept_epoch: the epoch whose weights the student has; 0 for the initial ones.
+        folder: the output folder, if there is one.
     """
 
     student: nn.Module
@@ -78,24 +77,24 @@ def distill(
     """Train a student in place to reproduce its teacher, on batches of your own.
 
     Args:
-        student: e.g. what `compress` returns.
-        teacher: what it learns from; it is not changed.
-        train_loader: with a length, gives batches of images (B, C, H, W) that are normalised for the student, alone or with targets
-            (B,) of class indices, −1 where an image has none, or those of another `task`. Shuffling and augmentation are its own.
-        validation: batches likewise, to evaluate on.
+        student: e.g. the result of `compress`.
+        teacher: the model to learn from; it is not changed.
+        train_loader: has a length, and yields batches of images (B, C, H, W) normalised for the student, alone or with targets: class
+            indices (B,), −1 for an image without one, or the targets of another `task`. It does its own shuffling and augmentation.
+        validation: batches of the same form for evaluation.
         device: 'auto', 'cpu', 'cuda', 'cuda:1', 'mps', …
         output: a folder for `student/` (an artifact), `metrics.jsonl`, `run.log`, TensorBoard's files and the checkpoint.
-        resume: continue the training in `output`, which has to have the same options.
-        seed: of what is random in the training itself (dropout, mixup, …).
-        teacher_input: turns a batch of the student's into the teacher's. By default it is resized and normalised anew where timm's
-            configurations of the two models differ.
-        task: a word for what outputs and targets mean; None: classes where the student has a classifier, else features.
-        console: where progress goes; `Console(quiet=True)` shows nothing.
-        **options: of the `distill` phase, as recipes have them: `epochs`, `lr`, `losses`, `layers`, `keep`, ….
+        resume: continue the training in `output`, which must have been started with the same options.
+        seed: seed of the randomness in the training itself (dropout, mixup, …).
+        teacher_input: converts a batch for the student to one for the teacher. By default the images are resized and normalised anew if
+            timm's configurations of the two models differ.
+        task: name of the task, i.e. what outputs and targets mean; None: classes if the student has a classifier, else features.
+        console: shows progress; `Console(quiet=True)` shows nothing.
+        **options: options of the `distill` phase, as in recipes: `epochs`, `lr`, `losses`, `layers`, `keep`, ….
 
     Raises:
-        UserError: a batch, an option or a pair of models that does not do.
-        compressvit.training.loop.Interrupted: stopped by a signal, after a checkpoint.
+        UserError: a batch or an option is invalid, or the models do not fit each other.
+        compressvit.training.loop.Interrupted: stopped by a signal, after writing a checkpoint.
 
     Example:
         >>> student = compressvit.compress(teacher, [compressvit.Multiplex(share=2)])  # doctest: +SKIP
@@ -133,7 +132,7 @@ class _Bench:
     device: torch.device
 
     def train(self, spec: Distill, folder: RunFolder | None, seed: int, console: Console | None) -> dict[str, Any]:
-        """The phase, in a folder if there is one; returns what it reports."""
+        """Run the phase, in a folder if there is one; returns its report."""
         with TemporaryDirectory() as scratch, folder.owned() if folder is not None else nullcontext():
             phase = Phase("distill", 1, seed, (folder or RunFolder(scratch)).checkpoint("distill"))
             log = RunLog(folder.path if folder is not None else None, console)
@@ -154,12 +153,12 @@ class _Bench:
         )
 
     def in_training(self, model: nn.Module) -> dict[str, Any]:
-        """Scores during training: against the teacher where there is no ground truth for the task."""
+        """Scores during training; compared with the teacher if there is no ground truth for the task."""
         enough = self.held_out is not None and self.held_out.labelled and self.batches.task.supervised
         return self.evaluate(model, None if enough else self.theirs)
 
     def evaluate(self, model: nn.Module, teacher: Side | None) -> dict[str, Any]:
-        """Scores on the validation images; none without any."""
+        """Scores on the validation images; empty without such images."""
         if self.held_out is None:
             return {}
         model.to(self.device)
@@ -177,7 +176,7 @@ class _Bench:
 
 @dataclass(frozen=True)
 class _Converted(Side):
-    """A teacher whose images are made by a function of the caller's."""
+    """A teacher whose images are converted by a function of the caller."""
 
     convert: Images
 
@@ -186,7 +185,7 @@ class _Converted(Side):
 
 
 def _options(options: dict[str, Any]) -> Distill:
-    """The phase with these options."""
+    """The `distill` phase with these options."""
     unknown = next((name for name in options if name not in Distill.model_fields), None)
     if unknown is not None:
         hint = did_you_mean(unknown, Distill.model_fields)
@@ -229,11 +228,11 @@ def _refuse_models(student: nn.Module, teacher: nn.Module) -> None:
 def _sides(
     student: nn.Module, teacher: nn.Module, images: torch.Tensor, teacher_input: Images | None
 ) -> tuple[Side, Side]:
-    """What the images of both look like, by two of the student's; those are found to be what the models take."""
+    """The inputs of both models; two of the student's images are used to check that the models accept them."""
     images, shape = images[:2], tuple(images.shape[1:])
     _try(student, images, f"the student does not take images of shape {shape}", "")
     ours = replace(input_config(student, Data(name="images")), channels=shape[0], height=shape[1], width=shape[2])
-    # a model that timm did not build does not say what it takes
+    # a model not built by timm does not describe its input
     known = input_config(teacher, Data(name="images")) if hasattr(teacher, "pretrained_cfg") else ours
     theirs = Side(teacher, known) if teacher_input is None else _Converted(teacher, known, teacher_input)
     converted = theirs.converter(ours)(images)
@@ -246,7 +245,7 @@ def _sides(
 def _refuse(
     spec: Distill, student: Side, teacher: Side, batches: LoadedBatches, held_out: LoadedBatches | None
 ) -> None:
-    """All that the phase's plan refuses, and what only a Python call can get wrong."""
+    """Raise all errors of the phase's plan, and those that only a Python call can make."""
     if spec.keep == "best" and held_out is None:
         raise UserError(
             "keep='best' needs evaluations, and there are no validation batches; give validation=LOADER, or keep='last'"
@@ -265,12 +264,12 @@ def _try(model: nn.Module, images: torch.Tensor, fault: str, way: str) -> None:
     try:
         with evaluating(model), torch.inference_mode():
             model(images.to(like.device))
-    except Exception as error:  # whatever a model raises at images that it does not take
+    except Exception as error:  # a model may raise anything for images that it does not accept
         raise UserError(f"{fault}: {error}{way}") from error
 
 
 def _folder(output: str | Path | None, student: nn.Module, resume: bool, options: dict[str, Any]) -> RunFolder | None:
-    """The folder to write into; `options` are kept there, and a training that is continued has the same."""
+    """Prepare the output folder; `options` are stored there, and a resumed training must have the same."""
     if output is None:
         if resume:
             raise UserError("resume=True continues from the checkpoint in output; give output=FOLDER")
@@ -293,7 +292,7 @@ def _folder(output: str | Path | None, student: nn.Module, resume: bool, options
 
 
 def _refuse_other_options(file: Path, options: dict[str, Any]) -> None:
-    """A training is continued as it was started. (The models and the batches are the caller's word.)"""
+    """Refuse to resume a training with other options. (Models and batches cannot be checked.)"""
     if not file.is_file():
         raise UserError(f"resume=True: there is no training in {file.parent} (no {file.name}); start it without resume")
     try:

@@ -1,4 +1,4 @@
-"""What models get right on a data set: in a run (`Scorer`), and for `compressvit evaluate`, a run's student or an artifact."""
+"""Evaluating models on a data set: within a run (`Scorer`), and for `compressvit evaluate`, a run's student or an artifact."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from compressvit.training.evaluate import Watch, evaluate
 
 @dataclass(frozen=True)
 class Scorer:
-    """Evaluates models on held-out images, each as the model itself takes them.
+    """Evaluates models on held-out images, which are preprocessed for each model.
 
     Attributes:
-        other_task: the student has another task than its teacher, so the two are not compared.
+        other_task: whether the student has another task than its teacher, so that the two are not compared.
     """
 
     datasets: Datasets
@@ -47,7 +47,7 @@ class Scorer:
         return task_of(model.model, self.data.usual_task)
 
     def score(self, model: Side, teacher: Side | None = None, watch: Watch | None = None) -> dict[str, Any]:
-        """`evaluate` of a model, beside `teacher` where one is given; both are moved to the device."""
+        """Evaluate a model, compared with `teacher` if one is given; both are moved to the device."""
         model.model.to(self.device)
         if teacher is not None:
             teacher.model.to(self.device).eval()
@@ -62,20 +62,20 @@ class Scorer:
         )
 
     def in_training(self, model: Side, teacher: Side | None) -> dict[str, Any]:
-        """Scores during training: against the teacher where there is no ground truth for the model's task."""
+        """Scores during training; compared with the teacher if there is no ground truth for the model's task."""
         enough = self.datasets.labelled and self.task(model).supervised
         return self.score(model, None if enough else self.comparable(teacher))
 
     def comparable(self, teacher: Side | None) -> Side | None:
-        """The teacher, unless the student has another task than it."""
+        """The teacher; None if the student has another task."""
         return None if self.other_task else teacher
 
 
 def evaluate_path(path: str | Path, overrides: list[str], *, device: str, as_json: bool) -> int:
-    """Evaluate and print; the data is that of the run the artifact lies in, changed or given by `overrides`.
+    """Evaluate an artifact and print the scores. The data is that of its run, which `overrides` can change or replace.
 
     Raises:
-        UserError: nothing to evaluate at `path`, no data known, or the data does not fit the model.
+        UserError: there is nothing to evaluate at `path`, the data is unknown, or it does not fit the model.
     """
     folder = artifact_in(Path(path))
     model = artifact.load(folder)
@@ -84,7 +84,7 @@ def evaluate_path(path: str | Path, overrides: list[str], *, device: str, as_jso
     where = pick_device(device)
     datasets = open_data(recipe.data)
     asked = any(override.startswith(tuple(f"data.{name}=" for name in STATISTICS)) for override in overrides)
-    side = Side.of(model, recipe.data, trained=not asked)  # an artifact knows what its images look like
+    side = Side.of(model, recipe.data, trained=not asked)  # an artifact records its input configuration
     with resource_faults(recipe.data):
         scores = Scorer(datasets, recipe.data, where).score(side)
     result: dict[str, Any] = {
@@ -113,7 +113,7 @@ def evaluate_path(path: str | Path, overrides: list[str], *, device: str, as_jso
 
 
 def _require_finite(model: nn.Module, folder: Path) -> None:
-    """Raise a `UserError` of a model whose figures would mean nothing."""
+    """Raise a `UserError` if a model's scores are not finite and thus meaningless."""
     wrong = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
     if wrong:
         raise UserError(
@@ -123,10 +123,10 @@ def _require_finite(model: nn.Module, folder: Path) -> None:
 
 
 def artifact_in(path: Path) -> Path:
-    """The artifact at a path, or the student's of the run there.
+    """The artifact at a path, or that of the student if the path is a run folder.
 
     Raises:
-        UserError: neither is there.
+        UserError: the path is neither.
     """
     if not path.exists():
         raise UserError(f"there is no {path}; give a run folder, or an artifact (a folder with {stored.MANIFEST})")
@@ -135,15 +135,15 @@ def artifact_in(path: Path) -> Path:
     folder = path / "student" if (path / RESOLVED).is_file() else path
     if folder != path and not stored.is_artifact(folder):
         raise UserError(f"{path} is a run that has no student yet; finish it with `compressvit apply … --resume`")
-    stored.read_manifest(folder)  # says what is wrong with it
+    stored.read_manifest(folder)  # raises an error that explains the problem
     return folder
 
 
 def data_recipe(folder: Path, overrides: list[str], asker: str) -> Recipe:
-    """The recipe whose data is used with the artifact in `folder`: the run's, or a frame around what the overrides say.
+    """The recipe whose data is used with the artifact in `folder`: that of its run, or a minimal one for the overrides.
 
     Raises:
-        UserError: overrides of something else, or no data known.
+        UserError: an override does not concern the data, or the data is unknown.
     """
     wrong = [o for o in overrides if "=" in o and not o.startswith("data.")]
     if wrong:

@@ -1,4 +1,4 @@
-"""The files of a run folder, each a class: what is written with it is read with it."""
+"""The JSON files of a run folder, with one class per file for both writing and reading."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from compressvit.errors import UserError
 
 
 class RunFile(BaseModel):
-    """The fields that readers rely on. A file may have more, and one of an earlier version fewer."""
+    """Base class with the fields that readers use. A file may have further fields; one of an earlier version may lack some."""
 
     model_config = ConfigDict(extra="allow")
 
 
 class Costs(RunFile):
-    """What a model costs: `parameters` count a shared tensor once, `bytes` are those of its file, `macs` are for one image."""
+    """The costs of a model: `parameters` (a shared tensor counts once), `bytes` of its file, `macs` per image."""
 
     parameters: int
     bytes: int
     macs: int
 
     def value(self, key: str) -> float | None:
-        """The figure of that name, if it is there."""
+        """The figure of that name; None if there is none."""
         found = getattr(self, key, None)
         return found if isinstance(found, (int, float)) else None
 
@@ -67,10 +67,10 @@ class LedgerRow(RunFile):
 
 
 class PhaseReport(RunFile):
-    """What a phase began with, and the epoch whose weights it kept.
+    """The scores before a phase, and the epoch whose weights it kept.
 
     Attributes:
-        trainings: how many a phase of several had; `widths` those of the adapters after each of them.
+        trainings: number of trainings of a phase with several; `widths`: those of the adapters after each training.
     """
 
     start: dict[str, int | float | None] | None = None
@@ -108,7 +108,7 @@ class Results(RunFile):
 
 
 class PlannedTeacher(Costs):
-    """The teacher in `plan.json`, with the name of its model."""
+    """The teacher in `plan.json`: its costs and the name of its model."""
 
     model: str = ""
 
@@ -117,8 +117,8 @@ class StepPlan(RunFile):
     """One step of a plan: the ledger of a transform, or the loss terms, layer pairs and memory of a phase.
 
     Attributes:
-        layers: pairs of block indices, student before teacher; `layers_rule` says how they came about.
-        loss_bytes: what each loss term keeps for the backward pass of a batch, in float32; `loss_bytes_total` is their sum.
+        layers: pairs of block indices, (student, teacher); `layers_rule` says how they were chosen.
+        loss_bytes: bytes that each loss term keeps for the backward pass of a batch, in float32; `loss_bytes_total` is their sum.
     """
 
     step: str
@@ -136,7 +136,7 @@ class StepPlan(RunFile):
 
 
 class StagePlan(RunFile):
-    """Parameters of one stage of the student: `shared` are used by more than one block and counted once."""
+    """Parameters of one stage of the student; `shared` ones are used by more than one block and count once."""
 
     stage: str
     parameters: int
@@ -158,10 +158,10 @@ class RecipePlan(RunFile):
     """`plan.json`, and what `compressvit plan` prints.
 
     Attributes:
-        recipe: what messages call it.
-        input_size: channels, height and width of the student's images.
-        conflicts: empty when the recipe can run.
-        diagnostics: by name, what each will do.
+        recipe: name of the recipe in messages.
+        input_size: (channels, height, width) of the student's images.
+        conflicts: empty if the recipe can run.
+        diagnostics: a description of each diagnostic, by name.
         data: known once the data is opened.
     """
 
@@ -192,14 +192,14 @@ class Environment(RunFile):
 
 
 class Answer(RunFile):
-    """A model's first class of an image."""
+    """The most probable class of an image according to a model."""
 
     name: str = Field(alias="class")
     probability: float
 
 
 class Example(RunFile):
-    """An image worth looking at."""
+    """An image shown in the report."""
 
     file: str
     value: float
@@ -209,7 +209,7 @@ class Example(RunFile):
 
 
 class ClassRow(RunFile):
-    """Percent right in a class."""
+    """Accuracy in percent for one class."""
 
     name: str = Field(alias="class")
     images: int
@@ -218,7 +218,7 @@ class ClassRow(RunFile):
 
 
 class Confusion(RunFile):
-    """How often the images of a class are taken for another."""
+    """How often images of one class are classified as another."""
 
     true: str
     answer: str
@@ -235,7 +235,7 @@ class PredictionsFile(RunFile):
     measure: str  # a key of the task's `measures`
     classes: list[ClassRow] | None
     confusions: list[Confusion] | None
-    confusions_in_all: int | None = None  # older runs have none
+    confusions_in_all: int | None = None  # runs of earlier versions have none
     examples: list[Example]
 
 
@@ -243,7 +243,7 @@ def read_results(run: Path) -> Results:
     """The content of a run's `results.json`.
 
     Raises:
-        UserError: it is no table of teacher and student.
+        UserError: it does not contain the results of teacher and student.
     """
     file = run / "results.json"
     fault = "it is no table of teacher and student"
@@ -258,6 +258,6 @@ def read_results(run: Path) -> Results:
     except ValidationError as error:
         missing = [f["loc"][-1] for f in error.errors() if f["type"] == "missing"]
         fault = f"it has no {missing[0]!r}" if missing else fault
-    except ValueError:  # no JSON
+    except ValueError:  # not JSON
         pass
     raise UserError(f"{file} is not what `apply` writes: {fault}; leave the run out, or apply its recipe again")

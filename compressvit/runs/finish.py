@@ -1,4 +1,4 @@
-"""What a run ends with: the student on disk, read back and compared with its teacher, and `results.json`."""
+"""The end of a run: write the student, read it back, compare it with its teacher, and write `results.json`."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def finish(job: Job, scorer: Scorer, folder: RunFolder, log: RunLog, *, plan: Re
     """Write the student, read it back, compare, measure, and print the table.
 
     Args:
-        job, scorer, folder, log: of the run.
-        plan: knows what the teacher costs.
-        trained: what the parts of the recipe ended with.
+        job, scorer, folder, log: those of the run.
+        plan: contains the costs of the teacher.
+        trained: the result of the parts of the recipe.
 
     Returns:
         The content of `results.json`.
@@ -82,7 +82,7 @@ def finish(job: Job, scorer: Scorer, folder: RunFolder, log: RunLog, *, plan: Re
 
 
 def _save(student: Side, folder: Path) -> float:
-    """Write the student and read it back, before it replaces one that is there; returns how far its outputs are from the model's."""
+    """Write the student, and read it back before it replaces an earlier one; returns the difference to the model's outputs."""
     differences: list[float] = []
 
     def check(written: Path) -> None:
@@ -96,12 +96,12 @@ def _save(student: Side, folder: Path) -> float:
 def _scores(
     scorer: Scorer, student: Side, teacher: Side, predictions: Predictions
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The scores of the student beside its teacher, and the teacher's own."""
+    """The scores of the student compared with its teacher, and those of the teacher alone."""
     comparable = scorer.comparable(teacher)
     scores = scorer.score(student, comparable, predictions.add)
     theirs = {key: scores.pop(f"teacher_{key}", None) for key in scorer.task(student).graded}
     if comparable and teacher.input != student.input:
-        # it was compared on the student's images, but its own accuracy is on its own
+        # compared on the student's images, but its accuracy is that on images with its own preprocessing
         own = scorer.score(teacher, None)
         theirs = {key: own.get(key) for key in theirs}
     return scores, theirs

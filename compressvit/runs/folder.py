@@ -1,4 +1,4 @@
-"""A run folder holds everything about one `apply`; what is known at the start is written before the first step.
+"""A run folder contains everything about one `apply`; what is known at the start is written before the first step.
 
 `recipe.yaml` (as given) · `resolved.yaml` (defaults and overrides in) · `environment.json` · `plan.json` · `checkpoints/` ·
 `student/` · `metrics.jsonl` · `tensorboard/` · `run.log` · `results.json` · `predictions.json` and `predictions/` · `diagnostics/` ·
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from compressvit.recipe.recipe import Recipe
 
 
-_LOCK = ".lock"  # in a run folder, while a process writes into it
-_MANIFEST = "compressvit.json"  # of `compressvit.artifacts.artifact`, which imports torch
+_LOCK = ".lock"  # exists in a run folder while a process writes to it
+_MANIFEST = "compressvit.json"  # as in `compressvit.artifacts.artifact`, which imports torch
 
 
 class RunFolder:
@@ -49,7 +49,7 @@ class RunFolder:
 
     @property
     def teacher(self) -> Path:
-        """The teacher, an artifact, where the run trained it."""
+        """The teacher, an artifact, if the run trained it."""
         return self.path / "teacher"
 
     @property
@@ -58,7 +58,7 @@ class RunFolder:
         return self.path / "diagnostics"
 
     def keep(self, finding: Finding) -> None:
-        """Write a finding to `diagnostics/`, and its picture to the top of the run folder."""
+        """Write a finding to `diagnostics/`, and its chart also to the run folder itself."""
         finding.write(self.diagnostics, pictures=False)
         finding.picture(self.path / f"{finding.name}.png")
 
@@ -67,7 +67,7 @@ class RunFolder:
         return self.path / "checkpoints" / f"{name}.pt"
 
     def transformed(self, name: str) -> Path:
-        """The student after transforms that learned from images, an artifact, for resuming the run."""
+        """The student after data-driven transforms, an artifact, for resuming the run."""
         return self.path / "checkpoints" / stored_step(self.path / "checkpoints", name)
 
     def refuse_or_clear(self, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
@@ -105,7 +105,7 @@ class RunFolder:
         try:
             text = (self.path / RESOLVED).read_text(encoding="utf-8")
             before = flat(current_recipe(yaml.safe_load(text)))
-            with suppress(UserError):  # keys that are newer than the run have their defaults
+            with suppress(UserError):  # keys that are newer than the run get their defaults
                 before = flat(yaml.safe_load(parse_recipe(text, RESOLVED).to_yaml()))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UserError(
@@ -165,10 +165,10 @@ class RunFolder:
 
     @contextmanager
     def owned(self) -> Iterator[None]:
-        """Make the folder, and keep every other run out of it.
+        """Create the folder, and lock it against other runs.
 
         Raises:
-            UserError: another run writes into the folder.
+            UserError: another run is writing to the folder.
         """
         path = self.path.resolve()
         new = not path.exists()
@@ -200,14 +200,14 @@ class RunFolder:
         resume: bool,
         overwrite: bool,
     ) -> None:
-        """Write what is known before the first step; of a run that is resumed, what it was stopped before writing."""
+        """Write what is known before the first step; for a resumed run, only what is missing."""
         with disk_faults(self.path):
             for entry in self.path.iterdir():
                 if entry.name != _LOCK and (overwrite or _is_scratch(entry)):
                     shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
         found = environment(command, recipe.packages)
         texts = {
-            RESOLVED: recipe.to_yaml(),  # first: where it is, there is a run that can be resumed or overwritten
+            RESOLVED: recipe.to_yaml(),  # first, because its presence marks a run that can be resumed or overwritten
             "recipe.yaml": recipe_text,
             "environment.json": found.model_dump_json(indent=2) + "\n",
             "plan.json": plan.model_dump_json(indent=2) + "\n",
@@ -218,13 +218,13 @@ class RunFolder:
 
 
 def _is_scratch(entry: Path) -> bool:
-    """Whether a killed run left it: a lock, a file that was not written to its end, a model likewise (`.student.1a2b3c4d`)."""
+    """Whether a killed run left this entry behind: a lock, or an incomplete file or model (`.student.1a2b3c4d`)."""
     return re.fullmatch(r"\.lock|\..+\.part|\..+\.[0-9a-f]{8}", entry.name) is not None
 
 
 def refuse_processes() -> None:
-    """Raise a `UserError` in one of several processes that a launcher such as torchrun has started: each would do all of the work, and
-    write it into the same folder."""
+    """Raise a `UserError` in a process of a multi-process launcher such as torchrun: every process would do all of the work, and write
+    to the same folder."""
     count = os.environ.get("WORLD_SIZE", "1")
     if count not in ("", "0", "1"):
         raise UserError(
@@ -237,7 +237,7 @@ def find_runs(paths: Sequence[str | Path]) -> list[Path]:
     """The run folders among `paths` and directly in them, each once.
 
     Raises:
-        UserError: a path is neither; the sentence says what it is instead.
+        UserError: a path is neither; the message says what it is instead.
     """
     found: list[Path] = []
     for path in map(Path, paths):
@@ -269,8 +269,8 @@ def _not_a_run(path: Path) -> str:
 
 
 def environment(command: list[str], packages: Sequence[str] = ()) -> Environment:
-    """What a number may depend on apart from the recipe: command, versions (of `packages` too), machine."""
-    import torch  # late, because a report reads run folders without it
+    """What results may depend on besides the recipe: command, versions (including those of `packages`), machine."""
+    import torch  # imported here because a report reads run folders without it
 
     names = ("torch", "torchvision", "timm", "torchdistill", "numpy", "scipy", "einops", "safetensors", "pydantic")
     versions: dict[str, str | None] = {}
@@ -293,7 +293,7 @@ def environment(command: list[str], packages: Sequence[str] = ()) -> Environment
 
 
 def flat(content: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings and lists as one mapping of dotted paths, e.g. `steps.0.multiplex.share`; empty ones are values."""
+    """Flatten nested mappings and lists to dotted paths, e.g. `steps.0.multiplex.share`; empty ones count as values."""
     if isinstance(content, dict) and content:
         return {
             k: v

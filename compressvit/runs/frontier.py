@@ -1,4 +1,4 @@
-"""`frontier`: how good a student is before any training, against its size, over a sweep of budgets."""
+"""`frontier`: quality of students before any training against their size, over a sweep of budgets."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from compressvit.transforms.low_rank.base import RankStep
 def frontier(
     recipe: Recipe, *, budgets: list[float], unit: str, output: Path, device: str, console: Console
 ) -> list[dict[str, Any]]:
-    """Apply the transforms before the recipe's first phase at every budget, evaluate, and write table and plot.
+    """Apply the transforms before the recipe's first phase at every budget, evaluate, and write a table and a plot.
 
-    The budget replaces the ranks, or the budget, of the recipe's last `low_rank` or `lors` step. Nothing is trained.
+    The budget replaces the ranks or the budget of the last `low_rank` or `lors` step before the first phase. Nothing is trained.
 
     Args:
-        recipe: with such a step before its first phase.
-        budgets: in `unit`, up to 1 as a share of the teacher's.
+        recipe: has such a step before its first phase.
+        budgets: in `unit`; values up to 1 are shares of the teacher's.
         unit: 'parameters', 'bytes' or 'macs'.
         output: folder for `frontier.csv`, `frontier.json` and `frontier.png`; created.
         device: as for `apply`.
@@ -45,7 +45,7 @@ def frontier(
         A row for the teacher and one for each budget that can be met.
 
     Raises:
-        UserError: no such step, a teacher without values, or no budget that can be met.
+        UserError: there is no such step, the teacher has no values, or no budget can be met.
     """
     _require_ranks(recipe)
     begin = OneShot(recipe, device, "frontier")
@@ -67,7 +67,7 @@ def frontier(
     if len(rows) == 1:
         raise UserError("none of the budgets can be met; the messages above say which can")
     task = begin.scorer.task(begin.teacher)
-    # beside itself the teacher is perfect; without labels, the last of the ranking says most of a student
+    # the teacher agrees perfectly with itself; without labels, the last metric of the ranking is the most informative
     graded = (q.key for q in task.ranked(rows[0]) if q.key in task.graded)
     _write(rows, output, unit, recipe.teacher.model, next(graded, task.ranking[-1]))
     console.print(_table(rows, unit))
@@ -76,7 +76,7 @@ def frontier(
 
 
 def _require_ranks(recipe: Recipe) -> None:
-    """A `low_rank` or `lors` step before the first phase, for the budget to go to."""
+    """Raise a `UserError` unless a `low_rank` or `lors` step precedes the first phase."""
     specs = leading_transforms(recipe)
     if not any(isinstance(spec, RankStep) for spec in specs):
         names = ", ".join(step.name for step in recipe.steps)

@@ -1,6 +1,6 @@
-"""`prepare`: a recipe with everything settled that takes no values: device, data, classes, and the structure of teacher and student.
+"""`prepare`: resolve everything in a recipe that needs no values: device, data, classes, and the structure of teacher and student.
 
-The stations of a run, each of which reads those before it:
+The stages of a run, each of which uses the results of those before it:
 
     job = prepare(recipe, device)      this module
     plan = plan_job(job)               compressvit.runs.plan: every refusal that needs no values, and what it will cost
@@ -28,7 +28,7 @@ from compressvit.training.phases import PhaseSpec
 from compressvit.training.phases.finetune import Finetune
 from compressvit.transforms import Transform
 
-PLACEHOLDER_CLASSES = 1000  # of a new classifier, while nobody knows the data's
+PLACEHOLDER_CLASSES = 1000  # for a new classifier, while the number of classes is unknown
 
 
 @dataclass
@@ -36,12 +36,12 @@ class Job:
     """A recipe with everything that follows from it without values.
 
     Attributes:
-        name: what messages call the recipe.
-        device: where models run.
-        classes: of the data; None where it has none, or where only opening it would tell.
-        architecture: the teacher's.
-        teacher, student: their structure, without values; the student as the first step finds it.
-        placeholder: whether the student's new classifier has `PLACEHOLDER_CLASSES`, because the data's classes are not known.
+        name: name of the recipe in messages.
+        device: the device on which models run.
+        classes: number of classes of the data; None if it has none, or if that is known only after opening it.
+        architecture: that of the teacher.
+        teacher, student: their structure, without values; the student before the first step.
+        placeholder: whether the student's new classifier has `PLACEHOLDER_CLASSES`, because the number of classes is unknown.
     """
 
     recipe: Recipe
@@ -55,20 +55,20 @@ class Job:
 
     @cached_property
     def datasets(self) -> Datasets:
-        """The data, opened when it is first asked for. Raises as `open_data` does."""
+        """The data, opened on first access. Raises as `open_data` does."""
         return open_data(self.recipe.data)
 
 
 def prepare(recipe: Recipe, device: str = "auto", *, name: str = "recipe", without_data: bool = False) -> Job:
-    """Resolve a recipe to a job. Models are built without values; data is opened where only that tells its classes.
+    """Resolve a recipe to a job. Models are built without values; data is opened only if its classes are otherwise unknown.
 
     Args:
-        name: what messages call the recipe.
+        name: name of the recipe in messages.
         device: 'auto', 'cpu', 'cuda', 'cuda:1', 'mps', …
-        without_data: open nothing: what only the data tells is taken for granted, as a plan does.
+        without_data: open no data, and assume what only the data determines, as a plan does.
 
     Raises:
-        UserError: a device or a data set that is not there, or a model that timm cannot build.
+        UserError: the device or the data set is not available, or timm cannot build a model.
     """
     where = pick_device(device)
     datasets = None
@@ -92,10 +92,10 @@ def prepare(recipe: Recipe, device: str = "auto", *, name: str = "recipe", witho
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name; 'auto' is the first of cuda, mps and cpu that is there.
+    """The device of that name; 'auto' is the first available one of cuda, mps and cpu.
 
     Raises:
-        UserError: it is not there.
+        UserError: the device is not available.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -113,7 +113,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def refuse_own_inputs(recipe: Recipe, folder: RunFolder) -> None:
-    """Overwriting must not delete what the run reads."""
+    """Raise a `UserError` if overwriting the folder would delete inputs of the run."""
     named = {
         "teacher.weights": recipe.teacher.weights,
         "student.weights": recipe.student.weights,
@@ -136,10 +136,10 @@ def refuse_own_inputs(recipe: Recipe, folder: RunFolder) -> None:
 
 
 def refuse_labels(job: Job) -> None:
-    """Labels that are missing or that a head cannot tell apart, before anything is trained.
+    """Check before any training that labels exist and fit the heads.
 
     Raises:
-        UserError: a phase learns from labels that the data has not, or a head has too few classes.
+        UserError: a phase needs labels that the data does not have, or a head has too few classes.
     """
     recipe, datasets = job.recipe, job.datasets
     if recipe.student.head == "new" and not head_size(recipe, datasets.num_classes):

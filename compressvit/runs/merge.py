@@ -1,4 +1,4 @@
-"""`compressvit merge`: the student of a run, or an artifact, merged into a folder of its own, with the comparison and latencies."""
+"""`compressvit merge`: merge the student of a run, or an artifact, into a new folder, with comparison and latencies."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from compressvit.runs.job import pick_device
 from compressvit.runs.tables import ratio_text
 from compressvit.transforms.record import compression_of
 
-_SEAL = "merge.json"  # of a folder that `merge` wrote
+_SEAL = "merge.json"  # marks a folder written by `merge`
 GROWN = 1.05  # from so many times the unmerged parameters on, a merge has undone a compression
 T = TypeVar("T")
 _WRITTEN = ("config.json", stored.MANIFEST, stored.TENSORS)
@@ -49,22 +49,22 @@ def merge_folder(
     device: str = "auto",
     datasets: Datasets | None = None,
 ) -> dict[str, Any]:
-    """Merge the artifact at `path`, or that of a run, and write a folder that `timm.create_model("local-dir:FOLDER", pretrained=True)`
-    reads; where adapters are left (of Kronecker products, now dense), an artifact instead.
+    """Merge the artifact at `path`, or that of a run, and write a folder for `timm.create_model("local-dir:FOLDER", pretrained=True)`.
+    If adapters are left (dense ones, from Kronecker products), an artifact is written instead.
 
     Args:
         path: an artifact or a run folder.
-        output: the folder to write, `merged` beside the artifact by default.
+        output: the folder to write; by default `merged` beside the artifact.
         overwrite: replace an earlier merge in that folder; nothing else in it is ever replaced.
-        device: where latencies are taken; the comparison is on the CPU.
-        datasets: the data of the run, where it is open already.
+        device: device for measuring latencies; the comparison runs on the CPU.
+        datasets: the data of the run, if it is already open.
 
     Returns:
         The content of `merge.json`: differences relative to the largest output, and latencies in milliseconds.
 
     Raises:
-        UserError: there is no artifact at `path`, a transform cannot be folded, the merged model computes something else, or the
-            folder to write is not empty (unless it is an earlier merge and `overwrite` is given).
+        UserError: there is no artifact at `path`, a transform cannot be folded, the outputs of the merged model differ, or the
+            output folder is not empty (unless it is an earlier merge and `overwrite` is given).
     """
     where = pick_device(device)
     folder = artifact_in(Path(path).resolve())
@@ -72,7 +72,7 @@ def merge_folder(
     _require_free(target, overwrite)
     model = artifact.load(folder)
     dtype = next(model.parameters()).dtype
-    model = in_float32(model)  # the proof is in float32, whatever the model is stored in
+    model = in_float32(model)  # compared in float32, regardless of the stored dtype
     config = _input_of(folder, model)
     merged = merged_copy(model)
     left = [plan.transform for plan in compression_of(merged).plans]
@@ -85,20 +85,20 @@ def merge_folder(
         "differences": differences(model, merged, tests),
     }
     written = copy.deepcopy(merged).to(dtype)
-    if dtype != torch.float32:  # it is read into float32: compare with what was rounded on the way
+    if dtype != torch.float32:  # read back in float32, so compare with the rounded values that were stored
         merged = merged.to(dtype).float()
     random = {"random": tests["random"]}
     found = _replace(target, written, not left, lambda again: differences(merged, again, random, "what is read back"))
     result["read_back"] = found["random"]
     result |= _measured(stored.read_manifest(folder), model, merged, config, where)
-    # the folder is there to be shipped: nothing in it names this machine's folders
+    # the folder is meant to be shared, so it must not contain paths of this machine
     shipped = {**result, "artifact": os.path.relpath(folder, target), "merged": "."}
     write_text(target / _SEAL, json.dumps(shipped, indent=2) + "\n")
     return result
 
 
 def _require_free(target: Path, overwrite: bool) -> None:
-    """Raise a `UserError` unless nothing is there, or, with `overwrite`, an earlier merge and nothing else."""
+    """Raise a `UserError` unless the folder is empty or missing or, with `overwrite`, contains only an earlier merge."""
     if target.exists() and not target.is_dir():
         raise UserError(f"{target} is a file; give another {option('output')}")
     there = {path.name for path in target.iterdir()} if target.is_dir() else set()
@@ -120,7 +120,7 @@ def _require_free(target: Path, overwrite: bool) -> None:
 
 
 def print_merge(result: dict[str, Any], console: Console) -> None:
-    """Print what `merge_folder` returns."""
+    """Print the result of `merge_folder`."""
     table = Table(title=f"{result['artifact']} → {result['merged']}", title_justify="left")
     for column in ("", "parameters", "latency", "latency / backbone"):
         table.add_column(column, justify="left" if not column else "right")
@@ -152,14 +152,14 @@ def print_merge(result: dict[str, Any], console: Console) -> None:
 
 
 def _replace(target: Path, model: nn.Module, plain: bool, check: Callable[[nn.Module], T]) -> T:
-    """Write a model beside `target`, check what is read back, and then put it in the place of an earlier merge."""
+    """Write a model beside `target`, check it after reading it back, and then replace an earlier merge by it."""
     with disk_faults(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=".merge.", dir=target.parent))
         try:
             checked = check(_write(model, scratch, plain=plain))
             target.mkdir(exist_ok=True)
-            write_text(target / _SEAL, "{}\n")  # first: one that is interrupted here can be made again
+            write_text(target / _SEAL, "{}\n")  # first: after an interruption here, the merge can be repeated
             for name in _WRITTEN:
                 (target / name).unlink(missing_ok=True)
             for file in scratch.iterdir():
@@ -172,7 +172,7 @@ def _replace(target: Path, model: nn.Module, plain: bool, check: Callable[[nn.Mo
 def _measured(
     manifest: Manifest, model: nn.Module, merged: nn.Module, config: InputConfig, device: torch.device
 ) -> dict[str, Any]:
-    """Latencies, measured alternately, and parameters, of the backbone alone, the unmerged and the merged model."""
+    """Parameters and latencies (measured alternately) of the backbone alone, the unmerged and the merged model."""
     base = timm.create_model(manifest.architecture, pretrained=False, **manifest.args).eval()
     models = {"backbone": base, "unmerged": model, "merged": merged}
     times = cost.latencies([m.to(device) for m in models.values()], [config.size] * 3, device=device)
@@ -185,7 +185,7 @@ def _measured(
 
 
 def _write(model: nn.Module, folder: Path, *, plain: bool) -> nn.Module:
-    """Write a model into an empty folder, in timm's form or as an artifact, and read it back into float32."""
+    """Write a model to an empty folder, in timm's format or as an artifact, and read it back in float32."""
     if plain:
         names = stored.class_names(model)
         save_for_hf(
@@ -206,8 +206,8 @@ def _input_of(folder: Path, model: nn.Module) -> InputConfig:
 
 
 def _real_images(folder: Path, config: InputConfig, datasets: Datasets | None) -> dict[str, torch.Tensor]:
-    """The first evaluation images of the run that the artifact lies in, where its data is still there; `datasets` is that data where it
-    is open."""
+    """The first evaluation images of the run that contains the artifact, if its data is still available; `datasets` is that data if it
+    is already open."""
     resolved = folder.parent / RESOLVED
     if not resolved.is_file():
         return {}
@@ -215,6 +215,6 @@ def _real_images(folder: Path, config: InputConfig, datasets: Datasets | None) -
     data = recipe.data.model_copy(update={"download": False})
     try:
         images, _ = next(iter(eval_loader(datasets or open_data(data), data, config, torch.device("cpu"))))
-    except UserError:  # the data has gone since
+    except UserError:  # the data is no longer available
         return {}
     return {"the run's own": images[:8]}

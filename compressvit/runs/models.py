@@ -1,4 +1,4 @@
-"""The teacher and the student that a recipe asks for, with values or (on the meta device) without."""
+"""Building the teacher and the student of a recipe, with values or (on the meta device) without."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from compressvit.tasks.base import find_task
 
 
 def trains_teacher(recipe: Recipe) -> bool:
-    """Whether the run begins by training the teacher."""
+    """Whether the run first trains the teacher."""
     return recipe.teacher.weights == "train" or recipe.teacher.finetune is not None
 
 
@@ -31,10 +31,10 @@ class Architecture:
     """A timm model, fully specified: everything needed to build it, with or without values, any number of times.
 
     Attributes:
-        name: timm's, with or without a tag.
+        name: name in timm, with or without a tag.
         args: further arguments of timm.create_model.
-        input: what its images look like, where the file of its weights says so.
-        trained: it comes with values that want images of their own kind, so that options of the data do not change what it gets.
+        input: size and normalisation of its images, if the file with its weights records them.
+        trained: whether its weights are already trained for a certain preprocessing, so that options of the data must not change it.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Architecture:
     trained: bool = False
 
     def build(self, device: str | None = None) -> nn.Module:
-        """The model with fresh values; 'meta' for a skeleton.
+        """Build the model with newly initialised values; 'meta' for a skeleton.
 
         Raises:
             UserError: timm cannot build it.
@@ -55,14 +55,14 @@ class Architecture:
 
 
 def teacher_architecture(recipe: Recipe, *, classes: int | None = None) -> Architecture:
-    """What the teacher is; what the recipe does not say of it, an artifact that `teacher.weights` names does.
+    """The architecture of the teacher, from the recipe and from the artifact that `teacher.weights` names, if it does.
 
     Args:
         recipe: its `teacher` section.
-        classes: classes of the opened data set, where the recipe's data does not tell; sizes the head of a teacher that is trained.
+        classes: number of classes of the opened data set, if the recipe does not determine it; the size of the head of a teacher to train.
 
     Raises:
-        UserError: the artifact is of another architecture, or of a student.
+        UserError: the artifact has another architecture, or is a student.
     """
     stored = _stored_teacher(recipe)
     args = _teacher_args(recipe, stored)
@@ -77,18 +77,18 @@ def teacher_architecture(recipe: Recipe, *, classes: int | None = None) -> Archi
 
 
 def head_size(recipe: Recipe, classes: int | None) -> int | None:
-    """Number of outputs of a new head for data with that many classes; None where it is not known."""
+    """Number of outputs of a new head for data with that many classes; None if unknown."""
     return find_task(recipe.data.usual_task).head_size(classes)
 
 
 def build_teacher(recipe: Recipe, *, classes: int | None = None, device: str | None = None) -> nn.Module:
-    """The teacher with fresh values, or a skeleton with device='meta'. Arguments and faults are those of `teacher_architecture` and of
-    `Architecture.build`."""
+    """Build the teacher with newly initialised values; device='meta' for a skeleton. Arguments and errors are those of
+    `teacher_architecture` and `Architecture.build`."""
     return teacher_architecture(recipe, classes=classes).build(device)
 
 
 def _stored_teacher(recipe: Recipe) -> Manifest | LocalDir | None:
-    """What the artifact or timm's own folder that `teacher.weights` names says of the model; None of a bare file."""
+    """The description of the model in the artifact or timm folder that `teacher.weights` names; None for a file."""
     asked = recipe.teacher
     if asked.weights in ("pretrained", "train"):
         return None
@@ -111,12 +111,12 @@ def _stored_teacher(recipe: Recipe) -> Manifest | LocalDir | None:
 
 
 def _teacher_args(recipe: Recipe, manifest: Manifest | LocalDir | None) -> dict[str, Any]:
-    """Arguments of timm.create_model: the artifact's, and over them the recipe's."""
+    """Arguments of timm.create_model: those of the artifact, overridden by those of the recipe."""
     return {**(manifest.args if manifest else {}), **recipe.teacher.args}
 
 
 def load_teacher(recipe: Recipe, teacher: nn.Module) -> None:
-    """Give the teacher the values that `teacher.weights` names; for 'train' it keeps its fresh ones."""
+    """Load the values that `teacher.weights` names into the teacher; for 'train' it keeps its initial values."""
     if recipe.teacher.weights == "pretrained":
         weights.load_pretrained(teacher, "teacher.weights", new_head=recipe.teacher.finetune is not None)
     elif recipe.teacher.weights != "train":
@@ -125,12 +125,12 @@ def load_teacher(recipe: Recipe, teacher: nn.Module) -> None:
 
 
 def require_student_file(recipe: Recipe, teacher: nn.Module, classes: int | None = None) -> None:
-    """Refuse a `student.weights` that names no file, or one that does not fit, before the teacher is trained.
+    """Raise a `UserError` before the teacher is trained if the file of `student.weights` is missing or does not fit.
 
     Args:
         recipe: its `student` section.
-        teacher: its structure alone is read.
-        classes: as `build_student` takes them.
+        teacher: only its structure is used.
+        classes: as for `build_student`.
     """
     asked = recipe.student.weights
     if asked in ("teacher", "pretrained", "random"):
@@ -143,13 +143,13 @@ def require_student_file(recipe: Recipe, teacher: nn.Module, classes: int | None
 
 
 def build_student(recipe: Recipe, teacher: nn.Module, *, classes: int | None = None, meta: bool = False) -> nn.Module:
-    """The model that the first step works on: a copy of the teacher, or what the recipe's `student` section says.
+    """The model before the first step: a copy of the teacher, or the model of the recipe's `student` section.
 
     Args:
         recipe: its `student` section.
         teacher: loaded (or on the meta device).
-        classes: of the opened data set, where the recipe's data does not tell; sizes a new head.
-        meta: build a skeleton; no values are set.
+        classes: number of classes of the opened data set, if the recipe does not determine it; the size of a new head.
+        meta: build a skeleton without values.
     """
     student = student_body(recipe, teacher, meta=meta)
     size = head_size(recipe, known_classes(recipe.data) or classes)
@@ -160,7 +160,7 @@ def build_student(recipe: Recipe, teacher: nn.Module, *, classes: int | None = N
 
 
 def student_body(recipe: Recipe, teacher: nn.Module, *, meta: bool) -> nn.Module:
-    """What `build_student` makes before it gives the student a new head: with its teacher's classifier, or one of the same size."""
+    """The student of `build_student` before it gets a new head: with the teacher's classifier, or one of the same size."""
     asked = recipe.student
     if asked.model is None and not asked.args and asked.weights == "teacher":
         return surgery.skeleton(teacher) if meta else copy.deepcopy(teacher)
@@ -172,7 +172,7 @@ def student_body(recipe: Recipe, teacher: nn.Module, *, meta: bool) -> nn.Module
     if asked.weights == "teacher":
         weights.copy_matching(student, teacher)
     elif asked.weights == "pretrained":
-        weights.load_pretrained(student, "student.weights", new_head=True)  # the steps train it
+        weights.load_pretrained(student, "student.weights", new_head=True)  # trained by the steps
     elif asked.weights != "random":
         weights.load_file(student, asked.weights, "student.weights")
     return student

@@ -1,4 +1,4 @@
-"""A recipe's student before any training: the transforms of its first steps on the teacher's values, and how good the result is."""
+"""A recipe's student before any training: apply the transforms of the first steps to the teacher, and evaluate the result."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class OneShot:
         teacher: in eval mode, on the device.
 
     Raises:
-        UserError: the recipe would train its teacher first, begins with a phase, or names data or weights that are not there.
+        UserError: the recipe trains its teacher or begins with a phase, or data or weights are not available.
     """
 
     def __init__(self, recipe: Recipe, device: str, asker: str):
@@ -48,25 +48,25 @@ class OneShot:
         self.recipe = recipe
         self.job = prepare(recipe, device)
         teacher = self.job.architecture.build()
-        # as it is given: no head may stay random that training would have taught
+        # as given: without training, no new random head may remain
         as_given = recipe.teacher.model_copy(update={"finetune": None})
         load_teacher(recipe.model_copy(update={"teacher": as_given}), teacher)
         opt.seed_everything(recipe.seed, 1)
         self._start = build_student(recipe, teacher)
         self._images = calibration_images(self.job)
-        self._source = Reference(copy.deepcopy(self._start), self._images)  # its moments serve every student
+        self._source = Reference(copy.deepcopy(self._start), self._images)  # its moments are reused for every student
         self.teacher = Side(teacher.to(self.job.device).eval(), self.job.teacher.input)
         self.scorer = Scorer(self.job.datasets, recipe.data, self.job.device)
 
     def student(self, transforms: list[Transform]) -> tuple[Side, list[LedgerEntry]]:
-        """A student that `transforms` make of the recipe's start, and their ledger with its errors."""
+        """The student after `transforms`, and their ledger with the errors."""
         student = copy.deepcopy(self._start)
-        opt.seed_everything(self.recipe.seed, 2, len(self.transforms))  # as `apply` does before its first phase
+        opt.seed_everything(self.recipe.seed, 2, len(self.transforms))  # as in `apply` before the first phase
         ledger = transform_(student, transforms, self._source)
         return Side(student, self.job.student.input), ledger
 
     def preview(self, student: Side) -> str | None:
-        """What the phase that follows would begin with, in words, where it depends on values."""
+        """The choices of the following phase that depend on values, in words (`PhaseSpec.preview`)."""
         phase = self.recipe.parts()[0].phase
         if phase is None:
             return None
@@ -75,7 +75,7 @@ class OneShot:
         return phase.preview(student.model, self.teacher.model, alike)
 
     def scores(self, model: Side) -> dict[str, Any]:
-        """`evaluate` of a model, beside the teacher."""
+        """Evaluate a model, compared with the teacher."""
         return self.scorer.score(model, self.teacher)
 
 

@@ -1,4 +1,4 @@
-"""What a recipe will do and what it will cost, before anything runs: built on the meta device, without weights or data."""
+"""Planning a recipe: what it will do and cost, determined on the meta device without weights or data."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ from compressvit.transforms.record import compression_of, trained_parameters
 
 
 def plan_recipe(recipe: Recipe, name: str = "recipe") -> RecipePlan:
-    """Plan a recipe without weights, data or training; `name` is what messages call it.
+    """Plan a recipe without weights, data or training; `name` is its name in messages.
 
     Raises:
-        UserError: timm cannot build the teacher or the student at all.
+        UserError: timm cannot build the teacher or the student.
     """
     return plan_job(prepare(recipe, "cpu", name=name, without_data=True))
 
 
 def plan_job(job: Job) -> RecipePlan:
-    """Plan what was prepared: every refusal that needs no values, and the bill.
+    """Plan a prepared job: find every error that can be found without values, and compute the costs.
 
-    Conflicts between steps are collected in the result; a step that cannot be applied is left out of what follows.
+    Conflicts between steps are collected in the result; a step that cannot be applied is skipped in the rest of the plan.
     """
     recipe, teacher = job.recipe, job.teacher
     student = Side(surgery.skeleton(job.student.model), job.student.input)
@@ -87,20 +87,20 @@ def plan_job(job: Job) -> RecipePlan:
 
 @dataclass
 class _Steps:
-    """The steps of a recipe, planned one after the other; each changes the structure of the student."""
+    """Plans the steps of a recipe one after the other; each changes the structure of the student."""
 
     recipe: Recipe
     teacher_side: Side
     student: Side
     steps: list[StepPlan] = field(default_factory=list)
     conflicts: list[str] = field(default_factory=list)
-    trained: dict[str, int] = field(default_factory=dict)  # at the beginning of the last phase, before it removes any
+    trained: dict[str, int] = field(default_factory=dict)  # at the start of the last phase, before it removes any
 
     def __post_init__(self) -> None:
         self.trained = trained_parameters(self.student.model)
 
     def teacher(self) -> None:
-        """The training of the teacher, if there is one."""
+        """Plan the training of the teacher, if there is one."""
         if not trains_teacher(self.recipe):
             return
         spec = self.recipe.teacher.finetune or Finetune()
@@ -115,7 +115,7 @@ class _Steps:
         self.steps.append(StepPlan(step="teacher.finetune", summary=text if given else f"{text} (defaults)"))
 
     def all(self) -> None:
-        """Every step of the recipe, a merge at the end too."""
+        """Plan every step of the recipe, including a final merge."""
         for part in self.recipe.parts():
             for index, spec in enumerate(part.transforms, part.start):
                 self._try(
@@ -154,7 +154,7 @@ class _Steps:
                 self.conflicts.append(f"{where}: {error}")
 
     def training_notes(self) -> list[str]:
-        """What the last phase trains, where that is not everything."""
+        """Notes on what the last phase trains, if not everything."""
         model, counts = self.student.model, self.trained
         end = trained_parameters(model)
         if sum(end.values()) >= ties.count_parameters(model):
@@ -198,7 +198,7 @@ def _short(value: Any) -> str:
 
 
 def _phase_notes(recipe: Recipe) -> list[str]:
-    """What phases and transforms have to say of themselves, and which transforms nothing trains."""
+    """Notes of phases and transforms, and a note on transforms that no phase trains."""
     notes: list[str] = []
     for where, phase in recipe.phases().items():
         notes += [f"{where}: {text}" for entry in recipe.diagnostics if (text := entry.spec.note(phase))]
@@ -219,7 +219,7 @@ def _phase_notes(recipe: Recipe) -> list[str]:
 
 
 def require_no_conflicts(plan: RecipePlan) -> None:
-    """Raise one `UserError` with every conflict of a plan, if it has any."""
+    """Raise a `UserError` that lists all conflicts of a plan, if there are any."""
     if plan.conflicts:
         count = len(plan.conflicts)
         raise UserError(f"{plan.recipe}: {count} conflict{'s' * (count > 1)}\n  " + "\n  ".join(plan.conflicts))
@@ -234,14 +234,14 @@ def _plan_transform(where: str, *, spec: Transform, student: nn.Module) -> StepP
 
 
 def _plan_merge(where: str, *, student: nn.Module) -> StepPlan:
-    """Merges the skeleton: what cannot be merged is found here, before anything is trained."""
+    """Merge the skeleton, to find transforms that cannot be merged before anything is trained."""
     merged = merged_copy(student)
     kind = DENSE_ADAPTERS if compression_of(merged).plans else "a plain timm model"
     return StepPlan(step=where, summary=f"merged/, {ties.count_parameters(merged):,} parameters: {kind}")
 
 
 def _break_even_notes(student: nn.Module) -> list[str]:
-    """For layers that are low rank alone: from which rank on they are slower than dense ones."""
+    """Notes on low-rank layers without a shared weight: the rank above which they are slower than dense layers."""
     layers = {p: m for p, m in student.named_modules() if isinstance(m, Factored)}
     if not layers:
         return []

@@ -1,7 +1,7 @@
 """Predictions of student and teacher on the held-out images: the task's tables, and the images on which they differ most.
 
-Gathered batch by batch from the evaluation at the end of a run, in memory that does not grow with the set, and left in the run folder as
-`predictions.json` and small pictures in `predictions/`, so that a report needs neither model nor data.
+Collected batch by batch during the evaluation at the end of a run, with memory independent of the size of the set, and written to the run
+folder as `predictions.json` and thumbnails in `predictions/`, so that a report needs neither model nor data.
 """
 
 from __future__ import annotations
@@ -25,32 +25,32 @@ FILE = "predictions.json"
 PICTURES = "predictions"
 FORMAT = 1
 EXAMPLES = 24
-_PIXELS = 96  # the longer side of a picture at most
-_SMALL = 40  # up to here a PNG is small and keeps every pixel
+_PIXELS = 96  # maximum length of the longer side of a picture
+_SMALL = 40  # up to this size, a lossless PNG is small
 
 
 class Predictions:
-    """The images worth looking at, and what the task gathers of all.
+    """The most informative images, and the statistics of the task over all images.
 
     Args:
         config: how the images that `add` is given were normalised.
-        answers: of the task; None where it shows nothing.
+        answers: from the task; None if it has nothing to show.
     """
 
     def __init__(self, config: InputConfig, answers: Answers | None):
         self.config, self.answers = config, answers
         self.images = 0
         self.compared = False
-        self._examples: list[tuple[float, int, dict[str, Any], torch.Tensor]] = []  # a heap: the least of them first
-        self._order = itertools.count(0, -1)  # of two equal ones, the earlier image is kept
+        self._examples: list[tuple[float, int, dict[str, Any], torch.Tensor]] = []  # a heap with the smallest first
+        self._order = itertools.count(0, -1)  # of two equal images, the earlier one is kept
 
     def add(self, images: torch.Tensor, targets: Any, outputs: Any, expected: Any | None) -> None:
         """Add a batch.
 
         Args:
             images: (B, C, H, W), normalised.
-            targets: of the images.
-            outputs, expected: of student and teacher, as the task's `run` returns them; no `expected` where they cannot be compared.
+            targets: targets of the images.
+            outputs, expected: outputs of student and teacher, from the task's `run`; `expected` is None if they are not comparable.
         """
         self.images += len(images)
         self.compared = expected is not None
@@ -60,12 +60,12 @@ class Predictions:
         for value, index in zip(*(part.tolist() for part in values.topk(min(EXAMPLES, len(values)))), strict=True):
             if len(self._examples) == EXAMPLES and value <= self._examples[0][0]:
                 break
-            picture = images[index].cpu().clone()  # not a view, which would keep the batch
+            picture = images[index].cpu().clone()  # a copy, since a view would keep the whole batch alive
             entry = (value, next(self._order), self.answers.describe(index), picture)
             (heapq.heappushpop if len(self._examples) == EXAMPLES else heapq.heappush)(self._examples, entry)
 
     def as_dict(self) -> dict[str, Any]:
-        """The content of `predictions.json`; empty where there is nothing to show."""
+        """The content of `predictions.json`; empty if there is nothing to show."""
         answers = self.answers
         if answers is None or answers.measure is None:
             return {}
@@ -82,7 +82,7 @@ class Predictions:
         }
 
     def write(self, folder: Path) -> None:
-        """Write `predictions.json` and the pictures into a run folder; nothing if there are no predictions."""
+        """Write `predictions.json` and the pictures to a run folder, unless there are no predictions."""
         content = self.as_dict()
         if not content:
             return
@@ -107,7 +107,7 @@ class Predictions:
         return f"{number:02d}.{self._suffix}"
 
     def _picture(self, pixels: torch.Tensor, answer: dict[str, Any]) -> Image.Image:
-        """(C, H, W), normalised, as a small picture with what the task draws in it."""
+        """A normalised image (C, H, W) as a small picture, with the task's drawings."""
         mean, std = (pixels.new_tensor(v).view(-1, 1, 1) for v in (self.config.mean, self.config.std))
         levels = ((pixels * std + mean)[:3].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
         picture = Image.fromarray(levels[:, :, 0] if levels.shape[2] == 1 else levels)

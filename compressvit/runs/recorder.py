@@ -1,7 +1,7 @@
-"""The diagnostics of a run: when they run, and where their findings are written. They do not change training by a single bit.
+"""The diagnostics of a run: when they run, and where their findings are written. They leave training unchanged, bit for bit.
 
 In the run folder: `diagnostics/NAME.json`, `.csv`, `.png`, `.svg` for every finding, `diagnostics/measured.jsonl` (what was measured when,
-and how long that took), and what watching diagnostics write as they go.
+and how long it took), and files that `Watched` diagnostics write during training.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ class MeasuredRow(BaseModel):
 
 
 class Recorder:
-    """Runs the diagnostics that a recipe asks for.
+    """Runs the diagnostics of a recipe.
 
     Args:
-        recipe: names the diagnostics and the data.
-        run: the run folder. What an earlier part of the run recorded there stays.
-        run_log: shows pictures in TensorBoard.
+        recipe: specifies the diagnostics and the data.
+        run: the run folder. Findings recorded before the run was resumed are kept.
+        run_log: shows charts in TensorBoard.
     """
 
     def __init__(self, recipe: Recipe, run: Path, datasets: Datasets, device: torch.device, run_log: RunLog):
@@ -66,7 +66,7 @@ class Recorder:
 
     @contextmanager
     def watching(self, model: nn.Module, phase: str) -> Iterator[list[Watch]]:
-        """Watches for a phase; what they found is written at its end, also where an error or a signal ended it."""
+        """Context of the watches of a phase; their findings are written at its end, also after an error or a signal."""
         watches = [spec.watch(model, phase, self._folder) for spec in self._watched]
         try:
             yield watches
@@ -78,7 +78,7 @@ class Recorder:
                         self.keep(finding)
 
     def measure(self, phase: str, teacher: Side | None, student: Side, epoch: int, last: bool) -> None:
-        """Measure what is due at this epoch and was not measured before. What cannot be is reported, and training continues."""
+        """Run the diagnostics that are due at this epoch and were not run before. Failures are reported, and training continues."""
         due = [
             spec
             for spec in self._measured
@@ -106,15 +106,15 @@ class Recorder:
                     self._run_log.say(f"{phase}, epoch {epoch}: {spec.name} measured in {seconds:.1f} s")
 
     def allocation(self, phase: str, scope: str, history: History) -> None:
-        """Tell where a `prune` phase left neurons; always, because it costs nothing."""
+        """Record the numbers of neurons that a `prune` phase left; always done, because it costs nothing."""
         self._allocations[phase] = (scope, history)
         with warn_and_continue(f"{phase}: the allocation of neurons was not drawn"):
             finding = allocation_finding(self._allocations)
             self.keep(finding)
-            finding.picture(self._folder.parent / "widths.png")  # where a person looks first
+            finding.picture(self._folder.parent / "widths.png")  # where users look first
 
     def keep(self, finding: Finding) -> None:
-        """Write a finding into the run folder, in place of an earlier one of its name, and show it in TensorBoard."""
+        """Write a finding to the run folder, replacing an earlier one of the same name, and show it in TensorBoard."""
         finding.write(self._folder)
         if finding.records:
             self._run_log.board(lambda writer: finding.log(writer, self._folder))
@@ -144,9 +144,9 @@ def evaluation_images(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Batches of about `count` normalised evaluation images (B, C, H, W), on the device, and labels (B,), evenly spaced over the set.
 
-    They come in a random order, always the same: a set is often in the order of its classes, and what is estimated batch by batch (CKA)
-    cannot see what tells classes apart in a batch that has one of them. A streaming set gives its first ones, in its own order. Broken
-    files are left out. Nothing is drawn from the global generators.
+    Their order is random but fixed: data sets are often sorted by class, and an estimate from batches (CKA) cannot capture differences
+    between classes if each batch has only one. A streaming data set yields its first images, in its own order. Broken files are skipped.
+    The global random generators are not used.
     """
     subset: Any = datasets.validation
     if isinstance(subset, Samples):
@@ -156,7 +156,7 @@ def evaluation_images(
         subset = Samples(subset.source, chosen, subset.labelled)
     left = count
     for images, targets in eval_loader(dataclasses.replace(datasets, validation=subset), data, config, device):
-        whole = at_least(targets, NO_LABEL).cpu()  # below that it stands for a broken file
+        whole = at_least(targets, NO_LABEL).cpu()  # smaller targets mark a broken file
         whole &= whole.cumsum(0) <= left
         kept = images[whole], take(targets, whole)
         if len(kept[0]):
@@ -167,7 +167,7 @@ def evaluation_images(
 
 
 def stamped(finding: Finding, phase: str, epoch: int) -> Finding:
-    """The finding with the fields `phase`, `epoch` and `when` in every record that has none."""
+    """The finding with the fields `phase`, `epoch` and `when` added to records that lack them."""
     place = {"phase": phase, "epoch": epoch, "when": f"{phase}, epoch {epoch}"}
     return dataclasses.replace(finding, records=[{**place, **record} for record in finding.records])
 
@@ -179,7 +179,7 @@ def _with_earlier(finding: Finding, folder: Path) -> Finding:
 
 @contextmanager
 def undisturbed(*models: nn.Module | None) -> Iterator[None]:
-    """Eval mode; random state, the mode of every module, and gradients are as before afterwards, whatever happens inside."""
+    """Context in eval mode that afterwards restores the random state, the mode of every module, and gradients, even after an error."""
     known = [model for model in models if model is not None]
     state = random_state()
     gradients = [(parameter, parameter.grad) for model in known for parameter in model.parameters()]

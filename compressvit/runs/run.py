@@ -1,4 +1,4 @@
-"""Values for a job's models, and then the parts of its recipe: transforms that stand together, and the phase that follows them."""
+"""Executing a job: load the models' values, then run the parts of the recipe (consecutive transforms and the following phase)."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ from compressvit.transforms.record import compression_of
 
 @dataclass
 class Trained:
-    """What the parts of a recipe end with.
+    """The result of the parts of a recipe.
 
     Attributes:
-        phases: by name, what each phase began with and which weights it kept.
+        phases: by name, the scores before each phase and the epoch whose weights it kept.
     """
 
     teacher: Side
@@ -55,10 +55,10 @@ class Trained:
 
 
 def fill_teacher(job: Job, folder: RunFolder, *, resume: bool) -> tuple[nn.Module, bool]:
-    """The teacher with the values that the recipe names, and whether an earlier part of the run has trained it.
+    """The teacher with the values that the recipe names, and whether it was already trained before the run was resumed.
 
     Raises:
-        UserError: weights of the teacher or the student that are not there, or do not fit.
+        UserError: weights of the teacher or the student are missing or do not fit.
     """
     opt.seed_everything(job.recipe.seed)
     teacher = job.architecture.build()
@@ -70,7 +70,7 @@ def fill_teacher(job: Job, folder: RunFolder, *, resume: bool) -> tuple[nn.Modul
 
 
 def trained_teacher(folder: RunFolder) -> nn.Module:
-    """The teacher that an earlier part of the run trained."""
+    """The teacher that was trained before the run was resumed."""
     try:
         return artifact.load(folder.teacher)
     except UserError as error:
@@ -80,7 +80,7 @@ def trained_teacher(folder: RunFolder) -> nn.Module:
 
 
 class Run:
-    """A job that is carried out in a run folder."""
+    """Executes a job in a run folder."""
 
     def __init__(self, job: Job, folder: RunFolder, log: RunLog):
         self.job, self.folder, self.log = job, folder, log
@@ -89,8 +89,8 @@ class Run:
         self.diagnostics = Recorder(job.recipe, folder.path, job.datasets, job.device, log)
 
     def train_teacher(self, teacher: nn.Module) -> nn.Module:
-        """The phase before the steps; its result is an artifact of its own, never part of the student's. Returns it as it is read back,
-        as a resumed run reads it: its training left marks on the model, such as drop path."""
+        """Train the teacher before the steps; the result is an artifact of its own, not part of the student's. Returns the model as read
+        back from disk, as a resumed run does, because training changes the module itself, e.g. its drop path."""
         spec = self.recipe.teacher.finetune or Finetune()
         phase = Phase("teacher", 0, self.recipe.seed, self.folder.checkpoint("teacher"))
         side = Side(teacher, self.job.teacher.input)
@@ -101,7 +101,7 @@ class Run:
         return trained_teacher(self.folder)
 
     def parts(self, teacher: nn.Module) -> Trained:
-        """Carry out the parts of the recipe, top to bottom."""
+        """Execute the parts of the recipe in order."""
         done = Trained(Side(teacher.to(self.device).eval(), self.job.teacher.input), self.job.student)
         opt.seed_everything(self.recipe.seed, 1)
         model = build_student(self.recipe, teacher, classes=self.job.classes)
@@ -119,7 +119,7 @@ class Run:
         return done
 
     def _start(self, part: Part, phase: Phase, student: Side, teacher: Side) -> dict[str, Any] | None:
-        """The scores after transforms and before training; a resumed run has reported them before."""
+        """Report the scores after transforms and before training, unless a resumed run has already done so."""
         if phase.checkpoint.is_file():
             return None
         start = self.scorer.score(student, self.scorer.comparable(teacher))
@@ -128,7 +128,7 @@ class Run:
         return start
 
     def _stage(self, phase: Phase, model: Side, teacher: Side | None, start: dict[str, Any] | None = None) -> Stage:
-        """What a phase is given; `model` is what it begins with."""
+        """The stage for a phase; `model` is the model before the phase."""
         data = self.recipe.data
         return Stage(
             phase=phase,
@@ -158,8 +158,8 @@ class Run:
         return calibration_images(self.job)
 
     def _transform(self, student: nn.Module, part: Part) -> nn.Module:
-        """Apply neighbouring transforms. What was learned from images is kept: it takes long, and where the order of sums is another
-        (threads, a GPU) a resumed run would find other ranks, which its checkpoint does not fit."""
+        """Apply consecutive transforms. The result of data-driven ones is stored: it takes long to compute, and with another order of
+        summation (threads, a GPU) a resumed run could choose other ranks, which would not fit its checkpoint."""
         opt.seed_everything(self.recipe.seed, 2, part.end)
         student.cpu()
         kept = self.folder.transformed(part.transformed)
@@ -176,7 +176,7 @@ class Run:
         return student
 
     def _draw_ranks(self, student: nn.Module) -> None:
-        """A bar chart of the rank of every low-rank layer, where there are any."""
+        """Draw a bar chart of the rank of every low-rank layer, if there are any."""
         ranks: dict[str, int | None] = {}
         for plan in compression_of(student).plans:
             ranks |= getattr(plan, "ranks", {}) | dict.fromkeys(getattr(plan, "dense", ()))
@@ -188,7 +188,7 @@ class Run:
 
 
 def calibration_images(job: Job) -> Callable[[], Iterator[torch.Tensor]]:
-    """A function that makes batches (B, C, H, W) of the recipe's calibration images, normalised for the student."""
+    """A function that returns batches (B, C, H, W) of the recipe's calibration images, normalised for the student."""
     recipe = job.recipe
     return partial(
         calibration_batches,
@@ -203,12 +203,12 @@ def calibration_images(job: Job) -> Callable[[], Iterator[torch.Tensor]]:
 
 def _keep_transformed(student: nn.Module, ledger: list[LedgerEntry], path: Path, config: dict[str, Any]) -> None:
     write_text(path.with_suffix(".ledger.json"), json.dumps([asdict(entry) for entry in ledger], indent=2) + "\n")
-    with disk_faults(path):  # last: where it is, the ledger is
+    with disk_faults(path):  # last, because its presence implies that the ledger exists
         artifact.save(student, path, input_config=config)
 
 
 def _read_transformed(path: Path) -> tuple[nn.Module, list[LedgerEntry]]:
-    """The student that an earlier part of the run made, with its record of errors, which an artifact does not have."""
+    """The transformed student stored before the run was resumed, with its ledger and errors, which an artifact does not contain."""
     try:
         student = artifact.load(path)
         ledger = [LedgerEntry(**e) for e in json.loads(path.with_suffix(".ledger.json").read_text(encoding="utf-8"))]

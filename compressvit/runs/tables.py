@@ -1,4 +1,4 @@
-"""Tables for a person: costs, the plan, the ledger of the transforms, teacher and student side by side."""
+"""Tables for the console: costs, the plan, the ledger of the transforms, teacher and student side by side."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def cost_table(rows: Sequence[tuple[str, Costs]], title: str) -> Table:
-    """Parameters, disk and MACs, each with its share of the first row's."""
+    """Parameters, bytes and MACs, each also relative to the first row."""
     table = Table(title=title, title_justify="left")
     for column in ("", "parameters", "bytes on disk", "MACs"):
         table.add_column(column, justify="left" if not column else "right")
@@ -36,7 +36,7 @@ def megabytes(size: float) -> str:
 
 
 def ledger_table(ledger: list[LedgerEntry]) -> Table:
-    """What the transforms did, step by step and path by path; a shared tensor counts at its first path."""
+    """What the transforms did, by step and path; a shared tensor counts at its first path."""
     table = Table(title="Ledger (a shared tensor counts at its first path)", title_justify="left")
     kinds = {"weight_error": "error of\nweight", "output_error": "error of\noutput"}
     measured = [kind for kind in kinds if any(getattr(entry, kind) is not None for entry in ledger)]
@@ -68,7 +68,7 @@ def results_table(results: Results, title: str) -> Table:
 
 
 def results_rows(teacher: Costs, student: Costs) -> list[tuple[str, str, str, str]]:
-    """Each measure's name, the teacher's value, the student's, and their ratio; empty if there is none."""
+    """Name, teacher's value, student's value and ratio of every measure; a ratio may be empty."""
     rows = []
 
     def row(label: str, key: str, text: Callable[[Any], str]) -> None:

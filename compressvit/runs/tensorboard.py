@@ -1,8 +1,8 @@
-"""What TensorBoard shows of a run in addition to its curves, under names that are the same in all runs.
+"""Names of curves in TensorBoard, which are the same in all runs, and what TensorBoard shows in addition to curves.
 
-A phase is called by its word, without its place in the recipe: `distill/evaluate/top1`, and `distill_2/…` where a recipe has a second one.
-So runs lie in one chart whether one transform comes before the phase, three, or none. What an evaluation before training finds is step 0
-of the phase that follows. `metrics.jsonl` keeps the places ('1_distill').
+Phases are named by their key, without their position in the recipe: `distill/evaluate/top1`, and `distill_2/…` for a second `distill`
+phase. Runs therefore share charts regardless of the number of transforms before a phase. An evaluation before training is step 0 of the
+phase. In `metrics.jsonl`, names include the position ('1_distill').
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _COSTS = ("parameters", "trained_adapter", "bytes", "macs", "latency_ms")
 
 
 def step_names(recipe: Recipe) -> list[str]:
-    """A name for every step: its word, followed by a number from the second of its kind on."""
+    """A name for every step: its key, followed by a number from the second step of that kind on."""
     names: list[str] = []
     words = [step.name for step in recipe.steps]
     for index, word in enumerate(words):
@@ -30,7 +30,7 @@ def step_names(recipe: Recipe) -> list[str]:
 
 
 def scalar_tags(recipe: Recipe) -> dict[str, str]:
-    """What TensorBoard calls a step that messages and files call by its place, such as '1_distill'."""
+    """The name of every step in TensorBoard, by its name in messages and files, such as '1_distill'."""
     names, tags = step_names(recipe), {}
     for index, step in enumerate(recipe.steps):
         phases = (i for i in range(index, len(names)) if isinstance(recipe.steps[i].spec, Training))
@@ -39,13 +39,13 @@ def scalar_tags(recipe: Recipe) -> dict[str, str]:
 
 
 def tag_of(phase: str, tags: Mapping[str, str]) -> str:
-    """What TensorBoard calls a phase, by `scalar_tags`; that of a cycle keeps its number ('prune_cycle2')."""
+    """The name of a phase in TensorBoard, according to `scalar_tags`; cycles keep their number ('prune_cycle2')."""
     step, cycle, number = phase.partition("_cycle")
     return f"{tags.get(step, step)}{cycle}{number}"
 
 
 def hyper_parameters(recipe: Recipe) -> dict[str, bool | int | float | str]:
-    """Every value of a recipe by its path, that of a step by its name: `data.batch_size`, `distill.lr`, `multiplex.share`."""
+    """Every value of a recipe by its path, with steps by name: `data.batch_size`, `distill.lr`, `multiplex.share`."""
     content = recipe.model_dump(mode="json", exclude={"description", "steps", "diagnostics"})
     for name, step in zip(step_names(recipe), recipe.steps, strict=True):
         content[name] = step.spec.model_dump(mode="json")
@@ -53,13 +53,13 @@ def hyper_parameters(recipe: Recipe) -> dict[str, bool | int | float | str]:
 
 
 def show_results(writer: Any, recipe: Recipe, results: Results) -> None:
-    """The HParams tab: the recipe beside what came out, as scalars `final/…`.
+    """Fill the HParams tab: the recipe, and the results as scalars `final/…`.
 
     Args:
-        writer: torch's SummaryWriter of the run. Its own `add_hparams` would make a second run of it.
+        writer: torch's SummaryWriter of the run. Its method `add_hparams` would create a second run.
         results: the content of results.json.
     """
-    from torch.utils.tensorboard import summary  # a second, which programs that only want names should not wait for
+    from torch.utils.tensorboard import summary  # takes a second, which programs that only need names save
 
     first, own = ranking(), graded()
     scores = [key for key in qualities() if key in first or key in own]
