@@ -15,11 +15,11 @@ from compressvit.errors import UserError, command_line
 
 _EPILOG = """\
 examples:
-  compressvit apply quickstart                                  train, compress and distil a small ViT on digits
-  compressvit plan mini_swin_b                                  what the recipe will do and cost, without weights or data
-  compressvit apply mini_swin_b data.root=IMAGENET              compress a pretrained Swin-B
-  compressvit apply repadapter_vit_b_vtab data.root=TASK        adapt a frozen backbone to a task, then: compressvit merge RUN
-  compressvit apply quickstart steps.0.multiplex.share=3        override any value of a recipe
+  compressvit apply quickstart                            compress a digits ViT
+  compressvit plan mini_swin_b                            print steps and costs
+  compressvit apply mini_swin_b data.root=IMAGENET        compress a Swin-B
+  compressvit apply repadapter_vit_b_vtab data.root=TASK  adapt it to a task
+  compressvit apply quickstart steps.0.multiplex.share=3  override a value
 """
 
 Verb = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="compressvit",
-        description="Compress a pretrained vision transformer by a recipe and distil it, or adapt it to a task, and report what it cost.",
+        description="Compress and distil a pretrained vision transformer, or adapt it to a task,\nand report the result.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -90,7 +90,7 @@ class Data(Spec):
     name: str = Field(description="A data set", json_schema_extra=_describe_names)
     task: str | None = Field(
         default=None,
-        description="What a model's outputs mean; none = what the set is for, in most classification, and features of a model without "
+        description="What a model's outputs mean; none = the task of the set, mostly classification, or features for a model without "
         "a classifier.",
     )
     root: str | None = Field(
@@ -116,16 +116,16 @@ class Data(Spec):
     classes: str | None = Field(
         default=None,
         description="Order of the classes of `folder`: natural (as timm: 2 before 10; the default), plain (as torchvision: 10 before 2), "
-        "or a file with one class name a line. For other sets a file names the classes.",
+        "or a file with one class name per line. For other sets, such a file names the classes.",
     )
     outside: bool | None = Field(
         default=None,
-        description="Read images outside root: true also follows absolute paths and ../ in lists, false not even links; none = links only. "
-        "Those that are read are counted.",
+        description="Read images outside root. none: only through links; true: also by absolute paths and ../ in lists; false: never. "
+        "Such images are counted.",
     )
     exif: bool = Field(
         default=False,
-        description="Turn images as their EXIF blocks say; false ignores that, as torchvision and timm do.",
+        description="Rotate images by their EXIF orientation; false ignores it, as torchvision and timm do.",
     )
     mean: tuple[float, ...] | None = Field(
         default=None, description="Mean of each channel in 0..1; none = the model's."

@@ -37,8 +37,8 @@ class Costs(RunFile):
 
 
 class Figures(Costs):
-    """Costs and scores of the teacher or the student in `results.json`. Scores are in percent but for `loss` and the cosines; None where
-    they cannot be had. `latency_ratio` has the quartiles of student / teacher within a round of measurements."""
+    """Costs and scores of the teacher or the student in `results.json`. Scores are in percent, except `loss` and the cosines; None if they
+    are not available. `latency_ratio` has the quartiles of student / teacher within a round of measurements."""
 
     images: int | None = None
     latency_ms: float | None = None

@@ -16,7 +16,7 @@ class Training(Spec):
     max_steps: int | None = Field(
         None,
         ge=1,
-        description="Stop after this many optimiser steps, whatever `epochs` says; the schedule stays that of `epochs`.",
+        description="Stop after this many optimiser steps, even before `epochs` are done; the schedule is still that of `epochs`.",
     )
     optimizer: str = Field("adamw", description="Any name of timm.optim.list_optimizers().")
     lr: float = Field(1e-3, gt=0, description="Peak learning rate.")

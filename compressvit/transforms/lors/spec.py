@@ -53,13 +53,13 @@ class LORS(RankStep):
     share: int | tuple[int, ...] | Literal["auto"] | None = Field(
         None,
         description="Blocks in a share group: one number, or one per stage (1: low rank alone there; for all stages use `low_rank`). "
-        "Null: as an earlier step shares them, or if none does, all blocks of a stage. Layers that are not shared then keep their weight. "
+        "Null: the groups of an earlier step or, without one, all blocks of a stage. Layers that are not shared then keep their weight. "
         "auto: for each kind of layer of each stage the size, 1 included, with the least error within the budget.",
     )
     group_by: Literal["consecutive", "similarity"] = Field(
         "consecutive",
-        description="similarity: as many groups per stage as with `share` consecutive blocks, but each of the layers that lose least by "
-        "sharing, wherever and however many they are.",
+        description="similarity: as many groups per stage as with `share` consecutive blocks, but of the layers that lose least by "
+        "sharing, anywhere in the stage and of any number.",
     )
     init: Literal["fit", "first", "scratch"] = Field(
         "fit",
@@ -73,7 +73,7 @@ class LORS(RankStep):
         "weight and outputs for the others.",
     )
     rounds: int = Field(
-        4, ge=0, description="How often the shared weight is refitted to the residual of the private terms."
+        4, ge=0, description="Number of times the shared weight is refitted to the residual of the private terms."
     )
 
     @field_validator("terms", "share")

@@ -158,18 +158,18 @@ class RankStep(Transform):
     targets: tuple[str, ...] = Field(
         TARGETS,
         min_length=1,
-        description="Linear layers of a block, by path within it; * matches any part. Those of attention are left out where blocks "
-        "have none.",
+        description="Linear layers of a block, by path within it; * matches any part. Attention layers are skipped if blocks have "
+        "none.",
     )
     sequential: bool = Field(
         True,
         description="Fit layers, with their biases, in the order they run: each on the outputs of the fitted layers before it, towards the "
-        "teacher's hidden states. False: each as if all others were the teacher's. Ignored if nothing is measured on images.",
+        "teacher's hidden states. False: fit each as if all other layers were the teacher's. Ignored if nothing is measured on images.",
     )
     ridge: float = Field(
         1e-3,
         ge=0,
-        description="Regularisation of the inputs' second moment, relative to its mean, at least 1e-6: errors on other inputs count too.",
+        description="Regularisation of the inputs' second moment, relative to its mean (at least 1e-6): errors on other inputs also count.",
     )
     output_ridge: float = Field(
         0.1, ge=0, description="The same for the gradients' second moment, with `metric: outputs`."
