@@ -61,7 +61,7 @@ class _Folder(NamedTuple):
 
 
 class Search:
-    """All picture files below a folder, in natural order of their paths: 2 before 10, upper and lower case alike.
+    """All picture files below a folder, in natural order of their paths: 2 before 10, ignoring case.
 
     A folder is searched once: at its own place where that is inside, else at the first link to it. So no link makes a loop or counts a
     picture twice.
@@ -174,7 +174,7 @@ class Search:
 
 
 def natural_key(text: str) -> list[str | int]:
-    """A sort key in which 2 comes before 10, and upper and lower case are alike; the order of timm's readers."""
+    """A sort key in which 2 comes before 10 and case is ignored; the order of timm's readers."""
     pieces = re.split(r"(\d+)", text.lower())
     return [int(piece) if i % 2 else piece for i, piece in enumerate(pieces)]
 

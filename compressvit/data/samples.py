@@ -62,8 +62,8 @@ class Samples(Dataset):
     decides its augmentation, so that it depends neither on the worker that reads it nor on what was drawn before.
 
     A file that cannot be decoded is flagged in `broken`, uint8 (N,) in memory shared with loader workers. While
-    `training` the next good sample takes its place; otherwise a black image with target NO_IMAGE (-2). What was done to the others to
-    read them is kept in `done` likewise, as bits of `Read`.
+    `training` the next good sample takes its place; otherwise a black image with target NO_IMAGE (-2). How the other files had
+    to be converted is recorded in `done`, a tensor of the same form, as bits of `Read`.
 
     Args:
         exif: turn pictures as their EXIF blocks say.

@@ -210,5 +210,5 @@ class Data(Spec):
 
 
 def known_classes(data: Data) -> int | None:
-    """The number of classes as far as it is known without touching the disk: declared, or a property of a named set."""
+    """The number of classes if it is known without disk access: declared, or a property of a named set; else None."""
     return data.num_classes or find_set(data.name).classes

@@ -51,7 +51,7 @@ class Moments:
     prefix_weight: float = 1.0
 
     def metric(self, ridge: float, output_ridge: float | None) -> Metric:
-        """Of errors of the layer's outputs; with an `output_ridge` of what the model computes, where a gradient says something.
+        """The metric for errors of the layer's outputs or, with an `output_ridge` and a useful gradient, of the model's outputs.
 
         In the latter a token counts for half as any other and for half by its ‖g‖²: the plain Kronecker factors would suppose that the
         size of a gradient has nothing to do with the input, and lose the one class token among hundreds of patches.
@@ -79,9 +79,9 @@ class Reference:
 
     Args:
         model: a copy that may be moved and converted to float32; its values are not changed.
-        images: calibration images without labels, normalised for the model: a tensor (N, C, H, W), batches of such (a loader's
-            pairs of images and targets too), or a function that returns batches. None: there are none, and whoever asks for
-            moments is refused.
+        images: calibration images without labels, normalised for the model: a tensor (N, C, H, W), batches (also a
+            loader's pairs of images and targets), or a function that returns batches. None: no images; asking for moments then
+            raises a `UserError`.
     """
 
     def __init__(self, model: nn.Module, images: Images | None = None):

@@ -1,6 +1,6 @@
-"""Whether tensors and manifests are what was written: a flipped bit would otherwise be another model, and nobody would know.
+"""Checksums of tensors and manifests: without them, a flipped bit would silently change the model.
 
-The checksums find damage and careless edits. They are no signature: whoever changes a file on purpose can write new ones.
+The checksums find damage and careless edits. They are not a signature: anyone who changes a file on purpose can also write new checksums.
 """
 
 from __future__ import annotations

@@ -133,7 +133,7 @@ def _plan(word: str, plan: Options) -> tuple[str, Options]:
 
 
 def _groups(word: str, plan: Options) -> list[list[str]]:
-    """The share groups of a plan of `lors`; none of another, or of one that is damaged, which whoever validates it will say."""
+    """The share groups of a `lors` plan; empty for other plans, and for damaged ones, which validation reports later."""
     groups = plan.get("groups") if word == "lors" else None
     valid = isinstance(groups, list) and all(isinstance(group, list) for group in groups)
     return groups if valid and groups is not None else []

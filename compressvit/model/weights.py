@@ -233,7 +233,7 @@ def _read(path: Path, where: str) -> dict[str, torch.Tensor]:
 
 
 def _require_reachable(config: dict[str, Any]) -> None:
-    """Ask the hub once, before timm's own five slow retries, whether uncached weights can be had."""
+    """Ask the hub once, before timm's own five slow retries, whether uncached weights are available."""
     if not config.get("hf_hub_id") or config.get("custom_load") == "hf-local":
         return
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache

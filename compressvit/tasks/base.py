@@ -65,7 +65,7 @@ class Metrics(ABC):
         Args:
             outputs: of the model, as `Task.run` returns them.
             targets: of the same images.
-            expected: likewise the teacher's outputs; None without a teacher.
+            expected: the teacher's outputs in the same form; None without a teacher.
 
         Raises:
             UserError: targets that do not fit the model.
@@ -102,7 +102,7 @@ class Answers(ABC):
     def describe(self, index: int) -> dict[str, Any]:
         """What `predictions.json` keeps of the image at `index` of the last batch, as JSON has it.
 
-        The report shows `true` (a text), `teacher` and `student` (a text each, or a class with its probability), as far as they are there.
+        The report shows `true` (a text), `teacher` and `student` (a text each, or a class with its probability), if present.
         """
 
     def draw(self, picture: Image, description: Mapping[str, Any]) -> Image:
@@ -206,7 +206,7 @@ class Task(ABC):
         """Refuse targets that cannot be learned from. By default none.
 
         Args:
-            targets: of a batch of a data set, or of all its images as far as they are known without reading them.
+            targets: those of a batch, or all targets of a data set that are known without reading images.
             classes: of the data, where it has any.
             name: of the set.
 
@@ -310,7 +310,7 @@ class Task(ABC):
 
         Args:
             model: what is evaluated.
-            names: of the classes, as far as they are known.
+            names: names of the classes, if they are known.
             labelled: whether the targets are the ground truth.
         """
         return None

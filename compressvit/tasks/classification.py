@@ -212,7 +212,7 @@ class ClassAnswers(Answers):
 
     Args:
         classes: how many the student tells apart.
-        names: of the classes, as far as they are known.
+        names: names of the classes, if they are known.
         labelled: whether targets are classes.
     """
 

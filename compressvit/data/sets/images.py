@@ -20,8 +20,8 @@ NO_LABEL = -1
 
 @data_set("images", note="unlabelled, searched recursively", labelled=False)
 def open_images(data: Data) -> tuple[PictureFiles, PictureFiles]:
-    """FOLDER/train and FOLDER/val as far as they are there, under the names that `folder` knows too. Without a folder of its own validation
-    has every 1/val_fraction-th of all images, or of all groups of `data.group_by`; and without one training has all but validation's."""
+    """FOLDER/train and FOLDER/val if they exist, under the names that `folder` also accepts. Without a validation folder, every
+    1/val_fraction-th image or group (`data.group_by`) is held out; without a training folder, all images not held out are used."""
     root = existing_root(data, LAYOUT)
     validation = _folder(root, data.val_split, VAL_FOLDERS)
     train = _folder(root, data.train_split, TRAIN_FOLDERS)

@@ -68,7 +68,7 @@ class VPTPlan(Plan):
             if self.deep:
                 kind.deep(joining, path)
                 return f"+ {self.prompts} prompts"
-            return f"+ {self.prompts} prompts, as far as {kind.shallow(joining)}"
+            return f"+ {self.prompts} prompts, removed after {kind.shallow(joining)}"
 
         return record(model, self.blocks, add)
 
