@@ -27,6 +27,7 @@ from compressvit.transforms.bottleneck import (
     Bottleneck,
     BottleneckPlan,
     Place,
+    Start,
     adapter_widths,
     at_tokens,
     sublayer_width,
@@ -50,9 +51,11 @@ class AdaptersPlan(BottleneckPlan):
 
     prunable = True
     slot = "adapter"
+    starts = ("init",)
 
     bias: bool
     act: str
+    init: Start = "zero"
 
     def bottleneck(self, model: nn.Module, path: str, hidden: int) -> Bottleneck:
         """A fresh adapter for the sublayer at `path`."""
@@ -68,6 +71,11 @@ class AdaptersPlan(BottleneckPlan):
         surgery.extend(model, path, WithAdapter)
         self.put(model, path, self.bottleneck(model, path, self.widths[path]))
         return f"+ {self.transform} bottleneck of {self.widths[path]}"
+
+    @torch.no_grad()
+    def initialise(self, student: nn.Module, reference: Reference) -> None:
+        for bottleneck in self.bottlenecks(student).values():
+            bottleneck.reset(self.init)
 
     @property
     def least(self) -> int:
@@ -103,6 +111,11 @@ class Adapters(Transform):
     )
     bias: bool = Field(False, description="Whether the projections have biases; the reference has none.")
     act: Activation = Field("gelu", description="timm's name of the activation between the projections.")
+    init: Start = Field(
+        "zero",
+        description="zero: the upper projection is zero, so the model is unchanged at the start (the lower one is uniform within ±1/√M). "
+        "noise: both projections normal with std 0.02, as in MiMi's released code, which changes the model.",
+    )
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Adapters:
@@ -117,4 +130,4 @@ class Adapters(Transform):
     def plan(self, model: nn.Module, reference: Reference | None = None) -> AdaptersPlan:
         ratio = 1 / 8 if self.ratio is None else self.ratio
         widths = adapter_widths(model, "adapters", self.places, self.width, ratio)
-        return AdaptersPlan(widths=widths, bias=self.bias, act=self.act)
+        return AdaptersPlan(widths=widths, bias=self.bias, act=self.act, init=self.init)

@@ -24,6 +24,8 @@ from compressvit.transforms.claims import Claim, slot
 Place = Literal["attn", "mlp"]
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu", "hard_swish", "leaky_relu", "elu", "tanh"]
 
+Start = Literal["zero", "noise"]
+
 # Parameters without a gradient in the first step of training.
 UP_STARTS_AT_ZERO = dict.fromkeys(("down.weight", "down.bias"), "the upper projection of an adapter starts at zero")
 
@@ -33,6 +35,9 @@ class Projection(Protocol):
 
     def reset(self, *, zero: bool) -> None:
         """Start so that the product is zero, or not."""
+
+    def reset_noise(self) -> None:
+        """Start from noise, as the reference does."""
 
 
 class Bottleneck(nn.Module):
@@ -70,11 +75,15 @@ class Bottleneck(nn.Module):
         assert isinstance(self.up, AdapterLinear)
         return self.down, self.up
 
-    def reset(self) -> None:
-        """Start as zero, with a gradient for the upper projection."""
+    def reset(self, start: Start = "zero") -> None:
+        """Start as zero, with a gradient for the upper projection, or with noise in both projections. A learnable s starts at 1."""
         down, up = cast(Projection, self.down), cast(Projection, self.up)
-        down.reset(zero=False)
-        up.reset(zero=True)
+        if start == "noise":
+            down.reset_noise()
+            up.reset_noise()
+        else:
+            down.reset(zero=False)
+            up.reset(zero=True)
 
     def allow_all(self) -> None:
         """Give both projections a mask, to be filled from a file."""
@@ -108,6 +117,12 @@ class AdapterLinear(nn.Linear):
             nn.init.zeros_(self.weight)
         else:
             nn.init.kaiming_uniform_(self.weight, a=5**0.5)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def reset_noise(self) -> None:
+        """Start as MiMi's code does: normal with a standard deviation of 0.02 (and a bias of zero)."""
+        nn.init.normal_(self.weight, std=0.02)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 

@@ -53,16 +53,25 @@ class FacTTerm(nn.Module):
             self.mix = nn.Parameter(torch.empty(slots, rank, **new))
         else:
             self.sigma = nn.Parameter(torch.empty(slots, rank, rank, **new))
-        self.on_inputs, self.scale, self.tucker = on_inputs, scale, tucker
+        self.slots, self.on_inputs, self.scale, self.tucker = slots, on_inputs, scale, tucker
 
     @torch.no_grad()
-    def reset(self) -> None:
-        """U Xavier, Σ (C, p) uniform as a linear layer's, V zero, so that ΔW is zero."""
-        nn.init.xavier_uniform_(self.u)
+    def reset(self, slots: int) -> None:
+        """Start as the paper's code does: U and Σ as linear layers, C and p Xavier-uniform, V zero, so that ΔW is zero.
+
+        Args:
+            slots: of all terms that share U and V. In the code p is one matrix (slots, r), and its spread depends on them.
+        """
+        rank, width = self.u.shape
+        nn.init.uniform_(self.u, -(width**-0.5), width**-0.5)
         nn.init.zeros_(self.v)
-        bound = self.u.shape[0] ** -0.5
-        for part in (self.core, self.mix) if self.tucker else (self.sigma,):
-            nn.init.uniform_(part, -bound, bound)
+        if self.tucker:
+            nn.init.xavier_uniform_(self.core)
+            bound = (6 / (slots + rank)) ** 0.5
+            nn.init.uniform_(self.mix, -bound, bound)
+        else:
+            inputs = rank * (len(self.sigma) if self.on_inputs else 1)
+            nn.init.uniform_(self.sigma, -(inputs**-0.5), inputs**-0.5)
 
     def _sigma(self) -> torch.Tensor:  # (slots, r, r)
         return torch.einsum("jk,ksr->jsr", self.mix, self.core) if self.tucker else self.sigma
@@ -121,6 +130,14 @@ class FacTPlan(TermPlan):
         return FacTTerm(
             *options, **new_like(next(module.parameters()))
         ), f"+ FacT-{self.form.upper()} of rank {self.rank}"
+
+    @torch.no_grad()
+    def initialise(self, student: nn.Module, reference: Reference) -> None:
+        terms = self.terms(student)
+        for group in self.groups:
+            slots = sum(terms[path].slots for path in group)
+            for path in group:
+                terms[path].reset(slots)
 
     def fold_term(self, module: nn.Module, term: Any, path: str) -> None:
         """`weight += s·V Σ U`, slot by slot."""
