@@ -5,6 +5,7 @@
 | the step `lors: {share: 1, …}` | `low_rank: {…}` |
 | the option `groups` of `lors` | `terms` |
 | a plan of `lors` in which no layer shares | a plan of `low_rank` |
+| `adaptformer` and `fact` in a resolved recipe, without `dropout` | `dropout: 0.0` |
 | tensors `P.low_rank.down`, `P.low_rank.up`, `P.bias` where layer P is low rank alone | `P.down.weight`, `P.up.weight`, `P.up.bias` |
 
 It is for files that a run or `save` wrote. A recipe that a user gives is not translated: the steps refuse old words and name the new.
@@ -30,17 +31,32 @@ def is_of_a_run(file: Path) -> bool:
     return file.name == RESOLVED or (file.name == "recipe.yaml" and (file.parent / RESOLVED).is_file())
 
 
-def current_recipe(content: Any) -> Any:
-    """A recipe of a run folder, as it is read from YAML, in today's words; what is no recipe stays as it is."""
+def current_recipe(content: Any, *, resolved: bool = True) -> Any:
+    """A recipe of a run folder, as it is read from YAML, in today's words; what is no recipe stays as it is.
+
+    Args:
+        resolved: it has every default written out, so an option that it lacks did not exist yet.
+    """
     if not isinstance(content, dict) or not isinstance(content.get("steps"), list):
         return content
-    return {**content, "steps": [_step(entry) for entry in content["steps"]]}
+    return {**content, "steps": [_step(entry, resolved) for entry in content["steps"]]}
 
 
-def _step(entry: Any) -> Any:
+# By step, options that were added since and the values that a run without them had.
+_ADDED: dict[str, Options] = {"adaptformer": {"dropout": 0.0}, "fact": {"dropout": 0.0}}
+
+
+def _step(entry: Any, resolved: bool) -> Any:
     if not isinstance(entry, dict):
         return entry
-    return dict(_lors(options) if word == "lors" else (word, options) for word, options in entry.items())
+    steps = {}
+    for word, options in entry.items():
+        if word == "lors":
+            word, options = _lors(options)
+        elif resolved and isinstance(options, dict):
+            options = {**_ADDED.get(word, {}), **options}
+        steps[word] = options
+    return steps
 
 
 def _lors(options: Any) -> tuple[str, Any]:

@@ -2,8 +2,9 @@
 
 Paper: AdaptFormer: Adapting Vision Transformers for Scalable Visual Recognition, NeurIPS 2022, https://arxiv.org/abs/2205.13535
 
-`y = u + DP(MLP(LN2 u)) + s·(ReLU(v Dᵀ + b_D) Uᵀ + b_U)`, where v is `LN2 u` in the paper and u itself in its code. D Kaiming, the rest
-zero, so the model is unchanged at the start. 2·M·h' + h' + M parameters a block. It cannot be merged: ReLU, and parallel to the MLP.
+`y = u + DP(MLP(LN2 u)) + s·(ReLU(v Dᵀ + b_D) Uᵀ + b_U)`, where v is `LN2 u` in the paper and u itself in its code. D Kaiming-uniform as
+in the code (Kaiming in the paper), the rest zero, so the model is unchanged at the start. In training, dropout after the ReLU, as in the
+code. 2·M·h' + h' + M parameters a block. It cannot be merged: ReLU, and parallel to the MLP.
 In ConvNeXt, u is the block's input and `LN u` what the MLP reads.
 """
 
@@ -39,6 +40,7 @@ class AdaptFormerPlan(BottleneckPlan):
 
     scale: float | Literal["learnable"]
     reads: Reads
+    dropout: float = 0.0  # of artifacts that do not say
 
     def apply(self, model: nn.Module) -> list[LedgerEntry]:
         slotted = describe(model, "slotted_block").slotted_block
@@ -51,7 +53,7 @@ class AdaptFormerPlan(BottleneckPlan):
         down = AdapterLinear(width, hidden, device=device, dtype=dtype)
         up = AdapterLinear(hidden, width, device=device, dtype=dtype)
         surgery.specialise(model, path, slotted)
-        self.put(model, path, Bottleneck(down, up, "relu", self.scale, self.reads))
+        self.put(model, path, Bottleneck(down, up, "relu", self.scale, self.reads, self.dropout))
         return f"+ parallel bottleneck of {hidden}, scale {self.scale}"
 
     @property
@@ -89,10 +91,17 @@ class AdaptFormer(Transform):
         description="Input of the branch: the MLP's normalised input (the paper), or the residual stream (its code).",
     )
 
+    dropout: float = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        description="Dropout after the ReLU, in training; 0.1 in the released code, not mentioned in the paper.",
+    )
+
     @classmethod
     def examples(cls) -> Sequence[Transform]:
         return (AdaptFormer(width=4), AdaptFormer(width=3, scale="learnable", input="residual"))
 
     def plan(self, model: nn.Module, reference: Reference | None = None) -> AdaptFormerPlan:
         widths = {info.path: self.width for info in describe(model, "slotted_block").blocks}
-        return AdaptFormerPlan(widths=widths, scale=self.scale, reads=self.input)
+        return AdaptFormerPlan(widths=widths, scale=self.scale, reads=self.input, dropout=self.dropout)

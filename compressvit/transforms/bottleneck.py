@@ -41,13 +41,14 @@ class Projection(Protocol):
 
 
 class Bottleneck(nn.Module):
-    """`s · up(act(down(x)))`, zero at the start: (…, M) → (…, M).
+    """`s · up(dropout(act(down(x))))`, zero at the start unless it starts from noise: (…, M) → (…, M).
 
     Args:
         down, up: linear layers M → h and h → M.
         act: timm's name of an activation.
         scale: s; 'learnable' for a parameter that starts at 1.
         reads: for a branch beside the MLP, whether its input is the MLP's ('normed') or the residual stream.
+        dropout: of the hidden neurons, in training.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Bottleneck(nn.Module):
         act: str = "gelu",
         scale: float | Literal["learnable"] = 1.0,
         reads: Literal["normed", "residual"] = "normed",
+        dropout: float = 0.0,
     ):
         from timm.layers import create_act_layer
 
@@ -68,6 +70,7 @@ class Bottleneck(nn.Module):
             nn.Parameter(torch.ones((), device=like.device, dtype=like.dtype)) if scale == "learnable" else scale
         )
         self.reads = reads
+        self.dropout = nn.Dropout(dropout)
 
     def dense(self) -> tuple[AdapterLinear, AdapterLinear]:
         """The projections down and up of a bottleneck whose neurons or weights can be removed."""
@@ -91,7 +94,7 @@ class Bottleneck(nn.Module):
             projection.allow_all()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.up(self.act(self.down(x))) * self.scale
+        return self.up(self.dropout(self.act(self.down(x)))) * self.scale
 
 
 class AdapterLinear(nn.Linear):

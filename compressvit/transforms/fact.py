@@ -4,8 +4,10 @@ Paper: FacT: Factor-Tuning for Lightweight Adaptation on Vision Transformer, AAA
 
 The projections of a block are cut into M×M slots: q, k, v, the output, and as many of fc1 and of fc2 as the hidden width holds M (12
 in all at 4M). `ΔW_j = s·V Σ_j U` with U (r, M) and V (M, r) shared by all blocks of one width; in the tensor-train form (TT) Σ_j is
-free, in the Tucker form (TK) `Σ_j = Σ_k p_jk C_k` with a shared C (r, r, r). V is zero at the start. TK of rank 16 on ViT-B: 30,976.
-It merges exactly.
+free, in the Tucker form (TK) `Σ_j = Σ_k p_jk C_k` with a shared C (r, r, r). V is zero at the start; in training, dropout before V.
+TK of rank 16 on ViT-B: 30,976. It merges exactly.
+
+The released code of TK scrambles the slots of fc1 and fc2 by a reshape; here slot j of a projection is its own piece j, as in the paper.
 """
 
 from __future__ import annotations
@@ -39,10 +41,20 @@ class FacTTerm(nn.Module):
         on_inputs: whether the inputs are cut instead of the outputs.
         scale: s.
         tucker: Σ_j = Σ_k p_jk C_k with a shared C (r, r, r) and a private p (slots, r) instead of a private Σ (slots, r, r).
+        dropout: of what V reads, in training.
     """
 
     def __init__(
-        self, width: int, rank: int, slots: int, on_inputs: bool, scale: float, tucker: bool, device=None, dtype=None
+        self,
+        width: int,
+        rank: int,
+        slots: int,
+        on_inputs: bool,
+        scale: float,
+        tucker: bool,
+        dropout: float = 0.0,
+        device=None,
+        dtype=None,
     ):
         super().__init__()
         new = {"device": device, "dtype": dtype}
@@ -54,6 +66,7 @@ class FacTTerm(nn.Module):
         else:
             self.sigma = nn.Parameter(torch.empty(slots, rank, rank, **new))
         self.slots, self.on_inputs, self.scale, self.tucker = slots, on_inputs, scale, tucker
+        self.dropout = nn.Dropout(dropout)
 
     @torch.no_grad()
     def reset(self, slots: int) -> None:
@@ -84,8 +97,8 @@ class FacTTerm(nn.Module):
         sigma = self._sigma() * self.scale
         if self.on_inputs:
             inner = rearrange(x, "... (j i) -> ... j i", j=len(sigma)) @ self.u.T
-            return torch.einsum("...jr,jsr->...s", inner, sigma) @ self.v.T
-        inner = torch.einsum("...r,jsr->...js", x @ self.u.T, sigma)
+            return self.dropout(torch.einsum("...jr,jsr->...s", inner, sigma)) @ self.v.T
+        inner = self.dropout(torch.einsum("...r,jsr->...js", x @ self.u.T, sigma))
         return (inner @ self.v.T).flatten(-2)
 
 
@@ -110,6 +123,7 @@ class FacTPlan(TermPlan):
     form: Literal["tt", "tk"]
     rank: int
     scale: float
+    dropout: float = 0.0  # of artifacts that do not say
 
     @property
     def sites(self) -> Iterable[str]:
@@ -126,7 +140,7 @@ class FacTPlan(TermPlan):
         shape = weight_shape(module)
         width, longer = min(shape), max(shape)
         on_inputs, tucker = shape[1] > width, self.form == "tk"
-        options = (width, self.rank, longer // width, on_inputs, self.scale, tucker)
+        options = (width, self.rank, longer // width, on_inputs, self.scale, tucker, self.dropout)
         return FacTTerm(
             *options, **new_like(next(module.parameters()))
         ), f"+ FacT-{self.form.upper()} of rank {self.rank}"
@@ -157,6 +171,9 @@ class FacT(Transform):
     form: Literal["tt", "tk"] = Field("tk", description="tt: tensor train (a free Σ per slot); tk: Tucker.")
     rank: int = Field(16, ge=1, description="Rank r.")
     scale: float = Field(1.0, gt=0, description="Scale s; the paper chooses it per task from 0.01, 0.1, 1, 10, 100.")
+    dropout: float = Field(
+        0.1, ge=0, lt=1, description="Dropout of what V reads, in training; 0.1 in the released code."
+    )
 
     @classmethod
     def examples(cls) -> Sequence[Transform]:
@@ -176,4 +193,5 @@ class FacT(Transform):
                     if self.rank > info.width:
                         raise UserError(f"fact.rank={self.rank} is more than the width {info.width} of {info.path}")
             groups.append(tuple(f"{info.path}.{name}" for info in stage for name in LAYERS))
-        return FacTPlan(groups=tuple(groups), form=self.form, rank=self.rank, scale=self.scale)
+        settings = self.model_dump(include={"form", "rank", "scale", "dropout"})
+        return FacTPlan(groups=tuple(groups), **settings)

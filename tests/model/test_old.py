@@ -189,3 +189,14 @@ def test_a_checkpoint_takes_the_models_names():
     kept = {"model": dict(shared), "best": None}
     assert old.current_checkpoint(kept, shared.keys()) is kept
     assert old.current_checkpoint(None, shared.keys()) is None
+
+
+def test_a_resolved_recipe_without_dropout_had_none():
+    before = {"steps": [{"adaptformer": {"width": 4}}, {"fact": {"rank": 2}}, {"repadapter": {"dropout": 0.1}}, "bitfit"]}
+    steps = old.current_recipe(before)["steps"]
+    assert steps[0] == {"adaptformer": {"width": 4, "dropout": 0.0}}
+    assert steps[1] == {"fact": {"rank": 2, "dropout": 0.0}}
+    assert steps[2:] == before["steps"][2:]
+    assert old.current_recipe(before, resolved=False) == before, "a recipe as it was given leaves defaults out"
+    new = {"steps": [{"adaptformer": {"width": 4, "dropout": 0.3}}]}
+    assert old.current_recipe(new) == new
