@@ -192,7 +192,9 @@ def test_a_checkpoint_takes_the_models_names():
 
 
 def test_a_resolved_recipe_without_dropout_had_none():
-    before = {"steps": [{"adaptformer": {"width": 4}}, {"fact": {"rank": 2}}, {"repadapter": {"dropout": 0.1}}, "bitfit"]}
+    before = {
+        "steps": [{"adaptformer": {"width": 4}}, {"fact": {"rank": 2}}, {"repadapter": {"dropout": 0.1}}, "bitfit"]
+    }
     steps = old.current_recipe(before)["steps"]
     assert steps[0] == {"adaptformer": {"width": 4, "dropout": 0.0}}
     assert steps[1] == {"fact": {"rank": 2, "dropout": 0.0}}
