@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from compressvit import __version__
 from compressvit.errors import UserError
 from compressvit.model import ties
 from compressvit.model.backbone import input_size, model_name
+from compressvit.model.checksums import content_checksum, tensor_checksums
 from compressvit.model.stored import (
     FORMAT,
     MANIFEST,
@@ -32,6 +34,7 @@ from compressvit.model.stored import (
     expect_images,
     read_manifest,
     read_tensors,
+    require_as_written,
 )
 from compressvit.transforms.applying import apply_plans
 from compressvit.transforms.applying import materialise as fold_low_rank
@@ -39,13 +42,20 @@ from compressvit.transforms.record import compression_of
 from compressvit.transforms.stored import read_plans, record_of
 
 
-def save(model: nn.Module, path: str | Path, *, input_config: dict[str, Any] | None = None) -> Path:
+def save(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    input_config: dict[str, Any] | None = None,
+    check: Callable[[Path], object] | None = None,
+) -> Path:
     """Write a compressed (or plain) timm model as an artifact. One already at `path` is replaced when the new one is whole.
 
     Args:
         model: built by `timm.create_model`, then possibly by `compressvit.compress`.
         path: the artifact's folder; created.
         input_config: what images the model expects; timm's configuration of the model by default.
+        check: called with the new artifact's folder before it replaces an earlier one, which stays where this raises.
 
     Raises:
         UserError: a tie is broken, the model was not built by timm, or `path` holds something that is not an artifact.
@@ -61,7 +71,11 @@ def save(model: nn.Module, path: str | Path, *, input_config: dict[str, Any] | N
     scratch.mkdir(parents=True)
     try:
         save_file(tensors, scratch / TENSORS)
-        (scratch / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        content = {**manifest.model_dump(mode="json"), "tensors": tensor_checksums(tensors)}
+        content["checksum"] = content_checksum(content)
+        (scratch / MANIFEST).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        if check is not None:
+            check(scratch)
         if path.exists():
             old = path.parent / f".{path.name}.old.{uuid.uuid4().hex[:8]}"
             os.replace(path, old)
@@ -88,7 +102,7 @@ def load(path: str | Path, *, materialise: bool = False) -> nn.Module:
             memory of weights that are not shared. False keeps them factored.
 
     Raises:
-        UserError: no artifact there, one of another format, a truncated file, or tensors that do not fit the structure.
+        UserError: no artifact there, one of another format, a truncated or damaged file, or tensors that do not fit the structure.
     """
     path = Path(path)
     manifest = read_manifest(path)
@@ -112,6 +126,7 @@ def load(path: str | Path, *, materialise: bool = False) -> nn.Module:
         )
     model.load_state_dict(tensors, strict=False)
     ties.check(model, manifest.ties)
+    require_as_written(path, tensors)
     expect_images(model, manifest)
     return (fold_low_rank(model) if materialise else model).eval()
 

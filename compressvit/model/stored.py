@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from torch import nn
 from compressvit import __version__
 from compressvit.errors import UserError
 from compressvit.model import old
+from compressvit.model.checksums import content_checksum, damaged
 from compressvit.model.modules import as_timm
 from compressvit.spec import Spec
 
@@ -38,7 +40,13 @@ class StepRecord(Spec):
 
 
 class Manifest(Spec):
-    """The structure of an artifact. `input` holds what images must look like: size (C, H, W), mean, std, interpolation, crop_pct."""
+    """The structure of an artifact.
+
+    Attributes:
+        input: what images must look like: size (C, H, W), mean, std, interpolation, crop_pct.
+        tensors: a checksum for every tensor; none in artifacts of earlier versions.
+        checksum: of the manifest itself.
+    """
 
     format: int
     compressvit: str
@@ -50,6 +58,8 @@ class Manifest(Spec):
     transforms: list[StepRecord]
     ties: list[list[str]]
     input: dict[str, Any]
+    tensors: dict[str, str] | None = None
+    checksum: str | None = None
 
 
 def build_plain(path: Path, manifest: Manifest) -> nn.Module:
@@ -96,6 +106,31 @@ def read_manifest(path: str | Path) -> Manifest:
     )
 
 
+def require_as_written(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Check that an artifact is what was written: a flipped bit, or an edited number of heads, may fit and compute something else.
+
+    Args:
+        tensors: of the artifact at `path`, as `read_tensors` returns them.
+
+    Raises:
+        UserError: a tensor or the manifest is another one. Artifacts of earlier versions have no checksums and are not checked.
+    """
+    manifest = _as_written(Path(path))
+    if wrong := damaged(tensors, manifest.tensors or {}):
+        raise UserError(
+            f"{Path(path) / TENSORS} is damaged: the checksum of {wrong[0]} is not that of {MANIFEST} ({len(wrong)} of {len(tensors)} "
+            "tensors differ); restore the file, or make it again"
+        )
+    if manifest.checksum is None:
+        return
+    content = json.loads((Path(path) / MANIFEST).read_text(encoding="utf-8"))
+    if content_checksum(content) != manifest.checksum:
+        raise UserError(
+            f"{Path(path) / MANIFEST} is not what was written: its checksum differs, so the model would be another one. Restore the "
+            'file; or, if you edited it on purpose, delete its line "checksum"'
+        )
+
+
 def _words(manifest: Manifest) -> list[tuple[str, dict[str, Any]]]:
     return [(step.transform, step.plan) for step in manifest.transforms]
 
@@ -125,7 +160,7 @@ def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
     """The stored tensors of the artifact folder at `path`, by canonical name, on the CPU.
 
     Raises:
-        UserError: the file is missing or truncated, or the manifest is.
+        UserError: the file is missing, truncated, or the manifest is.
     """
     file = Path(path) / TENSORS
     if not file.is_file():

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from compressvit.errors import UserError, did_you_mean
-from compressvit.files import expanded
+from compressvit.files import damaged_record, expanded
 from compressvit.model.backbone import family_of, head_names, model_name
 from compressvit.model.modules import as_timm
-from compressvit.model.stored import is_artifact, read_safetensors, read_tensors
+from compressvit.model.stored import is_artifact, read_safetensors, read_tensors, require_as_written
 
 log = logging.getLogger("compressvit")
 
@@ -200,11 +200,15 @@ def resample_positions(tensors: dict[str, torch.Tensor], model: nn.Module) -> di
 
 def _read(path: Path, where: str) -> dict[str, torch.Tensor]:
     if is_artifact(path):
-        return read_tensors(path)
+        tensors = read_tensors(path)
+        require_as_written(path, tensors)
+        return tensors
     if not path.is_file():
         raise UserError(f"{where}: there is no file {path}. {_supply(where)}")
     if path.suffix == ".safetensors":
         return read_safetensors(path)
+    if record := damaged_record(path):
+        raise UserError(f"{where}: {path} is damaged (the checksum of its record {record} differs); get it again")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,7 +25,7 @@ from compressvit.log import RunLog
 from compressvit.model import surgery
 from compressvit.model.modes import evaluating
 from compressvit.runs.batches import LoadedBatches
-from compressvit.runs.folder import RunFolder, flat
+from compressvit.runs.folder import RunFolder, flat, refuse_processes
 from compressvit.runs.job import pick_device
 from compressvit.tasks.base import task_of
 from compressvit.training import optimisation as opt
@@ -100,6 +101,7 @@ def distill(
         >>> done.figures["agreement"]  # doctest: +SKIP
         96.4
     """
+    refuse_processes()
     spec = _options(options)
     where = pick_device(device)
     _refuse_models(student, teacher)
@@ -110,7 +112,7 @@ def distill(
     folder = _folder(output, student, resume, {**spec.model_dump(mode="json"), "seed": seed})
     where_to = folder.path if folder is not None else None
     task = _Task(ours, theirs, batches, held_out, where)
-    with TemporaryDirectory() as scratch:
+    with TemporaryDirectory() as scratch, folder.owned() if folder is not None else nullcontext():
         phase = Phase("distill", 1, seed, (folder or RunFolder(scratch)).checkpoint("distill"))
         report = _run(spec, task.stage(phase, RunLog(where_to, console)), student, folder)
     figures = task.evaluate(student, theirs)

@@ -11,6 +11,7 @@ import torch
 import yaml
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from compressvit.artifacts import artifact
 from compressvit.data.input import Side
@@ -78,6 +79,7 @@ def evaluate_path(path: str | Path, overrides: list[str], *, device: str, as_jso
     """
     folder = artifact_in(Path(path))
     model = artifact.load(folder)
+    _require_finite(model, folder)
     recipe = data_recipe(folder, overrides, "evaluate")
     where = pick_device(device)
     datasets = open_data(recipe.data)
@@ -102,6 +104,16 @@ def evaluate_path(path: str | Path, overrides: list[str], *, device: str, as_jso
     if not datasets.labelled:
         print("the images have no labels, so there is no accuracy; `apply` compares a student with its teacher")
     return 0
+
+
+def _require_finite(model: nn.Module, folder: Path) -> None:
+    """Raise a `UserError` of a model whose figures would mean nothing."""
+    wrong = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
+    if wrong:
+        raise UserError(
+            f"{folder} cannot be evaluated: {wrong[0]} has values that are not finite ({len(wrong)} such tensors); its training diverged, "
+            "or its teacher's weights are damaged"
+        )
 
 
 def artifact_in(path: Path) -> Path:

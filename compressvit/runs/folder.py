@@ -10,15 +10,17 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from compressvit import __version__
 from compressvit.errors import UserError
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from compressvit.recipe.recipe import Recipe
 
 
+_LOCK = ".lock"  # in a run folder, while a process writes into it
 _MANIFEST = "compressvit.json"  # of `compressvit.artifacts.artifact`, which imports torch
 
 
@@ -79,7 +82,7 @@ class RunFolder:
             raise UserError("--resume and --overwrite contradict each other; give one")
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"--output {self.path} is a file; name a folder")
-        occupied = self.path.is_dir() and any(self.path.iterdir())
+        occupied = self.path.is_dir() and any(not _is_scratch(entry) for entry in self.path.iterdir())
         if resume:
             self._refuse_other_recipe(recipe)
         elif occupied and not overwrite:
@@ -115,19 +118,74 @@ class RunFolder:
                 "Give the same recipe and overrides, or start a new run with --output"
             )
 
-    def open(
-        self, recipe: Recipe, recipe_text: str, plan: dict[str, Any], command: list[str], *, overwrite: bool
-    ) -> None:
-        """Make the folder and write what is known before the first step."""
+    @contextmanager
+    def owned(self) -> Iterator[None]:
+        """Make the folder, and keep every other run out of it.
+
+        Raises:
+            UserError: another run writes into the folder.
+        """
+        path = self.path.resolve()
+        new = not path.exists()
         with disk_faults(self.path):
-            if overwrite and self.path.is_dir():
-                shutil.rmtree(self.path.resolve())  # a link to a folder stays, and its folder is made anew
-            self.path.resolve().mkdir(parents=True, exist_ok=True)
-        write_text(self.path / "recipe.yaml", recipe_text)
-        write_text(self.path / RESOLVED, recipe.to_yaml())
+            path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path / _LOCK)
+        with disk_faults(self.path):
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                raise UserError(
+                    f"another run is writing into {self.path}; wait for it, or give another --output"
+                ) from None
+        try:
+            yield
+        finally:
+            (path / _LOCK).unlink(missing_ok=True)
+            lock.release()
+            if new and not any(path.iterdir()):
+                path.rmdir()
+
+    def open(
+        self,
+        recipe: Recipe,
+        recipe_text: str,
+        plan: dict[str, Any],
+        command: list[str],
+        *,
+        resume: bool,
+        overwrite: bool,
+    ) -> None:
+        """Write what is known before the first step; of a run that is resumed, what it was stopped before writing."""
+        with disk_faults(self.path):
+            for entry in self.path.iterdir():
+                if entry.name != _LOCK and (overwrite or _is_scratch(entry)):
+                    shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
         found = environment(command, recipe.packages)
-        write_text(self.path / "environment.json", found.model_dump_json(indent=2) + "\n")
-        write_text(self.path / "plan.json", json.dumps(plan, indent=2) + "\n")
+        texts = {
+            RESOLVED: recipe.to_yaml(),  # first: where it is, there is a run that can be resumed or overwritten
+            "recipe.yaml": recipe_text,
+            "environment.json": found.model_dump_json(indent=2) + "\n",
+            "plan.json": json.dumps(plan, indent=2) + "\n",
+        }
+        for name, text in texts.items():
+            if not (resume and (self.path / name).exists()):
+                write_text(self.path / name, text)
+
+
+def _is_scratch(entry: Path) -> bool:
+    """Whether a killed run left it: a lock, a file that was not written to its end, a model likewise (`.student.1a2b3c4d`)."""
+    return re.fullmatch(r"\.lock|\..+\.part|\..+\.[0-9a-f]{8}", entry.name) is not None
+
+
+def refuse_processes() -> None:
+    """Raise a `UserError` in one of several processes that a launcher such as torchrun has started: each would do all of the work, and
+    write it into the same folder."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count not in ("", "0", "1"):
+        raise UserError(
+            f"a launcher has started {count} processes (WORLD_SIZE={count}), and compressvit works in one; start it without torchrun, "
+            "srun or mpirun, or unset WORLD_SIZE"
+        )
 
 
 def find_runs(paths: Sequence[str | Path]) -> list[Path]:

@@ -156,6 +156,8 @@ class Trainer:
 
     def begin(self) -> None:
         """Begin anew: with the moments of a training before, and with the first candidate of `keep: best`."""
+        if self.average is not None and (note := self.average.note(self.total_steps)):
+            self.log.say(f"{self.phase.name}: {note}")
         if self.warm:
             self.start = None
             self.warm.give(self.model, self.optimizer)
@@ -186,8 +188,7 @@ class Trainer:
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scaler.load_state_dict(saved["scaler"])
         if self.average is not None:
-            self.average.module.load_state_dict(saved["average"], strict=False)
-            self.average.n_averaged.fill_(saved["n_averaged"])
+            self.average.load(saved)
         self.epoch, self.batch_index, self.steps = saved["epoch"], saved["batch_index"], saved["steps"]
         self.random_state, self.meters = saved["random_state"], Meters(**saved["meters"])
         self.log.say(f"{self.phase.name}: resumed at epoch {self.epoch + 1}, step {self.steps} of {self.total_steps}")
@@ -292,7 +293,7 @@ class Trainer:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
-            self.average.update_parameters(self.model)
+            self.average.update(self.model)
         self.steps += 1
         self.meters.add_update(norm, self.optimizer.param_groups[0]["lr"])
 
@@ -382,7 +383,7 @@ class Trainer:
             }
             if self.average is not None:
                 average = self.state.of(self.average.module)
-                content |= {"average": average, "n_averaged": int(self.average.n_averaged)}
+                content |= {"average": average, "n_averaged": self.average.updates, "average_rises": self.average.rises}
         save_checkpoint(self.phase.checkpoint, content)
 
 
