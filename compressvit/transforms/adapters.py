@@ -32,6 +32,7 @@ from compressvit.transforms.bottleneck import (
     at_tokens,
     sublayer_width,
 )
+from compressvit.transforms.on_blocks import OnBlocks
 
 
 class WithAdapter(surgery.Mixin):
@@ -94,7 +95,7 @@ class AdaptersPlan(BottleneckPlan):
 
 
 @transform("adapters", AdaptersPlan)
-class Adapters(Transform):
+class Adapters(OnBlocks):
     """Bottleneck adapters after attention and MLP; the backbone is frozen. MiMi's `prune` starts from them."""
 
     freezes = True
@@ -125,9 +126,9 @@ class Adapters(Transform):
 
     @classmethod
     def examples(cls) -> Sequence[Transform]:
-        return (Adapters(ratio=0.25), Adapters(width=3, places=("mlp",), bias=True, act="relu"))
+        return (Adapters(ratio=0.25), Adapters(width=3, places=("mlp",), bias=True, act="relu", blocks=(0, "2-3")))
 
     def plan(self, model: nn.Module, reference: Reference | None = None) -> AdaptersPlan:
         ratio = 1 / 8 if self.ratio is None else self.ratio
-        widths = adapter_widths(model, "adapters", self.places, self.width, ratio)
+        widths = adapter_widths(model, "adapters", self.chosen(model), self.places, self.width, ratio)
         return AdaptersPlan(widths=widths, bias=self.bias, act=self.act, init=self.init)

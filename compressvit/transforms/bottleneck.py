@@ -17,6 +17,7 @@ from compressvit.errors import UserError
 from compressvit.fitting.moments import Reference
 from compressvit.model import surgery
 from compressvit.model.backbone import describe, model_name
+from compressvit.model.family import BlockInfo
 from compressvit.model.linear import weight_shape
 from compressvit.transforms.base import Plan
 from compressvit.transforms.claims import Claim, slot
@@ -192,9 +193,14 @@ def sublayer_width(model: nn.Module, path: str) -> tuple[torch.Tensor, int]:
 
 
 def adapter_widths(
-    model: nn.Module, asker: str, places: Sequence[Place], width: int | None, ratio: float | None
+    model: nn.Module,
+    asker: str,
+    blocks: Sequence[BlockInfo],
+    places: Sequence[Place],
+    width: int | None,
+    ratio: float | None,
 ) -> dict[str, int]:
-    """Neurons of the bottleneck after every sublayer: `width` everywhere, or `ratio` of each one's M.
+    """Neurons of the bottleneck after every sublayer of these blocks: `width` everywhere, or `ratio` of each one's M.
 
     Raises:
         UserError: a block has none of the places, or the ratio leaves no neuron.
@@ -206,7 +212,7 @@ def adapter_widths(
             f"{asker}.places asks for {', '.join(places)}, but the blocks of {model_name(model)} have {', '.join(backbone.parts)}"
         )
     widths: dict[str, int] = {}
-    for info in backbone.blocks:
+    for info in blocks:
         hidden = width if width is not None else int(info.width * (ratio or 0) + 1e-9)
         if hidden < 1:
             least = -(-10_000 // info.width) / 10_000  # rounded up, so that it is enough

@@ -26,6 +26,7 @@ from compressvit.model import surgery, ties
 from compressvit.model.backbone import describe, projection
 from compressvit.model.linear import weight_shape
 from compressvit.transforms.base import TRANSFORMERS_ONLY, LedgerEntry, Transform, record, transform
+from compressvit.transforms.on_blocks import OnBlocks
 from compressvit.transforms.term import TermPlan, add_to_weight_, new_like, with_term
 
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
@@ -159,7 +160,7 @@ class FacTPlan(TermPlan):
 
 
 @transform("fact", FacTPlan)
-class FacT(Transform):
+class FacT(OnBlocks):
     """Low-rank updates of all projections, with shared outer factors; the backbone is frozen (FacT)."""
 
     freezes = True
@@ -181,8 +182,10 @@ class FacT(Transform):
 
     def plan(self, model: nn.Module, reference: Reference | None = None) -> FacTPlan:
         groups = []
+        chosen = self.chosen(model, "attention")
         for stage in describe(model, "attention").stages:
-            for info in stage:
+            adapted = [info for info in stage if info in chosen]
+            for info in adapted:
                 for name in LAYERS:
                     shape = weight_shape(projection(model, f"{info.path}.{name}", "fact"))
                     if min(shape) != info.width or max(shape) % info.width:
@@ -192,6 +195,7 @@ class FacT(Transform):
                         )
                     if self.rank > info.width:
                         raise UserError(f"fact.rank={self.rank} is more than the width {info.width} of {info.path}")
-            groups.append(tuple(f"{info.path}.{name}" for info in stage for name in LAYERS))
+            if adapted:
+                groups.append(tuple(f"{info.path}.{name}" for info in adapted for name in LAYERS))
         settings = self.model_dump(include={"form", "rank", "scale", "dropout"})
         return FacTPlan(groups=tuple(groups), **settings)

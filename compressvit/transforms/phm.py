@@ -33,6 +33,7 @@ from compressvit.transforms.bottleneck import (
     adapter_widths,
     sublayer_width,
 )
+from compressvit.transforms.on_blocks import OnBlocks
 
 
 class PHMLinear(nn.Module):
@@ -141,7 +142,7 @@ def require_divisible(asker: str, n: int, widths: dict[str, int], model: nn.Modu
 
 
 @transform("phm", PHMPlan)
-class PHM(Transform):
+class PHM(OnBlocks):
     """Adapters whose projections are sums of Kronecker products (PHM)."""
 
     freezes = True
@@ -173,7 +174,7 @@ class PHM(Transform):
         return (cls(n=2, ratio=0.25),)
 
     def plan(self, model: nn.Module, reference: Reference | None = None) -> PHMPlan:
-        widths = adapter_widths(model, self.name, self.places, None, self.ratio)
+        widths = adapter_widths(model, self.name, self.chosen(model), self.places, None, self.ratio)
         require_divisible(self.name, self.n, widths, model)
         plan_class: Any = self.plan_class  # Compacter's is another
         return plan_class(widths=widths, bias=True, act=self.act, n=self.n, init=self.init)
