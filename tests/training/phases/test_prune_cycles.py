@@ -44,7 +44,7 @@ class Trainer:
 
     def run(self):
         phase = Phase(PHASE, 2, 0, self.folder / f"{PHASE}.pt")
-        how = {"train_cycle": self.train, "evaluate": self.judge, "gradients": dict}
+        how = {"train_cycle": self.train, "evaluate": self.judge, "gradients": dict, "activations": dict}
         try:
             return prune_and_train(self.model, self.spec, phase, self.heard, **how)
         finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,6 @@ from torch import nn
 from compressvit.log import RunLog
 from compressvit.training.phase import Phase
 from compressvit.training.phases.prune.neurons import (
-    Price,
     Widths,
     cycles,
     prices,
@@ -27,7 +26,7 @@ from compressvit.training.phases.prune.options import PruneOptions
 from compressvit.training.state import Moments
 
 TrainCycle = Callable[[nn.Module, Phase, Moments], dict[str, Any]]
-Gradients = Callable[[nn.Module], dict[str, torch.Tensor]]
+Measure = Callable[[nn.Module], dict[str, torch.Tensor]]
 
 
 def prune_and_train(
@@ -38,7 +37,8 @@ def prune_and_train(
     *,
     train_cycle: TrainCycle,
     evaluate: Callable[[nn.Module], dict[str, Any]],
-    gradients: Gradients,
+    gradients: Measure,
+    activations: Measure,
 ) -> tuple[nn.Module, dict[str, Any], list[Widths]]:
     """Run all cycles. Each has a checkpoint of its own, so a run that was stopped goes on in the cycle where it was.
 
@@ -47,7 +47,8 @@ def prune_and_train(
         phase: its checkpoint's name is that of the first training; those of the cycles carry their number.
         train_cycle: trains the model, from its checkpoint if there is one, with the optimiser's moments to begin with.
         evaluate: for a target of accuracy.
-        gradients: for `score: gradient`.
+        gradients: of the loss on some training batches, by parameter name, for `score: gradient` and `taylor`.
+        activations: of every neuron on them, by the adapter's path, for `score: activation`.
 
     Returns:
         The model (an earlier, larger one where accuracy fell below the target), what the first training began with and the last one
@@ -79,7 +80,7 @@ def prune_and_train(
         if done == total or left <= plan.least * len(start) or left == 0:
             break
         done += 1
-        keep = _choose(model, spec, phase, done, start, price, gradients)
+        keep = select(_scores(model, spec, phase, done, gradients, activations), done, spec, start, price, plan.least)
         if not any(len(chosen) for chosen in keep.values()):
             break
         history.append(shrink_(model, keep, moments))
@@ -101,28 +102,21 @@ def _reaches(wanted: float, top1: float, log: RunLog, phase: Phase, otherwise: s
     return True
 
 
-def _choose(
-    model: nn.Module,
-    spec: PruneOptions,
-    phase: Phase,
-    done: int,
-    start: Widths,
-    price: Mapping[str, Price],
-    gradients: Gradients,
+def _scores(
+    model: nn.Module, spec: PruneOptions, phase: Phase, done: int, gradients: Measure, activations: Measure
 ) -> dict[str, torch.Tensor]:
-    """Indices of the neurons that stay after removal number `done`."""
+    """Of the neurons, before removal number `done`."""
     from compressvit.training.optimisation import seed_everything
 
-    plan = prunable_plan(model)
-    seed_everything(phase.seed, phase.number, 1000 * done)  # the gradient's images are those of any run
-    found = scores(
+    seed_everything(phase.seed, phase.number, 1000 * done)  # the images that are measured on are those of any run
+    return scores(
         model,
-        plan,
+        prunable_plan(model),
         spec.score,
         seed=int(np.random.SeedSequence([phase.seed, done]).generate_state(1)[0]),
-        gradients=gradients(model) if spec.score == "gradient" else None,
+        gradients=gradients(model) if spec.score in ("gradient", "taylor") else None,
+        activations=activations(model) if spec.score == "activation" else None,
     )
-    return select(found, done, spec, start, price, plan.least)
 
 
 def _report(log: RunLog, phase: Phase, done: int, widths: Widths) -> None:

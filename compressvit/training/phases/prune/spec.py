@@ -9,7 +9,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from compressvit.training.phases.base import PhasePlan, Setting, phase
-from compressvit.training.phases.prune.neurons import amounts, cycles, prices, prunable_plan, select, shrink_
+from compressvit.training.phases.prune.neurons import (
+    amounts,
+    cycles,
+    mean_activations,
+    prices,
+    prunable_plan,
+    select,
+    shrink_,
+)
 from compressvit.training.phases.prune.options import PruneOptions, PruneTarget
 
 if TYPE_CHECKING:
@@ -66,9 +74,15 @@ class Prune(PruneOptions):
             train_cycle=train_cycle,
             evaluate=stage.evaluate,
             gradients=lambda m: self._gradients(m, stage),
+            activations=lambda m: self._activations(m, stage),
         )
         stage.widths(stage.phase.name, self.scope, history)
         return model, report
+
+    def _activations(self, model: nn.Module, stage: Stage) -> dict[str, torch.Tensor]:
+        """Mean size of the neurons' activations on some training batches, by path of the adapter."""
+        images = (images for images, _ in stage.labelled_batches(model, self.gradient_batches))
+        return mean_activations(model, prunable_plan(model), images)
 
     def _gradients(self, model: nn.Module, stage: Stage) -> dict[str, torch.Tensor]:
         """Sum of the gradients of the ground truth's loss over some training batches, by name of the trained parameters."""
