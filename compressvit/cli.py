@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from compressvit import __version__
-from compressvit.errors import UserError
+from compressvit.errors import UserError, command_line
 
 _EPILOG = """\
 examples:
@@ -35,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest:
         arguments.overrides += rest
     try:
-        code = arguments.run(arguments)
+        with command_line():
+            code = arguments.run(arguments)
         sys.stdout.flush()
         return code
     except UserError as error:
@@ -168,6 +169,7 @@ def _add_merge(verb: Verb) -> None:
     merge = verb("merge", _merge, "fold adapters and low rank into plain timm layers, and check the result")
     merge.add_argument("path", metavar="RUN|ARTIFACT", help="a run folder, or a folder with compressvit.json")
     merge.add_argument("--output", metavar="FOLDER", help="where to write it (default: merged/ next to the artifact)")
+    merge.add_argument("--overwrite", action="store_true", help="replace an earlier merge in the folder")
     _add_device(merge, "for the latencies: cpu, cuda, … (default: the best available)")
 
 
@@ -326,7 +328,8 @@ def _merge(arguments: argparse.Namespace) -> int:
 
     from compressvit.runs.merge import merge_folder, print_merge
 
-    print_merge(merge_folder(arguments.path, arguments.output, device=arguments.device), Console())
+    result = merge_folder(arguments.path, arguments.output, overwrite=arguments.overwrite, device=arguments.device)
+    print_merge(result, Console())
     return 0
 
 

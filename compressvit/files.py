@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from compressvit.errors import UserError
+from compressvit.errors import UserError, switch
 
 
 @contextmanager
@@ -28,7 +28,7 @@ def disk_faults(path: Path) -> Iterator[None]:
         if _is_full(error):
             raise UserError(
                 f"{path} could not be written: no space left on the disk. What was written before is whole; "
-                "free some space and go on with --resume"
+                f"free some space and go on with {switch('resume')}"
             ) from error
         if isinstance(error, OSError):
             raise UserError(f"{path} could not be written: {error.strerror or error}") from error

@@ -127,7 +127,7 @@ def load(path: str | Path, *, materialise: bool = False) -> nn.Module:
     model.load_state_dict(tensors, strict=False)
     ties.check(model, manifest.ties)
     require_as_written(path, tensors)
-    expect_images(model, manifest)
+    expect_images(model, manifest.input)
     return (fold_low_rank(model) if materialise else model).eval()
 
 

@@ -9,7 +9,7 @@
 | `adaptformer` and `fact` in a resolved recipe, without `dropout` | `dropout: 0.0` |
 | tensors `P.low_rank.down`, `P.low_rank.up`, `P.bias` where layer P is low rank alone | `P.down.weight`, `P.up.weight`, `P.up.bias` |
 
-It is for files that a run or `save` wrote. A recipe that a user gives is not translated: the steps refuse old words and name the new.
+Only files written by a run or by `save` are translated. In a recipe from a user, steps refuse an old word and name the new one.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def lacks_what_is_new(file: Path) -> bool:
 
 
 def current_recipe(content: Any, *, complete: bool = True) -> Any:
-    """A recipe of a run folder, as it is read from YAML, in today's words; what is no recipe stays as it is.
+    """A recipe of a run folder, as it is read from YAML, in the current words; content that is not a recipe is returned unchanged.
 
     Args:
         complete: an option that it lacks did not exist yet (`lacks_what_is_new`).
@@ -180,14 +180,14 @@ def _renamed(value: Any, renames: Mapping[str, str]) -> Any:
 
 
 def rename(tensors: Mapping[str, T], renames: Mapping[str, str]) -> dict[str, T]:
-    """Tensors, or what else stands under their names, under the new ones."""
+    """A mapping from tensor names with its keys renamed."""
     return {renames.get(name, name): tensor for name, tensor in tensors.items()}
 
 
 def current_checkpoint(saved: Any, names: Collection[str]) -> Any:
     """What a checkpoint of a phase holds, under the names that the model's tensors have now.
 
-    The optimiser's own state goes by the order of its parameters, which stays: timm puts weights and biases into two groups.
+    The optimiser's state refers to parameters by position, which does not change: timm puts weights and biases into two groups.
     """
     if not isinstance(saved, dict) or not isinstance(saved.get("model"), dict):
         return saved

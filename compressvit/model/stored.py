@@ -1,4 +1,4 @@
-"""A model as files: the manifest that describes its structure, and its tensors. What its transforms do is not known here."""
+"""A model as files: the manifest that describes its structure, and its tensors. This module does not know what transforms do."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Manifest(Spec):
 
 
 def build_plain(path: Path, manifest: Manifest) -> nn.Module:
-    """timm's own model of a manifest, before any transform, with fresh values; a `UserError` where timm cannot build it."""
+    """timm's own model of a manifest, before any transform, with fresh values; raises a `UserError` where timm cannot build it."""
     import timm
 
     try:
@@ -80,14 +80,14 @@ def is_artifact(path: Path) -> bool:
     return (path / MANIFEST).is_file()
 
 
-def expect_images(model: nn.Module, manifest: Manifest) -> None:
-    """Make the model want the images that the artifact's model wants: size, mean, deviation, interpolation."""
+def expect_images(model: nn.Module, images: dict[str, Any]) -> None:
+    """Set the model's input configuration to a manifest's `input`: size, mean, standard deviation, interpolation."""
     known = as_timm(model)
-    known.pretrained_cfg = {**known.pretrained_cfg, **_pretrained_config(manifest.input)}
+    known.pretrained_cfg = {**known.pretrained_cfg, **_pretrained_config(images)}
 
 
 def read_manifest(path: str | Path) -> Manifest:
-    """The manifest of the artifact at `path`; one of an earlier format as if it were of this one.
+    """The manifest of the artifact at `path`; an earlier format is converted to the current one.
 
     Raises:
         UserError: it is missing, is not JSON, or is of another format.

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from compressvit.charts.findings import Finding
-from compressvit.errors import UserError
+from compressvit.errors import UserError, command_line
 from compressvit.files import disk_faults
 from compressvit.programs.opened import OpenedModels, open_models
 from compressvit.programs.recorded import Run, labelled
@@ -104,7 +104,8 @@ def _parser(name: str, text: str | None, options: Options) -> argparse.ArgumentP
 
 def _answered(name: str, arguments: argparse.Namespace, found: Callable[[], tuple[Findings, Path]]) -> int:
     try:
-        (tables, findings), home = found()
+        with command_line():
+            (tables, findings), home = found()
         show(tables, findings, arguments.output or home / "tools")
     except UserError as error:
         print(f"{name}.py: {error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""`apply`: run a recipe from top to bottom, and leave the student and the evidence in a run folder."""
+"""`apply`: run a recipe from top to bottom, and write the student and its results to a run folder."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def _run(
         report(folder.path)
     merged = None
     if job.recipe.merges:  # last, because a merge that is not exact is refused
-        merged = merge_folder(folder.path, device=str(job.device), datasets=job.datasets)
+        merged = merge_folder(folder.path, overwrite=True, device=str(job.device), datasets=job.datasets)
         run.log.show(partial(print_merge, merged))
     return RunResult(trained.student.model, trained.teacher.model, results, folder.path, merged)
 

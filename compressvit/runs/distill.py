@@ -1,4 +1,4 @@
-"""`compressvit.distill`: train a student of `compress` with a `DataLoader` of one's own, by the `distill` phase of recipes."""
+"""`compressvit.distill`: train a student of `compress` with a `DataLoader` of your own, using the `distill` phase of recipes."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def distill(
     console: Console | None = None,
     **options: Any,
 ) -> Distilled:
-    """Train a student to behave as its teacher, in place, on batches of one's own.
+    """Train a student in place to reproduce its teacher, on batches of your own.
 
     Args:
         student: e.g. what `compress` returns.
@@ -146,7 +146,7 @@ class _Task:
         )
 
     def in_training(self, model: nn.Module) -> dict[str, Any]:
-        """Without a ground truth that its task knows, only the teacher says how good a student is."""
+        """Scores during training: against the teacher where there is no ground truth for the model's task."""
         enough = self.held_out is not None and self.held_out.labelled and task_of(model).supervised
         return self.evaluate(model, None if enough else self.theirs)
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import nn
 
 from compressvit.artifacts import artifact
-from compressvit.data.input import Side
+from compressvit.data.input import STATISTICS, Side
 from compressvit.data.loaders import eval_loader
 from compressvit.data.opening import Datasets, open_data
 from compressvit.data.spec import Data
@@ -62,7 +62,7 @@ class Scorer:
         )
 
     def in_training(self, model: Side, teacher: Side | None) -> dict[str, Any]:
-        """Without a ground truth that its task knows, only the teacher says how good a student is."""
+        """Scores during training: against the teacher where there is no ground truth for the model's task."""
         enough = self.datasets.labelled and self.task(model).supervised
         return self.score(model, None if enough else self.comparable(teacher))
 
@@ -83,7 +83,8 @@ def evaluate_path(path: str | Path, overrides: list[str], *, device: str, as_jso
     recipe = data_recipe(folder, overrides, "evaluate")
     where = pick_device(device)
     datasets = open_data(recipe.data)
-    side = Side.of(model, recipe.data)
+    asked = any(override.startswith(tuple(f"data.{name}=" for name in STATISTICS)) for override in overrides)
+    side = Side.of(model, recipe.data, trained=not asked)  # an artifact knows what its images look like
     result: dict[str, Any] = {
         "path": str(folder),
         "data": recipe.data.name,

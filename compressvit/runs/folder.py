@@ -1,4 +1,4 @@
-"""A run folder holds everything one `apply` did, written before the first step where it can be.
+"""A run folder holds everything about one `apply`; what is known at the start is written before the first step.
 
 `recipe.yaml` (as given) · `resolved.yaml` (defaults and overrides in) · `environment.json` · `plan.json` · `checkpoints/` ·
 `student/` · `metrics.jsonl` · `tensorboard/` · `run.log` · `results.json` · `predictions.json` and `predictions/` · `diagnostics/` ·
@@ -23,7 +23,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from compressvit import __version__
-from compressvit.errors import UserError
+from compressvit.errors import UserError, option, switch
 from compressvit.files import disk_faults, write_text
 from compressvit.model.old import RESOLVED, current_recipe, stored_step
 from compressvit.runs.files import Environment
@@ -59,7 +59,7 @@ class RunFolder:
         return self.path / "diagnostics"
 
     def keep(self, finding: Finding) -> None:
-        """Write a finding to `diagnostics/`, and its picture where a person looks first."""
+        """Write a finding to `diagnostics/`, and its picture to the top of the run folder."""
         finding.write(self.diagnostics, pictures=False)
         finding.picture(self.path / f"{finding.name}.png")
 
@@ -79,25 +79,28 @@ class RunFolder:
                 `overwrite` of a folder that is not a run.
         """
         if resume and overwrite:
-            raise UserError("--resume and --overwrite contradict each other; give one")
+            raise UserError(f"{switch('resume')} and {switch('overwrite')} contradict each other; give one")
         if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"--output {self.path} is a file; name a folder")
+            raise UserError(f"{option('output', self.path)} is a file; name a folder")
         occupied = self.path.is_dir() and any(not _is_scratch(entry) for entry in self.path.iterdir())
         if resume:
             self._refuse_other_recipe(recipe)
         elif occupied and not overwrite:
             raise UserError(
-                f"{self.path} is not empty. Give --resume to continue the run in it, --overwrite to delete it and start again, "
-                "or --output for another folder"
+                f"{self.path} is not empty. Give {switch('resume')} to continue the run in it, {switch('overwrite')} to delete it and "
+                f"start again, or {option('output')} for another folder"
             )
         elif occupied and not (self.path / RESOLVED).is_file():
             raise UserError(
-                f"--overwrite: {self.path} is not empty and not a run folder (no {RESOLVED}), so it is not deleted; use --output"
+                f"{switch('overwrite')}: {self.path} is not empty and not a run folder (no {RESOLVED}), so it is not deleted; "
+                f"give another {option('output')}"
             )
 
     def _refuse_other_recipe(self, recipe: Recipe) -> None:
         if not (self.path / RESOLVED).is_file():
-            raise UserError(f"--resume: there is no run in {self.path} (no {RESOLVED}); start it without --resume")
+            raise UserError(
+                f"{switch('resume')}: there is no run in {self.path} (no {RESOLVED}); start it without {option('resume')}"
+            )
         from compressvit.recipe.recipe import parse_recipe  # here, because a report reads run folders without torch
 
         try:
@@ -107,15 +110,18 @@ class RunFolder:
                 before = flat(yaml.safe_load(parse_recipe(text, RESOLVED).to_yaml()))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UserError(
-                f"--resume: {self.path / RESOLVED} is damaged, so the run's settings are not known; start a new run with --output"
+                f"{switch('resume')}: {self.path / RESOLVED} is damaged, so the run's settings are not known; start a new run with "
+                f"another {option('output')}"
             ) from error
         now = flat(yaml.safe_load(recipe.to_yaml()))
         changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
         if changed:
             lines = [f"  {key}: {_value(before, key)} in the run, {_value(now, key)} now" for key in changed]
             raise UserError(
-                f"--resume: the recipe is not the one that {self.path} was started with:\n" + "\n".join(lines) + "\n"
-                "Give the same recipe and overrides, or start a new run with --output"
+                f"{switch('resume')}: the recipe is not the one that {self.path} was started with:\n"
+                + "\n".join(lines)
+                + "\n"
+                f"Give the same recipe and overrides, or start a new run with another {option('output')}"
             )
 
     @contextmanager
@@ -135,7 +141,7 @@ class RunFolder:
                 lock.acquire(timeout=0)
             except Timeout:
                 raise UserError(
-                    f"another run is writing into {self.path}; wait for it, or give another --output"
+                    f"another run is writing into {self.path}; wait for it, or give another {option('output')}"
                 ) from None
         try:
             yield

@@ -89,9 +89,32 @@ def step_if(
         return
     before = [p.detach().clone() for p in parameters]
     scaler.step(optimizer)
-    for parameter, old in zip(parameters, before, strict=True):
-        kept = parameter.detach()
+    put_back_unless(allowed, parameters, before)
+
+
+def put_back_unless(allowed: torch.Tensor, tensors: Sequence[torch.Tensor], before: Sequence[torch.Tensor]) -> None:
+    """Give tensors their values `before` where `allowed` (a boolean scalar on their device) is false, without waiting for the device."""
+    for tensor, old in zip(tensors, before, strict=True):
+        kept = tensor.detach()
         torch.where(allowed, kept, old, out=kept)
+
+
+class Buffers:
+    """The buffers in a model's state dict, which a forward pass in training mode may update, e.g. the running statistics of BatchNorm."""
+
+    def __init__(self, model: nn.Module):
+        state = model.state_dict(keep_vars=True).values()
+        found = {id(tensor): tensor for tensor in state if isinstance(tensor, torch.Tensor)}
+        self._tensors = [tensor for tensor in found.values() if not isinstance(tensor, nn.Parameter)]
+        self._before: list[torch.Tensor] = []
+
+    def remember(self) -> None:
+        """Keep a copy of the present values."""
+        self._before = [tensor.clone() for tensor in self._tensors]
+
+    def put_back_unless(self, allowed: torch.Tensor) -> None:
+        """Give them the values that were kept where `allowed` (a boolean scalar on their device) is false."""
+        put_back_unless(allowed, self._tensors, self._before)
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, spec: Training, steps_per_epoch: int) -> Scheduler:
@@ -210,7 +233,7 @@ def random_state() -> dict:
 
 
 def restore_random_state(state: dict) -> None:
-    """Undo everything random since `random_state()` was called."""
+    """Set all generators to a state from `random_state()`."""
     version, values, gauss = state["python"]
     random.setstate((version, tuple(values), gauss))
     kind, keys, position, has_gauss, cached = state["numpy"]
@@ -221,5 +244,5 @@ def restore_random_state(state: dict) -> None:
 
 
 def steps_per_epoch(batches: int, accumulate: int) -> int:
-    """Optimiser steps in an epoch; the last may add up fewer batches."""
+    """Optimiser steps in an epoch; the last may accumulate fewer batches."""
     return math.ceil(batches / accumulate)

@@ -22,6 +22,7 @@ from compressvit.errors import UserError
 from compressvit.fitting.moments import Reference
 from compressvit.model import surgery
 from compressvit.model.backbone import describe
+from compressvit.model.family import Need
 from compressvit.transforms.base import LedgerEntry, record, transform
 from compressvit.transforms.bottleneck import (
     UP_STARTS_AT_ZERO,
@@ -101,6 +102,7 @@ class AdaptFormer(OnBlocks):
     """A scaled bottleneck parallel to the MLP, or after it; the backbone is frozen (AdaptFormer)."""
 
     freezes = True
+    needs: ClassVar[tuple[Need, ...]] = ("slotted_block",)
     blind_at_start: ClassVar[dict[str, str]] = {
         **UP_STARTS_AT_ZERO,
         "adaptformer.scale": "what it scales starts at zero",
@@ -133,6 +135,9 @@ class AdaptFormer(OnBlocks):
             raise ValueError("form: serial reads what leaves the MLP; leave out input: residual, or use form: parallel")
         return self
 
+    def needed(self) -> tuple[Need, ...]:
+        return self.needs if self.form == "parallel" else ()
+
     @classmethod
     def examples(cls) -> Sequence[AdaptFormer]:
         return (
@@ -142,10 +147,9 @@ class AdaptFormer(OnBlocks):
         )
 
     def plan(self, model: nn.Module, reference: Reference | None = None) -> AdaptFormerPlan:
-        parallel = self.form == "parallel"
-        chosen = self.chosen(model, "slotted_block" if parallel else None)
+        path_of = "{}" if self.form == "parallel" else "{}.mlp"
         return AdaptFormerPlan(
-            widths={info.path if parallel else f"{info.path}.mlp": self.width for info in chosen},
+            widths={path_of.format(info.path): self.width for info in self.chosen(model)},
             scale=self.scale,
             reads=self.input,
             dropout=self.dropout,

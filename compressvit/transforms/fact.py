@@ -23,9 +23,10 @@ from torch import nn
 from compressvit.errors import UserError
 from compressvit.fitting.moments import Reference
 from compressvit.model import surgery, ties
-from compressvit.model.backbone import describe, projection
+from compressvit.model.backbone import projection
+from compressvit.model.family import Need
 from compressvit.model.linear import weight_shape
-from compressvit.transforms.base import TRANSFORMERS_ONLY, LedgerEntry, Transform, record, transform
+from compressvit.transforms.base import LedgerEntry, record, transform
 from compressvit.transforms.on_blocks import OnBlocks
 from compressvit.transforms.term import TermPlan, add_to_weight_, new_like, with_term
 
@@ -104,7 +105,7 @@ class FacTTerm(nn.Module):
 
 
 class WithFacT(surgery.Mixin):
-    """Of a linear layer or 1×1 convolution: `y + fact(x)`."""
+    """Mixin for a linear layer or 1×1 convolution: `y + fact(x)`."""
 
     slots = ("fact",)
 
@@ -164,7 +165,7 @@ class FacT(OnBlocks):
     """Low-rank updates of all projections, with shared outer factors; the backbone is frozen (FacT)."""
 
     freezes = True
-    refuses: ClassVar[dict[str, str]] = TRANSFORMERS_ONLY
+    needs: ClassVar[tuple[Need, ...]] = ("attention",)
     blind_at_start: ClassVar[dict[str, str]] = dict.fromkeys(
         ("fact.u", "fact.core", "fact.mix", "fact.sigma"), "V starts at zero"
     )
@@ -177,13 +178,13 @@ class FacT(OnBlocks):
     )
 
     @classmethod
-    def examples(cls) -> Sequence[Transform]:
+    def examples(cls) -> Sequence[FacT]:
         return (FacT(rank=3), FacT(rank=2, form="tt", scale=0.5))
 
     def plan(self, model: nn.Module, reference: Reference | None = None) -> FacTPlan:
         groups = []
-        chosen = self.chosen(model, "attention")
-        for stage in describe(model, "attention").stages:
+        chosen = self.chosen(model)
+        for stage in self.backbone(model).stages:
             adapted = [info for info in stage if info in chosen]
             for info in adapted:
                 for name in LAYERS:

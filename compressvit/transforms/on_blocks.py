@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from compressvit.errors import UserError
-from compressvit.model.backbone import Need, describe, model_name
+from compressvit.model.backbone import model_name
 from compressvit.model.family import BlockInfo
 from compressvit.transforms.base import Transform
 
@@ -39,16 +39,13 @@ class OnBlocks(Transform):
                 raise ValueError(f"blocks: {span} ends before it begins; did you mean {last}-{first}?")
         return self
 
-    def chosen(self, model: nn.Module, need: Need | None = None) -> tuple[BlockInfo, ...]:
+    def chosen(self, model: nn.Module) -> tuple[BlockInfo, ...]:
         """The blocks of a model that are adapted, in order.
-
-        Args:
-            need: what `describe` must find in the family.
 
         Raises:
             UserError: the model has no such block or stage.
         """
-        backbone = describe(model, need)
+        backbone = self.backbone(model)
         found, name = backbone.blocks, model_name(model)
         if self.blocks is not None:
             wanted = {i for span in self.blocks for i in _numbers(span)}

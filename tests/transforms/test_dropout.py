@@ -34,7 +34,7 @@ def test_the_defaults_are_those_of_the_released_code():
 
 @pytest.mark.parametrize(
     ("spec", "backbone"),
-    [(spec, name) for spec in CASES for name in ("vit", "swin", "convnext") if name in backbones_of(type(spec))],
+    [(spec, name) for spec in CASES for name in ("vit", "swin", "convnext") if name in backbones_of(spec)],
     ids=lambda value: getattr(value, "name", value),
 )
 def test_dropout_is_there_in_training_alone(spec, backbone):
