@@ -108,7 +108,10 @@ class Adapters(OnBlocks):
         None, gt=0, description="Neurons as a share of the block's width M (proportional); 1/8 if neither is given."
     )
     places: tuple[Place, ...] = Field(
-        ("attn", "mlp"), min_length=1, description="Sublayers that get an adapter, where a block has them."
+        ("attn", "mlp"),
+        min_length=1,
+        description="Sublayers that get an adapter, where a block has them. MiMi's released ViT counts the adapters of attention, but "
+        "never calls them; here both act.",
     )
     bias: bool = Field(False, description="Whether the projections have biases; the reference has none.")
     act: Activation = Field("gelu", description="timm's name of the activation between the projections.")

@@ -114,7 +114,7 @@ class AdaptFormer(OnBlocks):
     )
     input: Reads = Field(
         "normed",
-        description="Input of the branch: the MLP's normalised input (the paper), or the residual stream (its code).",
+        description="Input of the parallel branch: the MLP's normalised input (the paper), or the residual stream (its code).",
     )
 
     dropout: float = Field(

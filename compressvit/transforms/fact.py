@@ -170,7 +170,11 @@ class FacT(OnBlocks):
         ("fact.u", "fact.core", "fact.mix", "fact.sigma"), "V starts at zero"
     )
 
-    form: Literal["tt", "tk"] = Field("tk", description="tt: tensor train (a free Σ per slot); tk: Tucker.")
+    form: Literal["tt", "tk"] = Field(
+        "tk",
+        description="tt: tensor train (a free Σ per slot); tk: Tucker. In tk the released code mixes up the slots of fc1 and fc2 by a "
+        "reshape; here every slot has its own Σ, as in the paper.",
+    )
     rank: int = Field(16, ge=1, description="Rank r.")
     scale: float = Field(1.0, gt=0, description="Scale s; the paper chooses it per task from 0.01, 0.1, 1, 10, 100.")
     dropout: float = Field(

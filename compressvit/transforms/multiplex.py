@@ -278,7 +278,9 @@ class Multiplex(Transform):
         "identity",
         description="identity: transforms start as the identity, x + conv(LN x), so a pretrained function is preserved. "
         "reference: as in the paper's code, LN x + conv(LN x), with transforms initialised at random (mixings: truncated normal of std "
-        "0.02, their biases 0; convolution: uniform within ±1/mlp_conv, weight and bias).",
+        "0.02, their biases 0; convolution: uniform within ±1/mlp_conv, weight and bias). In Swin "
+        "the paper's code also applies the mask of shifted windows in repeats that are not shifted; here each block has its own shift and "
+        "mask, so its released checkpoints would compute something else.",
     )
     init: Literal["mean", "first", "scratch"] = Field(
         "mean",
