@@ -19,6 +19,7 @@ from compressvit.errors import UserError
 from compressvit.model.backbone import model_name
 from compressvit.model.modes import evaluating
 from compressvit.model.modules import as_timm
+from compressvit.tasks.targets import NO_LABEL, at_least
 
 LEAST = 10  # images
 
@@ -50,8 +51,8 @@ def pooled_features(
     left = images
     with evaluating(model.to(device)):
         for batch, targets in batches:
-            keep = targets > -2
-            batch, targets = batch[keep][:left], targets[keep][:left]
+            keep = at_least(targets, NO_LABEL)
+            batch, targets = batch[keep][:left], _classes(targets)[keep][:left]
             if len(batch):
                 hidden = as_timm(model).forward_features(input(batch.to(device)))
                 features.append(as_timm(model).forward_head(hidden, pre_logits=True).float().cpu().flatten(1))
@@ -67,6 +68,12 @@ def pooled_features(
     if not np.isfinite(found).all():
         raise UserError("t-SNE: the pooled features are not finite; check the weights of the model")
     return found, torch.cat(labels).numpy()
+
+
+def _classes(targets: Any) -> torch.Tensor:
+    """Targets (B,) that are classes; −1 for all where they are something else."""
+    plain = isinstance(targets, torch.Tensor) and targets.ndim == 1 and not targets.is_floating_point()
+    return targets if plain else torch.full((len(at_least(targets, NO_LABEL)),), NO_LABEL)
 
 
 def embedding_finding(

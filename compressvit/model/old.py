@@ -4,6 +4,7 @@
 |---|---|
 | the step `lors: {share: 1, …}` | `low_rank: {…}` |
 | the option `groups` of `lors` | `terms` |
+| the option `keep` of `sparsify`, a share | `density` |
 | a plan of `lors` in which no layer shares | a plan of `low_rank` |
 | `score: gradient` of `prune` in a resolved recipe, without `milestones` | `score: taylor` |
 | `adaptformer` and `fact` in a resolved recipe, without `dropout` | `dropout: 0.0` |
@@ -58,16 +59,23 @@ _ADDED: dict[str, Options] = {"adaptformer": {"dropout": 0.0}, "fact": {"dropout
 def _step(entry: Any, complete: bool) -> Any:
     if not isinstance(entry, dict):
         return entry
+    translate = {"lors": _lors, "sparsify": _sparsify}
     steps = {}
     for word, options in entry.items():
-        if word == "lors":
-            word, options = _lors(options)
+        if word in translate:
+            word, options = translate[word](options)
         elif complete and isinstance(options, dict):
             options = {**_ADDED.get(word, {}), **options}
             if word == "prune" and options.get("score") == "gradient" and _NEWEST not in options:
                 options["score"] = "taylor"  # `gradient` is another score since
         steps[word] = options
     return steps
+
+
+def _sparsify(options: Any) -> tuple[str, Any]:
+    if not isinstance(options, dict) or not isinstance(options.get("keep"), float | int):
+        return "sparsify", options
+    return "sparsify", {"density" if key == "keep" else key: value for key, value in options.items()}
 
 
 def _lors(options: Any) -> tuple[str, Any]:

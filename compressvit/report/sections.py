@@ -180,9 +180,11 @@ def gallery(run: Run) -> list[dict[str, Any]]:
     return cards
 
 
-def _answers(true: str | None, answers: dict[str, Answer | None]) -> Iterator[dict[str, Any]]:
+def _answers(true: str | None, answers: dict[str, Answer | str | None]) -> Iterator[dict[str, Any]]:
     for who, answer in answers.items():
-        if answer is not None:
+        if isinstance(answer, str):
+            yield {"who": who, "class": answer, "share": "", "right": None}
+        elif answer is not None:
             yield {
                 "who": who,
                 "class": answer.name,

@@ -118,8 +118,8 @@ class Example(RunFile):
     file: str
     value: float
     true: str | None = None
-    teacher: Answer | None = None
-    student: Answer | None = None
+    teacher: Answer | str | None = None
+    student: Answer | str | None = None
 
 
 class ClassRow(RunFile):

@@ -30,6 +30,7 @@ from compressvit.log import RunLog, warn_and_continue
 from compressvit.model.modes import evaluating
 from compressvit.recipe.recipe import Recipe
 from compressvit.rows import append_row, read_rows
+from compressvit.tasks.targets import NO_LABEL, at_least, take
 from compressvit.training.optimisation import random_state, restore_random_state
 from compressvit.training.watch import Watch
 
@@ -158,8 +159,9 @@ def evaluation_images(
         subset = Samples(subset.source, chosen, subset.labelled)
     left = count
     for images, targets in eval_loader(dataclasses.replace(datasets, validation=subset), data, config, device):
-        whole = targets >= -1  # below that it stands for a broken file
-        kept = images[whole][:left], targets[whole][:left]
+        whole = at_least(targets, NO_LABEL).cpu()  # below that it stands for a broken file
+        whole &= whole.cumsum(0) <= left
+        kept = images[whole], take(targets, whole)
         if len(kept[0]):
             yield kept
         left -= len(kept[0])

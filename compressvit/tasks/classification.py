@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from compressvit.errors import UserError
-from compressvit.tasks.base import Answers, Labels, Measure, Metrics, Result, Task, task
+from compressvit.tasks.base import Answers, Labels, Measure, Metrics, Result, task
+from compressvit.tasks.classes import ClassTargets
 from compressvit.tasks.quality import Curve, Quality
 
 if TYPE_CHECKING:
@@ -50,13 +51,14 @@ COSINE = Quality(
 
 
 @task("classification")
-class Classification(Task):
+class Classification(ClassTargets):
     """One class per image."""
 
     qualities = (TOP1, TOP5, AGREEMENT, COSINE)
     ranking = ("top1", "agreement", "cosine")
     graded = GRADED
-    mixes = True
+    needs_class_count = True
+    outputs_are_logits = True
     measures: ClassVar[Mapping[str, Measure]] = {
         "shift": Measure(
             "The images on which student and teacher differ most. Captions give the distance between the predicted distributions, "

@@ -65,6 +65,10 @@ class Quality:
         """A value with its unit."""
         return f"{self.number(value)} {self.unit}".rstrip()
 
+    def reaches(self, value: float, wanted: float) -> bool:
+        """Whether a value is as good as a target, or better."""
+        return value <= wanted if self.lower_is_better else value >= wanted
+
     def had(self, value: float) -> str:
         """A value as what a student had, e.g. 'a cosine of 0.9876'."""
         return (self.phrase or f"a {self.in_text} of {{}}").format(self.text(value))

@@ -10,9 +10,10 @@ from torch import nn
 
 from compressvit.errors import UserError
 from compressvit.tasks.base import Task, task_of
+from compressvit.tasks.targets import NO_LABEL, at_least, moved, take
 
-Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
-Watch = Callable[[torch.Tensor, torch.Tensor, Any, Any], None]
+Batches = Iterable[tuple[torch.Tensor, Any]]
+Watch = Callable[[torch.Tensor, Any, Any, Any], None]
 
 
 @torch.inference_mode()
@@ -35,8 +36,8 @@ def evaluate(
         device: where the images go.
         teacher: compare with it too.
         teacher_input: turns the student's images into the teacher's.
-        labelled: in a labelled set a target below 0 stands for a broken image, which is not counted; in an unlabelled one −1 is
-            an image and −2 the stand-in of a broken one.
+        labelled: in a labelled set a target that the task does not know (a class below 0) stands for a broken image,
+            which is not counted; in an unlabelled one −1 is an image and −2 the stand-in of a broken one.
         task: what the outputs mean; None: classes of a model that has a classifier, else features.
         watch: is shown every batch: images, targets, the outputs (of the task's `run`) and, where the two can be compared, the teacher's.
 
@@ -55,8 +56,8 @@ def evaluate(
     task = task or task_of(model)
     metrics = task.metrics(model, teacher, labelled)
     for batch_images, batch_targets in batches:
-        counted = batch_targets >= (0 if labelled else -1)
-        images, targets = batch_images[counted].to(device), batch_targets[counted].to(device)
+        counted = task.known(batch_targets) if labelled else at_least(batch_targets, NO_LABEL)
+        images, targets = batch_images[counted].to(device), moved(take(batch_targets, counted), device)
         if not len(images):
             continue
         seen += len(images)

@@ -122,7 +122,7 @@ class Trainer:
         opt.set_drop_path(model, spec.drop_path)
         self.optimizer = opt.build_optimizer(model, spec, self.batch_size, device)
         self.schedule = opt.build_schedule(self.optimizer, spec, steps_per_epoch)
-        self.mixup = opt.build_mixup(spec, getattr(model, "num_classes", 0))
+        self.mixing = opt.build_mixing(spec, self.task, getattr(model, "num_classes", 0))
         self.average = opt.build_average(model, spec.ema)
         self.autocast = torch.autocast(device.type, _AUTOCAST.get(spec.precision), enabled=spec.precision != "fp32")
         self.scaler = torch.amp.GradScaler(device.type, enabled=spec.precision == "fp16")
@@ -237,7 +237,7 @@ class Trainer:
                 self.checkpoint(False, random_state)
                 raise Interrupted(self.stop.signum, self.phase.checkpoint)
 
-    def batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def batches(self) -> Iterator[tuple[torch.Tensor, Any]]:
         """The remaining batches of the epoch, on the CPU, with the epoch's own random state."""
         opt.seed_everything(self.phase.seed, self.phase.number, self.epoch)
         batches = iter(self.loader)
@@ -248,9 +248,9 @@ class Trainer:
             self.random_state = None
         return batches
 
-    def backward(self, images: torch.Tensor, targets: torch.Tensor) -> None:
+    def backward(self, images: torch.Tensor, targets: Any) -> None:
         """Forward and backward pass of one batch; its gradient is added to the step's."""
-        images, targets, labels = to_device(images, targets, self.device, self.mixup)
+        images, targets, labels = to_device(images, targets, self.device, self.task, self.mixing)
         for watch in self.watches:
             watch.before(self.steps)
         if self.batch_index % self.spec.accumulate == 0:
@@ -266,7 +266,7 @@ class Trainer:
         figures = self.task.batch_figures(batch.student_logits, batch.teacher_logits, targets, labels)
         self.meters.add(self.steps + 1, loss, parts, figures)
 
-    def forward(self, images: torch.Tensor, targets: torch.Tensor) -> Batch:
+    def forward(self, images: torch.Tensor, targets: Any) -> Batch:
         """Run student and teacher on a batch, and collect their taps."""
         logits = self.run_student(images)
         if self.teacher is None or self.teacher_taps is None:

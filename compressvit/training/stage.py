@@ -13,7 +13,8 @@ from torch import nn
 
 from compressvit.data.input import InputConfig, Side
 from compressvit.log import RunLog
-from compressvit.tasks.base import Task
+from compressvit.tasks.base import Task, task_of
+from compressvit.tasks.targets import moved
 from compressvit.training.loop import Phase, Teacher, train
 from compressvit.training.pairs import Likeness
 from compressvit.training.spec import Training
@@ -115,8 +116,12 @@ class Stage:
                 measure=lambda judged, epoch, last: self.measure(phase.name, judged, epoch, last),
             )
 
-    def labelled_batches(self, model: nn.Module, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def task_of(self, model: nn.Module) -> Task:
+        """What the outputs of a model mean, where `task` says nothing too."""
+        return self.task or task_of(model)
+
+    def labelled_batches(self, model: nn.Module, count: int) -> list[tuple[torch.Tensor, Any]]:
         """The first batches (images, targets) of a pass over the training set, on the device, where the model goes too."""
         loader = self.loader()
         model.to(self.device)
-        return [(x.to(self.device), y.to(self.device)) for x, y in itertools.islice(loader, count)]
+        return [(x.to(self.device), moved(y, self.device)) for x, y in itertools.islice(loader, count)]

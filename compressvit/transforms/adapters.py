@@ -129,7 +129,11 @@ class Adapters(OnBlocks):
 
     @classmethod
     def examples(cls) -> Sequence[Transform]:
-        return (Adapters(ratio=0.25), Adapters(width=3, places=("mlp",), bias=True, act="relu", blocks=(0, "2-3")))
+        return (
+            Adapters(ratio=0.25),
+            Adapters(width=3, places=("mlp",), bias=True, act="relu"),
+            Adapters(width=4, blocks=(0, "2-3")),
+        )
 
     def plan(self, model: nn.Module, reference: Reference | None = None) -> AdaptersPlan:
         ratio = 1 / 8 if self.ratio is None else self.ratio

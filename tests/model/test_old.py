@@ -43,6 +43,10 @@ RECIPE = {
         ({"lors": {"rank": 3}}, {"lors": {"rank": 3}}),
         ({"low_rank": {"rank": 3}}, {"low_rank": {"rank": 3}}),
         ({"multiplex": {"share": 1}}, {"multiplex": {"share": 1}}),
+        ({"sparsify": {"keep": 0.1, "score": "snip"}}, {"sparsify": {"density": 0.1, "score": "snip"}}),
+        ({"sparsify": {"keep": 1}}, {"sparsify": {"density": 1}}),
+        ({"sparsify": {"density": 0.1, "keep": "best"}}, {"sparsify": {"density": 0.1, "keep": "best"}}),
+        ({"sparsify": None}, {"sparsify": None}),
         ("bitfit", "bitfit"),
     ],
 )

@@ -16,15 +16,16 @@ from timm.layers import DropPath
 import compressvit.training.stage
 from compressvit.training.loop import Teacher
 from compressvit.training.pairs import match_layers
-from compressvit.training.phases.distill import Distill, Losses
+from compressvit.training.phases.distill import Distill
 from compressvit.training.terms import build_terms
+from compressvit.training.terms.section import losses_section
 from compressvit.transforms.applying import compress
 from compressvit.transforms.multiplex import Multiplex
 
 
 def distilling(student, teacher, **losses):
     pairs, _ = match_layers(student, teacher, "matched")
-    return build_terms(Losses(**losses), pairs, classes=student.num_classes)
+    return build_terms(losses_section()(**losses), pairs, classes=student.num_classes)
 
 
 def test_the_teacher_is_only_looked_at(tmp_path):

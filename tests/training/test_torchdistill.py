@@ -15,8 +15,9 @@ from torchdistill.losses.registry import MIDDLE_LEVEL_LOSS_DICT
 from compressvit.errors import UserError
 from compressvit.model.taps import Taps
 from compressvit.training.loop import Teacher
-from compressvit.training.phases.distill import Distill, Losses
+from compressvit.training.phases.distill import Distill
 from compressvit.training.terms import Batch, build_terms
+from compressvit.training.terms.section import losses_section
 from compressvit.training.terms.torchdistill import TorchdistillTerm
 
 
@@ -69,7 +70,7 @@ TORCHDISTILL = {
 def only(**terms):
     """Losses with nothing but the given terms."""
     off = {name: {"weight": 0} for name in ("prediction", "attention_relation", "hidden_relation")}
-    return Losses(**{**off, **terms})
+    return losses_section()(**{**off, **terms})
 
 
 @pytest.mark.parametrize("name", TORCHDISTILL)

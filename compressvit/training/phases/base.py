@@ -99,6 +99,8 @@ class PhaseSpec(Training):
         task = setting.task or task_of(model)
         if (self.mixup or self.cutmix) and not task.mixes:
             raise UserError(f"mixup and cutmix mix classes, and the task {task.name!r} has none to mix; set both to 0")
+        if fault := self.unfit_for(task):
+            raise UserError(f"{self.name}.{fault}")
         if self.needs_classifier and not task.supervised:
             raise UserError(
                 f"{self.name} learns from labels, but the model has no classifier (num_classes=0); give it one with student.head=new, "
@@ -108,6 +110,10 @@ class PhaseSpec(Training):
             raise UserError(
                 f"the phase learns from labels, but {setting.unlabelled} have none; distil with losses.labels.weight=0"
             )
+
+    def unfit_for(self, task: Task) -> str | None:
+        """What of its options does not fit the task, for a recipe's reader and `refuse`; None where all do."""
+        return None
 
     def plan(self, setting: Setting) -> PhasePlan:
         """What the phase will do. One that changes the structure of the student changes that of `setting.student` likewise.
