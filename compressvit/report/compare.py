@@ -17,7 +17,7 @@ from rich.table import Table
 from compressvit.charts import drawing
 from compressvit.errors import UserError
 from compressvit.files import disk_faults, write_text
-from compressvit.recipe.recipe import Recipe, parse_recipe
+from compressvit.recipe.recipe import Recipe, load_recipe
 from compressvit.report.trade_off import compare_findings
 from compressvit.runs.files import PhaseReport, Results, read_results
 from compressvit.runs.folder import RESOLVED, find_runs, flat
@@ -151,7 +151,7 @@ def _finished(given: Sequence[str | Path], tell: Callable[[str], Any]) -> list[t
         if not (folder / "results.json").is_file():
             tell(f"left out, not finished: {folder}")
             continue
-        recipe = parse_recipe((folder / RESOLVED).read_text(encoding="utf-8"), str(folder / RESOLVED))
+        recipe = load_recipe(folder / RESOLVED)
         results = read_results(folder)
         found.append((folder, recipe, results))
     if not found:

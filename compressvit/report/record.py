@@ -14,8 +14,8 @@ from compressvit.charts import findings
 from compressvit.charts.findings import Finding
 from compressvit.errors import UserError
 from compressvit.model.old import current_recipe, current_text
-from compressvit.rows import MetricsRow
-from compressvit.runs.files import Environment, PlanFile, PredictionsFile, Results, RunFile
+from compressvit.rows import MetricsRow, each_once, parse_metrics
+from compressvit.runs.files import Environment, PredictionsFile, RecipePlan, Results, RunFile
 from compressvit.runs.folder import RESOLVED, RunFolder
 
 F = TypeVar("F", bound=RunFile)
@@ -30,10 +30,10 @@ class Run:
     resolved_text: str | None = None
     recipe: dict[str, Any] = field(default_factory=dict)
     environment: Environment | None = None
-    plan: PlanFile | None = None
+    plan: RecipePlan | None = None
     results: Results | None = None
     predictions: PredictionsFile | None = None
-    metrics: list[dict[str, Any]] = field(default_factory=list)
+    metrics: list[MetricsRow] = field(default_factory=list)
     log: str | None = None
     findings: list[Finding] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -51,7 +51,7 @@ def read_run(path: Path) -> Run:
             f"The run was made by compressvit {run.environment.compressvit}, and this page by {__version__}; "
             "anything that the two write differently is left out."
         )
-    run.plan = _json(run, "plan.json", PlanFile)
+    run.plan = _json(run, "plan.json", RecipePlan)
     finished = (path / "results.json").is_file()
     if finished:
         run.results = _json(run, "results.json", Results)
@@ -107,23 +107,21 @@ def _json(run: Run, name: str, kind: type[F]) -> F | None:
     return None
 
 
-def _metrics(run: Run) -> list[dict[str, Any]]:
+def _metrics(run: Run) -> list[MetricsRow]:
     """The whole lines; of a step that a resumed run took again, the later one."""
     text = _text(run, "metrics.jsonl")
-    found: dict[tuple[str, str, int], dict[str, Any]] = {}
+    found: list[MetricsRow] = []
     damaged = []
     lines = current_text(text or "", run.recipe).splitlines()
     for number, line in enumerate(lines, 1):
         try:
-            row = MetricsRow.model_validate_json(line).model_dump()
+            found.append(parse_metrics(line))
         except ValidationError:
             damaged.append(number)
-            continue
-        found[row["phase"], row["kind"], row["step"]] = row
     if damaged == [len(lines)]:
         run.notes.append("The last line of metrics.jsonl was cut off and is left out.")
     elif damaged:
         run.notes.append(
             f"{len(damaged)} of {len(lines)} lines of metrics.jsonl are damaged and left out; the first is line {damaged[0]}."
         )
-    return list(found.values())
+    return each_once(found)

@@ -68,7 +68,7 @@ def _not_finished(run: Run) -> str:
     if (run.path / "results.json").is_file():
         return "This run has finished, but its results cannot be read; the rest is shown below."
     last = run.metrics[-1] if run.metrics else None
-    where = f"its last log line is step {last['step']:,} of phase {last['phase']}" if last else "it trained no step"
+    where = f"its last log line is step {last.step:,} of phase {last.phase}" if last else "it trained no step"
     return f"This run has not finished: {where}; the results so far are shown below."
 
 

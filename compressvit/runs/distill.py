@@ -162,26 +162,17 @@ class _Bench:
         """Scores on the validation images; none without any."""
         if self.held_out is None:
             return {}
-        return evaluate(
-            model.to(self.device),
-            self.held_out,
-            self.device,
-            teacher=teacher.model.to(self.device).eval() if teacher is not None else None,
-            teacher_input=self.theirs.converter(self.ours.input),
-            labelled=self.held_out.labelled,
-            task=self.batches.task,
-        )
+        model.to(self.device)
+        if teacher is not None:
+            teacher.model.to(self.device).eval()
+        ours, task = Side(model, self.ours.input), self.batches.task
+        return evaluate(ours, self.held_out, self.device, teacher=teacher, labelled=self.held_out.labelled, task=task)
 
     def likeness(self, student: nn.Module) -> Likeness:
         """For layers='auto': CKA on training images."""
-        return likeness(
-            student,
-            self.theirs.model,
-            lambda: (images for images, _ in self.batches),
-            self.device,
-            images=_LAYERS_IMAGES,
-            teacher_input=self.theirs.converter(self.ours.input),
-        )
+        ours = Side(student, self.ours.input)
+        batches = lambda: (images for images, _ in self.batches)  # noqa: E731
+        return likeness(ours, self.theirs, batches, self.device, images=_LAYERS_IMAGES)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from compressvit.data.opening import Datasets, open_data
 from compressvit.data.spec import Data
 from compressvit.errors import UserError
 from compressvit.model import cost, stored
-from compressvit.recipe.recipe import Recipe, parse_recipe
+from compressvit.recipe.recipe import Recipe, load_recipe, parse_recipe
 from compressvit.runs.folder import RESOLVED
 from compressvit.runs.job import pick_device
 from compressvit.tasks.base import Task, task_of
@@ -51,11 +51,10 @@ class Scorer:
         if teacher is not None:
             teacher.model.to(self.device).eval()
         return evaluate(
-            model.model,
+            model,
             eval_loader(self.datasets, self.data, model.input, self.device),
             self.device,
-            teacher=teacher.model if teacher is not None else None,
-            teacher_input=teacher.converter(model.input) if teacher is not None else lambda images: images,
+            teacher=teacher,
             labelled=self.datasets.labelled,
             task=self.task(model),
             watch=watch,
@@ -147,7 +146,7 @@ def data_recipe(folder: Path, overrides: list[str], asker: str) -> Recipe:
         )
     resolved = folder.parent / RESOLVED
     if resolved.is_file():
-        return parse_recipe(resolved.read_text(encoding="utf-8"), str(resolved), overrides)
+        return load_recipe(resolved, overrides)
     if not any(o.startswith("data.name=") for o in overrides):
         raise UserError(
             f"{folder} is not in a run folder, so its data is not known; "

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import re
@@ -26,7 +25,7 @@ from compressvit import __version__
 from compressvit.errors import UserError, option, switch
 from compressvit.files import disk_faults, write_text
 from compressvit.model.old import RESOLVED, current_recipe, stored_step
-from compressvit.runs.files import Environment
+from compressvit.runs.files import Environment, RecipePlan
 
 if TYPE_CHECKING:
     from compressvit.charts.findings import Finding
@@ -155,7 +154,7 @@ class RunFolder:
         self,
         recipe: Recipe,
         recipe_text: str,
-        plan: dict[str, Any],
+        plan: RecipePlan,
         command: list[str],
         *,
         resume: bool,
@@ -171,7 +170,7 @@ class RunFolder:
             RESOLVED: recipe.to_yaml(),  # first: where it is, there is a run that can be resumed or overwritten
             "recipe.yaml": recipe_text,
             "environment.json": found.model_dump_json(indent=2) + "\n",
-            "plan.json": json.dumps(plan, indent=2) + "\n",
+            "plan.json": plan.model_dump_json(indent=2) + "\n",
         }
         for name, text in texts.items():
             if not (resume and (self.path / name).exists()):

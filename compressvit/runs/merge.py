@@ -28,7 +28,7 @@ from compressvit.errors import UserError, option, switch
 from compressvit.files import disk_faults, write_text
 from compressvit.model import cost, stored, ties
 from compressvit.model.stored import Manifest
-from compressvit.recipe.recipe import parse_recipe
+from compressvit.recipe.recipe import load_recipe
 from compressvit.runs.evaluate import artifact_in
 from compressvit.runs.folder import RESOLVED
 from compressvit.runs.job import pick_device
@@ -189,7 +189,7 @@ def _write(model: nn.Module, folder: Path, *, plain: bool) -> nn.Module:
 def _input_of(folder: Path, model: nn.Module) -> InputConfig:
     resolved = folder.parent / RESOLVED
     if resolved.is_file():
-        return input_config(model, parse_recipe(resolved.read_text(encoding="utf-8"), str(resolved)).data, trained=True)
+        return input_config(model, load_recipe(resolved).data, trained=True)
     return input_config(model, Data(name="images"))
 
 
@@ -199,7 +199,7 @@ def _real_images(folder: Path, config: InputConfig, datasets: Datasets | None) -
     resolved = folder.parent / RESOLVED
     if not resolved.is_file():
         return {}
-    recipe = parse_recipe(resolved.read_text(encoding="utf-8"), str(resolved))
+    recipe = load_recipe(resolved)
     data = recipe.data.model_copy(update={"download": False})
     try:
         images, _ = next(iter(eval_loader(datasets or open_data(data), data, config, torch.device("cpu"))))

@@ -99,11 +99,10 @@ class Recorder:
                     found = [stamped(finding, phase, epoch) for finding in spec.measure(context)]
                     for finding in found:
                         self.keep(_with_earlier(finding, self._folder))
-                    row = {"diagnostic": spec.name, "phase": phase, "epoch": epoch}
                     seconds = round(time.monotonic() - began, 2)
-                    append_row(
-                        self._folder / MEASURED, {**row, "findings": [f.name for f in found], "seconds": seconds}
-                    )
+                    names = [finding.name for finding in found]
+                    row = MeasuredRow(diagnostic=spec.name, phase=phase, epoch=epoch, findings=names, seconds=seconds)
+                    append_row(self._folder / MEASURED, row)
                     self._run_log.say(f"{phase}, epoch {epoch}: {spec.name} measured in {seconds:.1f} s")
 
     def allocation(self, phase: str, scope: str, history: History) -> None:
@@ -122,20 +121,18 @@ class Recorder:
 
     def _has(self, name: str, phase: str, epoch: int) -> bool:
         path = self._folder / MEASURED
-        rows: list[dict[str, Any]] = []
+        rows: list[MeasuredRow] = []
         with warn_and_continue("earlier measurements cannot be read, so they are repeated"):
             rows = read_rows(path, MeasuredRow) if path.is_file() else []
-        return any((row["diagnostic"], row["phase"], row["epoch"]) == (name, phase, epoch) for row in rows)
+        return any((row.diagnostic, row.phase, row.epoch) == (name, phase, epoch) for row in rows)
 
     def _context(self, phase: str, teacher: Side | None, student: Side, epoch: int) -> Context:
         labelled = partial(evaluation_images, self._datasets, self._data, student.input, self._device)
         return Context(
-            student=student.model,
-            teacher=None if teacher is None else teacher.model,
+            student=student,
+            teacher=teacher,
             images=lambda count: (batch for batch, _ in labelled(count)),
             labelled=labelled,
-            config=student.input,
-            teacher_config=None if teacher is None else teacher.input,
             device=self._device,
             phase=phase,
             epoch=epoch,

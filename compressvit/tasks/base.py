@@ -143,6 +143,7 @@ class Task(ABC):
         supervised: whether it has a loss against the ground truth.
         outputs_are_logits: whether a model's outputs are logits of classes, which a student can learn from its teacher as soft labels.
         mixes: whether its targets can be mixed by mixup and cutmix.
+        progress_names: what the line that training prints of an epoch calls a figure, by its key, where not by its `in_text`.
         measures: what the images in a report can be chosen by.
     """
 
@@ -154,6 +155,7 @@ class Task(ABC):
     supervised: ClassVar[bool] = True
     outputs_are_logits: ClassVar[bool] = False
     mixes: ClassVar[bool] = False
+    progress_names: ClassVar[Mapping[str, str]] = {}
     measures: ClassVar[Mapping[str, Measure]] = {}
 
     @abstractmethod
@@ -281,25 +283,27 @@ class Task(ABC):
         """Whether the outputs of two models can be compared image by image."""
         return outputs.shape == expected.shape
 
+    def ranked(self, result: Mapping[str, Any]) -> list[Quality]:
+        """Those of `ranking` that were measured, in its order."""
+        known = {quality.key: quality for quality in self.qualities}
+        return [known[key] for key in self.ranking if result.get(key) is not None]
+
     def score(self, result: Mapping[str, Any]) -> float:
         """What `keep: best` compares evaluations by, the higher the better: the first figure of `ranking` that was measured.
 
         Raises:
             UserError: none was.
         """
-        lower = {quality.key for quality in self.qualities if quality.lower_is_better}
-        for key in self.ranking:
-            if result.get(key) is not None:
-                return -result[key] if key in lower else result[key]
+        for quality in self.ranked(result):
+            return -result[quality.key] if quality.lower_is_better else result[quality.key]
         raise UserError(
             "keep=best has nothing to compare: there are no labels, and the outputs of student and teacher differ in width; use keep=last"
         )
 
     def progress(self, result: Mapping[str, Any]) -> str:
         """What an evaluation found, in the line that training prints of an epoch."""
-        known = {quality.key: quality for quality in self.qualities}
-        measured = [known[key] for key in self.ranking if result.get(key) is not None]
-        return "  ".join(f"{q.in_text} {q.number(result[q.key])}{q.unit}" for q in measured)
+        named = [(self.progress_names.get(q.key, q.in_text), q) for q in self.ranked(result)]
+        return "  ".join(f"{name} {q.number(result[q.key])}{q.unit}" for name, q in named)
 
     def answers(self, model: nn.Module, names: Sequence[str] | None, labelled: bool) -> Answers | None:
         """A fresh collector of what `predictions.json` and the report's gallery show; None: they show nothing of this task.
@@ -339,13 +343,11 @@ class Task(ABC):
             student, teacher: figures by key.
             images: what the sentence calls the evaluation set.
         """
-        known = {quality.key: quality for quality in self.qualities}
-        key = next((key for key in self.ranking if student.get(key) is not None), None)
-        if key is None:
-            return None
-        ours, theirs = student[key], teacher.get(key)
-        beside = "" if theirs is None else f" (the teacher {known[key].text(theirs)})"
-        return f"has {known[key].had(ours)} on {images}{beside}"
+        for quality in self.ranked(student):
+            theirs = teacher.get(quality.key)
+            beside = "" if theirs is None else f" (the teacher {quality.text(theirs)})"
+            return f"has {quality.had(student[quality.key])} on {images}{beside}"
+        return None
 
 
 TASKS: Registry[Task] = Registry("task", "compressvit.tasks")

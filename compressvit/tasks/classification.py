@@ -59,6 +59,7 @@ class Classification(ClassTargets):
     graded = GRADED
     needs_class_count = True
     outputs_are_logits = True
+    progress_names: ClassVar[Mapping[str, str]] = {"top1": "validation", "agreement": "agreement"}
     measures: ClassVar[Mapping[str, Measure]] = {
         "shift": Measure(
             "The images on which student and teacher differ most. Captions give the distance between the predicted distributions, "
@@ -109,10 +110,6 @@ class Classification(ClassTargets):
 
     def metrics(self, model: nn.Module, teacher: nn.Module | None, labelled: bool) -> Metrics:
         return _Metrics(model, teacher, labelled)
-
-    def progress(self, result: Mapping[str, Any]) -> str:
-        texts = {"top1": "validation {:.2f}%", "agreement": "agreement {:.2f}%", "cosine": "cosine {:.4f}"}
-        return "  ".join(text.format(result[key]) for key, text in texts.items() if result.get(key) is not None)
 
     def answers(self, model: nn.Module, names: Sequence[str] | None, labelled: bool) -> Answers:
         return ClassAnswers(class_count(model), names, labelled)

@@ -155,7 +155,7 @@ class WeightAverage:
     """
 
     def __init__(self, model: nn.Module, decay: float):
-        self.module = copy.deepcopy(model).requires_grad_(False)
+        self.module = copy.deepcopy(model)
         self.decay = decay
         self.updates = 0
         self.rises = True

@@ -15,7 +15,7 @@ from compressvit.data.input import InputConfig, Side
 from compressvit.log import RunLog
 from compressvit.tasks.base import Task, task_of
 from compressvit.tasks.targets import moved
-from compressvit.training.loop import Phase, Teacher, train
+from compressvit.training.loop import Phase, train
 from compressvit.training.pairs import Likeness
 from compressvit.training.spec import Training
 from compressvit.training.state import Moments
@@ -92,14 +92,11 @@ class Stage:
         """
         phase = phase or self.phase
         loader = self.loader()
-        guide = None
-        if taught:
-            assert self.teacher is not None, "only the teacher itself is trained without one"
-            guide = Teacher(self.teacher.model.to(self.device), self.teacher.converter(self.input))
+        assert self.teacher is not None or not taught, "only the teacher itself is trained without one"
         model.to(self.device)
         with self.watching(model, phase.name) as watches:
             return train(
-                model,
+                Side(model, self.input),
                 spec,
                 phase,
                 terms,
@@ -111,7 +108,7 @@ class Stage:
                 log=self.log,
                 evaluate=self.evaluate,
                 task=self.task,
-                teacher=guide,
+                teacher=self.teacher if taught else None,
                 watches=watches,
                 measure=lambda judged, epoch, last: self.measure(phase.name, judged, epoch, last),
             )

@@ -115,6 +115,7 @@ def as_format_1(folder: Path, rounds: int = 4) -> None:
         if "names" in step["plan"]:
             step["plan"]["names"] = [names.get(name, name) for name in step["plan"]["names"]]
     manifest["format"] = 1
+    del manifest["tensors"], manifest["checksum"]
     (folder / "compressvit.json").write_text(json.dumps(manifest))
     tensors = read_safetensors(folder / "model.safetensors")
     save_file({names.get(n, n): t for n, t in tensors.items()}, folder / "model.safetensors")

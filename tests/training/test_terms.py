@@ -91,8 +91,8 @@ print(Distill(losses={"late": {"weight": 2}}).losses.late.weight)
 
 
 def test_a_term_that_is_registered_after_the_phase_was_imported_is_a_key():
-    done = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == "2.0", done.stderr
+    done = python("-c", LATE)
+    assert done.out.strip() == "2.0", done.err
 
 
 def test_a_package_whose_term_cannot_be_loaded_is_named_with_the_reason(recipe, tmp_path):
@@ -102,14 +102,10 @@ def test_a_package_whose_term_cannot_be_loaded_is_named_with_the_reason(recipe, 
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: still-losses\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[compressvit.terms]\nstillness = stillness\n")
     words = ["plan", str(recipe), "steps.1.distill.losses.stillness={weight: 1}"]
-    program = (
-        f"import sys; sys.path[:0] = {[str(tmp_path), *filter(None, sys.path)]!r}\n"
-        f"from compressvit.cli import main\nsys.exit(main({words!r}))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert done.returncode == 2
+    done = python("-m", "compressvit", *words, path=[tmp_path])
+    assert done.code == 2
     fault = "unknown key; the loss term 'stillness' of the package still-losses cannot be used: RuntimeError: no such physics"
-    assert fault in " ".join(done.stderr.split())
+    assert fault in " ".join(done.err.split())
 
 
 def test_the_keys_stand_in_the_order_in_which_they_are_added_up():

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from helpers.images import side
 from helpers.runs import done, metrics, refused
 from helpers.training import fit, random_batches, tiny_vit
 from torch import nn
@@ -14,7 +15,6 @@ from torchdistill.losses.registry import MIDDLE_LEVEL_LOSS_DICT
 
 from compressvit.errors import UserError
 from compressvit.model.taps import Taps
-from compressvit.training.loop import Teacher
 from compressvit.training.phases.distill import Distill
 from compressvit.training.terms import Batch, build_terms
 from compressvit.training.terms.section import losses_section
@@ -92,7 +92,7 @@ def test_a_torchdistill_loss_by_name(name, tmp_path):
     if name != "KDLoss":  # half of which is the cross-entropy with the labels
         assert gaps[0] == pytest.approx(0, abs=1e-6)
     heard = fit(
-        student, Distill(epochs=1, log_every=1), random_batches(2, 6), tmp_path, terms=[term], teacher=Teacher(teacher)
+        student, Distill(epochs=1, log_every=1), random_batches(2, 6), tmp_path, terms=[term], teacher=side(teacher)
     )
     lines = heard.of("train")
     assert len(lines) == 2

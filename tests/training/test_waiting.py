@@ -7,6 +7,7 @@ import math
 import pytest
 import timm.optim
 import torch
+from helpers.images import side
 from helpers.training import CPU, Heard, fit, largest_difference, random_batches, tiny_vit, values
 
 from compressvit.errors import UserError
@@ -14,7 +15,7 @@ from compressvit.files import load_checkpoint
 from compressvit.tasks.base import TASKS, task_of
 from compressvit.training import optimisation as opt
 from compressvit.training.batch import to_device
-from compressvit.training.loop import Phase, Teacher, Trainer
+from compressvit.training.loop import Phase, Trainer
 from compressvit.training.pairs import match_layers
 from compressvit.training.phases.distill import Distill
 from compressvit.training.phases.finetune import Finetune
@@ -38,8 +39,8 @@ def trainer_on_meta(spec, tmp_path, told):
     assert len(terms) == 5
     phase, batches = Phase("phase", 1, 0, tmp_path / "phase.pt"), with_unlabelled(random_batches(5, 6))
     trainer = Trainer(
-        *(student, spec, phase, terms, batches, 6, CPU, Heard(), lambda model: {}, task_of(student), Teacher(teacher)),
-        *(None, None, (), lambda model, epoch, last: None),
+        *(side(student), spec, phase, terms, batches, 6, CPU, Heard(), lambda model: {}, task_of(student)),
+        *(side(teacher), None, None, (), lambda model, epoch, last: None),
     )
     trainer.device, trainer.finite = META, trainer.finite.to(META)  # autocast knows no meta device
     trainer.stop, trainer.advance = StopRequest(), lambda *text: told.append(text)

@@ -71,6 +71,14 @@ class PhaseSpec(Training):
     # Options that `compare` names in the label of a student, besides the phase's word; None: the phase is not part of the label.
     label_fields: ClassVar[tuple[str, ...] | None] = None
 
+    @property
+    def removal_scope(self) -> str | None:
+        """Among which neurons a phase that removes some compares, e.g. 'global' or 'local'; None: it removes none.
+
+        One that does logs a `compressvit.rows.WidthsRow` after every removal, and its report has `widths`.
+        """
+        return None
+
     def refuse(self, setting: Setting) -> None:
         """Report faults that would otherwise appear only when the phase begins, possibly after hours.
 

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from helpers.images import side
 from helpers.training import CPU, Heard, largest_difference, random_batches, tiny_vit, values
 
 from compressvit.errors import UserError
@@ -43,7 +44,7 @@ class Trainer:
         self.trained.append((phase, dict(prunable_plan(model).widths), copy.deepcopy(moments)))
         terms = [labels_term(1.0, 0.0)]
         told = {"batch_size": 6, "device": CPU, "log": self.heard, "evaluate": self.judge}
-        return train(model, self.spec, phase, terms, self.batches, start=self.start, moments=moments, **told)
+        return train(side(model), self.spec, phase, terms, self.batches, start=self.start, moments=moments, **told)
 
     def run(self):
         phase = Phase(PHASE, 2, 0, self.folder / f"{PHASE}.pt")

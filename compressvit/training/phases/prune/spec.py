@@ -36,6 +36,10 @@ class Prune(PruneOptions):
     With `keep: best` a cycle hands on the weights of its best evaluation, and the optimiser's moments of its last step.
     """
 
+    @property
+    def removal_scope(self) -> str:
+        return self.scope
+
     def plan(self, setting: Setting) -> PhasePlan:
         self.refuse(setting)
         task = setting.task or task_of(setting.student.model)
