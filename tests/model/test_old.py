@@ -140,7 +140,7 @@ def test_an_artifact_of_format_1_is_the_model_that_it_was(name, tmp_path):
     as_format_1(folder)
     before = json.loads((folder / "compressvit.json").read_text())
     assert before["format"] == 1
-    assert read_manifest(folder) == now
+    assert read_manifest(folder) == now.model_copy(update={"tensors": None, "checksum": None})
     loaded = load(folder)
     assert torch.equal(outputs(loaded, images), outputs(student, images))
     assert compression_of(loaded).plans == compression_of(student).plans
