@@ -3,7 +3,7 @@
 Paper: AdaptFormer: Adapting Vision Transformers for Scalable Visual Recognition, NeurIPS 2022, https://arxiv.org/abs/2205.13535
 
 `y = u + DP(MLP(LN2 u)) + s·(ReLU(v Dᵀ + b_D) Uᵀ + b_U)`, where v is `LN2 u` in the paper and u itself in its code. D Kaiming-uniform as
-in the code (Kaiming in the paper), the rest zero, so the model is unchanged at the start. In training, dropout after the ReLU, as in the
+in the code (normal in the paper), the rest zero, so the model is unchanged at the start. In training, dropout after the ReLU, as in the
 code. 2·M·h' + h' + M parameters a block. It cannot be merged: ReLU, and parallel to the MLP. The serial form of the paper's ablation is
 the same bottleneck after the MLP: `m = MLP(LN2 u)`, `y = u + DP(m + s·(ReLU(m Dᵀ + b_D) Uᵀ + b_U))`.
 In ConvNeXt, u is the block's input and `LN u` what the MLP reads.
@@ -116,14 +116,12 @@ class AdaptFormer(OnBlocks):
         "normed",
         description="Input of the parallel branch: the MLP's normalised input (the paper), or the residual stream (its code).",
     )
-
     dropout: float = Field(
         0.1,
         ge=0,
         lt=1,
         description="Dropout after the ReLU, in training; 0.1 in the released code, not mentioned in the paper.",
     )
-
     form: Form = Field(
         "parallel",
         description="parallel: beside the MLP, as in the paper; serial: after the MLP, before LayerScale and the residual (its ablation).",

@@ -148,9 +148,7 @@ class RepAdapterPlan(TermPlan):
 
     @property
     def extension(self) -> tuple[type, str]:
-        if (
-            self.position == "after"
-        ):  # a slot of its own, so that one step may act before a sublayer and another after it
+        if self.position == "after":  # another slot, so that one step can act before a sublayer and another after it
             return WithRepAdapterAfter, "repadapter_after"
         return super().extension
 
