@@ -25,7 +25,7 @@ from compressvit import __version__
 from compressvit.errors import UserError, option, switch
 from compressvit.files import disk_faults, write_text
 from compressvit.model.old import RESOLVED, current_recipe, stored_step
-from compressvit.runs.files import Environment, RecipePlan
+from compressvit.runs.files import DataPlan, Environment, RecipePlan
 
 if TYPE_CHECKING:
     from compressvit.charts.findings import Finding
@@ -114,6 +114,7 @@ class RunFolder:
             ) from error
         now = flat(yaml.safe_load(recipe.to_yaml()))
         changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+        changed = [key for key in changed if not self._changes_nothing(key, before, recipe)]
         if changed:
             lines = [f"  {key}: {_value(before, key)} in the run, {_value(now, key)} now" for key in changed]
             raise UserError(
@@ -122,6 +123,45 @@ class RunFolder:
                 + "\n"
                 f"Give the same recipe and overrides, or start a new run with another {option('output')}"
             )
+
+    def _changes_nothing(self, key: str, before: dict[str, Any], recipe: Recipe) -> bool:
+        """Whether a run ends with the same weights if this key has another value than before. That of `data.root` may: the images at the
+        new place are compared once they are found (`refuse_other_data`)."""
+        from compressvit.data.data_set import find_set  # here, as above
+
+        if key == "data.num_workers":
+            return not find_set(recipe.data.name).streams
+        if key == "data.root":
+            return _same_place(before.get(key), recipe.data.root) or self._fingerprint() is not None
+        return key == "data.download"
+
+    def _fingerprint(self) -> str | None:
+        """What identified the data of the run that began here, where that is known."""
+        try:
+            plan = RecipePlan.model_validate_json((self.path / "plan.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return plan.data.fingerprint if plan.data is not None else None
+
+    def refuse_other_data(self, recipe: Recipe, data: DataPlan) -> list[str]:
+        """Check that a run is resumed with the files that it began with, wherever they are now.
+
+        Returns:
+            A sentence, where it began with data at another place.
+
+        Raises:
+            UserError: there are other files, or other labels.
+        """
+        before = self._fingerprint()
+        if before is not None and data.fingerprint is not None and before != data.fingerprint:
+            raise UserError(
+                f"--resume: the data is not what {self.path} was started with: the names or labels of its files have changed, and "
+                f"there are {data.train:,} images to train on and {data.validation:,} held out now. Give data.root=FOLDER of the same "
+                "files, or start a new run with --output"
+            )
+        content = yaml.safe_load((self.path / RESOLVED).read_text(encoding="utf-8"))
+        root = flat(content).get("data.root")
+        return [] if root == recipe.data.root else [f"resumed with data.root={recipe.data.root}, before {root}"]
 
     @contextmanager
     def owned(self) -> Iterator[None]:
@@ -263,6 +303,11 @@ def flat(content: Any, prefix: str = "") -> dict[str, Any]:
     if isinstance(content, list) and content:
         return {k: v for i, value in enumerate(content) for k, v in flat(value, f"{prefix}.{i}").items()}
     return {prefix: content}
+
+
+def _same_place(one: str | None, other: str | None) -> bool:
+    """Whether two folders are the same, however they are written."""
+    return bool(one and other) and os.path.realpath(str(one)) == os.path.realpath(str(other))
 
 
 def _value(flat: dict[str, Any], key: str) -> str:
