@@ -6,6 +6,8 @@
 | the option `groups` of `lors` | `terms` |
 | the option `keep` of `sparsify`, a share | `density` |
 | a plan of `lors` in which no layer shares | a plan of `low_rank` |
+| `score: gradient` of `prune` in a resolved recipe, without `milestones` | `score: taylor` |
+| `adaptformer` and `fact` in a resolved recipe, without `dropout` | `dropout: 0.0` |
 | tensors `P.low_rank.down`, `P.low_rank.up`, `P.bias` where layer P is low rank alone | `P.down.weight`, `P.up.weight`, `P.up.bias` |
 
 Only files written by a run or by `save` are translated. In a recipe from a user, steps refuse an old word and name the new one.
@@ -31,18 +33,43 @@ def is_of_a_run(file: Path) -> bool:
     return file.name == RESOLVED or (file.name == "recipe.yaml" and (file.parent / RESOLVED).is_file())
 
 
-def current_recipe(content: Any) -> Any:
-    """A recipe of a run folder, as it is read from YAML, in the current words; content that is not a recipe is returned unchanged."""
+def lacks_what_is_new(file: Path) -> bool:
+    """Whether an option that a run's recipe lacks did not exist yet: it is resolved, or was given to an earlier version."""
+    return file.name == RESOLVED or _NEWEST not in (file.parent / RESOLVED).read_text(
+        encoding="utf-8", errors="replace"
+    )
+
+
+def current_recipe(content: Any, *, complete: bool = True) -> Any:
+    """A recipe of a run folder, as it is read from YAML, in the current words; content that is not a recipe is returned unchanged.
+
+    Args:
+        complete: an option that it lacks did not exist yet (`lacks_what_is_new`).
+    """
     if not isinstance(content, dict) or not isinstance(content.get("steps"), list):
         return content
-    return {**content, "steps": [_step(entry) for entry in content["steps"]]}
+    return {**content, "steps": [_step(entry, complete) for entry in content["steps"]]}
 
 
-def _step(entry: Any) -> Any:
+_NEWEST = "milestones"  # an option of every phase, so every resolved recipe of a later version has it
+# By step, options that were added since and the values that a run without them had.
+_ADDED: dict[str, Options] = {"adaptformer": {"dropout": 0.0}, "fact": {"dropout": 0.0}}
+
+
+def _step(entry: Any, complete: bool) -> Any:
     if not isinstance(entry, dict):
         return entry
     translate = {"lors": _lors, "sparsify": _sparsify}
-    return dict(translate[word](options) if word in translate else (word, options) for word, options in entry.items())
+    steps = {}
+    for word, options in entry.items():
+        if word in translate:
+            word, options = translate[word](options)
+        elif complete and isinstance(options, dict):
+            options = {**_ADDED.get(word, {}), **options}
+            if word == "prune" and options.get("score") == "gradient" and _NEWEST not in options:
+                options["score"] = "taylor"  # `gradient` is another score since
+        steps[word] = options
+    return steps
 
 
 def _sparsify(options: Any) -> tuple[str, Any]:

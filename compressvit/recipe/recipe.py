@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 
 from compressvit.data.spec import Data
 from compressvit.errors import UserError, did_you_mean, nearest
-from compressvit.model.old import current_recipe, is_of_a_run
+from compressvit.model.old import current_recipe, is_of_a_run, lacks_what_is_new
 from compressvit.model.weights import require_known
 from compressvit.recipe.parts import Part, parts_of
 from compressvit.recipe.shipped import find_recipe
@@ -191,8 +191,8 @@ def parse_recipe(text: str, name: str = "recipe", overrides: list[str] | None = 
             f"{name} holds a {type(parsed.content).__name__}, not a mapping; a recipe needs at least teacher, data and steps"
         )
     if is_of_a_run(Path(name)):
-        parsed.content = current_recipe(parsed.content)
-    _spell_out(parsed.content)  # so that overrides find a mapping where the recipe has only a word
+        parsed.content = current_recipe(parsed.content, complete=lacks_what_is_new(Path(name)))
+    _spell_out(parsed.content)  # so that an override finds a mapping after a bare word
     override(parsed, overrides or [])
     _spell_out(parsed.content)
     try:

@@ -105,7 +105,8 @@ def _stored_teacher(recipe: Recipe) -> Manifest | LocalDir | None:
         steps = ", ".join(step.transform for step in manifest.transforms)
         raise UserError(
             f"teacher.weights: {asked.weights} is the result of {steps} on a {manifest.architecture}, no model of timm's own. Give the "
-            "teacher of that run; or, if `compressvit merge` can make a plain model of it, RUN/merged"
+            "teacher of that run; or, if `compressvit merge` can make a plain model of it, RUN/merged. To go on training it, also on other "
+            "classes, repeat its transforms as steps, and then `load_weights`"
         )
     return manifest
 

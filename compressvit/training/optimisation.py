@@ -12,7 +12,7 @@ import numpy as np
 import timm.optim
 import torch
 from timm.layers import DropPath
-from timm.scheduler import CosineLRScheduler, StepLRScheduler
+from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler, StepLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
@@ -127,8 +127,12 @@ def build_schedule(optimizer: torch.optim.Optimizer, spec: Training, steps_per_e
     total = spec.epochs * steps_per_epoch
     if spec.schedule == "cosine":
         return CosineLRScheduler(optimizer, t_initial=total, lr_min=spec.min_lr, cycle_limit=1, **warmup)
+    if spec.milestones is not None:
+        # timm takes a milestone one step early, and would count from the end of the warm-up
+        steps = [round(epoch * steps_per_epoch) + 1 for epoch in spec.milestones]
+        return MultiStepLRScheduler(optimizer, decay_t=steps, decay_rate=spec.gamma, warmup_prefix=False, **warmup)
     decay = round(spec.decay_epochs * steps_per_epoch) if spec.schedule == "step" else total + 1
-    return StepLRScheduler(optimizer, decay_t=max(1, decay), decay_rate=0.1, **warmup)
+    return StepLRScheduler(optimizer, decay_t=max(1, decay), decay_rate=spec.gamma, **warmup)
 
 
 def build_mixing(spec: Training, task: Task, outputs: int) -> Mixing | None:

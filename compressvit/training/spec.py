@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from compressvit.spec import Spec
 
@@ -39,8 +40,14 @@ class Training(Spec):
     warmup_lr: float = Field(1e-6, ge=0, description="Learning rate at the first step of the warm-up.")
     min_lr: float = Field(0.0, ge=0, description="Learning rate at the end of a cosine schedule.")
     decay_epochs: float = Field(
-        30.0, gt=0, description="With `schedule: step`, divide the learning rate by 10 every this many epochs."
+        30.0, gt=0, description="With `schedule: step`, multiply the learning rate by `gamma` every this many epochs."
     )
+    milestones: tuple[float, ...] | None = Field(
+        None,
+        min_length=1,
+        description="With `schedule: step`, multiply it by `gamma` after these many epochs instead, e.g. [8, 11] of 12 epochs.",
+    )
+    gamma: float = Field(0.1, gt=0, lt=1, description="Factor of a step of the learning rate.")
     clip_grad: float | None = Field(
         5.0, gt=0, description="Maximum L2 norm of the whole gradient; null for no clipping."
     )
@@ -73,6 +80,21 @@ class Training(Spec):
         "is optimistic, because it was chosen on the evaluation set.",
     )
     log_every: int = Field(10, ge=1, description="Optimiser steps between two log lines.")
+
+    @model_validator(mode="after")
+    def _milestones_of_a_step_schedule(self) -> Training:
+        given = self.milestones
+        if given is None:
+            return self
+        if self.schedule != "step":
+            raise ValueError(
+                f"milestones are for schedule: step, and this is schedule: {self.schedule}; change one of them"
+            )
+        if any(a >= b for a, b in pairwise((0.0, *given))) or given[-1] >= self.epochs:
+            raise ValueError(
+                f"milestones={list(given)} must rise, after epoch 0 and before the {self.epochs} epochs end"
+            )
+        return self
 
     @property
     def needs_labels(self) -> bool:

@@ -28,10 +28,12 @@ from compressvit.transforms.bottleneck import (
     Bottleneck,
     BottleneckPlan,
     Place,
+    Start,
     adapter_widths,
     at_tokens,
     sublayer_width,
 )
+from compressvit.transforms.on_blocks import OnBlocks
 
 
 class WithAdapter(surgery.Mixin):
@@ -51,9 +53,11 @@ class AdaptersPlan(BottleneckPlan):
 
     prunable = True
     slot = "adapter"
+    starts = ("init",)
 
     bias: bool
     act: str
+    init: Start = "zero"
 
     def bottleneck(self, model: nn.Module, path: str, hidden: int) -> Bottleneck:
         """A new adapter for the sublayer at `path`."""
@@ -69,6 +73,11 @@ class AdaptersPlan(BottleneckPlan):
         surgery.extend(model, path, WithAdapter)
         self.put(model, path, self.bottleneck(model, path, self.widths[path]))
         return f"+ {self.transform} bottleneck of {self.widths[path]}"
+
+    @torch.no_grad()
+    def initialise(self, student: nn.Module, reference: Reference) -> None:
+        for bottleneck in self.bottlenecks(student).values():
+            bottleneck.reset(self.init)
 
     @property
     def least(self) -> int:
@@ -87,7 +96,7 @@ class AdaptersPlan(BottleneckPlan):
 
 
 @transform("adapters", AdaptersPlan)
-class Adapters(Transform):
+class Adapters(OnBlocks):
     """Bottleneck adapters after attention and MLP; the backbone is frozen. MiMi's `prune` starts from them."""
 
     freezes = True
@@ -100,10 +109,18 @@ class Adapters(Transform):
         None, gt=0, description="Neurons as a share of the block's width M (proportional); 1/8 if neither is given."
     )
     places: tuple[Place, ...] = Field(
-        ("attn", "mlp"), min_length=1, description="Sublayers that get an adapter, where a block has them."
+        ("attn", "mlp"),
+        min_length=1,
+        description="Sublayers that get an adapter, where a block has them. MiMi's released ViT counts the adapters of attention, but "
+        "never calls them; here both act.",
     )
     bias: bool = Field(False, description="Whether the projections have biases; the reference has none.")
     act: Activation = Field("gelu", description="timm's name of the activation between the projections.")
+    init: Start = Field(
+        "zero",
+        description="zero: the upper projection is zero, so the model is unchanged at the start (the lower one is uniform within ±1/√M). "
+        "noise: both projections normal with std 0.02, as in MiMi's released code, which changes the model.",
+    )
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Adapters:
@@ -113,9 +130,13 @@ class Adapters(Transform):
 
     @classmethod
     def examples(cls) -> Sequence[Transform]:
-        return (Adapters(ratio=0.25), Adapters(width=3, places=("mlp",), bias=True, act="relu"))
+        return (
+            Adapters(ratio=0.25),
+            Adapters(width=3, places=("mlp",), bias=True, act="relu"),
+            Adapters(width=4, blocks=(0, "2-3")),
+        )
 
     def plan(self, model: nn.Module, reference: Reference | None = None) -> AdaptersPlan:
         ratio = 1 / 8 if self.ratio is None else self.ratio
-        widths = adapter_widths(model, "adapters", self.places, self.width, ratio)
-        return AdaptersPlan(widths=widths, bias=self.bias, act=self.act)
+        widths = adapter_widths(model, "adapters", self.chosen(model), self.places, self.width, ratio)
+        return AdaptersPlan(widths=widths, bias=self.bias, act=self.act, init=self.init)

@@ -17,12 +17,15 @@ from compressvit.errors import UserError
 from compressvit.fitting.moments import Reference
 from compressvit.model import surgery
 from compressvit.model.backbone import describe, model_name
+from compressvit.model.family import BlockInfo
 from compressvit.model.linear import ChannelsFirst, weight_shape
 from compressvit.transforms.base import Plan
 from compressvit.transforms.claims import Claim, slot
 
 Place = Literal["attn", "mlp"]
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu", "hard_swish", "leaky_relu", "elu", "tanh"]
+
+Start = Literal["zero", "noise"]
 
 # Parameters without a gradient in the first step of training.
 UP_STARTS_AT_ZERO = dict.fromkeys(("down.weight", "down.bias"), "the upper projection of an adapter starts at zero")
@@ -34,15 +37,19 @@ class Projection(Protocol):
     def reset(self, *, zero: bool) -> None:
         """Initialise the projection, with `zero` such that its output is zero."""
 
+    def reset_noise(self) -> None:
+        """Start from noise, as the reference does."""
+
 
 class Bottleneck(nn.Module):
-    """`s · up(act(down(x)))`, initially zero: (…, M) → (…, M).
+    """`s · up(dropout(act(down(x))))`, zero at the start unless it starts from noise: (…, M) → (…, M).
 
     Args:
         down, up: linear layers M → h and h → M.
         act: name of an activation in timm.
         scale: s; 'learnable' for a parameter that starts at 1.
         reads: for a branch beside the MLP, whether its input is the MLP's ('normed') or the residual stream.
+        dropout: of the hidden neurons, in training.
     """
 
     def __init__(
@@ -52,6 +59,7 @@ class Bottleneck(nn.Module):
         act: str = "gelu",
         scale: float | Literal["learnable"] = 1.0,
         reads: Literal["normed", "residual"] = "normed",
+        dropout: float = 0.0,
     ):
         from timm.layers import create_act_layer
 
@@ -63,6 +71,7 @@ class Bottleneck(nn.Module):
             nn.Parameter(torch.ones((), device=like.device, dtype=like.dtype)) if scale == "learnable" else scale
         )
         self.reads = reads
+        self.dropout = nn.Dropout(dropout)
 
     def dense(self) -> tuple[AdapterLinear, AdapterLinear]:
         """The down and up projections, for a bottleneck whose neurons or weights can be removed."""
@@ -70,11 +79,15 @@ class Bottleneck(nn.Module):
         assert isinstance(self.up, AdapterLinear)
         return self.down, self.up
 
-    def reset(self) -> None:
-        """Initialise so that the output is zero and the up projection has a gradient."""
+    def reset(self, start: Start = "zero") -> None:
+        """Start as zero, with a gradient for the upper projection, or with noise in both projections. A learnable s starts at 1."""
         down, up = cast(Projection, self.down), cast(Projection, self.up)
-        down.reset(zero=False)
-        up.reset(zero=True)
+        if start == "noise":
+            down.reset_noise()
+            up.reset_noise()
+        else:
+            down.reset(zero=False)
+            up.reset(zero=True)
 
     def allow_all(self) -> None:
         """Add masks of ones to both projections; their values are then loaded from a file."""
@@ -82,7 +95,7 @@ class Bottleneck(nn.Module):
             projection.allow_all()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.up(self.act(self.down(x))) * self.scale
+        return self.up(self.dropout(self.act(self.down(x)))) * self.scale
 
 
 class AdapterLinear(nn.Linear):
@@ -108,6 +121,12 @@ class AdapterLinear(nn.Linear):
             nn.init.zeros_(self.weight)
         else:
             nn.init.kaiming_uniform_(self.weight, a=5**0.5)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def reset_noise(self) -> None:
+        """Start as MiMi's code does: normal with a standard deviation of 0.02 (and a bias of zero)."""
+        nn.init.normal_(self.weight, std=0.02)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
@@ -174,9 +193,14 @@ def sublayer_width(model: nn.Module, path: str) -> tuple[torch.Tensor, int]:
 
 
 def adapter_widths(
-    model: nn.Module, asker: str, places: Sequence[Place], width: int | None, ratio: float | None
+    model: nn.Module,
+    asker: str,
+    blocks: Sequence[BlockInfo],
+    places: Sequence[Place],
+    width: int | None,
+    ratio: float | None,
 ) -> dict[str, int]:
-    """Neurons of the bottleneck at every sublayer: `width` everywhere, or `ratio` times the sublayer's M.
+    """Neurons of the bottleneck after every sublayer of these blocks: `width` everywhere, or `ratio` of each one's M.
 
     Raises:
         UserError: a block has none of these sublayers, or the ratio leaves no neuron.
@@ -188,7 +212,7 @@ def adapter_widths(
             f"{asker}.places asks for {', '.join(places)}, but the blocks of {model_name(model)} have {', '.join(backbone.parts)}"
         )
     widths: dict[str, int] = {}
-    for info in backbone.blocks:
+    for info in blocks:
         hidden = width if width is not None else int(info.width * (ratio or 0) + 1e-9)
         if hidden < 1:
             least = -(-10_000 // info.width) / 10_000  # rounded up, so that the ratio is still reached

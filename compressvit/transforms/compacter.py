@@ -19,6 +19,7 @@ class CompacterPlan(PHMPlan):
     """Resolved Compacter adapters."""
 
     rank = 1
+    rule_std = 1e-4  # as in the released code for a shared rule
 
     def apply(self, model: nn.Module) -> list[LedgerEntry]:
         ledger = super().apply(model)

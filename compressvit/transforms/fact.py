@@ -2,10 +2,12 @@
 
 Paper: FacT: Factor-Tuning for Lightweight Adaptation on Vision Transformer, AAAI 2023, https://arxiv.org/abs/2212.03145
 
-The projections of a block are cut into M×M slots: q, k, v, the output, and `hidden width / M` each for fc1 and fc2 (12 slots in total
-for a hidden width of 4M). `ΔW_j = s·V Σ_j U` with U (r, M) and V (M, r) shared by all blocks of one width. In the tensor-train form (TT)
-Σ_j is free; in the Tucker form (TK) `Σ_j = Σ_k p_jk C_k` with a shared C (r, r, r). V is initialised to zero. TK of rank 16 on ViT-B
-has 30,976 parameters. The update merges exactly.
+The projections of a block are cut into M×M slots: q, k, v, the output, and as many of fc1 and of fc2 as the hidden width holds M (12
+in all at 4M). `ΔW_j = s·V Σ_j U` with U (r, M) and V (M, r) shared by all blocks of one width; in the tensor-train form (TT) Σ_j is
+free, in the Tucker form (TK) `Σ_j = Σ_k p_jk C_k` with a shared C (r, r, r). V is zero at the start; in training, dropout before V.
+TK of rank 16 on ViT-B: 30,976. It merges exactly.
+
+The released code of TK scrambles the slots of fc1 and fc2 by a reshape; here slot j of a projection is its own piece j, as in the paper.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from compressvit.model import surgery, ties
 from compressvit.model.backbone import projection
 from compressvit.model.family import Need
 from compressvit.model.linear import weight_shape
-from compressvit.transforms.base import LedgerEntry, Transform, record, transform
+from compressvit.transforms.base import LedgerEntry, record, transform
+from compressvit.transforms.on_blocks import OnBlocks
 from compressvit.transforms.term import TermPlan, add_to_weight_, new_like, with_term
 
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
@@ -40,10 +43,20 @@ class FacTTerm(nn.Module):
         on_inputs: whether the inputs are cut instead of the outputs.
         scale: s.
         tucker: Σ_j = Σ_k p_jk C_k with a shared C (r, r, r) and a private p (slots, r) instead of a private Σ (slots, r, r).
+        dropout: of what V reads, in training.
     """
 
     def __init__(
-        self, width: int, rank: int, slots: int, on_inputs: bool, scale: float, tucker: bool, device=None, dtype=None
+        self,
+        width: int,
+        rank: int,
+        slots: int,
+        on_inputs: bool,
+        scale: float,
+        tucker: bool,
+        dropout: float = 0.0,
+        device=None,
+        dtype=None,
     ):
         super().__init__()
         new = {"device": device, "dtype": dtype}
@@ -54,16 +67,26 @@ class FacTTerm(nn.Module):
             self.mix = nn.Parameter(torch.empty(slots, rank, **new))
         else:
             self.sigma = nn.Parameter(torch.empty(slots, rank, rank, **new))
-        self.on_inputs, self.scale, self.tucker = on_inputs, scale, tucker
+        self.slots, self.on_inputs, self.scale, self.tucker = slots, on_inputs, scale, tucker
+        self.dropout = nn.Dropout(dropout)
 
     @torch.no_grad()
-    def reset(self) -> None:
-        """Initialise U Xavier, Σ (or C and p) uniform like a linear layer, and V to zero, so that ΔW is zero."""
-        nn.init.xavier_uniform_(self.u)
+    def reset(self, slots: int) -> None:
+        """Start as the paper's code does: U and Σ as linear layers, C and p Xavier-uniform, V zero, so that ΔW is zero.
+
+        Args:
+            slots: of all terms that share U and V. In the code p is one matrix (slots, r), and its spread depends on them.
+        """
+        rank, width = self.u.shape
+        nn.init.uniform_(self.u, -(width**-0.5), width**-0.5)
         nn.init.zeros_(self.v)
-        bound = self.u.shape[0] ** -0.5
-        for part in (self.core, self.mix) if self.tucker else (self.sigma,):
-            nn.init.uniform_(part, -bound, bound)
+        if self.tucker:
+            nn.init.xavier_uniform_(self.core)
+            bound = (6 / (slots + rank)) ** 0.5
+            nn.init.uniform_(self.mix, -bound, bound)
+        else:
+            inputs = rank * (len(self.sigma) if self.on_inputs else 1)
+            nn.init.uniform_(self.sigma, -(inputs**-0.5), inputs**-0.5)
 
     def _sigma(self) -> torch.Tensor:  # (slots, r, r)
         return torch.einsum("jk,ksr->jsr", self.mix, self.core) if self.tucker else self.sigma
@@ -76,8 +99,8 @@ class FacTTerm(nn.Module):
         sigma = self._sigma() * self.scale
         if self.on_inputs:
             inner = rearrange(x, "... (j i) -> ... j i", j=len(sigma)) @ self.u.T
-            return torch.einsum("...jr,jsr->...s", inner, sigma) @ self.v.T
-        inner = torch.einsum("...r,jsr->...js", x @ self.u.T, sigma)
+            return self.dropout(torch.einsum("...jr,jsr->...s", inner, sigma)) @ self.v.T
+        inner = self.dropout(torch.einsum("...r,jsr->...js", x @ self.u.T, sigma))
         return (inner @ self.v.T).flatten(-2)
 
 
@@ -102,6 +125,7 @@ class FacTPlan(TermPlan):
     form: Literal["tt", "tk"]
     rank: int
     scale: float
+    dropout: float = 0.0  # of artifacts that do not say
 
     @property
     def sites(self) -> Iterable[str]:
@@ -118,10 +142,18 @@ class FacTPlan(TermPlan):
         shape = weight_shape(module)
         width, longer = min(shape), max(shape)
         on_inputs, tucker = shape[1] > width, self.form == "tk"
-        options = (width, self.rank, longer // width, on_inputs, self.scale, tucker)
+        options = (width, self.rank, longer // width, on_inputs, self.scale, tucker, self.dropout)
         return FacTTerm(
             *options, **new_like(next(module.parameters()))
         ), f"+ FacT-{self.form.upper()} of rank {self.rank}"
+
+    @torch.no_grad()
+    def initialise(self, student: nn.Module, reference: Reference) -> None:
+        terms = self.terms(student)
+        for group in self.groups:
+            slots = sum(terms[path].slots for path in group)
+            for path in group:
+                terms[path].reset(slots)
 
     def fold_term(self, module: nn.Module, term: Any, path: str) -> None:
         """`weight += s·V Σ U`, slot by slot."""
@@ -129,7 +161,7 @@ class FacTPlan(TermPlan):
 
 
 @transform("fact", FacTPlan)
-class FacT(Transform):
+class FacT(OnBlocks):
     """Low-rank updates of all projections, with shared outer factors; the backbone is frozen (FacT)."""
 
     freezes = True
@@ -138,18 +170,27 @@ class FacT(Transform):
         ("fact.u", "fact.core", "fact.mix", "fact.sigma"), "V starts at zero"
     )
 
-    form: Literal["tt", "tk"] = Field("tk", description="tt: tensor train (a free Σ per slot); tk: Tucker.")
+    form: Literal["tt", "tk"] = Field(
+        "tk",
+        description="tt: tensor train (a free Σ per slot); tk: Tucker. In tk the released code mixes up the slots of fc1 and fc2 by a "
+        "reshape; here every slot has its own Σ, as in the paper.",
+    )
     rank: int = Field(16, ge=1, description="Rank r.")
     scale: float = Field(1.0, gt=0, description="Scale s; the paper chooses it per task from 0.01, 0.1, 1, 10, 100.")
+    dropout: float = Field(
+        0.1, ge=0, lt=1, description="Dropout of what V reads, in training; 0.1 in the released code."
+    )
 
     @classmethod
-    def examples(cls) -> Sequence[Transform]:
+    def examples(cls) -> Sequence[FacT]:
         return (FacT(rank=3), FacT(rank=2, form="tt", scale=0.5))
 
     def plan(self, model: nn.Module, reference: Reference | None = None) -> FacTPlan:
         groups = []
+        chosen = self.chosen(model)
         for stage in self.backbone(model).stages:
-            for info in stage:
+            adapted = [info for info in stage if info in chosen]
+            for info in adapted:
                 for name in LAYERS:
                     shape = weight_shape(projection(model, f"{info.path}.{name}", "fact"))
                     if min(shape) != info.width or max(shape) % info.width:
@@ -159,5 +200,7 @@ class FacT(Transform):
                         )
                     if self.rank > info.width:
                         raise UserError(f"fact.rank={self.rank} is more than the width {info.width} of {info.path}")
-            groups.append(tuple(f"{info.path}.{name}" for info in stage for name in LAYERS))
-        return FacTPlan(groups=tuple(groups), form=self.form, rank=self.rank, scale=self.scale)
+            if adapted:
+                groups.append(tuple(f"{info.path}.{name}" for info in adapted for name in LAYERS))
+        settings = self.model_dump(include={"form", "rank", "scale", "dropout"})
+        return FacTPlan(groups=tuple(groups), **settings)

@@ -1,4 +1,4 @@
-"""Load the weights of an earlier student of the same structure, e.g. to fine-tune it at another resolution.
+"""Take the values of an earlier student of the same structure, e.g. to fine-tune it at another resolution or on other classes.
 
 The step adds no structure. Position embeddings and Swin's relative position tables are resampled as in timm if the token grid or the
 window differs.
@@ -7,7 +7,7 @@ window differs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -17,6 +17,7 @@ from compressvit.errors import UserError
 from compressvit.files import expanded
 from compressvit.fitting.moments import Reference
 from compressvit.model import ties
+from compressvit.model.backbone import head_names
 from compressvit.model.stored import MANIFEST, is_artifact, read_tensors
 from compressvit.model.weights import resample_positions
 from compressvit.transforms.base import LedgerEntry, Plan, Transform, transform
@@ -29,6 +30,7 @@ class LoadWeightsPlan(Plan):
 
     loads_values: ClassVar[bool] = True
     artifact: str
+    head: Literal["loaded", "new"] = "loaded"
 
     def apply(self, model: nn.Module) -> list[LedgerEntry]:
         return []
@@ -48,8 +50,16 @@ class LoadWeightsPlan(Plan):
             )
         tensors = resample_positions(read_tensors(folder), student)
         own = ties.unique_state(student)
+        heads = head_names(student)
+        if self.head == "new":
+            tensors, own = ({n: t for n, t in state.items() if n not in heads} for state in (tensors, own))
         wrong = [n for n in own if n not in tensors or tensors[n].shape != own[n].shape]
         wrong += [n for n in tensors if n not in own]
+        if wrong and heads and heads.issuperset(wrong):
+            raise UserError(
+                f"load_weights: the classifier of {self.artifact} is of another size than this student's; to train a new one for "
+                "other classes, give load_weights.head=new and student.head=new"
+            )
         if wrong:
             raise UserError(
                 f"load_weights: {self.artifact} does not have the structure of this student; {len(wrong)} tensors differ, "
@@ -81,13 +91,24 @@ class LoadWeights(Transform):
     changes_at_start = True
 
     artifact: str = Field(description="Folder of the artifact, e.g. runs/mini_swin_b/student.")
+    head: Literal["loaded", "new"] = Field(
+        "loaded",
+        description="loaded: the artifact's classifier, too; new: the student keeps its own, to be trained on other classes (with "
+        "`student: {head: new}` a fresh one of their number).",
+    )
 
     @classmethod
     def examples(cls) -> Sequence[Transform]:
         return (LoadWeights(artifact="an artifact that fits"),)
 
     def plan(self, model: nn.Module, reference: Reference | None = None) -> LoadWeightsPlan:
-        return LoadWeightsPlan(artifact=self.artifact)
+        return LoadWeightsPlan(artifact=self.artifact, head=self.head)
+
+    @property
+    def provisional(self) -> tuple[str, ...]:
+        if self.head == "loaded":
+            return ()
+        return (f"the classifier of {self.artifact} is left out; the student keeps its own, which later phases train",)
 
     def require_inputs(self) -> None:
         if not is_artifact(expanded(self.artifact, "load_weights.artifact")):

@@ -21,6 +21,7 @@ from compressvit.model import surgery
 from compressvit.model.backbone import describe, model_name, projection
 from compressvit.model.linear import weight_shape
 from compressvit.transforms.base import Transform, transform
+from compressvit.transforms.on_blocks import OnBlocks
 from compressvit.transforms.term import TermPlan, add_to_weight_, new_like, with_term
 
 Target = Literal["q", "k", "v", "proj", "fc1", "fc2"]
@@ -118,7 +119,7 @@ class LoRAPlan(TermPlan):
 
 
 @transform("lora", LoRAPlan)
-class LoRA(Transform):
+class LoRA(OnBlocks):
     """Low-rank terms on projections; the backbone is frozen (LoRA)."""
 
     freezes = True
@@ -143,7 +144,7 @@ class LoRA(Transform):
                 f"lora.targets: {', '.join(self.targets)} are projections of attention, which the blocks of {model_name(model)} do not "
                 "have; they have fc1, fc2"
             )
-        for info in backbone.blocks:
+        for info in self.chosen(model):
             for target, place in sites.items():
                 path = f"{info.path}.{place}"
                 layer = projection(model, path, "lora.targets")

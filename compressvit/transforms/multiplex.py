@@ -107,12 +107,10 @@ class TokenConv(nn.Module):
             nn.init.zeros_(parameter)
 
     @torch.no_grad()
-    def reset_noise(self, std: float = 0.02) -> None:
-        """Initialise from a truncated normal distribution, as in the paper's code."""
+    def reset_noise(self) -> None:
+        """Start as PyTorch starts a convolution, as the paper's code does: weight and bias uniform within ±1/K."""
         self.norm.reset_parameters()
-        assert self.conv.bias is not None
-        nn.init.trunc_normal_(self.conv.weight, std=std)
-        nn.init.zeros_(self.conv.bias)
+        self.conv.reset_parameters()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # same shape in and out
         normed = self.norm(x)
@@ -279,7 +277,10 @@ class Multiplex(Transform):
     form: Literal["identity", "reference"] = Field(
         "identity",
         description="identity: transforms start as the identity, x + conv(LN x), so a pretrained function is preserved. "
-        "reference: as in the paper's code, LN x + conv(LN x), with transforms initialised at random (std 0.02).",
+        "reference: as in the paper's code, LN x + conv(LN x), with transforms initialised at random (mixings: truncated normal of std "
+        "0.02, their biases 0; convolution: uniform within ±1/mlp_conv, weight and bias). In Swin "
+        "the paper's code also applies the mask of shifted windows in repeats that are not shifted; here each block has its own shift and "
+        "mask, so its released checkpoints would compute something else.",
     )
     init: Literal["mean", "first", "scratch"] = Field(
         "mean",

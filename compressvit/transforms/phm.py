@@ -3,9 +3,10 @@
 Paper: Beyond Fully-Connected Layers with Quaternions: Parameterization of Hypercomplex Multiplications with 1/n Parameters,
 ICLR 2021, https://arxiv.org/abs/2102.08597; as a baseline of MiMi, https://arxiv.org/abs/2311.03873
 
-`H = Σ_{k≤n} A_k ⊗ W_k`, A (n, n, n), W (n, out/n, in/n), with biases: 2·n³ + 2·M·h'/n + h' + M parameters per adapter. W of
-the up projection is initialised to zero, so the model starts unchanged. Merging evaluates the Kronecker products: the result are `adapters`
-with biases, which compute the same with fewer operations and more parameters.
+`H = Σ_{k≤n} A_k ⊗ W_k`, A (n, n, n), W (n, out/n, in/n), with biases: 2·n³ + 2·M·h'/n + h' + M parameters an adapter. A starts normal
+with a standard deviation of 0.01 and W Glorot-uniform with a gain of √2, but W of the upper projection is zero, so the model is
+unchanged (`init: noise` for the released code's start). Merging multiplies the products out: what is left are `adapters`
+with biases, which compute the same in fewer operations and more parameters.
 """
 
 from __future__ import annotations
@@ -28,9 +29,11 @@ from compressvit.transforms.bottleneck import (
     AdapterLinear,
     Bottleneck,
     Place,
+    Start,
     adapter_widths,
     sublayer_width,
 )
+from compressvit.transforms.on_blocks import OnBlocks
 
 
 class PHMLinear(nn.Module):
@@ -40,9 +43,19 @@ class PHMLinear(nn.Module):
         in_features, out_features: both divisible by n.
         n: number of Kronecker products; `rule` is (n, n, n), W is (n, out/n, in/n).
         rank: None for full W_k; 1 for `W_k = left_k right_kᵀ` (Compacter).
+        rule_std: standard deviation of `rule` at the start.
     """
 
-    def __init__(self, in_features: int, out_features: int, n: int, rank: int | None = None, device=None, dtype=None):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        n: int,
+        rank: int | None = None,
+        rule_std: float = 0.01,
+        device=None,
+        dtype=None,
+    ):
         super().__init__()
         new = {"device": device, "dtype": dtype}
         self.rule = nn.Parameter(torch.empty(n, n, n, **new))
@@ -51,20 +64,24 @@ class PHMLinear(nn.Module):
         else:
             self.left = nn.Parameter(torch.empty(n, out_features // n, rank, **new))
             self.right = nn.Parameter(torch.empty(n, rank, in_features // n, **new))
-        self.rank = rank
+        self.rank, self.rule_std = rank, rule_std
         self.bias = nn.Parameter(torch.empty(out_features, **new))
 
     @torch.no_grad()
     def reset(self, *, zero: bool) -> None:
-        """Initialise `rule` normal (std 0.01, as in Compacter's code) and the factors Glorot; with `zero`, the last factor is zero."""
-        nn.init.normal_(self.rule, std=0.01)
+        """`rule` normal, factors Glorot-uniform with a gain of √2, as in Compacter's code; with `zero` the last factor is zero instead."""
+        nn.init.normal_(self.rule, std=self.rule_std)
         first, last = (self.weight, self.weight) if self.rank is None else (self.right, self.left)
         for k in range(self.rule.shape[0]):
-            nn.init.xavier_uniform_(first[k])
-            nn.init.xavier_uniform_(last[k])
+            nn.init.xavier_uniform_(first[k], gain=2**0.5)
+            nn.init.xavier_uniform_(last[k], gain=2**0.5)
         if zero:
             nn.init.zeros_(last)
         nn.init.zeros_(self.bias)
+
+    def reset_noise(self) -> None:
+        """Start as Compacter's code does: no factor is zero."""
+        self.reset(zero=False)
 
     def dense(self) -> torch.Tensor:
         """H, of shape (out, in)."""
@@ -90,13 +107,15 @@ class PHMPlan(AdaptersPlan):
 
     prunable = False  # a neuron has no row of its own in a Kronecker product
     foldable = True
-    rank: ClassVar[int | None] = None  # rank of W_k; None: full
+    rank: ClassVar[int | None] = None  # of W_k: full
+    rule_std: ClassVar[float] = 0.01
 
     n: int
 
     def bottleneck(self, model: nn.Module, path: str, hidden: int) -> Bottleneck:
         like, width = sublayer_width(model, path)
-        options: dict[str, Any] = {"rank": self.rank, "device": like.device, "dtype": like.dtype}
+        options: dict[str, Any] = {"rank": self.rank, "rule_std": self.rule_std}
+        options |= {"device": like.device, "dtype": like.dtype}
         return Bottleneck(
             PHMLinear(width, hidden, self.n, **options), PHMLinear(hidden, width, self.n, **options), self.act
         )
@@ -123,7 +142,7 @@ def require_divisible(asker: str, n: int, widths: dict[str, int], model: nn.Modu
 
 
 @transform("phm", PHMPlan)
-class PHM(Transform):
+class PHM(OnBlocks):
     """Adapters whose projections are sums of Kronecker products (PHM)."""
 
     freezes = True
@@ -144,13 +163,18 @@ class PHM(Transform):
         ("attn", "mlp"), min_length=1, description="Sublayers that get an adapter, where a block has them."
     )
     act: Activation = Field("gelu", description="timm's name of the activation between the projections.")
+    init: Start = Field(
+        "zero",
+        description="zero: the last factor of the upper projection is zero, so the model is unchanged at the start. noise: both "
+        "projections as in Compacter's released code, every factor Glorot-uniform with a gain of √2, which changes the model.",
+    )
 
     @classmethod
     def examples(cls) -> Sequence[Transform]:
         return (cls(n=2, ratio=0.25),)
 
     def plan(self, model: nn.Module, reference: Reference | None = None) -> PHMPlan:
-        widths = adapter_widths(model, self.name, self.places, None, self.ratio)
+        widths = adapter_widths(model, self.name, self.chosen(model), self.places, None, self.ratio)
         require_divisible(self.name, self.n, widths, model)
-        plan_class: Any = self.plan_class  # Compacter's reset differs
-        return plan_class(widths=widths, bias=True, act=self.act, n=self.n)
+        plan_class: Any = self.plan_class  # Compacter's is another
+        return plan_class(widths=widths, bias=True, act=self.act, n=self.n, init=self.init)

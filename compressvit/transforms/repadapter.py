@@ -1,11 +1,13 @@
-"""RepAdapter: linear adapters before the projections of a frozen backbone, which can be merged into them at no inference cost.
+"""RepAdapter: linear adapters before or after the sublayers of a frozen backbone, which merge into them: no cost at inference.
 
 Paper: Towards Efficient Visual Adaption via Structural Re-parameterization, https://arxiv.org/abs/2302.08106
 
-`φ(x) = x + s·(B(A x + a) + b)` on the input of attention and MLP (`place: block`) or of attention alone, with A (h', M), B in g groups,
-no activation, and dropout between A and B in training. A is initialised Xavier-uniform and the rest to zero, so φ starts as the identity.
-M·h' + h' + M·h'/g + M parameters each. In ConvNeXt φ is between the norm and the MLP, because merging it into the depth-wise convolution
-would make that convolution dense.
+`φ(x) = x + s·(B(A x + a) + b)` on what enters attention and MLP (`place: block`) or attention alone; A (h', M), B in g groups, no
+activation, dropout between the two in training. A Xavier, the rest zero: the identity at the start. M·h' + h' + M·h'/g + M
+parameters each. In ConvNeXt φ sits between the norm and the MLP: before the depth-wise convolution it would make that one dense.
+
+The paper's figure 4 compares placements: `place` says of which sublayers, `position` whether φ acts on what enters them or on what leaves
+them (before LayerScale and the residual), and `act` gives φ an activation, with which it does not merge.
 """
 
 from __future__ import annotations
@@ -21,18 +23,25 @@ from torch import nn
 from compressvit.errors import UserError
 from compressvit.fitting.moments import Reference
 from compressvit.model import surgery
-from compressvit.model.affine import merge_before_
+from compressvit.model.affine import merge_after_, merge_before_
 from compressvit.model.backbone import describe, model_name, projection
 from compressvit.model.linear import weight_shape
 from compressvit.transforms.base import Transform, transform
-from compressvit.transforms.bottleneck import at_tokens
+from compressvit.transforms.bottleneck import Activation, at_tokens
+from compressvit.transforms.on_blocks import OnBlocks
 from compressvit.transforms.term import TermPlan, new_like
 
-FIRST_LAYER = {"attn": "qkv", "mlp": "fc1"}  # the projection of each sublayer that φ is merged into
+Position = Literal["before", "after"]
+
+# Of a sublayer: what φ merges into.
+LAYER: dict[Position, dict[str, str]] = {
+    "before": {"attn": "qkv", "mlp": "fc1"},
+    "after": {"attn": "proj", "mlp": "fc2"},
+}
 
 
 class RepBottleneck(nn.Module):
-    """`s · (B(A x + a) + b)` without an activation, initially zero: A dense (h, M), B in g groups (M, h/g).
+    """`s · (B act(A x + a) + b)`, zero at the start: A dense (h, M), B in g groups, (M, h/g).
 
     Hidden slice k feeds output slice k (RepAdapter, eq. 5).
 
@@ -42,17 +51,29 @@ class RepBottleneck(nn.Module):
         groups: g.
         scale: s.
         dropout: between A and B, in training.
+        act: timm's name of an activation between A and B; None for none, as in the paper.
     """
 
     def __init__(
-        self, width: int, hidden: int, groups: int, scale: float, dropout: float = 0.1, device=None, dtype=None
+        self,
+        width: int,
+        hidden: int,
+        groups: int,
+        scale: float,
+        dropout: float = 0.1,
+        act: str | None = None,
+        device=None,
+        dtype=None,
     ):
+        from timm.layers import create_act_layer
+
         super().__init__()
         self.down = nn.Linear(width, hidden, device=device, dtype=dtype)
         self.up_weight = nn.Parameter(
             torch.empty(groups, width // groups, hidden // groups, device=device, dtype=dtype)
         )
         self.up_bias = nn.Parameter(torch.empty(width, device=device, dtype=dtype))
+        self.act = nn.Identity() if act is None else create_act_layer(act)
         self.dropout = nn.Dropout(dropout)
         self.scale = scale
 
@@ -64,13 +85,13 @@ class RepBottleneck(nn.Module):
             nn.init.zeros_(zero)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        hidden = rearrange(self.dropout(self.down(x)), "... (g k) -> ... g k", g=self.up_weight.shape[0])
+        hidden = rearrange(self.dropout(self.act(self.down(x))), "... (g k) -> ... g k", g=self.up_weight.shape[0])
         out = torch.einsum("...gk,gok->...go", hidden, self.up_weight)
         return self.scale * (rearrange(out, "... g o -> ... (g o)") + self.up_bias)
 
     @torch.no_grad()
     def as_affine(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """R (M, M) and c (M,) in float64, so that `x + self(x) = R x + c` in eval mode."""
+        """R (M, M) and c (M,) in float64, so that `x + self(x) = R x + c` in eval mode, without an activation."""
         down, bias = self.down.weight.double(), self.down.bias.double()
         up = torch.block_diag(*self.up_weight.double())
         identity = torch.eye(down.shape[1], dtype=torch.float64, device=down.device)
@@ -93,6 +114,18 @@ class WithRepAdapter(surgery.Mixin):
         return super().forward(x, *args, **kwargs)
 
 
+class WithRepAdapterAfter(surgery.Mixin):
+    """Of a sublayer: `φ(y) = y + repadapter_after(y)` on what leaves it, so that its last projection can take φ in."""
+
+    slots = ("repadapter_after",)
+
+    repadapter_after: nn.Module | None
+
+    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        y = super().forward(x, *args, **kwargs)
+        return y if self.repadapter_after is None else y + at_tokens(self.repadapter_after, y, self)
+
+
 class RepAdapterPlan(TermPlan):
     """A resolved `RepAdapter`: the sublayers that have one."""
 
@@ -105,32 +138,56 @@ class RepAdapterPlan(TermPlan):
     groups: int
     scale: float
     dropout: float
+    position: Position = "before"
+    act: str | None = None
+
+    @property
+    def foldable(self) -> bool:  # type: ignore[override]  # of this plan, not of all
+        """Without an activation."""
+        return self.act is None
+
+    @property
+    def extension(self) -> tuple[type, str]:
+        if self.position == "after":  # another slot, so that one step can act before a sublayer and another after it
+            return WithRepAdapterAfter, "repadapter_after"
+        return super().extension
 
     @property
     def sites(self) -> Iterable[str]:
         return self.paths
 
     def term(self, module: nn.Module, path: str) -> tuple[nn.Module, str]:
-        layer = module.get_submodule(_first(path))
-        options = (self.width, self.groups, self.scale, self.dropout)
-        text = f"+ linear bottleneck of {self.width} in {self.groups} groups, scale {self.scale:g}"
-        return RepBottleneck(weight_shape(layer)[1], *options, **new_like(next(layer.parameters()))), text
+        layer = module.get_submodule(_layer(path, self.position))
+        width = weight_shape(layer)[1 if self.position == "before" else 0]
+        options = (self.width, self.groups, self.scale, self.dropout, self.act)
+        kind = "linear" if self.act is None else self.act
+        text = f"+ {kind} bottleneck of {self.width} in {self.groups} groups, scale {self.scale:g}"
+        return RepBottleneck(width, *options, **new_like(next(layer.parameters()))), text
 
     def folds_into(self, path: str) -> list[str]:
-        return [f"{path}.{_first(path)}.weight"]
+        return [f"{path}.{_layer(path, self.position)}.weight"]
 
     def fold_term(self, module: nn.Module, term: Any, path: str) -> None:
-        """Merge into the following projection: `W' = W R`, `b' = b + W c` with `φ(x) = R x + c`."""
-        merge_before_(module.get_submodule(_first(path)), *term.as_affine())
+        """Into the projection after it, `W' = W R`, `b' = b + W c` with `φ(x) = R x + c`, or before it, `W' = R W`, `b' = R b + c`."""
+        merge = merge_before_ if self.position == "before" else merge_after_
+        merge(module.get_submodule(_layer(path, self.position)), *term.as_affine())
+
+    def fold(self, model: nn.Module) -> None:
+        if self.act is not None:
+            raise UserError(
+                f"repadapter cannot be folded: with act: {self.act} it is not linear, so no projection can take it in. Leave act out, "
+                "or ship the artifact as it is"
+            )
+        super().fold(model)
 
 
-def _first(path: str) -> str:
-    return FIRST_LAYER[path.rpartition(".")[2]]
+def _layer(path: str, position: Position) -> str:
+    return LAYER[position][path.rpartition(".")[2]]
 
 
 @transform("repadapter", RepAdapterPlan)
-class RepAdapter(Transform):
-    """Linear adapters before attention and MLP, merged into the projections for inference (RepAdapter)."""
+class RepAdapter(OnBlocks):
+    """Linear adapters before or after attention and MLP, merged into the projections for inference (RepAdapter)."""
 
     freezes = True
     blind_at_start: ClassVar[dict[str, str]] = dict.fromkeys(
@@ -140,29 +197,44 @@ class RepAdapter(Transform):
     width: int = Field(8, ge=1, description="Hidden neurons h'.")
     groups: int = Field(2, ge=1, description="Groups g of the second projection; must divide h' and M.")
     scale: float = Field(1.0, gt=0, description="Scale s; the paper chooses it per task from 0.1, 0.5, 1, 5, 10.")
-    place: Literal["block", "attention"] = Field(
-        "block", description="block: before attention and MLP; attention: before attention only."
+    place: Literal["block", "attention", "mlp"] = Field(
+        "block", description="Sublayers that are adapted. block: attention and MLP; attention, mlp: one of them."
+    )
+    position: Position = Field(
+        "before",
+        description="before: on what enters the sublayers, as in the paper; after: on what leaves them (its figure 4). Two "
+        "steps may do both.",
+    )
+    act: Activation | None = Field(
+        None,
+        description="timm's name of an activation between the projections; null for none, as in the paper. With one it does not merge.",
     )
     dropout: float = Field(0.1, ge=0, lt=1, description="Dropout between the projections in training.")
 
     @classmethod
     def examples(cls) -> Sequence[Transform]:
-        return (RepAdapter(width=4, scale=0.5),)
+        return (
+            RepAdapter(width=4, scale=0.5),
+            RepAdapter(width=4, groups=4, position="after", blocks=("1-3",)),
+            RepAdapter(width=4, groups=1, place="mlp", act="gelu"),
+        )
 
     def plan(self, model: nn.Module, reference: Reference | None = None) -> RepAdapterPlan:
-        backbone = describe(model)
-        parts = backbone.parts if self.place == "block" else tuple(p for p in backbone.parts if p == "attn")
+        backbone, chosen = describe(model), self.chosen(model)
+        wanted = {"block": ("attn", "mlp"), "attention": ("attn",), "mlp": ("mlp",)}[self.place]
+        parts = tuple(part for part in backbone.parts if part in wanted)
         if not parts:
             raise UserError(
                 f"repadapter.place=attention, but the blocks of {model_name(model)} have no attention; use place=block"
             )
-        for what, size in [("width", self.width), *((info.path, info.width) for info in backbone.blocks)]:
+        for what, size in [("width", self.width), *((info.path, info.width) for info in chosen)]:
             if size % self.groups:
                 raise UserError(
                     f"repadapter.groups={self.groups} does not divide the {size} of {what}; it can be one of "
                     f"{[g for g in range(1, self.width + 1) if self.width % g == 0 and size % g == 0]}"
                 )
-        paths = tuple(f"{info.path}.{part}" for info in backbone.blocks for part in parts)
+        paths = tuple(f"{info.path}.{part}" for info in chosen for part in parts)
         for path in paths:
-            projection(model, f"{path}.{_first(path)}", f"repadapter.place={self.place}")
-        return RepAdapterPlan(paths=paths, width=self.width, groups=self.groups, scale=self.scale, dropout=self.dropout)
+            projection(model, f"{path}.{_layer(path, self.position)}", f"repadapter.place={self.place}")
+        settings = self.model_dump(include={"width", "groups", "scale", "dropout", "position", "act"})
+        return RepAdapterPlan(paths=paths, **settings)

@@ -2,9 +2,11 @@
 
 Paper: Scaling & Shifting Your Features: A New Baseline for Efficient Model Tuning, NeurIPS 2022, https://arxiv.org/abs/2210.08823
 
-`y = γ ⊙ z + β` after every linear layer, convolution and norm that has a bias (into which β can be merged; Swin's reductions have none),
-except the classifier. The paper's code draws γ around 1 and β around 0 with a standard deviation of 0.02; by default they are exactly 1
-and 0. It merges exactly.
+`y = γ ⊙ z + β` after every linear layer, convolution and norm that has a bias (β needs it to merge into; Swin's reductions have
+none), the classifier left out; with `blocks` or `stages`, inside those blocks alone. γ around 1 and β around 0 with a deviation of 0.02
+in the paper's code; exactly there by default. It merges exactly.
+
+Swin's merging norms have one, too. The released code leaves them out, which is 5,376 parameters fewer in Swin-T.
 """
 
 from __future__ import annotations
@@ -18,9 +20,10 @@ from torch import nn
 
 from compressvit.fitting.moments import Reference
 from compressvit.model import surgery
-from compressvit.model.backbone import describe, head_names
-from compressvit.transforms.base import Transform, transform
+from compressvit.model.backbone import head_names
+from compressvit.transforms.base import transform
 from compressvit.transforms.low_rank.layer import Factored
+from compressvit.transforms.on_blocks import OnBlocks
 from compressvit.transforms.term import TermPlan, new_like
 
 
@@ -99,7 +102,7 @@ class SSFPlan(TermPlan):
 
 
 @transform("ssf", SSFPlan)
-class SSF(Transform):
+class SSF(OnBlocks):
     """A scale and shift after every linear layer, convolution and norm; the backbone is frozen (SSF)."""
 
     freezes = True
@@ -111,7 +114,8 @@ class SSF(Transform):
     )
 
     def plan(self, model: nn.Module, reference: Reference | None = None) -> SSFPlan:
-        describe(model)
+        inside = tuple(f"{info.path}." for info in self.chosen(model))
+        everywhere = self.blocks is None and self.stages is None  # then also outside the blocks
         heads = head_names(model)
         of_steps = surgery.added_modules(model)  # layers added by earlier steps
         layers = tuple(
@@ -121,5 +125,6 @@ class SSF(Transform):
             and getattr(layer, "bias", None) is not None
             and f"{path}.bias" not in heads
             and path not in of_steps
+            and (everywhere or path.startswith(inside))
         )
         return SSFPlan(layers=layers, std=self.std)

@@ -50,6 +50,11 @@ class TermPlan(Plan):
     slot: ClassVar[str]  # the slot of the mixin
 
     @property
+    def extension(self) -> tuple[type, str]:
+        """The mixin, and the slot of it that is filled."""
+        return self.mixin, self.slot
+
+    @property
     def sites(self) -> Iterable[str]:
         """Paths of the modules that get a term."""
         raise TypeError(f"{type(self).__name__} does not define sites")
@@ -67,7 +72,7 @@ class TermPlan(Plan):
         return [f"{path}.weight"]
 
     def claims(self, model: nn.Module) -> list[Claim]:
-        return [slot(path, self.slot) for path in self.sites]
+        return [slot(path, self.extension[1]) for path in self.sites]
 
     def apply(self, model: nn.Module) -> list[LedgerEntry]:
         return record(model, self.sites, lambda path: self.add(model, path))
@@ -75,13 +80,14 @@ class TermPlan(Plan):
     def add(self, model: nn.Module, path: str) -> str:
         """Add a term at a path; returns its ledger text."""
         term, text = self.term(model.get_submodule(path), path)
-        surgery.extend(model, path, self.mixin)
-        surgery.fill_slot(model, path, self.slot, term)
+        mixin, name = self.extension
+        surgery.extend(model, path, mixin)
+        surgery.fill_slot(model, path, name, term)
         return text
 
     def terms(self, model: nn.Module) -> dict[str, Any]:
         """The terms, by path of their module."""
-        return {path: getattr(model.get_submodule(path), self.slot) for path in self.sites}
+        return {path: getattr(model.get_submodule(path), self.extension[1]) for path in self.sites}
 
     @torch.no_grad()
     def initialise(self, student: nn.Module, reference: Reference) -> None:
@@ -90,7 +96,7 @@ class TermPlan(Plan):
 
     def trains(self, model: nn.Module) -> set[str]:
         return {
-            f"{path}.{self.slot}.{name}"
+            f"{path}.{self.extension[1]}.{name}"
             for path, term in self.terms(model).items()
             for name, _ in term.named_parameters()
         }
@@ -101,7 +107,7 @@ class TermPlan(Plan):
         refuse_tied(model, self.transform, [name for path in self.sites for name in self.folds_into(path)])
         for path, term in self.terms(model).items():
             self.fold_term(model.get_submodule(path), term, path)
-            surgery.retract(model, path, self.mixin)
+            surgery.retract(model, path, self.extension[0])
 
 
 def new_like(tensor: torch.Tensor) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from helpers.models import BACKBONES, build, images_for, outputs
 
 from compressvit.artifacts import artifact
 from compressvit.errors import UserError
+from compressvit.model.backbone import head_names
 from compressvit.testing.pairs import compose_or_refuse
 from compressvit.transforms import IRPE, TRANSFORMS, LoadWeights, Multiplex
 from compressvit.transforms.applying import compress, plan_transforms, transform_
@@ -77,6 +78,27 @@ def test_loaded_weights_must_have_the_structure(tmp_path):
     plain = artifact.save(build("vit"), tmp_path / "plain")
     with pytest.raises(UserError, match=r"was made by other transforms than this student: none there, multiplex here"):
         compress(teacher("vit"), [Multiplex(share=2), LoadWeights(artifact=str(plain))])
+
+
+@pytest.mark.parametrize("backbone", ["vit", "deit_distilled", "swin"])
+def test_loaded_weights_take_a_new_head(backbone, tmp_path):
+    share = Multiplex(share=2, mlp_conv=3)
+    first = compress(build(backbone, seed=9), [share])
+    student = str(artifact.save(first, tmp_path / "student"))
+    architecture, args = BACKBONES[backbone]
+    of_seven = timm.create_model(architecture, **{**args, "num_classes": 7}).eval()
+    with pytest.raises(
+        UserError, match=r"the classifier of .* is of another size .* load_weights.head=new and student.head=new"
+    ):
+        compress(of_seven, [share, LoadWeights(artifact=student)])
+    made = compress(of_seven, [share, LoadWeights(artifact=student, head="new")])
+    loaded, heads = first.state_dict(), head_names(made)
+    assert len(heads) == (4 if backbone == "deit_distilled" else 2)
+    for name, tensor in made.state_dict().items():
+        assert torch.equal(tensor, (of_seven.state_dict() if name in heads else loaded)[name]), name
+    images = images_for(made)
+    assert outputs(made, images).shape == (2, 7)
+    assert torch.equal(made.forward_features(images), first.forward_features(images))
 
 
 @pytest.mark.parametrize("backbone", ["vit", "swin"])

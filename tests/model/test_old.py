@@ -194,3 +194,38 @@ def test_a_checkpoint_takes_the_models_names():
     kept = {"model": dict(shared), "best": None}
     assert old.current_checkpoint(kept, shared.keys()) is kept
     assert old.current_checkpoint(None, shared.keys()) is None
+
+
+def test_a_resolved_recipe_without_dropout_had_none():
+    before = {
+        "steps": [{"adaptformer": {"width": 4}}, {"fact": {"rank": 2}}, {"repadapter": {"dropout": 0.1}}, "bitfit"]
+    }
+    steps = old.current_recipe(before)["steps"]
+    assert steps[0] == {"adaptformer": {"width": 4, "dropout": 0.0}}
+    assert steps[1] == {"fact": {"rank": 2, "dropout": 0.0}}
+    assert steps[2:] == before["steps"][2:]
+    assert old.current_recipe(before, complete=False) == before, "a recipe as it was given leaves defaults out"
+    new = {"steps": [{"adaptformer": {"width": 4, "dropout": 0.3}}]}
+    assert old.current_recipe(new) == new
+
+
+def test_a_gradient_score_of_an_old_run_was_taylors():
+    def score(**options: object) -> str:
+        recipe = {"steps": [{"prune": {"target": {"neurons": 0.5}, "score": "gradient", **options}}]}
+        return old.current_recipe(recipe)["steps"][0]["prune"]["score"]
+
+    assert score() == "taylor"
+    assert score(milestones=None) == "gradient", "a run of now, which has that word, too"
+    assert score(score="magnitude") == "magnitude"
+    folder = Path(__file__).parents[1] / "old_runs" / "adapted_pruned"
+    for file in (old.RESOLVED, "recipe.yaml"):
+        assert load_recipe(str(folder / file)).steps[1].spec.score == "taylor"
+
+
+def test_what_a_run_of_now_was_given_means_what_it_says(tmp_path):
+    recipe = {**RECIPE, "steps": [{"adapters": {}}, {"prune": {"target": {"neurons": 0.5}, "score": "gradient"}}]}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    given = load_recipe(str(tmp_path / "recipe.yaml"))
+    (tmp_path / old.RESOLVED).write_text(given.to_yaml())
+    for file in (old.RESOLVED, "recipe.yaml"):
+        assert load_recipe(str(tmp_path / file)).steps[1].spec.score == "gradient"

@@ -9,6 +9,7 @@ import pytest
 import timm.optim
 import torch
 from helpers.models import build
+from pydantic import ValidationError
 from timm.layers import DropPath
 from torch import nn
 
@@ -82,6 +83,35 @@ def test_steps_and_a_constant_rate():
     steps = rates(Finetune(epochs=6, lr=1.0, schedule="step", decay_epochs=2, warmup_epochs=0), 3)
     assert steps == pytest.approx([1.0] * 6 + [0.1] * 6 + [0.01] * 6)
     assert rates(Finetune(epochs=6, lr=1.0, schedule="constant", warmup_epochs=0), 3) == pytest.approx([1.0] * 18)
+
+
+def test_a_rate_falls_at_the_epochs_that_are_named():
+    spec = {"epochs": 12, "lr": 1.0, "schedule": "step", "milestones": (8, 11)}
+    assert rates(Finetune(**spec), 3) == pytest.approx([1.0] * 24 + [0.1] * 9 + [0.01] * 3)
+    warm = rates(Finetune(**spec, gamma=0.5, warmup_epochs=1, warmup_lr=0.1), 3)
+    assert warm == pytest.approx([0.1, 0.4, 0.7] + [1.0] * 21 + [0.5] * 9 + [0.25] * 3), "epochs of the phase"
+    assert rates(Finetune(**{**spec, "epochs": 2, "milestones": (0.5,)}), 4) == pytest.approx([1.0] * 2 + [0.1] * 6)
+    halves = rates(Finetune(epochs=4, lr=1.0, schedule="step", decay_epochs=2, gamma=0.5), 3)
+    assert halves == pytest.approx([1.0] * 6 + [0.5] * 6)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"milestones": (2, 3)}, "milestones are for schedule: step, and this is schedule: cosine; change one of them"),
+        (
+            {"schedule": "step", "milestones": (3, 2)},
+            r"milestones=\[3\.0, 2\.0\] must rise, after epoch 0 and before the 5 epochs end",
+        ),
+        ({"schedule": "step", "milestones": (0, 2)}, "must rise, after epoch 0"),
+        ({"schedule": "step", "milestones": (2, 5)}, "before the 5 epochs end"),
+        ({"schedule": "step", "milestones": ()}, "at least 1 item"),
+        ({"schedule": "step", "gamma": 1.5}, "less than 1"),
+    ],
+)
+def test_milestones_that_make_no_sense_are_refused(given, words):
+    with pytest.raises(ValidationError, match=words):
+        Finetune(epochs=5, **given)
 
 
 def test_drop_path_rises_linearly_to_its_rate():

@@ -243,7 +243,7 @@ STARTS = [
     pytest.param(spec, backbone, id=f"{name}{index}-{backbone}")
     for name in ["adapters", "phm", "compacter", "adaptformer", "repadapter", "lora", "ssf", "fact", "freeze", "bitfit"]
     for index, spec in enumerate(EXAMPLES[name])
-    for backbone in backbones_of(type(spec))
+    for backbone in backbones_of(spec)
 ]
 
 

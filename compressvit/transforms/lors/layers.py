@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from compressvit.transforms.low_rank.layer import reset_zero_, set_factors_
+from compressvit.transforms.low_rank.layer import set_factors_
 
 
 class LowRankTerm(nn.Module):
@@ -26,9 +26,11 @@ class LowRankTerm(nn.Module):
         self.up = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
         self.reset_zero()
 
+    @torch.no_grad()
     def reset_zero(self) -> None:
-        """Initialise to the zero matrix; see `reset_zero_`."""
-        reset_zero_(self.up, self.down)
+        """Start as the zero matrix, as in the paper's code: `down` Kaiming-uniform, within ±√(6 / in), `up` zero."""
+        nn.init.kaiming_uniform_(self.down)
+        nn.init.zeros_(self.up)
 
     def product(self) -> torch.Tensor:  # (out, in)
         return self.up @ self.down

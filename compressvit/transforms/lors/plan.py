@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -94,7 +95,12 @@ class LORSPlan(RankPlan):
     def _start_from_noise(self, layers: dict[str, Any]) -> None:
         for group in self.groups:
             if len(group) > 1:
-                nn.init.trunc_normal_(layers[group[0]].weight, std=0.02)  # timm's initialisation of linear layers
+                start = (
+                    nn.init.xavier_uniform_
+                    if ".mlp." in group[0]
+                    else functools.partial(nn.init.trunc_normal_, std=0.02)
+                )
+                start(layers[group[0]].weight)
         for path, layer in layers.items():
             if isinstance(layer, Factored):
                 start_from_noise_(layer)

@@ -64,7 +64,9 @@ class LORS(RankStep):
     init: Literal["fit", "first", "scratch"] = Field(
         "fit",
         description="fit: shared weight and terms from the teacher's weights; first: the shared weight is the first layer's; "
-        "scratch: random as in the paper, the terms at zero (these layers only; student: {weights: random} for the whole student).",
+        "scratch: random as in the released code (these layers only; student: {weights: random} for the whole student): shared weights "
+        "truncated normal of std 0.02 in attention and Xavier-uniform in the MLP (the paper: Kaiming in both); in the terms, the first "
+        "factor Kaiming-uniform and the second zero.",
     )
     metric: Literal["auto", "outputs", "inputs", "weights"] = Field(
         "auto",

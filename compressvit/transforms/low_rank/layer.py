@@ -95,7 +95,7 @@ class FactoredConv2d(Factored, ChannelsFirst):
 
 @torch.no_grad()
 def reset_zero_(up: torch.Tensor, down: torch.Tensor) -> None:
-    """Make `up @ down` zero but trainable, in place: `down` Kaiming-uniform, `up` zero (LORS, section 4)."""
+    """Make `up @ down` the zero matrix in place, so that it can learn: `down` as PyTorch starts a linear layer, `up` zero."""
     nn.init.kaiming_uniform_(down, a=5**0.5)
     nn.init.zeros_(up)
 

@@ -20,6 +20,7 @@ from compressvit.training.phases.prune.neurons import (
     Price,
     amounts,
     cycles,
+    mean_activations,
     prices,
     prunable_plan,
     scores,
@@ -35,6 +36,7 @@ SPECS = {
     "adapters": Adapters(ratio=0.25),
     "biased": Adapters(width=6, bias=True),
     "adaptformer": AdaptFormer(width=6, scale="learnable"),
+    "serial": AdaptFormer(width=6, form="serial", dropout=0.0),
 }
 FAMILIES = ("vit", "swin", "convnext", "dinov2_registers")
 every_kind = pytest.mark.parametrize("kind", SPECS)
@@ -87,7 +89,7 @@ def added(model: nn.Module) -> int:
 # --------------------------------------------------------------------------------------------------------------------- scores
 
 
-@pytest.mark.parametrize("score", ["magnitude", "sum", "shape", "relative", "down", "gradient"])
+@pytest.mark.parametrize("score", ["magnitude", "sum", "shape", "relative", "down", "gradient", "taylor"])
 def test_scores_are_those_of_a_loop_over_neurons(score):
     model = adapted("swin")
     plan = prunable_plan(model)
@@ -102,12 +104,36 @@ def test_scores_are_those_of_a_loop_over_neurons(score):
         by_hand = []
         for j in range(hidden):
             lower, upper = sum(abs(D[j][m]) for m in range(M)), sum(abs(U[m][j]) for m in range(M))
-            slope = sum(abs(D[j][m] * gD[j][m]) + abs(U[m][j] * gU[m][j]) for m in range(M))
+            slope = sum(abs(gD[j][m]) + abs(gU[m][j]) for m in range(M))
+            change = sum(abs(D[j][m] * gD[j][m]) + abs(U[m][j] * gU[m][j]) for m in range(M))
             size = {"magnitude": 2 * M, "shape": M + hidden, "down": M}.get(score, 1)
-            by_hand.append({"down": lower, "gradient": slope}.get(score, lower + upper) / size)
+            value = {"down": lower, "gradient": slope, "taylor": change}.get(score, lower + upper)
+            by_hand.append(value / size)
         if score == "relative":
             by_hand = [value / max(by_hand) for value in by_hand]
         assert found[path].tolist() == pytest.approx(by_hand, rel=1e-12)  # measured up to 3e-16
+
+
+@pytest.mark.parametrize("kind", SPECS)
+@pytest.mark.parametrize("family", ["vit", "swin", "convnext_conv_mlp"])
+def test_the_score_of_activations_is_their_mean_size(family, kind):
+    model = adapted(family, SPECS[kind])
+    plan = prunable_plan(model)
+    batches = [torch.randn(n, 3, *input_size(model)[1:]) for n in (3, 1)]
+    seen: dict[str, list[torch.Tensor]] = {path: [] for path in plan.widths}
+    hooks = [
+        adapter.down.register_forward_hook(lambda m, i, o, path=path, act=adapter.act: seen[path].append(act(o)))
+        for path, adapter in plan.bottlenecks(model).items()
+    ]
+    found = scores(model, plan, "activation", activations=mean_activations(model.train(), plan, batches))
+    for hook in hooks:
+        hook.remove()
+    assert list(found) == list(plan.widths)
+    for path, hidden in plan.widths.items():
+        each = torch.cat([h.reshape(-1, hidden) for h in seen[path]]).double().abs().mean(dim=0)
+        assert found[path].tolist() == pytest.approx(each.tolist(), rel=1e-6)
+        assert len(set(each.tolist())) > 1
+    assert not any(adapter.up._forward_pre_hooks for adapter in plan.bottlenecks(model).values())
 
 
 def test_random_scores_follow_the_seed():

@@ -48,7 +48,7 @@ class Trainer:
 
     def run(self):
         phase = Phase(PHASE, 2, 0, self.folder / f"{PHASE}.pt")
-        how = {"train_cycle": self.train, "evaluate": self.judge, "gradients": dict}
+        how = {"train_cycle": self.train, "evaluate": self.judge, "gradients": dict, "activations": dict}
         how["quality"] = self.quality
         try:
             return prune_and_train(self.model, self.spec, phase, self.heard, **how)
@@ -144,7 +144,7 @@ def test_a_training_that_is_cut_in_two_is_the_training(tmp_path):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "momentum"])
 @pytest.mark.parametrize(
-    "spec", [Adapters(width=4, bias=True), AdaptFormer(width=4, scale="learnable")], ids=lambda s: s.name
+    "spec", [Adapters(width=4, bias=True), AdaptFormer(width=4, scale="learnable", dropout=0.0)], ids=lambda s: s.name
 )
 def test_kept_neurons_go_on_as_if_the_others_were_masked(spec, optimizer, tmp_path):
     """Without clipping, AdamW and its like treat every number on its own: a removed neighbour must change nothing."""

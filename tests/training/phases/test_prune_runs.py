@@ -57,6 +57,14 @@ def widths_of(folder) -> list[dict[str, int]]:
 # -------------------------------------------------------------------------------------------------------------------- recipes
 
 
+@pytest.mark.parametrize("score", ["taylor", "activation"])
+def test_other_measured_scores_choose_other_neurons(score, recipe, whole):
+    folder = recipe.parent / score
+    done("apply", recipe, f"steps.1.prune.score={score}", "--output", folder)
+    assert [sum(cycle.values()) for cycle in widths_of(folder)] == [24, 12, 6]
+    assert student_bytes(folder) != student_bytes(whole)
+
+
 def test_a_run_tells_the_widths_everywhere(whole):
     widths = widths_of(whole)
     assert [sum(cycle.values()) for cycle in widths] == [24, 12, 6]

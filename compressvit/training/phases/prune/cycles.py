@@ -15,7 +15,6 @@ from compressvit.log import RunLog
 from compressvit.tasks.quality import Quality
 from compressvit.training.phase import Phase
 from compressvit.training.phases.prune.neurons import (
-    Price,
     Widths,
     cycles,
     prices,
@@ -28,7 +27,7 @@ from compressvit.training.phases.prune.options import PruneOptions
 from compressvit.training.state import Moments
 
 TrainCycle = Callable[[nn.Module, Phase, Moments], dict[str, Any]]
-Gradients = Callable[[nn.Module], dict[str, torch.Tensor]]
+Measure = Callable[[nn.Module], dict[str, torch.Tensor]]
 
 
 def prune_and_train(
@@ -39,18 +38,20 @@ def prune_and_train(
     *,
     train_cycle: TrainCycle,
     evaluate: Callable[[nn.Module], dict[str, Any]],
-    gradients: Gradients,
+    gradients: Measure,
+    activations: Measure,
     quality: Quality,
 ) -> tuple[nn.Module, dict[str, Any], list[Widths]]:
     """Run all cycles. Each has its own checkpoint, so an interrupted run resumes in the cycle it had reached.
 
     Args:
         model: with prunable adapters; changed in place.
-        phase: its checkpoint is that of the first training; the checkpoints of later cycles have the cycle's number in their names.
-        train_cycle: trains the model, starting from its checkpoint if there is one, with the given optimiser moments.
-        evaluate: used for a target of accuracy.
-        gradients: used for `score: gradient`.
-        quality: the metric to which a target of accuracy refers.
+        phase: its checkpoint's name is that of the first training; those of the cycles carry their number.
+        train_cycle: trains the model, from its checkpoint if there is one, with the optimiser's moments to begin with.
+        evaluate: for a target of accuracy.
+        gradients: of the loss on some training batches, by parameter name, for `score: gradient` and `taylor`.
+        activations: of every neuron on them, by the adapter's path, for `score: activation`.
+        quality: the figure that a target of accuracy is about.
 
     Returns:
         The model (an earlier, larger one if accuracy fell below the target), the initial scores of the first training and the epoch
@@ -82,7 +83,7 @@ def prune_and_train(
         if done == total or left <= plan.least * len(start) or left == 0:
             break
         done += 1
-        keep = _choose(model, spec, phase, done, start, price, gradients)
+        keep = select(_scores(model, spec, phase, done, gradients, activations), done, spec, start, price, plan.least)
         if not any(len(chosen) for chosen in keep.values()):
             break
         history.append(shrink_(model, keep, moments))
@@ -109,28 +110,21 @@ def _reaches(
     return False
 
 
-def _choose(
-    model: nn.Module,
-    spec: PruneOptions,
-    phase: Phase,
-    done: int,
-    start: Widths,
-    price: Mapping[str, Price],
-    gradients: Gradients,
+def _scores(
+    model: nn.Module, spec: PruneOptions, phase: Phase, done: int, gradients: Measure, activations: Measure
 ) -> dict[str, torch.Tensor]:
-    """Indices of the neurons kept by removal number `done`."""
+    """Of the neurons, before removal number `done`."""
     from compressvit.training.optimisation import seed_everything
 
-    plan = prunable_plan(model)
-    seed_everything(phase.seed, phase.number, 1000 * done)  # the same images in every run, resumed or not
-    found = scores(
+    seed_everything(phase.seed, phase.number, 1000 * done)  # the images that are measured on are those of any run
+    return scores(
         model,
-        plan,
+        prunable_plan(model),
         spec.score,
         seed=int(np.random.SeedSequence([phase.seed, done]).generate_state(1)[0]),
-        gradients=gradients(model) if spec.score == "gradient" else None,
+        gradients=gradients(model) if spec.score in ("gradient", "taylor") else None,
+        activations=activations(model) if spec.score == "activation" else None,
     )
-    return select(found, done, spec, start, price, plan.least)
 
 
 def _report(log: RunLog, phase: Phase, done: int, widths: Widths) -> None:

@@ -8,7 +8,7 @@ Neuron j of an adapter is row j of its down projection D (h', M) and column j of
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -73,26 +73,31 @@ def scores(
     *,
     seed: int = 0,
     gradients: Mapping[str, torch.Tensor] | None = None,
+    activations: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Importance of every neuron, (h',) float64 by adapter path.
 
     Args:
         model: has the adapters of `plan`.
         kind: see `PruneOptions.score`.
-        seed: for `random`.
-        gradients: by parameter name, for `gradient`.
+        seed: of `random`.
+        gradients: by parameter name, for `gradient` and `taylor`.
+        activations: for `activation`, what `mean_activations` returns.
     """
     generator = torch.Generator().manual_seed(seed)
     found = {}
     for path, adapter in plan.bottlenecks(model).items():
         down, up = (layer.weight.detach().cpu().double() for layer in adapter.dense())
         width, hidden = up.shape
-        total = down.abs().sum(dim=1) + up.abs().sum(dim=0)
-        if kind == "gradient":
+        if kind in ("gradient", "taylor"):
             assert gradients is not None, "the caller computes them"
             prefix = plan.prefix(path)
             slopes = [gradients[f"{prefix}.{side}.weight"].cpu().double() for side in ("down", "up")]
-            total = (down * slopes[0]).abs().sum(dim=1) + (up * slopes[1]).abs().sum(dim=0)
+            down, up = slopes if kind == "gradient" else (down * slopes[0], up * slopes[1])
+        total = down.abs().sum(dim=1) + up.abs().sum(dim=0)
+        if kind == "activation":
+            assert activations is not None, "the caller computes them"
+            total = activations[path].cpu().double()
         found[path] = {
             "magnitude": total / (2 * width),
             "sum": total,
@@ -100,9 +105,44 @@ def scores(
             "relative": total / total.max().clamp(min=torch.finfo(total.dtype).tiny),
             "down": down.abs().sum(dim=1) / width,
             "gradient": total,
+            "taylor": total,
+            "activation": total,
             "random": torch.rand(hidden, generator=generator, dtype=torch.float64),
         }[kind]
     return found
+
+
+@torch.no_grad()
+def mean_activations(
+    model: nn.Module, plan: BottleneckPlan, batches: Iterable[torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Mean over images and tokens of the size of what each neuron passes on, (h',) float64 by the adapter's path.
+
+    Args:
+        model: with the adapters of `plan`; it is put in eval mode.
+        batches: images on the model's device; at least one batch.
+    """
+    sums: dict[str, torch.Tensor] = {}
+    counts: dict[str, int] = {}
+
+    def add(path: str, hidden: torch.Tensor) -> None:
+        sizes = hidden.detach().abs().flatten(0, -2).double()
+        sums[path] = sums.get(path, 0) + sizes.sum(dim=0)
+        counts[path] = counts.get(path, 0) + len(sizes)
+
+    adapters = plan.bottlenecks(model)
+    hooks = [
+        adapter.up.register_forward_pre_hook(lambda _, inputs, path=path: add(path, inputs[0]))
+        for path, adapter in adapters.items()
+    ]
+    model.eval()
+    try:
+        for images in batches:
+            model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {path: sums[path] / counts[path] for path in adapters}
 
 
 def prices(model: nn.Module, plan: BottleneckPlan) -> dict[str, Price]:

@@ -54,7 +54,7 @@ class PruneTarget(Spec):
         return self
 
 
-Score = Literal["magnitude", "sum", "shape", "relative", "down", "gradient", "random"]
+Score = Literal["magnitude", "sum", "shape", "relative", "down", "gradient", "taylor", "activation", "random"]
 
 
 class PruneOptions(PhaseSpec):
@@ -69,13 +69,16 @@ class PruneOptions(PhaseSpec):
     score: Score = Field(
         "magnitude",
         description="Score of neuron j of an adapter of width M. magnitude: (|D_j|₁ + |U_j|₁) / 2M, the paper's; sum: not divided by 2M; "
-        "shape: divided by M + h' instead; relative: divided by the largest of its adapter; down: |D_j|₁ / M; gradient: sum of "
-        "|θ·∂L/∂θ|; random.",
+        "shape: divided by M + h' instead; relative: divided by the largest of its adapter; down: |D_j|₁ / M; gradient: "
+        "|∂L/∂D_j|₁ + |∂L/∂U_j|₁, as the paper words it; taylor: sum of |θ·∂L/∂θ|; activation: mean size of what leaves its "
+        "activation function; random.",
     )
     scope: Literal["global", "local"] = Field(
         "global", description="global: rank all neurons together; local: remove the same fraction of every adapter."
     )
-    gradient_batches: int = Field(10, ge=1, description="Training batches used by `score: gradient`.")
+    gradient_batches: int = Field(
+        10, ge=1, description="Training batches used by `score: gradient`, `taylor` and `activation`."
+    )
 
     def unfit_for(self, task: Task) -> str | None:
         wanted, quality = self.target.accuracy, task.main_quality

@@ -10,7 +10,15 @@ from torch import nn
 from compressvit.tasks.base import task_of
 from compressvit.tasks.quality import Quality
 from compressvit.training.phases.base import PhasePlan, Setting, phase
-from compressvit.training.phases.prune.neurons import amounts, cycles, prices, prunable_plan, select, shrink_
+from compressvit.training.phases.prune.neurons import (
+    amounts,
+    cycles,
+    mean_activations,
+    prices,
+    prunable_plan,
+    select,
+    shrink_,
+)
 from compressvit.training.phases.prune.options import PruneOptions, PruneTarget
 
 if TYPE_CHECKING:
@@ -72,10 +80,16 @@ class Prune(PruneOptions):
             train_cycle=train_cycle,
             evaluate=stage.evaluate,
             gradients=lambda m: self._gradients(m, stage),
+            activations=lambda m: self._activations(m, stage),
             quality=stage.task_of(model).main_quality,
         )
         stage.widths(stage.phase.name, self.scope, history)
         return model, report
+
+    def _activations(self, model: nn.Module, stage: Stage) -> dict[str, torch.Tensor]:
+        """Mean size of the neurons' activations on some training batches, by path of the adapter."""
+        images = (images for images, _ in stage.labelled_batches(model, self.gradient_batches))
+        return mean_activations(model, prunable_plan(model), images)
 
     def _gradients(self, model: nn.Module, stage: Stage) -> dict[str, torch.Tensor]:
         """Sum of the gradients of the task's loss over some training batches, by name of the trained parameters."""
