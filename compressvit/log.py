@@ -15,11 +15,19 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from compressvit.errors import UserError
 from compressvit.files import disk_faults
 from compressvit.rows import append_row
+from compressvit.text import printable
 
 if TYPE_CHECKING:  # rich is imported where something is printed: much is validated and planned that never prints
     from rich.console import Console
 
 log = logging.getLogger("compressvit")
+
+
+@log.addFilter
+def _printable(record: logging.LogRecord) -> bool:
+    """Whatever handlers there are, a message has no character that a terminal obeys or a file cannot hold."""
+    record.msg, record.args = printable(record.getMessage()), ()
+    return True
 
 
 class RunLog:
@@ -33,10 +41,11 @@ class RunLog:
     """
 
     def __init__(self, folder: Path | None, console: Console | None = None, tag: Callable[[str], str] = str):
-        from rich.console import Console
         from rich.logging import RichHandler
 
-        self.console = console or Console()
+        from compressvit.terminal import Terminal
+
+        self.console = Terminal(console)
         self.folder = folder
         self._tag = tag
         self._writer: Any = None
@@ -59,10 +68,10 @@ class RunLog:
 
     def show(self, what: Any) -> None:
         """A table, or whatever a function prints to the console it is given: to the console and to run.log."""
-        from rich.console import Console
+        from compressvit.terminal import Terminal
 
         text = io.StringIO()
-        for console in (self.console, Console(file=text, width=160)):
+        for console in (self.console, Terminal(file=text, width=160)):
             what(console) if callable(what) else console.print(what)
         log.info("%s", "\n" + text.getvalue().rstrip(), extra={"already_shown": True})
 
@@ -129,10 +138,11 @@ T = TypeVar("T")
 
 def progress(items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
     """`items`, with a progress bar on stderr while they are gone through, if that is a terminal."""
-    from rich.console import Console
     from rich.progress import track
 
-    console = Console(stderr=True)
+    from compressvit.terminal import Terminal
+
+    console = Terminal(stderr=True)
     return track(items, description, total, console=console, transient=True, disable=not console.is_terminal)
 
 

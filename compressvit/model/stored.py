@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,11 +13,11 @@ from torch import nn
 from compressvit import __version__
 from compressvit.errors import UserError
 from compressvit.model import old
+from compressvit.model.header import MANIFEST, TENSORS
 from compressvit.model.modules import as_timm
-from compressvit.spec import Spec
+from compressvit.reading import Unreadable, read_json
+from compressvit.spec import Spec, first_fault
 
-MANIFEST = "compressvit.json"
-TENSORS = "model.safetensors"
 FORMAT = 2  # 1 is read, too (see `compressvit.model.old`)
 
 
@@ -110,15 +109,17 @@ def _as_written(path: Path) -> Manifest:
             hint = f"; it is a merged model, for timm.create_model('local-dir:{path}', pretrained=True)"
         raise UserError(f"{path} is not a compressvit artifact: it has no {MANIFEST}{hint}")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
         if isinstance(content, dict) and content.get("format") not in (1, FORMAT):
             raise UserError(
                 f"{file} is of format {content.get('format')!r}; this compressvit ({__version__}) reads formats 1 to {FORMAT}. "
                 f"It was written by compressvit {content.get('compressvit')}"
             )
         return Manifest.model_validate(content)
-    except (json.JSONDecodeError, UnicodeDecodeError, ValidationError) as error:
-        raise UserError(f"{file} is not a readable manifest: {str(error).splitlines()[0]}") from error
+    except Unreadable as error:
+        raise UserError(f"{file} is not a readable manifest: {error.fault}") from error
+    except ValidationError as error:
+        raise UserError(f"{file} is not a readable manifest: {first_fault(error)}") from error
 
 
 def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:

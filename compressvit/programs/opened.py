@@ -14,7 +14,7 @@ from compressvit.artifacts import artifact
 from compressvit.data.input import InputConfig, input_config, renormalise
 from compressvit.data.opening import open_data
 from compressvit.errors import UserError
-from compressvit.recipe.recipe import Recipe, parse_recipe
+from compressvit.recipe.recipe import Recipe, load_recipe
 from compressvit.runs.evaluate import artifact_in, data_recipe
 from compressvit.runs.folder import RESOLVED
 from compressvit.runs.models import build_teacher, load_teacher
@@ -110,7 +110,7 @@ def teacher_of(run: Path) -> nn.Module:
     resolved = run / RESOLVED
     if (run / "teacher").is_dir():
         return artifact.load(run / "teacher")
-    recipe = parse_recipe(resolved.read_text(encoding="utf-8"), str(resolved))
+    recipe = load_recipe(resolved)
     teacher = build_teacher(recipe)
     load_teacher(recipe, teacher)
     return teacher

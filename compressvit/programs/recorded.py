@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compressvit.errors import UserError
-from compressvit.recipe.recipe import Recipe, parse_recipe
+from compressvit.recipe.recipe import Recipe, load_recipe
 from compressvit.runs.folder import RESOLVED
 
 
@@ -27,8 +27,8 @@ class Run:
         """
         file = self.path / RESOLVED
         try:
-            return parse_recipe(file.read_text(encoding="utf-8"), str(file))
-        except (UserError, UnicodeDecodeError) as error:
+            return load_recipe(file)
+        except UserError as error:
             first = str(error).splitlines()[:2][-1].strip()  # a recipe's faults are listed below a headline
             raise UserError(f"{file} is damaged, or was written by another version of compressvit: {first}") from error
 

@@ -15,6 +15,7 @@ from compressvit.data.spec import Data
 from compressvit.errors import UserError, did_you_mean, nearest
 from compressvit.model.old import current_recipe, is_of_a_run
 from compressvit.model.weights import require_known
+from compressvit.reading import MAX_YAML, Unreadable, read_text
 from compressvit.recipe.parts import Part, parts_of
 from compressvit.recipe.shipped import find_recipe
 from compressvit.recipe.words import LISTS, Entry, Merge, Step, Word, broken, packages_of, with_words
@@ -157,9 +158,9 @@ def read_recipe(name_or_path: str | Path) -> str:
     """The text of a recipe as it stands in its file. Raises as `load_recipe` does."""
     path = find_recipe(name_or_path)
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} cannot be read as text: {error}") from error
+        return read_text(path, most=MAX_YAML)
+    except Unreadable as error:
+        raise RecipeError(f"{path} cannot be read as text: {error.fault}") from error
 
 
 def parse_recipe(text: str, name: str = "recipe", overrides: list[str] | None = None) -> Recipe:

@@ -19,10 +19,11 @@ from compressvit.data.input import Side, input_config
 from compressvit.data.spec import Data
 from compressvit.diagnostics.cka_layers import likeness
 from compressvit.errors import UserError, did_you_mean
-from compressvit.files import disk_faults, write_text
+from compressvit.files import disk_faults, write_json
 from compressvit.log import RunLog
 from compressvit.model import surgery
 from compressvit.model.modes import evaluating
+from compressvit.reading import read_json
 from compressvit.runs.batches import LoadedBatches
 from compressvit.runs.folder import RunFolder, flat
 from compressvit.runs.job import pick_device
@@ -275,7 +276,7 @@ def _folder(output: str | Path | None, student: nn.Module, resume: bool, options
     artifact.require_storable(student)
     with disk_faults(folder.path):
         folder.path.mkdir(parents=True, exist_ok=True)
-        write_text(folder.path / _OPTIONS, json.dumps(options, indent=2) + "\n")
+        write_json(folder.path / _OPTIONS, options)
     return folder
 
 
@@ -284,7 +285,7 @@ def _refuse_other_options(file: Path, options: dict[str, Any]) -> None:
     if not file.is_file():
         raise UserError(f"resume=True: there is no training in {file.parent} (no {file.name}); start it without resume")
     try:
-        before = flat(json.loads(file.read_text(encoding="utf-8")))
+        before = flat(read_json(file))
     except ValueError as error:
         raise UserError(f"resume=True: {file} is damaged ({error}); start a training in another output") from error
     now = flat(json.loads(json.dumps(options)))

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import yaml
-from rich.console import Console
 from rich.table import Table
 
 from compressvit.artifacts import artifact
@@ -19,11 +18,12 @@ from compressvit.data.opening import Datasets, open_data
 from compressvit.data.spec import Data
 from compressvit.errors import UserError
 from compressvit.model import cost, stored
-from compressvit.recipe.recipe import Recipe, parse_recipe
+from compressvit.recipe.recipe import Recipe, load_recipe, parse_recipe
 from compressvit.runs.folder import RESOLVED
 from compressvit.runs.job import pick_device
 from compressvit.tasks.base import Task, task_of
 from compressvit.tasks.qualities import qualities
+from compressvit.terminal import Terminal
 from compressvit.training.evaluate import Watch, evaluate
 
 
@@ -98,7 +98,7 @@ def evaluate_path(path: str | Path, overrides: list[str], *, device: str, as_jso
         if key not in ("path", "data") and value is not None:
             unit = f" {known[key].unit}".rstrip() if key in known else ""
             table.add_row(key, f"{value:,}" if isinstance(value, int) else f"{value:.4f}{unit}")
-    Console().print(table)
+    Terminal().print(table)
     if not datasets.labelled:
         print("the images have no labels, so there is no accuracy; `apply` compares a student with its teacher")
     return 0
@@ -134,7 +134,7 @@ def data_recipe(folder: Path, overrides: list[str], asker: str) -> Recipe:
         )
     resolved = folder.parent / RESOLVED
     if resolved.is_file():
-        return parse_recipe(resolved.read_text(encoding="utf-8"), str(resolved), overrides)
+        return load_recipe(resolved, overrides)
     if not any(o.startswith("data.name=") for o in overrides):
         raise UserError(
             f"{folder} is not in a run folder, so its data is not known; "

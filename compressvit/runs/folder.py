@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shutil
@@ -22,16 +21,14 @@ import yaml
 
 from compressvit import __version__
 from compressvit.errors import UserError
-from compressvit.files import disk_faults, write_text
+from compressvit.files import disk_faults, write_json, write_text
+from compressvit.model.header import MANIFEST
 from compressvit.model.old import RESOLVED, current_recipe, stored_step
 from compressvit.runs.files import Environment
 
 if TYPE_CHECKING:
     from compressvit.charts.findings import Finding
     from compressvit.recipe.recipe import Recipe
-
-
-_MANIFEST = "compressvit.json"  # of `compressvit.artifacts.artifact`, which imports torch
 
 
 class RunFolder:
@@ -126,8 +123,8 @@ class RunFolder:
         write_text(self.path / "recipe.yaml", recipe_text)
         write_text(self.path / RESOLVED, recipe.to_yaml())
         found = environment(command, recipe.packages)
-        write_text(self.path / "environment.json", found.model_dump_json(indent=2) + "\n")
-        write_text(self.path / "plan.json", json.dumps(plan, indent=2) + "\n")
+        write_json(self.path / "environment.json", found.model_dump())
+        write_json(self.path / "plan.json", plan)
 
 
 def find_runs(paths: Sequence[str | Path]) -> list[Path]:
@@ -155,7 +152,7 @@ def _not_a_run(path: Path) -> str:
         return f"{path} is a file, not a run folder; {way_out}"
     if not any(path.iterdir()):
         return f"{path} is empty: no run has begun in it; {way_out}"
-    if (path / _MANIFEST).is_file():
+    if (path / MANIFEST).is_file():
         return f"{path} is a model, not a run folder; give the run folder that contains it"
     if (path / "recipe.yaml").is_file():
         return (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import shutil
 import tempfile
@@ -25,10 +24,10 @@ from compressvit.data.loaders import eval_loader
 from compressvit.data.opening import Datasets, open_data
 from compressvit.data.spec import Data
 from compressvit.errors import UserError
-from compressvit.files import disk_faults, write_text
+from compressvit.files import disk_faults, write_json
 from compressvit.model import cost, stored, ties
 from compressvit.model.stored import Manifest
-from compressvit.recipe.recipe import parse_recipe
+from compressvit.recipe.recipe import load_recipe
 from compressvit.runs.evaluate import artifact_in
 from compressvit.runs.folder import RESOLVED
 from compressvit.runs.job import pick_device
@@ -85,7 +84,7 @@ def merge_folder(
     result |= _measured(stored.read_manifest(folder), model, merged, config, where)
     # the folder is there to be shipped: nothing in it names this machine's folders
     shipped = {**result, "artifact": os.path.relpath(folder, target), "merged": "."}
-    write_text(target / _SEAL, json.dumps(shipped, indent=2) + "\n")
+    write_json(target / _SEAL, shipped)
     return result
 
 
@@ -139,7 +138,7 @@ def _replace(target: Path, model: nn.Module, plain: bool, check: Callable[[nn.Mo
         try:
             checked = check(_write(model, scratch, plain=plain))
             target.mkdir(exist_ok=True)
-            write_text(target / _SEAL, "{}\n")  # first: one that is interrupted here can be made again
+            write_json(target / _SEAL, {})  # first: one that is interrupted here can be made again
             for name in _WRITTEN:
                 (target / name).unlink(missing_ok=True)
             for file in scratch.iterdir():
@@ -177,7 +176,7 @@ def _write(model: nn.Module, folder: Path, *, plain: bool) -> nn.Module:
 def _input_of(folder: Path, model: nn.Module) -> InputConfig:
     resolved = folder.parent / RESOLVED
     if resolved.is_file():
-        return input_config(model, parse_recipe(resolved.read_text(encoding="utf-8"), str(resolved)).data)
+        return input_config(model, load_recipe(resolved).data)
     return input_config(model, Data(name="images"))
 
 
@@ -187,7 +186,7 @@ def _real_images(folder: Path, config: InputConfig, datasets: Datasets | None) -
     resolved = folder.parent / RESOLVED
     if not resolved.is_file():
         return {}
-    recipe = parse_recipe(resolved.read_text(encoding="utf-8"), str(resolved))
+    recipe = load_recipe(resolved)
     data = recipe.data.model_copy(update={"download": False})
     try:
         images, _ = next(iter(eval_loader(datasets or open_data(data), data, config, torch.device("cpu"))))
