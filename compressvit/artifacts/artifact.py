@@ -66,6 +66,9 @@ def save(model: nn.Module, path: str | Path, *, input_config: dict[str, Any] | N
             old = path.parent / f".{path.name}.old.{uuid.uuid4().hex[:8]}"
             os.replace(path, old)
             os.replace(scratch, path)
+            for file in old.iterdir():  # what somebody put beside the two files stays
+                if file.name not in (MANIFEST, TENSORS):
+                    os.replace(file, path / file.name)
             shutil.rmtree(old)
         else:
             os.replace(scratch, path)

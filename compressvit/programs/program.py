@@ -22,6 +22,7 @@ from compressvit.programs.opened import OpenedModels, open_models
 from compressvit.programs.recorded import Run, labelled
 from compressvit.runs.folder import find_runs
 from compressvit.runs.job import pick_device
+from compressvit.runs.owned import refuse_links
 from compressvit.terminal import Terminal
 
 Findings = tuple[list[Table], list[Finding]]
@@ -105,6 +106,8 @@ def _parser(name: str, text: str | None, options: Options) -> argparse.ArgumentP
 def _answered(name: str, arguments: argparse.Namespace, found: Callable[[], tuple[Findings, Path]]) -> int:
     def run() -> int:
         (tables, findings), home = found()
+        if arguments.output is None:
+            refuse_links(home / "tools")
         show(tables, findings, arguments.output or home / "tools")
         return 0
 

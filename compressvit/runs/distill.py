@@ -27,6 +27,7 @@ from compressvit.reading import read_json
 from compressvit.runs.batches import LoadedBatches
 from compressvit.runs.folder import RunFolder, flat
 from compressvit.runs.job import pick_device
+from compressvit.runs.owned import refuse_links
 from compressvit.tasks.base import task_of
 from compressvit.training import optimisation as opt
 from compressvit.training.evaluate import evaluate
@@ -268,6 +269,7 @@ def _folder(output: str | Path | None, student: nn.Module, resume: bool, options
         raise UserError(f"{folder.path} is a file; give the path of a folder as output")
     if resume:
         _refuse_other_options(folder.path / _OPTIONS, options)
+        refuse_links(folder.path.resolve())
         return folder
     if folder.path.exists() and any(folder.path.iterdir()):
         raise UserError(

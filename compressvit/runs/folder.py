@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -17,14 +16,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from compressvit import __version__
 from compressvit.errors import UserError
 from compressvit.files import disk_faults, write_json, write_text
 from compressvit.model.header import MANIFEST
 from compressvit.model.old import RESOLVED, current_recipe, stored_step
+from compressvit.reading import MAX_YAML, parse_yaml, read_text
 from compressvit.runs.files import Environment
+from compressvit.runs.owned import delete, refuse_foreign, refuse_links
 
 if TYPE_CHECKING:
     from compressvit.charts.findings import Finding
@@ -79,6 +78,7 @@ class RunFolder:
         occupied = self.path.is_dir() and any(self.path.iterdir())
         if resume:
             self._refuse_other_recipe(recipe)
+            refuse_links(self.path.resolve())
         elif occupied and not overwrite:
             raise UserError(
                 f"{self.path} is not empty. Give --resume to continue the run in it, --overwrite to delete it and start again, "
@@ -88,6 +88,8 @@ class RunFolder:
             raise UserError(
                 f"--overwrite: {self.path} is not empty and not a run folder (no {RESOLVED}), so it is not deleted; use --output"
             )
+        elif occupied:
+            refuse_foreign(self.path)
 
     def _refuse_other_recipe(self, recipe: Recipe) -> None:
         if not (self.path / RESOLVED).is_file():
@@ -95,15 +97,15 @@ class RunFolder:
         from compressvit.recipe.recipe import parse_recipe  # here, because a report reads run folders without torch
 
         try:
-            text = (self.path / RESOLVED).read_text(encoding="utf-8")
-            before = flat(current_recipe(yaml.safe_load(text)))
+            text = read_text(self.path / RESOLVED, most=MAX_YAML)
+            before = flat(current_recipe(parse_yaml(text, RESOLVED)))
             with suppress(UserError):  # keys that are newer than the run have their defaults
-                before = flat(yaml.safe_load(parse_recipe(text, RESOLVED).to_yaml()))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+                before = flat(parse_yaml(parse_recipe(text, RESOLVED).to_yaml(), RESOLVED))
+        except UserError as error:
             raise UserError(
                 f"--resume: {self.path / RESOLVED} is damaged, so the run's settings are not known; start a new run with --output"
             ) from error
-        now = flat(yaml.safe_load(recipe.to_yaml()))
+        now = flat(parse_yaml(recipe.to_yaml(), "the recipe"))
         changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
         if changed:
             lines = [f"  {key}: {_value(before, key)} in the run, {_value(now, key)} now" for key in changed]
@@ -118,7 +120,7 @@ class RunFolder:
         """Make the folder and write what is known before the first step."""
         with disk_faults(self.path):
             if overwrite and self.path.is_dir():
-                shutil.rmtree(self.path.resolve())  # a link to a folder stays, and its folder is made anew
+                delete(self.path.resolve())  # a link to a folder stays, and so does its folder
             self.path.resolve().mkdir(parents=True, exist_ok=True)
         write_text(self.path / "recipe.yaml", recipe_text)
         write_text(self.path / RESOLVED, recipe.to_yaml())

@@ -31,6 +31,7 @@ from compressvit.recipe.recipe import load_recipe
 from compressvit.runs.evaluate import artifact_in
 from compressvit.runs.folder import RESOLVED
 from compressvit.runs.job import pick_device
+from compressvit.runs.owned import refuse_links
 from compressvit.transforms.record import compression_of
 
 _SEAL = "merge.json"  # of a folder that `merge` wrote
@@ -60,6 +61,8 @@ def merge_folder(
     where = pick_device(device)
     folder = artifact_in(Path(path).resolve())
     target = Path(output).resolve() if output is not None else folder.parent / "merged"
+    if output is None:
+        refuse_links(target)
     _require_free(target)
     model = artifact.load(folder)
     dtype = next(model.parameters()).dtype

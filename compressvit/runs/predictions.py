@@ -84,7 +84,7 @@ class Predictions:
         if not content:
             return
         with disk_faults(folder):
-            for old in (folder / PICTURES).glob("*"):
+            for old in (folder / PICTURES).glob("[0-9][0-9].*"):
                 old.unlink()
         for number, (*_, pixels) in enumerate(self._ordered()):
             picture = self._picture(pixels)
