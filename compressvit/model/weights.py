@@ -15,6 +15,7 @@ from torch import nn
 from compressvit.errors import UserError, did_you_mean
 from compressvit.files import expanded
 from compressvit.model.backbone import family_of, head_names, model_name
+from compressvit.model.bounded import on_meta, require_sound
 from compressvit.model.modules import as_timm
 from compressvit.model.stored import is_artifact, read_safetensors, read_tensors
 
@@ -33,9 +34,10 @@ def build(name: str, *, device: str | None = None, **args: Any) -> nn.Module:
 
     require_known(name)
     try:
+        require_sound(args)
         if device is None:
             return timm.create_model(name, pretrained=False, **args)
-        with torch.device(device):
+        with on_meta() if device == "meta" else torch.device(device):
             return timm.create_model(name, pretrained=False, **args)
     except Exception as error:
         # timm checks its arguments with asserts, look-ups and conversions, so that a wrong one can raise anything
