@@ -119,7 +119,7 @@ def torch_fault(error: Exception) -> str:
     read the file with its checks switched off, which would run code from it."""
     text = str(error)
     if found := re.search(r"(?:GLOBAL|global|class) ([\w.]+(?: [\w.]+)?) was not an allowed", text):
-        return f"it holds a {found.group(1).replace(' ', '.')}, which could run code"
+        return f"it holds code besides tensors: {found.group(1).replace(' ', '.')}"
     if "weights_only" in text.lower() or "weights only" in text.lower():
         detail = re.search(r"WeightsUnpickler error: (.+)", text)
         reason = detail.group(1).strip() if detail else "it is no pickle of plain tensors"
