@@ -118,7 +118,7 @@ def torch_fault(error: Exception) -> str:
     """Why torch could not read a file of plain tensors, in one line, with the class where one was refused, and without torch's advice to
     read the file with its checks switched off, which would run code from it."""
     text = str(error)
-    if found := re.search(r"(?:GLOBAL|global|class) ([\w.]+(?: [\w.]+)?) was not an allowed", text):
+    if found := re.search(r"GLOBAL ([\w.]+(?: [\w.]+)?) (?:was not an allowed|whose module)", text):
         return f"it holds code besides tensors: {found.group(1).replace(' ', '.')}"
     if "weights_only" in text.lower() or "weights only" in text.lower():
         detail = re.search(r"WeightsUnpickler error: (.+)", text)
