@@ -110,6 +110,8 @@ def _recipe(run: Run) -> dict[str, Any]:
     if not isinstance(content, dict):
         run.notes.append(f"{RESOLVED} is damaged: it is not a recipe.")
         return {}
+    if lost := [key for key in ("teacher", "data", "steps") if key not in content]:
+        run.notes.append(f"{RESOLVED} is damaged: it has no {' and no '.join(lost)}.")
     return content
 
 

@@ -177,7 +177,7 @@ def test_a_resolved_recipe_that_is_none(copied, text):
 
 def test_a_recipe_whose_sections_are_none(copied):
     (copied / "resolved.yaml").write_text("teacher: 3\ndata: [x]\nseed: {a: b}")
-    assert noted(copied)[0] == []
+    assert noted(copied)[0] == ["resolved.yaml is damaged: it has no steps."]
 
 
 BARS = {"name": "x", "title": "X", "caption": "", "chart": "bars", "records": [{"a": 1, "b": "c"}]}
