@@ -7,6 +7,11 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
 
 __version__ = "0.1.0"
@@ -32,6 +37,24 @@ _MODULES = {
     "ties": "compressvit.model.ties",
     "diagnostics": "compressvit.diagnostics",
 }
+
+
+class _Modules(MetaPathFinder, Loader):
+    """Makes `from compressvit.losses import …` import the module that `compressvit.losses` names."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        package, _, name = fullname.rpartition(".")
+        return ModuleSpec(fullname, self) if package == "compressvit" and name in _MODULES else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        # What importlib hands out is what stands under the name afterwards: the module itself, not a copy.
+        name = module.__name__.rpartition(".")[2]
+        sys.modules[module.__name__] = importlib.import_module(_MODULES[name])
+
+
+sys.meta_path.append(_Modules())
 
 
 def __getattr__(name: str) -> Any:

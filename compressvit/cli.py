@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from compressvit import __version__
-from compressvit.errors import UserError
+from compressvit.errors import UserError, command_line
 from compressvit.exits import answered
 from compressvit.text import complain, printable
 
@@ -35,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         arguments.overrides += rest
-    return answered("compressvit", lambda: arguments.run(arguments), lambda: _run_folder(arguments))
+    with command_line():
+        return answered("compressvit", lambda: arguments.run(arguments), lambda: _run_folder(arguments))
 
 
 def _run_folder(arguments: argparse.Namespace) -> Path | None:
@@ -162,6 +163,7 @@ def _add_merge(verb: Verb) -> None:
     merge = verb("merge", _merge, "fold adapters and low rank into plain timm layers, and check the result")
     merge.add_argument("path", metavar="RUN|ARTIFACT", help="a run folder, or a folder with compressvit.json")
     merge.add_argument("--output", metavar="FOLDER", help="where to write it (default: merged/ next to the artifact)")
+    merge.add_argument("--overwrite", action="store_true", help="replace an earlier merge in the folder")
     _add_device(merge, "for the latencies: cpu, cuda, … (default: the best available)")
 
 
@@ -318,7 +320,8 @@ def _merge(arguments: argparse.Namespace) -> int:
     from compressvit.runs.merge import merge_folder, print_merge
     from compressvit.terminal import Terminal
 
-    print_merge(merge_folder(arguments.path, arguments.output, device=arguments.device), Terminal())
+    result = merge_folder(arguments.path, arguments.output, overwrite=arguments.overwrite, device=arguments.device)
+    print_merge(result, Terminal())
     return 0
 
 

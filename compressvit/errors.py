@@ -7,11 +7,42 @@ The command line prints its text without a stack trace and exits with code 2. An
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+_COMMAND_LINE = ContextVar("_COMMAND_LINE", default=False)
 
 
 class UserError(ValueError):
     """A fault in what was asked for. The text says what was asked, what was given, why it fails and what would work."""
+
+
+@contextmanager
+def command_line() -> Iterator[None]:
+    """While it lasts, `option` and `switch` write options as flags: a command is running."""
+    token = _COMMAND_LINE.set(True)
+    try:
+        yield
+    finally:
+        _COMMAND_LINE.reset(token)
+
+
+def is_command_line() -> bool:
+    """Whether a command is running, and not a call from Python."""
+    return _COMMAND_LINE.get()
+
+
+def option(name: str, value: object = None) -> str:
+    """An option as the caller writes it: `--device cpu` on the command line, `device='cpu'` in Python; its name alone without a value."""
+    if is_command_line():
+        return f"--{name}" if value is None else f"--{name} {value}"
+    return name if value is None else f"{name}={str(value)!r}"
+
+
+def switch(name: str) -> str:
+    """An option that is on or off, as the caller turns it on: `--resume` on the command line, `resume=True` in Python."""
+    return f"--{name}" if is_command_line() else f"{name}=True"
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:

@@ -10,12 +10,13 @@ import json
 import math
 import os
 import re
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from compressvit.errors import UserError
+from compressvit.errors import UserError, switch
 from compressvit.text import printable_in
 
 
@@ -31,7 +32,7 @@ def disk_faults(path: Path) -> Iterator[None]:
         if _is_full(error):
             raise UserError(
                 f"{path} could not be written: no space left on the disk. What was written before is whole; "
-                "free some space and go on with --resume"
+                f"free some space and go on with {switch('resume')}"
             ) from error
         if isinstance(error, OSError):
             raise UserError(f"{path} could not be written: {error.strerror or error}") from error
@@ -134,14 +135,40 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     write_atomically(path, lambda scratch: torch.save(content, scratch))
 
 
+def damaged_record(path: Path) -> str | None:
+    """The first record of a torch file whose CRC-32 differs, which torch does not look at; None where none does.
+
+    A file without checksums (`torch.serialization.set_crc32_options(False)`), or none of torch's zip archives, has none that could.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = [info for info in archive.infolist() if info.file_size]
+            wrong = [info.filename for info in records if not _sound(archive, info)]
+    except (zipfile.BadZipFile, OSError, NotImplementedError, EOFError, ValueError):
+        return None  # whoever reads it next says what it is
+    return wrong[0] if wrong and len(wrong) < len(records) else None
+
+
+def _sound(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bool:
+    try:
+        with archive.open(info) as record:
+            while record.read(1 << 24):
+                pass
+    except zipfile.BadZipFile:
+        return False
+    return True
+
+
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read what `save_checkpoint` wrote; only tensors and plain values, never code.
 
     Raises:
-        UserError: the file is truncated or foreign.
+        UserError: the file is truncated, damaged or foreign.
     """
     import torch
 
+    if wrong := damaged_record(path):
+        raise UserError(f"{path} is damaged (the checksum of {wrong} differs); remove it to begin its phase again")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (

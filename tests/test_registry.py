@@ -140,3 +140,21 @@ def test_public_names_are_looked_up_late():
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "module 'compressvit' has no attribute 'LoRa'; did you mean 'LoRA'?"
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "from compressvit.losses import hidden_relation as f; from compressvit.training.losses import hidden_relation as g",
+        "import compressvit.ties as f; from compressvit.model import ties as g",
+        "from compressvit.ties import count_parameters as f; from compressvit import count_parameters as g",
+        "import compressvit.diagnostics as f; from compressvit import diagnostics as g",
+        "from compressvit.transforms.lors import LORS as f; from compressvit import LORS as g",
+        "from compressvit.transforms.low_rank import LowRank as f; from compressvit import LowRank as g",
+        "from compressvit.transforms.vpt import VPT as f; from compressvit.transforms import VPT as g",
+    ],
+)
+def test_every_way_to_import_a_public_name_gives_the_same_object(program):
+    """Each in a process of its own, where nothing has been imported before."""
+    done = subprocess.run([sys.executable, "-c", f"{program}; assert f is g"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

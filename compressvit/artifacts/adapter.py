@@ -5,6 +5,7 @@ The file's header says what structure to add, and the hash of the backbone it wa
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from compressvit.errors import UserError
 from compressvit.model import surgery, ties
 from compressvit.model.backbone import head_names, model_name
 from compressvit.model.bounded import on_meta
+from compressvit.model.checksums import content_checksum
 from compressvit.model.modules import as_timm
 from compressvit.model.stored import StepRecord, read_safetensors
 from compressvit.model.weights import hash_tensors
@@ -35,7 +37,13 @@ _KEY = "compressvit"
 
 
 class AdapterHeader(Spec):
-    """What an adapter file says of itself. `backbone` is the hash of the tensors that were frozen."""
+    """What an adapter file says of itself.
+
+    Attributes:
+        backbone: hash of the tensors that were frozen.
+        tensors: hash of those in the file; None in files of earlier versions, as `checksum`.
+        checksum: of the header itself.
+    """
 
     format: int
     compressvit: str
@@ -43,6 +51,8 @@ class AdapterHeader(Spec):
     num_classes: int
     backbone: str
     transforms: list[StepRecord]
+    tensors: str | None = None
+    checksum: str | None = None
 
 
 @dataclass
@@ -73,6 +83,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> Path:
     state = ties.unique_state(model)
     tensors = {name: state[name].detach().cpu().contiguous() for name in state if name in _saved_names(model)}
     header = AdapterHeader(
+        tensors=hash_tensors(tensors),
         format=FORMAT,
         compressvit=__version__,
         architecture=model_name(model),
@@ -82,7 +93,9 @@ def save_adapter(model: nn.Module, path: str | Path) -> Path:
     )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path, metadata={_KEY: header.model_dump_json()})
+    content = header.model_dump(mode="json")
+    content["checksum"] = content_checksum(content)
+    save_file(tensors, path, metadata={_KEY: json.dumps(content)})
     return path
 
 
@@ -113,6 +126,7 @@ def load_adapter(model: nn.Module, path: str | Path) -> nn.Module:
             "load the weights of the run's teacher, in the same precision and input size"
         )
     _require_fit(model, header, plans, tensors, path)
+    _require_as_written(header, tensors, path)
     if known:
         remove_adapter(model)
     loaded = _Loaded(as_timm(model).num_classes, {}, {n: p.requires_grad for n, p in model.named_parameters()})
@@ -152,6 +166,17 @@ def _require_fit(
             else "does not belong there, or has a different shape"
         )
         raise UserError(f"{path} does not fit its own structure: {wrong[0]} {what}; the file was changed")
+
+
+def _require_as_written(header: AdapterHeader, tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Raise a `UserError` where the file is not what was written; files of earlier versions cannot tell."""
+    if header.tensors is not None and hash_tensors(tensors) != header.tensors:
+        what = "tensors are"
+    elif header.checksum is not None and content_checksum(header.model_dump(mode="json")) != header.checksum:
+        what = "header is"
+    else:
+        return
+    raise UserError(f"{path} is damaged: its {what} not what was written; restore the file, or train it again")
 
 
 def _saved_names(model: nn.Module) -> set[str]:

@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from compressvit.errors import UserError
 from compressvit.model import ties
 from compressvit.model.backbone import input_size, model_name
 from compressvit.model.bounded import on_meta
+from compressvit.model.checksums import content_checksum, tensor_checksums
 from compressvit.model.stored import (
     FORMAT,
     MANIFEST,
@@ -35,6 +37,7 @@ from compressvit.model.stored import (
     read_manifest,
     read_slots,
     read_tensors,
+    require_as_written,
 )
 from compressvit.transforms.applying import apply_plans
 from compressvit.transforms.applying import materialise as fold_low_rank
@@ -56,13 +59,20 @@ _TYPES = {
 }
 
 
-def save(model: nn.Module, path: str | Path, *, input_config: dict[str, Any] | None = None) -> Path:
+def save(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    input_config: dict[str, Any] | None = None,
+    check: Callable[[Path], object] | None = None,
+) -> Path:
     """Write a compressed (or plain) timm model as an artifact. One already at `path` is replaced when the new one is whole.
 
     Args:
         model: built by `timm.create_model`, then possibly by `compressvit.compress`.
         path: the artifact's folder; created.
         input_config: what images the model expects; timm's configuration of the model by default.
+        check: called with the new artifact's folder before it replaces an earlier one, which stays where this raises.
 
     Raises:
         UserError: a tie is broken, the model was not built by timm, or `path` holds something that is not an artifact.
@@ -78,7 +88,11 @@ def save(model: nn.Module, path: str | Path, *, input_config: dict[str, Any] | N
     scratch.mkdir(parents=True)
     try:
         save_file(tensors, scratch / TENSORS)
-        (scratch / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        content = {**manifest.model_dump(mode="json"), "tensors": tensor_checksums(tensors)}
+        content["checksum"] = content_checksum(content)
+        (scratch / MANIFEST).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        if check is not None:
+            check(scratch)
         if path.exists():
             old = path.parent / f".{path.name}.old.{uuid.uuid4().hex[:8]}"
             os.replace(path, old)
@@ -108,7 +122,7 @@ def load(path: str | Path, *, materialise: bool = False) -> nn.Module:
             memory of weights that are not shared. False keeps them factored.
 
     Raises:
-        UserError: no artifact there, one of another format, a truncated file, or tensors that do not fit the structure.
+        UserError: no artifact there, one of another format, a truncated or damaged file, or tensors that do not fit the structure.
     """
     path = Path(path)
     manifest = read_manifest(path)
@@ -116,9 +130,11 @@ def load(path: str | Path, *, materialise: bool = False) -> nn.Module:
     model = build_plain(path, manifest)
     _transform(model, path, manifest)
     model.to(getattr(torch, manifest.dtype))
-    model.load_state_dict(read_tensors(path), strict=False)
+    tensors = read_tensors(path)
+    model.load_state_dict(tensors, strict=False)
     ties.check(model, manifest.ties)
-    expect_images(model, manifest)
+    require_as_written(path, tensors)
+    expect_images(model, manifest.input)
     return (fold_low_rank(model) if materialise else model).eval()
 
 

@@ -63,7 +63,7 @@ def merged_copy(model: nn.Module) -> nn.Module:
 
 
 def photograph_like(count: int, config: InputConfig, seed: int = 0) -> torch.Tensor:
-    """Normalised images whose spectrum falls as 1/f, as that of photographs does: (count, C, H, W)."""
+    """Normalised random images (count, C, H, W) with a 1/f spectrum, like photographs."""
     generator = torch.Generator().manual_seed(seed)
     white = torch.fft.rfft2(torch.randn(count, config.channels, config.height, config.width, generator=generator))
     rows, columns = torch.fft.fftfreq(config.height), torch.fft.rfftfreq(config.width)

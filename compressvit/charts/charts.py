@@ -1,6 +1,6 @@
-"""Charts by Altair: four kinds, each from a list of records (a dictionary a mark). One description becomes a PNG, an SVG or part of a page.
+"""Charts by Altair: four kinds, each drawn from a list of records (one dictionary per mark), as PNG, SVG or part of a page.
 
-Colours are legible on white and on black; what a theme decides (text, axes, background) is left to `compressvit.charts.drawing`.
+Colours are legible on white and on black; what depends on a theme (text, axes, background) is set in `compressvit.charts.drawing`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def heatmap(
     """Squares at (x, y), in the order of the records.
 
     Args:
-        titles: of the fields, where their names are not for people.
+        titles: of the fields whose names are not fit for display.
         facet: a field: a panel for each of its values.
         domain: of the colours; None for that of the data.
         best: a field that is true where a square is to be marked.
@@ -144,7 +144,7 @@ def bars(
     Args:
         behind: a field; a grey bar of this length is drawn behind each.
         stacked: bars of one row follow one another instead of lying side by side.
-        over: bars of one row lie over one another, in the order of the records: the first is to be the longest.
+        over: bars of one row are drawn over one another in the order of the records, so the first should be the longest.
         note: a field of the row that is written at its right end.
     """
     titles, scales = titles or {}, scales or {}
@@ -199,15 +199,15 @@ def points(
     levels: Mapping[str, float] | None = None,
     span: bool = False,
 ) -> alt.Chart:
-    """A point a record at (x, y), numbers, or a row for every y that is a name, in the order of the records.
+    """One point per record at (x, y): both numbers, or y a name, with one row per name in the order of the records.
 
     Args:
         label: a field that is written beside the points.
         error: a field: half the length of a bar through the point, along y.
-        front: a field that is true for the points that a line joins from left to right (a Pareto front).
-        joined: a line joins the points of a kind.
-        span: a bar joins the points of a row, for y that are names.
-        levels: values of y that a dashed line marks, by what is written on it.
+        front: a field that is true for the points of the Pareto front, which a line joins from left to right.
+        joined: draw a line through the points of each kind.
+        span: where y is a name, draw a bar between the points of a row.
+        levels: horizontal dashed lines: their values of y by label.
     """
     titles, scales = titles or {}, scales or {}
     rows = _order(records, y) if any(isinstance(record[y], str) for record in records) else []

@@ -1,7 +1,7 @@
-"""A chart as a picture file, or as a part of a page.
+"""Charts as picture files, and as parts of an HTML page.
 
 Altair's charts are data (Vega-Lite): vl-convert draws them into files without a browser or a network, and on a page Vega draws them again,
-where the pointer reads off values.
+with values shown at the pointer.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _INK = {
 
 
 def save(chart: alt.Chart, path: Path) -> None:
-    """Draw a chart into a PNG or SVG file, by the path's suffix; whole or not at all."""
+    """Write a chart as PNG or SVG, by the path's suffix. The write is atomic."""
     kind: Any = path.suffix.removeprefix(".")
     quiet: Any = chart.properties(config=QUIET)
     with disk_faults(path):

@@ -34,7 +34,7 @@ class Finding:
     Attributes:
         name: of its files and its TensorBoard tag, e.g. 'cka' or 'gradients_shared'.
         title: one line above the picture.
-        caption: how to read it, in one to three sentences for somebody who has not read the paper.
+        caption: how to read it, in one to three sentences, for a reader who does not know the paper.
         chart: a kind of `compressvit.charts.charts.CHARTS`, drawn with `options`.
         records: rows of JSON values, all with the same keys.
     """
@@ -105,7 +105,7 @@ def read(path: Path) -> Finding:
 
 
 def merged(earlier: Finding, later: Finding) -> Finding:
-    """One finding of two measurements of the same thing; where both are of one phase and epoch, the later counts.
+    """One finding of two measurements of the same thing; of one phase and epoch, the later one replaces the earlier.
 
     The chart gets a panel for each `when` (and for each of the panels that it has already), unless the later one's options speak of
     `when`, `phase` or `epoch` themselves.

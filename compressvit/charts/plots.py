@@ -1,4 +1,4 @@
-"""The pictures that a run and `frontier` leave, as findings: what each shows and how to read it."""
+"""The charts that a run and `frontier` write, as findings with captions."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def frontier_finding(rows: Sequence[Mapping[str, Any]], unit: str, quality: str,
 
 
 def ranks_finding(ranks: Mapping[str, int | None], full: Mapping[str, int]) -> Finding:
-    """Bars of the rank of every layer's term, in the order of the model, before the rank its weight could have.
+    """Bars of the rank of every layer's term, in the order of the model, with its weight's full rank drawn in grey.
 
     Args:
         ranks: of the terms, by layer; None for one that stays dense.

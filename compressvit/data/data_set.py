@@ -1,4 +1,4 @@
-"""What compressvit knows of a data set before it is opened, and the registry of data sets.
+"""The description of a data set that is available before it is opened, and the registry of data sets.
 
 One set is one file in `compressvit/data/sets/`, or of a package that offers it (entry points `compressvit.sets`). Such a file imports what
 reads images only when the set is opened, so that names and classes do not wait for it.
@@ -72,7 +72,7 @@ def data_set(
 
 
 def find_set(name: str) -> DataSet:
-    """The set of that name. Upper and lower case are the same in names with a prefix, as they are to timm.
+    """The set of that name. Names with a prefix are case-insensitive, as in timm.
 
     Raises:
         UserError: there is none, or the package that offers it cannot be used.

@@ -1,4 +1,4 @@
-"""What a model expects of an image, and a batch of one model as another expects it."""
+"""The input that a model expects, and the conversion of a batch from one model's input to another's."""
 
 from __future__ import annotations
 
@@ -15,6 +15,12 @@ from compressvit.data.data_set import find_set
 from compressvit.data.spec import Data
 from compressvit.errors import UserError
 
+STATISTICS = (
+    "mean",
+    "std",
+    "interpolation",
+    "crop_pct",
+)  # options of the data that say what a model's images look like
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow converts to mode L
 
 
@@ -30,7 +36,7 @@ def class_mismatch(classes: int | None, model_classes: int) -> str | None:
 
 @dataclass(frozen=True)
 class InputConfig:
-    """What a model takes, and how an image gets there.
+    """The size and statistics of a model's input, and how an image is resized to it.
 
     Attributes:
         channels, height, width: 1 or 3, and pixels.
@@ -63,8 +69,11 @@ class InputConfig:
         }
 
 
-def input_config(model: nn.Module, data: Data) -> InputConfig:
-    """What `model` takes at its present size, with the statistics that `data` overrides.
+def input_config(model: nn.Module, data: Data, *, trained: bool = False) -> InputConfig:
+    """What `model` takes at its present size, with the statistics and the crop that `data` overrides.
+
+    Args:
+        trained: its values were learned with its own statistics, interpolation and crop, and `data` changes none of them.
 
     Raises:
         UserError: the model takes neither 1 nor 3 channels.
@@ -83,21 +92,22 @@ def input_config(model: nn.Module, data: Data) -> InputConfig:
     def per_channel(values: tuple[float, ...]) -> tuple[float, ...]:
         return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
 
+    asked = data.model_copy(update=dict.fromkeys(STATISTICS)) if trained else data
     crop_pct = 1.0 if find_set(data.name).full_frame else config["crop_pct"]
     return InputConfig(
         channels,
         int(height),
         int(width),
-        per_channel(data.mean or config["mean"]),
-        per_channel(data.std or config["std"]),
-        data.interpolation or config["interpolation"],
-        data.crop_pct or crop_pct,
+        per_channel(asked.mean or config["mean"]),
+        per_channel(asked.std or config["std"]),
+        asked.interpolation or config["interpolation"],
+        asked.crop_pct or crop_pct,
         config["crop_mode"],
     )
 
 
 def renormalise(images: torch.Tensor, source: InputConfig, target: InputConfig) -> torch.Tensor:
-    """A batch normalised for one model as another model expects it.
+    """Convert a batch that is normalised for one model to the input of another.
 
     Args:
         images: (B, C, H, W) with the channels and statistics of `source`.
@@ -125,7 +135,7 @@ def renormalise(images: torch.Tensor, source: InputConfig, target: InputConfig) 
 
 @dataclass(frozen=True)
 class Side:
-    """A model and what its images look like.
+    """A model and the configuration of its input.
 
     Teacher and student may take images of different sizes, channels and statistics: batches are loaded for one of them, and
     `converter` turns them into the other's.
@@ -135,10 +145,10 @@ class Side:
     input: InputConfig
 
     @classmethod
-    def of(cls, model: nn.Module, data: Data) -> Side:
-        """A model with what `input_config` says of it. Raises as `input_config` does."""
-        return cls(model, input_config(model, data))
+    def of(cls, model: nn.Module, data: Data, *, trained: bool = False) -> Side:
+        """A model with what `input_config` says of it, which also says what the arguments are and what is raised."""
+        return cls(model, input_config(model, data, trained=trained))
 
     def converter(self, source: InputConfig) -> Callable[[torch.Tensor], torch.Tensor]:
-        """A function that turns batches (B, C, H, W) normalised as `source` says into this model's."""
+        """A function that converts batches (B, C, H, W), normalised as `source` describes, to this model's input."""
         return partial(renormalise, source=source, target=self.input)

@@ -1,7 +1,7 @@
-"""Spend a budget on ranks: every layer gets as many as remove the most error per parameter (or byte, or MAC).
+"""Allocate ranks within a budget so that each parameter (or byte, or MAC) spent removes as much error as possible.
 
-The error of a low-rank term of rank r is the sum of the squares of the singular values it leaves out, so each layer offers a falling,
-convex curve of error against cost, and taking the steepest step first over all layers is optimal but for the last step.
+The error of a low-rank term of rank r is the sum of the squares of the singular values it leaves out, so each layer has a decreasing,
+convex curve of error against cost, and always taking the steepest step over all layers is optimal except for the last step.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Budget(Spec):
 
 @dataclass(frozen=True)
 class Curve:
-    """What one layer offers.
+    """The cost and error of one layer by rank.
 
     Attributes:
         step: cost of one more rank.
@@ -120,7 +120,7 @@ def _above(a: tuple, b: tuple, c: tuple) -> bool:
 
 
 def uniform(curves: Mapping[str, Curve], limit: int) -> dict[str, int | None]:
-    """Ranks in proportion to what each layer can have: what is planned where errors are not known."""
+    """Ranks in proportion to the largest rank of each layer, for planning where errors are not known."""
 
     def at(share: float) -> dict[str, int]:
         return {n: min(c.most, max(c.least, int(share * c.most))) for n, c in curves.items()}
@@ -142,7 +142,7 @@ def uniform(curves: Mapping[str, Curve], limit: int) -> dict[str, int | None]:
 
 
 def least_cost(curves: Mapping[str, Curve]) -> int:
-    """What the layers cost at least."""
+    """The smallest possible cost of the layers."""
     return sum(min(c.cost(c.least), c.cost(c.least) if c.dense is None else c.dense) for c in curves.values())
 
 

@@ -5,7 +5,7 @@ student's own inputs x and is asked for the teacher's outputs y, so it also undo
 residual branch, y is what makes the sum with the student's residual stream the teacher's. (Asymmetric reconstruction: Zhang et al.,
 https://arxiv.org/abs/1505.06798, section 3.3; for transformers e.g. SVD-LLM, https://arxiv.org/abs/2403.07378, section 3.3.)
 
-Only second moments are kept of a layer. The hidden states between blocks wait in temporary files (TMPDIR), 8 bytes for each of
+For each layer only second moments are kept. The hidden states between blocks wait in temporary files (TMPDIR), 8 bytes for each of
 images × tokens × width, so memory does not grow with images where those are on a disk.
 """
 
@@ -28,19 +28,19 @@ from compressvit.fitting.moments import frozen, not_finite
 from compressvit.fitting.regression import Regression
 from compressvit.log import progress
 from compressvit.model.backbone import describe
+from compressvit.model.family import BlockInfo, Branch
+from compressvit.model.linear import channels_last
 
-# The linear layer that ends each residual branch of a timm block: the branch's norm, the branch, and the scale of its output.
-BRANCHES = {"attn.proj": ("norm1", "attn", "ls1"), "mlp.fc2": ("norm2", "mlp", "ls2")}
 _LEAST_SCALE = 1e-3  # of the mean; what LayerScale makes smaller counts as that
 
 
 @dataclass(frozen=True)
 class LayerFit:
-    """How one layer takes what it is to learn.
+    """How one layer is fitted to its targets.
 
     Attributes:
         fit: sets the values of the layer it is given (and of whatever else it keeps), and returns the relative error that is left.
-        prefix_weight: how much a prefix (class) token counts, in tokens.
+        prefix_weight: the weight of a prefix (class) token relative to other tokens.
     """
 
     fit: Callable[[nn.Module, Regression], float]
@@ -99,27 +99,28 @@ class _Side:
 
     def __init__(self, model: nn.Module, folder: Path, name: str):
         self.model = model
-        self.path = describe(model, "attention").blocks[0].path
+        self.info = describe(model).blocks[0]
         self._hidden = _Spool(folder, name)
 
     @property
     def block(self) -> nn.Module:
-        return self.model.get_submodule(self.path)
+        return self.model.get_submodule(self.info.path)
 
     def enter(self, images: Tensor) -> None:
         """Append a batch."""
-        self._hidden.append(_look(self.model, images, {self.path: "input"}, self.path)[self.path])
+        path = self.info.path
+        self._hidden.append(_look(self.model, images, {path: "input"}, path)[path])
 
-    def advance(self, following: str, device: torch.device) -> None:
-        """Take every batch through the present block, up to the one at `following`."""
-        stage, _, number = following.rpartition(".blocks.")
-        name = f"blocks.{number}"
+    def advance(self, following: BlockInfo, device: torch.device) -> None:
+        """Take every batch through the present block, up to the following one."""
+        stage = following.stage_path if following.stage != self.info.stage else ""
+        name = following.path.removeprefix(f"{stage}.")
         for i in range(len(self._hidden)):
             x = self.block(self.hidden(i, device))
-            if stage != self.path.rpartition(".blocks.")[0]:  # Swin's patch merging stands between stages
+            if stage:
                 x = _look(self.model.get_submodule(stage), x, {name: "input"}, name)[name]
             self._hidden.replace(i, x)
-        self.path = following
+        self.info = following
 
     def hidden(self, index: int, device: torch.device) -> Tensor:
         return self._hidden.read(index, device)
@@ -142,9 +143,10 @@ def fit_in_order(
     Raises:
         UserError: there is no image, a layer sees numbers that are not finite, or there is no room for the hidden states.
     """
-    blocks = [info.path for info in describe(student, "attention").blocks]
-    wanted = {b: [p.removeprefix(f"{b}.") for p in fits if p.startswith(f"{b}.")] for b in blocks}
-    while blocks and not wanted[blocks[-1]]:
+    backbone = describe(student)
+    blocks, branches = list(backbone.blocks), backbone.family.branches
+    wanted = {b.path: [p.removeprefix(f"{b.path}.") for p in fits if p.startswith(f"{b.path}.")] for b in blocks}
+    while blocks and not wanted[blocks[-1].path]:
         blocks.pop()
     errors: dict[str, float] = {}
     with torch.no_grad(), _folder() as folder, frozen(student), frozen(teacher):
@@ -162,11 +164,13 @@ def fit_in_order(
             if position:
                 ours.advance(block, device)
                 theirs.advance(block, device)
-            for name in _in_order(ours.block, ours.hidden(0, device), wanted[block]):
-                path = f"{block}.{name}"
-                regression = Regression(_scale_behind(ours.block, name))
+            for name in _in_order(ours.block, ours.hidden(0, device), wanted[block.path]):
+                path, branch = f"{block.path}.{name}", branches.get(name)
+                regression = Regression(_scale_behind(ours.block, branch))
                 for i, images_of_batch in enumerate(sizes):
-                    x, y = _tokens(ours.block, theirs.block, name, ours.hidden(i, device), theirs.hidden(i, device))
+                    x, y = _tokens(
+                        ours.block, theirs.block, name, branch, ours.hidden(i, device), theirs.hidden(i, device)
+                    )
                     if not (torch.isfinite(x).all() and torch.isfinite(y).all()):
                         raise not_finite(path)
                     weights = torch.ones(*x.shape[:-1], 1, device=device)
@@ -177,18 +181,24 @@ def fit_in_order(
     return errors
 
 
-def _tokens(ours: nn.Module, theirs: nn.Module, name: str, h_ours: Tensor, h_theirs: Tensor) -> tuple[Tensor, Tensor]:
-    """The inputs (…, in) of the student's layer `name` of a block, and the outputs (…, out) it should have."""
-    norm, branch, scale = BRANCHES.get(name, ("", "", ""))
-    also = {norm: "input"} if norm else {}
+def _tokens(
+    ours: nn.Module, theirs: nn.Module, name: str, branch: Branch | None, h_ours: Tensor, h_theirs: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The inputs (…, in) of the student's layer `name` of a block, and the outputs (…, out) it should have.
+
+    Args:
+        branch: the residual branch that the layer ends, if it ends one.
+    """
+    also = {branch.norm: "input"} if branch else {}
     seen = _look(ours, h_ours, also | {name: "input"}, name)
     aim = _look(theirs, h_theirs, also | {name: "output"}, name)
-    wanted = aim[name]
-    if norm:  # timm's Swin folds the grid into a sequence before its MLP, and a block with slots does not
-        residual = _into(ours, norm, branch, h_ours, aim[norm].reshape(seen[norm].shape) - seen[norm])
+    wanted = channels_last(theirs.get_submodule(name), aim[name])
+    if branch:  # timm's Swin folds the grid into a sequence before its MLP, and a block with slots does not
+        norm = branch.norm
+        residual = _into(ours, norm, branch.branch, h_ours, aim[norm].reshape(seen[norm].shape) - seen[norm])
         y = wanted.reshape(residual.shape)
-        wanted = _corrected(y, residual, getattr(ours, scale, None), getattr(theirs, scale, None))
-    return seen[name], wanted
+        wanted = _corrected(y, residual, getattr(ours, branch.scale, None), getattr(theirs, branch.scale, None))
+    return channels_last(ours.get_submodule(name), seen[name]), wanted
 
 
 def _look(block: nn.Module, hidden: Tensor, wanted: dict[str, str], until: str) -> dict[str, Tensor]:
@@ -229,9 +239,9 @@ def _corrected(y: Tensor, residual: Tensor, ours: nn.Module | None, theirs: nn.M
     return torch.where(usable, (y * of_teacher + residual) / gamma, y)
 
 
-def _scale_behind(block: nn.Module, name: str) -> Tensor | None:
-    """|γ| (out,) of the LayerScale after a layer, if there is one; in float64 on the CPU."""
-    gamma = getattr(getattr(block, BRANCHES[name][2], None), "gamma", None) if name in BRANCHES else None
+def _scale_behind(block: nn.Module, branch: Branch | None) -> Tensor | None:
+    """|γ| (out,) of the LayerScale after a residual branch, if there is one; in float64 on the CPU."""
+    gamma = getattr(getattr(block, branch.scale, None), "gamma", None) if branch else None
     if gamma is None:
         return None
     scale = gamma.detach().abs().cpu().double()

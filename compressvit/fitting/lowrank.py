@@ -1,4 +1,4 @@
-"""Shared and low-rank approximations of weight matrices, measured where it matters: in the layers' outputs.
+"""Shared and low-rank approximations of weight matrices, with the error measured in the layers' outputs.
 
 A layer computes `y = x Wᵀ`. Replacing W by Ŵ changes its output by `x (Ŵ − W)ᵀ`, whose mean square over inputs with second
 moment `S = E[xᵀx]` is `‖(Ŵ − W) S^½‖²`: plain truncation minimises the error of the weights (S = I), *whitened* truncation that
@@ -41,15 +41,15 @@ class Metric:
         return image if self.output is None else self.output @ (self.output.mT @ image)
 
     def squared_norm(self, matrix: Tensor) -> float:
-        """The error that `matrix` (out, in) makes."""
+        """The squared norm of an error `matrix` (out, in) in this metric."""
         return self.weigh(matrix).square().sum().item()
 
 
 def cholesky(moment: Tensor, ridge: float) -> Tensor:
     """Lower-triangular L with `L Lᵀ = moment + ridge · mean(diagonal) · I`, in float64.
 
-    The ridge keeps directions that the calibration images never used from being given away. It is at least 1e-6, and as much
-    as it takes where the moment is singular.
+    The ridge keeps a cost on directions that the calibration images do not use. It is at least 1e-6, and larger where a
+    singular moment requires it.
     """
     moment = moment.double()
     size = moment.shape[0]
@@ -89,7 +89,7 @@ class Spectrum:
 
 
 def spectrum(matrix: Tensor, metric: Metric = Metric()) -> Spectrum:
-    """Decompose `matrix` (out, in) so that truncating it loses least in `metric`."""
+    """Decompose `matrix` (out, in) so that its truncations have the smallest error in `metric`."""
     left, values, right = torch.linalg.svd(metric.weigh(matrix.double()), full_matrices=False)
     return Spectrum(left, values, right, metric)
 

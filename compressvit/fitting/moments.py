@@ -1,4 +1,4 @@
-"""What a student's values come from: the model before the transforms, and what its layers see on calibration images.
+"""The source of a student's values: the model before the transforms, and moments of its layers on calibration images.
 
 Second moments are summed up image by image, so memory does not grow with their number. Collected for each layer are that of its
 inputs, `S = E[xᵀx]`, that of the gradients at its outputs, `G = E[gᵀg]`, which says how much an error there changes what the model
@@ -23,7 +23,7 @@ from compressvit.fitting.lowrank import Metric, cholesky
 from compressvit.log import progress
 from compressvit.model import surgery
 from compressvit.model.backbone import input_size
-from compressvit.model.linear import effective_weight
+from compressvit.model.linear import channels_last, effective_weight
 from compressvit.model.modes import evaluating
 from compressvit.tasks.base import task_of
 
@@ -190,10 +190,10 @@ def collect_moments(
     weighing as much as the others (the Gauss–Newton matrix of their mean squared error).
 
     Args:
-        model: in float32, on the device of the batches; as it was afterwards.
+        model: in float32, on the device of the batches; it is restored afterwards.
         paths: of linear layers.
         batches: images (B, C, H, W), read once.
-        outputs: collect what gradients tell, too.
+        outputs: also collect the moments of gradients.
         seed: of the labels, or directions, that are drawn.
 
     Returns:
@@ -207,12 +207,12 @@ def collect_moments(
     generator = torch.Generator().manual_seed(seed)
 
     def see_input(path: str, module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-        x = inputs[0].detach()
+        x = channels_last(module, inputs[0].detach())
         if not torch.isfinite(x).all():
             raise not_finite(path)
         sums[path].add_inputs(x)
         if outputs:
-            output.register_hook(partial(sums[path].add_gradients, x, prefix))
+            output.register_hook(lambda g: sums[path].add_gradients(x, prefix, channels_last(module, g)))
 
     images = 0
     with _hooks(model, {path: partial(see_input, path) for path in paths}), frozen(model):
@@ -300,7 +300,7 @@ def tokens_at(model: nn.Module, paths: Sequence[str]) -> dict[str, int]:
     seen: dict[str, int] = {}
 
     def count(path: str, module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-        seen[path] = inputs[0].numel() // inputs[0].shape[-1]
+        seen[path] = inputs[0].numel() // channels_last(module, inputs[0]).shape[-1]
 
     with _hooks(empty, {path: partial(count, path) for path in paths}), torch.no_grad():
         empty(torch.empty(1, *input_size(model), device="meta", dtype=next(empty.parameters()).dtype))

@@ -2,8 +2,8 @@
 
 The shipped transforms merge into linear layers and point-wise convolutions; the other layers are here for transforms of your own.
 
-R is (M, M) and c is (M,), in float64; the layer keeps its own precision. On the meta device, where nobody knows the values, a merge
-is refused for the structure alone.
+R is (M, M) and c is (M,), in float64; the layer keeps its own precision. On the meta device, where there are no values, only
+what the structure rules out is refused.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from compressvit.model import ties
 
 @torch.no_grad()
 def merge_before_(layer: nn.Module, r: torch.Tensor, c: torch.Tensor) -> None:
-    """Change `layer` in place so that it computes on x what it computed on `R x + c`.
+    """Change `layer` in place so that its new output for x is its old output for `R x + c`.
 
     `nn.Linear`: `W' = W R`, `b' = b + W c`. `nn.MultiheadAttention` with one `in_proj`, self-attention: the same on its three thirds.
     `nn.Conv2d` without groups: over its input channels, `b' = b + Σ_positions K c`; one that pads with v (zeros, at first) must pad
@@ -59,7 +59,7 @@ def merge_before_(layer: nn.Module, r: torch.Tensor, c: torch.Tensor) -> None:
 
 @torch.no_grad()
 def merge_after_(layer: nn.Module, r: torch.Tensor, c: torch.Tensor) -> None:
-    """Change `layer` in place so that it computes `R y + c` of what it computed: `W' = R W`, `b' = R b + c` (linear, convolution).
+    """Change `layer` in place so that it returns `R y + c` where it returned y: `W' = R W`, `b' = R b + c` (linear, convolution).
 
     Raises:
         UserError: the layer has no bias to take c, is grouped and R is dense, computes with more than its own weight, or is of another
@@ -101,7 +101,7 @@ _PLAIN = {nn.Linear.forward, nn.Conv2d.forward, PaddedConv2d.forward, nn.Multihe
 
 
 def owns_weight(layer: nn.Module) -> bool:
-    """Whether a layer's weight is a parameter, and all of it: neither a product of low-rank factors, nor one with such a term beside it."""
+    """Whether a layer computes with one weight parameter: neither a product of low-rank factors, nor one with an added low-rank term."""
     return layer._parameters.get("weight") is not None and getattr(layer, "low_rank", None) is None
 
 

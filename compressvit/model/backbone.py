@@ -1,21 +1,19 @@
 """Where a model keeps its stages, blocks, attention and MLP.
 
-A transform asks `describe(model)` and works with what it gets; what differs between families is in `compressvit.model.families`.
+A transform calls `describe(model)` and works with the `Backbone` that it returns; what differs between
+families is in `compressvit.model.families`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import nn
 
 from compressvit.errors import UserError
-from compressvit.model.family import FAMILIES, BlockInfo, Family
+from compressvit.model.family import FAMILIES, NEEDS, BlockInfo, Family, Need
 from compressvit.model.modules import as_timm
-
-Need = Literal["attention", "slotted_attention", "slotted_block"]
 
 
 @dataclass(frozen=True)
@@ -33,13 +31,13 @@ class Backbone:
 
     @property
     def slotted_attention(self) -> type[nn.Module]:
-        """The family's attention with slots, for who has asked `describe` for it."""
+        """The family's attention with slots; only after `describe` was called with this need."""
         assert self.family.slotted_attention is not None
         return self.family.slotted_attention
 
     @property
     def slotted_block(self) -> type[nn.Module]:
-        """The family's block with slots, for who has asked `describe` for it."""
+        """The family's block with slots; only after `describe` was called with this need."""
         assert self.family.slotted_block is not None
         return self.family.slotted_block
 
@@ -56,12 +54,12 @@ def share_groups(model: nn.Module, share: int | tuple[int, ...], asker: str) -> 
     Args:
         model: a timm model.
         share: blocks in a group, one number for every stage or one per stage; must divide the stage's depth.
-        asker: what messages call the option, e.g. 'multiplex.share'.
+        asker: the option's name in messages, e.g. 'multiplex.share'.
 
     Raises:
         UserError: a number does not divide its stage, or there are not as many numbers as stages.
     """
-    stages = describe(model, "attention").stages
+    stages = describe(model, "attention", asker=asker).stages
     counts = (share,) * len(stages) if isinstance(share, int) else share
     if len(counts) != len(stages):
         raise UserError(
@@ -104,39 +102,48 @@ def model_name(model: nn.Module) -> str:
 
 
 def family_of(model: nn.Module) -> Family | None:
-    """The family of a model; None for one that no transform works on (it can still be a teacher)."""
+    """The family of a model; None where no transform works on it (it can still be a teacher)."""
     known = {kind: family for family in FAMILIES.values() for kind in family.models}
     return known.get(class_in_timm(model, *known))
 
 
-def supported(need: Need | None = None) -> str:
-    """The models that compressvit works on, for messages; with `need`, those of the families that have it."""
-    families = [family for family in FAMILIES.values() if need is None or getattr(family, need) is not None]
+def supported(*needs: Need) -> str:
+    """The models that compressvit works on, for messages; with `needs`, those of the families that meet them."""
+    families = [family for family in FAMILIES.values() if not any(map(family.lacks, needs))]
     with_attention = [text for family in families if family.attention is not None for text in family.supports]
     others = [text for family in families if family.attention is None for text in family.supports]
-    texts = [f"timm's {_and(with_attention)}, at any size"] if with_attention else []
-    return "; ".join([*texts, f"adapters also on {_and(others)}"] if others else texts)
+    if needs:
+        return f"timm's {_and(with_attention + others)}, at any size"
+    return f"timm's {_and(with_attention)}, at any size; methods that need no attention also on {_and(others)}"
 
 
 def _and(words: list[str]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
-def describe(model: nn.Module, need: Need | None = None) -> Backbone:
+def describe(model: nn.Module, *needs: Need, asker: str = "this", instead: str = "") -> Backbone:
     """Find the blocks of a model.
 
     Args:
         model: a model of one of the families.
-        need: what the asker cannot do without; a family that lacks it is refused.
+        needs: what the caller requires; a family that lacks one is refused.
+        asker: what messages call the caller, e.g. 'multiplex'.
+        instead: what a refused user can do, where that is better than to know which models it works on.
 
     Raises:
         UserError: the family is not known or lacks what is needed, or a block or its attention is of a class that is not known.
     """
     family = family_of(model)
-    if family is None or (need is not None and getattr(family, need) is None):
-        only = " with this transform" if family is not None else " yet"
+    if family is None:
         raise UserError(
-            f"{model_name(model)} is a {type(model).__name__}, which compressvit cannot transform{only}; it works on {supported(need)}"
+            f"{model_name(model)} is a {type(model).__name__}, which compressvit cannot transform yet; it works on {supported(*needs)}"
+        )
+    missing = next((lack for lack in map(family.lacks, needs) if lack is not None), None)
+    if missing is not None:
+        needed, lack = NEEDS[missing]
+        raise UserError(
+            f"{asker} needs {needed}, and {model_name(model)} is a {family.title}, {lack}; "
+            + (instead or f"it works on {supported(*needs)}")
         )
     blocks = tuple(family.blocks(model))
     if not blocks:
@@ -144,22 +151,22 @@ def describe(model: nn.Module, need: Need | None = None) -> Backbone:
             f"{model_name(model)} was built with no blocks, so there is nothing to compress; give it a depth of at least 1"
         )
     for info in blocks:
-        for module, path, expected in _parts(model, family, info.path):
+        for module, path, expected in _parts(model, family, info.path, needs):
             found = class_in_timm(module, expected)
             if found is not expected:
                 raise UserError(
                     f"{model_name(model)}: {path} is a {found.__name__}, compressvit knows {expected.__name__} there; "
-                    f"it works on {supported(need)}"
+                    f"it works on {supported(*needs)}"
                 )
     return Backbone(family, blocks, num_prefix_tokens=getattr(model, "num_prefix_tokens", 0))
 
 
-def _parts(model: nn.Module, family: Family, path: str) -> Iterator[tuple[nn.Module, str, type]]:
+def _parts(model: nn.Module, family: Family, path: str, needs: Sequence[Need]) -> Iterator[tuple[nn.Module, str, type]]:
     """A block and its attention, each with its path and the class that the family has there."""
     block = model.get_submodule(path)
     if family.attention is not None and getattr(block, "attn", None) is None:
         raise UserError(
-            f"{model_name(model)}: {path} is a {type(block).__name__} without an `attn`; compressvit works on {supported('attention')}"
+            f"{model_name(model)}: {path} is a {type(block).__name__} without an `attn`; compressvit works on {supported(*needs)}"
         )
     yield block, path, family.block
     if family.attention is not None:

@@ -66,7 +66,7 @@ def file_bytes(model: nn.Module) -> int:
 
 
 def header_bytes(model: nn.Module) -> int:
-    """Bytes of the model's file that are not numbers."""
+    """Bytes of the model's file before its tensor data."""
     state = ties.unique_state(model)
     return file_bytes(model) - sum(t.numel() * t.element_size() for t in state.values())
 
@@ -106,7 +106,7 @@ def latency(
     Args:
         models: on `device`; they are put into eval mode.
         input_sizes: (C, H, W) of each model's image.
-        rounds: measurements of each model, after one that does not count.
+        rounds: measurements of each model, after one warm-up run.
         seconds: stop early after so long, with at least 3 rounds.
     """
     images = [torch.randn(1, *size, device=device) for size in input_sizes]
@@ -131,7 +131,7 @@ def latency(
 
 @torch.inference_mode()
 def break_even_rank(in_features: int, out_features: int, tokens: int, *, rounds: int = 7) -> tuple[int, int]:
-    """Up to which rank a factored linear layer costs less than the dense one: in MACs, and in time as measured here.
+    """The largest rank at which a factored linear layer costs less than the dense one, in MACs and in time measured on this machine.
 
     Args:
         in_features, out_features: of the layer.
@@ -139,7 +139,7 @@ def break_even_rank(in_features: int, out_features: int, tokens: int, *, rounds:
         rounds: measurements of each rank, made alternately; the fastest counts.
 
     Returns:
-        The two ranks; the measured one is among eighths of one and a half times the other, and 0 where none of them is faster.
+        Both ranks. The measured one is the largest of those that were faster, tried at eighths of 1.5 × the other; 0 if none was.
     """
     by_macs = in_features * out_features // (in_features + out_features)
     ranks = sorted({max(1, by_macs * eighth // 8) for eighth in range(1, 13)})
@@ -163,7 +163,7 @@ def saved_bytes(function: Callable[[], Any], exclude: Sequence[torch.Tensor] = (
 
     Args:
         function: the computation.
-        exclude: tensors that are alive anyway, whose storage does not count.
+        exclude: tensors that stay in memory regardless; their storage is not counted.
     """
     alive = {t.untyped_storage()._cdata for t in exclude}
     sizes: dict[int, int] = {}

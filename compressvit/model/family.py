@@ -7,9 +7,9 @@ timm: the registry is first read when somebody asks about a model, so that words
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -29,13 +29,68 @@ class BlockInfo:
     resolution: tuple[int, int]
     window: tuple[int, int] | None = None  # None: attention over all tokens
     shift: tuple[int, int] = (0, 0)
+    # The module of its stage, which runs what stands between the stage before and its blocks (as patch merging), then the blocks one
+    # after the other, and nothing else. "": nothing stands between stages.
+    stage_path: str = ""
+
+
+# What a method may need of a family (`Family.lacks`).
+Need = Literal["attention", "slotted_attention", "slotted_block", "no_position_table", "prompts"]
+
+# By need, what a refusal says: the method needs ..., and the model is a Swin, ...
+NEEDS: dict[Need, tuple[str, str]] = {
+    "attention": ("attention", "whose blocks have none"),
+    "slotted_attention": (
+        "attention whose logits it can change",
+        "for which compressvit has no such attention (`Family.slotted_attention`)",
+    ),
+    "slotted_block": (
+        "a block to which it can add a layer or a branch",
+        "for which compressvit has no such block (`Family.slotted_block`)",
+    ),
+    "no_position_table": (
+        "attention without relative positions of its own",
+        "which has a relative position table already",
+    ),
+    "prompts": ("to know how prompts join the tokens", "which does not say so (`Family.prompts`)"),
+}
+_OF_ATTENTION: set[Need] = {"slotted_attention", "no_position_table", "prompts"}  # missing where there is no attention
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A residual branch of a block, `x + scale(branch(norm(x)))`: paths within the block."""
+
+    norm: str  # its input is the residual stream
+    branch: str
+    scale: str  # a LayerScale, whose `gamma` (width,) is read; a block need not have one
+
+
+# By the linear layer that ends each, of timm's pre-norm blocks.
+PRE_NORM_BRANCHES = {"attn.proj": Branch("norm1", "attn", "ls1"), "mlp.fc2": Branch("norm2", "mlp", "ls2")}
+
+
+@dataclass(frozen=True)
+class Example:
+    """A small model of a family, on which the contract of transforms (`compressvit.testing`) is checked.
+
+    Attributes:
+        model: its name in timm.
+        args: for `timm.create_model`; they make it small.
+        tried: with every transform, only with those that train the whole model, or only with those that freeze the backbone, which
+            act at a few places, so that fewer models tell them apart.
+    """
+
+    model: str
+    args: Mapping[str, Any]
+    tried: Literal["always", "whole", "frozen"] = "always"
 
 
 class Family(ABC):
-    """Models of one design: which classes they are, where their blocks are, and what can be put into them.
+    """Models of one architecture: their classes, where their blocks are, and what transforms can attach to them.
 
     A block has its MLP at `mlp` and, where there is attention, its attention at `attn`. What a family leaves out is not offered for its
-    models: a transform that needs it refuses them and names the families that have it.
+    models: a transform that needs it (`Transform.needs`) refuses them and names the families that have it.
     """
 
     name: ClassVar[str]  # its word, set by `family`
@@ -50,10 +105,15 @@ class Family(ABC):
     slotted_block: ClassVar[type[nn.Module] | None] = None
     slotted_attention: ClassVar[type[nn.Module] | None] = None
     position_table: ClassVar[bool] = False  # its attention has a table of relative positions
-    # How prompt tokens (VPT) can join: in the sequence, as in timm's ViT, or in each window, as in timm's Swin. None: they cannot.
-    prompts: ClassVar[Literal["sequence", "windows"] | None] = None
+    # How prompt tokens (VPT) join the others, by a word registered in `compressvit/transforms/vpt/`: `sequence`, as in timm's ViT, or
+    # `windows`, as in timm's Swin. None: they cannot.
+    prompts: ClassVar[str | None] = None
     # What a block passes on: (B, N, C), (B, height, width, C) or (B, C, height, width).
     layout: ClassVar[Literal["sequence", "channels_last", "channels_first"]] = "sequence"
+    # By the linear layer that ends it, which is then fitted so that its sum with the residual stream is the teacher's.
+    branches: ClassVar[Mapping[str, Branch]] = {}
+    # By name, the first one standing for the family where one is enough. A family without is not under the contract.
+    examples: ClassVar[Mapping[str, Example]] = {}
     drop_paths: ClassVar[tuple[str, ...]] = ("drop_path1", "drop_path2")  # a block's stochastic depth
 
     @abstractmethod
@@ -64,8 +124,21 @@ class Family(ABC):
             UserError: the model is of this family, but was built with something in place of a block.
         """
 
+    def patch_size(self, model: nn.Module) -> tuple[int, int]:
+        """Height and width, in pixels, of the patch that becomes a token of the first block."""
+        patch_embed: Any = model.patch_embed  # of timm
+        height, width = patch_embed.patch_size
+        return height, width
+
+    def lacks(self, need: Need) -> Need | None:
+        """The need that is not met, None if it is. Where there is no attention, that is what any need of it lacks."""
+        if self.attention is None and need in _OF_ATTENTION:
+            return "attention"
+        has = not self.position_table if need == "no_position_table" else getattr(self, need) is not None
+        return None if has else need
+
     def convert(self, tensors: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-        """A checkpoint as `model` takes it: original names to timm's, position tables resampled to its grid. Raises whatever it meets."""
+        """A checkpoint as `model` takes it: original names to timm's, position tables resampled to its grid. May raise any exception."""
         return tensors
 
 

@@ -1,4 +1,4 @@
-"""Models in eval mode for a while."""
+"""Eval mode as a context manager."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Eval mode; afterwards every module is in the mode it was in, and a part of a model may be in another than the rest."""
+    """Eval mode. Afterwards each module is back in its own previous mode, which may differ between parts of the model."""
     training = {module: module.training for model in models for module in model.modules()}
     for model in models:
         model.eval()

@@ -1,4 +1,4 @@
-"""Modules by their types. torch declares every attribute of a module as `Tensor | Module`; these say what is really there."""
+"""Typed access to modules: torch declares every attribute of a module as `Tensor | Module`, and these give the actual types."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ class TimmModel(Protocol):
     pretrained_cfg: dict[str, Any]
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Images (B, C, H, W) to what the last block passes on."""
+        """From images (B, C, H, W) to the output of the last block, after the final norm if there is one."""
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """What `forward_features` gives to logits (B, classes), or with `pre_logits` to pooled features (B, width)."""
+        """From the output of `forward_features` to logits (B, classes), or with `pre_logits` to pooled features (B, width)."""
 
     def get_classifier(self) -> nn.Module | tuple[nn.Module, ...]:
         """The classifier, or one per class and distillation token."""
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Put a fresh classifier in the place of the model's; 0 for none."""
+        """Replace the classifier by a newly initialised one; 0 classes removes it."""
 
     def init_weights(self) -> None:
-        """Start all parameters anew from noise."""
+        """Initialise all parameters at random."""
 
 
 def as_timm(model: nn.Module) -> TimmModel:
-    """The same model, for its attributes and methods that torch has no types for."""
+    """The same object, typed with timm's attributes and methods."""
     return cast(TimmModel, model)
 
 

@@ -7,7 +7,7 @@
 | a plan of `lors` in which no layer shares | a plan of `low_rank` |
 | tensors `P.low_rank.down`, `P.low_rank.up`, `P.bias` where layer P is low rank alone | `P.down.weight`, `P.up.weight`, `P.up.bias` |
 
-It is for files that a run or `save` wrote. A recipe that a user gives is not translated: the steps refuse old words and name the new.
+Only files written by a run or by `save` are translated. In a recipe from a user, steps refuse an old word and name the new one.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def is_of_a_run(file: Path) -> bool:
 
 
 def current_recipe(content: Any) -> Any:
-    """A recipe of a run folder, as it is read from YAML, in today's words; what is no recipe stays as it is."""
+    """A recipe of a run folder, as it is read from YAML, in the current words; content that is not a recipe is returned unchanged."""
     if not isinstance(content, dict) or not isinstance(content.get("steps"), list):
         return content
     return {**content, "steps": [_step(entry) for entry in content["steps"]]}
@@ -153,14 +153,14 @@ def _renamed(value: Any, renames: Mapping[str, str]) -> Any:
 
 
 def rename(tensors: Mapping[str, T], renames: Mapping[str, str]) -> dict[str, T]:
-    """Tensors, or what else stands under their names, under the new ones."""
+    """A mapping from tensor names with its keys renamed."""
     return {renames.get(name, name): tensor for name, tensor in tensors.items()}
 
 
 def current_checkpoint(saved: Any, names: Collection[str]) -> Any:
     """What a checkpoint of a phase holds, under the names that the model's tensors have now.
 
-    The optimiser's own state goes by the order of its parameters, which stays: timm puts weights and biases into two groups.
+    The optimiser's state refers to parameters by position, which does not change: timm puts weights and biases into two groups.
     """
     if not isinstance(saved, dict) or not isinstance(saved.get("model"), dict):
         return saved

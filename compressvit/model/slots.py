@@ -1,8 +1,8 @@
-"""Slots that transforms fill inside attention and blocks. A family's slotted classes have them and say where they compute.
+"""Slots that transforms fill inside attention and blocks. A family's slotted classes define them and where they are applied.
 
 Attention, in the order of the MiniViT code: logits → + `rpe_k` (contextual relative position) → + position table → `logit_mix` (mix
 heads) → + mask → softmax → `prob_mix` (mix heads) → dropout. A block: `mlp_conv` between attention and MLP, `adaptformer` beside the MLP.
-With all slots empty the value is timm's own.
+With all slots empty the output equals timm's.
 """
 
 from __future__ import annotations

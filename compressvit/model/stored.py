@@ -1,7 +1,8 @@
-"""A model as files: the manifest that describes its structure, and its tensors. What its transforms do is not known here."""
+"""A model as files: the manifest that describes its structure, and its tensors. This module does not know what transforms do."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -24,6 +25,7 @@ from compressvit import __version__
 from compressvit.errors import UserError, did_you_mean
 from compressvit.model import old
 from compressvit.model.bounded import require_sound
+from compressvit.model.checksums import content_checksum, damaged
 from compressvit.model.header import MANIFEST, TENSORS, Slot, read_header
 from compressvit.model.modules import as_timm
 from compressvit.reading import Unreadable, read_json
@@ -64,7 +66,13 @@ class _Images(BaseModel):
 
 
 class Manifest(Spec):
-    """The structure of an artifact. `input` holds what images must look like: size (C, H, W), mean, std, interpolation, crop_pct."""
+    """The structure of an artifact.
+
+    Attributes:
+        input: what images must look like: size (C, H, W), mean, std, interpolation, crop_pct.
+        tensors: a checksum for every tensor; none in artifacts of earlier versions.
+        checksum: of the manifest itself.
+    """
 
     format: int
     compressvit: str
@@ -76,6 +84,8 @@ class Manifest(Spec):
     transforms: list[StepRecord]
     ties: list[list[str]]
     input: dict[str, Any]
+    tensors: dict[str, str] | None = None
+    checksum: str | None = None
 
     @field_validator("input")
     @classmethod
@@ -85,7 +95,7 @@ class Manifest(Spec):
 
 
 def build_plain(path: Path, manifest: Manifest) -> nn.Module:
-    """timm's own model of a manifest, before any transform, with fresh values; a `UserError` where timm cannot build it."""
+    """timm's own model of a manifest, before any transform, with fresh values; raises a `UserError` where timm cannot build it."""
     import timm
 
     if not timm.is_model(manifest.architecture):  # `hf-hub:…` would ask a server, `local-dir:…` read another folder
@@ -109,14 +119,14 @@ def is_artifact(path: Path) -> bool:
     return (path / MANIFEST).is_file()
 
 
-def expect_images(model: nn.Module, manifest: Manifest) -> None:
-    """Make the model want the images that the artifact's model wants: size, mean, deviation, interpolation."""
+def expect_images(model: nn.Module, images: dict[str, Any]) -> None:
+    """Set the model's input configuration to a manifest's `input`: size, mean, standard deviation, interpolation."""
     known = as_timm(model)
-    known.pretrained_cfg = {**known.pretrained_cfg, **_pretrained_config(manifest.input)}
+    known.pretrained_cfg = {**known.pretrained_cfg, **_pretrained_config(images)}
 
 
 def read_manifest(path: str | Path) -> Manifest:
-    """The manifest of the artifact at `path`; one of an earlier format as if it were of this one.
+    """The manifest of the artifact at `path`; an earlier format is converted to the current one.
 
     Raises:
         UserError: it is missing, is not JSON, or is of another format.
@@ -133,6 +143,31 @@ def read_manifest(path: str | Path) -> Manifest:
             "ties": [[renames.get(name, name) for name in group] for group in manifest.ties],
         }
     )
+
+
+def require_as_written(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Check that an artifact is what was written: a flipped bit, or an edited number of heads, may fit and compute something else.
+
+    Args:
+        tensors: of the artifact at `path`, as `read_tensors` returns them.
+
+    Raises:
+        UserError: a tensor or the manifest is another one. Artifacts of earlier versions have no checksums and are not checked.
+    """
+    manifest = _as_written(Path(path))
+    if wrong := damaged(tensors, manifest.tensors or {}):
+        raise UserError(
+            f"{Path(path) / TENSORS} is damaged: the checksum of {wrong[0]} is not that of {MANIFEST} ({len(wrong)} of {len(tensors)} "
+            "tensors differ); restore the file, or make it again"
+        )
+    if manifest.checksum is None:
+        return
+    content = read_json(Path(path) / MANIFEST)
+    if content_checksum(content) != manifest.checksum:
+        raise UserError(
+            f"{Path(path) / MANIFEST} is not what was written: its checksum differs, so the model would be another one. Restore the "
+            'file; or, if you edited it on purpose, delete its line "checksum"'
+        )
 
 
 def _words(manifest: Manifest) -> list[tuple[str, dict[str, Any]]]:
@@ -166,7 +201,7 @@ def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
     """The stored tensors of the artifact folder at `path`, by canonical name, on the CPU.
 
     Raises:
-        UserError: the file is missing or truncated, or the manifest is.
+        UserError: the file is missing, truncated, or the manifest is.
     """
     return _in_todays_names(Path(path), read_safetensors(_tensors_of(Path(path))))
 

@@ -1,4 +1,4 @@
-"""The only code that changes what a module is.
+"""The only code that changes the class of a module.
 
 A module is specialised in place: it keeps its identity, its path, its parameters and its hooks, and becomes an instance of a
 subclass of its own timm class. What a transform adds sits in *slots*: submodules named by the subclass, absent (None) until
@@ -66,12 +66,17 @@ def extend(model: nn.Module, path: str, mixin: type) -> nn.Module:
 
 
 def retract(model: nn.Module, path: str, mixin: type) -> None:
-    """Undo `extend`; what its slots held is gone. Other extensions stay."""
+    """Undo `extend` and drop the contents of its slots. Other extensions stay."""
     module = model.get_submodule(path)
     mixins, kind = _peel(type(module))
     module.__class__ = _dress(kind, [other for other in mixins if other is not mixin])
     for slot in slots_of(mixin):
         del module._modules[slot]
+
+
+def mixins_of(module: nn.Module) -> list[type]:
+    """What `extend` put before the class of a module, the last one first."""
+    return _peel(type(module))[0]
 
 
 _EXTENSIONS: dict[tuple[type, type], type[nn.Module]] = {}
@@ -113,7 +118,7 @@ def _dress(kind: type[nn.Module], mixins: list[type]) -> type[nn.Module]:
 
 
 def train_only(model: nn.Module, names: set[str]) -> None:
-    """Freeze every parameter but those named; a shared one is trained if one of its names is there."""
+    """Freeze all parameters except those named; a shared parameter is trained if any of its names is given."""
     wanted = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in names}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in wanted)
@@ -175,7 +180,7 @@ def exchange(
 
 
 def strip(model: nn.Module) -> None:
-    """Make every module an instance of its original class again, whatever it was specialised to; all slots are gone."""
+    """Undo every specialisation: each module is an instance of its original class again, and all slots are removed."""
     for module in list(model.modules()):
         kind = type(module)
         for slot in slots_of(kind):
@@ -188,7 +193,7 @@ def _is_ours(kind: type) -> bool:
 
 
 def added_modules(model: nn.Module) -> set[str]:
-    """Paths of the modules that sit in slots, and of all below them: what transforms added."""
+    """Paths of the modules in slots and of all their submodules, i.e. what transforms added."""
     paths: set[str] = set()
     for path, module in model.named_modules():
         for slot in slots_of(type(module)):

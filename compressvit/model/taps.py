@@ -1,4 +1,4 @@
-"""Taps: tensors read out of a model by module path."""
+"""Taps: recording the inputs and outputs of modules by path."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Taps:
     """Records the input or output of modules at every forward pass, until `close`.
 
     Args:
-        model: the tapped model; a shared tensor does not matter, every block has its own path.
+        model: the model to record. Blocks that share parameters still have paths of their own.
         taps: (module path, 'input' or 'output') each.
 
     Raises:
@@ -39,7 +39,7 @@ class Taps:
         ]
 
     def pop(self) -> dict[str, dict[str, Any]]:
-        """What the last forward pass left, as {path: {'input' | 'output': tensor}}; forgotten here."""
+        """The tensors of the last forward pass, as {path: {'input' | 'output': tensor}}; they are released here."""
         popped = {path: dict(seen) for path, seen in self._seen.items()}
         for seen in self._seen.values():
             seen.clear()

@@ -1,7 +1,8 @@
 """Shared parameters: tie them, find them, check them, count them once.
 
 Blocks share by holding the same `nn.Parameter` object under their own paths. A tie survives `deepcopy` and `.to(dtype)`;
-it is lost by `.to("meta")`, `to_empty`, `load_state_dict(assign=True)` and Swin's `set_input_size`. `check` says so, `retie` mends it.
+it is lost by `.to("meta")`, `to_empty`, `load_state_dict(assign=True)` and Swin's `set_input_size`. `check` detects this, and
+`retie` restores the tie.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from compressvit.errors import UserError
 
 
 def tie(model: nn.Module, groups: Iterable[Sequence[str]]) -> None:
-    """Make every parameter of a group the first one of it, under its own name.
+    """Replace every parameter of a group by the first one, so that all names hold the same `nn.Parameter`.
 
     Args:
         model: changed in place.
@@ -50,7 +51,7 @@ def tied_groups(model: nn.Module) -> list[list[str]]:
 
 
 def check(model: nn.Module, declared: Iterable[Sequence[str]]) -> None:
-    """Raise if a declared group is no longer one parameter.
+    """Check that every declared group is still one parameter.
 
     Raises:
         UserError: names the first broken group and what usually breaks it, or a shared tensor that is gone.
@@ -71,7 +72,7 @@ def check(model: nn.Module, declared: Iterable[Sequence[str]]) -> None:
 
 
 def retie(model: nn.Module) -> None:
-    """Tie again what the model's compression declares. The value of the first name of each group wins."""
+    """Restore the ties that the model's compression declares; each group takes the value of its first name."""
     compression = getattr(model, "_compression", None)
     if compression is not None:
         tie(model, compression.ties)
@@ -94,6 +95,6 @@ def count_at_paths(model: nn.Module, paths: Iterable[str]) -> dict[str, int]:
 
 
 def unique_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The state dict without its aliases: parameters under their canonical names, and persistent buffers."""
+    """The state dict with each shared parameter once, under its canonical name, and the persistent buffers."""
     aliases = {name for group in tied_groups(model) for name in group[1:]}
     return {name: tensor for name, tensor in model.state_dict().items() if name not in aliases}

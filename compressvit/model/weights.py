@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from compressvit.errors import UserError, did_you_mean
-from compressvit.files import expanded, torch_fault
+from compressvit.files import damaged_record, expanded, torch_fault
 from compressvit.model.backbone import family_of, head_names, model_name
 from compressvit.model.bounded import on_meta, require_sound
+from compressvit.model.local_dir import read_local_dir
 from compressvit.model.modules import as_timm
-from compressvit.model.stored import is_artifact, read_safetensors, read_tensors
+from compressvit.model.stored import is_artifact, read_safetensors, read_tensors, require_as_written
 from compressvit.model.unwrapping import contents, load_plain, unwrapped, without_prefix
 
 log = logging.getLogger("compressvit")
@@ -68,7 +69,7 @@ def load_pretrained(model: nn.Module, where: str, *, new_head: bool = False) -> 
 
     Args:
         model: built by `build`; changed in place.
-        where: the recipe path to speak of in a message, e.g. 'teacher.weights'.
+        where: the recipe key that messages name, e.g. 'teacher.weights'.
         new_head: a classifier of another size than the pretrained one may start fresh, because it will be trained.
 
     Raises:
@@ -160,7 +161,7 @@ def load_file(model: nn.Module, path: str | Path, where: str, *, new_head: bool 
 
 
 def copy_matching(student: nn.Module, teacher: nn.Module) -> list[str]:
-    """Give a student that timm built with other arguments its teacher's values, name by name.
+    """Copy the teacher's values, by name, into a student that timm built with other arguments.
 
     Class, distillation and register tokens may be gone: their rows of the position embedding are then left out. On the meta
     device it only checks. Returns the names that were not copied.
@@ -203,11 +204,17 @@ def resample_positions(tensors: dict[str, torch.Tensor], model: nn.Module) -> di
 
 def _read(path: Path, where: str) -> dict[str, torch.Tensor]:
     if is_artifact(path):
-        return read_tensors(path)
+        tensors = read_tensors(path)
+        require_as_written(path, tensors)
+        return tensors
+    if path.is_dir() and (known := read_local_dir(path)) is not None:
+        path = known.file
     if not path.is_file():
         raise UserError(f"{where}: there is no file {path}. {_supply(where)}")
     if path.suffix == ".safetensors":
         return read_safetensors(path)
+    if record := damaged_record(path):
+        raise UserError(f"{where}: {path} is damaged (the checksum of its record {record} differs); get it again")
     try:
         content = load_plain(path)
     except Exception as error:

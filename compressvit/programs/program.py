@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from compressvit.charts.findings import Finding
+from compressvit.errors import command_line
 from compressvit.exits import answered
 from compressvit.files import disk_faults
 from compressvit.programs.opened import OpenedModels, open_models
@@ -111,7 +112,8 @@ def _answered(name: str, arguments: argparse.Namespace, found: Callable[[], tupl
         show(tables, findings, arguments.output or home / "tools")
         return 0
 
-    return answered(f"{name}.py", run)
+    with command_line():
+        return answered(f"{name}.py", run)
 
 
 def show(tables: Sequence[Table], findings: Sequence[Finding], output: Path, console: Console | None = None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from compressvit.errors import UserError
+from compressvit.errors import UserError, option
 from compressvit.files import write_text
 from compressvit.log import warn_and_continue
 from compressvit.report import sections
@@ -37,10 +37,12 @@ def report(paths: list[str] | list[Path], output: str | Path | None = None) -> t
     """
     folders = find_runs(paths)
     if output is None and len(paths) > 1:
-        raise UserError("the report of several folders needs a file name: add --output FILE, e.g. --output report.html")
+        raise UserError(
+            f"the report of several folders needs a file name: add {option('output')}, e.g. {option('output', 'report.html')}"
+        )
     file = Path(output) if output is not None else Path(paths[0]) / FILE
     if file.is_dir():
-        raise UserError(f"--output {file} is a folder; name a file, e.g. --output {file / FILE}")
+        raise UserError(f"{option('output', file)} is a folder; name a file, e.g. {option('output', file / FILE)}")
     page = Page()
     runs = [read_run(folder) for folder in folders]
     if len(runs) == 1:

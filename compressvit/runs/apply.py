@@ -1,4 +1,4 @@
-"""`apply`: run a recipe from top to bottom, and leave the student and the evidence in a run folder."""
+"""`apply`: run a recipe from top to bottom, and write the student and its results to a run folder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from compressvit.recipe.recipe import Recipe, parse_recipe, read_recipe
 from compressvit.runs import tensorboard
 from compressvit.runs.files import Results
 from compressvit.runs.finish import finish
-from compressvit.runs.folder import RunFolder
+from compressvit.runs.folder import RunFolder, refuse_processes
 from compressvit.runs.job import Job, prepare, refuse_labels, refuse_own_inputs
 from compressvit.runs.merge import merge_folder, print_merge
 from compressvit.runs.models import trains_teacher
@@ -87,23 +87,25 @@ def apply(
         97.21
     """
     recipe, name, text = _recipe(recipe, overrides)
+    refuse_processes()
     folder = RunFolder(output)
     folder.refuse_or_clear(recipe, resume=resume, overwrite=overwrite)
     job = prepare(recipe, device, name=name)
     plan = plan_job(job)
     _refuse(job, plan, folder, overwrite=overwrite)
-    teacher, taught = fill_teacher(job, folder, resume=resume)
-    if not resume:
-        folder.open(recipe, text, plan.as_dict(), list(command or sys.argv), overwrite=overwrite)
-    run_log = RunLog(folder.path, console, partial(tensorboard.tag_of, tags=tensorboard.scalar_tags(recipe)))
-    try:
-        run_log.show(lambda to: print_plan(plan, to))
-        return _run(Run(job, folder, run_log), plan, teacher, taught, report)
-    except UserError as error:
-        log.error("%s", error, extra={"already_shown": True})
-        raise
-    finally:
-        run_log.close()
+    with folder.owned():
+        folder.refuse_or_clear(recipe, resume=resume, overwrite=overwrite)  # a run may have begun in it, or ended
+        teacher, taught = fill_teacher(job, folder, resume=resume)
+        folder.open(recipe, text, plan.as_dict(), list(command or sys.argv), resume=resume, overwrite=overwrite)
+        run_log = RunLog(folder.path, console, partial(tensorboard.tag_of, tags=tensorboard.scalar_tags(recipe)))
+        try:
+            run_log.show(lambda to: print_plan(plan, to))
+            return _run(Run(job, folder, run_log), plan, teacher, taught, report)
+        except UserError as error:
+            log.error("%s", error, extra={"already_shown": True})
+            raise
+        finally:
+            run_log.close()
 
 
 def _run(
@@ -119,7 +121,7 @@ def _run(
         report(folder.path)
     merged = None
     if job.recipe.merges:  # last, because a merge that is not exact is refused
-        merged = merge_folder(folder.path, device=str(job.device), datasets=job.datasets)
+        merged = merge_folder(folder.path, overwrite=True, device=str(job.device), datasets=job.datasets)
         run.log.show(partial(print_merge, merged))
     return RunResult(trained.student.model, trained.teacher.model, results, folder.path, merged)
 

@@ -1,9 +1,10 @@
-"""`compressvit.distill`: train a student of `compress` with a `DataLoader` of one's own, by the `distill` phase of recipes."""
+"""`compressvit.distill`: train a student of `compress` with a `DataLoader` of your own, using the `distill` phase of recipes."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,7 +26,7 @@ from compressvit.model import surgery
 from compressvit.model.modes import evaluating
 from compressvit.reading import read_json
 from compressvit.runs.batches import LoadedBatches
-from compressvit.runs.folder import RunFolder, flat
+from compressvit.runs.folder import RunFolder, flat, refuse_processes
 from compressvit.runs.job import pick_device
 from compressvit.runs.owned import refuse_links
 from compressvit.tasks.base import task_of
@@ -75,7 +76,7 @@ def distill(
     console: Console | None = None,
     **options: Any,
 ) -> Distilled:
-    """Train a student to behave as its teacher, in place, on batches of one's own.
+    """Train a student in place to reproduce its teacher, on batches of your own.
 
     Args:
         student: e.g. what `compress` returns.
@@ -102,6 +103,7 @@ def distill(
         >>> done.figures["agreement"]  # doctest: +SKIP
         96.4
     """
+    refuse_processes()
     spec = _options(options)
     where = pick_device(device)
     _refuse_models(student, teacher)
@@ -112,7 +114,7 @@ def distill(
     folder = _folder(output, student, resume, {**spec.model_dump(mode="json"), "seed": seed})
     where_to = folder.path if folder is not None else None
     task = _Task(ours, theirs, batches, held_out, where)
-    with TemporaryDirectory() as scratch:
+    with TemporaryDirectory() as scratch, folder.owned() if folder is not None else nullcontext():
         phase = Phase("distill", 1, seed, (folder or RunFolder(scratch)).checkpoint("distill"))
         report = _run(spec, task.stage(phase, RunLog(where_to, console)), student, folder)
     figures = task.evaluate(student, theirs)
@@ -146,7 +148,7 @@ class _Task:
         )
 
     def in_training(self, model: nn.Module) -> dict[str, Any]:
-        """Without a ground truth that its task knows, only the teacher says how good a student is."""
+        """Scores during training: against the teacher where there is no ground truth for the model's task."""
         enough = self.held_out is not None and self.held_out.labelled and task_of(model).supervised
         return self.evaluate(model, None if enough else self.theirs)
 

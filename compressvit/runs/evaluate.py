@@ -10,9 +10,10 @@ from typing import Any
 import torch
 import yaml
 from rich.table import Table
+from torch import nn
 
 from compressvit.artifacts import artifact
-from compressvit.data.input import Side
+from compressvit.data.input import STATISTICS, Side
 from compressvit.data.loaders import eval_loader
 from compressvit.data.opening import Datasets, open_data
 from compressvit.data.spec import Data
@@ -61,7 +62,7 @@ class Scorer:
         )
 
     def in_training(self, model: Side, teacher: Side | None) -> dict[str, Any]:
-        """Without a ground truth that its task knows, only the teacher says how good a student is."""
+        """Scores during training: against the teacher where there is no ground truth for the model's task."""
         enough = self.datasets.labelled and self.task(model).supervised
         return self.score(model, None if enough else self.comparable(teacher))
 
@@ -78,10 +79,12 @@ def evaluate_path(path: str | Path, overrides: list[str], *, device: str, as_jso
     """
     folder = artifact_in(Path(path))
     model = artifact.load(folder)
+    _require_finite(model, folder)
     recipe = data_recipe(folder, overrides, "evaluate")
     where = pick_device(device)
     datasets = open_data(recipe.data)
-    side = Side.of(model, recipe.data)
+    asked = any(override.startswith(tuple(f"data.{name}=" for name in STATISTICS)) for override in overrides)
+    side = Side.of(model, recipe.data, trained=not asked)  # an artifact knows what its images look like
     result: dict[str, Any] = {
         "path": str(folder),
         "data": recipe.data.name,
@@ -102,6 +105,16 @@ def evaluate_path(path: str | Path, overrides: list[str], *, device: str, as_jso
     if not datasets.labelled:
         print("the images have no labels, so there is no accuracy; `apply` compares a student with its teacher")
     return 0
+
+
+def _require_finite(model: nn.Module, folder: Path) -> None:
+    """Raise a `UserError` of a model whose figures would mean nothing."""
+    wrong = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
+    if wrong:
+        raise UserError(
+            f"{folder} cannot be evaluated: {wrong[0]} has values that are not finite ({len(wrong)} such tensors); its training diverged, "
+            "or its teacher's weights are damaged"
+        )
 
 
 def artifact_in(path: Path) -> Path:

@@ -16,7 +16,7 @@ MEASURED = "measured.jsonl"  # in `diagnostics`
 
 
 class RunFile(BaseModel):
-    """What is relied on; a file may have more, and one of an earlier version less."""
+    """The fields that readers rely on. A file may have more, and one of an earlier version fewer."""
 
     model_config = ConfigDict(extra="allow")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,9 +39,7 @@ def finish(job: Job, scorer: Scorer, folder: RunFolder, log: RunLog, *, plan: Re
         The content of `results.json`.
     """
     teacher, student = trained.teacher, trained.student
-    with disk_faults(folder.student):
-        artifact.save(student.model, folder.student, input_config=student.input.as_dict())
-    difference = artifact.read_back_difference(folder.student, student.model, student.input.size)
+    difference = _save(student, folder.student)
     answers = scorer.task(student).answers(student.model, job.datasets.class_names, job.datasets.labelled)
     predictions = Predictions(student.input, answers)
     scores, theirs = _scores(scorer, student, teacher, predictions)
@@ -68,6 +67,18 @@ def finish(job: Job, scorer: Scorer, folder: RunFolder, log: RunLog, *, plan: Re
     needed = scorer.task(teacher).needs_classes(job.datasets.num_classes or 0)
     _report(job, folder, log, results, class_mismatch(needed, getattr(teacher.model, "num_classes", 0)))
     return results
+
+
+def _save(student: Side, folder: Path) -> float:
+    """Write the student and read it back, before it replaces one that is there; returns how far its outputs are from the model's."""
+    differences: list[float] = []
+
+    def check(written: Path) -> None:
+        differences.append(artifact.read_back_difference(written, student.model, student.input.size))
+
+    with disk_faults(folder):
+        artifact.save(student.model, folder, input_config=student.input.as_dict(), check=check)
+    return differences[0]
 
 
 def _scores(

@@ -1,4 +1,4 @@
-"""A run folder holds everything one `apply` did, written before the first step where it can be.
+"""A run folder holds everything about one `apply`; what is known at the start is written before the first step.
 
 `recipe.yaml` (as given) · `resolved.yaml` (defaults and overrides in) · `environment.json` · `plan.json` · `checkpoints/` ·
 `student/` · `metrics.jsonl` · `tensorboard/` · `run.log` · `results.json` · `predictions.json` and `predictions/` · `diagnostics/` ·
@@ -10,20 +10,22 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock, Timeout
+
 from compressvit import __version__
-from compressvit.errors import UserError
+from compressvit.errors import UserError, option, switch
 from compressvit.files import disk_faults, write_json, write_text
 from compressvit.model.header import MANIFEST
 from compressvit.model.old import RESOLVED, current_recipe, stored_step
 from compressvit.reading import MAX_YAML, parse_yaml, read_text
 from compressvit.runs.files import Environment
-from compressvit.runs.owned import delete, refuse_foreign, refuse_links
+from compressvit.runs.owned import LOCK, delete, is_scratch, refuse_foreign, refuse_links
 
 if TYPE_CHECKING:
     from compressvit.charts.findings import Finding
@@ -52,7 +54,7 @@ class RunFolder:
         return self.path / "diagnostics"
 
     def keep(self, finding: Finding) -> None:
-        """Write a finding to `diagnostics/`, and its picture where a person looks first."""
+        """Write a finding to `diagnostics/`, and its picture to the top of the run folder."""
         finding.write(self.diagnostics, pictures=False)
         finding.picture(self.path / f"{finding.name}.png")
 
@@ -72,28 +74,31 @@ class RunFolder:
                 `overwrite` of a folder that is not a run.
         """
         if resume and overwrite:
-            raise UserError("--resume and --overwrite contradict each other; give one")
+            raise UserError(f"{switch('resume')} and {switch('overwrite')} contradict each other; give one")
         if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"--output {self.path} is a file; name a folder")
-        occupied = self.path.is_dir() and any(self.path.iterdir())
+            raise UserError(f"{option('output', self.path)} is a file; name a folder")
+        occupied = self.path.is_dir() and any(not is_scratch(entry) for entry in self.path.iterdir())
         if resume:
             self._refuse_other_recipe(recipe)
             refuse_links(self.path.resolve())
         elif occupied and not overwrite:
             raise UserError(
-                f"{self.path} is not empty. Give --resume to continue the run in it, --overwrite to delete it and start again, "
-                "or --output for another folder"
+                f"{self.path} is not empty. Give {switch('resume')} to continue the run in it, {switch('overwrite')} to delete it and "
+                f"start again, or {option('output')} for another folder"
             )
         elif occupied and not (self.path / RESOLVED).is_file():
             raise UserError(
-                f"--overwrite: {self.path} is not empty and not a run folder (no {RESOLVED}), so it is not deleted; use --output"
+                f"{switch('overwrite')}: {self.path} is not empty and not a run folder (no {RESOLVED}), so it is not deleted; "
+                f"give another {option('output')}"
             )
         elif occupied:
             refuse_foreign(self.path)
 
     def _refuse_other_recipe(self, recipe: Recipe) -> None:
         if not (self.path / RESOLVED).is_file():
-            raise UserError(f"--resume: there is no run in {self.path} (no {RESOLVED}); start it without --resume")
+            raise UserError(
+                f"{switch('resume')}: there is no run in {self.path} (no {RESOLVED}); start it without {option('resume')}"
+            )
         from compressvit.recipe.recipe import parse_recipe  # here, because a report reads run folders without torch
 
         try:
@@ -103,30 +108,83 @@ class RunFolder:
                 before = flat(parse_yaml(parse_recipe(text, RESOLVED).to_yaml(), RESOLVED))
         except UserError as error:
             raise UserError(
-                f"--resume: {self.path / RESOLVED} is damaged, so the run's settings are not known; start a new run with --output"
+                f"{switch('resume')}: {self.path / RESOLVED} is damaged, so the run's settings are not known; start a new run with "
+                f"another {option('output')}"
             ) from error
         now = flat(parse_yaml(recipe.to_yaml(), "the recipe"))
         changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
         if changed:
             lines = [f"  {key}: {_value(before, key)} in the run, {_value(now, key)} now" for key in changed]
             raise UserError(
-                f"--resume: the recipe is not the one that {self.path} was started with:\n" + "\n".join(lines) + "\n"
-                "Give the same recipe and overrides, or start a new run with --output"
+                f"{switch('resume')}: the recipe is not the one that {self.path} was started with:\n"
+                + "\n".join(lines)
+                + "\n"
+                f"Give the same recipe and overrides, or start a new run with another {option('output')}"
             )
 
-    def open(
-        self, recipe: Recipe, recipe_text: str, plan: dict[str, Any], command: list[str], *, overwrite: bool
-    ) -> None:
-        """Make the folder and write what is known before the first step."""
+    @contextmanager
+    def owned(self) -> Iterator[None]:
+        """Make the folder, and keep every other run out of it.
+
+        Raises:
+            UserError: another run writes into the folder.
+        """
+        path = self.path.resolve()
+        new = not path.exists()
         with disk_faults(self.path):
-            if overwrite and self.path.is_dir():
-                delete(self.path.resolve())  # a link to a folder stays, and so does its folder
-            self.path.resolve().mkdir(parents=True, exist_ok=True)
-        write_text(self.path / "recipe.yaml", recipe_text)
-        write_text(self.path / RESOLVED, recipe.to_yaml())
+            path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path / LOCK)
+        with disk_faults(self.path):
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                raise UserError(
+                    f"another run is writing into {self.path}; wait for it, or give another {option('output')}"
+                ) from None
+        try:
+            yield
+        finally:
+            (path / LOCK).unlink(missing_ok=True)
+            lock.release()
+            if new and not any(path.iterdir()):
+                path.rmdir()
+
+    def open(
+        self,
+        recipe: Recipe,
+        recipe_text: str,
+        plan: dict[str, Any],
+        command: list[str],
+        *,
+        resume: bool,
+        overwrite: bool,
+    ) -> None:
+        """Write what is known before the first step; of a run that is resumed, what it was stopped before writing."""
+        with disk_faults(self.path):
+            delete(self.path.resolve(), scratch=not overwrite)
         found = environment(command, recipe.packages)
-        write_json(self.path / "environment.json", found.model_dump())
-        write_json(self.path / "plan.json", plan)
+        writes: dict[str, Callable[[Path], None]] = {
+            RESOLVED: lambda file: write_text(
+                file, recipe.to_yaml()
+            ),  # first: a run that has it can be resumed or overwritten
+            "recipe.yaml": lambda file: write_text(file, recipe_text),
+            "environment.json": lambda file: write_json(file, found.model_dump()),
+            "plan.json": lambda file: write_json(file, plan),
+        }
+        for name, write in writes.items():
+            if not (resume and (self.path / name).exists()):
+                write(self.path / name)
+
+
+def refuse_processes() -> None:
+    """Raise a `UserError` in one of several processes that a launcher such as torchrun has started: each would do all of the work, and
+    write it into the same folder."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count not in ("", "0", "1"):
+        raise UserError(
+            f"a launcher has started {count} processes (WORLD_SIZE={count}), and compressvit works in one; start it without torchrun, "
+            "srun or mpirun, or unset WORLD_SIZE"
+        )
 
 
 def find_runs(paths: Sequence[str | Path]) -> list[Path]:

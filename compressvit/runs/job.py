@@ -18,7 +18,7 @@ import torch
 from compressvit.data.input import Side
 from compressvit.data.opening import Datasets, open_data
 from compressvit.data.spec import known_classes
-from compressvit.errors import UserError
+from compressvit.errors import UserError, option, switch
 from compressvit.files import expanded
 from compressvit.recipe.recipe import Recipe
 from compressvit.runs.folder import RunFolder
@@ -33,7 +33,7 @@ PLACEHOLDER_CLASSES = 1000  # of a new classifier, while nobody knows the data's
 
 @dataclass
 class Job:
-    """A recipe, and what it comes to.
+    """A recipe with everything that follows from it without values.
 
     Attributes:
         name: what messages call the recipe.
@@ -60,7 +60,7 @@ class Job:
 
 
 def prepare(recipe: Recipe, device: str = "auto", *, name: str = "recipe", without_data: bool = False) -> Job:
-    """Settle what a recipe is about. Models are built without values; data is opened where only that tells its classes.
+    """Resolve a recipe to a job. Models are built without values; data is opened where only that tells its classes.
 
     Args:
         name: what messages call the recipe.
@@ -84,7 +84,7 @@ def prepare(recipe: Recipe, device: str = "auto", *, name: str = "recipe", witho
         )
     placeholder = recipe.student.head == "new" and not classes
     student = build_student(recipe, teacher, classes=PLACEHOLDER_CLASSES if placeholder else classes, meta=True)
-    sides = Side.of(teacher, recipe.data), Side.of(student, recipe.data)
+    sides = Side.of(teacher, recipe.data, trained=architecture.trained), Side.of(student, recipe.data)
     job = Job(recipe, name, where, classes, architecture, *sides, placeholder)
     if datasets is not None:
         job.datasets = datasets
@@ -103,17 +103,17 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         if device.type not in kinds:
-            raise UserError(f"--device {name} is none of {', '.join(kinds)} (cuda:1 names the second GPU)")
+            raise UserError(f"{option('device', name)} is none of {', '.join(kinds)} (cuda:1 names the second GPU)")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(
-            f"--device {name} cannot be used: {str(error).splitlines()[0]}; --device cpu always can"
+            f"{option('device', name)} cannot be used: {str(error).splitlines()[0]}; {option('device', 'cpu')} always can"
         ) from error
     return device
 
 
 def refuse_own_inputs(recipe: Recipe, folder: RunFolder) -> None:
-    """`--overwrite` must not delete what the run reads."""
+    """Overwriting must not delete what the run reads."""
     named = {
         "teacher.weights": recipe.teacher.weights,
         "student.weights": recipe.student.weights,
@@ -130,7 +130,9 @@ def refuse_own_inputs(recipe: Recipe, folder: RunFolder) -> None:
             continue
         path = expanded(value, key).resolve()
         if path.exists() and folder.path.resolve() in (path, *path.parents):
-            raise UserError(f"--overwrite would delete {value}, which {key} reads; give another --output")
+            raise UserError(
+                f"{switch('overwrite')} would delete {value}, which {key} reads; give another {option('output')}"
+            )
 
 
 def refuse_labels(job: Job) -> None:

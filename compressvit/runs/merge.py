@@ -1,4 +1,4 @@
-"""`compressvit merge`: the student of a run, or an artifact, merged into a folder of its own, with the proof and the latencies."""
+"""`compressvit merge`: the student of a run, or an artifact, merged into a folder of its own, with the comparison and latencies."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from compressvit.data.input import InputConfig, input_config
 from compressvit.data.loaders import eval_loader
 from compressvit.data.opening import Datasets, open_data
 from compressvit.data.spec import Data
-from compressvit.errors import UserError
+from compressvit.errors import UserError, option, switch
 from compressvit.files import disk_faults, write_json
 from compressvit.model import cost, stored, ties
 from compressvit.model.stored import Manifest
@@ -40,14 +40,20 @@ _WRITTEN = ("config.json", stored.MANIFEST, stored.TENSORS)
 
 
 def merge_folder(
-    path: str | Path, output: str | Path | None = None, *, device: str = "auto", datasets: Datasets | None = None
+    path: str | Path,
+    output: str | Path | None = None,
+    *,
+    overwrite: bool = False,
+    device: str = "auto",
+    datasets: Datasets | None = None,
 ) -> dict[str, Any]:
     """Merge the artifact at `path`, or that of a run, and write a folder that `timm.create_model("local-dir:FOLDER", pretrained=True)`
     reads; where adapters are left (of Kronecker products, now dense), an artifact instead.
 
     Args:
         path: an artifact or a run folder.
-        output: the folder to write, `merged` beside the artifact by default; it must not exist, or be an earlier merge.
+        output: the folder to write, `merged` beside the artifact by default.
+        overwrite: replace an earlier merge in that folder; nothing else in it is ever replaced.
         device: where latencies are taken; the comparison is on the CPU.
         datasets: the data of the run, where it is open already.
 
@@ -55,15 +61,15 @@ def merge_folder(
         The content of `merge.json`: differences relative to the largest output, and latencies in milliseconds.
 
     Raises:
-        UserError: nothing there, or a transform that cannot be folded.
-        UserError: also where the merged model computes something else.
+        UserError: there is no artifact at `path`, a transform cannot be folded, the merged model computes something else, or the
+            folder to write is not empty (unless it is an earlier merge and `overwrite` is given).
     """
     where = pick_device(device)
     folder = artifact_in(Path(path).resolve())
     target = Path(output).resolve() if output is not None else folder.parent / "merged"
     if output is None:
         refuse_links(target)
-    _require_free(target)
+    _require_free(target, overwrite)
     model = artifact.load(folder)
     dtype = next(model.parameters()).dtype
     model = in_float32(model)  # the proof is in float32, whatever the model is stored in
@@ -91,24 +97,30 @@ def merge_folder(
     return result
 
 
-def _require_free(target: Path) -> None:
-    """Raise a `UserError` unless nothing is there, or an earlier merge and nothing else."""
+def _require_free(target: Path, overwrite: bool) -> None:
+    """Raise a `UserError` unless nothing is there, or, with `overwrite`, an earlier merge and nothing else."""
     if target.exists() and not target.is_dir():
-        raise UserError(f"{target} is a file; give another --output")
+        raise UserError(f"{target} is a file; give another {option('output')}")
     there = {path.name for path in target.iterdir()} if target.is_dir() else set()
     if not there:
         return
     if _SEAL not in there:
         raise UserError(
             f"{target} is not empty, and no earlier merge wrote it (it has no {_SEAL}), so nothing in it is replaced; "
-            "give another --output"
+            f"give another {option('output')}"
         )
     if others := sorted(there - {_SEAL, *_WRITTEN}):
-        raise UserError(f"{target} holds {others[0]}, which is not of an earlier merge; give another --output")
+        raise UserError(
+            f"{target} holds {others[0]}, which is not of an earlier merge; give another {option('output')}"
+        )
+    if not overwrite:
+        raise UserError(
+            f"{target} holds an earlier merge. Give {switch('overwrite')} to replace it, or {option('output')} for another folder"
+        )
 
 
 def print_merge(result: dict[str, Any], console: Console) -> None:
-    """What `merge_folder` returns, for a person."""
+    """Print what `merge_folder` returns."""
     table = Table(title=f"{result['artifact']} → {result['merged']}", title_justify="left")
     for column in ("", "parameters", "latency", "latency / backbone"):
         table.add_column(column, justify="left" if not column else "right")
@@ -179,7 +191,7 @@ def _write(model: nn.Module, folder: Path, *, plain: bool) -> nn.Module:
 def _input_of(folder: Path, model: nn.Module) -> InputConfig:
     resolved = folder.parent / RESOLVED
     if resolved.is_file():
-        return input_config(model, load_recipe(resolved).data)
+        return input_config(model, load_recipe(resolved).data, trained=True)
     return input_config(model, Data(name="images"))
 
 

@@ -14,6 +14,7 @@ from compressvit.data.spec import known_classes
 from compressvit.errors import UserError
 from compressvit.files import expanded
 from compressvit.model import surgery, weights
+from compressvit.model.local_dir import LocalDir, read_local_dir
 from compressvit.model.modules import as_timm
 from compressvit.model.stored import Manifest, expect_images, is_artifact, read_manifest
 from compressvit.recipe.recipe import Recipe
@@ -32,12 +33,14 @@ class Architecture:
     Attributes:
         name: timm's, with or without a tag.
         args: further arguments of timm.create_model.
-        manifest: of the artifact that says what its images look like, if there is one.
+        input: what its images look like, where the file of its weights says so.
+        trained: it comes with values that want images of their own kind, so that options of the data do not change what it gets.
     """
 
     name: str
     args: dict[str, Any]
-    manifest: Manifest | None = None
+    input: dict[str, Any] | None = None
+    trained: bool = False
 
     def build(self, device: str | None = None) -> nn.Module:
         """The model with fresh values; 'meta' for a skeleton.
@@ -46,8 +49,8 @@ class Architecture:
             UserError: timm cannot build it.
         """
         model = weights.build(self.name, device=device, **self.args)
-        if self.manifest is not None:
-            expect_images(model, self.manifest)
+        if self.input is not None:
+            expect_images(model, self.input)
         return model
 
 
@@ -61,15 +64,16 @@ def teacher_architecture(recipe: Recipe, *, classes: int | None = None) -> Archi
     Raises:
         UserError: the artifact is of another architecture, or of a student.
     """
-    manifest = _teacher_manifest(recipe)
-    args = _teacher_args(recipe, manifest)
+    stored = _stored_teacher(recipe)
+    args = _teacher_args(recipe, stored)
     count = recipe.teacher.num_classes
     if count is None and trains_teacher(recipe):
         known = known_classes(recipe.data) or classes
         count = None if known is None else _head_size(recipe, known)
     if count is not None:
         args["num_classes"] = count
-    return Architecture(recipe.teacher.model, args, manifest)
+    trained = stored is not None or recipe.teacher.weights == "pretrained"
+    return Architecture(recipe.teacher.model, args, stored.input if stored is not None else None, trained)
 
 
 def _head_size(recipe: Recipe, classes: int) -> int:
@@ -83,30 +87,30 @@ def build_teacher(recipe: Recipe, *, classes: int | None = None, device: str | N
     return teacher_architecture(recipe, classes=classes).build(device)
 
 
-def _teacher_manifest(recipe: Recipe) -> Manifest | None:
-    """Of the artifact that `teacher.weights` names, if it names one."""
+def _stored_teacher(recipe: Recipe) -> Manifest | LocalDir | None:
+    """What the artifact or timm's own folder that `teacher.weights` names says of the model; None of a bare file."""
     asked = recipe.teacher
     if asked.weights in ("pretrained", "train"):
         return None
     folder = expanded(asked.weights, "teacher.weights")
-    if not is_artifact(folder):
+    manifest = read_manifest(folder) if is_artifact(folder) else read_local_dir(folder)
+    if manifest is None:
         return None
-    manifest = read_manifest(folder)
     if manifest.architecture.partition(".")[0] != asked.model.partition(".")[0]:
         raise UserError(
             f"teacher.weights: {asked.weights} is a {manifest.architecture}, and teacher.model says {asked.model}; set "
             f"teacher.model={manifest.architecture}, or give the weights of another model"
         )
-    if not is_plain(folder):
+    if isinstance(manifest, Manifest) and not is_plain(folder):
         steps = ", ".join(step.transform for step in manifest.transforms)
         raise UserError(
             f"teacher.weights: {asked.weights} is the result of {steps} on a {manifest.architecture}, no model of timm's own. Give the "
-            "teacher of that run; or, if `compressvit merge` can make a plain model of it, RUN/merged/model.safetensors"
+            "teacher of that run; or, if `compressvit merge` can make a plain model of it, RUN/merged"
         )
     return manifest
 
 
-def _teacher_args(recipe: Recipe, manifest: Manifest | None) -> dict[str, Any]:
+def _teacher_args(recipe: Recipe, manifest: Manifest | LocalDir | None) -> dict[str, Any]:
     """Arguments of timm.create_model: the artifact's, and over them the recipe's."""
     return {**(manifest.args if manifest else {}), **recipe.teacher.args}
 
@@ -160,7 +164,7 @@ def student_body(recipe: Recipe, teacher: nn.Module, *, meta: bool) -> nn.Module
     asked = recipe.student
     if asked.model is None and not asked.args and asked.weights == "teacher":
         return surgery.skeleton(teacher) if meta else copy.deepcopy(teacher)
-    args = {} if asked.model else _teacher_args(recipe, _teacher_manifest(recipe))
+    args = {} if asked.model else _teacher_args(recipe, _stored_teacher(recipe))
     args |= {"num_classes": getattr(teacher, "num_classes", None), **asked.args}
     student = weights.build(asked.model or recipe.teacher.model, device="meta" if meta else None, **args)
     if meta:

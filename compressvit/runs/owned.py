@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from compressvit.errors import UserError
 from compressvit.model.header import MANIFEST, TENSORS
 from compressvit.reading import kind_of
 
+LOCK = ".lock"  # while a process writes into the folder
 _ARTIFACT = rf"(?:{re.escape(MANIFEST)}|{re.escape(TENSORS)})"
 _EVENTS = r"tensorboard/events\.out\.tfevents\..+"
 # Files by their path in the folder. A folder is ours where files of ours would lie in it.
@@ -32,6 +34,7 @@ _FILES = (
     r"tools/[^/]+\.(json|csv|png|svg)",
     rf"tools/{_EVENTS}",
     # left by a run that was killed
+    re.escape(LOCK),
     r"(?:.+/)?\.[^/]+\.part",
     rf"(?:.+/)?\.[^/]+(\.old)?\.[0-9a-f]{{8}}/{_ARTIFACT}",
     rf"\.merge\.[^/]+/(config\.json|pytorch_model\.bin|README\.md|{_ARTIFACT})",
@@ -64,15 +67,29 @@ def foreign(folder: Path) -> Path | None:
     return None
 
 
-def delete(folder: Path) -> None:
-    """Empty a run folder of what `foreign` found to be its own.
+def is_scratch(entry: Path) -> bool:
+    """Whether a killed run left it: a lock, a file that was not written to its end, a model likewise (`.student.1a2b3c4d`)."""
+    return re.fullmatch(r"\.lock|\..+\.part|\..+\.[0-9a-f]{8}", entry.name) is not None
+
+
+def delete(folder: Path, *, scratch: bool = False) -> None:
+    """Empty a run folder of what is its own, but for the lock, which the caller holds.
+
+    Args:
+        scratch: only of what a killed run left.
 
     Raises:
         UserError: something else is in it; nothing is deleted then.
     """
-    refuse_foreign(folder)
+    if not scratch:
+        refuse_foreign(folder)
     for path, is_folder in list(_entries(folder)):
-        path.rmdir() if is_folder else path.unlink()
+        name = path.relative_to(folder)
+        left = is_scratch(Path(name.parts[0])) and (_OWN_FOLDER if is_folder else _OWN_FILE).fullmatch(name.as_posix())
+        if name.as_posix() == LOCK or (scratch and not left):
+            continue
+        with suppress(OSError) if scratch else nullcontext():  # a scratch folder with something else in it stays
+            path.rmdir() if is_folder else path.unlink()
 
 
 def refuse_foreign(folder: Path) -> None:

@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 from compressvit.artifacts.merge import DENSE_ADAPTERS, merged_copy
-from compressvit.data.input import Side, class_mismatch
+from compressvit.data.input import STATISTICS, Side, class_mismatch
 from compressvit.errors import UserError
 from compressvit.files import expanded
 from compressvit.fitting.moments import tokens_at
 from compressvit.model import surgery, ties
 from compressvit.model.backbone import describe, family_of
 from compressvit.model.cost import Cost, break_even_rank, cost
+from compressvit.model.linear import weight_shape
 from compressvit.model.weights import copy_matching
 from compressvit.recipe.recipe import Merge, Recipe
 from compressvit.runs.job import PLACEHOLDER_CLASSES, Job, prepare
@@ -27,7 +28,7 @@ from compressvit.training.phases import PhaseSpec, Setting
 from compressvit.training.phases.finetune import Finetune
 from compressvit.transforms import LedgerEntry, Transform
 from compressvit.transforms.applying import apply_plans
-from compressvit.transforms.low_rank.layer import FactoredLinear
+from compressvit.transforms.low_rank.layer import Factored
 from compressvit.transforms.record import compression_of, trained_parameters
 
 
@@ -219,6 +220,13 @@ def _teacher_notes(job: Job) -> list[str]:
         needed = task_of(job.teacher.model, recipe.data.usual_task).needs_classes(job.classes or 0)
         mismatch = class_mismatch(needed, getattr(job.teacher.model, "num_classes", 0))
         notes += [mismatch] if mismatch else []
+    if job.architecture.trained:
+        ours, theirs = job.student.input.as_dict(), job.teacher.input.as_dict()
+        unlike = [key for key in STATISTICS if getattr(recipe.data, key) is not None and ours[key] != theirs[key]]
+        notes += [
+            f"data.{key} is the student's: {_short(ours[key])}. The teacher keeps its own, {_short(theirs[key])}, with which it was trained"
+            for key in unlike
+        ]
     given = recipe.teacher.weights
     if given not in ("train", "pretrained") and not expanded(given, "teacher.weights").exists():
         notes.append(
@@ -230,6 +238,10 @@ def _teacher_notes(job: Job) -> list[str]:
             "the teacher given is trained further, as teacher.finetune says; teacher.finetune=null keeps it as it is"
         )
     return notes
+
+
+def _short(value: Any) -> str:
+    return ", ".join(f"{number:g}" for number in value) if isinstance(value, list) else str(value)
 
 
 def _phase_notes(recipe: Recipe) -> list[str]:
@@ -278,13 +290,14 @@ def _plan_merge(where: str, *, student: nn.Module) -> StepPlan:
 
 def _break_even_notes(student: nn.Module) -> list[str]:
     """For layers that are low rank alone: from which rank on they are slower than dense ones."""
-    layers = {p: m for p, m in student.named_modules() if isinstance(m, FactoredLinear)}
+    layers = {p: m for p, m in student.named_modules() if isinstance(m, Factored)}
     if not layers:
         return []
     tokens = tokens_at(student, list(layers))
     shapes: dict[tuple[int, int, int], str] = {}
     for path, layer in layers.items():
-        shapes.setdefault((layer.in_features, layer.out_features, tokens[path]), path)
+        outputs, inputs = weight_shape(layer)
+        shapes.setdefault((inputs, outputs, tokens[path]), path)
     texts = []
     for (inner, out, count), path in shapes.items():
         by_macs, measured = break_even_rank(inner, out, count)

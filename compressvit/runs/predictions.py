@@ -1,4 +1,4 @@
-"""What student and teacher say of the held-out images: the task's tables, and the images on which they differ most.
+"""Predictions of student and teacher on the held-out images: the task's tables, and the images on which they differ most.
 
 Gathered batch by batch from the evaluation at the end of a run, in memory that does not grow with the set, and left in the run folder as
 `predictions.json` and small pictures in `predictions/`, so that a report needs neither model nor data.
@@ -42,7 +42,7 @@ class Predictions:
         self._order = itertools.count(0, -1)  # of two equal ones, the earlier image is kept
 
     def add(self, images: torch.Tensor, targets: torch.Tensor, outputs: Any, expected: Any | None) -> None:
-        """Note a batch.
+        """Add a batch.
 
         Args:
             images: (B, C, H, W), normalised.

@@ -1,4 +1,4 @@
-"""The diagnostics of a run: when they look, and where what they found goes. Training is left undisturbed, to the bit.
+"""The diagnostics of a run: when they run, and where their findings are written. They do not change training by a single bit.
 
 In the run folder: `diagnostics/NAME.json`, `.csv`, `.png`, `.svg` for every finding, `diagnostics/measured.jsonl` (what was measured when,
 and how long that took), and what watching diagnostics write as they go.

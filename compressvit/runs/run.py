@@ -16,7 +16,7 @@ from compressvit.charts.plots import ranks_finding
 from compressvit.data.input import Side
 from compressvit.data.loaders import calibration_batches, train_loader
 from compressvit.diagnostics.cka_layers import likeness
-from compressvit.errors import UserError
+from compressvit.errors import UserError, switch
 from compressvit.files import disk_faults, write_json
 from compressvit.log import RunLog
 from compressvit.model import stored
@@ -74,7 +74,7 @@ def trained_teacher(folder: RunFolder) -> nn.Module:
         return artifact.load(folder.teacher)
     except UserError as error:
         raise UserError(
-            f"--resume: {error}\n  Remove {folder.teacher}: --resume then writes it again from its checkpoint"
+            f"{switch('resume')}: {error}\n  Remove {folder.teacher}: {switch('resume')} then writes it again from its checkpoint"
         ) from error
 
 
@@ -216,7 +216,9 @@ def _read_transformed(path: Path) -> tuple[nn.Module, list[LedgerEntry]]:
         student = artifact.load(path)
         ledger = [LedgerEntry(**e) for e in read_json(path.with_suffix(".ledger.json"))]
     except (UserError, OSError, ValueError, TypeError) as error:
-        raise UserError(f"--resume: {error}\n  Remove {path}: --resume then makes it again") from error
+        raise UserError(
+            f"{switch('resume')}: {error}\n  Remove {path}: {switch('resume')} then makes it again"
+        ) from error
     done = compression_of(student)
     words = {plan.transform for plan in done.plans}
     ledger = [replace(entry, step=current_word(entry.step, words)) for entry in ledger]

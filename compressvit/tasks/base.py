@@ -1,4 +1,4 @@
-"""What a task offers, and the registry of tasks.
+"""The interface of a task, and the registry of tasks.
 
 A task says what the outputs of a model mean. Training, evaluation, the run folder and the report ask it, and none of them knows which
 tasks there are. One task is one file in `compressvit/tasks/`, or of a package that offers it (entry points `compressvit.tasks`); a recipe
@@ -7,7 +7,7 @@ names it by its word in `data.task`, where it is not the usual one of the data s
 Shapes: B images of a batch. *Outputs* are what the model returns in training and what `Task.run` returns in evaluation; *targets* are the
 ground truth of a batch as the data set gives it, (B,) unless a task and its data sets agree on something else.
 
-Whatever computes imports torch when it runs: reading a recipe or writing a report takes the names of figures alone.
+Methods that compute import torch when they run, because reading a recipe or writing a report needs only the names of figures.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ Result = dict[str, float | None]
 
 @dataclass(frozen=True)
 class Labels:
-    """What the labels of a batch decide, so that nobody has to ask the device: how many images have one, and the largest."""
+    """How many images of a batch have a label, and the largest label: known on the host, so that the device is not waited for."""
 
     count: int
     largest: int
 
 
 class Metrics(ABC):
-    """The figures of one evaluation, gathered batch by batch in memory that does not grow with the set."""
+    """Accumulates the figures of one evaluation batch by batch, in constant memory."""
 
     @abstractmethod
     def add(self, outputs: Any, targets: Tensor, expected: Any | None) -> None:
-        """Note a batch.
+        """Add a batch.
 
         Args:
             outputs: of the model, as `Task.run` returns them.
@@ -54,12 +54,12 @@ class Metrics(ABC):
 
     @abstractmethod
     def result(self) -> Result:
-        """Every figure by its key, over all images; None for what cannot be had. With a teacher the teacher's own figures begin with
-        `teacher_`."""
+        """Every figure by its key, over all images; None where a figure is not available. With a teacher, the teacher's own
+        figures begin with `teacher_`."""
 
 
 class Answers(ABC):
-    """What two models say of the held-out images, beyond figures: tables, and the images worth looking at.
+    """What is recorded of two models' outputs on the held-out images beside figures: tables, and the images most worth showing.
 
     Attributes:
         measure: the key in `Task.measures` of what the images are chosen by; None where there is nothing to choose by.
@@ -69,7 +69,7 @@ class Answers(ABC):
 
     @abstractmethod
     def add(self, outputs: Any, targets: Tensor, expected: Any | None) -> Tensor | None:
-        """Note a batch.
+        """Add a batch.
 
         Args:
             outputs, targets: as for `Metrics.add`.
@@ -94,7 +94,7 @@ class Answers(ABC):
 
 @dataclass(frozen=True)
 class Measure:
-    """What the images that a report shows were chosen by: the caption above them, and the text under each from its value."""
+    """The criterion by which a report selects images: a caption for the selection, and the text under each image from its value."""
 
     caption: str
     text: Callable[[float], str | None]

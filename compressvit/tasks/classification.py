@@ -1,4 +1,4 @@
-"""The task `classification`: an image has one class, and outputs are logits (B, classes)."""
+"""The task `classification`: each image has one class, and outputs are logits (B, classes)."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ COSINE = Quality(
 
 @task("classification")
 class Classification(Task):
-    """One class an image."""
+    """One class per image."""
 
     qualities = (TOP1, TOP5, AGREEMENT, COSINE)
     ranking = ("top1", "agreement", "cosine")
@@ -140,7 +140,7 @@ class Classification(Task):
 
 
 def class_count(model: nn.Module) -> int:
-    """How many classes a model tells apart; 0 for one without a classifier."""
+    """The number of classes of a model; 0 without a classifier."""
     return getattr(model, "num_classes", 0) or 0
 
 
@@ -153,7 +153,7 @@ class ClassScores:
         self.images = 0
 
     def add(self, logits: Any, targets: Tensor) -> None:
-        """Note a batch of logits (B, classes) and classes (B,)."""
+        """Add a batch of logits (B, classes) and classes (B,)."""
         import torch.nn.functional as F
 
         self.images += len(targets)
@@ -209,7 +209,7 @@ class _Metrics(Metrics):
 class ClassAnswers(Answers):
     """Right and wrong by class, confusions, and the images whose answers differ most.
 
-    Images are chosen by the 'shift' of probability between the models, or by the 'loss' of the student alone.
+    Images are ranked by the 'shift' of probability between the models or, without a teacher, by the student's 'loss'.
 
     Args:
         classes: how many the student tells apart.

@@ -1,4 +1,4 @@
-"""The task `features`: outputs are a backbone's features (B, width), good if they are those of the teacher."""
+"""The task `features`: outputs are a backbone's features (B, width), which should match the teacher's."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Features(NamedTuple):
 
 @task("features")
 class FeatureTask(Task):
-    """Features of a headless backbone, which only a teacher can judge."""
+    """Features of a backbone without a classifier, evaluated against a teacher's."""
 
     qualities = (
         COSINE,

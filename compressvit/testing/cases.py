@@ -13,12 +13,10 @@ import torch
 from torch import nn
 
 from compressvit.artifacts import artifact
-from compressvit.testing.models import BACKBONES, build, family_of, teacher
+from compressvit.model.family import Need
+from compressvit.testing.models import build, examples, family_of, teacher
 from compressvit.transforms.applying import compress
 from compressvit.transforms.base import Transform
-
-# Transforms that freeze the backbone act at a few places, so they are tried on one model of every family.
-ADAPTED_BACKBONES = ("vit", "dinov2_registers", "swin", "convnext", "convnext_conv_mlp", "clip")
 
 
 @dataclass(eq=False)
@@ -64,16 +62,33 @@ def examples_of(transform: Transform | type[Transform]) -> Sequence[Transform]:
     return (transform,) if isinstance(transform, Transform) else transform.examples()
 
 
-def backbones_of(spec: type[Transform], index: int = 0) -> list[str]:
-    """Where an example is tried: further ones of transforms that freeze on fewer models, and none on a family that is refused."""
-    names = tuple(BACKBONES) if not spec.freezes else ADAPTED_BACKBONES if index == 0 else ("vit", "swin")
-    return [name for name in names if family_of(name) not in spec.refuses]
+def tried_on(freezes: bool) -> list[str]:
+    """The small models that transforms are tried on which freeze the backbone, or those which do not."""
+    unlike = "whole" if freezes else "frozen"
+    return [name for name, example in examples().items() if example.tried != unlike]
+
+
+def stand_for_families() -> list[str]:
+    """The first small model of every family."""
+    return [name for name in examples() if name == next(iter(family_of(name).examples))]
+
+
+def lacking(spec: Transform, backbone: str) -> Need | None:
+    """What a transform needs and the family of a small model lacks; None if it works there."""
+    found = map(family_of(backbone).lacks, spec.needed())
+    return next((need for need in found if need is not None), None)
+
+
+def backbones_of(spec: Transform, index: int = 0) -> list[str]:
+    """Where an example is tried: further ones of transforms that freeze on fewer models, and none on a family that lacks what it needs."""
+    names = stand_for_families() if spec.freezes and index else tried_on(spec.freezes)
+    return [name for name in names if lacking(spec, name) is None]
 
 
 def cases_of(transform: Transform | type[Transform]) -> Iterator[Case]:
     """Every example on every backbone that it is tried on."""
     for index, spec in enumerate(examples_of(transform)):
-        for backbone in backbones_of(type(spec), index):
+        for backbone in backbones_of(spec, index):
             yield Case(spec, backbone, index)
 
 

@@ -8,6 +8,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from compressvit.errors import UserError
+from compressvit.model.backbone import model_name
+from compressvit.model.family import NEEDS
 from compressvit.testing import in_timm, laws  # noqa: F401  (they add laws to the lists)
 from compressvit.testing.cases import (
     EVERY_CASE,
@@ -16,10 +18,12 @@ from compressvit.testing.cases import (
     backbones_of,
     cases_of,
     examples_of,
+    lacking,
     require,
+    stand_for_families,
     with_files,
 )
-from compressvit.testing.models import ADAPTED, BACKBONES, build, family_of, structure
+from compressvit.testing.models import build, examples, family_of, structure
 from compressvit.testing.pairs import compose_or_refuse
 from compressvit.transforms.applying import compress
 from compressvit.transforms.base import TRANSFORMS, Transform
@@ -28,7 +32,6 @@ if TYPE_CHECKING:
     import pytest
 
 AnyTransform = Transform | type[Transform]
-_FEW = ("vit", "swin", "convnext")  # where the laws for first examples are tried of transforms that freeze the backbone
 
 
 @dataclass(frozen=True)
@@ -48,15 +51,15 @@ class Check:
 def transform_checks(transform: AnyTransform) -> Iterator[Check]:
     """Every law on every example of a transform, or on the one setting that is given.
 
-    A transform class says what it is tried at and in what it differs: `examples`, `refuses`, `changes_at_start`, `blind_at_start`,
+    A transform class says what it is tried at and in what it differs: `examples`, `needs`, `changes_at_start`, `blind_at_start`,
     `blind` (see `compressvit.transforms.base.Transform`).
     """
     for case in cases_of(transform):
         for law in (*EVERY_CASE, *(FIRST_EXAMPLE if _stands_for_all(case) else ())):
             yield Check(f"{case}-{law.__name__}", partial(law, case))
     first = examples_of(transform)[0]
-    for backbone in (*BACKBONES, *ADAPTED):
-        if family_of(backbone) in first.refuses:
+    for backbone in examples():
+        if lacking(first, backbone) is not None:
             yield Check(f"{first.name}-{backbone}-is_refused", partial(_is_refused, first, backbone))
 
 
@@ -65,25 +68,28 @@ def pair_checks(transform: AnyTransform) -> Iterator[Check]:
     mine = examples_of(transform)[0]
     for kind in TRANSFORMS.values():
         other = examples_of(kind)[0]
-        backbone = next(name for name in backbones_of(type(mine)) if name in backbones_of(kind))
+        backbone = next(name for name in backbones_of(mine) if name in backbones_of(other))
         for first, second in ((mine, other), (other, mine))[: 1 if kind is type(mine) else 2]:
             name = f"{first.name}+{second.name}-{backbone}-composes_or_is_refused"
             yield Check(name, partial(compose_or_refuse, first, second, backbone))
 
 
 def _stands_for_all(case: Case) -> bool:
-    return case.index == 0 and (not case.spec.freezes or case.backbone in _FEW)
+    return case.index == 0 and (not case.spec.freezes or case.backbone in stand_for_families())
 
 
 def _is_refused(spec: Transform, backbone: str) -> None:
     model = build(backbone)
-    before, words = structure(model), spec.refuses[family_of(backbone)]
+    before, missing = structure(model), lacking(spec, backbone)
+    assert missing is not None
+    needed, lack = NEEDS[missing]
+    words = f"{spec.name} needs {needed}, and {model_name(model)} is a {family_of(backbone).title}, {lack}; "
     try:
         compress(model, [with_files(spec, backbone)])
     except UserError as error:
         require(words in str(error), f"{spec.name} refuses {backbone} with {str(error)!r}, not with {words!r}")
     else:
-        raise AssertionError(f"{spec.name} works on {backbone}, which `refuses` says it does not")
+        raise AssertionError(f"{spec.name} works on {backbone}, which lacks what it needs: {missing}")
     require(structure(model) == before, f"{spec.name} refuses {backbone} and changes it")
 
 

@@ -1,4 +1,4 @@
-"""A batch on its way from the loader to the device: what its labels say is read before it leaves the CPU; mixup comes after."""
+"""Moving a batch from the loader to the device: its labels are inspected on the CPU, and mixup is applied on the device."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import torch
 
 
 class Best(TypedDict):
-    """The best evaluation so far, as a checkpoint holds it. No weights where no evaluation has come yet, and its score is −∞."""
+    """The best evaluation so far, as a checkpoint holds it. Before the first evaluation there are no weights and the score is −∞."""
 
     score: float
     epoch: int

@@ -1,4 +1,4 @@
-"""What a model gets right, and how close a student is to its teacher."""
+"""Evaluation of a model against labels, and of a student against its teacher."""
 
 from __future__ import annotations
 

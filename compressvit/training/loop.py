@@ -3,8 +3,8 @@
 One code path for CPU and GPU. An epoch's randomness is seeded from the run's seed, the phase and the epoch, so a run that was
 stopped and resumed ends with the weights of one that was not (to the bit on a CPU).
 
-A step asks the device for no number. Losses, accuracies and norms stay on it until the next line of the log, and an update whose loss or
-gradient is not finite is left out by the device itself, as is every one after it, until the loop reads that and stops.
+A step does not wait for the device. Losses, accuracies and norms stay on it until they are logged. From a loss or gradient that is not
+finite on, the device itself leaves out updates and sets buffers (BatchNorm) back, until the loop reads the values and stops.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from compressvit.training.stopping import Interrupted, StopRequest, diverged
 from compressvit.training.terms import Batch, Term
 from compressvit.training.watch import Watch
 
+Forward = Callable[[torch.Tensor], torch.Tensor]
 _UNFINISHED = ("epoch", "batch_index", "steps", "optimizer", "scaler", "random_state", "meters")
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -79,8 +80,8 @@ def train(
 
     Raises:
         Interrupted: SIGINT or SIGTERM came; a checkpoint was written at the last optimiser step.
-        UserError: the loss or the gradient is not finite; the last good checkpoint is kept, and the model has the weights it had before
-            that step. It may be found out up to `log_every` steps later.
+        UserError: the loss or the gradient is not finite, which may be noticed up to `log_every` steps later. The last good checkpoint
+            is kept, and the model has the weights and buffers from before that step.
     """
     warm = None if moments is None else Moments(moments)
     others = (task or task_of(model), teacher, start, warm, watches, measure)
@@ -89,7 +90,7 @@ def train(
 
 @dataclass(eq=False)
 class Trainer:
-    """The state of one phase. Its fields are the arguments of `train`; what follows them changes as the training goes."""
+    """The state of one phase: the arguments of `train`, then what changes during training."""
 
     model: nn.Module
     spec: Training
@@ -127,6 +128,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=spec.precision == "fp16")
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.state = TrainedState(model)
+        self.buffers = opt.Buffers(model)
         self.finite = torch.ones((), dtype=torch.bool, device=device)  # so far: every loss and every gradient
 
     def run(self) -> dict[str, Any]:
@@ -155,7 +157,9 @@ class Trainer:
         return ended if self.warm is None else {**ended, "moments": Moments.of(self.model, self.optimizer)}
 
     def begin(self) -> None:
-        """Begin anew: with the moments of a training before, and with the first candidate of `keep: best`."""
+        """Start the phase from its beginning, with the given optimiser moments and the first candidate of `keep: best`."""
+        if self.average is not None and (note := self.average.note(self.total_steps)):
+            self.log.say(f"{self.phase.name}: {note}")
         if self.warm:
             self.start = None
             self.warm.give(self.model, self.optimizer)
@@ -169,7 +173,7 @@ class Trainer:
         self.best = {"score": self.task.score(self.start), "epoch": 0, "model": self.state.copied(self.model)}
 
     def resume(self) -> dict[str, Any] | None:
-        """Go on where the checkpoint ends; of a phase that is done, returns what `train` does."""
+        """Continue from the checkpoint. If the phase is complete, returns what `train` returns."""
         path = self.phase.checkpoint
         saved = current_checkpoint(load_checkpoint(path), self.model.state_dict().keys())
         require_keys(saved, ("done",), path)
@@ -186,41 +190,32 @@ class Trainer:
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scaler.load_state_dict(saved["scaler"])
         if self.average is not None:
-            self.average.module.load_state_dict(saved["average"], strict=False)
-            self.average.n_averaged.fill_(saved["n_averaged"])
+            self.average.load(saved)
         self.epoch, self.batch_index, self.steps = saved["epoch"], saved["batch_index"], saved["steps"]
         self.random_state, self.meters = saved["random_state"], Meters(**saved["meters"])
         self.log.say(f"{self.phase.name}: resumed at epoch {self.epoch + 1}, step {self.steps} of {self.total_steps}")
         return None
 
     def connect(self) -> None:
-        """Put the taps on, then compile: the compiled graph must contain their hooks."""
+        """Attach the taps, then compile: the compiled graph must contain their hooks."""
         self.student_taps = Taps(self.model, [tap for term in self.terms for tap in term.student_taps])
         self.teacher_taps: Taps | None = None
-        self.run_student: Callable[[torch.Tensor], torch.Tensor] = (
-            torch.compile(self.model) if self.spec.compile else self.model
-        )
+        self.run_student: Forward = torch.compile(self.model) if self.spec.compile else self.model
         if self.teacher is not None:
             model = self.teacher.model.eval()
             self.teacher_taps = Taps(model, [tap for term in self.terms for tap in term.teacher_taps])
-            self.run_teacher: Callable[[torch.Tensor], torch.Tensor] = (
-                torch.compile(model) if self.spec.compile else model
-            )
+            self.run_teacher: Forward = torch.compile(model) if self.spec.compile else model
 
     def disconnect(self) -> None:
-        for taps in (self.student_taps, self.teacher_taps):
-            if taps is not None:
-                taps.close()
+        self.student_taps.close()
+        if self.teacher_taps is not None:
+            self.teacher_taps.close()
 
     def is_over(self) -> bool:
         return self.epoch >= self.spec.epochs or self.steps >= self.total_steps
 
     def train_epoch(self) -> None:
-        """Train until the epoch or the phase is over.
-
-        Raises:
-            Interrupted, UserError: as `train` says.
-        """
+        """Train until the epoch or the phase is over. Raises as `train` does."""
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         for images, targets in self.batches():
@@ -243,7 +238,7 @@ class Trainer:
                 raise Interrupted(self.stop.signum, self.phase.checkpoint)
 
     def batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """What is left of the epoch, with its own randomness, on the CPU."""
+        """The remaining batches of the epoch, on the CPU, with the epoch's own random state."""
         opt.seed_everything(self.phase.seed, self.phase.number, self.epoch)
         batches = iter(self.loader)
         for _ in range(self.batch_index):  # what the interrupted epoch had done already
@@ -254,10 +249,12 @@ class Trainer:
         return batches
 
     def backward(self, images: torch.Tensor, targets: torch.Tensor) -> None:
-        """One batch forward and backward: its gradient is added to that of the step."""
+        """Forward and backward pass of one batch; its gradient is added to the step's."""
         images, targets, labels = to_device(images, targets, self.device, self.mixup)
         for watch in self.watches:
             watch.before(self.steps)
+        if self.batch_index % self.spec.accumulate == 0:
+            self.buffers.remember()
         with self.autocast:
             batch = self.forward(images, targets)
             loss, parts = _total(self.terms, batch)
@@ -270,7 +267,7 @@ class Trainer:
         self.meters.add(self.steps + 1, loss, parts, figures)
 
     def forward(self, images: torch.Tensor, targets: torch.Tensor) -> Batch:
-        """Student and teacher on a batch, and what their taps read."""
+        """Run student and teacher on a batch, and collect their taps."""
         logits = self.run_student(images)
         if self.teacher is None or self.teacher_taps is None:
             return Batch(logits, None, self.student_taps.pop(), {}, targets)
@@ -279,7 +276,7 @@ class Trainer:
         return Batch(logits, teacher_logits, self.student_taps.pop(), self.teacher_taps.pop(), targets)
 
     def step(self) -> None:
-        """One optimiser step with the gradient that was added up, unless anything was not finite so far."""
+        """One optimiser step with the accumulated gradient, skipped if any loss or gradient so far was not finite."""
         self.schedule.step_update(self.steps)
         self.scaler.unscale_(self.optimizer)
         for watch in self.watches:
@@ -289,15 +286,16 @@ class Trainer:
         if not self.scaler.is_enabled():
             self.finite = self.finite & torch.isfinite(norm)
         opt.step_if(self.finite, self.optimizer, self.scaler, self.parameters)
+        self.buffers.put_back_unless(self.finite)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
-            self.average.update_parameters(self.model)
+            self.average.update(self.model)
         self.steps += 1
         self.meters.add_update(norm, self.optimizer.param_groups[0]["lr"])
 
     def read(self) -> None:
-        """Wait for the device and count the batches since the last time.
+        """Wait for the device and read the values of the batches since the last call.
 
         Raises:
             UserError: the loss or the gradient of one was not finite.
@@ -336,7 +334,7 @@ class Trainer:
         return self.model if self.average is None or self.is_over() else self.average.module
 
     def judge(self) -> None:
-        """Evaluate, and note the weights if none did better."""
+        """Evaluate, and keep the weights if no earlier evaluation was better."""
         judged = self.judged()
         result = self.evaluate(judged)
         self.log.scalars(self.phase.name, "evaluate", self.steps, {"epoch": self.epoch, **result})
@@ -346,7 +344,7 @@ class Trainer:
             self.best = {"score": score, "epoch": self.epoch, "model": self.state.copied(judged)}
 
     def take_best(self) -> None:
-        """End with the weights of the best evaluation, where those are asked for."""
+        """With `keep: best`, load the weights of the best evaluation."""
         best = self.best
         if best is None or best["model"] is None or best["epoch"] == self.epoch:
             return
@@ -382,7 +380,7 @@ class Trainer:
             }
             if self.average is not None:
                 average = self.state.of(self.average.module)
-                content |= {"average": average, "n_averaged": int(self.average.n_averaged)}
+                content |= {"average": average, "n_averaged": self.average.updates, "average_rises": self.average.rises}
         save_checkpoint(self.phase.checkpoint, content)
 
 

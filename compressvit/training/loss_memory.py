@@ -1,4 +1,4 @@
-"""What the terms of a distillation keep in memory, found out on the meta device."""
+"""The memory of distillation losses, computed on the meta device."""
 
 from __future__ import annotations
 

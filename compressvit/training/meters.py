@@ -1,4 +1,4 @@
-"""What a training loop counts over an epoch, and how it says so.
+"""The values that a training loop accumulates over an epoch, and how they are logged.
 
 Values stay tensors on the device until somebody reads them, because a device that is asked for a number has to finish its work first.
 """
@@ -60,16 +60,16 @@ class Meters:
         terms: Mapping[str, torch.Tensor],
         accuracies: Mapping[str, torch.Tensor],
     ) -> None:
-        """Note the scalars of a batch, without waiting for them."""
+        """Record the scalars of a batch without waiting for the device."""
         values = {"loss": loss, **terms, **accuracies}
         self._waiting.append(_Waiting(step, list(terms), {name: value.detach() for name, value in values.items()}))
 
     def add_update(self, gradient_norm: torch.Tensor, lr: float) -> None:
-        """Note the optimiser step that followed the last batch."""
+        """Record the optimiser step that followed the last batch."""
         self._waiting[-1].gradient_norm, self._waiting[-1].lr = gradient_norm.detach(), lr
 
     def read(self) -> list[Reading]:
-        """Wait for the device once, and count what was noted since the last time, batch by batch."""
+        """Wait for the device once, and accumulate the values recorded since the last call, batch by batch."""
         waiting, self._waiting = self._waiting, []
         norms = [batch.gradient_norm for batch in waiting if batch.gradient_norm is not None]
         numbers = iter(_numbers([*(value for batch in waiting for value in batch.values.values()), *norms]))
@@ -85,7 +85,7 @@ class Meters:
         return readings
 
     def state(self) -> dict[str, Any]:
-        """What an interrupted epoch goes on from: the arguments of a new one."""
+        """The state of an interrupted epoch, as keyword arguments for a new instance."""
         return {"sums": self._sums, "count": self._count}
 
     def means(self) -> dict[str, float]:

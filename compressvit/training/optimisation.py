@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,6 @@ from timm.layers import DropPath
 from timm.scheduler import CosineLRScheduler, StepLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from compressvit.errors import UserError, did_you_mean
 from compressvit.model.backbone import describe
@@ -89,9 +89,32 @@ def step_if(
         return
     before = [p.detach().clone() for p in parameters]
     scaler.step(optimizer)
-    for parameter, old in zip(parameters, before, strict=True):
-        kept = parameter.detach()
+    put_back_unless(allowed, parameters, before)
+
+
+def put_back_unless(allowed: torch.Tensor, tensors: Sequence[torch.Tensor], before: Sequence[torch.Tensor]) -> None:
+    """Give tensors their values `before` where `allowed` (a boolean scalar on their device) is false, without waiting for the device."""
+    for tensor, old in zip(tensors, before, strict=True):
+        kept = tensor.detach()
         torch.where(allowed, kept, old, out=kept)
+
+
+class Buffers:
+    """The buffers in a model's state dict, which a forward pass in training mode may update, e.g. the running statistics of BatchNorm."""
+
+    def __init__(self, model: nn.Module):
+        state = model.state_dict(keep_vars=True).values()
+        found = {id(tensor): tensor for tensor in state if isinstance(tensor, torch.Tensor)}
+        self._tensors = [tensor for tensor in found.values() if not isinstance(tensor, nn.Parameter)]
+        self._before: list[torch.Tensor] = []
+
+    def remember(self) -> None:
+        """Keep a copy of the present values."""
+        self._before = [tensor.clone() for tensor in self._tensors]
+
+    def put_back_unless(self, allowed: torch.Tensor) -> None:
+        """Give them the values that were kept where `allowed` (a boolean scalar on their device) is false."""
+        put_back_unless(allowed, self._tensors, self._before)
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, spec: Training, steps_per_epoch: int) -> Scheduler:
@@ -118,11 +141,58 @@ def build_mixup(spec: Training, classes: int) -> Mixup | None:
     )
 
 
-def build_average(model: nn.Module, decay: float | None) -> AveragedModel | None:
-    """An exponential average of the weights that counts a shared tensor once a step (timm's ModelEmaV3 counts every use)."""
-    if decay is None:
-        return None
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=False)
+class WeightAverage:
+    """An exponential moving average of a model's weights. A shared tensor counts once a step (timm's ModelEmaV3 counts every use).
+
+    The decay rises with the number of updates t, `min(decay, (1 + t) / (10 + t))` (TensorFlow's ExponentialMovingAverage): with a
+    constant decay of 0.9999, the average of 132 steps would still be 99 % of the first one. Buffers are copied, not averaged.
+
+    Attributes:
+        module: a copy of the model with the averaged weights.
+        updates: how many there were. Counted here and not on the device, so that no step waits for it.
+        rises: False for the rest of a phase that an earlier version began with a constant decay.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.module = copy.deepcopy(model).requires_grad_(False)
+        self.decay = decay
+        self.updates = 0
+        self.rises = True
+
+    def decay_at(self, updates: int) -> float:
+        """The decay of the update that follows so many others; 0 for the first, which copies the model."""
+        if not updates:
+            return 0.0
+        return min(self.decay, (1 + updates) / (10 + updates)) if self.rises else self.decay
+
+    def note(self, updates: int) -> str | None:
+        """What to say of an average of so many updates, where they are too few for its decay."""
+        reached = self.decay_at(updates)
+        if reached >= self.decay:
+            return None
+        return (
+            f"{updates:,} updates are few for an average of the weights with ema {self.decay:g}; its decay rises with them, "
+            f"to {reached:.3g}"
+        )
+
+    def load(self, saved: Mapping[str, Any]) -> None:
+        """Continue from what a checkpoint holds: averaged tensors by name, how many updates there were, and the kind of decay."""
+        self.module.load_state_dict(saved["average"], strict=False)
+        self.updates, self.rises = saved["n_averaged"], saved.get("average_rises", False)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Count the model's present weights in; its structure must be that of the average."""
+        averaged = [p.detach() for p in self.module.parameters()]
+        torch._foreach_lerp_(averaged, [p.detach() for p in model.parameters()], 1 - self.decay_at(self.updates))
+        for ours, theirs in zip(self.module.buffers(), model.buffers(), strict=True):
+            ours.copy_(theirs)
+        self.updates += 1
+
+
+def build_average(model: nn.Module, decay: float | None) -> WeightAverage | None:
+    """The average that `ema` asks for; None without one."""
+    return None if decay is None else WeightAverage(model, decay)
 
 
 def set_drop_path(model: nn.Module, rate: float | None) -> None:
@@ -159,7 +229,7 @@ def random_state() -> dict:
 
 
 def restore_random_state(state: dict) -> None:
-    """Undo everything random since `random_state()` was called."""
+    """Set all generators to a state from `random_state()`."""
     version, values, gauss = state["python"]
     random.setstate((version, tuple(values), gauss))
     kind, keys, position, has_gauss, cached = state["numpy"]
@@ -170,5 +240,5 @@ def restore_random_state(state: dict) -> None:
 
 
 def steps_per_epoch(batches: int, accumulate: int) -> int:
-    """Optimiser steps in an epoch; the last may add up fewer batches."""
+    """Optimiser steps in an epoch; the last may accumulate fewer batches."""
     return math.ceil(batches / accumulate)

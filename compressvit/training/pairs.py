@@ -1,4 +1,4 @@
-"""Which student block learns from which teacher block, and which pairs are refused."""
+"""Pairing student blocks with teacher blocks, and refusing pairs that do not fit."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ def match_layers(
         layers: pairs of block indices, counted from 0 over the whole model, or 'matched': the last block of every share group
             (of every stage where nothing is shared), with the teacher's block of the same index; or 'auto': the last block of every
             share group (every block where nothing is shared), with the teacher's block that `likeness` says is most like it, in order.
-        asker: what messages call the key.
+        asker: the key's name in messages.
         likeness: CKA of blocks; None where there are no values to look at, and 'auto' pairs blocks by their depth meanwhile.
 
     Returns:
-        The pairs, and a sentence that says how they came about. No pairs with 'matched' and 'auto' when the architectures differ:
+        The pairs, and a sentence that says how they were chosen. No pairs with 'matched' and 'auto' when the architectures differ:
         only the prediction is distilled then.
 
     Raises:
@@ -93,15 +93,26 @@ def _pair(ours: Backbone, theirs: Backbone, student: int, teacher: int, asker: s
     """The pair of two blocks by index; a `UserError` where one is not there, or their tokens are not the same."""
     for index, backbone, whose in ((student, ours, "student"), (teacher, theirs, "teacher")):
         if not 0 <= index < len(backbone.blocks):
+            last = len(backbone.blocks) - 1
+            near = _nearest_pair(ours, theirs, student, teacher)
             raise UserError(
-                f"{asker}: the pair [{student}, {teacher}] names block {index} of the {whose}, which has {len(backbone.blocks)} "
-                f"(0 to {len(backbone.blocks) - 1})"
+                f"{asker}: the pair [{student}, {teacher}] names block {index} of the {whose}, which has {last + 1} "
+                f"(0 to {last}){'; the nearest pair that fits is ' + near if near else ''}"
             )
     alike = ours.num_prefix_tokens == theirs.num_prefix_tokens
     skip = (0, 0) if alike else (ours.num_prefix_tokens, theirs.num_prefix_tokens)
     pair = LayerPair(ours.blocks[student], theirs.blocks[teacher], *skip)
-    _refuse_unlike(pair, theirs.blocks, asker)
+    _refuse_unlike(pair, ours.blocks, theirs.blocks, asker)
     return pair
+
+
+def _nearest_pair(ours: Backbone, theirs: Backbone, student: int, teacher: int) -> str | None:
+    """The pair that is closest to two indices, which need not exist, and whose tokens are the same; None where no pair's are."""
+    fitting = [(s.index, t.index) for s in ours.blocks for t in theirs.blocks if _place(s) == _place(t)]
+    if not fitting:
+        return None
+    _, nearest = min((abs(s - student) + abs(t - teacher), [s, t]) for s, t in fitting)
+    return str(nearest)
 
 
 def match_layers_once(
@@ -111,7 +122,7 @@ def match_layers_once(
     likeness: Likeness,
     kept: Path,
 ) -> tuple[list[LayerPair], str]:
-    """`match_layers` for a phase that may be a resumed one: what 'auto' decided when it began, kept in a file, is not decided again.
+    """`match_layers` for a phase that may be resumed: the pairs that 'auto' chose at its start are kept in a file and used again.
 
     Raises:
         UserError: as `match_layers`, or the file is damaged.
@@ -206,7 +217,9 @@ def _group_ends(student: nn.Module, backbone: Backbone) -> list[int]:
     return sorted(ends)
 
 
-def _refuse_unlike(pair: LayerPair, candidates: tuple[BlockInfo, ...], asker: str) -> None:
+def _refuse_unlike(
+    pair: LayerPair, students: tuple[BlockInfo, ...], teachers: tuple[BlockInfo, ...], asker: str
+) -> None:
     s, t = pair.student, pair.teacher
     for what, ours, theirs in (
         ("stage", s.stage, t.stage),
@@ -215,8 +228,16 @@ def _refuse_unlike(pair: LayerPair, candidates: tuple[BlockInfo, ...], asker: st
         ("window shift", s.shift, t.shift),
     ):
         if ours != theirs:
-            like = [c.index for c in candidates if _place(c) == _place(s)]
-            ways = f"teacher blocks that fit student block {s.index}: {like}" if like else "no teacher block fits it"
+            like = [c.index for c in teachers if _place(c) == _place(s)]
+            back = [c.index for c in students if _place(c) == _place(t)]
+            ways = "no teacher block fits it"
+            if like:
+                nearest = min(like, key=lambda i: abs(i - t.index))
+                ways = f"teacher blocks that fit student block {s.index}: {like}, the nearest is [{s.index}, {nearest}]"
+            elif back:
+                ways += f"; student blocks that fit teacher block {t.index}: {back}"
+            else:
+                ways += "; build student and teacher for images and windows of the same size"
             raise UserError(
                 f"{asker}: the pair [{s.index}, {t.index}] differs in {what}: {ours} in the student, {theirs} in the teacher, "
                 f"so their tokens are not the same; {ways}"

@@ -12,7 +12,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Phase:
-    """Where a phase stands in its run: its name, its number (part of the seed), the run's seed, and its checkpoint file."""
+    """A phase within its run: its name, its number (part of the seed), the run's seed, and its checkpoint file."""
 
     name: str
     number: int
@@ -22,7 +22,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Teacher:
-    """The teacher of a distillation, and what its images must look like."""
+    """The teacher of a distillation, and the conversion of images to its input."""
 
     model: nn.Module
     input: Callable[[torch.Tensor], torch.Tensor] = lambda images: images

@@ -52,7 +52,8 @@ class Training(Spec):
         None,
         gt=0,
         lt=1,
-        description="Decay of a moving average of the weights, which is evaluated and becomes the result.",
+        description="Decay of a moving average of the weights, which is evaluated and becomes the result. It rises with the number of "
+        "updates t, min(ema, (1 + t) / (10 + t)), so that the first steps do not dominate the average of a short phase.",
     )
     compile: bool = Field(False, description="Use torch.compile on the trained model and the teacher.")
     mixup: float = Field(0.0, ge=0, description="α of mixup; 0 for none.")

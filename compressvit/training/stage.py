@@ -1,4 +1,4 @@
-"""What a run gives to one of its phases: where it stands, the images, the teacher, and who looks on."""
+"""What a run gives to one of its phases: its position, the images, the teacher, and the diagnostics."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _nothing(*_: Any) -> None:
 
 @dataclass(frozen=True)
 class Stage:
-    """One phase's place in a run, and what the run lends to it.
+    """One phase's position in a run, and the objects that the run provides for it.
 
     Attributes:
         phase: its name, number, seed and checkpoint.

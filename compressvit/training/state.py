@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a model (what training changes, and for what it does not, a hash) and of its optimiser.
+"""The content of a checkpoint: the tensors of a model that training changes, a hash of those it does not, and optimiser state.
 
 Where transforms only add to a frozen backbone, whoever resumes builds the same one again, so a checkpoint has kilobytes. Where one
 changed the backbone itself, a checkpoint holds the whole model: fitted values need not be the same on another machine.
@@ -56,18 +56,18 @@ class TrainedState:
             raise UserError(
                 f"{path} belongs to a different student: {name} is {tuple(theirs[name]) if name in theirs else 'not in it'}, and here "
                 f"{tuple(own[name]) if name in own else 'not there'}. Ranks and groups that are chosen by errors follow the images; "
-                "restore the original ones, or start again with --overwrite"
+                "restore the original ones, or start again in another folder"
             )
         if saved["frozen"] != self.frozen_hash:
             raise UserError(
                 f"{path} was trained with another backbone: the frozen weights have changed since the run started. Restore the file "
-                "that teacher.weights (or student.weights) named then, or start again with --overwrite"
+                "that teacher.weights (or student.weights) named then, or start again in another folder"
             )
         model.load_state_dict(saved["model"], strict=False)
 
 
 class Moments(dict[str, dict[str, Any]]):
-    """What an optimiser keeps of every parameter that is trained, e.g. Adam's moments, by the parameter's name."""
+    """Optimiser state of every trained parameter, e.g. Adam's moments, by the parameter's name."""
 
     @classmethod
     def of(cls, model: nn.Module, optimizer: torch.optim.Optimizer) -> Moments:
@@ -75,7 +75,7 @@ class Moments(dict[str, dict[str, Any]]):
         return cls({n: dict(optimizer.state.get(p, {})) for n, p in model.named_parameters() if p.requires_grad})
 
     def give(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Put them where the optimiser keeps its own, on the devices of the parameters (a checkpoint's are on the CPU)."""
+        """Load them into an optimiser, on the devices of the parameters (those of a checkpoint are on the CPU)."""
         names = {id(p): name for name, p in model.named_parameters()}
         ordered = [p for group in optimizer.param_groups for p in group["params"]]
         known = {i: self[names[id(p)]] for i, p in enumerate(ordered) if self.get(names[id(p)])}

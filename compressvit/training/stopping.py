@@ -1,4 +1,4 @@
-"""How a training ends before its time: stopped from outside, or diverged."""
+"""How training ends early: interrupted by a signal, or diverged."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from compressvit.errors import UserError
+from compressvit.errors import UserError, is_command_line
 from compressvit.training.meters import Reading
 from compressvit.training.phase import Phase
 
@@ -17,10 +17,13 @@ class Interrupted(Exception):
     """The user stopped the run; a checkpoint was written first."""
 
     def __init__(self, signum: int, checkpoint: Path):
-        super().__init__(
-            f"stopped by {signal.Signals(signum).name}; {checkpoint} was written. "
-            f"Continue with: compressvit apply {checkpoint.parents[1]} --resume"
+        run = checkpoint.parents[1]
+        again = (
+            f"compressvit apply {run} --resume"
+            if is_command_line()
+            else f"compressvit.apply(the same recipe, {str(run)!r}, resume=True)"
         )
+        super().__init__(f"stopped by {signal.Signals(signum).name}; {checkpoint} was written. Continue with: {again}")
         self.signum = signum
 
 

@@ -34,7 +34,7 @@ from compressvit.transforms.bottleneck import (
 
 
 class WithAdapter(surgery.Mixin):
-    """Of a sublayer (attention, MLP): `A(h) = h + adapter(h)` on what leaves it, before LayerScale and the outer residual."""
+    """Mixin for a sublayer (attention, MLP): `A(h) = h + adapter(h)` on its output, before LayerScale and the outer residual."""
 
     slots = ("adapter",)
 
@@ -55,7 +55,7 @@ class AdaptersPlan(BottleneckPlan):
     act: str
 
     def bottleneck(self, model: nn.Module, path: str, hidden: int) -> Bottleneck:
-        """A fresh adapter for the sublayer at `path`."""
+        """A new adapter for the sublayer at `path`."""
         like, width = sublayer_width(model, path)
         options: dict[str, Any] = {"bias": self.bias, "device": like.device, "dtype": like.dtype}
         return Bottleneck(AdapterLinear(width, hidden, **options), AdapterLinear(hidden, width, **options), self.act)
@@ -71,7 +71,7 @@ class AdaptersPlan(BottleneckPlan):
 
     @property
     def least(self) -> int:
-        """Neurons that pruning must leave in every adapter: the bias of the upper projection has no other place."""
+        """How many neurons pruning must leave in every adapter: 1 if there are biases, because the upper one has no other place."""
         return int(self.bias)
 
     def remove(self, model: nn.Module, path: str) -> None:

@@ -19,6 +19,7 @@ from compressvit.errors import UserError
 from compressvit.fitting.moments import Reference
 from compressvit.model import surgery
 from compressvit.model.backbone import describe
+from compressvit.model.family import Need
 from compressvit.transforms.base import LedgerEntry, Transform, record, transform
 from compressvit.transforms.bottleneck import (
     UP_STARTS_AT_ZERO,
@@ -75,6 +76,7 @@ class AdaptFormer(Transform):
     """A scaled bottleneck parallel to every MLP; the backbone is frozen (AdaptFormer)."""
 
     freezes = True
+    needs: ClassVar[tuple[Need, ...]] = ("slotted_block",)
     blind_at_start: ClassVar[dict[str, str]] = {
         **UP_STARTS_AT_ZERO,
         "adaptformer.scale": "what it scales starts at zero",
@@ -94,5 +96,5 @@ class AdaptFormer(Transform):
         return (AdaptFormer(width=4), AdaptFormer(width=3, scale="learnable", input="residual"))
 
     def plan(self, model: nn.Module, reference: Reference | None = None) -> AdaptFormerPlan:
-        widths = {info.path: self.width for info in describe(model, "slotted_block").blocks}
+        widths = {info.path: self.width for info in self.backbone(model).blocks}
         return AdaptFormerPlan(widths=widths, scale=self.scale, reads=self.input)

@@ -1,4 +1,4 @@
-"""Align the layers of a share group before they share: the same function, with neurons and heads in an order that matches.
+"""Align the layers of a share group before they share weights: permute neurons and heads to match, without changing the function.
 
 The order of an MLP's hidden neurons and of attention heads is arbitrary: permuting the rows of fc1 with the columns of fc2, or the
 heads of q, k and v with the columns of proj, leaves what a block computes unchanged. So the blocks of a group are first brought into
@@ -23,9 +23,10 @@ from torch.nn.utils import skip_init
 from compressvit.errors import UserError
 from compressvit.fitting.moments import Reference
 from compressvit.model import surgery, ties
-from compressvit.model.backbone import describe, model_name, share_groups
+from compressvit.model.backbone import model_name, share_groups
+from compressvit.model.family import Need
 from compressvit.model.linear import effective_weight
-from compressvit.transforms.base import TRANSFORMERS_ONLY, LedgerEntry, Plan, Transform, transform
+from compressvit.transforms.base import LedgerEntry, Plan, Transform, transform
 from compressvit.transforms.claims import Claim, orders
 from compressvit.transforms.record import require_free
 
@@ -82,7 +83,7 @@ def _align(units: list[torch.Tensor], rounds: int, permute: list[Any]) -> None:
 
 @torch.no_grad()
 def matched_weights(model: nn.Module, first: str, second: str) -> dict[str, torch.Tensor]:
-    """The weights of the linear layers of the block at `second`, its neurons and heads in the order that fits the block at `first` best."""
+    """The weights of the linear layers of the block at `second`, its neurons and heads permuted to match the block at `first` best."""
     reference, block = (_dense_copy(model.get_submodule(path)) for path in (first, second))
     for units, permute in ((_neurons, _permute_neurons), (_heads, _permute_heads)):
         _align([units(reference), units(block)], 1, [lambda _: None, permute(block)])
@@ -164,7 +165,7 @@ def _permute_heads(block: Any):
 class Align(Transform):
     """Match the neurons and heads of the blocks that a later step shares; the function stays the same."""
 
-    refuses: ClassVar[dict[str, str]] = TRANSFORMERS_ONLY
+    needs: ClassVar[tuple[Need, ...]] = ("attention",)
 
     share: int | tuple[int, ...] = Field(
         description="Blocks in a group, as in the step that shares them: one number, or one per stage."
@@ -182,11 +183,12 @@ class Align(Transform):
     def plan(self, model: nn.Module, reference: Reference | None = None) -> AlignPlan:
         from timm.layers import Mlp
 
+        backbone = self.backbone(model)
         groups = [group for group in share_groups(model, self.share, "align.share") if len(group) > 1]
         require_free(model, self.name, (orders(path) for group in groups for path in group))
         tied = {name for group in ties.tied_groups(model) for name in group}
         added = surgery.added_parameters(model)
-        infos = {info.path: info for info in describe(model, "attention").blocks}
+        infos = {info.path: info for info in backbone.blocks}
         known = {path: model.get_submodule(path) for path in infos}
         for path in (path for group in groups for path in group):
             block: Any = known[path]

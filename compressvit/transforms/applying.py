@@ -1,4 +1,4 @@
-"""From a model and transforms to a student: plan everything on a skeleton, then change a copy."""
+"""Making a student from a model and transforms: everything is planned on a skeleton, and then a copy is changed."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def plan_transforms(model: nn.Module, transforms: Sequence[Transform]) -> list[P
 
 
 def apply_plans(model: nn.Module, plans: Sequence[Plan]) -> list[LedgerEntry]:
-    """Change the structure of `model` in place and record it; values are whatever the tensors held. Returns the ledger.
+    """Change the structure of `model` in place and record it; the values of new tensors are uninitialised. Returns the ledger.
 
     Raises:
         UserError: a plan claims what excludes a claim of an earlier one; that plan has changed nothing then.

@@ -1,4 +1,4 @@
-"""What every transform offers, and their registry.
+"""The interface of a transform, and the registry of transforms.
 
 A `Transform` is what a user asks for. Its `plan(model)` resolves names, shapes and widths on a model that may live on the meta
 device; the `Plan` it returns is data (it goes into the artifact) and rebuilds the structure without the teacher or any images:
@@ -22,6 +22,8 @@ from compressvit.errors import UserError
 from compressvit.fitting.in_order import LayerFit
 from compressvit.fitting.moments import Reference
 from compressvit.model import ties
+from compressvit.model.backbone import Backbone, describe
+from compressvit.model.family import Need
 from compressvit.registry import Registry
 from compressvit.spec import Spec
 from compressvit.transforms.claims import Claim
@@ -60,7 +62,7 @@ class Plan(Spec):
     folds_last: ClassVar[bool] = False
 
     def structure(self) -> dict[str, Any]:
-        """The plan without what only says how values start."""
+        """The plan without the fields that only affect initial values."""
         return self.model_dump(mode="json", exclude=set(self.starts))
 
     def apply(self, model: nn.Module) -> list[LedgerEntry]:
@@ -92,7 +94,7 @@ class Plan(Spec):
         return set()
 
     def fitted(self) -> set[str]:
-        """Names of tensors whose values belong together with what it added; a later step must not set them anew."""
+        """Names of tensors that were fitted together with what it added; a later step must not overwrite them."""
         return set()
 
     def errors(self, student: nn.Module, reference: Reference) -> dict[str, tuple[float, float | None]]:
@@ -112,12 +114,8 @@ class Plan(Spec):
         raise UserError(f"{self.transform} cannot be folded into plain layers")
 
 
-# For `Transform.refuses` of a method whose plan asks `describe(model)` for transformers.
-TRANSFORMERS_ONLY = {"convnext": "which compressvit cannot transform with this transform; it works on"}
-
-
 class Transform(Spec):
-    """A transform as a recipe or a Python call asks for it."""
+    """The options of a transform, as given in a recipe or a Python call."""
 
     name: ClassVar[str]
     plan_class: ClassVar[type[Plan]]
@@ -126,9 +124,12 @@ class Transform(Spec):
     # Fields that name an artifact's folder which `initialise` reads: `--overwrite` must not delete it.
     reads: ClassVar[tuple[str, ...]] = ()
 
+    # What it needs of a family of backbones; models of the others are refused (`backbone`), which the contract checks.
+    needs: ClassVar[tuple[Need, ...]] = ()
+    # What else a user can do with such a model; the families it works on are listed if nothing is said.
+    instead: ClassVar[str] = ""
+
     # What the contract (`compressvit.testing`) allows a method to differ in.
-    # By family of backbones that it does not work on, words of the sentence that says so.
-    refuses: ClassVar[dict[str, str]] = {}
     # True: the student does not begin with the outputs of the model as it was before.
     changes_at_start: ClassVar[bool] = False
     # Added parameters without a gradient, by the end of their names, with the reason: in the first step, or in every one.
@@ -137,11 +138,23 @@ class Transform(Spec):
 
     @classmethod
     def examples(cls) -> Sequence[Transform]:
-        """Settings that between them use all that the method has, for the contract; its defaults unless it says more."""
+        """Settings for the contract tests, which together exercise every option; by default only the default settings."""
         return (cls(),)
 
+    def needed(self) -> tuple[Need, ...]:
+        """What these settings need of a family; `needs` unless it depends on them."""
+        return self.needs
+
+    def backbone(self, model: nn.Module) -> Backbone:
+        """The model's blocks.
+
+        Raises:
+            UserError: the model's family is not known, or lacks something that is needed.
+        """
+        return describe(model, *self.needed(), asker=self.name, instead=self.instead)
+
     def plan(self, model: nn.Module, reference: Reference | None = None) -> Plan:
-        """Resolve against a model, which is not changed.
+        """Resolve the options for a model, which is not changed.
 
         Args:
             model: what earlier transforms made of it, possibly on the meta device.
@@ -154,16 +167,16 @@ class Transform(Spec):
 
     @property
     def needs_images(self) -> bool:
-        """Whether it learns from calibration images."""
+        """Whether it needs calibration images."""
         return False
 
     @property
     def provisional(self) -> tuple[str, ...]:
-        """What a plan without a reference takes for granted and one with a reference decides, a sentence each."""
+        """What a plan without a reference assumes and one with a reference determines, one sentence each."""
         return ()
 
     def require_inputs(self) -> None:
-        """Check that the files the transform reads are there. `apply` asks before anything runs; `plan` does not need them.
+        """Check that the files the transform reads are there. `apply` calls it before anything runs; `plan` does not need the files.
 
         Raises:
             UserError: one is missing.

@@ -17,7 +17,7 @@ from compressvit.errors import UserError
 from compressvit.fitting.moments import Reference
 from compressvit.model import surgery
 from compressvit.model.backbone import describe, model_name
-from compressvit.model.linear import weight_shape
+from compressvit.model.linear import ChannelsFirst, weight_shape
 from compressvit.transforms.base import Plan
 from compressvit.transforms.claims import Claim, slot
 
@@ -29,7 +29,7 @@ UP_STARTS_AT_ZERO = dict.fromkeys(("down.weight", "down.bias"), "the upper proje
 
 
 class Projection(Protocol):
-    """What a bottleneck asks of its projections, besides being modules."""
+    """The methods that a bottleneck needs from its projections, besides those of modules."""
 
     def reset(self, *, zero: bool) -> None:
         """Start so that the product is zero, or not."""
@@ -114,7 +114,7 @@ class AdapterLinear(nn.Linear):
 
 def at_tokens(adapter: nn.Module, x: torch.Tensor, owner: nn.Module) -> torch.Tensor:
     """The adapter on the channels of x, which are last, except after a convolutional MLP."""
-    if isinstance(getattr(owner, "fc1", None), nn.Conv2d):
+    if isinstance(getattr(owner, "fc1", None), (nn.Conv2d, ChannelsFirst)):
         return rearrange(adapter(rearrange(x, "b c h w -> b h w c")), "b h w c -> b c h w")
     return adapter(x)
 
@@ -140,15 +140,15 @@ class BottleneckPlan(Plan):
         return [slot(path, self.slot) for path in self.widths]
 
     def bottlenecks(self, model: nn.Module) -> dict[str, Bottleneck]:
-        """Those that are there, by path."""
+        """The bottlenecks that are present, by path."""
         return {path: getattr(model.get_submodule(path), self.slot) for path, hidden in self.widths.items() if hidden}
 
     def prefix(self, path: str) -> str:
-        """Where the bottleneck of a path has its own name."""
+        """Where the bottleneck of a path is in the model."""
         return f"{path}.{self.slot}"
 
     def put(self, model: nn.Module, path: str, bottleneck: Bottleneck) -> None:
-        """Fill the slot at `path`."""
+        """Put a bottleneck into the slot at `path`."""
         if self.masked:
             bottleneck.allow_all()
         surgery.fill_slot(model, path, self.slot, bottleneck)

@@ -1,4 +1,4 @@
-"""What a transform takes of a model, and which two takings exclude each other.
+"""Claims: what a transform uses of a model, and which pairs of claims exclude each other.
 
 A plan states its claims (`Plan.claims`); nobody has to know another transform by name. `RULES` is the one table of what cannot go
 together: the kind of claim of an earlier step, that of a later one, where two such claims meet, and the sentence about it.
@@ -15,7 +15,7 @@ Kind = Literal["weight", "tie", "slot", "grid", "tokens", "drop", "order", "regr
 
 @dataclass(frozen=True)
 class Claim:
-    """One thing that a step takes, at some paths or names of the model.
+    """One kind of use that a step makes of the model, at some paths or names.
 
     Attributes:
         paths: where; for a tie, the names of the parameters that become one.
@@ -32,7 +32,7 @@ class Claim:
 
 
 def weight(path: str) -> Claim:
-    """The weight of the layer at `path` is made of parts of its own."""
+    """The weight of the layer at `path` is replaced by several tensors."""
     return Claim("weight", (path,))
 
 
@@ -47,12 +47,12 @@ def slot(path: str, name: str) -> Claim:
 
 
 def grid(path: str, by: str = "", instead: str = "") -> Claim:
-    """What runs at `path` needs every token at its place on the grid."""
+    """The module at `path` needs every token at its place on the grid."""
     return Claim("grid", (path,), by=by, instead=instead)
 
 
 def adds_tokens(path: str, instead: str = "") -> Claim:
-    """What runs at `path` sees more tokens than the image's."""
+    """The module at `path` sees tokens in addition to the image's."""
     return Claim("tokens", (path,), instead=instead)
 
 
@@ -190,7 +190,7 @@ RULES: dict[tuple[Kind, Kind], Rule] = {
 
 
 def conflict(taken: Iterable[tuple[str, Claim]], step: str, wanted: Iterable[Claim]) -> str | None:
-    """Why a step cannot have what it wants, with a way out; None where it can.
+    """Why a step's claims cannot be granted, with a way out; None where they can.
 
     Args:
         taken: what earlier steps claimed, each with its step's word.

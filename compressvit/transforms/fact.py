@@ -21,9 +21,10 @@ from torch import nn
 from compressvit.errors import UserError
 from compressvit.fitting.moments import Reference
 from compressvit.model import surgery, ties
-from compressvit.model.backbone import describe, projection
+from compressvit.model.backbone import projection
+from compressvit.model.family import Need
 from compressvit.model.linear import weight_shape
-from compressvit.transforms.base import TRANSFORMERS_ONLY, LedgerEntry, Transform, record, transform
+from compressvit.transforms.base import LedgerEntry, Transform, record, transform
 from compressvit.transforms.term import TermPlan, add_to_weight_, new_like, with_term
 
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
@@ -81,7 +82,7 @@ class FacTTerm(nn.Module):
 
 
 class WithFacT(surgery.Mixin):
-    """Of a linear layer or 1×1 convolution: `y + fact(x)`."""
+    """Mixin for a linear layer or 1×1 convolution: `y + fact(x)`."""
 
     slots = ("fact",)
 
@@ -132,7 +133,7 @@ class FacT(Transform):
     """Low-rank updates of all projections, with shared outer factors; the backbone is frozen (FacT)."""
 
     freezes = True
-    refuses: ClassVar[dict[str, str]] = TRANSFORMERS_ONLY
+    needs: ClassVar[tuple[Need, ...]] = ("attention",)
     blind_at_start: ClassVar[dict[str, str]] = dict.fromkeys(
         ("fact.u", "fact.core", "fact.mix", "fact.sigma"), "V starts at zero"
     )
@@ -147,7 +148,7 @@ class FacT(Transform):
 
     def plan(self, model: nn.Module, reference: Reference | None = None) -> FacTPlan:
         groups = []
-        for stage in describe(model, "attention").stages:
+        for stage in self.backbone(model).stages:
             for info in stage:
                 for name in LAYERS:
                     shape = weight_shape(projection(model, f"{info.path}.{name}", "fact"))

@@ -1,4 +1,4 @@
-"""Partial fine-tuning: which tensors of the model itself are trained, and nothing is added.
+"""Partial fine-tuning: some of the model's own parameters are trained, and nothing is added.
 
 BitFit: BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models, ACL 2022,
 https://arxiv.org/abs/2106.10199

@@ -24,7 +24,7 @@ from compressvit.transforms.claims import Claim, slot
 
 
 class PooledNorm(nn.BatchNorm1d):
-    """Batch normalisation of features without a scale and shift of its own: (…, M) → (…, M)."""
+    """Batch normalisation of features without learned scale and shift: (…, M) → (…, M)."""
 
     def __init__(self, features: int, device=None, dtype=None):
         super().__init__(features, eps=1e-6, affine=False, device=device, dtype=dtype)
@@ -45,7 +45,7 @@ class PooledNorm(nn.BatchNorm1d):
 
 
 class WithHeadNorm(surgery.Mixin):
-    """Of a linear classifier: a norm before it."""
+    """Mixin for a linear classifier: a norm before it."""
 
     slots = ("head_norm",)
 
@@ -56,7 +56,7 @@ class WithHeadNorm(surgery.Mixin):
 
 
 class KeepsHeadNorm(surgery.Mixin):
-    """Of a model: a classifier that timm puts in the place of another one has a norm, too, with fresh statistics."""
+    """Mixin for a model: a classifier that replaces another (timm's `reset_classifier`) gets a norm with new statistics."""
 
     slots = ()
 

@@ -19,10 +19,11 @@ from torch import nn
 from compressvit.errors import UserError
 from compressvit.fitting.moments import Reference
 from compressvit.model import surgery, ties
-from compressvit.model.backbone import describe, model_name
+from compressvit.model.backbone import describe
+from compressvit.model.family import Need
 from compressvit.model.linear import weight_shape
 from compressvit.model.modules import module_at
-from compressvit.transforms.base import TRANSFORMERS_ONLY, LedgerEntry, Plan, Transform, transform
+from compressvit.transforms.base import LedgerEntry, Plan, Transform, transform
 from compressvit.transforms.claims import Claim, grid, slot
 
 
@@ -141,23 +142,14 @@ class IRPEPlan(Plan):
 class IRPE(Transform):
     """Contextual relative position encoding on keys, one table per layer, shared over heads (iRPE; Mini-DeiT)."""
 
-    refuses: ClassVar[dict[str, str]] = {
-        "swin": "is a Swin, which has a relative position table already",
-        **TRANSFORMERS_ONLY,
-    }
+    needs: ClassVar[tuple[Need, ...]] = ("slotted_attention", "no_position_table")
 
     ratio: float = Field(
         1.9, gt=1.0, description="α of the piecewise bucketing, in tokens; β = 2α, γ = 8α. 1.9 gives 49 buckets."
     )
 
     def plan(self, model: nn.Module, reference: Reference | None = None) -> IRPEPlan:
-        backbone = describe(model, "slotted_attention")
-        if backbone.family.position_table:
-            raise UserError(
-                f"irpe works on timm's ViT and DeiT; {model_name(model)} is a {backbone.family.title}, which has a relative position "
-                "table already"
-            )
-        paths = tuple(info.path for info in backbone.blocks)
+        paths = tuple(info.path for info in self.backbone(model).blocks)
         if getattr(getattr(model, "patch_drop", None), "prob", 0):
             raise UserError(
                 "irpe needs every token at its place on the grid, but the model drops patches in training; "

@@ -79,7 +79,7 @@ class LoRATerm(nn.Module):
 
 
 class WithLoRA(surgery.Mixin):
-    """Of a linear layer or 1×1 convolution: `y + lora(x)`."""
+    """Mixin for a linear layer or 1×1 convolution: `y + lora(x)`."""
 
     slots = ("lora",)
 

@@ -25,9 +25,9 @@ from compressvit.fitting.lowrank import TINY
 from compressvit.fitting.moments import Reference
 from compressvit.model import surgery, ties
 from compressvit.model.backbone import Backbone, describe, share_groups
-from compressvit.model.family import BlockInfo
+from compressvit.model.family import BlockInfo, Need
 from compressvit.model.modules import as_timm, module_at
-from compressvit.transforms.base import TRANSFORMERS_ONLY, LedgerEntry, Plan, Transform, transform
+from compressvit.transforms.base import LedgerEntry, Plan, Transform, transform
 from compressvit.transforms.claims import Claim, grid, noise, slot, tie
 from compressvit.transforms.record import compression_of
 
@@ -253,7 +253,7 @@ class MultiplexPlan(Plan):
 class Multiplex(Transform):
     """Share attention and MLP between consecutive blocks, with private transforms (MiniViT)."""
 
-    refuses: ClassVar[dict[str, str]] = TRANSFORMERS_ONLY
+    needs: ClassVar[tuple[Need, ...]] = ("attention",)
     changes_at_start = True
     blind_at_start: ClassVar[dict[str, str]] = {
         "mlp_conv.norm.weight": "the convolution after it starts at zero",
@@ -312,11 +312,12 @@ class Multiplex(Transform):
             Multiplex(share=1, head_mixing=False, mlp_conv=5),
         )
 
+    def needed(self) -> tuple[Need, ...]:
+        asked: dict[Need, bool] = {"slotted_attention": self.head_mixing, "slotted_block": self.mlp_conv > 0}
+        return (*self.needs, *(need for need, wanted in asked.items() if wanted))
+
     def plan(self, model: nn.Module, reference: Reference | None = None) -> MultiplexPlan:
-        if self.head_mixing:
-            describe(model, "slotted_attention")
-        if self.mlp_conv:
-            describe(model, "slotted_block")
+        self.backbone(model)
         groups = share_groups(model, self.share, "multiplex.share")
         if self.mlp_conv and getattr(getattr(model, "patch_drop", None), "prob", 0):
             raise UserError(

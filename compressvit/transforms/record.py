@@ -1,4 +1,4 @@
-"""What was done to a model, and which of its parameters phases may change."""
+"""The record of the transforms of a model, and of the parameters that phases may train."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from compressvit.transforms.claims import Claim
 
 @dataclass
 class Compression:
-    """What was done to a model; it travels with it (through `deepcopy` too) and goes into its artifact."""
+    """The transforms that a model has been through. It stays with the model (also through `deepcopy`) and is stored in its artifact."""
 
     plans: list[Plan] = field(default_factory=list)
     ties: list[list[str]] = field(default_factory=list)
@@ -32,19 +32,19 @@ def compression_of(model: nn.Module) -> Compression:
 
 
 def set_compression(model: nn.Module, done: Compression | None) -> None:
-    """Replace the record of what was done to a model; None for a plain model."""
+    """Replace a model's record; None for a plain model."""
     vars(model)["_compression"] = done
 
 
 def claims_of(plan: Plan, model: nn.Module) -> list[Claim]:
-    """All that a plan takes of a model, the keys that it drops included."""
+    """All claims of a plan on a model, including the keys that it drops."""
     stated = plan.claims(model)
     named = {name for claim in stated if claim.kind == "drop" for name in claim.paths}
     return [*stated, *claims.drops(plan.drops(model) - named)]
 
 
 def require_free(model: nn.Module, step: str, wanted: Iterable[Claim]) -> None:
-    """Check that a step may take what it wants of a model.
+    """Check that a step's claims on a model can be granted.
 
     Raises:
         UserError: an earlier step took something that excludes it; the sentence names both and a way out.

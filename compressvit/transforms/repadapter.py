@@ -77,7 +77,7 @@ class RepBottleneck(nn.Module):
 
 
 class WithRepAdapter(surgery.Mixin):
-    """Of a sublayer: `φ(x) = x + repadapter(x)` on what enters it, so that its first projection can take φ in.
+    """Mixin for a sublayer: `φ(x) = x + repadapter(x)` on its input, so that φ can be merged into its first projection.
 
     In Swin that is after the padding of windows, so padded tokens see φ(0): what the merged projection does to them, too.
     """

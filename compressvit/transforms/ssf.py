@@ -20,7 +20,7 @@ from compressvit.fitting.moments import Reference
 from compressvit.model import surgery
 from compressvit.model.backbone import describe, head_names
 from compressvit.transforms.base import Transform, transform
-from compressvit.transforms.low_rank.layer import FactoredLinear
+from compressvit.transforms.low_rank.layer import Factored
 from compressvit.transforms.term import TermPlan, new_like
 
 
@@ -51,7 +51,7 @@ class ScaleShift(nn.Module):
 
 
 class WithScaleShift(surgery.Mixin):
-    """Of any layer: a scale and shift of its output channels."""
+    """Mixin for any layer: a scale and shift of its output channels."""
 
     slots = ("ssf",)
 
@@ -117,7 +117,7 @@ class SSF(Transform):
         layers = tuple(
             path
             for path, layer in model.named_modules()
-            if isinstance(layer, (nn.Linear, nn.Conv2d, nn.LayerNorm, FactoredLinear))
+            if isinstance(layer, (nn.Linear, nn.Conv2d, nn.LayerNorm, Factored))
             and getattr(layer, "bias", None) is not None
             and f"{path}.bias" not in heads
             and path not in of_steps

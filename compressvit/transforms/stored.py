@@ -1,4 +1,4 @@
-"""From a plan to what a file records of it, and back."""
+"""Conversion between a plan and its record in a file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from compressvit.transforms.base import TRANSFORMS, Plan
 
 
 def record_of(plan: Plan) -> StepRecord:
-    """What a file says of a transform."""
+    """The record of a transform for a file."""
     package = TRANSFORMS.package_of(plan.transform)
     return StepRecord(transform=plan.transform, plan=plan.model_dump(mode="json"), package=package)
 

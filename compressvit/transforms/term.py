@@ -1,4 +1,4 @@
-"""What LoRA, SSF, FacT and RepAdapter have in common: a small trained module in one slot of existing modules, which can be merged."""
+"""The common part of LoRA, SSF, FacT and RepAdapter: a small trained module in a slot of existing modules, which can be merged."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from compressvit.errors import UserError
 from compressvit.fitting.moments import Reference
 from compressvit.model import surgery
 from compressvit.model.affine import owns_weight, refuse_tied
+from compressvit.model.linear import ChannelsFirst
 from compressvit.transforms.base import LedgerEntry, Plan, record
 from compressvit.transforms.claims import Claim, slot
 
@@ -20,7 +21,7 @@ from compressvit.transforms.claims import Claim, slot
 def with_term(y: torch.Tensor, x: torch.Tensor, term: nn.Module | None, layer: object) -> torch.Tensor:
     if term is None:
         return y
-    if isinstance(layer, nn.Conv2d):
+    if isinstance(layer, (nn.Conv2d, ChannelsFirst)):
         return y + rearrange(term(rearrange(x, "b c h w -> b h w c")), "b h w c -> b c h w")
     return y + term(x)
 
@@ -58,7 +59,7 @@ class TermPlan(Plan):
         raise TypeError(f"{type(self).__name__} does not define term")
 
     def fold_term(self, module: nn.Module, term: Any, path: str) -> None:
-        """Put a term into the weights of the module that has it."""
+        """Merge a term into the weights of its module."""
         raise TypeError(f"{type(self).__name__} does not define fold_term")
 
     def folds_into(self, path: str) -> list[str]:
@@ -79,7 +80,7 @@ class TermPlan(Plan):
         return text
 
     def terms(self, model: nn.Module) -> dict[str, Any]:
-        """By path of the module that has it."""
+        """The terms, by path of their module."""
         return {path: getattr(model.get_submodule(path), self.slot) for path in self.sites}
 
     @torch.no_grad()
@@ -96,7 +97,7 @@ class TermPlan(Plan):
 
     @torch.no_grad()
     def fold(self, model: nn.Module) -> None:
-        """Merge every term, and take it out."""
+        """Merge every term and remove it."""
         refuse_tied(model, self.transform, [name for path in self.sites for name in self.folds_into(path)])
         for path, term in self.terms(model).items():
             self.fold_term(model.get_submodule(path), term, path)
@@ -104,5 +105,5 @@ class TermPlan(Plan):
 
 
 def new_like(tensor: torch.Tensor) -> dict[str, Any]:
-    """Device and dtype for a module beside a tensor."""
+    """Device and dtype of a tensor, for a new module beside it."""
     return {"device": tensor.device, "dtype": tensor.dtype}

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from compressvit.fitting.moments import Reference
-from compressvit.model.backbone import describe, projection
+from compressvit.model.backbone import projection
 from compressvit.model.linear import weight_shape
-from compressvit.transforms.base import TRANSFORMERS_ONLY, Transform, transform
+from compressvit.transforms.base import Transform, transform
 from compressvit.transforms.term import TermPlan, new_like
 
 
@@ -93,10 +93,10 @@ class IA3(Transform):
     """Learned scales of keys, values and the hidden layer of the MLP; the backbone is frozen (IA³)."""
 
     freezes = True
-    refuses = TRANSFORMERS_ONLY
+    needs = ("attention",)
 
     def plan(self, model: nn.Module, reference: Reference | None = None) -> IA3Plan:
-        paths = [info.path for info in describe(model, "attention").blocks]
+        paths = [info.path for info in self.backbone(model).blocks]
         qkv, fc2 = ([f"{path}.{place}" for path in paths] for place in ("attn.qkv", "mlp.fc2"))
         for path in (*qkv, *fc2):
             projection(model, path, "ia3")  # which says what a block has instead

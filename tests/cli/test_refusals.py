@@ -16,7 +16,7 @@ from compressvit.artifacts import artifact
 from compressvit.data.input import InputConfig
 from compressvit.data.loaders import _transform
 from compressvit.data.spec import Augment
-from compressvit.errors import UserError
+from compressvit.errors import UserError, command_line
 from compressvit.files import disk_faults
 from compressvit.model.weights import resample_positions
 from compressvit.recipe.recipe import parse_recipe
@@ -87,7 +87,14 @@ def test_weights_that_timm_cannot_convert_are_a_sentence(backbone, name, tensor)
 
 @pytest.mark.parametrize("name", ["meta", "hpu", "lazy", "nonsense"])
 def test_a_device_that_cannot_train_is_refused(name):
-    with pytest.raises(UserError, match="--device"):
+    with pytest.raises(
+        UserError, match=f"device='{name}' (is none of cpu|cannot be used: .*; device='cpu' always can)"
+    ):
+        pick_device(name)
+    with (
+        command_line(),
+        pytest.raises(UserError, match=f"--device {name} (is none of cpu|cannot be used: .*; --device cpu always can)"),
+    ):
         pick_device(name)
 
 

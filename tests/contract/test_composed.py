@@ -35,7 +35,7 @@ PAIRS = [
     pytest.param(names, backbone, id=f"{'+'.join(names)}-{backbone}")
     for names in itertools.product(EXAMPLES, EXAMPLES)
     for backbone in ["vit", "swin", "deit_distilled"][: 3 - sum(name in ADAPTERS for name in names)]
-    if all(backbone in backbones_of(TRANSFORMS[name]) or TRANSFORMS[name].freezes for name in names)
+    if all(backbone in backbones_of(EXAMPLES[name][0]) or TRANSFORMS[name].freezes for name in names)
 ]
 
 

@@ -15,9 +15,10 @@ from helpers.ranks import ranked
 from compressvit import LORS, AdaptFormer, LowRank, Multiplex
 from compressvit.errors import UserError
 from compressvit.fitting import in_order
-from compressvit.fitting.in_order import BRANCHES, LayerFit, fit_in_order
+from compressvit.fitting.in_order import LayerFit, fit_in_order
 from compressvit.fitting.moments import Reference
 from compressvit.fitting.regression import Regression
+from compressvit.model.family import PRE_NORM_BRANCHES
 from compressvit.transforms.applying import compress, transform_
 from compressvit.transforms.record import compression_of
 
@@ -64,7 +65,7 @@ def test_what_a_layer_is_asked_for_makes_the_hidden_state_the_teachers(name, mon
     def fit(path, module, regression):
         block, _, layer = path.partition(".attn.") if ".attn." in path else path.partition(".mlp.")
         layer = path.removeprefix(f"{block}.")
-        if layer not in BRANCHES:
+        if layer not in PRE_NORM_BRANCHES:
             return 0.0
         # the residual stream after the branch is what the next norm sees, or the block's output
         after = f"{block}.norm2" if layer == "attn.proj" else block
@@ -87,7 +88,7 @@ def test_what_a_layer_is_asked_for_makes_the_hidden_state_the_teachers(name, mon
 
     paths = paths_of(teacher)
     fit_in_order(student, teacher, [images], {path: LayerFit(partial(fit, path)) for path in paths})
-    assert [path for path, _ in checked] == [p for p in paths if p.endswith(tuple(BRANCHES))]
+    assert [path for path, _ in checked] == [p for p in paths if p.endswith(tuple(PRE_NORM_BRANCHES))]
     assert max(error for _, error in checked) < 1e-5  # measured 3e-7
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from compressvit.testing.cases import ADAPTED_BACKBONES, Case, backbones_of, with_files
+from compressvit.testing.cases import Case, backbones_of, tried_on, with_files
 from compressvit.testing.models import same_values, structure, teacher, values
 from compressvit.transforms import TRANSFORMS
 
@@ -19,5 +19,6 @@ __all__ = [
     "with_files",
 ]
 
+ADAPTED_BACKBONES = tuple(tried_on(freezes=True))
 EXAMPLES = {name: spec.examples() for name, spec in TRANSFORMS.items()}
 ADAPTERS = tuple(name for name, spec in TRANSFORMS.items() if spec.freezes)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from compressvit.model.backbone import describe
-from compressvit.testing.models import ADAPTED, BACKBONES, CONVNEXT, SWIN, VIT, build, images_for, outputs
+from compressvit.model.families.convnext import SMALL as CONVNEXT
+from compressvit.model.families.swin import SMALL as SWIN
+from compressvit.model.families.vit import SMALL as VIT
+from compressvit.testing.cases import tried_on
+from compressvit.testing.models import build, examples, family_of, images_for, outputs
 
 __all__ = [
     "ADAPTED",
@@ -23,6 +29,15 @@ __all__ = [
     "outputs",
     "randomise",
 ]
+
+# Every kind of transformer: name → (timm name, arguments).
+BACKBONES: dict[str, tuple[str, dict[str, Any]]] = {
+    name: (examples()[name].model, dict(examples()[name].args))
+    for name in tried_on(freezes=False)
+    if family_of(name).attention is not None
+}
+# Further ones that have no attention, or are a plain ViT to most methods.
+ADAPTED = {name: (example.model, dict(example.args)) for name, example in examples().items() if name not in BACKBONES}
 
 # Everything that multiplexing can add to a block.
 EVERYTHING = {"head_mixing": True, "mixing_bias": True, "mlp_conv": 3}

@@ -5,95 +5,54 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-from helpers.models import build
-from timm.models import register_model
+from helpers.models import build, outputs
+from helpers.toy import install
 from torch import nn
 
 from compressvit.artifacts.artifact import load, save
 from compressvit.errors import UserError
-from compressvit.model import family as families
 from compressvit.model.backbone import class_in_timm, describe, family_of, supported
-from compressvit.model.family import FAMILIES, BlockInfo, Family
-from compressvit.transforms import VPT, Adapters, AdaptFormer, Freeze, LoRA, Multiplex
+from compressvit.model.family import FAMILIES
+from compressvit.testing import transform_checks
+from compressvit.testing.models import teacher
+from compressvit.transforms import TRANSFORMS, VPT, Adapters, AdaptFormer, Freeze, LoRA, LowRank, Multiplex
 from compressvit.transforms.applying import compress
 from compressvit.transforms.multiplex import TokenConv
 from compressvit.transforms.record import compression_of
 
-
-class ToyAttention(nn.Module):
-    def __init__(self, width: int, num_heads: int):
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        batch, tokens, width = x.shape
-        q, k, v = self.qkv(x).view(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        return self.proj((q @ k.mT).softmax(-1).matmul(v).transpose(1, 2).reshape(batch, tokens, width))
-
-
-class ToyMlp(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(self.fc1(x).relu())
-
-
-class ToyBlock(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.attn, self.mlp = ToyAttention(width, 2), ToyMlp(width)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.attn(x)
-        return x + self.mlp(x)
-
-
-class Toy(nn.Module):
-    def __init__(self, width: int = 8, depth: int = 2, num_classes: int = 3, **_):
-        super().__init__()
-        self.num_classes = num_classes
-        self.pretrained_cfg = {"architecture": "toy_net", "input_size": (3, 8, 8)}
-        self.stem = nn.Conv2d(3, width, 4, 4)
-        self.trunk = nn.Sequential(*(ToyBlock(width) for _ in range(depth)))
-        self.head = nn.Linear(width, num_classes)
-
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.trunk(self.stem(x).flatten(2).mT).mean(1))
+FEW = ("low_rank", "vpt", "adapters", "lora", "freeze")  # one of every kind of need
 
 
 @pytest.fixture
-def toy(monkeypatch):
-    """A toy model that timm builds by name, and its family; both are forgotten afterwards."""
-    tables = timm.models._registry
-    for name in ("_model_to_module", "_model_entrypoints", "_module_to_models"):
-        monkeypatch.setattr(tables, name, getattr(tables, name).copy())
+def toys(monkeypatch):
+    """Two families that nothing in the package knows."""
+    install(monkeypatch)
+    yield
+    teacher.cache_clear()  # nor later tests
 
-    def toy_net(pretrained: bool = False, **kwargs) -> Toy:
-        return Toy(**{k: v for k, v in kwargs.items() if k in ("width", "depth", "num_classes")})
 
-    register_model(toy_net)
-    len(FAMILIES)  # found, so that what is added below can be taken out again
-    for table in ("_entries", "_modules"):
-        monkeypatch.setattr(FAMILIES, table, dict(getattr(FAMILIES, table)))
-
-    @families.family("toy")
-    class ToyFamily(Family):
-        title = "Toy"
-        supports = ("Toy (toy_*)",)
-        models = (Toy,)
-        block, attention = ToyBlock, ToyAttention
-
-        def blocks(self, model):
-            for i, block in enumerate(model.trunk):
-                yield BlockInfo(f"trunk.{i}", i, 0, model.head.in_features, block.attn.num_heads, (2, 2))
-
+@pytest.fixture
+def toy(toys) -> nn.Module:
+    """A model of the one with attention."""
     return timm.create_model("toy_net")
+
+
+@pytest.mark.parametrize("name", ["toy", "toy_mixer"])
+def test_a_new_family_is_under_the_contract(toys, name):
+    checks = [check for word in FEW for check in transform_checks(TRANSFORMS[word]) if f"-{name}-" in check.name]
+    assert len(checks) > 60
+    refused = [check.name for check in checks if check.name.endswith("is_refused")]
+    assert refused == ([] if name == "toy" else ["vpt-toy_mixer-is_refused"])
+    for check in checks:
+        check()
+
+
+@pytest.mark.parametrize("name", ["toy", "toy_mixer"])
+def test_a_new_family_is_fitted_in_order(toys, name):
+    model, images = build(name), torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    made = [compress(model, [LowRank(rank=5, sequential=order)], calibration=images) for order in (False, True)]
+    alone, in_order = (float((outputs(m, images) - outputs(model, images)).norm()) for m in made)
+    assert in_order < 0.9 * alone  # measured 0.78
 
 
 def test_a_new_family_is_adapted_saved_and_loaded(toy, tmp_path):
@@ -110,11 +69,29 @@ def test_a_new_family_is_adapted_saved_and_loaded(toy, tmp_path):
     assert torch.equal(load(tmp_path / "artifact")(images), student(images))
 
 
-def test_what_a_new_family_does_not_offer_is_refused_by_name(toy):
-    for spec in (AdaptFormer(), Multiplex(share=2), Multiplex(share=2, head_mixing=False, mlp_conv=3)):
-        with pytest.raises(UserError, match="toy_net is a Toy, which compressvit cannot transform with this transform"):
+def test_what_a_new_family_does_not_offer_is_refused_by_name(toy, monkeypatch):
+    refusals = {
+        "multiplex needs attention whose logits it can change, and toy_net is a Toy, for which": Multiplex(share=2),
+        "multiplex needs a block to which": Multiplex(share=2, head_mixing=False, mlp_conv=3),
+        "adaptformer needs a block to which it can add a layer or a branch, and toy_net is a Toy, for": AdaptFormer(),
+        "vpt needs to know how prompts join the tokens, and toy_net is a Toy, which does not say so": VPT(),
+    }
+    monkeypatch.setattr(type(FAMILIES["toy"]), "prompts", None)
+    for words, spec in refusals.items():
+        with pytest.raises(UserError, match=words):
             compress(toy, [spec])
-    with pytest.raises(UserError, match="how prompts join the tokens of a Toy such as toy_net is not known"):
+    ways = {
+        "sequence": r"vpt: prompts in sequence need timm ViT's `patch_embed` .*, or vpt\.deep=true, and toy_net is a Toy, which",
+        "windows": "vpt: prompts in windows need timm's SwinTransformerBlock, and toy_net is a Toy, which does not have that",
+    }
+    for way, words in ways.items():
+        monkeypatch.setattr(type(FAMILIES["toy"]), "prompts", way)
+        with pytest.raises(UserError, match=words):
+            compress(toy, [VPT(deep=False)])
+    monkeypatch.setattr(type(FAMILIES["toy"]), "prompts", "rings")
+    with pytest.raises(
+        UserError, match=r"vpt knows how prompts join tokens in sequence and windows, .* `Family.prompts` is 'rings'"
+    ):
         compress(toy, [VPT()])
     assert compress(toy, [Multiplex(share=2, head_mixing=False)]) is not toy
     assert compress(toy, [Freeze(train="attention")]) is not toy
@@ -144,10 +121,10 @@ def test_a_family_of_convolutions_is_asked_for_only_where_attention_is_not_neede
     model = build("convnext")
     assert describe(model).parts == ("mlp",)
     assert describe(model, "slotted_block").blocks == describe(model).blocks
-    with pytest.raises(UserError, match="with this transform; it works on") as refusal:
-        describe(model, "attention")
+    with pytest.raises(UserError, match=r"fact needs attention, and .* whose blocks have none; it works on") as refusal:
+        describe(model, "attention", asker="fact")
     assert "ConvNeXt (convnext_*" not in str(refusal.value)
-    assert "adapters also on ConvNeXt (convnext_*, versions 1 and 2)" in supported()
+    assert "methods that need no attention also on ConvNeXt (convnext_*, versions 1 and 2)" in supported()
 
 
 def test_a_specialised_module_and_a_users_subclass_count_as_their_timm_class():

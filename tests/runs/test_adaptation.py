@@ -120,7 +120,16 @@ def test_a_merged_run_is_a_timm_model(runs, tmp_path):
         base.reset_classifier(10)
         base.head.load_state_dict(plain.head.state_dict())
         assert (base.eval()(images) - expected).abs().max() > 1e-2 * expected.abs().max(), "nothing was merged"
-    assert run("merge", runs["repadapter"], "--output", tmp_path / "merged")[0] == 0, "an earlier merge is replaced"
+    again = ("merge", runs["repadapter"], "--output", tmp_path / "merged")
+    before = {file: file.read_bytes() for file in (tmp_path / "merged").iterdir()}
+    code, _, err = run(*again)
+    assert (code, "merged holds an earlier merge. Give --overwrite to replace it, or --output for" in err) == (2, True)
+    with pytest.raises(UserError, match=r"Give overwrite=True to replace it, or output for another folder"):
+        merge_folder(runs["repadapter"], tmp_path / "merged")
+    assert {file: file.read_bytes() for file in (tmp_path / "merged").iterdir()} == before
+    (tmp_path / "merged" / "model.safetensors").unlink()
+    assert run(*again, "--overwrite")[0] == 0
+    assert (tmp_path / "merged" / "model.safetensors").read_bytes() == before[tmp_path / "merged" / "model.safetensors"]
 
 
 def test_what_cannot_be_merged_says_why(runs, tmp_path):
@@ -141,7 +150,7 @@ def test_what_cannot_be_merged_says_why(runs, tmp_path):
     assert (code, "is not empty, and no earlier merge wrote it" in err) == (2, True)
     assert run("merge", runs["repadapter"], "--output", tmp_path / "merged")[0] == 0
     (tmp_path / "mine" / "thesis.tex").rename(tmp_path / "merged" / "thesis.tex")
-    code, _, err = run("merge", runs["repadapter"], "--output", tmp_path / "merged")
+    code, _, err = run("merge", runs["repadapter"], "--output", tmp_path / "merged", "--overwrite")
     assert (code, "holds thesis.tex, which is not of an earlier merge" in err) == (2, True)
     assert (tmp_path / "merged" / "thesis.tex").read_text() == "years of work"
     copied = tmp_path / "run"

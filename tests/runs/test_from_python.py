@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers.runs import TINY, done, student_bytes
+from helpers.runs import TINY, done, refused, student_bytes
 from helpers.training import random_batches, tiny_vit, values
 from rich.console import Console
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import compressvit
 from compressvit import Multiplex, UserError
+from compressvit.errors import command_line
 from compressvit.recipe.recipe import parse_recipe
 from compressvit.training.loop import Interrupted
 
@@ -82,6 +83,42 @@ def test_apply_refuses(given, words, message, tmp_path):
     with pytest.raises(UserError, match=re.compile(message, re.DOTALL)):
         compressvit.apply(given, tmp_path / "run", overrides=words, console=QUIET)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "typed_words", "called_words"),
+    [
+        ((), "Give --resume to continue the run in it, --overwrite to delete it and start again, or --output for another",
+         "Give resume=True to continue the run in it, overwrite=True to delete it and start again, or output for another"),
+        (("resume", "overwrite"), "--resume and --overwrite contradict", "resume=True and overwrite=True contradict"),
+        (("resume",), "--resume: there is no run in", "resume=True: there is no run in"),
+        (("overwrite",), "--overwrite: ", "overwrite=True: "),
+        (("file",), "--output file is a file", "output='file' is a file"),
+    ],
+)  # fmt: skip
+def test_a_refusal_names_options_as_the_caller_writes_them(tmp_path, monkeypatch, words, typed_words, called_words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").touch()
+    (tmp_path / "file").touch()
+    output, switches = ("file", ()) if words == ("file",) else ("other", words)
+    message = refused("apply", "quickstart", "--output", output, *(f"--{name}" for name in switches))
+    assert typed_words in message
+    assert "=True" not in message
+    with pytest.raises(UserError) as caught:
+        compressvit.apply("quickstart", output, console=QUIET, **dict.fromkeys(switches, True))
+    assert called_words in str(caught.value)
+    assert "--" not in str(caught.value)
+
+
+def test_a_stopped_run_says_how_its_caller_continues_it(tmp_path):
+    checkpoint = tmp_path / "run" / "checkpoints" / "1_distill.pt"
+    with command_line():
+        assert str(Interrupted(15, checkpoint)).endswith(
+            f"Continue with: compressvit apply {tmp_path / 'run'} --resume"
+        )
+    called = str(Interrupted(15, checkpoint))
+    assert called.endswith(f"compressvit.apply(the same recipe, {str(tmp_path / 'run')!r}, resume=True)")
 
 
 # --------------------------------------------------------------------------------------------------------------- distill

@@ -78,7 +78,7 @@ def test_a_run_ends_with_what_the_verb_writes(tmp_path):
     assert set(merged.state_dict()) < set(student.state_dict())
     # the verb does the same again, and so does a run that is resumed
     weights = (folder / "merged" / "model.safetensors").read_bytes()
-    for words in (("merge", folder), ("apply", folder, "--resume")):
+    for words in (("merge", folder, "--overwrite"), ("apply", folder, "--resume")):
         done(*words)
         assert (folder / "merged" / "model.safetensors").read_bytes() == weights
 
@@ -268,5 +268,5 @@ def test_a_run_with_kronecker_products_leaves_an_artifact(tmp_path):
     ]
     # another kind of merge in its place leaves nothing of it
     done("apply", recipe_with(tmp_path, "lora: {rank: 2}"), "--output", tmp_path / "lora")
-    done("merge", tmp_path / "lora", "--output", folder / "merged")
+    done("merge", tmp_path / "lora", "--output", folder / "merged", "--overwrite")
     assert sorted(p.name for p in (folder / "merged").iterdir()) == ["config.json", "merge.json", "model.safetensors"]

@@ -174,7 +174,8 @@ def test_prefix_tokens_are_left_out_where_they_differ(student, teacher, skip):
         ),
         (
             (5, 2),
-            r"\[5, 2\] differs in window shift: \(2, 2\) in the student, \(0, 0\) in the teacher.*block 5: \[3, 5\]",
+            r"\[5, 2\] differs in window shift: \(2, 2\) in the student, \(0, 0\) in the teacher.*block 5: \[3, 5\], "
+            r"the nearest is \[5, 3\]",
         ),
     ],
 )
@@ -187,7 +188,9 @@ def test_pairs_that_do_not_see_the_same_tokens(pair, message):
 def test_pairs_of_another_resolution_or_window():
     for layers in ("matched", ((1, 1),)):
         with pytest.raises(
-            UserError, match=r"differs in resolution: \(16, 16\) in the student, \(32, 32\) .*no teacher block fits it"
+            UserError,
+            match=r"differs in resolution: \(16, 16\) in the student, \(32, 32\) .*no teacher block fits it; build "
+            r"student and teacher for images and windows of the same size",
         ):
             match_layers(swin(), swin(img_size=64), layers)
         with pytest.raises(UserError, match=r"differs in window: \(4, 4\) in the student, \(8, 8\) in the teacher"):
@@ -196,12 +199,31 @@ def test_pairs_of_another_resolution_or_window():
         match_layers(vit(), vit(img_size=64), ((0, 0),))
 
 
+def test_a_student_block_without_a_partner_names_those_of_the_teacher_block():
+    student, teacher = swin(depths=(1, 2)), swin(depths=(1, 1))
+    with pytest.raises(
+        UserError,
+        match=r"\[2, 1\] differs in window.*no teacher block fits it; student blocks that fit teacher block 1: \[1\]",
+    ):
+        match_layers(student, teacher, ((2, 1),))
+    with pytest.raises(UserError, match=r"names block 9 of the teacher.*that fits is \[1, 1\]"):
+        match_layers(student, teacher, ((2, 9),))
+    with pytest.raises(UserError, match=r"names block 9 of the teacher, which has 2 \(0 to 1\)$"):
+        match_layers(swin(), swin(depths=(1, 1), img_size=64), ((2, 9),))
+
+
 @pytest.mark.parametrize(
     ("pair", "message"),
     [
-        ((4, 0), r"the pair \[4, 0\] names block 4 of the student, which has 4 \(0 to 3\)"),
-        ((0, 6), r"the pair \[0, 6\] names block 6 of the teacher, which has 6 \(0 to 5\)"),
-        ((-1, 0), r"names block -1 of the student"),
+        (
+            (4, 0),
+            r"the pair \[4, 0\] names block 4 of the student, which has 4 \(0 to 3\); the nearest pair that fits is \[3, 0\]",
+        ),
+        (
+            (0, 6),
+            r"the pair \[0, 6\] names block 6 of the teacher, which has 6 \(0 to 5\); the nearest pair that fits is \[0, 5\]",
+        ),
+        ((-1, 0), r"names block -1 of the student.* that fits is \[0, 0\]"),
     ],
 )
 def test_blocks_that_do_not_exist(pair, message):

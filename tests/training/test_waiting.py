@@ -130,6 +130,36 @@ def test_the_weights_are_those_before_the_step_that_was_not_finite(tmp_path, spo
     assert largest_difference(values(model), values(tiny_vit())) > 1e-3
 
 
+def with_batch_norm():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 8, 4, stride=4), torch.nn.BatchNorm2d(8), torch.nn.Flatten(), torch.nn.Linear(32, 4)
+    )
+    model.num_classes = 4
+    return model
+
+
+@pytest.mark.parametrize(("accumulate", "number"), [(1, 7), (2, 8)])  # a batch of its own step, the second of one
+@pytest.mark.parametrize("spoilt", ["images", "loss"])
+def test_the_statistics_of_batch_norm_are_those_before_the_step_that_was_not_finite(
+    tmp_path, spoilt, accumulate, number
+):
+    spec = Finetune(epochs=1, log_every=100, accumulate=accumulate, **STEADY)
+    expected, batches = with_batch_norm(), random_batches(12, 4)
+    fit(expected, spec.model_copy(update={"max_steps": 6 // accumulate}), batches, tmp_path / "expected")
+    assert expected[1].num_batches_tracked == 6
+    terms = [spoiling(number, "loss")[0]] if spoilt == "loss" else None
+    if spoilt == "images":
+        images, targets = batches[number - 1]
+        batches[number - 1] = (images * math.nan, targets)
+    model = with_batch_norm()
+    with pytest.raises(UserError, match=f"loss is (nan|inf) at step {6 // accumulate + 1} "):
+        fit(model, spec, batches, tmp_path / "spoilt", terms=terms)
+    after, before = model.state_dict(), expected.state_dict()
+    assert after.keys() == before.keys() >= {"1.running_mean", "1.num_batches_tracked"}
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
 def test_a_batch_amid_a_step_spoils_the_whole_step(tmp_path):
     spec = Finetune(epochs=1, log_every=100, accumulate=3, **STEADY)
     expected = tiny_vit()

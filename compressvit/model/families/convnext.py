@@ -5,8 +5,8 @@ Shapes: B batch, C width; blocks carry (B, C, height, width).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import cast
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, ClassVar, cast
 
 import torch
 from einops import rearrange
@@ -16,9 +16,17 @@ from timm.models.convnext import ConvNeXtBlock, ConvNeXtStage
 from torch import nn
 
 from compressvit.model.backbone import input_size
-from compressvit.model.family import BlockInfo, Family, family
+from compressvit.model.family import BlockInfo, Example, Family, family
 from compressvit.model.linear import weight_shape
 from compressvit.model.slots import beside
+
+SMALL: dict[str, Any] = {
+    "depths": (1, 1, 2, 1),
+    "dims": (8, 16, 16, 32),
+    "patch_size": 4,
+    "num_classes": 5,
+    "ls_init_value": 0.1,
+}
 
 
 class SlottedConvNeXtBlock(ConvNeXtBlock):
@@ -57,6 +65,10 @@ class ConvNeXt(Family):
     slotted_block = SlottedConvNeXtBlock
     layout = "channels_first"
     drop_paths = ("drop_path",)
+    examples: ClassVar[Mapping[str, Example]] = {
+        "convnext": Example("convnext_tiny", SMALL),
+        "convnext_conv_mlp": Example("convnext_tiny", {**SMALL, "conv_mlp": True}),
+    }
 
     def blocks(self, model: nn.Module) -> Iterator[BlockInfo]:
         assert isinstance(model, TimmConvNeXt)
@@ -73,6 +85,7 @@ class ConvNeXt(Family):
                     width=weight_shape(block.get_submodule("mlp.fc1"))[1],
                     heads=0,
                     resolution=(height // reduction, width // reduction),
+                    stage_path=f"stages.{stage}",
                 )
                 index += 1
 

@@ -5,8 +5,8 @@ Shapes: B batch, H heads, N tokens of a window, D head width, C width; blocks ca
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import cast
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, cast
 
 import torch
 from einops import rearrange
@@ -19,8 +19,19 @@ from timm.models.swin_transformer import (
 )
 from torch import nn
 
-from compressvit.model.family import BlockInfo, Family, family
+from compressvit.model.family import PRE_NORM_BRANCHES, BlockInfo, Example, Family, family
 from compressvit.model.slots import ATTENTION_SLOTS, BLOCK_SLOTS, beside
+
+SMALL: dict[str, Any] = {
+    "img_size": 32,
+    "patch_size": 2,
+    "embed_dim": 16,
+    "depths": (2, 4),
+    "num_heads": (2, 4),
+    "window_size": 4,
+    "num_classes": 5,
+    "drop_path_rate": 0.0,
+}
 
 
 class ExplicitWindowAttention(WindowAttention):
@@ -82,6 +93,8 @@ class Swin(Family):
     position_table = True
     prompts = "windows"
     layout = "channels_last"
+    branches = PRE_NORM_BRANCHES
+    examples: ClassVar[Mapping[str, Example]] = {"swin": Example("swin_tiny_patch4_window7_224", SMALL)}
 
     def blocks(self, model: nn.Module) -> Iterator[BlockInfo]:
         assert isinstance(model, SwinTransformer)
@@ -97,6 +110,7 @@ class Swin(Family):
                     resolution=_pair(block.input_resolution),
                     window=_pair(block.window_size),
                     shift=_pair(block.shift_size),
+                    stage_path=f"layers.{stage}",
                 )
                 index += 1
 

@@ -5,7 +5,8 @@ Shapes: B batch, H heads, N tokens, D head width, C width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
 
 import torch
 from einops import rearrange
@@ -15,8 +16,17 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
-from compressvit.model.family import BlockInfo, Family, family
+from compressvit.model.family import PRE_NORM_BRANCHES, BlockInfo, Example, Family, family
 from compressvit.model.slots import ATTENTION_SLOTS, BLOCK_SLOTS, beside
+
+SMALL: dict[str, Any] = {
+    "img_size": 32,
+    "patch_size": 8,
+    "embed_dim": 48,
+    "depth": 4,
+    "num_heads": 4,
+    "num_classes": 5,
+}
 
 
 class ExplicitAttention(Attention):
@@ -87,6 +97,17 @@ class ViT(Family):
     block, attention = Block, Attention
     slotted_block, slotted_attention = SlottedBlock, ExplicitAttention
     prompts = "sequence"
+    branches = PRE_NORM_BRANCHES
+    examples: ClassVar[Mapping[str, Example]] = {
+        "vit": Example("vit_tiny_patch16_224", SMALL),
+        "vit_no_class_token": Example(
+            "vit_tiny_patch16_224", {**SMALL, "class_token": False, "global_pool": "avg"}, "whole"
+        ),
+        "deit_distilled": Example("deit_tiny_distilled_patch16_224", SMALL, "whole"),
+        "dinov2_registers": Example("vit_small_patch14_reg4_dinov2", {**SMALL, "init_values": 0.1}),
+        "headless": Example("vit_small_patch14_dinov2", {**SMALL, "num_classes": 0}, "whole"),
+        "clip": Example("vit_base_patch16_clip_quickgelu_224", SMALL, "frozen"),
+    }
 
     def blocks(self, model: nn.Module) -> Iterator[BlockInfo]:
         assert isinstance(model, VisionTransformer)

@@ -1,4 +1,4 @@
-"""What every phase offers, and the registry: one class, one decorator.
+"""The interface of a phase, and the registry of phases.
 
 A phase is what a user asks for in a recipe's `steps` to train the student:
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a plan knows of the place where a phase will run.
+    """The models, data and batch size that a phase will run with, as known to a plan.
 
     Attributes:
         student: what is trained, on the meta device; the teacher itself in the phase that trains it.
@@ -63,7 +63,7 @@ class PhasePlan:
 
 
 class PhaseSpec(Training):
-    """A phase as a recipe asks for it. As it stands it trains with the ground truth."""
+    """The options of a phase, as given in a recipe. The base class trains on the ground truth."""
 
     name: ClassVar[str]
     # False: it also trains a model without a classifier.
@@ -72,7 +72,7 @@ class PhaseSpec(Training):
     label_fields: ClassVar[tuple[str, ...] | None] = None
 
     def refuse(self, setting: Setting) -> None:
-        """Find what would only be found when the phase begins, possibly after hours.
+        """Report faults that would otherwise appear only when the phase begins, possibly after hours.
 
         Raises:
             UserError: nothing can be trained, an optimiser that cannot be built, a model or data without what the phase learns from.

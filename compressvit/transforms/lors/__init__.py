@@ -1,1 +1,5 @@
 """LORS: linear layers that share a weight and keep a private low-rank term each."""
+
+from compressvit.transforms.lors.spec import LORS
+
+__all__ = ["LORS"]

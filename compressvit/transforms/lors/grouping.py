@@ -1,4 +1,4 @@
-"""Which layers share a weight: those that lose least by it."""
+"""Grouping layers to share a weight so that the error of sharing is smallest."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from compressvit.transforms.low_rank.budget import Group
 
 
 def group_by_similarity(paths: Sequence[str], count: int, reference: Reference, kind: str, ridge: float) -> list[Group]:
-    """Put layers of one shape into `count` groups of layers that lose least by sharing one weight, wherever in the model they are.
+    """Put layers of one shape into `count` groups with the smallest error of sharing one weight, at any places of the model.
 
     Average-linkage clustering; the distance of two layers is the difference of their weights in the mean of their metrics, relative to
     the weights, which is twice what is lost where both take their mean. Groups are of any size: a layer that is like no other is one by

@@ -13,7 +13,7 @@ from compressvit.model import surgery, ties
 from compressvit.transforms.claims import Claim, drops, tie
 from compressvit.transforms.lors.layers import LowRankTerm, SharedLowRankLinear
 from compressvit.transforms.low_rank.base import RankPlan
-from compressvit.transforms.low_rank.layer import FactoredLinear, factor
+from compressvit.transforms.low_rank.layer import Factored, factor
 from compressvit.transforms.low_rank.spec import dropped, factor_names, start_from_noise_
 
 
@@ -96,7 +96,7 @@ class LORSPlan(RankPlan):
             if len(group) > 1:
                 nn.init.trunc_normal_(layers[group[0]].weight, std=0.02)  # as timm starts its linear layers
         for path, layer in layers.items():
-            if isinstance(layer, FactoredLinear):
+            if isinstance(layer, Factored):
                 start_from_noise_(layer)
             elif self.ranks[path]:
                 layer.low_rank.reset_zero()

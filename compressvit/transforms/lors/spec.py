@@ -22,9 +22,10 @@ from compressvit.errors import UserError
 from compressvit.fitting.allocate import Budget
 from compressvit.fitting.moments import Reference
 from compressvit.model import ties
-from compressvit.model.backbone import Backbone, describe, share_groups
+from compressvit.model.backbone import Backbone, share_groups
+from compressvit.model.family import Need
 from compressvit.model.linear import weight_shape
-from compressvit.transforms.base import TRANSFORMERS_ONLY, Transform, transform
+from compressvit.transforms.base import Transform, transform
 from compressvit.transforms.claims import regroups
 from compressvit.transforms.lors.grouping import group_by_similarity
 from compressvit.transforms.lors.plan import LORSPlan
@@ -37,7 +38,7 @@ from compressvit.transforms.record import require_free
 class LORS(RankStep):
     """Share the weights of linear layers, with a private low-rank term each (LORS)."""
 
-    refuses: ClassVar[dict[str, str]] = TRANSFORMERS_ONLY
+    needs: ClassVar[tuple[Need, ...]] = ("attention",)
     changes_at_start = True
     blind_at_start: ClassVar[dict[str, str]] = {
         "low_rank.down": "where the shared weight is exact, or noise, the factor after it starts at zero"
@@ -131,7 +132,7 @@ class LORS(RankStep):
         )
 
     def plan(self, model: nn.Module, reference: Reference | None = None) -> LORSPlan:
-        backbone = describe(model, "attention")
+        backbone = self.backbone(model)
         targets = self.find_targets(model, backbone)
         self._refuse_shapes(model, backbone, targets)
         if self.share == "auto" or self.group_by == "similarity":

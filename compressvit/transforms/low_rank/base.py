@@ -1,4 +1,4 @@
-"""What `low_rank` and `lors` have in common: layers that are named, ranks that are given or bought, and values fitted to a teacher."""
+"""The common part of `low_rank` and `lors`: target layers, ranks that are given or follow from a budget, and values fitted to a teacher."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from compressvit.fitting.moments import Reference
 from compressvit.fitting.regression import Regression
 from compressvit.model import surgery, ties
 from compressvit.model.backbone import Backbone, model_name
-from compressvit.model.linear import effective_weight, weight_shape
+from compressvit.model.linear import effective_weight, is_pointwise, weight_shape
 from compressvit.transforms.base import LedgerEntry, Plan, Transform
 from compressvit.transforms.claims import Claim, values, weight
-from compressvit.transforms.low_rank.layer import FactoredLinear, unfactor
+from compressvit.transforms.low_rank.layer import Factored, unfactor
 from compressvit.transforms.record import require_free
 
 TARGETS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
@@ -90,7 +90,7 @@ class RankPlan(Plan):
         self, target: Any, path: str, own_bias: bool, reference: Reference, working: Any, regression: Regression
     ) -> float:
         """Fit one layer of the working copy and give `target`, the student's, the same values; returns the error that is left."""
-        zeros = torch.zeros(working.out_features, dtype=torch.float64)
+        zeros = torch.zeros(weight_shape(working)[0], dtype=torch.float64)
         bias = zeros if working.bias is None else working.bias.cpu().double()
         free = own_bias and working.bias is not None
         if self.ranks[path]:
@@ -134,7 +134,7 @@ class RankPlan(Plan):
             weights[path] = nn.Parameter(effective_weight(layer).detach().clone(), requires_grad=trained)
         for path, dense in weights.items():
             layer = model.get_submodule(path)
-            if isinstance(layer, FactoredLinear):
+            if isinstance(layer, Factored):
                 unfactor(model, path, dense)
                 continue
             if self.ranks[path]:
@@ -145,6 +145,8 @@ class RankPlan(Plan):
 class RankStep(Transform):
     """Options of a step that gives linear layers a rank each."""
 
+    convolutions: ClassVar[bool] = False  # point-wise ones (1×1, stride 1, no groups) are targets, too
+
     rank: int | tuple[int, ...] | None = Field(
         None, description="Rank: one number, or one per block. Alternatively give `budget`."
     )
@@ -154,7 +156,10 @@ class RankStep(Transform):
         "layer that shares no weight stays dense if that is cheaper.",
     )
     targets: tuple[str, ...] = Field(
-        TARGETS, min_length=1, description="Linear layers of a block, by path within it; * matches any part."
+        TARGETS,
+        min_length=1,
+        description="Linear layers of a block, by path within it; * matches any part. Those of attention are left out where blocks "
+        "have none.",
     )
     sequential: bool = Field(
         True,
@@ -176,7 +181,7 @@ class RankStep(Transform):
         return at_least(0, "rank", value)
 
     def with_budget(self: S, budget: Budget) -> S:
-        """The same step with this budget in place of its ranks, or of the budget it has."""
+        """A copy of the step with this budget instead of its ranks or budget."""
         return self.model_validate({**self.model_dump(), "rank": None, "budget": budget})
 
     def require_rank_or_budget(self, init: str) -> None:
@@ -189,10 +194,13 @@ class RankStep(Transform):
             )
 
     def budget_note(self, metric: str) -> list[str]:
-        """What a plan without values takes for granted of a budget."""
+        """What a plan without values assumes about a budget."""
         on = measured_on(metric)
         text = f"ranks are uniform in this plan; apply allocates the same budget by the errors it measures {on}"
         return [text] if self.budget else []
+
+    def _fits(self, module: nn.Module) -> bool:
+        return isinstance(module, (nn.Linear, Factored)) or (self.convolutions and is_pointwise(module))
 
     def find_targets(self, model: nn.Module, backbone: Backbone) -> list[str]:
         """The relative paths that the patterns name, which every block has.
@@ -202,13 +210,11 @@ class RankStep(Transform):
         """
         block = model.get_submodule(backbone.blocks[0].path)
         of_steps = surgery.added_modules(block)  # earlier steps' own layers
-        known = [
-            name
-            for name, module in block.named_modules()
-            if isinstance(module, (nn.Linear, FactoredLinear)) and name not in of_steps
-        ]
+        known = [name for name, module in block.named_modules() if self._fits(module) and name not in of_steps]
+        absent = tuple(f"{part}." for part in ("attn", "mlp") if part not in backbone.parts)
+        asked = [pattern for pattern in self.targets if not (pattern in TARGETS and pattern.startswith(absent))]
         found: list[str] = []
-        for pattern in self.targets:
+        for pattern in asked or self.targets:
             matches = [name for name in known if fnmatch(name, pattern)]
             if not matches:
                 raise UserError(
@@ -218,7 +224,7 @@ class RankStep(Transform):
             found += [name for name in matches if name not in found]
         modules = dict(model.named_modules())
         for path in (f"{block.path}.{target}" for target in found for stage in backbone.stages for block in stage):
-            if not isinstance(modules.get(path), (nn.Linear, FactoredLinear)):
+            if path not in modules or not self._fits(modules[path]):
                 target = next(t for t in found if path.endswith(f".{t}"))
                 raise UserError(
                     f"{self.name}.targets: {path} of {model_name(model)} is no linear layer, as {target} is in its first block; name "

@@ -1,4 +1,4 @@
-"""What a budget buys: the ranks of layers that are low rank, alone or beside a weight that they share."""
+"""Choosing ranks within a budget, for layers that are low rank, alone or beside a weight that they share."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from compressvit.fitting.moments import Reference, tokens_at
 from compressvit.model import cost, surgery, ties
 from compressvit.model.backbone import input_size
 from compressvit.model.cost import header_bytes
+from compressvit.model.linear import weight_shape
 from compressvit.transforms.base import Plan
-from compressvit.transforms.low_rank.layer import FactoredLinear, unfactor
+from compressvit.transforms.low_rank.layer import Factored, unfactor
 
 Group = tuple[str, ...]
 Kind = Literal["weights", "inputs", "outputs"]
 
 
 class Spender(Protocol):
-    """What a step must say so that a budget can be spent for it."""
+    """The interface of a step whose ranks follow from a budget."""
 
     name: ClassVar[str]
 
@@ -46,25 +47,25 @@ class Spender(Protocol):
 
 
 def original_parameters(model: nn.Module) -> int:
-    """What the model had before anything was shared, added or dropped: every path counts."""
+    """The parameter count of the model before anything was shared, added or dropped."""
     added = surgery.added_parameters(model)
     kept = sum(p.numel() for n, p in model.named_parameters(remove_duplicate=False) if n not in added)
-    return kept + sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, FactoredLinear))
+    return kept + sum(math.prod(weight_shape(m)) for m in model.modules() if isinstance(m, Factored))
 
 
 def original_macs(model: nn.Module) -> int:
     """Multiply-accumulates for one image of the model as it was before anything was added or dropped."""
     empty = surgery.skeleton(model)
     for path, module in list(empty.named_modules()):
-        if isinstance(module, FactoredLinear):
-            weight = torch.empty(module.out_features, module.in_features, device="meta", dtype=module.down.weight.dtype)
+        if isinstance(module, Factored):
+            weight = torch.empty(*weight_shape(module), device="meta", dtype=module.down.weight.dtype)
             unfactor(empty, path, nn.Parameter(weight))
     surgery.strip(empty)
     return cost.macs(empty, input_size(model))
 
 
 class Spending:
-    """Spends the budget of a step on groups of layers of one model; errors that were computed once are kept.
+    """Allocates the budget of a step to groups of layers of one model; computed errors are cached.
 
     Args:
         spec: the step, with a budget.
@@ -99,7 +100,7 @@ class Spending:
         )
 
     def choose(self, choices: Sequence[Sequence[list[Group]]]) -> list[Group]:
-        """One way to group each set of layers, so that the least error is left at the budget.
+        """Choose a grouping for each set of layers so that the error at the budget is smallest.
 
         Starts from the first way of each and changes one at a time, as long as that helps.
         """
@@ -130,7 +131,7 @@ class Spending:
         for group in groups:
             errors = self.errors_by_rank(group, kind)
             for position, path in enumerate(group):
-                inner, out = self.layers[path].in_features, self.layers[path].out_features
+                out, inner = weight_shape(self.layers[path])
                 curves[path] = Curve(
                     step=self.unit * (inner + out) or self._macs_of_a_rank(path, alone=len(group) == 1),
                     least=1 if len(group) == 1 else 0,
@@ -141,7 +142,7 @@ class Spending:
         return curves
 
     def _macs_of_a_rank(self, path: str, *, alone: bool) -> int:
-        inner, out = self.layers[path].in_features, self.layers[path].out_features
+        out, inner = weight_shape(self.layers[path])
         by_tokens = self.tokens[path] * (inner + out)
         return by_tokens if alone else min(by_tokens, inner * out)  # as the layers' forward chooses it
 
@@ -155,7 +156,7 @@ class Spending:
         fixed = self.unit * (ties.count_parameters(self.model) - sum(weights.values()) + shared)
         if self.budget.bytes:
             empty = surgery.skeleton(self.model)
-            half = {p: max(1, min(layer.in_features, layer.out_features) // 2) for p, layer in self.layers.items()}
+            half = {p: max(1, min(weight_shape(layer)) // 2) for p, layer in self.layers.items()}
             self.spec.resolved(groups, half).apply(empty)
             fixed += header_bytes(empty) + 4 * len(self.layers)  # the offsets may have a digit more each
         return fixed

@@ -11,7 +11,7 @@ https://arxiv.org/abs/2403.07378. Where layers should share a weight beside such
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -20,12 +20,11 @@ from torch import nn
 from compressvit.errors import UserError
 from compressvit.fitting.lowrank import spectrum
 from compressvit.fitting.moments import Reference
-from compressvit.model.backbone import describe
-from compressvit.transforms.base import TRANSFORMERS_ONLY, Transform, transform
+from compressvit.transforms.base import Transform, transform
 from compressvit.transforms.claims import Claim, drops
 from compressvit.transforms.low_rank.base import RankPlan, RankStep
 from compressvit.transforms.low_rank.budget import Group, Spending
-from compressvit.transforms.low_rank.layer import FactoredLinear, factor
+from compressvit.transforms.low_rank.layer import Factored, factor
 
 
 class LowRankPlan(RankPlan):
@@ -51,7 +50,7 @@ class LowRankPlan(RankPlan):
             metrics = reference.metrics(self.paths, self.metric, self.ridge, self.output_ridge)
         for path, rank in self.ranks.items():
             layer = student.get_submodule(path)
-            assert isinstance(layer, FactoredLinear)
+            assert isinstance(layer, Factored)
             if self.init == "fit":
                 layer.set_factors(*spectrum(reference.weight(path), metrics[path]).factors(rank))
             else:
@@ -66,10 +65,15 @@ class LowRankPlan(RankPlan):
 
 @transform("low_rank", LowRankPlan)
 class LowRank(RankStep):
-    """Make linear layers low rank: two smaller layers in place of each, fitted to the teacher."""
+    """Make linear layers low rank: two smaller layers in place of each, fitted to the teacher.
 
-    refuses: ClassVar[dict[str, str]] = TRANSFORMERS_ONLY
+    A target is an `nn.Linear` of a block, which becomes two, or an `nn.Conv2d` with a 1×1 kernel, stride 1, no padding and no groups
+    (the MLP of a ConvNeXt built with `conv_mlp`), which becomes two of those. Larger kernels and groups are no targets: such a
+    convolution is not a product of one weight with the channels of one position.
+    """
+
     changes_at_start = True
+    convolutions = True
 
     init: Literal["fit", "scratch"] = Field(
         "fit",
@@ -100,7 +104,7 @@ class LowRank(RankStep):
         return (LowRank(rank=2, metric="weights"), LowRank(rank=3, targets=("mlp.*",), init="scratch"))
 
     def plan(self, model: nn.Module, reference: Reference | None = None) -> LowRankPlan:
-        backbone = describe(model, "attention")
+        backbone = self.backbone(model)
         targets = self.find_targets(model, backbone)
         paths = [f"{block.path}.{target}" for target in targets for block in backbone.blocks]
         groups: list[Group] = [(path,) for path in paths]
@@ -134,8 +138,8 @@ class LowRank(RankStep):
                 raise UserError(f"low_rank: rank 0 would leave {path} without a weight; give a rank of at least 1")
 
 
-def start_from_noise_(layer: FactoredLinear) -> None:
-    """Start as timm starts its linear layers, as far as that goes: a factor of zeros would leave the product zero for long."""
+def start_from_noise_(layer: Factored) -> None:
+    """Initialise `down` Kaiming-uniform and `up` with timm's noise for linear layers: from zero the product would be slow to grow."""
     layer.reset_zero()
     nn.init.trunc_normal_(layer.up.weight, std=0.02)
 

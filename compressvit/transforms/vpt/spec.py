@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -31,28 +31,12 @@ from torch import nn
 
 from compressvit.errors import UserError
 from compressvit.fitting.moments import Reference
-from compressvit.model import surgery
-from compressvit.model.backbone import Backbone, describe, model_name
+from compressvit.model.backbone import describe, model_name
+from compressvit.model.family import Need
 from compressvit.transforms.base import LedgerEntry, Plan, Transform, record, transform
-from compressvit.transforms.bottleneck import sublayer_width
 from compressvit.transforms.claims import Claim, adds_tokens, slot
-from compressvit.transforms.vpt.prompts import (
-    CarryingPatchMerging,
-    CarryingSwinBlock,
-    DropPromptRows,
-    DropPrompts,
-    GridPrompts,
-    PromptedAttention,
-    PromptedSwinBlock,
-    PromptedWindowAttention,
-    Prompts,
-    SwinWithTravellingPrompts,
-    WidenedWindowAttention,
-    WithoutPrompts,
-    WithPrompts,
-    WithTravellingPrompts,
-    remove_prompts,
-)
+from compressvit.transforms.vpt.prompts import Prompts, remove_prompts
+from compressvit.transforms.vpt.ways import WAYS, Joining
 
 
 class VPTPlan(Plan):
@@ -78,44 +62,19 @@ class VPTPlan(Plan):
 
     def apply(self, model: nn.Module) -> list[LedgerEntry]:
         backbone = describe(model)
-        if backbone.family.prompts == "windows" and not self.deep:
-            self._carry(model, backbone)
-        return record(model, self.blocks, lambda path: self._add(model, path, backbone))
+        joining, kind = Joining(model, backbone, self.prompts, self.dropout), WAYS[backbone.family.prompts or ""]
 
-    def _carry(self, model: nn.Module, backbone: Backbone) -> None:
-        """Make all that stands between the first block of a Swin and the last pass the prompts on."""
-        for info in backbone.blocks:
-            surgery.extend(model, info.path, CarryingSwinBlock)
-            surgery.extend(model, f"{info.path}.attn", WidenedWindowAttention)
-            surgery.fill_slot(model, info.path, "vpt_rows", DropPromptRows(self.prompts))
-            surgery.fill_slot(model, f"{info.path}.attn", "vpt_end", DropPrompts(self.prompts))
-        for first, *_ in backbone.stages[1:]:
-            path = f"{first.path.partition('.blocks.')[0]}.downsample"
-            surgery.extend(model, path, CarryingPatchMerging)
-            surgery.fill_slot(model, path, "vpt_rows", DropPromptRows(self.prompts))
+        def add(path: str) -> str:
+            if self.deep:
+                kind.deep(joining, path)
+                return f"+ {self.prompts} prompts"
+            return f"+ {self.prompts} prompts, as far as {kind.shallow(joining)}"
 
-    def _add(self, model: nn.Module, path: str, backbone: Backbone) -> str:
-        like, width = sublayer_width(model, f"{path}.attn")
-        at, windows = backbone.num_prefix_tokens, backbone.family.prompts == "windows"
-        kind, drop = (GridPrompts, DropPromptRows) if windows and not self.deep else (Prompts, DropPrompts)
-        prompts = kind(self.prompts, width, at, self.dropout, device=like.device, dtype=like.dtype)
-        if not self.deep:
-            enter, leave, after = path, WithoutPrompts, backbone.blocks[-1].path
-            surgery.extend(model, "", SwinWithTravellingPrompts if windows else WithTravellingPrompts)
-        elif windows:
-            enter, leave, after = path, PromptedWindowAttention, f"{path}.attn"
-        else:
-            enter, leave, after = f"{path}.norm1", PromptedAttention, f"{path}.attn"
-        surgery.extend(model, enter, PromptedSwinBlock if windows and self.deep else WithPrompts)
-        surgery.fill_slot(model, enter, "vpt", prompts)
-        surgery.extend(model, after, leave)
-        surgery.fill_slot(model, after, "vpt_end", drop(self.prompts, at))
-        return f"+ {self.prompts} prompts" + (f", as far as {after}" * (not self.deep))
+        return record(model, self.blocks, add)
 
     @torch.no_grad()
     def initialise(self, student: nn.Module, reference: Reference) -> None:
-        patch_embed: Any = student.patch_embed
-        height, width = patch_embed.patch_size
+        height, width = describe(student).family.patch_size(student)
         prompts = [module for module in student.modules() if isinstance(module, Prompts)]
         bound = math.sqrt(6 / (3 * height * width + prompts[0].tokens.shape[1]))
         for module in prompts:
@@ -136,7 +95,8 @@ class VPT(Transform):
     """Learnable prompt tokens added to the image's tokens, in every block or before the first; the backbone is frozen (VPT)."""
 
     freezes = True
-    refuses: ClassVar[dict[str, str]] = {"convnext": "prompts need a token sequence that attention runs over"}
+    needs: ClassVar[tuple[Need, ...]] = ("prompts",)
+    instead: ClassVar[str] = "adapt it with adapters, ssf or lora (targets: [fc1, fc2]), which add no tokens"
     changes_at_start = True
 
     prompts: int = Field(10, ge=1, description="Number P of prompt tokens; the paper tries 1 to 200 (1 to 50 in Swin).")
@@ -156,16 +116,17 @@ class VPT(Transform):
         return (VPT(prompts=3), VPT(prompts=2, dropout=0.1))
 
     def plan(self, model: nn.Module, reference: Reference | None = None) -> VPTPlan:
-        backbone = describe(model)
-        if "attn" not in backbone.parts:
+        backbone = self.backbone(model)
+        word, title = backbone.family.prompts or "", backbone.family.title
+        if word not in WAYS:
             raise UserError(
-                f"vpt: prompts need a token sequence that attention runs over, and the blocks of {model_name(model)} have convolutions; "
-                "adapt it with adapters, adaptformer, repadapter, ssf or lora (targets: [fc1, fc2])"
+                f"vpt knows how prompts join tokens in {' and '.join(WAYS)}, and {model_name(model)} is a {title}, whose "
+                f"`Family.prompts` is {word!r}; {self.instead}"
             )
-        if backbone.family.prompts is None:
+        missing = WAYS[word].missing(model, self.deep)
+        if missing is not None:
             raise UserError(
-                f"vpt: how prompts join the tokens of a {backbone.family.title} such as {model_name(model)} is not known; "
-                "adapt it with adapters, lora or ssf, which add no tokens"
+                f"vpt: prompts in {word} need {missing}, and {model_name(model)} is a {title}, which does not have that; {self.instead}"
             )
         blocks = [info.path for info in backbone.blocks]
         return VPTPlan(blocks=tuple(blocks if self.deep else blocks[:1]), **self.model_dump())

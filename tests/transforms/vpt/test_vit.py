@@ -292,7 +292,10 @@ def test_what_merges_still_merges(backbone, deep, first):
 
 def test_conflicts_are_refused():
     tries = {
-        "prompts need a token sequence.*lora": ("convnext", [VPT()]),
+        "vpt needs attention, and convnext_tiny is a ConvNeXt, whose blocks have none; adapt it with .*lora": (
+            "convnext",
+            [VPT()],
+        ),
         r"vpt wants to add tokens in blocks\.0\.attn, where the earlier vpt did": ("vit", [VPT(), VPT(deep=False)]),
         r"blocks\.0\.attn, where the earlier vpt did; apply one": ("vit", [VPT(deep=False), VPT()]),
         r"layers\.0\.blocks\.0\.attn, where the earlier vpt did": ("swin", [VPT(deep=False), VPT()]),

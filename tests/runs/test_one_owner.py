@@ -1,0 +1,116 @@
+"""A run folder has one owner at a time, and a killed run leaves nothing that stops the next one."""
+
+from __future__ import annotations
+
+import pytest
+from filelock import FileLock
+from helpers.models import build
+from helpers.runs import done, refused
+
+import compressvit
+from compressvit.artifacts import artifact
+from compressvit.errors import UserError
+from compressvit.files import load_checkpoint, save_checkpoint
+from compressvit.runs.folder import RunFolder
+
+SHORT = ["teacher.finetune.max_steps=1", "steps.1.distill.max_steps=1"]
+
+
+def test_two_runs_do_not_share_a_folder(recipe, tmp_path):
+    (tmp_path / "run").mkdir()
+    with FileLock(tmp_path / "run" / ".lock"):
+        for more in ([], ["--overwrite"]):
+            message = refused("apply", recipe, "--output", tmp_path / "run", *SHORT, *more)
+            assert "another run is writing into" in message
+            assert "--output" in message
+    assert [entry.name for entry in (tmp_path / "run").iterdir()] == [".lock"]
+    done("apply", recipe, "--output", tmp_path / "run", *SHORT)  # the lock of a killed run is nobody's
+    assert not (tmp_path / "run" / ".lock").exists()
+    with FileLock(tmp_path / "run" / ".lock"):
+        message = refused("apply", recipe, "--output", tmp_path / "run", *SHORT, "--resume")
+        assert "another run is writing into" in message
+
+
+def test_a_folder_that_was_only_looked_at_is_not_left_over(tmp_path):
+    with pytest.raises(ZeroDivisionError), RunFolder(tmp_path / "a" / "run").owned():
+        1 / 0  # noqa: B018
+    assert not (tmp_path / "a" / "run").exists()
+
+
+@pytest.mark.parametrize("count", ["2", "16"])
+def test_one_of_several_processes_is_refused(recipe, tmp_path, monkeypatch, count):
+    monkeypatch.setenv("WORLD_SIZE", count)
+    message = refused("apply", recipe, "--output", tmp_path / "run", *SHORT)
+    assert f"WORLD_SIZE={count}" in message
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match=f"WORLD_SIZE={count}"):
+        compressvit.distill(None, None, [])
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    done("apply", recipe, "--output", tmp_path / "run", *SHORT)
+
+
+@pytest.mark.parametrize("left", [["resolved.yaml"], ["resolved.yaml", "recipe.yaml"], [".recipe.yaml.part"], []])
+def test_a_run_killed_at_its_start_can_be_started_again(recipe, tmp_path, left):
+    """Whatever it had written by then: with its recipe there it is resumed, and without it the folder is as good as empty."""
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    done("apply", recipe, "--output", whole, *SHORT)
+    run.mkdir()
+    (run / ".lock").touch()
+    for name in left:
+        (run / name).write_bytes((whole / name).read_bytes() if (whole / name).exists() else b"half")
+    more = ["--resume"] if "resolved.yaml" in left else []
+    done("apply", recipe, "--output", run, *SHORT, *more)
+    kept = {entry.name for entry in run.iterdir()}
+    assert kept == {entry.name for entry in whole.iterdir()}
+    assert (run / "student/model.safetensors").read_bytes() == (whole / "student/model.safetensors").read_bytes()
+
+
+def test_scratch_of_a_killed_run_is_removed(recipe, tmp_path):
+    run = tmp_path / "run"
+    done("apply", recipe, "--output", run, *SHORT)
+    (run / ".student.0a1b2c3d").mkdir()
+    (run / ".student.0a1b2c3d" / "model.safetensors").write_bytes(b"half")
+    (run / ".results.json.part").write_text("{")
+    (run / ".notes").write_text("the user's own")
+    done("apply", recipe, "--output", run, *SHORT, "--resume")
+    assert {entry.name for entry in run.iterdir() if entry.name.startswith(".")} == {".notes"}
+
+
+def test_a_good_student_is_not_replaced_by_one_that_fails(recipe, tmp_path):
+    """Resuming a finished run from a checkpoint with values that are not finite: the student of before stays."""
+    run = tmp_path / "run"
+    done("apply", recipe, "--output", run, *SHORT)
+    before = (run / "student/model.safetensors").read_bytes()
+    file = run / "checkpoints/1_distill.pt"
+    content = load_checkpoint(file)
+    for tensor in content["model"].values():
+        tensor.fill_(float("nan"))
+    save_checkpoint(file, content)
+    message = refused("apply", recipe, "--output", run, *SHORT, "--resume")
+    assert "not finite" in message
+    assert (run / "student/model.safetensors").read_bytes() == before
+    assert not [entry for entry in run.iterdir() if entry.name.startswith(".")]
+
+
+def test_an_artifact_that_fails_its_check_replaces_none(tmp_path):
+    model = build("vit")
+    artifact.save(model, tmp_path / "model")
+    before = (tmp_path / "model/model.safetensors").read_bytes()
+
+    def check(folder):
+        assert (folder / "model.safetensors").is_file()
+        raise UserError("no")
+
+    model.cls_token.data += 1
+    with pytest.raises(UserError, match="no"):
+        artifact.save(model, tmp_path / "model", check=check)
+    assert (tmp_path / "model/model.safetensors").read_bytes() == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_model_that_is_not_finite_is_not_evaluated(tmp_path):
+    model = build("vit")
+    model.blocks[1].mlp.fc1.weight.data[0, 0] = float("nan")
+    artifact.save(model, tmp_path / "model")
+    message = refused("evaluate", tmp_path / "model", "data.name=digits")
+    assert "blocks.1.mlp.fc1.weight has values that are not finite (1 such tensors)" in message

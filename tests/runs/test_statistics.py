@@ -1,0 +1,117 @@
+"""A trained teacher keeps its own mean, deviation and crop, wherever its values come from; a student's may differ, and the plan says so."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from helpers.runs import TINY as SHORTEST
+from helpers.runs import done, refused
+from timm.models import save_for_hf
+
+from compressvit.artifacts import artifact
+from compressvit.recipe.recipe import parse_recipe
+from compressvit.runs.job import prepare
+from compressvit.runs.plan import plan_recipe
+
+TINY = SHORTEST.replace("num_heads: 2}", "num_heads: 2, weight_init: jax}")  # which learns in a few steps
+OWN = {"mean": (0.3,), "std": (0.4,)}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run whose teacher and student were trained with other statistics than timm's, and its teacher as timm writes it."""
+    folder = tmp_path_factory.mktemp("statistics")
+    (folder / "recipe.yaml").write_text(TINY.replace("multiplex: {share: 2}", "low_rank: {rank: 4}"))
+    run = folder / "run"
+    done(
+        "apply",
+        folder / "recipe.yaml",
+        "--output",
+        run,
+        "data.mean=[0.3]",
+        "data.std=[0.4]",
+        "teacher.finetune.epochs=5",
+    )
+    save_for_hf(artifact.load(run / "teacher"), str(folder / "timm"), safe_serialization=True)
+    return folder
+
+
+def top1(*words):
+    return json.loads(done("evaluate", *words, "--json"))["top1"]
+
+
+PLACES = ["run/teacher", "timm", "timm/model.safetensors"]
+
+
+def recipe_of(weights, *overrides):
+    text = TINY.replace("weights: train", f"weights: {weights}").replace("  finetune: {epochs: 1}\n", "")
+    return parse_recipe(text, "recipe", list(overrides))
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("asked", [[], ["data.mean=[0.1]", "data.std=[0.9]", "data.interpolation=nearest"]])
+def test_a_trained_teacher_keeps_its_own(trained, place, asked):
+    recipe = recipe_of(trained / place, *asked)
+    job = prepare(recipe, "cpu")
+    assert {name: getattr(job.teacher.input, name) for name in OWN} == OWN
+    assert job.teacher.input.interpolation == "bicubic"
+    assert job.student.input.mean == ((0.1,) if asked else OWN["mean"])
+    notes = " ".join(plan_recipe(recipe).notes)
+    assert ("data.mean is the student's: 0.1. The teacher keeps its own, 0.3" in notes) == bool(asked)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_its_accuracy_is_the_same_wherever_it_comes_from(trained, place, tmp_path):
+    expected = json.loads((trained / "run/results.json").read_text())["teacher"]["top1"]
+    (tmp_path / "recipe.yaml").write_text(
+        TINY.replace("weights: train", f"weights: {trained / place}").replace("  finetune: {epochs: 1}\n", "")
+    )
+    done("apply", tmp_path / "recipe.yaml", "--output", tmp_path / "run", "data.mean=[0.9]", "data.std=[0.2]")
+    found = json.loads((tmp_path / "run/results.json").read_text())["teacher"]["top1"]
+    assert found == expected
+    assert expected > 30  # measured 53; with the statistics of the data it is another model's
+
+
+def test_an_artifact_is_evaluated_with_its_own(trained):
+    run = trained / "run"
+    expected = json.loads((run / "results.json").read_text())
+    assert top1(run / "teacher") == expected["teacher"]["top1"]
+    alone = [run / "teacher", "data.name=digits", "data.limit_val=32"]
+    assert top1(*alone) == expected["teacher"]["top1"]
+    assert top1(*alone, "data.mean=[0.3]", "data.std=[0.4]") == expected["teacher"]["top1"]
+    assert top1(*alone, "data.mean=[-3]", "data.std=[0.1]") != expected["teacher"]["top1"]  # as it was asked for
+
+
+def test_a_teacher_that_is_trained_from_nothing_takes_those_of_the_data():
+    job = prepare(parse_recipe(TINY, "recipe", ["data.mean=[0.3]"]), "cpu")
+    assert job.teacher.input.mean == job.student.input.mean == (0.3,)
+
+
+def test_a_bare_file_takes_those_of_the_data(trained, tmp_path):
+    """Nothing else says how it was trained."""
+    (tmp_path / "weights.safetensors").write_bytes((trained / "timm/model.safetensors").read_bytes())
+    job = prepare(recipe_of(tmp_path / "weights.safetensors", "data.mean=[0.3]", "teacher.num_classes=10"), "cpu")
+    assert job.teacher.input.mean == (0.3,)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "config.json cannot be read"),
+        ('{"model_type": "vit"}', "does not say which timm model"),
+        (
+            '{"architecture": "swin_tiny_patch4_window7_224"}',
+            "is a swin_tiny_patch4_window7_224, and teacher.model says",
+        ),
+    ],
+)
+def test_a_damaged_or_foreign_description(trained, tmp_path, content, message):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes((trained / "timm/model.safetensors").read_bytes())
+    (folder / "config.json").write_text(content)
+    (tmp_path / "recipe.yaml").write_text(
+        TINY.replace("weights: train", f"weights: {folder}").replace("  finetune: {epochs: 1}\n", "")
+    )
+    assert message in refused("plan", tmp_path / "recipe.yaml")
