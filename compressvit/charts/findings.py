@@ -48,8 +48,10 @@ class Finding:
 
     def __post_init__(self) -> None:
         """Names of classes and layers reach charts, pages and pictures through here; a control character ends the drawing process."""
-        for key in ("name", "title", "caption", "records", "options"):
+        for key in ("name", "title", "caption", "records"):
             object.__setattr__(self, key, printable_in(getattr(self, key)))
+        # Vega puts an axis's title into an expression, where `\\x07` would be the bell again
+        object.__setattr__(self, "options", printable_in(self.options, "\ufffd"))
 
     def draw(self) -> alt.Chart:
         """The chart, without title and caption."""
