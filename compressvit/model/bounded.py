@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -52,10 +52,19 @@ def on_meta(calls: int = MAX_CALLS) -> Iterator[None]:
     """Tensors made inside have no values and take no memory; and no more than `calls` torch functions are called.
 
     Raises:
-        ValueError: in the block, where more are called: a model of a hundred thousand blocks takes hours, also without values.
+        TooMany: in the block, where more are called: a model of a hundred thousand blocks takes hours, also without values.
     """
-    with torch.device("meta"), _Counted(calls):
+    with torch.device("meta"), counted(calls):
         yield
+
+
+def counted(calls: int) -> AbstractContextManager[object]:
+    """A context in which more than `calls` calls of torch functions are a `TooMany`."""
+    return _Counted(calls)
+
+
+class TooMany(ValueError):
+    """More calls than a model or a loss needs."""
 
 
 class _Counted(TorchFunctionMode):
@@ -66,5 +75,5 @@ class _Counted(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.left -= 1
         if self.left < 0:
-            raise ValueError(f"it has far more parts than any model: more than {self.calls:,} calls to build it")
+            raise TooMany(f"it has far more parts than any model: more than {self.calls:,} calls to build it")
         return func(*args, **(kwargs or {}))

@@ -286,11 +286,15 @@ def _sentence(fault: Any, path: tuple) -> str:
     if fault["type"] == "literal_error":
         known = fault["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
         close = nearest(str(given), known)
-        return f"{given!r} is none of {', '.join(known)}" + (f"; did you mean '{close}'?" if close else "")
+        return f"{_cut(repr(given))} is none of {', '.join(known)}" + (f"; did you mean '{close}'?" if close else "")
     text = fault["msg"].removeprefix("Value error, ").removeprefix("Input ").removeprefix("input ")
     if fault["type"] == "value_error":
         return text
-    return f"{text}, not {json.dumps(given, default=str, ensure_ascii=False)}"
+    return f"{text}, not {_cut(json.dumps(given, default=str, ensure_ascii=False))}"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 300 else f"{text[:300]}…"
 
 
 def _fields(path: tuple) -> dict[str, FieldInfo]:
