@@ -12,6 +12,8 @@ import time
 import timm
 import torch
 
+from compressvit.data.input import Side
+from compressvit.data.spec import Data
 from compressvit.diagnostics.cka_layers import cka_matrix
 from compressvit.diagnostics.features import subject
 
@@ -40,8 +42,7 @@ def main() -> None:
     between = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
     result = cka_matrix(
-        subject(models[0]),
-        subject(models[1]),
+        *(subject(Side.of(model, Data(name="images"))) for model in models),
         lambda: batches,
         torch.device("cpu"),
         images=arguments.images,

@@ -61,12 +61,10 @@ def main() -> None:
         result = run(yaml.safe_dump(recipe, sort_keys=False), folder, console)
         print(f"{name}: {result['student']['top1']:.2f} %, {result['student']['parameters']:,} parameters", flush=True)
         for row in read_rows(folder / "diagnostics" / "gradients.jsonl", GradientRow):
-            for layer, groups in row["norms"].items():
+            for layer, groups in row.norms.items():
                 if layer.startswith("blocks."):
                     norm = sum(value**2 for value in groups.values()) ** 0.5
-                    norms.append(
-                        {"student": name, "step": row["step"], "block": int(layer.split(".")[1]), "norm": norm}
-                    )
+                    norms.append({"student": name, "step": row.step, "block": int(layer.split(".")[1]), "norm": norm})
         found = read(folder / "diagnostics" / "cka_layers.json")
         alike.append(dataclasses.replace(found, records=[{**r, "when": name} for r in found.records]))
 

@@ -16,7 +16,7 @@ import torch
 
 from compressvit import LORS, LowRank
 from compressvit.artifacts import artifact
-from compressvit.data.input import input_config
+from compressvit.data.input import Side, input_config
 from compressvit.data.loaders import calibration_batches, eval_loader
 from compressvit.data.opening import open_data
 from compressvit.errors import UserError
@@ -50,7 +50,7 @@ def main() -> None:
     reference = Reference(copy.deepcopy(teacher), batches)
 
     def top1(model: torch.nn.Module) -> float:
-        return evaluate(model.eval(), eval_loader(datasets, recipe.data, config, CPU), CPU)["top1"]
+        return evaluate(Side(model.eval(), config), eval_loader(datasets, recipe.data, config, CPU), CPU)["top1"]
 
     print(f"teacher: {count_parameters(teacher):,} parameters, top-1 {top1(teacher):.2f} %\n")
     print(f"| share | metric | {' | '.join(f'{b:.0%} of the parameters' for b in arguments.budgets)} |")

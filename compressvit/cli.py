@@ -248,7 +248,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     plan = plan_recipe(recipe, arguments.recipe)
-    content = plan.as_dict()
+    content = plan.model_dump(mode="json")
     if not arguments.json:
         print_plan(plan, Terminal())
     if arguments.measure and not plan.conflicts:

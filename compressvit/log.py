@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from compressvit.errors import UserError
 from compressvit.files import disk_faults
-from compressvit.rows import append_row
+from compressvit.rows import append_row, metrics_row
 from compressvit.text import printable
 
 if TYPE_CHECKING:  # rich is imported where something is printed: much is validated and planned that never prints
@@ -80,12 +80,12 @@ class RunLog:
         log.info(text)
 
     def scalars(self, phase: str, kind: str, step: int, values: dict[str, float | int | None]) -> None:
-        """Record numbers of a phase. `kind` is 'train' (a step), 'epoch' or 'evaluate'; `step` counts optimiser steps of the phase."""
+        """Record numbers of a phase. `kind` is that of a class of `compressvit.rows`; `step` counts optimiser steps of the phase."""
         if self.folder is None:
             return
         known = {k: v for k, v in values.items() if v is not None and math.isfinite(v)}  # JSON has no infinity
-        line = {"time": round(time.time(), 3), "phase": phase, "kind": kind, "step": step, **known}
-        append_row(self.folder / "metrics.jsonl", line)
+        row = metrics_row(kind, {"time": round(time.time(), 3), "phase": phase, "step": step, **known})
+        append_row(self.folder / "metrics.jsonl", row)
         for name, value in known.items():
             self._writer.add_scalar(f"{self._tag(phase)}/{kind}/{name}", value, step)
 

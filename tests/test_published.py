@@ -17,7 +17,8 @@ from torch import nn
 from compressvit.model import ties
 from compressvit.model.backbone import head_names
 from compressvit.recipe.recipe import load_recipe
-from compressvit.runs.plan import RecipePlan, plan_recipe
+from compressvit.runs.files import RecipePlan
+from compressvit.runs.plan import plan_recipe
 from compressvit.transforms import IRPE, TRANSFORMS, Multiplex, Plan, Transform
 from compressvit.transforms.applying import apply_plans
 from compressvit.transforms.record import trained_names

@@ -24,8 +24,8 @@ def look(opened: OpenedModels, arguments: argparse.Namespace) -> Findings:
     """The matrix, and the diagonal where there are as many layers on both sides."""
     first, second = opened.pair()
     result = cka_matrix(
-        subject(first.model, arguments.first_taps),
-        subject(second.model, arguments.second_taps, opened.own(second)),
+        subject(first, arguments.first_taps),
+        subject(second, arguments.second_taps),
         lambda: opened.images(arguments.images),
         opened.device,
         images=arguments.images,

@@ -29,7 +29,8 @@ def look(opened: OpenedModels, arguments: argparse.Namespace) -> Findings:
     """The matrices, the spectra, and a table of the pairs of every kind of layer that lose least."""
     one = opened.models[0 if arguments.student else -1]
     on_images = not (arguments.weights or arguments.aligned)
-    images = lambda: map(opened.own(one), opened.images(arguments.images))  # noqa: E731
+    own = one.converter(opened.models[0].input)
+    images = lambda: map(own, opened.images(arguments.images))  # noqa: E731
     reference = Reference(copy.deepcopy(one.model), images) if on_images else None
     records = sharing_losses(one.model, reference=reference, aligned=arguments.aligned)
     order = {info.path: info.index for info in describe(one.model).blocks}

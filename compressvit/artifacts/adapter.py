@@ -80,8 +80,10 @@ def save_adapter(model: nn.Module, path: str | Path) -> Path:
     if names is None or others:
         made = f"{', '.join(others)} changed the backbone itself" if others else "no transform has frozen anything"
         raise UserError(f"there is no adapter to save on its own: {made}; compressvit.save writes the whole model")
-    state = ties.unique_state(model)
-    tensors = {name: state[name].detach().cpu().contiguous() for name in state if name in _saved_names(model)}
+    saved = _saved_names(model)
+    tensors = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in ties.unique_state(model).items() if name in saved
+    }
     header = AdapterHeader(
         tensors=hash_tensors(tensors),
         format=FORMAT,
@@ -130,9 +132,10 @@ def load_adapter(model: nn.Module, path: str | Path) -> nn.Module:
     if known:
         remove_adapter(model)
     loaded = _Loaded(as_timm(model).num_classes, {}, {n: p.requires_grad for n, p in model.named_parameters()})
-    before = {name: tensor.detach().clone() for name, tensor in model.state_dict().items() if name in tensors}
-    heads = {name: tensor.detach().clone() for name, tensor in model.state_dict().items() if name in head_names(model)}
-    loaded.replaced = before | heads
+    heads = head_names(model)
+    for name, tensor in model.state_dict().items():
+        if name in tensors or name in heads:
+            loaded.replaced[name] = tensor.detach().clone()
     if header.num_classes != as_timm(model).num_classes:
         like = next(model.parameters())
         as_timm(model).reset_classifier(header.num_classes)
@@ -156,7 +159,8 @@ def _require_fit(
             apply_plans(scratch, plans)
     except Exception as error:  # a plan is checked where a recipe is planned; one that was edited can do anything
         raise UserError(f"{path} does not fit {header.architecture}: {error or type(error).__name__}") from error
-    expected = {n: t for n, t in ties.unique_state(scratch).items() if n in _saved_names(scratch)}
+    saved = _saved_names(scratch)
+    expected = {n: t for n, t in ties.unique_state(scratch).items() if n in saved}
     wrong = list(expected.keys() ^ tensors.keys())
     wrong += [n for n in expected.keys() & tensors.keys() if expected[n].shape != tensors[n].shape]
     if wrong:

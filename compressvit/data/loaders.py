@@ -12,29 +12,33 @@ import dataclasses
 import random
 import signal
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from timm.data import IterableImageDataset, auto_augment, create_transform
-from timm.data.loader import PrefetchLoader, fast_collate
+from timm.data.loader import PrefetchLoader
 from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms
 
+from compressvit.data.collation import Targets, collate
 from compressvit.data.input import InputConfig
-from compressvit.data.opening import Datasets, check_targets
+from compressvit.data.opening import Datasets
 from compressvit.data.pixels import Pixels
-from compressvit.data.samples import NO_IMAGE, Samples, seeded
+from compressvit.data.samples import Samples, seeded
 from compressvit.data.spec import Augment, Data
 from compressvit.errors import UserError
+from compressvit.tasks.base import Task, find_task
 
 _IN_MEMORY_BYTES = 2**28  # larger than this after resizing, and a small set is read image by image like any other
 
 
 class Loader(PrefetchLoader):
-    """Batches `(images, targets)` on the device: float32 (B, C, H, W) normalised, and int64 (B,).
+    """Batches `(images, targets)` on the device: float32 (B, C, H, W) normalised, and targets as the task collates them, int64 (B,) of
+    classes.
 
     Attributes:
         batch_size: images per batch and process.
@@ -54,10 +58,11 @@ class Loader(PrefetchLoader):
         if self.random_erasing is not None and epoch is not None:
             self.random_erasing = _SeededErasing(self.random_erasing, epoch, device)
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, Any]]:
         if self._epoch is not None:
             self._epoch.draw()  # at once, where timm's own iterator does nothing before its first batch is asked for
-        return super().__iter__()
+        batches: Iterator[tuple[torch.Tensor, Any]] = super().__iter__()
+        return ((images, targets.value if isinstance(targets, Targets) else targets) for images, targets in batches)
 
 
 def train_loader(
@@ -247,26 +252,22 @@ class _CheckedLoader(DataLoader):
 
     datasets: Datasets
     name: str
+    task: Task
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | Targets]]:  # type: ignore[override]
         batches = super().__iter__()
         try:
             for batch in batches:
                 self.datasets.broken.report()
                 if batch is not None:
-                    check_targets(batch[1], self.datasets.num_classes, self.name)
-                    yield batch
+                    images, targets = batch
+                    self.task.check_set(targets, self.datasets.num_classes, self.name)
+                    yield images, targets if isinstance(targets, torch.Tensor) else Targets(targets)
         except UserError:
             # ends the workers now: the garbage collector may find them too late to tell them, and waits 5 s for each
             self._iterator = None
             del batches
             raise
-
-
-def _collate_images(items: list[tuple[Any, int]]) -> Any:
-    """timm's collation of the items that are images; None when there are none."""
-    items = [item for item in items if item[1] != NO_IMAGE]
-    return fast_collate(items) if items else None
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -365,7 +366,7 @@ def _batches(
     augment: Augment | None,
 ) -> tuple[_CheckedLoader, _Order | _StreamEpoch | None]:
     """uint8 batches on the CPU, for training when there is an `augment`, and what starts their epochs."""
-    training = augment is not None
+    training, task = augment is not None, find_task(data.usual_task)
     source: Any = datasets.train if training else datasets.validation
     dataset: Any = None
     order: _Order | None = None
@@ -388,12 +389,12 @@ def _batches(
         sampler=order,
         drop_last=drop_last,
         num_workers=workers,
-        collate_fn=_as_it_is if in_memory else _collate_images,
+        collate_fn=_as_it_is if in_memory else partial(collate, task=task),
         worker_init_fn=_leave_signals_to_the_main_process,
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0 and order is not None,  # a stream's workers take their seed when they start
         # a DataLoader draws a seed for its workers; ours need none, and evaluation must not disturb training
         generator=torch.Generator() if order is not None or not training else None,
     )
-    loader.datasets, loader.name = datasets, data.name
+    loader.datasets, loader.name, loader.task = datasets, data.name, task
     return loader, epoch

@@ -10,7 +10,6 @@ import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from timm.data import IterableImageDataset
 from torch.utils.data import Dataset, Subset
 
@@ -19,6 +18,7 @@ from compressvit.data.samples import BrokenFiles, Samples
 from compressvit.data.sets.base import LAYOUT, class_names_of, evenly, some_of
 from compressvit.data.spec import Data
 from compressvit.errors import UserError
+from compressvit.tasks.base import find_task
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Datasets:
 
     Attributes:
         train, validation: `Samples`, or timm's `IterableImageDataset` for a streaming set.
-        num_classes: the number of classes; None in an unlabelled set.
+        num_classes: the number of classes; None in an unlabelled set, or one of a task without classes.
         class_names: names in target order, or None where the set does not say.
         labelled: False when every target is -1.
         broken: the files that could not be decoded so far.
@@ -56,12 +56,13 @@ def open_data(data: Data) -> Datasets:
     validation = _limited(sources[1], data.limit_val, "limit_val", found_set.labelled)
     if not found_set.labelled:
         return Datasets(train, validation, None, None, False, BrokenFiles(train, validation))
-    class_names = _common_classes(sources, data.name)
+    task = find_task(data.usual_task)
+    class_names = _common_classes(sources, data.name, one_is_enough=not task.needs_class_count)
     found = len(class_names) if class_names else None
     num_classes = data.num_classes or found
-    if num_classes is None:
+    if num_classes is None and task.needs_class_count:
         raise UserError(f"data.name={data.name}: the set does not say how many classes it has; give data.num_classes=N")
-    if found and found > num_classes:
+    if found and num_classes and found > num_classes:
         raise UserError(
             f"data.num_classes={num_classes}, but {data.name} has {found} classes; leave data.num_classes out, "
             f"or set {found}"
@@ -69,23 +70,11 @@ def open_data(data: Data) -> Datasets:
     for source in sources:
         targets = getattr(source, "targets", None)
         if targets is not None:
-            check_targets(torch.as_tensor(targets), num_classes, data.name)
+            task.check_set(targets, num_classes, data.name)
     return Datasets(train, validation, num_classes, class_names, True, BrokenFiles(train, validation))
 
 
-def check_targets(targets: torch.Tensor, num_classes: int | None, name: str) -> None:
-    """Raises UserError unless `targets` is (B,) and below `num_classes`; what is below 0 is no label."""
-    if targets.ndim != 1:
-        raise UserError(f"data.name={name}: each image must have one class, not a target of shape {targets.shape[1:]}")
-    highest = int(targets.max()) if targets.numel() else -1
-    if num_classes is not None and highest >= num_classes:
-        raise UserError(
-            f"data.name={name}: label {highest} is out of range for {num_classes} classes (0 to {num_classes - 1}); "
-            f"set data.num_classes to {highest + 1} or more, or correct the labels"
-        )
-
-
-def _common_classes(sources: tuple[Any, Any], name: str) -> list[str] | None:
+def _common_classes(sources: tuple[Any, Any], name: str, *, one_is_enough: bool) -> list[str] | None:
     train, validation = (class_names_of(source) for source in sources)
     if train and validation and train != validation:
         raise UserError(
@@ -94,7 +83,7 @@ def _common_classes(sources: tuple[Any, Any], name: str) -> list[str] | None:
             f"\n  only in validation: {some_of(sorted({*validation} - {*train}))}"
             "\na target is the position of a class within its split, so both splits need the same class folders"
         )
-    if train and len(train) == 1:
+    if train and len(train) == 1 and not one_is_enough:
         raise UserError(
             f"data.name={name}: there is only one class, '{train[0]}', so there is nothing to classify; {LAYOUT}"
         )

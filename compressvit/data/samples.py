@@ -18,11 +18,10 @@ from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch.utils.data import Dataset
 
 from compressvit.errors import UserError
+from compressvit.tasks.targets import NO_IMAGE, NO_LABEL
 
 log = logging.getLogger("compressvit")
 
-NO_LABEL = -1  # the target of an image that has no label
-NO_IMAGE = -2  # the target of a stand-in for a broken file; loaders leave it out
 MAX_CONSECUTIVE_BROKEN = 50
 
 # what Pillow raises for a file that is not an image or ends early
@@ -71,15 +70,15 @@ class Samples(Dataset):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index: int) -> tuple[Any, int]:
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
         image, target = self._sample(index)
         return (image if self.transform is None else self.transform(image)), target
 
-    def __getitems__(self, keys: Sequence[tuple[int, int | None]]) -> list[tuple[Any, int]]:
+    def __getitems__(self, keys: Sequence[tuple[int, int | None]]) -> list[tuple[Any, Any]]:
         with seeded(keys[0][1]):
             return [self[index] for index, _ in keys]
 
-    def _sample(self, index: int) -> tuple[Image.Image, int]:
+    def _sample(self, index: int) -> tuple[Image.Image, Any]:
         tries = min(MAX_CONSECUTIVE_BROKEN, len(self)) if self.training else 1
         for position in range(index, index + tries):
             position %= len(self)

@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import nn
 
 from compressvit.charts.findings import Finding
-from compressvit.data.input import InputConfig, renormalise
+from compressvit.data.input import Side
 from compressvit.errors import UserError
 from compressvit.registry import Registry
 from compressvit.spec import Spec
@@ -43,25 +43,22 @@ class Context:
         student: what is trained; the teacher itself in the phase that trains it.
         teacher: None in a phase without one.
         images: `images(n)` yields batches (B, C, H, W) of about n evaluation images, evenly spaced over the set and always the same,
-            without labels, normalised for the student; `teacher_images` makes a batch the teacher's.
+            without labels, normalised for the student; `teacher.converter(student.input)` makes a batch the teacher's.
         labelled: likewise, batches of (images, targets); −1 for no label.
-        config, teacher_config: what the models take.
         phase: its name, e.g. '1_distill'.
         epoch: epochs of it that are done; 0 before the first.
     """
 
-    student: nn.Module
-    teacher: nn.Module | None
+    student: Side
+    teacher: Side | None
     images: Callable[[int], Iterator[torch.Tensor]]
     labelled: Callable[[int], Iterator[tuple[torch.Tensor, torch.Tensor]]]
-    config: InputConfig
-    teacher_config: InputConfig | None
     device: torch.device
     phase: str
     epoch: int
 
     @property
-    def models(self) -> dict[str, nn.Module]:
+    def sides(self) -> dict[str, Side]:
         """The models by what they are called, 'teacher' and 'student'; in the phase that trains the teacher there is only that."""
         return {"teacher": self.student} if self.teacher is None else {"teacher": self.teacher, "student": self.student}
 
@@ -69,11 +66,6 @@ class Context:
     def when(self) -> str:
         """Phase and epoch in words, as records are stamped with."""
         return f"{self.phase}, epoch {self.epoch}"
-
-    def teacher_images(self, images: torch.Tensor) -> torch.Tensor:
-        """A batch that is normalised for the student, as the teacher expects it."""
-        assert self.teacher_config is not None, "asked for only where there is a teacher"
-        return renormalise(images, self.config, self.teacher_config)
 
 
 class Diagnostic(Spec):
@@ -85,7 +77,7 @@ class Diagnostic(Spec):
         """What it will do, in a few words for `plan`."""
         raise TypeError(f"{type(self).__name__} does not define summary")
 
-    def refuse(self, phase: Training, student: nn.Module, teacher: nn.Module | None) -> None:
+    def refuse(self, phase: Training, student: Side, teacher: Side | None) -> None:
         """Raise a `UserError` where it cannot be had in a phase; `plan` asks, with models on the meta device, so nothing has run yet."""
 
     def note(self, phase: Training) -> str | None:

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from pydantic import Field
-from torch import nn
 
 from compressvit.charts.findings import Finding
+from compressvit.data.input import Side
 from compressvit.diagnostics.base import Context, MeasuredOnImages, diagnostic
 from compressvit.diagnostics.features import Batches, Subject, require_taps, subject, walk
 from compressvit.diagnostics.kernel_alignment import LEAST, CKAResult, Kernel, MinibatchCKA
@@ -35,7 +35,7 @@ def cka_matrix(
 
     Args:
         first, second: may be the same object, which is then run once.
-        batches: gives batches of images (B, C, H, W).
+        batches: gives batches of images (B, C, H, W), as the first takes them.
         images: how many of them.
         batch_size: images whose features are in memory together; at least 4.
         kernel, bandwidth: as for `compressvit.diagnostics.cka`.
@@ -145,7 +145,7 @@ class CKA(MeasuredOnImages):
     )
     teacher_taps: tuple[str, ...] | None = Field(None, min_length=1, description="The same for the teacher.")
 
-    def refuse(self, phase: Training, student: nn.Module, teacher: nn.Module | None) -> None:
+    def refuse(self, phase: Training, student: Side, teacher: Side | None) -> None:
         if teacher is not None:
             for one in (subject(student, self.student_taps), subject(teacher, self.teacher_taps)):
                 require_taps(one)
@@ -154,7 +154,7 @@ class CKA(MeasuredOnImages):
         assert context.teacher is not None, "needs_teacher"
         result = cka_matrix(
             subject(context.student, self.student_taps),
-            subject(context.teacher, self.teacher_taps, context.teacher_images),
+            subject(context.teacher, self.teacher_taps),
             lambda: context.images(self.images),
             context.device,
             images=self.images,
@@ -167,18 +167,12 @@ class CKA(MeasuredOnImages):
 
 
 def likeness(
-    student: nn.Module,
-    teacher: nn.Module,
-    batches: Batches,
-    device: torch.device,
-    *,
-    images: int,
-    teacher_input: Callable[[torch.Tensor], torch.Tensor],
+    student: Side, teacher: Side, batches: Batches, device: torch.device, *, images: int
 ) -> Callable[[Sequence[str], Sequence[str]], np.ndarray]:
     """What `distill.layers: auto` asks: CKA of the blocks at these paths of the student with those of the teacher, on these images."""
 
     def measure(ours: Sequence[str], theirs: Sequence[str]) -> np.ndarray:
-        pair = subject(student, ours), subject(teacher, theirs, teacher_input)
+        pair = subject(student, ours), subject(teacher, theirs)
         return cka_matrix(*pair, batches, device, images=images).values.numpy()
 
     return measure

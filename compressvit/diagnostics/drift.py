@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import nn
 
 from compressvit.charts.findings import Finding
+from compressvit.data.input import Side
 from compressvit.diagnostics.base import Context, MeasuredOnImages, diagnostic
 from compressvit.diagnostics.features import Batches, block_paths, regrouped, require_finite, tokens
 from compressvit.errors import UserError
@@ -31,22 +32,20 @@ MEASURES = {
 
 @torch.no_grad()
 def drift(
-    student: nn.Module,
-    teacher: nn.Module,
+    student: Side,
+    teacher: Side,
     pairs: Sequence[LayerPair],
     batches: Batches,
     device: torch.device,
     *,
     images: int = 256,
     batch_size: int = 32,
-    teacher_input: Callable[[torch.Tensor], torch.Tensor] = lambda batch: batch,
 ) -> list[dict[str, float]]:
     """Measure every pair of blocks on the same images.
 
     Args:
         pairs: of `compressvit.training.pairs.match_layers`, e.g. every block with the teacher's of the same index.
         batches: gives batches of images (B, C, H, W), as the student takes them.
-        teacher_input: turns them into the teacher's.
 
     Returns:
         For every pair the means over images of the keys of `MEASURES`; those that the two do not allow are left out: cosine and error
@@ -59,19 +58,20 @@ def drift(
     """
     sums: list[dict[str, float]] = [{} for _ in pairs]
     norms = [[0.0, 0.0] for _ in pairs]
+    convert = teacher.converter(student.input)
     seen = 0
     with (
-        _tapped(student, [p.student.path for p in pairs], device) as ours,
-        _tapped(teacher, [p.teacher.path for p in pairs], device) as theirs,
+        _tapped(student.model, [p.student.path for p in pairs], device) as ours,
+        _tapped(teacher.model, [p.teacher.path for p in pairs], device) as theirs,
     ):
         for batch in regrouped(batches(), images, batch_size):
             batch = batch.to(device)
-            student(batch)
-            teacher(teacher_input(batch))
+            student.model(batch)
+            teacher.model(convert(batch))
             mine, other = ours.pop(), theirs.pop()
             for pair, total, norm in zip(pairs, sums, norms, strict=True):
-                s = _Block(mine, pair.student.path, pair.student_skip, student)
-                t = _Block(other, pair.teacher.path, pair.teacher_skip, teacher)
+                s = _Block(mine, pair.student.path, pair.student_skip, student.model)
+                t = _Block(other, pair.teacher.path, pair.teacher_skip, teacher.model)
                 for name, value in _measure(s, t, norm).items():
                     total[name] = total.get(name, 0.0) + value * len(batch)
             seen += len(batch)
@@ -190,9 +190,9 @@ class Drift(MeasuredOnImages):
         "needs models of the same depth.",
     )
 
-    def refuse(self, phase: Training, student: nn.Module, teacher: nn.Module | None) -> None:
+    def refuse(self, phase: Training, student: Side, teacher: Side | None) -> None:
         if teacher is not None:
-            self._pairs(student, teacher)
+            self._pairs(student.model, teacher.model)
 
     def _pairs(self, student: nn.Module, teacher: nn.Module) -> list[LayerPair]:
         layers = self.layers or tuple((i, i) for i in range(len(block_paths(student))))
@@ -200,7 +200,7 @@ class Drift(MeasuredOnImages):
 
     def measure(self, context: Context) -> list[Finding]:
         assert context.teacher is not None, "needs_teacher"
-        pairs = self._pairs(context.student, context.teacher)
+        pairs = self._pairs(context.student.model, context.teacher.model)
         found = drift(
             context.student,
             context.teacher,
@@ -209,6 +209,5 @@ class Drift(MeasuredOnImages):
             context.device,
             images=self.images,
             batch_size=self.batch_size,
-            teacher_input=context.teacher_images,
         )
         return [drift_finding(found, pairs, context.when)]

@@ -5,43 +5,45 @@ scikit-learn does it: https://scikit-learn.org/stable/modules/generated/sklearn.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from pydantic import Field
-from torch import nn
 
 from compressvit.charts.findings import Finding
+from compressvit.data.input import InputConfig, Side
 from compressvit.diagnostics.base import EPOCHS, Context, Epochs, MeasuredOnImages, diagnostic
 from compressvit.errors import UserError
 from compressvit.model.backbone import model_name
 from compressvit.model.modes import evaluating
 from compressvit.model.modules import as_timm
+from compressvit.tasks.targets import NO_LABEL, at_least
 
 LEAST = 10  # images
 
 
 @torch.no_grad()
 def pooled_features(
-    model: nn.Module,
+    side: Side,
     batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
     device: torch.device,
     *,
     images: int,
-    input: Callable[[torch.Tensor], torch.Tensor] = lambda batch: batch,
+    source: InputConfig | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """What a timm model's classifier would get, (images, width), and the labels (images,), −1 for none.
 
     Args:
         batches: (images, targets), as `compressvit.data.loaders.eval_loader` yields them; broken files (target −2) are left out.
         images: how many at most.
-        input: turns the images of the batches into the model's own.
+        source: what the images of the batches look like; None: as the model takes them.
 
     Raises:
         UserError: the model is not timm's, too few images, or features that are not finite.
     """
+    model, convert = side.model, side.converter(source or side.input)
     if not hasattr(model, "forward_head"):
         raise UserError(
             f"t-SNE needs pooled features, which {model_name(model)} does not give: it has no timm forward_head"
@@ -50,10 +52,10 @@ def pooled_features(
     left = images
     with evaluating(model.to(device)):
         for batch, targets in batches:
-            keep = targets > -2
-            batch, targets = batch[keep][:left], targets[keep][:left]
+            keep = at_least(targets, NO_LABEL)
+            batch, targets = batch[keep][:left], _classes(targets)[keep][:left]
             if len(batch):
-                hidden = as_timm(model).forward_features(input(batch.to(device)))
+                hidden = as_timm(model).forward_features(convert(batch.to(device)))
                 features.append(as_timm(model).forward_head(hidden, pre_logits=True).float().cpu().flatten(1))
                 labels.append(targets.cpu())
             left -= len(batch)
@@ -67,6 +69,12 @@ def pooled_features(
     if not np.isfinite(found).all():
         raise UserError("t-SNE: the pooled features are not finite; check the weights of the model")
     return found, torch.cat(labels).numpy()
+
+
+def _classes(targets: Any) -> torch.Tensor:
+    """Targets (B,) that are classes; −1 for all where they are something else."""
+    plain = isinstance(targets, torch.Tensor) and targets.ndim == 1 and not targets.is_floating_point()
+    return targets if plain else torch.full((len(at_least(targets, NO_LABEL)),), NO_LABEL)
 
 
 def embedding_finding(
@@ -120,9 +128,9 @@ class Embedding(MeasuredOnImages):
 
     def measure(self, context: Context) -> list[Finding]:
         features, labels = {}, np.empty(0)
-        for name, model in context.models.items():
-            own = context.teacher_images if model is context.teacher else (lambda batch: batch)
+        for name, side in context.sides.items():
+            batches = context.labelled(self.images)
             features[name], labels = pooled_features(
-                model, context.labelled(self.images), context.device, images=self.images, input=own
+                side, batches, context.device, images=self.images, source=context.student.input
             )
         return [embedding_finding(features, labels, perplexity=self.perplexity)]

@@ -13,6 +13,7 @@ import torch
 from einops import rearrange
 from torch import nn
 
+from compressvit.data.input import Side
 from compressvit.errors import UserError
 from compressvit.model.backbone import describe, family_of, model_name
 from compressvit.model.modes import evaluating
@@ -26,29 +27,25 @@ class Subject:
     """A model that is looked at.
 
     Attributes:
-        model: put into eval mode while it is looked at.
+        side: the model, put into eval mode while it is looked at, and what its images look like.
         taps: paths of the modules whose outputs are compared, in the order in which they run.
-        input: turns the images of the batches into the model's own (its normalisation and size).
     """
 
-    model: nn.Module
+    side: Side
     taps: tuple[str, ...]
-    input: Callable[[torch.Tensor], torch.Tensor] = lambda images: images
+
+    @property
+    def model(self) -> nn.Module:
+        return self.side.model
 
 
-def subject(
-    model: nn.Module,
-    taps: Sequence[str] | None = None,
-    input: Callable[[torch.Tensor], torch.Tensor] = lambda images: images,
-) -> Subject:
+def subject(side: Side, taps: Sequence[str] | None = None) -> Subject:
     """A model with its taps: those given, or its blocks.
 
     Raises:
         UserError: the blocks of the model are not known, so the taps must be given.
     """
-    if taps is None:
-        taps = block_paths(model)
-    return Subject(model, tuple(taps), input)
+    return Subject(side, block_paths(side.model) if taps is None else tuple(taps))
 
 
 def block_paths(model: nn.Module) -> tuple[str, ...]:
@@ -92,7 +89,7 @@ def walk(
 
     Args:
         subjects: the models; moved to `device`, and left in the mode they were in.
-        batches: gives batches of images (B, C, H, W), as the first subject takes them before its own `input`.
+        batches: gives batches of images (B, C, H, W), as the first subject takes them; every other gets them as it takes them.
         images: how many images at most.
         size: of the batches that are made of them. The last is between `least` and `size + least` images.
         least: the smallest batch that is of use; a smaller rest goes to the batch before it.
@@ -103,12 +100,13 @@ def walk(
     Raises:
         UserError: as `features` does.
     """
+    own = [one.side.converter(subjects[0].side.input) for one in subjects]
     with _watched(subjects, device) as taps:
         for batch in regrouped(batches(), images, size, least):
             batch = batch.to(device)
             seen = []
-            for one, watcher in zip(subjects, taps, strict=True):
-                one.model(one.input(batch))
+            for one, convert, watcher in zip(subjects, own, taps, strict=True):
+                one.model(convert(batch))
                 seen.append(_usable(one, watcher.pop(), len(batch)))
             yield seen
             for values in seen:  # whoever still holds them: the next pass needs the room

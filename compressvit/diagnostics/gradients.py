@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field
 from torch import nn
 
 from compressvit.charts.findings import Finding
+from compressvit.data.input import Side
 from compressvit.diagnostics.base import FOLDER, Watched, diagnostic, refuse_compiled
 from compressvit.diagnostics.gradient_findings import gradient_findings
 from compressvit.diagnostics.uses import Uses
@@ -58,7 +59,7 @@ class Gradients(Watched):
     def summary(self) -> str:
         return f"every {self.every} optimiser steps" if self.every > 1 else "every optimiser step"
 
-    def refuse(self, phase: Training, student: nn.Module, teacher: nn.Module | None) -> None:
+    def refuse(self, phase: Training, student: Side, teacher: Side | None) -> None:
         refuse_compiled(self.name, phase)
 
     def watch(self, model: nn.Module, phase: str, folder: Path) -> GradientWatch:
@@ -96,7 +97,8 @@ class GradientWatch:
             append_row(self._path, row)
 
     def findings(self) -> list[Finding]:
-        return gradient_findings(read_rows(self._path, GradientRow)) if self._path.is_file() else []
+        rows = read_rows(self._path, GradientRow) if self._path.is_file() else []
+        return gradient_findings([row.model_dump() for row in rows]) if rows else []
 
     def close(self) -> None:
         self._uses.close()
@@ -109,9 +111,9 @@ class GradientWatch:
         self._begun = True
         if self._path.is_file():
             rows = read_rows(self._path, GradientRow)
-            rewrite_rows(self._path, (row for row in rows if row["phase"] != self._phase or row["step"] <= steps))
+            rewrite_rows(self._path, (row for row in rows if row.phase != self._phase or row.step <= steps))
 
-    def _row(self, step: int, epoch: int, scale: float) -> dict[str, Any] | None:
+    def _row(self, step: int, epoch: int, scale: float) -> GradientRow | None:
         """None where a number is not finite: mixed precision then leaves the step out."""
         tensors = {name: p.grad for name, p in self._model.named_parameters() if p.grad is not None}
         found = [
@@ -124,7 +126,7 @@ class GradientWatch:
         sums = dict(zip(tensors, values[: len(tensors)], strict=True))
         own = dict(zip(self._uses.gradients, (v / scale for v in values[len(tensors) :]), strict=True))
 
-        shared: dict[str, dict[str, float]] = {}
+        shared: dict[str, dict[Literal["own", "sum"], float]] = {}
         for path, names in self._uses.names.items():
             if names:
                 whole = [sums.get(first, 0.0) for first in names]
@@ -136,7 +138,7 @@ class GradientWatch:
             layer, group = self._places[name]
             norms[layer][group] = math.hypot(norms[layer].get(group, 0.0), value)
         known = {layer: groups for layer, groups in norms.items() if groups}
-        return {"phase": self._phase, "epoch": epoch, "step": step, "norms": known, "shared": shared}
+        return GradientRow(phase=self._phase, epoch=epoch, step=step, norms=known, shared=shared)
 
 
 def gradient_rows(run: Path, phase: str | None = None, *, last: bool = False) -> list[dict[str, Any]]:
@@ -157,11 +159,11 @@ def gradient_rows(run: Path, phase: str | None = None, *, last: bool = False) ->
             f"{run} has no gradients; a run records them if its recipe has `diagnostics: [gradients]`, e.g. "
             "compressvit apply RECIPE 'diagnostics=[gradients]'"
         )
-    known = list(dict.fromkeys(row["phase"] for row in rows))
+    known = list(dict.fromkeys(row.phase for row in rows))
     if phase is not None and phase not in known:
         raise UserError(f"{run} has no gradients of a phase {phase!r}; it has those of {', '.join(known)}")
     wanted = phase or (known[-1] if last else None)
-    return [row for row in rows if wanted in (None, row["phase"])]
+    return [row.model_dump() for row in rows if wanted in (None, row.phase)]
 
 
 def places(model: nn.Module) -> dict[str, tuple[str, str]]:

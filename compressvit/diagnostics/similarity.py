@@ -138,6 +138,6 @@ class Similarity(MeasuredOnImages):
     def measure(self, context: Context) -> list[Finding]:
         on_images = self.metric == "inputs"
         images = partial(context.images, self.images)
-        reference = Reference(copy.deepcopy(context.student), images) if on_images else None
-        records = sharing_losses(context.student, reference=reference, aligned=self.aligned)
+        reference = Reference(copy.deepcopy(context.student.model), images) if on_images else None
+        records = sharing_losses(context.student.model, reference=reference, aligned=self.aligned)
         return [sharing_finding(records, outputs=on_images)]

@@ -117,7 +117,8 @@ class Spectra(Measured):
     epochs: Epochs = Field(("last",), min_length=1, description=EPOCHS)
 
     def measure(self, context: Context) -> list[Finding]:
-        families = {key: family_of(model) for key, model in context.models.items()}
+        models = {key: side.model for key, side in context.sides.items()}
+        families = {key: family_of(model) for key, model in models.items()}
         attends = {key for key, known in families.items() if known is not None and known.attention is not None}
         # a convolutional teacher has no such layers
-        return spectra_findings({key: model for key, model in context.models.items() if key in attends})
+        return spectra_findings({key: model for key, model in models.items() if key in attends})

@@ -4,6 +4,7 @@
 |---|---|
 | the step `lors: {share: 1, …}` | `low_rank: {…}` |
 | the option `groups` of `lors` | `terms` |
+| the option `keep` of `sparsify`, a share | `density` |
 | a plan of `lors` in which no layer shares | a plan of `low_rank` |
 | tensors `P.low_rank.down`, `P.low_rank.up`, `P.bias` where layer P is low rank alone | `P.down.weight`, `P.up.weight`, `P.up.bias` |
 
@@ -40,7 +41,14 @@ def current_recipe(content: Any) -> Any:
 def _step(entry: Any) -> Any:
     if not isinstance(entry, dict):
         return entry
-    return dict(_lors(options) if word == "lors" else (word, options) for word, options in entry.items())
+    translate = {"lors": _lors, "sparsify": _sparsify}
+    return dict(translate[word](options) if word in translate else (word, options) for word, options in entry.items())
+
+
+def _sparsify(options: Any) -> tuple[str, Any]:
+    if not isinstance(options, dict) or not isinstance(options.get("keep"), float | int):
+        return "sparsify", options
+    return "sparsify", {"density" if key == "keep" else key: value for key, value in options.items()}
 
 
 def _lors(options: Any) -> tuple[str, Any]:

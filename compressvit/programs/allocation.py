@@ -8,9 +8,8 @@ from typing import Any
 from compressvit.charts.findings import Finding
 from compressvit.diagnostics.allocation import History
 from compressvit.programs.recorded import Run, not_recorded
-from compressvit.rows import MetricsRow, read_rows
+from compressvit.rows import WidthsRow, read_metrics
 from compressvit.runs.files import read_results
-from compressvit.training.phases.prune.spec import Prune
 
 
 def final_allocation_finding(histories: Mapping[str, tuple[str, History]]) -> Finding:
@@ -49,28 +48,24 @@ def allocation_summary(histories: Mapping[str, tuple[str, History]]) -> list[dic
 
 
 def run_histories(run: Run) -> dict[str, tuple[str, History]]:
-    """Scope and widths of every `prune` phase of a run, finished or not.
+    """Scope and widths of every phase of a run that removes neurons; the run need not be finished.
 
     Raises:
         UserError: it has none, or is damaged.
     """
     results, metrics = run.path / "results.json", run.path / "metrics.jsonl"
-    scopes = {f"{i}_prune": s.spec.scope for i, s in enumerate(run.recipe.steps) if isinstance(s.spec, Prune)}
+    phases = {part.name: part.phase for part in run.recipe.parts() if part.phase is not None}
+    scopes = {name: phase.removal_scope for name, phase in phases.items() if phase.removal_scope is not None}
     if not scopes:
         raise not_recorded(
             run, "`prune` step", "only pruning removes neurons: put a `prune` step after `adapters` or `adaptformer`"
         )
     histories: dict[str, History] = {}
     if results.is_file():
-        phases = read_results(run.path).phases
-        histories = {phase: phases[phase].widths if phase in phases else [] for phase in scopes}
+        histories = {name: report.widths for name, report in read_results(run.path).phases.items()}
     elif metrics.is_file():
-        by_phase: dict[str, dict[int, dict[str, int]]] = {phase: {} for phase in scopes}
-        for row in read_rows(metrics, MetricsRow):
-            if row["kind"] == "widths" and row["phase"] in scopes:
-                widths = {k: int(v) for k, v in row.items() if k not in ("phase", "kind", "step", "time")}
-                by_phase[row["phase"]][row["step"]] = widths  # a killed run says a removal again when it goes on
-        histories = {phase: [by_step[step] for step in sorted(by_step)] for phase, by_step in by_phase.items()}
+        removals = sorted((r for r in read_metrics(metrics) if isinstance(r, WidthsRow)), key=lambda row: row.step)
+        histories = {name: [row.widths for row in removals if row.phase == name] for name in scopes}
     known: dict[str, tuple[str, History]] = {
         phase: (scope, histories[phase]) for phase, scope in scopes.items() if histories.get(phase)
     }

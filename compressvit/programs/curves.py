@@ -8,7 +8,7 @@ from typing import Any
 from compressvit.charts.findings import Finding
 from compressvit.errors import UserError, did_you_mean
 from compressvit.programs.recorded import Run, not_recorded
-from compressvit.rows import MetricsRow, read_rows
+from compressvit.rows import read_metrics
 from compressvit.runs.tensorboard import scalar_tags, tag_of
 from compressvit.tasks.qualities import ranking
 
@@ -47,7 +47,7 @@ def read_curves(runs: Sequence[Run], wanted: Sequence[str] | None = None) -> Cur
 
 def _all_curves(run: Run) -> dict[str, Curve]:
     path = run.path / METRICS
-    rows = read_rows(path, MetricsRow) if path.is_file() else []
+    rows = read_metrics(path) if path.is_file() else []
     if not rows:
         raise not_recorded(
             run,
@@ -55,11 +55,11 @@ def _all_curves(run: Run) -> dict[str, Curve]:
             "they are written from the first steps of its first phase on; continue it with `--resume`",
         )
     tags = scalar_tags(run.recipe)
-    points: dict[str, dict[int, float]] = {}
-    for row in rows:  # a step that was done again after a crash counts once
-        for name in row.keys() - {"phase", "kind", "step", "time", "epoch"}:
-            points.setdefault(f"{tag_of(row['phase'], tags)}/{row['kind']}/{name}", {})[row["step"]] = row[name]
-    return {tag: sorted(curve.items()) for tag, curve in sorted(points.items())}
+    points: dict[str, Curve] = {}
+    for row in rows:
+        for name, value in row.values.items():
+            points.setdefault(f"{tag_of(row.phase, tags)}/{row.kind}/{name}", []).append((row.step, value))
+    return {tag: sorted(curve) for tag, curve in sorted(points.items())}
 
 
 def _says_most(tag: str, known: Sequence[str]) -> bool:

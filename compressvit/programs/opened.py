@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from compressvit.artifacts import artifact
-from compressvit.data.input import InputConfig, input_config, renormalise
+from compressvit.data.input import Side, input_config
 from compressvit.data.opening import open_data
 from compressvit.errors import UserError
 from compressvit.recipe.recipe import Recipe, load_recipe
@@ -22,12 +21,10 @@ from compressvit.runs.recorder import evaluation_images
 
 
 @dataclass(frozen=True)
-class Opened:
-    """A model of a run or an artifact, in eval mode, with what its images look like."""
+class Opened(Side):
+    """A model of a run or an artifact, in eval mode, with what it is called."""
 
     label: str
-    model: nn.Module
-    config: InputConfig
 
 
 @dataclass(frozen=True)
@@ -57,18 +54,14 @@ class OpenedModels:
         return self.models[0], self.models[1]
 
     def images(self, count: int) -> Iterator[torch.Tensor]:
-        """Batches (B, C, H, W) of about `count` evaluation images as the first model takes them; `own` makes them another's."""
+        """Batches (B, C, H, W) of about `count` evaluation images as the first model takes them."""
         for batch, _ in self.labelled(count):
             yield batch
 
     def labelled(self, count: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Likewise, with labels."""
         datasets = open_data(self.recipe.data)
-        yield from evaluation_images(datasets, self.recipe.data, self.models[0].config, self.device, count)
-
-    def own(self, model: Opened):
-        """A function that turns the batches into those of `model`."""
-        return partial(renormalise, source=self.models[0].config, target=model.config)
+        yield from evaluation_images(datasets, self.recipe.data, self.models[0].input, self.device, count)
 
 
 def open_models(words: Sequence[str], device: torch.device, *, most: int = 2) -> OpenedModels:
@@ -97,7 +90,7 @@ def open_models(words: Sequence[str], device: torch.device, *, most: int = 2) ->
     labels = [label for label, _ in found]
     if len(set(labels)) < len(labels):
         raise UserError(f"{labels[0]} is named twice; give one run for student and teacher, or two different models")
-    opened = tuple(Opened(label, model.float().eval(), input_config(model, recipe.data)) for label, model in found)
+    opened = tuple(Opened(model.float().eval(), input_config(model, recipe.data), label) for label, model in found)
     return OpenedModels(opened, recipe, device, paths[0] if len(paths) == 1 else paths[0].parent)
 
 
@@ -107,10 +100,9 @@ def teacher_of(run: Path) -> nn.Module:
     Raises:
         UserError: the weights cannot be had.
     """
-    resolved = run / RESOLVED
     if (run / "teacher").is_dir():
         return artifact.load(run / "teacher")
-    recipe = load_recipe(resolved)
+    recipe = load_recipe(run / RESOLVED)
     teacher = build_teacher(recipe)
     load_teacher(recipe, teacher)
     return teacher

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic.config import JsonDict
 from pydantic.fields import FieldInfo
 
@@ -21,8 +21,11 @@ from compressvit.recipe.shipped import find_recipe
 from compressvit.recipe.words import LISTS, Entry, Merge, Step, Word, broken, packages_of, with_words
 from compressvit.recipe.yaml import Document, override, parse
 from compressvit.spec import Spec
+from compressvit.tasks.base import find_task
 from compressvit.training.phases import PhaseSpec
 from compressvit.training.phases.finetune import Finetune
+from compressvit.training.terms.base import TERMS
+from compressvit.training.terms.section import LossSection, losses_section
 
 
 class RecipeError(UserError):
@@ -114,6 +117,17 @@ class Recipe(Spec):
                     f"merge writes the model that the recipe ends with, so it is the last step, and {steps[i + 1].name} comes after it; "
                     f"move it to the end. To go on from a merged model, give another recipe teacher.weights=RUN/merged/model.safetensors"
                 )
+        return steps
+
+    @field_validator("steps")
+    @classmethod
+    def _fit_the_task(cls, steps: tuple[Step, ...], info: ValidationInfo) -> tuple[Step, ...]:
+        data: Data | None = info.data.get("data")  # missing where it has faults of its own
+        if data is None:
+            return steps
+        for i, entry in enumerate(steps):
+            if isinstance(entry.spec, PhaseSpec) and (fault := entry.spec.unfit_for(find_task(data.usual_task))):
+                raise ValueError(f"steps[{i}].{entry.name}.{fault}")
         return steps
 
     @property
@@ -270,6 +284,8 @@ def _sentence(fault: Any, path: tuple) -> str:
                 return f"unknown key; {word} is {base.indefinite}, so it belongs in the list `{key}` ({key}.0.{word} on the command line)"
         if path[0] in LISTS and len(path) == 3 and (why := broken(word)):
             return f"unknown key; {why}"
+        if issubclass(_model_at(path[:-1]) or Spec, LossSection) and (why := TERMS.fault(word)):
+            return f"unknown key; {why}"
         new = getattr(_model_at(path[:-1]), "renamed", {}).get(word)
         if new:
             return f"is called {new} now; use {new}"
@@ -316,6 +332,8 @@ def _model_at(path: tuple) -> type[BaseModel] | None:
 def model_in(annotation: Any) -> type[BaseModel] | None:
     """The pydantic model that an annotation names, alone or inside a list or union."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        if annotation is LossSection:
+            return losses_section()
         return with_words(annotation) if issubclass(annotation, Word) and not annotation.model_fields else annotation
     return next((m for a in get_args(annotation) if (m := model_in(a)) is not None), None)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,15 +27,15 @@ from compressvit.reading import (
     read_json,
     read_text,
 )
-from compressvit.rows import MetricsRow, read_rows
+from compressvit.rows import MetricsRow, each_once, parse_metrics, read_rows
 from compressvit.runs.files import (
     MEASURED,
     PICTURES,
     PREDICTIONS,
     Environment,
     MeasuredRow,
-    PlanFile,
     PredictionsFile,
+    RecipePlan,
     Results,
     RunFile,
 )
@@ -53,10 +54,10 @@ class Run:
     resolved_text: str | None = None
     recipe: dict[str, Any] = field(default_factory=dict)
     environment: Environment | None = None
-    plan: PlanFile | None = None
+    plan: RecipePlan | None = None
     results: Results | None = None
     predictions: PredictionsFile | None = None
-    metrics: list[dict[str, Any]] = field(default_factory=list)
+    metrics: list[MetricsRow] = field(default_factory=list)
     log: str | None = None
     findings: list[Finding] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -74,7 +75,7 @@ def read_run(path: Path) -> Run:
             f"The run was made by compressvit {run.environment.compressvit}, and this page by {__version__}; "
             "anything that the two write differently is left out."
         )
-    run.plan = _json(run, "plan.json", PlanFile)
+    run.plan = _json(run, "plan.json", RecipePlan)
     finished = os.path.lexists(path / "results.json")
     if finished:
         run.results = _json(run, "results.json", Results)
@@ -120,7 +121,7 @@ def _json(run: Run, name: str, kind: type[F]) -> F | None:
     if text is None:
         return None
     try:
-        return kind.model_validate(parse_json(current_text(text, run.recipe), Path(name)))
+        return kind.model_validate_json(json.dumps(parse_json(current_text(text, run.recipe), Path(name))))
     except Unreadable:
         what = "it is cut off, or no JSON"
     except ValidationError as error:
@@ -138,7 +139,7 @@ def _findings(run: Run) -> None:
     recorded: set[str] = set()
     try:
         if os.path.lexists(folder / MEASURED):
-            recorded = {name for row in read_rows(folder / MEASURED, MeasuredRow) for name in row["findings"]}
+            recorded = {name for row in read_rows(folder / MEASURED, MeasuredRow) for name in row.findings}
     except UserError as error:
         run.notes.append(f"What was measured when is not known: {error}.")
     for file in sorted(folder.glob("*.json")):
@@ -165,25 +166,23 @@ def _artifacts(run: Run, finished: bool) -> None:
                 run.notes.append(f"{name}/{file.name} cannot be read: {error.fault}.")
 
 
-def _metrics(run: Run) -> list[dict[str, Any]]:
+def _metrics(run: Run) -> list[MetricsRow]:
     """The whole lines; of a step that a resumed run took again, the later one."""
     text = _text(run, "metrics.jsonl")
-    found: dict[tuple[str, str, int], dict[str, Any]] = {}
+    found: list[MetricsRow] = []
     damaged = []
     lines = current_text(text or "", run.recipe).splitlines()
     if text is not None and not lines:
         run.notes.append("metrics.jsonl is empty.")
     for number, line in enumerate(lines, 1):
         try:
-            row = MetricsRow.model_validate_json(line).model_dump()
+            found.append(parse_metrics(line))
         except ValidationError:
             damaged.append(number)
-            continue
-        found[row["phase"], row["kind"], row["step"]] = row
     if damaged == [len(lines)]:
         run.notes.append("The last line of metrics.jsonl was cut off and is left out.")
     elif damaged:
         run.notes.append(
             f"{len(damaged)} of {len(lines)} lines of metrics.jsonl are damaged and left out; the first is line {damaged[0]}."
         )
-    return list(found.values())
+    return each_once(found)

@@ -78,7 +78,7 @@ def _not_finished(run: Run) -> str:
     if (run.path / "results.json").is_file():
         return "This run has finished, but its results cannot be read; the rest is shown below."
     last = run.metrics[-1] if run.metrics else None
-    where = f"its last log line is step {last['step']:,} of phase {last['phase']}" if last else "it trained no step"
+    where = f"its last log line is step {last.step:,} of phase {last.phase}" if last else "it trained no step"
     return f"This run has not finished: {where}; the results so far are shown below."
 
 
@@ -207,9 +207,11 @@ def _picture(file: Path, run: Path) -> bytes | None:
     return content
 
 
-def _answers(true: str | None, answers: dict[str, Answer | None]) -> Iterator[dict[str, Any]]:
+def _answers(true: str | None, answers: dict[str, Answer | str | None]) -> Iterator[dict[str, Any]]:
     for who, answer in answers.items():
-        if answer is not None:
+        if isinstance(answer, str):
+            yield {"who": who, "class": answer, "share": "", "right": None}
+        elif answer is not None:
             yield {
                 "who": who,
                 "class": answer.name,

@@ -8,49 +8,48 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from compressvit.charts.findings import Finding, stretches
+from compressvit.rows import EpochRow, EvaluationRow, MetricsRow, TrainRow
 from compressvit.tasks.qualities import graded, qualities
 
 POINTS = 200  # a line has at most about this many; more are averaged in equal stretches
 _RANGE = 30.0  # from the smallest to the largest value: above it an axis is logarithmic
 
-# What is not a term of the loss in a line about training.
-_NO_TERMS = ("time", "phase", "kind", "step", "epoch", "images", "gradient_norm", "lr")
-
-Line = dict[str, Any]
+# What is not a term of the loss in a row about training.
+_NO_TERMS = ("images", "gradient_norm", "lr")
 
 
-def phases(metrics: Sequence[Line]) -> dict[str, list[Line]]:
-    """The lines of every phase that trained, in their order.
+def phases(metrics: Sequence[MetricsRow]) -> dict[str, list[MetricsRow]]:
+    """The rows of every phase that trained, in their order.
 
     The cycles of a `prune` follow one another as one phase, and what was measured right before a phase is its step 0.
     """
-    training = {line["phase"] for line in metrics if line["kind"] in ("train", "epoch")}
-    found: dict[str, list[Line]] = {}
-    before: Line | None = None
-    cycle, passed = "", 0  # the cycle that the lines are of, and the steps of those before it
-    for line in metrics:
-        if line["phase"] not in training:
-            before = line if line["kind"] == "evaluate" else before
+    training = {row.phase for row in metrics if isinstance(row, (TrainRow, EpochRow))}
+    found: dict[str, list[MetricsRow]] = {}
+    before: MetricsRow | None = None
+    cycle, passed = "", 0  # the cycle that the rows are of, and the steps of those before it
+    for row in metrics:
+        if row.phase not in training:
+            before = row if isinstance(row, EvaluationRow) else before
             continue
-        name = re.sub(r"_cycle\d+$", "", line["phase"])
-        own = found.setdefault(name, [{**before, "step": 0}] if before else [])
+        name = re.sub(r"_cycle\d+$", "", row.phase)
+        own = found.setdefault(name, [before.model_copy(update={"step": 0})] if before else [])
         before = None
-        if line["phase"] != cycle:
-            cycle, passed = line["phase"], own[-1]["step"] if own else 0
-        own.append({**line, "step": line["step"] + passed})
+        if row.phase != cycle:
+            cycle, passed = row.phase, own[-1].step if own else 0
+        own.append(row.model_copy(update={"step": row.step + passed}))
     return found
 
 
-def curves(phase: str, own: Sequence[Line]) -> list[Finding]:
+def curves(phase: str, own: Sequence[MetricsRow]) -> list[Finding]:
     """What there is to draw of a phase."""
-    train = [line for line in own if line["kind"] == "train"]
+    train = [row for row in own if isinstance(row, TrainRow)]
     candidates = (_loss(phase, train), _quality(phase, own), _gradient(phase, train), _rate(phase, train))
     return [finding for finding in candidates if finding is not None]
 
 
-def _loss(phase: str, train: Sequence[Line]) -> Finding | None:
+def _loss(phase: str, train: Sequence[MetricsRow]) -> Finding | None:
     others = {*_NO_TERMS, *graded(), *(f"teacher_{key}" for key in graded())}
-    terms = dict.fromkeys(key for line in train for key in line if key not in others and not key.endswith("_kl"))
+    terms = dict.fromkeys(key for row in train for key in row.values if key not in others and not key.endswith("_kl"))
     if list(terms)[:1] == ["loss"] and len(terms) == 2:  # a loss of one term is that term
         terms = {"loss": None}
     records = [record for term in terms for record in _series(train, term, term)]
@@ -66,9 +65,9 @@ def _loss(phase: str, train: Sequence[Line]) -> Finding | None:
     )
 
 
-def _quality(phase: str, own: Sequence[Line]) -> Finding | None:
-    epochs = [line for line in own if line["kind"] == "epoch"]
-    held_out = [line for line in own if line["kind"] == "evaluate"]
+def _quality(phase: str, own: Sequence[MetricsRow]) -> Finding | None:
+    epochs = [row for row in own if isinstance(row, EpochRow)]
+    held_out = [row for row in own if isinstance(row, EvaluationRow)]
     for key, quality in qualities().items():
         records = [
             *_series(epochs, key, "training images"),
@@ -82,14 +81,14 @@ def _quality(phase: str, own: Sequence[Line]) -> Finding | None:
     return None
 
 
-def _gradient(phase: str, train: Sequence[Line]) -> Finding | None:
+def _gradient(phase: str, train: Sequence[MetricsRow]) -> Finding | None:
     caption = "Norm of the gradient before clipping. Spikes are steps that may undo progress; a steady rise is a sign of divergence."
     return _finding(
         f"{phase}_gradient", "Gradient norm", caption, _series(train, "gradient_norm", "gradient norm"), "gradient norm"
     )
 
 
-def _rate(phase: str, train: Sequence[Line]) -> Finding | None:
+def _rate(phase: str, train: Sequence[MetricsRow]) -> Finding | None:
     caption = "The learning rate of every step: the warm-up, then the schedule."
     return _finding(f"{phase}_lr", "Learning rate", caption, _series(train, "lr", "learning rate"), "learning rate")
 
@@ -117,9 +116,10 @@ def _finding(name: str, title: str, caption: str, records: list[dict[str, Any]],
     )
 
 
-def _series(lines: Iterable[Line], key: str, name: str) -> list[dict[str, Any]]:
-    """A record for each line that has the key, or for each of `POINTS` stretches of them."""
-    known = [(line["step"], line[key]) for line in lines if math.isfinite(line.get(key, math.nan))]
+def _series(rows: Iterable[MetricsRow], key: str, name: str) -> list[dict[str, Any]]:
+    """A record for each row that has the key, or for each of `POINTS` stretches of them."""
+    found = ((row.step, row.value(key)) for row in rows)
+    known = [(step, value) for step, value in found if value is not None and math.isfinite(value)]
     return [
         {"step": part[-1][0], "value": float(f"{sum(v for _, v in part) / len(part):.5g}"), "series": name}
         for part in stretches(known, POINTS)

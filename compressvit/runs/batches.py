@@ -9,6 +9,9 @@ import torch
 from torch import nn
 
 from compressvit.errors import UserError
+from compressvit.tasks.base import Task
+from compressvit.tasks.classes import described
+from compressvit.tasks.targets import NO_LABEL
 
 
 class LoadedBatches:
@@ -18,7 +21,8 @@ class LoadedBatches:
         loader: gives batches and has a length.
         name: what messages call it.
         student: takes the images, and tells the classes apart.
-        learned: whether the targets are learned from, so that each must be one of the student's classes.
+        task: says which targets can be used.
+        learned: whether the targets are learned from, so that the student's head must be able to.
 
     Attributes:
         batch_size: of the first batch.
@@ -26,9 +30,9 @@ class LoadedBatches:
         labelled: whether the batches have targets.
     """
 
-    def __init__(self, loader: Iterable[Any], name: str, student: nn.Module, learned: bool = False):
-        self.loader, self.name = loader, name
-        self._classes = getattr(student, "num_classes", 0) if learned else 0
+    def __init__(self, loader: Iterable[Any], name: str, student: nn.Module, task: Task, learned: bool = False):
+        self.loader, self.name, self.task = loader, name, task
+        self._outputs = getattr(student, "num_classes", 0) if learned else 0
         try:
             self._length = len(loader)  # type: ignore[arg-type]
         except TypeError:
@@ -47,15 +51,15 @@ class LoadedBatches:
     def __len__(self) -> int:
         return self._length
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, Any]]:
         return map(self._pair, self.loader)
 
-    def _pair(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def _pair(self, batch: Any) -> tuple[torch.Tensor, Any]:
         several = isinstance(batch, (tuple, list)) and len(batch) in (1, 2)  # one: as TensorDataset(images) gives them
         images, targets = (*batch, None)[:2] if several else (batch, None)
         if not isinstance(images, torch.Tensor) or images.ndim != 4 or not images.is_floating_point():
             raise UserError(
-                f"{self.name} gives {_described(batch)}; a batch is images (B, C, H, W) in floating point, normalised for the student, "
+                f"{self.name} gives {described(batch)}; a batch is images (B, C, H, W) in floating point, normalised for the student, "
                 "alone or as a pair (images, targets)"
             )
         if self.shape not in (None, tuple(images.shape[1:])):
@@ -64,23 +68,6 @@ class LoadedBatches:
             )
         images = images.float()
         if targets is None:
-            return images, torch.full((len(images),), -1)
-        if not isinstance(targets, torch.Tensor) or targets.shape != images.shape[:1] or targets.is_floating_point():
-            raise UserError(
-                f"{self.name} gives targets of {_described(targets)} with {len(images)} images; targets are class indices, one per image "
-                "(−1 for none)"
-            )
-        if self._classes and int(targets.max()) >= self._classes:
-            raise UserError(
-                f"{self.name} has label {int(targets.max())}, but the student has only {self._classes} classes "
-                f"(0 to {self._classes - 1}); give it a head of the data's classes, or set losses={{'labels': {{'weight': 0}}}}"
-            )
+            return images, torch.full((len(images),), NO_LABEL)
+        self.task.check_batch(targets, len(images), self._outputs, self.name)
         return images, targets
-
-
-def _described(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        return f"a tensor of shape {tuple(value.shape)} and {value.dtype}"
-    if isinstance(value, (tuple, list)):
-        return f"{len(value)} values ({', '.join(_described(v) for v in value[:3])})"
-    return f"a {type(value).__name__}"

@@ -29,7 +29,7 @@ from compressvit.runs.batches import LoadedBatches
 from compressvit.runs.folder import RunFolder, flat, refuse_processes
 from compressvit.runs.job import pick_device
 from compressvit.runs.owned import refuse_links
-from compressvit.tasks.base import task_of
+from compressvit.tasks.base import Task, find_task, task_of
 from compressvit.training import optimisation as opt
 from compressvit.training.evaluate import evaluate
 from compressvit.training.loop import Interrupted, Phase
@@ -73,6 +73,7 @@ def distill(
     resume: bool = False,
     seed: int = 0,
     teacher_input: Images | None = None,
+    task: str | None = None,
     console: Console | None = None,
     **options: Any,
 ) -> Distilled:
@@ -82,7 +83,7 @@ def distill(
         student: e.g. what `compress` returns.
         teacher: what it learns from; it is not changed.
         train_loader: with a length, gives batches of images (B, C, H, W) that are normalised for the student, alone or with targets
-            (B,) of class indices, −1 where an image has none. Shuffling and augmentation are its own.
+            (B,) of class indices, −1 where an image has none, or those of another `task`. Shuffling and augmentation are its own.
         validation: batches likewise, to evaluate on.
         device: 'auto', 'cpu', 'cuda', 'cuda:1', 'mps', …
         output: a folder for `student/` (an artifact), `metrics.jsonl`, `run.log`, TensorBoard's files and the checkpoint.
@@ -90,6 +91,7 @@ def distill(
         seed: of what is random in the training itself (dropout, mixup, …).
         teacher_input: turns a batch of the student's into the teacher's. By default it is resized and normalised anew where timm's
             configurations of the two models differ.
+        task: a word for what outputs and targets mean; None: classes where the student has a classifier, else features.
         console: where progress goes; `Console(quiet=True)` shows nothing.
         **options: of the `distill` phase, as recipes have them: `epochs`, `lr`, `losses`, `layers`, `keep`, ….
 
@@ -107,25 +109,23 @@ def distill(
     spec = _options(options)
     where = pick_device(device)
     _refuse_models(student, teacher)
-    batches = LoadedBatches(train_loader, "train_loader", student, spec.needs_labels)
-    held_out = LoadedBatches(validation, "validation", student) if validation is not None else None
+    meaning = _task(task, student)
+    batches = LoadedBatches(train_loader, "train_loader", student, meaning, spec.needs_labels)
+    held_out = LoadedBatches(validation, "validation", student, meaning) if validation is not None else None
     ours, theirs = _sides(student, teacher, batches.first, teacher_input)
     _refuse(spec, ours, theirs, batches, held_out)
-    folder = _folder(output, student, resume, {**spec.model_dump(mode="json"), "seed": seed})
-    where_to = folder.path if folder is not None else None
-    task = _Task(ours, theirs, batches, held_out, where)
-    with TemporaryDirectory() as scratch, folder.owned() if folder is not None else nullcontext():
-        phase = Phase("distill", 1, seed, (folder or RunFolder(scratch)).checkpoint("distill"))
-        report = _run(spec, task.stage(phase, RunLog(where_to, console)), student, folder)
-    figures = task.evaluate(student, theirs)
+    folder = _folder(output, student, resume, spec.model_dump(mode="json") | {"seed": seed, "task": task})
+    bench = _Bench(ours, theirs, batches, held_out, where)
+    report = bench.train(spec, folder, seed, console)
+    figures = bench.evaluate(student, theirs)
     if folder is not None:
         with disk_faults(folder.student):
             artifact.save(student, folder.student, input_config=ours.input.as_dict())
-    return Distilled(student, figures, report["kept_epoch"], where_to)
+    return Distilled(student, figures, report["kept_epoch"], folder.path if folder is not None else None)
 
 
 @dataclass(frozen=True)
-class _Task:
+class _Bench:
     """Two models and the batches to train and to evaluate on."""
 
     ours: Side
@@ -133,6 +133,13 @@ class _Task:
     batches: LoadedBatches
     held_out: LoadedBatches | None
     device: torch.device
+
+    def train(self, spec: Distill, folder: RunFolder | None, seed: int, console: Console | None) -> dict[str, Any]:
+        """The phase, in a folder if there is one; returns what it reports."""
+        with TemporaryDirectory() as scratch, folder.owned() if folder is not None else nullcontext():
+            phase = Phase("distill", 1, seed, (folder or RunFolder(scratch)).checkpoint("distill"))
+            log = RunLog(folder.path if folder is not None else None, console)
+            return _run(spec, self.stage(phase, log), self.ours.model, folder)
 
     def stage(self, phase: Phase, log: RunLog) -> Stage:
         return Stage(
@@ -145,36 +152,29 @@ class _Task:
             loader=lambda: self.batches,
             evaluate=self.in_training,
             likeness=self.likeness,
+            task=self.batches.task,
         )
 
     def in_training(self, model: nn.Module) -> dict[str, Any]:
-        """Scores during training: against the teacher where there is no ground truth for the model's task."""
-        enough = self.held_out is not None and self.held_out.labelled and task_of(model).supervised
+        """Scores during training: against the teacher where there is no ground truth for the task."""
+        enough = self.held_out is not None and self.held_out.labelled and self.batches.task.supervised
         return self.evaluate(model, None if enough else self.theirs)
 
     def evaluate(self, model: nn.Module, teacher: Side | None) -> dict[str, Any]:
         """Scores on the validation images; none without any."""
         if self.held_out is None:
             return {}
-        return evaluate(
-            model.to(self.device),
-            self.held_out,
-            self.device,
-            teacher=teacher.model.to(self.device).eval() if teacher is not None else None,
-            teacher_input=self.theirs.converter(self.ours.input),
-            labelled=self.held_out.labelled,
-        )
+        model.to(self.device)
+        if teacher is not None:
+            teacher.model.to(self.device).eval()
+        ours, task = Side(model, self.ours.input), self.batches.task
+        return evaluate(ours, self.held_out, self.device, teacher=teacher, labelled=self.held_out.labelled, task=task)
 
     def likeness(self, student: nn.Module) -> Likeness:
         """For layers='auto': CKA on training images."""
-        return likeness(
-            student,
-            self.theirs.model,
-            lambda: (images for images, _ in self.batches),
-            self.device,
-            images=_LAYERS_IMAGES,
-            teacher_input=self.theirs.converter(self.ours.input),
-        )
+        ours = Side(student, self.ours.input)
+        batches = lambda: (images for images, _ in self.batches)  # noqa: E731
+        return likeness(ours, self.theirs, batches, self.device, images=_LAYERS_IMAGES)
 
 
 @dataclass(frozen=True)
@@ -198,6 +198,17 @@ def _options(options: dict[str, Any]) -> Distill:
     except ValidationError as error:
         faults = [f"{'.'.join(map(str, f['loc']))}: {f['msg'].removeprefix('Value error, ')}" for f in error.errors()]
         raise UserError(f"distill: {'; '.join(faults)}; `compressvit schema distill` explains the options") from None
+
+
+def _task(name: str | None, student: nn.Module) -> Task:
+    if name is None:
+        return task_of(student)
+    found = find_task(name)
+    if not found.fits(student):
+        raise UserError(
+            f"task={name!r}: the student's outputs cannot be read as those of that task; give a student with its head, or leave task out"
+        )
+    return found
 
 
 def _refuse_models(student: nn.Module, teacher: nn.Module) -> None:
@@ -248,7 +259,7 @@ def _refuse(
         )
     unlabelled = None if batches.labelled else "the batches of train_loader"
     skeletons = [replace(side, model=surgery.skeleton(side.model)) for side in (student, teacher)]
-    spec.plan(Setting(skeletons[0], skeletons[1], batches.batch_size, unlabelled))
+    spec.plan(Setting(skeletons[0], skeletons[1], batches.batch_size, unlabelled, batches.task))
 
 
 def _try(model: nn.Module, images: torch.Tensor, fault: str, way: str) -> None:

@@ -51,11 +51,10 @@ class Scorer:
         if teacher is not None:
             teacher.model.to(self.device).eval()
         return evaluate(
-            model.model,
+            model,
             eval_loader(self.datasets, self.data, model.input, self.device),
             self.device,
-            teacher=teacher.model if teacher is not None else None,
-            teacher_input=teacher.converter(model.input) if teacher is not None else lambda images: images,
+            teacher=teacher,
             labelled=self.datasets.labelled,
             task=self.task(model),
             watch=watch,

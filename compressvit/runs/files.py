@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from compressvit.errors import UserError
 from compressvit.reading import Unreadable, read_json
@@ -21,13 +21,29 @@ class RunFile(BaseModel):
     model_config = ConfigDict(extra="allow")
 
 
-class Figures(RunFile):
-    """Costs and scores of the teacher or the student in `results.json` and `plan.json`. Scores are in percent but for `loss` and the
-    cosines; None where they cannot be had."""
+class Costs(RunFile):
+    """What a model costs: `parameters` count a shared tensor once, `bytes` are those of its file, `macs` are for one image."""
 
     parameters: int
     bytes: int
     macs: int
+
+    def value(self, key: str) -> float | None:
+        """The figure of that name, if it is there."""
+        found = getattr(self, key, None)
+        return found if isinstance(found, (int, float)) else None
+
+    @property
+    def adapted(self) -> bool:
+        """Whether a part of the model was frozen."""
+        adapter, head = self.value("trained_adapter"), self.value("trained_head")
+        return adapter is not None and adapter + (head or 0) < self.parameters
+
+
+class Figures(Costs):
+    """Costs and scores of the teacher or the student in `results.json`. Scores are in percent but for `loss` and the cosines; None where
+    they cannot be had."""
+
     images: int | None = None
     latency_ms: float | None = None
     top1: float | None = None
@@ -39,17 +55,6 @@ class Figures(RunFile):
     trained_adapter: int | None = None
     trained_head: int | None = None
     adapter_bytes: int | None = None
-
-    def value(self, key: str) -> float | None:
-        """The figure of that name, if it is there."""
-        found = getattr(self, key, None)
-        return found if isinstance(found, (int, float)) else None
-
-    @property
-    def adapted(self) -> bool:
-        """Whether a part of the student was frozen."""
-        trained = (self.trained_adapter or 0) + (self.trained_head or 0)
-        return self.trained_adapter is not None and trained < self.parameters
 
 
 class LedgerRow(RunFile):
@@ -88,11 +93,62 @@ class Results(RunFile):
     broken_images: int = 0
 
 
-class PlanFile(RunFile):
-    """`plan.json`."""
+class PlannedTeacher(Costs):
+    """The teacher in `plan.json`, with the name of its model."""
 
-    teacher: Figures
-    student: Figures
+    model: str = ""
+
+
+class StepPlan(RunFile):
+    """One step of a plan: the ledger of a transform, or the loss terms, layer pairs and memory of a phase.
+
+    Attributes:
+        layers: pairs of block indices, student before teacher; `layers_rule` says how they came about.
+        loss_bytes: what each loss term keeps for the backward pass of a batch, in float32; `loss_bytes_total` is their sum.
+    """
+
+    step: str
+    summary: str
+    ledger: list[LedgerRow] = []
+    layers: list[tuple[int, int]] = []
+    layers_rule: str = ""
+    loss_bytes: dict[str, int] = {}
+    loss_bytes_total: int = 0
+
+    @model_validator(mode="after")
+    def _sum(self) -> StepPlan:
+        self.loss_bytes_total = sum(self.loss_bytes.values())
+        return self
+
+
+class StagePlan(RunFile):
+    """Parameters of one stage of the student: `shared` are used by more than one block and counted once."""
+
+    stage: str
+    parameters: int
+    shared: int
+    private: int
+
+
+class RecipePlan(RunFile):
+    """`plan.json`, and what `compressvit plan` prints.
+
+    Attributes:
+        recipe: what messages call it.
+        input_size: channels, height and width of the student's images.
+        conflicts: empty when the recipe can run.
+        diagnostics: by name, what each will do.
+    """
+
+    recipe: str = ""
+    teacher: PlannedTeacher
+    student: Costs
+    input_size: tuple[int, int, int] | None = None
+    stages: list[StagePlan] = []
+    steps: list[StepPlan] = []
+    notes: list[str] = []
+    conflicts: list[str] = []
+    diagnostics: dict[str, str] = {}
 
 
 class Environment(RunFile):
@@ -122,8 +178,8 @@ class Example(RunFile):
     file: str
     value: float
     true: str | None = None
-    teacher: Answer | None = None
-    student: Answer | None = None
+    teacher: Answer | str | None = None
+    student: Answer | str | None = None
 
 
 class ClassRow(RunFile):

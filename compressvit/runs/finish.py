@@ -17,10 +17,9 @@ from compressvit.log import log as warnings
 from compressvit.model import cost, stored
 from compressvit.runs import tensorboard
 from compressvit.runs.evaluate import Scorer
-from compressvit.runs.files import Results
+from compressvit.runs.files import RecipePlan, Results
 from compressvit.runs.folder import RunFolder
 from compressvit.runs.job import Job
-from compressvit.runs.plan import RecipePlan
 from compressvit.runs.predictions import Predictions
 from compressvit.runs.run import Trained
 from compressvit.runs.tables import results_table
@@ -53,7 +52,12 @@ def finish(job: Job, scorer: Scorer, folder: RunFolder, log: RunLog, *, plan: Re
     times = cost.latency([teacher.model, student.model], sizes, device=job.device)
     results = Results.model_validate(
         {
-            "teacher": {**plan.teacher.as_dict(), "images": scores["images"], **theirs, "latency_ms": times[0]},
+            "teacher": {
+                **plan.teacher.model_dump(exclude={"model"}),
+                "images": scores["images"],
+                **theirs,
+                "latency_ms": times[0],
+            },
             "student": {**costs, **scores, **trained_parameters(student.model), "latency_ms": times[1]},
             "phases": trained.phases,
             "ledger": [asdict(entry) for entry in compression_of(student.model).ledger],

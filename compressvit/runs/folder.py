@@ -24,7 +24,7 @@ from compressvit.files import disk_faults, write_json, write_text
 from compressvit.model.header import MANIFEST
 from compressvit.model.old import RESOLVED, current_recipe, stored_step
 from compressvit.reading import MAX_YAML, parse_yaml, read_text
-from compressvit.runs.files import Environment
+from compressvit.runs.files import Environment, RecipePlan
 from compressvit.runs.owned import LOCK, delete, is_scratch, refuse_foreign, refuse_links
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ class RunFolder:
         self,
         recipe: Recipe,
         recipe_text: str,
-        plan: dict[str, Any],
+        plan: RecipePlan,
         command: list[str],
         *,
         resume: bool,
@@ -164,12 +164,11 @@ class RunFolder:
             delete(self.path.resolve(), scratch=not overwrite)
         found = environment(command, recipe.packages)
         writes: dict[str, Callable[[Path], None]] = {
-            RESOLVED: lambda file: write_text(
-                file, recipe.to_yaml()
-            ),  # first: a run that has it can be resumed or overwritten
+            # first: a run that has it can be resumed or overwritten
+            RESOLVED: lambda file: write_text(file, recipe.to_yaml()),
             "recipe.yaml": lambda file: write_text(file, recipe_text),
-            "environment.json": lambda file: write_json(file, found.model_dump()),
-            "plan.json": lambda file: write_json(file, plan),
+            "environment.json": lambda file: write_json(file, found.model_dump(mode="json")),
+            "plan.json": lambda file: write_json(file, plan.model_dump(mode="json")),
         }
         for name, write in writes.items():
             if not (resume and (self.path / name).exists()):

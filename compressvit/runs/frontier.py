@@ -66,8 +66,9 @@ def frontier(
     if len(rows) == 1:
         raise UserError("none of the budgets can be met; the messages above say which can")
     task = begin.scorer.task(begin.teacher)
-    quality = next((key for key in task.ranking if key in task.graded and rows[0][key] is not None), "cosine")
-    _write(rows, output, unit, recipe.teacher.model, quality)
+    # beside itself the teacher is perfect; without labels, the last of the ranking says most of a student
+    graded = (q.key for q in task.ranked(rows[0]) if q.key in task.graded)
+    _write(rows, output, unit, recipe.teacher.model, next(graded, task.ranking[-1]))
     console.print(_table(rows, unit))
     console.print(f"{output / 'frontier.png'}, {output / 'frontier.csv'}", highlight=False)
     return rows

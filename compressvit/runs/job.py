@@ -22,7 +22,7 @@ from compressvit.errors import UserError, option, switch
 from compressvit.files import expanded
 from compressvit.recipe.recipe import Recipe
 from compressvit.runs.folder import RunFolder
-from compressvit.runs.models import Architecture, build_student, teacher_architecture, trains_teacher
+from compressvit.runs.models import Architecture, build_student, head_size, teacher_architecture, trains_teacher
 from compressvit.tasks.base import task_of
 from compressvit.training.phases import PhaseSpec
 from compressvit.training.phases.finetune import Finetune
@@ -82,7 +82,7 @@ def prepare(recipe: Recipe, device: str = "auto", *, name: str = "recipe", witho
         raise UserError(
             f"student.head=new is a classifier of the data's classes, but the images of data '{recipe.data.name}' have none; leave it out"
         )
-    placeholder = recipe.student.head == "new" and not classes
+    placeholder = recipe.student.head == "new" and not head_size(recipe, classes)
     student = build_student(recipe, teacher, classes=PLACEHOLDER_CLASSES if placeholder else classes, meta=True)
     sides = Side.of(teacher, recipe.data, trained=architecture.trained), Side.of(student, recipe.data)
     job = Job(recipe, name, where, classes, architecture, *sides, placeholder)
@@ -142,7 +142,7 @@ def refuse_labels(job: Job) -> None:
         UserError: a phase learns from labels that the data has not, or a head has too few classes.
     """
     recipe, datasets = job.recipe, job.datasets
-    if recipe.student.head == "new" and not datasets.num_classes:
+    if recipe.student.head == "new" and not head_size(recipe, datasets.num_classes):
         raise UserError(
             f"student.head=new is a classifier of the data's classes, but the images of data '{recipe.data.name}' have none; leave it out"
         )

@@ -69,15 +69,15 @@ def teacher_architecture(recipe: Recipe, *, classes: int | None = None) -> Archi
     count = recipe.teacher.num_classes
     if count is None and trains_teacher(recipe):
         known = known_classes(recipe.data) or classes
-        count = None if known is None else _head_size(recipe, known)
+        count = head_size(recipe, known)
     if count is not None:
         args["num_classes"] = count
     trained = stored is not None or recipe.teacher.weights == "pretrained"
     return Architecture(recipe.teacher.model, args, stored.input if stored is not None else None, trained)
 
 
-def _head_size(recipe: Recipe, classes: int) -> int:
-    """Number of outputs of a new head for data with that many classes."""
+def head_size(recipe: Recipe, classes: int | None) -> int | None:
+    """Number of outputs of a new head for data with that many classes; None where it is not known."""
     return find_task(recipe.data.usual_task).head_size(classes)
 
 
@@ -152,10 +152,10 @@ def build_student(recipe: Recipe, teacher: nn.Module, *, classes: int | None = N
         meta: build a skeleton; no values are set.
     """
     student = student_body(recipe, teacher, meta=meta)
-    classes = known_classes(recipe.data) or classes
-    if recipe.student.head == "new" and classes:
+    size = head_size(recipe, known_classes(recipe.data) or classes)
+    if recipe.student.head == "new" and size:
         with torch.device("meta" if meta else "cpu"):
-            as_timm(student).reset_classifier(_head_size(recipe, classes))
+            as_timm(student).reset_classifier(size)
     return student
 
 

@@ -70,14 +70,8 @@ class OneShot:
         phase = self.recipe.parts()[0].phase
         if phase is None:
             return None
-        alike = likeness(
-            student.model,
-            self.teacher.model,
-            self._images,
-            self.job.device,
-            images=self.recipe.calibration.images,
-            teacher_input=self.teacher.converter(student.input),
-        )
+        images = self.recipe.calibration.images
+        alike = likeness(student, self.teacher, self._images, self.job.device, images=images)
         return phase.preview(student.model, self.teacher.model, alike)
 
     def scores(self, model: Side) -> dict[str, Any]:

@@ -17,65 +17,20 @@ from compressvit.files import expanded
 from compressvit.fitting.moments import tokens_at
 from compressvit.model import surgery, ties
 from compressvit.model.backbone import describe, family_of
-from compressvit.model.cost import Cost, break_even_rank, cost
+from compressvit.model.cost import break_even_rank, cost
 from compressvit.model.linear import weight_shape
 from compressvit.model.weights import copy_matching
 from compressvit.recipe.recipe import Merge, Recipe
+from compressvit.runs.files import Costs, LedgerRow, PlannedTeacher, RecipePlan, StagePlan, StepPlan
 from compressvit.runs.job import PLACEHOLDER_CLASSES, Job, prepare
 from compressvit.runs.models import student_body, trains_teacher
 from compressvit.tasks.base import TASKS, find_task, task_of
 from compressvit.training.phases import PhaseSpec, Setting
 from compressvit.training.phases.finetune import Finetune
-from compressvit.transforms import LedgerEntry, Transform
+from compressvit.transforms import Transform
 from compressvit.transforms.applying import apply_plans
 from compressvit.transforms.low_rank.layer import Factored
 from compressvit.transforms.record import compression_of, trained_parameters
-
-
-@dataclass
-class StepPlan:
-    """One step: the ledger of a transform, or the loss terms, layer pairs and memory of a phase."""
-
-    step: str
-    summary: str
-    ledger: list[LedgerEntry] = field(default_factory=list)
-    layers: list[tuple[int, int]] = field(default_factory=list)
-    layers_rule: str = ""
-    loss_bytes: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass
-class StagePlan:
-    """Parameters of one stage of the student: `shared` are used by more than one block and counted once."""
-
-    stage: str
-    parameters: int
-    shared: int
-    private: int
-
-
-@dataclass
-class RecipePlan:
-    """What `compressvit plan` prints. `conflicts` is empty when the recipe can run."""
-
-    recipe: str
-    teacher_model: str
-    teacher: Cost
-    student: Cost
-    input_size: tuple[int, int, int]
-    stages: list[StagePlan]
-    steps: list[StepPlan]
-    notes: list[str]
-    conflicts: list[str]
-    diagnostics: dict[str, str] = field(default_factory=dict)
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON: `teacher.parameters`, `student.parameters`, `student.bytes`, `student.macs`, …"""
-        content = asdict(self)
-        content["teacher"] = {"model": content.pop("teacher_model"), **content["teacher"]}
-        for step in content["steps"]:
-            step["loss_bytes_total"] = sum(step["loss_bytes"].values())
-        return content
 
 
 def plan_recipe(recipe: Recipe, name: str = "recipe") -> RecipePlan:
@@ -119,9 +74,8 @@ def plan_job(job: Job) -> RecipePlan:
         notes.append("sharing cuts parameters and disk, not MACs or latency: every block still runs")
     return RecipePlan(
         recipe=job.name,
-        teacher_model=recipe.teacher.model,
-        teacher=cost(teacher.model, teacher.input.size),
-        student=cost(student.model, student.input.size),
+        teacher=PlannedTeacher(model=recipe.teacher.model, **cost(teacher.model, teacher.input.size).as_dict()),
+        student=Costs(**cost(student.model, student.input.size).as_dict()),
         input_size=student.input.size,
         stages=_stages(student.model),
         steps=planned.steps,
@@ -158,7 +112,7 @@ class _Steps:
         self._refuse_diagnostics("teacher.finetune", spec, setting)
         text = spec.summary(self.recipe.data.batch_size)
         given = self.recipe.teacher.finetune is not None
-        self.steps.append(StepPlan("teacher.finetune", text if given else f"{text} (defaults)"))
+        self.steps.append(StepPlan(step="teacher.finetune", summary=text if given else f"{text} (defaults)"))
 
     def all(self) -> None:
         """Every step of the recipe, a merge at the end too."""
@@ -176,7 +130,7 @@ class _Steps:
     def _phase(self, where: str, spec: PhaseSpec) -> None:
         self.trained = trained_parameters(self.student.model)
         setting = self._setting(self.student, self.teacher_side)
-        if self._try(where, lambda where: StepPlan(where, **vars(spec.plan(setting)))):
+        if self._try(where, lambda where: StepPlan(step=where, **vars(spec.plan(setting)))):
             self._refuse_diagnostics(where, spec, setting)
 
     def _try(self, where: str, plan: Callable[[str], StepPlan]) -> bool:
@@ -193,10 +147,9 @@ class _Steps:
         return Setting(student, teacher, data.batch_size, unlabelled, task_of(student.model, data.usual_task))
 
     def _refuse_diagnostics(self, where: str, spec: PhaseSpec, setting: Setting) -> None:
-        teacher = setting.teacher.model if setting.teacher is not None else None
         for entry in self.recipe.diagnostics:
             try:
-                entry.spec.refuse(spec, setting.student.model, teacher)
+                entry.spec.refuse(spec, setting.student, setting.teacher)
             except UserError as error:
                 self.conflicts.append(f"{where}: {error}")
 
@@ -276,16 +229,15 @@ def _plan_transform(where: str, *, spec: Transform, student: nn.Module) -> StepP
     plan = spec.plan(student)
     ledger = apply_plans(student, [plan])
     before, after = sum(e.before for e in ledger), sum(e.after for e in ledger)
-    return StepPlan(
-        where, f"{len(ledger)} modules, {before:,} → {after:,} parameters" if ledger else "no structure", ledger
-    )
+    summary = f"{len(ledger)} modules, {before:,} → {after:,} parameters" if ledger else "no structure"
+    return StepPlan(step=where, summary=summary, ledger=[LedgerRow(**asdict(entry)) for entry in ledger])
 
 
 def _plan_merge(where: str, *, student: nn.Module) -> StepPlan:
     """Merges the skeleton: what cannot be merged is found here, before anything is trained."""
     merged = merged_copy(student)
     kind = DENSE_ADAPTERS if compression_of(merged).plans else "a plain timm model"
-    return StepPlan(where, f"merged/, {ties.count_parameters(merged):,} parameters: {kind}")
+    return StepPlan(step=where, summary=f"merged/, {ties.count_parameters(merged):,} parameters: {kind}")
 
 
 def _break_even_notes(student: nn.Module) -> list[str]:
@@ -318,6 +270,11 @@ def _stages(student: nn.Module) -> list[StagePlan]:
         stage = next((s for path, s in owner.items() if name.startswith(f"{path}.")), "rest")
         rows[stage][0 if name in tied else 1] += parameter.numel()
     return [
-        StagePlan("embedding, downsampling, head" if s == "rest" else str(s), shared + private, shared, private)
+        StagePlan(
+            stage="embedding, downsampling, head" if s == "rest" else str(s),
+            parameters=shared + private,
+            shared=shared,
+            private=private,
+        )
         for s, (shared, private) in rows.items()
     ]

@@ -41,7 +41,7 @@ class Predictions:
         self._examples: list[tuple[float, int, dict[str, Any], torch.Tensor]] = []  # a heap: the least of them first
         self._order = itertools.count(0, -1)  # of two equal ones, the earlier image is kept
 
-    def add(self, images: torch.Tensor, targets: torch.Tensor, outputs: Any, expected: Any | None) -> None:
+    def add(self, images: torch.Tensor, targets: Any, outputs: Any, expected: Any | None) -> None:
         """Add a batch.
 
         Args:
@@ -86,8 +86,8 @@ class Predictions:
         with disk_faults(folder):
             for old in (folder / PICTURES).glob("[0-9][0-9].*"):
                 old.unlink()
-        for number, (*_, pixels) in enumerate(self._ordered()):
-            picture = self._picture(pixels)
+        for number, (_, _, answer, pixels) in enumerate(self._ordered()):
+            picture = self._picture(pixels, answer)
             kind = "PNG" if self._suffix == "png" else "JPEG"
             write_atomically(folder / PICTURES / self._name(number), partial(picture.save, format=kind, quality=88))
         content = PredictionsFile.model_validate(content).model_dump(by_alias=True, exclude_unset=True)
@@ -103,10 +103,12 @@ class Predictions:
     def _name(self, number: int) -> str:
         return f"{number:02d}.{self._suffix}"
 
-    def _picture(self, pixels: torch.Tensor) -> Image.Image:
-        """(C, H, W), normalised, as a small picture."""
+    def _picture(self, pixels: torch.Tensor, answer: dict[str, Any]) -> Image.Image:
+        """(C, H, W), normalised, as a small picture with what the task draws in it."""
         mean, std = (pixels.new_tensor(v).view(-1, 1, 1) for v in (self.config.mean, self.config.std))
         levels = ((pixels * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
         picture = Image.fromarray(levels[:, :, 0] if levels.shape[2] == 1 else levels)
+        if self.answers is not None:
+            picture = self.answers.draw(picture, answer)
         picture.thumbnail((_PIXELS, _PIXELS))
         return picture

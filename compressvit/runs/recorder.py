@@ -30,6 +30,7 @@ from compressvit.model.modes import evaluating
 from compressvit.recipe.recipe import Recipe
 from compressvit.rows import append_row, read_rows
 from compressvit.runs.files import MEASURED, MeasuredRow
+from compressvit.tasks.targets import NO_LABEL, at_least, take
 from compressvit.training.optimisation import random_state, restore_random_state
 from compressvit.training.watch import Watch
 
@@ -86,11 +87,10 @@ class Recorder:
                     found = [stamped(finding, phase, epoch) for finding in spec.measure(context)]
                     for finding in found:
                         self.keep(_with_earlier(finding, self._folder))
-                    row = {"diagnostic": spec.name, "phase": phase, "epoch": epoch}
                     seconds = round(time.monotonic() - began, 2)
-                    append_row(
-                        self._folder / MEASURED, {**row, "findings": [f.name for f in found], "seconds": seconds}
-                    )
+                    names = [finding.name for finding in found]
+                    row = MeasuredRow(diagnostic=spec.name, phase=phase, epoch=epoch, findings=names, seconds=seconds)
+                    append_row(self._folder / MEASURED, row)
                     self._run_log.say(f"{phase}, epoch {epoch}: {spec.name} measured in {seconds:.1f} s")
 
     def allocation(self, phase: str, scope: str, history: History) -> None:
@@ -109,20 +109,18 @@ class Recorder:
 
     def _has(self, name: str, phase: str, epoch: int) -> bool:
         path = self._folder / MEASURED
-        rows: list[dict[str, Any]] = []
+        rows: list[MeasuredRow] = []
         with warn_and_continue("earlier measurements cannot be read, so they are repeated"):
             rows = read_rows(path, MeasuredRow) if path.is_file() else []
-        return any((row["diagnostic"], row["phase"], row["epoch"]) == (name, phase, epoch) for row in rows)
+        return any((row.diagnostic, row.phase, row.epoch) == (name, phase, epoch) for row in rows)
 
     def _context(self, phase: str, teacher: Side | None, student: Side, epoch: int) -> Context:
         labelled = partial(evaluation_images, self._datasets, self._data, student.input, self._device)
         return Context(
-            student=student.model,
-            teacher=None if teacher is None else teacher.model,
+            student=student,
+            teacher=teacher,
             images=lambda count: (batch for batch, _ in labelled(count)),
             labelled=labelled,
-            config=student.input,
-            teacher_config=None if teacher is None else teacher.input,
             device=self._device,
             phase=phase,
             epoch=epoch,
@@ -146,8 +144,9 @@ def evaluation_images(
         subset = Samples(subset.source, chosen, subset.labelled)
     left = count
     for images, targets in eval_loader(dataclasses.replace(datasets, validation=subset), data, config, device):
-        whole = targets >= -1  # below that it stands for a broken file
-        kept = images[whole][:left], targets[whole][:left]
+        whole = at_least(targets, NO_LABEL).cpu()  # below that it stands for a broken file
+        whole &= whole.cumsum(0) <= left
+        kept = images[whole], take(targets, whole)
         if len(kept[0]):
             yield kept
         left -= len(kept[0])

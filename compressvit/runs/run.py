@@ -24,6 +24,7 @@ from compressvit.model.old import current_word
 from compressvit.reading import read_json
 from compressvit.recipe.recipe import Part
 from compressvit.runs.evaluate import Scorer
+from compressvit.runs.files import PhaseReport
 from compressvit.runs.folder import RunFolder
 from compressvit.runs.job import Job
 from compressvit.runs.models import build_student, load_teacher, require_student_file
@@ -50,7 +51,7 @@ class Trained:
 
     teacher: Side
     student: Side
-    phases: dict[str, dict[str, Any]] = field(default_factory=dict)
+    phases: dict[str, PhaseReport] = field(default_factory=dict)
 
 
 def fill_teacher(job: Job, folder: RunFolder, *, resume: bool) -> tuple[nn.Module, bool]:
@@ -111,7 +112,8 @@ class Run:
             phase = Phase(part.name, part.end + 1, self.recipe.seed, self.folder.checkpoint(part.name))
             side = Side(model, self.job.student.input)
             start = self._start(part, phase, side, done.teacher) if part.transforms else None
-            model, done.phases[part.name] = part.phase.run(model, self._stage(phase, side, done.teacher, start))
+            model, report = part.phase.run(model, self._stage(phase, side, done.teacher, start))
+            done.phases[part.name] = PhaseReport.model_validate(report)
         done.student = Side(model, self.job.student.input)
         return done
 
@@ -136,7 +138,7 @@ class Run:
             batch_size=data.batch_size,
             loader=partial(train_loader, self.job.datasets, data, model.input, self.device),
             evaluate=lambda m: self.scorer.in_training(Side(m, model.input), teacher),
-            likeness=lambda m: self._likeness(m, teacher),
+            likeness=lambda m: self._likeness(Side(m, model.input), teacher),
             task=self.scorer.task(model),
             start=start,
             watching=self.diagnostics.watching,
@@ -146,16 +148,10 @@ class Run:
             widths=self.diagnostics.allocation,
         )
 
-    def _likeness(self, student: nn.Module, teacher: Side | None) -> Likeness:
+    def _likeness(self, student: Side, teacher: Side | None) -> Likeness:
         assert teacher is not None, "layers are paired with those of a teacher"
-        return likeness(
-            student,
-            teacher.model,
-            self._calibration_images(),
-            self.device,
-            images=self.recipe.calibration.images,
-            teacher_input=teacher.converter(self.job.student.input),
-        )
+        images = self.recipe.calibration.images
+        return likeness(student, teacher, self._calibration_images(), self.device, images=images)
 
     def _calibration_images(self) -> Callable[[], Iterator[torch.Tensor]]:
         return calibration_images(self.job)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -14,13 +14,11 @@ from compressvit.tasks.qualities import qualities
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from compressvit.model.cost import Cost
-    from compressvit.runs.files import Figures, Results
-    from compressvit.runs.plan import RecipePlan
+    from compressvit.runs.files import Costs, RecipePlan, Results
     from compressvit.transforms import LedgerEntry
 
 
-def cost_table(rows: list[tuple[str, Cost]], title: str) -> Table:
+def cost_table(rows: Sequence[tuple[str, Costs]], title: str) -> Table:
     """Parameters, disk and MACs, each with its share of the first row's."""
     table = Table(title=title, title_justify="left")
     for column in ("", "parameters", "bytes on disk", "MACs"):
@@ -69,7 +67,7 @@ def results_table(results: Results, title: str) -> Table:
     return table
 
 
-def results_rows(teacher: Figures, student: Figures) -> list[tuple[str, str, str, str]]:
+def results_rows(teacher: Costs, student: Costs) -> list[tuple[str, str, str, str]]:
     """Each measure's name, the teacher's value, the student's, and their ratio; empty if there is none."""
     rows = []
 
@@ -100,7 +98,7 @@ def print_plan(plan: RecipePlan, console: Console) -> None:
     console.print(
         cost_table(
             [("teacher", plan.teacher), ("student", plan.student)],
-            title=f"{plan.recipe}: {plan.teacher_model}, images {'×'.join(map(str, plan.input_size))}",
+            title=f"{plan.recipe}: {plan.teacher.model}, images {'×'.join(map(str, plan.input_size or ()))}",
         )
     )
     if plan.stages:
@@ -117,7 +115,7 @@ def print_plan(plan: RecipePlan, console: Console) -> None:
             console.print(f"  layer pairs (student↔teacher): {pairs}  ({step.layers_rule})", highlight=False)
         if step.loss_bytes:
             parts = ", ".join(f"{name} {megabytes(size)}" for name, size in step.loss_bytes.items())
-            total = megabytes(sum(step.loss_bytes.values()))
+            total = megabytes(step.loss_bytes_total)
             console.print(
                 f"  memory of the losses for a batch, kept for the backward pass: {total} in fp32  ({parts})",
                 highlight=False,

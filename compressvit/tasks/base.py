@@ -5,7 +5,7 @@ tasks there are. One task is one file in `compressvit/tasks/`, or of a package t
 names it by its word in `data.task`, where it is not the usual one of the data set.
 
 Shapes: B images of a batch. *Outputs* are what the model returns in training and what `Task.run` returns in evaluation; *targets* are the
-ground truth of a batch as the data set gives it, (B,) unless a task and its data sets agree on something else.
+ground truth of a batch as `Task.collate` makes it of what the data set gives of each image.
 
 Methods that compute import torch when they run, because reading a recipe or writing a report needs only the names of figures.
 """
@@ -15,14 +15,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from compressvit.errors import UserError, did_you_mean
 from compressvit.registry import Registry
 from compressvit.tasks.quality import Quality
+from compressvit.tasks.targets import at_least
 
 if TYPE_CHECKING:  # a report and a recipe need the names of figures, and not torch
     import torch
+    from PIL.Image import Image
     from torch import Tensor, nn
 
 Result = dict[str, float | None]
@@ -36,11 +39,27 @@ class Labels:
     largest: int
 
 
+class Mixing(ABC):
+    """What mixes the images of a batch, and their targets, as mixup does."""
+
+    @abstractmethod
+    def choose(self, images: Tensor, targets: Any) -> tuple[Tensor, Any]:
+        """The part of a batch that can be mixed, before it goes to the device."""
+
+    @abstractmethod
+    def mix(self, images: Tensor, targets: Any, labels: Labels) -> tuple[Tensor, Any]:
+        """Mix them on the device, without changing what it is given. May not wait for the device.
+
+        Args:
+            labels: what `Task.labels` said of the targets.
+        """
+
+
 class Metrics(ABC):
     """Accumulates the figures of one evaluation batch by batch, in constant memory."""
 
     @abstractmethod
-    def add(self, outputs: Any, targets: Tensor, expected: Any | None) -> None:
+    def add(self, outputs: Any, targets: Any, expected: Any | None) -> None:
         """Add a batch.
 
         Args:
@@ -68,7 +87,7 @@ class Answers(ABC):
     measure: str | None = None
 
     @abstractmethod
-    def add(self, outputs: Any, targets: Tensor, expected: Any | None) -> Tensor | None:
+    def add(self, outputs: Any, targets: Any, expected: Any | None) -> Tensor | None:
         """Add a batch.
 
         Args:
@@ -81,7 +100,19 @@ class Answers(ABC):
 
     @abstractmethod
     def describe(self, index: int) -> dict[str, Any]:
-        """What `predictions.json` keeps of the image at `index` of the last batch: `true`, `teacher` and `student` as far as known."""
+        """What `predictions.json` keeps of the image at `index` of the last batch, as JSON has it.
+
+        The report shows `true` (a text), `teacher` and `student` (a text each, or a class with its probability), as far as they are there.
+        """
+
+    def draw(self, picture: Image, description: Mapping[str, Any]) -> Image:
+        """The picture that the report shows of an image; by default the image itself.
+
+        Args:
+            picture: the image as the model takes it, height × width pixels, in mode L or RGB; it is made smaller afterwards.
+            description: what `describe` said of it.
+        """
+        return picture
 
     def value(self, worth: float) -> float:
         """The value that is shown of an image, from the one it was chosen by."""
@@ -108,8 +139,11 @@ class Task(ABC):
         qualities: the figures that it measures, in the order in which they are shown. A key that another task has must mean the same.
         ranking: the keys of those that say how good a model is: `keep: best`, charts and tables go by the first that was measured.
         graded: the keys of what `Metrics` measures of one model against the ground truth alone.
+        needs_class_count: whether nothing can be learned before it is known how many classes the data has.
         supervised: whether it has a loss against the ground truth.
+        outputs_are_logits: whether a model's outputs are logits of classes, which a student can learn from its teacher as soft labels.
         mixes: whether its targets can be mixed by mixup and cutmix.
+        progress_names: what the line that training prints of an epoch calls a figure, by its key, where not by its `in_text`.
         measures: what the images in a report can be chosen by.
     """
 
@@ -117,35 +151,109 @@ class Task(ABC):
     qualities: ClassVar[tuple[Quality, ...]] = ()
     ranking: ClassVar[tuple[str, ...]] = ()
     graded: ClassVar[tuple[str, ...]] = ()
+    needs_class_count: ClassVar[bool] = False
     supervised: ClassVar[bool] = True
+    outputs_are_logits: ClassVar[bool] = False
     mixes: ClassVar[bool] = False
+    progress_names: ClassVar[Mapping[str, str]] = {}
     measures: ClassVar[Mapping[str, Measure]] = {}
 
     @abstractmethod
     def fits(self, model: nn.Module) -> bool:
         """Whether the outputs of a model can be read as this task's."""
 
-    def head_size(self, classes: int) -> int:
-        """How many outputs a new head has, for data of `classes` classes: what timm's `reset_classifier` is given."""
+    @property
+    def main_quality(self) -> Quality:
+        """The first figure of `ranking`: what a target of accuracy is compared with."""
+        return next(quality for quality in self.qualities if quality.key == self.ranking[0])
+
+    def head_size(self, classes: int | None) -> int | None:
+        """How many outputs a new head has: what timm's `reset_classifier` is given.
+
+        Args:
+            classes: of the data; None where it has none, or where they are not known yet.
+
+        Returns:
+            None where the classes decide and are not known.
+        """
         return classes
 
     def needs_classes(self, classes: int) -> int:
         """How many outputs a head must have at least, for data of `classes` classes."""
         return 0
 
+    # Of the ground truth
+
+    def collate(self, targets: Sequence[Any]) -> Any:
+        """The targets of a batch, from what the data set gives of each image: numbers as a tensor (B,), anything else as a list of B.
+
+        The result holds tensors, lists and mappings, so that it can be moved to a device. An image without a label has the number −1.
+        Another form than a list needs a `known` that finds those images.
+        """
+        import torch
+
+        return torch.tensor(targets) if all(isinstance(target, Real) for target in targets) else list(targets)
+
+    def known(self, targets: Any) -> Tensor:
+        """Which images of a batch have a label, bool (B,). By default all but those whose target is a number below 0."""
+        return at_least(targets, 0)
+
+    def labels(self, targets: Any) -> Labels:
+        """What `batch_figures` may have to know of the targets; asked before they go to the device."""
+        return Labels(int(self.known(targets).sum()), -1)
+
+    def check_set(self, targets: Any, classes: int | None, name: str) -> None:  # noqa: B027 - a default, not a gap
+        """Refuse targets that cannot be learned from. By default none.
+
+        Args:
+            targets: of a batch of a data set, or of all its images as far as they are known without reading them.
+            classes: of the data, where it has any.
+            name: of the set.
+
+        Raises:
+            UserError: with the remedy.
+        """
+
+    def check_batch(self, targets: Any, images: int, outputs: int, name: str) -> None:  # noqa: B027 - a default, not a gap
+        """Refuse targets that a caller's own loader gives. By default none.
+
+        Args:
+            targets: of a batch.
+            images: in the batch.
+            outputs: of the student's head; 0 where nothing is learned from the targets.
+            name: of the loader.
+
+        Raises:
+            UserError: with the remedy.
+        """
+
+    def placeholder(self, images: int) -> Any | None:
+        """Targets without values on the meta device, to measure the memory of the loss; None: it is known only when it runs."""
+        return None
+
+    def mixing(self, mixup: float, cutmix: float, smoothing: float, outputs: int) -> Mixing:
+        """What mixes batches; asked only of a task that `mixes`.
+
+        Args:
+            mixup, cutmix: their α; 0 for none.
+            smoothing: of the labels.
+            outputs: of the model's head.
+        """
+        raise TypeError(f"the task {self.name!r} cannot mix images")
+
     # In training
 
-    def loss(self, outputs: Any, targets: Tensor, smoothing: float = 0.0) -> Tensor:
+    def loss(self, outputs: Any, targets: Any, smoothing: float = 0.0) -> Tensor:
         """The loss against the ground truth, a scalar on the device.
 
         Args:
             outputs: what the model returns in training; may be in lower precision.
-            targets: (B,), or (B, classes) after mixup.
+            targets: as `collate` and `mixing` make them.
             smoothing: of the labels; a task without labels to smooth ignores it.
         """
         raise TypeError(f"the task {self.name!r} learns nothing from the ground truth")
 
-    def batch_figures(self, outputs: Any, expected: Any | None, targets: Tensor, labels: Labels) -> dict[str, Tensor]:
+    def batch_figures(self, outputs: Any, expected: Any | None, targets: Any, labels: Labels) -> dict[str, Tensor]:
         """What a training loop logs of a batch beside its loss: scalars on the device by name. May not wait for the device.
 
         Args:
@@ -175,25 +283,27 @@ class Task(ABC):
         """Whether the outputs of two models can be compared image by image."""
         return outputs.shape == expected.shape
 
+    def ranked(self, result: Mapping[str, Any]) -> list[Quality]:
+        """Those of `ranking` that were measured, in its order."""
+        known = {quality.key: quality for quality in self.qualities}
+        return [known[key] for key in self.ranking if result.get(key) is not None]
+
     def score(self, result: Mapping[str, Any]) -> float:
         """What `keep: best` compares evaluations by, the higher the better: the first figure of `ranking` that was measured.
 
         Raises:
             UserError: none was.
         """
-        lower = {quality.key for quality in self.qualities if quality.lower_is_better}
-        for key in self.ranking:
-            if result.get(key) is not None:
-                return -result[key] if key in lower else result[key]
+        for quality in self.ranked(result):
+            return -result[quality.key] if quality.lower_is_better else result[quality.key]
         raise UserError(
             "keep=best has nothing to compare: there are no labels, and the outputs of student and teacher differ in width; use keep=last"
         )
 
     def progress(self, result: Mapping[str, Any]) -> str:
         """What an evaluation found, in the line that training prints of an epoch."""
-        known = {quality.key: quality for quality in self.qualities}
-        measured = [known[key] for key in self.ranking if result.get(key) is not None]
-        return "  ".join(f"{q.in_text} {q.number(result[q.key])}{q.unit}" for q in measured)
+        named = [(self.progress_names.get(q.key, q.in_text), q) for q in self.ranked(result)]
+        return "  ".join(f"{name} {q.number(result[q.key])}{q.unit}" for name, q in named)
 
     def answers(self, model: nn.Module, names: Sequence[str] | None, labelled: bool) -> Answers | None:
         """A fresh collector of what `predictions.json` and the report's gallery show; None: they show nothing of this task.
@@ -233,13 +343,11 @@ class Task(ABC):
             student, teacher: figures by key.
             images: what the sentence calls the evaluation set.
         """
-        known = {quality.key: quality for quality in self.qualities}
-        key = next((key for key in self.ranking if student.get(key) is not None), None)
-        if key is None:
-            return None
-        ours, theirs = student[key], teacher.get(key)
-        beside = "" if theirs is None else f" (the teacher {known[key].text(theirs)})"
-        return f"has {known[key].had(ours)} on {images}{beside}"
+        for quality in self.ranked(student):
+            theirs = teacher.get(quality.key)
+            beside = "" if theirs is None else f" (the teacher {quality.text(theirs)})"
+            return f"has {quality.had(student[quality.key])} on {images}{beside}"
+        return None
 
 
 TASKS: Registry[Task] = Registry("task", "compressvit.tasks")

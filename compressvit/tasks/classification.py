@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from compressvit.errors import UserError
-from compressvit.tasks.base import Answers, Labels, Measure, Metrics, Result, Task, task
+from compressvit.tasks.base import Answers, Labels, Measure, Metrics, Result, task
+from compressvit.tasks.classes import ClassTargets
 from compressvit.tasks.quality import Curve, Quality
 
 if TYPE_CHECKING:
@@ -50,13 +51,15 @@ COSINE = Quality(
 
 
 @task("classification")
-class Classification(Task):
+class Classification(ClassTargets):
     """One class per image."""
 
     qualities = (TOP1, TOP5, AGREEMENT, COSINE)
     ranking = ("top1", "agreement", "cosine")
     graded = GRADED
-    mixes = True
+    needs_class_count = True
+    outputs_are_logits = True
+    progress_names: ClassVar[Mapping[str, str]] = {"top1": "validation", "agreement": "agreement"}
     measures: ClassVar[Mapping[str, Measure]] = {
         "shift": Measure(
             "The images on which student and teacher differ most. Captions give the distance between the predicted distributions, "
@@ -107,10 +110,6 @@ class Classification(Task):
 
     def metrics(self, model: nn.Module, teacher: nn.Module | None, labelled: bool) -> Metrics:
         return _Metrics(model, teacher, labelled)
-
-    def progress(self, result: Mapping[str, Any]) -> str:
-        texts = {"top1": "validation {:.2f}%", "agreement": "agreement {:.2f}%", "cosine": "cosine {:.4f}"}
-        return "  ".join(text.format(result[key]) for key, text in texts.items() if result.get(key) is not None)
 
     def answers(self, model: nn.Module, names: Sequence[str] | None, labelled: bool) -> Answers:
         return ClassAnswers(class_count(model), names, labelled)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from compressvit.tasks.base import Answers, Measure, Metrics, Result, Task, task
+from compressvit.tasks.base import Answers, Measure, Metrics, Result, task
+from compressvit.tasks.classes import ClassTargets
 from compressvit.tasks.classification import COSINE, GRADED, ClassScores, class_count
 from compressvit.tasks.quality import Quality
 
@@ -22,7 +23,7 @@ class Features(NamedTuple):
 
 
 @task("features")
-class FeatureTask(Task):
+class FeatureTask(ClassTargets):
     """Features of a backbone without a classifier, evaluated against a teacher's."""
 
     qualities = (
@@ -32,7 +33,6 @@ class FeatureTask(Task):
     ranking = ("cosine",)
     graded = GRADED  # of a teacher with a classifier; None for the student
     supervised = False
-    mixes = True  # the images; there are no targets
     measures: ClassVar[Mapping[str, Measure]] = {
         "cosine": Measure(
             "The images on which the outputs of student and teacher point apart the most, with their cosine: 1 is the same direction.",

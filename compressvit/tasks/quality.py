@@ -65,6 +65,14 @@ class Quality:
         """A value with its unit."""
         return f"{self.number(value)} {self.unit}".rstrip()
 
+    def reaches(self, value: float, wanted: float) -> bool:
+        """Whether a value is as good as a target, or better."""
+        return value <= wanted if self.lower_is_better else value >= wanted
+
+    def roughly(self, value: float) -> str:
+        """A value with its unit, to a digit less: of a batch."""
+        return f"{value:.{max(0, self.digits - 1)}f}{self.unit}"
+
     def had(self, value: float) -> str:
         """A value as what a student had, e.g. 'a cosine of 0.9876'."""
         return (self.phrase or f"a {self.in_text} of {{}}").format(self.text(value))

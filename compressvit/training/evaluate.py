@@ -6,23 +6,23 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
 
+from compressvit.data.input import Side
 from compressvit.errors import UserError
 from compressvit.tasks.base import Task, task_of
+from compressvit.tasks.targets import NO_LABEL, at_least, moved, take
 
-Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
-Watch = Callable[[torch.Tensor, torch.Tensor, Any, Any], None]
+Batches = Iterable[tuple[torch.Tensor, Any]]
+Watch = Callable[[torch.Tensor, Any, Any, Any], None]
 
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module,
+    student: Side,
     batches: Batches,
     device: torch.device,
     *,
-    teacher: nn.Module | None = None,
-    teacher_input: Callable[[torch.Tensor], torch.Tensor] = lambda images: images,
+    teacher: Side | None = None,
     labelled: bool = True,
     task: Task | None = None,
     watch: Watch | None = None,
@@ -30,13 +30,12 @@ def evaluate(
     """Run a model over an evaluation set, in eval mode and full precision.
 
     Args:
-        model: images (B, C, H, W) → logits, or pooled features (B, width) of a headless backbone.
-        batches: (images, targets), as `compressvit.data.loaders.eval_loader` yields them.
+        student: images (B, C, H, W) → logits, or pooled features (B, width) of a headless backbone.
+        batches: (images, targets) for the student, as `compressvit.data.loaders.eval_loader` yields them.
         device: where the images go.
-        teacher: compare with it too.
-        teacher_input: turns the student's images into the teacher's.
-        labelled: in a labelled set a target below 0 stands for a broken image, which is not counted; in an unlabelled one −1 is
-            an image and −2 the stand-in of a broken one.
+        teacher: compare with it too, on the student's images as the teacher expects them.
+    labelled: in a labelled set a target that the task does not know (a class below 0) stands for a broken image,
+        which is not counted; in an unlabelled one −1 is an image and −2 the stand-in of a broken one.
         task: what the outputs mean; None: classes of a model that has a classifier, else features.
         watch: is shown every batch: images, targets, the outputs (of the task's `run`) and, where the two can be compared, the teacher's.
 
@@ -49,19 +48,21 @@ def evaluate(
     Raises:
         UserError: a label is not below the model's number of classes.
     """
+    model, other = student.model, None if teacher is None else teacher.model
+    convert = None if teacher is None else teacher.converter(student.input)
     was_training = model.training
     model.eval()
     seen = 0
     task = task or task_of(model)
-    metrics = task.metrics(model, teacher, labelled)
+    metrics = task.metrics(model, other, labelled)
     for batch_images, batch_targets in batches:
-        counted = batch_targets >= (0 if labelled else -1)
-        images, targets = batch_images[counted].to(device), batch_targets[counted].to(device)
+        counted = task.known(batch_targets) if labelled else at_least(batch_targets, NO_LABEL)
+        images, targets = batch_images[counted].to(device), moved(take(batch_targets, counted), device)
         if not len(images):
             continue
         seen += len(images)
         outputs = task.run(model, images)
-        expected = None if teacher is None else task.run(teacher, teacher_input(images))
+        expected = None if other is None or convert is None else task.run(other, convert(images))
         metrics.add(outputs, targets, expected)
         if watch is not None:
             comparable = expected is not None and task.comparable(outputs, expected)

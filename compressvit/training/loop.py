@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from compressvit.data.input import Side
 from compressvit.files import load_checkpoint, require_keys, save_checkpoint
 from compressvit.log import RunLog
 from compressvit.model import ties
@@ -27,7 +28,7 @@ from compressvit.training import optimisation as opt
 from compressvit.training.batch import to_device
 from compressvit.training.best import Best
 from compressvit.training.meters import Meters
-from compressvit.training.phase import Phase, Teacher
+from compressvit.training.phase import Phase
 from compressvit.training.spec import Training
 from compressvit.training.state import Moments, TrainedState
 from compressvit.training.stopping import Interrupted, StopRequest, diverged
@@ -40,7 +41,7 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def train(
-    model: nn.Module,
+    student: Side,
     spec: Training,
     phase: Phase,
     terms: Sequence[Term],
@@ -51,16 +52,16 @@ def train(
     log: RunLog,
     evaluate: Callable[[nn.Module], dict[str, Any]],
     task: Task | None = None,
-    teacher: Teacher | None = None,
+    teacher: Side | None = None,
     start: dict[str, Any] | None = None,
     moments: Moments | None = None,
     watches: Sequence[Watch] = (),
     measure: Callable[[nn.Module, int, bool], None] = lambda model, epoch, last: None,
 ) -> dict[str, Any]:
-    """Train `model` in place until the phase is done, from its checkpoint if there is one.
+    """Train the model of `student` in place until the phase is done, from its checkpoint if there is one.
 
     Args:
-        model: on `device`.
+        student: on `device`; the batches are normalised for it.
         spec: the phase's options.
         terms: the loss terms; their weighted sum is minimised.
         loader: batches of (images, targets), with a length, of `batch_size` images; its order follows the global generators.
@@ -84,15 +85,15 @@ def train(
             is kept, and the model has the weights and buffers from before that step.
     """
     warm = None if moments is None else Moments(moments)
-    others = (task or task_of(model), teacher, start, warm, watches, measure)
-    return Trainer(model, spec, phase, terms, loader, batch_size, device, log, evaluate, *others).run()
+    others = (task or task_of(student.model), teacher, start, warm, watches, measure)
+    return Trainer(student, spec, phase, terms, loader, batch_size, device, log, evaluate, *others).run()
 
 
 @dataclass(eq=False)
 class Trainer:
     """The state of one phase: the arguments of `train`, then what changes during training."""
 
-    model: nn.Module
+    student: Side
     spec: Training
     phase: Phase
     terms: Sequence[Term]
@@ -102,7 +103,7 @@ class Trainer:
     log: RunLog
     evaluate: Callable[[nn.Module], dict[str, Any]]
     task: Task
-    teacher: Teacher | None
+    teacher: Side | None
     start: dict[str, Any] | None
     warm: Moments | None
     watches: Sequence[Watch]
@@ -116,13 +117,14 @@ class Trainer:
     random_state: dict[str, Any] | None = None  # of a resumed epoch that was begun
 
     def __post_init__(self) -> None:
-        model, spec, device = self.model, self.spec, self.device
+        spec, device = self.spec, self.device
+        self.model = model = self.student.model
         steps_per_epoch = opt.steps_per_epoch(len(self.loader), spec.accumulate)
         self.total_steps = int(min(spec.epochs * steps_per_epoch, spec.max_steps or math.inf))
         opt.set_drop_path(model, spec.drop_path)
         self.optimizer = opt.build_optimizer(model, spec, self.batch_size, device)
         self.schedule = opt.build_schedule(self.optimizer, spec, steps_per_epoch)
-        self.mixup = opt.build_mixup(spec, getattr(model, "num_classes", 0))
+        self.mixing = opt.build_mixing(spec, self.task, getattr(model, "num_classes", 0))
         self.average = opt.build_average(model, spec.ema)
         self.autocast = torch.autocast(device.type, _AUTOCAST.get(spec.precision), enabled=spec.precision != "fp32")
         self.scaler = torch.amp.GradScaler(device.type, enabled=spec.precision == "fp16")
@@ -202,7 +204,8 @@ class Trainer:
         self.teacher_taps: Taps | None = None
         self.run_student: Forward = torch.compile(self.model) if self.spec.compile else self.model
         if self.teacher is not None:
-            model = self.teacher.model.eval()
+            model = self.teacher.model.to(self.device).eval()
+            self.teacher_images = self.teacher.converter(self.student.input)
             self.teacher_taps = Taps(model, [tap for term in self.terms for tap in term.teacher_taps])
             self.run_teacher: Forward = torch.compile(model) if self.spec.compile else model
 
@@ -226,7 +229,7 @@ class Trainer:
             if self.steps % self.spec.log_every == 0 or self.steps == self.total_steps:
                 self.read()
                 self.log.scalars(self.phase.name, "train", self.steps, {"epoch": self.epoch, **self.meters.last})
-                self.advance(self.meters.details())
+                self.advance(self.meters.details(self.task.qualities))
             else:
                 self.advance()
             if self.steps >= self.total_steps:
@@ -237,7 +240,7 @@ class Trainer:
                 self.checkpoint(False, random_state)
                 raise Interrupted(self.stop.signum, self.phase.checkpoint)
 
-    def batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def batches(self) -> Iterator[tuple[torch.Tensor, Any]]:
         """The remaining batches of the epoch, on the CPU, with the epoch's own random state."""
         opt.seed_everything(self.phase.seed, self.phase.number, self.epoch)
         batches = iter(self.loader)
@@ -248,9 +251,9 @@ class Trainer:
             self.random_state = None
         return batches
 
-    def backward(self, images: torch.Tensor, targets: torch.Tensor) -> None:
+    def backward(self, images: torch.Tensor, targets: Any) -> None:
         """Forward and backward pass of one batch; its gradient is added to the step's."""
-        images, targets, labels = to_device(images, targets, self.device, self.mixup)
+        images, targets, labels = to_device(images, targets, self.device, self.task, self.mixing)
         for watch in self.watches:
             watch.before(self.steps)
         if self.batch_index % self.spec.accumulate == 0:
@@ -266,13 +269,13 @@ class Trainer:
         figures = self.task.batch_figures(batch.student_logits, batch.teacher_logits, targets, labels)
         self.meters.add(self.steps + 1, loss, parts, figures)
 
-    def forward(self, images: torch.Tensor, targets: torch.Tensor) -> Batch:
+    def forward(self, images: torch.Tensor, targets: Any) -> Batch:
         """Run student and teacher on a batch, and collect their taps."""
         logits = self.run_student(images)
         if self.teacher is None or self.teacher_taps is None:
             return Batch(logits, None, self.student_taps.pop(), {}, targets)
         with torch.no_grad():
-            teacher_logits = self.run_teacher(self.teacher.input(images))
+            teacher_logits = self.run_teacher(self.teacher_images(images))
         return Batch(logits, teacher_logits, self.student_taps.pop(), self.teacher_taps.pop(), targets)
 
     def step(self) -> None:
@@ -338,7 +341,7 @@ class Trainer:
         judged = self.judged()
         result = self.evaluate(judged)
         self.log.scalars(self.phase.name, "evaluate", self.steps, {"epoch": self.epoch, **result})
-        found = f"{self.meters.text()}  {self.task.progress(result)}"
+        found = f"{self.meters.text(self.task)}  {self.task.progress(result)}"
         self.log.say(f"{self.phase.name} {self.epoch}/{self.spec.epochs}  {found}")
         if self.best is not None and (score := self.task.score(result)) >= self.best["score"]:
             self.best = {"score": score, "epoch": self.epoch, "model": self.state.copied(judged)}

@@ -13,13 +13,20 @@ from compressvit.model import surgery
 from compressvit.model.bounded import TooMany, counted
 from compressvit.model.cost import saved_bytes
 from compressvit.model.taps import Taps
+from compressvit.tasks.base import Task, task_of
 from compressvit.training.terms import Batch, Term
 
 _SIDES = (lambda term: term.student_taps, lambda term: term.teacher_taps)
 
 
 def loss_bytes(
-    student: nn.Module, teacher: nn.Module, terms: list[Term], batch: int, size: InputConfig, teacher_size: InputConfig
+    student: nn.Module,
+    teacher: nn.Module,
+    terms: list[Term],
+    batch: int,
+    size: InputConfig,
+    teacher_size: InputConfig,
+    task: Task | None = None,
 ) -> dict[str, int]:
     """Bytes that each term keeps for the backward pass in float32, beyond the models' own activations, and the teacher's taps.
 
@@ -33,7 +40,7 @@ def loss_bytes(
         teacher_logits = models[1](images[1])
     seen = [tap.pop() for tap in taps]
     alive = [[t for values in side.values() for t in values.values() if isinstance(t, torch.Tensor)] for side in seen]
-    targets = torch.empty(batch, dtype=torch.int64, device=device)
+    targets = (task or task_of(student)).placeholder(batch)
     example = Batch(student_logits, teacher_logits, seen[0], seen[1], targets)
     known = [student_logits, teacher_logits, *alive[0], *alive[1]]
     sizes = {}

@@ -5,11 +5,15 @@ Values stay tensors on the device until somebody reads them, because a device th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+
+from compressvit.tasks.base import Task
+from compressvit.tasks.quality import Quality
 
 
 @dataclass(frozen=True)
@@ -92,23 +96,28 @@ class Meters:
         """Mean of every value over the batches so far."""
         return {name: total / max(1, self._count) for name, total in self._sums.items()}
 
-    def text(self) -> str:
-        """The epoch's mean loss and accuracies in a few words."""
-        return words(
-            self.means(), {"loss": "loss {:.4f}", "top1": "train {:.1f}%", "teacher_top1": "(teacher {:.1f}%)"}
-        )
+    def text(self, task: Task) -> str:
+        """The epoch's mean loss in a few words, with the first of the figures that rank models, of the model and of its teacher."""
+        means = self.means()
+        found = [f"loss {means['loss']:.4f}"] if "loss" in means else []
+        first = next(iter(task.ranked(means)), None)
+        if first is not None:
+            found.append(f"train {first.roughly(means[first.key])}")
+            theirs = means.get(f"teacher_{first.key}")
+            found += [f"(teacher {first.roughly(theirs)})"] if theirs is not None else []
+        return "  ".join(found)
 
-    def details(self) -> str:
-        """Everything about the last step: the loss and its terms after weighting, accuracies, the gradient's norm."""
-        names = {"top1": "top-1 {:.1f}%", "top5": "top-5 {:.1f}%"}
-        names |= {f"teacher_{k}": f"teacher's {text}" for k, text in names.items()}
-        names |= {"gradient_norm": "gradient {:.3g}", "lr": "lr {:.2g}"}
-        terms = {k: f"{k} {{:.4g}}" for k in self.last if k not in names}
-        return words(self.last, terms | names)
+    def details(self, qualities: Sequence[Quality]) -> str:
+        """Everything about the last step: the loss and its terms after weighting, figures of the task, the gradient's norm."""
+        names: dict[str, Callable[[float], str]] = {q.key: partial(_named, q.short, q.roughly) for q in qualities}
+        names |= {f"teacher_{q.key}": partial(_named, f"teacher's {q.short}", q.roughly) for q in qualities}
+        names |= {"gradient_norm": "gradient {:.3g}".format, "lr": "lr {:.2g}".format}
+        terms = {key: f"{key} {{:.4g}}".format for key in self.last if key not in names}
+        return "  ".join(text(self.last[key]) for key, text in (terms | names).items() if key in self.last)
 
 
-def words(values: dict[str, Any], names: dict[str, str]) -> str:
-    return "  ".join(text.format(values[k]) for k, text in names.items() if values.get(k) is not None)
+def _named(name: str, text: Callable[[float], str], value: float) -> str:
+    return f"{name} {text(value)}"
 
 
 def _numbers(scalars: Sequence[torch.Tensor]) -> list[float]:

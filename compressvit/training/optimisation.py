@@ -1,4 +1,4 @@
-"""timm's and torch's optimisers, schedules, mixup and averages, built from a phase's options."""
+"""timm's and torch's optimisers, schedules and averages, built from a phase's options."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import timm.optim
 import torch
-from timm.data import Mixup
 from timm.layers import DropPath
 from timm.scheduler import CosineLRScheduler, StepLRScheduler
 from timm.scheduler.scheduler import Scheduler
@@ -19,6 +18,7 @@ from torch import nn
 
 from compressvit.errors import UserError, did_you_mean
 from compressvit.model.backbone import describe
+from compressvit.tasks.base import Mixing, Task
 from compressvit.training.spec import Training
 
 
@@ -131,14 +131,11 @@ def build_schedule(optimizer: torch.optim.Optimizer, spec: Training, steps_per_e
     return StepLRScheduler(optimizer, decay_t=max(1, decay), decay_rate=0.1, **warmup)
 
 
-def build_mixup(spec: Training, classes: int) -> Mixup | None:
-    """timm's mixup/cutmix, or None when both are off."""
+def build_mixing(spec: Training, task: Task, outputs: int) -> Mixing | None:
+    """The task's mixup and cutmix for a head of that many outputs, or None when both are off."""
     if not (spec.mixup or spec.cutmix):
         return None
-    # A backbone without a classifier has no classes to mix; timm wants one.
-    return Mixup(
-        mixup_alpha=spec.mixup, cutmix_alpha=spec.cutmix, label_smoothing=spec.smoothing, num_classes=max(1, classes)
-    )
+    return task.mixing(spec.mixup, spec.cutmix, spec.smoothing, outputs)
 
 
 class WeightAverage:
@@ -154,7 +151,7 @@ class WeightAverage:
     """
 
     def __init__(self, model: nn.Module, decay: float):
-        self.module = copy.deepcopy(model).requires_grad_(False)
+        self.module = copy.deepcopy(model)
         self.decay = decay
         self.updates = 0
         self.rises = True

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from torch import nn
 
 
 @dataclass(frozen=True)
@@ -18,11 +14,3 @@ class Phase:
     number: int
     seed: int
     checkpoint: Path
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """The teacher of a distillation, and the conversion of images to its input."""
-
-    model: nn.Module
-    input: Callable[[torch.Tensor], torch.Tensor] = lambda images: images

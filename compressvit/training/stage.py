@@ -13,8 +13,9 @@ from torch import nn
 
 from compressvit.data.input import InputConfig, Side
 from compressvit.log import RunLog
-from compressvit.tasks.base import Task
-from compressvit.training.loop import Phase, Teacher, train
+from compressvit.tasks.base import Task, task_of
+from compressvit.tasks.targets import moved
+from compressvit.training.loop import Phase, train
 from compressvit.training.pairs import Likeness
 from compressvit.training.spec import Training
 from compressvit.training.state import Moments
@@ -91,14 +92,11 @@ class Stage:
         """
         phase = phase or self.phase
         loader = self.loader()
-        guide = None
-        if taught:
-            assert self.teacher is not None, "only the teacher itself is trained without one"
-            guide = Teacher(self.teacher.model.to(self.device), self.teacher.converter(self.input))
+        assert self.teacher is not None or not taught, "only the teacher itself is trained without one"
         model.to(self.device)
         with self.watching(model, phase.name) as watches:
             return train(
-                model,
+                Side(model, self.input),
                 spec,
                 phase,
                 terms,
@@ -110,13 +108,17 @@ class Stage:
                 log=self.log,
                 evaluate=self.evaluate,
                 task=self.task,
-                teacher=guide,
+                teacher=self.teacher if taught else None,
                 watches=watches,
                 measure=lambda judged, epoch, last: self.measure(phase.name, judged, epoch, last),
             )
 
-    def labelled_batches(self, model: nn.Module, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def task_of(self, model: nn.Module) -> Task:
+        """What the outputs of a model mean, where `task` says nothing too."""
+        return self.task or task_of(model)
+
+    def labelled_batches(self, model: nn.Module, count: int) -> list[tuple[torch.Tensor, Any]]:
         """The first batches (images, targets) of a pass over the training set, on the device, where the model goes too."""
         loader = self.loader()
         model.to(self.device)
-        return [(x.to(self.device), y.to(self.device)) for x, y in itertools.islice(loader, count)]
+        return [(x.to(self.device), moved(y, self.device)) for x, y in itertools.islice(loader, count)]

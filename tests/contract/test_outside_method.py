@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from helpers import process
 from helpers.runs import TINY
 
 ROOT = Path(__file__).parents[2]
@@ -34,12 +32,11 @@ def installed(tmp_path_factory) -> Path:
 
 def python(*words: object, path: Path | None = None, code: int = 0) -> str:
     """Output and errors of a Python of its own, with `path` beside compressvit on the path."""
-    paths = [str(ROOT), *([str(path)] if path else [])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "COLUMNS": "240", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, env=environment)
-    assert done.returncode == code, done.stdout + done.stderr
-    assert "Traceback" not in done.stdout + done.stderr
-    return done.stdout + done.stderr
+    answer = process.python(*words, path=[path] if path else [])
+    said = answer.out + answer.err
+    assert answer.code == code, said
+    assert "Traceback" not in said
+    return said
 
 
 def compressvit(*words: object, path: Path | None = None, code: int = 0) -> str:
@@ -145,14 +142,20 @@ def test_a_broken_package_is_named_where_its_word_is_used(run, installed, tmp_pa
     compressvit("recipes", "list", path=tmp_path)
 
 
-def test_its_test_file_runs_every_law(installed):
+@pytest.mark.parametrize("part", ["alone", "in pairs"])
+def test_its_test_file_runs_every_law(installed, part):
+    """As `check_transform` does, which runs both parts."""
     said = python(
         "-c",
-        "import torch; torch.set_num_threads(1)\n"
+        "import sys\n"
         "from compressvit_ia3 import IA3\n"
-        "from compressvit.testing import transform_checks, check_transform\n"
-        "print(len(list(transform_checks(IA3))), 'checks')\n"
-        "check_transform(IA3)\n",
+        "from compressvit.testing import checks\n"
+        "one, both = list(checks.transform_checks(IA3)), list(checks.pair_checks(IA3))\n"
+        "alone = sys.argv[1] == 'alone'\n"
+        "setattr(checks, *('pair_checks', lambda _: ()) if alone else ('transform_checks', lambda _: ()))\n"
+        "checks.check_transform(IA3)\n"
+        "print(len(one if alone else both), 'checks')\n",
+        part,
         path=installed,
     )
-    assert int(said.split()[0]) > 60
+    assert int(said.split()[0]) > {"alone": 60, "in pairs": 20}[part]

@@ -25,7 +25,7 @@ from compressvit.data.spec import Data
 from compressvit.diagnostics.base import DIAGNOSTICS, Measured, diagnostic
 from compressvit.diagnostics.gradients import GradientRow, Gradients
 from compressvit.errors import UserError
-from compressvit.rows import MetricsRow, append_row, read_rows
+from compressvit.rows import EvaluationRow, append_row, read_metrics, read_rows
 from compressvit.runs.recorder import MeasuredRow, Recorder, evaluation_images, undisturbed
 from compressvit.training import loop
 
@@ -47,14 +47,17 @@ class Rude(Measured):
 
     def measure(self, context):
         images = torch.cat(list(context.images(5)))
-        self.calls.append((context.phase, context.epoch, context.student.training, tuple(images.shape)))
+        self.calls.append((context.phase, context.epoch, context.student.model.training, tuple(images.shape)))
         if self.fault:
             raise self.fault
         random.random(), np.random.rand(), torch.rand(3)
-        context.student.train()
-        context.student(images).sum().backward()
-        weight = sum(p.double().abs().sum().item() for p in context.student.parameters())
-        teacher = context.teacher and context.teacher(context.teacher_images(images)).abs().mean().item()
+        context.student.model.train()
+        context.student.model(images).sum().backward()
+        weight = sum(p.double().abs().sum().item() for p in context.student.model.parameters())
+        teacher = None
+        if context.teacher is not None:
+            own = context.teacher.converter(context.student.input)
+            teacher = context.teacher.model(own(images)).abs().mean().item()
         options = {"x": "side", "y": "size"}
         return [
             Finding("rude", "Rude", "None.", "bars", [{"side": "student", "size": weight, "teacher": teacher}], options)
@@ -103,7 +106,7 @@ def records(folder: Path) -> list:
 
 
 def steps_watched(folder: Path) -> list:
-    return [(row["phase"], row["step"]) for row in read_rows(folder / "diagnostics" / "gradients.jsonl", GradientRow)]
+    return [(row.phase, row.step) for row in read_rows(folder / "diagnostics" / "gradients.jsonl", GradientRow)]
 
 
 # --------------------------------------------------------------------------------------------------------------------- runs
@@ -118,8 +121,8 @@ def test_a_run_records_and_ends_with_the_same_bits(plain, whole):
     assert len({r["size"] for r in seen}) == 5  # weights that training has moved
     assert [r["teacher"] is None for r in seen] == [True, True, False, False, False]
     measured = read_rows(whole / "diagnostics" / "measured.jsonl", MeasuredRow)
-    assert [(m["phase"], m["epoch"]) for m in measured] == MOMENTS
-    assert all(m["findings"] == ["rude"] and m["seconds"] >= 0 for m in measured)
+    assert [(m.phase, m.epoch) for m in measured] == MOMENTS
+    assert all(m.findings == ["rude"] and m.seconds >= 0 for m in measured)
     assert steps_watched(whole) == [*(("teacher", s) for s in (1, 3, 6)), *(("1_distill", s) for s in (1, 3, 6, 9, 12))]
 
 
@@ -221,9 +224,9 @@ def test_a_row_that_was_cut_short_is_measured_again(whole, recipe, tmp_path, rud
         file.write_bytes(file.read_bytes()[:-20])
     done("apply", folder, "--resume")
     assert [call[:2] for call in Rude.calls] == [("1_distill", 3)]
-    assert [(m["phase"], m["epoch"]) for m in read_rows(files[0], MeasuredRow)] == MOMENTS
-    append_row(files[1], {"phase": "1_distill", "kind": "evaluate", "step": 12})
-    assert read_rows(files[1], MetricsRow)[-1]["step"] == 12
+    assert [(m.phase, m.epoch) for m in read_rows(files[0], MeasuredRow)] == MOMENTS
+    append_row(files[1], EvaluationRow(phase="1_distill", step=99))
+    assert read_metrics(files[1])[-1] == EvaluationRow(phase="1_distill", step=99)
 
     files[0].write_text("[]\n[]\n")
     done("apply", folder, "--resume")
@@ -235,7 +238,9 @@ def test_the_last_measurement_sees_the_weights_that_the_student_has(recipe, tmp_
     """The average's, where there is one; those of the best evaluation with `keep: best`."""
     seen = []
     monkeypatch.setattr(
-        Rude, "measure", lambda self, c: seen.append({n: p.clone() for n, p in c.student.named_parameters()}) or []
+        Rude,
+        "measure",
+        lambda self, c: seen.append({n: p.clone() for n, p in c.student.model.named_parameters()}) or [],
     )
     done("apply", recipe, "--output", tmp_path / "run", *words)
     assert words == HARD or "kept the weights of" in (tmp_path / "run" / "run.log").read_text()

@@ -193,15 +193,15 @@ def test_norms_are_those_the_optimiser_sees_before_clipping(tmp_path):
     plain = tiny_vit(depth=3)
     _, rows, heard = trained(tmp_path, watched=True, model=plain)
     told = [line["gradient_norm"] for line in heard.of("train")]
-    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
-    assert [row["epoch"] for row in rows] == [0, 0, 0, 1, 1, 1]
+    assert [row.step for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [row.epoch for row in rows] == [0, 0, 0, 1, 1, 1]
     for row, norm in zip(rows, told, strict=True):
         assert norm > HARD["clip_grad"]
-        assert math.hypot(*(v for groups in row["norms"].values() for v in groups.values())) == pytest.approx(
+        assert math.hypot(*(v for groups in row.norms.values() for v in groups.values())) == pytest.approx(
             norm, rel=1e-5
         )
-        assert row["shared"] == {}
-        assert list(row["norms"]) == [
+        assert row.shared == {}
+        assert list(row.norms) == [
             "cls_token",
             "pos_embed",
             "patch_embed",
@@ -216,23 +216,23 @@ def test_norms_are_those_the_optimiser_sees_before_clipping(tmp_path):
 def test_a_shared_step_tells_uses_and_sum(tmp_path):
     _, rows, heard = trained(tmp_path, watched=True)
     for row, line in zip(rows, heard.of("train"), strict=True):
-        assert list(row["shared"]) == [f"blocks.{i}" for i in range(4)]
+        assert list(row.shared) == [f"blocks.{i}" for i in range(4)]
         for pair in (("blocks.0", "blocks.1"), ("blocks.2", "blocks.3")):
-            own, sums = ([row["shared"][b][kind] for b in pair] for kind in ("own", "sum"))
+            own, sums = ([row.shared[b][kind] for b in pair] for kind in ("own", "sum"))
             assert sums[0] == sums[1]
             assert abs(own[0] - own[1]) <= sums[0] * (1 + 1e-6) <= sum(own) * (1 + 2e-6)  # the triangle's inequality
-        for block, told in row["shared"].items():
-            kinds = row["norms"][block]
+        for block, told in row.shared.items():
+            kinds = row.norms[block]
             assert math.hypot(kinds["attention"], kinds["MLP"]) == pytest.approx(told["own"])
         # everything once: private parts as they are, and every shared tensor by its sum
-        private = [v for groups in row["norms"].values() for k, v in groups.items() if k not in ("attention", "MLP")]
-        once = [row["shared"][b]["sum"] for b in ("blocks.0", "blocks.2")]
+        private = [v for groups in row.norms.values() for k, v in groups.items() if k not in ("attention", "MLP")]
+        once = [row.shared[b]["sum"] for b in ("blocks.0", "blocks.2")]
         assert math.hypot(*private, *once) == pytest.approx(line["gradient_norm"], rel=1e-5)
 
 
 def test_the_stride_is_kept(tmp_path):
     _, rows, _ = trained(tmp_path, watched=True, every=4, accumulate=1)
-    assert [row["step"] for row in rows] == [1, 4, 8]
+    assert [row.step for row in rows] == [1, 4, 8]
 
 
 def test_a_teacher_of_another_kind_is_watched_by_its_parts(tmp_path):
@@ -244,7 +244,7 @@ def test_a_teacher_of_another_kind_is_watched_by_its_parts(tmp_path):
     model(torch.randn(2, 3, 32, 32)).sum().backward()
     watch.after(1, 0, 1.0)
     (row,) = read_rows(tmp_path / "rows.jsonl", GradientRow)
-    assert {"conv1", "layer1.0", "fc"} <= set(row["norms"])
+    assert {"conv1", "layer1.0", "fc"} <= set(row.norms)
 
 
 def test_a_scaled_loss_is_told_unscaled_and_a_step_that_overflowed_is_left_out(tmp_path):
@@ -262,7 +262,7 @@ def test_a_scaled_loss_is_told_unscaled_and_a_step_that_overflowed_is_left_out(t
         watch.after(1, 0, scale)
         watch.close()
         path = tmp_path / f"{scale}.jsonl"
-        found.append(read_rows(path, GradientRow)[0]["shared"] if path.is_file() else None)
+        found.append(read_rows(path, GradientRow)[0].shared if path.is_file() else None)
     assert found[2] is None
     for block, told in found[0].items():
         assert found[1][block] == pytest.approx(told, rel=1e-5)

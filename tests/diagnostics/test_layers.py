@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import timm
 import torch
+from helpers.images import side
 from helpers.models import ADAPTED, BACKBONES, build, images_for
 from PIL import Image
 from torch import nn
 
 from compressvit import VPT, Multiplex, compress
 from compressvit.charts.findings import merged
-from compressvit.data.input import InputConfig
+from compressvit.data.input import InputConfig, Side
 from compressvit.data.opening import open_data
 from compressvit.data.spec import Data
 from compressvit.diagnostics.cka_layers import cka_finding, cka_layers_finding, cka_matrix
@@ -47,7 +48,7 @@ def every_block(student: nn.Module, teacher: nn.Module):
 @pytest.mark.parametrize("name", [*BACKBONES, *ADAPTED])
 def test_blocks_are_the_layers_unless_others_are_named(name):
     model = build(name).train()
-    seen = features(subject(model), images_for(model, 3), CPU)
+    seen = features(subject(side(model)), images_for(model, 3), CPU)
     assert list(seen) == list(block_paths(model))
     assert all(len(value) == 3 for value in seen.values())
     assert model.training  # looked at in eval mode, and left as it was
@@ -67,7 +68,8 @@ def test_regrouping_keeps_every_image_in_order(sizes):
 
 def test_each_model_sees_its_own_images():
     model = build("vit")
-    one, other = subject(model), subject(model, input=lambda images: 2 * images)
+    seen = InputConfig(3, *images_for(model).shape[-2:], (0.0,) * 3, (1.0,) * 3, "bicubic", 1.0)
+    one, other = subject(Side(model, seen)), subject(Side(model, dataclasses.replace(seen, std=(0.5,) * 3)))
     images = images_for(model)
     doubled = features(one, 2 * images, CPU)
     _, seen = next(walk([one, other], lambda: [images], CPU, 10))
@@ -77,19 +79,19 @@ def test_each_model_sees_its_own_images():
 def test_features_are_of_every_image():
     model = build("vit")
     images = images_for(model, 70)
-    assert all(len(value) == 70 for value in features(subject(model), images, CPU).values())
+    assert all(len(value) == 70 for value in features(subject(side(model)), images, CPU).values())
     with pytest.raises(UserError, match="features were asked for without any image"):
-        features(subject(model), images[:0], CPU)
+        features(subject(side(model)), images[:0], CPU)
 
 
 def test_a_model_that_is_in_two_modes_keeps_both():
     model = build("vit").train()
     model.blocks[0].eval()
     modes = [module.training for module in model.modules()]
-    one = subject(model)
+    one = subject(side(model))
     cka_matrix(one, one, batches_for(model), CPU)
-    drift(model, model, every_block(model, model), batches_for(model), CPU)
-    pooled_features(model, [(images_for(model, 12), torch.zeros(12))], CPU, images=12)
+    drift(side(model), side(model), every_block(model, model), batches_for(model), CPU)
+    pooled_features(side(model), [(images_for(model, 12), torch.zeros(12))], CPU, images=12)
     assert [module.training for module in model.modules()] == modes
     assert not all(modes)
 
@@ -99,7 +101,7 @@ def test_a_tap_inside_a_window_has_no_row_an_image():
     with pytest.raises(
         UserError, match=r"'layers.0.blocks.0.attn' gives \d+ rows for 8 images, .*tap the enclosing module"
     ):
-        features(subject(model, ["layers.0", "layers.0.blocks.0.attn"]), images_for(model, 8), CPU)
+        features(subject(side(model), ["layers.0", "layers.0.blocks.0.attn"]), images_for(model, 8), CPU)
 
 
 def test_a_tap_that_is_no_module_has_near_names():
@@ -107,14 +109,14 @@ def test_a_tap_that_is_no_module_has_near_names():
     with pytest.raises(
         UserError, match=r"tap 'blocks.1.atn' is no module of VisionTransformer; did you mean 'blocks.1.attn'"
     ):
-        features(subject(model, ["blocks.1.atn"]), images_for(model), CPU)
+        features(subject(side(model), ["blocks.1.atn"]), images_for(model), CPU)
 
 
 def test_a_model_of_unknown_blocks_wants_taps():
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
     with pytest.raises(UserError, match=r"name the modules to look at as taps, e\.g\. 0, 1"):
-        subject(model)
-    assert list(features(subject(model, ["1"]), torch.randn(2, 3, 2, 2), CPU)) == ["1"]
+        subject(side(model))
+    assert list(features(subject(side(model), ["1"]), torch.randn(2, 3, 2, 2), CPU)) == ["1"]
 
 
 def test_the_first_layer_that_is_not_finite_is_named():
@@ -123,7 +125,7 @@ def test_the_first_layer_that_is_not_finite_is_named():
         model.blocks[2].mlp.fc2.bias[0] = float("nan")
     for taps in (None, ["norm", "blocks.3", "blocks.2"]):  # whatever the order in which they are asked for
         with pytest.raises(UserError, match=r"features of 'blocks.2' are not finite, and it is the first"):
-            features(subject(model, taps), images_for(model), CPU)
+            features(subject(side(model), taps), images_for(model), CPU)
 
 
 # --- CKA of models
@@ -132,25 +134,27 @@ def test_the_first_layer_that_is_not_finite_is_named():
 @pytest.mark.parametrize("name", ["vit", "swin", "convnext"])
 def test_a_model_is_like_itself_layer_by_layer(name):
     model = build(name)
-    one = subject(model)
+    one = subject(side(model))
     result = cka_matrix(one, one, batches_for(model), CPU, batch_size=8)
     assert torch.allclose(result.values.diagonal(), torch.ones(len(one.taps), dtype=torch.float64), atol=1e-12)
     assert torch.allclose(result.values, result.values.mT, atol=1e-12)
     assert (result.images, result.batches) == (24, 3)
-    again = cka_matrix(one, subject(build(name)), batches_for(model), CPU, batch_size=8)  # run twice, not once
+    again = cka_matrix(one, subject(side(build(name))), batches_for(model), CPU, batch_size=8)  # run twice, not once
     assert torch.allclose(again.values, result.values, atol=1e-6)
 
 
 def test_a_last_batch_of_any_size_is_of_use():
     model = build("vit")
-    one = subject(model)
+    one = subject(side(model))
     for count in (17, 18, 19, 20, 23):
         assert cka_matrix(one, one, batches_for(model, count), CPU, batch_size=8).images == count
 
 
 def test_models_of_other_widths_and_depths_are_compared():
     vit, swin = build("vit"), build("swin")
-    result = cka_matrix(subject(vit), subject(swin, ["layers.1", "head"]), batches_for(vit), CPU, batch_size=8)
+    result = cka_matrix(
+        subject(side(vit)), subject(side(swin), ["layers.1", "head"]), batches_for(vit), CPU, batch_size=8
+    )
     assert result.values.shape == (4, 2)
     records = cka_finding(result).records
     assert sum(record["best"] for record in records) == 4
@@ -159,7 +163,7 @@ def test_models_of_other_widths_and_depths_are_compared():
 
 
 def test_one_batch_has_no_band():
-    one = subject(build("vit"))
+    one = subject(side(build("vit")))
     found = [cka_layers_finding(cka_matrix(one, one, batches_for(one.model), CPU, batch_size=b), "") for b in (8, 64)]
     assert ["low" in f.options for f in found] == ["low" in f.records[0] for f in found] == [True, False]
     assert "One batch was measured, so there is no interval" in found[1].caption
@@ -168,7 +172,7 @@ def test_one_batch_has_no_band():
 
 def test_too_few_images_for_the_estimator():
     model = build("vit")
-    one = subject(model)
+    one = subject(side(model))
     with pytest.raises(UserError, match="3 images are too few"):
         cka_matrix(one, one, batches_for(model, 3), CPU)
     with pytest.raises(UserError, match="batches of 2 images are too small"):
@@ -198,7 +202,7 @@ def test_a_set_in_the_order_of_its_classes_is_streamed_as_it_is(tmp_path):
         def forward(self, x):
             return self.colour(x) + self.rest(x)
 
-    taps = subject(Sees(), ["colour"]), subject(Sees(), ["rest"])
+    taps = subject(side(Sees()), ["colour"]), subject(side(Sees()), ["rest"])
     result = cka_matrix(*taps, lambda: (batch for batch, _ in images()), CPU, images=256, batch_size=16)
     everything = torch.cat([batch for batch, _ in images()])
     whole = cka(Sees().colour(everything), everything, unbiased=True)
@@ -241,7 +245,7 @@ def test_the_map_keeps_to_stage_and_shift():
 @pytest.mark.parametrize("name", list(BACKBONES))
 def test_nothing_has_drifted_from_itself(name):
     model = build(name).train()
-    found = drift(model, model, every_block(model, model), batches_for(model), CPU, batch_size=8)
+    found = drift(side(model), side(model), every_block(model, model), batches_for(model), CPU, batch_size=8)
     assert all(value == pytest.approx(0, abs=1e-9) for means in found for value in means.values())
     assert set(found[0]) == {"cosine", "error", "attention_kl", "attention_relation_kl", "hidden_relation"}
     assert model.training
@@ -256,7 +260,7 @@ def test_drift_starts_at_the_block_that_changed():
     teacher, student = build("vit"), build("vit")
     with torch.no_grad():
         student.blocks[2].attn.qkv.weight.mul_(1.5)
-    found = drift(student, teacher, every_block(student, teacher), batches_for(teacher), CPU)
+    found = drift(side(student), side(teacher), every_block(student, teacher), batches_for(teacher), CPU)
     assert all(means["error"] == means["attention_kl"] == 0 for means in found[:2])
     assert all(means[name] > 1e-4 for means in found[2:] for name in ("error", "cosine"))
     assert found[2]["attention_kl"] > 1e-5
@@ -269,16 +273,18 @@ def test_the_relative_error_is_what_it_says():
     images = images_for(teacher, 24)
     with torch.no_grad():
         ours, theirs = (
-            features(subject(m, ["blocks.3"]), images, CPU)["blocks.3"].double() for m in (student, teacher)
+            features(subject(side(m), ["blocks.3"]), images, CPU)["blocks.3"].double() for m in (student, teacher)
         )
-    found = drift(student, teacher, every_block(student, teacher), lambda: images.split(5), CPU, batch_size=7)
+    found = drift(
+        side(student), side(teacher), every_block(student, teacher), lambda: images.split(5), CPU, batch_size=7
+    )
     assert found[3]["error"] == pytest.approx(((ours - theirs).norm() / theirs.norm()).item(), rel=1e-5)
 
 
 def test_prompts_leave_out_what_compares_tokens_one_by_one():
     teacher = build("vit")
     student = compress(teacher, [VPT(prompts=3)])
-    found = drift(student, teacher, every_block(student, teacher), batches_for(teacher), CPU)
+    found = drift(side(student), side(teacher), every_block(student, teacher), batches_for(teacher), CPU)
     assert all(set(means) <= {"cosine", "error", "hidden_relation"} for means in found)
     assert found[-1]["error"] > 0
 
@@ -288,7 +294,7 @@ def test_models_are_left_as_they_were_also_by_an_error():
     with torch.no_grad():
         student.blocks[1].mlp.fc1.bias[0] = float("nan")
     with pytest.raises(UserError):
-        drift(student, teacher, every_block(student, teacher), batches_for(teacher), CPU)
+        drift(side(student), side(teacher), every_block(student, teacher), batches_for(teacher), CPU)
     assert student.training
     assert teacher.training
 
@@ -297,7 +303,7 @@ def test_heads_that_mix_are_compared():
     teacher = build("swin")
     student = compress(teacher, [Multiplex(share=2, head_mixing=True, mlp_conv=3)])
     pairs = every_block(student, teacher)
-    found = drift(student, teacher, pairs, batches_for(teacher), CPU)
+    found = drift(side(student), side(teacher), pairs, batches_for(teacher), CPU)
     assert found[1]["attention_kl"] > 0
     finding = drift_finding(found, pairs)
     assert len(finding.records) == len(pairs) * 5
@@ -308,11 +314,11 @@ def test_drift_without_images_or_anything_to_compare():
     teacher, student = build("vit"), build("vit")
     pairs = every_block(student, teacher)
     with pytest.raises(UserError, match="drift needs images, and none were given"):
-        drift(student, teacher, pairs, list, CPU)
+        drift(side(student), side(teacher), pairs, list, CPU)
     narrow = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=4, num_heads=4)
     longer = compress(narrow, [VPT(prompts=2, deep=False)])
     with pytest.raises(UserError, match="differ in the number of tokens and in width"):
-        drift(longer, teacher, every_block(longer, teacher)[:1], batches_for(teacher), CPU)
+        drift(side(longer), side(teacher), every_block(longer, teacher)[:1], batches_for(teacher), CPU)
 
 
 def test_drift_names_the_first_block_that_is_not_finite():
@@ -320,7 +326,7 @@ def test_drift_names_the_first_block_that_is_not_finite():
     with torch.no_grad():
         student.blocks[1].mlp.fc1.bias[0] = float("inf")
     with pytest.raises(UserError, match=r"features of 'blocks\.1' are not finite"):
-        drift(student, teacher, every_block(student, teacher), batches_for(teacher), CPU)
+        drift(side(student), side(teacher), every_block(student, teacher), batches_for(teacher), CPU)
 
 
 # --- t-SNE
@@ -340,11 +346,11 @@ def test_pooled_features_that_do_not_do():
     model = build("vit")
     batch = [(images_for(model, 12), torch.zeros(12))]
     with pytest.raises(UserError, match="9 images are too few to show groups; it needs at least 10"):
-        pooled_features(model, batch, CPU, images=9)
+        pooled_features(side(model), batch, CPU, images=9)
     with torch.no_grad():
         model.norm.bias[0] = float("nan")
     with pytest.raises(UserError, match="the pooled features are not finite"):
-        pooled_features(model, batch, CPU, images=12)
+        pooled_features(side(model), batch, CPU, images=12)
 
 
 @pytest.mark.parametrize("features", [np.ones((20, 8)), np.zeros((20, 8)), np.arange(20.0)[:, None]])

@@ -129,8 +129,8 @@ def test_pruning_watches_every_cycle(tmp_path):
     (tmp_path / "prune.yaml").write_text(text + "diagnostics: [gradients: {every: 7}]\n")
     done("apply", tmp_path / "prune.yaml", "--output", tmp_path / "run")
     rows = read_rows(tmp_path / "run" / "diagnostics" / "gradients.jsonl", GradientRow)
-    watched = [(row["phase"], row["step"]) for row in rows[2:]]
+    watched = [(row.phase, row.step) for row in rows[2:]]
     assert watched == [(f"1_prune_cycle{c}", s) for c in (0, 1) for s in (1, 7)]
-    assert {kind for row in rows[2:] for kinds in row["norms"].values() for kind in kinds} == {"transforms", "head"}
+    assert {kind for row in rows[2:] for kinds in row.norms.values() for kind in kinds} == {"transforms", "head"}
     assert metrics(tmp_path / "run", kind="widths")
     assert dataclasses.asdict(read(tmp_path / "run" / "diagnostics" / "allocation.json"))["options"]["ramp"] is True

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
-from compressvit.data.input import InputConfig
+from compressvit.data.input import InputConfig, Side
 from compressvit.data.spec import Augment
 
 CPU = torch.device("cpu")
@@ -22,6 +23,11 @@ PLAIN = InputConfig(3, 20, 24, (0.0,) * 3, (1.0,) * 3, "bicubic", 1.0)  # pixel 
 
 CROPPED = Augment(scale=(0.3, 1.0), hflip=0.5, color_jitter=0.4, random_erasing=0.5)
 POLICY = Augment(scale=(0.3, 1.0), auto_augment="rand-m9-mstd0.5-inc1", translate=2)
+
+
+def side(model: nn.Module) -> Side:
+    """A model that takes batches as they are, beside others that do."""
+    return Side(model, GRAY)
 
 
 def picture(seed: int) -> Image.Image:

@@ -13,6 +13,7 @@ from compressvit.log import RunLog
 from compressvit.model import ties
 from compressvit.training.loop import Phase, train
 from compressvit.training.terms import labels_term
+from helpers.images import side
 
 CPU = torch.device("cpu")
 VIT = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 2}
@@ -50,7 +51,7 @@ def fit(model, spec, batches, folder, *, terms=None, teacher=None, evaluate=lamb
     heard = Heard()
     try:
         train(
-            model,
+            side(model),
             spec,
             Phase("phase", 1, 0, folder / "phase.pt"),
             terms or [labels_term(1.0, spec.smoothing)],

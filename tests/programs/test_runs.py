@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers.runs import RECIPE, done
@@ -21,12 +22,18 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from compressvit.diagnostics.allocation import allocation_finding
 from compressvit.diagnostics.gradient_findings import layers_finding
-from compressvit.programs.allocation import allocation_summary
+from compressvit.programs.allocation import allocation_summary, run_histories
 from compressvit.programs.curves import read_curves
 from compressvit.programs.recorded import Run, labelled
+from compressvit.recipe.parts import Part
+from compressvit.rows import TrainRow, WidthsRow, append_row
+from compressvit.training.phases import PhaseSpec
+from compressvit.training.phases.finetune import Finetune
 
 ROOT = Path(__file__).parents[2]
 ROW = '{"phase": "a", "epoch": 0, "step": 1, "norms": {}, "shared": {}}\n'
+COSTS = {"parameters": 2, "bytes": 8, "macs": 2, "latency_ms": 1.0}
+RESULTS = {"teacher": COSTS, "student": COSTS}
 PRUNE = "steps=[adapters: {width: 6}, prune: {epochs: 1, target: {neurons: 0.25}, scope: SCOPE}]"
 
 
@@ -183,6 +190,28 @@ def test_allocation_of_a_run_that_is_not_finished(runs, tmp_path, capsys):
     ran(capsys, "allocation", runs / "global", "--output", tmp_path / "b")
     neurons = [[row["neurons"] for row in rows(tmp_path / side / "allocation.csv")] for side in "ab"]
     assert neurons[0] == neurons[1]
+
+
+class Shave(PhaseSpec):
+    """A phase that removes neurons, and is not `prune`."""
+
+    name = "shave"
+
+    @property
+    def removal_scope(self):
+        return "odd ones"
+
+
+def test_allocation_is_of_any_phase_that_removes_neurons(tmp_path):
+    recipe = SimpleNamespace(parts=lambda: [Part((), Finetune(), 0, 0), Part((), Shave(), 1, 1)])
+    run = SimpleNamespace(path=tmp_path, recipe=recipe)
+    widths = [{"blocks.0": 4, "blocks.1": 4}, {"blocks.0": 1, "blocks.1": 4}]
+    for step in (1, 0):
+        append_row(tmp_path / "metrics.jsonl", WidthsRow(phase="1_shave", step=step, **widths[step]))
+    append_row(tmp_path / "metrics.jsonl", TrainRow(phase="1_shave", step=2, loss=1.0))
+    assert run_histories(run) == {"1_shave": ("odd ones", widths)}
+    (tmp_path / "results.json").write_text(json.dumps({**RESULTS, "phases": {"1_shave": {"widths": widths[:1]}}}))
+    assert run_histories(run) == {"1_shave": ("odd ones", widths[:1])}
 
 
 def test_an_even_share_is_told_beside_what_is_left():

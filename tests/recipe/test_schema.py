@@ -16,9 +16,10 @@ from compressvit.recipe.shipped import recipes_folder, shipped_recipes
 from compressvit.recipe.words import step
 from compressvit.runs.plan import plan_recipe
 from compressvit.training.phases import PHASES
-from compressvit.training.phases.distill import Distill, Losses
+from compressvit.training.phases.distill import Distill
 from compressvit.training.phases.finetune import Finetune
 from compressvit.training.terms.hidden_relation import HiddenRelationTerm
+from compressvit.training.terms.section import losses_section
 from compressvit.training.terms.torchdistill import TorchdistillTerm
 from compressvit.transforms import TRANSFORMS
 from compressvit.transforms.irpe import IRPE
@@ -47,7 +48,7 @@ steps:
   - finetune: {epochs: 1}
 """
     kwargs = {"student_output_path": "norm", "teacher_output_path": "norm", "reduction": "batchmean"}
-    losses = Losses(
+    losses = losses_section()(
         hidden_relation=HiddenRelationTerm(form="softmax_ce"),
         torchdistill=(TorchdistillTerm(loss="SPKDLoss", kwargs=kwargs),),
     )

@@ -22,6 +22,7 @@ from compressvit.report import write as writing
 from compressvit.report.page import Page as Builder
 from compressvit.report.record import read_run
 from compressvit.report.training import POINTS, curves, phases
+from compressvit.rows import TrainRow
 
 SECTIONS = ["verdict", "asked", "training", "ledger", "predictions", "reproduce"]
 CURVES = ["teacher_loss", "teacher_accuracy", "teacher_gradient", "teacher_lr"]
@@ -284,7 +285,7 @@ def test_the_plot_of_several_runs_is_one_for_every_task(finished, tmp_path):
 
 
 def test_many_steps_are_averaged():
-    lines = [{"phase": "p", "kind": "train", "step": s, "loss": float(s % 2)} for s in range(1, 10 * POINTS + 1)]
+    lines = [TrainRow(phase="p", step=s, loss=float(s % 2)) for s in range(1, 10 * POINTS + 1)]
     loss = curves("p", phases(lines)["p"])[0]
     assert len(loss.records) == POINTS
     assert {record["value"] for record in loss.records} == {0.5}
@@ -292,16 +293,14 @@ def test_many_steps_are_averaged():
 
 
 def test_cycles_of_a_prune_follow_one_another():
-    lines = [
-        {"phase": f"1_prune_cycle{c}", "kind": "train", "step": s, "loss": 1.0 + c} for c in range(2) for s in (1, 2, 3)
-    ]
+    lines = [TrainRow(phase=f"1_prune_cycle{c}", step=s, loss=1.0 + c) for c in range(2) for s in (1, 2, 3)]
     loss = curves("1_prune", phases(lines)["1_prune"])[0]
     assert [(r["step"], r["value"]) for r in loss.records] == [(1, 1), (2, 1), (3, 1), (4, 2), (5, 2), (6, 2)]
 
 
 def test_an_axis_is_logarithmic_only_where_values_span_it():
     def scale(*values):
-        lines = [{"phase": "p", "kind": "train", "step": s, "loss": v} for s, v in enumerate(values, 1)]
+        lines = [TrainRow(phase="p", step=s, loss=v) for s, v in enumerate(values, 1)]
         return curves("p", lines)[0].options.get("scales")
 
     assert scale(0.01, 1.0, 2.0) == {"value": "log"}

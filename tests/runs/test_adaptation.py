@@ -292,9 +292,11 @@ def test_labels_without_a_classifier_are_found_in_the_plan(tmp_path):
 
 
 def test_masks_and_pruning_are_in_the_label():
-    steps = "steps: [adapters: {ratio: 0.5}, sparsify: {keep: 0.1, score: snip}, prune: {target: {neurons: 0.25}, epochs: 1}]"
+    steps = "steps: [adapters: {ratio: 0.5}, sparsify: {density: 0.1, score: snip}, prune: {target: {neurons: 0.25}, epochs: 1}]"
     text = "teacher: {model: vit_tiny_patch16_224}\ndata: {name: digits}\nstudent: {head: new}\n" + steps
-    assert label(parse_recipe(text)) == "adapters ratio 0.5 + sparsify keep 0.1, score snip + prune target neurons 0.25"
+    assert (
+        label(parse_recipe(text)) == "adapters ratio 0.5 + sparsify density 0.1, score snip + prune target neurons 0.25"
+    )
 
 
 def test_the_plan_says_what_is_trained():

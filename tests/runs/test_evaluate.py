@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.images import side
 from helpers.models import build, images_for
 from helpers.training import CPU
 from torch import nn
 
+from compressvit.data.input import InputConfig, Side
 from compressvit.errors import UserError
 from compressvit.training.evaluate import evaluate
 
@@ -34,7 +38,7 @@ def test_evaluation_counts_what_is_right():
     logits = torch.eye(7)[[0, 1, 2, 3, 4]] - 0.01 * torch.arange(7)
     model = Table(logits).train()
     targets = [0, 1, 3, 6, -1]  # right, right, among five, wrong, a broken image
-    result = evaluate(model, numbered(5, targets), CPU)
+    result = evaluate(side(model), numbered(5, targets), CPU)
     assert result["images"] == 4
     assert result["top1"] == 50
     assert result["top5"] == 75
@@ -46,19 +50,21 @@ def test_evaluation_counts_what_is_right():
 def test_evaluation_compares_with_the_teacher():
     ours, theirs = torch.tensor([[1.0, 0], [0, 1], [3, 1]]), torch.tensor([[2.0, 0], [1, 0], [1, 3]])
     data = numbered(3, [-1, -1, -2])  # -2: the stand-in of a broken image
-    result = evaluate(Table(ours), data, CPU, teacher=Table(theirs), labelled=False)
+    result = evaluate(side(Table(ours)), data, CPU, teacher=side(Table(theirs)), labelled=False)
     assert result["images"] == 2
     assert result["top1"] is result["top5"] is result["loss"] is None
     assert result["agreement"] == 50
     assert result["cosine"] == pytest.approx(0.5)
-    doubled = evaluate(
-        Table(ours), data, CPU, teacher=Table(ours), teacher_input=lambda images: 0 * images, labelled=False
-    )
+    seen = InputConfig(1, 2, 2, (0.0,), (1.0,), "bicubic", 1.0)
+    dark = replace(seen, std=(1e6,))  # every image is almost 0
+    doubled = evaluate(Side(Table(ours), seen), data, CPU, teacher=Side(Table(ours), dark), labelled=False)
     assert doubled["agreement"] == 50  # the teacher saw image 0 twice
 
 
 def test_outputs_of_different_widths_are_not_compared():
-    result = evaluate(Table(torch.eye(3)), numbered(3, [0, 1, 0]), CPU, teacher=Table(torch.eye(3, 4)[[0, 1, 0]]))
+    result = evaluate(
+        side(Table(torch.eye(3))), numbered(3, [0, 1, 0]), CPU, teacher=side(Table(torch.eye(3, 4)[[0, 1, 0]]))
+    )
     assert result["top1"] == pytest.approx(200 / 3)
     assert result["teacher_top1"] == 100
     assert result["teacher_loss"] < result["loss"]
@@ -67,24 +73,26 @@ def test_outputs_of_different_widths_are_not_compared():
 
 def test_evaluation_refuses_what_it_cannot_count():
     with pytest.raises(UserError, match=r"label 5.*3 classes"):
-        evaluate(Table(torch.eye(3)), numbered(3, [0, 5, 2]), CPU)
+        evaluate(side(Table(torch.eye(3))), numbered(3, [0, 5, 2]), CPU)
     with pytest.raises(UserError, match="no readable image"):
-        evaluate(Table(torch.eye(3)), numbered(3, [-1, -1, -1]), CPU)
+        evaluate(side(Table(torch.eye(3))), numbered(3, [-1, -1, -1]), CPU)
 
 
 def test_headless_backbones_are_compared_token_by_token():
     teacher, student = build("headless"), build("headless", seed=1)
     images = images_for(teacher, 5)
     data = [(images[:3], torch.tensor([-1] * 3)), (images[3:], torch.tensor([-1, -2]))]
-    result = evaluate(student, data, CPU, teacher=teacher, labelled=False)
+    result = evaluate(side(student), data, CPU, teacher=side(teacher), labelled=False)
     with torch.no_grad():
         ours, theirs = (m.forward_features(images[:4]) for m in (student, teacher))
     cosines = F.cosine_similarity(ours, theirs, dim=-1)
     assert result["cosine"] == pytest.approx(cosines[:, 0].mean().item(), abs=1e-5)
     assert result["cosine_patches"] == pytest.approx(cosines[:, 1:].mean().item(), abs=1e-5)
     assert result["agreement"] is None
-    assert evaluate(teacher, data, CPU, teacher=teacher, labelled=False)["cosine_patches"] == pytest.approx(1, abs=1e-5)
-    with_head = evaluate(build("vit"), numbered_images(teacher), CPU, teacher=build("vit"))
+    assert evaluate(side(teacher), data, CPU, teacher=side(teacher), labelled=False)["cosine_patches"] == pytest.approx(
+        1, abs=1e-5
+    )
+    with_head = evaluate(side(build("vit")), numbered_images(teacher), CPU, teacher=side(build("vit")))
     assert "cosine_patches" not in with_head
 
 

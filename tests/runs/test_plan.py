@@ -18,9 +18,10 @@ from compressvit.model import stored, ties
 from compressvit.model.cost import saved_bytes
 from compressvit.model.taps import Taps
 from compressvit.recipe.recipe import Recipe, load_recipe, parse_recipe
+from compressvit.runs.files import RecipePlan
 from compressvit.runs.job import prepare
 from compressvit.runs.models import build_student, build_teacher
-from compressvit.runs.plan import RecipePlan, plan_job, plan_recipe
+from compressvit.runs.plan import plan_job, plan_recipe
 from compressvit.training.pairs import match_layers
 from compressvit.training.terms import Batch, build_terms
 from compressvit.transforms import Transform
@@ -135,8 +136,8 @@ def test_macs_of_a_vit_by_hand():
 
 def test_a_plan_is_plain_json():
     plan = planned(*RECIPES["swin"])
-    assert json.loads(json.dumps(plan.as_dict())) == json.loads(json.dumps(plan.as_dict(), sort_keys=True))
-    content = json.loads(json.dumps(plan.as_dict()))
+    content = json.loads(plan.model_dump_json())
+    assert RecipePlan.model_validate(content) == plan
     assert content["teacher"]["model"] == "swin_tiny_patch4_window7_224"
     assert content["student"]["bytes"] == plan.student.bytes
     assert content["input_size"] == [3, 32, 32]

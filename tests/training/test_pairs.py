@@ -7,6 +7,7 @@ import copy
 import pytest
 import timm
 import torch
+from helpers.images import side
 from helpers.models import BACKBONES, SWIN, VIT, build, images_for
 from timm.models.vision_transformer import ParallelScalingBlock
 from torch import nn
@@ -270,9 +271,7 @@ def test_layers_that_share_linear_weights_count_as_sharing():
 def on(student, teacher, images):
     """CKA of the two models' blocks on these images."""
     batches = images.split(8)
-    return likeness(
-        student, teacher, lambda: batches, torch.device("cpu"), images=len(images), teacher_input=lambda x: x
-    )
+    return likeness(side(student), side(teacher), lambda: batches, torch.device("cpu"), images=len(images))
 
 
 @pytest.mark.parametrize("name", ["vit", "swin"])

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.images import side
 from helpers.training import CPU
 from torch import Tensor, nn
 
+from compressvit.data.input import InputConfig, Side
 from compressvit.training.evaluate import evaluate
 
 IMAGES, CLASSES = 40, 9
@@ -47,7 +51,7 @@ def test_accuracies_and_losses_are_means_over_the_images(logits, size):
     ours, theirs = logits
     targets = torch.arange(IMAGES) % CLASSES
     broken = torch.arange(IMAGES) % 10 == 3
-    result = evaluate(Table(ours), batches(targets.where(~broken, -1), size), CPU, teacher=Table(theirs))
+    result = evaluate(side(Table(ours)), batches(targets.where(~broken, -1), size), CPU, teacher=side(Table(theirs)))
     ours, theirs, targets = ours[~broken], theirs[~broken], targets[~broken]
     assert result["images"] == len(targets) == 36
     for prefix, outputs in (("", ours), ("teacher_", theirs)):
@@ -69,7 +73,13 @@ def test_a_watcher_sees_every_image_once(logits, size):
     ours, theirs = logits
     targets = torch.arange(IMAGES) % CLASSES
     seen: list[tuple[Tensor, ...]] = []
-    evaluate(Table(ours), batches(targets, size), CPU, teacher=Table(theirs), watch=lambda *batch: seen.append(batch))
+    evaluate(
+        side(Table(ours)),
+        batches(targets, size),
+        CPU,
+        teacher=side(Table(theirs)),
+        watch=lambda *batch: seen.append(batch),
+    )
     images, labels, outputs, expected = (torch.cat(parts) for parts in zip(*seen, strict=True))
     assert images[:, 0, 0, 0].tolist() == list(range(IMAGES))
     assert torch.equal(labels, targets)
@@ -82,17 +92,19 @@ def test_the_teacher_sees_images_of_its_own():
     table = torch.eye(8)
     images = torch.arange(4.0)[:, None, None, None].expand(4, 1, 2, 2)
     data = [(images, torch.tensor([0, 2, 4, 6]))]
-    result = evaluate(Table(table, 8), data, CPU, teacher=Table(table, 8), teacher_input=lambda images: 2 * images)
+    seen = InputConfig(1, 2, 2, (0.0,), (1.0,), "bicubic", 1.0)
+    teacher = Side(Table(table, 8), replace(seen, std=(0.5,)))
+    result = evaluate(Side(Table(table, 8), seen), data, CPU, teacher=teacher)
     assert (result["top1"], result["teacher_top1"]) == (25, 100)
 
 
 def test_without_labels_or_classes_nothing_is_right_or_wrong(logits):
     ours, theirs = logits
     unlabelled = evaluate(
-        Table(ours), batches(torch.full((IMAGES,), -1), 8), CPU, teacher=Table(theirs), labelled=False
+        side(Table(ours)), batches(torch.full((IMAGES,), -1), 8), CPU, teacher=side(Table(theirs)), labelled=False
     )
     headless = evaluate(
-        Table(ours, 0), batches(torch.zeros(IMAGES, dtype=torch.long), 8), CPU, teacher=Table(theirs, 0)
+        side(Table(ours, 0)), batches(torch.zeros(IMAGES, dtype=torch.long), 8), CPU, teacher=side(Table(theirs, 0))
     )
     for result in (unlabelled, headless):
         assert result["images"] == IMAGES

@@ -9,6 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers.images import side
 from helpers.models import build
 from helpers.training import CPU, Heard, distance, fit, largest_difference, random_batches, tiny_vit, values
 from rich.console import Console
@@ -19,7 +20,7 @@ from compressvit.files import load_checkpoint
 from compressvit.log import RunLog
 from compressvit.model.backbone import describe
 from compressvit.training import optimisation as opt
-from compressvit.training.loop import Phase, Teacher, train
+from compressvit.training.loop import Phase, train
 from compressvit.training.phases.finetune import Finetune
 from compressvit.training.terms import Term, labels_term
 from compressvit.transforms.applying import compress
@@ -204,7 +205,7 @@ def test_the_average_is_what_is_evaluated_and_kept(tmp_path):
     steps = []
     log = Watching()
     train(
-        model,
+        side(model),
         Finetune(epochs=2, lr=1e-2, ema=decay, log_every=1),
         Phase("phase", 1, 0, tmp_path / "phase.pt"),
         [labels_term(1.0, 0.0)],
@@ -340,7 +341,7 @@ def test_the_bar_shows_every_term_the_accuracies_and_the_gradient(tmp_path):
     terms = [labels_term(0.5, 0.0), Term("other", 2.0, lambda batch: (batch.student_logits.square().mean(), {}))]
     heard = Watched()
     train(
-        tiny_vit(),
+        side(tiny_vit()),
         Finetune(epochs=1, log_every=1),
         Phase("phase", 1, 0, tmp_path / "phase.pt"),
         terms,
@@ -349,7 +350,7 @@ def test_the_bar_shows_every_term_the_accuracies_and_the_gradient(tmp_path):
         device=CPU,
         log=heard,
         evaluate=lambda model: {},
-        teacher=Teacher(teacher),
+        teacher=side(teacher),
     )
     heard.close()
     assert len(shown) == 2

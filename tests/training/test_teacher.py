@@ -9,22 +9,23 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from helpers.images import side
 from helpers.runs import done, metrics, refused
 from helpers.training import VIT, fit, largest_difference, random_batches, tiny_vit, values
 from timm.layers import DropPath
 
 import compressvit.training.stage
-from compressvit.training.loop import Teacher
 from compressvit.training.pairs import match_layers
-from compressvit.training.phases.distill import Distill, Losses
+from compressvit.training.phases.distill import Distill
 from compressvit.training.terms import build_terms
+from compressvit.training.terms.section import losses_section
 from compressvit.transforms.applying import compress
 from compressvit.transforms.multiplex import Multiplex
 
 
 def distilling(student, teacher, **losses):
     pairs, _ = match_layers(student, teacher, "matched")
-    return build_terms(Losses(**losses), pairs, classes=student.num_classes)
+    return build_terms(losses_section()(**losses), pairs, classes=student.num_classes)
 
 
 def test_the_teacher_is_only_looked_at(tmp_path):
@@ -35,7 +36,7 @@ def test_the_teacher_is_only_looked_at(tmp_path):
         lambda module, args, output: modes.append(module.training) or outputs.append(output.requires_grad)
     )
     spec = Distill(epochs=2)
-    fit(student, spec, random_batches(3, 4), tmp_path, terms=distilling(student, teacher), teacher=Teacher(teacher))
+    fit(student, spec, random_batches(3, 4), tmp_path, terms=distilling(student, teacher), teacher=side(teacher))
     watching.remove()
     assert modes == [False] * 6
     assert outputs == [False] * 6
@@ -53,7 +54,7 @@ def test_teacher_accuracy_is_logged_beside_the_students(tmp_path):
         right = 100 * (teacher.eval()(batches[0][0]).argmax(1) == batches[0][1]).float().mean().item()
     student = tiny_vit(seed=2)
     spec = Distill(epochs=1, log_every=1)
-    heard = fit(student, spec, batches, tmp_path, terms=distilling(student, teacher), teacher=Teacher(teacher))
+    heard = fit(student, spec, batches, tmp_path, terms=distilling(student, teacher), teacher=side(teacher))
     line = heard.of("train")[0]
     assert line["teacher_top1"] == pytest.approx(right)
     assert 0 < line["teacher_top1"] < 100
@@ -72,13 +73,13 @@ def test_the_teacher_sees_the_images_as_it_knows_them(recipe, tmp_path, monkeypa
     seen: dict[str, list] = {"teacher": [], "student": [], "trained teacher": []}
     original = compressvit.training.stage.train
 
-    def watch(model, spec, phase, *args, teacher=None, **kwargs):
+    def watch(student, spec, phase, *args, teacher=None, **kwargs):
         mine = "student" if teacher else "trained teacher"
-        hooks = [model.register_forward_pre_hook(lambda m, images: seen[mine].append(images[0].clone()))]
+        hooks = [student.model.register_forward_pre_hook(lambda m, images: seen[mine].append(images[0].clone()))]
         if teacher:
             keep = lambda m, images: seen["teacher"].append(images[0].clone())  # noqa: E731
             hooks.append(teacher.model.register_forward_pre_hook(keep))
-        report = original(model, spec, phase, *args, teacher=teacher, **kwargs)
+        report = original(student, spec, phase, *args, teacher=teacher, **kwargs)
         for hook in hooks:
             hook.remove()
         return report
@@ -103,9 +104,9 @@ def test_a_trained_teacher_leaves_no_stochastic_depth_behind(recipe, tmp_path, m
     rates = {}
     original = compressvit.training.stage.train
 
-    def watch(model, spec, phase, *args, **kwargs):
-        report = original(model, spec, phase, *args, **kwargs)
-        rates[phase.name] = [m.drop_prob for m in model.modules() if isinstance(m, DropPath)]
+    def watch(student, spec, phase, *args, **kwargs):
+        report = original(student, spec, phase, *args, **kwargs)
+        rates[phase.name] = [m.drop_prob for m in student.model.modules() if isinstance(m, DropPath)]
         return report
 
     monkeypatch.setattr(compressvit.training.stage, "train", watch)

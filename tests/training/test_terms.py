@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from helpers.process import python
 
-from compressvit.training.phases.distill import Distill, Losses
+from compressvit.training.phases.distill import Distill
 from compressvit.training.terms import TERMS, LossTerm, build_terms, loss_term
 from compressvit.training.terms.section import losses_section
 
@@ -55,15 +55,11 @@ def test_a_term_of_an_installed_package(recipe, tmp_path):
     (info / "entry_points.txt").write_text("[compressvit.terms]\nstillness = stillness\n")
     folder = tmp_path / "run"
     words = ["steps.1.distill.losses.stillness={weight: 0.5, half: 2}", "steps.1.distill.epochs=1"]
-    paths = [str(tmp_path), *filter(None, sys.path)]
-    program = f"import sys; sys.path[:0] = {paths!r}\n{PROGRAM}"
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(recipe), str(folder), *words], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    schema, keys, plan, _ = done.stdout.split("=====")[:4]
+    done = python("-c", PROGRAM, recipe, folder, *words, path=[tmp_path])
+    assert done.code == 0, done.err
+    schema, keys, plan, _ = done.out.split("=====")[:4]
     losses = json.loads(schema)["$defs"]["Losses"]["properties"]
-    assert list(losses) == [*Losses.model_fields, "stillness"]
+    assert list(losses) == [*losses_section().model_fields, "stillness"]
     assert "An exponent." in keys
     assert "stillness" in plan
     assert "stillness" in json.loads((folder / "plan.json").read_text())["steps"][-1]["loss_bytes"]
@@ -79,9 +75,42 @@ def test_a_term_of_an_installed_package(recipe, tmp_path):
         assert row["loss"] == pytest.approx(sum(parts), rel=1e-5)
 
 
+LATE = """
+from pydantic import Field
+from compressvit.training.phases.distill import Distill
+from compressvit.training.terms import LossTerm, loss_term
+
+
+@loss_term("late")
+class Late(LossTerm):
+    weight: float = Field(0.0, ge=0)
+
+
+print(Distill(losses={"late": {"weight": 2}}).losses.late.weight)
+"""
+
+
+def test_a_term_that_is_registered_after_the_phase_was_imported_is_a_key():
+    done = python("-c", LATE)
+    assert done.out.strip() == "2.0", done.err
+
+
+def test_a_package_whose_term_cannot_be_loaded_is_named_with_the_reason(recipe, tmp_path):
+    (tmp_path / "stillness.py").write_text("raise RuntimeError('no such physics')")
+    info = tmp_path / "stillness-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: still-losses\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[compressvit.terms]\nstillness = stillness\n")
+    words = ["plan", str(recipe), "steps.1.distill.losses.stillness={weight: 1}"]
+    done = python("-m", "compressvit", *words, path=[tmp_path])
+    assert done.code == 2
+    fault = "unknown key; the loss term 'stillness' of the package still-losses cannot be used: RuntimeError: no such physics"
+    assert fault in " ".join(done.err.split())
+
+
 def test_the_keys_stand_in_the_order_in_which_they_are_added_up():
     own = ["prediction", "attention_relation", "hidden_relation", "feature", "labels", "torchdistill"]
-    assert list(Losses.model_fields) == own
+    assert list(losses_section().model_fields) == own
     assert sorted(name for name in TERMS if name in own) == sorted(own)
     weights = {name: {"weight": 1} for name in ("labels", "feature", "prediction")}
     terms = build_terms(Distill(losses=weights).losses, [], classes=4)
@@ -92,7 +121,6 @@ def test_a_key_for_every_file_of_the_room():
     room = Path(sys.modules["compressvit.training.terms"].__file__).parent
     files = {path.stem for path in room.glob("*.py")} - {"__init__", "base", "section", "building"}
     assert {name for name in TERMS if TERMS[name].__module__.startswith("compressvit.")} == files
-    assert losses_section() is Losses
 
 
 def test_a_word_is_taken_once():

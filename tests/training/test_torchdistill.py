@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from helpers.images import side
 from helpers.runs import done, metrics, refused
 from helpers.training import fit, random_batches, tiny_vit
 from torch import nn
@@ -14,9 +15,9 @@ from torchdistill.losses.registry import MIDDLE_LEVEL_LOSS_DICT
 
 from compressvit.errors import UserError
 from compressvit.model.taps import Taps
-from compressvit.training.loop import Teacher
-from compressvit.training.phases.distill import Distill, Losses
+from compressvit.training.phases.distill import Distill
 from compressvit.training.terms import Batch, build_terms
+from compressvit.training.terms.section import losses_section
 from compressvit.training.terms.torchdistill import TorchdistillTerm
 
 
@@ -69,7 +70,7 @@ TORCHDISTILL = {
 def only(**terms):
     """Losses with nothing but the given terms."""
     off = {name: {"weight": 0} for name in ("prediction", "attention_relation", "hidden_relation")}
-    return Losses(**{**off, **terms})
+    return losses_section()(**{**off, **terms})
 
 
 @pytest.mark.parametrize("name", TORCHDISTILL)
@@ -91,7 +92,7 @@ def test_a_torchdistill_loss_by_name(name, tmp_path):
     if name != "KDLoss":  # half of which is the cross-entropy with the labels
         assert gaps[0] == pytest.approx(0, abs=1e-6)
     heard = fit(
-        student, Distill(epochs=1, log_every=1), random_batches(2, 6), tmp_path, terms=[term], teacher=Teacher(teacher)
+        student, Distill(epochs=1, log_every=1), random_batches(2, 6), tmp_path, terms=[term], teacher=side(teacher)
     )
     lines = heard.of("train")
     assert len(lines) == 2

@@ -7,14 +7,15 @@ import math
 import pytest
 import timm.optim
 import torch
+from helpers.images import side
 from helpers.training import CPU, Heard, fit, largest_difference, random_batches, tiny_vit, values
 
 from compressvit.errors import UserError
 from compressvit.files import load_checkpoint
-from compressvit.tasks.base import task_of
+from compressvit.tasks.base import TASKS, task_of
 from compressvit.training import optimisation as opt
 from compressvit.training.batch import to_device
-from compressvit.training.loop import Phase, Teacher, Trainer
+from compressvit.training.loop import Phase, Trainer
 from compressvit.training.pairs import match_layers
 from compressvit.training.phases.distill import Distill
 from compressvit.training.phases.finetune import Finetune
@@ -38,8 +39,8 @@ def trainer_on_meta(spec, tmp_path, told):
     assert len(terms) == 5
     phase, batches = Phase("phase", 1, 0, tmp_path / "phase.pt"), with_unlabelled(random_batches(5, 6))
     trainer = Trainer(
-        *(student, spec, phase, terms, batches, 6, CPU, Heard(), lambda model: {}, task_of(student), Teacher(teacher)),
-        *(None, None, (), lambda model, epoch, last: None),
+        *(side(student), spec, phase, terms, batches, 6, CPU, Heard(), lambda model: {}, task_of(student)),
+        *(side(teacher), None, None, (), lambda model, epoch, last: None),
     )
     trainer.device, trainer.finite = META, trainer.finite.to(META)  # autocast knows no meta device
     trainer.stop, trainer.advance = StopRequest(), lambda *text: told.append(text)
@@ -70,7 +71,8 @@ def test_a_step_that_is_logged_asks(tmp_path):
 
 
 def test_what_the_labels_of_a_batch_decide_is_known_before_it_is_on_the_device():
-    mixup = opt.build_mixup(Finetune(mixup=0.8), 4)
+    task = TASKS["classification"]
+    mixing = opt.build_mixing(Finetune(mixup=0.8), task, 4)
     images = torch.zeros(6, 1, 8, 8)
     for given, mixed, count, largest, shape in (
         ([0, 3, 1, 1, 2, 0], False, 6, 3, (6,)),
@@ -80,7 +82,7 @@ def test_what_the_labels_of_a_batch_decide_is_known_before_it_is_on_the_device()
         ([-1, -1, 3, -1, -1, -1], True, 1, 3, (1,)),
         ([-1] * 6, True, 0, -1, (6,)),
     ):
-        moved, targets, labels = to_device(images, torch.tensor(given), META, mixup if mixed else None)
+        moved, targets, labels = to_device(images, torch.tensor(given), META, task, mixing if mixed else None)
         assert (labels.count, labels.largest) == (count, largest)
         assert targets.shape == shape
         assert len(moved) == shape[0]

@@ -71,6 +71,14 @@ class PhaseSpec(Training):
     # Options that `compare` names in the label of a student, besides the phase's word; None: the phase is not part of the label.
     label_fields: ClassVar[tuple[str, ...] | None] = None
 
+    @property
+    def removal_scope(self) -> str | None:
+        """Among which neurons a phase that removes some compares, e.g. 'global' or 'local'; None: it removes none.
+
+        One that does logs a `compressvit.rows.WidthsRow` after every removal, and its report has `widths`.
+        """
+        return None
+
     def refuse(self, setting: Setting) -> None:
         """Report faults that would otherwise appear only when the phase begins, possibly after hours.
 
@@ -99,6 +107,8 @@ class PhaseSpec(Training):
         task = setting.task or task_of(model)
         if (self.mixup or self.cutmix) and not task.mixes:
             raise UserError(f"mixup and cutmix mix classes, and the task {task.name!r} has none to mix; set both to 0")
+        if fault := self.unfit_for(task):
+            raise UserError(f"{self.name}.{fault}")
         if self.needs_classifier and not task.supervised:
             raise UserError(
                 f"{self.name} learns from labels, but the model has no classifier (num_classes=0); give it one with student.head=new, "
@@ -108,6 +118,10 @@ class PhaseSpec(Training):
             raise UserError(
                 f"the phase learns from labels, but {setting.unlabelled} have none; distil with losses.labels.weight=0"
             )
+
+    def unfit_for(self, task: Task) -> str | None:
+        """What of its options does not fit the task, for a recipe's reader and `refuse`; None where all do."""
+        return None
 
     def plan(self, setting: Setting) -> PhasePlan:
         """What the phase will do. One that changes the structure of the student changes that of `setting.student` likewise.

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import ConfigDict, Field, field_validator
+from pydantic.config import JsonDict
 
 from compressvit.errors import UserError
 from compressvit.training.phases.base import PhasePlan, PhaseSpec, Setting, phase
@@ -19,9 +20,10 @@ if TYPE_CHECKING:
     from compressvit.training.stage import Stage
     from compressvit.training.terms import Term
 
-    Losses = LossSection
-else:
-    Losses = losses_section()  # a key for every loss term that is installed
+
+def _show_default(schema: JsonDict) -> None:
+    """Say in the schema what the losses are by default, which is known when their keys are."""
+    schema["default"] = losses_section()().model_dump(mode="json")
 
 
 @phase("distill")
@@ -30,7 +32,9 @@ class Distill(PhaseSpec):
 
     needs_classifier: ClassVar[bool] = False
 
-    losses: Losses = Losses()
+    model_config = ConfigDict(defer_build=True)  # until the keys of `losses` are known
+
+    losses: LossSection = Field(default_factory=lambda: losses_section()(), json_schema_extra=_show_default)
     layers: Literal["matched", "auto"] | tuple[tuple[int, int], ...] = Field(
         "matched",
         description="Pairs [student block, teacher block] for the relation losses, counted from 0 over the whole model. "
@@ -63,7 +67,7 @@ class Distill(PhaseSpec):
         plan.layers = [(p.student.index, p.teacher.index) for p in pairs]
         terms = self.terms(student.model, pairs, setting.task)
         plan.loss_bytes = loss_bytes(
-            student.model, teacher.model, terms, setting.batch_size, student.input, teacher.input
+            student.model, teacher.model, terms, setting.batch_size, student.input, teacher.input, setting.task
         )
         unknown = [term.name for term in terms if term.name not in plan.loss_bytes]
         if unknown:

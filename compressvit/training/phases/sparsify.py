@@ -11,16 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import reduce
+from functools import partial, reduce
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from compressvit.errors import UserError
+from compressvit.tasks.base import Task, task_of
 from compressvit.training.phases.base import PhasePlan, PhaseSpec, Setting, phase
 from compressvit.training.phases.prune.neurons import prunable_plan
 from compressvit.transforms.bottleneck import BottleneckPlan
@@ -29,31 +29,40 @@ from compressvit.transforms.record import compression_of
 if TYPE_CHECKING:
     from compressvit.training.stage import Stage
 
-Batches = Callable[[], Sequence[tuple[torch.Tensor, torch.Tensor]]]
+Batches = Callable[[], Sequence[tuple[torch.Tensor, Any]]]
 
 
 @phase("sparsify")
 class Sparsify(PhaseSpec):
-    """Mask all but the best individual weights of adapters, then train those (SparseAdapter, SNIP, GraSP). Tensors do not shrink."""
+    """Mask all but the best individual weights of adapters, then train those (SparseAdapter, SNIP, GraSP). Tensors do not shrink.
 
-    label_fields: ClassVar[tuple[str, ...] | None] = ("keep", "score")
+    With `keep: best` the evaluation before training is that of the masked model, so what is kept always has the masks.
+    """
 
-    # In place of the epoch to keep, which other phases have under this word: this phase ends with its last.
-    keep: float = Field(  # type: ignore[assignment]
-        gt=0, le=1, description="Fraction of the weights of all adapters together that is kept."
-    )
+    label_fields: ClassVar[tuple[str, ...] | None] = ("density", "score")
+
+    density: float = Field(gt=0, le=1, description="Fraction of the weights of all adapters together that is kept.")
     score: Literal["magnitude", "snip", "grasp", "random"] = Field(
         "magnitude",
-        description="|θ| (SparseAdapter), |g⊙θ| (SNIP) or θ⊙Hg (GraSP), with gradient g and Hessian H of the loss on the labels. New "
+        description="|θ| (SparseAdapter), |g⊙θ| (SNIP) or θ⊙Hg (GraSP), with gradient g and Hessian H of the task's loss. New "
         "adapters have no gradient yet: put a finetune step before it.",
     )
     gradient_batches: int = Field(10, ge=1, description="Training batches used by snip and grasp.")
+
+    @field_validator("keep", mode="before")
+    @classmethod
+    def _is_no_share(cls, keep: Any) -> Any:
+        if isinstance(keep, float | int):
+            raise ValueError(
+                f"is which epoch's weights the phase ends with, last or best; the share is density={keep:g} now"
+            )
+        return keep
 
     def plan(self, setting: Setting) -> PhasePlan:
         plan = super().plan(setting)
         # which weights stay is not known before their values: any will do to count them
         sparsify_(setting.student.model, self.model_copy(update={"score": "random"}), list)
-        plan.summary += f"; keeps {self.keep:.0%} of the weights of adapters"
+        plan.summary += f"; keeps {self.density:.0%} of the weights of adapters"
         return plan
 
     def run(self, model: nn.Module, stage: Stage) -> tuple[nn.Module, dict[str, Any]]:
@@ -61,7 +70,8 @@ class Sparsify(PhaseSpec):
 
         name = stage.phase.name
         seed_everything(stage.phase.seed, stage.phase.number, 1000)  # the scores' images are those of any run
-        left = sparsify_(model, self, lambda: stage.labelled_batches(model, self.gradient_batches), stage.phase.seed)
+        images = partial(stage.labelled_batches, model, self.gradient_batches)
+        left = sparsify_(model, self, images, stage.phase.seed, stage.task)
         if stage.fresh:
             stage.log.say(f"{name}: {sum(left.values()):,} weights of adapters are left ({self.score})")
             stage.log.scalars(name, "weights", 0, dict(left))
@@ -69,14 +79,17 @@ class Sparsify(PhaseSpec):
         return model, {**report, "weights_left": left}
 
 
-def sparsify_(model: nn.Module, spec: Sparsify, batches: Batches, seed: int = 0) -> dict[str, int]:
+def sparsify_(
+    model: nn.Module, spec: Sparsify, batches: Batches, seed: int = 0, task: Task | None = None
+) -> dict[str, int]:
     """Mask all but the best weights of all adapters together, in place; equal scores keep the earlier weight.
 
     Args:
         model: with `adapters` or `adaptformer`.
-        spec: its `keep` and `score`.
+        spec: its `density` and `score`.
         batches: images and labels, on the model's device, for scores that need a gradient; called at most once.
         seed: of `random`.
+        task: whose loss `snip` and `grasp` differentiate; None: classes of a model that has a classifier.
 
     Returns:
         How many weights every adapter has left.
@@ -87,15 +100,15 @@ def sparsify_(model: nn.Module, spec: Sparsify, batches: Batches, seed: int = 0)
     plan = prunable_plan(model)
     weights = _weights(model, plan)
     with torch.enable_grad():
-        scored = _scores(model, weights, spec, batches, seed)
+        scored = _scores(model, weights, spec, batches, seed, task or task_of(model))
     flat = torch.cat([s.flatten() for s in scored.values()])
-    count = max(1, int(spec.keep * flat.numel() + 1e-9))
+    count = max(1, int(spec.density * flat.numel() + 1e-9))
     order = torch.argsort(flat, descending=True, stable=True)
     alive = int((flat != 0).sum())
     if alive < count:
         raise UserError(
-            f"sparsify.keep={spec.keep:g} asks for {count:,} weights, but only {alive:,} have a score ({spec.score}) that is not zero: "
-            "fresh adapters have upper projections of zero, which pass no gradient back. Put a finetune step before it"
+            f"sparsify.density={spec.density:g} asks for {count:,} weights, but only {alive:,} have a score ({spec.score}) that is not "
+            "zero: fresh adapters have upper projections of zero, which pass no gradient back. Put a finetune step before it"
         )
     chosen = torch.zeros(flat.numel(), dtype=torch.bool)
     chosen[order[:count]] = True
@@ -123,7 +136,7 @@ def _weights(model: nn.Module, plan: BottleneckPlan) -> dict[str, torch.Tensor]:
 
 
 def _scores(
-    model: nn.Module, weights: dict[str, torch.Tensor], spec: Sparsify, batches: Batches, seed: int
+    model: nn.Module, weights: dict[str, torch.Tensor], spec: Sparsify, batches: Batches, seed: int, task: Task
 ) -> dict[str, torch.Tensor]:
     """By name of the weight, of its shape, on the CPU in float64: |θ|, |g⊙θ| or θ⊙Hg of the loss of the batches together."""
     if spec.score == "magnitude":
@@ -139,7 +152,7 @@ def _scores(
         second = spec.score == "grasp" and any(g.any() for g in gradient)
         for pixels, targets in images:
             with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
-                loss = F.cross_entropy(model(pixels), targets, ignore_index=-1) / len(images)
+                loss = task.loss(model(pixels), targets) / len(images)
                 slopes = torch.autograd.grad(loss, list(weights.values()), create_graph=second)
                 if second:  # H g, where g is the gradient over all batches
                     along = reduce(torch.add, ((s * g).sum() for s, g in zip(slopes, gradient, strict=True)))

@@ -26,7 +26,7 @@ class Batch:
     teacher_logits: torch.Tensor | None
     student_taps: dict[str, dict[str, Any]]
     teacher_taps: dict[str, dict[str, Any]]
-    targets: torch.Tensor  # (B,) class indices, or (B, classes) after mixup
+    targets: Any  # of the task: classes (B,), or (B, classes) after mixup
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,11 @@ def build_terms(
                 f"losses.{asked.name} compares classes, but the model has no classifier (num_classes=0); "
                 f"set losses.{asked.name}.weight=0 and, to distil features, losses.feature.weight=1"
             )
+        if asked.compares_logits and task is not None and not task.outputs_are_logits:
+            raise UserError(
+                f"losses.{asked.name} compares classes, and the outputs of the task {task.name!r} are none; set "
+                f"losses.{asked.name}.weight=0, and e.g. losses.labels.weight=1"
+            )
     setting = TermSetting(tuple(pairs), prefix_tokens, smoothing, task)
     built = [term for asked in spec.terms() if (term := asked.build(setting)) is not None]
     if not built:

@@ -29,6 +29,8 @@ def labels_term(weight: float, smoothing: float, task: Task | None = None) -> Te
     task = task or TASKS["classification"]
 
     def function(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        if batch.targets is None:  # in a plan, of a task whose targets cannot be made up
+            raise NotImplementedError
         return task.loss(batch.student_logits, batch.targets, smoothing), {}
 
     return Term("labels", weight, function)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from pydantic import create_model
+from pydantic import ConfigDict, GetCoreSchemaHandler, create_model
+from pydantic_core import CoreSchema
 
 from compressvit.spec import Spec
 from compressvit.training.terms.base import TERMS, LossTerm
@@ -15,7 +16,16 @@ _ORDER = ("prediction", "attention_relation", "hidden_relation", "feature", "lab
 
 
 class LossSection(Spec):
-    """The terms of the distillation loss. A term with weight 0 is not computed."""
+    """The terms of the distillation loss. A term with weight 0 is not computed.
+
+    Its keys are the registered terms, to which packages and programs add, so they are settled when a section is first validated.
+    """
+
+    model_config = ConfigDict(defer_build=True)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return handler(source) if cls is not LossSection else handler.generate_schema(losses_section())
 
     def terms(self) -> list[LossTerm]:
         """Those with a weight, in order."""
@@ -34,4 +44,10 @@ def losses_section() -> type[LossSection]:
     for name in names:
         term: Any = TERMS[name]
         fields[name] = (tuple[term, ...], ()) if term.listed else (term, term())
-    return create_model("Losses", __base__=LossSection, __doc__=LossSection.__doc__, __module__=__name__, **fields)
+    return create_model(
+        "Losses",
+        __base__=LossSection,
+        __doc__=(LossSection.__doc__ or "").partition("\n")[0],
+        __module__=__name__,
+        **fields,
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
@@ -94,7 +95,7 @@ class Spending:
             self.budget,
             self._curves(groups, self.spec.metric_for(groups)),
             fixed=self._fixed(groups),
-            of_teacher=self._of_teacher(),
+            of_teacher=self._of_teacher,
             by_error=self.reference is not None,
             asker=self.spec.name,
         )
@@ -121,7 +122,7 @@ class Spending:
         # Relative to each layer's output: the metric of the model's output says little where layers share (see README).
         kind = "inputs" if self.spec.metric == "auto" else self.spec.metric
         curves = self._curves(groups, kind)
-        left = self.budget.limit(self._of_teacher()) - self._fixed(groups)
+        left = self.budget.limit(self._of_teacher) - self._fixed(groups)
         if left < least_cost(curves):
             return math.inf
         return sum(0.0 if rank is None else curves[p].errors[rank] for p, rank in allocate(curves, left).items())
@@ -161,6 +162,7 @@ class Spending:
             fixed += header_bytes(empty) + 4 * len(self.layers)  # the offsets may have a digit more each
         return fixed
 
+    @cached_property
     def _of_teacher(self) -> int:
         if self.budget.macs:
             return original_macs(self.model)

@@ -6,10 +6,13 @@ import copy
 
 import pytest
 import torch
+from helpers.images import side
 from helpers.training import CPU, Heard, largest_difference, random_batches, tiny_vit, values
 
 from compressvit.errors import UserError
 from compressvit.files import load_checkpoint
+from compressvit.tasks.classification import TOP1
+from compressvit.tasks.quality import Quality
 from compressvit.training.loop import Phase, train
 from compressvit.training.phases.prune.cycles import prune_and_train
 from compressvit.training.phases.prune.neurons import prunable_plan, shrink_
@@ -24,8 +27,9 @@ PHASE = "1_prune"
 class Trainer:
     """Runs the cycles of a small model with real trainings on random batches, judged by a list of marks."""
 
-    def __init__(self, folder, *, marks=None, start=None, spec=None, **options):
+    def __init__(self, folder, *, marks=None, start=None, spec=None, quality=TOP1, **options):
         self.folder, self.heard, self.start = folder, Heard(), start
+        self.quality = quality
         self.marks, self.judged, self.trained = iter(marks or ()), [], []
         defaults = {"epochs": 1, "clip_grad": None, "schedule": "constant", "target": {"neurons": 0.25}}
         self.spec = Prune(**{**defaults, **options})
@@ -34,17 +38,18 @@ class Trainer:
 
     def judge(self, model):
         self.judged.append(values(model))
-        return {"top1": next(self.marks, 50.0)}
+        return {self.quality.key: next(self.marks, 50.0)}
 
     def train(self, model, phase, moments):
         self.trained.append((phase, dict(prunable_plan(model).widths), copy.deepcopy(moments)))
         terms = [labels_term(1.0, 0.0)]
         told = {"batch_size": 6, "device": CPU, "log": self.heard, "evaluate": self.judge}
-        return train(model, self.spec, phase, terms, self.batches, start=self.start, moments=moments, **told)
+        return train(side(model), self.spec, phase, terms, self.batches, start=self.start, moments=moments, **told)
 
     def run(self):
         phase = Phase(PHASE, 2, 0, self.folder / f"{PHASE}.pt")
         how = {"train_cycle": self.train, "evaluate": self.judge, "gradients": dict}
+        how["quality"] = self.quality
         try:
             return prune_and_train(self.model, self.spec, phase, self.heard, **how)
         finally:
@@ -63,6 +68,14 @@ def test_a_target_of_accuracy_returns_the_last_adapters_that_reached_it(tmp_path
     assert len(trainer.trained) == told["trainings"] == 3, "the last one was in vain, and was trained"
     assert prunable_plan(model).widths == history[-1]
     assert largest_difference(values(model), trainer.judged[3]) == 0
+
+
+def test_a_target_is_a_figure_of_the_task_which_may_be_an_error(tmp_path):
+    error = Quality("rmse", "error", "error", "error", "", 3, lower_is_better=True)
+    trainer = Trainer(tmp_path, marks=[0, 0.2, 0, 0.5, 0, 0.7], target={"accuracy": 0.5}, quality=error)
+    assert totals(trainer.run()[2]) == [16, 8]
+    said = " ".join(trainer.heard.console.file.getvalue().split())
+    assert "error 0.700 is above the target of 0.5; the adapters of the cycle before are kept" in said
 
 
 def test_pruning_by_accuracy_ends_when_nothing_can_go(tmp_path):

@@ -200,6 +200,15 @@ def test_a_target_is_one_thing(target, given):
     assert sentence == f"a target is one of neurons, parameters, macs and accuracy; given: {given}"
 
 
+@pytest.mark.parametrize(("wanted", "sentence"), [(0.9, "for 90% give 90"), (101, "so it is at most 100")])
+def test_a_target_of_accuracy_is_in_the_unit_of_the_task(wanted, sentence):
+    steps = f"steps:\n{ADAPTED}  - prune: {{target: {{accuracy: {wanted}}}}}\n"
+    _, path, text = only_row(GOOD.split("steps:")[0] + steps)
+    assert path == "steps"
+    assert text.startswith(f"steps[1].prune.target.accuracy={wanted:g} is in percent")
+    assert text.endswith(sentence)
+
+
 def test_a_refused_prune_leaves_no_folder(recipe, tmp_path):
     words = ("apply", recipe, "--output", tmp_path / "run", "steps.1.prune.target={neurons: 25}")
     assert "neurons=25 is above the 24" in refused(*words)

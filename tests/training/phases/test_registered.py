@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 from helpers.page import Page
+from helpers.process import python
 from helpers.runs import TINY, metrics
 
 from compressvit.training.phases import PHASES, PhaseSpec, phase
@@ -69,9 +68,9 @@ def run(tmp_path_factory):
     recipe = folder / "norms.yaml"
     recipe.write_text(TINY.replace("distill: {epochs: 1}", "norms: {epochs: 2, biases: false, log_every: 1}"))
     names = f"RECIPE, RUN = {str(recipe)!r}, {str(folder / 'run')!r}\n"
-    answer = subprocess.run([sys.executable, "-c", names + PROGRAM], capture_output=True, text=True, timeout=200)
-    assert answer.returncode == 0, answer.stderr
-    return folder / "run", " ".join(answer.stdout.split())
+    answer = python("-c", names + PROGRAM)
+    assert answer.code == 0, answer.err
+    return folder / "run", " ".join(answer.out.split())
 
 
 def test_it_is_planned(run):

@@ -8,12 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.models import build, images_for, outputs, randomise
-from helpers.runs import done, refused, run
+from helpers.recipes import fault, rows
+from helpers.runs import done, metrics, refused, run
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from compressvit.artifacts import artifact
 from compressvit.artifacts.adapter import load_adapter
 from compressvit.errors import UserError
+from compressvit.tasks.classification import Classification
 from compressvit.training.phases.prune.neurons import prunable_plan
 from compressvit.training.phases.sparsify import Sparsify, sparsify_
 from compressvit.transforms import PHM, Adapters, AdaptFormer
@@ -49,7 +51,7 @@ def kept_best(model, importance: dict[str, torch.Tensor], keep: float) -> torch.
 def test_magnitude_keeps_the_largest_of_all_adapters_together():
     model = adapted()
     expected = kept_best(model, {n: model.get_parameter(n).detach().abs() for n in SIDES}, 0.3)
-    left = sparsify_(model, Sparsify(keep=0.3), list)
+    left = sparsify_(model, Sparsify(density=0.3), list)
     assert torch.equal(masks(model), expected)
     assert sum(left.values()) == int(0.3 * expected.numel()) == int(expected.sum())
 
@@ -68,22 +70,43 @@ def test_gradient_and_curvature_scores(score):
         for n, w, s, h in zip(SIDES, weights, slopes, curved, strict=True)
     }
     expected = kept_best(model, found, 0.4)
-    sparsify_(model, Sparsify(keep=0.4, score=score), lambda: data)
+    sparsify_(model, Sparsify(density=0.4, score=score), lambda: data)
     assert (masks(model) == expected).float().mean() > 0.995  # seen 1.0; sums of another order may swap two
     assert all(p.grad is None for p in model.parameters())
+
+
+class FirstOutput(Classification):
+    """Another loss than cross-entropy."""
+
+    def loss(self, outputs, targets, smoothing=0.0):
+        return outputs[:, 0].square().mean()
+
+
+def test_the_scores_go_by_the_loss_of_the_task():
+    model, data = adapted(), batches(adapted())
+    weights = [model.get_parameter(n) for n in SIDES]
+    with sdpa_kernel(SDPBackend.MATH):
+        slopes = torch.autograd.grad(sum(model(x)[:, 0].square().mean() for x, _ in data), weights)
+    found = {n: (w * s).detach().abs() for n, w, s in zip(SIDES, weights, slopes, strict=True)}
+    expected = kept_best(model, found, 0.4)
+    by_classes = adapted()
+    for each, task in ((model, FirstOutput()), (by_classes, None)):
+        sparsify_(each, Sparsify(density=0.4, score="snip"), lambda: data, task=task)
+    assert (masks(model) == expected).float().mean() > 0.995
+    assert (masks(by_classes) == expected).float().mean() < 0.9
 
 
 def test_random_follows_the_seed_and_equal_scores_keep_the_earlier():
     a, b, c = adapted(), adapted(), adapted()
     for model, seed in ((a, 1), (b, 1), (c, 2)):
-        sparsify_(model, Sparsify(keep=0.5, score="random"), list, seed)
+        sparsify_(model, Sparsify(density=0.5, score="random"), list, seed)
     assert torch.equal(masks(a), masks(b))
     assert not torch.equal(masks(a), masks(c))
     alike = adapted()
     with torch.no_grad():
         for name in SIDES:
             alike.get_parameter(name).fill_(0.5)
-    sparsify_(alike, Sparsify(keep=0.25), list)
+    sparsify_(alike, Sparsify(density=0.25), list)
     found = masks(alike)
     assert found[: int(found.sum())].all()
 
@@ -93,7 +116,7 @@ def test_masked_weights_stay_zero_and_are_not_counted(spec):
     model = adapted(spec)
     before = trained_parameters(model)["trained_adapter"]
     plan = prunable_plan(model)
-    left = sparsify_(model, Sparsify(keep=0.2), list)
+    left = sparsify_(model, Sparsify(density=0.2), list)
     total = sum(b.down.weight.numel() + b.up.weight.numel() for b in plan.bottlenecks(model).values())
     assert before - trained_parameters(model)["trained_adapter"] == total - sum(left.values())
     expected = outputs(model)
@@ -111,7 +134,7 @@ def test_masked_weights_stay_zero_and_are_not_counted(spec):
 
 def test_masks_travel_with_the_artifact(tmp_path):
     model = adapted()
-    sparsify_(model, Sparsify(keep=0.2), list)
+    sparsify_(model, Sparsify(density=0.2), list)
     again = artifact.load(artifact.save(model, tmp_path / "student"))
     assert torch.equal(outputs(again), outputs(model))
     assert torch.equal(masks(again), masks(model))
@@ -126,15 +149,15 @@ def test_what_cannot_be_masked_says_why():
             UserError,
             match=rf"only [\d,]+ have a score \({score}\) that is not zero: fresh adapters.*finetune step before",
         ):
-            sparsify_(fresh, Sparsify(keep=0.9, score=score), lambda: batches(fresh))
+            sparsify_(fresh, Sparsify(density=0.9, score=score), lambda: batches(fresh))
     with pytest.raises(
         UserError, match=r"prune removes neurons of adapters \(adapters or adaptformer\).*it was made by phm"
     ):
-        sparsify_(compress(build("vit"), [PHM(n=2, ratio=0.25)]), Sparsify(keep=0.5), list)
+        sparsify_(compress(build("vit"), [PHM(n=2, ratio=0.25)]), Sparsify(density=0.5), list)
     twice = adapted()
-    sparsify_(twice, Sparsify(keep=0.5), list)
+    sparsify_(twice, Sparsify(density=0.5), list)
     with pytest.raises(UserError, match="were masked by an earlier `sparsify`"):
-        sparsify_(twice, Sparsify(keep=0.2), list)
+        sparsify_(twice, Sparsify(density=0.2), list)
 
 
 RECIPE = """
@@ -148,7 +171,7 @@ data: {name: digits, batch_size: 32, limit_train: 64, limit_val: 32}
 steps:
   - adapters: {width: 4}
   - finetune: {epochs: 1}
-  - sparsify: {keep: 0.25, score: SCORE, epochs: 1, gradient_batches: 2}
+  - sparsify: {density: 0.25, score: SCORE, epochs: 1, gradient_batches: 2}
 """
 
 
@@ -177,6 +200,28 @@ def test_a_run_masks_trains_and_resumes(score, tmp_path):
     assert all(
         torch.equal(a, b) for a, b in zip(student.state_dict().values(), again.state_dict().values(), strict=True)
     )
+
+
+def test_the_best_epoch_is_one_of_the_masked_model(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(RECIPE.replace("SCORE, epochs: 1", "snip, epochs: 3, lr: 0.3, keep: best"))
+    done("apply", recipe, "--output", tmp_path / "run")
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    phase = results["phases"]["2_sparsify"]
+    scores = {row["epoch"]: row["top1"] for row in metrics(tmp_path / "run", phase="2_sparsify", kind="evaluate")}
+    scores[0] = phase["start"]["top1"]
+    assert len(set(scores.values())) > 1
+    assert results["student"]["top1"] == scores[phase["kept_epoch"]] == max(scores.values())
+    student = artifact.load(tmp_path / "run" / "student")
+    layers = [layer for b in compression_of(student).plans[0].bottlenecks(student).values() for layer in (b.down, b.up)]
+    assert sum(int((layer.weight != 0).sum()) for layer in layers) <= 128
+
+
+def test_the_share_in_its_old_spelling_is_refused_with_the_new_one():
+    found = rows(fault(RECIPE.replace("density: 0.25", "keep: 0.25").replace("SCORE", "snip")))
+    sentences = {path: text for _, path, text in found}
+    assert sentences["steps[2].sparsify.keep"].endswith("the share is density=0.25 now")
+    assert sentences["steps[2].sparsify.density"].startswith("missing")
 
 
 def test_pruning_after_masking_is_refused_by_the_plan(tmp_path):

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from compressvit.log import RunLog
+from compressvit.tasks.quality import Quality
 from compressvit.training.phase import Phase
 from compressvit.training.phases.prune.neurons import (
     Price,
@@ -39,6 +40,7 @@ def prune_and_train(
     train_cycle: TrainCycle,
     evaluate: Callable[[nn.Module], dict[str, Any]],
     gradients: Gradients,
+    quality: Quality,
 ) -> tuple[nn.Module, dict[str, Any], list[Widths]]:
     """Run all cycles. Each has a checkpoint of its own, so a run that was stopped goes on in the cycle where it was.
 
@@ -48,6 +50,7 @@ def prune_and_train(
         train_cycle: trains the model, from its checkpoint if there is one, with the optimiser's moments to begin with.
         evaluate: for a target of accuracy.
         gradients: for `score: gradient`.
+        quality: the figure that a target of accuracy is about.
 
     Returns:
         The model (an earlier, larger one where accuracy fell below the target), what the first training began with and the last one
@@ -69,7 +72,7 @@ def prune_and_train(
         first = first or trained["start"]
         if spec.target.accuracy is not None:
             otherwise = "the adapters of the cycle before are kept" if good else "nothing was pruned"
-            if not _reaches(spec.target.accuracy, evaluate(model)["top1"], log, phase, otherwise):
+            if not _reaches(spec.target.accuracy, evaluate(model), quality, log, phase, otherwise):
                 if good:
                     model, trained = good
                     history.pop()
@@ -94,11 +97,16 @@ def _cycle(phase: Phase, done: int) -> Phase:
     return replace(phase, name=f"{phase.name}_cycle{done}", number=phase.number + 1000 * done, checkpoint=file)
 
 
-def _reaches(wanted: float, top1: float, log: RunLog, phase: Phase, otherwise: str) -> bool:
-    if top1 < wanted:
-        log.say(f"{phase.name}: top-1 {top1:.2f}% is below the target of {wanted:g}%; {otherwise}")
-        return False
-    return True
+def _reaches(
+    wanted: float, result: Mapping[str, Any], quality: Quality, log: RunLog, phase: Phase, otherwise: str
+) -> bool:
+    value = result[quality.key]
+    if quality.reaches(value, wanted):
+        return True
+    side = "above" if quality.lower_is_better else "below"
+    found = f"{quality.in_text} {quality.number(value)}{quality.unit}"
+    log.say(f"{phase.name}: {found} is {side} the target of {wanted:g}{quality.unit}; {otherwise}")
+    return False
 
 
 def _choose(

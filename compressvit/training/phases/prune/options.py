@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from compressvit.spec import Spec
 from compressvit.training.phases.base import PhaseSpec
+
+if TYPE_CHECKING:
+    from compressvit.tasks.base import Task
 
 
 class PruneTarget(Spec):
@@ -31,9 +34,9 @@ class PruneTarget(Spec):
     accuracy: float | None = Field(
         None,
         gt=0,
-        le=100,
-        description="Keep pruning while the top-1 (%) after a cycle's training is at least this; the last adapters that reached it are "
-        "kept. The figure is optimistic, because it was chosen on the evaluation set.",
+        description="Keep pruning while the task's first figure (of classification: top-1 in percent) after a cycle's training is at "
+        "least as good as this; the last adapters that reached it are kept. The figure is optimistic, because it was chosen on the "
+        "evaluation set.",
     )
 
     @model_validator(mode="after")
@@ -42,10 +45,6 @@ class PruneTarget(Spec):
         if len(given) != 1:
             what = " and ".join(given) if given else "none"
             raise ValueError(f"a target is one of neurons, parameters, macs and accuracy; given: {what}")
-        if self.accuracy is not None and self.accuracy <= 1:
-            raise ValueError(
-                f"accuracy={self.accuracy:g} is in percent; for {self.accuracy:.0%} give {100 * self.accuracy:g}"
-            )
         for name in ("neurons", "parameters", "macs"):
             value = getattr(self, name)
             if isinstance(value, float) and value >= 1:
@@ -77,3 +76,11 @@ class PruneOptions(PhaseSpec):
         "global", description="global: rank all neurons together; local: remove the same fraction of every adapter."
     )
     gradient_batches: int = Field(10, ge=1, description="Training batches used by `score: gradient`.")
+
+    def unfit_for(self, task: Task) -> str | None:
+        wanted, quality = self.target.accuracy, task.main_quality
+        if wanted is None or quality.unit != "%":
+            return None
+        if wanted <= 1:
+            return f"target.accuracy={wanted:g} is in percent; for {wanted:.0%} give {100 * wanted:g}"
+        return None if wanted <= 100 else f"target.accuracy={wanted:g} is in percent, so it is at most 100"

@@ -1,0 +1,78 @@
+"""Python programs in a process of their own, in which compressvit is imported afresh.
+
+The process is forked from one that has imported torch and timm, which takes three seconds; so it begins as
+`python -c` and `python -m` do, but at once. A test of what a verb imports must start a real interpreter instead.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import sys
+import tempfile
+import types
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[2]
+# What a run imports of other packages, as far as it takes long.
+_IMPORTED = [
+    "torch",
+    "timm",
+    "timm.optim",
+    "torch._dynamo",
+    "pydantic",
+    "altair",
+    "sklearn.datasets",
+    "tensorboard",
+    "pytest",
+]
+_FORKED = multiprocessing.get_context("forkserver")
+
+
+class Answer(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def python(*words: object, path: Iterable[Path] = ()) -> Answer:
+    """Exit code, output and errors of `python WORDS`, which begin with `-c PROGRAM` or `-m MODULE`.
+
+    The folders of `path` stand on `sys.path` before everything else, as with PYTHONPATH.
+    """
+    _FORKED.set_forkserver_preload(_IMPORTED)  # of no effect once the server runs
+    with tempfile.TemporaryDirectory() as name:
+        files = [Path(name) / "out", Path(name) / "err"]
+        paths = [*map(str, path), str(ROOT)]
+        arguments = ([str(word) for word in words], paths, dict(os.environ), os.getcwd(), *map(str, files))
+        process = _FORKED.Process(target=_program, args=arguments)
+        process.start()
+        process.join(280)  # below the limit of a test
+        if process.is_alive():
+            process.kill()
+            raise TimeoutError(f"{words} takes too long")
+        assert process.exitcode is not None
+        return Answer(process.exitcode, *(file.read_text(encoding="utf-8") for file in files))
+
+
+def _program(words: list[str], paths: list[str], environment: Mapping[str, str], cwd: str, out: str, err: str) -> None:
+    for descriptor, file in ((1, out), (2, err)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), descriptor)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    own = [name for name in sys.modules if name.partition(".")[0] == "compressvit"]
+    assert not own, f"imported before the program began: {own}"
+    sys.path[:0] = paths
+    sys.modules["torch"].set_num_threads(1)
+    (kind, what), sys.argv[1:] = words[:2], words[2:]
+    if kind == "-m":
+        runpy.run_module(what, run_name="__main__", alter_sys=True)
+    else:
+        assert kind == "-c"
+        sys.argv[0] = kind
+        main = sys.modules["__main__"] = types.ModuleType("__main__")
+        exec(compile(what, "<string>", "exec"), vars(main))
