@@ -26,6 +26,7 @@ from compressvit.artifacts import artifact
 from compressvit.model import cost
 from compressvit.model.backbone import input_size
 from compressvit.recipe.shipped import find_recipe
+from compressvit.runs.tables import ratio_text
 
 RATES = (1e-3, 5e-3)  # to begin with; while the best is at an edge, up to EXTENSIONS more beyond it
 EXTENSIONS, FACTOR = 2, 4.0
@@ -72,12 +73,12 @@ def latencies(output: Path, rounds: int = 30) -> None:
         )
     names.append("backbone")
     models.append(artifact.load(linear))
-    times = cost.latency(
+    times = cost.latencies(
         models, [input_size(model) for model in models], device=torch.device("cpu"), rounds=rounds, seconds=600
     )
     print("| one image | milliseconds | of the backbone |\n| --- | --- | --- |")
-    for name, taken in zip(names, times, strict=True):
-        print(f"| {name} | {taken:.2f} | {taken / times[-1]:.2f} |")
+    for i, (name, taken) in enumerate(zip(names, times.medians, strict=True)):
+        print(f"| {name} | {taken:.2f} | {ratio_text(times.ratio(i, len(names) - 1))} |")
 
 
 def beyond(scores: dict[float, float]) -> list[float]:

@@ -16,6 +16,7 @@ from rich.table import Table
 from compressvit import LORS, LowRank
 from compressvit.model import cost
 from compressvit.model.backbone import input_size
+from compressvit.runs.tables import ratio_text
 from compressvit.transforms.applying import compress, materialise
 
 
@@ -38,7 +39,7 @@ def main() -> None:
         f"rank {arguments.rank} alone, factored": compress(dense, [LowRank(rank=arguments.rank, init="scratch")]),
     }
     size = input_size(dense)
-    times = cost.latency(
+    times = cost.latencies(
         list(models.values()), [size] * len(models), device=torch.device("cpu"), rounds=arguments.rounds, seconds=300
     )
     table = Table(
@@ -46,11 +47,9 @@ def main() -> None:
     )
     for column in ("", "bytes on disk", "MACs", "latency", "/ dense"):
         table.add_column(column, justify="left" if not column else "right")
-    for (name, model), milliseconds in zip(models.items(), times, strict=True):
+    for i, ((name, model), milliseconds) in enumerate(zip(models.items(), times.medians, strict=True)):
         row = cost.cost(model, size)
-        table.add_row(
-            name, f"{row.bytes:,}", f"{row.macs:,}", f"{milliseconds:.2f} ms", f"{milliseconds / times[0]:.2f}"
-        )
+        table.add_row(name, f"{row.bytes:,}", f"{row.macs:,}", f"{milliseconds:.2f} ms", ratio_text(times.ratio(i)))
     Console().print(table)
 
 

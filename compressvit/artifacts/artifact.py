@@ -33,7 +33,9 @@ from compressvit.model.stored import (
     TENSORS,
     Manifest,
     build_plain,
+    class_names,
     expect_images,
+    name_classes,
     read_manifest,
     read_slots,
     read_tensors,
@@ -135,6 +137,7 @@ def load(path: str | Path, *, materialise: bool = False) -> nn.Module:
     ties.check(model, manifest.ties)
     require_as_written(path, tensors)
     expect_images(model, manifest.input)
+    name_classes(model, manifest.label_names)
     return (fold_low_rank(model) if materialise else model).eval()
 
 
@@ -260,6 +263,7 @@ def _manifest(model: nn.Module, input_config: dict[str, Any] | None) -> Manifest
         transforms=[record_of(plan) for plan in compression.plans],
         ties=compression.ties,
         input=json.loads(json.dumps(data)),
+        label_names=class_names(model),
     )
 
 

@@ -36,6 +36,7 @@ class DataSet:
         task: what its ground truth is for (a word of `compressvit.tasks`); None: classification, or features where there is none.
         full_frame: its images fill their frame, so evaluation crops nothing off unless the recipe says so.
         package: what must be installed to read it, as Python imports it.
+        streams: it is read in the order of its shards, which depends on the number of workers.
     """
 
     name: str
@@ -46,6 +47,7 @@ class DataSet:
     task: str | None = None
     full_frame: bool = False
     package: str | None = None
+    streams: bool = False
 
 
 SETS: Registry[DataSet] = Registry("data set", "compressvit.data.sets")
@@ -60,11 +62,12 @@ def data_set(
     task: str | None = None,
     full_frame: bool = False,
     package: str | None = None,
+    streams: bool = False,
 ) -> Callable[[Open], Open]:
     """Register what opens a data set under the set's name; for the arguments see `DataSet`. A name that is taken is refused at import."""
 
     def register(opener: Open) -> Open:
-        entry = DataSet(name, opener, note, classes, labelled, task, full_frame, package)
+        entry = DataSet(name, opener, note, classes, labelled, task, full_frame, package, streams)
         SETS.add(name, entry, opener.__module__)
         return opener
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from compressvit.data.data_set import find_set
+from compressvit.data.pictures import MODES
 from compressvit.data.spec import Data
 from compressvit.errors import UserError
 
@@ -39,7 +40,7 @@ class InputConfig:
     """The size and statistics of a model's input, and how an image is resized to it.
 
     Attributes:
-        channels, height, width: 1 or 3, and pixels.
+        channels, height, width: 1 (gray), 3 (colour) or 4 (colour and alpha), and pixels.
         mean, std: one number per channel, of pixel values in 0..1.
         interpolation, crop_pct, crop_mode: timm's words for resizing and cropping in evaluation.
     """
@@ -76,15 +77,17 @@ def input_config(model: nn.Module, data: Data, *, trained: bool = False) -> Inpu
         trained: its values were learned with its own statistics, interpolation and crop, and `data` changes none of them.
 
     Raises:
-        UserError: the model takes neither 1 nor 3 channels.
+        UserError: the model takes another number of channels than 1, 3 or 4.
     """
     from timm.data import resolve_model_data_config
 
     config = resolve_model_data_config(model)
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     channels = first.in_channels if first is not None else config["input_size"][0]
-    if channels not in (1, 3):
-        raise UserError(f"the model takes {channels} channels; images have 1 (grayscale) or 3 (colour)")
+    if channels not in MODES:
+        raise UserError(
+            f"the model takes {channels} channels; images have 1 (grayscale), 3 (colour) or 4 (colour and alpha)"
+        )
     # the pretrained size stays in the config when a model is built for another one
     size = getattr(getattr(model, "patch_embed", None), "img_size", None) or config["input_size"][1:]
     height, width = (size, size) if isinstance(size, int) else size
@@ -114,7 +117,7 @@ def renormalise(images: torch.Tensor, source: InputConfig, target: InputConfig) 
 
     Returns:
         (B, C', H', W') for `target`; `images` itself when nothing differs. A centre crop is not repeated: the whole of
-        `images` is resized. Channels go 3 to 1 by luma, 1 to 3 by repetition.
+        `images` is resized. Channels go 3 to 1 by luma, 1 to 3 by repetition; alpha is left out, or 1.
     """
     same_size = images.shape[-2:] == (target.height, target.width)
     same_statistics = (source.channels, source.mean, source.std) == (target.channels, target.mean, target.std)
@@ -124,9 +127,13 @@ def renormalise(images: torch.Tensor, source: InputConfig, target: InputConfig) 
     def column(values: tuple[float, ...]) -> torch.Tensor:
         return images.new_tensor(values).view(1, -1, 1, 1)
 
-    pixels = images * column(source.std) + column(source.mean)
-    if source.channels == 3 and target.channels == 1:
+    whole = images * column(source.std) + column(source.mean)
+    pixels = whole[:, :3]
+    if pixels.shape[1] == 3 and target.channels == 1:
         pixels = (pixels * column(_LUMA)).sum(1, keepdim=True)
+    if target.channels == 4:
+        alpha = whole[:, 3:] if source.channels == 4 else torch.ones_like(pixels[:, :1])
+        pixels = torch.cat([pixels.expand(-1, 3, -1, -1), alpha], dim=1)
     if not same_size:
         mode = "bilinear" if target.interpolation == "bilinear" else "bicubic"
         pixels = F.interpolate(pixels, (target.height, target.width), mode=mode, antialias=True)

@@ -17,16 +17,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from timm.data import IterableImageDataset, auto_augment, create_transform
+from timm.data import IterableImageDataset
 from timm.data.loader import PrefetchLoader
 from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision import transforms
 
 from compressvit.data.collation import Targets, collate
+from compressvit.data.image_transform import image_transform
 from compressvit.data.input import InputConfig
 from compressvit.data.opening import Datasets
+from compressvit.data.pictures import BrokenPicture
 from compressvit.data.pixels import Pixels
 from compressvit.data.samples import Samples, seeded
 from compressvit.data.spec import Augment, Data
@@ -132,7 +132,7 @@ def calibration_batches(
     subset = datasets.train
     if isinstance(subset, Samples):
         chosen = torch.randperm(len(subset), generator=torch.Generator().manual_seed(seed))[:images].tolist()
-        subset = Samples(subset.source, [subset.indices[i] for i in chosen], subset.labelled)
+        subset = subset.part(chosen)
     # Small batches: gradients may be wanted, for which an evaluation batch would be too large.
     loader = eval_loader(dataclasses.replace(datasets, validation=subset), data, config, device, batch_size=16)
     left = images
@@ -229,11 +229,13 @@ class _PixelBatches(Dataset):
         images = self.pixels[index]
         if self.augment is not None:
             images = _flip_and_shift(images, self.augment, torch.Generator().manual_seed(keys[0][1]))
+        if self.channels == 4:
+            return torch.cat([images.repeat(1, 3, 1, 1), torch.full_like(images, 255)], dim=1), self.targets[index]
         return images.repeat(1, self.channels, 1, 1), self.targets[index]
 
 
 def _flip_and_shift(images: torch.Tensor, augment: Augment, generator: torch.Generator) -> torch.Tensor:
-    """What `_transform` does to one image, for a batch: uint8 (B, 1, H, W) to the same shape."""
+    """What `image_transform` does to one image, for a batch: uint8 (B, 1, H, W) to the same shape."""
     batch, _, height, width = images.shape
     for probability, axis in ((augment.hflip, 3), (augment.vflip, 2)):
         if probability:
@@ -263,75 +265,18 @@ class _CheckedLoader(DataLoader):
                     images, targets = batch
                     self.task.check_set(targets, self.datasets.num_classes, self.name)
                     yield images, targets if isinstance(targets, torch.Tensor) else Targets(targets)
-        except UserError:
+        except (UserError, BrokenPicture) as error:
             # ends the workers now: the garbage collector may find them too late to tell them, and waits 5 s for each
             self._iterator = None
             del batches
+            if isinstance(error, BrokenPicture):  # of a stream; others count theirs
+                reason = str(error).rstrip().rpartition("BrokenPicture: ")[2]  # a worker adds its trace
+                raise UserError(f"data.name={self.name}: an image of the stream cannot be read: {reason}") from error
             raise
 
 
 def _as_it_is(batch: Any) -> Any:
     return batch
-
-
-class _ToMode:
-    """Converts a PIL image to mode L or RGB."""
-
-    def __init__(self, channels: int):
-        self.mode = "L" if channels == 1 else "RGB"
-
-    def __call__(self, image: Any) -> Any:
-        return image if image.mode == self.mode else image.convert(self.mode)
-
-
-def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
-    """timm's posterize; no bits kept is black, which Pillow 13 refuses to compute and RandAugment's noise asks for."""
-    return auto_augment.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
-
-
-def _allow_no_bits(policy: Any) -> None:
-    """Give the posterize steps of a timm policy an operation that takes 0 bits."""
-    steps = [*getattr(policy, "ops", ()), *(step for chain in getattr(policy, "policy", ()) for step in chain)]
-    for step in steps:
-        if getattr(step, "aug_fn", None) is auto_augment.posterize:
-            step.aug_fn = _posterize
-
-
-def _transform(config: InputConfig, augment: Augment | None) -> transforms.Compose:
-    """PIL image of any size to uint8 (C, H, W)."""
-    common: dict[str, Any] = {
-        "input_size": (config.channels, config.height, config.width),
-        "mean": config.mean,
-        "std": config.std,
-        "use_prefetcher": True,  # normalising and erasing come later, per batch
-    }
-    to_mode = _ToMode(config.channels)
-    *resize, to_tensor = create_transform(
-        **common, interpolation=config.interpolation, crop_pct=config.crop_pct, crop_mode=config.crop_mode
-    ).transforms
-    if augment is None:
-        return transforms.Compose([to_mode, *resize, to_tensor])
-    crop_and_flips, colours, _ = create_transform(
-        **common,
-        is_training=True,
-        separate=True,
-        scale=augment.scale,
-        ratio=augment.ratio,
-        hflip=augment.hflip,
-        vflip=augment.vflip,
-        color_jitter=augment.color_jitter,  # type: ignore[arg-type]
-        auto_augment=augment.auto_augment,
-        interpolation=augment.interpolation,
-    )
-    for policy in colours.transforms:
-        _allow_no_bits(policy)
-    random_crop, *flips = crop_and_flips.transforms
-    # timm's own transform without augmentation would squash the image, where evaluation keeps its proportions
-    crop = resize if augment.scale is None else [random_crop]
-    shift = []
-    if augment.translate:
-        shift = [transforms.RandomCrop((config.height, config.width), padding=augment.translate)]
-    return transforms.Compose([to_mode, *crop, *flips, *shift, *colours.transforms, to_tensor])
 
 
 def _pixel_batches(samples: Samples, config: InputConfig, augment: Augment | None) -> _PixelBatches | None:
@@ -344,7 +289,7 @@ def _pixel_batches(samples: Samples, config: InputConfig, augment: Augment | Non
     if source.data.shape[1:] == (config.height, config.width) and config.crop_pct == 1:
         pixels = source.data[index].unsqueeze(1)
     else:  # by Pillow, as everywhere: torch's resizing of a tensor differs where bicubic overshoots
-        transform = _transform(dataclasses.replace(config, channels=1, mean=(0.0,), std=(1.0,)), None)
+        transform = image_transform(dataclasses.replace(config, channels=1, mean=(0.0,), std=(1.0,)), None)
         pixels = torch.stack([transform(source[i][0]) for i in samples.indices])
     return _PixelBatches(pixels, source.targets[index], config.channels, augment)
 
@@ -379,7 +324,7 @@ def _batches(
     workers = 0 if in_memory else data.num_workers  # indexing is quicker than a queue between processes
     if not in_memory:
         dataset = copy.copy(source)  # the same files, and the same record of broken ones, prepared for this model
-        dataset.transform, dataset.training = _transform(config, augment), training
+        dataset.transform, dataset.training = image_transform(config, augment, exif=data.exif), training
     if isinstance(source, IterableImageDataset):
         dataset.set_loader_cfg(num_workers=workers)
         epoch = _StreamEpoch(dataset, distributed) if training else None

@@ -6,16 +6,20 @@ Map-style sets become `Samples`; streaming sets (WebDataset, TensorFlow and stre
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from timm.data import IterableImageDataset
 from torch.utils.data import Dataset, Subset
 
+from compressvit.data.classes import ORDERS, composed, different_classes, read_names
 from compressvit.data.data_set import find_set
+from compressvit.data.files import PictureFiles
+from compressvit.data.notes import Note
 from compressvit.data.samples import BrokenFiles, Samples
-from compressvit.data.sets.base import LAYOUT, class_names_of, evenly, some_of
+from compressvit.data.sets.base import LAYOUT, class_names_of, evenly
 from compressvit.data.spec import Data
 from compressvit.errors import UserError
 from compressvit.tasks.base import find_task
@@ -31,6 +35,7 @@ class Datasets:
         class_names: names in target order, or None where the set does not say.
         labelled: False when every target is -1.
         broken: the files that could not be decoded so far.
+        found: what was passed over or guessed when the data was opened.
     """
 
     train: Dataset
@@ -39,6 +44,16 @@ class Datasets:
     class_names: list[str] | None
     labelled: bool
     broken: BrokenFiles
+    found: list[Note] = field(default_factory=list)
+
+    def notes(self) -> list[Note]:
+        """What was passed over or guessed when the data was opened, and what was done to the pictures that were read so far."""
+        return [*self.found, *self.broken.notes()]
+
+    def fingerprint(self) -> str | None:
+        """A hash of the names and labels of all files, relative to their folder; None for a streaming set, which cannot list them."""
+        parts = [part.identity() for part in (self.train, self.validation) if isinstance(part, Samples)]
+        return hashlib.sha256("".join(parts).encode()).hexdigest() if len(parts) == 2 else None
 
 
 def open_data(data: Data) -> Datasets:
@@ -52,12 +67,17 @@ def open_data(data: Data) -> Datasets:
     if found_set.package is not None and importlib.util.find_spec(found_set.package) is None:
         raise UserError(f"data.name={data.name} needs a package: pip install {found_set.package.replace('_', '-')}")
     sources = found_set.open(data)
-    train = _limited(sources[0], data.limit_train, "limit_train", found_set.labelled)
-    validation = _limited(sources[1], data.limit_val, "limit_val", found_set.labelled)
+    notes = [note for source in sources if isinstance(source, PictureFiles) for note in source.notes]
+    train = _limited(sources[0], data, "limit_train", found_set.labelled)
+    validation = _limited(sources[1], data, "limit_val", found_set.labelled)
     if not found_set.labelled:
-        return Datasets(train, validation, None, None, False, BrokenFiles(train, validation))
+        if data.classes is not None:
+            raise UserError(
+                f"data.classes={data.classes}: the images of data '{data.name}' have no classes; leave it out"
+            )
+        return Datasets(train, validation, None, None, False, BrokenFiles(train, validation), notes)
     task = find_task(data.usual_task)
-    class_names = _common_classes(sources, data.name, one_is_enough=not task.needs_class_count)
+    class_names = _named(_common_classes(sources, data.name, one_is_enough=not task.needs_class_count), data)
     found = len(class_names) if class_names else None
     num_classes = data.num_classes or found
     if num_classes is None and task.needs_class_count:
@@ -71,18 +91,13 @@ def open_data(data: Data) -> Datasets:
         targets = getattr(source, "targets", None)
         if targets is not None:
             task.check_set(targets, num_classes, data.name)
-    return Datasets(train, validation, num_classes, class_names, True, BrokenFiles(train, validation))
+    return Datasets(train, validation, num_classes, class_names, True, BrokenFiles(train, validation), notes)
 
 
 def _common_classes(sources: tuple[Any, Any], name: str, *, one_is_enough: bool) -> list[str] | None:
     train, validation = (class_names_of(source) for source in sources)
     if train and validation and train != validation:
-        raise UserError(
-            f"data.name={name}: the training and the validation split have different classes"
-            f"\n  only in training: {some_of(sorted({*train} - {*validation}))}"
-            f"\n  only in validation: {some_of(sorted({*validation} - {*train}))}"
-            "\na target is the position of a class within its split, so both splits need the same class folders"
-        )
+        raise different_classes(name, train, validation)
     if train and len(train) == 1 and not one_is_enough:
         raise UserError(
             f"data.name={name}: there is only one class, '{train[0]}', so there is nothing to classify; {LAYOUT}"
@@ -90,12 +105,30 @@ def _common_classes(sources: tuple[Any, Any], name: str, *, one_is_enough: bool)
     return train
 
 
-def _limited(source: Any, limit: int | None, option: str, labelled: bool) -> Dataset:
+def _named(names: list[str] | None, data: Data) -> list[str] | None:
+    """The class names of a set, or those in the recipe's file where it has none."""
+    if data.classes is None or data.name == "folder":  # which has put its classes in order
+        return names
+    if data.classes in ORDERS:
+        raise UserError(
+            f"data.classes={data.classes} orders the class folders of data.name=folder; those of {data.name} have an order of their own"
+        )
+    given = read_names(data.classes)
+    if names is not None and [composed(name) for name in names] != [composed(name) for name in given]:
+        raise UserError(
+            f"data.classes={data.classes}: its names are not those of {data.name} in their order, which begins {', '.join(names[:3])}; "
+            "leave it out"
+        )
+    return given
+
+
+def _limited(source: Any, data: Data, option: str, labelled: bool) -> Dataset:
+    limit: int | None = getattr(data, option)
     if not isinstance(source, IterableImageDataset):
         chosen = evenly(len(source), limit)
         if isinstance(source, Subset):
-            return Samples(source.dataset, [source.indices[i] for i in chosen], labelled)
-        return Samples(source, chosen, labelled)
+            return Samples(source.dataset, [source.indices[i] for i in chosen], labelled, exif=data.exif)
+        return Samples(source, chosen, labelled, exif=data.exif)
     if limit is not None:
         raise UserError(
             f"data.{option}={limit}: a streaming set is read in the order of its shards and cannot be thinned out; "

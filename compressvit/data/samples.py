@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
 import random
 import struct
 import zlib
@@ -17,6 +19,9 @@ from timm.data import ImageDataset
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch.utils.data import Dataset
 
+from compressvit.data.files import PictureFiles
+from compressvit.data.notes import Note, notes_of_reading
+from compressvit.data.pictures import Read, read_picture, standard
 from compressvit.errors import UserError
 from compressvit.tasks.targets import NO_IMAGE, NO_LABEL
 
@@ -24,7 +29,7 @@ log = logging.getLogger("compressvit")
 
 MAX_CONSECUTIVE_BROKEN = 50
 
-# what Pillow raises for a file that is not an image or ends early
+# what a set that opens its files itself passes on of Pillow, for a file that is not an image or ends early; `BrokenPicture` is a ValueError
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
@@ -52,23 +57,32 @@ def seeded(seed: int | None) -> Iterator[None]:
 class Samples(Dataset):
     """A map-style set, or a subset of one.
 
-    An item is `(transform(image), target)`; without a transform the image is a PIL image as stored. An image without a
+    An item is `(transform(image), target)`; without a transform the image is a PIL image of 8 bits a channel. An image without a
     label has target NO_LABEL (-1). Loaders ask for a whole batch as (index, seed) pairs: the seed of its first pair
     decides its augmentation, so that it depends neither on the worker that reads it nor on what was drawn before.
 
     A file that cannot be decoded is flagged in `broken`, uint8 (N,) in memory shared with loader workers. While
-    `training` the next good sample takes its place; otherwise a black image with target NO_IMAGE (-2).
+    `training` the next good sample takes its place; otherwise a black image with target NO_IMAGE (-2). What was done to the others to
+    read them is kept in `done` likewise, as bits of `Read`.
+
+    Args:
+        exif: turn pictures as their EXIF blocks say.
     """
 
-    def __init__(self, source: Any, indices: Sequence[int] | None = None, labelled: bool = True):
-        self.source, self.labelled = source, labelled
+    def __init__(self, source: Any, indices: Sequence[int] | None = None, labelled: bool = True, *, exif: bool = False):
+        self.source, self.labelled, self.exif = source, labelled, exif
         self.indices = range(len(source)) if indices is None else indices
         self.broken = torch.zeros(len(self.indices), dtype=torch.uint8).share_memory_()
+        self.done = torch.zeros(len(self.indices), dtype=torch.uint8).share_memory_()
         self.transform: Any = None
         self.training = False
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def part(self, positions: Sequence[int]) -> Samples:
+        """The samples at these positions, as a set of their own."""
+        return Samples(self.source, [self.indices[i] for i in positions], self.labelled, exif=self.exif)
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         image, target = self._sample(index)
@@ -85,24 +99,45 @@ class Samples(Dataset):
             if self.broken[position]:
                 continue
             try:
-                image, target = self.read(position)
+                image, target, done = self.read(position)
             except _DECODE_ERRORS:
                 # BrokenFiles.report finds the reason again: a worker has no way to reach the run's log
                 self.broken[position] = 1
                 continue
+            self.done[position] = int(done)
             return image, target if self.labelled and target is not None else NO_LABEL
         return Image.new("L", (8, 8)), NO_IMAGE
 
-    def read(self, position: int) -> tuple[Image.Image, Any]:
-        """The decoded image and its stored target. Raises what Pillow raises where the file is broken."""
+    def read(self, position: int) -> tuple[Image.Image, Any, Read]:
+        """The decoded image of 8 bits a channel, its stored target, and what was done to read it. Raises `BrokenPicture`, or whatever a
+        set that opens its files itself raises where one is broken."""
         index = self.indices[position]
-        if not isinstance(self.source, ImageDataset):
-            return self.source[index]
-        # timm's own __getitem__ replaces a broken file without telling, so the file is opened here
-        file, target, *_ = self.source.reader[index]
-        with file, Image.open(file) as image:
-            image.load()
-            return image, target
+        if isinstance(self.source, PictureFiles):
+            path, target = self.source.samples[index]
+            image, done = read_picture(path, exif=self.exif)
+        elif isinstance(self.source, ImageDataset):
+            # timm's own __getitem__ replaces a broken file without a word, so the file is opened here
+            file, target, *_ = self.source.reader[index]
+            with file:
+                image, done = read_picture(file, exif=self.exif)
+        else:
+            image, target = self.source[index]
+            image, done = standard(image, exif=self.exif)
+        return image, target, done
+
+    def identity(self) -> str:
+        """A hash of the names and labels of all images, wherever their folder is; of what is in memory, its size."""
+        found = hashlib.sha256(f"{type(self.source).__name__} {len(self.source)}".encode())
+        files = self.source.samples if isinstance(self.source, PictureFiles) else []
+        folders = {os.path.dirname(path) for path, _ in files}
+        try:
+            shared = os.path.commonpath(folders) if folders else ""
+        except ValueError:  # a list of absolute and relative paths
+            shared = ""
+        for path, target in files:
+            found.update(f"{path[len(shared) :]}\0{target}\n".encode(errors="surrogateescape"))
+        found.update(str(list(self.indices)).encode())
+        return found.hexdigest()
 
     def name(self, position: int) -> str:
         """The path of a sample, or something that stands for it in a set without paths."""
@@ -135,6 +170,11 @@ class BrokenFiles:
     def paths(self) -> list[str]:
         """Their paths: the training set's first, in the order of each set."""
         return [self._sets[k].name(i) for k, i in self._found()]
+
+    def notes(self) -> list[Note]:
+        """What was done to the pictures that were read so far."""
+        counts = {kind: sum(int((s.done & int(kind) > 0).sum()) for s in self._sets) for kind in Read}
+        return notes_of_reading(counts, exif=any(s.exif for s in self._sets))
 
     def report(self) -> None:
         """Logs each newly found file once, with the reason.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from pydantic import Field, field_validator
@@ -112,6 +113,20 @@ class Data(Spec):
     num_classes: int | None = Field(
         default=None, ge=2, description="Number of classes, if the set does not say or has gaps."
     )
+    classes: str | None = Field(
+        default=None,
+        description="Order of the classes of `folder`: natural (as timm: 2 before 10; the default), plain (as torchvision: 10 before 2), "
+        "or a file with one class name a line. For other sets a file names the classes.",
+    )
+    outside: bool | None = Field(
+        default=None,
+        description="Read images outside root: true also follows absolute paths and ../ in lists, false not even links; none = links only. "
+        "Those that are read are counted.",
+    )
+    exif: bool = Field(
+        default=False,
+        description="Turn images as their EXIF blocks say; false ignores that, as torchvision and timm do.",
+    )
     mean: tuple[float, ...] | None = Field(
         default=None, description="Mean of each channel in 0..1; none = the model's."
     )
@@ -129,7 +144,12 @@ class Data(Spec):
         default=0.1,
         gt=0,
         le=0.5,
-        description="For `images` without train/ and val/: every 1/val_fraction-th file is held out.",
+        description="For `images` without a val/: every 1/val_fraction-th file (or group of group_by) is held out.",
+    )
+    group_by: str | None = Field(
+        default=None,
+        description="For `images` without a val/: hold out whole groups. folder = files of one folder, or a regular expression whose match "
+        "in the path (or its groups in parentheses) is the same for files of one group, e.g. '([^/]+)_crop'.",
     )
     limit_train: int | None = Field(
         default=None, ge=1, description="Use at most this many training images, evenly spaced."
@@ -152,11 +172,22 @@ class Data(Spec):
             find_task(value)
         return value
 
+    @field_validator("group_by")
+    @classmethod
+    def _is_pattern(cls, value: str | None) -> str | None:
+        try:
+            re.compile(value or "")
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ValueError(f"'{value}' is neither folder nor a regular expression: {error}") from error
+        return value
+
     @field_validator("mean", "std")
     @classmethod
     def _is_per_channel(cls, value: tuple[float, ...] | None) -> tuple[float, ...] | None:
-        if value is not None and len(value) not in (1, 3):
-            raise ValueError(f"{len(value)} numbers: give one for a grayscale model, three for a colour model")
+        if value is not None and len(value) not in (1, 3, 4):
+            raise ValueError(
+                f"{len(value)} numbers: give one for a grayscale model, three for a colour model, four for one with alpha"
+            )
         return value
 
     @field_validator("std")

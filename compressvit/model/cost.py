@@ -105,16 +105,34 @@ def _layer_norm_flops(shape, *args, out_shape=None, **kwargs) -> int:
     return 2 * math.prod(shape)
 
 
+@dataclass(frozen=True)
+class Latencies:
+    """Milliseconds of models that were measured alternately: a list for every round, with a number for every model."""
+
+    rounds: list[list[float]]
+
+    @property
+    def medians(self) -> list[float]:
+        """Of every model."""
+        return [statistics.median(column) for column in zip(*self.rounds, strict=True)]
+
+    def ratio(self, model: int, reference: int = 0) -> tuple[float, float, float]:
+        """How much slower a model is than another: lower quartile, median and upper quartile of the ratios within a round."""
+        ratios = [taken[model] / taken[reference] for taken in self.rounds]
+        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        return low, middle, high
+
+
 @torch.inference_mode()
-def latency(
+def latencies(
     models: Sequence[nn.Module],
     input_sizes: Sequence[tuple[int, int, int]],
     *,
     device: torch.device,
     rounds: int = 30,
     seconds: float = 20.0,
-) -> list[float]:
-    """Median milliseconds for one image of each model, measured alternately, so that load on the machine affects all equally.
+) -> Latencies:
+    """Time one image of each model, alternately, so that load on the machine affects all equally.
 
     Args:
         models: on `device`; they are put into eval mode.
@@ -139,7 +157,7 @@ def latency(
         order = [(i + len(times)) % len(models) for i in range(len(models))]  # the order changes, too
         taken = {i: once(models[i], images[i]) for i in order}
         times.append([taken[i] for i in range(len(models))])
-    return [statistics.median(column) for column in zip(*times, strict=True)]
+    return Latencies(times)
 
 
 @torch.inference_mode()

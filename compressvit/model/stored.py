@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -32,6 +32,7 @@ from compressvit.reading import Unreadable, read_json
 from compressvit.spec import Spec, first_fault
 
 T = TypeVar("T")
+LABEL_NAMES = "label_names"  # timm's key
 FORMAT = 2  # 1 is read, too (see `compressvit.model.old`)
 
 
@@ -70,6 +71,7 @@ class Manifest(Spec):
 
     Attributes:
         input: what images must look like: size (C, H, W), mean, std, interpolation, crop_pct.
+        label_names: of the classes, in the order of the outputs, where they are known.
         tensors: a checksum for every tensor; none in artifacts of earlier versions.
         checksum: of the manifest itself.
     """
@@ -84,6 +86,7 @@ class Manifest(Spec):
     transforms: list[StepRecord]
     ties: list[list[str]]
     input: dict[str, Any]
+    label_names: list[str] | None = None
     tensors: dict[str, str] | None = None
     checksum: str | None = None
 
@@ -123,6 +126,21 @@ def expect_images(model: nn.Module, images: dict[str, Any]) -> None:
     """Set the model's input configuration to a manifest's `input`: size, mean, standard deviation, interpolation."""
     known = as_timm(model)
     known.pretrained_cfg = {**known.pretrained_cfg, **_pretrained_config(images)}
+
+
+def name_classes(model: nn.Module, names: Sequence[str] | None) -> None:
+    """Note the names of a model's classes where timm looks for them (`label_names`), if there are as many as it has outputs."""
+    known = as_timm(model)
+    if names is not None and len(names) == known.num_classes:
+        known.pretrained_cfg = {**known.pretrained_cfg, LABEL_NAMES: list(names)}
+
+
+def class_names(model: nn.Module) -> list[str] | None:
+    """What `name_classes` noted, or timm knows; None after the head has been given another size."""
+    names = (getattr(model, "pretrained_cfg", None) or {}).get(LABEL_NAMES)
+    if not isinstance(names, (list, tuple)) or len(names) != getattr(model, "num_classes", None):
+        return None
+    return [str(name) for name in names]
 
 
 def read_manifest(path: str | Path) -> Manifest:

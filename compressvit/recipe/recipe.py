@@ -197,12 +197,31 @@ def parse_recipe(text: str, name: str = "recipe", overrides: list[str] | None = 
     override(parsed, overrides or [])
     _spell_out(parsed.content)
     try:
+        return _validated(parsed)
+    except ValidationError as error:
+        texts = [
+            _existing(f["loc"], parsed.content, missing=False) for f in error.errors() if f["type"] == "string_type"
+        ]
+        if [path for path in texts if parsed.take_text(path)]:  # data.root=2024 names a folder
+            return _revalidated(parsed)
+        raise RecipeError(_explain(error, parsed)) from None
+
+
+def _validated(parsed: Document) -> Recipe:
+    """Raises pydantic's error where it has faults."""
+    try:
         # Through JSON, because pydantic's strict mode takes lists for tuples there: a number in quotes stays an error.
         document = json.dumps(parsed.content, default=str)
     except TypeError as error:
-        raise RecipeError(f"{name} has a key that is neither text nor a number ({error}); put it in quotes") from None
+        raise RecipeError(
+            f"{parsed.name} has a key that is neither text nor a number ({error}); put it in quotes"
+        ) from None
+    return Recipe.model_validate_json(document, strict=True)
+
+
+def _revalidated(parsed: Document) -> Recipe:
     try:
-        return Recipe.model_validate_json(document, strict=True)
+        return _validated(parsed)
     except ValidationError as error:
         raise RecipeError(_explain(error, parsed)) from None
 

@@ -32,6 +32,17 @@ class Document:
                 return f"line {self.lines[path[:end]]}"
         return "line 1"
 
+    def take_text(self, path: Path) -> bool:
+        """Make the value at `path` the text that it was written as, if an override of just that key set it to a number, a date or a truth
+        value. Whether that changed anything."""
+        here = self.content
+        for part in path[:-1]:
+            here = here[part]
+        if path not in self.overridden or isinstance(here[path[-1]], (str, dict, list)) or here[path[-1]] is None:
+            return False
+        here[path[-1]] = self.overridden[path].partition("=")[2].strip()
+        return True
+
 
 def parse(text: str, name: str) -> Document:
     """Parse one YAML document.
@@ -89,7 +100,13 @@ def override(document: Document, assignments: list[str]) -> None:
         if len(parts) > MAX_DEPTH:
             raise UserError(f"override '{assignment[:40]}…' names a place {len(parts)} levels deep; a recipe has fewer")
         value = parse_yaml(text, f"override '{assignment}': its value")
-        _assign(document, parts, value, assignment)
+        _assign(document, parts, _as_written(value, text), assignment)
+
+
+def _as_written(value: Any, text: str) -> Any:
+    """The value of an override, or its text where YAML takes a part of it for a comment, as in `data.root=/data/set #2`."""
+    plain = not isinstance(value, (dict, list)) and not text.lstrip().startswith(("'", '"'))
+    return text.strip() if plain and re.search(r"(^|\s)#", text) else value
 
 
 def _assign(document: Document, parts: list[str], value: Any, assignment: str) -> None:

@@ -67,8 +67,7 @@ class Row:
     def values(self, key: str) -> list[float]:
         """Of every run that has the key; latency relative to the teacher's, which was measured alternately with it."""
         if key == "latency":
-            both = [(r.student.latency_ms, r.teacher.latency_ms) for r in self.results]
-            return [ours / theirs for ours, theirs in both if ours is not None and theirs]
+            return [ratio for r in self.results if (ratio := r.slowdown) is not None]
         if key == "epochs":
             return [float(self._epochs(r)) for r in self.results]
         if key.startswith("trained") and not self.recipe.phases():

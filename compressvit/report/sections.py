@@ -57,8 +57,8 @@ def verdict(run: Run) -> str:
         )
     else:
         slower = ""
-        if teacher.latency_ms and student.latency_ms:
-            slower = f" and {student.latency_ms / teacher.latency_ms:.2f} times its latency"
+        if ratio := run.results.slowdown:
+            slower = f" and {ratio:.2f} times its latency"
         parts.append(
             f"With {_share(student.parameters, teacher.parameters)} of the teacher's parameters{slower}, the student"
         )
@@ -115,6 +115,7 @@ def details(run: Run) -> list[str]:
         )
     if run.results.broken_images:
         sentences.append(f"{run.results.broken_images} broken image files were skipped; run.log names them.")
+    sentences += [f"Data: {note.text}." for note in run.results.data_notes]
     return sentences
 
 

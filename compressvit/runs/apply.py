@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence, Sized
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,14 @@ from compressvit.errors import UserError
 from compressvit.log import RunLog, log
 from compressvit.recipe.recipe import Recipe, parse_recipe, read_recipe
 from compressvit.runs import tensorboard
-from compressvit.runs.files import RecipePlan, Results
+from compressvit.runs.files import DataNote, DataPlan, RecipePlan, Results
 from compressvit.runs.finish import finish
 from compressvit.runs.folder import RunFolder, refuse_processes
 from compressvit.runs.job import Job, prepare, refuse_labels, refuse_own_inputs
 from compressvit.runs.merge import merge_folder, print_merge
 from compressvit.runs.models import trains_teacher
 from compressvit.runs.plan import plan_job, require_no_conflicts
+from compressvit.runs.resources import resource_faults
 from compressvit.runs.run import Run, fill_teacher
 from compressvit.runs.tables import print_plan
 
@@ -93,6 +94,7 @@ def apply(
     job = prepare(recipe, device, name=name)
     plan = plan_job(job)
     _refuse(job, plan, folder, overwrite=overwrite)
+    _note_data(job, plan, folder, resume=resume)
     with folder.owned():
         folder.refuse_or_clear(recipe, resume=resume, overwrite=overwrite)  # a run may have begun in it, or ended
         teacher, taught = fill_teacher(job, folder, resume=resume)
@@ -100,7 +102,8 @@ def apply(
         run_log = RunLog(folder.path, console, partial(tensorboard.tag_of, tags=tensorboard.scalar_tags(recipe)))
         try:
             run_log.show(lambda to: print_plan(plan, to))
-            return _run(Run(job, folder, run_log), plan, teacher, taught, report)
+            with resource_faults(recipe.data):
+                return _run(Run(job, folder, run_log), plan, teacher, taught, report)
         except UserError as error:
             log.error("%s", error, extra={"already_shown": True})
             raise
@@ -165,6 +168,21 @@ def _plain(value: Any, where: str) -> Any:
         f"{where} of the dictionary is a {type(value).__name__}, which a recipe cannot hold; a step is written "
         "{'multiplex': {'share': 2}}"
     )
+
+
+def _note_data(job: Job, plan: RecipePlan, folder: RunFolder, *, resume: bool) -> None:
+    """Add the data to the plan; a run that is resumed has the same as before."""
+    data = job.datasets
+    sizes = [len(part) if isinstance(part, Sized) else 0 for part in (data.train, data.validation)]
+    plan.data = DataPlan(
+        train=sizes[0],
+        validation=sizes[1],
+        classes=data.num_classes,
+        fingerprint=data.fingerprint(),
+        notes=[DataNote(**asdict(note)) for note in data.notes()],
+    )
+    if resume:
+        plan.notes += folder.refuse_other_data(job.recipe, plan.data)
 
 
 def _refuse(job: Job, plan: RecipePlan, folder: RunFolder, *, overwrite: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,11 @@ from compressvit.model import cost, stored
 from compressvit.recipe.recipe import Recipe, load_recipe, parse_recipe
 from compressvit.runs.folder import RESOLVED
 from compressvit.runs.job import pick_device
+from compressvit.runs.resources import resource_faults
 from compressvit.tasks.base import Task, task_of
 from compressvit.tasks.qualities import qualities
 from compressvit.terminal import Terminal
+from compressvit.text import printable
 from compressvit.training.evaluate import Watch, evaluate
 
 
@@ -84,12 +86,15 @@ def evaluate_path(path: str | Path, overrides: list[str], *, device: str, as_jso
     datasets = open_data(recipe.data)
     asked = any(override.startswith(tuple(f"data.{name}=" for name in STATISTICS)) for override in overrides)
     side = Side.of(model, recipe.data, trained=not asked)  # an artifact knows what its images look like
+    with resource_faults(recipe.data):
+        scores = Scorer(datasets, recipe.data, where).score(side)
     result: dict[str, Any] = {
         "path": str(folder),
         "data": recipe.data.name,
         **cost.cost(model, side.input.size).as_dict(),
-        **Scorer(datasets, recipe.data, where).score(side),
+        **scores,
         "broken_images": datasets.broken.count,
+        "data_notes": [asdict(note) for note in datasets.notes()],
     }
     if as_json:
         print(json.dumps(result, indent=2))
@@ -97,10 +102,12 @@ def evaluate_path(path: str | Path, overrides: list[str], *, device: str, as_jso
     table = Table(title=f"{folder} on {recipe.data.name}", title_justify="left", show_header=False)
     known = qualities()
     for key, value in result.items():
-        if key not in ("path", "data") and value is not None:
+        if key not in ("path", "data", "data_notes") and value is not None:
             unit = f" {known[key].unit}".rstrip() if key in known else ""
             table.add_row(key, f"{value:,}" if isinstance(value, int) else f"{value:.4f}{unit}")
     Terminal().print(table)
+    for note in datasets.notes():
+        print(f"data: {printable(note.text)}")
     if not datasets.labelled:
         print("the images have no labels, so there is no accuracy; `apply` compares a student with its teacher")
     return 0

@@ -42,10 +42,11 @@ class Costs(RunFile):
 
 class Figures(Costs):
     """Costs and scores of the teacher or the student in `results.json`. Scores are in percent but for `loss` and the cosines; None where
-    they cannot be had."""
+    they cannot be had. `latency_ratio` has the quartiles of student / teacher within a round of measurements."""
 
     images: int | None = None
     latency_ms: float | None = None
+    latency_ratio: tuple[float, float, float] | None = None
     top1: float | None = None
     top5: float | None = None
     loss: float | None = None
@@ -82,6 +83,14 @@ class PhaseReport(RunFile):
     widths: list[dict[str, int]] = []
 
 
+class DataNote(RunFile):
+    """What was passed over, guessed or converted in the data: a word for it, how often, and the sentence."""
+
+    what: str
+    count: int
+    text: str
+
+
 class Results(RunFile):
     """`results.json`."""
 
@@ -91,6 +100,15 @@ class Results(RunFile):
     ledger: list[LedgerRow] = []
     read_back_difference: float | None = None
     broken_images: int = 0
+    data_notes: list[DataNote] = []
+
+    @property
+    def slowdown(self) -> float | None:
+        """The student's latency in those of its teacher, which was measured alternately with it."""
+        if self.student.latency_ratio is not None:
+            return self.student.latency_ratio[1]
+        ours, theirs = self.student.latency_ms, self.teacher.latency_ms  # of an earlier version
+        return ours / theirs if ours is not None and theirs else None
 
 
 class PlannedTeacher(Costs):
@@ -130,6 +148,16 @@ class StagePlan(RunFile):
     private: int
 
 
+class DataPlan(RunFile):
+    """The opened data: how many images, what identifies their files (None for a stream), and what was passed over or guessed."""
+
+    train: int
+    validation: int
+    classes: int | None = None
+    fingerprint: str | None = None
+    notes: list[DataNote] = []
+
+
 class RecipePlan(RunFile):
     """`plan.json`, and what `compressvit plan` prints.
 
@@ -138,6 +166,7 @@ class RecipePlan(RunFile):
         input_size: channels, height and width of the student's images.
         conflicts: empty when the recipe can run.
         diagnostics: by name, what each will do.
+        data: known once the data is opened.
     """
 
     recipe: str = ""
@@ -149,6 +178,7 @@ class RecipePlan(RunFile):
     notes: list[str] = []
     conflicts: list[str] = []
     diagnostics: dict[str, str] = {}
+    data: DataPlan | None = None
 
 
 class Environment(RunFile):

@@ -38,6 +38,7 @@ def finish(job: Job, scorer: Scorer, folder: RunFolder, log: RunLog, *, plan: Re
         The content of `results.json`.
     """
     teacher, student = trained.teacher, trained.student
+    stored.name_classes(student.model, job.datasets.class_names)
     difference = _save(student, folder.student)
     answers = scorer.task(student).answers(student.model, job.datasets.class_names, job.datasets.labelled)
     predictions = Predictions(student.input, answers)
@@ -49,20 +50,27 @@ def finish(job: Job, scorer: Scorer, folder: RunFolder, log: RunLog, *, plan: Re
             file = save_adapter(student.model, folder.path / "adapter.safetensors")
         costs["adapter_bytes"] = file.stat().st_size
     sizes = [teacher.input.size, student.input.size]
-    times = cost.latency([teacher.model, student.model], sizes, device=job.device)
+    times = cost.latencies([teacher.model, student.model], sizes, device=job.device)
     results = Results.model_validate(
         {
             "teacher": {
                 **plan.teacher.model_dump(exclude={"model"}),
                 "images": scores["images"],
                 **theirs,
-                "latency_ms": times[0],
+                "latency_ms": times.medians[0],
             },
-            "student": {**costs, **scores, **trained_parameters(student.model), "latency_ms": times[1]},
+            "student": {
+                **costs,
+                **scores,
+                **trained_parameters(student.model),
+                "latency_ms": times.medians[1],
+                "latency_ratio": times.ratio(1),
+            },
             "phases": trained.phases,
             "ledger": [asdict(entry) for entry in compression_of(student.model).ledger],
             "read_back_difference": difference,
             "broken_images": job.datasets.broken.count,
+            "data_notes": [asdict(note) for note in job.datasets.notes()],
         }
     )
     write_json(folder.path / "results.json", results.model_dump(exclude_unset=True))
@@ -104,9 +112,12 @@ def _report(job: Job, folder: RunFolder, log: RunLog, results: Results, mismatch
     if mismatch and job.recipe.student.head != "new":
         warnings.warning("warning: %s", mismatch)
     log.say(
-        f"latency: batch 1 on {job.device}, {torch.get_num_threads()} threads, median of up to 30, measured alternately. "
+        f"latency: batch 1 on {job.device}, {torch.get_num_threads()} threads, median of up to 30, measured alternately; "
+        f"in brackets the middle half of the ratios. "
         f"The student was read back from disk: largest difference of its outputs {results.read_back_difference:.1e}"
     )
     if job.datasets.broken.count:
         log.say(f"{job.datasets.broken.count} broken image files were skipped; run.log names them")
+    for note in job.datasets.broken.notes():  # the others stand in the plan
+        log.say(f"data: {note.text}")
     log.say(f"run folder: {folder.path}")

@@ -23,8 +23,8 @@ from compressvit.errors import UserError, option, switch
 from compressvit.files import disk_faults, write_json, write_text
 from compressvit.model.header import MANIFEST
 from compressvit.model.old import RESOLVED, current_recipe, stored_step
-from compressvit.reading import MAX_YAML, parse_yaml, read_text
-from compressvit.runs.files import Environment, RecipePlan
+from compressvit.reading import MAX_YAML, parse_yaml, read_json, read_text, read_yaml
+from compressvit.runs.files import DataPlan, Environment, RecipePlan
 from compressvit.runs.owned import LOCK, delete, is_scratch, refuse_foreign, refuse_links
 
 if TYPE_CHECKING:
@@ -113,6 +113,7 @@ class RunFolder:
             ) from error
         now = flat(parse_yaml(recipe.to_yaml(), "the recipe"))
         changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+        changed = [key for key in changed if not self._changes_nothing(key, before, recipe)]
         if changed:
             lines = [f"  {key}: {_value(before, key)} in the run, {_value(now, key)} now" for key in changed]
             raise UserError(
@@ -121,6 +122,45 @@ class RunFolder:
                 + "\n"
                 f"Give the same recipe and overrides, or start a new run with another {option('output')}"
             )
+
+    def _changes_nothing(self, key: str, before: dict[str, Any], recipe: Recipe) -> bool:
+        """Whether a run ends with the same weights if this key has another value than before. That of `data.root` may: the images at the
+        new place are compared once they are found (`refuse_other_data`)."""
+        from compressvit.data.data_set import find_set  # here, as above
+
+        if key == "data.num_workers":
+            return not find_set(recipe.data.name).streams
+        if key == "data.root":
+            return _same_place(before.get(key), recipe.data.root) or self._fingerprint() is not None
+        return key == "data.download"
+
+    def _fingerprint(self) -> str | None:
+        """What identified the data of the run that began here, where that is known."""
+        try:
+            plan = RecipePlan.model_validate(read_json(self.path / "plan.json"))
+        except (UserError, OSError, ValueError):
+            return None
+        return plan.data.fingerprint if plan.data is not None else None
+
+    def refuse_other_data(self, recipe: Recipe, data: DataPlan) -> list[str]:
+        """Check that a run is resumed with the files that it began with, wherever they are now.
+
+        Returns:
+            A sentence, where it began with data at another place.
+
+        Raises:
+            UserError: there are other files, or other labels.
+        """
+        before = self._fingerprint()
+        if before is not None and data.fingerprint is not None and before != data.fingerprint:
+            raise UserError(
+                f"{switch('resume')}: the data is not what {self.path} was started with: the names or labels of its files have changed, and "
+                f"there are {data.train:,} images to train on and {data.validation:,} held out now. Give data.root=FOLDER of the same "
+                f"files, or start a new run with another {option('output')}"
+            )
+        content = read_yaml(self.path / RESOLVED)
+        root = flat(content).get("data.root")
+        return [] if root == recipe.data.root else [f"resumed with data.root={recipe.data.root}, before {root}"]
 
     @contextmanager
     def owned(self) -> Iterator[None]:
@@ -256,6 +296,11 @@ def flat(content: Any, prefix: str = "") -> dict[str, Any]:
     if isinstance(content, list) and content:
         return {k: v for i, value in enumerate(content) for k, v in flat(value, f"{prefix}.{i}").items()}
     return {prefix: content}
+
+
+def _same_place(one: str | None, other: str | None) -> bool:
+    """Whether two folders are the same, however they are written."""
+    return bool(one and other) and os.path.realpath(str(one)) == os.path.realpath(str(other))
 
 
 def _value(flat: dict[str, Any], key: str) -> str:

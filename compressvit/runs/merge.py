@@ -32,9 +32,11 @@ from compressvit.runs.evaluate import artifact_in
 from compressvit.runs.folder import RESOLVED
 from compressvit.runs.job import pick_device
 from compressvit.runs.owned import refuse_links
+from compressvit.runs.tables import ratio_text
 from compressvit.transforms.record import compression_of
 
 _SEAL = "merge.json"  # of a folder that `merge` wrote
+GROWN = 1.05  # from so many times the unmerged parameters on, a merge has undone a compression
 T = TypeVar("T")
 _WRITTEN = ("config.json", stored.MANIFEST, stored.TENSORS)
 
@@ -126,10 +128,16 @@ def print_merge(result: dict[str, Any], console: Console) -> None:
         table.add_column(column, justify="left" if not column else "right")
     times = result["latency_ms"]
     for name, label in (("backbone", "backbone alone"), ("unmerged", "unmerged"), ("merged", "merged")):
-        table.add_row(
-            label, f"{result['parameters'][name]:,}", f"{times[name]:.2f} ms", f"{times[name] / times['backbone']:.2f}"
-        )
+        ratio = ratio_text(result["latency_ratio"][name]) if name != "backbone" else "1.00"
+        table.add_row(label, f"{result['parameters'][name]:,}", f"{times[name]:.2f} ms", ratio)
     console.print(table)
+    if (times_larger := result["parameters"]["merged"] / result["parameters"]["unmerged"]) > GROWN:
+        console.print(
+            f"the merged model has {times_larger:.1f} times the parameters of the unmerged one: merging undoes what low rank saves. "
+            "It is for software that reads plain timm models only; elsewhere keep the student as it is",
+            highlight=False,
+            soft_wrap=True,
+        )
     for name, difference in result["differences"].items():
         console.print(f"largest difference on {name} images: {difference:.1e} of the largest output", highlight=False)
     reader, call = "timm alone", f"timm.create_model('local-dir:{result['merged']}', pretrained=True)"
@@ -169,9 +177,10 @@ def _measured(
     """Latencies, measured alternately, and parameters, of the backbone alone, the unmerged and the merged model."""
     base = timm.create_model(manifest.architecture, pretrained=False, **manifest.args).eval()
     models = {"backbone": base, "unmerged": model, "merged": merged}
-    times = cost.latency([m.to(device) for m in models.values()], [config.size] * 3, device=device)
+    times = cost.latencies([m.to(device) for m in models.values()], [config.size] * 3, device=device)
     return {
-        "latency_ms": dict(zip(models, times, strict=True)),
+        "latency_ms": dict(zip(models, times.medians, strict=True)),
+        "latency_ratio": {name: times.ratio(i) for i, name in enumerate(models) if i},
         "latency_on": f"{device}, {torch.get_num_threads()} threads",
         "parameters": {name: ties.count_parameters(m) for name, m in models.items()},
     }
@@ -180,7 +189,10 @@ def _measured(
 def _write(model: nn.Module, folder: Path, *, plain: bool) -> nn.Module:
     """Write a model into an empty folder, in timm's form or as an artifact, and read it back into float32."""
     if plain:
-        save_for_hf(model, str(folder), safe_serialization=True)
+        names = stored.class_names(model)
+        save_for_hf(
+            model, str(folder), model_config={stored.LABEL_NAMES: names} if names else None, safe_serialization=True
+        )
         for file in folder.iterdir():
             if file.name not in _WRITTEN:
                 file.unlink()

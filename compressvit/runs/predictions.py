@@ -106,7 +106,7 @@ class Predictions:
     def _picture(self, pixels: torch.Tensor, answer: dict[str, Any]) -> Image.Image:
         """(C, H, W), normalised, as a small picture with what the task draws in it."""
         mean, std = (pixels.new_tensor(v).view(-1, 1, 1) for v in (self.config.mean, self.config.std))
-        levels = ((pixels * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+        levels = ((pixels * std + mean)[:3].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
         picture = Image.fromarray(levels[:, :, 0] if levels.shape[2] == 1 else levels)
         if self.answers is not None:
             picture = self.answers.draw(picture, answer)

@@ -95,6 +95,7 @@ class Run:
         phase = Phase("teacher", 0, self.recipe.seed, self.folder.checkpoint("teacher"))
         side = Side(teacher, self.job.teacher.input)
         teacher, _ = spec.run(teacher, self._stage(phase, side, None))
+        stored.name_classes(teacher, self.job.datasets.class_names)
         with disk_faults(self.folder.teacher):
             artifact.save(teacher, self.folder.teacher, input_config=side.input.as_dict())
         return trained_teacher(self.folder)

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
+from compressvit.runs.files import Figures
 from compressvit.tasks.qualities import qualities
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from compressvit.runs.files import Costs, RecipePlan, Results
+    from compressvit.runs.files import Costs, DataPlan, RecipePlan, Results
     from compressvit.transforms import LedgerEntry
 
 
@@ -88,6 +89,9 @@ def results_rows(teacher: Costs, student: Costs) -> list[tuple[str, str, str, st
     row("stored in addition to the backbone", "adapter_bytes", lambda v: f"{v / 1e3:,.1f} kB")
     row("MACs per image", "macs", lambda v: f"{v / 1e6:,.2f} M")
     row("latency", "latency_ms", lambda v: f"{v:.2f} ms")
+    if rows[-1][0] == "latency" and rows[-1][-1]:  # noise is larger than a third digit
+        known = student.latency_ratio if isinstance(student, Figures) else None
+        rows[-1] = (*rows[-1][:-1], ratio_text(known) if known else f"{float(rows[-1][-1]):.2f}")
     for quality in qualities().values():
         row(quality.long, quality.key, quality.text)
     return rows
@@ -122,7 +126,22 @@ def print_plan(plan: RecipePlan, console: Console) -> None:
             )
     for name, summary in plan.diagnostics.items():
         console.print(Text.assemble("diagnostics: ", (name, "bold"), f"  {summary}"), highlight=False)
+    if plan.data is not None:
+        print_data(plan.data, console)
     for note in plan.notes:
         console.print(f"note: {note}", highlight=False)
     for conflict in plan.conflicts:
         console.print(Text.assemble(("conflict:", "red"), f" {conflict}"), highlight=False)
+
+
+def print_data(data: DataPlan, console: Console) -> None:
+    """How many images there are, and what was passed over or guessed about them."""
+    console.print(f"data: {data.train:,} images to train on, {data.validation:,} held out", highlight=False)
+    for note in data.notes:
+        console.print(f"data: {note.text}", highlight=False)
+
+
+def ratio_text(ratio: Sequence[float]) -> str:
+    """Quartiles of a ratio, as '1.89 (1.81–1.97)': median, and in brackets the middle half of all rounds."""
+    low, middle, high = ratio
+    return f"{middle:.2f} ({low:.2f}–{high:.2f})"

@@ -41,8 +41,8 @@ def test_input_config_of_colour_models():
 
 
 def test_input_config_of_a_model_with_odd_channels():
-    model = timm.create_model("vit_tiny_patch16_224", img_size=32, in_chans=4, depth=1)
-    with pytest.raises(UserError, match="takes 4 channels; images have 1"):
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, in_chans=5, depth=1)
+    with pytest.raises(UserError, match="takes 5 channels; images have 1"):
         input_config(model, Data(name="digits"))
 
 

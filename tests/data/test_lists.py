@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import unicodedata
+
 import numpy as np
 import pytest
 import scipy.io
@@ -96,3 +99,97 @@ def test_svhn_is_read(tmp_path, monkeypatch):
     assert (len(found.train), len(found.validation), found.num_classes) == (20, 20, 10)
     assert found.train[0][0].size == (32, 32)
     assert found.train[9][1] == 0, "the digit 0 is stored as 10"
+
+
+# ---- what lists are found with
+
+
+def of(root, name: str, text: str, **options):
+    (root / f"{name}.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
+    return open_data(data(root, train_split=name, **options))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\ufeffimages/the test/0.png 1\nimages/the test/1.png 0\n",
+        "images/the test/0.png\t1\r\nimages/the test/1.png\t0\r\n",
+        "images/the test/0.png,1\nimages/the test/1.png, 0\n",
+        '"images/the test/0.png",1\n"images/the test/1.png",0',
+    ],
+    ids=["byte-order mark", "tab", "comma", "quotes"],
+)
+def test_a_list_may_be_written_in_several_ways(task, text):
+    found = of(task, "other", text)
+    assert [(found.train.name(i).rpartition("/")[2], found.train[i][1]) for i in range(2)] == [
+        ("0.png", 1),
+        ("1.png", 0),
+    ]
+
+
+@pytest.mark.parametrize("label", ["3000000000", "1" + "0" * 20, "9" * 5000])
+def test_a_huge_label_is_one_sentence(task, label):
+    with pytest.raises(UserError, match=r"odd.txt, line 1: label .* would make more than 1,000,000 classes") as error:
+        of(task, "odd", f"images/the test/0.png {label}\n")
+    assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("a" * 5000 + ".png", "1 of its 1 images are not there, first .*aaa…"),
+        ("a\0.png", "are not there"),
+        ("images", "are not there"),
+    ],
+    ids=["long", "zero byte", "folder"],
+)
+def test_what_no_file_can_be_called_is_not_there(task, path, words):
+    with pytest.raises(UserError, match=words) as error:
+        of(task, "odd", f"{path} 1\n")
+    assert len(str(error.value)) < 800
+
+
+def test_labels_from_1_are_noticed(task):
+    found = of(task, "ones", "images/the test/0.png 1\nimages/the test/1.png 2\n", val_split="ones")
+    assert found.num_classes == 3
+    assert [(note.what, note.count) for note in found.notes()] == [("classes", 3), ("empty_class_0", 4)]
+    found = of(task, "gap", "images/the test/0.png 0\nimages/the test/1.png 2\n", val_split="gap")
+    assert found.notes()[1].text == "both lists: 1 class without a picture: 1"
+    assert [note.what for note in open_data(data(task)).notes()] == ["classes"]
+
+
+def test_names_of_labels_from_a_file(task):
+    (task / "names").write_text("ant\nbee\ncow\n")
+    assert open_data(data(task, classes=str(task / "names"))).class_names == ["ant", "bee", "cow"]
+    (task / "names").write_text("ant\nbee\n")
+    with pytest.raises(UserError, match="has 2 names, and the lists go up to label 2"):
+        open_data(data(task, classes=str(task / "names")))
+
+
+def test_images_outside_the_root_are_read_by_option(task, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "0.png"
+    Image.new("L", (8, 8)).save(elsewhere)
+    (task / "images" / "link.png").symlink_to(elsewhere)
+    for path in (str(elsewhere), f"../{os.path.relpath(elsewhere, task.parent)}"):
+        with pytest.raises(UserError, match=r"leads out of data.root=.*; data.outside=true reads such images, too"):
+            of(task, "out", f"{path} 1\n")
+        found = of(task, "out", f"{path} 1\n", outside=True)
+        assert [(note.what, note.count) for note in found.notes()] == [("classes", 2), ("from_outside", 1)]
+    assert of(task, "linked", "images/link.png 1\n").notes()[1].count == 1
+    with pytest.raises(UserError, match="leads out of"):
+        of(task, "linked", "images/link.png 1\n", outside=False)
+    assert len(of(task, "inside", "images/../images/the test/0.png 1\n", outside=False).train) == 1
+
+
+def test_a_pipe_in_a_list_is_refused(task):
+    os.mkfifo(task / "images" / "pipe.png")
+    with pytest.raises(UserError, match=r"images/pipe.png is a named pipe, not a picture"):
+        of(task, "odd", "images/pipe.png 1\n")
+
+
+def test_a_path_in_another_unicode_form_is_found(task):
+    composed, decomposed = (unicodedata.normalize(form, "café.png") for form in ("NFC", "NFD"))
+    (task / "images" / "the test" / "0.png").rename(task / "images" / decomposed)
+    found = of(task, "other", f"images/{composed} 1\n", val_split="other")
+    assert found.train.name(0).endswith(decomposed)
+    assert ("form", 1) in [(note.what, note.count) for note in found.notes()]

@@ -102,3 +102,36 @@ def test_a_fault_beside_an_override_keeps_its_line():
 def test_a_value_that_replaces_an_override_takes_over_its_faults():
     place, path, _ = only_row(GOOD, ["data.name=digits", "data={name: digitz}"])
     assert (place, path) == ("override data={name: digitz}", "data.name")
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("data.root=/data/set #2", "/data/set #2"),
+        ("data.root=#2", "#2"),
+        ("data.root= /data/set #2 ", "/data/set #2"),
+        ("data.root='/data/set #2'", "/data/set #2"),
+        ("data.root='/data/set' # the second", "/data/set"),
+        ("data.root=/data/set#2", "/data/set#2"),
+        ("data.root=2024", "2024"),
+        ("data.root=007", "007"),
+        ("data.root=1e3", "1e3"),
+        ("data.root=2024-01-02", "2024-01-02"),
+        ("data.root=yes", "yes"),
+    ],
+)
+def test_a_text_is_taken_as_it_is_written(override, value):
+    assert parse_recipe(GOOD, overrides=[override]).data.root == value
+
+
+def test_only_the_text_of_an_override_of_that_key_is_taken():
+    assert parse_recipe(GOOD, overrides=["data.root=null"]).data.root is None
+    for recipe, overrides in (
+        (GOOD, ["data={name: digits, root: 2024}"]),
+        (GOOD, ["data.root=[2024]"]),
+        (GOOD.replace("A test.", "2024"), []),
+    ):
+        assert "valid string" in fault(recipe, overrides)
+    assert 'valid integer, not "3 # three"' in fault(GOOD, ["seed=3 # three"])
+    found = rows(fault(GOOD, ["data.root=2024", "seed=x"]))
+    assert [(place, path) for place, path, _ in found] == [("override seed=x", "seed")]

@@ -10,11 +10,17 @@ from compressvit.data.spec import Data
 from compressvit.errors import UserError
 from compressvit.files import expanded
 
-IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+TRAIN_FOLDERS = ("train", "training")
+VAL_FOLDERS = ("val", "valid", "validation", "eval", "evaluation", "test")
 LAYOUT = """expected
   FOLDER/train/CLASS/*.jpg   (or FOLDER/train.tar, or a FOLDER/train/CLASS.tar for each class)
   FOLDER/val/CLASS/*.jpg     (or FOLDER/val.tar, …)
 for images without classes use data.name=images"""
+
+
+def split_names(split: str, usual: Sequence[str]) -> list[str]:
+    """The names under which a split is looked for: `split`, and where it is a usual one the other usual ones."""
+    return list(dict.fromkeys([split, *usual] if split in usual else [split]))
 
 
 def class_names_of(source: Any) -> list[str] | None:
@@ -27,12 +33,6 @@ def class_names_of(source: Any) -> list[str] | None:
     for name, index in mapping.items():  # ImageNet gives a class several names: the first is kept
         by_index.setdefault(int(index), str(name))
     return [by_index.get(i, str(i)) for i in range(max(by_index) + 1)]
-
-
-def some_of(names: Sequence[str], at_most: int = 5) -> str:
-    """The first few names for a message, and how many more there are."""
-    more = f" and {len(names) - at_most} more" if len(names) > at_most else ""
-    return ", ".join(names[:at_most]) + more if names else "none"
 
 
 def evenly(count: int, limit: int | None) -> Sequence[int]:

@@ -2,44 +2,118 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from torch.utils.data import Dataset, Subset
 
 from compressvit.data.data_set import data_set
-from compressvit.data.sets.base import IMAGE_TYPES, existing_root
+from compressvit.data.files import Found, PictureFiles, Search
+from compressvit.data.notes import Note, pictures
+from compressvit.data.pictures import EXTENSIONS
+from compressvit.data.sets.base import TRAIN_FOLDERS, VAL_FOLDERS, existing_root, split_names
 from compressvit.data.spec import Data
 from compressvit.errors import UserError
 
-if TYPE_CHECKING:
-    from timm.data import ImageDataset
-
 LAYOUT = "expected images anywhere under FOLDER, or under FOLDER/train and FOLDER/val"
+NO_LABEL = -1
 
 
 @data_set("images", note="unlabelled, searched recursively", labelled=False)
-def open_images(data: Data) -> tuple[Dataset, Dataset]:
-    """FOLDER/train and FOLDER/val where both are there; else every 1/val_fraction-th image is held out."""
+def open_images(data: Data) -> tuple[PictureFiles, PictureFiles]:
+    """FOLDER/train and FOLDER/val as far as they are there, under the names that `folder` knows too. Without a folder of its own validation
+    has every 1/val_fraction-th of all images, or of all groups of `data.group_by`; and without one training has all but validation's."""
     root = existing_root(data, LAYOUT)
-    if (root / "train").is_dir() and (root / "val").is_dir():
-        return _readable(root / "train", data), _readable(root / "val", data)
-    source = _readable(root, data)
-    count = len(source)
-    if count < 2:
+    validation = _folder(root, data.val_split, VAL_FOLDERS)
+    train = _folder(root, data.train_split, TRAIN_FOLDERS)
+    if validation is None:
+        return _held_out(_search(root, data), data)
+    held_out = _search(validation, data)
+    if train is not None:
+        used = (train.name, validation.name)
+        return _set(_search(train, data)), _set(held_out, _others(root, used))
+    # no folder that is called like a validation split is trained on
+    kept = [name for name in split_names(data.val_split, VAL_FOLDERS) if (root / name).is_dir()]
+    rest = _search(root, data, leave_out=kept)
+    text = f"{pictures(len(rest.found))} outside {', '.join(f'{name}/' for name in kept)} to train on; validation is {validation.name}/"
+    return _set(rest, [Note("split", len(rest.found), text)]), _set(held_out)
+
+
+def _folder(root: Path, split: str, usual: Sequence[str]) -> Path | None:
+    return next((root / name for name in split_names(split, usual) if (root / name).is_dir()), None)
+
+
+def _search(folder: Path, data: Data, leave_out: Sequence[str] = ()) -> Search:
+    """All images in a folder or below it, whatever their folders are called."""
+    root = existing_root(data, LAYOUT)
+    found = Search(folder, within=root, outside=data.outside is not False, leave_out=leave_out)
+    if not found.found:
+        besides = f" outside {', '.join(leave_out)}" if leave_out else ""
+        raise UserError(f"data.root={data.root}: no images in {folder} or below{besides} ({', '.join(EXTENSIONS)})")
+    return found
+
+
+def _set(search: Search, notes: Sequence[Note] = ()) -> PictureFiles:
+    return _files(search.found, [*notes, *search.notes()])
+
+
+def _files(found: Sequence[Found], notes: Sequence[Note] = ()) -> PictureFiles:
+    return PictureFiles([(file.path, NO_LABEL) for file in found], None, notes)
+
+
+def _others(root: Path, used: Sequence[str]) -> list[Note]:
+    """A note of what lies beside the folders of the splits."""
+    others = sorted(path.name for path in root.iterdir() if path.name not in used)
+    if not others:
+        return []
+    text = f"only {' and '.join(f'{name}/' for name in used)} are used; beside them, first {others[0]}, nothing is"
+    return [Note("beside_splits", len(others), text)]
+
+
+def _held_out(search: Search, data: Data) -> tuple[PictureFiles, PictureFiles]:
+    """Every 1/val_fraction-th group is held out; by default every image is a group of its own."""
+    found = search.found
+    if len(found) < 2:
         raise UserError(
             f"data.root={data.root}: a single image cannot be used for both training and evaluation; add images"
         )
+    groups, notes = _groups(found, data.group_by)
+    names = list(dict.fromkeys(groups))
+    if len(names) < 2:
+        raise UserError(
+            f"data.group_by={data.group_by}: all {len(found)} images are of one group, '{names[0]}', which cannot be used for both "
+            "training and evaluation"
+        )
     every = round(1 / data.val_fraction)
-    held_out = set(range(every - 1, count, every)) or {count - 1}
-    return Subset(source, [i for i in range(count) if i not in held_out]), Subset(source, sorted(held_out))
+    chosen = set(names[every - 1 :: every]) or {names[-1]}
+    train = [file for file, group in zip(found, groups, strict=True) if group not in chosen]
+    held_out = [file for file, group in zip(found, groups, strict=True) if group in chosen]
+    if data.group_by is None:
+        how = (
+            f"every {_ordinal(every)} picture in natural order of the paths. Crops or frames of one photograph fall on both sides, which "
+            "makes figures too good: data.group_by keeps them together"
+        )
+    else:
+        how = f"all of every {_ordinal(every)} of {len(names):,} groups (data.group_by={data.group_by})"
+    notes.insert(0, Note("held_out", len(held_out), f"{pictures(len(held_out))} of {len(found):,} held out: {how}"))
+    return _files(train, [*notes, *search.notes()]), _files(held_out)
 
 
-def _readable(folder: Path, data: Data) -> ImageDataset:
-    """All images in a folder or below it, whatever their folders are called."""
-    from timm.data import create_dataset
+def _groups(found: Sequence[Found], group_by: str | None) -> tuple[list[str], list[Note]]:
+    """The group of every picture: its folder, or what a regular expression finds in its path."""
+    if group_by is None:
+        return ["/".join(file.parts) for file in found], []
+    if group_by == "folder":
+        return ["/".join(file.parts[:-1]) for file in found], []
+    pattern = re.compile(group_by)
+    groups, alone = [], 0
+    for path in ("/".join(file.parts) for file in found):
+        match = pattern.search(path)
+        alone += match is None
+        groups.append(path if match is None else "\0".join(part or "" for part in match.groups()) or match.group())
+    text = f"{pictures(alone)} in which data.group_by={group_by} finds nothing, each a group of its own"
+    return groups, [Note("ungrouped", alone, text)] if alone else []
 
-    try:
-        return create_dataset("", root=str(folder), search_split=False, input_key=";".join(IMAGE_TYPES))
-    except RuntimeError as error:
-        raise UserError(f"data.root={data.root}: no images in {folder} or below ({', '.join(IMAGE_TYPES)})") from error
+
+def _ordinal(number: int) -> str:
+    ending = "th" if number % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+    return f"{number}{ending}"

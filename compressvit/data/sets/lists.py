@@ -1,84 +1,159 @@
 """Image sets whose splits are text files: a line `PATH LABEL` per image, as VTAB-1k is commonly prepared.
 
 FOLDER/train800.txt  FOLDER/val200.txt  FOLDER/train800val200.txt  FOLDER/test.txt
-FOLDER/images/…      PATH is relative to FOLDER, LABEL counts from 0
+FOLDER/images/…      PATH is relative to FOLDER, LABEL counts from 0; a space, a tab or a comma is between them
 """
 
 from __future__ import annotations
 
+import os
+import stat
+import unicodedata
+from collections import Counter
 from pathlib import Path
 
-import torch
-from PIL import Image
-from torch.utils.data import Dataset
-
+from compressvit.data.classes import missing_classes, read_names
 from compressvit.data.data_set import data_set
+from compressvit.data.files import SPECIAL, PictureFiles, lies_in
+from compressvit.data.notes import Note, pictures
 from compressvit.data.sets.base import existing_root
 from compressvit.data.spec import Data
 from compressvit.errors import UserError, nearest
 
 LAYOUT = """expected FOLDER/SPLIT.txt with a line `PATH LABEL` per image (PATH relative to FOLDER, LABEL from 0), as in a prepared VTAB-1k:
   data.train_split=train800val200 data.val_split=test      (or train800 and val200, to choose hyper-parameters)"""
-
-
-class Listed(Dataset):
-    """Images of a list: `samples` holds (path, target), and an item is (PIL image, target)."""
-
-    def __init__(self, samples: list[tuple[Path, int]], classes: int):
-        self.samples = samples
-        self.targets = torch.tensor([target for _, target in samples])
-        self.classes = [str(i) for i in range(classes)]
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        path, target = self.samples[index]
-        with Image.open(path) as image:
-            image.load()
-            return image, target
+MOST_CLASSES = 1_000_000
 
 
 @data_set("lists", note="SPLIT.txt with `PATH LABEL` lines, as a prepared VTAB-1k")
-def open_lists(data: Data) -> tuple[Listed, Listed]:
+def open_lists(data: Data) -> tuple[PictureFiles, PictureFiles]:
     """The two splits that `data` names; both have as many classes as the highest label of either says.
 
     Raises:
         UserError: no such folder or list, a line that cannot be read, or images that are not there.
     """
     root = existing_root(data, LAYOUT)
-    parts = [
-        _read(root, option, split)
+    train, validation = (
+        _List(root, option, split, data)
         for option, split in (("train_split", data.train_split), ("val_split", data.val_split))
-    ]
-    classes = data.num_classes or 1 + max(target for part in parts for _, target in part)
-    return Listed(parts[0], classes), Listed(parts[1], classes)
+    )
+    labels = [target for part in (train, validation) for _, target in part.samples]
+    classes = data.num_classes or 1 + max(labels)
+    names = [str(i) for i in range(classes)]
+    if data.classes is not None:
+        names = read_names(data.classes)
+        if max(labels) >= len(names):
+            raise UserError(
+                f"data.classes={data.classes} has {len(names)} names, and the lists go up to label {max(labels)}"
+            )
+    how = (
+        f"the names in {data.classes}"
+        if data.classes
+        else "data.num_classes"
+        if data.num_classes
+        else "highest label + 1"
+    )
+    notes = [Note("classes", len(names), f"{len(names):,} classes: {how}")]
+    if 0 not in labels and max(labels) > 0:
+        text = f"no image has label 0, and {pictures(labels.count(1), 'image')} label 1: labels count from 0, and class 0 stays empty"
+        notes.append(Note("empty_class_0", len(labels), text))
+    else:
+        notes += missing_classes(names, {names[label] for label in {*labels} if label < len(names)}, "both lists")
+    return PictureFiles(train.samples, names, [*notes, *train.notes()]), PictureFiles(
+        validation.samples, names, validation.notes()
+    )
 
 
-def _read(root: Path, option: str, split: str) -> list[tuple[Path, int]]:
-    file = root / f"{split.removesuffix('.txt')}.txt"
-    if not file.is_file():
-        there = sorted(path.stem for path in root.glob("*.txt"))
-        close = nearest(split, there)
-        hint = f"did you mean {close}? " if close else ""
-        raise UserError(
-            f"data.{option}={split}: there is no {file}; {hint}lists there: {', '.join(there) or 'none'}; {LAYOUT}"
-        )
-    samples = []
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 text: {error}") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        path, _, label = line.strip().rpartition(" ")
-        if not path or not label.isdecimal():
-            raise UserError(f"{file}, line {number}: {line!r} is not `PATH LABEL` with a label from 0; {LAYOUT}")
-        samples.append((root / path, int(label)))
-    if not samples:
-        raise UserError(f"{file} lists no image; {LAYOUT}")
-    missing = [path for path, _ in samples if not path.is_file()]
-    if missing:
-        raise UserError(f"{file}: {len(missing)} of its {len(samples)} images are not there, first {missing[0]}")
-    return samples
+class _List:
+    """The images of a split, each found to be there, and what was guessed about them."""
+
+    def __init__(self, root: Path, option: str, split: str, data: Data):
+        self.file = root / f"{split.removesuffix('.txt')}.txt"
+        self._root, self._inside, self._outside = root, os.path.realpath(root), data.outside
+        self._guessed: Counter[str] = Counter()
+        if not self.file.is_file():
+            there = sorted(path.stem for path in root.glob("*.txt"))
+            close = nearest(split, there)
+            hint = f"did you mean {close}? " if close else ""
+            raise UserError(
+                f"data.{option}={split}: there is no {self.file}; {hint}lists there: {', '.join(there) or 'none'}; {LAYOUT}"
+            )
+        entries = self._entries()
+        missing: list[str] = []
+        self.samples = [(self._existing(path, missing), label) for path, label in entries]
+        if missing:
+            raise UserError(
+                f"{self.file}: {len(missing)} of its {len(entries)} images are not there, first {root / missing[0]}"
+            )
+
+    def _entries(self) -> list[tuple[str, int]]:
+        try:
+            lines = self.file.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{self.file} is not UTF-8 text: {error}") from error
+        entries = [self._entry(line.strip(), number) for number, line in enumerate(lines, 1) if line.strip()]
+        if not entries:
+            raise UserError(f"{self.file} lists no image; {LAYOUT}")
+        return entries
+
+    def _entry(self, line: str, number: int) -> tuple[str, int]:
+        head = line.rstrip("0123456789")
+        label, path = line[len(head) :], head.rstrip(" \t,")
+        if not label or not path or path == head:
+            raise UserError(
+                f"{self.file}, line {number}: {_short(line)!r} is not `PATH LABEL` with a label from 0; {LAYOUT}"
+            )
+        if len(label.lstrip("0")) > len(str(MOST_CLASSES)) or int(label) >= MOST_CLASSES:
+            raise UserError(
+                f"{self.file}, line {number}: label {_short(label)} would make more than {MOST_CLASSES:,} classes; labels count from 0 "
+                "without gaps"
+            )
+        if len(path) > 1 and path[0] == path[-1] == '"':  # as spreadsheets write a path with a comma
+            path = path[1:-1]
+        return path, int(label)
+
+    def _existing(self, path: str, missing: list[str]) -> str:
+        """The file that a list means, which may be stored under the other Unicode form of its name."""
+        for form in dict.fromkeys((path, *(unicodedata.normalize(form, path) for form in ("NFC", "NFD")))):
+            full = os.path.join(self._root, form)
+            try:
+                kind = stat.S_IFMT(os.stat(full).st_mode)
+            except (OSError, ValueError):  # nothing there, too long for a path, or with a zero byte
+                continue
+            if kind in SPECIAL:
+                raise UserError(f"{self.file}: {full} is {SPECIAL[kind]}, not a picture")
+            if kind == stat.S_IFREG:
+                self._guessed["form"] += form != path
+                self._check_inside(path, full)
+                return full
+        missing.append(_short(path, 200))
+        return ""
+
+    def _check_inside(self, path: str, full: str) -> None:
+        written_inside = lies_in(os.path.normpath(full), os.path.normpath(self._root))
+        if written_inside and lies_in(os.path.realpath(full), self._inside):
+            return
+        if self._outside is False or (self._outside is None and not written_inside):
+            raise UserError(
+                f"{self.file}: {_short(path, 200)} leads out of data.root={self._root}; data.outside=true reads such images, too"
+            )
+        self._guessed["outside"] += 1
+
+    def notes(self) -> list[Note]:
+        texts = {
+            "form": "{} found under another Unicode form of the name in the list",
+            "outside": f"{{}} read from outside {self._root}",
+        }
+        return [
+            Note(
+                kind if kind == "form" else "from_outside",
+                count,
+                f"{self.file.stem}: {texts[kind].format(pictures(count))}",
+            )
+            for kind, count in self._guessed.items()
+            if count
+        ]
+
+
+def _short(text: str, at_most: int = 80) -> str:
+    return text if len(text) <= at_most else f"{text[:at_most]}…"

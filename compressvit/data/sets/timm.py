@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from PIL import Image
 from torch.utils.data import Dataset
 
 from compressvit.data.data_set import data_set
+from compressvit.data.pictures import read_picture
 from compressvit.data.sets.base import download_root
 from compressvit.data.spec import Data
 from compressvit.errors import UserError
@@ -24,13 +26,14 @@ _TORCH = {
 }
 
 
-@data_set("tfds/NAME", package="tensorflow_datasets")
-@data_set("hfids/NAME", package="datasets")
+@data_set("tfds/NAME", package="tensorflow_datasets", streams=True)
+@data_set("hfids/NAME", package="datasets", streams=True)
 @data_set("hfds/NAME", package="datasets")
-@data_set("wds/NAME", package="webdataset")
+@data_set("wds/NAME", package="webdataset", streams=True)
 def open_timm(data: Data) -> tuple[Dataset, Dataset]:
     """As timm reads it: prefixes, splits and roots mean what they mean there."""
     from timm.data import create_dataset
+    from torchvision.datasets.folder import default_loader
 
     prefix = data.name.partition("/")[0].lower()
     if prefix in ("torch", "wds"):
@@ -49,7 +52,10 @@ def open_timm(data: Data) -> tuple[Dataset, Dataset]:
                 is_training=not sources,
                 download=data.download and prefix in ("torch", "tfds", "hfids"),
                 batch_size=batch_size,
+                input_img_mode="RGB" if prefix == "tfds" else "",  # else `compressvit.data.pictures` converts
             )
+            if getattr(source, "loader", None) is default_loader:
+                source.loader = _open
             count = len(source)
         except Exception as error:  # each reader objects in its own way, always to what the recipe asked for
             way_out = (
@@ -65,6 +71,10 @@ def open_timm(data: Data) -> tuple[Dataset, Dataset]:
             )
         sources.append(source)
     return sources[0], sources[1]
+
+
+def _open(path: str) -> Image.Image:
+    return read_picture(path)[0]
 
 
 for _name, _classes in _TORCH.items():

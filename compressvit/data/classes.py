@@ -1,0 +1,125 @@
+"""The names of classes and their order, which decides what a target means."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable, Sequence
+
+from compressvit.data.files import natural_key
+from compressvit.data.notes import Note, pictures
+from compressvit.errors import UserError
+from compressvit.files import expanded
+
+ORDERS = ("natural", "plain")
+_LONGEST_FILE = 2**26
+
+
+def class_order(names: Iterable[str], asked: str | None, where: str) -> tuple[list[str], list[Note]]:
+    """The classes in target order.
+
+    Args:
+        names: of the folders.
+        asked: the recipe's `data.classes`: 'natural' (also None), 'plain', or a file with a name a line.
+        where: what messages call the folder of the folders.
+
+    Raises:
+        UserError: a name that is not in the file, or two names that differ only in their Unicode form.
+    """
+    natural = sorted(set(names), key=lambda name: (natural_key(name), name))
+    plain = sorted(natural)
+    _refuse_twins(natural, where)
+    if asked is not None and asked not in ORDERS:
+        order = read_names(asked)
+        known = {composed(name) for name in order}
+        if strange := [name for name in natural if composed(name) not in known]:
+            raise UserError(
+                f"data.classes={asked}: {pictures(len(strange), 'folder')} of {where} not among its {len(order)} names, first "
+                f"'{strange[0]}'; the file has one folder name a line, in the order of the targets"
+            )
+        return order, [Note("classes", len(order), f"{len(order):,} classes, in the order of {asked}")]
+    order = plain if asked == "plain" else natural
+    text = f"{len(order):,} classes: the folders directly in {where}, in {asked or 'natural'} order"
+    notes = [Note("classes", len(order), text)]
+    if plain != natural:
+        place = next(i for i, (a, b) in enumerate(zip(plain, natural, strict=True)) if a != b)
+        moved = sum(a != b for a, b in zip(plain, natural, strict=True))
+        text = (
+            f"{moved:,} classes have another number in plain order (torchvision's) than in natural order (timm's): class {place} is "
+            f"'{plain[place]}' or '{natural[place]}'. A head that was trained elsewhere needs the order it was trained with: "
+            "data.classes=plain, natural, or a file"
+        )
+        notes.append(Note("class_order", moved, text))
+    return order, notes
+
+
+def read_names(file: str) -> list[str]:
+    """The names in a file, one a line.
+
+    Raises:
+        UserError: no such file, an empty line between names, or a name that is there twice.
+    """
+    path = expanded(file, "data.classes")
+    if not path.is_file():
+        raise UserError(
+            f"data.classes={file}: there is no such file; give {', '.join(ORDERS)}, or a file with one class name a line"
+        )
+    try:
+        if path.stat().st_size > _LONGEST_FILE:
+            raise UserError(f"data.classes={file}: a file of {path.stat().st_size:,} bytes is no list of class names")
+        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data.classes={file} cannot be read as UTF-8 text: {error}") from error
+    if len(names) < 2 or "" in names:
+        fault = f"line {names.index('') + 1} is empty" if "" in names else f"it has {pictures(len(names), 'line')}"
+        raise UserError(f"data.classes={file}: {fault}; give one class name a line, at least two")
+    first: dict[str, int] = {}
+    for number, name in enumerate(names, 1):
+        if composed(name) in first:
+            raise UserError(f"data.classes={file}: '{name}' is on line {first[composed(name)]} and on line {number}")
+        first[composed(name)] = number
+    return names
+
+
+def composed(name: str) -> str:
+    """A name in which an accented letter is one character (NFC): file systems and archives also store it as two (NFD)."""
+    return unicodedata.normalize("NFC", name)
+
+
+def numbers_of(order: Sequence[str]) -> dict[str, int]:
+    """The target of every name, in composed form."""
+    return {composed(name): number for number, name in enumerate(order)}
+
+
+def different_classes(name: str, train: Iterable[str], validation: Iterable[str]) -> UserError:
+    """What to raise where the two splits have other classes."""
+    train, validation = set(train), set(validation)
+    return UserError(
+        f"data.name={name}: the training and the validation split have different classes"
+        f"\n  only in training: {some_of(sorted(train - validation))}"
+        f"\n  only in validation: {some_of(sorted(validation - train))}"
+        "\na target is the position of a class, so both splits need the same class folders, or data.classes=FILE with all their names"
+    )
+
+
+def missing_classes(order: Sequence[str], there: Iterable[str], split: str) -> list[Note]:
+    """A note where a split has no picture of some classes."""
+    known = {composed(name) for name in there}
+    missing = [name for name in order if composed(name) not in known]
+    text = f"{split}: {pictures(len(missing), 'class')} without a picture: {some_of(missing)}"
+    return [Note("missing_classes", len(missing), text)] if missing else []
+
+
+def some_of(names: Sequence[str], at_most: int = 5) -> str:
+    """The first few names for a message, and how many more there are."""
+    more = f" and {len(names) - at_most} more" if len(names) > at_most else ""
+    return ", ".join(names[:at_most]) + more if names else "none"
+
+
+def _refuse_twins(names: Sequence[str], where: str) -> None:
+    first: dict[str, str] = {}
+    for name in names:
+        if composed(name) in first:
+            raise UserError(
+                f"{where}: two folders are called '{composed(name)}', in different Unicode forms; move the pictures into one"
+            )
+        first[composed(name)] = name

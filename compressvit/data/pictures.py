@@ -1,0 +1,153 @@
+"""The one place that opens picture files: which formats are read, and how each mode becomes 8 bits a channel.
+
+| stored as | becomes |
+| --- | --- |
+| 8 bits: gray, colour, palette, 1 bit, CMYK, YCbCr, HSV | what Pillow's `convert` makes of it, as in torchvision and timm |
+| 16 bits, gray (PNG, TIFF, JPEG 2000) | value / 257, rounded |
+| 16 bits a channel, colour | the high byte of each, as Pillow reads it |
+| 32-bit integers (also PGM of more than 8 bits, which Pillow scales to 0..65535) | as 16 bits; values outside 0..65535 are refused |
+| floats | 0..1 becomes 0..255; other values are refused |
+| alpha, or a palette's transparent colours | left out for a model of 1 or 3 channels, as in torchvision and timm; the fourth of 4 |
+| several frames or pages | the first |
+
+An orientation in the EXIF block is ignored, as in torchvision and timm, unless `data.exif` is true. (Pillow itself applies that of TIFF.)
+
+Vector formats (EPS, PostScript, WMF), containers and everything else that Pillow knows are not read, whatever a file is called: Pillow
+starts Ghostscript for EPS. Readers of other packages open pictures themselves, so importing this module also forbids Pillow to do that.
+"""
+
+from __future__ import annotations
+
+from enum import IntFlag
+from functools import cache
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from PIL import EpsImagePlugin, ExifTags, Image, ImageOps, UnidentifiedImageError
+
+# Pillow's names, with the extensions by which a folder is searched. TGA is last: it has no signature to know it by.
+FORMATS: dict[str, tuple[str, ...]] = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
+    "PNG": (".png", ".apng"),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "DIB": (".dib",),
+    "GIF": (".gif",),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
+    "JPEG2000": (".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c"),
+    "AVIF": (".avif",),
+    "QOI": (".qoi",),
+    "PCX": (".pcx",),
+    "SGI": (".sgi",),
+    "ICO": (".ico",),
+    "TGA": (".tga",),
+}
+EXTENSIONS = tuple(extension for extensions in FORMATS.values() for extension in extensions)
+
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by channels of a model
+_EIGHT_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV")
+_TWELVE_BITS = 4095
+
+EpsImagePlugin.gs_binary = False
+
+
+class BrokenPicture(ValueError):
+    """A file that is no picture of `FORMATS`, is damaged, or holds values that no rule covers; the text says which."""
+
+
+class Read(IntFlag):
+    """What was done to a picture that a person may want to know: a bit each, so that a set keeps one byte a picture."""
+
+    SIXTEEN_BITS = 1
+    DARK = 2
+    FLOAT = 4
+    ALPHA = 8
+    FRAMES = 16
+    CMYK = 32
+    TURNED = 64
+
+
+@cache
+def _formats() -> list[str]:
+    """Those of `FORMATS` that this Pillow has."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def read_picture(file: str | Path | IO[bytes], *, exif: bool = False) -> tuple[Image.Image, Read]:
+    """Decode the first frame of a file into 8 bits a channel, and say what that took.
+
+    Args:
+        exif: turn it as its EXIF block says.
+
+    Raises:
+        BrokenPicture: see there; also where a picture is so large that Pillow takes it for a decompression bomb.
+    """
+    try:
+        with Image.open(file, formats=_formats()) as image:
+            frames = Read.FRAMES if getattr(image, "is_animated", False) else Read(0)
+            image.load()
+            image, done = standard(image, exif=exif)
+            return image, done | frames
+    except BrokenPicture:
+        raise
+    except UnidentifiedImageError as error:
+        raise BrokenPicture("it is not an image") from error
+    except Exception as error:  # a damaged header leads Pillow's readers into errors of every kind
+        raise BrokenPicture(str(error) or type(error).__name__) from error
+
+
+def standard(image: Image.Image, *, exif: bool = False) -> tuple[Image.Image, Read]:
+    """A decoded picture as 8 bits a channel, by the rules of this module, and what they did.
+
+    Raises:
+        BrokenPicture: values or a mode that no rule covers.
+    """
+    done = Read(0)
+    if _orientation(image) not in (1, None):
+        done |= Read.TURNED
+        image = ImageOps.exif_transpose(image) if exif else image
+    if image.mode == "F":
+        return _from_floats(image), done | Read.FLOAT
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        image, dark = _from_integers(image)
+        return image, done | Read.SIXTEEN_BITS | (Read.DARK if dark else Read(0))
+    if image.mode not in _EIGHT_BITS:
+        raise BrokenPicture(f"pictures of mode {image.mode} are not read")
+    if image.mode == "CMYK":
+        done |= Read.CMYK
+    if image.has_transparency_data:
+        done |= Read.ALPHA
+    return image, done
+
+
+def to_channels(image: Image.Image, channels: int) -> Image.Image:
+    """A picture of `standard` with 1 (gray), 3 (colour) or 4 channels (colour and alpha, 255 where it has none)."""
+    mode = MODES[channels]
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _orientation(image: Image.Image) -> Any:
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # a damaged EXIF block, of which nothing is needed
+        return None
+
+
+def _from_integers(image: Image.Image) -> tuple[Image.Image, bool]:
+    """Integers of 0..65535 as 8 bits, and whether none is above 12 bits."""
+    values = np.asarray(image).astype(np.int64)
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high > 65535:
+        raise BrokenPicture(f"its integers reach from {low} to {high}; 0 to 65535 are read, as 16 bits")
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8)), 0 < high <= _TWELVE_BITS
+
+
+def _from_floats(image: Image.Image) -> Image.Image:
+    values = np.asarray(image)
+    low, high = float(values.min()), float(values.max())
+    if not (low >= 0 and high <= 1):
+        raise BrokenPicture(f"its floats reach from {low:g} to {high:g}; 0 to 1 are read")
+    return Image.fromarray((values * 255).round().astype(np.uint8))

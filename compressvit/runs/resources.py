@@ -1,0 +1,61 @@
+"""What a machine lacks, in a sentence: memory, or a process that loads images and was killed for want of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from compressvit.data.spec import Data
+from compressvit.errors import UserError
+
+_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "Cannot allocate memory")
+_DEAD_WORKER = "DataLoader worker (pid"
+
+
+@contextmanager
+def resource_faults(data: Data | None = None) -> Iterator[None]:
+    """Turn what torch raises where memory runs out into a `UserError` that says which settings need less.
+
+    Args:
+        data: the recipe's section; None where batches are the caller's own.
+    """
+    try:
+        yield
+    except (ConnectionError, EOFError) as error:
+        if data is not None and not data.num_workers:
+            raise
+        raise _dead_worker(_reason_of_death(error), data) from error
+    except (MemoryError, RuntimeError) as error:  # torch.cuda.OutOfMemoryError is a RuntimeError
+        if _DEAD_WORKER in str(error):
+            raise _dead_worker(error, data) from error
+        if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or any(t in str(error) for t in _NO_MEMORY):
+            now = f" (now {data.batch_size})" if data is not None else ""
+            raise UserError(
+                f"memory ran out: {_first_line(error)}. Give a smaller data.batch_size{now} or data.eval_batch_size, or precision=bf16 in "
+                "the phase; as another batch size is another recipe, start a new run"
+            ) from error
+        raise
+
+
+def _reason_of_death(error: Exception) -> Exception:
+    """What torch says of a worker when the system tells it that one has died, which can be after the connection to it broke."""
+    try:
+        time.sleep(1)
+    except RuntimeError as reason:  # raised by torch's signal handler, wherever the program is
+        return reason
+    return error
+
+
+def _dead_worker(error: Exception, data: Data | None) -> UserError:
+    now = f" (now {data.num_workers})" if data is not None else ""
+    return UserError(
+        f"a process that loads images has ended: {_first_line(error)}. Most often memory ran out: give fewer data.num_workers{now}, 0 to "
+        "load them in the training process; --resume goes on with it"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(". ")
