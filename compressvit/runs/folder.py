@@ -154,8 +154,8 @@ class RunFolder:
         before = self._fingerprint()
         if before is not None and data.fingerprint is not None and before != data.fingerprint:
             raise UserError(
-                f"{switch('resume')}: the data is not what {self.path} was started with: the names or labels of its files have changed, and "
-                f"there are {data.train:,} images to train on and {data.validation:,} held out now. Give data.root=FOLDER of the same "
+                f"{switch('resume')}: the data is not what {self.path} was started with: the names or labels of its files have changed, "
+                f"and there are {data.train:,} images to train on and {data.validation:,} held out now. Give data.root=FOLDER of the same "
                 f"files, or start a new run with another {option('output')}"
             )
         content = read_yaml(self.path / RESOLVED)
