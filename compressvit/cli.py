@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -12,6 +11,8 @@ from pathlib import Path
 
 from compressvit import __version__
 from compressvit.errors import UserError, command_line
+from compressvit.exits import answered
+from compressvit.text import complain, printable
 
 _EPILOG = """\
 examples:
@@ -26,7 +27,7 @@ Verb = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.Argume
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. Exit codes: 0 success, 2 the request cannot be carried out, 128 + N stopped by signal N."""
+    """Entry point. Exit codes: 0 done, 2 something asked for cannot be done, 70 a fault of ours, 128 + N stopped by signal N."""
     parser = _parser()
     # argparse stops collecting key=value arguments at the first option and returns later ones as unknown.
     arguments, rest = parser.parse_known_args(argv)
@@ -34,20 +35,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         arguments.overrides += rest
-    try:
-        with command_line():
-            code = arguments.run(arguments)
-        sys.stdout.flush()
-        return code
-    except UserError as error:
-        print(f"compressvit: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("compressvit: stopped", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # `| head` closed stdout; discard what Python has still buffered
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    with command_line():
+        return answered("compressvit", lambda: arguments.run(arguments), lambda: _run_folder(arguments))
+
+
+def _run_folder(arguments: argparse.Namespace) -> Path | None:
+    """The folder of the run that is applied, as far as it is known."""
+    return Path(arguments.output) if arguments.run is _apply and arguments.output else None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -228,10 +222,11 @@ def _apply(arguments: argparse.Namespace) -> int:
         arguments.recipe, arguments.output = str(run / RESOLVED), arguments.output or str(run)
     elif arguments.resume and run.is_dir():
         raise UserError(f"--resume: there is no run in {run} (no {RESOLVED}); start one without --resume")
+    arguments.output = arguments.output or Path("runs") / find_recipe(arguments.recipe).stem
     try:
         apply(
             arguments.recipe,
-            arguments.output or Path("runs") / find_recipe(arguments.recipe).stem,
+            arguments.output,
             overrides=arguments.overrides,
             command=["compressvit", *sys.argv[1:]],
             resume=arguments.resume,
@@ -240,23 +235,22 @@ def _apply(arguments: argparse.Namespace) -> int:
             report=None if arguments.no_report else report_after_run,
         )
     except Interrupted as stop:
-        print(f"compressvit: {stop}", file=sys.stderr)
+        complain("compressvit", stop)
         return 128 + stop.signum
     return 0
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from compressvit.recipe.recipe import load_recipe
     from compressvit.runs.plan import plan_recipe
     from compressvit.runs.tables import print_plan
+    from compressvit.terminal import Terminal
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     plan = plan_recipe(recipe, arguments.recipe)
     content = plan.model_dump(mode="json")
     if not arguments.json:
-        print_plan(plan, Console())
+        print_plan(plan, Terminal())
     if arguments.measure and not plan.conflicts:
         from compressvit.runs.one_shot import OneShot
         from compressvit.runs.tables import ledger_table
@@ -272,7 +266,7 @@ def _plan(arguments: argparse.Namespace) -> int:
             "layers": pairs,
         }
         if not arguments.json:
-            Console().print(ledger_table(ledger))
+            Terminal().print(ledger_table(ledger))
             print(f"before training: {words(scores)}")
             if pairs:
                 print(pairs)
@@ -282,11 +276,10 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _frontier(arguments: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from compressvit.recipe.recipe import load_recipe
     from compressvit.recipe.shipped import find_recipe
     from compressvit.runs.frontier import frontier
+    from compressvit.terminal import Terminal
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     wrong = [budget for budget in arguments.budgets if not 0 < budget < float("inf")]
@@ -298,7 +291,7 @@ def _frontier(arguments: argparse.Namespace) -> int:
         unit=arguments.unit,
         output=Path(arguments.output or f"runs/{find_recipe(arguments.recipe).stem}_frontier"),
         device=arguments.device,
-        console=Console(),
+        console=Terminal(),
     )
     return 0
 
@@ -313,7 +306,7 @@ def _validate(arguments: argparse.Namespace) -> int:
             print(f"{name}: valid")
         except UserError as error:
             faulty += 1
-            print(error, file=sys.stderr)
+            print(printable(str(error)), file=sys.stderr)
     return 2 if faulty else 0
 
 
@@ -324,12 +317,11 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _merge(arguments: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from compressvit.runs.merge import merge_folder, print_merge
+    from compressvit.terminal import Terminal
 
     result = merge_folder(arguments.path, arguments.output, overwrite=arguments.overwrite, device=arguments.device)
-    print_merge(result, Console())
+    print_merge(result, Terminal())
     return 0
 
 
@@ -346,23 +338,23 @@ def _report(arguments: argparse.Namespace) -> int:
     file, runs = report(arguments.runs, arguments.output)
     for run in runs:
         for note in run.notes:
-            print(f"compressvit: {run.path}: {note}", file=sys.stderr)
-    print(file)
+            complain("compressvit", f"{run.path}: {note}")
+    print(printable(str(file)))
     return 0
 
 
 def _recipes_list(arguments: argparse.Namespace) -> int:
-    from rich.console import Console
     from rich.table import Table
 
     from compressvit.recipe.shipped import described
+    from compressvit.terminal import Terminal
 
     table = Table(box=None, pad_edge=False)
     table.add_column("name")
     table.add_column("description")
     for name, description in described().items():
         table.add_row(name, description)
-    Console().print(table)
+    Terminal().print(table)
     return 0
 
 
@@ -374,7 +366,7 @@ def _recipes_show(arguments: argparse.Namespace) -> int:
     elif arguments.overrides:
         raise UserError("overrides are shown only with --resolved; without it the recipe's file is printed unchanged")
     else:
-        print(read_recipe(arguments.recipe), end="")
+        print(printable(read_recipe(arguments.recipe)), end="")
     return 0
 
 
@@ -384,15 +376,16 @@ def _schema(arguments: argparse.Namespace) -> int:
     if arguments.key is None:
         print(json.dumps(json_schema(), indent=2))
         return 0
-    from rich.console import Console
     from rich.table import Table
+
+    from compressvit.terminal import Terminal
 
     table = Table(box=None, pad_edge=False)
     for column in (arguments.key, "default", "meaning"):
         table.add_column(column)
     for row in documentation(arguments.key):
         table.add_row(*row)
-    Console().print(table, markup=False)
+    Terminal().print(table)
     return 0
 
 

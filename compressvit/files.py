@@ -6,14 +6,18 @@ torch is imported only in the functions for checkpoints, because the report writ
 from __future__ import annotations
 
 import errno
+import json
+import math
 import os
+import re
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from compressvit.errors import UserError, switch
+from compressvit.text import printable_in
 
 
 @contextmanager
@@ -79,8 +83,12 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Call `write(scratch)` and rename the scratch file to `path`; if this fails, the old file is unchanged."""
     scratch = path.with_name(f".{path.name}.part")
     with disk_faults(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch.unlink(
+            missing_ok=True
+        )  # of a run that was killed, or a link that somebody left to have another file overwritten
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            scratch.touch(exist_ok=False)  # fails on whatever else appears there; `write` then finds a file of ours
             write(scratch)
             os.replace(scratch, path)
         finally:
@@ -90,6 +98,34 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
     write_atomically(path, lambda scratch: scratch.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, content: Any, *, indent: int = 2) -> None:
+    """Write JSON, whole or not at all. It is valid for every reader: numbers that are not finite become null, and bytes of file names
+    that are not UTF-8 are spelled out, as `printable` does it."""
+    text = json.dumps(_finite_in(printable_in(content)), indent=indent, allow_nan=False)
+    write_text(path, text + "\n")
+
+
+def _finite_in(content: Any) -> Any:
+    if isinstance(content, Mapping):
+        return {key: _finite_in(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_finite_in(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def torch_fault(error: Exception) -> str:
+    """Why torch could not read a file of plain tensors, in one line, with the class where one was refused, and without torch's advice to
+    read the file with its checks switched off, which would run code from it."""
+    text = str(error)
+    if found := re.search(r"GLOBAL ([\w.]+(?: [\w.]+)?) (?:was not an allowed|whose module)", text):
+        return f"it holds code besides tensors: {found.group(1).replace(' ', '.')}"
+    if "weights_only" in text.lower() or "weights only" in text.lower():
+        detail = re.search(r"WeightsUnpickler error: (.+)", text)
+        reason = detail.group(1).strip() if detail else "it is no pickle of plain tensors"
+        return f"it holds something besides tensors and plain values ({reason[:200]})"
+    return (text.splitlines() or [type(error).__name__])[0][:300]
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
@@ -138,9 +174,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except (
         Exception
     ) as error:  # torch reports truncated archives as RuntimeError, EOFError, UnpicklingError or BadZipFile
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"{path} is not a readable checkpoint ({reason}); remove it to begin its phase again"
+            f"{path} is not a readable checkpoint ({torch_fault(error)}); remove it to begin its phase again"
         ) from error
 
 

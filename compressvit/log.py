@@ -15,11 +15,19 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from compressvit.errors import UserError
 from compressvit.files import disk_faults
 from compressvit.rows import append_row, metrics_row
+from compressvit.text import printable
 
 if TYPE_CHECKING:  # rich is imported only where something is printed
     from rich.console import Console
 
 log = logging.getLogger("compressvit")
+
+
+@log.addFilter
+def _printable(record: logging.LogRecord) -> bool:
+    """Whatever handlers there are, a message has no character that a terminal obeys or a file cannot hold."""
+    record.msg, record.args = printable(record.getMessage()), ()
+    return True
 
 
 class RunLog:
@@ -33,10 +41,11 @@ class RunLog:
     """
 
     def __init__(self, folder: Path | None, console: Console | None = None, tag: Callable[[str], str] = str):
-        from rich.console import Console
         from rich.logging import RichHandler
 
-        self.console = console or Console()
+        from compressvit.terminal import Terminal
+
+        self.console = Terminal(console)
         self.folder = folder
         self._tag = tag
         self._writer: Any = None
@@ -58,11 +67,11 @@ class RunLog:
                 self._writer = SummaryWriter(str(folder / "tensorboard"))
 
     def show(self, what: Any) -> None:
-        """Print a table, or whatever a function prints to the console passed to it, to the console and to run.log."""
-        from rich.console import Console
+        """A table, or whatever a function prints to the console it is given: to the console and to run.log."""
+        from compressvit.terminal import Terminal
 
         text = io.StringIO()
-        for console in (self.console, Console(file=text, width=160)):
+        for console in (self.console, Terminal(file=text, width=160)):
             what(console) if callable(what) else console.print(what)
         log.info("%s", "\n" + text.getvalue().rstrip(), extra={"already_shown": True})
 
@@ -130,11 +139,12 @@ T = TypeVar("T")
 
 
 def progress(items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
-    """Iterate over `items`, with a progress bar on stderr if that is a terminal."""
-    from rich.console import Console
+    """`items`, with a progress bar on stderr while they are gone through, if that is a terminal."""
     from rich.progress import track
 
-    console = Console(stderr=True)
+    from compressvit.terminal import Terminal
+
+    console = Terminal(stderr=True)
     return track(items, description, total, console=console, transient=True, disable=not console.is_terminal)
 
 

@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, PlainValidator, ValidationError
 
 from compressvit.errors import UserError
 from compressvit.files import disk_faults, write_text
+from compressvit.reading import Unreadable, read_text
+from compressvit.text import printable_in
 
 Row = TypeVar("Row", bound=BaseModel)
 
@@ -120,7 +122,7 @@ def append_row(path: Path, row: BaseModel) -> None:
                 if file.read(1) != b"\n":
                     file.seek(0)
                     file.truncate(file.read().rfind(b"\n") + 1)
-            file.write(json.dumps(row.model_dump(exclude_none=True), allow_nan=False).encode() + b"\n")
+            file.write(json.dumps(printable_in(row.model_dump(exclude_none=True)), allow_nan=False).encode() + b"\n")
 
 
 def rewrite_rows(path: Path, rows: Iterable[BaseModel]) -> None:
@@ -142,11 +144,11 @@ def read_rows(path: Path, kind: type[Row]) -> list[Row]:
 
 def _read(path: Path, parse: Callable[[str], Row]) -> list[Row]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is damaged: it is not text") from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+        lines = read_text(path).splitlines()
+    except Unreadable as error:
+        if isinstance(error.__cause__, UnicodeDecodeError):
+            raise UserError(f"{path} is damaged: it is not text") from error
+        raise
     rows: list[Row] = []
     for number, line in enumerate(lines, start=1):
         try:

@@ -20,11 +20,13 @@ from compressvit import __version__
 from compressvit.errors import UserError
 from compressvit.model import surgery, ties
 from compressvit.model.backbone import head_names, model_name
+from compressvit.model.bounded import on_meta
 from compressvit.model.checksums import content_checksum
 from compressvit.model.modules import as_timm
 from compressvit.model.stored import StepRecord, read_safetensors
 from compressvit.model.weights import hash_tensors
-from compressvit.spec import Spec
+from compressvit.reading import Unreadable, parse_json
+from compressvit.spec import Spec, first_fault
 from compressvit.transforms.applying import apply_plans
 from compressvit.transforms.base import Plan
 from compressvit.transforms.record import Compression, compression_of, set_compression, trained_names
@@ -153,11 +155,11 @@ def _require_fit(
     surgery.strip(scratch)
     set_compression(scratch, Compression())
     try:
-        with torch.device("meta"):
+        with on_meta():
             as_timm(scratch).reset_classifier(header.num_classes)
             apply_plans(scratch, plans)
-    except (AttributeError, KeyError, UserError) as error:
-        raise UserError(f"{path} does not fit {header.architecture}: {error}") from error
+    except Exception as error:  # a plan is checked where a recipe is planned; one that was edited can do anything
+        raise UserError(f"{path} does not fit {header.architecture}: {error or type(error).__name__}") from error
     saved = _saved_names(scratch)
     expected = {n: t for n, t in ties.unique_state(scratch).items() if n in saved}
     wrong = list(expected.keys() ^ tensors.keys())
@@ -234,7 +236,7 @@ def _read(path: Path) -> tuple[AdapterHeader, list[Plan]]:
             f"{path} is not an adapter file: its header does not say how it was made (compressvit.save_adapter writes it)"
         )
     try:
-        content = json.loads(metadata[_KEY])
+        content = parse_json(metadata[_KEY], path)
         if not isinstance(content, dict):
             raise UserError(f"{path}: its header holds a {type(content).__name__} where it should say how it was made")
         if content.get("format") != FORMAT:
@@ -242,6 +244,8 @@ def _read(path: Path) -> tuple[AdapterHeader, list[Plan]]:
                 f"{path} is of format {content.get('format')!r}; this compressvit ({__version__}) reads {FORMAT}"
             )
         header = AdapterHeader.model_validate(content)
-    except (json.JSONDecodeError, ValidationError) as error:
-        raise UserError(f"{path}: its header cannot be read: {str(error).splitlines()[0]}") from error
+    except Unreadable as error:
+        raise UserError(f"{path}: its header cannot be read: {error.fault}") from error
+    except ValidationError as error:
+        raise UserError(f"{path}: its header cannot be read: {first_fault(error)}") from error
     return header, [resolve_plan(step, path) for step in header.transforms]

@@ -6,6 +6,7 @@ and loads the tensors strictly: it needs no teacher and no images, and unpickles
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -24,6 +25,7 @@ from compressvit import __version__
 from compressvit.errors import UserError
 from compressvit.model import ties
 from compressvit.model.backbone import input_size, model_name
+from compressvit.model.bounded import on_meta
 from compressvit.model.checksums import content_checksum, tensor_checksums
 from compressvit.model.stored import (
     FORMAT,
@@ -35,6 +37,7 @@ from compressvit.model.stored import (
     expect_images,
     name_classes,
     read_manifest,
+    read_slots,
     read_tensors,
     require_as_written,
 )
@@ -42,6 +45,20 @@ from compressvit.transforms.applying import apply_plans
 from compressvit.transforms.applying import materialise as fold_low_rank
 from compressvit.transforms.record import compression_of
 from compressvit.transforms.stored import read_plans, record_of
+
+# What safetensors calls torch's types.
+_TYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 def save(
@@ -82,6 +99,9 @@ def save(
             old = path.parent / f".{path.name}.old.{uuid.uuid4().hex[:8]}"
             os.replace(path, old)
             os.replace(scratch, path)
+            for file in old.iterdir():  # what somebody put beside the two files stays
+                if file.name not in (MANIFEST, TENSORS):
+                    os.replace(file, path / file.name)
             shutil.rmtree(old)
         else:
             os.replace(scratch, path)
@@ -108,24 +128,11 @@ def load(path: str | Path, *, materialise: bool = False) -> nn.Module:
     """
     path = Path(path)
     manifest = read_manifest(path)
+    _require_fit(path, manifest)
     model = build_plain(path, manifest)
     _transform(model, path, manifest)
     model.to(getattr(torch, manifest.dtype))
-    declared = sorted(sorted(group) for group in manifest.ties)
-    if sorted(sorted(group) for group in ties.tied_groups(model)) != declared:
-        raise UserError(
-            f"{path / MANIFEST}: its ties are not those of its transforms; the manifest was edited or is of another version"
-        )
     tensors = read_tensors(path)
-    expected = ties.unique_state(model)
-    missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
-    misfit = sorted(n for n in expected.keys() & tensors.keys() if expected[n].shape != tensors[n].shape)
-    if missing or unknown or misfit:
-        raise UserError(
-            f"{path / TENSORS} does not fit its manifest: "
-            f"{len(missing)} tensors missing{_first(missing)}, {len(unknown)} unknown{_first(unknown)}, "
-            f"{len(misfit)} of another shape{_first(misfit)}"
-        )
     model.load_state_dict(tensors, strict=False)
     ties.check(model, manifest.ties)
     require_as_written(path, tensors)
@@ -158,12 +165,47 @@ def read_back_difference(path: Path, student: nn.Module, size: tuple[int, int, i
     return difference
 
 
+def _skeleton(path: Path, manifest: Manifest) -> tuple[nn.Module, nn.Module]:
+    """The model of a manifest before and after its transforms, both on the meta device."""
+    with on_meta():
+        model = build_plain(path, manifest)
+        plain = copy.deepcopy(model)
+        _transform(model, path, manifest)
+    return plain, model
+
+
+def _require_fit(path: Path, manifest: Manifest) -> None:
+    """Compare what a manifest describes with the header of its tensors, before memory is taken for either."""
+    _, model = _skeleton(path, manifest)
+    model.to(getattr(torch, manifest.dtype))
+    declared = sorted(sorted(group) for group in manifest.ties)
+    if sorted(sorted(group) for group in ties.tied_groups(model)) != declared:
+        raise UserError(
+            f"{path / MANIFEST}: its ties are not those of its transforms; the manifest was edited or is of another version"
+        )
+    expected, there = ties.unique_state(model), read_slots(path)
+    missing, unknown = sorted(expected.keys() - there.keys()), sorted(there.keys() - expected.keys())
+    both = sorted(expected.keys() & there.keys())
+    misfit = [name for name in both if tuple(expected[name].shape) != there[name].shape]
+    retyped = [name for name in both if _TYPES.get(expected[name].dtype) != there[name].dtype]
+    if missing or unknown or misfit or retyped:
+        raise UserError(
+            f"{path / TENSORS} does not fit its manifest: "
+            f"{len(missing)} tensors missing{_first(missing)}, {len(unknown)} unknown{_first(unknown)}, "
+            f"{len(misfit)} of another shape{_first(misfit)}"
+            + (f", {len(retyped)} of another type{_first(retyped)}" if retyped else "")
+        )
+
+
 def _transform(model: nn.Module, path: Path, manifest: Manifest) -> None:
     try:
         apply_plans(model, read_plans(path))
-    except (AttributeError, KeyError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # a plan is checked where a recipe is planned; one that was edited can do anything
         raise UserError(
-            f"{path / MANIFEST}: its transforms do not fit {manifest.architecture} with {manifest.args}: {error}"
+            f"{path / MANIFEST}: its transforms do not fit {manifest.architecture} with {manifest.args}: "
+            f"{error or type(error).__name__}"
         ) from error
 
 
@@ -174,11 +216,9 @@ def is_plain(path: Path) -> bool:
         return True
     if manifest.ties:
         return False
-    with torch.device("meta"):
-        model = build_plain(path, manifest)
-    before = {name: type(module) for name, module in model.named_modules()}
-    _transform(model, path, manifest)
-    return before == {name: type(module) for name, module in model.named_modules()}
+    before, after = _skeleton(path, manifest)
+    kinds = [{name: type(module) for name, module in model.named_modules()} for model in (before, after)]
+    return kinds[0] == kinds[1]
 
 
 def _manifest(model: nn.Module, input_config: dict[str, Any] | None) -> Manifest:

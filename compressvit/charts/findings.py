@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -18,7 +17,9 @@ import numpy as np
 from PIL import Image
 
 from compressvit.errors import UserError
-from compressvit.files import write_text
+from compressvit.files import write_json, write_text
+from compressvit.reading import Unreadable, read_json
+from compressvit.text import printable_in
 
 if TYPE_CHECKING:
     import altair as alt
@@ -45,6 +46,13 @@ class Finding:
     records: list[dict[str, Any]]
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Names of classes and layers reach charts, pages and pictures through here; a control character ends the drawing process."""
+        for key in ("name", "title", "caption", "records"):
+            object.__setattr__(self, key, printable_in(getattr(self, key)))
+        # Vega puts an axis's title into an expression, where `\\x07` would be the bell again
+        object.__setattr__(self, "options", printable_in(self.options, "\ufffd"))
+
     def draw(self) -> alt.Chart:
         """The chart, without title and caption."""
         from compressvit.charts import charts  # Altair takes a second to import, and recipes only name what is drawn
@@ -54,7 +62,7 @@ class Finding:
     def write(self, folder: Path, *, pictures: bool = True) -> list[Path]:
         """Write `NAME.json`, `NAME.csv` and, unless disabled, `NAME.png` and `NAME.svg` into `folder`; returns their paths."""
         written = [folder / f"{self.name}.{suffix}" for suffix in ("json", "csv")]
-        write_text(written[0], json.dumps(asdict(self), indent=1, allow_nan=False) + "\n")
+        write_json(written[0], asdict(self), indent=1)
         text = io.StringIO()
         writer = csv.DictWriter(text, fieldnames=list(self.records[0]) if self.records else [])
         writer.writeheader()
@@ -88,10 +96,10 @@ def read(path: Path) -> Finding:
     from compressvit.charts import charts
 
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path, path.parent.parent)
         finding = Finding(**content)
         known = finding.chart in charts.CHARTS and isinstance(finding.records, list)
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+    except (Unreadable, TypeError) as error:
         raise UserError(f"{path} is damaged, or was written by another version of compressvit: {error}") from error
     if not known:
         raise UserError(f"{path} was written by another version of compressvit: its chart is {finding.chart!r}")

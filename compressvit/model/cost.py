@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from compressvit.errors import UserError
 from compressvit.model import surgery, ties
+from compressvit.model.backbone import model_name
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,19 @@ def cost(model: nn.Module, input_size: tuple[int, int, int]) -> Cost:
     Args:
         model: on any device, also 'meta'.
         input_size: (C, H, W) of an image.
+
+    Raises:
+        UserError: the model does not take images of that size.
     """
-    return Cost(ties.count_parameters(model), file_bytes(model), macs(model, input_size))
+    try:
+        products = macs(model, input_size)
+    except (RuntimeError, ValueError, IndexError, ArithmeticError) as error:
+        if isinstance(error, UserError):
+            raise
+        size = "×".join(map(str, input_size))
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{model_name(model)} does not take images of {size}: {reason}") from error
+    return Cost(ties.count_parameters(model), file_bytes(model), products)
 
 
 def file_bytes(model: nn.Module) -> int:

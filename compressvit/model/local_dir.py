@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from compressvit.errors import UserError
+from compressvit.reading import Unreadable, read_json
 
 CONFIG = "config.json"
 TENSORS = ("model.safetensors", "pytorch_model.bin")  # in the order in which they are looked for
@@ -65,9 +65,7 @@ def _mapping(content: dict[str, Any], key: str) -> dict[str, Any]:
 def _content(file: Path) -> dict[str, Any] | None:
     """The content of a config.json; None of one that does not describe a timm model."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"{file} cannot be read: {error}; it says how the weights beside it want their images"
-        ) from error
+        content = read_json(file)
+    except Unreadable as error:
+        raise UserError(f"{error}; it says how the weights beside it want their images") from error
     return content if isinstance(content, dict) and isinstance(content.get("architecture"), str) else None

@@ -102,8 +102,8 @@ def _times(rank: Any, terms: Any) -> Any:
     if isinstance(rank, list) or isinstance(terms, list):
         count = len(rank if isinstance(rank, list) else terms)
         ranks, factors = (v if isinstance(v, list) else [v] * count for v in (rank, terms))
-        return [r * k for r, k in zip(ranks, factors, strict=False)]
-    return rank if rank is None else rank * terms
+        return [r * k if isinstance(r, int) and isinstance(k, int) else r for r, k in zip(ranks, factors, strict=False)]
+    return rank * terms if isinstance(rank, int) and isinstance(terms, int) else rank
 
 
 def current_text(text: str, recipe: Any) -> str:

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
-from pydantic import SerializerFunctionWrapHandler, ValidationError, model_serializer
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+)
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from compressvit import __version__
-from compressvit.errors import UserError
+from compressvit.errors import UserError, did_you_mean
 from compressvit.model import old
+from compressvit.model.bounded import require_sound
 from compressvit.model.checksums import content_checksum, damaged
+from compressvit.model.header import MANIFEST, TENSORS, Slot, read_header
 from compressvit.model.modules import as_timm
-from compressvit.spec import Spec
+from compressvit.reading import Unreadable, read_json
+from compressvit.spec import Spec, first_fault
 
-MANIFEST = "compressvit.json"
-TENSORS = "model.safetensors"
+T = TypeVar("T")
 LABEL_NAMES = "label_names"  # timm's key
 FORMAT = 2  # 1 is read, too (see `compressvit.model.old`)
 
@@ -38,6 +49,21 @@ class StepRecord(Spec):
         if self.package is None:
             del content["package"]
         return content
+
+
+class _Images(BaseModel):
+    """What must hold of a manifest's `input`; a key may be missing."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+
+    input_size: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
+    mean: list[float] | None = Field(None, min_length=1)
+    std: list[PositiveFloat] | None = Field(None, min_length=1)
+    interpolation: (
+        Literal["nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos", "random"] | None
+    ) = None
+    crop_pct: float | None = Field(None, gt=0, le=4)
+    crop_mode: Literal["center", "squash", "border"] | None = None
 
 
 class Manifest(Spec):
@@ -64,12 +90,25 @@ class Manifest(Spec):
     tensors: dict[str, str] | None = None
     checksum: str | None = None
 
+    @field_validator("input")
+    @classmethod
+    def _is_of_images(cls, value: dict[str, Any]) -> dict[str, Any]:
+        _Images.model_validate(value)
+        return value
+
 
 def build_plain(path: Path, manifest: Manifest) -> nn.Module:
     """timm's own model of a manifest, before any transform, with fresh values; raises a `UserError` where timm cannot build it."""
     import timm
 
+    if not timm.is_model(manifest.architecture):  # `hf-hub:…` would ask a server, `local-dir:…` read another folder
+        hint = did_you_mean(manifest.architecture, timm.list_models(), list_at_most=0)
+        raise UserError(
+            f"{path / MANIFEST}: timm {timm.__version__} cannot build {manifest.architecture[:100]}: it has no architecture of that name"
+            + (f"; {hint}" if hint else "")
+        )
     try:
+        require_sound(manifest.args)
         return timm.create_model(manifest.architecture, pretrained=False, **manifest.args)
     except Exception as error:
         # timm checks its arguments with asserts, look-ups and conversions, so that a wrong one can raise anything
@@ -141,7 +180,7 @@ def require_as_written(path: str | Path, tensors: Mapping[str, torch.Tensor]) ->
         )
     if manifest.checksum is None:
         return
-    content = json.loads((Path(path) / MANIFEST).read_text(encoding="utf-8"))
+    content = read_json(Path(path) / MANIFEST)
     if content_checksum(content) != manifest.checksum:
         raise UserError(
             f"{Path(path) / MANIFEST} is not what was written: its checksum differs, so the model would be another one. Restore the "
@@ -163,15 +202,17 @@ def _as_written(path: Path) -> Manifest:
             hint = f"; it is a merged model, for timm.create_model('local-dir:{path}', pretrained=True)"
         raise UserError(f"{path} is not a compressvit artifact: it has no {MANIFEST}{hint}")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
         if isinstance(content, dict) and content.get("format") not in (1, FORMAT):
             raise UserError(
                 f"{file} is of format {content.get('format')!r}; this compressvit ({__version__}) reads formats 1 to {FORMAT}. "
                 f"It was written by compressvit {content.get('compressvit')}"
             )
         return Manifest.model_validate(content)
-    except (json.JSONDecodeError, UnicodeDecodeError, ValidationError) as error:
-        raise UserError(f"{file} is not a readable manifest: {str(error).splitlines()[0]}") from error
+    except Unreadable as error:
+        raise UserError(f"{file} is not a readable manifest: {error.fault}") from error
+    except ValidationError as error:
+        raise UserError(f"{file} is not a readable manifest: {first_fault(error)}") from error
 
 
 def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
@@ -180,14 +221,34 @@ def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
     Raises:
         UserError: the file is missing, truncated, or the manifest is.
     """
-    file = Path(path) / TENSORS
+    return _in_todays_names(Path(path), read_safetensors(_tensors_of(Path(path))))
+
+
+def read_slots(path: str | Path) -> dict[str, Slot]:
+    """Types and shapes of the stored tensors of the artifact folder at `path`, by canonical name. Raises as `read_tensors`."""
+    file = _tensors_of(Path(path))
+    try:
+        return _in_todays_names(Path(path), read_header(file))
+    except Unreadable as error:
+        raise _incomplete(file, error.fault) from error
+
+
+def _tensors_of(path: Path) -> Path:
+    file = path / TENSORS
     if not file.is_file():
         raise UserError(
             f"{path} has no {TENSORS}: the artifact is incomplete; `compressvit apply … --resume` writes it again"
         )
-    tensors = read_safetensors(file)
-    manifest = _as_written(Path(path))
+    return file
+
+
+def _in_todays_names(path: Path, tensors: dict[str, T]) -> dict[str, T]:
+    manifest = _as_written(path)
     return tensors if manifest.format == FORMAT else old.rename(tensors, old.renamed_tensors(_words(manifest)))
+
+
+def _incomplete(file: Path, fault: object) -> UserError:
+    return UserError(f"{file} is not a complete safetensors file (truncated, or a different format): {fault}")
 
 
 def read_safetensors(file: Path) -> dict[str, torch.Tensor]:
@@ -196,9 +257,7 @@ def read_safetensors(file: Path) -> dict[str, torch.Tensor]:
         with safe_open(file, framework="pt", device="cpu") as opened:
             return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (not a dict)
     except SafetensorError as error:
-        raise UserError(
-            f"{file} is not a complete safetensors file (truncated, or a different format): {error}"
-        ) from error
+        raise _incomplete(file, error) from error
 
 
 def _pretrained_config(data: dict[str, Any]) -> dict[str, Any]:

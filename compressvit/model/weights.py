@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,15 @@ import torch
 from torch import nn
 
 from compressvit.errors import UserError, did_you_mean
-from compressvit.files import damaged_record, expanded
+from compressvit.files import damaged_record, expanded, torch_fault
 from compressvit.model.backbone import family_of, head_names, model_name
+from compressvit.model.bounded import on_meta, require_sound
 from compressvit.model.local_dir import read_local_dir
 from compressvit.model.modules import as_timm
 from compressvit.model.stored import is_artifact, read_safetensors, read_tensors, require_as_written
+from compressvit.model.unwrapping import contents, load_plain, unwrapped, without_prefix
 
 log = logging.getLogger("compressvit")
-
-_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher")
 
 
 def build(name: str, *, device: str | None = None, **args: Any) -> nn.Module:
@@ -34,9 +33,10 @@ def build(name: str, *, device: str | None = None, **args: Any) -> nn.Module:
 
     require_known(name)
     try:
+        require_sound(args)
         if device is None:
             return timm.create_model(name, pretrained=False, **args)
-        with torch.device(device):
+        with on_meta() if device == "meta" else torch.device(device):
             return timm.create_model(name, pretrained=False, **args)
     except Exception as error:
         # timm checks its arguments with asserts, look-ups and conversions, so that a wrong one can raise anything
@@ -125,8 +125,11 @@ def load_file(model: nn.Module, path: str | Path, where: str, *, new_head: bool 
     Raises:
         UserError: no such file, a truncated or unsafe one, or tensors that do not fit the model.
     """
-    tensors = resample_positions(_read(expanded(path, where), where), model)
     own = model.state_dict()
+    given, notes = without_prefix(_read(expanded(path, where), where), own)
+    for note in notes:
+        log.info("%s: %s: %s", where, path, note)
+    tensors = resample_positions(given, model)
     heads = head_names(model)
     if not any(n in own for n in heads):  # a headless model has no use for the file's classifier
         dropped = [n for n in tensors if n.split(".")[0] in ("head", "head_dist") and n not in own]
@@ -152,7 +155,7 @@ def load_file(model: nn.Module, path: str | Path, where: str, *, new_head: bool 
         ]
         raise UserError(
             f"{where}: {path} does not fit {model_name(model)}: {'; '.join(lines)}. "
-            "Check teacher.model and teacher.args against what the file was made with"
+            f"{contents(given)}. Check teacher.model and teacher.args against what the file was made with"
         )
     model.load_state_dict(tensors, strict=False)
 
@@ -213,23 +216,17 @@ def _read(path: Path, where: str) -> dict[str, torch.Tensor]:
     if record := damaged_record(path):
         raise UserError(f"{where}: {path} is damaged (the checksum of its record {record} differs); get it again")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_plain(path)
     except Exception as error:
         # on a damaged file: IndexError, struct.error, OSError, whatever the unpickler stumbles on
-        code = isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error).lower()
-        reason = "it holds code besides tensors" if code else (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{where}: {path} is not a file of plain tensors ({reason}). compressvit never runs code from a weights file; "
+            f"{where}: {path} is not a file of plain tensors ({torch_fault(error)}). compressvit never runs code from a weights file; "
             "convert it to safetensors where you trust it"
         ) from error
-    for key in _WRAPPERS:
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict) or not all(
-        isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in content.items()
-    ):
-        raise UserError(f"{where}: {path} holds a {type(content).__name__}, not a state dict of tensors")
-    return {name.removeprefix("module."): tensor for name, tensor in content.items()}
+    tensors, notes = unwrapped(content, path, where)
+    for note in notes:
+        log.info("%s: %s: %s", where, path, note)
+    return tensors
 
 
 def _require_reachable(config: dict[str, Any]) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,15 @@ from rich.console import Console
 from rich.table import Table
 
 from compressvit.charts.findings import Finding
-from compressvit.errors import UserError, command_line
+from compressvit.errors import command_line
+from compressvit.exits import answered
 from compressvit.files import disk_faults
 from compressvit.programs.opened import OpenedModels, open_models
 from compressvit.programs.recorded import Run, labelled
 from compressvit.runs.folder import find_runs
 from compressvit.runs.job import pick_device
+from compressvit.runs.owned import refuse_links
+from compressvit.terminal import Terminal
 
 Findings = tuple[list[Table], list[Finding]]
 Options = Callable[[argparse.ArgumentParser], None]
@@ -103,23 +105,24 @@ def _parser(name: str, text: str | None, options: Options) -> argparse.ArgumentP
 
 
 def _answered(name: str, arguments: argparse.Namespace, found: Callable[[], tuple[Findings, Path]]) -> int:
-    try:
-        with command_line():
-            (tables, findings), home = found()
+    def run() -> int:
+        (tables, findings), home = found()
+        if arguments.output is None:
+            refuse_links(home / "tools")
         show(tables, findings, arguments.output or home / "tools")
-    except UserError as error:
-        print(f"{name}.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return 0
+
+    with command_line():
+        return answered(f"{name}.py", run)
 
 
 def show(tables: Sequence[Table], findings: Sequence[Finding], output: Path, console: Console | None = None) -> None:
     """Print the tables, and write the findings to a folder and to TensorBoard files in it."""
     from torch.utils.tensorboard import SummaryWriter  # takes a second, for which --help should not wait
 
-    console = console or Console()
-    if console.width < 140:  # wrapped lines are better than missing columns
-        console = Console(file=console.file, width=140)
+    console = Terminal(console)
+    if console.width < 140:  # a table without its last columns would say less than a broken line
+        console = Terminal(file=console.file, width=140)
     for table in tables:
         console.print(table)
     with disk_faults(output):

@@ -15,6 +15,7 @@ from compressvit.data.spec import Data
 from compressvit.errors import UserError, did_you_mean, nearest
 from compressvit.model.old import current_recipe, is_of_a_run, lacks_what_is_new
 from compressvit.model.weights import require_known
+from compressvit.reading import MAX_YAML, Unreadable, read_text
 from compressvit.recipe.parts import Part, parts_of
 from compressvit.recipe.shipped import find_recipe
 from compressvit.recipe.words import LISTS, Entry, Merge, Step, Word, broken, packages_of, with_words
@@ -171,9 +172,9 @@ def read_recipe(name_or_path: str | Path) -> str:
     """The text of a recipe, unchanged. Raises as `load_recipe` does."""
     path = find_recipe(name_or_path)
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} cannot be read as text: {error}") from error
+        return read_text(path, most=MAX_YAML)
+    except Unreadable as error:
+        raise RecipeError(f"{path} cannot be read as text: {error.fault}") from error
 
 
 def parse_recipe(text: str, name: str = "recipe", overrides: list[str] | None = None) -> Recipe:
@@ -320,11 +321,15 @@ def _sentence(fault: Any, path: tuple) -> str:
     if fault["type"] == "literal_error":
         known = fault["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
         close = nearest(str(given), known)
-        return f"{given!r} is none of {', '.join(known)}" + (f"; did you mean '{close}'?" if close else "")
+        return f"{_cut(repr(given))} is none of {', '.join(known)}" + (f"; did you mean '{close}'?" if close else "")
     text = fault["msg"].removeprefix("Value error, ").removeprefix("Input ").removeprefix("input ")
     if fault["type"] == "value_error":
         return text
-    return f"{text}, not {json.dumps(given, default=str, ensure_ascii=False)}"
+    return f"{text}, not {_cut(json.dumps(given, default=str, ensure_ascii=False))}"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 300 else f"{text[:300]}…"
 
 
 def _fields(path: tuple) -> dict[str, FieldInfo]:

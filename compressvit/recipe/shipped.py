@@ -5,9 +5,8 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
-import yaml
-
 from compressvit.errors import UserError, did_you_mean
+from compressvit.reading import read_yaml
 
 
 def recipes_folder() -> Path:
@@ -38,6 +37,6 @@ def find_recipe(name_or_path: str | Path) -> Path:
 
 
 def described() -> dict[str, str]:
-    """The description of each shipped recipe, by name."""
-    content = {name: yaml.safe_load(path.read_text(encoding="utf-8")) for name, path in shipped_recipes().items()}
+    """What each shipped recipe is for, by name."""
+    content = {name: read_yaml(path) for name, path in shipped_recipes().items()}
     return {name: recipe.get("description", "") for name, recipe in content.items()}

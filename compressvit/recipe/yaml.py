@@ -9,18 +9,9 @@ from typing import Any
 import yaml
 
 from compressvit.errors import UserError
+from compressvit.reading import MAX_DEPTH, parse_yaml
 
 Path = tuple[str | int, ...]
-
-
-class _Loader(yaml.SafeLoader):
-    """The safe loader, with the floats of YAML 1.2, since PyYAML reads `1e-3` as text."""
-
-
-_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
 
 
 @dataclass
@@ -57,31 +48,11 @@ def parse(text: str, name: str) -> Document:
     """Parse one YAML document.
 
     Raises:
-        UserError: the text is not YAML, or a mapping contains a key twice.
+        UserError: it is not YAML, exceeds a bound of `compressvit.reading`, or has a key twice in a mapping.
     """
-    loader = None
-    try:
-        loader = _Loader(text)
-        node = loader.get_single_node()
-        document = Document(name, None)
-        if node is None:
-            return document
-        _walk(node, (), document)
-        document.content = loader.construct_document(node)
-        return document
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise UserError(f"{name} is not YAML: {where}{getattr(error, 'problem', None) or error}") from error
-    except UserError:
-        raise
-    except RecursionError as error:
-        raise UserError(f"{name} is nested too deeply, or holds an alias of something around it") from error
-    except ValueError as error:  # e.g. 2020-13-45, which matches the pattern of a date
-        raise UserError(f"{name} holds a value that YAML cannot build: {error}; put text in quotes") from error
-    finally:
-        if loader is not None:
-            loader.dispose()
+    document = Document(name, None)
+    document.content = parse_yaml(text, name, lambda node: _walk(node, (), document))
+    return document
 
 
 def _walk(node: yaml.Node, path: Path, document: Document) -> None:
@@ -126,16 +97,9 @@ def override(document: Document, assignments: list[str]) -> None:
         )  # accepts steps[0], as in messages, and steps.0, as in the README
         if not all(parts):
             raise UserError(f"override '{assignment}' names no key; write it as key=value, e.g. data.root=FOLDER")
-        try:
-            value = yaml.load(text, Loader=_Loader)  # a SafeLoader
-        except yaml.YAMLError as error:
-            raise UserError(
-                f"override '{assignment}': its value is not YAML: {getattr(error, 'problem', error)}"
-            ) from error
-        except (ValueError, RecursionError) as error:
-            raise UserError(
-                f"override '{assignment}': YAML cannot build its value: {error}; put text in quotes"
-            ) from error
+        if len(parts) > MAX_DEPTH:
+            raise UserError(f"override '{assignment[:40]}…' names a place {len(parts)} levels deep; a recipe has fewer")
+        value = parse_yaml(text, f"override '{assignment}': its value")
         _assign(document, parts, _as_written(value, text), assignment)
 
 

@@ -16,12 +16,13 @@ from rich.table import Table
 
 from compressvit.charts import drawing
 from compressvit.errors import UserError
-from compressvit.files import disk_faults, write_text
+from compressvit.files import disk_faults, write_json, write_text
 from compressvit.recipe.recipe import Recipe, load_recipe
 from compressvit.report.trade_off import compare_findings
 from compressvit.runs.files import PhaseReport, Results, read_results
 from compressvit.runs.folder import RESOLVED, find_runs, flat
 from compressvit.tasks.qualities import qualities, ranking
+from compressvit.terminal import Terminal
 from compressvit.training.phases import PhaseSpec
 from compressvit.transforms import Transform
 
@@ -108,9 +109,9 @@ def compare(
     Raises:
         UserError: there is no finished run, or a run is damaged.
     """
-    console = console or Console()
-    if console.width < 140:  # wrapped lines are better than missing columns
-        console = Console(file=console.file, width=140)
+    console = Terminal(console)
+    if console.width < 140:  # a table without its last columns would say less than a broken line
+        console = Terminal(file=console.file, width=140)
     content = gather(runs, lambda text: console.print(text, highlight=False))
     for task in dict.fromkeys(row["task"] for row in content):
         console.print(_table(task, [row for row in content if row["task"] == task]))
@@ -122,7 +123,7 @@ def compare(
     if output is not None:
         with disk_faults(output):
             output.mkdir(parents=True, exist_ok=True)
-            write_text(output / "compare.json", json.dumps(content, indent=2) + "\n")
+            write_json(output / "compare.json", content)
             write_text(output / "compare.md", _markdown(content))
             with (output / "compare.csv").open("w", newline="", encoding="utf-8") as file:
                 writer = csv.DictWriter(file, fieldnames=list(content[0]))

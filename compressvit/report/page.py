@@ -21,6 +21,7 @@ from compressvit.charts.findings import Finding
 from compressvit.report import sections
 from compressvit.report.record import Run
 from compressvit.report.training import curves, phases
+from compressvit.text import printable
 
 _HERE = Path(__file__).parent
 
@@ -58,7 +59,11 @@ class Page:
         drawn = bool(self._numbers)
         scripts = [_script(text) for text in (self._bundle.result(), _text("page.js"))] if drawn else []
         environment = jinja2.Environment(
-            loader=jinja2.FileSystemLoader(_HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+            loader=jinja2.FileSystemLoader(_HERE),
+            autoescape=True,
+            undefined=jinja2.StrictUndefined,
+            trim_blocks=True,
+            finalize=_shown,
         )
         return environment.get_template("page.html").render(
             heading=heading,
@@ -138,6 +143,11 @@ def _contents(runs: Sequence[dict[str, Any]], comparison: dict[str, Any] | None)
         ("reproduce", "Reproduction", True),
     ]
     return [(anchor, text) for anchor, text, there in named if there]
+
+
+def _shown(value: Any) -> Any:
+    """What the template prints of a value: whatever text comes from a run has no control characters in the page."""
+    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _text(name: str) -> str:

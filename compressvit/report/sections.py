@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import itertools
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from compressvit.charts.findings import Finding
+from compressvit.reading import Unreadable, open_regular, read_bytes
 from compressvit.report.record import Run
-from compressvit.runs.files import Answer, ClassRow, Environment, LedgerRow, PredictionsFile, Results
+from compressvit.runs.files import PICTURES, Answer, ClassRow, Environment, LedgerRow, PredictionsFile, Results
 from compressvit.runs.tables import results_rows
 from compressvit.tasks.base import TASKS, Measure
 from compressvit.tasks.qualities import qualities
 
 CLASSES = 40  # more would be illegible; those that changed most are drawn
 LOG_LINES = 8
+MAX_PICTURE = 2**20  # bytes; those of a run are a hundredth of it
 
 
 def title(run: Run) -> str:
@@ -55,13 +60,18 @@ def verdict(run: Run) -> str:
         if ratio := run.results.slowdown:
             slower = f" and {ratio:.2f} times its latency"
         parts.append(
-            f"With {100 * student.parameters / teacher.parameters:.1f} % of the teacher's parameters{slower}, the student"
+            f"With {_share(student.parameters, teacher.parameters)} of the teacher's parameters{slower}, the student"
         )
     images = f"{student.images:,} held-out images" if student.images else "the held-out images"
     ours, theirs = student.model_dump(), teacher.model_dump()
     verdicts = (text for task in TASKS.values() if (text := task.verdict(ours, theirs, images)))
     parts.append(next(verdicts, "was made; there was nothing to evaluate it on"))
     return " ".join(parts).replace(" %", "\u00a0%") + "."
+
+
+def _share(part: int, whole: int) -> str:
+    """Percent; of nothing, which only a damaged file says, the number itself."""
+    return f"{100 * part / whole:.1f} %" if whole else f"{part:,} instead of none"
 
 
 def _not_finished(run: Run) -> str:
@@ -161,24 +171,41 @@ def gallery(run: Run) -> list[dict[str, Any]]:
     """A card per stored image: its picture as a data URI, and lines of text, each marked as right or wrong."""
     if run.predictions is None:
         return []
-    cards = []
+    cards, lost = [], []
     measure = measure_of(run.predictions)
     for example in run.predictions.examples:
         # only pictures in the run's own folder, whatever path the file contains
         file = run.path / "predictions" / Path(example.file).name
         kind = {".png": "image/png", ".jpg": "image/jpeg"}.get(file.suffix)
-        if kind is None or not file.is_file():
+        if kind is None or (picture := _picture(file, run.path)) is None:
+            lost.append(file.name)
             continue
         cards.append(
             {
-                "picture": f"data:{kind};base64,{base64.b64encode(file.read_bytes()).decode()}",
+                "picture": f"data:{kind};base64,{base64.b64encode(picture).decode()}",
                 "pixelated": file.suffix == ".png",
                 "true": example.true,
                 "lines": list(_answers(example.true, {"teacher": example.teacher, "student": example.student})),
                 "value": measure.text(example.value) if measure else None,
             }
         )
+    if lost:
+        of = f"{len(lost)} of {len(run.predictions.examples)} pictures in {PICTURES}"
+        run.notes.append(f"{of} cannot be read and are left out; the first is {lost[0]}.")
     return cards
+
+
+def _picture(file: Path, run: Path) -> bytes | None:
+    """The bytes of a small picture that a run kept, no link; None where it cannot be shown."""
+    try:
+        content = read_bytes(file, most=MAX_PICTURE, root=run)
+        with Image.open(io.BytesIO(content), formats=("PNG", "JPEG")) as image:
+            if max(image.size) > 4096:
+                return None
+            image.load()
+    except Exception:  # what Pillow raises of a damaged picture has no common base
+        return None
+    return content
 
 
 def _answers(true: str | None, answers: dict[str, Answer | str | None]) -> Iterator[dict[str, Any]]:
@@ -250,10 +277,11 @@ def _threads(environment: Environment) -> str:
 def student_hash(run: Run) -> str | None:
     """SHA-256 of the student's tensors."""
     file = run.path / "student" / "model.safetensors"
-    if not file.is_file():
-        return None
     found = hashlib.sha256()
-    with file.open("rb") as content:
-        while block := content.read(2**20):
-            found.update(block)
+    try:
+        with open_regular(file, run.path) as content:
+            while block := content.read(2**20):
+                found.update(block)
+    except (Unreadable, OSError):  # `read_run` has left a note
+        return None
     return found.hexdigest()

@@ -20,13 +20,15 @@ from compressvit.data.input import Side, input_config
 from compressvit.data.spec import Data
 from compressvit.diagnostics.cka_layers import likeness
 from compressvit.errors import UserError, did_you_mean
-from compressvit.files import disk_faults, write_text
+from compressvit.files import disk_faults, write_json
 from compressvit.log import RunLog
 from compressvit.model import surgery
 from compressvit.model.modes import evaluating
+from compressvit.reading import read_json
 from compressvit.runs.batches import LoadedBatches
 from compressvit.runs.folder import RunFolder, flat, refuse_processes
 from compressvit.runs.job import pick_device
+from compressvit.runs.owned import refuse_links
 from compressvit.tasks.base import Task, find_task, task_of
 from compressvit.training import optimisation as opt
 from compressvit.training.evaluate import evaluate
@@ -279,6 +281,7 @@ def _folder(output: str | Path | None, student: nn.Module, resume: bool, options
         raise UserError(f"{folder.path} is a file; give the path of a folder as output")
     if resume:
         _refuse_other_options(folder.path / _OPTIONS, options)
+        refuse_links(folder.path.resolve())
         return folder
     if folder.path.exists() and any(folder.path.iterdir()):
         raise UserError(
@@ -287,7 +290,7 @@ def _folder(output: str | Path | None, student: nn.Module, resume: bool, options
     artifact.require_storable(student)
     with disk_faults(folder.path):
         folder.path.mkdir(parents=True, exist_ok=True)
-        write_text(folder.path / _OPTIONS, json.dumps(options, indent=2) + "\n")
+        write_json(folder.path / _OPTIONS, options)
     return folder
 
 
@@ -296,7 +299,7 @@ def _refuse_other_options(file: Path, options: dict[str, Any]) -> None:
     if not file.is_file():
         raise UserError(f"resume=True: there is no training in {file.parent} (no {file.name}); start it without resume")
     try:
-        before = flat(json.loads(file.read_text(encoding="utf-8")))
+        before = flat(read_json(file))
     except ValueError as error:
         raise UserError(f"resume=True: {file} is damaged ({error}); start a training in another output") from error
     now = flat(json.loads(json.dumps(options)))

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import yaml
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
@@ -26,6 +25,8 @@ from compressvit.runs.job import pick_device
 from compressvit.runs.resources import resource_faults
 from compressvit.tasks.base import Task, task_of
 from compressvit.tasks.qualities import qualities
+from compressvit.terminal import Terminal
+from compressvit.text import printable
 from compressvit.training.evaluate import Watch, evaluate
 
 
@@ -104,9 +105,9 @@ def evaluate_path(path: str | Path, overrides: list[str], *, device: str, as_jso
         if key not in ("path", "data", "data_notes") and value is not None:
             unit = f" {known[key].unit}".rstrip() if key in known else ""
             table.add_row(key, f"{value:,}" if isinstance(value, int) else f"{value:.4f}{unit}")
-    Console().print(table)
+    Terminal().print(table)
     for note in datasets.notes():
-        print(f"data: {note.text}")
+        print(f"data: {printable(note.text)}")
     if not datasets.labelled:
         print("the images have no labels, so there is no accuracy; `apply` compares a student with its teacher")
     return 0

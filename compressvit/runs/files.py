@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from compressvit.errors import UserError
+from compressvit.reading import Unreadable, read_json
+
+PREDICTIONS = "predictions.json"
+PICTURES = "predictions"
+MEASURED = "measured.jsonl"  # in `diagnostics`
 
 
 class RunFile(BaseModel):
@@ -239,6 +243,16 @@ class PredictionsFile(RunFile):
     examples: list[Example]
 
 
+class MeasuredRow(BaseModel):
+    """A row of `measured.jsonl`."""
+
+    diagnostic: str
+    phase: str
+    epoch: int
+    findings: list[str]
+    seconds: float
+
+
 def read_results(run: Path) -> Results:
     """The content of a run's `results.json`.
 
@@ -248,7 +262,7 @@ def read_results(run: Path) -> Results:
     file = run / "results.json"
     fault = "it is no table of teacher and student"
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
         if isinstance(content, dict) and "phases" not in content:
             fault = "it has no 'phases'"
         else:
@@ -258,6 +272,6 @@ def read_results(run: Path) -> Results:
     except ValidationError as error:
         missing = [f["loc"][-1] for f in error.errors() if f["type"] == "missing"]
         fault = f"it has no {missing[0]!r}" if missing else fault
-    except ValueError:  # not JSON
+    except Unreadable:
         pass
     raise UserError(f"{file} is not what `apply` writes: {fault}; leave the run out, or apply its recipe again")

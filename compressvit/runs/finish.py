@@ -11,7 +11,7 @@ import torch
 from compressvit.artifacts import artifact
 from compressvit.artifacts.adapter import save_adapter
 from compressvit.data.input import Side, class_mismatch
-from compressvit.files import disk_faults, write_text
+from compressvit.files import disk_faults, write_json
 from compressvit.log import RunLog
 from compressvit.log import log as warnings
 from compressvit.model import cost, stored
@@ -73,7 +73,7 @@ def finish(job: Job, scorer: Scorer, folder: RunFolder, log: RunLog, *, plan: Re
             "data_notes": [asdict(note) for note in job.datasets.notes()],
         }
     )
-    write_text(folder.path / "results.json", results.model_dump_json(indent=2, exclude_unset=True) + "\n")
+    write_json(folder.path / "results.json", results.model_dump(exclude_unset=True))
     log.board(lambda writer: tensorboard.show_results(writer, job.recipe, results))
     predictions.write(folder.path)
     needed = scorer.task(teacher).needs_classes(job.datasets.num_classes or 0)

@@ -9,31 +9,27 @@ from __future__ import annotations
 
 import os
 import platform
-import re
-import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from filelock import FileLock, Timeout
 
 from compressvit import __version__
 from compressvit.errors import UserError, option, switch
-from compressvit.files import disk_faults, write_text
+from compressvit.files import disk_faults, write_json, write_text
+from compressvit.model.header import MANIFEST
 from compressvit.model.old import RESOLVED, current_recipe, stored_step
+from compressvit.reading import MAX_YAML, parse_yaml, read_json, read_text, read_yaml
 from compressvit.runs.files import DataPlan, Environment, RecipePlan
+from compressvit.runs.owned import LOCK, delete, is_scratch, refuse_foreign, refuse_links
 
 if TYPE_CHECKING:
     from compressvit.charts.findings import Finding
     from compressvit.recipe.recipe import Recipe
-
-
-_LOCK = ".lock"  # exists in a run folder while a process writes to it
-_MANIFEST = "compressvit.json"  # as in `compressvit.artifacts.artifact`, which imports torch
 
 
 class RunFolder:
@@ -81,9 +77,10 @@ class RunFolder:
             raise UserError(f"{switch('resume')} and {switch('overwrite')} contradict each other; give one")
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{option('output', self.path)} is a file; name a folder")
-        occupied = self.path.is_dir() and any(not _is_scratch(entry) for entry in self.path.iterdir())
+        occupied = self.path.is_dir() and any(not is_scratch(entry) for entry in self.path.iterdir())
         if resume:
             self._refuse_other_recipe(recipe)
+            refuse_links(self.path.resolve())
         elif occupied and not overwrite:
             raise UserError(
                 f"{self.path} is not empty. Give {switch('resume')} to continue the run in it, {switch('overwrite')} to delete it and "
@@ -94,6 +91,8 @@ class RunFolder:
                 f"{switch('overwrite')}: {self.path} is not empty and not a run folder (no {RESOLVED}), so it is not deleted; "
                 f"give another {option('output')}"
             )
+        elif occupied:
+            refuse_foreign(self.path)
 
     def _refuse_other_recipe(self, recipe: Recipe) -> None:
         if not (self.path / RESOLVED).is_file():
@@ -103,16 +102,16 @@ class RunFolder:
         from compressvit.recipe.recipe import parse_recipe  # here, because a report reads run folders without torch
 
         try:
-            text = (self.path / RESOLVED).read_text(encoding="utf-8")
-            before = flat(current_recipe(yaml.safe_load(text)))
-            with suppress(UserError):  # keys that are newer than the run get their defaults
-                before = flat(yaml.safe_load(parse_recipe(text, RESOLVED).to_yaml()))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            text = read_text(self.path / RESOLVED, most=MAX_YAML)
+            before = flat(current_recipe(parse_yaml(text, RESOLVED)))
+            with suppress(UserError):  # keys that are newer than the run have their defaults
+                before = flat(parse_yaml(parse_recipe(text, RESOLVED).to_yaml(), RESOLVED))
+        except UserError as error:
             raise UserError(
                 f"{switch('resume')}: {self.path / RESOLVED} is damaged, so the run's settings are not known; start a new run with "
                 f"another {option('output')}"
             ) from error
-        now = flat(yaml.safe_load(recipe.to_yaml()))
+        now = flat(parse_yaml(recipe.to_yaml(), "the recipe"))
         changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
         changed = [key for key in changed if not self._changes_nothing(key, before, recipe)]
         if changed:
@@ -138,8 +137,8 @@ class RunFolder:
     def _fingerprint(self) -> str | None:
         """What identified the data of the run that began here, where that is known."""
         try:
-            plan = RecipePlan.model_validate_json((self.path / "plan.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            plan = RecipePlan.model_validate(read_json(self.path / "plan.json"))
+        except (UserError, OSError, ValueError):
             return None
         return plan.data.fingerprint if plan.data is not None else None
 
@@ -155,11 +154,11 @@ class RunFolder:
         before = self._fingerprint()
         if before is not None and data.fingerprint is not None and before != data.fingerprint:
             raise UserError(
-                f"--resume: the data is not what {self.path} was started with: the names or labels of its files have changed, and "
-                f"there are {data.train:,} images to train on and {data.validation:,} held out now. Give data.root=FOLDER of the same "
-                "files, or start a new run with --output"
+                f"{switch('resume')}: the data is not what {self.path} was started with: the names or labels of its files have changed, "
+                f"and there are {data.train:,} images to train on and {data.validation:,} held out now. Give data.root=FOLDER of the same "
+                f"files, or start a new run with another {option('output')}"
             )
-        content = yaml.safe_load((self.path / RESOLVED).read_text(encoding="utf-8"))
+        content = read_yaml(self.path / RESOLVED)
         root = flat(content).get("data.root")
         return [] if root == recipe.data.root else [f"resumed with data.root={recipe.data.root}, before {root}"]
 
@@ -174,7 +173,7 @@ class RunFolder:
         new = not path.exists()
         with disk_faults(self.path):
             path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path / _LOCK)
+        lock = FileLock(path / LOCK)
         with disk_faults(self.path):
             try:
                 lock.acquire(timeout=0)
@@ -185,7 +184,7 @@ class RunFolder:
         try:
             yield
         finally:
-            (path / _LOCK).unlink(missing_ok=True)
+            (path / LOCK).unlink(missing_ok=True)
             lock.release()
             if new and not any(path.iterdir()):
                 path.rmdir()
@@ -202,24 +201,18 @@ class RunFolder:
     ) -> None:
         """Write what is known before the first step; for a resumed run, only what is missing."""
         with disk_faults(self.path):
-            for entry in self.path.iterdir():
-                if entry.name != _LOCK and (overwrite or _is_scratch(entry)):
-                    shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+            delete(self.path.resolve(), scratch=not overwrite)
         found = environment(command, recipe.packages)
-        texts = {
-            RESOLVED: recipe.to_yaml(),  # first, because its presence marks a run that can be resumed or overwritten
-            "recipe.yaml": recipe_text,
-            "environment.json": found.model_dump_json(indent=2) + "\n",
-            "plan.json": plan.model_dump_json(indent=2) + "\n",
+        writes: dict[str, Callable[[Path], None]] = {
+            # first: a run that has it can be resumed or overwritten
+            RESOLVED: lambda file: write_text(file, recipe.to_yaml()),
+            "recipe.yaml": lambda file: write_text(file, recipe_text),
+            "environment.json": lambda file: write_json(file, found.model_dump(mode="json")),
+            "plan.json": lambda file: write_json(file, plan.model_dump(mode="json")),
         }
-        for name, text in texts.items():
+        for name, write in writes.items():
             if not (resume and (self.path / name).exists()):
-                write_text(self.path / name, text)
-
-
-def _is_scratch(entry: Path) -> bool:
-    """Whether a killed run left this entry behind: a lock, or an incomplete file or model (`.student.1a2b3c4d`)."""
-    return re.fullmatch(r"\.lock|\..+\.part|\..+\.[0-9a-f]{8}", entry.name) is not None
+                write(self.path / name)
 
 
 def refuse_processes() -> None:
@@ -258,7 +251,7 @@ def _not_a_run(path: Path) -> str:
         return f"{path} is a file, not a run folder; {way_out}"
     if not any(path.iterdir()):
         return f"{path} is empty: no run has begun in it; {way_out}"
-    if (path / _MANIFEST).is_file():
+    if (path / MANIFEST).is_file():
         return f"{path} is a model, not a run folder; give the run folder that contains it"
     if (path / "recipe.yaml").is_file():
         return (

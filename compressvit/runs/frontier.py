@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import csv
 import io
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from rich.table import Table
 from compressvit.charts.plots import frontier_finding
 from compressvit.data.input import Side
 from compressvit.errors import UserError
-from compressvit.files import write_text
+from compressvit.files import write_json, write_text
 from compressvit.fitting.allocate import Budget
 from compressvit.model import cost
 from compressvit.recipe.recipe import Recipe
@@ -60,7 +59,7 @@ def frontier(
         try:
             student, _ = begin.student(_with_budget(begin.transforms, Budget(**{unit: budget})))
         except UserError as error:
-            console.print(f"budget {budget:g}: {error}", highlight=False, markup=False)
+            console.print(f"budget {budget:g}: {error}", highlight=False)
             continue
         rows.append(measure(student, budget))
         console.print(f"budget {budget:g}: {words(rows[-1])}", highlight=False)
@@ -120,5 +119,5 @@ def _write(rows: list[dict[str, Any]], output: Path, unit: str, name: str, quali
     writer.writeheader()
     writer.writerows(rows)
     write_text(output / "frontier.csv", text.getvalue())
-    write_text(output / "frontier.json", json.dumps(rows, indent=2) + "\n")
+    write_json(output / "frontier.json", rows)
     frontier_finding(rows, unit, quality, qualities()[quality].axis, name).picture(output / "frontier.png")

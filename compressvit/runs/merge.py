@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import shutil
 import tempfile
@@ -25,13 +24,14 @@ from compressvit.data.loaders import eval_loader
 from compressvit.data.opening import Datasets, open_data
 from compressvit.data.spec import Data
 from compressvit.errors import UserError, option, switch
-from compressvit.files import disk_faults, write_text
+from compressvit.files import disk_faults, write_json
 from compressvit.model import cost, stored, ties
 from compressvit.model.stored import Manifest
 from compressvit.recipe.recipe import load_recipe
 from compressvit.runs.evaluate import artifact_in
 from compressvit.runs.folder import RESOLVED
 from compressvit.runs.job import pick_device
+from compressvit.runs.owned import refuse_links
 from compressvit.runs.tables import ratio_text
 from compressvit.transforms.record import compression_of
 
@@ -69,6 +69,8 @@ def merge_folder(
     where = pick_device(device)
     folder = artifact_in(Path(path).resolve())
     target = Path(output).resolve() if output is not None else folder.parent / "merged"
+    if output is None:
+        refuse_links(target)
     _require_free(target, overwrite)
     model = artifact.load(folder)
     dtype = next(model.parameters()).dtype
@@ -93,7 +95,7 @@ def merge_folder(
     result |= _measured(stored.read_manifest(folder), model, merged, config, where)
     # the folder is meant to be shared, so it must not contain paths of this machine
     shipped = {**result, "artifact": os.path.relpath(folder, target), "merged": "."}
-    write_text(target / _SEAL, json.dumps(shipped, indent=2) + "\n")
+    write_json(target / _SEAL, shipped)
     return result
 
 
@@ -159,7 +161,7 @@ def _replace(target: Path, model: nn.Module, plain: bool, check: Callable[[nn.Mo
         try:
             checked = check(_write(model, scratch, plain=plain))
             target.mkdir(exist_ok=True)
-            write_text(target / _SEAL, "{}\n")  # first: after an interruption here, the merge can be repeated
+            write_json(target / _SEAL, {})  # first: one that is interrupted here can be made again
             for name in _WRITTEN:
                 (target / name).unlink(missing_ok=True)
             for file in scratch.iterdir():

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,10 @@ import torch
 from PIL import Image
 
 from compressvit.data.input import InputConfig
-from compressvit.files import disk_faults, write_atomically, write_text
-from compressvit.runs.files import PredictionsFile
+from compressvit.files import disk_faults, write_atomically, write_json
+from compressvit.runs.files import PICTURES, PREDICTIONS, PredictionsFile
 from compressvit.tasks.base import Answers
 
-FILE = "predictions.json"
-PICTURES = "predictions"
 FORMAT = 1
 EXAMPLES = 24
 _PIXELS = 96  # maximum length of the longer side of a picture
@@ -87,14 +84,14 @@ class Predictions:
         if not content:
             return
         with disk_faults(folder):
-            for old in (folder / PICTURES).glob("*"):
+            for old in (folder / PICTURES).glob("[0-9][0-9].*"):
                 old.unlink()
         for number, (_, _, answer, pixels) in enumerate(self._ordered()):
             picture = self._picture(pixels, answer)
             kind = "PNG" if self._suffix == "png" else "JPEG"
             write_atomically(folder / PICTURES / self._name(number), partial(picture.save, format=kind, quality=88))
         content = PredictionsFile.model_validate(content).model_dump(by_alias=True, exclude_unset=True)
-        write_text(folder / FILE, json.dumps(content, indent=1, allow_nan=False) + "\n")
+        write_json(folder / PREDICTIONS, content, indent=1)
 
     def _ordered(self) -> list[tuple[float, int, dict[str, Any], torch.Tensor]]:
         return sorted(self._examples, key=lambda entry: entry[:2], reverse=True)

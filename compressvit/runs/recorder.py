@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel
 from torch import nn
 
 from compressvit.charts.findings import Finding, merged, read
@@ -30,21 +29,10 @@ from compressvit.log import RunLog, warn_and_continue
 from compressvit.model.modes import evaluating
 from compressvit.recipe.recipe import Recipe
 from compressvit.rows import append_row, read_rows
+from compressvit.runs.files import MEASURED, MeasuredRow
 from compressvit.tasks.targets import NO_LABEL, at_least, take
 from compressvit.training.optimisation import random_state, restore_random_state
 from compressvit.training.watch import Watch
-
-MEASURED = "measured.jsonl"
-
-
-class MeasuredRow(BaseModel):
-    """A row of `measured.jsonl`."""
-
-    diagnostic: str
-    phase: str
-    epoch: int
-    findings: list[str]
-    seconds: float
 
 
 class Recorder:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -18,10 +17,11 @@ from compressvit.data.input import Side
 from compressvit.data.loaders import calibration_batches, train_loader
 from compressvit.diagnostics.cka_layers import likeness
 from compressvit.errors import UserError, switch
-from compressvit.files import disk_faults, write_text
+from compressvit.files import disk_faults, write_json
 from compressvit.log import RunLog
 from compressvit.model import stored
 from compressvit.model.old import current_word
+from compressvit.reading import read_json
 from compressvit.recipe.recipe import Part
 from compressvit.runs.evaluate import Scorer
 from compressvit.runs.files import PhaseReport
@@ -202,8 +202,8 @@ def calibration_images(job: Job) -> Callable[[], Iterator[torch.Tensor]]:
 
 
 def _keep_transformed(student: nn.Module, ledger: list[LedgerEntry], path: Path, config: dict[str, Any]) -> None:
-    write_text(path.with_suffix(".ledger.json"), json.dumps([asdict(entry) for entry in ledger], indent=2) + "\n")
-    with disk_faults(path):  # last, because its presence implies that the ledger exists
+    write_json(path.with_suffix(".ledger.json"), [asdict(entry) for entry in ledger])
+    with disk_faults(path):  # last: where it is, the ledger is
         artifact.save(student, path, input_config=config)
 
 
@@ -211,7 +211,7 @@ def _read_transformed(path: Path) -> tuple[nn.Module, list[LedgerEntry]]:
     """The transformed student stored before the run was resumed, with its ledger and errors, which an artifact does not contain."""
     try:
         student = artifact.load(path)
-        ledger = [LedgerEntry(**e) for e in json.loads(path.with_suffix(".ledger.json").read_text(encoding="utf-8"))]
+        ledger = [LedgerEntry(**e) for e in read_json(path.with_suffix(".ledger.json"))]
     except (UserError, OSError, ValueError, TypeError) as error:
         raise UserError(
             f"{switch('resume')}: {error}\n  Remove {path}: {switch('resume')} then makes it again"

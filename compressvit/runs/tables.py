@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
+from rich.text import Text
 
 from compressvit.runs.files import Figures
 from compressvit.tasks.qualities import qualities
@@ -112,7 +113,7 @@ def print_plan(plan: RecipePlan, console: Console) -> None:
             table.add_row(row.stage, f"{row.parameters:,}", f"{row.shared:,}", f"{row.private:,}")
         console.print(table)
     for step in plan.steps:
-        console.print(f"[bold]{_plain(step.step)}[/bold]  {step.summary}", highlight=False)
+        console.print(Text.assemble((step.step, "bold"), f"  {step.summary}"), highlight=False)
         if step.layers_rule:
             pairs = ", ".join(f"{s}↔{t}" for s, t in step.layers) or "none"
             console.print(f"  layer pairs (student↔teacher): {pairs}  ({step.layers_rule})", highlight=False)
@@ -124,24 +125,20 @@ def print_plan(plan: RecipePlan, console: Console) -> None:
                 highlight=False,
             )
     for name, summary in plan.diagnostics.items():
-        console.print(f"diagnostics: [bold]{name}[/bold]  {summary}", highlight=False)
+        console.print(Text.assemble("diagnostics: ", (name, "bold"), f"  {summary}"), highlight=False)
     if plan.data is not None:
         print_data(plan.data, console)
     for note in plan.notes:
         console.print(f"note: {note}", highlight=False)
     for conflict in plan.conflicts:
-        console.print(f"[red]conflict:[/red] {_plain(conflict)}", highlight=False)
+        console.print(Text.assemble(("conflict:", "red"), f" {conflict}"), highlight=False)
 
 
 def print_data(data: DataPlan, console: Console) -> None:
     """How many images there are, and what was passed over or guessed about them."""
     console.print(f"data: {data.train:,} images to train on, {data.validation:,} held out", highlight=False)
     for note in data.notes:
-        console.print(f"data: {_plain(note.text)}", highlight=False)
-
-
-def _plain(text: str) -> str:
-    return text.replace("[", r"\[")
+        console.print(f"data: {note.text}", highlight=False)
 
 
 def ratio_text(ratio: Sequence[float]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +10,9 @@ import numpy as np
 from torch import nn
 
 from compressvit.errors import UserError
-from compressvit.files import write_text
+from compressvit.files import write_json
 from compressvit.model.backbone import Backbone, BlockInfo, describe, model_name
+from compressvit.reading import read_json
 from compressvit.transforms.record import compression_of
 
 # CKA (student blocks, teacher blocks) of the outputs of the blocks at these paths
@@ -131,11 +131,11 @@ def match_layers_once(
         return match_layers(student, teacher, layers)
     if not kept.is_file():
         pairs, how = match_layers(student, teacher, layers, likeness)
-        write_text(kept, json.dumps([[p.student.index, p.teacher.index] for p in pairs]) + "\n")
+        write_json(kept, [[p.student.index, p.teacher.index] for p in pairs])
         return pairs, how
     try:
-        before = tuple((int(s), int(t)) for s, t in json.loads(kept.read_text(encoding="utf-8")))
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, ValueError) as error:
+        before = tuple((int(s), int(t)) for s, t in read_json(kept))
+    except (TypeError, ValueError) as error:
         raise UserError(f"{kept} is damaged: {error}; remove it and its checkpoint to start the phase again") from error
     pairs = match_layers(student, teacher, before)[0] if before else []
     return pairs, "auto: as when the phase began"

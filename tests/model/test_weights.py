@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import random
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from timm.layers import resample_abs_pos_embed
 
 from compressvit.artifacts import artifact
 from compressvit.errors import UserError
+from compressvit.files import load_checkpoint
 from compressvit.model import weights
 
 WHERE = "teacher.weights"
@@ -49,6 +51,85 @@ def test_weights_from_a_file(name, kind, tmp_path):
     assert not torch.equal(outputs(model), outputs(source))
     weights.load_file(model, path, WHERE)
     assert torch.equal(outputs(model), outputs(source))
+
+
+def own_names(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {f"{prefix}{name}": tensor for name, tensor in state.items()}
+
+
+# As other programs save them: the content, and what the log reports.
+FOREIGN: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], list[str]]] = {
+    "MAE and DeiT": (lambda s: {"model": s, "args": argparse.Namespace(lr=0.1, layers=[1]), "epoch": 3}, []),
+    "timm's train.py": (
+        lambda s: {
+            "epoch": 1,
+            "arch": "vit",
+            "state_dict": own_names(s, "module."),
+            "args": argparse.Namespace(lr=0.1),
+            "optimizer": {"state": {0: {"exp_avg": torch.zeros(2)}}, "param_groups": []},
+        },
+        ["the prefix 'module.' was taken off 56 tensors"],
+    ),
+    "net": (lambda s: {"net": s, "acc": 90.0}, ["the weights are those under 'net'"]),
+    "model_state_dict": (
+        lambda s: {"model_state_dict": own_names(s, "backbone."), "epoch": 3},
+        ["the weights are those under 'model_state_dict'", "the prefix 'backbone.' was taken off 56 tensors"],
+    ),
+    "two prefixes": (lambda s: own_names(s, "module.model."), ["the prefix 'module.model.' was taken off 56 tensors"]),
+    "DINO": (
+        lambda s: {
+            "student": own_names(s, "module.backbone."),
+            "teacher": {**own_names(s, "backbone."), "projection.mlp.0.weight": torch.zeros(3, 3)},
+            "args": argparse.Namespace(),
+        },
+        ["the prefix 'backbone.' was taken off 56 tensors, and 1 without it were left out (projection.mlp.0.weight)"],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_weights_as_other_programs_save_them(kind, tmp_path, caplog):
+    caplog.set_level("INFO", logger="compressvit")
+    source, model = build("vit"), build("vit", seed=5)
+    content, notes = FOREIGN[kind]
+    torch.save(content(source.state_dict()), tmp_path / "w.pth")
+    weights.load_file(model, tmp_path / "w.pth", WHERE)
+    assert torch.equal(outputs(model), outputs(source))
+    assert [record.message for record in caplog.records] == [f"{WHERE}: {tmp_path / 'w.pth'}: {note}" for note in notes]
+
+
+def test_a_prefix_in_a_safetensors_file(tmp_path):
+    source, model = build("vit"), build("vit", seed=5)
+    artifact.save_file(own_names(source.state_dict(), "module."), tmp_path / "w.safetensors")
+    weights.load_file(model, tmp_path / "w.safetensors", WHERE)
+    assert torch.equal(outputs(model), outputs(source))
+
+
+def test_what_cannot_be_decided_is_refused_and_shown(tmp_path):
+    model = build("vit")
+    state = model.state_dict()
+    for content, message in (
+        ({"a": state, "b": state}, r"holds more than one state dict \(a, b\)"),
+        (own_names(state, "a.") | own_names(state, "b."), r"The file's first tensors are a\.cls_token, a\.pos_embed"),
+        ({"hyper": {"lr": 1}, "epoch": 3}, r"holds a dict, not a state dict of tensors; its keys are hyper, epoch"),
+    ):
+        torch.save(content, tmp_path / "w.pth")
+        with pytest.raises(UserError, match=message):
+            weights.load_file(model, tmp_path / "w.pth", WHERE)
+
+
+class Local:
+    """A class that a weights file has no business to hold."""
+
+
+@pytest.mark.parametrize("name", ["w.pth", "checkpoint"])
+def test_a_refusal_names_the_class_and_never_advises_to_run_it(name, tmp_path):
+    torch.save({"model": build("vit").state_dict(), "x": Local()}, tmp_path / name)
+    read = load_checkpoint if name == "checkpoint" else lambda path: weights.load_file(build("vit"), path, WHERE)
+    with pytest.raises(UserError, match=r"Local") as error:
+        read(tmp_path / name)
+    for advice in ("weights_only", "trusted source", "add_safe_globals", "arbitrary code"):
+        assert advice not in str(error.value)
 
 
 class Bomb:

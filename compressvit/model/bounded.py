@@ -1,0 +1,79 @@
+"""Building a model from a name and arguments that a file gives: on the meta device, within bounds, and never over the network."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+MAX_NUMBER = 2**20  # of an argument: above any size, depth or number of classes there is
+MAX_CALLS = 60_000  # of torch functions while a model is built; timm's largest ViT takes 5,000
+_SIZE = re.compile(r"(dim|depth|head|size|chan|channel|ratio|stride|width|layer|class|token)(s|es|els)?$")
+# What makes `timm.create_model` read another file or ask a server.
+_REACHING = ("pretrained", "checkpoint_path", "cache_dir", "url", "file", "hf_hub_id")
+
+
+def require_sound(args: Mapping[str, Any]) -> None:
+    """Check arguments for `timm.create_model` that it would not check itself.
+
+    Raises:
+        ValueError: a number that is not finite or no size there is, a negative size (which timm takes, for a model that computes nothing),
+            or an argument that reads another file.
+    """
+    for key, value in args.items():
+        if key.startswith(_REACHING):
+            raise ValueError(f"{key} is no argument of the architecture, and would read another file")
+        for number in _numbers(value):
+            if not math.isfinite(number):
+                raise ValueError(f"{key} is {number}, which is no number")
+            if abs(number) > MAX_NUMBER:
+                raise ValueError(f"{key} is {number:,}, and at most {MAX_NUMBER:,} is taken")
+            if number < 0 and _SIZE.search(key):
+                raise ValueError(f"{key} is {number:,}, and no size is negative")
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _numbers(inner)
+    elif isinstance(value, (int, float)):
+        yield value
+
+
+@contextmanager
+def on_meta(calls: int = MAX_CALLS) -> Iterator[None]:
+    """Tensors made inside have no values and take no memory; and no more than `calls` torch functions are called.
+
+    Raises:
+        TooMany: in the block, where more are called: a model of a hundred thousand blocks takes hours, also without values.
+    """
+    with torch.device("meta"), counted(calls):
+        yield
+
+
+def counted(calls: int) -> AbstractContextManager[object]:
+    """A context in which more than `calls` calls of torch functions are a `TooMany`."""
+    return _Counted(calls)
+
+
+class TooMany(ValueError):
+    """More calls than a model or a loss needs."""
+
+
+class _Counted(TorchFunctionMode):
+    def __init__(self, calls: int):
+        super().__init__()
+        self.calls, self.left = calls, calls
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            raise TooMany(f"it has far more parts than any model: more than {self.calls:,} calls to build it")
+        return func(*args, **(kwargs or {}))

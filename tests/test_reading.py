@@ -1,0 +1,122 @@
+"""Files that somebody else made: read within bounds, or refused in one sentence that names them, at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+
+import pytest
+from helpers.hostile import BOMBS, NAMES
+from helpers.runs import TINY, refused
+
+from compressvit.errors import UserError
+from compressvit.files import write_atomically, write_json
+from compressvit.reading import Unreadable, parse_json, parse_yaml, read_json, read_text
+from compressvit.rows import MetricsRow, append_row, read_rows
+from compressvit.text import printable, printable_in
+
+
+@pytest.mark.parametrize("what", BOMBS)
+def test_a_yaml_bomb_is_a_sentence_within_seconds(what):
+    began = time.monotonic()
+    with pytest.raises(UserError, match=r"^bomb\.yaml (is nested|holds|has|is not YAML)") as error:
+        parse_yaml(BOMBS[what], "bomb.yaml")
+    assert time.monotonic() - began < 3
+    assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("what", ["nested aliases", "50 MB", "deep flow", "a date that is none"])
+def test_a_bomb_as_a_recipe_and_as_an_override(what, tmp_path):
+    recipe = tmp_path / "bomb.yaml"
+    recipe.write_text(BOMBS[what])
+    assert str(recipe) in refused("plan", recipe)
+    if what != "50 MB":  # which no command line takes
+        recipe.write_text(TINY)
+        assert "override 'description=" in refused("plan", recipe, f"description={BOMBS[what][:20_000]}")
+
+
+def test_a_recipe_may_use_aliases():
+    assert parse_yaml("a: &a {x: 1}\nb: *a\nc: {<<: *a, y: 1e-3}", "r") == {
+        "a": {"x": 1},
+        "b": {"x": 1},
+        "c": {"x": 1, "y": 0.001},
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("[" * 100_000, "nested more than 64 deep"),
+        ("[" * 70 + "]" * 70, "nested more than 64 deep"),
+        ('{"a": ' * 100_000, "nested more than 64 deep"),
+        ("1" * 5000, "a number in it has 5,000 digits"),
+        ("{", "it is not JSON"),
+    ],
+)
+def test_json_that_is_refused(text, fault, tmp_path):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(Unreadable, match=rf"x\.json cannot be read: .*{fault}"):
+        read_json(tmp_path / "x.json")
+
+
+def test_json_that_is_read():
+    assert parse_json("[" * 60 + "]" * 60, "x") is not None
+    assert parse_json(r'{"caf\udce9": "\u00e9"}', "x") == {r"caf\xe9": "é"}
+
+
+def test_only_regular_files_are_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "latin").write_bytes(b"caf\xe9")
+    for name, fault in (
+        ("pipe", "it is a named pipe, not a file"),
+        ("folder", "it is a folder, not a file"),
+        ("loop", "Too many levels of symbolic links"),
+        ("nothing", "there is no such file"),
+        ("latin", "'utf-8' codec can't decode byte 0xe9"),
+    ):
+        with pytest.raises(Unreadable, match=rf"{name} cannot be read: {fault}"):
+            read_text(tmp_path / name)
+    with pytest.raises(UserError, match="named pipe"):
+        read_rows(tmp_path / "pipe", MetricsRow)
+
+
+def test_links_are_followed_but_inside_a_run_folder(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "x").write_text("x")
+    (tmp_path / "run").symlink_to(tmp_path / "real")
+    assert read_text(tmp_path / "run" / "x") == read_text(tmp_path / "run" / "x", root=tmp_path / "run") == "x"
+    with pytest.raises(Unreadable, match=r"run is a link, and links inside a run folder are not followed"):
+        read_text(tmp_path / "run" / "x", root=tmp_path)
+
+
+def test_a_scratch_file_is_no_way_out(tmp_path):
+    """`.report.html.part` as a link to a file of the user's."""
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    (tmp_path / ".x.part").symlink_to(precious)
+    write_atomically(tmp_path / "x", lambda scratch: scratch.write_text("ours"))
+    assert (precious.read_text(), (tmp_path / "x").read_text()) == ("mine", "ours")
+    assert not (tmp_path / "x").is_symlink()
+
+
+def test_text_is_made_printable():
+    assert {what: printable(name) for what, name in NAMES.items()} == {
+        "escape": r"cat\x1b[31mred\x1b[0m",
+        "bell": r"cat\x07",
+        "markup": "[/x] [red]cat",
+        "reversed": r"cat\u202etac",
+        "byte": r"caf\xe9",
+    }
+    assert printable("tab\tline\né 猫 ×") == "tab\tline\né 猫 ×"
+    assert printable_in({"\x00": ["\x00", 1, ("\x00",)]}) == {r"\x00": [r"\x00", 1, (r"\x00",)]}
+
+
+def test_json_is_valid_for_every_reader(tmp_path):
+    write_json(tmp_path / "x.json", {"caf\udce9": [float("nan"), float("inf"), 1.5, "\x1b"]})
+    assert read_json(tmp_path / "x.json") == {r"caf\xe9": [None, None, 1.5, r"\x1b"]}
+    json.loads((tmp_path / "x.json").read_bytes().decode("utf-8"))
+    append_row(tmp_path / "rows", {"phase": "caf\udce9", "kind": "train", "step": 1})
+    assert read_rows(tmp_path / "rows", MetricsRow)[0]["phase"] == r"caf\xe9"
