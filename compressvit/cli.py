@@ -222,6 +222,10 @@ def _apply(arguments: argparse.Namespace) -> int:
         arguments.recipe, arguments.output = str(run / RESOLVED), arguments.output or str(run)
     elif arguments.resume and run.is_dir():
         raise UserError(f"--resume: there is no run in {run} (no {RESOLVED}); start one without --resume")
+    elif arguments.resume and len(run.parts) > 1 and run.parent != Path("recipes") and not run.exists():
+        raise UserError(
+            f"--resume: there is no run folder {run}; give one that `compressvit apply` wrote, or the recipe and --output"
+        )
     arguments.output = arguments.output or Path("runs") / find_recipe(arguments.recipe).stem
     try:
         apply(

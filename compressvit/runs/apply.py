@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence, Sized
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,8 +42,8 @@ class RunResult:
         merged: the content of `merge.json` if the recipe ends with a merge, else None.
     """
 
-    student: nn.Module
-    teacher: nn.Module
+    student: nn.Module = field(repr=False)
+    teacher: nn.Module = field(repr=False)
     results: Results
     folder: Path
     merged: dict[str, Any] | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -55,7 +55,7 @@ class Distilled:
         folder: the output folder, if there is one.
     """
 
-    student: nn.Module
+    student: nn.Module = field(repr=False)
     figures: dict[str, Any]
     kept_epoch: int
     folder: Path | None

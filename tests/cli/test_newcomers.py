@@ -103,3 +103,9 @@ def test_a_recipe_measures_errors_on_its_own_images(recipe, tmp_path):
 def test_lors_from_python_as_the_readme_has_it():
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, num_classes=10)
     assert compress(model, [LORS(rank=8, share=2, metric="weights")]) is not model
+
+
+def test_resuming_a_run_that_is_not_there_speaks_of_run_folders(tmp_path):
+    message = refused("apply", tmp_path / "nothing", "--resume")
+    assert f"--resume: there is no run folder {tmp_path / 'nothing'}" in message
+    assert "recipes list" not in message

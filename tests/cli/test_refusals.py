@@ -13,8 +13,8 @@ from PIL import Image
 import compressvit
 from compressvit import Multiplex
 from compressvit.artifacts import artifact
+from compressvit.data.image_transform import image_transform
 from compressvit.data.input import InputConfig
-from compressvit.data.loaders import _transform
 from compressvit.data.spec import Augment
 from compressvit.errors import UserError, command_line
 from compressvit.files import disk_faults
@@ -28,7 +28,7 @@ from compressvit.transforms import LoadWeights
 
 def test_the_policy_of_the_imagenet_recipes_takes_every_magnitude():
     config = InputConfig(3, 16, 16, (0.5,) * 3, (0.5,) * 3, "bicubic", 1.0)
-    transform = _transform(config, Augment(auto_augment="rand-m10-n8-mstd3-inc1"))
+    transform = image_transform(config, Augment(auto_augment="rand-m10-n8-mstd3-inc1"))
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8))
     torch.manual_seed(0)
     seen = [transform(image) for _ in range(300)]

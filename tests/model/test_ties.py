@@ -240,10 +240,11 @@ def test_average_moves_a_shared_tensor_once_a_step(name):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn(parameter.shape, generator=generator))
-        average.update_parameters(model)
+        average.update(model)
         for n, p in model.named_parameters():
-            now, slow = p.detach().clone(), decay ** uses.get(n, 1)
-            expected[n] = now if step == 0 else decay * expected[n] + (1 - decay) * now
+            rate = average.decay_at(step)
+            now, slow = p.detach().clone(), rate ** uses.get(n, 1)
+            expected[n] = now if step == 0 else rate * expected[n] + (1 - rate) * now
             per_use[n] = now if step == 0 else slow * per_use[n] + (1 - slow) * now
     averaged = dict(average.module.named_parameters())
     assert averaged.keys() == expected.keys()
