@@ -48,7 +48,7 @@ def test_apply_does_what_the_command_line_does(typed, tmp_path, kind):
     run = compressvit.apply(given, tmp_path / "run", overrides=words, console=QUIET)
     assert student_bytes(run.folder) == student_bytes(typed / "run")
     written = json.loads((run.folder / "results.json").read_text())
-    assert run.results.model_dump(exclude_unset=True) == written
+    assert run.results.model_dump(mode="json", exclude_unset=True) == written
     assert run.results.student.top1 == written["student"]["top1"] >= 0
     assert not run.student.training
     again = compressvit.load(run.folder / "student")

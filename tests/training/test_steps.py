@@ -387,7 +387,17 @@ def test_an_average_of_few_steps_is_near_the_weights(tmp_path):
     spec = Finetune(epochs=10, lr=1e-3, ema=0.9999, log_every=1)
     loader = random_batches(4, 4)
     phase = Phase("phase", 1, 0, tmp_path / "phase.pt")
-    train(model, spec, phase, [labels_term(1.0, 0.0)], loader, batch_size=4, device=CPU, log=log, evaluate=lambda m: {})
+    train(
+        side(model),
+        spec,
+        phase,
+        [labels_term(1.0, 0.0)],
+        loader,
+        batch_size=4,
+        device=CPU,
+        log=log,
+        evaluate=lambda m: {},
+    )
     log.close()
     assert len(steps) == 40
     moved = distance(steps[-1], start)
