@@ -21,6 +21,7 @@ STATISTICS = (
     "std",
     "interpolation",
     "crop_pct",
+    "crop_mode",
 )  # options of the data that say what a model's images look like
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow converts to mode L
 
@@ -67,6 +68,7 @@ class InputConfig:
             "std": list(self.std),
             "interpolation": self.interpolation,
             "crop_pct": self.crop_pct,
+            "crop_mode": self.crop_mode,
         }
 
 
@@ -105,7 +107,7 @@ def input_config(model: nn.Module, data: Data, *, trained: bool = False) -> Inpu
         per_channel(asked.std or config["std"]),
         asked.interpolation or config["interpolation"],
         asked.crop_pct or crop_pct,
-        config["crop_mode"],
+        asked.crop_mode or config["crop_mode"],
     )
 
 

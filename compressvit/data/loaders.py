@@ -170,8 +170,8 @@ class _Order(Sampler):
     Over several processes training wraps around, so that all take equally many steps; evaluation does not.
     """
 
-    def __init__(self, count: int, training: bool, distributed: bool):
-        self.count, self.training, self.distributed = count, training, distributed
+    def __init__(self, count: int, training: bool, distributed: bool, repeats: int = 1):
+        self.count, self.training, self.distributed, self.repeats = count, training, distributed, repeats
         self.rank, self.world = 0, 1
         if distributed:
             self.rank, self.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -196,7 +196,7 @@ class _Order(Sampler):
         order = torch.randperm(self.count, generator=generator).tolist()
         total = len(self) * self.world
         seeds = torch.randint(2**31, (total,), generator=generator).tolist()
-        return iter([(order[i % self.count], seeds[i]) for i in range(self.rank, total, self.world)])
+        return iter([(order[i // self.repeats % self.count], seeds[i]) for i in range(self.rank, total, self.world)])
 
 
 class _SeededErasing(RandomErasing):
@@ -317,7 +317,7 @@ def _batches(
     order: _Order | None = None
     epoch: _Order | _StreamEpoch | None = None
     if isinstance(source, Samples):
-        order = epoch = _Order(len(source), training, distributed)
+        order = epoch = _Order(len(source), training, distributed, augment.repeats if augment is not None else 1)
         batch_size = max(1, min(batch_size, len(order)))
         dataset = _pixel_batches(source, config, augment)
     in_memory = dataset is not None

@@ -64,6 +64,10 @@ def open_data(data: Data) -> Datasets:
             splits differ, there is only one class, or a label does not fit `data.num_classes`.
     """
     found_set = find_set(data.name)
+    if data.augment.repeats > 1 and found_set.streams:
+        raise UserError(
+            f"data.augment.repeats={data.augment.repeats}: {data.name} streams its images and cannot repeat them in an epoch; leave it out"
+        )
     if found_set.package is not None and importlib.util.find_spec(found_set.package) is None:
         raise UserError(f"data.name={data.name} needs a package: pip install {found_set.package.replace('_', '-')}")
     sources = found_set.open(data)

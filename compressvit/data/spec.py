@@ -36,6 +36,11 @@ class Augment(Spec):
         default=None,
         description="A timm policy: rand-m9-mstd0.5-inc1, augmix-m3-w3, original, 3a, …; none = no policy.",
     )
+    repeats: int = Field(
+        default=1,
+        ge=1,
+        description="Repeated augmentation (DeiT: 3): an epoch has each of 1/repeats of the images so many times, differently augmented.",
+    )
     random_erasing: float = Field(
         default=0.0, ge=0, le=1, description="Probability that a rectangle of the image is erased."
     )
@@ -138,6 +143,10 @@ class Data(Spec):
         gt=0,
         le=1,
         description="Evaluation: fraction of the resized image kept by the centre crop; none = the model's.",
+    )
+    crop_mode: Literal["center", "squash", "border"] | None = Field(
+        default=None,
+        description="Evaluation: timm's center (resize the shorter side, crop), squash (resize both sides) or border; none = the model's.",
     )
     interpolation: Interpolation | None = Field(default=None, description="Evaluation: resampling; none = the model's.")
     val_fraction: float = Field(

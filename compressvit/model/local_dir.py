@@ -21,7 +21,7 @@ class LocalDir:
         file: the tensors.
         architecture: timm's name, without a tag.
         args: further arguments of timm.create_model, the number of classes included.
-        input: what images must look like, under the names of an artifact's manifest: mean, std, interpolation, crop_pct.
+        input: what images must look like, under the names of an artifact's manifest: mean, std, interpolation, crop_pct, crop_mode.
     """
 
     file: Path
@@ -53,7 +53,11 @@ def read_local_dir(path: Path) -> LocalDir | None:
     about, args = _mapping(content, "pretrained_cfg") or content, _mapping(content, "model_args")
     if isinstance(content.get("num_classes"), int):
         args = {"num_classes": content["num_classes"], **args}
-    known = {key: about[key] for key in ("mean", "std", "interpolation", "crop_pct") if about.get(key) is not None}
+    known = {
+        key: about[key]
+        for key in ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+        if about.get(key) is not None
+    }
     return LocalDir(file, content["architecture"], args, known)
 
 

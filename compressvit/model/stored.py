@@ -262,5 +262,5 @@ def read_safetensors(file: Path) -> dict[str, torch.Tensor]:
 
 def _pretrained_config(data: dict[str, Any]) -> dict[str, Any]:
     """timm's field names and types for the manifest's `input`, so that `resolve_model_data_config` answers with it."""
-    keys = ("input_size", "mean", "std", "interpolation", "crop_pct")
+    keys = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
     return {k: tuple(v) if isinstance(v := data[k], list) else v for k in keys if k in data}
