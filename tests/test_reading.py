@@ -118,5 +118,5 @@ def test_json_is_valid_for_every_reader(tmp_path):
     write_json(tmp_path / "x.json", {"caf\udce9": [float("nan"), float("inf"), 1.5, "\x1b"]})
     assert read_json(tmp_path / "x.json") == {r"caf\xe9": [None, None, 1.5, r"\x1b"]}
     json.loads((tmp_path / "x.json").read_bytes().decode("utf-8"))
-    append_row(tmp_path / "rows", {"phase": "caf\udce9", "kind": "train", "step": 1})
-    assert read_rows(tmp_path / "rows", MetricsRow)[0]["phase"] == r"caf\xe9"
+    append_row(tmp_path / "rows", MetricsRow(phase="caf\udce9", kind="train", step=1))
+    assert read_rows(tmp_path / "rows", MetricsRow)[0].phase == r"caf\xe9"

@@ -41,6 +41,7 @@ from compressvit.model.stored import (
     read_tensors,
     require_as_written,
 )
+from compressvit.text import printable_in
 from compressvit.transforms.applying import apply_plans
 from compressvit.transforms.applying import materialise as fold_low_rank
 from compressvit.transforms.record import compression_of
@@ -90,7 +91,7 @@ def save(
     scratch.mkdir(parents=True)
     try:
         save_file(tensors, scratch / TENSORS)
-        content = {**manifest.model_dump(mode="json"), "tensors": tensor_checksums(tensors)}
+        content = printable_in({**manifest.model_dump(mode="json"), "tensors": tensor_checksums(tensors)})  # as it is read
         content["checksum"] = content_checksum(content)
         (scratch / MANIFEST).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         if check is not None:

@@ -133,7 +133,7 @@ class Adapters(OnBlocks):
         return (
             Adapters(ratio=0.25),
             Adapters(width=3, places=("mlp",), bias=True, act="relu"),
-            Adapters(width=4, blocks=(0, "2-3")),
+            Adapters(width=4, blocks=("0-0", 1)),
         )
 
     def plan(self, model: nn.Module, reference: Reference | None = None) -> AdaptersPlan:
