@@ -91,7 +91,9 @@ def save(
     scratch.mkdir(parents=True)
     try:
         save_file(tensors, scratch / TENSORS)
-        content = printable_in({**manifest.model_dump(mode="json"), "tensors": tensor_checksums(tensors)})  # as it is read
+        content = printable_in(
+            {**manifest.model_dump(mode="json"), "tensors": tensor_checksums(tensors)}
+        )  # as it is read
         content["checksum"] = content_checksum(content)
         (scratch / MANIFEST).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         if check is not None:

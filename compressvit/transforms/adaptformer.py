@@ -140,7 +140,7 @@ class AdaptFormer(OnBlocks):
     def examples(cls) -> Sequence[AdaptFormer]:
         return (
             AdaptFormer(width=4),
-            AdaptFormer(width=3, scale="learnable", input="residual", blocks=(1, "2-3")),
+            AdaptFormer(width=3, scale="learnable", input="residual", blocks=(0, "0-1")),
             AdaptFormer(width=4, form="serial", stages=(0,)),
         )
 

@@ -215,7 +215,7 @@ class RepAdapter(OnBlocks):
     def examples(cls) -> Sequence[Transform]:
         return (
             RepAdapter(width=4, scale=0.5),
-            RepAdapter(width=4, groups=4, position="after", blocks=("1-3",)),
+            RepAdapter(width=4, groups=4, position="after", blocks=("1-1",)),
             RepAdapter(width=4, groups=1, place="mlp", act="gelu"),
         )
 
