@@ -123,6 +123,12 @@ class Latencies:
         return low, middle, high
 
 
+def threads_text() -> str:
+    """How many threads PyTorch uses, as '2 threads'."""
+    count = torch.get_num_threads()
+    return f"{count} thread{'s' * (count != 1)}"
+
+
 @torch.inference_mode()
 def latencies(
     models: Sequence[nn.Module],

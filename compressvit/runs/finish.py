@@ -6,8 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from compressvit.artifacts import artifact
 from compressvit.artifacts.adapter import save_adapter
 from compressvit.data.input import Side, class_mismatch
@@ -112,7 +110,7 @@ def _report(job: Job, folder: RunFolder, log: RunLog, results: Results, mismatch
     if mismatch and job.recipe.student.head != "new":
         warnings.warning("warning: %s", mismatch)
     log.say(
-        f"latency: batch 1 on {job.device}, {torch.get_num_threads()} threads, median of up to 30, measured alternately; "
+        f"latency: batch 1 on {job.device}, {cost.threads_text()}, median of up to 30, measured alternately; "
         f"in brackets the middle half of the ratios. "
         f"The student was read back from disk: largest difference of its outputs {results.read_back_difference:.1e}"
     )

@@ -181,7 +181,7 @@ def _measured(
     return {
         "latency_ms": dict(zip(models, times.medians, strict=True)),
         "latency_ratio": {name: times.ratio(i) for i, name in enumerate(models) if i},
-        "latency_on": f"{device}, {torch.get_num_threads()} threads",
+        "latency_on": f"{device}, {cost.threads_text()}",
         "parameters": {name: ties.count_parameters(m) for name, m in models.items()},
     }
 

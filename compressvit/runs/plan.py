@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
 from compressvit.artifacts.merge import DENSE_ADAPTERS, merged_copy
@@ -17,7 +16,7 @@ from compressvit.files import expanded
 from compressvit.fitting.moments import tokens_at
 from compressvit.model import surgery, ties
 from compressvit.model.backbone import describe, family_of
-from compressvit.model.cost import break_even_rank, cost
+from compressvit.model.cost import break_even_rank, cost, threads_text
 from compressvit.model.linear import weight_shape
 from compressvit.model.weights import copy_matching
 from compressvit.recipe.recipe import Merge, Recipe
@@ -256,7 +255,7 @@ def _break_even_notes(student: nn.Module) -> list[str]:
         texts.append(f"{path} ({out}×{inner}, {count} tokens) {by_macs} / {measured}")
     return [
         "low rank alone is faster than the dense layer up to rank (by MACs / as measured here, one image, "
-        f"{torch.get_num_threads()} threads): {'; '.join(texts)}"
+        f"{threads_text()}): {'; '.join(texts)}"
     ]
 
 
