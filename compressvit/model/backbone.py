@@ -7,13 +7,18 @@ families is in `compressvit.model.families`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from torch import nn
 
 from compressvit.errors import UserError
 from compressvit.model.family import FAMILIES, NEEDS, BlockInfo, Family, Need
 from compressvit.model.modules import as_timm
+
+
+# Which blocks of a detector: those of its backbone, or the stages of its decoder. Other models have only a backbone.
+Part = Literal["backbone", "decoder"]
 
 
 @dataclass(frozen=True)
@@ -48,18 +53,21 @@ class Backbone:
         return tuple(tuple(b for b in self.blocks if b.stage == stage) for stage in range(count))
 
 
-def share_groups(model: nn.Module, share: int | tuple[int, ...], asker: str) -> list[tuple[str, ...]]:
+def share_groups(
+    model: nn.Module, share: int | tuple[int, ...], asker: str, part: Part = "backbone"
+) -> list[tuple[str, ...]]:
     """Paths of the blocks of each share group: `share` consecutive blocks of one stage.
 
     Args:
         model: a timm model.
+        part: which blocks of a detector.
         share: blocks in a group, one number for every stage or one per stage; must divide the stage's depth.
         asker: the option's name in messages, e.g. 'multiplex.share'.
 
     Raises:
         UserError: a number does not divide its stage, or there are not as many numbers as stages.
     """
-    stages = describe(model, "attention", asker=asker).stages
+    stages = describe(model, "attention", asker=asker, part=part).stages
     counts = (share,) * len(stages) if isinstance(share, int) else share
     if len(counts) != len(stages):
         raise UserError(
@@ -121,7 +129,9 @@ def _and(words: list[str]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
-def describe(model: nn.Module, *needs: Need, asker: str = "this", instead: str = "") -> Backbone:
+def describe(
+    model: nn.Module, *needs: Need, asker: str = "this", instead: str = "", part: Part = "backbone"
+) -> Backbone:
     """Find the blocks of a model.
 
     Args:
@@ -129,6 +139,7 @@ def describe(model: nn.Module, *needs: Need, asker: str = "this", instead: str =
         needs: what the caller requires; a family that lacks one is refused.
         asker: what messages call the caller, e.g. 'multiplex'.
         instead: what a refused user can do, where that is better than to know which models it works on.
+        part: which blocks of a detector; paths are from the detector.
 
     Raises:
         UserError: the family is not known or lacks what is needed, or a block or its attention is of a class that is not known.
@@ -138,6 +149,10 @@ def describe(model: nn.Module, *needs: Need, asker: str = "this", instead: str =
         raise UserError(
             f"{model_name(model)} is a {type(model).__name__}, which compressvit cannot transform yet; it works on {supported(*needs)}"
         )
+    if family.body is not None and part == "backbone":
+        return _inside(family.body, describe(model.get_submodule(family.body), *needs, asker=asker, instead=instead))
+    if family.body is None and part != "backbone":
+        raise UserError(f"{asker}: {model_name(model)} is no detector, so it has no {part}; leave `of` out")
     missing = next((lack for lack in map(family.lacks, needs) if lack is not None), None)
     if missing is not None:
         needed, lack = NEEDS[missing]
@@ -159,6 +174,15 @@ def describe(model: nn.Module, *needs: Need, asker: str = "this", instead: str =
                     f"it works on {supported(*needs)}"
                 )
     return Backbone(family, blocks, num_prefix_tokens=getattr(model, "num_prefix_tokens", 0))
+
+
+def _inside(path: str, found: Backbone) -> Backbone:
+    """The blocks of the model at `path` within another, by their paths from that one."""
+    blocks = tuple(
+        replace(info, path=f"{path}.{info.path}", stage_path=info.stage_path and f"{path}.{info.stage_path}")
+        for info in found.blocks
+    )
+    return replace(found, blocks=blocks)
 
 
 def _parts(model: nn.Module, family: Family, path: str, needs: Sequence[Need]) -> Iterator[tuple[nn.Module, str, type]]:

@@ -110,6 +110,8 @@ class Family(ABC):
     prompts: ClassVar[str | None] = None
     # What a block passes on: (B, N, C), (B, height, width, C) or (B, C, height, width).
     layout: ClassVar[Literal["sequence", "channels_last", "channels_first"]] = "sequence"
+    # Of a detector: the path of the model of another family that transforms work on, unless they ask for the detector's own blocks.
+    body: ClassVar[str | None] = None
     # By the linear layer that ends it, which is then fitted so that its sum with the residual stream is the teacher's.
     branches: ClassVar[Mapping[str, Branch]] = {}
     # By name, the first one standing for the family where one is enough. A family without is not under the contract.

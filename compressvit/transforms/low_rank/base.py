@@ -18,7 +18,7 @@ from compressvit.fitting.lowrank import TINY, Metric, cholesky, spectrum
 from compressvit.fitting.moments import Reference
 from compressvit.fitting.regression import Regression
 from compressvit.model import surgery, ties
-from compressvit.model.backbone import Backbone, model_name
+from compressvit.model.backbone import Backbone, Part, describe, model_name
 from compressvit.model.linear import effective_weight, is_pointwise, weight_shape
 from compressvit.transforms.base import LedgerEntry, Plan, Transform
 from compressvit.transforms.claims import Claim, values, weight
@@ -155,6 +155,10 @@ class RankStep(Transform):
         description="Instead of a rank: what the student may cost. Ranks are allocated where they reduce the error most for their cost; a "
         "layer that shares no weight stays dense if that is cheaper.",
     )
+    of: Part = Field(
+        "backbone",
+        description="Of a detector: whose layers, those of its backbone or of its decoder, whose blocks are its stages.",
+    )
     targets: tuple[str, ...] = Field(
         TARGETS,
         min_length=1,
@@ -198,6 +202,9 @@ class RankStep(Transform):
         on = measured_on(metric)
         text = f"ranks are uniform in this plan; apply allocates the same budget by the errors it measures {on}"
         return [text] if self.budget else []
+
+    def backbone(self, model: nn.Module) -> Backbone:
+        return describe(model, *self.needed(), asker=self.name, instead=self.instead, part=self.of)
 
     def _fits(self, module: nn.Module) -> bool:
         return isinstance(module, (nn.Linear, Factored)) or (self.convolutions and is_pointwise(module))

@@ -1,0 +1,1 @@
+"""Detectors: a backbone of timm, what stands on it, and what detectors are matched and trained by."""

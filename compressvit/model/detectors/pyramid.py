@@ -1,0 +1,103 @@
+"""Feature maps of several strides from a backbone of timm.
+
+A backbone with stages (ResNet, ConvNeXt, Swin) gives a map of each of its last four stages. A plain ViT gives one map, that of its last
+block, and the pyramid is made of it by (de)convolutions, as in ViTDet: Exploring Plain Vision Transformer Backbones for Object Detection,
+ECCV 2022, https://arxiv.org/abs/2203.16527, §3.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor, nn
+
+from compressvit.errors import UserError
+
+LEVELS = 4
+
+
+class Pyramid(nn.Module):
+    """From the maps of a backbone to `LEVELS` maps (B, C, H_l, W_l) of equal width, normalised over groups of channels.
+
+    Args:
+        sources: width of each map that `levels_of` chose, from the largest map to the smallest; one for a plain ViT.
+        channels: C.
+
+    Attributes:
+        strides: of each level, in pixels of the image.
+    """
+
+    def __init__(self, sources: list[int], strides: list[float], channels: int):
+        super().__init__()
+        if len(sources) == 1:
+            (width,), (stride,) = sources, strides
+            strides = [stride / 4, stride / 2, stride, stride * 2]
+            self.levels = nn.ModuleList(_resampled(width, channels, octaves) for octaves in (2, 1, 0, -1))
+        else:
+            self.levels = nn.ModuleList(nn.Conv2d(width, channels, 1) for width in sources)
+        self.strides = tuple(strides)
+        self.norm = nn.GroupNorm(math.gcd(32, channels), channels)
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, maps: list[Tensor]) -> list[Tensor]:
+        if len(maps) == 1:
+            maps = maps * len(self.levels)
+        return [self.norm(level(found)) for level, found in zip(self.levels, maps, strict=True)]
+
+
+def _resampled(width: int, channels: int, octaves: int) -> nn.Module:
+    """From a ViT's map to one of 2^octaves times its height and width."""
+    if octaves == 2:
+        return nn.Sequential(
+            nn.ConvTranspose2d(width, width // 2, 2, 2),
+            nn.GroupNorm(1, width // 2),
+            nn.GELU(),
+            nn.ConvTranspose2d(width // 2, channels, 2, 2),
+        )
+    if octaves == 1:
+        return nn.ConvTranspose2d(width, channels, 2, 2)
+    if octaves == 0:
+        return nn.Conv2d(width, channels, 1)
+    return nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(width, channels, 1))
+
+
+def levels_of(backbone: nn.Module, name: str) -> tuple[list[int], list[int], list[float]]:
+    """Which maps of a backbone a pyramid is made of: their indices for timm's `forward_intermediates`, widths, and strides.
+
+    Raises:
+        UserError: the backbone gives no maps, or too few.
+    """
+    info: list[dict[str, Any]] = [dict(entry) for entry in getattr(backbone, "feature_info", [])]
+    if not info or not hasattr(backbone, "forward_intermediates"):
+        raise UserError(
+            f"{name} gives no feature maps (timm's forward_intermediates), which a detector needs; try a ViT, Swin, ConvNeXt or ResNet"
+        )
+    strides = [float(entry["reduction"]) for entry in info]
+    if len(set(strides)) == 1:
+        return [len(info) - 1], [info[-1]["num_chs"]], strides[-1:]
+    if len(info) < LEVELS:
+        raise UserError(f"{name} gives {len(info)} feature maps, of strides {strides}; a pyramid takes {LEVELS}")
+    chosen = list(range(len(info)))[-LEVELS:]
+    return chosen, [info[i]["num_chs"] for i in chosen], [strides[i] for i in chosen]
+
+
+def feature_maps(backbone: nn.Module, images: Tensor, indices: list[int]) -> list[Tensor]:
+    """The maps (B, C, H, W) at `indices` for images (B, 3, H, W)."""
+    forward: Any = backbone.forward_intermediates
+    found = forward(images, indices=indices, norm=len(indices) == 1, output_fmt="NCHW", intermediates_only=True)
+    return list(found)
+
+
+def require_divisible(height: int, width: int, strides: tuple[float, ...]) -> None:
+    """Raise a `UserError` where a map would not cover an image exactly."""
+    largest = max(strides)
+    for side in (height, width):
+        if side % largest and not math.isclose(side % largest, largest):
+            raise UserError(f"images of {height}×{width} do not divide by the pyramid's largest stride, {largest:g}")
+
+
