@@ -22,6 +22,7 @@ from timm.data.loader import PrefetchLoader
 from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from compressvit.data.annotated import PlacedTransform
 from compressvit.data.collation import Targets, collate
 from compressvit.data.image_transform import image_transform
 from compressvit.data.input import InputConfig
@@ -324,7 +325,9 @@ def _batches(
     workers = 0 if in_memory else data.num_workers  # indexing is quicker than a queue between processes
     if not in_memory:
         dataset = copy.copy(source)  # the same files, and the same record of broken ones, prepared for this model
-        dataset.transform, dataset.training = image_transform(config, augment, exif=data.exif), training
+        prepare: Any = PlacedTransform if task.places else image_transform
+        dataset.transform, dataset.training = prepare(config, augment, exif=data.exif), training
+        dataset.placed = task.places
     if isinstance(source, IterableImageDataset):
         dataset.set_loader_cfg(num_workers=workers)
         epoch = _StreamEpoch(dataset, distributed) if training else None

@@ -19,6 +19,7 @@ from timm.data import ImageDataset
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch.utils.data import Dataset
 
+from compressvit.data.annotated import require_size
 from compressvit.data.files import PictureFiles
 from compressvit.data.notes import Note, notes_of_reading
 from compressvit.data.pictures import Read, read_picture, standard
@@ -75,6 +76,7 @@ class Samples(Dataset):
         self.broken = torch.zeros(len(self.indices), dtype=torch.uint8).share_memory_()
         self.done = torch.zeros(len(self.indices), dtype=torch.uint8).share_memory_()
         self.transform: Any = None
+        self.placed = False  # whether `transform` takes and returns the target, too
         self.training = False
 
     def __len__(self) -> int:
@@ -86,7 +88,9 @@ class Samples(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         image, target = self._sample(index)
-        return (image if self.transform is None else self.transform(image)), target
+        if self.transform is None:
+            return image, target
+        return self.transform(image, target) if self.placed else (self.transform(image), target)
 
     def __getitems__(self, keys: Sequence[tuple[int, int | None]]) -> list[tuple[Any, Any]]:
         with seeded(keys[0][1]):
@@ -115,6 +119,7 @@ class Samples(Dataset):
         if isinstance(self.source, PictureFiles):
             path, target = self.source.samples[index]
             image, done = read_picture(path, exif=self.exif)
+            require_size(image, target)
         elif isinstance(self.source, ImageDataset):
             # timm's own __getitem__ replaces a broken file without a word, so the file is opened here
             file, target, *_ = self.source.reader[index]

@@ -16,7 +16,6 @@ from compressvit.errors import UserError
 from compressvit.model.family import FAMILIES, NEEDS, BlockInfo, Family, Need
 from compressvit.model.modules import as_timm
 
-
 # Which blocks of a detector: those of its backbone, or the stages of its decoder. Other models have only a backbone.
 Part = Literal["backbone", "decoder"]
 

@@ -143,6 +143,7 @@ class Task(ABC):
         supervised: whether it has a loss against the ground truth.
         outputs_are_logits: whether a model's outputs are logits of classes, which a student can learn from its teacher as soft labels.
         mixes: whether its targets can be mixed by mixup and cutmix.
+        places: whether its targets are places in the image, so that what moves pixels must move them.
         progress_names: what the line that training prints of an epoch calls a figure, by its key, where not by its `in_text`.
         measures: what the images in a report can be chosen by.
     """
@@ -155,6 +156,7 @@ class Task(ABC):
     supervised: ClassVar[bool] = True
     outputs_are_logits: ClassVar[bool] = False
     mixes: ClassVar[bool] = False
+    places: ClassVar[bool] = False
     progress_names: ClassVar[Mapping[str, str]] = {}
     measures: ClassVar[Mapping[str, Measure]] = {}
 
@@ -377,7 +379,11 @@ def find_task(name: str) -> Task:
 
 
 def task_of(model: nn.Module, name: str | None = None) -> Task:
-    """The task of a model: the one of that word where the model can do it, else the first that fits."""
+    """The task of a model: that of a model made for one (`model.task`), the one of `name` where the model can do it, or the first that
+    fits."""
+    own = getattr(model, "task", None)
+    if isinstance(own, str) and own in TASKS:
+        return TASKS[own]
     if name is not None and find_task(name).fits(model):
         return TASKS[name]
     return next(task for task in TASKS.values() if task.fits(model))

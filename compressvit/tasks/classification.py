@@ -73,7 +73,7 @@ class Classification(ClassTargets):
     }
 
     def fits(self, model: nn.Module) -> bool:
-        return class_count(model) > 0
+        return class_count(model) > 0 and getattr(model, "task", self.name) == self.name
 
     def needs_classes(self, classes: int) -> int:
         return classes

@@ -1,1 +1,13 @@
-"""Detectors: a backbone of timm, what stands on it, and what detectors are matched and trained by."""
+"""Detectors: a backbone of timm, what stands on it, and what detectors are matched and trained by. Each is a model that timm builds by name."""
+
+from __future__ import annotations
+
+import importlib
+
+DETECTORS = ("adamixer",)
+
+
+def register_detectors() -> None:
+    """Make timm know them (`timm.models.register_model`); a no-op the second time."""
+    for name in DETECTORS:
+        importlib.import_module(f"{__name__}.{name}")

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from compressvit.errors import UserError
 from compressvit.model.detectors.boxes import corners, whole_image
 from compressvit.model.detectors.decoder import PRIOR, Decoder
+from compressvit.model.detectors.prediction import SetPrediction
 from compressvit.model.detectors.pyramid import Pyramid, feature_maps, levels_of, require_divisible
 
 default_cfgs = {
@@ -74,6 +75,7 @@ class AdaMixer(nn.Module):
         points_out: int = 128,
     ):
         super().__init__()
+        self.task = "detection"
         self.num_classes, self.in_chans = num_classes, in_chans
         self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         for name, number, by in (("dim", dim, 8), ("dim", dim, heads), ("channels", channels, groups)):
@@ -107,20 +109,15 @@ class AdaMixer(nn.Module):
         """The pyramid of images (B, C, H, W): one map (B, channels, H_l, W_l) per level."""
         return self.pyramid(feature_maps(self.backbone, images, self._indices))
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """
-        Args:
-            images: (B, C, H, W), normalised as the backbone's.
-
-        Returns:
-            By stage, the last one being the answer: logits (stages, B, N, classes) and boxes (stages, B, N, 4) as (x0, y0, x1, y1) in
-            pixels of `images`.
-        """
+    def forward(self, images: Tensor) -> SetPrediction:
+        """Predictions of every stage for images (B, C, H, W), which are normalised as the backbone's."""
         batch, _, height, width = images.shape
         query = F.layer_norm(self.query, self.query.shape[-1:]).expand(batch, -1, -1)
         xyzr = torch.tensor(whole_image(height, width), device=images.device).expand(batch, self.query.shape[0], 4)
         found = self.decoder(self.maps(images), self.pyramid.strides, query, xyzr)
-        return torch.stack([stage.logits for stage in found]), corners(torch.stack([stage.xyzr for stage in found]))
+        boxes = corners(torch.stack([stage.xyzr for stage in found]))
+        size = torch.tensor([width, height, width, height], device=boxes.device, dtype=boxes.dtype)
+        return SetPrediction(torch.stack([stage.logits for stage in found]), boxes / size)
 
     def get_classifier(self) -> tuple[nn.Module, ...]:
         """The layers that give classes, one per stage."""

@@ -157,7 +157,15 @@ class DecoderStage(nn.Module):
     """
 
     def __init__(
-        self, dim: int, channels: int, classes: int, heads: int, hidden: int, groups: int, points_in: int, points_out: int
+        self,
+        dim: int,
+        channels: int,
+        classes: int,
+        heads: int,
+        hidden: int,
+        groups: int,
+        points_in: int,
+        points_out: int,
     ):
         super().__init__()
         self.attn = OverlapAttention(dim, heads)

@@ -99,5 +99,3 @@ def require_divisible(height: int, width: int, strides: tuple[float, ...]) -> No
     for side in (height, width):
         if side % largest and not math.isclose(side % largest, largest):
             raise UserError(f"images of {height}×{width} do not divide by the pyramid's largest stride, {largest:g}")
-
-

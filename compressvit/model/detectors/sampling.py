@@ -6,9 +6,8 @@ place, and the maps are mixed by how close the logarithm of their stride is to z
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +57,9 @@ def sample_pyramid(maps: Sequence[Tensor], strides: Sequence[int], points: Tenso
         channels, height, width = values.shape[1:]
         grid = grid_of / grid_of.new_tensor([width * stride, height * stride]) * 2 - 1
         by_group = values.reshape(batch * groups, channels // groups, height, width)
-        found = F.grid_sample(by_group, grid.to(values.dtype), mode="bilinear", padding_mode="zeros", align_corners=False)
+        found = F.grid_sample(
+            by_group, grid.to(values.dtype), mode="bilinear", padding_mode="zeros", align_corners=False
+        )
         found = found.view(batch, groups, channels // groups, queries, count).permute(0, 3, 1, 4, 2)
         part = found * weights[..., level, None]
         total = part if total is None else total + part

@@ -279,7 +279,9 @@ class AdaptiveLORS(Transform):
         "kaiming",
         description="With init: scratch, the weight of the shared generator: kaiming as in the paper, or zero as in the released code.",
     )
-    rounds: int = Field(2, ge=0, description="Number of times the shared generator is refitted to what the terms leave.")
+    rounds: int = Field(
+        2, ge=0, description="Number of times the shared generator is refitted to what the terms leave."
+    )
     ridge: float = Field(1e-3, ge=0, description="Regularisation of the queries' second moment, relative to its mean.")
 
     @field_validator("terms")
@@ -294,7 +296,9 @@ class AdaptiveLORS(Transform):
     def plan(self, model: nn.Module, reference: Reference | None = None) -> AdaptiveLORSPlan:
         paths = [path for path, module in model.named_modules() if isinstance(module, AdaptiveMixing)]
         if not paths:
-            raise UserError(f"adaptive_lors shares what generates mixing matrices, and {model_name(model)} has none; {self.instead}")
+            raise UserError(
+                f"adaptive_lors shares what generates mixing matrices, and {model_name(model)} has none; {self.instead}"
+            )
         if len(paths) < 2:
             raise UserError(f"adaptive_lors shares among stages, and the decoder of {model_name(model)} has only one")
         counts = (self.terms,) * len(paths) if isinstance(self.terms, int) else self.terms

@@ -214,7 +214,9 @@ class LORS(RankStep):
             names = {f"{path}.weight" for stage in stages for path in stage}
             tied = [tuple(n.removesuffix(".weight") for n in g) for g in ties.tied_groups(model) if set(g) <= names]
             return tied or [stage for stage in stages if len(stage) > 1]
-        consecutive = [tuple(f"{path}.{target}" for path in g) for g in share_groups(model, share, "lors.share", self.of)]
+        consecutive = [
+            tuple(f"{path}.{target}" for path in g) for g in share_groups(model, share, "lors.share", self.of)
+        ]
         if self.group_by == "consecutive" or reference is None:
             return consecutive
         kind = "weights" if self.metric == "weights" else "inputs"

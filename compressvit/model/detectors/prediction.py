@@ -1,0 +1,109 @@
+"""What a query-based detector says of a batch: its loss against annotated boxes, and its detections.
+
+Every query predicts; a query is matched to at most one object, the matching being the cheapest of all (Hungarian algorithm), and queries
+without one learn that there is nothing: End-to-End Object Detection with Transformers, ECCV 2020, https://arxiv.org/abs/2005.12872. Classes are
+learned by the focal loss (https://arxiv.org/abs/1708.02002), boxes by L1 and GIoU (https://arxiv.org/abs/1902.09630), at 2 / 5 / 2 in the loss
+and in the matching, as in AdaMixer.
+
+Boxes are (x0, y0, x1, y1) in widths and heights of the image, 0 to 1 inside it. Ground truth of an image: `boxes` (n, 4), `labels` (n,).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+from torchvision.ops import generalized_box_iou, generalized_box_iou_loss, sigmoid_focal_loss
+
+CLASSES, L1, GIOU = 2.0, 5.0, 2.0  # weights of the three parts
+ALPHA, GAMMA = 0.25, 2.0  # of the focal loss
+
+Target = Mapping[str, Tensor]
+
+
+class Detections(NamedTuple):
+    """The boxes found in one image: (n, 4), their scores (n,) from 0 to 1, falling, and their classes (n,)."""
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+
+
+class SetPrediction(NamedTuple):
+    """Logits (stages, B, N, classes) and boxes (stages, B, N, 4) of every stage; the last one's are the answer."""
+
+    logits: Tensor
+    boxes: Tensor
+
+    def losses(self, targets: Sequence[Target]) -> dict[str, Tensor]:
+        """The three parts of the loss, weighted, summed over stages, per annotated object of the batch.
+
+        Args:
+            targets: the ground truth of each of the B images, on the device of the boxes.
+        """
+        objects = max(1, sum(len(target["labels"]) for target in targets))
+        found = {"classes": self.logits.sum() * 0.0, "l1": self.boxes.sum() * 0.0, "giou": self.boxes.sum() * 0.0}
+        for logits, boxes in zip(self.logits.float(), self.boxes.float(), strict=True):
+            rows, wanted = _matched(logits, boxes, targets)
+            image, query = rows
+            truth, labels = wanted
+            hot = torch.zeros_like(logits)
+            hot[image, query, labels] = 1.0
+            found["classes"] += CLASSES * sigmoid_focal_loss(logits, hot, ALPHA, GAMMA, reduction="sum") / objects
+            found["l1"] += L1 * F.l1_loss(boxes[image, query], truth, reduction="sum") / objects
+            found["giou"] += GIOU * generalized_box_iou_loss(boxes[image, query], truth, reduction="sum") / objects
+        return found
+
+    def detections(self, limit: int = 100) -> list[Detections]:
+        """The `limit` likeliest pairs of a query and a class of each image."""
+        scores = self.logits[-1].float().sigmoid()
+        classes = scores.shape[-1]
+        best, index = scores.flatten(1).topk(min(limit, scores[0].numel()), dim=1)
+        boxes = self.boxes[-1].float()
+        return [
+            Detections(boxes[i][which // classes], value, which % classes)
+            for i, (value, which) in enumerate(zip(best, index, strict=True))
+        ]
+
+
+@torch.no_grad()
+def costs(logits: Tensor, boxes: Tensor, target: Target) -> Tensor:
+    """What it costs to match each query of an image to each of its objects.
+
+    Args:
+        logits: (N, classes).
+        boxes: (N, 4).
+
+    Returns:
+        (N, n).
+    """
+    share = logits.sigmoid()
+    positive = -ALPHA * (1 - share) ** GAMMA * F.logsigmoid(logits)
+    negative = -(1 - ALPHA) * share**GAMMA * F.logsigmoid(-logits)
+    by_class = (positive - negative)[:, target["labels"]]
+    truth = target["boxes"].float()
+    return CLASSES * by_class + L1 * torch.cdist(boxes, truth, p=1) - GIOU * generalized_box_iou(boxes, truth)
+
+
+def _matched(
+    logits: Tensor, boxes: Tensor, targets: Sequence[Target]
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Image and query of every matched pair of a batch, and its box and class."""
+    images, queries, chosen = [], [], []
+    for i, target in enumerate(targets):
+        if not len(target["labels"]):
+            continue
+        query, which = linear_sum_assignment(costs(logits[i], boxes[i], target).nan_to_num(1e6).cpu().numpy())
+        images += [i] * len(query)
+        queries += query.tolist()
+        chosen.append((target["boxes"].float()[which], target["labels"][which]))
+    where = boxes.device
+    if not chosen:
+        nothing = torch.zeros(0, dtype=torch.long, device=where)
+        return (nothing, nothing), (boxes.new_zeros(0, 4), nothing)
+    pairs = torch.tensor(images, device=where), torch.tensor(queries, device=where)
+    return pairs, (torch.cat([box for box, _ in chosen]), torch.cat([label for _, label in chosen]))
