@@ -114,6 +114,12 @@ def family_of(model: nn.Module) -> Family | None:
     return known.get(class_in_timm(model, *known))
 
 
+def body_of(model: nn.Module) -> nn.Module | None:
+    """The backbone of a detector; None of any other model."""
+    family = family_of(model)
+    return None if family is None or family.body is None else model.get_submodule(family.body)
+
+
 def supported(*needs: Need) -> str:
     """The models that compressvit works on, for messages; with `needs`, those of the families that meet them."""
     families = [family for family in FAMILIES.values() if not any(map(family.lacks, needs))]

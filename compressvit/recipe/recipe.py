@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic.config import JsonDict
 from pydantic.fields import FieldInfo
 
@@ -43,6 +43,11 @@ class Teacher(Spec):
         description="pretrained (timm's, downloaded or from its cache), train (from random initialisation, by `finetune`), or the path of "
         "a file or artifact (e.g. RUN/teacher, which also records args and num_classes).",
     )
+    backbone: str | None = Field(
+        None,
+        description="Of a detector with `weights: train`: what its backbone starts from, pretrained (timm's) or the path of a file or "
+        "artifact. Null: random.",
+    )
     args: dict[str, Any] = Field(
         default_factory=dict, description="Further arguments of timm.create_model, e.g. {img_size: 384}."
     )
@@ -55,6 +60,12 @@ class Teacher(Spec):
         None,
         description="Train the teacher on the data first. With `weights: train` this is always done, with defaults if not given.",
     )
+
+    @model_validator(mode="after")
+    def _backbone_of_one_to_train(self) -> Teacher:
+        if self.backbone is not None and self.weights != "train":
+            raise ValueError(f"backbone is for weights: train; weights: {self.weights} has the backbone's values, too")
+        return self
 
 
 class Student(Spec):

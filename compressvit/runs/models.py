@@ -14,6 +14,7 @@ from compressvit.data.spec import known_classes
 from compressvit.errors import UserError
 from compressvit.files import expanded
 from compressvit.model import surgery, weights
+from compressvit.model.backbone import body_of, model_name
 from compressvit.model.local_dir import LocalDir, read_local_dir
 from compressvit.model.modules import as_timm
 from compressvit.model.stored import Manifest, expect_images, is_artifact, read_manifest
@@ -118,11 +119,26 @@ def _teacher_args(recipe: Recipe, manifest: Manifest | LocalDir | None) -> dict[
 
 def load_teacher(recipe: Recipe, teacher: nn.Module) -> None:
     """Load the values that `teacher.weights` names into the teacher; for 'train' it keeps its initial values."""
+    if recipe.teacher.backbone is not None:
+        _load_backbone(recipe.teacher.backbone, teacher)
     if recipe.teacher.weights == "pretrained":
         weights.load_pretrained(teacher, "teacher.weights", new_head=recipe.teacher.finetune is not None)
     elif recipe.teacher.weights != "train":
         new_head = recipe.teacher.finetune is not None
         weights.load_file(teacher, recipe.teacher.weights, "teacher.weights", new_head=new_head)
+
+
+def _load_backbone(source: str, detector: nn.Module) -> None:
+    """Give the backbone of a detector the values that `teacher.backbone` names."""
+    backbone = body_of(detector)
+    if backbone is None:
+        raise UserError(
+            f"teacher.backbone={source}: {model_name(detector)} is no detector, so it is a backbone itself; give teacher.weights={source}"
+        )
+    if source == "pretrained":
+        weights.load_pretrained(backbone, "teacher.backbone", new_head=True)
+    else:
+        weights.load_file(backbone, source, "teacher.backbone", new_head=True)
 
 
 def require_student_file(recipe: Recipe, teacher: nn.Module, classes: int | None = None) -> None:

@@ -122,6 +122,7 @@ class Trainer:
         steps_per_epoch = opt.steps_per_epoch(len(self.loader), spec.accumulate)
         self.total_steps = int(min(spec.epochs * steps_per_epoch, spec.max_steps or math.inf))
         opt.set_drop_path(model, spec.drop_path)
+        self.frozen = opt.FrozenBackbone(model, spec.backbone_lr == 0)
         self.optimizer = opt.build_optimizer(model, spec, self.batch_size, device)
         self.schedule = opt.build_schedule(self.optimizer, spec, steps_per_epoch)
         self.mixing = opt.build_mixing(spec, self.task, getattr(model, "num_classes", 0))
@@ -138,6 +139,7 @@ class Trainer:
         if self.phase.checkpoint.is_file():
             ended = self.resume()
             if ended is not None:
+                self.frozen.release()
                 return ended
         else:
             self.begin()
@@ -210,6 +212,7 @@ class Trainer:
             self.run_teacher: Forward = torch.compile(model) if self.spec.compile else model
 
     def disconnect(self) -> None:
+        self.frozen.release()
         self.student_taps.close()
         if self.teacher_taps is not None:
             self.teacher_taps.close()
@@ -220,6 +223,7 @@ class Trainer:
     def train_epoch(self) -> None:
         """Train until the epoch or the phase ends. Raises as `train` does."""
         self.model.train()
+        self.frozen.keep()
         self.optimizer.zero_grad(set_to_none=True)
         for images, targets in self.batches():
             self.backward(images, targets)

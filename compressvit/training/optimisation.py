@@ -17,7 +17,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from compressvit.errors import UserError, did_you_mean
-from compressvit.model.backbone import describe
+from compressvit.model.backbone import body_of, describe, model_name
 from compressvit.tasks.base import Mixing, Task
 from compressvit.training.spec import Training
 
@@ -47,7 +47,7 @@ def build_optimizer(model: nn.Module, spec: Training, batch_size: int, device: t
         # timm excludes 1-D tensors and those that the model names; modules that transforms added name their own
         groups = timm.optim.param_groups_weight_decay(model, spec.weight_decay, no_weight_decay_list=_undecayed(model))
         return timm.optim.create_optimizer_v2(
-            groups, opt=spec.optimizer, lr=lr, weight_decay=spec.weight_decay, **kwargs
+            _with_rate_of_backbone(groups, model, spec.backbone_lr), opt=spec.optimizer, lr=lr, weight_decay=spec.weight_decay, **kwargs
         )
     except (
         ImportError,
@@ -59,6 +59,49 @@ def build_optimizer(model: nn.Module, spec: Training, batch_size: int, device: t
         raise UserError(
             f"optimizer {spec.optimizer!r} cannot be built with {given or 'its defaults'}: {error}"
         ) from error
+
+
+def _with_rate_of_backbone(groups: list[dict[str, Any]], model: nn.Module, factor: float) -> list[dict[str, Any]]:
+    """The groups of parameters, those of a detector's backbone in groups of their own with timm's `lr_scale`."""
+    body = body_of(model)
+    if body is None or factor in (0, 1):
+        return groups
+    inside = {id(parameter) for parameter in body.parameters()}
+    divided = []
+    for group in groups:
+        for part, scale in ((True, {"lr_scale": factor}), (False, {})):
+            chosen = [p for p in group["params"] if (id(p) in inside) is part]
+            divided += [{**group, **scale, "params": chosen}] if chosen else []
+    return divided
+
+
+class FrozenBackbone:
+    """A detector's backbone that a phase does not train: without gradients, and in eval mode, so that its statistics stay.
+
+    Args:
+        frozen: False for a phase that trains it; nothing is changed then.
+
+    Raises:
+        UserError: there is no backbone apart from the model.
+    """
+
+    def __init__(self, model: nn.Module, frozen: bool):
+        self._body = body_of(model) if frozen else None
+        if frozen and self._body is None:
+            raise UserError(f"backbone_lr=0 freezes the backbone of a detector, and {model_name(model)} is none; leave it out")
+        self._wanted = [] if self._body is None else [p for p in self._body.parameters() if p.requires_grad]
+        for parameter in self._wanted:
+            parameter.requires_grad_(False)
+
+    def keep(self) -> None:
+        """Put it in eval mode, after the model was put in training mode."""
+        if self._body is not None:
+            self._body.eval()
+
+    def release(self) -> None:
+        """Let it be trained again."""
+        for parameter in self._wanted:
+            parameter.requires_grad_(True)
 
 
 def _undecayed(model: nn.Module) -> set[str]:

@@ -21,6 +21,9 @@ class Training(Spec):
     )
     optimizer: str = Field("adamw", description="Any name of timm.optim.list_optimizers().")
     lr: float = Field(1e-3, gt=0, description="Peak learning rate.")
+    backbone_lr: float = Field(
+        1.0, ge=0, description="Of a detector: the learning rate of its backbone, as a factor of `lr`; 0 freezes it."
+    )
     lr_reference_batch: int | None = Field(
         None,
         ge=1,
