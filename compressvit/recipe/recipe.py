@@ -75,6 +75,10 @@ class Student(Spec):
     weights: str = Field(
         "teacher", description="teacher (copied name by name), pretrained, random, or the path of a file."
     )
+    backbone: str | None = Field(
+        None,
+        description="Of a detector with `weights: random`: what its backbone starts from, as in `teacher.backbone`. Null: random.",
+    )
     args: dict[str, Any] = Field(
         default_factory=dict, description="Further arguments of timm.create_model, added to the teacher's."
     )
@@ -82,6 +86,12 @@ class Student(Spec):
         "teacher",
         description="The classifier: the teacher's, or a new one for the data's classes, to adapt a pretrained backbone to another task.",
     )
+
+    @model_validator(mode="after")
+    def _backbone_of_a_random_one(self) -> Student:
+        if self.backbone is not None and self.weights != "random":
+            raise ValueError(f"backbone is for weights: random; weights: {self.weights} has the backbone's values, too")
+        return self
 
 
 class Calibration(Spec):

@@ -120,7 +120,7 @@ def _teacher_args(recipe: Recipe, manifest: Manifest | LocalDir | None) -> dict[
 def load_teacher(recipe: Recipe, teacher: nn.Module) -> None:
     """Load the values that `teacher.weights` names into the teacher; for 'train' it keeps its initial values."""
     if recipe.teacher.backbone is not None:
-        _load_backbone(recipe.teacher.backbone, teacher)
+        _load_backbone(recipe.teacher.backbone, teacher, "teacher")
     if recipe.teacher.weights == "pretrained":
         weights.load_pretrained(teacher, "teacher.weights", new_head=recipe.teacher.finetune is not None)
     elif recipe.teacher.weights != "train":
@@ -128,17 +128,17 @@ def load_teacher(recipe: Recipe, teacher: nn.Module) -> None:
         weights.load_file(teacher, recipe.teacher.weights, "teacher.weights", new_head=new_head)
 
 
-def _load_backbone(source: str, detector: nn.Module) -> None:
-    """Give the backbone of a detector the values that `teacher.backbone` names."""
-    backbone = body_of(detector)
+def _load_backbone(source: str, detector: nn.Module, whose: str) -> None:
+    """Give the backbone of a detector the values that `teacher.backbone` or `student.backbone` names."""
+    backbone, where = body_of(detector), f"{whose}.backbone"
     if backbone is None:
         raise UserError(
-            f"teacher.backbone={source}: {model_name(detector)} is no detector, so it is a backbone itself; give teacher.weights={source}"
+            f"{where}={source}: {model_name(detector)} is no detector, so it is a backbone itself; give {whose}.weights={source}"
         )
     if source == "pretrained":
-        weights.load_pretrained(backbone, "teacher.backbone", new_head=True)
+        weights.load_pretrained(backbone, where, new_head=True)
     else:
-        weights.load_file(backbone, source, "teacher.backbone", new_head=True)
+        weights.load_file(backbone, source, where, new_head=True)
 
 
 def require_student_file(recipe: Recipe, teacher: nn.Module, classes: int | None = None) -> None:
@@ -192,4 +192,6 @@ def student_body(recipe: Recipe, teacher: nn.Module, *, meta: bool) -> nn.Module
         weights.load_pretrained(student, "student.weights", new_head=True)  # trained by the steps
     elif asked.weights != "random":
         weights.load_file(student, asked.weights, "student.weights")
+    elif asked.backbone is not None:
+        _load_backbone(asked.backbone, student, "student")
     return student

@@ -260,20 +260,26 @@ def _break_even_notes(student: nn.Module) -> list[str]:
 
 
 def _stages(student: nn.Module) -> list[StagePlan]:
-    if family_of(student) is None:
+    """The parameters by stage of the backbone; of a detector, also by its other parts."""
+    family = family_of(student)
+    if family is None:
         return []
     tied = {name for group in ties.tied_groups(student) for name in group}
-    owner = {info.path: info.stage for info in describe(student).blocks}
-    rows = {stage: [0, 0] for stage in [*sorted(set(owner.values())), "rest"]}
+    try:
+        owner = {f"{info.path}.": str(info.stage) for info in describe(student).blocks}
+    except UserError:  # a detector's backbone may be of no family
+        owner = {}
+    detector = family.body is not None
+
+    def row_of(name: str) -> str:
+        stage = next((stage for path, stage in owner.items() if name.startswith(path)), None)
+        if not detector:
+            return stage or "embedding, downsampling, head"
+        part = name.partition(".")[0]
+        return f"{part}, stage {stage}" if stage else part
+
+    rows: dict[str, list[int]] = {}
     for name, parameter in student.named_parameters():
-        stage = next((s for path, s in owner.items() if name.startswith(f"{path}.")), "rest")
-        rows[stage][0 if name in tied else 1] += parameter.numel()
-    return [
-        StagePlan(
-            stage="embedding, downsampling, head" if s == "rest" else str(s),
-            parameters=shared + private,
-            shared=shared,
-            private=private,
-        )
-        for s, (shared, private) in rows.items()
-    ]
+        rows.setdefault(row_of(name), [0, 0])[0 if name in tied else 1] += parameter.numel()
+    ordered = sorted(rows, key=lambda row: (not row.isdigit(), row) if not detector else (False, ""))
+    return [StagePlan(stage=row, parameters=sum(rows[row]), shared=rows[row][0], private=rows[row][1]) for row in ordered]
