@@ -42,7 +42,7 @@ class Annotation:
         """The same as torchvision's `transforms.v2` takes it."""
         boxes = torch.tensor(self.boxes, dtype=torch.float32).reshape(-1, 4)
         return {
-            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=self.size),  # type: ignore[call-overload]
+            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=self.size),
             "labels": torch.tensor(self.labels, dtype=torch.long),
             "crowd": torch.tensor(self.crowd, dtype=torch.bool),
         }
@@ -52,8 +52,9 @@ class AnnotatedFiles(PictureFiles):
     """Picture files with annotations: `samples` holds (path, `Annotation`)."""
 
     def __init__(self, samples: Sequence[tuple[str, Annotation]], classes: list[str], notes: Sequence[Note] = ()):
-        self.samples, self.classes, self.notes = list(samples), classes, list(notes)  # type: ignore[assignment]
-        self.targets = None  # type: ignore[assignment]  # they are not numbers
+        self.samples: list[tuple[str, Any]] = list(samples)
+        self.classes, self.notes = classes, list(notes)
+        self.targets: Any = None  # they are not numbers
 
 
 class PlacedTransform:

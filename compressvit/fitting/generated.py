@@ -1,10 +1,10 @@
 """Approximations of layers that generate matrices: shared generators plus private low-rank terms, fitted to trained ones.
 
-A generator is a linear layer whose outputs, for a query q, are the entries of a matrix W(q) (rows, columns): a tensor T (rows, columns, D + 1)
-applied to [q; 1], the last slice being the bias. A term `Σ_k P_k Z_k(q) Q_k` with Z linear in q is a sum of Tucker-2 decompositions of such
-a tensor: P_k (rows, r) and Q_k (r, columns) are its factors, Z_k (r, r, D + 1) its core (block-term decomposition, De Lathauwer 2008,
-https://doi.org/10.1137/070690729). Errors are those of the generated matrices, in the mean over queries: ‖(T − T̂) L‖² with L Lᵀ = E[q̃ q̃ᵀ]
-for q̃ = [q; 1].
+A generator is a linear layer whose outputs, for a query q, are the entries of a matrix W(q) (rows, columns): a tensor T (rows, columns, D
++ 1) applied to [q; 1], the last slice being the bias. A term `Σ_k P_k Z_k(q) Q_k` with Z linear in q is a sum of Tucker-2 decompositions
+of such a tensor: P_k (rows, r) and Q_k (r, columns) are its factors, Z_k (r, r, D + 1) its core (block-term decomposition, De Lathauwer
+2008, https://doi.org/10.1137/070690729). Errors are those of the generated matrices, in the mean over queries: ‖(T − T̂) L‖² with L Lᵀ =
+E[q̃ q̃ᵀ] for q̃ = [q; 1].
 
 All of it is float64 on the CPU.
 """

@@ -154,17 +154,17 @@ def describe(
         raise UserError(
             f"{model_name(model)} is a {type(model).__name__}, which compressvit cannot transform yet; it works on {supported(*needs)}"
         )
-    if family.body is not None and part == "backbone":
+    of_itself = next((lack for lack in map(family.lacks, needs) if lack is not None), None)
+    if family.body is not None and part == "backbone" and "decoder" not in needs and of_itself is None:
         return _inside(family.body, describe(model.get_submodule(family.body), *needs, asker=asker, instead=instead))
-    if family.body is None and part != "backbone":
-        raise UserError(f"{asker}: {model_name(model)} is no detector, so it has no {part}; leave `of` out")
-    missing = next((lack for lack in map(family.lacks, needs) if lack is not None), None)
-    if missing is not None:
-        needed, lack = NEEDS[missing]
+    if of_itself is not None:
+        needed, lack = NEEDS[of_itself]
         raise UserError(
             f"{asker} needs {needed}, and {model_name(model)} is a {family.title}, {lack}; "
             + (instead or f"it works on {supported(*needs)}")
         )
+    if family.body is None and part != "backbone":
+        raise UserError(f"{asker}: {model_name(model)} is no detector, so it has no {part}; leave `of` out")
     blocks = tuple(family.blocks(model))
     if not blocks:
         raise UserError(

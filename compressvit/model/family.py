@@ -35,7 +35,7 @@ class BlockInfo:
 
 
 # What a method may need of a family (`Family.lacks`).
-Need = Literal["attention", "slotted_attention", "slotted_block", "no_position_table", "prompts"]
+Need = Literal["attention", "slotted_attention", "slotted_block", "no_position_table", "prompts", "decoder"]
 
 # By need, what a refusal says: the method needs ..., and the model is a Swin, ...
 NEEDS: dict[Need, tuple[str, str]] = {
@@ -53,6 +53,7 @@ NEEDS: dict[Need, tuple[str, str]] = {
         "which has a relative position table already",
     ),
     "prompts": ("to know how prompts join the tokens", "which does not say so (`Family.prompts`)"),
+    "decoder": ("a decoder that mixes features by matrices it generates (AdaMixer's)", "which has none"),
 }
 _OF_ATTENTION: set[Need] = {"slotted_attention", "no_position_table", "prompts"}  # missing where there is no attention
 
@@ -77,13 +78,13 @@ class Example:
     Attributes:
         model: its name in timm.
         args: for `timm.create_model`; they make it small.
-        tried: with every transform, only with those that train the whole model, or only with those that freeze the backbone, which
-            act at a few places, so that fewer models tell them apart.
+        tried: with every transform, only with those that train the whole model, only with those that freeze the backbone, which
+            act at a few places, so that fewer models tell them apart, or only with those that need a decoder.
     """
 
     model: str
     args: Mapping[str, Any]
-    tried: Literal["always", "whole", "frozen"] = "always"
+    tried: Literal["always", "whole", "frozen", "decoder"] = "always"
 
 
 class Family(ABC):
@@ -134,6 +135,8 @@ class Family(ABC):
 
     def lacks(self, need: Need) -> Need | None:
         """The need that is not met, None if it is. Where there is no attention, that is what any need of it lacks."""
+        if need == "decoder":
+            return None if self.body is not None else need
         if self.attention is None and need in _OF_ATTENTION:
             return "attention"
         has = not self.position_table if need == "no_position_table" else getattr(self, need) is not None

@@ -282,4 +282,6 @@ def _stages(student: nn.Module) -> list[StagePlan]:
     for name, parameter in student.named_parameters():
         rows.setdefault(row_of(name), [0, 0])[0 if name in tied else 1] += parameter.numel()
     ordered = sorted(rows, key=lambda row: (not row.isdigit(), row) if not detector else (False, ""))
-    return [StagePlan(stage=row, parameters=sum(rows[row]), shared=rows[row][0], private=rows[row][1]) for row in ordered]
+    return [
+        StagePlan(stage=row, parameters=sum(rows[row]), shared=rows[row][0], private=rows[row][1]) for row in ordered
+    ]

@@ -64,13 +64,14 @@ def examples_of(transform: Transform | type[Transform]) -> Sequence[Transform]:
 
 def tried_on(freezes: bool) -> list[str]:
     """The small models on which transforms are tested that freeze the backbone (`freezes`), or that do not."""
-    unlike = "whole" if freezes else "frozen"
-    return [name for name, example in examples().items() if example.tried != unlike]
+    unlike = ("whole" if freezes else "frozen", "decoder")
+    return [name for name, example in examples().items() if example.tried not in unlike]
 
 
 def stand_for_families() -> list[str]:
     """The first small model of every family."""
-    return [name for name in examples() if name == next(iter(family_of(name).examples))]
+    of_backbones = [name for name, example in examples().items() if example.tried != "decoder"]
+    return [name for name in of_backbones if name == next(iter(family_of(name).examples))]
 
 
 def lacking(spec: Transform, backbone: str) -> Need | None:
@@ -81,6 +82,8 @@ def lacking(spec: Transform, backbone: str) -> Need | None:
 
 def backbones_of(spec: Transform, index: int = 0) -> list[str]:
     """The small models on which an example is tested: those whose family supports it; fewer for further examples that freeze."""
+    if "decoder" in spec.needed():
+        return [name for name, example in examples().items() if example.tried == "decoder"]
     names = stand_for_families() if spec.freezes and index else tried_on(spec.freezes)
     return [name for name in names if lacking(spec, name) is None]
 

@@ -68,10 +68,19 @@ def pair_checks(transform: AnyTransform) -> Iterator[Check]:
     mine = examples_of(transform)[0]
     for kind in TRANSFORMS.values():
         other = examples_of(kind)[0]
-        backbone = next(name for name in backbones_of(mine) if name in backbones_of(other))
+        backbone = _common(mine, other)
+        if backbone is None:
+            continue
         for first, second in ((mine, other), (other, mine))[: 1 if kind is type(mine) else 2]:
             name = f"{first.name}+{second.name}-{backbone}-composes_or_is_refused"
             yield Check(name, partial(compose_or_refuse, first, second, backbone))
+
+
+def _common(first: Transform, second: Transform) -> str | None:
+    """A small model on which two transforms can be tried together; a detector has a backbone for any."""
+    shared = [name for name in backbones_of(first) if name in backbones_of(second)]
+    either = [name for name in (*backbones_of(first), *backbones_of(second)) if examples()[name].tried == "decoder"]
+    return next((name for name in (*shared, *either) if lacking(first, name) is lacking(second, name) is None), None)
 
 
 def _stands_for_all(case: Case) -> bool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from pydantic import ValidationError
 from torch import nn
@@ -13,7 +11,7 @@ from compressvit.model import surgery, ties
 from compressvit.model.backbone import describe
 from compressvit.model.modules import as_timm
 from compressvit.testing.cases import EVERY_CASE, FIRST_EXAMPLE, Case, law, require
-from compressvit.testing.models import images_for, outputs, same_values, structure, values
+from compressvit.testing.models import forward, images_for, is_detector, outputs, same_values, structure, values
 from compressvit.transforms.applying import compress, transform_
 from compressvit.transforms.record import compression_of, trained_names
 
@@ -195,9 +193,7 @@ def every_parameter_is_trained(case: Case) -> None:
     optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.1)
     for step in range(2):
         optimizer.zero_grad()
-        # All tokens, because in the last block the class token is not affected by changes to the others.
-        features = _features(model, images)
-        (features.square().mean() + as_timm(model).forward_head(features).square().mean()).backward()
+        _loss(model, images).backward()
         blind = {**case.spec.blind, **(case.spec.blind_at_start if step == 0 else {})}
         for name, parameter in model.named_parameters():
             if trained is not None and name not in trained:
@@ -214,8 +210,12 @@ def every_parameter_is_trained(case: Case) -> None:
         optimizer.step()
 
 
-def _features(model: Any, images: torch.Tensor) -> torch.Tensor:
-    return model.forward_features(images)
+def _loss(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Of all tokens, because in the last block the class token is not affected by changes to the others."""
+    if is_detector(model):
+        return forward(model, images).square().mean()
+    features = as_timm(model).forward_features(images)
+    return features.square().mean() + as_timm(model).forward_head(features).square().mean()
 
 
 # -------------------------------------------------------------------------------------------------------------- folding

@@ -51,7 +51,21 @@ def images_for(model: nn.Module, batch: int = 2, seed: int = 1) -> Tensor:
 @torch.no_grad()
 def outputs(model: nn.Module, images: Tensor | None = None) -> Tensor:
     """The output of a model for images; by default for `images_for(model)` in the model's precision."""
-    return model(images_for(model).to(next(model.parameters()).dtype) if images is None else images)
+    return forward(model, images_for(model).to(next(model.parameters()).dtype) if images is None else images)
+
+
+def forward(model: nn.Module, images: Tensor) -> Tensor:
+    """The output of a model as one tensor (B, …): of a detector its logits and boxes of every stage, in rows."""
+    found = model(images)
+    if isinstance(found, Tensor):
+        return found
+    first = found[0]  # boxes stay in float32
+    return torch.cat([part.to(first.dtype).movedim(1, 0).flatten(1) for part in found], dim=1)
+
+
+def is_detector(model: nn.Module) -> bool:
+    """Whether a model has no features and classifier, as `forward_features` and `forward_head` give them."""
+    return not hasattr(model, "forward_head")
 
 
 def structure(model: nn.Module) -> dict[str, object]:

@@ -47,7 +47,11 @@ def build_optimizer(model: nn.Module, spec: Training, batch_size: int, device: t
         # timm excludes 1-D tensors and those that the model names; modules that transforms added name their own
         groups = timm.optim.param_groups_weight_decay(model, spec.weight_decay, no_weight_decay_list=_undecayed(model))
         return timm.optim.create_optimizer_v2(
-            _with_rate_of_backbone(groups, model, spec.backbone_lr), opt=spec.optimizer, lr=lr, weight_decay=spec.weight_decay, **kwargs
+            _with_rate_of_backbone(groups, model, spec.backbone_lr),
+            opt=spec.optimizer,
+            lr=lr,
+            weight_decay=spec.weight_decay,
+            **kwargs,
         )
     except (
         ImportError,
@@ -88,7 +92,9 @@ class FrozenBackbone:
     def __init__(self, model: nn.Module, frozen: bool):
         self._body = body_of(model) if frozen else None
         if frozen and self._body is None:
-            raise UserError(f"backbone_lr=0 freezes the backbone of a detector, and {model_name(model)} is none; leave it out")
+            raise UserError(
+                f"backbone_lr=0 freezes the backbone of a detector, and {model_name(model)} is none; leave it out"
+            )
         self._wanted = [] if self._body is None else [p for p in self._body.parameters() if p.requires_grad]
         for parameter in self._wanted:
             parameter.requires_grad_(False)

@@ -1,7 +1,7 @@
 """`coco`: pictures with boxes, in COCO's format (https://cocodataset.org/#format-data).
 
-FOLDER/annotations/instances_train2017.json with FOLDER/train2017/*.jpg, or FOLDER/train.json with FOLDER/train/*.jpg; likewise for the other
-split. Classes are the categories in the order of their ids, whatever these are.
+FOLDER/annotations/instances_train2017.json with FOLDER/train2017/*.jpg, or FOLDER/train.json with FOLDER/train/*.jpg; likewise for the
+other split. Classes are the categories in the order of their ids, whatever these are.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ class _Annotations:
             yield annotation
 
     def _label(self, annotation: Mapping[str, Any], labels: Mapping[int, int]) -> int:
-        number = annotation.get("category_id")
+        number: Any = annotation.get("category_id")
         if number not in labels:
             raise UserError(
                 f"{self.file}: annotation {annotation.get('id')} is of category {number!r:.50}, which is none of its categories "
@@ -176,7 +176,7 @@ class _Annotations:
 
     def _box(self, annotation: Mapping[str, Any], image: Mapping[str, Any]) -> tuple[float, float, float, float] | None:
         """(x0, y0, x1, y1) within the image; None where nothing is left of it."""
-        box = annotation.get("bbox")
+        box: Any = annotation.get("bbox")
         numbers = isinstance(box, list) and len(box) == 4 and all(isinstance(side, (int, float)) for side in box)
         if not numbers or not all(math.isfinite(side) for side in box):
             raise UserError(

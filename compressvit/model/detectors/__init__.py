@@ -1,4 +1,4 @@
-"""Detectors: a backbone of timm, what stands on it, and what detectors are matched and trained by. Each is a model that timm builds by name."""
+"""Detectors: a backbone of timm and what stands on it. Each is a model that timm builds by name."""
 
 from __future__ import annotations
 

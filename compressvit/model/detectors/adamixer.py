@@ -9,7 +9,7 @@ Paper: AdaMixer: A Fast-Converging Query-Based Object Detector, CVPR 2022, https
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -22,6 +22,7 @@ from compressvit.model.detectors.boxes import corners, whole_image
 from compressvit.model.detectors.decoder import PRIOR, Decoder
 from compressvit.model.detectors.prediction import SetPrediction
 from compressvit.model.detectors.pyramid import Pyramid, feature_maps, levels_of, require_divisible
+from compressvit.model.modules import as_timm
 
 default_cfgs = {
     "adamixer": {
@@ -119,16 +120,20 @@ class AdaMixer(nn.Module):
         size = torch.tensor([width, height, width, height], device=boxes.device, dtype=boxes.dtype)
         return SetPrediction(torch.stack([stage.logits for stage in found]), boxes / size)
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the backbone's blocks in the backward pass, as timm does."""
+        cast(Any, self.backbone).set_grad_checkpointing(enable)
+
     def get_classifier(self) -> tuple[nn.Module, ...]:
         """The layers that give classes, one per stage."""
-        return tuple(stage.classifier.head for stage in self.decoder.stages)
+        return tuple(stage.classifier.head for stage in self.decoder.each())
 
     def reset_classifier(self, num_classes: int) -> None:
         """Give every stage a new layer for that many classes."""
         if num_classes < 1:
             raise UserError("a detector has at least one class of objects")
         self.num_classes = num_classes
-        for stage in self.decoder.stages:
+        for stage in self.decoder.each():
             old = stage.classifier.head
             new = nn.Linear(old.in_features, num_classes, device=old.weight.device, dtype=old.weight.dtype)
             nn.init.xavier_uniform_(new.weight)
@@ -140,7 +145,8 @@ class AdaMixer(nn.Module):
 def adamixer(pretrained: bool = False, **kwargs: Any) -> AdaMixer:
     """AdaMixer on a timm backbone."""
     model = build_model_with_cfg(AdaMixer, "adamixer", pretrained, **kwargs)
-    theirs = model.backbone.pretrained_cfg
+    theirs = as_timm(model.backbone).pretrained_cfg
     images = {"input_size": (model.in_chans, *model.img_size), "mean": theirs["mean"], "std": theirs["std"]}
-    model.pretrained_cfg = {**model.pretrained_cfg, **images}
+    known = as_timm(model)
+    known.pretrained_cfg = {**known.pretrained_cfg, **images}
     return model

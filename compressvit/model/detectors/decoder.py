@@ -2,8 +2,8 @@
 
 Paper: AdaMixer: A Fast-Converging Query-Based Object Detector, CVPR 2022, https://arxiv.org/abs/2203.16507
 
-A stage has its own weights throughout, and nine tenths of them are in two layers: `mixing.generator`, which makes the mixing matrices out of
-a query, and `mixing.projection`, which brings what was mixed back to a query. LORS (`compressvit.transforms`) shares those two.
+A stage has its own weights throughout, and nine tenths of them are in two layers: `mixing.generator`, which makes the mixing matrices
+out of a query, and `mixing.projection`, which brings what was mixed back to a query. LORS (`compressvit.transforms`) shares those two.
 
 Shapes: B images, N queries of D numbers, G groups, P points in and Q points out of each group, C / G channels of each group.
 """
@@ -11,8 +11,8 @@ Shapes: B images, N queries of D numbers, G groups, P points in and Q points out
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -224,10 +224,14 @@ class Decoder(nn.Module):
         super().__init__()
         self.stages = nn.ModuleList(DecoderStage(**stage) for _ in range(stages))
 
+    def each(self) -> Iterator[DecoderStage]:
+        """The stages in order."""
+        return (cast(DecoderStage, stage) for stage in self.stages)
+
     def forward(self, maps: Sequence[Tensor], strides: Sequence[int], query: Tensor, xyzr: Tensor) -> list[StageOutput]:
         """The output of every stage; for the arguments see `DecoderStage`."""
         found = []
-        for stage in self.stages:
+        for stage in self.each():
             logits, boxes, query = stage(maps, strides, query, xyzr)
             found.append(StageOutput(logits, boxes))
             xyzr = boxes.detach()

@@ -1,8 +1,8 @@
 """What a query-based detector says of a batch: its loss against annotated boxes, and its detections.
 
-Every query predicts; a query is matched to at most one object, the matching being the cheapest of all (Hungarian algorithm), and queries
-without one learn that there is nothing: End-to-End Object Detection with Transformers, ECCV 2020, https://arxiv.org/abs/2005.12872. Classes are
-learned by the focal loss (https://arxiv.org/abs/1708.02002), boxes by L1 and GIoU (https://arxiv.org/abs/1902.09630), at 2 / 5 / 2 in the loss
+Each object is matched to one query, all of them as cheaply as possible (Hungarian algorithm), and queries without an object learn that
+there is nothing: End-to-End Object Detection with Transformers, ECCV 2020, https://arxiv.org/abs/2005.12872. Classes are learned by the
+focal loss (https://arxiv.org/abs/1708.02002), boxes by L1 and GIoU (https://arxiv.org/abs/1902.09630), weighted 2, 5 and 2 in the loss
 and in the matching, as in AdaMixer.
 
 Boxes are (x0, y0, x1, y1) in widths and heights of the image, 0 to 1 inside it. Ground truth of an image: `boxes` (n, 4), `labels` (n,).

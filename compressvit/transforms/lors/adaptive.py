@@ -27,8 +27,9 @@ from compressvit.fitting.generated import Term, fit_shared_generators, query_fac
 from compressvit.fitting.lowrank import TINY
 from compressvit.fitting.moments import Reference
 from compressvit.model import surgery, ties
-from compressvit.model.backbone import model_name
+from compressvit.model.backbone import describe, model_name
 from compressvit.model.detectors.decoder import AdaptiveMixing
+from compressvit.model.family import Need
 from compressvit.transforms.base import LedgerEntry, Plan, Transform, record, transform
 from compressvit.transforms.claims import Claim, slot, tie, values, weight
 from compressvit.transforms.low_rank.base import at_least
@@ -262,8 +263,15 @@ def _unweighed(tensor: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
 class AdaptiveLORS(Transform):
     """Decoder stages share the generator of their mixing matrices, with private low-rank terms each (adaptive LORS)."""
 
+    needs: ClassVar[tuple[Need, ...]] = ("decoder",)
+    instead = "it works on adamixer; for the layers of a backbone take lors"
     changes_at_start = True
-    instead = "it works on AdaMixer's decoder (timm's name: adamixer); for the layers of a backbone take lors"
+    blind_at_start: ClassVar[dict[str, str]] = {
+        "terms.up.0": "with init: scratch the generator of the matrix between the factors starts at zero",
+        "terms.up.1": "the same",
+        "terms.down.0": "the same",
+        "terms.down.1": "the same",
+    }
 
     rank: int = Field(16, ge=1, description="Rank r of every term.")
     terms: int | tuple[int, ...] = Field(
@@ -293,12 +301,16 @@ class AdaptiveLORS(Transform):
     def needs_images(self) -> bool:
         return self.init == "fit"
 
+    @classmethod
+    def examples(cls) -> Sequence[Transform]:
+        return (
+            AdaptiveLORS(rank=2, terms=(1, 0, 2), init="scratch"),
+            AdaptiveLORS(rank=2, terms=1, init="scratch", generator="zero"),
+        )
+
     def plan(self, model: nn.Module, reference: Reference | None = None) -> AdaptiveLORSPlan:
-        paths = [path for path, module in model.named_modules() if isinstance(module, AdaptiveMixing)]
-        if not paths:
-            raise UserError(
-                f"adaptive_lors shares what generates mixing matrices, and {model_name(model)} has none; {self.instead}"
-            )
+        stages = describe(model, "decoder", asker=self.name, instead=self.instead, part="decoder").blocks
+        paths = [f"{stage.path}.mixing" for stage in stages]
         if len(paths) < 2:
             raise UserError(f"adaptive_lors shares among stages, and the decoder of {model_name(model)} has only one")
         counts = (self.terms,) * len(paths) if isinstance(self.terms, int) else self.terms
