@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from compressvit.model import ties
 from compressvit.model.backbone import input_size
 from compressvit.model.family import FAMILIES, Example, Family
+from compressvit.model.outputs import in_one
 
 
 def examples() -> dict[str, Example]:
@@ -56,11 +57,7 @@ def outputs(model: nn.Module, images: Tensor | None = None) -> Tensor:
 
 def forward(model: nn.Module, images: Tensor) -> Tensor:
     """The output of a model as one tensor (B, …): of a detector its logits and boxes of every stage, in rows."""
-    found = model(images)
-    if isinstance(found, Tensor):
-        return found
-    first = found[0]  # boxes stay in float32
-    return torch.cat([part.to(first.dtype).movedim(1, 0).flatten(1) for part in found], dim=1)
+    return in_one(model(images))
 
 
 def is_detector(model: nn.Module) -> bool:

@@ -32,7 +32,7 @@ from compressvit.training.phase import Phase
 from compressvit.training.spec import Training
 from compressvit.training.state import Moments, TrainedState
 from compressvit.training.stopping import Interrupted, StopRequest, diverged
-from compressvit.training.terms import Batch, Term
+from compressvit.training.terms import Batch, Term, total_of
 from compressvit.training.watch import Watch
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
@@ -264,7 +264,7 @@ class Trainer:
             self.buffers.remember()
         with self.autocast:
             batch = self.forward(images, targets)
-            loss, parts = _total(self.terms, batch)
+            loss, parts = total_of(self.terms, batch)
         self.finite = self.finite & torch.isfinite(loss.detach())
         # The last step of an epoch may accumulate fewer batches.
         left = len(self.loader) - self.batch_index // self.spec.accumulate * self.spec.accumulate
@@ -389,16 +389,3 @@ class Trainer:
                 average = self.state.of(self.average.module)
                 content |= {"average": average, "n_averaged": self.average.updates, "average_rises": self.average.rises}
         save_checkpoint(self.phase.checkpoint, content)
-
-
-def _total(terms: Sequence[Term], batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The weighted sum of the terms, and by name each weighted term and the further values that it logs."""
-    total: torch.Tensor | None = None
-    parts: dict[str, torch.Tensor] = {}
-    for term in terms:
-        value, extra = term.function(batch)
-        weighted = term.weight * value
-        total = weighted if total is None else total + weighted
-        parts |= {term.name: weighted, **extra}
-    assert total is not None, "a phase has at least one term"
-    return total, parts

@@ -12,6 +12,7 @@ from compressvit.data.input import InputConfig
 from compressvit.model import surgery
 from compressvit.model.bounded import TooMany, counted
 from compressvit.model.cost import saved_bytes
+from compressvit.model.outputs import tensors_of
 from compressvit.model.taps import Taps
 from compressvit.tasks.base import Task, task_of
 from compressvit.training.terms import Batch, Term
@@ -42,7 +43,7 @@ def loss_bytes(
     alive = [[t for values in side.values() for t in values.values() if isinstance(t, torch.Tensor)] for side in seen]
     targets = (task or task_of(student)).placeholder(batch)
     example = Batch(student_logits, teacher_logits, seen[0], seen[1], targets)
-    known = [student_logits, teacher_logits, *alive[0], *alive[1]]
+    known = [*tensors_of(student_logits), *tensors_of(teacher_logits), *alive[0], *alive[1]]
     sizes = {}
     for term in terms:
         # A loss that looks at values has no size on the meta device, and one of ten thousands of small products takes minutes there.

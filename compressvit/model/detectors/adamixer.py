@@ -78,7 +78,8 @@ class AdaMixer(nn.Module):
         super().__init__()
         self.task = "detection"
         self.num_classes, self.in_chans = num_classes, in_chans
-        self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        self.img_size = (height, width)
         for name, number, by in (("dim", dim, 8), ("dim", dim, heads), ("channels", channels, groups)):
             if number % by:
                 raise UserError(f"adamixer: {name}={number} does not divide by {by}")
@@ -86,7 +87,7 @@ class AdaMixer(nn.Module):
         self.backbone = timm.create_model(backbone, pretrained=False, num_classes=0, **self._sized(backbone, args))
         self._indices, widths, strides = levels_of(self.backbone, backbone)
         self.pyramid = Pyramid(widths, strides, channels)
-        require_divisible(*self.img_size, self.pyramid.strides)
+        require_divisible(height, width, self.pyramid.strides)
         self.query = nn.Parameter(torch.empty(queries, dim))
         self.decoder = Decoder(
             stages,

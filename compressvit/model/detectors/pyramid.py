@@ -37,7 +37,7 @@ class Pyramid(nn.Module):
         else:
             self.levels = nn.ModuleList(nn.Conv2d(width, channels, 1) for width in sources)
         self.strides = tuple(strides)
-        self.norm = nn.GroupNorm(math.gcd(32, channels), channels)
+        self.norm = nn.GroupNorm(channels // 8 if channels % 8 == 0 else 1, channels)  # 32 groups of 256, as usual
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
                 nn.init.xavier_uniform_(module.weight)

@@ -101,3 +101,16 @@ def loss_term(name: str) -> Callable[[type[T]], type[T]]:
         return spec
 
     return register
+
+
+def total_of(terms: Sequence[Term], batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The weighted sum of the terms, and by name each weighted term and the further values that it logs."""
+    total: torch.Tensor | None = None
+    parts: dict[str, torch.Tensor] = {}
+    for term in terms:
+        value, extra = term.function(batch)
+        weighted = term.weight * value
+        total = weighted if total is None else total + weighted
+        parts |= {term.name: weighted, **extra}
+    assert total is not None, "a phase has at least one term"
+    return total, parts

@@ -1,0 +1,227 @@
+"""The task `detection`: COCO's average precision, agreement of two detectors, what the report shows, and a run from end to end."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import yaml
+from helpers.runs import done
+from PIL import Image, ImageDraw
+
+from compressvit.artifacts import artifact
+from compressvit.errors import UserError
+from compressvit.model.detectors.prediction import Detections
+from compressvit.model.weights import build
+from compressvit.tasks.base import find_task, task_of
+
+TASK = find_task("detection")
+
+
+def found(boxes, scores, labels) -> Detections:
+    return Detections(torch.tensor(boxes).reshape(-1, 4), torch.tensor(scores), torch.tensor(labels, dtype=torch.long))
+
+
+def truth(boxes, labels, crowd=None, size=(100, 200)) -> dict:
+    return {
+        "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+        "labels": torch.tensor(labels, dtype=torch.long),
+        "crowd": torch.tensor(crowd or [False] * len(labels), dtype=torch.bool),
+        "size": torch.tensor(size),
+    }
+
+
+class Model(torch.nn.Module):
+    task, num_classes = "detection", 3
+
+
+def measured(detections, targets, expected=None):
+    metrics = TASK.metrics(Model(), Model() if expected else None, True)
+    metrics.add(detections, targets, expected)
+    return metrics.result()
+
+
+A, B = [0.1, 0.1, 0.4, 0.4], [0.5, 0.5, 0.9, 0.8]
+
+
+def test_perfect_detections_have_100_percent():
+    result = measured([found([A, B], [0.9, 0.8], [0, 2])], [truth([A, B], [0, 2])])
+    assert result == pytest.approx({"ap": 100, "ap50": 100, "ap75": 100})
+
+
+def test_average_precision_by_hand():
+    """Class 0 is found after a wrong box of higher score: precision 1/2 at every recall. Class 2 is found at IoU 0.6 alone."""
+    shifted = [0.1, 0.1, 0.4, 0.28]  # of A: IoU 0.6
+    result = measured([found([B, A, shifted], [0.9, 0.8, 0.7], [0, 0, 2])], [truth([A, A], [0, 2])])
+    assert result["ap50"] == pytest.approx((50 + 100) / 2)
+    assert result["ap75"] == pytest.approx((50 + 0) / 2)
+    assert result["ap"] == pytest.approx(
+        (50 + 100 * 2 / 10) / 2
+    )  # 0.50 and 0.55 of ten; 0.60 is just missed by rounding
+
+
+def test_crowds_count_neither_as_right_nor_as_wrong():
+    crowd = truth([A, [0.5, 0.0, 1.0, 1.0]], [0, 0], crowd=[False, True])
+    inside = [0.6, 0.2, 0.7, 0.4]
+    assert measured([found([A, inside], [0.8, 0.9], [0, 0])], [crowd])["ap"] == pytest.approx(100)
+    alone = measured([found([A, inside], [0.8, 0.9], [0, 0])], [truth([A], [0])])["ap"]
+    assert alone == pytest.approx(50)
+
+
+def test_nothing_to_find_has_no_precision():
+    assert measured([found([A], [0.9], [0])], [truth([], [])])["ap"] is None
+    assert measured([found([], [], [])], [truth([A], [0])])["ap"] == 0
+
+
+def test_agreement_is_precision_against_what_the_teacher_is_sure_of():
+    theirs = found([A, B], [0.9, 0.1], [0, 1])
+    result = measured([found([A], [0.5], [0])], [truth([B], [1])], [theirs])
+    assert result["ap50_of_teacher"] == pytest.approx(100)
+    assert result["teacher_ap50"] == pytest.approx(100)  # its unsure box is right
+    assert result["ap"] == 0
+
+
+def test_a_detector_is_of_this_task_whatever_the_data_says():
+    model = build(
+        "adamixer", backbone="resnet18", img_size=32, num_classes=3, queries=4, dim=16, channels=16, hidden=16, stages=1
+    )
+    assert task_of(model) is TASK
+    assert task_of(model, "classification") is TASK
+    assert not find_task("classification").fits(model)
+    assert not TASK.fits(build("vit_tiny_patch16_224"))
+
+
+def test_crowds_are_left_out_of_the_loss():
+    class Outputs:
+        def losses(self, targets):
+            return {
+                "boxes": torch.tensor(float(len(targets[0]["boxes"]))),
+                "labels": targets[0]["labels"].sum().float(),
+            }
+
+    loss = TASK.loss(Outputs(), [truth([A, B], [1, 2], crowd=[False, True])])
+    assert loss == 1 + 1
+
+
+def test_the_images_worth_showing_are_those_on_which_the_two_differ():
+    answers = TASK.answers(Model(), ["cup", "dog"], True)
+    ours = [found([A, A], [0.9, 0.2], [0, 1]), found([A], [0.9], [0])]
+    theirs = [found([A], [0.8], [0]), found([A, B], [0.8, 0.8], [1, 0])]
+    worth = answers.add(ours, [truth([A], [0]), truth([A, A], [0, 0])], theirs)
+    assert worth.tolist() == [0.0, 1.0]
+    shown = answers.describe(1)
+    assert (shown["true"], shown["student"], shown["teacher"]) == ("cup ×2", "cup", "dog, cup")
+    assert shown["boxes"]["student"][0] == pytest.approx(A)
+    assert {who: len(drawn) for who, drawn in shown["boxes"].items()} == {"true": 2, "student": 1, "teacher": 2}
+    drawn = answers.draw(Image.new("RGB", (100, 100)), shown)
+    assert drawn.getpixel((50, 50)) == (255, 190, 0)  # the corner of the teacher's second box
+    assert drawn.getpixel((5, 5)) == (0, 0, 0)
+
+
+# -------------------------------------------------------------------------------------------------------- from end to end
+
+RECIPE = {
+    "teacher": {
+        "model": "adamixer",
+        "weights": "train",
+        "args": {
+            "backbone": "vit_tiny_patch16_224",
+            "backbone_args": {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4},
+            "img_size": 32,
+            "queries": 6,
+            "stages": 2,
+            "dim": 32,
+            "channels": 16,
+            "heads": 4,
+            "hidden": 48,
+            "groups": 2,
+            "points_in": 4,
+            "points_out": 8,
+            "num_classes": 2,
+        },
+        "finetune": {"epochs": 3, "lr": 2e-3, "clip_grad": 1.0, "backbone_lr": 0.5},
+    },
+    "data": {"name": "coco", "batch_size": 8, "augment": {"hflip": 0.5}},
+    "calibration": {"images": 16},
+    "steps": [
+        {"adaptive_lors": {"rank": 2, "terms": 1}},
+        {"lors": {"of": "decoder", "targets": ["mixing.projection"], "share": 2, "rank": 2}},
+        {"distill": {"epochs": 1, "lr": 1e-3, "losses": {"prediction": {"weight": 0}, "labels": {"weight": 1.0}}}},
+    ],
+}
+
+
+def scenes(root, split: str, count: int) -> None:
+    """Dark pictures with one bright rectangle each, red or green, in COCO's format."""
+    generator = torch.Generator().manual_seed(len(split))
+    (root / split).mkdir(parents=True)
+    images, annotations = [], []
+    for number in range(1, count + 1):
+        picture = Image.new("RGB", (48, 32))
+        x, y = torch.randint(0, 20, (2,), generator=generator).tolist()
+        x, y, kind = x, y // 2, number % 2
+        ImageDraw.Draw(picture).rectangle((x, y, x + 19, y + 15), fill=((255, 0, 0), (0, 255, 0))[kind])
+        picture.save(root / split / f"{number}.png")
+        images.append({"id": number, "file_name": f"{number}.png", "width": 48, "height": 32})
+        annotations.append(
+            {"id": number, "image_id": number, "category_id": kind + 1, "bbox": [x, y, 20, 16], "iscrowd": 0}
+        )
+    content = {
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": 1, "name": "red"}, {"id": 2, "name": "green"}],
+    }
+    (root / f"{split}.json").write_text(json.dumps(content))
+
+
+@pytest.fixture(scope="module")
+def applied(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("detection")
+    scenes(folder / "scenes", "train", 32)
+    scenes(folder / "scenes", "val", 16)
+    recipe = {**RECIPE, "data": {**RECIPE["data"], "root": str(folder / "scenes")}}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    done("apply", folder / "recipe.yaml", "--output", folder / "run")
+    return folder
+
+
+def test_a_run_measures_precision(applied):
+    results = json.loads((applied / "run" / "results.json").read_text())
+    for who in ("teacher", "student"):
+        assert 0 <= results[who]["ap"] <= results[who]["ap50"] <= 100
+    assert results["student"]["parameters"] < results["teacher"]["parameters"]
+    assert "ap50_of_teacher" in results["student"]
+
+
+def test_its_student_is_loaded_without_the_data(applied):
+    student = artifact.load(applied / "run" / "student")
+    images = torch.randn(2, 3, 32, 32)
+    assert student(images).logits.shape == (2, 2, 6, 2)
+    generators = [stage.mixing.generator for stage in student.decoder.stages]
+    assert generators[0].weight is generators[1].weight
+
+
+def test_the_report_shows_boxes(applied):
+    done("report", applied / "run")
+    page = (applied / "run" / "report.html").read_text()
+    assert "average precision at IoU 0.5" in page
+    predictions = json.loads((applied / "run" / "predictions.json").read_text())
+    assert all(image["boxes"]["true"] for image in predictions["examples"])
+
+
+def test_backbone_of_a_classifier_is_refused():
+    from compressvit.recipe.recipe import parse_recipe
+    from compressvit.runs.models import build_teacher, load_teacher
+
+    recipe = parse_recipe(
+        yaml.safe_dump(
+            {
+                "teacher": {"model": "vit_tiny_patch16_224", "weights": "train", "backbone": "pretrained"},
+                "data": {"name": "digits"},
+                "steps": [{"finetune": {"epochs": 1}}],
+            }
+        )
+    )
+    with pytest.raises(UserError, match=r"teacher.backbone=pretrained: vit_tiny_patch16_224 is no detector"):
+        load_teacher(recipe, build_teacher(recipe, classes=10))
