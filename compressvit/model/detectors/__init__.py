@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 
-DETECTORS = ("adamixer",)
+DETECTORS = ("adamixer", "faster_rcnn")
 
 
 def register_detectors() -> None:

@@ -11,18 +11,17 @@ from __future__ import annotations
 import math
 from typing import Any, cast
 
-import timm
 import torch
 import torch.nn.functional as F
 from timm.models import build_model_with_cfg, register_model
 from torch import Tensor, nn
 
 from compressvit.errors import UserError
+from compressvit.model.detectors.backbone import backbone_of, take_statistics
 from compressvit.model.detectors.boxes import corners, whole_image
 from compressvit.model.detectors.decoder import PRIOR, Decoder
 from compressvit.model.detectors.prediction import SetPrediction
-from compressvit.model.detectors.pyramid import Pyramid, feature_maps, levels_of, require_divisible
-from compressvit.model.modules import as_timm
+from compressvit.model.detectors.pyramid import Pyramid, feature_maps, require_divisible
 
 default_cfgs = {
     "adamixer": {
@@ -83,9 +82,8 @@ class AdaMixer(nn.Module):
         for name, number, by in (("dim", dim, 8), ("dim", dim, heads), ("channels", channels, groups)):
             if number % by:
                 raise UserError(f"adamixer: {name}={number} does not divide by {by}")
-        args = {"in_chans": in_chans, **(backbone_args or {})}
-        self.backbone = timm.create_model(backbone, pretrained=False, num_classes=0, **self._sized(backbone, args))
-        self._indices, widths, strides = levels_of(self.backbone, backbone)
+        self.backbone, levels = backbone_of(backbone, backbone_args, self.img_size, in_chans)
+        self._indices, widths, strides = levels
         self.pyramid = Pyramid(widths, strides, channels)
         require_divisible(height, width, self.pyramid.strides)
         self.query = nn.Parameter(torch.empty(queries, dim))
@@ -101,11 +99,6 @@ class AdaMixer(nn.Module):
             points_out=points_out,
         )
         nn.init.normal_(self.query)
-
-    def _sized(self, backbone: str, args: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of the backbone, with the size of images where its positions depend on it."""
-        takes_size = timm.get_pretrained_cfg_value(backbone, "fixed_input_size")
-        return {"img_size": self.img_size, **args} if takes_size else args
 
     def maps(self, images: Tensor) -> list[Tensor]:
         """The pyramid of images (B, C, H, W): one map (B, channels, H_l, W_l) per level."""
@@ -145,9 +138,4 @@ class AdaMixer(nn.Module):
 @register_model
 def adamixer(pretrained: bool = False, **kwargs: Any) -> AdaMixer:
     """AdaMixer on a timm backbone."""
-    model = build_model_with_cfg(AdaMixer, "adamixer", pretrained, **kwargs)
-    theirs = as_timm(model.backbone).pretrained_cfg
-    images = {"input_size": (model.in_chans, *model.img_size), "mean": theirs["mean"], "std": theirs["std"]}
-    known = as_timm(model)
-    known.pretrained_cfg = {**known.pretrained_cfg, **images}
-    return model
+    return take_statistics(build_model_with_cfg(AdaMixer, "adamixer", pretrained, **kwargs))

@@ -1,0 +1,173 @@
+"""Faster R-CNN of a timm backbone: torchvision's region proposals and heads on a feature pyramid. timm knows it as `faster_rcnn`.
+
+Paper: Faster R-CNN: Towards Real-Time Object Detection with Region Proposal Networks, NeurIPS 2015, https://arxiv.org/abs/1506.01497, on
+Feature Pyramid Networks for Object Detection, CVPR 2017, https://arxiv.org/abs/1612.03144
+
+    timm.create_model("faster_rcnn", backbone="swin_tiny_patch4_window7_224", num_classes=80)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from timm.models import build_model_with_cfg, register_model
+from torch import Tensor, nn
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
+
+from compressvit.errors import UserError
+from compressvit.model.detectors.adamixer import default_cfgs as of_adamixer
+from compressvit.model.detectors.backbone import backbone_of, take_statistics
+from compressvit.model.detectors.prediction import Detections, Target
+from compressvit.model.detectors.pyramid import feature_maps
+
+default_cfgs = {"faster_rcnn": {**of_adamixer["adamixer"], "classifier": "heads.box_predictor.cls_score"}}
+PROPOSALS = 1000  # of an image in evaluation, as torchvision has it
+SIDES = ((32,), (64,), (128,), (256,), (512,))  # of the anchors of each level, in pixels
+
+
+class RegionPrediction:
+    """What Faster R-CNN says of a batch: in training its features, from which `losses` computes the rest; in evaluation its detections.
+
+    Iterating gives tensors: in evaluation boxes (1, B, K, 4), scores (1, B, K) and classes (1, B, K), with zeros after an image's last
+    detection; in training the maps of the pyramid.
+    """
+
+    def __init__(self, detector: FasterRCNN, images: Tensor, maps: dict[str, Tensor]):
+        self._detector, self._maps = detector, maps
+        self._images = ImageList(images, [tuple(images.shape[-2:])] * len(images))
+        self._found = None if detector.training else self._detect()
+
+    def __iter__(self) -> Iterator[Tensor]:
+        if self._found is None:
+            return iter(self._maps.values())
+        most = max(1, *(len(found.scores) for found in self._found))
+
+        def padded(values: Sequence[Tensor]) -> Tensor:
+            rows = [nn.functional.pad(v.float(), (*[0] * (2 * (v.ndim - 1)), 0, most - len(v))) for v in values]
+            return torch.stack(rows)[None]
+
+        return iter([padded([getattr(found, name) for found in self._found]) for name in Detections._fields])
+
+    def _scale(self) -> Tensor:
+        height, width = self._images.tensors.shape[-2:]
+        return torch.tensor([width, height, width, height], device=self._images.tensors.device)
+
+    def losses(self, targets: Sequence[Target]) -> dict[str, Tensor]:
+        """Torchvision's losses: of proposals, their boxes, the classes of sampled proposals, and their boxes.
+
+        Args:
+            targets: `boxes` (n, 4) in widths and heights of the image, `labels` (n,) from 0.
+        """
+        scale = self._scale()
+        theirs = [{"boxes": t["boxes"] * scale, "labels": t["labels"] + 1} for t in targets]  # 0 is background
+        proposals, of_proposals = self._detector.rpn(self._images, self._maps, theirs)
+        _, of_boxes = self._detector.heads(self._maps, proposals, self._images.image_sizes, theirs)
+        return {**of_proposals, **of_boxes}
+
+    def _detect(self) -> list[Detections]:
+        proposals, _ = self._detector.rpn(self._images, self._maps)
+        found, _ = self._detector.heads(self._maps, proposals, self._images.image_sizes)
+        scale = self._scale()
+        return [Detections(f["boxes"] / scale, f["scores"], f["labels"] - 1) for f in found]
+
+    def detections(self, limit: int = 100) -> list[Detections]:
+        """Those of highest score of each image."""
+        if self._found is None:
+            raise TypeError("a model in training mode has no detections; call eval()")
+        return [Detections(*(part[:limit] for part in found)) for found in self._found]
+
+
+class FasterRCNN(nn.Module):
+    """A two-stage detector with anchors.
+
+    Args:
+        backbone: timm's name of it; it must have stages, as Swin, ConvNeXt and ResNet have.
+        backbone_args: further arguments of `timm.create_model` for it.
+        img_size: height and width of images in pixels, or one number for both.
+        num_classes: of objects; background is none of them.
+        channels: of the pyramid.
+        representation: width of the box head.
+
+    Raises:
+        UserError: the backbone gives no pyramid.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "swin_tiny_patch4_window7_224",
+        backbone_args: dict[str, Any] | None = None,
+        img_size: int | tuple[int, int] = 800,
+        num_classes: int = 80,
+        in_chans: int = 3,
+        channels: int = 256,
+        representation: int = 1024,
+    ):
+        super().__init__()
+        self.task = "detection"
+        self.num_classes, self.in_chans = num_classes, in_chans
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        self.img_size = (height, width)
+        self.backbone, (self._indices, widths, _) = backbone_of(backbone, backbone_args, self.img_size, in_chans)
+        if len(widths) == 1:
+            raise UserError(
+                f"faster_rcnn takes the maps of a backbone's stages, and {backbone} has one map; take swin_*, convnext_* or resnet*, or the "
+                "detector adamixer"
+            )
+        self.fpn = FeaturePyramidNetwork(widths, channels, LastLevelMaxPool())
+        anchors = AnchorGenerator(SIDES, ((0.5, 1.0, 2.0),) * len(SIDES))
+        head = RPNHead(channels, anchors.num_anchors_per_location()[0])
+        kept = {"training": 2 * PROPOSALS, "testing": PROPOSALS}
+        self.rpn = RegionProposalNetwork(anchors, head, 0.7, 0.3, 256, 0.5, kept, kept, 0.7)
+        pool = MultiScaleRoIAlign([str(level) for level in range(len(widths))], output_size=7, sampling_ratio=2)
+        box_head = TwoMLPHead(channels * 7 * 7, representation)
+        predictor = FastRCNNPredictor(representation, num_classes + 1)
+        self.heads = RoIHeads(pool, box_head, predictor, 0.5, 0.5, 512, 0.25, None, 0.05, 0.5, 100)
+
+    def forward(self, images: Tensor) -> RegionPrediction | tuple[Tensor, ...]:
+        """
+        Args:
+            images: (B, C, H, W), normalised as the backbone's.
+
+        Returns:
+            What is found; on the meta device, where nothing can be chosen, the logits and boxes of `PROPOSALS` proposals an image.
+        """
+        found = feature_maps(self.backbone, images, self._indices)
+        maps = self.fpn({str(level): values for level, values in enumerate(found)})
+        return self._unchosen(images, maps) if images.is_meta else RegionPrediction(self, images, maps)
+
+    def _unchosen(self, images: Tensor, maps: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """All that is computed, for as many proposals as there can be: what a count of operations needs."""
+        self.rpn.head(list(maps.values()))
+        features = images.new_empty(len(images) * PROPOSALS, maps["0"].shape[1], 7, 7)
+        return self.heads.box_predictor(self.heads.box_head(features))
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the backbone's blocks in the backward pass, as timm does."""
+        cast(Any, self.backbone).set_grad_checkpointing(enable)
+
+    def get_classifier(self) -> nn.Module:
+        """The layer that gives classes, background first."""
+        return self.heads.box_predictor.cls_score
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Give the box head new layers for that many classes."""
+        if num_classes < 1:
+            raise UserError("a detector has at least one class of objects")
+        old = self.heads.box_predictor.cls_score
+        self.num_classes = num_classes
+        predictor = FastRCNNPredictor(old.in_features, num_classes + 1)
+        self.heads.box_predictor = predictor.to(old.weight.device, old.weight.dtype)
+
+
+@register_model
+def faster_rcnn(pretrained: bool = False, **kwargs: Any) -> FasterRCNN:
+    """Faster R-CNN on a timm backbone."""
+    return take_statistics(build_model_with_cfg(FasterRCNN, "faster_rcnn", pretrained, **kwargs))
