@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -84,8 +85,7 @@ def evaluate_path(path: str | Path, overrides: list[str], *, device: str, as_jso
     recipe = data_recipe(folder, overrides, "evaluate")
     where = pick_device(device)
     datasets = open_data(recipe.data)
-    asked = any(override.startswith(tuple(f"data.{name}=" for name in STATISTICS)) for override in overrides)
-    side = Side.of(model, recipe.data, trained=not asked)  # an artifact records its input configuration
+    side = side_of_artifact(model, recipe.data, overrides)
     with resource_faults(recipe.data):
         scores = Scorer(datasets, recipe.data, where).score(side)
     result: dict[str, Any] = {
@@ -111,6 +111,12 @@ def evaluate_path(path: str | Path, overrides: list[str], *, device: str, as_jso
     if not datasets.labelled:
         print("the images have no labels, so there is no accuracy; `apply` compares a student with its teacher")
     return 0
+
+
+def side_of_artifact(model: nn.Module, data: Data, overrides: Sequence[str]) -> Side:
+    """The model of an artifact with the input that it was trained with, which the artifact records, unless `overrides` change that."""
+    asked = any(override.startswith(tuple(f"data.{name}=" for name in STATISTICS)) for override in overrides)
+    return Side.of(model, data, trained=not asked, own_crop=True)
 
 
 def _require_finite(model: nn.Module, folder: Path) -> None:

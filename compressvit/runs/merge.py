@@ -203,7 +203,7 @@ def _write(model: nn.Module, folder: Path, *, plain: bool) -> nn.Module:
 def _input_of(folder: Path, model: nn.Module) -> InputConfig:
     resolved = folder.parent / RESOLVED
     if resolved.is_file():
-        return input_config(model, load_recipe(resolved).data, trained=True)
+        return input_config(model, load_recipe(resolved).data, trained=True, own_crop=True)
     return input_config(model, Data(name="images"))
 
 

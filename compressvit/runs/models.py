@@ -160,10 +160,16 @@ def build_student(recipe: Recipe, teacher: nn.Module, *, classes: int | None = N
     return student
 
 
+def copies_teacher(recipe: Recipe) -> bool:
+    """Whether the student starts as the teacher itself, its input included."""
+    asked = recipe.student
+    return asked.model is None and not asked.args and asked.weights == "teacher"
+
+
 def student_body(recipe: Recipe, teacher: nn.Module, *, meta: bool) -> nn.Module:
     """The student of `build_student` before it gets a new head: with the teacher's classifier, or one of the same size."""
     asked = recipe.student
-    if asked.model is None and not asked.args and asked.weights == "teacher":
+    if copies_teacher(recipe):
         return surgery.skeleton(teacher) if meta else copy.deepcopy(teacher)
     args = {} if asked.model else _teacher_args(recipe, _stored_teacher(recipe))
     args |= {"num_classes": getattr(teacher, "num_classes", None), **asked.args}
