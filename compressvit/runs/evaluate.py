@@ -85,7 +85,7 @@ def evaluate_path(path: str | Path, overrides: list[str], *, device: str, as_jso
     recipe = data_recipe(folder, overrides, "evaluate")
     where = pick_device(device)
     datasets = open_data(recipe.data)
-    side = side_of_artifact(model, recipe.data, overrides)
+    side = trained_side(model, recipe.data, overrides)
     with resource_faults(recipe.data):
         scores = Scorer(datasets, recipe.data, where).score(side)
     result: dict[str, Any] = {
@@ -113,10 +113,14 @@ def evaluate_path(path: str | Path, overrides: list[str], *, device: str, as_jso
     return 0
 
 
-def side_of_artifact(model: nn.Module, data: Data, overrides: Sequence[str]) -> Side:
-    """The model of an artifact with the input that it was trained with, which the artifact records, unless `overrides` change that."""
+def trained_side(model: nn.Module, data: Data, overrides: Sequence[str], *, recorded: bool = True) -> Side:
+    """A trained model with the input that it was trained with, unless `overrides` of the data change that.
+
+    Args:
+        recorded: the model is from an artifact, or from another folder that records its input.
+    """
     asked = any(override.startswith(tuple(f"data.{name}=" for name in STATISTICS)) for override in overrides)
-    return Side.of(model, data, trained=not asked, own_crop=True)
+    return Side.of(model, data, trained=not asked, own_crop=recorded)
 
 
 def _require_finite(model: nn.Module, folder: Path) -> None:

@@ -49,7 +49,9 @@ class OnBlocks(Transform):
         found, name = backbone.blocks, model_name(model)
         if self.blocks is not None:
             spans = [_ends(span) for span in self.blocks]
-            highest = max(last for _, last in spans)  # compared first: a range may name more numbers than fit into memory
+            highest = max(
+                last for _, last in spans
+            )  # compared first: a range may name more numbers than fit into memory
             if highest >= len(found):
                 raise UserError(
                     f"{self.name}.blocks asks for block {highest}, but {name} has {len(found)}: 0 to {len(found) - 1}"
