@@ -124,7 +124,7 @@ def _run(
         report(folder.path)
     merged = None
     if job.recipe.merges:  # last, because a merge that is not exact is refused
-        merged = merge_folder(folder.path, overwrite=True, device=str(job.device), datasets=job.datasets)
+        merged = merge_folder(folder.path, overwrite=True, device=str(job.device), datasets=job.datasets, owned=True)
         run.log.show(partial(print_merge, merged))
     return RunResult(trained.student.model, trained.teacher.model, results, folder.path, merged)
 

@@ -35,6 +35,19 @@ def test_two_runs_do_not_share_a_folder(recipe, tmp_path):
         assert "another run is writing into" in message
 
 
+def test_a_merge_waits_for_nobody_and_disturbs_nobody(recipe, tmp_path):
+    run = tmp_path / "run"
+    text = recipe.read_text()
+    (tmp_path / "lora.yaml").write_text(text[: text.index("steps:")] + "steps: [lora, finetune: {max_steps: 1}]\n")
+    done("apply", tmp_path / "lora.yaml", "--output", run, SHORT[0])
+    with FileLock(run / ".lock"):
+        assert "another run is writing into" in refused("merge", run)
+        assert not (run / "merged").exists()
+        done("merge", run, "--output", tmp_path / "elsewhere")
+    done("merge", run)
+    assert not (run / ".lock").exists()
+
+
 def test_a_folder_that_was_only_looked_at_is_not_left_over(tmp_path):
     with pytest.raises(ZeroDivisionError), RunFolder(tmp_path / "a" / "run").owned():
         1 / 0  # noqa: B018
