@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import nn
 
 from compressvit.errors import UserError
-from compressvit.log import RunLog, log
+from compressvit.log import RunLog, kept, log
 from compressvit.recipe.recipe import Recipe, parse_recipe, read_recipe
 from compressvit.runs import tensorboard
 from compressvit.runs.files import DataNote, DataPlan, RecipePlan, Results
@@ -97,7 +97,9 @@ def apply(
     _note_data(job, plan, folder, resume=resume)
     with folder.owned():
         folder.refuse_or_clear(recipe, resume=resume, overwrite=overwrite)  # again: another run may have used it
-        teacher, taught = fill_teacher(job, folder, resume=resume)
+        with kept() as notes:  # e.g. a prefix that was taken off the names in a file of weights
+            teacher, taught = fill_teacher(job, folder, resume=resume)
+        plan.notes += notes
         folder.open(recipe, text, plan, list(command or sys.argv), resume=resume, overwrite=overwrite)
         run_log = RunLog(folder.path, console, partial(tensorboard.tag_of, tags=tensorboard.scalar_tags(recipe)))
         try:
