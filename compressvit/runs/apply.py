@@ -97,9 +97,7 @@ def apply(
     _note_data(job, plan, folder, resume=resume)
     with folder.owned():
         folder.refuse_or_clear(recipe, resume=resume, overwrite=overwrite)  # again: another run may have used it
-        with kept() as notes:  # e.g. a prefix that was taken off the names in a file of weights
-            teacher, taught = fill_teacher(job, folder, resume=resume)
-        plan.notes += notes
+        teacher, taught = _teacher(job, plan, folder, resume=resume)
         folder.open(recipe, text, plan, list(command or sys.argv), resume=resume, overwrite=overwrite)
         run_log = RunLog(folder.path, console, partial(tensorboard.tag_of, tags=tensorboard.scalar_tags(recipe)))
         try:
@@ -111,6 +109,14 @@ def apply(
             raise
         finally:
             run_log.close()
+
+
+def _teacher(job: Job, plan: RecipePlan, folder: RunFolder, *, resume: bool) -> tuple[nn.Module, bool]:
+    """The result of `fill_teacher`; what it logs, e.g. a prefix that was taken off the names in a file, is added to the plan."""
+    with kept() as notes:
+        found = fill_teacher(job, folder, resume=resume)
+    plan.notes += notes
+    return found
 
 
 def _run(
