@@ -81,12 +81,6 @@ def head_size(recipe: Recipe, classes: int | None) -> int | None:
     return find_task(recipe.data.usual_task).head_size(classes)
 
 
-def build_teacher(recipe: Recipe, *, classes: int | None = None, device: str | None = None) -> nn.Module:
-    """Build the teacher with newly initialised values; device='meta' for a skeleton. Arguments and errors are those of
-    `teacher_architecture` and `Architecture.build`."""
-    return teacher_architecture(recipe, classes=classes).build(device)
-
-
 def _stored_teacher(recipe: Recipe) -> Manifest | LocalDir | None:
     """The description of the model in the artifact or timm folder that `teacher.weights` names; None for a file."""
     asked = recipe.teacher
