@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from compressvit.errors import UserError
 from compressvit.files import disk_faults
 from compressvit.rows import append_row, metrics_row
-from compressvit.text import printable
+from compressvit.text import complain, printable
 
 if TYPE_CHECKING:  # rich is imported only where something is printed
     from rich.console import Console
@@ -138,14 +138,37 @@ def warn_and_continue(what: str) -> Iterator[None]:
 T = TypeVar("T")
 
 
+_LINE_EVERY = 5.0  # seconds between two lines of progress where there is no terminal
+
+
 def progress(items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
-    """`items`, with a progress bar on stderr while they are gone through, if that is a terminal."""
+    """`items`, showing progress while they are iterated: a bar on stderr if that is a terminal, otherwise a line every few seconds.
+
+    The lines go to the handlers of the logger 'compressvit', or to stderr if there are none.
+    """
     from rich.progress import track
 
     from compressvit.terminal import Terminal
 
     console = Terminal(stderr=True)
-    return track(items, description, total, console=console, transient=True, disable=not console.is_terminal)
+    if console.is_terminal:
+        return track(items, description, total, console=console, transient=True)
+    return _with_lines(items, description, total)
+
+
+def _with_lines(items: Iterable[T], description: str, total: int | None) -> Iterator[T]:
+    start = shown = time.monotonic()
+    for number, item in enumerate(items):
+        now = time.monotonic()
+        if number and now - shown >= _LINE_EVERY:
+            shown = now
+            count = f"{number} of {total}" if total is not None else str(number)
+            text = f"{description}: {count} done in {now - start:.0f} s"
+            if log.hasHandlers():
+                log.info("%s", text)
+            else:
+                complain("compressvit", text)
+        yield item
 
 
 def _silence() -> None:

@@ -77,12 +77,10 @@ def apply(
 ) -> RunResult:
     """Run a recipe, as `compressvit apply` does.
 
-    All errors that can be found in advance are raised before the folder is touched: conflicts between steps, a missing data set, or
-    weights that are not available.
+    Errors that can be found in advance, such as conflicting steps and missing data or weights, are raised before the folder is touched.
 
     Args:
-        recipe: a `Recipe`, its content as a dictionary, the path of a YAML file, or the name of a recipe that ships with the
-            package.
+        recipe: a `Recipe`, its content as a dictionary, the path of a YAML file, or the name of a shipped recipe.
         output: the run folder.
         overrides: changes to a recipe given as a name, path or dictionary, e.g. `["data.root=FOLDER", "seed=1"]`.
         device: 'auto', 'cpu', 'cuda', 'cuda:1', 'mps', …
