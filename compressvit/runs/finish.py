@@ -39,7 +39,7 @@ def finish(job: Job, scorer: Scorer, folder: RunFolder, log: RunLog, *, plan: Re
     """
     teacher, student = trained.teacher, trained.student
     stored.name_classes(student.model, job.datasets.class_names)
-    difference = _save(student, folder.student)
+    difference = save_student(student, folder.student)
     answers = scorer.task(student).answers(student.model, job.datasets.class_names, job.datasets.labelled)
     predictions = Predictions(student.input, answers)
     scores, theirs = _scores(scorer, student, teacher, predictions)
@@ -89,7 +89,7 @@ def _trained(model: nn.Module, parameters: int) -> dict[str, int]:
     return counts
 
 
-def _save(student: Side, folder: Path) -> float:
+def save_student(student: Side, folder: Path) -> float:
     """Write the student, and read it back before it replaces an earlier one; returns the difference to the model's outputs."""
     differences: list[float] = []
 
