@@ -98,7 +98,8 @@ class RunLog:
 
     @contextmanager
     def progress(self, description: str, total: int, completed: int = 0) -> Iterator[Any]:
-        """A progress bar with a line of numbers below it. Yields `advance`, to be called after every step, optionally with new numbers."""
+        """A progress bar with numbers below it. Yields `advance`, to be called after every step, optionally with new numbers: labels and
+        values, separated by two spaces."""
         from rich.console import Group
         from rich.live import Live
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -111,7 +112,7 @@ class RunLog:
 
             def advance(text: str | None = None) -> None:
                 if text is not None:
-                    numbers.plain = text
+                    numbers.plain = wrapped_items(text, self.console.width)
                 bar.advance(task)
 
             yield advance
@@ -139,6 +140,18 @@ def kept() -> Iterator[list[str]]:
         log.removeHandler(handler)
         log.setLevel(level)
         log.propagate = propagate
+
+
+def wrapped_items(text: str, width: int) -> str:
+    """Break a line of items, which are separated by two spaces, between items, never between a label and its value."""
+    lines = [""]
+    for item in text.split("  "):
+        longer = f"{lines[-1]}  {item}" if lines[-1] else item
+        if lines[-1] and len(longer) > width:
+            lines.append(item)
+        else:
+            lines[-1] = longer
+    return "\n".join(lines)
 
 
 @contextmanager

@@ -1,11 +1,14 @@
-"""Progress without a terminal: in a notebook, a script, a pipe."""
+"""Progress: the numbers of a training on a narrow terminal, and lines where there is no terminal."""
 
 from __future__ import annotations
 
+import io
 import logging
+import re
 
 import pytest
 from helpers.models import build, images_for
+from rich.console import Console
 
 from compressvit import LowRank, compress
 from compressvit import log as logs
@@ -40,3 +43,28 @@ def test_on_a_terminal_it_is_a_bar(monkeypatch, capsys):
     text = capsys.readouterr().err
     assert "━" in text
     assert "done in" not in text
+
+
+@pytest.mark.parametrize(
+    ("width", "lines"),
+    [
+        (80, ["loss 3.911  teacher's top-1 12.5%  gradient 0.785  lr 0.00095"]),
+        (40, ["loss 3.911  teacher's top-1 12.5%", "gradient 0.785  lr 0.00095"]),
+        (34, ["loss 3.911  teacher's top-1 12.5%", "gradient 0.785  lr 0.00095"]),
+        (32, ["loss 3.911", "teacher's top-1 12.5%", "gradient 0.785  lr 0.00095"]),
+        (5, ["loss 3.911", "teacher's top-1 12.5%", "gradient 0.785", "lr 0.00095"]),
+    ],
+)
+def test_a_label_stays_with_its_value(width, lines):
+    text = "loss 3.911  teacher's top-1 12.5%  gradient 0.785  lr 0.00095"
+    assert logs.wrapped_items(text, width).splitlines() == lines
+
+
+def test_the_numbers_below_the_bar_are_broken_wrapped_items():
+    console = Console(file=io.StringIO(), force_terminal=True, width=55, _environ={})
+    run_log = logs.RunLog(None, console)
+    with run_log.progress("distill", 2) as advance:
+        advance("loss 3.911  hidden_relation 0.002183  teacher's top-1 12.5%  gradient 0.785")
+    run_log.close()
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue())
+    assert "\nloss 3.911  hidden_relation 0.002183\nteacher's top-1 12.5%  gradient 0.785\n" in shown
