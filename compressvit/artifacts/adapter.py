@@ -26,7 +26,7 @@ from compressvit.model.modules import as_timm
 from compressvit.model.stored import StepRecord, read_safetensors
 from compressvit.model.weights import hash_tensors
 from compressvit.reading import Unreadable, parse_json
-from compressvit.spec import Spec, first_fault
+from compressvit.spec import Frozen, first_fault
 from compressvit.transforms.applying import apply_plans
 from compressvit.transforms.base import Plan
 from compressvit.transforms.record import Compression, compression_of, set_compression, trained_names
@@ -36,7 +36,7 @@ FORMAT = 1
 _KEY = "compressvit"
 
 
-class AdapterHeader(Spec):
+class AdapterHeader(Frozen):
     """The header of an adapter file.
 
     Attributes:

@@ -27,6 +27,7 @@ from compressvit.errors import UserError, option, switch
 from compressvit.files import disk_faults, write_json
 from compressvit.model import cost, stored, surgery, ties
 from compressvit.model.stored import Manifest
+from compressvit.reading import read_json
 from compressvit.recipe.recipe import load_recipe
 from compressvit.runs.evaluate import artifact_in
 from compressvit.runs.folder import RESOLVED, RunFolder
@@ -108,6 +109,18 @@ def _merge(
     shipped = {**result, "artifact": os.path.relpath(folder, target), "merged": "."}
     write_json(target / _SEAL, shipped)
     return result
+
+
+def read_merge(folder: Path, run: Path) -> dict[str, Any]:
+    """The result of `merge_folder` for a run that was merged before into `folder`.
+
+    Raises:
+        UserError: the merge is missing or incomplete.
+    """
+    content = read_json(folder / _SEAL)
+    if not isinstance(content, dict) or "read_back" not in content or not (folder / stored.TENSORS).is_file():
+        raise UserError(f"{folder} holds no complete merge")
+    return {**content, "artifact": str(run.resolve() / "student"), "merged": str(folder.resolve())}
 
 
 def _require_free(target: Path, overwrite: bool) -> None:

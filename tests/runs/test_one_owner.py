@@ -96,9 +96,10 @@ def test_scratch_of_a_killed_run_is_removed(recipe, tmp_path):
 
 
 def test_a_good_student_is_not_replaced_by_one_that_fails(recipe, tmp_path):
-    """Resuming a finished run from a checkpoint with values that are not finite: the student of before stays."""
+    """Resuming a run from a checkpoint with values that are not finite: the student of before stays."""
     run = tmp_path / "run"
     done("apply", recipe, "--output", run, *SHORT)
+    (run / "results.json").unlink()  # so that it is not finished
     before = (run / "student/model.safetensors").read_bytes()
     file = run / "checkpoints/1_distill.pt"
     content = load_checkpoint(file)
