@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+
+_LARGEST = 3.4e38  # of 32-bit floats, in which torch computes
 
 
 class Spec(BaseModel):
@@ -14,6 +16,13 @@ class Spec(BaseModel):
     renamed: ClassVar[dict[str, str]] = {}
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _fits_in_32_bits(cls, value: Any) -> Any:
+        if isinstance(value, float) and abs(value) > _LARGEST:
+            raise ValueError(f"{value:g} is too large for 32-bit floats, which end at {_LARGEST:g}")
+        return value
 
 
 def first_fault(error: ValidationError) -> str:

@@ -36,6 +36,18 @@ def test_a_bomb_as_a_recipe_and_as_an_override(what, tmp_path):
         assert "override 'description=" in refused("plan", recipe, f"description={BOMBS[what][:20_000]}")
 
 
+@pytest.mark.parametrize("long", ["[" * 100_000, "a " * 50_000, "a\\n" * 50_000])
+def test_a_message_does_not_repeat_all_that_it_refuses(long, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(TINY.replace("name: digits", f'name: "first{long}last"'))
+    message = refused("plan", tmp_path / "recipe.yaml")
+    assert len(message) < 20_000
+    assert "there is no data set 'first" in message
+    assert " … " in message
+    assert "last'" in message
+    assert "(known: " in message
+    assert str(UserError("a\n" * 1000)) == "a\n" * 1000
+
+
 def test_a_recipe_may_use_aliases():
     assert parse_yaml("a: &a {x: 1}\nb: *a\nc: {<<: *a, y: 1e-3}", "r") == {
         "a": {"x": 1},
