@@ -36,6 +36,29 @@ def test_a_bomb_as_a_recipe_and_as_an_override(what, tmp_path):
         assert "override 'description=" in refused("plan", recipe, f"description={BOMBS[what][:20_000]}")
 
 
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("[" * 65 + "]" * 65, "is nested too deeply, more than 64 levels"),
+        (f"a: &a x\nb: [{'*a, ' * 1001}]", "holds more than 1,000 aliases"),
+        ("a: &a [1, *a]", "is nested too deeply, or holds an alias of something around it"),
+        (f"a: !!bool {'x' * 5000}", "holds a value that YAML cannot build"),
+        (f"a: '{'x' * 5000}", "is not YAML"),
+    ],
+)
+def test_yaml_that_is_refused(text, fault):
+    with pytest.raises(UserError, match=rf"^x\.yaml {fault}") as error:
+        parse_yaml(text, "x.yaml")
+    assert len(str(error.value)) < 500
+
+
+def test_yaml_that_is_read():
+    assert parse_yaml("[" * 64 + "]" * 64, "x") is not None
+    assert parse_yaml(f"a: &a x\nb: [{'*a, ' * 1000}]", "x")["b"] == ["x"] * 1000
+    assert parse_yaml("[1e3, 1e+3, 1E-3, .1e4, 1.e3, -1.5e0, +1e3]", "x") == [1e3, 1e3, 1e-3, 1e3, 1e3, -1.5, 1e3]
+    assert parse_yaml("[e3, 1e, 1e+, .e1, x1e3]", "x") == ["e3", "1e", "1e+", ".e1", "x1e3"]
+
+
 @pytest.mark.parametrize("long", ["[" * 100_000, "a " * 50_000, "a\\n" * 50_000])
 def test_a_message_does_not_repeat_all_that_it_refuses(long, tmp_path):
     (tmp_path / "recipe.yaml").write_text(TINY.replace("name: digits", f'name: "first{long}last"'))
@@ -75,6 +98,7 @@ def test_json_that_is_refused(text, fault, tmp_path):
 def test_json_that_is_read():
     assert parse_json("[" * 60 + "]" * 60, "x") is not None
     assert parse_json(r'{"caf\udce9": "\u00e9"}', "x") == {r"caf\xe9": "é"}
+    assert parse_json(r'{"caf\uDCE9": 1}', "x") == {r"caf\xe9": 1}
 
 
 def test_only_regular_files_are_opened(tmp_path):
@@ -93,6 +117,15 @@ def test_only_regular_files_are_opened(tmp_path):
             read_text(tmp_path / name)
     with pytest.raises(UserError, match="named pipe"):
         read_rows(tmp_path / "pipe", MetricsRow)
+    with pytest.raises(Unreadable, match="cannot be read: embedded null byte"):
+        read_text(tmp_path / "a\0b")
+
+
+def test_a_file_is_read_whole_or_not_at_all(tmp_path):
+    (tmp_path / "x").write_bytes(b"a\r\nb\rc\n")
+    assert read_text(tmp_path / "x", most=7) == "a\nb\nc\n"
+    with pytest.raises(Unreadable, match=r"it has 0\.0 MB, and at most 0\.0 MB are read"):
+        read_text(tmp_path / "x", most=6)
 
 
 def test_links_are_followed_but_inside_a_run_folder(tmp_path):
