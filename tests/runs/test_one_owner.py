@@ -12,6 +12,7 @@ from compressvit.artifacts import artifact
 from compressvit.errors import UserError
 from compressvit.files import load_checkpoint, save_checkpoint
 from compressvit.runs.folder import RunFolder
+from compressvit.runs.owned import delete
 
 SHORT = ["teacher.finetune.max_steps=1", "steps.1.distill.max_steps=1"]
 
@@ -29,6 +30,21 @@ def test_two_runs_do_not_share_a_folder(recipe, tmp_path):
     with FileLock(tmp_path / "run" / ".lock"):
         message = refused("apply", recipe, "--output", tmp_path / "run", *SHORT, "--resume")
         assert "another run is writing into" in message
+
+
+def test_the_owner_keeps_its_lock_to_the_end(tmp_path):
+    folder = tmp_path / "run"
+    with RunFolder(folder).owned():
+        with pytest.raises(UserError, match="another run is writing into"), RunFolder(folder).owned():
+            pass
+        (folder / "results.json").touch()
+        for scratch in (True, False):
+            delete(folder, scratch=scratch)
+            assert (folder / ".lock").is_file()
+            with pytest.raises(UserError, match="another run is writing into"), RunFolder(folder).owned():
+                pass
+        assert not (folder / "results.json").exists()
+    assert not folder.exists()
 
 
 def test_a_folder_that_was_only_looked_at_is_not_left_over(tmp_path):
@@ -72,8 +88,11 @@ def test_scratch_of_a_killed_run_is_removed(recipe, tmp_path):
     (run / ".student.0a1b2c3d" / "model.safetensors").write_bytes(b"half")
     (run / ".results.json.part").write_text("{")
     (run / ".notes").write_text("the user's own")
+    (run / ".student.9a1b2c3d").mkdir()
+    (run / ".student.9a1b2c3d" / "thesis.txt").write_text("the user's own, too")
     done("apply", recipe, "--output", run, *SHORT, "--resume")
-    assert {entry.name for entry in run.iterdir() if entry.name.startswith(".")} == {".notes"}
+    assert {entry.name for entry in run.iterdir() if entry.name.startswith(".")} == {".notes", ".student.9a1b2c3d"}
+    assert (run / ".student.9a1b2c3d" / "thesis.txt").is_file()
 
 
 def test_a_good_student_is_not_replaced_by_one_that_fails(recipe, tmp_path):
