@@ -1,18 +1,14 @@
-"""Random damage to files: of their bytes, of their lines, of the values in them. And the bounds that whoever reads them keeps to."""
+"""Random damage to files: of their bytes, of their lines, of the values in them."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import os
 import random
-import resource
 import shutil
-import signal
 import socket
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +17,6 @@ import yaml
 
 from helpers.hostile import BOMBS, ESC
 
-SECONDS = 10  # of computing
-WAITING = 60  # seconds in all, on a machine that does something else, too
-MEMORY = 2 * 2**30  # bytes, beyond what is in use
 ODD = [
     None, True, False, 0, 1, -1, -2, 3, 7, 10**5, 10**7, 10**12, 2**63, 2**64, -(2**63), 10**30, 10**80, 0.0, -0.0, -0.5, 0.5, 1e-300,
     1e308, 1e400, -1e400, float("nan"), "", " ", "x", "1", "1e3", "nan", "null", "on", "2020-13-45", "1:30", "~", "*a", "&a", "<<", "#",
@@ -66,10 +59,6 @@ _YAML_VALUES = [
     "-", "+", ".", "[", "{", "'", '"', "| ", "> ", "@", "`", "%", "? ", ".inf #", ".nan #", "2020-13-45 #", "1:61:61 #", "190:20:30 #",
     "1e999 #", "00123 #", "=", "<< ",
 ]  # fmt: skip
-
-
-class ExceededError(BaseException):
-    """More time than is allowed. No handler of an `Exception` or `OSError` takes it for a fault of a file."""
 
 
 def places(content: Any, path: tuple = ()) -> Iterator[tuple]:
@@ -275,15 +264,14 @@ def damage_file(file: Path, chance: random.Random, elsewhere: Path = Path("/etc/
         file.write_bytes(with_odd_bytes(file.read_bytes(), chance))
 
 
-def damage_list(text: str, chance: random.Random) -> bytes:
-    """A list of `PATH LABEL` lines with one of them changed, or its bytes."""
+def damage_list(text: str, chance: random.Random, elsewhere: Path) -> bytes:
+    """A list of `PATH LABEL` lines with one of them changed, or its bytes; some lead to the picture `elsewhere`."""
     lines = text.splitlines()
     at = chance.randrange(len(lines))
     path, _, label = lines[at].rpartition(" ")
     kind = chance.randrange(10)
     if kind < 4:
         odd = [
-            "../" + path,
             "/etc/hostname",
             "/dev/zero",
             "images",
@@ -296,9 +284,9 @@ def damage_list(text: str, chance: random.Random) -> bytes:
             "pipe.png",
             "loop.png",
         ]
-        lines[at] = (
-            f"{chance.choice([*odd, path.upper(), f'{path}/x', chr(34) + path + chr(34), path + chr(0x301)])} {label}"
-        )
+        ways_out = [f"../{elsewhere.name}", f"images/../../{elsewhere.name}", str(elsewhere), "out.jpg"]
+        forms = [path.upper(), f"{path}/x", f'"{path}"', path + chr(0x301)]
+        lines[at] = f"{chance.choice([*odd, *ways_out, *ways_out, *forms])} {label}"
     elif kind < 7:
         odd = [
             "-1",
@@ -358,55 +346,3 @@ def replace_file(file: Path, chance: random.Random, elsewhere: Path = Path("/etc
 def clear(path: Path) -> None:
     """Delete a file or a folder."""
     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
-
-
-def out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error, or one of its causes, is a lack of memory, which a broad handler may have made a sentence."""
-    while error is not None:
-        if isinstance(error, MemoryError) or "allocate" in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-@contextlib.contextmanager
-def bounded() -> Iterator[None]:
-    """No more than `SECONDS` of computing, `WAITING` seconds in all, and `MEMORY`.
-
-    Raises:
-        ExceededError: it takes longer, also where whatever is inside goes on after that.
-        MemoryError: as Python and torch raise it themselves, see `out_of_memory`.
-    """
-
-    def stop(*_: object) -> None:
-        raise ExceededError("more than the time allowed")
-
-    kinds = {signal.SIGPROF: (signal.ITIMER_PROF, SECONDS), signal.SIGALRM: (signal.ITIMER_REAL, WAITING)}
-    before = {kind: signal.signal(kind, stop) for kind in kinds}
-    limits = resource.getrlimit(resource.RLIMIT_AS)
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    began = time.process_time()
-    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, limits[1]))
-    for timer, seconds in kinds.values():
-        signal.setitimer(timer, seconds)
-    try:
-        yield
-    finally:
-        for timer, _ in kinds.values():
-            signal.setitimer(timer, 0)
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
-        resource.setrlimit(resource.RLIMIT_AS, limits)
-    if time.process_time() - began > SECONDS:
-        raise ExceededError("more than the time allowed, after which it went on")
-
-
-def within_bounds(read: Callable[[], object]) -> None:
-    """Call `read` within the bounds; what it raises is raised, and a lack of memory is a `MemoryError`, whatever it was made into."""
-    try:
-        with bounded():
-            read()
-    except Exception as error:
-        if out_of_memory(error) and not isinstance(error, MemoryError):
-            raise MemoryError(f"a lack of memory became {type(error).__name__}: {error}") from error
-        raise
