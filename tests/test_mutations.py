@@ -20,6 +20,7 @@ from helpers.mutate import (
     clear,
     damage_file,
     damage_yaml,
+    shown,
     with_odd_value,
 )
 from helpers.runs import RECIPE, TINY
@@ -153,14 +154,14 @@ def test_artifacts(seed, artifacts, tmp_path):
             manifest.write_text(json.dumps(content))
         else:
             damage_file(tensors if kind < 8 else chance.choice([manifest, tensors]), chance)
-        said = manifest.read_bytes()[:2500] if manifest.is_file() and not manifest.is_symlink() else b""
+        said = shown(manifest)
 
         def read(path=path, sealed=kind >= 4, expected=expected):
             model = compressvit.load(path)
             if sealed:
                 assert torch.equal(outputs(model), expected), "another model"
 
-        faults.attempt(read, f"{seed}/{number} {original.name} {kind}: {said!r}")
+        faults.attempt(read, f"{seed}/{number} {original.name} {kind}: {said}")
         clear(path)
     faults.none_of(ARTIFACTS)
 
@@ -198,8 +199,7 @@ def test_weight_files(seed, weight_files, tmp_path):
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         file = Path(shutil.copy(original, tmp_path / original.name))
         damage_file(file, chance)
-        small = file.is_file() and not file.is_symlink() and file.stat().st_size < 10**6
-        said = file.read_bytes()[:1500] if small else b""
+        said = shown(file)
 
         def read(file=file, model=model, before=before):
             try:
@@ -212,6 +212,6 @@ def test_weight_files(seed, weight_files, tmp_path):
                 )
                 raise
 
-        faults.attempt(read, f"{seed}/{number} {file.name}: {said!r}")
+        faults.attempt(read, f"{seed}/{number} {file.name}: {said}")
         clear(file)
     faults.none_of(WEIGHTS)

@@ -20,6 +20,7 @@ from helpers.mutate import (
     damage_file,
     damage_list,
     replace_file,
+    shown,
 )
 from helpers.runs import done, run
 
@@ -210,8 +211,7 @@ def _damage_run(folder: Path, chance: random.Random, precious: Path) -> str:
         texts = [path for path in files if path.suffix in (".json", ".jsonl", ".yaml")]
         file = chance.choice(texts if chance.random() < 0.6 else files)
         damage_file(file, chance, precious)
-        small = file.is_file() and not file.is_symlink() and file.stat().st_size < 10**6
-        return f"{file.relative_to(folder)}: {file.read_bytes()[:1500] if small else b''!r}"
+        return f"{file.relative_to(folder)}: {shown(file)}"
     name = chance.choice(
         [".report.html.part", ".results.json.part", ".lock", ".student.0a1b2c3d", "diagnostics/x.json", "diagnostics/.x.json.part", "x",
          "checkpoints/x.json", "checkpoints/1_distill.json", "tensorboard/x", "predictions/99.png", "tools", "merged", f"x{ESC}",

@@ -343,6 +343,12 @@ def replace_file(file: Path, chance: random.Random, elsewhere: Path = Path("/etc
         (file / file.name).write_bytes(whole)
 
 
+def shown(file: Path) -> str:
+    """The beginning of a damaged file, for a message; empty for what is no file of usual size."""
+    small = file.is_file() and not file.is_symlink() and file.stat().st_size < 10**6
+    return repr(file.read_bytes()[:2500]) if small else ""
+
+
 def clear(path: Path) -> None:
     """Delete a file or a folder."""
     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
+from helpers.models import build
 
+from compressvit.artifacts.adapter import load_adapter
+from compressvit.errors import UserError
 from compressvit.model.header import Slot, read_header
+from compressvit.model.weights import load_file
 from compressvit.reading import Unreadable
 
 
@@ -58,6 +63,16 @@ def test_a_header_that_is_none(tmp_path, header, fault):
 def test_a_length_that_lies(tmp_path, length):
     with pytest.raises(Unreadable, match="its header is longer than the file"):
         read_header(written(tmp_path / "x", {"x": entry()}, length=length))
+
+
+def test_a_file_with_a_hole_of_50_gigabytes_is_not_mapped(tmp_path):
+    """As weights, and as an adapter."""
+    file = written(tmp_path / "x.safetensors", {"x": entry()})
+    os.truncate(file, 50 * 2**30)
+    fault = "x.safetensors is not a complete safetensors file .*: it is truncated or was added to: 24 bytes of tensors"
+    for read in (load_adapter, lambda model, path: load_file(model, path, "teacher.weights")):
+        with pytest.raises(UserError, match=fault):
+            read(build("vit"), file)
 
 
 def test_a_header_of_50_megabytes_is_not_read(tmp_path):
