@@ -156,6 +156,13 @@ def test_text_is_made_printable():
         "byte": r"caf\xe9",
     }
     assert printable("tab\tline\né 猫 ×") == "tab\tline\né 猫 ×"
+    every = [*range(9), *range(0xB, 0x20), *range(0x7F, 0xA0), 0x61C, 0x200B, 0x200E, 0x200F, *range(0x2028, 0x202F)]
+    every += [*range(0x2060, 0x2070), 0xFEFF, *range(0xFFF9, 0xFFFC), 0xFFFE, 0xFFFF, 0xD800, 0xDBFF, 0xDFFF]
+    for code in every:
+        assert printable(chr(code)) == (f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}")
+        assert printable(f"a{chr(code)}", "?") == "a?"
+    for code in (9, 0xA, 0x20, 0x7E, 0xA0, 0x200C, 0x200D, 0x2027, 0x202F, 0xFFFD):
+        assert printable(chr(code)) == chr(code)
     assert printable_in({"\x00": ["\x00", 1, ("\x00",)]}) == {r"\x00": [r"\x00", 1, (r"\x00",)]}
 
 
