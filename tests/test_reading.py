@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 
 import pytest
@@ -65,10 +66,12 @@ def test_a_message_does_not_repeat_all_that_it_refuses(long, tmp_path):
     message = refused("plan", tmp_path / "recipe.yaml")
     assert len(message) < 20_000
     assert "there is no data set 'first" in message
-    assert " … " in message
+    assert "…" in message
     assert "last'" in message
     assert "(known: " in message
     assert str(UserError("a\n" * 1000)) == "a\n" * 1000
+    two = UserError(f"a{'x' * 5000}b: there is no c{'x' * 5000}d")
+    assert re.fullmatch("ax{249}…x{248}b: there is no cx{249}…x{249}d", str(two))
 
 
 def test_a_recipe_may_use_aliases():

@@ -251,6 +251,27 @@ def test_a_pipe_is_refused_by_name(tmp_path):
         opened(root)
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="there is no /proc")
+@pytest.mark.parametrize("target", ["/proc/self", "/proc", "/sys"])
+def test_the_kernels_folders_are_not_searched(tmp_path, target):
+    root = class_folders(tmp_path, each=2)
+    (root / "train" / "cat" / "more").symlink_to(target)
+    with pytest.raises(UserError, match=r"cat/more is a folder of the operating system, not of pictures; remove it"):
+        opened(root)
+
+
+@pytest.mark.parametrize("split", ["x" * 300, "x" * 5000, "a\0b"])
+@pytest.mark.parametrize("name", ["folder", "images", "lists"])
+def test_a_split_that_no_file_can_be_called(tmp_path, name, split):
+    class_folders(tmp_path, each=2)
+    (tmp_path / "train.txt").write_text("train/cat/0.jpg 0")
+    if name == "images":  # which has another way to hold out
+        assert notes_of(opened(tmp_path, name, val_split=split))["held_out"] == [1]
+        return
+    with pytest.raises(UserError, match=r"nothing for data.val_split|there is no"):
+        opened(tmp_path, name, val_split=split)
+
+
 def test_files_are_in_natural_order_as_timm_reads_them(tmp_path):
     from timm.data import create_dataset
 
