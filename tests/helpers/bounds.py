@@ -15,7 +15,7 @@ from pathlib import Path
 from compressvit.errors import UserError
 
 SECONDS = 10  # of computing
-WAITING = 60  # seconds in all, on a machine that does something else, too
+WAITING = 180  # seconds in all, on a machine that does something else, too
 MEMORY = 2 * 2**30  # bytes, beyond what is in use
 # COMPRESSVIT_SEED=20 begins with seed 20: other damage than that of seeds 0 to 9.
 SEEDS = [int(os.environ.get("COMPRESSVIT_SEED", 0)) + number for number in range(10)]

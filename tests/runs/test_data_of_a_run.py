@@ -143,7 +143,10 @@ def test_a_moved_folder_of_a_run_that_did_not_note_its_data_is_refused(begun, fo
     plan = json.loads((copy / "plan.json").read_text())
     del plan["data"]
     (copy / "plan.json").write_text(json.dumps(plan))
-    assert "data.root" in refused("apply", recipe, "--output", copy, "--resume", f"data.root={tmp_path}")
+    subprocess.run(["cp", "-r", folders, tmp_path / "moved"], check=True)
+    message = refused("apply", recipe, "--output", copy, "--resume", f"data.root={tmp_path / 'moved'}")
+    assert "the recipe is not the one" in message
+    assert f"data.root: '{folders}' in the run, '{tmp_path / 'moved'}' now" in message
     done("apply", recipe, "--output", copy, "--no-report", "--resume", f"data.root={folders}/./")
 
 
