@@ -6,6 +6,7 @@ import json
 import os
 import re
 import time
+from pathlib import Path
 
 import pytest
 from helpers.hostile import BOMBS, NAMES
@@ -148,6 +149,22 @@ def test_a_scratch_file_is_no_way_out(tmp_path):
     write_atomically(tmp_path / "x", lambda scratch: scratch.write_text("ours"))
     assert (precious.read_text(), (tmp_path / "x").read_text()) == ("mine", "ours")
     assert not (tmp_path / "x").is_symlink()
+
+
+def test_a_scratch_file_that_appears_at_once_is_no_way_out(tmp_path, monkeypatch):
+    """A link that somebody puts there between the look and the writing."""
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    unlink = Path.unlink
+
+    def too_late(path, missing_ok=False):
+        unlink(path, missing_ok=missing_ok)
+        path.symlink_to(precious)
+
+    monkeypatch.setattr(Path, "unlink", too_late)
+    with pytest.raises(UserError, match="x could not be written: File exists"):
+        write_atomically(tmp_path / "x", lambda scratch: scratch.write_text("ours"))
+    assert precious.read_text() == "mine"
 
 
 def test_text_is_made_printable():

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from compressvit.errors import UserError
 from compressvit.model.bounded import TooMany, counted, on_meta, require_sound
+from compressvit.model.weights import build
 
 
 @pytest.mark.parametrize(
@@ -29,6 +31,15 @@ from compressvit.model.bounded import TooMany, counted, on_meta, require_sound
 def test_arguments_that_are_refused(args, fault):
     with pytest.raises(ValueError, match=fault):
         require_sound(args)
+
+
+@pytest.mark.parametrize("device", [None, "meta"])
+def test_arguments_of_a_recipe_are_checked(device, tmp_path):
+    """Those of teacher and student: `checkpoint_path` would load a file that the recipe's `weights` does not name."""
+    with pytest.raises(UserError, match=r"timm cannot build vit_tiny_patch16_224 with .*would read another file"):
+        build("vit_tiny_patch16_224", device=device, checkpoint_path=str(tmp_path / "w.pth"))
+    with pytest.raises(UserError, match=r"no size is negative"):
+        build("vit_tiny_patch16_224", device=device, num_heads=-3)
 
 
 def test_arguments_that_are_taken():
