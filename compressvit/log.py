@@ -124,6 +124,24 @@ class RunLog:
 
 
 @contextmanager
+def kept() -> Iterator[list[str]]:
+    """Context in which messages are appended to the list it yields, for what is logged before there is a `RunLog`."""
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    level, propagate = log.level, log.propagate
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    try:
+        yield messages
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+        log.propagate = propagate
+
+
+@contextmanager
 def warn_and_continue(what: str) -> Iterator[None]:
     """Report any exception as a warning and continue: an error in a chart or page must not end a training."""
     try:

@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import nn
 
 from compressvit.errors import UserError
-from compressvit.log import RunLog, log
+from compressvit.log import RunLog, kept, log
 from compressvit.recipe.recipe import Recipe, parse_recipe, read_recipe
 from compressvit.runs import tensorboard
 from compressvit.runs.files import DataNote, DataPlan, RecipePlan, Results
@@ -97,7 +97,7 @@ def apply(
     _note_data(job, plan, folder, resume=resume)
     with folder.owned():
         folder.refuse_or_clear(recipe, resume=resume, overwrite=overwrite)  # again: another run may have used it
-        teacher, taught = fill_teacher(job, folder, resume=resume)
+        teacher, taught = _teacher(job, plan, folder, resume=resume)
         folder.open(recipe, text, plan, list(command or sys.argv), resume=resume, overwrite=overwrite)
         run_log = RunLog(folder.path, console, partial(tensorboard.tag_of, tags=tensorboard.scalar_tags(recipe)))
         try:
@@ -109,6 +109,14 @@ def apply(
             raise
         finally:
             run_log.close()
+
+
+def _teacher(job: Job, plan: RecipePlan, folder: RunFolder, *, resume: bool) -> tuple[nn.Module, bool]:
+    """The result of `fill_teacher`; what it logs, e.g. a prefix that was taken off the names in a file, is added to the plan."""
+    with kept() as notes:
+        found = fill_teacher(job, folder, resume=resume)
+    plan.notes += notes
+    return found
 
 
 def _run(
@@ -124,7 +132,7 @@ def _run(
         report(folder.path)
     merged = None
     if job.recipe.merges:  # last, because a merge that is not exact is refused
-        merged = merge_folder(folder.path, overwrite=True, device=str(job.device), datasets=job.datasets)
+        merged = merge_folder(folder.path, overwrite=True, device=str(job.device), datasets=job.datasets, owned=True)
         run.log.show(partial(print_merge, merged))
     return RunResult(trained.student.model, trained.teacher.model, results, folder.path, merged)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -84,8 +85,7 @@ def evaluate_path(path: str | Path, overrides: list[str], *, device: str, as_jso
     recipe = data_recipe(folder, overrides, "evaluate")
     where = pick_device(device)
     datasets = open_data(recipe.data)
-    asked = any(override.startswith(tuple(f"data.{name}=" for name in STATISTICS)) for override in overrides)
-    side = Side.of(model, recipe.data, trained=not asked)  # an artifact records its input configuration
+    side = trained_side(model, recipe.data, overrides)
     with resource_faults(recipe.data):
         scores = Scorer(datasets, recipe.data, where).score(side)
     result: dict[str, Any] = {
@@ -111,6 +111,16 @@ def evaluate_path(path: str | Path, overrides: list[str], *, device: str, as_jso
     if not datasets.labelled:
         print("the images have no labels, so there is no accuracy; `apply` compares a student with its teacher")
     return 0
+
+
+def trained_side(model: nn.Module, data: Data, overrides: Sequence[str], *, recorded: bool = True) -> Side:
+    """A trained model with the input that it was trained with, unless `overrides` of the data change that.
+
+    Args:
+        recorded: the model is from an artifact, or from another folder that records its input.
+    """
+    asked = any(override.startswith(tuple(f"data.{name}=" for name in STATISTICS)) for override in overrides)
+    return Side.of(model, data, trained=not asked, own_crop=recorded)
 
 
 def _require_finite(model: nn.Module, folder: Path) -> None:

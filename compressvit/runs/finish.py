@@ -37,7 +37,7 @@ def finish(job: Job, scorer: Scorer, folder: RunFolder, log: RunLog, *, plan: Re
     """
     teacher, student = trained.teacher, trained.student
     stored.name_classes(student.model, job.datasets.class_names)
-    difference = _save(student, folder.student)
+    difference = save_student(student, folder.student)
     answers = scorer.task(student).answers(student.model, job.datasets.class_names, job.datasets.labelled)
     predictions = Predictions(student.input, answers)
     scores, theirs = _scores(scorer, student, teacher, predictions)
@@ -79,7 +79,7 @@ def finish(job: Job, scorer: Scorer, folder: RunFolder, log: RunLog, *, plan: Re
     return results
 
 
-def _save(student: Side, folder: Path) -> float:
+def save_student(student: Side, folder: Path) -> float:
     """Write the student, and read it back before it replaces an earlier one; returns the difference to the model's outputs."""
     differences: list[float] = []
 

@@ -184,7 +184,8 @@ class RunFolder:
         try:
             yield
         finally:
-            (path / LOCK).unlink(missing_ok=True)
+            with suppress(OSError):  # Windows removes no file that is open; an empty lock file that stays does no harm
+                (path / LOCK).unlink(missing_ok=True)
             lock.release()
             if new and not any(path.iterdir()):
                 path.rmdir()

@@ -22,7 +22,14 @@ from compressvit.errors import UserError, option, switch
 from compressvit.files import expanded
 from compressvit.recipe.recipe import Recipe
 from compressvit.runs.folder import RunFolder
-from compressvit.runs.models import Architecture, build_student, head_size, teacher_architecture, trains_teacher
+from compressvit.runs.models import (
+    Architecture,
+    build_student,
+    copies_teacher,
+    head_size,
+    teacher_architecture,
+    trains_teacher,
+)
 from compressvit.tasks.base import task_of
 from compressvit.training.phases import PhaseSpec
 from compressvit.training.phases.finetune import Finetune
@@ -84,7 +91,11 @@ def prepare(recipe: Recipe, device: str = "auto", *, name: str = "recipe", witho
         )
     placeholder = recipe.student.head == "new" and not head_size(recipe, classes)
     student = build_student(recipe, teacher, classes=PLACEHOLDER_CLASSES if placeholder else classes, meta=True)
-    sides = Side.of(teacher, recipe.data, trained=architecture.trained), Side.of(student, recipe.data)
+    recorded = "crop_pct" in (architecture.input or {})
+    sides = (
+        Side.of(teacher, recipe.data, trained=architecture.trained, own_crop=recorded),
+        Side.of(student, recipe.data, own_crop=recorded and copies_teacher(recipe)),
+    )
     job = Job(recipe, name, where, classes, architecture, *sides, placeholder)
     if datasets is not None:
         job.datasets = datasets

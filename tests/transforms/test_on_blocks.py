@@ -100,6 +100,8 @@ def test_blocks_are_written_in_a_recipe():
     ("given", "words"),
     [
         ({"blocks": (3, "4-6")}, r"lora\.blocks asks for block 6, but swin_\S+ has 6: 0 to 5"),
+        ({"blocks": ("2-10000000000",)}, r"lora\.blocks asks for block 10000000000, but swin_\S+ has 6"),
+        ({"blocks": ("0-" + 30 * "9",)}, r"lora\.blocks asks for block 9{30}, but swin_\S+ has 6"),
         ({"stages": (2,)}, r"lora\.stages asks for stage 2, but swin_\S+ has 2: 0 to 1"),
     ],
 )
