@@ -100,7 +100,7 @@ def test_boxes_move_with_the_pixels(folder):
 
 def test_boxes_that_a_crop_leaves_out_are_gone():
     annotation = Annotation(
-        (100, 100), ((0, 0, 4, 4), (90, 90, 100, 100), (45, 45, 55, 55)), (0, 1, 2), (False, False, True)
+        (100, 100), ((0, 0, 30, 30), (70, 70, 100, 100), (45, 45, 55, 55)), (0, 1, 2), (False, False, True)
     )
     crop = PlacedTransform(CONFIG, Augment(scale=(0.1, 0.1), ratio=(1.0, 1.0)))
     kept = set()

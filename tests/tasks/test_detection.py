@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 import yaml
+from helpers.recipes import build_teacher
 from helpers.runs import done
 from PIL import Image, ImageDraw
 
@@ -14,6 +15,8 @@ from compressvit.artifacts import artifact
 from compressvit.errors import UserError
 from compressvit.model.detectors.prediction import Detections
 from compressvit.model.weights import build
+from compressvit.recipe.recipe import parse_recipe
+from compressvit.runs.models import load_teacher
 from compressvit.tasks.base import find_task, task_of
 
 TASK = find_task("detection")
@@ -211,9 +214,6 @@ def test_the_report_shows_boxes(applied):
 
 
 def test_backbone_of_a_classifier_is_refused():
-    from compressvit.recipe.recipe import parse_recipe
-    from compressvit.runs.models import build_teacher, load_teacher
-
     recipe = parse_recipe(
         yaml.safe_dump(
             {

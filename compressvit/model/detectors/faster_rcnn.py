@@ -118,8 +118,8 @@ class FasterRCNN(nn.Module):
         self.backbone, (self._indices, widths, _) = backbone_of(backbone, backbone_args, self.img_size, in_chans)
         if len(widths) == 1:
             raise UserError(
-                f"faster_rcnn takes the maps of a backbone's stages, and {backbone} has one map; take swin_*, convnext_* or resnet*, or the "
-                "detector adamixer"
+                f"faster_rcnn takes the maps of a backbone's stages, and {backbone} has one map; take swin_*, convnext_* or resnet*, "
+                "or the detector adamixer"
             )
         self.fpn = FeaturePyramidNetwork(widths, channels, LastLevelMaxPool())
         anchors = AnchorGenerator(SIDES, ((0.5, 1.0, 2.0),) * len(SIDES))
