@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import shutil
 import tempfile
@@ -26,7 +25,7 @@ from compressvit.data.opening import Datasets, open_data
 from compressvit.data.spec import Data
 from compressvit.errors import UserError, option, switch
 from compressvit.files import disk_faults, write_json
-from compressvit.model import cost, stored, ties
+from compressvit.model import cost, stored, surgery, ties
 from compressvit.model.stored import Manifest
 from compressvit.reading import read_json
 from compressvit.recipe.recipe import load_recipe
@@ -99,7 +98,7 @@ def _merge(
         "left": left,
         "differences": differences(model, merged, tests),
     }
-    written = copy.deepcopy(merged).to(dtype)
+    written = surgery.deep_copy(merged).to(dtype)
     if dtype != torch.float32:  # read back in float32, so compare with the rounded values that were stored
         merged = merged.to(dtype).float()
     random = {"random": tests["random"]}
