@@ -318,7 +318,7 @@ def test_how_images_are_held_out_is_said(tmp_path):
     assert "data.group_by keeps them together" in note.text
     seventh = opened(tmp_path, "images", val_fraction=0.15)  # 1 / 0.15 = 6.67
     assert names_of(seventh.validation, tmp_path) == ["06.png", "13.png"]
-    assert "2 pictures of 20 held out: every 7th picture" in seventh.notes()[0].text
+    assert "2 images of 20 held out: every 7th image" in seventh.notes()[0].text
 
 
 @pytest.mark.parametrize("group_by", ["folder", "photo(\\d+)", "/(photo\\d+)_"])
