@@ -100,7 +100,7 @@ def test_an_override_behind_the_budgets_is_told_its_place(trained):
 
 
 def test_the_table_of_a_large_model_fits_80_columns(capsys):
-    row = {"parameters": 86_567_656, "bytes": 346_270_624, "macs": 17_568_000_000}
+    row = {"parameters": 98_765_432, "bytes": 395_061_728, "macs": 17_568_000_000}
     rows = [{"budget": budget, **row, "top1": 86.834, "agreement": 99.3, "cosine": 0.98765} for budget in (None, 0.5)]
     Terminal(width=80).print(_table(rows, "parameters"))
     out = capsys.readouterr().out
