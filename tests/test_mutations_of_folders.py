@@ -3,6 +3,7 @@ nothing outside written, and what is read from outside counted."""
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import re
@@ -140,6 +141,15 @@ def _read_all(datasets: Datasets, root: Path) -> None:
     datasets.broken.report()
 
 
+@pytest.fixture
+def _no_log():
+    """Names of damaged images are not all text that pytest's workers can pass on."""
+    logging.disable()
+    yield
+    logging.disable(logging.NOTSET)
+
+
+@pytest.mark.usefixtures("_no_log")
 @pytest.mark.parametrize("seed", SEEDS)
 def test_lists_and_folders_of_images(seed, image_folders, tmp_path):
     chance, faults = random.Random(seed), Faults()
