@@ -154,6 +154,19 @@ def test_a_moved_folder_of_a_run_that_did_not_note_its_data_is_refused(begun, fo
     done("apply", recipe, "--output", copy, "--no-report", "--resume", f"data.root={folders}/./")
 
 
+def test_what_was_taken_off_the_names_of_weights_is_in_plan_and_log(begun, tmp_path):
+    recipe, run, _ = begun
+    weights = compressvit.load(run / "teacher").state_dict()
+    torch.save({"net": {f"module.{name}": tensor for name, tensor in weights.items()}}, tmp_path / "weights.pt")
+    words = [f"teacher.weights={tmp_path / 'weights.pt'}", "teacher.finetune=null", "teacher.num_classes=10"]
+    steps = "steps=[finetune: {epochs: 1, max_steps: 1}]"
+    done("apply", recipe, "--output", tmp_path / "run", "--no-report", "data.name=digits", *words, steps)
+    for file in ("plan.json", "run.log"):
+        text = (tmp_path / "run" / file).read_text()
+        assert "the weights are those under 'net'" in text
+        assert "the prefix 'module.' was taken off" in text
+
+
 @pytest.mark.parametrize(("name", "changed"), [("digits", ""), ("wds/x", "data.num_workers: 0 in the run, 3 now")])
 def test_another_number_of_workers_is_another_order_of_a_stream(tmp_path, name, changed):
     text = TINY.replace("name: digits", f"name: {name}, num_classes: 10")
@@ -189,19 +202,6 @@ def test_what_identifies_data():
     ]
     assert len({same, *others}) == 8
     assert identity(("/set/a/1.png", 0)) == identity(("/moved/1.png", 0))
-
-
-def test_what_was_taken_off_the_names_of_weights_is_in_plan_and_log(begun, tmp_path):
-    recipe, run, _ = begun
-    weights = compressvit.load(run / "teacher").state_dict()
-    torch.save({"net": {f"module.{name}": tensor for name, tensor in weights.items()}}, tmp_path / "weights.pt")
-    words = [f"teacher.weights={tmp_path / 'weights.pt'}", "teacher.finetune=null", "teacher.num_classes=10"]
-    steps = "steps=[finetune: {epochs: 1, max_steps: 1}]"
-    done("apply", recipe, "--output", tmp_path / "run", "--no-report", "data.name=digits", *words, steps)
-    for file in ("plan.json", "run.log"):
-        text = (tmp_path / "run" / file).read_text()
-        assert "the weights are those under 'net'" in text
-        assert "the prefix 'module.' was taken off" in text
 
 
 # ---- what a machine lacks

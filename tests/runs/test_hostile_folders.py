@@ -13,6 +13,7 @@ import pytest
 from helpers.page import Page
 from helpers.runs import done, refused, run
 
+from compressvit.errors import UserError
 from compressvit.runs.owned import delete, foreign
 from compressvit.text import printable
 
@@ -144,6 +145,12 @@ def test_everything_that_a_run_writes_is_its_own(copied, finished):
     (copied / ".student.0123abcd").mkdir()
     (copied / ".student.0123abcd" / "compressvit.json").write_text("")
     assert foreign(copied) is None
+    (copied / "notes.txt").write_text("mine")  # that was not there a moment ago
+    before = sorted(copied.rglob("*"))
+    with pytest.raises(UserError, match="notes.txt is nothing that a run writes"):
+        delete(copied)
+    assert sorted(copied.rglob("*")) == before
+    (copied / "notes.txt").unlink()
     delete(copied)
     assert list(copied.iterdir()) == []
 

@@ -36,6 +36,19 @@ def test_two_runs_do_not_share_a_folder(recipe, tmp_path):
         assert "another run is writing into" in message
 
 
+def test_a_merge_waits_for_nobody_and_disturbs_nobody(recipe, tmp_path):
+    run = tmp_path / "run"
+    text = recipe.read_text()
+    (tmp_path / "lora.yaml").write_text(text[: text.index("steps:")] + "steps: [lora, finetune: {max_steps: 1}]\n")
+    done("apply", tmp_path / "lora.yaml", "--output", run, SHORT[0])
+    with FileLock(run / ".lock"):
+        assert "another run is writing into" in refused("merge", run)
+        assert not (run / "merged").exists()
+        done("merge", run, "--output", tmp_path / "elsewhere")
+    done("merge", run)
+    assert not (run / ".lock").exists()
+
+
 def test_the_owner_keeps_its_lock_to_the_end(tmp_path):
     folder = tmp_path / "run"
     with RunFolder(folder).owned():
@@ -49,19 +62,6 @@ def test_the_owner_keeps_its_lock_to_the_end(tmp_path):
                 pass
         assert not (folder / "results.json").exists()
     assert not folder.exists()
-
-
-def test_a_merge_waits_for_nobody_and_disturbs_nobody(recipe, tmp_path):
-    run = tmp_path / "run"
-    text = recipe.read_text()
-    (tmp_path / "lora.yaml").write_text(text[: text.index("steps:")] + "steps: [lora, finetune: {max_steps: 1}]\n")
-    done("apply", tmp_path / "lora.yaml", "--output", run, SHORT[0])
-    with FileLock(run / ".lock"):
-        assert "another run is writing into" in refused("merge", run)
-        assert not (run / "merged").exists()
-        done("merge", run, "--output", tmp_path / "elsewhere")
-    done("merge", run)
-    assert not (run / ".lock").exists()
 
 
 def test_a_folder_that_was_only_looked_at_is_not_left_over(tmp_path):
