@@ -147,7 +147,7 @@ def test_everything_that_a_run_writes_is_its_own(copied, finished):
     assert foreign(copied) is None
     (copied / "notes.txt").write_text("mine")  # that was not there a moment ago
     before = sorted(copied.rglob("*"))
-    with pytest.raises(UserError, match="notes.txt is nothing that a run writes"):
+    with pytest.raises(UserError, match=r"notes\.txt is nothing that a run writes"):
         delete(copied)
     assert sorted(copied.rglob("*")) == before
     (copied / "notes.txt").unlink()
