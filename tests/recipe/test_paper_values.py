@@ -40,7 +40,7 @@ VALUES = {
         PLAIN,
     ),
     "lors_deit_ti_cifar100": (
-        {"epochs": 300, "warmup_epochs": 20, "drop_path": 0.0},
+        {**DEIT, "warmup_epochs": 20, "drop_path": 0.0, "clip_grad": 5.0, "optimizer": "adamw"},
         {},
         {"auto_augment": None, "random_erasing": 0.0, "hflip": 0.5},
     ),
@@ -74,6 +74,7 @@ def test_a_recipe_has_the_values_it_promises(name):
 def test_the_least_rate_of_lors_is_a_hundredth_of_its_peak():
     recipe = load_recipe("lors_deit_ti_cifar100")
     spec = recipe.steps[-1].spec
+    assert load_recipe("lors_deit_ti_cifar100").teacher.finetune == spec  # both are trained alike
     assert spec.min_lr == pytest.approx(spec.peak_lr(recipe.data.batch_size) / 100)
     assert load_recipe("repadapter_vit_b_vtab").teacher.model == "vit_base_patch16_224.orig_in21k"
 
@@ -148,5 +149,5 @@ def test_the_terms_of_lors_lie_where_the_blocks_differ():
     """In the paper's DeiT: the last blocks in attention, the first ones in the MLP."""
     attention, mlp = (entry.spec for entry in load_recipe("lors_deit_ti_cifar100").steps[:2])
     assert (attention.targets, mlp.targets) == (("attn.qkv", "attn.proj"), ("mlp.fc1", "mlp.fc2"))
-    assert mlp.terms == (6, 4, 2) + (1,) * 9
+    assert (mlp.rank, mlp.terms) == (32, (6, 4, 2) + (1,) * 9)
     assert load_recipe("mimi_swin_t").steps[1].spec.target.neurons == 0.125

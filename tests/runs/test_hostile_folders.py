@@ -136,6 +136,13 @@ def test_overwrite_deletes_only_what_a_run_writes(name, copied, recipe):
     assert sorted(copied.rglob("*")) == before
 
 
+def test_what_is_not_deleted_is_named_before_any_data_is_opened(copied, recipe):
+    (copied / "notes.txt").write_text("mine")
+    elsewhere = ["data={name: folder, root: /nowhere/at/all}"]
+    message = refused("apply", recipe, "--output", copied, "--overwrite", *elsewhere)
+    assert f"{copied / 'notes.txt'} is nothing that a run writes" in message
+
+
 def test_everything_that_a_run_writes_is_its_own(copied, finished):
     done("report", copied)
     (copied / "merged").mkdir()
