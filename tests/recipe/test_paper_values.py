@@ -54,7 +54,13 @@ VALUES = {
             "clip_grad": None,
             "drop_path": 0.1,
         },
-        {"batch_size": 64, "crop_mode": "squash", "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)},
+        {
+            "batch_size": 64,
+            "crop_mode": "squash",
+            "crop_pct": 1.0,
+            "mean": (0.485, 0.456, 0.406),
+            "std": (0.229, 0.224, 0.225),
+        },
         {},
     ),
 }
