@@ -44,7 +44,7 @@ def test_every_field_is_described():
         ({"name": "cifar10"}, ["did you mean 'torch/cifar10'?"]),
         ({"name": "torch/cifar1000"}, ["did you mean 'torch/cifar100'?", "torch/imagenet"]),
         ({"name": "wds/"}, ["no data set 'wds/'"]),
-        ({"name": "digits", "batch_sise": 3}, ["batch_sise", "did you mean 'batch_size'?"]),
+        ({"name": "digits", "batch_sise": 3}, ["batch_sise: unknown key", "did you mean 'batch_size'?"]),
         ({"name": "digits", "batch_size": 0}, ["batch_size"]),
         ({"name": "digits", "batch_size": 2**64}, ["batch_size", "1048576"]),
         ({"name": "digits", "eval_batch_size": 10**12}, ["eval_batch_size", "1048576"]),
