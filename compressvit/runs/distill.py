@@ -11,7 +11,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from rich.console import Console
 from torch import nn
 
@@ -19,7 +18,7 @@ from compressvit.artifacts import artifact
 from compressvit.data.input import Side, input_config
 from compressvit.data.spec import Data
 from compressvit.diagnostics.cka_layers import likeness
-from compressvit.errors import UserError, did_you_mean
+from compressvit.errors import UserError
 from compressvit.files import disk_faults, write_json
 from compressvit.log import RunLog
 from compressvit.model import surgery
@@ -107,7 +106,7 @@ def distill(
         96.4
     """
     refuse_processes()
-    spec = _options(options)
+    spec = Distill(**options)
     where = pick_device(device)
     _refuse_models(student, teacher)
     meaning = _task(task, student)
@@ -186,19 +185,6 @@ class _Converted(Side):
 
     def converter(self, source: Any) -> Images:
         return self.convert
-
-
-def _options(options: dict[str, Any]) -> Distill:
-    """The `distill` phase with these options."""
-    unknown = next((name for name in options if name not in Distill.model_fields), None)
-    if unknown is not None:
-        hint = did_you_mean(unknown, Distill.model_fields)
-        raise UserError(f"distill has no option {unknown!r}; {hint or '`compressvit schema distill` lists them'}")
-    try:
-        return Distill(**options)
-    except ValidationError as error:
-        faults = [f"{'.'.join(map(str, f['loc']))}: {f['msg'].removeprefix('Value error, ')}" for f in error.errors()]
-        raise UserError(f"distill: {'; '.join(faults)}; `compressvit schema distill` explains the options") from None
 
 
 def _task(name: str | None, student: nn.Module) -> Task:

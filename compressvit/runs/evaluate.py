@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import yaml
-from rich.table import Table
 from torch import nn
 
 from compressvit.artifacts import artifact
@@ -24,8 +23,8 @@ from compressvit.recipe.recipe import Recipe, load_recipe, parse_recipe
 from compressvit.runs.folder import RESOLVED
 from compressvit.runs.job import pick_device
 from compressvit.runs.resources import resource_faults
+from compressvit.runs.tables import scores_table
 from compressvit.tasks.base import Task, task_of
-from compressvit.tasks.qualities import qualities
 from compressvit.terminal import Terminal
 from compressvit.text import printable
 from compressvit.training.evaluate import Watch, evaluate
@@ -99,13 +98,7 @@ def evaluate_path(path: str | Path, overrides: list[str], *, device: str, as_jso
     if as_json:
         print(json.dumps(result, indent=2))
         return 0
-    table = Table(title=f"{folder} on {recipe.data.name}", title_justify="left", show_header=False)
-    known = qualities()
-    for key, value in result.items():
-        if key not in ("path", "data", "data_notes") and value is not None:
-            unit = f" {known[key].unit}".rstrip() if key in known else ""
-            table.add_row(key, f"{value:,}" if isinstance(value, int) else f"{value:.4f}{unit}")
-    Terminal().print(table)
+    Terminal().print(scores_table(result, f"{folder} on {recipe.data.name}"))
     for note in datasets.notes():
         print(f"data: {printable(note.text)}")
     if not datasets.labelled:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import shutil
 import tempfile
@@ -26,8 +25,9 @@ from compressvit.data.opening import Datasets, open_data
 from compressvit.data.spec import Data
 from compressvit.errors import UserError, option, switch
 from compressvit.files import disk_faults, write_json
-from compressvit.model import cost, stored, ties
+from compressvit.model import cost, stored, surgery, ties
 from compressvit.model.stored import Manifest
+from compressvit.reading import read_json
 from compressvit.recipe.recipe import load_recipe
 from compressvit.runs.evaluate import artifact_in
 from compressvit.runs.folder import RESOLVED, RunFolder
@@ -98,7 +98,7 @@ def _merge(
         "left": left,
         "differences": differences(model, merged, tests),
     }
-    written = copy.deepcopy(merged).to(dtype)
+    written = surgery.deep_copy(merged).to(dtype)
     if dtype != torch.float32:  # read back in float32, so compare with the rounded values that were stored
         merged = merged.to(dtype).float()
     random = {"random": tests["random"]}
@@ -109,6 +109,18 @@ def _merge(
     shipped = {**result, "artifact": os.path.relpath(folder, target), "merged": "."}
     write_json(target / _SEAL, shipped)
     return result
+
+
+def read_merge(folder: Path, run: Path) -> dict[str, Any]:
+    """The result of `merge_folder` for a run that was merged before into `folder`.
+
+    Raises:
+        UserError: the merge is missing or incomplete.
+    """
+    content = read_json(folder / _SEAL)
+    if not isinstance(content, dict) or "read_back" not in content or not (folder / stored.TENSORS).is_file():
+        raise UserError(f"{folder} holds no complete merge")
+    return {**content, "artifact": str(run.resolve() / "student"), "merged": str(folder.resolve())}
 
 
 def _require_free(target: Path, overwrite: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -164,7 +163,7 @@ def student_body(recipe: Recipe, teacher: nn.Module, *, meta: bool) -> nn.Module
     """The student of `build_student` before it gets a new head: with the teacher's classifier, or one of the same size."""
     asked = recipe.student
     if copies_teacher(recipe):
-        return surgery.skeleton(teacher) if meta else copy.deepcopy(teacher)
+        return surgery.skeleton(teacher) if meta else surgery.deep_copy(teacher)
     args = {} if asked.model else _teacher_args(recipe, _stored_teacher(recipe))
     args |= {"num_classes": getattr(teacher, "num_classes", None), **asked.args}
     student = weights.build(asked.model or recipe.teacher.model, device="meta" if meta else None, **args)
