@@ -256,24 +256,12 @@ def _plan(arguments: argparse.Namespace) -> int:
     if not arguments.json:
         print_plan(plan, Terminal())
     if arguments.measure and not plan.conflicts:
-        from compressvit.runs.one_shot import OneShot
-        from compressvit.runs.tables import ledger_table
-        from compressvit.tasks.qualities import words
+        from compressvit.runs.one_shot import measure, print_measured
 
-        begin = OneShot(recipe, arguments.device, "plan --measure")
-        student, ledger = begin.student(begin.transforms)
-        scores = begin.scores(student)
-        pairs = begin.preview(student)
-        content["measured"] = {
-            "ledger": [asdict(entry) for entry in ledger],
-            "before_training": scores,
-            "layers": pairs,
-        }
+        measured = measure(recipe, arguments.device)
+        content["measured"] = asdict(measured)
         if not arguments.json:
-            Terminal().print(ledger_table(ledger))
-            print(f"before training: {words(scores)}")
-            if pairs:
-                print(pairs)
+            print_measured(measured, Terminal())
     if arguments.json:
         print(json.dumps(content, indent=2))
     return 2 if plan.conflicts else 0

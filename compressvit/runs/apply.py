@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence, Sized
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,13 @@ from compressvit.errors import UserError
 from compressvit.log import RunLog, log
 from compressvit.recipe.recipe import Recipe, parse_recipe, read_recipe
 from compressvit.runs import tensorboard
-from compressvit.runs.files import DataNote, DataPlan, RecipePlan, Results
+from compressvit.runs.files import RecipePlan, Results
 from compressvit.runs.finish import finish
 from compressvit.runs.folder import RunFolder, refuse_processes
 from compressvit.runs.job import Job, prepare, refuse_labels, refuse_own_inputs
 from compressvit.runs.merge import merge_folder, print_merge
 from compressvit.runs.models import trains_teacher
-from compressvit.runs.plan import plan_job, require_no_conflicts
+from compressvit.runs.plan import plan_data, plan_job, require_no_conflicts
 from compressvit.runs.resources import resource_faults
 from compressvit.runs.run import Run, fill_teacher
 from compressvit.runs.tables import print_plan
@@ -172,15 +172,7 @@ def _plain(value: Any, where: str) -> Any:
 
 def _note_data(job: Job, plan: RecipePlan, folder: RunFolder, *, resume: bool) -> None:
     """Add the data to the plan; a run that is resumed has the same as before."""
-    data = job.datasets
-    sizes = [len(part) if isinstance(part, Sized) else 0 for part in (data.train, data.validation)]
-    plan.data = DataPlan(
-        train=sizes[0],
-        validation=sizes[1],
-        classes=data.num_classes,
-        fingerprint=data.fingerprint(),
-        notes=[DataNote(**asdict(note)) for note in data.notes()],
-    )
+    plan.data = plan_data(job.datasets)
     if resume:
         plan.notes += folder.refuse_other_data(job.recipe, plan.data)
 

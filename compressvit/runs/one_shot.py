@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
+from rich.console import Console
+
 from compressvit.data.input import Side
+from compressvit.data.notes import Note
 from compressvit.diagnostics.cka_layers import likeness
 from compressvit.errors import UserError
 from compressvit.fitting.moments import Reference
@@ -14,9 +18,29 @@ from compressvit.runs.evaluate import Scorer
 from compressvit.runs.job import prepare
 from compressvit.runs.models import build_student, load_teacher
 from compressvit.runs.run import calibration_images
+from compressvit.runs.tables import ledger_table
+from compressvit.tasks.qualities import words
 from compressvit.training import optimisation as opt
 from compressvit.transforms import LedgerEntry, Transform
 from compressvit.transforms.applying import transform_
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What `plan --measure` adds to a plan.
+
+    Attributes:
+        ledger: with the errors of every layer.
+        before_training: scores, compared with the teacher.
+        layers: the choices of the following phase that depend on values, in words.
+        broken_images, data_notes: of the images that were read.
+    """
+
+    ledger: list[LedgerEntry]
+    before_training: dict[str, Any]
+    layers: str | None
+    broken_images: int
+    data_notes: list[Note]
 
 
 class OneShot:
@@ -77,6 +101,26 @@ class OneShot:
     def scores(self, model: Side) -> dict[str, Any]:
         """Evaluate a model, compared with the teacher."""
         return self.scorer.score(model, self.teacher)
+
+
+def measure(recipe: Recipe, device: str) -> Measured:
+    """Transform and evaluate a recipe's student once. Raises as `OneShot`."""
+    begin = OneShot(recipe, device, "plan --measure")
+    student, ledger = begin.student(begin.transforms)
+    scores = begin.scores(student)
+    layers = begin.preview(student)
+    broken = begin.job.datasets.broken
+    return Measured(ledger, scores, layers, broken.count, broken.notes())
+
+
+def print_measured(measured: Measured, console: Console) -> None:
+    """For a person; the plan itself has been printed before."""
+    console.print(ledger_table(measured.ledger))
+    lines = [f"before training: {words(measured.before_training)}"]
+    lines += [measured.layers] if measured.layers else []
+    lines += [f"{measured.broken_images} broken image files were skipped"] if measured.broken_images else []
+    for line in [*lines, *(f"data: {note.text}" for note in measured.data_notes)]:
+        console.print(line, highlight=False, soft_wrap=True)
 
 
 def leading_transforms(recipe: Recipe) -> list[Transform]:

@@ -18,7 +18,7 @@ LAYOUT = "expected images anywhere under FOLDER, or under FOLDER/train and FOLDE
 NO_LABEL = -1
 
 
-@data_set("images", note="unlabelled, searched recursively", labelled=False)
+@data_set("images", note="unlabelled, searched recursively", labelled=False, listed=True)
 def open_images(data: Data) -> tuple[PictureFiles, PictureFiles]:
     """FOLDER/train and FOLDER/val if they exist, under the names that `folder` also accepts. Without a validation folder, every
     1/val_fraction-th image or group (`data.group_by`) is held out; without a training folder, all images not held out are used."""

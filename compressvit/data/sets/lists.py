@@ -25,7 +25,7 @@ LAYOUT = """expected FOLDER/SPLIT.txt with a line `PATH LABEL` per image (PATH r
 MOST_CLASSES = 1_000_000
 
 
-@data_set("lists", note="SPLIT.txt with `PATH LABEL` lines, e.g. a prepared VTAB-1k")
+@data_set("lists", note="SPLIT.txt with `PATH LABEL` lines, e.g. a prepared VTAB-1k", listed=True)
 def open_lists(data: Data) -> tuple[PictureFiles, PictureFiles]:
     """The two splits that `data` names; both have as many classes as the highest label of either says.
 
