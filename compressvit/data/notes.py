@@ -34,15 +34,21 @@ _READ = {
     Read.FRAMES: ("frames", "{} with several frames or pages, of which the first was read"),
     Read.CMYK: ("cmyk", "{} in CMYK, converted without a colour profile"),
 }
-_TURNED = {
-    False: "{} whose EXIF block says to turn them, which was ignored (data.exif=true turns them)",
-    True: "{} turned as their EXIF blocks say",
+_EXIF = {
+    False: {
+        Read.TURNED: ("turned", "{} whose EXIF block says to turn them, which was ignored (data.exif=true turns them)"),
+        Read.BAD_EXIF: ("bad_exif", "{} with a damaged EXIF block, which was ignored"),
+    },
+    True: {
+        Read.TURNED: ("turned", "{} turned as their EXIF blocks say"),
+        Read.BAD_EXIF: ("bad_exif", "{} with a damaged EXIF block, so not turned"),
+    },
 }
 
 
 def notes_of_reading(counts: dict[Read, int], *, exif: bool) -> list[Note]:
     """What was done to the pictures that were read so far, by how many."""
-    sentences = {**_READ, Read.TURNED: ("turned", _TURNED[exif])}
+    sentences = _READ | _EXIF[exif]
     return [
         Note(what, counts[kind], text.format(pictures(counts[kind])))
         for kind, (what, text) in sentences.items()

@@ -1,7 +1,6 @@
 """Opens the data sets that a recipe can name, and checks them before anything is computed.
 
-Map-style sets become `Samples`; streaming sets (WebDataset, TensorFlow and streaming Hugging Face datasets) stay timm's
-`IterableImageDataset`.
+Map-style sets become `Samples`; streaming sets (WebDataset, TensorFlow and streaming Hugging Face datasets) become `Stream`.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from compressvit.data.notes import Note
 from compressvit.data.samples import BrokenFiles, Samples
 from compressvit.data.sets.base import LAYOUT, class_names_of, evenly
 from compressvit.data.spec import Data
+from compressvit.data.streams import Stream
 from compressvit.errors import UserError
 from compressvit.tasks.base import find_task
 
@@ -30,7 +30,7 @@ class Datasets:
     """What `open_data` opened.
 
     Attributes:
-        train, validation: `Samples`, or timm's `IterableImageDataset` for a streaming set.
+        train, validation: `Samples`, or `Stream` for a streaming set.
         num_classes: the number of classes; None in an unlabelled set, or one of a task without classes.
         class_names: names in target order, or None where the set does not say.
         labelled: False when every target is -1.
@@ -138,4 +138,4 @@ def _limited(source: Any, data: Data, option: str, labelled: bool) -> Dataset:
             f"data.{option}={limit}: a streaming set is read in the order of its shards and cannot be thinned out; "
             "name fewer shards in data.train_split or data.val_split"
         )
-    return source
+    return Stream(source, data.num_workers, exif=data.exif)

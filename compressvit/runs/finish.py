@@ -114,8 +114,8 @@ def _report(job: Job, folder: RunFolder, log: RunLog, results: Results, mismatch
         f"in brackets the middle half of the ratios. "
         f"The student was read back from disk: largest difference of its outputs {results.read_back_difference:.1e}"
     )
-    if job.datasets.broken.count:
-        log.say(f"{job.datasets.broken.count} broken image files were skipped; run.log names them")
+    if files := len(job.datasets.broken.paths):
+        log.say(f"{files} broken image files were skipped; run.log names them")
     for note in job.datasets.broken.notes():  # the others stand in the plan
         log.say(f"data: {note.text}")
     log.say(f"run folder: {folder.path}")
