@@ -6,9 +6,10 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 
 from compressvit.data.files import natural_key
-from compressvit.data.notes import Note, pictures
+from compressvit.data.notes import pictures
 from compressvit.errors import UserError
 from compressvit.files import expanded
+from compressvit.notes import Note
 
 ORDERS = ("natural", "plain")
 _LONGEST_FILE = 2**26

@@ -1,26 +1,9 @@
-"""What was passed over, guessed or converted while data was opened and read: counted, and said in plan, log and `results.json`."""
+"""Sentences about what was done to pictures, by how many."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from compressvit.data.pictures import Read
-
-
-@dataclass(frozen=True)
-class Note:
-    """One thing worth knowing about a data set.
-
-    Attributes:
-        what: a word for it that stays the same from run to run, e.g. 'other_types'.
-        count: how many files, pictures, labels or classes.
-        text: the sentence for a person.
-    """
-
-    what: str
-    count: int
-    text: str
-
+from compressvit.notes import Note
 
 # In the order of `Read`: what it is called, and the sentence for `count` pictures.
 _READ = {

@@ -16,12 +16,12 @@ from torch.utils.data import Dataset, Subset
 from compressvit.data.classes import ORDERS, composed, different_classes, read_names
 from compressvit.data.data_set import find_set
 from compressvit.data.files import PictureFiles
-from compressvit.data.notes import Note
 from compressvit.data.samples import BrokenFiles, Samples
 from compressvit.data.sets.base import LAYOUT, class_names_of, evenly
 from compressvit.data.spec import Data
 from compressvit.data.streams import Stream
 from compressvit.errors import UserError
+from compressvit.notes import Note
 from compressvit.tasks.base import find_task
 
 

@@ -20,10 +20,11 @@ from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch.utils.data import Dataset
 
 from compressvit.data.files import PictureFiles
-from compressvit.data.notes import Note, notes_of_reading
+from compressvit.data.notes import notes_of_reading
 from compressvit.data.pictures import Read, read_picture, standard
 from compressvit.data.streams import Stream
 from compressvit.errors import UserError
+from compressvit.notes import Note
 from compressvit.tasks.targets import NO_IMAGE, NO_LABEL
 
 log = logging.getLogger("compressvit")
@@ -185,7 +186,9 @@ class BrokenFiles:
             for kind in Read
         }
         passed_over = [note for stream in self._streams for note in stream.notes()]
-        return passed_over + notes_of_reading(counts, exif=any(s.exif for s in (*self._sets, *self._streams)))
+        return passed_over + notes_of_reading(
+            counts, exif=any([*(s.exif for s in self._sets), *(s.exif for s in self._streams)])
+        )
 
     def report(self) -> None:
         """Logs each newly found file once, with the reason.

@@ -11,8 +11,9 @@ import torch
 from timm.data import IterableImageDataset
 from torch.utils.data import get_worker_info
 
-from compressvit.data.notes import Note, pictures
+from compressvit.data.notes import pictures
 from compressvit.data.pictures import Read, standard
+from compressvit.notes import Note
 
 _TIMM = logging.getLogger(
     "timm.data.readers.reader_wds"

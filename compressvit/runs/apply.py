@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ from torch import nn
 
 from compressvit.errors import UserError
 from compressvit.log import RunLog, log
+from compressvit.notes import Note
 from compressvit.recipe.recipe import Recipe, parse_recipe, read_recipe
 from compressvit.runs import tensorboard
-from compressvit.runs.files import RecipePlan, Results
+from compressvit.runs.files import NoteRow, RecipePlan, Results
 from compressvit.runs.finish import finish
 from compressvit.runs.folder import RunFolder, refuse_processes
 from compressvit.runs.job import Job, prepare, refuse_labels, refuse_own_inputs
@@ -97,7 +98,8 @@ def apply(
     _note_data(job, plan, folder, resume=resume)
     with folder.owned():
         folder.refuse_or_clear(recipe, resume=resume, overwrite=overwrite)  # again: another run may have used it
-        teacher, taught = fill_teacher(job, folder, resume=resume)
+        teacher, taught, notes = fill_teacher(job, folder, resume=resume)
+        _note_weights(notes, plan, folder if taught else None)
         folder.open(recipe, text, plan, list(command or sys.argv), resume=resume, overwrite=overwrite)
         run_log = RunLog(folder.path, console, partial(tensorboard.tag_of, tags=tensorboard.scalar_tags(recipe)))
         try:
@@ -175,6 +177,14 @@ def _note_data(job: Job, plan: RecipePlan, folder: RunFolder, *, resume: bool) -
     plan.data = plan_data(job.datasets)
     if resume:
         plan.notes += folder.refuse_other_data(job.recipe, plan.data)
+
+
+def _note_weights(notes: Sequence[Note], plan: RecipePlan, begun: RunFolder | None) -> None:
+    """Add notes on weights files to the plan; those on the teacher's file from the plan of the run that trained it and is resumed."""
+    plan.weights = [NoteRow(**asdict(note)) for note in notes]
+    before = begun.plan() if begun is not None else None
+    if before is not None:
+        plan.weights += [note for note in before.weights if note not in plan.weights]
 
 
 def _refuse(job: Job, plan: RecipePlan, folder: RunFolder, *, overwrite: bool) -> None:

@@ -69,6 +69,7 @@ def finish(job: Job, scorer: Scorer, folder: RunFolder, log: RunLog, *, plan: Re
             "read_back_difference": difference,
             "broken_images": job.datasets.broken.count,
             "data_notes": [asdict(note) for note in job.datasets.notes()],
+            "weights_notes": [note.model_dump() for note in plan.weights],
         }
     )
     write_json(folder.path / "results.json", results.model_dump(exclude_unset=True))

@@ -134,13 +134,17 @@ class RunFolder:
             return _same_place(before.get(key), recipe.data.root) or self._fingerprint() is not None
         return key == "data.download"
 
-    def _fingerprint(self) -> str | None:
-        """What identified the data of the run that began here, where that is known."""
+    def plan(self) -> RecipePlan | None:
+        """The plan of the run that began here, where that can be read."""
         try:
-            plan = RecipePlan.model_validate(read_json(self.path / "plan.json"))
+            return RecipePlan.model_validate(read_json(self.path / "plan.json"))
         except (UserError, OSError, ValueError):
             return None
-        return plan.data.fingerprint if plan.data is not None else None
+
+    def _fingerprint(self) -> str | None:
+        """What identified the data of the run that began here, where that is known."""
+        plan = self.plan()
+        return plan.data.fingerprint if plan is not None and plan.data is not None else None
 
     def refuse_other_data(self, recipe: Recipe, data: DataPlan) -> list[str]:
         """Check that a run is resumed with the files that it began with, wherever they are now.

@@ -72,6 +72,8 @@ def frontier(
     _write(rows, output, unit, recipe.teacher.model, next(graded, task.ranking[-1]))
     console.print(_table(rows, unit))
     print_data(plan_data(begin.job.datasets), console)
+    for note in begin.weights:
+        console.print(f"weights: {note.text}", highlight=False)
     if broken := begin.job.datasets.broken.count:
         console.print(f"{broken} broken image files were skipped", highlight=False)
     console.print(f"{output / 'frontier.png'}, {output / 'frontier.csv'}", highlight=False)

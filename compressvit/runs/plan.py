@@ -23,7 +23,7 @@ from compressvit.model.cost import break_even_rank, cost, threads_text
 from compressvit.model.linear import weight_shape
 from compressvit.model.weights import copy_matching
 from compressvit.recipe.recipe import Merge, Recipe
-from compressvit.runs.files import Costs, DataNote, DataPlan, LedgerRow, PlannedTeacher, RecipePlan, StagePlan, StepPlan
+from compressvit.runs.files import Costs, DataPlan, LedgerRow, NoteRow, PlannedTeacher, RecipePlan, StagePlan, StepPlan
 from compressvit.runs.job import PLACEHOLDER_CLASSES, Job, prepare
 from compressvit.runs.models import student_body, trains_teacher
 from compressvit.tasks.base import TASKS, find_task, task_of
@@ -68,7 +68,7 @@ def plan_data(datasets: Datasets) -> DataPlan:
         validation=validation,
         classes=datasets.num_classes,
         fingerprint=datasets.fingerprint(),
-        notes=[DataNote(**asdict(note)) for note in datasets.notes()],
+        notes=[NoteRow(**asdict(note)) for note in datasets.notes()],
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import subprocess
@@ -123,6 +124,47 @@ def test_a_moved_folder_of_a_run_that_did_not_note_its_data_is_refused(begun, fo
     (copy / "plan.json").write_text(json.dumps(plan))
     assert "data.root" in refused("apply", recipe, "--output", copy, "--resume", f"data.root={tmp_path}")
     done("apply", recipe, "--output", copy, "--no-report", "--resume", f"data.root={folders}/./")
+
+
+# ---- weights
+
+
+def test_what_was_taken_off_a_weights_file_is_in_plan_log_report_and_results(begun, tmp_path):
+    state = load_file(begun[1] / "teacher" / "model.safetensors")
+    teacher, student = tmp_path / "teacher.pth", tmp_path / "student.pth"
+    torch.save({"net": {f"module.{name}": tensor for name, tensor in state.items()}, "epoch": 3}, teacher)
+    torch.save({"model": state, "model_ema": state}, student)
+    expected = [
+        ("wrapper", len(state), f"teacher.weights: {teacher}: the weights are those under 'net'"),
+        ("prefix", len(state), f"teacher.weights: {teacher}: the prefix 'module.' was taken off {len(state)} tensors"),
+        (
+            "other_weights",
+            1,
+            f"student.weights: {student}: the weights are those under 'model_ema', not those under 'model'",
+        ),
+    ]
+    recipe, run = begun[0], tmp_path / "run"
+    words = [recipe, f"teacher.weights={teacher}", f"student.weights={student}", "teacher.num_classes=10"]
+    words.append('steps=[{"low_rank":{"rank":3}},{"distill":{"epochs":1,"lr":1e-4}}]')
+    done("apply", *words, "--output", run)
+    (run / "checkpoints" / "1_distill.pt").unlink()
+    (run / "results.json").unlink()
+    out = done("apply", *words, "--output", run, "--resume")  # the teacher's file is not read again
+    for name, key in (("plan.json", "weights"), ("results.json", "weights_notes")):
+        found = json.loads((run / name).read_text())[key]
+        assert sorted((note["what"], note["count"], note["text"]) for note in found) == sorted(expected)
+    log, out, page = (
+        "".join(text.split()) for text in ((run / "run.log").read_text(), out, (run / "report.html").read_text())
+    )
+    for *_, text in expected:
+        words_alone = "".join(text.split())
+        assert f"weights:{words_alone}" in log  # tables and long lines are broken
+        assert f"weights:{words_alone}" in out
+        assert f"Weights:{html.escape(words_alone, quote=False)}." in page.replace("&#39;", "'").replace("&#x27;", "'")
+    words[1:3] = [f"teacher.weights={teacher}", "teacher.finetune=null"]
+    measured = json.loads(done("plan", *words, "--measure", "--json"))["measured"]
+    assert [note["what"] for note in measured["weights_notes"]] == ["wrapper", "prefix"]
+    assert "".join(expected[1][2].split()) in "".join(done("plan", *words, "--measure").split())
 
 
 # ---- what a machine lacks

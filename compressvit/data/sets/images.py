@@ -8,11 +8,12 @@ from pathlib import Path
 
 from compressvit.data.data_set import data_set
 from compressvit.data.files import Found, PictureFiles, Search
-from compressvit.data.notes import Note, pictures
+from compressvit.data.notes import pictures
 from compressvit.data.pictures import EXTENSIONS
 from compressvit.data.sets.base import TRAIN_FOLDERS, VAL_FOLDERS, existing_root, split_names
 from compressvit.data.spec import Data
 from compressvit.errors import UserError
+from compressvit.notes import Note
 
 LAYOUT = "expected images anywhere under FOLDER, or under FOLDER/train and FOLDER/val"
 NO_LABEL = -1
