@@ -95,12 +95,11 @@ def apply(
     job = prepare(recipe, device, name=name)
     plan = plan_job(job)
     _refuse(job, plan, folder, overwrite=overwrite)
-    _note_data(job, plan, folder, resume=resume)
+    moved = _note_data(job, plan, folder, resume=resume)
     with folder.owned():
         folder.refuse_or_clear(recipe, resume=resume, overwrite=overwrite)  # again: another run may have used it
-        teacher, taught, notes = fill_teacher(job, folder, resume=resume)
-        _note_weights(notes, plan, folder if taught else None)
-        folder.open(recipe, text, plan, list(command or sys.argv), resume=resume, overwrite=overwrite)
+        teacher, taught = _fill_teacher(job, plan, folder, resume=resume)
+        folder.open(recipe, text, plan, list(command or sys.argv), resume=resume, overwrite=overwrite, moved=moved)
         run_log = RunLog(folder.path, console, partial(tensorboard.tag_of, tags=tensorboard.scalar_tags(recipe)))
         try:
             run_log.show(lambda to: print_plan(plan, to))
@@ -172,19 +171,37 @@ def _plain(value: Any, where: str) -> Any:
     )
 
 
-def _note_data(job: Job, plan: RecipePlan, folder: RunFolder, *, resume: bool) -> None:
-    """Add the data to the plan; a run that is resumed has the same as before."""
+def _note_data(job: Job, plan: RecipePlan, folder: RunFolder, *, resume: bool) -> Note | None:
+    """Add the data to the plan; a run that is resumed has the same as before. Returns a note if it is at another place now."""
     plan.data = plan_data(job.datasets)
-    if resume:
-        plan.notes += folder.refuse_other_data(job.recipe, plan.data)
+    if not resume:
+        return None
+    before = folder.refuse_other_data(job.recipe, plan.data)
+    begun = folder.plan()
+    moves = [
+        Note(row.what, row.count, row.text)
+        for row in (begun.data.notes if begun and begun.data else ())
+        if row.what == "moved"
+    ]
+    moved = None
+    if before is not None:
+        images = plan.data.train + plan.data.validation
+        moved = Note("moved", images, f"resumed with data.root={job.recipe.data.root}, before {before}")
+        moves.append(moved)
+    job.datasets.found += moves
+    plan.data = plan_data(job.datasets)
+    return moved
 
 
-def _note_weights(notes: Sequence[Note], plan: RecipePlan, begun: RunFolder | None) -> None:
-    """Add notes on weights files to the plan; those on the teacher's file from the plan of the run that trained it and is resumed."""
+def _fill_teacher(job: Job, plan: RecipePlan, folder: RunFolder, *, resume: bool) -> tuple[nn.Module, bool]:
+    """As `fill_teacher`, with its notes on weights files in the plan; if the teacher was trained before the run was resumed, those on its
+    file are from the plan of that time."""
+    teacher, taught, notes = fill_teacher(job, folder, resume=resume)
     plan.weights = [NoteRow(**asdict(note)) for note in notes]
-    before = begun.plan() if begun is not None else None
+    before = folder.plan() if taught else None
     if before is not None:
         plan.weights += [note for note in before.weights if note not in plan.weights]
+    return teacher, taught
 
 
 def _refuse(job: Job, plan: RecipePlan, folder: RunFolder, *, overwrite: bool) -> None:

@@ -12,6 +12,7 @@ import platform
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,8 +24,9 @@ from compressvit.errors import UserError, option, switch
 from compressvit.files import disk_faults, write_json, write_text
 from compressvit.model.header import MANIFEST
 from compressvit.model.old import RESOLVED, current_recipe, stored_step
+from compressvit.notes import Note
 from compressvit.reading import MAX_YAML, parse_yaml, read_json, read_text, read_yaml
-from compressvit.runs.files import DataPlan, Environment, RecipePlan
+from compressvit.runs.files import DataPlan, Environment, NoteRow, RecipePlan
 from compressvit.runs.owned import LOCK, delete, is_scratch, refuse_foreign, refuse_links
 
 if TYPE_CHECKING:
@@ -146,11 +148,11 @@ class RunFolder:
         plan = self.plan()
         return plan.data.fingerprint if plan is not None and plan.data is not None else None
 
-    def refuse_other_data(self, recipe: Recipe, data: DataPlan) -> list[str]:
+    def refuse_other_data(self, recipe: Recipe, data: DataPlan) -> str | None:
         """Check that a run is resumed with the files that it began with, wherever they are now.
 
         Returns:
-            A sentence, where it began with data at another place.
+            `data.root` before, where the files are at another place now.
 
         Raises:
             UserError: there are other files, or other labels.
@@ -164,7 +166,7 @@ class RunFolder:
             )
         content = read_yaml(self.path / RESOLVED)
         root = flat(content).get("data.root")
-        return [] if root == recipe.data.root else [f"resumed with data.root={recipe.data.root}, before {root}"]
+        return None if root == recipe.data.root or _same_place(root, recipe.data.root) else str(root)
 
     @contextmanager
     def owned(self) -> Iterator[None]:
@@ -202,8 +204,13 @@ class RunFolder:
         *,
         resume: bool,
         overwrite: bool,
+        moved: Note | None = None,
     ) -> None:
-        """Write what is known before the first step; for a resumed run, only what is missing."""
+        """Write what is known before the first step; for a resumed run, only what is missing.
+
+        Args:
+            moved: the data of a resumed run is at another place: its settings name that, and its plan both.
+        """
         with disk_faults(self.path):
             delete(self.path.resolve(), scratch=not overwrite)
         found = environment(command, recipe.packages)
@@ -217,6 +224,11 @@ class RunFolder:
         for name, write in writes.items():
             if not (resume and (self.path / name).exists()):
                 write(self.path / name)
+        begun = self.plan()
+        if moved is not None and begun is not None and begun.data is not None:
+            begun.data.notes.append(NoteRow(**asdict(moved)))
+            write_json(self.path / "plan.json", begun.model_dump(mode="json"))
+            writes[RESOLVED](self.path / RESOLVED)
 
 
 def refuse_processes() -> None:

@@ -100,9 +100,28 @@ def test_a_run_is_resumed_where_only_the_way_to_the_same_files_differs(begun, fo
 
 
 def test_a_run_is_resumed_with_data_that_has_moved(begun, folders, tmp_path):
-    subprocess.run(["cp", "-r", folders, tmp_path / "moved"], check=True)
-    out = resumed(begun, tmp_path, f"data.root={tmp_path / 'moved'}")
-    assert f"resumed with data.root={tmp_path / 'moved'}, before {folders}" in out
+    moved = tmp_path / "moved"
+    subprocess.run(["cp", "-r", folders, moved], check=True)
+    out = resumed(begun, tmp_path, f"data.root={moved}")
+    texts = [f"resumed with data.root={moved}, before {folders}"]
+    assert out.count(texts[0]) == 1
+
+    def recorded() -> tuple[list, list]:
+        plan, results = (json.loads((tmp_path / "copy" / file).read_text()) for file in ("plan.json", "results.json"))
+        notes = (plan["data"]["notes"], results["data_notes"])
+        return tuple([(n["count"], n["text"]) for n in found if n["what"] == "moved"] for found in notes)
+
+    assert recorded() == ([(80, text) for text in texts],) * 2
+    # what reads the run's settings finds the data where it is now, and a second move is told beside the first
+    again = tmp_path / "again"
+    moved.rename(again)
+    assert f"data.root={moved}" in refused("evaluate", tmp_path / "copy")
+    done("apply", tmp_path / "copy", "--no-report", "--resume", f"data.root={again}")
+    texts.append(f"resumed with data.root={again}, before {moved}")
+    assert recorded() == ([(80, text) for text in texts],) * 2
+    assert json.loads(done("evaluate", tmp_path / "copy", "--json"))["images"] == 40
+    done("apply", tmp_path / "copy", "--no-report", "--resume")
+    assert recorded() == ([(80, text) for text in texts],) * 2
 
 
 def test_other_data_is_refused(begun, folders, tmp_path):
