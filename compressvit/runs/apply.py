@@ -173,7 +173,7 @@ def _plain(value: Any, where: str) -> Any:
 
 def _note_data(job: Job, plan: RecipePlan, folder: RunFolder, *, resume: bool) -> Note | None:
     """Add the data to the plan; a run that is resumed has the same as before. Returns a note if it is at another place now."""
-    plan.data = plan_data(job.datasets)
+    plan.data = plan_data(job)
     if not resume:
         return None
     before = folder.refuse_other_data(job.recipe, plan.data)
@@ -189,7 +189,7 @@ def _note_data(job: Job, plan: RecipePlan, folder: RunFolder, *, resume: bool) -
         moved = Note("moved", images, f"resumed with data.root={job.recipe.data.root}, before {before}")
         moves.append(moved)
     job.datasets.found += moves
-    plan.data = plan_data(job.datasets)
+    plan.data = plan_data(job)
     return moved
 
 

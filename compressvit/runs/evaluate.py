@@ -13,6 +13,7 @@ from rich.table import Table
 from torch import nn
 
 from compressvit.artifacts import artifact
+from compressvit.data.classes import other_classes
 from compressvit.data.input import STATISTICS, Side
 from compressvit.data.loaders import eval_loader
 from compressvit.data.opening import Datasets, open_data
@@ -84,6 +85,7 @@ def evaluate_path(path: str | Path, overrides: list[str], *, device: str, as_jso
     recipe = data_recipe(folder, overrides, "evaluate")
     where = pick_device(device)
     datasets = open_data(recipe.data)
+    datasets.found += other_classes(datasets.class_names or (), stored.class_names(model) or (), "the model")
     asked = any(override.startswith(tuple(f"data.{name}=" for name in STATISTICS)) for override in overrides)
     side = Side.of(model, recipe.data, trained=not asked)  # an artifact records its input configuration
     with resource_faults(recipe.data):

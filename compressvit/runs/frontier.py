@@ -71,7 +71,7 @@ def frontier(
     graded = (q.key for q in task.ranked(rows[0]) if q.key in task.graded)
     _write(rows, output, unit, recipe.teacher.model, next(graded, task.ranking[-1]))
     console.print(_table(rows, unit))
-    print_data(plan_data(begin.job.datasets), console)
+    print_data(plan_data(begin.job), console)
     for note in begin.weights:
         console.print(f"weights: {note.text}", highlight=False)
     if broken := begin.job.datasets.broken.count:

@@ -36,12 +36,14 @@ class Architecture:
         args: further arguments of timm.create_model.
         input: size and normalisation of its images, if the file with its weights records them.
         trained: whether its weights are already trained for a certain preprocessing, so that options of the data must not change it.
+        label_names: of its classes, in target order, if the file with its weights records them.
     """
 
     name: str
     args: dict[str, Any]
     input: dict[str, Any] | None = None
     trained: bool = False
+    label_names: list[str] | None = None
 
     def build(self, device: str | None = None) -> nn.Module:
         """Build the model with newly initialised values; 'meta' for a skeleton.
@@ -74,7 +76,9 @@ def teacher_architecture(recipe: Recipe, *, classes: int | None = None) -> Archi
     if count is not None:
         args["num_classes"] = count
     trained = stored is not None or recipe.teacher.weights == "pretrained"
-    return Architecture(recipe.teacher.model, args, stored.input if stored is not None else None, trained)
+    if stored is None:
+        return Architecture(recipe.teacher.model, args, trained=trained)
+    return Architecture(recipe.teacher.model, args, stored.input, trained, stored.label_names)
 
 
 def head_size(recipe: Recipe, classes: int | None) -> int | None:

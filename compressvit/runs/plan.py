@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from compressvit.artifacts.merge import DENSE_ADAPTERS, merged_copy
+from compressvit.data.classes import other_classes
 from compressvit.data.data_set import find_set
 from compressvit.data.input import STATISTICS, Side, class_mismatch
 from compressvit.data.opening import Datasets, open_data
@@ -22,6 +23,7 @@ from compressvit.model.backbone import describe, family_of
 from compressvit.model.cost import break_even_rank, cost, threads_text
 from compressvit.model.linear import weight_shape
 from compressvit.model.weights import copy_matching
+from compressvit.notes import Note
 from compressvit.recipe.recipe import Merge, Recipe
 from compressvit.runs.files import Costs, DataPlan, LedgerRow, NoteRow, PlannedTeacher, RecipePlan, StagePlan, StepPlan
 from compressvit.runs.job import PLACEHOLDER_CLASSES, Job, prepare
@@ -42,9 +44,10 @@ def plan_recipe(recipe: Recipe, name: str = "recipe") -> RecipePlan:
         UserError: timm cannot build the teacher or the student.
     """
     datasets, fault = _listed(recipe.data)
-    plan = plan_job(prepare(recipe, "cpu", name=name, datasets=datasets, without_data=True))
+    job = prepare(recipe, "cpu", name=name, datasets=datasets, without_data=True)
+    plan = plan_job(job)
     if datasets is not None:
-        plan.data = plan_data(datasets)
+        plan.data = plan_data(job)
     if fault is not None:
         plan.notes.append(f"data not found here, so not counted: {fault}")
     return plan
@@ -60,8 +63,10 @@ def _listed(data: Data) -> tuple[Datasets | None, str | None]:
         return None, str(error).partition("; expected")[0]
 
 
-def plan_data(datasets: Datasets) -> DataPlan:
+def plan_data(job: Job) -> DataPlan:
     """How many images there are, and what was passed over or guessed about them so far."""
+    datasets = job.datasets
+    datasets.found += [note for note in _teacher_classes(job) if note not in datasets.found]
     train, validation = (len(part) if isinstance(part, Sized) else 0 for part in (datasets.train, datasets.validation))
     return DataPlan(
         train=train,
@@ -70,6 +75,14 @@ def plan_data(datasets: Datasets) -> DataPlan:
         fingerprint=datasets.fingerprint(),
         notes=[NoteRow(**asdict(note)) for note in datasets.notes()],
     )
+
+
+def _teacher_classes(job: Job) -> list[Note]:
+    """A note where the teacher keeps the classes it was trained on, and they have another order or other names than the data's."""
+    names, theirs = job.datasets.class_names, job.architecture.label_names
+    if names is None or theirs is None or trains_teacher(job.recipe) or job.recipe.student.head == "new":
+        return []
+    return other_classes(names, theirs, "the teacher")
 
 
 def plan_job(job: Job) -> RecipePlan:

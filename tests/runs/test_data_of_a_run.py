@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import compressvit
+from compressvit.data.classes import other_classes
 from compressvit.data.opening import open_data
 from compressvit.data.spec import Data
 from compressvit.errors import UserError
@@ -78,6 +79,48 @@ def test_class_names_are_kept_in_artifacts_and_in_what_timm_reads(begun, tmp_pat
     compressvit.save(plain, tmp_path / "adapted")
     merge_folder(tmp_path / "adapted", device="cpu")
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["label_names"] == names
+
+
+def test_a_teacher_that_was_trained_in_another_order_of_the_classes(begun, folders, tmp_path):
+    recipe, run, _ = begun
+    order = tmp_path / "names.txt"
+    order.write_text("\n".join(f"{digit}x" for digit in (1, 0, 2, 3, 4, 5, 6, 7, 8, 9)))
+    text = (
+        "2 of 10 classes have another number in the teacher than in the data: class 0 is '1x' in the data and '0x' in the teacher. Its "
+        "accuracy is meaningless until data.classes=FILE gives the data that order"
+    )
+    words = [recipe, f"teacher.weights={run / 'teacher'}", f"data.classes={order}"]
+    given = [*words, "teacher.finetune=null"]
+    assert f"data: {text}" in done("plan", *given)
+    out = done("apply", *given, "--output", tmp_path / "run", "--no-report")
+    assert out.count(f"data: {text}") == 1
+    for file, notes in (("plan.json", lambda c: c["data"]["notes"]), ("results.json", lambda c: c["data_notes"])):
+        found = notes(json.loads((tmp_path / "run" / file).read_text()))
+        assert [(n["count"], n["text"]) for n in found if n["what"] == "model_class_order"] == [(2, text)]
+    for same in (
+        [*given[:2], "teacher.finetune=null"],
+        words,
+        [*given, "student.head=new"],
+    ):  # trained here, or not asked
+        assert "in the teacher" not in done("plan", *same)
+    evaluated = done("evaluate", run / "student", f"data.classes={order}")
+    assert "2 of 10 classes have another number in the model than in the data" in evaluated
+    (note,) = other_classes(["cat", "dog", "cow"], ["cat", "cow", "dogs"], "the teacher")
+    assert (note.what, note.count) == ("model_class_names", 2)
+    assert "class 1 is 'dog' in the data and 'cow' in the teacher" in note.text
+    assert (
+        other_classes(["a\u0308", "b"], ["\u00e4", "b"], "x") == other_classes(["a", "b"], ["b", "a", "c"], "x") == []
+    )
+
+
+def test_class_names_of_a_folder_that_timm_reads(begun, folders, tmp_path):
+    adapted = compressvit.compress(compressvit.load(begun[1] / "teacher"), [compressvit.LoRA(rank=2)])
+    compressvit.save(adapted, tmp_path / "adapted")
+    merge_folder(tmp_path / "adapted", device="cpu")
+    order = tmp_path / "names.txt"
+    order.write_text("\n".join(f"{digit}x" for digit in (1, 0, 2, 3, 4, 5, 6, 7, 8, 9)))
+    words = [f"teacher.weights={tmp_path / 'merged'}", "teacher.finetune=null", f"data.classes={order}"]
+    assert "2 of 10 classes have another number in the teacher" in done("plan", begun[0], *words)
 
 
 def weights(run) -> dict[str, torch.Tensor]:
