@@ -37,11 +37,6 @@ class Projection(Protocol):
     def reset(self, *, zero: bool) -> None:
         """Initialise the projection, with `zero` such that its output is zero."""
 
-    def reset_normal(self) -> None:
-        """Start Kaiming-normal, with a standard deviation of √(2 / in); the bias is zero."""
-        self.reset(zero=True)
-        nn.init.kaiming_normal_(self.weight)
-
     def reset_noise(self) -> None:
         """Start from noise, as the reference does."""
 
