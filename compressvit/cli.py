@@ -32,11 +32,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     # argparse stops collecting key=value arguments at the first option and returns later ones as unknown.
     arguments, rest = parser.parse_known_args(argv)
     if any(word.startswith("-") for word in rest) or (rest and not hasattr(arguments, "overrides")):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        parser.error(
+            f"unrecognized arguments: {' '.join(rest)}{_as_override(rest) if hasattr(arguments, 'overrides') else ''}"
+        )
     if rest:
         arguments.overrides += rest
     with command_line():
         return answered("compressvit", lambda: arguments.run(arguments), lambda: _run_folder(arguments))
+
+
+def _as_override(rest: Sequence[str]) -> str:
+    """How a setting that was written as an option is written, if that is what it is."""
+    from compressvit.recipe.recipe import Recipe
+
+    word = next(word for word in rest if word.startswith("-"))
+    key, _, value = word.lstrip("-").replace("-", "_").partition("=")
+    if key.partition(".")[0] not in Recipe.model_fields:
+        return ""
+    return f"; settings of the recipe are written without dashes: {key}={value or 'VALUE'}"
 
 
 def _run_folder(arguments: argparse.Namespace) -> Path | None:

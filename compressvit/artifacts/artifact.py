@@ -6,7 +6,6 @@ and loads the tensors strictly: it needs no teacher and no images, and unpickles
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import os
@@ -23,7 +22,7 @@ from torch import nn
 
 from compressvit import __version__
 from compressvit.errors import UserError
-from compressvit.model import ties
+from compressvit.model import surgery, ties
 from compressvit.model.backbone import input_size, model_name
 from compressvit.model.bounded import on_meta
 from compressvit.model.checksums import content_checksum, tensor_checksums
@@ -78,8 +77,10 @@ def save(
         check: called with the new artifact's folder before it replaces an earlier one, which is kept if `check` raises.
 
     Raises:
-        UserError: a tie is broken, the model was not built by timm, or `path` holds something that is not an artifact.
+        UserError: a tensor has no values, a tie is broken, the model was not built by timm, or `path` holds something that is not an artifact.
     """
+    if empty := next((name for name, tensor in model.state_dict().items() if tensor.is_meta), None):
+        raise UserError(f"{empty} is on the meta device and has no values to save; load or initialise the model first")
     path = Path(path)
     if path.is_symlink():  # the target of a link is replaced, not the link
         path = path.resolve()
@@ -172,7 +173,7 @@ def _skeleton(path: Path, manifest: Manifest) -> tuple[nn.Module, nn.Module]:
     """The model of a manifest before and after its transforms, both on the meta device."""
     with on_meta():
         model = build_plain(path, manifest)
-        plain = copy.deepcopy(model)
+        plain = surgery.deep_copy(model)
         _transform(model, path, manifest)
     return plain, model
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ from compressvit.data.input import Side
 from compressvit.diagnostics.cka_layers import likeness
 from compressvit.errors import UserError
 from compressvit.fitting.moments import Reference
+from compressvit.model import surgery
 from compressvit.notes import Note
 from compressvit.recipe.recipe import Recipe
 from compressvit.runs.evaluate import Scorer
@@ -81,13 +81,15 @@ class OneShot:
         opt.seed_everything(recipe.seed, 1)
         self._start = build_student(recipe, teacher)
         self._images = calibration_images(self.job)
-        self._source = Reference(copy.deepcopy(self._start), self._images)  # its moments are reused for every student
+        self._source = Reference(
+            surgery.deep_copy(self._start), self._images
+        )  # its moments are reused for every student
         self.teacher = Side(teacher.to(self.job.device).eval(), self.job.teacher.input)
         self.scorer = Scorer(self.job.datasets, recipe.data, self.job.device)
 
     def student(self, transforms: list[Transform]) -> tuple[Side, list[LedgerEntry]]:
         """The student after `transforms`, and their ledger with the errors."""
-        student = copy.deepcopy(self._start)
+        student = surgery.deep_copy(self._start)
         opt.seed_everything(self.recipe.seed, 2, len(self.transforms))  # as in `apply` before the first phase
         ledger = transform_(student, transforms, self._source)
         return Side(student, self.job.student.input), ledger

@@ -11,18 +11,27 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers.images import class_folders
+from helpers.images import CPU, GRAY, class_folders
+from helpers.models import build, images_for
 from helpers.runs import TINY, done, refused
-from PIL import Image
+from PIL import ExifTags, Image
 from safetensors.torch import load_file
 
 import compressvit
 from compressvit.data.classes import other_classes
+from compressvit.data.files import PictureFiles
+from compressvit.data.loaders import eval_loader
 from compressvit.data.opening import open_data
+from compressvit.data.samples import Samples
 from compressvit.data.spec import Data
 from compressvit.errors import UserError
+from compressvit.model.stored import name_classes
+from compressvit.recipe.recipe import parse_recipe
+from compressvit.runs.folder import RunFolder
 from compressvit.runs.merge import merge_folder
+from compressvit.runs.recorder import evaluation_images
 from compressvit.runs.resources import resource_faults
+from compressvit.training.phases.distill import Distill
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +82,8 @@ def test_class_names_are_kept_in_artifacts_and_in_what_timm_reads(begun, tmp_pat
     compressvit.save(loaded, tmp_path / "again")
     assert json.loads((tmp_path / "again" / "compressvit.json").read_text())["label_names"] == names
     loaded.reset_classifier(3)
+    name_classes(loaded, names[:4])  # of other classes than those of its head
+    assert loaded.pretrained_cfg["label_names"] == names
     compressvit.save(loaded, tmp_path / "other")
     assert json.loads((tmp_path / "other" / "compressvit.json").read_text())["label_names"] is None
     plain = compressvit.compress(compressvit.load(begun[1] / "teacher"), [compressvit.LoRA(rank=2)])
@@ -121,6 +132,21 @@ def test_class_names_of_a_folder_that_timm_reads(begun, folders, tmp_path):
     order.write_text("\n".join(f"{digit}x" for digit in (1, 0, 2, 3, 4, 5, 6, 7, 8, 9)))
     words = [f"teacher.weights={tmp_path / 'merged'}", "teacher.finetune=null", f"data.classes={order}"]
     assert "2 of 10 classes have another number in the teacher" in done("plan", begun[0], *words)
+
+
+def test_a_student_of_a_teacher_that_is_not_trained_has_the_names_of_its_data(begun, tmp_path):
+    recipe, run, _ = begun
+    text = recipe.read_text().replace("weights: train", f"weights: {tmp_path / 'teacher.safetensors'}, num_classes: 10")
+    text = (
+        text.replace("num_classes", "\n  num_classes")
+        .replace(", \n", "\n")
+        .replace("  finetune: {epochs: 1, lr: 1e-4}\n", "")
+    )
+    (tmp_path / "recipe.yaml").write_text(text)
+    (tmp_path / "teacher.safetensors").write_bytes((run / "teacher" / "model.safetensors").read_bytes())
+    done("apply", tmp_path / "recipe.yaml", "--output", tmp_path / "run", "--no-report")
+    written = json.loads((tmp_path / "run" / "student" / "compressvit.json").read_text())
+    assert written["label_names"] == [f"{digit}x" for digit in range(10)]
 
 
 def weights(run) -> dict[str, torch.Tensor]:
@@ -184,7 +210,10 @@ def test_a_moved_folder_of_a_run_that_did_not_note_its_data_is_refused(begun, fo
     plan = json.loads((copy / "plan.json").read_text())
     del plan["data"]
     (copy / "plan.json").write_text(json.dumps(plan))
-    assert "data.root" in refused("apply", recipe, "--output", copy, "--resume", f"data.root={tmp_path}")
+    subprocess.run(["cp", "-r", folders, tmp_path / "moved"], check=True)
+    message = refused("apply", recipe, "--output", copy, "--resume", f"data.root={tmp_path / 'moved'}")
+    assert "the recipe is not the one" in message
+    assert f"data.root: '{folders}' in the run, '{tmp_path / 'moved'}' now" in message
     done("apply", recipe, "--output", copy, "--no-report", "--resume", f"data.root={folders}/./")
 
 
@@ -229,6 +258,43 @@ def test_what_was_taken_off_a_weights_file_is_in_plan_log_report_and_results(beg
     assert "".join(expected[1][2].split()) in "".join(done("plan", *words, "--measure").split())
 
 
+@pytest.mark.parametrize(("name", "changed"), [("digits", ""), ("wds/x", "data.num_workers: 0 in the run, 3 now")])
+def test_another_number_of_workers_is_another_order_of_a_stream(tmp_path, name, changed):
+    text = TINY.replace("name: digits", f"name: {name}, num_classes: 10")
+    (tmp_path / "resolved.yaml").write_text(parse_recipe(text).to_yaml())
+    folder = RunFolder(tmp_path)
+    folder.refuse_or_clear(parse_recipe(text, overrides=["data.download=true"]), resume=True, overwrite=False)
+    now = parse_recipe(text, overrides=["data.num_workers=3", "data.download=true"])
+    if not changed:
+        folder.refuse_or_clear(now, resume=True, overwrite=False)
+        return
+    with pytest.raises(UserError, match=changed) as error:
+        folder.refuse_or_clear(now, resume=True, overwrite=False)
+    assert "data.download" not in str(error.value)
+
+
+def test_what_identifies_data():
+    """Names below the folder that all have in common, labels, and which of them are used."""
+
+    def identity(*samples, indices=None):
+        return Samples(PictureFiles(samples, None), indices).identity()
+
+    first, second = ("/set/a/1.png", 0), ("/set/b/1.png", 1)
+    same = identity(first, second)
+    assert identity(("/moved/a/1.png", 0), ("/moved/b/1.png", 1)) == same
+    others = [
+        identity(first, ("/set/b/2.png", 1)),
+        identity(first, ("/set/b/1.png", 0)),
+        identity(first, second, ("/set/b/2.png", 1)),
+        identity(first, second, indices=[0]),
+        identity(first, second, indices=[1]),
+        identity(first),
+        identity(("/set/a/2.png", 0)),
+    ]
+    assert len({same, *others}) == 8
+    assert identity(("/set/a/1.png", 0)) == identity(("/moved/1.png", 0))
+
+
 # ---- what a machine lacks
 
 
@@ -267,9 +333,12 @@ from compressvit.data import samples
 import compressvit
 from compressvit.data.loaders import eval_loader
 import compressvit
+from compressvit.data.loaders import eval_loader
 from compressvit.data.opening import open_data
 from compressvit.data.spec import Data
+from compressvit.runs.recorder import evaluation_images
 from compressvit.runs.resources import resource_faults
+from compressvit.training.phases.distill import Distill
 sys.path.insert(0, {helpers!r})
 from helpers.images import COLOUR, CPU
 
@@ -298,3 +367,48 @@ def test_a_worker_that_is_killed_is_a_sentence(tmp_path):
     last = found.stderr.strip().splitlines()[-1]
     assert "UserError: a process that loads images has ended: DataLoader worker (pid" in last
     assert "give fewer data.num_workers (now 1), 0 to load them in the training process" in last
+
+
+def test_batches_of_ones_own_have_sentences_of_their_own():
+    with (
+        pytest.raises(UserError, match=r"memory ran out: MemoryError\. Give smaller batches, or precision='bf16'$"),
+        resource_faults(),
+    ):
+        raise MemoryError
+    with pytest.raises(UserError, match="give the DataLoader fewer num_workers"), resource_faults():
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+    with pytest.raises(EOFError, match="of a data set"), resource_faults():  # no worker of torch has ended
+        raise EOFError("of a data set")
+
+
+def test_distill_says_that_memory_ran_out(monkeypatch):
+    def run(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(Distill, "run", run)
+    teacher = build("vit")
+    student = compressvit.compress(teacher, [compressvit.Multiplex(share=2)])
+    with pytest.raises(UserError, match="memory ran out"):
+        compressvit.distill(student, teacher, [images_for(teacher)], layers=(), device="cpu")
+
+
+# ---- the images of diagnostics
+
+
+def test_diagnostics_see_images_as_the_evaluation_does(tmp_path):
+    """Also those of 16 bits, whose EXIF block is gone after they were read."""
+    for split in ("train", "val"):
+        for name in "ab":
+            (tmp_path / split / name).mkdir(parents=True)
+            values = np.zeros((8, 8), np.uint16)
+            values[:2] = 60_000
+            image = Image.fromarray(values)
+            exif = image.getexif()
+            exif[ExifTags.Base.Orientation] = 3  # upside down
+            image.save(tmp_path / split / name / "0.png", exif=exif)
+    data = Data(name="folder", root=str(tmp_path), exif=True)
+    datasets = open_data(data)
+    ((expected, _),) = eval_loader(datasets, data, GRAY, CPU)
+    ((found, _),) = evaluation_images(datasets, data, GRAY, CPU, 2)
+    assert torch.equal(found, expected)
+    assert found[0, 0, 0, 0] < found[0, 0, -1, 0]
