@@ -60,6 +60,7 @@ class Normal:
 
     def holds(self, values: Tensor) -> None:
         spread(values - self.mean, self.std, kurtosis=3.0)
+        assert (values - self.mean).abs().max() > 1.8 * self.std  # a uniform distribution ends at √3
 
 
 @dataclass(frozen=True)
