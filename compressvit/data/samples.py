@@ -68,7 +68,7 @@ class Samples(Dataset):
     to be converted is recorded in `done`, a tensor of the same form, as bits of `Read`.
 
     Args:
-        exif: turn pictures as their EXIF blocks say.
+        exif: turn images as their EXIF blocks say.
     """
 
     def __init__(self, source: Any, indices: Sequence[int] | None = None, labelled: bool = True, *, exif: bool = False):

@@ -11,7 +11,7 @@ import torch
 from timm.data import IterableImageDataset
 from torch.utils.data import get_worker_info
 
-from compressvit.data.notes import pictures
+from compressvit.data.notes import counted
 from compressvit.data.pictures import Read, standard
 from compressvit.notes import Note
 
@@ -69,7 +69,7 @@ class Stream(IterableImageDataset):
 
     def notes(self) -> list[Note]:
         """What was passed over."""
-        text = f"{pictures(self.broken, 'sample')} of the stream that could not be read passed over; timm's warnings say why"
+        text = f"{counted(self.broken, 'sample')} of the stream that could not be read passed over; timm's warnings say why"
         return [Note("passed_over", self.broken, text)] if self.broken else []
 
 

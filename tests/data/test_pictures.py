@@ -161,7 +161,7 @@ def test_a_damaged_exif_block_is_counted(tmp_path, damage, exif):
     assert sorted(image.size for image in images) == [(20, 24)] * 2 * exif + [(24, 20)] * (5 - 2 * exif)
     found = {note.what: note for note in datasets.broken.notes()}
     assert {what: note.count for what, note in found.items()} == {"turned": 2, "bad_exif": 1}
-    assert found["bad_exif"].text == "1 picture with a damaged EXIF block, " + (
+    assert found["bad_exif"].text == "1 image with a damaged EXIF block, " + (
         "so not turned" if exif else "which was ignored"
     )
 
