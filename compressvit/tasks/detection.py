@@ -180,7 +180,9 @@ def _pycocotools() -> tuple[Any, Any]:
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
     except ImportError as error:
-        raise UserError("average precision needs a package: pip install pycocotools, or compressvit[detection]") from error
+        raise UserError(
+            "average precision needs a package: pip install pycocotools, or compressvit[detection]"
+        ) from error
     return COCO, COCOeval
 
 

@@ -13,6 +13,7 @@ import pytest
 from helpers.page import Page
 from helpers.runs import done, refused, run
 
+from compressvit.errors import UserError
 from compressvit.runs.owned import delete, foreign
 from compressvit.text import printable
 
@@ -113,8 +114,8 @@ def test_pictures_behind_a_linked_folder_are_not_read(copied, tmp_path):
 def test_a_run_folder_may_be_a_link(copied, tmp_path, recipe):
     (tmp_path / "link").symlink_to(copied)
     assert run("report", tmp_path / "link")[2] == ""
-    done("apply", recipe, "--output", tmp_path / "link", "--resume", "seed=3")
-    done("apply", recipe, "--output", tmp_path / "link", "--overwrite", "seed=3")
+    done("apply", "--no-report", recipe, "--output", tmp_path / "link", "--resume", "seed=3")
+    done("apply", "--no-report", recipe, "--output", tmp_path / "link", "--overwrite", "seed=3")
     assert (tmp_path / "link").is_symlink()
     assert (copied / "results.json").is_file()
 
@@ -135,6 +136,13 @@ def test_overwrite_deletes_only_what_a_run_writes(name, copied, recipe):
     assert sorted(copied.rglob("*")) == before
 
 
+def test_what_is_not_deleted_is_named_before_any_data_is_opened(copied, recipe):
+    (copied / "notes.txt").write_text("mine")
+    elsewhere = ["data={name: folder, root: /nowhere/at/all}"]
+    message = refused("apply", recipe, "--output", copied, "--overwrite", *elsewhere)
+    assert f"{copied / 'notes.txt'} is nothing that a run writes" in message
+
+
 def test_everything_that_a_run_writes_is_its_own(copied, finished):
     done("report", copied)
     (copied / "merged").mkdir()
@@ -144,6 +152,12 @@ def test_everything_that_a_run_writes_is_its_own(copied, finished):
     (copied / ".student.0123abcd").mkdir()
     (copied / ".student.0123abcd" / "compressvit.json").write_text("")
     assert foreign(copied) is None
+    (copied / "notes.txt").write_text("mine")  # that was not there a moment ago
+    before = sorted(copied.rglob("*"))
+    with pytest.raises(UserError, match=r"notes\.txt is nothing that a run writes"):
+        delete(copied)
+    assert sorted(copied.rglob("*")) == before
+    (copied / "notes.txt").unlink()
     delete(copied)
     assert list(copied.iterdir()) == []
 
