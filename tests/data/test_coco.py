@@ -134,7 +134,7 @@ PASSED_OVER = {
     "same id": (with_box(id=2), "1 box of train.json whose id another has, first 2; all were kept", 2),
     "empty": (
         changed(annotations=BASE["annotations"][:2]),
-        "1 picture of train.json without a box: background alone",
+        "1 image of train.json without a box: background alone",
         2,
     ),
 }

@@ -16,10 +16,11 @@ from typing import Any
 from compressvit.data.annotated import AnnotatedFiles, Annotation
 from compressvit.data.data_set import data_set
 from compressvit.data.files import lies_in
-from compressvit.data.notes import Note, pictures
+from compressvit.data.notes import counted
 from compressvit.data.sets.base import TRAIN_FOLDERS, VAL_FOLDERS, existing_root, split_names
 from compressvit.data.spec import Data
 from compressvit.errors import UserError
+from compressvit.notes import Note
 from compressvit.reading import Unreadable, parse_json, read_text
 
 MOST_BYTES = 2**30  # of annotations: COCO's largest file has 450 MB
@@ -120,7 +121,7 @@ class _Annotations:
             )
         if empty:
             notes.append(
-                Note("without_boxes", empty, f"{pictures(empty)} of {self.file.name} without a box: background alone")
+                Note("without_boxes", empty, f"{counted(empty)} of {self.file.name} without a box: background alone")
             )
         return AnnotatedFiles(samples, names, [*notes, *self._notes()])
 
