@@ -69,7 +69,7 @@ def foreign(folder: Path) -> Path | None:
 
 def is_scratch(entry: Path) -> bool:
     """Whether a killed run left it: a lock, a file that was not written to its end, a model likewise (`.student.1a2b3c4d`)."""
-    return re.fullmatch(r"\.lock|\..+\.part|\..+\.[0-9a-f]{8}", entry.name) is not None
+    return re.fullmatch(r"\.lock|\..+\.part|\..+\.[0-9a-f]{8}|\.merge\..+", entry.name) is not None
 
 
 def delete(folder: Path, *, scratch: bool = False) -> None:

@@ -142,6 +142,7 @@ class Trainer:
         else:
             self.begin()
         if not self.batch_index:
+            self.judge_if_missing()
             self.measure(self.judged(), self.epoch, False)
         self.connect()
         try:
@@ -186,6 +187,8 @@ class Trainer:
         if saved["done"]:
             kept = saved.get("kept_epoch", saved.get("epoch"))
             if kept == saved.get("epoch"):  # the weights of an earlier epoch are not the ones to measure
+                self.epoch, self.steps = saved["epoch"], saved["steps"]
+                self.judge_if_missing()
                 self.measure(self.model.eval(), saved["epoch"], True)
             ended = {"start": self.start, "kept_epoch": kept}
             return ended if self.warm is None else {**ended, "moments": Moments(saved["moments"])}
@@ -321,7 +324,7 @@ class Trainer:
             self.model.load_state_dict(ties.unique_state(average.module), strict=False)
         if self.best is None:
             self.checkpoint(last)  # first, so that an error in the evaluation loses no training
-        if last or self.epoch % self.spec.evaluate_every == 0:
+        if self.is_judged():
             self.judge()
         if last:
             self.take_best()
@@ -335,6 +338,15 @@ class Trainer:
     def judged(self) -> nn.Module:
         """The model to evaluate: the weight average, if there is one, until it is copied into the model at the end."""
         return self.model if self.average is None or self.is_over() else self.average.module
+
+    def is_judged(self) -> bool:
+        """Whether the model is evaluated after the epochs done so far."""
+        return self.is_over() or self.epoch % self.spec.evaluate_every == 0
+
+    def judge_if_missing(self) -> None:
+        """Evaluate again where a run was killed after the checkpoint of an epoch and before its evaluation was recorded."""
+        if self.epoch and self.is_judged() and not self.log.recorded(self.phase.name, "evaluate", self.steps):
+            self.judge()
 
     def judge(self) -> None:
         """Evaluate, and keep the weights if no earlier evaluation was better."""
