@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
@@ -21,6 +23,13 @@ def _wide_terminal():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COLUMNS", "240")
         yield
+
+
+def pytest_collection_finish():
+    """What was imported and collected stays until the end: the garbage collector need not look at it again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 # --- runs

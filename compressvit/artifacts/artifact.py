@@ -6,7 +6,6 @@ and loads the tensors strictly: it needs no teacher and no images, and unpickles
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import os
@@ -23,7 +22,7 @@ from torch import nn
 
 from compressvit import __version__
 from compressvit.errors import UserError
-from compressvit.model import ties
+from compressvit.model import surgery, ties
 from compressvit.model.backbone import input_size, model_name
 from compressvit.model.bounded import on_meta
 from compressvit.model.checksums import content_checksum, tensor_checksums
@@ -172,7 +171,7 @@ def _skeleton(path: Path, manifest: Manifest) -> tuple[nn.Module, nn.Module]:
     """The model of a manifest before and after its transforms, both on the meta device."""
     with on_meta():
         model = build_plain(path, manifest)
-        plain = copy.deepcopy(model)
+        plain = surgery.deep_copy(model)
         _transform(model, path, manifest)
     return plain, model
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Sequence
 from functools import partial
@@ -17,6 +16,7 @@ from compressvit.diagnostics.base import EPOCHS, Context, Epochs, MeasuredOnImag
 from compressvit.diagnostics.spectra import effective_weight
 from compressvit.errors import UserError
 from compressvit.fitting.moments import Reference
+from compressvit.model import surgery
 from compressvit.model.backbone import describe
 from compressvit.transforms.align import matched_weights
 from compressvit.transforms.low_rank.base import TARGETS
@@ -139,6 +139,6 @@ class Similarity(MeasuredOnImages):
     def measure(self, context: Context) -> list[Finding]:
         on_images = self.metric == "inputs"
         images = partial(context.images, self.images)
-        reference = Reference(copy.deepcopy(context.student.model), images) if on_images else None
+        reference = Reference(surgery.deep_copy(context.student.model), images) if on_images else None
         records = sharing_losses(context.student.model, reference=reference, aligned=self.aligned)
         return [sharing_finding(records, outputs=on_images)]

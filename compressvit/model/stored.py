@@ -29,14 +29,14 @@ from compressvit.model.checksums import content_checksum, damaged
 from compressvit.model.header import MANIFEST, TENSORS, Slot, read_header
 from compressvit.model.modules import as_timm
 from compressvit.reading import Unreadable, read_json
-from compressvit.spec import Spec, first_fault
+from compressvit.spec import Frozen, first_fault
 
 T = TypeVar("T")
 LABEL_NAMES = "label_names"  # timm's key
 FORMAT = 2  # 1 is read, too (see `compressvit.model.old`)
 
 
-class StepRecord(Spec):
+class StepRecord(Frozen):
     """One transform of the manifest: its recipe word, its resolved plan, and the package it comes from where that is another one."""
 
     transform: str
@@ -66,7 +66,7 @@ class _Images(BaseModel):
     crop_mode: Literal["center", "squash", "border"] | None = None
 
 
-class Manifest(Spec):
+class Manifest(Frozen):
     """The structure of an artifact.
 
     Attributes:

@@ -8,6 +8,9 @@ something is put there. So several transforms can specialise one module, in any 
 from __future__ import annotations
 
 import copy
+import copyreg
+import functools
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -222,7 +225,41 @@ def added_buffers(model: nn.Module) -> set[str]:
     return {name for name in model.state_dict() if name not in parameters and name.rpartition(".")[0] in inside}
 
 
-def skeleton(model: nn.Module) -> nn.Module:
+def deep_copy(model: M, memo: dict[int, object] | None = None) -> M:
+    """The same as `copy.deepcopy(model, memo)`, in a quarter of the time.
+
+    Most of what a module holds are empty dictionaries of hooks, and `deepcopy` takes longer for one of them than for a small tensor.
+    """
+    memo = {} if memo is None else memo
+    for module in reversed(list(model.modules())):  # a module is copied after those inside it
+        kind: Any = type(module)
+        if id(module) in memo or "_compiled_call_impl" in vars(module) or not _copied_by_attributes(kind):
+            continue
+        copied = memo[id(module)] = kind.__new__(kind)
+        for name, value in vars(module).items():
+            if type(value) in (OrderedDict, dict, set) and not value:
+                memo.setdefault(id(value), type(value)())
+            immutable = value is None or type(value) in (bool, int, float, str)
+            vars(copied)[name] = value if immutable else copy.deepcopy(value, memo)
+    return copy.deepcopy(model, memo)
+
+
+_COPYING = {
+    *("__deepcopy__", "__reduce_ex__", "__reduce__", "__getstate__", "__setstate__", "__getnewargs_ex__"),
+    *("__getnewargs__", "__slots__"),
+}
+
+
+@functools.cache
+def _copied_by_attributes(kind: type[Any]) -> bool:
+    """Whether a deep copy of a module of this class has copies of its attributes and nothing else: the class does not say otherwise."""
+    classes = (c for c in kind.__mro__ if c not in (nn.Module, object))
+    return kind not in copyreg.dispatch_table and not any(
+        name in _COPYING and value is not _reduce for c in classes for name, value in vars(c).items()
+    )
+
+
+def skeleton(model: M) -> M:
     """A deep copy on the meta device: structure, shapes, ties and hooks, but no values and no memory for them."""
     memo: dict[int, object] = {}
     for parameter in model.parameters():
@@ -230,4 +267,4 @@ def skeleton(model: nn.Module) -> nn.Module:
         memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
     for buffer in model.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
-    return copy.deepcopy(model, memo)
+    return deep_copy(model, memo)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import logging
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from compressvit.errors import UserError, did_you_mean
+from compressvit.errors import UserError, did_you_mean, nearest
 from compressvit.files import damaged_record, expanded, torch_fault
 from compressvit.model.backbone import family_of, head_names, model_name
 from compressvit.model.bounded import on_meta, require_sound
@@ -41,7 +44,23 @@ def build(name: str, *, device: str | None = None, **args: Any) -> nn.Module:
     except Exception as error:
         # timm checks its arguments with asserts, look-ups and conversions, so that a wrong one can raise anything
         given = ", ".join(f"{k}={v!r}" for k, v in args.items()) or "no arguments"
-        raise UserError(f"timm cannot build {name} with {given}: {error or type(error).__name__}") from error
+        raise UserError(
+            f"timm cannot build {name} with {given}: {error or type(error).__name__}{_similar_argument(name, error)}"
+        ) from error
+
+
+def _similar_argument(name: str, error: Exception) -> str:
+    """For an unknown argument, the most similar one that the model's class has, as a clause; empty without one."""
+    import timm
+
+    word = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    if word is None:
+        return ""
+    with suppress(Exception), on_meta():  # whatever timm raises: the first error is reported
+        known = inspect.signature(type(timm.create_model(name, pretrained=False)).__init__).parameters
+        close = nearest(word[1], known)
+        return f"; did you mean '{close}'?" if close else ""
+    return ""
 
 
 def require_known(name: str) -> None:

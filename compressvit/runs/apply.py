@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ from rich.console import Console
 from torch import nn
 
 from compressvit.errors import UserError
-from compressvit.log import RunLog, log
+from compressvit.log import RunLog, kept, log
 from compressvit.recipe.recipe import Recipe, parse_recipe, read_recipe
 from compressvit.runs import tensorboard
 from compressvit.runs.files import DataNote, DataPlan, RecipePlan, Results
 from compressvit.runs.finish import finish
+from compressvit.runs.finished import finished_run
 from compressvit.runs.folder import RunFolder, refuse_processes
 from compressvit.runs.job import Job, prepare, refuse_labels, refuse_own_inputs
 from compressvit.runs.merge import merge_folder, print_merge
@@ -29,6 +30,7 @@ from compressvit.runs.plan import plan_job, require_no_conflicts
 from compressvit.runs.resources import resource_faults
 from compressvit.runs.run import Run, fill_teacher
 from compressvit.runs.tables import print_plan
+from compressvit.terminal import Terminal
 
 
 @dataclass(frozen=True)
@@ -36,17 +38,29 @@ class RunResult:
     """The result of `apply`.
 
     Attributes:
-        student, teacher: in eval mode, on the device of the run.
+        student, teacher: in eval mode, on the device of the run. If the run was finished before, they are read from its folder when
+            they are first used.
         results: the content of `results.json`: scores and costs of `teacher` and `student`, `phases`, `ledger`, ….
         folder: the run folder.
         merged: the content of `merge.json` if the recipe ends with a merge, else None.
     """
 
-    student: nn.Module = field(repr=False)
-    teacher: nn.Module = field(repr=False)
     results: Results
     folder: Path
     merged: dict[str, Any] | None = None
+    _models: Callable[[], tuple[nn.Module, nn.Module]] = field(repr=False, kw_only=True)
+
+    @cached_property
+    def _both(self) -> tuple[nn.Module, nn.Module]:
+        return self._models()
+
+    @property
+    def student(self) -> nn.Module:
+        return self._both[0]
+
+    @property
+    def teacher(self) -> nn.Module:
+        return self._both[1]
 
 
 def apply(
@@ -63,12 +77,10 @@ def apply(
 ) -> RunResult:
     """Run a recipe, as `compressvit apply` does.
 
-    All errors that can be found in advance are raised before the folder is touched: conflicts between steps, a missing data set, or
-    weights that are not available.
+    Errors that can be found in advance, such as conflicting steps and missing data or weights, are raised before the folder is touched.
 
     Args:
-        recipe: a `Recipe`, its content as a dictionary, the path of a YAML file, or the name of a recipe that ships with the
-            package.
+        recipe: a `Recipe`, its content as a dictionary, the path of a YAML file, or the name of a shipped recipe.
         output: the run folder.
         overrides: changes to a recipe given as a name, path or dictionary, e.g. `["data.root=FOLDER", "seed=1"]`.
         device: 'auto', 'cpu', 'cuda', 'cuda:1', 'mps', …
@@ -91,13 +103,15 @@ def apply(
     refuse_processes()
     folder = RunFolder(output)
     folder.refuse_or_clear(recipe, resume=resume, overwrite=overwrite)
+    if resume and (finished := _finished(recipe, folder, device, console, report)):
+        return finished
     job = prepare(recipe, device, name=name)
     plan = plan_job(job)
     _refuse(job, plan, folder, overwrite=overwrite)
     _note_data(job, plan, folder, resume=resume)
     with folder.owned():
         folder.refuse_or_clear(recipe, resume=resume, overwrite=overwrite)  # again: another run may have used it
-        teacher, taught = fill_teacher(job, folder, resume=resume)
+        teacher, taught = _teacher(job, plan, folder, resume=resume)
         folder.open(recipe, text, plan, list(command or sys.argv), resume=resume, overwrite=overwrite)
         run_log = RunLog(folder.path, console, partial(tensorboard.tag_of, tags=tensorboard.scalar_tags(recipe)))
         try:
@@ -109,6 +123,39 @@ def apply(
             raise
         finally:
             run_log.close()
+
+
+def _finished(
+    recipe: Recipe, folder: RunFolder, device: str, console: Console | None, report: Callable[[Path], object] | None
+) -> RunResult | None:
+    """The result of the run in the folder, if it is finished; only a missing report is then written."""
+    if folder.has_other_root(recipe):  # the data there has to be compared first
+        return None
+    with folder.owned():
+        done = finished_run(folder, recipe)
+        if done is None:
+            return None
+        folder.clear_scratch()
+        unreported = report is not None and not (folder.path / "report.html").exists()
+        text = done.sentence("only its report is written" if unreported else "nothing to do")
+        Terminal(console).print(text, highlight=False, soft_wrap=True)
+        if report is not None and unreported:
+            report(folder.path)
+
+    def models() -> tuple[nn.Module, nn.Module]:
+        job = prepare(recipe, device)
+        teacher, _ = fill_teacher(job, folder, resume=True)
+        return done.student.to(job.device), teacher.to(job.device).eval()
+
+    return RunResult(done.results, folder.path, done.merged, _models=models)
+
+
+def _teacher(job: Job, plan: RecipePlan, folder: RunFolder, *, resume: bool) -> tuple[nn.Module, bool]:
+    """The result of `fill_teacher`; what it logs, e.g. a prefix that was taken off the names in a file, is added to the plan."""
+    with kept() as notes:
+        found = fill_teacher(job, folder, resume=resume)
+    plan.notes += notes
+    return found
 
 
 def _run(
@@ -124,9 +171,9 @@ def _run(
         report(folder.path)
     merged = None
     if job.recipe.merges:  # last, because a merge that is not exact is refused
-        merged = merge_folder(folder.path, overwrite=True, device=str(job.device), datasets=job.datasets)
+        merged = merge_folder(folder.path, overwrite=True, device=str(job.device), datasets=job.datasets, owned=True)
         run.log.show(partial(print_merge, merged))
-    return RunResult(trained.student.model, trained.teacher.model, results, folder.path, merged)
+    return RunResult(results, folder.path, merged, _models=lambda: (trained.student.model, trained.teacher.model))
 
 
 def _recipe(given: Recipe | Mapping[str, Any] | str | Path, overrides: Sequence[str]) -> tuple[Recipe, str, str]:

@@ -42,7 +42,8 @@ class Costs(RunFile):
 
 class Figures(Costs):
     """Costs and scores of the teacher or the student in `results.json`. Scores are in percent, except `loss` and the cosines; None if they
-    are not available. `latency_ratio` has the quartiles of student / teacher within a round of measurements."""
+    are not available. `latency_ratio` has the quartiles of student / teacher within a round of measurements. `trained_adapter` is left out
+    if no parameter is frozen."""
 
     images: int | None = None
     latency_ms: float | None = None
@@ -56,6 +57,13 @@ class Figures(Costs):
     trained_adapter: int | None = None
     trained_head: int | None = None
     adapter_bytes: int | None = None
+
+    @property
+    def trained_body(self) -> int | None:
+        """Number of trained parameters without the classifier; None if it is not known."""
+        if self.trained_adapter is None and self.trained_head is not None:  # nothing is frozen
+            return self.parameters - self.trained_head
+        return self.trained_adapter
 
 
 class LedgerRow(RunFile):

@@ -158,9 +158,21 @@ class RunFolder:
                 f"and there are {data.train:,} images to train on and {data.validation:,} held out now. Give data.root=FOLDER of the same "
                 f"files, or start a new run with another {option('output')}"
             )
-        content = read_yaml(self.path / RESOLVED)
-        root = flat(content).get("data.root")
+        root = self._root()
         return [] if root == recipe.data.root else [f"resumed with data.root={recipe.data.root}, before {root}"]
+
+    def has_other_root(self, recipe: Recipe) -> bool:
+        """Whether the run was started with another `data.root`."""
+        return self._root() != recipe.data.root
+
+    def _root(self) -> str | None:
+        root = flat(read_yaml(self.path / RESOLVED)).get("data.root")
+        return None if root is None else str(root)
+
+    def clear_scratch(self) -> None:
+        """Delete what a killed run had written only in part."""
+        with disk_faults(self.path):
+            delete(self.path.resolve(), scratch=True)
 
     @contextmanager
     def owned(self) -> Iterator[None]:
@@ -184,7 +196,8 @@ class RunFolder:
         try:
             yield
         finally:
-            (path / LOCK).unlink(missing_ok=True)
+            with suppress(OSError):  # Windows removes no file that is open; an empty lock file that stays does no harm
+                (path / LOCK).unlink(missing_ok=True)
             lock.release()
             if new and not any(path.iterdir()):
                 path.rmdir()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import csv
 import io
 from dataclasses import replace
@@ -17,7 +16,7 @@ from compressvit.data.input import Side
 from compressvit.errors import UserError
 from compressvit.files import write_json, write_text
 from compressvit.fitting.allocate import Budget
-from compressvit.model import cost
+from compressvit.model import cost, surgery
 from compressvit.recipe.recipe import Recipe
 from compressvit.runs.one_shot import OneShot, leading_transforms
 from compressvit.runs.tables import megabytes
@@ -54,7 +53,7 @@ def frontier(
         costs = cost.cost(side.model, side.input.size).as_dict()
         return {"budget": budget, **costs, **{k: scores.get(k) for k, q in qualities().items() if not q.detail}}
 
-    rows = [measure(replace(begin.teacher, model=copy.deepcopy(begin.teacher.model)), None)]
+    rows = [measure(replace(begin.teacher, model=surgery.deep_copy(begin.teacher.model)), None)]
     for budget in sorted(budgets, reverse=True):
         try:
             student, _ = begin.student(_with_budget(begin.transforms, Budget(**{unit: budget})))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,12 +80,6 @@ def head_size(recipe: Recipe, classes: int | None) -> int | None:
     return find_task(recipe.data.usual_task).head_size(classes)
 
 
-def build_teacher(recipe: Recipe, *, classes: int | None = None, device: str | None = None) -> nn.Module:
-    """Build the teacher with newly initialised values; device='meta' for a skeleton. Arguments and errors are those of
-    `teacher_architecture` and `Architecture.build`."""
-    return teacher_architecture(recipe, classes=classes).build(device)
-
-
 def _stored_teacher(recipe: Recipe) -> Manifest | LocalDir | None:
     """The description of the model in the artifact or timm folder that `teacher.weights` names; None for a file."""
     asked = recipe.teacher
@@ -160,11 +153,17 @@ def build_student(recipe: Recipe, teacher: nn.Module, *, classes: int | None = N
     return student
 
 
+def copies_teacher(recipe: Recipe) -> bool:
+    """Whether the student starts as the teacher itself, its input included."""
+    asked = recipe.student
+    return asked.model is None and not asked.args and asked.weights == "teacher"
+
+
 def student_body(recipe: Recipe, teacher: nn.Module, *, meta: bool) -> nn.Module:
     """The student of `build_student` before it gets a new head: with the teacher's classifier, or one of the same size."""
     asked = recipe.student
-    if asked.model is None and not asked.args and asked.weights == "teacher":
-        return surgery.skeleton(teacher) if meta else copy.deepcopy(teacher)
+    if copies_teacher(recipe):
+        return surgery.skeleton(teacher) if meta else surgery.deep_copy(teacher)
     args = {} if asked.model else _teacher_args(recipe, _stored_teacher(recipe))
     args |= {"num_classes": getattr(teacher, "num_classes", None), **asked.args}
     student = weights.build(asked.model or recipe.teacher.model, device="meta" if meta else None, **args)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from compressvit.data.input import Side
 from compressvit.diagnostics.cka_layers import likeness
 from compressvit.errors import UserError
 from compressvit.fitting.moments import Reference
+from compressvit.model import surgery
 from compressvit.recipe.recipe import Recipe
 from compressvit.runs.evaluate import Scorer
 from compressvit.runs.job import prepare
@@ -54,13 +54,15 @@ class OneShot:
         opt.seed_everything(recipe.seed, 1)
         self._start = build_student(recipe, teacher)
         self._images = calibration_images(self.job)
-        self._source = Reference(copy.deepcopy(self._start), self._images)  # its moments are reused for every student
+        self._source = Reference(
+            surgery.deep_copy(self._start), self._images
+        )  # its moments are reused for every student
         self.teacher = Side(teacher.to(self.job.device).eval(), self.job.teacher.input)
         self.scorer = Scorer(self.job.datasets, recipe.data, self.job.device)
 
     def student(self, transforms: list[Transform]) -> tuple[Side, list[LedgerEntry]]:
         """The student after `transforms`, and their ledger with the errors."""
-        student = copy.deepcopy(self._start)
+        student = surgery.deep_copy(self._start)
         opt.seed_everything(self.recipe.seed, 2, len(self.transforms))  # as in `apply` before the first phase
         ledger = transform_(student, transforms, self._source)
         return Side(student, self.job.student.input), ledger

@@ -20,6 +20,7 @@ from compressvit.errors import UserError, switch
 from compressvit.files import disk_faults, write_json
 from compressvit.log import RunLog
 from compressvit.model import stored
+from compressvit.model.linear import weight_shape
 from compressvit.model.old import current_word
 from compressvit.reading import read_json
 from compressvit.recipe.recipe import Part
@@ -181,8 +182,7 @@ class Run:
         for plan in compression_of(student).plans:
             ranks |= getattr(plan, "ranks", {}) | dict.fromkeys(getattr(plan, "dense", ()))
         if ranks:
-            layers: dict[str, Any] = {path: student.get_submodule(path) for path in ranks}
-            full = {path: min(layer.in_features, layer.out_features) for path, layer in layers.items()}
+            full = {path: min(weight_shape(student.get_submodule(path))) for path in ranks}
             order = [path for path, _ in student.named_modules() if path in ranks]
             self.folder.keep(ranks_finding({path: ranks[path] for path in order}, full))
 

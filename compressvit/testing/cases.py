@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 from compressvit.artifacts import artifact
+from compressvit.model import surgery
 from compressvit.model.family import Need
 from compressvit.testing.models import build, examples, family_of, teacher
 from compressvit.transforms.applying import compress
@@ -54,7 +54,7 @@ class Case:
         if self._student is None:
             torch.manual_seed(3)
             self._student = compress(self.teacher, [self.spec])
-        return copy.deepcopy(self._student)
+        return surgery.deep_copy(self._student)
 
 
 def examples_of(transform: Transform | type[Transform]) -> Sequence[Transform]:

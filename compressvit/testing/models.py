@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from compressvit.model import ties
 from compressvit.model.backbone import input_size
 from compressvit.model.family import FAMILIES, Example, Family
+from compressvit.model.surgery import deep_copy
 
 
 def examples() -> dict[str, Example]:
@@ -21,13 +22,21 @@ def examples() -> dict[str, Example]:
 
 def build(name: str, seed: int = 0) -> nn.Module:
     """Build a small model of `examples` in eval mode, with random values in place of parameters that are initially 0 or 1."""
+    model, state = _built(name, seed)
+    torch.set_rng_state(state)
+    return deep_copy(model)
+
+
+@functools.cache
+def _built(name: str, seed: int) -> tuple[nn.Module, Tensor]:
+    """A model to copy, and the state of torch's generator after its values were drawn."""
     torch.manual_seed(seed)
     example = examples()[name]
     model = timm.create_model(example.model, **example.args)
     with torch.no_grad():  # initial biases are 0 and norm weights 1, which would hide errors
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
-    return model.eval()
+    return model.eval(), torch.get_rng_state()
 
 
 @functools.cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import random
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from compressvit.errors import UserError, did_you_mean
+from compressvit.model import surgery
 from compressvit.model.backbone import describe
 from compressvit.tasks.base import Mixing, Task
 from compressvit.training.spec import Training
@@ -155,7 +155,7 @@ class WeightAverage:
     """
 
     def __init__(self, model: nn.Module, decay: float):
-        self.module = copy.deepcopy(model)
+        self.module = surgery.deep_copy(model)
         self.decay = decay
         self.updates = 0
         self.rises = True

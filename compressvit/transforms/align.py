@@ -10,7 +10,6 @@ The step adds no structure. Put it before `multiplex` or `lors` with the same `s
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -92,7 +91,7 @@ def matched_weights(model: nn.Module, first: str, second: str) -> dict[str, torc
 
 def _dense_copy(block: nn.Module) -> Any:
     """A copy of a block in which every linear layer is plain and has its effective weight."""
-    block = copy.deepcopy(block)
+    block = surgery.deep_copy(block)
     for name in _LAYERS:
         layer: Any = block.get_submodule(name)
         weight = effective_weight(layer)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -73,7 +72,7 @@ def transform_(
         calibration: images for data-driven transforms, or a `Reference` of an identical model.
     """
     plan_transforms(model, transforms)  # without values: finds every conflict
-    reference = calibration if isinstance(calibration, Reference) else Reference(copy.deepcopy(model), calibration)
+    reference = calibration if isinstance(calibration, Reference) else Reference(surgery.deep_copy(model), calibration)
     for spec in transforms:
         spec.require_inputs()
         if spec.needs_images:
@@ -86,7 +85,7 @@ def transform_(
         plan.initialise(model, reference)
         fresh.append(plan)
         if plan.loads_values:
-            reference = reference.with_model(copy.deepcopy(model))
+            reference = reference.with_model(surgery.deep_copy(model))
             fresh = []
     fitted = _fit_in_order(fresh, model, reference)
     errors = {(plan.transform, path): found for plan in fresh for path, found in plan.errors(model, reference).items()}
@@ -104,7 +103,7 @@ def _fit_in_order(plans: Sequence[Plan], student: nn.Module, reference: Referenc
     fits = {path: fit for plan in plans for path, fit in plan.layer_fits(student, reference).items()}
     if not fits:
         return {}
-    walk = _without_what_is_set_aside(copy.deepcopy(student)).float()
+    walk = _without_what_is_set_aside(surgery.deep_copy(student)).float()
     return fit_in_order(walk, _without_what_is_set_aside(reference.model), reference.batches(), fits)
 
 
@@ -112,7 +111,7 @@ def _without_what_is_set_aside(model: nn.Module) -> nn.Module:
     """The model itself, or a copy without the modules that its transforms set aside (`Plan.set_aside`) while weights are fitted."""
     plans = [plan for plan in compression_of(model).plans if plan.sets_aside]
     if plans:
-        model = copy.deepcopy(model)
+        model = surgery.deep_copy(model)
     for plan in plans:
         plan.set_aside(model)
     return model
@@ -128,7 +127,7 @@ def materialise(model: nn.Module) -> nn.Module:
     Raises:
         UserError: nothing in the model can be materialised.
     """
-    model = copy.deepcopy(model)
+    model = surgery.deep_copy(model)
     done = compression_of(model)
     foldable = [i for i, plan in enumerate(done.plans) if plan.foldable]
     if not foldable:
@@ -196,6 +195,6 @@ def compress(model: nn.Module, transforms: Sequence[Transform], calibration: Ima
         raise UserError(f"compress takes a model, not a {type(model).__name__}; build one with timm.create_model(NAME)")
     if not isinstance(transforms, Sequence) or not all(isinstance(t, Transform) for t in transforms):
         raise UserError(f"compress takes a list of transforms, e.g. [Multiplex(share=2)], not {transforms!r}")
-    student = copy.deepcopy(model)
+    student = surgery.deep_copy(model)
     transform_(student, transforms, calibration)
     return student

@@ -62,6 +62,16 @@ def test_the_difference_is_the_largest_in_parts_of_the_largest_output():
     assert relative_difference(Constant(1, 8), Constant(5, 8), images) == pytest.approx(0.5)
 
 
+def test_models_that_compute_zero_do_not_differ():
+    """As with a classifier that starts at zero and was not trained."""
+    model = build("vit")
+    nn.init.zeros_(model.head.weight)
+    nn.init.zeros_(model.head.bias)
+    images = images_for(model)
+    assert relative_difference(model, copy.deepcopy(model), images) == 0
+    assert relative_difference(model, build("vit"), images) > 1
+
+
 def test_a_large_scale_on_large_weights_is_merged():
     """RepAdapter's s = 10, from the paper's grid: in float32 the outputs differ by 7e-5, of which the merge has 5e-6."""
     torch.manual_seed(0)

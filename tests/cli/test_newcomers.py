@@ -97,7 +97,7 @@ def test_a_recipe_measures_errors_on_its_own_images(recipe, tmp_path):
     assert student_bytes(tmp_path / "run") == student_bytes(tmp_path / "again")
     assert metrics(tmp_path / "run")
     student = done("evaluate", tmp_path / "run")
-    assert "top1" in student
+    assert "top-1 │" in student
 
 
 def test_lors_from_python_as_the_readme_has_it():

@@ -10,17 +10,21 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers.images import class_folders
+from helpers.images import CPU, GRAY, class_folders
+from helpers.models import build, images_for
 from helpers.runs import TINY, done, refused
-from PIL import Image
+from PIL import ExifTags, Image
 from safetensors.torch import load_file
 
 import compressvit
+from compressvit.data.loaders import eval_loader
 from compressvit.data.opening import open_data
 from compressvit.data.spec import Data
 from compressvit.errors import UserError
 from compressvit.runs.merge import merge_folder
+from compressvit.runs.recorder import evaluation_images
 from compressvit.runs.resources import resource_faults
+from compressvit.training.phases.distill import Distill
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +129,19 @@ def test_a_moved_folder_of_a_run_that_did_not_note_its_data_is_refused(begun, fo
     done("apply", recipe, "--output", copy, "--no-report", "--resume", f"data.root={folders}/./")
 
 
+def test_what_was_taken_off_the_names_of_weights_is_in_plan_and_log(begun, tmp_path):
+    recipe, run, _ = begun
+    weights = compressvit.load(run / "teacher").state_dict()
+    torch.save({"net": {f"module.{name}": tensor for name, tensor in weights.items()}}, tmp_path / "weights.pt")
+    words = [f"teacher.weights={tmp_path / 'weights.pt'}", "teacher.finetune=null", "teacher.num_classes=10"]
+    steps = "steps=[finetune: {epochs: 1, max_steps: 1}]"
+    done("apply", recipe, "--output", tmp_path / "run", "--no-report", "data.name=digits", *words, steps)
+    for file in ("plan.json", "run.log"):
+        text = (tmp_path / "run" / file).read_text()
+        assert "the weights are those under 'net'" in text
+        assert "the prefix 'module.' was taken off" in text
+
+
 # ---- what a machine lacks
 
 
@@ -163,9 +180,12 @@ from compressvit.data import samples
 import compressvit
 from compressvit.data.loaders import eval_loader
 import compressvit
+from compressvit.data.loaders import eval_loader
 from compressvit.data.opening import open_data
 from compressvit.data.spec import Data
+from compressvit.runs.recorder import evaluation_images
 from compressvit.runs.resources import resource_faults
+from compressvit.training.phases.distill import Distill
 sys.path.insert(0, {helpers!r})
 from helpers.images import COLOUR, CPU
 
@@ -194,3 +214,48 @@ def test_a_worker_that_is_killed_is_a_sentence(tmp_path):
     last = found.stderr.strip().splitlines()[-1]
     assert "UserError: a process that loads images has ended: DataLoader worker (pid" in last
     assert "give fewer data.num_workers (now 1), 0 to load them in the training process" in last
+
+
+def test_batches_of_ones_own_have_sentences_of_their_own():
+    with (
+        pytest.raises(UserError, match=r"memory ran out: MemoryError\. Give smaller batches, or precision='bf16'$"),
+        resource_faults(),
+    ):
+        raise MemoryError
+    with pytest.raises(UserError, match="give the DataLoader fewer num_workers"), resource_faults():
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+    with pytest.raises(EOFError, match="of a data set"), resource_faults():  # no worker of torch has ended
+        raise EOFError("of a data set")
+
+
+def test_distill_says_that_memory_ran_out(monkeypatch):
+    def run(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(Distill, "run", run)
+    teacher = build("vit")
+    student = compressvit.compress(teacher, [compressvit.Multiplex(share=2)])
+    with pytest.raises(UserError, match="memory ran out"):
+        compressvit.distill(student, teacher, [images_for(teacher)], layers=(), device="cpu")
+
+
+# ---- the images of diagnostics
+
+
+def test_diagnostics_see_images_as_the_evaluation_does(tmp_path):
+    """Also those of 16 bits, whose EXIF block is gone after they were read."""
+    for split in ("train", "val"):
+        for name in "ab":
+            (tmp_path / split / name).mkdir(parents=True)
+            values = np.zeros((8, 8), np.uint16)
+            values[:2] = 60_000
+            image = Image.fromarray(values)
+            exif = image.getexif()
+            exif[ExifTags.Base.Orientation] = 3  # upside down
+            image.save(tmp_path / split / name / "0.png", exif=exif)
+    data = Data(name="folder", root=str(tmp_path), exif=True)
+    datasets = open_data(data)
+    ((expected, _),) = eval_loader(datasets, data, GRAY, CPU)
+    ((found, _),) = evaluation_images(datasets, data, GRAY, CPU, 2)
+    assert torch.equal(found, expected)
+    assert found[0, 0, 0, 0] < found[0, 0, -1, 0]

@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from helpers.models import SWIN, VIT, build, outputs
+from helpers.recipes import build_teacher
 from torch import nn
 
 from compressvit import Align, BitFit, Freeze, Multiplex
@@ -13,7 +14,7 @@ from compressvit.artifacts import artifact
 from compressvit.errors import UserError
 from compressvit.model import weights
 from compressvit.recipe.recipe import Recipe, parse_recipe
-from compressvit.runs.models import build_student, build_teacher, load_teacher, require_student_file
+from compressvit.runs.models import build_student, load_teacher, require_student_file
 from compressvit.transforms.applying import compress
 
 # ------------------------------------------------------------------------------------------------------------- building

@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from helpers.images import class_folders
+from helpers.recipes import build_teacher
 
 from compressvit.artifacts import artifact
 from compressvit.data.input import input_config
@@ -20,7 +21,7 @@ from compressvit.model.taps import Taps
 from compressvit.recipe.recipe import Recipe, load_recipe, parse_recipe
 from compressvit.runs.files import RecipePlan
 from compressvit.runs.job import prepare
-from compressvit.runs.models import build_student, build_teacher
+from compressvit.runs.models import build_student
 from compressvit.runs.plan import plan_job, plan_recipe
 from compressvit.training.pairs import match_layers
 from compressvit.training.terms import Batch, build_terms

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from compressvit.log import RunLog
+from compressvit.model import surgery
 from compressvit.tasks.quality import Quality
 from compressvit.training.phase import Phase
 from compressvit.training.phases.prune.neurons import (
@@ -78,7 +78,7 @@ def prune_and_train(
                     model, trained = good
                     history.pop()
                 break
-            good = (copy.deepcopy(model), trained)
+            good = (surgery.deep_copy(model), trained)
         left = sum(history[-1].values())
         if done == total or left <= plan.least * len(start) or left == 0:
             break
