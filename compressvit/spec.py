@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from typing import Any, ClassVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from pydantic.config import JsonDict
 from pydantic.fields import FieldInfo
 
 from compressvit.errors import UserError, did_you_mean, nearest
 
 Path = tuple[str | int, ...]  # of a value in nested mappings and lists
+_LARGEST = 3.4e38  # of 32-bit floats, in which torch computes
 
 
 class Frozen(BaseModel):
@@ -42,6 +43,13 @@ class Spec(Frozen):
 
     # As in pydantic's RootModel: sections within a recipe are not built by `__init__`, so their errors keep their place in the recipe.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    @field_validator("*")
+    @classmethod
+    def _fits_in_32_bits(cls, value: Any) -> Any:
+        if isinstance(value, float) and abs(value) > _LARGEST:
+            raise ValueError(f"{value:g} is too large for 32-bit floats, which end at {_LARGEST:g}")
+        return value
 
     @classmethod
     def completed(cls) -> type[Spec]:

@@ -23,7 +23,7 @@ from compressvit.model.backbone import head_names, model_name
 from compressvit.model.bounded import on_meta
 from compressvit.model.checksums import content_checksum
 from compressvit.model.modules import as_timm
-from compressvit.model.stored import StepRecord, read_safetensors
+from compressvit.model.stored import StepRecord, read_safetensors, require_complete
 from compressvit.model.weights import hash_tensors
 from compressvit.reading import Unreadable, parse_json
 from compressvit.spec import Frozen, first_fault
@@ -230,6 +230,7 @@ def _read(path: Path) -> tuple[AdapterHeader, list[Plan], dict[str, Any]]:
         inside = path / "adapter.safetensors"
         hint = f"; did you mean {inside}?" if inside.is_file() else ""
         raise UserError(f"there is no adapter file {path}{hint}")
+    require_complete(path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata: dict[str, Any] = file.metadata() or {}

@@ -27,6 +27,10 @@ SPECIAL = {
 }
 
 
+# File systems in which the kernel shows itself; from /proc, links lead to every file of every process.
+_KERNELS = ("/proc", "/sys")
+
+
 class PictureFiles(Dataset):
     """Files with their targets: `samples` holds (path, target), and an item is (PIL image of 8 bits a channel, target).
 
@@ -76,7 +80,8 @@ class Search:
         folders: names of the folders directly in `root`.
 
     Raises:
-        UserError: something called like a picture is a pipe or a device, which would not be read but waited for.
+        UserError: something called like a picture is a pipe or a device, which would not be read but waited for, or a folder is the
+            kernel's.
     """
 
     def __init__(self, root: Path, *, within: Path, outside: bool = True, leave_out: Sequence[str] = ()):
@@ -115,6 +120,8 @@ class Search:
                 self._passed_over["again"].append(name)
                 continue
             self._entered.add((status.st_dev, status.st_ino))
+            if any(lies_in(os.path.realpath(folder.path), kernels) for kernels in _KERNELS):
+                raise UserError(f"{folder.path} is a folder of the operating system, not of pictures; remove it")
             for entry in entries:
                 parts = (*folder.parts, entry.name)
                 if len(parts) > 1 or entry.name not in self._leave_out:

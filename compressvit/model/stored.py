@@ -251,8 +251,17 @@ def _incomplete(file: Path, fault: object) -> UserError:
     return UserError(f"{file} is not a complete safetensors file (truncated, or a different format): {fault}")
 
 
+def require_complete(file: Path) -> None:
+    """Raise a `UserError` unless a file is as long as its safetensors header says: it is mapped next, and that takes memory for all."""
+    try:
+        read_header(file)
+    except Unreadable as error:
+        raise _incomplete(file, error.fault) from error
+
+
 def read_safetensors(file: Path) -> dict[str, torch.Tensor]:
     """All tensors of a safetensors file, on the CPU; a truncated or foreign file is a `UserError`."""
+    require_complete(file)
     try:
         with safe_open(file, framework="pt", device="cpu") as opened:
             return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (not a dict)

@@ -47,6 +47,9 @@ def plan_job(job: Job) -> RecipePlan:
     Conflicts between steps are collected in the result; a step that cannot be applied is skipped in the rest of the plan.
     """
     recipe, teacher = job.recipe, job.teacher
+    theirs = cost(teacher.model, teacher.input.size).as_dict()  # first: refuses images that the model does not take
+    if recipe.student.model is not None or recipe.student.args:
+        cost(job.student.model, job.student.input.size)
     student = Side(surgery.skeleton(job.student.model), job.student.input)
     planned = _Steps(recipe, teacher, student)
     if recipe.student.weights == "teacher":
@@ -73,7 +76,7 @@ def plan_job(job: Job) -> RecipePlan:
         notes.append("sharing cuts parameters and disk, not MACs or latency: every block still runs")
     return RecipePlan(
         recipe=job.name,
-        teacher=PlannedTeacher(model=recipe.teacher.model, **cost(teacher.model, teacher.input.size).as_dict()),
+        teacher=PlannedTeacher(model=recipe.teacher.model, **theirs),
         student=Costs(**cost(student.model, student.input.size).as_dict()),
         input_size=student.input.size,
         stages=_stages(student.model),

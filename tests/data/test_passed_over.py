@@ -176,6 +176,21 @@ def test_a_loop_of_links_counts_pictures_once(tmp_path, name):
     assert "first cat/loop" in next(note.text for note in found.notes() if note.what == "again")
 
 
+def test_a_folder_is_searched_at_its_own_place(tmp_path):
+    """And not at that of a link to it, whichever comes first."""
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        for name in "abcd":
+            (tmp_path / split / name).symlink_to("m")
+        images(tmp_path / split / "m", 2)
+        images(tmp_path / split / "n", 2)
+        for name in "wxyz":
+            (tmp_path / split / name).symlink_to("m")
+    found = opened(tmp_path)
+    assert found.class_names == ["m", "n"]
+    assert notes_of(found)["again"] == [8, 8]
+
+
 def test_many_links_to_one_another_are_searched_once(tmp_path):
     root = class_folders(tmp_path / "set", each=1)
     for depth in range(24):  # 2 ** 24 paths
@@ -218,6 +233,13 @@ def test_links_out_of_the_root_are_followed_and_counted(tmp_path):
     assert "from_outside" not in notes_of(opened(linked, outside=False)), "the root itself may be a link"
 
 
+def test_a_folder_beside_the_root_is_outside_though_its_name_begins_alike(tmp_path):
+    root = class_folders(tmp_path / "set", each=2)
+    images(tmp_path / "set2", 1)
+    (root / "train" / "cat" / "9.png").symlink_to(tmp_path / "set2" / "00.png")
+    assert notes_of(opened(root))["from_outside"] == [1]
+
+
 def test_a_pipe_is_refused_by_name(tmp_path):
     root = class_folders(tmp_path, each=2)
     os.mkfifo(root / "train" / "cat" / "9.jpg")
@@ -227,6 +249,27 @@ def test_a_pipe_is_refused_by_name(tmp_path):
     (root / "train" / "cat" / "8.jpg").symlink_to("/dev/zero")
     with pytest.raises(UserError, match=r"cat/8.jpg is a device"):
         opened(root)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="there is no /proc")
+@pytest.mark.parametrize("target", ["/proc/self", "/proc", "/sys"])
+def test_the_kernels_folders_are_not_searched(tmp_path, target):
+    root = class_folders(tmp_path, each=2)
+    (root / "train" / "cat" / "more").symlink_to(target)
+    with pytest.raises(UserError, match=r"cat/more is a folder of the operating system, not of pictures; remove it"):
+        opened(root)
+
+
+@pytest.mark.parametrize("split", ["x" * 300, "x" * 5000, "a\0b"])
+@pytest.mark.parametrize("name", ["folder", "images", "lists"])
+def test_a_split_that_no_file_can_be_called(tmp_path, name, split):
+    class_folders(tmp_path, each=2)
+    (tmp_path / "train.txt").write_text("train/cat/0.jpg 0")
+    if name == "images":  # which has another way to hold out
+        assert notes_of(opened(tmp_path, name, val_split=split))["held_out"] == [1]
+        return
+    with pytest.raises(UserError, match=r"nothing for data.val_split|there is no"):
+        opened(tmp_path, name, val_split=split)
 
 
 def test_files_are_in_natural_order_as_timm_reads_them(tmp_path):
@@ -273,6 +316,9 @@ def test_how_images_are_held_out_is_said(tmp_path):
     assert (note.what, note.count) == ("held_out", 2)
     assert "2 pictures of 20 held out: every 10th picture" in note.text
     assert "data.group_by keeps them together" in note.text
+    seventh = opened(tmp_path, "images", val_fraction=0.15)  # 1 / 0.15 = 6.67
+    assert names_of(seventh.validation, tmp_path) == ["06.png", "13.png"]
+    assert "2 pictures of 20 held out: every 7th picture" in seventh.notes()[0].text
 
 
 @pytest.mark.parametrize("group_by", ["folder", "photo(\\d+)", "/(photo\\d+)_"])

@@ -69,6 +69,15 @@ def test_digits_of_more_bits_are_the_digits(tmp_path, kind):
     assert datasets.broken.count == 0
 
 
+def test_values_are_rounded():
+    wide = np.arange(2**16).reshape(256, 256)
+    found, done = read_picture(stored(Image.fromarray(wide.astype(np.uint16))))
+    assert np.array_equal(np.asarray(found), np.round(wide / 257))
+    assert done == pictures.Read.SIXTEEN_BITS
+    floats = np.linspace(0, 1, 1001, dtype=np.float32)[None]
+    assert np.array_equal(np.asarray(read_picture(stored(Image.fromarray(floats), "TIFF"))[0]), np.round(floats * 255))
+
+
 def test_what_every_mode_becomes():
     colour = picture(0)
     gray = colour.convert("L")
@@ -85,7 +94,9 @@ def test_what_every_mode_becomes():
     }
     for mode, (image, expected) in cases.items():
         kind = "TIFF" if mode in ("CMYK", "YCbCr") else "PNG"
-        found, _ = read_picture(stored(image, kind))
+        found, done = read_picture(stored(image, kind))
+        alpha, cmyk = pictures.Read.ALPHA, pictures.Read.CMYK
+        assert done == {"LA": alpha, "RGBA": alpha, "CMYK": cmyk}.get(mode, 0), mode
         for channels, wanted in ((3, expected), (1, None), (4, None)):
             converted = to_channels(found, channels)
             assert converted.mode == {1: "L", 3: "RGB", 4: "RGBA"}[channels]
@@ -126,6 +137,23 @@ def test_nearly_black_images_of_sixteen_bits_are_counted(tmp_path):
     datasets = open_data(data)
     epoch(train_loader(datasets, data, GRAY, CPU)), epoch(eval_loader(datasets, data, GRAY, CPU))
     assert {note.what: note.count for note in datasets.broken.notes()} == {"sixteen_bits": 4, "dark": 3}
+
+
+def test_a_black_image_of_sixteen_bits_is_only_black():
+    _, done = read_picture(stored(Image.fromarray(np.zeros((8, 8), np.uint16))))
+    assert done == pictures.Read.SIXTEEN_BITS
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+@pytest.mark.parametrize("block", [b"Exif\0\0no TIFF", b"Exif\0\0II*\0\xff\xff\xff\xff", "upright"])
+def test_an_exif_block_that_turns_nothing(block):
+    exif = block
+    if block == "upright":
+        exif = Image.Exif()
+        exif[274] = 1
+    found, done = read_picture(stored(picture(0), exif=exif), exif=True)
+    assert done == 0
+    assert np.array_equal(np.asarray(found), np.asarray(picture(0)))
 
 
 @pytest.mark.parametrize("exif", [False, True])
@@ -173,6 +201,15 @@ def test_every_format_is_read_and_found(tmp_path):
         (16, 13) if kind == "ICO" else (24, 20) for kind in sorted(written, key=str.lower)
     ]
     assert set(written) <= set(pictures.FORMATS)
+
+
+@pytest.mark.parametrize("kind", ["MSP", "XBM", "SPIDER", "ICNS"])
+def test_no_other_format_is_read(kind):
+    """Whatever a file is called, and though Pillow reads it."""
+    file = stored(picture(0).convert({"MSP": "1", "XBM": "1", "SPIDER": "F"}.get(kind, "RGB")), kind)
+    assert Image.open(file).format == kind
+    with pytest.raises(BrokenPicture, match="it is not an image"):
+        read_picture(file)
 
 
 def test_the_first_frame_is_read():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import pickle
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -69,6 +70,14 @@ FOREIGN: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], list[str]]] =
             "optimizer": {"state": {0: {"exp_avg": torch.zeros(2)}}, "param_groups": []},
         },
         ["the prefix 'module.' was taken off 56 tensors"],
+    ),
+    "an average of weights": (
+        lambda s: {"state_dict": {n: t + 1 for n, t in s.items()}, "model_ema": s, "epoch": 3},
+        [],
+    ),
+    "timm's average": (
+        lambda s: {"state_dict": {n: t + 1 for n, t in s.items()}, "state_dict_ema": s, "model": {"x": torch.zeros(1)}},
+        [],
     ),
     "net": (lambda s: {"net": s, "acc": 90.0}, ["the weights are those under 'net'"]),
     "model_state_dict": (
@@ -159,6 +168,15 @@ def test_code_in_a_file_is_refused_and_does_not_run(legacy, tmp_path):
     assert not ran.exists()
     torch.load(file, weights_only=False)
     assert ran.exists(), "the bomb must be live, or this tests nothing"
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_pickle_that_torch_does_not_read_is_named_without_torchs_advice(tmp_path):
+    (tmp_path / "w.pth").write_bytes(pickle.dumps({"a": bytearray(3), "b": {1, 2}}, protocol=5))
+    with pytest.raises(UserError, match=r"w\.pth is not a file of plain tensors \(it holds") as error:
+        weights.load_file(build("vit"), tmp_path / "w.pth", WHERE)
+    for advice in ("weights_only", "arbitrary code", "trust the source"):
+        assert advice not in str(error.value)
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])

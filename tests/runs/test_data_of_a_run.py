@@ -17,10 +17,15 @@ from PIL import ExifTags, Image
 from safetensors.torch import load_file
 
 import compressvit
+from compressvit.data.files import PictureFiles
 from compressvit.data.loaders import eval_loader
 from compressvit.data.opening import open_data
+from compressvit.data.samples import Samples
 from compressvit.data.spec import Data
 from compressvit.errors import UserError
+from compressvit.model.stored import name_classes
+from compressvit.recipe.recipe import parse_recipe
+from compressvit.runs.folder import RunFolder
 from compressvit.runs.merge import merge_folder
 from compressvit.runs.recorder import evaluation_images
 from compressvit.runs.resources import resource_faults
@@ -75,12 +80,29 @@ def test_class_names_are_kept_in_artifacts_and_in_what_timm_reads(begun, tmp_pat
     compressvit.save(loaded, tmp_path / "again")
     assert json.loads((tmp_path / "again" / "compressvit.json").read_text())["label_names"] == names
     loaded.reset_classifier(3)
+    name_classes(loaded, names[:4])  # of other classes than those of its head
+    assert loaded.pretrained_cfg["label_names"] == names
     compressvit.save(loaded, tmp_path / "other")
     assert json.loads((tmp_path / "other" / "compressvit.json").read_text())["label_names"] is None
     plain = compressvit.compress(compressvit.load(begun[1] / "teacher"), [compressvit.LoRA(rank=2)])
     compressvit.save(plain, tmp_path / "adapted")
     merge_folder(tmp_path / "adapted", device="cpu")
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["label_names"] == names
+
+
+def test_a_student_of_a_teacher_that_is_not_trained_has_the_names_of_its_data(begun, tmp_path):
+    recipe, run, _ = begun
+    text = recipe.read_text().replace("weights: train", f"weights: {tmp_path / 'teacher.safetensors'}, num_classes: 10")
+    text = (
+        text.replace("num_classes", "\n  num_classes")
+        .replace(", \n", "\n")
+        .replace("  finetune: {epochs: 1, lr: 1e-4}\n", "")
+    )
+    (tmp_path / "recipe.yaml").write_text(text)
+    (tmp_path / "teacher.safetensors").write_bytes((run / "teacher" / "model.safetensors").read_bytes())
+    done("apply", tmp_path / "recipe.yaml", "--output", tmp_path / "run", "--no-report")
+    written = json.loads((tmp_path / "run" / "student" / "compressvit.json").read_text())
+    assert written["label_names"] == [f"{digit}x" for digit in range(10)]
 
 
 def weights(run) -> dict[str, torch.Tensor]:
@@ -125,7 +147,10 @@ def test_a_moved_folder_of_a_run_that_did_not_note_its_data_is_refused(begun, fo
     plan = json.loads((copy / "plan.json").read_text())
     del plan["data"]
     (copy / "plan.json").write_text(json.dumps(plan))
-    assert "data.root" in refused("apply", recipe, "--output", copy, "--resume", f"data.root={tmp_path}")
+    subprocess.run(["cp", "-r", folders, tmp_path / "moved"], check=True)
+    message = refused("apply", recipe, "--output", copy, "--resume", f"data.root={tmp_path / 'moved'}")
+    assert "the recipe is not the one" in message
+    assert f"data.root: '{folders}' in the run, '{tmp_path / 'moved'}' now" in message
     done("apply", recipe, "--output", copy, "--no-report", "--resume", f"data.root={folders}/./")
 
 
@@ -140,6 +165,43 @@ def test_what_was_taken_off_the_names_of_weights_is_in_plan_and_log(begun, tmp_p
         text = (tmp_path / "run" / file).read_text()
         assert "the weights are those under 'net'" in text
         assert "the prefix 'module.' was taken off" in text
+
+
+@pytest.mark.parametrize(("name", "changed"), [("digits", ""), ("wds/x", "data.num_workers: 0 in the run, 3 now")])
+def test_another_number_of_workers_is_another_order_of_a_stream(tmp_path, name, changed):
+    text = TINY.replace("name: digits", f"name: {name}, num_classes: 10")
+    (tmp_path / "resolved.yaml").write_text(parse_recipe(text).to_yaml())
+    folder = RunFolder(tmp_path)
+    folder.refuse_or_clear(parse_recipe(text, overrides=["data.download=true"]), resume=True, overwrite=False)
+    now = parse_recipe(text, overrides=["data.num_workers=3", "data.download=true"])
+    if not changed:
+        folder.refuse_or_clear(now, resume=True, overwrite=False)
+        return
+    with pytest.raises(UserError, match=changed) as error:
+        folder.refuse_or_clear(now, resume=True, overwrite=False)
+    assert "data.download" not in str(error.value)
+
+
+def test_what_identifies_data():
+    """Names below the folder that all have in common, labels, and which of them are used."""
+
+    def identity(*samples, indices=None):
+        return Samples(PictureFiles(samples, None), indices).identity()
+
+    first, second = ("/set/a/1.png", 0), ("/set/b/1.png", 1)
+    same = identity(first, second)
+    assert identity(("/moved/a/1.png", 0), ("/moved/b/1.png", 1)) == same
+    others = [
+        identity(first, ("/set/b/2.png", 1)),
+        identity(first, ("/set/b/1.png", 0)),
+        identity(first, second, ("/set/b/2.png", 1)),
+        identity(first, second, indices=[0]),
+        identity(first, second, indices=[1]),
+        identity(first),
+        identity(("/set/a/2.png", 0)),
+    ]
+    assert len({same, *others}) == 8
+    assert identity(("/set/a/1.png", 0)) == identity(("/moved/1.png", 0))
 
 
 # ---- what a machine lacks

@@ -16,6 +16,7 @@ from compressvit.artifacts import artifact
 from compressvit.errors import UserError
 from compressvit.files import load_checkpoint, save_checkpoint
 from compressvit.runs.folder import RunFolder
+from compressvit.runs.owned import delete
 
 SHORT = ["teacher.finetune.max_steps=1", "steps.1.distill.max_steps=1"]
 
@@ -46,6 +47,21 @@ def test_a_merge_waits_for_nobody_and_disturbs_nobody(recipe, tmp_path):
         done("merge", run, "--output", tmp_path / "elsewhere")
     done("merge", run)
     assert not (run / ".lock").exists()
+
+
+def test_the_owner_keeps_its_lock_to_the_end(tmp_path):
+    folder = tmp_path / "run"
+    with RunFolder(folder).owned():
+        with pytest.raises(UserError, match="another run is writing into"), RunFolder(folder).owned():
+            pass
+        (folder / "results.json").touch()
+        for scratch in (True, False):
+            delete(folder, scratch=scratch)
+            assert (folder / ".lock").is_file()
+            with pytest.raises(UserError, match="another run is writing into"), RunFolder(folder).owned():
+                pass
+        assert not (folder / "results.json").exists()
+    assert not folder.exists()
 
 
 def test_a_folder_that_was_only_looked_at_is_not_left_over(tmp_path):
@@ -91,8 +107,11 @@ def test_scratch_of_a_killed_run_is_removed(recipe, tmp_path):
     (run / ".merge.x_y2z3k1").mkdir()
     (run / ".merge.x_y2z3k1" / "config.json").write_text("{")
     (run / ".notes").write_text("the user's own")
+    (run / ".student.9a1b2c3d").mkdir()
+    (run / ".student.9a1b2c3d" / "thesis.txt").write_text("the user's own, too")
     done("apply", recipe, "--output", run, *SHORT, "--resume")
-    assert {entry.name for entry in run.iterdir() if entry.name.startswith(".")} == {".notes"}
+    assert {entry.name for entry in run.iterdir() if entry.name.startswith(".")} == {".notes", ".student.9a1b2c3d"}
+    assert (run / ".student.9a1b2c3d" / "thesis.txt").is_file()
 
 
 def test_a_good_student_is_not_replaced_by_one_that_fails(recipe, tmp_path):

@@ -15,6 +15,7 @@ from helpers.recipes import build_teacher
 
 from compressvit.artifacts import artifact
 from compressvit.data.input import input_config
+from compressvit.errors import UserError
 from compressvit.model import stored, ties
 from compressvit.model.cost import saved_bytes
 from compressvit.model.taps import Taps
@@ -356,3 +357,14 @@ def test_a_loss_whose_memory_a_plan_cannot_know_is_named(monkeypatch):
     step = plan_recipe(recipe).steps[-1]
     assert "prediction" not in step.loss_bytes
     assert step.summary.endswith("; the memory of prediction is known only when it runs")
+
+
+@pytest.mark.parametrize("section", ["teacher", "student"])
+def test_a_model_that_cannot_take_its_images_is_refused(section):
+    """Patches of 32 pixels in images of 16."""
+    changes = {"teacher": {}, "student": {"student": {"args": {"patch_size": 32}, "weights": "random"}}}[section]
+    args = {**VIT, "patch_size": 32} if section == "teacher" else VIT
+    with pytest.raises(UserError, match=r"vit_tiny_patch16_224 does not take images of 1×16×16: .*Kernel size"):
+        plan_recipe(recipe_of("vit_tiny_patch16_224", args, [{"multiplex": {"share": 2}}], **changes))
+    with pytest.raises(UserError, match=r"vit_tiny_patch16_224 does not take images of 1×16×16: conv2d"):
+        plan_recipe(recipe_of("vit_tiny_patch16_224", {**VIT, "patch_size": True}, []))

@@ -63,6 +63,39 @@ def test_a_trained_teacher_keeps_its_own(trained, place, asked):
     assert job.student.input.crop_pct == OWN["crop_pct"]
     notes = " ".join(plan_recipe(recipe).notes)
     assert ("data.mean is the student's: 0.1. The teacher keeps its own, 0.3" in notes) == bool(asked)
+    assert "data.mean" not in " ".join(plan_recipe(recipe_of(trained / place, "data.mean=[0.3]")).notes)
+
+
+def test_every_statistic_of_a_trained_teacher_is_its_own():
+    """Timm's, where timm has trained it."""
+    text = TINY.replace("weights: train", "weights: pretrained, num_classes: 1000").replace(
+        "  finetune: {epochs: 1}\n", ""
+    )
+    text = text.replace("pretrained, num_classes: 1000", "pretrained\n  num_classes: 1000")
+    own = [
+        "data.mean=[0.1]",
+        "data.std=[0.9]",
+        "data.interpolation=nearest",
+        "data.crop_pct=0.3",
+        "data.crop_mode=squash",
+    ]
+    plain, asked = (prepare(parse_recipe(text, "recipe", more), "cpu") for more in ([], own))
+    assert asked.teacher.input == plain.teacher.input
+    assert asked.student.input.as_dict() == {
+        "input_size": [1, 8, 8],
+        "mean": [0.1],
+        "std": [0.9],
+        "interpolation": "nearest",
+        "crop_pct": 0.3,
+        "crop_mode": "squash",
+    }
+    from_nothing = prepare(parse_recipe(TINY, "recipe", own), "cpu")
+    assert from_nothing.teacher.input == asked.student.input
+    assert plain.student.input.crop_pct == 1.0  # digits fill their frame
+    other = prepare(
+        parse_recipe(text.replace("name: digits", "name: images, root: x"), "recipe"), "cpu", without_data=True
+    )
+    assert other.student.input.crop_pct == 0.9
 
 
 @pytest.mark.parametrize("place", PLACES)

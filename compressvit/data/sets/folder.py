@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def open_folder(data: Data) -> tuple[Dataset, Dataset]:
 
 def _path(root: Path, option: str, split: str, usual: Sequence[str]) -> Path:
     names = split_names(split, usual)
-    paths = [path for name in names for path in (root / name, root / f"{name}.tar") if path.exists()]
+    paths = [path for name in names for path in (root / name, root / f"{name}.tar") if os.path.exists(path)]
     if not paths:
         raise UserError(
             f"data.root={root}: nothing for data.{option}={split} (looked for {', '.join(names)}, as a folder "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,14 +33,14 @@ def open_images(data: Data) -> tuple[PictureFiles, PictureFiles]:
         used = (train.name, validation.name)
         return _set(_search(train, data)), _set(held_out, _others(root, used))
     # no folder that is called like a validation split is trained on
-    kept = [name for name in split_names(data.val_split, VAL_FOLDERS) if (root / name).is_dir()]
+    kept = [name for name in split_names(data.val_split, VAL_FOLDERS) if os.path.isdir(root / name)]
     rest = _search(root, data, leave_out=kept)
     text = f"{pictures(len(rest.found))} outside {', '.join(f'{name}/' for name in kept)} to train on; validation is {validation.name}/"
     return _set(rest, [Note("split", len(rest.found), text)]), _set(held_out)
 
 
 def _folder(root: Path, split: str, usual: Sequence[str]) -> Path | None:
-    return next((root / name for name in split_names(split, usual) if (root / name).is_dir()), None)
+    return next((root / name for name in split_names(split, usual) if os.path.isdir(root / name)), None)
 
 
 def _search(folder: Path, data: Data, leave_out: Sequence[str] = ()) -> Search:

@@ -71,7 +71,7 @@ class _List:
         self.file = root / f"{split.removesuffix('.txt')}.txt"
         self._root, self._inside, self._outside = root, os.path.realpath(root), data.outside
         self._guessed: Counter[str] = Counter()
-        if not self.file.is_file():
+        if not os.path.isfile(self.file):
             there = sorted(path.stem for path in root.glob("*.txt"))
             close = nearest(split, there)
             hint = f"did you mean {close}? " if close else ""
