@@ -77,7 +77,7 @@ def save(
         check: called with the new artifact's folder before it replaces an earlier one, which is kept if `check` raises.
 
     Raises:
-        UserError: a tie is broken, the model was not built by timm, or `path` holds something that is not an artifact.
+        UserError: a tie is broken, the model was not built by timm or is quantised, or `path` holds something that is not an artifact.
     """
     path = Path(path)
     if path.is_symlink():  # the target of a link is replaced, not the link
@@ -85,7 +85,9 @@ def save(
     manifest = _manifest(model, input_config)
     if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or (path / MANIFEST).is_file())):
         raise UserError(f"{path} exists and is not a compressvit artifact; choose another folder")
-    tensors = {k: v.detach().contiguous().cpu() for k, v in ties.unique_state(model).items()}
+    state = ties.unique_state(model)
+    _require_plain(state)
+    tensors = {k: v.detach().contiguous().cpu() for k, v in state.items()}
     scratch = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}"
     scratch.mkdir(parents=True)
     try:
@@ -110,6 +112,16 @@ def save(
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return path
+
+
+def _require_plain(state: dict[str, Any]) -> None:
+    """Raise a `UserError` where the state of a model has more than plain tensors, as that of a quantised one."""
+    for name, value in state.items():
+        if not isinstance(value, torch.Tensor) or value.is_quantized or hasattr(value, "__tensor_flatten__"):
+            raise UserError(
+                f"{name} of the model is a {type(value).__name__}, and an artifact holds plain tensors only; save the model before it is "
+                "quantised, and quantise what compressvit.load returns"
+            )
 
 
 def require_storable(model: nn.Module) -> None:

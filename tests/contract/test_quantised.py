@@ -12,7 +12,9 @@ from helpers.models import VIT, images_for, randomise
 from torch import nn
 from torch.ao.nn.quantized.dynamic import Linear as DynamicLinear
 
+from compressvit.artifacts import artifact
 from compressvit.artifacts.merge import merged_copy
+from compressvit.errors import UserError
 from compressvit.transforms import LORS, SSF, Adapters, FacT, LoRA, LowRank, Multiplex, RepAdapter, Transform
 from compressvit.transforms.applying import compress, materialise
 
@@ -52,7 +54,9 @@ def reached(model: nn.Module, kind: type[nn.Module] = DynamicLinear) -> int:
 
 @torch.no_grad()
 def least_cosine(model: nn.Module, other: nn.Module) -> float:
-    images = images_for(model).repeat(32, 1, 1, 1)  # of so many tokens that a shared weight is added to, where it can be
+    images = images_for(model).repeat(
+        32, 1, 1, 1
+    )  # of so many tokens that a shared weight is added to, where it can be
     return nn.functional.cosine_similarity(model(images), other(images), dim=1).min().item()
 
 
@@ -89,6 +93,25 @@ def test_torchao_reaches_every_layer(name, config):
     assert len(layers) == STUDENTS[name][2]
     assert all(type(layer.weight) is not nn.Parameter for layer in layers)
     assert least_cosine(student(name), model) > 0.99
+
+
+def test_a_quantised_student_is_not_saved(tmp_path):
+    quantised = dynamic(copy.deepcopy(student("low_rank")))
+    with pytest.raises(
+        UserError,
+        match=r"an artifact holds plain tensors only; save the model before it is quantised, and quantise what",
+    ):
+        artifact.save(quantised, tmp_path / "student")
+    assert not (tmp_path / "student").exists()
+
+
+@pytest.mark.parametrize("config", ["Int8DynamicActivationInt8WeightConfig", "Int8WeightOnlyConfig"])
+def test_a_student_quantised_by_torchao_is_not_saved(tmp_path, config):
+    quantization = pytest.importorskip("torchao.quantization")
+    model = copy.deepcopy(student("low_rank"))
+    quantization.quantize_(model, getattr(quantization, config)())
+    with pytest.raises(UserError, match="save the model before it is quantised"):
+        artifact.save(model, tmp_path / "student")
 
 
 class Wrapped(torch.Tensor):
