@@ -387,9 +387,9 @@ def _schema(arguments: argparse.Namespace) -> int:
     table = Table(box=None, pad_edge=False)
     for column in (arguments.key, "default", "meaning"):
         table.add_column(column)
-    for row in documentation(arguments.key):
+    for row in (rows := documentation(arguments.key)):
         table.add_row(*row)
-    Terminal().print(table)
+    Terminal().print(table if rows else f"{arguments.key} has no options")
     return 0
 
 

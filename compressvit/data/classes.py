@@ -6,7 +6,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 
 from compressvit.data.files import natural_key
-from compressvit.data.notes import Note, pictures
+from compressvit.data.notes import Note, counted
 from compressvit.errors import UserError
 from compressvit.files import expanded
 
@@ -33,7 +33,7 @@ def class_order(names: Iterable[str], asked: str | None, where: str) -> tuple[li
         known = {composed(name) for name in order}
         if strange := [name for name in natural if composed(name) not in known]:
             raise UserError(
-                f"data.classes={asked}: {pictures(len(strange), 'folder')} of {where} not among its {len(order)} names, first "
+                f"data.classes={asked}: {counted(len(strange), 'folder')} of {where} not among its {len(order)} names, first "
                 f"'{strange[0]}'; the file has one folder name a line, in the order of the targets"
             )
         return order, [Note("classes", len(order), f"{len(order):,} classes, in the order of {asked}")]
@@ -70,7 +70,7 @@ def read_names(file: str) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"data.classes={file} cannot be read as UTF-8 text: {error}") from error
     if len(names) < 2 or "" in names:
-        fault = f"line {names.index('') + 1} is empty" if "" in names else f"it has {pictures(len(names), 'line')}"
+        fault = f"line {names.index('') + 1} is empty" if "" in names else f"it has {counted(len(names), 'line')}"
         raise UserError(f"data.classes={file}: {fault}; give one class name a line, at least two")
     first: dict[str, int] = {}
     for number, name in enumerate(names, 1):
@@ -102,10 +102,10 @@ def different_classes(name: str, train: Iterable[str], validation: Iterable[str]
 
 
 def missing_classes(order: Sequence[str], there: Iterable[str], split: str) -> list[Note]:
-    """A note where a split has no picture of some classes."""
+    """A note where a split has no image of some classes."""
     known = {composed(name) for name in there}
     missing = [name for name in order if composed(name) not in known]
-    text = f"{split}: {pictures(len(missing), 'class')} without a picture: {some_of(missing)}"
+    text = f"{split}: {counted(len(missing), 'class')} without an image: {some_of(missing)}"
     return [Note("missing_classes", len(missing), text)] if missing else []
 
 
@@ -120,6 +120,6 @@ def _refuse_twins(names: Sequence[str], where: str) -> None:
     for name in names:
         if composed(name) in first:
             raise UserError(
-                f"{where}: two folders are called '{composed(name)}', in different Unicode forms; move the pictures into one"
+                f"{where}: two folders are called '{composed(name)}', in different Unicode forms; move the images into one"
             )
         first[composed(name)] = name

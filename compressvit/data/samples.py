@@ -66,7 +66,7 @@ class Samples(Dataset):
     to be converted is recorded in `done`, a tensor of the same form, as bits of `Read`.
 
     Args:
-        exif: turn pictures as their EXIF blocks say.
+        exif: turn images as their EXIF blocks say.
     """
 
     def __init__(self, source: Any, indices: Sequence[int] | None = None, labelled: bool = True, *, exif: bool = False):
@@ -172,7 +172,7 @@ class BrokenFiles:
         return [self._sets[k].name(i) for k, i in self._found()]
 
     def notes(self) -> list[Note]:
-        """What was done to the pictures that were read so far."""
+        """What was done to the images that were read so far."""
         counts = {kind: sum(int((s.done & int(kind) > 0).sum()) for s in self._sets) for kind in Read}
         return notes_of_reading(counts, exif=any(s.exif for s in self._sets))
 

@@ -96,18 +96,20 @@ def _with_budget(specs: list[Transform], budget: Budget) -> list[Transform]:
 
 
 def _table(rows: list[dict[str, Any]], unit: str) -> Table:
-    table = Table(title="Before any training", title_justify="left")
+    table = Table(title=f"Before any training (share: of the teacher's {unit})", title_justify="left")
     shown = measured(rows[-1])
-    for column in ("budget", "parameters", "bytes", "MACs", f"{unit}, of teacher", *(q.heading for q in shown)):
-        table.add_column(column, justify="right")
+    for column in ("budget", "parameters", "bytes", "MACs", "share"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for quality in shown:
+        table.add_column(quality.heading, justify="right")
     for row in rows:
         table.add_row(
             "teacher" if row["budget"] is None else f"{row['budget']:g}",
             f"{row['parameters']:,}",
             megabytes(row["bytes"]),
-            f"{row['macs'] / 1e6:,.1f} M",
+            f"{row['macs'] / 1e6:,.1f} M" if row["macs"] < 1e9 else f"{row['macs'] / 1e9:,.2f} G",
             f"{row[unit] / rows[0][unit]:.3f}",
-            *(f"{row[q.key]:.4g}" for q in shown),
+            *(q.number(row[q.key]) for q in shown),
         )
     return table
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from compressvit.errors import UserError
+from compressvit.text import printable
 
 SECONDS = 10  # of computing
 WAITING = 180  # seconds in all, on a machine that does something else, too
@@ -88,9 +89,13 @@ class Faults(list[str]):
                 within_bounds(read)
         except UserError as error:
             if len(str(error)) > 20_000:
-                self.append(f"{what}: a message of {len(str(error)):,} characters")
+                self._note(what, f"a message of {len(str(error)):,} characters")
         except (Exception, ExceededError) as error:  # whatever it is, it is what this test looks for
-            self.append(f"{what}: {''.join(traceback.format_exception(error)[-3:])}")
+            self._note(what, "".join(traceback.format_exception(error)[-3:]))
+
+    def _note(self, what: str, fault: str) -> None:
+        """In text that pytest's workers can pass on."""
+        self.append(printable(f"{what[:3000]}: {fault[-3000:]}"))
 
     def none_of(self, count: int) -> None:
         """Fail if there are any."""

@@ -67,8 +67,8 @@ def test_what_was_passed_over_or_guessed_is_in_plan_log_and_results(begun):
     for text in ((run / "run.log").read_text(), out):
         assert "data: 40 images to train on, 40 held out" in text
         assert "data: 10 classes: the folders directly in train/, in natural order" in text
-        assert "data: train: 1 file of types that are not read passed over: 1 .txt" in text
-        assert "data: 80 pictures of 16 bits scaled to 8 (value / 257)" in text
+        assert "data: train: 1 file of types that are not read, passed over: 1 .txt" in text
+        assert "data: 80 images of 16 bits scaled to 8 (value / 257)" in text
 
 
 def test_class_names_are_kept_in_artifacts_and_in_what_timm_reads(begun, tmp_path):
