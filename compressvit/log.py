@@ -92,11 +92,12 @@ class RunLog:
             self._writer.add_scalar(f"{self._tag(phase)}/{kind}/{name}", value, step)
 
     def recorded(self, phase: str, kind: str, step: int) -> bool:
-        """Whether `metrics.jsonl` has a row of this kind and step, for a run that was killed and is resumed."""
-        path = None if self.folder is None else self.folder / "metrics.jsonl"
-        rows = []
+        """Whether `metrics.jsonl`, if there is one to write, has a row of this kind and step already."""
+        if self.folder is None:
+            return True
+        path, rows = self.folder / "metrics.jsonl", []
         with warn_and_continue("earlier metrics cannot be read"):
-            rows = read_metrics(path) if path is not None and path.is_file() else []
+            rows = read_metrics(path) if path.is_file() else []
         return any((row.phase, row.kind, row.step) == (phase, kind, step) for row in rows)
 
     def board(self, show: Callable[[Any], None]) -> None:

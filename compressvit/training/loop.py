@@ -82,8 +82,14 @@ def train(
         UserError: the loss or the gradient is not finite, which is detected up to `log_every` steps later. The last good checkpoint is
             kept, and the model has the weights and buffers from before that step.
     """
-    warm = None if moments is None else Moments(moments)
-    others = (task or task_of(student.model), teacher, start, warm, watches, measure)
+    others = (
+        task or task_of(student.model),
+        teacher,
+        start,
+        None if moments is None else Moments(moments),
+        watches,
+        measure,
+    )
     return Trainer(student, spec, phase, terms, loader, batch_size, device, log, evaluate, *others).run()
 
 
@@ -106,7 +112,6 @@ class Trainer:
     warm: Moments | None
     watches: Sequence[Watch]
     measure: Callable[[nn.Module, int, bool], None]
-
     epoch: int = 0  # done
     batch_index: int = 0  # batches done in the next epoch
     steps: int = 0  # optimiser steps done
@@ -140,8 +145,7 @@ class Trainer:
         else:
             self.begin()
         if not self.batch_index:
-            self.judge_if_missing()
-            self.measure(self.judged(), self.epoch, False)
+            self.catch_up(False)
         self.connect()
         try:
             with (
@@ -183,8 +187,8 @@ class Trainer:
             kept = saved.get("kept_epoch", saved.get("epoch"))
             if kept == saved.get("epoch"):  # the weights of an earlier epoch are not the ones to measure
                 self.epoch, self.steps = saved["epoch"], saved["steps"]
-                self.judge_if_missing()
-                self.measure(self.model.eval(), saved["epoch"], True)
+                self.model.eval()
+                self.catch_up(True)
             ended = {"start": self.start, "kept_epoch": kept}
             return ended if self.warm is None else {**ended, "moments": Moments(saved["moments"])}
         with restoring(path):
@@ -234,9 +238,8 @@ class Trainer:
             if self.steps >= self.total_steps:
                 return
             if self.stop.signum is not None:
-                random_state = opt.random_state()
                 self.read()
-                self.checkpoint(False, random_state)
+                self.checkpoint(False, opt.random_state())
                 raise Interrupted(self.stop.signum, self.phase.checkpoint)
 
     def batches(self) -> Iterator[tuple[torch.Tensor, Any]]:
@@ -312,16 +315,15 @@ class Trainer:
 
     def close_epoch(self) -> None:
         """Log, evaluate, keep the best weights, run diagnostics, and write a checkpoint."""
-        name, average = self.phase.name, self.average
         self.read()
         self.epoch, self.batch_index = self.epoch + 1, 0
         last = self.is_over()
-        self.log.scalars(name, "epoch", self.steps, {"epoch": self.epoch, **self.meters.means()})
-        if last and average is not None:
-            self.model.load_state_dict(ties.unique_state(average.module), strict=False)
+        self.log.scalars(self.phase.name, "epoch", self.steps, {"epoch": self.epoch, **self.meters.means()})
+        if last and self.average is not None:
+            self.model.load_state_dict(ties.unique_state(self.average.module), strict=False)
         if self.best is None:
             self.checkpoint(last)  # first, so that an error in the evaluation loses no training
-        if self.is_judged():
+        if last or self.epoch % self.spec.evaluate_every == 0:
             self.judge()
         if last:
             self.take_best()
@@ -336,19 +338,16 @@ class Trainer:
         """The model to evaluate: the weight average, if there is one, until it is copied into the model at the end."""
         return self.model if self.average is None or self.is_over() else self.average.module
 
-    def is_judged(self) -> bool:
-        """Whether the model is evaluated after the epochs done so far."""
-        return self.is_over() or self.epoch % self.spec.evaluate_every == 0
-
-    def judge_if_missing(self) -> None:
-        """Evaluate again where a run was killed after the checkpoint of an epoch and before its evaluation was recorded."""
-        if self.epoch and self.is_judged() and not self.log.recorded(self.phase.name, "evaluate", self.steps):
+    def catch_up(self, last: bool) -> None:
+        """Evaluate and measure at the present epoch, where a run was killed after its checkpoint, before that was recorded."""
+        due = self.epoch and (last or self.epoch % self.spec.evaluate_every == 0)
+        if due and not self.log.recorded(self.phase.name, "evaluate", self.steps):
             self.judge()
+        self.measure(self.judged(), self.epoch, last)
 
     def judge(self) -> None:
         """Evaluate, and keep the weights if no earlier evaluation was better."""
-        judged = self.judged()
-        result = self.evaluate(judged)
+        result = self.evaluate(judged := self.judged())
         self.log.scalars(self.phase.name, "evaluate", self.steps, {"epoch": self.epoch, **result})
         found = f"{self.meters.text(self.task)}  {self.task.progress(result)}"
         self.log.say(f"{self.phase.name} {self.epoch}/{self.spec.epochs}  {found}")
@@ -357,8 +356,7 @@ class Trainer:
 
     def take_best(self) -> None:
         """With `keep: best`, load the weights of the best evaluation."""
-        best = self.best
-        if best is None or best["model"] is None or best["epoch"] == self.epoch:
+        if (best := self.best) is None or best["model"] is None or best["epoch"] == self.epoch:
             return
         self.model.load_state_dict(best["model"], strict=False)
         kept = f"epoch {best['epoch']}" if best["epoch"] else "the start"
