@@ -2,9 +2,8 @@
 
 CPU and GPU use one code path. The randomness of an epoch is seeded from the run's seed, the phase and the epoch, so a resumed run ends
 with the same weights as an uninterrupted one (bit for bit on a CPU).
-
-A step does not wait for the device: losses, accuracies and norms stay there until they are logged. After the first non-finite loss or
-gradient, the device itself skips updates and restores buffers (BatchNorm), until the loop reads the values and stops.
+A step does not wait for the device: values stay there until they are logged. After the first loss or gradient that is not finite,
+the device skips updates and restores buffers, until the loop reads the values and stops.
 """
 
 from __future__ import annotations
@@ -82,14 +81,8 @@ def train(
         UserError: the loss or the gradient is not finite, which is detected up to `log_every` steps later. The last good checkpoint is
             kept, and the model has the weights and buffers from before that step.
     """
-    others = (
-        task or task_of(student.model),
-        teacher,
-        start,
-        None if moments is None else Moments(moments),
-        watches,
-        measure,
-    )
+    warm = None if moments is None else Moments(moments)
+    others = (task or task_of(student.model), teacher, start, warm, watches, measure)
     return Trainer(student, spec, phase, terms, loader, batch_size, device, log, evaluate, *others).run()
 
 
