@@ -77,17 +77,20 @@ def save(
         check: called with the new artifact's folder before it replaces an earlier one, which is kept if `check` raises.
 
     Raises:
-        UserError: a tie is broken, the model was not built by timm or is quantised, or `path` holds something that is not an artifact.
+        UserError: a tensor has no values, a tie is broken, the model was not built by timm or is quantised, or `path` holds something
+            that is not an artifact.
     """
+    state = model.state_dict()
+    _require_plain(state)
+    if empty := next((name for name, tensor in state.items() if tensor.is_meta), None):
+        raise UserError(f"{empty} is on the meta device and has no values to save; load or initialise the model first")
     path = Path(path)
     if path.is_symlink():  # the target of a link is replaced, not the link
         path = path.resolve()
     manifest = _manifest(model, input_config)
     if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or (path / MANIFEST).is_file())):
         raise UserError(f"{path} exists and is not a compressvit artifact; choose another folder")
-    state = ties.unique_state(model)
-    _require_plain(state)
-    tensors = {k: v.detach().contiguous().cpu() for k, v in state.items()}
+    tensors = {k: v.detach().contiguous().cpu() for k, v in ties.unique_state(model).items()}
     scratch = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}"
     scratch.mkdir(parents=True)
     try:
@@ -190,7 +193,9 @@ def _skeleton(path: Path, manifest: Manifest) -> tuple[nn.Module, nn.Module]:
 
 def _require_fit(path: Path, manifest: Manifest) -> None:
     """Compare what a manifest describes with the header of its tensors, before memory is taken for either."""
-    _, model = _skeleton(path, manifest)
+    with on_meta():
+        model = build_plain(path, manifest)
+        _transform(model, path, manifest)
     model.to(getattr(torch, manifest.dtype))
     declared = sorted(sorted(group) for group in manifest.ties)
     if sorted(sorted(group) for group in ties.tied_groups(model)) != declared:

@@ -6,9 +6,10 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 
 from compressvit.data.files import natural_key
-from compressvit.data.notes import Note, counted
+from compressvit.data.notes import counted
 from compressvit.errors import UserError
 from compressvit.files import expanded
+from compressvit.notes import Note
 
 ORDERS = ("natural", "plain")
 _LONGEST_FILE = 2**26
@@ -107,6 +108,28 @@ def missing_classes(order: Sequence[str], there: Iterable[str], split: str) -> l
     missing = [name for name in order if composed(name) not in known]
     text = f"{split}: {counted(len(missing), 'class')} without an image: {some_of(missing)}"
     return [Note("missing_classes", len(missing), text)] if missing else []
+
+
+def other_classes(names: Sequence[str], model: Sequence[str], whose: str) -> list[Note]:
+    """A note where a model was trained on classes of other names than the data's, or in another order.
+
+    Args:
+        names, model: in target order, of the data and of the model; of another number they are not compared.
+        whose: what the note calls the model.
+    """
+    ours, theirs = [composed(name) for name in names], [composed(name) for name in model]
+    places = [i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b]
+    if len(ours) != len(theirs) or not places:
+        return []
+    first = f"class {places[0]} is '{names[places[0]]}' in the data and '{model[places[0]]}' in {whose}"
+    if sorted(ours) == sorted(theirs):
+        text = (
+            f"{len(places):,} of {len(ours):,} classes have another number in {whose} than in the data: {first}. Its accuracy is "
+            "meaningless until data.classes=FILE gives the data that order"
+        )
+        return [Note("model_class_order", len(places), text)]
+    text = f"{len(places):,} of {len(ours):,} classes have another name in {whose} than in the data: {first}. Its accuracy is meaningless "
+    return [Note("model_class_names", len(places), text + "unless they mean the same")]
 
 
 def some_of(names: Sequence[str], at_most: int = 5) -> str:

@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from compressvit.data.notes import Note, counted
+from compressvit.data.notes import counted
 from compressvit.data.pictures import EXTENSIONS, read_picture
 from compressvit.errors import UserError
+from compressvit.notes import Note
 
 # What a path may be that is neither a folder nor a file.
 SPECIAL = {

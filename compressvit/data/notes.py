@@ -1,26 +1,9 @@
-"""Notes on data: what was skipped, guessed or converted, and how often. The plan, the log and `results.json` contain them."""
+"""Sentences about what was done to pictures, by how many."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from compressvit.data.pictures import Read
-
-
-@dataclass(frozen=True)
-class Note:
-    """A note on a data set.
-
-    Attributes:
-        what: its kind as a fixed word, e.g. 'other_types'.
-        count: number of files, images, labels or classes concerned.
-        text: the note as a sentence.
-    """
-
-    what: str
-    count: int
-    text: str
-
+from compressvit.notes import Note
 
 # By conversion: the note's kind, and its sentence, in which {} is e.g. '12 images'.
 _READ = {
@@ -34,15 +17,21 @@ _READ = {
     Read.FRAMES: ("frames", "{} with several frames or pages, of which the first was read"),
     Read.CMYK: ("cmyk", "{} in CMYK, converted without a colour profile"),
 }
-_TURNED = {
-    False: "{} with an EXIF orientation, which was ignored (data.exif=true applies it)",
-    True: "{} turned according to their EXIF orientation",
+_EXIF = {
+    False: {
+        Read.TURNED: ("turned", "{} with an EXIF orientation, which was ignored (data.exif=true applies it)"),
+        Read.BAD_EXIF: ("bad_exif", "{} with a damaged EXIF block, which was ignored"),
+    },
+    True: {
+        Read.TURNED: ("turned", "{} turned according to their EXIF orientation"),
+        Read.BAD_EXIF: ("bad_exif", "{} with a damaged EXIF block, so not turned"),
+    },
 }
 
 
 def notes_of_reading(counts: dict[Read, int], *, exif: bool) -> list[Note]:
     """Notes on the conversions of the images read so far; `counts` has the number of images for each."""
-    sentences = {**_READ, Read.TURNED: ("turned", _TURNED[exif])}
+    sentences = _READ | _EXIF[exif]
     return [
         Note(what, counts[kind], text.format(counted(counts[kind])))
         for kind, (what, text) in sentences.items()

@@ -1,7 +1,6 @@
 """Opening the data sets that a recipe names, and checking them before anything is computed.
 
-Map-style sets become `Samples`; streaming sets (WebDataset, TensorFlow and streaming Hugging Face datasets) stay timm's
-`IterableImageDataset`.
+Map-style sets become `Samples`; streaming sets (WebDataset, TensorFlow and streaming Hugging Face datasets) become `Stream`.
 """
 
 from __future__ import annotations
@@ -17,11 +16,12 @@ from torch.utils.data import Dataset, Subset
 from compressvit.data.classes import ORDERS, composed, different_classes, read_names
 from compressvit.data.data_set import find_set
 from compressvit.data.files import PictureFiles
-from compressvit.data.notes import Note
 from compressvit.data.samples import BrokenFiles, Samples
 from compressvit.data.sets.base import LAYOUT, class_names_of, evenly
 from compressvit.data.spec import Data
+from compressvit.data.streams import Stream
 from compressvit.errors import UserError
+from compressvit.notes import Note
 from compressvit.tasks.base import find_task
 
 
@@ -30,7 +30,7 @@ class Datasets:
     """The result of `open_data`.
 
     Attributes:
-        train, validation: `Samples`, or timm's `IterableImageDataset` for a streaming set.
+        train, validation: `Samples`, or `Stream` for a streaming set.
         num_classes: the number of classes; None in an unlabelled set, or one of a task without classes.
         class_names: in the order of the targets; None if unknown.
         labelled: False if every target is -1.
@@ -138,4 +138,4 @@ def _limited(source: Any, data: Data, option: str, labelled: bool) -> Dataset:
             f"data.{option}={limit}: a streaming set is read in the order of its shards and cannot be thinned out; "
             "name fewer shards in data.train_split or data.val_split"
         )
-    return source
+    return Stream(source, data.num_workers, exif=data.exif)

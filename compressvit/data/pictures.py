@@ -11,6 +11,7 @@
 | several frames or pages | the first |
 
 The EXIF orientation is ignored, as in torchvision and timm, unless `data.exif` is true. (For TIFF, Pillow itself applies it.)
+An image whose EXIF block is damaged is read as it is stored.
 
 Other formats that Pillow knows (EPS, PostScript, WMF, containers, …) are not read, whatever a file is called, because Pillow starts
 Ghostscript for EPS. Some readers of other packages open files themselves, so importing this module disables Ghostscript in Pillow.
@@ -18,10 +19,11 @@ Ghostscript for EPS. Some readers of other packages open files themselves, so im
 
 from __future__ import annotations
 
+import warnings
 from enum import IntFlag
 from functools import cache
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 from PIL import EpsImagePlugin, ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -49,6 +51,7 @@ EXTENSIONS = tuple(extension for extensions in FORMATS.values() for extension in
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by channels of a model
 _EIGHT_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV")
 _TWELVE_BITS = 4095
+_TIFF = (b"II*\0", b"MM\0*")  # how an EXIF block begins, by byte order
 
 EpsImagePlugin.gs_binary = False
 
@@ -67,6 +70,7 @@ class Read(IntFlag):
     FRAMES = 16
     CMYK = 32
     TURNED = 64
+    BAD_EXIF = 128
 
 
 @cache
@@ -111,10 +115,7 @@ def standard(image: Image.Image, *, exif: bool = False) -> tuple[Image.Image, Re
     Raises:
         BrokenPicture: no rule covers its mode or its values.
     """
-    done = Read(0)
-    if _orientation(image) not in (1, None):
-        done |= Read.TURNED
-        image = ImageOps.exif_transpose(image) if exif else image
+    image, done = _upright(image) if exif else (image, _orientation(image))
     if image.mode == "F":
         return _from_floats(image), done | Read.FLOAT
     if image.mode == "I" or image.mode.startswith("I;16"):
@@ -135,11 +136,36 @@ def to_channels(image: Image.Image, channels: int) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)
 
 
-def _orientation(image: Image.Image) -> Any:
+def _orientation(image: Image.Image) -> Read:
+    """Whether the EXIF block says to turn a picture, or is so damaged that it does not say."""
     try:
-        return image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # a damaged EXIF block is as good as none
-        return None
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # a damaged block leads Pillow into errors of every kind
+        return Read.BAD_EXIF
+    block = image.info.get("exif")
+    if block and orientation is None and _is_damaged(block):
+        return Read.BAD_EXIF
+    return Read.TURNED if orientation in range(2, 9) else Read(0)
+
+
+def _is_damaged(block: bytes) -> bool:
+    """Whether an EXIF block cannot be read to its end; Pillow reads what it can, and warns."""
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        try:
+            Image.Exif().load(block)
+        except Exception:  # of every kind, as above
+            return True
+    return bool(warned) or not block.removeprefix(b"Exif\0\0").startswith(_TIFF)
+
+
+def _upright(image: Image.Image) -> tuple[Image.Image, Read]:
+    """A picture turned as its EXIF block says."""
+    done = _orientation(image)
+    try:
+        return (ImageOps.exif_transpose(image) if done is Read.TURNED else image), done
+    except Exception:  # Pillow writes the block again, without the orientation
+        return image, Read.BAD_EXIF
 
 
 def _from_integers(image: Image.Image) -> tuple[Image.Image, bool]:

@@ -14,11 +14,12 @@ from torch.utils.data import Dataset
 
 from compressvit.data.classes import composed, numbers_of, some_of
 from compressvit.data.files import PictureFiles, Search
-from compressvit.data.notes import Note, counted
+from compressvit.data.notes import counted
 from compressvit.data.pictures import EXTENSIONS
 from compressvit.data.sets.base import LAYOUT
 from compressvit.data.spec import Data
 from compressvit.errors import UserError
+from compressvit.notes import Note
 
 
 @dataclass

@@ -19,7 +19,8 @@ from compressvit.fitting.allocate import Budget
 from compressvit.model import cost, surgery
 from compressvit.recipe.recipe import Recipe
 from compressvit.runs.one_shot import OneShot, leading_transforms
-from compressvit.runs.tables import megabytes
+from compressvit.runs.plan import plan_data
+from compressvit.runs.tables import megabytes, print_data
 from compressvit.tasks.qualities import measured, qualities, words
 from compressvit.transforms.base import Transform
 from compressvit.transforms.low_rank.base import RankStep
@@ -69,6 +70,11 @@ def frontier(
     graded = (q.key for q in task.ranked(rows[0]) if q.key in task.graded)
     _write(rows, output, unit, recipe.teacher.model, next(graded, task.ranking[-1]))
     console.print(_table(rows, unit))
+    print_data(plan_data(begin.job), console)
+    for note in begin.weights:
+        console.print(f"weights: {note.text}", highlight=False)
+    if broken := begin.job.datasets.broken.count:
+        console.print(f"{broken} broken image files were skipped", highlight=False)
     console.print(f"{output / 'frontier.png'}, {output / 'frontier.csv'}", highlight=False)
     return rows
 

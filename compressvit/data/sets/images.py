@@ -9,17 +9,18 @@ from pathlib import Path
 
 from compressvit.data.data_set import data_set
 from compressvit.data.files import Found, PictureFiles, Search
-from compressvit.data.notes import Note, counted
+from compressvit.data.notes import counted
 from compressvit.data.pictures import EXTENSIONS
 from compressvit.data.sets.base import TRAIN_FOLDERS, VAL_FOLDERS, existing_root, split_names
 from compressvit.data.spec import Data
 from compressvit.errors import UserError
+from compressvit.notes import Note
 
 LAYOUT = "expected images anywhere under FOLDER, or under FOLDER/train and FOLDER/val"
 NO_LABEL = -1
 
 
-@data_set("images", note="unlabelled, searched recursively", labelled=False)
+@data_set("images", note="unlabelled, searched recursively", labelled=False, listed=True)
 def open_images(data: Data) -> tuple[PictureFiles, PictureFiles]:
     """FOLDER/train and FOLDER/val if they exist, under the names that `folder` also accepts. Without a validation folder, every
     1/val_fraction-th image or group (`data.group_by`) is held out; without a training folder, all images not held out are used."""

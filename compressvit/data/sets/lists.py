@@ -15,17 +15,18 @@ from pathlib import Path
 from compressvit.data.classes import missing_classes, read_names
 from compressvit.data.data_set import data_set
 from compressvit.data.files import SPECIAL, PictureFiles, lies_in
-from compressvit.data.notes import Note, counted
+from compressvit.data.notes import counted
 from compressvit.data.sets.base import existing_root
 from compressvit.data.spec import Data
 from compressvit.errors import UserError, nearest
+from compressvit.notes import Note
 
 LAYOUT = """expected FOLDER/SPLIT.txt with a line `PATH LABEL` per image (PATH relative to FOLDER, LABEL from 0), as in a prepared VTAB-1k:
   data.train_split=train800val200 data.val_split=test      (or train800 and val200, to choose hyper-parameters)"""
 MOST_CLASSES = 1_000_000
 
 
-@data_set("lists", note="SPLIT.txt with `PATH LABEL` lines, e.g. a prepared VTAB-1k")
+@data_set("lists", note="SPLIT.txt with `PATH LABEL` lines, e.g. a prepared VTAB-1k", listed=True)
 def open_lists(data: Data) -> tuple[PictureFiles, PictureFiles]:
     """The two splits that `data` names; both have as many classes as the highest label of either says.
 
