@@ -120,10 +120,8 @@ def main() -> None:
         content["data"] = {**base["data"], "train_split": splits[0], "val_split": splits[1]}
         result = run(yaml.safe_dump(content, sort_keys=False), arguments.output / name, console)
         student = result["student"]
-        print(
-            f"{name}: {student['top1']:.2f} %, {student['trained_adapter']:,} parameters, {result['seconds']:.0f} s",
-            flush=True,
-        )
+        trained = student.get("trained_adapter", student["parameters"] - student["trained_head"])
+        print(f"{name}: {student['top1']:.2f} %, {trained:,} parameters, {result['seconds']:.0f} s", flush=True)
         return student["top1"]
 
     def training(rate: float, epochs: int = arguments.epochs) -> dict:

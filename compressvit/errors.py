@@ -7,6 +7,7 @@ The command line prints its message without a traceback and exits with code 2. A
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,8 +15,24 @@ from contextvars import ContextVar
 _COMMAND_LINE = ContextVar("_COMMAND_LINE", default=False)
 
 
+_LONGEST_WORD, _LONGEST_LINE, _LONGEST = 500, 2_000, 16_000  # characters of a message
+
+
 class UserError(ValueError):
-    """An error that a user can fix. The message says what was asked, what was given, why it fails and what would work."""
+    """An error that a user can fix. The message says what was asked, what was given, why it fails and what would work.
+
+    What was given can be of any length; a message that quotes too much of it is shortened.
+    """
+
+    def __init__(self, message: object):
+        text = re.sub(r"\S+", lambda word: _without_middle(word.group(), _LONGEST_WORD), str(message))
+        lines = (_without_middle(line, _LONGEST_LINE) for line in text.split("\n"))
+        super().__init__(_without_middle("\n".join(lines), _LONGEST))
+
+
+def _without_middle(text: str, most: int) -> str:
+    """The text, with `…` in place of its middle where it is longer than `most` characters."""
+    return text if len(text) <= most else f"{text[: most // 2]}…{text[-most // 2 :]}"
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import tempfile
@@ -39,6 +40,9 @@ def answered(program: str, run: Callable[[], int], run_folder: Callable[[], Path
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:  # a fault of ours: a user gets a sentence, whoever mends it the trace
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # or a user's: no name of ours is so long
+            complain(program, f"{str(error.filename)[:100]}… is too long for the path of a file or folder")
+            return REFUSED
         reason = (str(error).splitlines() or [""])[0][:300]
         complain(
             program,

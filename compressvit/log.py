@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from compressvit.errors import UserError
 from compressvit.files import disk_faults
 from compressvit.rows import append_row, metrics_row
-from compressvit.text import printable
+from compressvit.text import complain, printable
 
 if TYPE_CHECKING:  # rich is imported only where something is printed
     from rich.console import Console
@@ -98,7 +98,8 @@ class RunLog:
 
     @contextmanager
     def progress(self, description: str, total: int, completed: int = 0) -> Iterator[Any]:
-        """A progress bar with a line of numbers below it. Yields `advance`, to be called after every step, optionally with new numbers."""
+        """A progress bar with numbers below it. Yields `advance`, to be called after every step, optionally with new numbers: labels and
+        values, separated by two spaces."""
         from rich.console import Group
         from rich.live import Live
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -111,7 +112,7 @@ class RunLog:
 
             def advance(text: str | None = None) -> None:
                 if text is not None:
-                    numbers.plain = text
+                    numbers.plain = wrapped_items(text, self.console.width)
                 bar.advance(task)
 
             yield advance
@@ -121,6 +122,18 @@ class RunLog:
         if self._writer is not None:
             self._writer.close()
         _silence()
+
+
+def wrapped_items(text: str, width: int) -> str:
+    """Break a line of items, which are separated by two spaces, between items, never between a label and its value."""
+    lines = [""]
+    for item in text.split("  "):
+        longer = f"{lines[-1]}  {item}" if lines[-1] else item
+        if lines[-1] and len(longer) > width:
+            lines.append(item)
+        else:
+            lines[-1] = longer
+    return "\n".join(lines)
 
 
 @contextmanager
@@ -138,14 +151,37 @@ def warn_and_continue(what: str) -> Iterator[None]:
 T = TypeVar("T")
 
 
+_LINE_EVERY = 5.0  # seconds between two lines of progress where there is no terminal
+
+
 def progress(items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
-    """`items`, with a progress bar on stderr while they are gone through, if that is a terminal."""
+    """`items`, showing progress while they are iterated: a bar on stderr if that is a terminal, otherwise a line every few seconds.
+
+    The lines go to the handlers of the logger 'compressvit', or to stderr if there are none.
+    """
     from rich.progress import track
 
     from compressvit.terminal import Terminal
 
     console = Terminal(stderr=True)
-    return track(items, description, total, console=console, transient=True, disable=not console.is_terminal)
+    if console.is_terminal:
+        return track(items, description, total, console=console, transient=True)
+    return _with_lines(items, description, total)
+
+
+def _with_lines(items: Iterable[T], description: str, total: int | None) -> Iterator[T]:
+    start = shown = time.monotonic()
+    for number, item in enumerate(items):
+        now = time.monotonic()
+        if number and now - shown >= _LINE_EVERY:
+            shown = now
+            count = f"{number} of {total}" if total is not None else str(number)
+            text = f"{description}: {count} done in {now - start:.0f} s"
+            if log.hasHandlers():
+                log.info("%s", text)
+            else:
+                complain("compressvit", text)
+        yield item
 
 
 def _silence() -> None:

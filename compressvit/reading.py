@@ -93,9 +93,11 @@ def read_bytes(path: Path, *, most: int = MAX_BYTES, root: Path | None = None) -
     with open_regular(path, root) as file:
         try:
             size = os.fstat(file.fileno()).st_size
+            content = file.read(most + 1) if size <= most else b""  # longer than its size: it grows, or is the kernel's
+            size = max(size, len(content))
             if size > most:
                 raise Unreadable(path, f"it has {size / 1e6:,.1f} MB, and at most {most / 1e6:,.1f} MB are read")
-            return file.read(most)
+            return content
         except OSError as error:
             raise Unreadable(path, error.strerror or str(error)) from error
 

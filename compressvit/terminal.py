@@ -26,8 +26,6 @@ class Terminal(Console):
         super().__init__(**settings)
         if like is not None:
             vars(self).update(vars(like))
-        self._markup = False
-        self._emoji = False
 
     def render_str(self, text: str, **settings: Any) -> Text:
         """A string as rich's text, here before widths are measured; also of tables' titles and cells."""

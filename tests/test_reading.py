@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
+from pathlib import Path
 
 import pytest
 from helpers.hostile import BOMBS, NAMES
@@ -36,6 +38,43 @@ def test_a_bomb_as_a_recipe_and_as_an_override(what, tmp_path):
         assert "override 'description=" in refused("plan", recipe, f"description={BOMBS[what][:20_000]}")
 
 
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("[" * 65 + "]" * 65, "is nested too deeply, more than 64 levels"),
+        (f"a: &a x\nb: [{'*a, ' * 1001}]", "holds more than 1,000 aliases"),
+        ("a: &a [1, *a]", "is nested too deeply, or holds an alias of something around it"),
+        (f"a: !!bool {'x' * 5000}", "holds a value that YAML cannot build"),
+        (f"a: '{'x' * 5000}", "is not YAML"),
+    ],
+)
+def test_yaml_that_is_refused(text, fault):
+    with pytest.raises(UserError, match=rf"^x\.yaml {fault}") as error:
+        parse_yaml(text, "x.yaml")
+    assert len(str(error.value)) < 500
+
+
+def test_yaml_that_is_read():
+    assert parse_yaml("[" * 64 + "]" * 64, "x") is not None
+    assert parse_yaml(f"a: &a x\nb: [{'*a, ' * 1000}]", "x")["b"] == ["x"] * 1000
+    assert parse_yaml("[1e3, 1e+3, 1E-3, .1e4, 1.e3, -1.5e0, +1e3]", "x") == [1e3, 1e3, 1e-3, 1e3, 1e3, -1.5, 1e3]
+    assert parse_yaml("[e3, 1e, 1e+, .e1, x1e3]", "x") == ["e3", "1e", "1e+", ".e1", "x1e3"]
+
+
+@pytest.mark.parametrize("long", ["[" * 100_000, "a " * 50_000, "a\\n" * 50_000])
+def test_a_message_does_not_repeat_all_that_it_refuses(long, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(TINY.replace("name: digits", f'name: "first{long}last"'))
+    message = refused("plan", tmp_path / "recipe.yaml")
+    assert len(message) < 20_000
+    assert "there is no data set 'first" in message
+    assert "…" in message
+    assert "last'" in message
+    assert "(known: " in message
+    assert str(UserError("a\n" * 1000)) == "a\n" * 1000
+    two = UserError(f"a{'x' * 5000}b: there is no c{'x' * 5000}d")
+    assert re.fullmatch("ax{249}…x{248}b: there is no cx{249}…x{249}d", str(two))
+
+
 def test_a_recipe_may_use_aliases():
     assert parse_yaml("a: &a {x: 1}\nb: *a\nc: {<<: *a, y: 1e-3}", "r") == {
         "a": {"x": 1},
@@ -63,6 +102,7 @@ def test_json_that_is_refused(text, fault, tmp_path):
 def test_json_that_is_read():
     assert parse_json("[" * 60 + "]" * 60, "x") is not None
     assert parse_json(r'{"caf\udce9": "\u00e9"}', "x") == {r"caf\xe9": "é"}
+    assert parse_json(r'{"caf\uDCE9": 1}', "x") == {r"caf\xe9": 1}
 
 
 def test_only_regular_files_are_opened(tmp_path):
@@ -81,6 +121,23 @@ def test_only_regular_files_are_opened(tmp_path):
             read_text(tmp_path / name)
     with pytest.raises(UserError, match="named pipe"):
         read_rows(tmp_path / "pipe", MetricsRow)
+    with pytest.raises(Unreadable, match="cannot be read: embedded null byte"):
+        read_text(tmp_path / "a\0b")
+
+
+def test_a_file_is_read_whole_or_not_at_all(tmp_path):
+    (tmp_path / "x").write_bytes(b"a\r\nb\rc\n")
+    assert read_text(tmp_path / "x", most=7) == "a\nb\nc\n"
+    with pytest.raises(Unreadable, match="are read"):
+        read_text(tmp_path / "x", most=6)
+
+
+@pytest.mark.skipif(not os.path.isfile("/proc/self/maps"), reason="there is no /proc")
+def test_a_file_that_hides_its_size_is_read_whole_or_not_at_all():
+    assert os.stat("/proc/self/maps").st_size == 0
+    assert len(read_text(Path("/proc/self/maps"))) > 1000
+    with pytest.raises(Unreadable, match="are read"):
+        read_text(Path("/proc/self/maps"), most=1000)
 
 
 def test_links_are_followed_but_inside_a_run_folder(tmp_path):
@@ -102,6 +159,22 @@ def test_a_scratch_file_is_no_way_out(tmp_path):
     assert not (tmp_path / "x").is_symlink()
 
 
+def test_a_scratch_file_that_appears_at_once_is_no_way_out(tmp_path, monkeypatch):
+    """A link that somebody puts there between the look and the writing."""
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    unlink = Path.unlink
+
+    def too_late(path, missing_ok=False):
+        unlink(path, missing_ok=missing_ok)
+        path.symlink_to(precious)
+
+    monkeypatch.setattr(Path, "unlink", too_late)
+    with pytest.raises(UserError, match="x could not be written: File exists"):
+        write_atomically(tmp_path / "x", lambda scratch: scratch.write_text("ours"))
+    assert precious.read_text() == "mine"
+
+
 def test_text_is_made_printable():
     assert {what: printable(name) for what, name in NAMES.items()} == {
         "escape": r"cat\x1b[31mred\x1b[0m",
@@ -111,6 +184,13 @@ def test_text_is_made_printable():
         "byte": r"caf\xe9",
     }
     assert printable("tab\tline\né 猫 ×") == "tab\tline\né 猫 ×"
+    every = [*range(9), *range(0xB, 0x20), *range(0x7F, 0xA0), 0x61C, 0x200B, 0x200E, 0x200F, *range(0x2028, 0x202F)]
+    every += [*range(0x2060, 0x2070), 0xFEFF, *range(0xFFF9, 0xFFFC), 0xFFFE, 0xFFFF, 0xD800, 0xDBFF, 0xDFFF]
+    for code in every:
+        assert printable(chr(code)) == (f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}")
+        assert printable(f"a{chr(code)}", "?") == "a?"
+    for code in (9, 0xA, 0x20, 0x7E, 0xA0, 0x200C, 0x200D, 0x2027, 0x202F, 0xFFFD):
+        assert printable(chr(code)) == chr(code)
     assert printable_in({"\x00": ["\x00", 1, ("\x00",)]}) == {r"\x00": [r"\x00", 1, (r"\x00",)]}
 
 

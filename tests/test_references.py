@@ -14,6 +14,7 @@ TEXTS = sorted(
     for path in [
         *ROOT.glob("*.md"),
         *ROOT.glob("benchmarks/*.md"),
+        *ROOT.glob("docs/*.md"),
         *ROOT.rglob("compressvit/**/*.py"),
         *ROOT.glob("tools/*.py"),
     ]

@@ -23,10 +23,10 @@ from compressvit.model.backbone import head_names, model_name
 from compressvit.model.bounded import on_meta
 from compressvit.model.checksums import content_checksum
 from compressvit.model.modules import as_timm
-from compressvit.model.stored import StepRecord, read_safetensors
+from compressvit.model.stored import StepRecord, read_safetensors, require_complete
 from compressvit.model.weights import hash_tensors
 from compressvit.reading import Unreadable, parse_json
-from compressvit.spec import Spec, first_fault
+from compressvit.spec import Frozen, first_fault
 from compressvit.transforms.applying import apply_plans
 from compressvit.transforms.base import Plan
 from compressvit.transforms.record import Compression, compression_of, set_compression, trained_names
@@ -36,7 +36,7 @@ FORMAT = 1
 _KEY = "compressvit"
 
 
-class AdapterHeader(Spec):
+class AdapterHeader(Frozen):
     """The header of an adapter file.
 
     Attributes:
@@ -113,7 +113,7 @@ def load_adapter(model: nn.Module, path: str | Path) -> nn.Module:
             then unchanged.
     """
     path = Path(path)
-    header, plans = _read(path)
+    header, plans, written = _read(path)
     if getattr(model, "_adapter", None) is None and compression_of(model).plans:
         made = ", ".join(plan.transform for plan in compression_of(model).plans)
         raise UserError(
@@ -129,7 +129,7 @@ def load_adapter(model: nn.Module, path: str | Path) -> nn.Module:
             "load the weights of the run's teacher, in the same precision and input size"
         )
     _require_fit(model, header, plans, tensors, path)
-    _require_as_written(header, tensors, path)
+    _require_as_written(header, written, tensors, path)
     if known:
         remove_adapter(model)
     loaded = _Loaded(as_timm(model).num_classes, {}, {n: p.requires_grad for n, p in model.named_parameters()})
@@ -173,11 +173,17 @@ def _require_fit(
         raise UserError(f"{path} does not fit its own structure: {wrong[0]} {what}; the file was changed")
 
 
-def _require_as_written(header: AdapterHeader, tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Raise a `UserError` if the file fails its checksums; files of earlier versions have none."""
+def _require_as_written(
+    header: AdapterHeader, written: dict[str, Any], tensors: dict[str, torch.Tensor], path: Path
+) -> None:
+    """Raise a `UserError` if the file fails its checksums; files of earlier versions have none.
+
+    Args:
+        written: the header as it is in the file; the parsed one also has the fields that were added since.
+    """
     if header.tensors is not None and hash_tensors(tensors) != header.tensors:
         what = "tensors are"
-    elif header.checksum is not None and content_checksum(header.model_dump(mode="json")) != header.checksum:
+    elif header.checksum is not None and content_checksum(written) != header.checksum:
         what = "header is"
     else:
         return
@@ -219,11 +225,12 @@ def _hash(model: nn.Module, without: set[str], restored: _Loaded | None = None) 
     return hash_tensors(own | before)
 
 
-def _read(path: Path) -> tuple[AdapterHeader, list[Plan]]:
+def _read(path: Path) -> tuple[AdapterHeader, list[Plan], dict[str, Any]]:
     if not path.is_file():
         inside = path / "adapter.safetensors"
         hint = f"; did you mean {inside}?" if inside.is_file() else ""
         raise UserError(f"there is no adapter file {path}{hint}")
+    require_complete(path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata: dict[str, Any] = file.metadata() or {}
@@ -248,4 +255,4 @@ def _read(path: Path) -> tuple[AdapterHeader, list[Plan]]:
         raise UserError(f"{path}: its header cannot be read: {error.fault}") from error
     except ValidationError as error:
         raise UserError(f"{path}: its header cannot be read: {first_fault(error)}") from error
-    return header, [resolve_plan(step, path) for step in header.transforms]
+    return header, [resolve_plan(step, path) for step in header.transforms], content

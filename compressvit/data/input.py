@@ -72,11 +72,12 @@ class InputConfig:
         }
 
 
-def input_config(model: nn.Module, data: Data, *, trained: bool = False) -> InputConfig:
+def input_config(model: nn.Module, data: Data, *, trained: bool = False, own_crop: bool = False) -> InputConfig:
     """What `model` takes at its present size, with the statistics and the crop that `data` overrides.
 
     Args:
         trained: its values were learned with its own statistics, interpolation and crop, and `data` changes none of them.
+        own_crop: its crop was recorded when it was trained, so it also applies to images that fill their frame (`DataSet.full_frame`).
 
     Raises:
         UserError: the model takes another number of channels than 1, 3 or 4.
@@ -98,7 +99,7 @@ def input_config(model: nn.Module, data: Data, *, trained: bool = False) -> Inpu
         return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
 
     asked = data.model_copy(update=dict.fromkeys(STATISTICS)) if trained else data
-    crop_pct = 1.0 if find_set(data.name).full_frame else config["crop_pct"]
+    crop_pct = 1.0 if find_set(data.name).full_frame and not own_crop else config["crop_pct"]
     return InputConfig(
         channels,
         int(height),
@@ -154,9 +155,9 @@ class Side:
     input: InputConfig
 
     @classmethod
-    def of(cls, model: nn.Module, data: Data, *, trained: bool = False) -> Side:
+    def of(cls, model: nn.Module, data: Data, *, trained: bool = False, own_crop: bool = False) -> Side:
         """A model with what `input_config` says of it, which also says what the arguments are and what is raised."""
-        return cls(model, input_config(model, data, trained=trained))
+        return cls(model, input_config(model, data, trained=trained, own_crop=own_crop))
 
     def converter(self, source: InputConfig) -> Callable[[torch.Tensor], torch.Tensor]:
         """A function that converts batches (B, C, H, W), normalised as `source` describes, to this model's input."""

@@ -25,7 +25,10 @@ class Augment(Spec):
     hflip: float = Field(default=0.0, ge=0, le=1, description="Probability of a left-right flip.")
     vflip: float = Field(default=0.0, ge=0, le=1, description="Probability of an upside-down flip.")
     translate: int = Field(
-        default=0, ge=0, description="Random shift by up to this many pixels each way, filled with zero (black)."
+        default=0,
+        ge=0,
+        le=2**16,
+        description="Random shift by up to this many pixels each way, filled with zero (black).",
     )
     color_jitter: float | None = Field(
         default=None,
@@ -108,12 +111,12 @@ class Data(Spec):
     val_split: str = Field(
         default="validation", description="Name of the validation split; folder also finds val/, valid/, test/."
     )
-    batch_size: int = Field(default=64, ge=1, description="Images per training batch, per process.")
+    batch_size: int = Field(default=64, ge=1, le=2**20, description="Images per training batch, per process.")
     eval_batch_size: int | None = Field(
-        default=None, ge=1, description="Images per evaluation batch; none = batch_size."
+        default=None, ge=1, le=2**20, description="Images per evaluation batch; none = batch_size."
     )
     num_workers: int = Field(
-        default=0, ge=0, description="Processes that load images; 0 = the training process loads them."
+        default=0, ge=0, le=1024, description="Processes that load images; 0 = the training process loads them."
     )
     num_classes: int | None = Field(
         default=None, ge=2, description="Number of classes, if the set does not say or has gaps."

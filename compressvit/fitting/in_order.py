@@ -24,7 +24,7 @@ from torch import nn
 
 from compressvit.errors import UserError
 from compressvit.fitting.lowrank import Tensor
-from compressvit.fitting.moments import frozen, not_finite
+from compressvit.fitting.moments import frozen, is_finite, not_finite
 from compressvit.fitting.regression import Regression
 from compressvit.log import progress
 from compressvit.model.backbone import describe
@@ -160,7 +160,7 @@ def fit_in_order(
             theirs.enter(images)
         if not sizes:
             raise UserError("there is no calibration image")
-        for position, block in enumerate(progress(blocks, "fitting block by block", len(blocks))):
+        for position, block in enumerate(progress(blocks, "fitting layers block by block", len(blocks))):
             if position:
                 ours.advance(block, device)
                 theirs.advance(block, device)
@@ -171,7 +171,7 @@ def fit_in_order(
                     x, y = _tokens(
                         ours.block, theirs.block, name, branch, ours.hidden(i, device), theirs.hidden(i, device)
                     )
-                    if not (torch.isfinite(x).all() and torch.isfinite(y).all()):
+                    if not (is_finite(x) and is_finite(y)):
                         raise not_finite(path)
                     weights = torch.ones(*x.shape[:-1], 1, device=device)
                     if prefix := getattr(student, "num_prefix_tokens", 0):

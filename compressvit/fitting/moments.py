@@ -8,7 +8,7 @@ computes, and that of the inputs again with every token weighing `‖g‖²` (`c
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,15 +32,22 @@ log = logging.getLogger("compressvit")
 LEAST_IMAGES = 8  # that differ; a fit to fewer is a fit to them alone
 STRONG_RIDGE = 1.0  # in parts of a moment's mean: what such images do not show counts as much as what they do
 
+_BATCH = 16  # images that are propagated together, if they come as one tensor
 Images = torch.Tensor | Iterable[Any] | Callable[[], Iterable[Any]]
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Of one layer over all tokens: `inputs` E[xᵀx] (in, in), `mean` E[x] (in,), and how many tokens.
+    """Moments of a linear layer's inputs x, and of the gradients g at its outputs, over all tokens.
 
-    With gradients g also `outputs` E[gᵀg] (out, out), `important` E[‖g‖² xᵀx] / E‖g‖² (in, in), and `prefix_weight`, the mean ‖g‖² of
-    a prefix token in means of the other tokens', at most as much as makes both kinds weigh the same.
+    Attributes:
+        inputs: E[xᵀx], (in, in).
+        mean: E[x], (in,).
+        tokens: number of tokens.
+        outputs: E[gᵀg], (out, out); None without gradients, as are the following.
+        important: E[‖g‖² xᵀx] / E‖g‖², (in, in): the inputs, each token weighted by its squared gradient.
+        prefix_weight: mean ‖g‖² of a prefix token, relative to that of the other tokens; at most the value at which the prefix tokens
+            together weigh as much as all others.
     """
 
     inputs: torch.Tensor
@@ -51,10 +58,16 @@ class Moments:
     prefix_weight: float = 1.0
 
     def metric(self, ridge: float, output_ridge: float | None) -> Metric:
-        """The metric for errors of the layer's outputs or, with an `output_ridge` and a useful gradient, of the model's outputs.
+        """The metric in which errors of this layer's weight are measured.
 
-        In the latter a token counts for half as any other and for half by its ‖g‖²: the plain Kronecker factors would suppose that the
-        size of a gradient has nothing to do with the input, and lose the one class token among hundreds of patches.
+        Without gradients, or with `output_ridge=None`, it measures the error of the layer's outputs. With gradients it measures the
+        error of the model's outputs, by a Kronecker factorisation with an input and an output factor. Its input moment is the mean of
+        two: one in which all tokens have equal weight, and one in which each is weighted by ‖g‖². The first alone would assume that
+        gradients and inputs are independent; a class token, one among hundreds of patches, would then hardly count.
+
+        Args:
+            ridge: regularisation of the input moment, relative to its mean.
+            output_ridge: the same for the gradients' moment.
         """
         if output_ridge is None or self.outputs is None or self.important is None or not _says_something(self.outputs):
             return Metric(cholesky(self.inputs, ridge))
@@ -125,7 +138,7 @@ class Reference:
         size = input_size(self.model)
         batches = self._images() if callable(self._images) else self._images
         if isinstance(batches, torch.Tensor):
-            batches = batches.split(16)
+            batches = batches.split(_BATCH)
         if not isinstance(batches, Iterable):
             raise _wrong_images(type(batches).__name__, size)
         for batch in batches:
@@ -142,6 +155,12 @@ class Reference:
             self._look_at(images)
             yield images.detach().float()
 
+    def _batch_count(self) -> int | None:
+        """The number of batches, if it is known in advance."""
+        if isinstance(self._images, torch.Tensor):
+            return -(-len(self._images) // _BATCH)
+        return len(self._images) if isinstance(self._images, Sized) else None
+
     def _look_at(self, images: torch.Tensor) -> None:
         if len(self._different) < LEAST_IMAGES:
             small = F.adaptive_avg_pool2d(images.detach().float(), 8).mul(64).round().nan_to_num().cpu()
@@ -157,7 +176,9 @@ class Reference:
             path for path in paths if path not in self._moments or (outputs and self._moments[path].outputs is None)
         ]
         if wanted:
-            self._moments |= collect_moments(self.model, wanted, self.batches(), outputs=outputs)
+            self._moments |= collect_moments(
+                self.model, wanted, self.batches(), outputs=outputs, count=self._batch_count()
+            )
             _warn_of_few(self._moments, wanted)
             if self.too_alike:
                 log.warning(
@@ -181,7 +202,13 @@ class Reference:
 
 
 def collect_moments(
-    model: nn.Module, paths: Sequence[str], batches: Iterable[torch.Tensor], *, outputs: bool, seed: int = 0
+    model: nn.Module,
+    paths: Sequence[str],
+    batches: Iterable[torch.Tensor],
+    *,
+    outputs: bool,
+    seed: int = 0,
+    count: int | None = None,
 ) -> dict[str, Moments]:
     """Run the images through the model and sum up the second moments at the linear layers `paths`.
 
@@ -195,6 +222,7 @@ def collect_moments(
         batches: images (B, C, H, W), read once.
         outputs: also collect the moments of gradients.
         seed: of the labels, or directions, that are drawn.
+        count: number of batches, if it is known; for the display of progress.
 
     Returns:
         By path, sums over all tokens in float64 on the CPU.
@@ -208,7 +236,7 @@ def collect_moments(
 
     def see_input(path: str, module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
         x = channels_last(module, inputs[0].detach())
-        if not torch.isfinite(x).all():
+        if not is_finite(x):
             raise not_finite(path)
         sums[path].add_inputs(x)
         if outputs:
@@ -216,7 +244,7 @@ def collect_moments(
 
     images = 0
     with _hooks(model, {path: partial(see_input, path) for path in paths}), frozen(model):
-        for batch in progress(batches, "batches of calibration images"):
+        for batch in progress(batches, "measuring layers on batches of calibration images", count):
             images += len(batch)
             with torch.set_grad_enabled(outputs):
                 _run(model, batch.detach().clone().requires_grad_() if outputs else batch, outputs, generator)
@@ -276,6 +304,11 @@ def _wrong_images(given: str, size: tuple[int, int, int]) -> UserError:
         f"calibration takes images of the model's size: a tensor (N, {', '.join(map(str, size))}), or batches of such (a loader's pairs "
         f"of images and targets too), not {given}"
     )
+
+
+def is_finite(x: torch.Tensor) -> bool:
+    """Whether all values are finite. The sum, which is 30 times as fast to check on a CPU, is finite only if they are, but may overflow."""
+    return bool(x.sum().isfinite() or x.isfinite().all())
 
 
 def not_finite(path: str) -> UserError:

@@ -43,9 +43,9 @@ def cost(model: nn.Module, input_size: tuple[int, int, int]) -> Cost:
     """
     try:
         products = macs(model, input_size)
-    except (RuntimeError, ValueError, IndexError, ArithmeticError) as error:
-        if isinstance(error, UserError):
-            raise
+    except UserError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError, ArithmeticError, AssertionError) as error:
         size = "×".join(map(str, input_size))
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{model_name(model)} does not take images of {size}: {reason}") from error

@@ -29,14 +29,14 @@ from compressvit.model.checksums import content_checksum, damaged
 from compressvit.model.header import MANIFEST, TENSORS, Slot, read_header
 from compressvit.model.modules import as_timm
 from compressvit.reading import Unreadable, read_json
-from compressvit.spec import Spec, first_fault
+from compressvit.spec import Frozen, first_fault
 
 T = TypeVar("T")
 LABEL_NAMES = "label_names"  # timm's key
 FORMAT = 2  # 1 is read, too (see `compressvit.model.old`)
 
 
-class StepRecord(Spec):
+class StepRecord(Frozen):
     """One transform of the manifest: its recipe word, its resolved plan, and the package it comes from where that is another one."""
 
     transform: str
@@ -66,7 +66,7 @@ class _Images(BaseModel):
     crop_mode: Literal["center", "squash", "border"] | None = None
 
 
-class Manifest(Spec):
+class Manifest(Frozen):
     """The structure of an artifact.
 
     Attributes:
@@ -251,8 +251,17 @@ def _incomplete(file: Path, fault: object) -> UserError:
     return UserError(f"{file} is not a complete safetensors file (truncated, or a different format): {fault}")
 
 
+def require_complete(file: Path) -> None:
+    """Raise a `UserError` unless a file is as long as its safetensors header says: it is mapped next, and that takes memory for all."""
+    try:
+        read_header(file)
+    except Unreadable as error:
+        raise _incomplete(file, error.fault) from error
+
+
 def read_safetensors(file: Path) -> dict[str, torch.Tensor]:
     """All tensors of a safetensors file, on the CPU; a truncated or foreign file is a `UserError`."""
+    require_complete(file)
     try:
         with safe_open(file, framework="pt", device="cpu") as opened:
             return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (not a dict)

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from compressvit.artifacts import artifact
-from compressvit.data.input import Side, input_config
+from compressvit.data.input import Side
 from compressvit.data.opening import open_data
+from compressvit.data.spec import Data
 from compressvit.errors import UserError
 from compressvit.recipe.recipe import Recipe, load_recipe
-from compressvit.runs.evaluate import artifact_in, data_recipe
+from compressvit.runs.evaluate import artifact_in, data_recipe, trained_side
 from compressvit.runs.folder import RESOLVED
-from compressvit.runs.models import build_teacher, load_teacher
+from compressvit.runs.models import load_teacher, teacher_architecture
 from compressvit.runs.recorder import evaluation_images
 
 
@@ -82,27 +82,31 @@ def open_models(words: Sequence[str], device: torch.device, *, most: int = 2) ->
             + (f"up to {most} models" if most > 1 else "one artifact")
         )
     folders = [artifact_in(path) for path in paths]
-    found = [(str(path), artifact.load(folder)) for path, folder in zip(paths, folders, strict=True)]
     home = next((f for f in folders if (f.parent / RESOLVED).is_file()), folders[0])
-    recipe = data_recipe(home, overrides, "the program")
+    data = (recipe := data_recipe(home, overrides, "the program")).data
+    sides = [trained_side(artifact.load(folder).float(), data, overrides) for folder in folders]
+    found = list(zip(map(str, paths), sides, strict=True))
     if len(paths) == 1 and (paths[0] / RESOLVED).is_file():
-        found = [("student", found[0][1]), ("teacher", teacher_of(paths[0]))]
+        found = [("student", sides[0]), ("teacher", teacher_of(paths[0], data, overrides))]
     labels = [label for label, _ in found]
     if len(set(labels)) < len(labels):
         raise UserError(f"{labels[0]} is named twice; give one run for student and teacher, or two different models")
-    opened = tuple(Opened(model.float().eval(), input_config(model, recipe.data), label) for label, model in found)
+    opened = tuple(Opened(side.model.eval(), side.input, label) for label, side in found)
     return OpenedModels(opened, recipe, device, paths[0] if len(paths) == 1 else paths[0].parent)
 
 
-def teacher_of(run: Path) -> nn.Module:
+def teacher_of(run: Path, data: Data, overrides: Sequence[str]) -> Side:
     """The teacher of a run: the one that it trained, or the one named in its recipe.
 
     Raises:
         UserError: the weights are not available.
     """
     if (run / "teacher").is_dir():
-        return artifact.load(run / "teacher")
+        return trained_side(artifact.load(run / "teacher").float(), data, overrides)
     recipe = load_recipe(run / RESOLVED)
-    teacher = build_teacher(recipe)
+    known = teacher_architecture(recipe)
+    teacher = known.build()
     load_teacher(recipe, teacher)
-    return teacher
+    if not known.trained:  # a bare file, of which nothing else is known
+        return Side.of(teacher, data)
+    return trained_side(teacher, data, overrides, recorded="crop_pct" in (known.input or {}))

@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
-from pydantic.config import JsonDict
-from pydantic.fields import FieldInfo
+from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from compressvit.data.spec import Data
-from compressvit.errors import UserError, did_you_mean, nearest
+from compressvit.errors import UserError
+from compressvit.files import expanded
 from compressvit.model.old import current_recipe, is_of_a_run, lacks_what_is_new
 from compressvit.model.weights import require_known
 from compressvit.reading import MAX_YAML, Unreadable, read_text
 from compressvit.recipe.parts import Part, parts_of
 from compressvit.recipe.shipped import find_recipe
-from compressvit.recipe.words import LISTS, Entry, Merge, Step, Word, broken, packages_of, with_words
+from compressvit.recipe.words import LISTS, Entry, Merge, Step, packages_of
 from compressvit.recipe.yaml import Document, override, parse
-from compressvit.spec import Spec
+from compressvit.spec import Spec, existing, faults, spec_at, written
 from compressvit.tasks.base import find_task
 from compressvit.training.phases import PhaseSpec
 from compressvit.training.phases.finetune import Finetune
-from compressvit.training.terms.base import TERMS
-from compressvit.training.terms.section import LossSection, losses_section
 
 
 class RecipeError(UserError):
@@ -180,6 +177,8 @@ def read_recipe(name_or_path: str | Path) -> str:
 def parse_recipe(text: str, name: str = "recipe", overrides: list[str] | None = None) -> Recipe:
     """Validate the text of a recipe; `name` is its name in messages, if possible its path. Raises as `load_recipe` does.
 
+    Keys at the top that begin with `x-` are left out: they hold YAML anchors for the rest of the file.
+
     A file stored in a run folder may be from an earlier version; its keys are then translated to the current ones.
     """
     parsed = parse(text, name)
@@ -191,16 +190,19 @@ def parse_recipe(text: str, name: str = "recipe", overrides: list[str] | None = 
         raise RecipeError(
             f"{name} holds a {type(parsed.content).__name__}, not a mapping; a recipe needs at least teacher, data and steps"
         )
+    for key in [key for key in parsed.content if str(key).startswith("x-")]:
+        del parsed.content[key]
     if is_of_a_run(Path(name)):
         parsed.content = current_recipe(parsed.content, complete=lacks_what_is_new(Path(name)))
     _spell_out(parsed.content)  # so that an override finds a mapping after a bare word
     override(parsed, overrides or [])
     _spell_out(parsed.content)
+    _name_stored_model(parsed.content.get("teacher"))
     try:
         return _validated(parsed)
     except ValidationError as error:
         texts = [
-            _existing(f["loc"], parsed.content, missing=False) for f in error.errors() if f["type"] == "string_type"
+            existing(f["loc"], parsed.content, missing=False) for f in error.errors() if f["type"] == "string_type"
         ]
         if [path for path in texts if parsed.take_text(path)]:  # data.root=2024 names a folder
             return _revalidated(parsed)
@@ -240,15 +242,18 @@ def require_known_models(recipe: Recipe, name: str = "recipe") -> None:
             raise UserError(f"{name}: {key}: {error}") from None
 
 
-def meaning(field: FieldInfo) -> str:
-    """The documentation of a key in the schema."""
-    model = model_in(field.annotation)
-    text = field.description or (model.__doc__ if model else None) or ""
-    if callable(field.json_schema_extra):  # known only from a registry
-        schema: JsonDict = {"description": text}
-        field.json_schema_extra(schema)
-        text = str(schema["description"])
-    return text.splitlines()[0] if text else ""
+def _name_stored_model(teacher: Any) -> None:
+    """Complete a teacher without `model` whose weights are an artifact or a folder of timm's, which name it."""
+    given = teacher.get("weights") if isinstance(teacher, dict) and "model" not in teacher else None
+    if not isinstance(given, str):
+        return
+    from compressvit.model.local_dir import read_local_dir
+    from compressvit.model.stored import is_artifact, read_manifest
+
+    folder = expanded(given, "teacher.weights")
+    stored = read_manifest(folder) if is_artifact(folder) else read_local_dir(folder)
+    if stored is not None:
+        teacher["model"] = stored.architecture
 
 
 def _spell_out(content: dict[str, Any]) -> None:
@@ -266,97 +271,20 @@ def _spell_out(content: dict[str, Any]) -> None:
 
 
 def _explain(error: ValidationError, document: Document) -> str:
-    faults: dict[tuple, list[str]] = {}
-    for fault in error.errors():
-        path = _existing(fault["loc"], document.content, missing=fault["type"] in ("missing", "extra_forbidden"))
-        faults.setdefault(path, []).append(_sentence(fault, path))
-    # One branch of a union rejects the whole value while another one found the error inside it.
-    faults = {p: t for p, t in faults.items() if not any(q != p and q[: len(p)] == p for q in faults) or p == ()}
-    rows = [(document.place(path), _written(path), " or ".join(dict.fromkeys(texts))) for path, texts in faults.items()]
+    rows = [
+        (document.place(path), written(path) or "recipe", _misplaced(path) or text)
+        for path, text in faults(Recipe, error, document.content)
+    ]
     width = max(len(place) for place, _, _ in rows)
     lines = [f"  {place:<{width}}  {path}: {text}" for place, path, text in rows]
     return f"{document.name}: {len(rows)} error{'s' * (len(rows) > 1)}\n" + "\n".join(lines)
 
 
-def _existing(loc: tuple, content: Any, *, missing: bool) -> tuple:
-    """The part of pydantic's location that is a path in the document; the location also contains branches of unions."""
-    path: list[str | int] = []
-    for i, part in enumerate(loc):
-        if (isinstance(content, dict) and part in content) or (
-            isinstance(content, list) and isinstance(part, int) and part < len(content)
-        ):
-            content = content[part]
-        elif missing and i == len(loc) - 1:
-            pass
-        else:
-            continue
-        path.append(part)
-    return tuple(path)
-
-
-def _sentence(fault: Any, path: tuple) -> str:
-    given = fault["input"]
-    if fault["type"] == "extra_forbidden":
-        word = str(fault["loc"][-1])
-        for key, base in LISTS.items():
-            if word in with_words(base).model_fields and path[:1] != (key,) and len(path) in (1, 3):
-                return f"unknown key; {word} is {base.indefinite}, so it belongs in the list `{key}` ({key}.0.{word} on the command line)"
-        if path[0] in LISTS and len(path) == 3 and (why := broken(word)):
-            return f"unknown key; {why}"
-        if issubclass(_model_at(path[:-1]) or Spec, LossSection) and (why := TERMS.fault(word)):
-            return f"unknown key; {why}"
-        new = getattr(_model_at(path[:-1]), "renamed", {}).get(word)
-        if new:
-            return f"is called {new} now; use {new}"
-        hint = did_you_mean(word, _fields(path[:-1]), list_at_most=30)
-        if path[0] in LISTS and len(path) == 3 and not hint.startswith("did"):
-            return f"unknown key, which neither compressvit nor an installed package offers {hint}"
-        return f"unknown key {hint}" if hint.startswith("(") else f"unknown key; {hint}"
-    if fault["type"] == "missing":
-        field = _fields(path[:-1]).get(path[-1])
-        about = meaning(field).rstrip(".") if field else ""
-        return "missing, and it has no default" + (f"; it is {about[0].lower()}{about[1:]}" if about else "")
-    if fault["type"] == "too_short":
-        return f"should have at least {fault['ctx']['min_length']} item, not {fault['ctx']['actual_length']}"
-    if fault["type"] == "literal_error":
-        known = fault["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
-        close = nearest(str(given), known)
-        return f"{_cut(repr(given))} is none of {', '.join(known)}" + (f"; did you mean '{close}'?" if close else "")
-    text = fault["msg"].removeprefix("Value error, ").removeprefix("Input ").removeprefix("input ")
-    if fault["type"] == "value_error":
-        return text
-    return f"{text}, not {_cut(json.dumps(given, default=str, ensure_ascii=False))}"
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= 300 else f"{text[:300]}…"
-
-
-def _fields(path: tuple) -> dict[str, FieldInfo]:
-    """The valid keys at a path of the recipe."""
-    model = _model_at(path)
-    return model.model_fields if model is not None else {}
-
-
-def _model_at(path: tuple) -> type[BaseModel] | None:
-    model: Any = Recipe
-    for part in path:
-        if isinstance(part, int) or model is None:
-            continue
-        field = model.model_fields.get(part)
-        model = model_in(field.annotation) if field else None
-    return model
-
-
-def model_in(annotation: Any) -> type[BaseModel] | None:
-    """The pydantic model in an annotation, possibly inside a list or union."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        if annotation is LossSection:
-            return losses_section()
-        return with_words(annotation) if issubclass(annotation, Word) and not annotation.model_fields else annotation
-    return next((m for a in get_args(annotation) if (m := model_in(a)) is not None), None)
-
-
-def _written(path: tuple) -> str:
-    text = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path).removeprefix(".")
-    return text or "recipe"
+def _misplaced(path: tuple[str | int, ...]) -> str | None:
+    """The error message for an entry of a list that is given as a key elsewhere; None if the path is not one."""
+    word = path[-1] if len(path) in (1, 3) else None
+    for key, base in LISTS.items():
+        section = spec_at(Recipe, path[:-1])
+        if path[:1] != (key,) and word in base.completed().model_fields and word not in (section or Spec).model_fields:
+            return f"unknown key; {word} is {base.indefinite}, so it belongs in the list `{key}` ({key}.0.{word} on the command line)"
+    return None

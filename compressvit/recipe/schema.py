@@ -9,8 +9,9 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from compressvit.errors import UserError, did_you_mean
-from compressvit.recipe.recipe import Recipe, meaning, model_in
+from compressvit.recipe.recipe import Recipe
 from compressvit.recipe.words import LISTS, with_words
+from compressvit.spec import meaning, spec_in
 
 
 def documentation(key: str) -> list[tuple[str, str, str]]:
@@ -28,9 +29,9 @@ def documentation(key: str) -> list[tuple[str, str, str]]:
         if part not in known:
             hint = did_you_mean(part, known, list_at_most=60) or "`compressvit schema teacher` lists those of a section"
             raise UserError(f"there is no key {'.'.join(parts[: i + 1])!r} in a recipe; {hint}")
-        model = model_in(known[part].annotation)
-        rows = {part: known[part]} if model is None else dict(model.model_fields)
-        known = {} if model is None else rows
+        spec = spec_in(known[part].annotation)
+        rows = {part: known[part]} if spec is None else dict(spec.model_fields)
+        known = {} if spec is None else rows
     return [(name, _default(field), meaning(field)) for name, field in rows.items()]
 
 

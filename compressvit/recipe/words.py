@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, create_
 from pydantic_core import CoreSchema
 
 from compressvit.diagnostics.base import DIAGNOSTICS
+from compressvit.errors import did_you_mean
 from compressvit.spec import Spec
 from compressvit.training.phases import PHASES, PhaseSpec
 from compressvit.transforms.base import TRANSFORMS, Transform
@@ -21,13 +22,13 @@ class Merge(Spec):
     name: ClassVar[str] = "merge"
 
 
-class Word(BaseModel):
+class Word(Spec):
     """An entry of a list: a word, or a word with its options.
 
     The words are the keys of registries, which installed packages extend, so a subclass gets its fields when it is first used.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = ConfigDict(defer_build=True)
     kind: ClassVar[str]
     indefinite: ClassVar[str]  # the name of an entry in messages, e.g. 'a step'
 
@@ -35,6 +36,19 @@ class Word(BaseModel):
     def specs(cls) -> dict[str, type[BaseModel]]:
         """The spec classes, by word."""
         raise TypeError(f"{cls.__name__} does not define specs")
+
+    @classmethod
+    def completed(cls) -> type[Spec]:
+        return cls if cls.model_fields else with_words(cls)
+
+    @classmethod
+    def unknown_key(cls, key: str) -> str:
+        if why := broken(key):
+            return f"unknown key; {why}"
+        hint = did_you_mean(key, cls.model_fields, list_at_most=40)
+        if not hint.startswith("did"):
+            return f"unknown key, which neither compressvit nor an installed package offers {hint}".rstrip()
+        return super().unknown_key(key)
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:

@@ -72,6 +72,8 @@ class Row:
             return [float(self._epochs(r)) for r in self.results]
         if key.startswith("trained") and not self.recipe.phases():
             return []
+        if key == "trained_adapter":
+            return [float(count) for r in self.results if (count := r.student.trained_body) is not None]
         return [value for r in self.results if (value := r.student.value(key)) is not None]
 
     def _epochs(self, results: Results) -> int:

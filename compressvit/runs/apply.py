@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,21 @@ from torch import nn
 
 from compressvit.errors import UserError
 from compressvit.log import RunLog, log
+from compressvit.notes import Note
 from compressvit.recipe.recipe import Recipe, parse_recipe, read_recipe
 from compressvit.runs import tensorboard
-from compressvit.runs.files import DataNote, DataPlan, RecipePlan, Results
+from compressvit.runs.files import NoteRow, RecipePlan, Results
 from compressvit.runs.finish import finish
+from compressvit.runs.finished import finished_run
 from compressvit.runs.folder import RunFolder, refuse_processes
 from compressvit.runs.job import Job, prepare, refuse_labels, refuse_own_inputs
 from compressvit.runs.merge import merge_folder, print_merge
 from compressvit.runs.models import trains_teacher
-from compressvit.runs.plan import plan_job, require_no_conflicts
+from compressvit.runs.plan import plan_data, plan_job, require_no_conflicts
 from compressvit.runs.resources import resource_faults
 from compressvit.runs.run import Run, fill_teacher
 from compressvit.runs.tables import print_plan
+from compressvit.terminal import Terminal
 
 
 @dataclass(frozen=True)
@@ -36,17 +39,29 @@ class RunResult:
     """The result of `apply`.
 
     Attributes:
-        student, teacher: in eval mode, on the device of the run.
+        student, teacher: in eval mode, on the device of the run. If the run was finished before, they are read from its folder when
+            they are first used.
         results: the content of `results.json`: scores and costs of `teacher` and `student`, `phases`, `ledger`, ….
         folder: the run folder.
         merged: the content of `merge.json` if the recipe ends with a merge, else None.
     """
 
-    student: nn.Module = field(repr=False)
-    teacher: nn.Module = field(repr=False)
     results: Results
     folder: Path
     merged: dict[str, Any] | None = None
+    _models: Callable[[], tuple[nn.Module, nn.Module]] = field(repr=False, kw_only=True)
+
+    @cached_property
+    def _both(self) -> tuple[nn.Module, nn.Module]:
+        return self._models()
+
+    @property
+    def student(self) -> nn.Module:
+        return self._both[0]
+
+    @property
+    def teacher(self) -> nn.Module:
+        return self._both[1]
 
 
 def apply(
@@ -63,12 +78,10 @@ def apply(
 ) -> RunResult:
     """Run a recipe, as `compressvit apply` does.
 
-    All errors that can be found in advance are raised before the folder is touched: conflicts between steps, a missing data set, or
-    weights that are not available.
+    Errors that can be found in advance, such as conflicting steps and missing data or weights, are raised before the folder is touched.
 
     Args:
-        recipe: a `Recipe`, its content as a dictionary, the path of a YAML file, or the name of a recipe that ships with the
-            package.
+        recipe: a `Recipe`, its content as a dictionary, the path of a YAML file, or the name of a shipped recipe.
         output: the run folder.
         overrides: changes to a recipe given as a name, path or dictionary, e.g. `["data.root=FOLDER", "seed=1"]`.
         device: 'auto', 'cpu', 'cuda', 'cuda:1', 'mps', …
@@ -91,14 +104,16 @@ def apply(
     refuse_processes()
     folder = RunFolder(output)
     folder.refuse_or_clear(recipe, resume=resume, overwrite=overwrite)
+    if resume and (finished := _finished(recipe, folder, device, console, report)):
+        return finished
     job = prepare(recipe, device, name=name)
     plan = plan_job(job)
     _refuse(job, plan, folder, overwrite=overwrite)
-    _note_data(job, plan, folder, resume=resume)
+    moved = _note_data(job, plan, folder, resume=resume)
     with folder.owned():
         folder.refuse_or_clear(recipe, resume=resume, overwrite=overwrite)  # again: another run may have used it
-        teacher, taught = fill_teacher(job, folder, resume=resume)
-        folder.open(recipe, text, plan, list(command or sys.argv), resume=resume, overwrite=overwrite)
+        teacher, taught = _fill_teacher(job, plan, folder, resume=resume)
+        folder.open(recipe, text, plan, list(command or sys.argv), resume=resume, overwrite=overwrite, moved=moved)
         run_log = RunLog(folder.path, console, partial(tensorboard.tag_of, tags=tensorboard.scalar_tags(recipe)))
         try:
             run_log.show(lambda to: print_plan(plan, to))
@@ -109,6 +124,31 @@ def apply(
             raise
         finally:
             run_log.close()
+
+
+def _finished(
+    recipe: Recipe, folder: RunFolder, device: str, console: Console | None, report: Callable[[Path], object] | None
+) -> RunResult | None:
+    """The result of the run in the folder, if it is finished; only a missing report is then written."""
+    if folder.has_other_root(recipe):  # the data there has to be compared first
+        return None
+    with folder.owned():
+        done = finished_run(folder, recipe)
+        if done is None:
+            return None
+        folder.clear_scratch()
+        unreported = report is not None and not (folder.path / "report.html").exists()
+        text = done.sentence("only its report is written" if unreported else "nothing to do")
+        Terminal(console).print(text, highlight=False, soft_wrap=True)
+        if report is not None and unreported:
+            report(folder.path)
+
+    def models() -> tuple[nn.Module, nn.Module]:
+        job = prepare(recipe, device)
+        teacher, *_ = fill_teacher(job, folder, resume=True)
+        return done.student.to(job.device), teacher.to(job.device).eval()
+
+    return RunResult(done.results, folder.path, done.merged, _models=models)
 
 
 def _run(
@@ -124,9 +164,9 @@ def _run(
         report(folder.path)
     merged = None
     if job.recipe.merges:  # last, because a merge that is not exact is refused
-        merged = merge_folder(folder.path, overwrite=True, device=str(job.device), datasets=job.datasets)
+        merged = merge_folder(folder.path, overwrite=True, device=str(job.device), datasets=job.datasets, owned=True)
         run.log.show(partial(print_merge, merged))
-    return RunResult(trained.student.model, trained.teacher.model, results, folder.path, merged)
+    return RunResult(results, folder.path, merged, _models=lambda: (trained.student.model, trained.teacher.model))
 
 
 def _recipe(given: Recipe | Mapping[str, Any] | str | Path, overrides: Sequence[str]) -> tuple[Recipe, str, str]:
@@ -170,19 +210,37 @@ def _plain(value: Any, where: str) -> Any:
     )
 
 
-def _note_data(job: Job, plan: RecipePlan, folder: RunFolder, *, resume: bool) -> None:
-    """Add the data to the plan; a run that is resumed has the same as before."""
-    data = job.datasets
-    sizes = [len(part) if isinstance(part, Sized) else 0 for part in (data.train, data.validation)]
-    plan.data = DataPlan(
-        train=sizes[0],
-        validation=sizes[1],
-        classes=data.num_classes,
-        fingerprint=data.fingerprint(),
-        notes=[DataNote(**asdict(note)) for note in data.notes()],
-    )
-    if resume:
-        plan.notes += folder.refuse_other_data(job.recipe, plan.data)
+def _note_data(job: Job, plan: RecipePlan, folder: RunFolder, *, resume: bool) -> Note | None:
+    """Add the data to the plan; a run that is resumed has the same as before. Returns a note if it is at another place now."""
+    plan.data = plan_data(job)
+    if not resume:
+        return None
+    before = folder.refuse_other_data(job.recipe, plan.data)
+    begun = folder.plan()
+    moves = [
+        Note(row.what, row.count, row.text)
+        for row in (begun.data.notes if begun and begun.data else ())
+        if row.what == "moved"
+    ]
+    moved = None
+    if before is not None:
+        images = plan.data.train + plan.data.validation
+        moved = Note("moved", images, f"resumed with data.root={job.recipe.data.root}, before {before}")
+        moves.append(moved)
+    job.datasets.found += moves
+    plan.data = plan_data(job)
+    return moved
+
+
+def _fill_teacher(job: Job, plan: RecipePlan, folder: RunFolder, *, resume: bool) -> tuple[nn.Module, bool]:
+    """As `fill_teacher`, with its notes on weights files in the plan; if the teacher was trained before the run was resumed, those on its
+    file are from the plan of that time."""
+    teacher, taught, notes = fill_teacher(job, folder, resume=resume)
+    plan.weights = [NoteRow(**asdict(note)) for note in notes]
+    before = folder.plan() if taught else None
+    if before is not None:
+        plan.weights += [note for note in before.weights if note not in plan.weights]
+    return teacher, taught
 
 
 def _refuse(job: Job, plan: RecipePlan, folder: RunFolder, *, overwrite: bool) -> None:

@@ -11,7 +11,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from rich.console import Console
 from torch import nn
 
@@ -19,16 +18,18 @@ from compressvit.artifacts import artifact
 from compressvit.data.input import Side, input_config
 from compressvit.data.spec import Data
 from compressvit.diagnostics.cka_layers import likeness
-from compressvit.errors import UserError, did_you_mean
+from compressvit.errors import UserError
 from compressvit.files import disk_faults, write_json
 from compressvit.log import RunLog
 from compressvit.model import surgery
 from compressvit.model.modes import evaluating
 from compressvit.reading import read_json
 from compressvit.runs.batches import LoadedBatches
+from compressvit.runs.finish import save_student
 from compressvit.runs.folder import RunFolder, flat, refuse_processes
 from compressvit.runs.job import pick_device
 from compressvit.runs.owned import refuse_links
+from compressvit.runs.resources import resource_faults
 from compressvit.tasks.base import Task, find_task, task_of
 from compressvit.training import optimisation as opt
 from compressvit.training.evaluate import evaluate
@@ -105,7 +106,7 @@ def distill(
         96.4
     """
     refuse_processes()
-    spec = _options(options)
+    spec = Distill(**options)
     where = pick_device(device)
     _refuse_models(student, teacher)
     meaning = _task(task, student)
@@ -116,10 +117,7 @@ def distill(
     folder = _folder(output, student, resume, spec.model_dump(mode="json") | {"seed": seed, "task": task})
     bench = _Bench(ours, theirs, batches, held_out, where)
     report = bench.train(spec, folder, seed, console)
-    figures = bench.evaluate(student, theirs)
-    if folder is not None:
-        with disk_faults(folder.student):
-            artifact.save(student, folder.student, input_config=ours.input.as_dict())
+    figures = bench.evaluate(student.to(where), theirs)
     return Distilled(student, figures, report["kept_epoch"], folder.path if folder is not None else None)
 
 
@@ -134,11 +132,14 @@ class _Bench:
     device: torch.device
 
     def train(self, spec: Distill, folder: RunFolder | None, seed: int, console: Console | None) -> dict[str, Any]:
-        """Run the phase, in a folder if there is one; returns its report."""
+        """Run the phase, in a folder if there is one, where the student is then written; returns the phase's report."""
         with TemporaryDirectory() as scratch, folder.owned() if folder is not None else nullcontext():
             phase = Phase("distill", 1, seed, (folder or RunFolder(scratch)).checkpoint("distill"))
             log = RunLog(folder.path if folder is not None else None, console)
-            return _run(spec, self.stage(phase, log), self.ours.model, folder)
+            report = _run(spec, self.stage(phase, log), self.ours.model, folder)
+            if folder is not None:
+                save_student(self.ours, folder.student)
+            return report
 
     def stage(self, phase: Phase, log: RunLog) -> Stage:
         return Stage(
@@ -184,19 +185,6 @@ class _Converted(Side):
 
     def converter(self, source: Any) -> Images:
         return self.convert
-
-
-def _options(options: dict[str, Any]) -> Distill:
-    """The `distill` phase with these options."""
-    unknown = next((name for name in options if name not in Distill.model_fields), None)
-    if unknown is not None:
-        hint = did_you_mean(unknown, Distill.model_fields)
-        raise UserError(f"distill has no option {unknown!r}; {hint or '`compressvit schema distill` lists them'}")
-    try:
-        return Distill(**options)
-    except ValidationError as error:
-        faults = [f"{'.'.join(map(str, f['loc']))}: {f['msg'].removeprefix('Value error, ')}" for f in error.errors()]
-        raise UserError(f"distill: {'; '.join(faults)}; `compressvit schema distill` explains the options") from None
 
 
 def _task(name: str | None, student: nn.Module) -> Task:
@@ -318,7 +306,8 @@ def _refuse_other_options(file: Path, options: dict[str, Any]) -> None:
 def _run(spec: Distill, stage: Stage, student: nn.Module, folder: RunFolder | None) -> dict[str, Any]:
     opt.seed_everything(stage.phase.seed)
     try:
-        return spec.run(student, stage)[1]
+        with resource_faults():
+            return spec.run(student, stage)[1]
     except Interrupted as stop:
         on = "nothing was kept: output=FOLDER keeps a checkpoint" if folder is None else "go on with resume=True"
         stop.args = (f"the training was stopped; {on}",)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from rich.table import Table
 from torch import nn
 
 from compressvit.artifacts import artifact
+from compressvit.data.classes import other_classes
 from compressvit.data.input import STATISTICS, Side
 from compressvit.data.loaders import eval_loader
 from compressvit.data.opening import Datasets, open_data
@@ -23,8 +24,8 @@ from compressvit.recipe.recipe import Recipe, load_recipe, parse_recipe
 from compressvit.runs.folder import RESOLVED
 from compressvit.runs.job import pick_device
 from compressvit.runs.resources import resource_faults
+from compressvit.runs.tables import scores_table
 from compressvit.tasks.base import Task, task_of
-from compressvit.tasks.qualities import qualities
 from compressvit.terminal import Terminal
 from compressvit.text import printable
 from compressvit.training.evaluate import Watch, evaluate
@@ -84,8 +85,8 @@ def evaluate_path(path: str | Path, overrides: list[str], *, device: str, as_jso
     recipe = data_recipe(folder, overrides, "evaluate")
     where = pick_device(device)
     datasets = open_data(recipe.data)
-    asked = any(override.startswith(tuple(f"data.{name}=" for name in STATISTICS)) for override in overrides)
-    side = Side.of(model, recipe.data, trained=not asked)  # an artifact records its input configuration
+    datasets.found += other_classes(datasets.class_names or (), stored.class_names(model) or (), "the model")
+    side = trained_side(model, recipe.data, overrides)
     with resource_faults(recipe.data):
         scores = Scorer(datasets, recipe.data, where).score(side)
     result: dict[str, Any] = {
@@ -99,18 +100,22 @@ def evaluate_path(path: str | Path, overrides: list[str], *, device: str, as_jso
     if as_json:
         print(json.dumps(result, indent=2))
         return 0
-    table = Table(title=f"{folder} on {recipe.data.name}", title_justify="left", show_header=False)
-    known = qualities()
-    for key, value in result.items():
-        if key not in ("path", "data", "data_notes") and value is not None:
-            unit = f" {known[key].unit}".rstrip() if key in known else ""
-            table.add_row(key, f"{value:,}" if isinstance(value, int) else f"{value:.4f}{unit}")
-    Terminal().print(table)
+    Terminal().print(scores_table(result, f"{folder} on {recipe.data.name}"))
     for note in datasets.notes():
         print(f"data: {printable(note.text)}")
     if not datasets.labelled:
         print("the images have no labels, so there is no accuracy; `apply` compares a student with its teacher")
     return 0
+
+
+def trained_side(model: nn.Module, data: Data, overrides: Sequence[str], *, recorded: bool = True) -> Side:
+    """A trained model with the input that it was trained with, unless `overrides` of the data change that.
+
+    Args:
+        recorded: the model is from an artifact, or from another folder that records its input.
+    """
+    asked = any(override.startswith(tuple(f"data.{name}=" for name in STATISTICS)) for override in overrides)
+    return Side.of(model, data, trained=not asked, own_crop=recorded)
 
 
 def _require_finite(model: nn.Module, folder: Path) -> None:

@@ -42,7 +42,8 @@ class Costs(RunFile):
 
 class Figures(Costs):
     """Costs and scores of the teacher or the student in `results.json`. Scores are in percent, except `loss` and the cosines; None if they
-    are not available. `latency_ratio` has the quartiles of student / teacher within a round of measurements."""
+    are not available. `latency_ratio` has the quartiles of student / teacher within a round of measurements. `trained_adapter` is left out
+    if no parameter is frozen."""
 
     images: int | None = None
     latency_ms: float | None = None
@@ -56,6 +57,13 @@ class Figures(Costs):
     trained_adapter: int | None = None
     trained_head: int | None = None
     adapter_bytes: int | None = None
+
+    @property
+    def trained_body(self) -> int | None:
+        """Number of trained parameters without the classifier; None if it is not known."""
+        if self.trained_adapter is None and self.trained_head is not None:  # nothing is frozen
+            return self.parameters - self.trained_head
+        return self.trained_adapter
 
 
 class LedgerRow(RunFile):
@@ -83,8 +91,8 @@ class PhaseReport(RunFile):
     widths: list[dict[str, int]] = []
 
 
-class DataNote(RunFile):
-    """What was passed over, guessed or converted in the data: a word for it, how often, and the sentence."""
+class NoteRow(RunFile):
+    """What was passed over, guessed or converted: a word for it, how often, and the sentence."""
 
     what: str
     count: int
@@ -100,7 +108,8 @@ class Results(RunFile):
     ledger: list[LedgerRow] = []
     read_back_difference: float | None = None
     broken_images: int = 0
-    data_notes: list[DataNote] = []
+    data_notes: list[NoteRow] = []
+    weights_notes: list[NoteRow] = []
 
     @property
     def slowdown(self) -> float | None:
@@ -155,7 +164,7 @@ class DataPlan(RunFile):
     validation: int
     classes: int | None = None
     fingerprint: str | None = None
-    notes: list[DataNote] = []
+    notes: list[NoteRow] = []
 
 
 class RecipePlan(RunFile):
@@ -167,6 +176,7 @@ class RecipePlan(RunFile):
         conflicts: empty if the recipe can run.
         diagnostics: a description of each diagnostic, by name.
         data: known once the data is opened.
+        weights: what was taken off or left out when weights files were read; known once they are.
     """
 
     recipe: str = ""
@@ -179,6 +189,7 @@ class RecipePlan(RunFile):
     conflicts: list[str] = []
     diagnostics: dict[str, str] = {}
     data: DataPlan | None = None
+    weights: list[NoteRow] = []
 
 
 class Environment(RunFile):

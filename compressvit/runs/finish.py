@@ -6,6 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from compressvit.artifacts import artifact
 from compressvit.artifacts.adapter import save_adapter
 from compressvit.data.input import Side, class_mismatch
@@ -37,7 +39,7 @@ def finish(job: Job, scorer: Scorer, folder: RunFolder, log: RunLog, *, plan: Re
     """
     teacher, student = trained.teacher, trained.student
     stored.name_classes(student.model, job.datasets.class_names)
-    difference = _save(student, folder.student)
+    difference = save_student(student, folder.student)
     answers = scorer.task(student).answers(student.model, job.datasets.class_names, job.datasets.labelled)
     predictions = Predictions(student.input, answers)
     scores, theirs = _scores(scorer, student, teacher, predictions)
@@ -60,7 +62,7 @@ def finish(job: Job, scorer: Scorer, folder: RunFolder, log: RunLog, *, plan: Re
             "student": {
                 **costs,
                 **scores,
-                **trained_parameters(student.model),
+                **_trained(student.model, costs["parameters"]),
                 "latency_ms": times.medians[1],
                 "latency_ratio": times.ratio(1),
             },
@@ -69,17 +71,26 @@ def finish(job: Job, scorer: Scorer, folder: RunFolder, log: RunLog, *, plan: Re
             "read_back_difference": difference,
             "broken_images": job.datasets.broken.count,
             "data_notes": [asdict(note) for note in job.datasets.notes()],
+            "weights_notes": [note.model_dump() for note in plan.weights],
         }
     )
-    write_json(folder.path / "results.json", results.model_dump(exclude_unset=True))
     log.board(lambda writer: tensorboard.show_results(writer, job.recipe, results))
     predictions.write(folder.path)
+    write_json(folder.path / "results.json", results.model_dump(exclude_unset=True))  # last: it marks a run as finished
     needed = scorer.task(teacher).needs_classes(job.datasets.num_classes or 0)
     _report(job, folder, log, results, class_mismatch(needed, getattr(teacher.model, "num_classes", 0)))
     return results
 
 
-def _save(student: Side, folder: Path) -> float:
+def _trained(model: nn.Module, parameters: int) -> dict[str, int]:
+    """Numbers of trained parameters; `trained_adapter` only if a part of the model is frozen."""
+    counts = trained_parameters(model)
+    if sum(counts.values()) == parameters:
+        del counts["trained_adapter"]
+    return counts
+
+
+def save_student(student: Side, folder: Path) -> float:
     """Write the student, and read it back before it replaces an earlier one; returns the difference to the model's outputs."""
     differences: list[float] = []
 
@@ -114,8 +125,8 @@ def _report(job: Job, folder: RunFolder, log: RunLog, results: Results, mismatch
         f"in brackets the middle half of the ratios. "
         f"The student was read back from disk: largest difference of its outputs {results.read_back_difference:.1e}"
     )
-    if job.datasets.broken.count:
-        log.say(f"{job.datasets.broken.count} broken image files were skipped; run.log names them")
+    if files := len(job.datasets.broken.paths):
+        log.say(f"{files} broken image files were skipped; run.log names them")
     for note in job.datasets.broken.notes():  # the others stand in the plan
         log.say(f"data: {note.text}")
     log.say(f"run folder: {folder.path}")

@@ -10,19 +10,31 @@ The stages of a run, each of which uses the results of those before it:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from torch import nn
 
 from compressvit.data.input import Side
 from compressvit.data.opening import Datasets, open_data
 from compressvit.data.spec import known_classes
 from compressvit.errors import UserError, option, switch
 from compressvit.files import expanded
+from compressvit.model import weights
+from compressvit.model.backbone import family_of
 from compressvit.recipe.recipe import Recipe
 from compressvit.runs.folder import RunFolder
-from compressvit.runs.models import Architecture, build_student, head_size, teacher_architecture, trains_teacher
+from compressvit.runs.models import (
+    Architecture,
+    build_student,
+    copies_teacher,
+    head_size,
+    teacher_architecture,
+    trains_teacher,
+)
 from compressvit.tasks.base import task_of
 from compressvit.training.phases import PhaseSpec
 from compressvit.training.phases.finetune import Finetune
@@ -59,36 +71,76 @@ class Job:
         return open_data(self.recipe.data)
 
 
-def prepare(recipe: Recipe, device: str = "auto", *, name: str = "recipe", without_data: bool = False) -> Job:
+def prepare(
+    recipe: Recipe,
+    device: str = "auto",
+    *,
+    name: str = "recipe",
+    datasets: Datasets | None = None,
+    without_data: bool = False,
+) -> Job:
     """Resolve a recipe to a job. Models are built without values; data is opened only if its classes are otherwise unknown.
 
     Args:
         name: name of the recipe in messages.
         device: 'auto', 'cpu', 'cuda', 'cuda:1', 'mps', …
+        datasets: the data, if it is already open.
         without_data: open no data, and assume what only the data determines, as a plan does.
 
     Raises:
         UserError: the device or the data set is not available, or timm cannot build a model.
     """
     where = pick_device(device)
-    datasets = None
     classes = known_classes(recipe.data)
-    if classes is None and not without_data:
+    if classes is None and datasets is None and not without_data:
         datasets = open_data(recipe.data)
+    if classes is None and datasets is not None:
         classes = datasets.num_classes
     architecture = teacher_architecture(recipe, classes=classes)
-    teacher = architecture.build("meta")
+    with _support_first(recipe):
+        teacher = architecture.build("meta")
     if recipe.student.head == "new" and not recipe.data.labelled:
         raise UserError(
             f"student.head=new is a classifier of the data's classes, but the images of data '{recipe.data.name}' have none; leave it out"
         )
     placeholder = recipe.student.head == "new" and not head_size(recipe, classes)
-    student = build_student(recipe, teacher, classes=PLACEHOLDER_CLASSES if placeholder else classes, meta=True)
-    sides = Side.of(teacher, recipe.data, trained=architecture.trained), Side.of(student, recipe.data)
+    with _support_first(recipe):
+        student = build_student(recipe, teacher, classes=PLACEHOLDER_CLASSES if placeholder else classes, meta=True)
+    recorded = "crop_pct" in (architecture.input or {})
+    sides = (
+        Side.of(teacher, recipe.data, trained=architecture.trained, own_crop=recorded),
+        Side.of(student, recipe.data, own_crop=recorded and copies_teacher(recipe)),
+    )
     job = Job(recipe, name, where, classes, architecture, *sides, placeholder)
     if datasets is not None:
         job.datasets = datasets
     return job
+
+
+@contextmanager
+def _support_first(recipe: Recipe) -> Iterator[None]:
+    """If a model cannot be built, first report whether a step refuses the student's family: arguments for a ViT then make no sense."""
+    try:
+        yield
+    except UserError as error:
+        name = recipe.student.model or recipe.teacher.model
+        try:
+            bare = weights.build(name, device="meta")
+        except UserError:
+            raise error from None
+        for index, entry in enumerate(recipe.steps):
+            if isinstance(entry.spec, Transform) and _is_of_other_family(bare, entry.spec):
+                try:
+                    entry.spec.plan(bare)
+                except UserError as refusal:
+                    raise UserError(f"steps[{index}].{entry.name}: {refusal}\n  Besides, {error}") from error
+        raise
+
+
+def _is_of_other_family(model: nn.Module, spec: Transform) -> bool:
+    """Whether the transform needs something that the model's family does not have."""
+    family = family_of(model)
+    return family is None or any(family.lacks(need) for need in spec.needed())
 
 
 def pick_device(name: str) -> torch.device:

@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,9 +27,10 @@ from compressvit.errors import UserError, option, switch
 from compressvit.files import disk_faults, write_json
 from compressvit.model import cost, stored, surgery, ties
 from compressvit.model.stored import Manifest
+from compressvit.reading import read_json
 from compressvit.recipe.recipe import load_recipe
 from compressvit.runs.evaluate import artifact_in
-from compressvit.runs.folder import RESOLVED
+from compressvit.runs.folder import RESOLVED, RunFolder
 from compressvit.runs.job import pick_device
 from compressvit.runs.owned import refuse_links
 from compressvit.runs.tables import ratio_text
@@ -47,6 +49,7 @@ def merge_folder(
     overwrite: bool = False,
     device: str = "auto",
     datasets: Datasets | None = None,
+    owned: bool = False,
 ) -> dict[str, Any]:
     """Merge the artifact at `path`, or that of a run, and write a folder for `timm.create_model("local-dir:FOLDER", pretrained=True)`.
     If adapters are left (dense ones, from Kronecker products), an artifact is written instead.
@@ -57,19 +60,29 @@ def merge_folder(
         overwrite: replace an earlier merge in that folder; nothing else in it is ever replaced.
         device: device for measuring latencies; the comparison runs on the CPU.
         datasets: the data of the run, if it is already open.
+        owned: the caller has locked the run folder (`RunFolder.owned`).
 
     Returns:
         The content of `merge.json`: differences relative to the largest output, and latencies in milliseconds.
 
     Raises:
         UserError: there is no artifact at `path`, a transform cannot be folded, the outputs of the merged model differ, or the
-            output folder is not empty (unless it is an earlier merge and `overwrite` is given).
+            output folder is not empty (unless it is an earlier merge and `overwrite` is given), or another run is writing to it.
     """
     where = pick_device(device)
     folder = artifact_in(Path(path).resolve())
-    target = Path(output).resolve() if output is not None else folder.parent / "merged"
-    if output is None:
-        refuse_links(target)
+    if output is not None:
+        return _merge(folder, Path(output).resolve(), overwrite, where, datasets)
+    refuse_links(folder.parent / "merged")
+    in_a_run = (folder.parent / RESOLVED).is_file()
+    with RunFolder(folder.parent).owned() if in_a_run and not owned else nullcontext():
+        return _merge(folder, folder.parent / "merged", overwrite, where, datasets)
+
+
+def _merge(
+    folder: Path, target: Path, overwrite: bool, where: torch.device, datasets: Datasets | None
+) -> dict[str, Any]:
+    """Merge the artifact in `folder` into `target`; the other arguments and the result are those of `merge_folder`."""
     _require_free(target, overwrite)
     model = artifact.load(folder)
     dtype = next(model.parameters()).dtype
@@ -96,6 +109,18 @@ def merge_folder(
     shipped = {**result, "artifact": os.path.relpath(folder, target), "merged": "."}
     write_json(target / _SEAL, shipped)
     return result
+
+
+def read_merge(folder: Path, run: Path) -> dict[str, Any]:
+    """The result of `merge_folder` for a run that was merged before into `folder`.
+
+    Raises:
+        UserError: the merge is missing or incomplete.
+    """
+    content = read_json(folder / _SEAL)
+    if not isinstance(content, dict) or "read_back" not in content or not (folder / stored.TENSORS).is_file():
+        raise UserError(f"{folder} holds no complete merge")
+    return {**content, "artifact": str(run.resolve() / "student"), "merged": str(folder.resolve())}
 
 
 def _require_free(target: Path, overwrite: bool) -> None:
@@ -202,7 +227,7 @@ def _write(model: nn.Module, folder: Path, *, plain: bool) -> nn.Module:
 def _input_of(folder: Path, model: nn.Module) -> InputConfig:
     resolved = folder.parent / RESOLVED
     if resolved.is_file():
-        return input_config(model, load_recipe(resolved).data, trained=True)
+        return input_config(model, load_recipe(resolved).data, trained=True, own_crop=True)
     return input_config(model, Data(name="images"))
 
 

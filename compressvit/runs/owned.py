@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from pathlib import Path
 
-from compressvit.errors import UserError
+from compressvit.errors import UserError, option, switch
 from compressvit.model.header import MANIFEST, TENSORS
 from compressvit.reading import kind_of
 
@@ -68,8 +68,8 @@ def foreign(folder: Path) -> Path | None:
 
 
 def is_scratch(entry: Path) -> bool:
-    """Whether a killed run left it: a lock, a file that was not written to its end, a model likewise (`.student.1a2b3c4d`)."""
-    return re.fullmatch(r"\.lock|\..+\.part|\..+\.[0-9a-f]{8}", entry.name) is not None
+    """Whether a killed run left it: a lock, an unfinished file, or an unfinished model (`.student.1a2b3c4d`, `.merge.x1y2z3`)."""
+    return re.fullmatch(r"\.lock|\..+\.part|\..+\.[0-9a-f]{8}|\.merge\..+", entry.name) is not None
 
 
 def delete(folder: Path, *, scratch: bool = False) -> None:
@@ -98,7 +98,8 @@ def refuse_foreign(folder: Path) -> None:
         kind = kind_of(other)
         what = f" ({kind})" if kind else ""
         raise UserError(
-            f"--overwrite: {other}{what} is nothing that a run writes, so {folder} is not deleted; move it elsewhere, or use --output"
+            f"{switch('overwrite')}: {other}{what} is nothing that a run writes, so {folder} is not deleted; move it elsewhere, or give "
+            f"another {option('output')}"
         )
 
 
@@ -111,5 +112,5 @@ def refuse_links(folder: Path) -> None:
         if kind_of(path) not in (None, "a folder"):
             raise UserError(
                 f"{path} is {kind_of(path)}, and nothing in a run folder is written through one; put a file or folder of its own in its "
-                "place, or use another --output"
+                f"place, or give another {option('output')}"
             )

@@ -140,8 +140,7 @@ def evaluation_images(
     if isinstance(subset, Samples):
         count = min(count, len(subset))
         order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
-        chosen = [subset.indices[i * len(subset) // count] for i in order]
-        subset = Samples(subset.source, chosen, subset.labelled)
+        subset = subset.part([i * len(subset) // count for i in order])
     left = count
     for images, targets in eval_loader(dataclasses.replace(datasets, validation=subset), data, config, device):
         whole = at_least(targets, NO_LABEL).cpu()  # smaller targets mark a broken file

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from compressvit.data.spec import Data
-from compressvit.errors import UserError
+from compressvit.errors import UserError, switch
 
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "Cannot allocate memory")
 _DEAD_WORKER = "DataLoader worker (pid"
@@ -27,16 +27,21 @@ def resource_faults(data: Data | None = None) -> Iterator[None]:
     except (ConnectionError, EOFError) as error:
         if data is not None and not data.num_workers:
             raise
-        raise _dead_worker(_reason_of_death(error), data) from error
+        reason = _reason_of_death(error)
+        if data is None and reason is error:  # raised by the caller's own data set
+            raise
+        raise _dead_worker(reason, data) from error
     except (MemoryError, RuntimeError) as error:  # torch.cuda.OutOfMemoryError is a RuntimeError
         if _DEAD_WORKER in str(error):
             raise _dead_worker(error, data) from error
         if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or any(t in str(error) for t in _NO_MEMORY):
-            now = f" (now {data.batch_size})" if data is not None else ""
-            raise UserError(
-                f"memory ran out: {_first_line(error)}. Give a smaller data.batch_size{now} or data.eval_batch_size, or precision=bf16 in "
-                "the phase; as another batch size is another recipe, start a new run"
-            ) from error
+            ways = (
+                "Give smaller batches, or precision='bf16'"
+                if data is None
+                else f"Give a smaller data.batch_size (now {data.batch_size}) or data.eval_batch_size, or precision=bf16 in the phase; as "
+                "another batch size is another recipe, start a new run"
+            )
+            raise UserError(f"memory ran out: {_first_line(error)}. {ways}") from error
         raise
 
 
@@ -50,10 +55,10 @@ def _reason_of_death(error: Exception) -> Exception:
 
 
 def _dead_worker(error: Exception, data: Data | None) -> UserError:
-    now = f" (now {data.num_workers})" if data is not None else ""
+    fewer = "the DataLoader fewer num_workers" if data is None else f"fewer data.num_workers (now {data.num_workers})"
     return UserError(
-        f"a process that loads images has ended: {_first_line(error)}. Most often memory ran out: give fewer data.num_workers{now}, 0 to "
-        "load them in the training process; --resume goes on with it"
+        f"a process that loads images has ended: {_first_line(error)}. Most often memory ran out: give {fewer}, 0 to "
+        f"load them in the training process; {switch('resume')} goes on with it"
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -32,8 +32,8 @@ def cost_table(rows: Sequence[tuple[str, Costs]], title: str) -> Table:
 
 
 def megabytes(size: float) -> str:
-    """Bytes as '12.3 MB' (10⁶)."""
-    return f"{size / 1e6:,.1f} MB"
+    """Bytes as '12.3 MB' (10⁶), or as '12.3 kB' below 0.1 MB."""
+    return f"{size / 1e6:,.1f} MB" if size == 0 or size >= 1e5 else f"{size / 1e3:,.1f} kB"
 
 
 def ledger_table(ledger: list[LedgerEntry]) -> Table:
@@ -71,30 +71,51 @@ def results_table(results: Results, title: str) -> Table:
 def results_rows(teacher: Costs, student: Costs) -> list[tuple[str, str, str, str]]:
     """Name, teacher's value, student's value and ratio of every measure; a ratio may be empty."""
     rows = []
-
-    def row(label: str, key: str, text: Callable[[Any], str]) -> None:
+    for label, key, text in _measures(adapted=student.adapted):
         ours, theirs = student.value(key), teacher.value(key)
         if ours is None:
-            return
+            continue
         if theirs is None:
             rows.append((label, "", text(ours), ""))
-        else:
-            rows.append((label, text(theirs), text(ours), f"{ours / max(theirs, 1e-12):.3f}"))
-
-    row("parameters (unique)", "parameters", lambda v: f"{v:,}")
-    if student.adapted:
-        row("trained, without the classifier", "trained_adapter", lambda v: f"{v:,}")
-        row("trained, in the classifier", "trained_head", lambda v: f"{v:,}")
-    row("bytes on disk", "bytes", megabytes)
-    row("stored in addition to the backbone", "adapter_bytes", lambda v: f"{v / 1e3:,.1f} kB")
-    row("MACs per image", "macs", lambda v: f"{v / 1e6:,.2f} M")
-    row("latency", "latency_ms", lambda v: f"{v:.2f} ms")
-    if rows[-1][0] == "latency" and rows[-1][-1]:  # noise is larger than a third digit
-        known = student.latency_ratio if isinstance(student, Figures) else None
-        rows[-1] = (*rows[-1][:-1], ratio_text(known) if known else f"{float(rows[-1][-1]):.2f}")
-    for quality in qualities().values():
-        row(quality.long, quality.key, quality.text)
+            continue
+        ratio = f"{ours / max(theirs, 1e-12):.3f}"
+        if key == "latency_ms":  # noise is larger than a third digit
+            known = student.latency_ratio if isinstance(student, Figures) else None
+            ratio = ratio_text(known) if known else f"{float(ratio):.2f}"
+        rows.append((label, text(theirs), text(ours), ratio))
     return rows
+
+
+def scores_table(scores: Mapping[str, Any], title: str) -> Table:
+    """One model's costs and scores, under the labels of `results_table`."""
+    table = Table(title=title, title_justify="left", show_header=False)
+    count: Callable[[Any], str] = lambda v: f"{v:,}"  # noqa: E731
+    further = (
+        ("loss", "loss", lambda v: f"{v:.4f}"),
+        ("images", "images", count),
+        ("broken images", "broken_images", count),
+    )
+    for label, key, text in (*_measures(), *further):
+        if scores.get(key) is not None:
+            table.add_row(label, text(scores[key]))
+    return table
+
+
+def _measures(*, adapted: bool = False) -> list[tuple[str, str, Callable[[Any], str]]]:
+    """The measures of a model in the order of the tables: label, key, and how a value is written."""
+    trained: list[tuple[str, str, Callable[[Any], str]]] = [
+        ("trained, without the classifier", "trained_adapter", lambda v: f"{v:,}"),
+        ("trained, in the classifier", "trained_head", lambda v: f"{v:,}"),
+    ]
+    return [
+        ("parameters (unique)", "parameters", lambda v: f"{v:,}"),
+        *(trained if adapted else []),
+        ("bytes on disk", "bytes", megabytes),
+        ("stored in addition to the backbone", "adapter_bytes", lambda v: f"{v / 1e3:,.1f} kB"),
+        ("MACs per image", "macs", lambda v: f"{v / 1e6:,.2f} M"),
+        ("latency", "latency_ms", lambda v: f"{v:.2f} ms"),
+        *((quality.long, quality.key, quality.text) for quality in qualities().values()),
+    ]
 
 
 def print_plan(plan: RecipePlan, console: Console) -> None:
@@ -128,8 +149,8 @@ def print_plan(plan: RecipePlan, console: Console) -> None:
         console.print(Text.assemble("diagnostics: ", (name, "bold"), f"  {summary}"), highlight=False)
     if plan.data is not None:
         print_data(plan.data, console)
-    for note in plan.notes:
-        console.print(f"note: {note}", highlight=False)
+    for text in (*(f"weights: {note.text}" for note in plan.weights), *(f"note: {note}" for note in plan.notes)):
+        console.print(text, highlight=False)
     for conflict in plan.conflicts:
         console.print(Text.assemble(("conflict:", "red"), f" {conflict}"), highlight=False)
 

@@ -18,10 +18,9 @@ import torch
 from torch import nn
 
 from compressvit.data.input import Side
-from compressvit.files import load_checkpoint, require_keys, save_checkpoint
+from compressvit.files import save_checkpoint
 from compressvit.log import RunLog
 from compressvit.model import ties
-from compressvit.model.old import current_checkpoint
 from compressvit.model.taps import Taps
 from compressvit.tasks.base import Task, task_of
 from compressvit.training import optimisation as opt
@@ -30,13 +29,12 @@ from compressvit.training.best import Best
 from compressvit.training.meters import Meters
 from compressvit.training.phase import Phase
 from compressvit.training.spec import Training
-from compressvit.training.state import Moments, TrainedState
+from compressvit.training.state import Moments, TrainedState, read_checkpoint, restoring
 from compressvit.training.stopping import Interrupted, StopRequest, diverged
 from compressvit.training.terms import Batch, Term
 from compressvit.training.watch import Watch
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
-_UNFINISHED = ("epoch", "batch_index", "steps", "optimizer", "scaler", "random_state", "meters")
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -177,10 +175,7 @@ class Trainer:
     def resume(self) -> dict[str, Any] | None:
         """Continue from the checkpoint. If the phase is already complete, return the result of `train`."""
         path = self.phase.checkpoint
-        saved = current_checkpoint(load_checkpoint(path), self.model.state_dict().keys())
-        require_keys(saved, ("done",), path)
-        if not saved["done"]:
-            require_keys(saved, _UNFINISHED, path)
+        saved = read_checkpoint(path, self.model, len(self.loader))
         self.state.load(saved, self.model, path)
         self.start, self.best = saved.get("start"), saved.get("best")
         if saved["done"]:
@@ -189,10 +184,11 @@ class Trainer:
                 self.measure(self.model.eval(), saved["epoch"], True)
             ended = {"start": self.start, "kept_epoch": kept}
             return ended if self.warm is None else {**ended, "moments": Moments(saved["moments"])}
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.scaler.load_state_dict(saved["scaler"])
-        if self.average is not None:
-            self.average.load(saved)
+        with restoring(path):
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.scaler.load_state_dict(saved["scaler"])
+            if self.average is not None:
+                self.average.load(saved)
         self.epoch, self.batch_index, self.steps = saved["epoch"], saved["batch_index"], saved["steps"]
         self.random_state, self.meters = saved["random_state"], Meters(**saved["meters"])
         self.log.say(f"{self.phase.name}: resumed at epoch {self.epoch + 1}, step {self.steps} of {self.total_steps}")
@@ -247,7 +243,8 @@ class Trainer:
         for _ in range(self.batch_index):  # batches that the interrupted epoch had already processed
             next(batches)
         if self.random_state is not None:
-            opt.restore_random_state(self.random_state)
+            with restoring(self.phase.checkpoint):
+                opt.restore_random_state(self.random_state)
             self.random_state = None
         return batches
 

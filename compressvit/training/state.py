@@ -6,17 +6,100 @@ changed the backbone itself, a checkpoint contains the whole model, because fitt
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
+from torch import Tensor, nn
 
 from compressvit.errors import UserError
-from compressvit.files import require_keys
+from compressvit.files import load_checkpoint, require_keys
 from compressvit.model import ties
+from compressvit.model.old import current_checkpoint
 from compressvit.model.weights import hash_tensors
+from compressvit.spec import first_fault
 from compressvit.transforms.record import only_adapted
+
+_UNFINISHED = ("epoch", "batch_index", "steps", "optimizer", "scaler", "random_state", "meters")
+
+
+class _Sums(BaseModel):
+    sums: dict[str, float] = {}
+    count: NonNegativeInt = 0
+
+
+class _Best(BaseModel):
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    score: float
+    epoch: NonNegativeInt
+    model: dict[str, Tensor] | None
+
+
+class _Checkpoint(BaseModel):
+    """The types of what a checkpoint holds, as far as they can be checked without the model."""
+
+    model_config = ConfigDict(strict=True, arbitrary_types_allowed=True)
+
+    done: bool
+    model: dict[str, Tensor]
+    frozen: str
+    epoch: NonNegativeInt = 0
+    steps: NonNegativeInt = 0
+    batch_index: NonNegativeInt = 0
+    kept_epoch: NonNegativeInt | None = None
+    start: dict[str, Any] | None = None
+    best: _Best | None = None
+    meters: _Sums = _Sums()
+    optimizer: dict[str, Any] = {}
+    scaler: dict[str, Any] = {}
+    random_state: dict[str, Any] | None = None
+    average: dict[str, Tensor] = {}
+    n_averaged: NonNegativeInt = 0
+    average_rises: bool = False
+    moments: dict[str, dict[str, Any]] = {}
+
+
+def read_checkpoint(path: Path, model: nn.Module, batches: int) -> dict[str, Any]:
+    """The content of a phase's checkpoint, under the current names of the model's tensors.
+
+    Args:
+        batches: of an epoch.
+
+    Raises:
+        UserError: it is damaged, or lacks what is needed to continue.
+    """
+    saved = current_checkpoint(load_checkpoint(path), model.state_dict().keys())
+    require_keys(saved, ("done", "model", "frozen"), path)
+    if not saved["done"]:
+        require_keys(saved, _UNFINISHED, path)
+    try:
+        known = _Checkpoint.model_validate(
+            {key: value for key, value in saved.items() if key in _Checkpoint.model_fields}
+        )
+    except ValidationError as error:
+        raise _damaged(path, first_fault(error)) from error
+    if known.batch_index > batches:
+        raise _damaged(path, f"batch_index: {known.batch_index:,}, and an epoch has {batches:,} batches")
+    return saved
+
+
+@contextmanager
+def restoring(path: Path) -> Iterator[None]:
+    """Around code that gives a checkpoint's content to objects of torch and Python, which fail in their own ways on a damaged one."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (AttributeError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise _damaged(path, (str(error).splitlines() or [type(error).__name__])[0]) from error
+
+
+def _damaged(path: Path, fault: str) -> UserError:
+    return UserError(f"{path} is damaged ({fault}); remove it to begin its phase again")
 
 
 class TrainedState:

@@ -25,7 +25,7 @@ from compressvit.model import ties
 from compressvit.model.backbone import Backbone, describe
 from compressvit.model.family import Need
 from compressvit.registry import Registry
-from compressvit.spec import Spec
+from compressvit.spec import Frozen, Spec
 from compressvit.transforms.claims import Claim
 
 
@@ -44,7 +44,7 @@ class LedgerEntry:
     output_error: float | None = None
 
 
-class Plan(Spec):
+class Plan(Frozen):
     """A resolved transform: enough to rebuild the structure on a fresh model of the same architecture."""
 
     transform: ClassVar[str]

@@ -18,7 +18,7 @@ from compressvit.files import expanded
 from compressvit.fitting.moments import Reference
 from compressvit.model import ties
 from compressvit.model.backbone import head_names
-from compressvit.model.stored import MANIFEST, is_artifact, read_tensors
+from compressvit.model.stored import MANIFEST, is_artifact, read_tensors, require_as_written
 from compressvit.model.weights import resample_positions
 from compressvit.transforms.base import LedgerEntry, Plan, Transform, transform
 from compressvit.transforms.record import compression_of
@@ -48,7 +48,9 @@ class LoadWeightsPlan(Plan):
                 f"load_weights: {self.artifact} was made by other transforms than this student: "
                 f"{_differences(made_by, asked)}. Give the recipe the settings that its compressvit.json lists"
             )
-        tensors = resample_positions(read_tensors(folder), student)
+        stored = read_tensors(folder)
+        require_as_written(folder, stored)
+        tensors = resample_positions(stored, student)
         own = ties.unique_state(student)
         heads = head_names(student)
         if self.head == "new":

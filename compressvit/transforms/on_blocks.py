@@ -34,8 +34,8 @@ class OnBlocks(Transform):
         if self.blocks is not None and self.stages is not None:
             raise ValueError("blocks and stages are both given; remove one of them")
         for span in self.blocks or ():
-            if isinstance(span, str) and len(_numbers(span)) == 0:
-                first, last = span.split("-")
+            first, last = _ends(span)
+            if first > last:
                 raise ValueError(f"blocks: {span} ends before it begins; did you mean {last}-{first}?")
         return self
 
@@ -48,12 +48,15 @@ class OnBlocks(Transform):
         backbone = self.backbone(model)
         found, name = backbone.blocks, model_name(model)
         if self.blocks is not None:
-            wanted = {i for span in self.blocks for i in _numbers(span)}
-            if max(wanted) >= len(found):
+            spans = [_ends(span) for span in self.blocks]
+            highest = max(
+                last for _, last in spans
+            )  # compared first: a range may name more numbers than fit into memory
+            if highest >= len(found):
                 raise UserError(
-                    f"{self.name}.blocks asks for block {max(wanted)}, but {name} has {len(found)}: 0 to {len(found) - 1}"
+                    f"{self.name}.blocks asks for block {highest}, but {name} has {len(found)}: 0 to {len(found) - 1}"
                 )
-            return tuple(info for info in found if info.index in wanted)
+            return tuple(info for info in found if any(first <= info.index <= last for first, last in spans))
         if self.stages is not None:
             count = len(backbone.stages)
             if max(self.stages) >= count:
@@ -63,9 +66,9 @@ class OnBlocks(Transform):
         return found
 
 
-def _numbers(span: int | str) -> range:
-    """The blocks of a number or a range."""
+def _ends(span: int | str) -> tuple[int, int]:
+    """The first and the last block of a number or a range."""
     if isinstance(span, int):
-        return range(span, span + 1)
+        return span, span
     first, last = map(int, span.split("-"))
-    return range(first, last + 1)
+    return first, last

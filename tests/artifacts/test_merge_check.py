@@ -7,7 +7,7 @@ import copy
 import pytest
 import timm
 import torch
-from helpers.models import VIT, build, images_for, outputs
+from helpers.models import VIT, build, images_for, outputs, randomise
 from torch import nn
 
 from compressvit.artifacts.merge import differences, merge, merged_copy, photograph_like, relative_difference
@@ -62,6 +62,16 @@ def test_the_difference_is_the_largest_in_parts_of_the_largest_output():
     assert relative_difference(Constant(1, 8), Constant(5, 8), images) == pytest.approx(0.5)
 
 
+def test_models_that_compute_zero_do_not_differ():
+    """As with a classifier that starts at zero and was not trained."""
+    model = build("vit")
+    nn.init.zeros_(model.head.weight)
+    nn.init.zeros_(model.head.bias)
+    images = images_for(model)
+    assert relative_difference(model, copy.deepcopy(model), images) == 0
+    assert relative_difference(model, build("vit"), images) > 1
+
+
 def test_a_large_scale_on_large_weights_is_merged():
     """RepAdapter's s = 10, from the paper's grid: in float32 the outputs differ by 7e-5, of which the merge has 5e-6."""
     torch.manual_seed(0)
@@ -76,6 +86,15 @@ def test_a_large_scale_on_large_weights_is_merged():
     merged, images = merge(model), images_for(model)
     before, after = (outputs(copy.deepcopy(m).double(), images.double()) for m in (model.eval(), merged.eval()))
     assert ((after - before).abs().max() / before.abs().max()) < 1e-5  # measured 5e-6
+
+
+def test_a_model_of_four_channels_is_merged():
+    torch.manual_seed(0)
+    model = compress(timm.create_model("vit_tiny_patch16_224", **VIT, in_chans=4), [LoRA(rank=2)]).eval()
+    added = surgery.added_parameters(model)
+    randomise(nn.ParameterList(p for n, p in model.named_parameters() if n in added))
+    images = torch.randn(2, 4, VIT["img_size"], VIT["img_size"])
+    assert (outputs(merge(model), images) - outputs(model, images)).abs().max() < 1e-5
 
 
 def test_what_is_computed_in_float64_is_not_changed_for_it():

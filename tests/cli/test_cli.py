@@ -259,6 +259,29 @@ def test_plan_and_apply_refuse_with_one_message(recipe, tmp_path, overrides, wor
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("overrides", "begins", "contains"),
+    [
+        (
+            ["teacher.model=resnet18"],
+            "steps[0].multiplex: resnet18 is a ResNet, which compressvit cannot",
+            "Besides, timm cannot build resnet18",
+        ),
+        (
+            ["teacher.model=convnext_tiny"],
+            "steps[0].multiplex: multiplex needs attention",
+            "Besides, timm cannot build convnext_tiny",
+        ),
+        (["teacher.model=resnet18", "steps=[distill]"], "timm cannot build resnet18", "'img_size'"),
+        (["teacher.model=swin_tiny_patch4_window7_224"], "timm cannot build swin_tiny", "did you mean 'depths'?"),
+    ],
+)
+def test_a_model_that_no_step_supports_is_refused_before_its_arguments(recipe, overrides, begins, contains):
+    message = refused("plan", recipe, *overrides)
+    assert message.startswith(begins)
+    assert contains in message
+
+
 def test_an_unknown_recipe_is_refused_by_every_verb_that_takes_one():
     verbs = [["apply"], ["plan"], ["recipes", "show"], ["recipes", "show", "--resolved"]]
     for words in verbs:

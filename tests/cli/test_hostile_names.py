@@ -18,6 +18,7 @@ from rich.text import Text
 
 from compressvit.charts.findings import Finding
 from compressvit.cli import main
+from compressvit.exits import answered
 from compressvit.log import RunLog
 from compressvit.terminal import Terminal
 from compressvit.text import printable
@@ -46,6 +47,20 @@ def test_a_console_prints_what_stands_there(name, mine):
         console.print(what)
     assert file.getvalue().count(printable(name)) >= 4  # rich drops a bell in a `Text` of ours itself
     assert not OBEYED.search(file.getvalue())
+
+
+def test_a_console_takes_no_text_for_markup_or_emoji():
+    """Also where a part of rich asks for it, and in the console of a caller who wants it."""
+    file = io.StringIO()
+    console = Terminal(rich.console.Console(file=file, width=60, markup=True, emoji=True))
+    table = Table(title="[b]:smile:", caption="[b]:smile:")
+    table.add_column("[b]:smile:", footer="[b]:smile:")
+    table.add_row("[b]:smile:")
+    table.show_footer = True
+    console.print(table)
+    console.print("[b]:smile:")
+    console.print("[b]:smile:", markup=True, emoji=True)
+    assert file.getvalue().count("[b]:smile:") == 7
 
 
 @pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
@@ -129,6 +144,29 @@ def test_an_unforeseen_fault_is_a_sentence(tmp_path, monkeypatch):
     assert "return 1 / 0" in log
     monkeypatch.undo()
     assert run("apply", recipe, "--output", tmp_path / "run", "--resume")[0] == 0  # nothing good was lost
+
+
+def test_the_trace_of_an_unforeseen_fault_is_safe_to_show(tmp_path, monkeypatch, capsys):
+    """It is not written through a link, and nothing in it or in its sentence is obeyed."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    run_folder = tmp_path / "run"
+    run_folder.mkdir()
+    (tmp_path / "precious").write_text("mine")
+    (run_folder / "run.log").symlink_to(tmp_path / "precious")
+
+    def fails():
+        raise ValueError(f"{'x' * 1000}{ESC}\nsecond line")
+
+    assert answered("compressvit", fails, lambda: run_folder) == 70
+    said = capsys.readouterr().err
+    assert (tmp_path / "precious").read_text() == "mine"
+    assert "x" * 300 + ". This is a fault" in said
+    assert "second line" not in said
+    (trace,) = tmp_path.glob("compressvit-*.log")
+    assert str(trace) in said
+    assert "second line" in trace.read_text()
+    assert printable(ESC) in trace.read_text()
+    assert not OBEYED.search(trace.read_text())
 
 
 def test_an_unforeseen_fault_without_a_run(tmp_path, monkeypatch):

@@ -22,6 +22,7 @@ def test_schema_of_a_key_is_for_people():
     assert "prediction" in done("schema", "distill.losses")
     assert "temperature" in done("schema", "distill.losses.prediction")
     assert "batch_size" in done("schema", "data")
+    assert done("schema", "merge") == "merge has no options"
     assert "did you mean 'multiplex'?" in refused("schema", "multiplx")
     assert "'distill.nothing'" in refused("schema", "distill.nothing")
 
@@ -97,7 +98,7 @@ def test_a_recipe_measures_errors_on_its_own_images(recipe, tmp_path):
     assert student_bytes(tmp_path / "run") == student_bytes(tmp_path / "again")
     assert metrics(tmp_path / "run")
     student = done("evaluate", tmp_path / "run")
-    assert "top1" in student
+    assert "top-1 │" in student
 
 
 def test_lors_from_python_as_the_readme_has_it():

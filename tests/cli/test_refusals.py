@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.models import build, images_for
+from helpers.runs import refused, run
 from PIL import Image
 
 import compressvit
@@ -118,3 +119,25 @@ def test_overwrite_keeps_a_data_folder_that_is_the_run_folder(tmp_path):
     with pytest.raises(UserError, match=r"would delete .* which data\.root reads"):
         refuse_own_inputs(parse_recipe(text), RunFolder(tmp_path))
     refuse_own_inputs(parse_recipe(text), RunFolder(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "report", "compare", "merge", "apply", "plan"])
+def test_a_path_that_is_too_long_is_a_sentence(verb, tmp_path):
+    words = ["quickstart", "--output"] if verb == "apply" else []
+    message = refused(verb, *words, tmp_path / ("x" * 5000))
+    assert "too long for the path" in message or "is not a recipe" in message or "no recipe" in message
+    assert len(message) < 2500
+
+
+def test_a_setting_that_is_written_as_an_option():
+    for words, hint in (
+        (
+            ["plan", "quickstart", "--seed", "1"],
+            "--seed 1; settings of the recipe are written without dashes: seed=VALUE",
+        ),
+        (["apply", "quickstart", "--data.batch-size=3"], "written without dashes: data.batch_size=3"),
+        (["plan", "quickstart", "--nonsense"], "unrecognized arguments: --nonsense"),
+        (["compare", "runs", "--seed", "1"], "unrecognized arguments: --seed 1"),
+    ):
+        code, _, err = run(*words)
+        assert (code, err.endswith(hint)) == (2, True), err

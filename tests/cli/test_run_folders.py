@@ -8,6 +8,8 @@ import shutil
 import pytest
 from helpers.runs import TINY, refused, run
 
+from compressvit.runs.files import read_results
+
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
@@ -132,8 +134,20 @@ def test_evaluate_a_run_gives_what_the_run_reported(finished):
 def test_evaluate_prints_a_table(finished):
     code, out, _ = run("evaluate", finished)
     assert code == 0
-    for word in ("digits", "top1", "%", "parameters"):
+    results = read_results(finished).student
+    for word in (
+        "digits",
+        f"parameters (unique) │ {results.parameters:,}",
+        f"bytes on disk │ {results.bytes / 1e3:,.1f} kB",
+        f"MACs per image │ {results.macs / 1e6:.2f} M",
+        f"top-1 │ {results.top1:.2f} %",
+        f"loss │ {results.loss:.4f}",
+        "images │ 32",
+        "broken images │ 0",
+    ):
         assert word in out
+    assert "top1" not in out
+    assert "latency" not in out
 
 
 def test_evaluate_an_artifact_on_its_own(finished, tmp_path):

@@ -133,7 +133,7 @@ def test_a_rare_class_may_be_missing_in_validation(tmp_path):
     found = opened(tmp_path)
     assert [found.validation[i][1] for i in range(4)] == [1, 1, 2, 2]
     (note,) = [note for note in found.notes() if note.what == "missing_classes"]
-    assert note.text == "val: 1 class without a picture: cat"
+    assert note.text == "val: 1 class without an image: cat"
 
 
 def test_unicode_forms_of_a_name_are_one_class(tmp_path):
@@ -160,7 +160,7 @@ def test_files_of_other_types_are_counted(tmp_path):
     assert len(found.train) == 5
     assert notes_of(found) == {"classes": [2], "other_types": [4], "empty_folders": [1]}
     (note,) = [note for note in found.notes() if note.what == "other_types"]
-    assert note.text == "train: 4 files of types that are not read passed over: 2 .txt, 1 .heic, 1 no extension"
+    assert note.text == "train: 4 files of types that are not read, passed over: 2 .txt, 1 .heic, 1 no extension"
 
 
 @pytest.mark.parametrize("name", ["folder", "images"])
@@ -174,6 +174,21 @@ def test_a_loop_of_links_counts_pictures_once(tmp_path, name):
     assert notes_of(found)["again"] == [2]
     assert notes_of(found)["dangling"] == [1]
     assert "first cat/loop" in next(note.text for note in found.notes() if note.what == "again")
+
+
+def test_a_folder_is_searched_at_its_own_place(tmp_path):
+    """And not at that of a link to it, whichever comes first."""
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        for name in "abcd":
+            (tmp_path / split / name).symlink_to("m")
+        images(tmp_path / split / "m", 2)
+        images(tmp_path / split / "n", 2)
+        for name in "wxyz":
+            (tmp_path / split / name).symlink_to("m")
+    found = opened(tmp_path)
+    assert found.class_names == ["m", "n"]
+    assert notes_of(found)["again"] == [8, 8]
 
 
 def test_many_links_to_one_another_are_searched_once(tmp_path):
@@ -218,15 +233,43 @@ def test_links_out_of_the_root_are_followed_and_counted(tmp_path):
     assert "from_outside" not in notes_of(opened(linked, outside=False)), "the root itself may be a link"
 
 
+def test_a_folder_beside_the_root_is_outside_though_its_name_begins_alike(tmp_path):
+    root = class_folders(tmp_path / "set", each=2)
+    images(tmp_path / "set2", 1)
+    (root / "train" / "cat" / "9.png").symlink_to(tmp_path / "set2" / "00.png")
+    assert notes_of(opened(root))["from_outside"] == [1]
+
+
 def test_a_pipe_is_refused_by_name(tmp_path):
     root = class_folders(tmp_path, each=2)
     os.mkfifo(root / "train" / "cat" / "9.jpg")
-    with pytest.raises(UserError, match=r"cat/9.jpg is a named pipe, not a picture; remove it"):
+    with pytest.raises(UserError, match=r"cat/9.jpg is a named pipe, not an image; remove it"):
         opened(root)
     (root / "train" / "cat" / "9.jpg").unlink()
     (root / "train" / "cat" / "8.jpg").symlink_to("/dev/zero")
     with pytest.raises(UserError, match=r"cat/8.jpg is a device"):
         opened(root)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="there is no /proc")
+@pytest.mark.parametrize("target", ["/proc/self", "/proc", "/sys"])
+def test_the_kernels_folders_are_not_searched(tmp_path, target):
+    root = class_folders(tmp_path, each=2)
+    (root / "train" / "cat" / "more").symlink_to(target)
+    with pytest.raises(UserError, match=r"cat/more is a folder of the operating system, not of pictures; remove it"):
+        opened(root)
+
+
+@pytest.mark.parametrize("split", ["x" * 300, "x" * 5000, "a\0b"])
+@pytest.mark.parametrize("name", ["folder", "images", "lists"])
+def test_a_split_that_no_file_can_be_called(tmp_path, name, split):
+    class_folders(tmp_path, each=2)
+    (tmp_path / "train.txt").write_text("train/cat/0.jpg 0")
+    if name == "images":  # which has another way to hold out
+        assert notes_of(opened(tmp_path, name, val_split=split))["held_out"] == [1]
+        return
+    with pytest.raises(UserError, match=r"nothing for data.val_split|there is no"):
+        opened(tmp_path, name, val_split=split)
 
 
 def test_files_are_in_natural_order_as_timm_reads_them(tmp_path):
@@ -251,7 +294,7 @@ def test_val_is_never_trained_on(tmp_path):
     found = opened(tmp_path, "images")
     assert names_of(found.validation, tmp_path) == [f"val/{i:02}.png" for i in range(4)]
     assert names_of(found.train, tmp_path) == [f"{i:02}.png" for i in range(5)] + [f"more/{i:02}.png" for i in range(5)]
-    assert found.notes()[0].text == "10 pictures outside val/, test/ to train on; validation is val/"
+    assert found.notes()[0].text == "10 images outside val/, test/ to train on; validation is val/"
     images(tmp_path / "train", 2)
     found = opened(tmp_path, "images")
     assert (len(found.train), len(found.validation)) == (2, 4)
@@ -271,8 +314,11 @@ def test_how_images_are_held_out_is_said(tmp_path):
     assert names_of(found.validation, tmp_path) == ["09.png", "19.png"]
     (note,) = found.notes()
     assert (note.what, note.count) == ("held_out", 2)
-    assert "2 pictures of 20 held out: every 10th picture" in note.text
+    assert "2 images of 20 held out: every 10th image" in note.text
     assert "data.group_by keeps them together" in note.text
+    seventh = opened(tmp_path, "images", val_fraction=0.15)  # 1 / 0.15 = 6.67
+    assert names_of(seventh.validation, tmp_path) == ["06.png", "13.png"]
+    assert "2 images of 20 held out: every 7th image" in seventh.notes()[0].text
 
 
 @pytest.mark.parametrize("group_by", ["folder", "photo(\\d+)", "/(photo\\d+)_"])

@@ -69,6 +69,15 @@ def test_digits_of_more_bits_are_the_digits(tmp_path, kind):
     assert datasets.broken.count == 0
 
 
+def test_values_are_rounded():
+    wide = np.arange(2**16).reshape(256, 256)
+    found, done = read_picture(stored(Image.fromarray(wide.astype(np.uint16))))
+    assert np.array_equal(np.asarray(found), np.round(wide / 257))
+    assert done == pictures.Read.SIXTEEN_BITS
+    floats = np.linspace(0, 1, 1001, dtype=np.float32)[None]
+    assert np.array_equal(np.asarray(read_picture(stored(Image.fromarray(floats), "TIFF"))[0]), np.round(floats * 255))
+
+
 def test_what_every_mode_becomes():
     colour = picture(0)
     gray = colour.convert("L")
@@ -85,7 +94,9 @@ def test_what_every_mode_becomes():
     }
     for mode, (image, expected) in cases.items():
         kind = "TIFF" if mode in ("CMYK", "YCbCr") else "PNG"
-        found, _ = read_picture(stored(image, kind))
+        found, done = read_picture(stored(image, kind))
+        alpha, cmyk = pictures.Read.ALPHA, pictures.Read.CMYK
+        assert done == {"LA": alpha, "RGBA": alpha, "CMYK": cmyk}.get(mode, 0), mode
         for channels, wanted in ((3, expected), (1, None), (4, None)):
             converted = to_channels(found, channels)
             assert converted.mode == {1: "L", 3: "RGB", 4: "RGBA"}[channels]
@@ -126,6 +137,44 @@ def test_nearly_black_images_of_sixteen_bits_are_counted(tmp_path):
     datasets = open_data(data)
     epoch(train_loader(datasets, data, GRAY, CPU)), epoch(eval_loader(datasets, data, GRAY, CPU))
     assert {note.what: note.count for note in datasets.broken.notes()} == {"sixteen_bits": 4, "dark": 3}
+
+
+UPRIGHT, TURNED = Image.Exif(), Image.Exif()
+UPRIGHT[274], TURNED[274] = 1, 6
+DAMAGED = {
+    "no header": b"Exif\0\0garbage",
+    "ends early": TURNED.tobytes()[:20],
+    "a table elsewhere": b"Exif\0\0II*\0\xff\xff\xff\x7f",
+    "no entries that fit": b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + b"\1\2" * 30,
+}
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+@pytest.mark.parametrize("exif", [False, True])
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_exif_block_is_counted(tmp_path, damage, exif):
+    for i, block in enumerate((DAMAGED[damage], UPRIGHT, TURNED, TURNED.tobytes()[:-2], b"")):
+        picture(i).save(tmp_path / f"{i}.jpg", exif=block)
+    data = Data(name="images", root=str(tmp_path), exif=exif, val_fraction=0.5)
+    datasets = open_data(data)
+    images = [part[i][0] for part in (datasets.train, datasets.validation) for i in range(len(part))]
+    assert sorted(image.size for image in images) == [(20, 24)] * 2 * exif + [(24, 20)] * (5 - 2 * exif)
+    found = {note.what: note for note in datasets.broken.notes()}
+    assert {what: note.count for what, note in found.items()} == {"turned": 2, "bad_exif": 1}
+    assert found["bad_exif"].text == "1 image with a damaged EXIF block, " + (
+        "so not turned" if exif else "which was ignored"
+    )
+
+
+def test_a_black_image_of_sixteen_bits_is_only_black():
+    _, done = read_picture(stored(Image.fromarray(np.zeros((8, 8), np.uint16))))
+    assert done == pictures.Read.SIXTEEN_BITS
+
+
+def test_an_upright_picture_is_not_turned():
+    found, done = read_picture(stored(picture(0), exif=UPRIGHT), exif=True)
+    assert done == 0
+    assert np.array_equal(np.asarray(found), np.asarray(picture(0)))
 
 
 @pytest.mark.parametrize("exif", [False, True])
@@ -173,6 +222,15 @@ def test_every_format_is_read_and_found(tmp_path):
         (16, 13) if kind == "ICO" else (24, 20) for kind in sorted(written, key=str.lower)
     ]
     assert set(written) <= set(pictures.FORMATS)
+
+
+@pytest.mark.parametrize("kind", ["MSP", "XBM", "SPIDER", "ICNS"])
+def test_no_other_format_is_read(kind):
+    """Whatever a file is called, and though Pillow reads it."""
+    file = stored(picture(0).convert({"MSP": "1", "XBM": "1", "SPIDER": "F"}.get(kind, "RGB")), kind)
+    assert Image.open(file).format == kind
+    with pytest.raises(BrokenPicture, match="it is not an image"):
+        read_picture(file)
 
 
 def test_the_first_frame_is_read():

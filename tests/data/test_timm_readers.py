@@ -32,6 +32,16 @@ def test_a_torchvision_folder_with_a_broken_file(tmp_path):
     assert datasets.broken.paths == [str(root / "val" / "cat" / "0.jpg")]
 
 
+def test_splits_of_a_torchvision_folder_with_other_classes(tmp_path):
+    """As many, so that nothing but their names could tell."""
+    class_folders(tmp_path, splits=("train",))
+    class_folders(tmp_path, splits=("val",), classes=("cat", "owl"))
+    with pytest.raises(UserError) as error:
+        open_data(Data(name="torch/image_folder", root=str(tmp_path)))
+    for words in ("have different classes", "only in training: dog", "only in validation: owl"):
+        assert words in str(error.value)
+
+
 def test_a_torchvision_set_that_is_not_there(tmp_path):
     with pytest.raises(UserError) as error:
         open_data(Data(name="torch/cifar10", root=str(tmp_path)))

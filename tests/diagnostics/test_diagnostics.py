@@ -222,6 +222,7 @@ def test_a_row_that_was_cut_short_is_measured_again(whole, recipe, tmp_path, rud
     files = [folder / "diagnostics" / "measured.jsonl", folder / "metrics.jsonl"]
     for file in files:
         file.write_bytes(file.read_bytes()[:-20])
+    (folder / "results.json").unlink()
     done("apply", "--no-report", folder, "--resume")
     assert [call[:2] for call in Rude.calls] == [("1_distill", 3)]
     assert [(m.phase, m.epoch) for m in read_rows(files[0], MeasuredRow)] == MOMENTS
@@ -229,6 +230,7 @@ def test_a_row_that_was_cut_short_is_measured_again(whole, recipe, tmp_path, rud
     assert read_metrics(files[1])[-1] == EvaluationRow(phase="1_distill", step=99)
 
     files[0].write_text("[]\n[]\n")
+    (folder / "results.json").unlink()
     done("apply", "--no-report", folder, "--resume")
     assert "earlier measurements cannot be read, so they are repeated" in (folder / "run.log").read_text()
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from compressvit.fitting.lowrank import Metric
-from compressvit.fitting.moments import Moments, collect_moments
+from compressvit.fitting.moments import Moments, collect_moments, is_finite
 
 PREFIX, TOKENS, INNER, OUT = 1, 5, 4, 3
 SEED = 3
@@ -132,3 +132,16 @@ def test_behind_a_layer_scale_the_output_side_is_scaled_after_its_ridge():
     torch.testing.assert_close(factor @ factor.mT, expected)
     torch.testing.assert_close(moments.output_factor(None, scale), torch.diag(scale))
     assert moments.output_factor(None) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "finite"),
+    [
+        ([1.0, -2.0], True),
+        ([3e38, 3e38], True),  # their sum is not
+        ([1.0, float("nan")], False),
+        ([float("inf"), float("-inf")], False),
+    ],
+)
+def test_values_are_finite_if_each_of_them_is(values, finite):
+    assert is_finite(torch.tensor(values)) is finite

@@ -1,26 +1,63 @@
-"""Random damage to files: of their bytes, of their lines, of the values in them. And the bounds that whoever reads them keeps to."""
+"""Random damage to files: of their bytes, of their lines, of the values in them."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
+import json
 import os
 import random
-import resource
 import shutil
-import signal
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from helpers.hostile import ESC
+import torch
+import yaml
 
-SECONDS = 10
-MEMORY = 2 * 2**30  # bytes, beyond what is in use
+from helpers.hostile import BOMBS, ESC
+
 ODD = [
-    None, True, False, 0, 1, -1, -2, 3, 7, 10**5, 10**7, 10**12, 2**63, 2**64, -(2**63), 10**30, 0.0, -0.5, 0.5, 1e-300, 1e308, 1e400,
-    float("nan"), "", "x", "1", "nan", ESC, "\x00", "[/x]", "../../etc/passwd", "hf-hub:x/y", "local-dir:/etc", "caf\udce9", "x" * 5000,
-    [], [[]], [0], [1, 2, 3], ["x"], [-1], [None], {}, {"x": 1}, {"": {}}, [[[[[[1]]]]]], {"a": {"b": {"c": {}}}}, [1] * 1000,
+    None, True, False, 0, 1, -1, -2, 3, 7, 10**5, 10**7, 10**12, 2**63, 2**64, -(2**63), 10**30, 10**80, 0.0, -0.0, -0.5, 0.5, 1e-300,
+    1e308, 1e400, -1e400, float("nan"), "", " ", "x", "1", "1e3", "nan", "null", "on", "2020-13-45", "1:30", "~", "*a", "&a", "<<", "#",
+    ESC, "\x00", "\u202e", "\u200b", "\ufeff", "é", "e\u0301", "猫", "🙂", "a\nb\tc", "[/x]", "{x}", "%s", "$HOME", ".", "..", "/",
+    "../../etc/passwd", "/dev/zero", "/dev/stdin", "/proc/self/mem", "~nobody/x", "~nemo/x", "hf-hub:x/y", "local-dir:/etc",
+    "http://127.0.0.1:1/x", "caf\udce9", "x" * 5000, "x " * 5000, "[" * 3000, "(" * 90, "9" * 400,
+    [], [[]], [0], [1, 2, 3], ["x"], [-1], [None], [0.5, "x", None, {}], {}, {"x": 1}, {"": {}}, {"x": None}, [[[[[[1]]]]]],
+    {"a": {"b": {"c": {}}}}, [1] * 1000, ["x"] * 1000, {str(i): i for i in range(1000)},
+]  # fmt: skip
+_DEEP: list[Any] = []
+for _ in range(80):
+    _DEEP = [_DEEP]
+ODD.append(_DEEP)
+ODD_KEYS = [
+    "x",
+    "",
+    " ",
+    ESC,
+    "<<",
+    "é",
+    "__class__",
+    "seed",
+    "dtype",
+    "depth",
+    "share",
+    "rank",
+    "name",
+    "weights",
+    "x" * 3000,
+]
+
+# What is put between two lines of YAML, or before a value.
+_YAML_LINES = [
+    "---", "...", "%YAML 9.9", "? [a, b]\n: c", "? {a: b}\n: c", "<<: *a", "<<: {seed: 1}", "<<: [1, 2]", "\tx: 1", "x: [", "x: 'a",
+    "x: |\n  a", "x: !!python/object/apply:os.system [true]", "x: !!binary x", "x: !!set {a, b}", "x: !!omap [a: 1]", "x: *unknown",
+    "seed: 1", "1: 2", "null: 1", "true: 1", "2020-01-01: 1", "1.5: 1", "- x", "\ufeffx: 1",
+]  # fmt: skip
+_YAML_VALUES = [
+    "&a ", "*a ", "!!str ", "!!int ", "!!float ", "!!bool ", "!!null ", "!!timestamp ", "!!seq ", "!!map ", "!x ", "0x", "0o", "0b", "1_",
+    "-", "+", ".", "[", "{", "'", '"', "| ", "> ", "@", "`", "%", "? ", ".inf #", ".nan #", "2020-13-45 #", "1:61:61 #", "190:20:30 #",
+    "1e999 #", "00123 #", "=", "<< ",
 ]  # fmt: skip
 
 
@@ -35,59 +72,251 @@ def places(content: Any, path: tuple = ()) -> Iterator[tuple]:
 def with_odd_value(content: Any, chance: random.Random) -> Any:
     """A copy of JSON-like content in which one value is another one, gone, moved, or has a neighbour."""
     content = copy.deepcopy(content)
-    path = chance.choice(list(places(content))[1:] or [()])
+    paths = list(places(content))[1:]
+    path = chance.choice(paths or [()])
     if not path:
-        return chance.choice(ODD)
+        return copy.deepcopy(chance.choice(ODD))
     here = content
     for key in path[:-1]:
         here = here[key]
-    kind = chance.randrange(10)
+    kind = chance.randrange(12)
+    odd = copy.deepcopy(chance.choice(ODD))  # no content shares values, which YAML would write as aliases
     if kind == 0:
         del here[path[-1]]
     elif kind == 1 and isinstance(here, dict):
-        here[chance.choice(["x", "", ESC, "depth", "share", "rank"])] = here.pop(path[-1])
+        here[chance.choice(ODD_KEYS)] = here.pop(path[-1])
     elif kind == 2 and isinstance(here, dict):
-        here[chance.choice(["x", "seed", "dtype"])] = chance.choice(ODD)
+        here[chance.choice(ODD_KEYS)] = odd
     elif kind == 3 and isinstance(here, list):
-        here.extend(here[-1:] * chance.choice([1, 5]))
+        here.extend(here[-1:] * chance.choice([1, 5, 2000]))
     elif kind == 4 and isinstance(here[path[-1]], (int, float)):
         here[path[-1]] = here[path[-1]] * chance.choice([-1, 2, 10, 1000, 0.3]) + chance.choice([0, 1])
+    elif kind == 5:  # what stands elsewhere
+        other = content
+        for key in chance.choice(paths):
+            other = other[key]
+        here[path[-1]] = copy.deepcopy(other)
+    elif kind == 6:  # of another type
+        value = here[path[-1]]
+        here[path[-1]] = chance.choice([str(value), [value], {"x": value}, [value] * 3])
+    elif kind == 7 and isinstance(here[path[-1]], str):
+        text = here[path[-1]]
+        at = chance.randrange(len(text) + 1)
+        here[path[-1]] = (
+            text[:at] + chance.choice(["", "x", "\x00", ESC, "é", "/", ".", " ", "0", "[", "x" * 3000]) + text[at + 1 :]
+        )
     else:
-        here[path[-1]] = chance.choice(ODD)
+        here[path[-1]] = odd
     return content
 
 
 def with_odd_bytes(whole: bytes, chance: random.Random) -> bytes:
-    """Cut, flipped, doubled, emptied, or with something in between."""
+    """Cut, flipped, doubled, emptied, in another encoding, or with something in between."""
     at = chance.randrange(len(whole) + 1)
-    kind = chance.randrange(7)
+    kind = chance.randrange(9)
     if kind == 0:
-        return whole[:at]
+        return whole[: chance.choice([0, at, max(0, len(whole) - 1)])]
     if kind == 1:
         damaged = bytearray(whole)
         for _ in range(chance.choice([1, 1, 5, 50])):
             if damaged:
-                damaged[chance.randrange(min(len(damaged), 4000))] = chance.randrange(256)
+                damaged[chance.randrange(min(len(damaged), chance.choice([16, 4000, len(damaged)])))] = (
+                    chance.randrange(256)
+                )
         return bytes(damaged)
     if kind == 2:
         return whole + whole
     if kind == 3:
-        return (
-            whole[:at]
-            + chance.choice([b"[" * 10**5, b"{" * 100, b"\x00", b"\x1b[31m", b"\xff\xfe", b"- " * 9000, b"9" * 6000])
-            + whole[at:]
-        )
+        between = [
+            b"[" * 10**5,
+            b"{" * 100,
+            b"\x00",
+            b"\x1b[31m",
+            b"\xff\xfe",
+            b"- " * 9000,
+            b"9" * 6000,
+            b"\xed\xa0\x80",
+            b"\r",
+            b"x" * 10**6,
+        ]
+        return whole[:at] + chance.choice(between) + whole[at:]
     if kind == 4:
         return bytes(len(whole))
+    if kind == 7:
+        text = whole.decode("latin-1")
+        return text.encode(chance.choice(["utf-16", "utf-16-le", "utf-32", "utf-8"]))
+    if kind == 8:
+        return chance.choice(
+            [b"\xef\xbb\xbf" + whole, whole.replace(b"\n", b"\r\n"), whole.replace(b"\n", b"\r"), b"\n" * 10**5 + whole]
+        )
     lines = whole.splitlines(keepends=True) or [b""]
     i, j = chance.randrange(len(lines)), chance.randrange(len(lines))
     lines[i], lines[j] = (lines[j], lines[i]) if kind == 5 else (lines[j], lines[j])
     return b"".join(lines)
 
 
-def replace_file(file: Path, chance: random.Random) -> None:
-    """Put something else in the place of a file."""
-    kind = chance.randrange(6)
+def with_odd_yaml(text: str, chance: random.Random) -> bytes:
+    """YAML with an anchor, an alias, a tag, a merge key or the like in it, or what grows beyond all bounds when it is read."""
+    lines = text.splitlines()
+    at = chance.randrange(len(lines))
+    kind = chance.randrange(8)
+    if kind == 0:
+        bombs = [bomb for bomb in BOMBS.values() if len(bomb) < 2 * 10**6]
+        return "\n".join([*lines[:at], chance.choice(bombs), *lines[at:]]).encode()
+    if kind < 3:
+        indent = " " * (len(lines[at]) - len(lines[at].lstrip()))
+        lines.insert(at, "\n".join(indent + line for line in chance.choice(_YAML_LINES).splitlines()))
+    else:
+        for _ in range(chance.choice([1, 1, 2])):  # two: an anchor and its alias
+            at = chance.randrange(len(lines))
+            head, colon, tail = lines[at].partition(": ")
+            lines[at] = head + colon + chance.choice(_YAML_VALUES[:2] if kind == 3 else _YAML_VALUES) + tail
+    return "\n".join(lines).encode()
+
+
+def with_odd_header(whole: bytes, chance: random.Random) -> bytes:
+    """A safetensors file of another header, whose length is that of the header, or is not."""
+    length = int.from_bytes(whole[:8], "little")
+    header, data = json.loads(whole[8 : 8 + length]), whole[8 + length :]
+    kind = chance.randrange(8)
+    names = [name for name in header if name != "__metadata__"]
+    if kind == 0:
+        lie = chance.choice([0, 1, length - 1, length + 1, len(whole), 2**31, 2**63, 2**64 - 1])
+        return lie.to_bytes(8, "little") + whole[8:]
+    if kind == 1:  # a tensor that lies on another
+        one, other = chance.choice(names), chance.choice(names)
+        header[one]["data_offsets"] = header[other]["data_offsets"]
+    elif kind == 2:
+        header[chance.choice(names)]["dtype"] = chance.choice(["F16", "F64", "I64", "BOOL", "C64", "F4", "x", ""])
+    elif kind == 3:
+        header[chance.choice(names)]["shape"] = chance.choice(
+            [[], [0], [2**40, 2**40], [1] * 100, [-1], [2**64], [10**9]]
+        )
+    elif kind == 4:
+        header[chance.choice(["x", "", ESC, "head.weight", "__metadata__"])] = header.pop(chance.choice(names))
+    elif kind == 5:
+        header["__metadata__"] = copy.deepcopy(chance.choice(ODD))
+    else:
+        header = with_odd_value(header, chance)
+    text = json.dumps(header).encode("utf-8", "surrogatepass")
+    return len(text).to_bytes(8, "little") + text + data
+
+
+def damage_json(file: Path, chance: random.Random) -> None:
+    """Damage a file of JSON: a value, or its bytes."""
+    if chance.random() < 0.8:
+        file.write_text(json.dumps(with_odd_value(json.loads(file.read_text()), chance)))
+    else:
+        file.write_bytes(with_odd_bytes(file.read_bytes(), chance))
+
+
+def damage_yaml(text: str, chance: random.Random) -> bytes:
+    """Damaged YAML: another value, another token, or other bytes."""
+    kind = chance.random()
+    if kind < 0.6:
+        content = with_odd_value(yaml.safe_load(text), chance)
+        return yaml.safe_dump(content, sort_keys=False).encode("utf-8", "surrogateescape")
+    return with_odd_yaml(text, chance) if kind < 0.8 else with_odd_bytes(text.encode(), chance)
+
+
+def damage_checkpoint(file: Path, chance: random.Random) -> None:
+    """Damage a torch file so that its checksums are right."""
+    content = torch.load(file, weights_only=True)
+    keys = list(content)
+    kind, key = chance.randrange(4), chance.choice(keys)
+    if kind == 0:
+        del content[key]
+    elif kind == 1 and isinstance(content[key], dict) and content[key]:
+        inner = chance.choice(list(content[key]))
+        content[key][inner] = copy.deepcopy(chance.choice(ODD))
+    elif kind == 2 and isinstance(content.get("model"), dict):
+        name = chance.choice(list(content["model"]))
+        value = content["model"][name]
+        content["model"][name] = chance.choice(
+            [value * float("nan"), value[:0], value.half(), value[None], value.to(torch.int64)]
+        )
+    else:
+        content[key] = copy.deepcopy(chance.choice(ODD))
+    torch.save(content, file)
+
+
+def damage_file(file: Path, chance: random.Random, elsewhere: Path = Path("/etc/hostname")) -> None:
+    """Damage a file as its type allows, or any file: its bytes, or put something else in its place."""
+    kind = chance.randrange(10)
+    if kind == 9:
+        replace_file(file, chance, elsewhere)
+    elif kind == 8:
+        file.write_bytes(with_odd_bytes(file.read_bytes(), chance))
+    elif file.suffix == ".json":
+        damage_json(file, chance)
+    elif file.suffix == ".jsonl":
+        lines = file.read_text().splitlines()
+        at = chance.randrange(len(lines))
+        lines[at] = json.dumps(with_odd_value(json.loads(lines[at]), chance))
+        file.write_text("\n".join(lines))
+    elif file.suffix == ".yaml":
+        file.write_bytes(damage_yaml(file.read_text(), chance))
+    elif file.suffix == ".safetensors":
+        file.write_bytes(with_odd_header(file.read_bytes(), chance))
+    elif file.suffix == ".pt":
+        damage_checkpoint(file, chance)
+    else:
+        file.write_bytes(with_odd_bytes(file.read_bytes(), chance))
+
+
+def damage_list(text: str, chance: random.Random, elsewhere: Path) -> bytes:
+    """A list of `PATH LABEL` lines with one of them changed, or its bytes; some lead to the picture `elsewhere`."""
+    lines = text.splitlines()
+    at = chance.randrange(len(lines))
+    path, _, label = lines[at].rpartition(" ")
+    kind = chance.randrange(10)
+    if kind < 4:
+        odd = [
+            "/etc/hostname",
+            "/dev/zero",
+            "images",
+            "",
+            ".",
+            "\x00",
+            "x" * 5000,
+            "caf\udce9",
+            ESC,
+            "pipe.png",
+            "loop.png",
+        ]
+        ways_out = [f"../{elsewhere.name}", f"images/../../{elsewhere.name}", str(elsewhere), "out.jpg"]
+        forms = [path.upper(), f"{path}/x", f'"{path}"', path + chr(0x301)]
+        lines[at] = f"{chance.choice([*odd, *ways_out, *ways_out, *forms])} {label}"
+    elif kind < 7:
+        odd = [
+            "-1",
+            "1.5",
+            "x",
+            "",
+            "10" * 12,
+            "9" * 5000,
+            "3000000000",
+            "999999",
+            "1000000",
+            "٣",
+            "²",
+            "1e3",
+            "0x1",
+            "00001",
+            "7",
+        ]
+        lines[at] = f"{path}{chance.choice([' ', '  ', chr(9), ',', '', ', '])}{chance.choice(odd)}"
+    elif kind == 7:
+        lines = chance.choice([[], [""], ["#"], lines * 300, lines[:1], [f"{path} 0"] * len(lines)])
+    else:
+        return with_odd_bytes(text.encode(), chance)
+    return "\n".join(lines).encode("utf-8", "surrogateescape")
+
+
+def replace_file(file: Path, chance: random.Random, elsewhere: Path = Path("/etc/hostname")) -> None:
+    """Put something else in the place of a file, or nothing; a link leads to the file `elsewhere`."""
+    kind = chance.randrange(10)
+    whole = file.read_bytes()
     file.unlink()
     if kind == 0:
         os.mkfifo(file)
@@ -96,31 +325,30 @@ def replace_file(file: Path, chance: random.Random) -> None:
     elif kind == 2:
         file.symlink_to(file)
     elif kind == 3:
-        file.symlink_to("/etc/hostname")
+        file.symlink_to(elsewhere)
     elif kind == 4:
         file.symlink_to("/dev/zero")
+    elif kind == 5:
+        file.touch()
+    elif kind == 6:  # a hole of 50 GB
+        file.write_bytes(whole)
+        os.truncate(file, 50 * 2**30)
+    elif kind == 7:
+        descriptor = os.open(file.parent, os.O_RDONLY)
+        with socket.socket(socket.AF_UNIX) as made:
+            made.bind(f"/proc/self/fd/{descriptor}/{file.name}")  # a socket's path is at most 108 bytes
+        os.close(descriptor)
+    elif kind == 8:
+        file.mkdir()
+        (file / file.name).write_bytes(whole)
+
+
+def shown(file: Path) -> str:
+    """The beginning of a damaged file, for a message; empty for what is no file of usual size."""
+    small = file.is_file() and not file.is_symlink() and file.stat().st_size < 10**6
+    return repr(file.read_bytes()[:2500]) if small else ""
 
 
 def clear(path: Path) -> None:
     """Delete a file or a folder."""
     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def bounded() -> Iterator[None]:
-    """No more than `SECONDS` and `MEMORY`: a TimeoutError or a MemoryError otherwise."""
-
-    def stop(*_: object) -> None:
-        raise TimeoutError(f"more than {SECONDS} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    limits = resource.getrlimit(resource.RLIMIT_AS)
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, limits[1]))
-    signal.alarm(SECONDS)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-        resource.setrlimit(resource.RLIMIT_AS, limits)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 
 import pytest
+from torch import nn
 
 from compressvit.errors import UserError
-from compressvit.recipe.recipe import parse_recipe
+from compressvit.recipe.recipe import Recipe, parse_recipe
+from compressvit.runs.models import teacher_architecture
 
 GOOD = """\
 description: A test.
@@ -50,3 +52,8 @@ def only_row(text: str, overrides: list[str] | None = None) -> tuple[str, str, s
     found = rows(fault(text, overrides))
     assert len(found) == 1, found
     return found[0]
+
+
+def build_teacher(recipe: Recipe, *, classes: int | None = None, device: str | None = None) -> nn.Module:
+    """The teacher of a recipe before it has values; device='meta' for a skeleton."""
+    return teacher_architecture(recipe, classes=classes).build(device)

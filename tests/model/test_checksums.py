@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import compressvit
+from compressvit.artifacts import adapter
 from compressvit.artifacts.adapter import load_adapter, save_adapter
 from compressvit.errors import UserError
 from compressvit.files import load_checkpoint, save_checkpoint
@@ -108,6 +109,15 @@ def test_an_adapter_file_is_checked(tmp_path):
     save_file(tensors, file, metadata={"compressvit": json.dumps(header)})
     with pytest.raises(UserError, match="is damaged: its header"):
         load_adapter(backbone, file)
+
+
+def test_an_adapter_file_stays_readable_when_headers_get_a_field(tmp_path, monkeypatch):
+    class Later(adapter.AdapterHeader):
+        colour: str | None = None
+
+    file = save_adapter(compressvit.compress(build("vit"), [LoRA(rank=2)]), tmp_path / "adapter.safetensors")
+    monkeypatch.setattr(adapter, "AdapterHeader", Later)
+    load_adapter(build("vit"), file)
 
 
 def test_torch_files_are_checked(tmp_path):

@@ -15,21 +15,32 @@ DEIT = {
     "warmup_epochs": 5,
     "weight_decay": 0.05,
     "clip_grad": None,
+    "mixup": 0.8,
+    "cutmix": 1.0,
+    "smoothing": 0.1,
 }
+SWIN = {**DEIT, "warmup_epochs": 20, "clip_grad": 5.0}
 SMALL, BASE = {**DEIT, "drop_path": 0.0}, {**DEIT, "drop_path": 0.1}
-REPEATED = {"repeats": 3, "auto_augment": "rand-m9-mstd0.5-inc1", "random_erasing": 0.25}
+PLAIN = {
+    "repeats": 1,
+    "auto_augment": "rand-m9-mstd0.5-inc1",
+    "random_erasing": 0.25,
+    "scale": (0.08, 1.0),
+    "hflip": 0.5,
+}
+REPEATED = {**PLAIN, "repeats": 3, "color_jitter": 0.4}
 VALUES = {
     "mini_deit_ti": (SMALL, {}, REPEATED),
     "mini_deit_s": (SMALL, {}, REPEATED),
     "mini_deit_b": (BASE, {}, REPEATED),
     "mini_deit_b_irpe": (BASE, {}, REPEATED),
     "mini_swin_b_384": (
-        {"epochs": 30, "lr": 2e-5, "lr_reference_batch": 512, "weight_decay": 1e-8},
-        {},
-        {"repeats": 1},
+        {"epochs": 30, "lr": 2e-5, "lr_reference_batch": 512, "weight_decay": 1e-8, "drop_path": 0.2},
+        {"crop_pct": 1.0},
+        PLAIN,
     ),
     "lors_deit_ti_cifar100": (
-        {"epochs": 300, "warmup_epochs": 20, "drop_path": 0.0},
+        {**DEIT, "warmup_epochs": 20, "drop_path": 0.0, "clip_grad": 5.0, "optimizer": "adamw"},
         {},
         {"auto_augment": None, "random_erasing": 0.0, "hflip": 0.5},
     ),
@@ -43,7 +54,13 @@ VALUES = {
             "clip_grad": None,
             "drop_path": 0.1,
         },
-        {"batch_size": 64, "crop_mode": "squash", "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)},
+        {
+            "batch_size": 64,
+            "crop_mode": "squash",
+            "crop_pct": 1.0,
+            "mean": (0.485, 0.456, 0.406),
+            "std": (0.229, 0.224, 0.225),
+        },
         {},
     ),
 }
@@ -63,5 +80,80 @@ def test_a_recipe_has_the_values_it_promises(name):
 def test_the_least_rate_of_lors_is_a_hundredth_of_its_peak():
     recipe = load_recipe("lors_deit_ti_cifar100")
     spec = recipe.steps[-1].spec
+    assert load_recipe("lors_deit_ti_cifar100").teacher.finetune == spec  # both are trained alike
     assert spec.min_lr == pytest.approx(spec.peak_lr(recipe.data.batch_size) / 100)
     assert load_recipe("repadapter_vit_b_vtab").teacher.model == "vit_base_patch16_224.orig_in21k"
+
+
+# Of recipes that state no source of their own values: what the papers print.
+PRINTED = {
+    "mini_swin_t": ({**SWIN, "drop_path": 0.0}, PLAIN),
+    "mini_swin_s": ({**SWIN, "drop_path": 0.1}, PLAIN),
+    "mini_swin_b": ({**SWIN, "drop_path": 0.2}, PLAIN),
+    "adaptformer_vit_b": (
+        {
+            "epochs": 100,
+            "optimizer": "momentum",
+            "momentum": 0.9,
+            "lr": 0.1,
+            "lr_reference_batch": 256,
+            "weight_decay": 0.0,
+            "warmup_epochs": 20,
+            "clip_grad": None,
+        },
+        {"scale": (0.08, 1.0), "hflip": 0.5, "auto_augment": None, "random_erasing": 0.0},
+    ),
+    "mimi_swin_t": (
+        {
+            "epochs": 100,
+            "rate": 0.5,
+            "lr": 5e-4,
+            "lr_reference_batch": 512,
+            "weight_decay": 0.05,
+            "warmup_epochs": 20,
+            "clip_grad": 5.0,
+            "mixup": 0.8,
+            "cutmix": 1.0,
+            "smoothing": 0.1,
+            "drop_path": 0.2,
+        },
+        PLAIN,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PRINTED)
+def test_a_recipe_has_the_printed_values(name):
+    recipe = load_recipe(name)
+    phase, augment = PRINTED[name]
+    assert {key: getattr(recipe.steps[-1].spec, key) for key in phase} == phase
+    assert {key: getattr(recipe.data.augment, key) for key in augment} == augment
+
+
+# recipe: (step, its values)
+METHODS = {
+    "mini_deit_ti": (0, {"share": 2, "mlp_conv": 0, "mixing_bias": False}),
+    "mini_swin_t": (0, {"share": (2, 2, 6, 2), "mlp_conv": 7, "mixing_bias": True}),
+    "mini_swin_b": (0, {"share": (2, 2, 2, 2), "mlp_conv": 7, "mixing_bias": True}),
+    "mini_swin_b_384": (0, {"share": (2, 2, 2, 2), "mlp_conv": 7, "mixing_bias": True}),
+    "mini_deit_b_irpe": (1, {"ratio": 1.9}),
+    "lors_deit_ti_cifar100": (0, {"rank": 32, "terms": (1,) * 9 + (2, 4, 6), "init": "scratch"}),
+    "repadapter_vit_b_vtab": (0, {"width": 8, "groups": 2, "scale": 1.0}),
+    "adaptformer_vit_b": (0, {"width": 64, "scale": 0.1, "dropout": 0.1}),
+    "mimi_swin_t": (0, {"ratio": 0.5}),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_has_the_values_of_its_paper(name):
+    index, values = METHODS[name]
+    spec = load_recipe(name).steps[index].spec
+    assert {key: getattr(spec, key) for key in values} == values
+
+
+def test_the_terms_of_lors_lie_where_the_blocks_differ():
+    """In the paper's DeiT: the last blocks in attention, the first ones in the MLP."""
+    attention, mlp = (entry.spec for entry in load_recipe("lors_deit_ti_cifar100").steps[:2])
+    assert (attention.targets, mlp.targets) == (("attn.qkv", "attn.proj"), ("mlp.fc1", "mlp.fc2"))
+    assert (mlp.rank, mlp.terms) == (32, (6, 4, 2) + (1,) * 9)
+    assert load_recipe("mimi_swin_t").steps[1].spec.target.neurons == 0.125

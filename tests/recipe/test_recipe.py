@@ -128,6 +128,14 @@ def test_a_file_that_is_not_text(tmp_path):
         ("lr: 1e-3", "lr: fast", 13, "steps[1].distill.lr", ["number", '"fast"']),
         ("lr: 1e-3", "lr: '1e-3'", 13, "steps[1].distill.lr", ["number", '"1e-3"']),
         ("lr: 1e-3", "lr: 0", 13, "steps[1].distill.lr", ["greater than 0"]),
+        ("lr: 1e-3", "lr: 1e+300", 13, "steps[1].distill.lr", ["1e+300 is too large for 32-bit floats"]),
+        (
+            "lr: 1e-3",
+            "lr: 1e-3\n      losses: {labels: {weight: 1e99}}",
+            14,
+            "steps[1].distill.losses.labels.weight",
+            ["too large"],
+        ),
         ("lr: 1e-3", "compile: 1", 13, "steps[1].distill.compile", ["boolean", "not 1"]),
         ("model: vit_tiny_patch16_224", "model: 5", 4, "teacher.model", ["string", "not 5"]),
         ("args: {img_size: 8, patch_size: 4}", "args: 8", 6, "teacher.args", ["object", "not 8"]),
@@ -244,3 +252,12 @@ def test_messages_call_a_recipe_what_the_user_called_it(tmp_path):
         load_recipe(path)
     assert str(caught.value).startswith(f"{path}: 1 error\n")
     assert "did you mean 'irpe'" in str(caught.value)
+
+
+def test_anchors_may_stand_at_the_top():
+    text = "x-anchors:\n  seed: &seed 7\n" + GOOD.replace("seed: 3", "seed: *seed")
+    recipe = parse_recipe(text)
+    assert recipe.seed == 7
+    assert "x-anchors" not in recipe.to_yaml()
+    with pytest.raises(RecipeError, match="anchors: unknown key"):
+        parse_recipe(text.replace("x-anchors", "anchors"))

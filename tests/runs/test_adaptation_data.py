@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from helpers.recipes import build_teacher
 from helpers.runs import done, refused
 from PIL import Image
 
 from compressvit.data.opening import open_data
 from compressvit.data.spec import known_classes
 from compressvit.recipe.recipe import load_recipe
-from compressvit.runs.models import build_student, build_teacher
+from compressvit.runs.models import build_student
 
 # By paper: its recipe, and the sets that timm and torchvision know, with their classes.
 NAMED = [

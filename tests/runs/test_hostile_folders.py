@@ -13,6 +13,7 @@ import pytest
 from helpers.page import Page
 from helpers.runs import done, refused, run
 
+from compressvit.errors import UserError
 from compressvit.runs.owned import delete, foreign
 from compressvit.text import printable
 
@@ -135,6 +136,13 @@ def test_overwrite_deletes_only_what_a_run_writes(name, copied, recipe):
     assert sorted(copied.rglob("*")) == before
 
 
+def test_what_is_not_deleted_is_named_before_any_data_is_opened(copied, recipe):
+    (copied / "notes.txt").write_text("mine")
+    elsewhere = ["data={name: folder, root: /nowhere/at/all}"]
+    message = refused("apply", recipe, "--output", copied, "--overwrite", *elsewhere)
+    assert f"{copied / 'notes.txt'} is nothing that a run writes" in message
+
+
 def test_everything_that_a_run_writes_is_its_own(copied, finished):
     done("report", copied)
     (copied / "merged").mkdir()
@@ -144,6 +152,12 @@ def test_everything_that_a_run_writes_is_its_own(copied, finished):
     (copied / ".student.0123abcd").mkdir()
     (copied / ".student.0123abcd" / "compressvit.json").write_text("")
     assert foreign(copied) is None
+    (copied / "notes.txt").write_text("mine")  # that was not there a moment ago
+    before = sorted(copied.rglob("*"))
+    with pytest.raises(UserError, match=r"notes\.txt is nothing that a run writes"):
+        delete(copied)
+    assert sorted(copied.rglob("*")) == before
+    (copied / "notes.txt").unlink()
     delete(copied)
     assert list(copied.iterdir()) == []
 

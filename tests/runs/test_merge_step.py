@@ -11,6 +11,7 @@ import torch
 from helpers.contract import same_values, structure, values
 from helpers.models import build, images_for, outputs, randomise
 from helpers.runs import done, refused, run
+from rich.console import Console
 
 import compressvit
 from compressvit.artifacts import artifact
@@ -76,11 +77,17 @@ def test_a_run_ends_with_what_the_verb_writes(tmp_path):
     images = torch.randn(3, 1, 8, 8)
     assert gap(outputs(merged, images), outputs(student, images)) < 1e-5  # measured 2e-7
     assert set(merged.state_dict()) < set(student.state_dict())
-    # the verb does the same again, and so does a run that is resumed
+    # the verb does the same again, and so does a run that is resumed without its merge
     weights = (folder / "merged" / "model.safetensors").read_bytes()
-    for words in (("merge", folder, "--overwrite"), ("apply", "--no-report", folder, "--resume")):
-        done(*words)
-        assert (folder / "merged" / "model.safetensors").read_bytes() == weights
+    done("merge", folder, "--overwrite")
+    assert (folder / "merged" / "model.safetensors").read_bytes() == weights
+    (folder / "merged" / "merge.json").write_text("{}")  # as if it had been interrupted
+    assert "nothing to do" not in done("apply", "--no-report", folder, "--resume")
+    assert (folder / "merged" / "model.safetensors").read_bytes() == weights
+    assert "nothing to do" in done("apply", "--no-report", folder, "--resume")
+    found = compressvit.apply(folder / "resolved.yaml", folder, resume=True, console=Console(quiet=True)).merged
+    assert found["merged"] == str(folder / "merged")
+    assert found["differences"] == json.loads((folder / "merged" / "merge.json").read_text())["differences"]
 
 
 def test_a_merged_model_can_be_compressed_by_another_recipe(tmp_path):

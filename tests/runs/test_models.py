@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from helpers.models import SWIN, VIT, build, outputs
+from helpers.recipes import build_teacher
 from torch import nn
 
 from compressvit import Align, BitFit, Freeze, Multiplex
@@ -13,7 +14,7 @@ from compressvit.artifacts import artifact
 from compressvit.errors import UserError
 from compressvit.model import weights
 from compressvit.recipe.recipe import Recipe, parse_recipe
-from compressvit.runs.models import build_student, build_teacher, load_teacher, require_student_file
+from compressvit.runs.models import build_student, load_teacher, require_student_file
 from compressvit.transforms.applying import compress
 
 # ------------------------------------------------------------------------------------------------------------- building
@@ -230,3 +231,15 @@ def test_a_teacher_and_a_student_from_files(tmp_path):
         load_teacher(wrong, build_teacher(wrong))
     retrained = recipe_of(f"weights: {file}, num_classes: 3, finetune: {{}}")
     load_teacher(retrained, build_teacher(retrained))
+
+
+def test_an_artifact_names_the_teachers_model(tmp_path):
+    made = build_teacher(recipe_of("weights: train, num_classes: 4"))
+    artifact.save(made, tmp_path / "teacher")
+    text = "teacher: {weights: WEIGHTS}\ndata: {name: digits}\nsteps: [distill]\n"
+    recipe = parse_recipe(text.replace("WEIGHTS", str(tmp_path / "teacher")))
+    assert recipe.teacher.model == "vit_tiny_patch16_224"
+    assert outline(build_teacher(recipe)) == outline(made)
+    for other in (tmp_path, tmp_path / "gone", "pretrained"):
+        with pytest.raises(UserError, match=r"teacher\.model: missing"):
+            parse_recipe(text.replace("WEIGHTS", str(other)))

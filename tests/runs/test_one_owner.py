@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import torch
 from filelock import FileLock
-from helpers.models import build
+from helpers.models import build, images_for
 from helpers.runs import done, refused
+from rich.console import Console
 
 import compressvit
 from compressvit.artifacts import artifact
 from compressvit.errors import UserError
 from compressvit.files import load_checkpoint, save_checkpoint
 from compressvit.runs.folder import RunFolder
+from compressvit.runs.owned import delete
 
 SHORT = ["teacher.finetune.max_steps=1", "steps.1.distill.max_steps=1"]
 
@@ -29,6 +34,34 @@ def test_two_runs_do_not_share_a_folder(recipe, tmp_path):
     with FileLock(tmp_path / "run" / ".lock"):
         message = refused("apply", recipe, "--output", tmp_path / "run", *SHORT, "--resume")
         assert "another run is writing into" in message
+
+
+def test_a_merge_waits_for_nobody_and_disturbs_nobody(recipe, tmp_path):
+    run = tmp_path / "run"
+    text = recipe.read_text()
+    (tmp_path / "lora.yaml").write_text(text[: text.index("steps:")] + "steps: [lora, finetune: {max_steps: 1}]\n")
+    done("apply", tmp_path / "lora.yaml", "--output", run, SHORT[0])
+    with FileLock(run / ".lock"):
+        assert "another run is writing into" in refused("merge", run)
+        assert not (run / "merged").exists()
+        done("merge", run, "--output", tmp_path / "elsewhere")
+    done("merge", run)
+    assert not (run / ".lock").exists()
+
+
+def test_the_owner_keeps_its_lock_to_the_end(tmp_path):
+    folder = tmp_path / "run"
+    with RunFolder(folder).owned():
+        with pytest.raises(UserError, match="another run is writing into"), RunFolder(folder).owned():
+            pass
+        (folder / "results.json").touch()
+        for scratch in (True, False):
+            delete(folder, scratch=scratch)
+            assert (folder / ".lock").is_file()
+            with pytest.raises(UserError, match="another run is writing into"), RunFolder(folder).owned():
+                pass
+        assert not (folder / "results.json").exists()
+    assert not folder.exists()
 
 
 def test_a_folder_that_was_only_looked_at_is_not_left_over(tmp_path):
@@ -71,15 +104,21 @@ def test_scratch_of_a_killed_run_is_removed(recipe, tmp_path):
     (run / ".student.0a1b2c3d").mkdir()
     (run / ".student.0a1b2c3d" / "model.safetensors").write_bytes(b"half")
     (run / ".results.json.part").write_text("{")
+    (run / ".merge.x_y2z3k1").mkdir()
+    (run / ".merge.x_y2z3k1" / "config.json").write_text("{")
     (run / ".notes").write_text("the user's own")
+    (run / ".student.9a1b2c3d").mkdir()
+    (run / ".student.9a1b2c3d" / "thesis.txt").write_text("the user's own, too")
     done("apply", "--no-report", recipe, "--output", run, *SHORT, "--resume")
-    assert {entry.name for entry in run.iterdir() if entry.name.startswith(".")} == {".notes"}
+    assert {entry.name for entry in run.iterdir() if entry.name.startswith(".")} == {".notes", ".student.9a1b2c3d"}
+    assert (run / ".student.9a1b2c3d" / "thesis.txt").is_file()
 
 
 def test_a_good_student_is_not_replaced_by_one_that_fails(recipe, tmp_path):
-    """Resuming a finished run from a checkpoint with values that are not finite: the student of before stays."""
+    """Resuming a run from a checkpoint with values that are not finite: the student of before stays."""
     run = tmp_path / "run"
     done("apply", "--no-report", recipe, "--output", run, *SHORT)
+    (run / "results.json").unlink()  # so that it is not finished
     before = (run / "student/model.safetensors").read_bytes()
     file = run / "checkpoints/1_distill.pt"
     content = load_checkpoint(file)
@@ -90,6 +129,40 @@ def test_a_good_student_is_not_replaced_by_one_that_fails(recipe, tmp_path):
     assert "not finite" in message
     assert (run / "student/model.safetensors").read_bytes() == before
     assert not [entry for entry in run.iterdir() if entry.name.startswith(".")]
+
+
+def test_distill_does_not_replace_a_good_student_by_one_that_fails(tmp_path):
+    def student():
+        torch.manual_seed(0)
+        return compressvit.compress(build("vit"), [compressvit.Multiplex(share=2)])
+
+    options = {"epochs": 1, "device": "cpu", "layers": (), "console": Console(quiet=True), "output": tmp_path / "run"}
+    batches = [images_for(build("vit"))]
+    made = compressvit.distill(student(), build("vit"), batches, **options).student
+    before = (tmp_path / "run/student/model.safetensors").read_bytes()
+    assert compressvit.load(tmp_path / "run/student").state_dict().keys() == made.state_dict().keys()
+    file = tmp_path / "run/checkpoints/distill.pt"
+    content = load_checkpoint(file)
+    for tensor in content["model"].values():
+        tensor.fill_(float("nan"))
+    save_checkpoint(file, content)
+    with pytest.raises(UserError, match="not finite"):
+        compressvit.distill(student(), build("vit"), batches, **options, resume=True)
+    assert (tmp_path / "run/student/model.safetensors").read_bytes() == before
+
+
+def test_a_lock_that_cannot_be_removed_stays_and_stops_nobody(tmp_path, monkeypatch):
+    """As on Windows, where an open file cannot be removed."""
+
+    def unlink(path, missing_ok=False):
+        raise PermissionError(13, "it is used by another process", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", unlink)
+        with RunFolder(tmp_path / "run").owned():
+            pass
+    with RunFolder(tmp_path / "run").owned():
+        assert (tmp_path / "run/.lock").exists()
 
 
 def test_an_artifact_that_fails_its_check_replaces_none(tmp_path):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import timm
 import torch
 from helpers.runs import done, refused
 
-from compressvit import Multiplex, compress, load, save
+from compressvit import LoadWeights, Multiplex, compress, load, save
+from compressvit.errors import UserError
 
 ARGS = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 2}
 RECIPE = """\
@@ -60,3 +62,16 @@ def test_a_student_as_a_teacher_is_refused_with_the_way_to_go_on(tmp_path):
     (tmp_path / "other.yaml").write_text(RECIPE.replace("TEACHER", str(made)).replace("STUDENT", str(made)))
     message = refused("apply", tmp_path / "other.yaml", "--output", tmp_path / "run")
     assert "repeat its transforms as steps, and then `load_weights`" in message
+
+
+def test_a_damaged_artifact_is_not_loaded(tmp_path):
+    torch.manual_seed(0)
+    teacher = timm.create_model("vit_tiny_patch16_224", num_classes=5, **ARGS)
+    made = save(compress(teacher, [Multiplex(share=2)]), tmp_path / "student")
+    compress(teacher, [Multiplex(share=2), LoadWeights(artifact=str(made))])
+    file = made / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 0x40
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="is damaged: the checksum of "):
+        compress(teacher, [Multiplex(share=2), LoadWeights(artifact=str(made))])

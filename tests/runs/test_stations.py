@@ -12,10 +12,10 @@ from compressvit.data.input import input_config
 from compressvit.data.opening import open_data
 from compressvit.runs.finish import finish
 from compressvit.runs.job import prepare
-from compressvit.runs.models import build_student, build_teacher, teacher_architecture
+from compressvit.runs.models import build_student, teacher_architecture
 from compressvit.runs.plan import plan_job
 
-STATIONS = (prepare, plan_job, finish, open_data, teacher_architecture, build_teacher, build_student, input_config)
+STATIONS = (prepare, plan_job, finish, open_data, teacher_architecture, build_student, input_config)
 
 
 @pytest.fixture

@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from helpers.runs import TINY as SHORTEST
 from helpers.runs import done, refused
 from timm.models import save_for_hf
 
 from compressvit.artifacts import artifact
+from compressvit.programs.opened import open_models
 from compressvit.recipe.recipe import parse_recipe
 from compressvit.runs.job import prepare
 from compressvit.runs.plan import plan_recipe
 
 TINY = SHORTEST.replace("num_heads: 2}", "num_heads: 2, weight_init: jax}")  # which learns in a few steps
-OWN = {"mean": (0.3,), "std": (0.4,)}
+OWN = {"mean": (0.3,), "std": (0.4,), "crop_pct": 0.75}
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +34,7 @@ def trained(tmp_path_factory):
         run,
         "data.mean=[0.3]",
         "data.std=[0.4]",
+        "data.crop_pct=0.75",
         "teacher.finetune.epochs=5",
     )
     save_for_hf(artifact.load(run / "teacher"), str(folder / "timm"), safe_serialization=True)
@@ -58,8 +61,42 @@ def test_a_trained_teacher_keeps_its_own(trained, place, asked):
     assert {name: getattr(job.teacher.input, name) for name in OWN} == OWN
     assert job.teacher.input.interpolation == "bicubic"
     assert job.student.input.mean == ((0.1,) if asked else OWN["mean"])
+    assert job.student.input.crop_pct == OWN["crop_pct"]
     notes = " ".join(plan_recipe(recipe).notes)
     assert ("data.mean is the student's: 0.1. The teacher keeps its own, 0.3" in notes) == bool(asked)
+    assert "data.mean" not in " ".join(plan_recipe(recipe_of(trained / place, "data.mean=[0.3]")).notes)
+
+
+def test_every_statistic_of_a_trained_teacher_is_its_own():
+    """Timm's, where timm has trained it."""
+    text = TINY.replace("weights: train", "weights: pretrained, num_classes: 1000").replace(
+        "  finetune: {epochs: 1}\n", ""
+    )
+    text = text.replace("pretrained, num_classes: 1000", "pretrained\n  num_classes: 1000")
+    own = [
+        "data.mean=[0.1]",
+        "data.std=[0.9]",
+        "data.interpolation=nearest",
+        "data.crop_pct=0.3",
+        "data.crop_mode=squash",
+    ]
+    plain, asked = (prepare(parse_recipe(text, "recipe", more), "cpu") for more in ([], own))
+    assert asked.teacher.input == plain.teacher.input
+    assert asked.student.input.as_dict() == {
+        "input_size": [1, 8, 8],
+        "mean": [0.1],
+        "std": [0.9],
+        "interpolation": "nearest",
+        "crop_pct": 0.3,
+        "crop_mode": "squash",
+    }
+    from_nothing = prepare(parse_recipe(TINY, "recipe", own), "cpu")
+    assert from_nothing.teacher.input == asked.student.input
+    assert plain.student.input.crop_pct == 1.0  # digits fill their frame
+    other = prepare(
+        parse_recipe(text.replace("name: digits", "name: images, root: x"), "recipe"), "cpu", without_data=True
+    )
+    assert other.student.input.crop_pct == 0.9
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -78,10 +115,29 @@ def test_an_artifact_is_evaluated_with_its_own(trained):
     run = trained / "run"
     expected = json.loads((run / "results.json").read_text())
     assert top1(run / "teacher") == expected["teacher"]["top1"]
+    assert top1(run) == expected["student"]["top1"]
     alone = [run / "teacher", "data.name=digits", "data.limit_val=32"]
     assert top1(*alone) == expected["teacher"]["top1"]
     assert top1(*alone, "data.mean=[0.3]", "data.std=[0.4]") == expected["teacher"]["top1"]
     assert top1(*alone, "data.mean=[-3]", "data.std=[0.1]") != expected["teacher"]["top1"]  # as it was asked for
+
+
+def test_the_programs_look_at_a_model_with_its_own(trained, tmp_path):
+    """Also at one that was trained with other statistics than the run whose data is looked at."""
+    (tmp_path / "recipe.yaml").write_text(TINY)
+    done(
+        "apply",
+        tmp_path / "recipe.yaml",
+        "--output",
+        tmp_path / "other",
+        "data.mean=[0.9]",
+        "steps.1.distill.max_steps=1",
+    )
+    opened = open_models([str(tmp_path / "other"), str(trained / "run/teacher")], torch.device("cpu"))
+    assert [model.input.mean for model in opened.models] == [(0.9,), OWN["mean"]]
+    assert opened.models[1].input.crop_pct == OWN["crop_pct"]
+    opened = open_models([str(trained / "run"), "data.std=[0.1]"], torch.device("cpu"))
+    assert [model.input.std for model in opened.models] == [(0.1,), (0.1,)]
 
 
 def test_a_teacher_that_is_trained_from_nothing_takes_those_of_the_data():

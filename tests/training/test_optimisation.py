@@ -9,10 +9,10 @@ import pytest
 import timm.optim
 import torch
 from helpers.models import build
-from pydantic import ValidationError
 from timm.layers import DropPath
 from torch import nn
 
+from compressvit.errors import UserError
 from compressvit.model.backbone import describe
 from compressvit.training import optimisation
 from compressvit.training.phases.finetune import Finetune
@@ -110,7 +110,7 @@ def test_a_rate_falls_at_the_epochs_that_are_named():
     ],
 )
 def test_milestones_that_make_no_sense_are_refused(given, words):
-    with pytest.raises(ValidationError, match=words):
+    with pytest.raises(UserError, match=words):
         Finetune(epochs=5, **given)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,9 +15,9 @@ from compressvit.data.spec import Data
 from compressvit.errors import UserError
 
 
-@data_set("folder", note="train/ and val/ with a folder or tar per class")
+@data_set("folder", note="train/ and val/ with a folder or tar per class", listed=True)
 def open_folder(data: Data) -> tuple[Dataset, Dataset]:
-    """Classes are the folders directly in a split, and pictures anywhere below one belong to it. Splits are found under their usual names,
+    """Classes are the folders directly in a split, and images anywhere below one belong to it. Splits are found under their usual names,
     too: val/, valid/, test/ for the validation split."""
     from compressvit.data.splits import Split  # with timm, which names and classes of sets do not need
 
@@ -39,7 +40,7 @@ def open_folder(data: Data) -> tuple[Dataset, Dataset]:
 
 def _path(root: Path, option: str, split: str, usual: Sequence[str]) -> Path:
     names = split_names(split, usual)
-    paths = [path for name in names for path in (root / name, root / f"{name}.tar") if path.exists()]
+    paths = [path for name in names for path in (root / name, root / f"{name}.tar") if os.path.exists(path)]
     if not paths:
         raise UserError(
             f"data.root={root}: nothing for data.{option}={split} (looked for {', '.join(names)}, as a folder "

@@ -24,6 +24,15 @@ class LossSection(Spec):
     model_config = ConfigDict(defer_build=True)
 
     @classmethod
+    def completed(cls) -> type[Spec]:
+        return cls if cls is not LossSection else losses_section()
+
+    @classmethod
+    def unknown_key(cls, key: str) -> str:
+        why = TERMS.fault(key)
+        return f"unknown key; {why}" if why else super().unknown_key(key)
+
+    @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return handler(source) if cls is not LossSection else handler.generate_schema(losses_section())
 

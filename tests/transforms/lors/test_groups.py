@@ -8,7 +8,6 @@ import pytest
 import torch
 from helpers.models import build, equal_within_stages, images_for, outputs
 from helpers.ranks import ranked
-from pydantic import ValidationError
 from torch import nn
 
 from compressvit import LORS, LowRank, Multiplex
@@ -136,10 +135,11 @@ def test_without_values_the_plan_is_provisional():
             "randomly initialised layers have no similarity",
         ),
         ({"share": "automatic", "rank": 2}, "auto"),
+        ({"shared_init": "kaiming", "rank": 2}, "starts shared weights at random; give init: scratch too"),
     ],
 )
 def test_what_cannot_be_grouped(options, message):
-    with pytest.raises(ValidationError) as refusal:
+    with pytest.raises(UserError) as refusal:
         LORS(**options)
     assert message in str(refusal.value)
 
