@@ -250,7 +250,7 @@ def test_resuming_a_finished_run_only_reports(recipe, finished, tmp_path, monkey
     shutil.copytree(finished, folder)
     with monkeypatch.context() as patch:
         batches = at_call(patch, loop, "_total", 0, None)
-        out = done("apply", "--no-report", recipe, "--output", folder, "seed=3", "--resume")
+        out = done("apply", recipe, "--output", folder, "seed=3", "--resume")
     assert batches == []
     assert "student / teacher" in out
     assert student_bytes(folder) == student_bytes(finished)
