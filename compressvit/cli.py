@@ -32,11 +32,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     # argparse stops collecting key=value arguments at the first option and returns later ones as unknown.
     arguments, rest = parser.parse_known_args(argv)
     if any(word.startswith("-") for word in rest) or (rest and not hasattr(arguments, "overrides")):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        parser.error(
+            f"unrecognized arguments: {' '.join(rest)}{_as_override(rest) if hasattr(arguments, 'overrides') else ''}"
+        )
     if rest:
         arguments.overrides += rest
     with command_line():
         return answered("compressvit", lambda: arguments.run(arguments), lambda: _run_folder(arguments))
+
+
+def _as_override(rest: Sequence[str]) -> str:
+    """How a setting that was written as an option is written, if that is what it is."""
+    from compressvit.recipe.recipe import Recipe
+
+    word = next(word for word in rest if word.startswith("-"))
+    key, _, value = word.lstrip("-").replace("-", "_").partition("=")
+    if key.partition(".")[0] not in Recipe.model_fields:
+        return ""
+    return f"; settings of the recipe are written without dashes: {key}={value or 'VALUE'}"
 
 
 def _run_folder(arguments: argparse.Namespace) -> Path | None:
@@ -256,24 +269,12 @@ def _plan(arguments: argparse.Namespace) -> int:
     if not arguments.json:
         print_plan(plan, Terminal())
     if arguments.measure and not plan.conflicts:
-        from compressvit.runs.one_shot import OneShot
-        from compressvit.runs.tables import ledger_table
-        from compressvit.tasks.qualities import words
+        from compressvit.runs.one_shot import measure, print_measured
 
-        begin = OneShot(recipe, arguments.device, "plan --measure")
-        student, ledger = begin.student(begin.transforms)
-        scores = begin.scores(student)
-        pairs = begin.preview(student)
-        content["measured"] = {
-            "ledger": [asdict(entry) for entry in ledger],
-            "before_training": scores,
-            "layers": pairs,
-        }
+        measured = measure(recipe, arguments.device)
+        content["measured"] = asdict(measured)
         if not arguments.json:
-            Terminal().print(ledger_table(ledger))
-            print(f"before training: {words(scores)}")
-            if pairs:
-                print(pairs)
+            print_measured(measured, Terminal())
     if arguments.json:
         print(json.dumps(content, indent=2))
     return 2 if plan.conflicts else 0
@@ -387,9 +388,9 @@ def _schema(arguments: argparse.Namespace) -> int:
     table = Table(box=None, pad_edge=False)
     for column in (arguments.key, "default", "meaning"):
         table.add_column(column)
-    for row in documentation(arguments.key):
+    for row in (rows := documentation(arguments.key)):
         table.add_row(*row)
-    Terminal().print(table)
+    Terminal().print(table if rows else f"{arguments.key} has no options")
     return 0
 
 

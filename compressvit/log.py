@@ -124,24 +124,6 @@ class RunLog:
         _silence()
 
 
-@contextmanager
-def kept() -> Iterator[list[str]]:
-    """Context in which messages are appended to the list it yields, for what is logged before there is a `RunLog`."""
-    messages: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-    level, propagate = log.level, log.propagate
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    log.propagate = False
-    try:
-        yield messages
-    finally:
-        log.removeHandler(handler)
-        log.setLevel(level)
-        log.propagate = propagate
-
-
 def wrapped_items(text: str, width: int) -> str:
     """Break a line of items, which are separated by two spaces, between items, never between a label and its value."""
     lines = [""]

@@ -57,5 +57,5 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lors")
     recipe = folder / "lors.yaml"
     recipe.write_text(TINY.replace("multiplex: {share: 2}", "low_rank: {rank: 3}").replace("epochs: 1}", "epochs: 6}"))
-    done("apply", recipe, "--output", folder / "run", "calibration.images=32")
+    done("apply", "--no-report", recipe, "--output", folder / "run", "calibration.images=32")
     return recipe, folder / "run"

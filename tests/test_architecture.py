@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "compressvit"
 
 # From the ground up. A room may import from itself and from those before it. README.md quotes this list.
-GROUND = ("errors", "text", "spec", "registry", "reading", "files", "rows", "terminal", "log", "exits")
+GROUND = ("errors", "text", "spec", "registry", "notes", "reading", "files", "rows", "terminal", "log", "exits")
 ROOMS = (
     "charts",
     "model",

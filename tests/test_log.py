@@ -60,7 +60,7 @@ def test_a_label_stays_with_its_value(width, lines):
     assert logs.wrapped_items(text, width).splitlines() == lines
 
 
-def test_the_numbers_below_the_bar_are_broken_wrapped_items():
+def test_the_numbers_below_the_bar_are_broken_between_items():
     console = Console(file=io.StringIO(), force_terminal=True, width=55, _environ={})
     run_log = logs.RunLog(None, console)
     with run_log.progress("distill", 2) as advance:

@@ -76,6 +76,14 @@ def test_an_exact_figure_is_in_the_published_table_or_in_the_test(claim, evidenc
         assert figure.replace(",", "") in known, f"{claim}: {figure} is nowhere asserted"
 
 
+@pytest.mark.parametrize(("claim", "evidence"), [(c, e) for c, s, e in claims() if s == "small scale"])
+def test_a_small_scale_has_a_command_and_says_its_interval(claim, evidence):
+    (command,) = re.findall(r"`((?:python|compressvit) [^`]+)`", evidence)
+    program, argument = command.split()[:2]
+    assert program == "compressvit" or (ROOT / argument).is_file(), f"{claim}: {command}"
+    assert re.search(r"±|no interval|noise of|\(\d+\.\d+, \d+\.\d+\)", evidence), claim
+
+
 def test_links_lead_somewhere():
     for target in re.findall(r"\]\((\.\.[^)#]+)", PAGE.read_text(encoding="utf-8")):
         assert (PAGE.parent / target).exists(), target

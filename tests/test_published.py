@@ -16,6 +16,8 @@ from torch import nn
 
 from compressvit.model import ties
 from compressvit.model.backbone import head_names
+from compressvit.model.bounded import on_meta
+from compressvit.model.surgery import deep_copy
 from compressvit.recipe.recipe import load_recipe
 from compressvit.runs.files import RecipePlan
 from compressvit.runs.plan import plan_recipe
@@ -39,8 +41,13 @@ def plan_of(recipe: str, *overrides: str) -> RecipePlan:
 
 
 def built(backbone: str) -> nn.Module:
-    with torch.device("meta"):
-        return timm.create_model(TABLE["backbones"][backbone])
+    return deep_copy(_built(TABLE["backbones"][backbone]))
+
+
+@functools.cache
+def _built(name: str) -> nn.Module:
+    with on_meta():
+        return timm.create_model(name)
 
 
 # ------------------------------------------------------------------------------------------------------ the table is right
@@ -95,8 +102,7 @@ def test_compressed_parameters_and_macs(entry):
 @pytest.mark.parametrize("entry", ADAPTED, ids=lambda entry: entry["recipe"])
 def test_adapters_of_a_recipe(entry):
     recipe = load_recipe(entry["recipe"])
-    with torch.device("meta"):
-        model = timm.create_model(recipe.teacher.model.partition(".")[0])
+    model = deep_copy(_built(recipe.teacher.model.partition(".")[0]))
     for step in recipe.steps:
         if isinstance(step.spec, Transform):
             apply_plans(model, [step.spec.plan(model)])
@@ -117,8 +123,7 @@ def test_adapters_of_a_recipe(entry):
     ],
 )
 def test_compressed_parameters_from_python(backbone, share, mixing_bias, mlp_conv, label):
-    with torch.device("meta"):
-        teacher = timm.create_model(backbone)
+    teacher = deep_copy(_built(backbone))
     Multiplex(share=share, mixing_bias=mixing_bias, mlp_conv=mlp_conv).plan(teacher).apply(teacher)
     assert ties.count_parameters(teacher) == BY_LABEL[label]["student"]
 

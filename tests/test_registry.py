@@ -9,6 +9,7 @@ import types
 from pathlib import Path
 
 import pytest
+from helpers import process
 
 from compressvit.registry import Registry
 
@@ -155,6 +156,6 @@ def test_public_names_are_looked_up_late():
     ],
 )
 def test_every_way_to_import_a_public_name_gives_the_same_object(program):
-    """Each in a process of its own, where nothing has been imported before."""
-    done = subprocess.run([sys.executable, "-c", f"{program}; assert f is g"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    """Each in a process of its own, where nothing of compressvit has been imported before."""
+    done = process.python("-c", f"{program}; assert f is g")
+    assert done.code == 0, done.err

@@ -77,8 +77,11 @@ def save(
         check: called with the new artifact's folder before it replaces an earlier one, which is kept if `check` raises.
 
     Raises:
-        UserError: a tie is broken, the model was not built by timm, or `path` holds something that is not an artifact.
+        UserError: a tensor has no values, a tie is broken, the model was not built by timm, or `path` holds something that is not an
+            artifact.
     """
+    if empty := next((name for name, tensor in model.state_dict().items() if tensor.is_meta), None):
+        raise UserError(f"{empty} is on the meta device and has no values to save; load or initialise the model first")
     path = Path(path)
     if path.is_symlink():  # the target of a link is replaced, not the link
         path = path.resolve()
@@ -178,7 +181,9 @@ def _skeleton(path: Path, manifest: Manifest) -> tuple[nn.Module, nn.Module]:
 
 def _require_fit(path: Path, manifest: Manifest) -> None:
     """Compare what a manifest describes with the header of its tensors, before memory is taken for either."""
-    _, model = _skeleton(path, manifest)
+    with on_meta():
+        model = build_plain(path, manifest)
+        _transform(model, path, manifest)
     model.to(getattr(torch, manifest.dtype))
     declared = sorted(sorted(group) for group in manifest.ties)
     if sorted(sorted(group) for group in ties.tied_groups(model)) != declared:

@@ -7,13 +7,14 @@ with values shown at the pointer.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import altair as alt
 import vl_convert
 
-from compressvit.files import disk_faults, write_atomically
+from compressvit.files import write_atomically
 
 QUIET = {  # what is not data takes little ink, in files and on pages
     "font": "system-ui, -apple-system, 'Segoe UI', 'Helvetica Neue', Arial, sans-serif",
@@ -30,6 +31,7 @@ QUIET = {  # what is not data takes little ink, in files and on pages
     "title": {"anchor": "start", "frame": "group", "fontSize": 13, "fontWeight": 600, "offset": 10},
     "view": {"strokeOpacity": 0.4},
 }
+_PPI = 144  # pixels per inch
 _INK = {
     "axis": {
         "labelColor": "currentColor",
@@ -48,12 +50,17 @@ _INK = {
 }
 
 
-def save(chart: alt.Chart, path: Path) -> None:
-    """Write a chart as PNG or SVG, by the path's suffix. The write is atomic."""
-    kind: Any = path.suffix.removeprefix(".")
+def save(chart: alt.Chart, *paths: Path) -> None:
+    """Draw a chart once and write it to each path, as PNG or SVG by the path's suffix. The writes are atomic."""
     quiet: Any = chart.properties(config=QUIET)
-    with disk_faults(path):
-        write_atomically(path, lambda scratch: quiet.save(str(scratch), format=kind, ppi=144))
+    svg = vl_convert.vegalite_to_svg(quiet.to_dict())
+    for path in paths:
+        content = vl_convert.svg_to_png(svg, ppi=_PPI) if path.suffix == ".png" else svg.encode()
+        write_atomically(path, partial(_write, content))
+
+
+def _write(content: bytes, path: Path) -> None:
+    path.write_bytes(content)
 
 
 def for_page(chart: alt.Chart) -> tuple[dict[str, Any], str]:

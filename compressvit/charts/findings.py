@@ -69,16 +69,15 @@ class Finding:
         writer.writerows(self.records)
         write_text(written[1], text.getvalue())
         if pictures and self.records:
-            for suffix in ("png", "svg"):
-                written.append(folder / f"{self.name}.{suffix}")
-                self.picture(written[-1])
+            written += [folder / f"{self.name}.{suffix}" for suffix in ("png", "svg")]
+            self.picture(*written[2:])
         return written
 
-    def picture(self, path: Path) -> None:
-        """Draw the chart with its title into a PNG or SVG file."""
+    def picture(self, *paths: Path) -> None:
+        """Draw the chart with its title into PNG and SVG files."""
         from compressvit.charts import drawing
 
-        drawing.save(self.draw().properties(title=self.title), path)
+        drawing.save(self.draw().properties(title=self.title), *paths)
 
     def log(self, writer: Any, folder: Path) -> None:
         """Show the picture that `write` left in `folder` in TensorBoard, under `diagnostics/NAME`, as many steps on as it has moments."""

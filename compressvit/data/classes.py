@@ -6,9 +6,10 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 
 from compressvit.data.files import natural_key
-from compressvit.data.notes import Note, pictures
+from compressvit.data.notes import counted
 from compressvit.errors import UserError
 from compressvit.files import expanded
+from compressvit.notes import Note
 
 ORDERS = ("natural", "plain")
 _LONGEST_FILE = 2**26
@@ -33,7 +34,7 @@ def class_order(names: Iterable[str], asked: str | None, where: str) -> tuple[li
         known = {composed(name) for name in order}
         if strange := [name for name in natural if composed(name) not in known]:
             raise UserError(
-                f"data.classes={asked}: {pictures(len(strange), 'folder')} of {where} not among its {len(order)} names, first "
+                f"data.classes={asked}: {counted(len(strange), 'folder')} of {where} not among its {len(order)} names, first "
                 f"'{strange[0]}'; the file has one folder name a line, in the order of the targets"
             )
         return order, [Note("classes", len(order), f"{len(order):,} classes, in the order of {asked}")]
@@ -70,7 +71,7 @@ def read_names(file: str) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"data.classes={file} cannot be read as UTF-8 text: {error}") from error
     if len(names) < 2 or "" in names:
-        fault = f"line {names.index('') + 1} is empty" if "" in names else f"it has {pictures(len(names), 'line')}"
+        fault = f"line {names.index('') + 1} is empty" if "" in names else f"it has {counted(len(names), 'line')}"
         raise UserError(f"data.classes={file}: {fault}; give one class name a line, at least two")
     first: dict[str, int] = {}
     for number, name in enumerate(names, 1):
@@ -102,11 +103,33 @@ def different_classes(name: str, train: Iterable[str], validation: Iterable[str]
 
 
 def missing_classes(order: Sequence[str], there: Iterable[str], split: str) -> list[Note]:
-    """A note where a split has no picture of some classes."""
+    """A note where a split has no image of some classes."""
     known = {composed(name) for name in there}
     missing = [name for name in order if composed(name) not in known]
-    text = f"{split}: {pictures(len(missing), 'class')} without a picture: {some_of(missing)}"
+    text = f"{split}: {counted(len(missing), 'class')} without an image: {some_of(missing)}"
     return [Note("missing_classes", len(missing), text)] if missing else []
+
+
+def other_classes(names: Sequence[str], model: Sequence[str], whose: str) -> list[Note]:
+    """A note where a model was trained on classes of other names than the data's, or in another order.
+
+    Args:
+        names, model: in target order, of the data and of the model; of another number they are not compared.
+        whose: what the note calls the model.
+    """
+    ours, theirs = [composed(name) for name in names], [composed(name) for name in model]
+    places = [i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b]
+    if len(ours) != len(theirs) or not places:
+        return []
+    first = f"class {places[0]} is '{names[places[0]]}' in the data and '{model[places[0]]}' in {whose}"
+    if sorted(ours) == sorted(theirs):
+        text = (
+            f"{len(places):,} of {len(ours):,} classes have another number in {whose} than in the data: {first}. Its accuracy is "
+            "meaningless until data.classes=FILE gives the data that order"
+        )
+        return [Note("model_class_order", len(places), text)]
+    text = f"{len(places):,} of {len(ours):,} classes have another name in {whose} than in the data: {first}. Its accuracy is meaningless "
+    return [Note("model_class_names", len(places), text + "unless they mean the same")]
 
 
 def some_of(names: Sequence[str], at_most: int = 5) -> str:
@@ -120,6 +143,6 @@ def _refuse_twins(names: Sequence[str], where: str) -> None:
     for name in names:
         if composed(name) in first:
             raise UserError(
-                f"{where}: two folders are called '{composed(name)}', in different Unicode forms; move the pictures into one"
+                f"{where}: two folders are called '{composed(name)}', in different Unicode forms; move the images into one"
             )
         first[composed(name)] = name

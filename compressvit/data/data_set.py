@@ -37,6 +37,7 @@ class DataSet:
         full_frame: its images fill their frame, so evaluation crops nothing off unless the recipe says so.
         package: what must be installed to read it, as Python imports it.
         streams: it is read in the order of its shards, which depends on the number of workers.
+        listed: opening it only lists files, without reading an image, so a plan can count them.
     """
 
     name: str
@@ -48,6 +49,7 @@ class DataSet:
     full_frame: bool = False
     package: str | None = None
     streams: bool = False
+    listed: bool = False
 
 
 SETS: Registry[DataSet] = Registry("data set", "compressvit.data.sets")
@@ -63,11 +65,12 @@ def data_set(
     full_frame: bool = False,
     package: str | None = None,
     streams: bool = False,
+    listed: bool = False,
 ) -> Callable[[Open], Open]:
     """Register what opens a data set under the set's name; for the arguments see `DataSet`. A name that is taken is refused at import."""
 
     def register(opener: Open) -> Open:
-        entry = DataSet(name, opener, note, classes, labelled, task, full_frame, package, streams)
+        entry = DataSet(name, opener, note, classes, labelled, task, full_frame, package, streams, listed)
         SETS.add(name, entry, opener.__module__)
         return opener
 

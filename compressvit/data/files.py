@@ -1,4 +1,4 @@
-"""Picture files: a data set of paths, and the search for them in a folder, in which everything that is passed over is counted."""
+"""Image files: a data set of paths, and the search for them in a folder, in which everything that is passed over is counted."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from compressvit.data.notes import Note, pictures
+from compressvit.data.notes import counted
 from compressvit.data.pictures import EXTENSIONS, read_picture
 from compressvit.errors import UserError
+from compressvit.notes import Note
 
 # What a path may be that is neither a folder nor a file.
 SPECIAL = {
@@ -52,7 +53,7 @@ class PictureFiles(Dataset):
 
 
 class Found(NamedTuple):
-    """A picture file: its path, and the same in parts, relative to the folder that was searched."""
+    """An image file: its path, and the same in parts, relative to the folder that was searched."""
 
     path: str
     parts: tuple[str, ...]
@@ -65,10 +66,10 @@ class _Folder(NamedTuple):
 
 
 class Search:
-    """All picture files below a folder, in natural order of their paths: 2 before 10, ignoring case.
+    """All image files below a folder, in natural order of their paths: 2 before 10, ignoring case.
 
     A folder is searched once: at its own place where that is inside, else at the first link to it. So no link makes a loop or counts a
-    picture twice.
+    image twice.
 
     Args:
         root: the folder.
@@ -80,8 +81,7 @@ class Search:
         folders: names of the folders directly in `root`.
 
     Raises:
-        UserError: something called like a picture is a pipe or a device, which would not be read but waited for, or a folder is the
-            kernel's.
+        UserError: a file with the name of an image is a pipe or a device, which would block, or a folder belongs to the kernel.
     """
 
     def __init__(self, root: Path, *, within: Path, outside: bool = True, leave_out: Sequence[str] = ()):
@@ -149,7 +149,7 @@ class Search:
             self._other_types[extension or "no extension"] += 1
             return
         if kind in SPECIAL:
-            raise UserError(f"{entry.path} is {SPECIAL[kind]}, not a picture; remove it")
+            raise UserError(f"{entry.path} is {SPECIAL[kind]}, not an image; remove it")
         self.found.append(Found(entry.path, here.parts))
         self._from_outside += here.outside
 
@@ -157,25 +157,25 @@ class Search:
         """What was passed over, and what was read from elsewhere."""
         where = os.path.basename(self.root)
         kinds = {
-            "again": "{} to folders that are searched at another place; their pictures count once",
-            "outside": f"{{}} out of {self._within} passed over (data.outside=false)",
-            "dangling": "{} to nothing passed over",
-            "unreadable": "{} that cannot be read passed over",
+            "again": "{} to folders that are found elsewhere; their images count once",
+            "outside": f"{{}} out of {self._within}, passed over (data.outside=false)",
+            "dangling": "{} to nothing, passed over",
+            "unreadable": "{} that cannot be read, passed over",
         }
         notes = []
         if self._from_outside:
-            text = f"{where}: {pictures(self._from_outside)} read by links from outside {self._within}"
+            text = f"{where}: {counted(self._from_outside)} read by links from outside {self._within}"
             notes.append(Note("from_outside", self._from_outside, f"{text} (data.outside=false passes them over)"))
         if count := self._other_types.total():
             most = sorted(self._other_types.items(), key=lambda item: (-item[1], item[0]))
             types = ", ".join(f"{n:,} {extension}" for extension, n in most[:5])
             more = f", … ({len(self._other_types)} types)" if len(self._other_types) > 5 else ""
-            text = f"{where}: {pictures(count, 'file')} of types that are not read passed over: {types}{more}"
+            text = f"{where}: {counted(count, 'file')} of types that are not read, passed over: {types}{more}"
             notes.append(Note("other_types", count, text))
         for kind, names in self._passed_over.items():
             if names:
                 noun = "folder" if kind == "unreadable" else "link"
-                text = kinds[kind].format(pictures(len(names), noun))
+                text = kinds[kind].format(counted(len(names), noun))
                 notes.append(Note(kind, len(names), f"{where}: {text}, first {min(names)}"))
         return notes
 

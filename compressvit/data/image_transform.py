@@ -1,4 +1,4 @@
-"""From a picture of any size and mode to the pixels of a model, with the augmentation of one image. Transforms are timm's."""
+"""The transform from a PIL image to the pixels that a model takes: resizing, cropping, and augmentation of single images, as in timm."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class _ToChannels:
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
-    """timm's posterize; no bits kept is black, which Pillow 13 refuses to compute and RandAugment's noise asks for."""
+    """timm's posterize, also for 0 bits, which gives black: RandAugment's random magnitudes ask for it, and Pillow 13 refuses it."""
     return auto_augment.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
 
 
@@ -38,10 +38,10 @@ def _allow_no_bits(policy: Any) -> None:
 
 
 def image_transform(config: InputConfig, augment: Augment | None, *, exif: bool = False) -> transforms.Compose:
-    """PIL image of any size to uint8 (C, H, W).
+    """The transform from a PIL image of any size to a uint8 tensor (C, H, W).
 
     Raises:
-        UserError: an augmentation policy for images with alpha, which its operations do not take.
+        UserError: `auto_augment` is set for a model of 4 channels; its operations do not support alpha.
     """
     if augment is not None and augment.auto_augment is not None and config.channels == 4:
         raise UserError(
@@ -75,7 +75,7 @@ def image_transform(config: InputConfig, augment: Augment | None, *, exif: bool 
     for policy in colours.transforms:
         _allow_no_bits(policy)
     random_crop, *flips = crop_and_flips.transforms
-    # timm's own transform without augmentation would squash the image, where evaluation keeps its proportions
+    # timm's own training transform without random crops would distort the image; evaluation keeps its aspect ratio
     crop = resize if augment.scale is None else [random_crop]
     shift = []
     if augment.translate:

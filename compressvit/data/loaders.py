@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.data import IterableImageDataset
 from timm.data.loader import PrefetchLoader
 from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -30,6 +29,7 @@ from compressvit.data.pictures import BrokenPicture
 from compressvit.data.pixels import Pixels
 from compressvit.data.samples import Samples, seeded
 from compressvit.data.spec import Augment, Data
+from compressvit.data.streams import Stream
 from compressvit.errors import UserError
 from compressvit.tasks.base import Task, find_task
 
@@ -154,7 +154,7 @@ def _draw(distributed: bool) -> int:
 class _StreamEpoch:
     """Tells a streaming set, which shuffles its shards by an epoch's number, that a new one begins."""
 
-    def __init__(self, dataset: IterableImageDataset, distributed: bool):
+    def __init__(self, dataset: Stream, distributed: bool):
         self.dataset, self.distributed = dataset, distributed
         self.batch_seeds = random.Random(0)
 
@@ -257,6 +257,8 @@ class _CheckedLoader(DataLoader):
     task: Task
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | Targets]]:  # type: ignore[override]
+        if isinstance(self.dataset, Stream):
+            self.dataset.begin_pass()
         batches = super().__iter__()
         try:
             for batch in batches:
@@ -325,7 +327,7 @@ def _batches(
     if not in_memory:
         dataset = copy.copy(source)  # the same files, and the same record of broken ones, prepared for this model
         dataset.transform, dataset.training = image_transform(config, augment, exif=data.exif), training
-    if isinstance(source, IterableImageDataset):
+    if isinstance(source, Stream):
         dataset.set_loader_cfg(num_workers=workers)
         epoch = _StreamEpoch(dataset, distributed) if training else None
     loader = _CheckedLoader(

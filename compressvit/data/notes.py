@@ -1,56 +1,45 @@
-"""What was passed over, guessed or converted while data was opened and read: counted, and said in plan, log and `results.json`."""
+"""Sentences about what was done to pictures, by how many."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from compressvit.data.pictures import Read
+from compressvit.notes import Note
 
-
-@dataclass(frozen=True)
-class Note:
-    """One thing worth knowing about a data set.
-
-    Attributes:
-        what: a word for it that stays the same from run to run, e.g. 'other_types'.
-        count: how many files, pictures, labels or classes.
-        text: the sentence for a person.
-    """
-
-    what: str
-    count: int
-    text: str
-
-
-# In the order of `Read`: what it is called, and the sentence for `count` pictures.
+# By conversion: the note's kind, and its sentence, in which {} is e.g. '12 images'.
 _READ = {
     Read.SIXTEEN_BITS: ("sixteen_bits", "{} of 16 bits scaled to 8 (value / 257)"),
     Read.DARK: (
         "dark",
-        "{} of 16 bits with no value above 4095, so nearly black: 8 or 12 bits stored in 16 have to be scaled to 16 first",
+        "{} of 16 bits with no value above 4095, so nearly black after scaling: scale 8 or 12 bits stored in 16 to the full range",
     ),
     Read.FLOAT: ("float", "{} of floats, 0 to 1 scaled to 8 bits"),
-    Read.ALPHA: ("alpha", "{} with transparency, which models of 1 or 3 channels do not see"),
+    Read.ALPHA: ("alpha", "{} with transparency, which models of 1 or 3 channels do not get"),
     Read.FRAMES: ("frames", "{} with several frames or pages, of which the first was read"),
     Read.CMYK: ("cmyk", "{} in CMYK, converted without a colour profile"),
 }
-_TURNED = {
-    False: "{} whose EXIF block says to turn them, which was ignored (data.exif=true turns them)",
-    True: "{} turned as their EXIF blocks say",
+_EXIF = {
+    False: {
+        Read.TURNED: ("turned", "{} with an EXIF orientation, which was ignored (data.exif=true applies it)"),
+        Read.BAD_EXIF: ("bad_exif", "{} with a damaged EXIF block, which was ignored"),
+    },
+    True: {
+        Read.TURNED: ("turned", "{} turned according to their EXIF orientation"),
+        Read.BAD_EXIF: ("bad_exif", "{} with a damaged EXIF block, so not turned"),
+    },
 }
 
 
 def notes_of_reading(counts: dict[Read, int], *, exif: bool) -> list[Note]:
-    """What was done to the pictures that were read so far, by how many."""
-    sentences = {**_READ, Read.TURNED: ("turned", _TURNED[exif])}
+    """Notes on the conversions of the images read so far; `counts` has the number of images for each."""
+    sentences = _READ | _EXIF[exif]
     return [
-        Note(what, counts[kind], text.format(pictures(counts[kind])))
+        Note(what, counts[kind], text.format(counted(counts[kind])))
         for kind, (what, text) in sentences.items()
         if counts.get(kind)
     ]
 
 
-def pictures(count: int, noun: str = "picture") -> str:
-    """'1 picture', '1,437 pictures', '2 classes'."""
+def counted(count: int, noun: str = "image") -> str:
+    """A number with its noun: '1 image', '1,437 images', '2 classes'."""
     ending = "" if count == 1 else "es" if noun.endswith("s") else "s"
     return f"{count:,} {noun}{ending}"

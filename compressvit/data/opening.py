@@ -1,7 +1,6 @@
-"""Opens the data sets that a recipe can name, and checks them before anything is computed.
+"""Opening the data sets that a recipe names, and checking them before anything is computed.
 
-Map-style sets become `Samples`; streaming sets (WebDataset, TensorFlow and streaming Hugging Face datasets) stay timm's
-`IterableImageDataset`.
+Map-style sets become `Samples`; streaming sets (WebDataset, TensorFlow and streaming Hugging Face datasets) become `Stream`.
 """
 
 from __future__ import annotations
@@ -17,25 +16,26 @@ from torch.utils.data import Dataset, Subset
 from compressvit.data.classes import ORDERS, composed, different_classes, read_names
 from compressvit.data.data_set import find_set
 from compressvit.data.files import PictureFiles
-from compressvit.data.notes import Note
 from compressvit.data.samples import BrokenFiles, Samples
 from compressvit.data.sets.base import LAYOUT, class_names_of, evenly
 from compressvit.data.spec import Data
+from compressvit.data.streams import Stream
 from compressvit.errors import UserError
+from compressvit.notes import Note
 from compressvit.tasks.base import find_task
 
 
 @dataclass
 class Datasets:
-    """What `open_data` opened.
+    """The result of `open_data`.
 
     Attributes:
-        train, validation: `Samples`, or timm's `IterableImageDataset` for a streaming set.
+        train, validation: `Samples`, or `Stream` for a streaming set.
         num_classes: the number of classes; None in an unlabelled set, or one of a task without classes.
-        class_names: names in target order, or None where the set does not say.
-        labelled: False when every target is -1.
-        broken: the files that could not be decoded so far.
-        found: what was passed over or guessed when the data was opened.
+        class_names: in the order of the targets; None if unknown.
+        labelled: False if every target is -1.
+        broken: files that could not be decoded so far.
+        found: notes on what was skipped or guessed when the data was opened.
     """
 
     train: Dataset
@@ -47,7 +47,7 @@ class Datasets:
     found: list[Note] = field(default_factory=list)
 
     def notes(self) -> list[Note]:
-        """What was passed over or guessed when the data was opened, and what was done to the pictures that were read so far."""
+        """Notes on what was skipped or guessed when the data was opened, and on conversions of the images read so far."""
         return [*self.found, *self.broken.notes()]
 
     def fingerprint(self) -> str | None:
@@ -57,7 +57,7 @@ class Datasets:
 
 
 def open_data(data: Data) -> Datasets:
-    """Opens the training and the validation set that `data` names, and checks what can be checked without decoding.
+    """Open the training and the validation set that `data` names, and check what can be checked without decoding images.
 
     Raises:
         UserError: the folder is missing, empty or laid out differently, a package is missing, the classes of the two
@@ -110,8 +110,8 @@ def _common_classes(sources: tuple[Any, Any], name: str, *, one_is_enough: bool)
 
 
 def _named(names: list[str] | None, data: Data) -> list[str] | None:
-    """The class names of a set, or those in the recipe's file where it has none."""
-    if data.classes is None or data.name == "folder":  # which has put its classes in order
+    """The class names of a data set, or those in the file `data.classes` if it has none."""
+    if data.classes is None or data.name == "folder":  # its classes are already ordered and named
         return names
     if data.classes in ORDERS:
         raise UserError(
@@ -138,4 +138,4 @@ def _limited(source: Any, data: Data, option: str, labelled: bool) -> Dataset:
             f"data.{option}={limit}: a streaming set is read in the order of its shards and cannot be thinned out; "
             "name fewer shards in data.train_split or data.val_split"
         )
-    return source
+    return Stream(source, data.num_workers, exif=data.exif)

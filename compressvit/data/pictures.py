@@ -1,32 +1,34 @@
-"""The one place that opens picture files: which formats are read, and how each mode becomes 8 bits a channel.
+"""Reading image files: which formats are read, and how each mode is converted to 8 bits per channel. All image files are opened here.
 
 | stored as | becomes |
 | --- | --- |
-| 8 bits: gray, colour, palette, 1 bit, CMYK, YCbCr, HSV | what Pillow's `convert` makes of it, as in torchvision and timm |
+| 8 bits: gray, colour, palette, 1 bit, CMYK, YCbCr, HSV | the result of Pillow's `convert`, as in torchvision and timm |
 | 16 bits, gray (PNG, TIFF, JPEG 2000) | value / 257, rounded |
-| 16 bits a channel, colour | the high byte of each, as Pillow reads it |
+| 16 bits per channel, colour | the high byte of each, as Pillow reads it |
 | 32-bit integers (also PGM of more than 8 bits, which Pillow scales to 0..65535) | as 16 bits; values outside 0..65535 are refused |
-| floats | 0..1 becomes 0..255; other values are refused |
-| alpha, or a palette's transparent colours | left out for a model of 1 or 3 channels, as in torchvision and timm; the fourth of 4 |
+| floats | 0..1 scaled to 0..255; other values are refused |
+| alpha, or a palette's transparent colours | for a model of 4 channels the fourth; otherwise dropped, as in torchvision and timm |
 | several frames or pages | the first |
 
-An orientation in the EXIF block is ignored, as in torchvision and timm, unless `data.exif` is true. (Pillow itself applies that of TIFF.)
+The EXIF orientation is ignored, as in torchvision and timm, unless `data.exif` is true. (For TIFF, Pillow itself applies it.)
+An image whose EXIF block is damaged is read as it is stored.
 
-Vector formats (EPS, PostScript, WMF), containers and everything else that Pillow knows are not read, whatever a file is called: Pillow
-starts Ghostscript for EPS. Readers of other packages open pictures themselves, so importing this module also forbids Pillow to do that.
+Other formats that Pillow knows (EPS, PostScript, WMF, containers, …) are not read, whatever a file is called, because Pillow starts
+Ghostscript for EPS. Some readers of other packages open files themselves, so importing this module disables Ghostscript in Pillow.
 """
 
 from __future__ import annotations
 
+import warnings
 from enum import IntFlag
 from functools import cache
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 from PIL import EpsImagePlugin, ExifTags, Image, ImageOps, UnidentifiedImageError
 
-# Pillow's names, with the extensions by which a folder is searched. TGA is last: it has no signature to know it by.
+# Pillow's names, with the extensions for which folders are searched. TGA is last, because it has no signature to recognise it by.
 FORMATS: dict[str, tuple[str, ...]] = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
     "PNG": (".png", ".apng"),
@@ -49,16 +51,17 @@ EXTENSIONS = tuple(extension for extensions in FORMATS.values() for extension in
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by channels of a model
 _EIGHT_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV")
 _TWELVE_BITS = 4095
+_TIFF = (b"II*\0", b"MM\0*")  # how an EXIF block begins, by byte order
 
 EpsImagePlugin.gs_binary = False
 
 
 class BrokenPicture(ValueError):
-    """A file that is no picture of `FORMATS`, is damaged, or holds values that no rule covers; the text says which."""
+    """A file that is not an image in one of `FORMATS`, is damaged, or has values that cannot be converted; the message says which."""
 
 
 class Read(IntFlag):
-    """What was done to a picture that a person may want to know: a bit each, so that a set keeps one byte a picture."""
+    """Conversions and properties of an image that a user may want to know, as flags, so that a data set stores one byte per image."""
 
     SIXTEEN_BITS = 1
     DARK = 2
@@ -67,23 +70,27 @@ class Read(IntFlag):
     FRAMES = 16
     CMYK = 32
     TURNED = 64
+    BAD_EXIF = 128
 
 
 @cache
 def _formats() -> list[str]:
-    """Those of `FORMATS` that this Pillow has."""
+    """The formats in `FORMATS` that the installed Pillow supports."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
 
 
 def read_picture(file: str | Path | IO[bytes], *, exif: bool = False) -> tuple[Image.Image, Read]:
-    """Decode the first frame of a file into 8 bits a channel, and say what that took.
+    """Decode the first frame of a file to 8 bits per channel.
 
     Args:
-        exif: turn it as its EXIF block says.
+        exif: apply the EXIF orientation.
+
+    Returns:
+        The image, and what was converted.
 
     Raises:
-        BrokenPicture: see there; also where a picture is so large that Pillow takes it for a decompression bomb.
+        BrokenPicture: the file cannot be read, or the image is so large that Pillow considers it a decompression bomb.
     """
     try:
         with Image.open(file, formats=_formats()) as image:
@@ -100,22 +107,22 @@ def read_picture(file: str | Path | IO[bytes], *, exif: bool = False) -> tuple[I
 
 
 def standard(image: Image.Image, *, exif: bool = False) -> tuple[Image.Image, Read]:
-    """A decoded picture as 8 bits a channel, by the rules of this module, and what they did.
+    """Convert a decoded image to 8 bits per channel by the rules of this module.
+
+    Returns:
+        The image, and what was converted.
 
     Raises:
-        BrokenPicture: values or a mode that no rule covers.
+        BrokenPicture: no rule covers its mode or its values.
     """
-    done = Read(0)
-    if _orientation(image) not in (1, None):
-        done |= Read.TURNED
-        image = ImageOps.exif_transpose(image) if exif else image
+    image, done = _upright(image) if exif else (image, _orientation(image))
     if image.mode == "F":
         return _from_floats(image), done | Read.FLOAT
     if image.mode == "I" or image.mode.startswith("I;16"):
         image, dark = _from_integers(image)
         return image, done | Read.SIXTEEN_BITS | (Read.DARK if dark else Read(0))
     if image.mode not in _EIGHT_BITS:
-        raise BrokenPicture(f"pictures of mode {image.mode} are not read")
+        raise BrokenPicture(f"images of mode {image.mode} are not read")
     if image.mode == "CMYK":
         done |= Read.CMYK
     if image.has_transparency_data:
@@ -124,20 +131,45 @@ def standard(image: Image.Image, *, exif: bool = False) -> tuple[Image.Image, Re
 
 
 def to_channels(image: Image.Image, channels: int) -> Image.Image:
-    """A picture of `standard` with 1 (gray), 3 (colour) or 4 channels (colour and alpha, 255 where it has none)."""
+    """Convert an image from `standard` to 1 (gray), 3 (colour) or 4 channels (colour and alpha; 255 if it has no alpha)."""
     mode = MODES[channels]
     return image if image.mode == mode else image.convert(mode)
 
 
-def _orientation(image: Image.Image) -> Any:
+def _orientation(image: Image.Image) -> Read:
+    """Whether the EXIF block says to turn a picture, or is so damaged that it does not say."""
     try:
-        return image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # a damaged EXIF block, of which nothing is needed
-        return None
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # a damaged block leads Pillow into errors of every kind
+        return Read.BAD_EXIF
+    block = image.info.get("exif")
+    if block and orientation is None and _is_damaged(block):
+        return Read.BAD_EXIF
+    return Read.TURNED if orientation in range(2, 9) else Read(0)
+
+
+def _is_damaged(block: bytes) -> bool:
+    """Whether an EXIF block cannot be read to its end; Pillow reads what it can, and warns."""
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        try:
+            Image.Exif().load(block)
+        except Exception:  # of every kind, as above
+            return True
+    return bool(warned) or not block.removeprefix(b"Exif\0\0").startswith(_TIFF)
+
+
+def _upright(image: Image.Image) -> tuple[Image.Image, Read]:
+    """A picture turned as its EXIF block says."""
+    done = _orientation(image)
+    try:
+        return (ImageOps.exif_transpose(image) if done is Read.TURNED else image), done
+    except Exception:  # Pillow writes the block again, without the orientation
+        return image, Read.BAD_EXIF
 
 
 def _from_integers(image: Image.Image) -> tuple[Image.Image, bool]:
-    """Integers of 0..65535 as 8 bits, and whether none is above 12 bits."""
+    """Scale integers of 0..65535 to 8 bits; also returns whether all fit in 12 bits, i.e. the result is nearly black."""
     values = np.asarray(image).astype(np.int64)
     low, high = int(values.min()), int(values.max())
     if low < 0 or high > 65535:

@@ -20,9 +20,11 @@ from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch.utils.data import Dataset
 
 from compressvit.data.files import PictureFiles
-from compressvit.data.notes import Note, notes_of_reading
+from compressvit.data.notes import notes_of_reading
 from compressvit.data.pictures import Read, read_picture, standard
+from compressvit.data.streams import Stream
 from compressvit.errors import UserError
+from compressvit.notes import Note
 from compressvit.tasks.targets import NO_IMAGE, NO_LABEL
 
 log = logging.getLogger("compressvit")
@@ -66,7 +68,7 @@ class Samples(Dataset):
     to be converted is recorded in `done`, a tensor of the same form, as bits of `Read`.
 
     Args:
-        exif: turn pictures as their EXIF blocks say.
+        exif: turn images as their EXIF blocks say.
     """
 
     def __init__(self, source: Any, indices: Sequence[int] | None = None, labelled: bool = True, *, exif: bool = False):
@@ -152,10 +154,11 @@ class Samples(Dataset):
 
 
 class BrokenFiles:
-    """The image files of a run that could not be decoded, whichever loader worker noticed."""
+    """The image files of a run that could not be decoded, whichever loader worker noticed; samples of streams are only counted."""
 
     def __init__(self, *sets: Any):
         self._sets = [s for s in sets if isinstance(s, Samples)]
+        self._streams = [s for s in sets if isinstance(s, Stream)]
         self._reported: set[tuple[int, int]] = set()
 
     def _found(self) -> list[tuple[int, int]]:
@@ -164,6 +167,10 @@ class BrokenFiles:
     @property
     def count(self) -> int:
         """How many broken files were met so far; a file that was never read is not counted."""
+        return self._files + sum(stream.broken for stream in self._streams)
+
+    @property
+    def _files(self) -> int:
         return sum(int(s.broken.count_nonzero()) for s in self._sets)
 
     @property
@@ -172,9 +179,16 @@ class BrokenFiles:
         return [self._sets[k].name(i) for k, i in self._found()]
 
     def notes(self) -> list[Note]:
-        """What was done to the pictures that were read so far."""
-        counts = {kind: sum(int((s.done & int(kind) > 0).sum()) for s in self._sets) for kind in Read}
-        return notes_of_reading(counts, exif=any(s.exif for s in self._sets))
+        """What was done to the pictures that were read so far, and what was passed over in streams."""
+        counts = {
+            kind: sum(int((s.done & int(kind) > 0).sum()) for s in self._sets)
+            + sum(s.done[kind] for s in self._streams)
+            for kind in Read
+        }
+        passed_over = [note for stream in self._streams for note in stream.notes()]
+        return passed_over + notes_of_reading(
+            counts, exif=any([*(s.exif for s in self._sets), *(s.exif for s in self._streams)])
+        )
 
     def report(self) -> None:
         """Logs each newly found file once, with the reason.
@@ -182,7 +196,7 @@ class BrokenFiles:
         Raises:
             UserError: 50 consecutive files (or the whole set, if smaller) are broken.
         """
-        if self.count == len(self._reported):
+        if self._files == len(self._reported):
             return
         for samples in self._sets:
             run = min(MAX_CONSECUTIVE_BROKEN, len(samples))

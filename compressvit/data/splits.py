@@ -1,4 +1,4 @@
-"""A split of class folders, or of tars, before its classes have numbers."""
+"""A training or validation split of class folders or tar files, before its classes are numbered."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from torch.utils.data import Dataset
 
 from compressvit.data.classes import composed, numbers_of, some_of
 from compressvit.data.files import PictureFiles, Search
-from compressvit.data.notes import Note, pictures
+from compressvit.data.notes import counted
 from compressvit.data.pictures import EXTENSIONS
 from compressvit.data.sets.base import LAYOUT
 from compressvit.data.spec import Data
 from compressvit.errors import UserError
+from compressvit.notes import Note
 
 
 @dataclass
 class Split:
-    """A split before its classes have numbers: the class of each of its pictures.
+    """A split before its classes are numbered.
 
     Attributes:
-        labels: a class name for each picture.
-        files: their paths, or the tars that they are in.
+        labels: the class name of each image.
+        files: the paths of the images, or the tar files that contain them.
     """
 
     name: str
@@ -48,11 +49,11 @@ class Split:
             )
         notes = search.notes()
         if empty := sorted({*search.folders} - {found.parts[0] for found in search.found}):
-            text = f"{path.name}: {pictures(len(empty), 'folder')} without a picture, so no class: {some_of(empty)}"
+            text = f"{path.name}: {counted(len(empty), 'folder')} without an image, which are therefore not classes: {some_of(empty)}"
             notes.append(Note("empty_folders", len(empty), text))
         if deeper := [found for found in search.found if len(found.parts) > 2]:
             first = "/".join(deeper[0].parts)
-            text = f"{path.name}: {pictures(len(deeper))} in folders below those of the classes, which make no difference, e.g. {first}"
+            text = f"{path.name}: {counted(len(deeper))} in subfolders of class folders, which belong to the class, e.g. {first}"
             notes.append(Note("deeper", len(deeper), text))
         return cls(path.name, [found.parts[0] for found in search.found], [f.path for f in search.found], notes)
 
@@ -80,8 +81,8 @@ class Split:
 
 
 class Tars(ReaderImageInTar):
-    """timm's reader, for all types of pictures. In one tar a class is a folder at the level where there are several; of several tars, each
-    is a class, or the innermost folders in them are."""
+    """timm's reader of tar files, for all image formats. In a single tar file, the classes are the folders of the first level that has more
+    than one. Of several tar files, each is a class, or the innermost folders in them are."""
 
     def __init__(self, path: Path):
         self.root = str(path)
@@ -103,7 +104,7 @@ class Tars(ReaderImageInTar):
 
 
 def _first_level(paths: Sequence[str]) -> list[str]:
-    """The class of each path: its first folder, below those that all paths have in common."""
+    """The class of each path: its first folder after those that all paths have in common."""
     folders = [[part for part in path.split("/")[:-1] if part not in ("", ".")] for path in paths]
     while all(len(parts) > 1 for parts in folders) and len({parts[0] for parts in folders}) == 1:
         folders = [parts[1:] for parts in folders]

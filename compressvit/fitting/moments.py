@@ -38,10 +38,16 @@ Images = torch.Tensor | Iterable[Any] | Callable[[], Iterable[Any]]
 
 @dataclass(frozen=True)
 class Moments:
-    """Of one layer over all tokens: `inputs` E[xᵀx] (in, in), `mean` E[x] (in,), and how many tokens.
+    """Moments of a linear layer's inputs x, and of the gradients g at its outputs, over all tokens.
 
-    With gradients g also `outputs` E[gᵀg] (out, out), `important` E[‖g‖² xᵀx] / E‖g‖² (in, in), and `prefix_weight`, the mean ‖g‖² of
-    a prefix token in means of the other tokens', at most as much as makes both kinds weigh the same.
+    Attributes:
+        inputs: E[xᵀx], (in, in).
+        mean: E[x], (in,).
+        tokens: number of tokens.
+        outputs: E[gᵀg], (out, out); None without gradients, as are the following.
+        important: E[‖g‖² xᵀx] / E‖g‖², (in, in): the inputs, each token weighted by its squared gradient.
+        prefix_weight: mean ‖g‖² of a prefix token, relative to that of the other tokens; at most the value at which the prefix tokens
+            together weigh as much as all others.
     """
 
     inputs: torch.Tensor
@@ -52,10 +58,16 @@ class Moments:
     prefix_weight: float = 1.0
 
     def metric(self, ridge: float, output_ridge: float | None) -> Metric:
-        """The metric for errors of the layer's outputs or, with an `output_ridge` and a useful gradient, of the model's outputs.
+        """The metric in which errors of this layer's weight are measured.
 
-        In the latter a token counts for half as any other and for half by its ‖g‖²: the plain Kronecker factors would suppose that the
-        size of a gradient has nothing to do with the input, and lose the one class token among hundreds of patches.
+        Without gradients, or with `output_ridge=None`, it measures the error of the layer's outputs. With gradients it measures the
+        error of the model's outputs, by a Kronecker factorisation with an input and an output factor. Its input moment is the mean of
+        two: one in which all tokens have equal weight, and one in which each is weighted by ‖g‖². The first alone would assume that
+        gradients and inputs are independent; a class token, one among hundreds of patches, would then hardly count.
+
+        Args:
+            ridge: regularisation of the input moment, relative to its mean.
+            output_ridge: the same for the gradients' moment.
         """
         if output_ridge is None or self.outputs is None or self.important is None or not _says_something(self.outputs):
             return Metric(cholesky(self.inputs, ridge))

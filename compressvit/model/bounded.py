@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 MAX_NUMBER = 2**20  # of an argument: above any size, depth or number of classes there is
@@ -54,7 +55,7 @@ def on_meta(calls: int = MAX_CALLS) -> Iterator[None]:
     Raises:
         TooMany: in the block, where more are called: a model of a hundred thousand blocks takes hours, also without values.
     """
-    with torch.device("meta"), counted(calls):
+    with torch.device("meta"), _Unfilled(calls):
         yield
 
 
@@ -77,3 +78,26 @@ class _Counted(TorchFunctionMode):
         if self.left < 0:
             raise TooMany(f"it has far more parts than any model: more than {self.calls:,} calls to build it")
         return func(*args, **(kwargs or {}))
+
+
+_FILLS = {
+    *(torch.Tensor.uniform_, torch.Tensor.normal_, torch.Tensor.erfinv_, torch.Tensor.clamp_),
+    *(torch.Tensor.mul_, torch.Tensor.add_, torch.Tensor.fill_, torch.Tensor.zero_),
+    *(nn.init.uniform_, nn.init.normal_, nn.init.constant_, nn.init.kaiming_uniform_, nn.init.kaiming_normal_),
+}
+
+
+class _Unfilled(_Counted):
+    """Skips the calls that draw a model's first values: on the meta device they have no effect, and take most of the time."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _FILLS:
+            given = [*args, *(kwargs or {}).values()]
+            if given[0].is_meta and not any(isinstance(value, torch.Tensor) for value in given[1:]):
+                func = _filled
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def _filled(*args: Any, **kwargs: Any) -> Any:
+    """The tensor that an in-place function returns: its first argument."""
+    return [*args, *kwargs.values()][0]

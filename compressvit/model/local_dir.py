@@ -22,12 +22,14 @@ class LocalDir:
         architecture: timm's name, without a tag.
         args: further arguments of timm.create_model, the number of classes included.
         input: what images must look like, under the names of an artifact's manifest: mean, std, interpolation, crop_pct, crop_mode.
+        label_names: of the classes, in the order of the outputs, where they are known.
     """
 
     file: Path
     architecture: str
     args: dict[str, Any]
     input: dict[str, Any]
+    label_names: list[str] | None = None
 
 
 def read_local_dir(path: Path) -> LocalDir | None:
@@ -58,7 +60,9 @@ def read_local_dir(path: Path) -> LocalDir | None:
         for key in ("mean", "std", "interpolation", "crop_pct", "crop_mode")
         if about.get(key) is not None
     }
-    return LocalDir(file, content["architecture"], args, known)
+    names = about.get("label_names") or content.get("label_names")
+    names = [str(name) for name in names] if isinstance(names, list) else None
+    return LocalDir(file, content["architecture"], args, known, names)
 
 
 def _mapping(content: dict[str, Any], key: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from compressvit.errors import UserError
+from compressvit.notes import Note
 
 # Where timm, DeiT, MAE, DINO and Lightning keep the weights; an average before the weights it is of.
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher")
@@ -29,8 +30,8 @@ def load_plain(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def unwrapped(content: Any, path: Path, where: str) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """The state dict in a file's content, and a sentence for what was not known and taken off.
+def unwrapped(content: Any, path: Path, where: str) -> tuple[dict[str, torch.Tensor], list[Note]]:
+    """The state dict in a file's content, and notes on what is around it: a dictionary of an unknown name, or other weights.
 
     Args:
         where: the recipe path to speak of in a message.
@@ -38,15 +39,18 @@ def unwrapped(content: Any, path: Path, where: str) -> tuple[dict[str, torch.Ten
     Raises:
         UserError: there is none, or more than one that it could be.
     """
-    notes: list[str] = []
+    notes: list[Note] = []
     for _ in range(_DEEPEST):
         if _is_state(content) or content == {}:
             return dict(content), notes
         if not isinstance(content, dict):
             break
         key = next((key for key in WRAPPERS if isinstance(content.get(key), dict)), None)
+        inside = [str(other) for other, value in content.items() if _is_state(value)]
+        if key is not None and (others := [repr(other) for other in inside if other != key]):
+            text = f"the weights are those under {key!r}, not those under {' or '.join(others)}"
+            notes.append(Note("other_weights", len(others), text))
         if key is None:
-            inside = [str(key) for key, value in content.items() if _is_state(value)]
             if len(inside) > 1:
                 raise UserError(
                     f"{where}: {path} holds more than one state dict ({', '.join(inside)}), and none under a name that is known "
@@ -55,7 +59,7 @@ def unwrapped(content: Any, path: Path, where: str) -> tuple[dict[str, torch.Ten
             key = next(iter(inside), None)
             if key is None:
                 break
-            notes.append(f"the weights are those under {key!r}")
+            notes.append(Note("wrapper", len(content[key]), f"the weights are those under {key!r}"))
         content = content[key]
     keys = f"; its keys are {_first(content)}" if isinstance(content, dict) and content else ""
     raise UserError(f"{where}: {path} holds a {type(content).__name__}, not a state dict of tensors{keys}")
@@ -71,8 +75,8 @@ def _is_state(content: Any) -> bool:
 
 def without_prefix(
     tensors: Mapping[str, torch.Tensor], own: Collection[str]
-) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Tensors under a model's own names, where the file has a prefix before them such as `module.` or `backbone.`, and a sentence for it.
+) -> tuple[dict[str, torch.Tensor], list[Note]]:
+    """Tensors under a model's own names, where the file has a prefix before them such as `module.` or `backbone.`, and a note on it.
 
     A prefix is taken off where none of the names is the model's as it stands, and those after one prefix are. What does not have the
     prefix is left out, as DINO's projection head is.
@@ -98,10 +102,10 @@ def without_prefix(
     if not taken or not names.keys() & set(own):
         return dict(tensors), []
     left = [name for name in tensors if name not in names.values()]
-    note = f"the prefix '{taken}' was taken off {len(names)} tensors"
+    text = f"the prefix '{taken}' was taken off {len(names)} tensors"
     if left:
-        note += f", and {len(left)} without it were left out ({_first(left)})"
-    return {name: tensors[full] for name, full in names.items()}, [note]
+        text += f", and {len(left)} without it were left out ({_first(left)})"
+    return {name: tensors[full] for name, full in names.items()}, [Note("prefix", len(names), text)]
 
 
 def _heads(names: Collection[str]) -> list[str]:

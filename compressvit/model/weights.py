@@ -8,6 +8,7 @@ import logging
 import re
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from compressvit.model.local_dir import read_local_dir
 from compressvit.model.modules import as_timm
 from compressvit.model.stored import is_artifact, read_safetensors, read_tensors, require_as_written
 from compressvit.model.unwrapping import contents, load_plain, unwrapped, without_prefix
+from compressvit.notes import Note
 
 log = logging.getLogger("compressvit")
 
@@ -130,7 +132,7 @@ def load_pretrained(model: nn.Module, where: str, *, new_head: bool = False) -> 
     model.load_state_dict(loaded.state_dict())
 
 
-def load_file(model: nn.Module, path: str | Path, where: str, *, new_head: bool = False) -> None:
+def load_file(model: nn.Module, path: str | Path, where: str, *, new_head: bool = False) -> list[Note]:
     """Give `model` the values in a file: safetensors, or a torch file of plain tensors. Nothing is unpickled.
 
     Position embeddings and tables of relative positions are resampled to the model's token grid, as timm does it.
@@ -141,18 +143,24 @@ def load_file(model: nn.Module, path: str | Path, where: str, *, new_head: bool 
         where: the recipe path to speak of in a message.
         new_head: keep the model's fresh classifier when the file's has another number of classes (it will be trained).
 
+    Returns:
+        What was taken off or left out, which is also logged.
+
     Raises:
         UserError: no such file, a truncated or unsafe one, or tensors that do not fit the model.
     """
     own = model.state_dict()
-    given, notes = without_prefix(_read(expanded(path, where), where), own)
-    for note in notes:
-        log.info("%s: %s: %s", where, path, note)
+    stored, notes = _read(expanded(path, where), where)
+    given, prefix = without_prefix(stored, own)
+    notes += prefix
     tensors = resample_positions(given, model)
     heads = head_names(model)
     if not any(n in own for n in heads):  # a headless model has no use for the file's classifier
         dropped = [n for n in tensors if n.split(".")[0] in ("head", "head_dist") and n not in own]
         tensors = {n: t for n, t in tensors.items() if n not in dropped}
+        if dropped:
+            text = f"the file's classifier was left out ({', '.join(dropped)}), because the model has none"
+            notes.append(Note("classifier", len(dropped), text))
     misfit = [n for n in tensors if n in own and tensors[n].shape != own[n].shape]
     if misfit and set(misfit) <= heads:
         if not new_head:
@@ -161,7 +169,7 @@ def load_file(model: nn.Module, path: str | Path, where: str, *, new_head: bool 
                 f"{where}: {path} has a classifier of {classes} classes and the model one of {model.num_classes}; "
                 f"set num_classes={classes} beside it, or train a new head with `teacher.finetune`"
             )
-        log.warning("%s: %s has another number of classes; the classifier is initialised anew", where, path)
+        notes.append(Note("classifier", len(misfit), "another number of classes; the classifier is initialised anew"))
         tensors = {n: t for n, t in tensors.items() if n not in heads}
     missing = [n for n in own if n not in tensors and not (new_head and n in heads)]
     unknown = [n for n in tensors if n not in own]
@@ -177,6 +185,10 @@ def load_file(model: nn.Module, path: str | Path, where: str, *, new_head: bool 
             f"{contents(given)}. Check teacher.model and teacher.args against what the file was made with"
         )
     model.load_state_dict(tensors, strict=False)
+    notes = [replace(note, text=f"{where}: {path}: {note.text}") for note in notes]
+    for note in notes:
+        log.info("%s", note.text)
+    return notes
 
 
 def copy_matching(student: nn.Module, teacher: nn.Module) -> list[str]:
@@ -221,17 +233,17 @@ def resample_positions(tensors: dict[str, torch.Tensor], model: nn.Module) -> di
         ) from error
 
 
-def _read(path: Path, where: str) -> dict[str, torch.Tensor]:
+def _read(path: Path, where: str) -> tuple[dict[str, torch.Tensor], list[Note]]:
     if is_artifact(path):
         tensors = read_tensors(path)
         require_as_written(path, tensors)
-        return tensors
+        return tensors, []
     if path.is_dir() and (known := read_local_dir(path)) is not None:
         path = known.file
     if not path.is_file():
         raise UserError(f"{where}: there is no file {path}. {_supply(where)}")
     if path.suffix == ".safetensors":
-        return read_safetensors(path)
+        return read_safetensors(path), []
     if record := damaged_record(path):
         raise UserError(f"{where}: {path} is damaged (the checksum of its record {record} differs); get it again")
     try:
@@ -242,10 +254,7 @@ def _read(path: Path, where: str) -> dict[str, torch.Tensor]:
             f"{where}: {path} is not a file of plain tensors ({torch_fault(error)}). compressvit never runs code from a weights file; "
             "convert it to safetensors where you trust it"
         ) from error
-    tensors, notes = unwrapped(content, path, where)
-    for note in notes:
-        log.info("%s: %s: %s", where, path, note)
-    return tensors
+    return unwrapped(content, path, where)
 
 
 def _require_reachable(config: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_v
 
 from compressvit.data.spec import Data
 from compressvit.errors import UserError
+from compressvit.files import expanded
 from compressvit.model.old import current_recipe, is_of_a_run, lacks_what_is_new
 from compressvit.model.weights import require_known
 from compressvit.reading import MAX_YAML, Unreadable, read_text
@@ -176,6 +177,8 @@ def read_recipe(name_or_path: str | Path) -> str:
 def parse_recipe(text: str, name: str = "recipe", overrides: list[str] | None = None) -> Recipe:
     """Validate the text of a recipe; `name` is its name in messages, if possible its path. Raises as `load_recipe` does.
 
+    Keys at the top that begin with `x-` are left out: they hold YAML anchors for the rest of the file.
+
     A file stored in a run folder may be from an earlier version; its keys are then translated to the current ones.
     """
     parsed = parse(text, name)
@@ -187,11 +190,14 @@ def parse_recipe(text: str, name: str = "recipe", overrides: list[str] | None = 
         raise RecipeError(
             f"{name} holds a {type(parsed.content).__name__}, not a mapping; a recipe needs at least teacher, data and steps"
         )
+    for key in [key for key in parsed.content if str(key).startswith("x-")]:
+        del parsed.content[key]
     if is_of_a_run(Path(name)):
         parsed.content = current_recipe(parsed.content, complete=lacks_what_is_new(Path(name)))
     _spell_out(parsed.content)  # so that an override finds a mapping after a bare word
     override(parsed, overrides or [])
     _spell_out(parsed.content)
+    _name_stored_model(parsed.content.get("teacher"))
     try:
         return _validated(parsed)
     except ValidationError as error:
@@ -234,6 +240,20 @@ def require_known_models(recipe: Recipe, name: str = "recipe") -> None:
                 require_known(model)
         except UserError as error:
             raise UserError(f"{name}: {key}: {error}") from None
+
+
+def _name_stored_model(teacher: Any) -> None:
+    """Complete a teacher without `model` whose weights are an artifact or a folder of timm's, which name it."""
+    given = teacher.get("weights") if isinstance(teacher, dict) and "model" not in teacher else None
+    if not isinstance(given, str):
+        return
+    from compressvit.model.local_dir import read_local_dir
+    from compressvit.model.stored import is_artifact, read_manifest
+
+    folder = expanded(given, "teacher.weights")
+    stored = read_manifest(folder) if is_artifact(folder) else read_local_dir(folder)
+    if stored is not None:
+        teacher["model"] = stored.architecture
 
 
 def _spell_out(content: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import json
 import re
@@ -58,14 +59,7 @@ class Page:
         contents = [self.short(run) if comparison else self.whole(run) for run in runs]
         drawn = bool(self._numbers)
         scripts = [_script(text) for text in (self._bundle.result(), _text("page.js"))] if drawn else []
-        environment = jinja2.Environment(
-            loader=jinja2.FileSystemLoader(_HERE),
-            autoescape=True,
-            undefined=jinja2.StrictUndefined,
-            trim_blocks=True,
-            finalize=_shown,
-        )
-        return environment.get_template("page.html").render(
+        return _template().render(
             heading=heading,
             facts=facts,
             contents=_contents(contents, comparison),
@@ -127,6 +121,18 @@ class Page:
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
                 run.notes.append(f"The chart of {finding.name} cannot be drawn, and is left out: {reason}.")
         return drawn
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_HERE),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        finalize=_shown,
+    )
+    return environment.get_template("page.html")
 
 
 def _contents(runs: Sequence[dict[str, Any]], comparison: dict[str, Any] | None) -> list[tuple[str, str]]:

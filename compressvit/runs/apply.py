@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,17 +16,18 @@ from rich.console import Console
 from torch import nn
 
 from compressvit.errors import UserError
-from compressvit.log import RunLog, kept, log
+from compressvit.log import RunLog, log
+from compressvit.notes import Note
 from compressvit.recipe.recipe import Recipe, parse_recipe, read_recipe
 from compressvit.runs import tensorboard
-from compressvit.runs.files import DataNote, DataPlan, RecipePlan, Results
+from compressvit.runs.files import NoteRow, RecipePlan, Results
 from compressvit.runs.finish import finish
 from compressvit.runs.finished import finished_run
 from compressvit.runs.folder import RunFolder, refuse_processes
 from compressvit.runs.job import Job, prepare, refuse_labels, refuse_own_inputs
 from compressvit.runs.merge import merge_folder, print_merge
 from compressvit.runs.models import trains_teacher
-from compressvit.runs.plan import plan_job, require_no_conflicts
+from compressvit.runs.plan import plan_data, plan_job, require_no_conflicts
 from compressvit.runs.resources import resource_faults
 from compressvit.runs.run import Run, fill_teacher
 from compressvit.runs.tables import print_plan
@@ -108,11 +109,11 @@ def apply(
     job = prepare(recipe, device, name=name)
     plan = plan_job(job)
     _refuse(job, plan, folder, overwrite=overwrite)
-    _note_data(job, plan, folder, resume=resume)
+    moved = _note_data(job, plan, folder, resume=resume)
     with folder.owned():
         folder.refuse_or_clear(recipe, resume=resume, overwrite=overwrite)  # again: another run may have used it
-        teacher, taught = _teacher(job, plan, folder, resume=resume)
-        folder.open(recipe, text, plan, list(command or sys.argv), resume=resume, overwrite=overwrite)
+        teacher, taught = _fill_teacher(job, plan, folder, resume=resume)
+        folder.open(recipe, text, plan, list(command or sys.argv), resume=resume, overwrite=overwrite, moved=moved)
         run_log = RunLog(folder.path, console, partial(tensorboard.tag_of, tags=tensorboard.scalar_tags(recipe)))
         try:
             run_log.show(lambda to: print_plan(plan, to))
@@ -144,18 +145,10 @@ def _finished(
 
     def models() -> tuple[nn.Module, nn.Module]:
         job = prepare(recipe, device)
-        teacher, _ = fill_teacher(job, folder, resume=True)
+        teacher, *_ = fill_teacher(job, folder, resume=True)
         return done.student.to(job.device), teacher.to(job.device).eval()
 
     return RunResult(done.results, folder.path, done.merged, _models=models)
-
-
-def _teacher(job: Job, plan: RecipePlan, folder: RunFolder, *, resume: bool) -> tuple[nn.Module, bool]:
-    """The result of `fill_teacher`; what it logs, e.g. a prefix that was taken off the names in a file, is added to the plan."""
-    with kept() as notes:
-        found = fill_teacher(job, folder, resume=resume)
-    plan.notes += notes
-    return found
 
 
 def _run(
@@ -217,19 +210,37 @@ def _plain(value: Any, where: str) -> Any:
     )
 
 
-def _note_data(job: Job, plan: RecipePlan, folder: RunFolder, *, resume: bool) -> None:
-    """Add the data to the plan; a run that is resumed has the same as before."""
-    data = job.datasets
-    sizes = [len(part) if isinstance(part, Sized) else 0 for part in (data.train, data.validation)]
-    plan.data = DataPlan(
-        train=sizes[0],
-        validation=sizes[1],
-        classes=data.num_classes,
-        fingerprint=data.fingerprint(),
-        notes=[DataNote(**asdict(note)) for note in data.notes()],
-    )
-    if resume:
-        plan.notes += folder.refuse_other_data(job.recipe, plan.data)
+def _note_data(job: Job, plan: RecipePlan, folder: RunFolder, *, resume: bool) -> Note | None:
+    """Add the data to the plan; a run that is resumed has the same as before. Returns a note if it is at another place now."""
+    plan.data = plan_data(job)
+    if not resume:
+        return None
+    before = folder.refuse_other_data(job.recipe, plan.data)
+    begun = folder.plan()
+    moves = [
+        Note(row.what, row.count, row.text)
+        for row in (begun.data.notes if begun and begun.data else ())
+        if row.what == "moved"
+    ]
+    moved = None
+    if before is not None:
+        images = plan.data.train + plan.data.validation
+        moved = Note("moved", images, f"resumed with data.root={job.recipe.data.root}, before {before}")
+        moves.append(moved)
+    job.datasets.found += moves
+    plan.data = plan_data(job)
+    return moved
+
+
+def _fill_teacher(job: Job, plan: RecipePlan, folder: RunFolder, *, resume: bool) -> tuple[nn.Module, bool]:
+    """As `fill_teacher`, with its notes on weights files in the plan; if the teacher was trained before the run was resumed, those on its
+    file are from the plan of that time."""
+    teacher, taught, notes = fill_teacher(job, folder, resume=resume)
+    plan.weights = [NoteRow(**asdict(note)) for note in notes]
+    before = folder.plan() if taught else None
+    if before is not None:
+        plan.weights += [note for note in before.weights if note not in plan.weights]
+    return teacher, taught
 
 
 def _refuse(job: Job, plan: RecipePlan, folder: RunFolder, *, overwrite: bool) -> None:

@@ -13,6 +13,7 @@ import yaml
 from torch import nn
 
 from compressvit.artifacts import artifact
+from compressvit.data.classes import other_classes
 from compressvit.data.input import STATISTICS, Side
 from compressvit.data.loaders import eval_loader
 from compressvit.data.opening import Datasets, open_data
@@ -84,6 +85,7 @@ def evaluate_path(path: str | Path, overrides: list[str], *, device: str, as_jso
     recipe = data_recipe(folder, overrides, "evaluate")
     where = pick_device(device)
     datasets = open_data(recipe.data)
+    datasets.found += other_classes(datasets.class_names or (), stored.class_names(model) or (), "the model")
     side = trained_side(model, recipe.data, overrides)
     with resource_faults(recipe.data):
         scores = Scorer(datasets, recipe.data, where).score(side)

@@ -91,8 +91,8 @@ class PhaseReport(RunFile):
     widths: list[dict[str, int]] = []
 
 
-class DataNote(RunFile):
-    """What was passed over, guessed or converted in the data: a word for it, how often, and the sentence."""
+class NoteRow(RunFile):
+    """What was passed over, guessed or converted: a word for it, how often, and the sentence."""
 
     what: str
     count: int
@@ -108,7 +108,8 @@ class Results(RunFile):
     ledger: list[LedgerRow] = []
     read_back_difference: float | None = None
     broken_images: int = 0
-    data_notes: list[DataNote] = []
+    data_notes: list[NoteRow] = []
+    weights_notes: list[NoteRow] = []
 
     @property
     def slowdown(self) -> float | None:
@@ -163,7 +164,7 @@ class DataPlan(RunFile):
     validation: int
     classes: int | None = None
     fingerprint: str | None = None
-    notes: list[DataNote] = []
+    notes: list[NoteRow] = []
 
 
 class RecipePlan(RunFile):
@@ -175,6 +176,7 @@ class RecipePlan(RunFile):
         conflicts: empty if the recipe can run.
         diagnostics: a description of each diagnostic, by name.
         data: known once the data is opened.
+        weights: what was taken off or left out when weights files were read; known once they are.
     """
 
     recipe: str = ""
@@ -187,6 +189,7 @@ class RecipePlan(RunFile):
     conflicts: list[str] = []
     diagnostics: dict[str, str] = {}
     data: DataPlan | None = None
+    weights: list[NoteRow] = []
 
 
 class Environment(RunFile):

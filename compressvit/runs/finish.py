@@ -71,6 +71,7 @@ def finish(job: Job, scorer: Scorer, folder: RunFolder, log: RunLog, *, plan: Re
             "read_back_difference": difference,
             "broken_images": job.datasets.broken.count,
             "data_notes": [asdict(note) for note in job.datasets.notes()],
+            "weights_notes": [note.model_dump() for note in plan.weights],
         }
     )
     log.board(lambda writer: tensorboard.show_results(writer, job.recipe, results))
@@ -124,8 +125,8 @@ def _report(job: Job, folder: RunFolder, log: RunLog, results: Results, mismatch
         f"in brackets the middle half of the ratios. "
         f"The student was read back from disk: largest difference of its outputs {results.read_back_difference:.1e}"
     )
-    if job.datasets.broken.count:
-        log.say(f"{job.datasets.broken.count} broken image files were skipped; run.log names them")
+    if files := len(job.datasets.broken.paths):
+        log.say(f"{files} broken image files were skipped; run.log names them")
     for note in job.datasets.broken.notes():  # the others stand in the plan
         log.say(f"data: {note.text}")
     log.say(f"run folder: {folder.path}")

@@ -12,6 +12,7 @@ import platform
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,8 +24,9 @@ from compressvit.errors import UserError, option, switch
 from compressvit.files import disk_faults, write_json, write_text
 from compressvit.model.header import MANIFEST
 from compressvit.model.old import RESOLVED, current_recipe, stored_step
+from compressvit.notes import Note
 from compressvit.reading import MAX_YAML, parse_yaml, read_json, read_text, read_yaml
-from compressvit.runs.files import DataPlan, Environment, RecipePlan
+from compressvit.runs.files import DataPlan, Environment, NoteRow, RecipePlan
 from compressvit.runs.owned import LOCK, delete, is_scratch, refuse_foreign, refuse_links
 
 if TYPE_CHECKING:
@@ -134,19 +136,23 @@ class RunFolder:
             return _same_place(before.get(key), recipe.data.root) or self._fingerprint() is not None
         return key == "data.download"
 
-    def _fingerprint(self) -> str | None:
-        """What identified the data of the run that began here, where that is known."""
+    def plan(self) -> RecipePlan | None:
+        """The plan of the run that began here, where that can be read."""
         try:
-            plan = RecipePlan.model_validate(read_json(self.path / "plan.json"))
+            return RecipePlan.model_validate(read_json(self.path / "plan.json"))
         except (UserError, OSError, ValueError):
             return None
-        return plan.data.fingerprint if plan.data is not None else None
 
-    def refuse_other_data(self, recipe: Recipe, data: DataPlan) -> list[str]:
+    def _fingerprint(self) -> str | None:
+        """What identified the data of the run that began here, where that is known."""
+        plan = self.plan()
+        return plan.data.fingerprint if plan is not None and plan.data is not None else None
+
+    def refuse_other_data(self, recipe: Recipe, data: DataPlan) -> str | None:
         """Check that a run is resumed with the files that it began with, wherever they are now.
 
         Returns:
-            A sentence, where it began with data at another place.
+            `data.root` before, where the files are at another place now.
 
         Raises:
             UserError: there are other files, or other labels.
@@ -159,7 +165,7 @@ class RunFolder:
                 f"files, or start a new run with another {option('output')}"
             )
         root = self._root()
-        return [] if root == recipe.data.root else [f"resumed with data.root={recipe.data.root}, before {root}"]
+        return None if root == recipe.data.root or _same_place(root, recipe.data.root) else str(root)
 
     def has_other_root(self, recipe: Recipe) -> bool:
         """Whether the run was started with another `data.root`."""
@@ -211,8 +217,13 @@ class RunFolder:
         *,
         resume: bool,
         overwrite: bool,
+        moved: Note | None = None,
     ) -> None:
-        """Write what is known before the first step; for a resumed run, only what is missing."""
+        """Write what is known before the first step; for a resumed run, only what is missing.
+
+        Args:
+            moved: the data of a resumed run is at another place: its settings name that, and its plan both.
+        """
         with disk_faults(self.path):
             delete(self.path.resolve(), scratch=not overwrite)
         found = environment(command, recipe.packages)
@@ -226,6 +237,11 @@ class RunFolder:
         for name, write in writes.items():
             if not (resume and (self.path / name).exists()):
                 write(self.path / name)
+        begun = self.plan()
+        if moved is not None and begun is not None and begun.data is not None:
+            begun.data.notes.append(NoteRow(**asdict(moved)))
+            write_json(self.path / "plan.json", begun.model_dump(mode="json"))
+            writes[RESOLVED](self.path / RESOLVED)
 
 
 def refuse_processes() -> None:

@@ -19,7 +19,8 @@ from compressvit.fitting.allocate import Budget
 from compressvit.model import cost, surgery
 from compressvit.recipe.recipe import Recipe
 from compressvit.runs.one_shot import OneShot, leading_transforms
-from compressvit.runs.tables import megabytes
+from compressvit.runs.plan import plan_data
+from compressvit.runs.tables import megabytes, print_data
 from compressvit.tasks.qualities import measured, qualities, words
 from compressvit.transforms.base import Transform
 from compressvit.transforms.low_rank.base import RankStep
@@ -69,6 +70,11 @@ def frontier(
     graded = (q.key for q in task.ranked(rows[0]) if q.key in task.graded)
     _write(rows, output, unit, recipe.teacher.model, next(graded, task.ranking[-1]))
     console.print(_table(rows, unit))
+    print_data(plan_data(begin.job), console)
+    for note in begin.weights:
+        console.print(f"weights: {note.text}", highlight=False)
+    if broken := begin.job.datasets.broken.count:
+        console.print(f"{broken} broken image files were skipped", highlight=False)
     console.print(f"{output / 'frontier.png'}, {output / 'frontier.csv'}", highlight=False)
     return rows
 
@@ -96,18 +102,20 @@ def _with_budget(specs: list[Transform], budget: Budget) -> list[Transform]:
 
 
 def _table(rows: list[dict[str, Any]], unit: str) -> Table:
-    table = Table(title="Before any training", title_justify="left")
+    table = Table(title=f"Before any training (share: of the teacher's {unit})", title_justify="left")
     shown = measured(rows[-1])
-    for column in ("budget", "parameters", "bytes", "MACs", f"{unit}, of teacher", *(q.heading for q in shown)):
-        table.add_column(column, justify="right")
+    for column in ("budget", "parameters", "bytes", "MACs", "share"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for quality in shown:
+        table.add_column(quality.heading, justify="right")
     for row in rows:
         table.add_row(
             "teacher" if row["budget"] is None else f"{row['budget']:g}",
             f"{row['parameters']:,}",
             megabytes(row["bytes"]),
-            f"{row['macs'] / 1e6:,.1f} M",
+            f"{row['macs'] / 1e6:,.1f} M" if row["macs"] < 1e9 else f"{row['macs'] / 1e9:,.2f} G",
             f"{row[unit] / rows[0][unit]:.3f}",
-            *(f"{row[q.key]:.4g}" for q in shown),
+            *(q.number(row[q.key]) for q in shown),
         )
     return table
 

@@ -71,22 +71,30 @@ class Job:
         return open_data(self.recipe.data)
 
 
-def prepare(recipe: Recipe, device: str = "auto", *, name: str = "recipe", without_data: bool = False) -> Job:
+def prepare(
+    recipe: Recipe,
+    device: str = "auto",
+    *,
+    name: str = "recipe",
+    datasets: Datasets | None = None,
+    without_data: bool = False,
+) -> Job:
     """Resolve a recipe to a job. Models are built without values; data is opened only if its classes are otherwise unknown.
 
     Args:
         name: name of the recipe in messages.
         device: 'auto', 'cpu', 'cuda', 'cuda:1', 'mps', …
+        datasets: the data, if it is already open.
         without_data: open no data, and assume what only the data determines, as a plan does.
 
     Raises:
         UserError: the device or the data set is not available, or timm cannot build a model.
     """
     where = pick_device(device)
-    datasets = None
     classes = known_classes(recipe.data)
-    if classes is None and not without_data:
+    if classes is None and datasets is None and not without_data:
         datasets = open_data(recipe.data)
+    if classes is None and datasets is not None:
         classes = datasets.num_classes
     architecture = teacher_architecture(recipe, classes=classes)
     with _support_first(recipe):

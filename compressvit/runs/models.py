@@ -16,6 +16,7 @@ from compressvit.model import surgery, weights
 from compressvit.model.local_dir import LocalDir, read_local_dir
 from compressvit.model.modules import as_timm
 from compressvit.model.stored import Manifest, expect_images, is_artifact, read_manifest
+from compressvit.notes import Note
 from compressvit.recipe.recipe import Recipe
 from compressvit.tasks.base import find_task
 
@@ -34,12 +35,14 @@ class Architecture:
         args: further arguments of timm.create_model.
         input: size and normalisation of its images, if the file with its weights records them.
         trained: whether its weights are already trained for a certain preprocessing, so that options of the data must not change it.
+        label_names: of its classes, in target order, if the file with its weights records them.
     """
 
     name: str
     args: dict[str, Any]
     input: dict[str, Any] | None = None
     trained: bool = False
+    label_names: list[str] | None = None
 
     def build(self, device: str | None = None) -> nn.Module:
         """Build the model with newly initialised values; 'meta' for a skeleton.
@@ -72,7 +75,9 @@ def teacher_architecture(recipe: Recipe, *, classes: int | None = None) -> Archi
     if count is not None:
         args["num_classes"] = count
     trained = stored is not None or recipe.teacher.weights == "pretrained"
-    return Architecture(recipe.teacher.model, args, stored.input if stored is not None else None, trained)
+    if stored is None:
+        return Architecture(recipe.teacher.model, args, trained=trained)
+    return Architecture(recipe.teacher.model, args, stored.input, trained, stored.label_names)
 
 
 def head_size(recipe: Recipe, classes: int | None) -> int | None:
@@ -109,31 +114,35 @@ def _teacher_args(recipe: Recipe, manifest: Manifest | LocalDir | None) -> dict[
     return {**(manifest.args if manifest else {}), **recipe.teacher.args}
 
 
-def load_teacher(recipe: Recipe, teacher: nn.Module) -> None:
-    """Load the values that `teacher.weights` names into the teacher; for 'train' it keeps its initial values."""
+def load_teacher(recipe: Recipe, teacher: nn.Module) -> list[Note]:
+    """Load the values that `teacher.weights` names into the teacher; for 'train' it keeps its initial values. Returns what was taken off
+    or left out of a file."""
     if recipe.teacher.weights == "pretrained":
         weights.load_pretrained(teacher, "teacher.weights", new_head=recipe.teacher.finetune is not None)
     elif recipe.teacher.weights != "train":
         new_head = recipe.teacher.finetune is not None
-        weights.load_file(teacher, recipe.teacher.weights, "teacher.weights", new_head=new_head)
+        return weights.load_file(teacher, recipe.teacher.weights, "teacher.weights", new_head=new_head)
+    return []
 
 
-def require_student_file(recipe: Recipe, teacher: nn.Module, classes: int | None = None) -> None:
+def require_student_file(recipe: Recipe, teacher: nn.Module) -> list[Note]:
     """Raise a `UserError` before the teacher is trained if the file of `student.weights` is missing or does not fit.
 
     Args:
         recipe: its `student` section.
         teacher: only its structure is used.
-        classes: as for `build_student`.
+
+    Returns:
+        What was taken off or left out of the file.
     """
     asked = recipe.student.weights
     if asked in ("teacher", "pretrained", "random"):
-        return
+        return []
     if not expanded(asked, "student.weights").exists():
         raise UserError(
             f"student.weights: there is no file {asked}; it can be teacher, pretrained, random, or the path of a file"
         )
-    build_student(recipe, teacher, classes=classes)
+    return weights.load_file(_empty_student(recipe, teacher), asked, "student.weights")
 
 
 def build_student(recipe: Recipe, teacher: nn.Module, *, classes: int | None = None, meta: bool = False) -> nn.Module:
@@ -164,9 +173,7 @@ def student_body(recipe: Recipe, teacher: nn.Module, *, meta: bool) -> nn.Module
     asked = recipe.student
     if copies_teacher(recipe):
         return surgery.skeleton(teacher) if meta else surgery.deep_copy(teacher)
-    args = {} if asked.model else _teacher_args(recipe, _stored_teacher(recipe))
-    args |= {"num_classes": getattr(teacher, "num_classes", None), **asked.args}
-    student = weights.build(asked.model or recipe.teacher.model, device="meta" if meta else None, **args)
+    student = _empty_student(recipe, teacher, device="meta" if meta else None)
     if meta:
         return student
     if asked.weights == "teacher":
@@ -176,3 +183,11 @@ def student_body(recipe: Recipe, teacher: nn.Module, *, meta: bool) -> nn.Module
     elif asked.weights != "random":
         weights.load_file(student, asked.weights, "student.weights")
     return student
+
+
+def _empty_student(recipe: Recipe, teacher: nn.Module, device: str | None = None) -> nn.Module:
+    """The model of the recipe's `student` section with newly initialised values, and a classifier of the teacher's size."""
+    asked = recipe.student
+    args = {} if asked.model else _teacher_args(recipe, _stored_teacher(recipe))
+    args |= {"num_classes": getattr(teacher, "num_classes", None), **asked.args}
+    return weights.build(asked.model or recipe.teacher.model, device=device, **args)

@@ -2,21 +2,47 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
+
+from rich.console import Console
 
 from compressvit.data.input import Side
 from compressvit.diagnostics.cka_layers import likeness
 from compressvit.errors import UserError
 from compressvit.fitting.moments import Reference
 from compressvit.model import surgery
+from compressvit.notes import Note
 from compressvit.recipe.recipe import Recipe
 from compressvit.runs.evaluate import Scorer
 from compressvit.runs.job import prepare
 from compressvit.runs.models import build_student, load_teacher
 from compressvit.runs.run import calibration_images
+from compressvit.runs.tables import ledger_table
+from compressvit.tasks.qualities import words
 from compressvit.training import optimisation as opt
 from compressvit.transforms import LedgerEntry, Transform
 from compressvit.transforms.applying import transform_
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What `plan --measure` adds to a plan.
+
+    Attributes:
+        ledger: with the errors of every layer.
+        before_training: scores, compared with the teacher.
+        layers: the choices of the following phase that depend on values, in words.
+        broken_images, data_notes: of the images that were read.
+        weights_notes: on the teacher's file.
+    """
+
+    ledger: list[LedgerEntry]
+    before_training: dict[str, Any]
+    layers: str | None
+    broken_images: int
+    data_notes: list[Note]
+    weights_notes: list[Note]
 
 
 class OneShot:
@@ -26,6 +52,7 @@ class OneShot:
         transforms: those before the recipe's first phase.
         job: the recipe, prepared.
         teacher: in eval mode, on the device.
+        weights: what was taken off or left out of the teacher's file.
 
     Raises:
         UserError: the recipe trains its teacher or begins with a phase, or data or weights are not available.
@@ -50,7 +77,7 @@ class OneShot:
         teacher = self.job.architecture.build()
         # as given: without training, no new random head may remain
         as_given = recipe.teacher.model_copy(update={"finetune": None})
-        load_teacher(recipe.model_copy(update={"teacher": as_given}), teacher)
+        self.weights = load_teacher(recipe.model_copy(update={"teacher": as_given}), teacher)
         opt.seed_everything(recipe.seed, 1)
         self._start = build_student(recipe, teacher)
         self._images = calibration_images(self.job)
@@ -79,6 +106,27 @@ class OneShot:
     def scores(self, model: Side) -> dict[str, Any]:
         """Evaluate a model, compared with the teacher."""
         return self.scorer.score(model, self.teacher)
+
+
+def measure(recipe: Recipe, device: str) -> Measured:
+    """Transform and evaluate a recipe's student once. Raises as `OneShot`."""
+    begin = OneShot(recipe, device, "plan --measure")
+    student, ledger = begin.student(begin.transforms)
+    scores = begin.scores(student)
+    layers = begin.preview(student)
+    broken = begin.job.datasets.broken
+    return Measured(ledger, scores, layers, broken.count, broken.notes(), begin.weights)
+
+
+def print_measured(measured: Measured, console: Console) -> None:
+    """For a person; the plan itself has been printed before."""
+    console.print(ledger_table(measured.ledger))
+    lines = [f"before training: {words(measured.before_training)}"]
+    lines += [measured.layers] if measured.layers else []
+    lines += [f"{measured.broken_images} broken image files were skipped"] if measured.broken_images else []
+    lines += [f"data: {note.text}" for note in measured.data_notes]
+    for line in [*lines, *(f"weights: {note.text}" for note in measured.weights_notes)]:
+        console.print(line, highlight=False, soft_wrap=True)
 
 
 def leading_transforms(recipe: Recipe) -> list[Transform]:

@@ -1,8 +1,8 @@
-"""Planning a recipe: what it will do and cost, determined on the meta device without weights or data."""
+"""Planning a recipe: what it will do and cost, determined on the meta device without weights, and without reading an image."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -10,7 +10,11 @@ from typing import Any
 from torch import nn
 
 from compressvit.artifacts.merge import DENSE_ADAPTERS, merged_copy
+from compressvit.data.classes import other_classes
+from compressvit.data.data_set import find_set
 from compressvit.data.input import STATISTICS, Side, class_mismatch
+from compressvit.data.opening import Datasets, open_data
+from compressvit.data.spec import Data
 from compressvit.errors import UserError
 from compressvit.files import expanded
 from compressvit.fitting.moments import tokens_at
@@ -19,8 +23,9 @@ from compressvit.model.backbone import describe, family_of
 from compressvit.model.cost import break_even_rank, cost, threads_text
 from compressvit.model.linear import weight_shape
 from compressvit.model.weights import copy_matching
+from compressvit.notes import Note
 from compressvit.recipe.recipe import Merge, Recipe
-from compressvit.runs.files import Costs, LedgerRow, PlannedTeacher, RecipePlan, StagePlan, StepPlan
+from compressvit.runs.files import Costs, DataPlan, LedgerRow, NoteRow, PlannedTeacher, RecipePlan, StagePlan, StepPlan
 from compressvit.runs.job import PLACEHOLDER_CLASSES, Job, prepare
 from compressvit.runs.models import student_body, trains_teacher
 from compressvit.tasks.base import TASKS, find_task, task_of
@@ -33,12 +38,51 @@ from compressvit.transforms.record import compression_of, trained_parameters
 
 
 def plan_recipe(recipe: Recipe, name: str = "recipe") -> RecipePlan:
-    """Plan a recipe without weights, data or training; `name` is its name in messages.
+    """Plan a recipe without weights or training; `name` is its name in messages. Data that consists of files is counted if it is there.
 
     Raises:
         UserError: timm cannot build the teacher or the student.
     """
-    return plan_job(prepare(recipe, "cpu", name=name, without_data=True))
+    datasets, fault = _listed(recipe.data)
+    job = prepare(recipe, "cpu", name=name, datasets=datasets, without_data=True)
+    plan = plan_job(job)
+    if datasets is not None:
+        plan.data = plan_data(job)
+    if fault is not None:
+        plan.notes.append(f"data not found here, so not counted: {fault}")
+    return plan
+
+
+def _listed(data: Data) -> tuple[Datasets | None, str | None]:
+    """The data, if it consists of files that can be listed here; else None, with what is missing if it should."""
+    if not find_set(data.name).listed:
+        return None, None
+    try:
+        return open_data(data), None
+    except (UserError, OSError) as error:
+        return None, str(error).partition("; expected")[0]
+
+
+def plan_data(job: Job) -> DataPlan:
+    """How many images there are, and what was passed over or guessed about them so far."""
+    datasets = job.datasets
+    datasets.found += [note for note in _teacher_classes(job) if note not in datasets.found]
+    train, validation = (len(part) if isinstance(part, Sized) else 0 for part in (datasets.train, datasets.validation))
+    return DataPlan(
+        train=train,
+        validation=validation,
+        classes=datasets.num_classes,
+        fingerprint=datasets.fingerprint(),
+        notes=[NoteRow(**asdict(note)) for note in datasets.notes()],
+    )
+
+
+def _teacher_classes(job: Job) -> list[Note]:
+    """A note where the teacher keeps the classes it was trained on, and they have another order or other names than the data's."""
+    names, theirs = job.datasets.class_names, job.architecture.label_names
+    if names is None or theirs is None or trains_teacher(job.recipe) or job.recipe.student.head == "new":
+        return []
+    return other_classes(names, theirs, "the teacher")
 
 
 def plan_job(job: Job) -> RecipePlan:

@@ -22,6 +22,7 @@ from compressvit.log import RunLog
 from compressvit.model import stored
 from compressvit.model.linear import weight_shape
 from compressvit.model.old import current_word
+from compressvit.notes import Note
 from compressvit.reading import read_json
 from compressvit.recipe.recipe import Part
 from compressvit.runs.evaluate import Scorer
@@ -55,19 +56,19 @@ class Trained:
     phases: dict[str, PhaseReport] = field(default_factory=dict)
 
 
-def fill_teacher(job: Job, folder: RunFolder, *, resume: bool) -> tuple[nn.Module, bool]:
-    """The teacher with the values that the recipe names, and whether it was already trained before the run was resumed.
+def fill_teacher(job: Job, folder: RunFolder, *, resume: bool) -> tuple[nn.Module, bool, list[Note]]:
+    """The teacher with the values that the recipe names, whether it was already trained before the run was resumed, and what was taken
+    off or left out of weights files.
 
     Raises:
         UserError: weights of the teacher or the student are missing or do not fit.
     """
     opt.seed_everything(job.recipe.seed)
     teacher = job.architecture.build()
-    require_student_file(job.recipe, teacher, job.classes)
+    notes = require_student_file(job.recipe, teacher)
     if resume and folder.teacher.is_dir():
-        return trained_teacher(folder), True
-    load_teacher(job.recipe, teacher)
-    return teacher, False
+        return trained_teacher(folder), True, notes
+    return teacher, False, load_teacher(job.recipe, teacher) + notes
 
 
 def trained_teacher(folder: RunFolder) -> nn.Module:

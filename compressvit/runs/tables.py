@@ -149,8 +149,8 @@ def print_plan(plan: RecipePlan, console: Console) -> None:
         console.print(Text.assemble("diagnostics: ", (name, "bold"), f"  {summary}"), highlight=False)
     if plan.data is not None:
         print_data(plan.data, console)
-    for note in plan.notes:
-        console.print(f"note: {note}", highlight=False)
+    for text in (*(f"weights: {note.text}" for note in plan.weights), *(f"note: {note}" for note in plan.notes)):
+        console.print(text, highlight=False)
     for conflict in plan.conflicts:
         console.print(Text.assemble(("conflict:", "red"), f" {conflict}"), highlight=False)
 

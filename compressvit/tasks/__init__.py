@@ -1,1 +1,1 @@
-"""What the outputs of a model mean: head, targets, loss, metrics, agreement of two models; one file per task."""
+"""What the outputs of a model mean: head, targets, the loss against them, metrics, agreement of two models."""

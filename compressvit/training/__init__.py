@@ -1,1 +1,1 @@
-"""Losses and the training loop; one file per loss term and one file or folder per phase."""
+"""Training loop, phases and loss terms: the task's loss, and those of distillation, which compare student and teacher."""

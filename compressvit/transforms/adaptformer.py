@@ -2,10 +2,11 @@
 
 Paper: AdaptFormer: Adapting Vision Transformers for Scalable Visual Recognition, NeurIPS 2022, https://arxiv.org/abs/2205.13535
 
-`y = u + DP(MLP(LN2 u)) + s·(ReLU(v Dᵀ + b_D) Uᵀ + b_U)`, where v is `LN2 u` in the paper and u itself in its code. D Kaiming-uniform as
-in the code (normal in the paper), the rest zero, so the model is unchanged at the start. In training, dropout after the ReLU, as in the
-code. 2·M·h' + h' + M parameters a block. It cannot be merged: ReLU, and parallel to the MLP. The serial form of the paper's ablation is
-the same bottleneck after the MLP: `m = MLP(LN2 u)`, `y = u + DP(m + s·(ReLU(m Dᵀ + b_D) Uᵀ + b_U))`.
+`y = u + DP(MLP(LN2 u)) + s·(ReLU(v Dᵀ + b_D) Uᵀ + b_U)`, where v is `LN2 u` in the paper and u itself in its code. D is Kaiming-uniform
+as in the code or, with `init: normal`, Kaiming-normal as in the paper; the rest is zero, so the model is unchanged at the start. In
+training, dropout after the ReLU, as in the code. 2·M·h' + h' + M parameters a block. It cannot be merged: ReLU, and parallel to the MLP.
+The serial form of the paper's ablation is the same bottleneck after the MLP: `m = MLP(LN2 u)`,
+`y = u + DP(m + s·(ReLU(m Dᵀ + b_D) Uᵀ + b_U))`.
 In ConvNeXt, u is the block's input and `LN u` what the MLP reads.
 """
 
@@ -55,11 +56,20 @@ class AdaptFormerPlan(BottleneckPlan):
 
     prunable = True
     slot = "adaptformer"
+    starts = ("init",)
 
     scale: float | Literal["learnable"]
     reads: Reads
     dropout: float = 0.0  # of artifacts that do not say
     form: Form = "parallel"
+    init: Literal["uniform", "normal"] = "uniform"
+
+    @torch.no_grad()
+    def initialise(self, student: nn.Module, reference: Reference) -> None:
+        super().initialise(student, reference)
+        if self.init == "normal":
+            for bottleneck in self.bottlenecks(student).values():
+                nn.init.kaiming_normal_(bottleneck.dense()[0].weight)
 
     def apply(self, model: nn.Module) -> list[LedgerEntry]:
         paths = [path for path, hidden in self.widths.items() if hidden]
@@ -127,6 +137,12 @@ class AdaptFormer(OnBlocks):
         description="parallel: beside the MLP, as in the paper; serial: after the MLP, before LayerScale and the residual (its ablation).",
     )
 
+    init: Literal["uniform", "normal"] = Field(
+        "uniform",
+        description="Start of the lower projection's weight. uniform: Kaiming-uniform within ±1/√M, as in the released code; normal: "
+        "Kaiming-normal of std √(2/M), as the paper says. The rest starts at zero in both.",
+    )
+
     @model_validator(mode="after")
     def _serial_reads_the_mlp(self) -> AdaptFormer:
         if self.form == "serial" and self.input == "residual":
@@ -152,4 +168,5 @@ class AdaptFormer(OnBlocks):
             reads=self.input,
             dropout=self.dropout,
             form=self.form,
+            init=self.init,
         )

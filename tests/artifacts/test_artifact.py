@@ -332,3 +332,12 @@ def test_a_run_folder_is_not_an_artifact_but_holds_one(whole):
         artifact.load(whole / "nowhere")
     with pytest.raises(UserError, match="is not a compressvit artifact"):
         artifact.load(whole / "compressvit.json")
+
+
+@pytest.mark.parametrize("steps", [[], [Multiplex(share=2)]])
+def test_a_model_without_values_is_not_saved(tmp_path, steps):
+    model = compress(build("vit"), steps)
+    model.to("meta")
+    with pytest.raises(UserError, match="cls_token is on the meta device and has no values to save"):
+        artifact.save(model, tmp_path / "a")
+    assert not (tmp_path / "a").exists()

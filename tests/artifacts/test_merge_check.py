@@ -7,7 +7,7 @@ import copy
 import pytest
 import timm
 import torch
-from helpers.models import VIT, build, images_for, outputs
+from helpers.models import VIT, build, images_for, outputs, randomise
 from torch import nn
 
 from compressvit.artifacts.merge import differences, merge, merged_copy, photograph_like, relative_difference
@@ -86,6 +86,15 @@ def test_a_large_scale_on_large_weights_is_merged():
     merged, images = merge(model), images_for(model)
     before, after = (outputs(copy.deepcopy(m).double(), images.double()) for m in (model.eval(), merged.eval()))
     assert ((after - before).abs().max() / before.abs().max()) < 1e-5  # measured 5e-6
+
+
+def test_a_model_of_four_channels_is_merged():
+    torch.manual_seed(0)
+    model = compress(timm.create_model("vit_tiny_patch16_224", **VIT, in_chans=4), [LoRA(rank=2)]).eval()
+    added = surgery.added_parameters(model)
+    randomise(nn.ParameterList(p for n, p in model.named_parameters() if n in added))
+    images = torch.randn(2, 4, VIT["img_size"], VIT["img_size"])
+    assert (outputs(merge(model), images) - outputs(model, images)).abs().max() < 1e-5
 
 
 def test_what_is_computed_in_float64_is_not_changed_for_it():

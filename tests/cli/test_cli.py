@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import yaml
+from helpers import process
 from helpers.runs import TINY, refused, run
 
 from compressvit import __version__
@@ -291,16 +292,11 @@ def test_an_unknown_recipe_is_refused_by_every_verb_that_takes_one():
 
 
 def test_a_fault_in_a_subprocess_has_no_stack_trace(recipe):
-    answer = subprocess.run(
-        [sys.executable, "-m", "compressvit.cli", "validate", str(recipe), "seed=1"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert answer.returncode == 2
-    assert f"{recipe}: valid" in answer.stdout
-    assert "there is no recipe 'seed=1'" in answer.stderr
-    assert "Traceback" not in answer.stderr
+    answer = process.python("-m", "compressvit.cli", "validate", recipe, "seed=1")
+    assert answer.code == 2
+    assert f"{recipe}: valid" in answer.out
+    assert "there is no recipe 'seed=1'" in answer.err
+    assert "Traceback" not in answer.err
 
 
 @pytest.mark.parametrize("characters", [10, 100_000])  # less and more than Python keeps back

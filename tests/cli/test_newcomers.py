@@ -22,6 +22,7 @@ def test_schema_of_a_key_is_for_people():
     assert "prediction" in done("schema", "distill.losses")
     assert "temperature" in done("schema", "distill.losses.prediction")
     assert "batch_size" in done("schema", "data")
+    assert done("schema", "merge") == "merge has no options"
     assert "did you mean 'multiplex'?" in refused("schema", "multiplx")
     assert "'distill.nothing'" in refused("schema", "distill.nothing")
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.models import build, images_for
-from helpers.runs import refused
+from helpers.runs import refused, run
 from PIL import Image
 
 import compressvit
@@ -127,3 +127,17 @@ def test_a_path_that_is_too_long_is_a_sentence(verb, tmp_path):
     message = refused(verb, *words, tmp_path / ("x" * 5000))
     assert "too long for the path" in message or "is not a recipe" in message or "no recipe" in message
     assert len(message) < 2500
+
+
+def test_a_setting_that_is_written_as_an_option():
+    for words, hint in (
+        (
+            ["plan", "quickstart", "--seed", "1"],
+            "--seed 1; settings of the recipe are written without dashes: seed=VALUE",
+        ),
+        (["apply", "quickstart", "--data.batch-size=3"], "written without dashes: data.batch_size=3"),
+        (["plan", "quickstart", "--nonsense"], "unrecognized arguments: --nonsense"),
+        (["compare", "runs", "--seed", "1"], "unrecognized arguments: --seed 1"),
+    ):
+        code, _, err = run(*words)
+        assert (code, err.endswith(hint)) == (2, True), err

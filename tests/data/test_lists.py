@@ -154,7 +154,7 @@ def test_labels_from_1_are_noticed(task):
     assert found.num_classes == 3
     assert [(note.what, note.count) for note in found.notes()] == [("classes", 3), ("empty_class_0", 4)]
     found = of(task, "gap", "images/the test/0.png 0\nimages/the test/1.png 2\n", val_split="gap")
-    assert found.notes()[1].text == "both lists: 1 class without a picture: 1"
+    assert found.notes()[1].text == "both lists: 1 class without an image: 1"
     assert [note.what for note in open_data(data(task)).notes()] == ["classes"]
 
 
@@ -183,7 +183,7 @@ def test_images_outside_the_root_are_read_by_option(task, tmp_path_factory):
 
 def test_a_pipe_in_a_list_is_refused(task):
     os.mkfifo(task / "images" / "pipe.png")
-    with pytest.raises(UserError, match=r"images/pipe.png is a named pipe, not a picture"):
+    with pytest.raises(UserError, match=r"images/pipe.png is a named pipe, not an image"):
         of(task, "odd", "images/pipe.png 1\n")
 
 

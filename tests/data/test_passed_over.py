@@ -133,7 +133,7 @@ def test_a_rare_class_may_be_missing_in_validation(tmp_path):
     found = opened(tmp_path)
     assert [found.validation[i][1] for i in range(4)] == [1, 1, 2, 2]
     (note,) = [note for note in found.notes() if note.what == "missing_classes"]
-    assert note.text == "val: 1 class without a picture: cat"
+    assert note.text == "val: 1 class without an image: cat"
 
 
 def test_unicode_forms_of_a_name_are_one_class(tmp_path):
@@ -160,7 +160,7 @@ def test_files_of_other_types_are_counted(tmp_path):
     assert len(found.train) == 5
     assert notes_of(found) == {"classes": [2], "other_types": [4], "empty_folders": [1]}
     (note,) = [note for note in found.notes() if note.what == "other_types"]
-    assert note.text == "train: 4 files of types that are not read passed over: 2 .txt, 1 .heic, 1 no extension"
+    assert note.text == "train: 4 files of types that are not read, passed over: 2 .txt, 1 .heic, 1 no extension"
 
 
 @pytest.mark.parametrize("name", ["folder", "images"])
@@ -243,7 +243,7 @@ def test_a_folder_beside_the_root_is_outside_though_its_name_begins_alike(tmp_pa
 def test_a_pipe_is_refused_by_name(tmp_path):
     root = class_folders(tmp_path, each=2)
     os.mkfifo(root / "train" / "cat" / "9.jpg")
-    with pytest.raises(UserError, match=r"cat/9.jpg is a named pipe, not a picture; remove it"):
+    with pytest.raises(UserError, match=r"cat/9.jpg is a named pipe, not an image; remove it"):
         opened(root)
     (root / "train" / "cat" / "9.jpg").unlink()
     (root / "train" / "cat" / "8.jpg").symlink_to("/dev/zero")
@@ -294,7 +294,7 @@ def test_val_is_never_trained_on(tmp_path):
     found = opened(tmp_path, "images")
     assert names_of(found.validation, tmp_path) == [f"val/{i:02}.png" for i in range(4)]
     assert names_of(found.train, tmp_path) == [f"{i:02}.png" for i in range(5)] + [f"more/{i:02}.png" for i in range(5)]
-    assert found.notes()[0].text == "10 pictures outside val/, test/ to train on; validation is val/"
+    assert found.notes()[0].text == "10 images outside val/, test/ to train on; validation is val/"
     images(tmp_path / "train", 2)
     found = opened(tmp_path, "images")
     assert (len(found.train), len(found.validation)) == (2, 4)
@@ -314,11 +314,11 @@ def test_how_images_are_held_out_is_said(tmp_path):
     assert names_of(found.validation, tmp_path) == ["09.png", "19.png"]
     (note,) = found.notes()
     assert (note.what, note.count) == ("held_out", 2)
-    assert "2 pictures of 20 held out: every 10th picture" in note.text
+    assert "2 images of 20 held out: every 10th image" in note.text
     assert "data.group_by keeps them together" in note.text
     seventh = opened(tmp_path, "images", val_fraction=0.15)  # 1 / 0.15 = 6.67
     assert names_of(seventh.validation, tmp_path) == ["06.png", "13.png"]
-    assert "2 pictures of 20 held out: every 7th picture" in seventh.notes()[0].text
+    assert "2 images of 20 held out: every 7th image" in seventh.notes()[0].text
 
 
 @pytest.mark.parametrize("group_by", ["folder", "photo(\\d+)", "/(photo\\d+)_"])

@@ -139,19 +139,40 @@ def test_nearly_black_images_of_sixteen_bits_are_counted(tmp_path):
     assert {note.what: note.count for note in datasets.broken.notes()} == {"sixteen_bits": 4, "dark": 3}
 
 
+UPRIGHT, TURNED = Image.Exif(), Image.Exif()
+UPRIGHT[274], TURNED[274] = 1, 6
+DAMAGED = {
+    "no header": b"Exif\0\0garbage",
+    "ends early": TURNED.tobytes()[:20],
+    "a table elsewhere": b"Exif\0\0II*\0\xff\xff\xff\x7f",
+    "no entries that fit": b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + b"\1\2" * 30,
+}
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+@pytest.mark.parametrize("exif", [False, True])
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_exif_block_is_counted(tmp_path, damage, exif):
+    for i, block in enumerate((DAMAGED[damage], UPRIGHT, TURNED, TURNED.tobytes()[:-2], b"")):
+        picture(i).save(tmp_path / f"{i}.jpg", exif=block)
+    data = Data(name="images", root=str(tmp_path), exif=exif, val_fraction=0.5)
+    datasets = open_data(data)
+    images = [part[i][0] for part in (datasets.train, datasets.validation) for i in range(len(part))]
+    assert sorted(image.size for image in images) == [(20, 24)] * 2 * exif + [(24, 20)] * (5 - 2 * exif)
+    found = {note.what: note for note in datasets.broken.notes()}
+    assert {what: note.count for what, note in found.items()} == {"turned": 2, "bad_exif": 1}
+    assert found["bad_exif"].text == "1 image with a damaged EXIF block, " + (
+        "so not turned" if exif else "which was ignored"
+    )
+
+
 def test_a_black_image_of_sixteen_bits_is_only_black():
     _, done = read_picture(stored(Image.fromarray(np.zeros((8, 8), np.uint16))))
     assert done == pictures.Read.SIXTEEN_BITS
 
 
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-@pytest.mark.parametrize("block", [b"Exif\0\0no TIFF", b"Exif\0\0II*\0\xff\xff\xff\xff", "upright"])
-def test_an_exif_block_that_turns_nothing(block):
-    exif = block
-    if block == "upright":
-        exif = Image.Exif()
-        exif[274] = 1
-    found, done = read_picture(stored(picture(0), exif=exif), exif=True)
+def test_an_upright_picture_is_not_turned():
+    found, done = read_picture(stored(picture(0), exif=UPRIGHT), exif=True)
     assert done == 0
     assert np.array_equal(np.asarray(found), np.asarray(picture(0)))
 

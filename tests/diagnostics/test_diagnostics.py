@@ -85,7 +85,7 @@ def rude(monkeypatch):
 def plain(recipe):
     """A run without any diagnostic."""
     folder = recipe.parent / "without_diagnostics"
-    done("apply", recipe, "--output", folder, *HARD)
+    done("apply", "--no-report", recipe, "--output", folder, *HARD)
     return folder
 
 
@@ -96,7 +96,7 @@ def whole(recipe):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compressvit.runs.run, "Recorder", Ruder)
         patch.setattr(Rude, "calls", [])
-        done("apply", recipe, "--output", folder, WATCHED, *HARD)
+        done("apply", "--no-report", recipe, "--output", folder, WATCHED, *HARD)
         assert Rude.calls[0] == ("teacher", 0, False, (5, 1, 8, 8))
     return folder
 
@@ -153,9 +153,9 @@ def test_a_stopped_run_keeps_what_it_recorded(whole, recipe, tmp_path, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "_total", counted)
-        assert run("apply", recipe, "--output", folder, WATCHED, *HARD)[0] == 128 + signal.SIGTERM
+        assert run("apply", "--no-report", recipe, "--output", folder, WATCHED, *HARD)[0] == 128 + signal.SIGTERM
     assert (folder / "diagnostics" / "gradients.png").is_file()  # of what there is
-    done("apply", folder, "--resume")
+    done("apply", "--no-report", folder, "--resume")
     assert student_bytes(folder) == student_bytes(whole)
     assert records(folder) == records(whole)
     assert (folder / "diagnostics" / "gradients.jsonl").read_text() == (
@@ -179,8 +179,8 @@ def test_a_crash_amid_a_measurement_loses_none(whole, recipe, tmp_path, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(Rude, "measure", crash)
         with pytest.raises(Crash):
-            done("apply", recipe, "--output", folder, WATCHED, *HARD)
-    done("apply", folder, "--resume")
+            done("apply", "--no-report", recipe, "--output", folder, WATCHED, *HARD)
+    done("apply", "--no-report", folder, "--resume")
     assert student_bytes(folder) == student_bytes(whole)
     assert records(folder) == records(whole)
     assert sorted(steps_watched(folder)) == sorted(steps_watched(whole))
@@ -196,7 +196,7 @@ def test_a_crash_amid_a_measurement_loses_none(whole, recipe, tmp_path, monkeypa
 def test_what_cannot_be_measured_is_told_and_the_run_goes_on(plain, recipe, tmp_path, rude, monkeypatch, fault, told):
     monkeypatch.setattr(rude, "fault", fault)
     folder = tmp_path / "run"
-    done("apply", recipe, "--output", folder, *HARD)
+    done("apply", "--no-report", recipe, "--output", folder, *HARD)
     assert student_bytes(folder) == student_bytes(plain)
     log = (folder / "run.log").read_text()
     assert f"1_distill, epoch 0: rude was not measured: {told}" in log
@@ -205,12 +205,12 @@ def test_what_cannot_be_measured_is_told_and_the_run_goes_on(plain, recipe, tmp_
 
 
 def test_a_chart_that_cannot_be_drawn_costs_no_training(plain, recipe, tmp_path, monkeypatch):
-    def broken(self, path):
+    def broken(self, *paths):
         raise ValueError("Invalid value for domain")
 
     monkeypatch.setattr(Finding, "picture", broken)
     folder = tmp_path / "run"
-    done("apply", recipe, "--output", folder, WATCHED, *HARD)
+    done("apply", "--no-report", recipe, "--output", folder, WATCHED, *HARD)
     assert student_bytes(folder) == student_bytes(plain)
     assert "1_distill: the recordings were not drawn: ValueError: Invalid" in (folder / "run.log").read_text()
 
@@ -223,7 +223,7 @@ def test_a_row_that_was_cut_short_is_measured_again(whole, recipe, tmp_path, rud
     for file in files:
         file.write_bytes(file.read_bytes()[:-20])
     (folder / "results.json").unlink()
-    done("apply", folder, "--resume")
+    done("apply", "--no-report", folder, "--resume")
     assert [call[:2] for call in Rude.calls] == [("1_distill", 3)]
     assert [(m.phase, m.epoch) for m in read_rows(files[0], MeasuredRow)] == MOMENTS
     append_row(files[1], EvaluationRow(phase="1_distill", step=99))
@@ -231,7 +231,7 @@ def test_a_row_that_was_cut_short_is_measured_again(whole, recipe, tmp_path, rud
 
     files[0].write_text("[]\n[]\n")
     (folder / "results.json").unlink()
-    done("apply", folder, "--resume")
+    done("apply", "--no-report", folder, "--resume")
     assert "earlier measurements cannot be read, so they are repeated" in (folder / "run.log").read_text()
 
 
@@ -244,7 +244,7 @@ def test_the_last_measurement_sees_the_weights_that_the_student_has(recipe, tmp_
         "measure",
         lambda self, c: seen.append({n: p.clone() for n, p in c.student.model.named_parameters()}) or [],
     )
-    done("apply", recipe, "--output", tmp_path / "run", *words)
+    done("apply", "--no-report", recipe, "--output", tmp_path / "run", *words)
     assert words == HARD or "kept the weights of" in (tmp_path / "run" / "run.log").read_text()
     kept = dict(artifact.load(tmp_path / "run" / "student").named_parameters())
     assert all(torch.equal(kept[name], seen[-1][name]) for name in kept)

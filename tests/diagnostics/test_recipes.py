@@ -115,8 +115,8 @@ def test_a_run_that_is_older_than_a_key_can_be_resumed(finished, tmp_path):
     del resolved["diagnostics"]
     (folder / "resolved.yaml").write_text(yaml.safe_dump(resolved))
     (folder / "tiny.yaml").write_text(RECIPE)
-    done("apply", folder / "tiny.yaml", "--output", folder, "--resume", "seed=3")
-    code, _, err = run("apply", folder / "tiny.yaml", "--output", folder, "--resume", "seed=3", WATCHED)
+    done("apply", "--no-report", folder / "tiny.yaml", "--output", folder, "--resume", "seed=3")
+    code, _, err = run("apply", "--no-report", folder / "tiny.yaml", "--output", folder, "--resume", "seed=3", WATCHED)
     assert code == 2
     assert "diagnostics.0.gradients.every: absent in the run, 3 now" in err
     assert load_recipe(finished / "resolved.yaml").diagnostics == ()
@@ -127,7 +127,7 @@ def test_pruning_watches_every_cycle(tmp_path):
         RECIPE.split("steps:")[0] + "steps:\n  - adapters: {width: 4}\n  - prune: {target: {neurons: 0.5}, epochs: 1}\n"
     )
     (tmp_path / "prune.yaml").write_text(text + "diagnostics: [gradients: {every: 7}]\n")
-    done("apply", tmp_path / "prune.yaml", "--output", tmp_path / "run")
+    done("apply", "--no-report", tmp_path / "prune.yaml", "--output", tmp_path / "run")
     rows = read_rows(tmp_path / "run" / "diagnostics" / "gradients.jsonl", GradientRow)
     watched = [(row.phase, row.step) for row in rows[2:]]
     assert watched == [(f"1_prune_cycle{c}", s) for c in (0, 1) for s in (1, 7)]

@@ -63,7 +63,7 @@ def test_layers_are_paired_when_the_phase_begins(recipe, tmp_path):
     words = ("steps.1.distill.layers=auto", "calibration.images=16")
     plan = done("plan", recipe, *words)
     assert "auto: the most similar by CKA, measured when the phase begins; by depth until then" in plan
-    out = done("apply", recipe, "--output", tmp_path / "run", *words)
+    out = done("apply", "--no-report", recipe, "--output", tmp_path / "run", *words)
     assert "(auto: the most similar by CKA)" in out
     measured = done("plan", recipe, *words, "--measure", f"teacher.weights={tmp_path / 'run' / 'teacher'}")
     assert "layer pairs (student↔teacher): 1↔" in measured
@@ -81,9 +81,9 @@ def test_a_student_of_another_architecture_is_resumed_without_pairs(recipe, tmp_
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "_total", stopped)
-        assert run("apply", recipe, *words)[0] == 128 + signal.SIGTERM
+        assert run("apply", "--no-report", recipe, *words)[0] == 128 + signal.SIGTERM
     assert json.loads((tmp_path / "run" / "checkpoints" / "0_distill.layers.json").read_text()) == []
-    assert "auto: as when the phase began" in done("apply", recipe, *words, "--resume")
+    assert "auto: as when the phase began" in done("apply", "--no-report", recipe, *words, "--resume")
 
 
 def test_faults_of_diagnostics_have_near_names(recipe):

@@ -14,7 +14,8 @@ from PIL import Image
 from torch import nn
 
 from compressvit.data.input import InputConfig, Side
-from compressvit.data.spec import Augment
+from compressvit.data.opening import open_data
+from compressvit.data.spec import Augment, Data
 
 CPU = torch.device("cpu")
 COLOUR = InputConfig(3, 32, 32, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3), "bicubic", 0.9)
@@ -48,6 +49,18 @@ def class_folders(root: Path, splits=("train", "val"), classes=("cat", "dog"), e
             folder.mkdir(parents=True)
             for i in range(each):
                 (folder / f"{i}.jpg").write_bytes(jpeg(100 * s + 10 * c + i))
+    return root
+
+
+def sixteen_bit_digits(root: Path) -> Path:
+    """Two of every digit to train on and one held out, as PNG of 16 bits in class folders; the first held out is damaged."""
+    digits = open_data(Data(name="digits")).train.source
+    for digit in range(10):
+        for i, position in enumerate((digits.targets == digit).nonzero().flatten()[:3].tolist()):
+            file = root / ("val" if i == 2 else "train") / str(digit) / f"{i}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(digits.data[position].numpy().astype(np.uint16) * 257).save(file)
+    (root / "val" / "0" / "2.png").write_bytes(b"no picture")
     return root
 
 

@@ -73,11 +73,11 @@ FOREIGN: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], list[str]]] =
     ),
     "an average of weights": (
         lambda s: {"state_dict": {n: t + 1 for n, t in s.items()}, "model_ema": s, "epoch": 3},
-        [],
+        ["the weights are those under 'model_ema', not those under 'state_dict'"],
     ),
     "timm's average": (
         lambda s: {"state_dict": {n: t + 1 for n, t in s.items()}, "state_dict_ema": s, "model": {"x": torch.zeros(1)}},
-        [],
+        ["the weights are those under 'state_dict_ema', not those under 'state_dict' or 'model'"],
     ),
     "net": (lambda s: {"net": s, "acc": 90.0}, ["the weights are those under 'net'"]),
     "model_state_dict": (
@@ -91,7 +91,10 @@ FOREIGN: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], list[str]]] =
             "teacher": {**own_names(s, "backbone."), "projection.mlp.0.weight": torch.zeros(3, 3)},
             "args": argparse.Namespace(),
         },
-        ["the prefix 'backbone.' was taken off 56 tensors, and 1 without it were left out (projection.mlp.0.weight)"],
+        [
+            "the weights are those under 'teacher', not those under 'student'",
+            "the prefix 'backbone.' was taken off 56 tensors, and 1 without it were left out (projection.mlp.0.weight)",
+        ],
     ),
 }
 
@@ -102,9 +105,10 @@ def test_weights_as_other_programs_save_them(kind, tmp_path, caplog):
     source, model = build("vit"), build("vit", seed=5)
     content, notes = FOREIGN[kind]
     torch.save(content(source.state_dict()), tmp_path / "w.pth")
-    weights.load_file(model, tmp_path / "w.pth", WHERE)
+    found = weights.load_file(model, tmp_path / "w.pth", WHERE)
     assert torch.equal(outputs(model), outputs(source))
-    assert [record.message for record in caplog.records] == [f"{WHERE}: {tmp_path / 'w.pth'}: {note}" for note in notes]
+    assert [note.text for note in found] == [f"{WHERE}: {tmp_path / 'w.pth'}: {note}" for note in notes]
+    assert [record.message for record in caplog.records] == [note.text for note in found]
 
 
 def test_a_prefix_in_a_safetensors_file(tmp_path):
@@ -264,9 +268,10 @@ def test_another_number_of_classes(name, tmp_path, caplog):
     ):
         weights.load_file(model, tmp_path / "weights.pth", WHERE)
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
-    with caplog.at_level("WARNING", logger="compressvit"):
-        weights.load_file(model, tmp_path / "weights.pth", WHERE, new_head=True)
-    assert "the classifier is initialised anew" in caplog.text
+    with caplog.at_level("INFO", logger="compressvit"):
+        (note,) = weights.load_file(model, tmp_path / "weights.pth", WHERE, new_head=True)
+    assert "another number of classes; the classifier is initialised anew" in caplog.text
+    assert note.what == "classifier"
     fresh = 0
     for n, tensor in model.state_dict().items():
         is_head = n.startswith("head")
@@ -280,8 +285,10 @@ def test_a_model_without_a_classifier_leaves_the_files_aside(tmp_path):
         source, (architecture, args) = build(name), BACKBONES[name]
         torch.save(source.state_dict(), tmp_path / "weights.pth")
         model = timm.create_model(architecture, **{**args, "num_classes": 0})
-        weights.load_file(model, tmp_path / "weights.pth", WHERE)
+        (note,) = weights.load_file(model, tmp_path / "weights.pth", WHERE)
         assert all(torch.equal(t, source.state_dict()[n]) for n, t in model.state_dict().items())
+        assert (note.what, note.count) == ("classifier", 2)
+        assert "the file's classifier was left out (head." in note.text
 
 
 # ----------------------------------------------------------------------------------------------------- weights of a hub

@@ -252,3 +252,12 @@ def test_messages_call_a_recipe_what_the_user_called_it(tmp_path):
         load_recipe(path)
     assert str(caught.value).startswith(f"{path}: 1 error\n")
     assert "did you mean 'irpe'" in str(caught.value)
+
+
+def test_anchors_may_stand_at_the_top():
+    text = "x-anchors:\n  seed: &seed 7\n" + GOOD.replace("seed: 3", "seed: *seed")
+    recipe = parse_recipe(text)
+    assert recipe.seed == 7
+    assert "x-anchors" not in recipe.to_yaml()
+    with pytest.raises(RecipeError, match="anchors: unknown key"):
+        parse_recipe(text.replace("x-anchors", "anchors"))

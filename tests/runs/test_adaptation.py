@@ -64,9 +64,9 @@ def runs(tmp_path_factory):
         recipe = folder / f"{name}.yaml"
         recipe.write_text(BACKBONE.replace("WEIGHTS", str(folder / "backbone")).replace("STEP", step))
         found[name] = folder / name
-        done("apply", recipe, "--output", found[name])
+        done("apply", "--no-report", recipe, "--output", found[name])
     found["repadapter 1"] = folder / "repadapter_1"
-    done("apply", folder / "repadapter.yaml", "--output", found["repadapter 1"], "seed=1")
+    done("apply", "--no-report", folder / "repadapter.yaml", "--output", found["repadapter 1"], "seed=1")
     return {"backbone": folder / "backbone", **found}
 
 
@@ -219,10 +219,17 @@ def test_a_folder_of_runs_is_all_of_them(runs):
 
 
 def test_recipes_that_only_differ_elsewhere_are_told_apart(runs, tmp_path):
-    done("apply", runs["head"].parent / "head.yaml", "--output", tmp_path / "slow", "steps.1.finetune.lr=0.001")
+    done(
+        "apply",
+        "--no-report",
+        runs["head"].parent / "head.yaml",
+        "--output",
+        tmp_path / "slow",
+        "steps.1.finetune.lr=0.001",
+    )
     labels = [row["label"] for row in compare([runs["head"], tmp_path / "slow"])]
     assert labels == ["freeze train head (lr 0.01)", "freeze train head (lr 0.001)"]
-    done("apply", runs["head"].parent / "head.yaml", "--output", tmp_path / "few", "data.limit_val=40")
+    done("apply", "--no-report", runs["head"].parent / "head.yaml", "--output", tmp_path / "few", "data.limit_val=40")
     tasks = [row["task"] for row in compare([runs["head"], tmp_path / "few"])]
     assert len(set(tasks)) == 2, "they were evaluated on other images"
     assert "(40 images)" in tasks[1]
@@ -233,7 +240,7 @@ def test_a_teacher_is_known_by_what_it_is_not_by_its_path(finished, recipe, tmp_
     monkeypatch.chdir(tmp_path)
     given = os.path.relpath(finished / "teacher")
     words = ("teacher.finetune=null", "teacher.num_classes=10", f"teacher.weights={given}", "steps.1.distill.epochs=1")
-    code, _, err = run("apply", recipe, "--output", tmp_path / "given", "seed=3", *words)
+    code, _, err = run("apply", "--no-report", recipe, "--output", tmp_path / "given", "seed=3", *words)
     assert code == 0, err
     rows = compare([finished, tmp_path / "given"])
     assert len({row["task"] for row in rows}) == 1

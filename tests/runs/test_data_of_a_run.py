@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ from PIL import ExifTags, Image
 from safetensors.torch import load_file
 
 import compressvit
+from compressvit.data.classes import other_classes
 from compressvit.data.files import PictureFiles
 from compressvit.data.loaders import eval_loader
 from compressvit.data.opening import open_data
@@ -67,8 +69,8 @@ def test_what_was_passed_over_or_guessed_is_in_plan_log_and_results(begun):
     for text in ((run / "run.log").read_text(), out):
         assert "data: 40 images to train on, 40 held out" in text
         assert "data: 10 classes: the folders directly in train/, in natural order" in text
-        assert "data: train: 1 file of types that are not read passed over: 1 .txt" in text
-        assert "data: 80 pictures of 16 bits scaled to 8 (value / 257)" in text
+        assert "data: train: 1 file of types that are not read, passed over: 1 .txt" in text
+        assert "data: 80 images of 16 bits scaled to 8 (value / 257)" in text
 
 
 def test_class_names_are_kept_in_artifacts_and_in_what_timm_reads(begun, tmp_path):
@@ -88,6 +90,48 @@ def test_class_names_are_kept_in_artifacts_and_in_what_timm_reads(begun, tmp_pat
     compressvit.save(plain, tmp_path / "adapted")
     merge_folder(tmp_path / "adapted", device="cpu")
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["label_names"] == names
+
+
+def test_a_teacher_that_was_trained_in_another_order_of_the_classes(begun, folders, tmp_path):
+    recipe, run, _ = begun
+    order = tmp_path / "names.txt"
+    order.write_text("\n".join(f"{digit}x" for digit in (1, 0, 2, 3, 4, 5, 6, 7, 8, 9)))
+    text = (
+        "2 of 10 classes have another number in the teacher than in the data: class 0 is '1x' in the data and '0x' in the teacher. Its "
+        "accuracy is meaningless until data.classes=FILE gives the data that order"
+    )
+    words = [recipe, f"teacher.weights={run / 'teacher'}", f"data.classes={order}"]
+    given = [*words, "teacher.finetune=null"]
+    assert f"data: {text}" in done("plan", *given)
+    out = done("apply", *given, "--output", tmp_path / "run", "--no-report")
+    assert out.count(f"data: {text}") == 1
+    for file, notes in (("plan.json", lambda c: c["data"]["notes"]), ("results.json", lambda c: c["data_notes"])):
+        found = notes(json.loads((tmp_path / "run" / file).read_text()))
+        assert [(n["count"], n["text"]) for n in found if n["what"] == "model_class_order"] == [(2, text)]
+    for same in (
+        [*given[:2], "teacher.finetune=null"],
+        words,
+        [*given, "student.head=new"],
+    ):  # trained here, or not asked
+        assert "in the teacher" not in done("plan", *same)
+    evaluated = done("evaluate", run / "student", f"data.classes={order}")
+    assert "2 of 10 classes have another number in the model than in the data" in evaluated
+    (note,) = other_classes(["cat", "dog", "cow"], ["cat", "cow", "dogs"], "the teacher")
+    assert (note.what, note.count) == ("model_class_names", 2)
+    assert "class 1 is 'dog' in the data and 'cow' in the teacher" in note.text
+    assert (
+        other_classes(["a\u0308", "b"], ["\u00e4", "b"], "x") == other_classes(["a", "b"], ["b", "a", "c"], "x") == []
+    )
+
+
+def test_class_names_of_a_folder_that_timm_reads(begun, folders, tmp_path):
+    adapted = compressvit.compress(compressvit.load(begun[1] / "teacher"), [compressvit.LoRA(rank=2)])
+    compressvit.save(adapted, tmp_path / "adapted")
+    merge_folder(tmp_path / "adapted", device="cpu")
+    order = tmp_path / "names.txt"
+    order.write_text("\n".join(f"{digit}x" for digit in (1, 0, 2, 3, 4, 5, 6, 7, 8, 9)))
+    words = [f"teacher.weights={tmp_path / 'merged'}", "teacher.finetune=null", f"data.classes={order}"]
+    assert "2 of 10 classes have another number in the teacher" in done("plan", begun[0], *words)
 
 
 def test_a_student_of_a_teacher_that_is_not_trained_has_the_names_of_its_data(begun, tmp_path):
@@ -125,9 +169,28 @@ def test_a_run_is_resumed_where_only_the_way_to_the_same_files_differs(begun, fo
 
 
 def test_a_run_is_resumed_with_data_that_has_moved(begun, folders, tmp_path):
-    subprocess.run(["cp", "-r", folders, tmp_path / "moved"], check=True)
-    out = resumed(begun, tmp_path, f"data.root={tmp_path / 'moved'}")
-    assert f"resumed with data.root={tmp_path / 'moved'}, before {folders}" in out
+    moved = tmp_path / "moved"
+    subprocess.run(["cp", "-r", folders, moved], check=True)
+    out = resumed(begun, tmp_path, f"data.root={moved}")
+    texts = [f"resumed with data.root={moved}, before {folders}"]
+    assert out.count(texts[0]) == 1
+
+    def recorded() -> tuple[list, list]:
+        plan, results = (json.loads((tmp_path / "copy" / file).read_text()) for file in ("plan.json", "results.json"))
+        notes = (plan["data"]["notes"], results["data_notes"])
+        return tuple([(n["count"], n["text"]) for n in found if n["what"] == "moved"] for found in notes)
+
+    assert recorded() == ([(80, text) for text in texts],) * 2
+    # what reads the run's settings finds the data where it is now, and a second move is told beside the first
+    again = tmp_path / "again"
+    moved.rename(again)
+    assert f"data.root={moved}" in refused("evaluate", tmp_path / "copy")
+    done("apply", tmp_path / "copy", "--no-report", "--resume", f"data.root={again}")
+    texts.append(f"resumed with data.root={again}, before {moved}")
+    assert recorded() == ([(80, text) for text in texts],) * 2
+    assert json.loads(done("evaluate", tmp_path / "copy", "--json"))["images"] == 40
+    done("apply", tmp_path / "copy", "--no-report", "--resume")
+    assert recorded() == ([(80, text) for text in texts],) * 2
 
 
 def test_other_data_is_refused(begun, folders, tmp_path):
@@ -154,17 +217,45 @@ def test_a_moved_folder_of_a_run_that_did_not_note_its_data_is_refused(begun, fo
     done("apply", recipe, "--output", copy, "--no-report", "--resume", f"data.root={folders}/./")
 
 
-def test_what_was_taken_off_the_names_of_weights_is_in_plan_and_log(begun, tmp_path):
-    recipe, run, _ = begun
-    weights = compressvit.load(run / "teacher").state_dict()
-    torch.save({"net": {f"module.{name}": tensor for name, tensor in weights.items()}}, tmp_path / "weights.pt")
-    words = [f"teacher.weights={tmp_path / 'weights.pt'}", "teacher.finetune=null", "teacher.num_classes=10"]
-    steps = "steps=[finetune: {epochs: 1, max_steps: 1}]"
-    done("apply", recipe, "--output", tmp_path / "run", "--no-report", "data.name=digits", *words, steps)
-    for file in ("plan.json", "run.log"):
-        text = (tmp_path / "run" / file).read_text()
-        assert "the weights are those under 'net'" in text
-        assert "the prefix 'module.' was taken off" in text
+# ---- weights
+
+
+def test_what_was_taken_off_a_weights_file_is_in_plan_log_report_and_results(begun, tmp_path):
+    state = load_file(begun[1] / "teacher" / "model.safetensors")
+    teacher, student = tmp_path / "teacher.pth", tmp_path / "student.pth"
+    torch.save({"net": {f"module.{name}": tensor for name, tensor in state.items()}, "epoch": 3}, teacher)
+    torch.save({"model": state, "model_ema": state}, student)
+    expected = [
+        ("wrapper", len(state), f"teacher.weights: {teacher}: the weights are those under 'net'"),
+        ("prefix", len(state), f"teacher.weights: {teacher}: the prefix 'module.' was taken off {len(state)} tensors"),
+        (
+            "other_weights",
+            1,
+            f"student.weights: {student}: the weights are those under 'model_ema', not those under 'model'",
+        ),
+    ]
+    recipe, run = begun[0], tmp_path / "run"
+    words = [recipe, f"teacher.weights={teacher}", f"student.weights={student}", "teacher.num_classes=10"]
+    words.append('steps=[{"low_rank":{"rank":3}},{"distill":{"epochs":1,"lr":1e-4}}]')
+    done("apply", *words, "--output", run)
+    (run / "checkpoints" / "1_distill.pt").unlink()
+    (run / "results.json").unlink()
+    out = done("apply", *words, "--output", run, "--resume")  # the teacher's file is not read again
+    for name, key in (("plan.json", "weights"), ("results.json", "weights_notes")):
+        found = json.loads((run / name).read_text())[key]
+        assert sorted((note["what"], note["count"], note["text"]) for note in found) == sorted(expected)
+    log, out, page = (
+        "".join(text.split()) for text in ((run / "run.log").read_text(), out, (run / "report.html").read_text())
+    )
+    for *_, text in expected:
+        words_alone = "".join(text.split())
+        assert f"weights:{words_alone}" in log  # tables and long lines are broken
+        assert f"weights:{words_alone}" in out
+        assert f"Weights:{html.escape(words_alone, quote=False)}." in page.replace("&#39;", "'").replace("&#x27;", "'")
+    words[1:3] = [f"teacher.weights={teacher}", "teacher.finetune=null"]
+    measured = json.loads(done("plan", *words, "--measure", "--json"))["measured"]
+    assert [note["what"] for note in measured["weights_notes"]] == ["wrapper", "prefix"]
+    assert "".join(expected[1][2].split()) in "".join(done("plan", *words, "--measure").split())
 
 
 @pytest.mark.parametrize(("name", "changed"), [("digits", ""), ("wds/x", "data.num_workers: 0 in the run, 3 now")])

@@ -11,6 +11,8 @@ from PIL import Image
 
 from compressvit.charts.findings import read
 from compressvit.charts.plots import frontier_finding, ranks_finding
+from compressvit.runs.frontier import _table
+from compressvit.terminal import Terminal
 
 
 def values_of(run):
@@ -95,3 +97,13 @@ def test_an_override_behind_the_budgets_is_told_its_place(trained):
     code, _, err = run("frontier", trained[0], "--budgets", 0.5, "seed=3")
     assert code == 2
     assert "'seed=3' is not a number; key=value goes before --budgets" in err
+
+
+def test_the_table_of_a_large_model_fits_80_columns(capsys):
+    row = {"parameters": 98_765_432, "bytes": 395_061_728, "macs": 17_568_000_000}
+    rows = [{"budget": budget, **row, "top1": 86.834, "agreement": 99.3, "cosine": 0.98765} for budget in (None, 0.5)]
+    Terminal(width=80).print(_table(rows, "parameters"))
+    out = capsys.readouterr().out
+    assert "…" not in out
+    for text in ("(share: of the teacher's parameters)", "parameters ┃", "17.57 G", "86.83 │", "99.30 │", "0.9877 │"):
+        assert text in out

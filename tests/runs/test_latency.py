@@ -54,7 +54,7 @@ def test_every_reader_takes_the_ratio_of_the_rounds():
 def test_a_run_and_its_merge(tmp_path):
     """A merge of low rank makes the model larger, and says so."""
     (tmp_path / "recipe.yaml").write_text(TINY.replace("multiplex: {share: 2}", "low_rank: {rank: 2}"))
-    done("apply", tmp_path / "recipe.yaml", "--output", tmp_path / "run")
+    done("apply", "--no-report", tmp_path / "recipe.yaml", "--output", tmp_path / "run")
     results = json.loads((tmp_path / "run/results.json").read_text())
     low, middle, high = results["student"]["latency_ratio"]
     assert 0 < low <= middle <= high

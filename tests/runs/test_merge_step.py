@@ -66,7 +66,7 @@ def gap(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 def test_a_run_ends_with_what_the_verb_writes(tmp_path):
     folder = tmp_path / "run"
-    out = done("apply", recipe_with(tmp_path, "repadapter: {width: 4, scale: 0.5}"), "--output", folder)
+    out = done("apply", "--no-report", recipe_with(tmp_path, "repadapter: {width: 4, scale: 0.5}"), "--output", folder)
     assert f"timm.create_model('local-dir:{folder / 'merged'}', pretrained=True)" in out
     assert "read back by timm alone: 0.0e+00" in (folder / "run.log").read_text()
     told = json.loads((folder / "merged" / "merge.json").read_text())
@@ -82,9 +82,9 @@ def test_a_run_ends_with_what_the_verb_writes(tmp_path):
     done("merge", folder, "--overwrite")
     assert (folder / "merged" / "model.safetensors").read_bytes() == weights
     (folder / "merged" / "merge.json").write_text("{}")  # as if it had been interrupted
-    assert "nothing to do" not in done("apply", folder, "--resume")
+    assert "nothing to do" not in done("apply", "--no-report", folder, "--resume")
     assert (folder / "merged" / "model.safetensors").read_bytes() == weights
-    assert "nothing to do" in done("apply", folder, "--resume")
+    assert "nothing to do" in done("apply", "--no-report", folder, "--resume")
     found = compressvit.apply(folder / "resolved.yaml", folder, resume=True, console=Console(quiet=True)).merged
     assert found["merged"] == str(folder / "merged")
     assert found["differences"] == json.loads((folder / "merged" / "merge.json").read_text())["differences"]
@@ -93,7 +93,7 @@ def test_a_run_ends_with_what_the_verb_writes(tmp_path):
 def test_a_merged_model_can_be_compressed_by_another_recipe(tmp_path):
     """What the refusal of a step behind `merge` says."""
     folder = tmp_path / "run"
-    done("apply", recipe_with(tmp_path, "lora: {rank: 2}"), "--output", folder)
+    done("apply", "--no-report", recipe_with(tmp_path, "lora: {rank: 2}"), "--output", folder)
     second = tmp_path / "second.yaml"
     text = (
         RECIPE.replace("STEP", "multiplex: {share: 2}").replace("  - merge\n", "").replace("student: {head: new}\n", "")
@@ -102,7 +102,7 @@ def test_a_merged_model_can_be_compressed_by_another_recipe(tmp_path):
         "weights: train", "weights: WEIGHTS\n  num_classes: 10"
     )
     second.write_text(text.replace("WEIGHTS", str(folder / "merged" / "model.safetensors")))
-    done("apply", second, "--output", tmp_path / "second")
+    done("apply", "--no-report", second, "--output", tmp_path / "second")
     told = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("run", "second")]
     assert told[1]["teacher"]["top1"] == told[0]["student"]["top1"]
 
@@ -258,7 +258,7 @@ def test_others_merge_beside_kronecker_products(tmp_path):
 
 def test_a_run_with_kronecker_products_leaves_an_artifact(tmp_path):
     folder = tmp_path / "run"
-    out = done("apply", recipe_with(tmp_path, "compacter: {n: 3}"), "--output", folder)
+    out = done("apply", "--no-report", recipe_with(tmp_path, "compacter: {n: 3}"), "--output", folder)
     assert f"{DENSE}, so this is an artifact with dense `adapters`, not a plain timm model" in out
     assert f"compressvit.load('{folder / 'merged'}')" in out
     told = json.loads((folder / "merged" / "merge.json").read_text())
@@ -274,6 +274,6 @@ def test_a_run_with_kronecker_products_leaves_an_artifact(tmp_path):
         "model.safetensors",
     ]
     # another kind of merge in its place leaves nothing of it
-    done("apply", recipe_with(tmp_path, "lora: {rank: 2}"), "--output", tmp_path / "lora")
+    done("apply", "--no-report", recipe_with(tmp_path, "lora: {rank: 2}"), "--output", tmp_path / "lora")
     done("merge", tmp_path / "lora", "--output", folder / "merged", "--overwrite")
     assert sorted(p.name for p in (folder / "merged").iterdir()) == ["config.json", "merge.json", "model.safetensors"]

@@ -231,3 +231,15 @@ def test_a_teacher_and_a_student_from_files(tmp_path):
         load_teacher(wrong, build_teacher(wrong))
     retrained = recipe_of(f"weights: {file}, num_classes: 3, finetune: {{}}")
     load_teacher(retrained, build_teacher(retrained))
+
+
+def test_an_artifact_names_the_teachers_model(tmp_path):
+    made = build_teacher(recipe_of("weights: train, num_classes: 4"))
+    artifact.save(made, tmp_path / "teacher")
+    text = "teacher: {weights: WEIGHTS}\ndata: {name: digits}\nsteps: [distill]\n"
+    recipe = parse_recipe(text.replace("WEIGHTS", str(tmp_path / "teacher")))
+    assert recipe.teacher.model == "vit_tiny_patch16_224"
+    assert outline(build_teacher(recipe)) == outline(made)
+    for other in (tmp_path, tmp_path / "gone", "pretrained"):
+        with pytest.raises(UserError, match=r"teacher\.model: missing"):
+            parse_recipe(text.replace("WEIGHTS", str(other)))

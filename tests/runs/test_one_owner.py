@@ -29,7 +29,7 @@ def test_two_runs_do_not_share_a_folder(recipe, tmp_path):
             assert "another run is writing into" in message
             assert "--output" in message
     assert [entry.name for entry in (tmp_path / "run").iterdir()] == [".lock"]
-    done("apply", recipe, "--output", tmp_path / "run", *SHORT)  # the lock of a killed run is nobody's
+    done("apply", "--no-report", recipe, "--output", tmp_path / "run", *SHORT)  # the lock of a killed run is nobody's
     assert not (tmp_path / "run" / ".lock").exists()
     with FileLock(tmp_path / "run" / ".lock"):
         message = refused("apply", recipe, "--output", tmp_path / "run", *SHORT, "--resume")
@@ -79,20 +79,20 @@ def test_one_of_several_processes_is_refused(recipe, tmp_path, monkeypatch, coun
     with pytest.raises(UserError, match=f"WORLD_SIZE={count}"):
         compressvit.distill(None, None, [])
     monkeypatch.setenv("WORLD_SIZE", "1")
-    done("apply", recipe, "--output", tmp_path / "run", *SHORT)
+    done("apply", "--no-report", recipe, "--output", tmp_path / "run", *SHORT)
 
 
 @pytest.mark.parametrize("left", [["resolved.yaml"], ["resolved.yaml", "recipe.yaml"], [".recipe.yaml.part"], []])
 def test_a_run_killed_at_its_start_can_be_started_again(recipe, tmp_path, left):
     """Whatever it had written by then: with its recipe there it is resumed, and without it the folder is as good as empty."""
     whole, run = tmp_path / "whole", tmp_path / "run"
-    done("apply", recipe, "--output", whole, *SHORT)
+    done("apply", "--no-report", recipe, "--output", whole, *SHORT)
     run.mkdir()
     (run / ".lock").touch()
     for name in left:
         (run / name).write_bytes((whole / name).read_bytes() if (whole / name).exists() else b"half")
     more = ["--resume"] if "resolved.yaml" in left else []
-    done("apply", recipe, "--output", run, *SHORT, *more)
+    done("apply", "--no-report", recipe, "--output", run, *SHORT, *more)
     kept = {entry.name for entry in run.iterdir()}
     assert kept == {entry.name for entry in whole.iterdir()}
     assert (run / "student/model.safetensors").read_bytes() == (whole / "student/model.safetensors").read_bytes()
@@ -100,7 +100,7 @@ def test_a_run_killed_at_its_start_can_be_started_again(recipe, tmp_path, left):
 
 def test_scratch_of_a_killed_run_is_removed(recipe, tmp_path):
     run = tmp_path / "run"
-    done("apply", recipe, "--output", run, *SHORT)
+    done("apply", "--no-report", recipe, "--output", run, *SHORT)
     (run / ".student.0a1b2c3d").mkdir()
     (run / ".student.0a1b2c3d" / "model.safetensors").write_bytes(b"half")
     (run / ".results.json.part").write_text("{")
@@ -109,7 +109,7 @@ def test_scratch_of_a_killed_run_is_removed(recipe, tmp_path):
     (run / ".notes").write_text("the user's own")
     (run / ".student.9a1b2c3d").mkdir()
     (run / ".student.9a1b2c3d" / "thesis.txt").write_text("the user's own, too")
-    done("apply", recipe, "--output", run, *SHORT, "--resume")
+    done("apply", "--no-report", recipe, "--output", run, *SHORT, "--resume")
     assert {entry.name for entry in run.iterdir() if entry.name.startswith(".")} == {".notes", ".student.9a1b2c3d"}
     assert (run / ".student.9a1b2c3d" / "thesis.txt").is_file()
 
@@ -117,7 +117,7 @@ def test_scratch_of_a_killed_run_is_removed(recipe, tmp_path):
 def test_a_good_student_is_not_replaced_by_one_that_fails(recipe, tmp_path):
     """Resuming a run from a checkpoint with values that are not finite: the student of before stays."""
     run = tmp_path / "run"
-    done("apply", recipe, "--output", run, *SHORT)
+    done("apply", "--no-report", recipe, "--output", run, *SHORT)
     (run / "results.json").unlink()  # so that it is not finished
     before = (run / "student/model.safetensors").read_bytes()
     file = run / "checkpoints/1_distill.pt"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from helpers.images import sixteen_bit_digits
 from helpers.runs import done, refused
 
 
@@ -24,6 +25,23 @@ def test_it_says_what_apply_says_before_training(trained):
     for word in ("error of", " weight ┃", "before training", "top-1"):
         assert word in out
     assert "error of" not in done("plan", *words[:-1])
+
+
+def test_notes_of_the_images_that_were_read(trained, tmp_path):
+    recipe, run = trained
+    root = sixteen_bit_digits(tmp_path)
+    words = [recipe, f"teacher.weights={run / 'teacher'}", "calibration.images=32"]
+    words += ["data.name=folder", f"data.root={root}", "data.classes=plain"]
+    out = done("plan", *words, "--measure")
+    assert "data: 20 images to train on, 10 held out" in out
+    assert out.endswith("1 broken image files were skipped data: 9 images of 16 bits scaled to 8 (value / 257)")
+    measured = json.loads(done("plan", *words, "--measure", "--json"))["measured"]
+    assert measured["broken_images"] == 1
+    assert [(note["what"], note["count"]) for note in measured["data_notes"]] == [("sixteen_bits", 9)]
+    out = done("frontier", *words, "--budgets", 0.7, "--output", tmp_path / "out")
+    assert "data: 20 images to train on, 10 held out data: 10 classes" in out
+    assert "images of 16 bits scaled to 8 (value / 257)" in out
+    assert "1 broken image files were skipped" in out
 
 
 @pytest.mark.parametrize(

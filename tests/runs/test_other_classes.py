@@ -32,14 +32,14 @@ def test_a_multiplexed_student_of_five_classes_learns_ten(tmp_path):
     recipe.write_text(text)
     planned = " ".join(done("plan", recipe).split())
     assert "is left out; the student keeps its own, which later phases train" in planned
-    done("apply", recipe, "--output", tmp_path / "run", "steps.2.finetune.lr=1e-30")
+    done("apply", "--no-report", recipe, "--output", tmp_path / "run", "steps.2.finetune.lr=1e-30")
     made = load(tmp_path / "run" / "student")
     assert made.num_classes == 10
     before, after = first.state_dict(), made.state_dict()
     body = [name for name in after if not name.startswith("head.")]
     assert len(body) > 20
     assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in body), "but for the rate of nothing"
-    done("apply", recipe, "--output", tmp_path / "trained")
+    done("apply", "--no-report", recipe, "--output", tmp_path / "trained")
     moved = load(tmp_path / "trained" / "student").state_dict()
     assert not torch.equal(moved["blocks.0.attn.qkv.weight"], before["blocks.0.attn.qkv.weight"])
 

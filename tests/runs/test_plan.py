@@ -159,19 +159,44 @@ def test_matched_layers_are_the_ends_of_share_groups():
 # --- what it asks for
 
 
-def test_a_plan_needs_neither_weights_nor_data(monkeypatch):
+def refuse_to_read(monkeypatch) -> None:
     def touched(*args, **kwargs):
         raise AssertionError("a plan reads nothing")
 
-    for name in (
-        "compressvit.model.weights.load_pretrained",
-        "compressvit.model.weights.load_file",
-        "compressvit.data.opening.open_data",
-    ):
+    for name in ("compressvit.model.weights.load_pretrained", "compressvit.model.weights.load_file", "PIL.Image.open"):
         monkeypatch.setattr(name, touched)
+
+
+def test_a_plan_needs_neither_weights_nor_data(monkeypatch):
+    refuse_to_read(monkeypatch)
     teacher = {"model": "deit_tiny_patch16_224.fb_in1k"}
     plan = planned("", {}, [], teacher=teacher, data={"name": "folder", "root": "/nowhere"})
     assert plan.teacher.parameters == ties.count_parameters(timm.create_model("deit_tiny_patch16_224"))
+    assert "data not found here, so not counted: data.root=/nowhere: there is no such folder" in plan.notes
+    assert plan.data is None
+
+
+def test_a_plan_counts_data_that_is_there_without_reading_it(monkeypatch, tmp_path):
+    refuse_to_read(monkeypatch)
+    model, args, steps = RECIPES["vit"]
+    root = class_folders(tmp_path / "set", classes=("c1", "c2", "c10"), each=2)
+    (root / "train" / "c1" / "notes.txt").touch()
+    (root / "val" / "c2" / "deeper").mkdir()
+    (root / "val" / "c2" / "0.jpg").rename(root / "val" / "c2" / "deeper" / "0.jpg")
+    plan = planned(model, args, steps, data={"name": "folder", "root": str(root)}, student={"head": "new"})
+    assert (plan.data.train, plan.data.validation, plan.data.classes) == (6, 6, 3)
+    assert {note.what: note.count for note in plan.data.notes} == {
+        "classes": 3,
+        "class_order": 2,
+        "other_types": 1,
+        "deeper": 1,
+    }
+    unknown = planned(model, args, steps, data={"name": "folder", "root": "/nowhere"}, student={"head": "new"})
+    assert unknown.student.parameters - plan.student.parameters == (1000 - 3) * (16 + 1)
+    assert not any("1,000 classes" in note for note in plan.notes)
+    teacher = {"model": model, "args": args}
+    images = planned(model, args, steps, teacher=teacher, data={"name": "images", "root": str(root)})
+    assert (images.data.train, images.data.validation, images.data.classes) == (6, 6, None)
 
 
 PROGRAM = """

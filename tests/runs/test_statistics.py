@@ -28,6 +28,7 @@ def trained(tmp_path_factory):
     run = folder / "run"
     done(
         "apply",
+        "--no-report",
         folder / "recipe.yaml",
         "--output",
         run,

@@ -55,6 +55,7 @@ def test_hyper_parameters_are_plain_and_named_alike():
 def test_curves_of_a_run_with_one_transform_and_with_two_have_the_same_names(finished, recipe, tmp_path):
     done(
         "apply",
+        "--no-report",
         recipe,
         "--output",
         tmp_path / "run",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import process
 from helpers.runs import TINY, metrics
 from helpers.training import tiny_vit
 from PIL import Image
@@ -65,13 +65,11 @@ def applied(offered, tmp_path_factory):
     """The run of a recipe that names the set, and what the commands printed, in a process that finds the package by itself."""
     folder = tmp_path_factory.mktemp("boxes")
     (folder / "recipe.yaml").write_text(RECIPE)
-    paths = [str(offered), str(Path(__file__).parents[1]), *filter(None, sys.path)]
-    program = f"import sys; sys.path[:0] = {paths!r}\n{PROGRAM}"
-    words = [sys.executable, "-c", program, str(folder / "recipe.yaml"), str(folder / "run")]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
-    parts = done.stdout.split("=====")
-    assert [part.split()[0] for part in parts[1:]] == ["0", "0", "0", "0", "2"], done.stderr + done.stdout
-    return folder, parts, done.stderr
+    paths = [offered, Path(__file__).parents[1]]
+    done = process.python("-c", PROGRAM, folder / "recipe.yaml", folder / "run", path=paths)
+    parts = done.out.split("=====")
+    assert [part.split()[0] for part in parts[1:]] == ["0", "0", "0", "0", "2"], done.err + done.out
+    return folder, parts, done.err
 
 
 def test_it_trains_in_every_phase(applied):
@@ -120,12 +118,9 @@ def test_a_package_that_cannot_be_loaded_is_named(tmp_path):
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: poses\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[compressvit.tasks]\npose = no_such_module_of_poses\n")
-    program = (
-        f"import sys; sys.path[:0] = {[str(tmp_path), *filter(None, sys.path)]!r}\n"
-        "from compressvit.tasks.base import find_task\nfind_task('pose')\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert "the task 'pose' of the package poses cannot be used: ModuleNotFoundError" in done.stderr
+    program = "from compressvit.tasks.base import find_task\nfind_task('pose')\n"
+    done = process.python("-c", program, path=[tmp_path])
+    assert "the task 'pose' of the package poses cannot be used: ModuleNotFoundError" in done.err
 
 
 @pytest.fixture

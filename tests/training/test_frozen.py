@@ -54,12 +54,12 @@ def stopped(recipe, folder, monkeypatch, batch=6):
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "_total", counted)
-        assert run("apply", recipe, "--output", folder)[0] == 128 + signal.SIGTERM
+        assert run("apply", "--no-report", recipe, "--output", folder)[0] == 128 + signal.SIGTERM
     return folder / "checkpoints" / "2_finetune.pt"
 
 
 def test_a_run_goes_on_from_what_was_trained_to_the_same_bits(recipe, tmp_path, monkeypatch):
-    done("apply", recipe, "--output", tmp_path / "whole")
+    done("apply", "--no-report", recipe, "--output", tmp_path / "whole")
     file = stopped(recipe, tmp_path / "run", monkeypatch)
     saved = load_checkpoint(file)
     student = artifact.load(tmp_path / "whole" / "student")
@@ -68,7 +68,7 @@ def test_a_run_goes_on_from_what_was_trained_to_the_same_bits(recipe, tmp_path, 
         assert part.keys() == wanted
     assert "head.head_norm.running_mean" in wanted
     assert file.stat().st_size < 120_000 < 350_000 < (tmp_path / "whole" / "student" / stored.TENSORS).stat().st_size
-    done("apply", recipe, "--output", tmp_path / "run", "--resume")
+    done("apply", "--no-report", recipe, "--output", tmp_path / "run", "--resume")
     assert student_bytes(tmp_path / "run") == student_bytes(tmp_path / "whole")
 
 

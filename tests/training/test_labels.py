@@ -50,7 +50,9 @@ FEATURES = (
 
 
 def test_a_headless_backbone_is_distilled_by_its_features(recipe, unlabeled, tmp_path):
-    out = done("apply", recipe, "--output", tmp_path / "run", *unlabeled, FEATURES, "steps.1.distill.mixup=0.1")
+    out = done(
+        "apply", "--no-report", recipe, "--output", tmp_path / "run", *unlabeled, FEATURES, "steps.1.distill.mixup=0.1"
+    )
     assert "cosine of the outputs" in out
     before = metrics(tmp_path / "run", phase="0_multiplex", kind="evaluate")[0]
     after = metrics(tmp_path / "run", phase="1_distill", kind="evaluate")[-1]
@@ -141,7 +143,7 @@ def three_classes(tmp_path_factory):
 
 def test_a_head_is_sized_by_the_opened_data_and_the_figures_follow(recipe, three_classes, tmp_path):
     folder = tmp_path / "run"
-    done("apply", recipe, "--output", folder, three_classes, "steps.1.distill.epochs=1")
+    done("apply", "--no-report", recipe, "--output", folder, three_classes, "steps.1.distill.epochs=1")
     plan, results = (json.loads((folder / name).read_text()) for name in ("plan.json", "results.json"))
     for side in ("teacher", "student"):
         model = artifact.load(folder / side)

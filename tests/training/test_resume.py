@@ -70,7 +70,7 @@ def uninterrupted(recipe):
         with pytest.MonkeyPatch.context() as patch:
             batches = at_call(patch, loop, "_total", 0, None)
             evaluations = at_call(patch, compressvit.runs.evaluate, "evaluate", 0, None)
-            done("apply", recipe, "--output", folders[workers], *overrides)
+            done("apply", "--no-report", recipe, "--output", folders[workers], *overrides)
         assert len(batches) == BATCHES
         assert len(evaluations) > EVALUATIONS
     return folders
@@ -103,7 +103,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     with monkeypatch.context() as patch:
         place = (loop, "_total") if what == "batch" else (compressvit.runs.evaluate, "evaluate")
         calls = at_call(patch, *place, number, kill(signum))
-        code, _, err = run("apply", recipe, "--output", folder, *WORKERS[workers])
+        code, _, err = run("apply", "--no-report", recipe, "--output", folder, *WORKERS[workers])
     assert code == 128 + signum
     assert f"stopped by {signal.Signals(signum).name}" in err
     assert "--resume" in err
@@ -112,7 +112,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     assert signal.getsignal(signum) is before
     assert not (folder / "student").exists()
 
-    assert "1_distill" in done("apply", recipe, "--output", folder, *WORKERS[workers], "--resume")
+    assert "1_distill" in done("apply", "--no-report", recipe, "--output", folder, *WORKERS[workers], "--resume")
     assert student_bytes(folder) == student_bytes(uninterrupted[workers])
     for phase, kind in (
         *(("teacher", kind) for kind in ("train", "epoch", "evaluate")),
@@ -129,7 +129,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_the_whole_group_reaches_the_loader_processes_too(recipe, tmp_path, signum):
     folder = tmp_path / "run"
-    command = ["apply", recipe, "--output", folder, *WORKERS[2], "teacher.finetune.epochs=1000"]
+    command = ["apply", "--no-report", recipe, "--output", folder, *WORKERS[2], "teacher.finetune.epochs=1000"]
     program = [sys.executable, "-m", "compressvit.cli", *map(str, command)]
     process = subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
     try:
@@ -155,9 +155,9 @@ def test_a_crash_loses_no_more_than_an_epoch(uninterrupted, recipe, tmp_path, mo
 
     with monkeypatch.context() as patch:
         at_call(patch, loop, "_total", 7 + 7 + 4, crash)
-        code, _, err = run("apply", recipe, "--output", tmp_path / "run", *WORKERS[0])
+        code, _, err = run("apply", "--no-report", recipe, "--output", tmp_path / "run", *WORKERS[0])
     assert (code, err) == (130, "compressvit: stopped")
-    out = done("apply", recipe, "--output", tmp_path / "run", *WORKERS[0], "--resume")
+    out = done("apply", "--no-report", recipe, "--output", tmp_path / "run", *WORKERS[0], "--resume")
     assert "resumed at epoch 2, step 4 of 12" in out
     assert student_bytes(tmp_path / "run") == student_bytes(uninterrupted[0])
 
@@ -176,7 +176,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(uninterrupted,
     saved = load_checkpoint(folder / "checkpoints" / "1_distill.pt")
     assert (saved["epoch"], saved["steps"], saved["done"]) == (1, 4, False)
     assert all(torch.isfinite(t).all() for t in saved["model"].values())
-    done("apply", recipe, "--output", folder, *WORKERS[0], "--resume")
+    done("apply", "--no-report", recipe, "--output", folder, *WORKERS[0], "--resume")
     assert student_bytes(folder) == student_bytes(uninterrupted[0])
 
 
@@ -204,7 +204,7 @@ def test_a_full_disk_keeps_the_old_checkpoint_whole(uninterrupted, recipe, tmp_p
     assert len(saves) == 3
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["1_distill.pt", "teacher.pt"]
     assert load_checkpoint(folder / "checkpoints" / "1_distill.pt")["epoch"] == 1
-    done("apply", recipe, "--output", folder, *WORKERS[0], "--resume")
+    done("apply", "--no-report", recipe, "--output", folder, *WORKERS[0], "--resume")
     assert student_bytes(folder) == student_bytes(uninterrupted[0])
 
 
@@ -221,7 +221,7 @@ def test_a_damaged_checkpoint_is_refused(recipe, finished, tmp_path):
     for words in ("1_distill.pt has no 'batch_index'", "another version", "remove it"):
         assert words in message
     file.unlink()
-    done("apply", recipe, "--output", folder, "seed=3", "--resume")
+    done("apply", "--no-report", recipe, "--output", folder, "seed=3", "--resume")
     assert student_bytes(folder) == student_bytes(finished)
 
 
@@ -233,14 +233,14 @@ def test_a_damaged_teacher_is_written_again_from_its_checkpoint(recipe, finished
     message = refused("apply", recipe, "--output", folder, "seed=3", "--resume")
     assert f"Remove {folder / 'teacher'}" in message
     shutil.rmtree(folder / "teacher")
-    done("apply", recipe, "--output", folder, "seed=3", "--resume")
+    done("apply", "--no-report", recipe, "--output", folder, "seed=3", "--resume")
     assert (folder / "teacher" / TENSORS).read_bytes() == whole
 
 
 def test_a_link_to_a_run_can_be_overwritten(recipe, finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     (tmp_path / "link").symlink_to(tmp_path / "run")
-    done("apply", recipe, "--output", tmp_path / "link", "seed=3", "--overwrite")
+    done("apply", "--no-report", recipe, "--output", tmp_path / "link", "seed=3", "--overwrite")
     assert (tmp_path / "link").is_symlink()
     assert student_bytes(tmp_path / "run") == student_bytes(finished)
 
@@ -250,7 +250,7 @@ def test_resuming_a_finished_run_only_reports(recipe, finished, tmp_path, monkey
     shutil.copytree(finished, folder)
     with monkeypatch.context() as patch:
         batches = at_call(patch, loop, "_total", 0, None)
-        out = done("apply", recipe, "--output", folder, "seed=3", "--resume")
+        out = done("apply", "--no-report", recipe, "--output", folder, "seed=3", "--resume")
     assert batches == []
     assert "student / teacher" in out
     assert student_bytes(folder) == student_bytes(finished)
@@ -265,7 +265,7 @@ def test_resuming_a_finished_run_only_reports(recipe, finished, tmp_path, monkey
 def test_what_was_learned_from_images_is_not_learned_again(recipe, tmp_path, monkeypatch):
     """Fits take long, and on another machine they may end with other ranks, which the checkpoint does not fit."""
     steps = "steps=[low_rank: {budget: {parameters: 0.5}}, distill: {epochs: 2}]"
-    words = ("apply", recipe, steps, "calibration.images=40", "--output")
+    words = ("apply", "--no-report", recipe, steps, "calibration.images=40", "--output")
     whole, folder = tmp_path / "whole", tmp_path / "run"
     done(*words, whole)
     with monkeypatch.context() as patch:
@@ -293,7 +293,7 @@ def test_overwriting_a_run_leaves_nothing_of_it(recipe, finished, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
     (folder / "checkpoints" / "stray.pt").write_text("of the old run")
-    done("apply", recipe, "--output", folder, "seed=4", "--overwrite")
+    done("apply", "--no-report", recipe, "--output", folder, "seed=4", "--overwrite")
     assert load_recipe(folder / "resolved.yaml").seed == 4
     assert not (folder / "checkpoints" / "stray.pt").exists()
     assert len(metrics(folder, phase="1_distill", kind="evaluate")) == 2
@@ -301,5 +301,5 @@ def test_overwriting_a_run_leaves_nothing_of_it(recipe, finished, tmp_path):
 
 
 def test_the_same_seed_gives_the_same_bits(recipe, finished, tmp_path):
-    done("apply", recipe, "--output", tmp_path / "run", "seed=3")
+    done("apply", "--no-report", recipe, "--output", tmp_path / "run", "seed=3")
     assert student_bytes(tmp_path / "run") == student_bytes(finished)

@@ -85,7 +85,7 @@ def test_the_teacher_sees_the_images_as_it_knows_them(recipe, tmp_path, monkeypa
         return report
 
     monkeypatch.setattr(compressvit.training.stage, "train", watch)
-    done("apply", recipe, "--output", tmp_path / "run", *SIZES, "steps.1.distill.epochs=1")
+    done("apply", "--no-report", recipe, "--output", tmp_path / "run", *SIZES, "steps.1.distill.epochs=1")
     assert seen["trained teacher"][0].shape == (8, 3, 16, 16)
     pairs = [(s, t) for s, t in zip(seen["student"], seen["teacher"], strict=False) if s.shape[0] == t.shape[0]]
     assert len(pairs) >= 7
@@ -111,7 +111,7 @@ def test_a_trained_teacher_leaves_no_stochastic_depth_behind(recipe, tmp_path, m
 
     monkeypatch.setattr(compressvit.training.stage, "train", watch)
     overrides = ["teacher.finetune.drop_path=0.3", "steps.1.distill.epochs=1"]
-    done("apply", recipe, "--output", tmp_path / "run", *overrides)
+    done("apply", "--no-report", recipe, "--output", tmp_path / "run", *overrides)
     assert rates == {"teacher": [0.3, 0.3], "1_distill": []}
 
 
@@ -125,7 +125,7 @@ def test_a_teacher_of_another_architecture_teaches_its_prediction(recipe, tmp_pa
         "data.limit_val=4",
         "steps.1.distill={epochs: 1, log_every: 1}",
     ]
-    out = done("apply", recipe, "--output", tmp_path / "run", *overrides)
+    out = done("apply", "--no-report", recipe, "--output", tmp_path / "run", *overrides)
     for words in ("vit_tiny_patch16_224 and test_resnet are of different architectures", "only the prediction"):
         assert words in out
     line = metrics(tmp_path / "run", phase="1_distill", kind="train")[0]

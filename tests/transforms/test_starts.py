@@ -60,6 +60,7 @@ class Normal:
 
     def holds(self, values: Tensor) -> None:
         spread(values - self.mean, self.std, kurtosis=3.0)
+        assert (values - self.mean).abs().max() > 1.8 * self.std  # a uniform distribution ends at √3
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,11 @@ STARTS: list[tuple[Transform, int, dict[str, Law]]] = [
         {"weight": Normal(0.02), "bias": ZERO},
     ),
     (AdaptFormer(), BLOCKS * (2 * M * 64 + 64 + M), {**BOTTLENECK, "bias": ZERO}),
+    (
+        AdaptFormer(init="normal"),  # the paper's
+        BLOCKS * (2 * M * 64 + 64 + M),
+        {"down.weight": Normal(sqrt(2 / M)), "up.weight": ZERO, "bias": ZERO},
+    ),
     (
         RepAdapter(),
         BLOCKS * 2 * (M * 8 + 8 + M * 8 // 2 + M),
@@ -193,6 +199,19 @@ STARTS: list[tuple[Transform, int, dict[str, Law]]] = [
             "attn.proj.weight": Normal(0.02),
             "fc1.weight": xavier(M, 4 * M),
             "fc2.weight": xavier(M, 4 * M),
+        },
+    ),
+    (
+        LORS(rank=8, share=2, init="scratch", shared_init="kaiming"),  # the paper's
+        BLOCKS * 8 * (4 * M + 2 * M + 5 * M + 5 * M),
+        {
+            "fc2.low_rank.down": Uniform(sqrt(6 / (4 * M))),
+            "low_rank.down": Uniform(sqrt(6 / M)),
+            "low_rank.up": ZERO,
+            "attn.qkv.weight": Uniform(sqrt(6 / M)),
+            "attn.proj.weight": Uniform(sqrt(6 / M)),
+            "fc1.weight": Uniform(sqrt(6 / M)),
+            "fc2.weight": Uniform(sqrt(6 / (4 * M))),
         },
     ),
     (

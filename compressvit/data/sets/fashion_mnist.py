@@ -1,4 +1,4 @@
-"""`fashion_mnist`: 70,000 grey pictures of clothes, from the files of the original distribution."""
+"""`fashion_mnist`: 70,000 grey images of clothes, from the files of the original distribution."""
 
 from __future__ import annotations
 

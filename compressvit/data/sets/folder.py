@@ -15,9 +15,9 @@ from compressvit.data.spec import Data
 from compressvit.errors import UserError
 
 
-@data_set("folder", note="train/ and val/ with a folder or tar per class")
+@data_set("folder", note="train/ and val/ with a folder or tar per class", listed=True)
 def open_folder(data: Data) -> tuple[Dataset, Dataset]:
-    """Classes are the folders directly in a split, and pictures anywhere below one belong to it. Splits are found under their usual names,
+    """Classes are the folders directly in a split, and images anywhere below one belong to it. Splits are found under their usual names,
     too: val/, valid/, test/ for the validation split."""
     from compressvit.data.splits import Split  # with timm, which names and classes of sets do not need
 

@@ -1,4 +1,4 @@
-"""`images`: pictures without classes, anywhere in a folder."""
+"""`images`: images without classes, anywhere in a folder."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from pathlib import Path
 
 from compressvit.data.data_set import data_set
 from compressvit.data.files import Found, PictureFiles, Search
-from compressvit.data.notes import Note, pictures
+from compressvit.data.notes import counted
 from compressvit.data.pictures import EXTENSIONS
 from compressvit.data.sets.base import TRAIN_FOLDERS, VAL_FOLDERS, existing_root, split_names
 from compressvit.data.spec import Data
 from compressvit.errors import UserError
+from compressvit.notes import Note
 
 LAYOUT = "expected images anywhere under FOLDER, or under FOLDER/train and FOLDER/val"
 NO_LABEL = -1
 
 
-@data_set("images", note="unlabelled, searched recursively", labelled=False)
+@data_set("images", note="unlabelled, searched recursively", labelled=False, listed=True)
 def open_images(data: Data) -> tuple[PictureFiles, PictureFiles]:
     """FOLDER/train and FOLDER/val if they exist, under the names that `folder` also accepts. Without a validation folder, every
     1/val_fraction-th image or group (`data.group_by`) is held out; without a training folder, all images not held out are used."""
@@ -35,7 +36,7 @@ def open_images(data: Data) -> tuple[PictureFiles, PictureFiles]:
     # no folder that is called like a validation split is trained on
     kept = [name for name in split_names(data.val_split, VAL_FOLDERS) if os.path.isdir(root / name)]
     rest = _search(root, data, leave_out=kept)
-    text = f"{pictures(len(rest.found))} outside {', '.join(f'{name}/' for name in kept)} to train on; validation is {validation.name}/"
+    text = f"{counted(len(rest.found))} outside {', '.join(f'{name}/' for name in kept)} to train on; validation is {validation.name}/"
     return _set(rest, [Note("split", len(rest.found), text)]), _set(held_out)
 
 
@@ -90,17 +91,17 @@ def _held_out(search: Search, data: Data) -> tuple[PictureFiles, PictureFiles]:
     held_out = [file for file, group in zip(found, groups, strict=True) if group in chosen]
     if data.group_by is None:
         how = (
-            f"every {_ordinal(every)} picture in natural order of the paths. Crops or frames of one photograph fall on both sides, which "
+            f"every {_ordinal(every)} image in natural order of the paths. Crops or frames of one photograph fall on both sides, which "
             "makes figures too good: data.group_by keeps them together"
         )
     else:
         how = f"all of every {_ordinal(every)} of {len(names):,} groups (data.group_by={data.group_by})"
-    notes.insert(0, Note("held_out", len(held_out), f"{pictures(len(held_out))} of {len(found):,} held out: {how}"))
+    notes.insert(0, Note("held_out", len(held_out), f"{counted(len(held_out))} of {len(found):,} held out: {how}"))
     return _files(train, [*notes, *search.notes()]), _files(held_out)
 
 
 def _groups(found: Sequence[Found], group_by: str | None) -> tuple[list[str], list[Note]]:
-    """The group of every picture: its folder, or what a regular expression finds in its path."""
+    """The group of every image: its folder, or what a regular expression finds in its path."""
     if group_by is None:
         return ["/".join(file.parts) for file in found], []
     if group_by == "folder":
@@ -111,7 +112,7 @@ def _groups(found: Sequence[Found], group_by: str | None) -> tuple[list[str], li
         match = pattern.search(path)
         alone += match is None
         groups.append(path if match is None else "\0".join(part or "" for part in match.groups()) or match.group())
-    text = f"{pictures(alone)} in which data.group_by={group_by} finds nothing, each a group of its own"
+    text = f"{counted(alone)} in which data.group_by={group_by} finds nothing, each a group of its own"
     return groups, [Note("ungrouped", alone, text)] if alone else []
 
 

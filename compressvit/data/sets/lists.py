@@ -15,17 +15,18 @@ from pathlib import Path
 from compressvit.data.classes import missing_classes, read_names
 from compressvit.data.data_set import data_set
 from compressvit.data.files import SPECIAL, PictureFiles, lies_in
-from compressvit.data.notes import Note, pictures
+from compressvit.data.notes import counted
 from compressvit.data.sets.base import existing_root
 from compressvit.data.spec import Data
 from compressvit.errors import UserError, nearest
+from compressvit.notes import Note
 
 LAYOUT = """expected FOLDER/SPLIT.txt with a line `PATH LABEL` per image (PATH relative to FOLDER, LABEL from 0), as in a prepared VTAB-1k:
   data.train_split=train800val200 data.val_split=test      (or train800 and val200, to choose hyper-parameters)"""
 MOST_CLASSES = 1_000_000
 
 
-@data_set("lists", note="SPLIT.txt with `PATH LABEL` lines, e.g. a prepared VTAB-1k")
+@data_set("lists", note="SPLIT.txt with `PATH LABEL` lines, e.g. a prepared VTAB-1k", listed=True)
 def open_lists(data: Data) -> tuple[PictureFiles, PictureFiles]:
     """The two splits that `data` names; both have as many classes as the highest label of either says.
 
@@ -55,7 +56,7 @@ def open_lists(data: Data) -> tuple[PictureFiles, PictureFiles]:
     )
     notes = [Note("classes", len(names), f"{len(names):,} classes: {how}")]
     if 0 not in labels and max(labels) > 0:
-        text = f"no image has label 0, and {pictures(labels.count(1), 'image')} label 1: labels count from 0, and class 0 stays empty"
+        text = f"no image has label 0, and {counted(labels.count(1), 'image')} label 1: labels count from 0, and class 0 stays empty"
         notes.append(Note("empty_class_0", len(labels), text))
     else:
         notes += missing_classes(names, {names[label] for label in {*labels} if label < len(names)}, "both lists")
@@ -121,7 +122,7 @@ class _List:
             except (OSError, ValueError):  # nothing there, too long for a path, or with a zero byte
                 continue
             if kind in SPECIAL:
-                raise UserError(f"{self.file}: {full} is {SPECIAL[kind]}, not a picture")
+                raise UserError(f"{self.file}: {full} is {SPECIAL[kind]}, not an image")
             if kind == stat.S_IFREG:
                 self._guessed["form"] += form != path
                 self._check_inside(path, full)
@@ -148,7 +149,7 @@ class _List:
             Note(
                 kind if kind == "form" else "from_outside",
                 count,
-                f"{self.file.stem}: {texts[kind].format(pictures(count))}",
+                f"{self.file.stem}: {texts[kind].format(counted(count))}",
             )
             for kind, count in self._guessed.items()
             if count

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -22,11 +21,12 @@ class LORSPlan(RankPlan):
     """A resolved `LORS`: groups of linear layers that share a weight, and the rank of each layer's term. The layer of a group of one
     is only low rank."""
 
-    starts: ClassVar[tuple[str, ...]] = (*RankPlan.starts, "rounds")
+    starts: ClassVar[tuple[str, ...]] = (*RankPlan.starts, "rounds", "shared_init")
 
     groups: tuple[tuple[str, ...], ...]
     init: Literal["fit", "first", "scratch"]
     rounds: int
+    shared_init: Literal["released", "kaiming"] = "released"
 
     @property
     def paths(self) -> list[str]:
@@ -95,12 +95,13 @@ class LORSPlan(RankPlan):
     def _start_from_noise(self, layers: dict[str, Any]) -> None:
         for group in self.groups:
             if len(group) > 1:
-                start = (
-                    nn.init.xavier_uniform_
-                    if ".mlp." in group[0]
-                    else functools.partial(nn.init.trunc_normal_, std=0.02)
-                )
-                start(layers[group[0]].weight)
+                weight = layers[group[0]].weight
+                if self.shared_init == "kaiming":
+                    nn.init.kaiming_uniform_(weight)
+                elif ".mlp." in group[0]:
+                    nn.init.xavier_uniform_(weight)
+                else:
+                    nn.init.trunc_normal_(weight, std=0.02)
         for path, layer in layers.items():
             if isinstance(layer, Factored):
                 start_from_noise_(layer)

@@ -65,8 +65,13 @@ class LORS(RankStep):
         "fit",
         description="fit: shared weight and terms from the teacher's weights; first: the shared weight is the first layer's; "
         "scratch: random as in the released code (these layers only; student: {weights: random} for the whole student): shared weights "
-        "truncated normal of std 0.02 in attention and Xavier-uniform in the MLP (the paper: Kaiming in both); in the terms, the first "
-        "factor Kaiming-uniform and the second zero.",
+        "truncated normal of std 0.02 in attention and Xavier-uniform in the MLP (see shared_init); in the terms, the first factor "
+        "Kaiming-uniform and the second zero.",
+    )
+    shared_init: Literal["released", "kaiming"] = Field(
+        "released",
+        description="Start of the shared weights with init: scratch. released: those of the released code; kaiming: Kaiming-uniform within "
+        "±√(6/in) in attention and MLP, as the paper says.",
     )
     metric: Literal["auto", "outputs", "inputs", "weights"] = Field(
         "auto",
@@ -91,6 +96,8 @@ class LORS(RankStep):
             raise ValueError(
                 "share: 1 shares nothing; use `low_rank` instead: `low_rank: {budget: {parameters: 0.5}}` (Python: LowRank)"
             )
+        if self.shared_init != "released" and self.init != "scratch":
+            raise ValueError(f"shared_init: {self.shared_init} starts shared weights at random; give init: scratch too")
         if self.share == "auto" and not self.budget:
             raise ValueError("share: auto needs a budget; give one, or a number of blocks")
         if self.group_by == "similarity" and self.init == "scratch":
@@ -167,7 +174,7 @@ class LORS(RankStep):
 
     def resolved(self, groups: Sequence[tuple[str, ...]], ranks: dict[str, int], dense: Sequence[str] = ()) -> LORSPlan:
         """The plan for these groups and ranks; layers whose rank is None stay dense."""
-        settings = self.model_dump(include={"init", "rounds", "ridge", "output_ridge"})
+        settings = self.model_dump(include={"init", "shared_init", "rounds", "ridge", "output_ridge"})
         sequential = self.sequential and self.needs_images
         return LORSPlan(
             groups=tuple(groups),

@@ -46,7 +46,7 @@ def recipe(tmp_path_factory):
 def whole(recipe):
     """A run that nobody stopped."""
     folder = recipe.parent / "whole"
-    done("apply", recipe, "--output", folder)
+    done("apply", "--no-report", recipe, "--output", folder)
     return folder
 
 
@@ -60,7 +60,7 @@ def widths_of(folder) -> list[dict[str, int]]:
 @pytest.mark.parametrize("score", ["taylor", "activation"])
 def test_other_measured_scores_choose_other_neurons(score, recipe, whole):
     folder = recipe.parent / score
-    done("apply", recipe, f"steps.1.prune.score={score}", "--output", folder)
+    done("apply", "--no-report", recipe, f"steps.1.prune.score={score}", "--output", folder)
     assert [sum(cycle.values()) for cycle in widths_of(folder)] == [24, 12, 6]
     assert student_bytes(folder) != student_bytes(whole)
 
@@ -131,12 +131,12 @@ def test_a_stopped_run_goes_on_to_the_same_bits(whole, recipe, tmp_path, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "_total", counted)
-        code, _, err = run("apply", recipe, "--output", folder)
+        code, _, err = run("apply", "--no-report", recipe, "--output", folder)
     assert code == 128 + signal.SIGTERM
     assert "--resume" in err
     assert not (folder / "student").exists()
     assert len(metrics(folder, phase=PHASE, kind="widths")) == told
-    done("apply", recipe, "--output", folder, "--resume")
+    done("apply", "--no-report", recipe, "--output", folder, "--resume")
     assert student_bytes(folder) == student_bytes(whole)
     assert widths_of(folder) == widths_of(whole)
     for name in (PHASE, *(f"{PHASE}_cycle{c}" for c in range(3)), "0_adapters"):
@@ -146,7 +146,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(whole, recipe, tmp_path, monkeyp
 
 def test_an_accuracy_out_of_reach_prunes_nothing(recipe, tmp_path):
     options = ["steps.1.prune.target={accuracy: 100}", "steps.1.prune.epochs=1", "steps.1.prune.keep=best"]
-    out = done("apply", recipe, "--output", tmp_path / "run", *options)
+    out = done("apply", "--no-report", recipe, "--output", tmp_path / "run", *options)
     assert "is below the target of 100%; nothing was pruned" in out
     assert [set(cycle.values()) for cycle in widths_of(tmp_path / "run")] == [{6}]
     assert (tmp_path / "run" / "widths.png").is_file()
@@ -218,7 +218,7 @@ def test_a_target_of_accuracy_is_in_the_unit_of_the_task(wanted, sentence):
 
 
 def test_a_refused_prune_leaves_no_folder(recipe, tmp_path):
-    words = ("apply", recipe, "--output", tmp_path / "run", "steps.1.prune.target={neurons: 25}")
+    words = ("apply", "--no-report", recipe, "--output", tmp_path / "run", "steps.1.prune.target={neurons: 25}")
     assert "neurons=25 is above the 24" in refused(*words)
     assert not (tmp_path / "run").exists()
 

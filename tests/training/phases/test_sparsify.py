@@ -183,7 +183,7 @@ def test_a_run_masks_trains_and_resumes(score, tmp_path):
     assert code == 0
     assert "keeps 25% of the weights of adapters" in out
     assert "trains 512 parameters (in the end 128, if every adapter loses equally) and 170 of the classifier" in out
-    done("apply", recipe, "--output", tmp_path / "run")
+    done("apply", "--no-report", recipe, "--output", tmp_path / "run")
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["student"]["trained_adapter"] == 128
     assert sum(results["phases"]["2_sparsify"]["weights_left"].values()) == 128
@@ -195,7 +195,7 @@ def test_a_run_masks_trains_and_resumes(score, tmp_path):
             load_adapter(backbone, tmp_path / "run" / "adapter.safetensors").eval()(images), student(images)
         )
     (tmp_path / "run" / "checkpoints" / "2_sparsify.pt").unlink()
-    done("apply", tmp_path / "run", "--resume")
+    done("apply", "--no-report", tmp_path / "run", "--resume")
     again = artifact.load(tmp_path / "run" / "student")
     assert all(
         torch.equal(a, b) for a, b in zip(student.state_dict().values(), again.state_dict().values(), strict=True)
@@ -205,7 +205,7 @@ def test_a_run_masks_trains_and_resumes(score, tmp_path):
 def test_the_best_epoch_is_one_of_the_masked_model(tmp_path):
     recipe = tmp_path / "r.yaml"
     recipe.write_text(RECIPE.replace("SCORE, epochs: 1", "snip, epochs: 3, lr: 0.3, keep: best"))
-    done("apply", recipe, "--output", tmp_path / "run")
+    done("apply", "--no-report", recipe, "--output", tmp_path / "run")
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     phase = results["phases"]["2_sparsify"]
     scores = {row["epoch"]: row["top1"] for row in metrics(tmp_path / "run", phase="2_sparsify", kind="evaluate")}

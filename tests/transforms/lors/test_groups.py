@@ -135,6 +135,7 @@ def test_without_values_the_plan_is_provisional():
             "randomly initialised layers have no similarity",
         ),
         ({"share": "automatic", "rank": 2}, "auto"),
+        ({"shared_init": "kaiming", "rank": 2}, "starts shared weights at random; give init: scratch too"),
     ],
 )
 def test_what_cannot_be_grouped(options, message):

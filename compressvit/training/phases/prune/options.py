@@ -70,8 +70,8 @@ class PruneOptions(PhaseSpec):
         "magnitude",
         description="Score of neuron j of an adapter of width M. magnitude: (|D_j|₁ + |U_j|₁) / 2M, the paper's; sum: not divided by 2M; "
         "shape: divided by M + h' instead; relative: divided by the largest of its adapter; down: |D_j|₁ / M; gradient: "
-        "|∂L/∂D_j|₁ + |∂L/∂U_j|₁, as the paper words it; taylor: sum of |θ·∂L/∂θ|; activation: mean size of what leaves its "
-        "activation function; random.",
+        "|∂L/∂D_j|₁ + |∂L/∂U_j|₁, as the paper words it (in earlier versions `gradient` was today's `taylor`); taylor: sum of |θ·∂L/∂θ|; "
+        "activation: mean size of what leaves its activation function; random.",
     )
     scope: Literal["global", "local"] = Field(
         "global", description="global: rank all neurons together; local: remove the same fraction of every adapter."

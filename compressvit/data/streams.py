@@ -1,0 +1,88 @@
+"""Sets that are read in the order of their shards, and what is counted while they stream."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from timm.data import IterableImageDataset
+from torch.utils.data import get_worker_info
+
+from compressvit.data.notes import counted
+from compressvit.data.pictures import Read, standard
+from compressvit.notes import Note
+
+_TIMM = logging.getLogger(
+    "timm.data.readers.reader_wds"
+)  # a warning for each sample, or rest of a shard, that is passed over
+_KINDS = tuple(Read)
+
+
+class Stream(IterableImageDataset):
+    """A streaming set of timm, with counts of what was passed over and of how pictures had to be converted.
+
+    Pictures of a stream have no names, so they are counted by passes: the most that any pass through the set has met.
+
+    Args:
+        source: as `timm.data.create_dataset` makes it.
+        workers: how many processes read it at once; 0 for this one.
+        exif: turn pictures as their EXIF blocks say.
+    """
+
+    def __init__(self, source: IterableImageDataset, workers: int, *, exif: bool):
+        super().__init__(None, reader=source.reader, transform=source.transform)
+        self.exif = exif
+        # a row per worker, in memory shared with them: kinds of `Read`, then what was passed over
+        self._pass = torch.zeros(max(1, workers), len(_KINDS) + 1, dtype=torch.int64).share_memory_()
+        self._most = torch.zeros(len(_KINDS) + 1, dtype=torch.int64)
+
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        worker = get_worker_info()
+        row = self._pass[worker.id if worker is not None else 0]
+        with _passed_over(row):
+            for image, target in self.reader:
+                image, done = standard(image, exif=self.exif)
+                for column, kind in enumerate(_KINDS):
+                    row[column] += kind in done
+                yield (image if self.transform is None else self.transform(image)), target
+
+    def begin_pass(self) -> None:
+        """To be called before the set is read from its beginning."""
+        self._most.copy_(self._counts())
+        self._pass.zero_()
+
+    def _counts(self) -> torch.Tensor:
+        return torch.maximum(self._most, self._pass.sum(0))
+
+    @property
+    def broken(self) -> int:
+        """How many samples could not be read."""
+        return int(self._counts()[-1])
+
+    @property
+    def done(self) -> dict[Read, int]:
+        """How many pictures each kind of conversion was needed for."""
+        return dict(zip(_KINDS, self._counts()[:-1].tolist(), strict=True))
+
+    def notes(self) -> list[Note]:
+        """What was passed over."""
+        text = f"{counted(self.broken, 'sample')} of the stream that could not be read passed over; timm's warnings say why"
+        return [Note("passed_over", self.broken, text)] if self.broken else []
+
+
+@contextmanager
+def _passed_over(row: torch.Tensor) -> Iterator[None]:
+    """Inside, count in the last column what timm's reader of WebDataset shards passes over, of which it only warns."""
+
+    def count(record: logging.LogRecord) -> bool:
+        row[-1] += record.levelno >= logging.WARNING
+        return True
+
+    _TIMM.addFilter(count)
+    try:
+        yield
+    finally:
+        _TIMM.removeFilter(count)
