@@ -51,7 +51,7 @@ def test_the_difference_is_the_largest_in_parts_of_the_largest_output():
     class Constant(nn.Module):
         def __init__(self, *values: float):
             super().__init__()
-            self.values = torch.tensor([values])
+            self.values = torch.tensor([values], dtype=torch.float32)
 
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             return self.values
