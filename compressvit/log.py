@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from compressvit.errors import UserError
 from compressvit.files import disk_faults
-from compressvit.rows import append_row, metrics_row
+from compressvit.rows import append_row, metrics_row, read_metrics
 from compressvit.text import complain, printable
 
 if TYPE_CHECKING:  # rich is imported only where something is printed
@@ -90,6 +90,15 @@ class RunLog:
         append_row(self.folder / "metrics.jsonl", row)
         for name, value in known.items():
             self._writer.add_scalar(f"{self._tag(phase)}/{kind}/{name}", value, step)
+
+    def recorded(self, phase: str, kind: str, step: int) -> bool:
+        """Whether `metrics.jsonl`, if there is one to write, has a row of this kind and step already."""
+        if self.folder is None:
+            return True
+        path, rows = self.folder / "metrics.jsonl", []
+        with warn_and_continue("earlier metrics cannot be read"):
+            rows = read_metrics(path) if path.is_file() else []
+        return any((row.phase, row.kind, row.step) == (phase, kind, step) for row in rows)
 
     def board(self, show: Callable[[Any], None]) -> None:
         """Call a function with the run's SummaryWriter, to show something other than scalars in TensorBoard."""

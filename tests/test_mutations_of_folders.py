@@ -226,7 +226,7 @@ def _damage_run(folder: Path, chance: random.Random, precious: Path) -> str:
     files = sorted(
         path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".html", ".png", ".jpg")
     )
-    if chance.random() < 0.85:
+    if chance.random() < 0.75:
         texts = [path for path in files if path.suffix in (".json", ".jsonl", ".yaml")]
         file = chance.choice(texts if chance.random() < 0.6 else files)
         damage_file(file, chance, precious)
@@ -241,7 +241,11 @@ def _damage_run(folder: Path, chance: random.Random, precious: Path) -> str:
         return f"{name} stays"
     file.parent.mkdir(exist_ok=True)
     file.write_text(chance.choice(["", "{}", "[]", "null", "{", '{"name": 1}', '{"a": ' * 9000, "\x00"]))
-    if chance.random() < 0.6:
+    kind = chance.random()
+    if kind < 0.4:
+        file.unlink()
+        file.symlink_to(precious)
+    elif kind < 0.7:
         replace_file(file, chance, precious)
     return f"{name} added"
 

@@ -65,7 +65,7 @@ def test_yaml_that_is_read():
 def test_a_message_does_not_repeat_all_that_it_refuses(long, tmp_path):
     (tmp_path / "recipe.yaml").write_text(TINY.replace("name: digits", f'name: "first{long}last"'))
     message = refused("plan", tmp_path / "recipe.yaml")
-    assert len(message) < 20_000
+    assert len(message) < (20_000 if "\\n" in long else 4_000)
     assert "there is no data set 'first" in message
     assert "…" in message
     assert "last'" in message

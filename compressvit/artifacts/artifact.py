@@ -78,15 +78,17 @@ def save(
         check: called with the new artifact's folder before it replaces an earlier one, which is kept if `check` raises.
 
     Raises:
-        UserError: a tensor has no values, a tie is broken, the model was not built by timm, or `path` holds something that is not an
-            artifact.
+        UserError: a tensor has no values, a tie is broken, the model was not built by timm or is quantised, or `path` holds something
+            that is not an artifact.
     """
-    if empty := next((name for name, tensor in model.state_dict().items() if tensor.is_meta), None):
-        raise UserError(f"{empty} is on the meta device and has no values to save; load or initialise the model first")
+    state = model.state_dict()
+    _require_plain(state)
     path = Path(path)
     if path.is_symlink():  # the target of a link is replaced, not the link
         path = path.resolve()
-    manifest = _manifest(model, input_config)
+    manifest = _manifest(model, input_config)  # first, because a broken tie is a better message than what broke it
+    if empty := next((name for name, tensor in state.items() if tensor.is_meta), None):
+        raise UserError(f"{empty} is on the meta device and has no values to save; load or initialise the model first")
     if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or (path / MANIFEST).is_file())):
         raise UserError(f"{path} exists and is not a compressvit artifact; choose another folder")
     tensors = {k: v.detach().contiguous().cpu() for k, v in ties.unique_state(model).items()}
@@ -114,6 +116,16 @@ def save(
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return path
+
+
+def _require_plain(state: dict[str, Any]) -> None:
+    """Raise a `UserError` where the state of a model has more than plain tensors, as that of a quantised one."""
+    for name, value in state.items():
+        if not isinstance(value, torch.Tensor) or value.is_quantized or hasattr(value, "__tensor_flatten__"):
+            raise UserError(
+                f"{name} of the model is a {type(value).__name__}, and an artifact holds plain tensors only; save the model before it is "
+                "quantised, and quantise what compressvit.load returns"
+            )
 
 
 def require_storable(model: nn.Module) -> None:

@@ -172,7 +172,7 @@ def places(model: nn.Module) -> dict[str, tuple[str, str]]:
     Layers are blocks, named by their paths, and modules outside of blocks, e.g. 'patch_embed' or 'layers.1.downsample'.
     """
     blocks = [info.path for info in describe(model).blocks] if family_of(model) else []
-    head = head_names(model) if hasattr(model, "get_classifier") else set()
+    head = head_names(model)
     added = surgery.added_parameters(model)
     found = {}
     for name, _ in model.named_parameters(remove_duplicate=False):

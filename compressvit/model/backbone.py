@@ -220,7 +220,10 @@ def projection(model: nn.Module, path: str, asker: str) -> nn.Module:
 
 
 def head_paths(model: nn.Module) -> list[str]:
-    """Paths of a timm model's classifier (both, where it has one for a distillation token); none where it has no parameters."""
+    """Paths of a timm model's classifier (both, where it has one for a distillation token); none where it has no parameters, or where
+    the model, an encoder alone, knows of none."""
+    if not hasattr(model, "get_classifier"):
+        return []
     heads = as_timm(model).get_classifier()
     heads = heads if isinstance(heads, tuple) else (heads,)
     paths = {id(m): p for p, m in model.named_modules()}

@@ -27,6 +27,8 @@ def require_sound(args: Mapping[str, Any]) -> None:
             or an argument that reads another file.
     """
     for key, value in args.items():
+        if key == "device":
+            raise ValueError("device is no argument of the architecture, and would have the model built elsewhere")
         if key.startswith(_REACHING):
             raise ValueError(f"{key} is no argument of the architecture, and would read another file")
         for number in _numbers(value):

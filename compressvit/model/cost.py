@@ -92,7 +92,8 @@ def macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
     """
     from torch.utils.flop_counter import FlopCounterMode  # imports Triton
 
-    empty = surgery.skeleton(model).eval()
+    # Without gradients: torch's counter cannot hook a module whose input is a view of a parameter that has one, such as a learned query.
+    empty = surgery.skeleton(model).eval().requires_grad_(False)
     with (
         FlopCounterMode(display=False, custom_mapping={torch.ops.aten.native_layer_norm: _layer_norm_flops}) as counter,
         torch.no_grad(),

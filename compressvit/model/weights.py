@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -29,8 +30,13 @@ from compressvit.notes import Note
 log = logging.getLogger("compressvit")
 
 
-def build(name: str, *, device: str | None = None, **args: Any) -> nn.Module:
+def build(
+    name: str, given: Mapping[str, Any] = MappingProxyType({}), /, *, device: str | None = None, **more: Any
+) -> nn.Module:
     """A timm model with fresh values (or none, with device='meta').
+
+    Args:
+        given, more: arguments of timm.create_model; those of a recipe or file are `given`, because their names may be any.
 
     Raises:
         UserError: timm does not know the model, its tag or an argument; near names are suggested.
@@ -38,6 +44,7 @@ def build(name: str, *, device: str | None = None, **args: Any) -> nn.Module:
     import timm
 
     require_known(name)
+    args = {**given, **more}
     try:
         require_sound(args)
         if device is None:
@@ -46,9 +53,9 @@ def build(name: str, *, device: str | None = None, **args: Any) -> nn.Module:
             return timm.create_model(name, pretrained=False, **args)
     except Exception as error:
         # timm checks its arguments with asserts, look-ups and conversions, so that a wrong one can raise anything
-        given = ", ".join(f"{k}={v!r}" for k, v in args.items()) or "no arguments"
+        asked = ", ".join(f"{k}={v!r}" for k, v in args.items()) or "no arguments"
         raise UserError(
-            f"timm cannot build {name} with {given}: {error or type(error).__name__}{_similar_argument(name, error)}"
+            f"timm cannot build {name} with {asked}: {error or type(error).__name__}{_similar_argument(name, error)}"
         ) from error
 
 

@@ -14,6 +14,7 @@ from compressvit.recipe.recipe import Recipe
 from compressvit.runs.files import Results, read_results
 from compressvit.runs.folder import RunFolder
 from compressvit.runs.merge import read_merge
+from compressvit.runs.models import trains_teacher
 from compressvit.tasks.qualities import words
 
 
@@ -46,6 +47,8 @@ def finished_run(folder: RunFolder, recipe: Recipe) -> FinishedRun | None:
     try:
         results = read_results(folder.path)  # written last, except for a merge
         merged = read_merge(folder.path / "merged", folder.path) if recipe.merges else None
+        if trains_teacher(recipe):
+            artifact.load(folder.teacher)
         return FinishedRun(folder, results, artifact.load(folder.student), merged)
     except UserError:
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import tempfile
@@ -32,7 +33,7 @@ from compressvit.recipe.recipe import load_recipe
 from compressvit.runs.evaluate import artifact_in
 from compressvit.runs.folder import RESOLVED, RunFolder
 from compressvit.runs.job import pick_device
-from compressvit.runs.owned import refuse_links
+from compressvit.runs.owned import is_scratch, refuse_links
 from compressvit.runs.tables import ratio_text
 from compressvit.transforms.record import compression_of
 
@@ -127,7 +128,7 @@ def _require_free(target: Path, overwrite: bool) -> None:
     """Raise a `UserError` unless the folder is empty or missing or, with `overwrite`, contains only an earlier merge."""
     if target.exists() and not target.is_dir():
         raise UserError(f"{target} is a file; give another {option('output')}")
-    there = {path.name for path in target.iterdir()} if target.is_dir() else set()
+    there = {path.name for path in target.iterdir() if not is_scratch(path)} if target.is_dir() else set()
     if not there:
         return
     if _SEAL not in there:
@@ -139,10 +140,18 @@ def _require_free(target: Path, overwrite: bool) -> None:
         raise UserError(
             f"{target} holds {others[0]}, which is not of an earlier merge; give another {option('output')}"
         )
-    if not overwrite:
+    if not overwrite and not _unfinished(target):
         raise UserError(
             f"{target} holds an earlier merge. Give {switch('overwrite')} to replace it, or {option('output')} for another folder"
         )
+
+
+def _unfinished(target: Path) -> bool:
+    """Whether the merge that wrote a folder was killed, so that it is made again."""
+    try:
+        return read_json(target / _SEAL) == {}
+    except UserError:
+        return False
 
 
 def print_merge(result: dict[str, Any], console: Console) -> None:
@@ -181,7 +190,10 @@ def _replace(target: Path, model: nn.Module, plain: bool, check: Callable[[nn.Mo
     """Write a model beside `target`, check it after reading it back, and then replace an earlier merge by it."""
     with disk_faults(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=".merge.", dir=target.parent))
+        prefix = f".merge.{target.name}."
+        for left in target.parent.glob(f"{glob.escape(prefix)}*"):  # by a merge into this folder that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
         try:
             checked = check(_write(model, scratch, plain=plain))
             target.mkdir(exist_ok=True)

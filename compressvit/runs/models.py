@@ -51,7 +51,7 @@ class Architecture:
         Raises:
             UserError: timm cannot build it.
         """
-        model = weights.build(self.name, device=device, **self.args)
+        model = weights.build(self.name, self.args, device=device)
         if self.input is not None:
             expect_images(model, self.input)
         return model
@@ -209,4 +209,4 @@ def _empty_student(recipe: Recipe, teacher: nn.Module, device: str | None = None
     asked = recipe.student
     args = {} if asked.model else _teacher_args(recipe, _stored_teacher(recipe))
     args |= {"num_classes": getattr(teacher, "num_classes", None), **asked.args}
-    return weights.build(asked.model or recipe.teacher.model, device=device, **args)
+    return weights.build(asked.model or recipe.teacher.model, args, device=device)

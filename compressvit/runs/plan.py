@@ -92,8 +92,6 @@ def plan_job(job: Job) -> RecipePlan:
     """
     recipe, teacher = job.recipe, job.teacher
     theirs = cost(teacher.model, teacher.input.size).as_dict()  # first: refuses images that the model does not take
-    if recipe.student.model is not None or recipe.student.args:
-        cost(job.student.model, job.student.input.size)
     student = Side(surgery.skeleton(job.student.model), job.student.input)
     planned = _Steps(recipe, teacher, student)
     if recipe.student.weights == "teacher":

@@ -2,9 +2,8 @@
 
 CPU and GPU use one code path. The randomness of an epoch is seeded from the run's seed, the phase and the epoch, so a resumed run ends
 with the same weights as an uninterrupted one (bit for bit on a CPU).
-
-A step does not wait for the device: losses, accuracies and norms stay there until they are logged. After the first non-finite loss or
-gradient, the device itself skips updates and restores buffers (BatchNorm), until the loop reads the values and stops.
+A step does not wait for the device: values stay there until they are logged. After the first loss or gradient that is not finite,
+the device skips updates and restores buffers, until the loop reads the values and stops.
 """
 
 from __future__ import annotations
@@ -106,7 +105,6 @@ class Trainer:
     warm: Moments | None
     watches: Sequence[Watch]
     measure: Callable[[nn.Module, int, bool], None]
-
     epoch: int = 0  # done
     batch_index: int = 0  # batches done in the next epoch
     steps: int = 0  # optimiser steps done
@@ -142,7 +140,7 @@ class Trainer:
         else:
             self.begin()
         if not self.batch_index:
-            self.measure(self.judged(), self.epoch, False)
+            self.catch_up(False)
         self.connect()
         try:
             with (
@@ -183,7 +181,9 @@ class Trainer:
         if saved["done"]:
             kept = saved.get("kept_epoch", saved.get("epoch"))
             if kept == saved.get("epoch"):  # the weights of an earlier epoch are not the ones to measure
-                self.measure(self.model.eval(), saved["epoch"], True)
+                self.epoch, self.steps = saved["epoch"], saved["steps"]
+                self.model.eval()
+                self.catch_up(True)
             ended = {"start": self.start, "kept_epoch": kept}
             return ended if self.warm is None else {**ended, "moments": Moments(saved["moments"])}
         with restoring(path):
@@ -235,9 +235,8 @@ class Trainer:
             if self.steps >= self.total_steps:
                 return
             if self.stop.signum is not None:
-                random_state = opt.random_state()
                 self.read()
-                self.checkpoint(False, random_state)
+                self.checkpoint(False, opt.random_state())
                 raise Interrupted(self.stop.signum, self.phase.checkpoint)
 
     def batches(self) -> Iterator[tuple[torch.Tensor, Any]]:
@@ -313,13 +312,12 @@ class Trainer:
 
     def close_epoch(self) -> None:
         """Log, evaluate, keep the best weights, run diagnostics, and write a checkpoint."""
-        name, average = self.phase.name, self.average
         self.read()
         self.epoch, self.batch_index = self.epoch + 1, 0
         last = self.is_over()
-        self.log.scalars(name, "epoch", self.steps, {"epoch": self.epoch, **self.meters.means()})
-        if last and average is not None:
-            self.model.load_state_dict(ties.unique_state(average.module), strict=False)
+        self.log.scalars(self.phase.name, "epoch", self.steps, {"epoch": self.epoch, **self.meters.means()})
+        if last and self.average is not None:
+            self.model.load_state_dict(ties.unique_state(self.average.module), strict=False)
         if self.best is None:
             self.checkpoint(last)  # first, so that an error in the evaluation loses no training
         if last or self.epoch % self.spec.evaluate_every == 0:
@@ -337,10 +335,16 @@ class Trainer:
         """The model to evaluate: the weight average, if there is one, until it is copied into the model at the end."""
         return self.model if self.average is None or self.is_over() else self.average.module
 
+    def catch_up(self, last: bool) -> None:
+        """Evaluate and measure at the present epoch, where a run was killed after its checkpoint, before that was recorded."""
+        due = self.epoch and (last or self.epoch % self.spec.evaluate_every == 0)
+        if due and not self.log.recorded(self.phase.name, "evaluate", self.steps):
+            self.judge()
+        self.measure(self.judged(), self.epoch, last)
+
     def judge(self) -> None:
         """Evaluate, and keep the weights if no earlier evaluation was better."""
-        judged = self.judged()
-        result = self.evaluate(judged)
+        result = self.evaluate(judged := self.judged())
         self.log.scalars(self.phase.name, "evaluate", self.steps, {"epoch": self.epoch, **result})
         found = f"{self.meters.text(self.task)}  {self.task.progress(result)}"
         self.log.say(f"{self.phase.name} {self.epoch}/{self.spec.epochs}  {found}")
@@ -349,8 +353,7 @@ class Trainer:
 
     def take_best(self) -> None:
         """With `keep: best`, load the weights of the best evaluation."""
-        best = self.best
-        if best is None or best["model"] is None or best["epoch"] == self.epoch:
+        if (best := self.best) is None or best["model"] is None or best["epoch"] == self.epoch:
             return
         self.model.load_state_dict(best["model"], strict=False)
         kept = f"epoch {best['epoch']}" if best["epoch"] else "the start"

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
+from torch.fx import wrap
 
 from compressvit.errors import UserError
 from compressvit.fitting.moments import Reference
@@ -21,6 +22,8 @@ from compressvit.model.family import BlockInfo
 from compressvit.model.linear import ChannelsFirst, weight_shape
 from compressvit.transforms.base import Plan
 from compressvit.transforms.claims import Claim, slot
+
+wrap("rearrange")  # torch.fx records the call: einops does not take its proxies
 
 Place = Literal["attn", "mlp"]
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu", "hard_swish", "leaky_relu", "elu", "tanh"]

@@ -19,6 +19,7 @@ import torch
 from einops import rearrange
 from pydantic import Field
 from torch import nn
+from torch.fx import wrap
 
 from compressvit.errors import UserError
 from compressvit.fitting.moments import Reference
@@ -29,6 +30,8 @@ from compressvit.model.linear import weight_shape
 from compressvit.transforms.base import LedgerEntry, record, transform
 from compressvit.transforms.on_blocks import OnBlocks
 from compressvit.transforms.term import TermPlan, add_to_weight_, new_like, with_term
+
+wrap("rearrange")  # torch.fx records the call: einops does not take its proxies
 
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
@@ -98,7 +101,7 @@ class FacTTerm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         sigma = self._sigma() * self.scale
         if self.on_inputs:
-            inner = rearrange(x, "... (j i) -> ... j i", j=len(sigma)) @ self.u.T
+            inner = rearrange(x, "... (j i) -> ... j i", j=self.slots) @ self.u.T
             return self.dropout(torch.einsum("...jr,jsr->...s", inner, sigma)) @ self.v.T
         inner = self.dropout(torch.einsum("...r,jsr->...js", x @ self.u.T, sigma))
         return (inner @ self.v.T).flatten(-2)

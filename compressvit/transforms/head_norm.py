@@ -32,7 +32,7 @@ class PooledNorm(nn.BatchNorm1d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.flatten(0, -2)
-        if len(rows) == 1:  # a single image has no variance
+        if not self.training or len(rows) == 1:  # a single image has no variance
             return F.batch_norm(rows, self.running_mean, self.running_var, eps=self.eps).view_as(x)
         return super().forward(rows).view_as(x)
 

@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 from torch import nn
+from torch.fx import wrap
 
 from compressvit.errors import UserError
 from compressvit.fitting.moments import Reference
@@ -57,6 +58,21 @@ def bucket_ids(height: int, width: int, num_prefix_tokens: int, ratio: float) ->
     return ids
 
 
+@wrap  # torch.fx does not trace its condition
+def by_token(per_bucket: torch.Tensor, bucket_ids: torch.Tensor) -> torch.Tensor:
+    """Values of buckets (B, H, N, buckets) at the bucket of every pair of tokens (N, N): (B, H, N, N).
+
+    Raises:
+        UserError: the table was built for another number of tokens.
+    """
+    tokens = per_bucket.shape[-2]
+    if tokens != bucket_ids.shape[0]:
+        raise UserError(
+            f"iRPE was built for {bucket_ids.shape[0]} tokens and got {tokens}; build the model with the input size you use"
+        )
+    return per_bucket.gather(-1, bucket_ids.expand(*per_bucket.shape[:2], -1, -1))
+
+
 class ContextualKeyPosition(nn.Module):
     """The position term of one layer: scaled queries (B, H, N, D) → addition to the logits (B, H, N, N).
 
@@ -85,12 +101,7 @@ class ContextualKeyPosition(nn.Module):
         self.bucket_ids = bucket_ids(*self.bucketing).to(self.table.device)
 
     def forward(self, q: torch.Tensor) -> torch.Tensor:
-        if q.shape[-2] != self.bucket_ids.shape[0]:
-            raise UserError(
-                f"iRPE was built for {self.bucket_ids.shape[0]} tokens and got {q.shape[-2]}; build the model with the input size you use"
-            )
-        per_bucket = q @ self.table  # (B, H, N, buckets)
-        return per_bucket.gather(-1, self.bucket_ids.expand(*q.shape[:2], -1, -1))
+        return by_token(q @ self.table, self.bucket_ids)
 
 
 class IRPEPlan(Plan):

@@ -74,8 +74,8 @@ class LoRATerm(nn.Module):
         """Fill in zeros for the parts without a term."""
         if len(self.parts) == self.num_parts:
             return parts
-        taken = dict(zip(self.parts, parts.unbind(dim), strict=True))
-        empty = torch.zeros_like(next(iter(taken.values())))
+        taken = {part: parts.select(dim, i) for i, part in enumerate(self.parts)}
+        empty = torch.zeros_like(taken[self.parts[0]])
         return torch.stack([taken.get(p, empty) for p in range(self.num_parts)], dim=dim)
 
 

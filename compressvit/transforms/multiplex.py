@@ -19,6 +19,7 @@ import torch
 from einops import rearrange
 from pydantic import Field, field_validator
 from torch import nn
+from torch.fx import wrap
 
 from compressvit.errors import UserError
 from compressvit.fitting.lowrank import TINY
@@ -30,6 +31,8 @@ from compressvit.model.modules import as_timm, module_at
 from compressvit.transforms.base import LedgerEntry, Plan, Transform, transform
 from compressvit.transforms.claims import Claim, grid, noise, slot, tie
 from compressvit.transforms.record import compression_of
+
+wrap("rearrange")  # torch.fx records the call: einops does not take its proxies
 
 
 class HeadMixing(nn.Module):
@@ -65,6 +68,25 @@ class HeadMixing(nn.Module):
         return mixed if self.bias is None else mixed + self.bias[:, None, None]
 
 
+@wrap  # torch.fx does not trace its conditions
+def grid_height(tokens: int, grid: tuple[int, int]) -> int:
+    """Height of the grid of a sequence: that of the configured one or, for another input size, of one of the same aspect ratio.
+
+    Raises:
+        UserError: there is no such grid.
+    """
+    height, width = grid
+    if height * width == tokens:
+        return height
+    height = max(1, round((tokens * height / width) ** 0.5))
+    if tokens % height:
+        raise UserError(
+            f"the MLP convolution cannot fold {tokens} tokens into a grid shaped like {grid}; "
+            "build the model with the input size you use (img_size=…)"
+        )
+    return height
+
+
 class TokenConv(nn.Module):
     """A depth-wise K×K convolution over the token grid, after its own LayerNorm (MiniViT's MLP transformation, eq. 7).
 
@@ -73,8 +95,9 @@ class TokenConv(nn.Module):
     Args:
         width: C.
         kernel_size: K, odd.
-        grid: height and width of the token grid, used to fold a (B, N, C) sequence; unused for (B, height, width, C).
+        grid: height and width of the token grid, used to fold a sequence.
         num_prefix_tokens: how many tokens at the front of a sequence are not on the grid.
+        sequence: whether tokens come as a sequence (B, N, C), or as a grid (B, height, width, C).
         replace: False computes `x + conv(LN x)`; True computes `LN x + conv(LN x)`, as the paper's code does to the residual stream,
             which does not preserve a pretrained function.
     """
@@ -85,6 +108,7 @@ class TokenConv(nn.Module):
         kernel_size: int,
         grid: tuple[int, int],
         num_prefix_tokens: int = 0,
+        sequence: bool = True,
         replace: bool = False,
         eps: float = 1e-5,
         device=None,
@@ -95,8 +119,9 @@ class TokenConv(nn.Module):
         self.conv = nn.Conv2d(
             width, width, kernel_size, padding=kernel_size // 2, groups=width, bias=True, device=device, dtype=dtype
         )
-        self.grid = tuple(grid)
+        self.grid = (grid[0], grid[1])
         self.num_prefix_tokens = num_prefix_tokens
+        self.sequence = sequence
         self.replace = replace
 
     @torch.no_grad()
@@ -115,26 +140,13 @@ class TokenConv(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # same shape in and out
         normed = self.norm(x)
         base = normed if self.replace else x
-        if x.ndim == 4:
+        if not self.sequence:
             return base + rearrange(self.conv(rearrange(normed, "b h w c -> b c h w")), "b c h w -> b h w c")
         prefix, normed = normed.tensor_split([self.num_prefix_tokens], dim=1)
-        height, _ = self._grid_of(normed.shape[1])
+        height = grid_height(normed.shape[1], self.grid)
         normed = self.conv(rearrange(normed, "b (h w) c -> b c h w", h=height))
         convolved = rearrange(normed, "b c h w -> b (h w) c")
         return base + torch.cat([torch.zeros_like(prefix), convolved], dim=1)
-
-    def _grid_of(self, tokens: int) -> tuple[int, int]:
-        """The grid of a sequence: the configured one or, for another input size, one of the same aspect ratio."""
-        height, width = self.grid
-        if height * width != tokens:
-            height = max(1, round((tokens * height / width) ** 0.5))
-            width = tokens // height
-            if height * width != tokens:
-                raise UserError(
-                    f"the MLP convolution cannot fold {tokens} tokens into a grid shaped like {self.grid}; "
-                    "build the model with the input size you use (img_size=…)"
-                )
-        return height, width
 
 
 class MultiplexPlan(Plan):
@@ -196,6 +208,7 @@ class MultiplexPlan(Plan):
                 self.mlp_conv,
                 info.resolution,
                 backbone.num_prefix_tokens,
+                sequence=backbone.family.layout == "sequence",
                 replace=self.form == "reference",
                 eps=cast(nn.LayerNorm, model.get_submodule(f"{info.path}.norm2")).eps,  # in every norm of timm
                 **like,

@@ -19,6 +19,7 @@ import torch
 from einops import rearrange
 from pydantic import Field
 from torch import nn
+from torch.fx import wrap
 
 from compressvit.errors import UserError
 from compressvit.fitting.moments import Reference
@@ -30,6 +31,8 @@ from compressvit.transforms.base import Transform, transform
 from compressvit.transforms.bottleneck import Activation, at_tokens
 from compressvit.transforms.on_blocks import OnBlocks
 from compressvit.transforms.term import TermPlan, new_like
+
+wrap("rearrange")  # torch.fx records the call: einops does not take its proxies
 
 Position = Literal["before", "after"]
 

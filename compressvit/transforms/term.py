@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from einops import rearrange
 from torch import nn
+from torch.fx import wrap
 
 from compressvit.errors import UserError
 from compressvit.fitting.moments import Reference
@@ -16,6 +17,8 @@ from compressvit.model.affine import owns_weight, refuse_tied
 from compressvit.model.linear import ChannelsFirst
 from compressvit.transforms.base import LedgerEntry, Plan, record
 from compressvit.transforms.claims import Claim, slot
+
+wrap("rearrange")  # torch.fx records the call: einops does not take its proxies
 
 
 def with_term(y: torch.Tensor, x: torch.Tensor, term: nn.Module | None, layer: object) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""A transformed model is captured whole by torch.compile."""
+"""A transformed model is captured whole by what captures its teacher: torch.compile, torch.export, torch.jit.trace and torch.fx."""
 
 from __future__ import annotations
 
@@ -6,10 +6,29 @@ import pytest
 import timm
 import torch
 from helpers.contract import teacher
-from helpers.models import BACKBONES, images_for, outputs
+from helpers.models import BACKBONES, images_for, outputs, randomise
 
-from compressvit.transforms import IRPE, Multiplex
+from compressvit.testing.cases import Case, cases_of, stand_for_families
+from compressvit.transforms import IRPE, TRANSFORMS, VPT, LowRank, Multiplex
 from compressvit.transforms.applying import compress
+
+CASES = [case for spec in TRANSFORMS.values() for case in cases_of(spec) if case.backbone in stand_for_families()]
+CASES += [Case(VPT(prompts=3, deep=False), backbone, 2) for backbone in ("vit", "swin")]
+FIRST = [next(case for case in CASES if case.spec.name == name) for name in TRANSFORMS]
+
+
+def moved(case: Case) -> torch.nn.Module:
+    """The case's student, in which nothing is zero or the identity."""
+    student = case.student().eval()
+    randomise(student, 0.05)
+    return student
+
+
+@torch.no_grad()
+def largest_difference(captured, model: torch.nn.Module, images: torch.Tensor) -> float:
+    """Relative to the largest output."""
+    expected = model(images)
+    return ((captured(images) - expected).abs().max() / expected.abs().max()).item()
 
 
 @pytest.mark.parametrize("backbone", ["vit", "swin"])
@@ -31,3 +50,42 @@ def test_compiled_student_computes_the_same():
     images = images_for(model)
     difference = (outputs(torch.compile(model), images) - outputs(model, images)).abs().max()
     assert difference <= 1e-6  # TOLERANCE
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@torch.no_grad()
+def test_traced_student_computes_the_same_for_other_batches(case):
+    model = moved(case)
+    images = images_for(model)
+    traced = torch.jit.trace(model, images[:1], check_trace=False)
+    assert (
+        largest_difference(traced, model, torch.cat([images, images.flip(0)])) <= 1e-5
+    )  # lors sums in another order; others 0.0
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_symbolically_traced_student_computes_the_same_for_other_batches(case):
+    model = moved(case)
+    images = images_for(model)
+    graph = torch.fx.symbolic_trace(model)
+    for batch in (images[:1], torch.cat([images, images.flip(0)])):
+        assert largest_difference(graph, model, batch) <= 1e-6  # seen 0.0
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=() if case in FIRST else pytest.mark.slow) for case in CASES], ids=str
+)
+@torch.no_grad()
+def test_exported_student_computes_the_same_for_other_batches(case):
+    model = moved(case)
+    images = images_for(model)
+    sizes = ({0: torch.export.Dim("batch", min=1, max=64)},)
+    exported = torch.export.export(model, (images,), dynamic_shapes=sizes).module()
+    assert largest_difference(exported, model, torch.cat([images, images.flip(0)])) <= 1e-5  # seen 0.0
+
+
+@pytest.mark.parametrize("backbone", stand_for_families())
+def test_low_rank_student_is_scripted(backbone):
+    model = compress(teacher(backbone), [LowRank(budget={"parameters": 0.6}, metric="weights")])
+    scripted = torch.jit.script(model)
+    assert largest_difference(scripted, model, images_for(model)) <= 1e-6  # seen 0.0

@@ -193,3 +193,9 @@ def test_a_path_in_another_unicode_form_is_found(task):
     found = of(task, "other", f"images/{composed} 1\n", val_split="other")
     assert found.train.name(0).endswith(decomposed)
     assert ("form", 1) in [(note.what, note.count) for note in found.notes()]
+
+
+def test_a_list_with_a_hole_of_50_gigabytes_is_not_read(task):
+    os.truncate(task / "train800val200.txt", 50 * 2**30)
+    with pytest.raises(UserError, match=r"train800val200\.txt cannot be read: it has 53,687\.1 MB"):
+        open_data(data(task))

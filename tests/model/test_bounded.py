@@ -43,6 +43,9 @@ def test_arguments_of_a_recipe_are_checked(device, tmp_path):
         build("vit_tiny_patch16_224", device=device, checkpoint_path=str(tmp_path / "w.pth"))
     with pytest.raises(UserError, match=r"no size is negative"):
         build("vit_tiny_patch16_224", device=device, num_heads=-3)
+    for name in ("name", "device", "given", "model_name"):  # as those of functions that they pass through
+        with pytest.raises(UserError, match=rf"timm cannot build vit_tiny_patch16_224 with {name}='x'"):
+            build("vit_tiny_patch16_224", {name: "x"}, device=device)
 
 
 def test_arguments_that_are_taken():

@@ -211,6 +211,7 @@ def test_a_full_disk_keeps_the_old_checkpoint_whole(uninterrupted, recipe, tmp_p
 def test_a_damaged_checkpoint_is_refused(recipe, finished, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
+    (folder / "results.json").unlink()  # so that it is not finished
     file = folder / "checkpoints" / "1_distill.pt"
     file.write_bytes(file.read_bytes()[:1000])
     message = refused("apply", recipe, "--output", folder, "seed=3", "--resume")
@@ -245,12 +246,13 @@ def test_a_link_to_a_run_can_be_overwritten(recipe, finished, tmp_path):
     assert student_bytes(tmp_path / "run") == student_bytes(finished)
 
 
-def test_resuming_a_finished_run_only_reports(recipe, finished, tmp_path, monkeypatch):
+def test_resuming_a_trained_run_only_reports(recipe, finished, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
+    (folder / "results.json").unlink()  # all is trained, and nothing reported
     with monkeypatch.context() as patch:
         batches = at_call(patch, loop, "_total", 0, None)
-        out = done("apply", "--no-report", recipe, "--output", folder, "seed=3", "--resume")
+        out = done("apply", recipe, "--output", folder, "seed=3", "--resume")
     assert batches == []
     assert "student / teacher" in out
     assert student_bytes(folder) == student_bytes(finished)
@@ -281,6 +283,7 @@ def test_what_was_learned_from_images_is_not_learned_again(recipe, tmp_path, mon
     assert ledgers[0] == ledgers[1]
     assert all(entry["output_error"] > 0 for entry in ledgers[0])
 
+    (folder / "results.json").unlink()  # so that it is not finished
     (folder / "checkpoints" / "0_low_rank.ledger.json").write_text("[")
     message = refused(*words, folder, "--resume")
     assert f"Remove {folder / 'checkpoints' / '0_low_rank'}: --resume then makes it again" in message

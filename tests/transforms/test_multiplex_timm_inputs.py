@@ -107,12 +107,14 @@ def test_another_input_size():
 def test_convolution_folds_a_grid_of_the_same_shape(built, given):
     small, large = TokenConv(6, 3, built, num_prefix_tokens=1), TokenConv(6, 3, given, num_prefix_tokens=1)
     randomise(small)
-    large.load_state_dict(small.state_dict())
+    grid = TokenConv(6, 3, given, sequence=False)
+    for other in (large, grid):
+        other.load_state_dict(small.state_dict())
     x = torch.randn(2, 1 + given[0] * given[1], 6, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(small(x), large(x))
         square = x[:, 1:].reshape(2, *given, 6)
-        assert (large(square) - small(x)[:, 1:].reshape_as(square)).abs().max() < 1e-6  # seen 0.0
+        assert (grid(square) - small(x)[:, 1:].reshape_as(square)).abs().max() < 1e-6  # seen 0.0
 
 
 def test_convolution_refuses_tokens_it_cannot_fold():

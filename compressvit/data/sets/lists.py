@@ -20,6 +20,7 @@ from compressvit.data.sets.base import existing_root
 from compressvit.data.spec import Data
 from compressvit.errors import UserError, nearest
 from compressvit.notes import Note
+from compressvit.reading import read_bytes
 
 LAYOUT = """expected FOLDER/SPLIT.txt with a line `PATH LABEL` per image (PATH relative to FOLDER, LABEL from 0), as in a prepared VTAB-1k:
   data.train_split=train800val200 data.val_split=test      (or train800 and val200, to choose hyper-parameters)"""
@@ -89,7 +90,7 @@ class _List:
 
     def _entries(self) -> list[tuple[str, int]]:
         try:
-            lines = self.file.read_text(encoding="utf-8-sig").splitlines()
+            lines = read_bytes(self.file).decode("utf-8-sig").splitlines()
         except UnicodeDecodeError as error:
             raise UserError(f"{self.file} is not UTF-8 text: {error}") from error
         entries = [self._entry(line.strip(), number) for number, line in enumerate(lines, 1) if line.strip()]

@@ -14,11 +14,14 @@ from timm.models import convnext
 from timm.models.convnext import ConvNeXt as TimmConvNeXt
 from timm.models.convnext import ConvNeXtBlock, ConvNeXtStage
 from torch import nn
+from torch.fx import wrap
 
 from compressvit.model.backbone import input_size
 from compressvit.model.family import BlockInfo, Example, Family, family
 from compressvit.model.linear import weight_shape
 from compressvit.model.slots import beside
+
+wrap("rearrange")  # torch.fx records the call: einops does not take its proxies
 
 SMALL: dict[str, Any] = {
     "depths": (1, 1, 2, 1),

@@ -18,9 +18,12 @@ from timm.models.swin_transformer import (
     WindowAttention,
 )
 from torch import nn
+from torch.fx import wrap
 
 from compressvit.model.family import PRE_NORM_BRANCHES, BlockInfo, Example, Family, family
 from compressvit.model.slots import ATTENTION_SLOTS, BLOCK_SLOTS, beside
+
+wrap("rearrange")  # torch.fx records the call: einops does not take its proxies
 
 SMALL: dict[str, Any] = {
     "img_size": 32,

@@ -15,9 +15,12 @@ from timm.models import vision_transformer
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
+from torch.fx import wrap
 
 from compressvit.model.family import PRE_NORM_BRANCHES, BlockInfo, Example, Family, family
 from compressvit.model.slots import ATTENTION_SLOTS, BLOCK_SLOTS, beside
+
+wrap("rearrange")  # torch.fx records the call: einops does not take its proxies
 
 SMALL: dict[str, Any] = {
     "img_size": 32,
@@ -27,6 +30,19 @@ SMALL: dict[str, Any] = {
     "num_heads": 4,
     "num_classes": 5,
 }
+
+
+@wrap  # torch.fx does not trace its conditions
+def masked(logits: torch.Tensor, attn_mask: torch.Tensor | None, is_causal: bool) -> torch.Tensor:
+    """The logits (B, H, N, N) with a mask, as timm's `Attention` takes it: −inf where a boolean one is False; another is added."""
+    if is_causal:
+        future = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).triu(1)
+        return logits.masked_fill(future, float("-inf"))
+    if attn_mask is None:
+        return logits
+    if attn_mask.dtype == torch.bool:
+        return logits.masked_fill(~attn_mask, float("-inf"))
+    return logits + attn_mask
 
 
 class ExplicitAttention(Attention):
@@ -48,14 +64,7 @@ class ExplicitAttention(Attention):
         if self.logit_mix is not None:
             logits = self.logit_mix(logits)
         # The mask comes after the mix: a weighted sum of −inf and finite logits would let masked tokens through or be NaN.
-        if is_causal:
-            future = torch.ones(logits.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
-            logits = logits.masked_fill(future, float("-inf"))
-        elif attn_mask is not None and attn_mask.dtype == torch.bool:
-            logits = logits.masked_fill(~attn_mask, float("-inf"))
-        elif attn_mask is not None:
-            logits = logits + attn_mask
-        probabilities = logits.softmax(dim=-1)
+        probabilities = masked(logits, attn_mask, is_causal).softmax(dim=-1)
         if self.prob_mix is not None:
             probabilities = self.prob_mix(probabilities)
         x_out = rearrange(self.attn_drop(probabilities) @ v, "b h n d -> b n (h d)")
@@ -76,8 +85,7 @@ class SlottedBlock(Block):
     adaptformer: nn.Module | None
 
     def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
-        masks = {"is_causal": True} if is_causal else {}
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, **masks)))
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)))
         if self.mlp_conv is not None:
             x = self.mlp_conv(x)
         normed = self.norm2(x)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.fx import wrap
 
 from compressvit.transforms.low_rank.layer import set_factors_
 
@@ -35,26 +36,30 @@ class LowRankTerm(nn.Module):
     def product(self) -> torch.Tensor:  # (out, in)
         return self.up @ self.down
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (…, in) -> (…, out)
-        return F.linear(F.linear(x, self.down), self.up)
+
+@wrap  # torch.fx does not trace its condition
+def linear_with_term(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, up: torch.Tensor, down: torch.Tensor
+) -> torch.Tensor:
+    """`x (weight + up @ down)ᵀ + bias`, (…, in) → (…, out), in the cheaper of two equivalent forms: for many tokens the product is added to
+    the weight first, for few tokens, or a weight that cannot be added to, the factors are applied to the tokens."""
+    tokens, (outputs, inputs) = x.numel() // x.shape[-1], weight.shape
+    wrapped = hasattr(weight, "__tensor_flatten__")  # a tensor of integers and scales, for example, of torchao
+    of_any_batch = isinstance(tokens, torch.SymInt)  # of torch.export: a choice here would bound the size of the batch
+    if wrapped or (not of_any_batch and tokens * (inputs + outputs) < inputs * outputs):
+        return F.linear(x, weight, bias) + F.linear(F.linear(x, down), up)
+    return F.linear(x, weight + up @ down, bias)
 
 
 class SharedLowRankLinear(nn.Linear):
-    """timm's linear layer with a private low-rank term in its slot: `y = x (weight + up @ down)ᵀ + bias`.
-
-    The cheaper of two equivalent forms is computed: for many tokens the product is added to the weight first, for few tokens the factors
-    are applied to the tokens.
-    """
+    """timm's linear layer with a private low-rank term in its slot: `y = x (weight + up @ down)ᵀ + bias`."""
 
     slots = ("low_rank",)
 
     low_rank: LowRankTerm
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        tokens = x.numel() // x.shape[-1]
-        if tokens * (self.in_features + self.out_features) < self.in_features * self.out_features:
-            return F.linear(x, self.weight, self.bias) + self.low_rank(x)
-        return F.linear(x, self.effective_weight(), self.bias)
+        return linear_with_term(x, self.weight, self.bias, self.low_rank.up, self.low_rank.down)
 
     def effective_weight(self) -> torch.Tensor:  # (out, in)
         """The weight (out, in) of the equivalent dense layer."""

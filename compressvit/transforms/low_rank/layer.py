@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -22,8 +23,11 @@ class Factored(nn.Module):
     slots = ("down", "up")
     adopted = ("up.bias",)
 
-    down: nn.Linear | nn.Conv2d
-    up: nn.Linear | nn.Conv2d
+    __jit_unused_properties__ = ("rank", "bias", "in_features", "out_features")
+
+    if TYPE_CHECKING:  # torch.jit.script takes no annotations that are text, as they are at run time
+        down: nn.Linear | nn.Conv2d
+        up: nn.Linear | nn.Conv2d
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.up(self.down(x))
@@ -68,8 +72,9 @@ class FactoredLinear(Factored):
         in_features, out_features: of the layer that it replaces.
     """
 
-    in_features: int
-    out_features: int
+    if TYPE_CHECKING:
+        in_features: int
+        out_features: int
 
 
 class FactoredConv2d(Factored, ChannelsFirst):
@@ -79,8 +84,9 @@ class FactoredConv2d(Factored, ChannelsFirst):
         in_channels, out_channels: of the layer that it replaces.
     """
 
-    in_channels: int
-    out_channels: int
+    if TYPE_CHECKING:
+        in_channels: int
+        out_channels: int
 
     @property
     def in_features(self) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.fx import wrap
 
 from compressvit.model import surgery
 from compressvit.model.backbone import describe
@@ -43,7 +44,7 @@ class Prompts(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         before, after = x.tensor_split([self.at], dim=1)
-        return torch.cat([before, self.of(len(x)), after], dim=1)
+        return torch.cat([before, self.of(x.shape[0]), after], dim=1)
 
 
 class DropPrompts(nn.Module):
@@ -67,16 +68,23 @@ class DropPrompts(nn.Module):
 
         (…, N, N) → (…, N+P, N+P); (…, 1, N) → (…, 1, N+P).
         """
-        if mask is None:
-            return None
-        dims = (-1, -2) if mask.shape[-2] == mask.shape[-1] else (-1,)
-        for dim in dims:
-            before, after = mask.tensor_split([self.at], dim=dim)
-            shape = list(mask.shape)
-            shape[dim] = self.count
-            open_to_all = mask.new_full(shape, mask.dtype == torch.bool)  # True in a mask, 0 in a bias: attended to
-            mask = torch.cat([before, open_to_all, after], dim=dim)
-        return mask
+        return widened(mask, self.at, self.count)
+
+
+@wrap  # torch.fx does not trace its conditions
+def widened(mask: torch.Tensor | None, at: int, count: int) -> torch.Tensor | None:
+    """A mask or bias for `count` more tokens after the first `at`; see `DropPrompts.widen`."""
+    if mask is None:
+        return None
+    dims = (-1, -2) if mask.shape[-2] == mask.shape[-1] else (-1,)
+    for dim in dims:
+        before, after = mask.tensor_split([at], dim=dim)
+        shape = list(mask.shape)
+        shape[dim] = count
+        # attended to: True in a mask, 0 in a bias
+        open_to_all = mask.new_ones(shape) if mask.dtype == torch.bool else mask.new_zeros(shape)
+        mask = torch.cat([before, open_to_all, after], dim=dim)
+    return mask
 
 
 class PromptMixin(surgery.Mixin):

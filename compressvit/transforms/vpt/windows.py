@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
+from torch.fx import wrap
 
 from compressvit.model import surgery
 from compressvit.model.backbone import describe
@@ -23,11 +24,14 @@ else:
     WindowAttention = object  # as `surgery.Mixin`
 
 
+wrap("rearrange")  # torch.fx records the call: einops does not take its proxies
+
+
 class GridPrompts(Prompts):
     """Append prompts to a grid of tokens as extra rows below it: (B, height, W, M) → (B, height + ⌈P/W⌉, W, M)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _below(x, self.of(len(x)))
+        return _below(x, self.of(x.shape[0]))
 
 
 def _below(x: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
@@ -83,7 +87,7 @@ class PromptedSwinBlock(PromptMixin):
 
     def _attn(self, x: torch.Tensor) -> torch.Tensor:
         # `forward`, not a call: hooks on the norm expect image tokens only
-        return _attend(self, x, self.norm1.forward(self.vpt.of(len(x))))[0]
+        return _attend(self, x, self.norm1.forward(self.vpt.of(x.shape[0])))[0]
 
 
 class CarryingSwinBlock(PromptMixin):
@@ -97,7 +101,7 @@ class CarryingSwinBlock(PromptMixin):
     def _attn(self, x: torch.Tensor) -> torch.Tensor:
         grid, prompts = self.vpt_rows.split(x)
         grid, copies = _attend(self, grid, prompts)
-        return _below(grid, rearrange(copies, "(b w) p m -> b w p m", b=len(x)).mean(1))
+        return _below(grid, rearrange(copies, "(b w) p m -> b w p m", b=x.shape[0]).mean(1))
 
 
 class CarryingPatchMerging(PromptMixin):
@@ -134,10 +138,10 @@ def _attend(block: Any, x: torch.Tensor, prompts: torch.Tensor) -> tuple[torch.T
     x = F.pad(x, (0, 0, 0, -width % columns, 0, -height % rows))
     mask = block.get_attn_mask(x) if getattr(block, "dynamic_mask", False) else block.attn_mask
     windows = window_partition(x, block.window_size).flatten(1, 2)  # (B·windows, N, M), grouped by image
-    prompts = prompts.repeat_interleave(len(windows) // batch, dim=0)
+    prompts = prompts.repeat_interleave(windows.shape[0] // batch, dim=0)
     made = block.attn(torch.cat([prompts, windows], dim=1), mask=mask)
     copies, windows = made.tensor_split([made.shape[1] - rows * columns], dim=1)
-    x = window_reverse(windows.unflatten(1, (rows, columns)), block.window_size, *x.shape[1:3])
+    x = window_reverse(windows.unflatten(1, (rows, columns)), block.window_size, x.shape[1], x.shape[2])
     x = x[:, :height, :width].contiguous()
     return torch.roll(x, (down, right), dims=(1, 2)) if down or right else x, copies
 

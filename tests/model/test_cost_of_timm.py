@@ -1,0 +1,67 @@
+"""Costs are counted for every kind of timm model, and one that cannot be transformed is refused in a sentence."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+
+from compressvit.model.backbone import head_paths
+from compressvit.model.cost import cost
+from compressvit.recipe.recipe import Recipe
+from compressvit.runs.plan import plan_recipe
+
+# Models whose first token, query or position is a view of a parameter: torch's counter of operations cannot follow one with a gradient.
+EXPANDED = {
+    "map pooling": ("vit_base_patch16_siglip_224", {"embed_dim": 32, "depth": 1, "num_heads": 2, "patch_size": 32}),
+    "rope, attention pooling": ("vit_pe_core_tiny_patch16_384", {"embed_dim": 32, "depth": 1, "num_heads": 2}),
+    "class attention": ("cait_xxs24_224", {"embed_dim": 32, "depth": 1, "depth_token_only": 1, "num_heads": 2}),
+    "pooling": ("pit_ti_224", {"base_dims": [8, 8, 8], "depth": [1, 1, 1], "heads": [1, 1, 1]}),
+}
+
+
+@pytest.mark.parametrize("kind", EXPANDED)
+def test_expanded_parameters_are_counted_as_without_gradients(kind):
+    name, args = EXPANDED[kind]
+    model = timm.create_model(name, num_classes=5, **args)
+    size = model.pretrained_cfg["input_size"]
+    found = cost(model, size)
+    assert found.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert found.macs > found.parameters // 2
+    assert found == cost(model.requires_grad_(False), size)
+    assert all(parameter.device.type == "cpu" for parameter in model.parameters())  # counted on a copy
+
+
+def test_macs_of_map_pooling_by_hand():
+    def macs(**args):
+        small = {"img_size": 32, "patch_size": 16, "embed_dim": 16, "depth": 1, "num_heads": 2, "num_classes": 0}
+        return cost(timm.create_model("vit_base_patch16_siglip_224", **{**small, **args}), (3, 32, 32)).macs
+
+    tokens, width = 4, 16
+    projections = width * width * (1 + 2 * tokens + 1)  # of the query, of keys and values, of the output
+    attention = 2 * tokens * width
+    mlp = 2 * 4 * width * width
+    assert macs() - macs(global_pool="avg", fc_norm=False) == projections + attention + mlp + width  # and its norm
+
+
+def plan_of(model: str, **step):
+    content = {"teacher": {"model": model}, "data": {"name": "folder", "root": "images"}, "steps": [step]}
+    return plan_recipe(Recipe.model_validate(content))
+
+
+@pytest.mark.parametrize("model", ["cait_xxs24_224", "pit_ti_224", "eva02_tiny_patch14_224"])
+@pytest.mark.parametrize("step", [{"low_rank": {"budget": {"parameters": 0.5}}}, {"multiplex": {"share": 2}}], ids=str)
+def test_a_model_that_no_family_has_is_one_conflict(model, step):
+    plan = plan_of(model, **step)
+    assert plan.teacher.macs > 1e8
+    (conflict,) = plan.conflicts
+    assert f"{model} is a " in conflict
+    assert "which compressvit cannot transform yet; it works on timm's SwinTransformer" in conflict
+
+
+def test_an_encoder_without_a_classifier_is_refused_by_name():
+    name = "deepseek_vit_412m_enc"
+    with torch.device("meta"):
+        assert head_paths(timm.create_model(name)) == []
+    (conflict,) = plan_of(name, low_rank={"budget": {"parameters": 0.5}}).conflicts
+    assert f"{name} is a DeepseekVitEncoder, which compressvit cannot transform yet" in conflict
