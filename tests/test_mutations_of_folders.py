@@ -201,7 +201,7 @@ def stopped(recipe):
         return total(*arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_total", counted)
+        patch.setattr(loop, "total_of", counted)
         assert run("apply", recipe, "--output", folder, "seed=3")[0] == 128 + signal.SIGTERM
     return folder
 

@@ -152,7 +152,7 @@ def test_a_stopped_run_keeps_what_it_recorded(whole, recipe, tmp_path, monkeypat
         return total(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_total", counted)
+        patch.setattr(loop, "total_of", counted)
         assert run("apply", "--no-report", recipe, "--output", folder, WATCHED, *HARD)[0] == 128 + signal.SIGTERM
     assert (folder / "diagnostics" / "gradients.png").is_file()  # of what there is
     done("apply", "--no-report", folder, "--resume")

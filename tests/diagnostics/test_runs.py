@@ -80,7 +80,7 @@ def test_a_student_of_another_architecture_is_resumed_without_pairs(recipe, tmp_
         return total(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_total", stopped)
+        patch.setattr(loop, "total_of", stopped)
         assert run("apply", "--no-report", recipe, *words)[0] == 128 + signal.SIGTERM
     assert json.loads((tmp_path / "run" / "checkpoints" / "0_distill.layers.json").read_text()) == []
     assert "auto: as when the phase began" in done("apply", "--no-report", recipe, *words, "--resume")

@@ -199,7 +199,7 @@ def test_a_stopped_training_goes_on_to_the_same_bits(tmp_path, monkeypatch):
         return original(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_total", counted)
+        patch.setattr(loop, "total_of", counted)
         with pytest.raises(Interrupted, match="resume=True"):
             compressvit.distill(stopped, teacher, batches, output=tmp_path / "out", **options)
     with pytest.raises(UserError, match="is not empty; give resume=True"):

@@ -28,7 +28,7 @@ def stopped(recipe):
         return total(*arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_total", counted)
+        patch.setattr(loop, "total_of", counted)
         assert run("apply", recipe, "--output", folder, *OPTIONS)[0] == 128 + signal.SIGTERM
     return folder
 

@@ -53,7 +53,7 @@ def stopped(recipe, folder, monkeypatch, batch=6):
         return total(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_total", counted)
+        patch.setattr(loop, "total_of", counted)
         assert run("apply", "--no-report", recipe, "--output", folder)[0] == 128 + signal.SIGTERM
     return folder / "checkpoints" / "2_finetune.pt"
 

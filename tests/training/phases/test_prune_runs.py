@@ -130,7 +130,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(whole, recipe, tmp_path, monkeyp
         return total(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_total", counted)
+        patch.setattr(loop, "total_of", counted)
         code, _, err = run("apply", "--no-report", recipe, "--output", folder)
     assert code == 128 + signal.SIGTERM
     assert "--resume" in err
