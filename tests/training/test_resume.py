@@ -219,7 +219,7 @@ def test_a_damaged_checkpoint_is_refused(recipe, finished, tmp_path):
         assert words in message
     torch.save({"done": False, "model": {}, "epoch": 1}, file)
     message = refused("apply", recipe, "--output", folder, "seed=3", "--resume")
-    for words in ("1_distill.pt has no 'batch_index'", "another version", "remove it"):
+    for words in ("1_distill.pt has no 'frozen'", "another version", "remove it"):
         assert words in message
     file.unlink()
     done("apply", "--no-report", recipe, "--output", folder, "seed=3", "--resume")
