@@ -192,7 +192,7 @@ def test_lists_and_folders_of_images(seed, image_folders, tmp_path):
 @pytest.fixture(scope="module")
 def stopped(recipe):
     """A run that was stopped between two steps of its distillation."""
-    folder, batches, total = recipe.parent / "stopped", [], loop._total
+    folder, batches, total = recipe.parent / "stopped", [], loop.total_of
 
     def counted(*arguments, **options):
         batches.append(1)

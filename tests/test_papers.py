@@ -137,3 +137,14 @@ def test_adaptformer_trains_less_than_2_percent():
     backbone, adapters, classifier = VIT_B["full fine-tuning"], VIT_B["AdaptFormer, h' = 64"], 100 * (768 + 1)
     assert round(100 * adapters / backbone, 1) == 1.4
     assert round(100 * (adapters + classifier) / backbone, 1) == 1.5
+
+
+def test_table_1_of_lors():
+    stages, query, rank = 6, 256, 16
+    rows, columns = 128, 64  # of the spatial mixing
+    dense = query * rows * columns
+    adaptive = [dense / stages + terms * (query * rank**2 + rank * (rows + columns)) for terms in (1, 2, 3)]
+    assert [round(100 * each / dense, 1) for each in adaptive] == [19.9, 23.2, 26.5]
+    inputs, outputs = 32_768, 256  # of the projection
+    static = inputs * outputs / stages + 8 * (inputs + outputs)
+    assert round(100 * static / (inputs * outputs), 1) == 19.8

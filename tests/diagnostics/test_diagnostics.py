@@ -143,7 +143,7 @@ def test_findings_are_files_and_pictures_in_tensorboard(whole):
     "batch", [3, 12, 21]
 )  # amid the teacher's epoch, between two batches of a step, between two epochs
 def test_a_stopped_run_keeps_what_it_recorded(whole, recipe, tmp_path, monkeypatch, rude, batch):
-    folder, seen, total = tmp_path / "run", [], loop._total
+    folder, seen, total = tmp_path / "run", [], loop.total_of
 
     def counted(*args):
         seen.append(1)

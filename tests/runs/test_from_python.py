@@ -190,7 +190,7 @@ def test_a_stopped_training_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     whole, teacher = pair()
     compressvit.distill(whole, teacher, batches, output=tmp_path / "whole", **options)
     stopped, _ = pair()
-    original, calls = loop._total, []
+    original, calls = loop.total_of, []
 
     def counted(*arguments):
         calls.append(1)

@@ -19,7 +19,7 @@ OPTIONS = ["--no-report", "steps.1.distill.keep=best", "steps.1.distill.ema=0.9"
 @pytest.fixture(scope="module")
 def stopped(recipe):
     """A run that was stopped between two steps of an epoch of its distillation."""
-    folder, batches, total = recipe.parent / "damaged", [], loop._total
+    folder, batches, total = recipe.parent / "damaged", [], loop.total_of
 
     def counted(*arguments, **options):
         batches.append(1)

@@ -44,7 +44,7 @@ def recipe(tmp_path):
 
 def stopped(recipe, folder, monkeypatch, batch=6):
     """A run that was stopped amid its second epoch; its checkpoint."""
-    seen, total = [], loop._total
+    seen, total = [], loop.total_of
 
     def counted(*args):
         seen.append(1)

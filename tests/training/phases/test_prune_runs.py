@@ -121,7 +121,7 @@ def test_every_removal_is_followed_by_a_training_with_a_checkpoint_of_its_own(wh
     ],
 )
 def test_a_stopped_run_goes_on_to_the_same_bits(whole, recipe, tmp_path, monkeypatch, batch, told):
-    folder, seen, total = tmp_path / "run", [], loop._total
+    folder, seen, total = tmp_path / "run", [], loop.total_of
 
     def counted(*args):
         seen.append(1)
