@@ -83,12 +83,12 @@ def save(
     """
     state = model.state_dict()
     _require_plain(state)
+    if empty := next((name for name, tensor in state.items() if tensor.is_meta), None):
+        raise UserError(f"{empty} is on the meta device and has no values to save; load or initialise the model first")
     path = Path(path)
     if path.is_symlink():  # the target of a link is replaced, not the link
         path = path.resolve()
-    manifest = _manifest(model, input_config)  # first, because a broken tie is a better message than what broke it
-    if empty := next((name for name, tensor in state.items() if tensor.is_meta), None):
-        raise UserError(f"{empty} is on the meta device and has no values to save; load or initialise the model first")
+    manifest = _manifest(model, input_config)
     if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or (path / MANIFEST).is_file())):
         raise UserError(f"{path} exists and is not a compressvit artifact; choose another folder")
     tensors = {k: v.detach().contiguous().cpu() for k, v in ties.unique_state(model).items()}

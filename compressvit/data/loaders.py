@@ -21,13 +21,13 @@ from timm.data.loader import PrefetchLoader
 from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from compressvit.data.annotated import PlacedTransform
 from compressvit.data.collation import Targets, collate
 from compressvit.data.image_transform import image_transform
 from compressvit.data.input import InputConfig
 from compressvit.data.opening import Datasets
 from compressvit.data.pictures import BrokenPicture
 from compressvit.data.pixels import Pixels
+from compressvit.data.placed_transform import PlacedTransform
 from compressvit.data.samples import Samples, seeded
 from compressvit.data.spec import Augment, Data
 from compressvit.data.streams import Stream

@@ -122,7 +122,7 @@ def body_of(model: nn.Module) -> nn.Module | None:
 
 def supported(*needs: Need) -> str:
     """The models that compressvit works on, for messages; with `needs`, those of the families that meet them."""
-    families = [family for family in FAMILIES.values() if not any(map(family.lacks, needs))]
+    families = [family for family in FAMILIES.values() if family.body is None and not any(map(family.lacks, needs))]
     with_attention = [text for family in families if family.attention is not None for text in family.supports]
     others = [text for family in families if family.attention is None for text in family.supports]
     if needs:

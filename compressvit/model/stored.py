@@ -102,7 +102,8 @@ def build_plain(path: Path, manifest: Manifest) -> nn.Module:
     """timm's own model of a manifest, before any transform, with fresh values; raises a `UserError` where timm cannot build it."""
     import timm
 
-    register_detectors()
+    if not timm.is_model(manifest.architecture):
+        register_detectors()
     if not timm.is_model(manifest.architecture):  # `hf-hub:…` would ask a server, `local-dir:…` read another folder
         hint = did_you_mean(manifest.architecture, timm.list_models(), list_at_most=0)
         raise UserError(

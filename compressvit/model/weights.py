@@ -82,7 +82,8 @@ def require_known(name: str) -> None:
     import timm
 
     architecture, _, tag = name.partition(".")
-    register_detectors()
+    if not timm.is_model(architecture):
+        register_detectors()
     if not timm.is_model(architecture):
         hint = did_you_mean(architecture, timm.list_models(), list_at_most=0)
         raise UserError(

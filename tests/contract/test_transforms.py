@@ -40,8 +40,9 @@ def test_ledger_counts_a_tensor_shared_by_an_earlier_step_once():
 
 
 def _structural() -> list[Transform]:
-    """All that look for blocks; biases are found by their names wherever they are, and every model has a classifier."""
-    others = ("bitfit", "head_norm")
+    """All that look for blocks; biases are found by their names wherever they are, and every model has a classifier; no backbone has
+    a decoder."""
+    others = ("bitfit", "head_norm", "adaptive_lors")
     return [s[0] for name, s in EXAMPLES.items() if not s[0].plan_class.loads_values and name not in others]
 
 

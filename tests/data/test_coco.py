@@ -9,10 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from compressvit.data.annotated import Annotation, PlacedTransform
+from compressvit.data.annotated import Annotation
 from compressvit.data.input import InputConfig
 from compressvit.data.loaders import eval_loader, train_loader
 from compressvit.data.opening import open_data
+from compressvit.data.placed_transform import PlacedTransform
 from compressvit.data.spec import Augment, Data
 from compressvit.errors import UserError
 

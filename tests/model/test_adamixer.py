@@ -18,7 +18,7 @@ from compressvit.model.detectors.prediction import SetPrediction, costs
 from compressvit.model.detectors.sampling import level_weights, points_of, sample_pyramid
 from compressvit.model.weights import build
 from compressvit.transforms import LORS, AdaptiveLORS
-from compressvit.transforms.applying import apply_plans
+from compressvit.transforms.applying import apply_plans, compress
 
 PAPER = {"dim": 256, "channels": 256, "classes": 80, "heads": 8, "hidden": 2048, "points_out": 128}
 SMALL = {"queries": 6, "stages": 3, "dim": 32, "channels": 16, "heads": 4, "hidden": 48, "groups": 2, "points_in": 4}
@@ -280,3 +280,14 @@ def test_a_small_detector_learns_one_scene_by_heart():
     order = best.labels.argsort(descending=True)
     assert best.labels[order].tolist() == [3, 1]
     assert box_iou(best.boxes[order], truth["boxes"]).diagonal().min() > 0.8  # measured
+
+
+def test_a_detector_is_exported_whole():
+    model = compress(detector().eval(), [AdaptiveLORS(rank=2, terms=1, init="scratch")])
+    images = torch.randn(2, 3, 32, 32)
+    exported = torch.export.export(model, (images,)).module()
+    with torch.no_grad():
+        for ours, theirs in zip(model(images), exported(images), strict=True):
+            assert torch.allclose(ours, theirs, atol=1e-6)
+        traced = torch.jit.trace(model, images)
+        assert torch.allclose(model(images).boxes, traced(images)[1], atol=1e-6)

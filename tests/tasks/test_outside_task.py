@@ -143,5 +143,6 @@ def test_a_word_counts_where_the_model_can_do_it(value):
 
 
 def test_figures_of_all_tasks_are_in_order(value):
-    assert list(qualities()) == ["top1", "top5", "agreement", "cosine", "cosine_patches", "rmse"]
-    assert ranking() == ("top1", "agreement", "cosine", "rmse")
+    of_boxes = ["ap", "ap50", "ap75", "ap50_of_teacher"]
+    assert list(qualities()) == ["top1", "top5", "agreement", "cosine", *of_boxes, "cosine_patches", "rmse"]
+    assert ranking() == ("top1", "agreement", "cosine", "ap", "ap50", "ap50_of_teacher", "rmse")

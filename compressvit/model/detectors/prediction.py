@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torchvision.ops import generalized_box_iou, generalized_box_iou_loss, sigmoid_focal_loss
 
@@ -93,6 +92,8 @@ def _matched(
     logits: Tensor, boxes: Tensor, targets: Sequence[Target]
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Image and query of every matched pair of a batch, and its box and class."""
+    from scipy.optimize import linear_sum_assignment
+
     images, queries, chosen = [], [], []
     for i, target in enumerate(targets):
         if not len(target["labels"]):

@@ -1,0 +1,88 @@
+"""From a picture and its annotation to the pixels of a model and the ground truth, moved alike. Transforms are torchvision's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from PIL import Image
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from compressvit.data import pictures
+from compressvit.data.annotated import Annotation
+from compressvit.data.input import InputConfig
+from compressvit.data.spec import Augment
+from compressvit.errors import UserError
+
+LEAST_SIDE = 1.0  # pixels of what an augmentation must leave of a box
+
+
+def tensors(annotation: Annotation) -> dict[str, Any]:
+    """An annotation as torchvision's `transforms.v2` takes it."""
+    boxes = torch.tensor(annotation.boxes, dtype=torch.float32).reshape(-1, 4)
+    return {
+        "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=annotation.size),
+        "labels": torch.tensor(annotation.labels, dtype=torch.long),
+        "crowd": torch.tensor(annotation.crowd, dtype=torch.bool),
+    }
+
+
+class PlacedTransform:
+    """From a picture and its annotation to the pixels of a model and the ground truth of `tasks.detection`, both moved alike.
+
+    The picture is resized to the model's size, each side by itself. Transforms are torchvision's.
+
+    Args:
+        config: the model's input.
+        augment: None in evaluation.
+
+    Raises:
+        UserError: an augmentation that does not move boxes, or a way of cropping that would lose some.
+    """
+
+    def __init__(self, config: InputConfig, augment: Augment | None, *, exif: bool = False):
+        if exif:
+            raise UserError("data.exif=true would turn pictures away from their boxes; leave it out")
+        if config.crop_mode != "squash" or config.crop_pct != 1:
+            raise UserError(
+                f"data.crop_mode={config.crop_mode}, crop_pct={config.crop_pct:g} would cut objects off in evaluation; detectors take "
+                "crop_mode=squash, crop_pct=1"
+            )
+        self.channels = config.channels
+        size = (config.height, config.width)
+        how = v2.InterpolationMode(config.interpolation)
+        if augment is None:
+            self.move: Any = v2.Resize(size, interpolation=how)
+            return
+        for name in ("auto_augment", "translate"):
+            if getattr(augment, name):
+                raise UserError(
+                    f"data.augment.{name} does not move boxes; detection takes scale, ratio, hflip, vflip, color_jitter"
+                )
+        steps: list[Any] = [
+            v2.RandomResizedCrop(size, augment.scale, augment.ratio, interpolation=how)
+            if augment.scale
+            else v2.Resize(size, how)
+        ]
+        steps += [v2.RandomHorizontalFlip(augment.hflip)] if augment.hflip else []
+        steps += [v2.RandomVerticalFlip(augment.vflip)] if augment.vflip else []
+        jitter = augment.color_jitter
+        steps += [v2.ColorJitter(jitter, jitter, jitter)] if jitter else []
+        self.move = v2.Compose(steps)
+
+    def __call__(self, image: Image.Image, annotation: Any) -> tuple[torch.Tensor, Any]:
+        """The pixels, uint8 (C, H, W), and the ground truth; an image without an annotation keeps its target."""
+        image = pictures.to_channels(pictures.standard(image)[0], self.channels)
+        if not isinstance(annotation, Annotation):
+            return v2.functional.pil_to_tensor(self.move(image)), annotation
+        image, target = self.move(image, tensors(annotation))
+        pixels = v2.functional.pil_to_tensor(image)
+        height, width = pixels.shape[-2:]
+        target["boxes"] = v2.functional.clamp_bounding_boxes(target["boxes"])
+        sides = target["boxes"].as_subclass(torch.Tensor)
+        kept = ((sides[:, 2:] - sides[:, :2]) >= LEAST_SIDE).all(dim=1)
+        target = {name: value.as_subclass(torch.Tensor)[kept] for name, value in target.items()}
+        target["boxes"] = target["boxes"] / torch.tensor([width, height, width, height])
+        target["size"] = torch.tensor(annotation.size)
+        return pixels, target
