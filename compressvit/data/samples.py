@@ -201,7 +201,9 @@ class BrokenFiles:
         Raises:
             UserError: 50 consecutive files (or the whole set, if smaller) are broken.
         """
-        if self._files == len(self._reported):
+        # before the flags are looked at: a worker may raise more of them meanwhile, which the next call then finds
+        new = [key for key in self._found() if key not in self._reported]
+        if not new:
             return
         for samples in self._sets:
             run = min(MAX_CONSECUTIVE_BROKEN, len(samples))
@@ -212,9 +214,7 @@ class BrokenFiles:
                     f"{len(samples)} so far), such as {samples.name(int(samples.broken.argmax()))}; that is "
                     "more than a few bad files: check that data.root holds intact images"
                 )
-        for key in self._found():
-            if key in self._reported:
-                continue
+        for key in new:
             self._reported.add(key)
             samples, position = self._sets[key[0]], key[1]
             try:

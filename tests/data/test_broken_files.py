@@ -14,6 +14,7 @@ from helpers.images import COLOUR, CPU, PLAIN, POLICY, as_multiset, class_folder
 from compressvit.data import samples
 from compressvit.data.loaders import eval_loader, train_loader
 from compressvit.data.opening import open_data
+from compressvit.data.samples import BrokenFiles
 from compressvit.data.spec import Data
 from compressvit.errors import UserError
 
@@ -88,6 +89,26 @@ def test_a_set_of_broken_files_is_refused(tmp_path, workers, make):
         epoch(loader)
     assert "worker process" not in str(error.value)
     assert set(multiprocessing.active_children()) <= before
+
+
+def test_what_a_worker_finds_amid_a_report_is_not_overlooked(tmp_path, monkeypatch):
+    held_out = open_data(Data(name="folder", root=str(class_folders(tmp_path, each=30)))).validation
+    broken = BrokenFiles(held_out)
+    held_out.broken[:49] = 1
+    found = broken._found
+
+    def and_one_more():
+        held_out.broken[49] = 1
+        return found()
+
+    monkeypatch.setattr(broken, "_found", and_one_more)
+
+    def twice():
+        broken.report()
+        broken.report()
+
+    with pytest.raises(UserError, match="50 consecutive image files"):
+        twice()
 
 
 def test_a_small_set_of_broken_files_is_refused(tmp_path):
