@@ -129,7 +129,8 @@ class Samples(Dataset):
                 image, done = read_picture(file, exif=self.exif)
         else:
             image, target = self.source[index]
-            image, done = standard(image, exif=self.exif)
+            # a set of torchvision's whose files are read by `read_picture` gives what that gives
+            image, done = image if isinstance(image, tuple) else standard(image, exif=self.exif)
         return image, target, done
 
     def identity(self) -> str:

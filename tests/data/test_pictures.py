@@ -272,6 +272,16 @@ def test_an_eps_called_png_starts_no_program(tmp_path, ghostscript, name):
     assert not ghostscript.exists()
 
 
+@pytest.mark.parametrize("name", ["folder", "torch/image_folder"])
+def test_what_was_done_to_read_is_counted_whoever_lists_the_files(tmp_path, name):
+    root = class_folders(tmp_path / "set")
+    deep = root / "val" / "cat" / "deep.png"
+    Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(deep)
+    datasets = open_data(Data(name=name, root=str(root), val_split="val"))
+    epoch(eval_loader(datasets, Data(name=name, root=str(root), val_split="val"), PLAIN, CPU))
+    assert [(note.what, note.count) for note in datasets.broken.notes()] == [("sixteen_bits", 1)]
+
+
 def test_other_packages_start_no_program_either(ghostscript):
     with pytest.raises(OSError, match="Ghostscript"):
         Image.open(io.BytesIO(EPS)).load()

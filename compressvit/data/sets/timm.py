@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from PIL import Image
+from functools import partial
+
 from torch.utils.data import Dataset
 
 from compressvit.data.data_set import data_set
@@ -55,7 +56,7 @@ def open_timm(data: Data) -> tuple[Dataset, Dataset]:
                 input_img_mode="RGB" if prefix == "tfds" else "",  # else `compressvit.data.pictures` converts
             )
             if getattr(source, "loader", None) is default_loader:
-                source.loader = _open
+                source.loader = partial(read_picture, exif=data.exif)  # also what was done to read it, for `Samples`
             count = len(source)
         except Exception as error:  # each reader objects in its own way, always to what the recipe asked for
             way_out = (
@@ -71,10 +72,6 @@ def open_timm(data: Data) -> tuple[Dataset, Dataset]:
             )
         sources.append(source)
     return sources[0], sources[1]
-
-
-def _open(path: str) -> Image.Image:
-    return read_picture(path)[0]
 
 
 for _name, _classes in _TORCH.items():
