@@ -26,7 +26,7 @@ from compressvit.errors import UserError, did_you_mean
 from compressvit.model import old
 from compressvit.model.bounded import require_sound
 from compressvit.model.checksums import content_checksum, damaged
-from compressvit.model.detectors import register_detectors
+from compressvit.model.detectors import is_model
 from compressvit.model.header import MANIFEST, TENSORS, Slot, read_header
 from compressvit.model.modules import as_timm
 from compressvit.reading import Unreadable, read_json
@@ -102,9 +102,7 @@ def build_plain(path: Path, manifest: Manifest) -> nn.Module:
     """timm's own model of a manifest, before any transform, with fresh values; raises a `UserError` where timm cannot build it."""
     import timm
 
-    if not timm.is_model(manifest.architecture):
-        register_detectors()
-    if not timm.is_model(manifest.architecture):  # `hf-hub:…` would ask a server, `local-dir:…` read another folder
+    if not is_model(manifest.architecture):  # `hf-hub:…` would ask a server, `local-dir:…` read another folder
         hint = did_you_mean(manifest.architecture, timm.list_models(), list_at_most=0)
         raise UserError(
             f"{path / MANIFEST}: timm {timm.__version__} cannot build {manifest.architecture[:100]}: it has no architecture of that name"

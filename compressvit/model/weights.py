@@ -20,7 +20,7 @@ from compressvit.errors import UserError, did_you_mean, nearest
 from compressvit.files import damaged_record, expanded, torch_fault
 from compressvit.model.backbone import family_of, head_names, model_name
 from compressvit.model.bounded import on_meta, require_sound
-from compressvit.model.detectors import register_detectors
+from compressvit.model.detectors import is_model
 from compressvit.model.local_dir import read_local_dir
 from compressvit.model.modules import as_timm
 from compressvit.model.stored import is_artifact, read_safetensors, read_tensors, require_as_written
@@ -82,9 +82,7 @@ def require_known(name: str) -> None:
     import timm
 
     architecture, _, tag = name.partition(".")
-    if not timm.is_model(architecture):
-        register_detectors()
-    if not timm.is_model(architecture):
+    if not is_model(architecture):
         hint = did_you_mean(architecture, timm.list_models(), list_at_most=0)
         raise UserError(
             f"timm {timm.__version__} has no model {architecture!r}; {hint or 'timm.list_models() lists them'}"

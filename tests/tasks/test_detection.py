@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 from compressvit.artifacts import artifact
 from compressvit.errors import UserError
 from compressvit.model.detectors.prediction import Detections
+from compressvit.model.families.adamixer import SMALL
 from compressvit.model.weights import build
 from compressvit.recipe.recipe import parse_recipe
 from compressvit.runs.models import load_teacher
@@ -128,21 +129,7 @@ RECIPE = {
     "teacher": {
         "model": "adamixer",
         "weights": "train",
-        "args": {
-            "backbone": "vit_tiny_patch16_224",
-            "backbone_args": {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4},
-            "img_size": 32,
-            "queries": 6,
-            "stages": 2,
-            "dim": 32,
-            "channels": 16,
-            "heads": 4,
-            "hidden": 48,
-            "groups": 2,
-            "points_in": 4,
-            "points_out": 8,
-            "num_classes": 2,
-        },
+        "args": {**SMALL, "stages": 2, "num_classes": 2},
         "finetune": {"epochs": 3, "lr": 2e-3, "clip_grad": 1.0, "backbone_lr": 0.5},
     },
     "data": {"name": "coco", "batch_size": 8, "augment": {"hflip": 0.5}},
