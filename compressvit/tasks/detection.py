@@ -67,8 +67,8 @@ class Detection(Task):
         return classes
 
     def collate(self, targets: Sequence[Any]) -> Any:
-        """The ground truth of each image: `boxes` (n, 4) in widths and heights of the image, `labels` (n,), `crowd` (n,) of bool, `masks`
-        if there are any, and `size` (2,), the picture's height and width on disk."""
+        """The ground truth of each image: `boxes` (n, 4) in widths and heights of the image, `labels` (n,), `crowd` (n,) of bool, and
+        `size` (2,), the picture's height and width on disk."""
         return list(targets)
 
     def known(self, targets: Any) -> Tensor:
