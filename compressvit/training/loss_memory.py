@@ -13,6 +13,7 @@ from compressvit.model import surgery
 from compressvit.model.bounded import TooMany, counted
 from compressvit.model.cost import saved_bytes
 from compressvit.model.outputs import tensors_of
+from compressvit.model.shapes import RememberedShapes
 from compressvit.model.taps import Taps
 from compressvit.tasks.base import Task, task_of
 from compressvit.training.terms import Batch, Term
@@ -36,9 +37,10 @@ def loss_bytes(
     models, device = [surgery.skeleton(student).train(), surgery.skeleton(teacher).eval()], torch.device("meta")
     taps = [Taps(m, [t for term in terms for t in side(term)]) for m, side in zip(models, _SIDES, strict=True)]
     images = [torch.empty(batch, c.channels, c.height, c.width, device=device) for c in (size, teacher_size)]
-    student_logits = models[0](images[0])
-    with torch.no_grad():
-        teacher_logits = models[1](images[1])
+    with RememberedShapes():
+        student_logits = models[0](images[0])
+        with torch.no_grad():
+            teacher_logits = models[1](images[1])
     seen = [tap.pop() for tap in taps]
     alive = [[t for values in side.values() for t in values.values() if isinstance(t, torch.Tensor)] for side in seen]
     targets = (task or task_of(student)).placeholder(batch)
@@ -47,7 +49,7 @@ def loss_bytes(
     sizes = {}
     for term in terms:
         # A loss that looks at values has no size on the meta device, and one of ten thousands of small products takes minutes there.
-        with suppress(NotImplementedError, TooMany), counted(15_000):
+        with suppress(NotImplementedError, TooMany), counted(15_000), RememberedShapes():
             sizes[term.name] = saved_bytes(partial(term.function, example), known)
     storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in alive[1]}
     return {**sizes, "teacher taps": sum(storages.values())}
