@@ -39,6 +39,10 @@ class Detections(NamedTuple):
         """Those of highest score."""
         return Detections(*(None if part is None else part[:count] for part in self))  # type: ignore[arg-type]
 
+    def sure(self, score: float) -> Detections:
+        """Those of a score of at least `score`."""
+        return self.first(int((self.scores >= score).sum()))
+
 
 class SetPrediction(NamedTuple):
     """Logits (stages, B, N, classes) and boxes (stages, B, N, 4) of every stage; the last one's are the answer."""
