@@ -222,19 +222,19 @@ def refuse_labels(job: Job) -> None:
             raise UserError(
                 f"the data has {have} classes, and the {whose}'s head has only {classes}; set {where}={have}{advice}"
             )
-    if fault := missing_masks(job):
-        raise UserError(fault)
+    _refuse_missing_masks(job)
 
 
-def missing_masks(job: Job) -> str | None:
-    """What to tell where a model is to learn masks and the training set has none."""
+def _refuse_missing_masks(job: Job) -> None:
+    """Raise a `UserError` where a model is to learn masks and the training set has none."""
     learns = {"teacher": job.teacher} if trains_teacher(job.recipe) else {}
     learns |= {"student": job.student} if job.recipe.phases() else {}
     source = getattr(job.datasets.train, "source", None)
     if not isinstance(source, AnnotatedFiles) or source.outlined:
-        return None
-    whose = next((whose for whose, side in learns.items() if side.input.masks), None)
-    return whose and (
-        f"the {whose} is a {model_name(learns[whose].model)}, which learns masks, and no object to train on has a segmentation that gives "
-        f"one; set {whose}.model=faster_rcnn to learn boxes alone"
-    )
+        return
+    for whose, side in learns.items():
+        if side.input.masks:
+            raise UserError(
+                f"the {whose} is a {model_name(side.model)}, which learns masks, and no object to train on has a segmentation that gives "
+                f"one; set {whose}.model=faster_rcnn to learn boxes alone"
+            )

@@ -26,7 +26,7 @@ from compressvit.model.weights import copy_matching
 from compressvit.notes import Note
 from compressvit.recipe.recipe import Merge, Recipe
 from compressvit.runs.files import Costs, DataPlan, LedgerRow, NoteRow, PlannedTeacher, RecipePlan, StagePlan, StepPlan
-from compressvit.runs.job import PLACEHOLDER_CLASSES, Job, missing_masks, prepare
+from compressvit.runs.job import PLACEHOLDER_CLASSES, Job, prepare
 from compressvit.runs.models import student_body, trains_teacher
 from compressvit.tasks.base import TASKS, find_task, task_of
 from compressvit.training.phases import PhaseSpec, Setting
@@ -48,7 +48,6 @@ def plan_recipe(recipe: Recipe, name: str = "recipe") -> RecipePlan:
     plan = plan_job(job)
     if datasets is not None:
         plan.data = plan_data(job)
-        plan.conflicts += [text for text in [missing_masks(job)] if text]
     if fault is not None:
         plan.notes.append(f"data not found here, so not counted: {fault}")
     return plan
