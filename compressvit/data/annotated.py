@@ -1,4 +1,4 @@
-"""Pictures whose ground truth lies at places in them: boxes, which move with the pixels (`compressvit.data.placed_transform`)."""
+"""Pictures whose ground truth lies at places in them: boxes and masks, which move with the pixels (`compressvit.data.placed_transform`)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from PIL import Image
 
 from compressvit.data.files import PictureFiles
 from compressvit.data.notes import Note
+from compressvit.data.outlines import NO_OUTLINES, Outlines
 from compressvit.data.pictures import BrokenPicture
 
 
@@ -22,12 +23,14 @@ class Annotation:
         boxes: (x0, y0, x1, y1) of each object, in pixels.
         labels: its class, from 0.
         crowd: whether it stands for many objects that were not told apart.
+        outlines: what of the picture it covers, None where that is not known; empty where it is known of no object.
     """
 
     size: tuple[int, int]
     boxes: tuple[tuple[float, float, float, float], ...]
     labels: tuple[int, ...]
     crowd: tuple[bool, ...]
+    outlines: Outlines = NO_OUTLINES
 
 
 class AnnotatedFiles(PictureFiles):
@@ -37,6 +40,11 @@ class AnnotatedFiles(PictureFiles):
         self.samples: list[tuple[str, Any]] = list(samples)
         self.classes, self.notes = classes, list(notes)
         self.targets: Any = None  # they are not numbers
+
+    @property
+    def outlined(self) -> bool:
+        """Whether the mask of any object is known."""
+        return any(annotation.outlines for _, annotation in self.samples)
 
 
 def require_size(image: Image.Image, annotation: Any) -> None:

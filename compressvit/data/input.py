@@ -44,6 +44,7 @@ class InputConfig:
         channels, height, width: 1 (gray), 3 (colour) or 4 (colour and alpha), and pixels.
         mean, std: one number per channel, of pixel values in 0..1.
         interpolation, crop_pct, crop_mode: timm's words for resizing and cropping in evaluation.
+        masks: whether the model also learns the masks of objects, so that its targets have them.
     """
 
     channels: int
@@ -54,6 +55,7 @@ class InputConfig:
     interpolation: str
     crop_pct: float
     crop_mode: str = "center"
+    masks: bool = False
 
     @property
     def size(self) -> tuple[int, int, int]:
@@ -109,6 +111,7 @@ def input_config(model: nn.Module, data: Data, *, trained: bool = False, own_cro
         asked.interpolation or config["interpolation"],
         asked.crop_pct or crop_pct,
         asked.crop_mode or config["crop_mode"],
+        masks=getattr(model, "masks", False) is True,
     )
 
 

@@ -12,16 +12,21 @@ from torchvision.transforms import v2
 from compressvit.data import pictures
 from compressvit.data.annotated import Annotation
 from compressvit.data.input import InputConfig
+from compressvit.data.outlines import drawn, runs
 from compressvit.data.spec import Augment
 from compressvit.errors import UserError
+from compressvit.tasks.precision import Runs
 
 LEAST_SIDE = 1.0  # pixels of what an augmentation must leave of a box
 
 
-def tensors(annotation: Annotation) -> dict[str, Any]:
-    """An annotation as torchvision's `transforms.v2` takes it."""
+def tensors(annotation: Annotation, *, masks: bool = False) -> dict[str, Any]:
+    """An annotation as torchvision's `transforms.v2` takes it, with or without masks (n, H, W); that of an object without one is empty."""
     boxes = torch.tensor(annotation.boxes, dtype=torch.float32).reshape(-1, 4)
+    outlines = annotation.outlines or (None,) * len(annotation.boxes)
+    drawings = {"masks": tv_tensors.Mask(drawn(outlines, annotation.size))} if masks else {}
     return {
+        **drawings,
         "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=annotation.size),
         "labels": torch.tensor(annotation.labels, dtype=torch.long),
         "crowd": torch.tensor(annotation.crowd, dtype=torch.bool),
@@ -31,7 +36,8 @@ def tensors(annotation: Annotation) -> dict[str, Any]:
 class PlacedTransform:
     """From a picture and its annotation to the pixels of a model and the ground truth of `tasks.detection`, both moved alike.
 
-    The picture is resized to the model's size, each side by itself. Transforms are torchvision's.
+    The picture is resized to the model's size, each side by itself. Transforms are torchvision's. A model of masks also gets these: to
+    train, `masks` (n, H, W) of bool, moved with the pixels; in evaluation `runs`, those of the picture on disk as run lengths.
 
     Args:
         config: the model's input.
@@ -49,7 +55,7 @@ class PlacedTransform:
                 f"data.crop_mode={config.crop_mode}, crop_pct={config.crop_pct:g} would cut objects off in evaluation; detectors take "
                 "crop_mode=squash, crop_pct=1"
             )
-        self.channels = config.channels
+        self.channels, self.masks, self.training = config.channels, config.masks, augment is not None
         size = (config.height, config.width)
         how = v2.InterpolationMode(config.interpolation)
         if augment is None:
@@ -76,13 +82,23 @@ class PlacedTransform:
         image = pictures.to_channels(pictures.standard(image)[0], self.channels)
         if not isinstance(annotation, Annotation):
             return v2.functional.pil_to_tensor(self.move(image)), annotation
-        image, target = self.move(image, tensors(annotation))
+        image, target = self.move(image, tensors(annotation, masks=self.masks and self.training))
         pixels = v2.functional.pil_to_tensor(image)
         height, width = pixels.shape[-2:]
         target["boxes"] = v2.functional.clamp_bounding_boxes(target["boxes"])
         sides = target["boxes"].as_subclass(torch.Tensor)
         kept = ((sides[:, 2:] - sides[:, :2]) >= LEAST_SIDE).all(dim=1)
         target = {name: value.as_subclass(torch.Tensor)[kept] for name, value in target.items()}
+        if "masks" in target:
+            target["masks"] = target["masks"].bool()
         target["boxes"] = target["boxes"] / torch.tensor([width, height, width, height])
         target["size"] = torch.tensor(annotation.size)
+        if self.masks and not self.training and annotation.outlines:
+            found = _runs(annotation)
+            target["runs"] = [found[i] for i in kept.nonzero().flatten().tolist()]
         return pixels, target
+
+
+def _runs(annotation: Annotation) -> list[Runs | None]:
+    """The masks of a picture's objects at its size on disk; None of an object without, or whose mask holds no pixel."""
+    return [None if outline is None else runs(outline, annotation.size) for outline in annotation.outlines]

@@ -172,10 +172,12 @@ def load_file(model: nn.Module, path: str | Path, where: str, *, new_head: bool 
     misfit = [n for n in tensors if n in own and tensors[n].shape != own[n].shape]
     if misfit and set(misfit) <= heads:
         if not new_head:
-            classes = tensors[misfit[0]].shape[0]
+            classes, ours = tensors[misfit[0]].shape[0], own[misfit[0]].shape[0]
+            # the layers of a detector have more outputs than classes
+            known = classes if ours == model.num_classes else "another number of"
             raise UserError(
-                f"{where}: {path} has a classifier of {classes} classes and the model one of {model.num_classes}; "
-                f"set num_classes={classes} beside it, or train a new head with `teacher.finetune`"
+                f"{where}: {path} has a classifier of {known} classes and the model one of {model.num_classes}; "
+                f"set num_classes{f'={classes}' * (known == classes)} beside it, or train a new head with `teacher.finetune`"
             )
         notes.append(Note("classifier", len(misfit), "another number of classes; the classifier is initialised anew"))
         tensors = {n: t for n, t in tensors.items() if n not in heads}

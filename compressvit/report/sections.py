@@ -23,6 +23,7 @@ from compressvit.tasks.qualities import qualities
 
 CLASSES = 40  # more would be illegible; those that changed most are drawn
 LOG_LINES = 8
+SMALL_PICTURE = 96  # pixels; a larger one, in which something is drawn, gets more room
 MAX_PICTURE = 2**20  # bytes; those of a run are a hundredth of it
 
 
@@ -178,13 +179,15 @@ def gallery(run: Run) -> list[dict[str, Any]]:
         # only pictures in the run's own folder, whatever path the file contains
         file = run.path / "predictions" / Path(example.file).name
         kind = {".png": "image/png", ".jpg": "image/jpeg"}.get(file.suffix)
-        if kind is None or (picture := _picture(file, run.path)) is None:
+        if kind is None or (found := _picture(file, run.path)) is None:
             lost.append(file.name)
             continue
+        picture, size = found
         cards.append(
             {
                 "picture": f"data:{kind};base64,{base64.b64encode(picture).decode()}",
                 "pixelated": file.suffix == ".png",
+                "large": max(size) > SMALL_PICTURE,
                 "true": example.true,
                 "lines": list(_answers(example.true, {"teacher": example.teacher, "student": example.student})),
                 "value": measure.text(example.value) if measure else None,
@@ -196,17 +199,17 @@ def gallery(run: Run) -> list[dict[str, Any]]:
     return cards
 
 
-def _picture(file: Path, run: Path) -> bytes | None:
-    """The bytes of a small picture that a run kept, no link; None where it cannot be shown."""
+def _picture(file: Path, run: Path) -> tuple[bytes, tuple[int, int]] | None:
+    """The bytes of a small picture that a run kept, no link, and its size; None where it cannot be shown."""
     try:
         content = read_bytes(file, most=MAX_PICTURE, root=run)
         with Image.open(io.BytesIO(content), formats=("PNG", "JPEG")) as image:
             if max(image.size) > 4096:
                 return None
             image.load()
+            return content, image.size
     except Exception:  # what Pillow raises of a damaged picture has no common base
         return None
-    return content
 
 
 def _answers(true: str | None, answers: dict[str, Answer | str | None]) -> Iterator[dict[str, Any]]:

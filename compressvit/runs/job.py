@@ -18,13 +18,14 @@ from functools import cached_property
 import torch
 from torch import nn
 
+from compressvit.data.annotated import AnnotatedFiles
 from compressvit.data.input import Side
 from compressvit.data.opening import Datasets, open_data
 from compressvit.data.spec import known_classes
 from compressvit.errors import UserError, option, switch
 from compressvit.files import expanded
 from compressvit.model import weights
-from compressvit.model.backbone import family_of
+from compressvit.model.backbone import family_of, model_name
 from compressvit.recipe.recipe import Recipe
 from compressvit.runs.folder import RunFolder
 from compressvit.runs.models import (
@@ -220,4 +221,20 @@ def refuse_labels(job: Job) -> None:
             where = "teacher.num_classes" if whose == "teacher" else "student.args.num_classes"
             raise UserError(
                 f"the data has {have} classes, and the {whose}'s head has only {classes}; set {where}={have}{advice}"
+            )
+    _refuse_missing_masks(job)
+
+
+def _refuse_missing_masks(job: Job) -> None:
+    """Raise a `UserError` where a model is to learn masks and the training set has none."""
+    learns = {"teacher": job.teacher} if trains_teacher(job.recipe) else {}
+    learns |= {"student": job.student} if job.recipe.phases() else {}
+    source = getattr(job.datasets.train, "source", None)
+    if not isinstance(source, AnnotatedFiles) or source.outlined:
+        return
+    for whose, side in learns.items():
+        if side.input.masks:
+            raise UserError(
+                f"the {whose} is a {model_name(side.model)}, which learns masks, and no object to train on has a segmentation that gives "
+                f"one; set {whose}.model=faster_rcnn to learn boxes alone"
             )

@@ -22,7 +22,6 @@ from compressvit.tasks.base import Answers
 
 FORMAT = 1
 EXAMPLES = 24
-_PIXELS = 96  # maximum length of the longer side of a picture
 _SMALL = 40  # up to this size, a lossless PNG is small
 
 
@@ -108,7 +107,6 @@ class Predictions:
         mean, std = (pixels.new_tensor(v).view(-1, 1, 1) for v in (self.config.mean, self.config.std))
         levels = ((pixels * std + mean)[:3].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
         picture = Image.fromarray(levels[:, :, 0] if levels.shape[2] == 1 else levels)
-        if self.answers is not None:
-            picture = self.answers.draw(picture, answer)
-        picture.thumbnail((_PIXELS, _PIXELS))
-        return picture
+        assert self.answers is not None, "without answers there are no pictures"
+        picture.thumbnail((self.answers.pixels, self.answers.pixels))
+        return self.answers.draw(picture, answer)

@@ -82,9 +82,11 @@ class Answers(ABC):
 
     Attributes:
         measure: the key in `Task.measures` of what the images are chosen by; None where there is nothing to choose by.
+        pixels: the most that the longer side of a picture has in the report.
     """
 
     measure: str | None = None
+    pixels: int = 96
 
     @abstractmethod
     def add(self, outputs: Any, targets: Any, expected: Any | None) -> Tensor | None:
@@ -109,7 +111,7 @@ class Answers(ABC):
         """The picture that the report shows of an image; by default the image itself.
 
         Args:
-            picture: the image as the model takes it, height × width pixels, in mode L or RGB; it is made smaller afterwards.
+            picture: the image as the model takes it, made smaller to `pixels`, in mode L or RGB.
             description: what `describe` said of it.
         """
         return picture

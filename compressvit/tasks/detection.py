@@ -1,17 +1,15 @@
-"""The task `detection`: outputs are boxes with classes and scores, and targets the annotated boxes of each image.
+"""The task `detection`: outputs are boxes with classes and scores, of some models with masks, and targets the annotated objects.
 
-Figures are COCO's: average precision in percent, by pycocotools, over boxes in pixels of the pictures as they are on disk.
+Figures are COCO's: average precision in percent, by pycocotools, over boxes and masks in pixels of the pictures as they are on disk.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-from compressvit.errors import UserError
 from compressvit.tasks.base import Answers, Labels, Measure, Metrics, Result, Task, task
+from compressvit.tasks.precision import BOXES, MASKS, Precision, Runs, coco_masks, on_picture, true_masks
 from compressvit.tasks.quality import Curve, Quality
 
 if TYPE_CHECKING:
@@ -23,7 +21,6 @@ if TYPE_CHECKING:
 
 LIMIT = 100  # detections of an image that count, as in COCO
 SURE = 0.3  # score from which a detection is drawn, and from which the teacher's count as objects
-GRADED = ("ap", "ap50", "ap75")
 AP = Quality(
     "ap",
     "AP",
@@ -41,21 +38,36 @@ AP75 = Quality("ap75", "AP75", "average precision at IoU 0.75", "AP75", "%", 2, 
 AGREEMENT = Quality(
     "ap50_of_teacher", "of teacher", "AP50 against the teacher's boxes", "AP50 against the teacher's boxes", "%", 2
 )
+MASK_AP = Quality("mask_ap", "mask AP", "average precision of masks", "mask AP", "%", 2)
+MASK_AP50 = Quality("mask_ap50", "mask AP50", "average precision of masks at IoU 0.5", "mask AP50", "%", 2, detail=True)
+MASK_AP75 = Quality(
+    "mask_ap75", "mask AP75", "average precision of masks at IoU 0.75", "mask AP75", "%", 2, detail=True
+)
+MASK_AGREEMENT = Quality(
+    "mask_ap50_of_teacher",
+    "masks of teacher",
+    "AP50 of masks against the teacher's masks",
+    "mask AP50 against the teacher's masks",
+    "%",
+    2,
+    detail=True,
+)
 
 
 @task("detection")
 class Detection(Task):
-    """Boxes with classes."""
+    """Boxes with classes, and masks of models that give some."""
 
-    qualities = (AP, AP50, AP75, AGREEMENT)
-    ranking = ("ap", "ap50", "ap50_of_teacher")
-    graded = GRADED
+    qualities = (AP, AP50, AP75, MASK_AP, MASK_AP50, MASK_AP75, AGREEMENT, MASK_AGREEMENT)
+    ranking = ("ap", "ap50", "mask_ap", "ap50_of_teacher")
+    graded = (*BOXES, *MASKS)
     needs_class_count = True
     places = True
-    progress_names: ClassVar[Mapping[str, str]] = {"ap": "AP", "ap50": "AP50"}
+    progress_names: ClassVar[Mapping[str, str]] = {"ap": "AP", "ap50": "AP50", "mask_ap": "mask AP"}
     measures: ClassVar[Mapping[str, Measure]] = {
         "missed": Measure(
-            "The images on which student and teacher find the most different objects: the share of boxes that only one of them has.",
+            "The images on which student and teacher find the most different objects: the share of boxes that only one of them has. "
+            "Drawn are the sure ones: the student's in blue, the teacher's in yellow, and in white what is annotated.",
             lambda value: f"{100 * value:.0f} % only one",
         ),
     }
@@ -68,7 +80,8 @@ class Detection(Task):
 
     def collate(self, targets: Sequence[Any]) -> Any:
         """The ground truth of each image: `boxes` (n, 4) in widths and heights of the image, `labels` (n,), `crowd` (n,) of bool, and
-        `size` (2,), the picture's height and width on disk."""
+        `size` (2,), the picture's height and width on disk; for models of masks also `masks` (n, H, W) of the image, or in evaluation
+        `runs`, the masks on the picture on disk as run lengths, None of an object without."""
         return list(targets)
 
     def known(self, targets: Any) -> Tensor:
@@ -84,14 +97,14 @@ class Detection(Task):
         """The sum of the model's own losses; annotations of crowds are left out."""
         import torch
 
-        alone = [{**t, "boxes": t["boxes"][~t["crowd"]], "labels": t["labels"][~t["crowd"]]} for t in targets]
+        alone = [{key: t[key][~t["crowd"]] for key in ("boxes", "labels", "masks") if key in t} for t in targets]
         return torch.stack(list(outputs.losses(alone).values())).sum()
 
     def run(self, model: nn.Module, images: Tensor) -> list[Detections]:
         return model(images).detections(LIMIT)
 
     def metrics(self, model: nn.Module, teacher: nn.Module | None, labelled: bool) -> Metrics:
-        return _Metrics(model.num_classes, teacher is not None, labelled)  # type: ignore[arg-type]
+        return _Metrics(model, teacher, labelled)
 
     def comparable(self, outputs: Any, expected: Any) -> bool:
         return True
@@ -113,119 +126,72 @@ class Detection(Task):
         return parts[0] + parts[1]
 
 
-class _Precision:
-    """COCO's average precision of detections against boxes, in pixels of the pictures on disk."""
-
-    def __init__(self, classes: int):
-        self.classes = classes
-        self.truth: list[dict[str, Any]] = []
-        self.found: list[list[float]] = []
-        self.images = 0
-
-    def add(self, detections: Sequence[Detections], targets: Sequence[Mapping[str, Any]]) -> None:
-        import torch
-
-        for found, target in zip(detections, targets, strict=True):
-            self.images += 1
-            height, width = (float(side) for side in target["size"])
-            scale = torch.tensor([width, height, width, height], dtype=torch.float64)
-            boxes = target["boxes"].cpu().double() * scale
-            for box, label, crowd in zip(
-                boxes.tolist(), target["labels"].tolist(), target["crowd"].tolist(), strict=True
-            ):
-                x0, y0, x1, y1 = box
-                self.truth.append(
-                    {
-                        "id": len(self.truth) + 1,
-                        "image_id": self.images,
-                        "category_id": label + 1,
-                        "bbox": [x0, y0, x1 - x0, y1 - y0],
-                        "area": (x1 - x0) * (y1 - y0),
-                        "iscrowd": int(crowd),
-                    }
-                )
-            boxes = found.boxes.cpu().double() * scale
-            for (x0, y0, x1, y1), score, label in zip(
-                boxes.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True
-            ):
-                self.found.append([self.images, x0, y0, x1 - x0, y1 - y0, score, label + 1])
-
-    def result(self) -> Result:
-        """`GRADED` in percent; None where there is no annotated box."""
-        if not any(not box["iscrowd"] for box in self.truth):
-            return dict.fromkeys(GRADED)
-        if not self.found:
-            return dict.fromkeys(GRADED, 0.0)
-        import numpy as np
-
-        coco, evaluation = _pycocotools()
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints its tables
-            truth = coco()
-            truth.dataset = {
-                "images": [{"id": i + 1} for i in range(self.images)],
-                "annotations": self.truth,
-                "categories": [{"id": i + 1} for i in range(self.classes)],
-                "info": {},
-            }
-            truth.createIndex()
-            judged = evaluation(truth, truth.loadRes(np.asarray(self.found)), "bbox")
-            judged.evaluate()
-            judged.accumulate()
-            judged.summarize()
-        return {key: 100 * float(value) for key, value in zip(GRADED, judged.stats, strict=False)}
-
-
-def _pycocotools() -> tuple[Any, Any]:
-    try:
-        from pycocotools.coco import COCO
-        from pycocotools.cocoeval import COCOeval
-    except ImportError as error:
-        raise UserError(
-            "average precision needs a package: pip install pycocotools, or compressvit[detection]"
-        ) from error
-    return COCO, COCOeval
-
-
 class _Metrics(Metrics):
-    def __init__(self, classes: int, beside_teacher: bool, labelled: bool):
-        self.labelled = labelled
-        self.ours = _Precision(classes)
-        self.theirs = _Precision(classes) if beside_teacher else None
-        self.agreement = _Precision(classes) if beside_teacher else None
+    """Figures of masks only of a model that gives some."""
+
+    def __init__(self, model: nn.Module, teacher: nn.Module | None, labelled: bool):
+        classes = cast(int, model.num_classes)
+        ours, theirs = _gives_masks(model), teacher is not None and _gives_masks(teacher)
+        self.labelled, self.both = labelled, ours and theirs
+        self.ours = Precision(classes, ours)
+        self.theirs = None if teacher is None else Precision(classes, theirs)
+        self.agreement = None if teacher is None else Precision(classes, ours and theirs)
 
     def add(self, outputs: Sequence[Detections], targets: Any, expected: Sequence[Detections] | None) -> None:
+        sizes = [target["size"].tolist() for target in targets]
+        masks = _drawn(outputs, sizes) if self.ours.masks and (self.labelled or self.both) else None
         if self.labelled:
-            self.ours.add(outputs, targets)
+            self.ours.add(outputs, targets, masks)
         if expected is None or self.theirs is None or self.agreement is None:
             return
+        others = _drawn(expected, sizes) if self.theirs.masks else None
         if self.labelled:
-            self.theirs.add(expected, targets)
-        self.agreement.add(outputs, [_as_truth(found, target) for found, target in zip(expected, targets, strict=True)])
+            self.theirs.add(expected, targets, others)
+        truth = [
+            _as_truth(found, size, others[i] if others else None)
+            for i, (found, size) in enumerate(zip(expected, sizes, strict=True))
+        ]
+        self.agreement.add(outputs, truth, masks if self.both else None)
 
     def result(self) -> Result:
         found = self.ours.result()
         if self.theirs is None or self.agreement is None:
             return found
         found |= {f"teacher_{name}": value for name, value in self.theirs.result().items()}
-        return {**found, AGREEMENT.key: self.agreement.result()["ap50"]}
+        agreed = self.agreement.result()
+        found[AGREEMENT.key] = agreed["ap50"]
+        return {**found, MASK_AGREEMENT.key: agreed["mask_ap50"]} if self.both else found
 
 
-def _as_truth(found: Detections, target: Mapping[str, Any]) -> dict[str, Any]:
+def _gives_masks(model: nn.Module) -> bool:
+    return getattr(model, "masks", False) is True
+
+
+def _drawn(detections: Sequence[Detections], sizes: Sequence[Sequence[int]]) -> list[list[Runs]]:
+    return [on_picture(found, size) for found, size in zip(detections, sizes, strict=True)]
+
+
+def _as_truth(found: Detections, size: Sequence[int], masks: Sequence[Runs] | None) -> dict[str, Any]:
     """The sure detections of a teacher as if they were annotated."""
     import torch
 
-    sure = found.scores >= SURE
-    count = int(sure.sum())
+    sure = found.sure(SURE)
     return {
-        "boxes": found.boxes[sure],
-        "labels": found.labels[sure],
-        "crowd": torch.zeros(count, dtype=torch.bool),
-        "size": target["size"],
+        "boxes": sure.boxes,
+        "labels": sure.labels,
+        "crowd": torch.zeros(len(sure.labels), dtype=torch.bool),
+        "size": size,
+        **({} if masks is None else {"runs": masks[: len(sure.labels)]}),  # scores fall
     }
 
 
 class _Boxes(Answers):
-    """The boxes of both models, and the images on which they differ most."""
+    """Boxes and masks of both models, and the images on which they differ most.
+
+    Of masks, those of a model are filled, so that what only one of them covers has that one's colour; of the true ones the edge is drawn.
+    """
+
+    pixels = 320
 
     COLOURS: ClassVar[Mapping[str, tuple[int, int, int]]] = {
         "true": (255, 255, 255),
@@ -254,20 +220,28 @@ class _Boxes(Answers):
 
     def describe(self, index: int) -> dict[str, Any]:
         answer: dict[str, Any] = {"boxes": {}}
+        masks: dict[str, Sequence[Runs | None]] = {}
+        target = self._targets[index]
         if self.labelled:
-            target = self._targets[index]
             answer["true"] = self._words(target["labels"].tolist())
             answer["boxes"]["true"] = _rounded(target["boxes"])
-        for who, found in self._found.items():
-            sure = found[index].scores >= SURE
-            answer[who] = self._words(found[index].labels[sure].tolist())
-            answer["boxes"][who] = _rounded(found[index].boxes[sure])
+            masks["true"] = true_masks(target) or ()
+        for who, every in self._found.items():
+            found = every[index].sure(SURE)
+            answer[who] = self._words(found.labels.tolist())
+            answer["boxes"][who] = _rounded(found.boxes)
+            masks[who] = () if found.masks is None else on_picture(found, target["size"].tolist())
+        if any(masks.values()):
+            answer["masks"] = {who: [_as_json(mask) for mask in own if mask] for who, own in masks.items()}
         return answer
 
     def draw(self, picture: Image, description: Mapping[str, Any]) -> Image:
-        from PIL import ImageDraw
+        from PIL import ImageDraw, ImageFilter
 
         drawn = picture.convert("RGB")
+        for who, masks in description.get("masks", {}).items():
+            if masks and who != "true":
+                drawn.paste(self.COLOURS[who], mask=_covered(masks, drawn.size).point(lambda value: value * 2 // 5))
         pen = ImageDraw.Draw(drawn)
         for who, colour in self.COLOURS.items():
             for x0, y0, x1, y1 in description["boxes"].get(who, ()):
@@ -276,6 +250,9 @@ class _Boxes(Answers):
                     sorted((y0 * drawn.height, y1 * drawn.height)),
                 )
                 pen.rectangle((across[0], down[0], across[1], down[1]), outline=colour, width=2 if who != "true" else 1)
+        for mask in description.get("masks", {}).get("true", ()):
+            edge = _covered([mask], drawn.size).filter(ImageFilter.FIND_EDGES)
+            drawn.paste(self.COLOURS["true"], mask=edge)
         return drawn
 
     def _words(self, labels: Sequence[int]) -> str:
@@ -288,13 +265,25 @@ def _rounded(boxes: Tensor) -> list[list[float]]:
     return [[round(value, 4) for value in box] for box in boxes.tolist()]
 
 
+def _as_json(mask: Runs) -> dict[str, Any]:
+    return {"size": list(map(int, mask["size"])), "counts": bytes(mask["counts"]).decode()}
+
+
+def _covered(masks: Sequence[Mapping[str, Any]], size: tuple[int, int]) -> Image:
+    """What any of the masks covers, as a picture of width and height `size` in mode L, 255 where it is covered."""
+    from PIL import Image
+
+    union = coco_masks().decode([dict(mask) for mask in masks]).max(axis=2)
+    return Image.fromarray(255 * union).resize(size, Image.Resampling.NEAREST)
+
+
 def _apart(ours: Detections, theirs: Detections) -> float:
     """The share of sure boxes of either model that the other has none of, of the same class and IoU at least 0.5."""
     from torchvision.ops import box_iou
 
-    a, b = ours.scores >= SURE, theirs.scores >= SURE
-    total = int(a.sum() + b.sum())
+    a, b = ours.sure(SURE), theirs.sure(SURE)
+    total = len(a.scores) + len(b.scores)
     if not total:
         return 0.0
-    same = (box_iou(ours.boxes[a], theirs.boxes[b]) >= 0.5) & (ours.labels[a][:, None] == theirs.labels[b])
+    same = (box_iou(a.boxes, b.boxes) >= 0.5) & (a.labels[:, None] == b.labels)
     return 1 - float(same.any(1).sum() + same.any(0).sum()) / total

@@ -19,6 +19,7 @@ from compressvit.model.weights import build
 from compressvit.recipe.recipe import parse_recipe
 from compressvit.runs.models import load_teacher
 from compressvit.tasks.base import find_task, task_of
+from compressvit.tasks.precision import MASKS, on_picture, packed
 
 TASK = find_task("detection")
 
@@ -84,6 +85,171 @@ def test_agreement_is_precision_against_what_the_teacher_is_sure_of():
     assert result["ap50_of_teacher"] == pytest.approx(100)
     assert result["teacher_ap50"] == pytest.approx(100)  # its unsure box is right
     assert result["ap"] == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------- masks
+
+
+class Outliner(Model):
+    masks = True
+
+
+def outlined(boxes, scores, labels, masks) -> Detections:
+    """Each mask is four numbers, of the quarters of its box."""
+    quarters = torch.tensor(masks).reshape(-1, 2, 2).float()
+    return found(boxes, scores, labels)._replace(masks=quarters.repeat_interleave(14, 1).repeat_interleave(14, 2))
+
+
+def masked(boxes, labels, masks, crowd=None, size=(100, 200)) -> dict:
+    """Of each object one number for each quarter of its box, or None of one without a mask."""
+    drawn = []
+    for (x0, y0, x1, y1), quarters in zip(boxes, masks, strict=True):
+        mask = torch.zeros(size)
+        for k, inside in enumerate(quarters or (0, 0, 0, 0)):
+            left, top = x0 + (k % 2) * (x1 - x0) / 2, y0 + (k // 2) * (y1 - y0) / 2
+            a, b = round(top * size[0]), round((top + (y1 - y0) / 2) * size[0])
+            c, d = round(left * size[1]), round((left + (x1 - x0) / 2) * size[1])
+            mask[a:b, c:d] = inside
+        drawn.append(packed(mask[None])[0] if quarters else None)
+    return {**truth(boxes, labels, crowd, size), "runs": drawn}
+
+
+WHOLE, LEFT, NONE = (1, 1, 1, 1), (1, 0, 1, 0), None
+
+
+def measured_masks(detections, targets, expected=None, teacher=Outliner):
+    metrics = TASK.metrics(Outliner(), teacher() if expected else None, True)
+    metrics.add(detections, targets, expected)
+    return metrics.result()
+
+
+def test_masks_are_judged_beside_their_boxes():
+    """A box is right whose mask covers half of it, where the object fills it: IoU about ½ is none of 0.55 and more."""
+    right = measured_masks(
+        [outlined([A, B], [0.9, 0.8], [0, 2], [WHOLE, LEFT])], [masked([A, B], [0, 2], [WHOLE, LEFT])]
+    )
+    assert right["ap"] == pytest.approx(100)
+    assert right["mask_ap"] > 80  # edges are rounded to pixels; measured 90
+    wrong = measured_masks(
+        [outlined([A, B], [0.9, 0.8], [0, 2], [WHOLE, WHOLE])], [masked([A, B], [0, 2], [WHOLE, LEFT])]
+    )
+    assert wrong["ap"] == pytest.approx(100)
+    assert wrong["mask_ap50"] == pytest.approx(50)
+    assert wrong["mask_ap75"] == pytest.approx(50)
+
+
+def test_masks_are_judged_as_pycocotools_judges_files(tmp_path):
+    """The same numbers as by pycocotools from files as COCO has them, polygons and results."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    generator = torch.Generator().manual_seed(0)
+    images, annotations, results, targets, detections = [], [], [], [], []
+    for image in range(1, 6):
+        corner, sides = torch.rand(4, 2, generator=generator) * 0.5, torch.rand(4, 2, generator=generator) * 0.4 + 0.1
+        boxes = torch.cat([corner, corner + sides], 1)
+        labels = torch.randint(3, (4,), generator=generator)
+        masks = (torch.rand(4, 4, generator=generator) < 0.8).int()
+        target = masked(boxes.tolist(), labels.tolist(), [row.tolist() for row in masks])
+        shown = outlined((boxes + 0.01).tolist(), [0.9, 0.8, 0.7, 0.6], labels.tolist(), masks.float().tolist())
+        targets, detections = [*targets, target], [*detections, shown]
+        images.append({"id": image, "height": 100, "width": 200})
+        for k in range(4):
+            entry = {"image_id": image, "category_id": int(labels[k]) + 1}
+            mask = {**target["runs"][k], "counts": target["runs"][k]["counts"].decode()}
+            annotations.append(
+                {
+                    **entry,
+                    "id": len(annotations) + 1,
+                    "segmentation": mask,
+                    "area": 1,
+                    "iscrowd": 0,
+                    "bbox": [0, 0, 1, 1],
+                }
+            )
+            runs = on_picture(shown, (100, 200))[k]
+            results.append(
+                {**entry, "segmentation": {**runs, "counts": runs["counts"].decode()}, "score": float(shown.scores[k])}
+            )
+    content = {"images": images, "annotations": annotations, "categories": [{"id": i} for i in (1, 2, 3)], "info": {}}
+    for name, part in (("truth", content), ("found", results)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(part))
+    coco = COCO(str(tmp_path / "truth.json"))
+    judged = COCOeval(coco, coco.loadRes(str(tmp_path / "found.json")), "segm")
+    judged.evaluate()
+    judged.accumulate()
+    judged.summarize()
+    ours = measured_masks(detections, targets)
+    assert 20 < ours["mask_ap"] < 95
+    assert [ours[key] for key in MASKS] == pytest.approx([100 * value for value in judged.stats[:3]])
+
+
+def test_an_object_without_a_mask_is_judged_by_its_box_alone():
+    detections = [outlined([A, B], [0.8, 0.9], [0, 0], [WHOLE, WHOLE])]
+    result = measured_masks(detections, [masked([A, B], [0, 0], [WHOLE, NONE])])
+    assert result["ap"] == pytest.approx(100)
+    assert result["mask_ap50"] == pytest.approx(100)  # what lies in the other's box is not wrong
+    none = measured_masks(detections, [truth([A, B], [0, 0])])
+    assert none["ap"] == pytest.approx(100)
+    assert none["mask_ap"] is None
+
+
+def test_masks_of_a_callers_loader_are_judged():
+    target = truth([A], [0], size=(100, 200))
+    mask = torch.zeros(1, 50, 50, dtype=torch.bool)
+    mask[0, 5:20, 5:20] = True  # A, in an image of 50×50
+    result = measured_masks([outlined([A], [0.8], [0], [WHOLE])], [{**target, "masks": mask}])
+    assert result["mask_ap75"] == pytest.approx(100)
+
+
+def test_figures_of_masks_are_those_of_models_with_masks():
+    detections, targets = [outlined([A], [0.8], [0], [WHOLE])], [masked([A], [0], [WHOLE])]
+    assert not any("mask" in key for key in measured([found([A], [0.8], [0])], targets))
+    both = measured_masks(detections, targets, detections)
+    assert both["teacher_mask_ap50"] == both["mask_ap50_of_teacher"] == pytest.approx(100)
+    of_boxes = measured_masks(detections, targets, [found([A], [0.8], [0])], Model)
+    assert {key for key in of_boxes if "mask" in key} == set(MASKS)
+    beside = TASK.metrics(Model(), Outliner(), True)
+    beside.add([found([A], [0.8], [0])], targets, detections)
+    assert beside.result()["teacher_mask_ap50"] == pytest.approx(100)
+
+
+def test_no_detections_have_no_masks():
+    nothing = outlined([], [], [], [])
+    assert measured_masks([nothing], [masked([A], [0], [WHOLE])])["mask_ap"] == 0
+    assert measured_masks([nothing], [masked([], [], [])])["mask_ap"] is None
+
+
+def test_crowds_are_left_out_of_the_loss_of_masks():
+    seen = {}
+
+    class Outputs:
+        def losses(self, targets):
+            seen.update(targets[0])
+            return {"masks": targets[0]["masks"].sum().float()}
+
+    target = {**truth([A, B], [1, 2], crowd=[False, True]), "masks": torch.ones(2, 4, 4, dtype=torch.bool)}
+    assert TASK.loss(Outputs(), [target]) == 16
+    assert set(seen) == {"boxes", "labels", "masks"}
+
+
+def test_masks_are_drawn():
+    """Filled in the colour of each model, mixed where both are, with the edge of what is annotated."""
+    answers = TASK.answers(Outliner(), ["cup"], True)
+    ours, theirs = outlined([A], [0.9], [0], [LEFT]), outlined([A], [0.9], [0], [WHOLE])
+    answers.add([ours], [masked([B], [0], [WHOLE])], [theirs])
+    description = json.loads(json.dumps(answers.describe(0)))
+    assert {who: len(masks) for who, masks in description["masks"].items()} == {"true": 1, "teacher": 1, "student": 1}
+    drawn = answers.draw(Image.new("RGB", (100, 100)), description)
+    left, right = drawn.getpixel((17, 25)), drawn.getpixel((33, 25))
+    assert right == tuple(2 * part // 5 for part in (255, 190, 0))  # the teacher's alone
+    assert left != right
+    assert left[2] > 0
+    assert drawn.getpixel((70, 65)) == (0, 0, 0)  # within what is annotated
+    assert drawn.getpixel((70, 50)) == (255, 255, 255)  # on its edge
+    boxes = TASK.answers(Model(), ["cup"], True)
+    boxes.add([found([A], [0.9], [0])], [truth([B], [0])], [found([A], [0.9], [0])])
+    assert "masks" not in boxes.describe(0)
 
 
 def test_a_detector_is_of_this_task_whatever_the_data_says():

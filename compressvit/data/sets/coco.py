@@ -1,4 +1,4 @@
-"""`coco`: pictures with boxes, in COCO's format (https://cocodataset.org/#format-data).
+"""`coco`: pictures with boxes and masks, in COCO's format (https://cocodataset.org/#format-data).
 
 FOLDER/annotations/instances_train2017.json with FOLDER/train2017/*.jpg, or FOLDER/train.json with FOLDER/train/*.jpg; likewise for the
 other split. Classes are the categories in the order of their ids, whatever these are.
@@ -17,6 +17,7 @@ from compressvit.data.annotated import AnnotatedFiles, Annotation
 from compressvit.data.data_set import data_set
 from compressvit.data.files import lies_in
 from compressvit.data.notes import counted
+from compressvit.data.outlines import FAULTS, BadOutline, Outline, Outlines, read_outline
 from compressvit.data.sets.base import TRAIN_FOLDERS, VAL_FOLDERS, existing_root, split_names
 from compressvit.data.spec import Data
 from compressvit.errors import UserError
@@ -29,7 +30,7 @@ LAYOUT = """expected, for each split,
   FOLDER/SPLIT.json with FOLDER/SPLIT/*.jpg"""
 
 
-@data_set("coco", note="pictures with boxes, in COCO's format", task="detection", full_frame=True)
+@data_set("coco", note="pictures with boxes and masks, in COCO's format", task="detection", full_frame=True)
 def open_coco(data: Data) -> tuple[AnnotatedFiles, AnnotatedFiles]:
     """The two splits that `data` names.
 
@@ -84,7 +85,7 @@ class _Annotations:
         labels = {number: label for label, number in enumerate(sorted(categories))}
         names = [str(categories[number].get("name", number)) for number in labels]
         images = self._by_id("images")
-        objects: dict[int, list[tuple[Any, int, bool]]] = {number: [] for number in images}
+        objects: dict[int, list[tuple[Any, int, bool, Outline | None]]] = {number: [] for number in images}
         for annotation in self._annotations():
             number = annotation.get("image_id")
             if number not in objects:
@@ -93,14 +94,18 @@ class _Annotations:
             box = self._box(annotation, images[number])
             if box is not None:
                 crowd = bool(annotation.get("iscrowd", 0))
-                objects[number].append((box, self._label(annotation, labels), crowd))
+                outline = self._outline(annotation, images[number])
+                objects[number].append((box, self._label(annotation, labels), crowd, outline))
                 if crowd:
                     self._pass_over("crowd", annotation)
         samples = []
         for number, image in images.items():
-            boxes, classes, crowds = zip(*objects[number], strict=True) if objects[number] else ((), (), ())
-            size = (self._side(image, "height"), self._side(image, "width"))
-            samples.append((self._path(image, root, folder, outside), Annotation(size, boxes, classes, crowds)))
+            boxes, classes, crowds, outlines = zip(*objects[number], strict=True) if objects[number] else ((),) * 4
+            known = Outlines(outlines if any(outlines) else ())
+            annotation = Annotation(self._size(image), boxes, classes, crowds, known)
+            samples.append((self._path(image, root, folder, outside), annotation))
+        if not any(annotation.outlines for _, annotation in samples):
+            del self.passed_over["no_mask"]  # of a file without masks that is no fault
         self._require_pictures([path for path, _ in samples])
         empty = sum(not found.labels for _, found in samples)
         notes = [
@@ -175,6 +180,9 @@ class _Annotations:
             )
         return value
 
+    def _size(self, image: Mapping[str, Any]) -> tuple[int, int]:
+        return self._side(image, "height"), self._side(image, "width")
+
     def _box(self, annotation: Mapping[str, Any], image: Mapping[str, Any]) -> tuple[float, float, float, float] | None:
         """(x0, y0, x1, y1) within the image; None where nothing is left of it."""
         box: Any = annotation.get("bbox")
@@ -187,7 +195,7 @@ class _Annotations:
         if across <= 0 or down <= 0:
             self._pass_over("no_area", annotation)
             return None
-        height, width = self._side(image, "height"), self._side(image, "width")
+        height, width = self._size(image)
         clipped = (max(0.0, x), max(0.0, y), min(float(width), x + across), min(float(height), y + down))
         if clipped[2] <= clipped[0] or clipped[3] <= clipped[1]:
             self._pass_over("outside", annotation)
@@ -195,6 +203,22 @@ class _Annotations:
         if min(x, y) < -1 or x + across > width + 1 or y + down > height + 1:  # a pixel is rounding
             self._pass_over("clipped", annotation)
         return clipped
+
+    def _outline(self, annotation: Mapping[str, Any], image: Mapping[str, Any]) -> Outline | None:
+        """Where the object is; None where that is not said, or not in a way that can be drawn: its box is used all the same."""
+        given: Any = annotation.get("segmentation")
+        if given is None or given == []:
+            self._pass_over("no_mask", annotation)
+            return None
+        try:
+            outline, around = read_outline(given, self._size(image))
+        except BadOutline as fault:
+            self._pass_over(f"mask_{fault}", annotation)
+            return None
+        x, y, across, down = annotation["bbox"]
+        if x - around[0] > 1 or y - around[1] > 1 or around[2] - x - across > 1 or around[3] - y - down > 1:
+            self._pass_over("mask_outside", annotation)
+        return outline
 
     def _path(self, image: Mapping[str, Any], root: Path, folder: Path, outside: bool) -> str:
         name = image.get("file_name")
@@ -237,4 +261,10 @@ _PASSED_OVER = {
     "clipped": "{n} of {file} reach out of their images and were cut at the edge, first annotation {first}",
     "crowd": "{n} of {file} of crowds: nothing is learned from them, and what is found in them counts neither as right nor as wrong",
     "same_id": "{n} of {file} whose id another has, first {first}; all were kept",
+    "no_mask": "{n} of {file} have no segmentation, so that no mask of theirs is learned or judged, first annotation {first}",
+    **{
+        f"mask_{kind}": f"{{n}} of {{file}} have {text}, so that no mask of theirs is learned or judged, first annotation {{first}}"
+        for kind, text in FAULTS.items()
+    },
+    "mask_outside": "{n} of {file} have a mask that reaches out of the box by more than a pixel, first annotation {first}; both were kept",
 }

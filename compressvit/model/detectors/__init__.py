@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 
-DETECTORS = ("adamixer", "faster_rcnn")
+DETECTORS = ("adamixer", "faster_rcnn", "mask_rcnn")
 
 
 def register_detectors() -> None:

@@ -30,14 +30,15 @@ from compressvit.model.detectors.pyramid import feature_maps
 
 default_cfgs = {"faster_rcnn": {**of_adamixer["adamixer"], "classifier": "heads.box_predictor.cls_score"}}
 PROPOSALS = 1000  # of an image in evaluation, as torchvision has it
+FOUND = 100  # the most detections of an image
 SIDES = ((32,), (64,), (128,), (256,), (512,))  # of the anchors of each level, in pixels
 
 
 class RegionPrediction:
     """What Faster R-CNN says of a batch: in training its features, from which `losses` computes the rest; in evaluation its detections.
 
-    Iterating gives tensors: in evaluation boxes (1, B, K, 4), scores (1, B, K) and classes (1, B, K), with zeros after an image's last
-    detection; in training the maps of the pyramid.
+    Iterating gives tensors: in evaluation boxes (1, B, K, 4), scores (1, B, K), classes (1, B, K) and, where there are any, masks
+    (1, B, K, M, M), with zeros after an image's last detection; in training the maps of the pyramid.
     """
 
     def __init__(self, detector: FasterRCNN, images: Tensor, maps: dict[str, Tensor]):
@@ -54,7 +55,8 @@ class RegionPrediction:
             rows = [nn.functional.pad(v.float(), (*[0] * (2 * (v.ndim - 1)), 0, most - len(v))) for v in values]
             return torch.stack(rows)[None]
 
-        return iter([padded([getattr(found, name) for found in self._found]) for name in Detections._fields])
+        parts = zip(*self._found, strict=True)  # boxes of all images, scores of all images, …
+        return iter([padded(part) for part in parts if part[0] is not None])
 
     def _scale(self) -> Tensor:
         height, width = self._images.tensors.shape[-2:]
@@ -67,22 +69,31 @@ class RegionPrediction:
             targets: `boxes` (n, 4) in widths and heights of the image, `labels` (n,) from 0.
         """
         scale = self._scale()
-        theirs = [{"boxes": t["boxes"] * scale, "labels": t["labels"] + 1} for t in targets]  # 0 is background
+        # in pixels, and 0 is background
+        theirs = [{**t, "boxes": t["boxes"] * scale, "labels": t["labels"] + 1} for t in targets]
         proposals, of_proposals = self._detector.rpn(self._images, self._maps, theirs)
-        _, of_boxes = self._detector.heads(self._maps, proposals, self._images.image_sizes, theirs)
-        return {**of_proposals, **of_boxes}
+        return {**of_proposals, **self._losses_of_heads(proposals, theirs)}
+
+    def _losses_of_heads(self, proposals: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Those of proposals, for targets as torchvision has them."""
+        _, found = self._detector.heads(self._maps, proposals, self._images.image_sizes, targets)
+        return cast(dict[str, Tensor], found)
 
     def _detect(self) -> list[Detections]:
         proposals, _ = self._detector.rpn(self._images, self._maps)
         found, _ = self._detector.heads(self._maps, proposals, self._images.image_sizes)
         scale = self._scale()
-        return [Detections(f["boxes"] / scale, f["scores"], f["labels"] - 1) for f in found]
+        masks = [f["masks"][:, 0] if "masks" in f else None for f in found]
+        return [
+            Detections(f["boxes"] / scale, f["scores"], f["labels"] - 1, mask)
+            for f, mask in zip(found, masks, strict=True)
+        ]
 
     def detections(self, limit: int = 100) -> list[Detections]:
         """Those of highest score of each image."""
         if self._found is None:
             raise TypeError("a model in training mode has no detections; call eval()")
-        return [Detections(*(part[:limit] for part in found)) for found in self._found]
+        return [found.first(limit) for found in self._found]
 
 
 class FasterRCNN(nn.Module):
@@ -99,6 +110,9 @@ class FasterRCNN(nn.Module):
     Raises:
         UserError: the backbone gives no pyramid.
     """
+
+    prediction = RegionPrediction
+    name = "faster_rcnn"  # timm's
 
     def __init__(
         self,
@@ -118,7 +132,7 @@ class FasterRCNN(nn.Module):
         self.backbone, (self._indices, widths, _) = backbone_of(backbone, backbone_args, self.img_size, in_chans)
         if len(widths) == 1:
             raise UserError(
-                f"faster_rcnn takes the maps of a backbone's stages, and {backbone} has one map; take swin_*, convnext_* or resnet*, "
+                f"{self.name} takes the maps of a backbone's stages, and {backbone} has one map; take swin_*, convnext_* or resnet*, "
                 "or the detector adamixer"
             )
         self.fpn = FeaturePyramidNetwork(widths, channels, LastLevelMaxPool())
@@ -129,7 +143,7 @@ class FasterRCNN(nn.Module):
         pool = MultiScaleRoIAlign([str(level) for level in range(len(widths))], output_size=7, sampling_ratio=2)
         box_head = TwoMLPHead(channels * 7 * 7, representation)
         predictor = FastRCNNPredictor(representation, num_classes + 1)
-        self.heads = RoIHeads(pool, box_head, predictor, 0.5, 0.5, 512, 0.25, None, 0.05, 0.5, 100)
+        self.heads = RoIHeads(pool, box_head, predictor, 0.5, 0.5, 512, 0.25, None, 0.05, 0.5, FOUND)
 
     def forward(self, images: Tensor) -> RegionPrediction | tuple[Tensor, ...]:
         """
@@ -141,7 +155,7 @@ class FasterRCNN(nn.Module):
         """
         found = feature_maps(self.backbone, images, self._indices)
         maps = self.fpn({str(level): values for level, values in enumerate(found)})
-        return self._unchosen(images, maps) if images.is_meta else RegionPrediction(self, images, maps)
+        return self._unchosen(images, maps) if images.is_meta else self.prediction(self, images, maps)
 
     def _unchosen(self, images: Tensor, maps: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """All that is computed, for as many proposals as there can be: what a count of operations needs."""
@@ -153,12 +167,12 @@ class FasterRCNN(nn.Module):
         """Recompute the backbone's blocks in the backward pass, as timm does."""
         cast(Any, self.backbone).set_grad_checkpointing(enable)
 
-    def get_classifier(self) -> nn.Module:
-        """The layer that gives classes, background first."""
-        return self.heads.box_predictor.cls_score
+    def get_classifier(self) -> tuple[nn.Module, ...]:
+        """The layers whose outputs are of classes: scores, background first, and boxes."""
+        return self.heads.box_predictor.cls_score, self.heads.box_predictor.bbox_pred
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Give the box head new layers for that many classes."""
+        """Give the heads new layers for that many classes."""
         if num_classes < 1:
             raise UserError("a detector has at least one class of objects")
         old = self.heads.box_predictor.cls_score

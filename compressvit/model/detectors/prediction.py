@@ -25,11 +25,23 @@ Target = Mapping[str, Tensor]
 
 
 class Detections(NamedTuple):
-    """The boxes found in one image: (n, 4), their scores (n,) from 0 to 1, falling, and their classes (n,)."""
+    """The boxes found in one image: (n, 4), their scores (n,) from 0 to 1, falling, and their classes (n,).
+
+    A model of masks also gives (n, M, M), the probability that a point of the box belongs to the object; `masks` is None of others.
+    """
 
     boxes: Tensor
     scores: Tensor
     labels: Tensor
+    masks: Tensor | None = None
+
+    def first(self, count: int) -> Detections:
+        """Those of highest score."""
+        return Detections(*(None if part is None else part[:count] for part in self))  # type: ignore[arg-type]
+
+    def sure(self, score: float) -> Detections:
+        """Those of a score of at least `score`."""
+        return self.first(int((self.scores >= score).sum()))
 
 
 class SetPrediction(NamedTuple):
