@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
+from compressvit.errors import UserError
 from compressvit.tasks.base import Answers, Labels, Measure, Metrics, Result, Task, task
 from compressvit.tasks.precision import BOXES, MASKS, Precision, Runs, coco_masks, on_picture, true_masks
 from compressvit.tasks.quality import Curve, Quality

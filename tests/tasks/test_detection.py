@@ -20,6 +20,7 @@ from compressvit.recipe.recipe import parse_recipe
 from compressvit.runs.models import load_teacher
 from compressvit.tasks.base import find_task, task_of
 from compressvit.tasks.precision import MASKS, on_picture, packed
+from compressvit.transforms.record import compression_of
 
 TASK = find_task("detection")
 
@@ -364,6 +365,18 @@ def test_the_report_shows_boxes(applied):
     assert "average precision at IoU 0.5" in page
     predictions = json.loads((applied / "run" / "predictions.json").read_text())
     assert all(image["boxes"]["true"] for image in predictions["examples"])
+
+
+def test_a_merged_detector_is_an_artifact_of_plain_layers(applied):
+    """timm alone cannot build it."""
+    out = done("merge", applied / "run", "--output", applied / "merged")
+    assert "detector alone" in out
+    assert "timm alone has no such detector" in out
+    student, merged = artifact.load(applied / "run" / "student"), artifact.load(applied / "merged")
+    assert not compression_of(merged).plans
+    images = torch.randn(2, 3, 32, 32)
+    for ours, theirs in zip(merged(images), student(images), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-4)  # measured MERGED
 
 
 def test_backbone_of_a_classifier_is_refused():
