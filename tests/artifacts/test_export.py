@@ -34,18 +34,19 @@ def adamixer_lors() -> nn.Module:
     return compress(adamixer(), steps)
 
 
-def faster_rcnn(background: float = 0.0) -> nn.Module:
+def faster_rcnn(background: float = 0.0, name: str = "faster_rcnn", **args) -> nn.Module:
     """One that finds objects without training: boxes and classes that differ from place to place, the fewer the higher the logit of
     background."""
     torch.manual_seed(0)
     model = build(
-        "faster_rcnn",
+        name,
         backbone="swin_tiny_patch4_window7_224",
         backbone_args=SWIN,
         img_size=64,
         num_classes=3,
         channels=16,
         representation=32,
+        **args,
     )
     head = model.heads.box_predictor
     with torch.no_grad():
@@ -56,7 +57,11 @@ def faster_rcnn(background: float = 0.0) -> nn.Module:
     return model.eval()
 
 
-MODELS = {f.__name__: f for f in (adamixer, adamixer_lors, faster_rcnn)}
+def mask_rcnn(background: float = 0.0) -> nn.Module:
+    return faster_rcnn(background, "mask_rcnn", outline=8)
+
+
+MODELS = {f.__name__: f for f in (adamixer, adamixer_lors, faster_rcnn, mask_rcnn)}
 MOST = {"adamixer": 6 * 5, "adamixer_lors": 6 * 5}  # detections of an image: queries × classes
 
 
@@ -70,10 +75,12 @@ def compare(model: nn.Module, images: torch.Tensor, found: list[torch.Tensor], t
     counts = []
     for i, expected in enumerate(task_of(model).run(model, images)):
         n = len(expected.scores)
-        boxes, scores, labels = (values[i, :n] for values in found)
+        boxes, scores, labels, *masks = (values[i, :n] for values in found)
         same = (boxes[:, None] - expected.boxes).abs().amax(-1) <= tolerance
         same &= (scores[:, None] - expected.scores).abs() <= tolerance
         same &= labels[:, None] == expected.labels
+        if masks:
+            same &= (masks[0][:, None] - expected.masks).abs().amax((-2, -1)) <= tolerance
         assert same.any(0).all()
         assert same.any(1).all()
         assert (scores.diff() <= 0).all()
@@ -86,12 +93,15 @@ def compare(model: nn.Module, images: torch.Tensor, found: list[torch.Tensor], t
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("background", "counts"), [(0.0, [100] * 3), (4.5, [28, 29, 22]), (9.0, [0] * 3)])
-def test_detections_of_one_size_are_those_of_torchvision(background, counts):
+@pytest.mark.parametrize("name", ["faster_rcnn", "mask_rcnn"])
+@pytest.mark.parametrize(("background", "many"), [(0.0, True), (4.5, None), (9.0, False)])
+def test_detections_of_one_size_are_those_of_torchvision(name, background, many):
     """With as many detections as there can be, with fewer, and with none."""
-    model = faster_rcnn(background)
+    model = MODELS[name](background)
     images = images_of(model, 3)
-    assert compare(model, images, list(model.answer(images)), 1e-6) == counts  # measured 0.0
+    found = [part for part in model.answer(images) if part is not None]
+    counts = compare(model, images, found, 1e-6)  # measured 0.0
+    assert (min(counts) == 100, max(counts) == 0) == (many is True, many is False)
 
 
 # ----------------------------------------------------------------------------------------------------------- as other programs do
@@ -108,7 +118,7 @@ def computed(file, images: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(value) for name, value in zip(names, values, strict=True)}
 
 
-@pytest.mark.slow  # a faster one, of torch.export alone: tests/model/test_adamixer.py
+@pytest.mark.wide  # a faster one, of torch.export alone: tests/model/test_adamixer.py
 @torch.no_grad()
 @pytest.mark.parametrize("name", MODELS)
 def test_graphs_compute_the_same(name, tmp_path):
@@ -128,11 +138,11 @@ def test_graphs_compute_the_same(name, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
     for images in batches:
         found = computed(tmp_path / "model.onnx", images)
-        assert list(found) == ["boxes", "scores", "labels"]
+        assert list(found) == ["boxes", "scores", "labels"] + ["masks"] * (name == "mask_rcnn")
         compare(model, images, list(found.values()), 1e-4)  # measured ONNXTOL
 
 
-@pytest.mark.slow
+@pytest.mark.wide
 @torch.no_grad()
 def test_a_graph_of_nothing_found():
     """Of torchvision's `nms` alone a graph fails where it keeps fewer than two boxes."""
@@ -142,7 +152,7 @@ def test_a_graph_of_nothing_found():
     assert compare(model, images, list(computing(images)), 0.0) == [0, 0]
 
 
-@pytest.mark.slow
+@pytest.mark.wide
 @torch.no_grad()
 def test_a_classifier_in_onnx_gives_logits(tmp_path):
     pytest.importorskip("onnxscript")

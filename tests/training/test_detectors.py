@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from compressvit.errors import UserError
+from compressvit.model.backbone import family_of
 from compressvit.model.detectors.prediction import SetPrediction, divergence
 from compressvit.model.detectors.regions import Numbers, imitation
 from compressvit.model.families.adamixer import SMALL
@@ -28,7 +29,7 @@ REGIONS = {
     "channels": 16,
     "representation": 32,
 }
-DETECTORS = {"adamixer": SMALL, "faster_rcnn": REGIONS}
+DETECTORS = {"adamixer": SMALL, "faster_rcnn": REGIONS, "mask_rcnn": {**REGIONS, "outline": 8}}
 
 
 def detector(name: str, **args) -> nn.Module:
@@ -39,7 +40,7 @@ def detector(name: str, **args) -> nn.Module:
 def learned(student: nn.Module, teacher: nn.Module, count: int = 2, **losses) -> tuple[torch.Tensor, dict]:
     """The value of one term of `losses` and what it logs, of a student in training mode on random images."""
     weights = {"prediction": {"weight": 0.0}} | losses
-    features = {"adamixer": "pyramid", "faster_rcnn": "fpn"}[student.pretrained_cfg["architecture"]]
+    features = family_of(student).features
     (term,) = build_terms(
         losses_section()(**weights, attention_relation={"weight": 0}, hidden_relation={"weight": 0}),
         [],

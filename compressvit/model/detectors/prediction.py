@@ -57,8 +57,9 @@ class Answering(nn.Module):
         super().__init__()
         self.detector, self.limit = detector, limit
 
-    def forward(self, images: Tensor) -> Detections:
-        return self.detector.answer(images, self.limit)  # type: ignore[operator, no-any-return]
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        found: Detections = self.detector.answer(images, self.limit)  # type: ignore[operator]
+        return tuple(part for part in found if part is not None)
 
 
 class SetPrediction(NamedTuple):
@@ -126,7 +127,8 @@ class SetPrediction(NamedTuple):
 
     def detections(self, limit: int = 100) -> list[Detections]:
         """The `limit` likeliest pairs of a query and a class of each image."""
-        return [Detections(*parts) for parts in zip(*self.answer(limit), strict=True)]
+        found = self.answer(limit)
+        return [Detections(*parts) for parts in zip(found.boxes, found.scores, found.labels, strict=True)]
 
 
 def divergence(logits: Tensor, expected: Tensor, temperature: float = 1.0) -> Tensor:

@@ -44,12 +44,22 @@ def select(
     best, index = kept.topk(min(limit, heads.detections_per_img, kept.shape[1]), dim=1)
     nothing = best == NONE
     scale = torch.tensor([width, height, width, height], device=boxes.device)
-    places = found[0].gather(1, index[..., None].expand(-1, -1, 4)) / scale
+    places = found[0].gather(1, index[..., None].expand(-1, -1, 4))
+    labels = classes[index].masked_fill(nothing, 0)
+    masks = _masks(heads, maps, places, labels, height) if heads.has_mask() else None
     return Detections(
-        places.masked_fill(nothing[..., None], 0.0),
+        (places / scale).masked_fill(nothing[..., None], 0.0),
         best.masked_fill(nothing, 0.0),
-        classes[index].masked_fill(nothing, 0),
+        labels,
+        None if masks is None else masks.masked_fill(nothing[..., None, None], 0.0),
     )
+
+
+def _masks(heads: RoIHeads, maps: Mapping[str, Tensor], boxes: Tensor, labels: Tensor, height: int) -> Tensor:
+    """Of boxes (B, K, 4) in pixels the masks (B, K, M, M) of their classes (B, K), as probabilities."""
+    logits = heads.mask_predictor(heads.mask_head(_pooled(heads.mask_roi_pool, maps, boxes, height)))
+    own = (labels.flatten() + 1)[:, None, None, None].expand(-1, 1, *logits.shape[-2:])  # the first is background
+    return logits.gather(1, own)[:, 0].sigmoid().view(*labels.shape, *logits.shape[-2:])
 
 
 def _proposals(rpn: RegionProposalNetwork, images: Tensor, maps: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
