@@ -9,7 +9,8 @@ import torch
 import yaml
 from helpers.recipes import build_teacher
 from helpers.runs import done
-from PIL import Image, ImageDraw
+from helpers.scenes import scenes
+from PIL import Image
 
 from compressvit.artifacts import artifact
 from compressvit.errors import UserError
@@ -307,29 +308,6 @@ RECIPE = {
         {"distill": {"epochs": 1, "lr": 1e-3, "losses": {"prediction": {"weight": 0}, "labels": {"weight": 1.0}}}},
     ],
 }
-
-
-def scenes(root, split: str, count: int) -> None:
-    """Dark pictures with one bright rectangle each, red or green, in COCO's format."""
-    generator = torch.Generator().manual_seed(len(split))
-    (root / split).mkdir(parents=True)
-    images, annotations = [], []
-    for number in range(1, count + 1):
-        picture = Image.new("RGB", (48, 32))
-        x, y = torch.randint(0, 20, (2,), generator=generator).tolist()
-        x, y, kind = x, y // 2, number % 2
-        ImageDraw.Draw(picture).rectangle((x, y, x + 19, y + 15), fill=((255, 0, 0), (0, 255, 0))[kind])
-        picture.save(root / split / f"{number}.png")
-        images.append({"id": number, "file_name": f"{number}.png", "width": 48, "height": 32})
-        annotations.append(
-            {"id": number, "image_id": number, "category_id": kind + 1, "bbox": [x, y, 20, 16], "iscrowd": 0}
-        )
-    content = {
-        "images": images,
-        "annotations": annotations,
-        "categories": [{"id": 1, "name": "red"}, {"id": 2, "name": "green"}],
-    }
-    (root / f"{split}.json").write_text(json.dumps(content))
 
 
 @pytest.fixture(scope="module")
