@@ -242,13 +242,13 @@ def test_masks_are_drawn():
     answers.add([ours], [masked([B], [0], [WHOLE])], [theirs])
     description = json.loads(json.dumps(answers.describe(0)))
     assert {who: len(masks) for who, masks in description["masks"].items()} == {"true": 1, "teacher": 1, "student": 1}
-    drawn = answers.draw(Image.new("RGB", (100, 100)), description)
-    left, right = drawn.getpixel((17, 25)), drawn.getpixel((33, 25))
+    drawn = answers.draw(Image.new("RGB", (320, 320)), description)
+    left, right = drawn.getpixel((54, 80)), drawn.getpixel((106, 80))
     assert right == tuple(2 * part // 5 for part in (255, 190, 0))  # the teacher's alone
     assert left != right
     assert left[2] > 0
-    assert drawn.getpixel((70, 65)) == (0, 0, 0)  # within what is annotated
-    assert drawn.getpixel((70, 50)) == (255, 255, 255)  # on its edge
+    assert drawn.getpixel((224, 208)) == (0, 0, 0)  # within what is annotated
+    assert drawn.getpixel((224, 160)) == (255, 255, 255)  # on its edge
     boxes = TASK.answers(Model(), ["cup"], True)
     boxes.add([found([A], [0.9], [0])], [truth([B], [0])], [found([A], [0.9], [0])])
     assert "masks" not in boxes.describe(0)
@@ -286,9 +286,12 @@ def test_the_images_worth_showing_are_those_on_which_the_two_differ():
     assert (shown["true"], shown["student"], shown["teacher"]) == ("cup ×2", "cup", "dog, cup")
     assert shown["boxes"]["student"][0] == pytest.approx(A)
     assert {who: len(drawn) for who, drawn in shown["boxes"].items()} == {"true": 2, "student": 1, "teacher": 2}
-    drawn = answers.draw(Image.new("RGB", (100, 100)), shown)
-    assert drawn.getpixel((50, 50)) == (255, 190, 0)  # the corner of the teacher's second box
-    assert drawn.getpixel((5, 5)) == (0, 0, 0)
+    drawn = answers.draw(Image.new("RGB", (320, 320)), shown)
+    assert drawn.getpixel((160, 160)) == (255, 190, 0)  # the corner of the teacher's second box
+    assert drawn.getpixel((16, 16)) == (0, 0, 0)
+    lines = [drawn.getpixel((32 + inwards, 80)) for inwards in range(5)]  # of all three boxes in one place
+    assert lines == [(255, 255, 255), (0, 200, 255), (255, 190, 0), (255, 190, 0), (0, 0, 0)]
+    assert answers.draw(Image.new("RGB", (32, 40)), shown).size == (256, 320)  # small ones are enlarged before
 
 
 # -------------------------------------------------------------------------------------------------------- from end to end
