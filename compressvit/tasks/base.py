@@ -336,6 +336,12 @@ class Task(ABC):
         direction = torch.randn(outputs.shape, generator=generator).to(outputs.device)
         return (outputs * direction).sum()
 
+    # In an exported graph
+
+    def graph(self, model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
+        """What is exported of a model: a module from images (B, C, H, W) to one tensor or several, and their names."""
+        return model, ("outputs",)
+
     # In words
 
     def verdict(self, student: Mapping[str, Any], teacher: Mapping[str, Any], images: str) -> str | None:

@@ -99,6 +99,11 @@ class Detection(Task):
     def answers(self, model: nn.Module, names: Sequence[str] | None, labelled: bool) -> Answers:
         return _Boxes([*(names or ()), *map(str, range(len(names or ()), model.num_classes))], labelled)  # type: ignore[arg-type]
 
+    def graph(self, model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
+        from compressvit.model.detectors.prediction import Answering
+
+        return Answering(model, LIMIT), ("boxes", "scores", "labels")
+
     def output_distance(self, model: nn.Module, images: Tensor, generator: torch.Generator) -> Tensor:
         """Logits and boxes of every stage in a random direction; a box's four numbers weigh as much as its logits."""
         import torch

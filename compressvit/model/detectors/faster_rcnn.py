@@ -27,6 +27,7 @@ from compressvit.model.detectors.adamixer import default_cfgs as of_adamixer
 from compressvit.model.detectors.backbone import backbone_of, take_statistics
 from compressvit.model.detectors.prediction import Detections, Target
 from compressvit.model.detectors.pyramid import feature_maps
+from compressvit.model.detectors.selection import select
 
 default_cfgs = {"faster_rcnn": {**of_adamixer["adamixer"], "classifier": "heads.box_predictor.cls_score"}}
 PROPOSALS = 1000  # of an image in evaluation, as torchvision has it
@@ -131,6 +132,18 @@ class FasterRCNN(nn.Module):
         predictor = FastRCNNPredictor(representation, num_classes + 1)
         self.heads = RoIHeads(pool, box_head, predictor, 0.5, 0.5, 512, 0.25, None, 0.05, 0.5, 100)
 
+    def maps(self, images: Tensor) -> dict[str, Tensor]:
+        """The pyramid of images (B, C, H, W): one map (B, channels, H_l, W_l) per level, from the largest."""
+        found = feature_maps(self.backbone, images, self._indices)
+        return self.fpn({str(level): values for level, values in enumerate(found)})
+
+    def answer(self, images: Tensor, limit: int = 100) -> Detections:
+        """As `forward(images).detections(limit)` in eval mode, in tensors (B, limit, …), with zeros after an image's last detection.
+
+        Sizes depend on nothing that is found, so this can be exported.
+        """
+        return select(self.rpn, self.heads, images, self.maps(images), limit)
+
     def forward(self, images: Tensor) -> RegionPrediction | tuple[Tensor, ...]:
         """
         Args:
@@ -139,8 +152,7 @@ class FasterRCNN(nn.Module):
         Returns:
             What is found; on the meta device, where nothing can be chosen, the logits and boxes of `PROPOSALS` proposals an image.
         """
-        found = feature_maps(self.backbone, images, self._indices)
-        maps = self.fpn({str(level): values for level, values in enumerate(found)})
+        maps = self.maps(images)
         return self._unchosen(images, maps) if images.is_meta else RegionPrediction(self, images, maps)
 
     def _unchosen(self, images: Tensor, maps: dict[str, Tensor]) -> tuple[Tensor, ...]:

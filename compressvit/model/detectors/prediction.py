@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.ops import generalized_box_iou, generalized_box_iou_loss, sigmoid_focal_loss
 
 CLASSES, L1, GIOU = 2.0, 5.0, 2.0  # weights of the three parts
@@ -30,6 +30,21 @@ class Detections(NamedTuple):
     boxes: Tensor
     scores: Tensor
     labels: Tensor
+
+
+class Answering(nn.Module):
+    """A detector whose outputs are its detections: those of B images in tensors (B, limit, …), with zeros after an image's last.
+
+    Args:
+        detector: has a method `answer`, from images (B, C, H, W) and `limit` to such `Detections`.
+    """
+
+    def __init__(self, detector: nn.Module, limit: int):
+        super().__init__()
+        self.detector, self.limit = detector, limit
+
+    def forward(self, images: Tensor) -> Detections:
+        return self.detector.answer(images, self.limit)  # type: ignore[operator, no-any-return]
 
 
 class SetPrediction(NamedTuple):
@@ -57,16 +72,17 @@ class SetPrediction(NamedTuple):
             found["giou"] += GIOU * generalized_box_iou_loss(boxes[image, query], truth, reduction="sum") / objects
         return found
 
+    def answer(self, limit: int = 100) -> Detections:
+        """The `limit` likeliest pairs of a query and a class of each image, of all images in one: (B, limit, …)."""
+        scores = self.logits[-1].float().sigmoid()
+        _, queries, classes = scores.shape
+        best, index = scores.flatten(1).topk(min(limit, queries * classes), dim=1)
+        query = (index // classes)[..., None].expand(-1, -1, 4)
+        return Detections(self.boxes[-1].float().gather(1, query), best, index % classes)
+
     def detections(self, limit: int = 100) -> list[Detections]:
         """The `limit` likeliest pairs of a query and a class of each image."""
-        scores = self.logits[-1].float().sigmoid()
-        classes = scores.shape[-1]
-        best, index = scores.flatten(1).topk(min(limit, scores[0].numel()), dim=1)
-        boxes = self.boxes[-1].float()
-        return [
-            Detections(boxes[i][which // classes], value, which % classes)
-            for i, (value, which) in enumerate(zip(best, index, strict=True))
-        ]
+        return [Detections(*parts) for parts in zip(*self.answer(limit), strict=True)]
 
 
 @torch.no_grad()
