@@ -51,6 +51,7 @@ class Detection(Task):
     ranking = ("ap", "ap50", "ap50_of_teacher")
     graded = GRADED
     needs_class_count = True
+    imitates = True
     places = True
     progress_names: ClassVar[Mapping[str, str]] = {"ap": "AP", "ap50": "AP50"}
     measures: ClassVar[Mapping[str, Measure]] = {
@@ -86,6 +87,19 @@ class Detection(Task):
 
         alone = [{**t, "boxes": t["boxes"][~t["crowd"]], "labels": t["labels"][~t["crowd"]]} for t in targets]
         return torch.stack(list(outputs.losses(alone).values())).sum()
+
+    def imitation(self, outputs: Any, expected: Any, temperature: float) -> dict[str, Tensor]:
+        """The model's own parts, of queries or of proposals; the same kind of detector is needed."""
+        from compressvit.model.detectors.prediction import SetPrediction
+
+        if isinstance(outputs, SetPrediction) != isinstance(expected, SetPrediction):
+            raise UserError(
+                "losses.prediction compares the outputs of two detectors of one kind, and student and teacher are of two; set "
+                "losses.prediction.weight=0, and e.g. losses.labels.weight=1"
+            )
+        if not hasattr(outputs, "imitation"):  # in a plan, where nothing can be chosen
+            raise NotImplementedError
+        return outputs.imitation(expected, temperature)
 
     def run(self, model: nn.Module, images: Tensor) -> list[Detections]:
         return model(images).detections(LIMIT)

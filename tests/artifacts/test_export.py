@@ -56,11 +56,7 @@ def faster_rcnn(background: float = 0.0) -> nn.Module:
     return model.eval()
 
 
-def faster_rcnn_low_rank() -> nn.Module:
-    return compress(faster_rcnn(), [LowRank(budget={"parameters": 0.9}, metric="weights")])
-
-
-MODELS = {f.__name__: f for f in (adamixer, adamixer_lors, faster_rcnn, faster_rcnn_low_rank)}
+MODELS = {f.__name__: f for f in (adamixer, adamixer_lors, faster_rcnn)}
 MOST = {"adamixer": 6 * 5, "adamixer_lors": 6 * 5}  # detections of an image: queries × classes
 
 

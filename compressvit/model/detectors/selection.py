@@ -42,10 +42,14 @@ def select(
     found = (boxes.flatten(1, 2), scores.masked_fill(~sure, NONE).flatten(1), classes)
     kept = _suppressed(*found, heads.nms_thresh, (height, width))
     best, index = kept.topk(min(limit, heads.detections_per_img, kept.shape[1]), dim=1)
-    there = best > NONE
+    nothing = best == NONE
     scale = torch.tensor([width, height, width, height], device=boxes.device)
     places = found[0].gather(1, index[..., None].expand(-1, -1, 4)) / scale
-    return Detections(places * there[..., None], best * there, classes[index] * there)
+    return Detections(
+        places.masked_fill(nothing[..., None], 0.0),
+        best.masked_fill(nothing, 0.0),
+        classes[index].masked_fill(nothing, 0),
+    )
 
 
 def _proposals(rpn: RegionProposalNetwork, images: Tensor, maps: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
