@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -42,7 +44,7 @@ def loss_bytes(
         with torch.no_grad():
             teacher_logits = models[1](images[1])
     seen = [tap.pop() for tap in taps]
-    alive = [[t for values in side.values() for t in values.values() if isinstance(t, torch.Tensor)] for side in seen]
+    alive = [[t for taps in side.values() for value in taps.values() for t in _tensors(value)] for side in seen]
     targets = (task or task_of(student)).placeholder(batch)
     example = Batch(student_logits, teacher_logits, seen[0], seen[1], targets)
     known = [*tensors_of(student_logits), *tensors_of(teacher_logits), *alive[0], *alive[1]]
@@ -53,3 +55,10 @@ def loss_bytes(
             sizes[term.name] = saved_bytes(partial(term.function, example), known)
     storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in alive[1]}
     return {**sizes, "teacher taps": sum(storages.values())}
+
+
+def _tensors(seen: Any) -> list[torch.Tensor]:
+    """The tensors of what a tap recorded: of a module's input or output, which may be anything."""
+    if not isinstance(seen, (torch.Tensor, Sequence, Mapping)):
+        return []
+    return [value for value in tensors_of(seen) if isinstance(value, torch.Tensor)]
