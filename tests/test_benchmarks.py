@@ -36,3 +36,12 @@ def test_a_finished_run_of_another_recipe_is_not_taken(few_shot, tmp_path):
     assert run("seed: 0\n", tmp_path, None) == {"student": {}, "seconds": 1.5}
     with pytest.raises(SystemExit, match="holds a finished run of another recipe"):
         run("seed: 1\n", tmp_path, None)
+
+
+def test_the_modules_have_the_shares_of_the_papers_table_1(few_shot):
+    table = importlib.import_module("lors_table1")
+    dense, made = map(table.counts, table.decoders())
+    assert (dense.decoder, made.decoder, made.mixing) == (135_536_424, 35_348_264, 25_940_480)
+    by_stage = [100 * (made.generator + 6 * terms) / dense.generator for terms in made.terms]
+    assert [round(share, 1) for share in by_stage] == [19.9, 19.9, 23.2, 23.2, 26.5, 26.5]
+    assert round(100 * (made.projection + made.low_rank) / dense.projection, 1) == 19.8
