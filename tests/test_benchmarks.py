@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 
@@ -45,3 +48,55 @@ def test_the_modules_have_the_shares_of_the_papers_table_1(few_shot):
     by_stage = [100 * (made.generator + 6 * terms) / dense.generator for terms in made.terms]
     assert [round(share, 1) for share in by_stage] == [19.9, 19.9, 23.2, 23.2, 26.5, 26.5]
     assert round(100 * (made.projection + made.low_rank) / dense.projection, 1) == 19.8
+
+
+# ------------------------------------------------------------------------------------------------------- average precision
+
+
+def some_images(count: int = 12) -> tuple[list[np.ndarray], list[np.ndarray], list[list[bool]]]:
+    """Boxes of three classes, detections near them and elsewhere, and one crowd; each detection has a score of its own."""
+    generator = np.random.default_rng(0)
+    truth, found, crowd = [], [], []
+    for image in range(count):
+        boxes = np.concatenate([generator.uniform(0, 60, (3, 2)), generator.uniform(8, 40, (3, 2))], axis=1)
+        labels = generator.integers(0, 3, (3, 1))
+        truth.append(np.concatenate([boxes, labels], axis=1))
+        near = np.concatenate([boxes + generator.normal(0, 2.5, (3, 4)), boxes + generator.normal(0, 12, (3, 4))])
+        scores = generator.uniform(0, 1, (6, 1))
+        found.append(np.concatenate([near, scores, np.tile(labels, (2, 1))], axis=1))
+        crowd.append([image == 3, False, False])
+    return truth, found, crowd
+
+
+def by_pycocotools(matches, truth, found, crowd):
+    judged = matches._judged(truth, found, 3, crowd)
+    with contextlib.redirect_stdout(io.StringIO()):
+        judged.accumulate()
+        judged.summarize()
+    return judged.stats[:2] * 100
+
+
+def test_precision_of_resampled_images_is_that_of_a_set_with_these_images(few_shot):
+    matches = importlib.import_module("paired_precision")
+    truth, found, crowd = some_images()
+    whole = matches.Matches(truth, found, 3, crowd)
+    for times in (np.ones(12, dtype=int), np.random.default_rng(1).multinomial(12, np.full(12, 1 / 12))):
+        chosen = [image for image, n in enumerate(times) for _ in range(n)]
+        expected = by_pycocotools(matches, *([part[i] for i in chosen] for part in (truth, found, crowd)))
+        by_threshold = whole.precision(times)
+        assert [by_threshold.mean(), by_threshold[0]] == pytest.approx(expected, abs=1e-9)
+        assert 1 < by_threshold.mean() < by_threshold[0] < 99
+
+
+def test_a_difference_of_pairs_is_narrower_than_that_of_either(few_shot):
+    matches = importlib.import_module("paired_precision")
+    truth, found, crowd = some_images(40)
+    better = [np.concatenate([box[:3], box[3:] * 0]) for box in found]
+    ours, theirs = (matches.Matches(truth, which, 3, crowd) for which in (better, found))
+    same = matches.intervals([ours], [ours], draws=40)
+    assert same == {"ap": [0.0, 0.0], "ap50": [0.0, 0.0]}
+    low, high = matches.intervals([ours, theirs], [theirs, theirs], draws=200)["ap"]
+    difference = (ours.precision() - theirs.precision()).mean() / 2
+    alone = [ours.precision(times).mean() for times in matches.drawn(40, 200)]
+    assert low < difference < high
+    assert high - low < np.quantile(alone, 0.975) - np.quantile(alone, 0.025)

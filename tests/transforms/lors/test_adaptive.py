@@ -10,7 +10,7 @@ from compressvit.errors import UserError
 from compressvit.fitting.generated import best_term, fit_shared_generators, fit_terms, query_factor
 from compressvit.fitting.moments import Moments
 from compressvit.testing.models import build, outputs
-from compressvit.transforms import LORS, AdaptiveLORS
+from compressvit.transforms import LORS, AdaptiveLORS, applying
 from compressvit.transforms.applying import compress
 from compressvit.transforms.lors.adaptive import AdaptiveTerm, generated
 from compressvit.transforms.record import compression_of
@@ -180,6 +180,14 @@ def test_private_terms_alone_have_no_generator():
         assert layer(query).abs().min() > 0  # nothing is learned from zero
     with pytest.raises(UserError, match="shared: false with terms: 0 leaves a stage without matrices"):
         AdaptiveLORS(rank=2, terms=(1, 0, 1), shared=False).plan(model)
+
+
+def test_layers_of_a_decoder_are_not_fitted_in_order(monkeypatch):
+    """Nothing walks through the backbone for them."""
+    monkeypatch.setattr(applying, "fit_in_order", None)
+    static = LORS(of="decoder", targets=("mixing.projection",), share=3, rank=2)
+    made = compress(build("adamixer"), [static], calibration=decoder_images())
+    assert all(entry.output_error for entry in compression_of(made).ledger)
 
 
 def test_a_shared_generator_with_terms_loses_less_than_terms_alone():
