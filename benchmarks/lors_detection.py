@@ -96,6 +96,7 @@ def static(**options: Any) -> dict[str, Any]:
 
 
 LORS = (adaptive(), static())
+LOW_RANK = {"low_rank": {"of": "decoder", "targets": ["mixing.projection"], "rank": 4, "init": "scratch"}}
 FITTED = (adaptive(init="fit"), static(init="fit", shared_init="released"))
 MAIN, START, PARTS, SHARING = "LORS", "start", "A-LORS and S-LORS", "shared and private"
 RANKS, TERMS, GROUPS, STAGES, QUERIES = "rank", "terms", "groups", "stages", "queries"
@@ -125,14 +126,7 @@ CELLS = {
     "adaptive": Cell(PARTS, "A-LORS alone (mixing)", (adaptive(),)),
     "static": Cell(PARTS, "S-LORS alone (projection)", (static(),)),
     "shared": Cell(SHARING, "shared alone", (adaptive(terms=0), static(rank=0))),
-    "private": Cell(
-        SHARING,
-        "private alone",
-        (
-            adaptive(shared=False),
-            {"low_rank": {"of": "decoder", "targets": ["mixing.projection"], "rank": 4, "init": "scratch"}},
-        ),
-    ),
+    "private": Cell(SHARING, "private alone", (adaptive(shared=False), LOW_RANK)),
     "rank_2": Cell(RANKS, "2", (adaptive(rank=2), static(rank=2))),
     "rank_8": Cell(RANKS, "8", (adaptive(rank=8), static(rank=8))),
     "terms_1": Cell(TERMS, "K = 1, 1, 1", (adaptive(terms=1), static())),
@@ -287,20 +281,23 @@ def remembered_features() -> Iterator[None]:
 
 
 def minutes(benchmark: Benchmark, names: Sequence[str], train: int, held_out: int) -> tuple[float, dict[str, float]]:
-    """Minutes for the backbone's maps of all images, once for each process, and of each cell, from steps measured on this machine."""
-    of_cells = {}
-    for name in names:
-        recipe = parse_recipe(yaml.safe_dump(benchmark.recipe(name, 0)))
-        backbone, forward, step = _seconds(recipe, {**benchmark.base["teacher"]["args"], **CELLS[name].args})
-        batch = recipe.data.batch_size
-        epochs = recipe.steps[-1].spec.epochs
-        # evaluated before and after training, and at the end, with the teacher
-        of_cells[name] = (epochs * (train // batch) * step + 5 * held_out / batch * forward) / 60
-    return backbone * (2 * train + held_out) / batch / 60, of_cells
+    """Minutes for the backbone's maps of all images, once for each process, and of each cell without a fit, from steps measured here."""
+    of_cells: dict[str, float] = {}
+    of_backbone, batch = 0.0, benchmark.base["data"]["batch_size"]
+    with remembered_features():
+        for name in names:
+            recipe = parse_recipe(yaml.safe_dump(benchmark.recipe(name, 0)))
+            first, forward, step = _seconds(recipe, {**benchmark.base["teacher"]["args"], **CELLS[name].args})
+            of_backbone = of_backbone or first - forward
+            epochs = recipe.steps[-1].spec.epochs
+            # evaluated before and after training, and at the end, with the teacher
+            of_cells[name] = (epochs * (train // batch) * step + 5 * held_out / batch * forward) / 60
+    return of_backbone * (2 * train + held_out) / batch / 60, of_cells
 
 
 def _seconds(recipe: Recipe, args: Mapping[str, Any]) -> tuple[float, float, float]:
-    """Seconds for a batch: of the backbone, and given its maps, of a forward pass and of a training step (the faster of two)."""
+    """Seconds for a batch: of the first forward pass, in which the backbone runs, of another one, and of a training step; the faster of
+    two."""
     model: Any = build(recipe.teacher.model, {**args, "num_classes": recipe.data.num_classes or 6})
     for spec in (step.spec for step in recipe.steps):
         if isinstance(spec, Transform):
@@ -309,10 +306,9 @@ def _seconds(recipe: Recipe, args: Mapping[str, Any]) -> tuple[float, float, flo
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(recipe.data.batch_size, 3, *model.img_size, generator=generator)
     box = {"boxes": torch.tensor([[0.1, 0.2, 0.5, 0.6]] * 3), "labels": torch.zeros(3, dtype=torch.long)}
-    with remembered_features():
-        times = [_taken(lambda: model(images)) for _ in range(3)]
-        steps = [_taken(lambda: sum(model(images).losses([box] * len(images)).values()).backward()) for _ in range(2)]
-    return times[0] - min(times[1:]), min(times[1:]), min(steps)
+    times = [_taken(lambda: model(images)) for _ in range(3)]
+    steps = [_taken(lambda: sum(model(images).losses([box] * len(images)).values()).backward()) for _ in range(2)]
+    return times[0], min(times[1:]), min(steps)
 
 
 def _taken(function: Callable[[], Any]) -> float:
@@ -449,7 +445,7 @@ def main() -> None:
     )
     total = backbone * bool(waiting) + sum(each[name] for name, _ in waiting)
     print(
-        f"{len(waiting)} of {len(cells)} cells are to be run, predicted {total / 60:.1f} hours, {arguments.hours:g} allowed",
+        f"{len(waiting)} of {len(cells)} cells are to be run, predicted {total / 60:.1f} hours without fits, {arguments.hours:g} allowed",
         flush=True,
     )
     for name, taken in each.items():

@@ -9,6 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import yaml
+
+from compressvit.model.ties import count_parameters
+from compressvit.model.weights import build
+from compressvit.recipe.recipe import parse_recipe
+from compressvit.transforms import Transform
+from compressvit.transforms.applying import apply_plans
 
 
 @pytest.fixture
@@ -100,3 +108,85 @@ def test_a_difference_of_pairs_is_narrower_than_that_of_either(few_shot):
     alone = [ours.precision(times).mean() for times in matches.drawn(40, 200)]
     assert low < difference < high
     assert high - low < np.quantile(alone, 0.975) - np.quantile(alone, 0.025)
+
+
+# --------------------------------------------------------------------------------------------------------- LORS, detection
+
+
+@pytest.fixture
+def lors(few_shot):
+    return importlib.import_module("lors_detection")
+
+
+@pytest.fixture
+def benchmark(lors, tmp_path):
+    base = yaml.safe_load(lors.find_recipe(lors.RECIPE).read_text(encoding="utf-8"))
+    tiny = {"backbone": "vit_tiny_patch16_224", "backbone_args": {"depth": 1}, "img_size": 64}
+    base["teacher"]["args"] |= tiny
+    base["data"]["root"] = "x"
+    return lors.Benchmark(base, tmp_path)
+
+
+def test_every_cell_can_be_planned_and_comes_after_what_it_starts_from(lors, benchmark):
+    cells = lors.order(list(lors.CELLS), [0, 1])
+    assert cells[:3] == [("dense", 0), ("dense", 1), ("lors", 0)]
+    assert len(set(cells)) == len(cells) == 2 * len(lors.CELLS)
+    before = []
+    for name, seed in cells:
+        before.append(benchmark.folder(name, seed))
+        recipe = parse_recipe(yaml.safe_dump(benchmark.recipe(name, seed)))
+        if lors.CELLS[name].trained:
+            assert Path(recipe.teacher.weights).parent in before[:-1]
+        assert benchmark.folder(lors.compared_with(name), seed) in before
+        if seed:
+            continue
+        model = build("adamixer", {**benchmark.base["teacher"]["args"], **lors.CELLS[name].args}, device="meta")
+        dense = count_parameters(model.decoder)
+        transforms = [step.spec for step in recipe.steps if isinstance(step.spec, Transform)]
+        for spec in transforms:
+            apply_plans(model, [spec.plan(model)])
+        assert count_parameters(model.decoder) < dense if transforms else lors.CELLS[name].steps == ()
+
+
+def test_all_cells_are_trained_alike_but_for_their_length(lors, benchmark):
+    whole, further = benchmark.recipe("dense", 0)["steps"][-1], benchmark.recipe("fit", 0)["steps"][-1]
+    assert benchmark.recipe("lors", 0)["steps"][-1] == whole
+    assert benchmark.recipe("dense_longer", 0)["steps"] == [further]
+    short = benchmark.recipe("lors_short", 0)["steps"][-1]["finetune"]
+    assert {**short, "epochs": 12, "evaluate_every": 12} == whole["finetune"]
+    assert short["epochs"] == further["finetune"]["epochs"]
+
+
+def test_remembered_features_are_the_features(lors, benchmark):
+    torch.manual_seed(0)
+    model = build("adamixer", benchmark.base["teacher"]["args"], num_classes=3).eval()
+    images, runs = torch.randn(3, 3, 64, 64), []
+    expected = model(images).logits
+    model.backbone.blocks[0].mlp.register_forward_pre_hook(lambda *_: runs.append("looked at"))
+    with lors.remembered_features():
+        model(images)
+        model(images)
+        assert len(runs) == 2  # a fit looks at the backbone itself
+        model.backbone.blocks[0].mlp._forward_pre_hooks.clear()
+        model.backbone.blocks[0].mlp.forward = record(model.backbone.blocks[0].mlp.forward, runs)
+        for chosen in ([0, 1], [2, 1, 0], [0, 1, 2]):
+            assert torch.allclose(model(images[chosen]).logits, expected[:, chosen], atol=1e-5)
+        assert runs[2:] == [2, 1]  # images for which the backbone ran
+    model(images)
+    assert runs[-1] == 3
+
+
+def record(forward, runs):
+    def recorded(x):
+        runs.append(len(x))
+        return forward(x)
+
+    return recorded
+
+
+def test_a_comparison_with_a_detector_that_finds_too_little_is_void(lors, benchmark, monkeypatch):
+    monkeypatch.setattr(lors.Benchmark, "finished", lambda self, name, seed: True)
+    monkeypatch.setattr(lors.Benchmark, "cell", lambda self, name, seed: {"ap50": [25.0, 36.0][seed]})
+    lors.require_objects_found(benchmark, "dense", [0, 1])
+    with pytest.raises(SystemExit, match=r"void: dense reaches AP50 25.00 \(25.0\) %, and below 30 %"):
+        lors.require_objects_found(benchmark, "dense", [0])
