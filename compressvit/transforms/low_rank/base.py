@@ -168,8 +168,8 @@ class RankStep(Transform):
     sequential: bool = Field(
         True,
         description="Fit layers, with their biases, in the order they run: each on the outputs of the fitted layers before it, towards the "
-        "teacher's hidden states. False: fit each as if all other layers were the teacher's. Ignored if nothing is measured on images, and in a "
-        "decoder, whose stages take more than hidden states.",
+        "teacher's hidden states. False: fit each as if all other layers were the teacher's. Ignored if nothing is measured on images, and "
+        "in a decoder, whose stages take more than hidden states.",
     )
     ridge: float = Field(
         1e-3,
