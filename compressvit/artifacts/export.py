@@ -36,8 +36,9 @@ def exported(model: nn.Module, images: Tensor, task: Task | None = None) -> Grap
         model: any model that compressvit trains; it is not changed.
         images: (B, C, H, W) as the model takes them. The graph takes batches of any other B, of the same C, H, W and kind.
         task: what the outputs mean; None: the model's. Of classes the graph gives logits (B, classes); of detection `boxes` (B, 100, 4),
-            (x0, y0, x1, y1) in widths and heights of the image, `scores` (B, 100), falling, `labels` (B, 100), and of models of masks
-            `masks` (B, 100, M, M), probabilities at points of the box; all zero after an image's last detection.
+            (x0, y0, x1, y1) in widths and heights of the image, `scores` (B, 100), falling, and `labels` (B, 100), all zero after an
+            image's last detection; of a model of masks also `masks` (B, 100, 28, 28), the probability that a point of the box belongs
+            to the object.
     """
     module, names = (task or task_of(model)).graph(model)
     two = images[:1].expand(2, -1, -1, -1).contiguous()  # a batch of one would stay one

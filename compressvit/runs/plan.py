@@ -225,7 +225,11 @@ def _teacher_notes(job: Job) -> list[str]:
             for key in unlike
         ]
     given = recipe.teacher.weights
-    if given not in ("train", "pretrained") and not expanded(given, "teacher.weights").exists():
+    if given == "random":
+        notes.append(
+            "the teacher is untrained (teacher.weights=random): scores of it, and what is learned from it, mean nothing"
+        )
+    if given not in ("train", "pretrained", "random") and not expanded(given, "teacher.weights").exists():
         notes.append(
             f"teacher.weights: there is no {given} yet; an artifact would also say with which arguments and classes the teacher is built, "
             "and this plan goes by the recipe alone"

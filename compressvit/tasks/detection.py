@@ -130,7 +130,8 @@ class Detection(Task):
     def graph(self, model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
         from compressvit.model.detectors.prediction import Answering
 
-        return Answering(model, LIMIT), ("boxes", "scores", "labels", *(["masks"] if _gives_masks(model) else []))
+        names = ("boxes", "scores", "labels")
+        return Answering(model, LIMIT), (*names, "masks") if getattr(model, "masks", False) else names
 
     def output_distance(self, model: nn.Module, images: Tensor, generator: torch.Generator) -> Tensor:
         """Logits and boxes of every stage in a random direction; a box's four numbers weigh as much as its logits."""

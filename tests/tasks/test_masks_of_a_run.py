@@ -122,6 +122,7 @@ def test_a_model_learns_from_batches_with_masks_and_is_judged_by_them(tmp_path):
     assert result["mask_ap"] is not None
     others = Side.of(build("faster_rcnn", {k: v for k, v in ARGS.items() if k != "outline"}), data)
     assert not others.input.masks
+    side.model.eval()
     result = evaluate(others, eval_loader(datasets, data, others.input, device), device, teacher=side)
     assert {key for key in result if "mask" in key} <= {f"teacher_{key}" for key in MASKS}
 

@@ -32,8 +32,8 @@ def select(
     """The detections of images (B, C, H, W) from their maps of the pyramid, as `FasterRCNN.answer` gives them."""
     height, width = images.shape[-2:]
     proposals, proposed = _proposals(rpn, images, maps)
-    pooled = _pooled(heads.box_roi_pool, maps, proposals, height)
-    logits, changes = heads.box_predictor(heads.box_head(pooled))
+    features = pooled(heads.box_roi_pool, maps, proposals, height)
+    logits, changes = heads.box_predictor(heads.box_head(features))
     boxes = heads.box_coder.decode_single(changes, proposals.flatten(0, 1)).view(*proposals.shape[:2], -1, 4)
     boxes = clip_boxes_to_image(boxes, (height, width))[:, :, 1:]  # the first class is background
     scores = logits.softmax(-1).view(*proposals.shape[:2], -1)[:, :, 1:]
@@ -44,22 +44,12 @@ def select(
     best, index = kept.topk(min(limit, heads.detections_per_img, kept.shape[1]), dim=1)
     nothing = best == NONE
     scale = torch.tensor([width, height, width, height], device=boxes.device)
-    places = found[0].gather(1, index[..., None].expand(-1, -1, 4))
-    labels = classes[index].masked_fill(nothing, 0)
-    masks = _masks(heads, maps, places, labels, height) if heads.has_mask() else None
+    places = found[0].gather(1, index[..., None].expand(-1, -1, 4)) / scale
     return Detections(
-        (places / scale).masked_fill(nothing[..., None], 0.0),
+        places.masked_fill(nothing[..., None], 0.0),
         best.masked_fill(nothing, 0.0),
-        labels,
-        None if masks is None else masks.masked_fill(nothing[..., None, None], 0.0),
+        classes[index].masked_fill(nothing, 0),
     )
-
-
-def _masks(heads: RoIHeads, maps: Mapping[str, Tensor], boxes: Tensor, labels: Tensor, height: int) -> Tensor:
-    """Of boxes (B, K, 4) in pixels the masks (B, K, M, M) of their classes (B, K), as probabilities."""
-    logits = heads.mask_predictor(heads.mask_head(_pooled(heads.mask_roi_pool, maps, boxes, height)))
-    own = (labels.flatten() + 1)[:, None, None, None].expand(-1, 1, *logits.shape[-2:])  # the first is background
-    return logits.gather(1, own)[:, 0].sigmoid().view(*labels.shape, *logits.shape[-2:])
 
 
 def _proposals(rpn: RegionProposalNetwork, images: Tensor, maps: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -117,7 +107,7 @@ def _suppressed(boxes: Tensor, scores: Tensor, groups: Tensor, overlap: float, s
     return torch.full_like(flat, NONE).index_copy(0, kept, flat[kept])[:-2].view_as(scores)
 
 
-def _pooled(pool: MultiScaleRoIAlign, maps: Mapping[str, Tensor], boxes: Tensor, height: int) -> Tensor:
+def pooled(pool: MultiScaleRoIAlign, maps: Mapping[str, Tensor], boxes: Tensor, height: int) -> Tensor:
     """What `MultiScaleRoIAlign` gives of boxes (B, K, 4) in pixels: (B · K, channels, side, side)."""
     levels = [values for name, values in maps.items() if name in pool.featmap_names]
     octaves = [round(math.log2(height / values.shape[-2])) for values in levels]
