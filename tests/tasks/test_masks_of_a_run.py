@@ -116,6 +116,7 @@ def test_a_model_learns_from_batches_with_masks_and_is_judged_by_them(tmp_path):
     loss = task.loss(side.model.train()(images), targets)
     loss.backward()
     assert side.model.heads.mask_predictor.mask_fcn_logits.weight.grad.abs().sum() > 0
+    side.model.eval()
     batches = list(eval_loader(datasets, data, side.input, device))
     result = evaluate(side, batches, device, teacher=side)
     assert {"mask_ap", "teacher_mask_ap", "mask_ap50_of_teacher"} < result.keys()
