@@ -240,10 +240,18 @@ TOLD = {
     "size": ({"segmentation": rle([0, AREA], (WIDTH, HEIGHT))}, "have run lengths for an image of another size"),
     "runs": ({"segmentation": rle([3])}, "have run lengths that are damaged or do not fill the image"),
     "empty": ({"segmentation": rle([AREA])}, "have a mask without a pixel"),
-    "outside": (
-        {"segmentation": [[4, 2, 30, 2, 30, 8]]},
-        "have a mask that reaches out of the box by more than a pixel, first annotation 2; both were kept",
-    ),
+    **{
+        f"{side} of its box": (
+            {"segmentation": [corners]},
+            "have a mask that reaches out of the box by more than a pixel, first annotation 2; both were kept",
+        )
+        for side, corners in {
+            "left": [1, 2, 12, 2, 12, 8],
+            "above": [4, 0, 12, 0, 12, 8],
+            "right": [4, 2, 30, 2, 30, 8],
+            "below": [4, 2, 12, 2, 12, 12],
+        }.items()
+    },
 }
 
 
@@ -257,7 +265,7 @@ def test_an_object_without_a_mask_is_counted_and_keeps_its_box(tmp_path, case):
     assert "first annotation 2" in texts[0]
     annotation = found.train.source.samples[0][1]
     assert len(annotation.boxes) == 2
-    assert (annotation.outlines[1] is None) == (case != "outside")
+    assert (annotation.outlines[1] is None) == ("of its box" not in case)
 
 
 def test_a_file_without_masks_is_no_fault(tmp_path):
