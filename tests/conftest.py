@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 
 import pytest
 import torch
@@ -23,6 +24,17 @@ def _wide_terminal():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COLUMNS", "240")
         yield
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
+def pytest_collection_modifyitems(items):
+    """Mark as `wide` what `wide_unless` says."""
+    for item in items:
+        for mark in item.iter_markers("wide_unless"):
+            (fast,) = mark.args
+            given = item.callspec.params
+            if not fast(**{name: given[name] for name in inspect.signature(fast).parameters}):
+                item.add_marker(pytest.mark.wide)
 
 
 def pytest_collection_finish():

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+import yaml
+
+from compressvit.model.ties import count_parameters
+from compressvit.model.weights import build
+from compressvit.recipe.recipe import parse_recipe
+from compressvit.transforms import Transform
+from compressvit.transforms.applying import apply_plans
 
 
 @pytest.fixture
@@ -36,3 +47,146 @@ def test_a_finished_run_of_another_recipe_is_not_taken(few_shot, tmp_path):
     assert run("seed: 0\n", tmp_path, None) == {"student": {}, "seconds": 1.5}
     with pytest.raises(SystemExit, match="holds a finished run of another recipe"):
         run("seed: 1\n", tmp_path, None)
+
+
+def test_the_modules_have_the_shares_of_the_papers_table_1(few_shot):
+    table = importlib.import_module("lors_table1")
+    dense, made = map(table.counts, table.decoders())
+    assert (dense.decoder, made.decoder, made.mixing) == (135_536_424, 35_348_264, 25_940_480)
+    by_stage = [100 * (made.generator + 6 * terms) / dense.generator for terms in made.terms]
+    assert [round(share, 1) for share in by_stage] == [19.9, 19.9, 23.2, 23.2, 26.5, 26.5]
+    assert round(100 * (made.projection + made.low_rank) / dense.projection, 1) == 19.8
+
+
+# ------------------------------------------------------------------------------------------------------- average precision
+
+
+def some_images(count: int = 12) -> tuple[list[np.ndarray], list[np.ndarray], list[list[bool]]]:
+    """Boxes of three classes, detections near them and elsewhere, and one crowd; each detection has a score of its own."""
+    generator = np.random.default_rng(0)
+    truth, found, crowd = [], [], []
+    for image in range(count):
+        boxes = np.concatenate([generator.uniform(0, 60, (3, 2)), generator.uniform(8, 40, (3, 2))], axis=1)
+        labels = generator.integers(0, 3, (3, 1))
+        truth.append(np.concatenate([boxes, labels], axis=1))
+        near = np.concatenate([boxes + generator.normal(0, 2.5, (3, 4)), boxes + generator.normal(0, 12, (3, 4))])
+        scores = generator.uniform(0, 1, (6, 1))
+        found.append(np.concatenate([near, scores, np.tile(labels, (2, 1))], axis=1))
+        crowd.append([image == 3, False, False])
+    return truth, found, crowd
+
+
+def by_pycocotools(matches, truth, found, crowd):
+    judged = matches._judged(truth, found, 3, crowd)
+    with contextlib.redirect_stdout(io.StringIO()):
+        judged.accumulate()
+        judged.summarize()
+    return judged.stats[:2] * 100
+
+
+def test_precision_of_resampled_images_is_that_of_a_set_with_these_images(few_shot):
+    matches = importlib.import_module("paired_precision")
+    truth, found, crowd = some_images()
+    whole = matches.Matches(truth, found, 3, crowd)
+    for times in (np.ones(12, dtype=int), np.random.default_rng(1).multinomial(12, np.full(12, 1 / 12))):
+        chosen = [image for image, n in enumerate(times) for _ in range(n)]
+        expected = by_pycocotools(matches, *([part[i] for i in chosen] for part in (truth, found, crowd)))
+        by_threshold = whole.precision(times)
+        assert [by_threshold.mean(), by_threshold[0]] == pytest.approx(expected, abs=1e-9)
+        assert 1 < by_threshold.mean() < by_threshold[0] < 99
+
+
+def test_a_difference_of_pairs_is_narrower_than_that_of_either(few_shot):
+    matches = importlib.import_module("paired_precision")
+    truth, found, crowd = some_images(40)
+    better = [np.concatenate([box[:3], box[3:] * 0]) for box in found]
+    ours, theirs = (matches.Matches(truth, which, 3, crowd) for which in (better, found))
+    same = matches.intervals([ours], [ours], draws=40)
+    assert same == {"ap": [0.0, 0.0], "ap50": [0.0, 0.0]}
+    low, high = matches.intervals([ours, theirs], [theirs, theirs], draws=200)["ap"]
+    difference = (ours.precision() - theirs.precision()).mean() / 2
+    alone = [ours.precision(times).mean() for times in matches.drawn(40, 200)]
+    assert low < difference < high
+    assert high - low < np.quantile(alone, 0.975) - np.quantile(alone, 0.025)
+
+
+# --------------------------------------------------------------------------------------------------------- LORS, detection
+
+
+@pytest.fixture
+def lors(few_shot):
+    return importlib.import_module("lors_detection")
+
+
+@pytest.fixture
+def benchmark(lors, tmp_path):
+    base = yaml.safe_load(lors.find_recipe(lors.RECIPE).read_text(encoding="utf-8"))
+    tiny = {"backbone": "vit_tiny_patch16_224", "backbone_args": {"depth": 1}, "img_size": 64}
+    base["teacher"]["args"] |= tiny
+    base["data"]["root"] = "x"
+    return lors.Benchmark(base, tmp_path)
+
+
+def test_every_cell_can_be_planned_and_comes_after_what_it_starts_from(lors, benchmark):
+    cells = lors.order(list(lors.CELLS), [0, 1])
+    assert cells[:3] == [("dense", 0), ("dense", 1), ("lors", 0)]
+    assert len(set(cells)) == len(cells) == 2 * len(lors.CELLS)
+    before = []
+    for name, seed in cells:
+        before.append(benchmark.folder(name, seed))
+        recipe = parse_recipe(yaml.safe_dump(benchmark.recipe(name, seed)))
+        if lors.CELLS[name].trained:
+            assert Path(recipe.teacher.weights).parent in before[:-1]
+        assert benchmark.folder(lors.compared_with(name), seed) in before
+        if seed:
+            continue
+        model = build("adamixer", {**benchmark.base["teacher"]["args"], **lors.CELLS[name].args}, device="meta")
+        dense = count_parameters(model.decoder)
+        transforms = [step.spec for step in recipe.steps if isinstance(step.spec, Transform)]
+        for spec in transforms:
+            apply_plans(model, [spec.plan(model)])
+        assert count_parameters(model.decoder) < dense if transforms else lors.CELLS[name].steps == ()
+
+
+def test_all_cells_are_trained_alike_but_for_their_length(lors, benchmark):
+    whole, further = benchmark.recipe("dense", 0)["steps"][-1], benchmark.recipe("fit", 0)["steps"][-1]
+    assert benchmark.recipe("lors", 0)["steps"][-1] == whole
+    assert benchmark.recipe("dense_longer", 0)["steps"] == [further]
+    short = benchmark.recipe("lors_short", 0)["steps"][-1]["finetune"]
+    assert {**short, "epochs": 12, "evaluate_every": 12} == whole["finetune"]
+    assert short["epochs"] == further["finetune"]["epochs"]
+
+
+def test_remembered_features_are_the_features(lors, benchmark):
+    torch.manual_seed(0)
+    model = build("adamixer", benchmark.base["teacher"]["args"], num_classes=3).eval()
+    images, runs = torch.randn(3, 3, 64, 64), []
+    expected = model(images).logits
+    model.backbone.blocks[0].mlp.register_forward_pre_hook(lambda *_: runs.append("looked at"))
+    with lors.remembered_features():
+        model(images)
+        model(images)
+        assert len(runs) == 2  # a fit looks at the backbone itself
+        model.backbone.blocks[0].mlp._forward_pre_hooks.clear()
+        model.backbone.blocks[0].mlp.forward = record(model.backbone.blocks[0].mlp.forward, runs)
+        for chosen in ([0, 1], [2, 1, 0], [0, 1, 2]):
+            assert torch.allclose(model(images[chosen]).logits, expected[:, chosen], atol=1e-5)
+        assert runs[2:] == [2, 1]  # images for which the backbone ran
+    model(images)
+    assert runs[-1] == 3
+
+
+def record(forward, runs):
+    def recorded(x):
+        runs.append(len(x))
+        return forward(x)
+
+    return recorded
+
+
+def test_a_comparison_with_a_detector_that_finds_too_little_is_void(lors, benchmark, monkeypatch):
+    monkeypatch.setattr(lors.Benchmark, "finished", lambda self, name, seed: True)
+    monkeypatch.setattr(lors.Benchmark, "cell", lambda self, name, seed: {"ap50": [25.0, 36.0][seed]})
+    lors.require_objects_found(benchmark, "dense", [0, 1])
+    with pytest.raises(SystemExit, match=r"void: dense reaches AP50 25.00 \(25.0\) %, and below 30 %"):
+        lors.require_objects_found(benchmark, "dense", [0])

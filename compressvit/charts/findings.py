@@ -55,9 +55,14 @@ class Finding:
 
     def draw(self) -> alt.Chart:
         """The chart, without title and caption."""
-        from compressvit.charts import charts  # Altair takes a second to import, and recipes only name what is drawn
+        from altair.utils.schemapi import (
+            debug_mode,
+        )  # Altair takes a second to import, and recipes only name what is drawn
 
-        return charts.CHARTS[self.chart](self.records, **self.options)
+        from compressvit.charts import charts
+
+        with debug_mode(False):  # a chart is checked when it is drawn, and not each of its parts before
+            return charts.CHARTS[self.chart](self.records, **self.options)
 
     def write(self, folder: Path, *, pictures: bool = True) -> list[Path]:
         """Write `NAME.json`, `NAME.csv` and, unless disabled, `NAME.png` and `NAME.svg` into `folder`; returns their paths."""

@@ -16,6 +16,7 @@ from torch import nn
 from compressvit.errors import UserError
 from compressvit.model import surgery, ties
 from compressvit.model.backbone import model_name
+from compressvit.model.shapes import RememberedShapes
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ def macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
     # Without gradients: torch's counter cannot hook a module whose input is a view of a parameter that has one, such as a learned query.
     empty = surgery.skeleton(model).eval().requires_grad_(False)
     with (
+        RememberedShapes(),
         FlopCounterMode(display=False, custom_mapping={torch.ops.aten.native_layer_norm: _layer_norm_flops}) as counter,
         torch.no_grad(),
     ):

@@ -113,6 +113,9 @@ class Family(ABC):
     layout: ClassVar[Literal["sequence", "channels_last", "channels_first"]] = "sequence"
     # Of a detector: the path of the model of another family that transforms work on, unless they ask for the detector's own blocks.
     body: ClassVar[str | None] = None
+    # The path of the module whose outputs are a model's features, to distil them: tokens (or a grid) with channels last, or several maps
+    # (B, C, H, W).
+    features: ClassVar[str] = "norm"
     # By the linear layer that ends it, which is then fitted so that its sum with the residual stream is the teacher's.
     branches: ClassVar[Mapping[str, Branch]] = {}
     # By name, the first one standing for the family where one is enough. A family without is not under the contract.

@@ -1,19 +1,24 @@
-"""The outputs of a model: one tensor, or the several of a detector."""
+"""The outputs of a model or of one of its modules: one tensor, or the several of a detector."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-
-def tensors_of(outputs: Tensor | Iterable[Tensor]) -> list[Tensor]:
-    """The tensors of a model's outputs."""
-    return [outputs] if isinstance(outputs, Tensor) else list(outputs)
+Outputs: TypeAlias = "Tensor | Iterable[Tensor] | Mapping[str, Tensor]"
 
 
-def in_one(outputs: Tensor | Iterable[Tensor]) -> Tensor:
+def tensors_of(outputs: Outputs) -> list[Tensor]:
+    """The tensors of outputs, in order."""
+    if isinstance(outputs, Tensor):
+        return [outputs]
+    return list(outputs.values() if isinstance(outputs, Mapping) else outputs)  # type: ignore[arg-type]
+
+
+def in_one(outputs: Outputs) -> Tensor:
     """The outputs as one tensor (B, …): of a detector, whose tensors are (stages, B, …), all values of an image in a row."""
     if isinstance(outputs, Tensor):
         return outputs

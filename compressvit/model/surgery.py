@@ -237,13 +237,27 @@ def deep_copy(model: M, memo: dict[int, object] | None = None) -> M:
             continue
         copied = memo[id(module)] = kind.__new__(kind)
         for name, value in vars(module).items():
-            if type(value) in (OrderedDict, dict, set) and not value:
-                memo.setdefault(id(value), type(value)())
-            immutable = value is None or type(value) in (bool, int, float, str)
-            vars(copied)[name] = value if immutable else copy.deepcopy(value, memo)
+            vars(copied)[name] = _copied(value, memo)
     return copy.deepcopy(model, memo)
 
 
+def _copied(value: Any, memo: dict[int, object]) -> Any:
+    kind = type(value)
+    if kind in _UNCHANGING or (kind is tuple and all(type(inner) in _UNCHANGING for inner in value)):
+        return value
+    if id(value) in memo:
+        return memo[id(value)]
+    if kind in (OrderedDict, dict, set) and not value:
+        return memo.setdefault(id(value), kind())
+    if kind is dict and all(type(key) is str for key in value):  # the parameters, buffers and modules of a module
+        copied = memo[id(value)] = {}
+        copied.update({key: _copied(inner, memo) for key, inner in value.items()})
+        return copied
+    return copy.deepcopy(value, memo)
+
+
+_UNCHANGING = {type(None), bool, int, float, str}
+_FILL_IN = {"torch.nn.modules.conv", "torch.nn.modules.activation"}  # what files of an older torch lack
 _COPYING = {
     *("__deepcopy__", "__reduce_ex__", "__reduce__", "__getstate__", "__setstate__", "__getnewargs_ex__"),
     *("__getnewargs__", "__slots__"),
@@ -255,7 +269,9 @@ def _copied_by_attributes(kind: type[Any]) -> bool:
     """Whether a deep copy of a module of this class has copies of its attributes and nothing else: the class does not say otherwise."""
     classes = (c for c in kind.__mro__ if c not in (nn.Module, object))
     return kind not in copyreg.dispatch_table and not any(
-        name in _COPYING and value is not _reduce for c in classes for name, value in vars(c).items()
+        name in _COPYING and value is not _reduce and not (name == "__setstate__" and c.__module__ in _FILL_IN)
+        for c in classes
+        for name, value in vars(c).items()
     )
 
 

@@ -164,7 +164,8 @@ def load_file(model: nn.Module, path: str | Path, where: str, *, new_head: bool 
     tensors = resample_positions(given, model)
     heads = head_names(model)
     if not any(n in own for n in heads):  # a headless model has no use for the file's classifier
-        dropped = [n for n in tensors if n.split(".")[0] in ("head", "head_dist") and n not in own]
+        classifiers = {"head", "head_dist", *_classifiers(model)}
+        dropped = [n for n in tensors if n.split(".")[0] in classifiers and n not in own]
         tensors = {n: t for n, t in tensors.items() if n not in dropped}
         if dropped:
             text = f"the file's classifier was left out ({', '.join(dropped)}), because the model has none"
@@ -199,6 +200,12 @@ def load_file(model: nn.Module, path: str | Path, where: str, *, new_head: bool 
     for note in notes:
         log.info("%s", note.text)
     return notes
+
+
+def _classifiers(model: nn.Module) -> list[str]:
+    """Names of a model's children that hold its classifier where it has one, as timm says: `fc` of a ResNet."""
+    said = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
+    return [path.split(".")[0] for path in ((said,) if isinstance(said, str) else said)]
 
 
 def copy_matching(student: nn.Module, teacher: nn.Module) -> list[str]:

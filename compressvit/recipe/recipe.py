@@ -37,13 +37,14 @@ class Teacher(Spec):
     )
     weights: str = Field(
         "pretrained",
-        description="pretrained (timm's, downloaded or from its cache), train (from random initialisation, by `finetune`), or the path of "
-        "a file or artifact (e.g. RUN/teacher, which also records args and num_classes).",
+        description="pretrained (timm's, downloaded or from its cache), train (from random initialisation, by `finetune`), random "
+        "(untrained: the steps train a model from its beginning), or the path of a file or artifact (e.g. RUN/teacher, which also records "
+        "args and num_classes).",
     )
     backbone: str | None = Field(
         None,
-        description="Of a detector with `weights: train`: what its backbone starts from, pretrained (timm's) or the path of a file or "
-        "artifact. Null: random.",
+        description="Of a detector with `weights: train` or `random`: what its backbone starts from, pretrained (timm's) or the path of a "
+        "file or artifact. Null: random.",
     )
     args: dict[str, Any] = Field(
         default_factory=dict, description="Further arguments of timm.create_model, e.g. {img_size: 384}."
@@ -60,8 +61,16 @@ class Teacher(Spec):
 
     @model_validator(mode="after")
     def _backbone_of_one_to_train(self) -> Teacher:
-        if self.backbone is not None and self.weights != "train":
-            raise ValueError(f"backbone is for weights: train; weights: {self.weights} has the backbone's values, too")
+        if self.backbone is not None and self.weights not in ("train", "random"):
+            raise ValueError(
+                f"backbone is for weights: train or random; weights: {self.weights} has the backbone's values, too"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _random_is_not_trained(self) -> Teacher:
+        if self.finetune is not None and self.weights == "random":
+            raise ValueError("weights: random leaves the teacher untrained; give weights: train, or leave finetune out")
         return self
 
 

@@ -58,7 +58,7 @@ class Row:
     def task(self) -> str:
         """Data, number of evaluated images, and teacher; only rows that agree in these are compared."""
         data, teacher = self.recipe.data, self.recipe.teacher
-        known = teacher.weights in ("pretrained", "train") or self.taught_here
+        known = teacher.weights in ("pretrained", "train", "random") or self.taught_here
         weights = "" if known else f" ({teacher.weights})"
         images = self.results[0].teacher.images
         split = data.val_split + (f" ({images:,} images)" if images else "")

@@ -70,7 +70,7 @@ def teacher_architecture(recipe: Recipe, *, classes: int | None = None) -> Archi
     stored = _stored_teacher(recipe)
     args = _teacher_args(recipe, stored)
     count = recipe.teacher.num_classes
-    if count is None and trains_teacher(recipe):
+    if count is None and (trains_teacher(recipe) or recipe.teacher.weights == "random"):
         known = known_classes(recipe.data) or classes
         count = head_size(recipe, known)
     if count is not None:
@@ -89,7 +89,7 @@ def head_size(recipe: Recipe, classes: int | None) -> int | None:
 def _stored_teacher(recipe: Recipe) -> Manifest | LocalDir | None:
     """The description of the model in the artifact or timm folder that `teacher.weights` names; None for a file."""
     asked = recipe.teacher
-    if asked.weights in ("pretrained", "train"):
+    if asked.weights in ("pretrained", "train", "random"):
         return None
     folder = expanded(asked.weights, "teacher.weights")
     manifest = read_manifest(folder) if is_artifact(folder) else read_local_dir(folder)
@@ -116,14 +116,14 @@ def _teacher_args(recipe: Recipe, manifest: Manifest | LocalDir | None) -> dict[
 
 
 def load_teacher(recipe: Recipe, teacher: nn.Module) -> list[Note]:
-    """Load the values that `teacher.weights` names into the teacher; for 'train' it keeps its initial values. Returns what was taken off
-    or left out of a file."""
+    """Load the values that `teacher.weights` names into the teacher; for 'train' and 'random' it keeps its initial values. Returns what was
+    taken off or left out of a file."""
     found: list[Note] = []
     if recipe.teacher.backbone is not None:
         found = _load_backbone(recipe.teacher.backbone, teacher, "teacher")
     if recipe.teacher.weights == "pretrained":
         weights.load_pretrained(teacher, "teacher.weights", new_head=recipe.teacher.finetune is not None)
-    elif recipe.teacher.weights != "train":
+    elif recipe.teacher.weights not in ("train", "random"):
         new_head = recipe.teacher.finetune is not None
         found += weights.load_file(teacher, recipe.teacher.weights, "teacher.weights", new_head=new_head)
     return found

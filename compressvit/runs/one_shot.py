@@ -59,7 +59,7 @@ class OneShot:
     """
 
     def __init__(self, recipe: Recipe, device: str, asker: str):
-        if recipe.teacher.weights == "train":
+        if recipe.teacher.weights in ("train", "random"):
             raise UserError(
                 f"{asker} trains nothing, so the teacher needs weights: run the recipe once and give teacher.weights=RUN/teacher"
             )

@@ -26,7 +26,7 @@ from compressvit.model.weights import copy_matching
 from compressvit.notes import Note
 from compressvit.recipe.recipe import Merge, Recipe
 from compressvit.runs.files import Costs, DataPlan, LedgerRow, NoteRow, PlannedTeacher, RecipePlan, StagePlan, StepPlan
-from compressvit.runs.job import PLACEHOLDER_CLASSES, Job, prepare
+from compressvit.runs.job import PLACEHOLDER_CLASSES, Job, prepare, refuse_missing_masks
 from compressvit.runs.models import student_body, trains_teacher
 from compressvit.tasks.base import TASKS, find_task, task_of
 from compressvit.training.phases import PhaseSpec, Setting
@@ -48,6 +48,10 @@ def plan_recipe(recipe: Recipe, name: str = "recipe") -> RecipePlan:
     plan = plan_job(job)
     if datasets is not None:
         plan.data = plan_data(job)
+        try:
+            refuse_missing_masks(job)
+        except UserError as error:
+            plan.conflicts.append(str(error))
     if fault is not None:
         plan.notes.append(f"data not found here, so not counted: {fault}")
     return plan
@@ -225,7 +229,11 @@ def _teacher_notes(job: Job) -> list[str]:
             for key in unlike
         ]
     given = recipe.teacher.weights
-    if given not in ("train", "pretrained") and not expanded(given, "teacher.weights").exists():
+    if given == "random":
+        notes.append(
+            "the teacher is untrained (teacher.weights=random): scores of it, and what is learned from it, mean nothing"
+        )
+    if given not in ("train", "pretrained", "random") and not expanded(given, "teacher.weights").exists():
         notes.append(
             f"teacher.weights: there is no {given} yet; an artifact would also say with which arguments and classes the teacher is built, "
             "and this plan goes by the recipe alone"

@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from compressvit.errors import UserError, did_you_mean
 from compressvit.registry import Registry
+from compressvit.tasks.answers import Answers, Measure
 from compressvit.tasks.quality import Quality
 from compressvit.tasks.targets import at_least
 
 if TYPE_CHECKING:  # a report and a recipe need the names of figures, and not torch
     import torch
-    from PIL.Image import Image
     from torch import Tensor, nn
 
 Result = dict[str, float | None]
@@ -77,62 +77,6 @@ class Metrics(ABC):
         figures begin with `teacher_`."""
 
 
-class Answers(ABC):
-    """What is recorded of two models' outputs on the held-out images beside figures: tables, and the images most worth showing.
-
-    Attributes:
-        measure: the key in `Task.measures` of what the images are chosen by; None where there is nothing to choose by.
-        pixels: the most that the longer side of a picture has in the report.
-    """
-
-    measure: str | None = None
-    pixels: int = 96
-
-    @abstractmethod
-    def add(self, outputs: Any, targets: Any, expected: Any | None) -> Tensor | None:
-        """Add a batch.
-
-        Args:
-            outputs, targets: as for `Metrics.add`.
-            expected: the teacher's outputs where the two can be compared.
-
-        Returns:
-            (B,): the higher, the more an image is worth looking at; None where there is no `measure`.
-        """
-
-    @abstractmethod
-    def describe(self, index: int) -> dict[str, Any]:
-        """What `predictions.json` keeps of the image at `index` of the last batch, as JSON has it.
-
-        The report shows `true` (a text), `teacher` and `student` (a text each, or a class with its probability), if present.
-        """
-
-    def draw(self, picture: Image, description: Mapping[str, Any]) -> Image:
-        """The picture that the report shows of an image; by default the image itself.
-
-        Args:
-            picture: the image as the model takes it, made smaller to `pixels`, in mode L or RGB.
-            description: what `describe` said of it.
-        """
-        return picture
-
-    def value(self, worth: float) -> float:
-        """The value that is shown of an image, from the one it was chosen by."""
-        return worth
-
-    def tables(self) -> dict[str, Any]:
-        """What else `predictions.json` has: `classes`, `confusions` and `confusions_in_all`, None where the task has none."""
-        return {"classes": None, "confusions": None, "confusions_in_all": None}
-
-
-@dataclass(frozen=True)
-class Measure:
-    """The criterion by which a report selects images: a caption for the selection, and the text under each image from its value."""
-
-    caption: str
-    text: Callable[[float], str | None]
-
-
 class Task(ABC):
     """What the outputs of a model mean.
 
@@ -144,6 +88,7 @@ class Task(ABC):
         needs_class_count: whether nothing can be learned before it is known how many classes the data has.
         supervised: whether it has a loss against the ground truth.
         outputs_are_logits: whether a model's outputs are logits of classes, which a student can learn from its teacher as soft labels.
+        imitates: whether there is an `imitation`, for outputs that are no such logits.
         mixes: whether its targets can be mixed by mixup and cutmix.
         places: whether its targets are places in the image, so that what moves pixels must move them.
         progress_names: what the line that training prints of an epoch calls a figure, by its key, where not by its `in_text`.
@@ -157,6 +102,7 @@ class Task(ABC):
     needs_class_count: ClassVar[bool] = False
     supervised: ClassVar[bool] = True
     outputs_are_logits: ClassVar[bool] = False
+    imitates: ClassVar[bool] = False
     mixes: ClassVar[bool] = False
     places: ClassVar[bool] = False
     progress_names: ClassVar[Mapping[str, str]] = {}
@@ -257,6 +203,20 @@ class Task(ABC):
         """
         raise TypeError(f"the task {self.name!r} learns nothing from the ground truth")
 
+    def imitation(self, outputs: Any, expected: Any, temperature: float) -> dict[str, Tensor]:
+        """The parts of the loss against the teacher's outputs by name, scalars, 0 where a student is its teacher; see `imitates`.
+
+        Args:
+            outputs: what the model returns in training; may be in lower precision.
+            expected: what the teacher returns in eval mode, without gradients.
+            temperature: logits of both are divided by it.
+
+        Raises:
+            UserError: the two models cannot be compared.
+            NotImplementedError: on the meta device, where that depends on values.
+        """
+        raise TypeError(f"the task {self.name!r} has no loss against a teacher's outputs")
+
     def batch_figures(self, outputs: Any, expected: Any | None, targets: Any, labels: Labels) -> dict[str, Tensor]:
         """What a training loop logs of a batch beside its loss: scalars on the device by name. May not wait for the device.
 
@@ -337,6 +297,12 @@ class Task(ABC):
         outputs = self.run(model, images)
         direction = torch.randn(outputs.shape, generator=generator).to(outputs.device)
         return (outputs * direction).sum()
+
+    # In an exported graph
+
+    def graph(self, model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
+        """What is exported of a model: a module from images (B, C, H, W) to one tensor or several, and their names."""
+        return model, ("outputs",)
 
     # In words
 

@@ -114,6 +114,9 @@ class Classification(ClassTargets):
     def answers(self, model: nn.Module, names: Sequence[str] | None, labelled: bool) -> Answers:
         return ClassAnswers(class_count(model), names, labelled)
 
+    def graph(self, model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
+        return model, ("logits",)
+
     def output_distance(self, model: nn.Module, images: Tensor, generator: torch.Generator) -> Tensor:
         """The loss of classes drawn from the model's own probabilities: its squared gradients are the Fisher information."""
         import torch

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
+from compressvit.errors import UserError
 from compressvit.tasks.base import Answers, Labels, Measure, Metrics, Result, Task, task
 from compressvit.tasks.precision import BOXES, MASKS, Precision, Runs, coco_masks, on_picture, true_masks
 from compressvit.tasks.quality import Curve, Quality
@@ -62,6 +63,7 @@ class Detection(Task):
     ranking = ("ap", "ap50", "mask_ap", "ap50_of_teacher")
     graded = (*BOXES, *MASKS)
     needs_class_count = True
+    imitates = True
     places = True
     progress_names: ClassVar[Mapping[str, str]] = {"ap": "AP", "ap50": "AP50", "mask_ap": "mask AP"}
     measures: ClassVar[Mapping[str, Measure]] = {
@@ -100,6 +102,19 @@ class Detection(Task):
         alone = [{key: t[key][~t["crowd"]] for key in ("boxes", "labels", "masks") if key in t} for t in targets]
         return torch.stack(list(outputs.losses(alone).values())).sum()
 
+    def imitation(self, outputs: Any, expected: Any, temperature: float) -> dict[str, Tensor]:
+        """The model's own parts, of queries or of proposals; the same kind of detector is needed."""
+        from compressvit.model.detectors.prediction import SetPrediction
+
+        if isinstance(outputs, SetPrediction) != isinstance(expected, SetPrediction):
+            raise UserError(
+                "losses.prediction compares the outputs of two detectors of one kind, and student and teacher are of two; set "
+                "losses.prediction.weight=0, and e.g. losses.labels.weight=1"
+            )
+        if not hasattr(outputs, "imitation"):  # in a plan, where nothing can be chosen
+            raise NotImplementedError
+        return outputs.imitation(expected, temperature)
+
     def run(self, model: nn.Module, images: Tensor) -> list[Detections]:
         return model(images).detections(LIMIT)
 
@@ -111,6 +126,12 @@ class Detection(Task):
 
     def answers(self, model: nn.Module, names: Sequence[str] | None, labelled: bool) -> Answers:
         return _Boxes([*(names or ()), *map(str, range(len(names or ()), model.num_classes))], labelled)  # type: ignore[arg-type]
+
+    def graph(self, model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
+        from compressvit.model.detectors.prediction import Answering
+
+        names = ("boxes", "scores", "labels")
+        return Answering(model, LIMIT), (*names, "masks") if getattr(model, "masks", False) else names
 
     def output_distance(self, model: nn.Module, images: Tensor, generator: torch.Generator) -> Tensor:
         """Logits and boxes of every stage in a random direction; a box's four numbers weigh as much as its logits."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
 from typing import Any
 
 import numpy as np
@@ -79,33 +80,46 @@ def _with_rate_of_backbone(groups: list[dict[str, Any]], model: nn.Module, facto
     return divided
 
 
-class FrozenBackbone:
-    """A detector's backbone that a phase does not train: without gradients, and in eval mode, so that its statistics stay.
-
-    Args:
-        frozen: False for a phase that trains it; nothing is changed then.
+def frozen_modules(model: nn.Module, spec: Training) -> list[nn.Module]:
+    """The modules that a phase does not train: those of `frozen`, and a detector's backbone with `backbone_lr: 0`.
 
     Raises:
-        UserError: there is no backbone apart from the model.
+        UserError: a pattern matches no module, or there is no backbone apart from the model.
     """
-
-    def __init__(self, model: nn.Module, frozen: bool):
-        self._body = body_of(model) if frozen else None
-        if frozen and self._body is None:
+    found: list[nn.Module] = []
+    if spec.backbone_lr == 0:
+        body = body_of(model)
+        if body is None:
             raise UserError(
                 f"backbone_lr=0 freezes the backbone of a detector, and {model_name(model)} is none; leave it out"
             )
-        self._wanted = [] if self._body is None else [p for p in self._body.parameters() if p.requires_grad]
+        found.append(body)
+    known = {path: module for path, module in model.named_modules() if path}
+    for pattern in spec.frozen:
+        matches = [module for path, module in known.items() if fnmatch(path, pattern)]
+        if not matches:
+            hint = did_you_mean(pattern, known, list_at_most=0) or f"give the path of one, e.g. '{next(iter(known))}'"
+            raise UserError(f"frozen: {pattern!r} matches no module of {model_name(model)}; {hint}")
+        found += matches
+    return found
+
+
+class Frozen:
+    """Modules that a phase does not train: without gradients, and in eval mode, so that their statistics stay."""
+
+    def __init__(self, modules: Sequence[nn.Module]):
+        self._modules = modules
+        self._wanted = [p for module in modules for p in module.parameters() if p.requires_grad]
         for parameter in self._wanted:
             parameter.requires_grad_(False)
 
     def keep(self) -> None:
-        """Put it in eval mode, after the model was put in training mode."""
-        if self._body is not None:
-            self._body.eval()
+        """Put them in eval mode, after the model was put in training mode."""
+        for module in self._modules:
+            module.eval()
 
     def release(self) -> None:
-        """Let it be trained again."""
+        """Let them be trained again."""
         for parameter in self._wanted:
             parameter.requires_grad_(True)
 

@@ -24,6 +24,10 @@ class Training(Spec):
     backbone_lr: float = Field(
         1.0, ge=0, description="Of a detector: the learning rate of its backbone, as a factor of `lr`; 0 freezes it."
     )
+    frozen: tuple[str, ...] = Field(
+        (),
+        description="Paths of modules, or patterns of them, that the phase does not train and keeps in eval mode, e.g. [backbone.layer1].",
+    )
     lr_reference_batch: int | None = Field(
         None,
         ge=1,

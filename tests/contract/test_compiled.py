@@ -17,7 +17,9 @@ CASES += [Case(VPT(prompts=3, deep=False), backbone, 2) for backbone in ("vit", 
 NAMES = [
     name for name, spec in TRANSFORMS.items() if "decoder" not in spec.needs
 ]  # detectors: tests/model/test_adamixer.py
-FIRST = [next(case for case in CASES if case.spec.name == name) for name in NAMES]
+FIRST = pytest.mark.wide_unless(
+    lambda case: case == next(other for other in CASES if other.spec.name == case.spec.name)
+)
 
 
 def moved(case: Case) -> torch.nn.Module:
@@ -55,6 +57,7 @@ def test_compiled_student_computes_the_same():
     assert difference <= 1e-6  # TOLERANCE
 
 
+@FIRST
 @pytest.mark.parametrize("case", CASES, ids=str)
 @torch.no_grad()
 def test_traced_student_computes_the_same_for_other_batches(case):
@@ -66,6 +69,7 @@ def test_traced_student_computes_the_same_for_other_batches(case):
     )  # lors sums in another order; others 0.0
 
 
+@FIRST
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_symbolically_traced_student_computes_the_same_for_other_batches(case):
     model = moved(case)
@@ -75,9 +79,8 @@ def test_symbolically_traced_student_computes_the_same_for_other_batches(case):
         assert largest_difference(graph, model, batch) <= 1e-6  # seen 0.0
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=() if case in FIRST else pytest.mark.slow) for case in CASES], ids=str
-)
+@FIRST
+@pytest.mark.parametrize("case", CASES, ids=str)
 @torch.no_grad()
 def test_exported_student_computes_the_same_for_other_batches(case):
     model = moved(case)

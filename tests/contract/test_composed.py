@@ -40,6 +40,7 @@ PAIRS = [
 ]
 
 
+@pytest.mark.wide_unless(lambda names, backbone: backbone == "vit" and not set(names) <= set(ADAPTERS))
 @pytest.mark.parametrize(("names", "backbone"), PAIRS)
 def test_every_ordered_pair_composes_or_is_refused(names, backbone):
     first, second = (EXAMPLES[name][0] for name in names)

@@ -291,6 +291,14 @@ def test_a_model_without_a_classifier_leaves_the_files_aside(tmp_path):
         assert "the file's classifier was left out (head." in note.text
 
 
+def test_a_classifier_has_the_name_that_timm_gives_it(tmp_path):
+    args = {"layers": (1, 1, 1, 1), "channels": (8, 8, 8, 8)}
+    source = timm.create_model("resnet18", **args)
+    torch.save(source.state_dict(), tmp_path / "weights.pth")
+    (note,) = weights.load_file(timm.create_model("resnet18", num_classes=0, **args), tmp_path / "weights.pth", WHERE)
+    assert "the file's classifier was left out (fc.weight, fc.bias)" in note.text
+
+
 # ----------------------------------------------------------------------------------------------------- weights of a hub
 
 

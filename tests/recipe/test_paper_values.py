@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from compressvit.model.ties import count_parameters
+from compressvit.model.weights import build
 from compressvit.recipe.recipe import load_recipe
 from compressvit.recipe.shipped import shipped_recipes
 
@@ -157,3 +159,25 @@ def test_the_terms_of_lors_lie_where_the_blocks_differ():
     assert (attention.targets, mlp.targets) == (("attn.qkv", "attn.proj"), ("mlp.fc1", "mlp.fc2"))
     assert (mlp.rank, mlp.terms) == (32, (6, 4, 2) + (1,) * 9)
     assert load_recipe("mimi_swin_t").steps[1].spec.target.neurons == 0.125
+
+
+def decoder_of(recipe):
+    model = build(recipe.teacher.model, recipe.teacher.args, device="meta", num_classes=recipe.teacher.num_classes)
+    return count_parameters(model.decoder)
+
+
+def test_the_recipes_of_adamixer_are_trained_alike_and_have_the_published_sizes():
+    lors, dense = load_recipe("adamixer_lors"), load_recipe("adamixer")
+    assert decoder_of(dense) == 110_272_296
+    layout = load_recipe("adamixer", ["teacher.args.groups=2", "teacher.args.points_in=64"])
+    assert layout.teacher.args == lors.teacher.args
+    assert decoder_of(layout) == decoder_of(lors) == 135_536_424
+    adaptive, static = (step.spec for step in lors.steps[:2])
+    assert (adaptive.rank, adaptive.terms, adaptive.generator) == (16, (1, 1, 2, 2, 3, 3), "kaiming")
+    assert (static.rank, static.share, static.shared_init) == (8, 6, "kaiming")
+    spec = lors.steps[-1].spec
+    assert spec == lors.teacher.finetune == dense.steps[-1].spec
+    assert (spec.epochs, spec.milestones, spec.gamma) == (12, (8, 11), 0.1)
+    assert (spec.lr, spec.weight_decay, spec.clip_grad) == (2.5e-5, 1e-4, 1.0)
+    assert round(spec.warmup_epochs * 118_287 / lors.data.batch_size) == 500  # steps, on COCO's training images
+    assert spec.frozen == ("backbone.conv1", "backbone.bn1", "backbone.layer1")

@@ -282,6 +282,7 @@ def test_models_that_do_not_go_together(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------- README
 
 
+@pytest.mark.wide  # it trains for some seconds
 def test_the_example_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## From Python")[2].partition("\n## ")[0]
     code = re.findall(r"```python\n(.*?)```", section, re.DOTALL)

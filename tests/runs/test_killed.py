@@ -92,6 +92,7 @@ def whole(tmp_path_factory):
 
 
 # The evaluations: after each epoch of the teacher, before the distillation, after each of its epochs, of the student, of the teacher.
+@pytest.mark.wide_unless(lambda number: number == 4)
 @pytest.mark.parametrize("number", [1, 2, 4, 5])
 def test_the_evaluation_during_which_a_run_was_killed_is_made_again(whole, tmp_path, number):
     recipe, uninterrupted = whole
@@ -115,6 +116,7 @@ def adapted(tmp_path_factory):
 
 
 # Killed before the model is written, before it is compared, and when it lies in its folder and is timed.
+@pytest.mark.wide_unless(lambda name: name == "write_json")
 @pytest.mark.parametrize("name", ["save_for_hf", "write_json", "_measured"])
 def test_a_merge_that_was_killed_is_made_again(adapted, tmp_path, name):
     target = tmp_path / "merged"

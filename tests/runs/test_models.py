@@ -14,7 +14,8 @@ from compressvit.artifacts import artifact
 from compressvit.errors import UserError
 from compressvit.model import weights
 from compressvit.recipe.recipe import Recipe, parse_recipe
-from compressvit.runs.models import build_student, load_teacher, require_student_file
+from compressvit.runs.models import build_student, load_teacher, require_student_file, trains_teacher
+from compressvit.runs.plan import plan_recipe
 from compressvit.transforms.applying import compress
 
 # ------------------------------------------------------------------------------------------------------------- building
@@ -122,6 +123,20 @@ def test_a_student_is_a_copy_of_its_teacher():
     meta = build_student(recipe, build_teacher(recipe, device="meta"), meta=True)
     assert {p.device.type for p in meta.parameters()} == {"meta"}
     assert {n: t.shape for n, t in meta.state_dict().items()} == {n: t.shape for n, t in student.state_dict().items()}
+
+
+def test_a_random_teacher_is_the_beginning_of_its_student():
+    recipe = recipe_of("weights: random")
+    assert not trains_teacher(recipe)
+    teacher = build_teacher(recipe)
+    assert teacher.num_classes == 10
+    assert load_teacher(recipe, teacher) == []
+    student = build_student(recipe, teacher)
+    assert all(torch.equal(t, teacher.state_dict()[n]) for n, t in student.state_dict().items())
+    assert any("the teacher is untrained" in note for note in plan_recipe(recipe).notes)
+    assert not any("there is no random yet" in note for note in plan_recipe(recipe).notes)
+    with pytest.raises(UserError, match="weights: random leaves the teacher untrained; give weights: train"):
+        recipe_of("weights: random, finetune: {epochs: 1}")
 
 
 def test_a_student_with_arguments_of_its_own():

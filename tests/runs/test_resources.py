@@ -50,9 +50,6 @@ def test_other_faults_stay_what_they_are():
 KILLED = """
 import os, signal, sys
 from compressvit.data import samples
-import compressvit
-from compressvit.data.loaders import eval_loader
-import compressvit
 from compressvit.data.loaders import eval_loader
 from compressvit.data.opening import open_data
 from compressvit.data.spec import Data

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 import yaml
-from helpers.runs import done, refused
+from helpers.runs import done, refused, run
 from PIL import Image, ImageDraw
 
 from compressvit.artifacts import artifact
@@ -123,6 +123,7 @@ def test_a_model_learns_from_batches_with_masks_and_is_judged_by_them(tmp_path):
     assert result["mask_ap"] is not None
     others = Side.of(build("faster_rcnn", {k: v for k, v in ARGS.items() if k != "outline"}), data)
     assert not others.input.masks
+    side.model.eval()
     result = evaluate(others, eval_loader(datasets, data, others.input, device), device, teacher=side)
     assert {key for key in result if "mask" in key} <= {f"teacher_{key}" for key in MASKS}
 
@@ -133,3 +134,5 @@ def test_data_without_masks_is_refused(tmp_path):
     text = "the teacher is a mask_rcnn, which learns masks, and no object to train on has a segmentation"
     assert text in refused("apply", written(tmp_path), "--output", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+    code, out, _ = run("plan", tmp_path / "recipe.yaml")
+    assert (code, text in out) == (2, True)

@@ -16,6 +16,8 @@ from compressvit.errors import UserError
 from compressvit.files import load_checkpoint
 from compressvit.model import stored, surgery
 from compressvit.model.backbone import head_names
+from compressvit.recipe.recipe import load_recipe
+from compressvit.runs.plan import plan_recipe
 from compressvit.training import loop
 from compressvit.training.phases.finetune import Finetune
 from compressvit.transforms import LORS, Adapters, BitFit, Compacter, HeadNorm, Multiplex, RepAdapter
@@ -128,3 +130,29 @@ def test_a_checkpoint_of_another_structure_or_backbone_is_refused(other, words, 
     with pytest.raises(UserError, match=words):
         fit(model, SPEC, random_batches(2, 4), tmp_path)
     assert largest_difference(values(model), before) == 0
+
+
+def test_named_modules_are_not_trained_and_stay_in_eval_mode(tmp_path):
+    model, modes = tiny_vit(drop_rate=0.1), []
+    model.blocks[0].mlp.register_forward_hook(lambda module, args, output: modes.append(module.training))
+    before = values(model)
+    spec = Finetune(epochs=2, lr=1e-2, frozen=("patch_embed", "blocks.*.mlp"))
+    fit(model, spec, random_batches(2, 4), tmp_path)
+    moved = {name for name, value in values(model).items() if not torch.equal(value, before[name])}
+    assert moved == {name for name in before if not name.startswith("patch_embed.") and ".mlp." not in name}
+    assert modes
+    assert not any(modes)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("frozen: [block.0]", "frozen: 'block.0' matches no module of vit_tiny_patch16_224; did you mean 'blocks.0'?"),
+        ("frozen: [blocks, '*']", "there is nothing to train: earlier steps, or `frozen`, froze every parameter"),
+        ("backbone_lr: 0", "backbone_lr=0 freezes the backbone of a detector, and vit_tiny_patch16_224 is none"),
+    ],
+)
+def test_what_freezes_nothing_or_everything_is_refused(recipe, options, words):
+    recipe.write_text(recipe.read_text().replace("lr: 1.0e-2,", f"lr: 1.0e-2, {options},"))
+    assert words in "\n".join(plan_recipe(load_recipe(recipe)).conflicts)

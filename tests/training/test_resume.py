@@ -80,6 +80,9 @@ def test_loader_processes_do_not_change_the_result(uninterrupted, finished):
     assert student_bytes(uninterrupted[0]) == student_bytes(uninterrupted[2]) != student_bytes(finished)
 
 
+@pytest.mark.wide_unless(
+    lambda what, number, workers: (what, number, workers) in [("batch", 3, 0), ("batch", 10, 2), ("evaluation", 3, 0)]
+)
 @pytest.mark.parametrize(
     ("what", "number", "signum", "workers"),
     [

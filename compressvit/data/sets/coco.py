@@ -30,7 +30,9 @@ LAYOUT = """expected, for each split,
   FOLDER/SPLIT.json with FOLDER/SPLIT/*.jpg"""
 
 
-@data_set("coco", note="pictures with boxes and masks, in COCO's format", task="detection", full_frame=True)
+@data_set(
+    "coco", note="pictures with boxes and masks, in COCO's format", task="detection", full_frame=True, listed=True
+)
 def open_coco(data: Data) -> tuple[AnnotatedFiles, AnnotatedFiles]:
     """The two splits that `data` names.
 

@@ -20,7 +20,7 @@ from compressvit.errors import UserError
 from compressvit.model.detectors.backbone import backbone_of, take_statistics
 from compressvit.model.detectors.boxes import corners, whole_image
 from compressvit.model.detectors.decoder import PRIOR, Decoder
-from compressvit.model.detectors.prediction import SetPrediction
+from compressvit.model.detectors.prediction import Detections, SetPrediction
 from compressvit.model.detectors.pyramid import Pyramid, feature_maps, require_divisible
 
 default_cfgs = {
@@ -113,6 +113,10 @@ class AdaMixer(nn.Module):
         boxes = corners(torch.stack([stage.xyzr for stage in found]))
         size = torch.tensor([width, height, width, height], device=boxes.device, dtype=boxes.dtype)
         return SetPrediction(torch.stack([stage.logits for stage in found]), boxes / size)
+
+    def answer(self, images: Tensor, limit: int = 100) -> Detections:
+        """`forward(images).detections(limit)` in tensors (B, limit, …); an image has so many where queries × classes suffice."""
+        return self(images).answer(limit)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the backbone's blocks in the backward pass, as timm does."""

@@ -18,19 +18,22 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import RoIHeads
-from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead, concat_box_prediction_layers
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
 from compressvit.errors import UserError
+from compressvit.model.detectors import regions
 from compressvit.model.detectors.adamixer import default_cfgs as of_adamixer
 from compressvit.model.detectors.backbone import backbone_of, take_statistics
 from compressvit.model.detectors.prediction import Detections, Target
 from compressvit.model.detectors.pyramid import feature_maps
+from compressvit.model.detectors.selection import select
 
 default_cfgs = {"faster_rcnn": {**of_adamixer["adamixer"], "classifier": "heads.box_predictor.cls_score"}}
 PROPOSALS = 1000  # of an image in evaluation, as torchvision has it
 FOUND = 100  # the most detections of an image
+IMITATED = 512  # of an image, the teacher's surest, on which its student is compared: as many as are compared with the ground truth
 SIDES = ((32,), (64,), (128,), (256,), (512,))  # of the anchors of each level, in pixels
 
 
@@ -44,6 +47,7 @@ class RegionPrediction:
     def __init__(self, detector: FasterRCNN, images: Tensor, maps: dict[str, Tensor]):
         self._detector, self._maps = detector, maps
         self._images = ImageList(images, [tuple(images.shape[-2:])] * len(images))
+        self._proposals: list[Tensor] = []  # in evaluation, of each image, from the surest
         self._found = None if detector.training else self._detect()
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -79,8 +83,34 @@ class RegionPrediction:
         _, found = self._detector.heads(self._maps, proposals, self._images.image_sizes, targets)
         return cast(dict[str, Tensor], found)
 
+    def imitation(self, expected: RegionPrediction, temperature: float = 1.0) -> dict[str, Tensor]:
+        """The parts of the loss of a student against its teacher, on the teacher's own proposals; see `regions.imitation`.
+
+        Args:
+            expected: of the teacher, in eval mode, for the same images in the same size; gets no gradient.
+            temperature: logits of both are divided by it.
+
+        Raises:
+            UserError: images, anchors or classes differ.
+        """
+        proposals = [boxes[:IMITATED] for boxes in expected._proposals]
+        if self._images.image_sizes != expected._images.image_sizes:
+            raise UserError(regions.DIFFERENT)
+        with torch.no_grad():
+            theirs = expected._of_proposals(proposals)
+        return regions.imitation(self._of_proposals(proposals), theirs, temperature)
+
+    def _of_proposals(self, proposals: list[Tensor]) -> regions.Numbers:
+        """What the detector computes before it chooses, for proposals of each image (n, 4), in pixels."""
+        rpn, heads = self._detector.rpn, self._detector.heads
+        logits, changes = concat_box_prediction_layers(*rpn.head(list(self._maps.values())))
+        pooled = heads.box_roi_pool(self._maps, proposals, self._images.image_sizes)
+        found = heads.box_predictor(heads.box_head(pooled))
+        return regions.Numbers(*(values.float() for values in (logits[:, 0], changes, *found)))
+
     def _detect(self) -> list[Detections]:
         proposals, _ = self._detector.rpn(self._images, self._maps)
+        self._proposals = proposals
         found, _ = self._detector.heads(self._maps, proposals, self._images.image_sizes)
         scale = self._scale()
         masks = [f["masks"][:, 0] if "masks" in f else None for f in found]
@@ -145,6 +175,18 @@ class FasterRCNN(nn.Module):
         predictor = FastRCNNPredictor(representation, num_classes + 1)
         self.heads = RoIHeads(pool, box_head, predictor, 0.5, 0.5, 512, 0.25, None, 0.05, 0.5, FOUND)
 
+    def maps(self, images: Tensor) -> dict[str, Tensor]:
+        """The pyramid of images (B, C, H, W): one map (B, channels, H_l, W_l) per level, from the largest."""
+        found = feature_maps(self.backbone, images, self._indices)
+        return self.fpn({str(level): values for level, values in enumerate(found)})
+
+    def answer(self, images: Tensor, limit: int = 100) -> Detections:
+        """As `forward(images).detections(limit)` in eval mode, in tensors (B, limit, …), with zeros after an image's last detection.
+
+        Sizes depend on nothing that is found, so this can be exported.
+        """
+        return select(self.rpn, self.heads, images, self.maps(images), limit)
+
     def forward(self, images: Tensor) -> RegionPrediction | tuple[Tensor, ...]:
         """
         Args:
@@ -153,8 +195,7 @@ class FasterRCNN(nn.Module):
         Returns:
             What is found; on the meta device, where nothing can be chosen, the logits and boxes of `PROPOSALS` proposals an image.
         """
-        found = feature_maps(self.backbone, images, self._indices)
-        maps = self.fpn({str(level): values for level, values in enumerate(found)})
+        maps = self.maps(images)
         return self._unchosen(images, maps) if images.is_meta else self.prediction(self, images, maps)
 
     def _unchosen(self, images: Tensor, maps: dict[str, Tensor]) -> tuple[Tensor, ...]:

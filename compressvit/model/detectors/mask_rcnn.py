@@ -20,6 +20,8 @@ from compressvit.errors import UserError
 from compressvit.model.detectors.backbone import take_statistics
 from compressvit.model.detectors.faster_rcnn import FOUND, FasterRCNN, RegionPrediction
 from compressvit.model.detectors.faster_rcnn import default_cfgs as of_faster_rcnn
+from compressvit.model.detectors.prediction import Detections
+from compressvit.model.detectors.selection import pooled, select
 
 default_cfgs = {"mask_rcnn": of_faster_rcnn["faster_rcnn"]}
 DEPTH = 4  # of the mask head, in convolutions
@@ -89,6 +91,20 @@ class MaskRCNN(FasterRCNN):
     def _unchosen(self, images: Tensor, maps: dict[str, Tensor]) -> tuple[Tensor, ...]:
         features = images.new_empty(len(images) * FOUND, maps["0"].shape[1], CELLS, CELLS)
         return *super()._unchosen(images, maps), self.heads.mask_predictor(self.heads.mask_head(features))
+
+    def answer(self, images: Tensor, limit: int = 100) -> Detections:
+        """As that of `FasterRCNN`, with masks (B, limit, 28, 28)."""
+        maps = self.maps(images)
+        found = select(self.rpn, self.heads, images, maps, limit)
+        size = images.shape[-2:]
+        boxes = found.boxes * found.boxes.new_tensor([size[1], size[0], size[1], size[0]])
+        features = self.heads.mask_head(pooled(self.heads.mask_roi_pool, maps, boxes, size[0]))
+        shown = self.heads.mask_predictor(features).unflatten(0, found.scores.shape).sigmoid()
+        own = (found.labels + 1)[..., None, None, None].expand(
+            -1, -1, 1, *shown.shape[-2:]
+        )  # the first class is background
+        masks = shown.gather(2, own)[:, :, 0]
+        return found._replace(masks=masks.masked_fill((found.scores == 0)[..., None, None], 0.0))
 
     def get_classifier(self) -> tuple[nn.Module, ...]:
         """The layers whose outputs are of classes: scores, background first, boxes and masks."""

@@ -15,8 +15,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.ops import generalized_box_iou, generalized_box_iou_loss, sigmoid_focal_loss
+
+from compressvit.errors import UserError
 
 CLASSES, L1, GIOU = 2.0, 5.0, 2.0  # weights of the three parts
 ALPHA, GAMMA = 0.25, 2.0  # of the focal loss
@@ -44,6 +46,22 @@ class Detections(NamedTuple):
         return self.first(int((self.scores >= score).sum()))
 
 
+class Answering(nn.Module):
+    """A detector whose outputs are its detections: those of B images in tensors (B, limit, …), with zeros after an image's last.
+
+    Args:
+        detector: has a method `answer`, from images (B, C, H, W) and `limit` to such `Detections`.
+    """
+
+    def __init__(self, detector: nn.Module, limit: int):
+        super().__init__()
+        self.detector, self.limit = detector, limit
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        found: Detections = self.detector.answer(images, self.limit)  # type: ignore[operator]
+        return tuple(part for part in found if part is not None)
+
+
 class SetPrediction(NamedTuple):
     """Logits (stages, B, N, classes) and boxes (stages, B, N, 4) of every stage; the last one's are the answer."""
 
@@ -69,16 +87,61 @@ class SetPrediction(NamedTuple):
             found["giou"] += GIOU * generalized_box_iou_loss(boxes[image, query], truth, reduction="sum") / objects
         return found
 
+    def imitation(self, expected: SetPrediction, temperature: float = 1.0) -> dict[str, Tensor]:
+        """The three parts of the loss of a student whose queries are to say what its teacher's say, query by query and stage by stage.
+
+        A query counts by how sure its teacher is that it has an object, the probability of its likeliest class. Classes are compared by
+        the Kullback-Leibler divergence of their probabilities, which is 0 for equal ones, boxes by L1 and GIoU. All are weighted as
+        against the ground truth, summed over stages, and per object of the teacher.
+
+        Args:
+            expected: of the teacher for the same images; gets no gradient.
+            temperature: logits of both are divided by it.
+
+        Raises:
+            UserError: stages, queries or classes differ in number.
+        """
+        if self.logits.shape != expected.logits.shape:
+            ours, theirs = (_counted(prediction.logits) for prediction in (self, expected))
+            raise UserError(
+                f"losses.prediction compares queries one by one, and the student has {ours}, the teacher {theirs}; set "
+                "losses.prediction.weight=0, or give both the same"
+            )
+        theirs = expected.logits.detach().float()
+        sure = theirs.sigmoid().amax(-1)
+        objects = sure.flatten(1).sum(1).clamp(min=1)[:, None, None]  # of every stage
+        boxes, truth = self.boxes.float(), expected.boxes.detach().float()
+        l1 = (boxes - truth).abs().sum(-1)
+        giou = generalized_box_iou_loss(boxes.flatten(0, 2), truth.flatten(0, 2)).view_as(sure)
+        classes = divergence(self.logits.float(), theirs, temperature).sum(-1)
+        parts = {"classes": CLASSES * classes, "l1": L1 * sure * l1, "giou": GIOU * sure * giou}
+        return {name: (values / objects).sum() for name, values in parts.items()}
+
+    def answer(self, limit: int = 100) -> Detections:
+        """The `limit` likeliest pairs of a query and a class of each image, of all images in one: (B, limit, …)."""
+        scores = self.logits[-1].float().sigmoid()
+        _, queries, classes = scores.shape
+        best, index = scores.flatten(1).topk(min(limit, queries * classes), dim=1)
+        query = (index // classes)[..., None].expand(-1, -1, 4)
+        return Detections(self.boxes[-1].float().gather(1, query), best, index % classes)
+
     def detections(self, limit: int = 100) -> list[Detections]:
         """The `limit` likeliest pairs of a query and a class of each image."""
-        scores = self.logits[-1].float().sigmoid()
-        classes = scores.shape[-1]
-        best, index = scores.flatten(1).topk(min(limit, scores[0].numel()), dim=1)
-        boxes = self.boxes[-1].float()
-        return [
-            Detections(boxes[i][which // classes], value, which % classes)
-            for i, (value, which) in enumerate(zip(best, index, strict=True))
-        ]
+        found = self.answer(limit)
+        return [Detections(*parts) for parts in zip(found.boxes, found.scores, found.labels, strict=True)]
+
+
+def divergence(logits: Tensor, expected: Tensor, temperature: float = 1.0) -> Tensor:
+    """The Kullback-Leibler divergence of independent probabilities from those expected, each from a logit; of any one shape."""
+    ours, theirs = logits / temperature, expected / temperature
+    share = theirs.sigmoid()
+    present = share * (F.logsigmoid(theirs) - F.logsigmoid(ours))
+    return present + (1 - share) * (F.logsigmoid(-theirs) - F.logsigmoid(-ours))
+
+
+def _counted(logits: Tensor) -> str:
+    stages, _, queries, classes = logits.shape
+    return f"{stages} stages, {queries} queries and {classes} classes"
 
 
 @torch.no_grad()

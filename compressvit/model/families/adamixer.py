@@ -41,6 +41,7 @@ class AdaMixer(Family):
     models = (Detector,)
     block, attention = DecoderStage, OverlapAttention
     body = "backbone"
+    features = "pyramid"
     layout = "sequence"
     examples: ClassVar[Mapping[str, Example]] = {"adamixer": Example("adamixer", SMALL, "decoder")}
 

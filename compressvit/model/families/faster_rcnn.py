@@ -19,6 +19,7 @@ class FasterRCNN(Family):
     models = (Detector,)
     block = nn.Module
     body = "backbone"
+    features = "fpn"
 
     def lacks(self, need: Need) -> Need | None:
         """What is asked of its backbone depends on that; it has no decoder, and no prompts join tokens that become a pyramid."""

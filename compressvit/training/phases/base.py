@@ -92,10 +92,11 @@ class PhaseSpec(Training):
         from compressvit.training import optimisation as opt
 
         model: Any = setting.student.model
-        if not any(p.requires_grad for p in model.parameters()):
+        frozen = {id(p) for module in opt.frozen_modules(model, self) for p in module.parameters()}
+        if not any(p.requires_grad and id(p) not in frozen for p in model.parameters()):
             raise UserError(
-                "there is nothing to train: earlier steps froze every parameter, and the model has no classifier; give it one with "
-                "student.head=new, or remove the step that freezes"
+                "there is nothing to train: earlier steps, or `frozen`, froze every parameter, and the model has no classifier; give it "
+                "one with student.head=new, or freeze less"
             )
         opt.build_optimizer(model, self, setting.batch_size, torch.device("meta"))
         if self.drop_path is not None:

@@ -95,8 +95,11 @@ class Distill(PhaseSpec):
 
     def terms(self, student: nn.Module, pairs: Sequence[LayerPair], task: Task | None = None) -> list[Term]:
         """The loss terms for a student; see `compressvit.training.terms.build_terms`."""
+        from compressvit.model.backbone import family_of
         from compressvit.training.terms import build_terms
+        from compressvit.training.terms.base import FEATURES
 
+        family = family_of(student)
         return build_terms(
             self.losses,
             pairs,
@@ -104,6 +107,7 @@ class Distill(PhaseSpec):
             prefix_tokens=getattr(student, "num_prefix_tokens", 0),
             smoothing=self.smoothing,
             task=task,
+            features=FEATURES if family is None else family.features,
         )
 
     def _refuse_other_classes(self, student: nn.Module, teacher: nn.Module) -> None:

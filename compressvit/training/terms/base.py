@@ -18,9 +18,13 @@ if TYPE_CHECKING:  # reading a recipe does not need timm
     from compressvit.training.pairs import LayerPair
 
 
+FEATURES = "norm"  # where a model's features come out, unless its family says otherwise: the final norm
+
+
 @dataclass(frozen=True)
 class Batch:
-    """The inputs of the loss terms in one step. Logits are (B, classes); taps are {path: {'input' | 'output': tensor}}."""
+    """The inputs of the loss terms in one step. Logits are (B, classes), or what else a model returns; taps are {path: {'input' | 'output':
+    tensor}}."""
 
     student_logits: torch.Tensor
     teacher_logits: torch.Tensor | None
@@ -55,12 +59,14 @@ class TermSetting:
         prefix_tokens: number of tokens before the patches in the student's sequence.
         smoothing: label smoothing of the ground truth.
         task: what the student's outputs mean; None: classes.
+        features: the path of the module whose outputs are the student's features.
     """
 
     pairs: tuple[LayerPair, ...] = ()
     prefix_tokens: int = 0
     smoothing: float = 0.0
     task: Task | None = None
+    features: str = FEATURES
 
 
 class LossTerm(Spec):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from compressvit.errors import UserError
-from compressvit.training.terms.base import Term, TermSetting
+from compressvit.training.terms.base import FEATURES, Term, TermSetting
 from compressvit.training.terms.section import LossSection
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ def build_terms(
     prefix_tokens: int = 0,
     smoothing: float = 0.0,
     task: Task | None = None,
+    features: str = FEATURES,
 ) -> list[Term]:
     """Build the terms of a distillation that have a positive weight; relation terms only if there are layer pairs.
 
@@ -32,6 +33,7 @@ def build_terms(
         prefix_tokens: number of tokens before the patches in the student's sequence.
         smoothing: label smoothing, for `labels`.
         task: what the student's outputs mean; None: classes if it has a classifier.
+        features: the path of the module whose outputs are the student's features.
 
     Raises:
         UserError: a term needs logits and there is no classifier, a torchdistill loss is unknown or misconfigured,
@@ -44,12 +46,12 @@ def build_terms(
                 f"losses.{asked.name} compares classes, but the model has no classifier (num_classes=0); "
                 f"set losses.{asked.name}.weight=0 and, to distil features, losses.feature.weight=1"
             )
-        if asked.compares_logits and task is not None and not task.outputs_are_logits:
+        if asked.compares_logits and task is not None and not (task.outputs_are_logits or task.imitates):
             raise UserError(
                 f"losses.{asked.name} compares classes, and the outputs of the task {task.name!r} are none; set "
                 f"losses.{asked.name}.weight=0, and e.g. losses.labels.weight=1"
             )
-    setting = TermSetting(tuple(pairs), prefix_tokens, smoothing, task)
+    setting = TermSetting(tuple(pairs), prefix_tokens, smoothing, task, features)
     built = [term for asked in spec.terms() if (term := asked.build(setting)) is not None]
     if not built:
         raise UserError(

@@ -1,4 +1,4 @@
-"""The `feature` term: the tokens after the final norm."""
+"""The `feature` term: the tokens after the final norm, or a detector's pyramid of maps."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Literal
 import torch
 from pydantic import Field
 
+from compressvit.model.outputs import Outputs, tensors_of
 from compressvit.training import losses
 from compressvit.training.terms.base import Batch, LossTerm, Term, TermSetting, loss_term
-
-_TAP = ("norm", "output")
 
 
 @loss_term("feature")
 class FeatureTerm(LossTerm):
-    """Distance between the tokens after the final norm; used to distil a backbone without a classifier."""
+    """Distance between the tokens after the final norm; used to distil a backbone without a classifier. Of a detector: distance between the
+    maps of its pyramid, at every place, mean over levels."""
 
     weight: float = Field(0.0, ge=0)
     form: Literal["cosine", "mse"] = "cosine"
@@ -28,11 +28,13 @@ class FeatureTerm(LossTerm):
     )
 
     def build(self, setting: TermSetting) -> Term:
-        path, io = _TAP
+        path = setting.features
         count = setting.prefix_tokens
 
         def function(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-            student, teacher = batch.student_taps[path][io], batch.teacher_taps[path][io]
+            student, teacher = (taps[path]["output"] for taps in (batch.student_taps, batch.teacher_taps))
+            if not isinstance(student, torch.Tensor):
+                return self._of_maps(student, teacher), {}
             if not count or student.shape != teacher.shape:  # the loss itself raises for different shapes
                 return losses.feature(student, teacher, self.form), {}
             prefix, patches = (
@@ -42,4 +44,11 @@ class FeatureTerm(LossTerm):
             loss = self.prefix * prefix + (1 - self.prefix) * patches
             return loss, {"feature_prefix": prefix, "feature_patches": patches}
 
-        return Term(self.name, self.weight, function, (_TAP,), (_TAP,))
+        return Term(self.name, self.weight, function, ((path, "output"),), ((path, "output"),))
+
+    def _of_maps(self, student: Outputs, teacher: Outputs) -> torch.Tensor:
+        """The mean over the maps (B, C, H, W) of a pyramid, whose vectors along C are compared."""
+        pairs = zip(tensors_of(student), tensors_of(teacher), strict=True)
+        return torch.stack(
+            [losses.feature(ours.movedim(1, -1), theirs.movedim(1, -1), self.form) for ours, theirs in pairs]
+        ).mean()

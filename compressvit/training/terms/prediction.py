@@ -1,4 +1,4 @@
-"""The `prediction` term: the teacher's soft labels."""
+"""The `prediction` term: what the teacher predicts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from compressvit.training.terms.base import Batch, LossTerm, Term, TermSetting, 
 
 @loss_term("prediction")
 class PredictionTerm(LossTerm):
-    """Cross-entropy of the student against the teacher's soft labels, mean over the batch."""
+    """Cross-entropy of the student against the teacher's soft labels, mean over the batch. Of a detector: the divergence of classes and the
+    distance of boxes, of every query (adamixer) or on the teacher's proposals (faster_rcnn), per object of the teacher."""
 
     needs_classes: ClassVar[bool] = True
     compares_logits: ClassVar[bool] = True
@@ -22,8 +23,14 @@ class PredictionTerm(LossTerm):
     temperature: float = Field(1.0, gt=0, description="Both models' logits are divided by it; there is no T² factor.")
 
     def build(self, setting: TermSetting) -> Term:
+        task = setting.task
+
         def function(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             assert batch.teacher_logits is not None, "only a distillation has this term"
-            return losses.prediction(batch.student_logits, batch.teacher_logits, self.temperature), {}
+            if task is None or task.outputs_are_logits:
+                return losses.prediction(batch.student_logits, batch.teacher_logits, self.temperature), {}
+            parts = task.imitation(batch.student_logits, batch.teacher_logits, self.temperature)
+            named = {f"prediction_{name.removeprefix('loss_')}": value for name, value in parts.items()}
+            return torch.stack(list(parts.values())).sum(), named
 
         return Term(self.name, self.weight, function)

@@ -10,7 +10,7 @@ with one linear generator of `W_shared` for all stages, a small private one of `
 q. The projection after the mixing takes static LORS: `lors: {of: decoder, targets: [mixing.projection]}`.
 
 The paper trains from random initialisation. Given a trained decoder, generator and terms are fitted to its generators; see
-`compressvit.fitting.generated`.
+`compressvit.fitting.generated`. `shared: false` leaves `W_shared` out, and `terms: 0` the private terms, as in the paper's ablation.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pydantic import Field, field_validator
 from torch import nn
 
 from compressvit.errors import UserError
-from compressvit.fitting.generated import Term, fit_shared_generators, query_factor
+from compressvit.fitting.generated import Term, fit_shared_generators, fit_terms, query_factor
 from compressvit.fitting.lowrank import TINY
 from compressvit.fitting.moments import Reference
 from compressvit.model import surgery, ties
@@ -31,7 +31,7 @@ from compressvit.model.backbone import describe, model_name
 from compressvit.model.detectors.decoder import AdaptiveMixing
 from compressvit.model.family import Need
 from compressvit.transforms.base import LedgerEntry, Plan, Transform, record, transform
-from compressvit.transforms.claims import Claim, slot, tie, values, weight
+from compressvit.transforms.claims import Claim, drops, slot, tie, values, weight
 from compressvit.transforms.low_rank.base import at_least
 from compressvit.transforms.record import require_free
 from compressvit.transforms.term import new_like
@@ -66,6 +66,14 @@ class AdaptiveTerm(nn.Module):
         for factor in (*self.up, *self.down):
             for matrix in factor.flatten(0, 1):
                 nn.init.kaiming_uniform_(matrix)
+
+    @torch.no_grad()
+    def reset_alone(self) -> None:
+        """Start without a shared generator: the same matrices for every query, as a dense generator does, but not zero, from which nothing
+        is learned. The paper does not say how."""
+        self.reset()
+        bound = self.core.in_features**-0.5
+        nn.init.uniform_(self.core.bias, -bound, bound)
 
     def forward(self, query: torch.Tensor) -> torch.Tensor:  # (…, D) -> (…, G · entries of a group's matrices)
         cores = self.core(query).unflatten(-1, (len(self.up), self.terms, self.groups, self.rank, self.rank)).unbind(-5)
@@ -106,6 +114,17 @@ class AdaptiveLowRankLinear(nn.Linear):
         return super().forward(x) + self.terms(x)
 
 
+class PrivateGenerator(nn.Module):
+    """A generator of matrices that is private terms alone. It is the same object that was a linear layer."""
+
+    slots = ("terms",)
+
+    terms: AdaptiveTerm
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.terms(x)
+
+
 class AdaptiveLORSPlan(Plan):
     """A resolved `AdaptiveLORS`: by path of a stage's mixing, the number of its terms."""
 
@@ -116,6 +135,7 @@ class AdaptiveLORSPlan(Plan):
     rank: int
     init: Literal["fit", "scratch"]
     generator: Literal["kaiming", "zero"]
+    shared: bool = True
     rounds: int
     ridge: float
 
@@ -124,8 +144,14 @@ class AdaptiveLORSPlan(Plan):
         """Paths of the generators."""
         return [f"{path}.generator" for path in self.terms]
 
+    def drops(self, model: nn.Module) -> set[str]:
+        return set() if self.shared else {f"{path}.{name}" for path in self.layers for name in ("weight", "bias")}
+
     def claims(self, model: nn.Module) -> list[Claim]:
-        found = [tie([f"{path}.{name}" for path in self.layers]) for name in ("weight", "bias")]
+        if self.shared:
+            found = [tie([f"{path}.{name}" for path in self.layers]) for name in ("weight", "bias")]
+        else:
+            found = drops(self.drops(model))
         found += [claim for path in self.layers for claim in (slot(path, "terms"), weight(path))]
         if self.init == "fit":
             found += [values(path, "adaptive_lors.init", "give adaptive_lors.init=scratch") for path in self.layers]
@@ -135,7 +161,8 @@ class AdaptiveLORSPlan(Plan):
         return record(model, self.layers, lambda path: self._add(model, path), lambda: self._share(model))
 
     def _share(self, model: nn.Module) -> None:
-        ties.tie(model, [[f"{path}.{name}" for path in self.layers] for name in ("weight", "bias")])
+        if self.shared:
+            ties.tie(model, [[f"{path}.{name}" for path in self.layers] for name in ("weight", "bias")])
 
     def _add(self, model: nn.Module, path: str) -> str:
         mixing = _mixing(model, path.rpartition(".")[0])
@@ -144,28 +171,37 @@ class AdaptiveLORSPlan(Plan):
         shared = f"owns the generator of {len(self.layers)} stages" if path == first else f"shares that of {first}"
         if not count:
             return shared
-        layer = surgery.specialise(model, path, AdaptiveLowRankLinear)
-        term = AdaptiveTerm(
-            layer.in_features, mixing.groups, mixing.matrices, self.rank, count, **new_like(layer.weight)
-        )
+        like = new_like(mixing.generator.weight)
+        term = AdaptiveTerm(mixing.generator.in_features, mixing.groups, mixing.matrices, self.rank, count, **like)
+        private = f"{count} private terms of rank {self.rank}"
+        if self.shared:
+            surgery.specialise(model, path, AdaptiveLowRankLinear)
+        else:
+            surgery.exchange(model, path, nn.Linear, PrivateGenerator, {})
         surgery.fill_slot(model, path, "terms", term)
-        return f"{shared}; + {count} private terms of rank {self.rank}"
+        return f"{shared}; + {private}" if self.shared else f"{private} in place of the generator"
 
     @torch.no_grad()
     def initialise(self, student: nn.Module, reference: Reference) -> None:
         layers: list[Any] = [student.get_submodule(path) for path in self.layers]
-        if self.init == "scratch":
-            if self.generator == "zero":
-                nn.init.zeros_(layers[0].weight)
-            else:
-                nn.init.kaiming_uniform_(layers[0].weight)
-            bound = layers[0].in_features ** -0.5
-            nn.init.uniform_(layers[0].bias, -bound, bound)
+        if self.init == "fit":
+            self._fit(student, layers, reference)
+        elif self.shared:
+            self._start_from_noise(layers)
+        else:
             for layer in layers:
-                if isinstance(layer, AdaptiveLowRankLinear):
-                    layer.terms.reset()
-            return
-        self._fit(student, layers, reference)
+                layer.terms.reset_alone()
+
+    def _start_from_noise(self, layers: Sequence[Any]) -> None:
+        if self.generator == "zero":
+            nn.init.zeros_(layers[0].weight)
+        else:
+            nn.init.kaiming_uniform_(layers[0].weight)
+        bound = layers[0].in_features ** -0.5
+        nn.init.uniform_(layers[0].bias, -bound, bound)
+        for layer in layers:
+            if isinstance(layer, AdaptiveLowRankLinear):
+                layer.terms.reset()
 
     def _fit(self, student: nn.Module, layers: Sequence[Any], reference: Reference) -> None:
         mixing = _mixing(student, next(iter(self.terms)))
@@ -179,15 +215,19 @@ class AdaptiveLORSPlan(Plan):
                 found.append([])
             for matrix in range(len(mixing.matrices)):
                 weighed = [of_layer[group][matrix] @ factor for of_layer in whole]
-                shared, fitted = fit_shared_generators(weighed, ranks, self.rounds)
-                pieces.append(_unweighed(shared, factor).flatten(0, 1))
+                if self.shared:
+                    shared, fitted = fit_shared_generators(weighed, ranks, self.rounds)
+                    pieces.append(_unweighed(shared, factor).flatten(0, 1))
+                else:
+                    fitted = [fit_terms(tensor, own, self.rounds) for tensor, own in zip(weighed, ranks, strict=True)]
                 for found, of_layer in zip(terms, fitted, strict=True):
                     found[group].append([Term(t.up, _unweighed(t.core, factor), t.down) for t in of_layer])
-        values_of_shared = torch.cat(pieces)
-        layers[0].weight.copy_(values_of_shared[:, :-1])
-        layers[0].bias.copy_(values_of_shared[:, -1])
+        if self.shared:
+            values_of_shared = torch.cat(pieces)
+            layers[0].weight.copy_(values_of_shared[:, :-1])
+            layers[0].bias.copy_(values_of_shared[:, -1])
         for layer, found in zip(layers, terms, strict=True):
-            if isinstance(layer, AdaptiveLowRankLinear):
+            if isinstance(layer, (AdaptiveLowRankLinear, PrivateGenerator)):
                 layer.terms.set_terms(found)
 
     @torch.no_grad()
@@ -207,6 +247,8 @@ class AdaptiveLORSPlan(Plan):
         return found
 
     def fitted(self) -> set[str]:
+        if not self.shared:
+            return set()
         return {f"{path}.{name}" for path in self.layers for name in ("weight", "bias")}
 
     @torch.no_grad()
@@ -215,11 +257,17 @@ class AdaptiveLORSPlan(Plan):
         wholes = {path: _whole(model.get_submodule(path)) for path in self.layers}
         for path, whole in wholes.items():
             layer: Any = model.get_submodule(path)
-            trained, like = layer.weight.requires_grad, layer.weight
+            like = layer.weight if self.shared else layer.terms.core.weight
+            parts = {"weight": whole[:, :-1], "bias": whole[:, -1]}
+            dense = {
+                name: nn.Parameter(part.to(like), requires_grad=like.requires_grad) for name, part in parts.items()
+            }
+            if isinstance(layer, PrivateGenerator):
+                surgery.exchange(model, path, PrivateGenerator, nn.Linear, dense)
+                continue
             if isinstance(layer, AdaptiveLowRankLinear):
                 surgery.generalise(model, path, nn.Linear)
-            layer.weight = nn.Parameter(whole[:, :-1].to(like), requires_grad=trained)
-            layer.bias = nn.Parameter(whole[:, -1].to(like), requires_grad=trained)
+            layer.weight, layer.bias = dense["weight"], dense["bias"]
 
 
 def _mixing(model: nn.Module, path: str) -> AdaptiveMixing:
@@ -230,12 +278,12 @@ def _mixing(model: nn.Module, path: str) -> AdaptiveMixing:
 
 def _whole(layer: nn.Module) -> torch.Tensor:
     """Weight and bias (out, D + 1) of the plain generator that computes the same, in float64 on the CPU."""
-    assert isinstance(layer, nn.Linear)
-    found = torch.cat([layer.weight, layer.bias[:, None]], dim=1).detach().cpu().double()
-    if isinstance(layer, AdaptiveLowRankLinear):
-        product, bias = layer.terms.product()
-        found = found + torch.cat([product, bias[:, None]], dim=1).detach().cpu().double()
-    return found
+    parts = []
+    if isinstance(layer, nn.Linear):
+        parts.append((layer.weight, layer.bias))
+    if isinstance(layer, (AdaptiveLowRankLinear, PrivateGenerator)):
+        parts.append(layer.terms.product())
+    return sum(torch.cat([weight, bias[:, None]], dim=1).detach().cpu().double() for weight, bias in parts)  # type: ignore[return-value]
 
 
 def generated(layer: nn.Module, mixing: AdaptiveMixing) -> list[list[torch.Tensor]]:
@@ -287,6 +335,9 @@ class AdaptiveLORS(Transform):
         "kaiming",
         description="With init: scratch, the weight of the shared generator: kaiming as in the paper, or zero as in the released code.",
     )
+    shared: bool = Field(
+        True, description="false: private terms alone, without a shared generator (the paper's ablation)."
+    )
     rounds: int = Field(
         2, ge=0, description="Number of times the shared generator is refitted to what the terms leave."
     )
@@ -306,6 +357,7 @@ class AdaptiveLORS(Transform):
         return (
             AdaptiveLORS(rank=2, terms=(1, 0, 2), init="scratch"),
             AdaptiveLORS(rank=2, terms=1, init="scratch", generator="zero"),
+            AdaptiveLORS(rank=2, terms=1, init="scratch", shared=False),
         )
 
     def plan(self, model: nn.Module, reference: Reference | None = None) -> AdaptiveLORSPlan:
@@ -324,7 +376,11 @@ class AdaptiveLORS(Transform):
             raise UserError(
                 f"adaptive_lors.rank={self.rank} is more than the matrices {_shapes(model, paths[0])} can have; the largest is {smallest}"
             )
-        settings = self.model_dump(include={"rank", "init", "generator", "rounds", "ridge"})
+        if not self.shared and 0 in counts:
+            raise UserError(
+                "adaptive_lors: shared: false with terms: 0 leaves a stage without matrices; give it at least 1"
+            )
+        settings = self.model_dump(include={"rank", "init", "generator", "shared", "rounds", "ridge"})
         plan = AdaptiveLORSPlan(terms=dict(zip(paths, counts, strict=True)), **settings)
         require_free(model, self.name, plan.claims(model))
         return plan

@@ -175,13 +175,12 @@ class LORS(RankStep):
     def resolved(self, groups: Sequence[tuple[str, ...]], ranks: dict[str, int], dense: Sequence[str] = ()) -> LORSPlan:
         """The plan for these groups and ranks; layers whose rank is None stay dense."""
         settings = self.model_dump(include={"init", "shared_init", "rounds", "ridge", "output_ridge"})
-        sequential = self.sequential and self.needs_images
         return LORSPlan(
             groups=tuple(groups),
             ranks=ranks,
             dense=tuple(dense),
             metric=self.metric_for(groups),
-            sequential=sequential,
+            sequential=self.fits_in_order,
             **settings,
         )
 

@@ -168,7 +168,8 @@ class RankStep(Transform):
     sequential: bool = Field(
         True,
         description="Fit layers, with their biases, in the order they run: each on the outputs of the fitted layers before it, towards the "
-        "teacher's hidden states. False: fit each as if all other layers were the teacher's. Ignored if nothing is measured on images.",
+        "teacher's hidden states. False: fit each as if all other layers were the teacher's. Ignored if nothing is measured on images, and "
+        "in a decoder, whose stages take more than hidden states.",
     )
     ridge: float = Field(
         1e-3,
@@ -183,6 +184,11 @@ class RankStep(Transform):
     @classmethod
     def _not_negative(cls, value: int | tuple[int, ...] | None) -> int | tuple[int, ...] | None:
         return at_least(0, "rank", value)
+
+    @property
+    def fits_in_order(self) -> bool:
+        """Whether layers are fitted in the order they run."""
+        return self.sequential and self.needs_images and self.of == "backbone"
 
     def with_budget(self: S, budget: Budget) -> S:
         """A copy of the step with this budget in place of its own ranks or budget."""

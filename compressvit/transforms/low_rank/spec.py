@@ -124,8 +124,7 @@ class LowRank(RankStep):
 
     def _resolved(self, ranks: dict[str, int], dense: Sequence[str] = ()) -> LowRankPlan:
         settings = self.model_dump(include={"init", "metric", "ridge", "output_ridge"})
-        sequential = self.sequential and self.needs_images
-        return LowRankPlan(ranks=ranks, dense=tuple(dense), sequential=sequential, **settings)
+        return LowRankPlan(ranks=ranks, dense=tuple(dense), sequential=self.fits_in_order, **settings)
 
     def metric_for(self, groups: Sequence[Group]) -> Literal["weights", "inputs", "outputs"]:
         """The metric in which errors are measured."""

@@ -10,7 +10,7 @@ from compressvit.errors import UserError
 from compressvit.fitting.generated import best_term, fit_shared_generators, fit_terms, query_factor
 from compressvit.fitting.moments import Moments
 from compressvit.testing.models import build, outputs
-from compressvit.transforms import LORS, AdaptiveLORS
+from compressvit.transforms import LORS, AdaptiveLORS, applying
 from compressvit.transforms.applying import compress
 from compressvit.transforms.lors.adaptive import AdaptiveTerm, generated
 from compressvit.transforms.record import compression_of
@@ -164,3 +164,36 @@ def test_transforms_work_on_the_backbone_inside():
     errors = [entry.output_error for entry in compression_of(made).ledger]
     assert errors
     assert all(error is not None for error in errors)
+
+
+def test_private_terms_alone_have_no_generator():
+    model = build("adamixer")
+    made = compress(model, [AdaptiveLORS(rank=2, terms=1, init="scratch", shared=False)])
+    generators = [stage.mixing.generator for stage in made.decoder.stages]
+    assert {name for layer in generators for name, _ in layer.named_parameters()} == {
+        name for name, _ in AdaptiveTerm(2, 1, ((2, 2), (2, 2)), 1, 1).named_parameters(prefix="terms")
+    }
+    query = torch.randn(3, 32)
+    for layer in generators:
+        assert torch.equal(layer(query), layer.terms(query))
+        assert torch.equal(layer(query)[0], layer(query)[1])  # at first the same for every query
+        assert layer(query).abs().min() > 0  # nothing is learned from zero
+    with pytest.raises(UserError, match="shared: false with terms: 0 leaves a stage without matrices"):
+        AdaptiveLORS(rank=2, terms=(1, 0, 1), shared=False).plan(model)
+
+
+def test_layers_of_a_decoder_are_not_fitted_in_order(monkeypatch):
+    """Nothing walks through the backbone for them."""
+    monkeypatch.setattr(applying, "fit_in_order", None)
+    static = LORS(of="decoder", targets=("mixing.projection",), share=3, rank=2)
+    made = compress(build("adamixer"), [static], calibration=decoder_images())
+    assert all(entry.output_error for entry in compression_of(made).ledger)
+
+
+def test_a_shared_generator_with_terms_loses_less_than_terms_alone():
+    model = build("adamixer")
+    errors = {}
+    for shared in (True, False):
+        made = compress(model, [AdaptiveLORS(rank=2, terms=1, shared=shared)], calibration=decoder_images())
+        errors[shared] = sum(entry.output_error for entry in compression_of(made).ledger)
+    assert errors[True] < errors[False]

@@ -87,6 +87,7 @@ def measured(model, unit, size):
     }[unit]
 
 
+@pytest.mark.wide_unless(lambda backbone, share: (backbone == "swin") == (share == 2) and backbone != "deit_distilled")
 @pytest.mark.parametrize("backbone", ["vit", "swin", "deit_distilled"])
 @pytest.mark.parametrize(
     ("unit", "share", "part"),

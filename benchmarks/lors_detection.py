@@ -1,0 +1,476 @@
+"""LORS on AdaMixer's decoder: the comparisons of the paper's tables 2 to 8, at the size of the recipe `adamixer_lors_dinov2_s`.
+
+Trains the dense detector first and goes on only if it finds objects (AP50 of at least 30 %); then every cell for every seed, as
+`compressvit apply` would. Prints the hours that it will take, from measured steps, before it starts. A finished cell is not run again, so
+the program can be stopped and started; `--hours` ends it before the first cell that would exceed them. Writes `cells.json` and `table.md`
+after every cell.
+
+Every cell starts from the same random detector as the dense one of its seed, or from that one trained. A difference from the dense detector
+has two intervals: over resampled held-out images, in pairs, for the models as they were trained; and ± one standard deviation of the seeds.
+
+    python benchmarks/lors_detection.py --data FOLDER --backbone FILE --output runs/lors_detection --hours 8
+    python benchmarks/lors_detection.py --output runs/lors_detection --table-only
+    python benchmarks/lors_detection.py --list
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import json
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from minivit_ablation import run
+from paired_precision import Matches, intervals
+from rich.console import Console
+from torch import nn
+
+from compressvit.artifacts import artifact
+from compressvit.data.loaders import eval_loader
+from compressvit.data.opening import open_data
+from compressvit.model import ties
+from compressvit.model.detectors import adamixer
+from compressvit.model.weights import build
+from compressvit.recipe.recipe import Recipe, parse_recipe
+from compressvit.recipe.shipped import find_recipe
+from compressvit.runs.evaluate import trained_side
+from compressvit.tasks.base import task_of
+from compressvit.training.evaluate import evaluate
+from compressvit.transforms import Transform
+from compressvit.transforms.applying import apply_plans
+
+RECIPE = "adamixer_lors_dinov2_s"
+LEAST = 30.0  # AP50 of the dense detector in percent, below which a comparison with it says nothing
+HEAD = (
+    "| decoder | AP, mean (each seed) | AP50 | AP less dense [95 % over images] ± seeds | AP50 less dense | minutes |"
+)
+FOUND = "found.json"  # what a cell finds in the held-out images
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A row of a table.
+
+    Attributes:
+        table: what its rows differ in.
+        text: what the row says.
+        steps: transforms before training.
+        args: changes to the detector; it is compared with the dense one that has the same.
+        trained: it starts from the trained dense detector of its seed, not from the random one, and trains as the last step of the recipe.
+        short: trained for as many epochs as the last step of the recipe, but otherwise as a dense detector.
+    """
+
+    table: str
+    text: str
+    steps: tuple[dict[str, Any], ...] = ()
+    args: Mapping[str, Any] = field(default_factory=dict)
+    trained: bool = False
+    short: bool = False
+
+    @property
+    def dense(self) -> bool:
+        """Whether others with the same arguments are compared with it."""
+        return not (self.steps or self.trained or self.short)
+
+
+def adaptive(**options: Any) -> dict[str, Any]:
+    """A-LORS: the generators of the mixing matrices, from the paper's start."""
+    return {"adaptive_lors": {"rank": 4, "terms": [1, 1, 2], "init": "scratch", **options}}
+
+
+def static(**options: Any) -> dict[str, Any]:
+    """S-LORS: the projections after the mixing, from the paper's start."""
+    own = {"of": "decoder", "targets": ["mixing.projection"], "share": 3, "rank": 4, "init": "scratch"}
+    return {"lors": {**own, "shared_init": "kaiming", **options}}
+
+
+LORS = (adaptive(), static())
+LOW_RANK = {"low_rank": {"of": "decoder", "targets": ["mixing.projection"], "rank": 4, "init": "scratch"}}
+FITTED = (adaptive(init="fit"), static(init="fit", shared_init="released"))
+MAIN, START, PARTS, SHARING = "LORS", "start", "A-LORS and S-LORS", "shared and private"
+RANKS, TERMS, GROUPS, STAGES, QUERIES = "rank", "terms", "groups", "stages", "queries"
+FIRST = ("dense", "lors", "fit")  # with every seed before any other
+
+
+def resized(table: str, text: str, name: str, terms: Any, share: int, **args: int) -> dict[str, Cell]:
+    """A dense detector with other arguments, and LORS on it."""
+    steps = (adaptive(terms=terms), static(share=share))
+    return {
+        f"dense_{name}": Cell(table, f"dense, {text}", args=args),
+        f"lors_{name}": Cell(table, f"LORS, {text}", steps, args),
+    }
+
+
+CELLS = {
+    "dense": Cell(MAIN, "dense"),
+    "lors": Cell(MAIN, "LORS", LORS),
+    "fit": Cell(START, "LORS fitted to the trained dense one", FITTED, trained=True),
+    "lors_short": Cell(START, "LORS from noise, as long", LORS, short=True),
+    "dense_longer": Cell(START, "the trained dense one, as long", trained=True),
+    "released": Cell(
+        START,
+        "LORS from noise as in the code, full schedule",
+        (adaptive(generator="zero"), static(shared_init="released")),
+    ),
+    "adaptive": Cell(PARTS, "A-LORS alone (mixing)", (adaptive(),)),
+    "static": Cell(PARTS, "S-LORS alone (projection)", (static(),)),
+    "shared": Cell(SHARING, "shared alone", (adaptive(terms=0), static(rank=0))),
+    "private": Cell(SHARING, "private alone", (adaptive(shared=False), LOW_RANK)),
+    "rank_2": Cell(RANKS, "2", (adaptive(rank=2), static(rank=2))),
+    "rank_8": Cell(RANKS, "8", (adaptive(rank=8), static(rank=8))),
+    "terms_1": Cell(TERMS, "K = 1, 1, 1", (adaptive(terms=1), static())),
+    "terms_3": Cell(TERMS, "K = 3, 3, 3", (adaptive(terms=3), static())),
+    "terms_falling": Cell(TERMS, "K = 2, 1, 1", (adaptive(terms=[2, 1, 1]), static())),
+    **resized(STAGES, "2 stages", "stages_2", [1, 2], 2, stages=2),
+    **resized(STAGES, "4 stages", "stages_4", [1, 1, 2, 2], 4, stages=4),
+    **resized(GROUPS, "1 group", "groups_1", [1, 1, 2], 3, groups=1),
+    **resized(GROUPS, "4 groups", "groups_4", [1, 1, 2], 3, groups=4),
+    **resized(QUERIES, "40 queries", "queries_40", [1, 1, 2], 3, queries=40),
+}
+
+
+# ------------------------------------------------------------------------------------------------------------- what is run
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Where cells are run, and with what."""
+
+    base: dict[str, Any]
+    output: Path
+
+    def folder(self, name: str, seed: int) -> Path:
+        """The run folder of a cell."""
+        return self.output / f"{name}_seed{seed}"
+
+    def recipe(self, name: str, seed: int) -> dict[str, Any]:
+        """The recipe of a cell."""
+        cell, content = CELLS[name], copy.deepcopy(self.base)
+        whole, further = content["teacher"].pop("finetune"), content["steps"][-1]["finetune"]
+        training = further if cell.trained else {**whole, "epochs": further["epochs"]} if cell.short else whole
+        content["teacher"] |= {"weights": "random", "args": {**content["teacher"]["args"], **cell.args}}
+        if cell.trained:
+            content["teacher"] = {
+                "model": "adamixer",
+                "weights": str(self.folder(compared_with(name), seed) / "student"),
+            }
+        steps = [*cell.steps, {"finetune": {**training, "evaluate_every": training["epochs"]}}]
+        return {**content, "seed": seed, "steps": steps}
+
+    def finished(self, name: str, seed: int) -> bool:
+        """Whether a cell need not be run again."""
+        return (self.folder(name, seed) / FOUND).is_file()
+
+    def cell(self, name: str, seed: int) -> dict[str, Any]:
+        """Run a cell unless it is finished; its figures."""
+        folder, content = self.folder(name, seed), self.recipe(name, seed)
+        text = yaml.safe_dump(content, sort_keys=False)
+        results = run(text, folder, Console(quiet=True))
+        if not self.finished(name, seed):
+            found = detections(folder / "student", parse_recipe(text))
+            (folder / FOUND).write_text(json.dumps(found))
+        for part in (
+            ("checkpoints",) if CELLS[name].dense else ("checkpoints", "student")
+        ):  # others start from a dense student
+            shutil.rmtree(folder / part, ignore_errors=True)
+        return self.figures(name, seed, results)
+
+    def figures(self, name: str, seed: int, results: Mapping[str, Any]) -> dict[str, Any]:
+        """AP, AP50 and AP75 in percent, those before training if transforms came before it, parameters, and minutes."""
+        (phase,) = results["phases"].values()
+        student = {key: results["student"][key] for key in ("ap", "ap50", "ap75", "parameters")}
+        found = json.loads((self.folder(name, seed) / FOUND).read_text())
+        return {
+            **student,
+            "decoder": found["decoder"],
+            "before_training": phase["start"] and {key: phase["start"][key] for key in ("ap", "ap50")},
+            "minutes": results["seconds"] / 60,
+        }
+
+    def matches(self, name: str, seed: int) -> Matches:
+        """What a cell found, matched to the annotated boxes."""
+        content = json.loads((self.folder(name, seed) / FOUND).read_text())
+        truth, found = (
+            [np.asarray(boxes).reshape(-1, width) for boxes in content[key]]
+            for key, width in (("truth", 5), ("found", 6))
+        )
+        return Matches(truth, found, content["classes"], content["crowd"])
+
+
+def compared_with(name: str) -> str:
+    """The cell of the dense detector with the same arguments."""
+    return next(other for other, cell in CELLS.items() if cell.dense and cell.args == CELLS[name].args)
+
+
+def order(names: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, int]]:
+    """Cells and seeds in the order in which they are run; what another one starts from comes before it."""
+    first = [(name, seed) for name in FIRST if name in names for seed in seeds]
+    return first + [(name, seed) for seed in seeds for name in names if name not in FIRST]
+
+
+def detections(student: Path, recipe: Recipe) -> dict[str, Any]:
+    """What a trained detector finds in the held-out images, and what is there, in pixels of the pictures on disk."""
+    model = artifact.load(student)
+    datasets = open_data(recipe.data)
+    side = trained_side(model, recipe.data, ())
+    content: dict[str, Any] = {
+        "classes": model.num_classes,
+        "decoder": ties.count_parameters(model.get_submodule("decoder")),
+        "truth": [],
+        "crowd": [],
+        "found": [],
+    }
+
+    def note(images: torch.Tensor, targets: Any, outputs: Any, expected: Any) -> None:
+        for target, found in zip(targets, outputs, strict=True):
+            content["truth"].append(_rows(target["boxes"], target["size"], target["labels"]))
+            content["crowd"].append(target["crowd"].tolist())
+            content["found"].append(_rows(found.boxes, target["size"], found.scores, found.labels))
+
+    device = torch.device("cpu")
+    evaluate(side, eval_loader(datasets, recipe.data, side.input, device), device, task=task_of(model), watch=note)
+    return content
+
+
+def _rows(boxes: torch.Tensor, size: torch.Tensor, *more: torch.Tensor) -> list[list[float]]:
+    """(x, y, width, height, …) in pixels of boxes in widths and heights of an image."""
+    scaled = boxes.double() * size.flip(0).repeat(2)
+    placed = torch.cat([scaled[:, :2], scaled[:, 2:] - scaled[:, :2]], dim=1).tolist()
+    return [[*box, *rest] for box, *rest in zip(placed, *(values.tolist() for values in more), strict=True)]
+
+
+@contextmanager
+def remembered_features() -> Iterator[None]:
+    """Let the maps of a frozen backbone be computed once for each image of a process, and for its mirror image, instead of in every epoch.
+
+    Exact up to the rounding of other batches. All cells have the same backbone, and no phase trains it.
+    """
+    computed, known = adamixer.feature_maps, {}
+
+    def maps_of(backbone: nn.Module, images: torch.Tensor, indices: list[int]) -> list[torch.Tensor]:
+        looked_into = any(module._forward_hooks or module._forward_pre_hooks for module in backbone.modules())
+        if images.device.type != "cpu" or type(images) is not torch.Tensor or looked_into:  # values are not all
+            return computed(backbone, images, indices)
+        keys = [hashlib.blake2b(image.contiguous().numpy().tobytes()).digest() for image in images.detach()]
+        absent = [i for i, key in enumerate(keys) if key not in known]
+        if absent:
+            with torch.inference_mode(False), torch.no_grad():
+                for i, *maps in zip(absent, *computed(backbone, images[absent].clone(), indices), strict=True):
+                    known[keys[i]] = [level.clone() for level in maps]
+        return [torch.stack(level) for level in zip(*(known[key] for key in keys), strict=True)]
+
+    adamixer.feature_maps = maps_of
+    try:
+        yield
+    finally:
+        adamixer.feature_maps = computed
+
+
+# ----------------------------------------------------------------------------------------------------------- what it takes
+
+
+def minutes(benchmark: Benchmark, names: Sequence[str], train: int, held_out: int) -> tuple[float, dict[str, float]]:
+    """Minutes for the backbone's maps of all images, once for each process, and of each cell without a fit, from steps measured here."""
+    of_cells: dict[str, float] = {}
+    of_backbone, batch = 0.0, benchmark.base["data"]["batch_size"]
+    with remembered_features():
+        for name in names:
+            recipe = parse_recipe(yaml.safe_dump(benchmark.recipe(name, 0)))
+            first, forward, step = _seconds(recipe, {**benchmark.base["teacher"]["args"], **CELLS[name].args})
+            of_backbone = of_backbone or first - forward
+            epochs = recipe.steps[-1].spec.epochs
+            # evaluated before and after training, and at the end, with the teacher
+            of_cells[name] = (epochs * (train // batch) * step + 5 * held_out / batch * forward) / 60
+    return of_backbone * (2 * train + held_out) / batch / 60, of_cells
+
+
+def _seconds(recipe: Recipe, args: Mapping[str, Any]) -> tuple[float, float, float]:
+    """Seconds for a batch: of the first forward pass, in which the backbone runs, of another one, and of a training step; the faster of
+    two."""
+    model: Any = build(recipe.teacher.model, {**args, "num_classes": recipe.data.num_classes or 6})
+    for spec in (step.spec for step in recipe.steps):
+        if isinstance(spec, Transform):
+            apply_plans(model, [spec.plan(model)])
+    model.backbone.requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(recipe.data.batch_size, 3, *model.img_size, generator=generator)
+    box = {"boxes": torch.tensor([[0.1, 0.2, 0.5, 0.6]] * 3), "labels": torch.zeros(3, dtype=torch.long)}
+    times = [_taken(lambda: model(images)) for _ in range(3)]
+    steps = [_taken(lambda: sum(model(images).losses([box] * len(images)).values()).backward()) for _ in range(2)]
+    return times[0], min(times[1:]), min(steps)
+
+
+def _taken(function: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
+# ------------------------------------------------------------------------------------------------------------------ tables
+
+
+def summary(benchmark: Benchmark, figures: Mapping[tuple[str, int], Mapping[str, Any]]) -> dict[str, Any]:
+    """Every finished cell: figures by seed, and its differences from the dense detector."""
+    matches = {(name, seed): benchmark.matches(name, seed) for name, seed in figures}
+    content: dict[str, Any] = {}
+    for name in CELLS:
+        seeds = [seed for other, seed in figures if other == name]
+        if not seeds:
+            continue
+        content[name] = {"seeds": {str(seed): figures[name, seed] for seed in seeds}}
+        dense = compared_with(name)
+        pairs = [seed for seed in seeds if (dense, seed) in figures]
+        if name == dense or not pairs:
+            continue
+        over_images = intervals([matches[name, seed] for seed in pairs], [matches[dense, seed] for seed in pairs])
+        for key in ("ap", "ap50"):
+            differences = [figures[name, seed][key] - figures[dense, seed][key] for seed in pairs]
+            content[name][f"{key}_difference"] = {
+                "from": dense,
+                "seeds": pairs,
+                "mean": statistics.mean(differences),
+                "deviation_of_seeds": statistics.stdev(differences) if len(pairs) > 1 else None,
+                "interval_over_images": over_images[key],
+            }
+    return content
+
+
+def table(content: Mapping[str, Any]) -> str:
+    """The cells in Markdown, a table for each thing that is varied."""
+    lines = []
+    for title in dict.fromkeys(cell.table for cell in CELLS.values()):
+        rows = [_row(name, content[name]) for name, cell in CELLS.items() if cell.table == title and name in content]
+        if rows:
+            lines += [f"| {title} {HEAD}", "| --- | --- | --- | --- | --- | --- | --- |", *rows, ""]
+    return "\n".join(lines)
+
+
+def _row(name: str, entry: Mapping[str, Any]) -> str:
+    seeds = list(entry["seeds"].values())
+    text = CELLS[name].text
+    if CELLS[name].trained and CELLS[name].steps:
+        text += f"; before training {_mean([seed['before_training']['ap'] for seed in seeds])} AP"
+    columns = [text, f"{seeds[0]['decoder']:,}", *(_mean([seed[key] for seed in seeds]) for key in ("ap", "ap50"))]
+    for key in ("ap_difference", "ap50_difference"):
+        found = entry.get(key)
+        columns.append("" if found is None else _difference(found))
+    return f"| {' | '.join(columns)} | {statistics.mean(seed['minutes'] for seed in seeds):.0f} |"
+
+
+def _mean(values: Sequence[float]) -> str:
+    each = ", ".join(f"{value:.1f}" for value in values)
+    return f"{statistics.mean(values):.2f} ({each})"
+
+
+def _difference(found: Mapping[str, Any]) -> str:
+    low, high = found["interval_over_images"]
+    deviation = found["deviation_of_seeds"]
+    over_seeds = "" if deviation is None else f" ± {deviation:.2f}"
+    return f"{found['mean']:+.2f} [{low:+.2f}, {high:+.2f}]{over_seeds}"
+
+
+def write(benchmark: Benchmark, cells: Sequence[tuple[str, int]]) -> None:
+    """Write `cells.json` and `table.md` of what is finished."""
+    done = {cell: benchmark.cell(*cell) for cell in cells if benchmark.finished(*cell)}
+    content = summary(benchmark, done)
+    (benchmark.output / "cells.json").write_text(json.dumps({"recipe": benchmark.base, "cells": content}, indent=1))
+    (benchmark.output / "table.md").write_text(table(content))
+
+
+def require_objects_found(benchmark: Benchmark, name: str, seeds: Sequence[int]) -> None:
+    """Stop if the dense detector finds too little: any comparison with it would be void."""
+    found = [benchmark.cell(name, seed)["ap50"] for seed in seeds if benchmark.finished(name, seed)]
+    if found and statistics.mean(found) < LEAST:
+        raise SystemExit(
+            f"the comparison is void: {CELLS[name].text} reaches AP50 {_mean(found)} %, and below {LEAST:.0f} % it finds too little to "
+            "compare; give more epochs, another learning rate, or more images"
+        )
+
+
+def main() -> None:
+    """Predict, run, and write tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", help="a folder in COCO's layout")
+    parser.add_argument("--backbone", help="a file of DINOv2 ViT-S/14, in timm's names; by default timm's")
+    parser.add_argument("--output", type=Path, default=Path("runs/lors_detection"))
+    parser.add_argument("--cells", nargs="+", choices=CELLS, default=list(CELLS), metavar="CELL")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--hours", type=float, default=10.0, help="end before the cell that would exceed them")
+    parser.add_argument("--predict", action="store_true", help="print the predicted hours and run nothing")
+    parser.add_argument(
+        "--table-only", action="store_true", help="write the tables of what is finished and run nothing"
+    )
+    parser.add_argument("--list", action="store_true", help="print the cells and run nothing")
+    arguments = parser.parse_args()
+    if arguments.list:
+        print("\n".join(f"{name:14} {cell.table}: {cell.text}" for name, cell in CELLS.items()))
+        return
+    kept = arguments.output / "base.json"
+    if not (arguments.data or kept.is_file()):
+        parser.error("give --data")
+    base = (
+        yaml.safe_load(find_recipe(RECIPE).read_text(encoding="utf-8"))
+        if arguments.data
+        else json.loads(kept.read_text())
+    )
+    if arguments.data:
+        datasets = open_data(
+            parse_recipe(yaml.safe_dump({**base, "data": {**base["data"], "root": arguments.data}})).data
+        )
+        base["data"] |= {"root": arguments.data, "num_classes": datasets.num_classes}
+        base["teacher"] |= {"backbone": arguments.backbone} if arguments.backbone else {}
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(base, indent=1))
+    benchmark = Benchmark(base, arguments.output)
+    names = [name for name in CELLS if name in {*arguments.cells, *map(compared_with, arguments.cells)}]
+    cells = order(names, arguments.seeds)
+    if arguments.table_only:
+        write(benchmark, cells)
+        print((arguments.output / "table.md").read_text())
+        return
+    waiting = [cell for cell in cells if not benchmark.finished(*cell)]
+    backbone, each = minutes(
+        benchmark, list(dict.fromkeys(name for name, _ in waiting)), len(datasets.train), len(datasets.validation)
+    )
+    total = backbone * bool(waiting) + sum(each[name] for name, _ in waiting)
+    print(
+        f"{len(waiting)} of {len(cells)} cells are to be run, predicted {total / 60:.1f} hours without fits, {arguments.hours:g} allowed",
+        flush=True,
+    )
+    for name, taken in each.items():
+        print(
+            f"  {name}: {taken:.1f} minutes for each of {sum(other == name for other, _ in waiting)} seeds", flush=True
+        )
+    if arguments.predict:
+        return
+    started, end = time.time(), arguments.hours * 60 - backbone
+    with remembered_features():
+        for name, seed in waiting:
+            if (time.time() - started) / 60 + each[name] > end:
+                print(
+                    f"{name}, seed {seed}, would exceed the {arguments.hours:g} hours; run the same command again to go on"
+                )
+                break
+            require_objects_found(benchmark, compared_with(name), arguments.seeds)
+            figures = benchmark.cell(name, seed)
+            print(
+                f"{name}, seed {seed}: AP {figures['ap']:.2f} AP50 {figures['ap50']:.2f}, {figures['minutes']:.1f} minutes",
+                flush=True,
+            )
+            write(benchmark, cells)
+    print((arguments.output / "table.md").read_text())
+
+
+if __name__ == "__main__":
+    main()

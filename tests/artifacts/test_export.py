@@ -1,0 +1,172 @@
+"""Exported graphs against the models themselves: `torch.export`, and ONNX as onnxruntime computes it. Batches are others than exported."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers.models import randomise
+from torch import nn
+
+from compressvit.artifacts import export
+from compressvit.errors import UserError
+from compressvit.model.families.adamixer import SMALL
+from compressvit.model.weights import build
+from compressvit.tasks.base import task_of
+from compressvit.transforms import LORS, AdaptiveLORS, LowRank
+from compressvit.transforms.applying import compress
+
+VIT = {"patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2}
+SWIN = {"embed_dim": 24, "depths": (1, 1, 1, 1), "num_heads": (2, 2, 2, 2), "window_size": 2}
+
+
+def adamixer() -> nn.Module:
+    torch.manual_seed(0)
+    model = build("adamixer", **{**SMALL, "stages": 2, "backbone_args": VIT})
+    randomise(model, 0.1)
+    return model.eval()
+
+
+def adamixer_lors() -> nn.Module:
+    steps = [
+        AdaptiveLORS(rank=2, terms=1, init="scratch"),
+        LORS(of="decoder", targets=("mixing.projection",), share=2, rank=2, init="scratch"),
+    ]
+    return compress(adamixer(), steps)
+
+
+def faster_rcnn(background: float = 0.0, architecture: str = "faster_rcnn", **more: int) -> nn.Module:
+    """One that finds objects without training: boxes and classes that differ from place to place, the fewer the higher the logit of
+    background."""
+    torch.manual_seed(0)
+    model = build(
+        architecture,
+        backbone="swin_tiny_patch4_window7_224",
+        backbone_args=SWIN,
+        img_size=64,
+        num_classes=3,
+        channels=16,
+        representation=32,
+        **more,
+    )
+    head = model.heads.box_predictor
+    with torch.no_grad():
+        nn.init.normal_(model.rpn.head.bbox_pred.weight, std=0.1)
+        nn.init.normal_(head.cls_score.weight, std=1.0)
+        nn.init.normal_(head.bbox_pred.weight, std=1.0)
+        head.cls_score.bias[0] += background
+    return model.eval()
+
+
+def mask_rcnn() -> nn.Module:
+    model = faster_rcnn(architecture="mask_rcnn", outline=8)
+    nn.init.normal_(model.heads.mask_predictor.mask_fcn_logits.weight, std=1.0)
+    return model
+
+
+MODELS = {f.__name__: f for f in (adamixer, adamixer_lors, faster_rcnn, mask_rcnn)}
+MOST = {"adamixer": 6 * 5, "adamixer_lors": 6 * 5}  # detections of an image: queries × classes
+
+
+def images_of(model: nn.Module, count: int) -> torch.Tensor:
+    return torch.randn(count, 3, *model.img_size)
+
+
+def compare(model: nn.Module, images: torch.Tensor, found: list[torch.Tensor], tolerance: float) -> list[int]:
+    """Hold a graph's outputs against the model's detections, whose scores may be so close that their order differs; returns how many
+    each image has."""
+    counts = []
+    for i, expected in enumerate(task_of(model).run(model, images)):
+        n = len(expected.scores)
+        boxes, scores, labels, *masks = (values[i, :n] for values in found)
+        same = (boxes[:, None] - expected.boxes).abs().amax(-1) <= tolerance
+        same &= (scores[:, None] - expected.scores).abs() <= tolerance
+        same &= labels[:, None] == expected.labels
+        assert bool(masks) == (expected.masks is not None)
+        if masks:
+            same &= (masks[0][:, None] - expected.masks).abs().flatten(2).amax(-1) <= tolerance
+        assert same.any(0).all()
+        assert same.any(1).all()
+        assert (scores.diff() <= 0).all()
+        assert all((values[i, n:] == 0).all() for values in found)
+        counts.append(n)
+    return counts
+
+
+# ------------------------------------------------------------------------------------- Faster R-CNN in tensors of one size
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("background", "counts"), [(0.0, [100] * 3), (4.5, [28, 29, 22]), (9.0, [0] * 3)])
+def test_detections_of_one_size_are_those_of_torchvision(background, counts):
+    """With as many detections as there can be, with fewer, and with none."""
+    model = faster_rcnn(background)
+    images = images_of(model, 3)
+    found = [part for part in model.answer(images) if part is not None]
+    assert compare(model, images, found, 1e-6) == counts  # measured 0.0
+
+
+# ----------------------------------------------------------------------------------------------------------- as other programs do
+
+
+def computed(file, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What onnxruntime makes of images."""
+    runtime = pytest.importorskip("onnxruntime")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3
+    session = runtime.InferenceSession(file, options)
+    names = [output.name for output in session.get_outputs()]
+    values = session.run(names, {"images": images.numpy()})
+    return {name: torch.from_numpy(value) for name, value in zip(names, values, strict=True)}
+
+
+@pytest.mark.wide  # a faster one, of torch.export alone: tests/model/test_adamixer.py
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODELS)
+def test_graphs_compute_the_same(name, tmp_path):
+    model = MODELS[name]()
+    model.train()
+    graph = export.exported(model, images_of(model, 1))
+    assert model.training
+    model.eval()
+    batches = [images_of(model, count) for count in (1, 3)]
+    computing = graph.program.module()
+    for images in batches:
+        counts = compare(model, images, list(computing(images)), 1e-5)  # measured 0.0
+        assert max(counts) == MOST.get(name, 100)
+
+    pytest.importorskip("onnxscript")
+    export.write_onnx(graph, tmp_path / "model.onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+    for images in batches:
+        found = computed(tmp_path / "model.onnx", images)
+        assert list(found) == ["boxes", "scores", "labels"] + ["masks"] * (name == "mask_rcnn")
+        compare(model, images, list(found.values()), 1e-4)  # measured ONNXTOL
+
+
+@pytest.mark.wide
+@torch.no_grad()
+def test_a_graph_of_nothing_found():
+    """Of torchvision's `nms` alone a graph fails where it keeps fewer than two boxes."""
+    model = faster_rcnn(background=9.0)
+    computing = export.exported(model, images_of(model, 1)).program.module()
+    images = images_of(model, 2)
+    assert compare(model, images, list(computing(images)), 0.0) == [0, 0]
+
+
+@pytest.mark.wide
+@torch.no_grad()
+def test_a_classifier_in_onnx_gives_logits(tmp_path):
+    pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    classifier = build("vit_tiny_patch16_224", img_size=32, num_classes=5, **VIT).eval()
+    model = compress(classifier, [LowRank(budget={"parameters": 0.6}, metric="weights")])
+    export.write_onnx(export.exported(model, torch.randn(1, 3, 32, 32)), tmp_path / "model.onnx")
+    images = torch.randn(3, 3, 32, 32)
+    found = computed(tmp_path / "model.onnx", images)
+    assert torch.allclose(found["logits"], model(images), atol=1e-5)  # measured CLSTOL
+
+
+def test_missing_packages_are_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(export, "PACKAGES", ("onnx_of_nowhere",))
+    with pytest.raises(UserError, match=r"ONNX needs onnx_of_nowhere: pip install 'compressvit\[onnx\]'"):
+        export.write_onnx(export.Graph(None, ("logits",)), tmp_path / "model.onnx")  # type: ignore[arg-type]

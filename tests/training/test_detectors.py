@@ -1,0 +1,198 @@
+"""Distilling a detector: its predictions by hand and by their laws, the maps of its pyramid, and a phase in which all terms are learned."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from compressvit.errors import UserError
+from compressvit.model.detectors.prediction import SetPrediction, divergence
+from compressvit.model.detectors.regions import Numbers, imitation
+from compressvit.model.families.adamixer import SMALL
+from compressvit.model.weights import build
+from compressvit.tasks.base import find_task
+from compressvit.training.terms import Batch, build_terms
+from compressvit.training.terms.section import losses_section
+
+TASK = find_task("detection")
+SWIN = {"embed_dim": 24, "depths": (1, 1, 1, 1), "num_heads": (2, 2, 2, 2), "window_size": 2, "drop_path_rate": 0.0}
+REGIONS = {
+    "backbone": "swin_tiny_patch4_window7_224",
+    "backbone_args": SWIN,
+    "img_size": 64,
+    "num_classes": 3,
+    "channels": 16,
+    "representation": 32,
+}
+DETECTORS = {"adamixer": SMALL, "faster_rcnn": REGIONS}
+
+
+def detector(name: str, **args) -> nn.Module:
+    torch.manual_seed(0)
+    return build(name, **DETECTORS[name] | args)
+
+
+def learned(student: nn.Module, teacher: nn.Module, count: int = 2, **losses) -> tuple[torch.Tensor, dict]:
+    """The value of one term of `losses` and what it logs, of a student in training mode on random images."""
+    weights = {"prediction": {"weight": 0.0}} | losses
+    features = {"adamixer": "pyramid", "faster_rcnn": "fpn"}[student.pretrained_cfg["architecture"]]
+    (term,) = build_terms(
+        losses_section()(**weights, attention_relation={"weight": 0}, hidden_relation={"weight": 0}),
+        [],
+        classes=student.num_classes,
+        task=TASK,
+        features=features,
+    )
+    images = torch.randn(count, 3, *student.img_size, generator=torch.Generator().manual_seed(1))
+    outputs = student.train()(images)
+    with torch.no_grad():
+        expected = teacher.eval()(images)
+    maps = [{features: {"output": model.maps(images)}} for model in (student, teacher)]
+    return term.function(Batch(outputs, expected, maps[0], maps[1], None))
+
+
+# ------------------------------------------------------------------------------------------------------------------ by hand
+
+
+def test_divergence_is_that_of_independent_probabilities():
+    p, q = 0.8, 0.4
+    logit = lambda share: torch.tensor(math.log(share / (1 - share)))  # noqa: E731
+    expected = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+    assert divergence(logit(q), logit(p)).item() == pytest.approx(expected, abs=1e-6)
+    halved = [torch.tensor(math.log(s / (1 - s)) / 2).sigmoid().item() for s in (p, q)]
+    expected = sum(
+        a * math.log(a / b) for a, b in zip((halved[0], 1 - halved[0]), (halved[1], 1 - halved[1]), strict=True)
+    )
+    assert divergence(logit(q), logit(p), 2.0).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_queries_by_hand():
+    """One image, two queries, of which the teacher is sure by 0.9 and 0.3, one class: 1.2 objects."""
+    logit = lambda share: math.log(share / (1 - share))  # noqa: E731
+    theirs = SetPrediction(
+        torch.tensor([logit(0.9), logit(0.3)]).view(1, 1, 2, 1),
+        torch.tensor([[0.0, 0.0, 0.5, 0.5], [0.5, 0.5, 1.0, 1.0]]).view(1, 1, 2, 4),
+    )
+    ours = SetPrediction(
+        torch.tensor([logit(0.6), logit(0.3)]).view(1, 1, 2, 1),
+        torch.tensor([[0.0, 0.0, 0.5, 0.25], [0.5, 0.5, 1.0, 0.5 + 0.25]]).view(1, 1, 2, 4),
+    )
+    parts = ours.imitation(theirs)
+    apart = 0.9 * math.log(0.9 / 0.6) + 0.1 * math.log(0.1 / 0.4)
+    assert parts["classes"].item() == pytest.approx(2 * apart / 1.2, abs=1e-6)
+    assert parts["l1"].item() == pytest.approx(5 * (0.9 + 0.3) * 0.25 / 1.2, abs=1e-6)
+    assert parts["giou"].item() == pytest.approx(2 * (0.9 + 0.3) * 0.5 / 1.2, abs=1e-5)  # half of the union is shared
+
+
+def test_stages_are_summed_and_each_has_its_own_objects():
+    torch.manual_seed(0)
+    logits, boxes = torch.randn(2, 3, 4, 5), torch.rand(2, 3, 4, 2).repeat(1, 1, 1, 2)
+    boxes[..., 2:] += 0.3
+    theirs, ours = SetPrediction(logits, boxes), SetPrediction(logits + 1, boxes + 0.1)
+    whole = ours.imitation(theirs)
+    alone = [
+        SetPrediction(*(v[i : i + 1] for v in ours)).imitation(SetPrediction(*(v[i : i + 1] for v in theirs)))
+        for i in (0, 1)
+    ]
+    for name, value in whole.items():
+        assert value.item() == pytest.approx(alone[0][name].item() + alone[1][name].item(), rel=1e-5)
+
+
+def test_regions_by_hand():
+    """Two anchors of 0.8 and 0.4 (1.2 objects), one proposal of background 0.5, class 0.5 (0.5 objects, counted as 1)."""
+    logit = lambda share: math.log(share / (1 - share))  # noqa: E731
+    theirs = Numbers(torch.tensor([logit(0.8), logit(0.4)]), torch.zeros(2, 4), torch.zeros(1, 2), torch.zeros(1, 8))
+    ours = Numbers(
+        torch.tensor([logit(0.4), logit(0.4)]),
+        torch.tensor([[2.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.5]]),
+        torch.tensor([[math.log(3.0), 0.0]]),
+        torch.tensor([[9.0, 9.0, 9.0, 9.0, 3.0, 0.0, 0.0, 0.0]]),  # background has no box
+    )
+    parts = imitation(ours, theirs)
+    apart = 0.8 * math.log(0.8 / 0.4) + 0.2 * math.log(0.2 / 0.6)
+    assert parts["loss_objectness"].item() == pytest.approx(apart / 1.2, abs=1e-6)
+    assert parts["loss_rpn_box_reg"].item() == pytest.approx((0.8 * 1.5 + 0.4 * 0.125) / 1.2, abs=1e-6)
+    assert parts["loss_classifier"].item() == pytest.approx(
+        0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25), abs=1e-6
+    )
+    assert parts["loss_box_reg"].item() == pytest.approx(0.5 * 2.5, abs=1e-6)
+
+
+# --------------------------------------------------------------------------------------------------------------------- laws
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize("losses", [{"prediction": {"weight": 1.0}}, {"feature": {"weight": 1.0}}], ids=str)
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(name, losses):
+    teacher = detector(name)
+    student = copy.deepcopy(teacher)
+    value, _ = learned(student, teacher, **losses)
+    assert abs(value.item()) <= 1e-5  # GIoU of equal boxes: measured
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    value, parts = learned(student, teacher, **losses)
+    assert value > 1e-3
+    if "prediction" in losses:
+        assert value.item() == pytest.approx(sum(part.item() for part in parts.values()), rel=1e-5)
+        assert all(name.startswith("prediction_") and part > 0 for name, part in parts.items())
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_only_the_student_gets_a_gradient(name):
+    teacher, student = detector(name), detector(name)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    value, _ = learned(student, teacher, prediction={"weight": 1.0})
+    value.backward()
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    without = {path for path, parameter in student.named_parameters() if parameter.grad is None}
+    assert without <= {"backbone.norm.weight", "backbone.norm.bias"}  # which the maps of a Swin do not pass
+
+
+def test_gradients_are_those_of_differences():
+    torch.manual_seed(0)
+    boxes = torch.rand(1, 1, 3, 2, dtype=torch.float64).repeat(1, 1, 1, 2)
+    boxes[..., 2:] += 0.3
+    theirs = SetPrediction(torch.randn(1, 1, 3, 2, dtype=torch.float64), boxes)
+    regions = Numbers(*(torch.randn(shape, dtype=torch.float64) for shape in ((3,), (3, 4), (2, 3), (2, 12))))
+    at = tuple((value + 0.1).requires_grad_() for value in regions)
+    assert torch.autograd.gradcheck(lambda *values: tuple(imitation(Numbers(*values), regions, 2.0).values()), at)
+    # `SetPrediction` computes in float32: the slope along one direction
+    logits = (theirs.logits + 0.3).float()
+    step = torch.randn_like(logits)
+    logits.requires_grad_()
+    theirs = SetPrediction(*(value.float() for value in theirs))
+    loss = lambda at: theirs._replace(logits=at).imitation(theirs)["classes"]  # noqa: E731
+    (slope,) = torch.autograd.grad(loss(logits), logits)
+    with torch.no_grad():
+        found = (loss(logits + 1e-2 * step) - loss(logits - 1e-2 * step)) / 2e-2
+    assert (slope * step).sum().item() == pytest.approx(found.item(), rel=1e-3)
+
+
+# ----------------------------------------------------------------------------------------------------------------- refusals
+
+
+def test_what_cannot_be_compared_is_refused():
+    images = torch.randn(1, 3, 64, 64)
+    two, three, regions = (
+        detector("adamixer", stages=2, img_size=64),
+        detector("adamixer", img_size=64),
+        detector("faster_rcnn"),
+    )
+    ask = lambda student, teacher: TASK.imitation(student.train()(images), teacher.eval()(images), 1.0)  # noqa: E731
+    with pytest.raises(UserError, match="the student has 2 stages, 6 queries and 5 classes, the teacher 3 stages"):
+        ask(two, three)
+    with pytest.raises(UserError, match="two detectors of one kind"):
+        ask(two, regions)
+    with pytest.raises(UserError, match="two detectors of one kind"):
+        ask(regions, two)
+    with pytest.raises(UserError, match="compares anchors and proposals one by one"):
+        ask(detector("faster_rcnn", num_classes=4), regions)
+    with pytest.raises(NotImplementedError):  # a plan does not know what there will be
+        TASK.imitation((images,), (images,), 1.0)
