@@ -65,6 +65,13 @@ def test_polygons_are_drawn_as_pycocotools_draws_them():
     assert drawn([outline, None], SIZE).flatten(1).any(1).tolist() == [True, False]
 
 
+def test_a_polygon_of_many_corners_is_drawn():
+    angles = np.linspace(0, 2 * np.pi, 20_000)
+    corners = np.stack([20 + 9 * np.cos(angles), 10 + 9 * np.sin(angles)], 1).ravel().tolist()
+    outline, _ = read_outline([corners], SIZE)
+    assert drawn([outline], SIZE).sum() == pytest.approx(81 * np.pi, rel=0.05)
+
+
 def rle(counts, size=SIZE):
     return {"size": list(size), "counts": counts}
 
@@ -110,6 +117,7 @@ BAD = {
     "a text of corners": (["123456"], "polygon"),
     "an object": ([{"x": 1}], "polygon"),
     "huge numbers": ([[*SQUARE[:-1], 10**400]], "polygon"),
+    "to and fro": ([[0, 0, WIDTH, HEIGHT] * 20_000], "long"),
     "a line": ([[1, 1, 30, 1, 10, 1]], "empty"),
     "a sliver": ([[1, 1.01, 30, 1.01, 30, 1.02]], "empty"),
     "outside": ([[45, 2, 60, 2, 60, 8]], "empty"),

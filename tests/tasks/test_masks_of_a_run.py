@@ -98,6 +98,7 @@ def test_plan_and_evaluate_and_report_show_masks(applied, capsys):
     done("report", applied / "run")
     page = (applied / "run" / "report.html").read_text()
     assert "average precision of masks at IoU 0.5" in page
+    assert 'class="gallery"' in page  # of pictures that are no larger than the model's 32 pixels
     examples = json.loads((applied / "run" / "predictions.json").read_text())["examples"]
     assert all(len(example["masks"]["true"]) == 1 for example in examples)
 
