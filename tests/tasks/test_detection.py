@@ -10,6 +10,7 @@ import yaml
 from helpers.recipes import build_teacher
 from helpers.runs import done
 from PIL import Image, ImageDraw
+from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from compressvit.artifacts import artifact
 from compressvit.errors import UserError
@@ -182,6 +183,22 @@ def test_masks_are_judged_as_pycocotools_judges_files(tmp_path):
     ours = measured_masks(detections, targets)
     assert 20 < ours["mask_ap"] < 95
     assert [ours[key] for key in MASKS] == pytest.approx([100 * value for value in judged.stats[:3]])
+
+
+def test_masks_are_put_on_the_picture_as_torchvision_puts_them():
+    generator = torch.Generator().manual_seed(0)
+    centre, sides = (
+        torch.rand(40, 2, generator=generator),
+        torch.rand(40, 2, generator=generator) ** 3 + 1e-3,
+    )
+    boxes = torch.cat([centre - sides / 2, centre + sides / 2], 1)
+    masks = torch.rand(40, 28, 28, generator=generator)
+    shown = Detections(boxes, torch.linspace(1, 0, 40), torch.zeros(40, dtype=torch.long), masks)
+    pixels = boxes.double() * torch.tensor([200.0, 100, 200, 100])
+    expected = paste_masks_in_image(masks[:, None].double(), pixels, (100, 200))[:, 0] > 0.5
+    assert expected.flatten(1).any(1).sum() > 20
+    for ours, theirs in zip(on_picture(shown, (100, 200)), packed(expected), strict=True):
+        assert ours == theirs
 
 
 def test_an_object_without_a_mask_is_judged_by_its_box_alone():
