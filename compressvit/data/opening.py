@@ -71,7 +71,8 @@ def open_data(data: Data) -> Datasets:
     if found_set.package is not None and importlib.util.find_spec(found_set.package) is None:
         raise UserError(f"data.name={data.name} needs a package: pip install {found_set.package.replace('_', '-')}")
     sources = found_set.open(data)
-    notes = [note for source in sources if isinstance(source, PictureFiles) for note in source.notes]
+    # once what both sets say, as where one is held out of the other
+    notes = list(dict.fromkeys(note for source in sources if isinstance(source, PictureFiles) for note in source.notes))
     train = _limited(sources[0], data, "limit_train", found_set.labelled)
     validation = _limited(sources[1], data, "limit_val", found_set.labelled)
     if not found_set.labelled:
