@@ -21,6 +21,7 @@ from compressvit.tasks.precision import Runs, coco_masks
 
 Outline = bytes | tuple[bytes, ...]  # packed run lengths, or polygons, each x0, y0, x1, y1, … in float64
 _LEAST_CORNERS = 3
+_LONGEST = 1_000_000  # pixels of a polygon: each takes 80 bytes when it is drawn
 _CHARACTER, _BITS, _MORE, _SIGN = 48, 5, 32, 16  # of packed run lengths: that of 0, and what a character holds
 _MOST_CHARACTERS = 7  # of a number below 2^32
 
@@ -32,6 +33,7 @@ class BadOutline(ValueError):
 FAULTS = {
     "form": "a segmentation that is neither polygons nor run lengths",
     "polygon": "a polygon that is not three or more pairs of numbers near its image",
+    "long": "a polygon longer than a million pixels",
     "size": "run lengths for an image of another size",
     "runs": "run lengths that are damaged or do not fill the image",
     "empty": "a mask without a pixel",
@@ -97,6 +99,8 @@ def _read_polygons(given: list[Any], size: tuple[int, int]) -> tuple[Outline, tu
         near = (-width <= min(x), max(x) <= 2 * width, -height <= min(y), max(y) <= 2 * height)
         if not all(near) or not math.isfinite(sum(numbers)):
             raise BadOutline("polygon")
+        if len(x) * 3 * max(size) > _LONGEST and _length(x, y) > _LONGEST:
+            raise BadOutline("long")
         area += abs(sum(a * d - b * c for a, b, c, d in zip(x, y, x[1:] + x[:1], y[1:] + y[:1], strict=True))) / 2
         outline.append(numbers.tobytes())
         xs += [min(x), max(x)]
@@ -106,6 +110,12 @@ def _read_polygons(given: list[Any], size: tuple[int, int]) -> tuple[Outline, tu
     if (thin or outside) and not coco_masks().area(runs(tuple(outline), size)):
         raise BadOutline("empty")
     return tuple(outline), around
+
+
+def _length(x: Sequence[float], y: Sequence[float]) -> float:
+    """The pixels that the lines of a polygon pass, of each line in its longer direction."""
+    steps = (np.abs(np.diff(side, append=side[0])) for side in (x, y))
+    return float(np.maximum(*steps).sum())
 
 
 def _numbers(given: Any) -> np.ndarray | None:

@@ -222,10 +222,10 @@ def refuse_labels(job: Job) -> None:
             raise UserError(
                 f"the data has {have} classes, and the {whose}'s head has only {classes}; set {where}={have}{advice}"
             )
-    _refuse_missing_masks(job)
+    refuse_missing_masks(job)
 
 
-def _refuse_missing_masks(job: Job) -> None:
+def refuse_missing_masks(job: Job) -> None:
     """Raise a `UserError` where a model is to learn masks and the training set has none."""
     learns = {"teacher": job.teacher} if trains_teacher(job.recipe) else {}
     learns |= {"student": job.student} if job.recipe.phases() else {}

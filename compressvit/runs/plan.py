@@ -26,7 +26,7 @@ from compressvit.model.weights import copy_matching
 from compressvit.notes import Note
 from compressvit.recipe.recipe import Merge, Recipe
 from compressvit.runs.files import Costs, DataPlan, LedgerRow, NoteRow, PlannedTeacher, RecipePlan, StagePlan, StepPlan
-from compressvit.runs.job import PLACEHOLDER_CLASSES, Job, prepare
+from compressvit.runs.job import PLACEHOLDER_CLASSES, Job, prepare, refuse_missing_masks
 from compressvit.runs.models import student_body, trains_teacher
 from compressvit.tasks.base import TASKS, find_task, task_of
 from compressvit.training.phases import PhaseSpec, Setting
@@ -48,6 +48,10 @@ def plan_recipe(recipe: Recipe, name: str = "recipe") -> RecipePlan:
     plan = plan_job(job)
     if datasets is not None:
         plan.data = plan_data(job)
+        try:
+            refuse_missing_masks(job)
+        except UserError as error:
+            plan.conflicts.append(str(error))
     if fault is not None:
         plan.notes.append(f"data not found here, so not counted: {fault}")
     return plan

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 Runs = dict[str, Any]  # run lengths of a mask as pycocotools has them: {"size": [height, width], "counts": bytes}
 BOXES = ("ap", "ap50", "ap75")
 MASKS = tuple(f"mask_{key}" for key in BOXES)
-_AT_ONCE = 2**25  # pixels of masks that are drawn together
 
 
 def coco_masks() -> Any:
@@ -54,18 +53,30 @@ def packed(masks: Tensor) -> list[Runs]:
 
 
 def on_picture(found: Detections, size: Sequence[int]) -> list[Runs]:
-    """The masks of detections, each where its probability is above ½, in a picture of height and width `size`."""
-    from torchvision.models.detection.roi_heads import paste_masks_in_image
+    """The masks of detections, each where its probability is above ½, in a picture of height and width `size`.
+
+    Each is drawn as torchvision's `paste_masks_in_image` draws it, in the part of the picture that it can reach: in a large picture that is
+    many times faster.
+    """
+    import numpy as np
+    from torchvision.models.detection.roi_heads import expand_boxes, paste_masks_in_image
 
     assert found.masks is not None
     height, width = (int(side) for side in size)
-    masks, boxes = found.masks.float().cpu(), in_pixels(found.boxes, size).float()
-    each = max(1, _AT_ONCE // (height * width))  # at a time: those of a large picture would fill the memory
-    parts = (
-        packed(paste_masks_in_image(m[:, None], b, (height, width))[:, 0] > 0.5)
-        for m, b in zip(masks.split(each), boxes.split(each), strict=True)
-    )
-    return [runs for part in parts for runs in part] if len(masks) else []
+    masks, boxes = found.masks.double().cpu()[:, None], in_pixels(found.boxes, size)
+    reached = expand_boxes(boxes, 1 + 2 / masks.shape[-1]).long()  # by a point of the mask on every side
+    reached = reached + reached.new_tensor([0, 0, 1, 1])
+    limits = reached.new_tensor([width, height, width, height])
+    runs: list[Runs] = []
+    for i, box in enumerate(reached.clamp(min=reached.new_zeros(4), max=limits).tolist()):
+        x0, y0, x1, y1 = box
+        frame = np.zeros((height, width, 1), dtype=np.uint8, order="F")
+        if x1 > x0 and y1 > y0:
+            shifted = boxes[i : i + 1] - boxes.new_tensor([x0, y0, x0, y0])
+            drawn = paste_masks_in_image(masks[i : i + 1], shifted, (y1 - y0, x1 - x0))[0, 0] > 0.5
+            frame[y0:y1, x0:x1, 0] = drawn.numpy()
+        runs += coco_masks().encode(frame)
+    return runs
 
 
 def true_masks(target: Mapping[str, Any]) -> Sequence[Runs | None] | None:

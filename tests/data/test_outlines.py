@@ -65,6 +65,13 @@ def test_polygons_are_drawn_as_pycocotools_draws_them():
     assert drawn([outline, None], SIZE).flatten(1).any(1).tolist() == [True, False]
 
 
+def test_a_polygon_of_many_corners_is_drawn():
+    angles = np.linspace(0, 2 * np.pi, 20_000)
+    corners = np.stack([20 + 9 * np.cos(angles), 10 + 9 * np.sin(angles)], 1).ravel().tolist()
+    outline, _ = read_outline([corners], SIZE)
+    assert drawn([outline], SIZE).sum() == pytest.approx(81 * np.pi, rel=0.05)
+
+
 def rle(counts, size=SIZE):
     return {"size": list(size), "counts": counts}
 
@@ -110,6 +117,7 @@ BAD = {
     "a text of corners": (["123456"], "polygon"),
     "an object": ([{"x": 1}], "polygon"),
     "huge numbers": ([[*SQUARE[:-1], 10**400]], "polygon"),
+    "to and fro": ([[0, 0, WIDTH, HEIGHT] * 20_000], "long"),
     "a line": ([[1, 1, 30, 1, 10, 1]], "empty"),
     "a sliver": ([[1, 1.01, 30, 1.01, 30, 1.02]], "empty"),
     "outside": ([[45, 2, 60, 2, 60, 8]], "empty"),
@@ -240,10 +248,18 @@ TOLD = {
     "size": ({"segmentation": rle([0, AREA], (WIDTH, HEIGHT))}, "have run lengths for an image of another size"),
     "runs": ({"segmentation": rle([3])}, "have run lengths that are damaged or do not fill the image"),
     "empty": ({"segmentation": rle([AREA])}, "have a mask without a pixel"),
-    "outside": (
-        {"segmentation": [[4, 2, 30, 2, 30, 8]]},
-        "have a mask that reaches out of the box by more than a pixel, first annotation 2; both were kept",
-    ),
+    **{
+        f"{side} of its box": (
+            {"segmentation": [corners]},
+            "have a mask that reaches out of the box by more than a pixel, first annotation 2; both were kept",
+        )
+        for side, corners in {
+            "left": [1, 2, 12, 2, 12, 8],
+            "above": [4, 0, 12, 0, 12, 8],
+            "right": [4, 2, 30, 2, 30, 8],
+            "below": [4, 2, 12, 2, 12, 12],
+        }.items()
+    },
 }
 
 
@@ -257,7 +273,7 @@ def test_an_object_without_a_mask_is_counted_and_keeps_its_box(tmp_path, case):
     assert "first annotation 2" in texts[0]
     annotation = found.train.source.samples[0][1]
     assert len(annotation.boxes) == 2
-    assert (annotation.outlines[1] is None) == (case != "outside")
+    assert (annotation.outlines[1] is None) == ("of its box" not in case)
 
 
 def test_a_file_without_masks_is_no_fault(tmp_path):

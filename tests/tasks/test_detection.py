@@ -11,6 +11,7 @@ from helpers.recipes import build_teacher
 from helpers.runs import done
 from helpers.scenes import scenes
 from PIL import Image
+from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from compressvit.artifacts import artifact
 from compressvit.errors import UserError
@@ -186,6 +187,22 @@ def test_masks_are_judged_as_pycocotools_judges_files(tmp_path):
     assert [ours[key] for key in MASKS] == pytest.approx([100 * value for value in judged.stats[:3]])
 
 
+def test_masks_are_put_on_the_picture_as_torchvision_puts_them():
+    generator = torch.Generator().manual_seed(0)
+    centre, sides = (
+        torch.rand(40, 2, generator=generator),
+        torch.rand(40, 2, generator=generator) ** 3 + 1e-3,
+    )
+    boxes = torch.cat([centre - sides / 2, centre + sides / 2], 1)
+    masks = torch.rand(40, 28, 28, generator=generator)
+    shown = Detections(boxes, torch.linspace(1, 0, 40), torch.zeros(40, dtype=torch.long), masks)
+    pixels = boxes.double() * torch.tensor([200.0, 100, 200, 100])
+    expected = paste_masks_in_image(masks[:, None].double(), pixels, (100, 200))[:, 0] > 0.5
+    assert expected.flatten(1).any(1).sum() > 20
+    for ours, theirs in zip(on_picture(shown, (100, 200)), packed(expected), strict=True):
+        assert ours == theirs
+
+
 def test_an_object_without_a_mask_is_judged_by_its_box_alone():
     detections = [outlined([A, B], [0.8, 0.9], [0, 0], [WHOLE, WHOLE])]
     result = measured_masks(detections, [masked([A, B], [0, 0], [WHOLE, NONE])])
@@ -338,6 +355,13 @@ def test_its_student_is_loaded_without_the_data(applied):
     assert student(images).logits.shape == (2, 2, 6, 2)
     generators = [stage.mixing.generator for stage in student.decoder.stages]
     assert generators[0].weight is generators[1].weight
+
+
+def test_it_is_evaluated_as_at_the_end_of_its_run(applied):
+    results = json.loads((applied / "run" / "results.json").read_text())
+    out = done("evaluate", applied / "run")
+    for key, name in (("ap", "average precision"), ("ap50", "average precision at IoU 0.5")):
+        assert f"{name} │ {results['student'][key]:.2f} %" in out
 
 
 def test_the_report_shows_boxes(applied):

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 import yaml
-from helpers.runs import done, refused
+from helpers.runs import done, refused, run
 from PIL import Image, ImageDraw
 
 from compressvit.artifacts import artifact
@@ -98,6 +98,7 @@ def test_plan_and_evaluate_and_report_show_masks(applied, capsys):
     done("report", applied / "run")
     page = (applied / "run" / "report.html").read_text()
     assert "average precision of masks at IoU 0.5" in page
+    assert 'class="gallery"' in page  # of pictures that are no larger than the model's 32 pixels
     examples = json.loads((applied / "run" / "predictions.json").read_text())["examples"]
     assert all(len(example["masks"]["true"]) == 1 for example in examples)
 
@@ -116,6 +117,7 @@ def test_a_model_learns_from_batches_with_masks_and_is_judged_by_them(tmp_path):
     loss = task.loss(side.model.train()(images), targets)
     loss.backward()
     assert side.model.heads.mask_predictor.mask_fcn_logits.weight.grad.abs().sum() > 0
+    side.model.eval()
     batches = list(eval_loader(datasets, data, side.input, device))
     result = evaluate(side, batches, device, teacher=side)
     assert {"mask_ap", "teacher_mask_ap", "mask_ap50_of_teacher"} < result.keys()
@@ -133,3 +135,5 @@ def test_data_without_masks_is_refused(tmp_path):
     text = "the teacher is a mask_rcnn, which learns masks, and no object to train on has a segmentation"
     assert text in refused("apply", written(tmp_path), "--output", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+    code, out, _ = run("plan", tmp_path / "recipe.yaml")
+    assert (code, text in out) == (2, True)

@@ -104,9 +104,9 @@ class _Annotations:
         for number, image in images.items():
             boxes, classes, crowds, outlines = zip(*objects[number], strict=True) if objects[number] else ((),) * 4
             known = Outlines(outlines if any(outlines) else ())
-            annotation = Annotation(self._size(image), boxes, classes, crowds, known)
-            samples.append((self._path(image, root, folder, outside), annotation))
-        if not any(annotation.outlines for _, annotation in samples):
+            truth = Annotation(self._size(image), boxes, classes, crowds, known)
+            samples.append((self._path(image, root, folder, outside), truth))
+        if not any(truth.outlines for _, truth in samples):
             del self.passed_over["no_mask"]  # of a file without masks that is no fault
         self._require_pictures([path for path, _ in samples])
         empty = sum(not found.labels for _, found in samples)

@@ -79,8 +79,7 @@ class MaskRCNN(FasterRCNN):
     """A two-stage detector that also gives the mask of each object it finds.
 
     Args:
-        outline: width of the mask head.
-        **kwargs: those of `FasterRCNN`.
+        outline: width of the mask head; the others are those of `FasterRCNN`.
 
     Attributes:
         masks: that it learns from masks and gives some.
@@ -93,12 +92,22 @@ class MaskRCNN(FasterRCNN):
     name = "mask_rcnn"
     masks = True
 
-    def __init__(self, outline: int = 256, **kwargs: Any):
-        super().__init__(**kwargs)
-        levels, width = self.heads.box_roi_pool.featmap_names, self.fpn.layer_blocks[0][0].out_channels
+    def __init__(
+        self,
+        backbone: str = "swin_tiny_patch4_window7_224",
+        backbone_args: dict[str, Any] | None = None,
+        img_size: int | tuple[int, int] = 800,
+        num_classes: int = 80,
+        in_chans: int = 3,
+        channels: int = 256,
+        representation: int = 1024,
+        outline: int = 256,
+    ):
+        super().__init__(backbone, backbone_args, img_size, num_classes, in_chans, channels, representation)
+        levels = self.heads.box_roi_pool.featmap_names
         self.heads.mask_roi_pool = MultiScaleRoIAlign(levels, output_size=CELLS, sampling_ratio=2)
-        self.heads.mask_head = MaskRCNNHeads(width, (outline,) * DEPTH, dilation=1)
-        self.heads.mask_predictor = MaskRCNNPredictor(outline, outline, self.num_classes + 1)
+        self.heads.mask_head = MaskRCNNHeads(channels, (outline,) * DEPTH, dilation=1)
+        self.heads.mask_predictor = MaskRCNNPredictor(outline, outline, num_classes + 1)
 
     def _unchosen(self, images: Tensor, maps: dict[str, Tensor]) -> tuple[Tensor, ...]:
         features = images.new_empty(len(images) * FOUND, maps["0"].shape[1], CELLS, CELLS)
