@@ -73,6 +73,12 @@ def test_categories_become_classes_in_order_of_their_ids(folder):
     assert "category ids of train.json are not 1 to 2: 3 is class 0, 18 is class 1, …" in texts
 
 
+def test_what_both_sets_say_is_said_once(folder):
+    texts = [note.text for note in opened(folder, val_split="train").notes()]
+    assert texts
+    assert len(set(texts)) == len(texts)
+
+
 def test_the_layout_of_coco_itself(folder):
     (folder / "annotations").mkdir()
     for split in ("train", "val"):

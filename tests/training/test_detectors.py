@@ -164,6 +164,15 @@ def test_only_the_student_gets_a_gradient(name):
     assert without <= {"backbone.norm.weight", "backbone.norm.bias"}  # which the maps of a Swin do not pass
 
 
+def test_numbers_of_a_teacher_get_no_gradient():
+    ours, theirs = (
+        Numbers(*(torch.randn(shape).requires_grad_() for shape in ((3,), (3, 4), (2, 3), (2, 12)))) for _ in range(2)
+    )
+    sum(imitation(ours, theirs).values()).backward()
+    assert all(values.grad is not None for values in ours)
+    assert all(values.grad is None for values in theirs)
+
+
 def test_gradients_are_those_of_differences():
     torch.manual_seed(0)
     boxes = torch.rand(1, 1, 3, 2, dtype=torch.float64).repeat(1, 1, 1, 2)
