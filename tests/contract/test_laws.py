@@ -5,12 +5,21 @@ from __future__ import annotations
 import pytest
 from helpers.contract import EXAMPLES
 
+from compressvit.testing.cases import cases_of
 from compressvit.testing.checks import transform_checks
 from compressvit.transforms import TRANSFORMS
 
 CHECKS = [check for spec in TRANSFORMS.values() for check in transform_checks(spec)]
+FIRST = {case.spec.name + str(case.index): case for spec in TRANSFORMS.values() for case in reversed([*cases_of(spec)])}
 
 
+def is_fast(check) -> bool:
+    """The first example of a transform on every backbone, and the others on their first one."""
+    example = str(check).partition("-")[0]
+    return example not in FIRST or FIRST[example].index == 0 or str(check).startswith(f"{FIRST[example]}-")
+
+
+@pytest.mark.wide_unless.with_args(is_fast)
 @pytest.mark.parametrize("check", CHECKS, ids=str)
 def test_law(check):
     check()
