@@ -77,7 +77,9 @@ def test_one_class_is_enough(folder):
     alone = [{**box, "category_id": 3} for box in BASE["annotations"]]
     for split in ("train", "val"):
         write(folder, changed(annotations=alone, categories=[{"id": 3, "name": "tree"}]), split)
-    assert opened(folder).class_names == ["tree"]
+    datasets = opened(folder)
+    assert datasets.class_names == ["tree"]
+    assert "one class: tree, the category of train.json" in [note.text for note in datasets.notes()]
 
 
 def test_the_layout_of_coco_itself(folder):
