@@ -10,6 +10,7 @@ import torch
 
 pytest.register_assert_rewrite("helpers")  # before its import, so that its assertions also tell what they saw
 
+from helpers import process  # noqa: E402
 from helpers.runs import RECIPE, TINY, done  # noqa: E402
 
 
@@ -37,8 +38,10 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.wide)
 
 
-def pytest_collection_finish():
+def pytest_collection_finish(session):
     """What was imported and collected stays until the end: the garbage collector need not look at it again and again."""
+    if not session.config.option.collectonly and any(vars(i.module).get("process") is process for i in session.items):
+        process.begin()
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)

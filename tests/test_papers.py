@@ -100,6 +100,11 @@ def plan_of(recipe: str, *overrides: str) -> RecipePlan:
     )
 
 
+def test_mini_swin_in_a_mask_rcnn():
+    plan = plan_of("mini_swin_detection")
+    assert (plan.teacher.parameters, plan.student.parameters) == (47_797_615, 31_511_026)
+
+
 def test_swin_b_becomes_48_percent_smaller():
     (entry,) = (entry for entry in TABLE["compressed"] if entry["recipe"] == "mini_swin_b")
     student, teacher = (round(entry[model] / 1e6) for model in ("student", "teacher"))

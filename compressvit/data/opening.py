@@ -71,7 +71,8 @@ def open_data(data: Data) -> Datasets:
     if found_set.package is not None and importlib.util.find_spec(found_set.package) is None:
         raise UserError(f"data.name={data.name} needs a package: pip install {found_set.package.replace('_', '-')}")
     sources = found_set.open(data)
-    notes = [note for source in sources if isinstance(source, PictureFiles) for note in source.notes]
+    # once what both sets say, as where one is held out of the other
+    notes = list(dict.fromkeys(note for source in sources if isinstance(source, PictureFiles) for note in source.notes))
     train = _limited(sources[0], data, "limit_train", found_set.labelled)
     validation = _limited(sources[1], data, "limit_val", found_set.labelled)
     if not found_set.labelled:
@@ -81,7 +82,7 @@ def open_data(data: Data) -> Datasets:
             )
         return Datasets(train, validation, None, None, False, BrokenFiles(train, validation), notes)
     task = find_task(data.usual_task)
-    class_names = _named(_common_classes(sources, data.name, one_is_enough=not task.needs_class_count), data)
+    class_names = _named(_common_classes(sources, data.name, task.least_classes), data)
     found = len(class_names) if class_names else None
     num_classes = data.num_classes or found
     if num_classes is None and task.needs_class_count:
@@ -98,11 +99,11 @@ def open_data(data: Data) -> Datasets:
     return Datasets(train, validation, num_classes, class_names, True, BrokenFiles(train, validation), notes)
 
 
-def _common_classes(sources: tuple[Any, Any], name: str, *, one_is_enough: bool) -> list[str] | None:
+def _common_classes(sources: tuple[Any, Any], name: str, least: int) -> list[str] | None:
     train, validation = (class_names_of(source) for source in sources)
     if train and validation and train != validation:
         raise different_classes(name, train, validation)
-    if train and len(train) == 1 and not one_is_enough:
+    if train and len(train) < least:
         raise UserError(
             f"data.name={name}: there is only one class, '{train[0]}', so there is nothing to classify; {LAYOUT}"
         )

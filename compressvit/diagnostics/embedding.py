@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import Field
+from torch import nn
 
 from compressvit.charts.findings import Finding
 from compressvit.data.input import InputConfig, Side
@@ -20,8 +21,18 @@ from compressvit.model.backbone import model_name
 from compressvit.model.modes import evaluating
 from compressvit.model.modules import as_timm
 from compressvit.tasks.targets import NO_LABEL, at_least
+from compressvit.training.spec import Training
 
 LEAST = 10  # images
+
+
+def require_pooled(model: nn.Module) -> None:
+    """Raise a `UserError` if a model has no pooled features."""
+    if not hasattr(model, "forward_head"):
+        raise UserError(
+            f"t-SNE needs pooled features, which {model_name(model)} does not give: it has no timm forward_head; leave embedding out of "
+            "diagnostics"
+        )
 
 
 @torch.no_grad()
@@ -44,10 +55,7 @@ def pooled_features(
         UserError: the model is not from timm, there are too few images, or features are not finite.
     """
     model, convert = side.model, side.converter(source or side.input)
-    if not hasattr(model, "forward_head"):
-        raise UserError(
-            f"t-SNE needs pooled features, which {model_name(model)} does not give: it has no timm forward_head"
-        )
+    require_pooled(model)
     features, labels = [], []
     left = images
     with evaluating(model.to(device)):
@@ -125,6 +133,10 @@ class Embedding(MeasuredOnImages):
     perplexity: float = Field(
         30.0, gt=0, description="t-SNE's perplexity: roughly the number of neighbours of an image."
     )
+
+    def refuse(self, phase: Training, student: Side, teacher: Side | None) -> None:
+        for side in filter(None, (student, teacher)):
+            require_pooled(side.model)
 
     def measure(self, context: Context) -> list[Finding]:
         features, labels = {}, np.empty(0)

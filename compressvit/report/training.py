@@ -49,9 +49,11 @@ def curves(phase: str, own: Sequence[MetricsRow]) -> list[Finding]:
 
 def _loss(phase: str, train: Sequence[MetricsRow]) -> Finding | None:
     others = {*_NO_TERMS, *graded(), *(f"teacher_{key}" for key in graded())}
-    terms = dict.fromkeys(key for row in train for key in row.values if key not in others and not key.endswith("_kl"))
-    if list(terms)[:1] == ["loss"] and len(terms) == 2:  # with a single term, the loss equals it
-        terms = {"loss": None}
+    logged = dict.fromkeys(key for row in train for key in row.values if key not in others)
+    # What else a term logs is named after it, as attention_relation_kl is, and not weighted.
+    terms = [key for key in logged if not any(key.startswith(f"{term}_") for term in logged)]
+    if terms[:1] == ["loss"] and len(terms) == 2:  # with a single term, the loss equals it
+        terms = ["loss"]
     records = [record for term in terms for record in _series(train, term, term)]
     return _finding(
         f"{phase}_loss",

@@ -27,6 +27,7 @@ from compressvit.data.spec import Data
 from compressvit.errors import UserError, option, switch
 from compressvit.files import disk_faults, write_json
 from compressvit.model import cost, stored, surgery, ties
+from compressvit.model.backbone import body_of
 from compressvit.model.stored import Manifest
 from compressvit.reading import read_json
 from compressvit.recipe.recipe import load_recipe
@@ -53,7 +54,7 @@ def merge_folder(
     owned: bool = False,
 ) -> dict[str, Any]:
     """Merge the artifact at `path`, or that of a run, and write a folder for `timm.create_model("local-dir:FOLDER", pretrained=True)`.
-    If adapters are left (dense ones, from Kronecker products), an artifact is written instead.
+    If adapters are left (dense ones, from Kronecker products), and of a detector, an artifact is written instead.
 
     Args:
         path: an artifact or a run folder.
@@ -103,8 +104,9 @@ def _merge(
     if dtype != torch.float32:  # read back in float32, so compare with the rounded values that were stored
         merged = merged.to(dtype).float()
     random = {"random": tests["random"]}
-    found = _replace(target, written, not left, lambda again: differences(merged, again, random, "what is read back"))
-    result["read_back"] = found["random"]
+    plain = not left and body_of(merged) is None  # timm alone knows no detector
+    found = _replace(target, written, plain, lambda again: differences(merged, again, random, "what is read back"))
+    result |= {"read_back": found["random"], "plain": plain}
     result |= _measured(stored.read_manifest(folder), model, merged, config, where)
     # the folder is meant to be shared, so it must not contain paths of this machine
     shipped = {**result, "artifact": os.path.relpath(folder, target), "merged": "."}
@@ -156,25 +158,28 @@ def _unfinished(target: Path) -> bool:
 
 def print_merge(result: dict[str, Any], console: Console) -> None:
     """Print the result of `merge_folder`."""
+    detector = not result.get("plain", True) and not result["left"]
+    whole = "detector" if detector else "backbone"
     table = Table(title=f"{result['artifact']} → {result['merged']}", title_justify="left")
-    for column in ("", "parameters", "latency", "latency / backbone"):
+    for column in ("", "parameters", "latency", f"latency / {whole}"):
         table.add_column(column, justify="left" if not column else "right")
     times = result["latency_ms"]
-    for name, label in (("backbone", "backbone alone"), ("unmerged", "unmerged"), ("merged", "merged")):
+    for name, label in (("backbone", f"{whole} alone"), ("unmerged", "unmerged"), ("merged", "merged")):
         ratio = ratio_text(result["latency_ratio"][name]) if name != "backbone" else "1.00"
         table.add_row(label, f"{result['parameters'][name]:,}", f"{times[name]:.2f} ms", ratio)
     console.print(table)
     if (times_larger := result["parameters"]["merged"] / result["parameters"]["unmerged"]) > GROWN:
+        readers = "plain layers" if detector else "plain timm models"
         console.print(
             f"the merged model has {times_larger:.1f} times the parameters of the unmerged one: merging undoes what low rank saves. "
-            "It is for software that reads plain timm models only; elsewhere keep the student as it is",
+            f"It is for software that reads {readers} only; elsewhere keep the student as it is",
             highlight=False,
             soft_wrap=True,
         )
     for name, difference in result["differences"].items():
         console.print(f"largest difference on {name} images: {difference:.1e} of the largest output", highlight=False)
     reader, call = "timm alone", f"timm.create_model('local-dir:{result['merged']}', pretrained=True)"
-    if result["left"]:
+    if detector or result["left"]:
         reader, call = "compressvit", f"compressvit.load('{result['merged']}')"
     console.print(f"read back by {reader}: {result['read_back']:.1e}", highlight=False)
     console.print(
@@ -184,6 +189,8 @@ def print_merge(result: dict[str, Any], console: Console) -> None:
     )
     if result["left"]:
         console.print(DENSE_ADAPTERS, highlight=False, soft_wrap=True)
+    if detector:
+        console.print("this is an artifact: timm alone has no such detector; its layers are plain", highlight=False)
 
 
 def _replace(target: Path, model: nn.Module, plain: bool, check: Callable[[nn.Module], T]) -> T:

@@ -73,6 +73,15 @@ def test_categories_become_classes_in_order_of_their_ids(folder):
     assert "category ids of train.json are not 1 to 2: 3 is class 0, 18 is class 1, …" in texts
 
 
+def test_one_class_is_enough(folder):
+    alone = [{**box, "category_id": 3} for box in BASE["annotations"]]
+    for split in ("train", "val"):
+        write(folder, changed(annotations=alone, categories=[{"id": 3, "name": "tree"}]), split)
+    datasets = opened(folder)
+    assert datasets.class_names == ["tree"]
+    assert "one class: tree, the category of train.json" in [note.text for note in datasets.notes()]
+
+
 def test_the_layout_of_coco_itself(folder):
     (folder / "annotations").mkdir()
     for split in ("train", "val"):

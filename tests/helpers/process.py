@@ -13,6 +13,7 @@ import sys
 import tempfile
 import types
 from collections.abc import Iterable, Mapping
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,12 +39,18 @@ class Answer(NamedTuple):
     err: str
 
 
+def begin() -> None:
+    """Start the process from which programs are forked, which imports while tests run."""
+    _FORKED.set_forkserver_preload(_IMPORTED)
+    forkserver.ensure_running()
+
+
 def python(*words: object, path: Iterable[Path] = ()) -> Answer:
     """Exit code, output and errors of `python WORDS`, which begin with `-c PROGRAM` or `-m MODULE`.
 
     The folders of `path` stand on `sys.path` before everything else, as with PYTHONPATH.
     """
-    _FORKED.set_forkserver_preload(_IMPORTED)  # of no effect once the server runs
+    begin()  # of no effect once the server runs
     with tempfile.TemporaryDirectory() as name:
         files = [Path(name) / "out", Path(name) / "err"]
         paths = [*map(str, path), str(ROOT)]

@@ -9,7 +9,8 @@ import torch
 import yaml
 from helpers.recipes import build_teacher
 from helpers.runs import done
-from PIL import Image, ImageDraw
+from helpers.scenes import scenes
+from PIL import Image
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from compressvit.artifacts import artifact
@@ -21,6 +22,7 @@ from compressvit.recipe.recipe import parse_recipe
 from compressvit.runs.models import load_teacher
 from compressvit.tasks.base import find_task, task_of
 from compressvit.tasks.precision import MASKS, on_picture, packed
+from compressvit.transforms.record import compression_of
 
 TASK = find_task("detection")
 
@@ -257,13 +259,13 @@ def test_masks_are_drawn():
     answers.add([ours], [masked([B], [0], [WHOLE])], [theirs])
     description = json.loads(json.dumps(answers.describe(0)))
     assert {who: len(masks) for who, masks in description["masks"].items()} == {"true": 1, "teacher": 1, "student": 1}
-    drawn = answers.draw(Image.new("RGB", (100, 100)), description)
-    left, right = drawn.getpixel((17, 25)), drawn.getpixel((33, 25))
+    drawn = answers.draw(Image.new("RGB", (320, 320)), description)
+    left, right = drawn.getpixel((54, 80)), drawn.getpixel((106, 80))
     assert right == tuple(2 * part // 5 for part in (255, 190, 0))  # the teacher's alone
     assert left != right
     assert left[2] > 0
-    assert drawn.getpixel((70, 65)) == (0, 0, 0)  # within what is annotated
-    assert drawn.getpixel((70, 50)) == (255, 255, 255)  # on its edge
+    assert drawn.getpixel((224, 208)) == (0, 0, 0)  # within what is annotated
+    assert drawn.getpixel((224, 160)) == (255, 255, 255)  # on its edge
     boxes = TASK.answers(Model(), ["cup"], True)
     boxes.add([found([A], [0.9], [0])], [truth([B], [0])], [found([A], [0.9], [0])])
     assert "masks" not in boxes.describe(0)
@@ -301,9 +303,12 @@ def test_the_images_worth_showing_are_those_on_which_the_two_differ():
     assert (shown["true"], shown["student"], shown["teacher"]) == ("cup ×2", "cup", "dog, cup")
     assert shown["boxes"]["student"][0] == pytest.approx(A)
     assert {who: len(drawn) for who, drawn in shown["boxes"].items()} == {"true": 2, "student": 1, "teacher": 2}
-    drawn = answers.draw(Image.new("RGB", (100, 100)), shown)
-    assert drawn.getpixel((50, 50)) == (255, 190, 0)  # the corner of the teacher's second box
-    assert drawn.getpixel((5, 5)) == (0, 0, 0)
+    drawn = answers.draw(Image.new("RGB", (320, 320)), shown)
+    assert drawn.getpixel((160, 160)) == (255, 190, 0)  # the corner of the teacher's second box
+    assert drawn.getpixel((16, 16)) == (0, 0, 0)
+    lines = [drawn.getpixel((32 + inwards, 80)) for inwards in range(5)]  # of all three boxes in one place
+    assert lines == [(255, 255, 255), (0, 200, 255), (255, 190, 0), (255, 190, 0), (0, 0, 0)]
+    assert answers.draw(Image.new("RGB", (32, 40)), shown).size == (256, 320)  # small ones are enlarged before
 
 
 # -------------------------------------------------------------------------------------------------------- from end to end
@@ -323,29 +328,6 @@ RECIPE = {
         {"distill": {"epochs": 1, "lr": 1e-3, "losses": {"prediction": {"weight": 0}, "labels": {"weight": 1.0}}}},
     ],
 }
-
-
-def scenes(root, split: str, count: int) -> None:
-    """Dark pictures with one bright rectangle each, red or green, in COCO's format."""
-    generator = torch.Generator().manual_seed(len(split))
-    (root / split).mkdir(parents=True)
-    images, annotations = [], []
-    for number in range(1, count + 1):
-        picture = Image.new("RGB", (48, 32))
-        x, y = torch.randint(0, 20, (2,), generator=generator).tolist()
-        x, y, kind = x, y // 2, number % 2
-        ImageDraw.Draw(picture).rectangle((x, y, x + 19, y + 15), fill=((255, 0, 0), (0, 255, 0))[kind])
-        picture.save(root / split / f"{number}.png")
-        images.append({"id": number, "file_name": f"{number}.png", "width": 48, "height": 32})
-        annotations.append(
-            {"id": number, "image_id": number, "category_id": kind + 1, "bbox": [x, y, 20, 16], "iscrowd": 0}
-        )
-    content = {
-        "images": images,
-        "annotations": annotations,
-        "categories": [{"id": 1, "name": "red"}, {"id": 2, "name": "green"}],
-    }
-    (root / f"{split}.json").write_text(json.dumps(content))
 
 
 @pytest.fixture(scope="module")
@@ -381,6 +363,18 @@ def test_the_report_shows_boxes(applied):
     assert "average precision at IoU 0.5" in page
     predictions = json.loads((applied / "run" / "predictions.json").read_text())
     assert all(image["boxes"]["true"] for image in predictions["examples"])
+
+
+def test_a_merged_detector_is_an_artifact_of_plain_layers(applied):
+    """timm alone cannot build it."""
+    out = done("merge", applied / "run", "--output", applied / "merged")
+    assert "detector alone" in out
+    assert "timm alone has no such detector" in out
+    student, merged = artifact.load(applied / "run" / "student"), artifact.load(applied / "merged")
+    assert not compression_of(merged).plans
+    images = torch.randn(2, 3, 32, 32)
+    for ours, theirs in zip(merged(images), student(images), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-4)  # measured MERGED
 
 
 def test_backbone_of_a_classifier_is_refused():

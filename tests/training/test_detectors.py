@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import copy
 import math
+import os
+import signal
 
 import pytest
 import torch
+import yaml
+from helpers.runs import metrics, run, student_bytes
+from helpers.scenes import scenes
 from torch import nn
 
 from compressvit.errors import UserError
+from compressvit.model.backbone import family_of
 from compressvit.model.detectors.prediction import SetPrediction, divergence
 from compressvit.model.detectors.regions import Numbers, imitation
 from compressvit.model.families.adamixer import SMALL
 from compressvit.model.weights import build
+from compressvit.recipe.recipe import load_recipe
+from compressvit.runs.plan import plan_recipe
 from compressvit.tasks.base import find_task
+from compressvit.training import loop
 from compressvit.training.terms import Batch, build_terms
 from compressvit.training.terms.section import losses_section
 
@@ -28,7 +37,7 @@ REGIONS = {
     "channels": 16,
     "representation": 32,
 }
-DETECTORS = {"adamixer": SMALL, "faster_rcnn": REGIONS}
+DETECTORS = {"adamixer": SMALL, "faster_rcnn": REGIONS, "mask_rcnn": {**REGIONS, "outline": 8}}
 
 
 def detector(name: str, **args) -> nn.Module:
@@ -39,7 +48,7 @@ def detector(name: str, **args) -> nn.Module:
 def learned(student: nn.Module, teacher: nn.Module, count: int = 2, **losses) -> tuple[torch.Tensor, dict]:
     """The value of one term of `losses` and what it logs, of a student in training mode on random images."""
     weights = {"prediction": {"weight": 0.0}} | losses
-    features = {"adamixer": "pyramid", "faster_rcnn": "fpn"}[student.pretrained_cfg["architecture"]]
+    features = family_of(student).features
     (term,) = build_terms(
         losses_section()(**weights, attention_relation={"weight": 0}, hidden_relation={"weight": 0}),
         [],
@@ -196,3 +205,98 @@ def test_what_cannot_be_compared_is_refused():
         ask(detector("faster_rcnn", num_classes=4), regions)
     with pytest.raises(NotImplementedError):  # a plan does not know what there will be
         TASK.imitation((images,), (images,), 1.0)
+
+
+# ------------------------------------------------------------------------------------------------------------------- a run
+
+RECIPE = {
+    "teacher": {
+        "model": "adamixer",
+        "weights": "train",
+        "args": {**SMALL, "stages": 2, "num_classes": 2},
+        "finetune": {"epochs": 1, "backbone_lr": 0.5},
+    },
+    "data": {"name": "coco", "batch_size": 4, "augment": {"hflip": 0.5}, "limit_val": 4},
+    "calibration": {"images": 4},
+    "steps": [
+        {"adaptive_lors": {"rank": 2, "terms": 1}},
+        {"lors": {"of": "decoder", "targets": ["mixing.projection"], "share": 2, "rank": 2}},
+        {
+            "distill": {
+                "epochs": 2,
+                "accumulate": 2,
+                "backbone_lr": 0.0,
+                "log_every": 1,
+                "losses": {"labels": {"weight": 0.5}},
+            }
+        },
+    ],
+}
+BATCHES = 3 + 2 * 3  # of the teacher's epoch, and of two of the distillation, of which two and then one make a step
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("detector")
+    scenes(folder / "scenes", "train", 12)
+    scenes(folder / "scenes", "val", 4)
+    content = {**RECIPE, "data": {**RECIPE["data"], "root": str(folder / "scenes")}}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    return folder / "recipe.yaml"
+
+
+def applied(recipe, folder, stop_at: int, *words: str) -> list[int]:
+    """Run a recipe and stop it at a batch, if there is one of that number; returns the batches that it came to."""
+    seen: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        total = loop.total_of
+
+        def counted(*args):
+            seen.append(len(seen) + 1)
+            if len(seen) == stop_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return total(*args)
+
+        patch.setattr(loop, "total_of", counted)
+        code = run("apply", "--no-report", recipe, "--output", folder, *words)[0]
+    assert code == (128 + signal.SIGTERM if len(seen) >= stop_at else 0)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(recipe):
+    assert len(applied(recipe, recipe.parent / "whole", 99)) == BATCHES
+    return recipe.parent / "whole"
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize(
+    ("stop_at", "seen"),
+    [
+        (2, 2),  # amid the teacher's training
+        (4, 5),  # amid a step, which is finished
+        (6, 6),  # at the end of an epoch
+        (BATCHES, BATCHES),
+    ],
+)
+def test_a_stopped_run_goes_on_to_the_same_bits(uninterrupted, recipe, tmp_path, stop_at, seen):
+    folder = tmp_path / "run"
+    assert len(applied(recipe, folder, stop_at)) == seen
+    assert not (folder / "student").exists()
+    assert len(applied(recipe, folder, 99, "--resume")) == BATCHES - seen
+    assert student_bytes(folder) == student_bytes(uninterrupted)
+
+
+@pytest.mark.wide
+def test_a_run_learns_every_term(uninterrupted):
+    for row in metrics(uninterrupted, phase="2_distill", kind="train"):
+        assert {"prediction", "prediction_classes", "prediction_l1", "prediction_giou"} <= set(row)
+        parts = [row[name] for name in ("prediction", "attention_relation", "hidden_relation", "labels")]
+        assert row["loss"] == pytest.approx(sum(parts), rel=1e-5)
+
+
+@pytest.mark.parametrize("phase", ["finetune: {epochs: 1}", "distill: {epochs: 1, losses: {feature: {weight: 1.0}}}"])
+def test_a_plan_refuses_pooled_features_of_a_detector(recipe, phase):
+    plan = plan_recipe(load_recipe(recipe, [f"steps=[{phase}]", "diagnostics=[embedding]"]))
+    assert plan.conflicts
+    assert all("t-SNE needs pooled features, which adamixer does not give" in conflict for conflict in plan.conflicts)

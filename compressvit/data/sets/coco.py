@@ -114,7 +114,9 @@ class _Annotations:
             Note(
                 "classes",
                 len(names),
-                f"{len(names):,} classes: the categories of {self.file.name} in order of their ids",
+                f"{len(names):,} classes: the categories of {self.file.name} in order of their ids"
+                if len(names) > 1
+                else f"one class: {names[0]}, the category of {self.file.name}",
             )
         ]
         if list(labels) != list(range(1, len(labels) + 1)):

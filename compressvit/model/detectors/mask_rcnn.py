@@ -20,7 +20,7 @@ from compressvit.errors import UserError
 from compressvit.model.detectors.backbone import take_statistics
 from compressvit.model.detectors.faster_rcnn import FOUND, FasterRCNN, RegionPrediction
 from compressvit.model.detectors.faster_rcnn import default_cfgs as of_faster_rcnn
-from compressvit.model.detectors.prediction import Detections
+from compressvit.model.detectors.prediction import Detections, divergence
 from compressvit.model.detectors.selection import pooled, select
 
 default_cfgs = {"mask_rcnn": of_faster_rcnn["faster_rcnn"]}
@@ -52,6 +52,27 @@ class MaskPrediction(RegionPrediction):
         masks, classes = ([target[key] for target in targets] for key in ("masks", "labels"))
         of_masks = maskrcnn_loss(shown, chosen, masks, classes, matched)
         return {"loss_classifier": of_classes, "loss_box_reg": of_boxes, "loss_mask": of_masks}
+
+    def imitation(self, expected: RegionPrediction, temperature: float = 1.0) -> dict[str, Tensor]:
+        """Also of masks: on the teacher's detections the divergence of each point of the mask of its class, mean over points, each
+        detection by its score, and per detection."""
+        found = super().imitation(expected, temperature)
+        if not isinstance(expected, MaskPrediction):  # it teaches boxes alone
+            return found
+        labels = torch.cat([detections.labels + 1 for detections in expected._found or ()])
+        scores = torch.cat([detections.scores for detections in expected._found or ()])
+        boxes = [detections.boxes * self._scale() for detections in expected._found or ()]
+        with torch.no_grad():
+            theirs = expected._shown(boxes, labels)
+        apart = divergence(self._shown(boxes, labels), theirs, temperature).flatten(1).mean(1)
+        return {**found, "loss_mask": (scores * apart).sum() / scores.sum().clamp(min=1)}
+
+    def _shown(self, boxes: list[Tensor], labels: Tensor) -> Tensor:
+        """Logits of the mask of the class of each box, (n, M, M) for n boxes of all images, in pixels, and their labels from 1."""
+        heads = self._detector.heads
+        features = heads.mask_roi_pool(self._maps, boxes, self._images.image_sizes)
+        logits: Tensor = heads.mask_predictor(heads.mask_head(features))
+        return logits[torch.arange(len(labels), device=labels.device), labels].float()
 
 
 class MaskRCNN(FasterRCNN):

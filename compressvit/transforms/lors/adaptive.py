@@ -278,7 +278,7 @@ def _mixing(model: nn.Module, path: str) -> AdaptiveMixing:
 
 def _whole(layer: nn.Module) -> torch.Tensor:
     """Weight and bias (out, D + 1) of the plain generator that computes the same, in float64 on the CPU."""
-    parts = []
+    parts: list[tuple[torch.Tensor, torch.Tensor]] = []
     if isinstance(layer, nn.Linear):
         parts.append((layer.weight, layer.bias))
     if isinstance(layer, (AdaptiveLowRankLinear, PrivateGenerator)):
