@@ -15,7 +15,7 @@ def tensors_of(outputs: Outputs) -> list[Tensor]:
     """The tensors of outputs, in order."""
     if isinstance(outputs, Tensor):
         return [outputs]
-    return list(outputs.values() if isinstance(outputs, Mapping) else outputs)  # type: ignore[arg-type]
+    return list(outputs.values() if isinstance(outputs, Mapping) else outputs)
 
 
 def in_one(outputs: Outputs) -> Tensor:

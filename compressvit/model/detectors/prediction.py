@@ -102,9 +102,9 @@ class SetPrediction(NamedTuple):
             UserError: stages, queries or classes differ in number.
         """
         if self.logits.shape != expected.logits.shape:
-            ours, theirs = (_counted(prediction.logits) for prediction in (self, expected))
             raise UserError(
-                f"losses.prediction compares queries one by one, and the student has {ours}, the teacher {theirs}; set "
+                f"losses.prediction compares queries one by one, and the student has {_counted(self.logits)}, the teacher "
+                f"{_counted(expected.logits)}; set "
                 "losses.prediction.weight=0, or give both the same"
             )
         theirs = expected.logits.detach().float()

@@ -54,7 +54,7 @@ def select(
 
 def _proposals(rpn: RegionProposalNetwork, images: Tensor, maps: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """The boxes (B, K, 4) in pixels that the region proposal network is surest of, and their scores (B, K)."""
-    size = tuple(images.shape[-2:])
+    size = images.shape[-2], images.shape[-1]
     levels = list(maps.values())
     objectness, changes = rpn.head(levels)
     counts = [math.prod(values.shape[1:]) for values in objectness]
