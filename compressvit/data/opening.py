@@ -82,7 +82,7 @@ def open_data(data: Data) -> Datasets:
             )
         return Datasets(train, validation, None, None, False, BrokenFiles(train, validation), notes)
     task = find_task(data.usual_task)
-    class_names = _named(_common_classes(sources, data.name, one_is_enough=not task.needs_class_count), data)
+    class_names = _named(_common_classes(sources, data.name, task.least_classes), data)
     found = len(class_names) if class_names else None
     num_classes = data.num_classes or found
     if num_classes is None and task.needs_class_count:
@@ -99,11 +99,11 @@ def open_data(data: Data) -> Datasets:
     return Datasets(train, validation, num_classes, class_names, True, BrokenFiles(train, validation), notes)
 
 
-def _common_classes(sources: tuple[Any, Any], name: str, *, one_is_enough: bool) -> list[str] | None:
+def _common_classes(sources: tuple[Any, Any], name: str, least: int) -> list[str] | None:
     train, validation = (class_names_of(source) for source in sources)
     if train and validation and train != validation:
         raise different_classes(name, train, validation)
-    if train and len(train) == 1 and not one_is_enough:
+    if train and len(train) < least:
         raise UserError(
             f"data.name={name}: there is only one class, '{train[0]}', so there is nothing to classify; {LAYOUT}"
         )

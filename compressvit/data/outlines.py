@@ -85,6 +85,8 @@ def read_outline(given: Any, size: tuple[int, int]) -> tuple[Outline, tuple[floa
 
 def _read_polygons(given: list[Any], size: tuple[int, int]) -> tuple[Outline, tuple[float, float, float, float]]:
     """In plain Python, where a small array costs more than its numbers: COCO has a million of them."""
+    if not given:
+        raise BadOutline("polygon")
     height, width = size
     outline, xs, ys, area = [], [], [], 0.0
     for polygon in given:

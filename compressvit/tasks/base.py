@@ -86,6 +86,7 @@ class Task(ABC):
         ranking: the keys of those that say how good a model is: `keep: best`, charts and tables go by the first that was measured.
         graded: the keys of what `Metrics` measures of one model against the ground truth alone.
         needs_class_count: whether nothing can be learned before it is known how many classes the data has.
+        least_classes: of data from which something can be learned.
         supervised: whether it has a loss against the ground truth.
         outputs_are_logits: whether a model's outputs are logits of classes, which a student can learn from its teacher as soft labels.
         imitates: whether there is an `imitation`, for outputs that are no such logits.
@@ -100,6 +101,7 @@ class Task(ABC):
     ranking: ClassVar[tuple[str, ...]] = ()
     graded: ClassVar[tuple[str, ...]] = ()
     needs_class_count: ClassVar[bool] = False
+    least_classes: ClassVar[int] = 1
     supervised: ClassVar[bool] = True
     outputs_are_logits: ClassVar[bool] = False
     imitates: ClassVar[bool] = False

@@ -58,6 +58,7 @@ class Classification(ClassTargets):
     ranking = ("top1", "agreement", "cosine")
     graded = GRADED
     needs_class_count = True
+    least_classes = 2
     outputs_are_logits = True
     progress_names: ClassVar[Mapping[str, str]] = {"top1": "validation", "agreement": "agreement"}
     measures: ClassVar[Mapping[str, Measure]] = {

@@ -119,9 +119,10 @@ def computed(file, images: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(value) for name, value in zip(names, values, strict=True)}
 
 
-@pytest.mark.wide  # a faster one, of torch.export alone: tests/model/test_adamixer.py
 @torch.no_grad()
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(  # a faster one, of torch.export alone: tests/model/test_adamixer.py
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "mask_rcnn" else pytest.mark.wide) for name in MODELS]
+)
 def test_graphs_compute_the_same(name, tmp_path):
     model = MODELS[name]()
     model.train()

@@ -79,6 +79,15 @@ def test_what_both_sets_say_is_said_once(folder):
     assert len(set(texts)) == len(texts)
 
 
+def test_one_class_is_enough(folder):
+    alone = [{**box, "category_id": 3} for box in BASE["annotations"]]
+    for split in ("train", "val"):
+        write(folder, changed(annotations=alone, categories=[{"id": 3, "name": "tree"}]), split)
+    datasets = opened(folder)
+    assert datasets.class_names == ["tree"]
+    assert "one class: tree, the category of train.json" in [note.text for note in datasets.notes()]
+
+
 def test_the_layout_of_coco_itself(folder):
     (folder / "annotations").mkdir()
     for split in ("train", "val"):
@@ -138,6 +147,7 @@ PASSED_OVER = {
     "cut": (with_box(bbox=[30, 2, 18, 6]), "1 box of train.json reach out of their images and were cut at the edge", 2),
     "crowd": (with_box(iscrowd=1), "1 box of train.json of crowds", 2),
     "no image": (with_box(image_id=8), "1 box of images that train.json does not list were passed over", 1),
+    "no number of an image": (with_box(image_id=[7]), "1 box of images that train.json does not list were passed", 1),
     "same id": (with_box(id=2), "1 box of train.json whose id another has, first 2; all were kept", 2),
     "empty": (
         changed(annotations=BASE["annotations"][:2]),
@@ -180,6 +190,7 @@ REFUSED = {
         with_box(category_id=5),
         r"annotation 1 is of category 5, which is none of its categories \(3 to 18\)",
     ),
+    "no number of a category": (with_box(category_id={}), r"annotation 1 is of category {}, which is none of its"),
     "no bbox": (with_box(bbox=None), r"annotation 1 has the bbox None, which is not \[x, y, width, height\] in pixels"),
     "three numbers": (with_box(bbox=[1, 2, 3]), r"has the bbox \[1, 2, 3\]"),
     "nan": (json.dumps(with_box(bbox=[1, 2, float("nan"), 4])), "has the bbox"),

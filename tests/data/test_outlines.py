@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import pickle
+import random
 
 import numpy as np
 import pytest
 import torch
+from helpers.mutate import with_odd_value
 from PIL import Image
 from pycocotools import mask as coco
 
@@ -18,7 +20,9 @@ from compressvit.data.loaders import eval_loader, train_loader
 from compressvit.data.opening import open_data
 from compressvit.data.outlines import FAULTS, BadOutline, Outlines, drawn, read_outline, runs
 from compressvit.data.placed_transform import PlacedTransform
+from compressvit.data.sets.coco import _Annotations
 from compressvit.data.spec import Augment, Data
+from compressvit.errors import UserError
 
 HEIGHT, WIDTH = 20, 40
 SIZE = (HEIGHT, WIDTH)
@@ -80,6 +84,7 @@ AREA = HEIGHT * WIDTH
 FULL = encoded(np.ones(SIZE))
 BAD = {
     "a number": (3, "form"),
+    "no polygon": ([], "polygon"),
     "a text": ("polygon", "form"),
     "no size": ({"counts": [AREA]}, "form"),
     "other size": (rle([0, AREA], (WIDTH, HEIGHT)), "size"),
@@ -148,6 +153,24 @@ def test_damaged_texts_are_refused_or_drawn():
         else:
             assert drawn([outline], SIZE).shape == (1, *SIZE)
     assert refused > 200
+
+
+@pytest.mark.parametrize("first", [0, pytest.param(1000, marks=pytest.mark.slow)])
+def test_damaged_files_are_refused_in_a_sentence_or_read(tmp_path, first):
+    """Whatever one value of a file becomes, or a key or a place; masks that are kept are drawn."""
+    write(
+        tmp_path, [{"segmentation": [SQUARE]}, {"segmentation": rle([10, 30, AREA - 40])}, {"segmentation": rle(FULL)}]
+    )
+    good, read = json.loads((tmp_path / "train.json").read_text()), 0
+    for seed in range(first, 300 + 10 * first):
+        content = with_odd_value(good, random.Random(seed))
+        try:
+            found = _Annotations(tmp_path / "train.json", content).read(tmp_path, tmp_path / "train", outside=False)
+        except UserError:
+            continue
+        for _, annotation in found.samples:
+            read += annotation.size == SIZE and len(drawn(annotation.outlines, SIZE)) > 0
+    assert read > 100
 
 
 def test_a_short_name_tells_outlines_apart():

@@ -90,7 +90,7 @@ class _Annotations:
         objects: dict[int, list[tuple[Any, int, bool, Outline | None]]] = {number: [] for number in images}
         for annotation in self._annotations():
             number = annotation.get("image_id")
-            if number not in objects:
+            if not isinstance(number, int) or number not in objects:
                 self._pass_over("no_image", annotation)
                 continue
             box = self._box(annotation, images[number])
@@ -114,7 +114,9 @@ class _Annotations:
             Note(
                 "classes",
                 len(names),
-                f"{len(names):,} classes: the categories of {self.file.name} in order of their ids",
+                f"{len(names):,} classes: the categories of {self.file.name} in order of their ids"
+                if len(names) > 1
+                else f"one class: {names[0]}, the category of {self.file.name}",
             )
         ]
         if list(labels) != list(range(1, len(labels) + 1)):
@@ -167,7 +169,7 @@ class _Annotations:
 
     def _label(self, annotation: Mapping[str, Any], labels: Mapping[int, int]) -> int:
         number: Any = annotation.get("category_id")
-        if number not in labels:
+        if not isinstance(number, int) or number not in labels:
             raise UserError(
                 f"{self.file}: annotation {annotation.get('id')} is of category {number!r:.50}, which is none of its categories "
                 f"({min(labels)} to {max(labels)})"

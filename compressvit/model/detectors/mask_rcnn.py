@@ -110,6 +110,7 @@ class MaskRCNN(FasterRCNN):
         self.heads.mask_predictor = MaskRCNNPredictor(outline, outline, num_classes + 1)
 
     def _unchosen(self, images: Tensor, maps: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """That of Faster R-CNN, and the masks of as many detections as there can be."""
         features = images.new_empty(len(images) * FOUND, maps["0"].shape[1], CELLS, CELLS)
         return *super()._unchosen(images, maps), self.heads.mask_predictor(self.heads.mask_head(features))
 
