@@ -14,8 +14,10 @@ from compressvit.training.terms.base import Batch, LossTerm, Term, TermSetting, 
 
 @loss_term("feature")
 class FeatureTerm(LossTerm):
-    """Distance between the tokens after the final norm; used to distil a backbone without a classifier. Of a detector: distance between the
-    maps of its pyramid, at every place, mean over levels."""
+    """Distance between the tokens after the final norm, to distil a backbone without a classifier; of a detector between its maps.
+
+    The maps are those of its pyramid, compared at every place, mean over levels.
+    """
 
     weight: float = Field(0.0, ge=0)
     form: Literal["cosine", "mse"] = "cosine"

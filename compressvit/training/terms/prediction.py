@@ -13,8 +13,11 @@ from compressvit.training.terms.base import Batch, LossTerm, Term, TermSetting, 
 
 @loss_term("prediction")
 class PredictionTerm(LossTerm):
-    """Cross-entropy of the student against the teacher's soft labels, mean over the batch. Of a detector: the divergence of classes and the
-    distance of boxes, of every query (adamixer) or on the teacher's proposals (faster_rcnn), per object of the teacher."""
+    """Cross-entropy against the teacher's soft labels, mean over the batch; of a detector how far classes and boxes are apart.
+
+    Detectors are compared query by query (adamixer), or on anchors and the teacher's proposals (faster_rcnn, mask_rcnn), by the divergence
+    of classes and the distance of boxes, per object of the teacher; see `Task.imitation`.
+    """
 
     needs_classes: ClassVar[bool] = True
     compares_logits: ClassVar[bool] = True
