@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 MOST = 20_000  # operations that are remembered
 _KNOWN: dict[Any, Any] = {}
@@ -21,12 +22,14 @@ class RememberedShapes(TorchDispatchMode):
     remembered: no views, and nothing in place.
     """
 
-    def __torch_dispatch__(self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    supports_higher_order_operators = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not _makes_new(func):
+        if not isinstance(func, OpOverload) or not _makes_new(func):
             return func(*args, **kwargs)
         try:
-            key = func, _key(args), _key(kwargs)
+            key = func, _key(args), _key(kwargs), torch.get_default_dtype()
             known = _KNOWN.get(key)
         except TypeError:
             return func(*args, **kwargs)
@@ -34,7 +37,7 @@ class RememberedShapes(TorchDispatchMode):
             return _empty(known)
         found = func(*args, **kwargs)
         described = _described(found)
-        if described is not None:
+        if described is not None and _storages(found).isdisjoint(_storages((args, kwargs))):  # some views do not say so
             if len(_KNOWN) >= MOST:
                 _KNOWN.clear()
             _KNOWN[key] = described
@@ -63,6 +66,10 @@ def _key(value: Any) -> Any:
         return tuple((name, _key(inner)) for name, inner in value.items())
     hash(value)
     return type(value), value  # 1, 1.0 and True are equal, and give other types
+
+
+def _storages(values: Any) -> set[int]:
+    return {value.untyped_storage()._cdata for value in tree_leaves(values) if isinstance(value, Tensor)}
 
 
 def _described(found: Any) -> Any:

@@ -74,6 +74,24 @@ def test_what_was_seen_does_not_reach_torch_again():
     assert first.untyped_storage()._cdata != second.untyped_storage()._cdata
 
 
+def test_the_default_type_decides():
+    x = meta(3, dtype=torch.int64)
+    with RememberedShapes():
+        assert (x * 1.5).dtype == torch.float32
+        torch.set_default_dtype(torch.float64)
+        try:
+            assert (x * 1.5).dtype == torch.float64
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+def test_a_view_that_does_not_say_so_is_one():
+    x = meta(2, 3)
+    with RememberedShapes():
+        for _ in range(2):
+            assert torch.ops.aten._unsafe_view(x, [6]).untyped_storage()._cdata == x.untyped_storage()._cdata
+
+
 def test_values_views_and_changes_in_place_are_real():
     x = torch.arange(6.0).reshape(2, 3)
     empty = meta(2, 3)

@@ -192,7 +192,7 @@ NO_ADAPTERS = "prune removes neurons of adapters (adapters or adaptformer), and 
     ids=["alone", "phm", "after", "two", "above", "nothing", "headless", "unlabeled"],
 )
 def test_what_cannot_be_pruned_is_refused_by_the_plan(steps, change, words):
-    text = GOOD.split("steps:")[0].replace("train", "random") + "steps:\n" + steps
+    text = GOOD.split("steps:")[0].replace("weights: train", "weights: a.safetensors") + "steps:\n" + steps
     for old, new in change.items():
         text = text.replace(old, new)
     found = plan_recipe(parse_recipe(text, "x.yaml")).conflicts
