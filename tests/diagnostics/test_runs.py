@@ -24,7 +24,7 @@ FOUND = {"cka", "cka_layers", "drift", "effective_rank", "spectrum", "similarity
 def measured(recipe):
     """The run of `finished`, measured."""
     folder = recipe.parent / "measured"
-    done("apply", recipe, "--output", folder, "seed=3", EVERYTHING)
+    done("apply", "--no-report", recipe, "--output", folder, "seed=3", EVERYTHING)
     return folder
 
 
@@ -55,6 +55,7 @@ def test_what_was_found(measured):
     labels = {record["class"] for record in findings["embedding"].records}
     assert len(labels) > 3
     assert labels <= {str(digit) for digit in range(10)}
+    done("report", measured)
     page = html.unescape((measured / "report.html").read_text(encoding="utf-8"))
     assert all(finding.title in page for finding in findings.values())
 
