@@ -173,10 +173,19 @@ def runs(outline: Outline, size: tuple[int, int]) -> Runs:
     return found
 
 
-def drawn(outlines: Sequence[Outline | None], size: tuple[int, int]) -> Tensor:
-    """Masks, uint8 (n, H, W); that of an object without an outline is empty."""
-    masks = torch.zeros(len(outlines), *size, dtype=torch.uint8)
+def drawn(
+    outlines: Sequence[Outline | None], size: tuple[int, int], places: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """Masks, uint8 (n, H, W); that of an object without an outline is empty.
+
+    Args:
+        size: height and width of the picture.
+        places: rows and columns of the picture, each int64 (h, w): the masks are (n, h, w), there alone. One at a time is drawn at `size`.
+    """
+    shape = size if places is None else places[0].shape
+    masks = torch.zeros(len(outlines), *shape, dtype=torch.uint8)
     for mask, outline in zip(masks, outlines, strict=True):
         if outline is not None:
-            mask.copy_(torch.from_numpy(coco_masks().decode(runs(outline, size))))
+            whole = torch.from_numpy(coco_masks().decode(runs(outline, size)))
+            mask.copy_(whole if places is None else whole[places])
     return masks

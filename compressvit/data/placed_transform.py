@@ -20,17 +20,22 @@ from compressvit.tasks.precision import Runs
 LEAST_SIDE = 1.0  # pixels of what an augmentation must leave of a box
 
 
-def tensors(annotation: Annotation, *, masks: bool = False) -> dict[str, Any]:
-    """An annotation as torchvision's `transforms.v2` takes it, with or without masks (n, H, W); that of an object without one is empty."""
-    boxes = torch.tensor(annotation.boxes, dtype=torch.float32).reshape(-1, 4)
-    outlines = annotation.outlines or (None,) * len(annotation.boxes)
-    drawings = {"masks": tv_tensors.Mask(drawn(outlines, annotation.size))} if masks else {}
+def tensors(annotation: Annotation) -> dict[str, Any]:
+    """An annotation's boxes (n, 4), classes and crowds as torchvision's `transforms.v2` takes them."""
+    boxes = torch.tensor(annotation.boxes, dtype=torch.float64).reshape(-1, 4)
     return {
-        **drawings,
         "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=annotation.size),
         "labels": torch.tensor(annotation.labels, dtype=torch.long),
         "crowd": torch.tensor(annotation.crowd, dtype=torch.bool),
     }
+
+
+def _places(size: tuple[int, int]) -> dict[str, tv_tensors.Mask]:
+    """The row and the column of every pixel of a picture, each float32 (H, W): moved as masks, they say which pixel each came from, so that
+    the masks of many objects need not be moved, at the size on disk, all at once."""
+    height, width = size
+    rows, columns = torch.arange(height, dtype=torch.float32), torch.arange(width, dtype=torch.float32)
+    return {"rows": tv_tensors.Mask(rows[:, None].expand(size)), "columns": tv_tensors.Mask(columns.expand(size))}
 
 
 class PlacedTransform:
@@ -82,23 +87,40 @@ class PlacedTransform:
         image = pictures.to_channels(pictures.standard(image)[0], self.channels)
         if not isinstance(annotation, Annotation):
             return v2.functional.pil_to_tensor(self.move(image)), annotation
-        image, target = self.move(image, tensors(annotation, masks=self.masks and self.training))
-        pixels = v2.functional.pil_to_tensor(image)
-        height, width = pixels.shape[-2:]
+        target = tensors(annotation)
+        if self.training:
+            image, target = self._augmented(image, target, annotation)
+            height, width = image.height, image.width
+        else:  # the annotation's own boxes: what is small at the size of the model is to be found all the same
+            image, (height, width) = self.move(image), annotation.size
+            if self.masks and annotation.outlines:
+                target["runs"] = _runs(annotation)
+        boxes = target["boxes"].as_subclass(torch.Tensor) / torch.tensor([width, height, width, height])
+        return v2.functional.pil_to_tensor(image), {
+            **target,
+            "boxes": boxes.float(),
+            "size": torch.tensor(annotation.size),
+        }
+
+    def _augmented(
+        self, image: Image.Image, target: dict[str, Any], annotation: Annotation
+    ) -> tuple[Image.Image, dict[str, Any]]:
+        """Both moved alike, and of the ground truth what is left in the image."""
+        outlines = annotation.outlines if self.masks else ()
+        image, target = self.move(image, {**target, **(_places(annotation.size) if outlines else {})})
+        places = [target.pop(name).as_subclass(torch.Tensor).long() for name in ("rows", "columns") if outlines]
         target["boxes"] = v2.functional.clamp_bounding_boxes(target["boxes"])
         sides = target["boxes"].as_subclass(torch.Tensor)
         kept = ((sides[:, 2:] - sides[:, :2]) >= LEAST_SIDE).all(dim=1)
         target = {name: value.as_subclass(torch.Tensor)[kept] for name, value in target.items()}
-        if "masks" in target:
-            target["masks"] = target["masks"].bool()
-        target["boxes"] = target["boxes"] / torch.tensor([width, height, width, height])
-        target["size"] = torch.tensor(annotation.size)
-        if self.masks and not self.training and annotation.outlines:
-            found = _runs(annotation)
-            target["runs"] = [found[i] for i in kept.nonzero().flatten().tolist()]
-        return pixels, target
+        if places:
+            chosen = [outlines[i] for i in kept.nonzero().flatten().tolist()]
+            target["masks"] = drawn(chosen, annotation.size, (places[0], places[1])).bool()
+        elif self.masks:
+            target["masks"] = torch.zeros(int(kept.sum()), image.height, image.width, dtype=torch.bool)
+        return image, target
 
 
 def _runs(annotation: Annotation) -> list[Runs | None]:
-    """The masks of a picture's objects at its size on disk; None of an object without, or whose mask holds no pixel."""
+    """The masks of a picture's objects at its size on disk; None of an object without."""
     return [None if outline is None else runs(outline, annotation.size) for outline in annotation.outlines]

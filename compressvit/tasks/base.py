@@ -56,7 +56,10 @@ class Mixing(ABC):
 
 
 class Metrics(ABC):
-    """Accumulates the figures of one evaluation batch by batch, in constant memory."""
+    """Accumulates the figures of one evaluation batch by batch.
+
+    It keeps sums where the figures allow it. COCO's average precision needs every detection at the end: with masks, about 1 KB each.
+    """
 
     @abstractmethod
     def add(self, outputs: Any, targets: Any, expected: Any | None) -> None:

@@ -16,6 +16,8 @@ from compressvit.data.opening import open_data
 from compressvit.data.placed_transform import PlacedTransform
 from compressvit.data.spec import Augment, Data
 from compressvit.errors import UserError
+from compressvit.model.detectors.prediction import Detections
+from compressvit.tasks.precision import Precision
 
 WIDTH, HEIGHT = 40, 20
 BASE = {
@@ -114,6 +116,19 @@ def test_boxes_move_with_the_pixels(folder):
     assert pixels.float().mean() == pytest.approx(255 * 48 / 800, rel=0.05)
 
 
+def test_what_is_small_for_the_model_is_to_be_found_all_the_same():
+    """Average precision is pycocotools' on the annotations as they are: one object of two is found, at 51 of 101 recalls."""
+    boxes = ((100.0, 100.0, 103.5, 130.0), (300.0, 200.0, 450.0, 350.0))
+    annotation = Annotation((480, 640), boxes, (0, 0), (False, False))
+    transform = PlacedTransform(InputConfig(3, 168, 168, (0.0,) * 3, (1.0,) * 3, "bilinear", 1.0, "squash"), None)
+    _, target = transform(Image.new("RGB", (640, 480)), annotation)
+    scale = torch.tensor([640, 480, 640, 480])
+    assert torch.equal(target["boxes"], (torch.tensor(boxes, dtype=torch.float64) / scale).float())
+    precision = Precision(1)
+    precision.add([Detections(target["boxes"][1:], torch.ones(1), target["labels"][1:])], [target])
+    assert precision.result() == pytest.approx(dict.fromkeys(("ap", "ap50", "ap75"), 100 * 51 / 101))
+
+
 def test_boxes_that_a_crop_leaves_out_are_gone():
     annotation = Annotation(
         (100, 100), ((0, 0, 30, 30), (70, 70, 100, 100), (45, 45, 55, 55)), (0, 1, 2), (False, False, True)
@@ -195,6 +210,23 @@ REFUSED = {
     "three numbers": (with_box(bbox=[1, 2, 3]), r"has the bbox \[1, 2, 3\]"),
     "nan": (json.dumps(with_box(bbox=[1, 2, float("nan"), 4])), "has the bbox"),
     "height": (changed(images=[{**BASE["images"][0], "height": -1}, BASE["images"][1]]), "image 7 has the height -1"),
+    "a truth": (changed(images=[{**BASE["images"][0], "width": True}, BASE["images"][1]]), "has the width True"),
+    "longer than can be drawn": (
+        changed(images=[{**BASE["images"][0], "width": 10**25, "height": 10**25}, BASE["images"][1]]),
+        "image 7 has the height 10000000000000000000000000, which is not a number of pixels from 1 to 134,217,728",
+    ),
+    "larger than can be counted": (
+        changed(
+            images=[{**BASE["images"][0], "width": 100_000, "height": 100_000}, BASE["images"][1]],
+            annotations=[
+                {
+                    **BASE["annotations"][0],
+                    "segmentation": {"size": [100_000, 100_000], "counts": [0, 10**10]},
+                }
+            ],
+        ),
+        "image 7 has 100000×100000 pixels; pictures of up to 4,294,967,295 are read",
+    ),
     "no picture": (
         changed(images=[{**BASE["images"][0], "file_name": "c.png"}, BASE["images"][1]]),
         "1 of its 2 pictures are not there",

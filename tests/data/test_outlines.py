@@ -13,6 +13,7 @@ import torch
 from helpers.mutate import with_odd_value
 from PIL import Image
 from pycocotools import mask as coco
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from compressvit.data.annotated import Annotation
 from compressvit.data.input import InputConfig
@@ -231,6 +232,30 @@ def test_a_model_of_boxes_gets_no_masks():
             picture, annotation
         )
         assert sorted(target) == ["boxes", "crowd", "labels", "size"]
+
+
+class _Largest(TorchDispatchMode):
+    """The most bytes of a tensor that an operation returns."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        for tensor in found if isinstance(found, (tuple, list)) else [found]:
+            if isinstance(tensor, torch.Tensor):
+                self.bytes = max(self.bytes, tensor.nbytes)
+        return found
+
+
+def test_many_objects_of_a_large_picture_take_no_more_memory_than_one():
+    size, outline = (300, 400), read_outline([SQUARE], (300, 400))[0]
+    picture, largest = Image.new("RGB", size[::-1]), []
+    for count in (1, 40):
+        objects = ((4.0, 2.0, 120.0, 80.0),) * count, (0,) * count, (False,) * count, Outlines([outline] * count)
+        with _Largest() as seen:
+            placed(Annotation(size, *objects), picture, Augment(scale=(0.5, 1.0), hflip=0.5))
+        largest.append(seen.bytes)
+    assert largest[0] == largest[1] > 0
 
 
 def test_an_image_without_objects_has_no_masks():

@@ -24,6 +24,7 @@ from compressvit.errors import UserError
 from compressvit.notes import Note
 from compressvit.reading import Unreadable, parse_json, read_text
 
+_MOST_PIXELS, _LONGEST_SIDE = 2**32 - 1, 2**27  # of a picture: pycocotools counts in 32 bits, and in fifths of a pixel
 MOST_BYTES = 2**30  # of annotations: COCO's largest file has 450 MB
 LAYOUT = """expected, for each split,
   FOLDER/annotations/instances_SPLIT2017.json with FOLDER/SPLIT2017/*.jpg   (or without 2017)
@@ -178,14 +179,20 @@ class _Annotations:
 
     def _side(self, image: Mapping[str, Any], key: str) -> int:
         value = image.get(key)
-        if not isinstance(value, int) or value < 1:
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _LONGEST_SIDE:
             raise UserError(
-                f"{self.file}: image {image.get('id')} has the {key} {value!r:.50}, which is not a number of pixels"
+                f"{self.file}: image {image.get('id')} has the {key} {value!r:.50}, which is not a number of pixels from 1 to "
+                f"{_LONGEST_SIDE:,}"
             )
         return value
 
     def _size(self, image: Mapping[str, Any]) -> tuple[int, int]:
-        return self._side(image, "height"), self._side(image, "width")
+        height, width = self._side(image, "height"), self._side(image, "width")
+        if height * width > _MOST_PIXELS:
+            raise UserError(
+                f"{self.file}: image {image.get('id')} has {width}×{height} pixels; pictures of up to {_MOST_PIXELS:,} are read"
+            )
+        return height, width
 
     def _box(self, annotation: Mapping[str, Any], image: Mapping[str, Any]) -> tuple[float, float, float, float] | None:
         """(x0, y0, x1, y1) within the image; None where nothing is left of it."""
