@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Note:
-    """One thing worth knowing about a data set or a weights file.
+    """One thing worth knowing about a data set or the weights of a model.
 
     Attributes:
         what: a word for it that stays the same from run to run, e.g. 'other_types'.

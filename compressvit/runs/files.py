@@ -176,7 +176,7 @@ class RecipePlan(RunFile):
         conflicts: empty if the recipe can run.
         diagnostics: a description of each diagnostic, by name.
         data: known once the data is opened.
-        weights: what was taken off or left out when weights files were read; known once they are.
+        weights: that the teacher is untrained; what was taken off or left out when weights files were read, known once they are.
     """
 
     recipe: str = ""

@@ -226,9 +226,10 @@ def refuse_labels(job: Job) -> None:
 
 
 def refuse_missing_masks(job: Job) -> None:
-    """Raise a `UserError` where a model is to learn masks and the training set has none."""
+    """Raise a `UserError` where a model is to learn masks from the ground truth and the training set has none."""
+    steps = (entry.spec for entry in job.recipe.steps)
     learns = {"teacher": job.teacher} if trains_teacher(job.recipe) else {}
-    learns |= {"student": job.student} if job.recipe.phases() else {}
+    learns |= {"student": job.student} if any(isinstance(s, PhaseSpec) and s.needs_labels for s in steps) else {}
     source = getattr(job.datasets.train, "source", None)
     if not isinstance(source, AnnotatedFiles) or source.outlined:
         return

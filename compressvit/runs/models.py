@@ -117,16 +117,24 @@ def _teacher_args(recipe: Recipe, manifest: Manifest | LocalDir | None) -> dict[
 
 def load_teacher(recipe: Recipe, teacher: nn.Module) -> list[Note]:
     """Load the values that `teacher.weights` names into the teacher; for 'train' and 'random' it keeps its initial values. Returns what was
-    taken off or left out of a file."""
-    found: list[Note] = []
+    taken off or left out of a file, and that the teacher is untrained if it is."""
+    found = untrained(recipe)
     if recipe.teacher.backbone is not None:
-        found = _load_backbone(recipe.teacher.backbone, teacher, "teacher")
+        found += _load_backbone(recipe.teacher.backbone, teacher, "teacher")
     if recipe.teacher.weights == "pretrained":
         weights.load_pretrained(teacher, "teacher.weights", new_head=recipe.teacher.finetune is not None)
     elif recipe.teacher.weights not in ("train", "random"):
         new_head = recipe.teacher.finetune is not None
         found += weights.load_file(teacher, recipe.teacher.weights, "teacher.weights", new_head=new_head)
     return found
+
+
+def untrained(recipe: Recipe) -> list[Note]:
+    """A note where the teacher is not trained at all."""
+    if recipe.teacher.weights != "random":
+        return []
+    text = "the teacher is untrained (teacher.weights=random): its figures, agreement with it, and what is learned from it, mean nothing"
+    return [Note("untrained_teacher", 1, text)]
 
 
 def _load_backbone(source: str, detector: nn.Module, whose: str) -> list[Note]:

@@ -34,7 +34,7 @@ class Measured:
         before_training: scores, compared with the teacher.
         layers: the choices of the following phase that depend on values, in words.
         broken_images, data_notes: of the images that were read.
-        weights_notes: on the teacher's file.
+        weights_notes: on the teacher's weights.
     """
 
     ledger: list[LedgerEntry]
@@ -59,7 +59,12 @@ class OneShot:
     """
 
     def __init__(self, recipe: Recipe, device: str, asker: str):
-        if recipe.teacher.weights in ("train", "random"):
+        if recipe.teacher.weights == "random":
+            raise UserError(
+                f"{asker} compares the student with its teacher, which teacher.weights=random leaves untrained; give it pretrained, or the "
+                "file or artifact of a trained model"
+            )
+        if recipe.teacher.weights == "train":
             raise UserError(
                 f"{asker} trains nothing, so the teacher needs weights: run the recipe once and give teacher.weights=RUN/teacher"
             )

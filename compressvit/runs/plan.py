@@ -27,7 +27,7 @@ from compressvit.notes import Note
 from compressvit.recipe.recipe import Merge, Recipe
 from compressvit.runs.files import Costs, DataPlan, LedgerRow, NoteRow, PlannedTeacher, RecipePlan, StagePlan, StepPlan
 from compressvit.runs.job import PLACEHOLDER_CLASSES, Job, prepare, refuse_missing_masks
-from compressvit.runs.models import student_body, trains_teacher
+from compressvit.runs.models import student_body, trains_teacher, untrained
 from compressvit.tasks.base import TASKS, find_task, task_of
 from compressvit.training.phases import PhaseSpec, Setting
 from compressvit.training.phases.finetune import Finetune
@@ -46,6 +46,7 @@ def plan_recipe(recipe: Recipe, name: str = "recipe") -> RecipePlan:
     datasets, fault = _listed(recipe.data)
     job = prepare(recipe, "cpu", name=name, datasets=datasets, without_data=True)
     plan = plan_job(job)
+    plan.weights = [NoteRow(**asdict(note)) for note in untrained(recipe)]
     if datasets is not None:
         plan.data = plan_data(job)
         try:
@@ -229,10 +230,6 @@ def _teacher_notes(job: Job) -> list[str]:
             for key in unlike
         ]
     given = recipe.teacher.weights
-    if given == "random":
-        notes.append(
-            "the teacher is untrained (teacher.weights=random): scores of it, and what is learned from it, mean nothing"
-        )
     if given not in ("train", "pretrained", "random") and not expanded(given, "teacher.weights").exists():
         notes.append(
             f"teacher.weights: there is no {given} yet; an artifact would also say with which arguments and classes the teacher is built, "

@@ -84,7 +84,7 @@ def frozen_modules(model: nn.Module, spec: Training) -> list[nn.Module]:
     """The modules that a phase does not train: those of `frozen`, and a detector's backbone with `backbone_lr: 0`.
 
     Raises:
-        UserError: a pattern matches no module, or there is no backbone apart from the model.
+        UserError: a pattern matches no module, there is no backbone apart from the model, or a parameter is shared with a module to train.
     """
     found: list[nn.Module] = []
     if spec.backbone_lr == 0:
@@ -101,7 +101,27 @@ def frozen_modules(model: nn.Module, spec: Training) -> list[nn.Module]:
             hint = did_you_mean(pattern, known, list_at_most=0) or f"give the path of one, e.g. '{next(iter(known))}'"
             raise UserError(f"frozen: {pattern!r} matches no module of {model_name(model)}; {hint}")
         found += matches
+    _refuse_shared(model, found)
     return found
+
+
+def _refuse_shared(model: nn.Module, frozen: Sequence[nn.Module]) -> None:
+    """Raise a `UserError` where freezing these modules would also freeze a parameter of others, which hold the same tensor."""
+    inside = {id(module) for each in frozen for module in each.modules()}
+    names: dict[int, str] = {}  # of the frozen parameters
+    others: list[tuple[str, nn.Parameter]] = []
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            full = f"{path}.{name}" if path else name
+            if id(module) in inside:
+                names.setdefault(id(parameter), full)
+            elif parameter.requires_grad:
+                others.append((full, parameter))
+    for other, parameter in others:
+        if id(parameter) in names:
+            raise UserError(
+                f"frozen: {names[id(parameter)]} is shared with {other}, which is to be trained; freeze the modules of both, or of neither"
+            )
 
 
 class Frozen:

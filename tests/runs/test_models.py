@@ -130,10 +130,13 @@ def test_a_random_teacher_is_the_beginning_of_its_student():
     assert not trains_teacher(recipe)
     teacher = build_teacher(recipe)
     assert teacher.num_classes == 10
-    assert load_teacher(recipe, teacher) == []
+    notes = load_teacher(recipe, teacher)  # which log, report and results.json show
+    assert [note.what for note in notes] == ["untrained_teacher"]
+    assert load_teacher(recipe_of("weights: train"), teacher) == []
     student = build_student(recipe, teacher)
     assert all(torch.equal(t, teacher.state_dict()[n]) for n, t in student.state_dict().items())
-    assert any("the teacher is untrained" in note for note in plan_recipe(recipe).notes)
+    assert [note.text for note in plan_recipe(recipe).weights] == [notes[0].text]
+    assert "the teacher is untrained" in notes[0].text
     assert not any("there is no random yet" in note for note in plan_recipe(recipe).notes)
     with pytest.raises(UserError, match="weights: random leaves the teacher untrained; give weights: train"):
         recipe_of("weights: random, finetune: {epochs: 1}")

@@ -48,6 +48,10 @@ def test_notes_of_the_images_that_were_read(trained, tmp_path):
     ("words", "message"),
     [
         ([], "plan --measure trains nothing, so the teacher needs weights"),
+        (
+            ["teacher.weights=random", "teacher.finetune=null"],
+            "with its teacher, which teacher.weights=random leaves untrained; give it pretrained",
+        ),
         (["steps=[distill]", "teacher.weights=RUN"], "plan --measure needs transforms before the first phase"),
         (["teacher.weights=nowhere.safetensors"], "nowhere.safetensors"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -15,7 +16,10 @@ from compressvit.data.input import Side
 from compressvit.data.loaders import eval_loader, train_loader
 from compressvit.data.opening import open_data
 from compressvit.data.spec import Data
+from compressvit.errors import UserError
 from compressvit.model.weights import build
+from compressvit.recipe.recipe import load_recipe
+from compressvit.runs.job import prepare, refuse_missing_masks
 from compressvit.tasks.base import find_task
 from compressvit.tasks.precision import MASKS
 from compressvit.training.evaluate import evaluate
@@ -137,3 +141,15 @@ def test_data_without_masks_is_refused(tmp_path):
     assert not (tmp_path / "run").exists()
     code, out, _ = run("plan", tmp_path / "recipe.yaml")
     assert (code, text in out) == (2, True)
+
+
+@pytest.mark.parametrize(("weight", "refused"), [(0, False), (1.0, True)])
+def test_data_without_masks_is_enough_for_what_learns_from_the_teacher_alone(tmp_path, weight, refused):
+    for split in ("train", "val"):
+        scenes(tmp_path / "scenes", split, 2, segmented=False)
+    losses = {"prediction": {"weight": 1.0}, "labels": {"weight": weight}}
+    teacher = {"model": "mask_rcnn", "weights": "random", "args": ARGS}
+    recipe = written(tmp_path, teacher=teacher, steps=[{"distill": {"epochs": 1, "losses": losses}}])
+    job = prepare(load_recipe(recipe), "cpu")
+    with pytest.raises(UserError, match="the student is a mask_rcnn, which learns") if refused else nullcontext():
+        refuse_missing_masks(job)

@@ -156,3 +156,15 @@ def test_named_modules_are_not_trained_and_stay_in_eval_mode(tmp_path):
 def test_what_freezes_nothing_or_everything_is_refused(recipe, options, words):
     recipe.write_text(recipe.read_text().replace("lr: 1.0e-2,", f"lr: 1.0e-2, {options},"))
     assert words in "\n".join(plan_recipe(load_recipe(recipe)).conflicts)
+
+
+@pytest.mark.parametrize(("frozen", "shared"), [("blocks.0.mlp", True), ("blocks.[01].mlp", False)])
+def test_a_parameter_that_others_train_is_not_frozen_in_silence(recipe, frozen, shared):
+    text = recipe.read_text().replace("  - adapters: {width: 2}\n", "").replace("head_norm", "multiplex: {share: 2}")
+    text = text.replace("depth': 3", "depth': 4")
+    recipe.write_text(text.replace("lr: 1.0e-2,", f"lr: 1.0e-2, frozen: ['{frozen}'],"))
+    message = (
+        "frozen: blocks.0.mlp.fc1.weight is shared with blocks.1.mlp.fc1.weight, which is to be trained; freeze the"
+    )
+    conflicts = plan_recipe(load_recipe(recipe)).conflicts
+    assert [message in text for text in conflicts] == [True] * shared, conflicts
