@@ -38,7 +38,8 @@ from torch import nn
 
 from compressvit.artifacts import artifact
 from compressvit.data.loaders import eval_loader
-from compressvit.data.opening import open_data
+from compressvit.data.opening import Datasets, open_data
+from compressvit.files import write_json, write_text
 from compressvit.model import ties
 from compressvit.model.detectors import adamixer
 from compressvit.model.weights import build
@@ -179,7 +180,7 @@ class Benchmark:
         results = run(text, folder, Console(quiet=True))
         if not self.finished(name, seed):
             found = detections(folder / "student", parse_recipe(text))
-            (folder / FOUND).write_text(json.dumps(found))
+            write_json(folder / FOUND, found)
         for part in (
             ("checkpoints",) if CELLS[name].dense else ("checkpoints", "student")
         ):  # others start from a dense student
@@ -384,8 +385,8 @@ def write(benchmark: Benchmark, cells: Sequence[tuple[str, int]]) -> None:
     """Write `cells.json` and `table.md` of what is finished."""
     done = {cell: benchmark.cell(*cell) for cell in cells if benchmark.finished(*cell)}
     content = summary(benchmark, done)
-    (benchmark.output / "cells.json").write_text(json.dumps({"recipe": benchmark.base, "cells": content}, indent=1))
-    (benchmark.output / "table.md").write_text(table(content))
+    write_json(benchmark.output / "cells.json", {"recipe": benchmark.base, "cells": content}, indent=1)
+    write_text(benchmark.output / "table.md", table(content))
 
 
 def require_objects_found(benchmark: Benchmark, name: str, seeds: Sequence[int]) -> None:
@@ -396,6 +397,11 @@ def require_objects_found(benchmark: Benchmark, name: str, seeds: Sequence[int])
             f"the comparison is void: {CELLS[name].text} reaches AP50 {_mean(found)} %, and below {LEAST:.0f} % it finds too little to "
             "compare; give more epochs, another learning rate, or more images"
         )
+
+
+def opened(base: Mapping[str, Any]) -> Datasets:
+    """The data of the cells."""
+    return open_data(parse_recipe(yaml.safe_dump(base)).data)
 
 
 def main() -> None:
@@ -425,13 +431,11 @@ def main() -> None:
         else json.loads(kept.read_text())
     )
     if arguments.data:
-        datasets = open_data(
-            parse_recipe(yaml.safe_dump({**base, "data": {**base["data"], "root": arguments.data}})).data
-        )
-        base["data"] |= {"root": arguments.data, "num_classes": datasets.num_classes}
+        base["data"]["root"] = arguments.data
+        base["data"]["num_classes"] = opened(base).num_classes
         base["teacher"] |= {"backbone": arguments.backbone} if arguments.backbone else {}
         arguments.output.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps(base, indent=1))
+        write_json(kept, base, indent=1)
     benchmark = Benchmark(base, arguments.output)
     names = [name for name in CELLS if name in {*arguments.cells, *map(compared_with, arguments.cells)}]
     cells = order(names, arguments.seeds)
@@ -440,6 +444,7 @@ def main() -> None:
         print((arguments.output / "table.md").read_text())
         return
     waiting = [cell for cell in cells if not benchmark.finished(*cell)]
+    datasets = opened(base)
     backbone, each = minutes(
         benchmark, list(dict.fromkeys(name for name, _ in waiting)), len(datasets.train), len(datasets.validation)
     )

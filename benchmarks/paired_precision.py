@@ -1,7 +1,7 @@
 """Intervals of COCO's average precision, and of differences of it, over resampled images.
 
 pycocotools matches the detections of every image to its boxes once. An image that is drawn n times counts n times in the curves of
-precision and recall, which gives exactly what COCOeval gives for a set that has the image n times.
+precision and recall, which gives what COCOeval gives for a set that has the image n times, where no two detections have one score.
 """
 
 from __future__ import annotations
@@ -86,10 +86,13 @@ class Matches:
         return _Class(np.concatenate(images)[order], *joined, boxes)
 
     def precision(self, times: Array | None = None) -> Array:
-        """Average precision in percent at each threshold of IoU (10,), the mean over classes, if image i is there `times[i]` times."""
+        """Average precision in percent at each threshold of IoU (10,), the mean over classes, if image i is there `times[i]` times.
+
+        NaN where no image that is there has a box.
+        """
         times = np.ones(self.images) if times is None else times
         found = [_average(entry, times, self.recalls) for entry in self.classes if entry.boxes @ times]
-        return 100 * np.mean(found, axis=0)
+        return 100 * np.mean(found, axis=0) if found else np.full(10, np.nan)
 
 
 def _average(entry: _Class, times: Array, recalls: Array) -> Array:
@@ -133,7 +136,7 @@ def _judged(
             "info": {},
         }
         coco.createIndex()
-        judged = COCOeval(coco, coco.loadRes(results), "bbox")
+        judged = COCOeval(coco, coco.loadRes(results) if len(results) else COCO(), "bbox")
         judged.evaluate()
     return judged
 
@@ -160,5 +163,6 @@ def intervals(ours: Sequence[Matches], theirs: Sequence[Matches], draws: int = 5
         pairs = [a.precision(times) - b.precision(times) for a, b in zip(ours, theirs, strict=True)]
         mean = np.mean(pairs, axis=0)
         differences.append((mean.mean(), mean[0]))
-    low, high = np.quantile(np.asarray(differences), (0.025, 0.975), axis=0)
+    # a draw without a box says nothing
+    low, high = np.nanquantile(np.asarray(differences), (0.025, 0.975), axis=0)
     return {"ap": [float(low[0]), float(high[0])], "ap50": [float(low[1]), float(high[1])]}

@@ -110,6 +110,17 @@ def test_a_difference_of_pairs_is_narrower_than_that_of_either(few_shot):
     assert high - low < np.quantile(alone, 0.975) - np.quantile(alone, 0.025)
 
 
+def test_few_boxes_and_no_detections(few_shot):
+    matches = importlib.import_module("paired_precision")
+    truth, found, _ = some_images(4)
+    sparse = [part if i == 1 else part[:0] for i, part in enumerate(truth)]
+    ours, nothing = (matches.Matches(sparse, which, 3) for which in (found, [part[:0] for part in found]))
+    assert np.isnan(ours.precision(np.array([1.0, 0.0, 2.0, 1.0]))).all()
+    assert nothing.precision().tolist() == [0.0] * 10
+    low, high = matches.intervals([ours], [nothing], draws=50)["ap50"]
+    assert 0 < low <= high <= 100
+
+
 # --------------------------------------------------------------------------------------------------------- LORS, detection
 
 
