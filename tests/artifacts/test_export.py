@@ -71,6 +71,9 @@ MODELS = {f.__name__: f for f in (adamixer, adamixer_lors, faster_rcnn, mask_rcn
 MOST = {"adamixer": 6 * 5, "adamixer_lors": 6 * 5}  # detections of an image: queries × classes
 
 
+LIMIT = 100  # detections of an image that a graph gives
+
+
 def images_of(model: nn.Module, count: int) -> torch.Tensor:
     return torch.randn(count, 3, *model.img_size)
 
@@ -107,6 +110,19 @@ def test_detections_of_one_size_are_those_of_torchvision(background, counts):
     images = images_of(model, 3)
     found = [part for part in model.answer(images) if part is not None]
     assert compare(model, images, found, 1e-6) == counts  # measured 0.0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODELS)
+def test_graphs_give_as_many_detections_of_every_model(name):
+    model = MODELS[name]()
+    module, names = task_of(model).graph(model)
+    images = images_of(model, 2)
+    found = module(images)
+    assert {part: values.shape[:2] for part, values in zip(names, found, strict=True)} == dict.fromkeys(
+        names, (2, LIMIT)
+    )
+    assert max(compare(model, images, list(found), 1e-6)) == MOST.get(name, LIMIT)  # measured 0.0
 
 
 def crowded(groups: torch.Tensor, side: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -166,8 +182,10 @@ def test_graphs_compute_the_same(name):
     computing = graph.program.module()
     for count in (1, 3):
         images = images_of(model, count)
-        counts = compare(model, images, list(computing(images)), 1e-5)  # measured 0.0
-        assert max(counts) == MOST.get(name, 100)
+        found = list(computing(images))
+        assert {values.shape[:2] for values in found} == {(count, LIMIT)}
+        counts = compare(model, images, found, 1e-5)  # measured 0.0
+        assert max(counts) == MOST.get(name, LIMIT)
 
 
 @torch.no_grad()
