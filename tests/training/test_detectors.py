@@ -150,7 +150,7 @@ def test_anchors_without_an_object_do_not_dilute_those_with_one():
 
 
 def test_an_object_that_the_student_alone_sees_counts():
-    theirs = Numbers(torch.full((1000,), -6.0), torch.zeros(1000, 4), torch.zeros(1, 2), torch.zeros(1, 8))
+    theirs = Numbers(torch.linspace(-5, -7, 1000), torch.zeros(1000, 4), torch.zeros(1, 2), torch.zeros(1, 8))
     ours = theirs._replace(objectness=theirs.objectness.index_fill(0, torch.tensor([700]), 4.0))
     assert imitation(ours, theirs)["loss_objectness"] > 0.01
 
