@@ -225,6 +225,37 @@ def test_a_classifier_in_onnx_gives_logits(tmp_path):
     assert torch.allclose(found["logits"], model(images), atol=1e-5)  # measured 4.5e-8
 
 
+@pytest.mark.wide
+def test_weights_of_a_large_model_lie_beside_it(monkeypatch, tmp_path):
+    pytest.importorskip("onnxscript")
+    monkeypatch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 1000)
+    model, images = nn.Linear(32, 32), torch.randn(2, 32)
+    graph = export.Graph(torch.export.export(model, (images,)), ("logits",))
+    for _ in range(2):  # the second replaces the first
+        export.write_onnx(graph, tmp_path / "model.onnx")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
+    found = computed(tmp_path / "model.onnx", images)["logits"]
+    assert torch.allclose(found, model(images), atol=1e-5)  # measured 3.6e-7
+
+
+def test_a_failed_write_leaves_both_files(monkeypatch, tmp_path):
+    class Full:
+        def save(self, path):
+            path.with_name(path.name + ".data").write_text("new")
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export, "PACKAGES", ())
+    monkeypatch.setattr("torch.onnx.export", lambda *_, **__: Full())
+    for name in ("model.onnx", "model.onnx.data"):
+        (tmp_path / name).write_text("old")
+    (tmp_path / ".model.onnx.killed.part").mkdir()
+    with pytest.raises(UserError, match=r"model\.onnx could not be written: no space left"):
+        export.write_onnx(export.Graph(None, ("logits",)), tmp_path / "model.onnx")  # type: ignore[arg-type]
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(
+        ("model.onnx", "model.onnx.data"), "old"
+    )
+
+
 def test_missing_packages_are_named(monkeypatch, tmp_path):
     monkeypatch.setattr(export, "PACKAGES", ("onnx_of_nowhere",))
     with pytest.raises(UserError, match=r"ONNX needs onnx_of_nowhere: pip install 'compressvit\[onnx\]'"):
