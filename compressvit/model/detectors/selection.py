@@ -74,7 +74,8 @@ def _proposals(rpn: RegionProposalNetwork, images: Tensor, maps: Mapping[str, Te
     scores = logits.gather(1, index).sigmoid()
     good = _larger(boxes, rpn.min_size) & (scores >= rpn.score_thresh)
     of_levels = (values.split(_sizes(counts, rpn), 1) for values in (boxes, scores.masked_fill(~good, NONE)))
-    kept = torch.cat([_suppressed(*level, rpn.nms_thresh, size) for level in zip(*of_levels, strict=True)], dim=1)
+    left = [_suppressed(part, found, rpn.nms_thresh, size) for part, found in zip(*of_levels, strict=True)]
+    kept = torch.cat(left, dim=1)
     best, index = kept.topk(min(rpn.post_nms_top_n(), kept.shape[1]), dim=1)
     return boxes.gather(1, index[..., None].expand(-1, -1, 4)), best
 
