@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from helpers.models import randomise
 from torch import nn
+from torchvision.ops import nms
 
 from compressvit.artifacts import export
 from compressvit.errors import UserError
+from compressvit.model.detectors import selection
 from compressvit.model.families.adamixer import SMALL
 from compressvit.model.weights import build
 from compressvit.tasks.base import task_of
@@ -67,6 +71,9 @@ MODELS = {f.__name__: f for f in (adamixer, adamixer_lors, faster_rcnn, mask_rcn
 MOST = {"adamixer": 6 * 5, "adamixer_lors": 6 * 5}  # detections of an image: queries × classes
 
 
+LIMIT = 100  # detections of an image that a graph gives
+
+
 def images_of(model: nn.Module, count: int) -> torch.Tensor:
     return torch.randn(count, 3, *model.img_size)
 
@@ -105,6 +112,41 @@ def test_detections_of_one_size_are_those_of_torchvision(background, counts):
     assert compare(model, images, found, 1e-6) == counts  # measured 0.0
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODELS)
+def test_graphs_give_as_many_detections_of_every_model(name):
+    model = MODELS[name]()
+    module, names = task_of(model).graph(model)
+    images = images_of(model, 2)
+    found = module(images)
+    assert {part: values.shape[:2] for part, values in zip(names, found, strict=True)} == dict.fromkeys(
+        names, (2, LIMIT)
+    )
+    assert max(compare(model, images, list(found), 1e-6)) == MOST.get(name, LIMIT)  # measured 0.0
+
+
+def crowded(groups: torch.Tensor, side: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Boxes (N, 4) of which those of a group overlap, and their scores (N,)."""
+    corner = (torch.rand(int(groups.max()) + 1, 2) * (side - 200))[groups] + torch.randn(len(groups), 2) * 12
+    sides = 20 + 100 * torch.rand(len(groups), 2)
+    return torch.cat([corner, corner + sides], dim=-1).clamp(0, side), torch.rand(len(groups))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_groups_are_suppressed_as_each_alone(dtype):
+    """The last of 1,203 classes at 1333²: in a row of classes as far as 1.6 million pixels, float32 would have steps of 1/8 pixel."""
+    torch.manual_seed(0)
+    groups = 1203 - 1 - torch.arange(1200) % 40
+    boxes, scores = (values.to(dtype) for values in crowded(groups, 1333))
+    kept = torch.zeros(len(groups), dtype=torch.bool)
+    for group in groups.unique():
+        index = torch.where(groups == group)[0]
+        kept[index[nms(boxes[index].float(), scores[index].float(), 0.5)]] = True
+    found = selection._suppressed(boxes[None], scores[None], 0.5, (1333, 1333), groups, 1203)
+    assert found.dtype == dtype
+    assert torch.equal(found[0], scores.masked_fill(~kept, selection.NONE))
+
+
 # ----------------------------------------------------------------------------------------------------------- as other programs do
 
 
@@ -119,26 +161,42 @@ def computed(file, images: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(value) for name, value in zip(names, values, strict=True)}
 
 
-@torch.no_grad()
-@pytest.mark.parametrize(  # a faster one, of torch.export alone: tests/model/test_adamixer.py
+OF_EACH = pytest.mark.parametrize(  # a faster one, of torch.export alone: tests/model/test_adamixer.py
     "name", [pytest.param(name, marks=pytest.mark.slow if name == "mask_rcnn" else pytest.mark.wide) for name in MODELS]
 )
-def test_graphs_compute_the_same(name, tmp_path):
-    model = MODELS[name]()
-    model.train()
+
+
+@functools.cache
+def graph_of(name: str) -> tuple[nn.Module, export.Graph]:
+    """A model, and its graph, made in training mode."""
+    model = MODELS[name]().train()
     graph = export.exported(model, images_of(model, 1))
     assert model.training
-    model.eval()
-    batches = [images_of(model, count) for count in (1, 3)]
-    computing = graph.program.module()
-    for images in batches:
-        counts = compare(model, images, list(computing(images)), 1e-5)  # measured 0.0
-        assert max(counts) == MOST.get(name, 100)
+    return model.eval(), graph
 
+
+@torch.no_grad()
+@OF_EACH
+def test_graphs_compute_the_same(name):
+    model, graph = graph_of(name)
+    computing = graph.program.module()
+    for count in (1, 3):
+        images = images_of(model, count)
+        found = list(computing(images))
+        assert {values.shape[:2] for values in found} == {(count, LIMIT)}
+        counts = compare(model, images, found, 1e-5)  # measured 0.0
+        assert max(counts) == MOST.get(name, LIMIT)
+
+
+@torch.no_grad()
+@OF_EACH
+def test_graphs_compute_the_same_in_onnx(name, tmp_path):
     pytest.importorskip("onnxscript")
+    model, graph = graph_of(name)
     export.write_onnx(graph, tmp_path / "model.onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
-    for images in batches:
+    for count in (1, 3):
+        images = images_of(model, count)
         found = computed(tmp_path / "model.onnx", images)
         assert list(found) == ["boxes", "scores", "labels"] + ["masks"] * (name == "mask_rcnn")
         compare(model, images, list(found.values()), 1e-4)  # measured 1.4e-5 of masks, 2.6e-6 of the others
@@ -165,6 +223,37 @@ def test_a_classifier_in_onnx_gives_logits(tmp_path):
     images = torch.randn(3, 3, 32, 32)
     found = computed(tmp_path / "model.onnx", images)
     assert torch.allclose(found["logits"], model(images), atol=1e-5)  # measured 4.5e-8
+
+
+@pytest.mark.wide
+def test_weights_of_a_large_model_lie_beside_it(monkeypatch, tmp_path):
+    pytest.importorskip("onnxscript")
+    monkeypatch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 1000)
+    model, images = nn.Linear(32, 32), torch.randn(2, 32)
+    graph = export.Graph(torch.export.export(model, (images,)), ("logits",))
+    for _ in range(2):  # the second replaces the first
+        export.write_onnx(graph, tmp_path / "model.onnx")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
+    found = computed(tmp_path / "model.onnx", images)["logits"]
+    assert torch.allclose(found, model(images), atol=1e-5)  # measured 3.6e-7
+
+
+def test_a_failed_write_leaves_both_files(monkeypatch, tmp_path):
+    class Full:
+        def save(self, path):
+            path.with_name(path.name + ".data").write_text("new")
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export, "PACKAGES", ())
+    monkeypatch.setattr("torch.onnx.export", lambda *_, **__: Full())
+    for name in ("model.onnx", "model.onnx.data"):
+        (tmp_path / name).write_text("old")
+    (tmp_path / ".model.onnx.killed.part").mkdir()
+    with pytest.raises(UserError, match=r"model\.onnx could not be written: no space left"):
+        export.write_onnx(export.Graph(None, ("logits",)), tmp_path / "model.onnx")  # type: ignore[arg-type]
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(
+        ("model.onnx", "model.onnx.data"), "old"
+    )
 
 
 def test_missing_packages_are_named(monkeypatch, tmp_path):

@@ -123,12 +123,36 @@ def test_regions_by_hand():
     )
     parts = imitation(ours, theirs)
     apart = 0.8 * math.log(0.8 / 0.4) + 0.2 * math.log(0.2 / 0.6)
-    assert parts["loss_objectness"].item() == pytest.approx(apart / 1.2, abs=1e-6)
+    assert parts["loss_objectness"].item() == pytest.approx(apart / 2, abs=1e-6)
     assert parts["loss_rpn_box_reg"].item() == pytest.approx((0.8 * 1.5 + 0.4 * 0.125) / 1.2, abs=1e-6)
     assert parts["loss_classifier"].item() == pytest.approx(
         0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25), abs=1e-6
     )
     assert parts["loss_box_reg"].item() == pytest.approx(0.5 * 2.5, abs=1e-6)
+
+
+def test_anchors_without_an_object_do_not_dilute_those_with_one():
+    """One object on 10 anchors, and 200,000 anchors of 0.25 %, which would be 500 objects."""
+    torch.manual_seed(0)
+    heads = torch.zeros(1, 2), torch.zeros(1, 8)
+
+    def parts(empty: int) -> dict[str, float]:
+        logits = torch.cat([torch.full((10,), 4.0), torch.full((empty,), -6.0)])
+        theirs = Numbers(logits, torch.zeros(10 + empty, 4), *heads)
+        wrong = torch.cat([torch.ones(10), torch.zeros(empty)])
+        ours = Numbers(logits - 4 * wrong, torch.full((10 + empty, 4), 0.5), *heads)
+        return {name: value.item() for name, value in imitation(ours, theirs).items()}
+
+    few, many = parts(246), parts(200_000)
+    assert many == pytest.approx(few, rel=1e-5)
+    assert many["loss_objectness"] > 0.01
+    assert many["loss_rpn_box_reg"] == pytest.approx(4 * 0.5 * 0.5**2, rel=1e-5)
+
+
+def test_an_object_that_the_student_alone_sees_counts():
+    theirs = Numbers(torch.linspace(-5, -7, 1000), torch.zeros(1000, 4), torch.zeros(1, 2), torch.zeros(1, 8))
+    ours = theirs._replace(objectness=theirs.objectness.index_fill(0, torch.tensor([700]), 4.0))
+    assert imitation(ours, theirs)["loss_objectness"] > 0.01
 
 
 # --------------------------------------------------------------------------------------------------------------------- laws

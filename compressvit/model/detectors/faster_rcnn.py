@@ -98,7 +98,8 @@ class RegionPrediction:
             raise UserError(regions.DIFFERENT)
         with torch.no_grad():
             theirs = expected._of_proposals(proposals)
-        return regions.imitation(self._of_proposals(proposals), theirs, temperature)
+        sampled = self._detector.rpn.fg_bg_sampler.batch_size_per_image * len(proposals)
+        return regions.imitation(self._of_proposals(proposals), theirs, temperature, sampled)
 
     def _of_proposals(self, proposals: list[Tensor]) -> regions.Numbers:
         """What the detector computes before it chooses, for proposals of each image (n, 4), in pixels."""

@@ -50,7 +50,7 @@ class Answering(nn.Module):
     """A detector whose outputs are its detections: those of B images in tensors (B, limit, …), with zeros after an image's last.
 
     Args:
-        detector: has a method `answer`, from images (B, C, H, W) and `limit` to such `Detections`.
+        detector: has a method `answer`, from images (B, C, H, W) and `limit` to such `Detections`, or to fewer in all images alike.
     """
 
     def __init__(self, detector: nn.Module, limit: int):
@@ -59,7 +59,12 @@ class Answering(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         found: Detections = self.detector.answer(images, self.limit)  # type: ignore[operator]
-        return tuple(part for part in found if part is not None)
+        return tuple(self._padded(part) for part in found if part is not None)
+
+    def _padded(self, part: Tensor) -> Tensor:
+        """(B, n, …) -> (B, limit, …): where there cannot be so many, as with few queries and classes."""
+        missing = self.limit - part.shape[1]
+        return F.pad(part, (*(0, 0) * (part.ndim - 2), 0, missing)) if missing else part
 
 
 class SetPrediction(NamedTuple):
@@ -118,7 +123,7 @@ class SetPrediction(NamedTuple):
         return {name: (values / objects).sum() for name, values in parts.items()}
 
     def answer(self, limit: int = 100) -> Detections:
-        """The `limit` likeliest pairs of a query and a class of each image, of all images in one: (B, limit, …)."""
+        """The `limit` likeliest pairs of a query and a class of each image, or all if there are fewer, of all images in one."""
         scores = self.logits[-1].float().sigmoid()
         _, queries, classes = scores.shape
         best, index = scores.flatten(1).topk(min(limit, queries * classes), dim=1)

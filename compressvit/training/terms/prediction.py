@@ -16,7 +16,7 @@ class PredictionTerm(LossTerm):
     """Cross-entropy against the teacher's soft labels, mean over the batch; of a detector how far classes and boxes are apart.
 
     Detectors are compared query by query (adamixer), or on anchors and the teacher's proposals (faster_rcnn, mask_rcnn), by the divergence
-    of classes and the distance of boxes, per object of the teacher; see `Task.imitation`.
+    of classes and the distance of boxes, per object of the teacher or mean over anchors; see `Task.imitation`.
     """
 
     needs_classes: ClassVar[bool] = True
