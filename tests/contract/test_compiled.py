@@ -79,7 +79,7 @@ def test_symbolically_traced_student_computes_the_same_for_other_batches(case):
         assert largest_difference(graph, model, batch) <= 1e-6  # seen 0.0
 
 
-@FIRST
+@pytest.mark.wide_unless(lambda case: case.index == 0 and case.backbone == "vit" and not case.spec.freezes)
 @pytest.mark.parametrize("case", CASES, ids=str)
 @torch.no_grad()
 def test_exported_student_computes_the_same_for_other_batches(case):

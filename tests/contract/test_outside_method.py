@@ -142,7 +142,7 @@ def test_a_broken_package_is_named_where_its_word_is_used(run, installed, tmp_pa
     compressvit("recipes", "list", path=tmp_path)
 
 
-@pytest.mark.parametrize("part", ["alone", "in pairs"])
+@pytest.mark.parametrize("part", ["alone", pytest.param("in pairs", marks=pytest.mark.wide)])
 def test_its_test_file_runs_every_law(installed, part):
     """As `check_transform` does, which runs both parts."""
     said = python(
