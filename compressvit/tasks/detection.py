@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from compressvit.model.detectors.prediction import Detections, SetPrediction
 
 LIMIT = 100  # detections of an image that count, as in COCO
+UNKNOWN = (1000, 1000)  # pixels of a picture of which nothing is said
 SURE = 0.3  # score from which a detection is drawn, and from which the teacher's count as objects
 AP = Quality(
     "ap",
@@ -87,11 +88,39 @@ class Detection(Task):
         return list(targets)
 
     def known(self, targets: Any) -> Tensor:
+        """All images that have a mapping; a tensor in place of mappings marks images without ground truth."""
         import torch
 
-        return torch.ones(len(targets), dtype=torch.bool)
+        return torch.full((len(targets),), not isinstance(targets, torch.Tensor), dtype=torch.bool)
+
+    def check_batch(self, targets: Any, images: int, outputs: int, name: str) -> None:
+        import torch
+
+        if isinstance(targets, torch.Tensor) and (targets < 0).all():
+            return
+        wanted = ("boxes", "labels", "crowd", "size")
+        mappings = isinstance(targets, (list, tuple)) and all(isinstance(target, Mapping) for target in targets)
+        missing = [key for key in wanted if mappings and any(key not in target for target in targets)]
+        if mappings and not missing and len(targets) == images:
+            return
+        given = (
+            f"mappings without {', '.join(missing)}"
+            if missing
+            else f"{len(targets)} for {images} images"
+            if mappings
+            else f"a {type(targets).__name__}"
+        )
+        raise UserError(
+            f"{name} gives {given} as targets of a detector, which takes a list with a mapping for each image: boxes (n, 4), corners in "
+            "widths and heights of the image, labels (n,) from 0, crowd (n,) of bool, and size (2,), height and width of the picture; or "
+            "give images alone"
+        )
 
     def labels(self, targets: Any) -> Labels:
+        import torch
+
+        if isinstance(targets, torch.Tensor):
+            return Labels(0, -1)
         largest = max((int(t["labels"].max()) for t in targets if len(t["labels"])), default=-1)
         return Labels(len(targets), largest)
 
@@ -159,7 +188,8 @@ class _Metrics(Metrics):
         self.agreement = None if teacher is None else Precision(classes, ours and theirs)
 
     def add(self, outputs: Sequence[Detections], targets: Any, expected: Sequence[Detections] | None) -> None:
-        sizes = [target["size"].tolist() for target in targets]
+        bare = not isinstance(targets, list)  # images without ground truth
+        sizes = [UNKNOWN] * len(targets) if bare else [target["size"].tolist() for target in targets]
         masks = _drawn(outputs, sizes) if self.ours.masks and (self.labelled or self.both) else None
         if self.labelled:
             self.ours.add(outputs, targets, masks)
@@ -175,10 +205,11 @@ class _Metrics(Metrics):
         self.agreement.add(outputs, truth, masks if self.both else None)
 
     def result(self) -> Result:
-        found = self.ours.result()
+        found = self.ours.result() if self.labelled else {}
         if self.theirs is None or self.agreement is None:
             return found
-        found |= {f"teacher_{name}": value for name, value in self.theirs.result().items()}
+        if self.labelled:
+            found |= {f"teacher_{name}": value for name, value in self.theirs.result().items()}
         agreed = self.agreement.result()
         found[AGREEMENT.key] = agreed["ap50"]
         return {**found, MASK_AGREEMENT.key: agreed["mask_ap50"]} if self.both else found

@@ -12,8 +12,10 @@ import torch
 import yaml
 from helpers.runs import metrics, run, student_bytes
 from helpers.scenes import scenes
+from rich.console import Console
 from torch import nn
 
+import compressvit
 from compressvit.errors import UserError
 from compressvit.model.backbone import family_of
 from compressvit.model.detectors.prediction import SetPrediction, divergence
@@ -333,3 +335,42 @@ def test_a_plan_refuses_pooled_features_of_a_detector(recipe, phase):
     plan = plan_recipe(load_recipe(recipe, [f"steps=[{phase}]", "diagnostics=[embedding]"]))
     assert plan.conflicts
     assert all("t-SNE needs pooled features, which adamixer does not give" in conflict for conflict in plan.conflicts)
+
+
+# ------------------------------------------------------------------------------------------------------------- from Python
+
+
+def boxes_of(count: int) -> list[dict[str, torch.Tensor]]:
+    """One object in each image."""
+    box = {"boxes": torch.tensor([[0.1, 0.2, 0.6, 0.7]]), "labels": torch.tensor([1]), "crowd": torch.tensor([False])}
+    return [box | {"size": torch.tensor([32, 32])} for _ in range(count)]
+
+
+def test_a_loader_of_ones_own_gives_images_alone_or_with_boxes():
+    images = torch.randn(2, 3, 32, 32)
+    student, teacher = (detector("adamixer", stages=2) for _ in range(2))
+    for batch, losses in ((images, {}), ((images, boxes_of(2)), {"labels": {"weight": 1.0}})):
+        done = compressvit.distill(
+            student, teacher, [batch], validation=[batch], epochs=1, lr=1e-4, losses=losses, console=Console(quiet=True)
+        )
+        assert done.figures["ap50_of_teacher"] is None or done.figures["ap50_of_teacher"] >= 0
+        assert ("ap" in done.figures) == bool(losses)
+
+
+@pytest.mark.parametrize(
+    ("targets", "words"),
+    [
+        (
+            torch.tensor([0, 1]),
+            "gives a Tensor as targets of a detector, which takes a list with a mapping for each image",
+        ),
+        ([{"boxes": torch.zeros(0, 4)}] * 2, "gives mappings without labels, crowd, size"),
+        (boxes_of(1), "gives 1 for 2 images"),
+    ],
+)
+def test_targets_that_are_no_boxes_are_refused(targets, words):
+    student, teacher = (detector("adamixer", stages=2) for _ in range(2))
+    with pytest.raises(UserError, match=words):
+        compressvit.distill(
+            student, teacher, [(torch.randn(2, 3, 32, 32), targets)], epochs=1, console=Console(quiet=True)
+        )
