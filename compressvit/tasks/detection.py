@@ -188,7 +188,9 @@ class _Metrics(Metrics):
         self.agreement = None if teacher is None else Precision(classes, ours and theirs)
 
     def add(self, outputs: Sequence[Detections], targets: Any, expected: Sequence[Detections] | None) -> None:
-        bare = not isinstance(targets, list)  # images without ground truth
+        import torch
+
+        bare = isinstance(targets, torch.Tensor)  # images without ground truth
         sizes = [UNKNOWN] * len(targets) if bare else [target["size"].tolist() for target in targets]
         masks = _drawn(outputs, sizes) if self.ours.masks and (self.labelled or self.both) else None
         if self.labelled:
