@@ -9,7 +9,7 @@ import torch
 import yaml
 from helpers.recipes import build_teacher
 from helpers.runs import done
-from helpers.scenes import scenes
+from helpers.scenes import with_scenes
 from PIL import Image
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
@@ -333,11 +333,7 @@ RECIPE = {
 @pytest.fixture(scope="module")
 def applied(tmp_path_factory):
     folder = tmp_path_factory.mktemp("detection")
-    scenes(folder / "scenes", "train", 32)
-    scenes(folder / "scenes", "val", 16)
-    recipe = {**RECIPE, "data": {**RECIPE["data"], "root": str(folder / "scenes")}}
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
-    done("apply", folder / "recipe.yaml", "--output", folder / "run")
+    done("apply", with_scenes(folder, RECIPE, 32, 16), "--output", folder / "run")
     return folder
 
 

@@ -7,9 +7,8 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-import yaml
 from helpers.runs import done, refused, run
-from PIL import Image, ImageDraw
+from helpers.scenes import with_scenes
 
 from compressvit.artifacts import artifact
 from compressvit.data.input import Side
@@ -43,35 +42,10 @@ RECIPE = {
 }
 
 
-def scenes(root, split: str, count: int, segmented=True) -> None:
-    """Dark pictures with a red or green ellipse each, and its outline as a diamond."""
-    (root / split).mkdir(parents=True)
-    images, annotations = [], []
-    for number in range(1, count + 1):
-        picture, kind, x, y = Image.new("RGB", (48, 32)), number % 2, 2 * number, number
-        ImageDraw.Draw(picture).ellipse((x, y, x + 20, y + 16), fill=((255, 0, 0), (0, 255, 0))[kind])
-        picture.save(root / split / f"{number}.png")
-        images.append({"id": number, "file_name": f"{number}.png", "width": 48, "height": 32})
-        diamond = [x + 10, y, x + 20, y + 8, x + 10, y + 16, x, y + 8]
-        entry = {"id": number, "image_id": number, "category_id": kind + 1, "bbox": [x, y, 20, 16], "iscrowd": 0}
-        annotations.append({**entry, **({"segmentation": [diamond]} if segmented else {})})
-    kinds = [{"id": 1, "name": "red"}, {"id": 2, "name": "green"}]
-    content = {"images": images, "annotations": annotations, "categories": kinds}
-    (root / f"{split}.json").write_text(json.dumps(content))
-
-
-def written(folder, **parts):
-    recipe = {**RECIPE, "data": {**RECIPE["data"], "root": str(folder / "scenes")}, **parts}
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
-    return folder / "recipe.yaml"
-
-
 @pytest.fixture(scope="module")
 def applied(tmp_path_factory):
     folder = tmp_path_factory.mktemp("masks")
-    scenes(folder / "scenes", "train", 8)
-    scenes(folder / "scenes", "val", 4)
-    done("apply", written(folder), "--output", folder / "run")
+    done("apply", with_scenes(folder, RECIPE, 8, 4, outlined=True), "--output", folder / "run")
     return folder
 
 
@@ -102,15 +76,14 @@ def test_plan_and_evaluate_and_report_show_masks(applied, capsys):
     done("report", applied / "run")
     page = (applied / "run" / "report.html").read_text()
     assert "average precision of masks at IoU 0.5" in page
-    assert 'class="gallery"' in page  # of pictures that are no larger than the model's 32 pixels
+    assert 'class="gallery large"' in page  # the model's 32 pixels are enlarged before anything is drawn on them
     examples = json.loads((applied / "run" / "predictions.json").read_text())["examples"]
     assert all(len(example["masks"]["true"]) == 1 for example in examples)
 
 
 def test_a_model_learns_from_batches_with_masks_and_is_judged_by_them(tmp_path):
     """What a run does with data and model, without the run."""
-    for split in ("train", "val"):
-        scenes(tmp_path / "scenes", split, 4)
+    with_scenes(tmp_path, RECIPE, 4, 4, outlined=True)
     data, task, device = (
         Data(name="coco", root=str(tmp_path / "scenes"), batch_size=4),
         find_task("detection"),
@@ -134,10 +107,8 @@ def test_a_model_learns_from_batches_with_masks_and_is_judged_by_them(tmp_path):
 
 
 def test_data_without_masks_is_refused(tmp_path):
-    for split in ("train", "val"):
-        scenes(tmp_path / "scenes", split, 2, segmented=False)
     text = "the teacher is a mask_rcnn, which learns masks, and no object to train on has a segmentation"
-    assert text in refused("apply", written(tmp_path), "--output", tmp_path / "run")
+    assert text in refused("apply", with_scenes(tmp_path, RECIPE, 2, 2), "--output", tmp_path / "run")
     assert not (tmp_path / "run").exists()
     code, out, _ = run("plan", tmp_path / "recipe.yaml")
     assert (code, text in out) == (2, True)
@@ -145,11 +116,9 @@ def test_data_without_masks_is_refused(tmp_path):
 
 @pytest.mark.parametrize(("weight", "refused"), [(0, False), (1.0, True)])
 def test_data_without_masks_is_enough_for_what_learns_from_the_teacher_alone(tmp_path, weight, refused):
-    for split in ("train", "val"):
-        scenes(tmp_path / "scenes", split, 2, segmented=False)
     losses = {"prediction": {"weight": 1.0}, "labels": {"weight": weight}}
     teacher = {"model": "mask_rcnn", "weights": "random", "args": ARGS}
-    recipe = written(tmp_path, teacher=teacher, steps=[{"distill": {"epochs": 1, "losses": losses}}])
-    job = prepare(load_recipe(recipe), "cpu")
+    recipe = RECIPE | {"teacher": teacher, "steps": [{"distill": {"epochs": 1, "losses": losses}}]}
+    job = prepare(load_recipe(with_scenes(tmp_path, recipe, 2, 2)), "cpu")
     with pytest.raises(UserError, match="the student is a mask_rcnn, which learns") if refused else nullcontext():
         refuse_missing_masks(job)

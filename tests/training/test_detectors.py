@@ -9,9 +9,8 @@ import signal
 
 import pytest
 import torch
-import yaml
 from helpers.runs import metrics, run, student_bytes
-from helpers.scenes import scenes
+from helpers.scenes import with_scenes
 from rich.console import Console
 from torch import nn
 
@@ -272,12 +271,7 @@ BATCHES = 3 + 2 * 3  # of the teacher's epoch, and of two of the distillation, o
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("detector")
-    scenes(folder / "scenes", "train", 12)
-    scenes(folder / "scenes", "val", 4)
-    content = {**RECIPE, "data": {**RECIPE["data"], "root": str(folder / "scenes")}}
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
-    return folder / "recipe.yaml"
+    return with_scenes(tmp_path_factory.mktemp("detector"), RECIPE, 12, 4)
 
 
 def applied(recipe, folder, stop_at: int, *words: str) -> list[int]:
