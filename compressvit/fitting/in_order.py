@@ -5,8 +5,8 @@ student's own inputs x and is asked for the teacher's outputs y, so it also undo
 residual branch, y is what makes the sum with the student's residual stream the teacher's. (Asymmetric reconstruction: Zhang et al.,
 https://arxiv.org/abs/1505.06798, section 3.3; for transformers e.g. SVD-LLM, https://arxiv.org/abs/2403.07378, section 3.3.)
 
-For each layer only second moments are kept. The hidden states between blocks wait in temporary files (TMPDIR), 8 bytes for each of
-images × tokens × width, so memory does not grow with images where those are on a disk.
+For each layer only second moments are kept, of all tokens or of a sample. The hidden states between blocks, and what the teacher's layers of
+one block give, wait in temporary files (TMPDIR), so memory does not grow with images where those are on a disk.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from compressvit.errors import UserError
 from compressvit.fitting.lowrank import Tensor
 from compressvit.fitting.moments import frozen, is_finite, not_finite
 from compressvit.fitting.regression import Regression
+from compressvit.fitting.sampling import TokenSample, gathered
 from compressvit.log import progress
 from compressvit.model.backbone import describe
 from compressvit.model.family import BlockInfo, Branch
@@ -113,29 +114,45 @@ class _Side:
 
     def advance(self, following: BlockInfo, device: torch.device) -> None:
         """Take every batch through the present block, up to the following one."""
-        stage = following.stage_path if following.stage != self.info.stage else ""
-        name = following.path.removeprefix(f"{stage}.")
         for i in range(len(self._hidden)):
-            x = self.block(self.hidden(i, device))
-            if stage:
-                x = _look(self.model.get_submodule(stage), x, {name: "input"}, name)[name]
-            self._hidden.replace(i, x)
+            self.leave(i, self.block(self.hidden(i, device)), following)
         self.info = following
+
+    def leave(self, index: int, output: Tensor, following: BlockInfo) -> None:
+        """Replace what a batch is before the present block by what it is before the following one.
+
+        Args:
+            output: of the present block.
+        """
+        stage = following.stage_path if following.stage != self.info.stage else ""
+        if stage:  # what stands between two stages
+            name = following.path.removeprefix(f"{stage}.")
+            output = _look(self.model.get_submodule(stage), output, {name: "input"}, name)[name]
+        self._hidden.replace(index, output)
 
     def hidden(self, index: int, device: torch.device) -> Tensor:
         return self._hidden.read(index, device)
 
+    def __len__(self) -> int:
+        return len(self._hidden)
+
 
 def fit_in_order(
-    student: nn.Module, teacher: nn.Module, batches: Iterable[Tensor], fits: Mapping[str, LayerFit]
+    student: nn.Module,
+    teacher: nn.Module,
+    batches: Iterable[Tensor],
+    fits: Mapping[str, LayerFit],
+    sample: TokenSample | None = None,
 ) -> dict[str, float]:
     """Walk both models block by block and fit every linear layer named in `fits`, in the order they run.
 
     Args:
         student: whose layers are fitted, in place. It has the teacher's blocks, in float32, and is moved to the device of the batches.
+            A layer that ends no residual branch may have other outputs than the teacher's; its `fit` sees the teacher's.
         teacher: in float32, on the device of the batches.
         batches: images (B, C, H, W), read once.
         fits: by path; linear layers within blocks.
+        sample: of the tokens that are summed up; None for all.
 
     Returns:
         By path, the relative error of what a layer computes from what it was asked for.
@@ -160,45 +177,138 @@ def fit_in_order(
             theirs.enter(images)
         if not sizes:
             raise UserError("there is no calibration image")
+        prefix = getattr(student, "num_prefix_tokens", 0)
         for position, block in enumerate(progress(blocks, "fitting layers block by block", len(blocks))):
             if position:
                 ours.advance(block, device)
-                theirs.advance(block, device)
-            for name in _in_order(ours.block, ours.hidden(0, device), wanted[block.path]):
-                path, branch = f"{block.path}.{name}", branches.get(name)
-                regression = Regression(_scale_behind(ours.block, branch))
+            following = blocks[position + 1] if position + 1 < len(blocks) else None
+            names = _in_order(ours.block, ours.hidden(0, device), wanted[block.path])
+            asked = [_Asked(name, branches.get(name), folder) for name in names]
+            _ask(asked, theirs, following, device, sample, prefix)
+            for layer in asked:
+                path = f"{block.path}.{layer.name}"
+                regression = Regression(scale_behind(ours.block, layer.branch))
                 for i, images_of_batch in enumerate(sizes):
-                    x, y = _tokens(
-                        ours.block, theirs.block, name, branch, ours.hidden(i, device), theirs.hidden(i, device)
-                    )
+                    x, y, weights = layer.pair(ours.block, theirs.block, i, ours.hidden(i, device), fits[path])
                     if not (is_finite(x) and is_finite(y)):
                         raise not_finite(path)
-                    weights = torch.ones(*x.shape[:-1], 1, device=device)
-                    if prefix := getattr(student, "num_prefix_tokens", 0):
-                        weights[:, :prefix] = fits[path].prefix_weight
                     regression.add(x, y, weights, images_of_batch)
                 errors[path] = fits[path].fit(student.get_submodule(path), regression)
+            if following is not None:
+                theirs.info = following
     return errors
 
 
-def _tokens(
-    ours: nn.Module, theirs: nn.Module, name: str, branch: Branch | None, h_ours: Tensor, h_theirs: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The inputs (…, in) of the student's layer `name` of a block, and the outputs (…, out) it should have.
+class _Asked:
+    """What the teacher asks of one layer of the present block, batch by batch.
 
-    Args:
+    Attributes:
+        name: of the layer within its block.
         branch: the residual branch that the layer ends, if it ends one.
     """
-    also = {branch.norm: "input"} if branch else {}
-    seen = _look(ours, h_ours, also | {name: "input"}, name)
-    aim = _look(theirs, h_theirs, also | {name: "output"}, name)
-    wanted = channels_last(theirs.get_submodule(name), aim[name])
-    if branch:  # timm's Swin folds the grid into a sequence before its MLP, and a block with slots does not
-        norm = branch.norm
-        residual = _into(ours, norm, branch.branch, h_ours, aim[norm].reshape(seen[norm].shape) - seen[norm])
-        y = wanted.reshape(residual.shape)
-        wanted = _corrected(y, residual, getattr(ours, branch.scale, None), getattr(theirs, branch.scale, None))
-    return channels_last(ours.get_submodule(name), seen[name]), wanted
+
+    def __init__(self, name: str, branch: Branch | None, folder: Path):
+        self.name, self.branch = name, branch
+        self._outputs, self._streams = _Spool(folder, f"{name}_outputs"), _Spool(folder, f"{name}_stream")
+        self._places: list[Tensor | None] = []  # (B, tokens) of a batch in the order of the layer; None for all
+        self._weights: list[Tensor] = []
+        self._orders: dict[tuple[int, ...], Tensor | None] = {}
+
+    def note(
+        self, block: nn.Module, hidden: Tensor, found: Mapping[str, Tensor], sample: TokenSample | None, prefix: int
+    ) -> None:
+        """Keep what the teacher's block made of the batch `hidden`.
+
+        Args:
+            found: outputs of layers and, of branches, what comes into their norms.
+        """
+        images = len(hidden)
+        output = channels_last(block.get_submodule(self.name), found[self.name])
+        output = output.reshape(images, -1, output.shape[-1])
+        places, weights = (sample or TokenSample(None)).draw(images, output.shape[1], prefix)
+        self._places.append(places)
+        self._weights.append(weights)
+        self._outputs.append(gathered(output, places))
+        if self.branch:
+            self._streams.append(self._in_layer(block, hidden, found[self.branch.norm], places))
+
+    def _in_layer(self, block: nn.Module, hidden: Tensor, stream: Tensor, places: Tensor | None) -> Tensor:
+        """The residual stream's tokens that stand where the layer has `places` (Swin's attention works in shifted windows)."""
+        assert self.branch is not None
+        shape = tuple(stream.shape[1:])
+        if shape not in self._orders:
+            self._orders[shape] = _order(block, self.branch, hidden[:1], stream[:1])
+        order = self._orders[shape]
+        stream = stream.flatten(1, -2)
+        if order is None:
+            return gathered(stream, places)
+        chosen = order.expand(len(stream), -1) if places is None else order[places]
+        return gathered(stream, chosen.clamp(min=0)) * (chosen >= 0)[..., None]  # padding has no stream
+
+    def pair(
+        self, ours: nn.Module, theirs: nn.Module, index: int, hidden: Tensor, fit: LayerFit
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of a batch, the inputs (B, tokens, in) of the student's layer, the outputs (B, tokens, out) it should have, and weights."""
+        device = hidden.device
+        places, weights = self._places[index], self._weights[index].to(device)
+        seen = _look(
+            ours, hidden, ({self.branch.norm: "input"} if self.branch else {}) | {self.name: "input"}, self.name
+        )
+        x = channels_last(ours.get_submodule(self.name), seen[self.name])
+        x = gathered(x.reshape(len(hidden), -1, x.shape[-1]), places)
+        y = self._outputs.read(index, device)
+        if self.branch:
+            lost = self._streams.read(index, device) - self._in_layer(ours, hidden, seen[self.branch.norm], places)
+            scales = (getattr(block, self.branch.scale, None) for block in (ours, theirs))
+            y = _corrected(y, lost, *scales)
+        prefix = weights[..., 1]  # 1 where a token is a prefix token
+        return x, y, torch.where(prefix > 0, weights[..., 0] * fit.prefix_weight, weights[..., 0])[..., None]
+
+
+def _ask(
+    asked: Sequence[_Asked],
+    theirs: _Side,
+    following: BlockInfo | None,
+    device: torch.device,
+    sample: TokenSample | None,
+    prefix: int,
+) -> None:
+    """Take every batch through the teacher's block once, up to the following one, and keep what its layers give."""
+    wanted = {layer.name: "output" for layer in asked}
+    wanted |= {layer.branch.norm: "input" for layer in asked if layer.branch}
+    for i in range(len(theirs)):
+        hidden = theirs.hidden(i, device)
+        found: dict[str, Tensor] = {}
+        with _watched(theirs.block, wanted, found):
+            output = theirs.block(hidden)
+        for layer in asked:
+            layer.note(theirs.block, hidden, found, sample, prefix)
+        if following is not None:
+            theirs.leave(i, output, following)
+
+
+def _order(block: nn.Module, branch: Branch, hidden: Tensor, stream: Tensor) -> Tensor | None:
+    """Of every token of a branch, its place (tokens,) in the residual stream, −1 for padding; None where the order is the same."""
+    count = stream[0, ..., 0].numel()
+    numbers = torch.arange(1, count + 1, device=stream.device, dtype=stream.dtype).reshape(stream.shape[:-1])
+    found = _into(block, branch.norm, branch.branch, hidden, numbers[..., None].expand(stream.shape).contiguous())
+    places = found[..., 0].flatten().round().long() - 1
+    return None if places.equal(torch.arange(count, device=places.device)) else places
+
+
+@contextmanager
+def _watched(block: nn.Module, wanted: Mapping[str, str], found: dict[str, Tensor]) -> Iterator[None]:
+    """Within, a run of the block puts the inputs or outputs of the modules in `wanted` into `found`."""
+    with ExitStack() as stack:
+        for name, io in wanted.items():
+
+            def see(module: nn.Module, inputs: tuple, output: Tensor | None = None, name: str = name) -> None:
+                found[name] = inputs[0] if output is None else output
+
+            module = block.get_submodule(name)
+            hook = module.register_forward_pre_hook if io == "input" else module.register_forward_hook
+            stack.callback(hook(see).remove)
+        yield
 
 
 def _look(block: nn.Module, hidden: Tensor, wanted: dict[str, str], until: str) -> dict[str, Tensor]:
@@ -239,7 +349,7 @@ def _corrected(y: Tensor, residual: Tensor, ours: nn.Module | None, theirs: nn.M
     return torch.where(usable, (y * of_teacher + residual) / gamma, y)
 
 
-def _scale_behind(block: nn.Module, branch: Branch | None) -> Tensor | None:
+def scale_behind(block: nn.Module, branch: Branch | None) -> Tensor | None:
     """|γ| (out,) of the LayerScale after a residual branch, if there is one; in float64 on the CPU."""
     gamma = getattr(getattr(block, branch.scale, None), "gamma", None) if branch else None
     if gamma is None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from torch import nn
 
 from compressvit.errors import UserError
 from compressvit.fitting.lowrank import Metric, cholesky
+from compressvit.fitting.sampling import TokenSample, gathered
 from compressvit.log import progress
 from compressvit.model import surgery
 from compressvit.model.backbone import input_size
@@ -33,6 +34,7 @@ LEAST_IMAGES = 8  # that differ; a fit to fewer is a fit to them alone
 STRONG_RIDGE = 1.0  # in parts of a moment's mean: what such images do not show counts as much as what they do
 
 _BATCH = 16  # images that are propagated together, if they come as one tensor
+T = TypeVar("T")
 Images = torch.Tensor | Iterable[Any] | Callable[[], Iterable[Any]]
 
 
@@ -71,7 +73,11 @@ class Moments:
         """
         if output_ridge is None or self.outputs is None or self.important is None or not _says_something(self.outputs):
             return Metric(cholesky(self.inputs, ridge))
-        return Metric(cholesky((self.inputs + self.important) / 2, ridge), self.output_factor(output_ridge))
+        return Metric(cholesky(self.weighed(), ridge), self.output_factor(output_ridge))
+
+    def weighed(self) -> torch.Tensor:
+        """The moment (in, in) of the inputs in the metric of the model's output: see `metric`. Without gradients E[xᵀx]."""
+        return self.inputs if self.important is None else (self.inputs + self.important) / 2
 
     def output_factor(self, ridge: float | None, scale: torch.Tensor | None = None) -> torch.Tensor | None:
         """The factor of a metric's output side: of the gradients with a ridge, where there are any; else of `scale` alone.
@@ -95,13 +101,16 @@ class Reference:
         images: calibration images without labels, normalised for the model: a tensor (N, C, H, W), batches (also a
             loader's pairs of images and targets), or a function that returns batches. None: no images; asking for moments then
             raises a `UserError`.
+        tokens: how many tokens of every image are summed up besides its prefix tokens; None for all.
     """
 
-    def __init__(self, model: nn.Module, images: Images | None = None):
+    def __init__(self, model: nn.Module, images: Images | None = None, tokens: int | None = None):
         self.model = model
+        self.tokens = tokens
         # what can be iterated only once is kept: a few hundred images
         self._images = list(images) if isinstance(images, Iterator) else images
         self._moments: dict[str, Moments] = {}
+        self._known: dict[Any, Any] = {}
         self._different: set[bytes] = set()
 
     @property
@@ -119,7 +128,17 @@ class Reference:
 
     def with_model(self, model: nn.Module) -> Reference:
         """The same images for another model."""
-        return Reference(model, self._images)
+        return Reference(model, self._images, self.tokens)
+
+    def sample(self) -> TokenSample | None:
+        """The tokens that a pass over the images sums up, the same in every pass; None for all."""
+        return None if self.tokens is None else TokenSample(self.tokens)
+
+    def known(self, key: Any, compute: Callable[[], T]) -> T:
+        """What `compute` gave when it was first asked for `key`: choices that a plan and the fit after it both need."""
+        if key not in self._known:
+            self._known[key] = compute()
+        return self._known[key]
 
     def weight(self, path: str) -> torch.Tensor:
         """The weight (out, in) of the linear layer at `path`, in float64 on the CPU."""
@@ -177,7 +196,12 @@ class Reference:
         ]
         if wanted:
             self._moments |= collect_moments(
-                self.model, wanted, self.batches(), outputs=outputs, count=self._batch_count()
+                self.model,
+                wanted,
+                self.batches(),
+                outputs=outputs,
+                count=self._batch_count(),
+                sample=self.sample(),
             )
             _warn_of_few(self._moments, wanted)
             if self.too_alike:
@@ -209,6 +233,7 @@ def collect_moments(
     outputs: bool,
     seed: int = 0,
     count: int | None = None,
+    sample: TokenSample | None = None,
 ) -> dict[str, Moments]:
     """Run the images through the model and sum up the second moments at the linear layers `paths`.
 
@@ -223,6 +248,7 @@ def collect_moments(
         outputs: also collect the moments of gradients.
         seed: of the labels, or directions, that are drawn.
         count: number of batches, if it is known; for the display of progress.
+        sample: of the tokens of every image; None for all.
 
     Returns:
         By path, sums over all tokens in float64 on the CPU.
@@ -238,14 +264,28 @@ def collect_moments(
         x = channels_last(module, inputs[0].detach())
         if not is_finite(x):
             raise not_finite(path)
-        sums[path].add_inputs(x)
-        if outputs:
-            output.register_hook(lambda g: sums[path].add_gradients(x, prefix, channels_last(module, g)))
+        if sample is None:
+            sums[path].add_inputs(x)
+            if outputs:
+                output.register_hook(lambda g: sums[path].add_gradients(x, prefix, channels_last(module, g)))
+            return
+        x = x.reshape(in_batch, -1, x.shape[-1])
+        places, weights = sample.draw(in_batch, x.shape[1], prefix)
+        chosen, each = gathered(x, places), weights[..., :1].to(x.device)
+        sums[path].add_inputs(chosen, each, x.shape[1] * in_batch)
 
-    images = 0
+        def see_gradient(g: torch.Tensor) -> None:
+            g = channels_last(module, g)
+            sums[path].add_gradients(chosen, prefix, gathered(g.reshape(in_batch, -1, g.shape[-1]), places), each)
+
+        if outputs:
+            output.register_hook(see_gradient)
+
+    images, in_batch = 0, 0
     with _hooks(model, {path: partial(see_input, path) for path in paths}), frozen(model):
         for batch in progress(batches, "measuring layers on batches of calibration images", count):
-            images += len(batch)
+            in_batch = len(batch)
+            images += in_batch
             with torch.set_grad_enabled(outputs):
                 _run(model, batch.detach().clone().requires_grad_() if outputs else batch, outputs, generator)
     if not images:
@@ -268,20 +308,28 @@ class _Sums:
     prefix: Any = 0.0  # (2,): of ‖g‖² over prefix tokens and over the others
     counts: Any = 0.0  # (2,): their numbers
 
-    def add_inputs(self, x: torch.Tensor) -> None:
+    def add_inputs(self, x: torch.Tensor, weights: torch.Tensor | None = None, tokens: int = 0) -> None:
+        """Add inputs x (…, in); with weights (…, 1) they stand for so many `tokens`."""
+        whole = x.numel() // x.shape[-1] if weights is None else tokens
         x = x.flatten(0, -2)
-        self.inputs = self.inputs + (x.mT @ x).cpu().double()
-        self.mean = self.mean + x.sum(dim=0).cpu().double()
-        self.tokens += len(x)
+        weighted = x if weights is None else x * weights.flatten(0, -2)
+        self.inputs = self.inputs + (weighted.mT @ x).cpu().double()
+        self.mean = self.mean + weighted.sum(dim=0).cpu().double()
+        self.tokens += whole
 
-    def add_gradients(self, x: torch.Tensor, prefix: int, gradient: torch.Tensor) -> None:
+    def add_gradients(
+        self, x: torch.Tensor, prefix: int, gradient: torch.Tensor, weights: torch.Tensor | None = None
+    ) -> None:
         size = gradient.norm(dim=-1, keepdim=True)
+        if weights is not None:  # the square root twice: in both factors of every product
+            gradient, size = gradient * weights.sqrt(), size * weights.sqrt()
         g, weighted = gradient.flatten(0, -2), (x * size).flatten(0, -2)
         self.outputs = self.outputs + (g.mT @ g).cpu().double()
         self.important = self.important + (weighted.mT @ weighted).cpu().double()
         parts = size.square().tensor_split([prefix], dim=1)
         self.prefix = self.prefix + torch.stack([part.sum() for part in parts]).cpu().double()
-        self.counts = self.counts + torch.tensor([float(part.numel()) for part in parts])
+        counts = size.new_ones(size.shape) if weights is None else weights
+        self.counts = self.counts + torch.stack([c.sum() for c in counts.tensor_split([prefix], dim=1)]).cpu().double()
 
     def moments(self, outputs: bool) -> Moments:
         found = Moments(self.inputs / self.tokens, self.mean / self.tokens, self.tokens)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,10 @@ class Sums:
     def __add__(self, other: Sums) -> Sums:
         return Sums(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
 
+    def of(self, outputs: Tensor) -> Sums:
+        """The sums for these outputs alone."""
+        return self if not self.weight else replace(self, y=self.y[outputs], yx=self.yx[outputs], yy=self.yy[outputs])
+
     def moments(self, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """E[xᵀx] (in, in) and E[(y − bias)ᵀx] (out, in); without a bias of deviations from the means."""
         mean, xx = self.x / self.weight, self.xx / self.weight
@@ -59,9 +63,11 @@ class Regression:
 
     Attributes:
         scale: how much an error of each output matters, (out,): timm's LayerScale after it; None if all are equal.
+        ridges: to choose from, in parts of the inputs' mean square.
     """
 
     scale: Tensor | None = None
+    ridges: tuple[float, ...] = RIDGES
     fitted: Sums = field(default_factory=Sums)
     held_out: Sums = field(default_factory=Sums)
     _images: int = 0
@@ -75,6 +81,19 @@ class Regression:
             if mask.any():
                 sums.add(*(t[mask].flatten(0, 1) for t in tokens))
 
+    def of(self, outputs: Tensor) -> Regression:
+        """The same inputs, for some of the outputs alone.
+
+        Args:
+            outputs: their indices.
+        """
+        return replace(
+            self,
+            scale=None if self.scale is None else self.scale[outputs],
+            fitted=self.fitted.of(outputs),
+            held_out=self.held_out.of(outputs),
+        )
+
     @property
     def whole(self) -> Sums:
         """Over all images."""
@@ -83,21 +102,21 @@ class Regression:
     def solve(self, prior: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """The matrix (out, in) that predicts y from x best, with a ridge towards `prior`, and the moment E[xᵀx] (in, in) of errors in it.
 
-        The ridge is the one of `RIDGES` that does best on the held-out images, or where there are none the largest, which leaves little
+        The ridge is the one of `ridges` that does best on the held-out images, or where there are none the largest, which leaves little
         but `prior`.
 
         Args:
             prior: the teacher's weight (out, in).
             bias: one that stays as it is (zeros for a layer without); None for one that will be fitted to the matrix.
         """
-        chosen = RIDGES[-1]
+        chosen = self.ridges[-1]
         if self.held_out.weight:
             moments, errors = self.fitted.moments(bias), []
-            for ridge in RIDGES:
+            for ridge in self.ridges:
                 found = _ridge_regression(*moments, prior, ridge)
                 beside = self.fitted.best_bias(found) if bias is None else bias
                 errors.append(self._weigh(self.held_out.squared_errors(found, beside)))
-            chosen = RIDGES[errors.index(min(errors))]
+            chosen = self.ridges[errors.index(min(errors))]
         xx, yx = self.whole.moments(bias)
         return _ridge_regression(xx, yx, prior, chosen), xx
 

@@ -34,6 +34,8 @@ class BlockInfo:
     stage_path: str = ""
 
 
+HeadOption = Literal["heads", "head_dim"]
+
 # What a method may need of a family (`Family.lacks`).
 Need = Literal["attention", "slotted_attention", "slotted_block", "no_position_table", "prompts", "decoder"]
 
@@ -144,6 +146,19 @@ class Family(ABC):
             return "attention"
         has = not self.position_table if need == "no_position_table" else getattr(self, need) is not None
         return None if has else need
+
+    def head_options(self, attention: nn.Module) -> tuple[HeadOption, ...]:
+        """What can be changed of the heads of an attention of this family, whose `qkv` gives queries, keys and values of equal size, each
+        head after head, and whose `proj` reads the heads. By default nothing."""
+        return ()
+
+    def set_heads(self, attention: nn.Module, heads: int, head_dim: int) -> None:
+        """Tell an attention, whose `qkv` and `proj` have been made narrower, how many heads of what dimension it has.
+
+        Args:
+            attention: one that `head_options` says can be changed so.
+        """
+        raise TypeError(f"the family {self.name!r} cannot change heads")
 
     def convert(self, tensors: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
         """A checkpoint as `model` takes it: original names to timm's, position tables resampled to its grid. May raise any exception."""

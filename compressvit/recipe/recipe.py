@@ -106,6 +106,12 @@ class Calibration(Spec):
     images: int = Field(
         256, ge=1, description="Number of images, drawn by the seed, without augmentation. A few hundred are enough."
     )
+    tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Sum up so many tokens of every image, drawn anew in every image, besides its class and register tokens; null for all. "
+        "Tokens of one image repeat each other, so 48 tokens of four times as many images tell more in the same time.",
+    )
 
 
 class Recipe(Spec):

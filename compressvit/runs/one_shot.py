@@ -87,7 +87,7 @@ class OneShot:
         self._start = build_student(recipe, teacher)
         self._images = calibration_images(self.job)
         self._source = Reference(
-            surgery.deep_copy(self._start), self._images
+            surgery.deep_copy(self._start), self._images, recipe.calibration.tokens
         )  # its moments are reused for every student
         self.teacher = Side(teacher.to(self.job.device).eval(), self.job.teacher.input)
         self.scorer = Scorer(self.job.datasets, recipe.data, self.job.device)

@@ -169,7 +169,8 @@ class Run:
             student, ledger = _read_transformed(kept)
             self.log.say(f"{kept.name}: read from {kept}, as it was before the run stopped")
         else:
-            ledger = transform_(student, part.transforms, self._calibration_images())
+            tokens = self.recipe.calibration.tokens
+            ledger = transform_(student, part.transforms, self._calibration_images(), tokens=tokens)
             if any(spec.needs_images for spec in part.transforms):
                 _keep_transformed(student, ledger, kept, self.job.student.input.as_dict())
         if ledger:

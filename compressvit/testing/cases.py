@@ -16,7 +16,8 @@ from compressvit.model import surgery
 from compressvit.model.family import Need
 from compressvit.testing.models import build, examples, family_of, teacher
 from compressvit.transforms.applying import compress
-from compressvit.transforms.base import Transform
+from compressvit.transforms.base import Plan, Transform
+from compressvit.transforms.record import compression_of
 
 
 @dataclass(eq=False)
@@ -48,6 +49,10 @@ class Case:
     def teacher(self) -> nn.Module:
         """The backbone, shared between tests, which must not be changed."""
         return teacher(self.backbone)
+
+    def plan(self) -> Plan:
+        """The plan of the student; that without values may be provisional."""
+        return self.spec.plan(self.teacher) if not self.spec.provisional else compression_of(self.student()).plans[-1]
 
     def student(self) -> nn.Module:
         """A copy of the compressed model."""

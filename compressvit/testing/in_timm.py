@@ -130,7 +130,7 @@ def it_runs_under_autocast(case: Case) -> None:
 def state_dict_fits_a_rebuilt_structure(case: Case) -> None:
     model = case.student()
     fresh = case.build(seed=11)
-    case.spec.plan(fresh).apply(fresh)
+    case.plan().apply(fresh)
     images = images_for(model)
     require(
         not torch.equal(outputs(fresh, images), outputs(model, images)),

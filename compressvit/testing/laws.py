@@ -49,7 +49,7 @@ def plan_needs_no_values(case: Case) -> None:
 
 @law(EVERY_CASE)
 def plan_survives_json_and_rebuilds_the_structure(case: Case) -> None:
-    plan = case.spec.plan(case.teacher)
+    plan = case.plan()
     again = type(case.spec).plan_class.model_validate_json(plan.model_dump_json())
     require(again == plan, f"{case}: the plan read back from JSON is another")
     fresh = case.build(seed=11)
@@ -82,9 +82,10 @@ def plan_is_frozen_and_refuses_unknown_keys(case: Case) -> None:
 
 @law(EVERY_CASE)
 def no_path_or_key_goes_or_changes_shape(case: Case) -> None:
-    """Except for keys whose tensors are replaced, which the plan names (`Plan.drops`)."""
+    """Except for keys whose tensors are replaced or resized, which the plan names (`Plan.drops`, `Plan.resizes`)."""
     model = case.build()
-    dropped = case.spec.plan(model).drops(model)
+    plan = case.plan()
+    dropped, resized = plan.drops(model), plan.resizes(model)
     replaced = {name.rpartition(".")[0] for name in dropped}
     modules, shapes = dict(model.named_modules()), {name: t.shape for name, t in model.state_dict().items()}
     transform_(model, [case.spec])
@@ -104,7 +105,8 @@ def no_path_or_key_goes_or_changes_shape(case: Case) -> None:
     gone = shapes.keys() - own.keys()
     require(gone == dropped, f"{case}: keys {sorted(gone)} go, and the plan drops {sorted(dropped)}")
     for name in shapes.keys() & own.keys():
-        require(own[name].shape == shapes[name], f"{case}: {name} changes its shape")
+        changes = own[name].shape != shapes[name]
+        require(changes == (name in resized), f"{case}: {name} changes its shape: {changes}, and the plan says {not changes}")
 
 
 @law(EVERY_CASE)
@@ -187,8 +189,8 @@ def every_parameter_is_trained(case: Case) -> None:
     added = surgery.added_parameters(model)
     trained = trained_names(model)
     require(
-        added or trained or not compression_of(model).ledger,
-        f"{case}: it adds nothing and frees nothing, but has a ledger",
+        added or trained or case.plan().resizes(case.teacher) or not compression_of(model).ledger,
+        f"{case}: it adds nothing, frees nothing and resizes nothing, but has a ledger",
     )
     require((trained is not None) == case.spec.freezes, f"{case}: `freezes` is not what the plan's trains() does")
     optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.1)

@@ -61,7 +61,11 @@ def apply_plans(model: nn.Module, plans: Sequence[Plan]) -> list[LedgerEntry]:
 
 
 def transform_(
-    model: nn.Module, transforms: Sequence[Transform], calibration: Images | Reference | None = None
+    model: nn.Module,
+    transforms: Sequence[Transform],
+    calibration: Images | Reference | None = None,
+    *,
+    tokens: int | None = None,
 ) -> list[LedgerEntry]:
     """Plan, apply and initialise transforms on `model`, in place. All are planned before the first change.
 
@@ -70,9 +74,11 @@ def transform_(
 
     Args:
         calibration: images for data-driven transforms, or a `Reference` of an identical model.
+        tokens: of every image that are summed up, besides its prefix tokens; None for all.
     """
     plan_transforms(model, transforms)  # without values: finds every conflict
-    reference = calibration if isinstance(calibration, Reference) else Reference(surgery.deep_copy(model), calibration)
+    reference = calibration if isinstance(calibration, Reference) else None
+    reference = reference or Reference(surgery.deep_copy(model), calibration, tokens)
     for spec in transforms:
         spec.require_inputs()
         if spec.needs_images:
@@ -90,8 +96,9 @@ def transform_(
     fitted = _fit_in_order(fresh, model, reference)
     errors = {(plan.transform, path): found for plan in fresh for path, found in plan.errors(model, reference).items()}
     for i, entry in enumerate(ledger):
+        known = (entry.step, entry.path) in errors
         weight_error, output_error = errors.get((entry.step, entry.path), (None, None))
-        output_error = fitted.get(entry.path, output_error) if weight_error is not None else None
+        output_error = fitted.get(entry.path, output_error) if known else None
         ledger[i] = replace(entry, weight_error=weight_error, output_error=output_error)
     record = compression_of(model).ledger
     record[len(record) - len(ledger) :] = ledger
@@ -104,7 +111,9 @@ def _fit_in_order(plans: Sequence[Plan], student: nn.Module, reference: Referenc
     if not fits:
         return {}
     walk = _without_what_is_set_aside(surgery.deep_copy(student)).float()
-    return fit_in_order(walk, _without_what_is_set_aside(reference.model), reference.batches(), fits)
+    return fit_in_order(
+        walk, _without_what_is_set_aside(reference.model), reference.batches(), fits, reference.sample()
+    )
 
 
 def _without_what_is_set_aside(model: nn.Module) -> nn.Module:

@@ -93,13 +93,17 @@ class Plan(Frozen):
         """Names of tensors of `model`, as it is before the transform, that the plan replaces by others. Empty by default."""
         return set()
 
+    def resizes(self, model: nn.Module) -> set[str]:
+        """Names of tensors of `model`, as it is before the transform, that get another shape under the same name. Empty by default."""
+        return set()
+
     def fitted(self) -> set[str]:
         """Names of tensors that were fitted together with those the plan added; a later step must not overwrite them."""
         return set()
 
-    def errors(self, student: nn.Module, reference: Reference) -> dict[str, tuple[float, float | None]]:
-        """After all values are set: by path, the relative error of a weight, and that of the layer's outputs (None without calibration
-        images), both with respect to the reference."""
+    def errors(self, student: nn.Module, reference: Reference) -> dict[str, tuple[float | None, float | None]]:
+        """After all values are set: by path, the relative error of a weight (None where it has another size), and that of the layer's
+        outputs (None without calibration images), both with respect to the reference."""
         return {}
 
     def fold(self, model: nn.Module) -> Plan | None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["weight", "tie", "slot", "grid", "tokens", "drop", "order", "regroup", "noise", "values"]
+Kind = Literal["weight", "tie", "slot", "grid", "tokens", "drop", "order", "regroup", "noise", "values", "narrow"]
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,11 @@ def noise(path: str, by: str, instead: str) -> Claim:
     return Claim("noise", (path,), by=by, instead=instead)
 
 
+def narrows(path: str) -> Claim:
+    """The layer at `path` gets another size than the teacher's."""
+    return Claim("narrow", (path,))
+
+
 def values(path: str, by: str, instead: str) -> Claim:
     """The step is fitted to the values of the layer at `path`."""
     return Claim("values", (path,), by=by, instead=instead)
@@ -127,6 +132,11 @@ _TOO_LATE = Rule(
     _inside,
     "{later} comes before the steps that share or add, and the earlier {earlier} changed {path}",
     "put `{later}` first",
+)
+_NARROWER = Rule(
+    _inside,
+    "{later} works on layers of the teacher's size, and the earlier {earlier} made {path} narrower",
+    "leave one of the two steps out, or let `shrink` choose neurons, heads and ranks together",
 )
 _OFF_GRID = "needs every token at its place on the grid, and"
 _FEWER = "leave out one of `{earlier}` and `{later}`, or adapt with lora, adapters or ssf, which add no tokens"
@@ -181,6 +191,26 @@ RULES: dict[tuple[Kind, Kind], Rule] = {
         "leave one of the two steps out",
         "both",
     ),
+    ("narrow", "weight"): _NARROWER,
+    ("narrow", "tie"): _NARROWER,
+    ("narrow", "narrow"): Rule(
+        _same,
+        "{later} comes after {earlier}: {path} is narrower already",
+        "use one of the two, with all that it should do",
+    ),
+    ("narrow", "order"): Rule(
+        _inside,
+        "{later} matches the neurons of blocks of the teacher's size, and the earlier {earlier} changed {path}",
+        "leave one of the two steps out",
+    ),
+    ("narrow", "regroup"): _NARROWER,
+    ("noise", "narrow"): Rule(
+        _inside,
+        "{later} fits the teacher's weights, but the earlier {earlier} initialises the student at random",
+        "leave one of the two steps out",
+        "both",
+    ),
+    ("narrow", "noise"): _NARROWER,
     ("weight", "noise"): Rule(
         _inside,
         "{later} would randomise the weights below the low-rank terms of the earlier {earlier}",

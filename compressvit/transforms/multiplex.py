@@ -239,7 +239,7 @@ class MultiplexPlan(Plan):
                 module.reset_identity() if self.form == "identity" else module.reset_noise()
 
     @torch.no_grad()
-    def errors(self, student: nn.Module, reference: Reference) -> dict[str, tuple[float, float | None]]:
+    def errors(self, student: nn.Module, reference: Reference) -> dict[str, tuple[float | None, float | None]]:
         """For every block that shares: the error over all its shared tensors, without those that a low-rank step fitted."""
         fitted = {name for plan in compression_of(student).plans for name in plan.fitted()}
         found: dict[str, tuple[float, float | None]] = {}

@@ -52,14 +52,14 @@ def test_what_a_layer_is_asked_for_makes_the_hidden_state_the_teachers(name, mon
     randomise(student, 0.02)
     images = images_for(teacher, 4)
     asked: dict[str, torch.Tensor] = {}
-    tokens = in_order._tokens
+    pair = in_order._Asked.pair
 
-    def noting(ours, theirs, layer, *hidden):
-        x, y = tokens(ours, theirs, layer, *hidden)
-        asked[layer] = y
-        return x, y
+    def noting(layer, *rest):
+        x, y, weights = pair(layer, *rest)
+        asked[layer.name] = y
+        return x, y, weights
 
-    monkeypatch.setattr(in_order, "_tokens", noting)
+    monkeypatch.setattr(in_order._Asked, "pair", noting)
     checked = []
 
     def fit(path, module, regression):
@@ -78,7 +78,7 @@ def test_what_a_layer_is_asked_for_makes_the_hidden_state_the_teachers(name, mon
                 )
             ]
             if replaced is not None:
-                hooks.append(model.get_submodule(path).register_forward_hook(lambda m, i, o, y=replaced: y))
+                hooks.append(model.get_submodule(path).register_forward_hook(lambda m, i, o, y=replaced: y.reshape(o.shape)))
             model(images)
             for hook in hooks:
                 hook.remove()

@@ -20,7 +20,7 @@ from timm.models.swin_transformer import (
 from torch import nn
 from torch.fx import wrap
 
-from compressvit.model.family import PRE_NORM_BRANCHES, BlockInfo, Example, Family, family
+from compressvit.model.family import PRE_NORM_BRANCHES, BlockInfo, Example, Family, HeadOption, family
 from compressvit.model.slots import ATTENTION_SLOTS, BLOCK_SLOTS, beside
 
 wrap("rearrange")  # torch.fx records the call: einops does not take its proxies
@@ -116,6 +116,13 @@ class Swin(Family):
                     stage_path=f"layers.{stage}",
                 )
                 index += 1
+
+    def head_options(self, attention: nn.Module) -> tuple[HeadOption, ...]:
+        return ("head_dim",)  # a head has its column in the table of relative positions
+
+    def set_heads(self, attention: nn.Module, heads: int, head_dim: int) -> None:
+        assert isinstance(attention, WindowAttention)
+        attention.scale = head_dim**-0.5
 
     def convert(self, tensors: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
         return swin_transformer.checkpoint_filter_fn(tensors, model)

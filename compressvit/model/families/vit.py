@@ -17,7 +17,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 from torch.fx import wrap
 
-from compressvit.model.family import PRE_NORM_BRANCHES, BlockInfo, Example, Family, family
+from compressvit.model.family import PRE_NORM_BRANCHES, BlockInfo, Example, Family, HeadOption, family
 from compressvit.model.slots import ATTENTION_SLOTS, BLOCK_SLOTS, beside
 
 wrap("rearrange")  # torch.fx records the call: einops does not take its proxies
@@ -128,6 +128,17 @@ class ViT(Family):
                 heads=getattr(getattr(block, "attn", None), "num_heads", 0),
                 resolution=model.patch_embed.grid_size,
             )
+
+    def head_options(self, attention: nn.Module) -> tuple[HeadOption, ...]:
+        assert isinstance(attention, Attention)
+        if attention.gate is not None or not isinstance(attention.norm, nn.Identity):
+            return ()  # they act on all heads' dimensions at once
+        return ("heads", "head_dim") if isinstance(attention.q_norm, nn.Identity) else ("heads",)
+
+    def set_heads(self, attention: nn.Module, heads: int, head_dim: int) -> None:
+        assert isinstance(attention, Attention)
+        attention.num_heads, attention.head_dim, attention.attn_dim = heads, head_dim, heads * head_dim
+        attention.scale = head_dim**-0.5
 
     def convert(self, tensors: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
         assert isinstance(model, VisionTransformer)

@@ -231,7 +231,7 @@ class AdaptiveLORSPlan(Plan):
                 layer.terms.set_terms(found)
 
     @torch.no_grad()
-    def errors(self, student: nn.Module, reference: Reference) -> dict[str, tuple[float, float | None]]:
+    def errors(self, student: nn.Module, reference: Reference) -> dict[str, tuple[float | None, float | None]]:
         if self.init == "scratch":
             return {}
         moments = reference.moments(self.layers, outputs=False)

@@ -108,7 +108,7 @@ class LORSPlan(RankPlan):
             elif self.ranks[path]:
                 layer.low_rank.reset_zero()
 
-    def errors(self, student: nn.Module, reference: Reference) -> dict[str, tuple[float, float | None]]:
+    def errors(self, student: nn.Module, reference: Reference) -> dict[str, tuple[float | None, float | None]]:
         return {} if self.init == "scratch" else super().errors(student, reference)
 
     def fitted(self) -> set[str]:

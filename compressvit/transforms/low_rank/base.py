@@ -110,7 +110,7 @@ class RankPlan(Plan):
         return regression.error(whole, bias)
 
     @torch.no_grad()
-    def errors(self, student: nn.Module, reference: Reference) -> dict[str, tuple[float, float | None]]:
+    def errors(self, student: nn.Module, reference: Reference) -> dict[str, tuple[float | None, float | None]]:
         measures = reference.metrics(self.paths, "inputs", 0.0, 0.0) if self.metric != "weights" else {}
         result = {}
         for path in self.paths:

@@ -56,7 +56,7 @@ class LowRankPlan(RankPlan):
             else:
                 start_from_noise_(layer)
 
-    def errors(self, student: nn.Module, reference: Reference) -> dict[str, tuple[float, float | None]]:
+    def errors(self, student: nn.Module, reference: Reference) -> dict[str, tuple[float | None, float | None]]:
         return super().errors(student, reference) if self.init == "fit" else {}
 
     def fitted(self) -> set[str]:

@@ -1,0 +1,313 @@
+"""The values of a block that is made narrower: in closed form from the teacher's, or from what the student's earlier layers produce.
+
+    fc1   the rows of the neurons that are kept
+    fc2   the columns of those neurons, and what they take over of the others (`compressvit.fitting.elimination`)
+    qkv   the two products of every head, with fewer dimensions (`compressvit.fitting.narrow_heads`); only the heads that are kept
+    proj  what reads those
+
+Each can be low rank besides. In the fit in order, `fc1` and `qkv` are first fitted to all of the teacher's outputs from the student's inputs
+and then made narrower, with the moments of those inputs; `fc2` and `proj` are fitted from what the narrower layers give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import nn
+
+from compressvit.fitting.elimination import Removal, eliminate
+from compressvit.fitting.in_order import LayerFit, scale_behind
+from compressvit.fitting.lowrank import Metric, Tensor, cholesky, spectrum
+from compressvit.fitting.moments import Moments, Reference
+from compressvit.fitting.narrow_heads import Products, head_blocks, outputs_of, products
+from compressvit.fitting.regression import Regression
+from compressvit.model.family import Branch
+from compressvit.transforms.low_rank.layer import Factored
+from compressvit.transforms.narrow.form import BlockForm
+from compressvit.transforms.narrow.places import FC1, FC2, LAYERS, PROJ, QKV, Place
+
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 30.0, 100.0)  # in parts of the inputs' mean square
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What errors are measured in: the regularisation of the moments of inputs and of gradients, relative to their means, and whether
+    there are any; without images the weights alone count."""
+
+    ridge: float
+    output_ridge: float
+    images: bool = True
+
+
+class TeacherBlock:
+    """What is known of the teacher's block at a place: weights, moments, and which neurons and dimensions to give up first.
+
+    Args:
+        branches: of the family, by the layer that ends each.
+    """
+
+    def __init__(self, place: Place, reference: Reference, branches: Mapping[str, Branch], settings: Settings):
+        self.place, self.reference, self.settings = place, reference, settings
+        self.block = reference.model.get_submodule(place.path)
+        self._branches = branches
+
+    def path(self, layer: str) -> str:
+        """From the model."""
+        return f"{self.place.path}.{layer}"
+
+    def weight(self, layer: str) -> Tensor:
+        """(out, in), in float64."""
+        return self.reference.weight(self.path(layer))
+
+    def bias(self, layer: str) -> Tensor | None:
+        """(out,), in float64."""
+        found = self.block.get_submodule(layer).bias
+        return None if found is None else found.detach().cpu().double()
+
+    def moments(self, layer: str) -> Moments:
+        """Of the inputs and gradients of a layer."""
+        if not self.settings.images:
+            inputs = self.weight(layer).shape[1]
+            return Moments(torch.eye(inputs, dtype=torch.float64), torch.zeros(inputs, dtype=torch.float64), 1)
+        return self.reference.moments([self.path(layer)], outputs=True)[self.path(layer)]
+
+    def centred(self, layer: str) -> Tensor:
+        """The moment of a layer's inputs without what a bias takes over."""
+        found = self.moments(layer)
+        return found.weighed() - torch.outer(found.mean, found.mean)
+
+    def outer(self, layer: str) -> Tensor | None:
+        """The factor M of the metric M Mᵀ of a layer's outputs."""
+        scale = scale_behind(self.block, self._branches.get(layer))
+        return self.moments(layer).output_factor(self.settings.output_ridge, scale)
+
+    def whitened(self, layer: str) -> Tensor:
+        """Mᵀ W, (out, in)."""
+        outer, weight = self.outer(layer), self.weight(layer)
+        return weight if outer is None else outer.mT @ weight
+
+    def unwhitened(self, layer: str, weight: Tensor) -> Tensor:
+        """W of Mᵀ W."""
+        outer = self.outer(layer)
+        return weight if outer is None else torch.linalg.solve_triangular(outer.mT, weight, upper=True)
+
+    def neurons(self, *widths: int) -> dict[int, Removal]:
+        """What is left of the MLP with so many neurons."""
+        return self._removals(FC2, widths, 1)
+
+    def heads(self, *counts: int) -> dict[int, Removal]:
+        """What is left of the attention with so many heads."""
+        size = self.place.head_dim
+        found = self._removals(PROJ, tuple(count * size for count in counts), size)
+        return {width // size: removal for width, removal in found.items()}
+
+    def _removals(self, layer: str, widths: tuple[int, ...], group: int) -> dict[int, Removal]:
+        def compute() -> dict[int, Removal]:
+            return eliminate(self.whitened(layer), self.centred(layer), self.settings.ridge, widths, group)
+
+        return self.reference.known((self.path(layer), "removal", widths, self.settings), compute)
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Attention with the heads that are kept, each with fewer dimensions.
+
+    Attributes:
+        weight, bias: of `qkv`.
+        gradients: moment at its outputs.
+        projection: of `proj`, (out, H'·d').
+        values: moment of what `proj` reads.
+        error: mean squared error of the model's output.
+        size: of all, against which the error counts.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    gradients: Tensor | None
+    projection: Tensor
+    values: Tensor
+    error: float
+    size: float
+
+
+def narrow_heads(
+    teacher: TeacherBlock, form: BlockForm, weight: Tensor, bias: Tensor | None, inputs: Tensor, mean: Tensor
+) -> Heads:
+    """The attention of a narrower block, as a function of what `qkv` computes from given inputs.
+
+    Args:
+        weight, bias: of the teacher's `qkv`, or of one fitted to its outputs, (3·H·d, in).
+        inputs, mean: E[xᵀx], (in, in), and E[x], (in,), of its inputs.
+    """
+    place = teacher.place
+    heads, size = form.heads or place.heads, form.head_dim or place.head_dim
+    gradients, projection, error = teacher.moments(QKV).outputs, teacher.whitened(PROJ), 0.0
+    values = teacher.moments(PROJ).weighed()
+    if heads < place.heads:
+        removal = teacher.heads(heads)[heads]
+        rows = torch.cat([removal.kept + part * place.heads * place.head_dim for part in range(3)])
+        weight, bias = weight[rows], None if bias is None else bias[rows]
+        gradients, values = restricted(gradients, rows), values[removal.kept][:, removal.kept]
+        projection, error = removal.weight, removal.error
+    found = heads_products(weight, bias, inputs, mean, gradients, projection, values, heads)
+    whole = found.errors[0].item() + error
+    if size < place.head_dim:
+        error += found.errors[size].item()
+        maps = found.maps(size)
+        weight, bias = maps.narrow(weight, bias)
+        gradients = None if gradients is None else maps.of_outputs(gradients)
+        projection, values = maps.projection(projection), maps.of_values(values)
+    return Heads(weight, bias, gradients, teacher.unwhitened(PROJ, projection), values, error, whole)
+
+
+def heads_products(
+    weight: Tensor,
+    bias: Tensor | None,
+    inputs: Tensor,
+    mean: Tensor,
+    gradients: Tensor | None,
+    projection: Tensor,
+    values: Tensor,
+    heads: int,
+) -> Products:
+    """Decompose the products of heads; see `products` and `outputs_of`."""
+    queries, keys = outputs_of(weight, bias, inputs, mean, heads)
+    of_query = None
+    if gradients is not None and gradients.trace() > 0:
+        of_query = head_blocks(gradients[: len(gradients) // 3, : len(gradients) // 3], heads)
+    return products(queries, keys, of_query, projection, values)
+
+
+def restricted(moment: Tensor | None, rows: Tensor) -> Tensor | None:
+    """The moment of some outputs alone."""
+    return None if moment is None else moment[rows][:, rows]
+
+
+class BlockFit:
+    """Sets the values of one narrower block, in every student it is given: first in closed form, then in order.
+
+    Args:
+        student: the layers that get the values, besides those of the working copy that the fit in order runs.
+    """
+
+    def __init__(self, teacher: TeacherBlock, form: BlockForm, student: nn.Module):
+        self.teacher, self.form, self.student = teacher, form, student.get_submodule(teacher.place.path)
+        self._heads: Heads | None = None
+
+    def changed(self) -> list[str]:
+        """The layers that this block changes, in the order they run."""
+        return [layer for layer in LAYERS if layer in self.form.layers()]
+
+    @torch.no_grad()
+    def start(self) -> None:
+        """Set all values in closed form, as if the layers before were the teacher's."""
+        for layer in self.changed():
+            moments = self.teacher.moments(layer)
+            weight, bias = self.teacher.weight(layer), self.teacher.bias(layer)
+            inputs, mean, gradients = moments.weighed(), moments.mean, moments.outputs
+            if layer == QKV and self._narrows_heads:
+                self._heads = narrow_heads(self.teacher, self.form, weight, bias, moments.inputs, mean)
+                weight, bias, gradients = self._heads.weight, self._heads.bias, self._heads.gradients
+            elif layer == PROJ and self._heads is not None:
+                weight, inputs, mean = self._heads.projection, self._heads.values, torch.zeros(0)
+            elif layer == FC1 and self.form.neurons:
+                rows = self._rows
+                weight, bias = weight[rows], None if bias is None else bias[rows]
+                gradients = restricted(gradients, rows)
+            elif layer == FC2 and self.form.neurons:
+                kept = self._removal.kept
+                if bias is not None:
+                    bias = bias + weight @ mean
+                weight = self.teacher.unwhitened(FC2, self._removal.weight)
+                inputs, mean = inputs[kept][:, kept], mean[kept]
+                bias = None if bias is None else bias - weight @ mean
+            centred = inputs - torch.outer(mean, mean) if len(mean) else inputs
+            outer = self._outer(layer, replace(moments, outputs=gradients))
+            weight, factors = self._low_rank(layer, weight, centred, outer)
+            self._set(self.student.get_submodule(layer), weight, bias, factors)
+
+    def fits(self) -> dict[str, LayerFit]:
+        """Of every changed layer, by path, for the fit in order."""
+        prefix = {layer: self.teacher.moments(layer).prefix_weight for layer in self.changed()}
+        return {
+            self.teacher.path(layer): LayerFit(partial(self._fit, layer), prefix[layer]) for layer in self.changed()
+        }
+
+    @property
+    def _narrows_heads(self) -> bool:
+        return bool(self.form.heads or self.form.head_dim)
+
+    @property
+    def _removal(self) -> Removal:
+        assert self.form.neurons is not None
+        return self.teacher.neurons(self.form.neurons)[self.form.neurons]
+
+    @property
+    def _rows(self) -> Tensor:
+        return self.teacher.place.rows(self._removal.kept)
+
+    def _fit(self, layer: str, working: nn.Module, regression: Regression) -> float:
+        """Fit one layer of the working copy, and the student's; returns the remaining error."""
+        regression = replace(regression, ridges=RIDGES)
+        moments = self.teacher.moments(layer)
+        gradients, prior, bias = moments.outputs, self.teacher.weight(layer), self.teacher.bias(layer)
+        if layer == FC1 and self.form.neurons:
+            rows = self._rows
+            regression, prior, bias = regression.of(rows), prior[rows], None if bias is None else bias[rows]
+            gradients = restricted(gradients, rows)
+        elif layer == FC2 and self.form.neurons:
+            prior = self.teacher.unwhitened(FC2, self._removal.weight)
+        elif layer == PROJ and self._heads is not None:
+            prior = self._heads.projection
+        free = bias is not None
+        none = torch.zeros(len(prior), dtype=torch.float64)
+        weight, centred = regression.solve(prior, None if free else none)
+        whole = regression.whole
+        narrowed = layer == QKV and self._narrows_heads
+        if narrowed:
+            own = whole.best_bias(weight) if free else None
+            moment, mean = whole.xx / whole.weight, whole.x / whole.weight
+            self._heads = found = narrow_heads(self.teacher, self.form, weight, own, moment, mean)
+            weight, gradients = found.weight, found.gradients
+            full, factors = self._low_rank(
+                layer, weight, centred, self._outer(layer, replace(moments, outputs=gradients))
+            )
+            bias = None if found.bias is None else found.bias + (weight - full) @ mean
+            error = (max(found.error, 0.0) / max(found.size, 1e-300)) ** 0.5
+        else:
+            outer = self._outer(layer, replace(moments, outputs=gradients), regression.scale)
+            full, factors = self._low_rank(layer, weight, centred, outer)
+            bias = whole.best_bias(full) if free else None
+            error = regression.error(full, none if bias is None else bias)
+        for target in (working, self.student.get_submodule(layer)):
+            self._set(target, full, bias, factors)
+        return error
+
+    def _outer(self, layer: str, moments: Moments, scale: Tensor | None = None) -> Tensor | None:
+        return moments.output_factor(self.teacher.settings.output_ridge, scale)
+
+    def _low_rank(
+        self, layer: str, weight: Tensor, moment: Tensor, outer: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """The weight as the layer will have it, and its factors where it is low rank."""
+        rank = self.form.ranks.get(layer)
+        if rank is None:
+            return weight, None
+        metric = Metric(cholesky(moment, self.teacher.settings.ridge), outer)
+        up, down = spectrum(weight, metric).factors(rank)
+        return up @ down, (up, down)
+
+    @staticmethod
+    def _set(layer: nn.Module, weight: Tensor, bias: Tensor | None, factors: tuple[Tensor, Tensor] | None) -> None:
+        with torch.no_grad():
+            if factors is None:
+                assert isinstance(layer, nn.Linear)
+                layer.weight.copy_(weight)
+            else:
+                assert isinstance(layer, Factored)
+                layer.set_factors(*factors)
+            if bias is not None:
+                layer.bias.copy_(bias)

@@ -1,0 +1,36 @@
+"""The form of a block that is made smaller: plain data, which a plan stores and a model is rebuilt from."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from compressvit.spec import Frozen
+from compressvit.transforms.narrow.places import FC1, FC2, PROJ, QKV
+
+Size = Annotated[int, Field(ge=1)]
+
+
+class BlockForm(Frozen):
+    """What is left of one block; None where it is as in the teacher.
+
+    Attributes:
+        neurons: of the MLP.
+        heads, head_dim: of the attention.
+        ranks: of layers that are low rank besides, by their name in the block.
+    """
+
+    neurons: Size | None = None
+    heads: Size | None = None
+    head_dim: Size | None = None
+    ranks: dict[str, Size] = Field(default_factory=dict)
+
+    def layers(self) -> set[str]:
+        """The names of the layers that it changes."""
+        found = set(self.ranks)
+        if self.neurons:
+            found |= {FC1, FC2}
+        if self.heads or self.head_dim:
+            found |= {QKV, PROJ}
+        return found

@@ -1,0 +1,173 @@
+"""The plan of `narrow` and `shrink`: a form for every block, its structure, and the fit of its values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import ClassVar, Literal
+
+import torch
+from torch import nn
+
+from compressvit.errors import UserError
+from compressvit.fitting.in_order import LayerFit
+from compressvit.fitting.lowrank import TINY
+from compressvit.fitting.moments import Reference
+from compressvit.model import ties
+from compressvit.model.backbone import describe, model_name
+from compressvit.model.linear import effective_weight
+from compressvit.transforms.base import LedgerEntry, Plan
+from compressvit.transforms.claims import Claim, narrows, orders, values, weight
+from compressvit.transforms.low_rank.layer import Factored, factor, unfactor
+from compressvit.transforms.narrow.fit import BlockFit, Settings, TeacherBlock
+from compressvit.transforms.narrow.form import BlockForm
+from compressvit.transforms.narrow.places import FC1, FC2, LAYERS, PROJ, QKV, Place, places, set_inputs, set_outputs
+
+
+class NarrowPlan(Plan):
+    """Blocks with fewer neurons, fewer or narrower heads, and low-rank layers, in timm's own modules under the same paths.
+
+    Attributes:
+        forms: of the blocks that change, by path.
+        metric: what errors are measured in, see `NarrowStep`.
+        sequential: fitted in the order the layers run.
+        ridge, output_ridge: of the moments.
+    """
+
+    foldable: ClassVar[bool] = True
+    starts: ClassVar[tuple[str, ...]] = ("metric", "sequential", "ridge", "output_ridge")
+
+    forms: dict[str, BlockForm]
+    metric: Literal["outputs", "weights"] = "outputs"
+    sequential: bool = True
+    ridge: float = 1e-3
+    output_ridge: float = 0.1
+
+    @property
+    def paths(self) -> list[str]:
+        """The layers that change, in the order they run."""
+        return [f"{path}.{layer}" for path, form in self.forms.items() for layer in LAYERS if layer in form.layers()]
+
+    def claims(self, model: nn.Module) -> list[Claim]:
+        found = [orders(path) for path in self.forms]
+        for path, form in self.forms.items():
+            layers = [layer for layer in LAYERS if layer in form.layers()]
+            found += [weight(f"{path}.{layer}") for layer in layers if layer in form.ranks]
+            found += [narrows(f"{path}.{layer}") for layer in layers]
+            found += [values(f"{path}.{layer}", self.transform, f"leave {self.transform} out") for layer in layers]
+        return found
+
+    def drops(self, model: nn.Module) -> set[str]:
+        ranked = [f"{path}.{layer}" for path, form in self.forms.items() for layer in form.ranks]
+        return {
+            f"{path}.{name}" for path in ranked for name, _ in model.get_submodule(path).named_parameters(recurse=False)
+        }
+
+    def resizes(self, model: nn.Module) -> set[str]:
+        found: set[str] = set()
+        for path, form in self.forms.items():
+            narrower = [FC1, FC2] * bool(form.neurons) + [QKV, PROJ] * bool(form.heads or form.head_dim)
+            of_layers = [name for layer in narrower for name in _changing(layer) if layer not in form.ranks]
+            found |= {f"{path}.{name}" for name in of_layers}
+        return found & {name for name, _ in model.named_parameters(remove_duplicate=False)}
+
+    def fitted(self) -> set[str]:
+        return {f"{path}.{side}.weight" for path in self.paths for side in ("down", "up")}
+
+    def apply(self, model: nn.Module) -> list[LedgerEntry]:
+        before = ties.count_at_paths(model, self.paths)
+        texts: dict[str, str] = {}
+        for place in self._places(model):
+            texts |= self._change(model, place, self.forms[place.path])
+        after = ties.count_at_paths(model, self.paths)
+        return [LedgerEntry(path, texts[path], before[path], after[path]) for path in self.paths]
+
+    def _places(self, model: nn.Module) -> list[Place]:
+        found = {place.path: place for place in places(model, describe(model, asker=self.transform))}
+        absent = next((path for path in self.forms if path not in found), None)
+        if absent is not None:
+            raise UserError(f"{self.transform}: {model_name(model)} has no block {absent}; it has {', '.join(found)}")
+        return [found[path] for path in self.forms]
+
+    def _change(self, model: nn.Module, place: Place, form: BlockForm) -> dict[str, str]:
+        """Change one block in place; returns the ledger's text of every layer by path."""
+        block = model.get_submodule(place.path)
+        texts: dict[str, list[str]] = {f"{place.path}.{layer}": [] for layer in form.layers()}
+
+        def say(layers: Iterable[str], text: str) -> None:
+            for layer in layers:
+                texts[f"{place.path}.{layer}"].append(text)
+
+        if form.neurons:
+            set_outputs(block.get_submodule(FC1), form.neurons * (2 if place.gated else 1))
+            set_inputs(block.get_submodule(FC2), form.neurons)
+            say((FC1, FC2), f"{form.neurons:,} of {place.neurons:,} neurons")
+        if form.heads or form.head_dim:
+            heads, size = form.heads or place.heads, form.head_dim or place.head_dim
+            set_outputs(block.get_submodule(QKV), 3 * heads * size)
+            set_inputs(block.get_submodule(PROJ), heads * size)
+            describe(model).family.set_heads(block.get_submodule("attn"), heads, size)
+            of_heads = f"{heads} of {place.heads} heads" if form.heads else f"{heads} heads"
+            of_size = f" of {size} instead of {place.head_dim} dimensions" if form.head_dim else ""
+            say((QKV, PROJ), of_heads + of_size)
+        for layer, rank in form.ranks.items():
+            factor(model, f"{place.path}.{layer}", rank)
+            say((layer,), f"rank {rank}")
+        return {path: ", ".join(parts) for path, parts in texts.items()}
+
+    @torch.no_grad()
+    def initialise(self, student: nn.Module, reference: Reference) -> None:
+        for fit in self._block_fits(student, reference):
+            fit.start()
+
+    def layer_fits(self, student: nn.Module, reference: Reference) -> dict[str, LayerFit]:
+        if not self.sequential or self.metric == "weights" or reference.too_alike:
+            return {}
+        return {path: fit for block in self._block_fits(student, reference) for path, fit in block.fits().items()}
+
+    def _block_fits(self, student: nn.Module, reference: Reference) -> list[BlockFit]:
+        settings = Settings(self.ridge, self.output_ridge, images=self.metric != "weights")
+        if settings.images:
+            reference.moments(self.paths, outputs=True)  # all in one pass over the images
+        branches = describe(reference.model).family.branches
+        return [
+            BlockFit(TeacherBlock(place, reference, branches, settings), self.forms[place.path], student)
+            for place in self._places(reference.model)
+        ]
+
+    @torch.no_grad()
+    def errors(self, student: nn.Module, reference: Reference) -> dict[str, tuple[float | None, float | None]]:
+        """Of layers that have the teacher's size; for the others there is only the error that the fit in order leaves."""
+        found: dict[str, tuple[float | None, float | None]] = {}
+        for path in self.paths:
+            own, wanted = effective_weight(student.get_submodule(path)).detach().cpu().double(), reference.weight(path)
+            found[path] = (None, None)
+            if own.shape == wanted.shape:
+                found[path] = (((wanted - own).norm() / wanted.norm().clamp(min=TINY)).item(), None)
+        return found
+
+    def fold(self, model: nn.Module) -> Plan | None:
+        """Make low-rank layers dense; neurons and heads stay as they are. The result is plain unless blocks are narrower."""
+        for path, form in self.forms.items():
+            for layer in form.ranks:
+                place = f"{path}.{layer}"
+                module = model.get_submodule(place)
+                assert isinstance(module, Factored)
+                trained = any(p.requires_grad for p in module.parameters())
+                dense = nn.Parameter(effective_weight(module).detach().clone(), requires_grad=trained)
+                unfactor(model, place, dense)
+        left = {
+            path: form.model_copy(update={"ranks": {}})
+            for path, form in self.forms.items()
+            if form.neurons or form.heads or form.head_dim
+        }
+        return self.model_copy(update={"forms": left}) if left else None
+
+
+def _changing(layer: str) -> tuple[str, ...]:
+    """The parameters of a layer that change with the width between it and the one after it, or before it."""
+    return (f"{layer}.weight", f"{layer}.bias") if layer in (FC1, QKV) else (f"{layer}.weight",)
+
+
+def smaller(forms: Mapping[str, BlockForm]) -> dict[str, BlockForm]:
+    """Those of the forms that change their block."""
+    return {path: form for path, form in forms.items() if form.layers()}

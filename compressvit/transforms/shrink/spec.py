@@ -1,0 +1,200 @@
+"""One budget over everything: every attention and MLP of the backbone keeps what the model's output needs most for its price.
+
+Each may lose hidden neurons, dimensions of its heads or whole heads, and its layers may be low rank, alone or together. Which of these loses
+least at a price differs from block to block, so one budget chooses among all of them: the errors of all forms are computed in closed form
+from unlabelled images, in units of the model's output (`compressvit.transforms.shrink.offers`), and the forms with the least sum of errors
+within the budget are chosen (`compressvit.fitting.hull`). All layers are then fitted in the order they run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+from torch import nn
+
+from compressvit.errors import UserError
+from compressvit.fitting.hull import Forms, choose, least
+from compressvit.fitting.moments import Reference
+from compressvit.log import progress
+from compressvit.model import surgery
+from compressvit.model.backbone import describe
+from compressvit.spec import Spec
+from compressvit.transforms.base import Transform, transform
+from compressvit.transforms.narrow.fit import Settings, TeacherBlock
+from compressvit.transforms.narrow.form import BlockForm
+from compressvit.transforms.narrow.places import LAYERS, Place
+from compressvit.transforms.narrow.plan import NarrowPlan, smaller
+from compressvit.transforms.narrow.spec import NarrowStep
+from compressvit.transforms.shrink.offers import Methods, offers, widths
+from compressvit.transforms.shrink.prices import Prices, Unit
+
+Method = Literal["neurons", "head_dim", "heads", "rank"]
+_ROUNDS = 5  # of exact counts, after each of which the limits are corrected
+
+
+class ShrinkBudget(Spec):
+    """What the student may cost: one limit or several, all of which hold. Up to 1 each is a fraction of the teacher's."""
+
+    parameters: float | None = Field(None, gt=0, description="Parameters; e.g. 0.5, or 11000000.")
+    bytes: float | None = Field(None, gt=0, description="Bytes of model.safetensors.")
+    macs: float | None = Field(None, gt=0, description="Multiply-accumulates for one image.")
+
+    @model_validator(mode="after")
+    def _at_least_one(self) -> ShrinkBudget:
+        if not self.units:
+            raise ValueError("a budget names at least one of parameters, bytes, macs, e.g. parameters: 0.5")
+        return self
+
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        """The units that have a limit."""
+        names: tuple[Unit, ...] = ("parameters", "bytes", "macs")
+        return tuple(name for name in names if getattr(self, name) is not None)
+
+    def limits(self, of_teacher: np.ndarray) -> np.ndarray:
+        """(units,): the most that may be spent, where the teacher costs `of_teacher`."""
+        values = [float(getattr(self, unit)) for unit in self.units]
+        return np.array(
+            [np.floor(value * whole if value <= 1 else value) for value, whole in zip(values, of_teacher, strict=True)]
+        )
+
+
+class ShrinkPlan(NarrowPlan):
+    """A resolved `Shrink`."""
+
+
+@transform("shrink", ShrinkPlan)
+class Shrink(NarrowStep):
+    """Make every attention and MLP of the backbone as small as a budget asks, each in the way that loses least."""
+
+    budget: ShrinkBudget = Field(description="What the student may cost: several limits all hold.")
+    methods: tuple[Method, ...] = Field(
+        ("neurons", "head_dim", "heads", "rank"),
+        min_length=1,
+        description="What may be reduced: hidden neurons of MLPs, dimensions of heads, whole heads, and the rank of linear layers.",
+    )
+    multiple: int = Field(8, ge=1, description="Widths and ranks are multiples of it, which hardware prefers.")
+
+    @property
+    def provisional(self) -> tuple[str, ...]:
+        return (
+            "widths are uniform in this plan; apply chooses the form of every block by the errors it measures on the calibration images",
+        )
+
+    @classmethod
+    def examples(cls) -> Sequence[Transform]:
+        return (
+            Shrink(budget=ShrinkBudget(parameters=0.7), metric="weights", multiple=4),
+            Shrink(budget=ShrinkBudget(macs=0.8, parameters=0.8), metric="weights", methods=("neurons", "head_dim"), multiple=4),
+        )
+
+    def plan(self, model: nn.Module, reference: Reference | None = None) -> ShrinkPlan:
+        found = self.places_of(model)
+        prices = Prices.of(model, found, self.budget.units)
+        whole, of_teacher = prices.whole(model), prices.of_teacher(model)
+        limits = self.budget.limits(of_teacher)
+        self._refuse_large(limits, of_teacher)
+        if reference is None:
+            return self._resolved(self._uniform(model, found, prices, limits))
+        parts = self._offers(model, found, prices, reference)
+        fixed = whole - np.sum([forms.prices.max(axis=0) for forms in parts.values()], axis=0)
+        self._refuse_small(limits, fixed + least(parts), of_teacher)
+        wanted = limits - fixed
+        for _ in range(_ROUNDS):
+            chosen = choose(parts, wanted.tolist())
+            if chosen is None:
+                break
+            plan = self._resolved(_together(chosen))
+            over = self._cost(model, plan, prices) - limits
+            if (over <= 0).all():
+                return plan
+            wanted = wanted - np.maximum(over, 0)
+        raise self._too_small(limits, fixed + least(parts), of_teacher)
+
+    def _resolved(self, forms: Mapping[str, BlockForm]) -> ShrinkPlan:
+        settings = self.model_dump(include={"metric", "sequential", "ridge", "output_ridge"})
+        return ShrinkPlan(forms=smaller(forms), **settings)
+
+    def _offers(
+        self, model: nn.Module, found: Sequence[Place], prices: Prices, reference: Reference
+    ) -> dict[str, Forms[BlockForm]]:
+        images = self.metric != "weights"
+        if images:  # of all layers in one pass over them
+            reference.require_images(self.name)
+            paths = [f"{p.path}.{layer}" for p in found for layer in LAYERS if _changes(p, layer)]
+            reference.moments(paths, outputs=True)
+        settings = Settings(self.ridge, self.output_ridge, images)
+        branches = describe(reference.model).family.branches
+        may = Methods(**{name: name in self.methods for name in Method.__args__}, multiple=self.multiple)
+        result: dict[str, Forms[BlockForm]] = {}
+        for place in progress(found, "measuring what each block can become", len(found)):
+            result |= offers([TeacherBlock(place, reference, branches, settings)], prices, may)
+        return result
+
+    def _uniform(
+        self, model: nn.Module, found: Sequence[Place], prices: Prices, limits: np.ndarray
+    ) -> dict[str, BlockForm]:
+        """The largest share of all widths alike that meets the limits; the smallest of all where none does."""
+        forms: dict[str, BlockForm] = {}
+        for part in range(15, 0, -1):
+            forms = {place.path: self._of_share(place, part / 16) for place in found}
+            if (self._cost(model, self._resolved(forms), prices) <= limits).all():
+                break
+        return forms
+
+    def _of_share(self, place: Place, share: float) -> BlockForm:
+        def near(whole: int) -> int | None:
+            width = max(
+                (w for w in widths(whole, self.multiple) if w <= share * whole),
+                default=min(widths(whole, self.multiple)),
+            )
+            return None if width == whole else width
+
+        neurons = near(place.neurons) if place.neurons else None
+        return BlockForm(neurons=neurons, head_dim=near(place.head_dim) if "head_dim" in place.options else None)
+
+    def _cost(self, model: nn.Module, plan: ShrinkPlan, prices: Prices) -> np.ndarray:
+        empty = surgery.skeleton(model)
+        plan.apply(empty)
+        return prices.whole(empty)
+
+    def _refuse_large(self, limits: np.ndarray, of_teacher: np.ndarray) -> None:
+        for unit, limit, whole in zip(self.budget.units, limits, of_teacher, strict=True):
+            if limit >= whole and len(limits) == 1:
+                raise UserError(
+                    f"{self.name}: a budget of {int(limit):,} {unit} is no smaller than the teacher, which has {int(whole):,}; give less, "
+                    "or leave the step out"
+                )
+
+    def _refuse_small(self, limits: np.ndarray, smallest: np.ndarray, of_teacher: np.ndarray) -> None:
+        if (smallest > limits).any():
+            raise self._too_small(limits, smallest, of_teacher)
+
+    def _too_small(self, limits: np.ndarray, smallest: np.ndarray, of_teacher: np.ndarray) -> UserError:
+        texts = [
+            f"{int(limit):,} {unit} (the smallest that {', '.join(self.methods)} reach is {int(low):,}, {low / whole:.3f} of the teacher's "
+            f"{int(whole):,})"
+            for unit, limit, low, whole in zip(self.budget.units, limits, smallest, of_teacher, strict=True)
+            if low > limit or not (smallest > limits).any()
+        ]
+        return UserError(
+            f"{self.name}: a budget of {' and '.join(texts)} cannot be met; raise it, or allow more methods"
+        )
+
+
+def _changes(place: Place, layer: str) -> bool:
+    return bool(place.options) if layer.startswith("attn.") else bool(place.neurons)
+
+
+def _together(chosen: Mapping[str, BlockForm]) -> dict[str, BlockForm]:
+    """The forms of blocks from those of their sublayers."""
+    found: dict[str, BlockForm] = {}
+    for path, form in chosen.items():
+        block = path.rpartition(".")[0]
+        other = found.get(block, BlockForm())
+        own = {name: value for name, value in form if name != "ranks" and value is not None}
+        found[block] = other.model_copy(update={**own, "ranks": other.ranks | form.ranks})
+    return found
