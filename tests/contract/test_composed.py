@@ -27,9 +27,13 @@ TWICE = {
 ONE_WEIGHT = {("low_rank", "lors"), ("lors", "low_rank"), ("multiplex", "low_rank"), ("low_rank", "multiplex")}
 ONE_SLOT = set(itertools.permutations(("adapters", "phm", "compacter"), 2))
 TOO_LATE = {
-    (name, "align") for name in EXAMPLES if name not in ("align", "load_weights", "freeze", "bitfit", "head_norm")
+    (name, later)
+    for name in EXAMPLES
+    for later in ("align", "narrow", "shrink")
+    if name not in ("align", "load_weights", "freeze", "bitfit", "head_norm")
 }
-CONFLICTS = NO_PLACE | ONE_WEIGHT | TWICE | ONE_SLOT | TOO_LATE
+NARROWER = {(name, later) for name in ("narrow", "shrink") for later in ("low_rank", "lors", "multiplex")}
+CONFLICTS = NO_PLACE | ONE_WEIGHT | TWICE | ONE_SLOT | TOO_LATE | NARROWER
 
 # Adapters on adapters, and adapters with others, need not be tried on every kind of model.
 PAIRS = [
