@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from compressvit.errors import UserError
+from compressvit.fitting.held_out import every_fourth
 from compressvit.fitting.lowrank import Tensor
 from compressvit.fitting.moments import frozen, is_finite, not_finite
 from compressvit.fitting.regression import Regression
@@ -127,7 +128,11 @@ class _Side:
 
 
 def fit_in_order(
-    student: nn.Module, teacher: nn.Module, batches: Iterable[Tensor], fits: Mapping[str, LayerFit]
+    student: nn.Module,
+    teacher: nn.Module,
+    batches: Iterable[Tensor],
+    fits: Mapping[str, LayerFit],
+    held_out: Callable[[], Tensor] | None = None,
 ) -> dict[str, float]:
     """Walk both models block by block and fit every linear layer named in `fits`, in the order they run.
 
@@ -136,6 +141,7 @@ def fit_in_order(
         teacher: in float32, on the device of the batches.
         batches: images (B, C, H, W), read once.
         fits: by path; linear layers within blocks.
+        held_out: asked once the images are read: which of them judge a fit, bool (N,). None: every fourth.
 
     Returns:
         By path, the relative error of what a layer computes from what it was asked for.
@@ -160,6 +166,7 @@ def fit_in_order(
             theirs.enter(images)
         if not sizes:
             raise UserError("there is no calibration image")
+        judges = (every_fourth(torch.arange(sum(sizes))) if held_out is None else held_out()).split(sizes)
         for position, block in enumerate(progress(blocks, "fitting layers block by block", len(blocks))):
             if position:
                 ours.advance(block, device)
@@ -167,7 +174,7 @@ def fit_in_order(
             for name in _in_order(ours.block, ours.hidden(0, device), wanted[block.path]):
                 path, branch = f"{block.path}.{name}", branches.get(name)
                 regression = Regression(_scale_behind(ours.block, branch))
-                for i, images_of_batch in enumerate(sizes):
+                for i, held_out_of_batch in enumerate(judges):
                     x, y = _tokens(
                         ours.block, theirs.block, name, branch, ours.hidden(i, device), theirs.hidden(i, device)
                     )
@@ -176,7 +183,7 @@ def fit_in_order(
                     weights = torch.ones(*x.shape[:-1], 1, device=device)
                     if prefix := getattr(student, "num_prefix_tokens", 0):
                         weights[:, :prefix] = fits[path].prefix_weight
-                    regression.add(x, y, weights, images_of_batch)
+                    regression.add(x, y, weights, held_out_of_batch)
                 errors[path] = fits[path].fit(student.get_submodule(path), regression)
     return errors
 
