@@ -132,21 +132,22 @@ def calibration_batches(
     They are of as many different photographs as possible (`data.group_by`). A streaming set gives its first ones. Broken files are left
     out.
     """
-    subset, of = datasets.train, None
+    subset, part = datasets.train, None
     if isinstance(subset, Samples):
         drawn = torch.randperm(len(subset), generator=torch.Generator().manual_seed(seed))
         found = subset.photographs(data)
         chosen = spread(drawn, found)[:images]
-        subset, of = subset.part(chosen.tolist()), found[chosen]
+        of = found[chosen]
+        subset = part = subset.part(chosen.tolist())
     # Small batches: gradients may be wanted, for which an evaluation batch would be too large.
     loader = eval_loader(dataclasses.replace(datasets, validation=subset), data, config, device, batch_size=16)
     done = 0  # of the set, with its broken files
     left = images
     for batch, _ in loader:
-        if of is None:
+        if part is None:
             yield Photographed(batch[:left], None)
         else:
-            read = (subset.broken[done:] == 0).nonzero().flatten()[: len(batch)] + done
+            read = (part.broken[done:] == 0).nonzero().flatten()[: len(batch)] + done
             done = int(read[-1]) + 1
             yield Photographed(batch, of[read])
         left -= len(batch)
