@@ -25,6 +25,7 @@ from compressvit.data.collation import Targets, collate
 from compressvit.data.image_transform import image_transform
 from compressvit.data.input import InputConfig
 from compressvit.data.opening import Datasets
+from compressvit.data.photographs import Photographed, spread
 from compressvit.data.pictures import BrokenPicture
 from compressvit.data.pixels import Pixels
 from compressvit.data.placed_transform import PlacedTransform
@@ -125,20 +126,30 @@ def eval_loader(
 
 def calibration_batches(
     datasets: Datasets, data: Data, config: InputConfig, device: torch.device, *, images: int, seed: int
-) -> Iterator[torch.Tensor]:
-    """Normalised batches (B, C, H, W) of about `images` training images, drawn by `seed`, without augmentation or labels.
+) -> Iterator[Photographed]:
+    """Normalised batches of about `images` training images, drawn by `seed`, without augmentation or labels.
 
-    A streaming set gives its first ones. Broken files are left out.
+    They are of as many different photographs as possible (`data.group_by`). A streaming set gives its first ones. Broken files are left
+    out.
     """
-    subset = datasets.train
+    subset, part = datasets.train, None
     if isinstance(subset, Samples):
-        chosen = torch.randperm(len(subset), generator=torch.Generator().manual_seed(seed))[:images].tolist()
-        subset = subset.part(chosen)
+        drawn = torch.randperm(len(subset), generator=torch.Generator().manual_seed(seed))
+        found = subset.photographs(data)
+        chosen = spread(drawn, found)[:images]
+        of = found[chosen]
+        subset = part = subset.part(chosen.tolist())
     # Small batches: gradients may be wanted, for which an evaluation batch would be too large.
     loader = eval_loader(dataclasses.replace(datasets, validation=subset), data, config, device, batch_size=16)
+    done = 0  # of the set, with its broken files
     left = images
     for batch, _ in loader:
-        yield batch[:left]
+        if part is None:
+            yield Photographed(batch[:left], None)
+        else:
+            read = (part.broken[done:] == 0).nonzero().flatten()[: len(batch)] + done
+            done = int(read[-1]) + 1
+            yield Photographed(batch, of[read])
         left -= len(batch)
         if left <= 0:
             return

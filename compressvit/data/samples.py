@@ -22,9 +22,12 @@ from torch.utils.data import Dataset
 from compressvit.data.annotated import require_size
 from compressvit.data.files import PictureFiles
 from compressvit.data.notes import notes_of_reading
+from compressvit.data.photographs import numbered, photographs
 from compressvit.data.pictures import Read, read_picture, standard
+from compressvit.data.spec import Data
 from compressvit.data.streams import Stream
 from compressvit.errors import UserError
+from compressvit.files import expanded
 from compressvit.notes import Note
 from compressvit.tasks.targets import NO_IMAGE, NO_LABEL
 
@@ -80,6 +83,7 @@ class Samples(Dataset):
         self.transform: Any = None
         self.placed = False  # whether `transform` takes and returns the target, too
         self.training = False
+        self._photographs: dict[str | None, torch.Tensor] = {}  # by `data.group_by`
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -146,6 +150,18 @@ class Samples(Dataset):
             found.update(f"{path[len(shared) :]}\0{target}\n".encode(errors="surrogateescape"))
         found.update(str(list(self.indices)).encode())
         return found.hexdigest()
+
+    def photographs(self, data: Data) -> torch.Tensor:
+        """The number of the photograph of every sample, int64 (N,), as `data.group_by` says; without paths each is one of its own."""
+        by = data.group_by
+        if by not in self._photographs:  # a million paths take seconds
+            if isinstance(self.source, ImageDataset) or getattr(self.source, "samples", None):
+                root = f"{expanded(data.root, 'data.root')}/" if data.root else ""
+                paths = [self.name(i).removeprefix(root) for i in range(len(self))]
+                self._photographs[by] = numbered(photographs(paths, by)[0])
+            else:
+                self._photographs[by] = torch.arange(len(self))
+        return self._photographs[by]
 
     def name(self, position: int) -> str:
         """The path of a sample, or something that stands for it in a set without paths."""

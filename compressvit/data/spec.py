@@ -156,12 +156,14 @@ class Data(Spec):
         default=0.1,
         gt=0,
         le=0.5,
-        description="For `images` without a val/: every 1/val_fraction-th file (or group of group_by) is held out.",
+        description="For `images` without a val/: every 1/val_fraction-th photograph (see group_by) is held out.",
     )
     group_by: str | None = Field(
-        default=None,
-        description="For `images` without a val/: hold out whole groups. folder = files of one folder, or a regular expression whose match "
-        "in the path (or its groups in parentheses) is the same for files of one group, e.g. '([^/]+)_crop'.",
+        default="auto",
+        description="Which images are of one photograph, as crops and frames are. `images` without a val/ holds out whole photographs, and "
+        "so do fits to calibration images. auto = as file names tell (0001_Bridge_0.jpg, 0001_Bridge_1.jpg, …), unless these look like "
+        "those of classes or cameras; stem = equal names but for a number at the end; folder = one folder; none = every image by itself; "
+        "or a regular expression whose match in the path (or its groups in parentheses) is the same, e.g. '([^/]+)_crop'.",
     )
     limit_train: int | None = Field(
         default=None, ge=1, description="Use at most this many training images, evenly spaced."
@@ -190,7 +192,9 @@ class Data(Spec):
         try:
             re.compile(value or "")
         except (re.error, RecursionError, OverflowError) as error:
-            raise ValueError(f"'{value}' is neither folder nor a regular expression: {error}") from error
+            raise ValueError(
+                f"'{value}' is none of auto, stem, folder and none, nor a regular expression: {error}"
+            ) from error
         return value
 
     @field_validator("mean", "std")

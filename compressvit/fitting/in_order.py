@@ -5,8 +5,8 @@ student's own inputs x and is asked for the teacher's outputs y, so it also undo
 residual branch, y is what makes the sum with the student's residual stream the teacher's. (Asymmetric reconstruction: Zhang et al.,
 https://arxiv.org/abs/1505.06798, section 3.3; for transformers e.g. SVD-LLM, https://arxiv.org/abs/2403.07378, section 3.3.)
 
-For each layer only second moments are kept, of all tokens or of a sample. The hidden states between blocks, and what the teacher's layers of
-one block give, wait in temporary files (TMPDIR), so memory does not grow with images where those are on a disk.
+For each layer only second moments are kept, of all tokens or of a sample. The hidden states between blocks, and what the teacher's layers
+of one block give, wait in temporary files (TMPDIR), so memory does not grow with images where those are on a disk.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from compressvit.errors import UserError
+from compressvit.fitting.held_out import every_fourth
 from compressvit.fitting.lowrank import Tensor
 from compressvit.fitting.moments import frozen, is_finite, not_finite
 from compressvit.fitting.regression import Regression
@@ -142,6 +143,7 @@ def fit_in_order(
     teacher: nn.Module,
     batches: Iterable[Tensor],
     fits: Mapping[str, LayerFit],
+    held_out: Callable[[], Tensor] | None = None,
     sample: TokenSample | None = None,
 ) -> dict[str, float]:
     """Walk both models block by block and fit every linear layer named in `fits`, in the order they run.
@@ -152,6 +154,7 @@ def fit_in_order(
         teacher: in float32, on the device of the batches.
         batches: images (B, C, H, W), read once.
         fits: by path; linear layers within blocks.
+        held_out: asked once the images are read: which of them judge a fit, bool (N,). None: every fourth.
         sample: of the tokens that are summed up; None for all.
 
     Returns:
@@ -177,6 +180,7 @@ def fit_in_order(
             theirs.enter(images)
         if not sizes:
             raise UserError("there is no calibration image")
+        judges = (every_fourth(torch.arange(sum(sizes))) if held_out is None else held_out()).split(sizes)
         prefix = getattr(student, "num_prefix_tokens", 0)
         for position, block in enumerate(progress(blocks, "fitting layers block by block", len(blocks))):
             if position:
@@ -188,11 +192,11 @@ def fit_in_order(
             for layer in asked:
                 path = f"{block.path}.{layer.name}"
                 regression = Regression(scale_behind(ours.block, layer.branch))
-                for i, images_of_batch in enumerate(sizes):
+                for i, held_out_of_batch in enumerate(judges):
                     x, y, weights = layer.pair(ours.block, theirs.block, i, ours.hidden(i, device), fits[path])
                     if not (is_finite(x) and is_finite(y)):
                         raise not_finite(path)
-                    regression.add(x, y, weights, images_of_batch)
+                    regression.add(x, y, weights, held_out_of_batch)
                 errors[path] = fits[path].fit(student.get_submodule(path), regression)
             if following is not None:
                 theirs.info = following

@@ -18,7 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from compressvit.data.photographs import Photographed
 from compressvit.errors import UserError
+from compressvit.fitting.held_out import Seen
 from compressvit.fitting.lowrank import Metric, cholesky
 from compressvit.fitting.sampling import TokenSample, gathered
 from compressvit.log import progress
@@ -99,8 +101,8 @@ class Reference:
     Args:
         model: a copy that may be moved and converted to float32; its values are not changed.
         images: calibration images without labels, normalised for the model: a tensor (N, C, H, W), batches (also a
-            loader's pairs of images and targets), or a function that returns batches. None: no images; asking for moments then
-            raises a `UserError`.
+            loader's pairs of images and targets, or `Photographed`), or a function that returns batches. None: no images; asking for
+            moments then raises a `UserError`.
         tokens: how many tokens of every image are summed up besides its prefix tokens; None for all.
     """
 
@@ -112,6 +114,7 @@ class Reference:
         self._moments: dict[str, Moments] = {}
         self._known: dict[Any, Any] = {}
         self._different: set[bytes] = set()
+        self._seen = Seen()
 
     @property
     def too_alike(self) -> bool:
@@ -160,6 +163,7 @@ class Reference:
             batches = batches.split(_BATCH)
         if not isinstance(batches, Iterable):
             raise _wrong_images(type(batches).__name__, size)
+        self._seen = Seen()
         for batch in batches:
             images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
             if not isinstance(images, torch.Tensor):
@@ -171,7 +175,7 @@ class Reference:
             if not images.is_floating_point():
                 raise _wrong_images(f"images of {images.dtype}, which are not normalised", size)
             self.model.to(images.device, torch.float32)
-            self._look_at(images)
+            self._look_at(images, batch.photographs if isinstance(batch, Photographed) else None)
             yield images.detach().float()
 
     def _batch_count(self) -> int | None:
@@ -180,10 +184,16 @@ class Reference:
             return -(-len(self._images) // _BATCH)
         return len(self._images) if isinstance(self._images, Sized) else None
 
-    def _look_at(self, images: torch.Tensor) -> None:
+    def _look_at(self, images: torch.Tensor, photographs: torch.Tensor | None) -> None:
+        small = F.adaptive_avg_pool2d(images.detach().float(), 8)
+        self._seen.add(small, photographs)
         if len(self._different) < LEAST_IMAGES:
-            small = F.adaptive_avg_pool2d(images.detach().float(), 8).mul(64).round().nan_to_num().cpu()
-            self._different |= {image.numpy().tobytes() for image in small}
+            rounded = small.mul(64).round().nan_to_num().cpu()
+            self._different |= {image.numpy().tobytes() for image in rounded}
+
+    def held_out(self) -> torch.Tensor:
+        """Which images of the last pass through `batches` judge a fit to the others, bool (N,); see `compressvit.fitting.held_out`."""
+        return self._seen.held_out()
 
     def moments(self, paths: Sequence[str], *, outputs: bool) -> dict[str, Moments]:
         """The moments of the linear layers at `paths`; what was computed before is not computed again.

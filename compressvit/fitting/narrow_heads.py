@@ -7,9 +7,10 @@ With d' < d dimensions a head then has
 
 U V is the truncated singular value decomposition of the identity in the metric of what it is applied to: the second moment of q, bias
 included, on one side, and on the other the moment of the gradients at q, which says what a change of it does to the model's output. (They
-are sums over keys, weighted by what the softmax lets through; without gradients the covariance of k takes their place: what is equal for all
-keys leaves the softmax unchanged.) T and R are those of W_o in the metric of the values that the head averages and of the outputs.
-The result is attention with a smaller head dimension. Its logits keep the teacher's scale 1/√d, so q' carries √(d'/d).
+are sums over keys, weighted by what the softmax lets through; without gradients the covariance of k takes their place: what is equal for
+all keys leaves the softmax unchanged.) T and R are those of W_o in the metric of the values that the head averages and of the outputs.
+The result is attention with a smaller head dimension. It divides its logits by √d' where the teacher
+divides by √d, so q' carries √(d'/d).
 
 (For language models: MoDeGPT, ICLR 2025, https://arxiv.org/abs/2408.09632, whose type-II and type-III modules are these two products.)
 """

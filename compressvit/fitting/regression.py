@@ -70,13 +70,12 @@ class Regression:
     ridges: tuple[float, ...] = RIDGES
     fitted: Sums = field(default_factory=Sums)
     held_out: Sums = field(default_factory=Sums)
-    _images: int = 0
 
-    def add(self, x: Tensor, y: Tensor, weights: Tensor, images: int) -> None:
-        """Add the tokens of a batch of images, one after the other: x (…, in), y (…, out), weights (…, 1). One in four is held out."""
-        held_out = (torch.arange(images, device=x.device) + self._images) % 4 == 3
-        self._images += images
-        tokens = [t.reshape(images, -1, t.shape[-1]) for t in (x, y, weights)]
+    def add(self, x: Tensor, y: Tensor, weights: Tensor, held_out: Tensor) -> None:
+        """Add the tokens of a batch of images, one after the other: x (…, in), y (…, out), weights (…, 1). `held_out`, bool (B,), says
+        which images judge the fit (`compressvit.fitting.held_out`)."""
+        held_out = held_out.to(x.device)
+        tokens = [t.reshape(len(held_out), -1, t.shape[-1]) for t in (x, y, weights)]
         for sums, mask in ((self.fitted, ~held_out), (self.held_out, held_out)):
             if mask.any():
                 sums.add(*(t[mask].flatten(0, 1) for t in tokens))

@@ -8,6 +8,7 @@
 | a plan of `lors` in which no layer shares | a plan of `low_rank` |
 | `score: gradient` of `prune` in a resolved recipe, without `milestones` | `score: taylor` |
 | `adaptformer` and `fact` in a resolved recipe, without `dropout` | `dropout: 0.0` |
+| `data` in a resolved recipe, without `group_by` | `group_by: null`, every image by itself |
 | tensors `P.low_rank.down`, `P.low_rank.up`, `P.bias` where layer P is low rank alone | `P.down.weight`, `P.up.weight`, `P.up.bias` |
 
 Only files written by a run or by `save` are translated. In a recipe from a user, steps refuse an old word and name the new one.
@@ -48,11 +49,15 @@ def current_recipe(content: Any, *, complete: bool = True) -> Any:
     """
     if not isinstance(content, dict) or not isinstance(content.get("steps"), list):
         return content
-    return {**content, "steps": [_step(entry, complete) for entry in content["steps"]]}
+    found = {**content, "steps": [_step(entry, complete) for entry in content["steps"]]}
+    if complete and isinstance(content.get("data"), dict):
+        found["data"] = {**_ADDED_TO_DATA, **content["data"]}
+    return found
 
 
 _NEWEST = "milestones"  # an option of every phase, so every resolved recipe of a later version has it
 # By step, options that were added since and the values that a run without them had.
+_ADDED_TO_DATA: Options = {"group_by": None}
 _ADDED: dict[str, Options] = {"adaptformer": {"dropout": 0.0}, "fact": {"dropout": 0.0}}
 
 

@@ -104,7 +104,10 @@ class Calibration(Spec):
     """Training images, without labels, on which transforms measure the error of an approximation."""
 
     images: int = Field(
-        256, ge=1, description="Number of images, drawn by the seed, without augmentation. A few hundred are enough."
+        256,
+        ge=1,
+        description="Number of images, drawn by the seed, without augmentation, of as many photographs as possible (data.group_by). A few "
+        "hundred are enough.",
     )
     tokens: int | None = Field(
         None,

@@ -100,9 +100,9 @@ def apply(
         >>> run.results.student.top1  # doctest: +SKIP
         97.21
     """
-    recipe, name, text = _recipe(recipe, overrides)
-    refuse_processes()
     folder = RunFolder(output)
+    recipe, name, text = _recipe(recipe, overrides, folder if resume else None)
+    refuse_processes()
     folder.refuse_or_clear(recipe, resume=resume, overwrite=overwrite)
     if resume and (finished := _finished(recipe, folder, device, console, report)):
         return finished
@@ -169,8 +169,15 @@ def _run(
     return RunResult(results, folder.path, merged, _models=lambda: (trained.student.model, trained.teacher.model))
 
 
-def _recipe(given: Recipe | Mapping[str, Any] | str | Path, overrides: Sequence[str]) -> tuple[Recipe, str, str]:
-    """A recipe, its name in messages, and its text."""
+def _recipe(
+    given: Recipe | Mapping[str, Any] | str | Path, overrides: Sequence[str], resumed: RunFolder | None
+) -> tuple[Recipe, str, str]:
+    """A recipe, its name in messages, and its text; `resumed` is the folder of a run that it is to go on with."""
+    recipe, name, text = _read(given, overrides)
+    return (recipe if resumed is None else resumed.as_begun(recipe)), name, text
+
+
+def _read(given: Recipe | Mapping[str, Any] | str | Path, overrides: Sequence[str]) -> tuple[Recipe, str, str]:
     if isinstance(given, Recipe):
         if overrides:
             raise UserError(

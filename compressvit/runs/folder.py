@@ -96,6 +96,15 @@ class RunFolder:
         elif occupied:
             refuse_foreign(self.path)
 
+    def as_begun(self, recipe: Recipe) -> Recipe:
+        """The recipe to resume the run with: one from before `group_by: auto` keeps every image by itself (null, as its recipe says), so
+        that the same images are held out."""
+        with suppress(UserError, OSError):
+            before = flat(current_recipe(read_yaml(self.path / RESOLVED)))
+            if before.get("data.group_by", "auto") is None and recipe.data.group_by == "auto":
+                return recipe.model_copy(update={"data": recipe.data.model_copy(update={"group_by": None})})
+        return recipe
+
     def _refuse_other_recipe(self, recipe: Recipe) -> None:
         if not (self.path / RESOLVED).is_file():
             raise UserError(

@@ -17,7 +17,7 @@ from compressvit.recipe.recipe import Recipe
 from compressvit.runs.evaluate import Scorer
 from compressvit.runs.job import prepare
 from compressvit.runs.models import build_student, load_teacher
-from compressvit.runs.run import calibration_images
+from compressvit.runs.run import calibration, calibration_images
 from compressvit.runs.tables import ledger_table
 from compressvit.tasks.qualities import words
 from compressvit.training import optimisation as opt
@@ -86,9 +86,9 @@ class OneShot:
         opt.seed_everything(recipe.seed, 1)
         self._start = build_student(recipe, teacher)
         self._images = calibration_images(self.job)
-        self._source = Reference(
-            surgery.deep_copy(self._start), self._images, recipe.calibration.tokens
-        )  # its moments are reused for every student
+        # its moments are reused for every student
+        tokens = recipe.calibration.tokens
+        self._source = Reference(surgery.deep_copy(self._start), calibration(self.job), tokens)
         self.teacher = Side(teacher.to(self.job.device).eval(), self.job.teacher.input)
         self.scorer = Scorer(self.job.datasets, recipe.data, self.job.device)
 

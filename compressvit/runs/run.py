@@ -15,6 +15,7 @@ from compressvit.artifacts import artifact
 from compressvit.charts.plots import ranks_finding
 from compressvit.data.input import Side
 from compressvit.data.loaders import calibration_batches, train_loader
+from compressvit.data.photographs import Photographed
 from compressvit.diagnostics.cka_layers import likeness
 from compressvit.errors import UserError, switch
 from compressvit.files import disk_faults, write_json
@@ -154,10 +155,7 @@ class Run:
     def _likeness(self, student: Side, teacher: Side | None) -> Likeness:
         assert teacher is not None, "layers are paired with those of a teacher"
         images = self.recipe.calibration.images
-        return likeness(student, teacher, self._calibration_images(), self.device, images=images)
-
-    def _calibration_images(self) -> Callable[[], Iterator[torch.Tensor]]:
-        return calibration_images(self.job)
+        return likeness(student, teacher, calibration_images(self.job), self.device, images=images)
 
     def _transform(self, student: nn.Module, part: Part) -> nn.Module:
         """Apply consecutive transforms. The result of data-driven ones is stored: it takes long to compute, and with another order of
@@ -170,7 +168,7 @@ class Run:
             self.log.say(f"{kept.name}: read from {kept}, as it was before the run stopped")
         else:
             tokens = self.recipe.calibration.tokens
-            ledger = transform_(student, part.transforms, self._calibration_images(), tokens=tokens)
+            ledger = transform_(student, part.transforms, calibration(self.job), tokens=tokens)
             if any(spec.needs_images for spec in part.transforms):
                 _keep_transformed(student, ledger, kept, self.job.student.input.as_dict())
         if ledger:
@@ -189,8 +187,8 @@ class Run:
             self.folder.keep(ranks_finding({path: ranks[path] for path in order}, full))
 
 
-def calibration_images(job: Job) -> Callable[[], Iterator[torch.Tensor]]:
-    """A function that returns batches (B, C, H, W) of the recipe's calibration images, normalised for the student."""
+def calibration(job: Job) -> Callable[[], Iterator[Photographed]]:
+    """A function that returns batches of the recipe's calibration images, normalised for the student, with their photographs."""
     recipe = job.recipe
     return partial(
         calibration_batches,
@@ -201,6 +199,12 @@ def calibration_images(job: Job) -> Callable[[], Iterator[torch.Tensor]]:
         images=recipe.calibration.images,
         seed=recipe.seed,
     )
+
+
+def calibration_images(job: Job) -> Callable[[], Iterator[torch.Tensor]]:
+    """The same images alone, (B, C, H, W)."""
+    batches = calibration(job)
+    return lambda: (batch.images for batch in batches())
 
 
 def _keep_transformed(student: nn.Module, ledger: list[LedgerEntry], path: Path, config: dict[str, Any]) -> None:

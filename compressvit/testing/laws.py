@@ -106,7 +106,10 @@ def no_path_or_key_goes_or_changes_shape(case: Case) -> None:
     require(gone == dropped, f"{case}: keys {sorted(gone)} go, and the plan drops {sorted(dropped)}")
     for name in shapes.keys() & own.keys():
         changes = own[name].shape != shapes[name]
-        require(changes == (name in resized), f"{case}: {name} changes its shape: {changes}, and the plan says {not changes}")
+        require(
+            changes == (name in resized),
+            f"{case}: {name} changes its shape: {changes}, and the plan says {not changes}",
+        )
 
 
 @law(EVERY_CASE)

@@ -111,9 +111,8 @@ def _fit_in_order(plans: Sequence[Plan], student: nn.Module, reference: Referenc
     if not fits:
         return {}
     walk = _without_what_is_set_aside(surgery.deep_copy(student)).float()
-    return fit_in_order(
-        walk, _without_what_is_set_aside(reference.model), reference.batches(), fits, reference.sample()
-    )
+    teacher = _without_what_is_set_aside(reference.model)
+    return fit_in_order(walk, teacher, reference.batches(), fits, reference.held_out, reference.sample())
 
 
 def _without_what_is_set_aside(model: nn.Module) -> nn.Module:
@@ -181,7 +180,7 @@ def compress(model: nn.Module, transforms: Sequence[Transform], calibration: Ima
         model: a model of a family that compressvit knows (`compressvit.model.families`).
         transforms: applied in order, e.g. `[Multiplex(share=2)]`.
         calibration: a few hundred unlabelled images, normalised for the model, for data-driven transforms: a tensor (N, C, H, W), or
-            batches that can be iterated more than once.
+            batches that can be iterated more than once; batches may be `compressvit.data.photographs.Photographed`.
 
     Returns:
         A timm model of the same class, whose paths and keys are those of `model` plus what the transforms added.

@@ -29,6 +29,7 @@ from compressvit.model.family import Need
 from compressvit.model.linear import weight_shape
 from compressvit.transforms.base import LedgerEntry, record, transform
 from compressvit.transforms.on_blocks import OnBlocks
+from compressvit.transforms.record import made_narrower
 from compressvit.transforms.term import TermPlan, add_to_weight_, new_like, with_term
 
 wrap("rearrange")  # torch.fx records the call: einops does not take its proxies
@@ -195,11 +196,12 @@ class FacT(OnBlocks):
             adapted = [info for info in stage if info in chosen]
             for info in adapted:
                 for name in LAYERS:
-                    shape = weight_shape(projection(model, f"{info.path}.{name}", "fact"))
+                    path = f"{info.path}.{name}"
+                    shape = weight_shape(projection(model, path, "fact"))
                     if min(shape) != info.width or max(shape) % info.width:
                         raise UserError(
-                            f"fact cuts projections into {info.width}×{info.width} slots, which {info.path}.{name}, {shape}, is not "
-                            "made of; use lora, which takes any shape"
+                            f"fact cuts projections into {info.width}×{info.width} slots, which {path}, {shape}"
+                            f"{made_narrower(model, path)}, is not made of; use lora, which takes any shape"
                         )
                     if self.rank > info.width:
                         raise UserError(f"fact.rank={self.rank} is more than the width {info.width} of {info.path}")

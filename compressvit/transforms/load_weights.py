@@ -46,7 +46,7 @@ class LoadWeightsPlan(Plan):
             # equal names and shapes do not imply the same function, e.g. form=reference and form=identity
             raise UserError(
                 f"load_weights: {self.artifact} was made by other transforms than this student: "
-                f"{_differences(made_by, asked)}. Give the recipe the settings that its compressvit.json lists"
+                f"{_differences(made_by, asked)}; give the recipe the settings that its compressvit.json lists"
             )
         stored = read_tensors(folder)
         require_as_written(folder, stored)

@@ -54,6 +54,14 @@ def require_free(model: nn.Module, step: str, wanted: Iterable[Claim]) -> None:
         raise UserError(text)
 
 
+def made_narrower(model: nn.Module, path: str) -> str:
+    """Why the layer at `path` has another size than the teacher's, for messages; empty where it has the teacher's."""
+    step = next(
+        (word for word, claim in compression_of(model).claims if claim.kind == "narrow" and path in claim.paths), ""
+    )
+    return f" after the earlier {step}" if step else ""
+
+
 def trained_names(model: nn.Module) -> set[str] | None:
     """Names of the parameters that phases train, including the classifier's, if transforms freeze the others; else None."""
     asked = [names for plan in compression_of(model).plans if (names := plan.trains(model)) is not None]

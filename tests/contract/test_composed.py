@@ -32,8 +32,10 @@ TOO_LATE = {
     for later in ("align", "narrow", "shrink")
     if name not in ("align", "load_weights", "freeze", "bitfit", "head_norm")
 }
-NARROWER = {(name, later) for name in ("narrow", "shrink") for later in ("low_rank", "lors", "multiplex")}
-CONFLICTS = NO_PLACE | ONE_WEIGHT | TWICE | ONE_SLOT | TOO_LATE | NARROWER
+NARROWER = {(name, later) for name in ("narrow", "shrink") for later in ("low_rank", "lors", "multiplex", "fact")}
+# The forms that a budget chooses for other values are others.
+OTHER_VALUES = {("shrink", "load_weights")}
+CONFLICTS = NO_PLACE | ONE_WEIGHT | TWICE | ONE_SLOT | TOO_LATE | NARROWER | OTHER_VALUES
 
 # Adapters on adapters, and adapters with others, need not be tried on every kind of model.
 PAIRS = [

@@ -341,5 +341,7 @@ def test_groups_that_do_not_group(tmp_path):
     assert notes_of(found) == {"held_out": [1], "ungrouped": [10]}
     with pytest.raises(UserError, match="all 10 images are of one group"):
         opened(tmp_path, "images", group_by="png")
-    with pytest.raises(ValueError, match=r"neither folder nor a regular expression"):
+    with pytest.raises(ValueError, match=r"nor a regular expression"):
         Data(name="images", group_by="(")
+    for word in ("auto", "stem", "folder", "none", None):
+        assert Data(name="images", group_by=word).group_by == word

@@ -13,7 +13,9 @@ LEAST = 1e-6  # the ridge that is always there
 def problem(inputs: int = 12, outputs: int = 5, tokens: int = 200, seed: int = 0):
     generator = torch.Generator().manual_seed(seed)
     z = torch.randn(tokens, inputs, generator=generator, dtype=torch.float64)
-    z = z @ torch.randn(inputs, inputs, generator=generator, dtype=torch.float64)  # inputs that say something of each other
+    z = z @ torch.randn(
+        inputs, inputs, generator=generator, dtype=torch.float64
+    )  # inputs that say something of each other
     weight = torch.randn(outputs, inputs, generator=generator, dtype=torch.float64)
     return weight, z.mT @ z / tokens
 
@@ -24,7 +26,8 @@ def test_the_error_is_that_of_the_best_layer_without_them(at_once):
     whole = moment + LEAST * moment.diagonal().mean() * torch.eye(12, dtype=torch.float64)
     found = eliminate(weight, moment, 0.0, [12, 9, 4, 1], at_once=at_once)
     assert list(found) == [12, 9, 4, 1]
-    assert found[12].error == 0 and found[12].weight.equal(weight)
+    assert found[12].error == 0
+    assert found[12].weight.equal(weight)
     for width, removal in found.items():
         kept = removal.kept
         best = torch.linalg.solve(whole[kept][:, kept], whole[kept] @ weight.mT).mT
@@ -32,13 +35,15 @@ def test_the_error_is_that_of_the_best_layer_without_them(at_once):
         wrong[:, kept] -= best
         torch.testing.assert_close(removal.weight, best)
         error = (wrong @ whole * wrong).sum().item()
-        assert len(kept) == width and removal.error == pytest.approx(error, rel=1e-9, abs=1e-12)
+        assert len(kept) == width
+        assert removal.error == pytest.approx(error, rel=1e-9, abs=1e-12)
 
 
 def test_less_is_left_the_more_it_costs():
     weight, moment = problem()
     errors = [removal.error for removal in eliminate(weight, moment, 1e-3, range(1, 13)).values()]
-    assert errors == sorted(errors) and errors[0] == 0
+    assert errors == sorted(errors)
+    assert errors[0] == 0
 
 
 def test_what_others_say_as_well_goes_first_and_costs_nothing():

@@ -78,7 +78,9 @@ def test_what_a_layer_is_asked_for_makes_the_hidden_state_the_teachers(name, mon
                 )
             ]
             if replaced is not None:
-                hooks.append(model.get_submodule(path).register_forward_hook(lambda m, i, o, y=replaced: y.reshape(o.shape)))
+                hooks.append(
+                    model.get_submodule(path).register_forward_hook(lambda m, i, o, y=replaced: y.reshape(o.shape))
+                )
             model(images)
             for hook in hooks:
                 hook.remove()

@@ -58,7 +58,8 @@ def test_products_of_that_rank_lose_nothing(by_gradients):
 def test_all_dimensions_are_the_teachers_function():
     weight, bias, projection, x = attention()
     found = decomposed(weight, bias, projection, x)
-    assert len(found.errors) == SIZE + 1 and found.errors[-1] == 0
+    assert len(found.errors) == SIZE + 1
+    assert found.errors[-1] == 0
     assert (found.errors.diff() <= 0).all()
     maps = found.maps(SIZE)
     logits, out = computed(*maps.narrow(weight, bias), maps.projection(projection), x, SIZE)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from compressvit.fitting.held_out import every_fourth
 from compressvit.fitting.regression import RIDGES, Regression
 
 IMAGES, TOKENS, INNER, OUT = 8, 3, 4, 2
@@ -25,8 +26,9 @@ def flat(*tensors: Tensor) -> list[Tensor]:
 
 def filled(x: Tensor, y: Tensor, weights: Tensor, batch: int, scale: Tensor | None = None) -> Regression:
     regression = Regression(scale)
-    for parts in zip(x.split(batch), y.split(batch), weights.split(batch), strict=True):
-        regression.add(*parts, len(parts[0]))
+    held_out = every_fourth(torch.arange(len(x)))
+    for parts in zip(*(t.split(batch) for t in (x, y, weights, held_out)), strict=True):
+        regression.add(*parts)
     return regression
 
 

@@ -12,8 +12,10 @@ from compressvit.fitting.sampling import TokenSample, gathered
 
 def test_prefix_tokens_are_always_there_and_others_stand_for_all():
     places, weights = TokenSample(6, seed=3).draw(images=5, tokens=20, prefix=2)
-    assert places.shape == (5, 8) and weights.shape == (5, 8, 2)
-    assert (places[:, :2] == torch.arange(2)).all() and (places[:, 2:] >= 2).all()
+    assert places.shape == (5, 8)
+    assert weights.shape == (5, 8, 2)
+    assert (places[:, :2] == torch.arange(2)).all()
+    assert (places[:, 2:] >= 2).all()
     assert all(len(set(row)) == 8 for row in places.tolist())  # none twice
     assert weights[..., 0].sum(dim=1).tolist() == pytest.approx([20.0] * 5)
     assert weights[..., 1].tolist() == [[1.0, 1.0] + [0.0] * 6] * 5
@@ -25,7 +27,8 @@ def test_prefix_tokens_are_always_there_and_others_stand_for_all():
 @pytest.mark.parametrize("count", [None, 18, 50])
 def test_all_tokens_are_taken_where_there_are_no_more(count):
     places, weights = TokenSample(count).draw(images=3, tokens=20, prefix=2)
-    assert places is None and (weights[..., 0] == 1).all()
+    assert places is None
+    assert (weights[..., 0] == 1).all()
     tokens = torch.randn(3, 20, 4)
     assert gathered(tokens, places) is tokens
 

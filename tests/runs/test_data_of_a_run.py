@@ -268,6 +268,23 @@ def test_another_number_of_workers_is_another_order_of_a_stream(tmp_path, name, 
     assert "data.download" not in str(error.value)
 
 
+@pytest.mark.parametrize("before", ["  group_by: null\n", ""], ids=["null", "absent"])
+def test_a_run_from_before_photographs_were_told_apart_is_resumed_with_its_images(tmp_path, before):
+    recipe = parse_recipe(TINY)
+    resolved = recipe.to_yaml()
+    assert resolved.count("  group_by: auto\n") == 1
+    (tmp_path / "resolved.yaml").write_text(resolved.replace("  group_by: auto\n", before))
+    folder = RunFolder(tmp_path)
+    same = folder.as_begun(recipe)
+    assert same.data == recipe.data.model_copy(update={"group_by": None})
+    folder.refuse_or_clear(same, resume=True, overwrite=False)
+    other = folder.as_begun(parse_recipe(TINY, overrides=["data.group_by=folder"]))
+    with pytest.raises(UserError, match=r"data.group_by: None in the run, 'folder' now"):
+        folder.refuse_or_clear(other, resume=True, overwrite=False)
+    (tmp_path / "resolved.yaml").write_text(resolved)
+    assert folder.as_begun(recipe) == recipe
+
+
 def test_what_identifies_data():
     """Names below the folder that all have in common, labels, and which of them are used."""
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from compressvit.data.data_set import data_set
 from compressvit.data.files import Found, PictureFiles, Search
 from compressvit.data.notes import counted
+from compressvit.data.photographs import notes_of_photographs, photographs
 from compressvit.data.pictures import EXTENSIONS
 from compressvit.data.sets.base import TRAIN_FOLDERS, VAL_FOLDERS, existing_root, split_names
 from compressvit.data.spec import Data
@@ -23,7 +23,7 @@ NO_LABEL = -1
 @data_set("images", note="unlabelled, searched recursively", labelled=False, listed=True)
 def open_images(data: Data) -> tuple[PictureFiles, PictureFiles]:
     """FOLDER/train and FOLDER/val if they exist, under the names that `folder` also accepts. Without a validation folder, every
-    1/val_fraction-th image or group (`data.group_by`) is held out; without a training folder, all images not held out are used."""
+    1/val_fraction-th photograph (`data.group_by`) is held out; without a training folder, all images not held out are used."""
     root = existing_root(data, LAYOUT)
     validation = _folder(root, data.val_split, VAL_FOLDERS)
     train = _folder(root, data.train_split, TRAIN_FOLDERS)
@@ -32,12 +32,12 @@ def open_images(data: Data) -> tuple[PictureFiles, PictureFiles]:
     held_out = _search(validation, data)
     if train is not None:
         used = (train.name, validation.name)
-        return _set(_search(train, data)), _set(held_out, _others(root, used))
+        return _to_train_on(_search(train, data), data), _set(held_out, _others(root, used))
     # no folder that is called like a validation split is trained on
     kept = [name for name in split_names(data.val_split, VAL_FOLDERS) if os.path.isdir(root / name)]
     rest = _search(root, data, leave_out=kept)
     text = f"{counted(len(rest.found))} outside {', '.join(f'{name}/' for name in kept)} to train on; validation is {validation.name}/"
-    return _set(rest, [Note("split", len(rest.found), text)]), _set(held_out)
+    return _to_train_on(rest, data, [Note("split", len(rest.found), text)]), _set(held_out)
 
 
 def _folder(root: Path, split: str, usual: Sequence[str]) -> Path | None:
@@ -58,6 +58,11 @@ def _set(search: Search, notes: Sequence[Note] = ()) -> PictureFiles:
     return _files(search.found, [*notes, *search.notes()])
 
 
+def _to_train_on(search: Search, data: Data, notes: Sequence[Note] = ()) -> PictureFiles:
+    groups, of_groups = photographs(_paths(search.found), data.group_by)
+    return _set(search, [*notes, *of_groups, *notes_of_photographs(groups, data.group_by)])
+
+
 def _files(found: Sequence[Found], notes: Sequence[Note] = ()) -> PictureFiles:
     return PictureFiles([(file.path, NO_LABEL) for file in found], None, notes)
 
@@ -72,13 +77,13 @@ def _others(root: Path, used: Sequence[str]) -> list[Note]:
 
 
 def _held_out(search: Search, data: Data) -> tuple[PictureFiles, PictureFiles]:
-    """Every 1/val_fraction-th group is held out; by default every image is a group of its own."""
+    """Every 1/val_fraction-th photograph, or other group, is held out with all its images."""
     found = search.found
     if len(found) < 2:
         raise UserError(
             f"data.root={data.root}: a single image cannot be used for both training and evaluation; add images"
         )
-    groups, notes = _groups(found, data.group_by)
+    groups, notes = photographs(_paths(found), data.group_by)
     names = list(dict.fromkeys(groups))
     if len(names) < 2:
         raise UserError(
@@ -89,7 +94,9 @@ def _held_out(search: Search, data: Data) -> tuple[PictureFiles, PictureFiles]:
     chosen = set(names[every - 1 :: every]) or {names[-1]}
     train = [file for file, group in zip(found, groups, strict=True) if group not in chosen]
     held_out = [file for file, group in zip(found, groups, strict=True) if group in chosen]
-    if data.group_by is None:
+    if data.group_by == "auto" and len(names) < len(found):
+        how = f"all of every {_ordinal(every)} of {len(names):,} photographs, by name (data.group_by)"
+    elif data.group_by in ("auto", "none", None):
         how = (
             f"every {_ordinal(every)} image in natural order of the paths. Crops or frames of one photograph fall on both sides, which "
             "makes figures too good: data.group_by keeps them together"
@@ -97,23 +104,12 @@ def _held_out(search: Search, data: Data) -> tuple[PictureFiles, PictureFiles]:
     else:
         how = f"all of every {_ordinal(every)} of {len(names):,} groups (data.group_by={data.group_by})"
     notes.insert(0, Note("held_out", len(held_out), f"{counted(len(held_out))} of {len(found):,} held out: {how}"))
+    notes += notes_of_photographs([group for group in groups if group not in chosen], data.group_by)
     return _files(train, [*notes, *search.notes()]), _files(held_out)
 
 
-def _groups(found: Sequence[Found], group_by: str | None) -> tuple[list[str], list[Note]]:
-    """The group of every image: its folder, or what a regular expression finds in its path."""
-    if group_by is None:
-        return ["/".join(file.parts) for file in found], []
-    if group_by == "folder":
-        return ["/".join(file.parts[:-1]) for file in found], []
-    pattern = re.compile(group_by)
-    groups, alone = [], 0
-    for path in ("/".join(file.parts) for file in found):
-        match = pattern.search(path)
-        alone += match is None
-        groups.append(path if match is None else "\0".join(part or "" for part in match.groups()) or match.group())
-    text = f"{counted(alone)} in which data.group_by={group_by} finds nothing, each a group of its own"
-    return groups, [Note("ungrouped", alone, text)] if alone else []
+def _paths(found: Sequence[Found]) -> list[str]:
+    return ["/".join(file.parts) for file in found]
 
 
 def _ordinal(number: int) -> str:

@@ -5,8 +5,8 @@
     qkv   the two products of every head, with fewer dimensions (`compressvit.fitting.narrow_heads`); only the heads that are kept
     proj  what reads those
 
-Each can be low rank besides. In the fit in order, `fc1` and `qkv` are first fitted to all of the teacher's outputs from the student's inputs
-and then made narrower, with the moments of those inputs; `fc2` and `proj` are fitted from what the narrower layers give.
+Each can be low rank besides. In the fit in order, `fc1` and `qkv` are first fitted to all of the teacher's outputs from the student's
+inputs and then made narrower, with the moments of those inputs; `fc2` and `proj` are fitted from what the narrower layers give.
 """
 
 from __future__ import annotations

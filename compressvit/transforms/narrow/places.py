@@ -69,7 +69,10 @@ def _neurons(mlp: Any) -> tuple[int, bool]:
 
 
 def _plain(*layers: nn.Module) -> bool:
-    return all(type(layer) is nn.Linear for layer in layers)
+    """Whether these are linear layers, also where an earlier step has changed them: it is then that step which is refused."""
+    from compressvit.transforms.low_rank.layer import Factored
+
+    return all(isinstance(layer, (nn.Linear, Factored)) for layer in layers)
 
 
 def narrowable(found: Sequence[Place]) -> bool:

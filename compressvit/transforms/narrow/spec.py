@@ -19,9 +19,11 @@ from compressvit.fitting.moments import Reference
 from compressvit.model.backbone import model_name
 from compressvit.model.family import Need
 from compressvit.transforms.base import Transform, transform
+from compressvit.transforms.claims import orders
 from compressvit.transforms.narrow.form import BlockForm
 from compressvit.transforms.narrow.places import Place, narrowable, places
 from compressvit.transforms.narrow.plan import NarrowPlan, smaller
+from compressvit.transforms.record import require_free
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -56,10 +58,11 @@ class NarrowStep(Transform):
             UserError: none of them can be made narrower.
         """
         found = places(model, self.backbone(model))
+        require_free(model, self.name, [orders(place.path) for place in found])
         if not narrowable(found):
             raise UserError(
-                f"{self.name}: {model_name(model)} has no block that can be made narrower: neither an MLP of timm's Mlp or GluMlp, without a "
-                "norm inside, nor attention whose heads can be changed; low_rank works on it"
+                f"{self.name}: {model_name(model)} has no block that can be made narrower: neither an MLP without a norm inside (timm's Mlp or "
+                "GluMlp) nor attention whose heads can be changed; low_rank works on it"
             )
         return found
 
