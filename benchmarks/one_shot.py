@@ -20,7 +20,7 @@ from compressvit.data.input import Side, input_config
 from compressvit.data.loaders import calibration_batches, eval_loader
 from compressvit.data.opening import open_data
 from compressvit.errors import UserError
-from compressvit.fitting.moments import Reference
+from compressvit.fitting.reference import Reference
 from compressvit.model.ties import count_parameters
 from compressvit.recipe.recipe import load_recipe
 from compressvit.training.evaluate import evaluate

@@ -19,7 +19,7 @@ from typing import Any
 
 from compressvit.diagnostics.similarity import sharing_finding, sharing_losses
 from compressvit.diagnostics.spectra import spectra_findings
-from compressvit.fitting.moments import Reference
+from compressvit.fitting.reference import Reference
 from compressvit.model.backbone import describe
 from compressvit.programs.opened import OpenedModels
 from compressvit.programs.program import Findings, program_of_models, table_of, whole

@@ -6,8 +6,8 @@ W for the inputs that are left has a mean squared error greater by
     tr(G W_R (P_RR)⁻¹ W_Rᵀ),   P = S⁻¹ over the inputs before the removal, W_R the columns of R,
 
 in the metric G of the outputs, and both W and P follow by one step of Gaussian elimination. Removing a few at a time, those that cost
-least, gives the order of all inputs, and with it the error of every width in one go. (Hassibi & Stork, NeurIPS 1992, for single weights; for
-columns of a layer e.g. ZipLM, https://arxiv.org/abs/2302.04089.)
+least, gives the order of all inputs, and with it the error of every width in one go. (Hassibi & Stork, NeurIPS 1992, for single weights;
+for columns of a layer e.g. ZipLM, https://arxiv.org/abs/2302.04089.)
 
 For the hidden neurons of an MLP, whose `fc2` is the layer, and for whole heads, which are groups of inputs of `proj`.
 """

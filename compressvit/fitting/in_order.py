@@ -11,14 +11,11 @@ of one block give, wait in temporary files (TMPDIR), so memory does not grow wit
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -28,6 +25,7 @@ from compressvit.fitting.lowrank import Tensor
 from compressvit.fitting.moments import frozen, is_finite, not_finite
 from compressvit.fitting.regression import Regression
 from compressvit.fitting.sampling import TokenSample, gathered
+from compressvit.fitting.spool import Spool, scratch_folder
 from compressvit.log import progress
 from compressvit.model.backbone import describe
 from compressvit.model.family import BlockInfo, Branch
@@ -53,56 +51,13 @@ class _Reached(Exception):
     """A forward pass came to the module it was run for."""
 
 
-class _Spool:
-    """One tensor a batch, kept on the disk between two passes."""
-
-    def __init__(self, folder: Path, name: str):
-        self._stem, self._count = folder / name, 0
-
-    def append(self, tensor: Tensor) -> None:
-        self._count += 1
-        self.replace(self._count - 1, tensor)
-
-    def replace(self, index: int, tensor: Tensor) -> None:
-        try:
-            np.save(self._file(index), tensor.cpu().numpy())
-        except OSError as error:
-            raise _no_room(str(self._stem.parent), error) from error
-
-    def read(self, index: int, device: torch.device) -> Tensor:
-        return torch.from_numpy(np.load(self._file(index))).to(device)
-
-    def __len__(self) -> int:
-        return self._count
-
-    def _file(self, index: int) -> Path:
-        return self._stem.with_name(f"{self._stem.name}_{index}.npy")
-
-
-def _no_room(folder: str, error: OSError) -> UserError:
-    return UserError(
-        f"the hidden states of the calibration images cannot be stored in {folder}: {error.strerror or error}; point TMPDIR at a folder "
-        "with room, give fewer calibration images, or fit layers one by one (sequential: false)"
-    )
-
-
-@contextmanager
-def _folder() -> Iterator[Path]:
-    try:
-        folder = tempfile.TemporaryDirectory(prefix="compressvit-", ignore_cleanup_errors=True)
-    except OSError as error:
-        raise _no_room(os.environ.get("TMPDIR", "the temporary folder"), error) from error
-    with folder as path:
-        yield Path(path)
-
-
 class _Side:
     """Teacher or student on its way through the blocks, with the hidden states of every batch before the present one."""
 
     def __init__(self, model: nn.Module, folder: Path, name: str):
         self.model = model
         self.info = describe(model).blocks[0]
-        self._hidden = _Spool(folder, name)
+        self._hidden = Spool(folder, name)
 
     @property
     def block(self) -> nn.Module:
@@ -169,17 +124,9 @@ def fit_in_order(
     while blocks and not wanted[blocks[-1].path]:
         blocks.pop()
     errors: dict[str, float] = {}
-    with torch.no_grad(), _folder() as folder, frozen(student), frozen(teacher):
+    with torch.no_grad(), scratch_folder() as folder, frozen(student), frozen(teacher):
         ours, theirs = _Side(student, folder, "student"), _Side(teacher, folder, "teacher")
-        sizes, device = [], torch.device("cpu")
-        for images in batches:
-            sizes.append(len(images))
-            device = images.device
-            student.to(device)
-            ours.enter(images)
-            theirs.enter(images)
-        if not sizes:
-            raise UserError("there is no calibration image")
+        sizes, device = _enter(ours, theirs, batches)
         judges = (every_fourth(torch.arange(sum(sizes))) if held_out is None else held_out()).split(sizes)
         prefix = getattr(student, "num_prefix_tokens", 0)
         for position, block in enumerate(progress(blocks, "fitting layers block by block", len(blocks))):
@@ -203,6 +150,20 @@ def fit_in_order(
     return errors
 
 
+def _enter(ours: _Side, theirs: _Side, batches: Iterable[Tensor]) -> tuple[list[int], torch.device]:
+    """Take the images up to the first block of both models; the sizes of the batches, and where they are."""
+    sizes, device = [], torch.device("cpu")
+    for images in batches:
+        sizes.append(len(images))
+        device = images.device
+        ours.model.to(device)
+        ours.enter(images)
+        theirs.enter(images)
+    if not sizes:
+        raise UserError("there is no calibration image")
+    return sizes, device
+
+
 class _Asked:
     """What the teacher asks of one layer of the present block, batch by batch.
 
@@ -213,7 +174,7 @@ class _Asked:
 
     def __init__(self, name: str, branch: Branch | None, folder: Path):
         self.name, self.branch = name, branch
-        self._outputs, self._streams = _Spool(folder, f"{name}_outputs"), _Spool(folder, f"{name}_stream")
+        self._outputs, self._streams = Spool(folder, f"{name}_outputs"), Spool(folder, f"{name}_stream")
         self._places: list[Tensor | None] = []  # (B, tokens) of a batch in the order of the layer; None for all
         self._weights: list[Tensor] = []
         self._orders: dict[tuple[int, ...], Tensor | None] = {}

@@ -10,7 +10,7 @@ from rich.console import Console
 from compressvit.data.input import Side
 from compressvit.diagnostics.cka_layers import likeness
 from compressvit.errors import UserError
-from compressvit.fitting.moments import Reference
+from compressvit.fitting.reference import Reference
 from compressvit.model import surgery
 from compressvit.notes import Note
 from compressvit.recipe.recipe import Recipe

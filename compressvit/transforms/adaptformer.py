@@ -20,7 +20,7 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from compressvit.errors import UserError
-from compressvit.fitting.moments import Reference
+from compressvit.fitting.reference import Reference
 from compressvit.model import surgery
 from compressvit.model.backbone import describe
 from compressvit.model.family import Need

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.utils import skip_init
 
 from compressvit.errors import UserError
-from compressvit.fitting.moments import Reference
+from compressvit.fitting.reference import Reference
 from compressvit.model import surgery, ties
 from compressvit.model.backbone import model_name, share_groups
 from compressvit.model.family import Need

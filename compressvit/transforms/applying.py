@@ -10,7 +10,7 @@ from torch import nn
 
 from compressvit.errors import UserError
 from compressvit.fitting.in_order import fit_in_order
-from compressvit.fitting.moments import Images, Reference
+from compressvit.fitting.reference import Images, Reference
 from compressvit.model import surgery, ties
 from compressvit.transforms.base import LedgerEntry, Plan, Transform
 from compressvit.transforms.record import (

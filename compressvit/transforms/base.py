@@ -20,7 +20,7 @@ from torch import nn
 
 from compressvit.errors import UserError
 from compressvit.fitting.in_order import LayerFit
-from compressvit.fitting.moments import Reference
+from compressvit.fitting.reference import Reference
 from compressvit.model import ties
 from compressvit.model.backbone import Backbone, describe
 from compressvit.model.family import Need

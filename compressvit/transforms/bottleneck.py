@@ -15,7 +15,7 @@ from torch import nn
 from torch.fx import wrap
 
 from compressvit.errors import UserError
-from compressvit.fitting.moments import Reference
+from compressvit.fitting.reference import Reference
 from compressvit.model import surgery
 from compressvit.model.backbone import describe, model_name
 from compressvit.model.family import BlockInfo

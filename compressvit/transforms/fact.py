@@ -22,7 +22,7 @@ from torch import nn
 from torch.fx import wrap
 
 from compressvit.errors import UserError
-from compressvit.fitting.moments import Reference
+from compressvit.fitting.reference import Reference
 from compressvit.model import surgery, ties
 from compressvit.model.backbone import projection
 from compressvit.model.family import Need

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import nn
 
 from compressvit.errors import UserError
-from compressvit.fitting.moments import Reference
+from compressvit.fitting.reference import Reference
 from compressvit.model.backbone import describe, head_names, model_name
 from compressvit.transforms.base import LedgerEntry, Plan, Transform, transform
 from compressvit.transforms.low_rank.layer import current_names

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from compressvit.errors import UserError
-from compressvit.fitting.moments import Reference
+from compressvit.fitting.reference import Reference
 from compressvit.model import surgery
 from compressvit.model.affine import merge_before_, owns_weight
 from compressvit.model.backbone import head_paths, model_name

@@ -15,7 +15,7 @@ from torch import nn
 
 from compressvit.errors import UserError
 from compressvit.files import expanded
-from compressvit.fitting.moments import Reference
+from compressvit.fitting.reference import Reference
 from compressvit.model import ties
 from compressvit.model.backbone import head_names
 from compressvit.model.stored import MANIFEST, is_artifact, read_tensors, require_as_written

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import nn
 
 from compressvit.errors import UserError
-from compressvit.fitting.moments import Reference
+from compressvit.fitting.reference import Reference
 from compressvit.model import surgery
 from compressvit.model.backbone import describe, model_name, projection
 from compressvit.model.linear import weight_shape

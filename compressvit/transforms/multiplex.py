@@ -23,7 +23,7 @@ from torch.fx import wrap
 
 from compressvit.errors import UserError
 from compressvit.fitting.lowrank import TINY
-from compressvit.fitting.moments import Reference
+from compressvit.fitting.reference import Reference
 from compressvit.model import surgery, ties
 from compressvit.model.backbone import Backbone, describe, share_groups
 from compressvit.model.family import BlockInfo, Need

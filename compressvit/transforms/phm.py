@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import nn
 
 from compressvit.errors import UserError
-from compressvit.fitting.moments import Reference
+from compressvit.fitting.reference import Reference
 from compressvit.transforms.adapters import AdaptersPlan
 from compressvit.transforms.base import Transform, transform
 from compressvit.transforms.bottleneck import (

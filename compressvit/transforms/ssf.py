@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from compressvit.fitting.moments import Reference
+from compressvit.fitting.reference import Reference
 from compressvit.model import surgery
 from compressvit.model.backbone import head_names
 from compressvit.transforms.base import transform

@@ -11,7 +11,7 @@ from torch import nn
 from torch.fx import wrap
 
 from compressvit.errors import UserError
-from compressvit.fitting.moments import Reference
+from compressvit.fitting.reference import Reference
 from compressvit.model import surgery
 from compressvit.model.affine import owns_weight, refuse_tied
 from compressvit.model.linear import ChannelsFirst

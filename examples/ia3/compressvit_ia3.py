@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from compressvit.fitting.moments import Reference
+from compressvit.fitting.reference import Reference
 from compressvit.model.backbone import projection
 from compressvit.model.linear import weight_shape
 from compressvit.transforms.base import Transform, transform

@@ -11,7 +11,7 @@ from compressvit import Align, LowRank, compress
 from compressvit.diagnostics.similarity import sharing_finding, sharing_losses
 from compressvit.diagnostics.spectra import effective_rank, singular_values, spectra_findings
 from compressvit.errors import UserError
-from compressvit.fitting.moments import Reference
+from compressvit.fitting.reference import Reference
 
 
 def test_effective_rank_counts_directions():

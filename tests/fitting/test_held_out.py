@@ -13,7 +13,7 @@ from helpers.models import build, images_for
 from compressvit import LowRank, compress
 from compressvit.data.photographs import Photographed
 from compressvit.fitting.held_out import every_fourth
-from compressvit.fitting.moments import Reference
+from compressvit.fitting.reference import Reference
 
 ONE_BY_ONE = torch.arange(160) % 4 == 3
 

@@ -16,7 +16,7 @@ from compressvit import LORS, AdaptFormer, LowRank, Multiplex
 from compressvit.errors import UserError
 from compressvit.fitting import in_order
 from compressvit.fitting.in_order import LayerFit, fit_in_order
-from compressvit.fitting.moments import Reference
+from compressvit.fitting.reference import Reference
 from compressvit.fitting.regression import Regression
 from compressvit.model.family import PRE_NORM_BRANCHES
 from compressvit.transforms.applying import compress, transform_

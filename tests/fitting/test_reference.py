@@ -8,7 +8,7 @@ import torch
 from helpers.models import VIT, build, images_for
 
 from compressvit.errors import UserError
-from compressvit.fitting.moments import LEAST_IMAGES, STRONG_RIDGE, Reference
+from compressvit.fitting.reference import LEAST_IMAGES, STRONG_RIDGE, Reference
 
 PATHS = ["blocks.0.mlp.fc1", "blocks.1.attn.proj"]
 

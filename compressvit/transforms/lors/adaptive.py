@@ -25,7 +25,7 @@ from torch import nn
 from compressvit.errors import UserError
 from compressvit.fitting.generated import Term, fit_shared_generators, fit_terms, query_factor
 from compressvit.fitting.lowrank import TINY
-from compressvit.fitting.moments import Reference
+from compressvit.fitting.reference import Reference
 from compressvit.model import surgery, ties
 from compressvit.model.backbone import describe, model_name
 from compressvit.model.detectors.decoder import AdaptiveMixing

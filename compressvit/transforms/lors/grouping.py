@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from compressvit.fitting.lowrank import TINY
-from compressvit.fitting.moments import Reference
+from compressvit.fitting.reference import Reference
 from compressvit.transforms.low_rank.budget import Group
 
 

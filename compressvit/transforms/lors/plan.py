@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from compressvit.fitting.lowrank import fit_shared, spectrum
-from compressvit.fitting.moments import Reference
+from compressvit.fitting.reference import Reference
 from compressvit.model import surgery, ties
 from compressvit.transforms.claims import Claim, drops, tie
 from compressvit.transforms.lors.layers import LowRankTerm, SharedLowRankLinear

@@ -15,7 +15,7 @@ from compressvit.errors import UserError, did_you_mean
 from compressvit.fitting.allocate import Budget
 from compressvit.fitting.in_order import LayerFit
 from compressvit.fitting.lowrank import TINY, Metric, cholesky, spectrum
-from compressvit.fitting.moments import Reference
+from compressvit.fitting.reference import Reference
 from compressvit.fitting.regression import Regression
 from compressvit.model import surgery, ties
 from compressvit.model.backbone import Backbone, Part, describe, model_name

@@ -19,7 +19,7 @@ from torch import nn
 
 from compressvit.errors import UserError
 from compressvit.fitting.lowrank import spectrum
-from compressvit.fitting.moments import Reference
+from compressvit.fitting.reference import Reference
 from compressvit.transforms.base import Transform, transform
 from compressvit.transforms.claims import Claim, drops
 from compressvit.transforms.low_rank.base import RankPlan, RankStep

@@ -21,8 +21,9 @@ from torch import nn
 from compressvit.fitting.elimination import Removal, eliminate
 from compressvit.fitting.in_order import LayerFit, scale_behind
 from compressvit.fitting.lowrank import Metric, Tensor, cholesky, spectrum
-from compressvit.fitting.moments import Moments, Reference
+from compressvit.fitting.moments import Moments
 from compressvit.fitting.narrow_heads import Products, head_blocks, outputs_of, products
+from compressvit.fitting.reference import Reference
 from compressvit.fitting.regression import Regression
 from compressvit.model.family import Branch
 from compressvit.transforms.low_rank.layer import Factored

@@ -11,7 +11,7 @@ from torch import nn
 from compressvit.errors import UserError
 from compressvit.fitting.in_order import LayerFit
 from compressvit.fitting.lowrank import TINY
-from compressvit.fitting.moments import Reference
+from compressvit.fitting.reference import Reference
 from compressvit.model import ties
 from compressvit.model.backbone import describe, model_name
 from compressvit.model.linear import effective_weight

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from compressvit.errors import UserError
-from compressvit.fitting.moments import Reference
+from compressvit.fitting.reference import Reference
 from compressvit.model.backbone import model_name
 from compressvit.model.family import Need
 from compressvit.transforms.base import Transform, transform
@@ -61,8 +61,8 @@ class NarrowStep(Transform):
         require_free(model, self.name, [orders(place.path) for place in found])
         if not narrowable(found):
             raise UserError(
-                f"{self.name}: {model_name(model)} has no block that can be made narrower: neither an MLP without a norm inside (timm's Mlp or "
-                "GluMlp) nor attention whose heads can be changed; low_rank works on it"
+                f"{self.name}: {model_name(model)} has no block that can be made narrower: neither an MLP without a norm inside (timm's "
+                "Mlp or GluMlp) nor attention whose heads can be changed; low_rank works on it"
             )
         return found
 

@@ -30,7 +30,7 @@ from pydantic import Field
 from torch import nn
 
 from compressvit.errors import UserError
-from compressvit.fitting.moments import Reference
+from compressvit.fitting.reference import Reference
 from compressvit.model.backbone import describe, model_name
 from compressvit.model.family import Need
 from compressvit.transforms.base import LedgerEntry, Plan, Transform, record, transform

@@ -17,7 +17,7 @@ from compressvit.artifacts import artifact
 from compressvit.errors import UserError
 from compressvit.fitting.allocate import Budget, Curve, allocate, uniform
 from compressvit.fitting.lowrank import spectrum
-from compressvit.fitting.moments import Reference
+from compressvit.fitting.reference import Reference
 from compressvit.model import cost, surgery, ties
 from compressvit.model.backbone import input_size
 from compressvit.transforms.applying import compress

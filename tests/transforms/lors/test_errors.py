@@ -11,7 +11,7 @@ from helpers.models import build, images_for, outputs
 
 from compressvit import LORS
 from compressvit.fitting.allocate import Budget
-from compressvit.fitting.moments import Reference
+from compressvit.fitting.reference import Reference
 from compressvit.transforms.applying import compress
 from compressvit.transforms.low_rank.budget import Spending
 from compressvit.transforms.record import compression_of

@@ -103,7 +103,7 @@ def test_a_chosen_grouping_keeps_the_budget_and_is_repeated(unit):
 
 
 def test_it_is_no_worse_than_any_one_number_by_what_it_compares():
-    from compressvit.fitting.moments import Reference
+    from compressvit.fitting.reference import Reference
     from compressvit.transforms.low_rank.budget import Spending
 
     teacher = build("vit")

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compressvit.fitting.moments import Moments, Reference
+from compressvit.fitting.moments import Moments
+from compressvit.fitting.reference import Reference
 from compressvit.transforms.lors.grouping import group_by_similarity
 
 

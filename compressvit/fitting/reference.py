@@ -1,0 +1,193 @@
+"""The source of a student's values: the model before the transforms, with its moments on calibration images."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from compressvit.data.photographs import Photographed
+from compressvit.errors import UserError
+from compressvit.fitting.held_out import Seen
+from compressvit.fitting.lowrank import Metric
+from compressvit.fitting.moments import Moments, collect_moments
+from compressvit.fitting.sampling import TokenSample
+from compressvit.model.backbone import input_size
+from compressvit.model.linear import effective_weight
+
+log = logging.getLogger("compressvit")
+
+LEAST_IMAGES = 8  # that differ; a fit to fewer is a fit to them alone
+STRONG_RIDGE = 1.0  # in parts of a moment's mean: what such images do not show counts as much as what they do
+
+_BATCH = 16  # images that are propagated together, if they come as one tensor
+T = TypeVar("T")
+Images = torch.Tensor | Iterable[Any] | Callable[[], Iterable[Any]]
+
+
+class Reference:
+    """The model as it was before the transforms of one call, and its moments on calibration images.
+
+    Args:
+        model: a copy that may be moved and converted to float32; its values are not changed.
+        images: calibration images without labels, normalised for the model: a tensor (N, C, H, W), batches (also a
+            loader's pairs of images and targets, or `Photographed`), or a function that returns batches. None: no images; asking for
+            moments then raises a `UserError`.
+        tokens: how many tokens of every image are summed up besides its prefix tokens; None for all.
+    """
+
+    def __init__(self, model: nn.Module, images: Images | None = None, tokens: int | None = None):
+        self.model = model
+        self.tokens = tokens
+        # what can be iterated only once is kept: a few hundred images
+        self._images = list(images) if isinstance(images, Iterator) else images
+        self._moments: dict[str, Moments] = {}
+        self._known: dict[Any, Any] = {}
+        self._different: set[bytes] = set()
+        self._seen = Seen()
+
+    @property
+    def too_alike(self) -> bool:
+        """Whether the images seen so far are so few, or so similar, that a fit to them would not generalise."""
+        return 0 < len(self._different) < LEAST_IMAGES
+
+    def require_images(self, asker: str) -> None:
+        """Raise a `UserError` with the ways out if there are no calibration images."""
+        if self._images is None:
+            raise UserError(
+                f"{asker} measures errors on calibration images, and none were given: pass compress(…, calibration=images), "
+                "where a few hundred without labels are enough, or measure errors in the weights alone (metric=weights)"
+            )
+
+    def with_model(self, model: nn.Module) -> Reference:
+        """The same images for another model."""
+        return Reference(model, self._images, self.tokens)
+
+    def sample(self) -> TokenSample | None:
+        """The tokens that a pass over the images sums up, the same in every pass; None for all."""
+        return None if self.tokens is None else TokenSample(self.tokens)
+
+    def known(self, key: Any, compute: Callable[[], T]) -> T:
+        """What `compute` gave when it was first asked for `key`: choices that a plan and the fit after it both need."""
+        if key not in self._known:
+            self._known[key] = compute()
+        return self._known[key]
+
+    def weight(self, path: str) -> torch.Tensor:
+        """The weight (out, in) of the linear layer at `path`, in float64 on the CPU."""
+        weight: torch.Tensor = effective_weight(self.model.get_submodule(path)).detach().cpu().double()
+        if not torch.isfinite(weight).all():
+            raise UserError(f"the weight of {path} holds numbers that are not finite; check the teacher's weights")
+        return weight
+
+    def batches(self) -> Iterator[torch.Tensor]:
+        """The calibration images in float32, which the model is converted to, and moved to the device they come on.
+
+        Raises:
+            UserError: a batch is not a tensor (B, C, H, W) that the model takes.
+        """
+        assert self._images is not None, "require_images comes first"
+        size = input_size(self.model)
+        batches = self._images() if callable(self._images) else self._images
+        if isinstance(batches, torch.Tensor):
+            batches = batches.split(_BATCH)
+        if not isinstance(batches, Iterable):
+            raise _wrong_images(type(batches).__name__, size)
+        self._seen = Seen()
+        for batch in batches:
+            images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+            if not isinstance(images, torch.Tensor):
+                raise _wrong_images(f"batches of {type(images).__name__}", size)
+            if images.ndim != 4 or images.shape[1] != size[0]:
+                raise _wrong_images(f"a batch of shape {tuple(images.shape)}", size)
+            if tuple(images.shape[1:]) != size and not getattr(self.model, "dynamic_img_size", False):
+                raise _wrong_images(f"a batch of shape {tuple(images.shape)}", size)
+            if not images.is_floating_point():
+                raise _wrong_images(f"images of {images.dtype}, which are not normalised", size)
+            self.model.to(images.device, torch.float32)
+            self._look_at(images, batch.photographs if isinstance(batch, Photographed) else None)
+            yield images.detach().float()
+
+    def _batch_count(self) -> int | None:
+        """The number of batches, if it is known in advance."""
+        if isinstance(self._images, torch.Tensor):
+            return -(-len(self._images) // _BATCH)
+        return len(self._images) if isinstance(self._images, Sized) else None
+
+    def _look_at(self, images: torch.Tensor, photographs: torch.Tensor | None) -> None:
+        small = F.adaptive_avg_pool2d(images.detach().float(), 8)
+        self._seen.add(small, photographs)
+        if len(self._different) < LEAST_IMAGES:
+            rounded = small.mul(64).round().nan_to_num().cpu()
+            self._different |= {image.numpy().tobytes() for image in rounded}
+
+    def held_out(self) -> torch.Tensor:
+        """Which images of the last pass through `batches` judge a fit to the others, bool (N,); see `compressvit.fitting.held_out`."""
+        return self._seen.held_out()
+
+    def moments(self, paths: Sequence[str], *, outputs: bool) -> dict[str, Moments]:
+        """The moments of the linear layers at `paths`; what was computed before is not computed again.
+
+        Raises:
+            UserError: a layer sees numbers that are not finite.
+        """
+        wanted = [
+            path for path in paths if path not in self._moments or (outputs and self._moments[path].outputs is None)
+        ]
+        if wanted:
+            self._moments |= collect_moments(
+                self.model,
+                wanted,
+                self.batches(),
+                outputs=outputs,
+                count=self._batch_count(),
+                sample=self.sample(),
+            )
+            _warn_of_few(self._moments, wanted)
+            if self.too_alike:
+                log.warning(
+                    "there are only %d distinct calibration images, fewer than %d: layers are fitted one by one, with strong "
+                    "regularisation; give more distinct images for a better start",
+                    len(self._different),
+                    LEAST_IMAGES,
+                )
+        return {path: self._moments[path] for path in paths}
+
+    def metrics(self, paths: Sequence[str], kind: str, ridge: float, output_ridge: float) -> dict[str, Metric]:
+        """What errors of the layers at `paths` are measured in: 'weights', 'inputs' or 'outputs'."""
+        if kind == "weights":
+            return dict.fromkeys(paths, Metric())
+        moments = self.moments(paths, outputs=kind == "outputs")
+        if self.too_alike:
+            ridge, output_ridge = max(ridge, STRONG_RIDGE), max(output_ridge, STRONG_RIDGE)
+        return {
+            path: found.metric(ridge, output_ridge if kind == "outputs" else None) for path, found in moments.items()
+        }
+
+
+def _warn_of_few(moments: dict[str, Moments], paths: Sequence[str]) -> None:
+    few = [path for path in paths if moments[path].tokens < len(moments[path].mean)]
+    if few:
+        log.warning(
+            "the calibration images give %d tokens for the %d inputs of %s: directions they do not cover are regularised; "
+            "give more images for a better start",
+            moments[few[0]].tokens,
+            len(moments[few[0]].mean),
+            few[0],
+        )
+    for path in paths:
+        spread = moments[path].inputs.trace() - moments[path].mean.square().sum()
+        if spread <= 1e-6 * moments[path].inputs.trace():
+            log.warning("all calibration images look the same to %s; its errors are regularised, not measured", path)
+            return
+
+
+def _wrong_images(given: str, size: tuple[int, int, int]) -> UserError:
+    return UserError(
+        f"calibration takes images of the model's size: a tensor (N, {', '.join(map(str, size))}), or batches of such (a loader's pairs "
+        f"of images and targets too), not {given}"
+    )
