@@ -7,7 +7,7 @@ computes, and that of the inputs again with every token weighing `‖g‖²` (`c
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -121,20 +121,8 @@ def collect_moments(
         x = channels_last(module, inputs[0].detach())
         if not is_finite(x):
             raise not_finite(path)
-        if sample is None:
-            sums[path].add_inputs(x)
-            if outputs:
-                output.register_hook(lambda g: sums[path].add_gradients(x, prefix, channels_last(module, g)))
-            return
-        x = x.reshape(in_batch, -1, x.shape[-1])
-        places, weights = sample.draw(in_batch, x.shape[1], prefix)
-        chosen, each = gathered(x, places), weights[..., :1].to(x.device)
-        sums[path].add_inputs(chosen, each, x.shape[1] * in_batch)
-
-        def see_gradient(g: torch.Tensor) -> None:
-            g = channels_last(module, g)
-            sums[path].add_gradients(chosen, prefix, gathered(g.reshape(in_batch, -1, g.shape[-1]), places), each)
-
+        add = _whole if sample is None else partial(_part, sample, in_batch)
+        see_gradient = add(sums[path], module, x, prefix)
         if outputs:
             output.register_hook(see_gradient)
 
@@ -151,6 +139,29 @@ def collect_moments(
         if not torch.isfinite(total.inputs).all() or (outputs and not torch.isfinite(total.outputs).all()):
             raise not_finite(path)
     return {path: total.moments(outputs) for path, total in sums.items()}
+
+
+See = Callable[[torch.Tensor], None]
+
+
+def _whole(total: _Sums, module: nn.Module, x: torch.Tensor, prefix: int) -> See:
+    """Add all tokens of a layer's inputs x (…, in); what it returns adds the gradient at its outputs."""
+    total.add_inputs(x)
+    return lambda g: total.add_gradients(x, prefix, channels_last(module, g))
+
+
+def _part(sample: TokenSample, images: int, total: _Sums, module: nn.Module, x: torch.Tensor, prefix: int) -> See:
+    """The same, of a sample of the tokens of every image."""
+    x = x.reshape(images, -1, x.shape[-1])
+    places, weights = sample.draw(images, x.shape[1], prefix)
+    chosen, each = gathered(x, places), weights[..., :1].to(x.device)
+    total.add_inputs(chosen, each, x.shape[1] * images)
+
+    def see(g: torch.Tensor) -> None:
+        g = channels_last(module, g)
+        total.add_gradients(chosen, prefix, gathered(g.reshape(images, -1, g.shape[-1]), places), each)
+
+    return see
 
 
 @dataclass

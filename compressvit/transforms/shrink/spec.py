@@ -1,9 +1,9 @@
 """One budget over everything: every attention and MLP of the backbone keeps what the model's output needs most for its price.
 
 Each may lose hidden neurons, dimensions of its heads or whole heads, and its layers may be low rank, alone or together. Which of these
-loses least at a price differs from block to block, so one budget chooses among all of them: the errors of all forms are computed in closed
-form from unlabelled images, in units of the model's output (`compressvit.transforms.shrink.offers`), and the forms with the least sum of errors
-within the budget are chosen (`compressvit.fitting.hull`). All layers are then fitted in the order they run.
+loses least at a price differs from block to block, so one budget chooses among all of them: the errors of all forms are computed in
+closed form from unlabelled images, in units of the model's output (`compressvit.transforms.shrink.offers`), and the forms with the least
+sum of errors within the budget are chosen (`compressvit.fitting.hull`). All layers are then fitted in the order they run.
 """
 
 from __future__ import annotations
