@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 Tensor = torch.Tensor
-LARGEST = 1.05  # of a coefficient; closer to 1 takes more exchanges and gains nothing that was measured
+LARGEST = 1.05  # of a coefficient; closer to 1 takes more exchanges
 _INDEPENDENT = 1e-10  # what a column must have that those before it lack, relative to its norm, to count
 
 
@@ -44,7 +44,7 @@ def pivoted(up: Tensor, down: Tensor) -> Pivoted:
 
     Args:
         up: (m, r) with r < m, of any precision and on any device.
-        down: (r, n). The rows of W depend on each other as those of `up` do: `down` is assumed to be of full rank.
+        down: (r, n). The rows of W depend on each other as those of `up` do, so only those are looked at.
     """
     up, down = up.detach().cpu().double(), down.detach().cpu().double()
     outputs, rank = up.shape

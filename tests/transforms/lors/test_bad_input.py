@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from compressvit.model import cost
 from compressvit.recipe.recipe import load_recipe
 from compressvit.runs.plan import plan_recipe
 from compressvit.transforms.applying import compress, materialise, plan_transforms
+from compressvit.transforms.low_rank.pivoted_layer import pivoted_linear
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -48,7 +48,7 @@ def factors_of(inputs: int, outputs: int, rank: int, seed: int = 1) -> tuple[tor
 @pytest.mark.parametrize(("inputs", "outputs"), [(6, 11), (11, 6), (7, 7)])
 def test_a_pivoted_layer_computes_what_two_factors_do(kind, inputs, outputs, bias):
     model = layer_of(kind, inputs, outputs, bias)
-    layer, before = model["layer"], model["layer"].bias
+    layer, before = model["layer"], model["layer"].bias.detach().clone() if bias else None
     up, down = factors_of(inputs, outputs, 4)
     x = torch.randn(3, inputs, 2, 5, dtype=torch.float64).movedim(*((1, -1) if kind == "linear" else (1, 1)))
     dense = copy.deepcopy(layer)
@@ -79,7 +79,7 @@ def test_a_pivoted_layer_computes_what_two_factors_do(kind, inputs, outputs, bia
         assert torch.allclose(layer.bias, before)
         set_bias_(layer, before + 1)
         assert torch.allclose(layer(x), expected + 1)
-        set_bias_(layer, before.detach())
+        set_bias_(layer, before)
     unfactor(model, "layer", nn.Parameter(layer.effective_weight().detach()))
     assert type(layer) is plain
     assert list(model.state_dict()) == ["layer.weight"] + ["layer.bias"] * bias
@@ -106,10 +106,10 @@ def rounded(layer: nn.Linear) -> None:
 
 
 # The error of the pivoted form over that of two factors. On a DINOv2 ViT-S/14 and its own inputs, layers of blocks 0, 5 and 11 at ranks
-# that are half of their parameters: float32 0.8 to 1.9, half precision 1.1 to 2.6, bfloat16 0.6 to 2.5, 8 bits 0.7 to 3.0.
+# that are about half of their parameters: float32 0.8 to 1.7, half precision 1.1 to 2.5, bfloat16 0.8 to 2.2, weights of 8 bits 0.7 to 3.0.
 @pytest.mark.parametrize(
     ("precision", "most"),
-    [("float32", 3), ("float16", 3), ("bfloat16", 3), ("int8", 4)],  # measured up to 1.8, 2.2, 2.2 and 2.8
+    [("float32", 2), ("float16", 2), ("bfloat16", 2), ("int8", 2)],  # measured up to 1.4, 1.6, 1.6 and 1.6
 )
 @pytest.mark.parametrize(("inputs", "outputs"), [(96, 288), (288, 96), (96, 96)])
 def test_rounding_is_not_amplified(inputs, outputs, precision, most):
@@ -133,7 +133,6 @@ def test_rounding_is_not_amplified(inputs, outputs, precision, most):
             found = layer.to(dtype)(x.to(dtype)).double()
         errors.append(((found - expected).norm() / expected.norm()).item())
     assert 0 < errors[1] < most * errors[0], errors
-    print(precision, inputs, outputs, errors[1] / errors[0], errors[1])
     assert errors[1] < {"float32": 1e-6, "float16": 2e-3, "bfloat16": 2e-2, "int8": 5e-2}[precision]
 
 
@@ -155,7 +154,7 @@ def test_a_student_computes_what_one_of_two_factors_does(backbone, options):
         for form in (False, True)
     )
     difference = (outputs(one) - outputs(two)).abs().max() / outputs(two).abs().max()
-    assert difference < 1e-5
+    assert difference < 1e-5  # measured 2e-7
     layers = [module for module in one.modules() if is_pivoted(module)]
     assert len(layers) == sum(isinstance(module, Factored) for module in two.modules()) > 8
     assert ties.count_parameters(two) - ties.count_parameters(one) == len(layers) * 5**2
@@ -177,8 +176,7 @@ def test_the_same_budget_leaves_less_error(unit):
     before, plan = (compression_of(student).plans[0] for student in students)
     assert (before.pivoted, plan.pivoted) == (False, True)
     lost = [sum(entry.weight_error**2 for entry in compression_of(s).ledger if entry.weight_error) for s in students]
-    assert lost[1] < lost[0]  # measured
-    print(unit, lost[1] / lost[0])
+    assert lost[1] < lost[0]  # measured 0.93, 0.97 and 0.93 of it
 
 
 def test_what_is_given_decides_the_form():
@@ -250,8 +248,8 @@ def test_blocks_are_matched_by_what_their_layers_compute():
 def test_a_graph_has_two_products_a_layer():
     model = nn.Sequential(nn.Linear(12, 20), nn.Linear(20, 12))
     pivot(model, "0", 4), pivot(model, "1", 4)
-    for layer, (inputs, outputs) in zip(model, ((12, 20), (20, 12)), strict=True):
-        layer.set_factors(*factors_of(inputs, outputs, 4))
+    model[0].set_factors(*factors_of(12, 20, 4))
+    model[1].set_factors(*factors_of(20, 12, 4))
     x = torch.randn(6, 5, 12)
     program = torch.export.export(model, (x[:2],), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
     assert torch.allclose(program.module()(x), model(x), atol=1e-6)
