@@ -21,7 +21,7 @@ class Factored(nn.Module):
     was a single layer before, and keeps its hooks; it has no `weight`.
     """
 
-    slots = ("down", "up")
+    slots: ClassVar[tuple[str, ...]] = ("down", "up")
     adopted: ClassVar[tuple[str, ...]] = ("up.bias",)
 
     __jit_unused_properties__ = ("rank", "bias", "in_features", "out_features")
@@ -150,7 +150,7 @@ def factor(model: nn.Module, path: str, rank: int) -> None:
     become(model, path, FactoredConv2d if isinstance(layer, nn.Conv2d) else FactoredLinear, two)
 
 
-Shape = tuple[int, int, nn.Parameter | None]  # inputs, outputs and bias of a layer
+Shape = tuple[int, int, torch.Tensor | None]  # inputs, outputs and bias of a layer
 
 
 def two_layers(layer: nn.Linear | nn.Conv2d, down: Shape, up: Shape) -> dict[str, nn.Module]:

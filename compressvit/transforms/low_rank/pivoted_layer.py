@@ -39,8 +39,8 @@ class Ordered(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         """Raise a `UserError` for an order that is none: an index outside would read other memory on some devices."""
-        order = state_dict.get(f"{prefix}order")
-        known = order is not None and not order.is_meta and order.shape == self.order.shape
+        order: torch.Tensor = state_dict.get(f"{prefix}order", self.order)
+        known = not order.is_meta and order.shape == self.order.shape
         if known and not torch.equal(order.sort().values.cpu(), torch.arange(len(order))):
             raise UserError(
                 f"{prefix}order is damaged: it is no order of {len(order)} channels; restore the file, or make it again"
@@ -82,7 +82,7 @@ class PivotedInputs(Factored):
     Both are plain torch layers, as in a `Factored`, and `split` has the order of the inputs.
     """
 
-    slots = ("split", "down", "up")
+    slots: ClassVar[tuple[str, ...]] = ("split", "down", "up")
 
     if TYPE_CHECKING:
         split: Split
@@ -118,7 +118,7 @@ class PivotedOutputs(Factored):
     they replace has a bias, both have one. Both are plain torch layers, as in a `Factored`, and `join` has the order of the outputs.
     """
 
-    slots = ("down", "up", "join")
+    slots: ClassVar[tuple[str, ...]] = ("down", "up", "join")
     adopted: ClassVar[tuple[str, ...]] = ("down.bias", "up.bias")
 
     if TYPE_CHECKING:
@@ -229,6 +229,7 @@ def pivot(model: nn.Module, path: str, rank: int) -> None:
     assert 0 < rank < min(outputs, inputs)
     is_conv, bias = isinstance(layer, nn.Conv2d), layer.bias
     dim = 1 if is_conv else -1
+    kind: type[Factored]
     if inputs <= outputs:
         kind = PivotedInputsConv2d if is_conv else PivotedInputsLinear
         two = two_layers(layer, (inputs - rank, rank, None), (rank, outputs, bias))
