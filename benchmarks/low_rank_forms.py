@@ -1,5 +1,5 @@
 """Low rank in its forms: latency and bytes of the dense model, of shared and private low rank kept factored and materialised, and of
-low rank alone, all measured alternately in one run.
+low rank alone, as two factors and pivoted, all measured alternately in one run.
 
     python benchmarks/low_rank_forms.py --model deit_small_patch16_224 --rank 32
 """
@@ -36,7 +36,10 @@ def main() -> None:
         "dense": dense,
         f"shared + private rank {arguments.rank}, factored": shared,
         f"shared + private rank {arguments.rank}, materialised": materialise(shared),
-        f"rank {arguments.rank} alone, factored": compress(dense, [LowRank(rank=arguments.rank, init="scratch")]),
+        f"rank {arguments.rank} alone, two factors": compress(dense, [LowRank(rank=arguments.rank, init="scratch")]),
+        f"rank {arguments.rank} alone, pivoted": compress(
+            dense, [LowRank(rank=arguments.rank, pivoted=True, metric="weights")]
+        ),
     }
     size = input_size(dense)
     times = cost.latencies(

@@ -6,6 +6,7 @@ convex curve of error against cost, and always taking the steepest step over all
 
 from __future__ import annotations
 
+import bisect
 import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -54,13 +55,13 @@ class Curve:
     """The cost and error of one layer by rank.
 
     Attributes:
-        step: cost of one more rank.
+        costs: cost at rank 0, 1, …, `most`, rising.
         least, most: the ranks it may have.
         dense: cost of leaving the layer as it is, without error; None where its weight is shared.
         errors: error at rank 0, 1, …, `most`, falling and convex.
     """
 
-    step: int
+    costs: Sequence[int]
     least: int
     most: int
     dense: int | None
@@ -68,7 +69,7 @@ class Curve:
 
     def cost(self, rank: int | None) -> int:
         """Of a rank; None stands for the dense layer."""
-        return self.dense or 0 if rank is None else rank * self.step
+        return self.dense or 0 if rank is None else self.costs[rank]
 
 
 def allocate(curves: Mapping[str, Curve], limit: int) -> dict[str, int | None]:
@@ -96,7 +97,27 @@ def allocate(curves: Mapping[str, Curve], limit: int) -> dict[str, int | None]:
         left -= price
         chosen[name] = hulls[name][place][2]
         offer(order, name, place + 1)
+    _spend_rest(curves, chosen, left)
     return chosen
+
+
+def _spend_rest(curves: Mapping[str, Curve], chosen: dict[str, int | None], left: int) -> None:
+    """Spend what is left, less than the next step of any layer, on the rank between two steps that removes the most error."""
+    while True:
+        best: tuple[float, str, int] | None = None
+        for name, rank in chosen.items():
+            if rank is None:
+                continue
+            curve = curves[name]
+            can_pay = bisect.bisect_right(curve.costs, curve.cost(rank) + left, rank, curve.most + 1) - 1
+            gain = curve.errors[rank] - curve.errors[can_pay]
+            if gain > 0 and (best is None or gain > best[0]):
+                best = gain, name, can_pay
+        if best is None:
+            return
+        _, name, rank = best
+        left -= curves[name].cost(rank) - curves[name].cost(chosen[name])
+        chosen[name] = rank
 
 
 def _hull(curve: Curve) -> list[tuple[int, float, int | None]]:
@@ -135,9 +156,10 @@ def uniform(curves: Mapping[str, Curve], limit: int) -> dict[str, int | None]:
     ranks = at(1.0 if fits(1.0) else low)
     left = limit - sum(c.cost(ranks[n]) for n, c in curves.items())
     for name, curve in curves.items():  # what rounding down left over
-        if ranks[name] < curve.most and curve.step <= left:
+        rank = ranks[name]
+        if rank < curve.most and (step := curve.cost(rank + 1) - curve.cost(rank)) <= left:
             ranks[name] += 1
-            left -= curve.step
+            left -= step
     return {n: None if c.dense is not None and c.cost(ranks[n]) >= c.dense else ranks[n] for n, c in curves.items()}
 
 

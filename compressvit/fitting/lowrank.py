@@ -123,6 +123,12 @@ def fit_shared(
     return shared, [spectrum(m - shared, g).factors(r) for m, g, r in zip(matrices, metrics, ranks, strict=True)]
 
 
+def used_components(up: Tensor, down: Tensor) -> Tensor:
+    """(r,) of bool: the components of `up @ down`, (out, r) and (r, in), that are above float32's precision relative to the largest."""
+    size = up.norm(dim=0) * down.norm(dim=1)
+    return size > 1e-7 * size.max()
+
+
 def _sum(matrices: Iterable[Tensor]) -> Tensor:
     return sum(matrices, torch.zeros((), device="cpu"))
 

@@ -170,23 +170,37 @@ def latencies(
 
 
 @torch.inference_mode()
-def break_even_rank(in_features: int, out_features: int, tokens: int, *, rounds: int = 7) -> tuple[int, int]:
-    """The largest rank at which a factored linear layer costs less than the dense one, in MACs and in time measured on this machine.
+def break_even_rank(
+    in_features: int,
+    out_features: int,
+    tokens: int,
+    *,
+    pivoted: Callable[[int], nn.Module] | None = None,
+    rounds: int = 7,
+) -> tuple[int, int]:
+    """The largest rank at which a low-rank linear layer costs less than the dense one, in MACs and in time measured on this machine.
 
     Args:
         in_features, out_features: of the layer.
         tokens: of one image.
+        pivoted: makes the layer of a rank, where that is pivoted, so that every rank below the full one has fewer MACs; None: two factors.
         rounds: measurements of each rank, made alternately; the fastest counts.
 
     Returns:
-        Both ranks. The measured one is the largest of those that were faster, tried at eighths of 1.5 × the other; 0 if none was.
+        Both ranks. The measured one is the largest of those that were faster, tried at eighths of the other up to 1.5 × the other or, if
+        pivoted, up to the other; 0 if none was.
     """
-    by_macs = in_features * out_features // (in_features + out_features)
-    ranks = sorted({max(1, by_macs * eighth // 8) for eighth in range(1, 13)})
+    by_macs = (
+        min(in_features, out_features) - 1 if pivoted else in_features * out_features // (in_features + out_features)
+    )
+    ranks = sorted({max(1, by_macs * eighth // 8) for eighth in range(1, 9 if pivoted else 13)})
     x = torch.randn(tokens, in_features)
     dense = nn.Linear(in_features, out_features)
     factored = [
-        nn.Sequential(nn.Linear(in_features, rank, bias=False), nn.Linear(rank, out_features)) for rank in ranks
+        pivoted(rank)
+        if pivoted
+        else nn.Sequential(nn.Linear(in_features, rank, bias=False), nn.Linear(rank, out_features))
+        for rank in ranks
     ]
     best = [math.inf] * (1 + len(ranks))
     for _ in range(rounds):

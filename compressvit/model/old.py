@@ -8,7 +8,11 @@
 | a plan of `lors` in which no layer shares | a plan of `low_rank` |
 | `score: gradient` of `prune` in a resolved recipe, without `milestones` | `score: taylor` |
 | `adaptformer` and `fact` in a resolved recipe, without `dropout` | `dropout: 0.0` |
+<<<<<<< HEAD
 | `data` in a resolved recipe, without `group_by` | `group_by: null`, every image by itself |
+=======
+| `low_rank` in a resolved recipe, without `pivoted` | `pivoted: false` |
+>>>>>>> 635438f (Pivoted low rank: r² fewer numbers and products for the same function, the default of low_rank with a budget)
 | tensors `P.low_rank.down`, `P.low_rank.up`, `P.bias` where layer P is low rank alone | `P.down.weight`, `P.up.weight`, `P.up.bias` |
 
 Only files written by a run or by `save` are translated. In a recipe from a user, steps refuse an old word and name the new one.
@@ -56,9 +60,13 @@ def current_recipe(content: Any, *, complete: bool = True) -> Any:
 
 
 _NEWEST = "milestones"  # an option of every phase, so every resolved recipe of a later version has it
-# By step, options that were added since and the values that a run without them had.
 _ADDED_TO_DATA: Options = {"group_by": None}
-_ADDED: dict[str, Options] = {"adaptformer": {"dropout": 0.0}, "fact": {"dropout": 0.0}}
+# By step, options that were added since and the values that a run without them had.
+_ADDED: dict[str, Options] = {
+    "adaptformer": {"dropout": 0.0},
+    "fact": {"dropout": 0.0},
+    "low_rank": {"pivoted": False},
+}
 
 
 def _step(entry: Any, complete: bool) -> Any:
@@ -69,7 +77,7 @@ def _step(entry: Any, complete: bool) -> Any:
     for word, options in entry.items():
         if word in translate:
             word, options = translate[word](options)
-        elif complete and isinstance(options, dict):
+        if complete and isinstance(options, dict):
             options = {**_ADDED.get(word, {}), **options}
             if word == "prune" and options.get("score") == "gradient" and _NEWEST not in options:
                 options["score"] = "taylor"  # `gradient` is another score since

@@ -82,6 +82,11 @@ def mixins_of(module: nn.Module) -> list[type]:
     return _peel(type(module))[0]
 
 
+def kind_of(module: nn.Module) -> type[nn.Module]:
+    """The class of a module without what `extend` put before it."""
+    return _peel(type(module))[1]
+
+
 _EXTENSIONS: dict[tuple[type, type], type[nn.Module]] = {}
 
 

@@ -34,6 +34,7 @@ from compressvit.training.phases.finetune import Finetune
 from compressvit.transforms import Transform
 from compressvit.transforms.applying import apply_plans
 from compressvit.transforms.low_rank.layer import Factored
+from compressvit.transforms.low_rank.pivoted_layer import is_pivoted, pivoted_linear
 from compressvit.transforms.record import compression_of, trained_parameters
 
 
@@ -295,13 +296,15 @@ def _break_even_notes(student: nn.Module) -> list[str]:
     if not layers:
         return []
     tokens = tokens_at(student, list(layers))
-    shapes: dict[tuple[int, int, int], str] = {}
+    shapes: dict[tuple[int, int, int, bool], str] = {}
     for path, layer in layers.items():
         outputs, inputs = weight_shape(layer)
-        shapes.setdefault((inputs, outputs, tokens[path]), path)
+        shapes.setdefault((inputs, outputs, tokens[path], is_pivoted(layer)), path)
     texts = []
-    for (inner, out, count), path in shapes.items():
-        by_macs, measured = break_even_rank(inner, out, count)
+    for (inner, out, count, pivots), path in shapes.items():
+        by_macs, measured = break_even_rank(
+            inner, out, count, pivoted=partial(pivoted_linear, inner, out) if pivots else None
+        )
         texts.append(f"{path} ({out}×{inner}, {count} tokens) {by_macs} / {measured}")
     return [
         "low rank alone is faster than the dense layer up to rank (by MACs / as measured here, one image, "

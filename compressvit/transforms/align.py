@@ -97,7 +97,7 @@ def _dense_copy(block: nn.Module) -> Any:
         weight = effective_weight(layer)
         dense = skip_init(nn.Linear, *reversed(weight.shape), bias=False, device=weight.device, dtype=weight.dtype)
         dense.weight.copy_(weight)
-        dense.bias = layer.bias
+        dense.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach())
         block.set_submodule(name, dense)
     return block
 

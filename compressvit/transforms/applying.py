@@ -77,8 +77,10 @@ def transform_(
         tokens: of every image that are summed up, besides its prefix tokens; None for all.
     """
     plan_transforms(model, transforms)  # without values: finds every conflict
-    reference = calibration if isinstance(calibration, Reference) else None
-    reference = reference or Reference(surgery.deep_copy(model), calibration, tokens)
+    if isinstance(calibration, Reference):
+        reference = calibration
+    else:
+        reference = Reference(surgery.deep_copy(model), calibration, tokens)
     for spec in transforms:
         spec.require_inputs()
         if spec.needs_images:

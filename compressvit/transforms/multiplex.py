@@ -242,7 +242,7 @@ class MultiplexPlan(Plan):
     def errors(self, student: nn.Module, reference: Reference) -> dict[str, tuple[float | None, float | None]]:
         """For every block that shares: the error over all its shared tensors, without those that a low-rank step fitted."""
         fitted = {name for plan in compression_of(student).plans for name in plan.fitted()}
-        found: dict[str, tuple[float, float | None]] = {}
+        found: dict[str, tuple[float | None, float | None]] = {}
         for group in self.groups if self.init != "scratch" else ():
             shared = [names for names in _shared_names(reference.model, group) if fitted.isdisjoint(names)]
             for path, *names in zip(group, *shared, strict=True) if shared and len(group) > 1 else ():

@@ -82,8 +82,8 @@ class SSFPlan(TermPlan):
     def term(self, module: nn.Module, path: str) -> tuple[nn.Module, str]:
         # timm's LayerNorm2d, a subclass of LayerNorm, normalises the channels of (B, C, H, W)
         first = isinstance(module, nn.Conv2d) or any(kind.__name__.endswith("2d") for kind in type(module).__mro__)
-        bias = module.get_parameter("bias")
-        return ScaleShift(bias.shape[0], first, **new_like(bias)), "+ scale and shift"
+        bias: Any = module.bias
+        return ScaleShift(len(bias), first, **new_like(bias)), "+ scale and shift"
 
     @torch.no_grad()
     def initialise(self, student: nn.Module, reference: Reference) -> None:

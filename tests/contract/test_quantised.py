@@ -24,6 +24,7 @@ BACKBONE = 4 * 4 + 1  # linear layers: 4 in each of 4 blocks, and the classifier
 # By student: its transform, the layers that torch's dynamic quantisation reaches, and how many linear layers there are.
 STUDENTS: dict[str, tuple[Transform, int, int]] = {
     "low_rank": (LowRank(rank=8, metric="weights"), 33, 33),
+    "pivoted": (LowRank(rank=8, metric="weights", pivoted=True), 33, 33),
     "multiplex": (Multiplex(share=2, mixing_bias=True, mlp_conv=3), BACKBONE, BACKBONE),
     "lors": (LORS(rank=2, share=2, metric="weights"), 1, BACKBONE),
     "adapters": (Adapters(width=8), BACKBONE, BACKBONE + 16),

@@ -27,21 +27,25 @@ RECIPE = {
 @pytest.mark.parametrize(
     ("before", "now"),
     [
-        ({"lors": {"share": 1, "budget": {"parameters": 0.5}}}, {"low_rank": {"budget": {"parameters": 0.5}}}),
+        (
+            {"lors": {"share": 1, "budget": {"parameters": 0.5}}},
+            {"low_rank": {"pivoted": False, "budget": {"parameters": 0.5}}},
+        ),
         (
             {"lors": {"share": [1, 1], "rank": 4, "groups": 2, "metric": "auto", "init": "first", "rounds": 4}},
-            {"low_rank": {"rank": 8, "metric": "outputs", "init": "fit"}},
+            {"low_rank": {"pivoted": False, "rank": 8, "metric": "outputs", "init": "fit"}},
         ),
         (
             {"lors": {"share": 1, "rank": 3, "groups": [1, 2], "group_by": "consecutive", "metric": "inputs"}},
-            {"low_rank": {"rank": [3, 6], "metric": "inputs"}},
+            {"low_rank": {"pivoted": False, "rank": [3, 6], "metric": "inputs"}},
         ),
-        ({"lors": {"share": 1, "rank": [3, 4], "groups": [1, 2]}}, {"low_rank": {"rank": [3, 8]}}),
+        ({"lors": {"share": 1, "rank": [3, 4], "groups": [1, 2]}}, {"low_rank": {"pivoted": False, "rank": [3, 8]}}),
         ({"lors": {"share": 2, "rank": 3, "groups": 2}}, {"lors": {"share": 2, "rank": 3, "terms": 2}}),
         ({"lors": {"share": [1, 2], "rank": 3}}, {"lors": {"share": [1, 2], "rank": 3}}),
         ({"lors": {"share": "auto", "budget": {"macs": 0.5}}}, {"lors": {"share": "auto", "budget": {"macs": 0.5}}}),
         ({"lors": {"rank": 3}}, {"lors": {"rank": 3}}),
-        ({"low_rank": {"rank": 3}}, {"low_rank": {"rank": 3}}),
+        ({"low_rank": {"rank": 3}}, {"low_rank": {"pivoted": False, "rank": 3}}),
+        ({"low_rank": {"rank": 3, "pivoted": True}}, {"low_rank": {"rank": 3, "pivoted": True}}),
         ({"multiplex": {"share": 1}}, {"multiplex": {"share": 1}}),
         ({"sparsify": {"keep": 0.1, "score": "snip"}}, {"sparsify": {"density": 0.1, "score": "snip"}}),
         ({"sparsify": {"keep": 1}}, {"sparsify": {"density": 1}}),

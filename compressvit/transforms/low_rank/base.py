@@ -22,7 +22,7 @@ from compressvit.model.backbone import Backbone, Part, describe, model_name
 from compressvit.model.linear import effective_weight, is_pointwise, weight_shape
 from compressvit.transforms.base import LedgerEntry, Plan, Transform
 from compressvit.transforms.claims import Claim, values, weight
-from compressvit.transforms.low_rank.layer import Factored, unfactor
+from compressvit.transforms.low_rank.layer import Factored, set_bias_, unfactor
 from compressvit.transforms.record import require_free
 
 TARGETS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
@@ -106,7 +106,7 @@ class RankPlan(Plan):
         if free:
             bias = regression.whole.best_bias(whole)
             for layer in (working, target):
-                layer.bias.copy_(bias)
+                set_bias_(layer, bias)
         return regression.error(whole, bias)
 
     @torch.no_grad()
@@ -184,6 +184,11 @@ class RankStep(Transform):
     @classmethod
     def _not_negative(cls, value: int | tuple[int, ...] | None) -> int | tuple[int, ...] | None:
         return at_least(0, "rank", value)
+
+    @property
+    def pivots(self) -> bool:
+        """Whether a layer that shares no weight gets the pivoted form, r² cheaper than two factors."""
+        return False
 
     @property
     def fits_in_order(self) -> bool:

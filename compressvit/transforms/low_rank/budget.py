@@ -37,6 +37,8 @@ class Spender(Protocol):
     @property
     def init(self) -> str: ...
     @property
+    def pivots(self) -> bool: ...
+    @property
     def ridge(self) -> float: ...
     @property
     def output_ridge(self) -> float: ...
@@ -135,7 +137,7 @@ class Spending:
             for position, path in enumerate(group):
                 out, inner = weight_shape(self.layers[path])
                 curves[path] = Curve(
-                    step=self.unit * (inner + out) or self._macs_of_a_rank(path, alone=len(group) == 1),
+                    costs=self._costs(path, alone=len(group) == 1),
                     least=1 if len(group) == 1 else 0,
                     most=min(inner, out),
                     dense=(self.unit or self.tokens[path]) * inner * out if len(group) == 1 else None,
@@ -143,10 +145,18 @@ class Spending:
                 )
         return curves
 
-    def _macs_of_a_rank(self, path: str, *, alone: bool) -> int:
+    def _costs(self, path: str, *, alone: bool) -> Sequence[int]:
+        """Of a layer or term of rank 0, 1, …"""
         out, inner = weight_shape(self.layers[path])
-        by_tokens = self.tokens[path] * (inner + out)
-        return by_tokens if alone else min(by_tokens, inner * out)  # the choice that the layers' forward makes
+        ranks = range(min(inner, out) + 1)
+        each = self.unit or self.tokens[path]
+        if alone and self.spec.pivots:
+            order = min(inner, out) * torch.int64.itemsize if self.budget.bytes else 0
+            return [each * rank * (inner + out - rank) + order for rank in ranks]
+        step = each * (inner + out)
+        if not (self.unit or alone):
+            step = min(step, inner * out)  # the choice that the layers' forward makes
+        return [step * rank for rank in ranks]
 
     def _fixed(self, groups: Sequence[Group]) -> int:
         """The cost of everything except the low-rank terms."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
 from torch.nn.utils import skip_init
 
+from compressvit.fitting.lowrank import used_components
 from compressvit.model import surgery
 from compressvit.model.linear import ChannelsFirst, weight_shape
 
@@ -20,8 +21,8 @@ class Factored(nn.Module):
     was a single layer before, and keeps its hooks; it has no `weight`.
     """
 
-    slots = ("down", "up")
-    adopted = ("up.bias",)
+    slots: ClassVar[tuple[str, ...]] = ("down", "up")
+    adopted: ClassVar[tuple[str, ...]] = ("up.bias",)
 
     __jit_unused_properties__ = ("rank", "bias", "in_features", "out_features")
 
@@ -38,8 +39,12 @@ class Factored(nn.Module):
         return len(self.down.weight)
 
     @property
-    def bias(self) -> nn.Parameter | None:
-        """The bias of `up`, (out,)."""
+    def bias(self) -> torch.Tensor | None:
+        """The bias of the equivalent dense layer, (out,): that of `up`."""
+        return self.up._parameters["bias"]
+
+    def whole_bias(self) -> nn.Parameter | None:
+        """The bias as a parameter of a dense layer."""
         return self.up._parameters["bias"]
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -59,6 +64,11 @@ class Factored(nn.Module):
     def set_factors(self, up: torch.Tensor, down: torch.Tensor) -> None:
         """Set `up` (out, r) and `down` (r, in); see `set_factors_`."""
         set_factors_(*self.factors(), up, down)
+
+    @torch.no_grad()
+    def set_bias(self, bias: torch.Tensor) -> None:
+        """Set the bias (out,) of the equivalent dense layer."""
+        self.up.get_parameter("bias").copy_(bias)
 
     def extra_repr(self) -> str:
         outputs, inputs = weight_shape(self)
@@ -113,10 +123,18 @@ def set_factors_(up: torch.Tensor, down: torch.Tensor, new_up: torch.Tensor, new
     Components whose new values are zero are initialised as in `reset_zero_`, so that they stay trainable.
     """
     reset_zero_(up, down)
-    size = new_up.norm(dim=0) * new_down.norm(dim=1)
-    used = size > 1e-7 * size.max()  # below float32's precision relative to the largest
+    used = used_components(new_up, new_down)
     up[:, used] = new_up[:, used].to(up)
     down[used] = new_down[used].to(down)
+
+
+@torch.no_grad()
+def set_bias_(layer: nn.Module, bias: torch.Tensor) -> None:
+    """Set the bias (out,) of a layer that has one, in place, from values of any precision."""
+    if isinstance(layer, Factored):
+        layer.set_bias(bias)
+    else:
+        layer.get_parameter("bias").copy_(bias)
 
 
 def factor(model: nn.Module, path: str, rank: int) -> None:
@@ -127,21 +145,33 @@ def factor(model: nn.Module, path: str, rank: int) -> None:
     """
     layer = model.get_submodule(path)
     assert isinstance(layer, (nn.Linear, nn.Conv2d))
-    bias, (outputs, inputs) = layer.bias, weight_shape(layer)
-    like = {"device": layer.weight.device, "dtype": layer.weight.dtype}
-    # skips their initialisation, which would consume random numbers needlessly
-    if isinstance(layer, nn.Conv2d):
-        down: nn.Module = skip_init(nn.Conv2d, inputs, rank, 1, bias=False, **like)
-        up: nn.Module = skip_init(nn.Conv2d, rank, outputs, 1, bias=bias is not None, **like)
-        surgery.exchange(model, path, nn.Conv2d, FactoredConv2d, {})
-    else:
-        down = skip_init(nn.Linear, inputs, rank, bias=False, **like)
-        up = skip_init(nn.Linear, rank, outputs, bias=bias is not None, **like)
-        surgery.exchange(model, path, nn.Linear, FactoredLinear, {})
-    if bias is not None:
-        up.bias = bias
-    surgery.fill_slot(model, path, "down", down)
-    surgery.fill_slot(model, path, "up", up)
+    outputs, inputs = weight_shape(layer)
+    two = two_layers(layer, (inputs, rank, None), (rank, outputs, layer.bias))
+    become(model, path, FactoredConv2d if isinstance(layer, nn.Conv2d) else FactoredLinear, two)
+
+
+Shape = tuple[int, int, torch.Tensor | None]  # inputs, outputs and bias of a layer
+
+
+def two_layers(layer: nn.Linear | nn.Conv2d, down: Shape, up: Shape) -> dict[str, nn.Module]:
+    """`down` and `up` of these shapes, of the kind, device and precision of `layer`; their weights have no values yet."""
+    kind: Any = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
+    kernel = (1,) if kind is nn.Conv2d else ()
+    made: dict[str, nn.Module] = {}
+    for name, (inputs, outputs, bias) in (("down", down), ("up", up)):
+        options = {"bias": bias is not None, "device": layer.weight.device, "dtype": layer.weight.dtype}
+        # skips the initialisation, which would consume random numbers needlessly
+        made[name] = skip_init(kind, inputs, outputs, *kernel, **options)
+        if bias is not None:
+            made[name].bias = bias
+    return made
+
+
+def become(model: nn.Module, path: str, kind: type[Factored], parts: Mapping[str, nn.Module]) -> None:
+    """Make the plain layer at `path` a `kind` in place, with these modules in its slots, and a weight of zero."""
+    surgery.exchange(model, path, nn.Conv2d if issubclass(kind, ChannelsFirst) else nn.Linear, kind, {})
+    for slot, part in parts.items():
+        surgery.fill_slot(model, path, slot, part)
     made = model.get_submodule(path)
     assert isinstance(made, Factored)
     made.reset_zero()
@@ -151,15 +181,14 @@ def unfactor(model: nn.Module, path: str, weight: nn.Parameter) -> None:
     """Make the `Factored` at `path` a plain layer again, in place, with this weight (out, in) and its bias."""
     layer = model.get_submodule(path)
     assert isinstance(layer, Factored)
-    if isinstance(layer, FactoredConv2d):
-        kernel = nn.Parameter(weight.detach()[:, :, None, None], requires_grad=weight.requires_grad)
-        surgery.exchange(model, path, FactoredConv2d, nn.Conv2d, {"weight": kernel, "bias": layer.bias})
-    else:
-        surgery.exchange(model, path, FactoredLinear, nn.Linear, {"weight": weight, "bias": layer.bias})
+    original = nn.Conv2d if isinstance(layer, ChannelsFirst) else nn.Linear
+    kernel = weight.detach()[:, :, None, None] if original is nn.Conv2d else weight
+    dense = weight if kernel is weight else nn.Parameter(kernel, requires_grad=weight.requires_grad)
+    surgery.exchange(model, path, surgery.kind_of(layer), original, {"weight": dense, "bias": layer.whole_bias()})
 
 
 def current_names(model: nn.Module, names: Iterable[str]) -> set[str]:
     """Translate parameter names to the current ones after some layers have been factored, which renames their biases."""
-    factored = {path for path, module in model.named_modules() if isinstance(module, Factored)}
-    moved = {f"{path}.bias": f"{path}.up.bias" for path in factored}
-    return {moved.get(name, name) for name in names}
+    factored = {path: module for path, module in model.named_modules() if isinstance(module, Factored)}
+    moved = {f"{path}.bias": {f"{path}.{name}" for name in layer.adopted} for path, layer in factored.items()}
+    return set[str]().union(*(moved.get(name, {name}) for name in names))

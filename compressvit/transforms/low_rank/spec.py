@@ -1,7 +1,8 @@
 """Low rank alone: the weight of a linear layer becomes a product `up @ down`, two smaller linear layers.
 
-A layer then has r·(in + out) parameters and multiply-accumulates per token instead of in·out. Of all steps here it loses least at a given
-budget, and it reduces parameters, bytes, MACs and (below a rank that `plan` prints) latency.
+A layer then has r·(in + out) parameters and multiply-accumulates per token instead of in·out or, in the pivoted form of the same function,
+r·(in + out − r): see `compressvit.fitting.pivoted`. Of all steps here it loses least at a given budget, and it reduces parameters, bytes,
+MACs and (below a rank that `plan` prints) latency.
 
 The factors are the truncated singular value decomposition of the teacher's weight, in a metric that weighs errors by their effect on
 outputs for calibration images; see `compressvit.fitting.lowrank`. The whitened form is that of SVD-LLM, ICLR 2025,
@@ -20,22 +21,26 @@ from torch import nn
 from compressvit.errors import UserError
 from compressvit.fitting.lowrank import spectrum
 from compressvit.fitting.reference import Reference
+from compressvit.model.linear import weight_shape
 from compressvit.transforms.base import Transform, transform
 from compressvit.transforms.claims import Claim, drops
 from compressvit.transforms.low_rank.base import RankPlan, RankStep
 from compressvit.transforms.low_rank.budget import Group, Spending
 from compressvit.transforms.low_rank.layer import Factored, factor
+from compressvit.transforms.low_rank.pivoted_layer import pivot
 
 
 class LowRankPlan(RankPlan):
     """A resolved `LowRank`: the rank of each layer whose weight is replaced by two factors."""
 
     init: Literal["fit", "scratch"]
+    pivoted: bool = False  # the value in artifacts from before the option existed
 
     def change(self, model: nn.Module) -> dict[str, str]:
         for path, rank in self.ranks.items():
-            factor(model, path, rank)
-        return {path: f"low rank {rank} in place of the weight" for path, rank in self.ranks.items()}
+            (pivot if self.pivoted else factor)(model, path, rank)
+        kind = "pivoted rank" if self.pivoted else "low rank"
+        return {path: f"{kind} {rank} in place of the weight" for path, rank in self.ranks.items()}
 
     def claims(self, model: nn.Module) -> list[Claim]:
         use_lors = "use `lors`, which keeps that and adds a low-rank term to each, or leave one of the two steps out"
@@ -80,6 +85,12 @@ class LowRank(RankStep):
         description="fit: from the teacher's weights; scratch: random (these layers only; student: {weights: random} for the whole "
         "student).",
     )
+    pivoted: Literal["auto"] | bool = Field(
+        "auto",
+        description="True: store r rows or columns of each weight and the coefficients of the others, r·(in + out − r) parameters and "
+        "multiply-accumulates, instead of two factors, r·(in + out), for the same function. auto: with a budget, which then buys "
+        "higher ranks; two factors where a rank is given.",
+    )
     metric: Literal["outputs", "inputs", "weights"] = Field(
         "outputs",
         description="The metric of an error. outputs: the model's output on calibration images. inputs: the layer's output on "
@@ -89,7 +100,15 @@ class LowRank(RankStep):
     @model_validator(mode="after")
     def _rank_or_budget(self) -> LowRank:
         self.require_rank_or_budget(self.init)
+        if self.pivoted is True and self.init == "scratch":
+            raise ValueError(
+                "pivoted: true stores rows of the teacher's weights, which init: scratch does not use; leave one of the two out"
+            )
         return self
+
+    @property
+    def pivots(self) -> bool:
+        return self.budget is not None if self.pivoted == "auto" else self.pivoted
 
     @property
     def needs_images(self) -> bool:
@@ -101,7 +120,11 @@ class LowRank(RankStep):
 
     @classmethod
     def examples(cls) -> Sequence[Transform]:
-        return (LowRank(rank=2, metric="weights"), LowRank(rank=3, targets=("mlp.*",), init="scratch"))
+        return (
+            LowRank(rank=2, metric="weights"),
+            LowRank(rank=3, targets=("mlp.*",), init="scratch"),
+            LowRank(rank=3, metric="weights", pivoted=True),
+        )
 
     def plan(self, model: nn.Module, reference: Reference | None = None) -> LowRankPlan:
         backbone = self.backbone(model)
@@ -124,7 +147,9 @@ class LowRank(RankStep):
 
     def _resolved(self, ranks: dict[str, int], dense: Sequence[str] = ()) -> LowRankPlan:
         settings = self.model_dump(include={"init", "metric", "ridge", "output_ridge"})
-        return LowRankPlan(ranks=ranks, dense=tuple(dense), sequential=self.fits_in_order, **settings)
+        return LowRankPlan(
+            ranks=ranks, dense=tuple(dense), sequential=self.fits_in_order, pivoted=self.pivots, **settings
+        )
 
     def metric_for(self, groups: Sequence[Group]) -> Literal["weights", "inputs", "outputs"]:
         """The metric in which errors are measured."""
@@ -135,6 +160,12 @@ class LowRank(RankStep):
         for path, rank in ranks.items():
             if not rank:
                 raise UserError(f"low_rank: rank 0 would leave {path} without a weight; give a rank of at least 1")
+            full = min(weight_shape(model.get_submodule(path)))
+            if self.pivots and rank == full:
+                raise UserError(
+                    f"low_rank.pivoted: rank {rank} is the full rank of {path}, which would be as large as before; give a rank of at most "
+                    f"{full - 1}, or leave the layer out of targets"
+                )
 
 
 def start_from_noise_(layer: Factored) -> None:

@@ -65,7 +65,7 @@ class TeacherBlock:
 
     def bias(self, layer: str) -> Tensor | None:
         """(out,), in float64."""
-        found = self.block.get_submodule(layer).bias
+        found = self.block.get_submodule(layer)._parameters["bias"]
         return None if found is None else found.detach().cpu().double()
 
     def moments(self, layer: str) -> Moments:
@@ -310,5 +310,9 @@ class BlockFit:
             else:
                 assert isinstance(layer, Factored)
                 layer.set_factors(*factors)
-            if bias is not None:
-                layer.bias.copy_(bias)
+            if bias is None:
+                return
+            if isinstance(layer, Factored):
+                layer.set_bias(bias)
+            else:
+                layer.get_parameter("bias").copy_(bias)

@@ -48,7 +48,7 @@ def places(model: nn.Module, backbone: Backbone) -> list[Place]:
 
 def _place(block: Any, path: str, family: Family) -> Place:
     found = Place(path, *_neurons(getattr(block, "mlp", None)))
-    attention = getattr(block, "attn", None)
+    attention: Any = getattr(block, "attn", None)
     options = () if family.attention is None or attention is None else family.head_options(attention)
     if not options or not _plain(attention.qkv, attention.proj):
         return found
@@ -96,5 +96,5 @@ def set_inputs(layer: nn.Module, inputs: int) -> None:
     layer.in_features = inputs
 
 
-def _resized(parameter: nn.Parameter, *shape: int) -> nn.Parameter:
+def _resized(parameter: torch.Tensor, *shape: int) -> nn.Parameter:
     return nn.Parameter(parameter.detach().new_zeros(shape), requires_grad=parameter.requires_grad)

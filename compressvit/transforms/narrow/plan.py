@@ -18,6 +18,7 @@ from compressvit.model.linear import effective_weight
 from compressvit.transforms.base import LedgerEntry, Plan
 from compressvit.transforms.claims import Claim, narrows, orders, values, weight
 from compressvit.transforms.low_rank.layer import Factored, factor, unfactor
+from compressvit.transforms.low_rank.pivoted_layer import pivot
 from compressvit.transforms.narrow.fit import BlockFit, Settings, TeacherBlock
 from compressvit.transforms.narrow.form import BlockForm
 from compressvit.transforms.narrow.places import FC1, FC2, LAYERS, PROJ, QKV, Place, places, set_inputs, set_outputs
@@ -28,6 +29,7 @@ class NarrowPlan(Plan):
 
     Attributes:
         forms: of the blocks that change, by path.
+        pivoted: whether low-rank layers have the pivoted form (`compressvit.fitting.pivoted`).
         metric: what errors are measured in, see `NarrowStep`.
         sequential: fitted in the order the layers run.
         ridge, output_ridge: of the moments.
@@ -37,6 +39,7 @@ class NarrowPlan(Plan):
     starts: ClassVar[tuple[str, ...]] = ("metric", "sequential", "ridge", "output_ridge")
 
     forms: dict[str, BlockForm]
+    pivoted: bool = True
     metric: Literal["outputs", "weights"] = "outputs"
     sequential: bool = True
     ridge: float = 1e-3
@@ -110,8 +113,8 @@ class NarrowPlan(Plan):
             of_size = f" of {size} instead of {place.head_dim} dimensions" if form.head_dim else ""
             say((QKV, PROJ), of_heads + of_size)
         for layer, rank in form.ranks.items():
-            factor(model, f"{place.path}.{layer}", rank)
-            say((layer,), f"rank {rank}")
+            (pivot if self.pivoted else factor)(model, f"{place.path}.{layer}", rank)
+            say((layer,), f"{'pivoted ' * self.pivoted}rank {rank}")
         return {path: ", ".join(parts) for path, parts in texts.items()}
 
     @torch.no_grad()

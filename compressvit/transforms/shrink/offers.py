@@ -30,6 +30,7 @@ class Methods:
     Attributes:
         neurons, head_dim, heads, rank: whether each may be reduced.
         multiple: widths and ranks are multiples of it where they can be.
+        pivoted: the form of low-rank layers.
     """
 
     neurons: bool = True
@@ -37,6 +38,7 @@ class Methods:
     heads: bool = True
     rank: bool = True
     multiple: int = 8
+    pivoted: bool = True
 
 
 def widths(whole: int, multiple: int) -> list[int]:
@@ -70,7 +72,7 @@ def _ways(weight: Tensor, centred: Tensor, outer: Tensor | None, ridge: float, m
         else max(1, most // RANKS)
     )
     for rank in range(step, most, step):
-        if (numbers := rank_price(outputs, inputs, rank)) < outputs * inputs:
+        if (numbers := rank_price(outputs, inputs, rank, methods.pivoted)) < outputs * inputs:
             found.append(_Way(rank, numbers, left[rank]))
     return found
 

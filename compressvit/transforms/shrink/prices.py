@@ -77,6 +77,6 @@ def _keys(info: BlockInfo, tokens: int) -> int:
     return tokens if info.window is None else info.window[0] * info.window[1]
 
 
-def rank_price(outputs: int, inputs: int, rank: int) -> int:
-    """Numbers in two factors."""
-    return rank * (outputs + inputs)
+def rank_price(outputs: int, inputs: int, rank: int, pivoted: bool) -> int:
+    """Numbers in a layer of a rank."""
+    return rank * (outputs + inputs - rank * pivoted)

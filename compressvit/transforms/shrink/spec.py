@@ -9,7 +9,7 @@ sum of errors within the budget are chosen (`compressvit.fitting.hull`). All lay
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -76,6 +76,11 @@ class Shrink(NarrowStep):
         min_length=1,
         description="What may be reduced: hidden neurons of MLPs, dimensions of heads, whole heads, and the rank of linear layers.",
     )
+    pivoted: bool = Field(
+        True,
+        description="The form of low-rank layers: pivoted (the same function with fewer numbers), or two factors, which are faster at a "
+        "rank.",
+    )
     multiple: int = Field(8, ge=1, description="Widths and ranks are multiples of it, which hardware prefers.")
 
     @property
@@ -120,7 +125,7 @@ class Shrink(NarrowStep):
         raise self._too_small(limits, fixed + least(parts), of_teacher)
 
     def _resolved(self, forms: Mapping[str, BlockForm]) -> ShrinkPlan:
-        settings = self.model_dump(include={"metric", "sequential", "ridge", "output_ridge"})
+        settings = self.model_dump(include={"pivoted", "metric", "sequential", "ridge", "output_ridge"})
         return ShrinkPlan(forms=smaller(forms), **settings)
 
     def _offers(
@@ -133,7 +138,9 @@ class Shrink(NarrowStep):
             reference.moments(paths, outputs=True)
         settings = Settings(self.ridge, self.output_ridge, images)
         branches = describe(reference.model).family.branches
-        may = Methods(**{name: name in self.methods for name in Method.__args__}, multiple=self.multiple)
+        may = Methods(
+            **{name: name in self.methods for name in get_args(Method)}, multiple=self.multiple, pivoted=self.pivoted
+        )
         result: dict[str, Forms[BlockForm]] = {}
         for place in progress(found, "measuring what each block can become", len(found)):
             result |= offers([TeacherBlock(place, reference, branches, settings)], prices, may)

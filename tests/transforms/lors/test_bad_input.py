@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from compressvit.model import cost
 from compressvit.recipe.recipe import load_recipe
 from compressvit.runs.plan import plan_recipe
 from compressvit.transforms.applying import compress, materialise, plan_transforms
+from compressvit.transforms.low_rank.pivoted_layer import pivoted_linear
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -165,10 +167,12 @@ def test_the_plan_says_up_to_which_rank_low_rank_is_faster(monkeypatch):
         24,
         21,
     )  # 24 costs as much as the dense layer; the next eighth below is 21
+    assert cost.break_even_rank(40, 60, 5, pivoted=partial(pivoted_linear, 40, 60)) == (39, 39)  # every rank is faster
     monkeypatch.undo()
-    recipe = load_recipe("fashion_mnist_low_rank")
-    (note,) = (text for text in plan_recipe(recipe, "x").notes if "faster than the dense layer" in text)
-    assert re.search(r"blocks\.0\.attn\.qkv \(288×96, 17 tokens\) 72 / \d+;", note), note
+    for form, by_macs in (("false", 72), ("auto", 95)):
+        recipe = load_recipe("fashion_mnist_low_rank", [f"steps.0.low_rank.pivoted={form}"])
+        (note,) = (text for text in plan_recipe(recipe, "x").notes if "faster than the dense layer" in text)
+        assert re.search(rf"blocks\.0\.attn\.qkv \(288×96, 17 tokens\) {by_macs} / \d+;", note), note
 
 
 def test_images_of_whole_numbers_are_not_normalised():

@@ -38,17 +38,17 @@ def falling(values):
 
 
 CURVES = {
-    "steep": Curve(step=3, least=1, most=4, dense=10, errors=falling([50, 10, 5, 1])),
-    "flat": Curve(step=2, least=0, most=4, dense=None, errors=falling([4, 4, 4, 4])),
-    "cheap": Curve(step=1, least=0, most=3, dense=None, errors=falling([9, 1, 0.1])),
+    "steep": Curve(costs=range(0, 15, 3), least=1, most=4, dense=10, errors=falling([50, 10, 5, 1])),
+    "flat": Curve(costs=range(0, 10, 2), least=0, most=4, dense=None, errors=falling([4, 4, 4, 4])),
+    "cheap": Curve(costs=range(4), least=0, most=3, dense=None, errors=falling([9, 1, 0.1])),
 }
 
 
 # Steps of one unit, so that every limit can be spent: greedy is then the best there is.
 EVEN = {
-    "b": Curve(step=1, least=1, most=5, dense=None, errors=falling([50, 10, 5, 1, 0.5])),
-    "a": Curve(step=1, least=0, most=4, dense=None, errors=falling([8, 7, 6, 2])),
-    "c": Curve(step=1, least=0, most=3, dense=None, errors=falling([9, 3, 0.1])),
+    "b": Curve(costs=range(6), least=1, most=5, dense=None, errors=falling([50, 10, 5, 1, 0.5])),
+    "a": Curve(costs=range(5), least=0, most=4, dense=None, errors=falling([8, 7, 6, 2])),
+    "c": Curve(costs=range(4), least=0, most=3, dense=None, errors=falling([9, 3, 0.1])),
 }
 
 
@@ -66,8 +66,8 @@ def test_no_other_ranks_are_better(limit):
 
 def test_a_dense_layer_is_reached_in_one_step_where_ranks_help_little():
     curves = {
-        "slow": Curve(step=1, least=1, most=3, dense=4, errors=[30, 29.9, 29.8, 29.7]),
-        "other": Curve(step=3, least=0, most=1, dense=None, errors=[5, 0]),
+        "slow": Curve(costs=range(4), least=1, most=3, dense=4, errors=[30, 29.9, 29.8, 29.7]),
+        "other": Curve(costs=range(0, 6, 3), least=0, most=1, dense=None, errors=[5, 0]),
     }
     assert allocate(curves, 4) == {"slow": None, "other": 0}  # 29.9 for 3 is better than 5 for 3
     assert allocate(curves, 1) == {"slow": 1, "other": 0}
