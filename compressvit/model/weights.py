@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from compressvit.errors import UserError, did_you_mean, nearest
+from compressvit.errors import UserError, did_you_mean
 from compressvit.files import damaged_record, expanded, torch_fault
 from compressvit.model.backbone import family_of, head_names, model_name
 from compressvit.model.bounded import on_meta, require_sound
-from compressvit.model.detectors import is_model
+from compressvit.model.detectors import DETECTORS, is_model
 from compressvit.model.local_dir import read_local_dir
 from compressvit.model.modules import as_timm
 from compressvit.model.stored import is_artifact, read_safetensors, read_tensors, require_as_written
@@ -51,6 +51,8 @@ def build(
             return timm.create_model(name, pretrained=False, **args)
         with on_meta() if device == "meta" else torch.device(device):
             return timm.create_model(name, pretrained=False, **args)
+    except UserError:  # of a detector, which says what is wrong
+        raise
     except Exception as error:
         # timm checks its arguments with asserts, look-ups and conversions, so that a wrong one can raise anything
         asked = ", ".join(f"{k}={v!r}" for k, v in args.items()) or "no arguments"
@@ -60,16 +62,16 @@ def build(
 
 
 def _similar_argument(name: str, error: Exception) -> str:
-    """For an unknown argument, the most similar one that the model's class has, as a clause; empty without one."""
+    """For an unknown argument, the most similar one that the model's class has, as a clause, and all where they are few; or empty."""
     import timm
 
     word = re.search(r"unexpected keyword argument '(\w+)'", str(error))
     if word is None:
         return ""
     with suppress(Exception), on_meta():  # whatever timm raises: the first error is reported
-        known = inspect.signature(type(timm.create_model(name, pretrained=False)).__init__).parameters
-        close = nearest(word[1], known)
-        return f"; did you mean '{close}'?" if close else ""
+        known = list(inspect.signature(type(timm.create_model(name, pretrained=False))).parameters)
+        hint = did_you_mean(word[1], known)
+        return f"; {hint}" if hint else ""
     return ""
 
 
@@ -83,7 +85,7 @@ def require_known(name: str) -> None:
 
     architecture, _, tag = name.partition(".")
     if not is_model(architecture):
-        hint = did_you_mean(architecture, timm.list_models(), list_at_most=0)
+        hint = did_you_mean(architecture, [*DETECTORS, *timm.list_models()], list_at_most=0)
         raise UserError(
             f"timm {timm.__version__} has no model {architecture!r}; {hint or 'timm.list_models() lists them'}"
         )

@@ -29,6 +29,7 @@ from compressvit.transforms.applying import compress
             {},
             r"timm .* has no model 'vit_tiny_patch16_242'; did you mean 'vit_tiny_patch16_224'\?",
         ),
+        ("fastrcnn", {}, r"has no model 'fastrcnn'; did you mean 'faster_rcnn'\?"),
         ("quux", {}, r"has no model 'quux'; timm\.list_models\(\) lists them"),
         ("", {}, "has no model ''"),
         (
