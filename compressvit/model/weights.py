@@ -18,7 +18,7 @@ from torch import nn
 
 from compressvit.errors import UserError, did_you_mean
 from compressvit.files import damaged_record, expanded, torch_fault
-from compressvit.model.backbone import family_of, head_names, model_name
+from compressvit.model.backbone import body_of, family_of, head_names, model_name
 from compressvit.model.bounded import on_meta, require_sound
 from compressvit.model.detectors import DETECTORS, is_model
 from compressvit.model.local_dir import read_local_dir
@@ -95,6 +95,28 @@ def require_known(name: str) -> None:
             raise UserError(f"timm has no pretrained weights {name!r}; {did_you_mean(tag, known)}")
 
 
+def require_pretrained(model: nn.Module, where: str, *, new_head: bool = False) -> str:
+    """The name and tag under which timm has pretrained values for `model`, which may be without values; arguments as `load_pretrained`.
+
+    Raises:
+        UserError: timm has none, or none for a head of this size.
+    """
+    config = as_timm(model).pretrained_cfg
+    name: str = config["architecture"] + (f".{config['tag']}" if config.get("tag") else "")
+    if not (config.get("hf_hub_id") or config.get("url") or config.get("file")):
+        whose = where.partition(".")[0]
+        start = f"{where}={'train' if whose == 'teacher' else 'random'} {whose}.backbone=pretrained"
+        other = f" Or begin with its backbone's: {start}." if body_of(model) is not None else ""
+        raise UserError(f"{where}: pretrained: timm has no pretrained weights for {name}. {_supply(where)}{other}")
+    classes = getattr(model, "num_classes", 0)
+    if classes and classes != config.get("num_classes") and not new_head:
+        raise UserError(
+            f"{where}: the pretrained {name} has {config.get('num_classes')} classes and the model's head {classes}, "
+            "so it would stay random; train it with teacher.finetune, or leave num_classes out"
+        )
+    return name
+
+
 def load_pretrained(model: nn.Module, where: str, *, new_head: bool = False) -> None:
     """Give `model` the pretrained values that timm has for its name and tag, downloading them if they are not cached.
 
@@ -104,21 +126,12 @@ def load_pretrained(model: nn.Module, where: str, *, new_head: bool = False) -> 
         new_head: a classifier of another size than the pretrained one may start fresh, because it will be trained.
 
     Raises:
-        UserError: timm has no weights for it, or none for a head of this size, or they cannot be downloaded; the text says how to
-            supply them.
+        UserError: as `require_pretrained`, or they cannot be downloaded; the text says how to supply them.
     """
     import timm
 
+    name = require_pretrained(model, where, new_head=new_head)
     config = as_timm(model).pretrained_cfg
-    name = config["architecture"] + (f".{config['tag']}" if config.get("tag") else "")
-    if not (config.get("hf_hub_id") or config.get("url") or config.get("file")):
-        raise UserError(f"{where}: pretrained: timm has no pretrained weights for {name}; {_supply(where)}")
-    classes = getattr(model, "num_classes", 0)
-    if classes and classes != config.get("num_classes") and not new_head:
-        raise UserError(
-            f"{where}: the pretrained {name} has {config.get('num_classes')} classes and the model's head {classes}, "
-            "so it would stay random; train it with teacher.finetune, or leave num_classes out"
-        )
     try:
         _require_reachable(config)
         loaded = timm.create_model(name, pretrained=True, **getattr(model, "_model_args", {}))

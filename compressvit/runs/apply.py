@@ -24,7 +24,7 @@ from compressvit.runs.files import NoteRow, RecipePlan, Results
 from compressvit.runs.finish import finish
 from compressvit.runs.finished import finished_run
 from compressvit.runs.folder import RunFolder, refuse_processes
-from compressvit.runs.job import Job, prepare, refuse_labels, refuse_own_inputs
+from compressvit.runs.job import Job, prepare, refuse_data, refuse_own_inputs
 from compressvit.runs.merge import merge_folder, print_merge
 from compressvit.runs.models import trains_teacher
 from compressvit.runs.plan import plan_data, plan_job, require_no_conflicts
@@ -258,4 +258,4 @@ def _refuse(job: Job, plan: RecipePlan, folder: RunFolder, *, overwrite: bool) -
             spec.require_inputs()
     if overwrite:
         refuse_own_inputs(job.recipe, folder)
-    refuse_labels(job)
+    refuse_data(job)
