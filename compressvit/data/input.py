@@ -39,8 +39,8 @@ def class_mismatch(classes: int | None, model_classes: int, *, new_head: bool) -
     if new_head:
         return f"{text}the others are never right; leave teacher.num_classes out, and it has as many as the data"
     return (
-        f"{text}accuracy is meaningless unless class 0, 1, … are the same; agreement with the teacher is not. For your own classes give the "
-        "teacher a new head: teacher.finetune={}"
+        f"{text}accuracy is meaningless unless class 0, 1, … are the same; agreement with the teacher is not. "
+        "For your own classes give the teacher a new head: teacher.finetune={}"
     )
 
 

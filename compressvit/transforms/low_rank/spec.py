@@ -20,6 +20,7 @@ from torch import nn
 from compressvit.errors import UserError
 from compressvit.fitting.lowrank import spectrum
 from compressvit.fitting.moments import Reference
+from compressvit.log import progress
 from compressvit.transforms.base import Transform, transform
 from compressvit.transforms.claims import Claim, drops
 from compressvit.transforms.low_rank.base import RankPlan, RankStep
@@ -48,7 +49,7 @@ class LowRankPlan(RankPlan):
     def initialise(self, student: nn.Module, reference: Reference) -> None:
         if self.init == "fit":
             metrics = reference.metrics(self.paths, self.metric, self.ridge, self.output_ridge)
-        for path, rank in self.ranks.items():
+        for path, rank in progress(self.ranks.items(), "making layers low rank", len(self.ranks)):
             layer = student.get_submodule(path)
             assert isinstance(layer, Factored)
             if self.init == "fit":
