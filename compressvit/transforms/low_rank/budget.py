@@ -12,8 +12,8 @@ from torch import nn
 
 from compressvit.fitting.allocate import Budget, Curve, allocate, least_cost, spend
 from compressvit.fitting.lowrank import TINY, fit_shared, spectrum
-from compressvit.log import progress
 from compressvit.fitting.moments import Reference, tokens_at
+from compressvit.log import progress
 from compressvit.model import cost, surgery, ties
 from compressvit.model.backbone import input_size
 from compressvit.model.cost import header_bytes
