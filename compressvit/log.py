@@ -114,6 +114,8 @@ class RunLog:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
         from rich.text import Text
 
+        from compressvit.terminal import wrapped_items
+
         bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         task = bar.add_task(description, total=total, completed=completed)
         numbers = Text()
@@ -131,18 +133,6 @@ class RunLog:
         if self._writer is not None:
             self._writer.close()
         _silence()
-
-
-def wrapped_items(text: str, width: int) -> str:
-    """Break a line of items, which are separated by two spaces, between items, never between a label and its value."""
-    lines = [""]
-    for item in text.split("  "):
-        longer = f"{lines[-1]}  {item}" if lines[-1] else item
-        if lines[-1] and len(longer) > width:
-            lines.append(item)
-        else:
-            lines[-1] = longer
-    return "\n".join(lines)
 
 
 @contextmanager

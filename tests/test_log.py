@@ -16,6 +16,7 @@ from compressvit import LORS, LowRank, compress
 from compressvit import log as logs
 from compressvit.model import weights
 from compressvit.model.families.adamixer import SMALL
+from compressvit.terminal import wrapped_items
 
 
 def test_a_long_calibration_reports_its_progress(monkeypatch, caplog):
@@ -98,7 +99,7 @@ def test_on_a_terminal_it_is_a_bar(monkeypatch, capsys):
 )
 def test_a_label_stays_with_its_value(width, lines):
     text = "loss 3.911  teacher's top-1 12.5%  gradient 0.785  lr 0.00095"
-    assert logs.wrapped_items(text, width).splitlines() == lines
+    assert wrapped_items(text, width).splitlines() == lines
 
 
 def test_the_numbers_below_the_bar_are_broken_between_items():

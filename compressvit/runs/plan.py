@@ -146,6 +146,7 @@ def plan_job(job: Job) -> RecipePlan:
         steps=planned.steps,
         notes=notes,
         conflicts=planned.conflicts,
+        figures=_figures(job),
         diagnostics={entry.name: entry.spec.summary() for entry in recipe.diagnostics},
     )
 
@@ -257,6 +258,20 @@ def _teacher_notes(job: Job) -> list[str]:
             "the teacher given is trained further, as teacher.finetune says; teacher.finetune=null keeps it as it is"
         )
     return notes
+
+
+def _figures(job: Job) -> list[str]:
+    """What is to be known of the figures at the end of a run."""
+    found, task = [], task_of(job.student.model, job.recipe.data.usual_task)
+    if job.recipe.student.head == "new":
+        absent = " and no ".join(quality.in_text for quality in task.against_teacher())
+        found += [f"the student has a new head, so it is not compared with its teacher: there is no {absent}"] * bool(absent)
+    elif text := task.uncompared(job.student.model, job.teacher.model):
+        found.append(text)
+    for model in (job.teacher.model, job.student.model):
+        if (family := family_of(model)) is not None and family.latency:
+            found.append(f"the latency of a {family.title} depends on {family.latency}")
+    return list(dict.fromkeys(found))
 
 
 def _short(value: Any) -> str:

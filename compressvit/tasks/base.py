@@ -258,6 +258,14 @@ class Task(ABC):
         """Whether the outputs of two models can be compared image by image."""
         return outputs.shape == expected.shape
 
+    def against_teacher(self) -> list[Quality]:
+        """The figures of a model compared with its teacher."""
+        return [quality for quality in self.qualities if quality.key not in self.graded]
+
+    def uncompared(self, model: nn.Module, teacher: nn.Module) -> str | None:
+        """Why two models are not compared, or not in all figures, as a sentence; None if they are."""
+        return None
+
     def ranked(self, result: Mapping[str, Any]) -> list[Quality]:
         """Those of `ranking` that were measured, in its order."""
         known = {quality.key: quality for quality in self.qualities}

@@ -158,6 +158,11 @@ class Detection(Task):
     def comparable(self, outputs: Any, expected: Any) -> bool:
         return True
 
+    def uncompared(self, model: nn.Module, teacher: nn.Module) -> str | None:
+        if not _gives_masks(model) or _gives_masks(teacher):
+            return None
+        return f"the teacher gives no masks, so there is no {MASK_AGREEMENT.in_text}"
+
     def answers(self, model: nn.Module, names: Sequence[str] | None, labelled: bool) -> Answers:
         return _Boxes([*(names or ()), *map(str, range(len(names or ()), model.num_classes))], labelled)  # type: ignore[arg-type]
 
