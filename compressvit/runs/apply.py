@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -32,6 +33,7 @@ from compressvit.runs.resources import resource_faults
 from compressvit.runs.run import Run, fill_teacher
 from compressvit.runs.tables import print_plan
 from compressvit.terminal import Terminal
+from compressvit.training.stopping import Stoppable
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def apply(
 
     Raises:
         UserError: the recipe cannot be run as requested.
-        compressvit.training.loop.Interrupted: stopped by a signal, after writing a checkpoint.
+        compressvit.training.loop.Interrupted: stopped by a signal; in a training after writing a checkpoint.
 
     Example:
         >>> import compressvit
@@ -104,26 +106,35 @@ def apply(
     recipe, name, text = _recipe(recipe, overrides, folder if resume else None)
     refuse_processes()
     folder.refuse_or_clear(recipe, resume=resume, overwrite=overwrite)
-    if resume and (finished := _finished(recipe, folder, device, console, report)):
-        return finished
-    job = prepare(recipe, device, name=name)
-    plan = plan_job(job)
-    _refuse(job, plan, folder, overwrite=overwrite)
-    moved = _note_data(job, plan, folder, resume=resume)
-    with folder.owned():
-        folder.refuse_or_clear(recipe, resume=resume, overwrite=overwrite)  # again: another run may have used it
-        teacher, taught = _fill_teacher(job, plan, folder, resume=resume)
-        folder.open(recipe, text, plan, list(command or sys.argv), resume=resume, overwrite=overwrite, moved=moved)
-        run_log = RunLog(folder.path, console, partial(tensorboard.tag_of, tags=tensorboard.scalar_tags(recipe)))
-        try:
-            run_log.show(lambda to: print_plan(plan, to))
-            with resource_faults(recipe.data):
-                return _run(Run(job, folder, run_log), plan, teacher, taught, report)
-        except UserError as error:
-            log.error("%s", error, extra={"already_shown": True})
-            raise
-        finally:
-            run_log.close()
+    with Stoppable(folder.path if resume else None) as stoppable:
+        if resume and (finished := _finished(recipe, folder, device, console, report)):
+            return finished
+        job = prepare(recipe, device, name=name)
+        plan = plan_job(job)
+        _refuse(job, plan, folder, overwrite=overwrite)
+        moved = _note_data(job, plan, folder, resume=resume)
+        with folder.owned():
+            folder.refuse_or_clear(recipe, resume=resume, overwrite=overwrite)  # again: another run may have used it
+            teacher, taught = _fill_teacher(job, plan, folder, resume=resume)
+            folder.open(recipe, text, plan, list(command or sys.argv), resume=resume, overwrite=overwrite, moved=moved)
+            stoppable.run = folder.path
+            with _logged(recipe, folder, console) as run_log:
+                run_log.show(lambda to: print_plan(plan, to))
+                with resource_faults(recipe.data):
+                    return _run(Run(job, folder, run_log), plan, teacher, taught, report)
+
+
+@contextmanager
+def _logged(recipe: Recipe, folder: RunFolder, console: Console | None) -> Iterator[RunLog]:
+    """The log of a run, which also has the error that ends it."""
+    run_log = RunLog(folder.path, console, partial(tensorboard.tag_of, tags=tensorboard.scalar_tags(recipe)))
+    try:
+        yield run_log
+    except UserError as error:
+        log.error("%s", error, extra={"already_shown": True})
+        raise
+    finally:
+        run_log.close()
 
 
 def _finished(

@@ -106,7 +106,9 @@ def evaluate_path(path: str | Path, overrides: list[str], *, device: str, as_jso
         print(f"data: {printable(note.text)}")
     if not datasets.labelled:
         print("the images have no labels, so there is no accuracy; `apply` compares a student with its teacher")
-    elif absent := " and no ".join(quality.in_text for quality in task_of(model, recipe.data.usual_task).against_teacher()):
+    elif absent := " and no ".join(
+        quality.in_text for quality in task_of(model, recipe.data.usual_task).against_teacher()
+    ):
         print(f"there is no {absent}: `apply` compares a student with its teacher")
     return 0
 

@@ -265,7 +265,9 @@ def _figures(job: Job) -> list[str]:
     found, task = [], task_of(job.student.model, job.recipe.data.usual_task)
     if job.recipe.student.head == "new":
         absent = " and no ".join(quality.in_text for quality in task.against_teacher())
-        found += [f"the student has a new head, so it is not compared with its teacher: there is no {absent}"] * bool(absent)
+        found += [f"the student has a new head, so it is not compared with its teacher: there is no {absent}"] * bool(
+            absent
+        )
     elif text := task.uncompared(job.student.model, job.teacher.model):
         found.append(text)
     for model in (job.teacher.model, job.student.model):
