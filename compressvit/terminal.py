@@ -44,6 +44,7 @@ def print_table(table: Table, console: Console) -> None:
     each after its heading; nothing is left out."""
     unbounded = console.options.update(width=10_000)
     if Measurement.get(console, unbounded, table).minimum <= console.width:
+        table.columns[0].no_wrap = True
         console.print(table)
         return
     console.print(table.title, highlight=False)

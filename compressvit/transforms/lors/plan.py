@@ -78,13 +78,13 @@ class LORSPlan(RankPlan):
         metrics = reference.metrics(self.paths, self.metric, self.ridge, self.output_ridge)
         parts = [(self.rounds + 1) * (len(group) + 1) if self._is_fitted(group) else 1 for group in self.groups]
         with working("fitting layers that share weights", sum(parts)) as advance:
-            self._fit(layers, metrics, reference, advance)
+            self._fit_groups(layers, metrics, reference, advance)
 
     def _is_fitted(self, group: Sequence[str]) -> bool:
         """Whether the weight that a group shares is fitted to all of them."""
         return len(group) > 1 and self.init == "fit"
 
-    def _fit(
+    def _fit_groups(
         self,
         layers: Mapping[str, Any],
         metrics: Mapping[str, Metric],
