@@ -206,9 +206,9 @@ class Reference:
         moments = self.moments(paths, outputs=kind == "outputs")
         if self.too_alike:
             ridge, output_ridge = max(ridge, STRONG_RIDGE), max(output_ridge, STRONG_RIDGE)
-        return {
-            path: found.metric(ridge, output_ridge if kind == "outputs" else None) for path, found in moments.items()
-        }
+        of_outputs = output_ridge if kind == "outputs" else None
+        found = progress(moments.items(), "factorising the moments of layers", len(moments))
+        return {path: own.metric(ridge, of_outputs) for path, own in found}
 
 
 def collect_moments(

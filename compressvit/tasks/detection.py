@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from compressvit.errors import UserError
+from compressvit.model.detectors import DETECTORS
 from compressvit.tasks.base import Answers, Labels, Measure, Metrics, Result, Task, task
 from compressvit.tasks.precision import BOXES, MASKS, Precision, Runs, coco_masks, on_picture, true_masks
 from compressvit.tasks.quality import Curve, Quality
@@ -66,6 +67,7 @@ class Detection(Task):
     needs_class_count = True
     imitates = True
     places = True
+    models = DETECTORS
     progress_names: ClassVar[Mapping[str, str]] = {"ap": "AP", "ap50": "AP50", "mask_ap": "mask AP"}
     measures: ClassVar[Mapping[str, Measure]] = {
         "missed": Measure(
@@ -80,6 +82,9 @@ class Detection(Task):
 
     def needs_classes(self, classes: int) -> int:
         return classes
+
+    def reads(self, truth: Task) -> bool:
+        return truth is self
 
     def collate(self, targets: Sequence[Any]) -> Any:
         """The ground truth of each image: `boxes` (n, 4) in widths and heights of the image, `labels` (n,), `crowd` (n,) of bool, and
@@ -152,6 +157,11 @@ class Detection(Task):
 
     def comparable(self, outputs: Any, expected: Any) -> bool:
         return True
+
+    def uncompared(self, model: nn.Module, teacher: nn.Module) -> str | None:
+        if not _gives_masks(model) or _gives_masks(teacher):
+            return None
+        return f"the teacher gives no masks, so there is no {MASK_AGREEMENT.in_text}"
 
     def answers(self, model: nn.Module, names: Sequence[str] | None, labelled: bool) -> Answers:
         return _Boxes([*(names or ()), *map(str, range(len(names or ()), model.num_classes))], labelled)  # type: ignore[arg-type]

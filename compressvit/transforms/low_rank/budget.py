@@ -13,6 +13,7 @@ from torch import nn
 from compressvit.fitting.allocate import Budget, Curve, allocate, least_cost, spend
 from compressvit.fitting.lowrank import TINY, fit_shared, spectrum
 from compressvit.fitting.moments import Reference, tokens_at
+from compressvit.log import progress
 from compressvit.model import cost, surgery, ties
 from compressvit.model.backbone import input_size
 from compressvit.model.cost import header_bytes
@@ -131,7 +132,8 @@ class Spending:
 
     def _curves(self, groups: Sequence[Group], kind: str) -> dict[str, Curve]:
         curves = {}
-        for group in groups:
+        measured = self.reference is not None
+        for group in progress(groups, "weighing the ranks of layers", len(groups)) if measured else groups:
             errors = self.errors_by_rank(group, kind)
             for position, path in enumerate(group):
                 out, inner = weight_shape(self.layers[path])
