@@ -114,6 +114,8 @@ class RunLog:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
         from rich.text import Text
 
+        from compressvit.terminal import wrapped_items
+
         bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         task = bar.add_task(description, total=total, completed=completed)
         numbers = Text()
@@ -133,18 +135,6 @@ class RunLog:
         _silence()
 
 
-def wrapped_items(text: str, width: int) -> str:
-    """Break a line of items, which are separated by two spaces, between items, never between a label and its value."""
-    lines = [""]
-    for item in text.split("  "):
-        longer = f"{lines[-1]}  {item}" if lines[-1] else item
-        if lines[-1] and len(longer) > width:
-            lines.append(item)
-        else:
-            lines[-1] = longer
-    return "\n".join(lines)
-
-
 @contextmanager
 def warn_and_continue(what: str) -> Iterator[None]:
     """Report any exception as a warning and continue: an error in a chart or page must not end a training."""
@@ -160,37 +150,76 @@ def warn_and_continue(what: str) -> Iterator[None]:
 T = TypeVar("T")
 
 
-_LINE_EVERY = 5.0  # seconds between two lines of progress where there is no terminal
+_LINE_EVERY = 5.0  # seconds between two lines of progress where there is no terminal, in the first minute
+_LATER = 12  # so many times as long after it
 
 
-def progress(items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
-    """`items`, showing progress while they are iterated: a bar on stderr if that is a terminal, otherwise a line every few seconds.
+def progress(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+    """`items`, showing progress while they are iterated, as `working` does."""
+    with working(description, total) as advance:
+        for number, item in enumerate(items):
+            if number:
+                advance()
+            yield item
 
-    The lines go to the handlers of the logger 'compressvit', or to stderr if there are none.
+
+@contextmanager
+def working(description: str, total: int | None = None) -> Iterator[Callable[..., None]]:
+    """Show the progress of what is done inside: a bar on stderr if that is a terminal, otherwise a line every few seconds, and after the
+    first minute every minute.
+
+    The lines go to the handlers of the logger 'compressvit', or to stderr if there are none. Of bars only the outer one is shown.
+
+    Args:
+        description: of the work.
+        total: number of its parts.
+
+    Yields:
+        `advance(parts=1)`, to be called after each part, or with 0 in the middle of a long one.
     """
-    from rich.progress import track
-
     from compressvit.terminal import Terminal
 
+    global _bar_is_shown
     console = Terminal(stderr=True)
-    if console.is_terminal:
-        return track(items, description, total, console=console, transient=True)
-    return _with_lines(items, description, total)
+    if not console.is_terminal:
+        yield _Lines(description, total).advance
+    elif _bar_is_shown:
+        yield lambda parts=1: None
+    else:
+        from rich.progress import Progress
+
+        _bar_is_shown = True
+        try:
+            with Progress(console=console, transient=True) as bar:
+                task = bar.add_task(description, total=total)
+                yield lambda parts=1: bar.advance(task, parts)
+        finally:
+            _bar_is_shown = False
 
 
-def _with_lines(items: Iterable[T], description: str, total: int | None) -> Iterator[T]:
-    start = shown = time.monotonic()
-    for number, item in enumerate(items):
+_bar_is_shown = False
+
+
+class _Lines:
+    """Progress as lines of the log."""
+
+    def __init__(self, description: str, total: int | None):
+        self.description, self.total = description, total
+        self.parts = 0
+        self.start = self.shown = time.monotonic()
+
+    def advance(self, parts: int = 1) -> None:
+        self.parts += parts
         now = time.monotonic()
-        if number and now - shown >= _LINE_EVERY:
-            shown = now
-            count = f"{number} of {total}" if total is not None else str(number)
-            text = f"{description}: {count} done in {now - start:.0f} s"
-            if log.hasHandlers():
-                log.info("%s", text)
-            else:
-                complain("compressvit", text)
-        yield item
+        if now - self.shown < _LINE_EVERY * (_LATER if now - self.start > _LATER * _LINE_EVERY else 1):
+            return
+        self.shown = now
+        count = f"{self.parts} of {self.total}" if self.total is not None else str(self.parts)
+        text = f"{self.description}: {count} done in {now - self.start:.0f} s"
+        if log.hasHandlers():
+            log.info("%s", text)
+        else:
+            complain("compressvit", text)
 
 
 def _silence() -> None:

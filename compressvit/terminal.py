@@ -6,7 +6,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
+from rich.measure import Measurement
 from rich.segment import Segment
+from rich.table import Table
 from rich.text import Text
 
 from compressvit.text import printable
@@ -35,3 +37,32 @@ class Terminal(Console):
         """The segments of anything, among them those of a `Text`, which is not made by `render_str`."""
         for text, style, control in super().render(renderable, options):
             yield Segment(text if control else printable(text), style, control)
+
+
+def print_table(table: Table, console: Console) -> None:
+    """Print a table. Where it is too wide its rows are listed: the first cell whole, so that a path can be copied, and below it the others,
+    each after its heading; nothing is left out."""
+    unbounded = console.options.update(width=10_000)
+    if Measurement.get(console, unbounded, table).minimum <= console.width:
+        table.columns[0].no_wrap = True
+        console.print(table)
+        return
+    console.print(table.title, highlight=False)
+    headings = [str(column.header).replace("\n", " ") for column in table.columns]
+    for first, *others in zip(*(column.cells for column in table.columns), strict=True):
+        items = [f"{heading} {cell}" for heading, cell in zip(headings[1:], others, strict=True) if cell]
+        console.print(str(first), highlight=False, soft_wrap=True)
+        for line in wrapped_items("  ".join(items), console.width - 2).splitlines():
+            console.print(f"  {line}", highlight=False)
+
+
+def wrapped_items(text: str, width: int) -> str:
+    """Break a line of items, which are separated by two spaces, between items, never between a label and its value."""
+    lines = [""]
+    for item in text.split("  "):
+        longer = f"{lines[-1]}  {item}" if lines[-1] else item
+        if lines[-1] and len(longer) > width:
+            lines.append(item)
+        else:
+            lines[-1] = longer
+    return "\n".join(lines)

@@ -6,7 +6,7 @@ reads images only when the set is opened, so that names and classes do not wait 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -50,6 +50,11 @@ class DataSet:
     package: str | None = None
     streams: bool = False
     listed: bool = False
+
+    @property
+    def truth(self) -> str | None:
+        """The word of the task that its ground truth is for; None where it has none."""
+        return (self.task or "classification") if self.labelled else None
 
 
 SETS: Registry[DataSet] = Registry("data set", "compressvit.data.sets")
@@ -95,11 +100,12 @@ def find_set(name: str) -> DataSet:
     siblings = [
         known for known in SETS if slash and known.startswith(f"{prefix.lower()}/") and not known.endswith(_ANY)
     ]
-    raise UserError(f"there is no data set '{name}'; {hint}(known: {', '.join(siblings or _briefly(SETS))})")
+    raise UserError(f"there is no data set '{name}'; {hint}(known: {', '.join(siblings or briefly(SETS))})")
 
 
-def _briefly(names: Sequence[str] | Registry[DataSet]) -> list[str]:
+def briefly(names: Iterable[str]) -> list[str]:
     """Names without a prefix, then each prefix once."""
+    names = list(names)
     prefixes = (f"{name.partition('/')[0]}/{_ANY}" for name in names if "/" in name)
     return [*(name for name in names if "/" not in name), *dict.fromkeys(prefixes)]
 

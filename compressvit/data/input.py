@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from compressvit.data.data_set import find_set
+from compressvit.data.notes import counted
 from compressvit.data.pictures import MODES
 from compressvit.data.spec import Data
 from compressvit.errors import UserError
@@ -26,13 +27,20 @@ STATISTICS = (
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow converts to mode L
 
 
-def class_mismatch(classes: int | None, model_classes: int) -> str | None:
-    """What to tell when a set of `classes` is used with a head that tells `model_classes` apart; None when they fit."""
-    if not classes or not model_classes or classes == model_classes:
+def class_mismatch(classes: int | None, model_classes: int, *, new_head: bool) -> str | None:
+    """What to tell when a set of `classes` is used with a teacher whose head tells more apart; None when they fit. (Fewer are refused.)
+
+    Args:
+        new_head: the head is made for this data.
+    """
+    if not classes or model_classes <= classes:
         return None
+    text = f"the data has {counted(classes, 'class')} and the teacher's head {model_classes}: "
+    if new_head:
+        return f"{text}the others are never right; leave teacher.num_classes out, and it has as many as the data"
     return (
-        f"the data has {classes} classes and the teacher's head {model_classes}: accuracy is meaningless unless class 0, 1, … are the "
-        "same; agreement with the teacher is not. For your own classes give the teacher a new head: teacher.finetune={}"
+        f"{text}accuracy is meaningless unless class 0, 1, … are the same; agreement with the teacher is not. "
+        "For your own classes give the teacher a new head: teacher.finetune={}"
     )
 
 

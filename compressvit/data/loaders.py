@@ -279,7 +279,7 @@ class _CheckedLoader(DataLoader):
                     images, targets = batch
                     self.task.check_set(targets, self.datasets.num_classes, self.name)
                     yield images, targets if isinstance(targets, torch.Tensor) else Targets(targets)
-        except (UserError, BrokenPicture) as error:
+        except Exception as error:
             # ends the workers now: the garbage collector may find them too late to tell them, and waits 5 s for each
             self._iterator = None
             del batches

@@ -19,6 +19,7 @@ Ghostscript for EPS. Some readers of other packages open files themselves, so im
 
 from __future__ import annotations
 
+import errno
 import warnings
 from enum import IntFlag
 from functools import cache
@@ -60,6 +61,23 @@ class BrokenPicture(ValueError):
     """A file that is not an image in one of `FORMATS`, is damaged, or has values that cannot be converted; the message says which."""
 
 
+class TooManyFiles(Exception):
+    """The system opens no more files for this process; it is no fault of the file that was to be opened."""
+
+
+def refuse_shortage(error: BaseException, file: object = "") -> None:
+    """Raise a `MemoryError` or `TooManyFiles` where that is what an error comes from, and not the picture.
+
+    Args:
+        file: that was read, for the message, if it has a path.
+    """
+    number, path = getattr(error, "errno", None), str(file) if isinstance(file, (str, Path)) else ""
+    if isinstance(error, MemoryError) or number == errno.ENOMEM:
+        raise MemoryError(": ".join(filter(None, (path, str(error))))) from error
+    if isinstance(error, TooManyFiles) or number in (errno.EMFILE, errno.ENFILE):
+        raise TooManyFiles(str(error)) from error
+
+
 class Read(IntFlag):
     """Conversions and properties of an image that a user may want to know, as flags, so that a data set stores one byte per image."""
 
@@ -91,6 +109,7 @@ def read_picture(file: str | Path | IO[bytes], *, exif: bool = False) -> tuple[I
 
     Raises:
         BrokenPicture: the file cannot be read, or the image is so large that Pillow considers it a decompression bomb.
+        MemoryError, TooManyFiles: memory or file handles ran out, which says nothing of the file.
     """
     try:
         with Image.open(file, formats=_formats()) as image:
@@ -103,6 +122,7 @@ def read_picture(file: str | Path | IO[bytes], *, exif: bool = False) -> tuple[I
     except UnidentifiedImageError as error:
         raise BrokenPicture("it is not an image") from error
     except Exception as error:  # a damaged header leads Pillow's readers into errors of every kind
+        refuse_shortage(error, file)
         raise BrokenPicture(str(error) or type(error).__name__) from error
 
 
@@ -140,7 +160,8 @@ def _orientation(image: Image.Image) -> Read:
     """Whether the EXIF block says to turn a picture, or is so damaged that it does not say."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # a damaged block leads Pillow into errors of every kind
+    except Exception as error:  # a damaged block leads Pillow into errors of every kind
+        refuse_shortage(error)
         return Read.BAD_EXIF
     block = image.info.get("exif")
     if block and orientation is None and _is_damaged(block):
@@ -154,7 +175,8 @@ def _is_damaged(block: bytes) -> bool:
         warnings.simplefilter("always")
         try:
             Image.Exif().load(block)
-        except Exception:  # of every kind, as above
+        except Exception as error:  # of every kind, as above
+            refuse_shortage(error)
             return True
     return bool(warned) or not block.removeprefix(b"Exif\0\0").startswith(_TIFF)
 
@@ -164,7 +186,8 @@ def _upright(image: Image.Image) -> tuple[Image.Image, Read]:
     done = _orientation(image)
     try:
         return (ImageOps.exif_transpose(image) if done is Read.TURNED else image), done
-    except Exception:  # Pillow writes the block again, without the orientation
+    except Exception as error:  # Pillow writes the block again, without the orientation
+        refuse_shortage(error)
         return image, Read.BAD_EXIF
 
 

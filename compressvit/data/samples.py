@@ -23,7 +23,7 @@ from compressvit.data.annotated import require_size
 from compressvit.data.files import PictureFiles
 from compressvit.data.notes import notes_of_reading
 from compressvit.data.photographs import numbered, photographs
-from compressvit.data.pictures import Read, read_picture, standard
+from compressvit.data.pictures import Read, read_picture, refuse_shortage, standard
 from compressvit.data.spec import Data
 from compressvit.data.streams import Stream
 from compressvit.errors import UserError
@@ -110,7 +110,8 @@ class Samples(Dataset):
                 continue
             try:
                 image, target, done = self.read(position)
-            except _DECODE_ERRORS:
+            except _DECODE_ERRORS as error:
+                refuse_shortage(error)  # of a set that opens its files itself
                 # BrokenFiles.report finds the reason again: a worker has no way to reach the run's log
                 self.broken[position] = 1
                 continue
@@ -119,7 +120,7 @@ class Samples(Dataset):
         return Image.new("L", (8, 8)), NO_IMAGE
 
     def read(self, position: int) -> tuple[Image.Image, Any, Read]:
-        """The decoded image of 8 bits a channel, its stored target, and what was done to read it. Raises `BrokenPicture`, or whatever a
+        """The decoded image of 8 bits a channel, its stored target, and what was done to read it. Raises as `read_picture`, or whatever a
         set that opens its files itself raises where one is broken."""
         index = self.indices[position]
         if isinstance(self.source, PictureFiles):

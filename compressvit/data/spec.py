@@ -222,7 +222,7 @@ class Data(Spec):
     def usual_task(self) -> str:
         """The word of the task: that of the recipe, or of the set. A model that cannot do it has another (`task_of`)."""
         entry = find_set(self.name)
-        return self.task or entry.task or ("classification" if entry.labelled else "features")
+        return self.task or entry.task or entry.truth or "features"
 
 
 def known_classes(data: Data) -> int | None:

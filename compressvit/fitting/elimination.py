@@ -68,7 +68,7 @@ def _steps(
     alive, error = torch.arange(inputs), 0.0
     for width in widths:
         while len(alive) > width:
-            count = group * max(1, min(at_once, len(alive) - width) // group)
+            count = min(at_once, len(alive) - width) if group == 1 else group
             gone = _cheapest(weight, inverse, group, count)
             stay = torch.ones(len(alive), dtype=torch.bool)
             stay[gone] = False
@@ -82,12 +82,22 @@ def _steps(
 
 
 def _cheapest(weight: Tensor, inverse: Tensor, group: int, count: int) -> Tensor:
-    """Indices of the `count` inputs whose removal, each group by itself, costs least."""
+    """Indices of `count` inputs whose removal costs little: one after the other among those that cost least by themselves, because of two
+    that say the same only one can go for nothing; of groups, the first."""
     if group == 1:
-        costs = weight.square().sum(dim=0) / inverse.diagonal()
-        return costs.argsort(stable=True)[:count]
+        candidates = (weight.square().sum(dim=0) / inverse.diagonal()).argsort(stable=True)[: 4 * count]
+        weight, inverse = weight[:, candidates], inverse[candidates][:, candidates]
+        chosen: list[int] = []
+        for _ in range(count):
+            costs = weight.square().sum(dim=0) / inverse.diagonal()
+            costs[chosen] = torch.inf
+            j = int(costs.argmin())
+            row = inverse[j] / inverse[j, j]
+            weight, inverse = weight - weight[:, j : j + 1] * row, inverse - inverse[:, j : j + 1] * row
+            inverse[j, j] = 1.0  # it is gone
+            chosen.append(j)
+        return candidates[chosen]
     starts = range(0, len(inverse), group)
     parts = [slice(start, start + group) for start in starts]
     costs = torch.stack([(weight[:, p].mT * torch.linalg.solve(inverse[p, p], weight[:, p].mT)).sum() for p in parts])
-    chosen = costs.argsort(stable=True)[: count // group]
-    return torch.cat([torch.arange(group) + group * int(i) for i in chosen])
+    return torch.arange(group) + group * int(costs.argmin())

@@ -11,7 +11,7 @@ All of it is float64 on the CPU: a few matrices of a layer's size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -95,7 +95,12 @@ def spectrum(matrix: Tensor, metric: Metric = Metric()) -> Spectrum:
 
 
 def fit_shared(
-    matrices: Sequence[Tensor], metrics: Sequence[Metric], ranks: Sequence[int] = (), rounds: int = 0
+    matrices: Sequence[Tensor],
+    metrics: Sequence[Metric],
+    ranks: Sequence[int] = (),
+    rounds: int = 0,
+    *,
+    advance: Callable[..., object] = lambda parts=1: None,
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """One shared matrix and a low-rank term for each layer, fitted together: minimise `Σ ‖matrix_i − shared − up_i down_i‖²`.
 
@@ -106,21 +111,27 @@ def fit_shared(
         matrices: (out, in) each.
         ranks: of the terms; none at all for the shared matrix alone.
         rounds: how often the shared matrix is fitted again after the terms; 0 for the weighted mean and one fit of the terms.
+        advance: as `compressvit.log.working` gives; called with 1 after each fit, (rounds + 1) · (layers + 1) in all, else with 0.
 
     Returns:
         The shared matrix, and (up, down) of each layer.
     """
     matrices = [m.double() for m in matrices]
-    terms: list[Tensor] = [torch.zeros_like(m) for m in matrices]
-    shared = _best_shared(
-        [m - t for m, t in zip(matrices, terms, strict=True)], metrics, _sum(matrices) / len(matrices)
-    )
+
+    def refitted(terms: Sequence[Tensor], start: Tensor) -> Tensor:
+        found = _best_shared([m - t for m, t in zip(matrices, terms, strict=True)], metrics, start, advance)
+        advance()
+        return found
+
+    def fitted(shared: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        for matrix, metric, rank in zip(matrices, metrics, ranks, strict=True):
+            yield spectrum(matrix - shared, metric).factors(rank)
+            advance()
+
+    shared = refitted([torch.zeros_like(m) for m in matrices], _sum(matrices) / len(matrices))
     for _ in range(rounds):
-        terms = [_product(spectrum(m - shared, g).factors(r)) for m, g, r in zip(matrices, metrics, ranks, strict=True)]
-        shared = _best_shared([m - t for m, t in zip(matrices, terms, strict=True)], metrics, shared)
-    if not ranks:
-        return shared, []
-    return shared, [spectrum(m - shared, g).factors(r) for m, g, r in zip(matrices, metrics, ranks, strict=True)]
+        shared = refitted([_product(factors) for factors in fitted(shared)], shared)
+    return shared, list(fitted(shared)) if ranks else []
 
 
 def used_components(up: Tensor, down: Tensor) -> Tensor:
@@ -137,7 +148,9 @@ def _product(factors: tuple[Tensor, Tensor]) -> Tensor:
     return factors[0] @ factors[1]
 
 
-def _best_shared(targets: Sequence[Tensor], metrics: Sequence[Metric], start: Tensor) -> Tensor:
+def _best_shared(
+    targets: Sequence[Tensor], metrics: Sequence[Metric], start: Tensor, advance: Callable[..., object]
+) -> Tensor:
     """The matrix X that minimises `Σ ‖targets_i − X‖²`, each in its metric: it solves `Σ G_i X S_i = Σ G_i targets_i S_i`.
 
     With one kind of metric for inputs alone this is the mean weighted by the inputs' second moments.
@@ -157,6 +170,7 @@ def _best_shared(targets: Sequence[Tensor], metrics: Sequence[Metric], start: Te
     for _ in range(50):
         if residual.norm() <= 1e-6 * first:
             break
+        advance(0)
         image = _sum(g.apply(direction) for g in metrics)
         scale = (residual * z).sum()
         step = scale / (direction * image).sum()

@@ -16,6 +16,7 @@ from compressvit.fitting.held_out import Seen
 from compressvit.fitting.lowrank import Metric
 from compressvit.fitting.moments import Moments, collect_moments
 from compressvit.fitting.sampling import TokenSample
+from compressvit.log import progress
 from compressvit.model.backbone import input_size
 from compressvit.model.linear import effective_weight
 
@@ -164,9 +165,9 @@ class Reference:
         moments = self.moments(paths, outputs=kind == "outputs")
         if self.too_alike:
             ridge, output_ridge = max(ridge, STRONG_RIDGE), max(output_ridge, STRONG_RIDGE)
-        return {
-            path: found.metric(ridge, output_ridge if kind == "outputs" else None) for path, found in moments.items()
-        }
+        of_outputs = output_ridge if kind == "outputs" else None
+        found = progress(moments.items(), "factorising the moments of layers", len(moments))
+        return {path: own.metric(ridge, of_outputs) for path, own in found}
 
 
 def _warn_of_few(moments: dict[str, Moments], paths: Sequence[str]) -> None:

@@ -122,6 +122,7 @@ class Family(ABC):
     branches: ClassVar[Mapping[str, Branch]] = {}
     # By name, the first one standing for the family where one is enough. A family without is not under the contract.
     examples: ClassVar[Mapping[str, Example]] = {}
+    latency: ClassVar[str | None] = None  # what the latency of one model depends on, beside the size of its images
     drop_paths: ClassVar[tuple[str, ...]] = ("drop_path1", "drop_path2")  # a block's stochastic depth
 
     @abstractmethod

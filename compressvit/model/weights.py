@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from compressvit.errors import UserError, did_you_mean, nearest
+from compressvit.errors import UserError, did_you_mean
 from compressvit.files import damaged_record, expanded, torch_fault
-from compressvit.model.backbone import family_of, head_names, model_name
+from compressvit.model.backbone import body_of, family_of, head_names, model_name
 from compressvit.model.bounded import on_meta, require_sound
-from compressvit.model.detectors import is_model
+from compressvit.model.detectors import DETECTORS, is_model
 from compressvit.model.local_dir import read_local_dir
 from compressvit.model.modules import as_timm
 from compressvit.model.stored import is_artifact, read_safetensors, read_tensors, require_as_written
@@ -51,6 +51,8 @@ def build(
             return timm.create_model(name, pretrained=False, **args)
         with on_meta() if device == "meta" else torch.device(device):
             return timm.create_model(name, pretrained=False, **args)
+    except UserError:  # of a detector, which says what is wrong
+        raise
     except Exception as error:
         # timm checks its arguments with asserts, look-ups and conversions, so that a wrong one can raise anything
         asked = ", ".join(f"{k}={v!r}" for k, v in args.items()) or "no arguments"
@@ -60,16 +62,16 @@ def build(
 
 
 def _similar_argument(name: str, error: Exception) -> str:
-    """For an unknown argument, the most similar one that the model's class has, as a clause; empty without one."""
+    """For an unknown argument, the most similar one that the model's class has, as a clause, and all where they are few; or empty."""
     import timm
 
     word = re.search(r"unexpected keyword argument '(\w+)'", str(error))
     if word is None:
         return ""
     with suppress(Exception), on_meta():  # whatever timm raises: the first error is reported
-        known = inspect.signature(type(timm.create_model(name, pretrained=False)).__init__).parameters
-        close = nearest(word[1], known)
-        return f"; did you mean '{close}'?" if close else ""
+        known = list(inspect.signature(type(timm.create_model(name, pretrained=False))).parameters)
+        hint = did_you_mean(word[1], known)
+        return f"; {hint}" if hint else ""
     return ""
 
 
@@ -83,7 +85,7 @@ def require_known(name: str) -> None:
 
     architecture, _, tag = name.partition(".")
     if not is_model(architecture):
-        hint = did_you_mean(architecture, timm.list_models(), list_at_most=0)
+        hint = did_you_mean(architecture, [*DETECTORS, *timm.list_models()], list_at_most=0)
         raise UserError(
             f"timm {timm.__version__} has no model {architecture!r}; {hint or 'timm.list_models() lists them'}"
         )
@@ -91,6 +93,28 @@ def require_known(name: str) -> None:
         known = [n.partition(".")[2] for n in timm.list_pretrained(f"{architecture}.*")]
         if tag not in known:
             raise UserError(f"timm has no pretrained weights {name!r}; {did_you_mean(tag, known)}")
+
+
+def require_pretrained(model: nn.Module, where: str, *, new_head: bool = False) -> str:
+    """The name and tag under which timm has pretrained values for `model`, which may be without values; arguments as `load_pretrained`.
+
+    Raises:
+        UserError: timm has none, or none for a head of this size.
+    """
+    config = as_timm(model).pretrained_cfg
+    name: str = config["architecture"] + (f".{config['tag']}" if config.get("tag") else "")
+    if not (config.get("hf_hub_id") or config.get("url") or config.get("file")):
+        whose = where.partition(".")[0]
+        start = f"{where}={'train' if whose == 'teacher' else 'random'} {whose}.backbone=pretrained"
+        other = f" Or begin with its backbone's: {start}." if body_of(model) is not None else ""
+        raise UserError(f"{where}: pretrained: timm has no pretrained weights for {name}. {_supply(where)}{other}")
+    classes = getattr(model, "num_classes", 0)
+    if classes and classes != config.get("num_classes") and not new_head:
+        raise UserError(
+            f"{where}: the pretrained {name} has {config.get('num_classes')} classes and the model's head {classes}, "
+            "so it would stay random; train it with teacher.finetune, or leave num_classes out"
+        )
+    return name
 
 
 def load_pretrained(model: nn.Module, where: str, *, new_head: bool = False) -> None:
@@ -102,21 +126,12 @@ def load_pretrained(model: nn.Module, where: str, *, new_head: bool = False) -> 
         new_head: a classifier of another size than the pretrained one may start fresh, because it will be trained.
 
     Raises:
-        UserError: timm has no weights for it, or none for a head of this size, or they cannot be downloaded; the text says how to
-            supply them.
+        UserError: as `require_pretrained`, or they cannot be downloaded; the text says how to supply them.
     """
     import timm
 
+    name = require_pretrained(model, where, new_head=new_head)
     config = as_timm(model).pretrained_cfg
-    name = config["architecture"] + (f".{config['tag']}" if config.get("tag") else "")
-    if not (config.get("hf_hub_id") or config.get("url") or config.get("file")):
-        raise UserError(f"{where}: pretrained: timm has no pretrained weights for {name}; {_supply(where)}")
-    classes = getattr(model, "num_classes", 0)
-    if classes and classes != config.get("num_classes") and not new_head:
-        raise UserError(
-            f"{where}: the pretrained {name} has {config.get('num_classes')} classes and the model's head {classes}, "
-            "so it would stay random; train it with teacher.finetune, or leave num_classes out"
-        )
     try:
         _require_reachable(config)
         loaded = timm.create_model(name, pretrained=True, **getattr(model, "_model_args", {}))

@@ -22,7 +22,7 @@ from compressvit.report.trade_off import compare_findings
 from compressvit.runs.files import PhaseReport, Results, read_results
 from compressvit.runs.folder import RESOLVED, find_runs, flat
 from compressvit.tasks.qualities import qualities, ranking
-from compressvit.terminal import Terminal
+from compressvit.terminal import Terminal, print_table
 from compressvit.training.phases import PhaseSpec
 from compressvit.transforms import Transform
 
@@ -112,11 +112,9 @@ def compare(
         UserError: there is no finished run, or a run is damaged.
     """
     console = Terminal(console)
-    if console.width < 140:  # a table without its last columns would say less than a broken line
-        console = Terminal(file=console.file, width=140)
     content = gather(runs, lambda text: console.print(text, highlight=False))
     for task in dict.fromkeys(row["task"] for row in content):
-        console.print(_table(task, [row for row in content if row["task"] == task]))
+        print_table(_table(task, [row for row in content if row["task"] == task]), console)
     console.print(
         "mean ± standard deviation over seeds; latency is relative to the teacher's in the same run"
         + ("; trained: in the end, without the classifier" if any(row["adapter_bytes"] for row in content) else ""),

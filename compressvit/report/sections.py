@@ -116,6 +116,7 @@ def details(run: Run) -> list[str]:
         )
     if run.results.broken_images:
         sentences.append(f"{run.results.broken_images} broken image files were skipped; run.log names them.")
+    sentences += [f"Figures: {text}." for text in (run.plan.figures if run.plan else ())]
     sentences += [f"Data: {note.text}." for note in run.results.data_notes]
     sentences += [f"Weights: {note.text}." for note in run.results.weights_notes]
     return sentences

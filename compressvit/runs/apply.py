@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from compressvit.runs.files import NoteRow, RecipePlan, Results
 from compressvit.runs.finish import finish
 from compressvit.runs.finished import finished_run
 from compressvit.runs.folder import RunFolder, refuse_processes
-from compressvit.runs.job import Job, prepare, refuse_labels, refuse_own_inputs
+from compressvit.runs.job import Job, prepare, refuse_data, refuse_own_inputs
 from compressvit.runs.merge import merge_folder, print_merge
 from compressvit.runs.models import trains_teacher
 from compressvit.runs.plan import plan_data, plan_job, require_no_conflicts
@@ -32,6 +33,7 @@ from compressvit.runs.resources import resource_faults
 from compressvit.runs.run import Run, fill_teacher
 from compressvit.runs.tables import print_plan
 from compressvit.terminal import Terminal
+from compressvit.training.stopping import Stoppable
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def apply(
 
     Raises:
         UserError: the recipe cannot be run as requested.
-        compressvit.training.loop.Interrupted: stopped by a signal, after writing a checkpoint.
+        compressvit.training.loop.Interrupted: stopped by a signal; in a training after writing a checkpoint.
 
     Example:
         >>> import compressvit
@@ -104,26 +106,35 @@ def apply(
     recipe, name, text = _recipe(recipe, overrides, folder if resume else None)
     refuse_processes()
     folder.refuse_or_clear(recipe, resume=resume, overwrite=overwrite)
-    if resume and (finished := _finished(recipe, folder, device, console, report)):
-        return finished
-    job = prepare(recipe, device, name=name)
-    plan = plan_job(job)
-    _refuse(job, plan, folder, overwrite=overwrite)
-    moved = _note_data(job, plan, folder, resume=resume)
-    with folder.owned():
-        folder.refuse_or_clear(recipe, resume=resume, overwrite=overwrite)  # again: another run may have used it
-        teacher, taught = _fill_teacher(job, plan, folder, resume=resume)
-        folder.open(recipe, text, plan, list(command or sys.argv), resume=resume, overwrite=overwrite, moved=moved)
-        run_log = RunLog(folder.path, console, partial(tensorboard.tag_of, tags=tensorboard.scalar_tags(recipe)))
-        try:
-            run_log.show(lambda to: print_plan(plan, to))
-            with resource_faults(recipe.data):
-                return _run(Run(job, folder, run_log), plan, teacher, taught, report)
-        except UserError as error:
-            log.error("%s", error, extra={"already_shown": True})
-            raise
-        finally:
-            run_log.close()
+    with Stoppable(folder.path if resume else None) as stoppable:
+        if resume and (finished := _finished(recipe, folder, device, console, report)):
+            return finished
+        job = prepare(recipe, device, name=name)
+        plan = plan_job(job)
+        _refuse(job, plan, folder, overwrite=overwrite)
+        moved = _note_data(job, plan, folder, resume=resume)
+        with folder.owned():
+            folder.refuse_or_clear(recipe, resume=resume, overwrite=overwrite)  # again: another run may have used it
+            teacher, taught = _fill_teacher(job, plan, folder, resume=resume)
+            folder.open(recipe, text, plan, list(command or sys.argv), resume=resume, overwrite=overwrite, moved=moved)
+            stoppable.run = folder.path
+            with _logged(recipe, folder, console) as run_log:
+                run_log.show(lambda to: print_plan(plan, to))
+                with resource_faults(recipe.data):
+                    return _run(Run(job, folder, run_log), plan, teacher, taught, report)
+
+
+@contextmanager
+def _logged(recipe: Recipe, folder: RunFolder, console: Console | None) -> Iterator[RunLog]:
+    """The log of a run, which also has the error that ends it."""
+    run_log = RunLog(folder.path, console, partial(tensorboard.tag_of, tags=tensorboard.scalar_tags(recipe)))
+    try:
+        yield run_log
+    except UserError as error:
+        log.error("%s", error, extra={"already_shown": True})
+        raise
+    finally:
+        run_log.close()
 
 
 def _finished(
@@ -258,4 +269,4 @@ def _refuse(job: Job, plan: RecipePlan, folder: RunFolder, *, overwrite: bool) -
             spec.require_inputs()
     if overwrite:
         refuse_own_inputs(job.recipe, folder)
-    refuse_labels(job)
+    refuse_data(job)

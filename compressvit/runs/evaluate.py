@@ -22,7 +22,7 @@ from compressvit.errors import UserError
 from compressvit.model import cost, stored
 from compressvit.recipe.recipe import Recipe, load_recipe, parse_recipe
 from compressvit.runs.folder import RESOLVED
-from compressvit.runs.job import pick_device
+from compressvit.runs.job import pick_device, require_truth
 from compressvit.runs.resources import resource_faults
 from compressvit.runs.tables import scores_table
 from compressvit.tasks.base import Task, task_of
@@ -83,6 +83,7 @@ def evaluate_path(path: str | Path, overrides: list[str], *, device: str, as_jso
     model = artifact.load(folder)
     _require_finite(model, folder)
     recipe = data_recipe(folder, overrides, "evaluate")
+    require_truth(model, recipe.data, "artifact")
     where = pick_device(device)
     datasets = open_data(recipe.data)
     datasets.found += other_classes(datasets.class_names or (), stored.class_names(model) or (), "the model")
@@ -105,6 +106,10 @@ def evaluate_path(path: str | Path, overrides: list[str], *, device: str, as_jso
         print(f"data: {printable(note.text)}")
     if not datasets.labelled:
         print("the images have no labels, so there is no accuracy; `apply` compares a student with its teacher")
+    elif absent := " and no ".join(
+        quality.in_text for quality in task_of(model, recipe.data.usual_task).against_teacher()
+    ):
+        print(f"there is no {absent}: `apply` compares a student with its teacher")
     return 0
 
 

@@ -176,6 +176,7 @@ class RecipePlan(RunFile):
         conflicts: empty if the recipe can run.
         diagnostics: a description of each diagnostic, by name.
         data: known once the data is opened.
+        figures: what figures depend on beside the models, and which there are not, and why.
         weights: that the teacher is untrained; what was taken off or left out when weights files were read, known once they are.
     """
 
@@ -189,6 +190,7 @@ class RecipePlan(RunFile):
     conflicts: list[str] = []
     diagnostics: dict[str, str] = {}
     data: DataPlan | None = None
+    figures: list[str] = []
     weights: list[NoteRow] = []
 
 

@@ -20,6 +20,7 @@ from compressvit.runs.evaluate import Scorer
 from compressvit.runs.files import RecipePlan, Results
 from compressvit.runs.folder import RunFolder
 from compressvit.runs.job import Job
+from compressvit.runs.models import has_own_head
 from compressvit.runs.predictions import Predictions
 from compressvit.runs.run import Trained
 from compressvit.runs.tables import results_table
@@ -78,7 +79,8 @@ def finish(job: Job, scorer: Scorer, folder: RunFolder, log: RunLog, *, plan: Re
     predictions.write(folder.path)
     write_json(folder.path / "results.json", results.model_dump(exclude_unset=True))  # last: it marks a run as finished
     needed = scorer.task(teacher).needs_classes(job.datasets.num_classes or 0)
-    _report(job, folder, log, results, class_mismatch(needed, getattr(teacher.model, "num_classes", 0)))
+    heads = getattr(teacher.model, "num_classes", 0)
+    _report(job, folder, log, results, class_mismatch(needed, heads, new_head=has_own_head(job.recipe)))
     return results
 
 

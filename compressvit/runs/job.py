@@ -19,9 +19,11 @@ import torch
 from torch import nn
 
 from compressvit.data.annotated import AnnotatedFiles
+from compressvit.data.data_set import SETS, briefly, find_set
 from compressvit.data.input import Side
+from compressvit.data.notes import counted
 from compressvit.data.opening import Datasets, open_data
-from compressvit.data.spec import known_classes
+from compressvit.data.spec import Data, known_classes
 from compressvit.errors import UserError, option, switch
 from compressvit.files import expanded
 from compressvit.model import weights
@@ -32,13 +34,13 @@ from compressvit.runs.models import (
     Architecture,
     build_student,
     copies_teacher,
+    has_own_head,
     head_size,
     teacher_architecture,
     trains_teacher,
 )
-from compressvit.tasks.base import task_of
+from compressvit.tasks.base import find_task, task_of
 from compressvit.training.phases import PhaseSpec
-from compressvit.training.phases.finetune import Finetune
 from compressvit.transforms import Transform
 
 PLACEHOLDER_CLASSES = 1000  # for a new classifier, while the number of classes is unknown
@@ -89,7 +91,7 @@ def prepare(
         without_data: open no data, and assume what only the data determines, as a plan does.
 
     Raises:
-        UserError: the device or the data set is not available, or timm cannot build a model.
+        UserError: the device or the data set is not available, timm cannot build a model, or it is for another task than the data.
     """
     where = pick_device(device)
     classes = known_classes(recipe.data)
@@ -101,9 +103,7 @@ def prepare(
     with _support_first(recipe):
         teacher = architecture.build("meta")
     if recipe.student.head == "new" and not recipe.data.labelled:
-        raise UserError(
-            f"student.head=new is a classifier of the data's classes, but the images of data '{recipe.data.name}' have none; leave it out"
-        )
+        raise UserError(_no_classes(recipe))
     placeholder = recipe.student.head == "new" and not head_size(recipe, classes)
     with _support_first(recipe):
         student = build_student(recipe, teacher, classes=PLACEHOLDER_CLASSES if placeholder else classes, meta=True)
@@ -112,6 +112,9 @@ def prepare(
         Side.of(teacher, recipe.data, trained=architecture.trained, own_crop=recorded),
         Side.of(student, recipe.data, own_crop=recorded and copies_teacher(recipe)),
     )
+    if trains_teacher(recipe):
+        require_truth(teacher, recipe.data, "teacher")
+    require_truth(student, recipe.data, "student" if recipe.student.model else "teacher")
     job = Job(recipe, name, where, classes, architecture, *sides, placeholder)
     if datasets is not None:
         job.datasets = datasets
@@ -188,41 +191,60 @@ def refuse_own_inputs(recipe: Recipe, folder: RunFolder) -> None:
             )
 
 
-def refuse_labels(job: Job) -> None:
-    """Check before any training that labels exist and fit the heads.
-
-    Raises:
-        UserError: a phase needs labels that the data does not have, or a head has too few classes.
-    """
-    recipe, datasets = job.recipe, job.datasets
-    if recipe.student.head == "new" and not head_size(recipe, datasets.num_classes):
-        raise UserError(
-            f"student.head=new is a classifier of the data's classes, but the images of data '{recipe.data.name}' have none; leave it out"
-        )
-    if not datasets.labelled:
-        phases: dict[str, PhaseSpec] = {"teacher.finetune": Finetune()} if trains_teacher(recipe) else {}
-        for name, spec in (phases | recipe.phases()).items():
-            if spec.needs_labels:
-                raise UserError(f"{name} learns from labels, but the images of data '{recipe.data.name}' have none")
+def refuse_small_heads(job: Job) -> None:
+    """Raise a `UserError` where a head has fewer classes than the data, as far as they are known."""
+    recipe, have = job.recipe, job.classes
+    if not recipe.data.labelled:
         return
-    have = datasets.num_classes
     models = {"student": job.student.model}
     if recipe.student.head != "new":
         models = {"teacher": job.teacher.model, **models}
     for whose, model in models.items():
         classes = getattr(model, "num_classes", 0)
         needed = task_of(model, recipe.data.usual_task).needs_classes(have) if have else 0
-        if classes and needed > classes:
-            advice = (
-                " and train the head with teacher.finetune"
-                if whose == "teacher"
-                else ", or give student.args no num_classes"
-            )
-            where = "teacher.num_classes" if whose == "teacher" else "student.args.num_classes"
-            raise UserError(
-                f"the data has {have} classes, and the {whose}'s head has only {classes}; set {where}={have}{advice}"
-            )
+        if not classes or needed <= classes:
+            continue
+        advice = f"set student.args.num_classes={have}, or leave it out"
+        if whose == "teacher":
+            advice = f"set teacher.num_classes={have} and train the head with teacher.finetune"
+            if has_own_head(recipe):
+                advice = "leave teacher.num_classes out: the teacher then has as many"
+        raise UserError(
+            f"the data has {counted(have or 0, 'class')}, and the {whose}'s head has only {classes}; {advice}"
+        )
+
+
+def refuse_data(job: Job) -> None:
+    """Check before any training what is known only of opened data.
+
+    Raises:
+        UserError: the data has no classes for a new head, or no masks to learn from.
+    """
+    recipe, datasets = job.recipe, job.datasets
+    if recipe.student.head == "new" and not head_size(recipe, datasets.num_classes):
+        raise UserError(_no_classes(recipe))
     refuse_missing_masks(job)
+
+
+def _no_classes(recipe: Recipe) -> str:
+    return f"student.head=new is a classifier of the data's classes, but the images of data '{recipe.data.name}' have none; leave it out"
+
+
+def require_truth(model: nn.Module, data: Data, whose: str) -> None:
+    """Raise a `UserError` where a model cannot be trained or judged by the ground truth of a data set.
+
+    Args:
+        whose: what messages call the model.
+    """
+    word, ours = find_set(data.name).truth, task_of(model, data.usual_task)
+    if word is None or ours.reads(truth := find_task(word)):
+        return
+    models = f" ({', '.join(truth.models)})" if truth.models else ""
+    sets = [entry.name for entry in SETS.values() if entry.truth and ours.reads(find_task(entry.truth))]
+    raise UserError(
+        f"data.name={data.name}: its images have the ground truth of the task '{word}', and the {whose}, {model_name(model)}, is a model "
+        f"for '{ours.name}'; take a model for '{word}'{models}, or data for '{ours.name}' ({', '.join(briefly(sets))})"
+    )
 
 
 def refuse_missing_masks(job: Job) -> None:

@@ -27,6 +27,11 @@ def trains_teacher(recipe: Recipe) -> bool:
     return recipe.teacher.weights == "train" or recipe.teacher.finetune is not None
 
 
+def has_own_head(recipe: Recipe) -> bool:
+    """Whether the teacher has a new head, as large as `teacher.num_classes` says, or else as the data needs."""
+    return trains_teacher(recipe) or recipe.teacher.weights == "random"
+
+
 @dataclass(frozen=True)
 class Architecture:
     """A timm model, fully specified: everything needed to build it, with or without values, any number of times.
@@ -70,7 +75,7 @@ def teacher_architecture(recipe: Recipe, *, classes: int | None = None) -> Archi
     stored = _stored_teacher(recipe)
     args = _teacher_args(recipe, stored)
     count = recipe.teacher.num_classes
-    if count is None and (trains_teacher(recipe) or recipe.teacher.weights == "random"):
+    if count is None and has_own_head(recipe):
         known = known_classes(recipe.data) or classes
         count = head_size(recipe, known)
     if count is not None:
@@ -139,15 +144,38 @@ def untrained(recipe: Recipe) -> list[Note]:
 
 def _load_backbone(source: str, detector: nn.Module, whose: str) -> list[Note]:
     """Give the backbone of a detector the values that `teacher.backbone` or `student.backbone` names."""
-    backbone, where = body_of(detector), f"{whose}.backbone"
-    if backbone is None:
-        raise UserError(
-            f"{where}={source}: {model_name(detector)} is no detector, so it is a backbone itself; give {whose}.weights={source}"
-        )
+    backbone, where = _backbone(detector, source, whose), f"{whose}.backbone"
     if source != "pretrained":
         return weights.load_file(backbone, source, where, new_head=True)
     weights.load_pretrained(backbone, where, new_head=True)
     return []
+
+
+def _backbone(detector: nn.Module, source: str, whose: str) -> nn.Module:
+    """That of a detector, which is to be read from `source`."""
+    backbone = body_of(detector)
+    if backbone is None:
+        raise UserError(
+            f"{whose}.backbone={source}: {model_name(detector)} is no detector, so it is a backbone itself; give {whose}.weights={source}"
+        )
+    return backbone
+
+
+def require_pretrained(recipe: Recipe, teacher: nn.Module, student: nn.Module) -> None:
+    """Check that timm has what the recipe calls pretrained; only the structure of both models is used.
+
+    Raises:
+        UserError: it does not, or a backbone is named for a model that is no detector.
+    """
+    for whose, asked, model in (("teacher", recipe.teacher, teacher), ("student", recipe.student, student)):
+        if asked.backbone is not None:
+            backbone = _backbone(model, asked.backbone, whose)
+            if asked.backbone == "pretrained":
+                weights.require_pretrained(backbone, f"{whose}.backbone", new_head=True)
+        if asked.weights == "pretrained":
+            # the student's head is trained by the steps
+            new_head = whose == "student" or recipe.teacher.finetune is not None
+            weights.require_pretrained(model, f"{whose}.weights", new_head=new_head)
 
 
 def require_student_file(recipe: Recipe, teacher: nn.Module) -> list[Note]:

@@ -20,6 +20,7 @@ from compressvit.runs.models import build_student, load_teacher
 from compressvit.runs.run import calibration, calibration_images
 from compressvit.runs.tables import ledger_table
 from compressvit.tasks.qualities import words
+from compressvit.terminal import print_table
 from compressvit.training import optimisation as opt
 from compressvit.transforms import LedgerEntry, Transform
 from compressvit.transforms.applying import transform_
@@ -125,7 +126,7 @@ def measure(recipe: Recipe, device: str) -> Measured:
 
 def print_measured(measured: Measured, console: Console) -> None:
     """For a person; the plan itself has been printed before."""
-    console.print(ledger_table(measured.ledger))
+    print_table(ledger_table(measured.ledger), console)
     lines = [f"before training: {words(measured.before_training)}"]
     lines += [measured.layers] if measured.layers else []
     lines += [f"{measured.broken_images} broken image files were skipped"] if measured.broken_images else []

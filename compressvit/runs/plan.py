@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Iterator, Sized
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -26,8 +27,8 @@ from compressvit.model.weights import copy_matching
 from compressvit.notes import Note
 from compressvit.recipe.recipe import Merge, Recipe
 from compressvit.runs.files import Costs, DataPlan, LedgerRow, NoteRow, PlannedTeacher, RecipePlan, StagePlan, StepPlan
-from compressvit.runs.job import PLACEHOLDER_CLASSES, Job, prepare, refuse_missing_masks
-from compressvit.runs.models import student_body, trains_teacher, untrained
+from compressvit.runs.job import PLACEHOLDER_CLASSES, Job, prepare, refuse_data, refuse_small_heads
+from compressvit.runs.models import has_own_head, require_pretrained, student_body, trains_teacher, untrained
 from compressvit.tasks.base import TASKS, find_task, task_of
 from compressvit.training.phases import PhaseSpec, Setting
 from compressvit.training.phases.finetune import Finetune
@@ -50,23 +51,36 @@ def plan_recipe(recipe: Recipe, name: str = "recipe") -> RecipePlan:
     plan.weights = [NoteRow(**asdict(note)) for note in untrained(recipe)]
     if datasets is not None:
         plan.data = plan_data(job)
-        try:
-            refuse_missing_masks(job)
-        except UserError as error:
-            plan.conflicts.append(str(error))
-    if fault is not None:
-        plan.notes.append(f"data not found here, so not counted: {fault}")
+        with _collected(plan.conflicts):
+            refuse_data(job)
+    if fault is not None and _is_here(recipe.data):
+        plan.conflicts.append(str(fault))
+    elif fault is not None:
+        plan.notes.append(f"data not found here, so not counted: {str(fault).partition('; expected')[0]}")
     return plan
 
 
-def _listed(data: Data) -> tuple[Datasets | None, str | None]:
-    """The data, if it consists of files that can be listed here; else None, with what is missing if it should."""
+@contextmanager
+def _collected(conflicts: list[str]) -> Iterator[None]:
+    """Inside, an error of the user's is a conflict."""
+    try:
+        yield
+    except UserError as error:
+        conflicts.append(str(error))
+
+
+def _listed(data: Data) -> tuple[Datasets | None, Exception | None]:
+    """The data, if it consists of files that can be listed here; else None, with what is amiss if it should."""
     if not find_set(data.name).listed:
         return None, None
     try:
         return open_data(data), None
     except (UserError, OSError) as error:
-        return None, str(error).partition("; expected")[0]
+        return None, error
+
+
+def _is_here(data: Data) -> bool:
+    return data.root is not None and expanded(data.root, "data.root").is_dir()
 
 
 def plan_data(job: Job) -> DataPlan:
@@ -100,11 +114,13 @@ def plan_job(job: Job) -> RecipePlan:
     theirs = cost(teacher.model, teacher.input.size).as_dict()  # first: refuses images that the model does not take
     student = Side(surgery.skeleton(job.student.model), job.student.input)
     planned = _Steps(recipe, teacher, student)
+    with _collected(planned.conflicts):
+        require_pretrained(recipe, teacher.model, student.model)
+    with _collected(planned.conflicts):
+        refuse_small_heads(job)
     if recipe.student.weights == "teacher":
-        try:
+        with _collected(planned.conflicts):
             copy_matching(student_body(recipe, teacher.model, meta=True), teacher.model)
-        except UserError as error:
-            planned.conflicts.append(str(error))
     if recipe.data.task is not None and not find_task(recipe.data.task).fits(student.model):
         planned.conflicts.append(
             f"data.task={recipe.data.task}: the student's outputs cannot be read as those of that task; leave it out, or name another: "
@@ -131,6 +147,7 @@ def plan_job(job: Job) -> RecipePlan:
         steps=planned.steps,
         notes=notes,
         conflicts=planned.conflicts,
+        figures=_figures(job),
         diagnostics={entry.name: entry.spec.summary() for entry in recipe.diagnostics},
     )
 
@@ -221,7 +238,8 @@ def _teacher_notes(job: Job) -> list[str]:
     notes = []
     if recipe.student.head != "new":
         needed = task_of(job.teacher.model, recipe.data.usual_task).needs_classes(job.classes or 0)
-        mismatch = class_mismatch(needed, getattr(job.teacher.model, "num_classes", 0))
+        heads = getattr(job.teacher.model, "num_classes", 0)
+        mismatch = class_mismatch(needed, heads, new_head=has_own_head(recipe))
         notes += [mismatch] if mismatch else []
     if job.architecture.trained:
         ours, theirs = job.student.input.as_dict(), job.teacher.input.as_dict()
@@ -241,6 +259,22 @@ def _teacher_notes(job: Job) -> list[str]:
             "the teacher given is trained further, as teacher.finetune says; teacher.finetune=null keeps it as it is"
         )
     return notes
+
+
+def _figures(job: Job) -> list[str]:
+    """What is to be known of the figures at the end of a run."""
+    found, task = [], task_of(job.student.model, job.recipe.data.usual_task)
+    if job.recipe.student.head == "new":
+        absent = " and no ".join(quality.in_text for quality in task.against_teacher())
+        found += [f"the student has a new head, so it is not compared with its teacher: there is no {absent}"] * bool(
+            absent
+        )
+    elif text := task.uncompared(job.student.model, job.teacher.model):
+        found.append(text)
+    for model in (job.teacher.model, job.student.model):
+        if (family := family_of(model)) is not None and family.latency:
+            found.append(f"the latency of a {family.title} depends on {family.latency}")
+    return list(dict.fromkeys(found))
 
 
 def _short(value: Any) -> str:

@@ -1,13 +1,15 @@
-"""What a machine lacks, in a sentence: memory, or a process that loads images and was killed for want of it."""
+"""What a machine lacks, in a sentence: memory, file handles, or a process that loads images and was killed for want of memory."""
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
+from compressvit.data.pictures import TooManyFiles
 from compressvit.data.spec import Data
 from compressvit.errors import UserError, switch
 
@@ -17,7 +19,7 @@ _DEAD_WORKER = "DataLoader worker (pid"
 
 @contextmanager
 def resource_faults(data: Data | None = None) -> Iterator[None]:
-    """Turn what torch raises where memory runs out into a `UserError` that says which settings need less.
+    """Turn what is raised where memory or file handles run out into a `UserError` that says which settings need less.
 
     Args:
         data: the recipe's section; None where batches are the caller's own.
@@ -43,6 +45,11 @@ def resource_faults(data: Data | None = None) -> Iterator[None]:
             )
             raise UserError(f"memory ran out: {_first_line(error)}. {ways}") from error
         raise
+    except (OSError, TooManyFiles) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.EMFILE, errno.ENFILE):
+            raise
+        ways = f"give {_fewer_workers(data)}, or raise the limit (`ulimit -n` shows it)"
+        raise UserError(f"the system opens no more files: {_first_line(error)}; {ways}") from error
 
 
 def _reason_of_death(error: Exception) -> Exception:
@@ -55,12 +62,18 @@ def _reason_of_death(error: Exception) -> Exception:
 
 
 def _dead_worker(error: Exception, data: Data | None) -> UserError:
-    fewer = "the DataLoader fewer num_workers" if data is None else f"fewer data.num_workers (now {data.num_workers})"
     return UserError(
-        f"a process that loads images has ended: {_first_line(error)}. Most often memory ran out: give {fewer}, 0 to "
+        f"a process that loads images has ended: {_first_line(error)}. Most often memory ran out: give {_fewer_workers(data)}, 0 to "
         f"load them in the training process; {switch('resume')} goes on with it"
     )
 
 
+def _fewer_workers(data: Data | None) -> str:
+    return "the DataLoader fewer num_workers" if data is None else f"fewer data.num_workers (now {data.num_workers})"
+
+
 def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(". ")
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if lines[0].startswith("Caught "):  # in a worker, which adds its trace; the last line says what, after its name
+        return lines[-1].partition(": ")[2].rstrip(". ") or lines[-1]
+    return lines[0].rstrip(". ")

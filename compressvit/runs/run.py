@@ -34,6 +34,7 @@ from compressvit.runs.models import build_student, load_teacher, require_student
 from compressvit.runs.recorder import Recorder
 from compressvit.runs.tables import ledger_table
 from compressvit.tasks.qualities import words
+from compressvit.terminal import print_table
 from compressvit.training import optimisation as opt
 from compressvit.training.loop import Phase
 from compressvit.training.pairs import Likeness
@@ -172,7 +173,7 @@ class Run:
             if any(spec.needs_images for spec in part.transforms):
                 _keep_transformed(student, ledger, kept, self.job.student.input.as_dict())
         if ledger:
-            self.log.show(ledger_table(ledger))
+            self.log.show(partial(print_table, ledger_table(ledger)))
         self._draw_ranks(student)
         return student
 

@@ -42,7 +42,7 @@ def ledger_table(ledger: list[LedgerEntry]) -> Table:
     kinds = {"weight_error": "error of\nweight", "output_error": "error of\noutput"}
     measured = [kind for kind in kinds if any(getattr(entry, kind) is not None for entry in ledger)]
     table.add_column("path", overflow="fold")
-    table.add_column("change", overflow="fold")
+    table.add_column("change", overflow="fold", min_width=20)
     for column in ("parameters\nbefore", "after", *(kinds[kind] for kind in measured)):
         table.add_column(column, justify="right")
     for step, group in itertools.groupby(ledger, lambda entry: entry.step):
@@ -149,7 +149,8 @@ def print_plan(plan: RecipePlan, console: Console) -> None:
         console.print(Text.assemble("diagnostics: ", (name, "bold"), f"  {summary}"), highlight=False)
     if plan.data is not None:
         print_data(plan.data, console)
-    for text in (*(f"weights: {note.text}" for note in plan.weights), *(f"note: {note}" for note in plan.notes)):
+    texts = [f"weights: {note.text}" for note in plan.weights] + [f"figures: {text}" for text in plan.figures]
+    for text in (*texts, *(f"note: {note}" for note in plan.notes)):
         console.print(text, highlight=False)
     for conflict in plan.conflicts:
         console.print(Text.assemble(("conflict:", "red"), f" {conflict}"), highlight=False)

@@ -97,6 +97,7 @@ class Task(ABC):
         places: whether its targets are places in the image, so that what moves pixels must move them.
         progress_names: what the line that training prints of an epoch calls a figure, by its key, where not by its `in_text`.
         measures: what the images in a report can be chosen by.
+        models: names of models that are made for it, where timm's own are not.
     """
 
     name: ClassVar[str]
@@ -112,6 +113,7 @@ class Task(ABC):
     places: ClassVar[bool] = False
     progress_names: ClassVar[Mapping[str, str]] = {}
     measures: ClassVar[Mapping[str, Measure]] = {}
+    models: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def fits(self, model: nn.Module) -> bool:
@@ -138,6 +140,10 @@ class Task(ABC):
         return 0
 
     # Of the ground truth
+
+    def reads(self, truth: Task) -> bool:
+        """Whether it can read the ground truth of a set that is for the task `truth`. By default that is not checked."""
+        return True
 
     def collate(self, targets: Sequence[Any]) -> Any:
         """The targets of a batch, from what the data set gives of each image: numbers as a tensor (B,), anything else as a list of B.
@@ -251,6 +257,14 @@ class Task(ABC):
     def comparable(self, outputs: Any, expected: Any) -> bool:
         """Whether the outputs of two models can be compared image by image."""
         return outputs.shape == expected.shape
+
+    def against_teacher(self) -> list[Quality]:
+        """The figures of a model compared with its teacher."""
+        return [quality for quality in self.qualities if quality.key not in self.graded]
+
+    def uncompared(self, model: nn.Module, teacher: nn.Module) -> str | None:
+        """Why two models are not compared, or not in all figures, as a sentence; None if they are."""
+        return None
 
     def ranked(self, result: Mapping[str, Any]) -> list[Quality]:
         """Those of `ranking` that were measured, in its order."""

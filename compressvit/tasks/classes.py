@@ -18,6 +18,9 @@ class ClassTargets(Task):
 
     mixes = True
 
+    def reads(self, truth: Task) -> bool:
+        return isinstance(truth, ClassTargets)
+
     def collate(self, targets: Sequence[Any]) -> Tensor:
         from torch.utils.data import default_collate
 

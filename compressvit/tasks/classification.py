@@ -79,6 +79,13 @@ class Classification(ClassTargets):
     def needs_classes(self, classes: int) -> int:
         return classes
 
+    def uncompared(self, model: nn.Module, teacher: nn.Module) -> str | None:
+        ours, theirs = class_count(model), class_count(teacher)
+        if ours == theirs:
+            return None
+        figures = " and no ".join(quality.in_text for quality in self.against_teacher())
+        return f"the student has {ours} outputs and the teacher {theirs}, so there is no {figures}"
+
     def loss(self, outputs: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
         """Cross-entropy; images without a label (target −1) do not count."""
         import torch.nn.functional as F

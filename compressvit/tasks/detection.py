@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from compressvit.errors import UserError
+from compressvit.model.detectors import DETECTORS
 from compressvit.tasks.base import Answers, Labels, Measure, Metrics, Result, Task, task
 from compressvit.tasks.precision import BOXES, MASKS, Precision, Runs, coco_masks, on_picture, true_masks
 from compressvit.tasks.quality import Curve, Quality
@@ -66,6 +67,7 @@ class Detection(Task):
     needs_class_count = True
     imitates = True
     places = True
+    models = DETECTORS
     progress_names: ClassVar[Mapping[str, str]] = {"ap": "AP", "ap50": "AP50", "mask_ap": "mask AP"}
     measures: ClassVar[Mapping[str, Measure]] = {
         "missed": Measure(
@@ -80,6 +82,9 @@ class Detection(Task):
 
     def needs_classes(self, classes: int) -> int:
         return classes
+
+    def reads(self, truth: Task) -> bool:
+        return truth is self
 
     def collate(self, targets: Sequence[Any]) -> Any:
         """The ground truth of each image: `boxes` (n, 4) in widths and heights of the image, `labels` (n,), `crowd` (n,) of bool, and
@@ -153,6 +158,11 @@ class Detection(Task):
     def comparable(self, outputs: Any, expected: Any) -> bool:
         return True
 
+    def uncompared(self, model: nn.Module, teacher: nn.Module) -> str | None:
+        if not _gives_masks(model) or _gives_masks(teacher):
+            return None
+        return f"the teacher gives no masks, so there is no {MASK_AGREEMENT.in_text}"
+
     def answers(self, model: nn.Module, names: Sequence[str] | None, labelled: bool) -> Answers:
         return _Boxes([*(names or ()), *map(str, range(len(names or ()), model.num_classes))], labelled)  # type: ignore[arg-type]
 
@@ -163,10 +173,15 @@ class Detection(Task):
         return Answering(model, LIMIT), (*names, "masks") if getattr(model, "masks", False) else names
 
     def output_distance(self, model: nn.Module, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Logits and boxes of every stage in a random direction; a box's four numbers weigh as much as its logits."""
+        """Logits and boxes of every stage in a random direction; a box's four numbers weigh as much as its logits. Of a detector that
+        chooses regions, the maps that it chooses from."""
         import torch
 
+        from compressvit.model.detectors.prediction import SetPrediction
+
         found = model(images)
+        if not isinstance(found, SetPrediction):
+            return _maps_distance(list(found.maps.values()), generator)
         parts = []
         for values, weight in ((found.logits, 1.0), (found.boxes, (found.logits.shape[-1] / 4) ** 0.5)):
             direction = torch.randn(values.shape, generator=generator).to(values.device)
@@ -174,6 +189,20 @@ class Detection(Task):
         if not torch.isfinite(parts[0]):
             raise FloatingPointError("the classifier")
         return parts[0] + parts[1]
+
+
+def _maps_distance(maps: Sequence[Tensor], generator: torch.Generator) -> Tensor:
+    """Maps (B, C, H, W) in a random direction: each counts as much as another, whatever its size and the scale of its values."""
+    import torch
+
+    total = torch.zeros((), device=maps[0].device)
+    for values in maps:
+        if not torch.isfinite(values).all():
+            raise FloatingPointError("the pyramid")
+        direction = torch.randn(values.shape, generator=generator).to(values.device)
+        scale = values.detach().square().mean().sqrt().clamp(min=torch.finfo(values.dtype).tiny)
+        total = total + (values.float() * direction).sum() / (scale * values[0, 0].numel() ** 0.5)
+    return total
 
 
 class _Metrics(Metrics):

@@ -237,7 +237,7 @@ class Trainer:
             if self.stop.signum is not None:
                 self.read()
                 self.checkpoint(False, opt.random_state())
-                raise Interrupted(self.stop.signum, self.phase.checkpoint)
+                raise self.interrupted()
 
     def batches(self) -> Iterator[tuple[torch.Tensor, Any]]:
         """The remaining batches of the epoch, on the CPU, with the epoch's own random state."""
@@ -329,7 +329,12 @@ class Trainer:
             self.checkpoint(last)
         self.meters = Meters()
         if self.stop.signum is not None:  # requested during the last step or the evaluation
-            raise Interrupted(self.stop.signum, self.phase.checkpoint)
+            raise self.interrupted()
+
+    def interrupted(self) -> Interrupted:
+        assert self.stop.signum is not None, "somebody asked for it"
+        file = self.phase.checkpoint
+        return Interrupted(self.stop.signum, file.parents[1], f"{file} was written")
 
     def judged(self) -> nn.Module:
         """The model to evaluate: the weight average, if there is one, until it is copied into the model at the end."""

@@ -77,10 +77,9 @@ def transform_(
         tokens: of every image that are summed up, besides its prefix tokens; None for all.
     """
     plan_transforms(model, transforms)  # without values: finds every conflict
-    if isinstance(calibration, Reference):
-        reference = calibration
-    else:
-        reference = Reference(surgery.deep_copy(model), calibration, tokens)
+    reference = (
+        calibration if isinstance(calibration, Reference) else Reference(surgery.deep_copy(model), calibration, tokens)
+    )
     for spec in transforms:
         spec.require_inputs()
         if spec.needs_images:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import multiprocessing
 import pickle
@@ -10,13 +11,17 @@ from pathlib import Path
 
 import pytest
 from helpers.images import COLOUR, CPU, PLAIN, POLICY, as_multiset, class_folders, epoch, jpeg
+from PIL import Image
+from torch.utils.data import Dataset
 
 from compressvit.data import samples
 from compressvit.data.loaders import eval_loader, train_loader
 from compressvit.data.opening import open_data
+from compressvit.data.pictures import TooManyFiles
 from compressvit.data.samples import BrokenFiles
 from compressvit.data.spec import Data
 from compressvit.errors import UserError
+from compressvit.runs.resources import resource_faults
 
 
 @pytest.fixture
@@ -128,3 +133,56 @@ def test_what_a_worker_needs_can_be_sent_to_it(damaged):
     assert received[0][0].shape == (3, 32, 32)
     received[1]
     assert loader.dataset.broken.sum() == 1  # the record is shared, not copied
+
+
+@pytest.mark.parametrize(("workers", "at"), [(0, "open"), (0, "orientation"), (1, "open")])
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (MemoryError(), r"memory ran out: .*cat/2\.jpg\. Give a smaller data\.batch_size \(now 2\)"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), r"memory ran out: .*2\.jpg: \[Errno 12\] Cannot allocate"),
+        (OSError(errno.EMFILE, "Too many open files", "x.jpg"), r"no more files: \[Errno 24\] .*'x\.jpg'; give fewer"),
+        (
+            OSError(errno.ENFILE, "Too many open files in system"),
+            r"no more files: .* in system; give fewer data\.num_work",
+        ),
+    ],
+)
+def test_a_lack_of_memory_or_handles_is_no_fault_of_a_picture(damaged, monkeypatch, workers, error, words, at):
+    data = Data(name="folder", root=str(damaged), batch_size=2, num_workers=workers)
+    datasets = open_data(data)
+    opened = Image.open
+
+    def fails(file, **settings):
+        if not str(file).endswith("cat/2.jpg"):
+            return opened(file, **settings)
+        if at == "open":
+            raise error
+        image = opened(file, **settings)
+        monkeypatch.setattr(type(image), "getexif", raises)
+        return image
+
+    def raises(image):
+        raise error
+
+    monkeypatch.setattr(Image, "open", fails)
+    with pytest.raises(UserError, match=words), resource_faults(data):
+        epoch(train_loader(datasets, data, PLAIN, CPU))
+    assert str(damaged / "train" / "cat" / "2.jpg") not in datasets.broken.paths
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO])
+def test_a_set_that_opens_its_files_itself(damaged, number):
+    class Own(Dataset):
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            raise OSError(number, "no")
+
+    found = samples.Samples(Own())
+    if number == errno.EIO:
+        assert found[0][1] == samples.NO_IMAGE
+        return
+    with pytest.raises(TooManyFiles):
+        found[0]

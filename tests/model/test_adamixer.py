@@ -209,7 +209,8 @@ def test_backbones_give_a_pyramid(backbone, args, size, strides):
 
 
 def test_sizes_that_do_not_fit_are_refused():
-    with pytest.raises(UserError, match="images of 40×40 do not divide by the pyramid's largest stride, 16"):
+    stride = "images of 40×40 do not divide by the largest stride of the maps, 16"
+    with pytest.raises(UserError, match=rf"{stride}; the nearest sizes: img_size=32 or 48$"):
         detector(img_size=40)
     with pytest.raises(UserError, match="channels=15 does not divide by 2"):
         detector(channels=15)

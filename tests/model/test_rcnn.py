@@ -148,6 +148,37 @@ def test_a_plain_vit_is_refused_by_the_name_asked():
         build("mask_rcnn", {"backbone": "vit_tiny_patch16_224", "img_size": 64})
 
 
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (
+            {"img_size": 70},
+            "images of 70×70 do not divide by the largest stride of the maps, 32; the nearest sizes: img_size=64 or 96$",
+        ),
+        ({"img_size": [20, 96]}, r"images of 20×96 .*, 32; the nearest sizes: img_size=\[32, 96\]$"),
+        (
+            {"chanels": 8},
+            r"keyword argument 'chanels'; did you mean 'channels'\? \(known: backbone, backbone_args, img_size, ",
+        ),
+        ({"querys": 8}, r"keyword argument 'querys'; \(known: backbone, .*representation"),
+        (
+            {"backbone": "swin_tny_patch4_window7_224"},
+            "no model 'swin_tny_patch4_window7_224'; did you mean 'swin_tiny_patch4_window7_224'",
+        ),
+        ({"backbone_args": {"dephts": (1, 1, 1, 1)}}, "timm cannot build swin_tiny_.*'dephts'; did you mean 'depths'"),
+        ({"backbone_args": {"checkpoint_path": "x"}}, "checkpoint_path is no argument of the architecture"),
+        (
+            {"backbone_args": {"num_classes": 5}},
+            "backbone_args.num_classes=5: a backbone has no classifier; leave it out",
+        ),
+    ],
+)
+def test_arguments_that_cannot_be_built(args, message):
+    for name in BOTH:
+        with pytest.raises(UserError, match=message):
+            build(name, {"backbone": "swin_tiny_patch4_window7_224", "img_size": 64} | args, device="meta")
+
+
 @pytest.mark.parametrize("name", BOTH)
 def test_gradients_reach_every_parameter(name):
     model = detector(name).train()

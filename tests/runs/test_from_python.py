@@ -112,12 +112,10 @@ def test_a_refusal_names_options_as_the_caller_writes_them(tmp_path, monkeypatch
 
 
 def test_a_stopped_run_says_how_its_caller_continues_it(tmp_path):
-    checkpoint = tmp_path / "run" / "checkpoints" / "1_distill.pt"
+    given = 15, tmp_path / "run", "1_distill.pt was written"
     with command_line():
-        assert str(Interrupted(15, checkpoint)).endswith(
-            f"Continue with: compressvit apply {tmp_path / 'run'} --resume"
-        )
-    called = str(Interrupted(15, checkpoint))
+        assert str(Interrupted(*given)).endswith(f"Continue with: compressvit apply {tmp_path / 'run'} --resume")
+    called = str(Interrupted(*given))
     assert called.endswith(f"compressvit.apply(the same recipe, {str(tmp_path / 'run')!r}, resume=True)")
 
 

@@ -49,6 +49,12 @@ def test_models_that_cannot_be_built(name, args, message, device):
         weights.build(name, device=device, **args)
 
 
+def test_detectors_are_near_names_before_timm_knows_them(monkeypatch):
+    monkeypatch.setattr(timm, "list_models", lambda: ["fasternet_s", "resnet18"])
+    with pytest.raises(UserError, match=r"has no model 'fastrcnn'; did you mean 'faster_rcnn'\?"):
+        weights.require_known("fastrcnn")
+
+
 def test_models_that_can():
     assert {p.device.type for p in weights.build("vit_tiny_patch16_224", device="meta").parameters()} == {"meta"}
     model = weights.build("swin_tiny_patch4_window7_224.ms_in1k", **SWIN)

@@ -332,7 +332,7 @@ def test_the_rate_of_a_phase_is_printed_as_it_will_be():
 
 def test_classes_that_differ_from_the_datas_are_noted():
     model, args, steps = RECIPES["vit"]
-    teacher = {"model": model, "args": args, "num_classes": 12}
+    teacher = {"model": model, "args": args, "num_classes": 12, "weights": "x"}
     assert any("10 classes" in n and "head 12" in n for n in planned(model, args, steps, teacher=teacher).notes)
     assert not any("head" in n for n in planned(model, args, steps).notes)
 

@@ -159,7 +159,8 @@ def test_a_crash_loses_no_more_than_an_epoch(uninterrupted, recipe, tmp_path, mo
     with monkeypatch.context() as patch:
         at_call(patch, loop, "total_of", 7 + 7 + 4, crash)
         code, _, err = run("apply", "--no-report", recipe, "--output", tmp_path / "run", *WORKERS[0])
-    assert (code, err) == (130, "compressvit: stopped")
+    assert code == 130
+    assert "compressvit: stopped by SIGINT; the run is kept up to" in err
     out = done("apply", "--no-report", recipe, "--output", tmp_path / "run", *WORKERS[0], "--resume")
     assert "resumed at epoch 2, step 4 of 12" in out
     assert student_bytes(tmp_path / "run") == student_bytes(uninterrupted[0])

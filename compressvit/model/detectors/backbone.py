@@ -7,8 +7,10 @@ from typing import Any, TypeVar
 import timm
 from torch import nn
 
+from compressvit.errors import UserError
 from compressvit.model.detectors.pyramid import levels_of
 from compressvit.model.modules import as_timm
+from compressvit.model.weights import build, require_known
 
 D = TypeVar("D", bound=nn.Module)
 
@@ -20,11 +22,17 @@ def backbone_of(
 
     Returns:
         The model, and what `levels_of` says of it.
+
+    Raises:
+        UserError: timm does not know the name or an argument, or the model gives no maps.
     """
     given = {"in_chans": in_chans, **(args or {})}
+    if "num_classes" in given:
+        raise UserError(f"backbone_args.num_classes={given['num_classes']}: a backbone has no classifier; leave it out")
+    require_known(name)
     if timm.get_pretrained_cfg_value(name, "fixed_input_size"):
         given = {"img_size": img_size, **given}
-    model = timm.create_model(name, pretrained=False, num_classes=0, **given)
+    model = build(name, given, num_classes=0)
     return model, levels_of(model, name)
 
 

@@ -8,7 +8,7 @@ Feature Pyramid Networks for Object Detection, CVPR 2017, https://arxiv.org/abs/
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -27,7 +27,7 @@ from compressvit.model.detectors import regions
 from compressvit.model.detectors.adamixer import default_cfgs as of_adamixer
 from compressvit.model.detectors.backbone import backbone_of, take_statistics
 from compressvit.model.detectors.prediction import Detections, Target
-from compressvit.model.detectors.pyramid import feature_maps
+from compressvit.model.detectors.pyramid import feature_maps, require_divisible
 from compressvit.model.detectors.selection import select
 
 default_cfgs = {"faster_rcnn": {**of_adamixer["adamixer"], "classifier": "heads.box_predictor.cls_score"}}
@@ -61,6 +61,11 @@ class RegionPrediction:
 
         parts = zip(*self._found, strict=True)  # boxes of all images, scores of all images, …
         return iter([padded(part) for part in parts if part[0] is not None])
+
+    @property
+    def maps(self) -> Mapping[str, Tensor]:
+        """The maps (B, C, H, W) of the pyramid, by level."""
+        return self._maps
 
     def _scale(self) -> Tensor:
         height, width = self._images.tensors.shape[-2:]
@@ -139,7 +144,7 @@ class FasterRCNN(nn.Module):
         representation: width of the box head.
 
     Raises:
-        UserError: the backbone gives no pyramid.
+        UserError: the backbone gives no pyramid, or its strides do not divide the image.
     """
 
     prediction = RegionPrediction
@@ -160,12 +165,13 @@ class FasterRCNN(nn.Module):
         self.num_classes, self.in_chans = num_classes, in_chans
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         self.img_size = (height, width)
-        self.backbone, (self._indices, widths, _) = backbone_of(backbone, backbone_args, self.img_size, in_chans)
+        self.backbone, (self._indices, widths, strides) = backbone_of(backbone, backbone_args, self.img_size, in_chans)
         if len(widths) == 1:
             raise UserError(
                 f"{self.name} takes the maps of a backbone's stages, and {backbone} has one map; take swin_*, convnext_* or resnet*, "
                 "or the detector adamixer"
             )
+        require_divisible(height, width, strides)
         self.fpn = FeaturePyramidNetwork(widths, channels, LastLevelMaxPool())
         anchors = AnchorGenerator(SIDES, ((0.5, 1.0, 2.0),) * len(SIDES))
         head = RPNHead(channels, anchors.num_anchors_per_location()[0])

@@ -85,7 +85,7 @@ class MaskRCNN(FasterRCNN):
         masks: that it learns from masks and gives some.
 
     Raises:
-        UserError: the backbone gives no pyramid.
+        UserError: as `FasterRCNN`.
     """
 
     prediction = MaskPrediction

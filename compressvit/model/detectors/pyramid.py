@@ -8,6 +8,7 @@ ECCV 2022, https://arxiv.org/abs/2203.16527, §3.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -93,9 +94,14 @@ def feature_maps(backbone: nn.Module, images: Tensor, indices: list[int]) -> lis
     return list(found)
 
 
-def require_divisible(height: int, width: int, strides: tuple[float, ...]) -> None:
-    """Raise a `UserError` where a map would not cover an image exactly."""
+def require_divisible(height: int, width: int, strides: Sequence[float]) -> None:
+    """Raise a `UserError` where a map would not cover an image exactly; it offers the nearest sizes that do."""
     largest = max(strides)
-    for side in (height, width):
-        if side % largest and not math.isclose(side % largest, largest):
-            raise UserError(f"images of {height}×{width} do not divide by the pyramid's largest stride, {largest:g}")
+    counts = [side / largest for side in (height, width)]
+    if all(math.isclose(count, round(count)) and count >= 1 for count in counts):
+        return
+    nearest = {tuple(round(largest * max(1, to(count))) for count in counts) for to in (math.floor, math.ceil)}
+    offers = " or ".join(f"{h}" if h == w else f"[{h}, {w}]" for h, w in sorted(nearest))
+    raise UserError(
+        f"images of {height}×{width} do not divide by the largest stride of the maps, {largest:g}; the nearest sizes: img_size={offers}"
+    )

@@ -20,6 +20,7 @@ class FasterRCNN(Family):
     block = nn.Module
     body = "backbone"
     features = "fpn"
+    latency = "how many objects it finds: compare models that find about as many"
 
     def lacks(self, need: Need) -> Need | None:
         """What is asked of its backbone depends on that; it has no decoder, and no prompts join tokens that become a pyramid."""

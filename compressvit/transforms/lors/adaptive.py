@@ -16,6 +16,7 @@ The paper trains from random initialisation. Given a trained decoder, generator 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -26,6 +27,7 @@ from compressvit.errors import UserError
 from compressvit.fitting.generated import Term, fit_shared_generators, fit_terms, query_factor
 from compressvit.fitting.lowrank import TINY
 from compressvit.fitting.reference import Reference
+from compressvit.log import progress
 from compressvit.model import surgery, ties
 from compressvit.model.backbone import describe, model_name
 from compressvit.model.detectors.decoder import AdaptiveMixing
@@ -209,19 +211,17 @@ class AdaptiveLORSPlan(Plan):
         factor = _mean_factor([query_factor(moments[path], self.ridge) for path in self.layers])
         whole = [generated(reference.model.get_submodule(path), mixing) for path in self.layers]
         ranks = [[self.rank] * count for count in self.terms.values()]
-        pieces, terms = [], [[] for _ in layers]  # type: ignore[var-annotated]
-        for group in range(mixing.groups):
-            for found in terms:
-                found.append([])
-            for matrix in range(len(mixing.matrices)):
-                weighed = [of_layer[group][matrix] @ factor for of_layer in whole]
-                if self.shared:
-                    shared, fitted = fit_shared_generators(weighed, ranks, self.rounds)
-                    pieces.append(_unweighed(shared, factor).flatten(0, 1))
-                else:
-                    fitted = [fit_terms(tensor, own, self.rounds) for tensor, own in zip(weighed, ranks, strict=True)]
-                for found, of_layer in zip(terms, fitted, strict=True):
-                    found[group].append([Term(t.up, _unweighed(t.core, factor), t.down) for t in of_layer])
+        pieces, terms = [], [[[] for _ in range(mixing.groups)] for _ in layers]  # type: ignore[var-annotated]
+        parts = list(product(range(mixing.groups), range(len(mixing.matrices))))
+        for group, matrix in progress(parts, "fitting generators", len(parts)):
+            weighed = [of_layer[group][matrix] @ factor for of_layer in whole]
+            if self.shared:
+                shared, fitted = fit_shared_generators(weighed, ranks, self.rounds)
+                pieces.append(_unweighed(shared, factor).flatten(0, 1))
+            else:
+                fitted = [fit_terms(tensor, own, self.rounds) for tensor, own in zip(weighed, ranks, strict=True)]
+            for found, of_layer in zip(terms, fitted, strict=True):
+                found[group].append([Term(t.up, _unweighed(t.core, factor), t.down) for t in of_layer])
         if self.shared:
             values_of_shared = torch.cat(pieces)
             layers[0].weight.copy_(values_of_shared[:, :-1])

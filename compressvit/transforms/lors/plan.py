@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
 
-from compressvit.fitting.lowrank import fit_shared, spectrum
+from compressvit.fitting.lowrank import Metric, fit_shared, spectrum
 from compressvit.fitting.reference import Reference
+from compressvit.log import working
 from compressvit.model import surgery, ties
 from compressvit.transforms.claims import Claim, drops, tie
 from compressvit.transforms.lors.layers import LowRankTerm, SharedLowRankLinear
@@ -74,20 +76,37 @@ class LORSPlan(RankPlan):
             self._start_from_noise(layers)
             return
         metrics = reference.metrics(self.paths, self.metric, self.ridge, self.output_ridge)
+        parts = [(self.rounds + 1) * (len(group) + 1) if self._is_fitted(group) else 1 for group in self.groups]
+        with working("fitting layers that share weights", sum(parts)) as advance:
+            self._fit_groups(layers, metrics, reference, advance)
+
+    def _is_fitted(self, group: Sequence[str]) -> bool:
+        """Whether the weight that a group shares is fitted to all of them."""
+        return len(group) > 1 and self.init == "fit"
+
+    def _fit_groups(
+        self,
+        layers: Mapping[str, Any],
+        metrics: Mapping[str, Metric],
+        reference: Reference,
+        advance: Callable[..., object],
+    ) -> None:
         for group in self.groups:
             weights = [reference.weight(path) for path in group]
             ranks = [self.ranks[path] for path in group]
             measures = [metrics[path] for path in group]
-            if len(group) == 1:
+            if self._is_fitted(group):
+                shared, factors = fit_shared(weights, measures, ranks, self.rounds, advance=advance)
+                layers[group[0]].weight.copy_(shared)
+            elif len(group) == 1:
                 factors = [spectrum(weights[0], measures[0]).factors(ranks[0])]
-            elif self.init == "first":
+                advance()
+            else:
                 layers[group[0]].weight.copy_(weights[0])
                 factors = [
                     spectrum(w - weights[0], m).factors(r) for w, m, r in zip(weights, measures, ranks, strict=True)
                 ]
-            else:
-                shared, factors = fit_shared(weights, measures, ranks, self.rounds)
-                layers[group[0]].weight.copy_(shared)
+                advance()
             for path, pair in zip(group, factors, strict=True):
                 if self.ranks[path]:
                     layers[path].set_factors(*pair)

@@ -14,6 +14,7 @@ from compressvit.fitting.allocate import Budget, Curve, allocate, least_cost, sp
 from compressvit.fitting.lowrank import TINY, fit_shared, spectrum
 from compressvit.fitting.moments import tokens_at
 from compressvit.fitting.reference import Reference
+from compressvit.log import progress
 from compressvit.model import cost, surgery, ties
 from compressvit.model.backbone import input_size
 from compressvit.model.cost import header_bytes
@@ -132,7 +133,8 @@ class Spending:
 
     def _curves(self, groups: Sequence[Group], kind: str) -> dict[str, Curve]:
         curves = {}
-        for group in groups:
+        measured = self.reference is not None
+        for group in progress(groups, "weighing the ranks of layers", len(groups)) if measured else groups:
             errors = self.errors_by_rank(group, kind)
             for position, path in enumerate(group):
                 out, inner = weight_shape(self.layers[path])

@@ -21,6 +21,7 @@ from torch import nn
 from compressvit.errors import UserError
 from compressvit.fitting.lowrank import spectrum
 from compressvit.fitting.reference import Reference
+from compressvit.log import progress
 from compressvit.model.linear import weight_shape
 from compressvit.transforms.base import Transform, transform
 from compressvit.transforms.claims import Claim, drops
@@ -53,7 +54,7 @@ class LowRankPlan(RankPlan):
     def initialise(self, student: nn.Module, reference: Reference) -> None:
         if self.init == "fit":
             metrics = reference.metrics(self.paths, self.metric, self.ridge, self.output_ridge)
-        for path, rank in self.ranks.items():
+        for path, rank in progress(self.ranks.items(), "making layers low rank", len(self.ranks)):
             layer = student.get_submodule(path)
             assert isinstance(layer, Factored)
             if self.init == "fit":

@@ -1,0 +1,74 @@
+"""What a reader has to know of the figures: what they depend on, and which there are not, and why."""
+
+from __future__ import annotations
+
+import pytest
+from helpers.runs import done
+from helpers.training import VIT
+
+from compressvit.model.families.adamixer import SMALL
+from compressvit.recipe.recipe import Recipe
+from compressvit.report.record import read_run
+from compressvit.report.sections import details
+from compressvit.runs.files import RecipePlan
+from compressvit.runs.plan import plan_recipe
+from compressvit.tasks.base import TASKS
+
+REGIONS = {"backbone": "resnet18", "img_size": 64, "channels": 16, "representation": 32}
+CLASSIFIER = {"model": "vit_tiny_patch16_224", "args": VIT | {"in_chans": 3}, "num_classes": 3}
+LATENCY = "the latency of a {} R-CNN depends on how many objects it finds: compare models that find about as many"
+MASKS = "the teacher gives no masks, so there is no mask AP50 against the teacher's masks"
+CASES = {
+    "boxes": ({"model": "faster_rcnn", "args": REGIONS}, {}, "coco", [LATENCY.format("Faster")]),
+    "masks of both": ({"model": "mask_rcnn", "args": REGIONS}, {}, "coco", [LATENCY.format("Mask")]),
+    "masks of the student": (
+        {"model": "faster_rcnn", "args": REGIONS},
+        {"model": "mask_rcnn", "weights": "random", "args": REGIONS},
+        "coco",
+        [MASKS, LATENCY.format("Faster"), LATENCY.format("Mask")],
+    ),
+    "queries": ({"model": "adamixer", "args": SMALL}, {}, "coco", []),
+    "classes": (CLASSIFIER, {}, "folder", []),
+    "a new head": (
+        CLASSIFIER,
+        {"head": "new"},
+        "folder",
+        [
+            "the student has a new head, so it is not compared with its teacher: there is no agreement with the teacher and no cosine"
+        ],
+    ),
+    "other outputs": (
+        CLASSIFIER,
+        {"model": "resnet18", "weights": "random", "args": {"num_classes": 4}},
+        "folder",
+        [
+            "the student has 4 outputs and the teacher 3, so there is no agreement with the teacher and no cosine",
+        ],
+    ),
+}
+
+
+def planned(teacher: dict, student: dict, data: str) -> RecipePlan:
+    content = {"teacher": {"weights": "random"} | teacher, "student": student, "data": {"name": data}}
+    return plan_recipe(Recipe.model_validate({**content, "steps": ({"finetune": {}},)}))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_plan_says_so(case):
+    *recipe, wanted = CASES[case]
+    assert planned(*recipe).figures == wanted
+
+
+def test_of_every_task_the_figures_against_a_teacher_are_known():
+    found = {name: [quality.key for quality in task.against_teacher()] for name, task in TASKS.items()}
+    assert found["classification"] == ["agreement", "cosine"]
+    assert found["detection"] == ["ap50_of_teacher", "mask_ap50_of_teacher"]
+    assert all(key not in TASKS[name].graded for name, keys in found.items() for key in keys)
+
+
+def test_the_report_and_evaluate_say_so(finished):
+    run = read_run(finished)
+    run.plan.figures = ["the latency depends on something"]
+    assert "Figures: the latency depends on something." in details(run)
+    text = "there is no agreement with the teacher and no cosine: `apply` compares a student with its teacher"
+    assert text in done("evaluate", finished)
