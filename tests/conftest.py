@@ -1,21 +1,25 @@
-"""Fixtures that several files share; torch on one thread, so that tests run side by side do not fight for cores."""
+"""Fixtures that several files share; torch on one thread, so that tests run side by side do not fight for cores.
+
+What takes long to import is imported where it is used: pytest-xdist's first process reads this file and runs no test.
+"""
 
 from __future__ import annotations
 
 import gc
 import inspect
+import json
 
 import pytest
-import torch
 
 pytest.register_assert_rewrite("helpers")  # before its import, so that its assertions also tell what they saw
 
 from helpers import process  # noqa: E402
-from helpers.runs import RECIPE, TINY, done  # noqa: E402
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
+    import torch
+
     torch.set_num_threads(1)
 
 
@@ -47,12 +51,22 @@ def pytest_collection_finish(session):
     gc.set_threshold(20_000, 20, 20)
 
 
+@pytest.fixture
+def drawn_once(monkeypatch):
+    """A chart that was drawn before is not drawn again; for tests that make many reports of one run."""
+    from helpers.page import drawn
+
+    monkeypatch.setattr("vl_convert.vegalite_to_svg", lambda spec: drawn(json.dumps(spec)))
+
+
 # --- runs
 
 
 @pytest.fixture(scope="session")
 def recipe(tmp_path_factory):
     """The file of `RECIPE`; the tests of the command line have one of their own."""
+    from helpers.runs import RECIPE
+
     path = tmp_path_factory.mktemp("engine") / "tiny.yaml"
     path.write_text(RECIPE)
     return path
@@ -61,6 +75,8 @@ def recipe(tmp_path_factory):
 @pytest.fixture(scope="session")
 def finished(recipe):
     """A finished run of `recipe` with an override. Not to be changed: copy it first."""
+    from helpers.runs import done
+
     folder = recipe.parent / "finished"
     done("apply", recipe, "--output", folder, "seed=3")
     return folder
@@ -69,6 +85,8 @@ def finished(recipe):
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """A recipe with a `lors` step, and the folder of a run whose teacher it can take."""
+    from helpers.runs import TINY, done
+
     folder = tmp_path_factory.mktemp("lors")
     recipe = folder / "lors.yaml"
     recipe.write_text(TINY.replace("multiplex: {share: 2}", "low_rank: {rank: 3}").replace("epochs: 1}", "epochs: 6}"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,7 +43,11 @@ def module_of(file: Path) -> str:
 
 
 MODULES = {module_of(file): file for file in sorted(PACKAGE.rglob("*.py"))}
-TREES = {name: ast.parse(file.read_text(encoding="utf-8")) for name, file in MODULES.items()}
+
+
+@functools.cache
+def tree_of(module: str) -> ast.Module:
+    return ast.parse(MODULES[module].read_text(encoding="utf-8"))
 
 
 def room_of(module: str) -> str:
@@ -51,7 +56,7 @@ def room_of(module: str) -> str:
 
 def imports(module: str) -> Iterator[tuple[str, int]]:
     """Modules of the package that a module imports, anywhere in it (under TYPE_CHECKING and inside functions too), with the line."""
-    for node in ast.walk(TREES[module]):
+    for node in ast.walk(tree_of(module)):
         if isinstance(node, ast.Import):
             found = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -63,9 +68,6 @@ def imports(module: str) -> Iterator[tuple[str, int]]:
             head, _, inner = name.partition(".")
             if head == "compressvit":
                 yield (inner if inner in MODULES else inner.rpartition(".")[0]), node.lineno
-
-
-GRAPH = {module: {name for name, _ in imports(module)} - {module} for module in MODULES}
 
 
 def test_the_rooms_are_those_of_the_list():
@@ -83,13 +85,14 @@ def test_imports_go_down_only(module):
 
 
 def test_there_is_no_circle_of_imports():
+    graph = {module: {name for name, _ in imports(module)} - {module} for module in MODULES}
     done: set[str] = set()
 
     def visit(module: str, path: tuple[str, ...]) -> None:
         assert module not in path, " → ".join([*path[path.index(module) :], module])
         if module in done:
             return
-        for name in GRAPH[module]:
+        for name in graph[module]:
             if name:
                 visit(name, (*path, module))
         done.add(module)
@@ -101,7 +104,7 @@ def test_there_is_no_circle_of_imports():
 @pytest.mark.parametrize("module", MODULES)
 def test_no_file_is_over_400_lines_and_no_function_over_60(module):
     assert len(MODULES[module].read_text(encoding="utf-8").splitlines()) <= 400
-    for node in ast.walk(TREES[module]):
+    for node in ast.walk(tree_of(module)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             lines = (node.end_lineno or 0) - node.lineno + 1
             if f"{module}.{node.name}" in TOO_LONG:
@@ -116,7 +119,7 @@ def test_the_readme_quotes_the_rooms_in_order():
     rows = [line for line in section.splitlines() if line.startswith("| `")]
     assert [row.split("`")[1].rstrip("/") for row in rows if "/`" in row] == list(ROOMS)
     for room in ROOMS:
-        sentence = (ast.get_docstring(TREES[room]) or "").splitlines()[0]
+        sentence = (ast.get_docstring(tree_of(room)) or "").splitlines()[0]
         row = next(row for row in rows if row.startswith(f"| `{room}/`"))
         assert sentence.rstrip(".") in row, f"{room}: {sentence}"
 

@@ -130,6 +130,7 @@ def test_a_recipe_that_was_kept_still_plans_the_same_student(name, capsys):
         assert now["student"]["bytes"] == pytest.approx(recorded["student"]["bytes"], abs=64)
 
 
+@pytest.mark.wide_unless(lambda name: name != "stopped")
 @pytest.mark.parametrize("name", ["quickstart", "adapted_pruned", "stopped"])
 def test_a_run_has_its_page(name, copied, capsys):
     run = copied(name)
@@ -167,6 +168,7 @@ def test_resuming_a_finished_run_changes_no_weight(name, copied):
     assert results(run)["phases"].keys() == results(RUNS / name)["phases"].keys()
 
 
+@pytest.mark.wide_unless(lambda name: name == "stopped_pruning")  # the other trains for some seconds
 @pytest.mark.parametrize(("name", "phase"), [("stopped", "1_distill"), ("stopped_pruning", "1_prune_cycle1")])
 def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(name, phase, copied, expected):
     run, whole = copied(name), RUNS / "uninterrupted" / name

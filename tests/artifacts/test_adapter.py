@@ -63,6 +63,7 @@ def adapted(task: str, backbone: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
+@pytest.mark.wide_unless(lambda name: name == "vit")
 @pytest.mark.parametrize("name", ["vit", "dinov2_registers", "swin"])
 def test_adapters_are_loaded_switched_and_removed(name, tmp_path):
     backbone = build(name)

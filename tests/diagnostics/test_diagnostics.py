@@ -188,6 +188,7 @@ def test_a_crash_amid_a_measurement_loses_none(whole, recipe, tmp_path, monkeypa
     assert sorted(steps_watched(folder)) == sorted(steps_watched(whole))
 
 
+@pytest.mark.wide_unless(lambda fault: isinstance(fault, UserError))
 @pytest.mark.parametrize(
     ("fault", "told"),
     [

@@ -116,7 +116,9 @@ def test_a_model_that_is_its_teacher_is_asked_for_nothing_new():
     assert max(errors.values()) < 1e-3  # rounding of the sums of squares; measured 3e-4
 
 
-@pytest.mark.wide_unless(lambda name, share: name == "vit" or (name == "swin" and share == 2))
+@pytest.mark.wide_unless(
+    lambda name, share, metric: (name, share, metric) in (("vit", 1, "inputs"), ("swin", 2, "auto"))
+)
 @pytest.mark.parametrize("name", ["vit", "deit_distilled", "dinov2_registers", "headless", "swin"])
 @pytest.mark.parametrize(
     ("share", "metric"), [(1, "inputs"), (1, "outputs"), (2, "inputs"), (2, "auto")]
@@ -215,6 +217,7 @@ def test_one_source_for_two_students_keeps_nothing_of_the_first():
     assert errors[2] < errors[0]
 
 
+@pytest.mark.wide_unless(lambda size: size == 30)
 @pytest.mark.parametrize("size", [3, 30])
 def test_a_bias_that_is_tied_is_not_fitted_into_the_weight(size):
     teacher = build("vit")
@@ -231,7 +234,7 @@ def test_a_bias_that_is_tied_is_not_fitted_into_the_weight(size):
     assert errors[1] < 0.6 * errors[0], errors  # measured 0.41 and 0.05
 
 
-@pytest.mark.wide_unless(lambda share: share == 1)
+@pytest.mark.wide_unless(lambda share, metric: share == 1 and metric == "outputs")
 @pytest.mark.parametrize("share", [1, 2])
 @pytest.mark.parametrize("metric", ["inputs", "outputs"])
 def test_what_layer_scale_makes_small_does_not_take_the_rank(share, metric):
@@ -248,6 +251,7 @@ def test_what_layer_scale_makes_small_does_not_take_the_rank(share, metric):
     assert errors[1] < 0.9 * errors[0], errors
 
 
+@pytest.mark.wide_unless(lambda steps: isinstance(steps[1], LORS))
 @pytest.mark.parametrize(
     "steps",
     [
@@ -275,7 +279,7 @@ def test_nothing_to_fit():
     assert torch.equal(outputs(student, images_for(teacher)), outputs(teacher, images_for(teacher)))
 
 
-@pytest.mark.wide_unless(lambda name, first: (name == "vit") == (first.name == "multiplex"))
+@pytest.mark.wide_unless(lambda name, first: name == "swin" and first.name == "adaptformer")
 @pytest.mark.parametrize("first", [Multiplex(share=2, mlp_conv=3), AdaptFormer(width=4)], ids=lambda s: s.name)
 @pytest.mark.parametrize("name", ["vit", "swin"])
 def test_blocks_with_slots_are_fitted_in_order_too(name, first):

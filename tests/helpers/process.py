@@ -46,7 +46,7 @@ def begin() -> None:
 
 
 def python(*words: object, path: Iterable[Path] = ()) -> Answer:
-    """Exit code, output and errors of `python WORDS`, which begin with `-c PROGRAM` or `-m MODULE`.
+    """Exit code, output and errors of `python WORDS`, which begin with `-c PROGRAM`, `-m MODULE` or a file.
 
     The folders of `path` stand on `sys.path` before everything else, as with PYTHONPATH.
     """
@@ -75,11 +75,16 @@ def _program(words: list[str], paths: list[str], environment: Mapping[str, str],
     assert not own, f"imported before the program began: {own}"
     sys.path[:0] = paths
     sys.modules["torch"].set_num_threads(1)
-    (kind, what), sys.argv[1:] = words[:2], words[2:]
+    multiprocessing.set_start_method(None, force=True)  # not as this one was started, but the system's own
+    kind = words[0]
     if kind == "-m":
-        runpy.run_module(what, run_name="__main__", alter_sys=True)
-    else:
-        assert kind == "-c"
-        sys.argv[0] = kind
+        sys.argv[1:] = words[2:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    elif kind == "-c":
+        sys.argv[:] = [kind, *words[2:]]
         main = sys.modules["__main__"] = types.ModuleType("__main__")
-        exec(compile(what, "<string>", "exec"), vars(main))
+        exec(compile(words[1], "<string>", "exec"), vars(main))
+    else:
+        sys.argv[:] = words
+        sys.path.insert(0, str(Path(kind).parent))
+        runpy.run_path(kind, run_name="__main__")

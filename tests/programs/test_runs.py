@@ -6,16 +6,14 @@ import contextlib
 import csv
 import io
 import json
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from helpers import process
 from helpers.runs import RECIPE, done
 from helpers.tools import ran, refused, tool
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -103,11 +101,9 @@ def test_the_example_of_help_runs(runs, path, tmp_path, monkeypatch, capsys):
 
 
 def test_a_program_is_a_file_that_python_runs(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    words = [sys.executable, ROOT / "tools" / "curves.py", tmp_path]
-    told = subprocess.run(words, env=environment, capture_output=True, text=True)
-    assert told.returncode == 2
-    assert told.stderr == (
+    told = process.python(ROOT / "tools" / "curves.py", tmp_path)
+    assert told.code == 2
+    assert told.err == (
         f"curves.py: {tmp_path} is empty: no run has begun in it; give a folder that `compressvit apply` wrote, or one with such "
         "folders in it\n"
     )

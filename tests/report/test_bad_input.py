@@ -9,6 +9,8 @@ import pytest
 from helpers.page import Page
 from helpers.runs import refused, run
 
+pytestmark = pytest.mark.usefixtures("drawn_once")
+
 
 @pytest.fixture
 def copied(finished, tmp_path):

@@ -17,6 +17,8 @@ from compressvit.errors import UserError
 from compressvit.runs.owned import delete, foreign
 from compressvit.text import printable
 
+pytestmark = pytest.mark.usefixtures("drawn_once")
+
 
 @pytest.fixture
 def copied(finished, tmp_path):

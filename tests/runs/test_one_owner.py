@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -82,11 +83,18 @@ def test_one_of_several_processes_is_refused(recipe, tmp_path, monkeypatch, coun
     done("apply", "--no-report", recipe, "--output", tmp_path / "run", *SHORT)
 
 
+@pytest.fixture(scope="module")
+def whole(recipe, tmp_path_factory):
+    """A run that nobody killed."""
+    folder = tmp_path_factory.mktemp("owner") / "whole"
+    done("apply", "--no-report", recipe, "--output", folder, *SHORT)
+    return folder
+
+
 @pytest.mark.parametrize("left", [["resolved.yaml"], ["resolved.yaml", "recipe.yaml"], [".recipe.yaml.part"], []])
-def test_a_run_killed_at_its_start_can_be_started_again(recipe, tmp_path, left):
+def test_a_run_killed_at_its_start_can_be_started_again(recipe, whole, tmp_path, left):
     """Whatever it had written by then: with its recipe there it is resumed, and without it the folder is as good as empty."""
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    done("apply", "--no-report", recipe, "--output", whole, *SHORT)
+    run = tmp_path / "run"
     run.mkdir()
     (run / ".lock").touch()
     for name in left:
@@ -98,9 +106,8 @@ def test_a_run_killed_at_its_start_can_be_started_again(recipe, tmp_path, left):
     assert (run / "student/model.safetensors").read_bytes() == (whole / "student/model.safetensors").read_bytes()
 
 
-def test_scratch_of_a_killed_run_is_removed(recipe, tmp_path):
-    run = tmp_path / "run"
-    done("apply", "--no-report", recipe, "--output", run, *SHORT)
+def test_scratch_of_a_killed_run_is_removed(recipe, whole, tmp_path):
+    run = shutil.copytree(whole, tmp_path / "run")
     (run / ".student.0a1b2c3d").mkdir()
     (run / ".student.0a1b2c3d" / "model.safetensors").write_bytes(b"half")
     (run / ".results.json.part").write_text("{")
@@ -114,10 +121,9 @@ def test_scratch_of_a_killed_run_is_removed(recipe, tmp_path):
     assert (run / ".student.9a1b2c3d" / "thesis.txt").is_file()
 
 
-def test_a_good_student_is_not_replaced_by_one_that_fails(recipe, tmp_path):
+def test_a_good_student_is_not_replaced_by_one_that_fails(recipe, whole, tmp_path):
     """Resuming a run from a checkpoint with values that are not finite: the student of before stays."""
-    run = tmp_path / "run"
-    done("apply", "--no-report", recipe, "--output", run, *SHORT)
+    run = shutil.copytree(whole, tmp_path / "run")
     (run / "results.json").unlink()  # so that it is not finished
     before = (run / "student/model.safetensors").read_bytes()
     file = run / "checkpoints/1_distill.pt"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -62,6 +63,12 @@ def planned(model: str, args: dict, steps: list, **changes) -> RecipePlan:
     return plan
 
 
+@functools.cache
+def plan_of(name: str) -> RecipePlan:
+    """Of one of `RECIPES`."""
+    return planned(*RECIPES[name])
+
+
 def built(recipe: Recipe) -> tuple[torch.nn.Module, torch.nn.Module]:
     """The teacher and the transformed student of a recipe, with values."""
     torch.manual_seed(0)
@@ -76,8 +83,7 @@ def built(recipe: Recipe) -> tuple[torch.nn.Module, torch.nn.Module]:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_planned_bytes_and_parameters_are_those_of_the_file(name, tmp_path):
-    recipe = recipe_of(*RECIPES[name])
-    plan = plan_recipe(recipe)
+    recipe, plan = recipe_of(*RECIPES[name]), plan_of(name)
     for side, model in zip(("teacher", "student"), built(recipe), strict=True):
         cost = getattr(plan, side)
         artifact.save(model, tmp_path / side)
@@ -89,9 +95,8 @@ def test_planned_bytes_and_parameters_are_those_of_the_file(name, tmp_path):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_stage_table_sums_to_the_total(name):
-    recipe = recipe_of(*RECIPES[name])
-    plan = plan_recipe(recipe)
-    _, student = built(recipe)
+    plan = plan_of(name)
+    _, student = built(recipe_of(*RECIPES[name]))
     shared = {group[0] for group in ties.tied_groups(student)}
     assert sum(row.parameters for row in plan.stages) == plan.student.parameters
     assert all(row.parameters == row.shared + row.private for row in plan.stages)
@@ -108,7 +113,7 @@ def test_the_stage_table_sums_to_the_total(name):
 
 @pytest.mark.parametrize("name", [n for n in RECIPES if n != "nothing"])
 def test_the_ledger_accounts_for_the_difference(name):
-    plan = planned(*RECIPES[name])
+    plan = plan_of(name)
     entries = [entry for step in plan.steps for entry in step.ledger]
     assert entries
     assert sum(e.after - e.before for e in entries) == plan.student.parameters - plan.teacher.parameters != 0
@@ -128,7 +133,7 @@ def test_sharing_alone_saves_parameters_but_no_mac(family):
 
 
 def test_macs_of_a_vit_by_hand():
-    plan = planned(*RECIPES["nothing"])
+    plan = plan_of("nothing")
     width, patches, tokens = 16, 16, 17
     products = 2 * tokens * tokens * width
     block = tokens * width * (3 * width + width + 4 * width + 4 * width) + products + 2 * tokens * width
@@ -137,7 +142,7 @@ def test_macs_of_a_vit_by_hand():
 
 
 def test_a_plan_is_plain_json():
-    plan = planned(*RECIPES["swin"])
+    plan = plan_of("swin")
     content = json.loads(plan.model_dump_json())
     assert RecipePlan.model_validate(content) == plan
     assert content["teacher"]["model"] == "swin_tiny_patch4_window7_224"
@@ -146,14 +151,14 @@ def test_a_plan_is_plain_json():
 
 
 def test_matched_layers_are_the_ends_of_share_groups():
-    def layers(model, args, steps):
-        return planned(model, args, steps).steps[-1].layers
+    def layers(name):
+        return plan_of(name).steps[-1].layers
 
-    assert layers(*RECIPES["vit"]) == [(1, 1), (3, 3)]
-    assert layers(*RECIPES["vit, one block"]) == [(3, 3)]
-    assert layers(*RECIPES["nothing"]) == [(3, 3)]
-    assert layers(*RECIPES["swin"]) == [(1, 1), (3, 3), (5, 5)]
-    assert layers(*RECIPES["swin, per stage"]) == [(1, 1), (5, 5)]
+    assert layers("vit") == [(1, 1), (3, 3)]
+    assert layers("vit, one block") == [(3, 3)]
+    assert layers("nothing") == [(3, 3)]
+    assert layers("swin") == [(1, 1), (3, 3), (5, 5)]
+    assert layers("swin, per stage") == [(1, 1), (5, 5)]
 
 
 # --- what it asks for
@@ -270,7 +275,7 @@ def test_memory_is_proportional_to_the_batch():
 @pytest.mark.parametrize("name", ["vit", "swin"])
 def test_planned_memory_is_what_autograd_keeps(name):
     recipe = recipe_of(*RECIPES[name])
-    planned_bytes = plan_recipe(recipe).steps[-1].loss_bytes
+    planned_bytes = plan_of(name).steps[-1].loss_bytes
     teacher, student = built(recipe)
     config = input_config(student, recipe.data)
     images = torch.randn(recipe.data.batch_size, config.channels, config.height, config.width)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
+from helpers import process
 from helpers.images import class_folders
 from helpers.models import build, images_for
 
@@ -48,7 +47,7 @@ def test_other_faults_stay_what_they_are():
 
 
 KILLED = """
-import os, signal, sys
+import os, signal
 from compressvit.data import samples
 from compressvit.data.loaders import eval_loader
 from compressvit.data.opening import open_data
@@ -56,7 +55,6 @@ from compressvit.data.spec import Data
 from compressvit.runs.recorder import evaluation_images
 from compressvit.runs.resources import resource_faults
 from compressvit.training.phases.distill import Distill
-sys.path.insert(0, {helpers!r})
 from helpers.images import COLOUR, CPU
 
 read = samples.Samples.read
@@ -74,14 +72,8 @@ with resource_faults(data):
 
 def test_a_worker_that_is_killed_is_a_sentence(tmp_path):
     root = class_folders(tmp_path)
-    helpers = os.path.dirname(os.path.dirname(__file__))
-    found = subprocess.run(
-        [sys.executable, "-c", KILLED.format(root=str(root), helpers=helpers)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    last = found.stderr.strip().splitlines()[-1]
+    found = process.python("-c", KILLED.format(root=str(root)), path=[Path(__file__).parents[1]])
+    last = found.err.strip().splitlines()[-1]
     assert "UserError: a process that loads images has ended: DataLoader worker (pid" in last
     assert "give fewer data.num_workers (now 1), 0 to load them in the training process" in last
 

@@ -36,7 +36,7 @@ from compressvit.cli import main
 recipe, folder, *more = sys.argv[1:]
 for words in (
     ["plan", recipe],
-    ["apply", recipe, "--output", folder, "--device", "cpu"],
+    ["apply", "--no-report", recipe, "--output", folder, "--device", "cpu"],
     ["evaluate", folder, "--json"],
     ["report", folder, "--output", folder + ".html"],
     ["plan", recipe, "steps.1.distill.losses.prediction.weight=1"],

@@ -270,12 +270,12 @@ def test_resuming_a_trained_run_only_reports(recipe, finished, tmp_path, monkeyp
 
 def test_what_was_learned_from_images_is_not_learned_again(recipe, tmp_path, monkeypatch):
     """Fits take long, and on another machine they may end with other ranks, which the checkpoint does not fit."""
-    steps = "steps=[low_rank: {budget: {parameters: 0.5}}, distill: {epochs: 2}]"
-    words = ("apply", "--no-report", recipe, steps, "calibration.images=40", "--output")
+    steps = "steps=[low_rank: {budget: {parameters: 0.5}}, distill: {epochs: 1}]"
+    words = ("apply", "--no-report", recipe, steps, "calibration.images=16", "--output")
     whole, folder = tmp_path / "whole", tmp_path / "run"
     done(*words, whole)
     with monkeypatch.context() as patch:
-        at_call(patch, loop, "total_of", 7 + 9, kill(signal.SIGTERM))
+        at_call(patch, loop, "total_of", 7 + 3, kill(signal.SIGTERM))
         code, *_ = run(*words, folder)
     assert code == 128 + signal.SIGTERM
     with monkeypatch.context() as patch:

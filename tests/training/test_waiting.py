@@ -48,8 +48,12 @@ def trainer_on_meta(spec, tmp_path, told):
     return trainer
 
 
-@pytest.mark.parametrize("more", [{}, {"mixup": 0.8, "smoothing": 0.1}, {"accumulate": 2, "ema": 0.9}])
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lion"])
+MORE = {"adamw": {}, "sgd": {"mixup": 0.8, "smoothing": 0.1}, "lion": {"accumulate": 2, "ema": 0.9}}
+
+
+@pytest.mark.wide_unless(lambda more, optimizer: more == MORE[optimizer])
+@pytest.mark.parametrize("more", MORE.values())
+@pytest.mark.parametrize("optimizer", MORE)
 def test_a_step_that_is_not_logged_asks_for_no_value(tmp_path, more, optimizer):
     losses = {"feature": {"weight": 1}, "labels": {"weight": 1}}
     spec = Distill(epochs=2, log_every=100, optimizer=optimizer, losses=losses, **more)

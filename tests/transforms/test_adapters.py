@@ -246,6 +246,7 @@ STARTS = [
 ]
 
 
+@pytest.mark.wide_unless(lambda backbone: backbone in ("vit", "swin", "convnext"))
 @pytest.mark.parametrize(("spec", "backbone"), STARTS)
 def test_the_model_is_unchanged_at_the_start_and_not_behind_it(spec, backbone):
     model = Case(spec, backbone).student()

@@ -113,6 +113,7 @@ def test_every_removal_is_followed_by_a_training_with_a_checkpoint_of_its_own(wh
                 assert not [n for part in ("model", "moments") for n in saved[part] if n.startswith(f"{path}.adapter")]
 
 
+@pytest.mark.wide_unless(lambda told: told == 2)
 @pytest.mark.parametrize(
     ("batch", "told"),
     [

@@ -53,6 +53,7 @@ def added(model: nn.Module) -> int:
     return sum(entry.after - entry.before for entry in compression_of(model).ledger)
 
 
+@pytest.mark.wide_unless(lambda family, kind: family == "vit" or kind == "adapters")
 @every_kind
 @every_family
 def test_shrunk_is_masked(family, kind, tmp_path):

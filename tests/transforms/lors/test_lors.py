@@ -52,7 +52,9 @@ def test_both_orders_of_the_product_are_the_same(tokens, bias):
     assert (layer(x) - expected).abs().max() < 1e-12
 
 
-@pytest.mark.wide_unless(lambda backbone, alone: backbone == "vit" or (backbone == "swin" and alone))
+@pytest.mark.wide_unless(
+    lambda backbone, metric, alone: backbone in ("vit", "swin") if alone else backbone == "vit" and metric == "outputs"
+)
 @pytest.mark.parametrize(("backbone", "share"), ALL_RANKS)
 @pytest.mark.parametrize("metric", ["weights", "inputs", "outputs"])
 @pytest.mark.parametrize("alone", [False, True])
@@ -66,6 +68,7 @@ def test_full_rank_keeps_the_teachers_function(backbone, share, metric, alone):
     assert relative(outputs(student, images), outputs(teacher, images)) < 1e-4  # measured 2e-6 at most
 
 
+@pytest.mark.wide_unless(lambda share: share == 1)
 @pytest.mark.parametrize("share", [1, 2])
 def test_more_rank_is_closer_and_the_metric_of_the_outputs_is_closest(share):
     teacher = build("vit")

@@ -194,6 +194,9 @@ def test_dropout_is_of_an_images_prompts(backbone, deep):
 # -------------------------------------------------------------------------------------------------- timm's interface
 
 
+@pytest.mark.wide_unless(
+    lambda backbone, deep: (backbone, deep) in (("deit_distilled", True), ("vit_no_class_token", False))
+)
 @FORMS
 @pytest.mark.parametrize("backbone", ["deit_distilled", "dinov2_registers", "vit_no_class_token"])
 @torch.no_grad()
@@ -252,6 +255,7 @@ def test_prompts_that_travel_leave_the_rest_of_the_contract(backbone, tmp_path):
     assert outputs(model.to(torch.bfloat16), images.bfloat16()).isfinite().all()
 
 
+@pytest.mark.wide_unless(lambda backbone, deep: backbone == "swin" and not deep)  # the rest takes seconds
 @pytest.mark.parametrize(("backbone", "deep"), [("vit", True), ("vit", False), ("swin", True), ("swin", False)])
 def test_compile_captures_the_whole_student(backbone, deep):
     architecture, args = BACKBONES[backbone]
