@@ -23,7 +23,6 @@ from compressvit.runs.plan import plan_data
 from compressvit.runs.tables import megabytes, print_data
 from compressvit.tasks.qualities import measured, qualities, words
 from compressvit.transforms.base import Transform
-from compressvit.transforms.low_rank.base import RankStep
 
 
 def frontier(
@@ -31,7 +30,7 @@ def frontier(
 ) -> list[dict[str, Any]]:
     """Apply the transforms before the recipe's first phase at every budget, evaluate, and write a table and a plot.
 
-    The budget replaces the ranks or the budget of the last `low_rank` or `lors` step before the first phase. Nothing is trained.
+    The budget replaces the ranks or the budget of the last `shrink`, `low_rank` or `lors` step before the first phase. Nothing is trained.
 
     Args:
         recipe: has such a step before its first phase.
@@ -80,14 +79,15 @@ def frontier(
 
 
 def _require_ranks(recipe: Recipe) -> None:
-    """Raise a `UserError` unless a `low_rank` or `lors` step precedes the first phase."""
-    specs = leading_transforms(recipe)
-    if not any(isinstance(spec, RankStep) for spec in specs):
+    """Raise a `UserError` unless a step whose size follows from a budget precedes the first phase."""
+    specs = [spec for spec in leading_transforms(recipe) if _spends(spec)]
+    if not specs:
         names = ", ".join(step.name for step in recipe.steps)
         raise UserError(
-            f"frontier spends its budgets on a `low_rank` or `lors` step before the first phase; the steps of this recipe are {names}"
+            f"frontier spends its budgets on a `shrink`, `low_rank` or `lors` step before the first phase; the steps of this recipe are "
+            f"{names}"
         )
-    scratch = next((s.name for s in specs if isinstance(s, RankStep) and getattr(s, "init", None) == "scratch"), None)
+    scratch = next((spec.name for spec in specs if getattr(spec, "init", None) == "scratch"), None)
     if scratch:
         raise UserError(
             f"frontier spends its budgets by the errors of a teacher's weights, which {scratch}.init=scratch does not use"
@@ -95,10 +95,12 @@ def _require_ranks(recipe: Recipe) -> None:
 
 
 def _with_budget(specs: list[Transform], budget: Budget) -> list[Transform]:
-    last = max(i for i, spec in enumerate(specs) if isinstance(spec, RankStep))
-    return [
-        spec.with_budget(budget) if i == last and isinstance(spec, RankStep) else spec for i, spec in enumerate(specs)
-    ]
+    last = max(i for i, spec in enumerate(specs) if _spends(spec))
+    return [(spec.with_budget(budget) or spec) if i == last else spec for i, spec in enumerate(specs)]
+
+
+def _spends(spec: Transform) -> bool:
+    return type(spec).with_budget is not Transform.with_budget
 
 
 def _table(rows: list[dict[str, Any]], unit: str) -> Table:

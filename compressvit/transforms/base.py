@@ -19,6 +19,7 @@ from typing import Any, ClassVar, TypeVar
 from torch import nn
 
 from compressvit.errors import UserError
+from compressvit.fitting.allocate import Budget
 from compressvit.fitting.in_order import LayerFit
 from compressvit.fitting.reference import Reference
 from compressvit.model import ties
@@ -178,6 +179,10 @@ class Transform(Spec):
     def provisional(self) -> tuple[str, ...]:
         """What a plan assumes without a reference and determines with one, one sentence each."""
         return ()
+
+    def with_budget(self, budget: Budget) -> Transform | None:
+        """A copy that may cost so much, in place of its own sizes or budget; None for a step whose size does not follow from a budget."""
+        return None
 
     def require_inputs(self) -> None:
         """Check that the files the transform reads exist. `apply` calls it before anything runs; `plan` does not need the files.

@@ -37,6 +37,16 @@ def test_a_sweep_from_good_to_small(trained, tmp_path, unit):
     assert Image.open(tmp_path / "out" / "frontier.png").size[0] > 800
 
 
+def test_forms_of_all_kinds_are_swept(trained, tmp_path):
+    recipe, run = trained
+    step = "steps=[{shrink: {budget: {macs: 0.5}, multiple: 4}}]"
+    done("frontier", recipe, *values_of(run), step, "--budgets", 0.8, 0.5, "--output", tmp_path / "out")
+    rows = json.loads((tmp_path / "out" / "frontier.json").read_text())
+    assert [row["budget"] for row in rows] == [None, 0.8, 0.5]
+    assert all(row["parameters"] <= row["budget"] * rows[0]["parameters"] for row in rows[1:])
+    assert rows[1]["cosine"] > rows[2]["cosine"]
+
+
 def test_the_run_draws_its_ranks(trained):
     assert Image.open(trained[1] / "ranks.png").size[0] > 800
     finding = read(trained[1] / "diagnostics" / "ranks.json")

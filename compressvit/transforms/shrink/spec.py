@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from compressvit.errors import UserError
+from compressvit.fitting.allocate import Budget
 from compressvit.fitting.hull import Forms, choose, least
 from compressvit.fitting.reference import Reference
 from compressvit.log import progress
@@ -82,6 +83,10 @@ class Shrink(NarrowStep):
         "rank.",
     )
     multiple: int = Field(8, ge=1, description="Widths and ranks are multiples of it, which hardware prefers.")
+
+    def with_budget(self, budget: Budget) -> Shrink:
+        only = {name: getattr(budget, name) for name in ShrinkBudget.model_fields}
+        return self.model_copy(update={"budget": ShrinkBudget(**only)})
 
     @property
     def provisional(self) -> tuple[str, ...]:
