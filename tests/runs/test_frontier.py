@@ -69,7 +69,7 @@ def test_a_layer_that_stays_dense_has_a_bar_of_its_full_rank(tmp_path):
         (["steps=[{multiplex: {share: 2}}, distill]"], "the steps of this recipe are multiplex, distill"),
         (["teacher.weights=RUN", "steps.0.low_rank.init=scratch"], "which low_rank.init=scratch does not use"),
         (["teacher.weights=RUN", "teacher.num_classes=7"], "classifier of 10 classes and the model one of 7"),
-        (["steps=[distill, {lors: {rank: 2}}]"], "on a `low_rank` or `lors` step before the first phase"),
+        (["steps=[distill, {lors: {rank: 2}}]"], "on a `shrink`, `low_rank` or `lors` step before the first phase"),
     ],
 )
 def test_what_cannot_be_swept(trained, words, message):
