@@ -37,7 +37,8 @@ M, H, BLOCKS, PATCH = 192, 12, 4, 8
 SLOTS = 12 * BLOCKS  # M×M pieces of all projections, of a model whose MLP is 4 M wide
 SHARED = ("attn.qkv.weight", "attn.proj.weight", "fc1.weight", "fc2.weight")  # which `lors` starts anew
 ADOPTED = tuple(f"{layer}.up.bias" for layer in ("qkv", "proj", "fc1", "fc2"))  # of the layer that `low_rank` replaces
-ADD_NOTHING = {"align", "bitfit", "freeze", "head_norm", "load_weights"}  # or nothing that has parameters
+ADD_NOTHING = {"align", "bitfit", "freeze", "head_norm", "load_weights", "narrow"}  # or nothing that has parameters
+FITTED_ONLY = {"shrink"}  # tests/transforms/shrink
 ON_A_DECODER = {"adaptive_lors"}  # tests/transforms/lors/test_adaptive.py
 
 
@@ -249,4 +250,4 @@ def test_a_method_starts_as_its_paper_or_its_option_says(spec, count, laws):
 
 
 def test_every_method_has_a_row():
-    assert {spec.name for spec, _, _ in STARTS} == TRANSFORMS.keys() - ADD_NOTHING - ON_A_DECODER
+    assert {spec.name for spec, _, _ in STARTS} == TRANSFORMS.keys() - ADD_NOTHING - ON_A_DECODER - FITTED_ONLY
