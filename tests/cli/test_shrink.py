@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shutil
 
 import pytest
 import timm
@@ -20,6 +21,8 @@ from timm.models import _registry, model_entrypoint
 import compressvit
 from compressvit.cli import main
 from compressvit.cli.shrink import UNITS
+from compressvit.data.sets.folder import count_class_folders
+from compressvit.data.spec import Data
 from compressvit.runs import shrink as verb
 from compressvit.runs.files import read_results
 from compressvit.transforms.shrink.spec import ShrinkBudget
@@ -158,6 +161,29 @@ def test_labels_of_other_classes_are_not_used(classifier, labelled, photos, tmp_
     ):
         recipe = verb.shrink_recipe(classifier, images)
         assert (recipe["data"]["name"], words in recipe["description"]) == (name, True), recipe["description"]
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_the_classifier_of_a_file_says_how_many_classes_the_model_has(prefix, headless, labelled, tmp_path):
+    """`headless` holds test_vit small."""
+    model = timm.create_model("test_vit", img_size=32, num_classes=4)
+    save_file({f"{prefix}{name}": value for name, value in model.state_dict().items()}, tmp_path / "four.safetensors")
+    recipe = verb.shrink_recipe(tmp_path / "four.safetensors", labelled, model="test_vit", img_size=32)
+    assert recipe["teacher"]["num_classes"] == 4
+    assert recipe["data"]["name"] == "folder"
+
+
+@pytest.mark.parametrize("packed", ["classes", "splits"])
+def test_class_folders_may_be_tars(packed, labelled, tmp_path):
+    for split in ("train", "val"):
+        for source in sorted((labelled / split).iterdir()) if packed == "classes" else [labelled / split]:
+            target = tmp_path / source.relative_to(labelled)
+            target.parent.mkdir(exist_ok=True)
+            shutil.make_archive(str(target), "tar", source)
+    assert count_class_folders(Data(name="folder", root=str(tmp_path))) == len(CLASSES)
+    (tmp_path / "val").mkdir(exist_ok=True)
+    (tmp_path / "val" / "1.jpg").write_bytes(jpeg(1))
+    assert count_class_folders(Data(name="folder", root=str(tmp_path))) is None
 
 
 def test_from_python_a_finished_run_is_read_from_its_folder(classifier, photos, tmp_path):
