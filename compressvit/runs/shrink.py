@@ -65,7 +65,7 @@ def shrink(
 
 
 def apply_recipe(recipe: Mapping[str, Any], output: str | Path, **options: Any) -> RunResult:
-    """`apply`, which a recipe of `shrink_recipe` needs no more than; where timm's weights are missing, the message says how to give a file."""
+    """`apply` of a recipe of `shrink_recipe`. Where timm's weights cannot be had, the message says how to give a file."""
     try:
         return apply(recipe, output, **options)
     except NoPretrainedError as error:
