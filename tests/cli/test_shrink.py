@@ -165,12 +165,22 @@ def test_labels_of_other_classes_are_not_used(classifier, labelled, photos, tmp_
 
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_the_classifier_of_a_file_says_how_many_classes_the_model_has(prefix, headless, labelled, tmp_path):
-    """`headless` holds test_vit small."""
+    """Also behind a prefix. `headless` keeps the model small."""
     model = timm.create_model("test_vit", img_size=32, num_classes=4)
     save_file({f"{prefix}{name}": value for name, value in model.state_dict().items()}, tmp_path / "four.safetensors")
     recipe = verb.shrink_recipe(tmp_path / "four.safetensors", labelled, model="test_vit", img_size=32)
     assert recipe["teacher"]["num_classes"] == 4
     assert recipe["data"]["name"] == "folder"
+
+
+def test_a_file_is_not_taken_for_a_word_of_recipes(headless, photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(headless, "pretrained")
+    with pytest.raises(compressvit.UserError, match="not a file of plain tensors"):  # without the ending of safetensors
+        verb.shrink_recipe("pretrained", photos, model="test_vit", img_size=32)
+    torch.save(timm.create_model("test_vit", img_size=32, num_classes=0).state_dict(), "pretrained")
+    recipe = verb.shrink_recipe("pretrained", photos, model="test_vit", img_size=32)
+    assert recipe["teacher"]["weights"] == "./pretrained"
 
 
 @pytest.mark.parametrize("packed", ["classes", "splits"])
