@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 # Classes of transforms are also public names; they are looked up in the registry.
 _PUBLIC = {
     "apply": "compressvit.runs.apply",
+    "shrink": "compressvit.runs.shrink",
     "compress": "compressvit.transforms.applying",
     "distill": "compressvit.runs.distill",
     "save": "compressvit.artifacts.artifact",

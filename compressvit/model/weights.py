@@ -30,6 +30,10 @@ from compressvit.notes import Note
 log = logging.getLogger("compressvit")
 
 
+class NoPretrainedError(UserError):
+    """timm's pretrained weights of a model cannot be had; a file may."""
+
+
 def build(
     name: str, given: Mapping[str, Any] = MappingProxyType({}), /, *, device: str | None = None, **more: Any
 ) -> nn.Module:
@@ -99,7 +103,8 @@ def require_pretrained(model: nn.Module, where: str, *, new_head: bool = False) 
     """The name and tag under which timm has pretrained values for `model`, which may be without values; arguments as `load_pretrained`.
 
     Raises:
-        UserError: timm has none, or none for a head of this size.
+        NoPretrainedError: timm has none.
+        UserError: it has none for a head of this size.
     """
     config = as_timm(model).pretrained_cfg
     name: str = config["architecture"] + (f".{config['tag']}" if config.get("tag") else "")
@@ -107,7 +112,9 @@ def require_pretrained(model: nn.Module, where: str, *, new_head: bool = False) 
         whose = where.partition(".")[0]
         start = f"{where}={'train' if whose == 'teacher' else 'random'} {whose}.backbone=pretrained"
         other = f" Or begin with its backbone's: {start}." if body_of(model) is not None else ""
-        raise UserError(f"{where}: pretrained: timm has no pretrained weights for {name}. {_supply(where)}{other}")
+        raise NoPretrainedError(
+            f"{where}: pretrained: timm has no pretrained weights for {name}. {_supply(where)}{other}"
+        )
     classes = getattr(model, "num_classes", 0)
     if classes and classes != config.get("num_classes") and not new_head:
         raise UserError(
@@ -126,7 +133,8 @@ def load_pretrained(model: nn.Module, where: str, *, new_head: bool = False) -> 
         new_head: a classifier of another size than the pretrained one may start fresh, because it will be trained.
 
     Raises:
-        UserError: as `require_pretrained`, or they cannot be downloaded; the text says how to supply them.
+        NoPretrainedError: they cannot be downloaded; the text says how to supply them.
+        UserError: as `require_pretrained`.
     """
     import timm
 
@@ -147,7 +155,7 @@ def load_pretrained(model: nn.Module, where: str, *, new_head: bool = False) -> 
             if config.get("hf_hub_id")
             else config.get("url")
         )
-        raise UserError(
+        raise NoPretrainedError(
             f"{where}: pretrained: the weights of {name} are not in the local cache and could not be downloaded ({reason}).\n"
             f"  They are file model.safetensors of the {source}.\n"
             f"  {_supply(where)}"
@@ -215,6 +223,22 @@ def load_file(model: nn.Module, path: str | Path, where: str, *, new_head: bool 
     for note in notes:
         log.info("%s", note.text)
     return notes
+
+
+def classes_in_file(model: nn.Module, path: Path, where: str) -> int:
+    """The number of classes of the classifier in a file of weights; 0 without one.
+
+    Args:
+        model: of the file's architecture, with any classifier or none; may be on the meta device.
+        path, where: as for `load_file`.
+
+    Raises:
+        UserError: as `load_file`, of a file that cannot be read.
+    """
+    stored, _ = _read(path, where)
+    given, _ = without_prefix(stored, model.state_dict())
+    tensors = resample_positions(given, model)
+    return next((len(tensors[name]) for name in sorted(head_names(model)) if name in tensors), 0)
 
 
 def _classifiers(model: nn.Module) -> list[str]:

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from compressvit.data.spec import Data
@@ -18,7 +17,7 @@ from compressvit.reading import MAX_YAML, Unreadable, read_text
 from compressvit.recipe.parts import Part, parts_of
 from compressvit.recipe.shipped import find_recipe
 from compressvit.recipe.words import LISTS, Entry, Merge, Step, packages_of
-from compressvit.recipe.yaml import Document, override, parse
+from compressvit.recipe.yaml import Document, dumped, override, parse
 from compressvit.spec import Spec, existing, faults, spec_at, written
 from compressvit.tasks.base import find_task
 from compressvit.training.phases import PhaseSpec
@@ -191,7 +190,7 @@ class Recipe(Spec):
         content = self.model_dump(mode="json", exclude=set(LISTS))
         for key in LISTS:
             content[key] = [{entry.name: entry.spec.model_dump(mode="json")} for entry in getattr(self, key)]
-        return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+        return dumped(content)
 
 
 def load_recipe(name_or_path: str | Path, overrides: list[str] | None = None) -> Recipe:

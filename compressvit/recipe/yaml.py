@@ -44,6 +44,11 @@ class Document:
         return True
 
 
+def dumped(content: Any) -> str:
+    """Plain content as YAML, its keys in their order."""
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+
+
 def parse(text: str, name: str) -> Document:
     """Parse one YAML document.
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from rich.console import Console
 from torch import nn
 
@@ -20,6 +19,7 @@ from compressvit.errors import UserError
 from compressvit.log import RunLog, log
 from compressvit.notes import Note
 from compressvit.recipe.recipe import Recipe, parse_recipe, read_recipe
+from compressvit.recipe.yaml import dumped
 from compressvit.runs import tensorboard
 from compressvit.runs.files import NoteRow, RecipePlan, Results
 from compressvit.runs.finish import finish
@@ -199,7 +199,7 @@ def _read(given: Recipe | Mapping[str, Any] | str | Path, overrides: Sequence[st
     if isinstance(overrides, (str, Mapping)):
         raise UserError(f"overrides is a list of 'key=value', e.g. ['seed=1'], not {overrides!r}")
     if isinstance(given, Mapping):
-        text, name = yaml.safe_dump(_plain(given, ""), sort_keys=False, allow_unicode=True), "recipe"
+        text, name = dumped(_plain(given, "")), "recipe"
     elif isinstance(given, (str, Path)):
         text, name = read_recipe(given), str(given)
     else:

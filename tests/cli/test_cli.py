@@ -34,7 +34,7 @@ def test_help_answers_without_the_heavy_imports():
 import sys
 import compressvit
 from compressvit.cli import main
-for words in ("", "apply", "plan", "validate", "evaluate", "recipes", "schema", "recipes list", "recipes show"):
+for words in ("", "shrink", "apply", "plan", "validate", "evaluate", "recipes", "schema", "recipes list", "recipes show"):
     try:
         main([*words.split(), "--help"])
     except SystemExit as stop:
@@ -44,14 +44,14 @@ print("loaded:", sorted(heavy & set(sys.modules)))
 """
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert answer.returncode == 0, answer.stderr
-    assert answer.stdout.count("usage: compressvit") == 9
+    assert answer.stdout.count("usage: compressvit") == 10
     assert "loaded: []" in answer.stdout
 
 
 def test_help_names_every_verb_and_an_example():
     code, out, _ = run("--help")
     assert code == 0
-    for verb in ("apply", "plan", "validate", "evaluate", "recipes", "schema"):
+    for verb in ("shrink", "apply", "plan", "validate", "evaluate", "recipes", "schema"):
         assert verb in out
     assert "compressvit apply quickstart" in out
 

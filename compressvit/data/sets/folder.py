@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 
 from compressvit.data.classes import class_order, composed, different_classes, missing_classes, numbers_of, some_of
 from compressvit.data.data_set import data_set
+from compressvit.data.pictures import EXTENSIONS
 from compressvit.data.sets.base import LAYOUT, TRAIN_FOLDERS, VAL_FOLDERS, existing_root, split_names
 from compressvit.data.spec import Data
 from compressvit.errors import UserError
@@ -36,6 +37,34 @@ def open_folder(data: Data) -> tuple[Dataset, Dataset]:
     notes += missing_classes(order, train.classes, train.name)
     notes += missing_classes(order, validation.classes, validation.name)
     return train.data_set(order, [*notes, *train.notes]), validation.data_set(order, validation.notes)
+
+
+def count_class_folders(data: Data) -> int | None:
+    """The number of class folders (or tars) of the training split, by their names alone; None unless both splits have them, and no image
+    beside them."""
+    root = existing_root(data, LAYOUT)
+    counts = []
+    for option, split, usual in (
+        ("train_split", data.train_split, TRAIN_FOLDERS),
+        ("val_split", data.val_split, VAL_FOLDERS),
+    ):
+        try:
+            path = _path(root, option, split, usual)
+        except UserError:
+            return None
+        counts.append(_count_classes(path, root, data))
+    return None if None in counts else counts[0]
+
+
+def _count_classes(path: Path, root: Path, data: Data) -> int | None:
+    from compressvit.data.splits import Split  # as above
+
+    if path.is_file():
+        return len(Split.read(path, root, data).classes)
+    inside = list(path.iterdir())
+    if any(entry.suffix.lower() in EXTENSIONS for entry in inside if not entry.is_dir()):
+        return None
+    return sum(entry.is_dir() or entry.suffix == ".tar" for entry in inside) or None
 
 
 def _path(root: Path, option: str, split: str, usual: Sequence[str]) -> Path:

@@ -10,6 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from compressvit import __version__
+from compressvit.cli.common import Verb, add_device, add_recipe, add_run, exit_code_of
+from compressvit.cli.recipes import add_recipes, add_schema
+from compressvit.cli.shrink import add_shrink, run_shrink
 from compressvit.errors import UserError, command_line
 from compressvit.exits import answered
 from compressvit.text import complain, printable
@@ -17,13 +20,12 @@ from compressvit.text import complain, printable
 _EPILOG = """\
 examples:
   compressvit apply quickstart                            compress a digits ViT
+  compressvit shrink vit_small_patch16_224 IMAGES         halve a pretrained one
   compressvit plan mini_swin_b                            print steps and costs
   compressvit apply mini_swin_b data.root=IMAGENET        compress a Swin-B
   compressvit apply repadapter_vit_b_vtab data.root=TASK  adapt it to a task
   compressvit apply quickstart steps.0.multiplex.share=3  override a value
 """
-
-Verb = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,7 +56,7 @@ def _as_override(rest: Sequence[str]) -> str:
 
 def _run_folder(arguments: argparse.Namespace) -> Path | None:
     """The folder of the run that is applied, as far as it is known."""
-    return Path(arguments.output) if arguments.run is _apply and arguments.output else None
+    return Path(arguments.output) if arguments.run in (_apply, run_shrink) and arguments.output else None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -75,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
 
     # In the order shown by `--help`.
     for add in (
+        add_shrink,
         _add_apply,
         _add_plan,
         _add_frontier,
@@ -83,53 +86,34 @@ def _parser() -> argparse.ArgumentParser:
         _add_merge,
         _add_compare,
         _add_report,
+        add_recipes,
+        add_schema,
     ):
         add(verb)
-    _add_recipes(verb)
-    _add_schema(verb)
     return parser
-
-
-def _add_recipe(to: argparse.ArgumentParser) -> None:
-    to.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name, or the path of a YAML file")
-    to.add_argument(
-        "overrides",
-        metavar="key=value",
-        nargs="*",
-        default=[],
-        help="overrides, e.g. data.root=FOLDER steps.0.multiplex.share=6",
-    )
-
-
-def _add_device(to: argparse.ArgumentParser, text: str = "cpu, cuda, … (default: the best available)") -> None:
-    to.add_argument("--device", default="auto", help=text)
 
 
 def _add_apply(verb: Verb) -> None:
     apply = verb("apply", _apply, "run a recipe: compress, distil, evaluate, and write a run folder")
-    _add_recipe(apply)
-    apply.add_argument("--output", metavar="FOLDER", help="the run folder (default: runs/RECIPE)")
-    apply.add_argument("--resume", action="store_true", help="continue the run in the folder")
-    apply.add_argument("--overwrite", action="store_true", help="delete the run in the folder and start again")
-    _add_device(apply, "cpu, cuda, cuda:1, mps, … (default: the best available)")
-    apply.add_argument("--no-report", action="store_true", help="do not write report.html at the end")
+    add_recipe(apply)
+    add_run(apply, "RECIPE")
 
 
 def _add_plan(verb: Verb) -> None:
     plan = verb("plan", _plan, "print what a recipe will do and cost; without weights or data unless --measure")
-    _add_recipe(plan)
+    add_recipe(plan)
     plan.add_argument("--json", action="store_true", help="print JSON")
     plan.add_argument(
         "--measure",
         action="store_true",
         help="also make the student from weights and data, and print the error of every layer and its quality before any training",
     )
-    _add_device(plan, "for --measure: cpu, cuda, … (default: the best available)")
+    add_device(plan, "for --measure: cpu, cuda, … (default: the best available)")
 
 
 def _add_frontier(verb: Verb) -> None:
     frontier = verb("frontier", _frontier, "show quality before any training against size, for several budgets")
-    _add_recipe(frontier)
+    add_recipe(frontier)
     frontier.add_argument(
         "--budgets",
         metavar="B",
@@ -144,7 +128,7 @@ def _add_frontier(verb: Verb) -> None:
     frontier.add_argument(
         "--output", metavar="FOLDER", help="folder for the table and the plot (default: runs/RECIPE_frontier)"
     )
-    _add_device(frontier)
+    add_device(frontier)
 
 
 def _add_validate(verb: Verb) -> None:
@@ -168,7 +152,7 @@ def _add_evaluate(verb: Verb) -> None:
         default=[],
         help="overrides of the data, e.g. data.name=digits data.root=FOLDER",
     )
-    _add_device(evaluate)
+    add_device(evaluate)
     evaluate.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -177,7 +161,7 @@ def _add_merge(verb: Verb) -> None:
     merge.add_argument("path", metavar="RUN|ARTIFACT", help="a run folder, or a folder with compressvit.json")
     merge.add_argument("--output", metavar="FOLDER", help="where to write it (default: merged/ next to the artifact)")
     merge.add_argument("--overwrite", action="store_true", help="replace an earlier merge in the folder")
-    _add_device(merge, "for the latencies: cpu, cuda, … (default: the best available)")
+    add_device(merge, "for the latencies: cpu, cuda, … (default: the best available)")
 
 
 def _add_compare(verb: Verb) -> None:
@@ -190,29 +174,6 @@ def _add_report(verb: Verb) -> None:
     report = verb("report", _report, "write one self-contained HTML page about a run or several")
     report.add_argument("runs", metavar="RUN", nargs="+", help="run folders, or folders of run folders")
     report.add_argument("--output", metavar="FILE", help="where to write it (default: report.html in the given folder)")
-
-
-def _add_recipes(verb: Verb) -> None:
-    recipes = verb("recipes", lambda _: recipes_help(), "list the shipped recipes, or show one")
-    what = recipes.add_subparsers(title="what", metavar="list|show")
-
-    def recipes_help() -> int:
-        recipes.print_help()
-        return 2
-
-    listing = what.add_parser("list", help="names and descriptions")
-    listing.set_defaults(run=_recipes_list)
-    show = what.add_parser("show", help="print a recipe")
-    _add_recipe(show)
-    show.add_argument("--resolved", action="store_true", help="with every default and override written out")
-    show.set_defaults(run=_recipes_show)
-
-
-def _add_schema(verb: Verb) -> None:
-    schema = verb("schema", _schema, "print the JSON schema of recipes, for editors, or explain a key")
-    schema.add_argument(
-        "key", metavar="KEY", nargs="?", help="teacher, data, multiplex, distill, distill.losses, …: explain its keys"
-    )
 
 
 def _budget(word: str) -> float:
@@ -228,7 +189,6 @@ def _apply(arguments: argparse.Namespace) -> int:
     from compressvit.report.write import report_after_run
     from compressvit.runs.apply import apply
     from compressvit.runs.folder import RESOLVED
-    from compressvit.training.loop import Interrupted
 
     run = Path(arguments.recipe)
     if arguments.resume and (run / RESOLVED).is_file():  # a run prints its own summary
@@ -240,8 +200,8 @@ def _apply(arguments: argparse.Namespace) -> int:
             f"--resume: there is no run folder {run}; give one that `compressvit apply` wrote, or the recipe and --output"
         )
     arguments.output = arguments.output or Path("runs") / find_recipe(arguments.recipe).stem
-    try:
-        apply(
+    return exit_code_of(
+        lambda: apply(
             arguments.recipe,
             arguments.output,
             overrides=arguments.overrides,
@@ -251,10 +211,7 @@ def _apply(arguments: argparse.Namespace) -> int:
             device=arguments.device,
             report=None if arguments.no_report else report_after_run,
         )
-    except Interrupted as stop:
-        complain("compressvit", stop)
-        return 128 + stop.signum
-    return 0
+    )
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -346,53 +303,3 @@ def _report(arguments: argparse.Namespace) -> int:
             complain("compressvit", f"{run.path}: {note}")
     print(printable(str(file)))
     return 0
-
-
-def _recipes_list(arguments: argparse.Namespace) -> int:
-    from rich.table import Table
-
-    from compressvit.recipe.shipped import described
-    from compressvit.terminal import Terminal
-
-    table = Table(box=None, pad_edge=False)
-    table.add_column("name")
-    table.add_column("description")
-    for name, description in described().items():
-        table.add_row(name, description)
-    Terminal().print(table)
-    return 0
-
-
-def _recipes_show(arguments: argparse.Namespace) -> int:
-    from compressvit.recipe.recipe import load_recipe, read_recipe
-
-    if arguments.resolved:
-        print(load_recipe(arguments.recipe, arguments.overrides).to_yaml(), end="")
-    elif arguments.overrides:
-        raise UserError("overrides are shown only with --resolved; without it the recipe's file is printed unchanged")
-    else:
-        print(printable(read_recipe(arguments.recipe)), end="")
-    return 0
-
-
-def _schema(arguments: argparse.Namespace) -> int:
-    from compressvit.recipe.schema import documentation, json_schema
-
-    if arguments.key is None:
-        print(json.dumps(json_schema(), indent=2))
-        return 0
-    from rich.table import Table
-
-    from compressvit.terminal import Terminal
-
-    table = Table(box=None, pad_edge=False)
-    for column in (arguments.key, "default", "meaning"):
-        table.add_column(column)
-    for row in (rows := documentation(arguments.key)):
-        table.add_row(*row)
-    Terminal().print(table if rows else f"{arguments.key} has no options")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

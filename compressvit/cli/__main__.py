@@ -1,0 +1,9 @@
+"""`python -m compressvit.cli`."""
+
+from __future__ import annotations
+
+import sys
+
+from compressvit.cli import main
+
+sys.exit(main())

@@ -1,0 +1,100 @@
+"""`shrink`: a pretrained model and a folder of images in, a student and its page out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+from compressvit.cli.common import Verb, add_run, exit_code_of
+
+UNITS = ("parameters", "macs", "bytes")
+
+
+def add_shrink(verb: Verb) -> None:
+    shrink = verb(
+        "shrink", run_shrink, "make a pretrained ViT smaller, without training: model and images in, student out"
+    )
+    shrink.usage = "%(prog)s MODEL_OR_FILE IMAGES [--to SIZE …] [options]"  # --to takes all words that follow
+    shrink.add_argument(
+        "source",
+        metavar="MODEL_OR_FILE",
+        help="timm's name of a pretrained model, a weights file (with --model), or a folder with an artifact (RUN/teacher)",
+    )
+    shrink.add_argument(
+        "folder",
+        metavar="IMAGES",
+        help="a folder of images; with train/ and val/ and a folder per class in each, accuracy is measured too",
+    )
+    shrink.add_argument(
+        "--to",
+        metavar="SIZE",
+        nargs="+",
+        default=["0.5"],
+        help="size of the student: up to 1 a fraction of the teacher's, above 1 a number; or several limits that all hold: "
+        "--to parameters=0.5 macs=0.5 (default: 0.5)",
+    )
+    shrink.add_argument("--unit", choices=UNITS, help="unit of a SIZE without one (default: parameters)")
+    shrink.add_argument("--model", metavar="NAME", help="timm's name of the architecture of a weights file")
+    shrink.add_argument("--img-size", metavar="N", type=_count, help="build the model for images of N×N pixels")
+    shrink.add_argument(
+        "--images",
+        metavar="N",
+        type=_count,
+        dest="calibration",
+        help="fit to N of the images, without labels (default: 1024)",
+    )
+    add_run(shrink, "shrink_NAME")
+    shrink.add_argument(
+        "--json", action="store_true", help="print the results as JSON; everything else to standard error"
+    )
+
+
+def _count(word: str) -> int:
+    if not word.isdecimal() or not int(word):
+        raise argparse.ArgumentTypeError(f"{word!r} is not a whole number above 0")
+    return int(word)
+
+
+def run_shrink(arguments: argparse.Namespace) -> int:
+    from compressvit.recipe.yaml import dumped
+    from compressvit.report.write import FILE, report_after_run
+    from compressvit.runs.shrink import CALIBRATION, apply_recipe, default_output, limits, shrink_recipe
+    from compressvit.terminal import Terminal
+
+    console = Terminal(stderr=arguments.json)
+    show = partial(console.print, highlight=False, soft_wrap=True)
+    recipe = shrink_recipe(
+        arguments.source,
+        arguments.folder,
+        limits(arguments.to, arguments.unit),
+        model=arguments.model,
+        img_size=arguments.img_size,
+        calibration=CALIBRATION if arguments.calibration is None else arguments.calibration,
+    )
+    show(dumped(recipe))
+    arguments.output = output = Path(arguments.output or default_output(recipe))
+
+    def run() -> None:
+        results = apply_recipe(
+            recipe,
+            output,
+            command=["compressvit", *sys.argv[1:]],
+            resume=arguments.resume,
+            overwrite=arguments.overwrite,
+            device=arguments.device,
+            console=console,
+            report=None if arguments.no_report else report_after_run,
+        ).results
+        student, page = output / "student", output / FILE
+        if page.is_file():
+            show(f"report: {page}")
+        show(f'student: {student}; compressvit.load("{student}") in Python; compressvit evaluate {output}')
+        if arguments.json:
+            places = {"run": str(output), "artifact": str(student), "report": str(page) if page.is_file() else None}
+            figures = results.model_dump(mode="json", exclude_unset=True, exclude={"ledger", "phases"})
+            print(json.dumps({**places, **figures}, indent=2))
+
+    return exit_code_of(run)

@@ -1,0 +1,273 @@
+"""`shrink`: a recipe of one `shrink` step, from a pretrained model, a folder of images and a size; and its run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from torch import nn
+
+from compressvit.data.sets.folder import count_class_folders
+from compressvit.data.spec import Data
+from compressvit.errors import UserError, did_you_mean, option
+from compressvit.files import expanded
+from compressvit.model import cost, weights
+from compressvit.model.backbone import input_size
+from compressvit.model.detectors import is_model
+from compressvit.model.header import MANIFEST
+from compressvit.model.local_dir import read_local_dir
+from compressvit.model.stored import is_artifact, read_manifest
+from compressvit.model.weights import NoPretrainedError
+from compressvit.recipe.recipe import Recipe, parse_recipe
+from compressvit.recipe.yaml import dumped
+from compressvit.runs.apply import RunResult, apply
+from compressvit.runs.models import teacher_architecture
+from compressvit.transforms.shrink import Shrink
+from compressvit.transforms.shrink.prices import Unit
+
+CALIBRATION = 1024  # images
+_TOKENS = 48  # of each
+_HELD_OUT = 5000  # unlabelled images, which are enough to compare two models
+_FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".th", ".npz", ".onnx")
+_NAMES = {"macs": "MACs"}
+_SIZES = "e.g. 0.5 for half of the teacher"
+
+
+def shrink(
+    source: str | Path,
+    images: str | Path,
+    to: float | Mapping[str, float] = 0.5,
+    output: str | Path | None = None,
+    *,
+    model: str | None = None,
+    img_size: int | None = None,
+    calibration: int = CALIBRATION,
+    **options: Any,
+) -> RunResult:
+    """Make a pretrained ViT smaller, without training, as `compressvit shrink` does.
+
+    Args:
+        source, images, to, model, img_size, calibration: as for `shrink_recipe`.
+        output: the run folder; by default `runs/shrink_NAME`.
+        options: further ones of `apply`: device, resume, overwrite, console, report.
+
+    Raises:
+        UserError: it cannot be done as requested.
+
+    Example:
+        >>> import compressvit
+        >>> compressvit.shrink("vit_small_patch14_dinov2", "photos", {"macs": 0.5}, img_size=224).student  # doctest: +SKIP
+    """
+    recipe = shrink_recipe(source, images, to, model=model, img_size=img_size, calibration=calibration)
+    return apply_recipe(recipe, default_output(recipe) if output is None else output, **options)
+
+
+def apply_recipe(recipe: Mapping[str, Any], output: str | Path, **options: Any) -> RunResult:
+    """`apply` of a recipe of `shrink_recipe`. Where timm's weights cannot be had, the message says how to give a file."""
+    try:
+        return apply(recipe, output, **options)
+    except NoPretrainedError as error:
+        name, images = recipe["teacher"]["model"], recipe["data"]["root"]
+        raise UserError(f"{error}\n  To shrink that file: compressvit shrink PATH {images} --model {name}") from error
+
+
+def shrink_recipe(
+    source: str | Path,
+    images: str | Path,
+    to: float | Mapping[str, float] = 0.5,
+    *,
+    model: str | None = None,
+    img_size: int | None = None,
+    calibration: int = CALIBRATION,
+) -> dict[str, Any]:
+    """A recipe as data.
+
+    Args:
+        source: timm's name of a pretrained model, the path of a weights file, or of a folder with an artifact or a model of timm's.
+        images: a folder. Labels are used for evaluation where it has train/ and val/ with a folder per class, as many as the model has
+            classes; otherwise its images are searched recursively.
+        to: a limit by unit ('parameters', 'macs', 'bytes'), up to 1 a fraction of the teacher's; a number is one of parameters.
+        model: timm's name of the architecture of a weights file.
+        img_size: height and width in pixels of the images that the model is built for.
+        calibration: number of images that the student is fitted to.
+
+    Raises:
+        UserError: there is no such model, file or folder; a limit is no smaller than the teacher; the model cannot be made narrower.
+    """
+    budget = _budget(to)
+    root = expanded(images, "IMAGES")
+    if not root.is_dir():
+        raise UserError(
+            f"IMAGES: {images} is a file; give a folder" if root.exists() else f"there is no folder {images}"
+        )
+    recipe: dict[str, Any] = {
+        "description": "",
+        "seed": 0,
+        "teacher": _teacher(str(source), model),
+        "data": {"name": "images", "root": str(images), "limit_val": _HELD_OUT, "batch_size": 32, "num_workers": 2},
+        "calibration": {"images": calibration, "tokens": _TOKENS},
+        "steps": [{"shrink": {"budget": budget}}],
+    }
+    teacher = recipe["teacher"]
+    if img_size is not None:
+        teacher["args"] = {"img_size": img_size}
+    built = _built(recipe)
+    if _is_file(teacher["weights"]):
+        where = expanded(teacher["weights"], "the file")
+        teacher["num_classes"] = weights.classes_in_file(built, where, "the file")
+        built = _built(recipe)
+    _require_smaller(built, budget)
+    labels, found = _labels(built, recipe["data"])
+    if found:
+        del recipe["data"]["limit_val"]
+        recipe["data"]["name"] = "folder"
+    size = " and ".join(_text(unit, limit) for unit, limit in budget.items())
+    recipe["description"] = f"{teacher['model']} with {size}, without training; {labels}."
+    return recipe
+
+
+def default_output(recipe: Mapping[str, Any]) -> Path:
+    """The run folder of a recipe of `shrink_recipe`, after the model or the weights file."""
+    teacher = recipe["teacher"]
+    name = Path(teacher["weights"]).stem if _is_file(teacher["weights"]) else teacher["model"]
+    return Path("runs") / f"shrink_{name}"
+
+
+def limits(words: Sequence[str], unit: str | None = None) -> dict[str, float]:
+    """The limits that words such as '0.5' or 'macs=0.5' give, by unit.
+
+    Args:
+        unit: of a word without one; by default parameters.
+
+    Raises:
+        UserError: a word is no number, names no unit, or one that has a limit already.
+    """
+    found: dict[str, float] = {}
+    for word in words:
+        name, _, value = word.rpartition("=")
+        name = name or unit or "parameters"
+        try:
+            number = float(value)
+        except ValueError:
+            raise UserError(f"{option('to', word)}: {value!r} is not a number; {_SIZES}") from None
+        if name in found:
+            raise UserError(f"--to {' '.join(words)}: two limits of {name}; give one of each unit")
+        found[name] = number
+    if unit is not None and all("=" in word for word in words):
+        raise UserError(f"--unit {unit}: every limit of --to names its own unit; leave --unit out")
+    return found
+
+
+def _budget(to: float | Mapping[str, float]) -> dict[str, float]:
+    """The limits, in the order given."""
+    budget = dict(to) if isinstance(to, Mapping) else {"parameters": to}
+    if not budget:
+        raise UserError(f"{option('to')} has no limit; give one, {_SIZES}")
+    for unit, limit in budget.items():
+        if unit not in get_args(Unit):
+            hint = did_you_mean(unit, get_args(Unit))
+            raise UserError(f"{option('to', f'{unit}={limit}')}: there is no unit {unit!r}; {hint}")
+        if not 0 < limit < math.inf:
+            raise UserError(f"{option('to', f'{unit}={limit:g}')}: a limit is above 0, {_SIZES}")
+    return budget
+
+
+def _text(unit: str, limit: float) -> str:
+    name = _NAMES.get(unit, unit)
+    return f"{limit:g} of its {name}" if limit <= 1 else f"at most {limit:,.0f} {name}"
+
+
+def _is_file(source: str) -> bool:
+    """Whether these weights are a file that does not say what it is of."""
+    path = expanded(source, "the weights")
+    return source != "pretrained" and path.is_file() and read_local_dir(path) is None
+
+
+def _teacher(source: str, model: str | None) -> dict[str, Any]:
+    """The recipe's `teacher` section. A name of timm's means timm's model, also where a folder has that name; a file means itself."""
+    path = expanded(source, "MODEL_OR_FILE")
+    if path.is_file() and read_local_dir(path) is None:
+        if path.name.endswith(".safetensors") and is_artifact(path.parent):
+            raise UserError(f"{source} is a part of an artifact; give its folder, {path.parent}")
+        if model is None:
+            raise UserError(
+                f"{source} does not say which model it is of; add {option('model', 'NAME')} with timm's name of its architecture, e.g. "
+                f"{option('model', 'vit_small_patch16_224')}"
+            )
+        weights.require_known(model)
+        return {"model": model, "weights": _as_path(source)}
+    if path.exists() and not (path.is_dir() and is_model(source.partition(".")[0])):
+        own = _stored_name(path, source)
+        if model is not None and model.partition(".")[0] != own.partition(".")[0]:
+            raise UserError(f"{option('model', model)}: {source} is a {own}; leave {option('model')} out")
+        return {"model": own, "weights": _as_path(source)}
+    _require_timm(source, path)
+    if model is not None and model != source:
+        raise UserError(
+            f"{option('model', model)} says what a weights file is of, and {source} is a pretrained model of timm's; leave it out, or "
+            "give a file"
+        )
+    return {"model": source, "weights": "pretrained"}
+
+
+def _as_path(source: str) -> str:
+    """A path that `teacher.weights` does not take for one of its words."""
+    return f"./{source}" if source in ("pretrained", "train", "random") else source
+
+
+def _stored_name(path: Path, source: str) -> str:
+    """The architecture of the artifact, or the model of timm's, in a folder."""
+    if is_artifact(path):
+        return read_manifest(path).architecture
+    if (stored := read_local_dir(path)) is not None:
+        return stored.architecture
+    inside = next((path / name for name in ("teacher", "student") if is_artifact(path / name)), None)
+    hint = f"did you mean {inside}?" if inside else "give timm's name of a model, or a weights file"
+    raise UserError(f"{source} is a folder without a model: it has neither {MANIFEST} nor timm's config.json; {hint}")
+
+
+def _require_timm(source: str, path: Path) -> None:
+    last = path.name
+    if len(path.parts) > 1 or path.suffix in _FILES:
+        hint = f"; timm's model is written {last}" if is_model(last.partition(".")[0]) and len(path.parts) > 1 else ""
+        raise UserError(f"there is no file or folder {source}{hint}")
+    try:
+        weights.require_known(source)
+    except UserError as error:
+        raise UserError(f"there is no file or folder {source}, and {error}") from None
+
+
+def _built(recipe: Mapping[str, Any]) -> nn.Module:
+    """The teacher of a recipe, without values."""
+    return teacher_architecture(_parsed(recipe)).build("meta")
+
+
+def _parsed(recipe: Mapping[str, Any]) -> Recipe:
+    return parse_recipe(dumped(recipe))
+
+
+def _require_smaller(teacher: nn.Module, budget: Mapping[str, float]) -> None:
+    """Refuse a model that cannot be made narrower, and a limit that it meets as it is."""
+    Shrink.model_validate({"budget": budget}).places_of(teacher)
+    whole = cost.cost(teacher, input_size(teacher)).as_dict()
+    for unit, limit in budget.items():
+        if (limit * whole[unit] if limit <= 1 else limit) >= whole[unit]:
+            raise UserError(
+                f"{option('to', f'{unit}={limit:g}')} is no smaller than the teacher, which has {whole[unit]:,} "
+                f"{_NAMES.get(unit, unit)}; give less, {_SIZES}"
+            )
+
+
+def _labels(teacher: nn.Module, data: Mapping[str, Any]) -> tuple[str, bool]:
+    """Whether labels are used for evaluation, in words too."""
+    classes = getattr(teacher, "num_classes", 0)
+    if not classes:
+        return "the model has no classifier, so labels are not used", False
+    found = count_class_folders(Data(name="folder", root=data["root"]))
+    if found is None:
+        return "no labels: the images are not in train/ and val/ with a folder per class in each", False
+    if found != classes:
+        return f"labels are not used: there are {found} class folders, and the model has {classes} classes", False
+    return f"accuracy by the labels of {found} class folders", True
