@@ -33,6 +33,7 @@ from compressvit.transforms.shrink.offers import Methods, offers, widths
 from compressvit.transforms.shrink.prices import Prices, Unit
 
 Method = Literal["neurons", "head_dim", "heads", "rank"]
+_SHARES = 16  # of all widths, of which a plan without values tries the largest
 _ROUNDS = 5  # of exact counts, after each of which the limits are corrected
 
 
@@ -155,12 +156,16 @@ class Shrink(NarrowStep):
         self, model: nn.Module, found: Sequence[Place], prices: Prices, limits: np.ndarray
     ) -> dict[str, BlockForm]:
         """The largest share of all widths alike that meets the limits; the smallest of all where none does."""
-        forms: dict[str, BlockForm] = {}
-        for part in range(15, 0, -1):
-            forms = {place.path: self._of_share(place, part / 16) for place in found}
-            if (self._cost(model, self._resolved(forms), prices) <= limits).all():
-                break
-        return forms
+
+        def at(part: int) -> dict[str, BlockForm]:
+            return {place.path: self._of_share(place, part / _SHARES) for place in found}
+
+        low, high = 1, _SHARES  # the least share of all, and one that is too large
+        while high - low > 1:
+            middle = (low + high) // 2
+            fits = (self._cost(model, self._resolved(at(middle)), prices) <= limits).all()
+            low, high = (middle, high) if fits else (low, middle)
+        return at(low)
 
     def _of_share(self, place: Place, share: float) -> BlockForm:
         def near(whole: int) -> int | None:
