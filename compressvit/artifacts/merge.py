@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
@@ -10,14 +12,11 @@ from compressvit.data.spec import Data
 from compressvit.errors import UserError
 from compressvit.model import surgery
 from compressvit.model.outputs import in_one
+from compressvit.transforms import TRANSFORMS
 from compressvit.transforms.applying import materialise
 from compressvit.transforms.record import compression_of
 
 TOLERANCE = 1e-5  # of the largest output; weights are rounded to float32, and what is computed with them is not
-DENSE_ADAPTERS = (
-    "the Kronecker products became dense matrices; the adapters keep their activation, so this is an artifact with dense `adapters`, "
-    "not a plain timm model"
-)
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -28,7 +27,7 @@ def merge(model: nn.Module) -> nn.Module:
 
     Returns:
         A model of the same class, with the keys of the original backbone. Adapters made of Kronecker products become dense `adapters`: the
-        result is then not a plain timm model, but `save` accepts it.
+        result is then not a plain timm model, but `save` accepts it. Blocks that are narrower stay so.
 
     Raises:
         UserError: a transform cannot be folded, or the outputs of the merged model differ.
@@ -59,7 +58,18 @@ def merged_copy(model: nn.Module) -> nn.Module:
     for plan in plans:
         if not plan.foldable:
             plan.fold(surgery.deep_copy(model))  # raises a UserError with the reason
-    return materialise(model).eval()
+    merged = materialise(model).eval()
+    if compression_of(merged).plans == plans:
+        names = ", ".join(plan.transform for plan in plans)
+        raise UserError(
+            f"there is nothing to merge: {plans[-1].left}; the student that {names} made is what a merge would write"
+        )
+    return merged
+
+
+def left_by_merge(words: Iterable[str]) -> str:
+    """What a merged model is, if steps of these words have left a plan; "" for a plain timm model."""
+    return "; ".join(dict.fromkeys(TRANSFORMS[word].plan_class.left for word in words))
 
 
 def photograph_like(count: int, config: InputConfig, seed: int = 0) -> torch.Tensor:

@@ -59,13 +59,22 @@ def eliminate(
     return found
 
 
+def compensated(weight: Tensor, moment: Tensor, ridge: float, kept: Tensor) -> Tensor:
+    """The weight (out, kept) with which the inputs `kept` stand in best for all; see `eliminate`."""
+    whole = _with_ridge(moment.double(), ridge)
+    return torch.linalg.solve(whole[kept][:, kept], whole[kept] @ weight.double().mT).mT
+
+
+def _with_ridge(moment: Tensor, ridge: float) -> Tensor:
+    level = moment.diagonal().mean().clamp(min=TINY)
+    return moment + max(ridge, 1e-6) * level * torch.eye(len(moment), dtype=torch.float64)
+
+
 def _steps(
     weight: Tensor, moment: Tensor, ridge: float, widths: Sequence[int], group: int, at_once: int
 ) -> Iterator[Removal]:
-    inputs = len(moment)
-    level = moment.diagonal().mean().clamp(min=TINY)
-    inverse = torch.linalg.inv(moment + max(ridge, 1e-6) * level * torch.eye(inputs, dtype=torch.float64))
-    alive, error = torch.arange(inputs), 0.0
+    inverse = torch.linalg.inv(_with_ridge(moment, ridge))
+    alive, error = torch.arange(len(moment)), 0.0
     for width in widths:
         while len(alive) > width:
             count = min(at_once, len(alive) - width) if group == 1 else group

@@ -53,7 +53,9 @@ def cholesky(moment: Tensor, ridge: float) -> Tensor:
     """
     moment = moment.double()
     size = moment.shape[0]
-    level = moment.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
+    if not torch.isfinite(moment).all():
+        raise ArithmeticError("a moment holds numbers that are not finite")
+    level = moment.diagonal().abs().mean().clamp(min=torch.finfo(torch.float64).tiny)
     ridge = max(ridge, 1e-6)
     while True:  # sums of products are positive definite only up to the rounding of their float32 terms
         factor, failed = torch.linalg.cholesky_ex(moment + ridge * level * torch.eye(size, dtype=torch.float64))

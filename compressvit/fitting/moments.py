@@ -37,6 +37,7 @@ class Moments:
         tokens: number of tokens.
         outputs: E[gᵀg], (out, out); None without gradients, as are the following.
         important: E[‖g‖² xᵀx] / E‖g‖², (in, in): the inputs, each token weighted by its squared gradient.
+        important_mean: E[‖g‖² x] / E‖g‖², (in,).
         prefix_weight: mean ‖g‖² of a prefix token, relative to that of the other tokens; at most the value at which the prefix tokens
             together weigh as much as all others.
     """
@@ -46,6 +47,7 @@ class Moments:
     tokens: int
     outputs: torch.Tensor | None = None
     important: torch.Tensor | None = None
+    important_mean: torch.Tensor | None = None
     prefix_weight: float = 1.0
 
     def metric(self, ridge: float, output_ridge: float | None) -> Metric:
@@ -66,7 +68,16 @@ class Moments:
 
     def weighed(self) -> torch.Tensor:
         """The moment (in, in) of the inputs in the metric of the model's output: see `metric`. Without gradients E[xᵀx]."""
-        return self.inputs if self.important is None else (self.inputs + self.important) / 2
+        return (self.inputs + self.important) / 2 if self._weighs else self.inputs  # type: ignore[operator]
+
+    def weighed_mean(self) -> torch.Tensor:
+        """The mean (in,) of the inputs in the same metric."""
+        return (self.mean + self.important_mean) / 2 if self._weighs else self.mean  # type: ignore[operator]
+
+    @property
+    def _weighs(self) -> bool:
+        """Whether there are gradients that say which tokens count."""
+        return self.outputs is not None and _says_something(self.outputs)
 
     def output_factor(self, ridge: float | None, scale: torch.Tensor | None = None) -> torch.Tensor | None:
         """The factor of a metric's output side: of the gradients with a ridge, where there are any; else of `scale` alone.
@@ -173,6 +184,7 @@ class _Sums:
     tokens: int = 0
     outputs: Any = 0.0
     important: Any = 0.0
+    important_mean: Any = 0.0
     prefix: Any = 0.0  # (2,): of ‖g‖² over prefix tokens and over the others
     counts: Any = 0.0  # (2,): their numbers
 
@@ -194,6 +206,7 @@ class _Sums:
         g, weighted = gradient.flatten(0, -2), (x * size).flatten(0, -2)
         self.outputs = self.outputs + (g.mT @ g).cpu().double()
         self.important = self.important + (weighted.mT @ weighted).cpu().double()
+        self.important_mean = self.important_mean + (weighted * size.flatten(0, -2)).sum(dim=0).cpu().double()
         parts = size.square().tensor_split([prefix], dim=1)
         self.prefix = self.prefix + torch.stack([part.sum() for part in parts]).cpu().double()
         counts = size.new_ones(size.shape) if weights is None else weights
@@ -207,7 +220,13 @@ class _Sums:
         first, others = self.prefix / self.counts.clamp(min=1)
         weight = (first / others).item() if self.counts[0] and others else 1.0
         weight = min(weight, (self.counts[1] / self.counts[0].clamp(min=1)).item())  # together no more than all others
-        return replace(found, outputs=self.outputs / self.tokens, important=self.important / size, prefix_weight=weight)
+        return replace(
+            found,
+            outputs=self.outputs / self.tokens,
+            important=self.important / size,
+            important_mean=self.important_mean / size,
+            prefix_weight=weight,
+        )
 
 
 def _says_something(outputs: torch.Tensor) -> bool:

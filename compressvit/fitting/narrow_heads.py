@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
-from compressvit.fitting.lowrank import Tensor, cholesky
+from compressvit.fitting.lowrank import TINY, Tensor, cholesky
 
 _LEAST = 1e-6  # ridge of moments of d numbers, of which there are many tokens
 _OF_GRADIENTS = 1e-2
@@ -57,6 +57,10 @@ class HeadMaps:
         """The moment (H·d', H·d') of the averages of narrower values, from that of the teacher's."""
         into = torch.block_diag(*self.into[2])
         return into @ moment @ into.mT
+
+    def mean_of_values(self, mean: Tensor) -> Tensor:
+        """Of the averages of narrower values, (H·d',), from that of the teacher's."""
+        return torch.block_diag(*self.into[2]) @ mean
 
     def _apply(self, maps: Tensor, matrix: Tensor) -> Tensor:
         _, heads, _, inner = maps.shape
@@ -105,11 +109,13 @@ def products(queries: Tensor, keys: Tensor, gradients: Tensor | None, projection
         keys: covariances of k, (H, d, d).
         gradients: moments of the gradients at q, (H, d, d); None without them.
         projection: Mᵀ W_o, (out, H·d): the output projection in whitened outputs, where the metric of the outputs is M Mᵀ.
-        values: second moment of the output projection's inputs, (H·d, H·d).
+        values: moment of the output projection's inputs, (H·d, H·d), of deviations from the mean where a bias takes that over.
     """
     heads, size, _ = queries.shape
     inner = torch.stack([cholesky(moment, _LEAST) for moment in queries])
     other = keys if gradients is None else gradients
+    if gradients is None:  # only their direction counts, so that errors have the unit of what q loses
+        other = other / other.diagonal(dim1=1, dim2=2).mean(dim=1)[:, None, None].clamp(min=TINY)
     outer = torch.stack([cholesky(moment, _LEAST if gradients is None else _OF_GRADIENTS) for moment in other])
     left, sizes, right = torch.linalg.svd(outer.mT @ inner)
     parts = [slice(h * size, (h + 1) * size) for h in range(heads)]

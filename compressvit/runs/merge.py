@@ -19,7 +19,7 @@ from timm.models import save_for_hf
 from torch import nn
 
 from compressvit.artifacts import artifact
-from compressvit.artifacts.merge import DENSE_ADAPTERS, differences, in_float32, made_up_images, merged_copy
+from compressvit.artifacts.merge import differences, in_float32, left_by_merge, made_up_images, merged_copy
 from compressvit.data.input import InputConfig, input_config
 from compressvit.data.loaders import eval_loader
 from compressvit.data.opening import Datasets, open_data
@@ -188,7 +188,7 @@ def print_merge(result: dict[str, Any], console: Console) -> None:
         soft_wrap=True,
     )
     if result["left"]:
-        console.print(DENSE_ADAPTERS, highlight=False, soft_wrap=True)
+        console.print(left_by_merge(result["left"]), highlight=False, soft_wrap=True)
     if detector:
         console.print("this is an artifact: timm alone has no such detector; its layers are plain", highlight=False)
 

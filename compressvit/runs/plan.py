@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from compressvit.artifacts.merge import DENSE_ADAPTERS, merged_copy
+from compressvit.artifacts.merge import left_by_merge, merged_copy
 from compressvit.data.classes import other_classes
 from compressvit.data.data_set import find_set
 from compressvit.data.input import STATISTICS, Side, class_mismatch
@@ -320,7 +320,7 @@ def _plan_transform(where: str, *, spec: Transform, student: nn.Module) -> StepP
 def _plan_merge(where: str, *, student: nn.Module) -> StepPlan:
     """Merge the skeleton, to find transforms that cannot be merged before anything is trained."""
     merged = merged_copy(student)
-    kind = DENSE_ADAPTERS if compression_of(merged).plans else "a plain timm model"
+    kind = left_by_merge(plan.transform for plan in compression_of(merged).plans) or "a plain timm model"
     return StepPlan(step=where, summary=f"merged/, {ties.count_parameters(merged):,} parameters: {kind}")
 
 

@@ -54,6 +54,10 @@ class AdaptersPlan(BottleneckPlan):
     prunable = True
     slot = "adapter"
     starts = ("init",)
+    left = (
+        "the Kronecker products became dense matrices; the adapters keep their activation, so this is an artifact with dense `adapters`, "
+        "not a plain timm model"
+    )
 
     bias: bool
     act: str

@@ -57,6 +57,8 @@ class Plan(Frozen):
     prunable: ClassVar[bool] = False
     # True: `fold` is supported.
     foldable: ClassVar[bool] = False
+    # Where `fold` leaves a plan of this class: what the merged model is then, in words.
+    left: ClassVar[str] = ""
     # True: the plan adds modules that must be absent while weights are fitted; `set_aside` removes them.
     sets_aside: ClassVar[bool] = False
     # True: the plan must be folded last, after all others have been folded into the same weight.

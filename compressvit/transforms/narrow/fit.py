@@ -18,7 +18,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from compressvit.fitting.elimination import Removal, eliminate
+from compressvit.fitting.elimination import Removal, compensated, eliminate
 from compressvit.fitting.in_order import LayerFit, scale_behind
 from compressvit.fitting.lowrank import Metric, Tensor, cholesky, spectrum
 from compressvit.fitting.moments import Moments
@@ -72,18 +72,29 @@ class TeacherBlock:
         """Of the inputs and gradients of a layer."""
         if not self.settings.images:
             inputs = self.weight(layer).shape[1]
-            return Moments(torch.eye(inputs, dtype=torch.float64), torch.zeros(inputs, dtype=torch.float64), 1)
+            moment = torch.eye(inputs, dtype=torch.float64)
+            if layer == PROJ:  # what the values are for inputs that all count alike
+                values = self.weight(QKV).chunk(3)[2]
+                moment = values @ values.mT / (values.square().sum() / inputs)
+            return Moments(moment, torch.zeros(inputs, dtype=torch.float64), 1)
         return self.reference.moments([self.path(layer)], outputs=True)[self.path(layer)]
 
     def centred(self, layer: str) -> Tensor:
-        """The moment of a layer's inputs without what a bias takes over."""
-        found = self.moments(layer)
-        return found.weighed() - torch.outer(found.mean, found.mean)
+        """The moment of a layer's inputs without what a bias takes over, where there is one."""
+        found, mean = self.moments(layer), self.mean(layer)
+        return found.weighed() if self.bias(layer) is None else found.weighed() - torch.outer(mean, mean)
+
+    def mean(self, layer: str) -> Tensor:
+        """Of a layer's inputs, (in,)."""
+        return self.moments(layer).weighed_mean()
 
     def outer(self, layer: str) -> Tensor | None:
         """The factor M of the metric M Mᵀ of a layer's outputs."""
-        scale = scale_behind(self.block, self._branches.get(layer))
-        return self.moments(layer).output_factor(self.settings.output_ridge, scale)
+        return self.moments(layer).output_factor(self.settings.output_ridge, self.scale(layer))
+
+    def scale(self, layer: str) -> Tensor | None:
+        """|γ| (out,) of the LayerScale after a layer, if there is one."""
+        return scale_behind(self.block, self._branches.get(layer))
 
     def whitened(self, layer: str) -> Tensor:
         """Mᵀ W, (out, in)."""
@@ -106,10 +117,15 @@ class TeacherBlock:
         return {width // size: removal for width, removal in found.items()}
 
     def _removals(self, layer: str, widths: tuple[int, ...], group: int) -> dict[int, Removal]:
-        def compute() -> dict[int, Removal]:
-            return eliminate(self.whitened(layer), self.centred(layer), self.settings.ridge, widths, group)
-
-        return self.reference.known((self.path(layer), "removal", widths, self.settings), compute)
+        known: dict[int, tuple[Tensor, float]] = self.reference.known((self.path(layer), group, self.settings), dict)
+        weight, moment, ridge = self.whitened(layer), self.centred(layer), self.settings.ridge
+        if missing := [width for width in widths if width not in known]:
+            found = eliminate(weight, moment, ridge, missing, group)
+            known |= {
+                width: (removal.kept, removal.error) for width, removal in found.items()
+            }  # weights would take much memory
+            return found if len(missing) == len(widths) else self._removals(layer, widths, group)
+        return {width: Removal(*known[width], compensated(weight, moment, ridge, known[width][0])) for width in widths}
 
 
 @dataclass(frozen=True)
@@ -120,7 +136,7 @@ class Heads:
         weight, bias: of `qkv`.
         gradients: moment at its outputs.
         projection: of `proj`, (out, H'·d').
-        values: moment of what `proj` reads.
+        values, mean: moment and mean of what `proj` reads.
         error: mean squared error of the model's output.
         size: of all, against which the error counts.
     """
@@ -130,6 +146,7 @@ class Heads:
     gradients: Tensor | None
     projection: Tensor
     values: Tensor
+    mean: Tensor
     error: float
     size: float
 
@@ -146,12 +163,13 @@ def narrow_heads(
     place = teacher.place
     heads, size = form.heads or place.heads, form.head_dim or place.head_dim
     gradients, projection, error = teacher.moments(QKV).outputs, teacher.whitened(PROJ), 0.0
-    values = teacher.moments(PROJ).weighed()
+    values, mean_of_values = teacher.centred(PROJ), teacher.mean(PROJ)
     if heads < place.heads:
         removal = teacher.heads(heads)[heads]
         rows = torch.cat([removal.kept + part * place.heads * place.head_dim for part in range(3)])
         weight, bias = weight[rows], None if bias is None else bias[rows]
         gradients, values = restricted(gradients, rows), values[removal.kept][:, removal.kept]
+        mean_of_values = mean_of_values[removal.kept]
         projection, error = removal.weight, removal.error
     found = heads_products(weight, bias, inputs, mean, gradients, projection, values, heads)
     whole = found.errors[0].item() + error
@@ -161,7 +179,9 @@ def narrow_heads(
         weight, bias = maps.narrow(weight, bias)
         gradients = None if gradients is None else maps.of_outputs(gradients)
         projection, values = maps.projection(projection), maps.of_values(values)
-    return Heads(weight, bias, gradients, teacher.unwhitened(PROJ, projection), values, error, whole)
+        mean_of_values = maps.mean_of_values(mean_of_values)
+    projection = teacher.unwhitened(PROJ, projection)
+    return Heads(weight, bias, gradients, projection, values, mean_of_values, error, whole)
 
 
 def heads_products(
@@ -206,28 +226,26 @@ class BlockFit:
     def start(self) -> None:
         """Set all values in closed form, as if the layers before were the teacher's."""
         for layer in self.changed():
-            moments = self.teacher.moments(layer)
-            weight, bias = self.teacher.weight(layer), self.teacher.bias(layer)
-            inputs, mean, gradients = moments.weighed(), moments.mean, moments.outputs
+            moments, centred = self.teacher.moments(layer), self.teacher.centred(layer)
+            weight, bias, mean = self.teacher.weight(layer), self.teacher.bias(layer), self.teacher.mean(layer)
+            gradients, wanted = moments.outputs, weight @ mean  # with the bias, what the layer gives on average
             if layer == QKV and self._narrows_heads:
-                self._heads = narrow_heads(self.teacher, self.form, weight, bias, moments.inputs, mean)
+                self._heads = narrow_heads(self.teacher, self.form, weight, bias, moments.inputs, moments.mean)
                 weight, bias, gradients = self._heads.weight, self._heads.bias, self._heads.gradients
+                wanted = weight @ mean
             elif layer == PROJ and self._heads is not None:
-                weight, inputs, mean = self._heads.projection, self._heads.values, torch.zeros(0)
+                weight, centred, mean = self._heads.projection, self._heads.values, self._heads.mean
             elif layer == FC1 and self.form.neurons:
                 rows = self._rows
-                weight, bias = weight[rows], None if bias is None else bias[rows]
+                weight, bias, wanted = weight[rows], None if bias is None else bias[rows], wanted[rows]
                 gradients = restricted(gradients, rows)
             elif layer == FC2 and self.form.neurons:
                 kept = self._removal.kept
-                if bias is not None:
-                    bias = bias + weight @ mean
                 weight = self.teacher.unwhitened(FC2, self._removal.weight)
-                inputs, mean = inputs[kept][:, kept], mean[kept]
-                bias = None if bias is None else bias - weight @ mean
-            centred = inputs - torch.outer(mean, mean) if len(mean) else inputs
-            outer = self._outer(layer, replace(moments, outputs=gradients))
+                centred, mean = centred[kept][:, kept], mean[kept]
+            outer = self._outer(layer, replace(moments, outputs=gradients), self.teacher.scale(layer))
             weight, factors = self._low_rank(layer, weight, centred, outer)
+            bias = None if bias is None else bias + wanted - weight @ mean
             self._set(self.student.get_submodule(layer), weight, bias, factors)
 
     def fits(self) -> dict[str, LayerFit]:

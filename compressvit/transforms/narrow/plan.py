@@ -36,6 +36,10 @@ class NarrowPlan(Plan):
     """
 
     foldable: ClassVar[bool] = True
+    left: ClassVar[str] = (
+        "its layers are plain and its blocks keep their widths, for which timm's constructors have no word, so this is an artifact that "
+        "compressvit loads"
+    )
     starts: ClassVar[tuple[str, ...]] = ("metric", "sequential", "ridge", "output_ridge")
 
     forms: dict[str, BlockForm]
@@ -51,13 +55,13 @@ class NarrowPlan(Plan):
         return [f"{path}.{layer}" for path, form in self.forms.items() for layer in LAYERS if layer in form.layers()]
 
     def claims(self, model: nn.Module) -> list[Claim]:
-        found = [orders(path) for path in self.forms]
+        found: list[Claim] = []
         for path, form in self.forms.items():
             layers = [layer for layer in LAYERS if layer in form.layers()]
             found += [weight(f"{path}.{layer}") for layer in layers if layer in form.ranks]
             found += [narrows(f"{path}.{layer}") for layer in layers]
             found += [values(f"{path}.{layer}", self.transform, f"leave {self.transform} out") for layer in layers]
-        return found
+        return [*found, *(orders(path) for path in self.forms)]
 
     def drops(self, model: nn.Module) -> set[str]:
         ranked = [f"{path}.{layer}" for path, form in self.forms.items() for layer in form.ranks]

@@ -19,14 +19,15 @@ from compressvit.fitting.reference import Reference
 from compressvit.model.backbone import model_name
 from compressvit.model.family import Need
 from compressvit.transforms.base import Transform, transform
-from compressvit.transforms.claims import orders
+from compressvit.transforms.claims import narrows, orders
 from compressvit.transforms.narrow.form import BlockForm
-from compressvit.transforms.narrow.places import Place, narrowable, places
+from compressvit.transforms.narrow.places import LAYERS, Place, narrowable, places
 from compressvit.transforms.narrow.plan import NarrowPlan, smaller
 from compressvit.transforms.record import require_free
 
 Share = Annotated[float, Field(gt=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1)]  # in a list
+Number = Annotated[int, Field(ge=2)]  # 1 is a share: all
 
 
 class NarrowStep(Transform):
@@ -58,7 +59,9 @@ class NarrowStep(Transform):
             UserError: none of them can be made narrower.
         """
         found = places(model, self.backbone(model))
-        require_free(model, self.name, [orders(place.path) for place in found])
+        layers = [f"{place.path}.{layer}" for place in found for layer in LAYERS]
+        require_free(model, self.name, [*map(narrows, layers), *(orders(place.path) for place in found)])
+        _refuse_shared(model, self.name, layers)
         if not narrowable(found):
             raise UserError(
                 f"{self.name}: {model_name(model)} has no block that can be made narrower: neither an MLP without a norm inside (timm's "
@@ -75,13 +78,13 @@ class Narrowed(NarrowPlan):
 class Narrow(NarrowStep):
     """Remove MLP neurons, head dimensions and whole heads from the backbone, compensated in closed form."""
 
-    neurons: Share | Count | tuple[Count, ...] | None = Field(
+    neurons: Share | Number | tuple[Count, ...] | None = Field(
         None, description="Of every MLP: a share up to 1, a number, or one number per block. Null: all stay."
     )
-    head_dim: Share | Count | tuple[Count, ...] | None = Field(
+    head_dim: Share | Number | tuple[Count, ...] | None = Field(
         None, description="Dimensions of every head, in the same way. Null: all stay."
     )
-    heads: Share | Count | tuple[Count, ...] | None = Field(
+    heads: Share | Number | tuple[Count, ...] | None = Field(
         None, description="Heads of every attention, in the same way. Null: all stay."
     )
     multiple: int = Field(
@@ -138,6 +141,19 @@ class Narrow(NarrowStep):
                 f"{self.name}.{name}={value}: {place.path} of {model_name(model)} has {whole}; give at most that, or a share"
             )
         return None if value == whole else int(value)
+
+
+def _refuse_shared(model: nn.Module, step: str, layers: Sequence[str]) -> None:
+    """Raise a `UserError` if two of the layers share a weight in the model itself."""
+    seen: dict[int, str] = {}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for path in layers:
+        weight = getattr(modules.get(path), "weight", None)
+        other = None if weight is None else seen.setdefault(id(weight), path)
+        if other not in (None, path):
+            raise UserError(
+                f"{step}: {other} and {path} of {model_name(model)} are one weight; give a model whose blocks share none"
+            )
 
 
 def _what(name: str) -> str:

@@ -22,6 +22,7 @@ from compressvit.fitting.reference import Reference
 from compressvit.log import progress
 from compressvit.model import surgery
 from compressvit.model.backbone import describe
+from compressvit.model.linear import weight_shape
 from compressvit.spec import Spec
 from compressvit.transforms.base import Transform, transform
 from compressvit.transforms.narrow.fit import Settings, TeacherBlock
@@ -117,7 +118,11 @@ class Shrink(NarrowStep):
             return self._resolved(self._uniform(model, found, prices, limits))
         parts = self._offers(model, found, prices, reference)
         fixed = whole - np.sum([forms.prices.max(axis=0) for forms in parts.values()], axis=0)
-        self._refuse_small(limits, fixed + least(parts), of_teacher)
+        cheapest = self._resolved(_together({name: _cheapest(forms) for name, forms in parts.items()}))
+        smallest = fixed + least(parts)
+        if "bytes" in self.budget.units:  # with the names in the file's header
+            smallest = np.maximum(smallest, self._cost(model, cheapest, prices))
+        self._refuse_small(limits, smallest, of_teacher)
         wanted = limits - fixed
         for _ in range(_ROUNDS):
             chosen = choose(parts, wanted.tolist())
@@ -128,7 +133,9 @@ class Shrink(NarrowStep):
             if (over <= 0).all():
                 return plan
             wanted = wanted - np.maximum(over, 0)
-        raise self._too_small(limits, fixed + least(parts), of_teacher)
+        if (self._cost(model, cheapest, prices) <= limits).all():
+            return cheapest
+        raise self._too_small(limits, smallest, of_teacher)
 
     def _resolved(self, forms: Mapping[str, BlockForm]) -> ShrinkPlan:
         settings = self.model_dump(include={"pivoted", "metric", "sequential", "ridge", "output_ridge"})
@@ -158,7 +165,7 @@ class Shrink(NarrowStep):
         """The largest share of all widths alike that meets the limits; the smallest of all where none does."""
 
         def at(part: int) -> dict[str, BlockForm]:
-            return {place.path: self._of_share(place, part / _SHARES) for place in found}
+            return {place.path: self._of_share(model, place, part / _SHARES) for place in found}
 
         low, high = 1, _SHARES  # the least share of all, and one that is too large
         while high - low > 1:
@@ -167,7 +174,7 @@ class Shrink(NarrowStep):
             low, high = (middle, high) if fits else (low, middle)
         return at(low)
 
-    def _of_share(self, place: Place, share: float) -> BlockForm:
+    def _of_share(self, model: nn.Module, place: Place, share: float) -> BlockForm:
         def near(whole: int) -> int | None:
             width = max(
                 (w for w in widths(whole, self.multiple) if w <= share * whole),
@@ -175,8 +182,19 @@ class Shrink(NarrowStep):
             )
             return None if width == whole else width
 
-        neurons = near(place.neurons) if place.neurons else None
-        return BlockForm(neurons=neurons, head_dim=near(place.head_dim) if "head_dim" in place.options else None)
+        def of_heads(name: Literal["heads", "head_dim"]) -> bool:
+            return name in self.methods and name in place.options
+
+        form = BlockForm(
+            neurons=near(place.neurons) if place.neurons and "neurons" in self.methods else None,
+            head_dim=near(place.head_dim) if of_heads("head_dim") else None,
+            heads=max(1, int(share * place.heads)) if of_heads("heads") and not of_heads("head_dim") else None,
+        )
+        if form.layers() or "rank" not in self.methods:
+            return form
+        layers = [layer for layer in LAYERS if _changes(place, layer)]
+        shapes = {layer: weight_shape(model.get_submodule(f"{place.path}.{layer}")) for layer in layers}
+        return BlockForm(ranks={layer: _rank_of(share, *shape, self.pivoted) for layer, shape in shapes.items()})
 
     def _cost(self, model: nn.Module, plan: ShrinkPlan, prices: Prices) -> np.ndarray:
         empty = surgery.skeleton(model)
@@ -185,7 +203,7 @@ class Shrink(NarrowStep):
 
     def _refuse_large(self, limits: np.ndarray, of_teacher: np.ndarray) -> None:
         for unit, limit, whole in zip(self.budget.units, limits, of_teacher, strict=True):
-            if limit >= whole and len(limits) == 1:
+            if (limits >= of_teacher).all():
                 raise UserError(
                     f"{self.name}: a budget of {int(limit):,} {unit} is no smaller than the teacher, which has {int(whole):,}; give less, "
                     "or leave the step out"
@@ -205,6 +223,18 @@ class Shrink(NarrowStep):
         return UserError(
             f"{self.name}: a budget of {' and '.join(texts)} cannot be met; raise it, or allow more methods"
         )
+
+
+def _rank_of(share: float, outputs: int, inputs: int, pivoted: bool) -> int:
+    """The rank at which a layer has about this share of its numbers."""
+    both, numbers = outputs + inputs, share * outputs * inputs
+    rank = (both - (both**2 - 4 * numbers) ** 0.5) / 2 if pivoted else numbers / both
+    return min(max(1, int(rank)), min(outputs, inputs) - 1)
+
+
+def _cheapest(forms: Forms[BlockForm]) -> BlockForm:
+    """The form that costs least, in the first unit."""
+    return forms.forms[int(np.lexsort(forms.prices.T[::-1])[0])]
 
 
 def _changes(place: Place, layer: str) -> bool:

@@ -10,10 +10,18 @@ from helpers.models import build, images_for, outputs
 from timm.layers import Mlp
 from torch import nn
 
+from compressvit.artifacts.merge import merge
 from compressvit.errors import UserError
+from compressvit.fitting.reference import Reference
 from compressvit.model import surgery
-from compressvit.transforms import Narrow
+from compressvit.model.backbone import describe
+from compressvit.transforms import Narrow, Shrink
 from compressvit.transforms.applying import compress
+from compressvit.transforms.low_rank.layer import Factored
+from compressvit.transforms.narrow.fit import Settings, TeacherBlock
+from compressvit.transforms.narrow.form import BlockForm
+from compressvit.transforms.narrow.places import LAYERS, places
+from compressvit.transforms.shrink.spec import ShrinkBudget
 
 BLOCKS = range(4)
 
@@ -130,6 +138,72 @@ def test_more_is_lost_the_less_is_left_and_compensation_helps(name):
                 size = fc1.weight.norm(dim=1) * fc2.weight.norm(dim=0)
                 fc2.weight[:, size.argsort()[:96]] = 0
         assert errors[1] < 0.8 * lost(cut, teacher)  # measured 0.47 of it
+
+
+def test_without_gradients_layers_give_on_average_what_the_teachers_do():
+    """One by one: whatever a layer loses, it loses around the mean, which its bias keeps."""
+    teacher = vit(num_classes=1, class_token=False, global_pool="avg")  # of one class the probability is always 1
+    inputs = images()
+    forms = {
+        "blocks.0": BlockForm(heads=2, head_dim=8, ranks={"attn.qkv": 12}),
+        "blocks.1": BlockForm(neurons=64, ranks={"mlp.fc2": 20}),
+    }
+    student = surgery.deep_copy(teacher)
+    plan = Narrow(neurons=0.5, sequential=False).plan(teacher).model_copy(update={"forms": forms})
+    plan.apply(student)
+    plan.initialise(student, Reference(surgery.deep_copy(teacher), inputs))
+    seen = []
+    for model in (student, teacher):
+        given: list[torch.Tensor] = []
+        layer = model.blocks[0].attn.proj
+        layer.register_forward_hook(lambda m, i, o, given=given: given.append(o))
+        model(inputs)
+        seen.append(given[0].detach())
+    lost = (seen[0] - seen[1]).norm() / seen[1].norm()
+    assert lost > 0.1  # measured 0.5
+    spread = seen[1].std()
+    assert (
+        seen[0].mean(dim=(0, 1)) - seen[1].mean(dim=(0, 1))
+    ).abs().max() < 0.1 * spread  # attention itself changes; measured 0.03
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"num_classes": 1}, {"qkv_bias": False}, {"class_token": False, "global_pool": "avg"}], ids=str
+)
+def test_moments_of_deviations_are_moments(options):
+    """No eigenvalue is negative: a mean of two moments less the product of one mean would be no moment."""
+    teacher = vit(**options)
+    with torch.no_grad():
+        for block in teacher.blocks:  # means that are not zero
+            block.norm1.bias += 1.0
+            block.norm2.bias += 1.0
+    reference, settings = Reference(surgery.deep_copy(teacher), images()), Settings(1e-3, 0.1)
+    for place in places(teacher, describe(teacher)):
+        block = TeacherBlock(place, reference, describe(teacher).family.branches, settings)
+        for layer in LAYERS:
+            values = torch.linalg.eigvalsh(block.centred(layer))
+            assert values[0] > -1e-4 * values.mean()  # measured -7e-6: of float32 sums
+
+
+def test_what_is_left_to_merge_is_told():
+    teacher = vit()
+    with pytest.raises(UserError, match="there is nothing to merge: its layers are plain"):
+        merge(compress(teacher, [Narrow(neurons=0.5)], images()))
+    student = compress(
+        teacher, [Shrink(budget=ShrinkBudget(parameters=0.6), methods=("neurons", "rank"), multiple=4)], images()
+    )
+    merged = merge(student)
+    torch.testing.assert_close(outputs(merged, images(2)), outputs(student, images(2)), atol=1e-4, rtol=1e-4)
+    assert not any(isinstance(module, Factored) for module in merged.modules())
+
+
+def test_blocks_that_share_are_refused():
+    teacher = vit()
+    teacher.blocks[2].mlp.fc1.weight = teacher.blocks[1].mlp.fc1.weight
+    with pytest.raises(
+        UserError, match=r"blocks\.1\.mlp\.fc1 and blocks\.2\.mlp\.fc1 of vit_tiny_patch16_224 are one weight"
+    ):
+        compress(teacher, [Narrow(neurons=0.5)], images())
 
 
 def test_everything_stays_where_all_is_kept():
