@@ -8,6 +8,7 @@ see `compressvit.fitting.elimination` and `compressvit.fitting.narrow_heads`; la
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -24,6 +25,8 @@ from compressvit.transforms.narrow.form import BlockForm
 from compressvit.transforms.narrow.places import LAYERS, Place, narrowable, places
 from compressvit.transforms.narrow.plan import NarrowPlan, smaller
 from compressvit.transforms.record import require_free
+
+log = logging.getLogger("compressvit")
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1)]  # in a list
@@ -112,8 +115,10 @@ class Narrow(NarrowStep):
             place.path: BlockForm(**{name: self._size(model, found, index, name) for name in self.OPTIONS})
             for index, place in enumerate(found)
         }
+        if not (changed := smaller(forms)):
+            log.warning("narrow changes nothing: every width is that of %s; give smaller ones", model_name(model))
         settings = self.model_dump(include={"metric", "sequential", "ridge", "output_ridge"})
-        return Narrowed(forms=smaller(forms), **settings)
+        return Narrowed(forms=changed, **settings)
 
     def _size(self, model: nn.Module, found: Sequence[Place], index: int, name: str) -> int | None:
         """The width of a block by one option; None where it stays as it is."""
