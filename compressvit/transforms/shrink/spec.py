@@ -30,11 +30,11 @@ from compressvit.transforms.narrow.form import BlockForm
 from compressvit.transforms.narrow.places import LAYERS, Place
 from compressvit.transforms.narrow.plan import NarrowPlan, smaller
 from compressvit.transforms.narrow.spec import NarrowStep
-from compressvit.transforms.shrink.offers import Methods, offers, widths
+from compressvit.transforms.shrink.offers import Methods, offers
 from compressvit.transforms.shrink.prices import Prices, Unit
 
 Method = Literal["neurons", "head_dim", "heads", "rank"]
-_SHARES = 16  # of all widths, of which a plan without values tries the largest
+_SHARES = 64  # of all widths, of which a plan without values tries the largest
 _ROUNDS = 5  # of exact counts, after each of which the limits are corrected
 
 
@@ -176,10 +176,8 @@ class Shrink(NarrowStep):
 
     def _of_share(self, model: nn.Module, place: Place, share: float) -> BlockForm:
         def near(whole: int) -> int | None:
-            width = max(
-                (w for w in widths(whole, self.multiple) if w <= share * whole),
-                default=min(widths(whole, self.multiple)),
-            )
+            step = self.multiple if whole >= 2 * self.multiple else 1
+            width = max(step, int(share * whole / step) * step)
             return None if width == whole else width
 
         def of_heads(name: Literal["heads", "head_dim"]) -> bool:
