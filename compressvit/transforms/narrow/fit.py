@@ -323,8 +323,8 @@ class BlockFit:
     def _set(layer: nn.Module, weight: Tensor, bias: Tensor | None, factors: tuple[Tensor, Tensor] | None) -> None:
         with torch.no_grad():
             if factors is None:
-                assert isinstance(layer, nn.Linear)
-                layer.weight.copy_(weight)
+                own = layer.get_parameter("weight")  # of a point-wise convolution with two more dimensions
+                own.copy_(weight.reshape(own.shape))
             else:
                 assert isinstance(layer, Factored)
                 layer.set_factors(*factors)

@@ -12,6 +12,7 @@ from torch import nn
 from compressvit.fitting.lowrank import Tensor
 from compressvit.model.backbone import Backbone, class_in_timm
 from compressvit.model.family import Family, HeadOption
+from compressvit.model.linear import is_pointwise, weight_shape
 
 FC1, FC2, QKV, PROJ = "mlp.fc1", "mlp.fc2", "attn.qkv", "attn.proj"
 LAYERS = (QKV, PROJ, FC1, FC2)  # within a block, in the order they run
@@ -63,16 +64,17 @@ def _neurons(mlp: Any) -> tuple[int, bool]:
     kind = None if mlp is None else class_in_timm(mlp, Mlp, GluMlp)
     if kind not in (Mlp, GluMlp) or not isinstance(mlp.norm, nn.Identity) or not _plain(mlp.fc1, mlp.fc2):
         return 0, False
-    if kind is GluMlp and mlp.fc1.out_features != 2 * mlp.fc2.in_features:
+    neurons = weight_shape(mlp.fc2)[1]
+    if kind is GluMlp and weight_shape(mlp.fc1)[0] != 2 * neurons:
         return 0, False
-    return mlp.fc2.in_features, kind is GluMlp
+    return neurons, kind is GluMlp
 
 
 def _plain(*layers: nn.Module) -> bool:
     """Whether these are linear layers, also where an earlier step has changed them: it is then that step which is refused."""
     from compressvit.transforms.low_rank.layer import Factored
 
-    return all(isinstance(layer, (nn.Linear, Factored)) for layer in layers)
+    return all(isinstance(layer, (nn.Linear, Factored)) or is_pointwise(layer) for layer in layers)
 
 
 def narrowable(found: Sequence[Place]) -> bool:
@@ -81,19 +83,20 @@ def narrowable(found: Sequence[Place]) -> bool:
 
 
 def set_outputs(layer: nn.Module, outputs: int) -> None:
-    """Give a linear layer so many outputs, in place; its values are then undefined."""
-    assert isinstance(layer, nn.Linear)
-    layer.weight = _resized(layer.weight, outputs, layer.in_features)
+    """Give a linear layer, or a point-wise convolution, so many outputs, in place; its values are then undefined."""
+    assert isinstance(layer, (nn.Linear, nn.Conv2d))
+    layer.weight = _resized(layer.weight, outputs, *layer.weight.shape[1:])
     if layer.bias is not None:
         layer.bias = _resized(layer.bias, outputs)
-    layer.out_features = outputs
+    setattr(layer, "out_features" if isinstance(layer, nn.Linear) else "out_channels", outputs)
 
 
 def set_inputs(layer: nn.Module, inputs: int) -> None:
-    """Give a linear layer so many inputs, in place; its values are then undefined."""
-    assert isinstance(layer, nn.Linear)
-    layer.weight = _resized(layer.weight, layer.out_features, inputs)
-    layer.in_features = inputs
+    """Give it so many inputs, in place; its values are then undefined."""
+    assert isinstance(layer, (nn.Linear, nn.Conv2d))
+    outputs, _, *kernel = layer.weight.shape
+    layer.weight = _resized(layer.weight, outputs, inputs, *kernel)
+    setattr(layer, "in_features" if isinstance(layer, nn.Linear) else "in_channels", inputs)
 
 
 def _resized(parameter: torch.Tensor, *shape: int) -> nn.Parameter:
