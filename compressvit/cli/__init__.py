@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from compressvit import __version__
-from compressvit.cli.common import Verb, add_device, add_recipe, add_run, exit_code_of
+from compressvit.cli.common import Verb, add_device, add_overrides, add_recipe, add_run, exit_code_of
 from compressvit.cli.recipes import add_recipes, add_schema
 from compressvit.cli.shrink import add_shrink, run_shrink
 from compressvit.errors import UserError, command_line
@@ -145,13 +145,7 @@ def _add_validate(verb: Verb) -> None:
 def _add_evaluate(verb: Verb) -> None:
     evaluate = verb("evaluate", _evaluate, "evaluate the student of a run, or an artifact")
     evaluate.add_argument("path", metavar="PATH", help="a run folder, or an artifact (a folder with compressvit.json)")
-    evaluate.add_argument(
-        "overrides",
-        metavar="key=value",
-        nargs="*",
-        default=[],
-        help="overrides of the data, e.g. data.name=digits data.root=FOLDER",
-    )
+    add_overrides(evaluate, "overrides of the data, e.g. data.name=digits data.root=FOLDER")
     add_device(evaluate)
     evaluate.add_argument("--json", action="store_true", help="print JSON")
 

@@ -12,13 +12,11 @@ Verb = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.Argume
 
 def add_recipe(to: argparse.ArgumentParser) -> None:
     to.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name, or the path of a YAML file")
-    to.add_argument(
-        "overrides",
-        metavar="key=value",
-        nargs="*",
-        default=[],
-        help="overrides, e.g. data.root=FOLDER steps.0.multiplex.share=6",
-    )
+    add_overrides(to, "overrides, e.g. data.root=FOLDER steps.0.multiplex.share=6")
+
+
+def add_overrides(to: argparse.ArgumentParser, text: str) -> None:
+    to.add_argument("overrides", metavar="key=value", nargs="*", default=[], help=text)
 
 
 def add_device(to: argparse.ArgumentParser, text: str = "cpu, cuda, … (default: the best available)") -> None:

@@ -262,23 +262,8 @@ def _order(block: nn.Module, branch: Branch, hidden: Tensor, stream: Tensor) -> 
 
 
 @contextmanager
-def _watched(block: nn.Module, wanted: Mapping[str, str], found: dict[str, Tensor]) -> Iterator[None]:
-    """Within, a run of the block puts the inputs or outputs of the modules in `wanted` into `found`."""
-    with ExitStack() as stack:
-        for name, io in wanted.items():
-
-            def see(module: nn.Module, inputs: tuple, output: Tensor | None = None, name: str = name) -> None:
-                found[name] = inputs[0] if output is None else output
-
-            module = block.get_submodule(name)
-            hook = module.register_forward_pre_hook if io == "input" else module.register_forward_hook
-            stack.callback(hook(see).remove)
-        yield
-
-
-def _look(block: nn.Module, hidden: Tensor, wanted: dict[str, str], until: str) -> dict[str, Tensor]:
-    """Run a block up to its module `until`, and return the inputs or outputs of the modules in `wanted`."""
-    found: dict[str, Tensor] = {}
+def _watched(block: nn.Module, wanted: Mapping[str, str], found: dict[str, Tensor], until: str = "") -> Iterator[None]:
+    """Within, a run of the block puts the inputs or outputs of the modules in `wanted` into `found`, and ends at the module `until`."""
     with ExitStack() as stack:
         for name, io in wanted.items():
 
@@ -291,7 +276,14 @@ def _look(block: nn.Module, hidden: Tensor, wanted: dict[str, str], until: str) 
             hook = module.register_forward_pre_hook if io == "input" else module.register_forward_hook
             stack.callback(hook(see).remove)
         with suppress(_Reached):
-            block(hidden)
+            yield
+
+
+def _look(block: nn.Module, hidden: Tensor, wanted: dict[str, str], until: str) -> dict[str, Tensor]:
+    """Run a block up to its module `until`, and return the inputs or outputs of the modules in `wanted`."""
+    found: dict[str, Tensor] = {}
+    with _watched(block, wanted, found, until):
+        block(hidden)
     return found
 
 

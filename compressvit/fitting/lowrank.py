@@ -96,6 +96,11 @@ def spectrum(matrix: Tensor, metric: Metric = Metric()) -> Spectrum:
     return Spectrum(left, values, right, metric)
 
 
+def left_out(values: Tensor) -> Tensor:
+    """The squared error of truncations to rank 0, 1, …, k, (k + 1,), from the singular values (k,): what each leaves out."""
+    return torch.cat([values.square().flip(0).cumsum(0).flip(0), values.new_zeros(1)])
+
+
 def fit_shared(
     matrices: Sequence[Tensor],
     metrics: Sequence[Metric],

@@ -9,10 +9,9 @@ U V is the truncated singular value decomposition of the identity in the metric 
 included, on one side, and on the other the moment of the gradients at q, which says what a change of it does to the model's output. (They
 are sums over keys, weighted by what the softmax lets through; without gradients the covariance of k takes their place: what is equal for
 all keys leaves the softmax unchanged.) T and R are those of W_o in the metric of the values that the head averages and of the outputs.
-The result is attention with a smaller head dimension. It divides its logits by √d' where the teacher
-divides by √d, so q' carries √(d'/d).
+The result is attention with a smaller head dimension. It divides its logits by √d' where the teacher divides by √d, so q' carries √(d'/d).
 
-(For language models: MoDeGPT, ICLR 2025, https://arxiv.org/abs/2408.09632, whose type-II and type-III modules are these two products.)
+MoDeGPT (ICLR 2025, https://arxiv.org/abs/2408.09632) decomposes the same two products in language models.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
-from compressvit.fitting.lowrank import TINY, Tensor, cholesky
+from compressvit.fitting.lowrank import TINY, Tensor, cholesky, left_out
 
 _LEAST = 1e-6  # ridge of moments of d numbers, of which there are many tokens
 _OF_GRADIENTS = 1e-2
@@ -79,9 +78,7 @@ class Products:
     @property
     def errors(self) -> Tensor:
         """The mean squared error of all heads with 0, 1, …, d dimensions, (d + 1,): it falls, and ends at 0."""
-        squares = (self.query[1].square() + self.value[0].square()).sum(dim=0)
-        left = squares.flip(0).cumsum(0).flip(0)
-        return torch.cat([left, left.new_zeros(1)])
+        return left_out((self.query[1].square() + self.value[0].square()).sum(dim=0).sqrt())
 
     def maps(self, size: int) -> HeadMaps:
         """The maps to heads of `size` dimensions."""

@@ -133,6 +133,12 @@ _TOO_LATE = Rule(
     "{later} comes before the steps that share or add, and the earlier {earlier} changed {path}",
     "put `{later}` first",
 )
+_AT_RANDOM = Rule(
+    _inside,
+    "{later} fits the teacher's weights, but the earlier {earlier} initialises the student at random",
+    "leave one of the two steps out",
+    "both",
+)
 _NARROWER = Rule(
     _inside,
     "{later} works on layers of the teacher's size, and the earlier {earlier} made {path} narrower",
@@ -185,12 +191,7 @@ RULES: dict[tuple[Kind, Kind], Rule] = {
         "{later} would choose its own groups, but the earlier {earlier} has matched the blocks of different groups",
         "leave {earlier} out, or give both steps the same share",
     ),
-    ("noise", "values"): Rule(
-        _inside,
-        "{later} fits the teacher's weights, but the earlier {earlier} initialises the student at random",
-        "leave one of the two steps out",
-        "both",
-    ),
+    ("noise", "values"): _AT_RANDOM,
     ("narrow", "weight"): _NARROWER,
     ("narrow", "tie"): _NARROWER,
     ("narrow", "narrow"): Rule(
@@ -204,12 +205,7 @@ RULES: dict[tuple[Kind, Kind], Rule] = {
         "leave one of the two steps out",
     ),
     ("narrow", "regroup"): _NARROWER,
-    ("noise", "narrow"): Rule(
-        _inside,
-        "{later} fits the teacher's weights, but the earlier {earlier} initialises the student at random",
-        "leave one of the two steps out",
-        "both",
-    ),
+    ("noise", "narrow"): _AT_RANDOM,
     ("narrow", "noise"): _NARROWER,
     ("weight", "noise"): Rule(
         _inside,

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from compressvit.fitting.allocate import Budget, Curve, allocate, least_cost, spend
-from compressvit.fitting.lowrank import TINY, fit_shared, spectrum
+from compressvit.fitting.lowrank import TINY, fit_shared, left_out, spectrum
 from compressvit.fitting.moments import tokens_at
 from compressvit.fitting.reference import Reference
 from compressvit.log import progress
@@ -196,11 +196,11 @@ class Spending:
             shared = 0 if len(group) == 1 else weights[0] if first else fit_shared(weights, measures)[0]
             found = []
             for weight, measure in zip(weights, measures, strict=True):
-                left = spectrum(weight - shared, measure).values.square().flip(0).cumsum(0).flip(0)
+                left = left_out(spectrum(weight - shared, measure).values)
                 # Errors of the model's output add up over layers and, within a layer, over the tokens of an image, of which Swin's first
                 # stage has 64 times as many as its last. Errors of a layer's own output are taken relative to that output.
                 whole = 1 / self.tokens[group[0]] if kind == "outputs" else max(measure.squared_norm(weight), TINY)
-                found.append([*(left / whole).tolist(), 0.0])
+                found.append((left / whole).tolist())
             self._errors[group, kind] = found
         return self._errors[group, kind]
 

@@ -75,7 +75,16 @@ class Join(Ordered):
         return torch.cat((first, others), self.dim).index_select(self.dim, self.order)
 
 
-class PivotedInputs(Factored):
+class Pivoted(Factored):
+    """What both pivoted forms share: the weight is zero where both layers are."""
+
+    @torch.no_grad()
+    def reset_zero(self) -> None:
+        nn.init.zeros_(self.down.weight)
+        nn.init.zeros_(self.up.weight)
+
+
+class PivotedInputs(Pivoted):
     """`y = up(p + down(q))`, with p r of the inputs and q the others: r·(in + out − r) multiply-accumulates per token.
 
     `up` (r → out) has those columns of the weight, and the bias; `down` (in − r → r) the coefficients that make the other columns of them.
@@ -98,11 +107,6 @@ class PivotedInputs(Factored):
         return self.up.weight.flatten(1), both[:, self.split.order.argsort()]
 
     @torch.no_grad()
-    def reset_zero(self) -> None:
-        nn.init.zeros_(self.down.weight)
-        nn.init.zeros_(self.up.weight)
-
-    @torch.no_grad()
     def set_factors(self, up: torch.Tensor, down: torch.Tensor) -> None:
         """Make the weight `up @ down`, of (out, r) and (r, in), in this form."""
         found = pivoted(down.mT, up.mT)  # the rows of the transpose
@@ -111,7 +115,7 @@ class PivotedInputs(Factored):
         copy_(self.down, found.coefficients.mT)
 
 
-class PivotedOutputs(Factored):
+class PivotedOutputs(Pivoted):
     """`p = down(x)`, and y is p and `up(p)` in one order: r·(in + out − r) multiply-accumulates per token.
 
     `down` (in → r) has r rows of the weight, `up` (r → out − r) the coefficients that make the other rows of them. Where the layer that
@@ -149,11 +153,6 @@ class PivotedOutputs(Factored):
         """`up` (out, r), new, with a row of the identity for every pivot, and `down` (r, in), which shares memory with the layer."""
         coefficients = self.up.weight.flatten(1)
         return torch.cat([identity_like(coefficients.mT), coefficients])[self.join.order], self.down.weight.flatten(1)
-
-    @torch.no_grad()
-    def reset_zero(self) -> None:
-        nn.init.zeros_(self.down.weight)
-        nn.init.zeros_(self.up.weight)
 
     @torch.no_grad()
     def set_factors(self, up: torch.Tensor, down: torch.Tensor) -> None:
@@ -195,7 +194,7 @@ class PivotedOutputsConv2d(PivotedOutputs, FactoredConv2d):
 
 def is_pivoted(layer: nn.Module) -> bool:
     """Whether a low-rank layer is of this form."""
-    return isinstance(layer, (PivotedInputs, PivotedOutputs))
+    return isinstance(layer, Pivoted)
 
 
 def pivoted_linear(inputs: int, outputs: int, rank: int) -> nn.Module:

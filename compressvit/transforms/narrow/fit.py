@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import nn
@@ -90,7 +90,11 @@ class TeacherBlock:
 
     def outer(self, layer: str) -> Tensor | None:
         """The factor M of the metric M Mᵀ of a layer's outputs."""
-        return self.moments(layer).output_factor(self.settings.output_ridge, self.scale(layer))
+        return self.factor(layer, self.moments(layer).outputs, self.scale(layer))
+
+    def factor(self, layer: str, gradients: Tensor | None, scale: Tensor | None = None) -> Tensor | None:
+        """The same for a layer that is narrower, with this moment of the gradients at its outputs."""
+        return replace(self.moments(layer), outputs=gradients).output_factor(self.settings.output_ridge, scale)
 
     def scale(self, layer: str) -> Tensor | None:
         """|γ| (out,) of the LayerScale after a layer, if there is one."""
@@ -243,7 +247,7 @@ class BlockFit:
                 kept = self._removal.kept
                 weight = self.teacher.unwhitened(FC2, self._removal.weight)
                 centred, mean = centred[kept][:, kept], mean[kept]
-            outer = self._outer(layer, replace(moments, outputs=gradients), self.teacher.scale(layer))
+            outer = self.teacher.factor(layer, gradients, self.teacher.scale(layer))
             weight, factors = self._low_rank(layer, weight, centred, outer)
             bias = None if bias is None else bias + wanted - weight @ mean
             self._set(self.student.get_submodule(layer), weight, bias, factors)
@@ -259,7 +263,7 @@ class BlockFit:
     def _narrows_heads(self) -> bool:
         return bool(self.form.heads or self.form.head_dim)
 
-    @property
+    @cached_property
     def _removal(self) -> Removal:
         assert self.form.neurons is not None
         return self.teacher.neurons(self.form.neurons)[self.form.neurons]
@@ -271,8 +275,8 @@ class BlockFit:
     def _fit(self, layer: str, working: nn.Module, regression: Regression) -> float:
         """Fit one layer of the working copy, and the student's; returns the remaining error."""
         regression = replace(regression, ridges=RIDGES)
-        moments = self.teacher.moments(layer)
-        gradients, prior, bias = moments.outputs, self.teacher.weight(layer), self.teacher.bias(layer)
+        gradients = self.teacher.moments(layer).outputs
+        prior, bias = self.teacher.weight(layer), self.teacher.bias(layer)
         if layer == FC1 and self.form.neurons:
             rows = self._rows
             regression, prior, bias = regression.of(rows), prior[rows], None if bias is None else bias[rows]
@@ -291,22 +295,17 @@ class BlockFit:
             moment, mean = whole.xx / whole.weight, whole.x / whole.weight
             self._heads = found = narrow_heads(self.teacher, self.form, weight, own, moment, mean)
             weight, gradients = found.weight, found.gradients
-            full, factors = self._low_rank(
-                layer, weight, centred, self._outer(layer, replace(moments, outputs=gradients))
-            )
+            full, factors = self._low_rank(layer, weight, centred, self.teacher.factor(layer, gradients))
             bias = None if found.bias is None else found.bias + (weight - full) @ mean
             error = (max(found.error, 0.0) / max(found.size, 1e-300)) ** 0.5
         else:
-            outer = self._outer(layer, replace(moments, outputs=gradients), regression.scale)
+            outer = self.teacher.factor(layer, gradients, regression.scale)
             full, factors = self._low_rank(layer, weight, centred, outer)
             bias = whole.best_bias(full) if free else None
             error = regression.error(full, none if bias is None else bias)
         for target in (working, self.student.get_submodule(layer)):
             self._set(target, full, bias, factors)
         return error
-
-    def _outer(self, layer: str, moments: Moments, scale: Tensor | None = None) -> Tensor | None:
-        return moments.output_factor(self.teacher.settings.output_ridge, scale)
 
     def _low_rank(
         self, layer: str, weight: Tensor, moment: Tensor, outer: Tensor | None

@@ -6,15 +6,15 @@ parts add up: over the layers, over the neurons or dimensions that go and the ra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from compressvit.fitting.hull import Forms
-from compressvit.fitting.lowrank import Metric, Tensor, cholesky, spectrum
-from compressvit.transforms.narrow.fit import TeacherBlock, narrow_heads
+from compressvit.fitting.lowrank import Metric, Tensor, cholesky, left_out
+from compressvit.transforms.narrow.fit import TeacherBlock, narrow_heads, restricted
 from compressvit.transforms.narrow.form import BlockForm
 from compressvit.transforms.narrow.places import FC1, FC2, PROJ, QKV
 from compressvit.transforms.shrink.prices import Prices, rank_price
@@ -63,8 +63,7 @@ def _ways(weight: Tensor, centred: Tensor, outer: Tensor | None, ridge: float, m
     found = [_Way(None, outputs * inputs, 0.0)]
     if not methods.rank:
         return found
-    values = spectrum(weight, Metric(cholesky(centred, ridge), outer)).values
-    left = torch.cat([values.square().flip(0).cumsum(0).flip(0), values.new_zeros(1)]).tolist()
+    left = left_out(torch.linalg.svdvals(Metric(cholesky(centred, ridge), outer).weigh(weight))).tolist()
     most = min(outputs, inputs)
     step = (
         max(1, most // RANKS // methods.multiple) * methods.multiple
@@ -106,12 +105,12 @@ def of_mlp(teacher: TeacherBlock, prices: Prices, methods: Methods) -> Forms[Blo
     sizes = widths(place.neurons, methods.multiple) if methods.neurons else [place.neurons]
     removals = teacher.neurons(*sizes)
     inputs, centred, hidden = teacher.weight(FC1), teacher.centred(FC1), teacher.centred(FC2)
-    gradients = teacher.moments(FC1)
+    gradients = teacher.moments(FC1).outputs
     bases = []
     for size in sizes:
         removal = removals[size]
         rows = place.rows(removal.kept)
-        outer = _restricted(teacher, gradients.outputs, rows)
+        outer = teacher.factor(FC1, restricted(gradients, rows))
         kept = removal.kept
         ways = {
             FC1: _ways(inputs[rows], centred, outer, ridge, methods),
@@ -121,18 +120,6 @@ def of_mlp(teacher: TeacherBlock, prices: Prices, methods: Methods) -> Forms[Blo
         biases = len(rows) * (teacher.bias(FC1) is not None) + len(removal.weight) * (teacher.bias(FC2) is not None)
         bases.append((form, removal.error, biases, 0.0, ways))
     return _forms(bases, prices.tokens[teacher.path(FC1)], prices)
-
-
-def _restricted(teacher: TeacherBlock, gradients: Tensor | None, rows: Tensor) -> Tensor | None:
-    if gradients is None:
-        return None
-    return _factor(teacher, gradients[rows][:, rows])
-
-
-def _factor(teacher: TeacherBlock, gradients: Tensor | None) -> Tensor | None:
-    if gradients is None or not gradients.trace() > 0:
-        return None
-    return cholesky(gradients, teacher.settings.output_ridge)
 
 
 def of_attention(teacher: TeacherBlock, prices: Prices, methods: Methods) -> Forms[BlockForm]:
@@ -151,7 +138,7 @@ def of_attention(teacher: TeacherBlock, prices: Prices, methods: Methods) -> For
         outer = teacher.outer(PROJ)
         projection = found.projection if outer is None else outer.mT @ found.projection
         ways = {
-            QKV: _ways(found.weight, centred, _factor(teacher, found.gradients), teacher.settings.ridge, methods),
+            QKV: _ways(found.weight, centred, teacher.factor(QKV, found.gradients), teacher.settings.ridge, methods),
             PROJ: _ways(projection, found.values, None, teacher.settings.ridge, methods),
         }
         own = (0 if found.bias is None else len(found.bias)) + (0 if biases is None else len(biases))
@@ -171,15 +158,11 @@ def _head_sizes(teacher: TeacherBlock, methods: Methods) -> list[tuple[int, int]
     return sizes
 
 
-Offer = Callable[[TeacherBlock, Prices, Methods], Forms[BlockForm]]
-
-
-def offers(teachers: Sequence[TeacherBlock], prices: Prices, methods: Methods) -> dict[str, Forms[BlockForm]]:
-    """The forms of every attention and MLP, by its path."""
+def offers(teacher: TeacherBlock, prices: Prices, methods: Methods) -> dict[str, Forms[BlockForm]]:
+    """The forms of a block's attention and MLP, by path."""
     found: dict[str, Forms[BlockForm]] = {}
-    for teacher in teachers:
-        if teacher.place.options:
-            found[teacher.path("attn")] = of_attention(teacher, prices, methods)
-        if teacher.place.neurons:
-            found[teacher.path("mlp")] = of_mlp(teacher, prices, methods)
+    if teacher.place.options:
+        found[teacher.path("attn")] = of_attention(teacher, prices, methods)
+    if teacher.place.neurons:
+        found[teacher.path("mlp")] = of_mlp(teacher, prices, methods)
     return found

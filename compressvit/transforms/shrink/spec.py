@@ -156,7 +156,7 @@ class Shrink(NarrowStep):
         )
         result: dict[str, Forms[BlockForm]] = {}
         for place in progress(found, "measuring what each block can become", len(found)):
-            result |= offers([TeacherBlock(place, reference, branches, settings)], prices, may)
+            result |= offers(TeacherBlock(place, reference, branches, settings), prices, may)
         return result
 
     def _uniform(
@@ -200,12 +200,14 @@ class Shrink(NarrowStep):
         return prices.whole(empty)
 
     def _refuse_large(self, limits: np.ndarray, of_teacher: np.ndarray) -> None:
-        for unit, limit, whole in zip(self.budget.units, limits, of_teacher, strict=True):
-            if (limits >= of_teacher).all():
-                raise UserError(
-                    f"{self.name}: a budget of {int(limit):,} {unit} is no smaller than the teacher, which has {int(whole):,}; give less, "
-                    "or leave the step out"
-                )
+        if (limits >= of_teacher).all():
+            asked, has = (
+                " and ".join(f"{int(value):,} {unit}" for unit, value in zip(self.budget.units, values, strict=True))
+                for values in (limits, of_teacher)
+            )
+            raise UserError(
+                f"{self.name}: a budget of {asked} is no smaller than the teacher, which has {has}; give less, or leave the step out"
+            )
 
     def _refuse_small(self, limits: np.ndarray, smallest: np.ndarray, of_teacher: np.ndarray) -> None:
         if (smallest > limits).any():
