@@ -227,7 +227,9 @@ def _answers(true: str | None, answers: dict[str, Answer | str | None]) -> Itera
 
 
 def overrides(command: Sequence[str]) -> list[str]:
-    """The key=value arguments of a command, which override the recipe's file."""
+    """The key=value arguments of a command, which override the recipe's file; `shrink` has none, and writes its limits so."""
+    if "shrink" in command[1:2]:
+        return []
     before = ["", *command]
     return [
         word
