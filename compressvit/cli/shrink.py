@@ -10,7 +10,7 @@ from pathlib import Path
 
 from compressvit.cli.common import Verb, add_run, exit_code_of
 
-UNITS = ("parameters", "macs", "bytes")
+UNITS = ("parameters", "macs", "bytes", "latency")
 
 
 def add_shrink(verb: Verb) -> None:
@@ -37,6 +37,9 @@ def add_shrink(verb: Verb) -> None:
         "--to parameters=0.5 macs=0.5 (default: 0.5)",
     )
     shrink.add_argument("--unit", choices=UNITS, help="unit of a SIZE without one (default: parameters)")
+    shrink.add_argument(
+        "--batch", metavar="N", type=_count, help="images at once for which latency counts (default: 1)"
+    )
     shrink.add_argument("--model", metavar="NAME", help="timm's name of the architecture of a weights file")
     shrink.add_argument("--img-size", metavar="N", type=_count, help="build the model for images of N×N pixels")
     shrink.add_argument(
@@ -72,6 +75,7 @@ def run_shrink(arguments: argparse.Namespace) -> int:
         limits(arguments.to, arguments.unit),
         model=arguments.model,
         img_size=arguments.img_size,
+        batch=arguments.batch,
         calibration=CALIBRATION if arguments.calibration is None else arguments.calibration,
     )
     show(dumped(recipe))

@@ -34,7 +34,12 @@ class Forms(Generic[F]):
     def efficient(self) -> Forms[F]:
         """Without the forms than which another is better in the error and no worse in every price."""
         order = np.lexsort((*self.prices.T[::-1], self.errors))
-        kept: list[int] = []
+        if self.prices.shape[1] == 1:
+            prices = self.prices[order, 0]
+            before = np.concatenate([[np.inf], np.minimum.accumulate(prices)[:-1]])
+            kept = order[prices < before].tolist()
+            return Forms([self.forms[i] for i in kept], self.prices[kept], self.errors[kept])
+        kept = []
         for i in order:
             if not kept or not (self.prices[kept] <= self.prices[i]).all(axis=1).any():
                 kept.append(int(i))

@@ -12,6 +12,7 @@ from torch import nn
 
 from compressvit.data.photographs import Photographed
 from compressvit.errors import UserError
+from compressvit.fitting.choices import Choices
 from compressvit.fitting.held_out import Seen
 from compressvit.fitting.lowrank import Metric
 from compressvit.fitting.moments import Moments, collect_moments
@@ -39,11 +40,23 @@ class Reference:
             loader's pairs of images and targets, or `Photographed`), or a function that returns batches. None: no images; asking for
             moments then raises a `UserError`.
         tokens: how many tokens of every image are summed up besides its prefix tokens; None for all.
+        device: the one at hand, on which latency counts; by default that of the images, if they come as a tensor, or else of the model.
+        choices: what is known already, and is kept.
     """
 
-    def __init__(self, model: nn.Module, images: Images | None = None, tokens: int | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        images: Images | None = None,
+        tokens: int | None = None,
+        device: torch.device | None = None,
+        choices: Choices | None = None,
+    ):
         self.model = model
+        self.choices = choices or Choices()
         self.tokens = tokens
+        given = images if isinstance(images, torch.Tensor) else next(model.parameters(), torch.empty(0))
+        self.device = given.device if device is None else device
         # what can be iterated only once is kept: a few hundred images
         self._images = list(images) if isinstance(images, Iterator) else images
         self._moments: dict[str, Moments] = {}
@@ -66,7 +79,7 @@ class Reference:
 
     def with_model(self, model: nn.Module) -> Reference:
         """The same images for another model."""
-        return Reference(model, self._images, self.tokens)
+        return Reference(model, self._images, self.tokens, self.device)
 
     def sample(self) -> TokenSample | None:
         """The tokens that a pass over the images sums up, the same in every pass; None for all."""

@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -138,34 +139,58 @@ def latencies(
     input_sizes: Sequence[tuple[int, int, int]],
     *,
     device: torch.device,
+    batch: int = 1,
     rounds: int = 30,
     seconds: float = 20.0,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Latencies:
-    """Time one image of each model, alternately, so that load on the machine affects all equally.
+    """Time a batch of images (by default one) of each model, alternately, so that load on the machine affects all equally.
 
     Args:
         models: on `device`; they are put into eval mode.
         input_sizes: (C, H, W) of each model's image.
-        rounds: measurements of each model, after one warm-up run.
-        seconds: stop early after so long, with at least 3 rounds.
+        batch: images at once.
+        rounds, seconds, clock: see `in_turns`.
     """
-    images = [torch.randn(1, *size, device=device) for size in input_sizes]
+    calls = []
+    for model, size in zip(models, input_sizes, strict=True):
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        calls.append(partial(model.eval(), torch.randn(batch, *size, device=device, dtype=dtype)))
+    return in_turns(calls, device=device, rounds=rounds, seconds=seconds, clock=clock)
 
-    def once(model: nn.Module, image: torch.Tensor) -> float:
-        start = time.perf_counter()
-        model(image)
+
+def in_turns(
+    calls: Sequence[Callable[[], Any]],
+    *,
+    device: torch.device,
+    rounds: int = 30,
+    seconds: float = 20.0,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Latencies:
+    """Time functions, alternately.
+
+    Args:
+        calls: what is timed; they compute on `device`.
+        rounds: measurements of each, after one warm-up run.
+        seconds: stop early after so long, with at least 3 rounds.
+        clock: in seconds.
+    """
+
+    def once(call: Callable[[], Any]) -> float:
+        start = clock()
+        call()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return 1000 * (time.perf_counter() - start)
+        return 1000 * (clock() - start)
 
-    for model, image in zip(models, images, strict=True):
-        once(model.eval(), image)
+    for call in calls:
+        once(call)
     times: list[list[float]] = []
     end = time.perf_counter() + seconds
     while len(times) < rounds and (len(times) < 3 or time.perf_counter() < end):
-        order = [(i + len(times)) % len(models) for i in range(len(models))]  # the order changes, too
-        taken = {i: once(models[i], images[i]) for i in order}
-        times.append([taken[i] for i in range(len(models))])
+        order = [(i + len(times)) % len(calls) for i in range(len(calls))]  # the order changes, too
+        taken = {i: once(calls[i]) for i in order}
+        times.append([taken[i] for i in range(len(calls))])
     return Latencies(times)
 
 

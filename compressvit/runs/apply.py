@@ -30,7 +30,7 @@ from compressvit.runs.merge import merge_folder, print_merge
 from compressvit.runs.models import trains_teacher
 from compressvit.runs.plan import plan_data, plan_job, require_no_conflicts
 from compressvit.runs.resources import resource_faults
-from compressvit.runs.run import Run, fill_teacher
+from compressvit.runs.run import Run, fill_teacher, measure_first
 from compressvit.runs.tables import print_plan
 from compressvit.terminal import Terminal
 from compressvit.training.stopping import Stoppable
@@ -116,12 +116,13 @@ def apply(
         with folder.owned():
             folder.refuse_or_clear(recipe, resume=resume, overwrite=overwrite)  # again: another run may have used it
             teacher, taught = _fill_teacher(job, plan, folder, resume=resume)
+            measured = measure_first(job, teacher, folder, resume=resume)
             folder.open(recipe, text, plan, list(command or sys.argv), resume=resume, overwrite=overwrite, moved=moved)
             stoppable.run = folder.path
             with _logged(recipe, folder, console) as run_log:
                 run_log.show(lambda to: print_plan(plan, to))
                 with resource_faults(recipe.data):
-                    return _run(Run(job, folder, run_log), plan, teacher, taught, report)
+                    return _run(Run(job, folder, run_log, measured), plan, teacher, taught, report)
 
 
 @contextmanager

@@ -89,7 +89,7 @@ class OneShot:
         self._images = calibration_images(self.job)
         # its moments are reused for every student
         tokens = recipe.calibration.tokens
-        self._source = Reference(surgery.deep_copy(self._start), calibration(self.job), tokens)
+        self._source = Reference(surgery.deep_copy(self._start), calibration(self.job), tokens, self.job.device)
         self.teacher = Side(teacher.to(self.job.device).eval(), self.job.teacher.input)
         self.scorer = Scorer(self.job.datasets, recipe.data, self.job.device)
 

@@ -19,8 +19,10 @@ from compressvit.data.photographs import Photographed
 from compressvit.diagnostics.cka_layers import likeness
 from compressvit.errors import UserError, switch
 from compressvit.files import disk_faults, write_json
+from compressvit.fitting.choices import Choices
+from compressvit.fitting.reference import Reference
 from compressvit.log import RunLog
-from compressvit.model import stored
+from compressvit.model import stored, surgery
 from compressvit.model.linear import weight_shape
 from compressvit.model.old import current_word
 from compressvit.notes import Note
@@ -30,7 +32,7 @@ from compressvit.runs.evaluate import Scorer
 from compressvit.runs.files import PhaseReport
 from compressvit.runs.folder import RunFolder
 from compressvit.runs.job import Job
-from compressvit.runs.models import build_student, load_teacher, require_student_file
+from compressvit.runs.models import build_student, load_teacher, require_student_file, trains_teacher
 from compressvit.runs.recorder import Recorder
 from compressvit.runs.tables import ledger_table
 from compressvit.tasks.qualities import words
@@ -84,9 +86,14 @@ def trained_teacher(folder: RunFolder) -> nn.Module:
 
 
 class Run:
-    """Executes a job in a run folder."""
+    """Executes a job in a run folder.
 
-    def __init__(self, job: Job, folder: RunFolder, log: RunLog):
+    Args:
+        measured: what was measured for its first part (`measure_first`).
+    """
+
+    def __init__(self, job: Job, folder: RunFolder, log: RunLog, measured: Choices | None = None):
+        self.measured = measured or Choices()
         self.job, self.folder, self.log = job, folder, log
         self.recipe, self.device = job.recipe, job.device
         self.scorer = Scorer(job.datasets, job.recipe.data, job.device, job.recipe.student.head == "new")
@@ -168,8 +175,14 @@ class Run:
             student, ledger = _read_transformed(kept)
             self.log.say(f"{kept.name}: read from {kept}, as it was before the run stopped")
         else:
-            tokens = self.recipe.calibration.tokens
-            ledger = transform_(student, part.transforms, calibration(self.job), tokens=tokens)
+            reference = Reference(
+                surgery.deep_copy(student),
+                calibration(self.job),
+                self.recipe.calibration.tokens,
+                self.device,
+                Choices(_choices(kept), self.measured if part.start == 0 else None),
+            )
+            ledger = transform_(student, part.transforms, reference)
             if any(spec.needs_images for spec in part.transforms):
                 _keep_transformed(student, ledger, kept, self.job.student.input.as_dict())
         if ledger:
@@ -186,6 +199,28 @@ class Run:
             full = {path: min(weight_shape(student.get_submodule(path))) for path in ranks}
             order = [path for path, _ in student.named_modules() if path in ranks]
             self.folder.keep(ranks_finding({path: ranks[path] for path in order}, full))
+
+
+def measure_first(job: Job, teacher: nn.Module, folder: RunFolder, *, resume: bool) -> Choices:
+    """What the first step has to know of the device, measured before anything is written, unless the run that is resumed has done so.
+
+    Raises:
+        UserError: the step cannot be done on that device.
+    """
+    part = next(iter(job.recipe.parts()), None)
+    if part is None or not part.transforms or trains_teacher(job.recipe):
+        return Choices()
+    kept = folder.transformed(part.transformed)
+    measured = Choices(_choices(kept) if resume else None)
+    if not (resume and stored.is_artifact(kept)):
+        student = build_student(job.recipe, teacher, classes=job.classes)
+        part.transforms[0].refuse_by_device(student, Reference(student, device=job.device, choices=measured))
+    return measured
+
+
+def _choices(kept: Path) -> Path:
+    """The file of what was chosen for transforms whose result is stored as `kept`."""
+    return kept.with_suffix(".choices.json")
 
 
 def calibration(job: Job) -> Callable[[], Iterator[Photographed]]:

@@ -43,13 +43,14 @@ def shrink(
     *,
     model: str | None = None,
     img_size: int | None = None,
+    batch: int | None = None,
     calibration: int = CALIBRATION,
     **options: Any,
 ) -> RunResult:
     """Make a pretrained ViT smaller, without training, as `compressvit shrink` does.
 
     Args:
-        source, images, to, model, img_size, calibration: as for `shrink_recipe`.
+        source, images, to, model, img_size, batch, calibration: as for `shrink_recipe`.
         output: the run folder; by default `runs/shrink_NAME`.
         options: further ones of `apply`: device, resume, overwrite, console, report.
 
@@ -60,7 +61,7 @@ def shrink(
         >>> import compressvit
         >>> compressvit.shrink("vit_small_patch14_dinov2", "photos", {"macs": 0.5}, img_size=224).student  # doctest: +SKIP
     """
-    recipe = shrink_recipe(source, images, to, model=model, img_size=img_size, calibration=calibration)
+    recipe = shrink_recipe(source, images, to, model=model, img_size=img_size, batch=batch, calibration=calibration)
     return apply_recipe(recipe, default_output(recipe) if output is None else output, **options)
 
 
@@ -80,6 +81,7 @@ def shrink_recipe(
     *,
     model: str | None = None,
     img_size: int | None = None,
+    batch: int | None = None,
     calibration: int = CALIBRATION,
 ) -> dict[str, Any]:
     """A recipe as data.
@@ -88,15 +90,18 @@ def shrink_recipe(
         source: timm's name of a pretrained model, the path of a weights file, or of a folder with an artifact or a model of timm's.
         images: a folder. Labels are used for evaluation where it has train/ and val/ with a folder per class, as many as the model has
             classes; otherwise its images are searched recursively.
-        to: a limit by unit ('parameters', 'macs', 'bytes'), up to 1 a fraction of the teacher's; a number is one of parameters.
+        to: a limit by unit ('parameters', 'macs', 'bytes', 'latency'), up to 1 a fraction of the teacher's; a number is one of
+            parameters. Latency above 1 is in milliseconds.
         model: timm's name of the architecture of a weights file.
         img_size: height and width in pixels of the images that the model is built for.
+        batch: images at once for which latency counts; by default one.
         calibration: number of images that the student is fitted to.
 
     Raises:
         UserError: there is no such model, file or folder; a limit is no smaller than the teacher; the model cannot be made narrower.
     """
     budget = _budget(to)
+    step = _step(budget, batch)
     root = expanded(images, "IMAGES")
     if not root.is_dir():
         raise UserError(
@@ -108,7 +113,7 @@ def shrink_recipe(
         "teacher": _teacher(str(source), model),
         "data": {"name": "images", "root": str(images), "limit_val": _HELD_OUT, "batch_size": 32, "num_workers": 2},
         "calibration": {"images": calibration, "tokens": _TOKENS},
-        "steps": [{"shrink": {"budget": budget}}],
+        "steps": [{"shrink": step}],
     }
     teacher = recipe["teacher"]
     if img_size is not None:
@@ -174,8 +179,19 @@ def _budget(to: float | Mapping[str, float]) -> dict[str, float]:
     return budget
 
 
+def _step(budget: Mapping[str, float], batch: int | None) -> dict[str, Any]:
+    """The options of the recipe's step."""
+    if batch is None:
+        return {"budget": budget}
+    if "latency" not in budget:
+        raise UserError(f"{option('batch', batch)} is for a limit of latency, and there is none; leave it out")
+    return {"budget": budget, "batch": batch}
+
+
 def _text(unit: str, limit: float) -> str:
     name = _NAMES.get(unit, unit)
+    if unit == "latency" and limit > 1:
+        return f"at most {limit:g} ms latency"
     return f"{limit:g} of its {name}" if limit <= 1 else f"at most {limit:,.0f} {name}"
 
 
@@ -253,7 +269,10 @@ def _require_smaller(teacher: nn.Module, budget: Mapping[str, float]) -> None:
     Shrink.model_validate({"budget": budget}).places_of(teacher)
     whole = cost.cost(teacher, input_size(teacher)).as_dict()
     for unit, limit in budget.items():
-        if (limit * whole[unit] if limit <= 1 else limit) >= whole[unit]:
+        if unit == "latency":
+            if limit == 1:
+                raise UserError(f"{option('to', 'latency=1')} is no faster than the teacher; give less, {_SIZES}")
+        elif (limit * whole[unit] if limit <= 1 else limit) >= whole[unit]:
             raise UserError(
                 f"{option('to', f'{unit}={limit:g}')} is no smaller than the teacher, which has {whole[unit]:,} "
                 f"{_NAMES.get(unit, unit)}; give less, {_SIZES}"

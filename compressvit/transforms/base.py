@@ -186,6 +186,14 @@ class Transform(Spec):
         """A copy that may cost so much, in place of its own sizes or budget; None for a step whose size does not follow from a budget."""
         return None
 
+    def refuse_by_device(self, model: nn.Module, reference: Reference) -> None:
+        """Measure what depends on `reference.device`, keep it in `reference.choices`, and refuse what it rules out. A run asks its first
+        step before anything is written; no images are read.
+
+        Raises:
+            UserError: the options cannot be met on that device.
+        """
+
     def require_inputs(self) -> None:
         """Check that the files the transform reads exist. `apply` calls it before anything runs; `plan` does not need the files.
 

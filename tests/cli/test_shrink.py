@@ -12,6 +12,7 @@ import timm
 import torch
 import yaml
 from helpers.images import class_folders, jpeg
+from helpers.latency import table_of
 from helpers.runs import done, refused, run
 from helpers.training import tiny_vit
 from rich.console import Console
@@ -25,6 +26,7 @@ from compressvit.data.sets.folder import count_class_folders
 from compressvit.data.spec import Data
 from compressvit.runs import shrink as verb
 from compressvit.runs.files import read_results
+from compressvit.transforms.shrink import spec
 from compressvit.transforms.shrink.spec import ShrinkBudget
 
 CLASSES = tuple("abcd")
@@ -151,6 +153,40 @@ def test_labels_are_used_where_they_fit_the_classifier_and_all_limits_hold(class
     assert share(results, "macs") <= 0.7
 
 
+def test_latency_is_a_limit_like_others_and_is_measured_once(classifier, photos, tmp_path, monkeypatch):
+    asked = []
+
+    def measure(model, found, *, batch, **options):
+        asked.append(batch)
+        return table_of(model, found, batch=batch)
+
+    monkeypatch.setattr(spec, "measure", measure)
+    words = [
+        "--to",
+        "macs=0.9",
+        "latency=0.7",
+        "--batch",
+        "2",
+        "--images",
+        8,
+        "--no-report",
+        "--output",
+        tmp_path / "run",
+    ]
+    done("shrink", classifier, photos, *words)
+    (step,) = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["steps"]
+    assert step == {"shrink": {"budget": {"macs": 0.9, "latency": 0.7}, "batch": 2}}
+    (stored,) = json.loads((tmp_path / "run" / "student" / "compressvit.json").read_text())["transforms"]
+    latency = stored["plan"]["latency"]
+    assert asked == [latency["table"]["batch"]] == [2]
+    assert latency["predicted"] <= 0.7
+    assert (
+        f"latency: {latency['predicted']:.2f} of the teacher's predicted" in (tmp_path / "run" / "run.log").read_text()
+    )
+    assert len(latency["measured"]) == 3
+    assert share(read_results(tmp_path / "run"), "macs") <= 0.9
+
+
 def test_labels_of_other_classes_are_not_used(classifier, labelled, photos, tmp_path):
     few = class_folders(tmp_path / "few", classes=("x", "y"), each=1)
     for images, name, words in (
@@ -250,6 +286,10 @@ def test_limits_and_their_units():
         (["{artifact}", "{photos}", "--to", "nan"], ["--to parameters=nan: a limit is above 0"]),
         (["{artifact}", "{photos}", "--to", "1"], ["--to parameters=1 is no smaller than the teacher", "parameters;"]),
         (["{artifact}", "{photos}", "--to", "0.5", "macs=1e12"], ["--to macs=1e+12 is no smaller", "MACs"]),
+        (["{artifact}", "{photos}", "--to", "latency=1"], ["--to latency=1 is no faster than the teacher"]),
+        (["{artifact}", "{photos}", "--to", "0.5", "--batch", "4"], ["--batch 4 is for a limit of latency"]),
+        (["{artifact}", "{photos}", "--to", "0.01"], ["parameters (the smallest that", "cannot be met"]),
+        (["{artifact}", "{photos}", "--to", "latency=0.001"], ["ms latency (the smallest that", "measured on cpu"]),
         (["{artifact}", "{photos}", "--to", "parameters=0.5", "0.4"], ["two limits of parameters"]),
         (["{artifact}", "{photos}", "--to", "half"], ["'half' is not a number"]),
         (["{artifact}", "{photos}", "--to", "mac=0.5"], ["no unit 'mac'", "'macs'"]),
@@ -279,7 +319,7 @@ def test_weights_that_timm_cannot_get_may_be_given_as_a_file(photos, monkeypatch
         raise OSError("no network")
 
     monkeypatch.setattr("compressvit.model.weights._require_reachable", offline)
-    message = run("shrink", "test_vit", photos, "--img-size", 32, "--output", tmp_path / "run")[2]
+    message = run("shrink", "test_vit", photos, "--img-size", 32, "--to", 0.7, "--output", tmp_path / "run")[2]
     assert "could not be downloaded" in message
     assert f"compressvit shrink PATH {photos} --model test_vit" in message
     assert not (tmp_path / "run").exists()

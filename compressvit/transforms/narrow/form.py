@@ -19,12 +19,14 @@ class BlockForm(Frozen):
         neurons: of the MLP.
         heads, head_dim: of the attention.
         ranks: of layers that are low rank besides, by their name in the block.
+        factored: those of them that are two factors where the plan's others are pivoted.
     """
 
     neurons: Size | None = None
     heads: Size | None = None
     head_dim: Size | None = None
     ranks: dict[str, Size] = Field(default_factory=dict)
+    factored: tuple[str, ...] = ()
 
     def layers(self) -> set[str]:
         """The names of the layers that it changes."""

@@ -29,7 +29,7 @@ class NarrowPlan(Plan):
 
     Attributes:
         forms: of the blocks that change, by path.
-        pivoted: whether low-rank layers have the pivoted form (`compressvit.fitting.pivoted`).
+        pivoted: whether low-rank layers have the pivoted form (`compressvit.fitting.pivoted`), but for those that a form calls factored.
         metric: what errors are measured in, see `NarrowStep`.
         sequential: fitted in the order the layers run.
         ridge, output_ridge: of the moments.
@@ -117,8 +117,9 @@ class NarrowPlan(Plan):
             of_size = f" of {size} instead of {place.head_dim} dimensions" if form.head_dim else ""
             say((QKV, PROJ), of_heads + of_size)
         for layer, rank in form.ranks.items():
-            (pivot if self.pivoted else factor)(model, f"{place.path}.{layer}", rank)
-            say((layer,), f"{'pivoted ' * self.pivoted}rank {rank}")
+            pivoted = self.pivoted and layer not in form.factored
+            (pivot if pivoted else factor)(model, f"{place.path}.{layer}", rank)
+            say((layer,), f"{'pivoted ' * pivoted}rank {rank}")
         return {path: ", ".join(parts) for path, parts in texts.items()}
 
     @torch.no_grad()
@@ -163,7 +164,7 @@ class NarrowPlan(Plan):
                 dense = nn.Parameter(effective_weight(module).detach().clone(), requires_grad=trained)
                 unfactor(model, place, dense)
         left = {
-            path: form.model_copy(update={"ranks": {}})
+            path: form.model_copy(update={"ranks": {}, "factored": ()})
             for path, form in self.forms.items()
             if form.neurons or form.heads or form.head_dim
         }

@@ -1,12 +1,13 @@
 """What every attention and every MLP of a backbone can become, with the price of each form and the error of the model's output it costs.
 
 Errors are those of the closed forms, in the Gauss–Newton metric of the model's output (`compressvit.fitting.lowrank`), so that those of all
-parts add up: over the layers, over the neurons or dimensions that go and the ranks of what is left, and over the tokens of an image.
+parts add up: over the layers, over the neurons or dimensions that go and the ranks of what is left, and over the tokens of an image. Prices
+need no values, so the smallest student that the forms allow is known before an image is read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,8 +17,8 @@ from compressvit.fitting.hull import Forms
 from compressvit.fitting.lowrank import Metric, Tensor, cholesky, left_out
 from compressvit.transforms.narrow.fit import TeacherBlock, narrow_heads, restricted
 from compressvit.transforms.narrow.form import BlockForm
-from compressvit.transforms.narrow.places import FC1, FC2, PROJ, QKV
-from compressvit.transforms.shrink.prices import Prices, rank_price
+from compressvit.transforms.narrow.places import FC1, FC2, PROJ, QKV, Place
+from compressvit.transforms.shrink.prices import Prices, Row
 
 PARTS = 8  # widths that are tried, in eighths of the teacher's
 RANKS = 24  # ranks that are tried, of a layer
@@ -30,7 +31,6 @@ class Methods:
     Attributes:
         neurons, head_dim, heads, rank: whether each may be reduced.
         multiple: widths and ranks are multiples of it where they can be.
-        pivoted: the form of low-rank layers.
     """
 
     neurons: bool = True
@@ -38,7 +38,6 @@ class Methods:
     heads: bool = True
     rank: bool = True
     multiple: int = 8
-    pivoted: bool = True
 
 
 def widths(whole: int, multiple: int) -> list[int]:
@@ -50,119 +49,146 @@ def widths(whole: int, multiple: int) -> list[int]:
 
 @dataclass(frozen=True)
 class _Way:
-    """One way for one layer to be: dense, or of a rank."""
+    """One way for one layer to be: dense, or of a rank in one of two forms."""
 
     rank: int | None
-    numbers: int
+    pivoted: bool
+    price: Row
     error: float
 
 
-def _ways(weight: Tensor, centred: Tensor, outer: Tensor | None, ridge: float, methods: Methods) -> list[_Way]:
-    """The ways of a layer of this (narrowed) weight (out, in)."""
-    outputs, inputs = weight.shape
-    found = [_Way(None, outputs * inputs, 0.0)]
-    if not methods.rank:
-        return found
-    left = left_out(torch.linalg.svdvals(Metric(cholesky(centred, ridge), outer).weigh(weight))).tolist()
-    most = min(outputs, inputs)
-    step = (
-        max(1, most // RANKS // methods.multiple) * methods.multiple
-        if most >= 4 * methods.multiple
-        else max(1, most // RANKS)
-    )
-    for rank in range(step, most, step):
-        if (numbers := rank_price(outputs, inputs, rank, methods.pivoted)) < outputs * inputs:
-            found.append(_Way(rank, numbers, left[rank]))
-    return found
+@dataclass(frozen=True)
+class _Base:
+    """A width of a sublayer: its form, its error, what it costs besides its two layers, and the ways of these."""
+
+    form: BlockForm
+    error: float
+    price: Row
+    ways: dict[str, list[_Way]]
 
 
-def _forms(
-    bases: Iterable[tuple[BlockForm, float, int, float, dict[str, list[_Way]]]], tokens: int, prices: Prices
-) -> Forms[BlockForm]:
-    """All combinations of the ways of two layers, for each narrower base.
+class _Offers:
+    """The forms of one block.
 
     Args:
-        bases: a form, its error, its further parameters and further multiply-accumulates, and the ways of its two layers.
+        teacher: what is known of its values; None: errors are not, and count as zero.
     """
-    forms: list[BlockForm] = []
-    rows: list[np.ndarray] = []
-    errors: list[float] = []
-    for base, error, parameters, products, ways in bases:
-        (first, ones), (second, others) = ways.items()
-        for one in ones:
-            for other in others:
-                ranks = {name: way.rank for name, way in ((first, one), (second, other)) if way.rank is not None}
-                forms.append(base.model_copy(update={"ranks": ranks}))
-                numbers = one.numbers + other.numbers
-                rows.append(prices.row(numbers + parameters, numbers * tokens + products))
-                errors.append(tokens * (error + one.error + other.error))
-    return Forms(forms, np.array(rows), np.array(errors)).efficient()
+
+    def __init__(self, place: Place, prices: Prices, methods: Methods, teacher: TeacherBlock | None):
+        self.place, self.prices, self.methods, self.teacher = place, prices, methods, teacher
+        self.shapes = prices.shapes[place.path]
+
+    def mlp(self) -> Forms[BlockForm]:
+        """Fewer neurons, and the rank of each of the two layers."""
+        place, teacher = self.place, self.teacher
+        sizes = widths(place.neurons, self.methods.multiple) if self.methods.neurons else [place.neurons]
+        removals = teacher.neurons(*sizes) if teacher else {}
+        bases = []
+        for size in sizes:
+            form = BlockForm(neurons=None if size == place.neurons else size)
+            error, first, second = 0.0, None, None
+            if teacher:
+                removal = removals[size]
+                kept, rows, error = removal.kept, place.rows(removal.kept), removal.error
+                outer = teacher.factor(FC1, restricted(teacher.moments(FC1).outputs, rows))
+                first = self._left(teacher.weight(FC1)[rows], teacher.centred(FC1), outer)
+                second = self._left(removal.weight, teacher.centred(FC2)[kept][:, kept], None)
+            bases.append(self._base(form, error, {FC1: first, FC2: second}, self.prices.hidden(place.path, size)))
+        return self._forms(bases, FC1)
+
+    def attention(self) -> Forms[BlockForm]:
+        """Fewer dimensions of every head, fewer heads, and the rank of each of the two layers."""
+        place, teacher = self.place, self.teacher
+        bases = []
+        for heads, size in self._head_sizes():
+            form = BlockForm(
+                heads=None if heads == place.heads else heads, head_dim=None if size == place.head_dim else size
+            )
+            error, first, second = 0.0, None, None
+            if teacher:
+                moments = teacher.moments(QKV)
+                found = narrow_heads(
+                    teacher, form, teacher.weight(QKV), teacher.bias(QKV), moments.inputs, moments.mean
+                )
+                outer, error = teacher.outer(PROJ), found.error
+                projection = found.projection if outer is None else outer.mT @ found.projection
+                first = self._left(found.weight, teacher.centred(QKV), teacher.factor(QKV, found.gradients))
+                second = self._left(projection, found.values, None)
+            products = self.prices.products(place.path, heads, size)
+            bases.append(self._base(form, error, {QKV: first, PROJ: second}, products))
+        return self._forms(bases, QKV)
+
+    def _head_sizes(self) -> list[tuple[int, int]]:
+        place, methods = self.place, self.methods
+        sizes = [(place.heads, place.head_dim)]
+        if methods.head_dim and "head_dim" in place.options:
+            sizes += [(place.heads, size) for size in widths(place.head_dim, methods.multiple)[1:]]
+        if methods.heads and "heads" in place.options:
+            counts = range(place.heads - 1, place.heads // 4, -1)
+            if self.teacher:
+                self.teacher.heads(*counts)
+            sizes += [(count, place.head_dim) for count in counts]
+        return sizes
+
+    def _left(self, weight: Tensor, centred: Tensor, outer: Tensor | None) -> list[float] | None:
+        """The error of a layer of every rank; None where it stays dense."""
+        assert self.teacher is not None
+        if not self.methods.rank:
+            return None
+        metric = Metric(cholesky(centred, self.teacher.settings.ridge), outer)
+        found: list[float] = left_out(torch.linalg.svdvals(metric.weigh(weight))).tolist()
+        return found
+
+    def _base(self, form: BlockForm, error: float, left: dict[str, list[float] | None], other: Row) -> _Base:
+        shapes = self.shapes.narrowed(form)
+        biases = sum(shapes[name][0] for name in left if name in self.shapes.biases)
+        ways = {name: self._ways(name, *shapes[name], errors) for name, errors in left.items()}
+        return _Base(form, error, other + self.prices.row(biases), ways)
+
+    def _ways(self, layer: str, outputs: int, inputs: int, errors: list[float] | None) -> list[_Way]:
+        block, multiple = self.place.path, self.methods.multiple
+        found = [_Way(None, False, self.prices.dense(block, layer, outputs, inputs), 0.0)]
+        if not self.methods.rank:
+            return found
+        most = min(outputs, inputs)
+        step = max(1, most // RANKS // multiple) * multiple if most >= 4 * multiple else max(1, most // RANKS)
+        for rank in range(step, most, step):
+            for pivoted, price in self.prices.low_rank(block, layer, outputs, inputs, rank):
+                found.append(_Way(rank, pivoted, price, errors[rank] if errors else 0.0))
+        return found
+
+    def _forms(self, bases: Sequence[_Base], layer: str) -> Forms[BlockForm]:
+        """All combinations of the ways of two layers, for each width, without those that others are better than."""
+        prices, errors = [], []
+        made: list[tuple[_Base, _Way, _Way]] = []
+        for base in bases:
+            first, second = base.ways.values()
+            made += [(base, one, other) for one in first for other in second]
+            of_first, of_second = (np.array([way.price for way in ways]) for ways in (first, second))
+            prices.append((base.price + of_first[:, None] + of_second[None]).reshape(-1, len(base.price)))
+            lost = [np.array([way.error for way in ways]) for ways in (first, second)]
+            errors.append((base.error + lost[0][:, None] + lost[1][None]).flatten())
+        tokens = self.prices.tokens[f"{self.place.path}.{layer}"]
+        found = Forms(range(len(made)), np.concatenate(prices), tokens * np.concatenate(errors)).efficient()
+        return Forms([self._form(*made[i]) for i in found.forms], found.prices, found.errors)
+
+    def _form(self, base: _Base, *ways: _Way) -> BlockForm:
+        of_layers = [(name, way) for name, way in zip(base.ways, ways, strict=True) if way.rank is not None]
+        ranks = {name: way.rank for name, way in of_layers}
+        factored = tuple(name for name, way in of_layers if self.prices.pivoted and not way.pivoted)
+        return base.form.model_copy(update={"ranks": ranks, "factored": factored})
 
 
-def of_mlp(teacher: TeacherBlock, prices: Prices, methods: Methods) -> Forms[BlockForm]:
-    """The forms of an MLP: fewer neurons, and the rank of each of its layers."""
-    place, ridge = teacher.place, teacher.settings.ridge
-    sizes = widths(place.neurons, methods.multiple) if methods.neurons else [place.neurons]
-    removals = teacher.neurons(*sizes)
-    inputs, centred, hidden = teacher.weight(FC1), teacher.centred(FC1), teacher.centred(FC2)
-    gradients = teacher.moments(FC1).outputs
-    bases = []
-    for size in sizes:
-        removal = removals[size]
-        rows = place.rows(removal.kept)
-        outer = teacher.factor(FC1, restricted(gradients, rows))
-        kept = removal.kept
-        ways = {
-            FC1: _ways(inputs[rows], centred, outer, ridge, methods),
-            FC2: _ways(removal.weight, hidden[kept][:, kept], None, ridge, methods),
-        }
-        form = BlockForm(neurons=None if size == place.neurons else size)
-        biases = len(rows) * (teacher.bias(FC1) is not None) + len(removal.weight) * (teacher.bias(FC2) is not None)
-        bases.append((form, removal.error, biases, 0.0, ways))
-    return _forms(bases, prices.tokens[teacher.path(FC1)], prices)
+def offers(place: Place, prices: Prices, methods: Methods, teacher: TeacherBlock | None) -> dict[str, Forms[BlockForm]]:
+    """The forms of a block's attention and MLP, by path.
 
-
-def of_attention(teacher: TeacherBlock, prices: Prices, methods: Methods) -> Forms[BlockForm]:
-    """The forms of an attention: fewer dimensions of every head, fewer heads, and the rank of each of its layers."""
-    place = teacher.place
-    moments = teacher.moments(QKV)
-    weight, bias = teacher.weight(QKV), teacher.bias(QKV)
-    centred = teacher.centred(QKV)
-    biases = teacher.bias(PROJ)
-    bases = []
-    for heads, size in _head_sizes(teacher, methods):
-        form = BlockForm(
-            heads=None if heads == place.heads else heads, head_dim=None if size == place.head_dim else size
-        )
-        found = narrow_heads(teacher, form, weight, bias, moments.inputs, moments.mean)
-        outer = teacher.outer(PROJ)
-        projection = found.projection if outer is None else outer.mT @ found.projection
-        ways = {
-            QKV: _ways(found.weight, centred, teacher.factor(QKV, found.gradients), teacher.settings.ridge, methods),
-            PROJ: _ways(projection, found.values, None, teacher.settings.ridge, methods),
-        }
-        own = (0 if found.bias is None else len(found.bias)) + (0 if biases is None else len(biases))
-        bases.append((form, found.error, own, float(prices.attention(place.path, heads * size)), ways))
-    return _forms(bases, prices.tokens[teacher.path(QKV)], prices)
-
-
-def _head_sizes(teacher: TeacherBlock, methods: Methods) -> list[tuple[int, int]]:
-    place = teacher.place
-    sizes = [(place.heads, place.head_dim)]
-    if methods.head_dim and "head_dim" in place.options:
-        sizes += [(place.heads, size) for size in widths(place.head_dim, methods.multiple)[1:]]
-    if methods.heads and "heads" in place.options:
-        counts = range(place.heads - 1, place.heads // 4, -1)
-        teacher.heads(*counts)
-        sizes += [(count, place.head_dim) for count in counts]
-    return sizes
-
-
-def offers(teacher: TeacherBlock, prices: Prices, methods: Methods) -> dict[str, Forms[BlockForm]]:
-    """The forms of a block's attention and MLP, by path."""
+    Args:
+        teacher: what is known of its values; None: all errors are zero, and of forms the cheapest are found.
+    """
+    made = _Offers(place, prices, methods, teacher)
     found: dict[str, Forms[BlockForm]] = {}
-    if teacher.place.options:
-        found[teacher.path("attn")] = of_attention(teacher, prices, methods)
-    if teacher.place.neurons:
-        found[teacher.path("mlp")] = of_mlp(teacher, prices, methods)
+    if place.options:
+        found[f"{place.path}.attn"] = made.attention()
+    if place.neurons:
+        found[f"{place.path}.mlp"] = made.mlp()
     return found

@@ -8,65 +8,42 @@ sum of errors within the budget are chosen (`compressvit.fitting.hull`). All lay
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
-import numpy as np
-from pydantic import Field, model_validator
+import torch
+from pydantic import Field
 from torch import nn
 
 from compressvit.errors import UserError
 from compressvit.fitting.allocate import Budget
-from compressvit.fitting.hull import Forms, choose, least
+from compressvit.fitting.hull import Forms
+from compressvit.fitting.lowrank import TINY
 from compressvit.fitting.reference import Reference
 from compressvit.log import progress
 from compressvit.model import surgery
 from compressvit.model.backbone import describe
 from compressvit.model.linear import weight_shape
-from compressvit.spec import Spec
 from compressvit.transforms.base import Transform, transform
 from compressvit.transforms.narrow.fit import Settings, TeacherBlock
 from compressvit.transforms.narrow.form import BlockForm
-from compressvit.transforms.narrow.places import LAYERS, Place
-from compressvit.transforms.narrow.plan import NarrowPlan, smaller
+from compressvit.transforms.narrow.places import Place
+from compressvit.transforms.narrow.plan import smaller
 from compressvit.transforms.narrow.spec import NarrowStep
+from compressvit.transforms.shrink.budget import ShrinkBudget
+from compressvit.transforms.shrink.latency import LatencyTable
 from compressvit.transforms.shrink.offers import Methods, offers
-from compressvit.transforms.shrink.prices import Prices, Unit
+from compressvit.transforms.shrink.plan import PlannedLatency, ShrinkPlan
+from compressvit.transforms.shrink.prices import Prices, of_sublayers
+from compressvit.transforms.shrink.search import Search
+from compressvit.transforms.shrink.stopwatch import measure, ratio
+
+log = logging.getLogger("compressvit")
 
 Method = Literal["neurons", "head_dim", "heads", "rank"]
 _SHARES = 64  # of all widths, of which a plan without values tries the largest
-_ROUNDS = 5  # of exact counts, after each of which the limits are corrected
-
-
-class ShrinkBudget(Spec):
-    """What the student may cost: one limit or several, all of which hold. Up to 1 each is a fraction of the teacher's."""
-
-    parameters: float | None = Field(None, gt=0, description="Parameters; e.g. 0.5, or 11000000.")
-    bytes: float | None = Field(None, gt=0, description="Bytes of model.safetensors.")
-    macs: float | None = Field(None, gt=0, description="Multiply-accumulates for one image.")
-
-    @model_validator(mode="after")
-    def _at_least_one(self) -> ShrinkBudget:
-        if not self.units:
-            raise ValueError("a budget names at least one of parameters, bytes, macs, e.g. parameters: 0.5")
-        return self
-
-    @property
-    def units(self) -> tuple[Unit, ...]:
-        """The units that have a limit."""
-        names: tuple[Unit, ...] = ("parameters", "bytes", "macs")
-        return tuple(name for name in names if getattr(self, name) is not None)
-
-    def limits(self, of_teacher: np.ndarray) -> np.ndarray:
-        """(units,): the most that may be spent, where the teacher costs `of_teacher`."""
-        values = [float(getattr(self, unit)) for unit in self.units]
-        return np.array(
-            [np.floor(value * whole if value <= 1 else value) for value, whole in zip(values, of_teacher, strict=True)]
-        )
-
-
-class ShrinkPlan(NarrowPlan):
-    """A resolved `Shrink`."""
+_CORRECTIONS = 2  # of the limit of latency, where a student is measured to be slower than predicted
 
 
 @transform("shrink", ShrinkPlan)
@@ -79,21 +56,26 @@ class Shrink(NarrowStep):
         min_length=1,
         description="What may be reduced: hidden neurons of MLPs, dimensions of heads, whole heads, and the rank of linear layers.",
     )
-    pivoted: bool = Field(
-        True,
-        description="The form of low-rank layers: pivoted (the same function with fewer numbers), or two factors, which are faster at a "
-        "rank.",
+    pivoted: Literal["auto"] | bool = Field(
+        "auto",
+        description="The form of low-rank layers. True: pivoted, the same function with fewer numbers. False: two factors. auto: "
+        "pivoted or, where latency is a unit of the budget, whichever of them is faster for a layer.",
     )
     multiple: int = Field(8, ge=1, description="Widths and ranks are multiples of it, which hardware prefers.")
+    batch: int = Field(1, ge=1, description="Images at once for which latency counts.")
 
     def with_budget(self, budget: Budget) -> Shrink:
-        only = {name: getattr(budget, name) for name in ShrinkBudget.model_fields}
+        only = {name: getattr(budget, name, None) for name in ShrinkBudget.model_fields}
         return self.model_copy(update={"budget": ShrinkBudget(**only)})
 
     @property
     def provisional(self) -> tuple[str, ...]:
+        text = "widths are uniform in this plan; apply chooses the form of every block by the errors it measures on the calibration images"
+        if self.budget.latency is None:
+            return (text,)
         return (
-            "widths are uniform in this plan; apply chooses the form of every block by the errors it measures on the calibration images",
+            text,
+            "latency is taken to fall as multiply-accumulates do; apply first measures what modules take on its device",
         )
 
     @classmethod
@@ -110,58 +92,104 @@ class Shrink(NarrowStep):
 
     def plan(self, model: nn.Module, reference: Reference | None = None) -> ShrinkPlan:
         found = self.places_of(model)
-        prices = Prices.of(model, found, self.budget.units)
-        whole, of_teacher = prices.whole(model), prices.of_teacher(model)
-        limits = self.budget.limits(of_teacher)
-        self._refuse_large(limits, of_teacher)
         if reference is None:
-            return self._resolved(self._uniform(model, found, prices, limits))
-        parts = self._offers(model, found, prices, reference)
-        fixed = whole - np.sum([forms.prices.max(axis=0) for forms in parts.values()], axis=0)
-        cheapest = self._resolved(_together({name: _cheapest(forms) for name, forms in parts.items()}))
-        smallest = fixed + least(parts)
-        if "bytes" in self.budget.units:  # with the names in the file's header
-            smallest = np.maximum(smallest, self._cost(model, cheapest, prices))
-        self._refuse_small(limits, smallest, of_teacher)
-        wanted = limits - fixed
-        for _ in range(_ROUNDS):
-            chosen = choose(parts, wanted.tolist())
-            if chosen is None:
+            if known := tuple(unit for unit in self.budget.units if unit != "latency"):
+                search = Search(self, model, Prices.of(model, found, known, pivoted=self.pivoted), self.budget)
+                search.refuse(found, large=known == self.budget.units)
+            budget = self.budget.unmeasured()
+            search = Search(self, model, Prices.of(model, found, budget.units, pivoted=self.pivoted), budget)
+            return self.resolved(self._uniform(model, found, search))
+        search = self._search(model, found, reference)
+        parts = self._offers(found, search.prices, reference)
+        chosen = search.within(parts)
+        return chosen if search.prices.table is None else self._timed(chosen, model, search, parts, reference.device)
+
+    def refuse_by_device(self, model: nn.Module, reference: Reference) -> None:
+        if "latency" in self.budget.units:
+            self._search(model, self.places_of(model), reference)
+
+    def _search(self, model: nn.Module, found: Sequence[Place], reference: Reference) -> Search:
+        """What is wanted and what it costs. Raises a `UserError` for what cannot be met, before an image is read."""
+        table = self._table(model, found, reference) if "latency" in self.budget.units else None
+        search = Search(self, model, Prices.of(model, found, self.budget.units, table, self.pivoted), self.budget)
+        search.refuse(found)
+        return search
+
+    def _table(self, model: nn.Module, found: Sequence[Place], reference: Reference) -> LatencyTable:
+        """Measured once for a model, also where several students are made of it."""
+        dtype = next(model.parameters()).dtype
+        name = f"latency of batches of {self.batch} in {dtype}".replace("torch.", "")
+        if (known := reference.choices.get(name)) is not None:
+            table = LatencyTable.model_validate(known)
+            if table.is_of(reference.device):
+                return table
+        table = measure(reference.model, found, batch=self.batch, device=reference.device, dtype=dtype)
+        reference.choices.put(name, table.model_dump(mode="json"))
+        return table
+
+    def _timed(
+        self,
+        plan: ShrinkPlan,
+        model: nn.Module,
+        search: Search,
+        parts: Mapping[str, Forms[BlockForm]],
+        device: torch.device,
+    ) -> ShrinkPlan:
+        """The plan with what is known of its latency, for which the whole student is measured; where that is clearly above the limit, a
+        plan within a limit that is as much lower."""
+        table = search.prices.table
+        assert table is not None
+        i = search.prices.units.index("latency")
+        limit = float(search.limits[i] / table.whole)
+        for trial in range(1 + _CORRECTIONS):
+            predicted = float(search.cost(plan)[i] / table.whole)
+            student = surgery.deep_copy(model)
+            plan.apply(student)
+            measured = ratio(student, surgery.deep_copy(model), batch=self.batch, device=device)
+            log.info(
+                "latency: %.2f of the teacher's predicted, %.2f (%.2f–%.2f) measured in turns, on %s",
+                predicted,
+                measured[1],
+                measured[0],
+                measured[2],
+                table.where(),
+            )
+            known = PlannedLatency(table=table, predicted=predicted, measured=measured)
+            plan = plan.model_copy(update={"latency": known})
+            saved = (1 - measured[1]) / max(1 - predicted, TINY)  # of what was predicted
+            if measured[0] <= limit or trial == _CORRECTIONS or saved <= 0:
                 break
-            plan = self._resolved(_together(chosen))
-            over = self._cost(model, plan, prices) - limits
-            if (over <= 0).all():
-                return plan
-            wanted = wanted - np.maximum(over, 0)
-        if (self._cost(model, cheapest, prices) <= limits).all():
-            return cheapest
-        raise self._too_small(limits, smallest, of_teacher)
+            search.limits[i] = table.whole * (1 - (1 - limit) / min(saved, 1.0))
+            try:
+                plan = search.within(parts)
+            except UserError:
+                log.warning(
+                    "latency: a student that is measured to be as fast as asked is smaller than the methods reach"
+                )
+                break
+        return plan
 
-    def _resolved(self, forms: Mapping[str, BlockForm]) -> ShrinkPlan:
-        settings = self.model_dump(include={"pivoted", "metric", "sequential", "ridge", "output_ridge"})
-        return ShrinkPlan(forms=smaller(forms), **settings)
+    def resolved(self, forms: Mapping[str, BlockForm]) -> ShrinkPlan:
+        settings = self.model_dump(include={"metric", "sequential", "ridge", "output_ridge"})
+        return ShrinkPlan(forms=smaller(forms), pivoted=bool(self.pivoted), **settings)
 
-    def _offers(
-        self, model: nn.Module, found: Sequence[Place], prices: Prices, reference: Reference
-    ) -> dict[str, Forms[BlockForm]]:
+    @property
+    def may(self) -> Methods:
+        return Methods(**{name: name in self.methods for name in get_args(Method)}, multiple=self.multiple)
+
+    def _offers(self, found: Sequence[Place], prices: Prices, reference: Reference) -> dict[str, Forms[BlockForm]]:
         images = self.metric != "weights"
         if images:  # of all layers in one pass over them
             reference.require_images(self.name)
-            paths = [f"{p.path}.{layer}" for p in found for layer in LAYERS if _changes(p, layer)]
-            reference.moments(paths, outputs=True)
+            reference.moments([f"{p.path}.{layer}" for p in found for layer in of_sublayers(p)], outputs=True)
         settings = Settings(self.ridge, self.output_ridge, images)
         branches = describe(reference.model).family.branches
-        may = Methods(
-            **{name: name in self.methods for name in get_args(Method)}, multiple=self.multiple, pivoted=self.pivoted
-        )
         result: dict[str, Forms[BlockForm]] = {}
         for place in progress(found, "measuring what each block can become", len(found)):
-            result |= offers(TeacherBlock(place, reference, branches, settings), prices, may)
+            result |= offers(place, prices, self.may, TeacherBlock(place, reference, branches, settings))
         return result
 
-    def _uniform(
-        self, model: nn.Module, found: Sequence[Place], prices: Prices, limits: np.ndarray
-    ) -> dict[str, BlockForm]:
+    def _uniform(self, model: nn.Module, found: Sequence[Place], search: Search) -> dict[str, BlockForm]:
         """The largest share of all widths alike that meets the limits; the smallest of all where none does."""
 
         def at(part: int) -> dict[str, BlockForm]:
@@ -170,7 +198,7 @@ class Shrink(NarrowStep):
         low, high = 1, _SHARES  # the least share of all, and one that is too large
         while high - low > 1:
             middle = (low + high) // 2
-            fits = (self._cost(model, self._resolved(at(middle)), prices) <= limits).all()
+            fits = (search.cost(self.resolved(at(middle))) <= search.limits).all()
             low, high = (middle, high) if fits else (low, middle)
         return at(low)
 
@@ -190,39 +218,8 @@ class Shrink(NarrowStep):
         )
         if form.layers() or "rank" not in self.methods:
             return form
-        layers = [layer for layer in LAYERS if _changes(place, layer)]
-        shapes = {layer: weight_shape(model.get_submodule(f"{place.path}.{layer}")) for layer in layers}
-        return BlockForm(ranks={layer: _rank_of(share, *shape, self.pivoted) for layer, shape in shapes.items()})
-
-    def _cost(self, model: nn.Module, plan: ShrinkPlan, prices: Prices) -> np.ndarray:
-        empty = surgery.skeleton(model)
-        plan.apply(empty)
-        return prices.whole(empty)
-
-    def _refuse_large(self, limits: np.ndarray, of_teacher: np.ndarray) -> None:
-        if (limits >= of_teacher).all():
-            asked, has = (
-                " and ".join(f"{int(value):,} {unit}" for unit, value in zip(self.budget.units, values, strict=True))
-                for values in (limits, of_teacher)
-            )
-            raise UserError(
-                f"{self.name}: a budget of {asked} is no smaller than the teacher, which has {has}; give less, or leave the step out"
-            )
-
-    def _refuse_small(self, limits: np.ndarray, smallest: np.ndarray, of_teacher: np.ndarray) -> None:
-        if (smallest > limits).any():
-            raise self._too_small(limits, smallest, of_teacher)
-
-    def _too_small(self, limits: np.ndarray, smallest: np.ndarray, of_teacher: np.ndarray) -> UserError:
-        texts = [
-            f"{int(limit):,} {unit} (the smallest that {', '.join(self.methods)} reach is {int(low):,}, {low / whole:.3f} of the teacher's "
-            f"{int(whole):,})"
-            for unit, limit, low, whole in zip(self.budget.units, limits, smallest, of_teacher, strict=True)
-            if low > limit or not (smallest > limits).any()
-        ]
-        return UserError(
-            f"{self.name}: a budget of {' and '.join(texts)} cannot be met; raise it, or allow more methods"
-        )
+        shapes = {layer: weight_shape(model.get_submodule(f"{place.path}.{layer}")) for layer in of_sublayers(place)}
+        return BlockForm(ranks={layer: _rank_of(share, *shape, bool(self.pivoted)) for layer, shape in shapes.items()})
 
 
 def _rank_of(share: float, outputs: int, inputs: int, pivoted: bool) -> int:
@@ -230,23 +227,3 @@ def _rank_of(share: float, outputs: int, inputs: int, pivoted: bool) -> int:
     both, numbers = outputs + inputs, share * outputs * inputs
     rank = (both - (both**2 - 4 * numbers) ** 0.5) / 2 if pivoted else numbers / both
     return min(max(1, int(rank)), min(outputs, inputs) - 1)
-
-
-def _cheapest(forms: Forms[BlockForm]) -> BlockForm:
-    """The form that costs least, in the first unit."""
-    return forms.forms[int(np.lexsort(forms.prices.T[::-1])[0])]
-
-
-def _changes(place: Place, layer: str) -> bool:
-    return bool(place.options) if layer.startswith("attn.") else bool(place.neurons)
-
-
-def _together(chosen: Mapping[str, BlockForm]) -> dict[str, BlockForm]:
-    """The forms of blocks from those of their sublayers."""
-    found: dict[str, BlockForm] = {}
-    for path, form in chosen.items():
-        block = path.rpartition(".")[0]
-        other = found.get(block, BlockForm())
-        own = {name: value for name, value in form if name != "ranks" and value is not None}
-        found[block] = other.model_copy(update={**own, "ranks": other.ranks | form.ranks})
-    return found

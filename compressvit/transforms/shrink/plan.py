@@ -1,0 +1,35 @@
+"""The plan of `shrink`: that of `narrow`, and how it came about."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from compressvit.spec import Frozen
+from compressvit.transforms.narrow.plan import NarrowPlan
+from compressvit.transforms.shrink.latency import LatencyTable
+
+
+class PlannedLatency(Frozen):
+    """What `shrink` knows of the student's latency.
+
+    Attributes:
+        table: what it was planned by.
+        predicted: latency of the student by that table, relative to the teacher's.
+        measured: the same measured, teacher and student in turns: lower quartile, median and upper quartile of the ratios.
+    """
+
+    table: LatencyTable
+    predicted: float
+    measured: tuple[float, float, float] | None = None
+
+
+class ShrinkPlan(NarrowPlan):
+    """A resolved `Shrink`.
+
+    Attributes:
+        latency: where that is a unit of its budget.
+    """
+
+    starts: ClassVar[tuple[str, ...]] = (*NarrowPlan.starts, "latency")
+
+    latency: PlannedLatency | None = None

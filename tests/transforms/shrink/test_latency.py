@@ -1,0 +1,227 @@
+"""Latency as a unit of the budget of `shrink`: what the table says, what is chosen by it, and that it is measured once."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from helpers.latency import CPU, table_of
+from helpers.models import build, images_for
+
+from compressvit.artifacts import artifact
+from compressvit.errors import UserError
+from compressvit.fitting.choices import Choices
+from compressvit.fitting.reference import Reference
+from compressvit.model import cost, surgery
+from compressvit.model.backbone import describe, input_size
+from compressvit.transforms import Shrink
+from compressvit.transforms.applying import compress, plan_transforms
+from compressvit.transforms.low_rank.pivoted_layer import is_pivoted
+from compressvit.transforms.narrow.places import places
+from compressvit.transforms.record import compression_of
+from compressvit.transforms.shrink import spec, stopwatch
+from compressvit.transforms.shrink.latency import Grid, device_name
+from compressvit.transforms.shrink.prices import Prices
+from compressvit.transforms.shrink.spec import ShrinkBudget
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """A table in place of a measurement; what was asked for is listed."""
+    asked: list[dict] = []
+
+    def measure(model, found, **options):
+        asked.append(options)
+        return table_of(model, found, order=measured_order[0], batch=options["batch"])
+
+    measured_order = [0.0]
+    asked_and_order = type("Asked", (), {"asked": asked, "order": measured_order})
+    monkeypatch.setattr(spec, "measure", measure)
+    monkeypatch.setattr(spec, "ratio", lambda *models, **options: (0.5, 0.6, 0.7))
+    return asked_and_order
+
+
+def shrunk(teacher, **settings):
+    """The structure of a student, and its plan."""
+    plan = Shrink(metric="weights", **{"multiple": 4, **settings}).plan(teacher, Reference(surgery.deep_copy(teacher)))
+    student = surgery.deep_copy(teacher)
+    plan.apply(student)
+    return student, plan
+
+
+def predicted(teacher, student, plan):
+    """The ratio by the table, from the student's own layers."""
+    table, total = plan.latency.table, plan.latency.table.whole
+    before = {place.path: place for place in places(teacher, describe(teacher))}
+    after = {place.path: place for place in places(student, describe(student))}
+    for path, place in before.items():
+        for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
+            old, new = (model.get_submodule(f"{path}.{name}") for model in (teacher, student))
+            total -= table.layer(path, old.out_features, old.in_features)
+            rank = getattr(new, "rank", None)
+            total += table.layer(path, new.out_features, new.in_features, rank, pivoted=is_pivoted(new))
+        total += table.attention(path, after[path].heads, after[path].head_dim)
+        total -= table.attention(path, place.heads, place.head_dim)
+        total += table.mlp(path, after[path].neurons) - table.mlp(path, place.neurons)
+    return total / table.whole
+
+
+def test_the_limit_holds_and_the_prediction_is_that_of_the_students_layers(measured):
+    teacher = build("vit")
+    for budget in ({"latency": 0.6}, {"latency": 0.7, "macs": 0.75, "parameters": 0.8}):
+        student, plan = shrunk(teacher, budget=ShrinkBudget(**budget))
+        assert predicted(teacher, student, plan) == pytest.approx(plan.latency.predicted, rel=1e-9)
+        assert plan.latency.predicted <= budget["latency"] + 1e-9
+        costs = [cost.cost(model, input_size(model)).as_dict() for model in (student, teacher)]
+        for unit in budget.keys() - {"latency"}:
+            assert costs[0][unit] <= budget[unit] * costs[1][unit]
+        shares = [plan.latency.predicted / budget["latency"]]
+        shares += [costs[0][unit] / costs[1][unit] / budget[unit] for unit in budget.keys() - {"latency"}]
+        assert max(shares) > 0.9  # measured 0.97
+
+
+def test_prices_are_those_of_the_student_that_is_built():
+    teacher = build("vit")
+    for budget in ({"parameters": 0.6}, {"macs": 0.6}, {"bytes": 0.6}):
+        (unit,) = budget
+        student, plan = shrunk(teacher, budget=ShrinkBudget(**budget))
+        found = places(teacher, describe(teacher))
+        prices = Prices.of(teacher, found, (unit,))
+        parts = sum(prices.part(*part, plan.forms.get(part[0]))[0] - prices.part(*part)[0] for part in prices.parts())
+        whole, own = (getattr(cost.cost(model, input_size(model)), unit) for model in (teacher, student))
+        if unit == "bytes":  # without the header
+            own, whole = own - cost.header_bytes(student), whole - cost.header_bytes(teacher)
+        assert whole + parts == own
+
+
+def test_a_low_rank_layer_has_the_form_that_is_faster(measured):
+    teacher = build("vit")
+    settings = {"budget": ShrinkBudget(latency=0.7), "methods": ("rank",)}
+    for order, form, pivots in ((0.0, "auto", True), (0.004, "auto", False), (0.004, True, True)):
+        measured.order[0] = order
+        student, _ = shrunk(teacher, pivoted=form, **settings)
+        assert {is_pivoted(module) for module in student.modules() if hasattr(module, "rank")} == {pivots}
+
+
+def test_what_is_not_faster_is_not_offered(measured):
+    teacher = build("vit")
+    measured.order[0] = 1.0  # a pivoted layer is never faster than a dense one
+    with pytest.raises(UserError, match=r"latency .*the smallest that rank reach is"):
+        shrunk(teacher, budget=ShrinkBudget(latency=0.9), methods=("rank",), pivoted=True)
+
+
+def test_the_table_is_in_the_plan_and_nothing_is_measured_again(measured, monkeypatch, tmp_path):
+    teacher = build("vit")
+    student = compress(teacher, [step(batch=4)])
+    (plan,) = compression_of(student).plans
+    assert [tuple(options.values()) for options in measured.asked] == [(4, CPU, torch.float32)]
+    assert plan.latency.table.where() == f"{device_name(CPU)}, {cost.threads_text()}, batch 4, float32"
+    assert plan.latency.measured == (0.5, 0.6, 0.7)
+
+    def refuse(*given, **options):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(spec, "measure", refuse)
+    monkeypatch.setattr(spec, "ratio", refuse)
+    again = artifact.load(artifact.save(student, tmp_path / "student"))
+    assert compression_of(again).plans == [plan]
+    images = images_for(teacher, 2)
+    with torch.no_grad():
+        assert torch.equal(again(images), student.eval()(images))
+
+
+def step(**settings):
+    cheap = {"budget": ShrinkBudget(latency=0.7), "metric": "weights", "methods": ("neurons",), "multiple": 4}
+    return Shrink(**{**cheap, **settings})
+
+
+def test_an_interrupted_run_does_not_measure_again_on_the_same_device(measured, tmp_path):
+    teacher, path = build("vit"), tmp_path / "choices.json"
+
+    def plan():
+        step().plan(teacher, Reference(surgery.deep_copy(teacher), choices=Choices(path)))
+
+    plan()
+    plan()
+    assert len(measured.asked) == 1
+    path.write_text(path.read_text().replace(f'"threads": {torch.get_num_threads()}', '"threads": 64'))
+    plan()
+    assert len(measured.asked) == 2
+
+
+def test_a_target_below_the_floor_is_refused_before_images_are_read(measured):
+    teacher = build("vit")
+
+    def images():
+        raise AssertionError("images were read")
+
+    for budget, text in (
+        ({"latency": 0.26}, r"latency .the smallest that .* ms latency, 0\.\d+ of the teacher's .*measured on cpu"),
+        ({"latency": 1.0}, "is no smaller than the teacher"),
+        ({"latency": 1e6}, "1,000,000.00 ms latency is no smaller"),
+        (
+            {"parameters": 0.01},
+            r"1,235 parameters .the smallest that neurons reach is [\d,]+ parameters, 0.47",
+        ),
+        (
+            {"latency": 0.9, "macs": 0.01},
+            r"budget of [\d,]+ macs .the smallest that [^;]* macs, 0.\d+ of the teacher's [\d,]+. cannot",
+        ),
+    ):
+        with pytest.raises(UserError, match=text):
+            compress(teacher, [step(budget=ShrinkBudget(**budget), metric="outputs")], images)
+
+
+def test_a_student_that_is_measured_to_be_slower_than_predicted_is_made_smaller(measured, monkeypatch):
+    teacher, ratios = build("vit"), [(0.8, 0.85, 0.9), (0.66, 0.68, 0.7)]
+    monkeypatch.setattr(spec, "ratio", lambda *models, **options: ratios.pop(0))
+
+    def planned():
+        every = step(budget=ShrinkBudget(latency=0.8), methods=("neurons", "rank"))
+        return every.plan(teacher, Reference(surgery.deep_copy(teacher))).latency
+
+    ratios[0] = (0.85, 0.86, 0.9)
+    found = planned()
+    assert found.predicted <= 1 - 0.2 / 0.71  # it saves 0.14 where 0.196 was predicted; rounded up
+    assert found.measured == (0.66, 0.68, 0.7)
+    ratios += [(1.1, 1.2, 1.3), (0.6, 0.6, 0.6)]
+    assert planned().measured == (1.1, 1.2, 1.3)  # nothing to go by
+
+
+def test_a_plan_without_values_goes_by_macs(measured):
+    teacher = build("vit")
+    (plan,) = plan_transforms(teacher, [step()])
+    assert plan.latency is None
+    assert not measured.asked
+    empty = surgery.skeleton(teacher)
+    plan.apply(empty)
+    shares = [cost.macs(model, input_size(model)) for model in (empty, teacher)]
+    assert 0.6 < shares[0] / shares[1] <= 0.7
+    assert "latency is taken to fall as multiply-accumulates do" in step().provisional[1]
+
+
+@pytest.mark.parametrize("name", ["vit", "swin"])
+def test_a_real_table_has_every_module_and_they_fill_the_whole(name, monkeypatch, caplog):
+    monkeypatch.setattr(stopwatch, "ROUNDS", 3)
+    teacher = build(name)
+    found = places(teacher, describe(teacher))
+    with caplog.at_level(logging.INFO, logger="compressvit"):
+        table = stopwatch.measure(teacher, found, batch=2, device=CPU, dtype=torch.float32)
+    assert table.batch == 2
+    prices = Prices.of(teacher, found, ("latency",), table)
+    parts = sum(prices.part(*part)[0] for part in prices.parts())
+    assert 0 < parts < table.whole
+    assert all(table.layer(place.path, place.neurons, 8, 4, pivoted=True) > 0 for place in found)
+    assert stopwatch.ratio(surgery.deep_copy(teacher), teacher, batch=2, device=CPU)[1] > 0
+
+
+def test_between_sizes_the_table_is_interpolated():
+    grid = Grid(
+        {(a, b): float(a * b) for a, b in [(8, 8), (8, 16), (8, 64), (16, 8), (16, 16), (16, 64), (64, 8), (64, 16)]}
+    )
+    assert grid.at((8, 64)) == 512
+    assert grid.at((12, 12)) == 144
+    assert grid.at((40, 12)) == 480
+    assert grid.at((4, 8)) == 64  # no less than the smallest
+    assert Grid({(8,): 1.0, (16,): 3.0}).at((12,)) == 2.0
