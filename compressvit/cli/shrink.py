@@ -32,11 +32,19 @@ def add_shrink(verb: Verb) -> None:
         "--to",
         metavar="SIZE",
         nargs="+",
-        default=["0.5"],
         help="size of the student: up to 1 a fraction of the teacher's, above 1 a number; or several limits that all hold: "
         "--to parameters=0.5 macs=0.5 (default: 0.5)",
     )
-    shrink.add_argument("--unit", choices=UNITS, help="unit of a SIZE without one (default: parameters)")
+    shrink.add_argument(
+        "--keep",
+        metavar="WHAT",
+        nargs="+",
+        help="instead of --to: the smallest student that keeps so much on held-out images: cosine=0.98, top1_drop=1.0, "
+        "worst_class_drop=5 or worst_domain_drop=5, in points of accuracy",
+    )
+    shrink.add_argument(
+        "--unit", choices=UNITS, help="unit of a SIZE without one, or of what --keep makes small (default: parameters)"
+    )
     shrink.add_argument(
         "--batch", metavar="N", type=_count, help="images at once for which latency counts (default: 1)"
     )
@@ -64,7 +72,7 @@ def _count(word: str) -> int:
 def run_shrink(arguments: argparse.Namespace) -> int:
     from compressvit.recipe.yaml import dumped
     from compressvit.report.write import FILE, report_after_run
-    from compressvit.runs.shrink import CALIBRATION, apply_recipe, default_output, limits, shrink_recipe
+    from compressvit.runs.shrink import CALIBRATION, apply_recipe, default_output, kept, limits, shrink_recipe
     from compressvit.terminal import Terminal
 
     console = Terminal(stderr=arguments.json)
@@ -72,7 +80,9 @@ def run_shrink(arguments: argparse.Namespace) -> int:
     recipe = shrink_recipe(
         arguments.source,
         arguments.folder,
-        limits(arguments.to, arguments.unit),
+        None if arguments.to is None and arguments.keep else limits(arguments.to or ["0.5"], arguments.unit),
+        keep=kept(arguments.keep) if arguments.keep else None,
+        unit=arguments.unit if arguments.keep else None,
         model=arguments.model,
         img_size=arguments.img_size,
         batch=arguments.batch,

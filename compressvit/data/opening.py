@@ -36,6 +36,7 @@ class Datasets:
         labelled: False if every target is -1.
         broken: files that could not be decoded so far.
         found: notes on what was skipped or guessed when the data was opened.
+        deciding: images held out, of which something is chosen; None where nothing is.
     """
 
     train: Dataset
@@ -45,6 +46,7 @@ class Datasets:
     labelled: bool
     broken: BrokenFiles
     found: list[Note] = field(default_factory=list)
+    deciding: Dataset | None = None
 
     def notes(self) -> list[Note]:
         """Notes on what was skipped or guessed when the data was opened, and on conversions of the images read so far."""

@@ -14,6 +14,7 @@ from compressvit.data.photographs import Photographed
 from compressvit.errors import UserError
 from compressvit.fitting.choices import Choices
 from compressvit.fitting.held_out import Seen
+from compressvit.fitting.judge import Judge, OnCalibration
 from compressvit.fitting.lowrank import Metric
 from compressvit.fitting.moments import Moments, collect_moments
 from compressvit.fitting.sampling import TokenSample
@@ -42,6 +43,7 @@ class Reference:
         tokens: how many tokens of every image are summed up besides its prefix tokens; None for all.
         device: the one at hand, on which latency counts; by default that of the images, if they come as a tensor, or else of the model.
         choices: what is known already, and is kept.
+        judge: of students, where a size follows from what they lose; by default their outputs on held-out calibration images.
     """
 
     def __init__(
@@ -51,9 +53,11 @@ class Reference:
         tokens: int | None = None,
         device: torch.device | None = None,
         choices: Choices | None = None,
+        judge: Judge | None = None,
     ):
         self.model = model
         self.choices = choices or Choices()
+        self.judge: Judge = judge or OnCalibration(self)
         self.tokens = tokens
         given = images if isinstance(images, torch.Tensor) else next(model.parameters(), torch.empty(0))
         self.device = given.device if device is None else device

@@ -29,6 +29,7 @@ from compressvit.files import expanded
 from compressvit.model import weights
 from compressvit.model.backbone import family_of, model_name
 from compressvit.recipe.recipe import Recipe
+from compressvit.runs.deciding import set_aside
 from compressvit.runs.folder import RunFolder
 from compressvit.runs.models import (
     Architecture,
@@ -71,7 +72,7 @@ class Job:
     @cached_property
     def datasets(self) -> Datasets:
         """The data, opened on first access. Raises as `open_data` does."""
-        return open_data(self.recipe.data)
+        return set_aside(open_data(self.recipe.data), self.recipe)
 
 
 def prepare(
@@ -117,7 +118,7 @@ def prepare(
     require_truth(student, recipe.data, "student" if recipe.student.model else "teacher")
     job = Job(recipe, name, where, classes, architecture, *sides, placeholder)
     if datasets is not None:
-        job.datasets = datasets
+        job.datasets = set_aside(datasets, recipe)
     return job
 
 

@@ -17,7 +17,7 @@ from compressvit.recipe.recipe import Recipe
 from compressvit.runs.evaluate import Scorer
 from compressvit.runs.job import prepare
 from compressvit.runs.models import build_student, load_teacher
-from compressvit.runs.run import calibration, calibration_images
+from compressvit.runs.run import calibration, calibration_images, judge
 from compressvit.runs.tables import ledger_table
 from compressvit.tasks.qualities import words
 from compressvit.terminal import print_table
@@ -89,8 +89,10 @@ class OneShot:
         self._images = calibration_images(self.job)
         # its moments are reused for every student
         tokens = recipe.calibration.tokens
-        self._source = Reference(surgery.deep_copy(self._start), calibration(self.job), tokens, self.job.device)
         self.teacher = Side(teacher.to(self.job.device).eval(), self.job.teacher.input)
+        judging = judge(self.job, recipe.parts()[0], self.teacher)
+        start = surgery.deep_copy(self._start)
+        self._source = Reference(start, calibration(self.job), tokens, self.job.device, judge=judging)
         self.scorer = Scorer(self.job.datasets, recipe.data, self.job.device)
 
     def student(self, transforms: list[Transform]) -> tuple[Side, list[LedgerEntry]]:

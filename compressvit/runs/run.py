@@ -32,6 +32,7 @@ from compressvit.runs.evaluate import Scorer
 from compressvit.runs.files import PhaseReport
 from compressvit.runs.folder import RunFolder
 from compressvit.runs.job import Job
+from compressvit.runs.keep import OnHeldOut
 from compressvit.runs.models import build_student, load_teacher, require_student_file, trains_teacher
 from compressvit.runs.recorder import Recorder
 from compressvit.runs.tables import ledger_table
@@ -118,7 +119,7 @@ class Run:
         model = build_student(self.recipe, teacher, classes=self.job.classes)
         for part in self.recipe.parts():
             if part.transforms:
-                model = self._transform(model, part)
+                model = self._transform(model, part, done.teacher)
             if part.phase is None:
                 continue
             phase = Phase(part.name, part.end + 1, self.recipe.seed, self.folder.checkpoint(part.name))
@@ -165,7 +166,7 @@ class Run:
         images = self.recipe.calibration.images
         return likeness(student, teacher, calibration_images(self.job), self.device, images=images)
 
-    def _transform(self, student: nn.Module, part: Part) -> nn.Module:
+    def _transform(self, student: nn.Module, part: Part, teacher: Side) -> nn.Module:
         """Apply consecutive transforms. The result of data-driven ones is stored: it takes long to compute, and with another order of
         summation (threads, a GPU) a resumed run could choose other ranks, which would not fit its checkpoint."""
         opt.seed_everything(self.recipe.seed, 2, part.end)
@@ -181,6 +182,7 @@ class Run:
                 self.recipe.calibration.tokens,
                 self.device,
                 Choices(_choices(kept), self.measured if part.start == 0 else None),
+                judge(self.job, part, teacher),
             )
             ledger = transform_(student, part.transforms, reference)
             if any(spec.needs_images for spec in part.transforms):
@@ -214,8 +216,18 @@ def measure_first(job: Job, teacher: nn.Module, folder: RunFolder, *, resume: bo
     measured = Choices(_choices(kept) if resume else None)
     if not (resume and stored.is_artifact(kept)):
         student = build_student(job.recipe, teacher, classes=job.classes)
-        part.transforms[0].refuse_by_device(student, Reference(student, device=job.device, choices=measured))
+        of_teacher = Side(teacher, job.teacher.input)
+        reference = Reference(student, device=job.device, choices=measured, judge=judge(job, part, of_teacher))
+        part.transforms[0].refuse_by_device(student, reference)
     return measured
+
+
+def judge(job: Job, part: Part, teacher: Side) -> OnHeldOut | None:
+    """What judges students, where a transform of this part needs it."""
+    if not any(spec.needs_judge for spec in part.transforms):
+        return None
+    other_task = job.recipe.student.head == "new"
+    return OnHeldOut(job.datasets, job.recipe.data, job.device, teacher, job.student, not other_task)
 
 
 def _choices(kept: Path) -> Path:

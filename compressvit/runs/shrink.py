@@ -13,6 +13,7 @@ from compressvit.data.sets.folder import count_class_folders
 from compressvit.data.spec import Data
 from compressvit.errors import UserError, did_you_mean, option
 from compressvit.files import expanded
+from compressvit.fitting.judge import FIGURES
 from compressvit.model import cost, weights
 from compressvit.model.backbone import input_size
 from compressvit.model.detectors import is_model
@@ -25,6 +26,7 @@ from compressvit.recipe.yaml import dumped
 from compressvit.runs.apply import RunResult, apply
 from compressvit.runs.models import teacher_architecture
 from compressvit.transforms.shrink import Shrink
+from compressvit.transforms.shrink.keep import ShrinkKeep
 from compressvit.transforms.shrink.prices import Unit
 
 CALIBRATION = 1024  # images
@@ -38,9 +40,11 @@ _SIZES = "e.g. 0.5 for half of the teacher"
 def shrink(
     source: str | Path,
     images: str | Path,
-    to: float | Mapping[str, float] = 0.5,
+    to: float | Mapping[str, float] | None = None,
     output: str | Path | None = None,
     *,
+    keep: Mapping[str, float] | None = None,
+    unit: str | None = None,
     model: str | None = None,
     img_size: int | None = None,
     batch: int | None = None,
@@ -50,7 +54,7 @@ def shrink(
     """Make a pretrained ViT smaller, without training, as `compressvit shrink` does.
 
     Args:
-        source, images, to, model, img_size, batch, calibration: as for `shrink_recipe`.
+        source, images, to, keep, unit, model, img_size, batch, calibration: as for `shrink_recipe`.
         output: the run folder; by default `runs/shrink_NAME`.
         options: further ones of `apply`: device, resume, overwrite, console, report.
 
@@ -61,7 +65,9 @@ def shrink(
         >>> import compressvit
         >>> compressvit.shrink("vit_small_patch14_dinov2", "photos", {"macs": 0.5}, img_size=224).student  # doctest: +SKIP
     """
-    recipe = shrink_recipe(source, images, to, model=model, img_size=img_size, batch=batch, calibration=calibration)
+    recipe = shrink_recipe(
+        source, images, to, keep=keep, unit=unit, model=model, img_size=img_size, batch=batch, calibration=calibration
+    )
     return apply_recipe(recipe, default_output(recipe) if output is None else output, **options)
 
 
@@ -77,8 +83,10 @@ def apply_recipe(recipe: Mapping[str, Any], output: str | Path, **options: Any) 
 def shrink_recipe(
     source: str | Path,
     images: str | Path,
-    to: float | Mapping[str, float] = 0.5,
+    to: float | Mapping[str, float] | None = None,
     *,
+    keep: Mapping[str, float] | None = None,
+    unit: str | None = None,
     model: str | None = None,
     img_size: int | None = None,
     batch: int | None = None,
@@ -91,7 +99,10 @@ def shrink_recipe(
         images: a folder. Labels are used for evaluation where it has train/ and val/ with a folder per class, as many as the model has
             classes; otherwise its images are searched recursively.
         to: a limit by unit ('parameters', 'macs', 'bytes', 'latency'), up to 1 a fraction of the teacher's; a number is one of
-            parameters. Latency above 1 is in milliseconds.
+            parameters. Latency above 1 is in milliseconds. By default half of the parameters, unless `keep` is given.
+        keep: instead, what the student keeps on held-out images, e.g. {'cosine': 0.98} or {'top1_drop': 1.0}: the smallest that does is
+            searched for.
+        unit: with `keep`, in which it is the smallest; by default parameters.
         model: timm's name of the architecture of a weights file.
         img_size: height and width in pixels of the images that the model is built for.
         batch: images at once for which latency counts; by default one.
@@ -100,8 +111,8 @@ def shrink_recipe(
     Raises:
         UserError: there is no such model, file or folder; a limit is no smaller than the teacher; the model cannot be made narrower.
     """
-    budget = _budget(to)
-    step = _step(budget, batch)
+    step = _step(to, keep, unit, batch)
+    budget = step.get("budget", {})
     root = expanded(images, "IMAGES")
     if not root.is_dir():
         raise UserError(
@@ -119,16 +130,12 @@ def shrink_recipe(
     if img_size is not None:
         teacher["args"] = {"img_size": img_size}
     built = _built(recipe)
-    if _is_file(teacher["weights"]):
-        where = expanded(teacher["weights"], "the file")
-        teacher["num_classes"] = weights.classes_in_file(built, where, "the file")
-        built = _built(recipe)
-    _require_smaller(built, budget)
+    _require_smaller(built, step)
     labels, found = _labels(built, recipe["data"])
     if found:
         del recipe["data"]["limit_val"]
         recipe["data"]["name"] = "folder"
-    size = " and ".join(_text(unit, limit) for unit, limit in budget.items())
+    size = " and ".join(_text(unit, limit) for unit, limit in budget.items()) or _kept(step)
     recipe["description"] = f"{teacher['model']} with {size}, without training; {labels}."
     return recipe
 
@@ -138,6 +145,25 @@ def default_output(recipe: Mapping[str, Any]) -> Path:
     teacher = recipe["teacher"]
     name = Path(teacher["weights"]).stem if _is_file(teacher["weights"]) else teacher["model"]
     return Path("runs") / f"shrink_{name}"
+
+
+def kept(words: Sequence[str]) -> dict[str, float]:
+    """What words such as 'cosine=0.98' ask to be kept, by figure.
+
+    Raises:
+        UserError: a word is not NAME=NUMBER, or names a figure that another has named.
+    """
+    found: dict[str, float] = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        try:
+            number = float(value)
+        except ValueError:
+            raise UserError(f"{option('keep', word)}: give NAME=NUMBER, e.g. {option('keep', 'cosine=0.98')}") from None
+        if name in found:
+            raise UserError(f"{option('keep', ' '.join(words))}: two limits of {name}; give one of each")
+        found[name] = number
+    return found
 
 
 def limits(words: Sequence[str], unit: str | None = None) -> dict[str, float]:
@@ -171,21 +197,61 @@ def _budget(to: float | Mapping[str, float]) -> dict[str, float]:
     if not budget:
         raise UserError(f"{option('to')} has no limit; give one, {_SIZES}")
     for unit, limit in budget.items():
-        if unit not in get_args(Unit):
-            hint = did_you_mean(unit, get_args(Unit))
-            raise UserError(f"{option('to', f'{unit}={limit}')}: there is no unit {unit!r}; {hint}")
+        _known_unit(unit, option("to", f"{unit}={limit}"))
         if not 0 < limit < math.inf:
             raise UserError(f"{option('to', f'{unit}={limit:g}')}: a limit is above 0, {_SIZES}")
     return budget
 
 
-def _step(budget: Mapping[str, float], batch: int | None) -> dict[str, Any]:
+def _step(
+    to: float | Mapping[str, float] | None, keep: Mapping[str, float] | None, unit: str | None, batch: int | None
+) -> dict[str, Any]:
     """The options of the recipe's step."""
-    if batch is None:
-        return {"budget": budget}
-    if "latency" not in budget:
-        raise UserError(f"{option('batch', batch)} is for a limit of latency, and there is none; leave it out")
-    return {"budget": budget, "batch": batch}
+    if keep is None:
+        if unit is not None:
+            raise UserError(
+                f"{option('unit', unit)} is for {option('keep')}; name the unit of a limit with it, e.g. {unit}=0.5"
+            )
+        found: dict[str, Any] = {"budget": _budget(0.5 if to is None else to)}
+        units = list(found["budget"])
+    else:
+        if to is not None:
+            raise UserError(
+                f"{option('to')} and {option('keep')} both say how small the student becomes; give one of them"
+            )
+        found = {"keep": _keep(keep)}
+        if unit is not None:
+            found["unit"] = _known_unit(unit, option("unit", unit))
+        units = [unit or "parameters"]
+    if batch is not None:
+        if "latency" not in units:
+            raise UserError(f"{option('batch', batch)} is for latency, which is no unit here; leave it out")
+        found["batch"] = batch
+    return found
+
+
+def _keep(keep: Mapping[str, float]) -> dict[str, float]:
+    """What is kept, checked by name; values are checked with the recipe."""
+    for name in keep:
+        if name not in FIGURES:
+            raise UserError(f"{option('keep', name)}: nothing is called {name!r}; {did_you_mean(name, FIGURES)}")
+    try:
+        return ShrinkKeep(**keep).wanted
+    except UserError as error:
+        raise UserError(f"{option('keep')}: {error}") from error
+
+
+def _known_unit(unit: str, where: str) -> str:
+    if unit not in get_args(Unit):
+        raise UserError(f"{where}: there is no unit {unit!r}; {did_you_mean(unit, get_args(Unit))}")
+    return unit
+
+
+def _kept(step: Mapping[str, Any]) -> str:
+    unit = step.get("unit", "parameters")
+    return f"as few {_NAMES.get(unit, unit)} as keep {ShrinkKeep(**step['keep']).words()}".replace(
+        "few latency", "little latency"
+    )
 
 
 def _text(unit: str, limit: float) -> str:
@@ -256,19 +322,25 @@ def _require_timm(source: str, path: Path) -> None:
 
 
 def _built(recipe: Mapping[str, Any]) -> nn.Module:
-    """The teacher of a recipe, without values."""
-    return teacher_architecture(_parsed(recipe)).build("meta")
+    """The teacher of a recipe, without values; that of a file has the classes of the file, as the recipe then says."""
+    teacher = recipe["teacher"]
+    built = teacher_architecture(_parsed(recipe)).build("meta")
+    if _is_file(teacher["weights"]):
+        where = expanded(teacher["weights"], "the file")
+        teacher["num_classes"] = weights.classes_in_file(built, where, "the file")
+        built = teacher_architecture(_parsed(recipe)).build("meta")
+    return built
 
 
 def _parsed(recipe: Mapping[str, Any]) -> Recipe:
     return parse_recipe(dumped(recipe))
 
 
-def _require_smaller(teacher: nn.Module, budget: Mapping[str, float]) -> None:
+def _require_smaller(teacher: nn.Module, step: Mapping[str, Any]) -> None:
     """Refuse a model that cannot be made narrower, and a limit that it meets as it is."""
-    Shrink.model_validate({"budget": budget}).places_of(teacher)
+    Shrink.model_validate(step).places_of(teacher)
     whole = cost.cost(teacher, input_size(teacher)).as_dict()
-    for unit, limit in budget.items():
+    for unit, limit in step.get("budget", {}).items():
         if unit == "latency":
             if limit == 1:
                 raise UserError(f"{option('to', 'latency=1')} is no faster than the teacher; give less, {_SIZES}")

@@ -116,6 +116,15 @@ def _fit_in_order(plans: Sequence[Plan], student: nn.Module, reference: Referenc
     return fit_in_order(walk, teacher, reference.batches(), fits, reference.held_out, reference.sample())
 
 
+def fitted_copy(model: nn.Module, plan: Plan, reference: Reference) -> nn.Module:
+    """A copy of a model with one plan applied and its values set: what `transform_` would make of it."""
+    student = surgery.deep_copy(model)
+    apply_plans(student, [plan])
+    plan.initialise(student, reference)
+    _fit_in_order([plan], student, reference)
+    return student
+
+
 def _without_what_is_set_aside(model: nn.Module) -> nn.Module:
     """The model itself, or a copy without the modules that its transforms set aside (`Plan.set_aside`) while weights are fitted."""
     plans = [plan for plan in compression_of(model).plans if plan.sets_aside]

@@ -178,6 +178,11 @@ class Transform(Spec):
         return False
 
     @property
+    def needs_judge(self) -> bool:
+        """Whether these settings make students and judge them on images that are held out (`Reference.judge`)."""
+        return False
+
+    @property
     def provisional(self) -> tuple[str, ...]:
         """What a plan assumes without a reference and determines with one, one sentence each."""
         return ()

@@ -124,7 +124,9 @@ class Grid:
         for sizes, value in sorted(values.items()):
             lines.setdefault(sizes[0], []).append((sizes[-1], value))
         self.flat = all(len(sizes) == 1 for sizes in values)
-        self.lines = {first: tuple(zip(*line, strict=True)) for first, line in lines.items()}
+        self.lines: dict[int, tuple[list[int], list[float]]] = {
+            first: ([size for size, _ in line], [value for _, value in line]) for first, line in lines.items()
+        }
         self.at = lru_cache(maxsize=None)(self._at)
 
     def _at(self, sizes: tuple[int, ...]) -> float:

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from compressvit.spec import Frozen
 from compressvit.transforms.narrow.plan import NarrowPlan
+from compressvit.transforms.shrink.keep import PlannedKeep
 from compressvit.transforms.shrink.latency import LatencyTable
 
 
@@ -27,9 +28,11 @@ class ShrinkPlan(NarrowPlan):
     """A resolved `Shrink`.
 
     Attributes:
-        latency: where that is a unit of its budget.
+        latency: where that is a unit.
+        kept: where its size followed from what students lost.
     """
 
-    starts: ClassVar[tuple[str, ...]] = (*NarrowPlan.starts, "latency")
+    starts: ClassVar[tuple[str, ...]] = (*NarrowPlan.starts, "latency", "kept")
 
     latency: PlannedLatency | None = None
+    kept: PlannedKeep | None = None

@@ -62,7 +62,7 @@ class Search:
                 f"{self.step.name}: a budget of {asked} is no smaller than the teacher, which has {has}; give less, or leave the step out"
             )
         parts = self._without_errors(found)
-        smallest = self._smallest(parts)
+        smallest = self.smallest(parts)
         if (smallest > self.limits).any():
             raise self._too_small(smallest)
 
@@ -81,7 +81,7 @@ class Search:
         cheapest = self._cheapest(parts)
         if (self.cost(cheapest) <= self.limits).all():
             return cheapest
-        raise self._too_small(self._smallest(parts))
+        raise self._too_small(self.smallest(parts))
 
     def cost(self, plan: ShrinkPlan) -> Row:
         """(units,): of the student of a plan."""
@@ -106,7 +106,7 @@ class Search:
     def _cheapest(self, parts: Mapping[str, Forms[BlockForm]]) -> ShrinkPlan:
         return self.step.resolved(_together({name: _cheapest(forms) for name, forms in parts.items()}))
 
-    def _smallest(self, parts: Mapping[str, Forms[BlockForm]]) -> Row:
+    def smallest(self, parts: Mapping[str, Forms[BlockForm]]) -> Row:
         """(units,): the least that the forms reach, each unit by itself."""
         smallest = self._fixed + least(parts)
         if "bytes" in self.prices.units:  # with the names in the file's header

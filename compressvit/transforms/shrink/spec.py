@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from compressvit.errors import UserError
@@ -25,6 +25,7 @@ from compressvit.log import progress
 from compressvit.model import surgery
 from compressvit.model.backbone import describe
 from compressvit.model.linear import weight_shape
+from compressvit.transforms.applying import fitted_copy
 from compressvit.transforms.base import Transform, transform
 from compressvit.transforms.narrow.fit import Settings, TeacherBlock
 from compressvit.transforms.narrow.form import BlockForm
@@ -32,10 +33,11 @@ from compressvit.transforms.narrow.places import Place
 from compressvit.transforms.narrow.plan import smaller
 from compressvit.transforms.narrow.spec import NarrowStep
 from compressvit.transforms.shrink.budget import ShrinkBudget
+from compressvit.transforms.shrink.keep import PlannedKeep, ShrinkKeep, Trial, smallest, stored
 from compressvit.transforms.shrink.latency import LatencyTable
 from compressvit.transforms.shrink.offers import Methods, offers
 from compressvit.transforms.shrink.plan import PlannedLatency, ShrinkPlan
-from compressvit.transforms.shrink.prices import Prices, of_sublayers
+from compressvit.transforms.shrink.prices import Prices, Unit, of_sublayers
 from compressvit.transforms.shrink.search import Search
 from compressvit.transforms.shrink.stopwatch import measure, ratio
 
@@ -43,6 +45,7 @@ log = logging.getLogger("compressvit")
 
 Method = Literal["neurons", "head_dim", "heads", "rank"]
 _SHARES = 64  # of all widths, of which a plan without values tries the largest
+_ASSUMED = 0.5  # of the teacher's size, in a plan without values where the size follows from what is kept
 _CORRECTIONS = 2  # of the limit of latency, where a student is measured to be slower than predicted
 
 
@@ -50,7 +53,16 @@ _CORRECTIONS = 2  # of the limit of latency, where a student is measured to be s
 class Shrink(NarrowStep):
     """Make every attention and MLP of the backbone as small as a budget asks, each in the way that loses least."""
 
-    budget: ShrinkBudget = Field(description="What the student may cost: several limits all hold.")
+    budget: ShrinkBudget | None = Field(
+        None, description="What the student may cost: several limits all hold. Alternatively give `keep`."
+    )
+    keep: ShrinkKeep | None = Field(
+        None,
+        description="Instead of a budget: what the student keeps on held-out images. The smallest one that does is searched for, by "
+        "bisection.",
+    )
+    unit: Unit | None = Field(None, description="With `keep`: in which the student is the smallest. Null: parameters.")
+    tries: int = Field(6, ge=1, le=20, description="With `keep`: sizes that are tried; each is fitted and judged.")
     methods: tuple[Method, ...] = Field(
         ("neurons", "head_dim", "heads", "rank"),
         min_length=1,
@@ -64,19 +76,52 @@ class Shrink(NarrowStep):
     multiple: int = Field(8, ge=1, description="Widths and ranks are multiples of it, which hardware prefers.")
     batch: int = Field(1, ge=1, description="Images at once for which latency counts.")
 
+    @model_validator(mode="after")
+    def _budget_or_keep(self) -> Shrink:
+        if (self.budget is None) == (self.keep is None):
+            raise ValueError(
+                "shrink needs a budget or keep" + (", not both" if self.budget else ", e.g. budget: {parameters: 0.5}")
+            )
+        if self.unit is not None and self.keep is None:
+            raise ValueError("unit is for keep; a budget names its own units")
+        return self
+
+    @property
+    def target(self) -> ShrinkBudget:
+        """The budget; with `keep` half of the teacher's, until more is known."""
+        return self.budget or ShrinkBudget(**{self._unit: _ASSUMED})
+
+    @property
+    def _unit(self) -> Unit:
+        return self.unit or "parameters"
+
+    @property
+    def needs_images(self) -> bool:
+        return self.metric != "weights" or self.keep is not None
+
+    @property
+    def needs_judge(self) -> bool:
+        return self.keep is not None
+
     def with_budget(self, budget: Budget) -> Shrink:
         only = {name: getattr(budget, name, None) for name in ShrinkBudget.model_fields}
-        return self.model_copy(update={"budget": ShrinkBudget(**only)})
+        return self.model_copy(update={"budget": ShrinkBudget(**only), "keep": None, "unit": None})
 
     @property
     def provisional(self) -> tuple[str, ...]:
-        text = "widths are uniform in this plan; apply chooses the form of every block by the errors it measures on the calibration images"
-        if self.budget.latency is None:
-            return (text,)
-        return (
-            text,
-            "latency is taken to fall as multiply-accumulates do; apply first measures what modules take on its device",
-        )
+        found = [
+            "widths are uniform in this plan; apply chooses the form of every block by the errors it measures on the calibration images"
+        ]
+        if self.keep is not None:
+            found.append(
+                f"the student has {_ASSUMED:g} of the teacher's {self._unit} in this plan; apply fits and judges {self.tries} students on "
+                f"held-out images and takes the smallest with {self.keep.words()}"
+            )
+        if "latency" in self.target.units:
+            found.append(
+                "latency is taken to fall as multiply-accumulates do; apply first measures what modules take on its device"
+            )
+        return tuple(found)
 
     @classmethod
     def examples(cls) -> Sequence[Transform]:
@@ -93,27 +138,59 @@ class Shrink(NarrowStep):
     def plan(self, model: nn.Module, reference: Reference | None = None) -> ShrinkPlan:
         found = self.places_of(model)
         if reference is None:
-            if known := tuple(unit for unit in self.budget.units if unit != "latency"):
+            known = tuple(unit for unit in self.target.units if unit != "latency")
+            if known and self.budget:
                 search = Search(self, model, Prices.of(model, found, known, pivoted=self.pivoted), self.budget)
                 search.refuse(found, large=known == self.budget.units)
-            budget = self.budget.unmeasured()
+            budget = self.target.unmeasured()
             search = Search(self, model, Prices.of(model, found, budget.units, pivoted=self.pivoted), budget)
             return self.resolved(self._uniform(model, found, search))
         search = self._search(model, found, reference)
         parts = self._offers(found, search.prices, reference)
-        chosen = search.within(parts)
+        chosen = search.within(parts) if self.keep is None else self._smallest(model, search, parts, reference)
         return chosen if search.prices.table is None else self._timed(chosen, model, search, parts, reference.device)
 
     def refuse_by_device(self, model: nn.Module, reference: Reference) -> None:
-        if "latency" in self.budget.units:
+        if self.keep is not None or "latency" in self.target.units:
             self._search(model, self.places_of(model), reference)
 
     def _search(self, model: nn.Module, found: Sequence[Place], reference: Reference) -> Search:
         """What is wanted and what it costs. Raises a `UserError` for what cannot be met, before an image is read."""
-        table = self._table(model, found, reference) if "latency" in self.budget.units else None
-        search = Search(self, model, Prices.of(model, found, self.budget.units, table, self.pivoted), self.budget)
-        search.refuse(found)
+        if self.keep is not None:
+            reference.judge.refuse(list(self.keep.wanted))
+        table = self._table(model, found, reference) if "latency" in self.target.units else None
+        search = Search(self, model, Prices.of(model, found, self.target.units, table, self.pivoted), self.target)
+        if self.budget is not None:
+            search.refuse(found)
         return search
+
+    def _smallest(
+        self, model: nn.Module, search: Search, parts: Mapping[str, Forms[BlockForm]], reference: Reference
+    ) -> ShrinkPlan:
+        """The smallest student that keeps what is asked, of those that are tried. What was tried before an interruption is known."""
+        assert self.keep is not None
+        keep, judge, unit = self.keep, reference.judge, self._unit
+        whole, least = float(search.of_teacher[0]), float(search.smallest(parts)[0])
+        name = f"sizes tried for {self.model_dump_json()} on {judge.images}"
+        known = {trial.size: trial for trial in stored(reference.choices.get(name))}
+
+        def plan_of(size: float) -> ShrinkPlan:
+            search.limits = ShrinkBudget(**{unit: size}).limits((unit,), search.of_teacher)
+            return search.within(parts)
+
+        def attempt(size: float) -> Trial:
+            if size not in known:
+                plan = plan_of(size)
+                figures = judge.figures(fitted_copy(model, plan, reference), list(keep.wanted))
+                spent = float(search.cost(plan)[0])
+                known[size] = Trial(size=size, spent=spent, figures=figures, kept=keep.holds(figures))
+                reference.choices.put(name, [trial.model_dump(mode="json") for trial in known.values()])
+            return known[size]
+
+        log.info("the smallest student with %s on %s: %d sizes are tried", keep.words(), judge.images, self.tries)
+        best, trials = smallest(keep, unit, least / whole, self.tries, attempt)
+        found = PlannedKeep(wanted=keep.wanted, unit=unit, images=judge.images, trials=tuple(trials))
+        return plan_of(best.size).model_copy(update={"kept": found})
 
     def _table(self, model: nn.Module, found: Sequence[Place], reference: Reference) -> LatencyTable:
         """Measured once for a model, also where several students are made of it."""
@@ -157,7 +234,7 @@ class Shrink(NarrowStep):
             known = PlannedLatency(table=table, predicted=predicted, measured=measured)
             plan = plan.model_copy(update={"latency": known})
             saved = (1 - measured[1]) / max(1 - predicted, TINY)  # of what was predicted
-            if measured[0] <= limit or trial == _CORRECTIONS or saved <= 0:
+            if self.budget is None or measured[0] <= limit or trial == _CORRECTIONS or saved <= 0:
                 break
             search.limits[i] = table.whole * (1 - (1 - limit) / min(saved, 1.0))
             try:

@@ -1,0 +1,130 @@
+"""Judges students of `shrink: {keep: …}` on the images that decide how small one becomes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import PurePath
+from typing import Any
+
+import torch
+from torch import nn
+
+from compressvit.data.input import Side
+from compressvit.data.notes import counted
+from compressvit.data.opening import Datasets
+from compressvit.data.samples import Samples
+from compressvit.data.spec import Data
+from compressvit.errors import UserError
+from compressvit.runs.evaluate import Scorer
+
+
+@dataclass
+class OnHeldOut:
+    """Judges students on the images that were set aside (`compressvit.fitting.judge.Judge`).
+
+    Args:
+        teacher: with its input.
+        like: the student before its first step, with its input.
+    """
+
+    datasets: Datasets
+    data: Data
+    device: torch.device
+    teacher: Side
+    like: Side
+    comparable: bool = True
+    images: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        assert self.datasets.deciding is not None, "set_aside comes first"
+        self.datasets = replace(self.datasets, validation=self.datasets.deciding)
+        count = len(self.datasets.deciding) if isinstance(self.datasets.deciding, Samples) else 0
+        self.images = f"{counted(count)} held out" if count else "images held out"
+
+    @property
+    def _scorer(self) -> Scorer:
+        return Scorer(self.datasets, self.data, self.device)
+
+    def refuse(self, figures: list[str]) -> None:
+        task = self._scorer.task(self.like)
+        if not self.comparable:
+            raise UserError(
+                "shrink.keep compares the student with its teacher, and student.head=new has another task; give a budget"
+            )
+        if "cosine" in figures and "cosine" not in {quality.key for quality in task.qualities}:
+            raise UserError(
+                f"shrink.keep.cosine compares outputs, which are none of a model for '{task.name}'; give a budget"
+            )
+        drop = next((name for name in figures if name != "cosine"), None)
+        if drop is None:
+            return
+        if not task.outputs_are_logits:
+            raise UserError(
+                f"shrink.keep.{drop} compares accuracies, and the model has no classifier; give keep: {{cosine: 0.98}}"
+            )
+        if not self.datasets.labelled:
+            raise UserError(
+                f"shrink.keep.{drop} compares accuracies, and the images of data '{self.data.name}' have no labels; give "
+                "keep: {cosine: 0.98}, or train/ and val/ with a folder per class in each"
+            )
+        if "worst_domain_drop" in figures and len(self._domains()) < 2:
+            raise UserError(
+                "shrink.keep.worst_domain_drop needs images of several domains, in folders of these within those of their classes "
+                "(val/CLASS/DOMAIN/…); give worst_class_drop or top1_drop"
+            )
+
+    def figures(self, student: nn.Module, wanted: list[str]) -> dict[str, float]:
+        found: dict[str, float] = {}
+        if set(wanted) - {"worst_domain_drop"}:
+            classes = _Classes()
+            side = Side(student, self.like.input)
+            scores = self._scorer.score(side, self.teacher, classes.add if "worst_class_drop" in wanted else None)
+            if "cosine" in wanted:
+                if scores.get("cosine") is None:
+                    raise UserError(
+                        "shrink.keep.cosine: the outputs of student and teacher have different widths; give a budget"
+                    )
+                found["cosine"] = float(scores["cosine"])
+            if "top1_drop" in wanted:
+                found["top1_drop"] = scores["teacher_top1"] - scores["top1"]
+            if "worst_class_drop" in wanted:
+                found["worst_class_drop"] = classes.worst()
+        if "worst_domain_drop" in wanted:
+            found["worst_domain_drop"] = max(self._drop(student, part) for part in self._domains().values())
+        return {name: found[name] for name in wanted}
+
+    def _drop(self, student: nn.Module, part: Sequence[int]) -> float:
+        assert isinstance(self.datasets.validation, Samples)
+        images = replace(self.datasets, validation=self.datasets.validation.part(part))
+        scores = Scorer(images, self.data, self.device).score(Side(student, self.like.input), self.teacher)
+        return float(scores["teacher_top1"] - scores["top1"])
+
+    def _domains(self) -> dict[str, list[int]]:
+        """The places of the images of every domain: of the folder in which they lie, where that is inside the folder of a class."""
+        held_out, names = self.datasets.validation, set(self.datasets.class_names or ())
+        found: dict[str, list[int]] = {}
+        if isinstance(held_out, Samples):
+            for position in range(len(held_out)):
+                *others, folder = PurePath(held_out.name(position)).parts[:-1] or ("",)
+                if names.intersection(others) and folder not in names:
+                    found.setdefault(folder, []).append(position)
+        return found
+
+
+class _Classes:
+    """How many images of every class student and teacher have right."""
+
+    def __init__(self) -> None:
+        self.images, self.theirs, self.ours = Counter[int](), Counter[int](), Counter[int]()
+
+    def add(self, images: torch.Tensor, targets: Any, outputs: Any, expected: Any | None) -> None:
+        assert expected is not None
+        self.images.update(targets.tolist())
+        self.theirs.update(targets[expected.argmax(dim=1) == targets].tolist())
+        self.ours.update(targets[outputs.argmax(dim=1) == targets].tolist())
+
+    def worst(self) -> float:
+        """Points of accuracy that the class loses which loses most."""
+        return max(100 * (self.theirs[name] - self.ours[name]) / count for name, count in self.images.items())
