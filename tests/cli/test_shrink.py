@@ -187,6 +187,26 @@ def test_latency_is_a_limit_like_others_and_is_measured_once(classifier, photos,
     assert share(read_results(tmp_path / "run"), "macs") <= 0.9
 
 
+def test_the_smallest_student_that_keeps_something(classifier, labelled, tmp_path):
+    folder = tmp_path / "run"
+    words = ["--keep", "top1_drop=30", "cosine=0.5", "--unit", "macs", "--images", 8, "--no-report", "--output", folder]
+    done("shrink", classifier, labelled, *words)
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    assert recipe["steps"] == [{"shrink": {"keep": {"cosine": 0.5, "top1_drop": 30.0}, "unit": "macs"}}]
+    assert "as few MACs as keep cosine ≥ 0.5 and top1_drop ≤ 30" in recipe["description"]
+    (stored,) = json.loads((folder / "student" / "compressvit.json").read_text())["transforms"]
+    kept = stored["plan"]["kept"]
+    results = read_results(folder)
+    assert results.student.macs == min(trial["spent"] for trial in kept["trials"] if trial["kept"])
+    # with so few, those that decide are the evidence, too
+    assert kept["images"] == "12 images held out"
+    assert results.student.cosine >= 0.5
+    assert results.teacher.top1 - results.student.top1 <= 30
+    notes = [note["text"] for note in json.loads((folder / "plan.json").read_text())["data"]["notes"]]
+    assert any("12 images of 12 photographs held out decide how small" in text for text in notes)
+    assert "size 1 of 6: " in (folder / "run.log").read_text()
+
+
 def test_labels_of_other_classes_are_not_used(classifier, labelled, photos, tmp_path):
     few = class_folders(tmp_path / "few", classes=("x", "y"), each=1)
     for images, name, words in (
@@ -287,18 +307,37 @@ def test_limits_and_their_units():
         (["{artifact}", "{photos}", "--to", "1"], ["--to parameters=1 is no smaller than the teacher", "parameters;"]),
         (["{artifact}", "{photos}", "--to", "0.5", "macs=1e12"], ["--to macs=1e+12 is no smaller", "MACs"]),
         (["{artifact}", "{photos}", "--to", "latency=1"], ["--to latency=1 is no faster than the teacher"]),
-        (["{artifact}", "{photos}", "--to", "0.5", "--batch", "4"], ["--batch 4 is for a limit of latency"]),
+        (["{artifact}", "{photos}", "--to", "0.5", "--batch", "4"], ["--batch 4 is for latency"]),
         (["{artifact}", "{photos}", "--to", "0.01"], ["parameters (the smallest that", "cannot be met"]),
         (["{artifact}", "{photos}", "--to", "latency=0.001"], ["ms latency (the smallest that", "measured on cpu"]),
+        (["{artifact}", "{photos}", "--keep", "cosine"], ["--keep cosine: give NAME=NUMBER"]),
+        (
+            ["{artifact}", "{photos}", "--keep", "cosin=0.9"],
+            ["--keep cosin: nothing is called", "did you mean 'cosine'"],
+        ),
+        (["{artifact}", "{photos}", "--keep", "cosine=2"], ["--keep: ShrinkKeep: cosine", "less than 1"]),
+        (["{artifact}", "{photos}", "--keep", "cosine=0.9", "cosine=0.8"], ["two limits of cosine"]),
+        (["{artifact}", "{photos}", "--keep", "cosine=0.9", "--to", "0.5"], ["--to and --keep both say"]),
+        (["{artifact}", "{photos}", "--keep", "cosine=0.9", "--batch", "2"], ["--batch 2 is for latency"]),
+        (
+            ["{artifact}", "{photos}", "--keep", "top1_drop=1"],
+            ["shrink.keep.top1_drop", "have no labels", "cosine: 0.98"],
+        ),
+        (["{artifact}", "{labelled}", "--keep", "worst_domain_drop=1"], ["several domains", "val/CLASS/DOMAIN"]),
+        (
+            ["{file}", "{photos}", "--model", "test_vit", "--img-size", "32", "--keep", "worst_class_drop=1"],
+            ["shrink.keep.worst_class_drop", "the model has no classifier"],
+        ),
         (["{artifact}", "{photos}", "--to", "parameters=0.5", "0.4"], ["two limits of parameters"]),
         (["{artifact}", "{photos}", "--to", "half"], ["'half' is not a number"]),
         (["{artifact}", "{photos}", "--to", "mac=0.5"], ["no unit 'mac'", "'macs'"]),
         (["{artifact}", "{photos}", "--to", "macs=0.5", "--unit", "macs"], ["leave --unit out"]),
     ],
 )
-def test_one_sentence_for_what_cannot_be_done(words, expected, headless, classifier, photos, tmp_path):
+def test_one_sentence_for_what_cannot_be_done(words, expected, headless, classifier, photos, labelled, tmp_path):
     (tmp_path / "empty").mkdir()
     places = {"file": headless, "photos": photos, "artifact": classifier, "empty": tmp_path / "empty"}
+    places["labelled"] = labelled
     code, _, err = run("shrink", *(word.format(**places) for word in words), "--output", tmp_path / "run")
     assert code == 2
     assert err.count("compressvit: ") == 1

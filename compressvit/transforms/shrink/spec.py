@@ -46,6 +46,7 @@ log = logging.getLogger("compressvit")
 Method = Literal["neurons", "head_dim", "heads", "rank"]
 _SHARES = 64  # of all widths, of which a plan without values tries the largest
 _ASSUMED = 0.5  # of the teacher's size, in a plan without values where the size follows from what is kept
+_CLEARLY = 1.02  # times the limit of latency: what the lower quartile of what is measured may be
 _CORRECTIONS = 2  # of the limit of latency, where a student is measured to be slower than predicted
 
 
@@ -234,7 +235,7 @@ class Shrink(NarrowStep):
             known = PlannedLatency(table=table, predicted=predicted, measured=measured)
             plan = plan.model_copy(update={"latency": known})
             saved = (1 - measured[1]) / max(1 - predicted, TINY)  # of what was predicted
-            if self.budget is None or measured[0] <= limit or trial == _CORRECTIONS or saved <= 0:
+            if self.budget is None or measured[0] <= _CLEARLY * limit or trial == _CORRECTIONS or saved <= 0:
                 break
             search.limits[i] = table.whole * (1 - (1 - limit) / min(saved, 1.0))
             try:
