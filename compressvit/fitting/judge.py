@@ -72,4 +72,9 @@ class OnCalibration:
                 seen = images[chosen.to(images.device)]
                 nothing = torch.full((len(seen),), -1, device=seen.device)
                 metrics.add(task.run(student, seen), nothing, task.run(teacher, seen))
-        return {"cosine": float(metrics.result()["cosine"])}
+        cosine = metrics.result().get("cosine")
+        if cosine is None:
+            raise UserError(
+                f"shrink.keep.cosine compares outputs, which are none of a model for '{task.name}'; give a budget"
+            )
+        return {"cosine": cosine}

@@ -26,6 +26,7 @@ from compressvit.data.sets.folder import count_class_folders
 from compressvit.data.spec import Data
 from compressvit.runs import shrink as verb
 from compressvit.runs.files import read_results
+from compressvit.runs.keep import OnHeldOut
 from compressvit.transforms.shrink import spec
 from compressvit.transforms.shrink.spec import ShrinkBudget
 
@@ -187,10 +188,22 @@ def test_latency_is_a_limit_like_others_and_is_measured_once(classifier, photos,
     assert share(read_results(tmp_path / "run"), "macs") <= 0.9
 
 
-def test_the_smallest_student_that_keeps_something(classifier, labelled, tmp_path):
-    folder = tmp_path / "run"
+def test_the_smallest_student_that_keeps_something_also_after_an_interruption(
+    classifier, labelled, tmp_path, monkeypatch
+):
+    folder, asked, figures = tmp_path / "run", [], OnHeldOut.figures
+
+    def stopped(judge, student, wanted):
+        asked.append(wanted)
+        if len(asked) == 3:
+            raise compressvit.UserError("no power")
+        return figures(judge, student, wanted)
+
+    monkeypatch.setattr(OnHeldOut, "figures", stopped)
     words = ["--keep", "top1_drop=30", "cosine=0.5", "--unit", "macs", "--images", 8, "--no-report", "--output", folder]
-    done("shrink", classifier, labelled, *words)
+    assert "no power" in refused("shrink", classifier, labelled, *words)
+    done("shrink", classifier, labelled, *words, "--resume")
+    assert asked == [["cosine", "top1_drop"]] * 7  # six, of which one was tried twice
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
     assert recipe["steps"] == [{"shrink": {"keep": {"cosine": 0.5, "top1_drop": 30.0}, "unit": "macs"}}]
     assert "as few MACs as keep cosine ≥ 0.5 and top1_drop ≤ 30" in recipe["description"]
