@@ -7,6 +7,7 @@ bisection. What is left over is then spent where it removes most.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -34,16 +35,34 @@ class Forms(Generic[F]):
     def efficient(self) -> Forms[F]:
         """Without the forms than which another is better in the error and no worse in every price."""
         order = np.lexsort((*self.prices.T[::-1], self.errors))
-        if self.prices.shape[1] == 1:
-            prices = self.prices[order, 0]
-            before = np.concatenate([[np.inf], np.minimum.accumulate(prices)[:-1]])
-            kept = order[prices < before].tolist()
-            return Forms([self.forms[i] for i in kept], self.prices[kept], self.errors[kept])
-        kept = []
-        for i in order:
-            if not kept or not (self.prices[kept] <= self.prices[i]).all(axis=1).any():
-                kept.append(int(i))
+        kept = order[_cheaper_than_before(self.prices[order])].tolist()
         return Forms([self.forms[i] for i in kept], self.prices[kept], self.errors[kept])
+
+
+def _cheaper_than_before(prices: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Which rows of prices (N, units) are below every row before them in some unit, bool (N,)."""
+    count, units = prices.shape
+    if units == 1:
+        before = np.concatenate([[np.inf], np.minimum.accumulate(prices[:, 0])[:-1]])
+        return prices[:, 0] < before
+    found = np.zeros(count, dtype=bool)
+    if units == 2:
+        # of the rows so far that none is below in both units, from the lowest first price and the highest second one
+        firsts: list[float] = []
+        seconds: list[float] = []
+        for i, (first, second) in enumerate(prices.tolist()):
+            place = bisect.bisect_right(firsts, first)
+            if place and seconds[place - 1] <= second:
+                continue
+            found[i] = True
+            end = start = bisect.bisect_left(firsts, first)
+            while end < len(firsts) and seconds[end] >= second:
+                end += 1
+            firsts[start:end], seconds[start:end] = [first], [second]
+        return found
+    for i, row in enumerate(prices):
+        found[i] = not (prices[:i][found[:i]] <= row).all(axis=1).any()
+    return found
 
 
 def least(parts: Mapping[str, Forms[Any]]) -> np.ndarray[Any, Any]:

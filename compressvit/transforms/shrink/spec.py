@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Literal, get_args
 
 import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-from compressvit.errors import UserError
 from compressvit.fitting.allocate import Budget
 from compressvit.fitting.hull import Forms
-from compressvit.fitting.lowrank import TINY
 from compressvit.fitting.reference import Reference
 from compressvit.log import progress
 from compressvit.model import surgery
@@ -33,6 +32,7 @@ from compressvit.transforms.narrow.places import Place
 from compressvit.transforms.narrow.plan import smaller
 from compressvit.transforms.narrow.spec import NarrowStep
 from compressvit.transforms.shrink.budget import ShrinkBudget
+from compressvit.transforms.shrink.corrected import corrected
 from compressvit.transforms.shrink.keep import PlannedKeep, ShrinkKeep, Trial, smallest, stored
 from compressvit.transforms.shrink.latency import LatencyTable
 from compressvit.transforms.shrink.offers import Methods, offers
@@ -46,8 +46,6 @@ log = logging.getLogger("compressvit")
 Method = Literal["neurons", "head_dim", "heads", "rank"]
 _SHARES = 64  # of all widths, of which a plan without values tries the largest
 _ASSUMED = 0.5  # of the teacher's size, in a plan without values where the size follows from what is kept
-_CLEARLY = 1.02  # times the limit of latency: what the lower quartile of what is measured may be
-_CORRECTIONS = 2  # of the limit of latency, where a student is measured to be slower than predicted
 
 
 @transform("shrink", ShrinkPlan)
@@ -149,7 +147,18 @@ class Shrink(NarrowStep):
         search = self._search(model, found, reference)
         parts = self._offers(found, search.prices, reference)
         chosen = search.within(parts) if self.keep is None else self._smallest(model, search, parts, reference)
-        return chosen if search.prices.table is None else self._timed(chosen, model, search, parts, reference.device)
+        if search.prices.table is None:
+            return chosen
+        timed = partial(self._timed, model=model, search=search, device=reference.device)
+        if self.keep is not None:
+            return timed(chosen)
+        whole, i = search.prices.table.whole, search.prices.units.index("latency")
+
+        def within(limit: float) -> ShrinkPlan:
+            search.limits[i] = limit * whole
+            return search.within(parts)
+
+        return corrected(chosen, float(search.limits[i] / whole), timed, within)
 
     def refuse_by_device(self, model: nn.Module, reference: Reference) -> None:
         if self.keep is not None or "latency" in self.target.units:
@@ -205,47 +214,24 @@ class Shrink(NarrowStep):
         reference.choices.put(name, table.model_dump(mode="json"))
         return table
 
-    def _timed(
-        self,
-        plan: ShrinkPlan,
-        model: nn.Module,
-        search: Search,
-        parts: Mapping[str, Forms[BlockForm]],
-        device: torch.device,
-    ) -> ShrinkPlan:
-        """The plan with what is known of its latency, for which the whole student is measured; where that is clearly above the limit, a
-        plan within a limit that is as much lower."""
+    def _timed(self, plan: ShrinkPlan, model: nn.Module, search: Search, device: torch.device) -> ShrinkPlan:
+        """The plan with what is known of its latency, for which the whole student is measured."""
         table = search.prices.table
         assert table is not None
-        i = search.prices.units.index("latency")
-        limit = float(search.limits[i] / table.whole)
-        for trial in range(1 + _CORRECTIONS):
-            predicted = float(search.cost(plan)[i] / table.whole)
-            student = surgery.deep_copy(model)
-            plan.apply(student)
-            measured = ratio(student, surgery.deep_copy(model), batch=self.batch, device=device)
-            log.info(
-                "latency: %.2f of the teacher's predicted, %.2f (%.2f–%.2f) measured in turns, on %s",
-                predicted,
-                measured[1],
-                measured[0],
-                measured[2],
-                table.where(),
-            )
-            known = PlannedLatency(table=table, predicted=predicted, measured=measured)
-            plan = plan.model_copy(update={"latency": known})
-            saved = (1 - measured[1]) / max(1 - predicted, TINY)  # of what was predicted
-            if self.budget is None or measured[0] <= _CLEARLY * limit or trial == _CORRECTIONS or saved <= 0:
-                break
-            search.limits[i] = table.whole * (1 - (1 - limit) / min(saved, 1.0))
-            try:
-                plan = search.within(parts)
-            except UserError:
-                log.warning(
-                    "latency: a student that is measured to be as fast as asked is smaller than the methods reach"
-                )
-                break
-        return plan
+        predicted = float(search.cost(plan)[search.prices.units.index("latency")] / table.whole)
+        student = surgery.deep_copy(model)
+        plan.apply(student)
+        measured = ratio(student, surgery.deep_copy(model), batch=self.batch, device=device)
+        log.info(
+            "latency: %.2f of the teacher's predicted, %.2f (%.2f–%.2f) measured in turns, on %s",
+            predicted,
+            measured[1],
+            measured[0],
+            measured[2],
+            table.where(),
+        )
+        known = PlannedLatency(table=table, predicted=predicted, measured=measured)
+        return plan.model_copy(update={"latency": known})
 
     def resolved(self, forms: Mapping[str, BlockForm]) -> ShrinkPlan:
         settings = self.model_dump(include={"metric", "sequential", "ridge", "output_ridge"})

@@ -21,7 +21,9 @@ from compressvit.transforms.low_rank.pivoted_layer import is_pivoted
 from compressvit.transforms.narrow.places import places
 from compressvit.transforms.record import compression_of
 from compressvit.transforms.shrink import spec, stopwatch
-from compressvit.transforms.shrink.latency import Grid, device_name
+from compressvit.transforms.shrink.corrected import corrected
+from compressvit.transforms.shrink.latency import Grid, LatencyTable, device_name
+from compressvit.transforms.shrink.plan import ShrinkPlan
 from compressvit.transforms.shrink.prices import Prices
 from compressvit.transforms.shrink.spec import ShrinkBudget
 
@@ -174,19 +176,54 @@ def test_a_target_below_the_floor_is_refused_before_images_are_read(measured):
 
 
 def test_a_student_that_is_measured_to_be_slower_than_predicted_is_made_smaller(measured, monkeypatch):
-    teacher, ratios = build("vit"), [(0.8, 0.85, 0.9), (0.66, 0.68, 0.7)]
-    monkeypatch.setattr(spec, "ratio", lambda *models, **options: ratios.pop(0))
+    teacher, found = build("vit"), []
 
-    def planned():
-        every = step(budget=ShrinkBudget(latency=0.8), methods=("neurons", "rank"))
-        return every.plan(teacher, Reference(surgery.deep_copy(teacher))).latency
+    def ratio(student, whole, **options):
+        """By parameters, of which all but the teacher have a fifth more."""
+        sizes = [sum(p.numel() for p in model.parameters()) for model in (student, whole)]
+        found.append(0.2 + sizes[0] / sizes[1])
+        return (found[-1],) * 3
 
-    ratios[0] = (0.85, 0.86, 0.9)
-    found = planned()
-    assert found.predicted <= 1 - 0.2 / 0.71  # it saves 0.14 where 0.196 was predicted; rounded up
-    assert found.measured == (0.66, 0.68, 0.7)
-    ratios += [(1.1, 1.2, 1.3), (0.6, 0.6, 0.6)]
-    assert planned().measured == (1.1, 1.2, 1.3)  # nothing to go by
+    monkeypatch.setattr(spec, "ratio", ratio)
+    settings = {"budget": ShrinkBudget(latency=0.8), "methods": ("neurons", "rank")}
+    plan = step(**settings).plan(teacher, Reference(surgery.deep_copy(teacher)))
+    assert found[0] > 1.02 * 0.8
+    assert plan.latency.measured[1] == max(m for m in found if m <= 1.02 * 0.8)
+
+
+def planned(*measurements):
+    """Plans with a prediction and what is measured of it."""
+    table = LatencyTable(device="cpu", threads=1, batch=1, dtype="float32", whole=1.0, like={}, rows=())
+    values = dict(measurements)
+
+    def timed(plan):
+        known = {"table": table, "predicted": plan.latency.predicted, "measured": values[plan.latency.predicted]}
+        return ShrinkPlan(forms={}, latency=known)
+
+    def within(limit):
+        below = [predicted for predicted in values if predicted <= limit + 1e-9]
+        if not below:
+            raise UserError("too small")
+        return ShrinkPlan(forms={}, latency={"table": table, "predicted": max(below)})
+
+    return timed, within
+
+
+@pytest.mark.parametrize(
+    ("measurements", "chosen"),
+    [
+        ({0.5: 0.51}, 0.5),  # near enough
+        ({0.5: 0.4}, 0.5),  # what is faster than predicted stays
+        ({0.5: 0.6, 0.375: 0.5}, 0.375),  # on a line through the teacher
+        ({0.5: 0.6, 0.37: 0.4, 0.43: 0.49}, 0.43),  # too small, so a second one lies between
+        ({0.5: 0.6, 0.37: 0.55, 0.3: 0.46}, 0.3),
+        ({0.5: 0.6}, 0.5),  # nothing smaller
+        ({0.5: 1.2, 0.4: 0.4}, 0.5),  # nothing to go by
+    ],
+)
+def test_the_limit_is_corrected_along_a_line(measurements, chosen):
+    timed, within = planned(*((p, (m, m, m)) for p, m in measurements.items()))
+    assert corrected(within(0.5), 0.5, timed, within).latency.predicted == chosen
 
 
 def test_a_plan_without_values_goes_by_macs(measured):
