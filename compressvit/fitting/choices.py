@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from compressvit.errors import UserError
 from compressvit.files import write_json
 from compressvit.reading import read_json
 
@@ -15,11 +16,19 @@ class Choices:
     Args:
         path: of the JSON file; None to keep them in memory alone.
         known: others, which are taken over.
+
+    Raises:
+        UserError: the file is damaged.
     """
 
     def __init__(self, path: Path | None = None, known: Choices | None = None):
         self._path = path
-        self._known: dict[str, Any] = read_json(path) if path is not None and path.is_file() else {}
+        self._known: dict[str, Any] = {}
+        if path is not None and path.is_file():
+            try:
+                self._known = dict(read_json(path))
+            except (UserError, ValueError, TypeError) as error:
+                raise UserError(f"{error}\n  Remove {path}: what it holds is then found out again") from error
         if known is not None:
             self._known |= known._known
 

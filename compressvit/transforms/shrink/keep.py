@@ -155,5 +155,8 @@ def smallest(
 
 
 def stored(trials: Any) -> list[Trial]:
-    """Those of a run that is resumed, from JSON."""
-    return [Trial.model_validate(trial) for trial in trials or ()]
+    """Those of a run that is resumed, from JSON; none where they are of another version."""
+    try:
+        return [Trial.model_validate(trial) for trial in trials or ()]
+    except ValueError:
+        return []

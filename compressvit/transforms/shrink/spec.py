@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Literal, get_args
 
@@ -206,8 +207,8 @@ class Shrink(NarrowStep):
         """Measured once for a model, also where several students are made of it."""
         dtype = next(model.parameters()).dtype
         name = f"latency of batches of {self.batch} in {dtype}".replace("torch.", "")
-        if (known := reference.choices.get(name)) is not None:
-            table = LatencyTable.model_validate(known)
+        with suppress(ValueError):  # none, or of another version
+            table = LatencyTable.model_validate(reference.choices.get(name))
             if table.is_of(reference.device):
                 return table
         table = measure(reference.model, found, batch=self.batch, device=reference.device, dtype=dtype)

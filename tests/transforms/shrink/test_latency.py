@@ -147,9 +147,13 @@ def test_an_interrupted_run_does_not_measure_again_on_the_same_device(measured, 
     plan()
     plan()
     assert len(measured.asked) == 1
-    path.write_text(path.read_text().replace(f'"threads": {torch.get_num_threads()}', '"threads": 64'))
-    plan()
-    assert len(measured.asked) == 2
+    for old, new in ((f'"threads": {torch.get_num_threads()}', '"threads": 64'), ('"threads"', '"processors"')):
+        path.write_text(path.read_text().replace(old, new))
+        plan()
+    assert len(measured.asked) == 3
+    path.write_text("{")
+    with pytest.raises(UserError, match=f"Remove {path}"):
+        plan()
 
 
 def test_a_target_below_the_floor_is_refused_before_images_are_read(measured):
