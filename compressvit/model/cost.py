@@ -173,7 +173,7 @@ def in_turns(
         calls: what is timed; they compute on `device`.
         rounds: measurements of each, after one warm-up run.
         seconds: stop early after so long, with at least 3 rounds.
-        clock: in seconds.
+        clock: in seconds; `seconds` are its, too.
     """
 
     def once(call: Callable[[], Any]) -> float:
@@ -186,8 +186,8 @@ def in_turns(
     for call in calls:
         once(call)
     times: list[list[float]] = []
-    end = time.perf_counter() + seconds
-    while len(times) < rounds and (len(times) < 3 or time.perf_counter() < end):
+    end = clock() + seconds
+    while len(times) < rounds and (len(times) < 3 or clock() < end):
         order = [(i + len(times)) % len(calls) for i in range(len(calls))]  # the order changes, too
         taken = {i: once(calls[i]) for i in order}
         times.append([taken[i] for i in range(len(calls))])

@@ -15,7 +15,7 @@ from compressvit.data.spec import Data
 from compressvit.errors import UserError
 from compressvit.recipe.recipe import parse_recipe
 from compressvit.runs.deciding import LEAST, set_aside
-from compressvit.runs.keep import OnHeldOut
+from compressvit.runs.keep import OnHeldOut, _Classes
 
 RECIPE = """\
 teacher: {model: vit_tiny_patch16_224}
@@ -87,6 +87,13 @@ def test_figures_are_those_of_the_images_that_decide():
     worst = max(100 * (right[1] - right[0])[targets == c].mean().item() for c in targets.unique())
     assert figures["worst_class_drop"] == pytest.approx(worst, abs=1e-4)
     assert judging.images == "100 images held out"
+
+
+def test_the_worst_class_is_the_one_that_loses_most():
+    classes, targets = _Classes(), torch.tensor([0, 0, 1, 1, 2])
+    theirs, ours = torch.tensor([0, 0, 1, 1, 0]), torch.tensor([0, 0, 1, 0, 2])
+    classes.add(torch.empty(5), targets, torch.eye(3)[ours], torch.eye(3)[theirs])
+    assert classes.worst() == 50
 
 
 def test_domains_are_the_folders_within_those_of_classes(tmp_path):

@@ -111,6 +111,10 @@ def test_what_is_not_faster_is_not_offered(measured):
     measured.order[0] = 1.0  # a pivoted layer is never faster than a dense one
     with pytest.raises(UserError, match=r"latency .*the smallest that rank reach is"):
         shrunk(teacher, budget=ShrinkBudget(latency=0.9), methods=("rank",), pivoted=True)
+    found = places(teacher, describe(teacher))  # nor where it would save something else
+    for order, forms in ((1.0, []), (0.0, [True])):
+        prices = Prices.of(teacher, found, ("latency", "parameters"), table_of(teacher, found, order=order), True)
+        assert [pivoted for pivoted, _ in prices.low_rank("blocks.0", "mlp.fc1", 128, 32, 8)] == forms
 
 
 def test_the_table_is_in_the_plan_and_nothing_is_measured_again(measured, monkeypatch, tmp_path):
