@@ -62,7 +62,7 @@ class Moments:
             ridge: regularisation of the input moment, relative to its mean.
             output_ridge: the same for the gradients' moment.
         """
-        if output_ridge is None or self.outputs is None or self.important is None or not _says_something(self.outputs):
+        if output_ridge is None or self.outputs is None or self.important is None or not says_something(self.outputs):
             return Metric(cholesky(self.inputs, ridge))
         return Metric(cholesky(self.weighed(), ridge), self.output_factor(output_ridge))
 
@@ -77,7 +77,7 @@ class Moments:
     @property
     def _weighs(self) -> bool:
         """Whether there are gradients that say which tokens count."""
-        return self.outputs is not None and _says_something(self.outputs)
+        return self.outputs is not None and says_something(self.outputs)
 
     def output_factor(self, ridge: float | None, scale: torch.Tensor | None = None) -> torch.Tensor | None:
         """The factor of a metric's output side: of the gradients with a ridge, where there are any; else of `scale` alone.
@@ -86,7 +86,7 @@ class Moments:
             ridge: for the gradients; None not to use them.
             scale: |γ| (out,) of a LayerScale after the layer, before which the ridge is added: what is scaled down counts for less.
         """
-        if ridge is None or self.outputs is None or not _says_something(self.outputs):
+        if ridge is None or self.outputs is None or not says_something(self.outputs):
             return None if scale is None else torch.diag(scale)
         if scale is None:
             return cholesky(self.outputs, ridge)
@@ -229,7 +229,7 @@ class _Sums:
         )
 
 
-def _says_something(outputs: torch.Tensor) -> bool:
+def says_something(outputs: torch.Tensor) -> bool:
     """False where no gradient reaches a layer, as with a classifier of one class."""
     return outputs.trace().item() > 1e-60
 

@@ -119,6 +119,16 @@ class Reference:
             return -(-len(self._images) // _BATCH)
         return len(self._images) if isinstance(self._images, Sized) else None
 
+    def _some(self, most: int) -> Iterator[torch.Tensor]:
+        """About `most` of the images."""
+        count = self._batch_count()
+        step, done = (1 if count is None else max(1, round(count * _BATCH / most))), 0
+        for batch in self.batches():
+            yield batch[::step]
+            done += len(batch[::step])
+            if count is None and done >= most:
+                return
+
     def _look_at(self, images: torch.Tensor, photographs: torch.Tensor | None) -> None:
         small = F.adaptive_avg_pool2d(images.detach().float(), 8)
         self._seen.add(small, photographs)
@@ -130,8 +140,12 @@ class Reference:
         """Which images of the last pass through `batches` judge a fit to the others, bool (N,); see `compressvit.fitting.held_out`."""
         return self._seen.held_out()
 
-    def moments(self, paths: Sequence[str], *, outputs: bool) -> dict[str, Moments]:
+    def moments(self, paths: Sequence[str], *, outputs: bool, most: int | None = None) -> dict[str, Moments]:
         """The moments of the linear layers at `paths`; what was computed before is not computed again.
+
+        Args:
+            outputs: also those of the gradients.
+            most: about so many of the images, spread over all of them where their number is known; None for all.
 
         Raises:
             UserError: a layer sees numbers that are not finite.
@@ -143,9 +157,9 @@ class Reference:
             self._moments |= collect_moments(
                 self.model,
                 wanted,
-                self.batches(),
+                self.batches() if most is None else self._some(most),
                 outputs=outputs,
-                count=self._batch_count(),
+                count=self._batch_count() if most is None else None,
                 sample=self.sample(),
             )
             _warn_of_few(self._moments, wanted)

@@ -10,11 +10,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from compressvit.fitting.hull import Forms
-from compressvit.fitting.lowrank import Metric, Tensor, cholesky, left_out
-from compressvit.transforms.narrow.fit import TeacherBlock, narrow_heads, restricted
+from compressvit.fitting.lowrank import Metric, Tensor, cholesky, left_out, singular_values
+from compressvit.transforms.narrow.fit import TeacherBlock, factor_of, narrow_heads, restricted
 from compressvit.transforms.narrow.form import BlockForm
 from compressvit.transforms.narrow.places import FC1, FC2, PROJ, QKV
 from compressvit.transforms.shrink.prices import Prices, rank_price
@@ -63,7 +62,7 @@ def _ways(weight: Tensor, centred: Tensor, outer: Tensor | None, ridge: float, m
     found = [_Way(None, outputs * inputs, 0.0)]
     if not methods.rank:
         return found
-    left = left_out(torch.linalg.svdvals(Metric(cholesky(centred, ridge), outer).weigh(weight))).tolist()
+    left = left_out(singular_values(Metric(cholesky(centred, ridge), outer).weigh(weight))).tolist()
     most = min(outputs, inputs)
     step = (
         max(1, most // RANKS // methods.multiple) * methods.multiple
@@ -105,12 +104,12 @@ def of_mlp(teacher: TeacherBlock, prices: Prices, methods: Methods) -> Forms[Blo
     sizes = widths(place.neurons, methods.multiple) if methods.neurons else [place.neurons]
     removals = teacher.neurons(*sizes)
     inputs, centred, hidden = teacher.weight(FC1), teacher.centred(FC1), teacher.centred(FC2)
-    gradients = teacher.moments(FC1).outputs
+    metric = teacher.metric(FC1)
     bases = []
     for size in sizes:
         removal = removals[size]
         rows = place.rows(removal.kept)
-        outer = teacher.factor(FC1, restricted(gradients, rows))
+        outer = factor_of(restricted(metric, rows))
         kept = removal.kept
         ways = {
             FC1: _ways(inputs[rows], centred, outer, ridge, methods),
@@ -138,7 +137,7 @@ def of_attention(teacher: TeacherBlock, prices: Prices, methods: Methods) -> For
         outer = teacher.outer(PROJ)
         projection = found.projection if outer is None else outer.mT @ found.projection
         ways = {
-            QKV: _ways(found.weight, centred, teacher.factor(QKV, found.gradients), teacher.settings.ridge, methods),
+            QKV: _ways(found.weight, centred, factor_of(found.metric), teacher.settings.ridge, methods),
             PROJ: _ways(projection, found.values, None, teacher.settings.ridge, methods),
         }
         own = (0 if found.bias is None else len(found.bias)) + (0 if biases is None else len(biases))

@@ -35,6 +35,7 @@ from compressvit.transforms.shrink.prices import Prices, Unit
 
 Method = Literal["neurons", "head_dim", "heads", "rank"]
 _SHARES = 64  # of all widths, of which a plan without values tries the largest
+_MEASURED = 256  # images that say what each form costs; more of them only fit the one that is chosen
 _ROUNDS = 5  # of exact counts, after each of which the limits are corrected
 
 
@@ -148,7 +149,7 @@ class Shrink(NarrowStep):
         if images:  # of all layers in one pass over them
             reference.require_images(self.name)
             paths = [f"{p.path}.{layer}" for p in found for layer in LAYERS if _changes(p, layer)]
-            reference.moments(paths, outputs=True)
+            reference.moments(paths, outputs=True, most=_MEASURED)
         settings = Settings(self.ridge, self.output_ridge, images)
         branches = describe(reference.model).family.branches
         may = Methods(
