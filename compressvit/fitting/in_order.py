@@ -140,7 +140,7 @@ class _Fixed:
     def __init__(self, module: nn.Module, outputs: Spool, device: torch.device):
         self.index = 0
         self._module = module
-        module.forward = lambda *inputs, **options: outputs.read(self.index, device)  # type: ignore[method-assign]
+        module.forward = lambda *inputs, **options: outputs.read(self.index, device)
 
     def release(self) -> None:
         del self._module.forward
