@@ -31,6 +31,16 @@ def _wide_terminal():
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _few_timings():
+    """Models are timed in 3 rounds and not in 30: no test looks at how long one takes."""
+    from compressvit.model.cost import latencies
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(latencies.__kwdefaults__, "rounds", 3)
+        yield
+
+
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items):
     """Mark as `wide` what `wide_unless` says."""

@@ -19,6 +19,7 @@ def values_of(run):
     return [f"teacher.weights={run / 'teacher'}", "calibration.images=32"]  # its `finetune` is not asked for
 
 
+@pytest.mark.wide_unless(lambda unit: unit == "macs")
 @pytest.mark.parametrize("unit", ["parameters", "macs"])
 def test_a_sweep_from_good_to_small(trained, tmp_path, unit):
     recipe, run = trained
