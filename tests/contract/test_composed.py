@@ -49,10 +49,12 @@ PAIRS = [
 
 
 def is_fast(names, backbone) -> bool:
-    """On a ViT one method with every other, two with one that it refuses, and what is refused before anything is fitted."""
+    """On a ViT multiplex with every other method, in one order if that is an adapter, and two pairs of what it does not go with; of other
+    pairs without adapters those that are refused before anything is fitted."""
     plain = not set(names) & set(ADAPTERS)
+    multiplexed = "multiplex" in names if plain else names[0] == "multiplex"
     refused = plain and names in CONFLICTS and names[0] != "shrink"
-    return backbone == "vit" and ("multiplex" in names or names in COMPOSED or refused)
+    return backbone == "vit" and (multiplexed or refused or names in COMPOSED)
 
 
 @pytest.mark.wide_unless.with_args(is_fast)
