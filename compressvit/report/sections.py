@@ -104,7 +104,10 @@ def details(run: Run) -> list[str]:
     sentences = []
     if run.environment and run.results.student.latency_ms:
         where = ", ".join(run.environment.gpus) or _threads(run.environment)
-        sentences.append(f"Latency is the median for one image, teacher and student measured alternately on {where}.")
+        interval = "; in brackets the 99 % interval of the median ratio" if run.results.student.latency_ratio else ""
+        sentences.append(
+            f"Latency is the median for one image, teacher and student measured in turns on {where}{interval}."
+        )
     for name, phase in run.results.phases.items():
         start = phase.start or {}
         figures = [q.had(v) for q in qualities().values() if q.curve and (v := start.get(q.key)) is not None]

@@ -42,8 +42,8 @@ class Costs(RunFile):
 
 class Figures(Costs):
     """Costs and scores of the teacher or the student in `results.json`. Scores are in percent, except `loss` and the cosines; None if they
-    are not available. `latency_ratio` has the quartiles of student / teacher within a round of measurements. `trained_adapter` is left out
-    if no parameter is frozen."""
+    are not available. `latency_ratio` has the median of student / teacher within a round of measurements, between the ends of its 99 %
+    interval (in runs of earlier versions the quartiles of the rounds). `trained_adapter` is left out if no parameter is frozen."""
 
     images: int | None = None
     latency_ms: float | None = None
@@ -113,7 +113,7 @@ class Results(RunFile):
 
     @property
     def slowdown(self) -> float | None:
-        """The student's latency in those of its teacher, which was measured alternately with it."""
+        """The student's latency in those of its teacher, which was measured in turns with it."""
         if self.student.latency_ratio is not None:
             return self.student.latency_ratio[1]
         ours, theirs = self.student.latency_ms, self.teacher.latency_ms  # of an earlier version

@@ -23,7 +23,7 @@ from compressvit.runs.job import Job
 from compressvit.runs.models import has_own_head
 from compressvit.runs.predictions import Predictions
 from compressvit.runs.run import Trained
-from compressvit.runs.tables import results_table
+from compressvit.runs.tables import how_measured, results_table
 from compressvit.transforms.record import compression_of, only_adapted, trained_names, trained_parameters
 
 
@@ -123,8 +123,7 @@ def _report(job: Job, folder: RunFolder, log: RunLog, results: Results, mismatch
     if mismatch and job.recipe.student.head != "new":
         warnings.warning("warning: %s", mismatch)
     log.say(
-        f"latency: batch 1 on {job.device}, {cost.threads_text()}, median of up to 30, measured alternately; "
-        f"in brackets the middle half of the ratios. "
+        f"latency: {how_measured(f'{job.device}, {cost.threads_text()}')}. "
         f"The student was read back from disk: largest difference of its outputs {results.read_back_difference:.1e}"
     )
     if files := len(job.datasets.broken.paths):

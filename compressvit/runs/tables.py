@@ -163,7 +163,16 @@ def print_data(data: DataPlan, console: Console) -> None:
         console.print(f"data: {note.text}", highlight=False)
 
 
+def how_measured(where: str) -> str:
+    """How latencies were measured, for the line below their table.
+
+    Args:
+        where: device and threads.
+    """
+    return f"batch 1 on {where}, the models in turns, medians of up to 30 rounds; in brackets the 99 % interval of the median ratio"
+
+
 def ratio_text(ratio: Sequence[float]) -> str:
-    """Quartiles of a ratio, as '1.89 (1.81–1.97)': median, and in brackets the middle half of all rounds."""
+    """A ratio of latencies, as '1.89 (1.81–1.97)': the median of all rounds, and in brackets its 99 % interval (`Latencies.ratio`)."""
     low, middle, high = ratio
     return f"{middle:.2f} ({low:.2f}–{high:.2f})"
