@@ -125,9 +125,9 @@ class Latencies:
     def ratio(self, model: int, reference: int = 0) -> tuple[float, float, float]:
         """How much slower a model is than another: the median of the ratios within a round, between the ends of its interval.
 
-        The interval contains the median of all possible rounds with `CONFIDENCE`, whatever their distribution is, because how many of the
-        rounds lie below that median is binomial: of 30 rounds it is between the 8th ratios from either end. Of fewer than 12 it is between the
-        smallest and the largest, which of fewer than 8 is less than was promised (of 3 rounds 75 %).
+        The interval contains the median of all possible rounds with `CONFIDENCE`, whatever their distribution is, because how many of
+        the rounds lie below that median is binomial: of 30 rounds it is between the 8th ratios from either end. Of fewer than 12 it is
+        between the smallest and the largest, which of fewer than 8 is less than was promised (of 3 rounds 75 %).
         """
         ratios = sorted(taken[model] / taken[reference] for taken in self.rounds)
         count, outside, below = len(ratios), 0, 1.0

@@ -17,7 +17,7 @@ from compressvit.charts.findings import Finding
 from compressvit.reading import Unreadable, open_regular, read_bytes
 from compressvit.report.record import Run
 from compressvit.runs.files import PICTURES, Answer, ClassRow, Environment, LedgerRow, PredictionsFile, Results
-from compressvit.runs.tables import results_rows
+from compressvit.runs.tables import how_searched, results_rows
 from compressvit.tasks.base import TASKS, Measure
 from compressvit.tasks.qualities import qualities
 
@@ -108,6 +108,7 @@ def details(run: Run) -> list[str]:
         sentences.append(
             f"Latency is the median for one image, teacher and student measured in turns on {where}{interval}."
         )
+    sentences += [f"{text[0].upper()}{text[1:]}." for text in how_searched(run.results.student.figures)]
     for name, phase in run.results.phases.items():
         start = phase.start or {}
         figures = [q.had(v) for q in qualities().values() if q.curve and (v := start.get(q.key)) is not None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -34,6 +34,11 @@ class Costs(RunFile):
         return found if isinstance(found, (int, float)) else None
 
     @property
+    def figures(self) -> dict[str, Any]:
+        """All figures by name."""
+        return self.model_dump()
+
+    @property
     def adapted(self) -> bool:
         """Whether a part of the model was frozen."""
         adapter, head = self.value("trained_adapter"), self.value("trained_head")
@@ -43,7 +48,12 @@ class Costs(RunFile):
 class Figures(Costs):
     """Costs and scores of the teacher or the student in `results.json`. Scores are in percent, except `loss` and the cosines; None if they
     are not available. `latency_ratio` has the median of student / teacher within a round of measurements, between the ends of its 99 %
-    interval (in runs of earlier versions the quartiles of the rounds). `trained_adapter` is left out if no parameter is frozen."""
+    interval (in runs of earlier versions the quartiles of the rounds). `trained_adapter` is left out if no parameter is frozen.
+
+    Attributes:
+        indexed: training images that `knn` searches in.
+        intervals: 95 % intervals over images, of figures that have one (`Quality.interval`).
+    """
 
     images: int | None = None
     latency_ms: float | None = None
@@ -54,6 +64,12 @@ class Figures(Costs):
     agreement: float | None = None
     cosine: float | None = None
     cosine_patches: float | None = None
+    recall_1: float | None = None
+    recall_10: float | None = None
+    recall_self: float | None = None
+    knn: float | None = None
+    indexed: int | None = None
+    intervals: dict[str, tuple[float, float]] = {}
     trained_adapter: int | None = None
     trained_head: int | None = None
     adapter_bytes: int | None = None

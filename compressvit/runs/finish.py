@@ -23,7 +23,8 @@ from compressvit.runs.job import Job
 from compressvit.runs.models import has_own_head
 from compressvit.runs.predictions import Predictions
 from compressvit.runs.run import Trained
-from compressvit.runs.tables import how_measured, results_table
+from compressvit.runs.tables import how_measured, how_searched, results_table
+from compressvit.tasks.qualities import intervals
 from compressvit.transforms.record import compression_of, only_adapted, trained_names, trained_parameters
 
 
@@ -58,11 +59,13 @@ def finish(job: Job, scorer: Scorer, folder: RunFolder, log: RunLog, *, plan: Re
                 **plan.teacher.model_dump(exclude={"model"}),
                 "images": scores["images"],
                 **theirs,
+                "intervals": intervals({**theirs, "images": scores["images"]}),
                 "latency_ms": times.medians[0],
             },
             "student": {
                 **costs,
                 **scores,
+                "intervals": intervals(scores),
                 **_trained(student.model, costs["parameters"]),
                 "latency_ms": times.medians[1],
                 "latency_ratio": times.ratio(1),
@@ -109,11 +112,11 @@ def _scores(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The scores of the student compared with its teacher, and those of the teacher alone."""
     comparable = scorer.comparable(teacher)
-    scores = scorer.score(student, comparable, predictions.add)
+    scores = scorer.score(student, comparable, predictions.add, search=True)
     theirs = {key: scores.pop(f"teacher_{key}", None) for key in scorer.task(student).graded}
     if comparable and teacher.input != student.input:
         # compared on the student's images, but its accuracy is that on images with its own preprocessing
-        own = scorer.score(teacher, None)
+        own = scorer.score(teacher, None, search=True)
         theirs = {key: own.get(key) for key in theirs}
     return scores, theirs
 
@@ -126,6 +129,8 @@ def _report(job: Job, folder: RunFolder, log: RunLog, results: Results, mismatch
         f"latency: {how_measured(f'{job.device}, {cost.threads_text()}')}. "
         f"The student was read back from disk: largest difference of its outputs {results.read_back_difference:.1e}"
     )
+    for text in how_searched(results.student.figures):
+        log.say(text)
     if files := len(job.datasets.broken.paths):
         log.say(f"{files} broken image files were skipped; run.log names them")
     for note in job.datasets.broken.notes():  # the others stand in the plan

@@ -117,7 +117,7 @@ class OneShot:
 
     def scores(self, model: Side) -> dict[str, Any]:
         """Evaluate a model, compared with the teacher."""
-        return self.scorer.score(model, self.teacher)
+        return self.scorer.score(model, self.teacher, search=True)
 
     def times(self, student: Side) -> cost.Latencies:
         """Latencies of the teacher and a student, measured in turns."""

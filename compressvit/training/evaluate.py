@@ -26,6 +26,7 @@ def evaluate(
     labelled: bool = True,
     task: Task | None = None,
     watch: Watch | None = None,
+    index: Batches | None = None,
 ) -> dict[str, float | int | None]:
     """Run a model over an evaluation set, in eval mode and full precision.
 
@@ -37,6 +38,7 @@ def evaluate(
         labelled: in a labelled set, a target that is not valid for the task (a class below 0) marks a broken image, which is not
             counted; in an unlabelled set, −1 marks an image and −2 the stand-in for a broken one.
         task: what the outputs mean; None: classes if the model has a classifier, else features.
+        index: labelled training images, as `batches`, for a task that `searches`; None: figures that need them are left out.
         watch: called with every batch: images, targets, outputs (of the task's `run`) and, if they are comparable, the teacher's outputs.
 
     Returns:
@@ -44,7 +46,8 @@ def evaluate(
         (cross-entropy in nats), None without labels or classes. With a teacher also `teacher_top1`, `teacher_top5`, `teacher_loss`,
         `agreement` (percent of images with the same top-1 class) and `cosine` (mean cosine similarity of the outputs), the last two None
         if the outputs differ in width; for two headless token backbones also `cosine_patches` (mean cosine similarity of their patch
-        tokens after the final norm).
+        tokens after the final norm); for two headless backbones what `compressvit.tasks.retrieval` measures; with an index
+        `knn` and `teacher_knn` (`compressvit.tasks.neighbours`) and `indexed`, the number of images in it.
 
     Raises:
         UserError: a label is not below the model's number of classes.
@@ -56,14 +59,22 @@ def evaluate(
     seen = 0
     task = task or task_of(model)
     metrics = task.metrics(model, other, labelled)
+
+    def outputs_of(images: torch.Tensor) -> tuple[Any, Any]:
+        return task.run(model, images), None if other is None or convert is None else task.run(other, convert(images))
+
+    for batch_images, batch_targets in index or ():
+        known = task.known(batch_targets)
+        if known.any():
+            outputs, expected = outputs_of(batch_images[known].to(device))
+            metrics.index(outputs, moved(take(batch_targets, known), device), expected)
     for batch_images, batch_targets in batches:
         counted = task.known(batch_targets) if labelled else at_least(batch_targets, NO_LABEL)
         images, targets = batch_images[counted].to(device), moved(take(batch_targets, counted), device)
         if not len(images):
             continue
         seen += len(images)
-        outputs = task.run(model, images)
-        expected = None if other is None or convert is None else task.run(other, convert(images))
+        outputs, expected = outputs_of(images)
         metrics.add(outputs, targets, expected)
         if watch is not None:
             comparable = expected is not None and task.comparable(outputs, expected)

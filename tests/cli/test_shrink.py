@@ -21,7 +21,7 @@ from timm.models import _registry, model_entrypoint
 import compressvit
 from compressvit.cli import main
 from compressvit.cli.shrink import UNITS
-from compressvit.data.sets.folder import count_class_folders
+from compressvit.data.sets.folder import class_folders as class_folders_of
 from compressvit.data.spec import Data
 from compressvit.runs import shrink as verb
 from compressvit.runs.files import read_results
@@ -107,7 +107,7 @@ def test_a_headless_checkpoint_and_photos_become_a_student_and_its_page(headless
     assert recipe["data"]["name"] == "images"
     assert recipe["calibration"] == {"images": 12, "tokens": 48}
     assert recipe["steps"] == [{"shrink": {"budget": {"parameters": 0.5}}}]
-    assert "no classifier, so labels are not used" in recipe["description"]
+    assert "no labels: the images are not in train/ and val/ with a folder per class" in recipe["description"]
     results = read_results(folder)
     assert 0.4 < share(results, "parameters") <= 0.5
     assert results.student.top1 is None
@@ -163,6 +163,37 @@ def test_labels_of_other_classes_are_not_used(classifier, labelled, photos, tmp_
         assert (recipe["data"]["name"], words in recipe["description"]) == (name, True), recipe["description"]
 
 
+def test_labels_of_a_backbone_are_those_of_its_neighbours(headless, labelled, tmp_path):
+    folder = tmp_path / "run"
+    source, *options = file_of(headless)
+    out = done("shrink", source, labelled, *options, "--images", 8, "--output", folder)
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    assert recipe["data"]["name"] == "folder"
+    assert recipe["data"]["limit_val"] > 0
+    assert "k-NN accuracy by the labels of 4 class folders" in recipe["description"]
+    results = read_results(folder)
+    searched = "the class of 12 held-out images, by votes of the nearest of 12 training images (k-NN)"
+    for side in (results.teacher, results.student):
+        low, high = side.intervals["knn"]
+        assert low < side.knn < high
+    assert results.student.recall_10 is not None
+    assert searched in out
+    assert searched in (folder / "report.html").read_text()
+    content = json.loads(done("evaluate", folder, "--json"))
+    assert (content["knn"], content["indexed"]) == (pytest.approx(results.student.knn), 12)
+    assert searched in done("evaluate", folder)
+
+
+def test_class_folders_that_differ_are_not_used_by_a_backbone(headless, tmp_path):
+    class_folders(tmp_path, splits=("train",), classes=("x", "y"), each=1)
+    class_folders(tmp_path, splits=("val",), classes=("x", "z"), each=1)
+    recipe = verb.shrink_recipe(headless, tmp_path, model="test_vit", img_size=32)
+    assert recipe["data"]["name"] == "images"
+    assert (
+        "labels are not used: val/ has 2 class folders, not all of them among the 2 of train/" in recipe["description"]
+    )
+
+
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_the_classifier_of_a_file_says_how_many_classes_the_model_has(prefix, headless, labelled, tmp_path):
     """Also behind a prefix. `headless` keeps the model small."""
@@ -190,10 +221,10 @@ def test_class_folders_may_be_tars(packed, labelled, tmp_path):
             target = tmp_path / source.relative_to(labelled)
             target.parent.mkdir(exist_ok=True)
             shutil.make_archive(str(target), "tar", source)
-    assert count_class_folders(Data(name="folder", root=str(tmp_path))) == len(CLASSES)
+    assert class_folders_of(Data(name="folder", root=str(tmp_path))) == (set(CLASSES), set(CLASSES))
     (tmp_path / "val").mkdir(exist_ok=True)
     (tmp_path / "val" / "1.jpg").write_bytes(jpeg(1))
-    assert count_class_folders(Data(name="folder", root=str(tmp_path))) is None
+    assert class_folders_of(Data(name="folder", root=str(tmp_path))) is None
 
 
 def test_from_python_a_finished_run_is_read_from_its_folder(classifier, photos, tmp_path):
