@@ -75,7 +75,7 @@ def results_rows(teacher: Costs, student: Costs) -> list[tuple[str, str, str, st
         ours, theirs = student.value(key), teacher.value(key)
         if ours is None:
             continue
-        mine, of_teacher = (_interval(model.figures, key) for model in (student, teacher))
+        mine, of_teacher = (interval_text(model.figures, key) for model in (student, teacher))
         if theirs is None:
             rows.append((label, "", text(ours) + mine, ""))
             continue
@@ -98,11 +98,11 @@ def scores_table(scores: Mapping[str, Any], title: str) -> Table:
     )
     for label, key, text in (*_measures(), *further):
         if scores.get(key) is not None:
-            table.add_row(label, text(scores[key]) + _interval(scores, key))
+            table.add_row(label, text(scores[key]) + interval_text(scores, key))
     return table
 
 
-def _interval(figures: Mapping[str, Any], key: str) -> str:
+def interval_text(figures: Mapping[str, Any], key: str) -> str:
     """The interval of a figure over images, as ' (96.1–98.3)'; empty if it has none."""
     found = figures.get("intervals", {}).get(key)
     return f" ({found[0]:.1f}–{found[1]:.1f})" if found else ""
