@@ -35,6 +35,7 @@ class Moments:
         inputs: E[xᵀx], (in, in).
         mean: E[x], (in,).
         tokens: number of tokens.
+        drawn: how many of them were summed up, and stand for the others; None: all.
         outputs: E[gᵀg], (out, out); None without gradients, as are the following.
         important: E[‖g‖² xᵀx] / E‖g‖², (in, in): the inputs, each token weighted by its squared gradient.
         important_mean: E[‖g‖² x] / E‖g‖², (in,).
@@ -49,6 +50,7 @@ class Moments:
     important: torch.Tensor | None = None
     important_mean: torch.Tensor | None = None
     prefix_weight: float = 1.0
+    drawn: int | None = None
 
     def metric(self, ridge: float, output_ridge: float | None) -> Metric:
         """The metric in which errors of this layer's weight are measured.
@@ -182,6 +184,7 @@ class _Sums:
     inputs: Any = 0.0
     mean: Any = 0.0
     tokens: int = 0
+    drawn: int = 0
     outputs: Any = 0.0
     important: Any = 0.0
     important_mean: Any = 0.0
@@ -196,6 +199,7 @@ class _Sums:
         self.inputs = self.inputs + (weighted.mT @ x).cpu().double()
         self.mean = self.mean + weighted.sum(dim=0).cpu().double()
         self.tokens += whole
+        self.drawn += len(x)
 
     def add_gradients(
         self, x: torch.Tensor, prefix: int, gradient: torch.Tensor, weights: torch.Tensor | None = None
@@ -213,7 +217,7 @@ class _Sums:
         self.counts = self.counts + torch.stack([c.sum() for c in counts.tensor_split([prefix], dim=1)]).cpu().double()
 
     def moments(self, outputs: bool) -> Moments:
-        found = Moments(self.inputs / self.tokens, self.mean / self.tokens, self.tokens)
+        found = Moments(self.inputs / self.tokens, self.mean / self.tokens, self.tokens, drawn=self.drawn)
         if not outputs:
             return found
         size = self.prefix.sum().clamp(min=torch.finfo(torch.float64).tiny)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from typing import Any, TypeVar
 
@@ -22,9 +23,11 @@ from compressvit.model.linear import effective_weight
 
 log = logging.getLogger("compressvit")
 
-LEAST_IMAGES = 8  # that differ; a fit to fewer is a fit to them alone
+LEAST_IMAGES = 8  # that differ; a fit to fewer is a fit to them alone, and one to a single one is refused
+LEAST_TOKENS = 1 / 16  # for each input of a layer; a fit to fewer is refused, one to fewer than 1 is told
 STRONG_RIDGE = 1.0  # in parts of a moment's mean: what such images do not show counts as much as what they do
 
+_ONE_COLOUR = 1e-3  # the most by which normalised values of an image of one colour differ; a level of 8 bits is 0.015
 _BATCH = 16  # images that are propagated together, if they come as one tensor
 T = TypeVar("T")
 Images = torch.Tensor | Iterable[Any] | Callable[[], Iterable[Any]]
@@ -49,7 +52,8 @@ class Reference:
         self._moments: dict[str, Moments] = {}
         self._known: dict[Any, Any] = {}
         self._different: set[bytes] = set()
-        self._seen = Seen()
+        self._varied = False  # whether an image has more than one colour
+        self._seen, self._count = Seen(), 0  # of one pass
 
     @property
     def too_alike(self) -> bool:
@@ -98,7 +102,7 @@ class Reference:
             batches = batches.split(_BATCH)
         if not isinstance(batches, Iterable):
             raise _wrong_images(type(batches).__name__, size)
-        self._seen = Seen()
+        self._seen, self._count = Seen(), 0
         for batch in batches:
             images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
             if not isinstance(images, torch.Tensor):
@@ -111,7 +115,25 @@ class Reference:
                 raise _wrong_images(f"images of {images.dtype}, which are not normalised", size)
             self.model.to(images.device, torch.float32)
             self._look_at(images, batch.photographs if isinstance(batch, Photographed) else None)
+            self._count += len(images)
             yield images.detach().float()
+
+    def _refuse_alike(self) -> None:
+        """Raise a `UserError` where the images that were seen show nothing of what the model does on others."""
+        count = self._count
+        ways_out = f"give at least {LEAST_IMAGES} different photographs (a few hundred are better)"
+        if len(self._different) < 2:
+            given = (
+                "there is only one calibration image" if count == 1 else f"all {count:,} calibration images are alike"
+            )
+            raise UserError(
+                f"{given}, and a fit to it would hold for no other; {ways_out}, or measure errors without images (metric=weights)"
+            )
+        if not self._varied:
+            raise UserError(
+                f"the {count:,} calibration images have one colour each, on which a model does not do what it does on photographs; "
+                f"{ways_out}"
+            )
 
     def _batch_count(self) -> int | None:
         """The number of batches, if it is known in advance."""
@@ -132,6 +154,9 @@ class Reference:
     def _look_at(self, images: torch.Tensor, photographs: torch.Tensor | None) -> None:
         small = F.adaptive_avg_pool2d(images.detach().float(), 8)
         self._seen.add(small, photographs)
+        if not self._varied:
+            spread = images.detach().flatten(2)
+            self._varied = bool((spread.amax(dim=2) - spread.amin(dim=2) > _ONE_COLOUR).any())
         if len(self._different) < LEAST_IMAGES:
             rounded = small.mul(64).round().nan_to_num().cpu()
             self._different |= {image.numpy().tobytes() for image in rounded}
@@ -148,7 +173,7 @@ class Reference:
             most: about so many of the images, spread over all of them where their number is known; None for all.
 
         Raises:
-            UserError: a layer sees numbers that are not finite.
+            UserError: a layer sees numbers that are not finite; or the images are alike, of one colour, or far too few for a layer.
         """
         wanted = [
             path for path in paths if path not in self._moments or (outputs and self._moments[path].outputs is None)
@@ -162,7 +187,8 @@ class Reference:
                 count=self._batch_count() if most is None else None,
                 sample=self.sample(),
             )
-            _warn_of_few(self._moments, wanted)
+            self._refuse_alike()
+            _require_enough(self._moments, wanted)
             if self.too_alike:
                 log.warning(
                     "there are only %d distinct calibration images, fewer than %d: layers are fitted one by one, with strong "
@@ -184,16 +210,19 @@ class Reference:
         return {path: own.metric(ridge, of_outputs) for path, own in found}
 
 
-def _warn_of_few(moments: dict[str, Moments], paths: Sequence[str]) -> None:
-    few = [path for path in paths if moments[path].tokens < len(moments[path].mean)]
-    if few:
-        log.warning(
-            "the calibration images give %d tokens for the %d inputs of %s: directions they do not cover are regularised; "
-            "give more images for a better start",
-            moments[few[0]].tokens,
-            len(moments[few[0]].mean),
-            few[0],
+def _require_enough(moments: dict[str, Moments], paths: Sequence[str]) -> None:
+    """Warn where fewer tokens than inputs were summed up, and raise a `UserError` where much fewer were."""
+    tokens = {path: moments[path].drawn or moments[path].tokens for path in paths}
+    inputs = {path: len(moments[path].mean) for path in paths}
+    path = min(paths, key=lambda path: tokens[path] / inputs[path])
+    given = f"the calibration images give {tokens[path]:,} tokens for the {inputs[path]:,} inputs of {path}"
+    if tokens[path] < LEAST_TOKENS * inputs[path]:
+        raise UserError(
+            f"{given}, which is less than one for {1 / LEAST_TOKENS:.0f} inputs and too few for any fit; give "
+            f"{math.ceil(inputs[path] / tokens[path])} times as many images, so that there is one for each"
         )
+    if tokens[path] < inputs[path]:
+        log.warning("%s: directions they do not cover are regularised; give more images for a better start", given)
     for path in paths:
         spread = moments[path].inputs.trace() - moments[path].mean.square().sum()
         if spread <= 1e-6 * moments[path].inputs.trace():
