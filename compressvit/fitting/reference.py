@@ -15,7 +15,7 @@ from compressvit.data.photographs import Photographed
 from compressvit.errors import UserError
 from compressvit.fitting.held_out import Seen
 from compressvit.fitting.lowrank import Metric
-from compressvit.fitting.moments import Moments, collect_moments
+from compressvit.fitting.moments import Moments, collect_moments, is_finite
 from compressvit.fitting.sampling import TokenSample
 from compressvit.log import progress
 from compressvit.model.backbone import input_size
@@ -118,6 +118,12 @@ class Reference:
             self._count += len(images)
             yield images.detach().float()
 
+    def _require_finite(self) -> None:
+        """Raise a `UserError` that names the damaged tensor, where the images would only show which layer is reached by it first."""
+        wrong = next((name for name, tensor in self.model.named_parameters() if not is_finite(tensor)), None)
+        if wrong is not None:
+            raise UserError(f"{wrong} holds numbers that are not finite; check the teacher's weights")
+
     def _refuse_alike(self) -> None:
         """Raise a `UserError` where the images that were seen show nothing of what the model does on others."""
         count = self._count
@@ -173,12 +179,14 @@ class Reference:
             most: about so many of the images, spread over all of them where their number is known; None for all.
 
         Raises:
-            UserError: a layer sees numbers that are not finite; or the images are alike, of one colour, or far too few for a layer.
+            UserError: the model holds, or a layer sees, numbers that are not finite; or the images are alike, of one colour, or far too
+                few for a layer.
         """
         wanted = [
             path for path in paths if path not in self._moments or (outputs and self._moments[path].outputs is None)
         ]
         if wanted:
+            self._require_finite()
             self._moments |= collect_moments(
                 self.model,
                 wanted,

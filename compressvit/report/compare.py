@@ -101,13 +101,13 @@ class Row:
         content["latency_interval"] = self._latency_interval()
         return content
 
-    def _latency_interval(self) -> tuple[float, float] | None:
+    def _latency_interval(self) -> list[float] | None:
         """From the lower end of the lowest interval to the upper end of the highest, of all runs; None where earlier versions gave none."""
         found = [r.student.latency_ratio for r in self.results]
         if None in found:
             return None
         low, _, high = zip(*(ratio for ratio in found if ratio), strict=True)
-        return min(low), max(high)
+        return [min(low), max(high)]
 
 
 def compare(

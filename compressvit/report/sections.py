@@ -109,6 +109,8 @@ def details(run: Run) -> list[str]:
             f"Latency is the median for one image, teacher and student measured in turns on {where}{interval}."
         )
     sentences += [f"{text[0].upper()}{text[1:]}." for text in how_searched(run.results.student.figures)]
+    if fitted := run.results.fitted:
+        sentences.append(f"{fitted.text[0].upper()}{fitted.text[1:]}.")
     for name, phase in run.results.phases.items():
         start = phase.start or {}
         figures = [q.had(v) for q in qualities().values() if q.curve and (v := start.get(q.key)) is not None]

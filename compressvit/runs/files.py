@@ -107,6 +107,29 @@ class PhaseReport(RunFile):
     widths: list[dict[str, int]] = []
 
 
+class Fitted(RunFile):
+    """A student's cosine to its teacher on some of the images that it was fitted to, and on held-out ones, as it was fitted.
+
+    Attributes:
+        more_would_help: whether so much of the loss is that of images it was not fitted to that more of them would help
+            (`compressvit.runs.generalisation`).
+    """
+
+    images: int
+    cosine: float
+    held_out: float | None = None
+    more_would_help: bool = False
+
+    @property
+    def text(self) -> str:
+        """As a sentence."""
+        hint = ": more images would help" if self.more_would_help else ""
+        return (
+            f"as it was fitted, the student has a cosine of {self.cosine:.4f} on {self.images} of the images that it was fitted to, and of "
+            f"{self.held_out or 0:.4f} on the held-out ones{hint}"
+        )
+
+
 class NoteRow(RunFile):
     """What was passed over, guessed or converted: a word for it, how often, and the sentence."""
 
@@ -122,6 +145,7 @@ class Results(RunFile):
     student: Figures
     phases: dict[str, PhaseReport] = {}
     ledger: list[LedgerRow] = []
+    fitted: Fitted | None = None
     read_back_difference: float | None = None
     broken_images: int = 0
     data_notes: list[NoteRow] = []

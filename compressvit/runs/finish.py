@@ -19,6 +19,7 @@ from compressvit.runs import tensorboard
 from compressvit.runs.evaluate import Scorer
 from compressvit.runs.files import RecipePlan, Results
 from compressvit.runs.folder import RunFolder
+from compressvit.runs.generalisation import beside
 from compressvit.runs.job import Job
 from compressvit.runs.models import has_own_head
 from compressvit.runs.predictions import Predictions
@@ -45,6 +46,7 @@ def finish(job: Job, scorer: Scorer, folder: RunFolder, log: RunLog, *, plan: Re
     answers = scorer.task(student).answers(student.model, job.datasets.class_names, job.datasets.labelled)
     predictions = Predictions(student.input, answers)
     scores, theirs = _scores(scorer, student, teacher, predictions)
+    fitted = beside(trained.fitted, scores.get("cosine"))
     costs = cost.cost(student.model, student.input.size).as_dict()
     costs["bytes"] = (folder.student / stored.TENSORS).stat().st_size
     if only_adapted(student.model) and trained_names(student.model):
@@ -72,6 +74,7 @@ def finish(job: Job, scorer: Scorer, folder: RunFolder, log: RunLog, *, plan: Re
             },
             "phases": trained.phases,
             "ledger": [asdict(entry) for entry in compression_of(student.model).ledger],
+            "fitted": None if fitted is None else fitted.model_dump(),
             "read_back_difference": difference,
             "broken_images": job.datasets.broken.count,
             "data_notes": [asdict(note) for note in job.datasets.notes()],
@@ -129,6 +132,8 @@ def _report(job: Job, folder: RunFolder, log: RunLog, results: Results, mismatch
         f"latency: {how_measured(f'{job.device}, {cost.threads_text()}')}. "
         f"The student was read back from disk: largest difference of its outputs {results.read_back_difference:.1e}"
     )
+    if results.fitted is not None:
+        log.say(results.fitted.text)
     for text in how_searched(results.student.figures):
         log.say(text)
     if files := len(job.datasets.broken.paths):

@@ -83,6 +83,13 @@ def frontier(
     # the teacher agrees perfectly with itself; without labels, the last metric of the ranking is the most informative
     ranked = [q.key for q in task.ranked(rows[0])]
     _write(rows, output, unit, recipe.teacher.model, next((key for key in ranked if key in task.graded), ranked[-1]))
+    _print(begin, rows, unit, console)
+    console.print(f"{output / 'frontier.png'}, {output / 'frontier.csv'}", highlight=False)
+    return rows
+
+
+def _print(begin: OneShot, rows: list[dict[str, Any]], unit: str, console: Console) -> None:
+    """The tables, and below them how it was measured and what the images and weights needed."""
     print_table(_costs(rows, unit), console)
     print_table(_quality(rows), console)
     console.print(
@@ -98,8 +105,6 @@ def frontier(
         console.print(f"weights: {note.text}", highlight=False)
     if broken := begin.job.datasets.broken.count:
         console.print(f"{broken} broken image files were skipped", highlight=False)
-    console.print(f"{output / 'frontier.png'}, {output / 'frontier.csv'}", highlight=False)
-    return rows
 
 
 def _require_ranks(recipe: Recipe) -> None:

@@ -15,6 +15,8 @@ from compressvit.model import cost, surgery
 from compressvit.notes import Note
 from compressvit.recipe.recipe import Recipe
 from compressvit.runs.evaluate import Scorer
+from compressvit.runs.files import Fitted
+from compressvit.runs.generalisation import beside, on_fitted
 from compressvit.runs.job import prepare
 from compressvit.runs.models import build_student, load_teacher
 from compressvit.runs.run import calibration, calibration_images
@@ -33,6 +35,7 @@ class Measured:
     Attributes:
         ledger: with the errors of every layer.
         before_training: scores, compared with the teacher.
+        fitted: on images that the student was fitted to, beside held-out ones; None where nothing was fitted to images.
         latency_ms: of the teacher and the student.
         latency_ratio: as in `results.json` (`Figures`).
         latency_on: device and threads.
@@ -43,6 +46,7 @@ class Measured:
 
     ledger: list[LedgerEntry]
     before_training: dict[str, Any]
+    fitted: dict[str, Any] | None
     latency_ms: tuple[float, float]
     latency_ratio: tuple[float, float, float]
     latency_on: str
@@ -119,6 +123,12 @@ class OneShot:
         """Evaluate a model, compared with the teacher."""
         return self.scorer.score(model, self.teacher, search=True)
 
+    def fitted(self, student: Side, scores: dict[str, Any]) -> Fitted | None:
+        """How a student that was fitted to images does on them, beside its `scores`."""
+        if not any(spec.needs_images for spec in self.transforms):
+            return None
+        return beside(on_fitted(student, self.teacher, self._images, self.job.device), scores.get("cosine"))
+
     def times(self, student: Side) -> cost.Latencies:
         """Latencies of the teacher and a student, measured in turns."""
         sides = (self.teacher, student)
@@ -137,11 +147,13 @@ def measure(recipe: Recipe, device: str) -> Measured:
     student, ledger = begin.student(begin.transforms)
     scores, times = begin.scores(student), begin.times(student)
     teachers, students = times.medians
+    fitted = begin.fitted(student, scores)
     layers = begin.preview(student)
     broken = begin.job.datasets.broken
     return Measured(
         ledger,
         scores,
+        None if fitted is None else fitted.model_dump(),
         (teachers, students),
         times.ratio(1),
         begin.where,
@@ -157,6 +169,7 @@ def print_measured(measured: Measured, console: Console) -> None:
     print_table(ledger_table(measured.ledger), console)
     lines = [
         f"before training: {words(measured.before_training)}",
+        *([Fitted.model_validate(measured.fitted).text] if measured.fitted else []),
         f"latency: {ratio_text(measured.latency_ratio)} of the teacher's {measured.latency_ms[0]:.2f} ms "
         f"({how_measured(measured.latency_on)})",
     ]

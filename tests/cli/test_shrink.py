@@ -14,8 +14,9 @@ import yaml
 from helpers.images import class_folders, jpeg
 from helpers.runs import done, refused, run
 from helpers.training import tiny_vit
+from PIL import Image
 from rich.console import Console
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from timm.models import _registry, model_entrypoint
 
 import compressvit
@@ -23,8 +24,11 @@ from compressvit.cli import main
 from compressvit.cli.shrink import UNITS
 from compressvit.data.sets.folder import class_folders as class_folders_of
 from compressvit.data.spec import Data
+from compressvit.recipe.recipe import parse_recipe
+from compressvit.recipe.yaml import dumped
 from compressvit.runs import shrink as verb
 from compressvit.runs.files import read_results
+from compressvit.runs.plan import plan_recipe
 from compressvit.transforms.shrink.spec import ShrinkBudget
 
 CLASSES = tuple("abcd")
@@ -79,6 +83,12 @@ def _written(file):
 def classifier(tmp_path_factory):
     """An artifact of a model with as many classes as `labelled`."""
     return compressvit.save(tiny_vit(num_classes=len(CLASSES)), tmp_path_factory.mktemp("artifact") / "teacher")
+
+
+def plain(i):
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 30), (20 * i, 255 - 20 * i, 7 * i)).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def file_of(headless):
@@ -265,6 +275,7 @@ def test_limits_and_their_units():
         (["{file}", "{photos}", "--model", "test_vot"], ["no model 'test_vot'", "'test_vit'"]),
         (["{file}", "{photos}", "--model", "resnet18"], ["resnet18 is a ResNet"]),
         (["resnet18", "{photos}"], ["resnet18 is a ResNet"]),
+        (["convnextv2_atto", "{photos}"], ["has no block that can be made narrower", "low_rank works on it"]),
         (["test_vit", "{photos}", "--model", "test_vit2"], ["--model test_vit2", "test_vit is a pretrained model"]),
         (["{artifact}", "{photos}", "--model", "test_vit"], ["is a vit_tiny_patch16_224", "leave --model out"]),
         (["test_vot", "{photos}"], ["no file or folder test_vot", "did you mean 'test_vit'"]),
@@ -296,6 +307,68 @@ def test_one_sentence_for_what_cannot_be_done(words, expected, headless, classif
     for word in expected:
         assert word in err
     assert not (tmp_path / "run").exists()
+
+
+def _damaged(headless, folder, path, value):
+    state = load_file(headless)
+    state[path].flatten()[:2] = value
+    save_file(state, folder / "damaged.safetensors")
+    return folder / "damaged.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "expected"),
+    [
+        (
+            "blocks.1.mlp.fc2.weight",
+            float("nan"),
+            "blocks.1.mlp.fc2.weight holds numbers that are not finite; check the teacher's weights",
+        ),
+        ("norm.bias", float("inf"), "norm.bias holds numbers that are not finite; check the teacher's weights"),
+        ("blocks.0.norm1.weight", 1e38, "blocks.0.attn.qkv sees numbers that are not finite on the calibration images"),
+    ],
+)
+def test_numbers_that_are_not_finite_are_told_by_their_layer(path, value, expected, headless, photos, tmp_path):
+    file = _damaged(headless, tmp_path, path, value)
+    words = ["--model", "test_vit", "--img-size", 32, "--output", tmp_path / "run"]
+    code, _, err = run("shrink", file, photos, *words)
+    assert code == 2
+    assert expected in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("pictures", "expected"),
+    [
+        ({i: jpeg(1) for i in range(12)}, "calibration images are alike, and a fit to it would hold for no other"),
+        ({i: plain(i) for i in range(12)}, "calibration images have one colour each"),
+        ({i: jpeg(i) for i in range(2)}, "there is only one calibration image"),
+    ],
+    ids=["copies", "plain colours", "two"],
+)
+def test_images_that_cannot_be_fitted_to(pictures, expected, headless, tmp_path):
+    (tmp_path / "images").mkdir()
+    for name, content in pictures.items():
+        (tmp_path / "images" / f"{name}.png").write_bytes(content)
+    words = ["--model", "test_vit", "--img-size", 32, "--output", tmp_path / "run"]
+    code, _, err = run("shrink", headless, tmp_path / "images", *words)
+    assert code == 2
+    assert expected in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(("size", "told"), [(40, True), (56, False)])
+def test_small_images_are_told_and_one_size_is_not(size, told, headless, tmp_path):
+    for i in range(6):
+        Image.new("RGB", (size, size - 10), (40 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    recipe = verb.shrink_recipe(headless, tmp_path, model="test_vit", img_size=112)
+    notes = {note.what: note.text for note in plan_recipe(parse_recipe(dumped(recipe))).data.notes}
+    assert ("small" in notes) is told
+    if told:
+        assert (
+            "less than half as large as the model's 112×112 pixels, the largest 40×30: they are enlarged"
+            in notes["small"]
+        )
 
 
 @pytest.mark.parametrize("words", [["--images", "0"], ["--img-size", "-3"], ["--images", "x"]])
