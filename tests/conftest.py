@@ -5,6 +5,7 @@ What takes long to import is imported where it is used: pytest-xdist's first pro
 
 from __future__ import annotations
 
+import functools
 import gc
 import inspect
 import json
@@ -28,6 +29,16 @@ def _wide_terminal():
     """So that no line of a table or message is broken."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COLUMNS", "240")
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _few_timings():
+    """Models are timed in 3 rounds and not in 30: no test looks at how long one takes."""
+    from compressvit.model import cost
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cost, "latencies", functools.partial(cost.latencies, rounds=3))
         yield
 
 

@@ -18,6 +18,7 @@ def frontier_finding(rows: Sequence[Mapping[str, Any]], unit: str, quality: str,
         name: the teacher's, for the title.
     """
     teacher, students = rows[0], sorted(rows[1:], key=lambda row: row[unit])
+    several = len({row.get("method") for row in students}) > 1
     return Finding(
         name="frontier",
         title=f"{name}: before any training",
@@ -25,16 +26,22 @@ def frontier_finding(rows: Sequence[Mapping[str, Any]], unit: str, quality: str,
         "Where the curve leaves that line, compression starts to cost quality.",
         chart="points",
         records=[
-            {"share": row[unit] / teacher[unit], "quality": row[quality], "written": f"{row[quality]:.4g}"}
+            {
+                "share": row[unit] / teacher[unit],
+                "quality": row[quality],
+                "written": f"{row[quality]:.4g}",
+                **({"method": row["method"]} if several else {}),
+            }
             for row in students
         ],
         options={
+            **({"colour": "method"} if several else {}),
             "x": "share",
             "y": "quality",
             "joined": True,
             "label": "written",
             "levels": {"teacher": teacher[quality]},
-            "titles": {"share": f"{unit} of the student / of the teacher", "quality": label},
+            "titles": {"share": f"{unit} of the student / of the teacher", "quality": label, "method": ""},
         },
     )
 

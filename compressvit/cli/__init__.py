@@ -126,6 +126,14 @@ def _add_frontier(verb: Verb) -> None:
         "--unit", choices=("parameters", "bytes", "macs"), default="parameters", help="unit of the budgets"
     )
     frontier.add_argument(
+        "--methods",
+        metavar="METHOD",
+        nargs="+",
+        choices=("shrink", "narrow", "low_rank", "lors"),
+        default=[],
+        help="compare shrink, narrow, low_rank and lors at every budget (default: the step of the recipe)",
+    )
+    frontier.add_argument(
         "--output", metavar="FOLDER", help="folder for the table and the plot (default: runs/RECIPE_frontier)"
     )
     add_device(frontier)
@@ -248,6 +256,7 @@ def _frontier(arguments: argparse.Namespace) -> int:
         output=Path(arguments.output or f"runs/{find_recipe(arguments.recipe).stem}_frontier"),
         device=arguments.device,
         console=Terminal(),
+        methods=list(dict.fromkeys(arguments.methods)),
     )
     return 0
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from compressvit.data.pictures import Read
 from compressvit.notes import Note
 
@@ -37,6 +39,24 @@ def notes_of_reading(counts: dict[Read, int], *, exif: bool) -> list[Note]:
         for kind, (what, text) in sentences.items()
         if counts.get(kind)
     ]
+
+
+def notes_of_sizes(sizes: Sequence[tuple[int, int]], height: int, width: int) -> list[Note]:
+    """A note where every image that was looked at has less than half of the model's width and height. One size alone is nothing to tell.
+
+    Args:
+        sizes: (width, height) in pixels, of some of the images.
+        height, width: of the model's.
+    """
+    small = [size for size in sizes if 2 * size[0] < width and 2 * size[1] < height]
+    if not small or len(small) < len(sizes):
+        return []
+    largest = max(small, key=lambda size: size[0] * size[1])
+    text = (
+        f"all {counted(len(small))} that were looked at are less than half as large as the model's {width}×{height} pixels, the largest "
+        f"{largest[0]}×{largest[1]}: they are enlarged, which shows the model less than it was made for"
+    )
+    return [Note("small", len(small), text)]
 
 
 def counted(count: int, noun: str = "image") -> str:

@@ -126,6 +126,16 @@ def read_picture(file: str | Path | IO[bytes], *, exif: bool = False) -> tuple[I
         raise BrokenPicture(str(error) or type(error).__name__) from error
 
 
+def picture_size(file: str | Path) -> tuple[int, int] | None:
+    """Width and height in pixels, as the header says; None if it cannot be read."""
+    try:
+        with Image.open(file, formats=_formats()) as image:
+            return image.size
+    except Exception as error:  # as above
+        refuse_shortage(error, file)
+        return None
+
+
 def standard(image: Image.Image, *, exif: bool = False) -> tuple[Image.Image, Read]:
     """Convert a decoded image to 8 bits per channel by the rules of this module.
 

@@ -10,6 +10,7 @@ import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from compressvit.data.annotated import require_size
 from compressvit.data.files import PictureFiles
 from compressvit.data.notes import notes_of_reading
 from compressvit.data.photographs import numbered, photographs
-from compressvit.data.pictures import Read, read_picture, refuse_shortage, standard
+from compressvit.data.pictures import Read, picture_size, read_picture, refuse_shortage, standard
 from compressvit.data.spec import Data
 from compressvit.data.streams import Stream
 from compressvit.errors import UserError
@@ -163,6 +164,14 @@ class Samples(Dataset):
             else:
                 self._photographs[by] = torch.arange(len(self))
         return self._photographs[by]
+
+    def sizes(self, count: int) -> list[tuple[int, int]]:
+        """Width and height in pixels of up to `count` files, evenly taken, as their headers say; nothing of what cannot be read, or is no
+        file."""
+        if not isinstance(self.source, PictureFiles):
+            return []
+        chosen = (self.source.samples[self.indices[i]][0] for i in range(0, len(self), max(1, len(self) // count)))
+        return [size for path in islice(chosen, count) if (size := picture_size(path)) is not None]
 
     def name(self, position: int) -> str:
         """The path of a sample, or something that stands for it in a set without paths."""

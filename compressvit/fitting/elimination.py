@@ -62,7 +62,8 @@ def eliminate(
 def compensated(weight: Tensor, moment: Tensor, ridge: float, kept: Tensor) -> Tensor:
     """The weight (out, kept) with which the inputs `kept` stand in best for all; see `eliminate`."""
     whole = _with_ridge(moment.double(), ridge)
-    return torch.linalg.solve(whole[kept][:, kept], whole[kept] @ weight.double().mT).mT
+    factor = torch.linalg.cholesky(whole[kept][:, kept])
+    return torch.cholesky_solve(whole[kept] @ weight.double().mT, factor).mT
 
 
 def _with_ridge(moment: Tensor, ridge: float) -> Tensor:

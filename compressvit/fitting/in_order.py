@@ -57,7 +57,9 @@ class _Side:
     def __init__(self, model: nn.Module, folder: Path, name: str):
         self.model = model
         self.info = describe(model).blocks[0]
+        self._folder = folder
         self._hidden = Spool(folder, name)
+        self._fixed: dict[str, _Fixed] = {}
 
     @property
     def block(self) -> nn.Module:
@@ -71,8 +73,43 @@ class _Side:
     def advance(self, following: BlockInfo, device: torch.device) -> None:
         """Take every batch through the present block, up to the following one."""
         for i in range(len(self._hidden)):
+            for fixed in self._fixed.values():
+                fixed.index = i
             self.leave(i, self.block(self.hidden(i, device)), following)
+        self.release()
         self.info = following
+
+    def seen(
+        self, wanted: Mapping[str, str], until: str, device: torch.device
+    ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """Of every batch, what it is before the present block, and the inputs or outputs of the modules in `wanted` up to `until`.
+
+        A residual branch that runs before `until` has its values for good. What it gives is kept, and it does not run again.
+        """
+        branches = {branch.branch for branch in describe(self.model).family.branches.values()}
+        before = [
+            name
+            for name, _ in self.block.named_children()
+            if name in branches and not until.startswith(f"{name}.") and name not in self._fixed
+        ]
+        kept: dict[str, Spool] = {}
+        for i in range(len(self._hidden)):
+            for fixed in self._fixed.values():
+                fixed.index = i
+            hidden = self.hidden(i, device)
+            found = _look(self.block, hidden, {**wanted, **dict.fromkeys(before, "output")}, until)
+            for name in before:
+                if name in found:
+                    kept.setdefault(name, Spool(self._folder, f"{name}_given")).append(found[name])
+            yield hidden, found
+        for name, spool in kept.items():
+            self._fixed[name] = _Fixed(self.block.get_submodule(name), spool, device)
+
+    def release(self) -> None:
+        """Let all modules of the present block run again."""
+        for fixed in self._fixed.values():
+            fixed.release()
+        self._fixed = {}
 
     def leave(self, index: int, output: Tensor, following: BlockInfo) -> None:
         """Replace what a batch is before the present block by what it is before the following one.
@@ -91,6 +128,22 @@ class _Side:
 
     def __len__(self) -> int:
         return len(self._hidden)
+
+
+class _Fixed:
+    """A module that no longer runs, but gives what it gave before.
+
+    Attributes:
+        index: of the present batch.
+    """
+
+    def __init__(self, module: nn.Module, outputs: Spool, device: torch.device):
+        self.index = 0
+        self._module = module
+        module.forward = lambda *inputs, **options: outputs.read(self.index, device)
+
+    def release(self) -> None:
+        del self._module.forward
 
 
 def fit_in_order(
@@ -139,14 +192,15 @@ def fit_in_order(
             for layer in asked:
                 path = f"{block.path}.{layer.name}"
                 regression = Regression(scale_behind(ours.block, layer.branch))
-                for i, held_out_of_batch in enumerate(judges):
-                    x, y, weights = layer.pair(ours.block, theirs.block, i, ours.hidden(i, device), fits[path])
+                for i, (hidden, seen) in enumerate(ours.seen(layer.sees, layer.name, device)):
+                    x, y, weights = layer.pair(ours.block, theirs.block, i, hidden, seen, fits[path])
                     if not (is_finite(x) and is_finite(y)):
                         raise not_finite(path)
-                    regression.add(x, y, weights, held_out_of_batch)
+                    regression.add(x, y, weights, judges[i])
                 errors[path] = fits[path].fit(student.get_submodule(path), regression)
             if following is not None:
                 theirs.info = following
+        ours.release()
     return errors
 
 
@@ -210,15 +264,21 @@ class _Asked:
         chosen = order.expand(len(stream), -1) if places is None else order[places]
         return gathered(stream, chosen.clamp(min=0)) * (chosen >= 0)[..., None]  # padding has no stream
 
+    @property
+    def sees(self) -> dict[str, str]:
+        """What `pair` needs to know of the student's block."""
+        return ({self.branch.norm: "input"} if self.branch else {}) | {self.name: "input"}
+
     def pair(
-        self, ours: nn.Module, theirs: nn.Module, index: int, hidden: Tensor, fit: LayerFit
+        self, ours: nn.Module, theirs: nn.Module, index: int, hidden: Tensor, seen: Mapping[str, Tensor], fit: LayerFit
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Of a batch, the inputs (B, tokens, in) of the student's layer, the outputs (B, tokens, out) it should have, and weights."""
+        """Of a batch, the inputs (B, tokens, in) of the student's layer, the outputs (B, tokens, out) it should have, and weights.
+
+        Args:
+            seen: by the student's block, of what `sees` names.
+        """
         device = hidden.device
         places, weights = self._places[index], self._weights[index].to(device)
-        seen = _look(
-            ours, hidden, ({self.branch.norm: "input"} if self.branch else {}) | {self.name: "input"}, self.name
-        )
         x = channels_last(ours.get_submodule(self.name), seen[self.name])
         x = gathered(x.reshape(len(hidden), -1, x.shape[-1]), places)
         y = self._outputs.read(index, device)

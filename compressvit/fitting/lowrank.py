@@ -96,6 +96,13 @@ def spectrum(matrix: Tensor, metric: Metric = Metric()) -> Spectrum:
     return Spectrum(left, values, right, metric)
 
 
+def singular_values(matrix: Tensor) -> Tensor:
+    """Of a matrix (m, n) in float64, min(m, n) of them, falling: by the eigenvalues of its smaller square, which is many times as fast as
+    their decomposition, and off by at most 1e-8 of the largest."""
+    square = matrix @ matrix.mT if matrix.shape[0] <= matrix.shape[1] else matrix.mT @ matrix
+    return torch.linalg.eigvalsh(square).clamp(min=0).sqrt().flip(0)
+
+
 def left_out(values: Tensor) -> Tensor:
     """The squared error of truncations to rank 0, 1, …, k, (k + 1,), from the singular values (k,): what each leaves out."""
     return torch.cat([values.square().flip(0).cumsum(0).flip(0), values.new_zeros(1)])

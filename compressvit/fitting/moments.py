@@ -35,6 +35,7 @@ class Moments:
         inputs: E[xᵀx], (in, in).
         mean: E[x], (in,).
         tokens: number of tokens.
+        drawn: how many of them were summed up, and stand for the others; None: all.
         outputs: E[gᵀg], (out, out); None without gradients, as are the following.
         important: E[‖g‖² xᵀx] / E‖g‖², (in, in): the inputs, each token weighted by its squared gradient.
         important_mean: E[‖g‖² x] / E‖g‖², (in,).
@@ -49,6 +50,7 @@ class Moments:
     important: torch.Tensor | None = None
     important_mean: torch.Tensor | None = None
     prefix_weight: float = 1.0
+    drawn: int | None = None
 
     def metric(self, ridge: float, output_ridge: float | None) -> Metric:
         """The metric in which errors of this layer's weight are measured.
@@ -62,7 +64,7 @@ class Moments:
             ridge: regularisation of the input moment, relative to its mean.
             output_ridge: the same for the gradients' moment.
         """
-        if output_ridge is None or self.outputs is None or self.important is None or not _says_something(self.outputs):
+        if output_ridge is None or self.outputs is None or self.important is None or not says_something(self.outputs):
             return Metric(cholesky(self.inputs, ridge))
         return Metric(cholesky(self.weighed(), ridge), self.output_factor(output_ridge))
 
@@ -77,7 +79,7 @@ class Moments:
     @property
     def _weighs(self) -> bool:
         """Whether there are gradients that say which tokens count."""
-        return self.outputs is not None and _says_something(self.outputs)
+        return self.outputs is not None and says_something(self.outputs)
 
     def output_factor(self, ridge: float | None, scale: torch.Tensor | None = None) -> torch.Tensor | None:
         """The factor of a metric's output side: of the gradients with a ridge, where there are any; else of `scale` alone.
@@ -86,7 +88,7 @@ class Moments:
             ridge: for the gradients; None not to use them.
             scale: |γ| (out,) of a LayerScale after the layer, before which the ridge is added: what is scaled down counts for less.
         """
-        if ridge is None or self.outputs is None or not _says_something(self.outputs):
+        if ridge is None or self.outputs is None or not says_something(self.outputs):
             return None if scale is None else torch.diag(scale)
         if scale is None:
             return cholesky(self.outputs, ridge)
@@ -182,6 +184,7 @@ class _Sums:
     inputs: Any = 0.0
     mean: Any = 0.0
     tokens: int = 0
+    drawn: int = 0
     outputs: Any = 0.0
     important: Any = 0.0
     important_mean: Any = 0.0
@@ -196,6 +199,7 @@ class _Sums:
         self.inputs = self.inputs + (weighted.mT @ x).cpu().double()
         self.mean = self.mean + weighted.sum(dim=0).cpu().double()
         self.tokens += whole
+        self.drawn += len(x)
 
     def add_gradients(
         self, x: torch.Tensor, prefix: int, gradient: torch.Tensor, weights: torch.Tensor | None = None
@@ -213,7 +217,7 @@ class _Sums:
         self.counts = self.counts + torch.stack([c.sum() for c in counts.tensor_split([prefix], dim=1)]).cpu().double()
 
     def moments(self, outputs: bool) -> Moments:
-        found = Moments(self.inputs / self.tokens, self.mean / self.tokens, self.tokens)
+        found = Moments(self.inputs / self.tokens, self.mean / self.tokens, self.tokens, drawn=self.drawn)
         if not outputs:
             return found
         size = self.prefix.sum().clamp(min=torch.finfo(torch.float64).tiny)
@@ -229,7 +233,7 @@ class _Sums:
         )
 
 
-def _says_something(outputs: torch.Tensor) -> bool:
+def says_something(outputs: torch.Tensor) -> bool:
     """False where no gradient reaches a layer, as with a classifier of one class."""
     return outputs.trace().item() > 1e-60
 

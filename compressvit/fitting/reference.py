@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from typing import Any, TypeVar
 
@@ -16,7 +17,7 @@ from compressvit.fitting.choices import Choices
 from compressvit.fitting.held_out import Seen
 from compressvit.fitting.judge import Judge, OnCalibration
 from compressvit.fitting.lowrank import Metric
-from compressvit.fitting.moments import Moments, collect_moments
+from compressvit.fitting.moments import Moments, collect_moments, is_finite
 from compressvit.fitting.sampling import TokenSample
 from compressvit.log import progress
 from compressvit.model.backbone import input_size
@@ -24,9 +25,11 @@ from compressvit.model.linear import effective_weight
 
 log = logging.getLogger("compressvit")
 
-LEAST_IMAGES = 8  # that differ; a fit to fewer is a fit to them alone
+LEAST_IMAGES = 8  # that differ; a fit to fewer is a fit to them alone, and one to a single one is refused
+LEAST_TOKENS = 1 / 16  # for each input of a layer; a fit to fewer is refused, one to fewer than 1 is told
 STRONG_RIDGE = 1.0  # in parts of a moment's mean: what such images do not show counts as much as what they do
 
+_ONE_COLOUR = 1e-3  # the most by which normalised values of an image of one colour differ; a level of 8 bits is 0.015
 _BATCH = 16  # images that are propagated together, if they come as one tensor
 T = TypeVar("T")
 Images = torch.Tensor | Iterable[Any] | Callable[[], Iterable[Any]]
@@ -66,7 +69,8 @@ class Reference:
         self._moments: dict[str, Moments] = {}
         self._known: dict[Any, Any] = {}
         self._different: set[bytes] = set()
-        self._seen = Seen()
+        self._varied = False  # whether an image has more than one colour
+        self._seen, self._count = Seen(), 0  # of one pass
 
     @property
     def too_alike(self) -> bool:
@@ -115,7 +119,7 @@ class Reference:
             batches = batches.split(_BATCH)
         if not isinstance(batches, Iterable):
             raise _wrong_images(type(batches).__name__, size)
-        self._seen = Seen()
+        self._seen, self._count = Seen(), 0
         for batch in batches:
             images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
             if not isinstance(images, torch.Tensor):
@@ -128,7 +132,31 @@ class Reference:
                 raise _wrong_images(f"images of {images.dtype}, which are not normalised", size)
             self.model.to(images.device, torch.float32)
             self._look_at(images, batch.photographs if isinstance(batch, Photographed) else None)
+            self._count += len(images)
             yield images.detach().float()
+
+    def _require_finite(self) -> None:
+        """Raise a `UserError` that names the damaged tensor, where the images would only show which layer is reached by it first."""
+        wrong = next((name for name, tensor in self.model.named_parameters() if not is_finite(tensor)), None)
+        if wrong is not None:
+            raise UserError(f"{wrong} holds numbers that are not finite; check the teacher's weights")
+
+    def _refuse_alike(self) -> None:
+        """Raise a `UserError` where the images that were seen show nothing of what the model does on others."""
+        count = self._count
+        ways_out = f"give at least {LEAST_IMAGES} different photographs (a few hundred are better)"
+        if len(self._different) < 2:
+            given = (
+                "there is only one calibration image" if count == 1 else f"all {count:,} calibration images are alike"
+            )
+            raise UserError(
+                f"{given}, and a fit to it would hold for no other; {ways_out}, or measure errors without images (metric=weights)"
+            )
+        if not self._varied:
+            raise UserError(
+                f"the {count:,} calibration images have one colour each, on which a model does not do what it does on photographs; "
+                f"{ways_out}"
+            )
 
     def _batch_count(self) -> int | None:
         """The number of batches, if it is known in advance."""
@@ -136,9 +164,22 @@ class Reference:
             return -(-len(self._images) // _BATCH)
         return len(self._images) if isinstance(self._images, Sized) else None
 
+    def _some(self, most: int) -> Iterator[torch.Tensor]:
+        """About `most` of the images."""
+        count = self._batch_count()
+        step, done = (1 if count is None else max(1, round(count * _BATCH / most))), 0
+        for batch in self.batches():
+            yield batch[::step]
+            done += len(batch[::step])
+            if count is None and done >= most:
+                return
+
     def _look_at(self, images: torch.Tensor, photographs: torch.Tensor | None) -> None:
         small = F.adaptive_avg_pool2d(images.detach().float(), 8)
         self._seen.add(small, photographs)
+        if not self._varied:
+            spread = images.detach().flatten(2)
+            self._varied = bool((spread.amax(dim=2) - spread.amin(dim=2) > _ONE_COLOUR).any())
         if len(self._different) < LEAST_IMAGES:
             rounded = small.mul(64).round().nan_to_num().cpu()
             self._different |= {image.numpy().tobytes() for image in rounded}
@@ -147,25 +188,32 @@ class Reference:
         """Which images of the last pass through `batches` judge a fit to the others, bool (N,); see `compressvit.fitting.held_out`."""
         return self._seen.held_out()
 
-    def moments(self, paths: Sequence[str], *, outputs: bool) -> dict[str, Moments]:
+    def moments(self, paths: Sequence[str], *, outputs: bool, most: int | None = None) -> dict[str, Moments]:
         """The moments of the linear layers at `paths`; what was computed before is not computed again.
 
+        Args:
+            outputs: also those of the gradients.
+            most: about so many of the images, spread over all of them where their number is known; None for all.
+
         Raises:
-            UserError: a layer sees numbers that are not finite.
+            UserError: the model holds, or a layer sees, numbers that are not finite; or the images are alike, of one colour, or far too
+                few for a layer.
         """
         wanted = [
             path for path in paths if path not in self._moments or (outputs and self._moments[path].outputs is None)
         ]
         if wanted:
+            self._require_finite()
             self._moments |= collect_moments(
                 self.model,
                 wanted,
-                self.batches(),
+                self.batches() if most is None else self._some(most),
                 outputs=outputs,
-                count=self._batch_count(),
+                count=self._batch_count() if most is None else None,
                 sample=self.sample(),
             )
-            _warn_of_few(self._moments, wanted)
+            self._refuse_alike()
+            _require_enough(self._moments, wanted)
             if self.too_alike:
                 log.warning(
                     "there are only %d distinct calibration images, fewer than %d: layers are fitted one by one, with strong "
@@ -187,16 +235,19 @@ class Reference:
         return {path: own.metric(ridge, of_outputs) for path, own in found}
 
 
-def _warn_of_few(moments: dict[str, Moments], paths: Sequence[str]) -> None:
-    few = [path for path in paths if moments[path].tokens < len(moments[path].mean)]
-    if few:
-        log.warning(
-            "the calibration images give %d tokens for the %d inputs of %s: directions they do not cover are regularised; "
-            "give more images for a better start",
-            moments[few[0]].tokens,
-            len(moments[few[0]].mean),
-            few[0],
+def _require_enough(moments: dict[str, Moments], paths: Sequence[str]) -> None:
+    """Warn where fewer tokens than inputs were summed up, and raise a `UserError` where much fewer were."""
+    tokens = {path: moments[path].drawn or moments[path].tokens for path in paths}
+    inputs = {path: len(moments[path].mean) for path in paths}
+    path = min(paths, key=lambda path: tokens[path] / inputs[path])
+    given = f"the calibration images give {tokens[path]:,} tokens for the {inputs[path]:,} inputs of {path}"
+    if tokens[path] < LEAST_TOKENS * inputs[path]:
+        raise UserError(
+            f"{given}, which is less than one for {1 / LEAST_TOKENS:.0f} inputs and too few for any fit; give "
+            f"{math.ceil(inputs[path] / tokens[path])} times as many images, so that there is one for each"
         )
+    if tokens[path] < inputs[path]:
+        log.warning("%s: directions they do not cover are regularised; give more images for a better start", given)
     for path in paths:
         spread = moments[path].inputs.trace() - moments[path].mean.square().sum()
         if spread <= 1e-6 * moments[path].inputs.trace():

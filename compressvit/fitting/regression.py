@@ -131,4 +131,8 @@ class Regression:
 
 def _ridge_regression(xx: Tensor, yx: Tensor, prior: Tensor, ridge: float) -> Tensor:
     level = ridge * xx.diagonal().mean().clamp(min=TINY)
-    return torch.linalg.solve(xx + level * torch.eye(len(xx), dtype=torch.float64), yx + level * prior, left=False)
+    whole = xx + level * torch.eye(len(xx), dtype=torch.float64)
+    factor, failed = torch.linalg.cholesky_ex(whole)
+    if failed:  # only through rounding: sums of products are positive definite up to that of their float32 terms
+        return torch.linalg.solve(whole, yx + level * prior, left=False)
+    return torch.cholesky_solve((yx + level * prior).mT, factor).mT

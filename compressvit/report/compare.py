@@ -21,11 +21,16 @@ from compressvit.recipe.recipe import Recipe, load_recipe
 from compressvit.report.trade_off import compare_findings
 from compressvit.runs.files import PhaseReport, Results, read_results
 from compressvit.runs.folder import RESOLVED, find_runs, flat
+from compressvit.runs.tables import ratio_text
 from compressvit.tasks.qualities import qualities, ranking
 from compressvit.terminal import Terminal, print_table
 from compressvit.training.phases import PhaseSpec
 from compressvit.transforms import Transform
 
+LATENCY = (
+    "latency is relative to the teacher's, which was measured in turns with it in the same run; in brackets from the lowest to the highest "
+    "end of the runs' intervals"
+)
 _COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
     "trained_adapter": ("trained", lambda v: f"{v:,.0f}"),
     "trained_head": ("+ head", lambda v: f"{v:,.0f}"),
@@ -33,7 +38,7 @@ _COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
     "parameters": ("parameters", lambda v: f"{v:,.0f}"),
     "epochs": ("epochs", lambda v: f"{v:.0f}"),
     "macs": ("MACs", lambda v: f"{v / 1e6:,.2f} M"),
-    "latency": ("latency / teacher", lambda v: f"{v:.2f}"),
+    "latency": ("latency / teacher", lambda v: f"{v:.2f}"),  # with its interval, see `_cells`
 }
 
 
@@ -65,7 +70,7 @@ class Row:
         return f"{data.name}{f' {data.root}' if data.root else ''}, {split}; {teacher.model}{weights}"
 
     def values(self, key: str) -> list[float]:
-        """The values of all runs that have the key; latency is relative to the teacher's, measured alternately with it."""
+        """The values of all runs that have the key; latency is relative to the teacher's, measured in turns with it."""
         if key == "latency":
             return [ratio for r in self.results if (ratio := r.slowdown) is not None]
         if key == "epochs":
@@ -93,7 +98,16 @@ class Row:
             found = self.values(key)
             content[key] = statistics.mean(found) if found else None
             content[f"{key}_std"] = statistics.stdev(found) if len(found) > 1 else None
+        content["latency_interval"] = self._latency_interval()
         return content
+
+    def _latency_interval(self) -> list[float] | None:
+        """From the lower end of the lowest interval to the upper end of the highest, of all runs; None where earlier versions gave none."""
+        found = [r.student.latency_ratio for r in self.results]
+        if None in found:
+            return None
+        low, _, high = zip(*(ratio for ratio in found if ratio), strict=True)
+        return [min(low), max(high)]
 
 
 def compare(
@@ -116,7 +130,7 @@ def compare(
     for task in dict.fromkeys(row["task"] for row in content):
         print_table(_table(task, [row for row in content if row["task"] == task]), console)
     console.print(
-        "mean ± standard deviation over seeds; latency is relative to the teacher's in the same run"
+        f"mean ± standard deviation over seeds; {LATENCY}"
         + ("; trained: in the end, without the classifier" if any(row["adapter_bytes"] for row in content) else ""),
         highlight=False,
     )
@@ -235,6 +249,8 @@ def _cells(row: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
         text = "" if value is None else columns[key][1](value)
         if value is not None and deviation and key in ranking():
             text += f" ± {qualities()[key].number(deviation)}"
+        if key == "latency" and row["latency_interval"] is not None:
+            text = ratio_text((row["latency_interval"][0], value, row["latency_interval"][1]))
         cells.append(text)
     return [row["label"], str(len(row["runs"])), *cells]
 

@@ -17,7 +17,7 @@ from compressvit.charts.findings import Finding
 from compressvit.reading import Unreadable, open_regular, read_bytes
 from compressvit.report.record import Run
 from compressvit.runs.files import PICTURES, Answer, ClassRow, Environment, LedgerRow, PredictionsFile, Results
-from compressvit.runs.tables import results_rows
+from compressvit.runs.tables import how_searched, results_rows
 from compressvit.tasks.base import TASKS, Measure
 from compressvit.tasks.qualities import qualities
 
@@ -104,7 +104,13 @@ def details(run: Run) -> list[str]:
     sentences = []
     if run.environment and run.results.student.latency_ms:
         where = ", ".join(run.environment.gpus) or _threads(run.environment)
-        sentences.append(f"Latency is the median for one image, teacher and student measured alternately on {where}.")
+        interval = "; in brackets the 99 % interval of the median ratio" if run.results.student.latency_ratio else ""
+        sentences.append(
+            f"Latency is the median for one image, teacher and student measured in turns on {where}{interval}."
+        )
+    sentences += [f"{text[0].upper()}{text[1:]}." for text in how_searched(run.results.student.figures)]
+    if fitted := run.results.fitted:
+        sentences.append(f"{fitted.text[0].upper()}{fitted.text[1:]}.")
     for name, phase in run.results.phases.items():
         start = phase.start or {}
         figures = [q.had(v) for q in qualities().values() if q.curve and (v := start.get(q.key)) is not None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ from torch import nn
 from compressvit.artifacts import artifact
 from compressvit.data.classes import other_classes
 from compressvit.data.input import STATISTICS, Side
-from compressvit.data.loaders import eval_loader
+from compressvit.data.loaders import Loader, eval_loader
 from compressvit.data.opening import Datasets, open_data
+from compressvit.data.samples import Samples
+from compressvit.data.sets.base import evenly
 from compressvit.data.spec import Data
 from compressvit.errors import UserError
 from compressvit.model import cost, stored
@@ -24,8 +26,10 @@ from compressvit.recipe.recipe import Recipe, load_recipe, parse_recipe
 from compressvit.runs.folder import RESOLVED
 from compressvit.runs.job import pick_device, require_truth
 from compressvit.runs.resources import resource_faults
-from compressvit.runs.tables import scores_table
+from compressvit.runs.tables import how_searched, scores_table
 from compressvit.tasks.base import Task, task_of
+from compressvit.tasks.neighbours import INDEXED
+from compressvit.tasks.qualities import intervals
 from compressvit.terminal import Terminal
 from compressvit.text import printable
 from compressvit.training.evaluate import Watch, evaluate
@@ -48,8 +52,14 @@ class Scorer:
         """What the outputs of a model mean."""
         return task_of(model.model, self.data.usual_task)
 
-    def score(self, model: Side, teacher: Side | None = None, watch: Watch | None = None) -> dict[str, Any]:
-        """Evaluate a model, compared with `teacher` if one is given; both are moved to the device."""
+    def score(
+        self, model: Side, teacher: Side | None = None, watch: Watch | None = None, *, search: bool = False
+    ) -> dict[str, Any]:
+        """Evaluate a model, compared with `teacher` if one is given; both are moved to the device.
+
+        Args:
+            search: also among training images, where the task does that and they have labels.
+        """
         model.model.to(self.device)
         if teacher is not None:
             teacher.model.to(self.device).eval()
@@ -61,7 +71,16 @@ class Scorer:
             labelled=self.datasets.labelled,
             task=self.task(model),
             watch=watch,
+            index=self._index(model) if search else None,
         )
+
+    def _index(self, model: Side) -> Loader | None:
+        """The labelled training images in which a task searches, without augmentation."""
+        train = self.datasets.train
+        if not (self.task(model).searches and self.datasets.labelled and isinstance(train, Samples)):
+            return None
+        part = train.part(evenly(len(train), INDEXED))
+        return eval_loader(replace(self.datasets, validation=part), self.data, model.input, self.device)
 
     def in_training(self, model: Side, teacher: Side | None) -> dict[str, Any]:
         """Scores during training; compared with the teacher if there is no ground truth for the model's task."""
@@ -89,12 +108,13 @@ def evaluate_path(path: str | Path, overrides: list[str], *, device: str, as_jso
     datasets.found += other_classes(datasets.class_names or (), stored.class_names(model) or (), "the model")
     side = trained_side(model, recipe.data, overrides)
     with resource_faults(recipe.data):
-        scores = Scorer(datasets, recipe.data, where).score(side)
+        scores = Scorer(datasets, recipe.data, where).score(side, search=True)
     result: dict[str, Any] = {
         "path": str(folder),
         "data": recipe.data.name,
         **cost.cost(model, side.input.size).as_dict(),
         **scores,
+        "intervals": intervals(scores),
         "broken_images": datasets.broken.count,
         "data_notes": [asdict(note) for note in datasets.notes()],
     }
@@ -102,6 +122,8 @@ def evaluate_path(path: str | Path, overrides: list[str], *, device: str, as_jso
         print(json.dumps(result, indent=2))
         return 0
     Terminal().print(scores_table(result, f"{folder} on {recipe.data.name}"))
+    for text in how_searched(result):
+        print(text)
     for note in datasets.notes():
         print(f"data: {printable(note.text)}")
     if not datasets.labelled:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -34,6 +34,11 @@ class Costs(RunFile):
         return found if isinstance(found, (int, float)) else None
 
     @property
+    def figures(self) -> dict[str, Any]:
+        """All figures by name."""
+        return self.model_dump()
+
+    @property
     def adapted(self) -> bool:
         """Whether a part of the model was frozen."""
         adapter, head = self.value("trained_adapter"), self.value("trained_head")
@@ -42,8 +47,13 @@ class Costs(RunFile):
 
 class Figures(Costs):
     """Costs and scores of the teacher or the student in `results.json`. Scores are in percent, except `loss` and the cosines; None if they
-    are not available. `latency_ratio` has the quartiles of student / teacher within a round of measurements. `trained_adapter` is left out
-    if no parameter is frozen."""
+    are not available. `latency_ratio` has the median of student / teacher within a round of measurements, between the ends of its 99 %
+    interval (in runs of earlier versions the quartiles of the rounds). `trained_adapter` is left out if no parameter is frozen.
+
+    Attributes:
+        indexed: training images that `knn` searches in.
+        intervals: 95 % intervals over images, of figures that have one (`Quality.interval`).
+    """
 
     images: int | None = None
     latency_ms: float | None = None
@@ -54,6 +64,12 @@ class Figures(Costs):
     agreement: float | None = None
     cosine: float | None = None
     cosine_patches: float | None = None
+    recall_1: float | None = None
+    recall_10: float | None = None
+    recall_self: float | None = None
+    knn: float | None = None
+    indexed: int | None = None
+    intervals: dict[str, tuple[float, float]] = {}
     trained_adapter: int | None = None
     trained_head: int | None = None
     adapter_bytes: int | None = None
@@ -91,6 +107,29 @@ class PhaseReport(RunFile):
     widths: list[dict[str, int]] = []
 
 
+class Fitted(RunFile):
+    """A student's cosine to its teacher on some of the images that it was fitted to, and on held-out ones, as it was fitted.
+
+    Attributes:
+        more_would_help: whether so much of the loss is that of images it was not fitted to that more of them would help
+            (`compressvit.runs.generalisation`).
+    """
+
+    images: int
+    cosine: float
+    held_out: float | None = None
+    more_would_help: bool = False
+
+    @property
+    def text(self) -> str:
+        """As a sentence."""
+        hint = ": more images would help" if self.more_would_help else ""
+        return (
+            f"as it was fitted, the student has a cosine of {self.cosine:.4f} on {self.images} of the images that it was fitted to, and of "
+            f"{self.held_out or 0:.4f} on the held-out ones{hint}"
+        )
+
+
 class NoteRow(RunFile):
     """What was passed over, guessed or converted: a word for it, how often, and the sentence."""
 
@@ -106,6 +145,7 @@ class Results(RunFile):
     student: Figures
     phases: dict[str, PhaseReport] = {}
     ledger: list[LedgerRow] = []
+    fitted: Fitted | None = None
     read_back_difference: float | None = None
     broken_images: int = 0
     data_notes: list[NoteRow] = []
@@ -113,7 +153,7 @@ class Results(RunFile):
 
     @property
     def slowdown(self) -> float | None:
-        """The student's latency in those of its teacher, which was measured alternately with it."""
+        """The student's latency in those of its teacher, which was measured in turns with it."""
         if self.student.latency_ratio is not None:
             return self.student.latency_ratio[1]
         ours, theirs = self.student.latency_ms, self.teacher.latency_ms  # of an earlier version

@@ -19,11 +19,13 @@ from compressvit.runs import tensorboard
 from compressvit.runs.evaluate import Scorer
 from compressvit.runs.files import RecipePlan, Results
 from compressvit.runs.folder import RunFolder
+from compressvit.runs.generalisation import beside
 from compressvit.runs.job import Job
 from compressvit.runs.models import has_own_head
 from compressvit.runs.predictions import Predictions
 from compressvit.runs.run import Trained
-from compressvit.runs.tables import results_table
+from compressvit.runs.tables import how_measured, how_searched, results_table
+from compressvit.tasks.qualities import intervals
 from compressvit.transforms.record import compression_of, only_adapted, trained_names, trained_parameters
 
 
@@ -44,6 +46,7 @@ def finish(job: Job, scorer: Scorer, folder: RunFolder, log: RunLog, *, plan: Re
     answers = scorer.task(student).answers(student.model, job.datasets.class_names, job.datasets.labelled)
     predictions = Predictions(student.input, answers)
     scores, theirs = _scores(scorer, student, teacher, predictions)
+    fitted = beside(trained.fitted, scores.get("cosine"))
     costs = cost.cost(student.model, student.input.size).as_dict()
     costs["bytes"] = (folder.student / stored.TENSORS).stat().st_size
     if only_adapted(student.model) and trained_names(student.model):
@@ -58,17 +61,20 @@ def finish(job: Job, scorer: Scorer, folder: RunFolder, log: RunLog, *, plan: Re
                 **plan.teacher.model_dump(exclude={"model"}),
                 "images": scores["images"],
                 **theirs,
+                "intervals": intervals({**theirs, "images": scores["images"]}),
                 "latency_ms": times.medians[0],
             },
             "student": {
                 **costs,
                 **scores,
+                "intervals": intervals(scores),
                 **_trained(student.model, costs["parameters"]),
                 "latency_ms": times.medians[1],
                 "latency_ratio": times.ratio(1),
             },
             "phases": trained.phases,
             "ledger": [asdict(entry) for entry in compression_of(student.model).ledger],
+            "fitted": None if fitted is None else fitted.model_dump(),
             "read_back_difference": difference,
             "broken_images": job.datasets.broken.count,
             "data_notes": [asdict(note) for note in job.datasets.notes()],
@@ -109,11 +115,11 @@ def _scores(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The scores of the student compared with its teacher, and those of the teacher alone."""
     comparable = scorer.comparable(teacher)
-    scores = scorer.score(student, comparable, predictions.add)
+    scores = scorer.score(student, comparable, predictions.add, search=True)
     theirs = {key: scores.pop(f"teacher_{key}", None) for key in scorer.task(student).graded}
     if comparable and teacher.input != student.input:
         # compared on the student's images, but its accuracy is that on images with its own preprocessing
-        own = scorer.score(teacher, None)
+        own = scorer.score(teacher, None, search=True)
         theirs = {key: own.get(key) for key in theirs}
     return scores, theirs
 
@@ -123,10 +129,13 @@ def _report(job: Job, folder: RunFolder, log: RunLog, results: Results, mismatch
     if mismatch and job.recipe.student.head != "new":
         warnings.warning("warning: %s", mismatch)
     log.say(
-        f"latency: batch 1 on {job.device}, {cost.threads_text()}, median of up to 30, measured alternately; "
-        f"in brackets the middle half of the ratios. "
+        f"latency: {how_measured(f'{job.device}, {cost.threads_text()}')}. "
         f"The student was read back from disk: largest difference of its outputs {results.read_back_difference:.1e}"
     )
+    if results.fitted is not None:
+        log.say(results.fitted.text)
+    for text in how_searched(results.student.figures):
+        log.say(text)
     if files := len(job.datasets.broken.paths):
         log.say(f"{files} broken image files were skipped; run.log names them")
     for note in job.datasets.broken.notes():  # the others stand in the plan

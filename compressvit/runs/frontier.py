@@ -1,9 +1,10 @@
-"""`frontier`: quality of students before any training against their size, over a sweep of budgets."""
+"""`frontier`: quality of students before any training against what they cost, over a sweep of budgets, of one method or several."""
 
 from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,20 +18,33 @@ from compressvit.errors import UserError
 from compressvit.files import write_json, write_text
 from compressvit.fitting.allocate import Budget
 from compressvit.model import cost, surgery
+from compressvit.model.memory import inference_memory
 from compressvit.recipe.recipe import Recipe
+from compressvit.runs.methods import steps_of
 from compressvit.runs.one_shot import OneShot, leading_transforms
 from compressvit.runs.plan import plan_data
-from compressvit.runs.tables import megabytes, print_data
+from compressvit.runs.tables import how_measured, how_searched, interval_text, megabytes, print_data, ratio_text
+from compressvit.tasks.qualities import intervals as intervals_of
 from compressvit.tasks.qualities import measured, qualities, words
+from compressvit.terminal import print_table
 from compressvit.transforms.base import Transform
 
 
 def frontier(
-    recipe: Recipe, *, budgets: list[float], unit: str, output: Path, device: str, console: Console
+    recipe: Recipe,
+    *,
+    budgets: list[float],
+    unit: str,
+    output: Path,
+    device: str,
+    console: Console,
+    methods: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Apply the transforms before the recipe's first phase at every budget, evaluate, and write a table and a plot.
 
     The budget replaces the ranks or the budget of the last `shrink`, `low_rank` or `lors` step before the first phase. Nothing is trained.
+    Of every student are measured parameters, bytes of its file, MACs, the memory of inference (`compressvit.model.memory`), the latency in
+    turns with the teacher (`compressvit.model.cost.Latencies`), and what an evaluation measures.
 
     Args:
         recipe: has such a step before its first phase.
@@ -38,9 +52,12 @@ def frontier(
         unit: 'parameters', 'bytes' or 'macs'.
         output: folder for `frontier.csv`, `frontier.json` and `frontier.png`; created.
         device: as for `apply`.
+        methods: words of `compressvit.runs.methods`, compared at every budget; each but the recipe's own has its default settings, in
+            place of that step. None: the recipe's own alone.
 
     Returns:
-        A row for the teacher and one for each budget that can be met.
+        A row for the teacher and one for each method and budget that can be met. `latency` is the ratio to the teacher's, `latency_low` and
+        `latency_high` are the ends of its interval.
 
     Raises:
         UserError: there is no such step, the teacher has no values, or no budget can be met.
@@ -48,34 +65,46 @@ def frontier(
     _require_ranks(recipe)
     begin = OneShot(recipe, device, "frontier")
 
-    def measure(side: Side, budget: float | None) -> dict[str, Any]:
-        scores = begin.scores(side)
-        costs = cost.cost(side.model, side.input.size).as_dict()
-        return {"budget": budget, **costs, **{k: scores.get(k) for k, q in qualities().items() if not q.detail}}
-
-    rows = [measure(replace(begin.teacher, model=surgery.deep_copy(begin.teacher.model)), None)]
-    for budget in sorted(budgets, reverse=True):
-        try:
-            student, _ = begin.student(_with_budget(begin.transforms, Budget(**{unit: budget})))
-        except UserError as error:
-            console.print(f"budget {budget:g}: {error}", highlight=False)
-            continue
-        rows.append(measure(student, budget))
-        console.print(f"budget {budget:g}: {words(rows[-1])}", highlight=False)
+    rows = [_measured(begin, replace(begin.teacher, model=surgery.deep_copy(begin.teacher.model)), None, None)]
+    for method in methods or (None,):
+        for budget in sorted(budgets, reverse=True):
+            name = f"{method or ''} budget {budget:g}".strip()
+            try:
+                steps = steps_of(begin.transforms, method, begin.teacher.model, Budget(**{unit: budget}), _spends)
+                student, _ = begin.student(steps)
+            except UserError as error:
+                console.print(f"{name}: {error}", highlight=False)
+                continue
+            rows.append(_measured(begin, student, method, budget))
+            console.print(f"{name}: {words(rows[-1])}", highlight=False)
     if len(rows) == 1:
         raise UserError("none of the budgets can be met; the messages above say which can")
     task = begin.scorer.task(begin.teacher)
     # the teacher agrees perfectly with itself; without labels, the last metric of the ranking is the most informative
-    graded = (q.key for q in task.ranked(rows[0]) if q.key in task.graded)
-    _write(rows, output, unit, recipe.teacher.model, next(graded, task.ranking[-1]))
-    console.print(_table(rows, unit))
+    ranked = [q.key for q in task.ranked(rows[0])]
+    _write(rows, output, unit, recipe.teacher.model, next((key for key in ranked if key in task.graded), ranked[-1]))
+    _print(begin, rows, unit, console)
+    console.print(f"{output / 'frontier.png'}, {output / 'frontier.csv'}", highlight=False)
+    return rows
+
+
+def _print(begin: OneShot, rows: list[dict[str, Any]], unit: str, console: Console) -> None:
+    """The tables, and below them how it was measured and what the images and weights needed."""
+    print_table(_costs(rows, unit), console)
+    print_table(_quality(rows), console)
+    console.print(
+        f"latency: {how_measured(begin.where)}\n"
+        "memory: the weights, and the most that the tensors of one image's forward pass take at once",
+        highlight=False,
+        soft_wrap=True,
+    )
+    for text in how_searched(rows[-1]):
+        console.print(text, highlight=False, soft_wrap=True)
     print_data(plan_data(begin.job), console)
     for note in begin.weights:
         console.print(f"weights: {note.text}", highlight=False)
     if broken := begin.job.datasets.broken.count:
         console.print(f"{broken} broken image files were skipped", highlight=False)
-    console.print(f"{output / 'frontier.png'}, {output / 'frontier.csv'}", highlight=False)
-    return rows
 
 
 def _require_ranks(recipe: Recipe) -> None:
@@ -94,32 +123,78 @@ def _require_ranks(recipe: Recipe) -> None:
         )
 
 
-def _with_budget(specs: list[Transform], budget: Budget) -> list[Transform]:
-    last = max(i for i, spec in enumerate(specs) if _spends(spec))
-    return [(spec.with_budget(budget) or spec) if i == last else spec for i, spec in enumerate(specs)]
+def _measured(begin: OneShot, side: Side, method: str | None, budget: float | None) -> dict[str, Any]:
+    """The row of a model; of the teacher without a budget."""
+    scores, times = begin.scores(side), begin.times(side)
+    low, ratio, high = times.ratio(1)
+    return {
+        "method": method,
+        "budget": budget,
+        **cost.cost(side.model, side.input.size).as_dict(),
+        "memory": inference_memory(side.model, side.input.size, begin.job.device),
+        "latency_ms": times.medians[1],
+        "latency": ratio,
+        "latency_low": low,
+        "latency_high": high,
+        "images": scores["images"],
+        "indexed": scores.get("indexed"),
+        **{key: scores.get(key) for key in qualities()},
+    }
 
 
 def _spends(spec: Transform) -> bool:
     return type(spec).with_budget is not Transform.with_budget
 
 
-def _table(rows: list[dict[str, Any]], unit: str) -> Table:
-    table = Table(title=f"Before any training (share: of the teacher's {unit})", title_justify="left")
-    shown = measured(rows[-1])
-    for column in ("budget", "parameters", "bytes", "MACs", "share"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for quality in shown:
-        table.add_column(quality.heading, justify="right")
-    for row in rows:
+def _costs(rows: list[dict[str, Any]], unit: str) -> Table:
+    table = Table(title=f"What students cost (budgets: of the teacher's {unit})", title_justify="left")
+    for column in ("budget", "parameters", "MACs", "file", "memory", "latency / teacher"):
+        table.add_column(column, justify="right", no_wrap=column != "latency / teacher")
+    for label, row in _labelled(rows, table):
+        latency = (row["latency_low"], row["latency"], row["latency_high"])
         table.add_row(
-            "teacher" if row["budget"] is None else f"{row['budget']:g}",
-            f"{row['parameters']:,}",
+            label,
+            _short(row["parameters"]),
+            _short(row["macs"]),
             megabytes(row["bytes"]),
-            f"{row['macs'] / 1e6:,.1f} M" if row["macs"] < 1e9 else f"{row['macs'] / 1e9:,.2f} G",
-            f"{row[unit] / rows[0][unit]:.3f}",
-            *(q.number(row[q.key]) for q in shown),
+            megabytes(row["memory"]),
+            f"{row['latency_ms']:.2f} ms" if row["budget"] is None else ratio_text(latency),
         )
     return table
+
+
+def _quality(rows: list[dict[str, Any]]) -> Table:
+    table = Table(title="Quality before any training", title_justify="left")
+    shown = measured(rows[-1])
+    table.add_column("budget", justify="right", no_wrap=True)
+    for quality in shown:
+        table.add_column(quality.heading, justify="right")
+    for label, row in _labelled(rows, table):
+        intervals = {**row, "intervals": {} if row["budget"] is None else intervals_of(row)}
+        table.add_row(
+            label,
+            *("" if row[q.key] is None else q.number(row[q.key]) + interval_text(intervals, q.key) for q in shown),
+        )
+    return table
+
+
+def _labelled(rows: list[dict[str, Any]], table: Table) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows with what stands first in their line of a table, in which every method begins with a line of its own."""
+    before = None
+    for row in rows:
+        if row["method"] != before:
+            table.add_section()
+            table.add_row(row["method"])
+        before = row["method"]
+        yield "teacher" if row["budget"] is None else f"{row['budget']:g}", row
+
+
+def _short(count: int) -> str:
+    """A number with three digits or a few more, as '12.34 M'."""
+    for size, letter in ((1e9, "G"), (1e6, "M")):
+        if count >= size:
+            return f"{count / size:.2f} {letter}"
+    return f"{count:,}"
 
 
 def _write(rows: list[dict[str, Any]], output: Path, unit: str, name: str, quality: str) -> None:

@@ -35,7 +35,7 @@ from compressvit.runs.evaluate import artifact_in
 from compressvit.runs.folder import RESOLVED, RunFolder
 from compressvit.runs.job import pick_device
 from compressvit.runs.owned import is_scratch, refuse_links
-from compressvit.runs.tables import ratio_text
+from compressvit.runs.tables import how_measured, ratio_text
 from compressvit.transforms.record import compression_of
 
 _SEAL = "merge.json"  # marks a folder written by `merge`
@@ -183,7 +183,7 @@ def print_merge(result: dict[str, Any], console: Console) -> None:
         reader, call = "compressvit", f"compressvit.load('{result['merged']}')"
     console.print(f"read back by {reader}: {result['read_back']:.1e}", highlight=False)
     console.print(
-        f"latency: batch 1 on {result['latency_on']}, median of up to 30, measured alternately\n{call}",
+        f"latency: {how_measured(result['latency_on'])}\n{call}",
         highlight=False,
         soft_wrap=True,
     )

@@ -11,14 +11,16 @@ from compressvit.data.input import Side
 from compressvit.diagnostics.cka_layers import likeness
 from compressvit.errors import UserError
 from compressvit.fitting.reference import Reference
-from compressvit.model import surgery
+from compressvit.model import cost, surgery
 from compressvit.notes import Note
 from compressvit.recipe.recipe import Recipe
 from compressvit.runs.evaluate import Scorer
+from compressvit.runs.files import Fitted
+from compressvit.runs.generalisation import beside, on_fitted
 from compressvit.runs.job import prepare
 from compressvit.runs.models import build_student, load_teacher
 from compressvit.runs.run import calibration, calibration_images, judge
-from compressvit.runs.tables import ledger_table
+from compressvit.runs.tables import how_measured, ledger_table, ratio_text
 from compressvit.tasks.qualities import words
 from compressvit.terminal import print_table
 from compressvit.training import optimisation as opt
@@ -33,6 +35,10 @@ class Measured:
     Attributes:
         ledger: with the errors of every layer.
         before_training: scores, compared with the teacher.
+        fitted: on images that the student was fitted to, beside held-out ones; None where nothing was fitted to images.
+        latency_ms: of the teacher and the student.
+        latency_ratio: as in `results.json` (`Figures`).
+        latency_on: device and threads.
         layers: the choices of the following phase that depend on values, in words.
         broken_images, data_notes: of the images that were read.
         weights_notes: on the teacher's weights.
@@ -40,6 +46,10 @@ class Measured:
 
     ledger: list[LedgerEntry]
     before_training: dict[str, Any]
+    fitted: dict[str, Any] | None
+    latency_ms: tuple[float, float]
+    latency_ratio: tuple[float, float, float]
+    latency_on: str
     layers: str | None
     broken_images: int
     data_notes: list[Note]
@@ -113,23 +123,58 @@ class OneShot:
 
     def scores(self, model: Side) -> dict[str, Any]:
         """Evaluate a model, compared with the teacher."""
-        return self.scorer.score(model, self.teacher)
+        return self.scorer.score(model, self.teacher, search=True)
+
+    def fitted(self, student: Side, scores: dict[str, Any]) -> Fitted | None:
+        """How a student that was fitted to images does on them, beside its `scores`."""
+        if not any(spec.needs_images for spec in self.transforms):
+            return None
+        return beside(on_fitted(student, self.teacher, self._images, self.job.device), scores.get("cosine"))
+
+    def times(self, student: Side) -> cost.Latencies:
+        """Latencies of the teacher and a student, measured in turns."""
+        sides = (self.teacher, student)
+        models = [side.model.to(self.job.device) for side in sides]
+        return cost.latencies(models, [side.input.size for side in sides], device=self.job.device)
+
+    @property
+    def where(self) -> str:
+        """Device and threads."""
+        return f"{self.job.device}, {cost.threads_text()}"
 
 
 def measure(recipe: Recipe, device: str) -> Measured:
     """Transform and evaluate a recipe's student once. Raises as `OneShot`."""
     begin = OneShot(recipe, device, "plan --measure")
     student, ledger = begin.student(begin.transforms)
-    scores = begin.scores(student)
+    scores, times = begin.scores(student), begin.times(student)
+    teachers, students = times.medians
+    fitted = begin.fitted(student, scores)
     layers = begin.preview(student)
     broken = begin.job.datasets.broken
-    return Measured(ledger, scores, layers, broken.count, broken.notes(), begin.weights)
+    return Measured(
+        ledger,
+        scores,
+        None if fitted is None else fitted.model_dump(),
+        (teachers, students),
+        times.ratio(1),
+        begin.where,
+        layers,
+        broken.count,
+        broken.notes(),
+        begin.weights,
+    )
 
 
 def print_measured(measured: Measured, console: Console) -> None:
     """For a person; the plan itself has been printed before."""
     print_table(ledger_table(measured.ledger), console)
-    lines = [f"before training: {words(measured.before_training)}"]
+    lines = [
+        f"before training: {words(measured.before_training)}",
+        *([Fitted.model_validate(measured.fitted).text] if measured.fitted else []),
+        f"latency: {ratio_text(measured.latency_ratio)} of the teacher's {measured.latency_ms[0]:.2f} ms "
+        f"({how_measured(measured.latency_on)})",
+    ]
     lines += [measured.layers] if measured.layers else []
     lines += [f"{measured.broken_images} broken image files were skipped"] if measured.broken_images else []
     lines += [f"data: {note.text}" for note in measured.data_notes]

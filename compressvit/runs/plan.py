@@ -1,4 +1,4 @@
-"""Planning a recipe: what it will do and cost, determined on the meta device without weights, and without reading an image."""
+"""Planning a recipe: what it will do and cost, determined on the meta device without weights, and of images by headers alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from compressvit.artifacts.merge import left_by_merge, merged_copy
 from compressvit.data.classes import other_classes
 from compressvit.data.data_set import find_set
 from compressvit.data.input import STATISTICS, Side, class_mismatch
+from compressvit.data.notes import notes_of_sizes
 from compressvit.data.opening import Datasets, open_data
+from compressvit.data.samples import Samples
 from compressvit.data.spec import Data
 from compressvit.errors import UserError
 from compressvit.files import expanded
@@ -37,6 +39,8 @@ from compressvit.transforms.applying import apply_plans
 from compressvit.transforms.low_rank.layer import Factored
 from compressvit.transforms.low_rank.pivoted_layer import is_pivoted, pivoted_linear
 from compressvit.transforms.record import compression_of, trained_parameters
+
+_LOOKED_AT = 32  # images, whose headers say their size
 
 
 def plan_recipe(recipe: Recipe, name: str = "recipe") -> RecipePlan:
@@ -86,7 +90,7 @@ def _is_here(data: Data) -> bool:
 def plan_data(job: Job) -> DataPlan:
     """How many images there are, and what was passed over or guessed about them so far."""
     datasets = job.datasets
-    datasets.found += [note for note in _teacher_classes(job) if note not in datasets.found]
+    datasets.found += [note for note in (*_teacher_classes(job), *_sizes(job)) if note not in datasets.found]
     train, validation = (len(part) if isinstance(part, Sized) else 0 for part in (datasets.train, datasets.validation))
     return DataPlan(
         train=train,
@@ -95,6 +99,12 @@ def plan_data(job: Job) -> DataPlan:
         fingerprint=datasets.fingerprint(),
         notes=[NoteRow(**asdict(note)) for note in datasets.notes()],
     )
+
+
+def _sizes(job: Job) -> list[Note]:
+    """A note where the images to train on, or to fit to, are smaller than the model's."""
+    train, config = job.datasets.train, job.student.input
+    return notes_of_sizes(train.sizes(_LOOKED_AT), config.height, config.width) if isinstance(train, Samples) else []
 
 
 def _teacher_classes(job: Job) -> list[Note]:

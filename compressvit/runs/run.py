@@ -29,8 +29,9 @@ from compressvit.notes import Note
 from compressvit.reading import read_json
 from compressvit.recipe.recipe import Part
 from compressvit.runs.evaluate import Scorer
-from compressvit.runs.files import PhaseReport
+from compressvit.runs.files import Fitted, PhaseReport
 from compressvit.runs.folder import RunFolder
+from compressvit.runs.generalisation import beside, on_fitted
 from compressvit.runs.job import Job
 from compressvit.runs.keep import OnHeldOut
 from compressvit.runs.models import build_student, load_teacher, require_student_file, trains_teacher
@@ -54,11 +55,13 @@ class Trained:
 
     Attributes:
         phases: by name, the scores before each phase and the epoch whose weights it kept.
+        fitted: how a student that was fitted to images does on them; `held_out` is not known yet if nothing trained it afterwards.
     """
 
     teacher: Side
     student: Side
     phases: dict[str, PhaseReport] = field(default_factory=dict)
+    fitted: Fitted | None = None
 
 
 def fill_teacher(job: Job, folder: RunFolder, *, resume: bool) -> tuple[nn.Module, bool, list[Note]]:
@@ -120,15 +123,34 @@ class Run:
         for part in self.recipe.parts():
             if part.transforms:
                 model = self._transform(model, part, done.teacher)
+                done.fitted = self._on_fitted(model, part, done.teacher) or done.fitted
             if part.phase is None:
                 continue
             phase = Phase(part.name, part.end + 1, self.recipe.seed, self.folder.checkpoint(part.name))
             side = Side(model, self.job.student.input)
             start = self._start(part, phase, side, done.teacher) if part.transforms else None
+            done.fitted = self._told(done.fitted, start or {})
             model, report = part.phase.run(model, self._stage(phase, side, done.teacher, start))
-            done.phases[part.name] = PhaseReport.model_validate(report)
+            reported = done.phases[part.name] = PhaseReport.model_validate(report)
+            # a resumed run has its start from the checkpoint
+            done.fitted = beside(done.fitted, (reported.start or {}).get("cosine"))
         done.student = Side(model, self.job.student.input)
         return done
+
+    def _on_fitted(self, model: nn.Module, part: Part, teacher: Side) -> Fitted | None:
+        side = Side(model.to(self.device), self.job.student.input)
+        if not any(spec.needs_images for spec in part.transforms) or self.scorer.comparable(teacher) is None:
+            return None
+        return on_fitted(side, teacher, calibration_images(self.job), self.device)
+
+    def _told(self, fitted: Fitted | None, start: dict[str, Any]) -> Fitted | None:
+        """Tell it beside the score on held-out images before a phase, where that was measured."""
+        if fitted is None or fitted.held_out is not None or start.get("cosine") is None:
+            return fitted
+        found = beside(fitted, start["cosine"])
+        assert found is not None, "both are known"
+        self.log.say(found.text)
+        return found
 
     def _start(self, part: Part, phase: Phase, student: Side, teacher: Side) -> dict[str, Any] | None:
         """Report the scores after transforms and before training, unless a resumed run has already done so."""

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from torch import nn
 
-from compressvit.data.sets.folder import count_class_folders
+from compressvit.data.sets.folder import class_folders
 from compressvit.data.spec import Data
 from compressvit.errors import UserError, did_you_mean, option
 from compressvit.files import expanded
@@ -97,7 +97,8 @@ def shrink_recipe(
     Args:
         source: timm's name of a pretrained model, the path of a weights file, or of a folder with an artifact or a model of timm's.
         images: a folder. Labels are used for evaluation where it has train/ and val/ with a folder per class, as many as the model has
-            classes; otherwise its images are searched recursively.
+            classes, or any if it has no classifier (k-NN accuracy); otherwise its images are searched recursively. Folders directly in
+            it are not taken for classes: they may be albums or days.
         to: a limit by unit ('parameters', 'macs', 'bytes', 'latency'), up to 1 a fraction of the teacher's; a number is one of
             parameters. Latency above 1 is in milliseconds. By default half of the parameters, unless `keep` is given.
         keep: instead, what the student keeps on held-out images, e.g. {'cosine': 0.98} or {'top1_drop': 1.0}: the smallest that does is
@@ -133,8 +134,9 @@ def shrink_recipe(
     _require_smaller(built, step)
     labels, found = _labels(built, recipe["data"])
     if found:
-        del recipe["data"]["limit_val"]
         recipe["data"]["name"] = "folder"
+        if getattr(built, "num_classes", 0):  # accuracy is that of all held-out images
+            del recipe["data"]["limit_val"]
     size = " and ".join(_text(unit, limit) for unit, limit in budget.items()) or _kept(step)
     recipe["description"] = f"{teacher['model']} with {size}, without training; {labels}."
     return recipe
@@ -354,11 +356,17 @@ def _require_smaller(teacher: nn.Module, step: Mapping[str, Any]) -> None:
 def _labels(teacher: nn.Module, data: Mapping[str, Any]) -> tuple[str, bool]:
     """Whether labels are used for evaluation, in words too."""
     classes = getattr(teacher, "num_classes", 0)
-    if not classes:
-        return "the model has no classifier, so labels are not used", False
-    found = count_class_folders(Data(name="folder", root=data["root"]))
+    found = class_folders(Data(name="folder", root=data["root"]))
     if found is None:
         return "no labels: the images are not in train/ and val/ with a folder per class in each", False
-    if found != classes:
-        return f"labels are not used: there are {found} class folders, and the model has {classes} classes", False
-    return f"accuracy by the labels of {found} class folders", True
+    train, validation = found
+    if not classes and (len(train) < 2 or not validation <= train):
+        return (
+            f"labels are not used: val/ has {len(validation)} class folders, not all of them among the {len(train)} of train/",
+            False,
+        )
+    if not classes:
+        return f"k-NN accuracy by the labels of {len(train)} class folders", True
+    if len(train) != classes:
+        return f"labels are not used: there are {len(train)} class folders, and the model has {classes} classes", False
+    return f"accuracy by the labels of {len(train)} class folders", True

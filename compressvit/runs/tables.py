@@ -75,14 +75,15 @@ def results_rows(teacher: Costs, student: Costs) -> list[tuple[str, str, str, st
         ours, theirs = student.value(key), teacher.value(key)
         if ours is None:
             continue
+        mine, of_teacher = (interval_text(model.figures, key) for model in (student, teacher))
         if theirs is None:
-            rows.append((label, "", text(ours), ""))
+            rows.append((label, "", text(ours) + mine, ""))
             continue
         ratio = f"{ours / max(theirs, 1e-12):.3f}"
         if key == "latency_ms":  # noise is larger than a third digit
             known = student.latency_ratio if isinstance(student, Figures) else None
             ratio = ratio_text(known) if known else f"{float(ratio):.2f}"
-        rows.append((label, text(theirs), text(ours), ratio))
+        rows.append((label, text(theirs) + of_teacher, text(ours) + mine, ratio))
     return rows
 
 
@@ -97,8 +98,27 @@ def scores_table(scores: Mapping[str, Any], title: str) -> Table:
     )
     for label, key, text in (*_measures(), *further):
         if scores.get(key) is not None:
-            table.add_row(label, text(scores[key]))
+            table.add_row(label, text(scores[key]) + interval_text(scores, key))
     return table
+
+
+def interval_text(figures: Mapping[str, Any], key: str) -> str:
+    """The interval of a figure over images, as ' (96.1–98.3)'; empty if it has none."""
+    found = figures.get("intervals", {}).get(key)
+    return f" ({found[0]:.1f}–{found[1]:.1f})" if found else ""
+
+
+def how_searched(figures: Mapping[str, Any]) -> list[str]:
+    """What was searched in what, for the lines below a table; empty if nothing was."""
+    found, images = [], figures.get("images") or 0
+    if figures.get("recall_10") is not None:
+        found.append(f"retrieval: the student's embeddings of {images:,} held-out images, in an index of the teacher's")
+    if figures.get("knn") is not None:
+        found.append(
+            f"neighbours: the class of {images:,} held-out images, by votes of the nearest of {figures.get('indexed') or 0:,} training "
+            "images (k-NN)"
+        )
+    return [*found, "in brackets 95 % intervals over the held-out images"] if found else []
 
 
 def _measures(*, adapted: bool = False) -> list[tuple[str, str, Callable[[Any], str]]]:
@@ -163,7 +183,16 @@ def print_data(data: DataPlan, console: Console) -> None:
         console.print(f"data: {note.text}", highlight=False)
 
 
+def how_measured(where: str) -> str:
+    """How latencies were measured, for the line below their table.
+
+    Args:
+        where: device and threads.
+    """
+    return f"batch 1 on {where}, the models in turns, medians of up to 30 rounds; in brackets the 99 % interval of the median ratio"
+
+
 def ratio_text(ratio: Sequence[float]) -> str:
-    """Quartiles of a ratio, as '1.89 (1.81–1.97)': median, and in brackets the middle half of all rounds."""
+    """A ratio of latencies, as '1.89 (1.81–1.97)': the median of all rounds, and in brackets its 99 % interval (`Latencies.ratio`)."""
     low, middle, high = ratio
     return f"{middle:.2f} ({low:.2f}–{high:.2f})"

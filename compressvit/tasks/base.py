@@ -74,6 +74,10 @@ class Metrics(ABC):
             UserError: targets that do not fit the model.
         """
 
+    def index(self, outputs: Any, targets: Any, expected: Any | None) -> None:
+        """Add a batch of labelled training images, for a task that `searches`, before the first `add`; arguments as there."""
+        raise TypeError("this task searches in no index")
+
     @abstractmethod
     def result(self) -> Result:
         """Every figure by its key, over all images; None where a figure is not available. With a teacher, the teacher's own
@@ -93,6 +97,7 @@ class Task(ABC):
         supervised: whether it has a loss against the ground truth.
         outputs_are_logits: whether a model's outputs are logits of classes, which a student can learn from its teacher as soft labels.
         imitates: whether there is an `imitation`, for outputs that are no such logits.
+        searches: whether there are figures that search for held-out images among labelled training images (`Metrics.index`).
         mixes: whether its targets can be mixed by mixup and cutmix.
         places: whether its targets are places in the image, so that what moves pixels must move them.
         progress_names: what the line that training prints of an epoch calls a figure, by its key, where not by its `in_text`.
@@ -109,6 +114,7 @@ class Task(ABC):
     supervised: ClassVar[bool] = True
     outputs_are_logits: ClassVar[bool] = False
     imitates: ClassVar[bool] = False
+    searches: ClassVar[bool] = False
     mixes: ClassVar[bool] = False
     places: ClassVar[bool] = False
     progress_names: ClassVar[Mapping[str, str]] = {}

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from compressvit.tasks.base import Answers, Measure, Metrics, Result, task
 from compressvit.tasks.classes import ClassTargets
 from compressvit.tasks.classification import COSINE, GRADED, ClassScores, class_count
+from compressvit.tasks.neighbours import KNN, Neighbours
 from compressvit.tasks.quality import Quality
+from compressvit.tasks.retrieval import QUALITIES as RETRIEVAL
+from compressvit.tasks.retrieval import Retrieval
 
 if TYPE_CHECKING:
     import torch
@@ -29,10 +32,13 @@ class FeatureTask(ClassTargets):
     qualities = (
         COSINE,
         Quality("cosine_patches", "of patches", "cosine of the patch tokens", "of the patch tokens", "", 4),
+        *RETRIEVAL,
+        KNN,
     )
-    ranking = ("cosine",)
-    graded = GRADED  # of a teacher with a classifier; None for the student
+    ranking = ("cosine", "recall_10", "knn")
+    graded = (*GRADED, "knn")  # the others of a teacher with a classifier; None for the student
     supervised = False
+    searches = True
     measures: ClassVar[Mapping[str, Measure]] = {
         "cosine": Measure(
             "The images on which the outputs of student and teacher point apart the most, with their cosine: 1 is the same direction.",
@@ -59,6 +65,9 @@ class FeatureTask(ClassTargets):
     def metrics(self, model: nn.Module, teacher: nn.Module | None, labelled: bool) -> Metrics:
         return _Metrics(model, teacher, labelled)
 
+    def against_teacher(self) -> list[Quality]:
+        return [quality for quality in super().against_teacher() if quality.key in self.ranking]
+
     def comparable(self, outputs: Features, expected: Features) -> bool:
         return outputs.pooled.shape == expected.pooled.shape
 
@@ -82,24 +91,51 @@ class FeatureTask(ClassTargets):
         return (tokens * direction * weight).sum()
 
     def verdict(self, student: Mapping[str, Any], teacher: Mapping[str, Any], images: str) -> str | None:
-        if student.get("cosine") is None:
+        parts = []
+        if student.get("cosine") is not None:
+            parts.append(f"has outputs whose mean cosine to the teacher's is {student['cosine']:.4f}")
+        if student.get("recall_10") is not None:
+            parts.append(
+                f"finds {student['recall_10']:.1f} % of the ten images that the teacher finds nearest in its index"
+            )
+        if student.get("knn") is not None:
+            beside = "" if teacher.get("knn") is None else f" (the teacher {teacher['knn']:.2f} %)"
+            parts.append(f"gives {student['knn']:.2f} % the right class by their nearest neighbours{beside}")
+        if not parts:
             return None
-        return f"has outputs whose mean cosine to the teacher's is {student['cosine']:.4f} on {images}"
+        return f"{', '.join(parts[:-1])} and {parts[-1]} on {images}" if len(parts) > 1 else f"{parts[0]} on {images}"
 
 
 class _Metrics(Metrics):
-    """How close features are to a teacher's, those of the patches too where both models have tokens of one shape."""
+    """How close features are to a teacher's, those of the patches too where both models have tokens of one shape; what they find in the
+    teacher's index; and, where there is an index with labels, which classes they give."""
 
     def __init__(self, model: nn.Module, teacher: nn.Module | None, labelled: bool):
+        self._retrieval = Retrieval()
+        self._neighbours = {who: Neighbours() for who in ("", "teacher_")}
+        # a classifier's outputs are no embeddings
+        self._embeds = {"": not class_count(model), "teacher_": teacher is not None and not class_count(teacher)}
         self._scores = ClassScores(model, labelled)
         self._theirs = None if teacher is None else ClassScores(teacher, labelled)
         self._comparable = self._tokens = True
         self._cosine = self._patches = 0.0
 
+    def _embeddings(self, outputs: Features, expected: Features | None) -> Iterator[tuple[Neighbours, Tensor]]:
+        for who, found in (("", outputs), ("teacher_", expected)):
+            if found is not None and self._embeds[who] and found.pooled.ndim == 2:
+                yield self._neighbours[who], found.pooled
+
+    def index(self, outputs: Features, targets: Tensor, expected: Features | None) -> None:
+        for neighbours, embeddings in self._embeddings(outputs, expected):
+            neighbours.index(embeddings, targets)
+
     def add(self, outputs: Features, targets: Tensor, expected: Features | None) -> None:
         import torch.nn.functional as F
 
         self._scores.add(outputs.pooled, targets)
+        for neighbours, embeddings in self._embeddings(outputs, expected):
+            if neighbours.indexed:
+                neighbours.ask(embeddings, targets)
         if expected is None or self._theirs is None:
             return
         self._theirs.add(expected.pooled, targets)
@@ -109,14 +145,20 @@ class _Metrics(Metrics):
         else:
             self._tokens = False
         self._comparable = expected.pooled.shape == outputs.pooled.shape
+        if self._comparable and self._embeds["teacher_"] and outputs.pooled.ndim == 2:
+            self._retrieval.add(outputs.pooled, expected.pooled)
         if self._comparable:
             self._cosine += F.cosine_similarity(outputs.pooled, expected.pooled, dim=1).sum().item()
 
     def result(self) -> Result:
         found = self._scores.result()
+        for who, neighbours in self._neighbours.items():
+            if neighbours.indexed:
+                found |= {f"{who}knn": neighbours.accuracy(), "indexed": neighbours.indexed}
         if self._theirs is None:
             return found
         found |= {f"teacher_{name}": value for name, value in self._theirs.result().items()}
+        found |= self._retrieval.result()
         count = self._scores.images
         found |= {"agreement": None, "cosine": self._cosine / count if self._comparable else None}
         return {**found, "cosine_patches": self._patches / count} if self._tokens else found

@@ -33,6 +33,12 @@ def measured(scores: Mapping[str, Any]) -> list[Quality]:
     return [q for key, q in qualities().items() if not q.detail and scores.get(key) is not None]
 
 
+def intervals(scores: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    """The intervals of the figures that have one, by key; `scores` says of how many `images` they are."""
+    known = ((key, quality, scores.get(key)) for key, quality in qualities().items() if quality.of_images)
+    return {key: quality.interval(value, scores["images"]) for key, quality, value in known if value is not None}
+
+
 def words(scores: Mapping[str, Any]) -> str:
     """The scores that were measured, in a few words."""
     return ", ".join(f"{q.in_text} {q.number(scores[q.key])}{q.unit}" for q in measured(scores))

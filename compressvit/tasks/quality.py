@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+_Z = 1.959964  # of the normal distribution, 2.5 % lie above it
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -34,6 +36,7 @@ class Quality:
         phrase: what a student had, with {} for the value and its unit; by default 'a IN_TEXT of {}'.
         curve: its chart over the training; None: it has none.
         lower_is_better: as of an error.
+        of_images: whether it is the mean, in percent, of a value from 0 to 1 of every image, so that it has an interval.
     """
 
     key: str
@@ -46,6 +49,7 @@ class Quality:
     phrase: str | None = None
     curve: Curve | None = None
     lower_is_better: bool = False
+    of_images: bool = False
 
     @property
     def heading(self) -> str:
@@ -64,6 +68,17 @@ class Quality:
     def text(self, value: float) -> str:
         """A value with its unit."""
         return f"{self.number(value)} {self.unit}".rstrip()
+
+    def interval(self, value: float, images: int) -> tuple[float, float]:
+        """The 95 % interval of a mean `of_images`, over images drawn like these: Wilson's, which holds near 0 and 100 %, and for images
+        that are right by halves is wider than needed.
+
+        Wilson, Probable inference, the law of succession, and statistical inference, JASA 22, 1927.
+        """
+        share, spread = value / 100, _Z**2 / images
+        middle = (share + spread / 2) / (1 + spread)
+        half = (max(0.0, share * (1 - share)) * spread + spread**2 / 4) ** 0.5 / (1 + spread)
+        return 100 * max(0.0, middle - half), 100 * min(1.0, middle + half)
 
     def reaches(self, value: float, wanted: float) -> bool:
         """Whether a value is as good as a target, or better."""

@@ -15,18 +15,22 @@ from helpers.images import class_folders, jpeg
 from helpers.latency import table_of
 from helpers.runs import done, refused, run
 from helpers.training import tiny_vit
+from PIL import Image
 from rich.console import Console
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from timm.models import _registry, model_entrypoint
 
 import compressvit
 from compressvit.cli import main
 from compressvit.cli.shrink import UNITS
-from compressvit.data.sets.folder import count_class_folders
+from compressvit.data.sets.folder import class_folders as class_folders_of
 from compressvit.data.spec import Data
+from compressvit.recipe.recipe import parse_recipe
+from compressvit.recipe.yaml import dumped
 from compressvit.runs import shrink as verb
 from compressvit.runs.files import read_results
 from compressvit.runs.keep import OnHeldOut
+from compressvit.runs.plan import plan_recipe
 from compressvit.transforms.shrink import spec
 from compressvit.transforms.shrink.spec import ShrinkBudget
 
@@ -84,6 +88,12 @@ def classifier(tmp_path_factory):
     return compressvit.save(tiny_vit(num_classes=len(CLASSES)), tmp_path_factory.mktemp("artifact") / "teacher")
 
 
+def plain(i):
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 30), (20 * i, 255 - 20 * i, 7 * i)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def file_of(headless):
     return (headless, "--model", "test_vit", "--img-size", 32)
 
@@ -110,7 +120,7 @@ def test_a_headless_checkpoint_and_photos_become_a_student_and_its_page(headless
     assert recipe["data"]["name"] == "images"
     assert recipe["calibration"] == {"images": 12, "tokens": 48}
     assert recipe["steps"] == [{"shrink": {"budget": {"parameters": 0.5}}}]
-    assert "no classifier, so labels are not used" in recipe["description"]
+    assert "no labels: the images are not in train/ and val/ with a folder per class" in recipe["description"]
     results = read_results(folder)
     assert 0.4 < share(results, "parameters") <= 0.5
     assert results.student.top1 is None
@@ -232,6 +242,37 @@ def test_labels_of_other_classes_are_not_used(classifier, labelled, photos, tmp_
         assert (recipe["data"]["name"], words in recipe["description"]) == (name, True), recipe["description"]
 
 
+def test_labels_of_a_backbone_are_those_of_its_neighbours(headless, labelled, tmp_path):
+    folder = tmp_path / "run"
+    source, *options = file_of(headless)
+    out = done("shrink", source, labelled, *options, "--images", 8, "--output", folder)
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    assert recipe["data"]["name"] == "folder"
+    assert recipe["data"]["limit_val"] > 0
+    assert "k-NN accuracy by the labels of 4 class folders" in recipe["description"]
+    results = read_results(folder)
+    searched = "the class of 12 held-out images, by votes of the nearest of 12 training images (k-NN)"
+    for side in (results.teacher, results.student):
+        low, high = side.intervals["knn"]
+        assert low < side.knn < high
+    assert results.student.recall_10 is not None
+    assert searched in out
+    assert searched in (folder / "report.html").read_text()
+    content = json.loads(done("evaluate", folder, "--json"))
+    assert (content["knn"], content["indexed"]) == (pytest.approx(results.student.knn), 12)
+    assert searched in done("evaluate", folder)
+
+
+def test_class_folders_that_differ_are_not_used_by_a_backbone(headless, tmp_path):
+    class_folders(tmp_path, splits=("train",), classes=("x", "y"), each=1)
+    class_folders(tmp_path, splits=("val",), classes=("x", "z"), each=1)
+    recipe = verb.shrink_recipe(headless, tmp_path, model="test_vit", img_size=32)
+    assert recipe["data"]["name"] == "images"
+    assert (
+        "labels are not used: val/ has 2 class folders, not all of them among the 2 of train/" in recipe["description"]
+    )
+
+
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_the_classifier_of_a_file_says_how_many_classes_the_model_has(prefix, headless, labelled, tmp_path):
     """Also behind a prefix. `headless` keeps the model small."""
@@ -259,10 +300,10 @@ def test_class_folders_may_be_tars(packed, labelled, tmp_path):
             target = tmp_path / source.relative_to(labelled)
             target.parent.mkdir(exist_ok=True)
             shutil.make_archive(str(target), "tar", source)
-    assert count_class_folders(Data(name="folder", root=str(tmp_path))) == len(CLASSES)
+    assert class_folders_of(Data(name="folder", root=str(tmp_path))) == (set(CLASSES), set(CLASSES))
     (tmp_path / "val").mkdir(exist_ok=True)
     (tmp_path / "val" / "1.jpg").write_bytes(jpeg(1))
-    assert count_class_folders(Data(name="folder", root=str(tmp_path))) is None
+    assert class_folders_of(Data(name="folder", root=str(tmp_path))) is None
 
 
 def test_from_python_a_finished_run_is_read_from_its_folder(classifier, photos, tmp_path):
@@ -303,6 +344,7 @@ def test_limits_and_their_units():
         (["{file}", "{photos}", "--model", "test_vot"], ["no model 'test_vot'", "'test_vit'"]),
         (["{file}", "{photos}", "--model", "resnet18"], ["resnet18 is a ResNet"]),
         (["resnet18", "{photos}"], ["resnet18 is a ResNet"]),
+        (["convnextv2_atto", "{photos}"], ["has no block that can be made narrower", "low_rank works on it"]),
         (["test_vit", "{photos}", "--model", "test_vit2"], ["--model test_vit2", "test_vit is a pretrained model"]),
         (["{artifact}", "{photos}", "--model", "test_vit"], ["is a vit_tiny_patch16_224", "leave --model out"]),
         (["test_vot", "{photos}"], ["no file or folder test_vot", "did you mean 'test_vit'"]),
@@ -357,6 +399,68 @@ def test_one_sentence_for_what_cannot_be_done(words, expected, headless, classif
     for word in expected:
         assert word in err
     assert not (tmp_path / "run").exists()
+
+
+def _damaged(headless, folder, path, value):
+    state = load_file(headless)
+    state[path].flatten()[:2] = value
+    save_file(state, folder / "damaged.safetensors")
+    return folder / "damaged.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "expected"),
+    [
+        (
+            "blocks.1.mlp.fc2.weight",
+            float("nan"),
+            "blocks.1.mlp.fc2.weight holds numbers that are not finite; check the teacher's weights",
+        ),
+        ("norm.bias", float("inf"), "norm.bias holds numbers that are not finite; check the teacher's weights"),
+        ("blocks.0.norm1.weight", 1e38, "blocks.0.attn.qkv sees numbers that are not finite on the calibration images"),
+    ],
+)
+def test_numbers_that_are_not_finite_are_told_by_their_layer(path, value, expected, headless, photos, tmp_path):
+    file = _damaged(headless, tmp_path, path, value)
+    words = ["--model", "test_vit", "--img-size", 32, "--output", tmp_path / "run"]
+    code, _, err = run("shrink", file, photos, *words)
+    assert code == 2
+    assert expected in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("pictures", "expected"),
+    [
+        ({i: jpeg(1) for i in range(12)}, "calibration images are alike, and a fit to it would hold for no other"),
+        ({i: plain(i) for i in range(12)}, "calibration images have one colour each"),
+        ({i: jpeg(i) for i in range(2)}, "there is only one calibration image"),
+    ],
+    ids=["copies", "plain colours", "two"],
+)
+def test_images_that_cannot_be_fitted_to(pictures, expected, headless, tmp_path):
+    (tmp_path / "images").mkdir()
+    for name, content in pictures.items():
+        (tmp_path / "images" / f"{name}.png").write_bytes(content)
+    words = ["--model", "test_vit", "--img-size", 32, "--output", tmp_path / "run"]
+    code, _, err = run("shrink", headless, tmp_path / "images", *words)
+    assert code == 2
+    assert expected in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(("size", "told"), [(40, True), (56, False)])
+def test_small_images_are_told_and_one_size_is_not(size, told, headless, tmp_path):
+    for i in range(6):
+        Image.new("RGB", (size, size - 10), (40 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    recipe = verb.shrink_recipe(headless, tmp_path, model="test_vit", img_size=112)
+    notes = {note.what: note.text for note in plan_recipe(parse_recipe(dumped(recipe))).data.notes}
+    assert ("small" in notes) is told
+    if told:
+        assert (
+            "less than half as large as the model's 112×112 pixels, the largest 40×30: they are enlarged"
+            in notes["small"]
+        )
 
 
 @pytest.mark.parametrize("words", [["--images", "0"], ["--img-size", "-3"], ["--images", "x"]])

@@ -94,6 +94,19 @@ def test_what_a_layer_is_asked_for_makes_the_hidden_state_the_teachers(name, mon
     assert max(error for _, error in checked) < 1e-5  # measured 3e-7
 
 
+def test_a_branch_whose_layers_are_fitted_does_not_run_again():
+    """Of the student, the attention of a block runs once to fit each of its layers and once more for the MLP, not for every layer after."""
+    teacher = build("vit")
+    student = copy.deepcopy(teacher)
+    images = images_for(teacher, 4)
+    runs = []
+    student.blocks[0].attn.qkv.register_forward_hook(lambda *_: runs.append("qkv"))
+    fits = {path: LayerFit(lambda module, regression: 0.0) for path in paths_of(teacher)}
+    fit_in_order(student, teacher, [images[:2], images[2:]], fits)
+    assert len(runs) == 1 + 2 * 2  # to learn the order of the layers; for proj and fc1, of two batches
+    assert not any("forward" in vars(module) for module in student.modules())
+
+
 def test_a_model_that_is_its_teacher_is_asked_for_nothing_new():
     teacher = build("vit")
     student = copy.deepcopy(teacher)

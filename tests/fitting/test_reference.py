@@ -28,6 +28,19 @@ def test_every_form_of_the_images_gives_the_same_moments():
             torch.testing.assert_close(found[path].inputs, expected[path].inputs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("batches", [False, True])
+def test_moments_of_some_of_the_images(batches):
+    """Of a tensor those are spread over all images; of batches whose number is not known they are the first."""
+    model = build("vit")
+    images = images_for(model, 64)
+    given = (lambda: iter(images.split(16))) if batches else images
+    (found,) = Reference(model, given).moments(["blocks.0.attn.qkv"], outputs=False, most=16).values()
+    chosen = images[:16] if batches else images[::4]
+    (wanted,) = Reference(model, chosen).moments(["blocks.0.attn.qkv"], outputs=False).values()
+    assert found.tokens == wanted.tokens
+    torch.testing.assert_close(found.inputs, wanted.inputs, rtol=1e-5, atol=1e-6)  # measured 3e-7, of the batches
+
+
 def test_a_model_of_any_size_takes_images_of_any_size():
     dynamic = timm.create_model("vit_tiny_patch16_224", **VIT, dynamic_img_size=True)
     images = torch.randn(9, 3, 48, 48)
@@ -51,3 +64,49 @@ def test_images_that_are_too_few_or_too_alike_have_a_strong_ridge(different, str
     torch.testing.assert_close(metric.input, expected.input)
     torch.testing.assert_close(metric.output, expected.output)
     assert not torch.allclose(metric.input, moments.metric(0.5, 0.5).input, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (
+            lambda some: some[:1],
+            "there is only one calibration image, and a fit to it would hold for no other; give at least 8",
+        ),
+        (lambda some: some[:1].expand(20, -1, -1, -1), "all 20 calibration images are alike"),
+        (lambda some: 0 * some, "all 20 calibration images are alike"),
+        (
+            lambda some: some.mean(dim=(2, 3), keepdim=True).expand(some.shape),
+            "the 20 calibration images have one colour each",
+        ),
+    ],
+    ids=["one", "copies", "black", "plain colours"],
+)
+def test_images_that_show_nothing_of_others_are_refused(images, message):
+    model = build("vit")
+    some = images_for(model, 20)
+    with pytest.raises(UserError, match=message):
+        Reference(model, images(some)).moments(PATHS, outputs=False)
+    Reference(model, some[:2]).moments(PATHS, outputs=False)
+
+
+def test_fewer_tokens_than_inputs_are_told_and_far_fewer_refused(caplog):
+    """Those that are summed up count: the class token and one other of each image."""
+    model, path = build("vit"), "blocks.0.mlp.fc2"
+    inputs = model.blocks[0].mlp.fc2.in_features
+    images = images_for(model, inputs // 2)
+
+    def told(count):
+        caplog.clear()
+        moments = Reference(model, images[:count], tokens=1).moments([path], outputs=False)[path]
+        assert (moments.drawn, moments.tokens) == (2 * count, 17 * count)
+        text = f"give {2 * count} tokens for the {inputs} inputs of {path}: directions they do not cover"
+        return any(text in record.getMessage() for record in caplog.records)
+
+    assert not told(inputs // 2)
+    assert told(inputs // 2 - 1)
+    assert told(inputs // 32)
+    with pytest.raises(
+        UserError, match=rf"give 4 tokens for the {inputs} inputs of {path}.*give {inputs // 4} times as many"
+    ):
+        told(2)

@@ -26,6 +26,7 @@ _IMPORTED = [
     "torch._dynamo",
     "pydantic",
     "altair",
+    "vl_convert",
     "sklearn.datasets",
     "tensorboard",
     "pytest",
@@ -75,6 +76,7 @@ def _program(words: list[str], paths: list[str], environment: Mapping[str, str],
     assert not own, f"imported before the program began: {own}"
     sys.path[:0] = paths
     sys.modules["torch"].set_num_threads(1)
+    sys.modules["vl_convert"].javascript_bundle = lambda: ""  # seconds, for pages that no browser opens
     multiprocessing.set_start_method(None, force=True)  # not as this one was started, but the system's own
     kind = words[0]
     if kind == "-m":

@@ -6,19 +6,27 @@ import csv
 import json
 
 import pytest
+from helpers.models import build
 from helpers.runs import done, refused, run
 from PIL import Image
 
+import compressvit
 from compressvit.charts.findings import read
 from compressvit.charts.plots import frontier_finding, ranks_finding
-from compressvit.runs.frontier import _table
-from compressvit.terminal import Terminal
+from compressvit.fitting.allocate import Budget
+from compressvit.model import cost
+from compressvit.model.backbone import input_size
+from compressvit.runs.frontier import _costs, _quality
+from compressvit.runs.methods import METHODS
+from compressvit.tasks.qualities import qualities
+from compressvit.terminal import Terminal, print_table
 
 
 def values_of(run):
     return [f"teacher.weights={run / 'teacher'}", "calibration.images=32"]  # its `finetune` is not asked for
 
 
+@pytest.mark.wide_unless(lambda unit: unit == "macs")
 @pytest.mark.parametrize("unit", ["parameters", "macs"])
 def test_a_sweep_from_good_to_small(trained, tmp_path, unit):
     recipe, run = trained
@@ -45,6 +53,35 @@ def test_forms_of_all_kinds_are_swept(trained, tmp_path):
     assert [row["budget"] for row in rows] == [None, 0.8, 0.5]
     assert all(row["parameters"] <= row["budget"] * rows[0]["parameters"] for row in rows[1:])
     assert rows[1]["cosine"] > rows[2]["cosine"]
+
+
+def test_methods_side_by_side(trained, tmp_path):
+    recipe, run = trained
+    words = ["--methods", *METHODS, "--budgets", 0.5, "--output", tmp_path / "out"]
+    out = done("frontier", recipe, *values_of(run), "steps=[{shrink: {budget: {macs: 0.5}, multiple: 4}}]", *words)
+    rows = json.loads((tmp_path / "out" / "frontier.json").read_text())
+    assert [row["method"] for row in rows] == [None, *METHODS]
+    whole = rows[0]
+    for row in rows[1:]:
+        assert row["parameters"] <= 0.5 * whole["parameters"]
+        assert row["memory"] < whole["memory"]
+        assert row["latency_low"] <= row["latency"] <= row["latency_high"]
+    assert rows[1]["cosine"] > rows[2]["cosine"]  # shrink chooses for every block, narrow has one share for all
+    for text in ("memory: the weights, and the most", "in turns, medians of up to 30 rounds", *METHODS):
+        assert text in out
+    plot = json.loads(json.dumps(frontier_finding(rows, "parameters", "cosine", "cosine", "a model").records))
+    assert {record["method"] for record in plot} == set(METHODS)
+
+
+def test_narrow_meets_a_budget_or_says_why_not():
+    model = build("vit")
+    whole = cost.cost(model, input_size(model))
+    step = METHODS["narrow"](model, Budget(macs=0.7))
+    student = compressvit.compress(model, [step.model_copy(update={"metric": "weights"})])
+    spent = cost.cost(student, input_size(student)).macs
+    assert 0.5 < spent / whole.macs <= 0.7
+    with pytest.raises(compressvit.UserError, match=r"narrow: a budget of 12 parameters cannot be met \(with 1/64"):
+        METHODS["narrow"](model, Budget(parameters=12))
 
 
 def test_the_run_draws_its_ranks(trained):
@@ -109,11 +146,31 @@ def test_an_override_behind_the_budgets_is_told_its_place(trained):
     assert "'seed=3' is not a number; key=value goes before --budgets" in err
 
 
-def test_the_table_of_a_large_model_fits_80_columns(capsys):
-    row = {"parameters": 98_765_432, "bytes": 395_061_728, "macs": 17_568_000_000}
-    rows = [{"budget": budget, **row, "top1": 86.834, "agreement": 99.3, "cosine": 0.98765} for budget in (None, 0.5)]
-    Terminal(width=80).print(_table(rows, "parameters"))
+ROW = {"parameters": 98_765_432, "bytes": 395_061_728, "macs": 17_568_000_000, "memory": 412_345_678, "images": 500}
+LATENCY = {"latency_ms": 1234.5, "latency": 0.7234, "latency_low": 0.7, "latency_high": 0.75}
+OF_CLASSES = {"top1": 86.834, "agreement": 99.3, "cosine": 0.98765}
+OF_FEATURES = {"cosine": 0.98765, "cosine_patches": 0.97654, "recall_10": 87.65, "knn": 91.234, "indexed": 5000}
+
+
+@pytest.mark.parametrize("scores", [OF_CLASSES, OF_FEATURES], ids=["classes", "features"])
+def test_the_tables_of_large_models_fit_80_columns(scores, capsys):
+    scores = {**dict.fromkeys(qualities()), **scores}
+    sizes = [(None, None), *((method, budget) for method in ("shrink", "low_rank") for budget in (0.75, 0.5))]
+    rows = [{"method": method, "budget": budget, **ROW, **LATENCY, **scores} for method, budget in sizes]
+    for table in (_costs(rows, "parameters"), _quality(rows)):
+        print_table(table, Terminal(width=80))
     out = capsys.readouterr().out
     assert "…" not in out
-    for text in ("(share: of the teacher's parameters)", "parameters ┃", "17.57 G", "86.83 │", "99.30 │", "0.9877 │"):
+    assert "┃" in out  # tables, no lists
+    wanted = [
+        "(budgets: of the teacher's parameters)",
+        "98.77 M",
+        "395.1 MB",
+        "17.57 G",
+        "412.3 MB",
+        "0.72 (0.70–0.75)",
+    ]
+    wanted += ["1234.50 ms", "shrink", "low_rank", "0.75", "0.9877"]
+    wanted += ["87.7 (84.5–90.3)", "91.23 (88.4–93.4)"] if scores["knn"] else ["86.83", "99.30"]
+    for text in wanted:
         assert text in out

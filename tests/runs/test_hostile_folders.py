@@ -170,6 +170,7 @@ def test_every_folder_of_an_earlier_version_is_a_runs_own(tmp_path):
     assert [foreign(path) for path in runs] == [None] * len(runs)
 
 
+@pytest.mark.wide_unless(lambda name: name in ("metrics.jsonl", "results.json", "resolved.yaml"))
 @pytest.mark.parametrize(
     "name", ["metrics.jsonl", "results.json", "resolved.yaml", "run.log", "predictions.json", "recipe.yaml"]
 )

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 
 import pytest
+import torch
+from helpers.models import build
 from helpers.runs import TINY, done
 
-from compressvit.model.cost import Latencies
+from compressvit.model.backbone import input_size
+from compressvit.model.cost import Latencies, latencies
+from compressvit.recipe.recipe import parse_recipe
+from compressvit.report.compare import Row, cells
 from compressvit.runs.files import Figures, Results
 from compressvit.runs.tables import ratio_text, results_rows
 
@@ -21,9 +28,52 @@ def test_the_ratio_is_taken_within_a_round():
     assert times.medians == [2.0, 4.0]
     assert times.ratio(1) == (2.0, 2.0, 2.0)
     spread = Latencies([[1.0, ratio] for ratio in (1.0, 2.0, 3.0, 4.0, 50.0)])
-    assert spread.ratio(1) == (2.0, 3.0, 4.0)
+    assert spread.ratio(1) == (1.0, 3.0, 50.0)
     assert spread.ratio(0, 1)[1] == pytest.approx(1 / 3)
-    assert ratio_text(spread.ratio(1)) == "3.00 (2.00–4.00)"
+    assert ratio_text(spread.ratio(1)) == "3.00 (1.00–50.00)"
+
+
+@pytest.mark.parametrize(("rounds", "outside"), [(1, 0), (8, 0), (11, 0), (12, 1), (30, 7)])
+def test_the_interval_contains_the_median_as_often_as_promised(rounds, outside):
+    """Outside are so many ratios at each end, and one more would be too many: the share of fair coins of which so few are heads."""
+    ratios = [float(i) for i in range(1, rounds + 1)]
+    low, middle, high = Latencies([[1.0, ratio] for ratio in reversed(ratios)]).ratio(1)
+    assert (low, middle, high) == (1 + outside, (rounds + 1) / 2, rounds - outside)
+
+    def missed(few):  # both ends
+        return 2 * sum(math.comb(rounds, heads) for heads in range(few + 1)) / 2**rounds
+
+    assert missed(outside) <= 0.01 or rounds < 8
+    assert missed(outside + 1) > 0.01
+
+
+@pytest.mark.slow
+def test_two_models_that_compute_the_same_take_the_same_time():
+    """Each interval misses 1.00 in one of a hundred on any machine, however it is loaded; three of ten would be one in ten thousand."""
+    model = build("vit").eval()
+    missed = 0
+    for _ in range(10):
+        times = latencies([model, copy.deepcopy(model)], [input_size(model)] * 2, device=torch.device("cpu"))
+        low, _, high = times.ratio(1)
+        missed += not low <= 1 <= high
+    assert missed < 3
+
+
+@pytest.mark.parametrize(
+    ("ratios", "cell", "interval"),
+    [
+        ([(0.6, 0.7, 0.8)], "0.70 (0.60–0.80)", [0.6, 0.8]),
+        ([(0.6, 0.7, 0.8), (0.75, 0.8, 0.9)], "0.75 (0.60–0.90)", [0.6, 0.9]),
+        ([(0.6, 0.7, 0.8), None], "0.70", None),  # one of an earlier version
+    ],
+)
+def test_the_comparison_has_the_spread(ratios, cell, interval):
+    own = {**COSTS, "latency_ms": 1.4}
+    results = [Results(teacher={**COSTS, "latency_ms": 2.0}, student={**own, "latency_ratio": r}) for r in ratios]
+    row = Row(parse_recipe(TINY), [], results, [0] * len(results)).as_dict()
+    assert row["latency_interval"] == interval
+    heads, rows = cells([row])
+    assert rows[0][heads.index("latency / teacher")] == cell
 
 
 def latency_row(**student):

@@ -21,7 +21,11 @@ def test_it_says_what_apply_says_before_training(trained):
     for ours, theirs in zip(measured["ledger"], results["ledger"], strict=True):
         assert ours["output_error"] == pytest.approx(theirs["output_error"], abs=1e-4)
         assert ours["weight_error"] > 0
+    low, middle, high = measured["latency_ratio"]
+    assert 0 < low <= middle <= high
     out = done("plan", *words)
+    assert "of the teacher's" in out
+    assert "in turns, medians of up to 30 rounds; in brackets the 99 % interval" in out
     for word in ("error of", " weight ┃", "before training", "top-1"):
         assert word in out
     assert "error of" not in done("plan", *words[:-1])

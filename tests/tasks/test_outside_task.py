@@ -145,6 +145,18 @@ def test_a_word_counts_where_the_model_can_do_it(value):
 def test_figures_of_all_tasks_are_in_order(value):
     of_objects = [f"{what}{key}" for what in ("", "mask_") for key in ("ap", "ap50", "ap75")]
     of_teacher = ["ap50_of_teacher", "mask_ap50_of_teacher"]
-    known = ["top1", "top5", "agreement", "cosine", *of_objects, *of_teacher, "cosine_patches", "rmse"]
+    of_search = ["recall_10", "recall_1", "recall_self", "knn"]
+    known = ["top1", "top5", "agreement", "cosine", *of_objects, *of_teacher, "cosine_patches", *of_search, "rmse"]
     assert list(qualities()) == known
-    assert ranking() == ("top1", "agreement", "cosine", "ap", "ap50", "mask_ap", "ap50_of_teacher", "rmse")
+    assert ranking() == (
+        "top1",
+        "agreement",
+        "cosine",
+        "ap",
+        "ap50",
+        "mask_ap",
+        "ap50_of_teacher",
+        "recall_10",
+        "knn",
+        "rmse",
+    )

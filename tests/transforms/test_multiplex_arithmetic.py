@@ -85,6 +85,7 @@ def test_a_shared_position_table_is_one_parameter():
 # ----------------------------------------------------------------------------------------------------------------- iRPE
 
 
+@pytest.mark.wide_unless(lambda grid: grid == (5, 9))
 @pytest.mark.parametrize("skip", [0, 2])
 @pytest.mark.parametrize("grid", [(14, 14), (5, 9)])
 def test_irpe_is_the_quadruple_loop(grid, skip):

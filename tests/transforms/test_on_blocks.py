@@ -188,6 +188,7 @@ def test_a_repadapter_acts_before_or_after_a_sublayer(place, position, groups, a
     assert gap(ours(x), theirs(x)) > 1e-3
 
 
+@pytest.mark.wide_unless(lambda backbone, groups: groups == 4 and backbone in ("vit", "swin", "convnext"))
 @pytest.mark.parametrize("backbone", ["vit", "dinov2_registers", "swin", "convnext", "convnext_conv_mlp"])
 @pytest.mark.parametrize("groups", [1, 4])
 def test_every_linear_placement_merges(backbone, groups):

@@ -39,11 +39,11 @@ def open_folder(data: Data) -> tuple[Dataset, Dataset]:
     return train.data_set(order, [*notes, *train.notes]), validation.data_set(order, validation.notes)
 
 
-def count_class_folders(data: Data) -> int | None:
-    """The number of class folders (or tars) of the training split, by their names alone; None unless both splits have them, and no image
-    beside them."""
+def class_folders(data: Data) -> tuple[set[str], set[str]] | None:
+    """The class folders (or tars) of the training and the validation split, by their names alone; None unless both splits have some, and
+    no image beside them."""
     root = existing_root(data, LAYOUT)
-    counts = []
+    found = []
     for option, split, usual in (
         ("train_split", data.train_split, TRAIN_FOLDERS),
         ("val_split", data.val_split, VAL_FOLDERS),
@@ -52,19 +52,20 @@ def count_class_folders(data: Data) -> int | None:
             path = _path(root, option, split, usual)
         except UserError:
             return None
-        counts.append(_count_classes(path, root, data))
-    return None if None in counts else counts[0]
+        found.append(_classes_in(path, root, data))
+    train, validation = found
+    return (train, validation) if train and validation else None
 
 
-def _count_classes(path: Path, root: Path, data: Data) -> int | None:
+def _classes_in(path: Path, root: Path, data: Data) -> set[str]:
     from compressvit.data.splits import Split  # as above
 
     if path.is_file():
-        return len(Split.read(path, root, data).classes)
+        return set(Split.read(path, root, data).classes)
     inside = list(path.iterdir())
     if any(entry.suffix.lower() in EXTENSIONS for entry in inside if not entry.is_dir()):
-        return None
-    return sum(entry.is_dir() or entry.suffix == ".tar" for entry in inside) or None
+        return set()
+    return {entry.name.removesuffix(".tar") for entry in inside if entry.is_dir() or entry.suffix == ".tar"}
 
 
 def _path(root: Path, option: str, split: str, usual: Sequence[str]) -> Path:

@@ -20,8 +20,8 @@ from torch import nn
 
 from compressvit.fitting.elimination import Removal, compensated, eliminate
 from compressvit.fitting.in_order import LayerFit, scale_behind
-from compressvit.fitting.lowrank import Metric, Tensor, cholesky, spectrum
-from compressvit.fitting.moments import Moments
+from compressvit.fitting.lowrank import TINY, Metric, Tensor, cholesky, spectrum
+from compressvit.fitting.moments import Moments, says_something
 from compressvit.fitting.narrow_heads import Products, head_blocks, outputs_of, products
 from compressvit.fitting.reference import Reference
 from compressvit.fitting.regression import Regression
@@ -30,13 +30,14 @@ from compressvit.transforms.low_rank.layer import Factored
 from compressvit.transforms.narrow.form import BlockForm
 from compressvit.transforms.narrow.places import FC1, FC2, LAYERS, PROJ, QKV, Place
 
+_LEAST = 1e-3  # of the mean; outputs that count for less count as that
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 30.0, 100.0)  # in parts of the inputs' mean square
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What errors are measured in: the regularisation of the moments of inputs and of gradients, relative to their means, and whether
-    there are any; without images the weights alone count."""
+    """What errors are measured in: the regularisation of the moments of inputs, relative to their mean, and of gradients, relative to their
+    diagonal, and whether there are any; without images the weights alone count."""
 
     ridge: float
     output_ridge: float
@@ -90,11 +91,17 @@ class TeacherBlock:
 
     def outer(self, layer: str) -> Tensor | None:
         """The factor M of the metric M Mᵀ of a layer's outputs."""
-        return self.factor(layer, self.moments(layer).outputs, self.scale(layer))
+        return factor_of(self.metric(layer))
 
-    def factor(self, layer: str, gradients: Tensor | None, scale: Tensor | None = None) -> Tensor | None:
-        """The same for a layer that is narrower, with this moment of the gradients at its outputs."""
-        return replace(self.moments(layer), outputs=gradients).output_factor(self.settings.output_ridge, scale)
+    def metric(self, layer: str) -> Tensor | None:
+        """What errors at a layer's outputs are measured in, (out, out): the moment of the gradients there, with a ridge on its diagonal in
+        parts of what is there, since outputs have units of their own; without gradients the LayerScale behind the layer; None where all
+        outputs count alike."""
+        moment, scale = self.moments(layer).outputs, self.scale(layer)
+        if moment is None or not says_something(moment):
+            return None if scale is None else torch.diag(scale.square())
+        own = moment.diagonal()
+        return moment + self.settings.output_ridge * torch.diag(own.clamp(min=_LEAST * own.mean()))
 
     def scale(self, layer: str) -> Tensor | None:
         """|γ| (out,) of the LayerScale after a layer, if there is one."""
@@ -138,7 +145,7 @@ class Heads:
 
     Attributes:
         weight, bias: of `qkv`.
-        gradients: moment at its outputs.
+        metric: of its outputs.
         projection: of `proj`, (out, H'·d').
         values, mean: moment and mean of what `proj` reads.
         error: mean squared error of the model's output.
@@ -147,7 +154,7 @@ class Heads:
 
     weight: Tensor
     bias: Tensor | None
-    gradients: Tensor | None
+    metric: Tensor | None
     projection: Tensor
     values: Tensor
     mean: Tensor
@@ -166,26 +173,26 @@ def narrow_heads(
     """
     place = teacher.place
     heads, size = form.heads or place.heads, form.head_dim or place.head_dim
-    gradients, projection, error = teacher.moments(QKV).outputs, teacher.whitened(PROJ), 0.0
+    metric, projection, error = teacher.metric(QKV), teacher.whitened(PROJ), 0.0
     values, mean_of_values = teacher.centred(PROJ), teacher.mean(PROJ)
     if heads < place.heads:
         removal = teacher.heads(heads)[heads]
         rows = torch.cat([removal.kept + part * place.heads * place.head_dim for part in range(3)])
         weight, bias = weight[rows], None if bias is None else bias[rows]
-        gradients, values = restricted(gradients, rows), values[removal.kept][:, removal.kept]
+        metric, values = restricted(metric, rows), values[removal.kept][:, removal.kept]
         mean_of_values = mean_of_values[removal.kept]
         projection, error = removal.weight, removal.error
-    found = heads_products(weight, bias, inputs, mean, gradients, projection, values, heads)
+    found = heads_products(weight, bias, inputs, mean, metric, projection, values, heads)
     whole = found.errors[0].item() + error
     if size < place.head_dim:
         error += found.errors[size].item()
         maps = found.maps(size)
         weight, bias = maps.narrow(weight, bias)
-        gradients = None if gradients is None else maps.of_outputs(gradients)
+        metric = None if metric is None else maps.of_outputs(metric)
         projection, values = maps.projection(projection), maps.of_values(values)
         mean_of_values = maps.mean_of_values(mean_of_values)
     projection = teacher.unwhitened(PROJ, projection)
-    return Heads(weight, bias, gradients, projection, values, mean_of_values, error, whole)
+    return Heads(weight, bias, metric, projection, values, mean_of_values, error, whole)
 
 
 def heads_products(
@@ -204,6 +211,14 @@ def heads_products(
     if gradients is not None and gradients.trace() > 0:
         of_query = head_blocks(gradients[: len(gradients) // 3, : len(gradients) // 3], heads)
     return products(queries, keys, of_query, projection, values)
+
+
+def factor_of(metric: Tensor | None) -> Tensor | None:
+    """M of a metric M Mᵀ, whatever the units of its outputs are."""
+    if metric is None:
+        return None
+    units = metric.diagonal().clamp(min=TINY).sqrt()
+    return units[:, None] * cholesky(metric / torch.outer(units, units), 0.0)
 
 
 def restricted(moment: Tensor | None, rows: Tensor) -> Tensor | None:
@@ -232,23 +247,22 @@ class BlockFit:
         for layer in self.changed():
             moments, centred = self.teacher.moments(layer), self.teacher.centred(layer)
             weight, bias, mean = self.teacher.weight(layer), self.teacher.bias(layer), self.teacher.mean(layer)
-            gradients, wanted = moments.outputs, weight @ mean  # with the bias, what the layer gives on average
+            metric, wanted = self.teacher.metric(layer), weight @ mean  # with the bias, what the layer gives on average
             if layer == QKV and self._narrows_heads:
                 self._heads = narrow_heads(self.teacher, self.form, weight, bias, moments.inputs, moments.mean)
-                weight, bias, gradients = self._heads.weight, self._heads.bias, self._heads.gradients
+                weight, bias, metric = self._heads.weight, self._heads.bias, self._heads.metric
                 wanted = weight @ mean
             elif layer == PROJ and self._heads is not None:
                 weight, centred, mean = self._heads.projection, self._heads.values, self._heads.mean
             elif layer == FC1 and self.form.neurons:
                 rows = self._rows
                 weight, bias, wanted = weight[rows], None if bias is None else bias[rows], wanted[rows]
-                gradients = restricted(gradients, rows)
+                metric = restricted(metric, rows)
             elif layer == FC2 and self.form.neurons:
                 kept = self._removal.kept
                 weight = self.teacher.unwhitened(FC2, self._removal.weight)
                 centred, mean = centred[kept][:, kept], mean[kept]
-            outer = self.teacher.factor(layer, gradients, self.teacher.scale(layer))
-            weight, factors = self._low_rank(layer, weight, centred, outer)
+            weight, factors = self._low_rank(layer, weight, centred, metric)
             bias = None if bias is None else bias + wanted - weight @ mean
             self._set(self.student.get_submodule(layer), weight, bias, factors)
 
@@ -275,12 +289,12 @@ class BlockFit:
     def _fit(self, layer: str, working: nn.Module, regression: Regression) -> float:
         """Fit one layer of the working copy, and the student's; returns the remaining error."""
         regression = replace(regression, ridges=RIDGES)
-        gradients = self.teacher.moments(layer).outputs
+        metric = self.teacher.metric(layer)
         prior, bias = self.teacher.weight(layer), self.teacher.bias(layer)
         if layer == FC1 and self.form.neurons:
             rows = self._rows
             regression, prior, bias = regression.of(rows), prior[rows], None if bias is None else bias[rows]
-            gradients = restricted(gradients, rows)
+            metric = restricted(metric, rows)
         elif layer == FC2 and self.form.neurons:
             prior = self.teacher.unwhitened(FC2, self._removal.weight)
         elif layer == PROJ and self._heads is not None:
@@ -294,13 +308,12 @@ class BlockFit:
             own = whole.best_bias(weight) if free else None
             moment, mean = whole.xx / whole.weight, whole.x / whole.weight
             self._heads = found = narrow_heads(self.teacher, self.form, weight, own, moment, mean)
-            weight, gradients = found.weight, found.gradients
-            full, factors = self._low_rank(layer, weight, centred, self.teacher.factor(layer, gradients))
+            weight, metric = found.weight, found.metric
+            full, factors = self._low_rank(layer, weight, centred, metric)
             bias = None if found.bias is None else found.bias + (weight - full) @ mean
             error = (max(found.error, 0.0) / max(found.size, 1e-300)) ** 0.5
         else:
-            outer = self.teacher.factor(layer, gradients, regression.scale)
-            full, factors = self._low_rank(layer, weight, centred, outer)
+            full, factors = self._low_rank(layer, weight, centred, metric)
             bias = whole.best_bias(full) if free else None
             error = regression.error(full, none if bias is None else bias)
         for target in (working, self.student.get_submodule(layer)):
@@ -308,13 +321,13 @@ class BlockFit:
         return error
 
     def _low_rank(
-        self, layer: str, weight: Tensor, moment: Tensor, outer: Tensor | None
+        self, layer: str, weight: Tensor, moment: Tensor, outputs: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """The weight as the layer will have it, and its factors where it is low rank."""
         rank = self.form.ranks.get(layer)
         if rank is None:
             return weight, None
-        metric = Metric(cholesky(moment, self.teacher.settings.ridge), outer)
+        metric = Metric(cholesky(moment, self.teacher.settings.ridge), factor_of(outputs))
         up, down = spectrum(weight, metric).factors(rank)
         return up @ down, (up, down)
 

@@ -49,7 +49,9 @@ class NarrowStep(Transform):
         "states. False: fit each as if all other layers were the teacher's.",
     )
     ridge: float = Field(1e-3, ge=0, description="Regularisation of the inputs' second moment, relative to its mean.")
-    output_ridge: float = Field(0.1, ge=0, description="The same for the gradients' second moment.")
+    output_ridge: float = Field(
+        0.1, ge=0, description="The same for the gradients' second moment, relative to each entry of its diagonal."
+    )
 
     @property
     def needs_images(self) -> bool:

@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from compressvit.fitting.hull import Forms
-from compressvit.fitting.lowrank import Metric, Tensor, cholesky, left_out
-from compressvit.transforms.narrow.fit import TeacherBlock, narrow_heads, restricted
+from compressvit.fitting.lowrank import Metric, Tensor, cholesky, left_out, singular_values
+from compressvit.transforms.narrow.fit import TeacherBlock, factor_of, narrow_heads, restricted
 from compressvit.transforms.narrow.form import BlockForm
 from compressvit.transforms.narrow.places import FC1, FC2, PROJ, QKV, Place
 from compressvit.transforms.shrink.prices import Prices, Row
@@ -90,7 +89,7 @@ class _Offers:
             if teacher:
                 removal = removals[size]
                 kept, rows, error = removal.kept, place.rows(removal.kept), removal.error
-                outer = teacher.factor(FC1, restricted(teacher.moments(FC1).outputs, rows))
+                outer = factor_of(restricted(teacher.metric(FC1), rows))
                 first = self._left(teacher.weight(FC1)[rows], teacher.centred(FC1), outer)
                 second = self._left(removal.weight, teacher.centred(FC2)[kept][:, kept], None)
             bases.append(self._base(form, error, {FC1: first, FC2: second}, self.prices.hidden(place.path, size)))
@@ -112,7 +111,7 @@ class _Offers:
                 )
                 outer, error = teacher.outer(PROJ), found.error
                 projection = found.projection if outer is None else outer.mT @ found.projection
-                first = self._left(found.weight, teacher.centred(QKV), teacher.factor(QKV, found.gradients))
+                first = self._left(found.weight, teacher.centred(QKV), factor_of(found.metric))
                 second = self._left(projection, found.values, None)
             products = self.prices.products(place.path, heads, size)
             bases.append(self._base(form, error, {QKV: first, PROJ: second}, products))
@@ -136,7 +135,7 @@ class _Offers:
         if not self.methods.rank:
             return None
         metric = Metric(cholesky(centred, self.teacher.settings.ridge), outer)
-        found: list[float] = left_out(torch.linalg.svdvals(metric.weigh(weight))).tolist()
+        found: list[float] = left_out(singular_values(metric.weigh(weight))).tolist()
         return found
 
     def _base(self, form: BlockForm, error: float, left: dict[str, list[float] | None], other: Row) -> _Base:

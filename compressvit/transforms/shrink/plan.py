@@ -16,7 +16,7 @@ class PlannedLatency(Frozen):
     Attributes:
         table: what it was planned by.
         predicted: latency of the student by that table, relative to the teacher's.
-        measured: the same measured, teacher and student in turns: lower quartile, median and upper quartile of the ratios.
+        measured: the same measured, teacher and student in turns: the median of the ratios, between the ends of its interval.
     """
 
     table: LatencyTable

@@ -125,7 +125,7 @@ def _within_the_whole(model: nn.Module, found: Sequence[Place], table: LatencyTa
 
 
 def ratio(student: nn.Module, teacher: nn.Module, *, batch: int, device: torch.device) -> tuple[float, float, float]:
-    """How much longer a student takes than its teacher: lower quartile, median and upper quartile of the ratios of rounds in turns."""
+    """How much longer a student takes than its teacher: the median of the ratios of rounds in turns, between the ends of its interval."""
     models = [teacher.to(device).eval(), student.to(device).eval()]
     sizes = [input_size(model) for model in models]
     times = latencies(models, sizes, device=device, batch=batch, rounds=ROUNDS, seconds=SECONDS, clock=clock_of(device))

@@ -1,0 +1,79 @@
+"""The methods that `frontier` compares: for each, the step of a size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from compressvit.errors import UserError
+from compressvit.fitting.allocate import Budget
+from compressvit.model import cost, surgery
+from compressvit.model.backbone import input_size, model_name
+from compressvit.transforms.base import Transform
+from compressvit.transforms.lors.spec import LORS
+from compressvit.transforms.low_rank.spec import LowRank
+from compressvit.transforms.narrow.spec import Narrow
+from compressvit.transforms.shrink.spec import Shrink
+
+_SHARES = 64  # of all widths, of which `narrow` tries the largest
+
+
+def _narrow(model: nn.Module, budget: Budget) -> Narrow:
+    """The largest share of the neurons and of the dimensions of heads (of whole heads where these cannot be removed) within a budget, one
+    share for all blocks.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = Narrow(neurons=0.5).places_of(model)
+    names = ["neurons"] * all(place.neurons for place in found)
+    names += [next((name for name in ("head_dim", "heads") if all(name in place.options for place in found)), "")]
+    names = [name for name in names if name]
+    if not names:
+        raise UserError(
+            f"narrow: not every block of {model_name(model)} has neurons, dimensions of heads or heads that can be removed, so there is no "
+            "one share for all; shrink chooses for each block"
+        )
+    limit = budget.limit(_cost(model, None, budget.unit))
+
+    def at(part: int) -> Narrow:
+        return Narrow.model_validate(dict.fromkeys(names, part / _SHARES))
+
+    low, high = 0, _SHARES
+    while high - low > 1:
+        middle = (low + high) // 2
+        fits = _cost(model, at(middle), budget.unit) <= limit
+        low, high = (middle, high) if fits else (low, middle)
+    if not low:
+        least = _cost(model, at(1), budget.unit)
+        raise UserError(
+            f"narrow: a budget of {limit:,} {budget.unit} cannot be met (with 1/{_SHARES} of all widths there are {least:,}); raise it"
+        )
+    return at(low)
+
+
+def _cost(model: nn.Module, step: Narrow | None, unit: str) -> int:
+    empty = surgery.skeleton(model)
+    if step is not None:
+        step.plan(empty).apply(empty)
+    return cost.cost(empty, input_size(empty)).as_dict()[unit]
+
+
+METHODS: dict[str, Callable[[nn.Module, Budget], Transform]] = {
+    "shrink": lambda model, budget: Shrink.model_validate({"budget": budget.model_dump(exclude_none=True)}),
+    "narrow": _narrow,
+    "low_rank": lambda model, budget: LowRank(budget=budget),
+    "lors": lambda model, budget: LORS(share="auto", budget=budget),
+}
+
+
+def steps_of(
+    steps: list[Transform], method: str | None, model: nn.Module, budget: Budget, spends: Callable[[Any], bool]
+) -> list[Transform]:
+    """The steps with a budget: the last of those that spend one is given it, or is replaced by the default step of `method`."""
+    last = max(i for i, step in enumerate(steps) if spends(step))
+    own = steps[last]
+    replaced = own.with_budget(budget) if method in (None, own.name) else METHODS[method](model, budget)
+    return [*steps[:last], replaced or own, *steps[last + 1 :]]

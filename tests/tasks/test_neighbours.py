@@ -1,0 +1,76 @@
+"""k-NN accuracy as DINO's, and what is searched in what."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from helpers.images import GRAY, side
+from helpers.training import CPU
+from torch import nn
+
+from compressvit.data.input import Side
+from compressvit.tasks.neighbours import NEIGHBOURS, Neighbours
+from compressvit.tasks.qualities import intervals, qualities
+from compressvit.training.evaluate import evaluate
+
+
+def test_it_is_a_vote_of_the_nearest():
+    generator = torch.Generator().manual_seed(0)
+    known, asked = (torch.randn(n, 6, generator=generator) for n in (60, 30))
+    classes, right = (torch.randint(3, (n,), generator=generator) for n in (60, 30))
+    neighbours = Neighbours()
+    for part in torch.arange(60).split(25):
+        neighbours.index(known[part], classes[part])
+    for part in torch.arange(30).split(11):
+        neighbours.ask(asked[part], right[part])
+    hits = 0
+    for x, label in zip(asked, right.tolist(), strict=True):
+        cosines = torch.cosine_similarity(x[None], known).tolist()
+        votes = [0.0, 0.0, 0.0]
+        for cosine, c in sorted(zip(cosines, classes.tolist(), strict=True))[-NEIGHBOURS:]:
+            votes[c] += math.exp(cosine / 0.07)
+        hits += votes.index(max(votes)) == label
+    assert 0 < hits < 30
+    assert neighbours.accuracy() == pytest.approx(100 * hits / 30)
+    assert neighbours.indexed == 60
+
+
+class Directions(nn.Module):
+    """A backbone whose embedding of an image filled with i is direction i, or the opposite of it."""
+
+    num_classes = 0
+
+    def __init__(self, sign: float = 1.0):
+        super().__init__()
+        self.sign = sign
+
+    def forward(self, images):
+        angle = images[:, 0, 0, 0] / 10 * self.sign
+        return torch.stack([angle.cos(), angle.sin()], dim=1)
+
+
+def filled(numbers, targets):
+    images = torch.tensor(numbers)[:, None, None, None].expand(-1, 1, 8, 8)
+    return [(images, torch.tensor(targets))]
+
+
+def test_student_and_teacher_search_in_their_own_index():
+    """The student's space is the teacher's mirrored, so every class stays where it is; images without a label are not searched in."""
+    index = filled([0.0, 1.0, 2.0, 14.0, 15.0, 16.0, 4.0], [0, 0, 0, 1, 1, 1, -1])
+    held_out = filled([3.0, 13.0, 17.0, 1.5], [0, 1, 1, 1])
+    result = evaluate(side(Directions(-1)), held_out, CPU, teacher=Side(Directions(), GRAY), index=index)
+    assert (result["knn"], result["teacher_knn"], result["indexed"]) == (75, 75, 6)
+    alone = evaluate(side(Directions()), held_out, CPU, index=index)
+    assert alone["knn"] == 75
+    assert "knn" not in evaluate(side(Directions()), held_out, CPU)
+
+
+def test_intervals_are_of_shares_of_images():
+    found = intervals({"images": 100, "knn": 90.0, "recall_10": None, "cosine": 0.9})
+    assert list(found) == ["knn"]
+    # Wilson's interval of 90 of 100, as every calculator has it
+    assert found["knn"] == pytest.approx((82.56, 94.48), abs=0.01)
+    low, high = qualities()["knn"].interval(100.0, 50)
+    assert (low, high) == pytest.approx((92.87, 100), abs=0.01)
