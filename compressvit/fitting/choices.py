@@ -32,6 +32,11 @@ class Choices:
         if known is not None:
             self._known |= known._known
 
+    @property
+    def folder(self) -> Path | None:
+        """For what is no JSON: beside the file."""
+        return None if self._path is None else self._path.with_suffix(".fit")
+
     def get(self, name: str) -> Any:
         """What was put under a name; None if nothing was."""
         return self._known.get(name)

@@ -11,6 +11,7 @@ of one block give, wait in temporary files (TMPDIR), so memory does not grow wit
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from torch import nn
 
 from compressvit.errors import UserError
 from compressvit.fitting.held_out import every_fourth
+from compressvit.fitting.kept import Kept
 from compressvit.fitting.lowrank import Tensor
 from compressvit.fitting.moments import frozen, is_finite, not_finite
 from compressvit.fitting.regression import Regression
@@ -30,6 +32,8 @@ from compressvit.log import progress
 from compressvit.model.backbone import describe
 from compressvit.model.family import BlockInfo, Branch
 from compressvit.model.linear import channels_last
+
+log = logging.getLogger("compressvit")
 
 _LEAST_SCALE = 1e-3  # of the mean; what LayerScale makes smaller counts as that
 
@@ -153,6 +157,7 @@ def fit_in_order(
     fits: Mapping[str, LayerFit],
     held_out: Callable[[], Tensor] | None = None,
     sample: TokenSample | None = None,
+    kept: Kept | None = None,
 ) -> dict[str, float]:
     """Walk both models block by block and fit every linear layer named in `fits`, in the order they run.
 
@@ -164,6 +169,7 @@ def fit_in_order(
         fits: by path; linear layers within blocks.
         held_out: asked once the images are read: which of them judge a fit, bool (N,). None: every fourth.
         sample: of the tokens that are summed up; None for all.
+        kept: has the values of blocks that an interrupted fit was done with, which are not fitted again, and takes those of the others.
 
     Returns:
         By path, the relative error of what a layer computes from what it was asked for.
@@ -181,14 +187,23 @@ def fit_in_order(
         ours, theirs = _Side(student, folder, "student"), _Side(teacher, folder, "teacher")
         sizes, device = _enter(ours, theirs, batches)
         judges = (every_fourth(torch.arange(sum(sizes))) if held_out is None else held_out()).split(sizes)
-        prefix = getattr(student, "num_prefix_tokens", 0)
+        prefix, drawn = getattr(student, "num_prefix_tokens", 0), sample or TokenSample(None)
         for position, block in enumerate(progress(blocks, "fitting layers block by block", len(blocks))):
             if position:
                 ours.advance(block, device)
             following = blocks[position + 1] if position + 1 < len(blocks) else None
             names = _in_order(ours.block, ours.hidden(0, device), wanted[block.path])
-            asked = [_Asked(name, branches.get(name), folder) for name in names]
-            _ask(asked, theirs, following, device, sample, prefix)
+            paths = [f"{block.path}.{name}" for name in names]
+            known = kept.read(block.path, paths) if kept else None
+            asked = (
+                []
+                if known is not None
+                else [
+                    _Asked(name, branches.get(name), folder, drawn.of(path))
+                    for name, path in zip(names, paths, strict=True)
+                ]
+            )
+            _ask(asked, theirs, following, device, prefix)
             for layer in asked:
                 path = f"{block.path}.{layer.name}"
                 regression = Regression(scale_behind(ours.block, layer.branch))
@@ -198,6 +213,11 @@ def fit_in_order(
                         raise not_finite(path)
                     regression.add(x, y, weights, judges[i])
                 errors[path] = fits[path].fit(student.get_submodule(path), regression)
+            if known is not None:
+                log.info("%s was fitted before the run stopped", block.path)
+                errors |= known
+            elif kept:
+                kept.write(block.path, {path: errors[path] for path in paths})
             if following is not None:
                 theirs.info = following
         ours.release()
@@ -226,16 +246,15 @@ class _Asked:
         branch: the residual branch that the layer ends, if it ends one.
     """
 
-    def __init__(self, name: str, branch: Branch | None, folder: Path):
+    def __init__(self, name: str, branch: Branch | None, folder: Path, sample: TokenSample):
         self.name, self.branch = name, branch
+        self._sample = sample
         self._outputs, self._streams = Spool(folder, f"{name}_outputs"), Spool(folder, f"{name}_stream")
         self._places: list[Tensor | None] = []  # (B, tokens) of a batch in the order of the layer; None for all
         self._weights: list[Tensor] = []
         self._orders: dict[tuple[int, ...], Tensor | None] = {}
 
-    def note(
-        self, block: nn.Module, hidden: Tensor, found: Mapping[str, Tensor], sample: TokenSample | None, prefix: int
-    ) -> None:
+    def note(self, block: nn.Module, hidden: Tensor, found: Mapping[str, Tensor], prefix: int) -> None:
         """Keep what the teacher's block made of the batch `hidden`.
 
         Args:
@@ -244,7 +263,7 @@ class _Asked:
         images = len(hidden)
         output = channels_last(block.get_submodule(self.name), found[self.name])
         output = output.reshape(images, -1, output.shape[-1])
-        places, weights = (sample or TokenSample(None)).draw(images, output.shape[1], prefix)
+        places, weights = self._sample.draw(images, output.shape[1], prefix)
         self._places.append(places)
         self._weights.append(weights)
         self._outputs.append(gathered(output, places))
@@ -295,7 +314,6 @@ def _ask(
     theirs: _Side,
     following: BlockInfo | None,
     device: torch.device,
-    sample: TokenSample | None,
     prefix: int,
 ) -> None:
     """Take every batch through the teacher's block once, up to the following one, and keep what its layers give."""
@@ -307,7 +325,7 @@ def _ask(
         with _watched(theirs.block, wanted, found):
             output = theirs.block(hidden)
         for layer in asked:
-            layer.note(theirs.block, hidden, found, sample, prefix)
+            layer.note(theirs.block, hidden, found, prefix)
         if following is not None:
             theirs.leave(i, output, following)
 

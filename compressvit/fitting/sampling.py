@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass, field
 
 import torch
@@ -24,6 +25,10 @@ class TokenSample:
 
     def __post_init__(self) -> None:
         self._generator = torch.Generator().manual_seed(self.seed)
+
+    def of(self, name: str) -> TokenSample:
+        """Another sample of as many, the same whatever was drawn before."""
+        return TokenSample(self.count, self.seed ^ zlib.crc32(name.encode()))
 
     def draw(self, images: int, tokens: int, prefix: int) -> tuple[Tensor | None, Tensor]:
         """Of a batch whose images have `tokens` tokens, the first `prefix` of which are prefix tokens.

@@ -20,6 +20,7 @@ from compressvit.diagnostics.cka_layers import likeness
 from compressvit.errors import UserError, switch
 from compressvit.files import disk_faults, write_json
 from compressvit.fitting.choices import Choices
+from compressvit.fitting.kept import forget
 from compressvit.fitting.reference import Reference
 from compressvit.log import RunLog
 from compressvit.model import stored, surgery
@@ -209,6 +210,8 @@ class Run:
             ledger = transform_(student, part.transforms, reference)
             if any(spec.needs_images for spec in part.transforms):
                 _keep_transformed(student, ledger, kept, self.job.student.input.as_dict())
+            if (values := reference.choices.folder) is not None:
+                forget(values)
         if ledger:
             self.log.show(partial(print_table, ledger_table(ledger)))
         self._draw_ranks(student)

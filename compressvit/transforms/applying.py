@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ from torch import nn
 
 from compressvit.errors import UserError
 from compressvit.fitting.in_order import fit_in_order
+from compressvit.fitting.kept import Kept
 from compressvit.fitting.reference import Images, Reference
 from compressvit.model import surgery, ties
 from compressvit.transforms.base import LedgerEntry, Plan, Transform
@@ -113,7 +115,11 @@ def _fit_in_order(plans: Sequence[Plan], student: nn.Module, reference: Referenc
         return {}
     walk = _without_what_is_set_aside(surgery.deep_copy(student)).float()
     teacher = _without_what_is_set_aside(reference.model)
-    return fit_in_order(walk, teacher, reference.batches(), fits, reference.held_out, reference.sample())
+    kept, folder = None, reference.choices.folder
+    if folder is not None and not any(plan.sets_aside for plan in compression_of(student).plans):
+        what = json.dumps([plan.model_dump(mode="json") for plan in plans])
+        kept = Kept(folder, what, (walk, student))
+    return fit_in_order(walk, teacher, reference.batches(), fits, reference.held_out, reference.sample(), kept)
 
 
 def fitted_copy(model: nn.Module, plan: Plan, reference: Reference) -> nn.Module:
