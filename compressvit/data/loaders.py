@@ -35,6 +35,7 @@ from compressvit.data.streams import Stream
 from compressvit.errors import UserError
 from compressvit.tasks.base import Task, find_task
 
+CALIBRATION_BATCH = 16  # gradients may be wanted, for which an evaluation batch would be too large
 _IN_MEMORY_BYTES = 2**28  # larger than this after resizing, and a small set is read image by image like any other
 
 
@@ -139,8 +140,9 @@ def calibration_batches(
         chosen = spread(drawn, found)[:images]
         of = found[chosen]
         subset = part = subset.part(chosen.tolist())
-    # Small batches: gradients may be wanted, for which an evaluation batch would be too large.
-    loader = eval_loader(dataclasses.replace(datasets, validation=subset), data, config, device, batch_size=16)
+    loader = eval_loader(
+        dataclasses.replace(datasets, validation=subset), data, config, device, batch_size=CALIBRATION_BATCH
+    )
     done = 0  # of the set, with its broken files
     left = images
     for batch, _ in loader:

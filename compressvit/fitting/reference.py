@@ -158,20 +158,21 @@ class Reference:
                 f"{ways_out}"
             )
 
-    def _batch_count(self) -> int | None:
-        """The number of batches, if it is known in advance."""
+    def _batch_count(self, most: int | None = None) -> int | None:
+        """The number of batches with `most` images, or with all, if it is known in advance."""
         if isinstance(self._images, torch.Tensor):
             return -(-len(self._images) // _BATCH)
-        return len(self._images) if isinstance(self._images, Sized) else None
+        count = len(self._images) if isinstance(self._images, Sized) else None
+        return count if most is None or not callable(self._images) else min(count or most, -(-most // _BATCH))
 
     def _some(self, most: int) -> Iterator[torch.Tensor]:
-        """About `most` of the images."""
-        count = self._batch_count()
-        step, done = (1 if count is None else max(1, round(count * _BATCH / most))), 0
+        """About `most` of the images: of a function's the first, of others spread over all."""
+        drawn, count = callable(self._images), self._batch_count()  # what a function gives was drawn at random
+        step, done = (1 if drawn or count is None else max(1, round(count * _BATCH / most))), 0
         for batch in self.batches():
             yield batch[::step]
             done += len(batch[::step])
-            if count is None and done >= most:
+            if done >= most and (drawn or count is None):
                 return
 
     def _look_at(self, images: torch.Tensor, photographs: torch.Tensor | None) -> None:
@@ -193,7 +194,7 @@ class Reference:
 
         Args:
             outputs: also those of the gradients.
-            most: about so many of the images, spread over all of them where their number is known; None for all.
+            most: about so many of the images: of a function's the first, of others spread over all; None for all.
 
         Raises:
             UserError: the model holds, or a layer sees, numbers that are not finite; or the images are alike, of one colour, or far too
@@ -209,7 +210,7 @@ class Reference:
                 wanted,
                 self.batches() if most is None else self._some(most),
                 outputs=outputs,
-                count=self._batch_count() if most is None else None,
+                count=self._batch_count(most),
                 sample=self.sample(),
             )
             self._refuse_alike()

@@ -19,7 +19,7 @@ from compressvit.runs.files import Fitted
 from compressvit.runs.generalisation import beside, on_fitted
 from compressvit.runs.job import prepare
 from compressvit.runs.models import build_student, load_teacher
-from compressvit.runs.run import calibration, calibration_images, judge
+from compressvit.runs.run import Calibration, calibration_images, judge
 from compressvit.runs.tables import how_measured, ledger_table, ratio_text
 from compressvit.tasks.qualities import words
 from compressvit.terminal import print_table
@@ -102,7 +102,7 @@ class OneShot:
         self.teacher = Side(teacher.to(self.job.device).eval(), self.job.teacher.input)
         judging = judge(self.job, recipe.parts()[0], self.teacher)
         start = surgery.deep_copy(self._start)
-        self._source = Reference(start, calibration(self.job), tokens, self.job.device, judge=judging)
+        self._source = Reference(start, Calibration(self.job), tokens, self.job.device, judge=judging)
         self.scorer = Scorer(self.job.datasets, recipe.data, self.job.device)
 
     def student(self, transforms: list[Transform]) -> tuple[Side, list[LedgerEntry]]:

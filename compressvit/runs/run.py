@@ -14,8 +14,9 @@ from torch import nn
 from compressvit.artifacts import artifact
 from compressvit.charts.plots import ranks_finding
 from compressvit.data.input import Side
-from compressvit.data.loaders import calibration_batches, train_loader
+from compressvit.data.loaders import CALIBRATION_BATCH, calibration_batches, train_loader
 from compressvit.data.photographs import Photographed
+from compressvit.data.samples import Samples
 from compressvit.diagnostics.cka_layers import likeness
 from compressvit.errors import UserError, switch
 from compressvit.files import disk_faults, write_json
@@ -201,7 +202,7 @@ class Run:
         else:
             reference = Reference(
                 surgery.deep_copy(student),
-                calibration(self.job),
+                Calibration(self.job),
                 self.recipe.calibration.tokens,
                 self.device,
                 Choices(_choices(kept), self.measured if part.start == 0 else None),
@@ -260,23 +261,26 @@ def _choices(kept: Path) -> Path:
     return kept.with_suffix(".choices.json")
 
 
-def calibration(job: Job) -> Callable[[], Iterator[Photographed]]:
-    """A function that returns batches of the recipe's calibration images, normalised for the student, with their photographs."""
-    recipe = job.recipe
-    return partial(
-        calibration_batches,
-        job.datasets,
-        recipe.data,
-        job.student.input,
-        job.device,
-        images=recipe.calibration.images,
-        seed=recipe.seed,
-    )
+class Calibration:
+    """Called, it returns batches of a recipe's calibration images, normalised for the student, with their photographs."""
+
+    def __init__(self, job: Job):
+        self._job = job
+
+    def __call__(self) -> Iterator[Photographed]:
+        job, recipe = self._job, self._job.recipe
+        wanted = {"images": recipe.calibration.images, "seed": recipe.seed}
+        return calibration_batches(job.datasets, recipe.data, job.student.input, job.device, **wanted)
+
+    def __len__(self) -> int:
+        """The number of batches; there are fewer where a stream ends before, or where files are broken."""
+        images, train = self._job.recipe.calibration.images, self._job.datasets.train
+        return -(-(min(images, len(train)) if isinstance(train, Samples) else images) // CALIBRATION_BATCH)
 
 
 def calibration_images(job: Job) -> Callable[[], Iterator[torch.Tensor]]:
     """The same images alone, (B, C, H, W)."""
-    batches = calibration(job)
+    batches = Calibration(job)
     return lambda: (batch.images for batch in batches())
 
 
