@@ -12,8 +12,8 @@ of one block give, wait in temporary files (TMPDIR), so memory does not grow wit
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from compressvit.fitting.moments import frozen, is_finite, not_finite
 from compressvit.fitting.regression import Regression
 from compressvit.fitting.sampling import TokenSample, gathered
 from compressvit.fitting.spool import Spool, scratch_folder
+from compressvit.fitting.walk import Side, look, watched
 from compressvit.log import progress
 from compressvit.model.backbone import describe
 from compressvit.model.family import BlockInfo, Branch
@@ -49,105 +50,6 @@ class LayerFit:
 
     fit: Callable[[nn.Module, Regression], float]
     prefix_weight: float = 1.0
-
-
-class _Reached(Exception):
-    """A forward pass came to the module it was run for."""
-
-
-class _Side:
-    """Teacher or student on its way through the blocks, with the hidden states of every batch before the present one."""
-
-    def __init__(self, model: nn.Module, folder: Path, name: str):
-        self.model = model
-        self.info = describe(model).blocks[0]
-        self._folder = folder
-        self._hidden = Spool(folder, name)
-        self._fixed: dict[str, _Fixed] = {}
-
-    @property
-    def block(self) -> nn.Module:
-        return self.model.get_submodule(self.info.path)
-
-    def enter(self, images: Tensor) -> None:
-        """Append a batch."""
-        path = self.info.path
-        self._hidden.append(_look(self.model, images, {path: "input"}, path)[path])
-
-    def advance(self, following: BlockInfo, device: torch.device) -> None:
-        """Take every batch through the present block, up to the following one."""
-        for i in range(len(self._hidden)):
-            for fixed in self._fixed.values():
-                fixed.index = i
-            self.leave(i, self.block(self.hidden(i, device)), following)
-        self.release()
-        self.info = following
-
-    def seen(
-        self, wanted: Mapping[str, str], until: str, device: torch.device
-    ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        """Of every batch, what it is before the present block, and the inputs or outputs of the modules in `wanted` up to `until`.
-
-        A residual branch that runs before `until` has its values for good. What it gives is kept, and it does not run again.
-        """
-        branches = {branch.branch for branch in describe(self.model).family.branches.values()}
-        before = [
-            name
-            for name, _ in self.block.named_children()
-            if name in branches and not until.startswith(f"{name}.") and name not in self._fixed
-        ]
-        kept: dict[str, Spool] = {}
-        for i in range(len(self._hidden)):
-            for fixed in self._fixed.values():
-                fixed.index = i
-            hidden = self.hidden(i, device)
-            found = _look(self.block, hidden, {**wanted, **dict.fromkeys(before, "output")}, until)
-            for name in before:
-                if name in found:
-                    kept.setdefault(name, Spool(self._folder, f"{name}_given")).append(found[name])
-            yield hidden, found
-        for name, spool in kept.items():
-            self._fixed[name] = _Fixed(self.block.get_submodule(name), spool, device)
-
-    def release(self) -> None:
-        """Let all modules of the present block run again."""
-        for fixed in self._fixed.values():
-            fixed.release()
-        self._fixed = {}
-
-    def leave(self, index: int, output: Tensor, following: BlockInfo) -> None:
-        """Replace what a batch is before the present block by what it is before the following one.
-
-        Args:
-            output: of the present block.
-        """
-        stage = following.stage_path if following.stage != self.info.stage else ""
-        if stage:  # what stands between two stages
-            name = following.path.removeprefix(f"{stage}.")
-            output = _look(self.model.get_submodule(stage), output, {name: "input"}, name)[name]
-        self._hidden.replace(index, output)
-
-    def hidden(self, index: int, device: torch.device) -> Tensor:
-        return self._hidden.read(index, device)
-
-    def __len__(self) -> int:
-        return len(self._hidden)
-
-
-class _Fixed:
-    """A module that no longer runs, but gives what it gave before.
-
-    Attributes:
-        index: of the present batch.
-    """
-
-    def __init__(self, module: nn.Module, outputs: Spool, device: torch.device):
-        self.index = 0
-        self._module = module
-        module.forward = lambda *inputs, **options: outputs.read(self.index, device)
-
-    def release(self) -> None:
-        del self._module.forward
 
 
 def fit_in_order(
@@ -184,7 +86,7 @@ def fit_in_order(
         blocks.pop()
     errors: dict[str, float] = {}
     with torch.no_grad(), scratch_folder() as folder, frozen(student), frozen(teacher):
-        ours, theirs = _Side(student, folder, "student"), _Side(teacher, folder, "teacher")
+        ours, theirs = Side(student, folder, "student"), Side(teacher, folder, "teacher")
         sizes, device = _enter(ours, theirs, batches)
         judges = (every_fourth(torch.arange(sum(sizes))) if held_out is None else held_out()).split(sizes)
         prefix, drawn = getattr(student, "num_prefix_tokens", 0), sample or TokenSample(None)
@@ -195,27 +97,12 @@ def fit_in_order(
             names = _in_order(ours.block, ours.hidden(0, device), wanted[block.path])
             paths = [f"{block.path}.{name}" for name in names]
             known = kept.read(block.path, paths) if kept else None
-            asked = (
-                []
-                if known is not None
-                else [
-                    _Asked(name, branches.get(name), folder, drawn.of(path))
-                    for name, path in zip(names, paths, strict=True)
-                ]
-            )
+            ask = names if known is None else []
+            asked = [_Asked(name, branches.get(name), folder, drawn.of(f"{block.path}.{name}")) for name in ask]
             _ask(asked, theirs, following, device, prefix)
-            for layer in asked:
-                path = f"{block.path}.{layer.name}"
-                regression = Regression(scale_behind(ours.block, layer.branch))
-                for i, (hidden, seen) in enumerate(ours.seen(layer.sees, layer.name, device)):
-                    x, y, weights = layer.pair(ours.block, theirs.block, i, hidden, seen, fits[path])
-                    if not (is_finite(x) and is_finite(y)):
-                        raise not_finite(path)
-                    regression.add(x, y, weights, judges[i])
-                errors[path] = fits[path].fit(student.get_submodule(path), regression)
+            errors |= _fit_layers(asked, ours, theirs, fits, judges, device) if known is None else known
             if known is not None:
                 log.info("%s was fitted before the run stopped", block.path)
-                errors |= known
             elif kept:
                 kept.write(block.path, {path: errors[path] for path in paths})
             if following is not None:
@@ -224,7 +111,29 @@ def fit_in_order(
     return errors
 
 
-def _enter(ours: _Side, theirs: _Side, batches: Iterable[Tensor]) -> tuple[list[int], torch.device]:
+def _fit_layers(
+    asked: Sequence[_Asked],
+    ours: Side,
+    theirs: Side,
+    fits: Mapping[str, LayerFit],
+    judges: Sequence[Tensor],
+    device: torch.device,
+) -> dict[str, float]:
+    """Fit the layers of the present block; returns the remaining relative errors by path."""
+    errors: dict[str, float] = {}
+    for layer in asked:
+        path = f"{ours.info.path}.{layer.name}"
+        regression = Regression(scale_behind(ours.block, layer.branch))
+        for i, (hidden, seen) in enumerate(ours.seen(layer.sees, layer.name, device)):
+            x, y, weights = layer.pair(ours.block, theirs.block, i, hidden, seen, fits[path])
+            if not (is_finite(x) and is_finite(y)):
+                raise not_finite(path)
+            regression.add(x, y, weights, judges[i])
+        errors[path] = fits[path].fit(ours.block.get_submodule(layer.name), regression)
+    return errors
+
+
+def _enter(ours: Side, theirs: Side, batches: Iterable[Tensor]) -> tuple[list[int], torch.device]:
     """Take the images up to the first block of both models; the sizes of the batches, and where they are."""
     sizes, device = [], torch.device("cpu")
     for images in batches:
@@ -311,7 +220,7 @@ class _Asked:
 
 def _ask(
     asked: Sequence[_Asked],
-    theirs: _Side,
+    theirs: Side,
     following: BlockInfo | None,
     device: torch.device,
     prefix: int,
@@ -322,7 +231,7 @@ def _ask(
     for i in range(len(theirs)):
         hidden = theirs.hidden(i, device)
         found: dict[str, Tensor] = {}
-        with _watched(theirs.block, wanted, found):
+        with watched(theirs.block, wanted, found):
             output = theirs.block(hidden)
         for layer in asked:
             layer.note(theirs.block, hidden, found, prefix)
@@ -339,37 +248,11 @@ def _order(block: nn.Module, branch: Branch, hidden: Tensor, stream: Tensor) -> 
     return None if places.equal(torch.arange(count, device=places.device)) else places
 
 
-@contextmanager
-def _watched(block: nn.Module, wanted: Mapping[str, str], found: dict[str, Tensor], until: str = "") -> Iterator[None]:
-    """Within, a run of the block puts the inputs or outputs of the modules in `wanted` into `found`, and ends at the module `until`."""
-    with ExitStack() as stack:
-        for name, io in wanted.items():
-
-            def see(module: nn.Module, inputs: tuple, output: Tensor | None = None, name: str = name) -> None:
-                found[name] = inputs[0] if output is None else output
-                if name == until:
-                    raise _Reached
-
-            module = block.get_submodule(name)
-            hook = module.register_forward_pre_hook if io == "input" else module.register_forward_hook
-            stack.callback(hook(see).remove)
-        with suppress(_Reached):
-            yield
-
-
-def _look(block: nn.Module, hidden: Tensor, wanted: dict[str, str], until: str) -> dict[str, Tensor]:
-    """Run a block up to its module `until`, and return the inputs or outputs of the modules in `wanted`."""
-    found: dict[str, Tensor] = {}
-    with _watched(block, wanted, found, until):
-        block(hidden)
-    return found
-
-
 def _into(block: nn.Module, norm: str, branch: str, hidden: Tensor, residual: Tensor) -> Tensor:
     """The residual stream's tokens in the order in which the branch has them (Swin's attention works in shifted windows)."""
     replaced = block.get_submodule(norm).register_forward_hook(lambda module, inputs, output: residual)
     try:
-        return _look(block, hidden, {branch: "input"}, branch)[branch]
+        return look(block, hidden, {branch: "input"}, branch)[branch]
     finally:
         replaced.remove()
 

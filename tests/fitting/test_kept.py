@@ -7,7 +7,7 @@ import torch
 from helpers.models import build, images_for
 
 from compressvit import LowRank
-from compressvit.fitting import in_order
+from compressvit.fitting import walk
 from compressvit.fitting.allocate import Budget
 from compressvit.fitting.choices import Choices
 from compressvit.fitting.reference import Reference
@@ -34,14 +34,14 @@ def fitted(step, folder, stop_at="", tokens=4):
     reference = Reference(surgery.deep_copy(teacher), images_for(teacher, 16), tokens, choices=choices)
     sums = []
 
-    def noting(side, wanted, until, device, original=in_order._Side.seen):
+    def noting(side, wanted, until, device, original=walk.Side.seen):
         if side.info.path == stop_at:
             raise Stopped
         sums.append((side.info.path, until))
         return original(side, wanted, until, device)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(in_order._Side, "seen", noting)
+        patched.setattr(walk.Side, "seen", noting)
         try:
             transform_(student, [step], reference)
         except Stopped:
