@@ -85,8 +85,9 @@ def fit_in_order(
     while blocks and not wanted[blocks[-1].path]:
         blocks.pop()
     errors: dict[str, float] = {}
-    with torch.no_grad(), scratch_folder() as folder, frozen(student), frozen(teacher):
+    with torch.no_grad(), scratch_folder() as folder, frozen(student), frozen(teacher), ExitStack() as stack:
         ours, theirs = Side(student, folder, "student"), Side(teacher, folder, "teacher")
+        stack.callback(ours.release)
         sizes, device = _enter(ours, theirs, batches)
         judges = (every_fourth(torch.arange(sum(sizes))) if held_out is None else held_out()).split(sizes)
         prefix, drawn = getattr(student, "num_prefix_tokens", 0), sample or TokenSample(None)
@@ -107,7 +108,6 @@ def fit_in_order(
                 kept.write(block.path, {path: errors[path] for path in paths})
             if following is not None:
                 theirs.info = following
-        ours.release()
     return errors
 
 

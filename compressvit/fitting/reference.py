@@ -60,6 +60,7 @@ class Reference:
     ):
         self.model = model
         self.choices = choices or Choices()
+        self._own_judge = judge
         self.judge: Judge = judge or OnCalibration(self)
         self.tokens = tokens
         given = images if isinstance(images, torch.Tensor) else next(model.parameters(), torch.empty(0))
@@ -67,6 +68,7 @@ class Reference:
         # what can be iterated only once is kept: a few hundred images
         self._images = list(images) if isinstance(images, Iterator) else images
         self._moments: dict[str, Moments] = {}
+        self._of_some: dict[int, dict[str, Moments]] = {}  # of a part of the images
         self._known: dict[Any, Any] = {}
         self._different: set[bytes] = set()
         self._varied = False  # whether an image has more than one colour
@@ -86,8 +88,8 @@ class Reference:
             )
 
     def with_model(self, model: nn.Module) -> Reference:
-        """The same images for another model."""
-        return Reference(model, self._images, self.tokens, self.device)
+        """The same images, and what is known and judges, for another model."""
+        return Reference(model, self._images, self.tokens, self.device, self.choices, self._own_judge)
 
     def sample(self) -> TokenSample | None:
         """The tokens that a pass over the images sums up, the same in every pass; None for all."""
@@ -163,16 +165,22 @@ class Reference:
         if isinstance(self._images, torch.Tensor):
             return -(-len(self._images) // _BATCH)
         count = len(self._images) if isinstance(self._images, Sized) else None
-        return count if most is None or not callable(self._images) else min(count or most, -(-most // _BATCH))
+        return min(count or most, -(-most // _BATCH)) if most is not None and callable(self._images) else count
 
     def _some(self, most: int) -> Iterator[torch.Tensor]:
         """About `most` of the images: of a function's the first, of others spread over all."""
-        drawn, count = callable(self._images), self._batch_count()  # what a function gives was drawn at random
-        step, done = (1 if drawn or count is None else max(1, round(count * _BATCH / most))), 0
+        drawn = callable(self._images)  # what a function gives was drawn at random
+        whole = len(self._images) if isinstance(self._images, torch.Tensor) else None
+        seen = 0
         for batch in self.batches():
-            yield batch[::step]
-            done += len(batch[::step])
-            if done >= most and (drawn or count is None):
+            if whole is None and not drawn and isinstance(self._images, Sized):
+                whole = len(self._images) * len(batch)
+            places = torch.arange(seen, seen + len(batch) + 1) * min(most / (whole or most), 1.0)
+            seen += len(batch)
+            chosen = batch[places.floor().diff() > 0]
+            if len(chosen):
+                yield chosen
+            if whole is None and seen >= most:
                 return
 
     def _look_at(self, images: torch.Tensor, photographs: torch.Tensor | None) -> None:
@@ -200,12 +208,11 @@ class Reference:
             UserError: the model holds, or a layer sees, numbers that are not finite; or the images are alike, of one colour, or far too
                 few for a layer.
         """
-        wanted = [
-            path for path in paths if path not in self._moments or (outputs and self._moments[path].outputs is None)
-        ]
+        known = self._moments if most is None else self._of_some.setdefault(most, {})
+        wanted = [path for path in paths if path not in known or (outputs and known[path].outputs is None)]
         if wanted:
             self._require_finite()
-            self._moments |= collect_moments(
+            known |= collect_moments(
                 self.model,
                 wanted,
                 self.batches() if most is None else self._some(most),
@@ -214,7 +221,7 @@ class Reference:
                 sample=self.sample(),
             )
             self._refuse_alike()
-            _require_enough(self._moments, wanted)
+            _require_enough(known, wanted)
             if self.too_alike:
                 log.warning(
                     "there are only %d distinct calibration images, fewer than %d: layers are fitted one by one, with strong "
@@ -222,7 +229,7 @@ class Reference:
                     len(self._different),
                     LEAST_IMAGES,
                 )
-        return {path: self._moments[path] for path in paths}
+        return {path: known[path] for path in paths}
 
     def metrics(self, paths: Sequence[str], kind: str, ridge: float, output_ridge: float) -> dict[str, Metric]:
         """What errors of the layers at `paths` are measured in: 'weights', 'inputs' or 'outputs'."""

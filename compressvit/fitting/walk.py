@@ -108,10 +108,13 @@ class _Fixed:
     def __init__(self, module: nn.Module, outputs: Spool, device: torch.device):
         self.index = 0
         self._module = module
+        self._own = vars(module).get("forward")  # of this module alone, not of its class
         module.forward = lambda *inputs, **options: outputs.read(self.index, device)
 
     def release(self) -> None:
         del self._module.forward
+        if self._own is not None:
+            self._module.forward = self._own
 
 
 @contextmanager

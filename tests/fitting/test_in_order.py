@@ -107,6 +107,22 @@ def test_a_branch_whose_layers_are_fitted_does_not_run_again():
     assert not any("forward" in vars(module) for module in student.modules())
 
 
+def test_a_fit_that_fails_leaves_every_module_as_it_was():
+    teacher = build("vit")
+    student = copy.deepcopy(teacher)
+    student.blocks[0].attn.forward = own = partial(type(student.blocks[0].attn).forward, student.blocks[0].attn)
+
+    def fail(module, regression):
+        raise ValueError
+
+    fits = {"blocks.0.attn.qkv": LayerFit(lambda module, regression: 0.0), "blocks.0.mlp.fc2": LayerFit(fail)}
+    fits["blocks.0.mlp.fc1"] = fits["blocks.0.attn.qkv"]
+    with pytest.raises(ValueError):
+        fit_in_order(student, teacher, [images_for(teacher, 4)], fits)
+    assert student.blocks[0].attn.forward is own
+    assert [name for name, module in student.named_modules() if "forward" in vars(module)] == ["blocks.0.attn"]
+
+
 def test_a_model_that_is_its_teacher_is_asked_for_nothing_new():
     teacher = build("vit")
     student = copy.deepcopy(teacher)

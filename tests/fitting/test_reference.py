@@ -8,6 +8,7 @@ import torch
 from helpers.models import VIT, build, images_for
 
 from compressvit.errors import UserError
+from compressvit.fitting.choices import Choices
 from compressvit.fitting.reference import LEAST_IMAGES, STRONG_RIDGE, Reference
 
 PATHS = ["blocks.0.mlp.fc1", "blocks.1.attn.proj"]
@@ -28,17 +29,37 @@ def test_every_form_of_the_images_gives_the_same_moments():
             torch.testing.assert_close(found[path].inputs, expected[path].inputs, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("batches", [False, True])
-def test_moments_of_some_of_the_images(batches):
-    """Of a tensor those are spread over all images; of batches whose number is not known they are the first."""
+FORMS = {
+    "tensor": lambda images: images,
+    "batches of 8": lambda images: images.split(8),
+    "batches of 32": lambda images: images.split(32),
+    "one batch": lambda images: [images],
+    "function": lambda images: lambda: iter(images.split(16)),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_moments_of_some_of_the_images(form):
+    """Those are spread over all images, but for those of a function, which were drawn: there they are the first."""
     model = build("vit")
     images = images_for(model, 64)
-    given = (lambda: iter(images.split(16))) if batches else images
-    (found,) = Reference(model, given).moments(["blocks.0.attn.qkv"], outputs=False, most=16).values()
-    chosen = images[:16] if batches else images[::4]
+    chosen = images[:16] if form == "function" else images[3::4]
     (wanted,) = Reference(model, chosen).moments(["blocks.0.attn.qkv"], outputs=False).values()
+    reference = Reference(model, FORMS[form](images))
+    (found,) = reference.moments(["blocks.0.attn.qkv"], outputs=False, most=16).values()
     assert found.tokens == wanted.tokens
     torch.testing.assert_close(found.inputs, wanted.inputs, rtol=1e-5, atol=1e-6)  # measured 3e-7, of the batches
+    (whole,) = reference.moments(["blocks.0.attn.qkv"], outputs=False).values()
+    assert whole.tokens == 4 * found.tokens  # what is known of some is not taken for that of all
+
+
+def test_what_judges_and_is_known_goes_on_with_another_model():
+    model, choices, judge = build("vit"), Choices(), object()
+    reference = Reference(model, images_for(model, 8), choices=choices, judge=judge)
+    other = reference.with_model(model)
+    assert other.choices is choices
+    assert other.judge is judge
+    assert Reference(model).with_model(model).judge is not reference.judge
 
 
 def test_a_model_of_any_size_takes_images_of_any_size():

@@ -133,9 +133,9 @@ class NarrowPlan(Plan):
         return {path: fit for block in self._block_fits(student, reference) for path, fit in block.fits().items()}
 
     def _block_fits(self, student: nn.Module, reference: Reference) -> list[BlockFit]:
-        settings = Settings(self.ridge, self.output_ridge, images=self.metric != "weights")
+        settings = Settings.of(self)
         if settings.images:
-            reference.moments(self.paths, outputs=True)  # all in one pass over the images
+            reference.moments(self.paths, outputs=True, most=settings.most)  # all in one pass over the images
         branches = describe(reference.model).family.branches
         return [
             BlockFit(TeacherBlock(place, reference, branches, settings), self.forms[place.path], student)

@@ -47,7 +47,6 @@ log = logging.getLogger("compressvit")
 Method = Literal["neurons", "head_dim", "heads", "rank"]
 _SHARES = 64  # of all widths, of which a plan without values tries the largest
 _ASSUMED = 0.5  # of the teacher's size, in a plan without values where the size follows from what is kept
-_MEASURED = 256  # images that say what each form costs; more of them only fit the one that is chosen
 
 
 @transform("shrink", ShrinkPlan)
@@ -244,13 +243,12 @@ class Shrink(NarrowStep):
         return Methods(**{name: name in self.methods for name in get_args(Method)}, multiple=self.multiple)
 
     def _offers(self, found: Sequence[Place], prices: Prices, reference: Reference) -> dict[str, Forms[BlockForm]]:
-        images = self.metric != "weights"
-        if images:  # of all layers in one pass over them
+        settings = Settings.of(self)
+        if settings.images:  # of all layers in one pass over them
             reference.require_images(self.name)
             reference.moments(
-                [f"{p.path}.{layer}" for p in found for layer in of_sublayers(p)], outputs=True, most=_MEASURED
+                [f"{p.path}.{layer}" for p in found for layer in of_sublayers(p)], outputs=True, most=settings.most
             )
-        settings = Settings(self.ridge, self.output_ridge, images)
         branches = describe(reference.model).family.branches
         result: dict[str, Forms[BlockForm]] = {}
         for place in progress(found, "measuring what each block can become", len(found)):
