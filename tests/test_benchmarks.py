@@ -5,13 +5,18 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
+from safetensors.torch import save_file
 
+from compressvit.errors import UserError
 from compressvit.model.ties import count_parameters
 from compressvit.model.weights import build
 from compressvit.recipe.recipe import parse_recipe
@@ -201,3 +206,161 @@ def test_a_comparison_with_a_detector_that_finds_too_little_is_void(lors, benchm
     lors.require_objects_found(benchmark, "dense", [0, 1])
     with pytest.raises(SystemExit, match=r"void: dense reaches AP50 25.00 \(25.0\) %, and below 30 %"):
         lors.require_objects_found(benchmark, "dense", [0])
+
+
+# ------------------------------------------------------------------------------------------------- smaller without training
+
+
+@pytest.fixture
+def shrink(few_shot):
+    return importlib.import_module("shrink_dinov2")
+
+
+@pytest.fixture
+def peers(few_shot):
+    return importlib.import_module("shrink_peers")
+
+
+def small_vit(**args):
+    torch.manual_seed(0)
+    return build("test_vit", {"img_size": 32, "num_classes": 0, "depth": 2, **args}).eval()
+
+
+def test_a_cell_goes_through_the_whole_program_and_is_made_once(shrink, tmp_path, monkeypatch, capsys):
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 12), ("val", 13)):
+        (tmp_path / "crops" / split).mkdir(parents=True)
+        for i in range(count):
+            pixels = generator.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+            Image.fromarray(pixels).resize((32, 32)).save(tmp_path / "crops" / split / f"{'abcdefghijklm'[i]}.png")
+    save_file(small_vit().state_dict(), tmp_path / "teacher.safetensors")
+    monkeypatch.setattr(shrink, "build", lambda name, **args: build(name, {**args, "depth": 2}))
+    monkeypatch.setattr(importlib.import_module("shrink_measures"), "INDEXED", 100)
+    output = ["--output", str(tmp_path / "out")]
+    data = [
+        "--data",
+        str(tmp_path / "crops"),
+        "--weights",
+        str(tmp_path / "teacher.safetensors"),
+        "--model",
+        "test_vit",
+    ]
+    sizes = [
+        "--size",
+        "32",
+        "--knn",
+        "digits",
+        "--knn-images",
+        "20",
+        "--knn-size",
+        "16",
+        "--rounds",
+        "2",
+        "--threads",
+        "1",
+    ]
+    command = [*data, *sizes, *output, "--cells", "head_dim"]
+    shrink.main(command)
+    found = json.loads((tmp_path / "out" / "head_dim.json").read_text())
+    assert (found["crops"], len(found["class_token"]), len(found["patches"])) == (12, 13, 13)
+    assert [len(found[key]["digits"]) for key in ("knn", "knn_of_teacher")] == [20, 20]
+    assert 0 < found["recall"]["recall_10"] <= 100
+    assert 0.3 < np.mean(found["class_token"]) < 0.9999
+    # what heads alone reach is what shrink says they reach
+    assert f"the smallest that head_dim reach is {found['costs']['parameters']:,}" in found["note"]
+    told = capsys.readouterr().out
+    assert "1 of 1 cells are to be run" in told
+    monkeypatch.setattr(shrink.Benchmark, "run", lambda *_: pytest.fail("a finished cell was run again"))
+    shrink.main(command)
+    shrink.main([*output, "--table-only"])
+    table = capsys.readouterr().out
+    assert table.count("| head_dim † | 12 |") == 2
+    assert "Others" not in table
+    with pytest.raises(SystemExit, match="holds cells of other size, weights, knn"):
+        shrink.main([*data, *output, "--size", "16", "--knn", "--cells", "head_dim"])
+
+
+def test_cells_stand_in_tables_and_the_smallest_are_those_that_shrink_offers(shrink):
+    cells = importlib.import_module("shrink_cells")
+    shown = [name for table in cells.TABLES for name in cells.in_table(table)]
+    assert set(shown) == set(cells.CELLS)
+    model = build("vit_small_patch14_dinov2", device="meta", num_classes=0)
+    least = {name: cell.smallest.plan(model).forms for name, cell in cells.CELLS.items() if cell.smallest}
+    assert {name: (forms["blocks.0"].heads, forms["blocks.0"].head_dim) for name, forms in least.items()} == {
+        "head_dim": (None, 8),
+        "heads": (2, None),
+        "head_dim_heads": (None, 8),
+    }
+
+
+def test_what_a_cell_takes_is_known_from_those_before(few_shot):
+    resumable = importlib.import_module("resumable")
+    done = {"a": {"minutes": 9.0, "crops": 100, "fit": {"minutes": 4.0}}}
+    assert resumable.expected_minutes(300, {}) == 0
+    assert resumable.expected_minutes(50, done) == 9
+    assert resumable.expected_minutes(300, done) == 9 + 2 * 4
+
+
+def test_folding_means_replaces_neurons_that_do_not_vary(peers):
+    teacher, images = small_vit(mlp_ratio=8), torch.randn(16, 3, 32, 32)
+    with torch.no_grad():
+        for block in teacher.blocks:
+            block.mlp.fc1.weight[12:] = 0
+            block.mlp.fc1.bias[12:] = 1.0
+    given = teacher(images)
+    errors = {}
+    for name in ("variance", "magnitude"):
+        student = peers.PEERS[name](teacher, lambda: images.split(8))
+        assert 0.49 < count_parameters(student) / count_parameters(teacher) <= 0.5
+        errors[name] = (student(images) - given).abs().max().item()
+    assert errors["variance"] < 1e-4 < 0.1 < errors["magnitude"]  # 1e-6 and 2
+
+
+def test_torch_pruning_is_asked_for_where_it_is_missing(peers, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_pruning", None)
+    with pytest.raises(UserError, match="pip install torch-pruning"):
+        peers.PEERS["torch_pruning_magnitude"](small_vit(), lambda: [])
+
+
+def test_an_interval_of_a_difference_over_images_holds_its_mean(few_shot):
+    measures = importlib.import_module("shrink_measures")
+    mean, low, high = measures.mean_and_interval([1.0] * 30 + [0.0] * 70)
+    assert mean == 0.3
+    assert 0.19 < low < 0.24 < 0.36 < high < 0.41  # 0.3 ± 1.96 · 0.046
+    assert measures.mean_and_interval([0.5] * 10) == (0.5, 0.5, 0.5)
+
+
+def test_a_classifier_is_judged_on_every_domain(few_shot, tmp_path, monkeypatch, capsys):
+    program = importlib.import_module("shrink_classifiers")
+    generator, lists = np.random.default_rng(0), {"photo": [], "sketch": []}
+    for split, count in (("train", 4), ("val", 4)):
+        for label, name in enumerate(("cat", "dog", "hen")):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = generator.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+                file = f"{split}/{name}/{'abcd'[i]}.png"
+                Image.fromarray(pixels).resize((32, 32)).save(tmp_path / file)
+                if split == "val":
+                    lists["sketch" if i else "photo"].append(f"{file} {label}\n")
+    for domain, lines in lists.items():
+        (tmp_path / f"{domain}_test.txt").write_text("".join(lines))
+    teacher = small_vit(num_classes=3)
+    torch.nn.init.normal_(teacher.head.weight)
+    save_file(teacher.state_dict(), tmp_path / "teacher.safetensors")
+    monkeypatch.setattr(program, "build", lambda name, *given, **args: build(name, *given, **{**args, "depth": 2}))
+    command = ["--data", str(tmp_path), "--weights", str(tmp_path / "teacher.safetensors"), "--model", "test_vit"]
+    sizes = ["--size", "32", "--rounds", "2", "--threads", "1", "--cells", "all_75", "--output", str(tmp_path / "out")]
+    program.main([*command, *sizes])
+    found = json.loads((tmp_path / "out" / "all_75.json").read_text())
+    assert {name: len(part["right"]) for name, part in found["domains"].items()} == {"photo": 3, "sketch": 9}
+    parts = found["domains"].values()
+    assert any(any(part["teacher_right"]) for part in parts)
+    assert not all(all(part["teacher_right"]) for part in parts)
+    for part in parts:
+        both = zip(part["right"], part["teacher_right"], part["agrees"], strict=True)
+        assert all(ours == theirs for ours, theirs, agree in both if agree)
+    assert "| all | 12 |" in capsys.readouterr().out
+    save_file(small_vit(num_classes=2).state_dict(), tmp_path / "teacher.safetensors")
+    with pytest.raises(SystemExit):
+        program.main([*command, *sizes])
+    assert "has a classifier of 2 classes" in capsys.readouterr().err

@@ -41,8 +41,8 @@ class Neighbours:
         self._embeddings.append(F.normalize(embeddings, dim=1))
         self._labels.append(labels)
 
-    def ask(self, embeddings: Tensor, labels: Tensor) -> None:
-        """Classify images by their embeddings (B, width), and count those whose class is that of `labels` (B,)."""
+    def classes(self, embeddings: Tensor) -> Tensor:
+        """The class (B,) that the nearest images of the index give each of the embeddings (B, width)."""
         import torch
         import torch.nn.functional as F
 
@@ -52,7 +52,11 @@ class Neighbours:
         similarities, nearest = (F.normalize(embeddings, dim=1) @ known.T).topk(min(NEIGHBOURS, len(known)), dim=1)
         votes = torch.zeros(len(embeddings), int(classes.max()) + 1, device=known.device)
         votes.scatter_add_(1, classes[nearest], ((similarities - 1) / TEMPERATURE).exp())
-        self._right += int((votes.argmax(dim=1) == labels).sum())
+        return votes.argmax(dim=1)
+
+    def ask(self, embeddings: Tensor, labels: Tensor) -> None:
+        """Classify images by their embeddings (B, width), and count those whose class is that of `labels` (B,)."""
+        self._right += int((self.classes(embeddings) == labels).sum())
         self._asked += len(labels)
 
     def accuracy(self) -> float | None:
