@@ -17,7 +17,7 @@ _ABOVE, _BELOW = 1.02, 0.95  # parts of the limit between which what is measured
 def corrected(
     plan: ShrinkPlan, limit: float, timed: Callable[[ShrinkPlan], ShrinkPlan], within: Callable[[float], ShrinkPlan]
 ) -> ShrinkPlan:
-    """A plan whose student is measured to be within the limit, clearly or nearly; where none is found, the last that was measured.
+    """A plan whose student is measured to be within the limit, clearly or nearly; where none is found the fastest, and a warning.
 
     What is measured is taken to be a line of what is predicted: through the teacher, which takes 1 of its own time, and a student that was
     measured; or through two students, one above the limit and one below.
@@ -28,30 +28,42 @@ def corrected(
         timed: measures the student of a plan and notes that in it.
         within: the plan within another limit. May raise a `UserError`.
     """
-    last = timed(plan)
+    trials = [timed(plan)]
     below: tuple[float, float] | None = None
-    above, best = (1.0, 1.0), None
-    for trial in range(CORRECTIONS + 1):
-        assert last.latency is not None
-        assert last.latency.measured is not None
-        low, found, _ = last.latency.measured
+    above, best, why = (1.0, 1.0), None, ""
+    while True:
+        predicted, (low, found, _) = _figures(trials[-1])
         if low <= _ABOVE * limit:
-            below, best = (last.latency.predicted, found), last
-            if trial == 0 or found >= _BELOW * limit:
+            below, best = (predicted, found), trials[-1]
+            if len(trials) == 1 or found >= _BELOW * limit:
                 break
         else:
-            above = (last.latency.predicted, found)
+            above = (predicted, found)
+        if len(trials) > CORRECTIONS:
+            why = f"{CORRECTIONS} corrections were not enough"
+            break
         wanted = _between(above, below or (1.0, 1.0), limit)
-        if trial == CORRECTIONS or wanted is None:
+        if wanted is None:
+            why = "too little of what the table predicts to be saved is"
             break
         try:
-            last = timed(within(wanted))
+            trials.append(timed(within(wanted)))
         except UserError:
-            log.warning(
-                "latency: a student that is measured to be as fast as asked would be smaller than the methods reach"
-            )
+            why = "a faster student would be smaller than the methods reach"
             break
-    return best or last
+    if best is not None:
+        return best
+    fastest = min(trials, key=lambda trial: _figures(trial)[1][1])
+    _, (low, found, high) = _figures(fastest)
+    log.warning("latency: asked for %.2f, measured %.2f (%.2f–%.2f): %s", limit, found, low, high, why)
+    return fastest
+
+
+def _figures(plan: ShrinkPlan) -> tuple[float, tuple[float, float, float]]:
+    """Predicted, and measured."""
+    assert plan.latency is not None
+    assert plan.latency.measured is not None
+    return plan.latency.predicted, plan.latency.measured
 
 
 def _between(one: tuple[float, float], other: tuple[float, float], limit: float) -> float | None:

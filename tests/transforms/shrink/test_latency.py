@@ -225,13 +225,28 @@ def planned(*measurements):
         ({0.5: 0.6, 0.375: 0.5}, 0.375),  # on a line through the teacher
         ({0.5: 0.6, 0.37: 0.4, 0.43: 0.49}, 0.43),  # too small, so a second one lies between
         ({0.5: 0.6, 0.37: 0.55, 0.3: 0.46}, 0.3),
-        ({0.5: 0.6}, 0.5),  # nothing smaller
-        ({0.5: 1.2, 0.4: 0.4}, 0.5),  # nothing to go by
     ],
 )
 def test_the_limit_is_corrected_along_a_line(measurements, chosen):
     timed, within = planned(*((p, (m, m, m)) for p, m in measurements.items()))
     assert corrected(within(0.5), 0.5, timed, within).latency.predicted == chosen
+
+
+@pytest.mark.parametrize(
+    ("measurements", "chosen", "told"),
+    [
+        ({0.5: 0.6}, 0.5, "measured 0.60 (0.60–0.60): a faster student would be smaller"),
+        ({0.5: 1.2, 0.4: 0.4}, 0.5, "measured 1.20 (1.20–1.20): too little"),  # slower than the teacher
+        ({0.5: 0.9, 0.1: 0.4}, 0.5, "measured 0.90 (0.90–0.90): too little"),  # the line meets the limit below 0
+        ({0.5: 0.6, 0.375: 0.56, 0.2: 0.54, 0.1: 0.57}, 0.2, "measured 0.54 (0.54–0.54): 3 corrections"),
+    ],
+)
+def test_a_limit_that_is_missed_is_told_and_the_fastest_is_taken(measurements, chosen, told, caplog):
+    timed, within = planned(*((p, (m, m, m)) for p, m in measurements.items()))
+    with caplog.at_level(logging.WARNING, logger="compressvit"):
+        assert corrected(within(0.5), 0.5, timed, within).latency.predicted == chosen
+    (message,) = caplog.messages
+    assert message.startswith(f"latency: asked for 0.50, {told}")
 
 
 def test_a_plan_without_values_goes_by_macs(measured):
