@@ -45,10 +45,14 @@ class ShrinkBudget(Spec):
             found.append(most if unit == "latency" else np.floor(most))
         return np.array(found)
 
-    def unmeasured(self) -> ShrinkBudget:
-        """What it comes to before latency is measured: as much less of it as of multiply-accumulates."""
-        if self.latency is None:
-            return self
+    def unmeasured(self, macs: float) -> ShrinkBudget:
+        """What it comes to before latency is measured: as much less of multiply-accumulates, beside the limit that these may have; nothing
+        is assumed of milliseconds.
+
+        Args:
+            macs: the teacher's.
+        """
+        assert self.latency is not None
         share = min(1.0, self.latency)
-        macs = share if self.macs is None or self.macs > 1 else min(share, self.macs)
-        return self.model_copy(update={"latency": None, "macs": macs})
+        own = 1.0 if self.macs is None else self.macs if self.macs <= 1 else self.macs / macs
+        return self.model_copy(update={"latency": None, "macs": self.macs if self.macs and own <= share else share})

@@ -27,6 +27,7 @@ from compressvit.model.backbone import describe
 from compressvit.model.linear import weight_shape
 from compressvit.transforms.applying import fitted_copy
 from compressvit.transforms.base import Transform, transform
+from compressvit.transforms.low_rank.budget import original_macs
 from compressvit.transforms.narrow.fit import Settings, TeacherBlock
 from compressvit.transforms.narrow.form import BlockForm
 from compressvit.transforms.narrow.places import Place
@@ -117,10 +118,13 @@ class Shrink(NarrowStep):
                 f"the student has {_ASSUMED:g} of the teacher's {self._unit} in this plan; apply fits and judges {self.tries} students on "
                 f"held-out images and takes the smallest with {self.keep.words()}"
             )
-        if "latency" in self.target.units:
-            found.append(
-                "latency is taken to fall as multiply-accumulates do; apply first measures what modules take on its device"
+        if self.target.latency is not None:
+            assumed = (
+                "latency is taken to fall as multiply-accumulates do"
+                if self.target.latency <= 1
+                else "nothing is assumed of a latency in milliseconds, so this plan does not follow it"
             )
+            found.append(f"{assumed}; apply first measures what modules take on its device")
         return tuple(found)
 
     @classmethod
@@ -142,7 +146,9 @@ class Shrink(NarrowStep):
             if known and self.budget:
                 search = Search(self, model, Prices.of(model, found, known, pivoted=self.pivoted), self.budget)
                 search.refuse(found, large=known == self.budget.units)
-            budget = self.target.unmeasured()
+            budget = self.target
+            if budget.latency is not None:
+                budget = budget.unmeasured(original_macs(model))
             search = Search(self, model, Prices.of(model, found, budget.units, pivoted=self.pivoted), budget)
             return self.resolved(self._uniform(model, found, search))
         search = self._search(model, found, reference)

@@ -261,6 +261,22 @@ def test_a_plan_without_values_goes_by_macs(measured):
     assert "latency is taken to fall as multiply-accumulates do" in step().provisional[1]
 
 
+@pytest.mark.parametrize(("latency", "least", "most"), [(0.9, 0.5, 0.6), (50, 0.5, 0.6), (0.4, 0.3, 0.4)])
+def test_a_plan_without_values_holds_a_limit_of_macs_in_numbers_beside_that_of_latency(latency, least, most):
+    teacher = build("vit")
+    whole = cost.macs(teacher, input_size(teacher))
+    budget = ShrinkBudget(latency=latency, macs=float(int(0.6 * whole)))
+    empty = surgery.skeleton(teacher)
+    step(budget=budget, methods=("neurons", "head_dim")).plan(surgery.skeleton(teacher)).apply(empty)
+    share = cost.macs(empty, input_size(empty)) / whole
+    print("SHARE", share)
+    assert least < share <= most  # measured 0.57, 0.57 and 0.37
+
+
+def test_milliseconds_are_not_assumed_in_a_plan_and_it_says_so():
+    assert "nothing is assumed of a latency in milliseconds" in step(budget=ShrinkBudget(latency=50)).provisional[1]
+
+
 @pytest.mark.parametrize("name", ["vit", "swin"])
 def test_a_real_table_has_every_module_and_they_fill_the_whole(name, monkeypatch, caplog):
     monkeypatch.setattr(stopwatch, "ROUNDS", 3)
