@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from compressvit.data.classes import composed
 from compressvit.data.input import Side
 from compressvit.data.notes import counted
 from compressvit.data.opening import Datasets
 from compressvit.data.samples import Samples
+from compressvit.data.sets.base import VAL_FOLDERS, split_names
 from compressvit.data.spec import Data
 from compressvit.errors import UserError
+from compressvit.files import expanded
 from compressvit.runs.evaluate import Scorer
 
 
@@ -102,14 +105,18 @@ class OnHeldOut:
         return float(scores["teacher_top1"] - scores["top1"])
 
     def _domains(self) -> dict[str, list[int]]:
-        """The places of the images of every domain: of the folder in which they lie, where that is inside the folder of a class."""
-        held_out, names = self.datasets.validation, set(self.datasets.class_names or ())
+        """The places of the images of every domain: of the folder directly in that of a class, however deep in it they lie."""
+        held_out, names = self.datasets.validation, {composed(name) for name in self.datasets.class_names or ()}
+        root = f"{expanded(self.data.root, 'data.root')}/" if self.data.root else ""
+        splits = tuple(f"{name}/" for name in split_names(self.data.val_split, VAL_FOLDERS))
         found: dict[str, list[int]] = {}
         if isinstance(held_out, Samples):
             for position in range(len(held_out)):
-                *others, folder = PurePath(held_out.name(position)).parts[:-1] or ("",)
-                if names.intersection(others) and folder not in names:
-                    found.setdefault(folder, []).append(position)
+                path = held_out.name(position).removeprefix(root)
+                path = path.removeprefix(next((split for split in splits if path.startswith(split)), ""))  # no class
+                folders = iter(PurePath(path).parts[:-1])
+                if any(composed(folder) in names for folder in folders) and (domain := next(folders, None)) is not None:
+                    found.setdefault(domain, []).append(position)
         return found
 
 

@@ -114,6 +114,26 @@ def test_domains_are_the_folders_within_those_of_classes(tmp_path):
     assert judging.figures(student, ["worst_domain_drop"]) == {"worst_domain_drop": max(drops)}
 
 
+def test_a_domain_is_the_folder_directly_in_that_of_a_class_whatever_it_is_called(tmp_path):
+    root = tmp_path / "cat"  # no class folder, though it is called like one; nor is the split
+    domains = [
+        ("cat", "sun/day1"),
+        ("cat", "sun/day2"),
+        ("cat", "val"),
+        ("val", "sun"),
+        ("val", "val/cat"),
+        ("cat", "."),
+    ]
+    for n, (name, domain) in enumerate(domains):
+        for split in ("train", "val"):
+            folder = root / split / name / domain
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{n}.jpg").write_bytes(jpeg(n))
+    data = Data(name="folder", root=str(root), batch_size=4)
+    judging = judge(set_aside(open_data(data), recipe()), data, tiny_vit(num_classes=2, img_size=8))
+    assert {name: len(places) for name, places in judging._domains().items()} == {"sun": 3, "val": 2}
+
+
 def test_a_student_with_another_task_cannot_be_compared():
     asked = recipe()
     judging = judge(set_aside(open_data(asked.data), asked), asked.data)
