@@ -12,7 +12,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from pydantic import Field, model_validator
@@ -46,6 +46,7 @@ from compressvit.transforms.shrink.stopwatch import measure, ratio
 log = logging.getLogger("compressvit")
 
 Method = Literal["neurons", "head_dim", "heads", "rank"]
+_TRIES, _BATCH = 6, 1  # by default
 _SHARES = 64  # of all widths, of which a plan without values tries the largest
 _ASSUMED = 0.5  # of the teacher's size, in a plan without values where the size follows from what is kept
 
@@ -63,7 +64,7 @@ class Shrink(NarrowStep):
         "bisection.",
     )
     unit: Unit | None = Field(None, description="With `keep`: in which the student is the smallest. Null: parameters.")
-    tries: int = Field(6, ge=1, le=20, description="With `keep`: sizes that are tried; each is fitted and judged.")
+    tries: int = Field(_TRIES, ge=1, le=20, description="With `keep`: sizes that are tried; each is fitted and judged.")
     methods: tuple[Method, ...] = Field(
         ("neurons", "head_dim", "heads", "rank"),
         min_length=1,
@@ -75,7 +76,7 @@ class Shrink(NarrowStep):
         "pivoted or, where latency is a unit of the budget, whichever of them is faster for a layer.",
     )
     multiple: int = Field(8, ge=1, description="Widths and ranks are multiples of it, which hardware prefers.")
-    batch: int = Field(1, ge=1, description="Images at once for which latency counts.")
+    batch: int = Field(_BATCH, ge=1, description="Where latency is a unit: images at once for which it counts.")
 
     @model_validator(mode="after")
     def _budget_or_keep(self) -> Shrink:
@@ -85,6 +86,11 @@ class Shrink(NarrowStep):
             )
         if self.unit is not None and self.keep is None:
             raise ValueError("unit is for keep; a budget names its own units")
+        # a resolved recipe has them at their defaults
+        if self.tries != _TRIES and self.keep is None:
+            raise ValueError("tries is for keep; the student of a budget is fitted once; leave it out")
+        if self.batch != _BATCH and "latency" not in self.target.units:
+            raise ValueError("batch is for latency, which is no unit here; leave it out")
         return self
 
     @property
@@ -106,7 +112,8 @@ class Shrink(NarrowStep):
 
     def with_budget(self, budget: Budget) -> Shrink:
         only = {name: getattr(budget, name, None) for name in ShrinkBudget.model_fields}
-        return self.model_copy(update={"budget": ShrinkBudget(**only), "keep": None, "unit": None})
+        alone: dict[str, Any] = {"budget": ShrinkBudget(**only), "keep": None, "unit": None, "tries": _TRIES}
+        return self.model_copy(update={**alone, "batch": self.batch if only["latency"] else _BATCH})
 
     @property
     def provisional(self) -> tuple[str, ...]:

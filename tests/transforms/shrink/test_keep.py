@@ -11,6 +11,7 @@ from helpers.models import build, images_for
 
 from compressvit.artifacts import artifact
 from compressvit.errors import UserError
+from compressvit.fitting.allocate import Budget
 from compressvit.fitting.choices import Choices
 from compressvit.fitting.reference import Reference
 from compressvit.model import cost, surgery
@@ -19,6 +20,7 @@ from compressvit.transforms import Shrink
 from compressvit.transforms.applying import compress, plan_transforms, transform_
 from compressvit.transforms.record import compression_of
 from compressvit.transforms.shrink import spec
+from compressvit.transforms.shrink.budget import ShrinkBudget
 from compressvit.transforms.shrink.keep import LARGEST, ShrinkKeep, Trial, smallest
 
 
@@ -152,6 +154,9 @@ def test_what_calibration_images_cannot_say_is_refused_before_they_are_read():
         ({}, "needs a budget or keep"),
         ({"budget": {"macs": 0.5}, "keep": {"cosine": 0.9}}, "not both"),
         ({"budget": {"macs": 0.5}, "unit": "macs"}, "unit is for keep"),
+        ({"budget": {"macs": 0.5}, "tries": 3}, "tries is for keep"),
+        ({"budget": {"macs": 0.5}, "batch": 8}, "batch is for latency"),
+        ({"keep": {"cosine": 0.9}, "batch": 8}, "batch is for latency"),
         ({"keep": {}}, "at least one of cosine, top1_drop"),
         ({"keep": {"cosine": 1.0}}, "less than 1"),
         ({"keep": {"cosin": 0.9}}, "did you mean 'cosine'"),
@@ -162,6 +167,13 @@ def test_what_calibration_images_cannot_say_is_refused_before_they_are_read():
 def test_options_that_make_no_sense(settings, text):
     with pytest.raises(UserError, match=text):
         Shrink(**settings)
+
+
+def test_what_is_for_latency_or_keep_may_be_given_with_it_and_goes_with_it():
+    for own in (step(unit="latency", batch=8), Shrink(budget=ShrinkBudget(latency=0.5, macs=0.9), batch=8)):
+        other = own.with_budget(Budget(macs=0.5))
+        assert Shrink.model_validate(other.model_dump(mode="json")) == other  # as a resolved recipe is read
+        assert (other.tries, other.batch) == (6, 1)
 
 
 def test_a_plan_without_values_has_half_and_says_so():
