@@ -85,7 +85,7 @@ def transform_(
     for spec in transforms:
         spec.require_inputs()
         if spec.needs_images:
-            reference.require_images(spec.name)
+            _require_images(spec, reference)
     ledger: list[LedgerEntry] = []
     fresh: list[Plan] = []  # since values were last loaded
     for spec in transforms:
@@ -106,6 +106,18 @@ def transform_(
     record = compression_of(model).ledger
     record[len(record) - len(ledger) :] = ledger
     return ledger
+
+
+def _require_images(spec: Transform, reference: Reference) -> None:
+    try:
+        reference.require_images(spec.name)
+    except UserError as error:
+        if not spec.needs_judge:
+            raise
+        raise UserError(
+            f"{spec.name}: keep judges students on images, and none were given: pass compress(…, calibration=images), where a few hundred "
+            "without labels are enough, or give a budget"
+        ) from error
 
 
 def _fit_in_order(plans: Sequence[Plan], student: nn.Module, reference: Reference) -> dict[str, float]:

@@ -144,8 +144,11 @@ def test_what_calibration_images_cannot_say_is_refused_before_they_are_read():
         compress(teacher, [step(keep={"top1_drop": 1.0})], images)
     with pytest.raises(UserError, match="none of the calibration images is held out"):
         compress(teacher, [step()], images_for(teacher, 3))
-    with pytest.raises(UserError, match="measures errors on calibration images, and none were given"):
-        compress(teacher, [step()])
+    for metric in ("weights", "outputs"):
+        with pytest.raises(
+            UserError, match=r"^shrink: keep judges students on images, and none were given: .* a budget$"
+        ):
+            compress(teacher, [step(metric=metric)])
 
 
 @pytest.mark.parametrize(
