@@ -117,7 +117,7 @@ def distill(
     folder = _folder(output, student, resume, spec.model_dump(mode="json") | {"seed": seed, "task": task})
     bench = _Bench(ours, theirs, batches, held_out, where)
     report = bench.train(spec, folder, seed, console)
-    figures = bench.evaluate(student.to(where), theirs)
+    figures = bench.evaluate(student.to(where), theirs, search=True)
     return Distilled(student, figures, report["kept_epoch"], folder.path if folder is not None else None)
 
 
@@ -160,15 +160,22 @@ class _Bench:
         enough = self.held_out is not None and self.held_out.labelled and self.batches.task.supervised
         return self.evaluate(model, None if enough else self.theirs)
 
-    def evaluate(self, model: nn.Module, teacher: Side | None) -> dict[str, Any]:
-        """Scores on the validation images; empty without such images."""
+    def evaluate(self, model: nn.Module, teacher: Side | None, *, search: bool = False) -> dict[str, Any]:
+        """Scores on the validation images, those that take a search among them only if asked for; empty without such images."""
         if self.held_out is None:
             return {}
         model.to(self.device)
         if teacher is not None:
             teacher.model.to(self.device).eval()
-        ours, task = Side(model, self.ours.input), self.batches.task
-        return evaluate(ours, self.held_out, self.device, teacher=teacher, labelled=self.held_out.labelled, task=task)
+        return evaluate(
+            Side(model, self.ours.input),
+            self.held_out,
+            self.device,
+            teacher=teacher,
+            labelled=self.held_out.labelled,
+            task=self.batches.task,
+            index=() if search else None,
+        )
 
     def likeness(self, student: nn.Module) -> Likeness:
         """For layers='auto': CKA on training images."""

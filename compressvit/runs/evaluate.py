@@ -58,7 +58,8 @@ class Scorer:
         """Evaluate a model, compared with `teacher` if one is given; both are moved to the device.
 
         Args:
-            search: also among training images, where the task does that and they have labels.
+            search: also what takes a search, where the task has such figures: among held-out images and, if they have labels, training
+                images.
         """
         model.model.to(self.device)
         if teacher is not None:
@@ -74,11 +75,11 @@ class Scorer:
             index=self._index(model) if search else None,
         )
 
-    def _index(self, model: Side) -> Loader | None:
-        """The labelled training images in which a task searches, without augmentation."""
+    def _index(self, model: Side) -> Loader | tuple[()]:
+        """The labelled training images in which a task searches, without augmentation; none where there are none."""
         train = self.datasets.train
         if not (self.task(model).searches and self.datasets.labelled and isinstance(train, Samples)):
-            return None
+            return ()
         part = train.part(evenly(len(train), INDEXED))
         return eval_loader(replace(self.datasets, validation=part), self.data, model.input, self.device)
 

@@ -74,8 +74,12 @@ class Metrics(ABC):
             UserError: targets that do not fit the model.
         """
 
+    def search(self) -> None:  # noqa: B027 - a default, not a gap
+        """Called first where figures of a search are wanted, which costs more than a pass over the images: at the end of a run, not in
+        training."""
+
     def index(self, outputs: Any, targets: Any, expected: Any | None) -> None:
-        """Add a batch of labelled training images, for a task that `searches`, before the first `add`; arguments as there."""
+        """Add a batch of labelled training images, for a task that `searches`, after `search` and before the first `add`; as there."""
         raise TypeError("this task searches in no index")
 
     @abstractmethod

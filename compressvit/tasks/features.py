@@ -111,7 +111,7 @@ class _Metrics(Metrics):
     teacher's index; and, where there is an index with labels, which classes they give."""
 
     def __init__(self, model: nn.Module, teacher: nn.Module | None, labelled: bool):
-        self._retrieval = Retrieval()
+        self._retrieval: Retrieval | None = None
         self._neighbours = {who: Neighbours() for who in ("", "teacher_")}
         # a classifier's outputs are no embeddings
         self._embeds = {"": not class_count(model), "teacher_": teacher is not None and not class_count(teacher)}
@@ -124,6 +124,9 @@ class _Metrics(Metrics):
         for who, found in (("", outputs), ("teacher_", expected)):
             if found is not None and self._embeds[who] and found.pooled.ndim == 2:
                 yield self._neighbours[who], found.pooled
+
+    def search(self) -> None:
+        self._retrieval = Retrieval()
 
     def index(self, outputs: Features, targets: Tensor, expected: Features | None) -> None:
         for neighbours, embeddings in self._embeddings(outputs, expected):
@@ -145,7 +148,7 @@ class _Metrics(Metrics):
         else:
             self._tokens = False
         self._comparable = expected.pooled.shape == outputs.pooled.shape
-        if self._comparable and self._embeds["teacher_"] and outputs.pooled.ndim == 2:
+        if self._retrieval is not None and self._comparable and self._embeds["teacher_"] and outputs.pooled.ndim == 2:
             self._retrieval.add(outputs.pooled, expected.pooled)
         if self._comparable:
             self._cosine += F.cosine_similarity(outputs.pooled, expected.pooled, dim=1).sum().item()
@@ -158,7 +161,8 @@ class _Metrics(Metrics):
         if self._theirs is None:
             return found
         found |= {f"teacher_{name}": value for name, value in self._theirs.result().items()}
-        found |= self._retrieval.result()
+        if self._retrieval is not None:
+            found |= self._retrieval.result()
         count = self._scores.images
         found |= {"agreement": None, "cosine": self._cosine / count if self._comparable else None}
         return {**found, "cosine_patches": self._patches / count} if self._tokens else found

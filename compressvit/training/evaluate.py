@@ -39,7 +39,8 @@ def evaluate(
         labelled: in a labelled set, a target that is not valid for the task (a class below 0) marks a broken image, which is not
             counted; in an unlabelled set, −1 marks an image and −2 the stand-in for a broken one.
         task: what the outputs mean; None: classes if the model has a classifier, else features.
-        index: labelled training images, as `batches`, for a task that `searches`; None: figures that need them are left out.
+        index: labelled training images, as `batches`, for a task that `searches`; empty where there are none. None: all figures of a
+            search are left out, which take time quadratic in the images.
         watch: called with every batch: images, targets, outputs (of the task's `run`) and, if they are comparable, the teacher's outputs.
 
     Returns:
@@ -47,8 +48,8 @@ def evaluate(
         (cross-entropy in nats), None without labels or classes. With a teacher also `teacher_top1`, `teacher_top5`, `teacher_loss`,
         `agreement` (percent of images with the same top-1 class) and `cosine` (mean cosine similarity of the outputs), the last two None
         if the outputs differ in width; for two headless backbones `cosine_patches` (mean cosine similarity of their patch tokens after
-        the final norm) and what `compressvit.tasks.retrieval` measures; with an index `knn`, `teacher_knn`
-        (`compressvit.tasks.neighbours`) and `indexed`, the number of images in it.
+        the final norm) and, with an index, even an empty one, what `compressvit.tasks.retrieval` measures; with images in it `knn`,
+        `teacher_knn` (`compressvit.tasks.neighbours`) and `indexed`, their number.
 
     Raises:
         UserError: a label is not below the model's number of classes.
@@ -60,7 +61,9 @@ def evaluate(
     task = task or task_of(model)
     metrics = task.metrics(model, other, labelled)
     outputs_of = partial(_outputs, task, student, teacher, convert)
-    _fill_index(metrics, task, index or (), outputs_of, device)
+    if index is not None:
+        metrics.search()
+        _fill_index(metrics, task, index, outputs_of, device)
     for batch_images, batch_targets in batches:
         counted = task.known(batch_targets) if labelled else at_least(batch_targets, NO_LABEL)
         seen += int(counted.sum())

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from helpers.images import GRAY, side
-from helpers.training import CPU
+from helpers.training import CPU, tiny_vit
 from torch import nn
 
 from compressvit.data.input import Side
+from compressvit.data.opening import open_data
+from compressvit.data.spec import Data
+from compressvit.runs.evaluate import Scorer
 from compressvit.tasks.neighbours import NEIGHBOURS, Neighbours
 from compressvit.tasks.qualities import intervals, qualities
 from compressvit.training.evaluate import evaluate
+
+OF_SEARCH = ("recall_1", "recall_10", "recall_self", "knn")
 
 
 def test_it_is_a_vote_of_the_nearest():
@@ -65,6 +71,19 @@ def test_student_and_teacher_search_in_their_own_index():
     alone = evaluate(side(Directions()), held_out, CPU, index=index)
     assert alone["knn"] == 75
     assert "knn" not in evaluate(side(Directions()), held_out, CPU)
+
+
+def test_what_is_searched_for_is_left_out_of_evaluations_in_training():
+    """They take a time quadratic in the images, which every epoch and every student that is tried would take."""
+    data = Data(name="digits", batch_size=8, num_workers=0, limit_train=24, limit_val=16)
+    scorer = Scorer(open_data(data), data, CPU)
+    ours, theirs = (side(tiny_vit(seed=seed, num_classes=0).eval()) for seed in (0, 1))
+    assert scorer.in_training(ours, theirs).keys().isdisjoint(OF_SEARCH)
+    assert scorer.score(ours, theirs).keys().isdisjoint(OF_SEARCH)
+    found = scorer.score(ours, theirs, search=True)
+    assert all(found[key] is not None for key in OF_SEARCH)
+    unlabelled = Scorer(replace(scorer.datasets, labelled=False), data, CPU).score(ours, theirs, search=True)
+    assert [unlabelled.get(key) is not None for key in OF_SEARCH] == [True, True, True, False]
 
 
 def test_intervals_are_of_shares_of_images():
