@@ -269,8 +269,7 @@ def test_a_plan_without_values_holds_a_limit_of_macs_in_numbers_beside_that_of_l
     empty = surgery.skeleton(teacher)
     step(budget=budget, methods=("neurons", "head_dim")).plan(surgery.skeleton(teacher)).apply(empty)
     share = cost.macs(empty, input_size(empty)) / whole
-    print("SHARE", share)
-    assert least < share <= most  # measured 0.57, 0.57 and 0.37
+    assert least < share <= most  # measured 0.564, 0.564 and 0.394
 
 
 def test_milliseconds_are_not_assumed_in_a_plan_and_it_says_so():
