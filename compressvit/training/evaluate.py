@@ -62,7 +62,6 @@ def evaluate(
     metrics = task.metrics(model, other, labelled)
     outputs_of = partial(_outputs, task, student, teacher, convert)
     if index is not None:
-        metrics.search()
         _fill_index(metrics, task, index, outputs_of, device)
     for batch_images, batch_targets in batches:
         counted = task.known(batch_targets) if labelled else at_least(batch_targets, NO_LABEL)
@@ -93,7 +92,8 @@ def _fill_index(
     outputs_of: Callable[[torch.Tensor], tuple[Any, Any]],
     device: torch.device,
 ) -> None:
-    """Give metrics the labelled images of an index, and what both models make of them."""
+    """Have metrics search, in the labelled images of an index and what both models make of them."""
+    metrics.search()
     for images, targets in index:
         known = task.known(targets)
         if known.any():
