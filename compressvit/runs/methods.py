@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
 from typing import Any
 
@@ -41,17 +42,14 @@ def _narrow(model: nn.Module, budget: Budget) -> Narrow:
     def at(part: int) -> Narrow:
         return Narrow.model_validate(dict.fromkeys(names, part / _SHARES))
 
-    low, high = 0, _SHARES
-    while high - low > 1:
-        middle = (low + high) // 2
-        fits = _cost(model, at(middle), budget.unit) <= limit
-        low, high = (middle, high) if fits else (low, middle)
-    if not low:
+    # how many of the shares, from the smallest on, are within the limit
+    fitting = bisect_left(range(1, _SHARES), True, key=lambda part: _cost(model, at(part), budget.unit) > limit)
+    if not fitting:
         least = _cost(model, at(1), budget.unit)
         raise UserError(
             f"narrow: a budget of {limit:,} {budget.unit} cannot be met (with 1/{_SHARES} of all widths there are {least:,}); raise it"
         )
-    return at(low)
+    return at(fitting)
 
 
 def _cost(model: nn.Module, step: Narrow | None, unit: str) -> int:

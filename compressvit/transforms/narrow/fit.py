@@ -31,7 +31,7 @@ from compressvit.transforms.low_rank.layer import Factored
 from compressvit.transforms.narrow.form import BlockForm
 from compressvit.transforms.narrow.places import FC1, FC2, LAYERS, PROJ, QKV, Place
 
-_SOME = 256
+_SOME = 256  # images: more of them change what a form costs little, and their gradients take most of the time
 _LEAST = 1e-3  # of the mean; outputs that count for less count as that
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 30.0, 100.0)  # in parts of the inputs' mean square
 

@@ -83,7 +83,7 @@ class LatencyTable(Frozen):
 
     def linear(self, block: str, inputs: int, outputs: int) -> float:
         """Milliseconds of a dense layer that sees the tokens of a block."""
-        return _between(self._grids["linear", self.like[block]], (inputs, outputs))
+        return self._grids["linear", self.like[block]].at((inputs, outputs))
 
     def layer(self, block: str, outputs: int, inputs: int, rank: int | None = None, *, pivoted: bool = False) -> float:
         """Milliseconds of a layer as `compressvit.transforms.low_rank` builds it."""
@@ -106,7 +106,7 @@ class LatencyTable(Frozen):
         return self._of("mlp", block, neurons)
 
     def _of(self, kind: Kind, block: str, *sizes: int) -> float:
-        return _between(self._grids[kind, self.like[block]], sizes)
+        return self._grids[kind, self.like[block]].at(sizes)
 
     @cached_property
     def _grids(self) -> dict[tuple[Kind, str], Grid]:
@@ -138,7 +138,3 @@ class Grid:
         if not usable or usable[-1] < sizes[0]:
             usable = sorted(self.lines)
         return float(np.interp(sizes[0], usable, [np.interp(sizes[1], *self.lines[first]) for first in usable]))
-
-
-def _between(grid: Grid, sizes: tuple[int, ...]) -> float:
-    return grid.at(sizes)

@@ -9,6 +9,7 @@ sum of errors within the budget are chosen (`compressvit.fitting.hull`). All lay
 from __future__ import annotations
 
 import logging
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -274,12 +275,10 @@ class Shrink(NarrowStep):
         def at(part: int) -> dict[str, BlockForm]:
             return {place.path: self._of_share(model, place, part / _SHARES) for place in found}
 
-        low, high = 1, _SHARES  # the least share of all, and one that is too large
-        while high - low > 1:
-            middle = (low + high) // 2
-            fits = (search.cost(self.resolved(at(middle))) <= search.limits).all()
-            low, high = (middle, high) if fits else (low, middle)
-        return at(low)
+        def too_large(part: int) -> bool:
+            return bool((search.cost(self.resolved(at(part))) > search.limits).any())
+
+        return at(max(1, bisect_left(range(1, _SHARES), True, key=too_large)))
 
     def _of_share(self, model: nn.Module, place: Place, share: float) -> BlockForm:
         def near(whole: int) -> int | None:
