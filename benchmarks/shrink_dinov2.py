@@ -213,7 +213,7 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default=MODEL, help="timm's name of the teacher")
     parser.add_argument("--size", type=int, default=224, help="height and width of the crops for the models")
     parser.add_argument("--output", type=Path, default=Path("runs/shrink_dinov2"))
-    parser.add_argument("--cells", nargs="+", choices=CELLS, default=list(CELLS), metavar="CELL")
+    parser.add_argument("--cells", nargs="+", choices=CELLS, default=list(CELLS), metavar="CELL", help="in this order")
     parser.add_argument("--hours", type=float, default=10.0, help="end before the cell that would exceed them")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--knn", nargs="*", default=KNN, help="labelled sets")
@@ -235,7 +235,7 @@ def main(given: Sequence[str] | None = None) -> None:
         parser.error("give --data and --weights")
     torch.set_num_threads(arguments.threads)
     try:
-        run(Benchmark(arguments), [name for name in CELLS if name in arguments.cells], arguments.hours)
+        run(Benchmark(arguments), list(dict.fromkeys(arguments.cells)), arguments.hours)
     except UserError as error:
         parser.error(str(error))
     print(write_tables(arguments.output))
