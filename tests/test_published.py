@@ -145,9 +145,9 @@ def test_the_reference_form_costs_the_same():
 # ----------------------------------------------------------------------------------------------- and is quoted as it stands
 
 
-def rows(heading: str) -> list[list[str]]:
-    """The cells of the README's table that begins with this heading."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def rows(page: str, heading: str) -> list[list[str]]:
+    """The cells of the table of a page of docs/ that begins with this heading."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
     assert text.count(heading) == 1, heading
     lines = text.partition(heading)[2].splitlines()[1:]  # after the rule
     end = next((i for i, line in enumerate(lines) if not line.startswith("|")), len(lines))
@@ -158,8 +158,8 @@ def integers(text: str) -> list[int]:
     return [int(number.replace(",", "")) for number in re.findall(r"\d[\d,]*", text)]
 
 
-# The README's row, by its steps: the entries it quotes, in its order.
-README_ROWS = {
+# The row of docs/adapt.md, by its steps: the entries it quotes, in its order.
+ROWS = {
     "`adapters`": ["adapters, M/8"],
     "`adaptformer`": ["AdaptFormer, h' = 64"],
     "`repadapter`": ["RepAdapter"],
@@ -173,11 +173,11 @@ README_ROWS = {
 }
 
 
-def test_the_readme_quotes_what_every_method_trains():
-    found = rows("| step | what is trained | Swin-T | ViT-B/16 | merges |\n")
-    assert {row[0] for row in found} == set(README_ROWS)
+def test_the_documentation_quotes_what_every_method_trains():
+    found = rows("adapt.md", "| step | what is trained | Swin-T | ViT-B/16 | merges |\n")
+    assert {row[0] for row in found} == set(ROWS)
     for steps, _, swin_t, vit_b, _ in found:
-        entries = [BY_LABEL[label] for label in README_ROWS[steps]]
+        entries = [BY_LABEL[label] for label in ROWS[steps]]
         assert integers(swin_t) == [entry["swin_t"] for entry in entries], steps
         assert integers(vit_b) == [entry["vit_b"] for entry in entries], steps
 
@@ -188,11 +188,11 @@ def recipes_of(cell: str) -> list[str]:
     return [first, *(first.rpartition("_")[0] + other for other in others)]
 
 
-def test_the_readme_quotes_what_every_recipe_costs():
+def test_the_documentation_quotes_what_every_recipe_costs():
     quoted = set()
     entries = {entry["recipe"]: entry for entry in COMPRESSED if "overrides" not in entry}
     starts = {entry["recipe"]: entry for entry in ADAPTED}
-    for recipes, _, parameters, macs in rows("| recipe | teacher → student | parameters | MACs |\n"):
+    for recipes, _, parameters, macs in rows("recipes.md", "| recipe | teacher → student | parameters | MACs |\n"):
         names = recipes_of(recipes)
         if any(name in entries for name in names):
             found = [entries[name] for name in names]

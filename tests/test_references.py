@@ -1,4 +1,5 @@
-"""Every dotted name of the package that a text or a docstring mentions is there: texts outlive what they speak of."""
+"""Every dotted name of the package that a text or a docstring mentions is there, and every link within the texts leads somewhere: texts
+outlive what they speak of."""
 
 from __future__ import annotations
 
@@ -55,3 +56,27 @@ def test_the_texts_were_seen():
     assert resolved("compressvit.load") is not None
     with pytest.raises(AttributeError):
         resolved("compressvit.no_such_module.name")
+
+
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("docs/*.md")])
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+def anchors(page: Path) -> set[str]:
+    """Of the headings, as GitHub and mkdocs make them."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    found = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in found}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_link_leads_somewhere(page):
+    for link in LINK.findall(re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)):
+        if "://" in link:
+            continue
+        file, _, anchor = link.partition("#")
+        target = (page.parent / file).resolve() if file else page
+        assert target.exists(), f"{page.relative_to(ROOT)} links to {link}"
+        assert target.is_relative_to(ROOT), link
+        if anchor and target.suffix == ".md":
+            assert anchor in anchors(target), f"{page.relative_to(ROOT)} links to {link}"

@@ -99,7 +99,7 @@ def override(document: Document, assignments: list[str]) -> None:
             )
         parts: list[str] = re.sub(r"\[(\d+)\]", r".\1", key).split(
             "."
-        )  # accepts steps[0], as in messages, and steps.0, as in the README
+        )  # accepts steps[0], as in messages, and steps.0, as in the documentation
         if not all(parts):
             raise UserError(f"override '{assignment}' names no key; write it as key=value, e.g. data.root=FOLDER")
         if len(parts) > MAX_DEPTH:

@@ -1,6 +1,6 @@
 """Make the runs of this folder again, into another folder, with the compressvit that Python finds.
 
-Every recipe is that of the folder's own run. See README.md for the command.
+Every recipe is that of the folder's own run. See README.md beside this file for the command.
 """
 
 from __future__ import annotations

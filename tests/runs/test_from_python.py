@@ -277,18 +277,18 @@ def test_models_that_do_not_go_together(tmp_path):
         compressvit.distill(student, tiny_vit(num_classes=7), GOOD)
 
 
-# ---------------------------------------------------------------------------------------------------------------- README
+# --------------------------------------------------------------------------------------------------------- docs/python.md
 
 
 @pytest.mark.wide  # it trains for some seconds
-def test_the_example_of_the_readme_runs(tmp_path, monkeypatch, capsys):
-    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## From Python")[2].partition("\n## ")[0]
+def test_the_example_of_the_documentation_runs(tmp_path, monkeypatch, capsys):
+    section = (ROOT / "docs" / "python.md").read_text(encoding="utf-8").partition("\n## ")[0]
     code = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     assert len(code) >= 2
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     for block in code:
-        exec(compile(block, "README.md", "exec"), names)
+        exec(compile(block, "python.md", "exec"), names)
     assert (tmp_path / "runs" / "first" / "results.json").is_file()
     assert names["done"].figures["agreement"] > 25  # measured 40.0, by chance at most 15
 

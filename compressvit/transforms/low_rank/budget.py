@@ -123,7 +123,7 @@ class Spending:
         return _flat(chosen)
 
     def _error_left(self, groups: Sequence[Group]) -> float:
-        # Relative to each layer's output: the metric of the model's output is a poor guide where layers share (see README).
+        # Relative to each layer's output: the metric of the model's output is a poor guide where layers share (see benchmarks/README.md).
         kind = "inputs" if self.spec.metric == "auto" else self.spec.metric
         curves = self._curves(groups, kind)
         left = self.budget.limit(self._of_teacher) - self._fixed(groups)
