@@ -80,3 +80,9 @@ def test_every_link_leads_somewhere(page):
         assert target.is_relative_to(ROOT), link
         if anchor and target.suffix == ".md":
             assert anchor in anchors(target), f"{page.relative_to(ROOT)} links to {link}"
+
+
+def test_no_text_has_the_marks_of_a_merge():
+    files = [*TEXTS, *PAGES, *ROOT.rglob("tests/**/*.py"), *ROOT.glob("recipes/*.yaml"), *ROOT.glob("benchmarks/*.py")]
+    marked = [path for path in files if re.search(r"^(<{7}|>{7}) ", path.read_text(encoding="utf-8"), re.MULTILINE)]
+    assert not marked

@@ -8,11 +8,8 @@
 | a plan of `lors` in which no layer shares | a plan of `low_rank` |
 | `score: gradient` of `prune` in a resolved recipe, without `milestones` | `score: taylor` |
 | `adaptformer` and `fact` in a resolved recipe, without `dropout` | `dropout: 0.0` |
-<<<<<<< HEAD
 | `data` in a resolved recipe, without `group_by` | `group_by: null`, every image by itself |
-=======
 | `low_rank` in a resolved recipe, without `pivoted` | `pivoted: false` |
->>>>>>> 635438f (Pivoted low rank: r² fewer numbers and products for the same function, the default of low_rank with a budget)
 | tensors `P.low_rank.down`, `P.low_rank.up`, `P.bias` where layer P is low rank alone | `P.down.weight`, `P.up.weight`, `P.up.bias` |
 
 Only files written by a run or by `save` are translated. In a recipe from a user, steps refuse an old word and name the new one.
