@@ -1,4 +1,5 @@
-"""A model as timm writes it: a folder with `config.json` and its tensors, which `timm.create_model("local-dir:FOLDER")` reads."""
+"""A model as timm or transformers writes it: a folder with `config.json` and its tensors. timm's is what
+`timm.create_model("local-dir:FOLDER")` reads."""
 
 from __future__ import annotations
 
@@ -7,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from compressvit.errors import UserError
+from compressvit.model import hugging_face
 from compressvit.reading import Unreadable, read_json
 
 CONFIG = "config.json"
+PREPROCESSOR = "preprocessor_config.json"  # of transformers
 TENSORS = ("model.safetensors", "pytorch_model.bin")  # in the order in which they are looked for
 
 
@@ -36,22 +39,37 @@ def read_local_dir(path: Path) -> LocalDir | None:
     """What is known of the weights at `path`: such a folder, or the file of tensors in one; None of others.
 
     Raises:
-        UserError: `config.json` cannot be read, or its folder has no tensors.
+        UserError: `config.json` cannot be read or describes what timm has not, or its folder has no tensors.
     """
     folder = path if path.is_dir() else path.parent
     config = folder / CONFIG
     if not config.is_file() or (path.is_file() and path.name not in TENSORS):
         return None
     content = _content(config)
-    if content is None:
+    if content is None or (described := _of_transformers(content, config) or _of_timm(content)) is None:
         if path.is_file():
-            return None  # of something else that keeps a config.json, e.g. a transformers model
+            return None  # of something else that keeps a config.json
+        kinds = ", ".join(hugging_face.KINDS)
         raise UserError(
-            f"{config} does not say which timm model it describes (it has no 'architecture'); give the file of the weights"
+            f"{config} does not say which model it describes: it has neither timm's 'architecture' nor a 'model_type' of transformers that "
+            f"is known ({kinds}); give the file of the weights"
         )
     file = path if path.is_file() else next((folder / name for name in TENSORS if (folder / name).is_file()), None)
     if file is None:
-        raise UserError(f"{folder} has a {CONFIG} and no {' or '.join(TENSORS)}; give the folder of a whole model")
+        parts = next(iter(sorted(folder.glob("*.index.json"))), None)
+        hint = f"; the tensors that {parts.name} lists are in several files: save the model in one" if parts else ""
+        raise UserError(
+            f"{folder} has a {CONFIG} and no {' or '.join(TENSORS)}{hint or '; give the folder of a whole model'}"
+        )
+    return LocalDir(file, *described)
+
+
+_Described = tuple[str, dict[str, Any], dict[str, Any], list[str] | None]  # as in LocalDir
+
+
+def _of_timm(content: dict[str, Any]) -> _Described | None:
+    if not isinstance(content.get("architecture"), str):
+        return None
     about, args = _mapping(content, "pretrained_cfg") or content, _mapping(content, "model_args")
     if isinstance(content.get("num_classes"), int):
         args = {"num_classes": content["num_classes"], **args}
@@ -62,7 +80,20 @@ def read_local_dir(path: Path) -> LocalDir | None:
     }
     names = about.get("label_names") or content.get("label_names")
     names = [str(name) for name in names] if isinstance(names, list) else None
-    return LocalDir(file, content["architecture"], args, known, names)
+    return content["architecture"], args, known, names
+
+
+def _of_transformers(content: dict[str, Any], config: Path) -> _Described | None:
+    try:
+        found = hugging_face.timms_model(content)
+    except UserError as error:
+        raise UserError(f"{config}: {error}") from None
+    if found is None:
+        return None
+    beside = config.with_name(PREPROCESSOR)
+    images = _content(beside) if beside.is_file() else None
+    names = hugging_face.label_names(content) if found[1]["num_classes"] else None
+    return *found, hugging_face.input_of(images or {}), names
 
 
 def _mapping(content: dict[str, Any], key: str) -> dict[str, Any]:
@@ -71,9 +102,9 @@ def _mapping(content: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def _content(file: Path) -> dict[str, Any] | None:
-    """The content of a config.json; None of one that does not describe a timm model."""
+    """The content of a file of JSON; None if it is no mapping."""
     try:
         content = read_json(file)
     except Unreadable as error:
         raise UserError(f"{error}; it says how the weights beside it want their images") from error
-    return content if isinstance(content, dict) and isinstance(content.get("architecture"), str) else None
+    return content if isinstance(content, dict) else None

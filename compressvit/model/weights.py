@@ -18,6 +18,7 @@ from torch import nn
 
 from compressvit.errors import UserError, did_you_mean
 from compressvit.files import damaged_record, expanded, torch_fault
+from compressvit.model import hugging_face
 from compressvit.model.backbone import body_of, family_of, head_names, model_name
 from compressvit.model.bounded import on_meta, require_sound
 from compressvit.model.detectors import DETECTORS, is_model
@@ -182,8 +183,8 @@ def load_file(model: nn.Module, path: str | Path, where: str, *, new_head: bool 
     """
     own = model.state_dict()
     stored, notes = _read(expanded(path, where), where)
-    given, prefix = without_prefix(stored, own)
-    notes += prefix
+    given, more = _under_its_names(stored, own, where)
+    notes += more
     tensors = resample_positions(given, model)
     heads = head_names(model)
     if not any(n in own for n in heads):  # a headless model has no use for the file's classifier
@@ -236,9 +237,18 @@ def classes_in_file(model: nn.Module, path: Path, where: str) -> int:
         UserError: as `load_file`, of a file that cannot be read.
     """
     stored, _ = _read(path, where)
-    given, _ = without_prefix(stored, model.state_dict())
+    given, _ = _under_its_names(stored, model.state_dict(), where)
     tensors = resample_positions(given, model)
     return next((len(tensors[name]) for name in sorted(head_names(model)) if name in tensors), 0)
+
+
+def _under_its_names(
+    stored: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], where: str
+) -> tuple[dict[str, torch.Tensor], list[Note]]:
+    """Tensors under the names of timm's model, and notes on what was taken off or left out."""
+    if hugging_face.is_of_transformers(stored):
+        return hugging_face.in_timms_names(stored, own, where)
+    return without_prefix(stored, own)
 
 
 def _classifiers(model: nn.Module) -> list[str]:
