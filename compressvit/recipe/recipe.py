@@ -37,8 +37,8 @@ class Teacher(Spec):
     weights: str = Field(
         "pretrained",
         description="pretrained (timm's, downloaded or from its cache), train (from random initialisation, by `finetune`), random "
-        "(untrained: the steps train a model from its beginning), or the path of a file, of an artifact (e.g. RUN/teacher) or of a folder that "
-        "timm or Hugging Face's transformers wrote (which also record args and num_classes).",
+        "(untrained: the steps train a model from its beginning), or the path of a file, of an artifact (e.g. RUN/teacher) or of a folder "
+        "that timm or Hugging Face's transformers wrote (which also record args and num_classes).",
     )
     backbone: str | None = Field(
         None,

@@ -309,7 +309,9 @@ def _stored_name(path: Path, source: str) -> str:
         return stored.architecture
     inside = next((path / name for name in ("teacher", "student") if is_artifact(path / name)), None)
     hint = f"did you mean {inside}?" if inside else "give timm's name of a model, or a weights file"
-    raise UserError(f"{source} is a folder without a model: it has neither {MANIFEST} nor the config.json of timm or transformers; {hint}")
+    raise UserError(
+        f"{source} is a folder without a model: it has neither {MANIFEST} nor the config.json of timm or transformers; {hint}"
+    )
 
 
 def _require_timm(source: str, path: Path) -> None:
