@@ -17,11 +17,12 @@ import torch
 from torch import nn
 
 from compressvit.errors import UserError, did_you_mean
-from compressvit.files import damaged_record, expanded, torch_fault
+from compressvit.files import damaged_record, torch_fault
 from compressvit.model import hugging_face
 from compressvit.model.backbone import body_of, family_of, head_names, model_name
 from compressvit.model.bounded import on_meta, require_sound
 from compressvit.model.detectors import DETECTORS, is_model
+from compressvit.model.hub import weights_path
 from compressvit.model.local_dir import read_local_dir
 from compressvit.model.modules import as_timm
 from compressvit.model.stored import is_artifact, read_safetensors, read_tensors, require_as_written
@@ -182,7 +183,7 @@ def load_file(model: nn.Module, path: str | Path, where: str, *, new_head: bool 
         UserError: no such file, a truncated or unsafe one, or tensors that do not fit the model.
     """
     own = model.state_dict()
-    stored, notes = _read(expanded(path, where), where)
+    stored, notes = _read(weights_path(path, where), where)
     given, more = _under_its_names(stored, own, where)
     notes += more
     tensors = resample_positions(given, model)

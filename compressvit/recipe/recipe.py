@@ -10,7 +10,6 @@ from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_v
 
 from compressvit.data.spec import Data
 from compressvit.errors import UserError
-from compressvit.files import expanded
 from compressvit.model.old import current_recipe, is_of_a_run, lacks_what_is_new
 from compressvit.model.weights import require_known
 from compressvit.reading import MAX_YAML, Unreadable, read_text
@@ -38,7 +37,7 @@ class Teacher(Spec):
         "pretrained",
         description="pretrained (timm's, downloaded or from its cache), train (from random initialisation, by `finetune`), random "
         "(untrained: the steps train a model from its beginning), or the path of a file, of an artifact (e.g. RUN/teacher) or of a folder "
-        "that timm or Hugging Face's transformers wrote (which also record args and num_classes).",
+        "that timm or Hugging Face's transformers wrote (which also record args and num_classes), or hf-hub:ORG/NAME.",
     )
     backbone: str | None = Field(
         None,
@@ -285,10 +284,11 @@ def _name_stored_model(teacher: Any) -> None:
     given = teacher.get("weights") if isinstance(teacher, dict) and "model" not in teacher else None
     if not isinstance(given, str):
         return
+    from compressvit.model.hub import weights_path
     from compressvit.model.local_dir import read_local_dir
     from compressvit.model.stored import is_artifact, read_manifest
 
-    folder = expanded(given, "teacher.weights")
+    folder = weights_path(given, "teacher.weights")
     stored = read_manifest(folder) if is_artifact(folder) else read_local_dir(folder)
     if stored is not None:
         teacher["model"] = stored.architecture

@@ -11,9 +11,9 @@ from torch import nn
 from compressvit.artifacts.artifact import is_plain
 from compressvit.data.spec import known_classes
 from compressvit.errors import UserError
-from compressvit.files import expanded
 from compressvit.model import surgery, weights
 from compressvit.model.backbone import body_of, model_name
+from compressvit.model.hub import weights_path
 from compressvit.model.local_dir import LocalDir, read_local_dir
 from compressvit.model.modules import as_timm
 from compressvit.model.stored import Manifest, expect_images, is_artifact, read_manifest
@@ -96,7 +96,7 @@ def _stored_teacher(recipe: Recipe) -> Manifest | LocalDir | None:
     asked = recipe.teacher
     if asked.weights in ("pretrained", "train", "random"):
         return None
-    folder = expanded(asked.weights, "teacher.weights")
+    folder = weights_path(asked.weights, "teacher.weights")
     manifest = read_manifest(folder) if is_artifact(folder) else read_local_dir(folder)
     if manifest is None:
         return None
@@ -191,7 +191,7 @@ def require_student_file(recipe: Recipe, teacher: nn.Module) -> list[Note]:
     asked = recipe.student.weights
     if asked in ("teacher", "pretrained", "random"):
         return []
-    if not expanded(asked, "student.weights").exists():
+    if not weights_path(asked, "student.weights").exists():
         raise UserError(
             f"student.weights: there is no file {asked}; it can be teacher, pretrained, random, or the path of a file"
         )

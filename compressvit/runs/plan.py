@@ -24,6 +24,7 @@ from compressvit.fitting.moments import tokens_at
 from compressvit.model import surgery, ties
 from compressvit.model.backbone import describe, family_of
 from compressvit.model.cost import break_even_rank, cost, threads_text
+from compressvit.model.hub import weights_path
 from compressvit.model.linear import weight_shape
 from compressvit.model.weights import copy_matching
 from compressvit.notes import Note
@@ -259,7 +260,7 @@ def _teacher_notes(job: Job) -> list[str]:
             for key in unlike
         ]
     given = recipe.teacher.weights
-    if given not in ("train", "pretrained", "random") and not expanded(given, "teacher.weights").exists():
+    if given not in ("train", "pretrained", "random") and not weights_path(given, "teacher.weights").exists():
         notes.append(
             f"teacher.weights: there is no {given} yet; an artifact would also say with which arguments and classes the teacher is built, "
             "and this plan goes by the recipe alone"

@@ -18,6 +18,7 @@ from compressvit.model import cost, weights
 from compressvit.model.backbone import input_size
 from compressvit.model.detectors import is_model
 from compressvit.model.header import MANIFEST
+from compressvit.model.hub import weights_path
 from compressvit.model.local_dir import read_local_dir
 from compressvit.model.stored import is_artifact, read_manifest
 from compressvit.model.weights import NoPretrainedError
@@ -265,13 +266,13 @@ def _text(unit: str, limit: float) -> str:
 
 def _is_file(source: str) -> bool:
     """Whether these weights are a file that does not say what it is of."""
-    path = expanded(source, "the weights")
+    path = weights_path(source, "the weights")
     return source != "pretrained" and path.is_file() and read_local_dir(path) is None
 
 
 def _teacher(source: str, model: str | None) -> dict[str, Any]:
     """The recipe's `teacher` section. A name of timm's means timm's model, also where a folder has that name; a file means itself."""
-    path = expanded(source, "MODEL_OR_FILE")
+    path = weights_path(source, "MODEL_OR_FILE")
     if path.is_file() and read_local_dir(path) is None:
         if path.name.endswith(".safetensors") and is_artifact(path.parent):
             raise UserError(f"{source} is a part of an artifact; give its folder, {path.parent}")
@@ -330,7 +331,7 @@ def _built(recipe: Mapping[str, Any]) -> nn.Module:
     teacher = recipe["teacher"]
     built = teacher_architecture(_parsed(recipe)).build("meta")
     if _is_file(teacher["weights"]):
-        where = expanded(teacher["weights"], "the file")
+        where = weights_path(teacher["weights"], "the file")
         teacher["num_classes"] = weights.classes_in_file(built, where, "the file")
         built = teacher_architecture(_parsed(recipe)).build("meta")
     return built
