@@ -177,9 +177,15 @@ _NAMES = {
 KINDS = tuple(_NAMES)
 _TOWERS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}  # of models of images and texts
 # What a config.json leaves out.
-_VIT = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 224, "patch_size": 16}
+_VIT: dict[str, Any] = {
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 224,
+    "patch_size": 16,
+}
 _VIT |= {"mlp_ratio": 4, "hidden_act": "gelu", "num_channels": 3, "projection_dim": 512}
-_DEFAULTS = {"clip_vision_model": {**_VIT, "patch_size": 32, "hidden_act": "quick_gelu"}}
+_DEFAULTS: dict[str, dict[str, Any]] = {"clip_vision_model": {**_VIT, "patch_size": 32, "hidden_act": "quick_gelu"}}
 _DEFAULTS["swin"] = {
     "embed_dim": 96,
     "depths": [2, 2, 6, 2],
