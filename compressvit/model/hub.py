@@ -58,16 +58,14 @@ def _file(repository: str, revision: str, name: str, where: str) -> Path | None:
         return Path(known)
     try:
         return Path(hf_hub_download(repository, name, revision=revision or None))
-    except LocalEntryNotFoundError as error:  # no connection, and nothing in the cache
-        reason = error
-    except EntryNotFoundError:
-        return None
     except (
         Exception
     ) as error:  # what the hub's HTTP client raises has no common base, and the client has changed before
-        reason = error
-    text = str(reason).strip().splitlines() or [type(reason).__name__]
-    raise UserError(
-        f"{where}: {name} of {HUB}{repository} is not in the local cache and could not be downloaded ({text[0]}). Supply the model as a "
-        "folder or file instead"
-    ) from reason
+        offline = isinstance(error, LocalEntryNotFoundError)  # no connection, and nothing in the cache
+        if isinstance(error, EntryNotFoundError) and not offline:
+            return None
+        text = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"{where}: {name} of {HUB}{repository} is not in the local cache and could not be downloaded ({text[0]}). Supply the model as "
+            "a folder or file instead"
+        ) from error
