@@ -70,14 +70,23 @@ class Samples(Dataset):
 
     A file that cannot be decoded is flagged in `broken`, uint8 (N,) in memory shared with loader workers. While
     `training` the next good sample takes its place; otherwise a black image with target NO_IMAGE (-2). How the other files had
-    to be converted is recorded in `done`, a tensor of the same form, as bits of `Read`.
+    to be converted is recorded in `done`, a tensor of the same form, as bits of `Read`. A `part` records both in its whole, too.
 
     Args:
         exif: turn images as their EXIF blocks say.
+        whole: the set of which this is a part, and the place in it of every sample.
     """
 
-    def __init__(self, source: Any, indices: Sequence[int] | None = None, labelled: bool = True, *, exif: bool = False):
-        self.source, self.labelled, self.exif = source, labelled, exif
+    def __init__(
+        self,
+        source: Any,
+        indices: Sequence[int] | None = None,
+        labelled: bool = True,
+        *,
+        exif: bool = False,
+        whole: tuple[Samples, Sequence[int]] | None = None,
+    ):
+        self.source, self.labelled, self.exif, self._whole = source, labelled, exif, whole
         self.indices = range(len(source)) if indices is None else indices
         self.broken = torch.zeros(len(self.indices), dtype=torch.uint8).share_memory_()
         self.done = torch.zeros(len(self.indices), dtype=torch.uint8).share_memory_()
@@ -91,7 +100,15 @@ class Samples(Dataset):
 
     def part(self, positions: Sequence[int]) -> Samples:
         """The samples at these positions, as a set of their own."""
-        return Samples(self.source, [self.indices[i] for i in positions], self.labelled, exif=self.exif)
+        indices = [self.indices[i] for i in positions]
+        return Samples(self.source, indices, self.labelled, exif=self.exif, whole=(self, positions))
+
+    def _record(self, position: int, done: int, *, broken: bool = False) -> None:
+        """How the file at a position was read, here and in the set that this one is a part of."""
+        self.broken[position], self.done[position] = int(broken), done
+        if self._whole is not None:
+            whole, positions = self._whole
+            whole._record(positions[position], done, broken=broken)
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         image, target = self._sample(index)
@@ -114,9 +131,9 @@ class Samples(Dataset):
             except _DECODE_ERRORS as error:
                 refuse_shortage(error)  # of a set that opens its files itself
                 # BrokenFiles.report finds the reason again: a worker has no way to reach the run's log
-                self.broken[position] = 1
+                self._record(position, 0, broken=True)
                 continue
-            self.done[position] = int(done)
+            self._record(position, int(done))
             return image, target if self.labelled and target is not None else NO_LABEL
         return Image.new("L", (8, 8)), NO_IMAGE
 

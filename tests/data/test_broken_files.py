@@ -6,21 +6,25 @@ import errno
 import logging
 import multiprocessing
 import pickle
+from dataclasses import replace
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import pytest
+import timm
 from helpers.images import COLOUR, CPU, PLAIN, POLICY, as_multiset, class_folders, epoch, jpeg
 from PIL import Image
 from torch.utils.data import Dataset
 
 from compressvit.data import samples
+from compressvit.data.input import Side
 from compressvit.data.loaders import eval_loader, train_loader
 from compressvit.data.opening import open_data
 from compressvit.data.pictures import TooManyFiles
 from compressvit.data.samples import BrokenFiles
 from compressvit.data.spec import Data
 from compressvit.errors import UserError
+from compressvit.runs.evaluate import Scorer
 from compressvit.runs.resources import resource_faults
 
 
@@ -52,6 +56,30 @@ def test_broken_files_are_left_out_of_evaluation(damaged, workers, caplog):
     assert all(path in message for path, message in zip(expected, messages, strict=True))
     assert messages[0].startswith("skipped a broken image: ")
     assert messages[1].endswith("it is not an image")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_is_found_in_a_part_is_counted_and_told(damaged, workers, caplog):
+    Image.new("CMYK", (40, 30)).save(damaged / "train" / "cat" / "2.jpg")
+    data = Data(name="folder", root=str(damaged), batch_size=2, num_workers=workers)
+    datasets = open_data(data)
+    part = datasets.train.part([1, 2, 5]).part([0, 1])  # of a part
+    loader = eval_loader(replace(datasets, validation=part), data, COLOUR, CPU)
+    with caplog.at_level(logging.WARNING, logger="compressvit"):
+        for _ in range(2):
+            assert len(epoch(loader)[0]) == 1
+    assert datasets.broken.paths == [str(damaged / "train" / "cat" / "1.jpg")]
+    assert len(caplog.records) == 1
+    assert [(note.what, note.count) for note in datasets.broken.notes()] == [("cmyk", 1)]
+
+
+def test_broken_files_of_an_index_are_counted(damaged):
+    data = Data(name="folder", root=str(damaged), batch_size=4)
+    datasets = open_data(data)
+    side = Side.of(timm.create_model("test_vit", img_size=32, num_classes=0), data)
+    scores = Scorer(datasets, data, CPU).score(side, search=True)
+    assert (scores["images"], scores["indexed"]) == (4, 4)
+    assert datasets.broken.count == 4
 
 
 @pytest.mark.parametrize("workers", [0, 2])
