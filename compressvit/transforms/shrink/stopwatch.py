@@ -121,7 +121,7 @@ def _within_the_whole(model: nn.Module, found: Sequence[Place], table: LatencyTa
             scale,
         )
     rows = [row.model_copy(update={"milliseconds": scale * row.milliseconds}) for row in table.rows]
-    return table.model_copy(update={"rows": tuple(rows)})
+    return LatencyTable(**{**dict(table), "rows": tuple(rows)})  # a copy would keep what the table was interpolated by
 
 
 def ratio(student: nn.Module, teacher: nn.Module, *, batch: int, device: torch.device) -> tuple[float, float, float]:
@@ -226,7 +226,7 @@ class _Block:
 
         for inputs, outputs in sorted({(a, b) for a in few for b in many} | {(b, a) for a in few for b in many}):
             yield "linear", (inputs, outputs), _bound(_linear(layer, inputs, outputs), of(inputs))
-        for width in few[:: max(1, len(few) // 3)] + few[-1:]:
+        for width in sorted({*few[:: max(1, len(few) // 3)], few[-1]}):
             half = max(1, width // 2)
             yield "split", (width,), _splitting(Split(width, half, channels, x.device), of(width), of(half))
             yield "join", (width,), _bound(Join(width, channels, x.device), of(half), of(max(1, width - half)))

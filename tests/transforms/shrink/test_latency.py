@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from compressvit.model.backbone import describe, input_size
 from compressvit.transforms import Shrink
 from compressvit.transforms.applying import compress, plan_transforms
 from compressvit.transforms.low_rank.pivoted_layer import is_pivoted
+from compressvit.transforms.narrow.form import BlockForm
 from compressvit.transforms.narrow.places import places
 from compressvit.transforms.record import compression_of
 from compressvit.transforms.shrink import spec, stopwatch
@@ -277,18 +279,55 @@ def test_milliseconds_are_not_assumed_in_a_plan_and_it_says_so():
 
 
 @pytest.mark.parametrize("name", ["vit", "swin"])
-def test_a_real_table_has_every_module_and_they_fill_the_whole(name, monkeypatch, caplog):
+def test_a_real_table_has_all_that_a_budget_asks_for_and_is_what_it_counts_with(name, monkeypatch):
     monkeypatch.setattr(stopwatch, "ROUNDS", 3)
     teacher = build(name)
     found = places(teacher, describe(teacher))
-    with caplog.at_level(logging.INFO, logger="compressvit"):
-        table = stopwatch.measure(teacher, found, batch=2, device=CPU, dtype=torch.float32)
+    table = stopwatch.measure(teacher, found, batch=2, device=CPU, dtype=torch.float32)
     assert table.batch == 2
-    prices = Prices.of(teacher, found, ("latency",), table)
-    parts = sum(prices.part(*part)[0] for part in prices.parts())
-    assert 0 < parts < table.whole
-    assert all(table.layer(place.path, place.neurons, 8, 4, pivoted=True) > 0 for place in found)
-    assert stopwatch.ratio(surgery.deep_copy(teacher), teacher, batch=2, device=CPU)[1] > 0
+    assert table.is_of(CPU)
+    rows = {(row.kind, row.of, row.sizes): row.milliseconds for row in table.rows}
+    assert len(rows) == len(table.rows)
+    prices, total = Prices.of(teacher, found, ("latency",), table), 0.0
+    for place in found:
+        like = table.like[place.path]
+        assert {kind for kind, of, _ in rows if of == like} == {"linear", "split", "join", "attention", "mlp"}
+        whole = {"attn": ("attention", (place.heads, place.head_dim)), "mlp": ("mlp", (place.neurons,))}
+        for part, names in (("attn", ("qkv", "proj")), ("mlp", ("fc1", "fc2"))):
+            layers = [teacher.get_submodule(f"{place.path}.{part}.{layer}") for layer in names]
+            sizes = [(layer.in_features, layer.out_features) for layer in layers]
+            price = sum(rows["linear", like, size] for size in sizes) + rows[(whole[part][0], like, whole[part][1])]
+            assert prices.part(place.path, part)[0] == pytest.approx(price, rel=1e-9)
+            total += price
+            for inputs, outputs in sizes:  # the narrowest that is offered, on both sides
+                assert {("linear", like, (8, outputs)), ("linear", like, (inputs, 8))} <= rows.keys()
+        narrow = BlockForm(head_dim=place.head_dim // 2) if "head_dim" in place.options else BlockForm(heads=1)
+        assert prices.part(place.path, "attn", narrow)[0] != prices.part(place.path, "attn")[0]
+    assert total < table.whole
+
+
+def test_a_real_table_is_kept_and_decides_without_being_measured_again(monkeypatch):
+    monkeypatch.setattr(stopwatch, "ROUNDS", 3)
+    teacher, asked = build("vit"), []
+
+    def once(model, found, **options):
+        """The sizes that are measured, at prices of their own: what can be reached does not depend on this machine."""
+        asked.append(options)
+        table = stopwatch.measure(model, found, **options)
+        rows = [row.model_copy(update={"milliseconds": math.prod(row.sizes) / 1e4}) for row in table.rows]
+        table = LatencyTable(**{**dict(table), "rows": tuple(rows)})
+        prices = Prices.of(model, found, ("latency",), table)
+        return table.model_copy(update={"whole": 1.2 * float(sum(prices.part(*part)[0] for part in prices.parts()))})
+
+    monkeypatch.setattr(spec, "measure", once)
+    monkeypatch.setattr(spec, "ratio", lambda *models, **options: (0.5, 0.6, 0.7))
+    known, plans = Choices(), []
+    for limit in (0.9, 0.8):
+        reference = Reference(surgery.deep_copy(teacher), choices=known)
+        plans.append(step(budget=ShrinkBudget(latency=limit), methods=("neurons", "head_dim")).plan(teacher, reference))
+    assert len(asked) == 1
+    assert plans[0].latency.table == plans[1].latency.table
+    assert plans[1].latency.predicted < plans[0].latency.predicted <= 0.9
 
 
 def test_between_sizes_the_table_is_interpolated():
