@@ -10,6 +10,7 @@ from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_v
 
 from compressvit.data.spec import Data
 from compressvit.errors import UserError
+from compressvit.model.detectors import DETECTORS
 from compressvit.model.old import current_recipe, is_of_a_run, lacks_what_is_new
 from compressvit.model.weights import require_known
 from compressvit.reading import MAX_YAML, Unreadable, read_text
@@ -271,12 +272,16 @@ def require_known_models(recipe: Recipe, name: str = "recipe") -> None:
     Raises:
         UserError: a model is unknown; the message suggests similar names.
     """
-    for key, model in (("teacher.model", recipe.teacher.model), ("student.model", recipe.student.model)):
-        try:
-            if model is not None:
-                require_known(model)
-        except UserError as error:
-            raise UserError(f"{name}: {key}: {error}") from None
+    for whose, given in (("teacher", recipe.teacher), ("student", recipe.student)):
+        named: dict[str, Any] = {f"{whose}.model": given.model}
+        if (given.model or recipe.teacher.model).partition(".")[0] in DETECTORS:
+            named[f"{whose}.args.backbone"] = given.args.get("backbone")
+        for key, model in named.items():
+            try:
+                if isinstance(model, str):
+                    require_known(model)
+            except UserError as error:
+                raise UserError(f"{name}: {key}: {error}") from None
 
 
 def _name_stored_model(teacher: Any) -> None:

@@ -157,6 +157,16 @@ def test_validate_looks_models_up_in_timm_as_plan_does(recipe, tmp_path):
     )
 
 
+@pytest.mark.parametrize("whose", ["teacher", "student"])
+def test_validate_looks_up_the_backbone_of_a_detector(whose, tmp_path):
+    faulty = tmp_path / "faulty.yaml"
+    faulty.write_text(load_recipe("adamixer_lors", [f"{whose}.args.backbone=resnet5O"]).to_yaml())
+    code, out, err = run("validate", faulty)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"{faulty}: {whose}.args.backbone: timm ")
+    assert "has no model 'resnet5O'; did you mean 'resnet50'?" in err
+
+
 def test_validate_succeeds_on_all_that_ship():
     names = list(shipped_recipes())
     code, out, err = run("validate", *names)
