@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -38,6 +39,7 @@ from compressvit.training.pairs import Likeness
 from compressvit.training.phases import Setting
 from compressvit.training.phases.distill import Distill
 from compressvit.training.stage import Stage
+from compressvit.training.stopping import Signals
 
 Images = Callable[[torch.Tensor], torch.Tensor]
 _OPTIONS = "distill.json"  # the options with which the training in a folder was started
@@ -97,7 +99,7 @@ def distill(
 
     Raises:
         UserError: a batch or an option is invalid, or the models do not fit each other.
-        compressvit.training.loop.Interrupted: stopped by a signal, after writing a checkpoint.
+        compressvit.training.loop.Interrupted: stopped by a signal; in the training after writing a checkpoint.
 
     Example:
         >>> student = compressvit.compress(teacher, [compressvit.Multiplex(share=2)])  # doctest: +SKIP
@@ -116,8 +118,9 @@ def distill(
     _refuse(spec, ours, theirs, batches, held_out)
     folder = _folder(output, student, resume, spec.model_dump(mode="json") | {"seed": seed, "task": task})
     bench = _Bench(ours, theirs, batches, held_out, where)
-    report = bench.train(spec, folder, seed, console)
-    figures = bench.evaluate(student.to(where), theirs, search=True)
+    with _Stoppable(folder):
+        report = bench.train(spec, folder, seed, console)
+        figures = bench.evaluate(student.to(where), theirs, search=True)
     return Distilled(student, figures, report["kept_epoch"], folder.path if folder is not None else None)
 
 
@@ -315,9 +318,21 @@ def _run(spec: Distill, stage: Stage, student: nn.Module, folder: RunFolder | No
     try:
         with resource_faults():
             return spec.run(student, stage)[1]
-    except Interrupted as stop:
-        on = "nothing was kept: output=FOLDER keeps a checkpoint" if folder is None else "go on with resume=True"
-        stop.args = (f"the training was stopped; {on}",)
-        raise
     finally:
         stage.log.close()
+
+
+class _Stoppable(Signals):
+    """Turns a signal into an `Interrupted` where the training does not wait for it, too: while the student is written or judged."""
+
+    def __init__(self, folder: RunFolder | None):
+        super().__init__()
+        self.kept = "nothing was kept: output=FOLDER keeps a checkpoint" if folder is None else "go on with resume=True"
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        super().__exit__(kind, error, trace)
+        if isinstance(error, KeyboardInterrupt):
+            error = Interrupted(error.args[0] if error.args else signal.SIGINT, None, "")
+        if isinstance(error, Interrupted):
+            error.args = (f"the training was stopped; {self.kept}",)
+            raise error

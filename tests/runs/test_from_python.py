@@ -211,6 +211,37 @@ def test_a_stopped_training_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     assert all(torch.equal(v, values(whole)[n]) for n, v in values(fresh).items())
 
 
+@pytest.mark.parametrize("where", ["evaluate", "save_student"])
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT"])
+def test_a_signal_outside_of_the_training_is_told_and_what_is_trained_is_kept(where, number, tmp_path, monkeypatch):
+    import os
+    import signal
+
+    from compressvit.runs import distill
+
+    real = getattr(distill, where)
+
+    def stopping(*given, **options):
+        if where == "evaluate" and not (tmp_path / "out" / "student").exists():
+            return real(*given, **options)  # in the training, which waits for it
+        os.kill(os.getpid(), signal.Signals[number])
+        raise AssertionError("the signal came later")
+
+    batches = random_batches(2, 4)
+    options = {"epochs": 1, "console": QUIET, "validation": batches, "output": tmp_path / "out", "keep": "last"}
+    options["evaluate_every"] = 5
+    student, teacher = pair()
+    before = [signal.getsignal(signal.Signals[name]) for name in ("SIGTERM", "SIGINT")]
+    with monkeypatch.context() as patch:
+        patch.setattr(distill, where, stopping)
+        with pytest.raises(Interrupted, match=r"^the training was stopped; go on with resume=True$"):
+            compressvit.distill(student, teacher, batches, **options)
+    assert [signal.getsignal(signal.Signals[name]) for name in ("SIGTERM", "SIGINT")] == before
+    again, _ = pair()
+    done = compressvit.distill(again, teacher, batches, resume=True, **options)
+    assert done.figures["images"] == 8
+
+
 class Stream(IterableDataset):
     def __iter__(self):
         return iter([torch.randn(1, 8, 8)])
