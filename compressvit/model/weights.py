@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import logging
+import math
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -185,8 +186,8 @@ def load_file(model: nn.Module, path: str | Path, where: str, *, new_head: bool 
     own = model.state_dict()
     stored, notes = _read(weights_path(path, where), where)
     given, more = _under_its_names(stored, own, where)
-    notes += more
     tensors = resample_positions(given, model)
+    notes += more + _resampled(given, tensors, model)
     heads = head_names(model)
     if not any(n in own for n in heads):  # a headless model has no use for the file's classifier
         classifiers = {"head", "head_dist", *_classifiers(model)}
@@ -298,6 +299,34 @@ def resample_positions(tensors: dict[str, torch.Tensor], model: nn.Module) -> di
             f"the weights do not fit {model_name(model)}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}. "
             "Check model and args against what the file was made with"
         ) from error
+
+
+def _resampled(given: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], model: nn.Module) -> list[Note]:
+    """A note where position tables of a file, which are for images of another size, became those of the model's token grid."""
+    own = model.state_dict()
+    names = [
+        name
+        for name, tensor in given.items()
+        if name in own and name in tensors and tensor.shape != tensors[name].shape == own[name].shape and "pos" in name
+    ]
+    if not names:
+        return []
+    what = "a position table was" if len(names) == 1 else f"{len(names)} position tables were"
+    text = (
+        f"{what} resampled to the model's token grid, first {names[0]}{_shapes(names[0], given, own)}, because the file's model is for "
+        f"images of another size; {_size_of(given[names[0]], model) or 'img_size'} in its arguments keeps that"
+    )
+    return [Note("positions", len(names), text)]
+
+
+def _size_of(table: torch.Tensor, model: nn.Module) -> str:
+    """For square images of a ViT with this position embedding (1, tokens, channels), the argument that sets their size; else empty."""
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    if table.ndim != 3 or patch is None or len(set(patch)) != 1:
+        return ""
+    tokens = table.shape[1] - (0 if getattr(model, "no_embed_class", False) else getattr(model, "num_prefix_tokens", 0))
+    side = math.isqrt(max(0, tokens))
+    return f"img_size={side * patch[0]}" if side**2 == tokens else ""
 
 
 def _read(path: Path, where: str) -> tuple[dict[str, torch.Tensor], list[Note]]:

@@ -234,6 +234,31 @@ def test_no_file_at_all(tmp_path):
             weights.load_file(build("vit"), path, WHERE)
 
 
+def test_positions_of_another_grid_are_told(tmp_path):
+    other = timm.create_model("test_vit", img_size=48, num_classes=0)
+    swin = build("swin")
+    for model, states, note in (
+        (
+            timm.create_model("test_vit", img_size=32, num_classes=0),
+            other.state_dict(),
+            "img_size=48 in its arguments keeps",
+        ),
+        (other, other.state_dict(), None),
+        (build("swin", seed=5), swin.state_dict(), None),
+    ):
+        artifact.save_file(states, tmp_path / "w.safetensors")
+        found = {n.what: n.text for n in weights.load_file(model, tmp_path / "w.safetensors", WHERE)}
+        assert (note or "") in found.pop("positions", "")
+        assert not found
+        assert (note is None) == (
+            model.state_dict().keys() == states.keys() and same_shapes(model.state_dict(), states)
+        )
+
+
+def same_shapes(a, b):
+    return all(a[name].shape == b[name].shape for name in a)
+
+
 def test_positions_are_resampled_as_timm_does():
     small, large = build("vit"), timm.create_model("vit_tiny_patch16_224", **{**VIT, "img_size": 64}).eval()
     tensors = weights.resample_positions(small.state_dict(), large)
