@@ -187,14 +187,11 @@ def materialise(model: nn.Module) -> nn.Module:
     shared = ties.tied_groups(model)
     # Modules added to a frozen backbone share none of its tensors, so without another step there are no ties to restore.
     ties_backbone = any(plan.trains(model) is None for plan in rest)
-    words = {plan.transform for plan in rest}
-    record = Compression(
-        rest,
-        shared,
-        done.ledger,
-        materialised=ties_backbone and shared != done.ties,
-        claims=[(word, claim) for word, claim in done.claims if word in words],
-    )
+    folded = {plan.transform for plan in rest if plan not in done.plans}  # to a simpler structure, which claims less
+    words = {plan.transform for plan in rest} - folded
+    claims = [(word, claim) for word, claim in done.claims if word in words]
+    claims += [(plan.transform, claim) for plan in rest if plan.transform in folded for claim in claims_of(plan, model)]
+    record = Compression(rest, shared, done.ledger, materialised=ties_backbone and shared != done.ties, claims=claims)
     set_compression(model, record)
     if trained is not None:  # a frozen weight that became dense stays frozen; an adapter that did stays trainable
         surgery.train_only(model, trained | (trained_names(model) or set()))

@@ -15,16 +15,18 @@ from helpers.ranks import ranked
 from timm.layers import StdConv2d
 from torch import Tensor, nn
 
+from compressvit.artifacts import artifact
 from compressvit.errors import UserError
 from compressvit.model.affine import PaddedConv2d, merge_after_, merge_before_
 from compressvit.model.backbone import family_of
 from compressvit.model.surgery import added_parameters, fill_slot, skeleton, specialise
-from compressvit.transforms import SSF, Adapters, FacT, LoRA, LowRank, Multiplex, RepAdapter, Transform
-from compressvit.transforms.applying import compress, materialise
+from compressvit.transforms import PHM, SSF, Adapters, FacT, LoRA, LowRank, Multiplex, RepAdapter, Transform
+from compressvit.transforms.applying import apply_plans, compress, materialise
 from compressvit.transforms.lora import LoRATerm, WithLoRA
 from compressvit.transforms.lors.layers import LowRankTerm, SharedLowRankLinear
 from compressvit.transforms.low_rank.layer import factor
 from compressvit.transforms.record import compression_of, trained_names
+from compressvit.transforms.shrink.plan import ShrinkPlan
 from compressvit.transforms.term import add_to_weight_
 
 IN, OUT = 6, 10
@@ -350,6 +352,22 @@ def test_a_plain_model_can_be_trained_again():
     merged = materialise(adapted(build("vit"), [LowRank(rank=2, metric="weights"), MERGEABLE["lora"]]))
     assert all(p.requires_grad for p in merged.parameters())
     assert trained_names(merged) is None
+
+
+def test_what_is_dense_again_is_free_for_a_further_step(tmp_path):
+    """And the record is the one that the file has, which is read from the plans."""
+    forms = {"blocks.0": {"ranks": {"attn.proj": 5}}, "blocks.1": {"neurons": 40, "ranks": {"mlp.fc1": 6}}}
+    made = build("vit")
+    apply_plans(made, [ShrinkPlan(forms=forms)])
+    merged = materialise(made)
+    for model in (merged, artifact.load(artifact.save(merged, tmp_path / "merged"))):
+        further = LowRank(rank=2, metric="weights", targets=("attn.proj",))
+        assert outputs(compress(model, [further])).isfinite().all()
+        with pytest.raises(UserError, match=r"the earlier shrink made blocks\.1\.mlp\.fc1 narrower"):
+            compress(model, [LowRank(rank=2, metric="weights", targets=("mlp.fc1",))])
+    phm = materialise(adapted(build("vit"), [PHM(n=2, ratio=0.25)]))
+    with pytest.raises(UserError, match="adapters"):
+        compress(phm, [Adapters(width=2)])
 
 
 def test_merged_before_it_is_shared_is_the_way_out():
