@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from torch import nn
 
-from compressvit.data.sets.folder import class_folders
+from compressvit.data.sets.folder import class_folders, folders_beside
 from compressvit.data.spec import Data
 from compressvit.errors import UserError, did_you_mean, option
 from compressvit.files import expanded
@@ -361,7 +361,13 @@ def _labels(teacher: nn.Module, data: Mapping[str, Any]) -> tuple[str, bool]:
     classes = getattr(teacher, "num_classes", 0)
     found = class_folders(Data(name="folder", root=data["root"]))
     if found is None:
-        return "no labels: the images are not in train/ and val/ with a folder per class in each", False
+        folders = folders_beside(Data(name="folder", root=data["root"]))
+        why = (
+            f"the {folders} folders of the images are not taken for classes, which are folders in train/ and val/"
+            if folders
+            else "the images are not in train/ and val/ with a folder per class in each"
+        )
+        return f"no labels: {why}", False
     train, validation = found
     if not classes and (len(train) < 2 or not validation <= train):
         return (

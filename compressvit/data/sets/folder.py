@@ -57,6 +57,14 @@ def class_folders(data: Data) -> tuple[set[str], set[str]] | None:
     return (train, validation) if train and validation else None
 
 
+def folders_beside(data: Data) -> int:
+    """How many folders, directly in the root, might be classes by their places alone: two or more with no image beside them, but for those
+    named as splits; otherwise 0."""
+    root = existing_root(data, LAYOUT)
+    names = _classes_in(root, root, data) - {*TRAIN_FOLDERS, *VAL_FOLDERS}
+    return len(names) if len(names) > 1 else 0
+
+
 def _classes_in(path: Path, root: Path, data: Data) -> set[str]:
     from compressvit.data.splits import Split  # as above
 

@@ -164,7 +164,11 @@ def test_labels_of_other_classes_are_not_used(classifier, labelled, photos, tmp_
     for images, name, words in (
         (labelled, "folder", "accuracy by the labels of 4 class folders"),
         (few, "images", "there are 2 class folders, and the model has 4 classes"),
-        (labelled / "train", "images", "not in train/ and val/ with a folder per class"),
+        (
+            labelled / "train",
+            "images",
+            "the 4 folders of the images are not taken for classes, which are folders in train/",
+        ),
         (photos, "images", "not in train/ and val/"),
     ):
         recipe = verb.shrink_recipe(classifier, images)
