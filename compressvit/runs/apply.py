@@ -26,6 +26,7 @@ from compressvit.runs.finish import finish
 from compressvit.runs.finished import finished_run
 from compressvit.runs.folder import RunFolder, refuse_processes
 from compressvit.runs.job import Job, prepare, refuse_data, refuse_own_inputs
+from compressvit.runs.keep import refuse_judged
 from compressvit.runs.merge import merge_folder, print_merge
 from compressvit.runs.models import trains_teacher
 from compressvit.runs.plan import plan_data, plan_job, require_no_conflicts
@@ -271,3 +272,4 @@ def _refuse(job: Job, plan: RecipePlan, folder: RunFolder, *, overwrite: bool) -
     if overwrite:
         refuse_own_inputs(job.recipe, folder)
     refuse_data(job)
+    refuse_judged(job)

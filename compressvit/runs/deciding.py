@@ -19,7 +19,7 @@ _PHOTOGRAPHS = 8  # of which they are at least
 def set_aside(datasets: Datasets, recipe: Recipe) -> Datasets:
     """The data of a recipe whose steps judge students: every second photograph of those held out decides, and the others are the evidence
     at the end. Where they are too few, or cannot be listed, all do both. Data of other recipes stays as it is."""
-    if datasets.deciding is not None or not any(getattr(step.spec, "needs_judge", False) for step in recipe.steps):
+    if datasets.deciding is not None or not any(getattr(step.spec, "judged", ()) for step in recipe.steps):
         return datasets
     held_out = datasets.validation
     numbers = held_out.photographs(recipe.data) if isinstance(held_out, Samples) else torch.empty(0)

@@ -20,7 +20,10 @@ from compressvit.data.sets.base import VAL_FOLDERS, split_names
 from compressvit.data.spec import Data
 from compressvit.errors import UserError
 from compressvit.files import expanded
+from compressvit.recipe.recipe import Recipe
 from compressvit.runs.evaluate import Scorer
+from compressvit.runs.job import Job
+from compressvit.tasks.base import task_of
 
 
 @dataclass
@@ -46,32 +49,18 @@ class OnHeldOut:
         count = len(self.datasets.deciding) if isinstance(self.datasets.deciding, Samples) else 0
         self.images = f"{counted(count)} held out" if count else "images held out"
 
+    @classmethod
+    def of(cls, job: Job, teacher: Side) -> OnHeldOut:
+        """That of a job; `teacher` may have values by now."""
+        comparable = is_comparable(job.recipe)
+        return cls(job.datasets, job.recipe.data, job.device, teacher, job.student, comparable)
+
     @property
     def _scorer(self) -> Scorer:
         return Scorer(self.datasets, self.data, self.device)
 
     def refuse(self, figures: list[str]) -> None:
-        task = self._scorer.task(self.like)
-        if not self.comparable:
-            raise UserError(
-                "shrink.keep compares the student with its teacher, and student.head=new has another task; give a budget"
-            )
-        if "cosine" in figures and "cosine" not in {quality.key for quality in task.qualities}:
-            raise UserError(
-                f"shrink.keep.cosine compares outputs, which are none of a model for '{task.name}'; give a budget"
-            )
-        drop = next((name for name in figures if name != "cosine"), None)
-        if drop is None:
-            return
-        if not task.outputs_are_logits:
-            raise UserError(
-                f"shrink.keep.{drop} compares accuracies, and the model has no classifier; give keep: {{cosine: 0.98}}"
-            )
-        if not self.datasets.labelled:
-            raise UserError(
-                f"shrink.keep.{drop} compares accuracies, and the images of data '{self.data.name}' have no labels; give "
-                "keep: {cosine: 0.98}, or train/ and val/ with a folder per class in each"
-            )
+        refuse_figures(figures, self.like, self.data, comparable=self.comparable)
         if "worst_domain_drop" in figures and len(self._domains()) < 2:
             raise UserError(
                 "shrink.keep.worst_domain_drop needs images of several domains, in folders of these within those of their classes "
@@ -118,6 +107,45 @@ class OnHeldOut:
                 if any(composed(folder) in names for folder in folders) and (domain := next(folders, None)) is not None:
                     found.setdefault(domain, []).append(position)
         return found
+
+
+def is_comparable(recipe: Recipe) -> bool:
+    """Whether a student has the task of its teacher."""
+    return recipe.student.head != "new"
+
+
+def refuse_judged(job: Job) -> None:
+    """Raise a `UserError` if a figure that a step asks for cannot be measured on the images held out, which are opened."""
+    for step in job.recipe.steps:
+        if figures := getattr(step.spec, "judged", ()):
+            OnHeldOut.of(job, job.teacher).refuse(list(figures))
+
+
+def refuse_figures(figures: Sequence[str], like: Side, data: Data, *, comparable: bool) -> None:
+    """Raise a `UserError` if a figure cannot be measured of models of this structure, or on such data, whatever its images are."""
+    task = task_of(like.model, data.usual_task)
+    if not figures:
+        return
+    if not comparable:
+        raise UserError(
+            "shrink.keep compares the student with its teacher, and student.head=new has another task; give a budget"
+        )
+    if "cosine" in figures and "cosine" not in {quality.key for quality in task.qualities}:
+        raise UserError(
+            f"shrink.keep.cosine compares outputs, which are none of a model for '{task.name}'; give a budget"
+        )
+    drop = next((name for name in figures if name != "cosine"), None)
+    if drop is None:
+        return
+    if not task.outputs_are_logits:
+        raise UserError(
+            f"shrink.keep.{drop} compares accuracies, and the model has no classifier; give keep: {{cosine: 0.98}}"
+        )
+    if not data.labelled:
+        raise UserError(
+            f"shrink.keep.{drop} compares accuracies, and the images of data '{data.name}' have no labels; give "
+            "keep: {cosine: 0.98}, or train/ and val/ with a folder per class in each"
+        )
 
 
 class _Classes:

@@ -31,6 +31,7 @@ from compressvit.notes import Note
 from compressvit.recipe.recipe import Merge, Recipe
 from compressvit.runs.files import Costs, DataPlan, LedgerRow, NoteRow, PlannedTeacher, RecipePlan, StagePlan, StepPlan
 from compressvit.runs.job import PLACEHOLDER_CLASSES, Job, prepare, refuse_data, refuse_small_heads
+from compressvit.runs.keep import is_comparable, refuse_figures, refuse_judged
 from compressvit.runs.models import has_own_head, require_pretrained, student_body, trains_teacher, untrained
 from compressvit.tasks.base import TASKS, find_task, task_of
 from compressvit.training.phases import PhaseSpec, Setting
@@ -58,6 +59,8 @@ def plan_recipe(recipe: Recipe, name: str = "recipe") -> RecipePlan:
         plan.data = plan_data(job)
         with _collected(plan.conflicts):
             refuse_data(job)
+        with _collected(plan.conflicts):
+            refuse_judged(job)
     if fault is not None and _is_here(recipe.data):
         plan.conflicts.append(str(fault))
     elif fault is not None:
@@ -67,11 +70,11 @@ def plan_recipe(recipe: Recipe, name: str = "recipe") -> RecipePlan:
 
 @contextmanager
 def _collected(conflicts: list[str]) -> Iterator[None]:
-    """Inside, an error of the user's is a conflict."""
+    """Inside, an error of the user's is a conflict, unless it is one already."""
     try:
         yield
     except UserError as error:
-        conflicts.append(str(error))
+        conflicts += [] if str(error) in conflicts else [str(error)]
 
 
 def _listed(data: Data) -> tuple[Datasets | None, Exception | None]:
@@ -129,6 +132,9 @@ def plan_job(job: Job) -> RecipePlan:
         require_pretrained(recipe, teacher.model, student.model)
     with _collected(planned.conflicts):
         refuse_small_heads(job)
+    for step in recipe.steps:
+        with _collected(planned.conflicts):
+            refuse_figures(getattr(step.spec, "judged", ()), job.student, recipe.data, comparable=is_comparable(recipe))
     if recipe.student.weights == "teacher":
         with _collected(planned.conflicts):
             copy_matching(student_body(recipe, teacher.model, meta=True), teacher.model)

@@ -250,10 +250,9 @@ def measure_first(job: Job, teacher: nn.Module, folder: RunFolder, *, resume: bo
 
 def judge(job: Job, part: Part, teacher: Side) -> OnHeldOut | None:
     """What judges students, where a transform of this part needs it."""
-    if not any(spec.needs_judge for spec in part.transforms):
+    if not any(spec.judged for spec in part.transforms):
         return None
-    other_task = job.recipe.student.head == "new"
-    return OnHeldOut(job.datasets, job.recipe.data, job.device, teacher, job.student, not other_task)
+    return OnHeldOut.of(job, teacher)
 
 
 def _choices(kept: Path) -> Path:

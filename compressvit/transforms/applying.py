@@ -112,7 +112,7 @@ def _require_images(spec: Transform, reference: Reference) -> None:
     try:
         reference.require_images(spec.name)
     except UserError as error:
-        if not spec.needs_judge:
+        if not spec.judged:
             raise
         raise UserError(
             f"{spec.name}: keep judges students on images, and none were given: pass compress(…, calibration=images), where a few hundred "

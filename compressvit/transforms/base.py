@@ -178,9 +178,9 @@ class Transform(Spec):
         return False
 
     @property
-    def needs_judge(self) -> bool:
-        """Whether these settings make students and judge them on images that are held out (`Reference.judge`)."""
-        return False
+    def judged(self) -> tuple[str, ...]:
+        """The figures of students that these settings make and judge on images that are held out (`Reference.judge`)."""
+        return ()
 
     @property
     def provisional(self) -> tuple[str, ...]:

@@ -108,8 +108,8 @@ class Shrink(NarrowStep):
         return self.metric != "weights" or self.keep is not None
 
     @property
-    def needs_judge(self) -> bool:
-        return self.keep is not None
+    def judged(self) -> tuple[str, ...]:
+        return () if self.keep is None else tuple(self.keep.wanted)
 
     def with_budget(self, budget: Budget) -> Shrink:
         only = {name: getattr(budget, name, None) for name in ShrinkBudget.model_fields}
@@ -182,7 +182,7 @@ class Shrink(NarrowStep):
     def _search(self, model: nn.Module, found: Sequence[Place], reference: Reference) -> Search:
         """What is wanted and what it costs. Raises a `UserError` for what cannot be met, before an image is read."""
         if self.keep is not None:
-            reference.judge.refuse(list(self.keep.wanted))
+            reference.judge.refuse(list(self.judged))
         table = self._table(model, found, reference) if "latency" in self.target.units else None
         search = Search(self, model, Prices.of(model, found, self.target.units, table, self.pivoted), self.target)
         if self.budget is not None:
@@ -206,7 +206,7 @@ class Shrink(NarrowStep):
         def attempt(size: float) -> Trial:
             if size not in known:
                 plan = plan_of(size)
-                figures = judge.figures(fitted_copy(model, plan, reference), list(keep.wanted))
+                figures = judge.figures(fitted_copy(model, plan, reference), list(self.judged))
                 spent = float(search.cost(plan)[0])
                 known[size] = Trial(size=size, spent=spent, figures=figures, kept=keep.holds(figures))
                 reference.choices.put(name, [trial.model_dump(mode="json") for trial in known.values()])

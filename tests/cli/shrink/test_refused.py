@@ -80,6 +80,32 @@ def test_one_sentence_for_what_cannot_be_done(words, expected, headless, classif
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("keep", "images", "expected"),
+    [
+        ("top1_drop", "photos", "the images of data 'images' have no labels; give keep: {cosine: 0.98}"),
+        ("worst_class_drop", "nowhere", "the images of data 'images' have no labels; give keep: {cosine: 0.98}"),
+        ("worst_domain_drop", "labelled", "worst_domain_drop needs images of several domains"),
+        ("top1_drop", "labelled", None),
+    ],
+)
+def test_a_plan_refuses_what_cannot_be_kept(keep, images, expected, classifier, photos, labelled, tmp_path):
+    places = {"photos": photos, "nowhere": tmp_path / "nowhere", "labelled": labelled}
+    recipe = verb.shrink_recipe(classifier, photos if images == "nowhere" else places[images])
+    recipe["data"]["root"] = str(places[images])
+    recipe["steps"] = [{"shrink": {"keep": {keep: 1.0}}}]
+    (tmp_path / "recipe.yaml").write_text(dumped(recipe))
+    code, out, _ = run("plan", tmp_path / "recipe.yaml")
+    assert code == (0 if expected is None else 2)
+    assert out.count("conflict:") == (expected is not None)
+    if expected is None:
+        return
+    assert expected in out
+    told = run("apply", tmp_path / "recipe.yaml", "--output", tmp_path / "run")[2]
+    assert images == "nowhere" or expected in told
+    assert not (tmp_path / "run").exists()
+
+
 def _damaged(headless, folder, path, value):
     state = load_file(headless)
     state[path].flatten()[:2] = value
