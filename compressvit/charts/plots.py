@@ -13,11 +13,12 @@ def frontier_finding(rows: Sequence[Mapping[str, Any]], unit: str, quality: str,
 
     Args:
         rows: the teacher's first, then the students', with `unit` and `quality` among their keys.
-        unit: 'parameters', 'bytes' or 'macs'.
+        unit: 'parameters', 'bytes', 'macs' or 'latency', which is a ratio to the teacher's.
         quality: key of the quality, and `label` what the axis calls it.
         name: the teacher's, for the title.
     """
     teacher, students = rows[0], sorted(rows[1:], key=lambda row: row[unit])
+    whole = 1.0 if unit == "latency" else teacher[unit]
     several = len({row.get("method") for row in students}) > 1
     return Finding(
         name="frontier",
@@ -27,7 +28,7 @@ def frontier_finding(rows: Sequence[Mapping[str, Any]], unit: str, quality: str,
         chart="points",
         records=[
             {
-                "share": row[unit] / teacher[unit],
+                "share": row[unit] / whole,
                 "quality": row[quality],
                 "written": f"{row[quality]:.4g}",
                 **({"method": row["method"]} if several else {}),

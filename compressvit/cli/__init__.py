@@ -12,7 +12,7 @@ from pathlib import Path
 from compressvit import __version__
 from compressvit.cli.common import Verb, add_device, add_overrides, add_recipe, add_run, exit_code_of
 from compressvit.cli.recipes import add_recipes, add_schema
-from compressvit.cli.shrink import add_shrink, run_shrink
+from compressvit.cli.shrink import UNITS, add_shrink, run_shrink
 from compressvit.errors import UserError, command_line
 from compressvit.exits import answered
 from compressvit.text import complain, printable
@@ -120,10 +120,13 @@ def _add_frontier(verb: Verb) -> None:
         nargs="+",
         type=_budget,
         default=[0.75, 0.6, 0.5, 0.4, 0.3, 0.2],
-        help="budgets: up to 1 a fraction of the teacher's, above 1 a number (default: 0.75 0.6 0.5 0.4 0.3 0.2)",
+        help="budgets: up to 1 a fraction of the teacher's, above 1 a number, of latency milliseconds (default: 0.75 0.6 0.5 0.4 0.3 0.2)",
     )
     frontier.add_argument(
-        "--unit", choices=("parameters", "bytes", "macs"), default="parameters", help="unit of the budgets"
+        "--unit",
+        choices=UNITS,
+        default="parameters",
+        help="unit of the budgets (default: parameters); only shrink has budgets of latency, on this device",
     )
     frontier.add_argument(
         "--methods",

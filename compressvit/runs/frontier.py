@@ -14,20 +14,19 @@ from rich.table import Table
 
 from compressvit.charts.plots import frontier_finding
 from compressvit.data.input import Side
-from compressvit.errors import UserError
+from compressvit.errors import UserError, option
 from compressvit.files import write_json, write_text
-from compressvit.fitting.allocate import Budget
 from compressvit.model import cost, surgery
 from compressvit.model.memory import inference_memory
 from compressvit.recipe.recipe import Recipe
-from compressvit.runs.methods import steps_of
+from compressvit.runs.methods import METHODS, budgeted, steps_of
 from compressvit.runs.one_shot import OneShot, leading_transforms
 from compressvit.runs.plan import plan_data
 from compressvit.runs.tables import how_measured, how_searched, interval_text, megabytes, print_data, ratio_text
 from compressvit.tasks.qualities import intervals as intervals_of
 from compressvit.tasks.qualities import measured, qualities, words
 from compressvit.terminal import print_table
-from compressvit.transforms.base import Transform
+from compressvit.transforms.shrink.spec import Shrink
 
 
 def frontier(
@@ -48,8 +47,8 @@ def frontier(
 
     Args:
         recipe: has such a step before its first phase.
-        budgets: in `unit`; values up to 1 are shares of the teacher's.
-        unit: 'parameters', 'bytes' or 'macs'.
+        budgets: in `unit`; values up to 1 are shares of the teacher's. A latency above 1 is in milliseconds.
+        unit: 'parameters', 'bytes', 'macs' or 'latency', which only `shrink` spends: on `device`, of batches as the step says.
         output: folder for `frontier.csv`, `frontier.json` and `frontier.png`; created.
         device: as for `apply`.
         methods: words of `compressvit.runs.methods`, compared at every budget; each but the recipe's own has its default settings, in
@@ -60,22 +59,24 @@ def frontier(
         `latency_high` are the ends of its interval.
 
     Raises:
-        UserError: there is no such step, the teacher has no values, or no budget can be met.
+        UserError: there is no such step, or it has no budgets in `unit`; the teacher has no values, or no budget can be met.
     """
-    _require_ranks(recipe)
+    _require_spending(recipe, methods, unit)
     begin = OneShot(recipe, device, "frontier")
 
-    rows = [_measured(begin, replace(begin.teacher, model=surgery.deep_copy(begin.teacher.model)), None, None)]
+    batch = _batch(begin, unit)
+    teacher = replace(begin.teacher, model=surgery.deep_copy(begin.teacher.model))
+    rows = [_measured(begin, teacher, None, None, batch)]
     for method in methods or (None,):
         for budget in sorted(budgets, reverse=True):
             name = f"{method or ''} budget {budget:g}".strip()
             try:
-                steps = steps_of(begin.transforms, method, begin.teacher.model, Budget(**{unit: budget}), _spends)
+                steps = steps_of(begin.transforms, method, begin.teacher.model, unit, budget)
                 student, _ = begin.student(steps)
             except UserError as error:
                 console.print(f"{name}: {error}", highlight=False)
                 continue
-            rows.append(_measured(begin, student, method, budget))
+            rows.append(_measured(begin, student, method, budget, batch))
             console.print(f"{name}: {words(rows[-1])}", highlight=False)
     if len(rows) == 1:
         raise UserError("none of the budgets can be met; the messages above say which can")
@@ -83,17 +84,17 @@ def frontier(
     # the teacher agrees perfectly with itself; without labels, the last metric of the ranking is the most informative
     ranked = [q.key for q in task.ranked(rows[0])]
     _write(rows, output, unit, recipe.teacher.model, next((key for key in ranked if key in task.graded), ranked[-1]))
-    _print(begin, rows, unit, console)
+    _print(begin, rows, unit, batch, console)
     console.print(f"{output / 'frontier.png'}, {output / 'frontier.csv'}", highlight=False)
     return rows
 
 
-def _print(begin: OneShot, rows: list[dict[str, Any]], unit: str, console: Console) -> None:
+def _print(begin: OneShot, rows: list[dict[str, Any]], unit: str, batch: int, console: Console) -> None:
     """The tables, and below them how it was measured and what the images and weights needed."""
     print_table(_costs(rows, unit), console)
     print_table(_quality(rows), console)
     console.print(
-        f"latency: {how_measured(begin.where)}\n"
+        f"latency: {how_measured(begin.where, batch)}\n"
         "memory: the weights, and the most that the tensors of one image's forward pass take at once",
         highlight=False,
         soft_wrap=True,
@@ -107,9 +108,10 @@ def _print(begin: OneShot, rows: list[dict[str, Any]], unit: str, console: Conso
         console.print(f"{broken} broken image files were skipped", highlight=False)
 
 
-def _require_ranks(recipe: Recipe) -> None:
-    """Raise a `UserError` unless a step whose size follows from a budget precedes the first phase."""
-    specs = [spec for spec in leading_transforms(recipe) if _spends(spec)]
+def _require_spending(recipe: Recipe, methods: Sequence[str], unit: str) -> None:
+    """Raise a `UserError` unless a step whose size follows from a budget precedes the first phase, and it (or all methods) can be given one
+    in this unit."""
+    specs = [spec for spec in leading_transforms(recipe) if spec.budget_units]
     if not specs:
         names = ", ".join(step.name for step in recipe.steps)
         raise UserError(
@@ -121,11 +123,25 @@ def _require_ranks(recipe: Recipe) -> None:
         raise UserError(
             f"frontier spends its budgets by the errors of a teacher's weights, which {scratch}.init=scratch does not use"
         )
+    units = {name: METHODS[name].units for name in methods} or {specs[-1].name: specs[-1].budget_units}
+    without = [name for name, known in units.items() if unit not in known]
+    if without:
+        able = ", ".join(name for name, method in METHODS.items() if unit in method.units)
+        raise UserError(
+            f"{option('unit', unit)}: {' and '.join(without)} cannot be made for a budget of {unit}; of the methods only {able} can "
+            f"({option('methods', able)}), or give another unit: {', '.join(units[without[0]])}"
+        )
 
 
-def _measured(begin: OneShot, side: Side, method: str | None, budget: float | None) -> dict[str, Any]:
+def _batch(begin: OneShot, unit: str) -> int:
+    """Images at once for which latency counts: that of the recipe's step where it is the unit, else one."""
+    own = begin.transforms[budgeted(begin.transforms)]
+    return own.batch if unit == "latency" and isinstance(own, Shrink) else 1
+
+
+def _measured(begin: OneShot, side: Side, method: str | None, budget: float | None, batch: int) -> dict[str, Any]:
     """The row of a model; of the teacher without a budget."""
-    scores, times = begin.scores(side), begin.times(side)
+    scores, times = begin.scores(side), begin.times(side, batch)
     low, ratio, high = times.ratio(1)
     return {
         "method": method,
@@ -140,10 +156,6 @@ def _measured(begin: OneShot, side: Side, method: str | None, budget: float | No
         "indexed": scores.get("indexed"),
         **{key: scores.get(key) for key in qualities()},
     }
-
-
-def _spends(spec: Transform) -> bool:
-    return type(spec).with_budget is not Transform.with_budget
 
 
 def _costs(rows: list[dict[str, Any]], unit: str) -> Table:

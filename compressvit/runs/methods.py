@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -59,19 +59,41 @@ def _cost(model: nn.Module, step: Narrow | None, unit: str) -> int:
     return cost.cost(empty, input_size(empty)).as_dict()[unit]
 
 
-METHODS: dict[str, Callable[[nn.Module, Budget], Transform]] = {
-    "shrink": lambda model, budget: Shrink.model_validate({"budget": budget.model_dump(exclude_none=True)}),
-    "narrow": _narrow,
-    "low_rank": lambda model, budget: LowRank(budget=budget),
-    "lors": lambda model, budget: LORS(share="auto", budget=budget),
+@dataclass(frozen=True)
+class Method:
+    """A method that is compared.
+
+    Attributes:
+        step: its step for a model, of a size in a unit.
+        units: in which its size can be given.
+    """
+
+    step: Callable[[nn.Module, str, float], Transform]
+    units: tuple[str, ...]
+
+
+METHODS: dict[str, Method] = {
+    "shrink": Method(lambda _, unit, size: Shrink.model_validate({"budget": {unit: size}}), Shrink.budget_units),
+    "narrow": Method(
+        lambda model, unit, size: _narrow(model, Budget.model_validate({unit: size})), tuple(Budget.model_fields)
+    ),
+    "low_rank": Method(lambda _, unit, size: LowRank.model_validate({"budget": {unit: size}}), LowRank.budget_units),
+    "lors": Method(
+        lambda _, unit, size: LORS.model_validate({"share": "auto", "budget": {unit: size}}), LORS.budget_units
+    ),
 }
 
 
+def budgeted(steps: Sequence[Transform]) -> int:
+    """The place of the last step whose size follows from a budget."""
+    return max(i for i, step in enumerate(steps) if step.budget_units)
+
+
 def steps_of(
-    steps: list[Transform], method: str | None, model: nn.Module, budget: Budget, spends: Callable[[Any], bool]
+    steps: Sequence[Transform], method: str | None, model: nn.Module, unit: str, size: float
 ) -> list[Transform]:
     """The steps with a budget: the last of those that spend one is given it, or is replaced by the default step of `method`."""
-    last = max(i for i, step in enumerate(steps) if spends(step))
+    last = budgeted(steps)
     own = steps[last]
-    replaced = own.with_budget(budget) if method in (None, own.name) else METHODS[method](model, budget)
+    replaced = own.with_budget(unit, size) if method in (None, own.name) else METHODS[method].step(model, unit, size)
     return [*steps[:last], replaced or own, *steps[last + 1 :]]

@@ -131,11 +131,11 @@ class OneShot:
             return None
         return beside(on_fitted(student, self.teacher, self._images, self.job.device), scores.get("cosine"))
 
-    def times(self, student: Side) -> cost.Latencies:
-        """Latencies of the teacher and a student, measured in turns."""
+    def times(self, student: Side, batch: int = 1) -> cost.Latencies:
+        """Latencies of the teacher and a student, for batches of so many images, measured in turns."""
         sides = (self.teacher, student)
         models = [side.model.to(self.job.device) for side in sides]
-        return cost.latencies(models, [side.input.size for side in sides], device=self.job.device)
+        return cost.latencies(models, [side.input.size for side in sides], device=self.job.device, batch=batch)
 
     @property
     def where(self) -> str:

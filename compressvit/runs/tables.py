@@ -183,16 +183,27 @@ def print_data(data: DataPlan, console: Console) -> None:
         console.print(f"data: {note.text}", highlight=False)
 
 
-def how_measured(where: str) -> str:
+def how_measured(where: str, batch: int = 1) -> str:
     """How latencies were measured, for the line below their table.
 
     Args:
         where: device and threads.
     """
-    return f"batch 1 on {where}, the models in turns, medians of up to 30 rounds; in brackets the 99 % interval of the median ratio"
+    return f"batch {batch} on {where}, the models in turns, medians of up to 30 rounds; in brackets the 99 % interval of the median ratio"
+
+
+def latency_spread(results: Results) -> str:
+    """What a run gives in brackets beside its median ratio of latencies."""
+    confidence = results.student.latency_confidence
+    return (
+        "the quartiles of the rounds"
+        if confidence is None
+        else f"the {100 * confidence:g} % interval of the median ratio"
+    )
 
 
 def ratio_text(ratio: Sequence[float]) -> str:
     """A ratio of latencies, as '1.89 (1.81–1.97)': the median of all rounds, and in brackets its 99 % interval (`Latencies.ratio`)."""
     low, middle, high = ratio
     return f"{middle:.2f} ({low:.2f}–{high:.2f})"
+        batch: images at once.

@@ -177,6 +177,8 @@ class Transform(Spec):
         """Whether these settings need calibration images."""
         return False
 
+    # The units of the budgets that `with_budget` takes; none where the size does not follow from a budget.
+    budget_units: ClassVar[tuple[str, ...]] = ()
     @property
     def judged(self) -> tuple[str, ...]:
         """The figures of students that these settings make and judge on images that are held out (`Reference.judge`)."""
@@ -187,8 +189,9 @@ class Transform(Spec):
         """What a plan assumes without a reference and determines with one, one sentence each."""
         return ()
 
-    def with_budget(self, budget: Budget) -> Transform | None:
-        """A copy that may cost so much, in place of its own sizes or budget; None for a step whose size does not follow from a budget."""
+    def with_budget(self, unit: str, value: float) -> Transform | None:
+        """A copy that may cost so much in one of its `budget_units`, in place of its own sizes or budget; None for a step whose size does
+        not follow from a budget."""
         return None
 
     def refuse_by_device(self, model: nn.Module, reference: Reference) -> None:

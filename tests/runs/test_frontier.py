@@ -6,6 +6,7 @@ import csv
 import json
 
 import pytest
+from helpers.latency import table_of
 from helpers.models import build
 from helpers.runs import done, refused, run
 from PIL import Image
@@ -13,13 +14,13 @@ from PIL import Image
 import compressvit
 from compressvit.charts.findings import read
 from compressvit.charts.plots import frontier_finding, ranks_finding
-from compressvit.fitting.allocate import Budget
 from compressvit.model import cost
 from compressvit.model.backbone import input_size
 from compressvit.runs.frontier import _costs, _quality
 from compressvit.runs.methods import METHODS
 from compressvit.tasks.qualities import qualities
 from compressvit.terminal import Terminal, print_table
+from compressvit.transforms.shrink import spec
 
 
 def values_of(run):
@@ -55,6 +56,29 @@ def test_forms_of_all_kinds_are_swept(trained, tmp_path):
     assert rows[1]["cosine"] > rows[2]["cosine"]
 
 
+def test_budgets_of_latency_are_spent_by_shrink_and_modules_are_measured_once(trained, tmp_path, monkeypatch):
+    recipe, run = trained
+    batches = []
+
+    def measure(model, found, *, batch, **options):
+        batches.append(batch)
+        return table_of(model, found, batch=batch)
+
+    monkeypatch.setattr(spec, "measure", measure)
+    monkeypatch.setattr(spec, "ratio", lambda *models, **options: (0.5, 0.6, 0.7))
+    step = "steps=[{shrink: {budget: {latency: 0.5}, batch: 3, metric: weights, multiple: 4, methods: [neurons]}}]"
+    words = ["--unit", "latency", "--budgets", 0.85, 0.75, 0.01, "--output", tmp_path / "out"]
+    out = done("frontier", recipe, *values_of(run), step, *words)
+    rows = json.loads((tmp_path / "out" / "frontier.json").read_text())
+    assert [row["budget"] for row in rows] == [None, 0.85, 0.75]
+    assert rows[0]["parameters"] > rows[1]["parameters"] > rows[2]["parameters"]
+    assert batches == [3]
+    for text in ("budget 0.01: shrink: a budget of", "latency: batch 3 on cpu", "budgets: of the teacher's latency"):
+        assert text in out
+    plot = frontier_finding(rows, "latency", "cosine", "cosine", "a model")
+    assert {record["share"] for record in plot.records} == {row["latency"] for row in rows[1:]}
+
+
 def test_methods_side_by_side(trained, tmp_path):
     recipe, run = trained
     words = ["--methods", *METHODS, "--budgets", 0.5, "--output", tmp_path / "out"]
@@ -76,12 +100,12 @@ def test_methods_side_by_side(trained, tmp_path):
 def test_narrow_meets_a_budget_or_says_why_not():
     model = build("vit")
     whole = cost.cost(model, input_size(model))
-    step = METHODS["narrow"](model, Budget(macs=0.7))
+    step = METHODS["narrow"].step(model, "macs", 0.7)
     student = compressvit.compress(model, [step.model_copy(update={"metric": "weights"})])
     spent = cost.cost(student, input_size(student)).macs
     assert 0.5 < spent / whole.macs <= 0.7
     with pytest.raises(compressvit.UserError, match=r"narrow: a budget of 12 parameters cannot be met \(with 1/64"):
-        METHODS["narrow"](model, Budget(parameters=12))
+        METHODS["narrow"].step(model, "parameters", 12)
 
 
 def test_the_run_draws_its_ranks(trained):
@@ -106,6 +130,15 @@ def test_a_layer_that_stays_dense_has_a_bar_of_its_full_rank(tmp_path):
         (["steps=[{multiplex: {share: 2}}, distill]"], "the steps of this recipe are multiplex, distill"),
         (["teacher.weights=RUN", "steps.0.low_rank.init=scratch"], "which low_rank.init=scratch does not use"),
         (["teacher.weights=RUN", "teacher.num_classes=7"], "classifier of 10 classes and the model one of 7"),
+        (
+            ["--unit", "latency"],
+            "--unit latency: low_rank cannot be made for a budget of latency; of the methods only shrink can",
+        ),
+        (
+            ["steps=[{shrink: {budget: {macs: 0.5}}}]", "--unit", "latency", "--methods", "shrink", "narrow", "lors"],
+            "narrow and lors cannot be made for a budget of latency; of the methods only shrink can (--methods shrink), or give another "
+            "unit: parameters, bytes, macs",
+        ),
         (["steps=[distill, {lors: {rank: 2}}]"], "on a `shrink`, `low_rank` or `lors` step before the first phase"),
     ],
 )

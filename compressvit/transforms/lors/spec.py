@@ -19,7 +19,6 @@ from pydantic import Field, field_validator, model_validator
 from torch import nn
 
 from compressvit.errors import UserError
-from compressvit.fitting.allocate import Budget
 from compressvit.fitting.reference import Reference
 from compressvit.model import ties
 from compressvit.model.backbone import Backbone, share_groups
@@ -110,8 +109,8 @@ class LORS(RankStep):
             raise ValueError("terms multiply the rank, which a budget chooses; leave terms out")
         return self
 
-    def with_budget(self, budget: Budget) -> LORS:
-        return self.model_validate({**self.model_dump(), "rank": None, "terms": 1, "budget": budget})
+    def with_budget(self, unit: str, value: float) -> LORS:
+        return self.model_validate({**self.model_dump(), "rank": None, "terms": 1, "budget": {unit: value}})
 
     @property
     def needs_images(self) -> bool:

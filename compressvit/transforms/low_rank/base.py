@@ -145,6 +145,7 @@ class RankPlan(Plan):
 class RankStep(Transform):
     """Options of a step that assigns a rank to each linear layer."""
 
+    budget_units: ClassVar[tuple[str, ...]] = tuple(Budget.model_fields)
     convolutions: ClassVar[bool] = False  # point-wise convolutions (1×1, stride 1, no groups) are targets, too
 
     rank: int | tuple[int, ...] | None = Field(
@@ -195,9 +196,9 @@ class RankStep(Transform):
         """Whether layers are fitted in the order they run."""
         return self.sequential and self.needs_images and self.of == "backbone"
 
-    def with_budget(self: S, budget: Budget) -> S:
+    def with_budget(self: S, unit: str, value: float) -> S:
         """A copy of the step with this budget in place of its own ranks or budget."""
-        return self.model_validate({**self.model_dump(), "rank": None, "budget": budget})
+        return self.model_validate({**self.model_dump(), "rank": None, "budget": {unit: value}})
 
     def require_rank_or_budget(self, init: str) -> None:
         """Raise a ValueError unless exactly one of rank and budget is given; a budget also needs values to measure errors on."""

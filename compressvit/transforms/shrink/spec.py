@@ -13,13 +13,12 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-from compressvit.fitting.allocate import Budget
 from compressvit.fitting.hull import Forms
 from compressvit.fitting.reference import Reference
 from compressvit.log import progress
@@ -55,6 +54,8 @@ _ASSUMED = 0.5  # of the teacher's size, in a plan without values where the size
 @transform("shrink", ShrinkPlan)
 class Shrink(NarrowStep):
     """Make every attention and MLP of the backbone as small as a budget asks, each in the way that loses least."""
+
+    budget_units: ClassVar[tuple[str, ...]] = tuple(ShrinkBudget.model_fields)
 
     budget: ShrinkBudget | None = Field(
         None, description="What the student may cost: several limits all hold. Alternatively give `keep`."
@@ -111,10 +112,9 @@ class Shrink(NarrowStep):
     def judged(self) -> tuple[str, ...]:
         return () if self.keep is None else tuple(self.keep.wanted)
 
-    def with_budget(self, budget: Budget) -> Shrink:
-        only = {name: getattr(budget, name, None) for name in ShrinkBudget.model_fields}
-        alone: dict[str, Any] = {"budget": ShrinkBudget(**only), "keep": None, "unit": None, "tries": _TRIES}
-        return self.model_copy(update={**alone, "batch": self.batch if only["latency"] else _BATCH})
+    def with_budget(self, unit: str, value: float) -> Shrink:
+        alone: dict[str, Any] = {"budget": ShrinkBudget(**{unit: value}), "keep": None, "unit": None, "tries": _TRIES}
+        return self.model_copy(update={**alone, "batch": self.batch if unit == "latency" else _BATCH})
 
     @property
     def provisional(self) -> tuple[str, ...]:

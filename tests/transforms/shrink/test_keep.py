@@ -11,7 +11,6 @@ from helpers.models import build, images_for
 
 from compressvit.artifacts import artifact
 from compressvit.errors import UserError
-from compressvit.fitting.allocate import Budget
 from compressvit.fitting.choices import Choices
 from compressvit.fitting.reference import Reference
 from compressvit.model import cost, surgery
@@ -174,7 +173,7 @@ def test_options_that_make_no_sense(settings, text):
 
 def test_what_is_for_latency_or_keep_may_be_given_with_it_and_goes_with_it():
     for own in (step(unit="latency", batch=8), Shrink(budget=ShrinkBudget(latency=0.5, macs=0.9), batch=8)):
-        other = own.with_budget(Budget(macs=0.5))
+        other = own.with_budget("macs", 0.5)
         assert Shrink.model_validate(other.model_dump(mode="json")) == other  # as a resolved recipe is read
         assert (other.tries, other.batch) == (6, 1)
 
