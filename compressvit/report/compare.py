@@ -31,6 +31,7 @@ LATENCY = (
     "latency is relative to the teacher's, which was measured in turns with it in the same run; in brackets from the lowest to the highest "
     "end of the runs' intervals"
 )
+_QUARTILES = ", which in runs of earlier versions are from quartile to quartile"
 _COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
     "trained_adapter": ("trained", lambda v: f"{v:,.0f}"),
     "trained_head": ("+ head", lambda v: f"{v:,.0f}"),
@@ -99,6 +100,8 @@ class Row:
             content[key] = statistics.mean(found) if found else None
             content[f"{key}_std"] = statistics.stdev(found) if len(found) > 1 else None
         content["latency_interval"] = self._latency_interval()
+        known = [r.student.latency_confidence for r in self.results]
+        content["latency_quartiles"] = content["latency_interval"] is not None and None in known
         return content
 
     def _latency_interval(self) -> list[float] | None:
@@ -108,6 +111,11 @@ class Row:
             return None
         low, _, high = zip(*(ratio for ratio in found if ratio), strict=True)
         return [min(low), max(high)]
+
+
+def latency_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What the latencies of rows are, for the line below their tables."""
+    return LATENCY + _QUARTILES * any(row["latency_quartiles"] for row in rows)
 
 
 def compare(
@@ -130,7 +138,7 @@ def compare(
     for task in dict.fromkeys(row["task"] for row in content):
         print_table(_table(task, [row for row in content if row["task"] == task]), console)
     console.print(
-        f"mean ± standard deviation over seeds; {LATENCY}"
+        f"mean ± standard deviation over seeds; {latency_text(content)}"
         + ("; trained: in the end, without the classifier" if any(row["adapter_bytes"] for row in content) else ""),
         highlight=False,
     )

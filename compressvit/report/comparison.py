@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from compressvit.errors import UserError
-from compressvit.report.compare import LATENCY, cells, gather
+from compressvit.report.compare import cells, gather, latency_text
 from compressvit.report.page import Page
 from compressvit.report.record import Run
 from compressvit.report.trade_off import compare_findings
@@ -28,4 +28,4 @@ def comparison(runs: Sequence[Run], page: Page) -> dict[str, Any]:
         tables.append({"task": task, "heads": heads, "rows": written})
     # with a single recipe there is nothing to compare
     charts = [page.figure(found) for found in compare_findings(rows) if len(found.records) > 1]
-    return {"notes": notes, "tables": tables, "charts": charts, "latency": LATENCY}
+    return {"notes": notes, "tables": tables, "charts": charts, "latency": latency_text(rows)}

@@ -98,6 +98,7 @@ class Page:
                 {"name": name, "charts": self._figures(run, curves(name, lines))}
                 for name, lines in phases(run.metrics).items()
             ],
+            "sizes": sections.sizes(run.results),
             "ledger": sections.ledger(run.results),
             "predictions": predictions is not None,
             "compared": bool(predictions and predictions.compared),

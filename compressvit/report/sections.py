@@ -16,8 +16,17 @@ from PIL import Image
 from compressvit.charts.findings import Finding
 from compressvit.reading import Unreadable, open_regular, read_bytes
 from compressvit.report.record import Run
-from compressvit.runs.files import PICTURES, Answer, ClassRow, Environment, LedgerRow, PredictionsFile, Results
-from compressvit.runs.tables import how_searched, results_rows
+from compressvit.runs.files import (
+    PICTURES,
+    Answer,
+    ClassRow,
+    Environment,
+    LedgerRow,
+    PredictionsFile,
+    Results,
+    TriedRow,
+)
+from compressvit.runs.tables import cost_text, how_searched, latency_spread, ratio_text, results_rows
 from compressvit.tasks.base import TASKS, Measure
 from compressvit.tasks.qualities import qualities
 
@@ -104,9 +113,9 @@ def details(run: Run) -> list[str]:
     sentences = []
     if run.environment and run.results.student.latency_ms:
         where = ", ".join(run.environment.gpus) or _threads(run.environment)
-        interval = "; in brackets the 99 % interval of the median ratio" if run.results.student.latency_ratio else ""
+        spread = f"; in brackets {latency_spread(run.results)}" if run.results.student.latency_ratio else ""
         sentences.append(
-            f"Latency is the median for one image, teacher and student measured in turns on {where}{interval}."
+            f"Latency is the median for one image, teacher and student measured in turns on {where}{spread}."
         )
     sentences += [f"{text[0].upper()}{text[1:]}." for text in how_searched(run.results.student.figures)]
     if fitted := run.results.fitted:
@@ -133,6 +142,36 @@ def ledger(results: Results | None) -> list[tuple[str, list[LedgerRow], int, int
     groups = itertools.groupby(results.ledger if results else [], lambda row: row.step)
     found = [(step, list(rows)) for step, rows in groups]
     return [(step, rows, sum(r.before for r in rows), sum(r.after for r in rows)) for step, rows in found]
+
+
+def sizes(results: Results | None) -> list[dict[str, Any]]:
+    """For every step that tried several sizes a sentence, and the headings and rows of its table."""
+    found = []
+    for search in results.sizes if results else []:
+        names = list(dict.fromkeys(name for row in search.tried for name in row.figures))
+        timed = "latency" in names
+        predicted = ", as the table of its modules predicts it" if timed else ""
+        text = f"{search.step}: {search.asked}, on {search.where}. Sizes are parts of the teacher's {search.unit}{predicted}."
+        heads = ["size", search.unit, *("latency / teacher" if n == "latency" else n.replace("_", " ") for n in names)]
+        rows = [
+            {
+                "size": f"{row.size:.4g}",
+                "cells": [cost_text(search.unit, row.spent), *(_tried(row, name) for name in names)],
+                "kept": row.kept,
+                "chosen": row.chosen,
+            }
+            for row in search.tried
+        ]
+        found.append({"text": text, "heads": heads, "rows": rows})
+    return found
+
+
+def _tried(row: TriedRow, name: str) -> str:
+    """A figure of a size that was tried; empty if it has none."""
+    value, interval = row.figures.get(name), row.intervals.get(name)
+    if value is None:
+        return ""
+    return f"{value:#.4g}" if interval is None else ratio_text((interval[0], value, interval[1]))
 
 
 def class_chart(predictions: PredictionsFile) -> Finding | None:

@@ -47,10 +47,11 @@ class Costs(RunFile):
 
 class Figures(Costs):
     """Costs and scores of the teacher or the student in `results.json`. Scores are in percent, except `loss` and the cosines; None if they
-    are not available. `latency_ratio` has the median of student / teacher within a round of measurements, between the ends of its 99 %
-    interval (in runs of earlier versions the quartiles of the rounds). `trained_adapter` is left out if no parameter is frozen.
+    are not available. `latency_ratio` has the median of student / teacher within a round of measurements, between the ends of its
+    interval. `trained_adapter` is left out if no parameter is frozen.
 
     Attributes:
+        latency_confidence: of the interval of `latency_ratio`; None in runs of earlier versions, which have the quartiles of the rounds.
         indexed: training images that `knn` searches in.
         intervals: 95 % intervals over images, of figures that have one (`Quality.interval`).
     """
@@ -58,6 +59,7 @@ class Figures(Costs):
     images: int | None = None
     latency_ms: float | None = None
     latency_ratio: tuple[float, float, float] | None = None
+    latency_confidence: float | None = None
     top1: float | None = None
     top5: float | None = None
     loss: float | None = None
@@ -92,6 +94,27 @@ class LedgerRow(RunFile):
     after: int
     weight_error: float | None = None
     output_error: float | None = None
+
+
+class TriedRow(RunFile):
+    """A size that a step tried, as a fraction of the teacher's, and what was measured of it (`compressvit.transforms.base.Tried`)."""
+
+    size: float
+    spent: float
+    figures: dict[str, float]
+    kept: bool
+    chosen: bool
+    intervals: dict[str, tuple[float, float]] = {}
+
+
+class SizesRow(RunFile):
+    """How a step came to the size of the student (`compressvit.transforms.base.Sizes`)."""
+
+    step: str
+    asked: str
+    unit: Literal["parameters", "bytes", "macs", "latency"]
+    where: str
+    tried: list[TriedRow]
 
 
 class PhaseReport(RunFile):
@@ -145,6 +168,7 @@ class Results(RunFile):
     student: Figures
     phases: dict[str, PhaseReport] = {}
     ledger: list[LedgerRow] = []
+    sizes: list[SizesRow] = []
     fitted: Fitted | None = None
     read_back_difference: float | None = None
     broken_images: int = 0

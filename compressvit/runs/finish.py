@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +70,11 @@ def finish(job: Job, scorer: Scorer, folder: RunFolder, log: RunLog, *, plan: Re
                 "intervals": intervals(scores),
                 **_trained(student.model, costs["parameters"]),
                 "latency_ms": times.medians[1],
-                "latency_ratio": times.ratio(1),
+                **{"latency_ratio": times.ratio(1), "latency_confidence": cost.CONFIDENCE},
             },
             "phases": trained.phases,
             "ledger": [asdict(entry) for entry in compression_of(student.model).ledger],
+            "sizes": _sizes(student.model),
             "fitted": None if fitted is None else fitted.model_dump(),
             "read_back_difference": difference,
             "broken_images": job.datasets.broken.count,
@@ -96,6 +97,12 @@ def _trained(model: nn.Module, parameters: int) -> dict[str, int]:
     if sum(counts.values()) == parameters:
         del counts["trained_adapter"]
     return counts
+
+
+def _sizes(model: nn.Module) -> list[dict[str, Any]]:
+    """How its steps came to the size of the student, where they tried several."""
+    plans = compression_of(model).plans
+    return [asdict(replace(sizes, step=plan.transform)) for plan in plans for sizes in plan.sizes()]
 
 
 def save_student(student: Side, folder: Path) -> float:

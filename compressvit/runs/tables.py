@@ -36,6 +36,14 @@ def megabytes(size: float) -> str:
     return f"{size / 1e6:,.1f} MB" if size == 0 or size >= 1e5 else f"{size / 1e3:,.1f} kB"
 
 
+def cost_text(unit: str, value: float) -> str:
+    """What a model costs in a unit of budgets."""
+    if unit == "parameters":
+        return f"{value:,.0f}"
+    texts = {key: text for _, key, text in _measures()}
+    return texts["latency_ms" if unit == "latency" else unit](value)
+
+
 def ledger_table(ledger: list[LedgerEntry]) -> Table:
     """What the transforms did, by step and path; a shared tensor counts at its first path."""
     table = Table(title="Ledger (a shared tensor counts at its first path)", title_justify="left")
@@ -188,6 +196,7 @@ def how_measured(where: str, batch: int = 1) -> str:
 
     Args:
         where: device and threads.
+        batch: images at once.
     """
     return f"batch {batch} on {where}, the models in turns, medians of up to 30 rounds; in brackets the 99 % interval of the median ratio"
 
@@ -203,7 +212,6 @@ def latency_spread(results: Results) -> str:
 
 
 def ratio_text(ratio: Sequence[float]) -> str:
-    """A ratio of latencies, as '1.89 (1.81–1.97)': the median of all rounds, and in brackets its 99 % interval (`Latencies.ratio`)."""
+    """A ratio of latencies, as '1.89 (1.81–1.97)': the median of all rounds, and in brackets `latency_spread`."""
     low, middle, high = ratio
     return f"{middle:.2f} ({low:.2f}–{high:.2f})"
-        batch: images at once.

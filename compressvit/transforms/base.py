@@ -13,13 +13,12 @@ device. The `Plan` that it returns is plain data: it is stored in the artifact a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 from torch import nn
 
 from compressvit.errors import UserError
-from compressvit.fitting.allocate import Budget
 from compressvit.fitting.in_order import LayerFit
 from compressvit.fitting.reference import Reference
 from compressvit.model import ties
@@ -43,6 +42,45 @@ class LedgerEntry:
     # relative to the teacher's outputs on its own inputs or, for a layer fitted in order, to its target on the student's inputs.
     weight_error: float | None = None
     output_error: float | None = None
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A size that a step tried.
+
+    Attributes:
+        size: as a fraction of the teacher's.
+        spent: what the student costs, in the unit.
+        figures: measured of the student, by name; `intervals`: of those that have one.
+        kept: whether they are what was asked.
+        chosen: whether it is the size of the student.
+    """
+
+    size: float
+    spent: float
+    figures: dict[str, float]
+    kept: bool
+    chosen: bool
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How a step came to the size of the student.
+
+    Attributes:
+        asked: in words, as 'cosine ≥ 0.98'.
+        unit: of the sizes.
+        where: the images or the device that decided, in words.
+        tried: in the order they were made.
+        step: as in `LedgerEntry`.
+    """
+
+    asked: str
+    unit: str
+    where: str
+    tried: list[Tried]
+    step: str = ""
 
 
 class Plan(Frozen):
@@ -109,6 +147,10 @@ class Plan(Frozen):
         outputs (None without calibration images), both with respect to the reference."""
         return {}
 
+    def sizes(self) -> list[Sizes]:
+        """How the size of the student was found, where several were tried. Empty by default."""
+        return []
+
     def fold(self, model: nn.Module) -> Plan | None:
         """Turn the transform back into plain timm layers, in place.
 
@@ -135,6 +177,8 @@ class Transform(Spec):
     needs: ClassVar[tuple[Need, ...]] = ()
     # What a user can do instead with an unsupported model; by default the message lists the supported families.
     instead: ClassVar[str] = ""
+    # The units of the budgets that `with_budget` takes; none where the size does not follow from a budget.
+    budget_units: ClassVar[tuple[str, ...]] = ()
 
     # Permitted deviations from the contract (`compressvit.testing`).
     # True: the student's initial outputs differ from those of the model before the transform.
@@ -177,8 +221,6 @@ class Transform(Spec):
         """Whether these settings need calibration images."""
         return False
 
-    # The units of the budgets that `with_budget` takes; none where the size does not follow from a budget.
-    budget_units: ClassVar[tuple[str, ...]] = ()
     @property
     def judged(self) -> tuple[str, ...]:
         """The figures of students that these settings make and judge on images that are held out (`Reference.judge`)."""

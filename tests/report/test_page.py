@@ -93,6 +93,29 @@ def test_the_ledger_is_whole(page, finished):
     ]
 
 
+def test_the_sizes_that_were_tried(copied):
+    row = {"figures": {"top1_drop": 0.5, "cosine": 0.98}, "kept": True, "chosen": True}
+    kept = {"step": "shrink", "asked": "cosine ≥ 0.97", "unit": "macs", "where": "300 images held out"}
+    kept["tried"] = [
+        {**row, "size": 0.61, "spent": 6.1e6},
+        {"size": 0.3, "spent": 3e6, "figures": {"cosine": 0.9}, "kept": False, "chosen": False},
+    ]
+    timed = {"step": "shrink", "asked": "latency ≤ 0.50", "unit": "latency", "where": "cpu, 2 threads"}
+    own = {"figures": {"latency": 0.515}, "intervals": {"latency": (0.49, 0.56)}}
+    timed["tried"] = [{**row, **own, "size": 0.47, "spent": 4.7}]
+    results = json.loads((copied / "results.json").read_text())
+    (copied / "results.json").write_text(json.dumps({**results, "sizes": [kept, timed]}))
+    page = reported(copied)
+    assert page.tables[1] == [
+        ["size", "macs", "top1 drop", "cosine", "kept", ""],
+        ["0.61", "6.10 M", "0.5000", "0.9800", "✓", "chosen"],
+        ["0.3", "3.00 M", "", "0.9000", "✗", ""],
+    ]
+    assert page.tables[2][1] == ["0.47", "4.70 ms", "0.52 (0.49–0.56)", "✓", "chosen"]
+    assert "shrink: cosine ≥ 0.97, on 300 images held out. Sizes are parts of the teacher's macs." in page.text
+    assert "Sizes are parts of the teacher's latency, as the table of its modules predicts it." in page.text
+
+
 def test_curves_are_those_of_metrics_jsonl(page, finished):
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     spec = next(figure["spec"] for figure in page.figures if figure["name"] == "1_distill_loss")
@@ -184,12 +207,16 @@ def test_nothing_is_loaded(page):
     assert len(page.source) < 2_000_000
 
 
+TRIED = {"size": 0.5, "spent": 1e6, "figures": {"<b>": 1.0}, "kept": True, "chosen": True}
 EVIL = """</script><script>alert(1)</script><img src=x onerror="alert(2)">{{ 7*7 }}&amp;'"]]>"""
 
 
 def test_everything_from_files_is_escaped(copied):
     changes = {
-        "results.json": lambda c: c["ledger"][0].update(path=EVIL, change=EVIL, step=EVIL),
+        "results.json": lambda c: (
+            c["ledger"][0].update(path=EVIL, change=EVIL, step=EVIL),
+            c.update(sizes=[{"step": EVIL, "asked": EVIL, "unit": "macs", "where": EVIL, "tried": [TRIED]}]),
+        ),
         "environment.json": lambda c: c.update(command=["compressvit", EVIL], platform=EVIL),
         "predictions.json": lambda c: (
             c["classes"][0].update({"class": EVIL}),

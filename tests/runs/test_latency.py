@@ -14,9 +14,9 @@ from helpers.runs import TINY, done
 from compressvit.model.backbone import input_size
 from compressvit.model.cost import Latencies, latencies
 from compressvit.recipe.recipe import parse_recipe
-from compressvit.report.compare import Row, cells
+from compressvit.report.compare import Row, cells, latency_text
 from compressvit.runs.files import Figures, Results
-from compressvit.runs.tables import ratio_text, results_rows
+from compressvit.runs.tables import latency_spread, ratio_text, results_rows
 
 COSTS = {"parameters": 10, "bytes": 40, "macs": 100}
 
@@ -76,6 +76,17 @@ def test_the_comparison_has_the_spread(ratios, cell, interval):
     assert rows[0][heads.index("latency / teacher")] == cell
 
 
+def test_quartiles_of_earlier_versions_are_called_so():
+    student = {**COSTS, "latency_ms": 3.0, "latency_ratio": (1, 1.4, 2)}
+    teacher = {**COSTS, "latency_ms": 2.0}
+    old, new = (Results(teacher=teacher, student={**student, **own}) for own in ({}, {"latency_confidence": 0.99}))
+    assert latency_spread(old) == "the quartiles of the rounds"
+    assert latency_spread(new) == "the 99 % interval of the median ratio"
+    for results, told in (([old], True), ([new, old], True), ([new], False)):
+        row = Row(parse_recipe(TINY), [], results, [0] * len(results)).as_dict()
+        assert ("runs of earlier versions are from quartile to quartile" in latency_text([row])) is told
+
+
 def latency_row(**student):
     rows = results_rows(Figures(**COSTS, latency_ms=2.0), Figures(**COSTS, **student))
     return next((row for row in rows if row[0] == "latency"), None)
@@ -107,6 +118,7 @@ def test_a_run_and_its_merge(tmp_path):
     done("apply", "--no-report", tmp_path / "recipe.yaml", "--output", tmp_path / "run")
     results = json.loads((tmp_path / "run/results.json").read_text())
     low, middle, high = results["student"]["latency_ratio"]
+    assert results["student"]["latency_confidence"] == 0.99
     assert 0 < low <= middle <= high
     out = done("merge", tmp_path / "run")
     merged = json.loads((tmp_path / "run/merged/merge.json").read_text())

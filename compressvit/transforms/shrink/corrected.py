@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from compressvit.errors import UserError
-from compressvit.transforms.shrink.plan import ShrinkPlan
+from compressvit.transforms.shrink.plan import ShrinkPlan, Timing
 
 log = logging.getLogger("compressvit")
 
@@ -17,7 +17,8 @@ _ABOVE, _BELOW = 1.02, 0.95  # parts of the limit between which what is measured
 def corrected(
     plan: ShrinkPlan, limit: float, timed: Callable[[ShrinkPlan], ShrinkPlan], within: Callable[[float], ShrinkPlan]
 ) -> ShrinkPlan:
-    """A plan whose student is measured to be within the limit, clearly or nearly; where none is found the fastest, and a warning.
+    """A plan whose student is measured to be within the limit, clearly or nearly; where none is found the fastest, and a warning. All that
+    were measured stand in it.
 
     What is measured is taken to be a line of what is predicted: through the teacher, which takes 1 of its own time, and a student that was
     measured; or through two students, one above the limit and one below.
@@ -52,11 +53,22 @@ def corrected(
             why = "a faster student would be smaller than the methods reach"
             break
     if best is not None:
-        return best
+        return _beside(best, trials, limit)
     fastest = min(trials, key=lambda trial: _figures(trial)[1][1])
     _, (low, found, high) = _figures(fastest)
     log.warning("latency: asked for %.2f, measured %.2f (%.2f–%.2f): %s", limit, found, low, high, why)
-    return fastest
+    return _beside(fastest, trials, limit)
+
+
+def _beside(plan: ShrinkPlan, trials: Sequence[ShrinkPlan], limit: float) -> ShrinkPlan:
+    """The plan with what was measured of all that were tried."""
+    assert plan.latency is not None
+    timings = []
+    for trial in trials:
+        predicted, measured = _figures(trial)
+        timings.append(Timing(predicted=predicted, measured=measured, kept=measured[0] <= _ABOVE * limit))
+    known = plan.latency.model_copy(update={"limit": limit, "trials": tuple(timings)})
+    return plan.model_copy(update={"latency": known})
 
 
 def _figures(plan: ShrinkPlan) -> tuple[float, tuple[float, float, float]]:

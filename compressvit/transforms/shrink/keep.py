@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from compressvit.errors import UserError
 from compressvit.fitting.judge import FIGURES
 from compressvit.spec import Frozen, Spec
+from compressvit.transforms.base import Sizes, Tried
 from compressvit.transforms.shrink.prices import Unit
 
 log = logging.getLogger("compressvit")
@@ -97,6 +98,14 @@ class PlannedKeep(Frozen):
     unit: Unit
     images: str
     trials: tuple[Trial, ...]
+
+    def sizes(self) -> Sizes:
+        """The students that were judged; the smallest that keeps what is asked was chosen."""
+        chosen = min((trial.size for trial in self.trials if trial.kept), default=None)
+        tried = [
+            Tried(trial.size, trial.spent, trial.figures, trial.kept, trial.size == chosen) for trial in self.trials
+        ]
+        return Sizes(ShrinkKeep(**self.wanted).words(), self.unit, self.images, tried)
 
 
 def said(figures: dict[str, float]) -> str:

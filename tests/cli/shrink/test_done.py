@@ -124,6 +124,10 @@ def test_latency_is_a_limit_like_others_and_is_measured_once(classifier, photos,
         f"latency: {latency['predicted']:.2f} of the teacher's predicted" in (tmp_path / "run" / "run.log").read_text()
     )
     assert len(latency["measured"]) == 3
+    (sizes,) = read_results(tmp_path / "run").sizes
+    assert (sizes.asked, sizes.unit, sizes.where.endswith("batch 2, float32")) == ("latency ≤ 0.70", "latency", True)
+    (row,) = [row for row in sizes.tried if row.chosen]
+    assert (row.size, row.figures) == (latency["predicted"], {"latency": latency["measured"][1]})
     assert share(read_results(tmp_path / "run"), "macs") <= 0.9
 
 
@@ -150,6 +154,12 @@ def test_the_smallest_student_that_keeps_something_also_after_an_interruption(
     kept = stored["plan"]["kept"]
     results = read_results(folder)
     assert results.student.macs == min(trial["spent"] for trial in kept["trials"] if trial["kept"])
+    (sizes,) = results.sizes
+    assert (sizes.step, sizes.unit, sizes.where) == ("shrink", "macs", kept["images"])
+    assert [(row.size, row.spent, row.figures, row.kept) for row in sizes.tried] == [
+        (trial["size"], trial["spent"], trial["figures"], trial["kept"]) for trial in kept["trials"]
+    ]
+    assert [row.spent for row in sizes.tried if row.chosen] == [results.student.macs]
     # with so few, those that decide are the evidence, too
     assert kept["images"] == "12 images held out"
     assert results.student.cosine >= 0.5
