@@ -301,7 +301,7 @@ def resample_positions(tensors: dict[str, torch.Tensor], model: nn.Module) -> di
         ) from error
 
 
-def _resampled(given: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], model: nn.Module) -> list[Note]:
+def _resampled(given: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor], model: nn.Module) -> list[Note]:
     """A note where position tables of a file, which are for images of another size, became those of the model's token grid."""
     own = model.state_dict()
     names = [

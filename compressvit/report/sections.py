@@ -151,8 +151,9 @@ def sizes(results: Results | None) -> list[dict[str, Any]]:
         names = list(dict.fromkeys(name for row in search.tried for name in row.figures))
         timed = "latency" in names
         predicted = ", as the table of its modules predicts it" if timed else ""
-        text = f"{search.step}: {search.asked}, on {search.where}. Sizes are parts of the teacher's {search.unit}{predicted}."
-        heads = ["size", search.unit, *("latency / teacher" if n == "latency" else n.replace("_", " ") for n in names)]
+        unit = "MACs" if search.unit == "macs" else search.unit
+        text = f"{search.step}: {search.asked}, on {search.where}. Sizes are parts of the teacher's {unit}{predicted}."
+        heads = ["size", unit, *("latency / teacher" if n == "latency" else n.replace("_", " ") for n in names)]
         rows = [
             {
                 "size": f"{row.size:.4g}",

@@ -107,12 +107,12 @@ def test_the_sizes_that_were_tried(copied):
     (copied / "results.json").write_text(json.dumps({**results, "sizes": [kept, timed]}))
     page = reported(copied)
     assert page.tables[1] == [
-        ["size", "macs", "top1 drop", "cosine", "kept", ""],
+        ["size", "MACs", "top1 drop", "cosine", "kept", ""],
         ["0.61", "6.10 M", "0.5000", "0.9800", "✓", "chosen"],
         ["0.3", "3.00 M", "", "0.9000", "✗", ""],
     ]
     assert page.tables[2][1] == ["0.47", "4.70 ms", "0.52 (0.49–0.56)", "✓", "chosen"]
-    assert "shrink: cosine ≥ 0.97, on 300 images held out. Sizes are parts of the teacher's macs." in page.text
+    assert "shrink: cosine ≥ 0.97, on 300 images held out. Sizes are parts of the teacher's MACs." in page.text
     assert "Sizes are parts of the teacher's latency, as the table of its modules predicts it." in page.text
 
 
