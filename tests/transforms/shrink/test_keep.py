@@ -69,6 +69,7 @@ def test_the_student_keeps_what_is_asked_and_a_slightly_smaller_one_did_not():
     assert [trial.spent for trial in found.trials] == [share * judge.whole for share in judge.asked]
     assert min(trial.spent for trial in found.trials if trial.kept) == parameters(student)
     assert (found.wanted, found.unit, found.images) == ({"cosine": 0.8}, "parameters", judge.images)
+    assert [row.spent for row in found.sizes().tried if row.chosen] == [parameters(student)]
 
 
 def test_the_student_is_the_one_that_was_judged(tmp_path):
