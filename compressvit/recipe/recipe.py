@@ -22,6 +22,8 @@ from compressvit.spec import Spec, existing, faults, spec_at, written
 from compressvit.tasks.base import find_task
 from compressvit.training.phases import PhaseSpec
 from compressvit.training.phases.finetune import Finetune
+from compressvit.training.spec import AFTER_A_FIT
+from compressvit.transforms import Transform
 
 
 class RecipeError(UserError):
@@ -164,6 +166,21 @@ class Recipe(Spec):
             if isinstance(entry.spec, PhaseSpec) and (fault := entry.spec.unfit_for(find_task(data.usual_task))):
                 raise ValueError(f"steps[{i}].{entry.name}.{fault}")
         return steps
+
+    @field_validator("steps")
+    @classmethod
+    def _keep_a_good_start(cls, steps: tuple[Step, ...]) -> tuple[Step, ...]:
+        """Give a phase that trains a student which was fitted to its teacher the options of `AFTER_A_FIT` that it does not set."""
+        fitted, found = False, []
+        for entry in steps:
+            spec = entry.spec
+            if isinstance(spec, Transform):
+                fitted = (fitted or spec.needs_images) and not spec.freezes
+            elif fitted and isinstance(spec, PhaseSpec) and spec.name in ("distill", "finetune"):
+                unset = {name: value for name, value in AFTER_A_FIT.items() if name not in spec.model_fields_set}
+                entry = entry.model_copy(update={entry.name: spec.model_copy(update=unset)})
+            found.append(entry)
+        return tuple(found)
 
     @property
     def merges(self) -> bool:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from compressvit.spec import Spec
+
+# Defaults of a phase whose student was fitted to its teacher on calibration images: what the closed form found is easily lost.
+AFTER_A_FIT: dict[str, Any] = {"lr": 1e-5, "keep": "best"}
 
 
 class Training(Spec):
@@ -20,7 +23,12 @@ class Training(Spec):
         description="Stop after this many optimiser steps, even before `epochs` are done; the schedule is still that of `epochs`.",
     )
     optimizer: str = Field("adamw", description="Any name of timm.optim.list_optimizers().")
-    lr: float = Field(1e-3, gt=0, description="Peak learning rate.")
+    lr: float = Field(
+        1e-3,
+        gt=0,
+        description="Peak learning rate. In a recipe, `distill` and `finetune` of a student that was fitted to calibration images have "
+        "1e-5 by default, because a good start is easily lost.",
+    )
     backbone_lr: float = Field(
         1.0, ge=0, description="Of a detector: the learning rate of its backbone, as a factor of `lr`; 0 freezes it."
     )
@@ -83,7 +91,8 @@ class Training(Spec):
     keep: Literal["last", "best"] = Field(
         "last",
         description="Which weights the phase keeps: the last, or those of its best evaluation, including the one before training, so it "
-        "never ends worse than it started. Best means highest top-1, or without labels agreement or cosine with the teacher. The figure "
+        "never ends worse than it started: in a recipe the default of `distill` and `finetune` for a student that was fitted to "
+        "calibration images. Best means highest top-1, or without labels agreement or cosine with the teacher. The figure "
         "is optimistic, because it was chosen on the evaluation set.",
     )
     log_every: int = Field(10, ge=1, description="Optimiser steps between two log lines.")

@@ -75,3 +75,27 @@ def test_a_section_inside_another_is_named_by_its_path():
         )
     assert "steps[0].multiplex.share" in str(refusal.value)
     assert "at least 1" in str(refusal.value)
+
+
+FIT = "low_rank: {budget: {parameters: 0.5}}"
+
+
+@pytest.mark.parametrize(
+    ("steps", "lr", "keep"),
+    [
+        (f"[{FIT}, distill: {{}}]", 1e-5, "best"),
+        (f"[{FIT}, finetune: {{}}]", 1e-5, "best"),
+        (f"[{FIT}, distill: {{lr: 0.001, keep: last}}]", 1e-3, "last"),  # also where it is what it would be elsewhere
+        (f"[{FIT}, distill: {{lr: 0.01}}]", 1e-2, "best"),
+        ("[low_rank: {budget: {parameters: 0.5}, metric: weights}, distill: {}]", 1e-3, "last"),
+        ("[multiplex: {share: 2}, distill: {}]", 1e-3, "last"),
+        ("[distill: {}]", 1e-3, "last"),
+        (f"[{FIT}, lora: {{}}, finetune: {{}}]", 1e-3, "last"),  # which trains what was not fitted
+    ],
+)
+def test_a_student_that_was_fitted_is_trained_gently(steps, lr, keep):
+    recipe = parse_recipe(f"teacher: {{model: vit_tiny_patch16_224}}\ndata: {{name: digits}}\nsteps: {steps}\n")
+    phase = list(recipe.phases().values())[-1]
+    assert (phase.lr, phase.keep) == (lr, keep)
+    assert f"lr: {lr:g}".replace("1e-05", "1.0e-05") in recipe.to_yaml()
+    assert parse_recipe(recipe.to_yaml()).phases() == recipe.phases()
