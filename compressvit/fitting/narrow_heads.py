@@ -61,6 +61,24 @@ class HeadMaps:
         """Of the averages of narrower values, (H·d',), from that of the teacher's."""
         return torch.block_diag(*self.into[2]) @ mean
 
+    def balanced(self, weight: Tensor, bias: Tensor | None, projection: Tensor) -> HeadMaps:
+        """The same function with one size for the two sides of every product: the rows of a query and a key that are multiplied, and a
+        row of the values with the column of the projection that reads it. In the metrics they can differ by a factor of a thousand,
+        and then every step of an optimiser is far too large for one side, and a number of 16 or 8 bits too coarse.
+
+        Args:
+            weight, bias: of the teacher's `qkv`, (3·H·d, in) and (3·H·d,).
+            projection: the weight of its output projection, (out, H·d).
+        """
+        rows, own = self.narrow(weight, bias)
+        if own is not None:
+            rows = torch.cat([rows, own[:, None]], dim=1)
+        _, heads, size, _ = self.into.shape
+        query, key, value = rows.norm(dim=1).clamp(min=TINY).reshape(3, heads, size, 1)
+        column = self.projection(projection).norm(dim=0).clamp(min=TINY).reshape(heads, size, 1)
+        scale = torch.stack([key / query, query / key, column / value]).sqrt()
+        return HeadMaps(self.into * scale, self.back / scale.mT)
+
     def _apply(self, maps: Tensor, matrix: Tensor) -> Tensor:
         _, heads, _, inner = maps.shape
         return (maps @ matrix.reshape(3, heads, inner, -1)).flatten(0, 2)

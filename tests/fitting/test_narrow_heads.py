@@ -93,3 +93,26 @@ def test_moments_follow_the_maps():
     into = values @ torch.block_diag(*maps.into[2]).mT
     torch.testing.assert_close(maps.of_values(values.mT @ values), into.mT @ into)
     assert head_blocks(values.mT @ values, HEADS).shape == (HEADS, SIZE, SIZE)
+
+
+def test_both_sides_of_a_product_get_one_size():
+    """However far apart they are in the metrics, as with gradients that are small."""
+    weight, bias, projection, x = attention()
+    generator = torch.Generator().manual_seed(1)
+    drawn = 1e-4 * torch.randn(HEADS, SIZE, SIZE, generator=generator, dtype=torch.float64)
+    maps = decomposed(weight, bias, projection, x, drawn @ drawn.mT).maps(4)
+    even = maps.balanced(weight, bias, projection)
+    sizes, columns = [], []
+    for each in (maps, even):
+        rows, own = each.narrow(weight, bias)
+        sizes.append(torch.cat([rows, own[:, None]], dim=1).norm(dim=1).reshape(3, -1))
+        columns.append(each.projection(projection).norm(dim=0))
+    (query, key, value), column = sizes[1], columns[1]
+    assert sizes[0][1].div(sizes[0][0]).median() > 1e4
+    assert query.allclose(key)
+    assert value.allclose(column)
+    before, after = (computed(*each.narrow(weight, bias), each.projection(projection), x, 4) for each in (maps, even))
+    assert all(new.allclose(old, rtol=1e-9, atol=1e-9) for new, old in zip(after, before, strict=True))
+    gradients = torch.eye(3 * HEADS * SIZE, dtype=torch.float64)
+    assert even.back.mT.matmul(even.into.mT).allclose(maps.back.mT.matmul(maps.into.mT))
+    assert even.of_outputs(gradients).isfinite().all()

@@ -158,7 +158,7 @@ def test_a_bare_file_takes_those_of_the_data(trained, tmp_path):
     ("content", "message"),
     [
         ("{", "config.json cannot be read"),
-        ('{"model_type": "vit"}', "does not say which timm model"),
+        ('{"model_type": "bert"}', "does not say which model"),
         (
             '{"architecture": "swin_tiny_patch4_window7_224"}',
             "is a swin_tiny_patch4_window7_224, and teacher.model says",

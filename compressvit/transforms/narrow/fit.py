@@ -207,7 +207,7 @@ def narrow_heads(
     whole = found.errors[0].item() + error
     if size < place.head_dim:
         error += found.errors[size].item()
-        maps = found.maps(size)
+        maps = found.maps(size).balanced(weight, bias, teacher.unwhitened(PROJ, projection))
         weight, bias = maps.narrow(weight, bias)
         metric = None if metric is None else maps.of_outputs(metric)
         projection, values = maps.projection(projection), maps.of_values(values)
