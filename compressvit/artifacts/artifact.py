@@ -11,12 +11,15 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import timm
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -40,6 +43,7 @@ from compressvit.model.stored import (
     read_slots,
     read_tensors,
     require_as_written,
+    require_complete,
 )
 from compressvit.text import printable_in
 from compressvit.transforms.applying import apply_plans
@@ -137,7 +141,7 @@ def load(path: str | Path, *, materialise: bool = False) -> nn.Module:
     """Rebuild a model from its artifact, on the CPU, in eval mode, in the precision it was saved in.
 
     Args:
-        path: the artifact's folder.
+        path: the artifact's folder, or the file of one that was exported to safetensors.
         materialise: turn low-rank layers into plain linear layers with their effective weights: the teacher's latency, at the cost of
             the memory that sharing saved. False keeps them factored.
 
@@ -145,6 +149,9 @@ def load(path: str | Path, *, materialise: bool = False) -> nn.Module:
         UserError: there is no artifact at `path`, its format is unknown, a file is damaged, or tensors do not fit the structure.
     """
     path = Path(path)
+    if path.suffix == ".safetensors" and path.is_file():
+        with _unpacked(path) as folder:
+            return load(folder, materialise=materialise)
     manifest = read_manifest(path)
     _require_fit(path, manifest)
     model = build_plain(path, manifest)
@@ -157,6 +164,24 @@ def load(path: str | Path, *, materialise: bool = False) -> nn.Module:
     expect_images(model, manifest.input)
     name_classes(model, manifest.label_names)
     return (fold_low_rank(model) if materialise else model).eval()
+
+
+@contextmanager
+def _unpacked(file: Path) -> Iterator[Path]:
+    """The artifact in one file of safetensors, whose header has the manifest, as a folder that lasts as long as the block."""
+    require_complete(file)
+    with safe_open(file, framework="pt", device="cpu") as opened:
+        manifest = (opened.metadata() or {}).get(MANIFEST)
+    if manifest is None:
+        raise UserError(
+            f"{file} has no {MANIFEST} in its header: it holds tensors, and not how they are put together; give the folder of an "
+            "artifact, or a file that `compressvit export --to safetensors` wrote"
+        )
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / MANIFEST).write_text(manifest, encoding="utf-8")
+        (folder / TENSORS).symlink_to(file.resolve())
+        yield folder
 
 
 def read_back_difference(path: Path, student: nn.Module, size: tuple[int, int, int]) -> float:

@@ -12,18 +12,23 @@ import os
 import shutil
 import tempfile
 import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from compressvit.errors import UserError
+from compressvit.errors import UserError, option
 from compressvit.files import disk_faults
+from compressvit.model import surgery
 from compressvit.model.modes import evaluating
 from compressvit.tasks.base import Task, task_of
 
 PACKAGES = ("onnx", "onnxscript")
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+LARGE = 1024  # numbers: what needs no image is computed beforehand unless it has more than that and is larger than its parts
 
 
 class Graph(NamedTuple):
@@ -33,7 +38,23 @@ class Graph(NamedTuple):
     names: tuple[str, ...]
 
 
-def exported(model: nn.Module, images: Tensor, task: Task | None = None) -> Graph:
+class InPrecision(nn.Module):
+    """A model of lower precision, from images in float32 to outputs in float32."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype):
+        super().__init__()
+        self.model, self.dtype = model, dtype
+
+    def forward(self, images: Tensor) -> Any:
+        found = self.model(images.to(self.dtype))
+        return _in_float32(found) if isinstance(found, Tensor) else tuple(map(_in_float32, found))
+
+
+def _in_float32(values: Tensor) -> Tensor:
+    return values.float() if values.is_floating_point() else values
+
+
+def exported(model: nn.Module, images: Tensor, task: Task | None = None, *, precision: str = "fp32") -> Graph:
     """A model as a graph, which computes without compressvit.
 
     Args:
@@ -43,44 +64,122 @@ def exported(model: nn.Module, images: Tensor, task: Task | None = None) -> Grap
             (x0, y0, x1, y1) in widths and heights of the image, `scores` (B, 100), falling, and `labels` (B, 100), all zero after an
             image's last detection, of which a small AdaMixer has no more than queries × classes; of a model of masks also `masks`
             (B, 100, 28, 28), the probability that a point of the box belongs to the object.
+        precision: 'fp32': the model as it is; 'fp16', 'bf16': weights and arithmetic of that, images and outputs in float32.
+
+    Raises:
+        UserError: `torch.export` cannot make a graph of it.
     """
-    module, names = (task or task_of(model)).graph(model)
+    dtype = PRECISIONS[precision]
+    lower = dtype != torch.float32
+    task = task or task_of(model)
+    module, names = task.graph(surgery.deep_copy(model).to(dtype) if lower else model)
+    if lower:
+        module = InPrecision(module, dtype)
     two = images[:1].expand(2, -1, -1, -1).contiguous()  # a batch of one would stay one
-    with evaluating(module), torch.no_grad(), warnings.catch_warnings():
+    with evaluating(module), torch.no_grad(), warnings.catch_warnings(), conversion_faults(f"a graph in {precision}"):
         warnings.filterwarnings("ignore", ".*create_unbacked_symint.* is deprecated")  # torchvision's nms
         program = torch.export.export(module, (two,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
     return Graph(program, names)
 
 
-def write_onnx(graph: Graph, file: Path) -> None:
+@contextmanager
+def conversion_faults(what: str) -> Iterator[None]:
+    """Turn the errors of an exporter into a `UserError` with their first line: what it can make depends on the model, which may be
+    anybody's, and on its version."""
+    try:
+        yield
+    except (UserError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise UserError(
+            f"this model could not be made into {what}: {reason}. Try another {option('to')} or {option('precision')}"
+        ) from error
+
+
+def require_packages(what: str, names: Sequence[str], install: str) -> None:
+    """Raise a `UserError` with the command that installs them if some of the packages are missing."""
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"{what} needs {' and '.join(missing)}: pip install {install}")
+
+
+def write_onnx(
+    graph: Graph, file: Path, *, opset: int | None = None, metadata: Mapping[str, str] | None = None
+) -> None:
     """Write a graph in ONNX: from `images` to tensors with the graph's names.
+
+    A weight that layers share is in it once, and the parts of a weight that is a sum or product stay parts: the file is little larger than
+    the model's numbers.
 
     Args:
         file: is replaced as a whole, or not at all. Above 1.5 GiB torch puts the weights of a model into a second file, here FILE.data in
             the same folder, which is replaced first; who moves one moves both.
+        opset: version of ONNX's operators; None: torch's own choice.
+        metadata: is kept in the file (`metadata_props`).
 
     Raises:
-        UserError: a package is missing, or the file cannot be written.
+        UserError: a package is missing, torch writes no such opset, or the file cannot be written.
     """
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f"ONNX needs {' and '.join(missing)}: pip install 'compressvit[onnx]'")
-    with (
-        torch.no_grad(),
-        warnings.catch_warnings(),
-    ):  # with gradients attention would come apart otherwise than in the program
+    require_packages("ONNX", PACKAGES, "'compressvit[onnx]'")
+    written = onnx_program(graph, opset=opset, metadata=metadata)
+    with replacing(file) as scratch:
+        written.save(scratch / file.name)
+
+
+def onnx_program(graph: Graph, *, opset: int | None = None, metadata: Mapping[str, str] | None = None) -> Any:
+    """A graph as torch's program in ONNX, which has a method `save`; see `write_onnx`, which has the arguments and what is raised."""
+    from onnx_ir.passes import common
+    from onnxscript.optimizer import optimize_ir
+
+    with torch.no_grad(), warnings.catch_warnings(), conversion_faults("ONNX"):
+        # with gradients attention would come apart otherwise than in the program
         warnings.simplefilter("ignore")  # onnxscript's of its own use of torch
         written = torch.onnx.export(
-            graph.program, dynamo=True, verbose=False, input_names=["images"], output_names=list(graph.names)
+            graph.program,
+            dynamo=True,
+            verbose=False,
+            optimize=False,
+            opset_version=opset,
+            input_names=["images"],
+            output_names=list(graph.names),
         )
-    assert written is not None, "dynamo gives a program"
-    with disk_faults(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        prefix = f".{file.name}."
-        for left in file.parent.glob(f"{glob.escape(prefix)}*.part"):  # by a run that was killed
+        assert written is not None, "dynamo gives a program"
+        # torch's own call would compute the effective weight of every low-rank or shared layer, and store that
+        optimize_ir(written.model, output_size_limit=LARGE)
+    common.DeduplicateInitializersPass(size_limit=2**40)(written.model)
+    common.ClearMetadataAndDocStringPass()(written.model)  # the stack of every operation, with paths of this machine
+    found = written.model.opset_imports[""]
+    if opset is not None and found != opset:
+        raise UserError(
+            f"{option('opset', opset)}: torch {torch.__version__} writes this model in opset {found}, not in {opset}; leave it out, or "
+            f"give one from 18 to {max(found, 20)}"
+        )
+    written.model.metadata_props.update(metadata or {})
+    return written
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A new folder for what is to be `target` and the files beside it, under the names that they will have, since a graph names the file of
+    its weights. At the end of the block they replace what is there, `target` itself last; where it raises, nothing is changed."""
+    with disk_faults(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        prefix = f".{target.name}."
+        for left in target.parent.glob(f"{glob.escape(prefix)}*.part"):  # by a run that was killed
             shutil.rmtree(left, ignore_errors=True)
-        # in a folder of its own under its own name, because the graph names the file of its weights
-        with tempfile.TemporaryDirectory(prefix=prefix, suffix=".part", dir=file.parent) as scratch:
-            written.save(Path(scratch) / file.name)
-            for path in sorted(Path(scratch).iterdir(), key=lambda path: path.name == file.name):  # itself last
-                os.replace(path, file.with_name(path.name))
+        with tempfile.TemporaryDirectory(prefix=prefix, suffix=".part", dir=target.parent) as folder:
+            scratch = Path(folder)
+            yield scratch
+            for path in sorted(scratch.iterdir(), key=lambda path: path.name == target.name):
+                _move(path, target.with_name(path.name))
+
+
+def _move(path: Path, target: Path) -> None:
+    """Put a file, or the files of a folder, in the place of others."""
+    if not path.is_dir():
+        os.replace(path, target)
+        return
+    target.mkdir(exist_ok=True)
+    for file in path.iterdir():
+        os.replace(file, target / file.name)

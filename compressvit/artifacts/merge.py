@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
+from timm.models import save_for_hf
 from torch import nn
 
 from compressvit.data.input import InputConfig, input_config
 from compressvit.data.spec import Data
-from compressvit.errors import UserError
-from compressvit.model import surgery
+from compressvit.errors import UserError, switch
+from compressvit.model import stored, surgery, ties
 from compressvit.model.outputs import in_one
 from compressvit.transforms import TRANSFORMS
 from compressvit.transforms.applying import materialise
 from compressvit.transforms.record import compression_of
 
+GROWN = 1.05  # from so many times the unmerged parameters on, a merge has undone a compression
 TOLERANCE = 1e-5  # of the largest output; weights are rounded to float32, and what is computed with them is not
 
 
@@ -70,6 +73,27 @@ def merged_copy(model: nn.Module) -> nn.Module:
 def left_by_merge(words: Iterable[str]) -> str:
     """What a merged model is, if steps of these words have left a plan; "" for a plain timm model."""
     return "; ".join(dict.fromkeys(TRANSFORMS[word].plan_class.left for word in words))
+
+
+def refuse_growth(model: nn.Module, merged: nn.Module) -> None:
+    """Raise a `UserError` where merging undoes a compression: where plain layers have clearly more parameters than what they replace."""
+    before, after = ties.count_parameters(model), ties.count_parameters(merged)
+    if after > GROWN * before:
+        raise UserError(
+            f"as plain layers the {before:,} parameters of the student are {after:,}, which undoes what its compression saves; give "
+            f"{switch('dense')} if that is what you want"
+        )
+
+
+def save_for_timm(model: nn.Module, folder: Path) -> None:
+    """Write a plain timm model into an empty folder, for `timm.create_model("local-dir:FOLDER", pretrained=True)`."""
+    names = stored.class_names(model)
+    save_for_hf(
+        model, str(folder), model_config={stored.LABEL_NAMES: names} if names else None, safe_serialization=True
+    )
+    for file in folder.iterdir():
+        if file.name not in ("config.json", stored.TENSORS):
+            file.unlink()
 
 
 def photograph_like(count: int, config: InputConfig, seed: int = 0) -> torch.Tensor:

@@ -15,31 +15,35 @@ import timm
 import torch
 from rich.console import Console
 from rich.table import Table
-from timm.models import save_for_hf
 from torch import nn
 
 from compressvit.artifacts import artifact
-from compressvit.artifacts.merge import differences, in_float32, left_by_merge, made_up_images, merged_copy
-from compressvit.data.input import InputConfig, input_config
-from compressvit.data.loaders import eval_loader
-from compressvit.data.opening import Datasets, open_data
-from compressvit.data.spec import Data
+from compressvit.artifacts.merge import (
+    GROWN,
+    differences,
+    in_float32,
+    left_by_merge,
+    made_up_images,
+    merged_copy,
+    save_for_timm,
+)
+from compressvit.data.input import InputConfig
+from compressvit.data.opening import Datasets
 from compressvit.errors import UserError, option, switch
 from compressvit.files import disk_faults, write_json
 from compressvit.model import cost, stored, surgery, ties
 from compressvit.model.backbone import body_of
 from compressvit.model.stored import Manifest
 from compressvit.reading import read_json
-from compressvit.recipe.recipe import load_recipe
 from compressvit.runs.evaluate import artifact_in
 from compressvit.runs.folder import RESOLVED, RunFolder
 from compressvit.runs.job import pick_device
+from compressvit.runs.own_data import own_images, own_input
 from compressvit.runs.owned import is_scratch, refuse_links
 from compressvit.runs.tables import how_measured, ratio_text
 from compressvit.transforms.record import compression_of
 
 _SEAL = "merge.json"  # marks a folder written by `merge`
-GROWN = 1.05  # from so many times the unmerged parameters on, a merge has undone a compression
 T = TypeVar("T")
 _WRITTEN = ("config.json", stored.MANIFEST, stored.TENSORS)
 
@@ -89,7 +93,7 @@ def _merge(
     model = artifact.load(folder)
     dtype = next(model.parameters()).dtype
     model = in_float32(model)  # compared in float32, regardless of the stored dtype
-    config = _input_of(folder, model)
+    config = own_input(folder, model)
     merged = merged_copy(model)
     left = [plan.transform for plan in compression_of(merged).plans]
     tests = {**made_up_images(config), **_real_images(folder, config, datasets)}
@@ -232,34 +236,11 @@ def _measured(
 def _write(model: nn.Module, folder: Path, *, plain: bool) -> nn.Module:
     """Write a model to an empty folder, in timm's format or as an artifact, and read it back in float32."""
     if plain:
-        names = stored.class_names(model)
-        save_for_hf(
-            model, str(folder), model_config={stored.LABEL_NAMES: names} if names else None, safe_serialization=True
-        )
-        for file in folder.iterdir():
-            if file.name not in _WRITTEN:
-                file.unlink()
+        save_for_timm(model, folder)
         return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     return artifact.load(artifact.save(model, folder)).float()
 
 
-def _input_of(folder: Path, model: nn.Module) -> InputConfig:
-    resolved = folder.parent / RESOLVED
-    if resolved.is_file():
-        return input_config(model, load_recipe(resolved).data, trained=True, own_crop=True)
-    return input_config(model, Data(name="images"))
-
-
 def _real_images(folder: Path, config: InputConfig, datasets: Datasets | None) -> dict[str, torch.Tensor]:
-    """The first evaluation images of the run that contains the artifact, if its data is still available; `datasets` is that data if it
-    is already open."""
-    resolved = folder.parent / RESOLVED
-    if not resolved.is_file():
-        return {}
-    recipe = load_recipe(resolved)
-    data = recipe.data.model_copy(update={"download": False})
-    try:
-        images, _ = next(iter(eval_loader(datasets or open_data(data), data, config, torch.device("cpu"))))
-    except UserError:  # the data is no longer available
-        return {}
-    return {"the run's own": images[:8]}
+    images = own_images(folder, config, 8, datasets)
+    return {} if images is None else {"the run's own": images}

@@ -28,6 +28,8 @@ _FILES = (
     rf"checkpoints/[^/]+/{_ARTIFACT}",
     rf"(student|teacher)/{_ARTIFACT}",
     rf"merged/(config\.json|merge\.json|{_ARTIFACT})",
+    r"exported/[^/.][^/]*\.(onnx|onnx\.data|py|pt2|safetensors|xml|bin)",
+    rf"exported/[^/.][^/]*/(config\.json|{re.escape(TENSORS)})",
     _EVENTS,
     r"predictions/\d+\.(png|jpg)",
     r"diagnostics/[^/]+\.(jsonl?|csv|png|svg)",
@@ -36,13 +38,15 @@ _FILES = (
     # left by a run that was killed
     re.escape(LOCK),
     r"(?:.+/)?\.[^/]+\.part",
+    r"exported/\.[^/]+\.part/.+",
     rf"(?:.+/)?\.[^/]+(\.old)?\.[0-9a-f]{{8}}/{_ARTIFACT}",
     rf"\.merge\.[^/]+/(config\.json|pytorch_model\.bin|README\.md|{_ARTIFACT})",
 )
 _FOLDERS = (
-    r"student|teacher|merged|tensorboard|predictions|diagnostics|tools|tools/tensorboard|checkpoints|checkpoints/[^/]+",
+    r"student|teacher|merged|exported|exported/[^/.][^/]*|tensorboard|predictions|diagnostics|tools|tools/tensorboard|checkpoints|checkpoints/[^/]+",
     r"(?:.+/)?\.[^/]+(\.old)?\.[0-9a-f]{8}",
     r"\.merge\.[^/]+",
+    r"exported/\.[^/]+\.part",
 )
 _OWN_FILE = re.compile("|".join(f"(?:{pattern})" for pattern in _FILES))
 _OWN_FOLDER = re.compile("|".join(f"(?:{pattern})" for pattern in _FOLDERS))

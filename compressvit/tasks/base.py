@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from compressvit.errors import UserError, did_you_mean
 from compressvit.registry import Registry
 from compressvit.tasks.answers import Answers, Measure
+from compressvit.tasks.likeness import Likeness, of_tensors
 from compressvit.tasks.quality import Quality
 from compressvit.tasks.targets import at_least
 
@@ -332,6 +333,10 @@ class Task(ABC):
     def graph(self, model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
         """What is exported of a model: a module from images (B, C, H, W) to one tensor or several, and their names."""
         return model, ("outputs",)
+
+    def likeness(self, expected: Sequence[Tensor], found: Sequence[Tensor], tolerance: float) -> Likeness:
+        """How alike the outputs of a graph are (those of `graph`) as two programs compute them."""
+        return of_tensors(expected, found, tolerance)
 
     # In words
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from compressvit.errors import UserError
 from compressvit.tasks.base import Answers, Labels, Measure, Metrics, Result, task
 from compressvit.tasks.classes import ClassTargets
+from compressvit.tasks.likeness import Likeness, of_classes
 from compressvit.tasks.quality import Curve, Quality
 
 if TYPE_CHECKING:
@@ -124,6 +125,9 @@ class Classification(ClassTargets):
 
     def graph(self, model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
         return model, ("logits",)
+
+    def likeness(self, expected: Sequence[Tensor], found: Sequence[Tensor], tolerance: float) -> Likeness:
+        return of_classes(expected, found, tolerance)
 
     def output_distance(self, model: nn.Module, images: Tensor, generator: torch.Generator) -> Tensor:
         """The loss of classes drawn from the model's own probabilities: its squared gradients are the Fisher information."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 from compressvit.errors import UserError
 from compressvit.model.detectors import DETECTORS
 from compressvit.tasks.base import Answers, Labels, Measure, Metrics, Result, Task, task
+from compressvit.tasks.likeness import Likeness, of_detections
 from compressvit.tasks.precision import BOXES, MASKS, Precision, Runs, coco_masks, on_picture, true_masks
 from compressvit.tasks.quality import Curve, Quality
 
@@ -171,6 +172,9 @@ class Detection(Task):
 
         names = ("boxes", "scores", "labels")
         return Answering(model, LIMIT), (*names, "masks") if getattr(model, "masks", False) else names
+
+    def likeness(self, expected: Sequence[Tensor], found: Sequence[Tensor], tolerance: float) -> Likeness:
+        return of_detections(expected, found, tolerance)
 
     def output_distance(self, model: nn.Module, images: Tensor, generator: torch.Generator) -> Tensor:
         """Logits and boxes of every stage in a random direction; a box's four numbers weigh as much as its logits. Of a detector that

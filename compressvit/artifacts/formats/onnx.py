@@ -1,0 +1,65 @@
+"""ONNX, for onnxruntime and what else reads it, with a short program beside it that answers for image files.
+
+The file has what that program needs (`metadata_props`): size, normalisation, names of the classes.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressvit.artifacts import predict
+from compressvit.artifacts.export import PACKAGES, onnx_program
+from compressvit.artifacts.formats.base import Format, Opened, Source, format_of_files
+
+
+@format_of_files("onnx")
+class ONNX(Format):
+    """One file; above 1.5 GiB the weights are in a second one."""
+
+    title = "ONNX"
+    suffix = ".onnx"
+    packages = (*PACKAGES, "onnxruntime")
+    install = "'compressvit[onnx]'"
+    precisions = ("fp32", "fp16")
+    has_opset = True
+    runtime = "onnxruntime"
+
+    def beside(self, name: str) -> list[str]:
+        return [f"{name.removesuffix(self.suffix)}_predict.py"]
+
+    def write(self, source: Source, path: Path) -> None:
+        program = onnx_program(source.graph, opset=source.opset, metadata=source.metadata)
+        program.save(path)
+        (script,) = self.beside(path.name)
+        shutil.copyfile(str(predict.__file__), path.with_name(script))
+
+    def open(self, path: Path, source: Source) -> nn.Module:
+        session, names = _session(path), list(source.reference[1])
+
+        def call(images: Tensor) -> list[Tensor]:
+            return [torch.from_numpy(values) for values in session.run(names, {"images": images.numpy()})]
+
+        return Opened(call)
+
+    def chosen(self, path: Path) -> dict[str, Any]:
+        import onnx
+
+        found = onnx.load(str(path), load_external_data=False).opset_import
+        return {"opset": next(int(entry.version) for entry in found if entry.domain in ("", "ai.onnx"))}
+
+    def how(self, path: Path) -> str:
+        return f"python {path.with_name(self.beside(path.name)[0])} IMAGE…   (needs onnxruntime, numpy and pillow)"
+
+
+def _session(path: Path) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # it warns of what it cannot compute once beforehand in fp16
+    options.intra_op_num_threads = torch.get_num_threads()  # as many as the artifact that it is compared with
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

@@ -1,0 +1,62 @@
+"""A folder for `timm.create_model("local-dir:FOLDER", pretrained=True)`, as `compressvit merge` writes it: for models that timm's
+constructor builds, after adapters are folded into its layers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import timm
+from torch import nn
+
+from compressvit.artifacts.export import PRECISIONS
+from compressvit.artifacts.formats.base import FORMATS, Format, Opened, Source, format_of_files
+from compressvit.artifacts.merge import left_by_merge, merged_copy, refuse_growth, save_for_timm
+from compressvit.errors import UserError, option
+from compressvit.model import surgery
+from compressvit.model.backbone import body_of, model_name
+from compressvit.transforms.record import compression_of
+
+
+@format_of_files("timm")
+class Timm(Format):
+    """A folder with config.json and model.safetensors."""
+
+    title = "timm"
+    runtime = "timm"
+
+    def refuse(self, source: Source) -> None:
+        _plain(source)
+
+    def write(self, source: Source, path: Path) -> None:
+        path.mkdir()
+        save_for_timm(surgery.deep_copy(_plain(source)).to(PRECISIONS[source.precision]), path)
+
+    def open(self, path: Path, source: Source) -> nn.Module:
+        return Opened(timm.create_model(f"local-dir:{path}", pretrained=True).eval())
+
+    def how(self, path: Path) -> str:
+        return f"timm.create_model('local-dir:{path}', pretrained=True)"
+
+
+def _plain(source: Source) -> nn.Module:
+    """The model as timm builds it.
+
+    Raises:
+        UserError: it has what timm has not, or would be larger.
+    """
+    model = source.model
+    others = [fmt.name for fmt in FORMATS.values() if fmt.name != Timm.name]
+    ways = f"{option('to')} {', '.join(others[:-1])} and {others[-1]} take it as it is"
+    if body_of(model) is not None:
+        raise UserError(f"{option('to', 'timm')}: timm has no detector such as {model_name(model)}; {ways}")
+    if not [plan for plan in compression_of(model).plans if not plan.loads_values]:
+        return model
+    try:
+        merged = merged_copy(model)
+        if left := [plan.transform for plan in compression_of(merged).plans if not plan.loads_values]:
+            raise UserError(f"it would stay {left_by_merge(left)}, which timm's constructor does not build")
+        if not source.dense:
+            refuse_growth(model, merged)
+    except UserError as error:
+        raise UserError(f"{option('to', 'timm')}: {error}; {ways}") from error
+    return merged

@@ -1,0 +1,121 @@
+"""What a model in ONNX says of image files. Written by `compressvit export`; needs onnxruntime, numpy and pillow alone.
+
+    python MODEL_predict.py IMAGE…              the model is the file MODEL.onnx beside this one
+    python MODEL_predict.py --json IMAGE…       for programs; features whole
+
+Size, normalisation and names of the classes are read from the model's file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from PIL import Image
+
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+TOP = 5  # classes that are told
+SURE = 0.3  # score from which a detection is told
+
+
+def open_model(file: Path) -> tuple[onnxruntime.InferenceSession, dict]:
+    """The model, and what its file says of it."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    said = session.get_modelmeta().custom_metadata_map
+    plain = ("compressvit", "source", "architecture", "task", "precision", "interpolation", "crop_mode")
+    return session, {key: value if key in plain else json.loads(value) for key, value in said.items()}
+
+
+def prepare(image: Image.Image, about: dict) -> np.ndarray:
+    """An image as the model takes it: float32 (channels, height, width), resized and cropped as timm does in evaluation."""
+    channels, height, width = about["input_size"]
+    if image.mode.startswith("I"):  # 16 bits
+        image = Image.fromarray(((np.asarray(image).astype(np.int64) + 128) // 257).astype(np.uint8))
+    elif image.mode == "F":  # 0 to 1
+        image = Image.fromarray((np.asarray(image) * 255).round().astype(np.uint8))
+    image = image.convert(MODES[channels])
+    high, wide = (math.floor(side / about["crop_pct"]) for side in (height, width))
+    border = about["crop_mode"] == "border"
+    if about["crop_mode"] == "squash":
+        size = (wide, high)
+    elif border or high != wide:
+        ratios = (image.height / high, image.width / wide)
+        ratio = max(ratios) if border else min(ratios)
+        size = (round(image.width / ratio), round(image.height / ratio))
+    else:  # the shorter side becomes that long
+        short = min(image.size)
+        size = (int(high * image.width / short), int(high * image.height / short))
+    if image.size != size:
+        image = image.resize(size, getattr(Image.Resampling, about["interpolation"].upper()))
+    image = _centre(image, width, height, [round(255 * value) for value in about["mean"]] if border else [0] * channels)
+    pixels = np.asarray(image, np.float32).reshape(height, width, channels).transpose(2, 0, 1)
+    mean, std = (np.array(about[name], np.float32).reshape(-1, 1, 1) for name in ("mean", "std"))
+    return (pixels - 255 * mean) / (255 * std)
+
+
+def _centre(image: Image.Image, width: int, height: int, fill: list[int]) -> Image.Image:
+    """The middle of an image, with a border where it is too small."""
+    if image.width < width or image.height < height:
+        whole = Image.new(image.mode, (max(width, image.width), max(height, image.height)), tuple(fill))
+        whole.paste(image, ((whole.width - image.width) // 2, (whole.height - image.height) // 2))
+        image = whole
+    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    return image.crop((left, top, left + width, top + height))
+
+
+def answer(found: dict[str, np.ndarray], size: tuple[int, int], about: dict) -> dict:
+    """What the outputs for one image say: classes with probabilities, boxes in pixels of the image, or features."""
+    names = about.get("label_names")
+    if "logits" in found:
+        logits = found["logits"].astype(np.float64)
+        shares = np.exp(logits - logits.max())
+        shares /= shares.sum()
+        best = [int(i) for i in np.argsort(-shares)[:TOP]]
+        return {"classes": [{"class": names[i] if names else i, "probability": float(shares[i])} for i in best]}
+    if "boxes" in found:
+        sides = np.array([*size, *size])
+        return {
+            "objects": [
+                {"class": names[label] if names else int(label), "score": float(score), "box": (box * sides).tolist()}
+                for box, score, label in zip(found["boxes"], found["scores"], found["labels"])  # noqa: B905
+                if score >= SURE
+            ]
+        }
+    return {"features": next(iter(found.values())).ravel().tolist()}
+
+
+def in_words(said: dict) -> str:
+    if "classes" in said:
+        return "  ".join(f"{row['class']} {100 * row['probability']:.1f} %" for row in said["classes"])
+    if "objects" in said:
+        rows = [f"{row['class']} {row['score']:.2f} at {[round(x) for x in row['box']]}" for row in said["objects"]]
+        return "  ".join(rows) or f"no object of a score of {SURE} or more"
+    first = "  ".join(f"{value:.4f}" for value in said["features"][:4])
+    return f"{len(said['features'])} features: {first} …"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("images", metavar="IMAGE", nargs="+", type=Path)
+    here = Path(__file__)
+    usual = here.with_name(f"{here.stem.removesuffix('_predict')}.onnx")
+    parser.add_argument("--model", type=Path, default=usual, help=f"the file of the model (default: {usual.name})")
+    parser.add_argument("--json", action="store_true", help="print a line of JSON for each image")
+    arguments = parser.parse_args()
+    session, about = open_model(arguments.model)
+    for file in arguments.images:
+        with Image.open(file) as image:
+            pixels, size = prepare(image, about), image.size
+        values = session.run(about["outputs"], {"images": pixels[None]})
+        said = answer({name: value[0] for name, value in zip(about["outputs"], values)}, size, about)  # noqa: B905
+        print(json.dumps({"file": str(file), **said}) if arguments.json else f"{file}: {in_words(said)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""`export`: an artifact in, a file for other programs out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from compressvit.cli.common import Verb
+
+
+def add_export(verb: Verb) -> None:
+    export = verb(
+        "export",
+        run_export,
+        "write a student for other programs (ONNX, torch.export, …), and compare it in their runtime",
+    )
+    export.add_argument("path", metavar="RUN|ARTIFACT", help="a run folder, or a folder with compressvit.json")
+    export.add_argument(
+        "--to", metavar="FORMAT", required=True, help="onnx, pt2 (torch.export), timm, safetensors or openvino"
+    )
+    export.add_argument(
+        "--output",
+        metavar="FILE",
+        help="where to write it (default: in exported/ next to the artifact); of timm a folder",
+    )
+    export.add_argument(
+        "--precision",
+        metavar="P",
+        default="fp32",
+        help="fp32, fp16 or bf16, of weights and arithmetic; images and outputs stay float32 (default: fp32)",
+    )
+    export.add_argument(
+        "--opset", metavar="N", type=int, help="of onnx: the version of its operators (default: torch's choice)"
+    )
+    export.add_argument(
+        "--dense", action="store_true", help="of timm: also where plain layers are larger than those of the student"
+    )
+    export.add_argument("--overwrite", action="store_true", help="replace files that are there")
+    export.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run_export(arguments: argparse.Namespace) -> int:
+    from compressvit.runs.export import export, print_export
+    from compressvit.terminal import Terminal
+
+    result = export(
+        arguments.path,
+        arguments.to,
+        arguments.output,
+        precision=arguments.precision,
+        opset=arguments.opset,
+        dense=arguments.dense,
+        overwrite=arguments.overwrite,
+    )
+    if arguments.json:
+        print(json.dumps(result, indent=2))
+    else:
+        print_export(result, Terminal())
+    return 0

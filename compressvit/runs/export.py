@@ -1,0 +1,246 @@
+"""`compressvit export`: the student of a run, or an artifact, as a file for other programs, compared with the artifact in their runtime."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import nullcontext
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from compressvit.artifacts import artifact
+from compressvit.artifacts.export import conversion_faults, replacing
+from compressvit.artifacts.formats.base import Format, Source, find_format
+from compressvit.artifacts.merge import in_float32, photograph_like
+from compressvit.data.input import InputConfig
+from compressvit.data.opening import Datasets
+from compressvit.errors import UserError, option, switch
+from compressvit.model import cost
+from compressvit.runs.evaluate import artifact_in
+from compressvit.runs.folder import RESOLVED, RunFolder
+from compressvit.runs.own_data import own_images, own_input, own_recipe_data
+from compressvit.runs.owned import is_scratch, refuse_links
+from compressvit.runs.tables import how_measured, megabytes, ratio_text
+from compressvit.tasks.base import task_of
+from compressvit.tasks.likeness import Likeness
+
+FOLDER = "exported"  # beside the artifact
+# Largest difference relative to the largest output: above what rounding was measured to do, and far below what a fault does
+TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
+_PIXELS = 64 * 224 * 224  # of the images that are compared, in all
+_FEWEST, _MOST, _AT_ONCE = 4, 64, 8  # of these images
+
+
+def export(
+    path: str | Path,
+    to: str,
+    output: str | Path | None = None,
+    *,
+    precision: str = "fp32",
+    opset: int | None = None,
+    dense: bool = False,
+    overwrite: bool = False,
+    datasets: Datasets | None = None,
+) -> dict[str, Any]:
+    """Write the artifact at `path`, or that of a run, in a format for other programs; open the file in its own runtime and compare it.
+
+    Args:
+        path: an artifact or a run folder.
+        to: the format: 'onnx', 'pt2', 'timm', 'safetensors', 'openvino', or one that a package offers.
+        output: the file, of 'timm' the folder; by default in `exported/` beside the artifact.
+        precision: 'fp32', 'fp16' or 'bf16', of weights and arithmetic; images and outputs are float32.
+        opset: version of ONNX's operators; None: torch's own choice.
+        dense: write it also where 'timm' makes it larger than it is.
+        overwrite: replace the files that are there.
+        datasets: the data of the run, if it is already open.
+
+    Returns:
+        What was written, and how it compares: difference, agreement, milliseconds.
+
+    Raises:
+        UserError: there is no artifact, a package is missing, the format cannot express the model, a file is there already, or what was
+            written does not compute what the artifact does. Nothing is left of it then.
+    """
+    fmt = find_format(to)
+    fmt.require(precision, opset)
+    folder = artifact_in(Path(path).resolve())
+    target = _target(folder, fmt, precision) if output is None else _named(Path(output).resolve(), fmt)
+    _require_free(target, fmt, overwrite)
+    in_a_run = (folder.parent / RESOLVED).is_file()
+    if output is None and target.parent.exists():
+        refuse_links(target.parent)
+    with RunFolder(folder.parent).owned() if in_a_run and output is None else nullcontext():
+        model = in_float32(artifact.load(folder))
+        data = own_recipe_data(folder)
+        task = task_of(model, data.usual_task if data is not None else None)
+        name = f"{folder.parent.name}/{folder.name}" if in_a_run else folder.name
+        config = own_input(folder, model)
+        source = Source(model, task, config, precision, name, opset, dense)
+        fmt.refuse(source)
+        images = own_images(folder, config, _count(config), datasets)
+        what = "held-out images of the run" if images is not None else "made-up images"
+        if images is None:
+            images = photograph_like(_count(config), config)
+        with replacing(target) as scratch:
+            written = scratch / target.name
+            fmt.write(source, written)
+            with conversion_faults(f"a file that {fmt.runtime} opens"):
+                opened = fmt.open(written, source)
+                likeness, times = _compared(source, opened, images)
+            _require_alike(likeness, source, fmt, what)
+            sizes = {file.name: _bytes(file) for file in sorted(scratch.iterdir())}
+            chosen = fmt.chosen(written)
+    return {
+        "artifact": str(folder),
+        "written": str(target),
+        "format": fmt.name,
+        "precision": precision,
+        **chosen,
+        "task": task.name,
+        "input_size": list(config.size),
+        "bytes": {target.name: sizes.pop(target.name), **sizes},
+        "artifact_bytes": cost.file_bytes(model),
+        "runtime": f"{fmt.runtime} {_version(fmt.runtime)}",
+        "images": len(images),
+        "compared_on": what,
+        "difference": likeness.difference,
+        "tolerance": TOLERANCES[precision],
+        "agreement": likeness.agreement,
+        "agreement_text": likeness.text,
+        "latency_ms": dict(zip(("artifact", "exported"), times.medians, strict=True)),
+        "latency_ratio": times.ratio(1),
+        "latency_on": f"cpu, {cost.threads_text()}",
+        "how": fmt.how(target),
+    }
+
+
+def _target(folder: Path, fmt: Format, precision: str) -> Path:
+    """Where a format is written by default."""
+    end = fmt.suffix or f"_{fmt.name}"
+    return folder.parent / FOLDER / f"{folder.name}{'' if precision == 'fp32' else f'_{precision}'}{end}"
+
+
+def _named(target: Path, fmt: Format) -> Path:
+    """The file that a user names; readers tell formats by their suffix, so it has that of the format."""
+    if target.is_dir() and fmt.suffix:
+        raise UserError(
+            f"{option('output', target)} is a folder; name a file in it, e.g. {target / ('student' + fmt.suffix)}"
+        )
+    if fmt.suffix and target.suffix != fmt.suffix:
+        raise UserError(
+            f"{option('output', target)}: a file of {option('to', fmt.name)} ends in {fmt.suffix}; name it "
+            f"{target.with_name(target.name + fmt.suffix).name}"
+        )
+    return target
+
+
+def _require_free(target: Path, fmt: Format, overwrite: bool) -> None:
+    """Raise a `UserError` where a file would be replaced that is not to be, or a folder that holds something else."""
+    if not fmt.suffix and target.is_dir():
+        there = {entry.name for entry in target.iterdir() if not is_scratch(entry)}
+        if others := sorted(there - {"config.json", "model.safetensors"}):
+            raise UserError(
+                f"{target} holds {others[0]}, which no export wrote, so nothing in it is replaced; give another "
+                f"{option('output')}"
+            )
+        taken = [target] if there else []
+    elif not fmt.suffix and target.exists():
+        raise UserError(
+            f"{target} is a file, and {option('to', fmt.name)} writes a folder; give another {option('output')}"
+        )
+    else:
+        names = (target.name, *fmt.beside(target.name))
+        taken = [file for name in names if (file := target.with_name(name)).exists() or file.is_symlink()]
+    if taken and not overwrite:
+        raise UserError(
+            f"{taken[0]} is there already. Give {switch('overwrite')} to replace it, or another {option('output')}"
+        )
+
+
+def _count(config: InputConfig) -> int:
+    """How many images are compared: the fewer, the larger they are."""
+    return max(_FEWEST, min(_MOST, _PIXELS // (config.height * config.width)))
+
+
+@torch.inference_mode()
+def _compared(source: Source, opened: nn.Module, images: Tensor) -> tuple[Likeness, cost.Latencies]:
+    """How alike the outputs of the artifact and of a file are, and how long one image takes each, in turns."""
+    reference = source.reference[0].eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # runtimes' of their own use of torch and numpy
+        expected, found = (
+            [
+                torch.cat(parts)
+                for parts in zip(*(_tensors(model(part)) for part in images.split(_AT_ONCE)), strict=True)
+            ]
+            for model in (reference, opened)
+        )
+        if [part.shape for part in expected] != [part.shape for part in found]:
+            raise ValueError(f"outputs of shapes {[tuple(part.shape) for part in found]}")
+        times = cost.latencies([reference, opened], [source.input.size] * 2, device=torch.device("cpu"))
+    return source.task.likeness(expected, found, TOLERANCES[source.precision]), times
+
+
+def _tensors(outputs: Any) -> tuple[Tensor, ...]:
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+
+
+def _require_alike(likeness: Likeness, source: Source, fmt: Format, images: str) -> None:
+    if likeness.alike:
+        return
+    ways = {
+        "fp16": "numbers above 65,504 do not fit into fp16; try fp32, or bf16 where the format has it",
+        "bf16": "bf16 has 8 bits of precision, which can be too few; try fp32",
+        "fp32": "this is a fault of the exporter or the runtime; try another format or opset",
+    }
+    raise UserError(
+        f"what {fmt.runtime} computes of the {fmt.title} file is not what the artifact does: on {images} outputs differ by "
+        f"{likeness.difference:.1e} of the largest, where {TOLERANCES[source.precision]:g} is rounding ({likeness.text}). Nothing was "
+        f"written: {ways[source.precision]}"
+    )
+
+
+def _bytes(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.iterdir()) if path.is_dir() else path.stat().st_size
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def print_export(result: dict[str, Any], console: Console) -> None:
+    """Print the result of `export`."""
+
+    def line(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True)
+
+    line(f"{result['artifact']} → {result['written']}")
+    size = "×".join(map(str, result["input_size"]))
+    chosen = f", opset {result['opset']}" if "opset" in result else ""
+    table = Table(
+        title=f"{result['format']}{chosen}, {result['precision']}, any number of images {size}", title_justify="left"
+    )
+    for column in ("", "bytes on disk", "latency", "latency / artifact"):
+        table.add_column(column, justify="left" if not column else "right")
+    times, (main, *_) = result["latency_ms"], result["bytes"].values()
+    table.add_row("artifact", megabytes(result["artifact_bytes"]), f"{times['artifact']:.2f} ms", "1.00")
+    table.add_row(
+        result["runtime"], megabytes(main), f"{times['exported']:.2f} ms", ratio_text(result["latency_ratio"])
+    )
+    console.print(table)
+    line(f"compared on {result['images']} {result['compared_on']}: {result['agreement_text']}")
+    line(
+        f"largest difference: {result['difference']:.1e} of the largest output (up to {result['tolerance']:g} is rounding)"
+    )
+    line(f"latency: {how_measured(result['latency_on'])}")
+    for name in list(result["bytes"])[1:]:
+        line(f"beside it: {name}")
+    line(result["how"])
