@@ -80,8 +80,8 @@ def refuse_growth(model: nn.Module, merged: nn.Module) -> None:
     before, after = ties.count_parameters(model), ties.count_parameters(merged)
     if after > GROWN * before:
         raise UserError(
-            f"as plain layers the {before:,} parameters of the student are {after:,}, which undoes what its compression saves; give "
-            f"{switch('dense')} if that is what you want"
+            f"the student has {before:,} parameters, and with plain layers in the place of its own {after:,}: that undoes its "
+            f"compression. Give {switch('dense')} for that all the same"
         )
 
 

@@ -12,9 +12,9 @@ import argparse
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import onnxruntime
 from PIL import Image
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -22,8 +22,10 @@ TOP = 5  # classes that are told
 SURE = 0.3  # score from which a detection is told
 
 
-def open_model(file: Path) -> tuple[onnxruntime.InferenceSession, dict]:
-    """The model, and what its file says of it."""
+def open_model(file: Path) -> tuple[Any, dict]:
+    """The model as onnxruntime's session, and what its file says of it."""
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
@@ -52,7 +54,8 @@ def prepare(image: Image.Image, about: dict) -> np.ndarray:
         short = min(image.size)
         size = (int(high * image.width / short), int(high * image.height / short))
     if image.size != size:
-        image = image.resize(size, getattr(Image.Resampling, about["interpolation"].upper()))
+        filter_ = about["interpolation"].partition("-")[0].upper()  # Pillow's 'nearest' is torch's 'nearest-exact'
+        image = image.resize(size, getattr(Image.Resampling, filter_))
     image = _centre(image, width, height, [round(255 * value) for value in about["mean"]] if border else [0] * channels)
     pixels = np.asarray(image, np.float32).reshape(height, width, channels).transpose(2, 0, 1)
     mean, std = (np.array(about[name], np.float32).reshape(-1, 1, 1) for name in ("mean", "std"))

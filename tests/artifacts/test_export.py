@@ -245,7 +245,7 @@ def test_a_failed_write_leaves_both_files(monkeypatch, tmp_path):
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(export, "PACKAGES", ())
-    monkeypatch.setattr("torch.onnx.export", lambda *_, **__: Full())
+    monkeypatch.setattr(export, "onnx_program", lambda *_, **__: Full())
     for name in ("model.onnx", "model.onnx.data"):
         (tmp_path / name).write_text("old")
     (tmp_path / ".model.onnx.killed.part").mkdir()

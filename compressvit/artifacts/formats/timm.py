@@ -10,10 +10,11 @@ from torch import nn
 
 from compressvit.artifacts.export import PRECISIONS
 from compressvit.artifacts.formats.base import FORMATS, Format, Opened, Source, format_of_files
-from compressvit.artifacts.merge import left_by_merge, merged_copy, refuse_growth, save_for_timm
+from compressvit.artifacts.merge import left_by_merge, refuse_growth, save_for_timm
 from compressvit.errors import UserError, option
 from compressvit.model import surgery
 from compressvit.model.backbone import body_of, model_name
+from compressvit.transforms.applying import materialise
 from compressvit.transforms.record import compression_of
 
 
@@ -49,12 +50,16 @@ def _plain(source: Source) -> nn.Module:
     ways = f"{option('to')} {', '.join(others[:-1])} and {others[-1]} take it as it is"
     if body_of(model) is not None:
         raise UserError(f"{option('to', 'timm')}: timm has no detector such as {model_name(model)}; {ways}")
-    if not [plan for plan in compression_of(model).plans if not plan.loads_values]:
+    plans = [plan for plan in compression_of(model).plans if not plan.loads_values]
+    if not plans:
         return model
     try:
-        merged = merged_copy(model)
+        for plan in plans:
+            if not plan.foldable:
+                plan.fold(surgery.deep_copy(model))  # raises a UserError with the reason
+        merged = materialise(model).eval()
         if left := [plan.transform for plan in compression_of(merged).plans if not plan.loads_values]:
-            raise UserError(f"it would stay {left_by_merge(left)}, which timm's constructor does not build")
+            raise UserError(left_by_merge(left))
         if not source.dense:
             refuse_growth(model, merged)
     except UserError as error:
