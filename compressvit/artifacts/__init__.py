@@ -1,1 +1,1 @@
-"""Models on disk: artifacts, adapters, merged models."""
+"""Models on disk: artifacts, adapters, merged models, and files for other programs: one file per format."""

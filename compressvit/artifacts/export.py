@@ -2,12 +2,14 @@
 
 The graph takes any number of images of one size, and computes what the model does in eval mode; of a detector, its detections. Models with
 `low_rank`, shared weights and adapters are exported as they are; `materialise` or `merge` them before, where plain layers are wanted.
+`compressvit export` writes such graphs, and other formats (`compressvit.artifacts.formats`), and compares each file with the model.
 """
 
 from __future__ import annotations
 
 import glob
 import importlib.util
+import logging
 import os
 import shutil
 import tempfile
@@ -132,7 +134,7 @@ def onnx_program(graph: Graph, *, opset: int | None = None, metadata: Mapping[st
     from onnx_ir.passes import common
     from onnxscript.optimizer import optimize_ir
 
-    with torch.no_grad(), warnings.catch_warnings(), conversion_faults("ONNX"):
+    with torch.no_grad(), warnings.catch_warnings(), _quiet("onnxscript"), conversion_faults("ONNX"):
         # with gradients attention would come apart otherwise than in the program
         warnings.simplefilter("ignore")  # onnxscript's of its own use of torch
         written = torch.onnx.export(
@@ -157,6 +159,18 @@ def onnx_program(graph: Graph, *, opset: int | None = None, metadata: Mapping[st
         )
     written.model.metadata_props.update(metadata or {})
     return written
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Without the warnings of a package's log: onnxscript's name operations that it leaves as they are."""
+    log = logging.getLogger(name)
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 @contextmanager
