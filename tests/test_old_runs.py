@@ -112,7 +112,7 @@ def test_a_student_is_merged(name, copied, expected):
     wanted = (expected["images"], expected[f"{name}/merged"])
     run = copied(name)
     assert difference(compressvit.merge(compressvit.load(run / "student")), *wanted) < SAME
-    done("merge", run, *CPU)
+    done("merge", run, "--dense", *CPU)
     assert difference(timm.create_model(f"local-dir:{run / 'merged'}", pretrained=True).eval(), *wanted) < SAME
     assert difference(compressvit.load(run / "student"), *wanted) < SAME  # merging changes nothing
 

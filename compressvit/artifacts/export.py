@@ -11,8 +11,10 @@ import glob
 import importlib.util
 import logging
 import os
+import re
 import shutil
 import tempfile
+import textwrap
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +31,7 @@ from compressvit.model.modes import evaluating
 from compressvit.tasks.base import Task, task_of
 
 PACKAGES = ("onnx", "onnxscript")
+_REASON = 300  # characters of what an exporter says
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LARGE = 1024  # numbers: what needs no image is computed beforehand unless it has more than that and is larger than its parts
 
@@ -86,14 +89,15 @@ def exported(model: nn.Module, images: Tensor, task: Task | None = None, *, prec
 
 @contextmanager
 def conversion_faults(what: str) -> Iterator[None]:
-    """Turn the errors of an exporter into a `UserError` with their first line: what it can make depends on the model, which may be
+    """Turn the errors of an exporter into a `UserError` with what they begin with: what it can make depends on the model, which may be
     anybody's, and on its version."""
     try:
         yield
     except (UserError, OSError, MemoryError):
         raise
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        words = re.sub(r"Check '.+?' failed at \S+:", "", str(error)).split()  # OpenVINO's own source
+        reason = textwrap.shorten(" ".join(words) or type(error).__name__, _REASON, placeholder=" …").rstrip(".")
         raise UserError(
             f"this model could not be made into {what}: {reason}. Try another {option('to')} or {option('precision')}"
         ) from error

@@ -168,6 +168,7 @@ def _add_merge(verb: Verb) -> None:
     merge.add_argument("path", metavar="RUN|ARTIFACT", help="a run folder, or a folder with compressvit.json")
     merge.add_argument("--output", metavar="FOLDER", help="where to write it (default: merged/ next to the artifact)")
     merge.add_argument("--overwrite", action="store_true", help="replace an earlier merge in the folder")
+    merge.add_argument("--dense", action="store_true", help="also where the merged model is larger than the student")
     add_device(merge, "for the latencies: cpu, cuda, … (default: the best available)")
 
 
@@ -290,7 +291,13 @@ def _merge(arguments: argparse.Namespace) -> int:
     from compressvit.runs.merge import merge_folder, print_merge
     from compressvit.terminal import Terminal
 
-    result = merge_folder(arguments.path, arguments.output, overwrite=arguments.overwrite, device=arguments.device)
+    result = merge_folder(
+        arguments.path,
+        arguments.output,
+        overwrite=arguments.overwrite,
+        dense=arguments.dense,
+        device=arguments.device,
+    )
     print_merge(result, Terminal())
     return 0
 

@@ -177,7 +177,9 @@ def _run(
         report(folder.path)
     merged = None
     if job.recipe.merges:  # last, because a merge that is not exact is refused
-        merged = merge_folder(folder.path, overwrite=True, device=str(job.device), datasets=job.datasets, owned=True)
+        merged = merge_folder(  # the recipe asks for it, and its plan says how large it is
+            folder.path, overwrite=True, dense=True, device=str(job.device), datasets=job.datasets, owned=True
+        )
         run.log.show(partial(print_merge, merged))
     return RunResult(results, folder.path, merged, _models=lambda: (trained.student.model, trained.teacher.model))
 

@@ -25,6 +25,7 @@ from compressvit.artifacts.merge import (
     left_by_merge,
     made_up_images,
     merged_copy,
+    refuse_growth,
     save_for_timm,
 )
 from compressvit.data.input import InputConfig
@@ -53,6 +54,7 @@ def merge_folder(
     output: str | Path | None = None,
     *,
     overwrite: bool = False,
+    dense: bool = False,
     device: str = "auto",
     datasets: Datasets | None = None,
     owned: bool = False,
@@ -64,6 +66,7 @@ def merge_folder(
         path: an artifact or a run folder.
         output: the folder to write; by default `merged` beside the artifact.
         overwrite: replace an earlier merge in that folder; nothing else in it is ever replaced.
+        dense: merge also what then has more parameters than before, as low rank has.
         device: device for measuring latencies; the comparison runs on the CPU.
         datasets: the data of the run, if it is already open.
         owned: the caller has locked the run folder (`RunFolder.owned`).
@@ -72,21 +75,22 @@ def merge_folder(
         The content of `merge.json`: differences relative to the largest output, and latencies in milliseconds.
 
     Raises:
-        UserError: there is no artifact at `path`, a transform cannot be folded, the outputs of the merged model differ, or the
-            output folder is not empty (unless it is an earlier merge and `overwrite` is given), or another run is writing to it.
+        UserError: there is no artifact at `path`, a transform cannot be folded, the merged model would be larger (unless `dense` is given),
+            its outputs differ, the output folder is not empty (unless it is an earlier merge and `overwrite` is given), or another run is
+            writing to it.
     """
     where = pick_device(device)
     folder = artifact_in(Path(path).resolve())
     if output is not None:
-        return _merge(folder, Path(output).resolve(), overwrite, where, datasets)
+        return _merge(folder, Path(output).resolve(), overwrite, dense, where, datasets)
     refuse_links(folder.parent / "merged")
     in_a_run = (folder.parent / RESOLVED).is_file()
     with RunFolder(folder.parent).owned() if in_a_run and not owned else nullcontext():
-        return _merge(folder, folder.parent / "merged", overwrite, where, datasets)
+        return _merge(folder, folder.parent / "merged", overwrite, dense, where, datasets)
 
 
 def _merge(
-    folder: Path, target: Path, overwrite: bool, where: torch.device, datasets: Datasets | None
+    folder: Path, target: Path, overwrite: bool, dense: bool, where: torch.device, datasets: Datasets | None
 ) -> dict[str, Any]:
     """Merge the artifact in `folder` into `target`; the other arguments and the result are those of `merge_folder`."""
     _require_free(target, overwrite)
@@ -95,6 +99,8 @@ def _merge(
     model = in_float32(model)  # compared in float32, regardless of the stored dtype
     config = own_input(folder, model)
     merged = merged_copy(model)
+    if not dense:
+        refuse_growth(model, merged)
     left = [plan.transform for plan in compression_of(merged).plans]
     tests = {**made_up_images(config), **_real_images(folder, config, datasets)}
     result: dict[str, Any] = {

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from compressvit.artifacts.merge import left_by_merge, merged_copy
+from compressvit.artifacts.merge import GROWN, left_by_merge, merged_copy
 from compressvit.data.classes import other_classes
 from compressvit.data.data_set import find_set
 from compressvit.data.input import STATISTICS, Side, class_mismatch
@@ -338,7 +338,11 @@ def _plan_merge(where: str, *, student: nn.Module) -> StepPlan:
     """Merge the skeleton, to find transforms that cannot be merged before anything is trained."""
     merged = merged_copy(student)
     kind = left_by_merge(plan.transform for plan in compression_of(merged).plans) or "a plain timm model"
-    return StepPlan(step=where, summary=f"merged/, {ties.count_parameters(merged):,} parameters: {kind}")
+    after, before = ties.count_parameters(merged), ties.count_parameters(student)
+    grown = (
+        f" ({after / before:.1f} times the student's, which undoes its compression)" if after > GROWN * before else ""
+    )
+    return StepPlan(step=where, summary=f"merged/, {after:,} parameters{grown}: {kind}")
 
 
 def _break_even_notes(student: nn.Module) -> list[str]:

@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 from helpers.models import build
-from helpers.runs import TINY, done
+from helpers.runs import TINY, done, refused
 
 from compressvit.model.backbone import input_size
 from compressvit.model.cost import Latencies, latencies
@@ -120,7 +120,10 @@ def test_a_run_and_its_merge(tmp_path):
     low, middle, high = results["student"]["latency_ratio"]
     assert results["student"]["latency_confidence"] == 0.99
     assert 0 < low <= middle <= high
-    out = done("merge", tmp_path / "run")
+    message = refused("merge", tmp_path / "run")
+    assert "that undoes its compression. Give --dense for that all the same" in message
+    assert not (tmp_path / "run" / "merged").exists()
+    out = done("merge", tmp_path / "run", "--dense")
     merged = json.loads((tmp_path / "run/merged/merge.json").read_text())
     assert set(merged["latency_ratio"]) == {"unmerged", "merged"}
     larger = merged["parameters"]["merged"] / merged["parameters"]["unmerged"]
