@@ -30,7 +30,8 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. Exit codes: 0 done, 2 something asked for cannot be done, 70 a fault of ours, 128 + N stopped by signal N."""
+    """Entry point. Exit codes: 0 done, 1 `evaluate --require` was not met, 2 something asked for cannot be done, 70 a fault of ours,
+    128 + N stopped by signal N."""
     parser = _parser()
     # argparse stops collecting key=value arguments at the first option and returns later ones as unknown.
     arguments, rest = parser.parse_known_args(argv)
@@ -156,10 +157,22 @@ def _add_validate(verb: Verb) -> None:
 
 
 def _add_evaluate(verb: Verb) -> None:
-    evaluate = verb("evaluate", _evaluate, "evaluate the student of a run, or an artifact")
-    evaluate.add_argument("path", metavar="PATH", help="a run folder, or an artifact (a folder with compressvit.json)")
+    evaluate = verb("evaluate", _evaluate, "evaluate the student of a run, an artifact, or an exported ONNX file")
+    evaluate.add_argument(
+        "path",
+        metavar="PATH",
+        help="a run folder, an artifact (a folder with compressvit.json), or FILE.onnx by `export`",
+    )
     add_overrides(evaluate, "overrides of the data, e.g. data.name=digits data.root=FOLDER")
     add_device(evaluate)
+    evaluate.add_argument(
+        "--require",
+        metavar="FIGURE>=N",
+        action="append",
+        default=[],
+        help="exit with code 1 unless a figure of --json is so high (or low: FIGURE<=N), e.g. 'top1>=85'; of a figure in percent 0.85 "
+        "is the same; may be repeated",
+    )
     evaluate.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -284,7 +297,13 @@ def _validate(arguments: argparse.Namespace) -> int:
 def _evaluate(arguments: argparse.Namespace) -> int:
     from compressvit.runs.evaluate import evaluate_path
 
-    return evaluate_path(arguments.path, arguments.overrides, device=arguments.device, as_json=arguments.json)
+    return evaluate_path(
+        arguments.path,
+        arguments.overrides,
+        device=arguments.device,
+        as_json=arguments.json,
+        require=arguments.require,
+    )
 
 
 def _merge(arguments: argparse.Namespace) -> int:

@@ -25,13 +25,15 @@ from compressvit.model import cost, stored
 from compressvit.recipe.recipe import Recipe, load_recipe, parse_recipe
 from compressvit.runs.folder import RESOLVED
 from compressvit.runs.job import pick_device, require_truth
+from compressvit.runs.onnx_model import open_onnx
+from compressvit.runs.requirement import Requirement
 from compressvit.runs.resources import resource_faults
 from compressvit.runs.tables import how_searched, scores_table
 from compressvit.tasks.base import Task, task_of
 from compressvit.tasks.neighbours import INDEXED
 from compressvit.tasks.qualities import intervals
 from compressvit.terminal import Terminal
-from compressvit.text import printable
+from compressvit.text import complain, printable
 from compressvit.training.evaluate import Watch, evaluate
 
 
@@ -93,27 +95,42 @@ class Scorer:
         return None if self.other_task else teacher
 
 
-def evaluate_path(path: str | Path, overrides: list[str], *, device: str, as_json: bool) -> int:
-    """Evaluate an artifact and print the scores. The data is that of its run, which `overrides` can change or replace.
+def evaluate_path(
+    path: str | Path, overrides: list[str], *, device: str, as_json: bool, require: Sequence[str] = ()
+) -> int:
+    """Evaluate an artifact, or a file that was exported to ONNX, and print the scores. The data is that of its run, which `overrides` can
+    change or replace.
+
+    Args:
+        require: what figures have to reach, as 'top1>=85'.
+
+    Returns:
+        The exit code: 1 if a requirement is not met.
 
     Raises:
-        UserError: there is nothing to evaluate at `path`, the data is unknown, or it does not fit the model.
+        UserError: there is nothing to evaluate at `path`, the data is unknown, it does not fit the model, or a requirement is of a figure
+            that there is not.
     """
-    folder = artifact_in(Path(path))
-    model = artifact.load(folder)
+    wanted = [Requirement.of(text) for text in require]
+    path = Path(path)
+    in_onnx = path.suffix == ".onnx" and path.is_file()
+    folder = _in_run(path) if in_onnx else artifact_in(path)
+    side: Side | None = open_onnx(path) if in_onnx else None
+    model = artifact.load(folder) if side is None else side.model
     _require_finite(model, folder)
     recipe = data_recipe(folder, overrides, "evaluate")
     require_truth(model, recipe.data, "artifact")
-    where = pick_device(device)
+    where = torch.device("cpu") if in_onnx else pick_device(device)
     datasets = open_data(recipe.data)
     datasets.found += other_classes(datasets.class_names or (), stored.class_names(model) or (), "the model")
-    side = trained_side(model, recipe.data, overrides)
+    side = side or trained_side(model, recipe.data, overrides)
     with resource_faults(recipe.data):
         scores = Scorer(datasets, recipe.data, where).score(side, search=True)
+    shown = path if in_onnx else folder
     result: dict[str, Any] = {
-        "path": str(folder),
+        "path": str(shown),
         "data": recipe.data.name,
-        **cost.cost(model, side.input.size).as_dict(),
+        **({"bytes": path.stat().st_size} if in_onnx else cost.cost(model, side.input.size).as_dict()),
         **scores,
         "intervals": intervals(scores),
         "broken_images": datasets.broken.count,
@@ -121,8 +138,22 @@ def evaluate_path(path: str | Path, overrides: list[str], *, device: str, as_jso
     }
     if as_json:
         print(json.dumps(result, indent=2))
-        return 0
-    Terminal().print(scores_table(result, f"{folder} on {recipe.data.name}"))
+    else:
+        _print(result, model, recipe, datasets, shown)
+    missed = [one for one in wanted if not one.met(result)]
+    for one in missed:
+        complain("compressvit", f"--require {one.text}: {one.key} is {result[one.key]:g}")
+    return 1 if missed else 0
+
+
+def _in_run(file: Path) -> Path:
+    """What stands for the artifact of an exported file where its data is looked for: in a run's `exported/` that of the run."""
+    folder = file.resolve().parent
+    return folder if (folder.parent / RESOLVED).is_file() else file
+
+
+def _print(result: dict[str, Any], model: nn.Module, recipe: Recipe, datasets: Datasets, shown: Path) -> None:
+    Terminal().print(scores_table(result, f"{shown} on {recipe.data.name}"))
     for text in how_searched(result):
         print(text)
     for note in datasets.notes():
@@ -133,7 +164,6 @@ def evaluate_path(path: str | Path, overrides: list[str], *, device: str, as_jso
         quality.in_text for quality in task_of(model, recipe.data.usual_task).against_teacher()
     ):
         print(f"there is no {absent}: `apply` compares a student with its teacher")
-    return 0
 
 
 def trained_side(model: nn.Module, data: Data, overrides: Sequence[str], *, recorded: bool = True) -> Side:

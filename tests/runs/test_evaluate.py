@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from torch import nn
 
 from compressvit.data.input import InputConfig, Side
 from compressvit.errors import UserError
+from compressvit.runs.requirement import Requirement
 from compressvit.training.evaluate import evaluate
 
 
@@ -98,3 +100,39 @@ def test_headless_backbones_are_compared_token_by_token():
 
 def numbered_images(model):
     return [(images_for(model, 3), torch.tensor([0, 1, 2]))]
+
+
+# ---- what a pipeline requires
+
+
+@pytest.mark.parametrize(
+    ("text", "reached"),
+    [
+        ("top1>=85", True),
+        ("top1>=0.85", True),
+        ("top1>=85.1", False),
+        ("top1 >= 0.851", False),
+        ("loss<=0.5", True),
+        ("loss<=0.4", False),
+        ("top5>=1", False),
+        ("bytes<=1e6", True),
+    ],
+)
+def test_a_requirement_is_met_or_not(text, reached):
+    figures = {"top1": 85.0, "loss": 0.5, "top5": math.nan, "bytes": 1_000_000}
+    assert Requirement.of(text).met(figures) is reached
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("top1", "give FIGURE>=NUMBER or FIGURE<=NUMBER in quotes"),
+        ("top1>=high", "give FIGURE>=NUMBER"),
+        ("top2>=1", r"there is no figure 'top2'; did you mean 'top1'\? \(known: parameters, bytes"),
+    ],
+)
+def test_what_is_no_requirement_is_refused(text, message):
+    with pytest.raises(UserError, match=f"--require {text}: .*{message}"):
+        Requirement.of(text)
+    with pytest.raises(UserError, match=r"--require top1>=85: top1 was not measured here"):
+        Requirement.of("top1>=85").met({"top1": None})

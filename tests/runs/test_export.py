@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from helpers.runs import done, refused
+from helpers.runs import done, refused, run
 
 import compressvit
 from compressvit.artifacts.formats.base import Opened
@@ -98,3 +98,18 @@ def test_a_run_in_onnx_at_once(ended):
     assert set(told["bytes"]) == {"student.onnx", "student_predict.py"}
     assert told["difference"] < 1e-5  # measured 4e-7
     assert "student_predict.py IMAGE…" in told["how"]
+    file = ended / "exported" / "student.onnx"
+    figures, own = (json.loads(done("evaluate", path, "--json")) for path in (file, ended))
+    assert {key: figures[key] for key in ("images", "top1", "top5")} == {
+        key: own[key] for key in ("images", "top1", "top5")
+    }
+    assert figures["loss"] == pytest.approx(own["loss"], abs=1e-5)  # measured 4e-8
+    assert figures["bytes"] == file.stat().st_size
+    code, _, err = run("evaluate", file, "--require", "top1>=0", "--require", "loss<=0")
+    assert code == 1
+    assert err.startswith("compressvit: --require loss<=0: loss is ")
+    shutil.copy(file, ended.parent / "alone.onnx")
+    assert "its data is not known; add data.name=digits" in refused("evaluate", ended.parent / "alone.onnx")
+    assert json.loads(done("evaluate", ended.parent / "alone.onnx", "data.name=digits", "--json"))["images"] > 16
+    (ended.parent / "other.onnx").write_bytes(b"no model")
+    assert "is not a model that onnxruntime reads" in refused("evaluate", ended.parent / "other.onnx")

@@ -70,6 +70,7 @@ class Source:
             "architecture": model_name(self.model),
             "transforms": [plan.transform for plan in compression_of(self.model).plans],
             "task": self.task.name,
+            "num_classes": getattr(self.model, "num_classes", 0) or 0,
             "outputs": list(self.reference[1]),
             "precision": self.precision,
             **self.input.as_dict(),

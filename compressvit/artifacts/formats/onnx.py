@@ -6,6 +6,7 @@ The file has what that program needs (`metadata_props`): size, normalisation, na
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +40,8 @@ class ONNX(Format):
         shutil.copyfile(str(predict.__file__), path.with_name(script))
 
     def open(self, path: Path, source: Source) -> nn.Module:
-        session, names = _session(path), list(source.reference[1])
-
-        def call(images: Tensor) -> list[Tensor]:
-            return [torch.from_numpy(values) for values in session.run(names, {"images": images.numpy()})]
-
-        return Opened(call)
+        session, names = session_of(path), source.reference[1]
+        return Opened(lambda images: outputs_of(session, names, images))
 
     def chosen(self, path: Path) -> dict[str, Any]:
         import onnx
@@ -56,10 +53,16 @@ class ONNX(Format):
         return f"python {path.with_name(self.beside(path.name)[0])} IMAGE…   (needs onnxruntime, numpy and pillow)"
 
 
-def _session(path: Path) -> Any:
+def session_of(path: Path) -> Any:
+    """A file in onnxruntime, on as many threads of the CPU as torch has."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # it warns of what it cannot compute once beforehand in fp16
-    options.intra_op_num_threads = torch.get_num_threads()  # as many as the artifact that it is compared with
+    options.log_severity_level = 3  # it warns of what it cannot compute beforehand in fp16
+    options.intra_op_num_threads = torch.get_num_threads()
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def outputs_of(session: Any, names: Sequence[str], images: Tensor) -> list[Tensor]:
+    """The outputs of these names for images (B, C, H, W)."""
+    return [torch.from_numpy(values) for values in session.run(list(names), {"images": images.numpy()})]
