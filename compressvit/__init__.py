@@ -26,6 +26,7 @@ _PUBLIC = {
     "load": "compressvit.artifacts.artifact",
     "materialise": "compressvit.transforms.applying",
     "merge": "compressvit.artifacts.merge",
+    "export": "compressvit.runs.export",
     "count_parameters": "compressvit.model.ties",
     "save_adapter": "compressvit.artifacts.adapter",
     "load_adapter": "compressvit.artifacts.adapter",

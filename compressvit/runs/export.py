@@ -21,6 +21,7 @@ from compressvit.data.input import InputConfig
 from compressvit.data.opening import Datasets
 from compressvit.errors import UserError, option, switch
 from compressvit.model import cost
+from compressvit.model.header import TENSORS
 from compressvit.runs.evaluate import artifact_in
 from compressvit.runs.folder import RESOLVED, RunFolder
 from compressvit.runs.own_data import own_images, own_input, own_recipe_data
@@ -75,47 +76,57 @@ def export(
     if output is None and target.parent.exists():
         refuse_links(target.parent)
     with RunFolder(folder.parent).owned() if in_a_run and output is None else nullcontext():
-        model = in_float32(artifact.load(folder))
-        data = own_recipe_data(folder)
-        task = task_of(model, data.usual_task if data is not None else None)
-        name = f"{folder.parent.name}/{folder.name}" if in_a_run else folder.name
-        config = own_input(folder, model)
-        source = Source(model, task, config, precision, name, opset, dense)
+        source = _source(folder, precision, opset, dense)
         fmt.refuse(source)
-        images = own_images(folder, config, _count(config), datasets)
-        what = "held-out images of the run" if images is not None else "made-up images"
+        images = own_images(folder, source.input, _count(source.input), datasets)
+        made_up = images is None
         if images is None:
-            images = photograph_like(_count(config), config)
+            images = photograph_like(_count(source.input), source.input)
+        what = f"{len(images)} {'made-up' if made_up else 'held-out'} images{'' if made_up else ' of the run'}"
         with replacing(target) as scratch:
-            written = scratch / target.name
-            fmt.write(source, written)
-            with conversion_faults(f"a file that {fmt.runtime} opens"):
-                opened = fmt.open(written, source)
-                likeness, times = _compared(source, opened, images)
-            _require_alike(likeness, source, fmt, what)
-            sizes = {file.name: _bytes(file) for file in sorted(scratch.iterdir())}
-            chosen = fmt.chosen(written)
+            told = _written(fmt, source, scratch / target.name, images, what)
     return {
         "artifact": str(folder),
+        "artifact_bytes": (folder / TENSORS).stat().st_size,
         "written": str(target),
         "format": fmt.name,
         "precision": precision,
-        **chosen,
-        "task": task.name,
-        "input_size": list(config.size),
-        "bytes": {target.name: sizes.pop(target.name), **sizes},
-        "artifact_bytes": cost.file_bytes(model),
-        "runtime": f"{fmt.runtime} {_version(fmt.runtime)}",
+        "task": source.task.name,
+        "input_size": list(source.input.size),
         "images": len(images),
         "compared_on": what,
+        **told,
+        "how": fmt.how(target),
+    }
+
+
+def _source(folder: Path, precision: str, opset: int | None, dense: bool) -> Source:
+    """The model of the artifact in `folder`, as it is exported."""
+    model = in_float32(artifact.load(folder))
+    data = own_recipe_data(folder)
+    task = task_of(model, None if data is None else data.usual_task)
+    name = folder.name if data is None else f"{folder.parent.name}/{folder.name}"
+    return Source(model, task, own_input(folder, model), precision, name, opset, dense)
+
+
+def _written(fmt: Format, source: Source, path: Path, images: Tensor, what: str) -> dict[str, Any]:
+    """Write a file, open it again, and compare it with the model; returns what the result says of it."""
+    fmt.write(source, path)
+    with conversion_faults(f"a file that {fmt.runtime} opens"):
+        likeness, times = _compared(source, fmt.open(path, source), images)
+    _require_alike(likeness, source, fmt, what)
+    others = {file.name: _bytes(file) for file in sorted(path.parent.iterdir()) if file != path}
+    return {
+        **fmt.chosen(path),
+        "bytes": {path.name: _bytes(path), **others},
+        "runtime": f"{fmt.runtime} {_version(fmt.runtime)}",
         "difference": likeness.difference,
-        "tolerance": TOLERANCES[precision],
+        "tolerance": TOLERANCES[source.precision],
         "agreement": likeness.agreement,
         "agreement_text": likeness.text,
         "latency_ms": dict(zip(("artifact", "exported"), times.medians, strict=True)),
         "latency_ratio": times.ratio(1),
         "latency_on": f"cpu, {cost.threads_text()}",
-        "how": fmt.how(target),
     }
 
 
@@ -236,7 +247,7 @@ def print_export(result: dict[str, Any], console: Console) -> None:
         result["runtime"], megabytes(main), f"{times['exported']:.2f} ms", ratio_text(result["latency_ratio"])
     )
     console.print(table)
-    line(f"compared on {result['images']} {result['compared_on']}: {result['agreement_text']}")
+    line(f"compared on {result['compared_on']}: {result['agreement_text']}")
     line(
         f"largest difference: {result['difference']:.1e} of the largest output (up to {result['tolerance']:g} is rounding)"
     )

@@ -128,7 +128,7 @@ def test_a_requirement_is_met_or_not(text, reached):
     [
         ("top1", "give FIGURE>=NUMBER or FIGURE<=NUMBER in quotes"),
         ("top1>=high", "give FIGURE>=NUMBER"),
-        ("top2>=1", r"there is no figure 'top2'; did you mean 'top1'\? \(known: parameters, bytes"),
+        ("topp1>=1", r"there is no figure 'topp1'; did you mean 'top1'\? \(known: parameters, bytes"),
     ],
 )
 def test_what_is_no_requirement_is_refused(text, message):

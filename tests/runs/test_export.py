@@ -25,8 +25,7 @@ def test_a_run_is_exported_beside_its_student_and_compared_on_its_images(ended):
     told = json.loads(done("export", ended, "--to", "safetensors", "--json"))
     file = ended / "exported" / "student.safetensors"
     assert told["written"] == str(file)
-    assert told["compared_on"] == "held-out images of the run"
-    assert told["images"] == 16  # of data.limit_val
+    assert told["compared_on"] == "16 held-out images of the run"  # as many as data.limit_val
     assert (told["difference"], told["agreement"]) == (0.0, 1.0)
     assert told["bytes"] == {file.name: file.stat().st_size}
     assert [path.name for path in file.parent.iterdir()] == [file.name]
@@ -49,7 +48,7 @@ def test_an_artifact_alone_is_compared_on_made_up_images(ended, tmp_path):
     shutil.move(ended / "student", tmp_path / "model")
     told = json.loads(done("export", tmp_path / "model", "--to", "safetensors", "--precision", "fp16", "--json"))
     assert told["written"] == str(tmp_path / "exported" / "model_fp16.safetensors")
-    assert (told["compared_on"], told["images"]) == ("made-up images", 64)
+    assert told["compared_on"] == "64 made-up images"
     assert 0 < told["difference"] < 2e-2  # measured 3e-4
     assert "--output" in refused("export", tmp_path / "model", "--to", "pt2", "--output", tmp_path)
 
@@ -67,7 +66,7 @@ def test_a_file_that_computes_something_else_is_not_left(ended, monkeypatch, fau
     monkeypatch.setattr(Safetensors, "open", wrong)
     message = refused("export", ended, "--to", "safetensors")
     assert {
-        "values": "is not what the artifact does: on held-out images of the run outputs differ by",
+        "values": "is not what the artifact does: on 16 held-out images of the run outputs differ by",
         "shape": "outputs of shapes",
         "file": "could not be made into a file that compressvit opens: no such operator. Try another --to",
     }[fault] in message
