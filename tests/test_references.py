@@ -23,7 +23,9 @@ TEXTS = sorted(
 )
 NAME = re.compile(r"(?<![\w./-])compressvit(?:\.[A-Za-z_]\w*)+")
 NO_NAMES = {"compressvit.json", "compressvit.CLASS"}  # a file, a placeholder
-GROUPS = re.compile(r"compressvit\.(transforms|phases|terms|diagnostics|sets|families|tasks)$")  # of entry points
+GROUPS = re.compile(
+    r"compressvit\.(transforms|phases|terms|diagnostics|sets|families|formats|tasks)$"
+)  # of entry points
 
 
 def resolved(name: str) -> object:

@@ -18,7 +18,6 @@ from compressvit.artifacts.export import conversion_faults, replacing
 from compressvit.artifacts.formats.base import Format, Source, find_format
 from compressvit.artifacts.merge import in_float32, photograph_like
 from compressvit.data.input import InputConfig
-from compressvit.data.opening import Datasets
 from compressvit.errors import UserError, option, switch
 from compressvit.model import cost
 from compressvit.model.header import TENSORS
@@ -46,7 +45,6 @@ def export(
     opset: int | None = None,
     dense: bool = False,
     overwrite: bool = False,
-    datasets: Datasets | None = None,
 ) -> dict[str, Any]:
     """Write the artifact at `path`, or that of a run, in a format for other programs; open the file in its own runtime and compare it.
 
@@ -58,7 +56,6 @@ def export(
         opset: version of ONNX's operators; None: torch's own choice.
         dense: write it also where 'timm' makes it larger than it is.
         overwrite: replace the files that are there.
-        datasets: the data of the run, if it is already open.
 
     Returns:
         What was written, and how it compares: difference, agreement, milliseconds.
@@ -78,7 +75,7 @@ def export(
     with RunFolder(folder.parent).owned() if in_a_run and output is None else nullcontext():
         source = _source(folder, precision, opset, dense)
         fmt.refuse(source)
-        images = own_images(folder, source.input, _count(source.input), datasets)
+        images = own_images(folder, source.input, _count(source.input))
         made_up = images is None
         if images is None:
             images = photograph_like(_count(source.input), source.input)
