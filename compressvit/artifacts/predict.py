@@ -86,7 +86,7 @@ def answer(found: dict[str, np.ndarray], size: tuple[int, int], about: dict) -> 
         return {
             "objects": [
                 {"class": names[label] if names else int(label), "score": float(score), "box": (box * sides).tolist()}
-                for box, score, label in zip(found["boxes"], found["scores"], found["labels"])  # noqa: B905
+                for box, score, label in zip(found["boxes"], found["scores"], found["labels"], strict=True)
                 if score >= SURE
             ]
         }
@@ -116,7 +116,8 @@ def main() -> None:
         with Image.open(file) as image:
             pixels, size = prepare(image, about), image.size
         values = session.run(about["outputs"], {"images": pixels[None]})
-        said = answer({name: value[0] for name, value in zip(about["outputs"], values)}, size, about)  # noqa: B905
+        found = {name: value[0] for name, value in zip(about["outputs"], values, strict=True)}
+        said = answer(found, size, about)
         print(json.dumps({"file": str(file), **said}) if arguments.json else f"{file}: {in_words(said)}")
 
 

@@ -52,7 +52,7 @@ class StepRecord(Frozen):
         return content
 
 
-class _Images(BaseModel):
+class Images(BaseModel):
     """What must hold of a manifest's `input`; a key may be missing."""
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
@@ -94,7 +94,7 @@ class Manifest(Frozen):
     @field_validator("input")
     @classmethod
     def _is_of_images(cls, value: dict[str, Any]) -> dict[str, Any]:
-        _Images.model_validate(value)
+        Images.model_validate(value)
         return value
 
 

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from torch import Tensor, nn
 
 from compressvit.artifacts.formats.base import find_format
@@ -15,7 +15,7 @@ from compressvit.artifacts.formats.onnx import outputs_of, session_of
 from compressvit.data.input import InputConfig, Side
 from compressvit.errors import UserError
 from compressvit.model.detectors.prediction import Detections
-from compressvit.model.stored import LABEL_NAMES
+from compressvit.model.stored import LABEL_NAMES, Images
 from compressvit.reading import open_regular
 from compressvit.spec import first_fault
 from compressvit.tasks.base import find_task
@@ -37,6 +37,12 @@ class _Said(BaseModel):
     crop_pct: float
     crop_mode: str
     label_names: list[str] | None = None
+
+    @model_validator(mode="after")
+    def _has_statistics_of_every_channel(self) -> _Said:
+        if {len(self.mean), len(self.std)} != {self.input_size[0]}:
+            raise ValueError(f"mean and std of {len(self.mean)} and {len(self.std)} channels, of {self.input_size[0]}")
+        return self
 
 
 class _Found(NamedTuple):
@@ -79,6 +85,7 @@ def open_onnx(file: Path) -> Side:
         raise UserError(f"{file} is not a model that onnxruntime reads: {str(error)[:300]}") from error
     content = {key: _plain(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
     try:
+        Images.model_validate(content)
         said = _Said.model_validate(content)
     except ValidationError as error:
         raise UserError(
@@ -97,5 +104,5 @@ def _plain(value: str) -> Any:
     """A text of the metadata as what it was: what is no JSON is a text."""
     try:
         return json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return value
