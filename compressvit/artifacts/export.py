@@ -82,8 +82,8 @@ def exported(model: nn.Module, images: Tensor, task: Task | None = None, *, prec
         module = InPrecision(module, dtype)
     two = images[:1].expand(2, -1, -1, -1).contiguous()  # a batch of one would stay one
     with evaluating(module), torch.no_grad(), warnings.catch_warnings(), conversion_faults(f"a graph in {precision}"):
-        if lower:  # torchvision's anchors take over the precision in the first call, which may not be while a graph is made
-            module(two)
+        if lower:
+            module(two)  # torchvision's anchors take over the precision now, which they may not while a graph is made
         warnings.filterwarnings("ignore", ".*create_unbacked_symint.* is deprecated")  # torchvision's nms
         program = torch.export.export(module, (two,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
     return Graph(program, names)
