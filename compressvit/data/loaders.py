@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import random
 import signal
+import weakref
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -269,6 +270,21 @@ class _CheckedLoader(DataLoader):
     datasets: Datasets
     name: str
     task: Task
+    _ending: weakref.finalize | None = None
+
+    def _get_iterator(self) -> Any:
+        """torch's iterator, whose workers end when this loader does.
+
+        Left to the garbage collector, an iterator in a cycle (with an exception that was thrown through it) has lost its queues before it
+        can tell the workers; torch then waits 10 s for each, and, as they take no SIGTERM, Python at its end for ever. What a finalizer
+        holds is whole.
+        """
+        made = super()._get_iterator()
+        if self.num_workers:
+            if self._ending is not None:
+                self._ending.detach()  # of an earlier epoch
+            self._ending = weakref.finalize(self, made._shutdown_workers)
+        return made
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | Targets]]:  # type: ignore[override]
         if isinstance(self.dataset, Stream):
@@ -282,9 +298,9 @@ class _CheckedLoader(DataLoader):
                     self.task.check_set(targets, self.datasets.num_classes, self.name)
                     yield images, targets if isinstance(targets, torch.Tensor) else Targets(targets)
         except Exception as error:
-            # ends the workers now: the garbage collector may find them too late to tell them, and waits 5 s for each
             self._iterator = None
-            del batches
+            if self._ending is not None:
+                self._ending()
             if isinstance(error, BrokenPicture):  # of a stream; others count theirs
                 reason = str(error).rstrip().rpartition("BrokenPicture: ")[2]  # a worker adds its trace
                 raise UserError(f"data.name={self.name}: an image of the stream cannot be read: {reason}") from error

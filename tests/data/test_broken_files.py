@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import logging
 import multiprocessing
 import pickle
@@ -122,6 +123,20 @@ def test_a_set_of_broken_files_is_refused(tmp_path, workers, make):
         epoch(loader)
     assert "worker process" not in str(error.value)
     assert set(multiprocessing.active_children()) <= before
+
+
+def test_the_garbage_collector_ends_workers(tmp_path):
+    """Of a loader in a cycle, as there is one with any exception that is kept."""
+    data = Data(name="folder", root=str(class_folders(tmp_path)), batch_size=2, num_workers=2)
+    before = set(multiprocessing.active_children())
+    loader = train_loader(open_data(data), data, COLOUR, CPU)
+    epoch(loader)
+    workers = set(multiprocessing.active_children()) - before
+    cycle = [loader]
+    cycle.append(cycle)
+    del loader, cycle
+    gc.collect()
+    assert [worker.exitcode for worker in workers] == [0, 0]  # None if they were not told and still live
 
 
 def test_what_a_worker_finds_amid_a_report_is_not_overlooked(tmp_path, monkeypatch):
