@@ -24,6 +24,7 @@ from compressvit.model import surgery
 from compressvit.model.backbone import input_size
 from compressvit.model.linear import channels_last
 from compressvit.model.modes import evaluating
+from compressvit.model.shapes import RememberedShapes
 from compressvit.tasks.base import task_of
 
 
@@ -267,7 +268,7 @@ def tokens_at(model: nn.Module, paths: Sequence[str]) -> dict[str, int]:
     def count(path: str, module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
         seen[path] = inputs[0].numel() // channels_last(module, inputs[0]).shape[-1]
 
-    with _hooks(empty, {path: partial(count, path) for path in paths}), torch.no_grad():
+    with _hooks(empty, {path: partial(count, path) for path in paths}), RememberedShapes(), torch.no_grad():
         empty(torch.empty(1, *input_size(model), device="meta", dtype=next(empty.parameters()).dtype))
     return seen
 
