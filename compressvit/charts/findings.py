@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
 from PIL import Image
 
 from compressvit.errors import UserError
@@ -86,9 +85,16 @@ class Finding:
 
     def log(self, writer: Any, folder: Path) -> None:
         """Show the picture that `write` left in `folder` in TensorBoard, under `diagnostics/NAME`, as many steps on as it has moments."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
         step = len({(record.get("phase"), record.get("epoch")) for record in self.records}) - 1
-        with Image.open(folder / f"{self.name}.png") as image:
-            writer.add_image(f"diagnostics/{self.name}", np.asarray(image.convert("RGB")), step, dataformats="HWC")
+        file = folder / f"{self.name}.png"
+        with Image.open(file) as image:  # `add_image` would decode it and encode it again, which takes as long as drawing it
+            width, height = image.size
+            shades = len(image.getbands())
+        picture = Summary.Image(width=width, height=height, colorspace=shades, encoded_image_string=file.read_bytes())
+        named = Summary.Value(tag=f"diagnostics/{self.name}", image=picture)
+        writer.file_writer.add_summary(Summary(value=[named]), step)
 
 
 def read(path: Path) -> Finding:

@@ -15,6 +15,7 @@ import torch
 from helpers.images import GRAY
 from helpers.runs import done, run, student_bytes
 from helpers.training import CPU
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import compressvit.runs.run
@@ -134,6 +135,10 @@ def test_findings_are_files_and_pictures_in_tensorboard(whole):
         for suffix in ("json", "csv", "png", "svg"):
             assert (whole / "diagnostics" / f"{name}.{suffix}").stat().st_size > 100
     assert {f"diagnostics/{name}" for name in names} == set(board.Tags()["images"])
+    shown = board.Images("diagnostics/rude")[-1]
+    file = whole / "diagnostics" / "rude.png"
+    assert shown.encoded_image_string == file.read_bytes()
+    assert (shown.width, shown.height) == Image.open(file).size
     assert read(whole / "diagnostics" / "rude.json").options["facet"] == "when"
     plan = json.loads((whole / "plan.json").read_text())
     assert plan["diagnostics"] == {"gradients": "every 3 optimiser steps"}
