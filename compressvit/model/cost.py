@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._ops import OpOverload
 
 from compressvit.errors import UserError
 from compressvit.model import surgery, ties
@@ -92,21 +93,41 @@ def macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
     Matrix products and convolutions, attention products included, and one per element of a LayerNorm (its scale and shift).
     This is the convention of the Swin and MiniViT figures; softmax, GELU and additions are not counted.
     """
-    from torch.utils.flop_counter import FlopCounterMode  # imports Triton
-
-    # Without gradients: torch's counter cannot hook a module whose input is a view of a parameter that has one, such as a learned query.
-    empty = surgery.skeleton(model).eval().requires_grad_(False)
-    with (
-        RememberedShapes(),
-        FlopCounterMode(display=False, custom_mapping={torch.ops.aten.native_layer_norm: _layer_norm_flops}) as counter,
-        torch.no_grad(),
-    ):
+    empty = surgery.skeleton(model).eval()
+    with _Products() as counter, torch.no_grad():
         empty(torch.empty(1, *input_size, device="meta", dtype=next(empty.parameters()).dtype))
-    return counter.get_total_flops() // 2
+    return counter.total
 
 
-def _layer_norm_flops(shape, *args, out_shape=None, **kwargs) -> int:
-    return 2 * math.prod(shape)
+class _Products(RememberedShapes):
+    """Counts multiply-accumulates by torch's formulas, without the sums by module of its own counter, which take most of the time."""
+
+    def __init__(self) -> None:
+        from torch.utils.flop_counter import flop_registry  # imports Triton
+
+        super().__init__()
+        self.total = 0
+        self._formulas = flop_registry
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not isinstance(func, OpOverload):
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        if func not in _WHOLE:
+            with self:  # what it consists of is counted
+                found = func.decompose(*args, **kwargs)
+            if found is not NotImplemented:
+                return found
+            _WHOLE.add(func)
+        found = super().__torch_dispatch__(func, types, args, kwargs)
+        if func.overloadpacket is torch.ops.aten.native_layer_norm:
+            self.total += args[0].numel()
+        elif func.overloadpacket in self._formulas:
+            self.total += self._formulas[func.overloadpacket](*args, **kwargs, out_val=found) // 2
+        return found
+
+
+_WHOLE: set[OpOverload] = set()  # operations that consist of no others
 
 
 CONFIDENCE = 0.99  # of the interval of a ratio of latencies

@@ -241,19 +241,24 @@ def deep_copy(model: M, memo: dict[int, object] | None = None) -> M:
         if id(module) in memo or "_compiled_call_impl" in vars(module) or not _copied_by_attributes(kind):
             continue
         copied = memo[id(module)] = kind.__new__(kind)
+        attributes = vars(copied)
         for name, value in vars(module).items():
-            vars(copied)[name] = _copied(value, memo)
+            attributes[name] = value if type(value) in _UNCHANGING else _copied(value, memo)
     return copy.deepcopy(model, memo)
 
 
 def _copied(value: Any, memo: dict[int, object]) -> Any:
     kind = type(value)
-    if kind in _UNCHANGING or (kind is tuple and all(type(inner) in _UNCHANGING for inner in value)):
+    if kind in _UNCHANGING:
         return value
-    if id(value) in memo:
-        return memo[id(value)]
-    if kind in (OrderedDict, dict, set) and not value:
-        return memo.setdefault(id(value), kind())
+    known = memo.get(id(value))
+    if known is not None:
+        return known
+    if kind in _HOLDERS and not value:
+        copied = memo[id(value)] = kind()
+        return copied
+    if kind is tuple and all(type(inner) in _UNCHANGING for inner in value):
+        return value
     if kind is dict and all(type(key) is str for key in value):  # the parameters, buffers and modules of a module
         copied = memo[id(value)] = {}
         copied.update({key: _copied(inner, memo) for key, inner in value.items()})
@@ -262,6 +267,7 @@ def _copied(value: Any, memo: dict[int, object]) -> Any:
 
 
 _UNCHANGING = {type(None), bool, int, float, str}
+_HOLDERS = {OrderedDict, dict, set}
 _FILL_IN = {"torch.nn.modules.conv", "torch.nn.modules.activation"}  # what files of an older torch lack
 _COPYING = {
     *("__deepcopy__", "__reduce_ex__", "__reduce__", "__getstate__", "__setstate__", "__getnewargs_ex__"),

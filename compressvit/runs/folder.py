@@ -114,6 +114,9 @@ class RunFolder:
 
         try:
             text = read_text(self.path / RESOLVED, most=MAX_YAML)
+            asked = recipe.to_yaml()
+            if text == asked:  # as nearly always: YAML takes long to read
+                return
             before = flat(current_recipe(parse_yaml(text, RESOLVED)))
             with suppress(UserError):  # keys that are newer than the run have their defaults
                 before = flat(parse_yaml(parse_recipe(text, RESOLVED).to_yaml(), RESOLVED))
@@ -122,7 +125,7 @@ class RunFolder:
                 f"{switch('resume')}: {self.path / RESOLVED} is damaged, so the run's settings are not known; start a new run with "
                 f"another {option('output')}"
             ) from error
-        now = flat(parse_yaml(recipe.to_yaml(), "the recipe"))
+        now = flat(parse_yaml(asked, "the recipe"))
         changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
         changed = [key for key in changed if not self._changes_nothing(key, before, recipe)]
         if changed:
