@@ -50,10 +50,10 @@ _INK = {
 }
 
 
-def save(chart: alt.Chart, *paths: Path) -> None:
+def save(chart: alt.Chart, *paths: Path, title: str | None = None) -> None:
     """Draw a chart once and write it to each path, as PNG or SVG by the path's suffix. The writes are atomic."""
-    quiet: Any = chart.properties(config=QUIET)
-    svg = vl_convert.vegalite_to_svg(quiet.to_dict())
+    spec = _specified(chart, QUIET)
+    svg = vl_convert.vegalite_to_svg(spec if title is None else {**spec, "title": title})
     for path in paths:
         content = vl_convert.svg_to_png(svg, ppi=_PPI) if path.suffix == ".png" else svg.encode()
         write_atomically(path, partial(_write, content))
@@ -68,12 +68,17 @@ def for_page(chart: alt.Chart) -> tuple[dict[str, Any], str]:
 
     Text and axes are of the page's own text colour, on no background, so that they follow its theme, also in print.
     """
-    inked: Any = chart.properties(config=_merged(QUIET, _INK), background="transparent")
-    spec = inked.to_dict()
+    spec = {**_specified(chart, _merged(QUIET, _INK)), "background": "transparent"}
     # The drawn one stands in until Vega has drawn its own, or where scripts are blocked; a name for every mark would double its size.
     svg = vl_convert.vegalite_to_svg({**spec, "config": {**spec["config"], "aria": False}})
     del spec["$schema"]  # an address; the page names the mode instead
     return spec, svg
+
+
+def _specified(chart: alt.Chart, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The chart as Vega-Lite. Altair's `properties` would copy all of its data."""
+    spec = chart.to_dict()
+    return {**spec, "config": _merged(spec.get("config", {}), config)}
 
 
 def _merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:

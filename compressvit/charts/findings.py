@@ -81,7 +81,7 @@ class Finding:
         """Draw the chart with its title into PNG and SVG files."""
         from compressvit.charts import drawing
 
-        drawing.save(self.draw().properties(title=self.title), *paths)
+        drawing.save(self.draw(), *paths, title=self.title)
 
     def log(self, writer: Any, folder: Path) -> None:
         """Show the picture that `write` left in `folder` in TensorBoard, under `diagnostics/NAME`, as many steps on as it has moments."""
