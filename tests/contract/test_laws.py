@@ -20,19 +20,16 @@ EVERYWHERE = ("low_rank", "adapters")  # one replaces layers, the other adds to 
 ALL = {case for (_, index), case in FIRST.items() if index == 0}
 ALL |= {case for (transform, _), case in ON_FAMILIES.items() if transform in EVERYWHERE}
 SOME = {*FIRST.values(), *ON_FAMILIES.values()}
-FEW = {
-    "the_function_is_kept_at_the_start",
-    "every_parameter_is_trained",
-    "fold_keeps_the_function_or_says_why_not",
-    "an_artifact_is_loaded_to_the_bit",
-}
+FEW = {"the_function_is_kept_at_the_start", "every_parameter_is_trained", "fold_keeps_the_function_or_says_why_not"}
+FILES = "an_artifact_is_loaded_to_the_bit"
 
 
 def is_fast(check) -> bool:
     """Of the first case of every transform all laws, as of two transforms on every family; of the first case of every further example, and
-    of every other transform on every family, a few. What is refused takes no time."""
+    of every other transform on every family, a few, of the former also that of files. What is refused takes no time."""
     case, _, law = str(check).rpartition("-")
-    return case in ALL or (case in SOME and law in FEW) or law == "is_refused"
+    few = case in SOME and law in FEW or case in FIRST.values() and law == FILES
+    return case in ALL or few or law == "is_refused"
 
 
 @pytest.mark.wide_unless.with_args(is_fast)
@@ -49,5 +46,5 @@ def test_every_registered_transform_has_an_example():
             assert type(spec) is TRANSFORMS[name]
             assert spec.name == spec.plan_class.transform == name
     assert len(CHECKS) > 1000
-    assert {str(check).split("-")[-1] for check in CHECKS} > FEW
+    assert {str(check).split("-")[-1] for check in CHECKS} > {*FEW, FILES}
     assert {transform for transform, _ in ON_FAMILIES} > set(EVERYWHERE)

@@ -266,6 +266,7 @@ def test_detections_are_the_likeliest_pairs():
     assert best.scores.tolist() == pytest.approx(torch.tensor([3.0, 2.0, 0.0]).sigmoid().tolist())
 
 
+@pytest.mark.wide  # some seconds
 def test_a_small_detector_learns_one_scene_by_heart():
     torch.manual_seed(0)
     model = detector().train()
@@ -283,6 +284,7 @@ def test_a_small_detector_learns_one_scene_by_heart():
     assert box_iou(best.boxes[order], truth["boxes"]).diagonal().min() > 0.8  # measured
 
 
+@pytest.mark.wide  # some seconds
 def test_a_detector_is_exported_whole():
     model = compress(detector().eval(), [AdaptiveLORS(rank=2, terms=1, init="scratch")])
     images = torch.randn(2, 3, 32, 32)

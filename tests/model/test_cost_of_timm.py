@@ -49,6 +49,7 @@ def plan_of(model: str, **step):
     return plan_recipe(Recipe.model_validate(content))
 
 
+@pytest.mark.wide_unless(lambda model, step: (model == "pit_ti_224") == ("multiplex" in step))
 @pytest.mark.parametrize("model", ["cait_xxs24_224", "pit_ti_224", "eva02_tiny_patch14_224"])
 @pytest.mark.parametrize("step", [{"low_rank": {"budget": {"parameters": 0.5}}}, {"multiplex": {"share": 2}}], ids=str)
 def test_a_model_that_no_family_has_is_one_conflict(model, step):

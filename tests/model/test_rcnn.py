@@ -196,6 +196,7 @@ TRANSFORMS = {
 }
 
 
+@pytest.mark.wide_unless(lambda name, steps: name == "mask_rcnn" and steps != "lora")
 @pytest.mark.parametrize("name", BOTH)
 @pytest.mark.parametrize("steps", TRANSFORMS)
 @torch.no_grad()

@@ -253,7 +253,7 @@ def test_prompts_that_travel_leave_the_rest_of_the_contract(backbone, tmp_path):
     assert outputs(model.to(torch.bfloat16), images.bfloat16()).isfinite().all()
 
 
-@pytest.mark.wide_unless(lambda backbone, deep: backbone == "swin" and not deep)  # the rest takes seconds
+@pytest.mark.wide  # each takes seconds
 @pytest.mark.parametrize(("backbone", "deep"), [("vit", True), ("vit", False), ("swin", True), ("swin", False)])
 def test_compile_captures_the_whole_student(backbone, deep):
     architecture, args = BACKBONES[backbone]
