@@ -89,7 +89,9 @@ class Finding:
 
         step = len({(record.get("phase"), record.get("epoch")) for record in self.records}) - 1
         file = folder / f"{self.name}.png"
-        with Image.open(file) as image:  # `add_image` would decode it and encode it again, which takes as long as drawing it
+        with Image.open(
+            file
+        ) as image:  # `add_image` would decode it and encode it again, which takes as long as drawing it
             width, height = image.size
             shades = len(image.getbands())
         picture = Summary.Image(width=width, height=height, colorspace=shades, encoded_image_string=file.read_bytes())

@@ -301,7 +301,9 @@ def test_two_adapters_merge_in_either_order(names):
     assert relative(outputs(merged), expected) < 1e-5  # measured up to 1.1e-6
 
 
-@pytest.mark.wide_unless(lambda name, first, share: (first, share) == ("lors", 2) if name == "fact_tt" else name == "lora")
+@pytest.mark.wide_unless(
+    lambda name, first, share: (first, share) == ("lors", 2) if name == "fact_tt" else name == "lora"
+)
 @pytest.mark.parametrize("share", [1, 2])
 @pytest.mark.parametrize("first", ["lors", "adapter"])
 @pytest.mark.parametrize("name", MERGEABLE)

@@ -28,7 +28,7 @@ def is_fast(check) -> bool:
     """Of the first case of every transform all laws, as of two transforms on every family; of the first case of every further example, and
     of every other transform on every family, a few, of the former also that of files. What is refused takes no time."""
     case, _, law = str(check).rpartition("-")
-    few = case in SOME and law in FEW or case in FIRST.values() and law == FILES
+    few = (case in SOME and law in FEW) or (case in FIRST.values() and law == FILES)
     return case in ALL or few or law == "is_refused"
 
 
