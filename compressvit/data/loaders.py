@@ -279,7 +279,7 @@ class _CheckedLoader(DataLoader):
         can tell the workers; torch then waits 10 s for each, and, as they take no SIGTERM, Python at its end for ever. What a finalizer
         holds is whole.
         """
-        made = super()._get_iterator()
+        made: Any = super()._get_iterator()
         if self.num_workers:
             if self._ending is not None:
                 self._ending.detach()  # of an earlier epoch
