@@ -53,7 +53,8 @@ def is_command_line() -> bool:
 def option(name: str, value: object = None) -> str:
     """An option as the caller writes it: `--device cpu` on the command line, `device='cpu'` in Python; without a value, only its name."""
     if is_command_line():
-        return f"--{name}" if value is None else f"--{name} {value}"
+        flag = f"--{name.replace('_', '-')}"
+        return flag if value is None else f"{flag} {value}"
     return name if value is None else f"{name}={str(value)!r}"
 
 

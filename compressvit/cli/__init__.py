@@ -149,7 +149,8 @@ def _add_validate(verb: Verb) -> None:
     validate = verb(
         "validate",
         _validate,
-        "check recipes against the schema and their model names against timm; `plan` also builds the models",
+        "check recipes against the schema, their model names against timm, and heads against class folders that are here; `plan` also "
+        "builds the models",
     )
     validate.add_argument(
         "recipes", metavar="RECIPE", nargs="+", help="a shipped recipe's name, or the path of a YAML file"
@@ -282,12 +283,15 @@ def _frontier(arguments: argparse.Namespace) -> int:
 
 def _validate(arguments: argparse.Namespace) -> int:
     from compressvit.recipe.recipe import load_recipe, require_known_models
+    from compressvit.runs.heads import require_enough_outputs
 
     faulty = 0
     for name in arguments.recipes:
         try:
-            require_known_models(load_recipe(name), name)
-            print(f"{name}: valid")
+            recipe = load_recipe(name)
+            require_known_models(recipe, name)
+            told = require_enough_outputs(recipe, name)
+            print(printable(f"{name}: valid{f'; {told}' if told else ''}"))
         except UserError as error:
             faulty += 1
             print(printable(str(error)), file=sys.stderr)

@@ -57,6 +57,12 @@ def add_shrink(verb: Verb) -> None:
         dest="calibration",
         help="fit to N of the images, without labels (default: 1024)",
     )
+    shrink.add_argument(
+        "--val-fraction",
+        metavar="F",
+        type=_fraction,
+        help="take the folders directly in IMAGES for classes, and hold out so much of each to judge on, e.g. 0.1",
+    )
     add_run(shrink, "shrink_NAME")
     shrink.add_argument(
         "--json", action="store_true", help="print the results as JSON; everything else to standard error"
@@ -67,6 +73,13 @@ def _count(word: str) -> int:
     if not word.isdecimal() or not int(word):
         raise argparse.ArgumentTypeError(f"{word!r} is not a whole number above 0")
     return int(word)
+
+
+def _fraction(word: str) -> float:
+    try:
+        return float(word)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{word!r} is not a number; give e.g. 0.1 for a tenth") from None
 
 
 def run_shrink(arguments: argparse.Namespace) -> int:
@@ -87,6 +100,7 @@ def run_shrink(arguments: argparse.Namespace) -> int:
         img_size=arguments.img_size,
         batch=arguments.batch,
         calibration=CALIBRATION if arguments.calibration is None else arguments.calibration,
+        val_fraction=arguments.val_fraction,
     )
     show(dumped(recipe))
     arguments.output = output = Path(arguments.output or default_output(recipe))

@@ -91,13 +91,13 @@ def numbers_of(order: Sequence[str]) -> dict[str, int]:
     return {composed(name): number for number, name in enumerate(order)}
 
 
-def different_classes(name: str, train: Iterable[str], validation: Iterable[str]) -> UserError:
-    """What to raise where the two splits have other classes."""
-    train, validation = set(train), set(validation)
+def different_classes(name: str, train: Iterable[str], held_out: Iterable[str], part: str = "validation") -> UserError:
+    """What to raise where the training split and another, called `part`, have other classes."""
+    train, held_out = set(train), set(held_out)
     return UserError(
-        f"data.name={name}: the training and the validation split have different classes"
-        f"\n  only in training: {some_of(sorted(train - validation))}"
-        f"\n  only in validation: {some_of(sorted(validation - train))}"
+        f"data.name={name}: the training and the {part} split have different classes"
+        f"\n  only in training: {some_of(sorted(train - held_out))}"
+        f"\n  only in {part}: {some_of(sorted(held_out - train))}"
         "\na target is the position of a class, so both splits need the same class folders, or data.classes=FILE with all their names"
     )
 

@@ -16,8 +16,9 @@ from compressvit.errors import UserError, nearest
 from compressvit.registry import Registry
 
 # Takes the recipe's `data` section (`compressvit.data.spec.Data`, which is built on this file) and gives the training and the validation
-# set: map-style ones of (PIL image, target), `Samples`, or timm's `IterableImageDataset`. What is amiss is a `UserError`.
-Opener = Callable[..., tuple[Dataset, Dataset]]
+# set, and where it was asked for one that of the test: map-style ones of (PIL image, target), `Samples`, or timm's `IterableImageDataset`.
+# What is amiss is a `UserError`.
+Opener = Callable[..., tuple[Dataset, ...]]
 Open = TypeVar("Open", bound=Opener)
 
 _ANY = "NAME"  # what follows the prefix of a set that stands for all names with it
@@ -38,6 +39,7 @@ class DataSet:
         package: what must be installed to read it, as Python imports it.
         streams: it is read in the order of its shards, which depends on the number of workers.
         listed: opening it only lists files, without reading an image, so a plan can count them.
+        parts: it can be split (`data.val_fraction`, `data.test_fraction`) and have a test (`data.test_split`).
     """
 
     name: str
@@ -50,6 +52,7 @@ class DataSet:
     package: str | None = None
     streams: bool = False
     listed: bool = False
+    parts: bool = False
 
     @property
     def truth(self) -> str | None:
@@ -71,11 +74,12 @@ def data_set(
     package: str | None = None,
     streams: bool = False,
     listed: bool = False,
+    parts: bool = False,
 ) -> Callable[[Open], Open]:
     """Register what opens a data set under the set's name; for the arguments see `DataSet`. A name that is taken is refused at import."""
 
     def register(opener: Open) -> Open:
-        entry = DataSet(name, opener, note, classes, labelled, task, full_frame, package, streams, listed)
+        entry = DataSet(name, opener, note, classes, labelled, task, full_frame, package, streams, listed, parts)
         SETS.add(name, entry, opener.__module__)
         return opener
 

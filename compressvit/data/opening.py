@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from timm.data import IterableImageDataset
@@ -31,6 +32,7 @@ class Datasets:
 
     Attributes:
         train, validation: `Samples`, or `Stream` for a streaming set.
+        test: images on which nothing is chosen; None where the figures at the end are of `validation`.
         num_classes: the number of classes; None in an unlabelled set, or one of a task without classes.
         class_names: in the order of the targets; None if unknown.
         labelled: False if every target is -1.
@@ -47,6 +49,11 @@ class Datasets:
     broken: BrokenFiles
     found: list[Note] = field(default_factory=list)
     deciding: Dataset | None = None
+    test: Dataset | None = None
+
+    def evidence(self) -> Datasets:
+        """The same with the images in `validation` that figures at the end are of: those of the test, where there is one."""
+        return self if self.test is None else replace(self, validation=self.test)
 
     def notes(self) -> list[Note]:
         """Notes on what was skipped or guessed when the data was opened, and on conversions of the images read so far."""
@@ -54,12 +61,13 @@ class Datasets:
 
     def fingerprint(self) -> str | None:
         """A hash of the names and labels of all files, relative to their folder; None for a streaming set, which cannot list them."""
-        parts = [part.identity() for part in (self.train, self.validation) if isinstance(part, Samples)]
-        return hashlib.sha256("".join(parts).encode()).hexdigest() if len(parts) == 2 else None
+        parts = [part for part in (self.train, self.validation, self.test) if part is not None]
+        found = [part.identity() for part in parts if isinstance(part, Samples)]
+        return hashlib.sha256("".join(found).encode()).hexdigest() if len(found) == len(parts) else None
 
 
 def open_data(data: Data) -> Datasets:
-    """Open the training and the validation set that `data` names, and check what can be checked without decoding images.
+    """Open the training, the validation and the test set that `data` names, and check what can be checked without decoding images.
 
     Raises:
         UserError: the folder is missing, empty or laid out differently, a package is missing, the classes of the two
@@ -77,12 +85,14 @@ def open_data(data: Data) -> Datasets:
     notes = list(dict.fromkeys(note for source in sources if isinstance(source, PictureFiles) for note in source.notes))
     train = _limited(sources[0], data, "limit_train", found_set.labelled)
     validation = _limited(sources[1], data, "limit_val", found_set.labelled)
+    test = _limited(sources[2], data, None, found_set.labelled) if len(sources) > 2 else None
+    broken = BrokenFiles(train, validation, test)
     if not found_set.labelled:
         if data.classes is not None:
             raise UserError(
                 f"data.classes={data.classes}: the images of data '{data.name}' have no classes; leave it out"
             )
-        return Datasets(train, validation, None, None, False, BrokenFiles(train, validation), notes)
+        return Datasets(train, validation, None, None, False, broken, notes, test=test)
     task = find_task(data.usual_task)
     class_names = _named(_common_classes(sources, data.name, task.least_classes), data)
     found = len(class_names) if class_names else None
@@ -98,11 +108,11 @@ def open_data(data: Data) -> Datasets:
         targets = getattr(source, "targets", None)
         if targets is not None:
             task.check_set(targets, num_classes, data.name)
-    return Datasets(train, validation, num_classes, class_names, True, BrokenFiles(train, validation), notes)
+    return Datasets(train, validation, num_classes, class_names, True, broken, notes, test=test)
 
 
-def _common_classes(sources: tuple[Any, Any], name: str, least: int) -> list[str] | None:
-    train, validation = (class_names_of(source) for source in sources)
+def _common_classes(sources: Sequence[Any], name: str, least: int) -> list[str] | None:
+    train, validation = (class_names_of(source) for source in sources[:2])
     if train and validation and train != validation:
         raise different_classes(name, train, validation)
     if train and len(train) < least:
@@ -129,8 +139,8 @@ def _named(names: list[str] | None, data: Data) -> list[str] | None:
     return given
 
 
-def _limited(source: Any, data: Data, option: str, labelled: bool) -> Dataset:
-    limit: int | None = getattr(data, option)
+def _limited(source: Any, data: Data, option: str | None, labelled: bool) -> Dataset:
+    limit: int | None = None if option is None else getattr(data, option)
     if not isinstance(source, IterableImageDataset):
         chosen = evenly(len(source), limit)
         if isinstance(source, Subset):

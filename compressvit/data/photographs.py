@@ -58,6 +58,16 @@ def photographs(paths: Sequence[str], by: str | None) -> tuple[list[str], list[N
     return found, [Note("ungrouped", alone, text)] if alone else []
 
 
+def photograph_names(paths: Sequence[str], by: str | None) -> tuple[list[str], list[Note]]:
+    """As `photographs`, under names that last: a first crop has its name already, before there is a second of the same photograph."""
+    found, notes = photographs(paths, by)
+    if by == "auto":
+        stems = [_stem(path)[0] for path in paths]
+        alone = {stem for stem, count in Counter(stems).items() if count == 1}
+        found = [stem if stem in alone else name for stem, name in zip(stems, found, strict=True)]
+    return found, notes
+
+
 def _stem(path: str) -> tuple[str, int | None]:
     """A path without a number at the end of the file's name, and the number: `a/0001_Bridge_3.jpg` is image 3 of `a/0001_Bridge`. A path
     without one is returned as it is."""

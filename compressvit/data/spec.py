@@ -5,14 +5,16 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic.config import JsonDict
 
-from compressvit.data.data_set import find_set, list_of_sets
+from compressvit.data.data_set import SETS, find_set, list_of_sets
 from compressvit.spec import Spec
 from compressvit.tasks.base import find_task
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
+
+VAL_FRACTION = 0.1  # of `images` without a val/, where the recipe does not say
 
 
 class Augment(Spec):
@@ -152,18 +154,33 @@ class Data(Spec):
         description="Evaluation: timm's center (resize the shorter side, crop), squash (resize both sides) or border; none = the model's.",
     )
     interpolation: Interpolation | None = Field(default=None, description="Evaluation: resampling; none = the model's.")
-    val_fraction: float = Field(
-        default=0.1,
+    val_fraction: float | None = Field(
+        default=None,
         gt=0,
         le=0.5,
-        description="For `images` without a val/: every 1/val_fraction-th photograph (see group_by) is held out.",
+        description="Hold out so much of a set that has no validation split, in whole photographs (see group_by). `folder` takes the "
+        "folders directly in root, or in train/, for classes, and `lists` splits train_split: by a hash of the names of the files, so that "
+        "nothing changes sides where others are added. `images`: every 1/val_fraction-th photograph, every tenth where this is none; by the hash "
+        "with test_fraction.",
+    )
+    test_split: str | None = Field(
+        default=None,
+        description="Name of a test split, for `folder`, `lists` and `images`: the figures at the end are of its images, and nothing is "
+        "chosen on them. none = they are of the validation split, on which keep: best chooses.",
+    )
+    test_fraction: float | None = Field(
+        default=None,
+        gt=0,
+        le=0.5,
+        description="Instead of test_split: hold out so much for the test, by the same hash as val_fraction, which folder and lists need "
+        "beside it.",
     )
     group_by: str | None = Field(
         default="auto",
-        description="Which images are of one photograph, as crops and frames are. `images` without a val/ holds out whole photographs, and "
-        "so do fits to calibration images. auto = as file names tell (0001_Bridge_0.jpg, 0001_Bridge_1.jpg, …), unless these look like "
-        "those of classes or cameras; stem = equal names but for a number at the end; folder = one folder; none = every image by itself; "
-        "or a regular expression whose match in the path (or its groups in parentheses) is the same, e.g. '([^/]+)_crop'.",
+        description="Which images are of one photograph, as crops and frames are. Whole photographs are held out (val_fraction), "
+        "and so it is in fits to calibration images. auto = as file names tell (0001_Bridge_0.jpg, 0001_Bridge_1.jpg, …), unless these "
+        "look like those of classes or cameras; stem = equal names but for a number at the end; folder = one folder; none = every image by "
+        "itself; or a regular expression whose match in the path (or its groups in parentheses) is the same, e.g. '([^/]+)_crop'.",
     )
     limit_train: int | None = Field(
         default=None, ge=1, description="Use at most this many training images, evenly spaced."
@@ -212,6 +229,25 @@ class Data(Spec):
         if value is not None and min(value) <= 0:
             raise ValueError(f"{list(value)}: images are divided by std, so it must be above 0")
         return value
+
+    @model_validator(mode="after")
+    def _can_be_held_out(self) -> Data:
+        given = [key for key in ("val_fraction", "test_split", "test_fraction") if getattr(self, key) is not None]
+        if given and not find_set(self.name).parts:
+            able = ", ".join(entry.name for entry in SETS.values() if entry.parts)
+            raise ValueError(
+                f"{given[0]}={getattr(self, given[0])}: data '{self.name}' has splits of its own; leave it out (it is for {able})"
+            )
+        if self.test_split is not None and self.test_fraction is not None:
+            raise ValueError(
+                f"test_split={self.test_split} and test_fraction={self.test_fraction:g} both say what the test is; give one of them"
+            )
+        if self.test_fraction is not None and self.test_fraction + (self.val_fraction or VAL_FRACTION) >= 1:
+            raise ValueError(
+                f"val_fraction={self.val_fraction or VAL_FRACTION:g} and test_fraction={self.test_fraction:g} leave nothing to "
+                "train on; give less"
+            )
+        return self
 
     @property
     def labelled(self) -> bool:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import tarfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -29,18 +30,21 @@ class Split:
     Attributes:
         labels: the class name of each image.
         files: the paths of the images, or the tar files that contain them.
+        paths: of images that are files, relative to the folder of the split, parts separated by `/`.
     """
 
     name: str
     labels: list[str]
     files: list[str] | Tars
     notes: list[Note]
+    paths: list[str] = field(default_factory=list)
 
     @classmethod
-    def read(cls, path: Path, root: Path, data: Data) -> Split:
+    def read(cls, path: Path, root: Path, data: Data, *, leave_out: Sequence[str] = ()) -> Split:
+        """The split at a path; `leave_out` are names directly in it that are none of its classes."""
         if path.is_file() or any(path.glob("*.tar")):
             return cls._of_tars(path)
-        search = Search(path, within=root, outside=data.outside is not False)
+        search = Search(path, within=root, outside=data.outside is not False, leave_out=leave_out)
         if not search.found:
             raise UserError(f"{path}: no images ({', '.join(EXTENSIONS)}) can be found in it; {LAYOUT}")
         if direct := next((found for found in search.found if len(found.parts) == 1), None):
@@ -55,7 +59,9 @@ class Split:
             first = "/".join(deeper[0].parts)
             text = f"{path.name}: {counted(len(deeper))} in subfolders of class folders, which belong to the class, e.g. {first}"
             notes.append(Note("deeper", len(deeper), text))
-        return cls(path.name, [found.parts[0] for found in search.found], [f.path for f in search.found], notes)
+        labels = [found.parts[0] for found in search.found]
+        paths = ["/".join(found.parts) for found in search.found]
+        return cls(path.name, labels, [found.path for found in search.found], notes, paths)
 
     @classmethod
     def _of_tars(cls, path: Path) -> Split:
@@ -71,6 +77,12 @@ class Split:
     @property
     def classes(self) -> list[str]:
         return list(dict.fromkeys(self.labels))
+
+    def part(self, chosen: Sequence[bool]) -> Split:
+        """The chosen images, which are files, without notes."""
+        assert not isinstance(self.files, Tars)
+        labels, files, paths = (list(compress(of, chosen)) for of in (self.labels, self.files, self.paths))
+        return Split(self.name, labels, files, [], paths)
 
     def data_set(self, order: list[str], notes: list[Note]) -> Dataset:
         numbers = numbers_of(order)

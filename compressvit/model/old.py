@@ -9,6 +9,7 @@
 | `score: gradient` of `prune` in a resolved recipe, without `milestones` | `score: taylor` |
 | `adaptformer` and `fact` in a resolved recipe, without `dropout` | `dropout: 0.0` |
 | `data` in a resolved recipe, without `group_by` | `group_by: null`, every image by itself |
+| `val_fraction` of other sets than `images` in a resolved recipe, without `test_fraction` | none: it meant nothing |
 | `low_rank` in a resolved recipe, without `pivoted` | `pivoted: false` |
 | tensors `P.low_rank.down`, `P.low_rank.up`, `P.bias` where layer P is low rank alone | `P.down.weight`, `P.up.weight`, `P.up.bias` |
 
@@ -52,7 +53,7 @@ def current_recipe(content: Any, *, complete: bool = True) -> Any:
         return content
     found = {**content, "steps": [_step(entry, complete) for entry in content["steps"]]}
     if complete and isinstance(content.get("data"), dict):
-        found["data"] = {**_ADDED_TO_DATA, **content["data"]}
+        found["data"] = _data(content["data"])
     return found
 
 
@@ -64,6 +65,13 @@ _ADDED: dict[str, Options] = {
     "fact": {"dropout": 0.0},
     "low_rank": {"pivoted": False},
 }
+
+
+def _data(options: Options) -> Options:
+    found = {**_ADDED_TO_DATA, **options}
+    if "test_fraction" not in options and options.get("name") != "images":
+        found.pop("val_fraction", None)
+    return found
 
 
 def _step(entry: Any, complete: bool) -> Any:

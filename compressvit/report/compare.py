@@ -67,7 +67,8 @@ class Row:
         known = teacher.weights in ("pretrained", "train", "random") or self.taught_here
         weights = "" if known else f" ({teacher.weights})"
         images = self.results[0].teacher.images
-        split = data.val_split + (f" ({images:,} images)" if images else "")
+        of_test = self.results[0].reported_on == "test"
+        split = (data.test_split or "test" if of_test else data.val_split) + (f" ({images:,} images)" if images else "")
         return f"{data.name}{f' {data.root}' if data.root else ''}, {split}; {teacher.model}{weights}"
 
     def values(self, key: str) -> list[float]:

@@ -72,7 +72,8 @@ def verdict(run: Run) -> str:
         parts.append(
             f"With {_share(student.parameters, teacher.parameters)} of the teacher's parameters{slower}, the student"
         )
-    images = f"{student.images:,} held-out images" if student.images else "the held-out images"
+    of = "test" if run.results.reported_on == "test" else "held-out"
+    images = f"{student.images:,} {of} images" if student.images else f"the {of} images"
     ours, theirs = student.model_dump(), teacher.model_dump()
     verdicts = (text for task in TASKS.values() if (text := task.verdict(ours, theirs, images)))
     parts.append(next(verdicts, "was made; there was nothing to evaluate it on"))

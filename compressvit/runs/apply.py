@@ -246,7 +246,7 @@ def _note_data(job: Job, plan: RecipePlan, folder: RunFolder, *, resume: bool) -
     ]
     moved = None
     if before is not None:
-        images = plan.data.train + plan.data.validation
+        images = plan.data.train + plan.data.validation + (plan.data.test or 0)
         moved = Note("moved", images, f"resumed with data.root={job.recipe.data.root}, before {before}")
         moves.append(moved)
     job.datasets.found += moves

@@ -125,11 +125,12 @@ def evaluate_path(
     datasets.found += other_classes(datasets.class_names or (), stored.class_names(model) or (), "the model")
     side = side or trained_side(model, recipe.data, overrides)
     with resource_faults(recipe.data):
-        scores = Scorer(datasets, recipe.data, where).score(side, search=True)
+        scores = Scorer(datasets.evidence(), recipe.data, where).score(side, search=True)
     shown = path if in_onnx else folder
     result: dict[str, Any] = {
         "path": str(shown),
         "data": recipe.data.name,
+        "reported_on": "validation" if datasets.test is None else "test",
         **({"bytes": path.stat().st_size} if in_onnx else cost.cost(model, side.input.size).as_dict()),
         **scores,
         "intervals": intervals(scores),
@@ -153,7 +154,8 @@ def _in_run(file: Path) -> Path:
 
 
 def _print(result: dict[str, Any], model: nn.Module, recipe: Recipe, datasets: Datasets, shown: Path) -> None:
-    Terminal().print(scores_table(result, f"{shown} on {recipe.data.name}"))
+    test = "" if datasets.test is None else ", its test"
+    Terminal().print(scores_table(result, f"{shown} on {recipe.data.name}{test}"))
     for text in how_searched(result):
         print(text)
     for note in datasets.notes():

@@ -162,10 +162,11 @@ class NoteRow(RunFile):
 
 
 class Results(RunFile):
-    """`results.json`."""
+    """`results.json`. The figures are of the images `reported_on`: those of the test where there is one, on which nothing is chosen."""
 
     teacher: Figures
     student: Figures
+    reported_on: Literal["validation", "test"] = "validation"
     phases: dict[str, PhaseReport] = {}
     ledger: list[LedgerRow] = []
     sizes: list[SizesRow] = []
@@ -222,10 +223,15 @@ class StagePlan(RunFile):
 
 
 class DataPlan(RunFile):
-    """The opened data: how many images, what identifies their files (None for a stream), and what was passed over or guessed."""
+    """The opened data: how many images, what identifies their files (None for a stream), and what was passed over or guessed.
+
+    Attributes:
+        test: None where the figures at the end are of the images of `validation`.
+    """
 
     train: int
     validation: int
+    test: int | None = None
     classes: int | None = None
     fingerprint: str | None = None
     notes: list[NoteRow] = []

@@ -41,6 +41,7 @@ def finish(job: Job, scorer: Scorer, folder: RunFolder, log: RunLog, *, plan: Re
         The content of `results.json`.
     """
     teacher, student = trained.teacher, trained.student
+    scorer = replace(scorer, datasets=job.datasets.evidence())
     stored.name_classes(student.model, job.datasets.class_names)
     difference = save_student(student, folder.student)
     answers = scorer.task(student).answers(student.model, job.datasets.class_names, job.datasets.labelled)
@@ -72,6 +73,7 @@ def finish(job: Job, scorer: Scorer, folder: RunFolder, log: RunLog, *, plan: Re
                 "latency_ms": times.medians[1],
                 **{"latency_ratio": times.ratio(1), "latency_confidence": cost.CONFIDENCE},
             },
+            "reported_on": "validation" if job.datasets.test is None else "test",
             "phases": trained.phases,
             "ledger": [asdict(entry) for entry in compression_of(student.model).ledger],
             "sizes": _sizes(student.model),

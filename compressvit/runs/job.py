@@ -21,7 +21,6 @@ from torch import nn
 from compressvit.data.annotated import AnnotatedFiles
 from compressvit.data.data_set import SETS, briefly, find_set
 from compressvit.data.input import Side
-from compressvit.data.notes import counted
 from compressvit.data.opening import Datasets, open_data
 from compressvit.data.spec import Data, known_classes
 from compressvit.errors import UserError, option, switch
@@ -31,11 +30,11 @@ from compressvit.model.backbone import family_of, model_name
 from compressvit.recipe.recipe import Recipe
 from compressvit.runs.deciding import set_aside
 from compressvit.runs.folder import RunFolder
+from compressvit.runs.heads import too_small
 from compressvit.runs.models import (
     Architecture,
     build_student,
     copies_teacher,
-    has_own_head,
     head_size,
     teacher_architecture,
     trains_teacher,
@@ -205,14 +204,7 @@ def refuse_small_heads(job: Job) -> None:
         needed = task_of(model, recipe.data.usual_task).needs_classes(have) if have else 0
         if not classes or needed <= classes:
             continue
-        advice = f"set student.args.num_classes={have}, or leave it out"
-        if whose == "teacher":
-            advice = f"set teacher.num_classes={have} and train the head with teacher.finetune"
-            if has_own_head(recipe):
-                advice = "leave teacher.num_classes out: the teacher then has as many"
-        raise UserError(
-            f"the data has {counted(have or 0, 'class')}, and the {whose}'s head has only {classes}; {advice}"
-        )
+        raise UserError(too_small(whose, classes, have or 0, recipe))
 
 
 def refuse_data(job: Job) -> None:

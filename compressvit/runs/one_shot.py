@@ -103,7 +103,7 @@ class OneShot:
         judging = judge(self.job, recipe.parts()[0], self.teacher)
         start = surgery.deep_copy(self._start)
         self._source = Reference(start, Calibration(self.job), tokens, self.job.device, judge=judging)
-        self.scorer = Scorer(self.job.datasets, recipe.data, self.job.device)
+        self.scorer = Scorer(self.job.datasets.evidence(), recipe.data, self.job.device)
 
     def student(self, transforms: list[Transform]) -> tuple[Side, list[LedgerEntry]]:
         """The student after `transforms`, and their ledger with the errors."""

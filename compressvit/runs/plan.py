@@ -95,10 +95,12 @@ def plan_data(job: Job) -> DataPlan:
     """How many images there are, and what was passed over or guessed about them so far."""
     datasets = job.datasets
     datasets.found += [note for note in (*_teacher_classes(job), *_sizes(job)) if note not in datasets.found]
-    train, validation = (len(part) if isinstance(part, Sized) else 0 for part in (datasets.train, datasets.validation))
+    parts = (datasets.train, datasets.validation, datasets.test)
+    train, validation, test = (len(part) if isinstance(part, Sized) else 0 for part in parts)
     return DataPlan(
         train=train,
         validation=validation,
+        test=None if datasets.test is None else test,
         classes=datasets.num_classes,
         fingerprint=datasets.fingerprint(),
         notes=[NoteRow(**asdict(note)) for note in datasets.notes()],

@@ -50,12 +50,13 @@ def shrink(
     img_size: int | None = None,
     batch: int | None = None,
     calibration: int = CALIBRATION,
+    val_fraction: float | None = None,
     **options: Any,
 ) -> RunResult:
     """Make a pretrained ViT smaller, without training, as `compressvit shrink` does.
 
     Args:
-        source, images, to, keep, unit, model, img_size, batch, calibration: as for `shrink_recipe`.
+        source, images, to, keep, unit, model, img_size, batch, calibration, val_fraction: as for `shrink_recipe`.
         output: the run folder; by default `runs/shrink_NAME`.
         options: further ones of `apply`: device, resume, overwrite, console, report.
 
@@ -67,7 +68,16 @@ def shrink(
         >>> compressvit.shrink("vit_small_patch14_dinov2", "photos", {"macs": 0.5}, img_size=224).student  # doctest: +SKIP
     """
     recipe = shrink_recipe(
-        source, images, to, keep=keep, unit=unit, model=model, img_size=img_size, batch=batch, calibration=calibration
+        source,
+        images,
+        to,
+        keep=keep,
+        unit=unit,
+        model=model,
+        img_size=img_size,
+        batch=batch,
+        calibration=calibration,
+        val_fraction=val_fraction,
     )
     return apply_recipe(recipe, default_output(recipe) if output is None else output, **options)
 
@@ -92,6 +102,7 @@ def shrink_recipe(
     img_size: int | None = None,
     batch: int | None = None,
     calibration: int = CALIBRATION,
+    val_fraction: float | None = None,
 ) -> dict[str, Any]:
     """A recipe as data.
 
@@ -99,7 +110,7 @@ def shrink_recipe(
         source: timm's name of a pretrained model, the path of a weights file, or of a folder with an artifact or a model of timm's.
         images: a folder. Labels are used for evaluation where it has train/ and val/ with a folder per class, as many as the model has
             classes, or any if it has no classifier (k-NN accuracy); otherwise its images are searched recursively. Folders directly in
-            it are not taken for classes: they may be albums or days.
+            it are not taken for classes, as they may be albums or days, but with `val_fraction`.
         to: a limit by unit ('parameters', 'macs', 'bytes', 'latency'), up to 1 a fraction of the teacher's; a number is one of
             parameters. Latency above 1 is in milliseconds. By default half of the parameters, unless `keep` is given.
         keep: instead, what the student keeps on held-out images, e.g. {'cosine': 0.98} or {'top1_drop': 1.0}: the smallest that does is
@@ -109,9 +120,11 @@ def shrink_recipe(
         img_size: height and width in pixels of the images that the model is built for.
         batch: images at once for which latency counts; by default one.
         calibration: number of images that the student is fitted to.
+        val_fraction: takes the folders directly in `images` (or in its train/) for classes, and holds out so much of each to judge on.
 
     Raises:
-        UserError: there is no such model, file or folder; a limit is no smaller than the teacher; the model cannot be made narrower.
+        UserError: there is no such model, file or folder; a limit is no smaller than the teacher; the model cannot be made narrower; with
+            `val_fraction`, the model has another number of classes than there are folders.
     """
     step = _step(to, keep, unit, batch)
     budget = step.get("budget", {})
@@ -128,6 +141,8 @@ def shrink_recipe(
         "calibration": {"images": calibration, "tokens": _TOKENS},
         "steps": [{"shrink": step}],
     }
+    if val_fraction is not None:
+        recipe["data"]["val_fraction"] = val_fraction
     teacher = recipe["teacher"]
     if img_size is not None:
         teacher["args"] = {"img_size": img_size}
@@ -359,11 +374,15 @@ def _require_smaller(teacher: nn.Module, step: Mapping[str, Any]) -> None:
 def _labels(teacher: nn.Module, data: Mapping[str, Any]) -> tuple[str, bool]:
     """Whether labels are used for evaluation, in words too."""
     classes = getattr(teacher, "num_classes", 0)
-    found = class_folders(Data(name="folder", root=data["root"]))
+    fraction = data.get("val_fraction")
+    found = class_folders(Data(name="folder", root=data["root"], val_fraction=fraction))
+    if fraction is not None:
+        _require_classes(found[0] if found else set(), classes, fraction)
     if found is None:
         folders = folders_beside(Data(name="folder", root=data["root"]))
         why = (
-            f"the {folders} folders of the images are not taken for classes, which are folders in train/ and val/"
+            f"the {folders} folders of the images are not taken for classes, which are folders in train/ and val/, or any with "
+            f"{option('val_fraction', 0.1)}"
             if folders
             else "the images are not in train/ and val/ with a folder per class in each"
         )
@@ -379,3 +398,17 @@ def _labels(teacher: nn.Module, data: Mapping[str, Any]) -> tuple[str, bool]:
     if len(train) != classes:
         return f"labels are not used: there are {len(train)} class folders, and the model has {classes} classes", False
     return f"accuracy by the labels of {len(train)} class folders", True
+
+
+def _require_classes(names: set[str], classes: int, fraction: float) -> None:
+    """Refuse folders that are to be taken for classes and cannot be those of the model, which has so many (0: no classifier)."""
+    asked = option("val_fraction", fraction)
+    if len(names) < 2:
+        raise UserError(
+            f"{asked} takes the folders directly in IMAGES for classes, and there are {len(names)}; leave it out"
+        )
+    if classes and classes != len(names):
+        raise UserError(
+            f"{asked} takes the folders directly in IMAGES for classes, and there are {len(names)}, where the model has {classes} classes; "
+            "leave it out, and the images are used without labels"
+        )

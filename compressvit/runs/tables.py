@@ -186,7 +186,8 @@ def print_plan(plan: RecipePlan, console: Console) -> None:
 
 def print_data(data: DataPlan, console: Console) -> None:
     """How many images there are, and what was passed over or guessed about them."""
-    console.print(f"data: {data.train:,} images to train on, {data.validation:,} held out", highlight=False)
+    test = "" if data.test is None else f" for validation, {data.test:,} for the test"
+    console.print(f"data: {data.train:,} images to train on, {data.validation:,} held out{test}", highlight=False)
     for note in data.notes:
         console.print(f"data: {note.text}", highlight=False)
 

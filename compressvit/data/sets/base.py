@@ -15,12 +15,27 @@ VAL_FOLDERS = ("val", "valid", "validation", "eval", "evaluation", "test")
 LAYOUT = """expected
   FOLDER/train/CLASS/*.jpg   (or FOLDER/train.tar, or a FOLDER/train/CLASS.tar for each class)
   FOLDER/val/CLASS/*.jpg     (or FOLDER/val.tar, …)
+or FOLDER/CLASS/*.jpg with data.val_fraction=0.1, which holds out a tenth of every class
 for images without classes use data.name=images"""
 
 
 def split_names(split: str, usual: Sequence[str]) -> list[str]:
     """The names under which a split is looked for: `split`, and where it is a usual one the other usual ones."""
     return list(dict.fromkeys([split, *usual] if split in usual else [split]))
+
+
+def val_names(data: Data) -> list[str]:
+    """The names under which the validation split is looked for, of which `data.test_split` is none.
+
+    Raises:
+        UserError: both options name the same split.
+    """
+    if data.val_split == data.test_split:
+        raise UserError(
+            f"data.val_split and data.test_split are both {data.test_split}; figures at the end are honest of other images than those "
+            "that choices are made on: name two splits, or leave test_split out"
+        )
+    return [name for name in split_names(data.val_split, VAL_FOLDERS) if name != data.test_split]
 
 
 def class_names_of(source: Any) -> list[str] | None:

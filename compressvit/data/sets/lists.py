@@ -15,6 +15,7 @@ from pathlib import Path
 from compressvit.data.classes import missing_classes, read_names
 from compressvit.data.data_set import data_set
 from compressvit.data.files import SPECIAL, PictureFiles, lies_in
+from compressvit.data.fractions import TEST, TRAIN, VALIDATION, parts_by_name
 from compressvit.data.notes import counted
 from compressvit.data.sets.base import existing_root
 from compressvit.data.spec import Data
@@ -27,19 +28,25 @@ LAYOUT = """expected FOLDER/SPLIT.txt with a line `PATH LABEL` per image (PATH r
 MOST_CLASSES = 1_000_000
 
 
-@data_set("lists", note="SPLIT.txt with `PATH LABEL` lines, e.g. a prepared VTAB-1k", listed=True)
-def open_lists(data: Data) -> tuple[PictureFiles, PictureFiles]:
-    """The two splits that `data` names; both have as many classes as the highest label of either says.
+@data_set("lists", note="SPLIT.txt with `PATH LABEL` lines, e.g. a prepared VTAB-1k", listed=True, parts=True)
+def open_lists(data: Data) -> tuple[PictureFiles, ...]:
+    """The splits that `data` names; all have as many classes as the highest label of any says. With `data.val_fraction` that for validation
+    is held out of the training split.
 
     Raises:
         UserError: no such folder or list, a line that cannot be read, or images that are not there.
     """
     root = existing_root(data, LAYOUT)
-    train, validation = (
-        _List(root, option, split, data)
-        for option, split in (("train_split", data.train_split), ("val_split", data.val_split))
-    )
-    labels = [target for part in (train, validation) for _, target in part.samples]
+    _require_parts(root, data)
+    named = {"train_split": data.train_split, "val_split": data.val_split, "test_split": data.test_split}
+    if data.val_fraction is not None:
+        del named["val_split"]
+    lists = [_List(root, option, split, data) for option, split in named.items() if split is not None]
+    parts, of_parts = [found.samples for found in lists], list[Note]()
+    if data.val_fraction is not None:
+        held_out, of_parts = _held_out(lists[0], data)
+        parts[:1] = held_out
+    labels = [target for part in parts for _, target in part]
     classes = data.num_classes or 1 + max(labels)
     names = [str(i) for i in range(classes)]
     if data.classes is not None:
@@ -61,16 +68,49 @@ def open_lists(data: Data) -> tuple[PictureFiles, PictureFiles]:
         notes.append(Note("empty_class_0", len(labels), text))
     else:
         notes += missing_classes(names, {names[label] for label in {*labels} if label < len(names)}, "both lists")
-    return PictureFiles(train.samples, names, [*notes, *train.notes()]), PictureFiles(
-        validation.samples, names, validation.notes()
-    )
+    notes += of_parts
+    for found in lists:
+        notes += found.notes()
+    return (*(PictureFiles(part, names, [] if i else notes) for i, part in enumerate(parts)),)
+
+
+def _require_parts(root: Path, data: Data) -> None:
+    """Raise a `UserError` where the options of the parts of a set contradict each other, or the lists that are there."""
+    if data.test_fraction is not None and data.val_fraction is None:
+        raise UserError(
+            f"data.test_fraction={data.test_fraction:g} is held out of the list that data.val_fraction splits; give that too, or a list: "
+            "data.test_split=test"
+        )
+    if data.test_split is not None and data.test_split in (data.train_split, data.val_split):
+        raise UserError(
+            f"data.test_split={data.test_split} is another split too; figures at the end are honest of images of their own"
+        )
+    if data.val_fraction is not None and os.path.isfile(file := _file(root, data.val_split)):
+        raise UserError(
+            f"data.val_fraction={data.val_fraction:g}: there is a {file} already (data.val_split); leave val_fraction out"
+        )
+
+
+def _held_out(whole: _List, data: Data) -> tuple[list[list[tuple[str, int]]], list[Note]]:
+    """The samples of a list by parts, of which the first is that to train on."""
+    paths = [path.replace(os.sep, "/") for path in whole.listed]
+    of_image, notes = parts_by_name(paths, [str(label) for _, label in whole.samples], data, whole.file.name)
+    parts = [
+        [sample for sample, part in zip(whole.samples, of_image, strict=True) if part == wanted]
+        for wanted in (TRAIN, VALIDATION, TEST)
+    ]
+    return parts[: 2 if data.test_fraction is None else 3], notes
+
+
+def _file(root: Path, split: str) -> Path:
+    return root / f"{split.removesuffix('.txt')}.txt"
 
 
 class _List:
-    """The images of a split, each found to be there, and what was guessed about them."""
+    """The images of a split, each found to be there, and what was guessed about them; `listed` has the paths as the list writes them."""
 
     def __init__(self, root: Path, option: str, split: str, data: Data):
-        self.file = root / f"{split.removesuffix('.txt')}.txt"
+        self.file = _file(root, split)
         self._root, self._inside, self._outside = root, os.path.realpath(root), data.outside
         self._guessed: Counter[str] = Counter()
         if not os.path.isfile(self.file):
@@ -82,6 +122,7 @@ class _List:
             )
         entries = self._entries()
         missing: list[str] = []
+        self.listed = [os.path.normpath(path) for path, _ in entries]
         self.samples = [(self._existing(path, missing), label) for path, label in entries]
         if missing:
             raise UserError(
