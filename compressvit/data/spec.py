@@ -160,8 +160,8 @@ class Data(Spec):
         le=0.5,
         description="Hold out so much of a set that has no validation split, in whole photographs (see group_by). `folder` takes the "
         "folders directly in root, or in train/, for classes, and `lists` splits train_split: by a hash of the names of the files, so that "
-        "nothing changes sides where others are added. `images`: every 1/val_fraction-th photograph, every tenth where this is none; by the hash "
-        "with test_fraction.",
+        "nothing changes sides where others are added. `images`: every 1/val_fraction-th photograph, every tenth where this is none; by "
+        "the hash with test_fraction.",
     )
     test_split: str | None = Field(
         default=None,

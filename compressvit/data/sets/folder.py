@@ -30,6 +30,7 @@ def open_folder(data: Data) -> tuple[Dataset, ...]:
     from compressvit.data.splits import Split  # with timm, which names and classes of sets do not need
 
     root = existing_root(data, LAYOUT)
+    test = None if data.test_split is None else _path(root, "test_split", [data.test_split], data)
     if data.val_fraction is not None:
         train, *others = _held_out(root, data)
     elif data.test_fraction is not None:
@@ -45,8 +46,8 @@ def open_folder(data: Data) -> tuple[Dataset, ...]:
                 ("val_split", val_names(data)),
             )
         )
-    if data.test_split is not None:
-        others.append(Split.read(_path(root, "test_split", [data.test_split], data), root, data))
+    if test is not None:
+        others.append(Split.read(test, root, data))
     order, notes = class_order(train.classes, data.classes, f"{train.name}/")
     numbers = numbers_of(order)
     notes += missing_classes(order, train.classes, train.name)
