@@ -24,6 +24,15 @@ RECIPE = {
 }
 
 
+def test_a_fraction_that_meant_nothing_is_taken_for_none():
+    def data(**options):
+        return old.current_recipe({**RECIPE, "data": options})["data"].get("val_fraction")
+
+    assert data(name="folder", val_fraction=0.1) is None
+    assert data(name="images", val_fraction=0.2) == 0.2
+    assert data(name="folder", val_fraction=0.1, test_fraction=None) == 0.1  # of this version
+
+
 @pytest.mark.parametrize(
     ("before", "now"),
     [

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 import compressvit
 from compressvit.cli import main
 from compressvit.cli.shrink import UNITS
+from compressvit.data.opening import open_data
 from compressvit.data.sets.folder import class_folders as class_folders_of
 from compressvit.data.spec import Data
 from compressvit.runs import shrink as verb
@@ -183,6 +184,35 @@ def test_labels_of_other_classes_are_not_used(classifier, labelled, photos, tmp_
     ):
         recipe = verb.shrink_recipe(classifier, images)
         assert (recipe["data"]["name"], words in recipe["description"]) == (name, True), recipe["description"]
+
+
+def test_folders_are_classes_on_request(classifier, headless, labelled, photos):
+    for source, options, what in (
+        (classifier, {}, "accuracy by the labels of 4 class folders"),
+        (headless, {"model": "test_vit", "img_size": 32}, "k-NN accuracy by the labels of 4 class folders"),
+    ):
+        recipe = verb.shrink_recipe(source, labelled / "train", val_fraction=0.3, **options)
+        assert what in recipe["description"]
+        assert recipe["data"] | {"name": "folder", "val_fraction": 0.3} == recipe["data"]
+        found = open_data(Data(**recipe["data"]))
+        assert (len(found.train) + len(found.validation), found.num_classes) == (12, 4)
+    source, *options = file_of(headless)
+    for images, model, fraction, words in (
+        (
+            photos,
+            [source, *options],
+            0.1,
+            "--val-fraction 0.1 takes the folders directly in IMAGES for classes, and there are 0",
+        ),
+        (labelled, [source, *options], 0.1, "has a val/ already"),
+        (labelled / "train", [source, *options], 0.9, "val_fraction"),
+    ):
+        assert words in refused("shrink", model[0], images, *model[1:], "--val-fraction", fraction)
+    (few := labelled.parent / "few").mkdir()
+    for name in "ab":
+        shutil.copytree(labelled / "train" / name, few / name)
+    with pytest.raises(compressvit.UserError, match="there are 2, where the model has 4 classes; leave it out"):
+        verb.shrink_recipe(classifier, few, val_fraction=0.1)
 
 
 def test_labels_of_a_backbone_are_those_of_its_neighbours(headless, labelled, tmp_path):
