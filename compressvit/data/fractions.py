@@ -55,7 +55,7 @@ def parts_by_name(paths: Sequence[str], labels: Sequence[str], data: Data, where
 def _place(name: str) -> float:
     """Where a photograph lies in [0, 1), whichever Unicode form its name is stored in."""
     digest = hashlib.sha256(composed(name).encode(errors="surrogateescape")).digest()
-    return int.from_bytes(digest[:6]) / 2**48  # exact in a float, and below 1
+    return int.from_bytes(digest[:6], "big") / 2**48  # exact in a float, and below 1
 
 
 def _ranges(data: Data) -> dict[str, tuple[float, float]]:

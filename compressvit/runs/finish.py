@@ -41,7 +41,6 @@ def finish(job: Job, scorer: Scorer, folder: RunFolder, log: RunLog, *, plan: Re
         The content of `results.json`.
     """
     teacher, student = trained.teacher, trained.student
-    scorer = replace(scorer, datasets=job.datasets.evidence())
     stored.name_classes(student.model, job.datasets.class_names)
     difference = save_student(student, folder.student)
     answers = scorer.task(student).answers(student.model, job.datasets.class_names, job.datasets.labelled)
@@ -54,8 +53,7 @@ def finish(job: Job, scorer: Scorer, folder: RunFolder, log: RunLog, *, plan: Re
         with disk_faults(folder.path):
             file = save_adapter(student.model, folder.path / "adapter.safetensors")
         costs["adapter_bytes"] = file.stat().st_size
-    sizes = [teacher.input.size, student.input.size]
-    times = cost.latencies([teacher.model, student.model], sizes, device=job.device)
+    times = cost.latencies([teacher.model, student.model], [teacher.input.size, student.input.size], device=job.device)
     results = Results.model_validate(
         {
             "teacher": {
@@ -122,7 +120,8 @@ def save_student(student: Side, folder: Path) -> float:
 def _scores(
     scorer: Scorer, student: Side, teacher: Side, predictions: Predictions
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The scores of the student compared with its teacher, and those of the teacher alone."""
+    """The scores of the student compared with its teacher, and those of the teacher alone; on the test, where there is one."""
+    scorer = replace(scorer, datasets=scorer.datasets.evidence())
     comparable = scorer.comparable(teacher)
     scores = scorer.score(student, comparable, predictions.add, search=True)
     theirs = {key: scores.pop(f"teacher_{key}", None) for key in scorer.task(student).graded}

@@ -68,8 +68,8 @@ def class_folders(data: Data) -> tuple[set[str], set[str]] | None:
     root = existing_root(data, LAYOUT)
     if data.val_fraction is not None:
         path, besides = _to_split(root, data)
-        names = _classes_in(path, root, data) - {*besides}
-        return (names, names) if names else None
+        classes = _classes_in(path, root, data) - {*besides}
+        return (classes, classes) if classes else None
     found = []
     for option, names in (
         ("train_split", split_names(data.train_split, TRAIN_FOLDERS)),
