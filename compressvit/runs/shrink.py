@@ -127,21 +127,14 @@ def shrink_recipe(
     """
     step = _step(to, keep, unit, batch)
     budget = step.get("budget", {})
-    root = expanded(images, "IMAGES")
-    if not root.is_dir():
-        raise UserError(
-            f"IMAGES: {images} is a file; give a folder" if root.exists() else f"there is no folder {images}"
-        )
     recipe: dict[str, Any] = {
         "description": "",
         "seed": 0,
         "teacher": _teacher(str(source), model),
-        "data": {"name": "images", "root": str(images), "limit_val": _HELD_OUT, "batch_size": 32, "num_workers": 2},
+        "data": _data(images, val_fraction),
         "calibration": {"images": calibration, "tokens": _TOKENS},
         "steps": [{"shrink": step}],
     }
-    if val_fraction is not None:
-        recipe["data"]["val_fraction"] = val_fraction
     teacher = recipe["teacher"]
     if img_size is not None:
         teacher["args"] = {"img_size": img_size}
@@ -155,6 +148,17 @@ def shrink_recipe(
     size = " and ".join(_text(unit, limit) for unit, limit in budget.items()) or _kept(step)
     recipe["description"] = f"{teacher['model']} with {size}, without training; {labels}."
     return recipe
+
+
+def _data(images: str | Path, val_fraction: float | None) -> dict[str, Any]:
+    """The recipe's `data` section, of images without labels."""
+    root = expanded(images, "IMAGES")
+    if not root.is_dir():
+        raise UserError(
+            f"IMAGES: {images} is a file; give a folder" if root.exists() else f"there is no folder {images}"
+        )
+    found = {"name": "images", "root": str(images), "limit_val": _HELD_OUT, "batch_size": 32, "num_workers": 2}
+    return found if val_fraction is None else {**found, "val_fraction": val_fraction}
 
 
 def default_output(recipe: Mapping[str, Any]) -> Path:
