@@ -211,7 +211,8 @@ class BrokenFiles:
         self._reported: set[tuple[int, int]] = set()
 
     def _found(self) -> list[tuple[int, int]]:
-        return [(k, int(i)) for k, s in enumerate(self._sets) for i in s.broken.nonzero().flatten()]
+        # of a copy: torch counts and then fills, and the processes that load images may write in between
+        return [(k, int(i)) for k, s in enumerate(self._sets) for i in s.broken.clone().nonzero().flatten()]
 
     @property
     def count(self) -> int:

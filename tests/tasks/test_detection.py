@@ -370,7 +370,7 @@ def test_the_report_shows_boxes(applied):
 
 def test_a_merged_detector_is_an_artifact_of_plain_layers(applied):
     """timm alone cannot build it."""
-    out = done("merge", applied / "run", "--output", applied / "merged")
+    out = done("merge", applied / "run", "--dense", "--output", applied / "merged")
     assert "detector alone" in out
     assert "timm alone has no such detector" in out
     student, merged = artifact.load(applied / "run" / "student"), artifact.load(applied / "merged")
