@@ -33,39 +33,59 @@ def weights_path(given: str | Path, where: str) -> Path:
 
 @cache
 def _downloaded(name: str, where: str) -> Path:
-    """The folder of the cache that has a repository's files."""
+    """The folder of the cache that has a repository's files, of one commit."""
     if not _NAME.fullmatch(name):
         raise UserError(f"{where}: {HUB}{name} is no repository of the Hugging Face Hub; it is written {HUB}ORG/NAME")
     repository, _, revision = name.partition("@")
-    described = [
-        path for file in (MANIFEST, CONFIG, PREPROCESSOR) if (path := _file(repository, revision, file, where))
-    ]
-    if not any(path.name in (MANIFEST, CONFIG) for path in described):
-        raise UserError(f"{where}: {HUB}{name} has neither {MANIFEST} nor {CONFIG}, which say which model it is of")
-    for file in TENSORS:
-        if path := _file(repository, revision, file, where):
-            return path.parent
-    raise UserError(f"{where}: {HUB}{name} has no {' or '.join(TENSORS)}; models in several files are not read")
-
-
-def _file(repository: str, revision: str, name: str, where: str) -> Path | None:
-    """A file in the cache, downloaded if it is not there; None if the repository has none of that name."""
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    known = try_to_load_from_cache(repository, name, revision=revision or None)
-    if isinstance(known, str):
-        return Path(known)
+    known = None
     try:
-        return Path(hf_hub_download(repository, name, revision=revision or None))
+        known = _cached(repository, revision)
+        if known is not None and ((known / MANIFEST).is_file() or (known / PREPROCESSOR).is_file()):
+            return known
+        return _fetched(repository, revision, where)
+    except UserError:
+        raise
     except (
         Exception
     ) as error:  # what the hub's HTTP client raises has no common base, and the client has changed before
-        offline = isinstance(error, LocalEntryNotFoundError)  # no connection, and nothing in the cache
-        if isinstance(error, EntryNotFoundError) and not offline:
-            return None
+        if known is not None:  # without a connection; a model of timm's has no file on its images
+            return known
         text = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
-            f"{where}: {name} of {HUB}{repository} is not in the local cache and could not be downloaded ({text[0]}). Supply the model as "
-            "a folder or file instead"
+            f"{where}: {HUB}{name} is not in the local cache and could not be downloaded ({text[0]}). Supply the model as a folder or file "
+            "instead"
         ) from error
+
+
+def _cached(repository: str, revision: str) -> Path | None:
+    """A commit's folder in the cache that describes a model and has its tensors."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for file in (MANIFEST, CONFIG):
+        path = try_to_load_from_cache(repository, file, revision=revision or None)
+        if isinstance(path, str) and any((Path(path).parent / tensors).is_file() for tensors in TENSORS):
+            return Path(path).parent
+    return None
+
+
+def _fetched(repository: str, revision: str, where: str) -> Path:
+    from huggingface_hub import HfApi, hf_hub_download
+
+    for _ in range(2):  # again if somebody pushed a commit between two files
+        found = HfApi().model_info(repository, revision=revision or None)
+        names = [one.rfilename for one in found.siblings or ()]
+        described = [file for file in (MANIFEST, CONFIG) if file in names]
+        if not described:
+            raise UserError(
+                f"{where}: {HUB}{repository} has neither {MANIFEST} nor {CONFIG}, which say which model it is of"
+            )
+        tensors = next((file for file in TENSORS if file in names), None)
+        if tensors is None:
+            raise UserError(
+                f"{where}: {HUB}{repository} has no {' or '.join(TENSORS)}; models in several files are not read"
+            )
+        wanted = [*described, *([PREPROCESSOR] if PREPROCESSOR in names else []), tensors]
+        folders = {Path(hf_hub_download(repository, file, revision=revision or None)).parent for file in wanted}
+        if len(folders) == 1:
+            break
+    return Path(folders.pop())

@@ -186,6 +186,8 @@ _VIT: dict[str, Any] = {
 }
 _VIT |= {"mlp_ratio": 4, "hidden_act": "gelu", "num_channels": 3, "projection_dim": 512}
 _DEFAULTS: dict[str, dict[str, Any]] = {"clip_vision_model": {**_VIT, "patch_size": 32, "hidden_act": "quick_gelu"}}
+_DEFAULTS["siglip_vision_model"] = {**_VIT, "hidden_act": "gelu_pytorch_tanh"}
+_DEFAULTS["dinov2"] = {**_VIT, "patch_size": 14}
 _DEFAULTS["swin"] = {
     "embed_dim": 96,
     "depths": [2, 2, 6, 2],
@@ -196,9 +198,9 @@ _DEFAULTS["swin"] = {
 _DEFAULTS["swin"] |= {"patch_size": 4, "mlp_ratio": 4, "hidden_act": "gelu", "num_channels": 3}
 _ACTIVATIONS = {
     "gelu": None,
-    "quick_gelu": None,
+    "quick_gelu": "quick_gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
-}  # those that timm's models of these names have: None
+}  # in timm's words; None is its default
 _CLASSES = re.compile(r"\w+ForImageClassification(WithTeacher)?")
 _PILLOW = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
@@ -217,7 +219,7 @@ def timms_model(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
         return None
     tower = {**_DEFAULTS.get(kind, _VIT), **tower}
     _require_types(tower, _DEFAULTS.get(kind, _VIT))
-    activation = _activation(tower)
+    activation = _activation(tower, kind)
     words = {name: tower.get(f"{name}_size") for name in ("patch", "image", "window")}
     words |= {"size": _size(tower, kind), "act": "quickgelu_" * (tower["hidden_act"] == "quick_gelu")}
     *named, other = _NAMES[kind]
@@ -247,9 +249,11 @@ def _size(tower: Mapping[str, Any], kind: str) -> str | None:
     return _SIZES.get((tower["hidden_size"], tower["num_hidden_layers"], tower["num_attention_heads"]))
 
 
-def _activation(tower: Mapping[str, Any]) -> str | None:
+def _activation(tower: Mapping[str, Any], kind: str) -> str | None:
     """timm's name of an activation function that its model of this name does not have."""
     word = tower["hidden_act"]
+    if kind == "clip_vision_model" and word == "quick_gelu":
+        return None  # the name says it
     if word not in _ACTIVATIONS:
         raise UserError(
             f"hidden_act is {word!r}, and of transformers' models those with {', '.join(_ACTIVATIONS)} are known"
@@ -277,7 +281,8 @@ def _sizes(tower: Mapping[str, Any], kind: str) -> dict[str, Any]:
 
 def _number_of_classes(config: Mapping[str, Any], kind: str) -> int:
     """Outputs of the model after its pooling: classes, or the dimensions that CLIP compares with texts; 0 without."""
-    architecture = next(iter(config.get("architectures") or ()), "")
+    given = config.get("architectures")
+    architecture = str(given[0]) if isinstance(given, list) and given else ""
     if kind == "clip_vision_model":
         return config["projection_dim"] if architecture in ("CLIPModel", "CLIPVisionModelWithProjection") else 0
     if not _CLASSES.fullmatch(architecture) or kind in (
@@ -285,7 +290,8 @@ def _number_of_classes(config: Mapping[str, Any], kind: str) -> int:
         "dinov2_with_registers",
     ):  # see _refuse_wide_classifier
         return 0
-    return len(config.get("id2label") or ()) or 2  # as transformers leaves it out
+    labels = config.get("id2label")
+    return len(labels) if isinstance(labels, dict) and labels else 2  # as transformers leaves it out
 
 
 def label_names(config: Mapping[str, Any]) -> list[str] | None:
@@ -300,14 +306,17 @@ def label_names(config: Mapping[str, Any]) -> list[str] | None:
 def input_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """What images must look like after a `preprocessor_config.json`, as far as it says: mean, std, interpolation, crop_pct, crop_mode."""
     found: dict[str, Any] = {}
-    for name in ("mean", "std"):
-        if isinstance(value := config.get(f"image_{name}"), list) and config.get("do_normalize", True):
+    for name, none in (("mean", 0.0), ("std", 1.0)):
+        if config.get("do_normalize") is False:
+            found[name] = [none] * 3
+        elif isinstance(value := config.get(f"image_{name}"), list) and all(type(one) in (int, float) for one in value):
             found[name] = value
-    if (word := _PILLOW.get(config.get("resample", -1))) is not None:
-        found["interpolation"] = word
+    resample = config.get("resample")
+    if type(resample) is int and resample in _PILLOW:
+        found["interpolation"] = _PILLOW[resample]
     size, crop = (_edge(config.get(name)) for name in ("size", "crop_size"))
     if config.get("do_center_crop") and size and crop:
-        found["crop_pct"] = crop / size
+        found["crop_pct"] = min(crop / size, 1.0)
     elif size and not config.get("do_center_crop", False):
         found |= {"crop_pct": 1.0, "crop_mode": "squash"}
     return found

@@ -17,14 +17,13 @@ from compressvit.errors import UserError
 from compressvit.model import hub
 from compressvit.model.hub import weights_path
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
 
 class Hub(BaseHTTPRequestHandler):
     """Files of repositories by `ORG/NAME`, at the address that a client asks for them."""
 
     repositories: ClassVar[dict[str, dict[str, bytes]]] = {}
     asked: ClassVar[list[str]] = []
+    commit = "0123456789abcdef0123456789abcdef01234567"
 
     def do_HEAD(self):
         self._answer(False)
@@ -33,6 +32,8 @@ class Hub(BaseHTTPRequestHandler):
         self._answer(True)
 
     def _answer(self, whole):
+        if self.path.startswith("/api/models/"):
+            return self._describe(*self.path.strip("/").split("/")[2:4])
         organisation, name, kind, revision, file = self.path.strip("/").split("/")
         files = self.repositories.get(f"{organisation}/{name}")
         self.asked.append(f"{self.command} {revision} {file}")
@@ -43,11 +44,28 @@ class Hub(BaseHTTPRequestHandler):
             content = b""
         else:
             self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("X-Repo-Commit", self.commit)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if whole:
             self.wfile.write(content)
+
+    def _describe(self, organisation, name):
+        files = self.repositories.get(f"{organisation}/{name}")
+        self.asked.append("what is there")
+        found = {
+            "id": f"{organisation}/{name}",
+            "sha": self.commit,
+            "siblings": [{"rfilename": file} for file in files or ()],
+        }
+        content = json.dumps(found).encode()
+        self.send_response(404 if files is None else 200)
+        if files is None:
+            self.send_header("X-Error-Code", "RepoNotFound")
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
 
     def log_message(self, *_):
         pass
@@ -88,13 +106,33 @@ def test_a_repository_is_a_folder_and_is_asked_once(repositories, tmp_path):
     count = len(Hub.asked)
     hub._downloaded.cache_clear()  # another process
     assert weights_path("hf-hub:me/vit", "teacher.weights") == path
-    assert [line for line in Hub.asked[count:] if "json" not in line] == []  # the tensors are in the cache
+    assert len(Hub.asked) == count  # all is in the cache
+
+
+def test_files_are_of_one_commit(repositories, tmp_path, monkeypatch):
+    """Also where a part of an earlier one is in the cache."""
+    repositories["me/vit"] = files_of(build("vit"), tmp_path / "artifact")
+    huggingface_hub.hf_hub_download("me/vit", "compressvit.json")
+    monkeypatch.setattr(Hub, "commit", "f" * 40)
+    path = weights_path("hf-hub:me/vit", "teacher.weights")
+    assert path.name == "f" * 40
+    assert compressvit.load(path)
+
+
+def test_the_cache_is_enough_without_a_connection(repositories, tmp_path, monkeypatch):
+    """Also of a model without a file on its images."""
+    files = files_of(build("vit"), tmp_path / "artifact")
+    repositories["me/vit"] = {"config.json": b"{}", "model.safetensors": files["model.safetensors"]}
+    path = weights_path("hf-hub:me/vit", "teacher.weights")
+    hub._downloaded.cache_clear()
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert weights_path("hf-hub:me/vit", "teacher.weights") == path
 
 
 def test_a_revision_is_asked_for(repositories, tmp_path):
     repositories["me/vit"] = files_of(build("vit"), tmp_path / "artifact")
     weights_path("hf-hub:me/vit@v2", "teacher.weights")
-    assert {line.split()[1] for line in Hub.asked} == {"v2"}
+    assert {line.split()[1] for line in Hub.asked if line != "what is there"} == {"v2"}
 
 
 def test_a_folder_by_timms_word(tmp_path):
@@ -104,10 +142,11 @@ def test_a_folder_by_timms_word(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text"),
     [
+        ("a--b/c", r"hf-hub:a--b/c is not in the local cache and could not be downloaded \(.*a--b/c"),
         ("me", r"hf-hub:me is no repository of the Hugging Face Hub; it is written hf-hub:ORG/NAME"),
         (
             "me/nothing",
-            r"compressvit.json of hf-hub:me/nothing is not in the local cache and could not be downloaded \(.*404",
+            r"hf-hub:me/nothing is not in the local cache and could not be downloaded \(.*404",
         ),
         ("me/text", r"hf-hub:me/text has neither compressvit.json nor config.json"),
         ("me/parts", r"hf-hub:me/parts has no model.safetensors or pytorch_model.bin; models in several files"),

@@ -166,6 +166,37 @@ def test_what_timm_has_not_is_refused(changes, text, folder):
         read_local_dir(path)
 
 
+@pytest.mark.parametrize("kind", ["vit", "dinov2", "swin", "siglip_vision_model"])
+def test_an_activation_that_timms_model_has_not_is_an_argument(kind):
+    found = timms_model({"model_type": kind, "hidden_act": "quick_gelu"})
+    assert found is not None
+    assert found[1]["act_layer"] == "quick_gelu"
+    clip = timms_model({"model_type": "clip_vision_model", "hidden_act": "quick_gelu"})
+    assert clip is not None
+    assert "act_layer" not in clip[1], "the name says it"
+
+
+def test_what_a_configuration_leaves_out_is_what_transformers_has():
+    siglip = timms_model({"model_type": "siglip", "vision_config": {"model_type": "siglip_vision_model"}})
+    assert siglip == ("vit_base_patch16_siglip_224", {"img_size": 224, "num_classes": 0, "act_layer": "gelu_tanh"})
+    assert timms_model({"model_type": "dinov2"}) == ("vit_base_patch14_dinov2", {"img_size": 224, "num_classes": 0})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"architectures": 5}, {"architectures": [5]}, {"architectures": {}}, {"id2label": 5}, {"id2label": "xxxxx"}],
+)
+def test_nonsense_beside_the_sizes_is_as_if_it_were_not_there(changes):
+    usual = {**MODELS["vit"]["config"], "architectures": ["ViTForImageClassification"], "id2label": {}}
+    found = timms_model({**usual, **changes})
+    assert found is not None
+    assert found[1]["num_classes"] == (0 if "architectures" in changes else 2)
+    assert timms_model({**usual, "model_type": ["vit"]}) is None
+    assert input_of({"resample": [1], "image_mean": ["a"], "size": [3], "crop_size": "x", "do_center_crop": True}) == {}
+    assert input_of({"do_center_crop": True, "size": 1, "crop_size": 10**6})["crop_pct"] == 1.0
+    assert input_of({"do_normalize": False})["mean"] == [0.0] * 3
+
+
 def test_of_another_kind_nothing_is_known(folder, tmp_path):
     assert timms_model({"model_type": "bert"}) is None
     assert timms_model({}) is None

@@ -74,7 +74,9 @@ def test_a_worker_that_is_killed_is_a_sentence(tmp_path):
     root = class_folders(tmp_path)
     found = process.python("-c", KILLED.format(root=str(root)), path=[Path(__file__).parents[1]])
     last = found.err.strip().splitlines()[-1]
-    assert "UserError: a process that loads images has ended: " in last  # torch's words, or those of a connection that was reset
+    assert (
+        "UserError: a process that loads images has ended: " in last
+    )  # torch's words, or those of a connection that was reset
     assert "give fewer data.num_workers (now 1), 0 to load them in the training process" in last
 
 
