@@ -21,7 +21,8 @@ def add_shrink(verb: Verb) -> None:
     shrink.add_argument(
         "source",
         metavar="MODEL_OR_FILE",
-        help="timm's name of a pretrained model, a weights file (with --model), a folder of timm, of transformers or with an artifact (RUN/teacher), or hf-hub:ORG/NAME",
+        help="timm's name of a pretrained model, a weights file (with --model), a folder of timm, of transformers or with an artifact "
+        "(RUN/teacher), or hf-hub:ORG/NAME",
     )
     shrink.add_argument(
         "folder",
