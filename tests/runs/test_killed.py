@@ -117,7 +117,7 @@ def adapted(tmp_path_factory):
 
 # Killed before the model is written, before it is compared, and when it lies in its folder and is timed.
 @pytest.mark.wide_unless(lambda name: name == "write_json")
-@pytest.mark.parametrize("name", ["save_for_hf", "write_json", "_measured"])
+@pytest.mark.parametrize("name", ["save_for_timm", "write_json", "_measured"])
 def test_a_merge_that_was_killed_is_made_again(adapted, tmp_path, name):
     target = tmp_path / "merged"
     killed_before("compressvit.runs.merge", name, 1, "merge", adapted, "--output", target)
