@@ -95,6 +95,13 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
             scratch.unlink(missing_ok=True)
 
 
+def usual_mode(path: Path) -> None:
+    """Give a file the mode of any other new one: safetensors makes its own for their owner alone."""
+    mask = os.umask(0o077)  # there is no way to read it without setting it
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
     write_atomically(path, lambda scratch: scratch.write_text(text, encoding="utf-8"))

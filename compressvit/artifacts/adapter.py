@@ -18,6 +18,7 @@ from torch import nn
 
 from compressvit import __version__
 from compressvit.errors import UserError
+from compressvit.files import usual_mode
 from compressvit.model import surgery, ties
 from compressvit.model.backbone import head_names, model_name
 from compressvit.model.bounded import on_meta
@@ -98,6 +99,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> Path:
     content = header.model_dump(mode="json")
     content["checksum"] = content_checksum(content)
     save_file(tensors, path, metadata={_KEY: json.dumps(content)})
+    usual_mode(path)
     return path
 
 

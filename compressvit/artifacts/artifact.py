@@ -25,6 +25,7 @@ from torch import nn
 
 from compressvit import __version__
 from compressvit.errors import UserError
+from compressvit.files import usual_mode
 from compressvit.model import surgery, ties
 from compressvit.model.backbone import input_size, model_name
 from compressvit.model.bounded import on_meta
@@ -100,6 +101,7 @@ def save(
     scratch.mkdir(parents=True)
     try:
         save_file(tensors, scratch / TENSORS)
+        usual_mode(scratch / TENSORS)
         content = printable_in(
             {**manifest.model_dump(mode="json"), "tensors": tensor_checksums(tensors)}
         )  # as it is read

@@ -31,6 +31,7 @@ from compressvit.model.modes import evaluating
 from compressvit.tasks.base import Task, task_of
 
 PACKAGES = ("onnx", "onnxscript")
+SEAL = "export.json"  # in a folder that `compressvit export` wrote: the metadata; only such a folder is replaced
 _REASON = 300  # characters of what an exporter says
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LARGE = 1024  # numbers: what needs no image is computed beforehand unless it has more than that and is larger than its parts
@@ -201,5 +202,7 @@ def _move(path: Path, target: Path) -> None:
         os.replace(path, target)
         return
     target.mkdir(exist_ok=True)
-    for file in path.iterdir():
+    for file in sorted(
+        path.iterdir(), key=lambda file: file.name != SEAL
+    ):  # first, so that what is interrupted can be made again
         os.replace(file, target / file.name)

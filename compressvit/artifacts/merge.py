@@ -12,6 +12,7 @@ from torch import nn
 from compressvit.data.input import InputConfig, input_config
 from compressvit.data.spec import Data
 from compressvit.errors import UserError, switch
+from compressvit.files import usual_mode
 from compressvit.model import stored, surgery, ties
 from compressvit.model.outputs import in_one
 from compressvit.transforms import TRANSFORMS
@@ -94,6 +95,7 @@ def save_for_timm(model: nn.Module, folder: Path) -> None:
     for file in folder.iterdir():
         if file.name not in ("config.json", stored.TENSORS):
             file.unlink()
+    usual_mode(folder / stored.TENSORS)
 
 
 def photograph_like(count: int, config: InputConfig, seed: int = 0) -> torch.Tensor:

@@ -14,12 +14,12 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from compressvit.artifacts import artifact
-from compressvit.artifacts.export import conversion_faults, replacing
+from compressvit.artifacts.export import SEAL, conversion_faults, replacing
 from compressvit.artifacts.formats.base import Format, Source, find_format
 from compressvit.artifacts.merge import in_float32, photograph_like
 from compressvit.data.input import InputConfig
 from compressvit.errors import UserError, option, switch
-from compressvit.model import cost
+from compressvit.model import cost, stored
 from compressvit.model.header import TENSORS
 from compressvit.runs.evaluate import artifact_in
 from compressvit.runs.folder import RESOLVED, RunFolder
@@ -68,6 +68,7 @@ def export(
     fmt.require(precision, opset)
     folder = artifact_in(Path(path).resolve())
     target = _target(folder, fmt, precision) if output is None else _named(Path(output).resolve(), fmt)
+    _require_apart(target, folder)
     _require_free(target, fmt, overwrite)
     in_a_run = (folder.parent / RESOLVED).is_file()
     if output is None and target.parent.exists():
@@ -82,6 +83,8 @@ def export(
         what = f"{len(images)} {'made-up' if made_up else 'held-out'} images{'' if made_up else ' of the run'}"
         with replacing(target) as scratch:
             told = _written(fmt, source, scratch / target.name, images, what)
+        for name in set(fmt.beside(target.name)) - set(told["bytes"]):  # of an earlier one, which needed it
+            target.with_name(name).unlink(missing_ok=True)
     return {
         "artifact": str(folder),
         "artifact_bytes": (folder / TENSORS).stat().st_size,
@@ -147,11 +150,28 @@ def _named(target: Path, fmt: Format) -> Path:
     return target
 
 
+def _require_apart(target: Path, folder: Path) -> None:
+    """Raise a `UserError` where what is written would be in an artifact, or a file of the one in `folder` by another name."""
+    if inside := next((parent for parent in (target, *target.parents) if stored.is_artifact(parent)), None):
+        raise UserError(
+            f"{option('output', target)} is in the artifact {inside}, whose files are not replaced; give a place outside of it"
+        )
+    if target.exists() and any(target.samefile(file) for file in folder.iterdir()):
+        raise UserError(
+            f"{option('output', target)} is a file of the artifact {folder}, which is exported; give another place"
+        )
+
+
 def _require_free(target: Path, fmt: Format, overwrite: bool) -> None:
-    """Raise a `UserError` where a file would be replaced that is not to be, or a folder that holds something else."""
+    """Raise a `UserError` where a file would be replaced that is not to be, or a folder that no export wrote."""
     if not fmt.suffix and target.is_dir():
         there = {entry.name for entry in target.iterdir() if not is_scratch(entry)}
-        if others := sorted(there - {"config.json", "model.safetensors"}):
+        if there and SEAL not in there:
+            raise UserError(
+                f"{target} is not empty, and no export wrote it (it has no {SEAL}), so nothing in it is replaced; give another "
+                f"{option('output')}"
+            )
+        if others := sorted(there - {SEAL, *fmt.inside}):
             raise UserError(
                 f"{target} holds {others[0]}, which no export wrote, so nothing in it is replaced; give another "
                 f"{option('output')}"

@@ -14,6 +14,7 @@ from compressvit.reading import kind_of
 
 LOCK = ".lock"  # while a process writes into the folder
 _ARTIFACT = rf"(?:{re.escape(MANIFEST)}|{re.escape(TENSORS)})"
+_EXPORTED = r"exported/(student|teacher|merged)(_fp16|_bf16)?"  # an artifact of the run, in a precision
 _EVENTS = r"tensorboard/events\.out\.tfevents\..+"
 # Files by their path in the folder. A folder is ours where files of ours would lie in it.
 _FILES = (
@@ -28,8 +29,8 @@ _FILES = (
     rf"checkpoints/[^/]+/{_ARTIFACT}",
     rf"(student|teacher)/{_ARTIFACT}",
     rf"merged/(config\.json|merge\.json|{_ARTIFACT})",
-    r"exported/[^/.][^/]*\.(onnx|onnx\.data|py|pt2|safetensors|xml|bin)",
-    rf"exported/[^/.][^/]*/(config\.json|{re.escape(TENSORS)})",
+    rf"{_EXPORTED}(\.(onnx|onnx\.data|pt2|safetensors|xml|bin)|_predict\.py)",
+    rf"{_EXPORTED}_timm/((config|export)\.json|{re.escape(TENSORS)})",
     _EVENTS,
     r"predictions/\d+\.(png|jpg)",
     r"diagnostics/[^/]+\.(jsonl?|csv|png|svg)",
@@ -43,7 +44,8 @@ _FILES = (
     rf"\.merge\.[^/]+/(config\.json|pytorch_model\.bin|README\.md|{_ARTIFACT})",
 )
 _FOLDERS = (
-    r"student|teacher|merged|exported|exported/[^/.][^/]*|tensorboard|predictions|diagnostics|tools|tools/tensorboard|checkpoints|checkpoints/[^/]+",
+    r"student|teacher|merged|exported|tensorboard|predictions|diagnostics|tools|tools/tensorboard|checkpoints|checkpoints/[^/]+",
+    rf"{_EXPORTED}_timm",
     r"(?:.+/)?\.[^/]+(\.old)?\.[0-9a-f]{8}",
     r"\.merge\.[^/]+",
     r"exported/\.[^/]+\.part",

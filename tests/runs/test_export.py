@@ -7,10 +7,11 @@ import shutil
 
 import pytest
 import torch
+from helpers.models import build
 from helpers.runs import done, refused, run
 
 import compressvit
-from compressvit.artifacts.formats.base import Opened
+from compressvit.artifacts.formats.base import FORMATS, Opened
 from compressvit.artifacts.formats.safetensors import Safetensors
 from compressvit.runs.owned import foreign
 
@@ -19,6 +20,13 @@ from compressvit.runs.owned import foreign
 def ended(finished, tmp_path):
     """A copy of a finished run, of a student with shared weights."""
     return shutil.copytree(finished, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def finished_plain(tmp_path_factory):
+    """The artifact of a plain model, which timm takes."""
+    torch.manual_seed(0)
+    return compressvit.save(build("vit"), tmp_path_factory.mktemp("plain") / "student")
 
 
 def test_a_run_is_exported_beside_its_student_and_compared_on_its_images(ended):
@@ -40,8 +48,10 @@ def test_a_run_is_exported_beside_its_student_and_compared_on_its_images(ended):
     assert f"compressvit.load('{file}')" in out
     # a run with an export in it is a run folder all the same
     assert foreign(ended) is None
-    (file.parent / "notes.txt").touch()
-    assert foreign(ended) == file.parent / "notes.txt"
+    for name in ("notes.txt", "my_server.py", "student.py", "my.onnx", "student_int8.onnx"):
+        (file.parent / name).touch()
+        assert foreign(ended) == file.parent / name
+        (file.parent / name).unlink()
 
 
 def test_an_artifact_alone_is_compared_on_made_up_images(ended, tmp_path):
@@ -51,6 +61,59 @@ def test_an_artifact_alone_is_compared_on_made_up_images(ended, tmp_path):
     assert told["compared_on"] == "64 made-up images"
     assert 0 < told["difference"] < 2e-2  # measured 3e-4
     assert "--output" in refused("export", tmp_path / "model", "--to", "pt2", "--output", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["student/model.safetensors", "student/other/new.safetensors", "link.safetensors"])
+def test_the_artifact_that_is_exported_is_never_replaced(ended, name):
+    source, target = ended / "student" / "model.safetensors", ended / name
+    values = source.read_bytes()
+    if name == "link.safetensors":
+        target.hardlink_to(source)
+    words = ("--to", "safetensors", "--precision", "fp16", "--output", target, "--overwrite")
+    assert "the artifact" in refused("export", ended / "student", *words)
+    assert source.read_bytes() == values
+
+
+@pytest.mark.parametrize("fmt", ["safetensors", "timm"])
+def test_what_is_exported_can_be_read_by_those_who_may_read_new_files(finished_plain, tmp_path, fmt):
+    """safetensors writes for the owner alone."""
+    (tmp_path / "usual").touch()
+    target = tmp_path / f"student{FORMATS[fmt].suffix}"
+    done("export", finished_plain, "--to", fmt, "--output", target)
+    files = [*finished_plain.iterdir(), *(target.iterdir() if target.is_dir() else [target])]
+    assert {file.stat().st_mode for file in files} == {(tmp_path / "usual").stat().st_mode}
+    if target.is_dir():
+        assert {file.name for file in target.iterdir()} == {"config.json", "export.json", "model.safetensors"}
+        assert json.loads((target / "export.json").read_text())["task"] == "classification"
+
+
+def test_a_folder_is_replaced_only_where_an_export_wrote_it(finished_plain, tmp_path):
+    target = tmp_path / "teacher"
+    words = ("export", finished_plain, "--to", "timm", "--output", target, "--overwrite")
+    target.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (target / name).write_text("a user's")
+    assert "no export wrote it (it has no export.json)" in refused(*words)
+    assert {file.read_text() for file in target.iterdir()} == {"a user's"}
+    for file in target.iterdir():
+        file.unlink()
+    done(*words)
+    assert "is there already. Give --overwrite" in refused(*words[:-1])
+    done(*words)
+    (target / "notes.txt").touch()
+    assert "holds notes.txt, which no export wrote" in refused(*words)
+
+
+def test_weights_that_lay_beside_an_earlier_file_are_replaced_with_it(ended, monkeypatch):
+    """As those of a large model in ONNX."""
+    monkeypatch.setattr(Safetensors, "beside", lambda self, name: [f"{name}.data"])
+    other = ended / "exported" / "student.safetensors.data"
+    other.parent.mkdir()
+    other.touch()
+    assert f"{other.name} is there already. Give --overwrite" in refused("export", ended, "--to", "safetensors")
+    done("export", ended, "--to", "safetensors", "--overwrite")
+    assert [file.name for file in other.parent.iterdir()] == ["student.safetensors"]
+    assert FORMATS["onnx"].beside("a.onnx") == ["a_predict.py", "a.onnx.data"]
 
 
 @pytest.mark.parametrize("fault", ["values", "shape", "file"])

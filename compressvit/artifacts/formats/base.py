@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from compressvit import __version__
-from compressvit.artifacts.export import Graph, exported, require_packages
+from compressvit.artifacts.export import SEAL, Graph, exported, require_packages
 from compressvit.data.input import InputConfig
 from compressvit.errors import UserError, did_you_mean, option
+from compressvit.files import write_json
 from compressvit.model.backbone import model_name
 from compressvit.model.stored import class_names
 from compressvit.registry import Registry
@@ -78,6 +79,10 @@ class Source:
         }
         return {key: value if isinstance(value, str) else json.dumps(value) for key, value in content.items()}
 
+    def seal(self, folder: Path) -> None:
+        """Note in a folder that an export wrote it, and the metadata."""
+        write_json(folder / SEAL, self.metadata)
+
 
 class Opened(nn.Module):
     """A file as its own runtime computes it: a model from images (B, C, H, W) to tensors.
@@ -101,7 +106,8 @@ class Format(ABC):
     Attributes:
         name: its word, set by `format_of_files`.
         title: what messages call it.
-        suffix: of its files; empty where it is a folder.
+        suffix: of its files; empty where it is a folder, which has a `SEAL` with the metadata (`Source.seal`).
+        inside: where it is a folder, the names of the other files in it.
         packages: what must be installed, as Python imports it.
         install: what `pip install` takes for them.
         precisions: those that it has, the usual one first.
@@ -112,6 +118,7 @@ class Format(ABC):
     name: ClassVar[str]
     title: ClassVar[str]
     suffix: ClassVar[str] = ""
+    inside: ClassVar[Sequence[str]] = ()
     packages: ClassVar[Sequence[str]] = ()
     install: ClassVar[str] = ""
     precisions: ClassVar[Sequence[str]] = ("fp32", "fp16", "bf16")
@@ -134,7 +141,7 @@ class Format(ABC):
         """Raise a `UserError` where the format cannot express a model."""
 
     def beside(self, name: str) -> list[str]:
-        """The files that are written beside one called `name`."""
+        """The files that are written beside one called `name`, or can be: they are replaced together with it."""
         return []
 
     @abstractmethod

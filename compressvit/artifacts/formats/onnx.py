@@ -31,13 +31,12 @@ class ONNX(Format):
     runtime = "onnxruntime"
 
     def beside(self, name: str) -> list[str]:
-        return [f"{name.removesuffix(self.suffix)}_predict.py"]
+        return [f"{name.removesuffix(self.suffix)}_predict.py", f"{name}.data"]
 
     def write(self, source: Source, path: Path) -> None:
         program = onnx_program(source.graph, opset=source.opset, metadata=source.metadata)
         program.save(path)
-        (script,) = self.beside(path.name)
-        shutil.copyfile(str(predict.__file__), path.with_name(script))
+        shutil.copyfile(str(predict.__file__), path.with_name(self.beside(path.name)[0]))
 
     def open(self, path: Path, source: Source) -> nn.Module:
         session, names = session_of(path), source.reference[1]

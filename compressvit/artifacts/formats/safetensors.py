@@ -14,6 +14,7 @@ from torch import nn
 from compressvit.artifacts import artifact
 from compressvit.artifacts.export import PRECISIONS
 from compressvit.artifacts.formats.base import Format, Opened, Source, format_of_files
+from compressvit.files import usual_mode
 from compressvit.model import surgery
 from compressvit.model.header import MANIFEST, TENSORS
 
@@ -32,6 +33,7 @@ class Safetensors(Format):
             made = artifact.save(model, Path(folder) / "artifact", input_config=source.input.as_dict())
             manifest = (made / MANIFEST).read_text(encoding="utf-8")
             save_file(load_file(made / TENSORS), path, metadata={"format": "pt", **source.metadata, MANIFEST: manifest})
+        usual_mode(path)
 
     def open(self, path: Path, source: Source) -> nn.Module:
         return Opened(source.task.graph(artifact.load(path).float())[0])

@@ -14,15 +14,17 @@ from compressvit.artifacts.merge import left_by_merge, refuse_growth, save_for_t
 from compressvit.errors import UserError, option
 from compressvit.model import surgery
 from compressvit.model.backbone import body_of, model_name
+from compressvit.model.header import TENSORS
 from compressvit.transforms.applying import materialise
 from compressvit.transforms.record import compression_of
 
 
 @format_of_files("timm")
 class Timm(Format):
-    """A folder with config.json and model.safetensors."""
+    """A folder with config.json and model.safetensors, and the metadata in export.json."""
 
     title = "timm"
+    inside = ("config.json", TENSORS)
     runtime = "timm"
 
     def refuse(self, source: Source) -> None:
@@ -31,6 +33,7 @@ class Timm(Format):
     def write(self, source: Source, path: Path) -> None:
         path.mkdir()
         save_for_timm(surgery.deep_copy(_plain(source)).to(PRECISIONS[source.precision]), path)
+        source.seal(path)
 
     def open(self, path: Path, source: Source) -> nn.Module:
         return Opened(timm.create_model(f"local-dir:{path}", pretrained=True).eval())
