@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from compressvit.runs.export import TOLERANCES
 from compressvit.tasks.likeness import of_classes, of_detections, of_tensors
 
 
@@ -22,8 +23,38 @@ def test_classes():
 def test_features():
     expected = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
     told = of_tensors([expected], [torch.tensor([[1.0, 0.0], [1.0, 2.0]])], 0.5)
-    assert (told.difference, told.alike) == (0.5, True)
+    assert (told.difference, told.alike) == (0.5, False)
     assert told.agreement == pytest.approx(2 / math.sqrt(5))
+    assert of_tensors([expected], [torch.tensor([[1.0, 0.0], [0.2, 2.0]])], 0.5).alike
+
+
+@pytest.mark.parametrize("tolerance", TOLERANCES.values())
+def test_what_is_wrong_in_all_numbers_but_a_large_one_is_not_alike(tolerance):
+    torch.manual_seed(0)
+    expected = torch.randn(4, 64) * 0.05
+    expected[:, 0] = 1.0
+    rounded = expected * (1 + tolerance / 10 * (2 * torch.rand(4, 64) - 1))
+    wrong = expected.clone()
+    wrong[:, 1:] = (expected[:, 1:].flip(1) - expected[:, 1:]).clamp(-0.09, 0.09) + expected[:, 1:]
+    for likeness in (of_tensors, of_classes):
+        assert likeness([expected], [rounded], tolerance).alike
+        assert likeness([torch.zeros(2, 3)], [torch.zeros(2, 3)], tolerance).alike
+    if tolerance == TOLERANCES["bf16"]:
+        told = of_tensors([expected], [wrong], tolerance)
+        assert told.difference <= tolerance
+        assert not told.alike
+
+
+def test_another_class_is_rounding_only_where_two_are_nearly_as_likely():
+    expected = torch.tensor([[10.0, 0.0, 0.0], [0.0, 1.0, 0.8], [10.0, 0.0, 0.0]])
+    found = expected.clone()
+    found[1] = torch.tensor([0.0, 0.85, 0.9])
+    assert of_classes([expected], [found], 0.1).alike
+    expected[1, 1] = found[1, 1] = 1.4  # ahead by 0.6 of 10
+    found[1, 2] = 1.5
+    told = of_classes([expected], [found], 0.1)
+    assert told.difference < 0.1
+    assert (told.agreement, told.alike) == (pytest.approx(2 / 3), False)
 
 
 def test_what_is_not_finite_is_not_alike():
@@ -58,6 +89,23 @@ def test_a_detection_elsewhere_is_another(other):
     assert of_detections(detections(*rows), detections((0.105, 0.9, 1), rows[1]), 0.01).difference == pytest.approx(
         0.005
     )
+
+
+def test_the_surest_detections_count():
+    rows = [(i / 200, 0.95 - i / 200 if i < 4 else 0.05 + i / 1e6, 1) for i in range(100)]
+    for count in range(1, 5):
+        moved = [(5 + place, score, label) for place, score, label in rows[:count]] + rows[count:]
+        told = of_detections(detections(*rows, room=100), detections(*moved, room=100), 1e-4)
+        assert not told.alike
+        assert told.text.endswith("the surest in one alone has score 0.95")
+    last = [*rows[:-3], *((0.9, score, label) for _, score, label in rows[-3:])]  # around the 100th score
+    assert of_detections(detections(*rows, room=100), detections(*last, room=100), 1e-4).alike
+
+
+def test_a_detection_stands_for_one_alone():
+    rows = [(0.1, 0.9, 1)] * 4
+    told = of_detections(detections(*rows), detections(rows[0], *[(0.8, 0.9, 1)] * 3), 0.01)
+    assert (told.agreement, told.alike) == (0.25, False)
 
 
 def test_nothing_found_is_alike_and_something_is_not():
