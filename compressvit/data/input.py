@@ -82,6 +82,11 @@ class InputConfig:
         }
 
 
+def per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    """Statistics of so many channels: where they are of another number, their mean for each."""
+    return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
+
+
 def input_config(model: nn.Module, data: Data, *, trained: bool = False, own_crop: bool = False) -> InputConfig:
     """What `model` takes at its present size, with the statistics and the crop that `data` overrides.
 
@@ -105,17 +110,14 @@ def input_config(model: nn.Module, data: Data, *, trained: bool = False, own_cro
     size = getattr(getattr(model, "patch_embed", None), "img_size", None) or config["input_size"][1:]
     height, width = (size, size) if isinstance(size, int) else size
 
-    def per_channel(values: tuple[float, ...]) -> tuple[float, ...]:
-        return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
-
     asked = data.model_copy(update=dict.fromkeys(STATISTICS)) if trained else data
     crop_pct = 1.0 if find_set(data.name).full_frame and not own_crop else config["crop_pct"]
     return InputConfig(
         channels,
         int(height),
         int(width),
-        per_channel(asked.mean or config["mean"]),
-        per_channel(asked.std or config["std"]),
+        per_channel(asked.mean or config["mean"], channels),
+        per_channel(asked.std or config["std"], channels),
         asked.interpolation or config["interpolation"],
         asked.crop_pct or crop_pct,
         asked.crop_mode or config["crop_mode"],

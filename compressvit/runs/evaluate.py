@@ -14,13 +14,13 @@ from torch import nn
 
 from compressvit.artifacts import artifact
 from compressvit.data.classes import other_classes
-from compressvit.data.input import STATISTICS, Side
+from compressvit.data.input import STATISTICS, Side, per_channel
 from compressvit.data.loaders import Loader, eval_loader
 from compressvit.data.opening import Datasets, open_data
 from compressvit.data.samples import Samples
 from compressvit.data.sets.base import evenly
 from compressvit.data.spec import Data
-from compressvit.errors import UserError
+from compressvit.errors import UserError, option
 from compressvit.model import cost, stored
 from compressvit.recipe.recipe import Recipe, load_recipe, parse_recipe
 from compressvit.runs.folder import RESOLVED
@@ -114,16 +114,18 @@ def evaluate_path(
     wanted = [Requirement.of(text) for text in require]
     path = Path(path)
     in_onnx = path.suffix == ".onnx" and path.is_file()
+    if in_onnx:
+        _require_of_onnx(wanted, device)
     folder = _in_run(path) if in_onnx else artifact_in(path)
-    side: Side | None = open_onnx(path) if in_onnx else None
-    model = artifact.load(folder) if side is None else side.model
+    opened = open_onnx(path) if in_onnx else None
+    model = artifact.load(folder) if opened is None else opened.model
     _require_finite(model, folder)
     recipe = data_recipe(folder, overrides, "evaluate")
     require_truth(model, recipe.data, "artifact")
     where = torch.device("cpu") if in_onnx else pick_device(device)
     datasets = open_data(recipe.data)
     datasets.found += other_classes(datasets.class_names or (), stored.class_names(model) or (), "the model")
-    side = side or trained_side(model, recipe.data, overrides)
+    side = _as_asked(opened, recipe.data, overrides) if opened else trained_side(model, recipe.data, overrides)
     with resource_faults(recipe.data):
         scores = Scorer(datasets.evidence(), recipe.data, where).score(side, search=True)
     shown = path if in_onnx else folder
@@ -145,6 +147,27 @@ def evaluate_path(
     for one in missed:
         complain("compressvit", f"--require {one.text}: {one.key} is {result[one.key]:g}")
     return 1 if missed else 0
+
+
+def _require_of_onnx(wanted: Sequence[Requirement], device: str) -> None:
+    """Raise a `UserError` where something is asked that cannot be had of an exported file."""
+    if device not in ("auto", "cpu"):
+        raise UserError(
+            f"{option('device', device)}: an ONNX file is evaluated on the CPU; leave it out, or evaluate the artifact"
+        )
+    if lacking := next((one for one in wanted if one.key in ("parameters", "macs")), None):
+        raise UserError(
+            f"--require {lacking.text}: {lacking.key} are not counted in an ONNX file; ask it of the artifact"
+        )
+
+
+def _as_asked(side: Side, data: Data, overrides: Sequence[str]) -> Side:
+    """An exported file, with what `overrides` of the data change of its input."""
+    asked = [name for name in STATISTICS if any(override.startswith(f"data.{name}=") for override in overrides)]
+    given = {name: value for name in asked if (value := getattr(data, name)) is not None}
+    for name in {"mean", "std"} & given.keys():
+        given[name] = per_channel(given[name], side.input.channels)
+    return Side(side.model, replace(side.input, **given))
 
 
 def _in_run(file: Path) -> Path:

@@ -4,6 +4,7 @@ takes and gives."""
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,8 @@ from compressvit.model.stored import LABEL_NAMES, Images
 from compressvit.reading import open_regular
 from compressvit.spec import first_fault
 from compressvit.tasks.base import find_task
+
+_DETECTIONS = ["boxes", "scores", "labels", "masks"]
 
 
 class _Said(BaseModel):
@@ -93,11 +96,41 @@ def open_onnx(file: Path) -> Side:
             "writes; export it again"
         ) from error
     find_task(said.task)  # one of a package that is not installed is refused with its name
+    if fault := _misfit(session, said):
+        raise UserError(f"{file} is not what its metadata say: {fault}; export it again")
     model = ONNXModel(session, said)
     config = InputConfig(
         *said.input_size, said.mean, said.std, said.interpolation, said.crop_pct, said.crop_mode, masks=model.masks
     )
     return Side(model.eval(), config)
+
+
+def _misfit(session: Any, said: _Said) -> str | None:
+    """What the graph of a file takes or gives otherwise than its metadata say."""
+    inputs, outputs = session.get_inputs(), {found.name: found for found in session.get_outputs()}
+    if [found.name for found in inputs] != ["images"]:
+        return f"it takes {', '.join(found.name for found in inputs) or 'nothing'}, where images alone are meant"
+    (images,) = inputs
+    if images.type != "tensor(float)":
+        return f"its images are {images.type}, not float32"
+    sizes = zip(images.shape[1:], said.input_size, strict=False)
+    if len(images.shape) != 4 or any(isinstance(side, int) and side != meant for side, meant in sizes):
+        return f"its images are {_times(images.shape[1:])}, and input_size is {_times(said.input_size)}"
+    if missing := [name for name in said.outputs if name not in outputs]:
+        return f"it has no output {missing[0]}; there are {', '.join(outputs)}"
+    if said.task == "detection" and said.outputs not in (_DETECTIONS[:3], _DETECTIONS):
+        return f"the outputs of a detector are {', '.join(_DETECTIONS[:3])} and perhaps masks, not {', '.join(said.outputs)}"
+    if said.task != "detection" and len(said.outputs) != 1:
+        return f"of the task {said.task} there is one output, not {', '.join(said.outputs) or 'none'}"
+    if said.task == "classification":
+        classes = outputs[said.outputs[0]].shape[-1]
+        if isinstance(classes, int) and classes != said.num_classes:
+            return f"it gives {classes} logits, and num_classes is {said.num_classes}"
+    return None
+
+
+def _times(sides: Sequence[Any]) -> str:
+    return "×".join(map(str, sides))
 
 
 def _plain(value: str) -> Any:

@@ -166,6 +166,11 @@ def test_a_run_in_onnx_at_once(ended):
         key: own[key] for key in ("images", "top1", "top5")
     }
     assert figures["loss"] == pytest.approx(own["loss"], abs=1e-5)  # measured 4e-8
+    other = json.loads(done("evaluate", file, "data.mean=[0.9]", "--json"))
+    assert other["loss"] == pytest.approx(
+        json.loads(done("evaluate", ended, "data.mean=[0.9]", "--json"))["loss"], abs=1e-5
+    )
+    assert other["loss"] != figures["loss"]
     assert figures["bytes"] == file.stat().st_size
     code, _, err = run("evaluate", file, "--require", "top1>=0", "--require", "loss<=0")
     assert code == 1

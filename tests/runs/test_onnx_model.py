@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers.models import build, images_for, randomise
+from helpers.runs import refused
 from torch import nn
 
 from compressvit.artifacts.formats.base import FORMATS, Source
@@ -17,6 +20,7 @@ from compressvit.model import stored
 from compressvit.model.families.adamixer import SMALL
 from compressvit.model.weights import build as build_detector
 from compressvit.runs import onnx_model
+from compressvit.runs.evaluate import _as_asked
 from compressvit.runs.onnx_model import open_onnx
 from compressvit.tasks.base import task_of
 
@@ -29,6 +33,13 @@ class Session:
 
     def get_modelmeta(self):
         return self
+
+    def get_inputs(self):
+        return [SimpleNamespace(name="images", type="tensor(float)", shape=["batch", *self.source.input.size])]
+
+    def get_outputs(self):
+        count = getattr(self.source.model, "num_classes", 0)
+        return [SimpleNamespace(name=name, shape=["batch", count]) for name in self.source.reference[1]]
 
     def run(self, names, given):
         found = self.source.reference[0](torch.from_numpy(given["images"]))
@@ -80,6 +91,41 @@ def test_a_classifier_and_features(opened, classes):
     assert torch.equal(found if classes else found.pooled, expected if classes else expected.pooled)
 
 
+@pytest.mark.parametrize(
+    ("name", "inputs", "message"),
+    [
+        ("x", "tensor(float)", "it takes x, where images alone are meant"),
+        ("images", "tensor(float16)", "its images are tensor.float16., not float32"),
+    ],
+)
+def test_a_graph_that_takes_something_else_is_refused(opened, monkeypatch, name, inputs, message):
+    monkeypatch.setattr(
+        Session, "get_inputs", lambda self: [SimpleNamespace(name=name, type=inputs, shape=[1, 3, 32, 32])]
+    )
+    with pytest.raises(UserError, match=message):
+        opened(build("vit"))
+
+
+def test_overrides_change_what_a_file_takes(opened):
+    side = opened(build("vit"))
+    data = Data(name="images", mean=(0.25,), std=(0.1, 0.2, 0.3), interpolation="box", crop_pct=0.5)
+    changed = _as_asked(side, data, ["data.name=images", "data.mean=[0.25]", "data.crop_pct=0.5"])
+    assert changed.input == replace(side.input, mean=(0.25,) * 3, crop_pct=0.5)
+    assert _as_asked(side, data, []).input == side.input
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--device", "cuda"), "--device cuda: an ONNX file is evaluated on the CPU"),
+        (("--require", "macs<=1e9"), "--require macs<=1e9: macs are not counted in an ONNX file"),
+    ],
+)
+def test_what_cannot_be_had_of_a_file_is_refused_first(tmp_path, words, message):
+    (tmp_path / "student.onnx").touch()
+    assert message in refused("evaluate", tmp_path / "student.onnx", *words)
+
+
 @torch.no_grad()
 def test_a_detector(opened):
     model = detector()
@@ -101,6 +147,11 @@ def test_a_detector(opened):
         ({"num_classes": "many"}, "num_classes: "),
         ({"mean": "[" * 10_000}, "mean: "),
         ({"label_names": json.dumps({"a": 1})}, "label_names: "),
+        ({"outputs": '["scores"]'}, "it has no output scores; there are logits; export it again"),
+        ({"outputs": "[]"}, "of the task classification there is one output, not none"),
+        ({"outputs": '["logits"]', "task": "detection"}, "the outputs of a detector are boxes, scores, labels and"),
+        ({"input_size": "[3, 8, 8]"}, "its images are 3×.*, and input_size is 3×8×8"),
+        ({"num_classes": "3"}, "it gives 5 logits, and num_classes is 3"),
     ],
 )
 def test_metadata_that_say_something_else_are_refused(opened, said, message):
