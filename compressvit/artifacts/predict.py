@@ -15,9 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+TEXTS = ("interpolation", "crop_mode")  # of the metadata; others may have added to them
+NUMBERS = ("input_size", "mean", "std", "crop_pct", "outputs")
+OPTIONAL = ("label_names", "exif")
 TOP = 5  # classes that are told
 SURE = 0.3  # score from which a detection is told
 
@@ -30,17 +33,31 @@ def open_model(file: Path) -> tuple[Any, dict]:
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     said = session.get_modelmeta().custom_metadata_map
-    plain = ("compressvit", "source", "architecture", "task", "precision", "interpolation", "crop_mode")
-    return session, {key: value if key in plain else json.loads(value) for key, value in said.items()}
+    if missing := [key for key in (*TEXTS, *NUMBERS) if key not in said]:
+        raise ValueError(f"its metadata have no {missing[0]}, so it is not as `compressvit export` wrote it")
+    numbers = {key: json.loads(said[key]) for key in (*NUMBERS, *OPTIONAL) if key in said}
+    return session, {**numbers, **{key: said[key] for key in TEXTS}}
+
+
+def read(file: Path, about: dict) -> Image.Image:
+    """The image in a file, turned as its EXIF block says where the model was made with such images."""
+    with Image.open(file) as image:
+        image.load()
+        return ImageOps.exif_transpose(image) if about.get("exif") else image
 
 
 def prepare(image: Image.Image, about: dict) -> np.ndarray:
-    """An image as the model takes it: float32 (channels, height, width), resized and cropped as timm does in evaluation."""
+    """An image as the model takes it: float32 (channels, height, width), resized and cropped as timm does in evaluation.
+
+    Raises:
+        ValueError: its integers are not of 16 bits, or its floats not from 0 to 1.
+    """
     channels, height, width = about["input_size"]
     if image.mode.startswith("I"):  # 16 bits
-        image = Image.fromarray(((np.asarray(image).astype(np.int64) + 128) // 257).astype(np.uint8))
+        values = _within(np.asarray(image).astype(np.int64), 65535, "integers")
+        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
     elif image.mode == "F":  # 0 to 1
-        image = Image.fromarray((np.asarray(image) * 255).round().astype(np.uint8))
+        image = Image.fromarray((_within(np.asarray(image), 1, "floats") * 255).round().astype(np.uint8))
     image = image.convert(MODES[channels])
     high, wide = (math.floor(side / about["crop_pct"]) for side in (height, width))
     border = about["crop_mode"] == "border"
@@ -54,12 +71,22 @@ def prepare(image: Image.Image, about: dict) -> np.ndarray:
         short = min(image.size)
         size = (int(high * image.width / short), int(high * image.height / short))
     if image.size != size:
-        filter_ = about["interpolation"].partition("-")[0].upper()  # Pillow's 'nearest' is torch's 'nearest-exact'
-        image = image.resize(size, getattr(Image.Resampling, filter_))
+        word = about["interpolation"].partition("-")[0]  # Pillow's 'nearest' is torch's 'nearest-exact'
+        word = {"random": "bilinear"}.get(
+            word, word
+        )  # timm's: bilinear or bicubic by chance, and an answer is always the same
+        image = image.resize(size, Image.Resampling[word.upper()])
     image = _centre(image, width, height, [round(255 * value) for value in about["mean"]] if border else [0] * channels)
     pixels = np.asarray(image, np.float32).reshape(height, width, channels).transpose(2, 0, 1)
     mean, std = (np.array(about[name], np.float32).reshape(-1, 1, 1) for name in ("mean", "std"))
     return (pixels - 255 * mean) / (255 * std)
+
+
+def _within(values: np.ndarray, most: int, what: str) -> np.ndarray:
+    low, high = values.min(), values.max()
+    if not (low >= 0 and high <= most):  # NaN is not
+        raise ValueError(f"its {what} reach from {low:g} to {high:g}; 0 to {most} are read")
+    return values
 
 
 def _centre(image: Image.Image, width: int, height: int, fill: list[int]) -> Image.Image:
@@ -111,10 +138,16 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=usual, help=f"the file of the model (default: {usual.name})")
     parser.add_argument("--json", action="store_true", help="print a line of JSON for each image")
     arguments = parser.parse_args()
-    session, about = open_model(arguments.model)
+    try:
+        session, about = open_model(arguments.model)
+    except ValueError as error:
+        parser.exit(2, f"{arguments.model}: {error}\n")
     for file in arguments.images:
-        with Image.open(file) as image:
+        try:
+            image = read(file, about)
             pixels, size = prepare(image, about), image.size
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            parser.exit(2, f"{file}: {error}\n")
         values = session.run(about["outputs"], {"images": pixels[None]})
         found = {name: value[0] for name, value in zip(about["outputs"], values, strict=True)}
         said = answer(found, size, about)

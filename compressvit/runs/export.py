@@ -106,7 +106,8 @@ def _source(folder: Path, precision: str, opset: int | None, dense: bool) -> Sou
     data = own_recipe_data(folder)
     task = task_of(model, None if data is None else data.usual_task)
     name = folder.name if data is None else f"{folder.parent.name}/{folder.name}"
-    return Source(model, task, own_input(folder, model), precision, name, opset, dense)
+    exif = data is not None and data.exif
+    return Source(model, task, own_input(folder, model), precision, name, opset, dense, exif)
 
 
 def _written(fmt: Format, source: Source, path: Path, images: Tensor, what: str) -> dict[str, Any]:

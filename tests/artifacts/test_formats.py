@@ -7,13 +7,16 @@ import functools
 import json
 import subprocess
 import sys
+import types
+import typing
+from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
 from helpers.models import randomise
-from PIL import Image
+from PIL import ExifTags, Image
 from safetensors import safe_open
 from torch import nn
 
@@ -23,7 +26,8 @@ from compressvit.artifacts.formats.base import FORMATS, Source, find_format
 from compressvit.artifacts.merge import photograph_like
 from compressvit.data.image_transform import image_transform
 from compressvit.data.input import InputConfig, input_config
-from compressvit.data.spec import Data
+from compressvit.data.pictures import BrokenPicture, read_picture
+from compressvit.data.spec import Data, Interpolation
 from compressvit.errors import UserError
 from compressvit.model import stored, surgery, ties
 from compressvit.model.families.adamixer import SMALL
@@ -280,6 +284,57 @@ def test_the_program_reads_pictures_of_16_bits():
     image = Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000)
     expected = image_transform(config, None)(image).float().numpy() / 255
     assert np.abs(predict.prepare(image, config.as_dict()) - expected).max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.array([[0.0, 200.0]], np.float32), "its floats reach from 0 to 200; 0 to 1 are read"),
+        (np.array([[0.0, np.nan]], np.float32), "its floats reach from nan to nan; 0 to 1 are read"),
+        (np.array([[0, 70_000]], np.int32), "its integers reach from 0 to 70000; 0 to 65535 are read"),
+    ],
+)
+def test_the_program_refuses_the_values_that_compressvit_refuses(values, message):
+    config = InputConfig(1, 8, 8, (0.0,), (1.0,), "bilinear", 1.0)
+    image = Image.fromarray(values)
+    with pytest.raises(ValueError, match=message):
+        predict.prepare(image, config.as_dict())
+    with pytest.raises(BrokenPicture, match=r"reach from .* are read"):
+        image_transform(config, None)(image)
+
+
+@pytest.mark.parametrize("word", [*typing.get_args(Interpolation), "nearest-exact", "random"])
+def test_the_program_knows_every_interpolation(word):
+    config = InputConfig(3, 8, 8, (0.0,) * 3, (1.0,) * 3, word, 1.0)
+    assert predict.prepare(Image.new("RGB", (20, 30)), config.as_dict()).shape == (3, 8, 8)
+
+
+def test_the_program_turns_pictures_as_its_run_did(tmp_path):
+    values = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.fromarray(values).save(tmp_path / "image.png", exif=exif)
+    source = source_of("plain")
+    for turned in (False, True):
+        said = dataclasses.replace(source, exif=turned).metadata
+        about = {**source.input.as_dict(), "exif": json.loads(said["exif"])}
+        image = predict.read(tmp_path / "image.png", about)
+        assert image.size == ((20, 30) if turned else (30, 20))
+        assert np.array_equal(image, read_picture(tmp_path / "image.png", exif=turned)[0])
+
+
+def test_the_program_needs_only_what_it_uses_of_the_metadata(monkeypatch):
+    said = {**source_of("plain").metadata, "onnx.infer": "onnxruntime.quant"}
+    session = types.SimpleNamespace(get_modelmeta=lambda: types.SimpleNamespace(custom_metadata_map=said))
+    runtime = types.SimpleNamespace(SessionOptions=types.SimpleNamespace, InferenceSession=lambda *_, **__: session)
+    monkeypatch.setitem(sys.modules, "onnxruntime", runtime)
+    _, about = predict.open_model(Path("student.onnx"))
+    config = source_of("plain").input.as_dict()
+    assert {key: about[key] for key in config} == config
+    assert about["label_names"] == [f"class {i}" for i in range(5)]
+    del said["std"]
+    with pytest.raises(ValueError, match="its metadata have no std"):
+        predict.open_model(Path("student.onnx"))
 
 
 def test_the_program_says_what_outputs_mean():

@@ -40,6 +40,7 @@ class Source:
         name: where it comes from, in words that can be published.
         opset: version of ONNX's operators, where the format has such; None: its own choice.
         dense: whether it may have more parameters than the model, where the format has no other layers than dense ones.
+        exif: whether its images were turned as their EXIF blocks say.
     """
 
     model: nn.Module
@@ -49,6 +50,7 @@ class Source:
     name: str = ""
     opset: int | None = None
     dense: bool = False
+    exif: bool = False
 
     @cached_property
     def reference(self) -> tuple[nn.Module, tuple[str, ...]]:
@@ -75,6 +77,7 @@ class Source:
             "outputs": list(self.reference[1]),
             "precision": self.precision,
             **self.input.as_dict(),
+            "exif": self.exif,
             **({"label_names": names} if names else {}),
         }
         return {key: value if isinstance(value, str) else json.dumps(value) for key, value in content.items()}
