@@ -219,6 +219,11 @@ def artifact_in(path: Path) -> Path:
     """
     if not path.exists():
         raise UserError(f"there is no {path}; give a run folder, or an artifact (a folder with {stored.MANIFEST})")
+    if path.is_file() and path.suffix == ".safetensors":
+        raise UserError(
+            f"{path} is a file, which compressvit.load alone reads where `compressvit export` wrote it; give the run folder or the "
+            f"artifact (a folder with {stored.MANIFEST}) that it was made from"
+        )
     if path.is_file():
         raise UserError(f"{path} is a file; give a run folder, or an artifact (a folder with {stored.MANIFEST})")
     folder = path / "student" if (path / RESOLVED).is_file() else path

@@ -52,13 +52,14 @@ def export(
         path: an artifact or a run folder.
         to: the format: 'onnx', 'pt2', 'timm', 'safetensors', 'openvino', or one that a package offers.
         output: the file, of 'timm' the folder; by default in `exported/` beside the artifact.
-        precision: 'fp32', 'fp16' or 'bf16', of weights and arithmetic; images and outputs are float32.
+        precision: 'fp32', 'fp16' or 'bf16': of 'onnx' and 'pt2' of weights and arithmetic, with images and outputs in float32; of 'timm',
+            'safetensors' and 'openvino' of the weights alone, which are compared in float32.
         opset: version of ONNX's operators; None: torch's own choice.
         dense: write it also where 'timm' makes it larger than it is.
         overwrite: replace the files that are there.
 
     Returns:
-        What was written, and how it compares: difference, agreement, milliseconds.
+        What was written, and how it compares: difference, agreement and milliseconds, which are None where weights alone are rounded.
 
     Raises:
         UserError: there is no artifact, a package is missing, the format cannot express the model, a file is there already, or what was
@@ -114,7 +115,10 @@ def _written(fmt: Format, source: Source, path: Path, images: Tensor, what: str)
     """Write a file, open it again, and compare it with the model; returns what the result says of it."""
     fmt.write(source, path)
     with conversion_faults(f"a file that {fmt.runtime} opens"):
-        likeness, times = _compared(source, fmt.open(path, source), images)
+        timed = (
+            fmt.computes or source.precision == "fp32"
+        )  # who rounds weights alone wants other arithmetic than what is run here
+        likeness, times = _compared(source, fmt.open(path, source), images, timed)
     _require_alike(likeness, source, fmt, what)
     others = {file.name: _bytes(file) for file in sorted(path.parent.iterdir()) if file != path}
     return {
@@ -125,9 +129,10 @@ def _written(fmt: Format, source: Source, path: Path, images: Tensor, what: str)
         "tolerance": TOLERANCES[source.precision],
         "agreement": likeness.agreement,
         "agreement_text": likeness.text,
-        "latency_ms": dict(zip(("artifact", "exported"), times.medians, strict=True)),
-        "latency_ratio": times.ratio(1),
-        "latency_on": f"cpu, {cost.threads_text()}",
+        "rounded": None if source.precision == "fp32" else "weights and arithmetic" if fmt.computes else "weights",
+        "latency_ms": times and dict(zip(("artifact", "exported"), times.medians, strict=True)),
+        "latency_ratio": times and times.ratio(1),
+        "latency_on": times and f"cpu, {cost.threads_text()}",
     }
 
 
@@ -197,8 +202,8 @@ def _count(config: InputConfig) -> int:
 
 
 @torch.inference_mode()
-def _compared(source: Source, opened: nn.Module, images: Tensor) -> tuple[Likeness, cost.Latencies]:
-    """How alike the outputs of the artifact and of a file are, and how long one image takes each, in turns."""
+def _compared(source: Source, opened: nn.Module, images: Tensor, timed: bool) -> tuple[Likeness, cost.Latencies | None]:
+    """How alike the outputs of the artifact and of a file are, and, where it is `timed`, how long one image takes each, in turns."""
     reference = source.reference[0].eval()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # runtimes' of their own use of torch and numpy
@@ -211,7 +216,8 @@ def _compared(source: Source, opened: nn.Module, images: Tensor) -> tuple[Likene
         )
         if [part.shape for part in expected] != [part.shape for part in found]:
             raise ValueError(f"outputs of shapes {[tuple(part.shape) for part in found]}")
-        times = cost.latencies([reference, opened], [source.input.size] * 2, device=torch.device("cpu"))
+        sizes = [source.input.size] * 2
+        times = cost.latencies([reference, opened], sizes, device=torch.device("cpu")) if timed else None
     return source.task.likeness(expected, found, TOLERANCES[source.precision]), times
 
 
@@ -257,19 +263,24 @@ def print_export(result: dict[str, Any], console: Console) -> None:
     table = Table(
         title=f"{result['format']}{chosen}, {result['precision']}, any number of images {size}", title_justify="left"
     )
-    for column in ("", "bytes on disk", "latency", "latency / artifact"):
-        table.add_column(column, justify="left" if not column else "right")
     times, (main, *_) = result["latency_ms"], result["bytes"].values()
-    table.add_row("artifact", megabytes(result["artifact_bytes"]), f"{times['artifact']:.2f} ms", "1.00")
-    table.add_row(
-        result["runtime"], megabytes(main), f"{times['exported']:.2f} ms", ratio_text(result["latency_ratio"])
-    )
+    rows = [["artifact", megabytes(result["artifact_bytes"])], [result["runtime"], megabytes(main)]]
+    if times:
+        rows[0] += [f"{times['artifact']:.2f} ms", "1.00"]
+        rows[1] += [f"{times['exported']:.2f} ms", ratio_text(result["latency_ratio"])]
+    for column in ("", "bytes on disk", "latency", "latency / artifact")[: len(rows[0])]:
+        table.add_column(column, justify="left" if not column else "right")
+    for row in rows:
+        table.add_row(*row)
     console.print(table)
     line(f"compared on {result['compared_on']}: {result['agreement_text']}")
     line(
         f"largest difference: {result['difference']:.1e} of the largest output (up to {result['tolerance']:g} is rounding)"
     )
-    line(f"latency: {how_measured(result['latency_on'])}")
+    if times:
+        line(f"latency: {how_measured(result['latency_on'])}")
+    else:
+        line("weights alone are rounded, and compared in float32; so there is no latency")
     for name in list(result["bytes"])[1:]:
         line(f"beside it: {name}")
     line(result["how"])

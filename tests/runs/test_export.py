@@ -48,6 +48,9 @@ def test_a_run_is_exported_beside_its_student_and_compared_on_its_images(ended):
     assert f"compressvit.load('{file}')" in out
     # a run with an export in it is a run folder all the same
     assert foreign(ended) is None
+    out = done("export", ended, "--to", "safetensors", "--precision", "fp16")
+    assert "weights alone are rounded, and compared in float32; so there is no latency" in out
+    assert " ms" not in out
     for name in ("notes.txt", "my_server.py", "student.py", "my.onnx", "student_int8.onnx"):
         (file.parent / name).touch()
         assert foreign(ended) == file.parent / name
@@ -60,6 +63,10 @@ def test_an_artifact_alone_is_compared_on_made_up_images(ended, tmp_path):
     assert told["written"] == str(tmp_path / "exported" / "model_fp16.safetensors")
     assert told["compared_on"] == "64 made-up images"
     assert 0 < told["difference"] < 2e-2  # measured 3e-4
+    assert (told["rounded"], told["latency_ms"], told["latency_ratio"]) == ("weights", None, None)
+    file = tmp_path / "exported" / "model_fp16.safetensors"
+    for verb in ("evaluate", "merge"):
+        assert "is a file, which compressvit.load alone reads" in refused(verb, file)
     assert "--output" in refused("export", tmp_path / "model", "--to", "pt2", "--output", tmp_path)
 
 

@@ -36,7 +36,7 @@ class Source:
         model: on the CPU, in float32 and eval mode; not to be changed.
         task: what its outputs mean.
         input: what it expects of images.
-        precision: of the weights and the arithmetic in the file: 'fp32', 'fp16' or 'bf16'.
+        precision: of the weights in the file and, where the format `computes` in it, of the arithmetic: 'fp32', 'fp16' or 'bf16'.
         name: where it comes from, in words that can be published.
         opset: version of ONNX's operators, where the format has such; None: its own choice.
         dense: whether it may have more parameters than the model, where the format has no other layers than dense ones.
@@ -114,6 +114,7 @@ class Format(ABC):
         packages: what must be installed, as Python imports it.
         install: what `pip install` takes for them.
         precisions: those that it has, the usual one first.
+        computes: whether what opens a file computes in its precision; otherwise weights alone are rounded to it.
         has_opset: whether it takes an opset.
         runtime: the package that opens it again.
     """
@@ -125,6 +126,7 @@ class Format(ABC):
     packages: ClassVar[Sequence[str]] = ()
     install: ClassVar[str] = ""
     precisions: ClassVar[Sequence[str]] = ("fp32", "fp16", "bf16")
+    computes: ClassVar[bool] = True
     has_opset: ClassVar[bool] = False
     runtime: ClassVar[str]
 

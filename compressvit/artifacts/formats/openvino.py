@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from compressvit.artifacts.export import conversion_faults
 from compressvit.artifacts.formats.base import Format, Opened, Source, format_of_files
 
+# what is compared: on processors with bfloat16 OpenVINO computes in that, unless it is told otherwise
+_IN_FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32"}
+
 
 @format_of_files("openvino")
 class OpenVINO(Format):
@@ -21,6 +24,7 @@ class OpenVINO(Format):
     packages = ("openvino",)
     install = "'compressvit[openvino]'"
     precisions = ("fp32", "fp16")
+    computes = False
     runtime = "openvino"
 
     def beside(self, name: str) -> list[str]:
@@ -42,8 +46,7 @@ class OpenVINO(Format):
     def open(self, path: Path, source: Source) -> nn.Module:
         import openvino
 
-        # float32 is what is compared: on processors with bfloat16 OpenVINO computes in that, unless it is told otherwise
-        settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+        settings = {**_IN_FLOAT32, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
         compiled: Any = openvino.Core().compile_model(path, "CPU", settings)
 
         def call(images: Tensor) -> list[Tensor]:
@@ -53,7 +56,7 @@ class OpenVINO(Format):
         return Opened(call)
 
     def how(self, path: Path) -> str:
-        return f"openvino.Core().compile_model('{path}', 'CPU')"
+        return f"openvino.Core().compile_model('{path}', 'CPU', {_IN_FLOAT32})"
 
 
 def _in_fp32(source: Source) -> Any:

@@ -25,6 +25,7 @@ class Safetensors(Format):
 
     title = "safetensors"
     suffix = ".safetensors"
+    computes = False
     runtime = "compressvit"
 
     def write(self, source: Source, path: Path) -> None:
@@ -39,4 +40,4 @@ class Safetensors(Format):
         return Opened(source.task.graph(artifact.load(path).float())[0])
 
     def how(self, path: Path) -> str:
-        return f"compressvit.load('{path}')"
+        return f"compressvit.load('{path}')   (takes images in the precision of the file; with .float() in float32)"

@@ -25,6 +25,7 @@ class Timm(Format):
 
     title = "timm"
     inside = ("config.json", TENSORS)
+    computes = False
     runtime = "timm"
 
     def refuse(self, source: Source) -> None:
