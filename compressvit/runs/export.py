@@ -77,11 +77,7 @@ def export(
     with RunFolder(folder.parent).owned() if in_a_run and output is None else nullcontext():
         source = _source(folder, precision, opset, dense)
         fmt.refuse(source)
-        images = own_images(folder, source.input, _count(source.input))
-        made_up = images is None
-        if images is None:
-            images = photograph_like(_count(source.input), source.input)
-        what = f"{len(images)} {'made-up' if made_up else 'held-out'} images{'' if made_up else ' of the run'}"
+        images, what = _images(folder, source.input)
         with replacing(target) as scratch:
             told = _written(fmt, source, scratch / target.name, images, what)
         for name in set(fmt.beside(target.name)) - set(told["bytes"]):  # of an earlier one, which needed it
@@ -99,6 +95,15 @@ def export(
         **told,
         "how": fmt.how(target),
     }
+
+
+def _images(folder: Path, config: InputConfig) -> tuple[Tensor, str]:
+    """Images to compare on, of the run if it has any, and what they are."""
+    images = own_images(folder, config, _count(config))
+    if images is not None:
+        return images, f"{len(images)} held-out images of the run"
+    images = photograph_like(_count(config), config)
+    return images, f"{len(images)} made-up images"
 
 
 def _source(folder: Path, precision: str, opset: int | None, dense: bool) -> Source:

@@ -30,10 +30,9 @@ def recipe_on(folder, data, text=BEST):
 def finished(tmp_path_factory):
     """A run on 24 images of each of two classes, of which the images of the test are as many as no other part has."""
     root = class_folders(tmp_path_factory.mktemp("images"), splits=(".",), each=24)
-    recipe = recipe_on(
-        root.parent, f"name: folder, root: {root}, batch_size: 16, val_fraction: 0.2, test_fraction: 0.3"
-    )
-    folder = root.parent / "run"
+    own = tmp_path_factory.mktemp("evidence")
+    recipe = recipe_on(own, f"name: folder, root: {root}, batch_size: 16, val_fraction: 0.2, test_fraction: 0.3")
+    folder = own / "run"
     return (
         Data(name="folder", root=str(root), val_fraction=0.2, test_fraction=0.3),
         folder,
