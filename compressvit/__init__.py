@@ -27,6 +27,7 @@ _PUBLIC = {
     "materialise": "compressvit.transforms.applying",
     "merge": "compressvit.artifacts.merge",
     "export": "compressvit.runs.export",
+    "push": "compressvit.report.push",
     "count_parameters": "compressvit.model.ties",
     "save_adapter": "compressvit.artifacts.adapter",
     "load_adapter": "compressvit.artifacts.adapter",

@@ -30,6 +30,7 @@ from compressvit.model import surgery, ties
 from compressvit.model.backbone import input_size, model_name
 from compressvit.model.bounded import on_meta
 from compressvit.model.checksums import content_checksum, tensor_checksums
+from compressvit.model.hub import weights_path
 from compressvit.model.outputs import in_one
 from compressvit.model.stored import (
     FORMAT,
@@ -143,14 +144,15 @@ def load(path: str | Path, *, materialise: bool = False) -> nn.Module:
     """Rebuild a model from its artifact, on the CPU, in eval mode, in the precision it was saved in.
 
     Args:
-        path: the artifact's folder, or the file of one that was exported to safetensors.
+        path: the artifact's folder, the file of one that was exported to safetensors, or `hf-hub:ORG/NAME`, a repository of the Hugging
+            Face Hub, as `compressvit push` writes it.
         materialise: turn low-rank layers into plain linear layers with their effective weights: the teacher's latency, at the cost of
             the memory that sharing saved. False keeps them factored.
 
     Raises:
         UserError: there is no artifact at `path`, its format is unknown, a file is damaged, or tensors do not fit the structure.
     """
-    path = Path(path)
+    path = weights_path(path, "compressvit.load")
     if path.suffix == ".safetensors" and path.is_file():
         with _unpacked(path) as folder:
             return load(folder, materialise=materialise)

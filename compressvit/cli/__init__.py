@@ -12,6 +12,7 @@ from pathlib import Path
 from compressvit import __version__
 from compressvit.cli.common import Verb, add_device, add_overrides, add_recipe, add_run, exit_code_of
 from compressvit.cli.export import add_export
+from compressvit.cli.push import add_push
 from compressvit.cli.recipes import add_recipes, add_schema
 from compressvit.cli.shrink import UNITS, add_shrink, run_shrink
 from compressvit.errors import UserError, command_line
@@ -87,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_evaluate,
         _add_merge,
         add_export,
+        add_push,
         _add_compare,
         _add_report,
         add_recipes,

@@ -16,7 +16,7 @@ def add_export(verb: Verb) -> None:
     )
     export.add_argument("path", metavar="RUN|ARTIFACT", help="a run folder, or a folder with compressvit.json")
     export.add_argument(
-        "--to", metavar="FORMAT", required=True, help="onnx, pt2 (torch.export), timm, safetensors or openvino"
+        "--to", metavar="FORMAT", required=True, help="onnx, pt2 (torch.export), timm, safetensors, openvino or peft"
     )
     export.add_argument(
         "--output",

@@ -101,6 +101,30 @@ def in_timms_names(
     return found, [Note("transformers", len(found), text)]
 
 
+def is_classifier(name: str) -> bool:
+    """Whether a tensor belongs to a classifier, by timm's names or transformers'."""
+    head = name.rpartition(".")[0].removesuffix(".fc")
+    return head in _CLASSIFIERS or head in _CLASSIFIERS.values()
+
+
+def place_in_timm(name: str) -> tuple[str, str | None] | None:
+    """timm's name of a tensor of transformers', of which nothing else is known, and of a query, key or value which part of it it is.
+
+    What stands before the name of a tower, such as `vit.`, is passed over. None where timm has none.
+    """
+    classifier, _, kind = name.rpartition(".")
+    if classifier in _CLASSIFIERS:
+        return f"{_CLASSIFIERS[classifier]}.{kind}", None
+    inner = name
+    while inner:
+        if part := _of_qkv(inner):
+            return part
+        if new := _new_name(inner):
+            return new, None
+        inner = inner.partition(".")[2]
+    return None
+
+
 def _of_qkv(name: str) -> tuple[str, str] | None:
     """timm's name of the `qkv` that a query, key or value is a part of, and which part it is."""
     block = _BLOCK.fullmatch(name)

@@ -50,10 +50,15 @@ class Teacher(Spec):
     args: dict[str, Any] = Field(
         default_factory=dict, description="Further arguments of timm.create_model, e.g. {img_size: 384}."
     )
+    adapter: str | None = Field(
+        None,
+        description="Folder of LoRA that Hugging Face's PEFT wrote, merged into `weights`, which must be those that it was trained on. "
+        "Null: none.",
+    )
     num_classes: int | None = Field(
         None,
         ge=0,
-        description="Size of the classifier; 0 for none. Null: the data's if the teacher is trained, otherwise timm's.",
+        description="Size of the classifier; 0 for none. Null: the data's if the teacher is trained, otherwise the adapter's or timm's.",
     )
     finetune: Finetune | None = Field(
         None,
@@ -65,6 +70,14 @@ class Teacher(Spec):
         if self.backbone is not None and self.weights not in ("train", "random"):
             raise ValueError(
                 f"backbone is for weights: train or random; weights: {self.weights} has the backbone's values, too"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _adapter_of_trained_weights(self) -> Teacher:
+        if self.adapter is not None and self.weights in ("train", "random"):
+            raise ValueError(
+                f"adapter needs the weights that it was trained on, and weights: {self.weights} are random"
             )
         return self
 

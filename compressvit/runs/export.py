@@ -50,7 +50,7 @@ def export(
 
     Args:
         path: an artifact or a run folder.
-        to: the format: 'onnx', 'pt2', 'timm', 'safetensors', 'openvino', or one that a package offers.
+        to: the format: 'onnx', 'pt2', 'timm', 'safetensors', 'openvino', 'peft', or one that a package offers.
         output: the file, of 'timm' the folder; by default in `exported/` beside the artifact.
         precision: 'fp32', 'fp16' or 'bf16': of 'onnx' and 'pt2' of weights and arithmetic, with images and outputs in float32; of 'timm',
             'safetensors' and 'openvino' of the weights alone, which are compared in float32.

@@ -172,6 +172,7 @@ def refuse_own_inputs(recipe: Recipe, folder: RunFolder) -> None:
     """Raise a `UserError` if overwriting the folder would delete inputs of the run."""
     named = {
         "teacher.weights": recipe.teacher.weights,
+        "teacher.adapter": recipe.teacher.adapter,
         "student.weights": recipe.student.weights,
         "data.root": recipe.data.root,
     }

@@ -16,6 +16,7 @@ from compressvit.model.backbone import body_of, model_name
 from compressvit.model.hub import weights_path
 from compressvit.model.local_dir import LocalDir, read_local_dir
 from compressvit.model.modules import as_timm
+from compressvit.model.peft import merge_peft_, read_peft
 from compressvit.model.stored import Manifest, expect_images, is_artifact, read_manifest
 from compressvit.notes import Note
 from compressvit.recipe.recipe import Recipe
@@ -78,6 +79,8 @@ def teacher_architecture(recipe: Recipe, *, classes: int | None = None) -> Archi
     if count is None and has_own_head(recipe):
         known = known_classes(recipe.data) or classes
         count = head_size(recipe, known)
+    elif count is None and recipe.teacher.adapter is not None:
+        count = read_peft(recipe.teacher.adapter, "teacher.adapter").classes
     if count is not None:
         args["num_classes"] = count
     trained = stored is not None or recipe.teacher.weights == "pretrained"
@@ -126,12 +129,22 @@ def load_teacher(recipe: Recipe, teacher: nn.Module) -> list[Note]:
     found = untrained(recipe)
     if recipe.teacher.backbone is not None:
         found += _load_backbone(recipe.teacher.backbone, teacher, "teacher")
+    new_head = brings_head(recipe)
     if recipe.teacher.weights == "pretrained":
-        weights.load_pretrained(teacher, "teacher.weights", new_head=recipe.teacher.finetune is not None)
+        weights.load_pretrained(teacher, "teacher.weights", new_head=new_head)
     elif recipe.teacher.weights not in ("train", "random"):
-        new_head = recipe.teacher.finetune is not None
         found += weights.load_file(teacher, recipe.teacher.weights, "teacher.weights", new_head=new_head)
+    if recipe.teacher.adapter is not None:
+        found += merge_peft_(teacher, recipe.teacher.adapter, "teacher.adapter")
     return found
+
+
+def brings_head(recipe: Recipe) -> bool:
+    """Whether the teacher's classifier need not be that of `teacher.weights`: it is trained, or the adapter's."""
+    asked = recipe.teacher
+    if asked.finetune is not None:
+        return True
+    return asked.adapter is not None and read_peft(asked.adapter, "teacher.adapter").classes is not None
 
 
 def untrained(recipe: Recipe) -> list[Note]:
@@ -174,7 +187,7 @@ def require_pretrained(recipe: Recipe, teacher: nn.Module, student: nn.Module) -
                 weights.require_pretrained(backbone, f"{whose}.backbone", new_head=True)
         if asked.weights == "pretrained":
             # the student's head is trained by the steps
-            new_head = whose == "student" or recipe.teacher.finetune is not None
+            new_head = whose == "student" or brings_head(recipe)
             weights.require_pretrained(model, f"{whose}.weights", new_head=new_head)
 
 

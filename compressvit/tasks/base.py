@@ -108,6 +108,7 @@ class Task(ABC):
         progress_names: what the line that training prints of an epoch calls a figure, by its key, where not by its `in_text`.
         measures: what the images in a report can be chosen by.
         models: names of models that are made for it, where timm's own are not.
+        pipeline: what the Hugging Face Hub calls it; None: nothing.
     """
 
     name: ClassVar[str]
@@ -125,6 +126,7 @@ class Task(ABC):
     progress_names: ClassVar[Mapping[str, str]] = {}
     measures: ClassVar[Mapping[str, Measure]] = {}
     models: ClassVar[tuple[str, ...]] = ()
+    pipeline: ClassVar[str | None] = None
 
     @abstractmethod
     def fits(self, model: nn.Module) -> bool:

@@ -57,6 +57,7 @@ class Classification(ClassTargets):
 
     qualities = (TOP1, TOP5, AGREEMENT, COSINE)
     ranking = ("top1", "agreement", "cosine")
+    pipeline = "image-classification"
     graded = GRADED
     needs_class_count = True
     least_classes = 2

@@ -69,6 +69,7 @@ class Detection(Task):
     imitates = True
     places = True
     models = DETECTORS
+    pipeline = "object-detection"
     progress_names: ClassVar[Mapping[str, str]] = {"ap": "AP", "ap50": "AP50", "mask_ap": "mask AP"}
     measures: ClassVar[Mapping[str, Measure]] = {
         "missed": Measure(

@@ -36,6 +36,7 @@ class FeatureTask(ClassTargets):
         KNN,
     )
     ranking = ("cosine", "recall_10", "knn")
+    pipeline = "image-feature-extraction"
     graded = (*GRADED, "knn")  # the others of a teacher with a classifier; None for the student
     supervised = False
     searches = True

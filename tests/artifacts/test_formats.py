@@ -75,6 +75,7 @@ MODELS = {
     "low_rank": lambda: compress(vit(0), [LowRank(budget={"parameters": 0.5}, metric="weights")]),
     "lors": lambda: adapted(vit(), LORS(share=2, rank=4, init="scratch"), LoRA(rank=2)),
     "adapters": lambda: adapted(vit(), Adapters(width=4)),
+    "lora": lambda: adapted(vit(), LoRA(rank=2, alpha=3.0, targets=("q", "v", "fc1"))),
     "narrow": lambda: compress(vit(), [Narrow(neurons=0.5, head_dim=0.5)], calibration=torch.randn(64, 3, SIZE, SIZE)),
     "swin": lambda: compress(swin(), [Multiplex(share=2)]),
     "detector": detector,
@@ -85,13 +86,17 @@ FAST = {
     ("plain", "pt2", "bf16"),
     ("plain", "timm", "fp16"),
 }
-NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",)}
+NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",), "peft": ("peft",)}
 CASES = [
     *((model, fmt, "fp32") for model in MODELS for fmt in ("onnx", "pt2", "safetensors")),
     *((model, "openvino", "fp32") for model in MODELS if model != "detector"),  # of which it lacks an operation
     *(("shared", fmt, "fp16") for fmt in ("onnx", "pt2", "safetensors", "openvino")),
     *((model, "pt2", "bf16") for model in ("plain", "shared")),
-    *(("plain", "timm", precision) for precision in ("fp32", "fp16", "bf16")),
+    *(
+        (model, fmt, precision)
+        for model, fmt in (("plain", "timm"), ("lora", "peft"))
+        for precision in ("fp32", "fp16", "bf16")
+    ),
 ]
 
 

@@ -39,7 +39,9 @@ def test_a_step_at_the_top_of_a_recipe_is_told_where_it_belongs():
     message = refused("plan", "quickstart", "multiplex.share=3")
     assert "multiplex is a step, so it belongs in the list `steps` (steps.0.multiplex on the command line)" in message
     message = refused("plan", "quickstart", "teacher.epochs=3")
-    assert "teacher.epochs: unknown key (known: model, weights, backbone, args, num_classes, finetune)" in message
+    assert (
+        "teacher.epochs: unknown key (known: model, weights, backbone, args, adapter, num_classes, finetune)" in message
+    )
 
 
 def test_only_the_recipe_is_required():

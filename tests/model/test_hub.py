@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import ClassVar
 
 import huggingface_hub
 import pytest
+from helpers.hub import Hub, repositories_of
 from helpers.models import build
 
 import compressvit
@@ -18,80 +15,9 @@ from compressvit.model import hub
 from compressvit.model.hub import weights_path
 
 
-class Hub(BaseHTTPRequestHandler):
-    """Files of repositories by `ORG/NAME`, at the address that a client asks for them."""
-
-    repositories: ClassVar[dict[str, dict[str, bytes]]] = {}
-    asked: ClassVar[list[str]] = []
-    commit = "0123456789abcdef0123456789abcdef01234567"
-
-    def do_HEAD(self):
-        self._answer(False)
-
-    def do_GET(self):
-        self._answer(True)
-
-    def _answer(self, whole):
-        if self.path.startswith("/api/models/"):
-            return self._describe(*self.path.strip("/").split("/")[2:4])
-        organisation, name, kind, revision, file = self.path.strip("/").split("/")
-        files = self.repositories.get(f"{organisation}/{name}")
-        self.asked.append(f"{self.command} {revision} {file}")
-        content = None if files is None or kind != "resolve" else files.get(file)
-        self.send_response(404 if content is None else 200)
-        if content is None:
-            self.send_header("X-Error-Code", "RepoNotFound" if files is None else "EntryNotFound")
-            content = b""
-        else:
-            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-        self.send_header("X-Repo-Commit", self.commit)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if whole:
-            self.wfile.write(content)
-
-    def _describe(self, organisation, name):
-        files = self.repositories.get(f"{organisation}/{name}")
-        self.asked.append("what is there")
-        found = {
-            "id": f"{organisation}/{name}",
-            "sha": self.commit,
-            "siblings": [{"rfilename": file} for file in files or ()],
-        }
-        content = json.dumps(found).encode()
-        self.send_response(404 if files is None else 200)
-        if files is None:
-            self.send_header("X-Error-Code", "RepoNotFound")
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *_):
-        pass
-
-
 @pytest.fixture
 def repositories(monkeypatch, tmp_path):
-    """What the stand-in has; empty at first."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_port}"
-    for name, value in {
-        "ENDPOINT": address,
-        "HF_HUB_CACHE": str(tmp_path / "cache"),
-        "HF_HUB_DISABLE_XET": True,
-    }.items():
-        monkeypatch.setattr(huggingface_hub.constants, name, value)
-    template = address + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(Hub, "repositories", {})
-    monkeypatch.setattr(Hub, "asked", [])
-    hub._downloaded.cache_clear()
-    yield Hub.repositories
-    hub._downloaded.cache_clear()
-    server.shutdown()
-    server.server_close()
+    yield from repositories_of(monkeypatch, tmp_path)
 
 
 def files_of(model, folder):

@@ -1,0 +1,118 @@
+"""`push`: files and model card of a student, to a stand-in for the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import huggingface_hub
+import pytest
+import torch
+import yaml
+from helpers.hub import Hub, repositories_of
+from helpers.runs import done, refused
+
+import compressvit
+from compressvit.report.card import origin_of, short
+
+NAME = "me/small-digits"
+
+
+@pytest.fixture
+def repositories(monkeypatch, tmp_path):
+    yield from repositories_of(monkeypatch, tmp_path)
+
+
+def test_a_student_is_published_with_its_card_and_loads_by_its_name(finished, repositories):
+    told = json.loads(done("push", finished, NAME, "--licence", "mit", "--private", "--json"))
+    files = repositories[NAME]
+    assert {name: len(content) for name, content in files.items()} == told["bytes"]
+    assert set(files) == {"README.md", "compressvit.json", "model.safetensors"}
+    assert (Hub.private, told["commit"]) == ({NAME: True}, Hub.commit)
+    images = torch.randn(2, 1, 8, 8)
+    ours, theirs = compressvit.load(finished / "student"), compressvit.load(f"hf-hub:{NAME}")
+    assert torch.equal(ours(images), theirs(images))
+    front, body = files["README.md"].decode().removeprefix("---\n").split("---\n\n", 1)
+    about = yaml.safe_load(front)
+    assert (about["license"], about["pipeline_tag"]) == ("mit", "image-classification")
+    assert "multiplex" in about["tags"]
+    results = json.loads((finished / "results.json").read_text())
+    assert (
+        f"| parameters (unique) | {results['teacher']['parameters']:,} | {results['student']['parameters']:,} |" in body
+    )
+    assert f'compressvit.load("hf-hub:{NAME}")' in body
+    assert "compressvit evaluate RUN" in body
+    assert "vit_tiny_patch16_224, trained in the run itself, whose licence is not recorded." in body
+    assert str(finished.parent) not in body
+
+
+def test_what_is_there_is_not_replaced_unasked(finished, repositories):
+    repositories[NAME] = {"model.safetensors": b"mine"}
+    words = ("push", finished, NAME, "--licence", "mit")
+    assert f"{NAME} has model.safetensors already; give --overwrite" in refused(*words)
+    assert repositories[NAME] == {"model.safetensors": b"mine"}
+    assert f"/{NAME}: README.md (" in done(*words, "--overwrite")
+    assert len(repositories[NAME]["model.safetensors"]) > 4
+
+
+def test_nothing_is_published_without_a_licence_or_in_a_dry_run(finished, repositories, tmp_path):
+    assert "no licence is recorded of the teacher (vit_tiny_patch16_224, trained in" in refused("push", finished, NAME)
+    shutil.copytree(finished / "student", tmp_path / "artifact")
+    assert "no licence is recorded of the run it comes from" in refused("push", tmp_path / "artifact", NAME)
+    assert "is no name of the Hugging Face Hub, which is ORG/NAME" in refused("push", finished, "small-digits")
+    assert done("push", finished, NAME, "--licence", "mit", "--dry-run").startswith("--- license: mit library_name:")
+    assert "## Figures" not in done("push", tmp_path / "artifact", NAME, "--licence", "mit", "--dry-run")
+    (tmp_path / "artifact" / "model.safetensors").write_bytes(b"cut")
+    assert "model.safetensors" in refused("push", tmp_path / "artifact", NAME, "--licence", "mit")
+    assert not repositories
+    assert not Hub.asked
+
+
+def test_who_may_not_publish_is_told_to_log_in(finished, repositories, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_of_another")
+    message = refused("push", finished, NAME, "--licence", "mit")
+    assert f"{NAME} could not be published: " in message
+    assert "Log in first: hf auth login" in message
+
+
+@pytest.mark.parametrize(
+    ("model", "weights", "repository", "licence"),
+    [
+        ("vit_small_patch14_dinov2.lvd142m", "pretrained", "timm/vit_small_patch14_dinov2.lvd142m", "apache-2.0"),
+        ("vit_small_patch14_dinov2", "hf-hub:me/dino@v1", "me/dino", None),
+        ("vit_small_patch14_dinov2", "/home/me/dino.safetensors", None, None),
+        ("vit_tiny_patch16_224", "train", None, None),
+    ],
+)
+def test_where_a_teacher_comes_from(model, weights, repository, licence):
+    found = origin_of({"teacher": {"model": model, "weights": weights}})
+    assert (found.repository, found.licence) == (repository, licence)
+    assert "/home" not in found.text
+
+
+def test_the_licence_of_a_teacher_on_the_hub_is_that_of_its_card(finished, repositories, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    resolved = run / "resolved.yaml"
+    resolved.write_text(resolved.read_text().replace("weights: train", "weights: hf-hub:them/teacher"))
+    info = huggingface_hub.ModelInfo(id="them/teacher", cardData={"license": "cc-by-4.0"}, tags=[])
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, name: info)
+    told = json.loads(done("push", run, NAME, "--dry-run", "--json"))
+    assert told["licence"] == "cc-by-4.0"
+    assert "base_model: them/teacher" in told["card"]
+
+
+@pytest.mark.parametrize(
+    ("text", "cut"),
+    [
+        ("data.root=/home/me/photos", "data.root=…/photos"),
+        ("compressvit apply ~/recipes/a.yaml --output runs/a", "compressvit apply …/a.yaml --output runs/a"),
+        ("'/data/my set/x'", "'…/my set/x'"),
+        ("class token / patches, 0.5/0.6", "class token / patches, 0.5/0.6"),
+        ("https://arxiv.org/abs/2106.09685", "https://arxiv.org/abs/2106.09685"),
+        (r"C:\Users\me\photos", "…/photos"),
+        ("hf-hub:me/vit", "hf-hub:me/vit"),
+    ],
+)
+def test_paths_are_cut(text, cut):
+    assert short(text) == cut
