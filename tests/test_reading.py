@@ -21,10 +21,10 @@ from compressvit.text import printable, printable_in
 
 @pytest.mark.parametrize("what", BOMBS)
 def test_a_yaml_bomb_is_a_sentence_within_seconds(what):
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(UserError, match=r"^bomb\.yaml (is nested|holds|has|is not YAML)") as error:
         parse_yaml(BOMBS[what], "bomb.yaml")
-    assert time.monotonic() - began < 3
+    assert time.process_time() - began < 3
     assert len(str(error.value)) < 400
 
 

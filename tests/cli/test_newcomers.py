@@ -90,6 +90,7 @@ def test_compress_says_what_it_takes(model, transforms, words):
         compress(model or build("vit"), transforms)
 
 
+@pytest.mark.wide
 def test_a_recipe_measures_errors_on_its_own_images(recipe, tmp_path):
     steps = "steps=[{low_rank: {budget: {parameters: 0.7}}}]"
     out = done("apply", recipe, "--output", tmp_path / "run", steps, "calibration.images=24")

@@ -223,6 +223,7 @@ def test_a_chart_that_cannot_be_drawn_costs_no_training(plain, recipe, tmp_path,
     assert "1_distill: the recordings were not drawn: ValueError: Invalid" in (folder / "run.log").read_text()
 
 
+@pytest.mark.wide
 def test_a_row_that_was_cut_short_is_measured_again(whole, recipe, tmp_path, rude):
     """By a kill while it was written; what is written next must not be glued to it."""
     folder = tmp_path / "run"

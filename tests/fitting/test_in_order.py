@@ -230,6 +230,7 @@ def test_the_ledger_has_the_errors_that_were_fitted():
     assert entry.output_error == pytest.approx(relative(seen["student"], seen["teacher"]), rel=0.25)  # measured 0.03
 
 
+@pytest.mark.wide
 def test_one_source_for_two_students_keeps_nothing_of_the_first():
     teacher = build("headless")
     images = images_for(teacher, 32)

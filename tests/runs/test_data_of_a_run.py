@@ -159,6 +159,7 @@ def resumed(begun, tmp_path, *words) -> str:
     return out
 
 
+@pytest.mark.wide
 def test_a_run_is_resumed_where_only_the_way_to_the_same_files_differs(begun, folders, tmp_path):
     resumed(begun, tmp_path, f"data.root={folders}/", "data.num_workers=1")
 
@@ -215,6 +216,7 @@ def test_a_moved_folder_of_a_run_that_did_not_note_its_data_is_refused(begun, fo
 # ---- weights
 
 
+@pytest.mark.wide
 def test_what_was_taken_off_a_weights_file_is_in_plan_log_report_and_results(begun, tmp_path):
     state = load_file(begun[1] / "teacher" / "model.safetensors")
     teacher, student = tmp_path / "teacher.pth", tmp_path / "student.pth"

@@ -60,6 +60,7 @@ def stopped(recipe, folder, monkeypatch, batch=6):
     return folder / "checkpoints" / "2_finetune.pt"
 
 
+@pytest.mark.wide
 def test_a_run_goes_on_from_what_was_trained_to_the_same_bits(recipe, tmp_path, monkeypatch):
     done("apply", "--no-report", recipe, "--output", tmp_path / "whole")
     file = stopped(recipe, tmp_path / "run", monkeypatch)

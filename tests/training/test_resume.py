@@ -269,6 +269,7 @@ def test_resuming_a_trained_run_only_reports(recipe, finished, tmp_path, monkeyp
     assert results[0] == results[1]
 
 
+@pytest.mark.wide
 def test_what_was_learned_from_images_is_not_learned_again(recipe, tmp_path, monkeypatch):
     """Fits take long, and on another machine they may end with other ranks, which the checkpoint does not fit."""
     steps = "steps=[low_rank: {budget: {parameters: 0.5}}, distill: {epochs: 1}]"

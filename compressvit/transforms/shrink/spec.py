@@ -138,7 +138,7 @@ class Shrink(NarrowStep):
     @classmethod
     def examples(cls) -> Sequence[Transform]:
         return (
-            Shrink(budget=ShrinkBudget(parameters=0.7), metric="weights", multiple=4),
+            Shrink(budget=ShrinkBudget(parameters=0.7), metric="weights", multiple=8),
             Shrink(
                 budget=ShrinkBudget(macs=0.8, parameters=0.8),
                 metric="weights",

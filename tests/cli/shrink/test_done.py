@@ -132,6 +132,7 @@ def test_latency_is_a_limit_like_others_and_is_measured_once(classifier, photos,
     assert share(read_results(tmp_path / "run"), "macs") <= 0.9
 
 
+@pytest.mark.wide
 def test_the_smallest_student_that_keeps_something_also_after_an_interruption(
     classifier, labelled, tmp_path, monkeypatch
 ):

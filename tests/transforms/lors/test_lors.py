@@ -157,6 +157,7 @@ def test_half_precision_is_measured_in_full(dtype):
     )  # measured 3e-3 (float16), 2e-2 (bfloat16)
 
 
+@pytest.mark.wide
 def test_the_callers_images_and_model_are_left_alone():
     teacher = build("vit")
     batches = [images_for(teacher, 4), images_for(teacher, 4)]

@@ -47,6 +47,7 @@ def test_a_plan_without_values_is_uniform_and_near_the_budget():
     assert 0.5 < spent(empty, teacher)["parameters"] <= 0.6
 
 
+@pytest.mark.wide
 def test_methods_that_are_not_named_are_not_used():
     teacher = build("vit")
     images = images_for(teacher, 24)
