@@ -68,7 +68,6 @@ class Reference:
         # what can be iterated only once is kept: a few hundred images
         self._images = list(images) if isinstance(images, Iterator) else images
         self._moments: dict[str, Moments] = {}
-        self._of_some: dict[int, dict[str, Moments]] = {}  # of a part of the images
         self._known: dict[Any, Any] = {}
         self._different: set[bytes] = set()
         self._varied = False  # whether an image has more than one colour
@@ -160,28 +159,11 @@ class Reference:
                 f"{ways_out}"
             )
 
-    def _batch_count(self, most: int | None = None) -> int | None:
-        """The number of batches with `most` images, or with all, if it is known in advance."""
+    def _batch_count(self) -> int | None:
+        """The number of batches, if it is known in advance."""
         if isinstance(self._images, torch.Tensor):
             return -(-len(self._images) // _BATCH)
-        count = len(self._images) if isinstance(self._images, Sized) else None
-        return min(count or most, -(-most // _BATCH)) if most is not None and callable(self._images) else count
-
-    def _some(self, most: int) -> Iterator[torch.Tensor]:
-        """About `most` of the images: of a function's the first, of others spread over all."""
-        drawn = callable(self._images)  # what a function gives was drawn at random
-        whole = len(self._images) if isinstance(self._images, torch.Tensor) else None
-        seen = 0
-        for batch in self.batches():
-            if whole is None and not drawn and isinstance(self._images, Sized):
-                whole = len(self._images) * len(batch)
-            places = torch.arange(seen, seen + len(batch) + 1) * min(most / (whole or most), 1.0)
-            seen += len(batch)
-            chosen = batch[places.floor().diff() > 0]
-            if len(chosen):
-                yield chosen
-            if whole is None and seen >= most:
-                return
+        return len(self._images) if isinstance(self._images, Sized) else None
 
     def _look_at(self, images: torch.Tensor, photographs: torch.Tensor | None) -> None:
         small = F.adaptive_avg_pool2d(images.detach().float(), 8)
@@ -197,27 +179,26 @@ class Reference:
         """Which images of the last pass through `batches` judge a fit to the others, bool (N,); see `compressvit.fitting.held_out`."""
         return self._seen.held_out()
 
-    def moments(self, paths: Sequence[str], *, outputs: bool, most: int | None = None) -> dict[str, Moments]:
+    def moments(self, paths: Sequence[str], *, outputs: bool) -> dict[str, Moments]:
         """The moments of the linear layers at `paths`; what was computed before is not computed again.
 
         Args:
             outputs: also those of the gradients.
-            most: about so many of the images: of a function's the first, of others spread over all; None for all.
 
         Raises:
             UserError: the model holds, or a layer sees, numbers that are not finite; or the images are alike, of one colour, or far too
                 few for a layer.
         """
-        known = self._moments if most is None else self._of_some.setdefault(most, {})
+        known = self._moments
         wanted = [path for path in paths if path not in known or (outputs and known[path].outputs is None)]
         if wanted:
             self._require_finite()
             known |= collect_moments(
                 self.model,
                 wanted,
-                self.batches() if most is None else self._some(most),
+                self.batches(),
                 outputs=outputs,
-                count=self._batch_count(most),
+                count=self._batch_count(),
                 sample=self.sample(),
             )
             self._refuse_alike()

@@ -31,7 +31,6 @@ from compressvit.transforms.low_rank.layer import Factored
 from compressvit.transforms.narrow.form import BlockForm
 from compressvit.transforms.narrow.places import FC1, FC2, LAYERS, PROJ, QKV, Place
 
-_SOME = 256  # images: more of them change what a form costs little, and their gradients take most of the time
 _LEAST = 1e-3  # of the mean; outputs that count for less count as that
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 30.0, 100.0)  # in parts of the inputs' mean square
 
@@ -42,8 +41,6 @@ class Measured(Protocol):
     @property
     def metric(self) -> str: ...
     @property
-    def sequential(self) -> bool: ...
-    @property
     def ridge(self) -> float: ...
     @property
     def output_ridge(self) -> float: ...
@@ -52,17 +49,16 @@ class Measured(Protocol):
 @dataclass(frozen=True)
 class Settings:
     """What errors are measured in: the regularisation of the moments of inputs, relative to their mean, and of gradients, relative to their
-    diagonal; whether there are any, without which the weights alone count; and about how many images they are of, None for all."""
+    diagonal; and whether there are any, without which the weights alone count."""
 
     ridge: float
     output_ridge: float
     images: bool = True
-    most: int | None = None
 
     @classmethod
     def of(cls, step: Measured) -> Settings:
-        """Those of a step or plan. Where layers are fitted in order, to all images, some of them say what each form costs."""
-        return cls(step.ridge, step.output_ridge, step.metric != "weights", _SOME if step.sequential else None)
+        """Those of a step or plan."""
+        return cls(step.ridge, step.output_ridge, step.metric != "weights")
 
 
 class TeacherBlock:
@@ -99,7 +95,7 @@ class TeacherBlock:
                 values = self.weight(QKV).chunk(3)[2]
                 moment = values @ values.mT / (values.square().sum() / inputs)
             return Moments(moment, torch.zeros(inputs, dtype=torch.float64), 1)
-        return self.reference.moments([self.path(layer)], outputs=True, most=self.settings.most)[self.path(layer)]
+        return self.reference.moments([self.path(layer)], outputs=True)[self.path(layer)]
 
     def centred(self, layer: str) -> Tensor:
         """The moment of a layer's inputs without what a bias takes over, where there is one."""

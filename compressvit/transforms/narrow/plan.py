@@ -135,7 +135,7 @@ class NarrowPlan(Plan):
     def _block_fits(self, student: nn.Module, reference: Reference) -> list[BlockFit]:
         settings = Settings.of(self)
         if settings.images:
-            reference.moments(self.paths, outputs=True, most=settings.most)  # all in one pass over the images
+            reference.moments(self.paths, outputs=True)  # all in one pass over the images
         branches = describe(reference.model).family.branches
         return [
             BlockFit(TeacherBlock(place, reference, branches, settings), self.forms[place.path], student)

@@ -260,9 +260,7 @@ class Shrink(NarrowStep):
         settings = Settings.of(self)
         if settings.images:  # of all layers in one pass over them
             reference.require_images(self.name)
-            reference.moments(
-                [f"{p.path}.{layer}" for p in found for layer in of_sublayers(p)], outputs=True, most=settings.most
-            )
+            reference.moments([f"{p.path}.{layer}" for p in found for layer in of_sublayers(p)], outputs=True)
         branches = describe(reference.model).family.branches
         result: dict[str, Forms[BlockForm]] = {}
         for place in progress(found, "measuring what each block can become", len(found)):
