@@ -8,7 +8,7 @@ from pathlib import Path
 
 from compressvit.errors import UserError
 from compressvit.files import expanded
-from compressvit.model.local_dir import CONFIG, PREPROCESSOR, TENSORS
+from compressvit.model.local_dir import CONFIG, INDEXES, PREPROCESSOR, TENSORS, in_parts, named_parts
 from compressvit.model.stored import MANIFEST
 
 HUB, LOCAL = "hf-hub:", "local-dir:"  # timm's words
@@ -63,9 +63,22 @@ def _cached(repository: str, revision: str) -> Path | None:
 
     for file in (MANIFEST, CONFIG):
         path = try_to_load_from_cache(repository, file, revision=revision or None)
-        if isinstance(path, str) and any((Path(path).parent / tensors).is_file() for tensors in TENSORS):
+        if isinstance(path, str) and _is_whole(Path(path).parent):
             return Path(path).parent
     return None
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a commit's folder has the tensors, all of them where they are in several files."""
+    if any((folder / tensors).is_file() for tensors in TENSORS):
+        return True
+    index = next((folder / name for name in INDEXES if (folder / name).is_file()), None)
+    if index is None:
+        return False
+    try:
+        return bool(in_parts(index))
+    except UserError:  # some are not in the cache yet
+        return False
 
 
 def _fetched(repository: str, revision: str, where: str) -> Path:
@@ -79,13 +92,14 @@ def _fetched(repository: str, revision: str, where: str) -> Path:
             raise UserError(
                 f"{where}: {HUB}{repository} has neither {MANIFEST} nor {CONFIG}, which say which model it is of"
             )
-        tensors = next((file for file in TENSORS if file in names), None)
+        tensors = next((file for file in (*TENSORS, *INDEXES) if file in names), None)
         if tensors is None:
-            raise UserError(
-                f"{where}: {HUB}{repository} has no {' or '.join(TENSORS)}; models in several files are not read"
-            )
+            raise UserError(f"{where}: {HUB}{repository} has no {' or '.join(TENSORS)}")
         wanted = [*described, *([PREPROCESSOR] if PREPROCESSOR in names else []), tensors]
         folders = {Path(hf_hub_download(repository, file, revision=revision or None)).parent for file in wanted}
+        if tensors in INDEXES:
+            parts = named_parts(Path(hf_hub_download(repository, tensors, revision=revision or None)))
+            folders |= {Path(hf_hub_download(repository, file, revision=revision or None)).parent for file in parts}
         if len(folders) == 1:
             break
     return Path(folders.pop())

@@ -14,6 +14,9 @@ from compressvit.reading import Unreadable, read_json
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"  # of transformers
 TENSORS = ("model.safetensors", "pytorch_model.bin")  # in the order in which they are looked for
+INDEXES = tuple(
+    f"{name}.index.json" for name in ("model.safetensors", "pytorch_model.bin")
+)  # which tensors are in which of several files
 
 
 @dataclass(frozen=True)
@@ -21,14 +24,14 @@ class LocalDir:
     """What `config.json` says of a model.
 
     Attributes:
-        file: the tensors.
+        files: the tensors; several of a large model.
         architecture: timm's name, without a tag.
         args: further arguments of timm.create_model, the number of classes included.
         input: what images must look like, under the names of an artifact's manifest: mean, std, interpolation, crop_pct, crop_mode.
         label_names: of the classes, in the order of the outputs, where they are known.
     """
 
-    file: Path
+    files: tuple[Path, ...]
     architecture: str
     args: dict[str, Any]
     input: dict[str, Any]
@@ -36,14 +39,14 @@ class LocalDir:
 
 
 def read_local_dir(path: Path) -> LocalDir | None:
-    """What is known of the weights at `path`: such a folder, or the file of tensors in one; None of others.
+    """What is known of the weights at `path`: such a folder, or the file of tensors in one, or the index of several; None of others.
 
     Raises:
         UserError: `config.json` cannot be read or describes what timm has not, or its folder has no tensors.
     """
     folder = path if path.is_dir() else path.parent
     config = folder / CONFIG
-    if not config.is_file() or (path.is_file() and path.name not in TENSORS):
+    if not config.is_file() or (path.is_file() and path.name not in (*TENSORS, *INDEXES)):
         return None
     content = _content(config)
     if content is None or (described := _of_transformers(content, config) or _of_timm(content)) is None:
@@ -54,14 +57,48 @@ def read_local_dir(path: Path) -> LocalDir | None:
             f"{config} does not say which model it describes: it has neither timm's 'architecture' nor a 'model_type' of transformers that "
             f"is known ({kinds}); give the file of the weights"
         )
-    file = path if path.is_file() else next((folder / name for name in TENSORS if (folder / name).is_file()), None)
-    if file is None:
-        parts = next(iter(sorted(folder.glob("*.index.json"))), None)
-        hint = f"; the tensors that {parts.name} lists are in several files: save the model in one" if parts else ""
+    return LocalDir(_files(path), *described)
+
+
+def _files(path: Path) -> tuple[Path, ...]:
+    """Those with the tensors: the file at `path`, or what is in the folder at `path`."""
+    if path.is_file():
+        return in_parts(path) if path.name in INDEXES else (path,)
+    for name in TENSORS:
+        if (path / name).is_file():
+            return (path / name,)
+    for name in INDEXES:
+        if (path / name).is_file():
+            return in_parts(path / name)
+    raise UserError(f"{path} has a {CONFIG} and no {' or '.join(TENSORS)}; give the folder of a whole model")
+
+
+def named_parts(index: Path) -> list[str]:
+    """The names of the files that an index lists.
+
+    Raises:
+        UserError: it is no index, or names what is not beside it.
+    """
+    content = _content(index)
+    places = None if content is None else content.get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+        raise UserError(f"{index} does not say which tensors are in which file (it has no 'weight_map' of names)")
+    names = sorted(set(places.values()))
+    outside = next((name for name in names if Path(name).name != name or name in ("", ".", "..")), None)
+    if outside is not None:
+        raise UserError(f"{index} names {outside}, which is not a file beside it")
+    return names
+
+
+def in_parts(index: Path) -> tuple[Path, ...]:
+    """The files beside an index that have a model's tensors; raises as `named_parts`, and a `UserError` where one is not there."""
+    names = named_parts(index)
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
         raise UserError(
-            f"{folder} has a {CONFIG} and no {' or '.join(TENSORS)}{hint or '; give the folder of a whole model'}"
+            f"{index} lists {len(names)} files, and {len(missing)} of them are not there ({missing[0]}); give the folder of a whole model"
         )
-    return LocalDir(file, *described)
+    return tuple(index.parent / name for name in names)
 
 
 _Described = tuple[str, dict[str, Any], dict[str, Any], list[str] | None]  # as in LocalDir
@@ -106,5 +143,5 @@ def _content(file: Path) -> dict[str, Any] | None:
     try:
         content = read_json(file)
     except Unreadable as error:
-        raise UserError(f"{error}; it says how the weights beside it want their images") from error
+        raise UserError(f"{error}; it says what the tensors beside it are of") from error
     return content if isinstance(content, dict) else None

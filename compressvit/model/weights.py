@@ -24,7 +24,7 @@ from compressvit.model.backbone import body_of, family_of, head_names, model_nam
 from compressvit.model.bounded import on_meta, require_sound
 from compressvit.model.detectors import DETECTORS, is_model
 from compressvit.model.hub import weights_path
-from compressvit.model.local_dir import read_local_dir
+from compressvit.model.local_dir import INDEXES, in_parts, read_local_dir
 from compressvit.model.modules import as_timm
 from compressvit.model.stored import is_artifact, read_safetensors, read_tensors, require_as_written
 from compressvit.model.unwrapping import contents, load_plain, unwrapped, without_prefix
@@ -334,8 +334,12 @@ def _read(path: Path, where: str) -> tuple[dict[str, torch.Tensor], list[Note]]:
         tensors = read_tensors(path)
         require_as_written(path, tensors)
         return tensors, []
-    if path.is_dir() and (known := read_local_dir(path)) is not None:
-        path = known.file
+    if path.is_dir() or path.name in INDEXES:
+        known = read_local_dir(path) if path.is_dir() else None
+        files = in_parts(path) if path.is_file() else known.files if known else ()
+        if len(files) > 1:
+            return _in_one([_read(file, where) for file in files], where)
+        path = files[0] if files else path
     if not path.is_file():
         raise UserError(f"{where}: there is no file {path}. {_supply(where)}")
     if path.suffix == ".safetensors":
@@ -351,6 +355,19 @@ def _read(path: Path, where: str) -> tuple[dict[str, torch.Tensor], list[Note]]:
             "convert it to safetensors where you trust it"
         ) from error
     return unwrapped(content, path, where)
+
+
+def _in_one(
+    parts: list[tuple[dict[str, torch.Tensor], list[Note]]], where: str
+) -> tuple[dict[str, torch.Tensor], list[Note]]:
+    """The tensors of several files as those of one."""
+    found: dict[str, torch.Tensor] = {}
+    for tensors, _ in parts:
+        if twice := found.keys() & tensors.keys():
+            raise UserError(f"{where}: {sorted(twice)[0]} is in more than one of the model's files")
+        found |= tensors
+    notes = [note for _, more in parts for note in more]
+    return found, [*notes, Note("parts", len(parts), f"the tensors were read from {len(parts)} files")]
 
 
 def _require_reachable(config: dict[str, Any]) -> None:

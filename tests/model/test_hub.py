@@ -61,6 +61,17 @@ def test_a_revision_is_asked_for(repositories, tmp_path):
     assert {line.split()[1] for line in Hub.asked if line != "what is there"} == {"v2"}
 
 
+def test_a_model_in_several_files_is_downloaded_whole(repositories, tmp_path):
+    parts = {"a": "model-00001-of-2.safetensors", "b": "model-00002-of-2.safetensors"}
+    files = {"config.json": b"{}", "model.safetensors.index.json": json.dumps({"weight_map": parts}).encode()}
+    repositories["me/vit"] = {**files, **dict.fromkeys(parts.values(), b"x")}
+    path = weights_path("hf-hub:me/vit", "teacher.weights")
+    assert {file.name for file in path.iterdir()} == set(repositories["me/vit"])
+    hub._downloaded.cache_clear()
+    (path / parts["b"]).unlink()  # as if the download had been stopped
+    assert parts["b"] in {file.name for file in weights_path("hf-hub:me/vit", "teacher.weights").iterdir()}
+
+
 def test_a_folder_by_timms_word(tmp_path):
     assert weights_path(f"local-dir:{tmp_path}", "teacher.weights") == tmp_path
 
@@ -75,7 +86,7 @@ def test_a_folder_by_timms_word(tmp_path):
             r"hf-hub:me/nothing is not in the local cache and could not be downloaded \(.*404",
         ),
         ("me/text", r"hf-hub:me/text has neither compressvit.json nor config.json"),
-        ("me/parts", r"hf-hub:me/parts has no model.safetensors or pytorch_model.bin; models in several files"),
+        ("me/parts", r"hf-hub:me/parts has no model.safetensors or pytorch_model.bin"),
     ],
 )
 def test_what_cannot_be_had_is_refused(name, text, repositories):

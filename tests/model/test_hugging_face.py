@@ -206,11 +206,61 @@ def test_of_another_kind_nothing_is_known(folder, tmp_path):
         match=r"neither timm's 'architecture' nor a 'model_type' of transformers that is known \(vit, deit, dinov2, ",
     ):
         read_local_dir(path)
-    (tmp_path / "config.json").write_text(json.dumps(MODELS["vit"]["config"]))
-    (tmp_path / "model.safetensors").rename(tmp_path / "model-00001-of-00002.safetensors")
-    (tmp_path / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(UserError, match=r"the tensors that model\.safetensors\.index\.json lists are in several files"):
-        read_local_dir(path)
+
+
+PARTS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+
+
+@pytest.fixture
+def in_parts(folder):
+    """The folder of a ViT whose tensors are in two files, and the index of these."""
+    path = folder("vit")
+    tensors = tensors_of("vit")
+    half = len(tensors) // 2
+    places = {name: PARTS[i >= half] for i, name in enumerate(tensors)}
+    for part in PARTS:
+        save_file({name: tensor for name, tensor in tensors.items() if places[name] == part}, path / part)
+    (path / "model.safetensors").unlink()
+    index = path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return path, index
+
+
+def test_a_model_in_several_files_is_read_by_its_index(in_parts, tmp_path):
+    path, index = in_parts
+    known = read_local_dir(path)
+    assert known is not None
+    found = []
+    for source in (path, index):
+        model = build(known.architecture, known.args)
+        notes = load_file(model, source, "teacher.weights")
+        assert any("the tensors were read from 2 files" in note.text for note in notes)
+        found.append(model.state_dict())
+    save_file(tensors_of("vit"), path / "model.safetensors")
+    whole = build(known.architecture, known.args)
+    load_file(whole, path, "teacher.weights")
+    for state in found:
+        assert all(tensor.equal(state[name]) for name, tensor in whole.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda path, index: (path / PARTS[1]).unlink(), "lists 2 files, and 1 of them are not there"),
+        (lambda path, index: index.write_text("{}"), "does not say which tensors are in which file"),
+        (
+            lambda path, index: index.write_text('{"weight_map": {"a": "../x"}}'),
+            r"names \.\./x, which is not a file beside it",
+        ),
+        (lambda path, index: save_file(tensors_of("vit"), path / PARTS[1]), "is in more than one of the model's files"),
+    ],
+)
+def test_parts_that_are_no_model(in_parts, spoil, message):
+    path, index = in_parts
+    model = build("vit_tiny_patch16_224")
+    spoil(path, index)
+    with pytest.raises(UserError, match=message):
+        load_file(model, path, "teacher.weights")
 
 
 def test_what_timm_has_not_is_left_out_and_told():

@@ -38,7 +38,7 @@ def test_what_timm_writes(folder, content):
     for given in (path, path / "model.safetensors"):
         found = read_local_dir(given)
         assert found is not None
-        assert (found.file, found.architecture) == (path / "model.safetensors", "vit")
+        assert (found.files[0], found.architecture) == (path / "model.safetensors", "vit")
         assert found.args == {"num_classes": 7, "depth": 2}
         assert found.input == OWN
 
@@ -51,10 +51,10 @@ def test_another_file_of_tensors_beside_it_is_not_described(folder):
     for name in ("pytorch_model.bin", "model.safetensors"):
         found = read_local_dir(path / name)
         assert found is not None
-        assert found.file == path / name
+        assert found.files == (path / name,)
     found = read_local_dir(path)
     assert found is not None
-    assert found.file.name == "model.safetensors"
+    assert found.files[0].name == "model.safetensors"
 
 
 @pytest.mark.parametrize("content", [{"model_type": "bert"}, [], {"architecture": 3}])
