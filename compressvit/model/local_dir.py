@@ -17,6 +17,7 @@ TENSORS = ("model.safetensors", "pytorch_model.bin")  # in the order in which th
 INDEXES = tuple(
     f"{name}.index.json" for name in ("model.safetensors", "pytorch_model.bin")
 )  # which tensors are in which of several files
+_SUFFIXES = (".safetensors", ".bin")
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,9 @@ def named_parts(index: Path) -> list[str]:
     if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
         raise UserError(f"{index} does not say which tensors are in which file (it has no 'weight_map' of names)")
     names = sorted(set(places.values()))
-    outside = next((name for name in names if Path(name).name != name or name in ("", ".", "..")), None)
+    outside = next((name for name in names if Path(name).name != name or Path(name).suffix not in _SUFFIXES), None)
     if outside is not None:
-        raise UserError(f"{index} names {outside}, which is not a file beside it")
+        raise UserError(f"{index} names {outside}, which is no file of tensors beside it (.safetensors or .bin)")
     return names
 
 

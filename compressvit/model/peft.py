@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
 from compressvit.errors import UserError
@@ -25,10 +26,12 @@ from compressvit.model.stored import read_safetensors
 from compressvit.model.unwrapping import load_plain
 from compressvit.notes import Note
 from compressvit.reading import Unreadable, read_json
+from compressvit.spec import first_fault
 
 CONFIG, TENSORS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."
-_FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.\w+)?\.(weight|bias)")
+_FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.(\w+))?\.(weight|bias)")
+_MERGE = "merge it with PEFT (merge_and_unload), and give the weights"
 _WRAPPED = re.compile(r"\.(?:base_layer|modules_to_save(?:\.\w+)?|original_module)(?=\.)")
 # What makes it another function than LoRA's, or puts it where linear layers are not.
 _OTHERS = (
@@ -42,6 +45,26 @@ _OTHERS = (
     "alora_invocation_tokens",
     "monteclora_config",
 )
+_CHANGE_BASE = (
+    "pissa",
+    "olora",
+    "corda",
+    "loftq",
+    "lora_ga",
+)  # ways to start that take what they start from out of the weights
+# Names of layers with a few of a regular expression's signs, which take no long time to match.
+_PATTERN = re.compile(r"(?!.*\*.*\*.*\*)[\w.\\*^$-]{1,200}")
+
+
+class _Config(BaseModel):
+    """The part of `adapter_config.json` that says what is computed."""
+
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+
+    lora_alpha: float = 8
+    alpha_pattern: dict[str, float] | None = None
+    use_rslora: bool = False
+    init_lora_weights: bool | str | None = True
 
 
 @dataclass
@@ -51,6 +74,22 @@ class _Term:
     down: Tensor | None = None
     up: Tensor | None = None
     bias: Tensor | None = None
+
+    @property
+    def fault(self) -> str | None:
+        """What is wrong with it."""
+        if self.down is None or self.up is None:
+            return "has one factor and not the other"
+        if min(self.down.dim(), self.up.dim()) < 2 or self.up.shape[1] != len(self.down) or not self.down.numel():
+            return f"has factors of {tuple(self.down.shape)} and {tuple(self.up.shape)}, which have no product"
+        parts = (self.down, self.up) if self.bias is None else (self.down, self.up, self.bias)
+        return None if all(bool(part.isfinite().all()) for part in parts) else "has numbers that are not finite"
+
+    def product(self) -> Tensor:
+        """B A, (out, in), in float64."""
+        assert self.down is not None
+        assert self.up is not None
+        return self.up.flatten(1).double() @ self.down.flatten(1).double()
 
 
 @dataclass
@@ -63,7 +102,7 @@ class Adapter:
         whole: tensors that replace the model's, by name.
     """
 
-    config: Mapping[str, Any]
+    config: _Config
     terms: dict[str, _Term] = field(default_factory=dict)
     whole: dict[str, Tensor] = field(default_factory=dict)
 
@@ -75,10 +114,10 @@ class Adapter:
 
     def scale(self, layer: str, rank: int) -> float:
         """s of the term of a layer."""
-        patterns = self.config.get("alpha_pattern") or {}
+        patterns = self.config.alpha_pattern or {}
         matching = (alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", layer))
-        alpha = float(next(matching, self.config.get("lora_alpha", 8)))
-        return alpha / (rank**0.5 if self.config.get("use_rslora") else rank)
+        alpha = next(matching, self.config.lora_alpha)
+        return alpha / (rank**0.5 if self.config.use_rslora else rank)
 
 
 def is_peft(folder: Path) -> bool:
@@ -104,16 +143,37 @@ def read_peft(given: str | Path, where: str) -> Adapter:
         raise UserError(f"{where}: {error}") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else None
-        raise UserError(
-            f"{where}: {folder} is of PEFT's method {kind}, and LORA alone is read; merge it with PEFT (merge_and_unload), and give the "
-            "weights"
-        )
+        raise UserError(f"{where}: {folder} is of PEFT's method {kind}, and LORA alone is read; {_MERGE}")
     if others := [key for key in _OTHERS if config.get(key)]:
+        raise UserError(f"{where}: {folder} was made with {' and '.join(others)}, which is not read; {_MERGE}")
+    return _sorted(_tensors(folder, where), _checked(config, folder, where), folder, where)
+
+
+def _checked(config: dict[str, Any], folder: Path, where: str) -> _Config:
+    """The part of a configuration that is read."""
+    try:
+        found = _Config.model_validate(config)
+    except ValidationError as error:
+        raise UserError(f"{where}: {folder / CONFIG}: {first_fault(error)}") from error
+    started = str(found.init_lora_weights).lower()
+    if started.startswith(_CHANGE_BASE):
         raise UserError(
-            f"{where}: {folder} was made with {' and '.join(others)}, which is not read; merge it with PEFT (merge_and_unload), and give "
-            "the weights"
+            f"{where}: {folder} has init_lora_weights={found.init_lora_weights}, which changed the weights that it was trained on; save it "
+            "with PEFT's path_initial_model_for_weight_conversion, or merge it there (merge_and_unload) and give the weights"
         )
-    return _sorted(_tensors(folder, where), config, folder, where)
+    if odd := next(
+        (key for key in found.alpha_pattern or {} if not _PATTERN.fullmatch(key) or not _compiles(key)), None
+    ):
+        raise UserError(f"{where}: {folder} has an alpha_pattern {odd!r}, which is not read; name the layers there")
+    return found
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
 
 
 def _tensors(folder: Path, where: str) -> Mapping[str, Tensor]:
@@ -132,24 +192,31 @@ def _tensors(folder: Path, where: str) -> Mapping[str, Tensor]:
     return content
 
 
-def _sorted(tensors: Mapping[str, Tensor], config: Mapping[str, Any], folder: Path, where: str) -> Adapter:
+def _sorted(tensors: Mapping[str, Tensor], config: _Config, folder: Path, where: str) -> Adapter:
     """Factors by layer, and what replaces tensors of the model."""
     found = Adapter(config)
+    names = set()
     for name, tensor in tensors.items():
         if factor := _FACTOR.fullmatch(name.removeprefix(PREFIX)):
-            layer, part, kind = factor.groups()
+            layer, part, adapter, kind = factor.groups()
+            names.add(adapter)
             term = found.terms.setdefault(layer, _Term())
             setattr(term, "bias" if kind == "bias" else {"A": "down", "B": "up"}[part], tensor)
         elif ".lora_" in name:
             raise UserError(
-                f"{where}: {folder} has {name}, and LoRA of linear layers and convolutions alone is read; merge it with PEFT "
-                "(merge_and_unload), and give the weights"
+                f"{where}: {folder} has {name}, and LoRA of linear layers and convolutions alone is read; {_MERGE}"
             )
         else:
             found.whole[_WRAPPED.sub("", name.removeprefix(PREFIX))] = tensor
-    half = [layer for layer, term in found.terms.items() if term.down is None or term.up is None]
-    if half:
-        raise UserError(f"{where}: {folder} has one factor of {half[0]} and not the other; it is not whole")
+    if len(names) > 1:
+        raise UserError(
+            f"{where}: {folder} holds more than one adapter ({', '.join(sorted(map(str, names)))}); save the one that is meant"
+        )
+    if not found.terms:
+        raise UserError(f"{where}: {folder} holds no LoRA (no tensor is a lora_A or lora_B); it is not whole")
+    for layer, term in found.terms.items():
+        if term.fault:
+            raise UserError(f"{where}: {folder}: LoRA of {layer} {term.fault}; it is damaged, or not whole")
     return found
 
 
@@ -173,10 +240,8 @@ def merge_peft_(model: nn.Module, given: str | Path, where: str) -> list[Note]:
     added: dict[str, Tensor] = {}
     for layer, term in adapter.terms.items():
         assert term.down is not None
-        assert term.up is not None
         scale = adapter.scale(layer, len(term.down))
-        product = term.up.flatten(1).double() @ term.down.flatten(1).double()
-        _put(added, own, f"{layer}.weight", scale * product, where, given, model, add=True)
+        _put(added, own, f"{layer}.weight", scale * term.product(), where, given, model, add=True)
         if term.bias is not None:
             _put(added, own, f"{layer}.bias", scale * term.bias.double(), where, given, model, add=True)
     for name, tensor in adapter.whole.items():

@@ -6,7 +6,8 @@ Paths of the machine that made it are cut to their last part.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import shlex
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,10 @@ from compressvit.report.record import Run, read_run
 from compressvit.runs.folder import RESOLVED
 from compressvit.tasks.base import Task
 
-_PATH = re.compile(r"(?<![\w.:/])(?:~|[A-Za-z]:|\.{1,2})?[\\/](?:[^\s'\"=,]*[\\/])?([^\s'\"=,\\/]+)")
+# Keys of a recipe whose values are paths, or words.
+_PATHS = ("root", "weights", "backbone", "adapter", "artifact", "classes", "outside", "frozen")
+_ABSOLUTE = re.compile(r"(?<![\w.:/…])(?:file://|~\w*|[A-Za-z]:)?[\\/](?:[^\s'\"=,]*[\\/])?([^\s'\"=,\\/]+)")
+_SETS = re.compile(r"[\w.-]+=")
 
 
 @dataclass(frozen=True)
@@ -58,9 +62,22 @@ class Card:
 
 
 def origin_of(recipe: dict[str, Any]) -> Origin:
-    """Where the weights of a recipe's teacher come from, as far as its values say it."""
+    """Where the weights of a recipe's teacher come from, as far as its values say it. Of an adapter, and of the backbone of a detector,
+    no licence is known."""
     teacher = recipe.get("teacher")
-    model, weights = (str(teacher.get(key)) for key in ("model", "weights")) if isinstance(teacher, dict) else ("", "")
+    if not isinstance(teacher, dict):
+        return Origin("not recorded")
+    found = _of_weights(str(teacher.get("model")), str(teacher.get("weights")))
+    text, licence = found.text, found.licence
+    for key, words in (("backbone", "on the backbone"), ("adapter", "with the adapter")):
+        if teacher.get(key):
+            text, licence = f"{text}, {words} {cut(str(teacher[key]))}", None
+    if teacher.get("finetune") and teacher.get("weights") not in ("train", "random"):
+        text += ", trained further in the run"
+    return Origin(text, found.repository, licence)
+
+
+def _of_weights(model: str, weights: str) -> Origin:
     if weights.startswith(HUB):
         repository = weights.removeprefix(HUB).partition("@")[0]
         return Origin(f"{model}, weights of {repository}", repository)
@@ -70,7 +87,7 @@ def origin_of(recipe: dict[str, Any]) -> Origin:
         config = get_pretrained_cfg(model, allow_unregistered=False)
         if config is not None:
             return Origin(f"{model}, timm's pretrained weights", config.hf_hub_id, config.license)
-    source = {"train": "trained in the run itself", "random": "untrained"}.get(weights, f"weights {short(weights)}")
+    source = {"train": "trained in the run itself", "random": "untrained"}.get(weights, f"weights {cut(weights)}")
     return Origin(f"{model}, {source}")
 
 
@@ -93,25 +110,31 @@ def card(artifact: Path, name: str, task: Task, licence: str, origin: Origin | N
         "base_model": None if origin is None else origin.repository,
         "tags": ["compressvit", *steps],
     }
-    parts = [f"# {name}", _summary(run, manifest, steps), *([_figures(run)] if run else []), _use(name, manifest)]
-    parts += [*([_made(run)] if run else []), _licence(licence, origin)]
+    cuts = Cuts(run.recipe if run else {})
+    parts = [
+        f"# {name}",
+        _summary(run, manifest, steps, cuts),
+        *([_figures(run, cuts)] if run else []),
+        _use(name, manifest),
+    ]
+    parts += [*([_made(run, cuts)] if run else []), _licence(licence, origin)]
     return Card("\n\n".join(parts) + "\n", {key: value for key, value in about.items() if value is not None})
 
 
-def _summary(run: Run | None, manifest: Manifest, steps: Sequence[str]) -> str:
+def _summary(run: Run | None, manifest: Manifest, steps: Sequence[str], cuts: Cuts) -> str:
     """What it is, in a paragraph."""
     made = f" after {', '.join(steps)}" if steps else ""
     text = f"A {manifest.architecture.partition('.')[0]}{made}, made with compressvit {manifest.compressvit or __version__}."
     if run is None:
         return text
-    return f"{short(sections.title(run))}\n\n{text} {sections.verdict(run)}"
+    return f"{cuts.text(sections.title(run))}\n\n{text} {sections.verdict(run)}"
 
 
-def _figures(run: Run) -> str:
+def _figures(run: Run, cuts: Cuts) -> str:
     """The table of teacher and student, and what its figures are of."""
     lines = ["## Figures", "", "| | teacher | student | student / teacher |", "| --- | --- | --- | --- |"]
     lines += [f"| {' | '.join(row)} |" for row in sections.measures(run)]
-    return "\n".join([*lines, "", *(f"- {short(text)}" for text in sections.details(run))]).rstrip()
+    return "\n".join([*lines, "", *(f"- {cuts.text(text)}" for text in sections.details(run))]).rstrip()
 
 
 def _use(name: str, manifest: Manifest) -> str:
@@ -129,24 +152,15 @@ model = compressvit.load("{HUB}{name}")
 It takes images of {size} ({", ".join(known)}); `timm.data.resolve_model_data_config(model)` gives this to a transform."""
 
 
-def _made(run: Run) -> str:
+def _made(run: Run, cuts: Cuts) -> str:
     """The recipe and the commands."""
-    commands = [f"# {purpose}\n{short(command)}" for purpose, command in sections.reproduction(run)[:1]]
+    commands = [] if run.environment is None else [f"# how it was made\n{cuts.command(run.environment.command)}"]
     commands.append("# measure it again\ncompressvit evaluate RUN")
-    recipe = yaml.safe_dump(_shortened(run.recipe), sort_keys=False, allow_unicode=True).rstrip()
+    recipe = yaml.safe_dump(cuts.values(run.recipe), sort_keys=False, allow_unicode=True).rstrip()
     return "\n".join(
         [
-            "## How it was made",
-            "",
-            "```bash",
-            *commands,
-            "```",
-            "",
-            "The recipe, with its defaults:",
-            "",
-            "```yaml",
-            recipe,
-            "```",
+            *("## How it was made", "", "```bash", *commands, "```", ""),
+            *("The recipe, with its defaults:", "", "```yaml", recipe, "```"),
         ]
     )
 
@@ -158,15 +172,53 @@ def _licence(licence: str, origin: Origin | None) -> str:
     return f"## Licence\n\n{licence}.{teacher}{known}"
 
 
-def _shortened(value: Any) -> Any:
-    """Values of a recipe whose paths are cut to their last part."""
+class Cuts:
+    """Cuts the paths of a machine out of what a run recorded: those that its recipe names, and whatever looks like one.
+
+    Args:
+        recipe: of the run.
+    """
+
+    def __init__(self, recipe: dict[str, Any]):
+        self._named = {value: cut(value) for value in _paths_in(recipe) if cut(value) != value}
+
+    def text(self, text: str) -> str:
+        """A text without them."""
+        for path in sorted(self._named, key=len, reverse=True):
+            text = text.replace(path, self._named[path])
+        return _ABSOLUTE.sub(r"…/\1", text)
+
+    def command(self, words: Sequence[str]) -> str:
+        """A command: of every word, or of what it sets, the last part of a path."""
+        found = []
+        for word in words:
+            key, sign, value = word.partition("=") if _SETS.match(word) else ("", "", word)
+            found.append(f"{key}{sign}{cut(value)}")
+        return shlex.join(found)
+
+    def values(self, value: Any, key: str = "") -> Any:
+        """The values of a recipe."""
+        if isinstance(value, dict):
+            return {name: self.values(one, name) for name, one in value.items()}
+        if isinstance(value, list):
+            return [self.values(one, key) for one in value]
+        if not isinstance(value, str):
+            return value
+        return cut(value) if key in _PATHS else self.text(value)
+
+
+def _paths_in(value: Any, key: str = "") -> Iterator[str]:
     if isinstance(value, dict):
-        return {key: _shortened(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_shortened(one) for one in value]
-    return short(value) if isinstance(value, str) else value
+        for name, one in value.items():
+            yield from _paths_in(one, name)
+    elif isinstance(value, list):
+        for one in value:
+            yield from _paths_in(one, key)
+    elif isinstance(value, str) and key in _PATHS:
+        yield value
 
 
-def short(text: str) -> str:
-    """A text whose paths are cut to their last part."""
-    return _PATH.sub(r"…/\1", text)
+def cut(path: str) -> str:
+    """A path without the folders that it is in; a name of the Hub as it is."""
+    name = re.split(r"[\\/]", path.rstrip("\\/"))[-1]
+    return path if path.startswith(HUB) or name == path else f"…/{name}"

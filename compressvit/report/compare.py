@@ -66,6 +66,7 @@ class Row:
         data, teacher = self.recipe.data, self.recipe.teacher
         known = teacher.weights in ("pretrained", "train", "random") or self.taught_here
         weights = "" if known else f" ({teacher.weights})"
+        weights += f" (adapter {teacher.adapter})" if teacher.adapter else ""
         images = self.results[0].teacher.images
         of_test = self.results[0].reported_on == "test"
         split = (data.test_split or "test" if of_test else data.val_split) + (f" ({images:,} images)" if images else "")

@@ -100,6 +100,10 @@ def _published(name: str, files: dict[str, bytes | Path], *, private: bool, over
     api = HfApi()
     try:
         api.create_repo(name, private=private, exist_ok=True)
+        if private and not api.model_info(name).private:
+            raise UserError(
+                f"{name} is there already and public; make it private on the Hub first, or give another name"
+            )
         there = [file for file in (*files, "config.json", "pytorch_model.bin") if api.file_exists(name, file)]
         if there and not overwrite:
             raise UserError(

@@ -11,6 +11,7 @@ from torch import nn
 from compressvit.artifacts.artifact import is_plain
 from compressvit.data.spec import known_classes
 from compressvit.errors import UserError
+from compressvit.files import expanded
 from compressvit.model import surgery, weights
 from compressvit.model.backbone import body_of, model_name
 from compressvit.model.hub import weights_path
@@ -79,8 +80,8 @@ def teacher_architecture(recipe: Recipe, *, classes: int | None = None) -> Archi
     if count is None and has_own_head(recipe):
         known = known_classes(recipe.data) or classes
         count = head_size(recipe, known)
-    elif count is None and recipe.teacher.adapter is not None:
-        count = read_peft(recipe.teacher.adapter, "teacher.adapter").classes
+    elif count is None:
+        count = _classes_of_adapter(recipe)
     if count is not None:
         args["num_classes"] = count
     trained = stored is not None or recipe.teacher.weights == "pretrained"
@@ -144,7 +145,15 @@ def brings_head(recipe: Recipe) -> bool:
     asked = recipe.teacher
     if asked.finetune is not None:
         return True
-    return asked.adapter is not None and read_peft(asked.adapter, "teacher.adapter").classes is not None
+    return _classes_of_adapter(recipe) is not None
+
+
+def _classes_of_adapter(recipe: Recipe) -> int | None:
+    """Of the classifier that `teacher.adapter` brings; None without one, or where the folder is not there yet."""
+    given = recipe.teacher.adapter
+    if given is None or not expanded(given, "teacher.adapter").exists():
+        return None
+    return read_peft(given, "teacher.adapter").classes
 
 
 def untrained(recipe: Recipe) -> list[Note]:

@@ -31,6 +31,7 @@ _FILES = (
     rf"merged/(config\.json|merge\.json|{_ARTIFACT})",
     rf"{_EXPORTED}(\.(onnx|onnx\.data|pt2|safetensors|xml|bin)|_predict\.py)",
     rf"{_EXPORTED}_timm/((config|export)\.json|{re.escape(TENSORS)})",
+    rf"{_EXPORTED}_peft/(adapter_config\.json|export\.json|adapter_model\.safetensors)",
     _EVENTS,
     r"predictions/\d+\.(png|jpg)",
     r"diagnostics/[^/]+\.(jsonl?|csv|png|svg)",
@@ -45,7 +46,7 @@ _FILES = (
 )
 _FOLDERS = (
     r"student|teacher|merged|exported|tensorboard|predictions|diagnostics|tools|tools/tensorboard|checkpoints|checkpoints/[^/]+",
-    rf"{_EXPORTED}_timm",
+    rf"{_EXPORTED}_(timm|peft)",
     r"(?:.+/)?\.[^/]+(\.old)?\.[0-9a-f]{8}",
     r"\.merge\.[^/]+",
     r"exported/\.[^/]+\.part",

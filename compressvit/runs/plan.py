@@ -273,6 +273,11 @@ def _teacher_notes(job: Job) -> list[str]:
             f"teacher.weights: there is no {given} yet; an artifact would also say with which arguments and classes the teacher is built, "
             "and this plan goes by the recipe alone"
         )
+    adapter = recipe.teacher.adapter
+    if adapter is not None and not expanded(adapter, "teacher.adapter").exists():
+        notes.append(
+            f"teacher.adapter: there is no {adapter} yet; apply needs it, and it may bring a classifier of other classes"
+        )
     if recipe.teacher.finetune is not None and given not in ("train", "pretrained"):
         notes.append(
             "the teacher given is trained further, as teacher.finetune says; teacher.finetune=null keeps it as it is"

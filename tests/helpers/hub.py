@@ -60,6 +60,8 @@ class Hub(BaseHTTPRequestHandler):
         if kind[:3] == ["api", "repos", "create"]:
             given = json.loads(content)
             name = f"{given['organization']}/{given['name']}"
+            if name in self.repositories:
+                return self._say(409, {"url": f"http://{self.headers['Host']}/{name}", "error": "it is there already"})
             self.private[name] = bool(given.get("private") or given.get("visibility") == "private")
             self.repositories.setdefault(name, {})
             return self._say(200, {"url": f"http://{self.headers['Host']}/{name}"})
@@ -95,6 +97,7 @@ class Hub(BaseHTTPRequestHandler):
         found = {
             "id": f"{organisation}/{name}",
             "sha": self.commit,
+            "private": self.private.get(f"{organisation}/{name}", False),
             "siblings": [{"rfilename": file} for file in files or ()],
         }
         content = json.dumps(found).encode()

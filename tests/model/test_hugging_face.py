@@ -250,7 +250,11 @@ def test_a_model_in_several_files_is_read_by_its_index(in_parts, tmp_path):
         (lambda path, index: index.write_text("{}"), "does not say which tensors are in which file"),
         (
             lambda path, index: index.write_text('{"weight_map": {"a": "../x"}}'),
-            r"names \.\./x, which is not a file beside it",
+            r"names \.\./x, which is no file of tensors beside it",
+        ),
+        (
+            lambda path, index: index.write_text(json.dumps({"weight_map": {"a": index.name, "b": "b.bin"}})),
+            "is no file of",
         ),
         (lambda path, index: save_file(tensors_of("vit"), path / PARTS[1]), "is in more than one of the model's files"),
     ],

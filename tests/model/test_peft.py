@@ -121,7 +121,12 @@ def recipe_of(weights, adapter, overrides=()):
     return parse_recipe(text, "recipe.yaml", list(overrides))
 
 
-LORA = {"blocks.0.mlp.fc1": (HIDDEN, WIDTH)}
+FC1 = "blocks.0.mlp.fc1"
+LORA = {FC1: (HIDDEN, WIDTH)}
+
+
+def factors(down, up, value=1.0):
+    return {f"{PREFIX}{FC1}.lora_{part}.weight": torch.full(shape, value) for part, shape in (("A", down), ("B", up))}
 
 
 @pytest.mark.parametrize(
@@ -132,7 +137,19 @@ LORA = {"blocks.0.mlp.fc1": (HIDDEN, WIDTH)}
         ({"blocks.9.mlp.fc1": (HIDDEN, WIDTH)}, {}, {}, "is for blocks.9.mlp.fc1.weight, which .* has not"),
         ({"blocks.0.mlp.fc1": (HIDDEN, 32)}, {}, {}, r"fc1.weight of \(192, 32\), and .* one of \(192, 48\)"),
         (LORA, {f"{PREFIX}blocks.0.lora_magnitude_vector": torch.ones(1)}, {}, "has .*lora_magnitude_vector"),
-        ({}, {f"{PREFIX}blocks.0.mlp.fc1.lora_A.weight": torch.ones(4, WIDTH)}, {}, "one factor of blocks.0.mlp.fc1"),
+        ({}, {f"{PREFIX}{FC1}.lora_A.weight": torch.ones(4, WIDTH)}, {}, f"{FC1} has one factor and not the other"),
+        ({}, factors((4, WIDTH), (HIDDEN, 3)), {}, r"factors of \(4, 48\) and \(192, 3\), which have no product"),
+        ({}, factors((0, WIDTH), (HIDDEN, 0)), {}, "which have no product"),
+        ({}, factors((), ()), {}, "which have no product"),
+        ({}, factors((4, WIDTH), (HIDDEN, 4), float("nan")), {}, "numbers that are not finite"),
+        ({}, {f"{PREFIX}head.bias": torch.zeros(5)}, {}, "holds no LoRA"),
+        (LORA, {f"{PREFIX}{FC1}.lora_A.second.weight": torch.ones(4, WIDTH)}, {}, "more than one adapter"),
+        (LORA, {}, {"init_lora_weights": "pissa_niter_4"}, "which changed the weights that it was trained on"),
+        (LORA, {}, {"lora_alpha": None}, "lora_alpha"),
+        (LORA, {}, {"lora_alpha": "x"}, "lora_alpha"),
+        (LORA, {}, {"alpha_pattern": ["fc1"]}, "alpha_pattern"),
+        (LORA, {}, {"alpha_pattern": {"(a*)*b": 3}}, r"an alpha_pattern '\(a\*\)\*b', which is not read"),
+        (LORA, {}, {"alpha_pattern": {"*": 3}}, "which is not read"),
     ],
 )
 def test_what_cannot_be_merged_is_refused_and_changes_nothing(layers, other, config, message, folder):

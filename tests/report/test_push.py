@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 
 import huggingface_hub
@@ -13,7 +14,7 @@ from helpers.hub import Hub, repositories_of
 from helpers.runs import done, refused
 
 import compressvit
-from compressvit.report.card import origin_of, short
+from compressvit.report.card import Cuts, origin_of
 
 NAME = "me/small-digits"
 
@@ -103,16 +104,47 @@ def test_the_licence_of_a_teacher_on_the_hub_is_that_of_its_card(finished, repos
 
 
 @pytest.mark.parametrize(
-    ("text", "cut"),
+    ("key", "value", "cut"),
     [
-        ("data.root=/home/me/photos", "data.root=…/photos"),
-        ("compressvit apply ~/recipes/a.yaml --output runs/a", "compressvit apply …/a.yaml --output runs/a"),
-        ("'/data/my set/x'", "'…/my set/x'"),
-        ("class token / patches, 0.5/0.6", "class token / patches, 0.5/0.6"),
-        ("https://arxiv.org/abs/2106.09685", "https://arxiv.org/abs/2106.09685"),
-        (r"C:\Users\me\photos", "…/photos"),
-        ("hf-hub:me/vit", "hf-hub:me/vit"),
+        ("root", "data/clients/acme/x", "…/x"),
+        ("root", "/home/me/My Data/acme/p", "…/p"),
+        ("weights", "~me/data/x.safetensors", "…/x.safetensors"),
+        ("weights", "pretrained", "pretrained"),
+        ("weights", "hf-hub:me/vit", "hf-hub:me/vit"),
+        ("adapter", r"C:\Users\me\lora", "…/lora"),
+        ("description", "photographs of /home/me/photos", "photographs of …/photos"),
+        ("description", "class token / patches, 0.5/0.6", "class token / patches, 0.5/0.6"),
+        ("description", "https://arxiv.org/abs/2106.09685", "https://arxiv.org/abs/2106.09685"),
+        ("description", "file:///home/me/x", "…/x"),
     ],
 )
-def test_paths_are_cut(text, cut):
-    assert short(text) == cut
+def test_paths_are_cut(key, value, cut):
+    cuts = Cuts({"teacher": {key: value}})
+    assert cuts.values({"teacher": {key: value}}) == {"teacher": {key: cut}}
+    if key != "description":
+        assert cuts.text(f"{value}: 3 files") == f"{cut}: 3 files"  # in a note
+        assert shlex.split(cuts.command(["compressvit", "apply", f"teacher.{key}={value}", value])) == [
+            *("compressvit", "apply", f"teacher.{key}={cut}", cut)
+        ]
+
+
+@pytest.mark.parametrize(
+    ("teacher", "text", "licence"),
+    [
+        ({"adapter": "/x/lora"}, "timm's pretrained weights, with the adapter …/lora", None),
+        ({"finetune": {"epochs": 1}}, "timm's pretrained weights, trained further in the run", "apache-2.0"),
+        ({"model": "adamixer", "weights": "train", "backbone": "pretrained"}, "on the backbone pretrained", None),
+    ],
+)
+def test_what_is_added_to_a_teacher_is_part_of_where_it_comes_from(teacher, text, licence):
+    usual = {"model": "vit_small_patch14_dinov2.lvd142m", "weights": "pretrained"}
+    found = origin_of({"teacher": {**usual, **teacher}})
+    assert text in found.text
+    assert found.licence == licence
+
+
+def test_nothing_private_goes_to_a_public_repository(finished, repositories):
+    repositories[NAME] = {}
+    message = refused("push", finished, NAME, "--licence", "mit", "--private")
+    assert f"{NAME} is there already and public" in message
+    assert repositories[NAME] == {}

@@ -1,6 +1,7 @@
 """A folder for `peft.PeftModel.from_pretrained(MODEL, FOLDER)`: the terms of a student with `lora`, and the classifier trained with them.
 
-The backbone is not in it: PEFT adds them to timm's model with the weights of the run's teacher.
+The backbone is not in it: PEFT adds them to timm's model with the weights that `lora` was added to. Those are the teacher's, unless an
+earlier phase of the run or `student.weights` gave it others.
 """
 
 from __future__ import annotations
@@ -89,9 +90,7 @@ class Peft(Format):
         return Opened(importlib.import_module("peft").PeftModel.from_pretrained(plain, str(path)).eval())
 
     def how(self, path: Path) -> str:
-        return (
-            f"peft.PeftModel.from_pretrained(MODEL, '{path}')   (MODEL: timm's, with the weights of the run's teacher)"
-        )
+        return f"peft.PeftModel.from_pretrained(MODEL, '{path}')   (MODEL: timm's, with the weights that lora was added to)"
 
 
 @torch.no_grad()
