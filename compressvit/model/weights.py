@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 import logging
-import math
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -20,12 +19,13 @@ from torch import nn
 from compressvit.errors import UserError, did_you_mean
 from compressvit.files import damaged_record, torch_fault
 from compressvit.model import hugging_face
-from compressvit.model.backbone import body_of, family_of, head_names, model_name
+from compressvit.model.backbone import body_of, head_names, model_name
 from compressvit.model.bounded import on_meta, require_sound
 from compressvit.model.detectors import DETECTORS, is_model
 from compressvit.model.hub import weights_path
 from compressvit.model.local_dir import INDEXES, in_parts, read_local_dir
 from compressvit.model.modules import as_timm
+from compressvit.model.positions import resample_positions, resampled_note, shapes_text
 from compressvit.model.stored import is_artifact, read_safetensors, read_tensors, require_as_written
 from compressvit.model.unwrapping import contents, load_plain, unwrapped, without_prefix
 from compressvit.notes import Note
@@ -187,7 +187,7 @@ def load_file(model: nn.Module, path: str | Path, where: str, *, new_head: bool 
     stored, notes = _read(weights_path(path, where), where)
     given, more = _under_its_names(stored, own, where)
     tensors = resample_positions(given, model)
-    notes += more + _resampled(given, tensors, model)
+    notes += more + resampled_note(given, tensors, model)
     heads = head_names(model)
     if not any(n in own for n in heads):  # a headless model has no use for the file's classifier
         classifiers = {"head", "head_dist", *_classifiers(model)}
@@ -213,7 +213,7 @@ def load_file(model: nn.Module, path: str | Path, where: str, *, new_head: bool 
     misfit = [n for n in tensors if n in own and tensors[n].shape != own[n].shape]
     if missing or unknown or misfit:
         lines = [
-            f"{len(names)} {what}, first {names[0]}{_shapes(names[0], tensors, own)}"
+            f"{len(names)} {what}, first {names[0]}{shapes_text(names[0], tensors, own)}"
             for what, names in (("tensors missing", missing), ("unknown", unknown), ("of another shape", misfit))
             if names
         ]
@@ -280,53 +280,10 @@ def copy_matching(student: nn.Module, teacher: nn.Module) -> list[str]:
     if wrong:
         raise UserError(
             f"student.weights: teacher: {len(wrong)} tensors of the student have no counterpart in the teacher, first {wrong[0]}"
-            f"{_shapes(wrong[0], source, own, ('teacher', 'student'))}. Use `student.weights: pretrained` or a file"
+            f"{shapes_text(wrong[0], source, own, ('teacher', 'student'))}. Use `student.weights: pretrained` or a file"
         )
     student.load_state_dict({n: source[n] for n in own})
     return [n for n in source if n not in own]
-
-
-def resample_positions(tensors: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-    """timm's own conversion of a checkpoint for this model: position tables to its grid, original names to timm's."""
-    family = family_of(model)
-    if family is None:
-        return tensors
-    try:
-        return family.convert(dict(tensors), model)
-    except Exception as error:
-        # timm looks blocks and shapes up as it goes, and fails in its own way on a file of another architecture
-        raise UserError(
-            f"the weights do not fit {model_name(model)}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}. "
-            "Check model and args against what the file was made with"
-        ) from error
-
-
-def _resampled(given: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor], model: nn.Module) -> list[Note]:
-    """A note where position tables of a file, which are for images of another size, became those of the model's token grid."""
-    own = model.state_dict()
-    names = [
-        name
-        for name, tensor in given.items()
-        if name in own and name in tensors and tensor.shape != tensors[name].shape == own[name].shape and "pos" in name
-    ]
-    if not names:
-        return []
-    what = "a position table was" if len(names) == 1 else f"{len(names)} position tables were"
-    text = (
-        f"{what} resampled to the model's token grid, first {names[0]}{_shapes(names[0], given, own)}, because the file's model is for "
-        f"images of another size; {_size_of(given[names[0]], model) or 'img_size'} in its arguments keeps that"
-    )
-    return [Note("positions", len(names), text)]
-
-
-def _size_of(table: torch.Tensor, model: nn.Module) -> str:
-    """For square images of a ViT with this position embedding (1, tokens, channels), the argument that sets their size; else empty."""
-    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
-    if table.ndim != 3 or patch is None or len(set(patch)) != 1:
-        return ""
-    tokens = table.shape[1] - (0 if getattr(model, "no_embed_class", False) else getattr(model, "num_prefix_tokens", 0))
-    side = math.isqrt(max(0, tokens))
-    return f"img_size={side * patch[0]}" if side**2 == tokens else ""
 
 
 def _read(path: Path, where: str) -> tuple[dict[str, torch.Tensor], list[Note]]:
@@ -386,16 +343,6 @@ def _require_reachable(config: dict[str, Any]) -> None:
 
 def _supply(where: str) -> str:
     return f"Supply them as a file: {where}=PATH (safetensors, or a torch file of plain tensors)."
-
-
-def _shapes(
-    name: str,
-    given: dict[str, torch.Tensor],
-    own: dict[str, torch.Tensor],
-    whose: tuple[str, str] = ("file", "model"),
-) -> str:
-    shapes = [f"{what} {tuple(t[name].shape)}" for what, t in zip(whose, (given, own), strict=True) if name in t]
-    return f" ({', '.join(shapes)})"
 
 
 def hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:

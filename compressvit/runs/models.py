@@ -156,6 +156,22 @@ def _classes_of_adapter(recipe: Recipe) -> int | None:
     return read_peft(given, "teacher.adapter").classes
 
 
+def missing_yet(recipe: Recipe) -> list[str]:
+    """Of files that the teacher needs and that are not there: what a plan without them does not know."""
+    asked, notes = recipe.teacher, []
+    words = ("train", "pretrained", "random")
+    if asked.weights not in words and not weights_path(asked.weights, "teacher.weights").exists():
+        notes.append(
+            f"teacher.weights: there is no {asked.weights} yet; an artifact would also say with which arguments and classes the teacher is "
+            "built, and this plan goes by the recipe alone"
+        )
+    if asked.adapter is not None and not expanded(asked.adapter, "teacher.adapter").exists():
+        notes.append(
+            f"teacher.adapter: there is no {asked.adapter} yet; apply needs it, and it may bring a classifier of other classes"
+        )
+    return notes
+
+
 def untrained(recipe: Recipe) -> list[Note]:
     """A note where the teacher is not trained at all."""
     if recipe.teacher.weights != "random":

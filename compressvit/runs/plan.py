@@ -24,7 +24,6 @@ from compressvit.fitting.moments import tokens_at
 from compressvit.model import surgery, ties
 from compressvit.model.backbone import describe, family_of
 from compressvit.model.cost import break_even_rank, cost, threads_text
-from compressvit.model.hub import weights_path
 from compressvit.model.linear import weight_shape
 from compressvit.model.weights import copy_matching
 from compressvit.notes import Note
@@ -32,7 +31,14 @@ from compressvit.recipe.recipe import Merge, Recipe
 from compressvit.runs.files import Costs, DataPlan, LedgerRow, NoteRow, PlannedTeacher, RecipePlan, StagePlan, StepPlan
 from compressvit.runs.job import PLACEHOLDER_CLASSES, Job, prepare, refuse_data, refuse_small_heads
 from compressvit.runs.keep import is_comparable, refuse_figures, refuse_judged
-from compressvit.runs.models import has_own_head, require_pretrained, student_body, trains_teacher, untrained
+from compressvit.runs.models import (
+    has_own_head,
+    missing_yet,
+    require_pretrained,
+    student_body,
+    trains_teacher,
+    untrained,
+)
 from compressvit.tasks.base import TASKS, find_task, task_of
 from compressvit.training.phases import PhaseSpec, Setting
 from compressvit.training.phases.finetune import Finetune
@@ -267,18 +273,8 @@ def _teacher_notes(job: Job) -> list[str]:
             f"data.{key} is the student's: {_short(ours[key])}. The teacher keeps its own, {_short(theirs[key])}, with which it was trained"
             for key in unlike
         ]
-    given = recipe.teacher.weights
-    if given not in ("train", "pretrained", "random") and not weights_path(given, "teacher.weights").exists():
-        notes.append(
-            f"teacher.weights: there is no {given} yet; an artifact would also say with which arguments and classes the teacher is built, "
-            "and this plan goes by the recipe alone"
-        )
-    adapter = recipe.teacher.adapter
-    if adapter is not None and not expanded(adapter, "teacher.adapter").exists():
-        notes.append(
-            f"teacher.adapter: there is no {adapter} yet; apply needs it, and it may bring a classifier of other classes"
-        )
-    if recipe.teacher.finetune is not None and given not in ("train", "pretrained"):
+    notes += missing_yet(recipe)
+    if recipe.teacher.finetune is not None and recipe.teacher.weights not in ("train", "pretrained"):
         notes.append(
             "the teacher given is trained further, as teacher.finetune says; teacher.finetune=null keeps it as it is"
         )

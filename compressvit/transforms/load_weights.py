@@ -18,8 +18,8 @@ from compressvit.files import expanded
 from compressvit.fitting.reference import Reference
 from compressvit.model import ties
 from compressvit.model.backbone import head_names
+from compressvit.model.positions import resample_positions
 from compressvit.model.stored import MANIFEST, is_artifact, read_tensors, require_as_written
-from compressvit.model.weights import resample_positions
 from compressvit.transforms.base import LedgerEntry, Plan, Transform, transform
 from compressvit.transforms.record import compression_of
 from compressvit.transforms.stored import read_plans

@@ -19,7 +19,7 @@ from compressvit.data.input import InputConfig
 from compressvit.data.spec import Augment
 from compressvit.errors import UserError, command_line
 from compressvit.files import disk_faults
-from compressvit.model.weights import resample_positions
+from compressvit.model.positions import resample_positions
 from compressvit.recipe.recipe import parse_recipe
 from compressvit.recipe.shipped import find_recipe
 from compressvit.runs.folder import RunFolder
