@@ -13,6 +13,7 @@ from compressvit.errors import UserError
 from compressvit.model.peft import PREFIX, merge_peft_, read_peft
 from compressvit.recipe.recipe import parse_recipe
 from compressvit.runs.models import load_teacher, teacher_architecture
+from compressvit.runs.plan import plan_recipe
 
 CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 12, "target_modules": ["qkv", "fc1"]}
 WIDTH, HIDDEN = 48, 192  # of the small ViT
@@ -188,3 +189,14 @@ def test_it_is_what_peft_merges(options, tmp_path):
         found, wanted = ours.eval()(images), theirs.eval()(images)
     assert found.sub(wanted).abs().max() < 1e-5 * wanted.abs().max()
     assert not found.equal(build("vit").eval()(images))
+
+
+@pytest.mark.parametrize("classes", [[], ["teacher.num_classes=4"]])
+def test_a_plan_tells_that_the_folder_is_not_there_yet(tmp_path, classes):
+    recipe = recipe_of(tmp_path / "backbone.safetensors", tmp_path / "lora", classes)
+    notes = plan_recipe(recipe).notes
+    assert any(f"teacher.adapter: there is no {tmp_path / 'lora'} yet" in note for note in notes)
+    teacher = teacher_architecture(recipe).build()
+    save_file(teacher.state_dict(), tmp_path / "backbone.safetensors")
+    with pytest.raises(UserError, match="is no folder that PEFT wrote"):
+        load_teacher(recipe, teacher)

@@ -187,3 +187,16 @@ def test_a_run_in_onnx_at_once(ended):
     assert json.loads(done("evaluate", ended.parent / "alone.onnx", "data.name=digits", "--json"))["images"] > 16
     (ended.parent / "other.onnx").write_bytes(b"no model")
     assert "is not a model that onnxruntime reads" in refused("evaluate", ended.parent / "other.onnx")
+
+
+def test_whatever_a_format_writes_in_a_run_is_the_runs_own(tmp_path):
+    """Or the run could no longer be started again in its folder."""
+    for fmt in FORMATS.values():
+        for precision in ("", "_fp16", "_bf16"):
+            name = f"student{precision}{fmt.suffix or f'_{fmt.name}'}"
+            inside = [f"{name}/{file}" for file in (*fmt.inside, "export.json")]
+            for file in inside if not fmt.suffix else [name, *fmt.beside(name)]:
+                path = tmp_path / fmt.name / "exported" / file
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.touch()
+        assert foreign(tmp_path / fmt.name) is None, fmt.name
