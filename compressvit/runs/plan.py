@@ -23,7 +23,7 @@ from compressvit.files import expanded
 from compressvit.fitting.moments import tokens_at
 from compressvit.model import surgery, ties
 from compressvit.model.backbone import describe, family_of
-from compressvit.model.cost import break_even_rank, cost, threads_text
+from compressvit.model.cost import break_even_rank, cost, file_bytes, threads_text
 from compressvit.model.hub import weights_path
 from compressvit.model.linear import weight_shape
 from compressvit.model.weights import copy_matching
@@ -40,7 +40,7 @@ from compressvit.transforms import Transform
 from compressvit.transforms.applying import apply_plans
 from compressvit.transforms.low_rank.layer import Factored
 from compressvit.transforms.low_rank.pivoted_layer import is_pivoted, pivoted_linear
-from compressvit.transforms.record import compression_of, trained_parameters
+from compressvit.transforms.record import compression_of, require_open, trained_parameters
 
 _LOOKED_AT = 32  # images, whose headers say their size
 
@@ -329,6 +329,7 @@ def require_no_conflicts(plan: RecipePlan) -> None:
 
 
 def _plan_transform(where: str, *, spec: Transform, student: nn.Module) -> StepPlan:
+    require_open(student, spec.name)
     plan = spec.plan(student)
     ledger = apply_plans(student, [plan])
     before, after = sum(e.before for e in ledger), sum(e.after for e in ledger)
@@ -340,11 +341,13 @@ def _plan_merge(where: str, *, student: nn.Module) -> StepPlan:
     """Merge the skeleton, to find transforms that cannot be merged before anything is trained."""
     merged = merged_copy(student)
     kind = left_by_merge(plan.transform for plan in compression_of(merged).plans) or "a plain timm model"
-    after, before = ties.count_parameters(merged), ties.count_parameters(student)
-    grown = (
-        f" ({after / before:.1f} times the student's, which undoes its compression)" if after > GROWN * before else ""
-    )
-    return StepPlan(step=where, summary=f"merged/, {after:,} parameters{grown}: {kind}")
+    after = ties.count_parameters(merged)
+    undone = ""
+    for count, unit in ((ties.count_parameters, ""), (file_bytes, " in bytes")):
+        if (times := count(merged) / count(student)) > GROWN:
+            undone = f" ({times:.1f} times the student's{unit}, which undoes its compression)"
+            break
+    return StepPlan(step=where, summary=f"merged/, {after:,} parameters{undone}: {kind}")
 
 
 def _break_even_notes(student: nn.Module) -> list[str]:

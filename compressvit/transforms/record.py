@@ -37,7 +37,9 @@ def set_compression(model: nn.Module, done: Compression | None) -> None:
 
 
 def claims_of(plan: Plan, model: nn.Module) -> list[Claim]:
-    """All claims of a plan on a model, including the keys that the plan drops."""
+    """All claims of a plan on a model, including the keys that the plan drops; none of the last plan, which keeps what is shared."""
+    if plan.last:
+        return []
     stated = plan.claims(model)
     named = {name for claim in stated if claim.kind == "drop" for name in claim.paths}
     return [*stated, *claims.drops(plan.drops(model) - named)]
@@ -52,6 +54,17 @@ def require_free(model: nn.Module, step: str, wanted: Iterable[Claim]) -> None:
     text = claims.conflict(compression_of(model).claims, step, wanted)
     if text is not None:
         raise UserError(text)
+
+
+def require_open(model: nn.Module, step: str) -> None:
+    """Check that a step can come after those that were applied to a model.
+
+    Raises:
+        UserError: one of them must be the last.
+    """
+    last = next((plan for plan in compression_of(model).plans if plan.last), None)
+    if last is not None:
+        raise UserError(f"{step} comes after {last.transform}: {last.last}; put `{last.transform}` last")
 
 
 def made_narrower(model: nn.Module, path: str) -> str:
