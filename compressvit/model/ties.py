@@ -9,11 +9,20 @@ paths: its buffers are then one under all of these names.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from compressvit.errors import UserError
+
+if TYPE_CHECKING:
+    from typing import TypeGuard
+
+    class Stand(nn.Module):
+        """A module whose buffers have the place of a parameter."""
+
+        stands_for: int  # of how many numbers
 
 
 def tie(model: nn.Module, groups: Iterable[Sequence[str]]) -> None:
@@ -54,7 +63,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Every parameter under all its names, and the persistent buffers of modules that stand for parameters (`stands_for`)."""
     yield from model.named_parameters(remove_duplicate=False)
     for path, module in model.named_modules(remove_duplicate=False):
-        if hasattr(module, "stands_for"):
+        if _stands(module):
             yield from module.state_dict(prefix=f"{path}.", keep_vars=True).items()
 
 
@@ -89,7 +98,13 @@ def retie(model: nn.Module) -> None:
 def count_parameters(model: nn.Module) -> int:
     """Number of parameters, each shared tensor counted once (a state dict would count it once per path). A rounded weight counts as the
     numbers that it has, however many bits they take."""
-    return sum(sizes(model).values())
+    return sum(size for _, size in named_sizes(model))
+
+
+def named_sizes(model: nn.Module) -> Iterator[tuple[str, int]]:
+    """What `count_parameters` counts, by name: of every parameter, and of every module that stands for one."""
+    yield from ((name, parameter.numel()) for name, parameter in model.named_parameters())
+    yield from ((path, module.stands_for) for path, module in model.named_modules() if _stands(module))
 
 
 def count_at_paths(model: nn.Module, paths: Iterable[str]) -> dict[str, int]:
@@ -106,10 +121,11 @@ def count_at_paths(model: nn.Module, paths: Iterable[str]) -> dict[str, int]:
 def sizes(module: nn.Module) -> dict[int, int]:
     """The number of elements of every parameter, by its identity, and of what stands for one by that of its module."""
     found = {id(parameter): parameter.numel() for parameter in module.parameters()}
-    for part in module.modules():
-        if isinstance(numbers := getattr(part, "stands_for", None), int):
-            found[id(part)] = numbers
-    return found
+    return found | {id(part): part.stands_for for part in module.modules() if _stands(part)}
+
+
+def _stands(module: nn.Module) -> TypeGuard[Stand]:
+    return isinstance(getattr(module, "stands_for", None), int)
 
 
 def unique_state(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -392,8 +392,9 @@ def _stages(student: nn.Module) -> list[StagePlan]:
         return f"{part}, stage {stage}" if stage else part
 
     rows: dict[str, list[int]] = {}
-    for name, parameter in student.named_parameters():
-        rows.setdefault(row_of(name), [0, 0])[0 if name in tied else 1] += parameter.numel()
+    for name, numbers in ties.named_sizes(student):
+        shared = name in tied or f"{name}.codes" in tied  # a weight that was rounded
+        rows.setdefault(row_of(name), [0, 0])[0 if shared else 1] += numbers
     ordered = sorted(rows, key=lambda row: (not row.isdigit(), row) if not detector else (False, ""))
     return [
         StagePlan(stage=row, parameters=sum(rows[row]), shared=rows[row][0], private=rows[row][1]) for row in ordered

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from compressvit.errors import UserError
-from compressvit.model.backbone import head_names
+from compressvit.model import ties
+from compressvit.model.backbone import head_names, head_paths
 from compressvit.transforms import claims
 from compressvit.transforms.base import LedgerEntry, Plan
 from compressvit.transforms.bottleneck import AdapterLinear
@@ -91,9 +92,15 @@ def trained_parameters(model: nn.Module) -> dict[str, int]:
     """Numbers of trained parameters: `trained_adapter`, without the classifier, and `trained_head`. A shared one counts once."""
     heads = head_names(model)
     counts = {"trained_adapter": 0, "trained_head": 0}
-    for name, parameter in model.named_parameters():
+    known = dict(model.named_parameters())
+    for name, parameter in known.items():
         if parameter.requires_grad:
             counts["trained_head" if name in heads else "trained_adapter"] += parameter.numel()
+    if trained_names(model) is None:  # what was rounded counts as what it was
+        inside = tuple(f"{path}." for path in head_paths(model))
+        for path, numbers in ties.named_sizes(model):
+            if path not in known:
+                counts["trained_head" if inside and path.startswith(inside) else "trained_adapter"] += numbers
     for module in model.modules():
         if isinstance(module, AdapterLinear) and module.mask is not None:  # masked weights stay zero
             left = module.kept if module.mask.is_meta else int(module.mask.sum())

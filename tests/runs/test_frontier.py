@@ -139,7 +139,10 @@ def test_a_layer_that_stays_dense_has_a_bar_of_its_full_rank(tmp_path):
             "narrow and lors cannot be made for a budget of latency; of the methods only shrink can (--methods shrink), or give another "
             "unit: parameters, bytes, macs",
         ),
-        (["steps=[distill, {lors: {rank: 2}}]"], "on a `shrink`, `low_rank` or `lors` step before the first phase"),
+        (
+            ["steps=[distill, {lors: {rank: 2}}]"],
+            "on a `shrink`, `low_rank`, `lors` or `quantise` step before the first phase",
+        ),
     ],
 )
 def test_what_cannot_be_swept(trained, words, message):

@@ -71,7 +71,7 @@ class QuantisePlan(Plan):
             table = model.get_submodule(path)._parameters.pop(name.rpartition(".")[2])
             assert table is not None
             _fill(model, path, RoundedPositions, "rounded_positions", _packed(table, bits, self.group))
-            texts[path] = f"position embeddings in {bits} bits"
+            texts[path] = f"position embeddings in {bits} bits, all else as it is"
         after = ties.count_at_paths(model, [*self.paths, *owners])
         return [LedgerEntry(path, text, before[path], after[path]) for path, text in texts.items()]
 
