@@ -366,6 +366,7 @@ def test_a_classifier_is_judged_on_every_domain(few_shot, tmp_path, monkeypatch,
     assert "has a classifier of 2 classes" in capsys.readouterr().err
 
 
+@pytest.mark.wide
 def test_a_rounded_student_is_judged_as_its_file_is_read(few_shot, tmp_path, monkeypatch, capsys):
     program = importlib.import_module("quantise_dinov2")
     generator = np.random.default_rng(0)

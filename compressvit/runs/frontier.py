@@ -42,8 +42,8 @@ def frontier(
     """Apply the transforms before the recipe's first phase at every budget, evaluate, and write a table and a plot.
 
     The budget replaces the ranks or the budget of the last `shrink`, `low_rank`, `lors` or `quantise` step before the first phase. Nothing
-    is trained. Of every student are measured parameters, bytes of its file, MACs, the memory of inference (`compressvit.model.memory`), the latency in
-    turns with the teacher (`compressvit.model.cost.Latencies`), and what an evaluation measures.
+    is trained. Of every student are measured parameters, bytes of its file, MACs, the memory of inference (`compressvit.model.memory`),
+    the latency in turns with the teacher (`compressvit.model.cost.Latencies`), and what an evaluation measures.
 
     Args:
         recipe: has such a step before its first phase.
