@@ -80,13 +80,21 @@ def left_by_merge(words: Iterable[str]) -> str:
 def refuse_growth(model: nn.Module, merged: nn.Module) -> None:
     """Raise a `UserError` where merging undoes a compression: where plain layers have clearly more parameters than what they replace, or
     take clearly more bytes."""
+    if (found := growth(model, merged)) is not None:
+        unit, before, after = found
+        raise UserError(
+            f"the student has {before:,} {unit}, and with plain layers in the place of its own {after:,}: that undoes its "
+            f"compression. Give {switch('dense')} for that all the same"
+        )
+
+
+def growth(model: nn.Module, merged: nn.Module) -> tuple[str, int, int] | None:
+    """Of what a merged model has clearly more, parameters or bytes, and how many both have; None where it has not."""
     for count, unit in ((ties.count_parameters, "parameters"), (file_bytes, "bytes")):
         before, after = count(model), count(merged)
         if after > GROWN * before:
-            raise UserError(
-                f"the student has {before:,} {unit}, and with plain layers in the place of its own {after:,}: that undoes its "
-                f"compression. Give {switch('dense')} for that all the same"
-            )
+            return unit, before, after
+    return None
 
 
 def save_for_timm(model: nn.Module, folder: Path) -> None:

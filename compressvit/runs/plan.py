@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from compressvit.artifacts.merge import GROWN, left_by_merge, merged_copy
+from compressvit.artifacts.merge import growth, left_by_merge, merged_copy
 from compressvit.data.classes import other_classes
 from compressvit.data.data_set import find_set
 from compressvit.data.input import STATISTICS, Side, class_mismatch
@@ -23,7 +23,7 @@ from compressvit.files import expanded
 from compressvit.fitting.moments import tokens_at
 from compressvit.model import surgery, ties
 from compressvit.model.backbone import describe, family_of
-from compressvit.model.cost import break_even_rank, cost, file_bytes, threads_text
+from compressvit.model.cost import break_even_rank, cost, threads_text
 from compressvit.model.hub import weights_path
 from compressvit.model.linear import weight_shape
 from compressvit.model.weights import copy_matching
@@ -341,13 +341,11 @@ def _plan_merge(where: str, *, student: nn.Module) -> StepPlan:
     """Merge the skeleton, to find transforms that cannot be merged before anything is trained."""
     merged = merged_copy(student)
     kind = left_by_merge(plan.transform for plan in compression_of(merged).plans) or "a plain timm model"
-    after = ties.count_parameters(merged)
     undone = ""
-    for count, unit in ((ties.count_parameters, ""), (file_bytes, " in bytes")):
-        if (times := count(merged) / count(student)) > GROWN:
-            undone = f" ({times:.1f} times the student's{unit}, which undoes its compression)"
-            break
-    return StepPlan(step=where, summary=f"merged/, {after:,} parameters{undone}: {kind}")
+    if (found := growth(student, merged)) is not None:
+        unit, before, after = found
+        undone = f" ({after / before:.1f} times the student's {unit}, which undoes its compression)"
+    return StepPlan(step=where, summary=f"merged/, {ties.count_parameters(merged):,} parameters{undone}: {kind}")
 
 
 def _break_even_notes(student: nn.Module) -> list[str]:

@@ -189,7 +189,7 @@ def test_a_plan_tells_what_it_does_not_know_and_what_a_merge_undoes():
     text = RECIPE.replace("metric: weights", "budget: {bytes: 0.2}")
     assert any("bits are those of equal layers in this plan" in note for note in plan_recipe(parse_recipe(text)).notes)
     merged = plan_recipe(parse_recipe(RECIPE + "  - merge\n")).steps[-1]
-    assert "times the student's in bytes, which undoes its compression" in merged.summary
+    assert "times the student's bytes, which undoes its compression" in merged.summary
 
 
 def test_a_merge_gives_plain_layers_with_the_rounded_weights():
