@@ -81,20 +81,30 @@ def test_budgets_of_latency_are_spent_by_shrink_and_modules_are_measured_once(tr
 
 def test_methods_side_by_side(trained, tmp_path):
     recipe, run = trained
-    words = ["--methods", *METHODS, "--budgets", 0.5, "--output", tmp_path / "out"]
+    names = [name for name, method in METHODS.items() if "parameters" in method.units]
+    words = ["--methods", *names, "--budgets", 0.5, "--output", tmp_path / "out"]
     out = done("frontier", recipe, *values_of(run), "steps=[{shrink: {budget: {macs: 0.5}, multiple: 4}}]", *words)
     rows = json.loads((tmp_path / "out" / "frontier.json").read_text())
-    assert [row["method"] for row in rows] == [None, *METHODS]
+    assert [row["method"] for row in rows] == [None, *names]
     whole = rows[0]
     for row in rows[1:]:
         assert row["parameters"] <= 0.5 * whole["parameters"]
         assert row["memory"] < whole["memory"]
         assert row["latency_low"] <= row["latency"] <= row["latency_high"]
     assert rows[1]["cosine"] > rows[2]["cosine"]  # shrink chooses for every block, narrow has one share for all
-    for text in ("memory: the weights, and the most", "in turns, medians of up to 30 rounds", *METHODS):
+    for text in ("memory: the weights, and the most", "in turns, medians of up to 30 rounds", *names):
         assert text in out
     plot = json.loads(json.dumps(frontier_finding(rows, "parameters", "cosine", "cosine", "a model").records))
-    assert {record["method"] for record in plot} == set(METHODS)
+    assert {record["method"] for record in plot} == set(names)
+
+
+def test_bits_are_a_method_for_budgets_of_bytes(trained, tmp_path):
+    recipe, run = trained
+    words = ["--methods", "quantise", "--unit", "bytes", "--budgets", 0.3, "--output", tmp_path / "out"]
+    done("frontier", recipe, *values_of(run), "steps=[{shrink: {budget: {macs: 0.5}, multiple: 4}}]", *words)
+    teacher, student = json.loads((tmp_path / "out" / "frontier.json").read_text())
+    assert 0.2 * teacher["bytes"] < student["bytes"] <= 0.3 * teacher["bytes"]
+    assert student["parameters"] == teacher["parameters"]
 
 
 def test_narrow_meets_a_budget_or_says_why_not():
