@@ -17,7 +17,7 @@ from compressvit.charts.plots import frontier_finding, ranks_finding
 from compressvit.model import cost
 from compressvit.model.backbone import input_size
 from compressvit.runs.frontier import _costs, _quality
-from compressvit.runs.methods import METHODS
+from compressvit.runs.methods import METHODS, budgeted
 from compressvit.tasks.qualities import qualities
 from compressvit.terminal import Terminal, print_table
 from compressvit.transforms.shrink import spec
@@ -98,13 +98,15 @@ def test_methods_side_by_side(trained, tmp_path):
     assert {record["method"] for record in plot} == set(names)
 
 
-def test_bits_are_a_method_for_budgets_of_bytes(trained, tmp_path):
-    recipe, run = trained
-    words = ["--methods", "quantise", "--unit", "bytes", "--budgets", 0.3, "--output", tmp_path / "out"]
-    done("frontier", recipe, *values_of(run), "steps=[{shrink: {budget: {macs: 0.5}, multiple: 4}}]", *words)
-    teacher, student = json.loads((tmp_path / "out" / "frontier.json").read_text())
-    assert 0.2 * teacher["bytes"] < student["bytes"] <= 0.3 * teacher["bytes"]
-    assert student["parameters"] == teacher["parameters"]
+def test_bits_are_a_method_for_budgets_of_bytes():
+    model = build("vit")
+    step = METHODS["quantise"].step(model, "bytes", 0.3)
+    student = compressvit.compress(model, [step.model_copy(update={"metric": "weights"})])
+    before, after = (cost.cost(each, input_size(model)) for each in (model, student))
+    assert 0.25 * before.bytes < after.bytes <= 0.3 * before.bytes
+    assert after.parameters == before.parameters
+    steps = [compressvit.Shrink(budget={"macs": 0.5}), step]
+    assert (budgeted(steps, "parameters"), budgeted(steps, "bytes")) == (0, 1)
 
 
 def test_narrow_meets_a_budget_or_says_why_not():
