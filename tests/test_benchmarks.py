@@ -364,3 +364,26 @@ def test_a_classifier_is_judged_on_every_domain(few_shot, tmp_path, monkeypatch,
     with pytest.raises(SystemExit):
         program.main([*command, *sizes])
     assert "has a classifier of 2 classes" in capsys.readouterr().err
+
+
+@pytest.mark.wide
+def test_a_rounded_student_is_judged_as_its_file_is_read(few_shot, tmp_path, monkeypatch, capsys):
+    program = importlib.import_module("quantise_dinov2")
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 12), ("val", 3)):
+        (tmp_path / "crops" / split).mkdir(parents=True)
+        for i in range(count):
+            pixels = generator.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+            Image.fromarray(pixels).resize((32, 32)).save(tmp_path / "crops" / split / f"{'abcdefghijklm'[i]}.png")
+    save_file(small_vit().state_dict(), tmp_path / "teacher.safetensors")
+    monkeypatch.setattr(program, "build", lambda name, **args: build(name, **{**args, "depth": 2}))
+    output = ["--output", str(tmp_path / "out")]
+    data = ["--data", str(tmp_path / "crops"), "--weights", str(tmp_path / "teacher.safetensors")]
+    sizes = ["--model", "test_vit", "--size", "32", "--rounds", "2", "--threads", "1"]
+    program.main([*data, *sizes, *output, "--cells", "int4", "int8_plain"])
+    found = {name: json.loads((tmp_path / "out" / f"{name}.json").read_text()) for name in ("int4", "int8_plain")}
+    assert found["int4"]["bytes"] == found["int4"]["costs"]["bytes"] < found["int8_plain"]["bytes"]
+    assert 0.5 < np.mean(found["int4"]["class_token"]) < np.mean(found["int8_plain"]["class_token"]) < 1
+    assert "2 of 2 cells are to be run" in capsys.readouterr().out
+    program.main([*output, "--table-only"])
+    assert "| 4 bits | 12 |" in capsys.readouterr().out

@@ -30,6 +30,7 @@ from compressvit.model import surgery, ties
 from compressvit.model.backbone import input_size, model_name
 from compressvit.model.bounded import on_meta
 from compressvit.model.checksums import content_checksum, tensor_checksums
+from compressvit.model.cost import header_word
 from compressvit.model.hub import weights_path
 from compressvit.model.outputs import in_one
 from compressvit.model.stored import (
@@ -52,20 +53,6 @@ from compressvit.transforms.applying import apply_plans
 from compressvit.transforms.applying import materialise as fold_low_rank
 from compressvit.transforms.record import compression_of
 from compressvit.transforms.stored import read_plans, record_of
-
-# What safetensors calls torch's types.
-_TYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 
 def save(
@@ -236,7 +223,7 @@ def _require_fit(path: Path, manifest: Manifest) -> None:
     missing, unknown = sorted(expected.keys() - there.keys()), sorted(there.keys() - expected.keys())
     both = sorted(expected.keys() & there.keys())
     misfit = [name for name in both if tuple(expected[name].shape) != there[name].shape]
-    retyped = [name for name in both if _TYPES.get(expected[name].dtype) != there[name].dtype]
+    retyped = [name for name in both if header_word(expected[name].dtype) != there[name].dtype]
     if missing or unknown or misfit or retyped:
         raise UserError(
             f"{path / TENSORS} does not fit its manifest: "

@@ -34,7 +34,7 @@ PACKAGES = ("onnx", "onnxscript")
 SEAL = "export.json"  # in a folder that `compressvit export` wrote: the metadata; only such a folder is replaced
 _REASON = 300  # characters of what an exporter says
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-LARGE = 1024  # numbers: what needs no image is computed beforehand unless it has more than that and is larger than its parts
+LARGE = 1024  # numbers: what needs no image is computed beforehand, unless it or one of its parts has more than that
 
 
 class Graph(NamedTuple):
@@ -155,7 +155,7 @@ def onnx_program(graph: Graph, *, opset: int | None = None, metadata: Mapping[st
         )
         assert written is not None, "dynamo gives a program"
         # torch's own call would compute the effective weight of every low-rank or shared layer, and store that
-        optimize_ir(written.model, output_size_limit=LARGE)
+        optimize_ir(written.model, input_size_limit=LARGE, output_size_limit=LARGE)
     common.DeduplicateInitializersPass(size_limit=2**40)(written.model)
     common.ClearMetadataAndDocStringPass()(written.model)  # the stack of every operation, with paths of this machine
     found = written.model.opset_imports[""]

@@ -14,6 +14,7 @@ from compressvit.data.spec import Data
 from compressvit.errors import UserError, switch
 from compressvit.files import usual_mode
 from compressvit.model import stored, surgery, ties
+from compressvit.model.cost import file_bytes
 from compressvit.model.outputs import in_one
 from compressvit.transforms import TRANSFORMS
 from compressvit.transforms.applying import materialise
@@ -77,13 +78,23 @@ def left_by_merge(words: Iterable[str]) -> str:
 
 
 def refuse_growth(model: nn.Module, merged: nn.Module) -> None:
-    """Raise a `UserError` where merging undoes a compression: where plain layers have clearly more parameters than what they replace."""
-    before, after = ties.count_parameters(model), ties.count_parameters(merged)
-    if after > GROWN * before:
+    """Raise a `UserError` where merging undoes a compression: where plain layers have clearly more parameters than what they replace, or
+    take clearly more bytes."""
+    if (found := growth(model, merged)) is not None:
+        unit, before, after = found
         raise UserError(
-            f"the student has {before:,} parameters, and with plain layers in the place of its own {after:,}: that undoes its "
+            f"the student has {before:,} {unit}, and with plain layers in the place of its own {after:,}: that undoes its "
             f"compression. Give {switch('dense')} for that all the same"
         )
+
+
+def growth(model: nn.Module, merged: nn.Module) -> tuple[str, int, int] | None:
+    """Of what a merged model has clearly more, parameters or bytes, and how many both have; None where it has not."""
+    for count, unit in ((ties.count_parameters, "parameters"), (file_bytes, "bytes")):
+        before, after = count(model), count(merged)
+        if after > GROWN * before:
+            return unit, before, after
+    return None
 
 
 def save_for_timm(model: nn.Module, folder: Path) -> None:

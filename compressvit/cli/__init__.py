@@ -137,9 +137,9 @@ def _add_frontier(verb: Verb) -> None:
         "--methods",
         metavar="METHOD",
         nargs="+",
-        choices=("shrink", "narrow", "low_rank", "lors"),
+        choices=("shrink", "narrow", "low_rank", "lors", "quantise"),
         default=[],
-        help="compare shrink, narrow, low_rank and lors at every budget (default: the step of the recipe)",
+        help="compare shrink, narrow, low_rank, lors and (in bytes) quantise at every budget (default: the step of the recipe)",
     )
     frontier.add_argument(
         "--output", metavar="FOLDER", help="folder for the table and the plot (default: runs/RECIPE_frontier)"

@@ -99,7 +99,8 @@ def fit_in_order(
             paths = [f"{block.path}.{name}" for name in names]
             known = kept.read(block.path, paths) if kept else None
             ask = names if known is None else []
-            asked = [_Asked(name, branches.get(name), folder, drawn.of(f"{block.path}.{name}")) for name in ask]
+            ends = {name: _end_of(ours.block, name, branches) for name in ask}
+            asked = [_Asked(name, *ends[name], folder, drawn.of(f"{block.path}.{name}")) for name in ask]
             _ask(asked, theirs, following, device, prefix)
             errors |= _fit_layers(asked, ours, theirs, fits, judges, device) if known is None else known
             if known is not None:
@@ -123,7 +124,8 @@ def _fit_layers(
     errors: dict[str, float] = {}
     for layer in asked:
         path = f"{ours.info.path}.{layer.name}"
-        regression = Regression(scale_behind(ours.block, layer.branch))
+        scale = scale_behind(ours.block, layer.branch)
+        regression = Regression(None if scale is None else scale[layer.outputs])
         for i, (hidden, seen) in enumerate(ours.seen(layer.sees, layer.name, device)):
             x, y, weights = layer.pair(ours.block, theirs.block, i, hidden, seen, fits[path])
             if not (is_finite(x) and is_finite(y)):
@@ -153,10 +155,11 @@ class _Asked:
     Attributes:
         name: of the layer within its block.
         branch: the residual branch that the layer ends, if it ends one.
+        outputs: which of the branch's outputs the layer gives.
     """
 
-    def __init__(self, name: str, branch: Branch | None, folder: Path, sample: TokenSample):
-        self.name, self.branch = name, branch
+    def __init__(self, name: str, branch: Branch | None, outputs: slice | Tensor, folder: Path, sample: TokenSample):
+        self.name, self.branch, self.outputs = name, branch, outputs
         self._sample = sample
         self._outputs, self._streams = Spool(folder, f"{name}_outputs"), Spool(folder, f"{name}_stream")
         self._places: list[Tensor | None] = []  # (B, tokens) of a batch in the order of the layer; None for all
@@ -212,8 +215,8 @@ class _Asked:
         y = self._outputs.read(index, device)
         if self.branch:
             lost = self._streams.read(index, device) - self._in_layer(ours, hidden, seen[self.branch.norm], places)
-            scales = (getattr(block, self.branch.scale, None) for block in (ours, theirs))
-            y = _corrected(y, lost, *scales)
+            scales = (getattr(getattr(block, self.branch.scale, None), "gamma", None) for block in (ours, theirs))
+            y = _corrected(y, lost[..., self.outputs], *(None if g is None else g[self.outputs] for g in scales))
         prefix = weights[..., 1]  # 1 where a token is a prefix token
         return x, y, torch.where(prefix > 0, weights[..., 0] * fit.prefix_weight, weights[..., 0])[..., None]
 
@@ -257,10 +260,20 @@ def _into(block: nn.Module, norm: str, branch: str, hidden: Tensor, residual: Te
         replaced.remove()
 
 
-def _corrected(y: Tensor, residual: Tensor, ours: nn.Module | None, theirs: nn.Module | None) -> Tensor:
+def _end_of(block: nn.Module, name: str, branches: Mapping[str, Branch]) -> tuple[Branch | None, slice | Tensor]:
+    """The residual branch that a layer of a block ends, if it ends one, and which of its outputs the layer gives: one that consists of
+    others says it of each (`outputs_of`)."""
+    if name in branches:
+        return branches[name], slice(None)
+    whole, _, part = name.rpartition(".")
+    outputs_of = getattr(block.get_submodule(whole), "outputs_of", None) if whole in branches else None
+    outputs = None if outputs_of is None else outputs_of(part)
+    return (None, slice(None)) if outputs is None else (branches[whole], outputs)
+
+
+def _corrected(y: Tensor, residual: Tensor, gamma: Tensor | None, of_teacher: Tensor | None) -> Tensor:
     """The output whose sum with the student's residual stream is what the teacher's y makes of its own: y and the difference of the
-    streams, both after timm's LayerScale if there is one."""
-    gamma, of_teacher = getattr(ours, "gamma", None), getattr(theirs, "gamma", None)
+    streams, both after a LayerScale `gamma` if there is one."""
     if gamma is None or of_teacher is None:
         return y + residual
     usable = gamma.abs() > _LEAST_SCALE * gamma.abs().mean()  # a dimension that is scaled away cannot be corrected here

@@ -18,6 +18,7 @@ from torch._ops import OpOverload
 from compressvit.errors import UserError
 from compressvit.model import surgery, ties
 from compressvit.model.backbone import model_name
+from compressvit.model.header import TYPES
 from compressvit.model.shapes import RememberedShapes
 
 
@@ -62,23 +63,24 @@ def file_bytes(model: nn.Module) -> int:
     """
     header: dict[str, Any] = {}
     offset = 0
-    names = {
-        torch.float32: "F32",
-        torch.float16: "F16",
-        torch.bfloat16: "BF16",
-        torch.float64: "F64",
-        torch.int64: "I64",
-        torch.bool: "BOOL",
-    }
     state = ties.unique_state(model)
     # The writer orders tensors by falling element size, then by name; only the digits of the offsets depend on it.
     for name, tensor in sorted(state.items(), key=lambda item: (-item[1].element_size(), item[0])):
         size = tensor.numel() * tensor.element_size()
-        dtype = names.get(tensor.dtype, str(tensor.dtype))
-        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [offset, offset + size]}
+        header[name] = {
+            "dtype": header_word(tensor.dtype),
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + size],
+        }
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     return 8 + -(-len(text) // 8) * 8 + offset
+
+
+def header_word(dtype: torch.dtype) -> str:
+    """What a safetensors file calls a type."""
+    name = str(dtype).removeprefix("torch.")
+    return TYPES.get(name, name)
 
 
 def header_bytes(model: nn.Module) -> int:

@@ -12,6 +12,18 @@ from compressvit.reading import Unreadable, open_regular, parse_json
 
 MANIFEST = "compressvit.json"
 TENSORS = "model.safetensors"
+TYPES = {  # what a file calls torch's types
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
 MAX_HEADER = 32 * 2**20  # a tensor takes about 100 bytes
 
 _SIZES = {

@@ -41,9 +41,9 @@ def frontier(
 ) -> list[dict[str, Any]]:
     """Apply the transforms before the recipe's first phase at every budget, evaluate, and write a table and a plot.
 
-    The budget replaces the ranks or the budget of the last `shrink`, `low_rank` or `lors` step before the first phase. Nothing is trained.
-    Of every student are measured parameters, bytes of its file, MACs, the memory of inference (`compressvit.model.memory`), the latency in
-    turns with the teacher (`compressvit.model.cost.Latencies`), and what an evaluation measures.
+    The budget replaces the ranks or the budget of the last `shrink`, `low_rank`, `lors` or `quantise` step before the first phase. Nothing
+    is trained. Of every student are measured parameters, bytes of its file, MACs, the memory of inference (`compressvit.model.memory`),
+    the latency in turns with the teacher (`compressvit.model.cost.Latencies`), and what an evaluation measures.
 
     Args:
         recipe: has such a step before its first phase.
@@ -115,15 +115,16 @@ def _require_spending(recipe: Recipe, methods: Sequence[str], unit: str) -> None
     if not specs:
         names = ", ".join(step.name for step in recipe.steps)
         raise UserError(
-            f"frontier spends its budgets on a `shrink`, `low_rank` or `lors` step before the first phase; the steps of this recipe are "
-            f"{names}"
+            "frontier spends its budgets on a `shrink`, `low_rank`, `lors` or `quantise` step before the first phase; the steps of this "
+            f"recipe are {names}"
         )
     scratch = next((spec.name for spec in specs if getattr(spec, "init", None) == "scratch"), None)
     if scratch:
         raise UserError(
             f"frontier spends its budgets by the errors of a teacher's weights, which {scratch}.init=scratch does not use"
         )
-    units = {name: METHODS[name].units for name in methods} or {specs[-1].name: specs[-1].budget_units}
+    own = specs[budgeted(specs, unit)]
+    units = {name: METHODS[name].units for name in methods} or {own.name: own.budget_units}
     without = [name for name, known in units.items() if unit not in known]
     if without:
         able = ", ".join(name for name, method in METHODS.items() if unit in method.units)
@@ -135,7 +136,7 @@ def _require_spending(recipe: Recipe, methods: Sequence[str], unit: str) -> None
 
 def _batch(begin: OneShot, unit: str) -> int:
     """Images at once for which latency counts: that of the recipe's step where it is the unit, else one."""
-    own = begin.transforms[budgeted(begin.transforms)]
+    own = begin.transforms[budgeted(begin.transforms, unit)]
     return own.batch if unit == "latency" and isinstance(own, Shrink) else 1
 
 

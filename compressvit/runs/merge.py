@@ -178,10 +178,16 @@ def print_merge(result: dict[str, Any], console: Console) -> None:
         ratio = ratio_text(result["latency_ratio"][name]) if name != "backbone" else "1.00"
         table.add_row(label, f"{result['parameters'][name]:,}", f"{times[name]:.2f} ms", ratio)
     console.print(table)
-    if (times_larger := result["parameters"]["merged"] / result["parameters"]["unmerged"]) > GROWN:
+    sizes = [
+        (unit, result[unit]) for unit in ("parameters", "bytes") if unit in result
+    ]  # earlier versions counted no bytes
+    larger = [
+        f"{found['merged'] / found['unmerged']:.1f} times the {unit}" for unit, found in sizes if _has_grown(found)
+    ]
+    if larger:
         readers = "plain layers" if detector else "plain timm models"
         console.print(
-            f"the merged model has {times_larger:.1f} times the parameters of the unmerged one: merging undoes what low rank saves. "
+            f"the merged model has {larger[0]} of the unmerged one: merging undoes what low rank, or rounding, saves. "
             f"It is for software that reads {readers} only; elsewhere keep the student as it is",
             highlight=False,
             soft_wrap=True,
@@ -201,6 +207,10 @@ def print_merge(result: dict[str, Any], console: Console) -> None:
         console.print(left_by_merge(result["left"]), highlight=False, soft_wrap=True)
     if detector:
         console.print("this is an artifact: timm alone has no such detector; its layers are plain", highlight=False)
+
+
+def _has_grown(found: dict[str, int]) -> bool:
+    return found["merged"] > GROWN * found["unmerged"]
 
 
 def _replace(target: Path, model: nn.Module, plain: bool, check: Callable[[nn.Module], T]) -> T:
@@ -236,6 +246,7 @@ def _measured(
         "latency_ratio": {name: times.ratio(i) for i, name in enumerate(models) if i},
         "latency_on": f"{device}, {cost.threads_text()}",
         "parameters": {name: ties.count_parameters(m) for name, m in models.items()},
+        "bytes": {name: cost.file_bytes(m) for name, m in models.items()},
     }
 
 

@@ -16,6 +16,7 @@ from compressvit.transforms.base import Transform
 from compressvit.transforms.lors.spec import LORS
 from compressvit.transforms.low_rank.spec import LowRank
 from compressvit.transforms.narrow.spec import Narrow
+from compressvit.transforms.quantise.spec import Quantise
 from compressvit.transforms.shrink.spec import Shrink
 
 _SHARES = 64  # of all widths, of which `narrow` tries the largest
@@ -81,19 +82,21 @@ METHODS: dict[str, Method] = {
     "lors": Method(
         lambda _, unit, size: LORS.model_validate({"share": "auto", "budget": {unit: size}}), LORS.budget_units
     ),
+    "quantise": Method(lambda _, unit, size: Quantise.model_validate({"budget": {unit: size}}), Quantise.budget_units),
 }
 
 
-def budgeted(steps: Sequence[Transform]) -> int:
-    """The place of the last step whose size follows from a budget."""
-    return max(i for i, step in enumerate(steps) if step.budget_units)
+def budgeted(steps: Sequence[Transform], unit: str) -> int:
+    """The place of the last step whose size follows from a budget, if one does from a budget in this unit of such a step."""
+    spending = [i for i, step in enumerate(steps) if step.budget_units]
+    return max([i for i in spending if unit in steps[i].budget_units] or spending)
 
 
 def steps_of(
     steps: Sequence[Transform], method: str | None, model: nn.Module, unit: str, size: float
 ) -> list[Transform]:
-    """The steps with a budget: the last of those that spend one is given it, or is replaced by the default step of `method`."""
-    last = budgeted(steps)
+    """The steps with a budget: the last that spends one in this unit is given it, or is replaced by the default step of `method`."""
+    last = budgeted(steps, unit)
     own = steps[last]
     replaced = own.with_budget(unit, size) if method in (None, own.name) else METHODS[method].step(model, unit, size)
     return [*steps[:last], replaced or own, *steps[last + 1 :]]

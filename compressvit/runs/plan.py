@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from compressvit.artifacts.merge import GROWN, left_by_merge, merged_copy
+from compressvit.artifacts.merge import growth, left_by_merge, merged_copy
 from compressvit.data.classes import other_classes
 from compressvit.data.data_set import find_set
 from compressvit.data.input import STATISTICS, Side, class_mismatch
@@ -46,7 +46,7 @@ from compressvit.transforms import Transform
 from compressvit.transforms.applying import apply_plans
 from compressvit.transforms.low_rank.layer import Factored
 from compressvit.transforms.low_rank.pivoted_layer import is_pivoted, pivoted_linear
-from compressvit.transforms.record import compression_of, trained_parameters
+from compressvit.transforms.record import compression_of, require_open, trained_parameters
 
 _LOOKED_AT = 32  # images, whose headers say their size
 
@@ -330,6 +330,7 @@ def require_no_conflicts(plan: RecipePlan) -> None:
 
 
 def _plan_transform(where: str, *, spec: Transform, student: nn.Module) -> StepPlan:
+    require_open(student, spec.name)
     plan = spec.plan(student)
     ledger = apply_plans(student, [plan])
     before, after = sum(e.before for e in ledger), sum(e.after for e in ledger)
@@ -341,11 +342,11 @@ def _plan_merge(where: str, *, student: nn.Module) -> StepPlan:
     """Merge the skeleton, to find transforms that cannot be merged before anything is trained."""
     merged = merged_copy(student)
     kind = left_by_merge(plan.transform for plan in compression_of(merged).plans) or "a plain timm model"
-    after, before = ties.count_parameters(merged), ties.count_parameters(student)
-    grown = (
-        f" ({after / before:.1f} times the student's, which undoes its compression)" if after > GROWN * before else ""
-    )
-    return StepPlan(step=where, summary=f"merged/, {after:,} parameters{grown}: {kind}")
+    undone = ""
+    if (found := growth(student, merged)) is not None:
+        unit, before, after = found
+        undone = f" ({after / before:.1f} times the student's {unit}, which undoes its compression)"
+    return StepPlan(step=where, summary=f"merged/, {ties.count_parameters(merged):,} parameters{undone}: {kind}")
 
 
 def _break_even_notes(student: nn.Module) -> list[str]:
@@ -390,8 +391,9 @@ def _stages(student: nn.Module) -> list[StagePlan]:
         return f"{part}, stage {stage}" if stage else part
 
     rows: dict[str, list[int]] = {}
-    for name, parameter in student.named_parameters():
-        rows.setdefault(row_of(name), [0, 0])[0 if name in tied else 1] += parameter.numel()
+    for name, numbers in ties.named_sizes(student):
+        shared = name in tied or f"{name}.codes" in tied  # a weight that was rounded
+        rows.setdefault(row_of(name), [0, 0])[0 if shared else 1] += numbers
     ordered = sorted(rows, key=lambda row: (not row.isdigit(), row) if not detector else (False, ""))
     return [
         StagePlan(stage=row, parameters=sum(rows[row]), shared=rows[row][0], private=rows[row][1]) for row in ordered

@@ -140,7 +140,9 @@ def ledger_adds_up(case: Case) -> None:
     require(stated == change, f"{case}: the model has {change:+,} parameters, and the ledger says {stated:+,}")
     require(len({e.path for e in ledger}) == len(ledger), f"{case}: the ledger has two rows of one path")
     for whole, total in ((case.teacher, sum(e.before for e in ledger)), (model, sum(e.after for e in ledger))):
-        unique = {id(p): p.numel() for e in ledger for p in whole.get_submodule(e.path).parameters()}
+        unique: dict[int, int] = {}
+        for entry in ledger:
+            unique |= ties.sizes(whole.get_submodule(entry.path))
         require(total == sum(unique.values()), f"{case}: the ledger's rows do not count the parameters at their paths")
     require(all(e.change for e in ledger), f"{case}: a row of the ledger does not say what was changed")
     require(compression_of(model).ledger == ledger, f"{case}: the ledger was not recorded")
@@ -191,9 +193,10 @@ def every_parameter_is_trained(case: Case) -> None:
     images = images_for(model)
     added = surgery.added_parameters(model)
     trained = trained_names(model)
+    changed = case.plan().resizes(case.teacher) | case.plan().drops(case.teacher)
     require(
-        added or trained or case.plan().resizes(case.teacher) or not compression_of(model).ledger,
-        f"{case}: it adds nothing, frees nothing and resizes nothing, but has a ledger",
+        added or trained or changed or not compression_of(model).ledger,
+        f"{case}: it adds nothing, frees nothing, drops nothing and resizes nothing, but has a ledger",
     )
     require((trained is not None) == case.spec.freezes, f"{case}: `freezes` is not what the plan's trains() does")
     optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.1)

@@ -20,6 +20,7 @@ from compressvit.transforms.record import (
     claims_of,
     compression_of,
     require_free,
+    require_open,
     set_compression,
     trained_names,
 )
@@ -34,6 +35,7 @@ def plan_transforms(model: nn.Module, transforms: Sequence[Transform]) -> list[P
     scratch = surgery.skeleton(model)
     plans = []
     for spec in transforms:
+        require_open(scratch, spec.name)
         plan = spec.plan(scratch)
         apply_plans(scratch, [plan])
         plans.append(plan)
@@ -87,8 +89,11 @@ def transform_(
         if spec.needs_images:
             _require_images(spec, reference)
     ledger: list[LedgerEntry] = []
-    fresh: list[Plan] = []  # since values were last loaded
+    fresh: list[Plan] = []  # since values were last loaded, or fitted
     for spec in transforms:
+        if spec.plan_class.last and fresh:
+            _finish_fit(fresh, model, reference)
+            reference, fresh = reference.with_model(surgery.deep_copy(model)), []
         plan = spec.plan(model, reference)
         ledger += apply_plans(model, [plan])
         plan.initialise(model, reference)
@@ -96,16 +101,21 @@ def transform_(
         if plan.loads_values:
             reference = reference.with_model(surgery.deep_copy(model))
             fresh = []
-    fitted = _fit_in_order(fresh, model, reference)
-    errors = {(plan.transform, path): found for plan in fresh for path, found in plan.errors(model, reference).items()}
-    for i, entry in enumerate(ledger):
-        known = (entry.step, entry.path) in errors
-        weight_error, output_error = errors.get((entry.step, entry.path), (None, None))
-        output_error = fitted.get(entry.path, output_error) if known else None
-        ledger[i] = replace(entry, weight_error=weight_error, output_error=output_error)
+    _finish_fit(fresh, model, reference)
     record = compression_of(model).ledger
-    record[len(record) - len(ledger) :] = ledger
-    return ledger
+    return record[len(record) - len(ledger) :]
+
+
+def _finish_fit(plans: Sequence[Plan], model: nn.Module, reference: Reference) -> None:
+    """Fit what the plans fit in order, and put the errors that are left into the model's ledger."""
+    fitted = _fit_in_order(plans, model, reference)
+    errors = {(plan.transform, path): found for plan in plans for path, found in plan.errors(model, reference).items()}
+    record = compression_of(model).ledger
+    for i, entry in enumerate(record):
+        if (entry.step, entry.path) in errors:
+            weight_error, output_error = errors[entry.step, entry.path]
+            output_error = fitted.get(entry.path, output_error)
+            record[i] = replace(entry, weight_error=weight_error, output_error=output_error)
 
 
 def _require_images(spec: Transform, reference: Reference) -> None:
@@ -130,7 +140,10 @@ def _fit_in_order(plans: Sequence[Plan], student: nn.Module, reference: Referenc
     kept, folder = None, reference.choices.folder
     if folder is not None and not any(plan.sets_aside for plan in compression_of(student).plans):
         what = json.dumps([plan.model_dump(mode="json") for plan in plans])
-        kept = Kept(folder, what, (walk, student))
+        own = (
+            folder / plans[-1].transform if plans[-1].last else folder
+        )  # beside what the plans before it were fitted with
+        kept = Kept(own, what, (walk, student))
     return fit_in_order(walk, teacher, reference.batches(), fits, reference.held_out, reference.sample(), kept)
 
 
@@ -173,9 +186,11 @@ def materialise(model: nn.Module) -> nn.Module:
             "Kronecker products can be"
         )
     trained = trained_names(model)
-    # From the weight outwards: what replaces it, what is added to or after it in the order applied, what precedes it.
+    # From the weight outwards: what rounds it, what replaces it, what is added to or after it in the order applied, what precedes it.
     left: list[Plan | None] = list(done.plans)
-    for i in sorted(foldable, key=lambda i: (not done.plans[i].fitted(), done.plans[i].folds_last)):
+    for i in sorted(
+        foldable, key=lambda i: (not done.plans[i].last, not done.plans[i].fitted(), done.plans[i].folds_last)
+    ):
         left[i] = done.plans[i].fold(model)
     if hasattr(model, "_adapter"):  # the values that `remove_adapter` would restore have been folded
         del model._adapter

@@ -101,6 +101,9 @@ class Plan(Frozen):
     sets_aside: ClassVar[bool] = False
     # True: the plan must be folded last, after all others have been folded into the same weight.
     folds_last: ClassVar[bool] = False
+    # Not empty: the plan is the last one, after which neither another transform nor a phase can come; says why. What the transforms before
+    # it fit is fitted first, its reference is the model that they made, and it is folded before them.
+    last: ClassVar[str] = ""
 
     def structure(self) -> dict[str, Any]:
         """The plan without the fields that only affect initial values."""

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from compressvit.errors import UserError
-from compressvit.model.backbone import head_names
+from compressvit.model import ties
+from compressvit.model.backbone import head_names, head_paths
 from compressvit.transforms import claims
 from compressvit.transforms.base import LedgerEntry, Plan
 from compressvit.transforms.bottleneck import AdapterLinear
@@ -37,7 +38,9 @@ def set_compression(model: nn.Module, done: Compression | None) -> None:
 
 
 def claims_of(plan: Plan, model: nn.Module) -> list[Claim]:
-    """All claims of a plan on a model, including the keys that the plan drops."""
+    """All claims of a plan on a model, including the keys that the plan drops; none of the last plan, which keeps what is shared."""
+    if plan.last:
+        return []
     stated = plan.claims(model)
     named = {name for claim in stated if claim.kind == "drop" for name in claim.paths}
     return [*stated, *claims.drops(plan.drops(model) - named)]
@@ -52,6 +55,17 @@ def require_free(model: nn.Module, step: str, wanted: Iterable[Claim]) -> None:
     text = claims.conflict(compression_of(model).claims, step, wanted)
     if text is not None:
         raise UserError(text)
+
+
+def require_open(model: nn.Module, step: str) -> None:
+    """Check that a step can come after those that were applied to a model.
+
+    Raises:
+        UserError: one of them must be the last.
+    """
+    last = next((plan for plan in compression_of(model).plans if plan.last), None)
+    if last is not None:
+        raise UserError(f"{step} comes after {last.transform}: {last.last}; put `{last.transform}` last")
 
 
 def made_narrower(model: nn.Module, path: str) -> str:
@@ -78,9 +92,15 @@ def trained_parameters(model: nn.Module) -> dict[str, int]:
     """Numbers of trained parameters: `trained_adapter`, without the classifier, and `trained_head`. A shared one counts once."""
     heads = head_names(model)
     counts = {"trained_adapter": 0, "trained_head": 0}
-    for name, parameter in model.named_parameters():
+    known = dict(model.named_parameters())
+    for name, parameter in known.items():
         if parameter.requires_grad:
             counts["trained_head" if name in heads else "trained_adapter"] += parameter.numel()
+    if trained_names(model) is None:  # what was rounded counts as what it was
+        inside = tuple(f"{path}." for path in head_paths(model))
+        for path, numbers in ties.named_sizes(model):
+            if path not in known:
+                counts["trained_head" if inside and path.startswith(inside) else "trained_adapter"] += numbers
     for module in model.modules():
         if isinstance(module, AdapterLinear) and module.mask is not None:  # masked weights stay zero
             left = module.kept if module.mask.is_meta else int(module.mask.sum())

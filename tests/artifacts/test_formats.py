@@ -34,7 +34,7 @@ from compressvit.model.families.adamixer import SMALL
 from compressvit.model.weights import build
 from compressvit.runs.export import TOLERANCES
 from compressvit.tasks.base import task_of
-from compressvit.transforms import LORS, Adapters, LoRA, LowRank, Multiplex, Narrow
+from compressvit.transforms import LORS, Adapters, LoRA, LowRank, Multiplex, Narrow, Quantise
 from compressvit.transforms.applying import compress
 
 SIZE = 32
@@ -78,6 +78,7 @@ MODELS = {
     "lora": lambda: adapted(vit(), LoRA(rank=2, alpha=3.0, targets=("q", "v", "fc1"))),
     "narrow": lambda: compress(vit(), [Narrow(neurons=0.5, head_dim=0.5)], calibration=torch.randn(64, 3, SIZE, SIZE)),
     "swin": lambda: compress(swin(), [Multiplex(share=2)]),
+    "quantised": lambda: compress(vit(0), [LowRank(rank=30, metric="weights"), Quantise(bits=5, metric="weights")]),
     "detector": detector,
 }
 FAST = {
@@ -147,6 +148,15 @@ def test_onnx_adds_little_to_the_numbers_of_a_model(tmp_path, name):
     file = written(tmp_path, name, "onnx")
     assert file.stat().st_size < unique_bytes(source_of(name).model, "fp32") + 40_000  # measured 8 to 22 kB
     assert b"site-packages" not in file.read_bytes()
+
+
+@pytest.mark.wide
+def test_onnx_holds_codes_and_not_the_weights_that_are_made_of_them(tmp_path, monkeypatch):
+    model = timm.create_model("vit_tiny_patch16_224", img_size=SIZE, patch_size=8, depth=1, embed_dim=192, num_heads=3)
+    student = compress(model.eval(), [Quantise(bits=3, metric="weights")])
+    monkeypatch.setitem(MODELS, "wide", lambda: student)
+    file = written(tmp_path, "wide", "onnx")
+    assert file.stat().st_size < unique_bytes(student, "fp32") + 70_000  # measured 45 kB; the weights have 2.5 MB
 
 
 @pytest.mark.wide

@@ -35,7 +35,8 @@ TOO_LATE = {
 NARROWER = {(name, later) for name in ("narrow", "shrink") for later in ("low_rank", "lors", "multiplex", "fact")}
 # The forms that a budget chooses for other values are others.
 OTHER_VALUES = {("shrink", "load_weights")}
-CONFLICTS = NO_PLACE | ONE_WEIGHT | TWICE | ONE_SLOT | TOO_LATE | NARROWER | OTHER_VALUES
+LAST = {("quantise", later) for later in EXAMPLES}
+CONFLICTS = NO_PLACE | ONE_WEIGHT | TWICE | ONE_SLOT | TOO_LATE | NARROWER | OTHER_VALUES | LAST
 
 COMPOSED = {("align", "narrow"), ("load_weights", "shrink")}
 

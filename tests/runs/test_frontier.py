@@ -17,7 +17,7 @@ from compressvit.charts.plots import frontier_finding, ranks_finding
 from compressvit.model import cost
 from compressvit.model.backbone import input_size
 from compressvit.runs.frontier import _costs, _quality
-from compressvit.runs.methods import METHODS
+from compressvit.runs.methods import METHODS, budgeted
 from compressvit.tasks.qualities import qualities
 from compressvit.terminal import Terminal, print_table
 from compressvit.transforms.shrink import spec
@@ -81,20 +81,32 @@ def test_budgets_of_latency_are_spent_by_shrink_and_modules_are_measured_once(tr
 
 def test_methods_side_by_side(trained, tmp_path):
     recipe, run = trained
-    words = ["--methods", *METHODS, "--budgets", 0.5, "--output", tmp_path / "out"]
+    names = [name for name, method in METHODS.items() if "parameters" in method.units]
+    words = ["--methods", *names, "--budgets", 0.5, "--output", tmp_path / "out"]
     out = done("frontier", recipe, *values_of(run), "steps=[{shrink: {budget: {macs: 0.5}, multiple: 4}}]", *words)
     rows = json.loads((tmp_path / "out" / "frontier.json").read_text())
-    assert [row["method"] for row in rows] == [None, *METHODS]
+    assert [row["method"] for row in rows] == [None, *names]
     whole = rows[0]
     for row in rows[1:]:
         assert row["parameters"] <= 0.5 * whole["parameters"]
         assert row["memory"] < whole["memory"]
         assert row["latency_low"] <= row["latency"] <= row["latency_high"]
     assert rows[1]["cosine"] > rows[2]["cosine"]  # shrink chooses for every block, narrow has one share for all
-    for text in ("memory: the weights, and the most", "in turns, medians of up to 30 rounds", *METHODS):
+    for text in ("memory: the weights, and the most", "in turns, medians of up to 30 rounds", *names):
         assert text in out
     plot = json.loads(json.dumps(frontier_finding(rows, "parameters", "cosine", "cosine", "a model").records))
-    assert {record["method"] for record in plot} == set(METHODS)
+    assert {record["method"] for record in plot} == set(names)
+
+
+def test_bits_are_a_method_for_budgets_of_bytes():
+    model = build("vit")
+    step = METHODS["quantise"].step(model, "bytes", 0.3)
+    student = compressvit.compress(model, [step.model_copy(update={"metric": "weights"})])
+    before, after = (cost.cost(each, input_size(model)) for each in (model, student))
+    assert 0.25 * before.bytes < after.bytes <= 0.3 * before.bytes
+    assert after.parameters == before.parameters
+    steps = [compressvit.Shrink(budget={"macs": 0.5}), step]
+    assert (budgeted(steps, "parameters"), budgeted(steps, "bytes")) == (0, 1)
 
 
 def test_narrow_meets_a_budget_or_says_why_not():
@@ -139,7 +151,10 @@ def test_a_layer_that_stays_dense_has_a_bar_of_its_full_rank(tmp_path):
             "narrow and lors cannot be made for a budget of latency; of the methods only shrink can (--methods shrink), or give another "
             "unit: parameters, bytes, macs",
         ),
-        (["steps=[distill, {lors: {rank: 2}}]"], "on a `shrink`, `low_rank` or `lors` step before the first phase"),
+        (
+            ["steps=[distill, {lors: {rank: 2}}]"],
+            "on a `shrink`, `low_rank`, `lors` or `quantise` step before the first phase",
+        ),
     ],
 )
 def test_what_cannot_be_swept(trained, words, message):

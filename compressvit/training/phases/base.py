@@ -90,8 +90,10 @@ class PhaseSpec(Training):
         from compressvit.model.backbone import describe
         from compressvit.tasks.base import task_of
         from compressvit.training import optimisation as opt
+        from compressvit.transforms.record import require_open
 
         model: Any = setting.student.model
+        require_open(model, self.name)
         frozen = {id(p) for module in opt.frozen_modules(model, self) for p in module.parameters()}
         if not any(p.requires_grad and id(p) not in frozen for p in model.parameters()):
             raise UserError(

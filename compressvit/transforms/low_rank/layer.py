@@ -47,6 +47,10 @@ class Factored(nn.Module):
         """The bias as a parameter of a dense layer."""
         return self.up._parameters["bias"]
 
+    def outputs_of(self, part: str) -> slice | torch.Tensor | None:
+        """Which of the outputs one of the two layers gives, in its order; None if it gives none."""
+        return slice(None) if part == "up" else None
+
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """`up` (out, r) and `down` (r, in), which share memory with the weights of the two layers."""
         up, down = self.up.weight, self.down.weight

@@ -149,6 +149,10 @@ class PivotedOutputs(Pivoted):
     def _biases(self) -> tuple[nn.Parameter | None, nn.Parameter | None]:
         return self.down._parameters["bias"], self.up._parameters["bias"]
 
+    def outputs_of(self, part: str) -> slice | torch.Tensor | None:
+        places = self.join.order.argsort().cpu()
+        return {"down": places[: self.rank], "up": places[self.rank :]}.get(part)
+
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """`up` (out, r), new, with a row of the identity for every pivot, and `down` (r, in), which shares memory with the layer."""
         coefficients = self.up.weight.flatten(1)
