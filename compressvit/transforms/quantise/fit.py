@@ -27,7 +27,6 @@ from compressvit.model import surgery, ties
 from compressvit.model.linear import effective_weight
 from compressvit.transforms.quantise.packed import Packed, Rounded
 
-SOME = 256  # images, of which more change little of what is measured besides the fit in order, and their gradients take long
 _OUTPUT_RIDGE = 0.1  # of the gradients' moment, in parts of its diagonal
 _RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # in parts of the inputs' mean square
 
@@ -150,8 +149,8 @@ class Rounding:
 
 
 def moments_of(reference: Reference, layers: Sequence[str]) -> dict[str, Moments]:
-    """Of the layers' inputs and gradients, on some of the images."""
-    return reference.moments(list(layers), outputs=True, most=SOME)
+    """Of the layers' inputs and gradients."""
+    return reference.moments(list(layers), outputs=True)
 
 
 def moment_of(moments: Mapping[str, Moments], paths: Sequence[str], centred: Sequence[str]) -> Tensor:

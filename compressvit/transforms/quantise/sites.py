@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 
+import torch
 from torch import nn
 
 from compressvit.errors import UserError
@@ -15,6 +17,7 @@ from compressvit.model.backbone import Backbone, model_name
 from compressvit.model.linear import is_pointwise
 from compressvit.transforms.low_rank.layer import Factored
 
+LARGEST = 65504.0  # of float16
 LEAST = 1024  # numbers; smaller weights stay as they are
 _POSITIONS = "pos_embed"  # timm's
 
@@ -63,6 +66,20 @@ def sites(model: nn.Module, backbone: Backbone, skip: Sequence[str]) -> Sites:
         tuple(path for path in found if path in kept and path not in called),
         tuple(name for name in tables if not any(fnmatch(name, pattern) for pattern in skip)),
     )
+
+
+@torch.no_grad()
+def require_roundable(model: nn.Module, where: Sites) -> None:
+    """Raise a `UserError` where a weight has numbers that are not finite, or larger than scales in float16 can be."""
+    names = [*(f"{path}.weight" for path in (*where.layers, *where.others)), *where.tables]
+    for name in names:
+        largest = model.get_parameter(name).abs().max().item()
+        if not largest <= LARGEST:
+            fault = f"as large as {largest:.1e}" if math.isfinite(largest) else "that are not finite"
+            raise UserError(
+                f"quantise: {name} holds numbers {fault}, which cannot be rounded (scales are float16, up to {LARGEST:,.0f}); check the "
+                "weights, or name it in quantise.skip"
+            )
 
 
 def _has_weight(module: nn.Module) -> bool:

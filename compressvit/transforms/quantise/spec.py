@@ -25,7 +25,7 @@ from compressvit.transforms.base import Transform, transform
 from compressvit.transforms.quantise.budget import spend
 from compressvit.transforms.quantise.fit import moments_of
 from compressvit.transforms.quantise.plan import QuantisePlan
-from compressvit.transforms.quantise.sites import Sites, sites
+from compressvit.transforms.quantise.sites import Sites, require_roundable, sites
 
 Bits = Annotated[int, Field(ge=2, le=8)]
 
@@ -110,6 +110,8 @@ class Quantise(Transform):
 
     def plan(self, model: nn.Module, reference: Reference | None = None) -> QuantisePlan:
         where = sites(model, self.backbone(model), self.skip)
+        if reference is not None:
+            require_roundable(reference.model, where)
         if self.budget is None:
             return self._resolved(where, dict.fromkeys(where.layers, self.bits or 4))
         value = self.budget.bytes

@@ -218,3 +218,15 @@ def test_layers_of_other_families_are_rounded(name):
     assert 0 < error < 0.03  # 0.007
     (plan,) = compression_of(student).plans
     assert any(path.endswith("fc1") for path in plan.bits)
+
+
+@pytest.mark.parametrize(
+    ("value", "fault"), [(float("nan"), "not finite"), (float("-inf"), "not finite"), (-1e6, r"1\.0e\+06")]
+)
+@pytest.mark.parametrize("name", ["blocks.0.mlp.fc1.weight", "patch_embed.proj.weight", "pos_embed"])
+def test_weights_that_float16_cannot_scale_are_refused(name, value, fault):
+    model = vit(img_size=64)
+    with torch.no_grad():
+        model.get_parameter(name).view(-1)[3] = value
+    with pytest.raises(UserError, match=rf"quantise: {name} holds numbers .*{fault}.*quantise\.skip"):
+        compress(model, [Quantise(metric="weights")])
