@@ -160,11 +160,14 @@ def _add_validate(verb: Verb) -> None:
 
 
 def _add_evaluate(verb: Verb) -> None:
-    evaluate = verb("evaluate", _evaluate, "evaluate the student of a run, an artifact, or an exported ONNX file")
+    evaluate = verb(
+        "evaluate", _evaluate, "evaluate the student of a run, an artifact, or what `export` or `merge` wrote"
+    )
     evaluate.add_argument(
         "path",
         metavar="PATH",
-        help="a run folder, an artifact (a folder with compressvit.json), or FILE.onnx by `export`",
+        help="a run folder, an artifact (a folder with compressvit.json), or what `export` or `merge` wrote: FILE.onnx, FILE.pt2, "
+        "FILE.xml, FILE.safetensors, or a folder of timm",
     )
     add_overrides(evaluate, "overrides of the data, e.g. data.name=digits data.root=FOLDER")
     add_device(evaluate)
@@ -175,6 +178,11 @@ def _add_evaluate(verb: Verb) -> None:
         default=[],
         help="exit with code 1 unless a figure of --json is so high (or low: FIGURE<=N), e.g. 'top1>=85'; of a figure in percent 0.85 "
         "is the same; may be repeated",
+    )
+    evaluate.add_argument(
+        "--trust",
+        action="store_true",
+        help="also read a .pt2 without the checksum that `export` writes beside it; such a file can run code",
     )
     evaluate.add_argument("--json", action="store_true", help="print JSON")
 
@@ -309,6 +317,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         device=arguments.device,
         as_json=arguments.json,
         require=arguments.require,
+        trust=arguments.trust,
     )
 
 

@@ -29,7 +29,7 @@ _FILES = (
     rf"checkpoints/[^/]+/{_ARTIFACT}",
     rf"(student|teacher)/{_ARTIFACT}",
     rf"merged/(config\.json|merge\.json|{_ARTIFACT})",
-    rf"{_EXPORTED}(\.(onnx|onnx\.data|pt2|safetensors|xml|bin)|_predict\.py)",
+    rf"{_EXPORTED}(\.(onnx|onnx\.data|pt2|pt2\.sha256|safetensors|xml|bin)|_predict\.py)",
     rf"{_EXPORTED}_timm/((config|export)\.json|{re.escape(TENSORS)})",
     rf"{_EXPORTED}_peft/(adapter_config\.json|export\.json|adapter_model\.safetensors)",
     _EVENTS,
