@@ -15,6 +15,7 @@ from compressvit.cli.export import add_export
 from compressvit.cli.push import add_push
 from compressvit.cli.recipes import add_recipes, add_schema
 from compressvit.cli.shrink import UNITS, add_shrink, run_shrink
+from compressvit.cli.sweep import add_sweep
 from compressvit.errors import UserError, command_line
 from compressvit.exits import answered
 from compressvit.text import complain, printable
@@ -84,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_apply,
         _add_plan,
         _add_frontier,
+        add_sweep,
         _add_validate,
         _add_evaluate,
         _add_merge,

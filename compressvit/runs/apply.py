@@ -126,6 +126,21 @@ def apply(
                     return _run(Run(job, folder, run_log, measured), plan, teacher, taught, report)
 
 
+def planned(recipe: Recipe, device: str, name: str = "recipe") -> RecipePlan:
+    """The plan of a recipe with its data and weights, as `apply` makes it before it touches a folder.
+
+    Raises:
+        UserError: what `apply` would raise by then.
+    """
+    refuse_processes()
+    job, nowhere = prepare(recipe, device, name=name), RunFolder("")
+    plan = plan_job(job)
+    _refuse(job, plan, nowhere, overwrite=False)
+    _note_data(job, plan, nowhere, resume=False)
+    _fill_teacher(job, plan, nowhere, resume=False)
+    return plan
+
+
 @contextmanager
 def _logged(recipe: Recipe, folder: RunFolder, console: Console | None) -> Iterator[RunLog]:
     """The log of a run, which also has the error that ends it."""
