@@ -208,6 +208,11 @@ def _add_report(verb: Verb) -> None:
     report = verb("report", _report, "write one self-contained HTML page about a run or several")
     report.add_argument("runs", metavar="RUN", nargs="+", help="run folders, or folders of run folders")
     report.add_argument("--output", metavar="FILE", help="where to write it (default: report.html in the given folder)")
+    report.add_argument(
+        "--no-images",
+        action="store_true",
+        help="show no picture of the data, for data that is private; names of classes stay",
+    )
 
 
 def _budget(word: str) -> float:
@@ -348,7 +353,7 @@ def _compare(arguments: argparse.Namespace) -> int:
 def _report(arguments: argparse.Namespace) -> int:
     from compressvit.report.write import report
 
-    file, runs = report(arguments.runs, arguments.output)
+    file, runs = report(arguments.runs, arguments.output, images=not arguments.no_images)
     for run in runs:
         for note in run.notes:
             complain("compressvit", f"{run.path}: {note}")
