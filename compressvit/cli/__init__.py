@@ -249,6 +249,7 @@ def _apply(arguments: argparse.Namespace) -> int:
             overwrite=arguments.overwrite,
             device=arguments.device,
             report=None if arguments.no_report else report_after_run,
+            log_to=arguments.log_to,
         )
     )
 

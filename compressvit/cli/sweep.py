@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from compressvit.cli.common import Verb, add_device, exit_code_of
+from compressvit.cli.common import Verb, add_device, add_log_to, exit_code_of
 from compressvit.exits import REFUSED
 
 
@@ -32,6 +32,7 @@ def add_sweep(verb: Verb) -> None:
     sweep.add_argument("--dry-run", action="store_true", help="plan every run, and begin none")
     sweep.add_argument("--no-report", action="store_true", help="write no report.html of the runs")
     sweep.add_argument("--json", action="store_true", help="print JSON; everything else to standard error")
+    add_log_to(sweep)
     add_device(sweep)
 
 
@@ -54,6 +55,7 @@ def run_sweep(arguments: argparse.Namespace) -> int:
             dry_run=arguments.dry_run,
             console=Terminal(stderr=arguments.json),
             report=None if arguments.no_report else report_after_run,
+            log_to=arguments.log_to,
             command=["compressvit", *sys.argv[1:]],
         )
         failed.extend(result.get("failed", ()))

@@ -17,6 +17,7 @@ from compressvit.files import write_json
 from compressvit.recipe.recipe import load_recipe
 from compressvit.report.compare import compare
 from compressvit.rows import EvaluationRow, read_metrics
+from compressvit.runs.boards.base import find_boards
 from compressvit.runs.files import Results, read_results
 from compressvit.runs.folder import RESOLVED
 from compressvit.runs.sweep import cells_of, refuse_folder, run_cells
@@ -39,10 +40,10 @@ def sweep(
     console: Console | None = None,
     report: Callable[[Path], object] | None = None,
     command: Sequence[str] | None = None,
+    log_to: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Run a recipe with every combination of values, each in a folder of its own, and compare the runs.
-
-    Every run is planned before the first begins, so that what cannot be done is told at once.
+    """Run a recipe with every combination of values, each in a folder of its own, and compare the runs. All are planned before the first
+    begins, so that what cannot be done is told at once.
 
     Args:
         recipe: the path of a YAML file, or the name of a shipped recipe.
@@ -52,7 +53,7 @@ def sweep(
         device: of every run, as for `apply`.
         resume: go on with the sweep in the folder: finished runs are passed over, interrupted ones continued, and others added.
         dry_run: only plan.
-        console, report, command: as for `apply`.
+        console, report, command, log_to: as for `apply`.
 
     Returns:
         The content of `sweep.json`: `runs`, `failed` (what was wrong, by name), `rows` of the comparison, and `best`.
@@ -64,6 +65,7 @@ def sweep(
     console, output = Terminal(console), Path(output)
     if jobs < 1:
         raise UserError(f"{option('jobs', jobs)}: give how many runs at once, e.g. {option('jobs', 2)}")
+    find_boards(log_to)
     refuse_folder(output, resume=resume)
     cells = cells_of(recipe, values, output, device=device, resume=resume)
     runs = [cell.as_dict() for cell in cells]
@@ -79,6 +81,7 @@ def sweep(
         console=console,
         report=report,
         command=command,
+        log_to=log_to,
     )
     result |= _compared([cell.folder.path for cell in cells if cell.name not in result["failed"]], output, console)
     write_json(output / FILE, result)

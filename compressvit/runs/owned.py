@@ -19,7 +19,7 @@ _EVENTS = r"tensorboard/events\.out\.tfevents\..+"
 # Files by their path in the folder. A folder is ours where files of ours would lie in it.
 _FILES = (
     r"(recipe|resolved)\.yaml",
-    r"(environment|plan|results|predictions|distill)\.json",
+    r"(environment|plan|results|predictions|distill|wandb)\.json",
     r"metrics\.jsonl",
     r"run\.log",
     r"report\.html",

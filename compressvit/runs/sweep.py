@@ -207,12 +207,13 @@ def run_cells(
     console: Console,
     report: Report | None,
     command: Sequence[str] | None,
+    log_to: Sequence[str] = (),
 ) -> dict[str, str]:
     """Run the cells that are not finished, the interrupted ones from where they stopped; one that fails does not end the others.
 
     Args:
         jobs: how many at once; with one they run in this process.
-        report, command: as of `apply`; of several jobs each writes the report of `apply`.
+        report, command, log_to: as of `apply`; of several jobs each writes the report of `apply`.
 
     Returns:
         What was wrong, by the name of the run.
@@ -227,6 +228,7 @@ def run_cells(
     done = len(cells) - len(left)
     if jobs > 1 and len(left) > 1:
         words = ["--device", device, *(() if report is not None else ("--no-report",))]
+        words += [word for board in log_to for word in ("--log-to", board)]
         return _Together(left, recipe, words, min(jobs, len(left)), console, done).run()
     failed: dict[str, str] = {}
     for number, cell in enumerate(left):
@@ -242,6 +244,7 @@ def run_cells(
                     console=console,
                     report=report,
                     command=command,
+                    log_to=log_to,
                 )
         except UserError as error:
             failed[cell.name] = str(error)
