@@ -16,6 +16,7 @@ from compressvit.cli.push import add_push
 from compressvit.cli.recipes import add_recipes, add_schema
 from compressvit.cli.shrink import UNITS, add_shrink, run_shrink
 from compressvit.cli.sweep import add_sweep
+from compressvit.cli.tool import add_tool
 from compressvit.errors import UserError, command_line
 from compressvit.exits import answered
 from compressvit.text import complain, printable
@@ -93,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         add_push,
         _add_compare,
         _add_report,
+        add_tool,
         add_recipes,
         add_schema,
     ):
