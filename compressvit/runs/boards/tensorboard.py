@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from compressvit.charts.findings import Finding
 from compressvit.files import disk_faults
@@ -23,7 +24,7 @@ class TensorBoard(Board):
         from torch.utils.tensorboard import SummaryWriter  # takes a second
 
         with disk_faults(folder):
-            self._writer = SummaryWriter(str(folder / "tensorboard"))
+            self._writer: Any = SummaryWriter(str(folder / "tensorboard"))
 
     def scalars(self, group: str, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
