@@ -18,12 +18,13 @@ _RECORDS = re.compile(
     r"|data/constants/(tensor_\d+|model_constants_config\.json)|data/sample_inputs/model\.pt|extra/compressvit\.json)"
 )
 _OPERATORS = re.compile(
-    r"torch\.ops\.(?:aten|torchvision)\.(?!from_file\b)[A-Za-z_]\w*(?:\.\w+)?"
+    r"torch\.ops\.(?:aten|torchvision)\.(?!from_file\b|__)[A-Za-z_]\w*(?:\.(?!__)\w+)?"
     r"|_operator\.(?:add|sub|mul|floordiv|truediv|mod|neg|pow|getitem|eq|ne|lt|le|gt|ge|and_|or_)"
 )
+# Classes of sympy with numbers and symbols. Nothing in lower case is called, nothing is looked up with a dot, and the only texts are
+# names of symbols: some classes evaluate texts
 _EXPRESSION = re.compile(
-    r"(?:Symbol\('[a-z]\w*'|Integer\(|Rational\(|Add\(|Mul\(|Pow\(|Max\(|Min\(|Mod\(|FloorDiv\(|PythonMod\("
-    r"|(?:positive|integer|nonnegative)=True|-?\d+|[(), ])*"
+    r"(?:[A-Z][A-Za-z]*\(|Symbol\('[a-z]\w*'|[a-z]+=(?:True|False)|true|false|-?\d+(?:\.\d+)?|[(), ])*"
 )
 _REFUSED = ("as_custom_obj", "as_operator", "as_graph")
 
@@ -33,7 +34,16 @@ def fault_of_archive(content: bytes) -> str | None:
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             return _fault(archive)
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError, RecursionError, KeyError, OSError) as error:
+    except (
+        zipfile.BadZipFile,
+        NotImplementedError,
+        EOFError,
+        ValueError,
+        RecursionError,
+        LookupError,
+        TypeError,
+        OSError,
+    ) as error:
         return f"it is no archive that can be looked into ({type(error).__name__}: {str(error)[:100]})"
 
 
@@ -45,7 +55,7 @@ def _fault(archive: zipfile.ZipFile) -> str | None:
     for entry in entries:
         inner = entry.filename.partition("/")[2]
         if entry.compress_type != zipfile.ZIP_STORED or not _RECORDS.fullmatch(inner):
-            return f"it holds {inner or entry.filename!r}"
+            return f"it holds {inner or entry.filename}"
         if inner == "data/sample_inputs/model.pt" and entry.file_size:
             return f"it holds a pickle, {inner}"
         if inner.endswith("_config.json") and any(found["use_pickle"] for found in _config(archive, entry)):
