@@ -28,6 +28,7 @@ _PUBLIC = {
     "merge": "compressvit.artifacts.merge",
     "export": "compressvit.runs.export",
     "push": "compressvit.report.push",
+    "sweep": "compressvit.report.sweep",
     "count_parameters": "compressvit.model.ties",
     "save_adapter": "compressvit.artifacts.adapter",
     "load_adapter": "compressvit.artifacts.adapter",

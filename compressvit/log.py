@@ -1,4 +1,4 @@
-"""Logging of a run to the console, run.log, metrics.jsonl and TensorBoard."""
+"""Logging of a run to the console, run.log, metrics.jsonl and boards such as TensorBoard."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import logging
 import math
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from compressvit.errors import UserError
 from compressvit.files import disk_faults
@@ -30,17 +30,31 @@ def _printable(record: logging.LogRecord) -> bool:
     return True
 
 
+class Board(Protocol):
+    """What shows a run while it goes on; `compressvit.runs.boards.base` has the interface."""
+
+    def scalars(self, group: str, values: Mapping[str, float], step: int) -> None: ...
+    def finding(self, finding: Any, folder: Path) -> None: ...
+    def results(self, recipe: Any, results: Any) -> None: ...
+
+
 class RunLog:
-    """The log of one run. Scalars of a phase are written to `metrics.jsonl`, one line per step, and to TensorBoard as
-    `phase/kind/name`.
+    """The log of one run. Scalars of a phase are written to `metrics.jsonl`, one line per step, and to boards as `phase/kind/name`.
 
     Args:
         folder: the run folder; None writes no files.
         console: for the progress bar and messages.
-        tag: maps the name of a phase to its name in TensorBoard (`compressvit.runs.tensorboard`).
+        tag: maps the name of a phase to its name on boards (`compressvit.runs.tags`).
+        boards: are shown what is written to `metrics.jsonl`, and by others what is no number; the caller closes them.
     """
 
-    def __init__(self, folder: Path | None, console: Console | None = None, tag: Callable[[str], str] = str):
+    def __init__(
+        self,
+        folder: Path | None,
+        console: Console | None = None,
+        tag: Callable[[str], str] = str,
+        boards: Sequence[Board] = (),
+    ):
         from rich.logging import RichHandler
 
         from compressvit.terminal import Terminal
@@ -48,7 +62,7 @@ class RunLog:
         self.console = Terminal(console)
         self.folder = folder
         self._tag = tag
-        self._writer: Any = None
+        self.boards = boards
         _silence()
         log.setLevel(logging.INFO)
         log.propagate = False
@@ -58,13 +72,10 @@ class RunLog:
         console_handler.addFilter(lambda record: not getattr(record, "already_shown", False))
         log.addHandler(console_handler)
         if folder is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
             with disk_faults(folder):
                 handler = logging.FileHandler(folder / "run.log", encoding="utf-8")
                 handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
                 log.addHandler(handler)
-                self._writer = SummaryWriter(str(folder / "tensorboard"))
 
     def show(self, what: Any) -> None:
         """A table, or whatever a function prints to the console it is given: to the console and to run.log."""
@@ -88,8 +99,8 @@ class RunLog:
         }  # JSON cannot represent infinity
         row = metrics_row(kind, {"time": round(time.time(), 3), "phase": phase, "step": step, **known})
         append_row(self.folder / "metrics.jsonl", row)
-        for name, value in known.items():
-            self._writer.add_scalar(f"{self._tag(phase)}/{kind}/{name}", value, step)
+        for board in self.boards:
+            board.scalars(f"{self._tag(phase)}/{kind}", known, step)
 
     def recorded(self, phase: str, kind: str, step: int) -> bool:
         """Whether `metrics.jsonl`, if there is one to write, has a row of this kind and step already."""
@@ -100,10 +111,10 @@ class RunLog:
             rows = read_metrics(path) if path.is_file() else []
         return any((row.phase, row.kind, row.step) == (phase, kind, step) for row in rows)
 
-    def board(self, show: Callable[[Any], None]) -> None:
-        """Call a function with the run's SummaryWriter, to show something other than scalars in TensorBoard."""
-        if self._writer is not None:
-            show(self._writer)
+    def show_on_boards(self, show: Callable[[Board], object]) -> None:
+        """Call a function with each board, to show something other than scalars there."""
+        for board in self.boards:
+            show(board)
 
     @contextmanager
     def progress(self, description: str, total: int, completed: int = 0) -> Iterator[Any]:
@@ -130,8 +141,6 @@ class RunLog:
 
     def close(self) -> None:
         """Flush and close the files."""
-        if self._writer is not None:
-            self._writer.close()
         _silence()
 
 

@@ -24,7 +24,7 @@ TEXTS = sorted(
 NAME = re.compile(r"(?<![\w./-])compressvit(?:\.[A-Za-z_]\w*)+")
 NO_NAMES = {"compressvit.json", "compressvit.CLASS"}  # a file, a placeholder
 GROUPS = re.compile(
-    r"compressvit\.(transforms|phases|terms|diagnostics|sets|families|formats|tasks)$"
+    r"compressvit\.(transforms|phases|terms|diagnostics|sets|families|formats|boards|tasks)$"
 )  # of entry points
 
 

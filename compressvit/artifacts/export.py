@@ -141,7 +141,7 @@ def onnx_program(graph: Graph, *, opset: int | None = None, metadata: Mapping[st
     from onnx_ir.passes import common
     from onnxscript.optimizer import optimize_ir
 
-    with torch.no_grad(), warnings.catch_warnings(), _quiet("onnxscript"), conversion_faults("ONNX"):
+    with torch.no_grad(), warnings.catch_warnings(), quiet("onnxscript"), conversion_faults("ONNX"):
         # with gradients attention would come apart otherwise than in the program
         warnings.simplefilter("ignore")  # onnxscript's of its own use of torch
         written = torch.onnx.export(
@@ -169,11 +169,12 @@ def onnx_program(graph: Graph, *, opset: int | None = None, metadata: Mapping[st
 
 
 @contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    """Without the warnings of a package's log: onnxscript's name operations that it leaves as they are."""
+def quiet(name: str) -> Iterator[None]:
+    """Without the warnings of a package's log: onnxscript's name operations that it leaves as they are, torch's have traces of files that
+    are no programs."""
     log = logging.getLogger(name)
     level = log.level
-    log.setLevel(logging.ERROR)
+    log.setLevel(logging.CRITICAL)
     try:
         yield
     finally:

@@ -15,6 +15,8 @@ from compressvit.cli.export import add_export
 from compressvit.cli.push import add_push
 from compressvit.cli.recipes import add_recipes, add_schema
 from compressvit.cli.shrink import UNITS, add_shrink, run_shrink
+from compressvit.cli.sweep import add_sweep
+from compressvit.cli.tool import add_tool
 from compressvit.errors import UserError, command_line
 from compressvit.exits import answered
 from compressvit.text import complain, printable
@@ -84,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_apply,
         _add_plan,
         _add_frontier,
+        add_sweep,
         _add_validate,
         _add_evaluate,
         _add_merge,
@@ -91,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         add_push,
         _add_compare,
         _add_report,
+        add_tool,
         add_recipes,
         add_schema,
     ):
@@ -160,11 +164,14 @@ def _add_validate(verb: Verb) -> None:
 
 
 def _add_evaluate(verb: Verb) -> None:
-    evaluate = verb("evaluate", _evaluate, "evaluate the student of a run, an artifact, or an exported ONNX file")
+    evaluate = verb(
+        "evaluate", _evaluate, "evaluate the student of a run, an artifact, or what `export` or `merge` wrote"
+    )
     evaluate.add_argument(
         "path",
         metavar="PATH",
-        help="a run folder, an artifact (a folder with compressvit.json), or FILE.onnx by `export`",
+        help="a run folder, an artifact (a folder with compressvit.json), or what `export` or `merge` wrote: FILE.onnx, FILE.pt2, "
+        "FILE.xml, FILE.safetensors, or a folder of timm",
     )
     add_overrides(evaluate, "overrides of the data, e.g. data.name=digits data.root=FOLDER")
     add_device(evaluate)
@@ -175,6 +182,11 @@ def _add_evaluate(verb: Verb) -> None:
         default=[],
         help="exit with code 1 unless a figure of --json is so high (or low: FIGURE<=N), e.g. 'top1>=85'; of a figure in percent 0.85 "
         "is the same; may be repeated",
+    )
+    evaluate.add_argument(
+        "--trust",
+        action="store_true",
+        help="also read a .pt2 without the checksum that `export` writes beside it; such a file can run code",
     )
     evaluate.add_argument("--json", action="store_true", help="print JSON")
 
@@ -198,6 +210,11 @@ def _add_report(verb: Verb) -> None:
     report = verb("report", _report, "write one self-contained HTML page about a run or several")
     report.add_argument("runs", metavar="RUN", nargs="+", help="run folders, or folders of run folders")
     report.add_argument("--output", metavar="FILE", help="where to write it (default: report.html in the given folder)")
+    report.add_argument(
+        "--no-images",
+        action="store_true",
+        help="show no picture of the data, for data that is private; names of classes stay",
+    )
 
 
 def _budget(word: str) -> float:
@@ -234,6 +251,7 @@ def _apply(arguments: argparse.Namespace) -> int:
             overwrite=arguments.overwrite,
             device=arguments.device,
             report=None if arguments.no_report else report_after_run,
+            log_to=arguments.log_to,
         )
     )
 
@@ -309,6 +327,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         device=arguments.device,
         as_json=arguments.json,
         require=arguments.require,
+        trust=arguments.trust,
     )
 
 
@@ -337,7 +356,7 @@ def _compare(arguments: argparse.Namespace) -> int:
 def _report(arguments: argparse.Namespace) -> int:
     from compressvit.report.write import report
 
-    file, runs = report(arguments.runs, arguments.output)
+    file, runs = report(arguments.runs, arguments.output, images=not arguments.no_images)
     for run in runs:
         for note in run.notes:
             complain("compressvit", f"{run.path}: {note}")

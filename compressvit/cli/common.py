@@ -34,6 +34,17 @@ def add_run(to: argparse.ArgumentParser, name: str) -> None:
     to.add_argument("--overwrite", action="store_true", help="delete the run in the folder and start again")
     add_device(to, "cpu, cuda, cuda:1, mps, … (default: the best available)")
     to.add_argument("--no-report", action="store_true", help="do not write report.html at the end")
+    add_log_to(to)
+
+
+def add_log_to(to: argparse.ArgumentParser) -> None:
+    to.add_argument(
+        "--log-to",
+        metavar="BOARD",
+        action="append",
+        default=[],
+        help="show the run there too, beside TensorBoard: wandb (pip install 'compressvit[wandb]'); may be repeated",
+    )
 
 
 def exit_code_of(run: Callable[[], object]) -> int:

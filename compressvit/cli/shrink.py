@@ -116,6 +116,7 @@ def run_shrink(arguments: argparse.Namespace) -> int:
             device=arguments.device,
             console=console,
             report=None if arguments.no_report else report_after_run,
+            log_to=arguments.log_to,
         ).results
         student, page = output / "student", output / FILE
         if page.is_file():

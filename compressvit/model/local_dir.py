@@ -28,7 +28,8 @@ class LocalDir:
         files: the tensors; several of a large model.
         architecture: timm's name, without a tag.
         args: further arguments of timm.create_model, the number of classes included.
-        input: what images must look like, under the names of an artifact's manifest: mean, std, interpolation, crop_pct, crop_mode.
+        input: what images must look like, under the names of an artifact's manifest: input_size, mean, std, interpolation, crop_pct,
+            crop_mode.
         label_names: of the classes, in the order of the outputs, where they are known.
     """
 
@@ -113,7 +114,7 @@ def _of_timm(content: dict[str, Any]) -> _Described | None:
         args = {"num_classes": content["num_classes"], **args}
     known = {
         key: about[key]
-        for key in ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+        for key in ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
         if about.get(key) is not None
     }
     names = about.get("label_names") or content.get("label_names")

@@ -1,1 +1,1 @@
-"""Code shared by the programs in `tools/`."""
+"""The programs of `compressvit tool`, one file per program in `programs/tools/`, and what they share"""

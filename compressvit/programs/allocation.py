@@ -1,4 +1,4 @@
-"""Numbers of neurons that pruning left, compared between runs; printed and drawn by `tools/allocation.py`."""
+"""Numbers of neurons that pruning left, compared between runs; printed and drawn by `compressvit tool allocation`."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from compressvit.charts.findings import Finding
 from compressvit.errors import UserError, did_you_mean
 from compressvit.programs.recorded import Run, not_recorded
 from compressvit.rows import read_metrics
-from compressvit.runs.tensorboard import scalar_tags, tag_of
+from compressvit.runs.tags import scalar_tags, tag_of
 from compressvit.tasks.qualities import ranking
 
 METRICS = "metrics.jsonl"

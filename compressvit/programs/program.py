@@ -1,4 +1,4 @@
-"""Shared by the programs in `tools/`: they take run folders and options, and output tables, charts and TensorBoard files.
+"""Shared by the programs of `compressvit tool`: they take run folders and options, and output tables, charts and TensorBoard files.
 
 A program consists of a docstring (whose last paragraph is an example that runs), a function from runs to tables and findings, and a call
 of `program`. Errors that a user can fix are printed as one message, with exit code 2.
@@ -38,10 +38,10 @@ def program(
     *,
     options: Options = lambda parser: None,
 ) -> int:
-    """Run a program of `tools/` that reads the records of runs; returns the exit code.
+    """Run a program that reads the records of runs; returns the exit code.
 
     Args:
-        name: file name of the program, without suffix.
+        name: of the program.
         text: the module's docstring.
         look: returns tables and findings for the runs.
         options: adds the program's own options.
@@ -54,7 +54,7 @@ def program(
         runs = labelled(find_runs(arguments.runs))
         return look(runs, arguments), runs[0].path if len(runs) == 1 else runs[0].path.parent
 
-    return _answered(name, arguments, found)
+    return _answered(arguments, found)
 
 
 def program_of_models(
@@ -66,7 +66,7 @@ def program_of_models(
     options: Options = lambda parser: None,
     most: int = 2,
 ) -> int:
-    """Run a program of `tools/` that loads models and images; returns the exit code. Takes the arguments of `program`, and `most`, the
+    """Run a program that loads models and images; returns the exit code. Takes the arguments of `program`, and `most`, the
     maximum number of models."""
     parser = _parser(name, text, options)
     several = "one run, or up to two models" if most > 1 else "a run or an artifact"
@@ -82,13 +82,13 @@ def program_of_models(
         opened = open_models([*arguments.models, *rest], pick_device(arguments.device), most=most)
         return look(opened, arguments), opened.folder
 
-    return _answered(name, arguments, found)
+    return _answered(arguments, found)
 
 
 def _parser(name: str, text: str | None, options: Options) -> argparse.ArgumentParser:
     about, _, example = (text or "").strip().rpartition("\n\n")
     parser = argparse.ArgumentParser(
-        prog=f"{name}.py",
+        prog=f"compressvit tool {name}",
         description=about,
         epilog=example,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -104,7 +104,7 @@ def _parser(name: str, text: str | None, options: Options) -> argparse.ArgumentP
     return parser
 
 
-def _answered(name: str, arguments: argparse.Namespace, found: Callable[[], tuple[Findings, Path]]) -> int:
+def _answered(arguments: argparse.Namespace, found: Callable[[], tuple[Findings, Path]]) -> int:
     def run() -> int:
         (tables, findings), home = found()
         if arguments.output is None:
@@ -113,7 +113,7 @@ def _answered(name: str, arguments: argparse.Namespace, found: Callable[[], tupl
         return 0
 
     with command_line():
-        return answered(f"{name}.py", run)
+        return answered("compressvit", run)
 
 
 def show(tables: Sequence[Table], findings: Sequence[Finding], output: Path, console: Console | None = None) -> None:

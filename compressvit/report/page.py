@@ -28,9 +28,14 @@ _HERE = Path(__file__).parent
 
 
 class Page:
-    """A page under construction. Vega's code takes a second to bundle, so this starts at once in the background."""
+    """A page under construction. Vega's code takes a second to bundle, so this starts at once in the background.
 
-    def __init__(self) -> None:
+    Args:
+        images: whether the pictures of the data that a run kept are on it; otherwise no reader shows any, whatever a chart may hold.
+    """
+
+    def __init__(self, images: bool = True) -> None:
+        self._images = images
         # without a snippet it exports what `page.js` uses; the type stub wrongly requires a snippet
         bundle = cast(Callable[[], str], vl_convert.javascript_bundle)
         self._bundle: Future[str] = ThreadPoolExecutor(1).submit(bundle)
@@ -68,7 +73,8 @@ class Page:
             version=__version__,
             style=Markup(_text("style.css")),
             scripts=[Markup(script) for script in scripts],
-            policy=Markup(_policy(scripts)),
+            policy=Markup(_policy(scripts, self._images)),
+            images=self._images,
         )
 
     def short(self, run: Run) -> dict[str, Any]:
@@ -105,7 +111,8 @@ class Page:
             "classes": next(iter(self._figures(run, [classes])), None) if classes else None,
             "confusions": predictions.confusions if predictions else None,
             "confusions_in_all": predictions.confusions_in_all if predictions else None,
-            "gallery": sections.gallery(run),
+            "gallery": sections.gallery(run) if self._images else [],
+            "left_out": 0 if self._images or predictions is None else len(predictions.examples),
             "examples": measure.caption if measure else "",
             "diagnostics": self._figures(run, run.findings),
             "environment": sections.environment(run),
@@ -179,9 +186,10 @@ def _with_own_names(svg: str, prefix: str) -> str:
     return svg
 
 
-def _policy(scripts: Sequence[str]) -> str:
+def _policy(scripts: Sequence[str], images: bool) -> str:
     """The content security policy: the page may run its own scripts and show its own images, without any network access."""
     allowed = " ".join(
         f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" for script in scripts
     )
-    return f"default-src 'none'; script-src {allowed or repr('none')}; style-src 'unsafe-inline'; img-src data:"
+    shown = "data:" if images else "'none'"
+    return f"default-src 'none'; script-src {allowed or repr('none')}; style-src 'unsafe-inline'; img-src {shown}"

@@ -22,12 +22,15 @@ def report_after_run(folder: Path) -> None:
         report([folder])
 
 
-def report(paths: list[str] | list[Path], output: str | Path | None = None) -> tuple[Path, list[Run]]:
+def report(
+    paths: list[str] | list[Path], output: str | Path | None = None, *, images: bool = True
+) -> tuple[Path, list[Run]]:
     """Write the report of one or several runs.
 
     Args:
         paths: run folders, or folders of run folders.
         output: the HTML file; by default `report.html` in the given folder, if it is only one.
+        images: whether the page shows pictures of the data.
 
     Returns:
         The file, and the runs, whose `notes` say what is missing or damaged.
@@ -43,7 +46,7 @@ def report(paths: list[str] | list[Path], output: str | Path | None = None) -> t
     file = Path(output) if output is not None else Path(paths[0]) / FILE
     if file.is_dir():
         raise UserError(f"{option('output', file)} is a folder; name a file, e.g. {option('output', file / FILE)}")
-    page = Page()
+    page = Page(images)
     runs = [read_run(folder) for folder in folders]
     if len(runs) == 1:
         html = page.html(sections.title(runs[0]), sections.facts(runs[0]), runs, None)

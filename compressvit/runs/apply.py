@@ -20,7 +20,7 @@ from compressvit.log import RunLog, log
 from compressvit.notes import Note
 from compressvit.recipe.recipe import Recipe, parse_recipe, read_recipe
 from compressvit.recipe.yaml import dumped
-from compressvit.runs import tensorboard
+from compressvit.runs.boards.base import Board, find_boards, opened
 from compressvit.runs.files import NoteRow, RecipePlan, Results
 from compressvit.runs.finish import finish
 from compressvit.runs.finished import finished_run
@@ -33,6 +33,7 @@ from compressvit.runs.plan import plan_data, plan_job, require_no_conflicts
 from compressvit.runs.resources import resource_faults
 from compressvit.runs.run import Run, fill_teacher, measure_first
 from compressvit.runs.tables import print_plan
+from compressvit.runs.tags import scalar_tags, tag_of
 from compressvit.terminal import Terminal
 from compressvit.training.stopping import Stoppable
 
@@ -78,6 +79,7 @@ def apply(
     console: Console | None = None,
     report: Callable[[Path], object] | None = None,
     command: Sequence[str] | None = None,
+    log_to: Sequence[str] = (),
 ) -> RunResult:
     """Run a recipe, as `compressvit apply` does.
 
@@ -92,6 +94,7 @@ def apply(
         console: shows progress and tables; `Console(quiet=True)` shows nothing.
         report: called with the run folder once the results are written, before a merge.
         command: the command line to record in `environment.json`; by default that of this process.
+        log_to: words of boards beside TensorBoard that show the run, e.g. `["wandb"]`.
 
     Raises:
         UserError: the recipe cannot be run as requested.
@@ -103,7 +106,7 @@ def apply(
         >>> run.results.student.top1  # doctest: +SKIP
         97.21
     """
-    folder = RunFolder(output)
+    folder, boards = RunFolder(output), find_boards(log_to)
     recipe, name, text = _recipe(recipe, overrides, folder if resume else None)
     refuse_processes()
     folder.refuse_or_clear(recipe, resume=resume, overwrite=overwrite)
@@ -120,23 +123,41 @@ def apply(
             measured = measure_first(job, teacher, folder, resume=resume)
             folder.open(recipe, text, plan, list(command or sys.argv), resume=resume, overwrite=overwrite, moved=moved)
             stoppable.run = folder.path
-            with _logged(recipe, folder, console) as run_log:
+            with _logged(recipe, folder, console, boards) as run_log:
                 run_log.show(lambda to: print_plan(plan, to))
                 with resource_faults(recipe.data):
                     return _run(Run(job, folder, run_log, measured), plan, teacher, taught, report)
 
 
+def planned(recipe: Recipe, device: str, name: str = "recipe") -> RecipePlan:
+    """The plan of a recipe with its data and weights, as `apply` makes it before it touches a folder.
+
+    Raises:
+        UserError: what `apply` would raise by then.
+    """
+    refuse_processes()
+    job, nowhere = prepare(recipe, device, name=name), RunFolder("")
+    plan = plan_job(job)
+    _refuse(job, plan, nowhere, overwrite=False)
+    _note_data(job, plan, nowhere, resume=False)
+    _fill_teacher(job, plan, nowhere, resume=False)
+    return plan
+
+
 @contextmanager
-def _logged(recipe: Recipe, folder: RunFolder, console: Console | None) -> Iterator[RunLog]:
+def _logged(
+    recipe: Recipe, folder: RunFolder, console: Console | None, boards: Sequence[type[Board]]
+) -> Iterator[RunLog]:
     """The log of a run, which also has the error that ends it."""
-    run_log = RunLog(folder.path, console, partial(tensorboard.tag_of, tags=tensorboard.scalar_tags(recipe)))
-    try:
-        yield run_log
-    except UserError as error:
-        log.error("%s", error, extra={"already_shown": True})
-        raise
-    finally:
-        run_log.close()
+    with opened(boards, folder.path, recipe) as shown:
+        run_log = RunLog(folder.path, console, partial(tag_of, tags=scalar_tags(recipe)), shown)
+        try:
+            yield run_log
+        except UserError as error:
+            log.error("%s", error, extra={"already_shown": True})
+            raise
+        finally:
+            run_log.close()
 
 
 def _finished(

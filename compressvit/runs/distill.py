@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,6 +26,7 @@ from compressvit.model import surgery
 from compressvit.model.modes import evaluating
 from compressvit.reading import read_json
 from compressvit.runs.batches import LoadedBatches
+from compressvit.runs.boards.base import Board, find_boards, opened
 from compressvit.runs.finish import save_student
 from compressvit.runs.folder import RunFolder, flat, refuse_processes
 from compressvit.runs.job import pick_device
@@ -124,6 +125,16 @@ def distill(
     return Distilled(student, figures, report["kept_epoch"], folder.path if folder is not None else None)
 
 
+@contextmanager
+def _owned(folder: RunFolder | None) -> Iterator[list[Board]]:
+    """The boards of a run in a folder, which is locked until the end of the block; none where there is no folder."""
+    if folder is None:
+        yield []
+        return
+    with folder.owned(), opened(find_boards(()), folder.path, None) as boards:
+        yield boards
+
+
 @dataclass(frozen=True)
 class _Bench:
     """Two models and the batches to train and to evaluate on."""
@@ -136,9 +147,9 @@ class _Bench:
 
     def train(self, spec: Distill, folder: RunFolder | None, seed: int, console: Console | None) -> dict[str, Any]:
         """Run the phase, in a folder if there is one, where the student is then written; returns the phase's report."""
-        with TemporaryDirectory() as scratch, folder.owned() if folder is not None else nullcontext():
+        with TemporaryDirectory() as scratch, _owned(folder) as boards:
             phase = Phase("distill", 1, seed, (folder or RunFolder(scratch)).checkpoint("distill"))
-            log = RunLog(folder.path if folder is not None else None, console)
+            log = RunLog(folder.path if folder is not None else None, console, boards=boards)
             report = _run(spec, self.stage(phase, log), self.ours.model, folder)
             if folder is not None:
                 save_student(self.ours, folder.student)

@@ -13,6 +13,7 @@ import yaml
 from torch import nn
 
 from compressvit.artifacts import artifact
+from compressvit.artifacts.formats.base import Format, format_at
 from compressvit.data.classes import other_classes
 from compressvit.data.input import STATISTICS, Side, per_channel
 from compressvit.data.loaders import Loader, eval_loader
@@ -25,7 +26,6 @@ from compressvit.model import cost, stored
 from compressvit.recipe.recipe import Recipe, load_recipe, parse_recipe
 from compressvit.runs.folder import RESOLVED
 from compressvit.runs.job import pick_device, require_truth
-from compressvit.runs.onnx_model import open_onnx
 from compressvit.runs.requirement import Requirement
 from compressvit.runs.resources import resource_faults
 from compressvit.runs.tables import how_searched, scores_table
@@ -96,13 +96,20 @@ class Scorer:
 
 
 def evaluate_path(
-    path: str | Path, overrides: list[str], *, device: str, as_json: bool, require: Sequence[str] = ()
+    path: str | Path,
+    overrides: list[str],
+    *,
+    device: str,
+    as_json: bool,
+    require: Sequence[str] = (),
+    trust: bool = False,
 ) -> int:
-    """Evaluate an artifact, or a file that was exported to ONNX, and print the scores. The data is that of its run, which `overrides` can
-    change or replace.
+    """Evaluate an artifact, or what was exported for other programs, and print the scores. The data is that of its run, which `overrides`
+    can change or replace.
 
     Args:
         require: what figures have to reach, as 'top1>=85'.
+        trust: also read a file that can run code, where nothing says that it is the one that was exported.
 
     Returns:
         The exit code: 1 if a requirement is not met.
@@ -113,51 +120,60 @@ def evaluate_path(
     """
     wanted = [Requirement.of(text) for text in require]
     path = Path(path)
-    in_onnx = path.suffix == ".onnx" and path.is_file()
-    if in_onnx:
-        _require_of_onnx(wanted, device)
-    folder = _in_run(path) if in_onnx else artifact_in(path)
-    opened = open_onnx(path) if in_onnx else None
-    model = artifact.load(folder) if opened is None else opened.model
-    _require_finite(model, folder)
+    fmt = None if (path / RESOLVED).is_file() else format_at(path)
+    if fmt is not None and fmt.is_graph:
+        _require_of_graph(fmt, wanted, device)
+    folder = _in_run(path) if fmt else artifact_in(path)
+    opened = fmt.read(path, trust=trust) if fmt else None
+    model = opened.side.model if opened else artifact.load(folder)
+    shown = path if fmt else folder
+    _require_finite(model, shown)
     recipe = data_recipe(folder, overrides, "evaluate")
     require_truth(model, recipe.data, "artifact")
-    where = torch.device("cpu") if in_onnx else pick_device(device)
+    where = torch.device("cpu") if fmt is not None and fmt.is_graph else pick_device(device)
     datasets = open_data(recipe.data)
     datasets.found += other_classes(datasets.class_names or (), stored.class_names(model) or (), "the model")
-    side = _as_asked(opened, recipe.data, overrides) if opened else trained_side(model, recipe.data, overrides)
+    side = _as_asked(opened.side, recipe.data, overrides) if opened else trained_side(model, recipe.data, overrides)
     with resource_faults(recipe.data):
         scores = Scorer(datasets.evidence(), recipe.data, where).score(side, search=True)
-    shown = path if in_onnx else folder
     result: dict[str, Any] = {
         "path": str(shown),
         "data": recipe.data.name,
         "reported_on": "validation" if datasets.test is None else "test",
-        **({"bytes": path.stat().st_size} if in_onnx else cost.cost(model, side.input.size).as_dict()),
+        **_costs(side, fmt, path),
         **scores,
         "intervals": intervals(scores),
         "broken_images": datasets.broken.count,
         "data_notes": [asdict(note) for note in datasets.notes()],
+        "weights_notes": [asdict(note) for note in (opened.notes if opened else ())],
     }
     if as_json:
         print(json.dumps(result, indent=2))
     else:
-        _print(result, model, recipe, datasets, shown)
+        _print(result, model, recipe, datasets)
     missed = [one for one in wanted if not one.met(result)]
     for one in missed:
         complain("compressvit", f"--require {one.text}: {one.key} is {result[one.key]:g}")
     return 1 if missed else 0
 
 
-def _require_of_onnx(wanted: Sequence[Requirement], device: str) -> None:
-    """Raise a `UserError` where something is asked that cannot be had of an exported file."""
+def _costs(side: Side, fmt: Format | None, path: Path) -> dict[str, Any]:
+    """What a model costs; of a graph that another program computes, the bytes of its files alone."""
+    if fmt is None or not fmt.is_graph:
+        return cost.cost(side.model, side.input.size).as_dict()
+    files = [path, *(path.with_name(name) for name in fmt.parts(path.name))]
+    return {"bytes": sum(file.stat().st_size for file in files if file.is_file())}
+
+
+def _require_of_graph(fmt: Format, wanted: Sequence[Requirement], device: str) -> None:
+    """Raise a `UserError` where something is asked that cannot be had of an exported graph."""
     if device not in ("auto", "cpu"):
         raise UserError(
-            f"{option('device', device)}: an ONNX file is evaluated on the CPU; leave it out, or evaluate the artifact"
+            f"{option('device', device)}: a file of {fmt.title} is evaluated on the CPU; leave it out, or evaluate the artifact"
         )
     if lacking := next((one for one in wanted if one.key in ("parameters", "macs")), None):
         raise UserError(
-            f"--require {lacking.text}: {lacking.key} are not counted in an ONNX file; ask it of the artifact"
+            f"--require {lacking.text}: {lacking.key} are not counted in a file of {fmt.title}; ask it of the artifact"
         )
 
 
@@ -171,18 +187,20 @@ def _as_asked(side: Side, data: Data, overrides: Sequence[str]) -> Side:
 
 
 def _in_run(file: Path) -> Path:
-    """What stands for the artifact of an exported file where its data is looked for: in a run's `exported/` that of the run."""
-    folder = file.resolve().parent
-    return folder if (folder.parent / RESOLVED).is_file() else file
+    """What stands for the artifact of an exported file or folder where its data is looked for: in a run's `exported/` that of the run."""
+    file = file.resolve()
+    return file.parent if (file.parent.parent / RESOLVED).is_file() else file
 
 
-def _print(result: dict[str, Any], model: nn.Module, recipe: Recipe, datasets: Datasets, shown: Path) -> None:
+def _print(result: dict[str, Any], model: nn.Module, recipe: Recipe, datasets: Datasets) -> None:
     test = "" if datasets.test is None else ", its test"
-    Terminal().print(scores_table(result, f"{shown} on {recipe.data.name}{test}"))
+    Terminal().print(scores_table(result, f"{result['path']} on {recipe.data.name}{test}"))
     for text in how_searched(result):
         print(text)
     for note in datasets.notes():
         print(f"data: {printable(note.text)}")
+    for row in result["weights_notes"]:
+        print(f"weights: {printable(row['text'])}")
     if not datasets.labelled:
         print("the images have no labels, so there is no accuracy; `apply` compares a student with its teacher")
     elif absent := " and no ".join(
@@ -221,8 +239,8 @@ def artifact_in(path: Path) -> Path:
         raise UserError(f"there is no {path}; give a run folder, or an artifact (a folder with {stored.MANIFEST})")
     if path.is_file() and path.suffix == ".safetensors":
         raise UserError(
-            f"{path} is a file, which compressvit.load alone reads where `compressvit export` wrote it; give the run folder or the "
-            f"artifact (a folder with {stored.MANIFEST}) that it was made from"
+            f"{path} is a file, which compressvit.load and `compressvit evaluate` alone read where `compressvit export` wrote it; give "
+            f"the run folder or the artifact (a folder with {stored.MANIFEST}) that it was made from"
         )
     if path.is_file():
         raise UserError(f"{path} is a file; give a run folder, or an artifact (a folder with {stored.MANIFEST})")

@@ -15,7 +15,6 @@ from compressvit.files import disk_faults, write_json
 from compressvit.log import RunLog
 from compressvit.log import log as warnings
 from compressvit.model import cost, stored
-from compressvit.runs import tensorboard
 from compressvit.runs.evaluate import Scorer
 from compressvit.runs.files import RecipePlan, Results
 from compressvit.runs.folder import RunFolder
@@ -82,7 +81,7 @@ def finish(job: Job, scorer: Scorer, folder: RunFolder, log: RunLog, *, plan: Re
             "weights_notes": [note.model_dump() for note in plan.weights],
         }
     )
-    log.board(lambda writer: tensorboard.show_results(writer, job.recipe, results))
+    log.show_on_boards(lambda board: board.results(job.recipe, results))
     predictions.write(folder.path)
     write_json(folder.path / "results.json", results.model_dump(exclude_unset=True))  # last: it marks a run as finished
     needed = scorer.task(teacher).needs_classes(job.datasets.num_classes or 0)

@@ -19,7 +19,7 @@ _EVENTS = r"tensorboard/events\.out\.tfevents\..+"
 # Files by their path in the folder. A folder is ours where files of ours would lie in it.
 _FILES = (
     r"(recipe|resolved)\.yaml",
-    r"(environment|plan|results|predictions|distill)\.json",
+    r"(environment|plan|results|predictions|distill|wandb)\.json",
     r"metrics\.jsonl",
     r"run\.log",
     r"report\.html",
@@ -29,7 +29,7 @@ _FILES = (
     rf"checkpoints/[^/]+/{_ARTIFACT}",
     rf"(student|teacher)/{_ARTIFACT}",
     rf"merged/(config\.json|merge\.json|{_ARTIFACT})",
-    rf"{_EXPORTED}(\.(onnx|onnx\.data|pt2|safetensors|xml|bin)|_predict\.py)",
+    rf"{_EXPORTED}(\.(onnx|onnx\.data|pt2|pt2\.sha256|safetensors|xml|bin)|_predict\.py)",
     rf"{_EXPORTED}_timm/((config|export)\.json|{re.escape(TENSORS)})",
     rf"{_EXPORTED}_peft/(adapter_config\.json|export\.json|adapter_model\.safetensors)",
     _EVENTS,

@@ -41,7 +41,7 @@ class Recorder:
     Args:
         recipe: specifies the diagnostics and the data.
         run: the run folder. Findings recorded before the run was resumed are kept.
-        run_log: shows charts in TensorBoard.
+        run_log: shows charts on its boards.
     """
 
     def __init__(self, recipe: Recipe, run: Path, datasets: Datasets, device: torch.device, run_log: RunLog):
@@ -102,10 +102,10 @@ class Recorder:
             finding.picture(self._folder.parent / "widths.png")  # where users look first
 
     def keep(self, finding: Finding) -> None:
-        """Write a finding to the run folder, replacing an earlier one of the same name, and show it in TensorBoard."""
+        """Write a finding to the run folder, replacing an earlier one of the same name, and show it on the boards."""
         finding.write(self._folder)
         if finding.records:
-            self._run_log.board(lambda writer: finding.log(writer, self._folder))
+            self._run_log.show_on_boards(lambda board: board.finding(finding, self._folder))
 
     def _has(self, name: str, phase: str, epoch: int) -> bool:
         path = self._folder / MEASURED

@@ -19,7 +19,7 @@ for verb in sys.argv[1:]:
     loaded.append((verb, sorted(sys.modules)))
 print(json.dumps(dict(loaded)))
 """
-NEVER = ("altair", "vl_convert", "sklearn", "scipy", "torchdistill", "tensorboard")
+NEVER = ("altair", "vl_convert", "sklearn", "scipy", "torchdistill", "tensorboard", "wandb")
 
 
 ONE_PROCESS = ("recipes list", "schema", "schema data")  # the lightest first

@@ -1,19 +1,13 @@
-"""Running the programs of `tools/` in this process."""
+"""Running the programs of `compressvit tool` in this process."""
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
-TOOLS = Path(__file__).parents[2] / "tools"
+import importlib
 
 
 def tool(name: str):
     """The module of a program."""
-    spec = importlib.util.spec_from_file_location(f"tools_{name}", TOOLS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(f"compressvit.programs.tools.{name}")
 
 
 def ran(capsys, name: str, *words: object) -> str:
@@ -30,5 +24,5 @@ def refused(capsys, name: str, *words: object) -> str:
     out, err = capsys.readouterr()
     assert out == ""
     assert len(err.strip().splitlines()) == 1
-    assert err.startswith(f"{name}.py: ")
+    assert err.startswith("compressvit: ")
     return err

@@ -1,4 +1,4 @@
-"""The programs of tools/ that open models: what they print, what they write, and what they refuse."""
+"""The programs of `compressvit tool` that open models: what they print, what they write, and what they refuse."""
 
 from __future__ import annotations
 

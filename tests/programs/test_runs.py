@@ -1,4 +1,4 @@
-"""The programs of tools/ that read what runs recorded: their examples, their tables and files, and what they refuse."""
+"""The programs of `compressvit tool` that read what runs recorded: their examples, their tables and files, and what they refuse."""
 
 from __future__ import annotations
 
@@ -15,14 +15,17 @@ from types import SimpleNamespace
 import pytest
 from helpers import process
 from helpers.runs import RECIPE, done
+from helpers.runs import refused as refused_verb
 from helpers.tools import ran, refused, tool
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from compressvit.cli import main
 from compressvit.diagnostics.allocation import allocation_finding
 from compressvit.diagnostics.gradient_findings import layers_finding
 from compressvit.programs.allocation import allocation_summary, run_histories
 from compressvit.programs.curves import read_curves
 from compressvit.programs.recorded import Run, labelled
+from compressvit.programs.tools import described
 from compressvit.recipe.parts import Part
 from compressvit.rows import TrainRow, WidthsRow, append_row
 from compressvit.training.phases import PhaseSpec
@@ -67,29 +70,29 @@ def runs(tmp_path_factory) -> Path:
 # ------------------------------------------------------------------------------------------------------------------ examples
 
 
-TOOLS = sorted((ROOT / "tools").glob("*.py"))
+TOOLS = sorted(described())
 
 
-def example(path: Path) -> list[list[str]]:
+def example(name: str) -> list[list[str]]:
     """The commands of the example that --help ends with."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as stop:
-        tool(path.stem).main(["--help"])
+        tool(name).main(["--help"])
     assert stop.value.code == 0
     text = re.sub(r"\\\n\s*", "", out.getvalue().split("example:\n")[1])
     return [shlex.split(line) for line in text.strip().splitlines()]
 
 
-@pytest.mark.parametrize("path", TOOLS, ids=lambda path: path.stem)
-def test_the_example_of_help_runs(runs, path, tmp_path, monkeypatch, capsys):
-    """Its `python` line, on runs that its `compressvit` lines could have left."""
+@pytest.mark.parametrize("name", TOOLS)
+def test_the_example_of_help_runs(runs, name, tmp_path, monkeypatch, capsys):
+    """Its last line, on runs that the others could have left."""
     shutil.copytree(runs, tmp_path / "runs")
     monkeypatch.chdir(tmp_path)
-    *made, shown = example(path)
-    assert shown[:2] == ["python", f"tools/{path.name}"]
-    assert {words[0] for words in made} == {"compressvit"}
+    *made, shown = example(name)
+    assert shown[:3] == ["compressvit", "tool", name]
+    assert {tuple(words[:2]) for words in made} == {("compressvit", "apply")}
     assert {words[words.index("--output") + 1] for words in made} == {w for w in shown if w.startswith("runs/")}
-    pictures = [Path(word) for word in re.findall(r"\S+\.png", ran(capsys, path.stem, *shown[2:]))]
+    pictures = [Path(word) for word in re.findall(r"\S+\.png", ran(capsys, name, *shown[3:]))]
     assert pictures
     for picture in pictures:
         for suffix in (".png", ".svg", ".csv", ".json"):
@@ -100,11 +103,31 @@ def test_the_example_of_help_runs(runs, path, tmp_path, monkeypatch, capsys):
     assert {f"diagnostics/{picture.stem}" for picture in pictures} == set(board.Tags()["images"])
 
 
+def test_a_program_is_a_verb_too(runs, capsys):
+    printed = done("tool")
+    for name, text in described().items():
+        assert f"{name} {text}" in printed
+    assert done("tool", "curves", runs / "multiplexing") == ran(capsys, "curves", runs / "multiplexing")
+    with contextlib.redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit):
+        main(["tool", "curves", "--help"])
+    assert "usage: compressvit tool curves" in out.getvalue()
+    assert refused_verb("tool", "curvs").startswith("there is no tool 'curvs'; did you mean 'curves'?")
+    assert refused_verb("tool", "curves", runs / "none", "--show", "x").startswith("there is no ")
+
+
+def test_every_program_is_a_file_of_tools_that_is_only_a_call():
+    files = {path.stem: path.read_text() for path in (ROOT / "tools").glob("*.py")}
+    assert set(files) == set(TOOLS)
+    for name, text in files.items():
+        assert f"from compressvit.programs.tools.{name} import main" in text
+        assert len(text.splitlines()) < 12
+
+
 def test_a_program_is_a_file_that_python_runs(tmp_path):
     told = process.python(ROOT / "tools" / "curves.py", tmp_path)
     assert told.code == 2
     assert told.err == (
-        f"curves.py: {tmp_path} is empty: no run has begun in it; give a folder that `compressvit apply` wrote, or one with such "
+        f"compressvit: {tmp_path} is empty: no run has begun in it; give a folder that `compressvit apply` wrote, or one with such "
         "folders in it\n"
     )
 

@@ -145,6 +145,20 @@ def test_images_are_small_and_inside(page, finished):
     assert f"teacher {first['teacher']['class']} {100 * first['teacher']['probability']:.0f} %" in page.text
 
 
+def test_a_page_without_images_has_none_and_says_so(copied, page):
+    assert page.images
+    assert "without pictures" not in page.text
+    without = reported(copied, "--no-images")
+    assert without.sections == SECTIONS
+    assert without.images == []
+    assert "data:image" not in without.source
+    assert "img-src 'none'" in without.source
+    examples = len(json.loads((copied / "predictions.json").read_text())["examples"])
+    assert f"The run kept {examples} held-out images, which are not on this page" in without.text
+    assert "It was asked for without pictures of the data, and has none." in without.text
+    assert without.figure_names == page.figure_names
+
+
 def test_any_diagnostic_is_drawn(copied):
     options = {"x": "step", "y": "norm", "colour": "layer"}
     records = [{"step": s, "norm": s + i, "layer": f"blocks.{i}"} for s in range(3) for i in range(2)]

@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from compressvit.recipe.recipe import parse_recipe
-from compressvit.runs.tensorboard import hyper_parameters, scalar_tags, step_names
+from compressvit.runs.tags import hyper_parameters, scalar_tags, step_names
 
 LONGER = GOOD.split("steps:")[0] + "steps: [multiplex: {share: 2}, distill, bitfit, lora, distill, irpe]\n"
 

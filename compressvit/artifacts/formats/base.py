@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from compressvit import __version__
 from compressvit.artifacts.export import SEAL, Graph, exported, require_packages
+from compressvit.artifacts.exported_model import Reopened
 from compressvit.data.input import InputConfig
 from compressvit.errors import UserError, did_you_mean, option
 from compressvit.files import write_json
@@ -116,6 +117,8 @@ class Format(ABC):
         precisions: those that it has, the usual one first.
         computes: whether what opens a file computes in its precision; otherwise weights alone are rounded to it.
         has_opset: whether it takes an opset.
+        reads: whether it has a `read`, so that `compressvit evaluate` takes its files.
+        is_graph: whether what is read computes in its runtime on the CPU alone, so that its parameters and MACs are not counted.
         runtime: the package that opens it again.
     """
 
@@ -128,6 +131,8 @@ class Format(ABC):
     precisions: ClassVar[Sequence[str]] = ("fp32", "fp16", "bf16")
     computes: ClassVar[bool] = True
     has_opset: ClassVar[bool] = False
+    reads: ClassVar[bool] = False
+    is_graph: ClassVar[bool] = True
     runtime: ClassVar[str]
 
     def require(self, precision: str, opset: int | None) -> None:
@@ -147,7 +152,15 @@ class Format(ABC):
 
     def beside(self, name: str) -> list[str]:
         """The files that are written beside one called `name`, or can be: they are replaced together with it."""
+        return self.parts(name)
+
+    def parts(self, name: str) -> list[str]:
+        """Those of them that hold a part of the model."""
         return []
+
+    def is_at(self, path: Path) -> bool:
+        """Whether what is at `path` is a file of the format, by its name."""
+        return bool(self.suffix) and path.suffix == self.suffix and path.is_file()
 
     @abstractmethod
     def write(self, source: Source, path: Path) -> None:
@@ -161,6 +174,17 @@ class Format(ABC):
     def open(self, path: Path, source: Source) -> nn.Module:
         """The file at `path`, which was just written, in the runtime that it is for, on the CPU: from images in float32 to the tensors of
         `Source.reference`."""
+
+    def read(self, path: Path, *, trust: bool = False) -> Reopened:
+        """The model in a file that was exported before, which may be from anybody.
+
+        Args:
+            trust: the user trusts the file, should reading it run code that is in it.
+
+        Raises:
+            UserError: no export wrote it, it is damaged, or it could run code and is not trusted.
+        """
+        raise TypeError(f"files of {self.title} are not read again")
 
     def chosen(self, path: Path) -> dict[str, Any]:
         """What the format chose for the file at `path`, for the result."""
@@ -197,3 +221,8 @@ def find_format(name: str) -> Format:
     raise UserError(
         FORMATS.fault(name) or f"{option('to', name)}: there is no such format; {did_you_mean(name, list(FORMATS))}"
     )
+
+
+def format_at(path: Path) -> Format | None:
+    """The format of a file or folder that `compressvit export` can have written and that can be read again; None of others."""
+    return next((fmt for fmt in FORMATS.values() if fmt.reads and fmt.is_at(path)), None)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,10 @@ from torch import Tensor, nn
 
 from compressvit.artifacts import predict
 from compressvit.artifacts.export import PACKAGES, onnx_program
+from compressvit.artifacts.exported_model import GraphFile, Port, Reopened, reopened
 from compressvit.artifacts.formats.base import Format, Opened, Source, format_of_files
+from compressvit.errors import UserError
+from compressvit.reading import open_regular
 
 
 @format_of_files("onnx")
@@ -28,10 +32,14 @@ class ONNX(Format):
     install = "'compressvit[onnx]'"
     precisions = ("fp32", "fp16")
     has_opset = True
+    reads = True
     runtime = "onnxruntime"
 
     def beside(self, name: str) -> list[str]:
-        return [f"{name.removesuffix(self.suffix)}_predict.py", f"{name}.data"]
+        return [f"{name.removesuffix(self.suffix)}_predict.py", *self.parts(name)]
+
+    def parts(self, name: str) -> list[str]:
+        return [f"{name}.data"]
 
     def write(self, source: Source, path: Path) -> None:
         program = onnx_program(source.graph, opset=source.opset, metadata=source.metadata)
@@ -41,6 +49,22 @@ class ONNX(Format):
     def open(self, path: Path, source: Source) -> nn.Module:
         session, names = session_of(path), source.reference[1]
         return Opened(lambda images: outputs_of(session, names, images))
+
+    def read(self, path: Path, *, trust: bool = False) -> Reopened:
+        self.require("fp32", None)
+        with open_regular(path):
+            pass  # raises where it is a named pipe, or cannot be read
+        try:
+            session = session_of(path)
+        except Exception as error:  # onnxruntime's own classes, of which it exports none
+            raise UserError(f"{path} is not a model that onnxruntime reads: {str(error)[:300]}") from error
+        takes, gives = (
+            [Port(found.name, found.shape, found.type == "tensor(float)") for found in ports]
+            for ports in (session.get_inputs(), session.get_outputs())
+        )
+        said = session.get_modelmeta().custom_metadata_map
+        compute = partial(outputs_of, session)
+        return reopened(path, GraphFile(said, takes, gives, compute))
 
     def chosen(self, path: Path) -> dict[str, Any]:
         import onnx

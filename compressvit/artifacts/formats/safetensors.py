@@ -13,7 +13,10 @@ from torch import nn
 
 from compressvit.artifacts import artifact
 from compressvit.artifacts.export import PRECISIONS
+from compressvit.artifacts.exported_model import Reopened
 from compressvit.artifacts.formats.base import Format, Opened, Source, format_of_files
+from compressvit.data.input import Side
+from compressvit.data.spec import Data
 from compressvit.files import usual_mode
 from compressvit.model import surgery
 from compressvit.model.header import MANIFEST, TENSORS
@@ -26,6 +29,7 @@ class Safetensors(Format):
     title = "safetensors"
     suffix = ".safetensors"
     computes = False
+    reads, is_graph = True, False
     runtime = "compressvit"
 
     def write(self, source: Source, path: Path) -> None:
@@ -38,6 +42,10 @@ class Safetensors(Format):
 
     def open(self, path: Path, source: Source) -> nn.Module:
         return Opened(source.task.graph(artifact.load(path).float())[0])
+
+    def read(self, path: Path, *, trust: bool = False) -> Reopened:
+        model = artifact.load(path).float()
+        return Reopened(Side.of(model, Data(name="images"), trained=True, own_crop=True))
 
     def how(self, path: Path) -> str:
         return f"compressvit.load('{path}')   (takes images in the precision of the file; with .float() in float32)"

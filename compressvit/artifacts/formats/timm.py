@@ -6,15 +6,23 @@ from __future__ import annotations
 from pathlib import Path
 
 import timm
+from pydantic import ValidationError
 from torch import nn
 
 from compressvit.artifacts.export import PRECISIONS
+from compressvit.artifacts.exported_model import Reopened
 from compressvit.artifacts.formats.base import FORMATS, Format, Opened, Source, format_of_files
 from compressvit.artifacts.merge import left_by_merge, refuse_growth, save_for_timm
+from compressvit.data.input import Side
+from compressvit.data.spec import Data
 from compressvit.errors import UserError, option
-from compressvit.model import surgery
+from compressvit.model import surgery, weights
 from compressvit.model.backbone import body_of, model_name
 from compressvit.model.header import TENSORS
+from compressvit.model.local_dir import CONFIG, read_local_dir
+from compressvit.model.old import RESOLVED
+from compressvit.model.stored import Images, expect_images, is_artifact, name_classes
+from compressvit.spec import first_fault
 from compressvit.transforms.applying import materialise
 from compressvit.transforms.record import compression_of
 
@@ -26,6 +34,7 @@ class Timm(Format):
     title = "timm"
     inside = ("config.json", TENSORS)
     computes = False
+    reads, is_graph = True, False
     runtime = "timm"
 
     def refuse(self, source: Source) -> None:
@@ -38,6 +47,22 @@ class Timm(Format):
 
     def open(self, path: Path, source: Source) -> nn.Module:
         return Opened(timm.create_model(f"local-dir:{path}", pretrained=True).eval())
+
+    def is_at(self, path: Path) -> bool:
+        return (path / CONFIG).is_file() and not is_artifact(path) and not (path / RESOLVED).exists()
+
+    def read(self, path: Path, *, trust: bool = False) -> Reopened:
+        found = read_local_dir(path)
+        assert found is not None, "it has a config.json"
+        try:
+            Images.model_validate(found.input)
+        except ValidationError as error:
+            raise UserError(f"{path / CONFIG} does not say how images are made: {first_fault(error)}") from error
+        model = weights.build(found.architecture, found.args)
+        expect_images(model, found.input)
+        name_classes(model, found.label_names)
+        notes = weights.load_file(model, path, "the model")
+        return Reopened(Side.of(model.eval(), Data(name="images"), trained=True, own_crop=True), notes)
 
     def how(self, path: Path) -> str:
         return f"timm.create_model('local-dir:{path}', pretrained=True)"

@@ -1,4 +1,4 @@
-"""Names of curves in TensorBoard, which are the same in all runs, and what TensorBoard shows in addition to curves.
+"""Names of curves on boards such as TensorBoard, which are the same in all runs, and what they show in addition to curves.
 
 Phases are named by their key, without their position in the recipe: `distill/evaluate/top1`, and `distill_2/…` for a second `distill`
 phase. Runs therefore share charts regardless of the number of transforms before a phase. An evaluation before training is step 0 of the
@@ -8,7 +8,6 @@ phase. In `metrics.jsonl`, names include the position ('1_distill').
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from compressvit.recipe.recipe import Recipe
 from compressvit.runs.files import Results
@@ -30,7 +29,7 @@ def step_names(recipe: Recipe) -> list[str]:
 
 
 def scalar_tags(recipe: Recipe) -> dict[str, str]:
-    """The name of every step in TensorBoard, by its name in messages and files, such as '1_distill'."""
+    """The name of every step on boards, by its name in messages and files, such as '1_distill'."""
     names, tags = step_names(recipe), {}
     for index, step in enumerate(recipe.steps):
         phases = (i for i in range(index, len(names)) if isinstance(recipe.steps[i].spec, Training))
@@ -39,7 +38,7 @@ def scalar_tags(recipe: Recipe) -> dict[str, str]:
 
 
 def tag_of(phase: str, tags: Mapping[str, str]) -> str:
-    """The name of a phase in TensorBoard, according to `scalar_tags`; cycles keep their number ('prune_cycle2')."""
+    """The name of a phase on boards, according to `scalar_tags`; cycles keep their number ('prune_cycle2')."""
     step, cycle, number = phase.partition("_cycle")
     return f"{tags.get(step, step)}{cycle}{number}"
 
@@ -52,22 +51,11 @@ def hyper_parameters(recipe: Recipe) -> dict[str, bool | int | float | str]:
     return {key: value for key, value in flat(content).items() if isinstance(value, (bool, int, float, str))}
 
 
-def show_results(writer: Any, recipe: Recipe, results: Results) -> None:
-    """Fill the HParams tab: the recipe, and the results as scalars `final/…`.
-
-    Args:
-        writer: torch's SummaryWriter of the run. Its method `add_hparams` would create a second run.
-        results: the content of results.json.
-    """
-    from torch.utils.tensorboard import summary  # takes a second, which programs that only need names save
-
+def final_figures(results: Results) -> dict[str, float]:
+    """The figures at the end of a run, as `final/KEY`, and the teacher's."""
     first, own = ranking(), graded()
     scores = [key for key in qualities() if key in first or key in own]
     found = {f"final/{key}": results.student.value(key) for key in (*scores, *_COSTS)}
     theirs = (*(key for key in scores if key in first and key in own), "parameters", "latency_ms")
     found |= {f"final/teacher_{key}": results.teacher.value(key) for key in theirs}
-    metrics = {tag: float(value) for tag, value in found.items() if value is not None}
-    for part in summary.hparams(hyper_parameters(recipe), metrics):
-        writer.file_writer.add_summary(part)
-    for tag, value in metrics.items():
-        writer.add_scalar(tag, value, 0)
+    return {tag: float(value) for tag, value in found.items() if value is not None}

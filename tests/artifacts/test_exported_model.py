@@ -12,6 +12,7 @@ from helpers.models import build, images_for, randomise
 from helpers.runs import refused
 from torch import nn
 
+from compressvit.artifacts.formats import onnx
 from compressvit.artifacts.formats.base import FORMATS, Source
 from compressvit.data.input import input_config
 from compressvit.data.spec import Data
@@ -19,9 +20,7 @@ from compressvit.errors import UserError
 from compressvit.model import stored
 from compressvit.model.families.adamixer import SMALL
 from compressvit.model.weights import build as build_detector
-from compressvit.runs import onnx_model
 from compressvit.runs.evaluate import _as_asked
-from compressvit.runs.onnx_model import open_onnx
 from compressvit.tasks.base import task_of
 
 
@@ -39,7 +38,10 @@ class Session:
 
     def get_outputs(self):
         count = getattr(self.source.model, "num_classes", 0)
-        return [SimpleNamespace(name=name, shape=["batch", count]) for name in self.source.reference[1]]
+        return [
+            SimpleNamespace(name=name, type="tensor(float)", shape=["batch", count])
+            for name in self.source.reference[1]
+        ]
 
     def run(self, names, given):
         found = self.source.reference[0](torch.from_numpy(given["images"]))
@@ -69,8 +71,8 @@ def opened(monkeypatch, tmp_path):
     def opened(model: nn.Module, **said: str):
         session = Session(source_of(model))
         session.custom_metadata_map |= said
-        monkeypatch.setattr(onnx_model, "session_of", lambda file: session)
-        return open_onnx(tmp_path / "student.onnx")
+        monkeypatch.setattr(onnx, "session_of", lambda file: session)
+        return FORMATS["onnx"].read(tmp_path / "student.onnx").side
 
     return opened
 
@@ -95,7 +97,7 @@ def test_a_classifier_and_features(opened, classes):
     ("name", "inputs", "message"),
     [
         ("x", "tensor(float)", "it takes x, where images alone are meant"),
-        ("images", "tensor(float16)", "its images are tensor.float16., not float32"),
+        ("images", "tensor(float16)", "its images are not float32"),
     ],
 )
 def test_a_graph_that_takes_something_else_is_refused(opened, monkeypatch, name, inputs, message):
@@ -117,8 +119,8 @@ def test_overrides_change_what_a_file_takes(opened):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--device", "cuda"), "--device cuda: an ONNX file is evaluated on the CPU"),
-        (("--require", "macs<=1e9"), "--require macs<=1e9: macs are not counted in an ONNX file"),
+        (("--device", "cuda"), "--device cuda: a file of ONNX is evaluated on the CPU"),
+        (("--require", "macs<=1e9"), "--require macs<=1e9: macs are not counted in a file of ONNX"),
     ],
 )
 def test_what_cannot_be_had_of_a_file_is_refused_first(tmp_path, words, message):

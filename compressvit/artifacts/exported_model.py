@@ -1,27 +1,55 @@
-"""A file that `compressvit export --to onnx` wrote, as a model that is evaluated: onnxruntime computes it, and its metadata say what it
-takes and gives."""
+"""A graph that `compressvit export` wrote, as a model that is evaluated: its runtime computes it, and its metadata say what it takes and
+gives."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from torch import Tensor, nn
 
-from compressvit.artifacts.formats.base import find_format
-from compressvit.artifacts.formats.onnx import outputs_of, session_of
 from compressvit.data.input import InputConfig, Side
 from compressvit.errors import UserError
 from compressvit.model.detectors.prediction import Detections
 from compressvit.model.stored import LABEL_NAMES, Images
-from compressvit.reading import open_regular
+from compressvit.notes import Note
 from compressvit.spec import first_fault
 from compressvit.tasks.base import find_task
 
 _DETECTIONS = ["boxes", "scores", "labels", "masks"]
+
+
+class Reopened(NamedTuple):
+    """A file or folder that was exported before: the model in it with the input that it takes, and what was left out in reading it."""
+
+    side: Side
+    notes: Sequence[Note] = ()
+
+
+class Port(NamedTuple):
+    """What a graph takes or gives: a tensor of this shape, in which a side that is not fixed is no number."""
+
+    name: str
+    shape: Sequence[Any]
+    is_float32: bool = True
+
+
+class GraphFile(NamedTuple):
+    """A graph as its runtime has it.
+
+    Attributes:
+        metadata: as `Source.metadata` wrote them: texts, those that were no texts as JSON.
+        takes, gives: its inputs and outputs.
+        compute: from images (B, C, H, W) in float32 to the tensors of these names.
+    """
+
+    metadata: Mapping[str, str]
+    takes: Sequence[Port]
+    gives: Sequence[Port]
+    compute: Callable[[Sequence[str], Tensor], Sequence[Tensor]]
 
 
 class _Said(BaseModel):
@@ -59,34 +87,27 @@ class _Found(NamedTuple):
         return [row.first(min(limit, int((row.scores > 0).sum()))) for row in rows]
 
 
-class ONNXModel(nn.Module):
-    """A model in ONNX with what a task asks of a model: `num_classes`, `task`, and the names of its classes."""
+class ExportedModel(nn.Module):
+    """A graph with what a task asks of a model: `num_classes`, `task`, and the names of its classes."""
 
-    def __init__(self, session: Any, said: _Said):
+    def __init__(self, opened: GraphFile, said: _Said):
         super().__init__()
-        self._session, self._names = session, said.outputs
+        self._compute, self._names = opened.compute, said.outputs
         self.num_classes, self.task, self.masks = said.num_classes, said.task, "masks" in said.outputs
         self.pretrained_cfg = {"architecture": said.architecture, LABEL_NAMES: said.label_names}
 
     def forward(self, images: Tensor) -> Any:
-        found = outputs_of(self._session, self._names, images.cpu())
+        found = self._compute(self._names, images.cpu())
         return found[0] if len(found) == 1 else _Found(tuple(found))
 
 
-def open_onnx(file: Path) -> Side:
-    """The model in an ONNX file, and the input that it takes.
+def reopened(file: Path, opened: GraphFile) -> Reopened:
+    """The model in a file of a graph, and the input that it takes.
 
     Raises:
-        UserError: a package is missing, onnxruntime cannot read the file, or no export wrote it.
+        UserError: no export wrote it, or it is not what its metadata say.
     """
-    find_format("onnx").require("fp32", None)
-    with open_regular(file):
-        pass  # raises where it is a named pipe, or cannot be read
-    try:
-        session = session_of(file)
-    except Exception as error:  # onnxruntime's own classes, of which it exports none
-        raise UserError(f"{file} is not a model that onnxruntime reads: {str(error)[:300]}") from error
-    content = {key: _plain(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
+    content = {key: _plain(value) for key, value in opened.metadata.items()}
     try:
         Images.model_validate(content)
         said = _Said.model_validate(content)
@@ -96,23 +117,23 @@ def open_onnx(file: Path) -> Side:
             "writes; export it again"
         ) from error
     find_task(said.task)  # one of a package that is not installed is refused with its name
-    if fault := _misfit(session, said):
+    if fault := _misfit(opened, said):
         raise UserError(f"{file} is not what its metadata say: {fault}; export it again")
-    model = ONNXModel(session, said)
+    model = ExportedModel(opened, said)
     config = InputConfig(
         *said.input_size, said.mean, said.std, said.interpolation, said.crop_pct, said.crop_mode, masks=model.masks
     )
-    return Side(model.eval(), config)
+    return Reopened(Side(model.eval(), config))
 
 
-def _misfit(session: Any, said: _Said) -> str | None:
-    """What the graph of a file takes or gives otherwise than its metadata say."""
-    inputs, outputs = session.get_inputs(), {found.name: found for found in session.get_outputs()}
-    if [found.name for found in inputs] != ["images"]:
-        return f"it takes {', '.join(found.name for found in inputs) or 'nothing'}, where images alone are meant"
+def _misfit(opened: GraphFile, said: _Said) -> str | None:
+    """What a graph takes or gives otherwise than its metadata say."""
+    inputs, outputs = opened.takes, {port.name: port for port in opened.gives}
+    if [port.name for port in inputs] != ["images"]:
+        return f"it takes {', '.join(port.name for port in inputs) or 'nothing'}, where images alone are meant"
     (images,) = inputs
-    if images.type != "tensor(float)":
-        return f"its images are {images.type}, not float32"
+    if not images.is_float32:
+        return "its images are not float32"
     sizes = zip(images.shape[1:], said.input_size, strict=False)
     if len(images.shape) != 4 or any(isinstance(side, int) and side != meant for side, meant in sizes):
         return f"its images are {_times(images.shape[1:])}, and input_size is {_times(said.input_size)}"
@@ -123,9 +144,9 @@ def _misfit(session: Any, said: _Said) -> str | None:
     if said.task != "detection" and len(said.outputs) != 1:
         return f"of the task {said.task} there is one output, not {', '.join(said.outputs) or 'none'}"
     if said.task == "classification":
-        classes = outputs[said.outputs[0]].shape[-1]
-        if isinstance(classes, int) and classes != said.num_classes:
-            return f"it gives {classes} logits, and num_classes is {said.num_classes}"
+        classes = outputs[said.outputs[0]].shape[-1:]
+        if any(isinstance(count, int) and count != said.num_classes for count in classes):
+            return f"it gives {classes[0]} logits, and num_classes is {said.num_classes}"
     return None
 
 

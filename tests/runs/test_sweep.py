@@ -1,0 +1,311 @@
+"""The verb `sweep`: names, what is refused before anything runs, what is passed over and resumed, and which run is the best."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from helpers.images import class_folders
+from helpers.runs import TINY, done, refused, run, student_bytes
+
+from compressvit.errors import UserError
+from compressvit.report import sweep as report_sweep
+from compressvit.report.sweep import best_of
+from compressvit.runs import sweep as runs_sweep
+from compressvit.runs.sweep import _distinct, _in_a_name, _short_keys, _values
+from compressvit.tasks.qualities import qualities
+from compressvit.training.stopping import Interrupted
+
+# Nothing is trained, so a run takes a fraction of a second
+QUICK = """\
+teacher:
+  model: vit_tiny_patch16_224
+  weights: random
+  args: {img_size: 8, patch_size: 4, in_chans: 1, embed_dim: 16, depth: 2, num_heads: 2}
+data: {name: digits, batch_size: 32, limit_train: 64, limit_val: 32}
+steps:
+  - multiplex: {share: 2}
+"""
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    file = tmp_path_factory.mktemp("sweep") / "quick.yaml"
+    file.write_text(QUICK)
+    return file
+
+
+@pytest.fixture(scope="module")
+def swept(recipe):
+    """A sweep of three runs, and what it printed as JSON. Not to be changed: copy it first."""
+    folder = recipe.parent / "swept"
+    words = ("steps.0.multiplex.share=2", "seed=0,1,2")
+    return folder, json.loads(done("sweep", recipe, *words, "--output", folder, "--no-report", "--json"))
+
+
+def test_every_combination_is_a_run_and_the_best_is_told(swept, recipe, tmp_path):
+    folder, told = swept
+    assert [one["name"] for one in told["runs"]] == ["seed-0", "seed-1", "seed-2"]
+    assert {path.name for path in folder.iterdir()} == {
+        *(one["name"] for one in told["runs"]),
+        *(f"compare.{end}" for end in ("md", "csv", "json", "png")),
+        "sweep.json",
+    }
+    assert json.loads((folder / "sweep.json").read_text()) == told
+    assert told["failed"] == {}
+    assert told["rows"] == json.loads((folder / "compare.json").read_text())
+    assert len(told["rows"]) == 1  # the seeds of one recipe
+    assert told["best"] == []  # with one there is no best
+    done("apply", recipe, "seed=1", "--output", tmp_path / "alone", "--no-report")
+    assert student_bytes(folder / "seed-1") == student_bytes(tmp_path / "alone")
+    assert student_bytes(folder / "seed-0") != student_bytes(folder / "seed-1")
+
+
+def test_a_sweep_goes_on_where_it_stopped_and_takes_more(swept, recipe, tmp_path, monkeypatch):
+    folder = shutil.copytree(swept[0], tmp_path / "swept")
+    words = ("sweep", recipe, "seed=0,1", "data.limit_val=32,16", "--output", folder, "--no-report")
+    assert "is not empty. Give --resume to go on" in refused(*words)
+    before = student_bytes(folder / "seed-1")
+    (folder / "seed-1" / "results.json").unlink()
+    out = done(
+        "sweep", recipe, "steps.0.multiplex.share=2", "seed=0,1,2", "--output", folder, "--no-report", "--resume"
+    )
+    assert out.count("passed over, finished before: ") == 2
+    assert "[3/3] seed-1" in out
+    assert student_bytes(folder / "seed-1") == before
+    assert (folder / "seed-1" / "results.json").is_file()
+    # another sweep in the same folder: the runs that are there are of other recipes
+    message = refused("sweep", recipe, "data.limit_val=8", "seed=0,3", "--output", folder, "--no-report", "--resume")
+    assert (
+        "1 of 2 runs of the sweep cannot be done, and none was begun: seed-0: --resume: the recipe is not the one"
+        in message
+    )
+    assert not (folder / "seed-3").exists()
+
+
+def test_what_cannot_be_done_in_one_run_is_told_before_any_begins(recipe, tmp_path):
+    words = ("sweep", recipe, "--output", tmp_path / "none")
+    message = refused(*words, "steps.0.multiplex.share=2,3", "seed=0,x,1")
+    assert message.startswith(
+        "4 of 6 runs of the sweep cannot be done, and none was begun: share-2_seed-x, share-3_seed-x: "
+    )
+    assert "override seed=x seed: should be a valid integer" in message
+    assert "share-3_seed-0, share-3_seed-1: " in message
+    assert "multiplex.share=3 does not divide the 2 blocks" in message
+    message = refused(*words, "teacher.weights=random,/nowhere/w.pth")
+    assert "weights-w.pth: teacher.weights: there is no file /nowhere/w.pth" in message
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_dry_run_writes_nothing(recipe, tmp_path):
+    told = json.loads(done("sweep", recipe, "seed=0,1", "--output", tmp_path / "none", "--dry-run", "--json"))
+    assert [one["state"] for one in told["runs"]] == ["new", "new"]
+    assert told["runs"][0]["parameters"] == told["runs"][1]["parameters"] > 1000
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("seed=0",), "nothing varies in this sweep: give a key several values, e.g. seed=0,1,2"),
+        (("seed",), "'seed' is no key=value,value,…"),
+        (("seed=0,1", "seed=2"), "seed is given twice; write its values in one: seed=0,1,2"),
+        (("seed=0,,1",), "'seed=0,,1' has an empty value"),
+        (("seed=0,0",), "'seed=0,0' has the value 0 twice"),
+        (("seed=0,1", "--jobs", "0"), "--jobs 0: give how many runs at once"),
+    ],
+)
+def test_words_that_are_no_sweep_are_refused(recipe, words, message):
+    assert message in refused("sweep", recipe, *words)
+
+
+def test_values_end_at_commas_outside_of_brackets_and_quotes():
+    assert _values("1, 2,3") == ["1", "2", "3"]
+    assert _values("[2,2],[3,{a: 1, b: 2}],'a,b',\"c,d\"") == ["[2,2]", "[3,{a: 1, b: 2}]", "'a,b'", '"c,d"']
+
+
+def test_names_of_runs_can_be_read_and_are_distinct():
+    keys = ["steps.0.multiplex.share", "steps[1].lors.share", "steps.1.lors.rank", "seed"]
+    assert list(_short_keys(keys).values()) == ["multiplex.share", "lors.share", "rank", "seed"]
+    assert [_in_a_name(text) for text in ("1e-3", "/data/my set/", "[2, 2]", "../..", "é", "")] == [
+        "1e-3",
+        "my-set",
+        "2-2",
+        "none",
+        "none",
+        "none",
+    ]
+    names = _distinct(["a", "b", "a"], [{"k": "/x/a"}, {"k": "b"}, {"k": "/y/a"}])
+    assert names[1] == "b"
+    assert len(set(names)) == 3
+    assert all(name.startswith("a_") for name in (names[0], names[2]))
+
+
+def test_a_run_that_fails_does_not_end_the_others(recipe, tmp_path, monkeypatch):
+    right = runs_sweep.apply
+
+    def wrong(recipe, folder, **settings):
+        if folder.name == "seed-0":
+            raise UserError("it diverged")
+        return right(recipe, folder, **settings)
+
+    monkeypatch.setattr(runs_sweep, "apply", wrong)
+    folder = tmp_path / "swept"
+    code, out, _ = run("sweep", recipe, "seed=0,1", "--output", folder, "--no-report")
+    assert code == 2
+    assert out.endswith(f"not finished: {folder / 'seed-0'}: it diverged")
+    assert (folder / "seed-1" / "results.json").is_file()
+    assert json.loads((folder / "sweep.json").read_text())["failed"] == {"seed-0": "it diverged"}
+
+
+def test_a_signal_ends_the_sweep(recipe, tmp_path, monkeypatch):
+    def stopped(recipe, folder, **settings):
+        raise Interrupted(signal.SIGINT, folder, "kept")
+
+    monkeypatch.setattr(runs_sweep, "apply", stopped)
+    code, _, err = run("sweep", recipe, "seed=0,1", "--output", tmp_path / "swept")
+    assert code == 130
+    assert err == (
+        "compressvit: stopped by SIGINT; 0 of 2 runs are finished, and those that had begun keep their checkpoints. Continue with the same "
+        "command and --resume"
+    )
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    file = tmp_path_factory.mktemp("tiny") / "tiny.yaml"
+    file.write_text(TINY)
+    return file
+
+
+@pytest.mark.wide
+def test_the_best_is_chosen_on_validation_where_there_is_a_test(tiny, tmp_path):
+    root = class_folders(tmp_path / "images", splits=("train",), each=20)
+    data = (
+        "data.name=folder",
+        f"data.root={root}",
+        "data.val_fraction=0.3",
+        "data.test_fraction=0.3",
+        "data.limit_val=null",
+    )
+    words = ("steps.0.multiplex.share=1,2", "seed=0,1", "steps.1.distill.epochs=2", *data)
+    told = json.loads(done("sweep", tiny, *words, "--output", tmp_path / "swept", "--no-report", "--json"))
+    (best,) = told["best"]
+    assert best["key"] == "top1"
+    assert "on the images held out for validation, so that the test chose nothing" in best["text"]
+    means = {}
+    for row in told["rows"]:
+        rows = [
+            [json.loads(line) for line in (Path(one) / "metrics.jsonl").read_text().splitlines()] for one in row["runs"]
+        ]
+        last = [[r["top1"] for r in one if r["kind"] == "evaluate" and r["phase"] == "1_distill"][-1] for one in rows]
+        means[row["label"]] = sum(last) / 2
+    assert best["value"] == pytest.approx(max(means.values()))
+    assert means[best["label"]] == max(means.values())
+
+
+def test_the_best_has_the_best_mean_of_the_deciding_figure_and_then_fewer_parameters(monkeypatch):
+    top1 = qualities()["top1"]
+    values = {"a0": 90.0, "a1": 80.0, "b0": 88.0, "c0": 88.0}
+    monkeypatch.setattr(
+        report_sweep, "_judged", lambda run: report_sweep._Chosen(top1, values[run.name], "on 9 images")
+    )
+    rows = [
+        {"task": "t", "label": "a", "runs": ["a0", "a1"], "parameters": 1},
+        {"task": "t", "label": "b", "runs": ["b0"], "parameters": 3},
+        {"task": "t", "label": "c", "runs": ["c0"], "parameters": 2},
+    ]
+    (best,) = best_of(rows)
+    assert (best["label"], best["value"]) == ("c", 88.0)
+    assert best["text"] == "best by top-1: c, 88.00 %, on 9 images"
+    values["a1"] = 90.0
+    assert best_of(rows)[0]["text"] == "best by top-1: a, 90.00 % (mean of 2 seeds), on 9 images"
+    assert best_of(rows[:1]) == []
+
+
+# In the place of `compressvit apply`: says that it began, waits for a signal, and says which it was
+WAITS = """
+import pathlib, signal, sys, time
+folder = pathlib.Path(sys.argv[sys.argv.index("--output") + 1])
+folder.mkdir(parents=True)
+def stop(number, frame):
+    with (folder / "stopped").open("a") as file:
+        file.write(f"{number} ")
+    sys.exit(128 + number)
+signal.signal(signal.SIGINT, stop)
+(folder / "begun").touch()
+time.sleep(60)
+"""
+
+
+def test_a_signal_reaches_every_run_once_and_all_are_waited_for(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs_sweep, "_COMMAND", (sys.executable, "-c", WAITS))
+    monkeypatch.setattr(runs_sweep, "_PAUSE", 0.01)
+    folder = tmp_path / "swept"
+
+    def interrupt():
+        until = time.monotonic() + 30
+        while len(list(folder.glob("*/begun"))) < 2 and time.monotonic() < until:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    code, _, err = run("sweep", recipe, "seed=0,1,2", "--jobs", "2", "--output", folder)
+    assert code == 130
+    assert "stopped by SIGINT; 0 of 3 runs are finished" in err
+    assert {path.parent.name: path.read_text() for path in folder.glob("*/stopped")} == {"seed-0": "2 ", "seed-1": "2 "}
+    assert not (folder / "seed-2").exists()
+
+
+def test_what_a_run_in_a_process_says_is_told(recipe, tmp_path, monkeypatch):
+    says = "import sys; print('compressvit: no', file=sys.stderr); sys.exit('seed=1' in sys.argv and 2)"
+    monkeypatch.setattr(runs_sweep, "_COMMAND", (sys.executable, "-c", says))
+    monkeypatch.setattr(report_sweep, "compare", lambda *_, **__: [])
+    code, out, _ = run("sweep", recipe, "seed=0,1", "--jobs", "2", "--output", tmp_path / "swept")
+    assert code == 2
+    assert f"finished, 1 of 2: {tmp_path / 'swept' / 'seed-0'}" in out
+    assert out.endswith(f"not finished: {tmp_path / 'swept' / 'seed-1'}: no")
+
+
+@pytest.mark.slow
+def test_runs_side_by_side_are_those_one_after_another(tiny, tmp_path):
+    words = ("sweep", tiny, "seed=0,1", "--no-report", "--output")
+    done(*words, tmp_path / "one")
+    done(*words, tmp_path / "two", "--jobs", "2")
+    for name in ("seed-0", "seed-1"):
+        assert student_bytes(tmp_path / "one" / name) == student_bytes(tmp_path / "two" / name)
+
+
+@pytest.mark.slow
+def test_a_sweep_side_by_side_that_was_stopped_goes_on(tiny, tmp_path):
+    folder = tmp_path / "swept"
+    words = [
+        "sweep",
+        str(tiny),
+        "seed=0,1",
+        "--jobs",
+        "2",
+        "--output",
+        str(folder),
+        "steps.1.distill.epochs=200",
+        "--no-report",
+    ]
+    command = [sys.executable, "-m", "compressvit", *words]
+    sweep = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    while sweep.poll() is None and len(list(folder.glob("*/checkpoints/1_distill.pt"))) < 2:
+        time.sleep(0.05)
+    sweep.send_signal(signal.SIGINT)
+    _, err = sweep.communicate(timeout=120)
+    assert sweep.returncode == 130, err
+    assert not list(folder.glob("*/.lock"))  # none is left behind
+    assert not list(folder.glob("*/results.json"))
+    done(*words, "--resume")
+    assert len(list(folder.glob("*/results.json"))) == 2
