@@ -51,7 +51,7 @@ def push(
         raise UserError(f"REPOSITORY {repository} is no name of the Hugging Face Hub, which is ORG/NAME")
     folder = artifact_in(Path(path).resolve())
     made = _card(folder, name, licence)
-    files = {CARD: made.text.encode(), **{file: folder / file for file in (MANIFEST, TENSORS)}}
+    files: dict[str, bytes | Path] = {CARD: made.text.encode(), **{file: folder / file for file in (MANIFEST, TENSORS)}}
     sizes = {file: len(data) if isinstance(data, bytes) else data.stat().st_size for file, data in files.items()}
     told = {
         "artifact": str(folder),

@@ -117,6 +117,7 @@ class Format(ABC):
         precisions: those that it has, the usual one first.
         computes: whether what opens a file computes in its precision; otherwise weights alone are rounded to it.
         has_opset: whether it takes an opset.
+        any_model: whether it takes any student as it is.
         reads: whether it has a `read`, so that `compressvit evaluate` takes its files.
         is_graph: whether what is read computes in its runtime on the CPU alone, so that its parameters and MACs are not counted.
         runtime: the package that opens it again.
@@ -131,6 +132,7 @@ class Format(ABC):
     precisions: ClassVar[Sequence[str]] = ("fp32", "fp16", "bf16")
     computes: ClassVar[bool] = True
     has_opset: ClassVar[bool] = False
+    any_model: ClassVar[bool] = True
     reads: ClassVar[bool] = False
     is_graph: ClassVar[bool] = True
     runtime: ClassVar[str]
@@ -138,7 +140,7 @@ class Format(ABC):
     def require(self, precision: str, opset: int | None) -> None:
         """Raise a `UserError` where packages are missing, or the format has no such precision or opset."""
         if precision not in self.precisions:
-            others = [fmt.name for fmt in FORMATS.values() if precision in fmt.precisions]
+            others = [fmt.name for fmt in FORMATS.values() if precision in fmt.precisions and fmt.any_model]
             hint = f"; {precision} can be had with {option('to')} {' or '.join(others)}" if others else ""
             raise UserError(
                 f"{option('precision', precision)}: {self.title} is written in {' or '.join(self.precisions)}{hint}"

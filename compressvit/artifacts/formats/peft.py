@@ -36,6 +36,7 @@ class Peft(Format):
     packages = ("peft",)
     install = "'compressvit[peft]'"
     computes = False
+    any_model = False
     runtime = "peft"
 
     def refuse(self, source: Source) -> None:

@@ -34,6 +34,7 @@ class Timm(Format):
     title = "timm"
     inside = ("config.json", TENSORS)
     computes = False
+    any_model = False
     reads, is_graph = True, False
     runtime = "timm"
 
@@ -75,7 +76,7 @@ def _plain(source: Source) -> nn.Module:
         UserError: it has what timm has not, or would be larger.
     """
     model = source.model
-    others = [fmt.name for fmt in FORMATS.values() if fmt.name != Timm.name]
+    others = [fmt.name for fmt in FORMATS.values() if fmt.any_model]
     ways = f"{option('to')} {', '.join(others[:-1])} and {others[-1]} take it as it is"
     if body_of(model) is not None:
         raise UserError(f"{option('to', 'timm')}: timm has no detector such as {model_name(model)}; {ways}")
