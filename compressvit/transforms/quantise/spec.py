@@ -105,7 +105,7 @@ class Quantise(Transform):
     def examples(cls) -> Sequence[Transform]:
         return (
             Quantise(bits=6, metric="weights"),
-            Quantise(budget=Bytes(bytes=0.3), metric="weights", group=16, outside=5),
+            Quantise(budget=Bytes(bytes=0.45), metric="weights", group=16, outside=5),
         )
 
     def plan(self, model: nn.Module, reference: Reference | None = None) -> QuantisePlan:
