@@ -149,7 +149,9 @@ def write_table(output: Path) -> str:
 
 
 def _row(name: str, content: Mapping[str, Any]) -> str:
-    columns = [CELLS[name][0], f"{content['crops']:,}", f"{content['bytes'] / 1e6:.2f} MB", *shares(content)]
+    text, steps = CELLS[name]
+    crops = f"{content['crops']:,}" if any(step.needs_images for step in steps) else "–"
+    columns = [text, crops, f"{content['bytes'] / 1e6:.2f} MB", *shares(content)]
     columns += [with_interval(mean_and_interval(content[key]), 4) for key in ("class_token", "patches")]
     low, middle, high = content["latency"]
     columns += [f"{content['fit']['cpu_seconds']:.0f}", with_interval((middle, low, high), 2)]
