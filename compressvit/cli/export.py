@@ -27,7 +27,8 @@ def add_export(verb: Verb) -> None:
         "--precision",
         metavar="P",
         default="fp32",
-        help="fp32, fp16 or bf16: of onnx and pt2 of weights and arithmetic, with images and outputs in float32; of the others of weights "
+        help="fp32, fp16, bf16 or, of onnx, int8: of onnx and pt2 of weights and arithmetic, with images and outputs in float32; of the "
+        "others of weights "
         "(default: fp32)",
     )
     export.add_argument(

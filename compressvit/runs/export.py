@@ -31,7 +31,7 @@ from compressvit.tasks.likeness import Likeness
 
 FOLDER = "exported"  # beside the artifact
 # Largest difference relative to the largest output: above what rounding was measured to do, and far below what a fault does
-TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
+TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1, "int8": 0.5}
 _PIXELS = 64 * 224 * 224  # of the images that are compared, in all
 _FEWEST, _MOST, _AT_ONCE = 4, 64, 8  # of these images
 
@@ -53,7 +53,8 @@ def export(
         to: the format: 'onnx', 'pt2', 'timm', 'safetensors', 'openvino', 'peft', or one that a package offers.
         output: the file, of 'timm' the folder; by default in `exported/` beside the artifact.
         precision: 'fp32', 'fp16' or 'bf16': of 'onnx' and 'pt2' of weights and arithmetic, with images and outputs in float32; of 'timm',
-            'safetensors' and 'openvino' of the weights alone, which are compared in float32.
+            'safetensors' and 'openvino' of the weights alone, which are compared in float32. Of 'onnx' also 'int8': of weights and of
+            what meets them, which is rounded in every batch.
         opset: version of ONNX's operators; None: torch's own choice.
         dense: write it also where 'timm' makes it larger than it is.
         overwrite: replace the files that are there.
@@ -235,6 +236,7 @@ def _require_alike(likeness: Likeness, source: Source, fmt: Format, images: str)
         return
     ways = {
         "fp16": "numbers above 65,504 do not fit into fp16; try fp32, or bf16 where the format has it",
+        "int8": "int8 is too few bits for the numbers between its layers; try fp16, or the step `quantise`, which rounds weights alone",
         "bf16": "bf16 has 8 bits of precision, which can be too few; try fp32",
         "fp32": "this is a fault of the exporter or the runtime; try another format or opset",
     }
@@ -284,6 +286,8 @@ def print_export(result: dict[str, Any], console: Console) -> None:
     )
     if times:
         line(f"latency: {how_measured(result['latency_on'])}")
+        if result["latency_ratio"][0] > 1:
+            line("it is slower than the artifact is in PyTorch")
     else:
         line("weights alone are rounded, and compared in float32; so there is no latency")
     for name in list(result["bytes"])[1:]:

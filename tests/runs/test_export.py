@@ -51,7 +51,7 @@ def test_a_run_is_exported_beside_its_student_and_compared_on_its_images(ended):
     out = done("export", ended, "--to", "safetensors", "--precision", "fp16")
     assert "weights alone are rounded, and compared in float32; so there is no latency" in out
     assert " ms" not in out
-    for name in ("notes.txt", "my_server.py", "student.py", "my.onnx", "student_int8.onnx"):
+    for name in ("notes.txt", "my_server.py", "student.py", "my.onnx", "student_int4.onnx"):
         (file.parent / name).touch()
         assert foreign(ended) == file.parent / name
         (file.parent / name).unlink()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from compressvit import __version__
-from compressvit.artifacts.export import SEAL, Graph, exported, require_packages
+from compressvit.artifacts.export import PRECISIONS, SEAL, Graph, exported, require_packages
 from compressvit.artifacts.exported_model import Reopened
 from compressvit.data.input import InputConfig
 from compressvit.errors import UserError, did_you_mean, option
@@ -37,7 +37,7 @@ class Source:
         model: on the CPU, in float32 and eval mode; not to be changed.
         task: what its outputs mean.
         input: what it expects of images.
-        precision: of the weights in the file and, where the format `computes` in it, of the arithmetic: 'fp32', 'fp16' or 'bf16'.
+        precision: of the weights in the file and, where the format `computes` in it, of the arithmetic: 'fp32', 'fp16', 'bf16' or 'int8'.
         name: where it comes from, in words that can be published.
         opset: version of ONNX's operators, where the format has such; None: its own choice.
         dense: whether it may have more parameters than the model, where the format has no other layers than dense ones.
@@ -60,9 +60,10 @@ class Source:
 
     @cached_property
     def graph(self) -> Graph:
-        """The model in its precision, as a program for any number of images."""
+        """The model in its precision, as a program for any number of images; in float32 where the format rounds it to integers."""
         images = torch.zeros(1, *self.input.size)
-        return exported(self.model, images, self.task, precision=self.precision)
+        precision = self.precision if self.precision in PRECISIONS else "fp32"
+        return exported(self.model, images, self.task, precision=precision)
 
     @cached_property
     def metadata(self) -> dict[str, str]:
