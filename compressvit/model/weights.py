@@ -241,7 +241,15 @@ def classes_in_file(model: nn.Module, path: Path, where: str) -> int:
     stored, _ = _read(path, where)
     given, _ = _under_its_names(stored, model.state_dict(), where)
     tensors = resample_positions(given, model)
-    return next((len(tensors[name]) for name in sorted(head_names(model)) if name in tensors), 0)
+    names = sorted(head_names(model)) or _heads_in(tensors, model)
+    return next((len(tensors[name]) for name in names if name in tensors), 0)
+
+
+def _heads_in(tensors: Mapping[str, torch.Tensor], model: nn.Module) -> list[str]:
+    """Weights that a headless model's classifier would have: of its name, and of its width. DINOv2 is headless unless it was fine-tuned."""
+    widths = {getattr(as_timm(model), name, None) for name in ("num_features", "head_hidden_size")}
+    names = [f"{name}{end}.weight" for name in ("head", *_classifiers(model)) for end in ("", ".fc")]
+    return [name for name in names if name in tensors and tensors[name].ndim == 2 and tensors[name].shape[1] in widths]
 
 
 def _under_its_names(

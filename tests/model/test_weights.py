@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import timm
 import torch
-from helpers.models import BACKBONES, SWIN, VIT, build, images_for, outputs
+from helpers.models import ADAPTED, BACKBONES, SWIN, VIT, build, images_for, outputs
+from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 
 from compressvit.artifacts import artifact
@@ -314,6 +315,25 @@ def test_a_model_without_a_classifier_leaves_the_files_aside(tmp_path):
         assert all(torch.equal(t, source.state_dict()[n]) for n, t in model.state_dict().items())
         assert (note.what, note.count) == ("classifier", 2)
         assert "the file's classifier was left out (head." in note.text
+
+
+@pytest.mark.parametrize("name", ["vit", "swin", "convnext"])
+def test_the_classes_of_a_file_are_known_also_of_a_model_that_timm_builds_headless(name, tmp_path):
+    """DINOv2 has no classifier in timm, and those who fine-tuned it have."""
+    model, args = {**BACKBONES, **ADAPTED}[name]
+    file = tmp_path / "fine_tuned.safetensors"
+    for classes in (7, 0):
+        save_file(weights.build(model, {**args, "num_classes": classes}).state_dict(), file)
+        for own in (0, 5):
+            empty = weights.build(model, {**args, "num_classes": own}, device="meta")
+            assert weights.classes_in_file(empty, file, "the file") == classes
+
+
+def test_a_matrix_of_another_width_is_no_classifier(tmp_path):
+    """As the projection head of a self-supervised training."""
+    model = weights.build("vit_tiny_patch16_224", {**VIT, "num_classes": 0})
+    save_file({**model.state_dict(), "head.weight": torch.zeros(7, 8)}, tmp_path / "projected.safetensors")
+    assert weights.classes_in_file(model, tmp_path / "projected.safetensors", "the file") == 0
 
 
 def test_a_classifier_has_the_name_that_timm_gives_it(tmp_path):
