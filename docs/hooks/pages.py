@@ -70,6 +70,8 @@ def with_links(text: str, file: str, known: Mapping[str, str], repo: str | None)
             place, _, inner = known[path].partition("#")
             to = os.path.relpath(place, here) + (f"#{anchor or inner}" if anchor or inner else "")
             return f"{mark}[{title(path) if label in (target, path) else label}]({to})"
+        if not (ROOT / path).exists():
+            return match[0]  # mkdocs will complain
         if repo:
             kind = "raw" if mark else "tree" if (ROOT / path).is_dir() else "blob"
             return f"{mark}[{label}]({repo}/{kind}/main/{path})"

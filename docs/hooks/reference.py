@@ -79,14 +79,19 @@ class Sections:
         if "enum" in field or "const" in field:
             return " · ".join(f"`{word}`" for word in field.get("enum", [field.get("const")]))
         if "anyOf" in field:
-            options = [self.value(option, page) for option in field["anyOf"] if option.get("type") != "null"]
+            listed = any("$ref" in option for option in field["anyOf"])  # then words are listed there
+            options = [
+                self.value(option, page)
+                for option in field["anyOf"]
+                if option.get("type") != "null" and not (listed and "enum" in option)
+            ]
             return ", or ".join(dict.fromkeys(options))
         if field.get("type") == "array":
             items = field.get("prefixItems") or [field.get("items", {})]
             return "list: " + ", ".join(dict.fromkeys(self.value(item, page) or "any values" for item in items))
         limits = [f"{sign}\N{NO-BREAK SPACE}{field[key]}" for key, sign in LIMITS.items() if key in field]
         pattern = [f"like `{cell(field['pattern'])}`"] if "pattern" in field else []
-        return " ".join([TYPES.get(field.get("type", ""), field.get("type", "")), *limits, *pattern])
+        return " ".join([TYPES.get(field.get("type", ""), field.get("type", "")), ", ".join(limits), *pattern]).rstrip()
 
 
 def references(field: Any) -> Iterator[str]:
@@ -174,11 +179,15 @@ def method(spec: type) -> str:
     return text.partition("\n")[2].strip() + "\n" if spec.__name__ != "Merge" else ""
 
 
+def needs(entry: Any) -> str:
+    return f"{'; ' * bool(entry.note)}needs the package `{entry.package}`" if entry.package else ""
+
+
 def _sets() -> str:
     from compressvit.data.data_set import SETS
 
     rows = [
-        f"| `{entry.name}` | {cell(entry.note)} | {entry.classes or ''} | {entry.truth or 'none'} | {entry.package or ''} |"
+        f"| `{entry.name}` | {entry.classes or ''} | {entry.truth or 'none'} | {cell(entry.note)}{needs(entry)} |"
         for word, entry in sorted(SETS.items(), key=lambda item: "/" in item[0])
         if SETS.is_own(word)
     ]
@@ -186,8 +195,8 @@ def _sets() -> str:
         [
             "# Data sets\n",
             "What `data.name` may be; [the keys of `data`](recipe.md#data), and [how they are read](../data.md).\n",
-            "| name | | classes | ground truth | needs |",
-            "| --- | --- | --- | --- | --- |",
+            "| name | classes | ground truth | |",
+            "| --- | --- | --- | --- |",
             *rows,
         ]
     )
@@ -260,7 +269,7 @@ def python_pages() -> dict[str, str]:
                 "For `compressvit.compress(model, [...])`. Arguments are given by name: those of the step in "
                 "[recipes](transforms.md), which also tells the papers and formulas.\n",
                 *(
-                    f"{entry(spec, f'compressvit.{spec.__name__}', members=False, show_signature=False)}\n"
+                    f"{entry(spec, f'compressvit.{spec.__name__}', members=False, show_signature=False, separate_signature=False)}\n"
                     f"Arguments: [`{word}`](transforms.md#{word})\n"
                     for word, spec in classes.items()
                 ),
@@ -282,7 +291,7 @@ def python_pages() -> dict[str, str]:
 
 def _few(thing: Any) -> dict[str, Any]:
     """Of settings the recipe reference tells; what is inherited from pydantic is not ours."""
-    return {"members": False, "show_signature": False} if inspect.isclass(thing) else {}
+    return {"members": False, "show_signature": False, "separate_signature": False} if inspect.isclass(thing) else {}
 
 
 def functions_of(module: Any) -> dict[str, Any]:
