@@ -89,9 +89,10 @@ class Sections:
         if field.get("type") == "array":
             items = field.get("prefixItems") or [field.get("items", {})]
             return "list: " + ", ".join(dict.fromkeys(self.value(item, page) or "any values" for item in items))
-        limits = [f"{sign}\N{NO-BREAK SPACE}{field[key]}" for key, sign in LIMITS.items() if key in field]
-        pattern = [f"like `{cell(field['pattern'])}`"] if "pattern" in field else []
-        return " ".join([TYPES.get(field.get("type", ""), field.get("type", "")), ", ".join(limits), *pattern]).rstrip()
+        kind = str(field.get("type", ""))
+        limits = ", ".join(f"{sign}\N{NO-BREAK SPACE}{field[key]}" for key, sign in LIMITS.items() if key in field)
+        pattern = f"like `{cell(field['pattern'])}`" if "pattern" in field else ""
+        return " ".join(filter(None, [TYPES.get(kind, kind), limits, pattern]))
 
 
 def references(field: Any) -> Iterator[str]:
@@ -116,7 +117,7 @@ def recipe_pages() -> dict[str, str]:
     from compressvit.transforms.base import TRANSFORMS
 
     schema = json_schema()
-    words = {
+    words: dict[str, tuple[str, Mapping[str, type]]] = {
         "reference/transforms.md": ("Transforms", {w: s for w, s in TRANSFORMS.items() if TRANSFORMS.is_own(w)}),
         "reference/phases.md": ("Phases", {**{w: s for w, s in PHASES.items() if PHASES.is_own(w)}, "merge": Merge}),
         "reference/diagnostics.md": (
