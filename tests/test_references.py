@@ -15,7 +15,7 @@ TEXTS = sorted(
     for path in [
         *ROOT.glob("*.md"),
         *ROOT.glob("benchmarks/*.md"),
-        *ROOT.glob("docs/*.md"),
+        *ROOT.glob("docs/**/*.md"),
         *ROOT.rglob("compressvit/**/*.py"),
         *ROOT.glob("tools/*.py"),
     ]
@@ -60,7 +60,7 @@ def test_the_texts_were_seen():
         resolved("compressvit.no_such_module.name")
 
 
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("docs/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("docs/**/*.md")])
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
