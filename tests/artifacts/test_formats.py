@@ -22,7 +22,7 @@ from torch import nn
 
 import compressvit
 from compressvit.artifacts import predict
-from compressvit.artifacts.archive import fault_of_archive
+from compressvit.artifacts.archive import inspected
 from compressvit.artifacts.formats.base import FORMATS, Source, find_format
 from compressvit.artifacts.merge import photograph_like
 from compressvit.data.image_transform import image_transform
@@ -140,7 +140,7 @@ def test_a_file_computes_what_the_model_does_and_holds_a_shared_tensor_once(tmp_
     assert source.task.likeness(expected, found, TOLERANCES[precision]).alike
     assert not source.task.likeness([part + 1 for part in expected[:1]] + expected[1:], found, 1e-2).alike
     if fmt == "pt2":
-        assert fault_of_archive(file.read_bytes()) is None  # `evaluate` opens it
+        assert inspected(file.read_bytes())  # `evaluate` opens it
     if fmt in ("onnx", "safetensors"):
         assert file.stat().st_size <= 1.1 * unique_bytes(source.model, precision) + 200_000
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.archives import two_directories
 from helpers.runs import done, refused, run
 
 from compressvit.runs.owned import foreign
@@ -124,12 +125,22 @@ def in_a_call(records: dict[str, bytes], ran: Path) -> None:
     )
 
 
+def in_a_name(records: dict[str, bytes], ran: Path) -> None:
+    """torch writes the names of parameters between quotes into a program."""
+    code = ", ".join(str(byte) for byte in f"__import__('pathlib').Path('{ran}').touch()".encode())
+    for name in ("models/model.json", "data/weights/model_weights_config.json"):
+        records[name] = records[name].replace(
+            b'"head.weight"', json.dumps(f'training"), exec(bytes([{code}])), getattr(self, "head').encode()
+        )
+
+
 ATTACKS = {
     "sample_inputs": (in_sample_inputs, "it holds a pickle, data/sample_inputs/model.pt"),
     "weights": (in_weights, "model_weights_config.json says that values are pickled"),
     "object": (in_an_object, "model_constants_config.json says that values are pickled"),
     "expression": (in_an_expression, 'its graph has the expression "__import__'),
     "call": (in_a_call, "its graph calls 'torch.os.system'"),
+    "name": (in_a_name, "its graph has the "),
 }
 
 
@@ -151,9 +162,25 @@ def test_a_malicious_program_runs_nothing(file, tmp_path, attack):
     file.with_name("student.pt2.sha256").write_text(hashlib.sha256(file.read_bytes()).hexdigest())
     assert message in refused(*words)
     assert not ran.exists()
-    if attack in ("sample_inputs", "weights", "expression"):  # the attack is one
+    if attack in ("sample_inputs", "weights", "expression", "name"):  # the attack is one
         run(*words, "--trust")
         assert ran.exists()
+
+
+def test_a_program_with_two_directories_is_read_as_it_was_inspected(file, tmp_path):
+    """torch's reader would take the other directory, with the attack."""
+    ran = tmp_path / "ran"
+    words = ("evaluate", file, "data.name=digits", "data.limit_val=16")
+    with zipfile.ZipFile(file) as archive:
+        seen = {name.partition("/")[2]: archive.read(name) for name in archive.namelist()}
+    hidden = dict(seen)
+    in_sample_inputs(hidden, ran)
+    file.write_bytes(two_directories(hidden, seen))
+    file.with_name("student.pt2.sha256").write_text(hashlib.sha256(file.read_bytes()).hexdigest())
+    done(*words)
+    assert not ran.exists()
+    run(*words, "--trust")
+    assert ran.exists()  # the attack is one
 
 
 def test_a_damaged_program_that_is_trusted_is_told(file):

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressvit.artifacts.archive import fault_of_archive
+from compressvit.artifacts.archive import NotInspected, inspected
 from compressvit.artifacts.export import quiet
 from compressvit.artifacts.exported_model import GraphFile, Port, Reopened, reopened
 from compressvit.artifacts.formats.base import Format, Opened, Source, format_of_files
@@ -59,7 +59,7 @@ class PT2(Format):
         with open_regular(path) as file:
             content = file.read()
         if not trust:
-            self._require_ours(path, content)
+            content = self._require_ours(path, content)
         extra = {METADATA: ""}
         try:
             with warnings.catch_warnings(), quiet("torch.export"):
@@ -81,8 +81,12 @@ class PT2(Format):
 
         return reopened(path, GraphFile(said, takes, gives, compute))
 
-    def _require_ours(self, path: Path, content: bytes) -> None:
-        """Raise a `UserError` unless a file has the checksum that an export wrote beside it, and nothing in it that none writes."""
+    def _require_ours(self, path: Path, content: bytes) -> bytes:
+        """The archive to read: of what was inspected alone.
+
+        Raises:
+            UserError: the file has not the checksum that an export wrote beside it, or holds what none writes.
+        """
         sidecar = path.with_name(self.beside(path.name)[0])
         why = "reading a .pt2 can run code that is in it"
         ways = f"export it again, or give {switch('trust')} where you trust whoever made it"
@@ -97,10 +101,12 @@ class PT2(Format):
             raise UserError(
                 f"{path} is not opened: {why}, and its checksum is not that in {sidecar.name}, so it is not what was exported; {ways}"
             )
-        if fault := fault_of_archive(content):
+        try:
+            return inspected(content)
+        except NotInspected as fault:
             raise UserError(
                 f"{path} is not opened: {why}, and {fault}, which no export of compressvit with this torch writes; {ways}"
-            )
+            ) from fault
 
     def how(self, path: Path) -> str:
         return f"torch.export.load('{path}').module()(images)"
