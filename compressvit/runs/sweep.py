@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,15 +18,15 @@ from typing import IO, Any
 from rich.console import Console
 
 from compressvit.errors import UserError, option, switch
-from compressvit.recipe.recipe import parse_recipe, read_recipe
+from compressvit.recipe.recipe import Recipe, parse_recipe, read_recipe
 from compressvit.runs.apply import apply, planned
 from compressvit.runs.files import RecipePlan
 from compressvit.runs.finished import finished_run
 from compressvit.runs.folder import RESOLVED, RunFolder
+from compressvit.runs.sweep_names import names_here, names_of
 from compressvit.text import printable
 from compressvit.training.stopping import Interrupted, Signals, StopRequest
 
-_LONGEST = 40  # characters of a value in a folder's name
 _PAUSE = 0.2  # seconds between two looks at the runs that are side by side
 _COMMAND = (sys.executable, "-m", "compressvit", "apply")
 Report = Callable[[Path], object]
@@ -40,7 +37,7 @@ class Cell:
     """One run of a sweep.
 
     Attributes:
-        name: of its folder: the values that differ.
+        name: of its folder: the values that differed when it began.
         overrides: of the recipe, as `apply` takes them.
         state: 'new', 'interrupted' or 'finished', before the sweep runs.
     """
@@ -77,7 +74,8 @@ class SweepStopped(Interrupted):
 
 def cells_of(recipe: str | Path, words: Sequence[str], output: Path, *, device: str, resume: bool) -> list[Cell]:
     """Every combination of the values in `words`, each a key of the recipe and values with commas between them: `seed=0,1,2`. Each is
-    planned as `apply` plans it, with data and the teacher's weights; of cells that differ in their seed alone one is.
+    planned as `apply` plans it, with data and the teacher's weights; of cells that differ in their seed alone one is. A run of the same
+    recipe that is in the folder keeps its name, whatever else varies now.
 
     Commas in brackets, braces and quotes belong to a value. The last key changes fastest.
 
@@ -87,23 +85,29 @@ def cells_of(recipe: str | Path, words: Sequence[str], output: Path, *, device: 
     """
     choices = _choices(words)
     text = read_recipe(recipe)
-    short = _short_keys([key for key, values in choices.items() if len(values) > 1])
     combinations = [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
-    names = ["_".join(f"{tail}-{_in_a_name(one[key])}" for key, tail in short.items()) for one in combinations]
+    names = names_of(combinations, [key for key, values in choices.items() if len(values) > 1])
+    parsed: list[Recipe | None] = [None] * len(combinations)
+    all_overrides = [tuple(f"{key}={value}" for key, value in one.items()) for one in combinations]
+    faults = _Faults(len(combinations))
+    for number, overrides in enumerate(all_overrides):
+        with faults.of(names[number]):
+            parsed[number] = parse_recipe(text, str(recipe), list(overrides))
+    names = names_here(output, names, parsed)
     plans: dict[str, RecipePlan] = {}
-    found, faults = [], _Faults(len(combinations))
-    for name, one in zip(_distinct(names, combinations), combinations, strict=True):
+    found = []
+    for name, overrides, own in zip(names, all_overrides, parsed, strict=True):
+        if own is None:
+            continue
         with faults.of(name):
-            overrides = tuple(f"{key}={value}" for key, value in one.items())
             folder = RunFolder(output / name)
             begun = (folder.path / RESOLVED).is_file()
-            parsed = parse_recipe(text, str(recipe), list(overrides))
-            parsed = folder.as_begun(parsed) if begun else parsed
-            folder.refuse_or_clear(parsed, resume=resume and begun, overwrite=False)
-            key = parsed.model_copy(update={"seed": 0}).to_yaml()
+            own = folder.as_begun(own) if begun else own
+            folder.refuse_or_clear(own, resume=resume and begun, overwrite=False)
+            key = own.model_copy(update={"seed": 0}).to_yaml()
             if key not in plans:
-                plans[key] = planned(parsed, device, str(recipe))
-            done = begun and finished_run(folder, parsed) is not None
+                plans[key] = planned(own, device, str(recipe))
+            done = begun and finished_run(folder, own) is not None
             state = "finished" if done else "interrupted" if begun else "new"
             found.append(Cell(name, overrides, folder, plans[key], state))
     faults.tell()
@@ -148,30 +152,6 @@ def _values(text: str) -> list[str]:
             continue
         values[-1] += character
     return [value.strip() for value in values]
-
-
-def _short_keys(keys: Sequence[str]) -> dict[str, str]:
-    """By key the shortest end of it, at a dot, that no other key has."""
-    parts = {key: re.sub(r"\[(\d+)\]", r".\1", key).split(".") for key in keys}
-    found = {}
-    for key, own in parts.items():
-        ends = (own[-length:] for length in range(1, len(own) + 1))
-        unlike = (end for end in ends if sum(other[-len(end) :] == end for other in parts.values()) == 1)
-        found[key] = _in_a_name(".".join(next(unlike, own)))
-    return found
-
-
-def _in_a_name(text: str) -> str:
-    """A text as a part of a folder's name: of a path its last part."""
-    last = text.rstrip("/").rpartition("/")[2]
-    return re.sub(r"[^A-Za-z0-9.+_]+", "-", last).strip("-.")[:_LONGEST] or "none"
-
-
-def _distinct(names: list[str], combinations: Sequence[Mapping[str, str]]) -> list[str]:
-    """Names that are the same, as those of two folders called alike, with a part of a checksum."""
-    count = Counter(names)
-    marks = (hashlib.sha256(json.dumps(one).encode()).hexdigest()[:6] for one in combinations)
-    return [name if count[name] == 1 else f"{name}_{mark}" for name, mark in zip(names, marks, strict=True)]
 
 
 class _Faults:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,12 @@ from helpers.images import class_folders
 from helpers.runs import TINY, done, refused, run, student_bytes
 
 from compressvit.errors import UserError
+from compressvit.recipe.recipe import parse_recipe
 from compressvit.report import sweep as report_sweep
 from compressvit.report.sweep import best_of
 from compressvit.runs import sweep as runs_sweep
-from compressvit.runs.sweep import _distinct, _in_a_name, _short_keys, _values
+from compressvit.runs.sweep import _values
+from compressvit.runs.sweep_names import _distinct, _in_a_name, _short_keys, names_here
 from compressvit.tasks.qualities import qualities
 from compressvit.training.stopping import Interrupted
 
@@ -89,6 +92,39 @@ def test_a_sweep_goes_on_where_it_stopped_and_takes_more(swept, recipe, tmp_path
         in message
     )
     assert not (folder / "seed-3").exists()
+
+
+@pytest.mark.parametrize(
+    ("first", "more"),
+    [
+        (("steps.0.multiplex.share=1,2", "seed=0"), ("steps.0.multiplex.share=1,2", "seed=0,1")),
+        (("data.name=folder", "data.root=a/x,b/y"), ("data.name=folder", "data.root=a/x,b/y,c/x")),
+    ],
+)
+def test_a_run_that_is_there_is_found_by_its_recipe_when_more_varies(recipe, tmp_path, monkeypatch, first, more):
+    """Its name has the keys that varied when it began; by the names alone it would be trained again."""
+    small = types.SimpleNamespace(student=types.SimpleNamespace(parameters=1, macs=1))
+    monkeypatch.setattr(runs_sweep, "planned", lambda *_: small)
+    words = ("--output", tmp_path / "swept", "--dry-run", "--json")
+    for one in json.loads(done("sweep", recipe, *first, *words))["runs"]:
+        Path(one["folder"]).mkdir(parents=True)
+        resolved = parse_recipe(recipe.read_text(), "recipe", one["overrides"]).to_yaml()
+        (Path(one["folder"]) / "resolved.yaml").write_text(resolved)
+    before = {path.name for path in (tmp_path / "swept").iterdir()}
+    runs = json.loads(done("sweep", recipe, *more, *words, "--resume"))["runs"]
+    assert {one["name"] for one in runs if one["state"] == "interrupted"} == before
+    assert len({one["name"] for one in runs}) == len(runs) > len(before) == 2
+
+
+def test_a_name_that_another_run_has_is_not_taken_again(tmp_path):
+    recipes = [parse_recipe(QUICK, "recipe", [f"seed={seed}"]) for seed in (0, 1)]
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "resolved.yaml").write_text(recipes[0].to_yaml())
+    first, second = names_here(tmp_path, ["a", "b"], recipes)
+    assert first == "b"
+    assert second.startswith("b_")
+    (tmp_path / "b" / "resolved.yaml").write_bytes(b"\xff")
+    assert names_here(tmp_path, ["a", "b"], [None, recipes[1]]) == ["a", "b"]
 
 
 def test_what_cannot_be_done_in_one_run_is_told_before_any_begins(recipe, tmp_path):
