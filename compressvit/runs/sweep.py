@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -25,7 +26,7 @@ from compressvit.runs.finished import finished_run
 from compressvit.runs.folder import RESOLVED, RunFolder
 from compressvit.runs.sweep_names import names_here, names_of
 from compressvit.text import printable
-from compressvit.training.stopping import Interrupted, Signals, StopRequest
+from compressvit.training.stopping import HANG_UP, Interrupted, Signals, StopRequest
 
 _PAUSE = 0.2  # seconds between two looks at the runs that are side by side
 _COMMAND = (sys.executable, "-m", "compressvit", "apply")
@@ -274,14 +275,14 @@ class _Together:
     def run(self) -> dict[str, str]:
         told: int | None = None
         try:
-            with StopRequest() as stop:
+            with StopRequest(hang_up=True) as stop:
                 while self._running or (self._waiting and stop.signum is None):
                     while stop.signum is None and self._waiting and len(self._running) < self._jobs:
-                        self._start(self._waiting.pop(0))
+                        self._start(self._waiting.pop(0), stop)
                     if stop.signum is not None and told is None:
                         told = stop.signum
-                        for one in self._running:
-                            one.process.send_signal(told)
+                        for one in self._running:  # `apply` writes its checkpoint at SIGTERM
+                            one.process.send_signal(signal.SIGTERM if told == HANG_UP else told)
                     time.sleep(_PAUSE)
                     self._look()
         finally:  # a second signal, or a fault of ours: none stays behind
@@ -292,19 +293,20 @@ class _Together:
             raise SweepStopped(told, self._done, self._count)
         return self._failed
 
-    def _start(self, cell: Cell) -> None:
+    def _start(self, cell: Cell, stop: StopRequest) -> None:
         errors = tempfile.TemporaryFile()  # noqa: SIM115  (closed when the run has ended)
         resume = ["--resume"] if cell.state == "interrupted" else []
         folder = str(cell.folder.path)
-        process = subprocess.Popen(
-            [*_COMMAND, str(self._recipe), *cell.overrides, "--output", folder, *self._words, *resume],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=errors,
-            env=self._environment,
-            start_new_session=True,
-        )
-        self._running.append(_Process(cell, process, errors))
+        with stop.held():  # a process that is not among those that run would stay behind
+            process = subprocess.Popen(
+                [*_COMMAND, str(self._recipe), *cell.overrides, "--output", folder, *self._words, *resume],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+                env=self._environment,
+                start_new_session=True,
+            )
+            self._running.append(_Process(cell, process, errors))
         self._say(f"begun: {folder}")
 
     def _look(self) -> None:
@@ -319,7 +321,8 @@ class _Together:
                 self._say(f"not finished: {one.cell.folder.path}: {fault}")
 
     def _say(self, text: str) -> None:
-        self._console.print(text, highlight=False, soft_wrap=True)
+        with suppress(OSError):  # of a terminal that is closed
+            self._console.print(text, highlight=False, soft_wrap=True)
 
 
 def refuse_folder(output: Path, *, resume: bool) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import signal
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ from compressvit.training.meters import Reading
 from compressvit.training.phase import Phase
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+HANG_UP: int | None = getattr(signal, "SIGHUP", None)  # of a terminal that is closed; Windows has none
 S = TypeVar("S", bound="Signals")
 
 
@@ -36,16 +38,16 @@ class Interrupted(Exception):
 
 
 class Signals:
-    """A context in which SIGINT and SIGTERM call `receive`. Outside the main thread only the caller can handle signals."""
+    """A context in which signals, SIGINT and SIGTERM by default, call `receive`. Outside the main thread only the caller can handle them."""
 
-    def __init__(self) -> None:
-        self._old: dict[int, Any] = {}
+    def __init__(self, signals: Sequence[int] = _SIGNALS) -> None:
+        self._signals, self._old = signals, dict[int, Any]()
 
     def receive(self, signum: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt(signum)
 
     def __enter__(self: S) -> S:
-        for signum in _SIGNALS:
+        for signum in self._signals:
             with suppress(ValueError):  # not in the main thread
                 self._old[signum] = signal.signal(signum, self.receive)
         return self
@@ -56,16 +58,41 @@ class Signals:
 
 
 class StopRequest(Signals):
-    """Turns SIGINT and SIGTERM into a request that the loop checks after every optimiser step."""
+    """Turns SIGINT and SIGTERM into a request that the loop checks after every optimiser step.
 
-    def __init__(self) -> None:
-        super().__init__()
+    Args:
+        hang_up: SIGHUP too, unless it is ignored, as under `nohup`.
+    """
+
+    def __init__(self, *, hang_up: bool = False) -> None:
+        signals: list[int] = list(_SIGNALS)
+        if hang_up and HANG_UP is not None and signal.getsignal(HANG_UP) is not signal.SIG_IGN:
+            signals.append(HANG_UP)
+        super().__init__(signals)
         self.signum: int | None = None
+        self._held = False
+        self._second: int | None = None
 
     def receive(self, signum: int, frame: FrameType | None) -> None:
-        if self.signum is not None:  # a second signal stops at once, without a checkpoint
+        if self.signum is None:
+            self.signum = signum
+        elif signum == HANG_UP:  # a closed terminal can tell it twice, and nobody is in a hurry
+            return
+        elif self._held:
+            self._second = signum
+        else:  # a second signal stops at once, without a checkpoint
             super().receive(signum, frame)
-        self.signum = signum
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Let a second signal wait for the end of the block, which must not be left in the middle."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+        if self._second is not None:
+            raise KeyboardInterrupt(self._second)
 
 
 class Stoppable(Signals):

@@ -25,7 +25,7 @@ from compressvit.runs import sweep as runs_sweep
 from compressvit.runs.sweep import _values
 from compressvit.runs.sweep_names import _distinct, _in_a_name, _short_keys, names_here
 from compressvit.tasks.qualities import qualities
-from compressvit.training.stopping import Interrupted
+from compressvit.training.stopping import Interrupted, StopRequest
 
 # Nothing is trained, so a run takes a fraction of a second
 QUICK = """\
@@ -277,12 +277,33 @@ def stop(number, frame):
         file.write(f"{number} ")
     sys.exit(128 + number)
 signal.signal(signal.SIGINT, stop)
+signal.signal(signal.SIGTERM, stop)
 (folder / "begun").touch()
 time.sleep(60)
 """
 
 
-def test_a_signal_reaches_every_run_once_and_all_are_waited_for(recipe, tmp_path, monkeypatch):
+@pytest.fixture
+def hang_up():
+    """A closed terminal ends no tests where it is not handled."""
+
+    def unhandled(number, frame):
+        raise AssertionError("SIGHUP is not handled")
+
+    before = signal.signal(signal.SIGHUP, unhandled)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(
+    ("sent", "received"),
+    [
+        ((signal.SIGINT,), signal.SIGINT),
+        # a closed terminal, which can tell it twice; `apply` writes its checkpoint at SIGTERM
+        ((signal.SIGHUP, signal.SIGHUP), signal.SIGTERM),
+    ],
+)
+def test_a_signal_reaches_every_run_once_and_all_are_waited_for(recipe, tmp_path, monkeypatch, hang_up, sent, received):
     monkeypatch.setattr(runs_sweep, "_COMMAND", (sys.executable, "-c", WAITS))
     monkeypatch.setattr(runs_sweep, "_PAUSE", 0.01)
     folder = tmp_path / "swept"
@@ -291,14 +312,44 @@ def test_a_signal_reaches_every_run_once_and_all_are_waited_for(recipe, tmp_path
         until = time.monotonic() + 30
         while len(list(folder.glob("*/begun"))) < 2 and time.monotonic() < until:
             time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGINT)
+        for number in sent:
+            os.kill(os.getpid(), number)
 
     threading.Thread(target=interrupt).start()
     code, _, err = run("sweep", recipe, "seed=0,1,2", "--jobs", "2", "--output", folder)
-    assert code == 130
-    assert "stopped by SIGINT; 0 of 3 runs are finished" in err
-    assert {path.parent.name: path.read_text() for path in folder.glob("*/stopped")} == {"seed-0": "2 ", "seed-1": "2 "}
+    assert code == 128 + sent[0]
+    assert f"stopped by {sent[0].name}; 0 of 3 runs are finished" in err
+    told = {path.parent.name: path.read_text() for path in folder.glob("*/stopped")}
+    assert told == dict.fromkeys(("seed-0", "seed-1"), f"{received:d} ")
     assert not (folder / "seed-2").exists()
+
+
+def test_nohup_is_obeyed(hang_up):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with StopRequest(hang_up=True) as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+    assert stop.signum is None
+
+
+def test_a_second_signal_while_a_run_is_started_leaves_none_behind(recipe, tmp_path, monkeypatch):
+    begun = []
+
+    class Popen(subprocess.Popen):
+        def __init__(self, *words, **settings):
+            super().__init__(*words, **settings)
+            begun.append(self)
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(runs_sweep.subprocess, "Popen", Popen)
+    monkeypatch.setattr(runs_sweep, "_COMMAND", (sys.executable, "-c", "import time; time.sleep(60)"))
+    code, _, _ = run("sweep", recipe, "seed=0,1", "--jobs", "2", "--output", tmp_path / "swept")
+    left = [one for one in begun if one.poll() is None]
+    for one in left:
+        one.kill()
+    assert code == 130
+    assert len(begun) == 1
+    assert not left
 
 
 def test_what_a_run_in_a_process_says_is_told(recipe, tmp_path, monkeypatch):
