@@ -20,7 +20,7 @@ from compressvit.log import RunLog, log
 from compressvit.notes import Note
 from compressvit.recipe.recipe import Recipe, parse_recipe, read_recipe
 from compressvit.recipe.yaml import dumped
-from compressvit.runs.boards.base import Board, find_boards, opened
+from compressvit.runs.boards.base import Board, begin, find_boards, opened
 from compressvit.runs.files import NoteRow, RecipePlan, Results
 from compressvit.runs.finish import finish
 from compressvit.runs.finished import finished_run
@@ -121,11 +121,12 @@ def apply(
             folder.refuse_or_clear(recipe, resume=resume, overwrite=overwrite)  # again: another run may have used it
             teacher, taught = _fill_teacher(job, plan, folder, resume=resume)
             measured = measure_first(job, teacher, folder, resume=resume)
-            folder.open(recipe, text, plan, list(command or sys.argv), resume=resume, overwrite=overwrite, moved=moved)
-            stoppable.run = folder.path
-            with _logged(recipe, folder, console, boards) as run_log:
-                run_log.show(lambda to: print_plan(plan, to))
-                with resource_faults(recipe.data):
+            with opened(boards, folder.path, recipe, new=not resume) as shown:
+                words = list(command or sys.argv)
+                folder.open(recipe, text, plan, words, resume=resume, overwrite=overwrite, moved=moved)
+                stoppable.run = folder.path
+                with _logged(recipe, folder, console, shown) as run_log, resource_faults(recipe.data):
+                    run_log.show(lambda to: print_plan(plan, to))
                     return _run(Run(job, folder, run_log, measured), plan, teacher, taught, report)
 
 
@@ -145,19 +146,17 @@ def planned(recipe: Recipe, device: str, name: str = "recipe") -> RecipePlan:
 
 
 @contextmanager
-def _logged(
-    recipe: Recipe, folder: RunFolder, console: Console | None, boards: Sequence[type[Board]]
-) -> Iterator[RunLog]:
+def _logged(recipe: Recipe, folder: RunFolder, console: Console | None, boards: Sequence[Board]) -> Iterator[RunLog]:
     """The log of a run, which also has the error that ends it."""
-    with opened(boards, folder.path, recipe) as shown:
-        run_log = RunLog(folder.path, console, partial(tag_of, tags=scalar_tags(recipe)), shown)
-        try:
-            yield run_log
-        except UserError as error:
-            log.error("%s", error, extra={"already_shown": True})
-            raise
-        finally:
-            run_log.close()
+    run_log = RunLog(folder.path, console, partial(tag_of, tags=scalar_tags(recipe)), boards)
+    try:
+        begin(boards)
+        yield run_log
+    except UserError as error:
+        log.error("%s", error, extra={"already_shown": True})
+        raise
+    finally:
+        run_log.close()
 
 
 def _finished(

@@ -26,7 +26,7 @@ from compressvit.model import surgery
 from compressvit.model.modes import evaluating
 from compressvit.reading import read_json
 from compressvit.runs.batches import LoadedBatches
-from compressvit.runs.boards.base import Board, find_boards, opened
+from compressvit.runs.boards.base import Board, begin, find_boards, opened
 from compressvit.runs.finish import save_student
 from compressvit.runs.folder import RunFolder, flat, refuse_processes
 from compressvit.runs.job import pick_device
@@ -131,7 +131,8 @@ def _owned(folder: RunFolder | None) -> Iterator[list[Board]]:
     if folder is None:
         yield []
         return
-    with folder.owned(), opened(find_boards(()), folder.path, None) as boards:
+    with folder.owned(), opened(find_boards(()), folder.path, None, new=False) as boards:
+        begin(boards)
         yield boards
 
 

@@ -38,7 +38,8 @@ class Interrupted(Exception):
 
 
 class Signals:
-    """A context in which signals, SIGINT and SIGTERM by default, call `receive`. Outside the main thread only the caller can handle them."""
+    """A context in which signals, SIGINT and SIGTERM by default, call `receive`. Outside the main thread only
+    the caller can handle them."""
 
     def __init__(self, signals: Sequence[int] = _SIGNALS) -> None:
         self._signals, self._old = signals, dict[int, Any]()

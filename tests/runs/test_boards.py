@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import compressvit
 from compressvit.errors import UserError
-from compressvit.runs.boards.base import BOARDS, find_boards
+from compressvit.runs.boards.base import BOARDS, begin, find_boards, opened
 from compressvit.runs.boards.wandb import WandB
 from compressvit.runs.owned import foreign
 
@@ -126,7 +126,7 @@ def test_a_resumed_run_goes_on_in_the_same_run_of_wandb(short, wandb, tmp_path, 
 
 
 def test_what_fails_at_wandb_does_not_end_the_run(wandb, tmp_path, caplog):
-    shown = WandB(tmp_path, None)
+    shown = WandB(tmp_path, None, new=True)
     shown.scalars("distill/train", {"loss": 1.0}, 1)
     wandb.fault = ConnectionError("no server")
     for step in (2, 3):
@@ -139,21 +139,39 @@ def test_what_fails_at_wandb_does_not_end_the_run(wandb, tmp_path, caplog):
 
 
 def test_a_run_in_one_folder_is_one_of_wandb(wandb, tmp_path):
+    def show(*, new=False):
+        with opened([WandB], tmp_path, None, new=new) as boards:
+            begin(boards)
+
     for _ in range(2):
-        WandB(tmp_path, None).close()
+        show()
     (tmp_path / "wandb.json").write_text("{")
-    WandB(tmp_path, None).close()
-    first, second, third = (begun["id"] for begun in wandb.begun)
-    assert first == second != third
-    assert wandb.ended == [1, 1, 1]  # no results
+    show()
+    show(new=True)
+    first, second, third, fourth = (begun["id"] for begun in wandb.begun)
+    assert first == second
+    assert len({first, third, fourth}) == 3
+    assert json.loads((tmp_path / "wandb.json").read_text())["id"] == fourth
+    assert wandb.ended == [1, 1, 1, 1]  # no results
 
 
 def test_a_run_of_wandb_that_cannot_begin_is_refused(short, wandb, tmp_path):
     wandb.fault = RuntimeError("api_key not configured\nmore")
-    message = refused("apply", short, "--output", tmp_path / "run", "--log-to", "wandb")
-    assert message == (
-        "W&B could not begin a run: api_key not configured. Log in with `wandb login`, or set WANDB_MODE=offline to send it later"
-    )
+    words = ("apply", short, "--output", tmp_path / "run", "--log-to", "wandb")
+    for _ in range(2):  # nothing has begun, so that the same command is the way on
+        assert refused(*words) == (
+            "W&B could not begin a run: api_key not configured. Log in with `wandb login`, or set WANDB_MODE=offline to send it later"
+        )
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_not_replaced_by_one_of_wandb_that_cannot_begin(short, wandb, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "resolved.yaml").write_text("of the run before")
+    wandb.fault = RuntimeError("no server")
+    words = ("apply", short, "--output", tmp_path / "run", "--overwrite", "--log-to", "wandb")
+    assert "W&B could not begin a run" in refused(*words)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["resolved.yaml"]
 
 
 def test_wandb_is_imported_only_where_it_is_asked_for(short, tmp_path, monkeypatch):

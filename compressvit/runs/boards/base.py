@@ -27,9 +27,13 @@ class Board(ABC):
     Curves are named alike in all runs (`compressvit.runs.tags`). What fails on the way to a server must not end a training: a board that
     sends to one catches and tells it.
 
+    It is opened before anything is written, so that a run which it cannot show does not begin; `begin` then says that it has.
+
     Args:
-        folder: of the run, which exists. A resumed run is opened again.
+        folder: of the run, which exists; nothing is written there yet, and what it holds of a run before may be deleted. A resumed run is
+            opened again.
         recipe: of the run; None of a distillation from Python, which has none.
+        new: the run is not one that is resumed.
 
     Attributes:
         name: its word, set by `board`.
@@ -44,8 +48,12 @@ class Board(ABC):
     install: ClassVar[str] = ""
 
     @abstractmethod
-    def __init__(self, folder: Path, recipe: Recipe | None):
+    def __init__(self, folder: Path, recipe: Recipe | None, *, new: bool):
         """Open it; raises a `UserError` where that cannot be."""
+
+    @abstractmethod
+    def begin(self) -> None:
+        """The run has begun: from now on files may be written in its folder, and the rest is called."""
 
     @abstractmethod
     def scalars(self, group: str, values: Mapping[str, float], step: int) -> None:
@@ -61,7 +69,7 @@ class Board(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """End it; also called where the run failed or was stopped, and there are no results."""
+        """End it; also called where the run failed, was stopped or did not begin, and there are no results."""
 
 
 BOARDS: Registry[type[Board]] = Registry("board", "compressvit.runs.boards")
@@ -99,11 +107,17 @@ def find_boards(words: Sequence[str]) -> list[type[Board]]:
 
 
 @contextmanager
-def opened(kinds: Sequence[type[Board]], folder: Path, recipe: Recipe | None) -> Iterator[list[Board]]:
-    """Boards of a run, which are closed at the end of the block."""
+def opened(kinds: Sequence[type[Board]], folder: Path, recipe: Recipe | None, *, new: bool) -> Iterator[list[Board]]:
+    """Boards of a run that is about to begin, which are closed at the end of the block."""
     with ExitStack() as stack:
         boards = []
         for kind in kinds:
-            boards.append(kind(folder, recipe))
+            boards.append(kind(folder, recipe, new=new))
             stack.callback(boards[-1].close)
         yield boards
+
+
+def begin(boards: Sequence[Board]) -> None:
+    """Tell boards that their run has begun."""
+    for one in boards:
+        one.begin()

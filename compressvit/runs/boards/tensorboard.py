@@ -20,11 +20,15 @@ class TensorBoard(Board):
 
     title = "TensorBoard"
 
-    def __init__(self, folder: Path, recipe: Recipe | None):
+    def __init__(self, folder: Path, recipe: Recipe | None, *, new: bool):
+        self._folder = folder
+        self._writer: Any = None
+
+    def begin(self) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes a second
 
-        with disk_faults(folder):
-            self._writer: Any = SummaryWriter(str(folder / "tensorboard"))
+        with disk_faults(self._folder):
+            self._writer = SummaryWriter(str(self._folder / "tensorboard"))
 
     def scalars(self, group: str, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
@@ -45,4 +49,5 @@ class TensorBoard(Board):
             self._writer.add_scalar(tag, value, 0)
 
     def close(self) -> None:
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()

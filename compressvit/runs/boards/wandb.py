@@ -34,16 +34,17 @@ class WandB(Board):
     packages = ("wandb",)
     install = "'compressvit[wandb]'"
 
-    def __init__(self, folder: Path, recipe: Recipe | None):
+    def __init__(self, folder: Path, recipe: Recipe | None, *, new: bool):
         import wandb
 
         self._wandb, self._groups, self._done = wandb, set[str](), False
-        identity = _identity(folder)
+        self._file = folder / FILE
+        self._identity = (None if new else _identity(self._file, folder)) or uuid.uuid4().hex[:12]
         try:
             self._run: Any = wandb.init(
                 project=os.environ.get("WANDB_PROJECT") or PROJECT,
                 name=folder.resolve().name,
-                id=identity,
+                id=self._identity,
                 resume="allow",
                 config=None if recipe is None else hyper_parameters(recipe),
                 settings=wandb.Settings(console="off"),  # run.log has it, and a progress bar is no log
@@ -53,6 +54,9 @@ class WandB(Board):
             raise UserError(
                 f"W&B could not begin a run: {reason}. Log in with `wandb login`, or set WANDB_MODE=offline to send it later"
             ) from error
+
+    def begin(self) -> None:
+        write_json(self._file, {"id": self._identity})
 
     def _send(self, send: Callable[[Any], object]) -> None:
         """Call with the run; what fails is told once, and the run goes on without W&B."""
@@ -88,15 +92,10 @@ class WandB(Board):
         self._run = None
 
 
-def _identity(folder: Path) -> str:
-    """The id of the run in `folder`, a new one where it has none."""
-    file = folder / FILE
+def _identity(file: Path, folder: Path) -> str | None:
+    """The id of the run in `folder`; None where it has none."""
     try:
         content = read_json(file, folder)
-        if isinstance(content, dict) and isinstance(content.get("id"), str):
-            return str(content["id"])
     except Unreadable:
-        pass
-    identity = uuid.uuid4().hex[:12]
-    write_json(file, {"id": identity})
-    return identity
+        return None
+    return str(content["id"]) if isinstance(content, dict) and isinstance(content.get("id"), str) else None
