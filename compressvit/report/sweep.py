@@ -14,7 +14,7 @@ from rich.table import Table
 from compressvit.data.notes import counted
 from compressvit.errors import UserError, option
 from compressvit.files import write_json
-from compressvit.recipe.recipe import load_recipe
+from compressvit.recipe.recipe import Recipe, load_recipe
 from compressvit.report.compare import compare
 from compressvit.rows import EvaluationRow, read_metrics
 from compressvit.runs.boards.base import find_boards
@@ -56,7 +56,7 @@ def sweep(
         console, report, command, log_to: as for `apply`.
 
     Returns:
-        The content of `sweep.json`: `runs`, `failed` (what was wrong, by name), `rows` of the comparison, and `best`.
+        The content of `sweep.json`: `runs`, `failed` (what was wrong, by name), `rows` of `compare`, `best`, and `no_best` (why none).
 
     Raises:
         UserError: nothing varies, a run cannot be done, or the folder is in use.
@@ -91,15 +91,15 @@ def sweep(
 
 
 def _compared(runs: Sequence[Path], output: Path, console: Console) -> dict[str, Any]:
-    """The rows of finished runs and the best of them, printed too."""
+    """The rows of finished runs and the best of them, or why there is none; printed too."""
     if not runs:
-        return {"rows": [], "best": []}
+        return {"rows": [], "best": [], "no_best": []}
     rows = compare(runs, output=output, console=console)
-    best = best_of(rows)
-    for one in best:
-        where = f"{one['task']}: " if len(best) > 1 else ""
+    best, none = best_of(rows)
+    for one in (told := best + none):
+        where = f"{one['task']}: " if len(told) > 1 else ""
         console.print(where + one["text"], highlight=False, soft_wrap=True)
-    return {"rows": rows, "best": best}
+    return {"rows": rows, "best": best, "no_best": none}
 
 
 def _plan_table(runs: Sequence[Mapping[str, Any]]) -> Table:
@@ -113,43 +113,70 @@ def _plan_table(runs: Sequence[Mapping[str, Any]]) -> Table:
 
 @dataclass(frozen=True)
 class _Chosen:
-    """What a run is judged by: a figure, and of which images it is."""
+    """What a run is judged by: a figure, and of which images it is; of two alike by its bytes."""
 
     quality: Quality
     value: float
     images: str
+    bytes: int = 0
+
+    @property
+    def figure(self) -> str:
+        return f"by {self.quality.in_text}"
 
 
-def best_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def best_of(rows: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The best row of `compare` for each pair of data and teacher: by the mean over its seeds of the figure that decides for the task (the
-    first of its ranking that was measured), then by fewer parameters.
+    first of its ranking that was measured), then by fewer bytes. For pairs that have no best, why.
 
-    The figure is of the images held out for validation. Where there is a test it is the last evaluation of the last phase, so that the test
-    says nothing of the choice; a run without a phase has none such and is judged by the test.
+    The figure is of the images held out for validation. Where there is a test it is the evaluation of the last step there, so that the test
+    says nothing of the choice. Only figures of the same images are ranked.
     """
-    found = []
+    found: list[dict[str, Any]] = []
+    none: list[dict[str, Any]] = []
     for task in dict.fromkeys(row["task"] for row in rows):
-        chosen = [(row, [_judged(Path(run)) for run in row["runs"]]) for row in rows if row["task"] == task]
-        keys = {one.quality.key for _, many in chosen for one in many if one is not None}
-        if len(chosen) < 2 or len(keys) != 1 or any(None in many for _, many in chosen):
-            continue
-        quality = next(one.quality for _, many in chosen for one in many if one is not None)
-        means = [(row, mean(one.value for one in many if one is not None)) for row, many in chosen]
-        sign = 1 if quality.lower_is_better else -1
-        row, value = min(means, key=lambda pair: (sign * pair[1], pair[0]["parameters"]))
-        images = {one.images for _, many in chosen for one in many if one is not None}
-        found.append(
-            {
-                "task": task,
-                "label": row["label"],
-                "runs": row["runs"],
-                "key": quality.key,
-                "value": value,
-                "images": sorted(images),
-                "text": f"best by {quality.in_text}: {row['label']}, {quality.text(value)}{_seeds(row)}, {' and '.join(sorted(images))}",
-            }
-        )
-    return found
+        own = [row for row in rows if row["task"] == task]
+        judged = [[_judged(Path(run)) for run in row["runs"]] for row in own]
+        known = [[one for one in many if one is not None] for many in judged]
+        missing = [row["label"] for row, many in zip(own, judged, strict=True) if None in many]
+        if why := _why_none(own, known, missing):
+            none.append({"task": task, "text": f"there is no best: {why}"})
+        else:
+            found.append(_best(task, own, known))
+    return found, none
+
+
+def _why_none(
+    rows: Sequence[Mapping[str, Any]], judged: Sequence[Sequence[_Chosen]], missing: Sequence[str]
+) -> str | None:
+    """Why rows cannot be ranked; None where they can."""
+    if len(rows) < 2:
+        return "the runs differ in their seeds alone" if len(rows[0]["runs"]) > 1 else "only one run is finished"
+    if missing:
+        return f"{', '.join(missing)}: no figure of what the last step left was measured on images held out"
+    for attribute, what in (("figure", "by different figures"), ("images", "on different images")):
+        each = [sorted({str(getattr(one, attribute)) for one in many}) for many in judged]
+        if len({text for texts in each for text in texts}) > 1:
+            pairs = (f"{row['label']} {' and '.join(texts)}" for row, texts in zip(rows, each, strict=True))
+            return f"the students are judged {what}: {'; '.join(pairs)}"
+    return None
+
+
+def _best(task: str, rows: Sequence[Mapping[str, Any]], judged: Sequence[Sequence[_Chosen]]) -> dict[str, Any]:
+    first = judged[0][0]
+    quality, images = first.quality, first.images
+    sign = 1 if quality.lower_is_better else -1
+    means = [(mean(one.value for one in many), mean(one.bytes for one in many)) for many in judged]
+    row, (value, _) = min(zip(rows, means, strict=True), key=lambda pair: (sign * pair[1][0], pair[1][1]))
+    return {
+        "task": task,
+        "label": row["label"],
+        "runs": row["runs"],
+        "key": quality.key,
+        "value": value,
+        "images": images,
+        "text": f"best by {quality.in_text}: {row['label']}, {quality.text(value)}{_seeds(row)}, {images}",
+    }
 
 
 def _seeds(row: Mapping[str, Any]) -> str:
@@ -159,28 +186,31 @@ def _seeds(row: Mapping[str, Any]) -> str:
 def _judged(run: Path) -> _Chosen | None:
     recipe, results = load_recipe(run / RESOLVED), read_results(run)
     task = find_task(recipe.data.usual_task)
-    scores = results.student.model_dump()
-    if results.reported_on == "test" and (last := _last_evaluation(run, results)) is not None:
-        ranked, scores, images = (
-            task.ranked(last),
-            last,
-            "on the images held out for validation, so that the test chose nothing",
-        )
-    else:
-        ranked = task.ranked(scores)
-        whose = "of the test" if results.reported_on == "test" else "held out"
-        images = (
-            f"on {counted(scores['images'] or 0)} {whose}, which chose it, so on others it tends to be a little worse"
-        )
-    return _Chosen(ranked[0], float(scores[ranked[0].key]), images) if ranked else None
-
-
-def _last_evaluation(run: Path, results: Results) -> dict[str, float] | None:
-    """The scores on the images of validation of the weights that the last phase kept; None where there is no phase."""
-    if not results.phases:
+    scores: Mapping[str, Any] = results.student.model_dump()
+    of_test = results.reported_on == "test"
+    if of_test:
+        scores = _last_evaluation(run, recipe, results)
+    ranked = task.ranked(scores)
+    if not ranked:
         return None
-    phase = list(results.phases)[-1]
-    rows = [row for row in read_metrics(run / "metrics.jsonl") if isinstance(row, EvaluationRow) and row.phase == phase]
-    kept = results.phases[phase].kept_epoch
+    images = f"on {counted(int(scores.get('images') or 0))} held out"
+    images += (
+        " for validation, so that the test chose nothing"
+        if of_test
+        else ", which chose it, so on others it tends to be a little worse"
+    )
+    return _Chosen(ranked[0], float(scores[ranked[0].key]), images, results.student.bytes)
+
+
+def _last_evaluation(run: Path, recipe: Recipe, results: Results) -> dict[str, float]:
+    """The scores on the images of validation of what the last step left: of a phase the weights that it kept. None where that was not
+    evaluated."""
+    parts = recipe.parts()
+    if not parts:
+        return {}
+    step, kept = parts[-1].transformed if parts[-1].phase is None else parts[-1].name, None
+    if step in results.phases:
+        kept = results.phases[step].kept_epoch
+    rows = [row for row in read_metrics(run / "metrics.jsonl") if isinstance(row, EvaluationRow) and row.phase == step]
     own = [row for row in rows if row.epoch == kept] or rows
-    return own[-1].values if own else None
+    return own[-1].values if own else {}

@@ -127,6 +127,7 @@ class Run:
                 model = self._transform(model, part, done.teacher)
                 done.fitted = self._on_fitted(model, part, done.teacher) or done.fitted
             if part.phase is None:
+                self._end(part, model, done.teacher)
                 continue
             phase = Phase(part.name, part.end + 1, self.recipe.seed, self.folder.checkpoint(part.name))
             side = Side(model, self.job.student.input)
@@ -162,6 +163,15 @@ class Run:
         self.log.scalars(part.transformed, "evaluate", 0, start)
         self.log.say(f"before training: {words(start)}")
         return start
+
+    def _end(self, part: Part, model: nn.Module, teacher: Side) -> None:
+        """Record the scores of transforms that no phase follows, where the figures at the end are of a test: who chooses among runs, as a
+        sweep does, has to choose on the images held out for validation."""
+        if self.job.datasets.test is None or self.log.recorded(part.transformed, "evaluate", 0):
+            return
+        scores = self.scorer.in_training(Side(model, self.job.student.input), teacher)
+        self.log.scalars(part.transformed, "evaluate", 0, scores)
+        self.log.say(f"on the images held out for validation: {words(scores)}")
 
     def _stage(self, phase: Phase, model: Side, teacher: Side | None, start: dict[str, Any] | None = None) -> Stage:
         """The stage for a phase; `model` is the model before the phase."""

@@ -18,7 +18,7 @@ from helpers.images import class_folders
 from helpers.runs import TINY, done, refused, run, student_bytes
 
 from compressvit.errors import UserError
-from compressvit.recipe.recipe import parse_recipe
+from compressvit.recipe.recipe import Recipe, parse_recipe
 from compressvit.report import sweep as report_sweep
 from compressvit.report.sweep import best_of
 from compressvit.runs import sweep as runs_sweep
@@ -67,6 +67,7 @@ def test_every_combination_is_a_run_and_the_best_is_told(swept, recipe, tmp_path
     assert told["rows"] == json.loads((folder / "compare.json").read_text())
     assert len(told["rows"]) == 1  # the seeds of one recipe
     assert told["best"] == []  # with one there is no best
+    assert [one["text"] for one in told["no_best"]] == ["there is no best: the runs differ in their seeds alone"]
     done("apply", recipe, "seed=1", "--output", tmp_path / "alone", "--no-report")
     assert student_bytes(folder / "seed-1") == student_bytes(tmp_path / "alone")
     assert student_bytes(folder / "seed-0") != student_bytes(folder / "seed-1")
@@ -236,7 +237,7 @@ def test_the_best_is_chosen_on_validation_where_there_is_a_test(tiny, tmp_path):
     told = json.loads(done("sweep", tiny, *words, "--output", tmp_path / "swept", "--no-report", "--json"))
     (best,) = told["best"]
     assert best["key"] == "top1"
-    assert "on the images held out for validation, so that the test chose nothing" in best["text"]
+    assert "held out for validation, so that the test chose nothing" in best["text"]
     means = {}
     for row in told["rows"]:
         rows = [
@@ -248,23 +249,92 @@ def test_the_best_is_chosen_on_validation_where_there_is_a_test(tiny, tmp_path):
     assert means[best["label"]] == max(means.values())
 
 
-def test_the_best_has_the_best_mean_of_the_deciding_figure_and_then_fewer_parameters(monkeypatch):
+def test_the_best_has_the_best_mean_of_the_deciding_figure_and_then_fewer_bytes(monkeypatch):
     top1 = qualities()["top1"]
     values = {"a0": 90.0, "a1": 80.0, "b0": 88.0, "c0": 88.0}
+    sizes = {"a0": 1, "a1": 1, "b0": 8, "c0": 4}  # as rounded to fewer bits
     monkeypatch.setattr(
-        report_sweep, "_judged", lambda run: report_sweep._Chosen(top1, values[run.name], "on 9 images")
+        report_sweep,
+        "_judged",
+        lambda run: report_sweep._Chosen(top1, values[run.name], "on 9 images", sizes[run.name]),
     )
     rows = [
-        {"task": "t", "label": "a", "runs": ["a0", "a1"], "parameters": 1},
-        {"task": "t", "label": "b", "runs": ["b0"], "parameters": 3},
-        {"task": "t", "label": "c", "runs": ["c0"], "parameters": 2},
+        {"task": "t", "label": "a", "runs": ["a0", "a1"]},
+        {"task": "t", "label": "b", "runs": ["b0"]},
+        {"task": "t", "label": "c", "runs": ["c0"]},
     ]
-    (best,) = best_of(rows)
+    (best,), none = best_of(rows)
+    assert none == []
     assert (best["label"], best["value"]) == ("c", 88.0)
     assert best["text"] == "best by top-1: c, 88.00 %, on 9 images"
     values["a1"] = 90.0
-    assert best_of(rows)[0]["text"] == "best by top-1: a, 90.00 % (mean of 2 seeds), on 9 images"
-    assert best_of(rows[:1]) == []
+    assert best_of(rows)[0][0]["text"] == "best by top-1: a, 90.00 % (mean of 2 seeds), on 9 images"
+    assert best_of(rows[1:2]) == ([], [{"task": "t", "text": "there is no best: only one run is finished"}])
+
+
+def test_it_is_told_why_there_is_no_best(monkeypatch):
+    top1, cosine = (qualities()[key] for key in ("top1", "cosine"))
+    judged = {
+        "a": report_sweep._Chosen(top1, 90.0, "on 9 images"),
+        "b": report_sweep._Chosen(top1, 91.0, "on 8 images"),
+        "c": report_sweep._Chosen(cosine, 0.9, "on 9 images"),
+        "d": None,
+    }
+    monkeypatch.setattr(report_sweep, "_judged", lambda run: judged[run.name])
+
+    def why(*labels: str) -> str:
+        best, (none,) = best_of([{"task": "t", "label": label, "runs": [label]} for label in labels])
+        assert best == []
+        return none["text"].removeprefix("there is no best: ")
+
+    assert why("a", "b") == "the students are judged on different images: a on 9 images; b on 8 images"
+    assert why("a", "c") == "the students are judged by different figures: a by top-1; c by cosine"
+    assert why("a", "d") == "d: no figure of what the last step left was measured on images held out"
+
+
+def test_what_follows_the_last_phase_is_judged_too(tmp_path):
+    """`quantise` after a training changes the student: the figure of the training is not its own."""
+    recipe = parse_recipe(TINY + "  - quantise: {bits: 4}\n", "recipe")
+    assert [step.name for step in recipe.steps][-2:] == ["distill", "quantise"]
+    rows = [("1_distill", 1, 90.0), ("2_quantise", None, 70.0)]
+    write_run(tmp_path, recipe, rows)
+    judged = report_sweep._judged(tmp_path)
+    assert judged is not None
+    assert (judged.value, judged.images) == (
+        70.0,
+        "on 8 images held out for validation, so that the test chose nothing",
+    )
+    write_run(tmp_path, recipe, rows[:1])
+    assert report_sweep._judged(tmp_path) is None
+
+
+def write_run(folder: Path, recipe: Recipe, rows: list[tuple[str, int | None, float]]) -> None:
+    """What a sweep reads of a run with a test: its recipe, evaluations (step, epoch and top-1) and results."""
+    (folder / "resolved.yaml").write_text(recipe.to_yaml())
+    lines = [
+        {"time": 0.0, "phase": step, "kind": "evaluate", "step": 1, "epoch": epoch, "top1": top1, "images": 8}
+        for step, epoch, top1 in rows
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    figures = {"images": 8, "top1": 99.0, "parameters": 1, "macs": 1, "bytes": 1, "latency_ms": 1.0}
+    results = {"teacher": figures, "student": figures, "reported_on": "test", "phases": {"1_distill": {}}}
+    (folder / "results.json").write_text(json.dumps(results))
+
+
+def test_a_run_without_a_training_is_evaluated_on_validation_where_there_is_a_test(recipe, tmp_path):
+    root = class_folders(tmp_path / "images", splits=("train",), each=10)
+    data = ("data.name=folder", f"data.root={root}", "data.val_fraction=0.3", "data.test_fraction=0.3")
+    folder = tmp_path / "run"
+    done("apply", recipe, "--output", folder, *data, "data.limit_val=null", "--no-report")
+    (row,) = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert (row["phase"], row["kind"], row["step"]) == ("0_multiplex", "evaluate", 0)
+    judged = report_sweep._judged(folder)
+    assert judged is not None
+    assert judged.value == row["top1"]
+    assert judged.images == f"on {row['images']} images held out for validation, so that the test chose nothing"
+    (folder / "results.json").unlink()
+    done("apply", folder, "--resume", "--no-report")
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 1
 
 
 # In the place of `compressvit apply`: says that it began, waits for a signal, and says which it was
