@@ -173,7 +173,7 @@ class Crash(BaseException):
     """The end of the process; a fault of a diagnostic alone would be told, and training would go on."""
 
 
-@pytest.mark.wide_unless(lambda call: call == 4)
+@pytest.mark.wide
 @pytest.mark.parametrize("call", range(1, 6))
 def test_a_crash_amid_a_measurement_loses_none(whole, recipe, tmp_path, monkeypatch, rude, call):
     folder, measure = tmp_path / "run", Rude.measure

@@ -309,7 +309,7 @@ def test_nothing_to_fit():
     assert torch.equal(outputs(student, images_for(teacher)), outputs(teacher, images_for(teacher)))
 
 
-@pytest.mark.wide_unless(lambda name, first: name == "swin" and first.name == "adaptformer")
+@pytest.mark.wide
 @pytest.mark.parametrize("first", [Multiplex(share=2, mlp_conv=3), AdaptFormer(width=4)], ids=lambda s: s.name)
 @pytest.mark.parametrize("name", ["vit", "swin"])
 def test_blocks_with_slots_are_fitted_in_order_too(name, first):

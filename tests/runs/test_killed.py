@@ -92,7 +92,7 @@ def whole(tmp_path_factory):
 
 
 # The evaluations: after each epoch of the teacher, before the distillation, after each of its epochs, of the student, of the teacher.
-@pytest.mark.wide_unless(lambda number: number == 4)
+@pytest.mark.wide
 @pytest.mark.parametrize("number", [1, 2, 4, 5])
 def test_the_evaluation_during_which_a_run_was_killed_is_made_again(whole, tmp_path, number):
     recipe, uninterrupted = whole

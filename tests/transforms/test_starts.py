@@ -38,7 +38,7 @@ SLOTS = 12 * BLOCKS  # M×M pieces of all projections, of a model whose MLP is 4
 SHARED = ("attn.qkv.weight", "attn.proj.weight", "fc1.weight", "fc2.weight")  # which `lors` starts anew
 ADOPTED = tuple(f"{layer}.up.bias" for layer in ("qkv", "proj", "fc1", "fc2"))  # of the layer that `low_rank` replaces
 ADD_NOTHING = {"align", "bitfit", "freeze", "head_norm", "load_weights", "narrow"}  # or nothing that has parameters
-FITTED_ONLY = {"shrink"}  # tests/transforms/shrink
+FITTED_ONLY = {"shrink", "quantise"}  # tests of their own: tests/transforms/shrink, tests/transforms/quantise
 ON_A_DECODER = {"adaptive_lors"}  # tests/transforms/lors/test_adaptive.py
 
 

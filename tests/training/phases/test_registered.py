@@ -11,6 +11,8 @@ from helpers.runs import TINY, metrics
 
 from compressvit.training.phases import PHASES, PhaseSpec, phase
 
+pytestmark = pytest.mark.wide  # a process of its own
+
 PROGRAM = '''
 import sys
 from typing import ClassVar
