@@ -69,12 +69,14 @@ def _card(folder: Path, name: str, licence: str | None) -> Card:
     """The card of an artifact that loads; raises a `UserError` where no licence is known."""
     model = artifact.load(folder)  # what is damaged is not published
     data = own_recipe_data(folder)
-    origin = None
+    origin, unasked = None, ""
     if (folder.parent / RESOLVED).is_file():
         origin = origin_of(read_run(folder.parent).recipe)
-        licence = licence or origin.licence or (_licence_on_hub(origin.repository) if origin.repository else None)
+        licence = licence or origin.licence
+        if not licence and origin.repository:
+            licence, unasked = _licence_on_hub(origin.repository)
     if not licence:
-        whose = "the run it comes from" if origin is None else f"the teacher ({origin.text})"
+        whose = "the run it comes from" if origin is None else f"the teacher ({origin.text}{unasked})"
         raise UserError(
             f"no licence is recorded of {whose}, and a student is published under one that its teacher's allows; give it as "
             f"{option('licence')} apache-2.0, mit, … (the Hub's words)"
@@ -82,15 +84,18 @@ def _card(folder: Path, name: str, licence: str | None) -> Card:
     return card(folder, name, task_of(model, None if data is None else data.usual_task), licence, origin)
 
 
-def _licence_on_hub(repository: str) -> str | None:
-    """What the card of a repository says; None where it says nothing, or cannot be asked."""
+def _licence_on_hub(repository: str) -> tuple[str | None, str]:
+    """What the card of a repository says, None where it says nothing; and, where the Hub could not be asked, that as a clause."""
     from huggingface_hub import HfApi
 
     try:
         about = HfApi().model_info(repository).card_data
-    except Exception:  # what the hub's HTTP client raises has no common base; the licence is then asked for
-        return None
-    return about.get("license") if about is not None else None
+    except (
+        Exception
+    ) as error:  # what the hub's HTTP client raises has no common base, and the client has changed before
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return None, f"; the Hub could not be asked: {reason}"
+    return (about.get("license") if about is not None else None), ""
 
 
 def _published(name: str, files: dict[str, bytes | Path], *, private: bool, overwrite: bool) -> dict[str, str]:

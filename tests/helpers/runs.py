@@ -23,7 +23,16 @@ steps:
   - distill: {{epochs: 2, log_every: 1, losses: {{hidden_relation: {{weight: 0.5}}, labels: {{weight: 0.25}}}}}}
 """
 
-
+# Nothing is trained, so a run takes a fraction of a second
+QUICK = """\
+teacher:
+  model: vit_tiny_patch16_224
+  weights: random
+  args: {img_size: 8, patch_size: 4, in_chans: 1, embed_dim: 16, depth: 2, num_heads: 2}
+data: {name: digits, batch_size: 32, limit_train: 64, limit_val: 32}
+steps:
+  - multiplex: {share: 2}
+"""
 # The shortest run, for tests of the command line.
 TINY = """\
 description: A run of a few seconds.

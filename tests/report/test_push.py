@@ -102,6 +102,14 @@ def test_the_licence_of_a_teacher_on_the_hub_is_that_of_its_card(finished, repos
     assert told["licence"] == "cc-by-4.0"
     assert "base_model: them/teacher" in told["card"]
 
+    def refuse(self, name):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
+    message = refused("push", run, NAME, "--dry-run")
+    assert "weights of them/teacher" in message
+    assert "; the Hub could not be asked: no route to host)" in message
+
 
 @pytest.mark.parametrize(
     ("key", "value", "cut"),
