@@ -61,10 +61,15 @@ def tied_groups(model: nn.Module) -> list[list[str]]:
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Every parameter under all its names, and the persistent buffers of modules that stand for parameters (`stands_for`)."""
-    yield from model.named_parameters(remove_duplicate=False)
+    standing = []
     for path, module in model.named_modules(remove_duplicate=False):
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                yield f"{path}.{name}" if path else name, parameter
         if _stands(module):
-            yield from module.state_dict(prefix=f"{path}.", keep_vars=True).items()
+            standing.append((path, module))
+    for path, module in standing:
+        yield from module.state_dict(prefix=f"{path}.", keep_vars=True).items()
 
 
 def check(model: nn.Module, declared: Iterable[Sequence[str]]) -> None:
@@ -120,12 +125,16 @@ def count_at_paths(model: nn.Module, paths: Iterable[str]) -> dict[str, int]:
 
 def sizes(module: nn.Module) -> dict[int, int]:
     """The number of elements of every parameter, by its identity, and of what stands for one by that of its module."""
-    found = {id(parameter): parameter.numel() for parameter in module.parameters()}
-    return found | {id(part): part.stands_for for part in module.modules() if _stands(part)}
+    found: dict[int, int] = {}
+    for part in module.modules():
+        found.update((id(p), p.numel()) for p in part._parameters.values() if p is not None)
+        if _stands(part):
+            found[id(part)] = part.stands_for
+    return found
 
 
 def _stands(module: nn.Module) -> TypeGuard[Stand]:
-    return isinstance(getattr(module, "stands_for", None), int)
+    return isinstance(vars(module).get("stands_for"), int)
 
 
 def unique_state(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -52,6 +52,8 @@ class HeadMixing(nn.Module):
     @torch.no_grad()
     def reset_identity(self) -> None:
         """Initialise to the identity, so that attention is unchanged."""
+        if self.weight.is_meta:
+            return  # without values there is nothing to set, and torch would spend longer on it than on the values
         nn.init.eye_(self.weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
@@ -179,7 +181,8 @@ class MultiplexPlan(Plan):
         infos = {info.path: info for info in backbone.blocks}
         paths = [path for group in self.groups for path in group]
         before = ties.count_at_paths(model, paths)
-        ties.tie(model, [names for group in self.groups for names in _shared_names(model, group)])
+        added = surgery.added_parameters(model)
+        ties.tie(model, [names for group in self.groups for names in _shared_names(model, group, added)])
         what = {}
         for group in self.groups:
             for path in group:
@@ -223,9 +226,10 @@ class MultiplexPlan(Plan):
             as_timm(student).init_weights()
         elif self.init == "mean":
             fitted = {name for plan in compression_of(student).plans for name in plan.fitted()}
+            before = surgery.added_parameters(reference.model)
             for group in self.groups:
                 # A group of one keeps its current values; an earlier step may have changed them, so `reference` would be wrong.
-                for names in _shared_names(reference.model, group) if len(group) > 1 else ():
+                for names in _shared_names(reference.model, group, before) if len(group) > 1 else ():
                     if not fitted.isdisjoint(names):
                         continue  # an earlier low-rank step fitted this weight together with its private terms
                     # in float64 the mean of equal tensors equals them bit for bit
@@ -242,9 +246,10 @@ class MultiplexPlan(Plan):
     def errors(self, student: nn.Module, reference: Reference) -> dict[str, tuple[float | None, float | None]]:
         """For every block that shares: the error over all its shared tensors, without those that a low-rank step fitted."""
         fitted = {name for plan in compression_of(student).plans for name in plan.fitted()}
+        before = surgery.added_parameters(reference.model)
         found: dict[str, tuple[float | None, float | None]] = {}
         for group in self.groups if self.init != "scratch" else ():
-            shared = [names for names in _shared_names(reference.model, group) if fitted.isdisjoint(names)]
+            shared = [names for names in _shared_names(reference.model, group, before) if fitted.isdisjoint(names)]
             for path, *names in zip(group, *shared, strict=True) if shared and len(group) > 1 else ():
                 ours, theirs = (
                     torch.cat([model.get_parameter(name).cpu().double().flatten() for name in names])
@@ -341,9 +346,8 @@ class Multiplex(Transform):
         return MultiplexPlan(groups=tuple(groups), **self.model_dump(exclude={"share"}))
 
 
-def _shared_names(model: nn.Module, group: tuple[str, ...]) -> list[list[str]]:
-    """For a group of blocks, the names that become one parameter: all of `attn` and `mlp` except what transforms added."""
-    added = surgery.added_parameters(model)
+def _shared_names(model: nn.Module, group: tuple[str, ...], added: set[str]) -> list[list[str]]:
+    """For a group of blocks, the names that become one parameter: all of `attn` and `mlp` except what transforms `added`."""
     tails = [
         f"{part}.{name}"
         for part in ("attn", "mlp")

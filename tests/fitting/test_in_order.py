@@ -145,9 +145,7 @@ def test_a_model_that_is_its_teacher_is_asked_for_nothing_new():
     assert max(errors.values()) < 1e-3  # rounding of the sums of squares; measured 3e-4
 
 
-@pytest.mark.wide_unless(
-    lambda name, share, metric: (name, share, metric) in (("vit", 1, "inputs"), ("vit", 2, "auto"))
-)
+@pytest.mark.wide_unless(lambda name, share, metric: (name, share, metric) == ("vit", 2, "auto"))
 @pytest.mark.parametrize("name", ["vit", "deit_distilled", "dinov2_registers", "headless", "swin"])
 @pytest.mark.parametrize(
     ("share", "metric"), [(1, "inputs"), (1, "outputs"), (2, "inputs"), (2, "auto")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -24,6 +25,11 @@ KINDS = ("vit", "deit_distilled", "swin")
 
 def student_of(name: str) -> nn.Module:
     """Half of the blocks share with the other half, and have private transforms that do something."""
+    return surgery.deep_copy(_student_of(name))
+
+
+@functools.cache
+def _student_of(name: str) -> nn.Module:
     torch.manual_seed(0)
     return compress(build(name), [Multiplex(share=2, mixing_bias=True, mlp_conv=3, form="reference")])
 

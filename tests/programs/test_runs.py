@@ -83,6 +83,7 @@ def example(name: str) -> list[list[str]]:
     return [shlex.split(line) for line in text.strip().splitlines()]
 
 
+@pytest.mark.wide_unless(lambda name: name != "allocation")  # which fits
 @pytest.mark.parametrize("name", TOOLS)
 def test_the_example_of_help_runs(runs, name, tmp_path, monkeypatch, capsys):
     """Its last line, on runs that the others could have left."""

@@ -30,17 +30,23 @@ CURVES += ["1_distill_loss", "1_distill_accuracy", "1_distill_gradient", "1_dist
 
 
 @pytest.fixture(scope="module")
-def page(finished):
+def ended(finished, tmp_path_factory):
+    """The finished run, to which `apply` has added its report."""
+    folder = shutil.copytree(finished, tmp_path_factory.mktemp("page") / "finished")
+    done("apply", folder, "--resume")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(ended):
     """The page that `apply` left."""
-    return Page(finished / "report.html")
+    return Page(ended / "report.html")
 
 
 @pytest.fixture
 def copied(finished, tmp_path):
     """A copy of the finished run, without its report."""
-    folder = shutil.copytree(finished, tmp_path / "run")
-    (folder / "report.html").unlink()
-    return folder
+    return shutil.copytree(finished, tmp_path / "run")
 
 
 def reported(folder, *words):
@@ -52,18 +58,18 @@ def reported(folder, *words):
 # --- what is there
 
 
-def test_apply_leaves_a_page_with_every_section_and_figure(page, finished):
+def test_apply_leaves_a_page_with_every_section_and_figure(page, ended):
     assert page.sections == SECTIONS
     assert page.figure_names == [*CURVES, "classes"]
     assert all(len(figure["caption"]) > 30 for figure in page.figures), "how to read it"
     assert all(figure["svg"] for figure in page.figures), "drawn for readers without scripts"
     assert not page.open, "every element is closed"
     assert [a[1:] for a in (v for _, n, v in page.attributes if n == "href")] == SECTIONS
-    assert finished.name in page.text
+    assert ended.name in page.text
 
 
-def test_the_verdict_and_the_table_are_those_of_results_json(page, finished):
-    results = json.loads((finished / "results.json").read_text())
+def test_the_verdict_and_the_table_are_those_of_results_json(page, ended):
+    results = json.loads((ended / "results.json").read_text())
     teacher, student = results["teacher"], results["student"]
     share = 100 * student["parameters"] / teacher["parameters"]
     assert f"With {share:.1f} % of the teacher's parameters" in page.text
@@ -75,18 +81,18 @@ def test_the_verdict_and_the_table_are_those_of_results_json(page, finished):
     assert rows["cosine of the outputs"] == ["", f"{student['cosine']:.4f}", ""]
 
 
-def test_recipe_commands_environment_and_hash(page, finished):
-    environment = json.loads((finished / "environment.json").read_text())
+def test_recipe_commands_environment_and_hash(page, ended):
+    environment = json.loads((ended / "environment.json").read_text())
     assert "hidden_relation: {weight: 0.5}" in page.text, "as given"
     assert "evaluate_every: 1" in page.text, "resolved"
-    assert f"compressvit apply {finished / 'resolved.yaml'} --output NEW_FOLDER" in page.text
-    assert f"compressvit evaluate {finished}" in page.text
+    assert f"compressvit apply {ended / 'resolved.yaml'} --output NEW_FOLDER" in page.text
+    assert f"compressvit evaluate {ended}" in page.text
     assert environment["versions"]["timm"] in page.text
-    assert hashlib.sha256((finished / "student" / "model.safetensors").read_bytes()).hexdigest() in page.text
+    assert hashlib.sha256((ended / "student" / "model.safetensors").read_bytes()).hexdigest() in page.text
 
 
-def test_the_ledger_is_whole(page, finished):
-    ledger = json.loads((finished / "results.json").read_text())["ledger"]
+def test_the_ledger_is_whole(page, ended):
+    ledger = json.loads((ended / "results.json").read_text())["ledger"]
     table = next(table for table in page.tables if table[0][:2] == ["module", "change"])
     assert [row[:4] for row in table[1:]] == [
         [e["path"], e["change"], f"{e['before']:,}", f"{e['after']:,}"] for e in ledger
@@ -116,8 +122,8 @@ def test_the_sizes_that_were_tried(copied):
     assert "Sizes are parts of the teacher's latency, as the table of its modules predicts it." in page.text
 
 
-def test_curves_are_those_of_metrics_jsonl(page, finished):
-    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+def test_curves_are_those_of_metrics_jsonl(page, ended):
+    lines = [json.loads(line) for line in (ended / "metrics.jsonl").read_text().splitlines()]
     spec = next(figure["spec"] for figure in page.figures if figure["name"] == "1_distill_loss")
     drawn = {(r["series"], r["step"]): r["value"] for r in spec["data"]["values"]}
     told = [line for line in lines if line["phase"] == "1_distill" and line["kind"] == "train"]
@@ -128,13 +134,13 @@ def test_curves_are_those_of_metrics_jsonl(page, finished):
         assert drawn["loss", line["step"]] == pytest.approx(line["loss"], rel=1e-4)
     spec = next(figure["spec"] for figure in page.figures if figure["name"] == "1_distill_accuracy")
     held_out = {r["step"]: r["value"] for r in spec["data"]["values"] if r["series"] == "held-out images"}
-    start = json.loads((finished / "results.json").read_text())["phases"]["1_distill"]["start"]["top1"]
+    start = json.loads((ended / "results.json").read_text())["phases"]["1_distill"]["start"]["top1"]
     assert held_out[0] == pytest.approx(start, rel=1e-4), "before training"
     assert len(held_out) == 3
 
 
-def test_images_are_small_and_inside(page, finished):
-    examples = json.loads((finished / "predictions.json").read_text())["examples"]
+def test_images_are_small_and_inside(page, ended):
+    examples = json.loads((ended / "predictions.json").read_text())["examples"]
     assert len(page.images) == len(examples) == 16, "all held-out images"
     for image, example in zip(page.images, examples, strict=True):
         kind, data = image["src"].split(",")

@@ -87,9 +87,7 @@ def measured(model, unit, size):
     }[unit]
 
 
-@pytest.mark.wide_unless(
-    lambda backbone, unit, share: (backbone, unit, share) in (("vit", "macs", 1), ("swin", "bytes", 2))
-)
+@pytest.mark.wide_unless(lambda backbone, unit, share: (backbone, unit, share) == ("swin", "bytes", 2))
 @pytest.mark.parametrize("backbone", ["vit", "swin", "deit_distilled"])
 @pytest.mark.parametrize(
     ("unit", "share", "part"),
