@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 
 Tensor = torch.Tensor
+LEAST_RIDGE = 1e-6
 TINY = 1e-300  # in place of zero, where something is taken relative to a weight
 
 
@@ -55,13 +56,24 @@ def cholesky(moment: Tensor, ridge: float) -> Tensor:
     size = moment.shape[0]
     if not torch.isfinite(moment).all():
         raise ArithmeticError("a moment holds numbers that are not finite")
-    level = moment.diagonal().abs().mean().clamp(min=torch.finfo(torch.float64).tiny)
-    ridge = max(ridge, 1e-6)
+    level, ridge = _level(moment), max(ridge, LEAST_RIDGE)
     while True:  # sums of products are positive definite only up to the rounding of their float32 terms
         factor, failed = torch.linalg.cholesky_ex(moment + ridge * level * torch.eye(size, dtype=torch.float64))
         if not failed:
             return factor
         ridge *= 10
+
+
+def factor_of(metric: Tensor | None) -> Tensor | None:
+    """M of a metric M Mᵀ, whatever the units of its outputs are."""
+    if metric is None:
+        return None
+    units = metric.diagonal().clamp(min=TINY).sqrt()
+    return units[:, None] * cholesky(metric / torch.outer(units, units), 0.0)
+
+
+def _level(moment: Tensor) -> Tensor:
+    return moment.diagonal().abs().mean().clamp(min=torch.finfo(torch.float64).tiny)
 
 
 @dataclass(frozen=True)
@@ -96,11 +108,26 @@ def spectrum(matrix: Tensor, metric: Metric = Metric()) -> Spectrum:
     return Spectrum(left, values, right, metric)
 
 
-def singular_values(matrix: Tensor) -> Tensor:
-    """Of a matrix (m, n) in float64, min(m, n) of them, falling: by the eigenvalues of its smaller square, which is many times as fast as
-    their decomposition, and off by at most 1e-8 of the largest."""
-    square = matrix @ matrix.mT if matrix.shape[0] <= matrix.shape[1] else matrix.mT @ matrix
-    return torch.linalg.eigvalsh(square).clamp(min=0).sqrt().flip(0)
+def truncation_errors(matrix: Tensor, moment: Tensor, ridge: float, outputs: Tensor | None = None) -> Tensor:
+    """The squared error of the best truncations of W to rank 0, 1, …, k, (k + 1,), falling.
+
+    They are sums of the eigenvalues of the smaller of its two squares, which take a fraction of the time of a singular value decomposition
+    and a factor of one of the two metrics at most; they are off by 1e-15 of the first.
+
+    Args:
+        matrix: W, (out, in), in float64; k is the smaller of the two.
+        moment: of its inputs, (in, in); with the `ridge` of `cholesky`.
+        outputs: the metric of its outputs, (out, out); None where all count alike.
+    """
+    if matrix.shape[0] > matrix.shape[1]:
+        factor: Tensor | None = cholesky(moment, ridge)
+        square = matrix.mT @ (matrix if outputs is None else outputs @ matrix)
+    else:
+        factor = factor_of(outputs)
+        square = matrix @ moment @ matrix.mT + max(ridge, LEAST_RIDGE) * _level(moment) * (matrix @ matrix.mT)
+    if factor is not None:
+        square = factor.mT @ square @ factor
+    return left_out(torch.linalg.eigvalsh(square).clamp(min=0).sqrt().flip(0))
 
 
 def left_out(values: Tensor) -> Tensor:

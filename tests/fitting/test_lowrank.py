@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from compressvit.fitting.lowrank import Metric, cholesky, fit_shared, spectrum
+from compressvit.fitting.lowrank import Metric, cholesky, factor_of, fit_shared, left_out, spectrum, truncation_errors
 
 
 def matrix(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -43,6 +43,18 @@ def test_the_error_is_what_the_dropped_singular_values_say(kind, rank):
     assert up.shape == (12, rank)
     assert down.shape == (rank, 20)
     assert g.squared_norm(weight - up @ down) == pytest.approx(found.values[rank:].square().sum().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("ridge", [1e-6, 0.1])
+@pytest.mark.parametrize("outputs", [False, True])
+@pytest.mark.parametrize(("out", "inner"), [(12, 20), (20, 12)])
+def test_the_errors_of_all_ranks_are_those_of_the_decomposition(out, inner, outputs, ridge):
+    weight, of_inputs, of_outputs = matrix(out, inner), moment(inner, 5), moment(out, 12) if outputs else None
+    whole = left_out(spectrum(weight, Metric(cholesky(of_inputs, ridge), factor_of(of_outputs))).values)
+    errors = truncation_errors(weight, of_inputs, ridge, of_outputs)
+    assert len(errors) == 13
+    assert (errors - whole).abs().max() < 1e-5 * whole[0]  # measured 1e-7, the least ridge of outputs that are factored
+    assert errors[-1] == 0
 
 
 @pytest.mark.parametrize("kind", ["inputs", "outputs"])

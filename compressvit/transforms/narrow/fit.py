@@ -21,7 +21,7 @@ from torch import nn
 
 from compressvit.fitting.elimination import Removal, compensated, eliminate
 from compressvit.fitting.in_order import LayerFit, scale_behind
-from compressvit.fitting.lowrank import TINY, Metric, Tensor, cholesky, spectrum
+from compressvit.fitting.lowrank import TINY, Metric, Tensor, cholesky, factor_of, spectrum
 from compressvit.fitting.moments import Moments, says_something
 from compressvit.fitting.narrow_heads import Products, head_blocks, outputs_of, products
 from compressvit.fitting.reference import Reference
@@ -144,6 +144,13 @@ class TeacherBlock:
         found = self._removals(PROJ, tuple(count * size for count in counts), size)
         return {width // size: removal for width, removal in found.items()}
 
+    @cached_property
+    def products(self) -> Products:
+        """Of all heads, of what `qkv` computes from its inputs."""
+        inputs, metric, values = self.moments(QKV), self.metric(QKV), self.centred(PROJ)
+        of_inputs = self.weight(QKV), self.bias(QKV), inputs.inputs, inputs.mean
+        return heads_products(*of_inputs, metric, self.whitened(PROJ), values, self.place.heads)
+
     def _removals(self, layer: str, widths: tuple[int, ...], group: int) -> dict[int, Removal]:
         known: dict[int, tuple[Tensor, float]] = self.reference.known((self.path(layer), group, self.settings), dict)
         weight, moment, ridge = self.whitened(layer), self.centred(layer), self.settings.ridge
@@ -180,18 +187,26 @@ class Heads:
 
 
 def narrow_heads(
-    teacher: TeacherBlock, form: BlockForm, weight: Tensor, bias: Tensor | None, inputs: Tensor, mean: Tensor
+    teacher: TeacherBlock,
+    form: BlockForm,
+    weight: Tensor,
+    bias: Tensor | None,
+    inputs: Tensor,
+    mean: Tensor,
+    decomposed: Products | None = None,
 ) -> Heads:
     """The attention of a narrower block, as a function of what `qkv` computes from given inputs.
 
     Args:
         weight, bias: of the teacher's `qkv`, or of one fitted to its outputs, (3·H·d, in).
         inputs, mean: E[xᵀx], (in, in), and E[x], (in,), of its inputs.
+        decomposed: the products of all heads, if they are known.
     """
     place = teacher.place
     heads, size = form.heads or place.heads, form.head_dim or place.head_dim
     metric, projection, error = teacher.metric(QKV), teacher.whitened(PROJ), 0.0
     values, mean_of_values = teacher.centred(PROJ), teacher.mean(PROJ)
+    found = decomposed if heads == place.heads else None
     if heads < place.heads:
         removal = teacher.heads(heads)[heads]
         rows = torch.cat([removal.kept + part * place.heads * place.head_dim for part in range(3)])
@@ -199,7 +214,7 @@ def narrow_heads(
         metric, values = restricted(metric, rows), values[removal.kept][:, removal.kept]
         mean_of_values = mean_of_values[removal.kept]
         projection, error = removal.weight, removal.error
-    found = heads_products(weight, bias, inputs, mean, metric, projection, values, heads)
+    found = found or heads_products(weight, bias, inputs, mean, metric, projection, values, heads)
     whole = found.errors[0].item() + error
     if size < place.head_dim:
         error += found.errors[size].item()
@@ -230,14 +245,6 @@ def heads_products(
     return products(queries, keys, of_query, projection, values)
 
 
-def factor_of(metric: Tensor | None) -> Tensor | None:
-    """M of a metric M Mᵀ, whatever the units of its outputs are."""
-    if metric is None:
-        return None
-    units = metric.diagonal().clamp(min=TINY).sqrt()
-    return units[:, None] * cholesky(metric / torch.outer(units, units), 0.0)
-
-
 def restricted(moment: Tensor | None, rows: Tensor) -> Tensor | None:
     """The moment of some outputs alone."""
     return None if moment is None else moment[rows][:, rows]
@@ -266,7 +273,8 @@ class BlockFit:
             weight, bias, mean = self.teacher.weight(layer), self.teacher.bias(layer), self.teacher.mean(layer)
             metric, wanted = self.teacher.metric(layer), weight @ mean  # with the bias, what the layer gives on average
             if layer == QKV and self._narrows_heads:
-                self._heads = narrow_heads(self.teacher, self.form, weight, bias, moments.inputs, moments.mean)
+                known = moments.inputs, moments.mean, self.teacher.products
+                self._heads = narrow_heads(self.teacher, self.form, weight, bias, *known)
                 weight, bias, metric = self._heads.weight, self._heads.bias, self._heads.metric
                 wanted = weight @ mean
             elif layer == PROJ and self._heads is not None:
@@ -328,7 +336,7 @@ class BlockFit:
             weight, metric = found.weight, found.metric
             full, factors = self._low_rank(layer, weight, centred, metric)
             bias = None if found.bias is None else found.bias + (weight - full) @ mean
-            error = (max(found.error, 0.0) / max(found.size, 1e-300)) ** 0.5
+            error = (max(found.error, 0.0) / max(found.size, TINY)) ** 0.5
         else:
             full, factors = self._low_rank(layer, weight, centred, metric)
             bias = whole.best_bias(full) if free else None

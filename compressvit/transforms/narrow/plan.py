@@ -124,8 +124,9 @@ class NarrowPlan(Plan):
 
     @torch.no_grad()
     def initialise(self, student: nn.Module, reference: Reference) -> None:
-        for fit in self._block_fits(student, reference):
-            fit.start()
+        if not self.layer_fits(student, reference):  # which set all values, and start from the teacher's
+            for fit in self._block_fits(student, reference):
+                fit.start()
 
     def layer_fits(self, student: nn.Module, reference: Reference) -> dict[str, LayerFit]:
         if not self.sequential or self.metric == "weights" or reference.too_alike:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from compressvit.fitting.hull import Forms
-from compressvit.fitting.lowrank import Metric, Tensor, cholesky, left_out, singular_values
-from compressvit.transforms.narrow.fit import TeacherBlock, factor_of, narrow_heads, restricted
+from compressvit.fitting.lowrank import Tensor, truncation_errors
+from compressvit.transforms.narrow.fit import TeacherBlock, narrow_heads, restricted
 from compressvit.transforms.narrow.form import BlockForm
 from compressvit.transforms.narrow.places import FC1, FC2, PROJ, QKV, Place
 from compressvit.transforms.shrink.prices import Prices, Row
@@ -82,6 +82,7 @@ class _Offers:
         place, teacher = self.place, self.teacher
         sizes = widths(place.neurons, self.methods.multiple) if self.methods.neurons else [place.neurons]
         removals = teacher.neurons(*sizes) if teacher else {}
+        metric = teacher.metric(FC1) if teacher else None
         bases = []
         for size in sizes:
             form = BlockForm(neurons=None if size == place.neurons else size)
@@ -89,8 +90,7 @@ class _Offers:
             if teacher:
                 removal = removals[size]
                 kept, rows, error = removal.kept, place.rows(removal.kept), removal.error
-                outer = factor_of(restricted(teacher.metric(FC1), rows))
-                first = self._left(teacher.weight(FC1)[rows], teacher.centred(FC1), outer)
+                first = self._left(teacher.weight(FC1)[rows], teacher.centred(FC1), restricted(metric, rows))
                 second = self._left(removal.weight, teacher.centred(FC2)[kept][:, kept], None)
             bases.append(self._base(form, error, {FC1: first, FC2: second}, self.prices.hidden(place.path, size)))
         return self._forms(bases, FC1)
@@ -105,13 +105,12 @@ class _Offers:
             )
             error, first, second = 0.0, None, None
             if teacher:
-                moments = teacher.moments(QKV)
-                found = narrow_heads(
-                    teacher, form, teacher.weight(QKV), teacher.bias(QKV), moments.inputs, moments.mean
-                )
+                inputs = teacher.moments(QKV)
+                known = teacher.weight(QKV), teacher.bias(QKV), inputs.inputs, inputs.mean, teacher.products
+                found = narrow_heads(teacher, form, *known)
                 outer, error = teacher.outer(PROJ), found.error
                 projection = found.projection if outer is None else outer.mT @ found.projection
-                first = self._left(found.weight, teacher.centred(QKV), factor_of(found.metric))
+                first = self._left(found.weight, teacher.centred(QKV), found.metric)
                 second = self._left(projection, found.values, None)
             products = self.prices.products(place.path, heads, size)
             bases.append(self._base(form, error, {QKV: first, PROJ: second}, products))
@@ -129,13 +128,12 @@ class _Offers:
             sizes += [(count, place.head_dim) for count in counts]
         return sizes
 
-    def _left(self, weight: Tensor, centred: Tensor, outer: Tensor | None) -> list[float] | None:
+    def _left(self, weight: Tensor, centred: Tensor, metric: Tensor | None) -> list[float] | None:
         """The error of a layer of every rank; None where it stays dense."""
         assert self.teacher is not None
         if not self.methods.rank:
             return None
-        metric = Metric(cholesky(centred, self.teacher.settings.ridge), outer)
-        found: list[float] = left_out(singular_values(metric.weigh(weight))).tolist()
+        found: list[float] = truncation_errors(weight, centred, self.teacher.settings.ridge, metric).tolist()
         return found
 
     def _base(self, form: BlockForm, error: float, left: dict[str, list[float] | None], other: Row) -> _Base:
