@@ -49,6 +49,12 @@ def add_shrink(verb: Verb) -> None:
     shrink.add_argument(
         "--batch", metavar="N", type=_count, help="images at once for which latency counts (default: 1)"
     )
+    shrink.add_argument(
+        "--quantise",
+        action="store_true",
+        help="round the student's weights in the end: to 4 bits, or where bytes have a limit to 3 to 8 bits each, and structure and bits "
+        "are chosen together",
+    )
     shrink.add_argument("--model", metavar="NAME", help="timm's name of the architecture of a weights file")
     shrink.add_argument("--img-size", metavar="N", type=_count, help="build the model for images of N×N pixels")
     shrink.add_argument(
@@ -102,6 +108,7 @@ def run_shrink(arguments: argparse.Namespace) -> int:
         batch=arguments.batch,
         calibration=CALIBRATION if arguments.calibration is None else arguments.calibration,
         val_fraction=arguments.val_fraction,
+        quantise=arguments.quantise,
     )
     show(dumped(recipe))
     arguments.output = output = Path(arguments.output or default_output(recipe))

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from torch import nn
 
-from compressvit.errors import UserError, did_you_mean, option
+from compressvit.errors import UserError, did_you_mean, option, switch
 from compressvit.files import expanded
 from compressvit.fitting.judge import FIGURES
 from compressvit.model import cost, weights
@@ -25,6 +25,7 @@ from compressvit.recipe.yaml import dumped
 from compressvit.runs.apply import RunResult, apply
 from compressvit.runs.labels import labels_for
 from compressvit.runs.models import teacher_architecture
+from compressvit.transforms.quantise import Quantise
 from compressvit.transforms.shrink import Shrink
 from compressvit.transforms.shrink.keep import ShrinkKeep
 from compressvit.transforms.shrink.prices import Unit
@@ -50,12 +51,13 @@ def shrink(
     batch: int | None = None,
     calibration: int = CALIBRATION,
     val_fraction: float | None = None,
+    quantise: bool = False,
     **options: Any,
 ) -> RunResult:
     """Make a pretrained ViT smaller, without training, as `compressvit shrink` does.
 
     Args:
-        source, images, to, keep, unit, model, img_size, batch, calibration, val_fraction: as for `shrink_recipe`.
+        source, images, to, keep, unit, model, img_size, batch, calibration, val_fraction, quantise: as for `shrink_recipe`.
         output: the run folder; by default `runs/shrink_NAME`.
         options: further ones of `apply`: device, resume, overwrite, console, report.
 
@@ -77,6 +79,7 @@ def shrink(
         batch=batch,
         calibration=calibration,
         val_fraction=val_fraction,
+        quantise=quantise,
     )
     return apply_recipe(recipe, default_output(recipe) if output is None else output, **options)
 
@@ -102,6 +105,7 @@ def shrink_recipe(
     batch: int | None = None,
     calibration: int = CALIBRATION,
     val_fraction: float | None = None,
+    quantise: bool = False,
 ) -> dict[str, Any]:
     """A recipe as data.
 
@@ -120,6 +124,8 @@ def shrink_recipe(
         batch: images at once for which latency counts; by default one.
         calibration: number of images that the student is fitted to.
         val_fraction: takes the folders directly in `images` (or in its train/) for classes, and holds out so much of each to judge on.
+        quantise: round the weights in the end, to 4 bits, or where bytes have a limit to 3 to 8 bits each; what is removed and how far the
+            rest is rounded are then chosen together.
 
     Raises:
         UserError: there is no such model, file or folder; a limit is no smaller than the teacher; the model cannot be made narrower; with
@@ -140,14 +146,31 @@ def shrink_recipe(
         teacher["args"] = {"img_size": img_size}
     built = _built(recipe)
     _require_smaller(built, step)
+    if quantise:
+        recipe["steps"].append({"quantise": _rounding(built, step)})
     labels, found = labels_for(built, recipe["data"])
     if found:
         recipe["data"]["name"] = "folder"
         if getattr(built, "num_classes", 0):  # accuracy is that of all held-out images
             del recipe["data"]["limit_val"]
     size = " and ".join(_text(unit, limit) for unit, limit in budget.items()) or _kept(step)
+    size += ", rounded" * quantise
     recipe["description"] = f"{teacher['model']} with {size}, without training; {labels}."
     return recipe
+
+
+def _rounding(teacher: nn.Module, step: dict[str, Any]) -> dict[str, Any]:
+    """The options of the `quantise` step behind `shrink`, which gets the numbers of bits to choose from where bytes have a limit."""
+    if "budget" not in step:
+        raise UserError(
+            f"{switch('quantise')}: {option('keep')} judges students before they are rounded, so the one it finds might keep less; give "
+            f"sizes with {option('to')}, {_SIZES}"
+        )
+    limit = step["budget"].get("bytes")
+    if limit is None:
+        return {"bits": 4}
+    step["bits"] = list(Quantise.model_fields["choices"].default)
+    return {"budget": {"bytes": int(limit * cost.file_bytes(teacher) if limit <= 1 else limit)}}
 
 
 def _data(images: str | Path, val_fraction: float | None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ bytes, and costs time. `compressvit.load(FOLDER, materialise=True)` makes a mode
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 from torch import nn
@@ -24,10 +24,8 @@ from compressvit.spec import Spec
 from compressvit.transforms.base import Transform, transform
 from compressvit.transforms.quantise.budget import spend
 from compressvit.transforms.quantise.fit import moments_of
-from compressvit.transforms.quantise.plan import QuantisePlan
+from compressvit.transforms.quantise.plan import Bits, QuantisePlan
 from compressvit.transforms.quantise.sites import Sites, require_roundable, sites
-
-Bits = Annotated[int, Field(ge=2, le=8)]
 
 
 class Bytes(Spec):
@@ -124,6 +122,10 @@ class Quantise(Transform):
             return self._resolved(where, dict(bits))
 
         return spend(model, where.layers, sorted(set(self.choices)), limit, plan_of, reference)
+
+    def resolved(self, model: nn.Module, bits: dict[str, int]) -> QuantisePlan:
+        """The plan with these bits of the layers of blocks, by path."""
+        return self._resolved(sites(model, self.backbone(model), self.skip), bits)
 
     def _resolved(self, where: Sites, bits: dict[str, int]) -> QuantisePlan:
         settings = self.model_dump(include={"group", "metric", "sequential", "ridge", "sweeps"})

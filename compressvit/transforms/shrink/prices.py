@@ -11,17 +11,20 @@ import torch
 from torch import nn
 
 from compressvit.fitting.moments import tokens_at
-from compressvit.model import cost, ties
+from compressvit.model import cost, surgery, ties
 from compressvit.model.backbone import describe, input_size
 from compressvit.model.family import BlockInfo
 from compressvit.model.linear import weight_shape
 from compressvit.transforms.low_rank.budget import original_macs, original_parameters
 from compressvit.transforms.narrow.form import BlockForm
 from compressvit.transforms.narrow.places import FC1, FC2, LAYERS, PROJ, QKV, Place
+from compressvit.transforms.quantise.sites import sites
+from compressvit.transforms.quantise.spec import Quantise
 from compressvit.transforms.shrink.latency import LatencyTable
 
 Unit = Literal["parameters", "bytes", "macs", "latency"]
 Row = np.ndarray[Any, Any]  # (units,)
+GROUP: int = Quantise.model_fields["group"].default
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,8 @@ class Prices:
         shapes: of the blocks, by path.
         table: of latency, where that is a unit.
         pivoted: the form of low-rank layers; auto: pivoted, or where latency is a unit whichever is faster.
+        bits: numbers of bits, rising, that a step after this one may give each weight, which then is what bytes are of; where nothing
+            else is said the fewest. Empty: weights are stored as they are.
     """
 
     units: tuple[Unit, ...]
@@ -85,6 +90,7 @@ class Prices:
     shapes: Mapping[str, Shapes]
     table: LatencyTable | None = None
     pivoted: Literal["auto"] | bool = True
+    bits: tuple[int, ...] = ()
 
     @classmethod
     def of(
@@ -94,6 +100,7 @@ class Prices:
         units: Sequence[Unit],
         table: LatencyTable | None = None,
         pivoted: Literal["auto"] | bool = True,
+        bits: Sequence[int] = (),
     ) -> Prices:
         """Those of a model's blocks; nothing is computed. Without a table latency has no price."""
         paths = [f"{place.path}.{layer}" for place in found for layer in of_sublayers(place)]
@@ -102,7 +109,8 @@ class Prices:
         keys = {p.path: _keys(blocks[p.path], tokens[f"{p.path}.{QKV}"]) for p in found if p.options}
         shapes = {place.path: Shapes.of(model, place) for place in found}
         known = tuple(unit for unit in units if table is not None or unit != "latency")
-        return cls(known, next(model.parameters()).element_size(), tokens, keys, shapes, table, pivoted)
+        whole = next(model.parameters()).element_size()
+        return cls(known, whole, tokens, keys, shapes, table, pivoted, tuple(sorted(set(bits))))
 
     def row(self, parameters: float = 0, products: float = 0, milliseconds: float = 0, other_bytes: float = 0) -> Row:
         """(units,): of so many parameters, multiply-accumulates, milliseconds, and bytes of what is no parameter."""
@@ -136,7 +144,16 @@ class Prices:
         numbers = outputs * inputs if rank is None else rank_price(outputs, inputs, rank, pivoted)
         order = torch.int64.itemsize * min(outputs, inputs) if rank is not None and pivoted else 0
         time = 0.0 if self.table is None else self.table.layer(block, outputs, inputs, rank, pivoted=pivoted)
+        if self.bits:
+            order += round(numbers * (rounded_size(self.bits[0]) - self.itemsize))
         return self.row(numbers, numbers * self.tokens[f"{block}.{layer}"], time, order)
+
+    def rounded(self, price: Row, numbers: int) -> list[tuple[int | None, Row]]:
+        """A layer whose weights have so many numbers with each of the `bits`, and its price, from that with the fewest."""
+        if not self.bits or "bytes" not in self.units:
+            return [(None, price)]
+        more = [round(numbers * (rounded_size(bits) - rounded_size(self.bits[0]))) for bits in self.bits]
+        return [(bits, price + self.row(other_bytes=size)) for bits, size in zip(self.bits, more, strict=True)]
 
     def products(self, block: str, heads: int, head_dim: int) -> Row:
         """What an attention computes besides its linear layers: queries with keys, and what they say with values."""
@@ -176,11 +193,15 @@ class Prices:
         tokens = tuple(self.tokens[f"{block}.{layer}"] for layer in layers)
         return self.shapes[block].key(), tokens, self.keys.get(block), self.table and self.table.like[block]
 
-    def student(self, empty: nn.Module, forms: Mapping[str, BlockForm]) -> Row:
-        """(units,): of a student, whose values do not matter, with these forms of blocks."""
+    def student(self, empty: nn.Module, forms: Mapping[str, BlockForm], bits: Mapping[str, int] = {}) -> Row:
+        """(units,): of a student, whose values do not matter, with these forms of blocks.
+
+        Args:
+            bits: of layers, by path, where a step after this one rounds them.
+        """
         each: dict[Unit, Callable[[], float]] = {
             "parameters": lambda: ties.count_parameters(empty),
-            "bytes": lambda: cost.file_bytes(empty),
+            "bytes": lambda: rounded_bytes(empty, bits, self.bits[0]) if self.bits else cost.file_bytes(empty),
             "macs": lambda: cost.macs(empty, input_size(empty)),
             "latency": lambda: self._latency(forms),
         }
@@ -206,6 +227,22 @@ class Prices:
             "latency": 0.0 if self.table is None else self.table.whole,
         }
         return np.array([each[unit] for unit in self.units], dtype=float)
+
+
+def rounded_size(bits: int) -> float:
+    """Bytes of a number in so many bits, with its part of a scale."""
+    return bits / 8 + 2 / GROUP
+
+
+def rounded_bytes(model: nn.Module, bits: Mapping[str, int], others: int) -> int:
+    """Size of the file of a model that `quantise` rounds, with these bits of the layers at paths or within them, and `others` elsewhere."""
+    empty = surgery.skeleton(model)
+    found = sites(empty, describe(empty), ()).layers
+    within = {
+        path: next((b for p, b in bits.items() if path == p or path.startswith(f"{p}.")), others) for path in found
+    }
+    Quantise().resolved(empty, within).apply(empty)
+    return cost.file_bytes(empty)
 
 
 def of_sublayers(place: Place) -> list[str]:

@@ -14,7 +14,7 @@ from compressvit.model import surgery
 from compressvit.transforms.narrow.form import BlockForm
 from compressvit.transforms.narrow.places import Place
 from compressvit.transforms.shrink.budget import ShrinkBudget
-from compressvit.transforms.shrink.offers import Methods, offers
+from compressvit.transforms.shrink.offers import Methods, Offer, offers
 from compressvit.transforms.shrink.plan import ShrinkPlan
 from compressvit.transforms.shrink.prices import Prices, Row, Unit
 
@@ -66,33 +66,44 @@ class Search:
         if (smallest > self.limits).any():
             raise self._too_small(smallest)
 
-    def within(self, parts: Mapping[str, Forms[BlockForm]]) -> ShrinkPlan:
+    def within(self, parts: Mapping[str, Forms[Offer]]) -> ShrinkPlan:
         """The plan whose forms lose least within the limits."""
         wanted = self.limits - self._fixed
         for _ in range(_ROUNDS):
             chosen = choose(parts, wanted.tolist())
             if chosen is None:
                 break
-            plan = self.step.resolved(_together(chosen))
-            over = self.cost(plan) - self.limits
+            found = _together(chosen)
+            over = self._cost_of(found) - self.limits
             if (over <= _ALMOST * self.limits).all():
-                return plan
+                return self._plan(found)
             wanted = wanted - np.maximum(over, 0)
         cheapest = self._cheapest(parts)
-        if (self.cost(cheapest) <= self.limits).all():
-            return cheapest
+        if (self._cost_of(cheapest) <= self.limits).all():
+            return self._plan(cheapest)
         raise self._too_small(self.smallest(parts))
 
-    def cost(self, plan: ShrinkPlan) -> Row:
-        """(units,): of the student of a plan."""
+    def cost(self, plan: ShrinkPlan, bits: Mapping[str, int] = {}) -> Row:
+        """(units,): of the student of a plan.
+
+        Args:
+            bits: of layers, by path, where a step after this one rounds them; of others the fewest.
+        """
         empty = surgery.skeleton(self.model)
         plan.apply(empty)
-        return self.prices.student(empty, plan.forms)
+        return self.prices.student(empty, plan.forms, bits)
 
-    def _without_errors(self, found: Sequence[Place]) -> dict[str, Forms[BlockForm]]:
+    def _cost_of(self, found: Mapping[str, Offer]) -> Row:
+        bits = {f"{block}.{layer}": own for block, offer in found.items() for layer, own in offer.bits.items()}
+        return self.cost(self._plan(found), bits)
+
+    def _plan(self, found: Mapping[str, Offer]) -> ShrinkPlan:
+        return self.step.resolved({block: offer.form() for block, offer in found.items()})
+
+    def _without_errors(self, found: Sequence[Place]) -> dict[str, Forms[Offer]]:
         """The forms that cost least, of all parts; those of blocks that are alike are found once."""
-        known: dict[Any, dict[str, Forms[BlockForm]]] = {}
-        result: dict[str, Forms[BlockForm]] = {}
+        known: dict[Any, dict[str, Forms[Offer]]] = {}
+        result: dict[str, Forms[Offer]] = {}
         for place in found:
             own = known.setdefault(self.prices.key(place.path), {})
             if not own:
@@ -103,15 +114,15 @@ class Search:
             result |= {f"{place.path}.{part}": forms for part, forms in own.items()}
         return result
 
-    def _cheapest(self, parts: Mapping[str, Forms[BlockForm]]) -> ShrinkPlan:
-        return self.step.resolved(_together({name: _cheapest(forms) for name, forms in parts.items()}))
+    def _cheapest(self, parts: Mapping[str, Forms[Offer]]) -> dict[str, Offer]:
+        return _together({name: _cheapest(forms) for name, forms in parts.items()})
 
-    def smallest(self, parts: Mapping[str, Forms[BlockForm]]) -> Row:
+    def smallest(self, parts: Mapping[str, Forms[Offer]]) -> Row:
         """(units,): the least that the forms reach, each unit by itself."""
         smallest = self._fixed + least(parts)
         if "bytes" in self.prices.units:  # with the names in the file's header
             i = self.prices.units.index("bytes")
-            smallest[i] = max(smallest[i], self.cost(self._cheapest(parts))[i])
+            smallest[i] = max(smallest[i], self._cost_of(self._cheapest(parts))[i])
         return smallest
 
     def _too_small(self, smallest: Row) -> UserError:
@@ -137,18 +148,22 @@ def amount(unit: Unit, value: float, *, short: bool = False) -> str:
     return f"{int(value):,}" if short else f"{int(value):,} {unit}"
 
 
-def _cheapest(forms: Forms[BlockForm]) -> BlockForm:
+def _cheapest(forms: Forms[Offer]) -> Offer:
     """The form that costs least, in the first unit."""
     return forms.forms[int(np.lexsort(forms.prices.T[::-1])[0])]
 
 
-def _together(chosen: Mapping[str, BlockForm]) -> dict[str, BlockForm]:
-    """The forms of blocks from those of their sublayers."""
-    found: dict[str, BlockForm] = {}
-    for path, form in chosen.items():
+def _together(chosen: Mapping[str, Offer]) -> dict[str, Offer]:
+    """What blocks become, from what their sublayers do."""
+    found: dict[str, Offer] = {}
+    for path, offer in chosen.items():
         block = path.rpartition(".")[0]
-        other = found.get(block, BlockForm())
-        own = {name: value for name, value in form if name not in ("ranks", "factored") and value is not None}
-        both = {"ranks": other.ranks | form.ranks, "factored": (*other.factored, *form.factored)}
+        other = found.get(block, Offer())
+        own = {name: value for name, value in offer if name in ("neurons", "heads", "head_dim") and value is not None}
+        both = {
+            "ranks": other.ranks | offer.ranks,
+            "factored": (*other.factored, *offer.factored),
+            "bits": other.bits | offer.bits,
+        }
         found[block] = other.model_copy(update={**own, **both})
     return found

@@ -33,11 +33,12 @@ from compressvit.transforms.narrow.form import BlockForm
 from compressvit.transforms.narrow.places import Place
 from compressvit.transforms.narrow.plan import smaller
 from compressvit.transforms.narrow.spec import NarrowStep
+from compressvit.transforms.quantise.plan import Bits
 from compressvit.transforms.shrink.budget import ShrinkBudget
 from compressvit.transforms.shrink.corrected import corrected
 from compressvit.transforms.shrink.keep import PlannedKeep, ShrinkKeep, Trial, smallest, stored
 from compressvit.transforms.shrink.latency import LatencyTable
-from compressvit.transforms.shrink.offers import Methods, offers
+from compressvit.transforms.shrink.offers import Methods, Offer, offers
 from compressvit.transforms.shrink.plan import PlannedLatency, ShrinkPlan
 from compressvit.transforms.shrink.prices import Prices, Unit, of_sublayers
 from compressvit.transforms.shrink.search import Search
@@ -78,6 +79,11 @@ class Shrink(NarrowStep):
         "pivoted or, where latency is a unit of the budget, whichever of them is faster for a layer.",
     )
     multiple: int = Field(8, ge=1, description="Widths and ranks are multiples of it, which hardware prefers.")
+    bits: tuple[Bits, ...] = Field(
+        (),
+        description="Where a `quantise` step follows: numbers of bits that it may give each weight, e.g. [3, 4, 5, 6, 8]. The budget's "
+        "bytes are then those of the file that it leaves, and what rounding loses counts as what is removed does.",
+    )
     batch: int = Field(_BATCH, ge=1, description="Where latency is a unit: images at once for which it counts.")
 
     @model_validator(mode="after")
@@ -91,6 +97,10 @@ class Shrink(NarrowStep):
         # a resolved recipe has them at their defaults
         if self.tries != _TRIES and self.keep is None:
             raise ValueError("tries is for keep; the student of a budget is fitted once; leave it out")
+        if self.bits and (self.budget is None or self.budget.bytes is None):
+            raise ValueError(
+                "bits is for a budget of bytes, which they make fewer; give one, e.g. budget: {bytes: 8.0e+6}"
+            )
         if self.batch != _BATCH and "latency" not in self.target.units:
             raise ValueError("batch is for latency, which is no unit here; leave it out")
         return self
@@ -114,7 +124,9 @@ class Shrink(NarrowStep):
 
     def with_budget(self, unit: str, value: float) -> Shrink:
         alone: dict[str, Any] = {"budget": ShrinkBudget(**{unit: value}), "keep": None, "unit": None, "tries": _TRIES}
-        return self.model_copy(update={**alone, "batch": self.batch if unit == "latency" else _BATCH})
+        if unit != "latency":
+            alone["batch"] = _BATCH
+        return self.model_copy(update=alone if unit == "bytes" else {**alone, "bits": ()})
 
     @property
     def provisional(self) -> tuple[str, ...]:
@@ -125,6 +137,10 @@ class Shrink(NarrowStep):
             found.append(
                 f"the student has {_ASSUMED:g} of the teacher's {self._unit} in this plan; apply fits and judges {self.tries} students on "
                 f"held-out images and takes the smallest with {self.keep.words()}"
+            )
+        if self.bits:
+            found.append(
+                "bytes are those of the file that a quantise step after this one leaves; in this plan every weight has the fewest bits"
             )
         if self.target.latency is not None:
             assumed = (
@@ -152,12 +168,12 @@ class Shrink(NarrowStep):
         if reference is None:
             known = tuple(unit for unit in self.target.units if unit != "latency")
             if known and self.budget:
-                search = Search(self, model, Prices.of(model, found, known, pivoted=self.pivoted), self.budget)
+                search = Search(self, model, self._prices(model, found, known), self.budget)
                 search.refuse(found, large=known == self.budget.units)
             budget = self.target
             if budget.latency is not None:
                 budget = budget.unmeasured(original_macs(model))
-            search = Search(self, model, Prices.of(model, found, budget.units, pivoted=self.pivoted), budget)
+            search = Search(self, model, self._prices(model, found, budget.units), budget)
             return self.resolved(self._uniform(model, found, search))
         search = self._search(model, found, reference)
         parts = self._offers(found, search.prices, reference)
@@ -184,13 +200,18 @@ class Shrink(NarrowStep):
         if self.keep is not None:
             reference.judge.refuse(list(self.judged))
         table = self._table(model, found, reference) if "latency" in self.target.units else None
-        search = Search(self, model, Prices.of(model, found, self.target.units, table, self.pivoted), self.target)
+        search = Search(self, model, self._prices(model, found, self.target.units, table), self.target)
         if self.budget is not None:
             search.refuse(found)
         return search
 
+    def _prices(
+        self, model: nn.Module, found: Sequence[Place], units: Sequence[Unit], table: LatencyTable | None = None
+    ) -> Prices:
+        return Prices.of(model, found, units, table, self.pivoted, self.bits)
+
     def _smallest(
-        self, model: nn.Module, search: Search, parts: Mapping[str, Forms[BlockForm]], reference: Reference
+        self, model: nn.Module, search: Search, parts: Mapping[str, Forms[Offer]], reference: Reference
     ) -> ShrinkPlan:
         """The smallest student that keeps what is asked, of those that are tried. What was tried before an interruption is known."""
         assert self.keep is not None
@@ -256,13 +277,13 @@ class Shrink(NarrowStep):
     def may(self) -> Methods:
         return Methods(**{name: name in self.methods for name in get_args(Method)}, multiple=self.multiple)
 
-    def _offers(self, found: Sequence[Place], prices: Prices, reference: Reference) -> dict[str, Forms[BlockForm]]:
+    def _offers(self, found: Sequence[Place], prices: Prices, reference: Reference) -> dict[str, Forms[Offer]]:
         settings = Settings.of(self)
         if settings.images:  # of all layers in one pass over them
             reference.require_images(self.name)
             reference.moments([f"{p.path}.{layer}" for p in found for layer in of_sublayers(p)], outputs=True)
         branches = describe(reference.model).family.branches
-        result: dict[str, Forms[BlockForm]] = {}
+        result: dict[str, Forms[Offer]] = {}
         for place in progress(found, "measuring what each block can become", len(found)):
             result |= offers(place, prices, self.may, TeacherBlock(place, reference, branches, settings))
         return result

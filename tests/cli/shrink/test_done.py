@@ -35,6 +35,23 @@ def share(results, unit):
     return getattr(results.student, unit) / getattr(results.teacher, unit)
 
 
+@pytest.mark.wide
+def test_bits_are_chosen_together_with_what_is_removed(headless, photos, tmp_path):
+    source, *options = file_of(headless)
+    words = ("shrink", source, photos, *options, "--images", 12, "--no-report", "--quantise")
+    done(*words, "--to", "bytes=0.2", "--output", tmp_path / "run")
+    results = read_results(tmp_path / "run")
+    limit = int(0.2 * results.teacher.bytes)
+    shrink, quantise = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["steps"]
+    assert shrink == {"shrink": {"budget": {"bytes": 0.2}, "bits": [3, 4, 5, 6, 8]}}
+    assert quantise == {"quantise": {"budget": {"bytes": limit}}}
+    assert 0.9 * limit < results.student.bytes <= limit
+    done(*words, "--to", "macs=0.7", "--output", tmp_path / "other")
+    steps = yaml.safe_load((tmp_path / "other" / "recipe.yaml").read_text())["steps"]
+    assert steps == [{"shrink": {"budget": {"macs": 0.7}}}, {"quantise": {"bits": 4}}]
+    assert "before they are rounded" in refused(*words, "--keep", "cosine=0.9", "--output", tmp_path / "third")
+
+
 def test_a_headless_checkpoint_and_photos_become_a_student_and_its_page(headless, photos, tmp_path):
     folder = tmp_path / "run"
     source, *options = file_of(headless)

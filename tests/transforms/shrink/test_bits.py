@@ -1,0 +1,100 @@
+"""Bits are a part of the budget: what is removed and how far the rest is rounded are chosen together."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+
+from compressvit.errors import UserError
+from compressvit.fitting.reference import Reference
+from compressvit.model import surgery
+from compressvit.model.cost import file_bytes
+from compressvit.transforms import Quantise, Shrink
+from compressvit.transforms.applying import compress, plan_transforms
+from compressvit.transforms.record import compression_of
+from compressvit.transforms.shrink.spec import ShrinkBudget
+
+BITS = (3, 4, 6, 8)
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        size = {"img_size": 16, "patch_size": 4, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 5}
+        return timm.create_model("vit_tiny_patch16_224", **size).eval()
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.randn(32, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+def both(limit: int) -> list:
+    return [Shrink(budget=ShrinkBudget(bytes=limit), bits=BITS), Quantise(budget={"bytes": limit}, choices=BITS)]
+
+
+def test_the_two_go_below_what_either_reaches_and_within_the_limit(teacher, images):
+    limit = int(0.13 * file_bytes(teacher))
+    with pytest.raises(UserError, match=r"quantise: a budget of .* cannot be met"):
+        compress(teacher, both(limit)[1:], images)
+    student = compress(teacher, both(limit), images)
+    assert 0.95 * limit < file_bytes(student) <= limit  # measured 0.99
+    structure, rounding = compression_of(student).plans
+    assert structure.forms
+    assert set(rounding.bits.values()) <= set(BITS)
+    assert "bits" not in next(iter(structure.model_dump(mode="json")["forms"].values()))
+
+
+def test_what_is_planned_is_the_file_that_the_step_behind_leaves(teacher, images):
+    """With the bits on which the choice of what is removed counted."""
+    spec = Shrink(budget=ShrinkBudget(bytes=int(0.2 * file_bytes(teacher))), bits=BITS)
+    reference = Reference(teacher, images)
+    found = spec.places_of(teacher)
+    search = spec._search(teacher, found, reference)
+    offered = spec._offers(found, search.prices, reference)
+    bits = {
+        f"{path.rpartition('.')[0]}.{layer}": own
+        for path, forms in offered.items()
+        for layer, own in forms.forms[0].bits.items()
+    }
+    assert set(bits.values()) <= set(BITS)
+    assert len(bits) == 8
+    structure = spec.resolved({})
+    student = surgery.deep_copy(teacher)
+    Quantise(bits=8).resolved(student, bits).apply(student)
+    assert search.cost(structure, bits)[0] == file_bytes(student)
+
+
+def test_fewer_bits_cost_less_and_lose_more(teacher, images):
+    """Of every form that is as the teacher has it but for its bits."""
+    spec = Shrink(budget=ShrinkBudget(bytes=0.2), bits=BITS, methods=("neurons",))
+    reference, found = Reference(teacher, images), spec.places_of(teacher)
+    for forms in spec._offers(found, spec._search(teacher, found, reference).prices, reference).values():
+        whole = [i for i, offer in enumerate(forms.forms) if not offer.layers() and len(set(offer.bits.values())) == 1]
+        by_bits = sorted((max(forms.forms[i].bits.values()), forms.prices[i, 0], forms.errors[i]) for i in whole)
+        assert len(by_bits) >= 2
+        _, prices, errors = zip(*by_bits, strict=True)
+        assert list(prices) == sorted(prices)
+        assert list(errors) == sorted(errors, reverse=True)
+
+
+@pytest.mark.wide
+def test_a_limit_of_another_unit_holds_too(teacher, images):
+    limit = int(0.2 * file_bytes(teacher))
+    step = Shrink(budget=ShrinkBudget(bytes=limit, macs=0.7), bits=BITS)
+    student = compress(teacher, [step, Quantise(budget={"bytes": limit}, choices=BITS)], images)
+    assert file_bytes(student) <= limit
+    assert compression_of(student).plans[0].forms
+
+
+def test_a_limit_below_both_is_refused_before_an_image_is_read(teacher):
+    with pytest.raises(UserError, match=r"shrink: a budget of 1,000 bytes .* cannot be met"):
+        plan_transforms(teacher, both(1000)[:1])
+
+
+def test_bits_without_bytes_are_refused():
+    with pytest.raises(UserError, match="bits is for a budget of bytes"):
+        Shrink(budget=ShrinkBudget(macs=0.5), bits=BITS)
+    assert Shrink(budget=ShrinkBudget(bytes=0.2), bits=BITS).with_budget("macs", 0.5).bits == ()
