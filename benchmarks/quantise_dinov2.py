@@ -22,22 +22,19 @@ from typing import Any
 import torch
 from resumable import finished, require_same, run
 from shrink_dinov2 import MODEL, shares, with_interval
-from shrink_measures import CPU, Judge, costs, mean_and_interval
+from shrink_measures import CPU, Judge, costs, mean_and_interval, of_program
 from torch import nn
 
 import compressvit
 from compressvit import Quantise, Shrink
 from compressvit.data.input import input_config
 from compressvit.data.loaders import calibration_batches
-from compressvit.data.opening import open_data
-from compressvit.data.spec import Data
 from compressvit.errors import UserError
 from compressvit.files import write_text
 from compressvit.fitting.reference import Reference
 from compressvit.model import cost
 from compressvit.model.backbone import input_size
 from compressvit.model.header import TENSORS
-from compressvit.model.weights import build, hash_tensors, load_file
 from compressvit.transforms import Transform
 from compressvit.transforms.applying import transform_
 
@@ -56,6 +53,12 @@ def _smaller(share: float) -> Shrink:
     return Shrink(budget={"parameters": share, "macs": share})
 
 
+def _together(size: float, **others: float) -> tuple[Transform, ...]:
+    """Structure and bits from one budget."""
+    before = Shrink(budget={"bytes": size * 1e6, **others}, bits=Quantise.model_fields["choices"].default)
+    return before, Quantise(budget={"bytes": size * 1e6})
+
+
 CELLS: dict[str, Steps] = {
     "int8_plain": ("8 bits, plainly rounded", (Quantise(bits=8, metric="weights"),)),
     "int4_plain": ("4 bits, plainly rounded", (Quantise(bits=4, metric="weights"),)),
@@ -68,6 +71,10 @@ CELLS: dict[str, Steps] = {
     "mb_8": _megabytes(8, choices=(2, 3, 4, 5, 6, 8)),
     "three_quarters_mb_10": _megabytes(10, _smaller(0.75), text="75 % of parameters and MACs, then "),
     "half_mb_8": _megabytes(8, _smaller(0.5), text="50 % of parameters and MACs, then "),
+    "together_mb_10": ("structure and 3 to 8 bits chosen together within 10 MB", _together(10)),
+    "together_mb_7": ("structure and 3 to 8 bits chosen together within 7 MB", _together(7)),
+    "three_quarters_mb_7": _megabytes(7, _smaller(0.75), text="75 % of parameters and MACs, then "),
+    "half_mb_7": _megabytes(7, _smaller(0.5), text="50 % of parameters and MACs, then "),
 }
 
 
@@ -80,22 +87,13 @@ class Benchmark:
 
     def __init__(self, arguments: argparse.Namespace):
         self.output: Path = arguments.output
-        self.data = Data(name="images", root=arguments.data, batch_size=32)
-        self.teacher = build(arguments.model, img_size=arguments.size, num_classes=0).eval()
-        load_file(self.teacher, arguments.weights, "--weights")
-        self.datasets = open_data(self.data)
+        self.teacher, self.data, self.datasets, settings = of_program(arguments)
         self.judge = Judge(self.teacher, self.data, [], arguments.size, arguments.rounds)
         self.crops = min(arguments.crops, len(self.datasets.train))
         config = input_config(self.teacher, self.data)
         images = partial(calibration_batches, self.datasets, self.data, config, CPU, images=self.crops, seed=0)
         self.reference = Reference(copy.deepcopy(self.teacher), images, TOKENS)  # is measured once for all cells
-        settings = {
-            "model": arguments.model,
-            "size": arguments.size,
-            "weights": hash_tensors(self.teacher.state_dict()),
-            "crops": [self.datasets.fingerprint(), self.crops],
-        }
-        require_same(self.output, settings)
+        require_same(self.output, settings | {"crops": [settings["crops"], self.crops]})
 
     def crops_of(self, name: str) -> int:
         """How many crops a student is fitted to."""

@@ -24,17 +24,14 @@ from typing import Any
 import torch
 from resumable import finished, require_same, run
 from shrink_cells import CELLS, TABLES, Cell, in_table
-from shrink_measures import BATCHES, CPU, Judge, labelled_set, mean_and_interval, recall
+from shrink_measures import BATCHES, CPU, Judge, labelled_set, mean_and_interval, of_program, recall
 from shrink_peers import PEERS
 from torch import nn
 
 from compressvit.data.input import input_config
 from compressvit.data.loaders import calibration_batches
-from compressvit.data.opening import open_data
-from compressvit.data.spec import Data
 from compressvit.errors import UserError
 from compressvit.files import write_text
-from compressvit.model.weights import build, hash_tensors, load_file
 from compressvit.transforms.applying import transform_
 
 MODEL = "vit_small_patch14_dinov2"
@@ -82,20 +79,10 @@ class Benchmark:
 
     def __init__(self, arguments: argparse.Namespace):
         self.output: Path = arguments.output
-        self.data = Data(name="images", root=arguments.data, batch_size=32)
-        self.teacher = build(arguments.model, img_size=arguments.size, num_classes=0).eval()
-        load_file(self.teacher, arguments.weights, "--weights")
-        self.datasets = open_data(self.data)
+        self.teacher, self.data, self.datasets, settings = of_program(arguments)
         sets = [labelled_set(name, arguments.knn_images) for name in arguments.knn]
         self.judge = Judge(self.teacher, self.data, sets, arguments.knn_size, arguments.rounds)
-        settings = {
-            "model": arguments.model,
-            "size": arguments.size,
-            "weights": hash_tensors(self.teacher.state_dict()),
-            "crops": self.datasets.fingerprint(),
-            "knn": [*arguments.knn, arguments.knn_images, arguments.knn_size],
-        }
-        require_same(self.output, settings)
+        require_same(self.output, settings | {"knn": [*arguments.knn, arguments.knn_images, arguments.knn_size]})
 
     def crops_of(self, name: str) -> int:
         """How many crops the student of a cell is fitted to: all there are, if these are fewer."""

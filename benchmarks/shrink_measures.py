@@ -3,6 +3,7 @@ k-NN accuracy on labelled sets, costs, and latency in turns with the teacher."""
 
 from __future__ import annotations
 
+import argparse
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from compressvit.data.opening import Datasets, open_data
 from compressvit.data.spec import Data
 from compressvit.model import cost
 from compressvit.model.backbone import input_size
+from compressvit.model.weights import build, hash_tensors, load_file
 from compressvit.tasks.base import task_of
 from compressvit.tasks.neighbours import INDEXED, Neighbours
 from compressvit.tasks.qualities import intervals
@@ -29,6 +31,21 @@ from compressvit.tasks.retrieval import Retrieval
 CPU = torch.device("cpu")
 DRAWS = 1000  # resampled sets of images
 BATCHES = (1, 16)  # of latency
+
+
+def of_program(arguments: argparse.Namespace) -> tuple[nn.Module, Data, Datasets, dict[str, Any]]:
+    """The teacher without a classifier, the crops, opened, and what a finished cell depends on, from `--model --size --weights --data`."""
+    data = Data(name="images", root=arguments.data, batch_size=32)
+    teacher = build(arguments.model, img_size=arguments.size, num_classes=0).eval()
+    load_file(teacher, arguments.weights, "--weights")
+    datasets = open_data(data)
+    settings = {
+        "model": arguments.model,
+        "size": arguments.size,
+        "weights": hash_tensors(teacher.state_dict()),
+        "crops": datasets.fingerprint(),
+    }
+    return teacher, data, datasets, settings
 
 
 @dataclass(frozen=True)

@@ -234,8 +234,9 @@ def test_a_cell_goes_through_the_whole_program_and_is_made_once(shrink, tmp_path
             pixels = generator.integers(0, 256, (4, 4, 3), dtype=np.uint8)
             Image.fromarray(pixels).resize((32, 32)).save(tmp_path / "crops" / split / f"{'abcdefghijklm'[i]}.png")
     save_file(small_vit().state_dict(), tmp_path / "teacher.safetensors")
-    monkeypatch.setattr(shrink, "build", lambda name, **args: build(name, {**args, "depth": 2}))
-    monkeypatch.setattr(importlib.import_module("shrink_measures"), "INDEXED", 100)
+    measures = importlib.import_module("shrink_measures")
+    monkeypatch.setattr(measures, "build", lambda name, **args: build(name, {**args, "depth": 2}))
+    monkeypatch.setattr(measures, "INDEXED", 100)
     output = ["--output", str(tmp_path / "out")]
     data = [
         "--data",
