@@ -29,6 +29,30 @@ def add_shrink(verb: Verb) -> None:
         metavar="IMAGES",
         help="a folder of images; with train/ and val/ and a folder per class in each, accuracy is measured too",
     )
+    _add_sizes(shrink)
+    shrink.add_argument("--model", metavar="NAME", help="timm's name of the architecture of a weights file")
+    shrink.add_argument("--img-size", metavar="N", type=_count, help="build the model for images of N×N pixels")
+    shrink.add_argument(
+        "--images",
+        metavar="N",
+        type=_count,
+        dest="calibration",
+        help="fit to N of the images, without labels (default: 1024)",
+    )
+    shrink.add_argument(
+        "--val-fraction",
+        metavar="F",
+        type=_fraction,
+        help="take the folders directly in IMAGES for classes, and hold out so much of each to judge on, e.g. 0.1",
+    )
+    add_run(shrink, "shrink_NAME")
+    shrink.add_argument(
+        "--json", action="store_true", help="print the results as JSON; everything else to standard error"
+    )
+
+
+def _add_sizes(shrink: argparse.ArgumentParser) -> None:
+    """How small the student becomes."""
     shrink.add_argument(
         "--to",
         metavar="SIZE",
@@ -54,25 +78,6 @@ def add_shrink(verb: Verb) -> None:
         action="store_true",
         help="round the student's weights in the end: to 4 bits, or where bytes have a limit to 3 to 8 bits each, and structure and bits "
         "are chosen together",
-    )
-    shrink.add_argument("--model", metavar="NAME", help="timm's name of the architecture of a weights file")
-    shrink.add_argument("--img-size", metavar="N", type=_count, help="build the model for images of N×N pixels")
-    shrink.add_argument(
-        "--images",
-        metavar="N",
-        type=_count,
-        dest="calibration",
-        help="fit to N of the images, without labels (default: 1024)",
-    )
-    shrink.add_argument(
-        "--val-fraction",
-        metavar="F",
-        type=_fraction,
-        help="take the folders directly in IMAGES for classes, and hold out so much of each to judge on, e.g. 0.1",
-    )
-    add_run(shrink, "shrink_NAME")
-    shrink.add_argument(
-        "--json", action="store_true", help="print the results as JSON; everything else to standard error"
     )
 
 

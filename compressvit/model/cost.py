@@ -6,7 +6,8 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -45,15 +46,22 @@ def cost(model: nn.Module, input_size: tuple[int, int, int]) -> Cost:
     Raises:
         UserError: the model does not take images of that size.
     """
-    try:
+    with taking(model, input_size):
         products = macs(model, input_size)
+    return Cost(ties.count_parameters(model), file_bytes(model), products)
+
+
+@contextmanager
+def taking(model: nn.Module, input_size: tuple[int, int, int]) -> Iterator[None]:
+    """Within, what a forward pass of a model raises becomes a `UserError` that it does not take images of that size."""
+    try:
+        yield
     except UserError:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError, ArithmeticError, AssertionError) as error:
         size = "×".join(map(str, input_size))
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{model_name(model)} does not take images of {size}: {reason}") from error
-    return Cost(ties.count_parameters(model), file_bytes(model), products)
 
 
 def file_bytes(model: nn.Module) -> int:

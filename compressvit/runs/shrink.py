@@ -132,7 +132,6 @@ def shrink_recipe(
             `val_fraction`, the model has another number of classes than there are folders.
     """
     step = _step(to, keep, unit, batch)
-    budget = step.get("budget", {})
     recipe: dict[str, Any] = {
         "description": "",
         "seed": 0,
@@ -141,9 +140,7 @@ def shrink_recipe(
         "calibration": {"images": calibration, "tokens": _TOKENS},
         "steps": [{"shrink": step}],
     }
-    teacher = recipe["teacher"]
-    if img_size is not None:
-        teacher["args"] = {"img_size": img_size}
+    recipe["teacher"] |= {} if img_size is None else {"args": {"img_size": img_size}}
     built = _built(recipe)
     _require_smaller(built, step)
     if quantise:
@@ -153,10 +150,15 @@ def shrink_recipe(
         recipe["data"]["name"] = "folder"
         if getattr(built, "num_classes", 0):  # accuracy is that of all held-out images
             del recipe["data"]["limit_val"]
-    size = " and ".join(_text(unit, limit) for unit, limit in budget.items()) or _kept(step)
-    size += ", rounded" * quantise
-    recipe["description"] = f"{teacher['model']} with {size}, without training; {labels}."
+    recipe["description"] = f"{recipe['teacher']['model']} with {_size(recipe)}, without training; {labels}."
     return recipe
+
+
+def _size(recipe: Mapping[str, Any]) -> str:
+    """What is wanted, in words."""
+    step = recipe["steps"][0]["shrink"]
+    wanted = " and ".join(_text(unit, limit) for unit, limit in step.get("budget", {}).items()) or _kept(step)
+    return wanted + ", rounded" * (len(recipe["steps"]) > 1)
 
 
 def _rounding(teacher: nn.Module, step: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import nn
 from compressvit.data.input import InputConfig
 from compressvit.model import surgery
 from compressvit.model.bounded import TooMany, counted
-from compressvit.model.cost import saved_bytes
+from compressvit.model.cost import saved_bytes, taking
 from compressvit.model.outputs import tensors_of
 from compressvit.model.shapes import RememberedShapes
 from compressvit.model.taps import Taps
@@ -35,13 +35,17 @@ def loss_bytes(
     """Bytes that each term keeps for the backward pass in float32, in addition to the models' activations; and those of the teacher's taps.
 
     Measured on the meta device, by running the terms and adding up what autograd saves.
+
+    Raises:
+        UserError: a model does not take images of its size.
     """
     models, device = [surgery.skeleton(student).train(), surgery.skeleton(teacher).eval()], torch.device("meta")
     taps = [Taps(m, [t for term in terms for t in side(term)]) for m, side in zip(models, _SIDES, strict=True)]
     images = [torch.empty(batch, c.channels, c.height, c.width, device=device) for c in (size, teacher_size)]
     with RememberedShapes():
-        student_logits = models[0](images[0])
-        with torch.no_grad():
+        with taking(student, (size.channels, size.height, size.width)):
+            student_logits = models[0](images[0])
+        with torch.no_grad(), taking(teacher, (teacher_size.channels, teacher_size.height, teacher_size.width)):
             teacher_logits = models[1](images[1])
     seen = [tap.pop() for tap in taps]
     alive = [[t for taps in side.values() for value in taps.values() for t in _tensors(value)] for side in seen]

@@ -67,6 +67,12 @@ def match_layers(
                 "no layer pairs, only the prediction is distilled; give distill.layers to pair them yourself"
             )
         indices = tuple((i, i) for i in _group_ends(student, ours))
+        unlike = next((i for i, _ in indices if _place(ours.blocks[i]) != _place(theirs.blocks[i])), None)
+        if unlike is not None:
+            return [], (
+                f"block {unlike} has other tokens in the student than in the teacher (stage, resolution or windows): no layer pairs, "
+                "relations are not distilled; give distill.layers to pair blocks yourself"
+            )
         how = "the last block of every share group" if compression_of(student).ties else "the last block of every stage"
     elif isinstance(layers, str):
         indices, how = _most_alike(student, ours, theirs, likeness)

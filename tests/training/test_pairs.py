@@ -187,17 +187,20 @@ def test_pairs_that_do_not_see_the_same_tokens(pair, message):
 
 
 def test_pairs_of_another_resolution_or_window():
-    for layers in ("matched", ((1, 1),)):
-        with pytest.raises(
-            UserError,
-            match=r"differs in resolution: \(16, 16\) in the student, \(32, 32\) .*no teacher block fits it; build "
-            r"student and teacher for images and windows of the same size",
-        ):
-            match_layers(swin(), swin(img_size=64), layers)
-        with pytest.raises(UserError, match=r"differs in window: \(4, 4\) in the student, \(8, 8\) in the teacher"):
-            match_layers(swin(), swin(window_size=8), layers)
+    with pytest.raises(
+        UserError,
+        match=r"differs in resolution: \(16, 16\) in the student, \(32, 32\) .*no teacher block fits it; build "
+        r"student and teacher for images and windows of the same size",
+    ):
+        match_layers(swin(), swin(img_size=64), ((1, 1),))
+    with pytest.raises(UserError, match=r"differs in window: \(4, 4\) in the student, \(8, 8\) in the teacher"):
+        match_layers(swin(), swin(window_size=8), ((1, 1),))
     with pytest.raises(UserError, match=r"differs in resolution: \(4, 4\) in the student, \(8, 8\) in the teacher"):
         match_layers(vit(), vit(img_size=64), ((0, 0),))
+    for other in (swin(img_size=64), swin(window_size=8)):
+        pairs, how = match_layers(swin(), other, "matched")
+        assert pairs == []
+        assert "has other tokens in the student than in the teacher" in how
 
 
 def test_a_student_block_without_a_partner_names_those_of_the_teacher_block():

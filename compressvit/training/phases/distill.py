@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, field_validator
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from compressvit.training.pairs import LayerPair, Likeness
     from compressvit.training.stage import Stage
     from compressvit.training.terms import Term
+
+
+_OF_TERMS = "_of_terms"
 
 
 def _show_default(schema: JsonDict) -> None:
@@ -65,7 +69,8 @@ class Distill(PhaseSpec):
         self._refuse_other_classes(student.model, teacher.model)
         pairs, plan.layers_rule = match_layers(student.model, teacher.model, self.layers)
         plan.layers = [(p.student.index, p.teacher.index) for p in pairs]
-        terms = self.terms(student.model, pairs, setting.task)
+        terms = self.terms(student.model, pairs, setting.task, teacher.model)
+        plan.summary += "".join(f"; {term.name}: {term.note}" for term in terms if term.note)
         plan.loss_bytes = loss_bytes(
             student.model, teacher.model, terms, setting.batch_size, student.input, teacher.input, setting.task
         )
@@ -88,12 +93,23 @@ class Distill(PhaseSpec):
         assert stage.teacher is not None, "only the teacher itself is trained without one"
         kept = stage.phase.checkpoint.with_suffix(".layers.json")
         pairs, how = match_layers_once(model, stage.teacher.model, self.layers, stage.likeness(model), kept)
-        terms = self.terms(model, pairs, stage.task)
+        model.to(stage.device)
+        terms = self.terms(model, pairs, stage.task, stage.teacher.model)
         names = ", ".join(term.name for term in terms)
         stage.log.say(f"{stage.phase.name}: {names}; layer pairs {', '.join(map(str, pairs)) or 'none'} ({how})")
-        return model, stage.train(model, self, terms, taught=True)
+        for term in terms:
+            if term.note:
+                stage.log.say(f"{stage.phase.name}: {term.name}: {term.note}")
+        with _trained_along(model, terms):
+            return model, stage.train(model, self, terms, taught=True)
 
-    def terms(self, student: nn.Module, pairs: Sequence[LayerPair], task: Task | None = None) -> list[Term]:
+    def terms(
+        self,
+        student: nn.Module,
+        pairs: Sequence[LayerPair],
+        task: Task | None = None,
+        teacher: nn.Module | None = None,
+    ) -> list[Term]:
         """The loss terms for a student; see `compressvit.training.terms.build_terms`."""
         from compressvit.model.backbone import family_of
         from compressvit.training.terms import build_terms
@@ -108,6 +124,8 @@ class Distill(PhaseSpec):
             smoothing=self.smoothing,
             task=task,
             features=FEATURES if family is None else family.features,
+            teacher=teacher,
+            student=student,
         )
 
     def _refuse_other_classes(self, student: nn.Module, teacher: nn.Module) -> None:
@@ -118,3 +136,19 @@ class Distill(PhaseSpec):
                     f"losses.{term.name} compares classes, but the student has {ours} and the teacher {theirs}; set "
                     f"losses.{term.name}.weight=0, or give both the same classifier"
                 )
+
+
+@contextmanager
+def _trained_along(model: nn.Module, terms: Sequence[Term]) -> Iterator[None]:
+    """Within, what terms train belongs to the model, so that optimiser, checkpoint and average know of it."""
+    from torch import nn
+
+    modules = {term.name: term.module for term in terms if term.module is not None}
+    if not modules:
+        yield
+        return
+    model.add_module(_OF_TERMS, nn.ModuleDict(modules))
+    try:
+        yield
+    finally:
+        del model._modules[_OF_TERMS]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
@@ -13,9 +13,12 @@ from compressvit.registry import Registry
 from compressvit.spec import Spec
 
 if TYPE_CHECKING:  # reading a recipe does not need timm
+    from torch import nn
+
     from compressvit.model.taps import Tap
     from compressvit.tasks.base import Task
     from compressvit.training.pairs import LayerPair
+    from compressvit.training.tokens import Layout
 
 
 FEATURES = "norm"  # where a model's features come out, unless its family says otherwise: the final norm
@@ -41,6 +44,8 @@ class Term:
         function: returns the unweighted loss, a scalar, and further scalars to log, by name. All must stay on the device: reading a
             value would make every step wait.
         student_taps, teacher_taps: the module inputs and outputs that the term reads of each model.
+        module: what the term needs besides, e.g. a projection; it is trained with the student, and dropped when the phase ends.
+        note: what a user should know of how the two are compared; empty for nothing.
     """
 
     name: str
@@ -48,6 +53,8 @@ class Term:
     function: Callable[[Batch], tuple[torch.Tensor, Mapping[str, torch.Tensor]]]
     student_taps: tuple[Tap, ...] = ()
     teacher_taps: tuple[Tap, ...] = ()
+    module: nn.Module | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,9 @@ class TermSetting:
         prefix_tokens: number of tokens before the patches in the student's sequence.
         smoothing: label smoothing of the ground truth.
         task: what the student's outputs mean; None: classes.
-        features: the path of the module whose outputs are the student's features.
+        features, teacher_features: the paths of the modules whose outputs are the features of student and teacher.
+        layout, teacher_layout: how these are arranged; None where that is not known.
+        device: of the student.
     """
 
     pairs: tuple[LayerPair, ...] = ()
@@ -67,6 +76,10 @@ class TermSetting:
     smoothing: float = 0.0
     task: Task | None = None
     features: str = FEATURES
+    teacher_features: str = FEATURES
+    layout: Layout | None = None
+    teacher_layout: Layout | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
 class LossTerm(Spec):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from compressvit.errors import UserError
@@ -10,6 +11,8 @@ from compressvit.training.terms.base import FEATURES, Term, TermSetting
 from compressvit.training.terms.section import LossSection
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from compressvit.tasks.base import Task
     from compressvit.training.pairs import LayerPair
 
@@ -23,6 +26,8 @@ def build_terms(
     smoothing: float = 0.0,
     task: Task | None = None,
     features: str = FEATURES,
+    teacher: nn.Module | None = None,
+    student: nn.Module | None = None,
 ) -> list[Term]:
     """Build the terms of a distillation that have a positive weight; relation terms only if there are layer pairs.
 
@@ -34,6 +39,7 @@ def build_terms(
         smoothing: label smoothing, for `labels`.
         task: what the student's outputs mean; None: classes if it has a classifier.
         features: the path of the module whose outputs are the student's features.
+        student, teacher: for terms that compare what is arranged otherwise in the two.
 
     Raises:
         UserError: a term needs logits and there is no classifier, a torchdistill loss is unknown or misconfigured,
@@ -51,7 +57,9 @@ def build_terms(
                 f"losses.{asked.name} compares classes, and the outputs of the task {task.name!r} are none; set "
                 f"losses.{asked.name}.weight=0, and e.g. losses.labels.weight=1"
             )
-    setting = TermSetting(tuple(pairs), prefix_tokens, smoothing, task, features)
+    setting = TermSetting(tuple(pairs), prefix_tokens, smoothing, task, features, features)
+    if student is not None and teacher is not None:
+        setting = _between(setting, student, teacher)
     built = [term for asked in spec.terms() if (term := asked.build(setting)) is not None]
     if not built:
         raise UserError(
@@ -59,3 +67,18 @@ def build_terms(
             "give distill.layers, or losses.prediction.weight"
         )
     return built
+
+
+def _between(setting: TermSetting, student: nn.Module, teacher: nn.Module) -> TermSetting:
+    """The same with what the terms need to know of both models."""
+    from compressvit.model.backbone import family_of
+    from compressvit.training.tokens import Layout
+
+    family = family_of(teacher)
+    return replace(
+        setting,
+        teacher_features=FEATURES if family is None else family.features,
+        layout=Layout.of(student),
+        teacher_layout=Layout.of(teacher),
+        device=next((p.device for p in student.parameters()), setting.device),
+    )

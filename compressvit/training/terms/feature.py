@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field
+from torch import nn
 
 from compressvit.model.outputs import Outputs, tensors_of
 from compressvit.training import losses
 from compressvit.training.terms.base import Batch, LossTerm, Term, TermSetting, loss_term
+from compressvit.training.tokens import differences, resized
+
+if TYPE_CHECKING:
+    from compressvit.training.tokens import Layout
 
 
 @loss_term("feature")
 class FeatureTerm(LossTerm):
     """Distance between the tokens after the final norm, to distil a backbone without a classifier; of a detector between its maps.
 
-    The maps are those of its pyramid, compared at every place, mean over levels.
+    The maps are those of its pyramid, compared at every place, mean over levels. The teacher may have another width (a linear projection of
+    the student's tokens is trained with the student, and dropped when the phase ends), another grid of patches (its map is resized to the
+    student's) and other prefix tokens (class tokens are compared; the mean of the patches stands for one that is not there; distillation
+    and register tokens that only one has are left out).
     """
 
     weight: float = Field(0.0, ge=0)
@@ -32,6 +40,8 @@ class FeatureTerm(LossTerm):
     def build(self, setting: TermSetting) -> Term:
         path = setting.features
         count = setting.prefix_tokens
+        if setting.layout and setting.teacher_layout and setting.layout != setting.teacher_layout:
+            return self._across(setting, setting.layout, setting.teacher_layout)
 
         def function(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             student, teacher = (taps[path]["output"] for taps in (batch.student_taps, batch.teacher_taps))
@@ -46,7 +56,26 @@ class FeatureTerm(LossTerm):
             loss = self.prefix * prefix + (1 - self.prefix) * patches
             return loss, {"feature_prefix": prefix, "feature_patches": patches}
 
-        return Term(self.name, self.weight, function, ((path, "output"),), ((path, "output"),))
+        theirs = setting.teacher_features
+        return Term(self.name, self.weight, function, ((path, "output"),), ((theirs, "output"),))
+
+    def _across(self, setting: TermSetting, ours: Layout, theirs: Layout) -> Term:
+        """Between models whose features are arranged otherwise."""
+        path, other = setting.features, setting.teacher_features
+        project = _projection(ours.width, theirs.width, setting.device) if ours.width != theirs.width else None
+
+        def function(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            student, teacher = batch.student_taps[path]["output"], batch.teacher_taps[other]["output"]
+            pairs = [(ours.image(student), theirs.image(teacher))]
+            patches = ours.patches(student)
+            pairs.append((patches, resized(theirs.patches(teacher), (patches.shape[1], patches.shape[2]))))
+            whole, each = (
+                losses.feature(s if project is None else project(s), t.to(s.dtype), self.form) for s, t in pairs
+            )
+            return self.prefix * whole + (1 - self.prefix) * each, {"feature_prefix": whole, "feature_patches": each}
+
+        taps = ((path, "output"),), ((other, "output"),)
+        return Term(self.name, self.weight, function, *taps, module=project, note=differences(ours, theirs))
 
     def _of_maps(self, student: Outputs, teacher: Outputs) -> torch.Tensor:
         """The mean over the maps (B, C, H, W) of a pyramid, whose vectors along C are compared."""
@@ -54,3 +83,14 @@ class FeatureTerm(LossTerm):
         return torch.stack(
             [losses.feature(ours.movedim(1, -1), theirs.movedim(1, -1), self.form) for ours, theirs in pairs]
         ).mean()
+
+
+def _projection(inputs: int, outputs: int, device: torch.device) -> nn.Linear:
+    """A layer that begins with rows, or columns, at right angles, whatever is drawn elsewhere."""
+    layer = nn.Linear(inputs, outputs, device=device)
+    if device.type != "meta":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            nn.init.orthogonal_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    return layer

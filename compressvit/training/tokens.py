@@ -1,0 +1,99 @@
+"""How the tokens of a model's features are arranged, and how those of a teacher come to stand where the student has its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from compressvit.errors import UserError
+from compressvit.model.backbone import family_of
+
+CLASS, DISTILLATION, REGISTER = "class", "distillation", "register"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The arrangement of features.
+
+    Attributes:
+        width: of a token.
+        prefix: what the tokens before the patches are, in their order.
+        grid: height and width of the patches; None where they come as a map (B, height, width, width of a token).
+    """
+
+    width: int
+    prefix: tuple[str, ...] = ()
+    grid: tuple[int, int] | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Layout | None:
+        """That of a timm model of image classification; None where it is not known."""
+        width, count = getattr(model, "num_features", None), getattr(model, "num_prefix_tokens", 0)
+        if not isinstance(width, int):
+            return None
+        names = [CLASS] * (getattr(model, "cls_token", None) is not None)
+        names += [DISTILLATION] * (getattr(model, "dist_token", None) is not None)
+        prefix = (*names, *[REGISTER] * (count - len(names)))
+        if len(prefix) != count:
+            return None
+        family, grid = family_of(model), getattr(getattr(model, "patch_embed", None), "grid_size", None)
+        if family is not None and family.layout != "sequence":  # that of its first stage
+            grid = None
+        return cls(width, prefix, None if grid is None else (int(grid[0]), int(grid[1])))
+
+    def patches(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Of tokens (B, N, C), or of a map (B, h, w, C), the map of the patches.
+
+        Raises:
+            UserError: their number is not that of a grid of the model's shape.
+        """
+        if tokens.ndim == 4:
+            return tokens
+        count = tokens.shape[1] - len(self.prefix)
+        height, width = self.grid or (1, count)
+        if height * width != count:  # of another image size: a grid of the same shape
+            height = round((count * height / width) ** 0.5)
+            width = count // max(height, 1)
+        if height * width != count:
+            raise UserError(f"losses.feature: {count} patches are no grid of the shape of {self.grid}")
+        return tokens[:, len(self.prefix) :].unflatten(1, (height, width))
+
+    def image(self, tokens: torch.Tensor) -> torch.Tensor:
+        """What stands for the whole image, (B, C): the class token, or where there is none the mean of the patches."""
+        if CLASS in self.prefix:
+            return tokens[:, self.prefix.index(CLASS)]
+        return self.patches(tokens).mean(dim=(1, 2))
+
+
+def resized(patches: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """A map (B, h, w, C) at another size, bilinear with antialiasing, as images are made smaller."""
+    if tuple(patches.shape[1:3]) == size:
+        return patches
+    whole = patches.movedim(-1, 1).float()
+    return F.interpolate(whole, size, mode="bilinear", antialias=True).movedim(1, -1).to(patches.dtype)
+
+
+def differences(student: Layout, teacher: Layout) -> str:
+    """In words, what is done so that the two can be compared; empty where they are alike."""
+    found = []
+    if student.width != teacher.width:
+        found.append(
+            f"a projection {student.width} → {teacher.width} is trained with the student and dropped at the end"
+        )
+    if student.grid != teacher.grid:
+        known = _by(teacher.grid) if student.grid and teacher.grid else "map of"
+        to = _by(student.grid) if student.grid and teacher.grid else "the student's grid"
+        found.append(f"the teacher's {known} patches are resized to {to}")
+    if student.prefix != teacher.prefix:
+        if (CLASS in student.prefix) != (CLASS in teacher.prefix):
+            found.append("the mean of the patches stands for the class token that one of them lacks")
+        if left := sorted({*student.prefix, *teacher.prefix} - {CLASS}):
+            found.append(f"{' and '.join(left)} tokens are left out")
+    return "; ".join(found)
+
+
+def _by(grid: tuple[int, int]) -> str:
+    return f"{grid[0]}×{grid[1]}"
