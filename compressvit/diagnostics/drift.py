@@ -15,8 +15,9 @@ from compressvit.data.input import Side
 from compressvit.diagnostics.base import Context, MeasuredOnImages, diagnostic
 from compressvit.diagnostics.features import Batches, block_paths, regrouped, require_finite, tokens
 from compressvit.errors import UserError
+from compressvit.model.family import BlockInfo
 from compressvit.model.modes import evaluating
-from compressvit.model.taps import Tap, Taps
+from compressvit.model.taps import Tap, Taps, qkv_taps, tapped_qkv
 from compressvit.training import losses
 from compressvit.training.pairs import LayerPair, match_layers
 from compressvit.training.spec import Training
@@ -62,8 +63,8 @@ def drift(
     convert = teacher.converter(student.input)
     seen = 0
     with (
-        _tapped(student.model, [p.student.path for p in pairs], device) as ours,
-        _tapped(teacher.model, [p.teacher.path for p in pairs], device) as theirs,
+        _tapped(student.model, [p.student for p in pairs], device) as ours,
+        _tapped(teacher.model, [p.teacher for p in pairs], device) as theirs,
     ):
         for batch in regrouped(batches(), images, batch_size):
             batch = batch.to(device)
@@ -71,8 +72,8 @@ def drift(
             teacher.model(convert(batch))
             mine, other = ours.pop(), theirs.pop()
             for pair, total, norm in zip(pairs, sums, norms, strict=True):
-                s = _Block(mine, pair.student.path, pair.student_skip, student.model)
-                t = _Block(other, pair.teacher.path, pair.teacher_skip, teacher.model)
+                s = _Block(mine, pair.student, pair.student_skip, student.model)
+                t = _Block(other, pair.teacher, pair.teacher_skip, teacher.model)
                 for name, value in _measure(s, t, norm).items():
                     total[name] = total.get(name, 0.0) + value * len(batch)
             seen += len(batch)
@@ -94,11 +95,12 @@ def drift(
 class _Block:
     """The tapped tensors of a block in one forward pass: tokens (B, N, C), q, k, v (B, N, C) each, attention maps (B, H, N, N)."""
 
-    def __init__(self, taps: dict[str, dict[str, Any]], path: str, skip: int, model: nn.Module):
+    def __init__(self, taps: dict[str, dict[str, Any]], block: BlockInfo, skip: int, model: nn.Module):
+        path = block.path
         hidden = tokens(taps[path]["output"], model)[:, skip:].float()
         require_finite(path, hidden)
         self.hidden = hidden
-        self.qkv = taps[f"{path}.attn.qkv"]["output"][:, skip:].float().chunk(3, dim=-1)
+        self.qkv = [part.float() for part in tapped_qkv(taps, block, skip)]
         self.maps = taps[f"{path}.attn.attn_drop"]["input"]
         self.maps = self.maps[0] if isinstance(self.maps, tuple) else self.maps
         self.maps = self.maps[..., skip:, skip:].float().clamp(min=0)
@@ -128,12 +130,12 @@ def _kl(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 @contextmanager
-def _tapped(model: nn.Module, paths: Sequence[str], device: torch.device) -> Iterator[Taps]:
+def _tapped(model: nn.Module, blocks: Sequence[BlockInfo], device: torch.device) -> Iterator[Taps]:
     """Tap the blocks, their projections and their attention maps; timm's fused attention is disabled meanwhile."""
     fused = [m for m in model.modules() if getattr(m, "fused_attn", False)]
     wanted: list[Tap] = []
-    for path in dict.fromkeys(paths):
-        wanted += [(path, "output"), (f"{path}.attn.qkv", "output"), (f"{path}.attn.attn_drop", "input")]
+    for block in dict.fromkeys(blocks):
+        wanted += [(block.path, "output"), *qkv_taps(block), (f"{block.path}.attn.attn_drop", "input")]
     taps = Taps(model.to(device), wanted)
     for module in fused:
         vars(module)["fused_attn"] = False

@@ -18,6 +18,7 @@ from compressvit.errors import UserError
 from compressvit.fitting.reference import Reference
 from compressvit.model import surgery
 from compressvit.model.backbone import describe
+from compressvit.model.calls import layers_for, whole_layer
 from compressvit.transforms.align import matched_weights
 from compressvit.transforms.low_rank.base import TARGETS
 
@@ -52,18 +53,20 @@ def sharing_losses(
         plain = {info.path: _weights(model, info.path) for info in stage}
         moments = {}
         if reference is not None:
-            seen = reference.moments([f"{path}.{kind}" for path in plain for kind in TARGETS], outputs=False)
+            seen = reference.moments(
+                [f"{path}.{kind}" for path, found in plain.items() for kind in found], outputs=False
+            )
             moments = {name: moment.inputs.cpu().double().numpy() for name, moment in seen.items()}
         for one, other in itertools.product(plain, repeat=2):
             second = plain[other]
             if aligned and one != other:
                 found = matched_weights(model, one, other)
                 second = {kind: weight.cpu().double().numpy() for kind, weight in found.items()}
-            for kind in TARGETS:
+            for kind in second:
                 s = [moments[f"{path}.{kind}"] for path in (one, other)] if moments else None
                 loss = 0.0 if one == other else _lost(plain[one][kind], second[kind], s)
                 records.append({"layer": kind, "block": one, "other": other, "loss": round(loss, 6)})
-    return sorted(records, key=lambda record: TARGETS.index(record["layer"]))
+    return sorted(records, key=lambda record: TARGETS.index(whole_layer(record["layer"])))
 
 
 def _lost(a: np.ndarray, b: np.ndarray, moments: Sequence[np.ndarray] | None) -> float:
@@ -85,7 +88,9 @@ def _lost(a: np.ndarray, b: np.ndarray, moments: Sequence[np.ndarray] | None) ->
 
 
 def _weights(model: nn.Module, path: str) -> dict[str, np.ndarray]:
-    found = {kind: effective_weight(model.get_submodule(f"{path}.{kind}")) for kind in TARGETS}
+    block = model.get_submodule(path)
+    kinds = [name for whole in TARGETS for name in layers_for(block, whole)]
+    found = {kind: effective_weight(block.get_submodule(kind)) for kind in kinds}
     for kind, weight in found.items():
         if not np.isfinite(weight).all():
             raise UserError(

@@ -14,6 +14,7 @@ from compressvit.diagnostics.base import EPOCHS, Context, Epochs, Measured, diag
 from compressvit.errors import UserError
 from compressvit.model import linear
 from compressvit.model.backbone import describe, family_of
+from compressvit.model.calls import layers_for, whole_layer
 from compressvit.transforms.low_rank.base import TARGETS
 
 _POINTS = 48  # points per spectrum
@@ -34,7 +35,8 @@ def singular_values(model: nn.Module) -> dict[str, np.ndarray]:
 
     found = {}
     for info in describe(model, "attention").blocks:
-        for target in TARGETS:
+        block = model.get_submodule(info.path)
+        for target in (name for whole in TARGETS for name in layers_for(block, whole)):
             path = f"{info.path}.{target}"
             weight = effective_weight(model.get_submodule(path))
             if not np.isfinite(weight).all():
@@ -96,7 +98,7 @@ def spectra_findings(models: Mapping[str, nn.Module]) -> list[Finding]:
             "Singular values of the weights",
             "One line per block: how fast the singular values fall, relative to the largest. Steep spectra lose little by truncation.",
             "lines",
-            sorted(curves, key=lambda record: TARGETS.index(record["layer"])),
+            sorted(curves, key=lambda record: TARGETS.index(whole_layer(record["layer"]))),
             {
                 "x": "index",
                 "y": "relative",

@@ -31,6 +31,7 @@ from compressvit.fitting.spool import Spool, scratch_folder
 from compressvit.fitting.walk import Side, look, watched
 from compressvit.log import progress
 from compressvit.model.backbone import describe
+from compressvit.model.calls import called
 from compressvit.model.family import BlockInfo, Branch
 from compressvit.model.linear import channels_last
 
@@ -86,8 +87,10 @@ def fit_in_order(
         blocks.pop()
     errors: dict[str, float] = {}
     with torch.no_grad(), scratch_folder() as folder, frozen(student), frozen(teacher), ExitStack() as stack:
+        stack.enter_context(called(student, teacher))
         ours, theirs = Side(student, folder, "student"), Side(teacher, folder, "teacher")
-        stack.callback(ours.release)
+        for side in (ours, theirs):
+            stack.callback(side.close)
         sizes, device = _enter(ours, theirs, batches)
         judges = (every_fourth(torch.arange(sum(sizes))) if held_out is None else held_out()).split(sizes)
         prefix, drawn = getattr(student, "num_prefix_tokens", 0), sample or TokenSample(None)
@@ -215,7 +218,7 @@ class _Asked:
         y = self._outputs.read(index, device)
         if self.branch:
             lost = self._streams.read(index, device) - self._in_layer(ours, hidden, seen[self.branch.norm], places)
-            scales = (getattr(getattr(block, self.branch.scale, None), "gamma", None) for block in (ours, theirs))
+            scales = (self.branch.gamma(block) for block in (ours, theirs))
             y = _corrected(y, lost[..., self.outputs], *(None if g is None else g[self.outputs] for g in scales))
         prefix = weights[..., 1]  # 1 where a token is a prefix token
         return x, y, torch.where(prefix > 0, weights[..., 0] * fit.prefix_weight, weights[..., 0])[..., None]
@@ -282,7 +285,7 @@ def _corrected(y: Tensor, residual: Tensor, gamma: Tensor | None, of_teacher: Te
 
 def scale_behind(block: nn.Module, branch: Branch | None) -> Tensor | None:
     """|γ| (out,) of the LayerScale after a residual branch, if there is one; in float64 on the CPU."""
-    gamma = getattr(getattr(block, branch.scale, None), "gamma", None) if branch else None
+    gamma = branch.gamma(block) if branch else None
     if gamma is None:
         return None
     scale = gamma.detach().abs().cpu().double()

@@ -22,6 +22,7 @@ from compressvit.fitting.sampling import TokenSample, gathered
 from compressvit.log import progress
 from compressvit.model import surgery
 from compressvit.model.backbone import input_size
+from compressvit.model.calls import called
 from compressvit.model.linear import channels_last
 from compressvit.model.modes import evaluating
 from compressvit.model.shapes import RememberedShapes
@@ -277,7 +278,8 @@ def tokens_at(model: nn.Module, paths: Sequence[str]) -> dict[str, int]:
 def _hooks(model: nn.Module, hooks: dict[str, Any]) -> Iterator[None]:
     handles = [model.get_submodule(path).register_forward_hook(hook) for path, hook in hooks.items()]
     try:
-        yield
+        with called(model):
+            yield
     finally:
         for handle in handles:
             handle.remove()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +14,7 @@ from torch import nn
 from compressvit.fitting.lowrank import Tensor
 from compressvit.fitting.spool import Spool
 from compressvit.model.backbone import describe
+from compressvit.model.calls import adds_in_place
 from compressvit.model.family import BlockInfo
 
 
@@ -24,10 +27,16 @@ class Side:
 
     def __init__(self, model: nn.Module, folder: Path, name: str):
         self.model = model
-        self.info = describe(model).blocks[0]
+        blocks = describe(model).blocks
+        self.info = blocks[0]
         self._folder = folder
         self._hidden = Spool(folder, name)
         self._fixed: dict[str, _Fixed] = {}
+        self._others: dict[str, dict[str, Any]] = {}
+        self._giving = [
+            model.get_submodule(info.path).register_forward_pre_hook(partial(self._give, info.path), with_kwargs=True)
+            for info in blocks
+        ]
 
     @property
     def block(self) -> nn.Module:
@@ -36,7 +45,16 @@ class Side:
     def enter(self, images: Tensor) -> None:
         """Append a batch."""
         path = self.info.path
+        first = not self._others
         self._hidden.append(look(self.model, images, {path: "input"}, path)[path])
+        if first and self._others[path]:  # every block may get others of its own
+            self.model(images[:1])
+
+    def _give(self, path: str, block: nn.Module, inputs: tuple, others: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Note what a block gets from its model besides its input, the same for all images (as rotary positions), and give it to the block
+        when that runs alone."""
+        known = self._others.setdefault(path, others)
+        return inputs, {**known, **others}
 
     def advance(self, following: BlockInfo, device: torch.device) -> None:
         """Take every batch through the present block, up to the following one."""
@@ -78,6 +96,12 @@ class Side:
         for fixed in self._fixed.values():
             fixed.release()
         self._fixed = {}
+
+    def close(self) -> None:
+        """Leave the model as it was."""
+        self.release()
+        for hook in self._giving:
+            hook.remove()
 
     def leave(self, index: int, output: Tensor, following: BlockInfo) -> None:
         """Replace what a batch is before the present block by what it is before the following one.
@@ -124,7 +148,10 @@ def watched(block: nn.Module, wanted: Mapping[str, str], found: dict[str, Tensor
         for name, io in wanted.items():
 
             def see(module: nn.Module, inputs: tuple, output: Tensor | None = None, name: str = name) -> None:
-                found[name] = inputs[0] if output is None else output
+                if output is None:
+                    found[name] = inputs[0]
+                else:
+                    found[name] = output.clone() if adds_in_place(block, name) else output
                 if name == until:
                     raise _Reached
 

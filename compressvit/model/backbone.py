@@ -13,6 +13,7 @@ from typing import Literal
 from torch import nn
 
 from compressvit.errors import UserError
+from compressvit.model.calls import layers_for
 from compressvit.model.family import FAMILIES, NEEDS, BlockInfo, Family, Need
 from compressvit.model.modules import as_timm
 
@@ -33,11 +34,10 @@ class Backbone:
         """Names of the sublayers of a block: 'attn' and 'mlp', or 'mlp' alone."""
         return ("attn", "mlp") if self.family.attention is not None else ("mlp",)
 
-    @property
-    def slotted_attention(self) -> type[nn.Module]:
-        """The family's attention with slots; only after `describe` was called with this need."""
-        assert self.family.slotted_attention is not None
-        return self.family.slotted_attention
+    def slotted_attention(self, attention: nn.Module) -> type[nn.Module]:
+        """The family's attention with slots in place of this one; only after `describe` was called with this need."""
+        known, slotted = _classes(self.family.attention), _classes(self.family.slotted_attention)
+        return dict(zip(known, slotted, strict=True))[class_in_timm(attention, *known)]
 
     @property
     def slotted_block(self) -> type[nn.Module]:
@@ -165,17 +165,21 @@ def describe(
         )
     if family.body is None and part != "backbone":
         raise UserError(f"{asker}: {model_name(model)} is no detector, so it has no {part}; leave `of` out")
-    blocks = tuple(family.blocks(model))
+    blocks = tuple(
+        replace(info, projections=layers_for(model.get_submodule(info.path), "attn.qkv"))
+        for info in family.blocks(model)
+    )
     if not blocks:
         raise UserError(
             f"{model_name(model)} was built with no blocks, so there is nothing to compress; give it a depth of at least 1"
         )
     for info in blocks:
         for module, path, expected in _parts(model, family, info.path, needs):
-            found = class_in_timm(module, expected)
-            if found is not expected:
+            found = class_in_timm(module, *expected)
+            if found not in expected:
+                known = " or ".join(kind.__name__ for kind in expected)
                 raise UserError(
-                    f"{model_name(model)}: {path} is a {found.__name__}, compressvit knows {expected.__name__} there; "
+                    f"{model_name(model)}: {path} is a {found.__name__}, compressvit knows {known} there; "
                     f"it works on {supported(*needs)}"
                 )
     return Backbone(family, blocks, num_prefix_tokens=getattr(model, "num_prefix_tokens", 0))
@@ -190,23 +194,29 @@ def _inside(path: str, found: Backbone) -> Backbone:
     return replace(found, blocks=blocks)
 
 
-def _parts(model: nn.Module, family: Family, path: str, needs: Sequence[Need]) -> Iterator[tuple[nn.Module, str, type]]:
-    """A block and its attention, each with its path and the class that the family has there."""
+def _classes(kinds: type[nn.Module] | tuple[type[nn.Module], ...] | None) -> tuple[type[nn.Module], ...]:
+    return kinds if isinstance(kinds, tuple) else () if kinds is None else (kinds,)
+
+
+def _parts(
+    model: nn.Module, family: Family, path: str, needs: Sequence[Need]
+) -> Iterator[tuple[nn.Module, str, tuple[type, ...]]]:
+    """A block and its attention, each with its path and the classes that the family has there."""
     block = model.get_submodule(path)
     if family.attention is not None and getattr(block, "attn", None) is None:
         raise UserError(
             f"{model_name(model)}: {path} is a {type(block).__name__} without an `attn`; compressvit works on {supported(*needs)}"
         )
-    yield block, path, family.block
+    yield block, path, (family.block,)
     if family.attention is not None:
-        yield model.get_submodule(f"{path}.attn"), f"{path}.attn", family.attention
+        yield model.get_submodule(f"{path}.attn"), f"{path}.attn", _classes(family.attention)
 
 
 def projection(model: nn.Module, path: str, asker: str) -> nn.Module:
     """The layer at `path`, e.g. blocks.0.mlp.fc1.
 
     Raises:
-        UserError: the sublayer has none of that name, as an MLP with gates (SwiGLU) has no one fc1.
+        UserError: the sublayer has none of that name.
     """
     parent, _, name = path.rpartition(".")
     sublayer = model.get_submodule(parent)

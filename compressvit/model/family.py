@@ -29,6 +29,7 @@ class BlockInfo:
     resolution: tuple[int, int]
     window: tuple[int, int] | None = None  # None: attention over all tokens
     shift: tuple[int, int] = (0, 0)
+    projections: tuple[str, ...] = ("attn.qkv",)  # of queries, keys and values, within the block: one layer, or three
     # The module of its stage, which runs what stands between the stage before and its blocks (as patch merging), then the blocks one
     # after the other, and nothing else. "": nothing stands between stages.
     stage_path: str = ""
@@ -37,7 +38,9 @@ class BlockInfo:
 HeadOption = Literal["heads", "head_dim"]
 
 # What a method may need of a family (`Family.lacks`).
-Need = Literal["attention", "slotted_attention", "slotted_block", "no_position_table", "prompts", "decoder"]
+Need = Literal[
+    "attention", "slotted_attention", "slotted_block", "no_position_table", "no_rotation", "prompts", "decoder"
+]
 
 # By need, what a refusal says: the method needs ..., and the model is a Swin, ...
 NEEDS: dict[Need, tuple[str, str]] = {
@@ -54,10 +57,19 @@ NEEDS: dict[Need, tuple[str, str]] = {
         "attention without relative positions of its own",
         "which has a relative position table already",
     ),
+    "no_rotation": (
+        "heads of which single dimensions can go",
+        "whose rotary positions turn them in pairs; whole heads can go (`heads` instead of `head_dim`)",
+    ),
     "prompts": ("to know how prompts join the tokens", "which does not say so (`Family.prompts`)"),
     "decoder": ("a decoder that mixes features by matrices it generates (AdaMixer's)", "which has none"),
 }
-_OF_ATTENTION: set[Need] = {"slotted_attention", "no_position_table", "prompts"}  # missing where there is no attention
+_OF_ATTENTION: set[Need] = {
+    "slotted_attention",
+    "no_position_table",
+    "no_rotation",
+    "prompts",
+}  # missing where there is no attention
 
 
 @dataclass(frozen=True)
@@ -66,7 +78,12 @@ class Branch:
 
     norm: str  # its input is the residual stream
     branch: str
-    scale: str  # a LayerScale, whose `gamma` (width,) is read; a block need not have one
+    scale: str  # a LayerScale, of which `gamma` (width,) is read, or that parameter; a block need not have one
+
+    def gamma(self, block: nn.Module) -> torch.Tensor | None:
+        """The LayerScale (width,) of a block after this branch, if it has one."""
+        found = getattr(block, self.scale, None)
+        return found if isinstance(found, torch.Tensor) else getattr(found, "gamma", None)
 
 
 # By the linear layer that ends each, of timm's pre-norm blocks.
@@ -103,11 +120,14 @@ class Family(ABC):
         tuple[type[nn.Module], ...]
     ]  # the classes of whole models; a subclass that timm defines must be named, too
     block: ClassVar[type[nn.Module]]
-    attention: ClassVar[type[nn.Module] | None] = None  # of a block's `attn`; None: its blocks have only an MLP
-    # Subclasses of the two above with slots (`compressvit.model.slots`): what computes between attention and MLP, or inside attention.
+    # Of a block's `attn`: one class, or several; None: its blocks have only an MLP.
+    attention: ClassVar[type[nn.Module] | tuple[type[nn.Module], ...] | None] = None
+    # Subclasses of the two above with slots (`compressvit.model.slots`): what computes between attention and MLP, or inside attention;
+    # of several classes of attention one each, in their order.
     slotted_block: ClassVar[type[nn.Module] | None] = None
-    slotted_attention: ClassVar[type[nn.Module] | None] = None
+    slotted_attention: ClassVar[type[nn.Module] | tuple[type[nn.Module], ...] | None] = None
     position_table: ClassVar[bool] = False  # its attention has a table of relative positions
+    rotary: ClassVar[bool] = False  # its attention may turn the dimensions of heads by positions
     # How prompt tokens (VPT) join the others, by a word registered in `compressvit/transforms/vpt/`: `sequence`, as in timm's ViT, or
     # `windows`, as in timm's Swin. None: they cannot.
     prompts: ClassVar[str | None] = None
@@ -145,13 +165,28 @@ class Family(ABC):
             return None if self.body is not None else need
         if self.attention is None and need in _OF_ATTENTION:
             return "attention"
-        has = not self.position_table if need == "no_position_table" else getattr(self, need) is not None
+        if need in ("no_position_table", "no_rotation"):
+            has = not (self.position_table if need == "no_position_table" else self.rotary)
+        else:
+            has = getattr(self, need) is not None
         return None if has else need
 
     def head_options(self, attention: nn.Module) -> tuple[HeadOption, ...]:
         """What can be changed of the heads of an attention of this family, whose `qkv` gives queries, keys and values of equal size, each
-        head after head, and whose `proj` reads the heads. By default nothing."""
+        head after head (or three layers do, `compressvit.model.calls.PARTS`: then whole heads alone), and whose `proj` reads the heads. By
+        default nothing."""
         return ()
+
+    def attention_of_heads(self, attention: nn.Module) -> type[nn.Module] | None:
+        """The subclass that an attention must be of, for other heads than its class takes; None where that takes any."""
+        return None
+
+    def heads_stay(self, model: nn.Module, attention: nn.Module) -> str | None:
+        """Why the heads of an attention can neither change places nor go, as an end of 'heads …'; None where they can."""
+        return None
+
+    # Of an attention, beside its layers: vectors with an entry for every dimension of the heads, as biases that it adds itself.
+    of_heads: ClassVar[tuple[str, ...]] = ()
 
     def set_heads(self, attention: nn.Module, heads: int, head_dim: int) -> None:
         """Tell an attention, whose `qkv` and `proj` have been made narrower, how many heads of what dimension it has.

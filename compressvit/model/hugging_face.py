@@ -1,33 +1,29 @@
-"""Models of Hugging Face's transformers as timm has them: their folders, and their tensors under timm's names.
+"""Tensors of models of Hugging Face's transformers under timm's names; `hugging_face_config` is about their folders.
 
-ViT, DeiT, DINOv2 (also with registers), Swin v1, and the image towers of CLIP and SigLIP. Nothing of transformers is imported: a folder is
-read as `config.json`, `preprocessor_config.json` and a file of tensors, and a file of tensors is known by its names.
+ViT, DeiT, DINOv2 (also with registers), DINOv3, Swin v1, and the image towers of CLIP and SigLIP. Nothing of transformers is
+imported: a file of tensors is known by its names.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from typing import Any
 
 import torch
 
 from compressvit.errors import UserError
-from compressvit.model.detectors import is_model
 from compressvit.notes import Note
 
-# ------------------------------------------------------------------------------------------------------------- tensors
-
-_MARK = re.compile(r"((?:\w+\.)*?)embeddings\.patch_embedding(?:s\.projection)?\.weight")
+_MARK = re.compile(r"((?:\w+\.)*?)embeddings\.patch_embedding(?:s\.projection|s)?\.weight")
 _PARTS = {  # outside of the blocks, and of a block after its number
     r"embeddings\.(?:cls_token|class_embedding)": "cls_token",
     r"embeddings\.distillation_token": "dist_token",
     r"embeddings\.register_tokens": "reg_token",
     r"embeddings\.position_embedding(?:s|\.weight)": "pos_embed",
-    r"embeddings\.patch_embedding(?:s\.projection)?\.(\w+)": r"patch_embed.proj.\1",
+    r"embeddings\.patch_embedding(?:s\.projection|s)?\.(\w+)": r"patch_embed.proj.\1",
     r"embeddings\.norm\.(\w+)": r"patch_embed.norm.\1",
     r"pre_layrnorm\.(\w+)": r"norm_pre.\1",  # sic
-    r"(?:post_)?layernorm\.(\w+)": r"norm.\1",
+    r"(?:(?:post_)?layernorm|norm)\.(\w+)": r"norm.\1",
     r"head\.probe": "attn_pool.latent",
     r"head\.attention\.out_proj\.(\w+)": r"attn_pool.proj.\1",
     r"head\.layernorm\.(\w+)": r"attn_pool.norm.\1",
@@ -37,8 +33,9 @@ _IN_BLOCK = {
     r"attention\.output\.dense\.(\w+)|attention\.o_proj\.(\w+)|self_attn\.out_proj\.(\w+)": "attn.proj.",
     r"(?:layernorm_before|layer_norm1|norm1)\.(\w+)": "norm1.",
     r"(?:layernorm_after|layer_norm2|norm2)\.(\w+)": "norm2.",
-    r"(?:intermediate\.dense|mlp\.fc1|mlp\.weights_in)\.(\w+)": "mlp.fc1.",
-    r"(?:output\.dense|mlp\.fc2|mlp\.weights_out)\.(\w+)": "mlp.fc2.",
+    r"(?:intermediate\.dense|mlp\.fc1|mlp\.weights_in|mlp\.up_proj)\.(\w+)": "mlp.fc1.",  # up_proj beside a gate: `_dinov3`
+    r"(?:output\.dense|mlp\.fc2|mlp\.weights_out|mlp\.down_proj)\.(\w+)": "mlp.fc2.",
+    r"mlp\.gate_proj\.(\w+)": "mlp.fc1_g.",
     r"layer_scale([12])\.lambda1": "ls",
     r"attention\.(?:self|relative_position_bias)\.(relative_position_bias_table)": "attn.",
 }
@@ -60,15 +57,16 @@ def in_timms_names(
 ) -> tuple[dict[str, torch.Tensor], list[Note]]:
     """The tensors of a model of transformers as timm's has them, and notes on what was left out.
 
-    Queries, keys and values become one `qkv`. The class token of a DINOv2 with registers takes over its position embedding, because timm's
-    model has none for it.
+    Queries, keys and values become one `qkv`, or the three layers that the model has. The class token of a DINOv2 with registers takes over
+    its position embedding, because timm's model has none for it.
 
     Args:
         own: names of the tensors of the model that they are for.
         where: the recipe path to speak of in a message.
 
     Raises:
-        UserError: the classifier of a DINOv2, which reads more than timm's does, for a model that has one.
+        UserError: the classifier of a DINOv2, which reads more than timm's does, for a model that has one; or biases of queries and values,
+            for a model that has none.
     """
     prefix = next(match[1] for name in tensors if (match := _MARK.fullmatch(name)))
     found: dict[str, torch.Tensor] = {}
@@ -92,13 +90,38 @@ def in_timms_names(
             found |= {"head.weight": tensor, "head.bias": tensor.new_zeros(len(tensor))}
         elif not name.endswith("relative_position_index"):  # which follows from the window
             left.append(name)
-    found |= {name: torch.cat([parts[part] for part in "qkv" if part in parts]) for name, parts in split.items()}
+    for name, parts in split.items():
+        found |= _joined(name, parts, own, where)
     _arrange(found)
+    found = {_of_eva(name, found, own): tensor for name, tensor in found.items()}
     _refuse_wide_classifier(found, own, where)
     text = f"names of Hugging Face's transformers were turned into timm's, of {len(found)} tensors"
     if left:
         text += f", and {len(left)} were left out that timm's model has not ({', '.join(left[:3])}{', …' * (len(left) > 3)})"
     return found, [Note("transformers", len(found), text)]
+
+
+def _joined(name: str, parts: Mapping[str, torch.Tensor], own: Collection[str], where: str) -> dict[str, torch.Tensor]:
+    """A `qkv` of its parts: one tensor, three, or of biases in a model whose keys have none those of queries and values."""
+    attention, _, kind = name.rpartition("qkv.")
+    if f"{attention}q_proj.{kind}" in own:
+        return {f"{attention}{part}_proj.{kind}": tensor for part, tensor in parts.items()}
+    if kind == "weight" or "k" in parts:
+        return {name: torch.cat([parts[part] for part in "qkv" if part in parts])}
+    if f"{attention}q_bias" not in own and any(tensor.any() for tensor in parts.values()):
+        raise UserError(
+            f"{where}: queries and values have biases at {attention}q_proj and {attention}v_proj, and the model has none; give the name "
+            "of timm's model with them (vit_*_dinov3_qkvb), or build it with qkv_bias=True"
+        )
+    return {f"{attention}{part}_bias": tensor for part, tensor in parts.items() if f"{attention}{part}_bias" in own}
+
+
+def _of_eva(name: str, found: Collection[str], own: Collection[str]) -> str:
+    """The name of a tensor of DINOv3 in timm's Eva: LayerScale is a parameter of the block, and what a gate lets through has a name."""
+    block, _, last = name.partition(".ls")
+    if last and f"{block}.gamma_{last[0]}" in own:
+        return f"{block}.gamma_{last[0]}"
+    return name.replace(".fc1.", ".fc1_x.") if name.replace(".fc1.", ".fc1_g.") in found else name
 
 
 def is_classifier(name: str) -> bool:
@@ -170,184 +193,3 @@ def _refuse_wide_classifier(found: dict[str, torch.Tensor], own: Collection[str]
             f"{where}: the classifier of transformers' DINOv2 reads the class token beside the mean of the patch tokens, and timm's the "
             "class token alone, so it cannot be kept; set num_classes=0 for the backbone, or train a new head with `teacher.finetune`"
         )
-
-
-# ------------------------------------------------------------------------------------------------------------- folders
-
-_SIZES = {
-    (192, 12, 3): "tiny",
-    (384, 12, 6): "small",
-    (768, 12, 12): "base",
-    (1024, 24, 16): "large",
-    (1280, 32, 16): "huge",
-}
-_SIZES |= {(1536, 40, 24): "giant"}
-_SWINS = {
-    (96, (2, 2, 6, 2)): "tiny",
-    (96, (2, 2, 18, 2)): "small",
-    (128, (2, 2, 18, 2)): "base",
-    (192, (2, 2, 18, 2)): "large",
-}
-# By transformers' `model_type`: timm's names with a size, and one whose arguments say the size where timm has no name for it.
-_NAMES = {
-    "vit": ("vit_{size}_patch{patch}_{image}", "vit_{size}_patch{patch}_224", "vit_base_patch16_224"),
-    "deit": ("deit_{size}_distilled_patch{patch}_{image}", "deit_base_distilled_patch16_224"),
-    "dinov2": ("vit_{size}_patch{patch}_dinov2", "vit_base_patch14_dinov2"),
-    "dinov2_with_registers": ("vit_{size}_patch{patch}_reg4_dinov2", "vit_base_patch14_reg4_dinov2"),
-    "clip_vision_model": ("vit_{size}_patch{patch}_clip_{act}{image}", "vit_base_patch16_clip_{act}224"),
-    "siglip_vision_model": ("vit_{size}_patch{patch}_siglip_{image}", "vit_base_patch16_siglip_224"),
-    "swin": ("swin_{size}_patch{patch}_window{window}_{image}", "swin_tiny_patch4_window7_224"),
-}
-KINDS = tuple(_NAMES)
-_TOWERS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}  # of models of images and texts
-# What a config.json leaves out.
-_VIT: dict[str, Any] = {
-    "hidden_size": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "image_size": 224,
-    "patch_size": 16,
-}
-_VIT |= {"mlp_ratio": 4, "hidden_act": "gelu", "num_channels": 3, "projection_dim": 512}
-_DEFAULTS: dict[str, dict[str, Any]] = {"clip_vision_model": {**_VIT, "patch_size": 32, "hidden_act": "quick_gelu"}}
-_DEFAULTS["siglip_vision_model"] = {**_VIT, "hidden_act": "gelu_pytorch_tanh"}
-_DEFAULTS["dinov2"] = {**_VIT, "patch_size": 14}
-_DEFAULTS["swin"] = {
-    "embed_dim": 96,
-    "depths": [2, 2, 6, 2],
-    "num_heads": [3, 6, 12, 24],
-    "window_size": 7,
-    "image_size": 224,
-}
-_DEFAULTS["swin"] |= {"patch_size": 4, "mlp_ratio": 4, "hidden_act": "gelu", "num_channels": 3}
-_ACTIVATIONS = {
-    "gelu": None,
-    "quick_gelu": "quick_gelu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-}  # in timm's words; None is its default
-_CLASSES = re.compile(r"\w+ForImageClassification(WithTeacher)?")
-_PILLOW = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
-
-
-def timms_model(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
-    """timm's name and arguments of the model that a `config.json` of transformers describes; None of another kind of model.
-
-    Raises:
-        UserError: it has something that timm's model has not.
-    """
-    kind, tower = str(config.get("model_type")), config
-    if kind in _TOWERS:
-        kind, inner = _TOWERS[kind], config.get("vision_config")
-        tower = inner if isinstance(inner, dict) else {}
-    if kind not in _NAMES:
-        return None
-    tower = {**_DEFAULTS.get(kind, _VIT), **tower}
-    _require_types(tower, _DEFAULTS.get(kind, _VIT))
-    activation = _activation(tower, kind)
-    words = {name: tower.get(f"{name}_size") for name in ("patch", "image", "window")}
-    words |= {"size": _size(tower, kind), "act": "quickgelu_" * (tower["hidden_act"] == "quick_gelu")}
-    *named, other = _NAMES[kind]
-    known = next((name for name in (form.format(**words) for form in named) if is_model(name)), None)
-    args = {"img_size": tower["image_size"], "num_classes": _number_of_classes({**tower, **config}, kind)}
-    if tower["num_channels"] != 3:
-        args["in_chans"] = tower["num_channels"]
-    if activation is not None:
-        args["act_layer"] = activation
-    return (known, args) if known else (other.format(**words), args | _sizes(tower, kind))
-
-
-def _require_types(tower: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    for name, usual in defaults.items():
-        value = tower[name]
-        if isinstance(usual, list):
-            fits = isinstance(value, list) and all(type(one) is int for one in value)
-        else:
-            fits = type(value) in ((int, float) if name == "mlp_ratio" else (type(usual),))
-        if not fits:
-            raise UserError(f"{name} is {value!r}, where transformers has e.g. {usual!r}")
-
-
-def _size(tower: Mapping[str, Any], kind: str) -> str | None:
-    if kind == "swin":
-        return _SWINS.get((tower["embed_dim"], tuple(tower["depths"])))
-    return _SIZES.get((tower["hidden_size"], tower["num_hidden_layers"], tower["num_attention_heads"]))
-
-
-def _activation(tower: Mapping[str, Any], kind: str) -> str | None:
-    """timm's name of an activation function that its model of this name does not have."""
-    word = tower["hidden_act"]
-    if kind == "clip_vision_model" and word == "quick_gelu":
-        return None  # the name says it
-    if word not in _ACTIVATIONS:
-        raise UserError(
-            f"hidden_act is {word!r}, and of transformers' models those with {', '.join(_ACTIVATIONS)} are known"
-        )
-    return _ACTIVATIONS[word]
-
-
-def _sizes(tower: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """Arguments of a model of a size that timm has no name for."""
-    if tower.get("use_swiglu_ffn"):
-        raise UserError("it is a DINOv2 with SwiGLU of another size than ViT-g, which timm has no name for")
-    if kind == "swin":
-        same = {name: tower[name] for name in ("embed_dim", "window_size", "patch_size", "mlp_ratio")}
-        return {**same, "depths": tuple(tower["depths"]), "num_heads": tuple(tower["num_heads"])}
-    inner = tower.get("intermediate_size")
-    ratio = inner / tower["hidden_size"] if type(inner) is int and tower["hidden_size"] else tower["mlp_ratio"]
-    return {
-        "patch_size": tower["patch_size"],
-        "embed_dim": tower["hidden_size"],
-        "depth": tower["num_hidden_layers"],
-        "num_heads": tower["num_attention_heads"],
-        "mlp_ratio": ratio,
-    }
-
-
-def _number_of_classes(config: Mapping[str, Any], kind: str) -> int:
-    """Outputs of the model after its pooling: classes, or the dimensions that CLIP compares with texts; 0 without."""
-    given = config.get("architectures")
-    architecture = str(given[0]) if isinstance(given, list) and given else ""
-    if kind == "clip_vision_model":
-        return config["projection_dim"] if architecture in ("CLIPModel", "CLIPVisionModelWithProjection") else 0
-    if not _CLASSES.fullmatch(architecture) or kind in (
-        "dinov2",
-        "dinov2_with_registers",
-    ):  # see _refuse_wide_classifier
-        return 0
-    labels = config.get("id2label")
-    return len(labels) if isinstance(labels, dict) and labels else 2  # as transformers leaves it out
-
-
-def label_names(config: Mapping[str, Any]) -> list[str] | None:
-    """Names of the classes, in the order of the outputs; None where there are none but numbers."""
-    labels = config.get("id2label")
-    if not isinstance(labels, dict) or not all(str(i) in labels for i in range(len(labels))):
-        return None
-    names = [str(labels[str(i)]) for i in range(len(labels))]
-    return None if all(name == f"LABEL_{i}" for i, name in enumerate(names)) else names
-
-
-def input_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What images must look like after a `preprocessor_config.json`, as far as it says: mean, std, interpolation, crop_pct, crop_mode."""
-    found: dict[str, Any] = {}
-    for name, none in (("mean", 0.0), ("std", 1.0)):
-        if config.get("do_normalize") is False:
-            found[name] = [none] * 3
-        elif isinstance(value := config.get(f"image_{name}"), list) and all(type(one) in (int, float) for one in value):
-            found[name] = value
-    resample = config.get("resample")
-    if type(resample) is int and resample in _PILLOW:
-        found["interpolation"] = _PILLOW[resample]
-    size, crop = (_edge(config.get(name)) for name in ("size", "crop_size"))
-    if config.get("do_center_crop") and size and crop:
-        found["crop_pct"] = min(crop / size, 1.0)
-    elif size and not config.get("do_center_crop", False):
-        found |= {"crop_pct": 1.0, "crop_mode": "squash"}
-    return found
-
-
-def _edge(size: Any) -> int | None:
-    """The shorter edge of a size, as transformers of any version writes it."""
-    if isinstance(size, dict):
-        size = size.get("shortest_edge", size.get("height"))
-    return size if isinstance(size, int) and size > 0 else None

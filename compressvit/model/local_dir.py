@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from compressvit.errors import UserError
-from compressvit.model import hugging_face
+from compressvit.model import hugging_face_config
 from compressvit.reading import Unreadable, read_json
 
 CONFIG = "config.json"
@@ -54,7 +54,7 @@ def read_local_dir(path: Path) -> LocalDir | None:
     if content is None or (described := _of_transformers(content, config) or _of_timm(content)) is None:
         if path.is_file():
             return None  # of something else that keeps a config.json
-        kinds = ", ".join(hugging_face.KINDS)
+        kinds = ", ".join(hugging_face_config.KINDS)
         raise UserError(
             f"{config} does not say which model it describes: it has neither timm's 'architecture' nor a 'model_type' of transformers that "
             f"is known ({kinds}); give the file of the weights"
@@ -124,15 +124,15 @@ def _of_timm(content: dict[str, Any]) -> _Described | None:
 
 def _of_transformers(content: dict[str, Any], config: Path) -> _Described | None:
     try:
-        found = hugging_face.timms_model(content)
+        found = hugging_face_config.timms_model(content)
     except UserError as error:
         raise UserError(f"{config}: {error}") from None
     if found is None:
         return None
     beside = config.with_name(PREPROCESSOR)
     images = _content(beside) if beside.is_file() else None
-    names = hugging_face.label_names(content) if found[1]["num_classes"] else None
-    return *found, hugging_face.input_of(images or {}), names
+    names = hugging_face_config.label_names(content) if found[1]["num_classes"] else None
+    return *found, hugging_face_config.input_of(images or {}), names
 
 
 def _mapping(content: dict[str, Any], key: str) -> dict[str, Any]:

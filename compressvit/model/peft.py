@@ -269,6 +269,8 @@ def _put(
     place, part = name, None
     if name not in own:
         place, part = hugging_face.place_in_timm(name) or (name, None)
+        if place not in own and (beside := place.replace(".fc1.", ".fc1_x.")) in own:  # beside a gate
+            place = beside
     if place not in own:
         raise UserError(
             f"{where}: {given} is for {name}, which {model_name(model)} has not; give the model that it was trained on"

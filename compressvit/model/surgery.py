@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from compressvit.errors import UserError
+from compressvit.model.calls import be_called
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -48,6 +49,7 @@ def specialise(model: nn.Module, path: str, subclass: type[M]) -> M:
             "another transform has specialised it; apply only one of the two"
         )
     module.__class__ = _dress(subclass, mixins)
+    be_called(model, path)
     for slot in slots_of(subclass):
         module.register_module(slot, None)
     assert isinstance(module, subclass)
@@ -63,6 +65,7 @@ def extend(model: nn.Module, path: str, mixin: type) -> nn.Module:
     module = model.get_submodule(path)
     if not isinstance(module, mixin):
         module.__class__ = _extension(mixin, type(module))
+        be_called(model, path)
         for slot in slots_of(mixin):
             module.register_module(slot, None)
     return module
@@ -181,6 +184,7 @@ def exchange(
         del module._modules[slot]
     module._parameters.clear()
     module.__class__ = _dress(replacement, mixins)
+    be_called(model, path)
     for name, parameter in parameters.items():
         module.register_parameter(name, parameter)
     for slot in slots_of(replacement):

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
+import torch
 from torch import nn
 
 from compressvit.errors import UserError, did_you_mean
+from compressvit.model.calls import called
+from compressvit.model.family import BlockInfo
 
 Tap = tuple[str, str]  # module path, 'input' or 'output'
 
 
 class Taps:
     """Records the input or output of modules at every forward pass, until `close`.
+
+    Of a `qkv` to which timm's attention adds biases in place, what is recorded has them.
 
     Args:
         model: the model to record. Blocks that share parameters still have paths of their own.
@@ -33,6 +39,8 @@ class Taps:
                 raise UserError(f"tap '{path}' asks for the {io!r} of the module; it has an 'input' and an 'output'")
             wanted.setdefault(path, set()).add(io)
         self._seen: dict[str, dict[str, Any]] = {path: {} for path in wanted}
+        self._called = ExitStack()
+        self._called.enter_context(called(model))
         self._hooks = [
             model.get_submodule(path).register_forward_hook(_recording(self._seen[path], frozenset(ios)))
             for path, ios in wanted.items()
@@ -49,6 +57,22 @@ class Taps:
         """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()
+        self._called.close()
+
+
+def qkv_taps(block: BlockInfo) -> tuple[Tap, ...]:
+    """What `tapped_qkv` reads of a block."""
+    return tuple((f"{block.path}.{name}", "output") for name in block.projections)
+
+
+def tapped_qkv(taps: Mapping[str, Mapping[str, Any]], block: BlockInfo, skip: int) -> tuple[torch.Tensor, ...]:
+    """Queries, keys and values of a block, (B, N − skip, ·) each, as its projections give them: without the first `skip` tokens, with
+    biases, and before they are normed and turned by rotary positions, which are the same for every image and learn nothing."""
+    found = [taps[path]["output"][:, skip:] for path, _ in qkv_taps(block)]
+    if len(found) == 1:
+        return found[0].chunk(3, dim=-1)
+    width = found[0].shape[-1]  # keys and values that several queries share count as often
+    return tuple(part.repeat(1, 1, width // part.shape[-1]) for part in found)
 
 
 def _recording(into: dict[str, Any], wanted: frozenset[str]) -> Callable[[nn.Module, Any, Any], None]:

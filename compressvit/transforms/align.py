@@ -11,10 +11,11 @@ The step adds no structure. Put it before `multiplex` or `lors` with the same `s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from einops import rearrange
 from pydantic import Field
 from torch import nn
 from torch.nn.utils import skip_init
@@ -22,9 +23,10 @@ from torch.nn.utils import skip_init
 from compressvit.errors import UserError
 from compressvit.fitting.reference import Reference
 from compressvit.model import surgery, ties
-from compressvit.model.backbone import model_name, share_groups
+from compressvit.model.backbone import describe, model_name, share_groups
+from compressvit.model.calls import layers_for
 from compressvit.model.family import Need
-from compressvit.model.linear import effective_weight
+from compressvit.model.linear import effective_weight, weight_shape
 from compressvit.transforms.base import LedgerEntry, Plan, Transform, transform
 from compressvit.transforms.claims import Claim, orders
 from compressvit.transforms.record import require_free
@@ -50,16 +52,17 @@ class AlignPlan(Plan):
 
     @torch.no_grad()
     def initialise(self, student: nn.Module, reference: Reference) -> None:
+        of_heads = describe(student).family.of_heads
         for group in self.groups:
             blocks: list[Any] = [student.get_submodule(path) for path in group]
             for path, block in zip(group, blocks, strict=True):
                 for name, parameter in block.named_parameters():
                     if not torch.isfinite(parameter).all():
                         raise UserError(f"{path}.{name} holds numbers that are not finite; check the teacher's weights")
-            if self.neurons:
-                _align([_neurons(block) for block in blocks], self.rounds, [_permute_neurons(b) for b in blocks])
-            if self.heads:
-                _align([_heads(block) for block in blocks], self.rounds, [_permute_heads(b) for b in blocks])
+            found = [[_neurons(block) for block in blocks]] if self.neurons else []
+            found += [[_heads(block, of_heads) for block in blocks]] if self.heads else []
+            for layers in found:
+                _align([_features(own) for own in layers], self.rounds, [partial(_permute, own) for own in layers])
 
     def fold(self, model: nn.Module) -> None:
         """Nothing to fold: no structure was added."""
@@ -83,16 +86,22 @@ def _align(units: list[torch.Tensor], rounds: int, permute: list[Any]) -> None:
 @torch.no_grad()
 def matched_weights(model: nn.Module, first: str, second: str) -> dict[str, torch.Tensor]:
     """The linear weights of the block at `second`, with its neurons and heads permuted to best match the block at `first`."""
+    of_heads = describe(model).family.of_heads
     reference, block = (_dense_copy(model.get_submodule(path)) for path in (first, second))
-    for units, permute in ((_neurons, _permute_neurons), (_heads, _permute_heads)):
-        _align([units(reference), units(block)], 1, [lambda _: None, permute(block)])
-    return {name: block.get_submodule(name).weight.detach() for name in _LAYERS}
+    for units in (_neurons, partial(_heads, others=of_heads)):
+        theirs, own = units(reference), units(block)
+        _align([_features(theirs), _features(own)], 1, [lambda _: None, partial(_permute, own)])
+    return {name: block.get_submodule(name).weight.detach() for name in _layers(block)}
+
+
+def _layers(block: nn.Module) -> list[str]:
+    return [name for whole in _LAYERS for name in layers_for(block, whole)]
 
 
 def _dense_copy(block: nn.Module) -> Any:
     """A copy of a block in which every linear layer is plain and has its effective weight."""
     block = surgery.deep_copy(block)
-    for name in _LAYERS:
+    for name in _layers(block):
         layer: Any = block.get_submodule(name)
         weight = effective_weight(layer)
         dense = skip_init(nn.Linear, *reversed(weight.shape), bias=False, device=weight.device, dtype=weight.dtype)
@@ -102,62 +111,69 @@ def _dense_copy(block: nn.Module) -> Any:
     return block
 
 
-def _neurons(block: Any) -> torch.Tensor:
-    """The input weights, bias and output weights of each hidden neuron: (neurons, in + 1 + out)."""
-    mlp = block.mlp
-    parts = [mlp.fc1.weight, mlp.fc2.weight.mT]
-    if mlp.fc1.bias is not None:
-        parts.append(mlp.fc1.bias[:, None])
-    return torch.cat([p.detach().double().cpu() for p in parts], dim=1)
+@dataclass(frozen=True)
+class _Units:
+    """A tensor that belongs to the units of a layer, its neurons or heads.
+
+    Attributes:
+        axis: along which they lie, in `parts` equal parts (queries, keys and values; gates and what they gate), in each unit after unit.
+    """
+
+    tensor: torch.Tensor
+    axis: int = 0
+    parts: int = 1
+
+    def split(self, count: int) -> torch.Tensor:
+        """With an axis of `count` units after `axis`."""
+        return self.tensor.unflatten(self.axis, (self.parts, count, -1))
+
+    def permute_(self, order: torch.Tensor) -> None:
+        own = self.split(len(order)).index_select(self.axis + 1, order.to(self.tensor.device))
+        self.tensor.copy_(own.flatten(self.axis, self.axis + 2))
 
 
-def _permute_neurons(block: Any):
-    def permute(order: torch.Tensor) -> None:
-        fc1, fc2 = block.mlp.fc1, block.mlp.fc2
-        order = order.to(fc1.weight.device)
-        fc1.weight.copy_(fc1.weight[order])
-        if fc1.bias is not None:
-            fc1.bias.copy_(fc1.bias[order])
-        fc2.weight.copy_(fc2.weight[:, order])
+@dataclass(frozen=True)
+class _Layer:
+    """The units of a layer: how many there are, and the tensors that belong to them."""
 
-    return permute
+    count: int
+    tensors: list[_Units]
 
 
-def _heads(block: Any) -> torch.Tensor:
-    """The q, k, v and output weights of each head: (heads, features)."""
-    attn, h = block.attn, block.attn.num_heads
-    parts = [rearrange(attn.qkv.weight, "(three h d) c -> h (three d c)", three=3, h=h)]
-    if attn.qkv.bias is not None:
-        parts.append(rearrange(attn.qkv.bias, "(three h d) -> h (three d)", three=3, h=h))
-    parts.append(rearrange(attn.proj.weight, "c (h d) -> h (d c)", h=h))
+def _features(layer: _Layer) -> torch.Tensor:
+    """(units, features)."""
+    found = [units.split(layer.count).movedim(units.axis + 1, 0).flatten(1) for units in layer.tensors]
+    return torch.cat([own.detach().double().cpu() for own in found], dim=1)
+
+
+def _permute(layer: _Layer, order: torch.Tensor) -> None:
+    for units in layer.tensors:
+        units.permute_(order)
+
+
+def _neurons(block: Any) -> _Layer:
+    """The input weights, biases and output weights of the hidden neurons."""
+    count = weight_shape(block.mlp.fc2)[1]
+    first = [block.get_submodule(name) for name in layers_for(block, "mlp.fc1")]
+    tensors = [_Units(p, 0, len(p) // count) for layer in first for p in (layer.weight, layer.bias) if p is not None]
+    return _Layer(count, [*tensors, _Units(block.mlp.fc2.weight, 1)])
+
+
+def _heads(block: Any, others: Sequence[str] = ()) -> _Layer:
+    """The q, k, v and output weights of the heads, and the tensors of the attention called `others`."""
+    attn = block.attn
+    names = layers_for(block, "attn.qkv")
+    found = [block.get_submodule(name) for name in names]
+    parts = 3 if len(names) == 1 else 1
+    tensors = [_Units(p, 0, parts) for layer in found for p in (layer.weight, layer.bias) if p is not None]
+    tensors.append(_Units(attn.proj.weight, 1))
     if getattr(attn, "gate", None) is not None:
-        parts += [
-            rearrange(p.flatten(1) if p.ndim > 1 else p[:, None], "(h d) c -> h (d c)", h=h)
-            for p in attn.gate.parameters()
-        ]
+        tensors += [_Units(parameter) for parameter in attn.gate.parameters()]
+    tensors += [_Units(own) for name in others if (own := getattr(attn, name, None)) is not None]
     table = getattr(attn, "relative_position_bias_table", None)
     if table is not None:
-        parts.append(table.mT)
-    return torch.cat([p.detach().double().cpu() for p in parts], dim=1)
-
-
-def _permute_heads(block: Any):
-    def permute(order: torch.Tensor) -> None:
-        attn, h = block.attn, block.attn.num_heads
-        order = order.to(attn.qkv.weight.device)
-        for tensor in (attn.qkv.weight, attn.qkv.bias):
-            if tensor is not None:
-                split = rearrange(tensor, "(three h d) ... -> three h d ...", three=3, h=h)[:, order]
-                tensor.copy_(rearrange(split, "three h d ... -> (three h d) ..."))
-        for tensor in attn.gate.parameters() if getattr(attn, "gate", None) is not None else ():
-            tensor.copy_(rearrange(rearrange(tensor, "(h d) ... -> h d ...", h=h)[order], "h d ... -> (h d) ..."))
-        columns = rearrange(attn.proj.weight, "c (h d) -> c h d", h=h)[:, order]
-        attn.proj.weight.copy_(rearrange(columns, "c h d -> c (h d)"))
-        table = getattr(attn, "relative_position_bias_table", None)
-        if table is not None:
-            table.copy_(table[:, order])
-
-    return permute
+        tensors.append(_Units(table, 1))
+    return _Layer(attn.num_heads, tensors)
 
 
 @transform("align", AlignPlan)
@@ -180,7 +196,7 @@ class Align(Transform):
         return (Align(share=2), Align(share=2, heads=False, rounds=1))
 
     def plan(self, model: nn.Module, reference: Reference | None = None) -> AlignPlan:
-        from timm.layers import Mlp
+        from timm.layers import GluMlp, Mlp, SwiGLU
 
         backbone = self.backbone(model)
         groups = [group for group in share_groups(model, self.share, "align.share") if len(group) > 1]
@@ -193,15 +209,16 @@ class Align(Transform):
             block: Any = known[path]
             names = [f"{path}.{n}" for n, _ in block.named_parameters()]
             changed = [n for n in names if n in tied or n in added]
-            if changed or "attn.qkv.weight" not in dict(block.named_parameters()):
+            if changed or f"{_layers(block)[0]}.weight" not in dict(block.named_parameters()):
                 raise UserError(
                     f"align comes before the steps that share or add, and {changed[0] if changed else path} was changed by an earlier one; "
                     "put `align` first"
                 )
-            if self.neurons and (type(block.mlp) is not Mlp or not isinstance(block.mlp.norm, nn.Identity)):
+            known_mlps = (Mlp, GluMlp, SwiGLU)
+            if self.neurons and (type(block.mlp) not in known_mlps or not isinstance(block.mlp.norm, nn.Identity)):
                 raise UserError(
-                    f"align knows the neurons of timm's Mlp; {path}.mlp of {model_name(model)} is a {type(block.mlp).__name__}; "
-                    "set align.neurons=false"
+                    f"align knows the neurons of timm's Mlp, GluMlp and SwiGLU without a norm; {path}.mlp of {model_name(model)} is a "
+                    f"{type(block.mlp).__name__}; set align.neurons=false"
                 )
             first = next(group[0] for group in groups if path in group)
             unlike = [
@@ -218,5 +235,10 @@ class Align(Transform):
                 raise UserError(
                     f"align cannot permute the heads of {path}.attn of {model_name(model)}, which are normed together; "
                     "set align.heads=false"
+                )
+            stay = backbone.family.heads_stay(model, block.attn)
+            if self.heads and stay is not None:
+                raise UserError(
+                    f"align cannot permute the heads of {path}.attn of {model_name(model)}, {stay}; set align.heads=false"
                 )
         return AlignPlan(groups=tuple(groups), **self.model_dump(include={"heads", "neurons", "rounds"}))

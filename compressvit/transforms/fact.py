@@ -25,6 +25,7 @@ from compressvit.errors import UserError
 from compressvit.fitting.reference import Reference
 from compressvit.model import surgery, ties
 from compressvit.model.backbone import projection
+from compressvit.model.calls import layers_for
 from compressvit.model.family import Need
 from compressvit.model.linear import weight_shape
 from compressvit.transforms.base import LedgerEntry, record, transform
@@ -195,7 +196,7 @@ class FacT(OnBlocks):
         for stage in self.backbone(model).stages:
             adapted = [info for info in stage if info in chosen]
             for info in adapted:
-                for name in LAYERS:
+                for name in _layers(model, info.path):
                     path = f"{info.path}.{name}"
                     shape = weight_shape(projection(model, path, "fact"))
                     if min(shape) != info.width or max(shape) % info.width:
@@ -206,6 +207,12 @@ class FacT(OnBlocks):
                     if self.rank > info.width:
                         raise UserError(f"fact.rank={self.rank} is more than the width {info.width} of {info.path}")
             if adapted:
-                groups.append(tuple(f"{info.path}.{name}" for info in adapted for name in LAYERS))
+                groups.append(tuple(f"{info.path}.{name}" for info in adapted for name in _layers(model, info.path)))
         settings = self.model_dump(include={"form", "rank", "scale", "dropout"})
         return FacTPlan(groups=tuple(groups), **settings)
+
+
+def _layers(model: nn.Module, path: str) -> list[str]:
+    """The projections of a block."""
+    block = model.get_submodule(path)
+    return [name for whole in LAYERS for name in layers_for(block, whole)]

@@ -21,6 +21,7 @@ from compressvit.errors import UserError
 from compressvit.fitting.reference import Reference
 from compressvit.model import surgery, ties
 from compressvit.model.backbone import describe
+from compressvit.model.calls import layers_for
 from compressvit.model.family import Need
 from compressvit.model.linear import weight_shape
 from compressvit.model.modules import module_at
@@ -121,11 +122,13 @@ class IRPEPlan(Plan):
         before = ties.count_at_paths(model, paths)
         ledger = []
         for path in self.blocks:
-            surgery.specialise(model, f"{path}.attn", backbone.slotted_attention)
-            qkv = model.get_submodule(f"{path}.attn.qkv")
-            weight = next(qkv.parameters())
+            attention = model.get_submodule(f"{path}.attn")
+            surgery.specialise(model, f"{path}.attn", backbone.slotted_attention(attention))
+            names = layers_for(model.get_submodule(path), "attn.qkv")
+            queries = model.get_submodule(f"{path}.{names[0]}")
+            weight = next(queries.parameters())
             position = ContextualKeyPosition(
-                weight_shape(qkv)[0] // (3 * infos[path].heads),
+                weight_shape(queries)[0] // ((3 if len(names) == 1 else 1) * infos[path].heads),
                 infos[path].resolution,
                 backbone.num_prefix_tokens,
                 self.ratio,

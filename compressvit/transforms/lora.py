@@ -19,6 +19,7 @@ from compressvit.errors import UserError
 from compressvit.fitting.reference import Reference
 from compressvit.model import surgery
 from compressvit.model.backbone import describe, model_name, projection
+from compressvit.model.calls import layers_for
 from compressvit.model.linear import weight_shape
 from compressvit.transforms.base import Transform, transform
 from compressvit.transforms.on_blocks import OnBlocks
@@ -146,13 +147,15 @@ class LoRA(OnBlocks):
             )
         for info in self.chosen(model):
             for target, place in sites.items():
-                path = f"{info.path}.{place}"
-                layer = projection(model, path, "lora.targets")
-                shape = weight_shape(layer)
-                if self.rank > min(shape):
-                    raise UserError(
-                        f"lora.rank={self.rank} is more than {path}, {shape}, can have; the largest is {min(shape)}"
-                    )
-                piece = ("qkv".index(target),) if place == "attn.qkv" else (0,)
-                layers[path] = tuple(sorted({*layers.get(path, ()), *piece}))
+                names = layers_for(model.get_submodule(info.path), place)
+                part = "qkv".index(target) if place == "attn.qkv" else 0
+                if place == "attn.qkv" and len(names) > 1:  # a layer for each
+                    names, part = names[part : part + 1], 0
+                for path in (f"{info.path}.{name}" for name in names):
+                    shape = weight_shape(projection(model, path, "lora.targets"))
+                    if self.rank > min(shape):
+                        raise UserError(
+                            f"lora.rank={self.rank} is more than {path}, {shape}, can have; the largest is {min(shape)}"
+                        )
+                    layers[path] = tuple(sorted({*layers.get(path, ()), part}))
         return LoRAPlan(layers=layers, rank=self.rank, alpha=self.alpha or float(self.rank))

@@ -200,7 +200,7 @@ class MultiplexPlan(Plan):
         like = {"device": first.device, "dtype": first.dtype}
         if self.head_mixing:
             path = f"{info.path}.attn"
-            surgery.specialise(model, path, backbone.slotted_attention)
+            surgery.specialise(model, path, backbone.slotted_attention(model.get_submodule(path)))
             for slot in ("logit_mix", "prob_mix"):
                 surgery.fill_slot(model, path, slot, HeadMixing(info.heads, self.mixing_bias, **like))
             changes.append(f"+ 2 head mixes {info.heads}×{info.heads}")

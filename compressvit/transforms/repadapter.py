@@ -24,8 +24,9 @@ from torch.fx import wrap
 from compressvit.errors import UserError
 from compressvit.fitting.reference import Reference
 from compressvit.model import surgery
-from compressvit.model.affine import merge_after_, merge_before_
+from compressvit.model.affine import merge_after_, merge_before_, refuse_tied
 from compressvit.model.backbone import describe, model_name, projection
+from compressvit.model.calls import layers_within
 from compressvit.model.linear import weight_shape
 from compressvit.transforms.base import Transform, transform
 from compressvit.transforms.bottleneck import Activation, at_tokens
@@ -143,11 +144,12 @@ class RepAdapterPlan(TermPlan):
     dropout: float
     position: Position = "before"
     act: str | None = None
+    unbiased: str | None = None  # a layer that would have to take in a shift, and has no bias
 
     @property
     def foldable(self) -> bool:  # type: ignore[override]  # of this plan, not of all
-        """Without an activation."""
-        return self.act is None
+        """Without an activation, into layers with biases."""
+        return self.act is None and self.unbiased is None
 
     @property
     def extension(self) -> tuple[type, str]:
@@ -160,7 +162,7 @@ class RepAdapterPlan(TermPlan):
         return self.paths
 
     def term(self, module: nn.Module, path: str) -> tuple[nn.Module, str]:
-        layer = module.get_submodule(_layer(path, self.position))
+        layer = module.get_submodule(_layers(module, path, self.position)[0])
         width = weight_shape(layer)[1 if self.position == "before" else 0]
         options = (self.width, self.groups, self.scale, self.dropout, self.act)
         kind = "linear" if self.act is None else self.act
@@ -168,12 +170,13 @@ class RepAdapterPlan(TermPlan):
         return RepBottleneck(width, *options, **new_like(next(layer.parameters()))), text
 
     def folds_into(self, path: str) -> list[str]:
-        return [f"{path}.{_layer(path, self.position)}.weight"]
+        return []  # `fold` knows the model, and which layers its sublayers have
 
     def fold_term(self, module: nn.Module, term: Any, path: str) -> None:
         """Into the projection after it, `W' = W R`, `b' = b + W c` with `φ(x) = R x + c`, or before it, `W' = R W`, `b' = R b + c`."""
         merge = merge_before_ if self.position == "before" else merge_after_
-        merge(module.get_submodule(_layer(path, self.position)), *term.as_affine())
+        for name in _layers(module, path, self.position):
+            merge(module.get_submodule(name), *term.as_affine())
 
     def fold(self, model: nn.Module) -> None:
         if self.act is not None:
@@ -181,11 +184,24 @@ class RepAdapterPlan(TermPlan):
                 f"repadapter cannot be folded: with act: {self.act} it is not linear, so no projection can take it in. Leave act out, "
                 "or ship the artifact as it is"
             )
+        if self.unbiased is not None:
+            raise UserError(
+                f"repadapter cannot be folded: {self.unbiased} has no bias to take in its shift. Adapt after the sublayers "
+                "(position: after) or the MLP alone (place: mlp), build the model with that bias, or ship the artifact as it is"
+            )
+        refuse_tied(model, self.transform, [f"{name}.weight" for name in _merged(model, self.paths, self.position)])
         super().fold(model)
 
 
-def _layer(path: str, position: Position) -> str:
-    return LAYER[position][path.rpartition(".")[2]]
+def _merged(model: nn.Module, paths: Iterable[str], position: Position) -> list[str]:
+    """Paths of the layers that φ merges into."""
+    return [f"{path}.{name}" for path in paths for name in _layers(model.get_submodule(path), path, position)]
+
+
+def _layers(sublayer: nn.Module, path: str, position: Position) -> tuple[str, ...]:
+    """Within the sublayer at `path`: the layer that φ merges into, or those in its place."""
+    part = path.rpartition(".")[2]
+    return layers_within(sublayer, part, LAYER[position][part])
 
 
 @transform("repadapter", RepAdapterPlan)
@@ -237,7 +253,7 @@ class RepAdapter(OnBlocks):
                     f"{[g for g in range(1, self.width + 1) if self.width % g == 0 and size % g == 0]}"
                 )
         paths = tuple(f"{info.path}.{part}" for info in chosen for part in parts)
-        for path in paths:
-            projection(model, f"{path}.{_layer(path, self.position)}", f"repadapter.place={self.place}")
+        into = {p: projection(model, p, f"repadapter.place={self.place}") for p in _merged(model, paths, self.position)}
+        unbiased = next((path for path, layer in into.items() if getattr(layer, "bias", None) is None), None)
         settings = self.model_dump(include={"width", "groups", "scale", "dropout", "position", "act"})
-        return RepAdapterPlan(paths=paths, **settings)
+        return RepAdapterPlan(paths=paths, unbiased=unbiased, **settings)

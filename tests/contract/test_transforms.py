@@ -48,7 +48,7 @@ def _structural() -> list[Transform]:
 
 UNSUPPORTED = {
     "beit": ("beit_base_patch16_224", {}, "Beit"),
-    "eva": ("eva02_tiny_patch14_224", {}, "Eva"),
+    "eva_post_norm": ("eva02_enormous_patch14_clip_224", {"depth": 2}, "is a Eva"),
     "swinv2": ("swinv2_tiny_window8_256", {}, "SwinTransformerV2"),
     "resnet": ("resnet18", {}, "ResNet"),
     "parallel": ("vit_tiny_patch16_224", {**VIT, "block_fn": ParallelScalingBlock}, "ParallelScalingBlock"),

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from compressvit.errors import UserError
-from compressvit.model.hugging_face import in_timms_names, input_of, label_names, timms_model
+from compressvit.model.hugging_face import in_timms_names
+from compressvit.model.hugging_face_config import input_of, label_names, timms_model
 from compressvit.model.local_dir import read_local_dir
 from compressvit.model.weights import build, load_file
 
@@ -46,9 +47,13 @@ def test_a_folder_is_a_model_of_timms(kind, folder):
     load_file(model, path, "teacher.weights")  # every tensor of the model is in the file, or it is refused
     given, own = tensors_of(kind), model.state_dict()
     for part in ("weight", "bias"):
-        parts = [next(given[n] for n in sorted(given) if "0" in n and _is(n, p) and n.endswith(part)) for p in "qkv"]
-        qkv = next(tensor for name, tensor in own.items() if name.endswith(f"attn.qkv.{part}"))
-        assert qkv.equal(torch.cat(parts))
+        found = [
+            next((given[n] for n in sorted(given) if "0" in n and _is(n, p) and n.endswith(part)), None) for p in "qkv"
+        ]
+        parts = [tensor for tensor in found if tensor is not None]
+        names = [f"attn.{p}_bias" for p in "qv"] if len(parts) == 2 else [f"attn.qkv.{part}"]  # no bias of keys
+        qkv = [next(tensor for name, tensor in own.items() if name.endswith(end)) for end in names]
+        assert torch.cat(qkv).equal(torch.cat(parts))
     assert model(torch.zeros(2, 3, 32, 32)).isfinite().all()
 
 
@@ -59,7 +64,7 @@ def _is(name: str, part: str) -> bool:
 @pytest.mark.parametrize("kind", MODELS)
 def test_it_computes_what_transformers_does(kind, folder):
     transformers = pytest.importorskip("transformers")
-    path = folder(kind, layer_norm_eps=1e-5 if kind.startswith(("swin", "clip")) else 1e-6)  # as timm has it
+    path = folder(kind, layer_norm_eps=1e-5 if kind.startswith(("swin", "clip", "dinov3")) else 1e-6)  # as timm has it
     known = read_local_dir(path)
     assert known is not None
     model = build(known.architecture, known.args).eval()
@@ -91,6 +96,21 @@ def test_it_computes_what_transformers_does(kind, folder):
             {"img_size": 518, "num_classes": 0},
         ),
         ({"model_type": "dinov2_with_registers", "patch_size": 14}, "vit_base_patch14_reg4_dinov2", {}),
+        (
+            {"model_type": "dinov3_vit", "num_register_tokens": 4},
+            "vit_small_patch16_dinov3_qkvb",
+            {"num_classes": 0, "global_pool": "token"},
+        ),
+        (
+            {
+                "model_type": "dinov3_vit",
+                **{"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 20, "intermediate_size": 5120},
+                **{"num_register_tokens": 4, "use_gated_mlp": True, "hidden_act": "silu"},
+                **{"query_bias": False, "value_bias": False},
+            },
+            "vit_huge_plus_patch16_dinov3",
+            {"img_size": 224},
+        ),
         (
             {"model_type": "clip", "architectures": ["CLIPModel"]},
             "vit_base_patch32_clip_quickgelu_224",
@@ -157,6 +177,11 @@ def test_a_size_without_a_name_is_said_by_arguments():
         ({"hidden_size": "many"}, "hidden_size is 'many', where transformers has e.g. 768"),
         ({"hidden_size": True}, "hidden_size is True, where"),
         ({"model_type": "dinov2", "use_swiglu_ffn": True}, "a DINOv2 with SwiGLU of another size than ViT-g"),
+        ({"model_type": "dinov3_vit", "key_bias": True}, "a DINOv3 with biases at query, key, value, proj, mlp alone"),
+        (
+            {"model_type": "dinov3_vit", "use_gated_mlp": True},
+            "its MLPs have gates of 'gelu', and those of timm's model of",
+        ),
         ({"model_type": "swin", "depths": "2222"}, "depths is '2222', where transformers has e.g."),
     ],
 )

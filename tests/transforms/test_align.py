@@ -11,7 +11,7 @@ from helpers.models import VIT, build, images_for, outputs
 
 from compressvit import Align, Multiplex
 from compressvit.errors import UserError
-from compressvit.transforms.align import _permute_heads, _permute_neurons
+from compressvit.transforms.align import _heads, _neurons, _permute
 from compressvit.transforms.applying import compress
 
 
@@ -19,7 +19,7 @@ def relative(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
-@pytest.mark.parametrize("backbone", ["vit", "deit_distilled", "swin"])
+@pytest.mark.parametrize("backbone", ["vit", "deit_distilled", "dinov3", "swin"])
 @pytest.mark.parametrize("parts", [{"heads": False}, {"neurons": False}, {}])
 def test_the_function_stays_and_the_weights_move(backbone, parts):
     teacher = build(backbone)
@@ -31,14 +31,14 @@ def test_the_function_stays_and_the_weights_move(backbone, parts):
     assert any("attn.qkv" in n for n in moved) == parts.get("heads", True)
 
 
-@pytest.mark.parametrize("backbone", ["vit", "swin"])
+@pytest.mark.parametrize("backbone", ["vit", "dinov3", "swin"])
 @torch.no_grad()
 def test_a_permuted_copy_is_put_back_in_order(backbone):
     teacher = build(backbone)
     first, second = [m for m in teacher.modules() if hasattr(m, "attn") and hasattr(m, "mlp")][:2]
     second.load_state_dict(first.state_dict(), strict=False)
-    _permute_neurons(second)(torch.randperm(len(second.mlp.fc1.weight)))
-    _permute_heads(second)(torch.arange(second.attn.num_heads).flip(0))
+    _permute(_neurons(second), torch.randperm(len(second.mlp.fc1.weight)))
+    _permute(_heads(second), torch.arange(second.attn.num_heads).flip(0))
     assert not torch.equal(second.attn.qkv.weight, first.attn.qkv.weight)
     aligned = compress(teacher, [Align(share=2)])
     ours, theirs = [m for m in aligned.modules() if hasattr(m, "attn") and hasattr(m, "mlp")][:2]
@@ -88,7 +88,12 @@ def test_sharing_after_alignment_starts_from_the_aligned_mean():
         ([Multiplex(share=1, mlp_conv=3)], {}, Align(share=2), "put `align` first"),
         ([], {}, Align(share=3), r"align\.share=3 does not divide"),
         ([], {"scale_attn_norm": True}, Align(share=2), r"normed together; set align\.heads=false"),
-        ([], {"mlp_layer": timm.layers.SwiGLU}, Align(share=2), r"is a SwiGLU; set align\.neurons=false"),
+        (
+            [],
+            {"mlp_layer": timm.layers.GatedMlp},
+            Align(share=2),
+            r"is a GatedMlp; set align\.neurons=false",
+        ),
     ],
 )
 def test_what_cannot_be_aligned(before, args, spec, words):

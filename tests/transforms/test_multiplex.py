@@ -29,10 +29,9 @@ def test_student_of_a_teacher_with_equal_layers_is_the_teacher(name, init):
     student = compress(teacher, [Multiplex(share=2, init=init, **EVERYTHING)])
     assert ties.tied_groups(student)
     assert gap(student, teacher) < 1e-5  # seen 1.2e-07
-    weights = [block.attn.qkv.weight for block in blocks_of(student)]
-    assert all(
-        torch.equal(ours, block.attn.qkv.weight) for ours, block in zip(weights, blocks_of(teacher), strict=True)
-    )
+    for info in describe(student).blocks:
+        name = f"{info.path}.{info.projections[0]}.weight"
+        assert torch.equal(student.get_parameter(name), teacher.get_parameter(name))
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -107,6 +106,8 @@ def test_scratch_leaves_nothing_of_the_teacher(name):
     same = [n for n in teacher if torch.equal(a[n], teacher[n])]
     assert same == []
     for path, module in students[0].named_modules():
+        if hasattr(students[0], "fix_init_weight") and path.endswith((".proj", ".fc2")):
+            continue  # smaller by the depth
         if isinstance(module, nn.Linear):
             # a truncated normal of std 0.02 over at least 160 values; seen 0.0191 to 0.0219
             assert 0.017 < module.weight.std() < 0.0235, path

@@ -1,12 +1,15 @@
-"""The `attention_relation` term: relations among queries, keys and values of paired layers (MiniViT)."""
+"""The `attention_relation` term: relations among queries, keys and values of paired layers (MiniViT).
+
+Queries and keys are compared as their projections give them, before rotary positions turn them: those are the same in student and teacher
+and learn nothing, and turned ones of two tokens would agree or not by how far apart the tokens are.
+"""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from pydantic import Field
 
+from compressvit.model.taps import qkv_taps, tapped_qkv
 from compressvit.training import losses
 from compressvit.training.terms.base import Batch, LossTerm, Term, TermSetting, loss_term
 
@@ -28,8 +31,8 @@ class AttentionRelationTerm(LossTerm):
         def function(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             values = [
                 losses.attention_relation(
-                    _qkv(batch.student_taps, p.student.path, p.student_skip),
-                    _qkv(batch.teacher_taps, p.teacher.path, p.teacher_skip),
+                    tapped_qkv(batch.student_taps, p.student, p.student_skip),
+                    tapped_qkv(batch.teacher_taps, p.teacher, p.teacher_skip),
                     self.heads,
                     with_kl=True,
                 )
@@ -43,10 +46,6 @@ class AttentionRelationTerm(LossTerm):
             self.name,
             self.weight,
             function,
-            tuple((f"{p.student.path}.attn.qkv", "output") for p in pairs),
-            tuple((f"{p.teacher.path}.attn.qkv", "output") for p in pairs),
+            tuple(tap for p in pairs for tap in qkv_taps(p.student)),
+            tuple(tap for p in pairs for tap in qkv_taps(p.teacher)),
         )
-
-
-def _qkv(taps: dict[str, dict[str, Any]], path: str, skip: int) -> tuple[torch.Tensor, ...]:
-    return tuple(taps[f"{path}.attn.qkv"]["output"][:, skip:].chunk(3, dim=-1))

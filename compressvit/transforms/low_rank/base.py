@@ -19,6 +19,7 @@ from compressvit.fitting.reference import Reference
 from compressvit.fitting.regression import Regression
 from compressvit.model import surgery, ties
 from compressvit.model.backbone import Backbone, Part, describe, model_name
+from compressvit.model.calls import layers_for
 from compressvit.model.linear import effective_weight, is_pointwise, weight_shape
 from compressvit.transforms.base import LedgerEntry, Plan, Transform
 from compressvit.transforms.claims import Claim, values, weight
@@ -164,7 +165,7 @@ class RankStep(Transform):
         TARGETS,
         min_length=1,
         description="Linear layers of a block, by path within it; * matches any part. Attention layers are skipped if blocks have "
-        "none.",
+        "none. attn.qkv and mlp.fc1 are also the layers that some blocks have in their place: q_proj, k_proj, v_proj; fc1_g, fc1_x.",
     )
     sequential: bool = Field(
         True,
@@ -234,7 +235,7 @@ class RankStep(Transform):
         asked = [pattern for pattern in self.targets if not (pattern in TARGETS and pattern.startswith(absent))]
         found: list[str] = []
         for pattern in asked or self.targets:
-            matches = [name for name in known if fnmatch(name, pattern)]
+            matches = [name for name in known if any(fnmatch(name, own) for own in layers_for(block, pattern))]
             if not matches:
                 raise UserError(
                     f"{self.name}.targets: {pattern!r} matches no linear layer of {backbone.blocks[0].path} of {model_name(model)}; "

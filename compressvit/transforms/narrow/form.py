@@ -6,8 +6,10 @@ from typing import Annotated
 
 from pydantic import Field
 
+from compressvit.model.calls import PARTS
 from compressvit.spec import Frozen
-from compressvit.transforms.narrow.places import FC1, FC2, PROJ, QKV
+
+FC1, FC2, QKV, PROJ = "mlp.fc1", "mlp.fc2", "attn.qkv", "attn.proj"
 
 Size = Annotated[int, Field(ge=1)]
 
@@ -20,6 +22,7 @@ class BlockForm(Frozen):
         heads, head_dim: of the attention.
         ranks: of layers that are low rank besides, by their name in the block.
         factored: those of them that are two factors where the plan's others are pivoted.
+        parts: those of `attn.qkv` and `mlp.fc1` in whose place the block has several layers (`compressvit.model.calls.PARTS`).
     """
 
     neurons: Size | None = None
@@ -27,12 +30,17 @@ class BlockForm(Frozen):
     head_dim: Size | None = None
     ranks: dict[str, Size] = Field(default_factory=dict)
     factored: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ()
 
     def layers(self) -> set[str]:
         """The names of the layers that it changes."""
         found = set(self.ranks)
         if self.neurons:
-            found |= {FC1, FC2}
+            found |= {*self.own(FC1), FC2}
         if self.heads or self.head_dim:
-            found |= {QKV, PROJ}
+            found |= {*self.own(QKV), PROJ}
         return found
+
+    def own(self, layer: str) -> tuple[str, ...]:
+        """The layers of the block that do what `layer` does."""
+        return PARTS[layer] if layer in self.parts else (layer,)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from compressvit.fitting.lowrank import Tensor
+from compressvit.model import surgery
 from compressvit.model.backbone import Backbone, class_in_timm
-from compressvit.model.family import Family, HeadOption
+from compressvit.model.calls import PARTS, be_called, layers_for
+from compressvit.model.family import BlockInfo, Family, HeadOption
 from compressvit.model.linear import is_pointwise, weight_shape
+from compressvit.transforms.narrow.form import FC1, FC2, PROJ, QKV, BlockForm
 
-FC1, FC2, QKV, PROJ = "mlp.fc1", "mlp.fc2", "attn.qkv", "attn.proj"
-LAYERS = (QKV, PROJ, FC1, FC2)  # within a block, in the order they run
+# Within a block, in the order they run; of those that a block may have in parts also these.
+LAYERS = (QKV, *PARTS[QKV], PROJ, FC1, *PARTS[FC1], FC2)
 
 
 @dataclass(frozen=True)
@@ -25,9 +28,10 @@ class Place:
     Attributes:
         path: of the block.
         neurons: hidden neurons of its MLP; 0 where they cannot be removed.
-        gated: whether a neuron is a pair of rows of `fc1` (SwiGLU and other gated linear units).
+        gated: whether a neuron is a pair of rows of `fc1` (SwiGLU and other gated linear units in one layer).
         heads, head_dim: of its attention; 0 without one that can be changed.
         options: what can be changed of its heads.
+        qkv, fc1: the layers of queries, keys and values, and those into the neurons: one each, or those in its place.
     """
 
     path: str
@@ -36,38 +40,82 @@ class Place:
     heads: int = 0
     head_dim: int = 0
     options: tuple[HeadOption, ...] = ()
+    qkv: tuple[str, ...] = (QKV,)
+    fc1: tuple[str, ...] = (FC1,)
+
+    @property
+    def layers(self) -> list[str]:
+        """Those that can be changed, in the order they run."""
+        attention = [*self.qkv, PROJ] if self.options else []
+        return [*attention, *([*self.fc1, FC2] if self.neurons else [])]
+
+    def form(self, **sizes: Any) -> BlockForm:
+        """A form of this block; sizes that are None stay as they are."""
+        return BlockForm(**sizes, parts=self.parts)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Those of `attn.qkv` and `mlp.fc1` in whose place it has several layers."""
+        return tuple(name for name, own in ((QKV, self.qkv), (FC1, self.fc1)) if own != (name,))
 
     def rows(self, kept: Tensor) -> Tensor:
-        """The rows of `fc1` of the neurons `kept`."""
+        """The rows of `fc1`, or of each layer in its place, of the neurons `kept`."""
         return torch.cat([kept, kept + self.neurons]) if self.gated else kept
 
 
 def places(model: nn.Module, backbone: Backbone) -> list[Place]:
     """The blocks of a model, in order."""
-    return [_place(model.get_submodule(info.path), info.path, backbone.family) for info in backbone.blocks]
+    return [_place(model, info, backbone.family) for info in backbone.blocks]
 
 
-def _place(block: Any, path: str, family: Family) -> Place:
-    found = Place(path, *_neurons(getattr(block, "mlp", None)))
+def _place(model: nn.Module, info: BlockInfo, family: Family) -> Place:
+    block: Any = model.get_submodule(info.path)
+    found = _neurons(block, info.path)
     attention: Any = getattr(block, "attn", None)
-    options = () if family.attention is None or attention is None else family.head_options(attention)
-    if not options or not _plain(attention.qkv, attention.proj):
+    stay = family.attention is None or attention is None or family.heads_stay(model, attention) is not None
+    options = () if stay else family.head_options(attention)
+    qkv = info.projections
+    if len(qkv) > 1:
+        options = tuple(option for option in options if option == "heads")
+    if not options or not _plain(*map(block.get_submodule, qkv), attention.proj):
         return found
     heads = attention.num_heads
-    return Place(path, found.neurons, found.gated, heads, attention.qkv.out_features // (3 * heads), tuple(options))
+    size = weight_shape(block.get_submodule(qkv[0]))[0] // (heads * (3 if len(qkv) == 1 else 1))
+    return replace(found, heads=heads, head_dim=size, options=tuple(options), qkv=qkv)
 
 
-def _neurons(mlp: Any) -> tuple[int, bool]:
-    """The number of an MLP's neurons that can be removed, and whether it is gated."""
-    from timm.layers import GluMlp, Mlp  # words and settings do not wait for it
+def _neurons(block: Any, path: str) -> Place:
+    """The neurons of a block's MLP that can be removed."""
+    from timm.layers import GluMlp, Mlp, SwiGLU  # words and settings do not wait for it
 
-    kind = None if mlp is None else class_in_timm(mlp, Mlp, GluMlp)
-    if kind not in (Mlp, GluMlp) or not isinstance(mlp.norm, nn.Identity) or not _plain(mlp.fc1, mlp.fc2):
-        return 0, False
+    mlp: Any = getattr(block, "mlp", None)
+    kind = None if mlp is None else class_in_timm(mlp, Mlp, GluMlp, SwiGLU)
+    if kind not in (Mlp, GluMlp, SwiGLU) or not isinstance(mlp.norm, nn.Identity):
+        return Place(path)
+    fc1 = layers_for(block, FC1)
+    layers = [block.get_submodule(name) for name in fc1]
+    if not _plain(*layers, mlp.fc2):
+        return Place(path)
     neurons = weight_shape(mlp.fc2)[1]
-    if kind is GluMlp and weight_shape(mlp.fc1)[0] != 2 * neurons:
-        return 0, False
-    return neurons, kind is GluMlp
+    if any(weight_shape(layer)[0] != neurons * (2 if kind is GluMlp else 1) for layer in layers):
+        return Place(path)
+    return Place(path, neurons, kind is GluMlp, fc1=fc1)
+
+
+def why_not(model: nn.Module, place: Place, family: Family, name: str) -> str:
+    """Why a block has no such widths that can be changed, as an end of a sentence; "" where nothing more is known."""
+    block: Any = model.get_submodule(place.path)
+    part = getattr(block, "mlp" if name == "neurons" else "attn", None)
+    if part is None:
+        return ""
+    if not isinstance(getattr(part, "norm", nn.Identity()), nn.Identity):
+        return f": a norm inside the {type(part).__name__} is over all of them"
+    if name == "neurons":
+        return ""
+    if getattr(part, "gate", None) is not None:
+        return ": a gate is over all of them"
+    stay = family.heads_stay(model, part)
+    return "" if stay is None else f": it has heads, {stay}"
 
 
 def _plain(*layers: nn.Module) -> bool:
@@ -101,3 +149,22 @@ def set_inputs(layer: nn.Module, inputs: int) -> None:
 
 def _resized(parameter: torch.Tensor, *shape: int) -> nn.Parameter:
     return nn.Parameter(parameter.detach().new_zeros(shape), requires_grad=parameter.requires_grad)
+
+
+def narrow_attention(model: nn.Module, place: Place, family: Family, heads: int, size: int) -> None:
+    """Give the attention of a block so many heads of so many dimensions, in place; its values are then undefined."""
+    path = f"{place.path}.attn" if place.path else "attn"
+    kind = family.attention_of_heads(model.get_submodule(path))
+    attention: Any = model.get_submodule(path) if kind is None else surgery.specialise(model, path, kind)
+    block = model.get_submodule(place.path)
+    for name in place.qkv:
+        be_called(block, name)
+        set_outputs(block.get_submodule(name), heads * size * (3 if len(place.qkv) == 1 else 1))
+    set_inputs(block.get_submodule(PROJ), heads * size)
+    for name in family.of_heads:
+        vector = getattr(attention, name, None)
+        if isinstance(vector, nn.Parameter):
+            setattr(attention, name, _resized(vector, heads * size))
+        elif vector is not None:  # a buffer that no file has
+            setattr(attention, name, vector.new_zeros(heads * size))
+    family.set_heads(attention, heads, size)

@@ -14,14 +14,16 @@ from compressvit.fitting.lowrank import TINY
 from compressvit.fitting.reference import Reference
 from compressvit.model import ties
 from compressvit.model.backbone import describe, model_name
+from compressvit.model.calls import whole_layer
 from compressvit.model.linear import effective_weight
 from compressvit.transforms.base import LedgerEntry, Plan
 from compressvit.transforms.claims import Claim, narrows, orders, values, weight
 from compressvit.transforms.low_rank.layer import Factored, factor, unfactor
 from compressvit.transforms.low_rank.pivoted_layer import pivot
-from compressvit.transforms.narrow.fit import BlockFit, Settings, TeacherBlock
-from compressvit.transforms.narrow.form import BlockForm
-from compressvit.transforms.narrow.places import FC1, FC2, LAYERS, PROJ, QKV, Place, places, set_inputs, set_outputs
+from compressvit.transforms.narrow.fit import BlockFit
+from compressvit.transforms.narrow.form import FC1, FC2, PROJ, QKV, BlockForm
+from compressvit.transforms.narrow.places import LAYERS, Place, narrow_attention, places, set_inputs, set_outputs
+from compressvit.transforms.narrow.teacher import Settings, TeacherBlock
 
 
 class NarrowPlan(Plan):
@@ -72,7 +74,10 @@ class NarrowPlan(Plan):
     def resizes(self, model: nn.Module) -> set[str]:
         found: set[str] = set()
         for path, form in self.forms.items():
-            narrower = [FC1, FC2] * bool(form.neurons) + [QKV, PROJ] * bool(form.heads or form.head_dim)
+            narrower = [*form.own(FC1), FC2] * bool(form.neurons)
+            if form.heads or form.head_dim:
+                narrower += [*form.own(QKV), PROJ]
+                found |= {f"{path}.attn.{name}" for name in describe(model).family.of_heads}
             of_layers = [name for layer in narrower for name in _changing(layer) if layer not in form.ranks]
             found |= {f"{path}.{name}" for name in of_layers}
         return found & {name for name, _ in model.named_parameters(remove_duplicate=False)}
@@ -81,12 +86,19 @@ class NarrowPlan(Plan):
         return {f"{path}.{side}.weight" for path in self.paths for side in ("down", "up")}
 
     def apply(self, model: nn.Module) -> list[LedgerEntry]:
-        before = ties.count_at_paths(model, self.paths)
+        found = self._places(model)
+        owned = {f"{place.path}.attn" for place in found if _vectors(model, place)}  # whose row has these, too
+        rows: dict[str, list[str]] = {}
+        for path in self.paths:
+            attention = path.rpartition(".")[0]
+            rows.setdefault(attention if attention in owned else path, []).append(path)
+        before = ties.count_at_paths(model, rows)
         texts: dict[str, str] = {}
-        for place in self._places(model):
+        for place in found:
             texts |= self._change(model, place, self.forms[place.path])
-        after = ties.count_at_paths(model, self.paths)
-        return [LedgerEntry(path, texts[path], before[path], after[path]) for path in self.paths]
+        after = ties.count_at_paths(model, rows)
+        said = {row: "; ".join(dict.fromkeys(texts[path] for path in paths)) for row, paths in rows.items()}
+        return [LedgerEntry(row, said[row], before[row], after[row]) for row in rows]
 
     def _places(self, model: nn.Module) -> list[Place]:
         found = {place.path: place for place in places(model, describe(model, asker=self.transform))}
@@ -105,17 +117,16 @@ class NarrowPlan(Plan):
                 texts[f"{place.path}.{layer}"].append(text)
 
         if form.neurons:
-            set_outputs(block.get_submodule(FC1), form.neurons * (2 if place.gated else 1))
+            for name in place.fc1:
+                set_outputs(block.get_submodule(name), form.neurons * (2 if place.gated else 1))
             set_inputs(block.get_submodule(FC2), form.neurons)
-            say((FC1, FC2), f"{form.neurons:,} of {place.neurons:,} neurons")
+            say((*place.fc1, FC2), f"{form.neurons:,} of {place.neurons:,} neurons")
         if form.heads or form.head_dim:
             heads, size = form.heads or place.heads, form.head_dim or place.head_dim
-            set_outputs(block.get_submodule(QKV), 3 * heads * size)
-            set_inputs(block.get_submodule(PROJ), heads * size)
-            describe(model).family.set_heads(block.get_submodule("attn"), heads, size)
+            narrow_attention(model, place, describe(model).family, heads, size)
             of_heads = f"{heads} of {place.heads} heads" if form.heads else f"{heads} heads"
             of_size = f" of {size} instead of {place.head_dim} dimensions" if form.head_dim else ""
-            say((QKV, PROJ), of_heads + of_size)
+            say((*place.qkv, PROJ), of_heads + of_size)
         for layer, rank in form.ranks.items():
             pivoted = self.pivoted and layer not in form.factored
             (pivot if pivoted else factor)(model, f"{place.path}.{layer}", rank)
@@ -124,8 +135,11 @@ class NarrowPlan(Plan):
 
     @torch.no_grad()
     def initialise(self, student: nn.Module, reference: Reference) -> None:
+        fits = self._block_fits(student, reference)
+        for fit in fits:
+            fit.keep_vectors()
         if not self.layer_fits(student, reference):  # which set all values, and start from the teacher's
-            for fit in self._block_fits(student, reference):
+            for fit in fits:
                 fit.start()
 
     def layer_fits(self, student: nn.Module, reference: Reference) -> dict[str, LayerFit]:
@@ -137,9 +151,13 @@ class NarrowPlan(Plan):
         settings = Settings.of(self)
         if settings.images:
             reference.moments(self.paths, outputs=True)  # all in one pass over the images
-        branches = describe(reference.model).family.branches
+        family = describe(reference.model).family
         return [
-            BlockFit(TeacherBlock(place, reference, branches, settings), self.forms[place.path], student)
+            BlockFit(
+                TeacherBlock(place, reference, family.branches, settings, family.of_heads),
+                self.forms[place.path],
+                student,
+            )
             for place in self._places(reference.model)
         ]
 
@@ -174,7 +192,14 @@ class NarrowPlan(Plan):
 
 def _changing(layer: str) -> tuple[str, ...]:
     """The parameters of a layer that change with the width between it and the one after it, or before it."""
-    return (f"{layer}.weight", f"{layer}.bias") if layer in (FC1, QKV) else (f"{layer}.weight",)
+    return (f"{layer}.weight", f"{layer}.bias") if whole_layer(layer) in (FC1, QKV) else (f"{layer}.weight",)
+
+
+def _vectors(model: nn.Module, place: Place) -> list[str]:
+    """The parameters of an attention beside its layers that have an entry for every dimension of the heads."""
+    attention = getattr(model.get_submodule(place.path), "attn", None)
+    names = describe(model).family.of_heads
+    return [name for name in names if attention is not None and attention._parameters.get(name) is not None]
 
 
 def smaller(forms: Mapping[str, BlockForm]) -> dict[str, BlockForm]:

@@ -17,12 +17,11 @@ from torch import nn
 
 from compressvit.errors import UserError
 from compressvit.fitting.reference import Reference
-from compressvit.model.backbone import model_name
+from compressvit.model.backbone import describe, model_name
 from compressvit.model.family import Need
 from compressvit.transforms.base import Transform, transform
 from compressvit.transforms.claims import narrows, orders
-from compressvit.transforms.narrow.form import BlockForm
-from compressvit.transforms.narrow.places import LAYERS, Place, narrowable, places
+from compressvit.transforms.narrow.places import LAYERS, Place, narrowable, places, why_not
 from compressvit.transforms.narrow.plan import NarrowPlan, smaller
 from compressvit.transforms.record import require_free
 
@@ -70,7 +69,7 @@ class NarrowStep(Transform):
         if not narrowable(found):
             raise UserError(
                 f"{self.name}: {model_name(model)} has no block that can be made narrower: neither an MLP without a norm inside (timm's "
-                "Mlp or GluMlp) nor attention whose heads can be changed; low_rank works on it"
+                "Mlp, GluMlp or SwiGLU) nor attention whose heads can be changed; low_rank works on it"
             )
         return found
 
@@ -97,7 +96,12 @@ class Narrow(NarrowStep):
     )
 
     def needed(self) -> tuple[Need, ...]:
-        return ("attention",) if self.head_dim is not None or self.heads is not None else ()
+        asked: dict[Need, bool] = {
+            "no_rotation": self.head_dim is not None,
+            "no_position_table": self.heads is not None,
+        }
+        found = tuple(need for need, wanted in asked.items() if wanted)
+        return ("attention", *found) if found else ()
 
     OPTIONS: ClassVar[tuple[str, ...]] = ("neurons", "head_dim", "heads")
 
@@ -109,12 +113,16 @@ class Narrow(NarrowStep):
 
     @classmethod
     def examples(cls) -> Sequence[Transform]:
-        return (Narrow(neurons=0.5, head_dim=0.5, metric="weights"), Narrow(neurons=0.75, metric="weights"))
+        return (
+            Narrow(neurons=0.5, head_dim=0.5, metric="weights"),
+            Narrow(neurons=0.75, metric="weights"),
+            Narrow(neurons=0.5, heads=0.5, metric="weights"),
+        )
 
     def plan(self, model: nn.Module, reference: Reference | None = None) -> Narrowed:
         found = self.places_of(model)
         forms = {
-            place.path: BlockForm(**{name: self._size(model, found, index, name) for name in self.OPTIONS})
+            place.path: place.form(**{name: self._size(model, found, index, name) for name in self.OPTIONS})
             for index, place in enumerate(found)
         }
         if not (changed := smaller(forms)):
@@ -138,7 +146,8 @@ class Narrow(NarrowStep):
             value = value[index]
         if not whole or (name != "neurons" and name not in place.options):
             raise UserError(
-                f"{self.name}.{name}: {place.path} of {model_name(model)} has no {_what(name)} that can be removed; leave it out"
+                f"{self.name}.{name}: {place.path} of {model_name(model)} has no {_what(name)} that can be removed"
+                f"{why_not(model, place, describe(model).family, name)}; leave it out"
             )
         if isinstance(value, float):
             step = 1 if name == "heads" or whole < 2 * self.multiple else self.multiple

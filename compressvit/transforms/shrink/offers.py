@@ -17,9 +17,10 @@ from pydantic import Field
 from compressvit.fitting.hull import Forms
 from compressvit.fitting.lowrank import TINY, Tensor, truncation_errors
 from compressvit.fitting.rounding import nearest, values_of
-from compressvit.transforms.narrow.fit import TeacherBlock, narrow_heads, restricted
-from compressvit.transforms.narrow.form import BlockForm
-from compressvit.transforms.narrow.places import FC1, FC2, PROJ, QKV, Place
+from compressvit.transforms.narrow.fit import narrow_heads
+from compressvit.transforms.narrow.form import FC2, PROJ, BlockForm
+from compressvit.transforms.narrow.places import Place
+from compressvit.transforms.narrow.teacher import TeacherBlock, restricted
 from compressvit.transforms.shrink.prices import GROUP, Prices, Row, rank_price
 
 PARTS = 8  # widths that are tried, in eighths of the teacher's
@@ -104,18 +105,20 @@ class _Offers:
         place, teacher = self.place, self.teacher
         sizes = widths(place.neurons, self.methods.multiple) if self.methods.neurons else [place.neurons]
         removals = teacher.neurons(*sizes) if teacher else {}
-        metric = teacher.metric(FC1) if teacher else None
+        metrics = {name: teacher.metric(name) for name in place.fc1} if teacher else {}
         bases = []
         for size in sizes:
-            form = Offer(neurons=None if size == place.neurons else size)
-            error, first, second = 0.0, None, None
+            form = Offer(neurons=None if size == place.neurons else size, parts=place.parts)
+            error, left = 0.0, dict[str, list[float] | None].fromkeys((*place.fc1, FC2))
             if teacher:
                 removal = removals[size]
                 kept, rows, error = removal.kept, place.rows(removal.kept), removal.error
-                first = self._left(teacher.weight(FC1)[rows], teacher.centred(FC1), restricted(metric, rows))
-                second = self._left(removal.weight, teacher.centred(FC2)[kept][:, kept], None)
-            bases.append(self._base(form, error, {FC1: first, FC2: second}, self.prices.hidden(place.path, size)))
-        return self._forms(bases, FC1)
+                for name in place.fc1:
+                    weight, metric = teacher.weight(name)[rows], restricted(metrics[name], rows)
+                    left[name] = self._left(weight, teacher.centred(name), metric)
+                left[FC2] = self._left(removal.weight, teacher.centred(FC2)[kept][:, kept], None)
+            bases.append(self._base(form, error, left, self.prices.hidden(place.path, size)))
+        return self._forms(bases, place.fc1[0])
 
     def attention(self) -> Forms[Offer]:
         """Fewer dimensions of every head, fewer heads, and the rank of each of the two layers."""
@@ -123,20 +126,25 @@ class _Offers:
         bases = []
         for heads, size in self._head_sizes():
             form = Offer(
-                heads=None if heads == place.heads else heads, head_dim=None if size == place.head_dim else size
+                parts=place.parts,
+                heads=None if heads == place.heads else heads,
+                head_dim=None if size == place.head_dim else size,
             )
-            error, first, second = 0.0, None, None
+            error, left = 0.0, dict[str, list[float] | None].fromkeys((*place.qkv, PROJ))
             if teacher:
-                inputs = teacher.moments(QKV)
-                known = teacher.weight(QKV), teacher.bias(QKV), inputs.inputs, inputs.mean, teacher.products
-                found = narrow_heads(teacher, form, *known)
+                (weight, bias, _), inputs = teacher.joined(), teacher.first()
+                found = narrow_heads(teacher, form, weight, bias, inputs.inputs, inputs.mean, teacher.products)
                 outer, error = teacher.outer(PROJ), found.error
                 projection = found.projection if outer is None else outer.mT @ found.projection
-                first = self._left(found.weight, teacher.centred(QKV), found.metric)
-                second = self._left(projection, found.values, None)
+                count = len(place.qkv)
+                rows = torch.arange(len(found.weight)).chunk(count)
+                for name, own, part in zip(place.qkv, found.weight.chunk(count), rows, strict=True):
+                    metric = found.metric if count == 1 else restricted(found.metric, part)
+                    left[name] = self._left(own, teacher.centred(name), metric)
+                left[PROJ] = self._left(projection, found.values, None)
             products = self.prices.products(place.path, heads, size)
-            bases.append(self._base(form, error, {QKV: first, PROJ: second}, products))
-        return self._forms(bases, QKV)
+            bases.append(self._base(form, error, left, products))
+        return self._forms(bases, place.qkv[0])
 
     def _head_sizes(self) -> list[tuple[int, int]]:
         place, methods = self.place, self.methods
@@ -207,19 +215,28 @@ class _Offers:
         return list(Forms(found, prices, lost).efficient().forms)  # their combinations would be too many
 
     def _forms(self, bases: Sequence[_Base], layer: str) -> Forms[Offer]:
-        """All combinations of the ways of two layers, for each width, without those that others are better than."""
-        prices, errors = [], []
-        made: list[tuple[_Base, _Way, _Way]] = []
-        for base in bases:
-            first, second = base.ways.values()
-            made += [(base, one, other) for one in first for other in second]
-            of_first, of_second = (np.array([way.price for way in ways]) for ways in (first, second))
-            prices.append((base.price + of_first[:, None] + of_second[None]).reshape(-1, len(base.price)))
-            lost = [np.array([way.error for way in ways]) for ways in (first, second)]
-            errors.append((base.error + lost[0][:, None] + lost[1][None]).flatten())
+        """All combinations of the ways of the layers, for each width, without those that others are better than."""
+        each = [self._combinations(base) for base in bases]
+        made = [(base, ways) for base, forms in zip(bases, each, strict=True) for ways in forms.forms]
+        prices, errors = (np.concatenate(rows) for rows in zip(*((f.prices, f.errors) for f in each), strict=True))
         tokens = self.prices.tokens[f"{self.place.path}.{layer}"]
-        found = Forms(range(len(made)), np.concatenate(prices), tokens * np.concatenate(errors)).efficient()
-        return Forms([self._form(*made[i]) for i in found.forms], found.prices, found.errors)
+        found = Forms(range(len(made)), prices, tokens * errors).efficient()
+        return Forms([self._form(made[i][0], *made[i][1]) for i in found.forms], found.prices, found.errors)
+
+    @staticmethod
+    def _combinations(base: _Base) -> Forms[tuple[_Way, ...]]:
+        """Of the ways of the layers of one width."""
+        found: Forms[tuple[_Way, ...]] = Forms([()], base.price[None], np.array([base.error]))
+        for position, ways in enumerate(base.ways.values()):
+            if position > 1:
+                found = found.efficient()
+            price, error = np.array([way.price for way in ways]), np.array([way.error for way in ways])
+            found = Forms(
+                [(*before, way) for before in found.forms for way in ways],
+                (found.prices[:, None] + price[None]).reshape(-1, len(base.price)),
+                (found.errors[:, None] + error[None]).flatten(),
+            )
+        return found
 
     def _form(self, base: _Base, *ways: _Way) -> Offer:
         of_layers = [(name, way) for name, way in zip(base.ways, ways, strict=True) if way.rank is not None]

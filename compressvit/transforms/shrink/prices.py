@@ -16,8 +16,8 @@ from compressvit.model.backbone import describe, input_size
 from compressvit.model.family import BlockInfo
 from compressvit.model.linear import weight_shape
 from compressvit.transforms.low_rank.budget import original_macs, original_parameters
-from compressvit.transforms.narrow.form import BlockForm
-from compressvit.transforms.narrow.places import FC1, FC2, LAYERS, PROJ, QKV, Place
+from compressvit.transforms.narrow.form import FC2, PROJ, BlockForm
+from compressvit.transforms.narrow.places import Place
 from compressvit.transforms.quantise.sites import sites
 from compressvit.transforms.quantise.spec import Quantise
 from compressvit.transforms.shrink.latency import LatencyTable
@@ -42,7 +42,7 @@ class Shapes:
 
     @classmethod
     def of(cls, model: nn.Module, place: Place) -> Shapes:
-        layers = {name: model.get_submodule(f"{place.path}.{name}") for name in of_sublayers(place)}
+        layers = {name: model.get_submodule(f"{place.path}.{name}") for name in place.layers}
         shapes = {name: weight_shape(layer) for name, layer in layers.items()}
         return cls(
             place, shapes, frozenset(n for n, layer in layers.items() if layer._parameters.get("bias") is not None)
@@ -51,13 +51,15 @@ class Shapes:
     def narrowed(self, form: BlockForm) -> dict[str, tuple[int, int]]:
         """(out, in) of the layers in a form."""
         place, found = self.place, dict(self.layers)
-        if QKV in found:
+        if PROJ in found:
             width = (form.heads or place.heads) * (form.head_dim or place.head_dim)
-            found[QKV] = (3 * width, found[QKV][1])
+            for name in place.qkv:
+                found[name] = (width * (3 if len(place.qkv) == 1 else 1), found[name][1])
             found[PROJ] = (found[PROJ][0], width)
-        if FC1 in found:
+        if FC2 in found:
             neurons = form.neurons or place.neurons
-            found[FC1] = (neurons * (2 if place.gated else 1), found[FC1][1])
+            for name in place.fc1:
+                found[name] = (neurons * (2 if place.gated else 1), found[name][1])
             found[FC2] = (found[FC2][0], neurons)
         return found
 
@@ -103,10 +105,10 @@ class Prices:
         bits: Sequence[int] = (),
     ) -> Prices:
         """Those of a model's blocks; nothing is computed. Without a table latency has no price."""
-        paths = [f"{place.path}.{layer}" for place in found for layer in of_sublayers(place)]
+        paths = [f"{place.path}.{layer}" for place in found for layer in place.layers]
         tokens = tokens_at(model, paths)
         blocks = {info.path: info for info in describe(model).blocks}
-        keys = {p.path: _keys(blocks[p.path], tokens[f"{p.path}.{QKV}"]) for p in found if p.options}
+        keys = {p.path: _keys(blocks[p.path], tokens[f"{p.path}.{PROJ}"]) for p in found if p.options}
         shapes = {place.path: Shapes.of(model, place) for place in found}
         known = tuple(unit for unit in units if table is not None or unit != "latency")
         whole = next(model.parameters()).element_size()
@@ -157,7 +159,7 @@ class Prices:
 
     def products(self, block: str, heads: int, head_dim: int) -> Row:
         """What an attention computes besides its linear layers: queries with keys, and what they say with values."""
-        macs = 2 * self.tokens[f"{block}.{QKV}"] * self.keys[block] * heads * head_dim
+        macs = 2 * self.tokens[f"{block}.{PROJ}"] * self.keys[block] * heads * head_dim
         return self.row(0, macs, 0.0 if self.table is None else self.table.attention(block, heads, head_dim))
 
     def hidden(self, block: str, neurons: int) -> Row:
@@ -243,11 +245,6 @@ def rounded_bytes(model: nn.Module, bits: Mapping[str, int], others: int) -> int
     }
     Quantise().resolved(empty, within).apply(empty)
     return cost.file_bytes(empty)
-
-
-def of_sublayers(place: Place) -> list[str]:
-    """The layers of a block that can be changed, in the order they run."""
-    return [name for name in LAYERS if (place.options if name.startswith("attn.") else place.neurons)]
 
 
 def _keys(info: BlockInfo, tokens: int) -> int:

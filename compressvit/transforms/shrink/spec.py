@@ -28,11 +28,11 @@ from compressvit.model.linear import weight_shape
 from compressvit.transforms.applying import fitted_copy
 from compressvit.transforms.base import Transform, transform
 from compressvit.transforms.low_rank.budget import original_macs
-from compressvit.transforms.narrow.fit import Settings, TeacherBlock
 from compressvit.transforms.narrow.form import BlockForm
 from compressvit.transforms.narrow.places import Place
 from compressvit.transforms.narrow.plan import smaller
 from compressvit.transforms.narrow.spec import NarrowStep
+from compressvit.transforms.narrow.teacher import Settings, TeacherBlock
 from compressvit.transforms.quantise.plan import Bits
 from compressvit.transforms.shrink.budget import ShrinkBudget
 from compressvit.transforms.shrink.corrected import corrected
@@ -40,7 +40,7 @@ from compressvit.transforms.shrink.keep import PlannedKeep, ShrinkKeep, Trial, s
 from compressvit.transforms.shrink.latency import LatencyTable
 from compressvit.transforms.shrink.offers import Methods, Offer, offers
 from compressvit.transforms.shrink.plan import PlannedLatency, ShrinkPlan
-from compressvit.transforms.shrink.prices import Prices, Unit, of_sublayers
+from compressvit.transforms.shrink.prices import Prices, Unit
 from compressvit.transforms.shrink.search import Search
 from compressvit.transforms.shrink.stopwatch import measure, ratio
 
@@ -281,11 +281,11 @@ class Shrink(NarrowStep):
         settings = Settings.of(self)
         if settings.images:  # of all layers in one pass over them
             reference.require_images(self.name)
-            reference.moments([f"{p.path}.{layer}" for p in found for layer in of_sublayers(p)], outputs=True)
-        branches = describe(reference.model).family.branches
+            reference.moments([f"{p.path}.{layer}" for p in found for layer in p.layers], outputs=True)
+        family = describe(reference.model).family
         result: dict[str, Forms[Offer]] = {}
         for place in progress(found, "measuring what each block can become", len(found)):
-            result |= offers(place, prices, self.may, TeacherBlock(place, reference, branches, settings))
+            result |= offers(place, prices, self.may, TeacherBlock(place, reference, family.branches, settings))
         return result
 
     def _uniform(self, model: nn.Module, found: Sequence[Place], search: Search) -> dict[str, BlockForm]:
@@ -308,15 +308,15 @@ class Shrink(NarrowStep):
         def of_heads(name: Literal["heads", "head_dim"]) -> bool:
             return name in self.methods and name in place.options
 
-        form = BlockForm(
+        form = place.form(
             neurons=near(place.neurons) if place.neurons and "neurons" in self.methods else None,
             head_dim=near(place.head_dim) if of_heads("head_dim") else None,
             heads=max(1, int(share * place.heads)) if of_heads("heads") and not of_heads("head_dim") else None,
         )
         if form.layers() or "rank" not in self.methods:
             return form
-        shapes = {layer: weight_shape(model.get_submodule(f"{place.path}.{layer}")) for layer in of_sublayers(place)}
-        return BlockForm(ranks={layer: _rank_of(share, *shape, bool(self.pivoted)) for layer, shape in shapes.items()})
+        shapes = {layer: weight_shape(model.get_submodule(f"{place.path}.{layer}")) for layer in place.layers}
+        return place.form(ranks={layer: _rank_of(share, *shape, bool(self.pivoted)) for layer, shape in shapes.items()})
 
 
 def _rank_of(share: float, outputs: int, inputs: int, pivoted: bool) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ from compressvit.model.cost import in_turns, latencies
 from compressvit.model.family import BlockInfo, Family
 from compressvit.model.linear import is_pointwise, weight_shape
 from compressvit.transforms.low_rank.pivoted_layer import Join, Split
-from compressvit.transforms.narrow.places import FC1, FC2, PROJ, QKV, Place, set_inputs, set_outputs
+from compressvit.transforms.narrow.form import FC2, PROJ
+from compressvit.transforms.narrow.places import Place, narrow_attention
 from compressvit.transforms.shrink.latency import Kind, LatencyTable, Timed, device_name
 from compressvit.transforms.shrink.prices import Shapes
 
@@ -145,8 +147,7 @@ def _alike(model: nn.Module, found: Sequence[Place]) -> dict[str, str]:
 
 
 def _shape(model: nn.Module, place: Place, info: BlockInfo) -> tuple[Any, ...]:
-    layers = [QKV, PROJ] * bool(place.options) + [FC1, FC2] * bool(place.neurons)
-    shapes = tuple(weight_shape(model.get_submodule(f"{place.path}.{layer}")) for layer in layers)
+    shapes = tuple(weight_shape(model.get_submodule(f"{place.path}.{layer}")) for layer in place.layers)
     return shapes, place.heads, info.resolution, info.window, info.shift is not None and any(info.shift)
 
 
@@ -213,7 +214,7 @@ class _Block:
     def _layers(self) -> Iterator[tuple[Kind, tuple[int, ...], Call]]:
         part = "mlp" if "mlp" in self.seen else "attn"
         x = self.seen[part][0][0]
-        layer = self.block.get_submodule(FC1 if part == "mlp" else QKV)
+        layer = self.block.get_submodule((self.place.fc1 if part == "mlp" else self.place.qkv)[0])
         channels = 1 if is_pointwise(layer) else -1
         few, many = self._widths()
         reads = x.new_empty(x.numel() // x.shape[channels] * many[-1]).normal_()
@@ -233,8 +234,7 @@ class _Block:
 
     def _widths(self) -> tuple[list[int], list[int]]:
         """Of the narrower and of the wider side of layers."""
-        layers = [QKV, PROJ] * ("attn" in self.seen) + [FC1, FC2] * ("mlp" in self.seen)
-        shapes = [weight_shape(self.block.get_submodule(layer)) for layer in layers]
+        shapes = [weight_shape(self.block.get_submodule(layer)) for layer in self.place.layers]
         narrow, wide = max(min(shape) for shape in shapes), max(max(shape) for shape in shapes)
         few = _multiples(narrow, [1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1])
         return few, sorted(
@@ -242,24 +242,26 @@ class _Block:
         )
 
     def _attention(self, heads: int, size: int) -> Call:
-        attention: Any = surgery.deep_copy(self.block.get_submodule("attn"))
         given, named = self.seen["attn"]
-        set_outputs(attention.qkv, 3 * heads * size)
-        set_inputs(attention.proj, heads * size)
-        self.family.set_heads(attention, heads, size)
-        x = given[0]
-        attention.qkv = _Given(x.new_empty(*x.shape[:-1], 3 * heads * size).normal_())
-        attention.proj = _Given(torch.empty_like(x))
+        alone = nn.ModuleDict({"attn": surgery.deep_copy(self.block.get_submodule("attn"))})
+        narrow_attention(alone, replace(self.place, path=""), self.family, heads, size)
+        attention, x = alone["attn"], given[0]
+        for name in self.place.qkv:
+            outputs = weight_shape(alone.get_submodule(name))[0]
+            alone.set_submodule(name, _Given(x.new_empty(*x.shape[:-1], outputs).normal_()))
+        alone.set_submodule(PROJ, _Given(torch.empty_like(x)))
         return _bound(attention, *given, **named)
 
     def _mlp(self, neurons: int) -> Call:
-        mlp: Any = surgery.deep_copy(self.block.get_submodule("mlp"))
+        alone = nn.ModuleDict({"mlp": surgery.deep_copy(self.block.get_submodule("mlp"))})
         given, named = self.seen["mlp"]
         x = given[0]
         shape = list(x.shape)
-        shape[1 if is_pointwise(mlp.fc1) else -1] = neurons * (2 if self.place.gated else 1)
-        mlp.fc1, mlp.fc2 = _Given(x.new_empty(shape).normal_()), _Given(torch.empty_like(x))
-        return _bound(mlp, *given, **named)
+        for name in self.place.fc1:
+            shape[1 if is_pointwise(alone.get_submodule(name)) else -1] = neurons * (2 if self.place.gated else 1)
+            alone.set_submodule(name, _Given(x.new_empty(shape).normal_()))
+        alone.set_submodule(FC2, _Given(torch.empty_like(x)))
+        return _bound(alone["mlp"], *given, **named)
 
 
 def _sizes(whole: int) -> list[int]:

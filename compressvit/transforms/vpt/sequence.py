@@ -21,7 +21,14 @@ from compressvit.transforms.vpt.ways import Joining, Way, way
 
 
 class PromptedAttention(WithoutPrompts):
-    """Mixin for attention whose input contains prompts: removes them afterwards, and extends a mask for N tokens to them."""
+    """Mixin for attention whose input contains prompts: removes them afterwards, and extends a mask for N tokens to them.
+
+    Attention with rotary positions leaves its first `num_prefix_tokens` as they are. Prompts have no place on the grid either.
+    """
+
+    def __getattribute__(self, name: str) -> Any:
+        value = super().__getattribute__(name)
+        return value + self.vpt_end.count if name == "num_prefix_tokens" else value
 
     def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
         masked = {} if attn_mask is None else {"attn_mask": self.vpt_end.widen(attn_mask)}

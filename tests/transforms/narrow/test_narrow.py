@@ -18,9 +18,9 @@ from compressvit.model.backbone import describe
 from compressvit.transforms import Narrow, Shrink
 from compressvit.transforms.applying import compress
 from compressvit.transforms.low_rank.layer import Factored
-from compressvit.transforms.narrow.fit import Settings, TeacherBlock
 from compressvit.transforms.narrow.form import BlockForm
-from compressvit.transforms.narrow.places import LAYERS, places
+from compressvit.transforms.narrow.places import places
+from compressvit.transforms.narrow.teacher import Settings, TeacherBlock
 from compressvit.transforms.shrink.spec import ShrinkBudget
 
 BLOCKS = range(4)
@@ -182,7 +182,7 @@ def test_moments_of_deviations_are_moments(options):
     reference, settings = Reference(surgery.deep_copy(teacher), images()), Settings(1e-3, 0.1)
     for place in places(teacher, describe(teacher)):
         block = TeacherBlock(place, reference, describe(teacher).family.branches, settings)
-        for layer in LAYERS:
+        for layer in place.layers:
             values = torch.linalg.eigvalsh(block.centred(layer))
             assert values[0] > -1e-4 * values.mean()  # measured -7e-6: of float32 sums
 

@@ -10,7 +10,7 @@ from compressvit.fitting.hull import Forms
 from compressvit.fitting.reference import Reference
 from compressvit.model.backbone import describe
 from compressvit.transforms import Shrink
-from compressvit.transforms.narrow.fit import Settings, TeacherBlock
+from compressvit.transforms.narrow.teacher import Settings, TeacherBlock
 from compressvit.transforms.shrink.offers import Methods, offers
 from compressvit.transforms.shrink.prices import Prices
 from compressvit.transforms.shrink.spec import ShrinkBudget

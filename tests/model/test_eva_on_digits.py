@@ -1,0 +1,67 @@
+"""A small Eva (rotary positions, SwiGLU, registers) learns digits, and half of it knows them without training."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import compressvit
+from compressvit.data.opening import open_data
+from compressvit.data.pixels import Pixels
+from compressvit.data.spec import Data
+from compressvit.model.cost import cost
+from compressvit.transforms import Shrink
+from compressvit.transforms.shrink.spec import ShrinkBudget
+
+SMALL = {"img_size": 8, "patch_size": 2, "embed_dim": 48, "depth": 3, "num_heads": 4, "num_classes": 10}
+SMALL |= {"dynamic_img_size": False, "init_values": 1.0, "head_init_scale": 1.0}
+
+
+def digits() -> tuple[torch.Tensor, ...]:
+    """Images (N, 3, 8, 8) and classes, for training and for evaluation."""
+    found = open_data(Data(name="digits"))
+    tensors: list[torch.Tensor] = []
+    for part in (found.train, found.validation):
+        pixels = part.source
+        assert isinstance(pixels, Pixels)
+        tensors += [pixels.data[:, None].expand(-1, 3, -1, -1).float() / 128 - 1, pixels.targets]
+    return tuple(tensors)
+
+
+def accuracy(model: nn.Module, images: torch.Tensor, classes: torch.Tensor) -> float:
+    with torch.no_grad():
+        return (model(images).argmax(1) == classes).double().mean().item()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("vit_small_plus_patch16_dinov3_qkvb", {}),
+        ("eva02_base_patch14_224", {"scale_mlp": False, "ref_feat_shape": (4, 4), "num_reg_tokens": 2}),
+    ],
+)
+def test_half_of_a_small_eva_knows_digits(name, args, tmp_path):
+    torch.manual_seed(0)
+    images, classes, others, of_others = digits()
+    model = timm.create_model(name, **{**SMALL, **args})
+    epochs = 20
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, epochs * (len(images) // 64))
+    for _ in range(epochs):
+        for batch in torch.randperm(len(images))[: len(images) // 64 * 64].split(64):
+            optimizer.zero_grad()
+            cross_entropy(model(images[batch]), classes[batch]).backward()
+            optimizer.step()
+            schedule.step()
+    model.eval()
+    known = accuracy(model, others, of_others)
+    assert known >= 0.95  # measured 0.964 and 0.975
+    student = compressvit.compress(model, [Shrink(budget=ShrinkBudget(parameters=0.5), multiple=4)], images)
+    again = compressvit.load(compressvit.save(student, tmp_path / "student"))
+    size = (3, 8, 8)
+    assert cost(again, size).parameters <= 0.5 * cost(model, size).parameters
+    assert accuracy(again, others, of_others) >= known - 0.01  # measured: the same as the teacher's
