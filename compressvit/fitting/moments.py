@@ -262,15 +262,18 @@ def _run(model: nn.Module, batch: torch.Tensor, outputs: bool, generator: torch.
 
 
 def tokens_at(model: nn.Module, paths: Sequence[str]) -> dict[str, int]:
-    """How many tokens the linear layers at `paths` see of one image; nothing is computed."""
+    """How many tokens the linear layers at `paths` see of one image, but for those that see none; nothing is computed."""
     empty = surgery.skeleton(model).eval()
     seen: dict[str, int] = {}
 
+    images = 3
+
     def count(path: str, module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-        seen[path] = inputs[0].numel() // channels_last(module, inputs[0]).shape[-1]
+        if inputs[0].shape[0] % images == 0:  # else they are not of the images, as distances in Swin v2
+            seen[path] = inputs[0].numel() // channels_last(module, inputs[0]).shape[-1] // images
 
     with _hooks(empty, {path: partial(count, path) for path in paths}), RememberedShapes(), torch.no_grad():
-        empty(torch.empty(1, *input_size(model), device="meta", dtype=next(empty.parameters()).dtype))
+        empty(torch.empty(images, *input_size(model), device="meta", dtype=next(empty.parameters()).dtype))
     return seen
 
 

@@ -39,7 +39,7 @@ HeadOption = Literal["heads", "head_dim"]
 
 # What a method may need of a family (`Family.lacks`).
 Need = Literal[
-    "attention", "slotted_attention", "slotted_block", "no_position_table", "no_rotation", "prompts", "decoder"
+    "attention", "slotted_attention", "slotted_block", "no_position_table", "single_dims", "prompts", "decoder"
 ]
 
 # By need, what a refusal says: the method needs ..., and the model is a Swin, ...
@@ -57,9 +57,9 @@ NEEDS: dict[Need, tuple[str, str]] = {
         "attention without relative positions of its own",
         "which has a relative position table already",
     ),
-    "no_rotation": (
+    "single_dims": (
         "heads of which single dimensions can go",
-        "whose rotary positions turn them in pairs; whole heads can go (`heads` instead of `head_dim`)",
+        "whose attention turns them in pairs by rotary positions, or norms them together (cosines); try `heads` instead of `head_dim`",
     ),
     "prompts": ("to know how prompts join the tokens", "which does not say so (`Family.prompts`)"),
     "decoder": ("a decoder that mixes features by matrices it generates (AdaMixer's)", "which has none"),
@@ -67,7 +67,7 @@ NEEDS: dict[Need, tuple[str, str]] = {
 _OF_ATTENTION: set[Need] = {
     "slotted_attention",
     "no_position_table",
-    "no_rotation",
+    "single_dims",
     "prompts",
 }  # missing where there is no attention
 
@@ -127,7 +127,7 @@ class Family(ABC):
     slotted_block: ClassVar[type[nn.Module] | None] = None
     slotted_attention: ClassVar[type[nn.Module] | tuple[type[nn.Module], ...] | None] = None
     position_table: ClassVar[bool] = False  # its attention has a table of relative positions
-    rotary: ClassVar[bool] = False  # its attention may turn the dimensions of heads by positions
+    whole_heads: ClassVar[bool] = False  # its attention works on the dimensions of a head together
     # How prompt tokens (VPT) join the others, by a word registered in `compressvit/transforms/vpt/`: `sequence`, as in timm's ViT, or
     # `windows`, as in timm's Swin. None: they cannot.
     prompts: ClassVar[str | None] = None
@@ -165,8 +165,8 @@ class Family(ABC):
             return None if self.body is not None else need
         if self.attention is None and need in _OF_ATTENTION:
             return "attention"
-        if need in ("no_position_table", "no_rotation"):
-            has = not (self.position_table if need == "no_position_table" else self.rotary)
+        if need in ("no_position_table", "single_dims"):
+            has = not (self.position_table if need == "no_position_table" else self.whole_heads)
         else:
             has = getattr(self, need) is not None
         return None if has else need
@@ -185,8 +185,10 @@ class Family(ABC):
         """Why the heads of an attention can neither change places nor go, as an end of 'heads …'; None where they can."""
         return None
 
-    # Of an attention, beside its layers: vectors with an entry for every dimension of the heads, as biases that it adds itself.
+    # Of an attention, beside its layers: vectors with an entry for every dimension of the heads, as biases that it adds itself; and
+    # parameters with a row for every head.
     of_heads: ClassVar[tuple[str, ...]] = ()
+    of_each_head: ClassVar[tuple[str, ...]] = ()
 
     def set_heads(self, attention: nn.Module, heads: int, head_dim: int) -> None:
         """Tell an attention, whose `qkv` and `proj` have been made narrower, how many heads of what dimension it has.

@@ -19,7 +19,8 @@ def examples() -> dict[str, Example]:
     """The small models of every family, by name: those with token sequences first (of these plain ones first), then others with attention,
     then the rest."""
     families = sorted(
-        FAMILIES.values(), key=lambda family: (family.layout != "sequence", family.attention is None, family.rotary)
+        FAMILIES.values(),
+        key=lambda family: (family.layout != "sequence", family.attention is None, family.whole_heads),
     )
     return {name: example for family in families for name, example in family.examples.items()}
 

@@ -52,7 +52,8 @@ class AlignPlan(Plan):
 
     @torch.no_grad()
     def initialise(self, student: nn.Module, reference: Reference) -> None:
-        of_heads = describe(student).family.of_heads
+        family = describe(student).family
+        of_heads = (*family.of_heads, *family.of_each_head)
         for group in self.groups:
             blocks: list[Any] = [student.get_submodule(path) for path in group]
             for path, block in zip(group, blocks, strict=True):
@@ -86,7 +87,8 @@ def _align(units: list[torch.Tensor], rounds: int, permute: list[Any]) -> None:
 @torch.no_grad()
 def matched_weights(model: nn.Module, first: str, second: str) -> dict[str, torch.Tensor]:
     """The linear weights of the block at `second`, with its neurons and heads permuted to best match the block at `first`."""
-    of_heads = describe(model).family.of_heads
+    family = describe(model).family
+    of_heads = (*family.of_heads, *family.of_each_head)
     reference, block = (_dense_copy(model.get_submodule(path)) for path in (first, second))
     for units in (_neurons, partial(_heads, others=of_heads)):
         theirs, own = units(reference), units(block)
@@ -169,7 +171,8 @@ def _heads(block: Any, others: Sequence[str] = ()) -> _Layer:
     tensors.append(_Units(attn.proj.weight, 1))
     if getattr(attn, "gate", None) is not None:
         tensors += [_Units(parameter) for parameter in attn.gate.parameters()]
-    tensors += [_Units(own) for name in others if (own := getattr(attn, name, None)) is not None]
+    given = {**dict(attn.named_parameters()), **dict(attn.named_buffers())}
+    tensors += [_Units(given[name]) for name in others if name in given]
     table = getattr(attn, "relative_position_bias_table", None)
     if table is not None:
         tensors.append(_Units(table, 1))

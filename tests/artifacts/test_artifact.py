@@ -29,7 +29,7 @@ def student_of(name: str, seed: int = 0) -> nn.Module:
     """Shared blocks and private transforms that do something, iRPE where it fits."""
     torch.manual_seed(0)
     transforms = [Multiplex(share=2, mixing_bias=True, mlp_conv=3, form="reference")]
-    return compress(build(name, seed), [*transforms, IRPE()] if name != "swin" else transforms)
+    return compress(build(name, seed), [*transforms, IRPE()] if not name.startswith("swin") else transforms)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

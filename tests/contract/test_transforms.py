@@ -49,7 +49,7 @@ def _structural() -> list[Transform]:
 UNSUPPORTED = {
     "beit": ("beit_base_patch16_224", {}, "Beit"),
     "eva_post_norm": ("eva02_enormous_patch14_clip_224", {"depth": 2}, "is a Eva"),
-    "swinv2": ("swinv2_tiny_window8_256", {}, "SwinTransformerV2"),
+    "levit": ("levit_128s", {}, "Levit"),
     "resnet": ("resnet18", {}, "ResNet"),
     "parallel": ("vit_tiny_patch16_224", {**VIT, "block_fn": ParallelScalingBlock}, "ParallelScalingBlock"),
     "differential": ("vit_tiny_patch16_224", {**VIT, "attn_layer": "diff"}, "DiffAttention"),

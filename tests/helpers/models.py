@@ -24,6 +24,7 @@ __all__ = [
     "blocks_of",
     "build",
     "equal_within_stages",
+    "family_of",
     "gap",
     "images_for",
     "outputs",

@@ -159,7 +159,7 @@ class Eva(Family):
     models = (TimmEva,)
     block, attention = EvaBlock, (EvaAttention, AttentionRope)
     slotted_block, slotted_attention = SlottedEvaBlock, (ExplicitEvaAttention, ExplicitAttentionRope)
-    rotary = True
+    whole_heads = True
     prompts = "sequence"
     branches: ClassVar[Mapping[str, Branch]] = {
         "attn.proj": Branch("norm1", "attn", "gamma_1"),

@@ -110,9 +110,9 @@ class Swin(Family):
                     stage=stage,
                     width=block.dim,
                     heads=block.attn.num_heads,
-                    resolution=_pair(block.input_resolution),
-                    window=_pair(block.window_size),
-                    shift=_pair(block.shift_size),
+                    resolution=pair(block.input_resolution),
+                    window=pair(block.window_size),
+                    shift=pair(block.shift_size),
                     stage_path=f"layers.{stage}",
                 )
                 index += 1
@@ -128,7 +128,7 @@ class Swin(Family):
         return swin_transformer.checkpoint_filter_fn(tensors, model)
 
 
-def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+def pair(size: int | Sequence[int]) -> tuple[int, int]:
     """Height and width, which timm may give as one number."""
     height, width = (size, size) if isinstance(size, int) else size
     return height, width

@@ -97,7 +97,7 @@ class Narrow(NarrowStep):
 
     def needed(self) -> tuple[Need, ...]:
         asked: dict[Need, bool] = {
-            "no_rotation": self.head_dim is not None,
+            "single_dims": self.head_dim is not None,
             "no_position_table": self.heads is not None,
         }
         found = tuple(need for need, wanted in asked.items() if wanted)

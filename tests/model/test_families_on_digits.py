@@ -1,4 +1,4 @@
-"""A small Eva (rotary positions, SwiGLU, registers) learns digits, and half of it knows them without training."""
+"""A small Eva (rotary positions, SwiGLU, registers) and Swin v2 learn digits, and half of each knows them without training."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from compressvit.model.cost import cost
 from compressvit.transforms import Shrink
 from compressvit.transforms.shrink.spec import ShrinkBudget
 
-SMALL = {"img_size": 8, "patch_size": 2, "embed_dim": 48, "depth": 3, "num_heads": 4, "num_classes": 10}
-SMALL |= {"dynamic_img_size": False, "init_values": 1.0, "head_init_scale": 1.0}
+EVA = {"img_size": 8, "patch_size": 2, "embed_dim": 48, "depth": 3, "num_heads": 4}
+EVA |= {"dynamic_img_size": False, "init_values": 1.0, "head_init_scale": 1.0}
+SWIN = {"img_size": 8, "patch_size": 2, "window_size": 2, "embed_dim": 32, "depths": (2, 2), "num_heads": (2, 4)}
 
 
 def digits() -> tuple[torch.Tensor, ...]:
@@ -38,19 +39,20 @@ def accuracy(model: nn.Module, images: torch.Tensor, classes: torch.Tensor) -> f
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "args"),
+    ("name", "args", "lr"),
     [
-        ("vit_small_plus_patch16_dinov3_qkvb", {}),
-        ("eva02_base_patch14_224", {"scale_mlp": False, "ref_feat_shape": (4, 4), "num_reg_tokens": 2}),
+        ("vit_small_plus_patch16_dinov3_qkvb", EVA, 4e-3),
+        ("eva02_base_patch14_224", {**EVA, "scale_mlp": False, "ref_feat_shape": (4, 4), "num_reg_tokens": 2}, 4e-3),
+        ("swinv2_tiny_window8_256", {**SWIN, "drop_path_rate": 0.0}, 3e-3),
     ],
 )
-def test_half_of_a_small_eva_knows_digits(name, args, tmp_path):
+def test_half_of_a_small_model_knows_digits(name, args, lr, tmp_path):
     torch.manual_seed(0)
     images, classes, others, of_others = digits()
-    model = timm.create_model(name, **{**SMALL, **args})
+    model = timm.create_model(name, **args, num_classes=10)
     epochs = 20
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, epochs * (len(images) // 64))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, epochs * (len(images) // 64))
     for _ in range(epochs):
         for batch in torch.randperm(len(images))[: len(images) // 64 * 64].split(64):
             optimizer.zero_grad()
@@ -59,9 +61,11 @@ def test_half_of_a_small_eva_knows_digits(name, args, tmp_path):
             schedule.step()
     model.eval()
     known = accuracy(model, others, of_others)
-    assert known >= 0.95  # measured 0.964 and 0.975
+    print('TEACHER', known)
+    assert known >= 0.95  # MEAS
     student = compressvit.compress(model, [Shrink(budget=ShrinkBudget(parameters=0.5), multiple=4)], images)
     again = compressvit.load(compressvit.save(student, tmp_path / "student"))
     size = (3, 8, 8)
     assert cost(again, size).parameters <= 0.5 * cost(model, size).parameters
+    print('STUDENT', accuracy(again, others, of_others), cost(again, size).parameters / cost(model, size).parameters)
     assert accuracy(again, others, of_others) >= known - 0.01  # measured: the same as the teacher's
