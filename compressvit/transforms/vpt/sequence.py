@@ -26,9 +26,13 @@ class PromptedAttention(WithoutPrompts):
     Attention with rotary positions leaves its first `num_prefix_tokens` as they are. Prompts have no place on the grid either.
     """
 
-    def __getattribute__(self, name: str) -> Any:
-        value = super().__getattribute__(name)
-        return value + self.vpt_end.count if name == "num_prefix_tokens" else value
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Of attention that has it: how many tokens at the front have no place on the grid."""
+        own: int | None = vars(self).get("num_prefix_tokens")
+        if own is None:
+            raise AttributeError("num_prefix_tokens")
+        return own + self.vpt_end.count
 
     def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
         masked = {} if attn_mask is None else {"attn_mask": self.vpt_end.widen(attn_mask)}
