@@ -61,11 +61,9 @@ def test_half_of_a_small_model_knows_digits(name, args, lr, tmp_path):
             schedule.step()
     model.eval()
     known = accuracy(model, others, of_others)
-    print("TEACHER", known)
-    assert known >= 0.95  # MEAS
+    assert known >= 0.95  # measured 0.964, 0.975, 0.986
     student = compressvit.compress(model, [Shrink(budget=ShrinkBudget(parameters=0.5), multiple=4)], images)
     again = compressvit.load(compressvit.save(student, tmp_path / "student"))
     size = (3, 8, 8)
     assert cost(again, size).parameters <= 0.5 * cost(model, size).parameters
-    print("STUDENT", accuracy(again, others, of_others), cost(again, size).parameters / cost(model, size).parameters)
     assert accuracy(again, others, of_others) >= known - 0.01  # measured: the same as the teacher's
