@@ -1,8 +1,8 @@
-"""A classifier as it is shipped: a teacher and students that `compressvit shrink` made of it, each as an ONNX file in float32, and in int8
-with ranges of every batch and with measured ones.
+"""A classifier as it is shipped: a teacher and students that `compressvit shrink` made of it, each in float32, and in int8 with ranges of
+every batch and with measured ones, for onnxruntime and OpenVINO.
 
 Of every file: bytes, also as a part of those that the plan of the run says of the artifact; accuracy on the held-out images with its 95 %
-interval; how often its class is the teacher's; and latency in onnxruntime, all files in turns. It writes table.md, and table.json.
+interval; how often its class is the teacher's; and latency in its runtime, all files in turns. It writes table.md, and table.json.
 
     python benchmarks/ship_classifier.py --teacher ARTIFACT --students RUN RUN --data FOLDER --output runs/ship_classifier
 """
@@ -10,7 +10,10 @@ interval; how often its class is the teacher's; and latency in onnxruntime, all 
 from __future__ import annotations
 
 import argparse
+import itertools
+import operator
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +35,7 @@ from compressvit.runs.folder import RunFolder
 from compressvit.tasks.qualities import qualities
 from compressvit.training.evaluate import evaluate
 
-PRECISIONS = {"fp32": "", "int8": ", int8", "int8-static": ", int8-static"}
+PRECISIONS = ("fp32", "int8", "int8-static")
 
 
 def rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -45,24 +48,30 @@ def rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     for i, (folder, size) in enumerate(zip(folders, planned, strict=True)):
         share = read_manifest(folder).parameters / read_manifest(folders[0]).parameters
         name = f"{100 * share:.1f} % of the parameters" if i else "teacher"
-        for precision, text in PRECISIONS.items():
+        for to, precision in itertools.product(arguments.to, PRECISIONS):
+            if precision not in FORMATS[to].precisions:
+                continue
             told = compressvit.export(
                 folder,
-                "onnx",
-                arguments.output / f"{i}_{precision}.onnx",
+                to,
+                arguments.output / f"{i}_{precision}{FORMATS[to].suffix}",
                 precision=precision,
                 overwrite=True,
                 overrides=["data.name=folder", f"data.root={arguments.data}"],
                 images=arguments.images if precision == "int8-static" else None,
             )
-            print(f"{name}{text}: {told['agreement_text']}", flush=True)
-            found.append(
-                {"name": name + text, "bytes": told["exported_bytes"], "planned": size, "file": told["written"]}
-            )
-    sides = [FORMATS["onnx"].read(Path(row["file"])).side for row in found]
+            row = {"name": f"{name}, {to}, {precision}", "bytes": told["exported_bytes"], "planned": size}
+            print(f"{row['name']}: {told['agreement_text']}", flush=True)
+            found.append({**row, "to": to, "file": told["written"]})
+    sides = [FORMATS[row["to"]].read(Path(row["file"])).side for row in found]
     datasets = open_data(data)
+    teachers: list[int] = []
     for row, side in zip(found, sides, strict=True):
-        row.update(evaluate(side, eval_loader(datasets, data, side.input, CPU), CPU, teacher=sides[0]))
+        classes: list[int] = []
+        watch = partial(_classes, classes)
+        row.update(evaluate(side, eval_loader(datasets, data, side.input, CPU), CPU, watch=watch))
+        teachers = teachers or classes
+        row["agreement"] = 100 * sum(map(operator.eq, classes, teachers)) / len(classes)
         row["interval"] = qualities()["top1"].interval(row["top1"], row["images"])
         print(f"{row['name']}: {row['top1']:.2f} %, as the teacher {row['agreement']:.2f} %", flush=True)
     models, sizes = [side.model for side in sides], [side.input.size for side in sides]
@@ -70,6 +79,10 @@ def rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     for i, row in enumerate(found):
         row |= {"latency_ms": times.medians[i], "latency_ratio": times.ratio(i)}
     return found
+
+
+def _classes(found: list[int], images: torch.Tensor, targets: Any, outputs: torch.Tensor, expected: Any) -> None:
+    found += outputs.argmax(dim=1).tolist()
 
 
 def _plan(path: Path) -> Any:
@@ -104,6 +117,9 @@ def main(given: Sequence[str] | None = None) -> None:
         "--students", type=Path, required=True, nargs="+", metavar="RUN", help="of `compressvit shrink`"
     )
     parser.add_argument("--data", required=True, help="a folder with train/ and val/, and a folder per class in each")
+    parser.add_argument(
+        "--to", nargs="+", choices=("onnx", "openvino"), default=["onnx"], help="the first is compared with"
+    )
     parser.add_argument("--images", type=int, default=256, help="of train/ that ranges are measured on")
     parser.add_argument("--output", type=Path, default=Path("runs/ship_classifier"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

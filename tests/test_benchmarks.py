@@ -408,15 +408,15 @@ def test_what_is_shipped_is_measured_file_by_file(few_shot, tmp_path, monkeypatc
     folder = save(small_vit(num_classes=2), tmp_path / "artifact")
     size = (folder / "model.safetensors").stat().st_size
     cost = types.SimpleNamespace(bytes=size)
-    monkeypatch.setattr(program, "PRECISIONS", {"fp32": "", "int8-static": ", int8-static"})
+    monkeypatch.setattr(program, "PRECISIONS", ("fp32", "int8-static"))
     monkeypatch.setattr(RunFolder, "plan", lambda self: types.SimpleNamespace(teacher=cost, student=cost))
     data = ["--data", str(tmp_path / "set"), "--rounds", "2", "--threads", "1"]
     program.main(["--teacher", str(folder), "--students", str(folder), *data, "--output", str(tmp_path / "out")])
     found = json.loads((tmp_path / "out" / "table.json").read_text())
-    assert [row["name"] for row in found[:2]] == ["teacher", "teacher, int8-static"]
+    assert [row["name"] for row in found[:2]] == ["teacher, onnx, fp32", "teacher, onnx, int8-static"]
     assert all(row["bytes"] == Path(row["file"]).stat().st_size for row in found)
     assert found[1]["bytes"] < 0.75 * found[0]["bytes"]
     for ours, theirs in zip(found[2:], found[:2], strict=True):  # the same artifact
         assert (ours["top1"], ours["agreement"]) == (theirs["top1"], theirs["agreement"])
     assert (found[0]["agreement"], found[0]["images"]) == (100, 10)
-    assert "| 100.0 % of the parameters, int8-static |" in (tmp_path / "out" / "table.md").read_text()
+    assert "| 100.0 % of the parameters, onnx, int8-static |" in (tmp_path / "out" / "table.md").read_text()
