@@ -72,7 +72,7 @@ def round_weights_and_ranges(path: Path, batches: Sequence[Tensor]) -> None:
         prepared, rounded = Path(folder) / "prepared.onnx", Path(folder) / "rounded.onnx"
         with contextlib.redirect_stdout(io.StringIO()):  # it prints
             # what it calls optimisation would store what is computed of weights, layer by layer
-            quantization.quant_pre_process(str(path), str(prepared), skip_optimization=True, auto_merge=True)
+            quantization.quant_pre_process(str(path), str(prepared), skip_optimization=True, skip_symbolic_shape=True)
             names = _layers_of_stored_weights(onnx.load(str(prepared)).graph)
             quantization.quantize_static(
                 prepared,
