@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,18 +17,14 @@ from torch import Tensor, nn
 from compressvit.artifacts import artifact
 from compressvit.artifacts.export import INTEGERS, SEAL, STATIC, conversion_faults, replacing
 from compressvit.artifacts.formats.base import Format, Source, find_format
-from compressvit.artifacts.merge import in_float32, photograph_like
-from compressvit.data.input import STATISTICS, InputConfig
-from compressvit.data.loaders import calibration_batches
-from compressvit.data.opening import open_data
-from compressvit.data.samples import Samples
-from compressvit.data.spec import Data
+from compressvit.artifacts.merge import in_float32
 from compressvit.errors import UserError, option, switch
 from compressvit.model import cost, stored
 from compressvit.model.header import TENSORS
-from compressvit.runs.evaluate import artifact_in, data_recipe
+from compressvit.runs import export_images
+from compressvit.runs.evaluate import artifact_in
 from compressvit.runs.folder import RESOLVED, RunFolder
-from compressvit.runs.own_data import own_images, own_input, own_recipe_data
+from compressvit.runs.own_data import own_input, own_recipe_data
 from compressvit.runs.owned import is_scratch, refuse_links
 from compressvit.runs.tables import how_measured, megabytes, ratio_text
 from compressvit.tasks.base import task_of
@@ -38,9 +33,7 @@ from compressvit.tasks.likeness import Likeness
 FOLDER = "exported"  # beside the artifact
 # Largest difference relative to the largest output: above what rounding was measured to do, and far below what a fault does
 TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1, "int8": 0.5, STATIC: 0.5}
-_PIXELS = 64 * 224 * 224  # of the images that are compared, in all
-_FEWEST, _MOST, _AT_ONCE = 4, 64, 8  # of these images
-CALIBRATION, _LEAST = 256, 16  # images that ranges are measured on, by default and at least
+_AT_ONCE = 8  # of the images that are compared
 
 
 def export(
@@ -79,13 +72,13 @@ def export(
             written does not compute what the artifact does, or there are too few images to measure ranges on. Nothing is left of it then.
     """
     fmt = find_format(to)
-    _require_count(images, precision)
+    export_images.require_count(images, precision)
     fmt.require(precision, opset)
     folder = artifact_in(Path(path).resolve())
     target = _target(folder, fmt, precision) if output is None else _named(Path(output).resolve(), fmt)
     _require_apart(target, folder)
     _require_free(target, fmt, overwrite)
-    data = _data(folder, overrides, precision)
+    data = export_images.data_of(folder, overrides, precision)
     in_a_run = (folder.parent / RESOLVED).is_file()
     if output is None and target.parent.exists():
         refuse_links(target.parent)
@@ -93,10 +86,10 @@ def export(
         source = _source(folder, precision, opset, dense)
         fmt.refuse(source)
         given = data if overrides else None
-        compared, what = _images(folder, source.input, given)
+        compared, what = export_images.compared(folder, source.input, given)
         measured = None
         if precision == STATIC and data is not None:
-            source, measured = _calibrated(source, data, images or CALIBRATION, _whose(given))
+            source, measured = export_images.calibrated(source, data, images, given is None)
         with replacing(target) as scratch:
             told = _written(fmt, source, scratch / target.name, compared, what)
         for name in set(fmt.beside(target.name)) - set(told["bytes"]):  # of an earlier one, which needed it
@@ -115,64 +108,6 @@ def export(
         **told,
         "how": fmt.how(target),
     }
-
-
-def _require_count(images: int | None, precision: str) -> None:
-    """Raise a `UserError` where a number of images to measure ranges on is no use, or too small."""
-    if images is None:
-        return
-    if precision != STATIC:
-        raise UserError(
-            f"{option('images', images)}: ranges are measured on images for {option('precision', STATIC)} alone; leave it out"
-        )
-    if images < _LEAST:
-        raise UserError(
-            f"{option('images', images)}: ranges are measured on at least {_LEAST} images, better {CALIBRATION}"
-        )
-
-
-def _data(folder: Path, overrides: Sequence[str], precision: str) -> Data | None:
-    """The data of the run or that of the overrides; None where there is neither, which static int8 refuses."""
-    if changed := next((o for o in overrides if o.startswith(tuple(f"data.{name}=" for name in STATISTICS))), None):
-        raise UserError(f"{changed}: the student is exported for images as it was trained on; leave it out")
-    if overrides:
-        return data_recipe(folder, list(overrides), "export").data
-    data = own_recipe_data(folder)
-    if data is None and precision == STATIC:
-        raise UserError(
-            f"{option('precision', STATIC)} measures ranges on images of the run, and {folder} is in no run folder; add "
-            "data.name=images data.root=FOLDER, or another data set"
-        )
-    return data
-
-
-def _images(folder: Path, config: InputConfig, given: Data | None) -> tuple[Tensor, str]:
-    """Images to compare on, of the data given or of the run if there are any, and what they are."""
-    datasets = None if given is None else open_data(given)  # raises what `own_images` passes over
-    images = own_images(folder, config, _count(config), datasets, given)
-    if images is not None:
-        return images, f"{len(images)} held-out images of {_whose(given)}"
-    images = photograph_like(_count(config), config)
-    return images, f"{len(images)} made-up images"
-
-
-def _whose(given: Data | None) -> str:
-    return "the run" if given is None else "the data given"
-
-
-def _calibrated(source: Source, data: Data, count: int, whose: str) -> tuple[Source, str]:
-    """With training images to measure ranges on, and what these are."""
-    datasets = open_data(data)
-    drawn = calibration_batches(datasets, data, source.input, torch.device("cpu"), images=count, seed=0)
-    batches = [batch.images for batch in drawn]
-    found = sum(map(len, batches))
-    if found < _LEAST:
-        raise UserError(
-            f"{option('precision', STATIC)}: ranges are measured on at least {_LEAST} images, and of {whose} {found} training images can "
-            "be read; give other data, as data.name=images data.root=FOLDER"
-        )
-    of = f" of {len(datasets.train):,}" if isinstance(datasets.train, Samples) else ""
-    return replace(source, calibration=batches), f"{found:,}{of} training images of {whose}"
 
 
 def _source(folder: Path, precision: str, opset: int | None, dense: bool) -> Source:
@@ -269,11 +204,6 @@ def _require_free(target: Path, fmt: Format, overwrite: bool) -> None:
         raise UserError(
             f"{taken[0]} is there already. Give {switch('overwrite')} to replace it, or another {option('output')}"
         )
-
-
-def _count(config: InputConfig) -> int:
-    """How many images are compared: the fewer, the larger they are."""
-    return max(_FEWEST, min(_MOST, _PIXELS // (config.height * config.width)))
 
 
 @torch.inference_mode()
