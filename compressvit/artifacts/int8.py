@@ -90,7 +90,9 @@ def round_weights_and_ranges(path: Path, batches: Sequence[Tensor]) -> None:
                     "OpTypesToExcludeOutputQuantization": list(_LAYERS),
                 },
             )
-        path.write_bytes(rounded.read_bytes())
+        made = onnx.load(str(rounded))
+        del made.graph.value_info[:]  # shapes that were needed to measure
+        onnx.save(made, str(path))
     _require_smaller(path.stat().st_size, before, STATIC)
 
 

@@ -60,8 +60,7 @@ def export(
         opset: version of ONNX's operators; None: torch's own choice.
         dense: write it also where 'timm' makes it larger than it is.
         overwrite: replace the files that are there.
-        overrides: of the data with whose images it is compared, and ranges are measured, as ['data.name=images', 'data.root=FOLDER'];
-            by default those of the run.
+        overrides: of the data whose images are used instead of the run's, as ['data.name=images', 'data.root=FOLDER'].
         images: of 'int8-static': how many training images ranges are measured on; None: 256.
 
     Returns:
@@ -76,20 +75,15 @@ def export(
     fmt.require(precision, opset)
     folder = artifact_in(Path(path).resolve())
     target = _target(folder, fmt, precision) if output is None else _named(Path(output).resolve(), fmt)
-    _require_apart(target, folder)
-    _require_free(target, fmt, overwrite)
+    _require_place(target, folder, fmt, overwrite)
     data = export_images.data_of(folder, overrides, precision)
-    in_a_run = (folder.parent / RESOLVED).is_file()
     if output is None and target.parent.exists():
         refuse_links(target.parent)
-    with RunFolder(folder.parent).owned() if in_a_run and output is None else nullcontext():
+    with RunFolder(folder.parent).owned() if output is None and (folder.parent / RESOLVED).is_file() else nullcontext():
         source = _source(folder, precision, opset, dense)
         fmt.refuse(source)
-        given = data if overrides else None
-        compared, what = export_images.compared(folder, source.input, given)
-        measured = None
-        if precision == STATIC and data is not None:
-            source, measured = export_images.calibrated(source, data, images, given is None)
+        compared, what = export_images.compared(folder, source.input, data if overrides else None)
+        source, measured = export_images.calibrated(source, data, images, not overrides)
         with replacing(target) as scratch:
             told = _written(fmt, source, scratch / target.name, compared, what)
         for name in set(fmt.beside(target.name)) - set(told["bytes"]):  # of an earlier one, which needed it
@@ -98,12 +92,6 @@ def export(
         "artifact": str(folder),
         "artifact_bytes": (folder / TENSORS).stat().st_size,
         "written": str(target),
-        "format": fmt.name,
-        "precision": precision,
-        "task": source.task.name,
-        "input_size": list(source.input.size),
-        "images": len(compared),
-        "compared_on": what,
         "ranges_of": measured,
         **told,
         "how": fmt.how(target),
@@ -131,6 +119,12 @@ def _written(fmt: Format, source: Source, path: Path, images: Tensor, what: str)
     parts = [path, *(path.with_name(name) for name in fmt.parts(path.name))]
     others = {file.name: _bytes(file) for file in sorted(path.parent.iterdir()) if file != path}
     return {
+        "format": fmt.name,
+        "precision": source.precision,
+        "task": source.task.name,
+        "input_size": list(source.input.size),
+        "images": len(images),
+        "compared_on": what,
         **fmt.chosen(path),
         "bytes": {path.name: _bytes(path), **others},
         "exported_bytes": sum(_bytes(file) for file in parts if file.exists()),
@@ -176,6 +170,12 @@ def _require_apart(target: Path, folder: Path) -> None:
         raise UserError(
             f"{option('output', target)} is a file of the artifact {folder}, which is exported; give another place"
         )
+
+
+def _require_place(target: Path, folder: Path, fmt: Format, overwrite: bool) -> None:
+    """Raise a `UserError` where nothing may be written at `target`."""
+    _require_apart(target, folder)
+    _require_free(target, fmt, overwrite)
 
 
 def _require_free(target: Path, fmt: Format, overwrite: bool) -> None:

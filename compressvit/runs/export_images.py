@@ -69,8 +69,9 @@ def _whose(own: bool) -> str:
     return "the run" if own else "the data given"
 
 
-def calibrated(source: Source, data: Data, images: int | None, own: bool) -> tuple[Source, str]:
-    """A source with training images to measure ranges on, as many as asked for or there are, and what these are.
+def calibrated(source: Source, data: Data | None, images: int | None, own: bool) -> tuple[Source, str | None]:
+    """A source with training images to measure ranges on, as many as asked for or there are, and what these are; as it is, and None, where
+    its precision needs none.
 
     Args:
         own: the data is that of the run.
@@ -78,6 +79,8 @@ def calibrated(source: Source, data: Data, images: int | None, own: bool) -> tup
     Raises:
         UserError: there are too few, or the data is not there.
     """
+    if source.precision != STATIC or data is None:
+        return source, None
     datasets = open_data(data)
     drawn = calibration_batches(datasets, data, source.input, torch.device("cpu"), images=images or CALIBRATION, seed=0)
     batches = [batch.images for batch in drawn]
