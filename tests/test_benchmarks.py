@@ -7,6 +7,7 @@ import importlib
 import io
 import json
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,12 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
+from compressvit import save
 from compressvit.errors import UserError
 from compressvit.model.ties import count_parameters
 from compressvit.model.weights import build
 from compressvit.recipe.recipe import parse_recipe
+from compressvit.runs.folder import RunFolder
 from compressvit.transforms import Transform
 from compressvit.transforms.applying import apply_plans
 
@@ -388,3 +391,32 @@ def test_a_rounded_student_is_judged_as_its_file_is_read(few_shot, tmp_path, mon
     assert "2 of 2 cells are to be run" in capsys.readouterr().out
     program.main([*output, "--table-only"])
     assert "| 4 bits | 12 |" in capsys.readouterr().out
+
+
+@pytest.mark.wide
+def test_what_is_shipped_is_measured_file_by_file(few_shot, tmp_path, monkeypatch):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    program = importlib.import_module("ship_classifier")
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 8), ("val", 5)):
+        for name in ("cat", "dog"):
+            (tmp_path / "set" / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "set" / split / name / f"{i}.png")
+    folder = save(small_vit(num_classes=2), tmp_path / "artifact")
+    size = (folder / "model.safetensors").stat().st_size
+    cost = types.SimpleNamespace(bytes=size)
+    monkeypatch.setattr(program, "PRECISIONS", ("fp32", "int8-static"))
+    monkeypatch.setattr(RunFolder, "plan", lambda self: types.SimpleNamespace(teacher=cost, student=cost))
+    data = ["--data", str(tmp_path / "set"), "--rounds", "2", "--threads", "1"]
+    program.main(["--teacher", str(folder), "--students", str(folder), *data, "--output", str(tmp_path / "out")])
+    found = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert [row["name"] for row in found[:2]] == ["teacher, onnx, fp32", "teacher, onnx, int8-static"]
+    assert all(row["bytes"] == Path(row["file"]).stat().st_size for row in found)
+    assert found[1]["bytes"] < 0.75 * found[0]["bytes"]
+    for ours, theirs in zip(found[2:], found[:2], strict=True):  # the same artifact
+        assert (ours["top1"], ours["agreement"]) == (theirs["top1"], theirs["agreement"])
+    assert (found[0]["agreement"], found[0]["images"]) == (100, 10)
+    assert "| 100.0 % of the parameters, onnx, int8-static |" in (tmp_path / "out" / "table.md").read_text()

@@ -33,6 +33,10 @@ from compressvit.tasks.base import Task, task_of
 PACKAGES = ("onnx", "onnxscript")
 SEAL = "export.json"  # in a folder that `compressvit export` wrote: the metadata; only such a folder is replaced
 _REASON = 300  # characters of what an exporter says
+DYNAMIC, STATIC = INTEGERS = (
+    "int8",
+    "int8-static",
+)  # with scales of every batch, and with those of images measured beforehand
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LARGE = 1024  # numbers: what needs no image is computed beforehand, unless it or one of its parts has more than that
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from compressvit.cli.common import Verb
+from compressvit.cli.common import Verb, add_overrides
 
 
 def add_export(verb: Verb) -> None:
@@ -15,6 +15,9 @@ def add_export(verb: Verb) -> None:
         "write a student for other programs (ONNX, torch.export, …), and compare it in their runtime",
     )
     export.add_argument("path", metavar="RUN|ARTIFACT", help="a run folder, or a folder with compressvit.json")
+    add_overrides(
+        export, "of the data whose images are used, instead of the run's, e.g. data.name=images data.root=FOLDER"
+    )
     export.add_argument(
         "--to", metavar="FORMAT", required=True, help="onnx, pt2 (torch.export), timm, safetensors, openvino or peft"
     )
@@ -27,9 +30,14 @@ def add_export(verb: Verb) -> None:
         "--precision",
         metavar="P",
         default="fp32",
-        help="fp32, fp16, bf16 or, of onnx, int8: of onnx and pt2 of weights and arithmetic, with images and outputs in float32; of the "
-        "others of weights "
-        "(default: fp32)",
+        help="fp32, fp16, bf16, of onnx int8, of onnx and openvino int8-static: of onnx and pt2 of weights and arithmetic, with images and "
+        "outputs in float32; of the others of weights, except int8-static (default: fp32)",
+    )
+    export.add_argument(
+        "--images",
+        metavar="N",
+        type=int,
+        help="of int8-static: measure the ranges of activations on N of the training images, without labels (default: 256)",
     )
     export.add_argument(
         "--opset", metavar="N", type=int, help="of onnx: the version of its operators (default: torch's choice)"
@@ -53,6 +61,8 @@ def run_export(arguments: argparse.Namespace) -> int:
         opset=arguments.opset,
         dense=arguments.dense,
         overwrite=arguments.overwrite,
+        overrides=arguments.overrides,
+        images=arguments.images,
     )
     if arguments.json:
         print(json.dumps(result, indent=2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
@@ -14,16 +15,16 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from compressvit.artifacts import artifact
-from compressvit.artifacts.export import SEAL, conversion_faults, replacing
+from compressvit.artifacts.export import INTEGERS, SEAL, STATIC, conversion_faults, replacing
 from compressvit.artifacts.formats.base import Format, Source, find_format
-from compressvit.artifacts.merge import in_float32, photograph_like
-from compressvit.data.input import InputConfig
+from compressvit.artifacts.merge import in_float32
 from compressvit.errors import UserError, option, switch
 from compressvit.model import cost, stored
 from compressvit.model.header import TENSORS
+from compressvit.runs import export_images
 from compressvit.runs.evaluate import artifact_in
 from compressvit.runs.folder import RESOLVED, RunFolder
-from compressvit.runs.own_data import own_images, own_input, own_recipe_data
+from compressvit.runs.own_data import own_input, own_recipe_data
 from compressvit.runs.owned import is_scratch, refuse_links
 from compressvit.runs.tables import how_measured, megabytes, ratio_text
 from compressvit.tasks.base import task_of
@@ -31,9 +32,8 @@ from compressvit.tasks.likeness import Likeness
 
 FOLDER = "exported"  # beside the artifact
 # Largest difference relative to the largest output: above what rounding was measured to do, and far below what a fault does
-TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1, "int8": 0.5}
-_PIXELS = 64 * 224 * 224  # of the images that are compared, in all
-_FEWEST, _MOST, _AT_ONCE = 4, 64, 8  # of these images
+TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1, "int8": 0.5, STATIC: 0.5}
+_AT_ONCE = 8  # of the images that are compared
 
 
 def export(
@@ -45,6 +45,8 @@ def export(
     opset: int | None = None,
     dense: bool = False,
     overwrite: bool = False,
+    overrides: Sequence[str] = (),
+    images: int | None = None,
 ) -> dict[str, Any]:
     """Write the artifact at `path`, or that of a run, in a format for other programs; open the file in its own runtime and compare it.
 
@@ -54,57 +56,46 @@ def export(
         output: the file, of 'timm' the folder; by default in `exported/` beside the artifact.
         precision: 'fp32', 'fp16' or 'bf16': of 'onnx' and 'pt2' of weights and arithmetic, with images and outputs in float32; of 'timm',
             'safetensors' and 'openvino' of the weights alone, which are compared in float32. Of 'onnx' also 'int8': of weights and of
-            what meets them, which is rounded in every batch.
+            what meets them, which is rounded in every batch; of 'onnx' and 'openvino' 'int8-static': with ranges measured on images.
         opset: version of ONNX's operators; None: torch's own choice.
         dense: write it also where 'timm' makes it larger than it is.
         overwrite: replace the files that are there.
+        overrides: of the data whose images are used instead of the run's, as ['data.name=images', 'data.root=FOLDER'].
+        images: of 'int8-static': how many training images ranges are measured on; None: 256.
 
     Returns:
         What was written, and how it compares: difference, agreement and milliseconds, which are None where weights alone are rounded.
 
     Raises:
         UserError: there is no artifact, a package is missing, the format cannot express the model, a file is there already, or what was
-            written does not compute what the artifact does. Nothing is left of it then.
+            written does not compute what the artifact does, or there are too few images to measure ranges on. Nothing is left of it then.
     """
     fmt = find_format(to)
+    export_images.require_count(images, precision)
     fmt.require(precision, opset)
     folder = artifact_in(Path(path).resolve())
     target = _target(folder, fmt, precision) if output is None else _named(Path(output).resolve(), fmt)
-    _require_apart(target, folder)
-    _require_free(target, fmt, overwrite)
-    in_a_run = (folder.parent / RESOLVED).is_file()
+    _require_place(target, folder, fmt, overwrite)
+    data = export_images.data_of(folder, overrides, precision)
     if output is None and target.parent.exists():
         refuse_links(target.parent)
-    with RunFolder(folder.parent).owned() if in_a_run and output is None else nullcontext():
+    with RunFolder(folder.parent).owned() if output is None and (folder.parent / RESOLVED).is_file() else nullcontext():
         source = _source(folder, precision, opset, dense)
         fmt.refuse(source)
-        images, what = _images(folder, source.input)
+        compared, what = export_images.compared(folder, source.input, data if overrides else None)
+        source, measured = export_images.calibrated(source, data, images, not overrides)
         with replacing(target) as scratch:
-            told = _written(fmt, source, scratch / target.name, images, what)
+            told = _written(fmt, source, scratch / target.name, compared, what)
         for name in set(fmt.beside(target.name)) - set(told["bytes"]):  # of an earlier one, which needed it
             target.with_name(name).unlink(missing_ok=True)
     return {
         "artifact": str(folder),
         "artifact_bytes": (folder / TENSORS).stat().st_size,
         "written": str(target),
-        "format": fmt.name,
-        "precision": precision,
-        "task": source.task.name,
-        "input_size": list(source.input.size),
-        "images": len(images),
-        "compared_on": what,
+        "ranges_of": measured,
         **told,
         "how": fmt.how(target),
     }
-
-
-def _images(folder: Path, config: InputConfig) -> tuple[Tensor, str]:
-    """Images to compare on, of the run if it has any, and what they are."""
-    images = own_images(folder, config, _count(config))
-    if images is not None:
-        return images, f"{len(images)} held-out images of the run"
-    images = photograph_like(_count(config), config)
-    return images, f"{len(images)} made-up images"
 
 
 def _source(folder: Path, precision: str, opset: int | None, dense: bool) -> Source:
@@ -121,21 +112,28 @@ def _written(fmt: Format, source: Source, path: Path, images: Tensor, what: str)
     """Write a file, open it again, and compare it with the model; returns what the result says of it."""
     fmt.write(source, path)
     with conversion_faults(f"a file that {fmt.runtime} opens"):
-        timed = (
-            fmt.computes or source.precision == "fp32"
-        )  # who rounds weights alone wants other arithmetic than what is run here
+        # who rounds weights alone wants other arithmetic than what is run here
+        timed = fmt.computes_in(source.precision)
         likeness, times = _compared(source, fmt.open(path, source), images, timed)
     _require_alike(likeness, source, fmt, what)
+    parts = [path, *(path.with_name(name) for name in fmt.parts(path.name))]
     others = {file.name: _bytes(file) for file in sorted(path.parent.iterdir()) if file != path}
     return {
+        "format": fmt.name,
+        "precision": source.precision,
+        "task": source.task.name,
+        "input_size": list(source.input.size),
+        "images": len(images),
+        "compared_on": what,
         **fmt.chosen(path),
         "bytes": {path.name: _bytes(path), **others},
+        "exported_bytes": sum(_bytes(file) for file in parts if file.exists()),
         "runtime": f"{fmt.runtime} {_version(fmt.runtime)}",
         "difference": likeness.difference,
         "tolerance": TOLERANCES[source.precision],
         "agreement": likeness.agreement,
         "agreement_text": likeness.text,
-        "rounded": None if source.precision == "fp32" else "weights and arithmetic" if fmt.computes else "weights",
+        "rounded": None if source.precision == "fp32" else "weights and arithmetic" if timed else "weights",
         "latency_ms": times and dict(zip(("artifact", "exported"), times.medians, strict=True)),
         "latency_ratio": times and times.ratio(1),
         "latency_on": times and f"cpu, {cost.threads_text()}",
@@ -174,6 +172,12 @@ def _require_apart(target: Path, folder: Path) -> None:
         )
 
 
+def _require_place(target: Path, folder: Path, fmt: Format, overwrite: bool) -> None:
+    """Raise a `UserError` where nothing may be written at `target`."""
+    _require_apart(target, folder)
+    _require_free(target, fmt, overwrite)
+
+
 def _require_free(target: Path, fmt: Format, overwrite: bool) -> None:
     """Raise a `UserError` where a file would be replaced that is not to be, or a folder that no export wrote."""
     if not fmt.suffix and target.is_dir():
@@ -200,11 +204,6 @@ def _require_free(target: Path, fmt: Format, overwrite: bool) -> None:
         raise UserError(
             f"{taken[0]} is there already. Give {switch('overwrite')} to replace it, or another {option('output')}"
         )
-
-
-def _count(config: InputConfig) -> int:
-    """How many images are compared: the fewer, the larger they are."""
-    return max(_FEWEST, min(_MOST, _PIXELS // (config.height * config.width)))
 
 
 @torch.inference_mode()
@@ -236,7 +235,10 @@ def _require_alike(likeness: Likeness, source: Source, fmt: Format, images: str)
         return
     ways = {
         "fp16": "numbers above 65,504 do not fit into fp16; try fp32, or bf16 where the format has it",
-        "int8": "int8 is too few bits for the numbers between its layers; try fp16, or the step `quantise`, which rounds weights alone",
+        **dict.fromkeys(
+            INTEGERS,
+            "int8 is too few bits for the numbers between its layers; try fp16, or the step `quantise`, which rounds weights alone",
+        ),
         "bf16": "bf16 has 8 bits of precision, which can be too few; try fp32",
         "fp32": "this is a fault of the exporter or the runtime; try another format or opset",
     }
@@ -270,8 +272,9 @@ def print_export(result: dict[str, Any], console: Console) -> None:
     table = Table(
         title=f"{result['format']}{chosen}, {result['precision']}, any number of images {size}", title_justify="left"
     )
-    times, (main, *_) = result["latency_ms"], result["bytes"].values()
-    rows = [["artifact", megabytes(result["artifact_bytes"])], [result["runtime"], megabytes(main)]]
+    times = result["latency_ms"]
+    sizes = (("artifact", result["artifact_bytes"]), (result["runtime"], result["exported_bytes"]))
+    rows = [[name, megabytes(size)] for name, size in sizes]
     if times:
         rows[0] += [f"{times['artifact']:.2f} ms", "1.00"]
         rows[1] += [f"{times['exported']:.2f} ms", ratio_text(result["latency_ratio"])]
@@ -280,6 +283,8 @@ def print_export(result: dict[str, Any], console: Console) -> None:
     for row in rows:
         table.add_row(*row)
     console.print(table)
+    if result["ranges_of"]:
+        line(f"ranges measured on {result['ranges_of']}")
     line(f"compared on {result['compared_on']}: {result['agreement_text']}")
     line(
         f"largest difference: {result['difference']:.1e} of the largest output (up to {result['tolerance']:g} is rounding)"

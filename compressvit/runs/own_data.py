@@ -33,14 +33,17 @@ def own_input(folder: Path, model: nn.Module) -> InputConfig:
     return input_config(model, data, trained=True, own_crop=True)
 
 
-def own_images(folder: Path, config: InputConfig, count: int, datasets: Datasets | None = None) -> torch.Tensor | None:
+def own_images(
+    folder: Path, config: InputConfig, count: int, datasets: Datasets | None = None, data: Data | None = None
+) -> torch.Tensor | None:
     """Held-out images of the run that contains the artifact in `folder`: up to `count`, from all over the set (of a streaming one the
     first), normalised (B, C, H, W). None if it is in no run, or the data is no longer there.
 
     Args:
         datasets: the data, if it is already open.
+        data: instead of that of the run.
     """
-    data = own_recipe_data(folder)
+    data = data or own_recipe_data(folder)
     if data is None:
         return None
     try:

@@ -14,7 +14,9 @@ from compressvit.reading import kind_of
 
 LOCK = ".lock"  # while a process writes into the folder
 _ARTIFACT = rf"(?:{re.escape(MANIFEST)}|{re.escape(TENSORS)})"
-_EXPORTED = r"exported/(student|teacher|merged)(_fp16|_bf16|_int8)?"  # an artifact of the run, in a precision
+_EXPORTED = (
+    r"exported/(student|teacher|merged)(_fp16|_bf16|_int8|_int8-static)?"  # an artifact of the run, in a precision
+)
 _EVENTS = r"tensorboard/events\.out\.tfevents\..+"
 # Files by their path in the folder. A folder is ours where files of ours would lie in it.
 _FILES = (

@@ -13,6 +13,7 @@ from helpers.runs import done, refused, run
 import compressvit
 from compressvit.artifacts.formats.base import FORMATS, Opened
 from compressvit.artifacts.formats.safetensors import Safetensors
+from compressvit.runs.export import TOLERANCES
 from compressvit.runs.owned import foreign
 
 
@@ -63,6 +64,16 @@ def test_an_artifact_alone_is_compared_on_made_up_images(ended, tmp_path):
     assert told["written"] == str(tmp_path / "exported" / "model_fp16.safetensors")
     assert told["compared_on"] == "64 made-up images"
     assert 0 < told["difference"] < 2e-2  # measured 3e-4
+    words = (
+        "export",
+        tmp_path / "model",
+        "--to",
+        "safetensors",
+        "--overwrite",
+        "data.name=digits",
+        "data.limit_val=20",
+    )
+    assert json.loads(done(*words, "--json"))["compared_on"] == "20 held-out images of the data given"
     assert (told["rounded"], told["latency_ms"], told["latency_ratio"]) == ("weights", None, None)
     file = tmp_path / "exported" / "model_fp16.safetensors"
     assert "is a file, which compressvit.load and `compressvit evaluate` alone read" in refused("merge", file)
@@ -149,6 +160,19 @@ def test_a_file_that_computes_something_else_is_not_left(ended, monkeypatch, fau
         (("--to", "pt2", "--opset", "18"), "--opset 18: opsets are of ONNX"),
         (("--to", "openvino", "--precision", "bf16"), "--precision bf16: OpenVINO is written in fp32 or fp16"),
         (("--to", "timm"), "--to timm: multiplex cannot be folded"),
+        (
+            ("--to", "onnx", "--images", "64"),
+            "--images 64: ranges are measured on images for --precision int8-static alone",
+        ),
+        (
+            ("--to", "onnx", "--precision", "int8-static", "--images", "8"),
+            "--images 8: ranges are measured on at least 16",
+        ),
+        (
+            ("data.mean=[0.5]", "--to", "pt2"),
+            "data.mean=[0.5]: the student is exported for images as it was trained on",
+        ),
+        (("data.name=folder", "data.root=nowhere", "--to", "pt2"), "data.root=nowhere: there is no such folder"),
         (("--to", "pt2", "--output", "student.pt"), "a file of --to pt2 ends in .pt2; name it student.pt.pt2"),
     ],
 )
@@ -188,10 +212,35 @@ def test_a_run_in_onnx_at_once(ended):
     assert "is not a model that onnxruntime reads" in refused("evaluate", ended.parent / "other.onnx")
 
 
+@pytest.mark.wide
+def test_ranges_are_measured_on_training_images_of_the_run_or_of_the_data_given(ended):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    words = ("export", ended, "--to", "onnx", "--precision", "int8-static")
+    told = json.loads(done(*words, "--images", "20", "--json"))
+    file = ended / "exported" / "student_int8-static.onnx"
+    assert (told["written"], told["rounded"]) == (str(file), "weights and arithmetic")
+    assert told["ranges_of"].startswith("20 of ")
+    assert told["ranges_of"].endswith(" training images of the run")
+    assert told["latency_ratio"][1] > 0
+    assert foreign(ended) is None
+    assert "ranges measured on 24 of 24 training images of the data given" in done(
+        *words, "--overwrite", "data.limit_train=24"
+    )
+    assert json.loads(done("evaluate", file, "--json"))["images"] > 0
+    before = file.read_bytes()
+    message = refused(*words, "--overwrite", "data.limit_train=9")
+    assert "at least 16 images, and of the data given 9 training images can be read" in message
+    assert file.read_bytes() == before
+    shutil.move(ended / "student", ended.parent / "model")
+    message = refused("export", ended.parent / "model", *words[2:])
+    assert "is in no run folder; add data.name=images data.root=FOLDER" in message
+
+
 def test_whatever_a_format_writes_in_a_run_is_the_runs_own(tmp_path):
     """Or the run could no longer be started again in its folder."""
     for fmt in FORMATS.values():
-        for precision in ("", "_fp16", "_bf16"):
+        for precision in ("", *(f"_{word}" for word in TOLERANCES if word != "fp32")):
             name = f"student{precision}{fmt.suffix or f'_{fmt.name}'}"
             inside = [f"{name}/{file}" for file in (*fmt.inside, "export.json")]
             for file in inside if not fmt.suffix else [name, *fmt.beside(name)]:

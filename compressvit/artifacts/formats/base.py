@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from compressvit import __version__
-from compressvit.artifacts.export import PRECISIONS, SEAL, Graph, exported, require_packages
+from compressvit.artifacts.export import INTEGERS, PRECISIONS, SEAL, Graph, exported, require_packages
 from compressvit.artifacts.exported_model import Reopened
 from compressvit.data.input import InputConfig
 from compressvit.errors import UserError, did_you_mean, option
@@ -37,11 +37,13 @@ class Source:
         model: on the CPU, in float32 and eval mode; not to be changed.
         task: what its outputs mean.
         input: what it expects of images.
-        precision: of the weights in the file and, where the format `computes` in it, of the arithmetic: 'fp32', 'fp16', 'bf16' or 'int8'.
+        precision: of the weights in the file and, where the format `computes` in it, of the arithmetic: 'fp32', 'fp16', 'bf16', 'int8' or
+            'int8-static'.
         name: where it comes from, in words that can be published.
         opset: version of ONNX's operators, where the format has such; None: its own choice.
         dense: whether it may have more parameters than the model, where the format has no other layers than dense ones.
         exif: whether its images were turned as their EXIF blocks say.
+        calibration: batches (B, C, H, W) of normalised images, where the precision needs them.
     """
 
     model: nn.Module
@@ -52,6 +54,7 @@ class Source:
     opset: int | None = None
     dense: bool = False
     exif: bool = False
+    calibration: Sequence[Tensor] = ()
 
     @cached_property
     def reference(self) -> tuple[nn.Module, tuple[str, ...]]:
@@ -78,6 +81,7 @@ class Source:
             "num_classes": getattr(self.model, "num_classes", 0) or 0,
             "outputs": list(self.reference[1]),
             "precision": self.precision,
+            **({"calibration_images": sum(map(len, self.calibration))} if self.calibration else {}),
             **self.input.as_dict(),
             "exif": self.exif,
             **({"label_names": names} if names else {}),
@@ -116,7 +120,7 @@ class Format(ABC):
         packages: what must be installed, as Python imports it.
         install: what `pip install` takes for them.
         precisions: those that it has, the usual one first.
-        computes: whether what opens a file computes in its precision; otherwise weights alone are rounded to it.
+        computes: whether what opens a file in a lower precision of floats computes in that; otherwise weights alone are rounded to it.
         has_opset: whether it takes an opset.
         any_model: whether it takes any student as it is.
         reads: whether it has a `read`, so that `compressvit evaluate` takes its files.
@@ -149,6 +153,10 @@ class Format(ABC):
         if opset is not None and not self.has_opset:
             raise UserError(f"{option('opset', opset)}: opsets are of ONNX, and {self.title} has none; leave it out")
         require_packages(self.title, self.packages, self.install)
+
+    def computes_in(self, precision: str) -> bool:
+        """Whether what opens a file of that precision computes in it."""
+        return self.computes or precision in ("fp32", *INTEGERS)
 
     def refuse(self, source: Source) -> None:  # noqa: B027 - a default, not a gap
         """Raise a `UserError` where the format cannot express a model."""

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from compressvit.artifacts.export import conversion_faults
+from compressvit.artifacts.export import STATIC, conversion_faults, onnx_program, require_packages
 from compressvit.artifacts.exported_model import GraphFile, Port, Reopened, reopened
 from compressvit.artifacts.formats.base import Format, Opened, Source, format_of_files
+from compressvit.artifacts.int8 import RUNTIME, round_weights_and_ranges
 from compressvit.errors import UserError
 from compressvit.reading import open_regular
 
@@ -28,10 +30,15 @@ class OpenVINO(Format):
     suffix = ".xml"
     packages = ("openvino",)
     install = "'compressvit[openvino]'"
-    precisions = ("fp32", "fp16")
+    precisions = ("fp32", "fp16", STATIC)
     computes = False
     reads = True
     runtime = "openvino"
+
+    def require(self, precision: str, opset: int | None) -> None:
+        super().require(precision, opset)
+        if precision == STATIC:
+            require_packages(f"{self.title} in int8", RUNTIME, "'compressvit[onnx]'")
 
     def parts(self, name: str) -> list[str]:
         return [f"{name.removesuffix(self.suffix)}.bin"]
@@ -40,7 +47,7 @@ class OpenVINO(Format):
         import openvino
 
         with conversion_faults("OpenVINO's graph"):
-            model = openvino.convert_model(_in_fp32(source).program)
+            model = _rounded(source) if source.precision == STATIC else openvino.convert_model(_in_fp32(source).program)
             model.reshape([-1, *source.input.size])
             model.input(0).get_tensor().set_names({"images"})
             for output, name in zip(model.outputs, source.reference[1], strict=True):
@@ -94,6 +101,17 @@ def _metadata(path: Path) -> dict[str, str]:
 def _port(found: Any) -> Port:
     sides = [side.get_length() if side.is_static else None for side in found.partial_shape]
     return Port(next(iter(sorted(found.names)), ""), sides, found.element_type.get_type_name() == "f32")
+
+
+def _rounded(source: Source) -> Any:
+    """The graph in int8, of the file in ONNX."""
+    import openvino
+
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "model.onnx"
+        onnx_program(source.graph).save(file)
+        round_weights_and_ranges(file, source.calibration)
+        return openvino.convert_model(file)
 
 
 def _in_fp32(source: Source) -> Any:
