@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -102,8 +101,8 @@ class Regression:
     def solve(self, prior: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """The matrix (out, in) that predicts y from x best, with a ridge towards `prior`, and the moment E[xᵀx] (in, in) of errors in it.
 
-        The ridge is the one of `ridges` that does best on the held-out images, whose error is taken to have one minimum; or where there are
-        none the largest, which leaves little but `prior`.
+        The ridge is the one of `ridges` that does best on the held-out images, or where there are none the largest, which leaves little
+        but `prior`.
 
         Args:
             prior: the teacher's weight (out, in).
@@ -111,14 +110,12 @@ class Regression:
         """
         chosen = self.ridges[-1]
         if self.held_out.weight:
-            moments = self.fitted.moments(bias)
-
-            def held_out_error(ridge: float) -> float:
+            moments, errors = self.fitted.moments(bias), []
+            for ridge in self.ridges:
                 found = _ridge_regression(*moments, prior, ridge)
                 beside = self.fitted.best_bias(found) if bias is None else bias
-                return self._weigh(self.held_out.squared_errors(found, beside))
-
-            chosen = _lowest(self.ridges, held_out_error)
+                errors.append(self._weigh(self.held_out.squared_errors(found, beside)))
+            chosen = self.ridges[errors.index(min(errors))]
         xx, yx = self.whole.moments(bias)
         return _ridge_regression(xx, yx, prior, chosen), xx
 
@@ -130,19 +127,6 @@ class Regression:
 
     def _weigh(self, squares: Tensor) -> float:
         return (squares if self.scale is None else squares * self.scale.square()).sum().item()
-
-
-def _lowest(rising: Sequence[float], error: Callable[[float], float]) -> float:
-    """The value with the lowest error, where that falls up to it and rises behind it: from the middle, as long as it falls."""
-    at = len(rising) // 2
-    errors = {at: error(rising[at])}
-    for step in (-1, 1):
-        while at + step in range(len(rising)) and at + step not in errors:
-            errors[at + step] = error(rising[at + step])
-            if errors[at + step] >= errors[at]:
-                break
-            at += step
-    return rising[at]
 
 
 def _ridge_regression(xx: Tensor, yx: Tensor, prior: Tensor, ridge: float) -> Tensor:

@@ -220,7 +220,7 @@ def projection(model: nn.Module, path: str, asker: str) -> nn.Module:
     """
     parent, _, name = path.rpartition(".")
     sublayer = model.get_submodule(parent)
-    if not hasattr(sublayer, name):
+    if getattr(sublayer, name, None) is None:
         have = [child for child, module in sublayer.named_children() if getattr(module, "weight", None) is not None]
         raise UserError(
             f"{asker}: {parent} of {model_name(model)} is a {class_in_timm(sublayer).__name__}, which has no {name} but {', '.join(have)}; "

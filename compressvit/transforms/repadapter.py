@@ -185,9 +185,11 @@ class RepAdapterPlan(TermPlan):
                 "or ship the artifact as it is"
             )
         if self.unbiased is not None:
+            how = " (qkv_bias=True)" if self.unbiased.endswith(".qkv") else ""
             raise UserError(
                 f"repadapter cannot be folded: {self.unbiased} has no bias to take in its shift. Adapt after the sublayers "
-                "(position: after) or the MLP alone (place: mlp), build the model with that bias, or ship the artifact as it is"
+                "(position: after) or the MLP alone (place: mlp), build the model with that bias"
+                f"{how}, or ship the artifact as it is"
             )
         refuse_tied(model, self.transform, [f"{name}.weight" for name in _merged(model, self.paths, self.position)])
         super().fold(model)

@@ -57,7 +57,7 @@ class WithScales:
 
 
 class IA3Plan(TermPlan):
-    """A resolved `IA3`: the fused qkv layers, whose keys and values are scaled, and the layers that read the hidden neurons."""
+    """A resolved `IA3`: the layers that give keys and values, one `qkv` or one for each, and those that read the hidden neurons."""
 
     mixin = WithScales
     slot = "ia3"
@@ -72,7 +72,8 @@ class IA3Plan(TermPlan):
     def term(self, module: Any, path: str) -> tuple[nn.Module, str]:
         (outputs, inputs), like = weight_shape(module), new_like(next(module.parameters()))
         if path in self.qkv:
-            return Scales(outputs * 2 // 3, False, **like), "+ scales of keys and values"
+            fused = path.endswith(".qkv")
+            return Scales(outputs * 2 // 3 if fused else outputs, False, **like), "+ scales of keys and values"
         return Scales(inputs, True, **like), "+ scales of the hidden neurons"
 
     def folds_into(self, path: str) -> list[str]:
@@ -96,8 +97,11 @@ class IA3(Transform):
     needs = ("attention",)
 
     def plan(self, model: nn.Module, reference: Reference | None = None) -> IA3Plan:
-        paths = [info.path for info in self.backbone(model).blocks]
-        qkv, fc2 = ([f"{path}.{place}" for path in paths] for place in ("attn.qkv", "mlp.fc2"))
+        blocks = self.backbone(model).blocks
+        qkv = [
+            f"{info.path}.{name}" for info in blocks for name in info.projections[-2:]
+        ]  # without queries of their own
+        fc2 = [f"{info.path}.mlp.fc2" for info in blocks]
         for path in (*qkv, *fc2):
             projection(model, path, "ia3")  # whose message says what a block has instead
         return IA3Plan(qkv=tuple(qkv), fc2=tuple(fc2))

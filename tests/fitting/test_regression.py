@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from compressvit.fitting.held_out import every_fourth
-from compressvit.fitting.regression import RIDGES, Regression, _lowest
+from compressvit.fitting.regression import RIDGES, Regression
 
 IMAGES, TOKENS, INNER, OUT = 8, 3, 4, 2
 
@@ -118,16 +118,3 @@ def test_a_layer_whose_inputs_are_zero_keeps_its_weight():
     regression = filled(torch.zeros(IMAGES, TOKENS, INNER), y, weights, 4)
     for bias in (None, torch.zeros(OUT, dtype=torch.float64)):
         torch.testing.assert_close(regression.solve(prior, bias)[0], prior)
-
-
-@pytest.mark.parametrize("lowest", range(7))
-def test_a_ridge_is_searched_for_from_the_middle(lowest):
-    asked = []
-
-    def error(ridge: float) -> float:
-        asked.append(ridge)
-        return abs(ridge - lowest)
-
-    assert _lowest(range(7), error) == lowest
-    assert len(asked) == len(set(asked)) <= 6
-    assert len(asked) == 3 or lowest != 3

@@ -133,7 +133,7 @@ def test_a_tied_weight_and_a_missing_bias_are_found_in_the_plan(tmp_path):
     recipe = recipe_with(tmp_path, "load_weights: {artifact: x}\n  - repadapter: {width: 4}")
     code, out, _ = run("plan", recipe, "teacher.args.qkv_bias=false")
     assert code == 2
-    assert "merge: the Linear has no bias to absorb the shift" in out
+    assert "blocks.0.attn.qkv has no bias to take in its shift" in out
     assert "qkv_bias=True" in out
     shared = surgery.skeleton(compress(build("vit"), [Multiplex(share=2, head_mixing=False), RepAdapter(width=4)]))
     shared._compression.plans.pop(0)
