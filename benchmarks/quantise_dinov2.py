@@ -55,7 +55,7 @@ def _smaller(share: float) -> Shrink:
 
 def _together(size: float, **others: float) -> tuple[Transform, ...]:
     """Structure and bits from one budget."""
-    before = Shrink(budget={"bytes": size * 1e6, **others}, bits=Quantise.model_fields["choices"].default)
+    before = Shrink(budget={"bytes": size * 1e6, **others}, rounded=True)
     return before, Quantise(budget={"bytes": size * 1e6})
 
 

@@ -26,6 +26,7 @@ from compressvit.model import surgery
 from compressvit.model.backbone import describe, family_of, head_names
 from compressvit.rows import append_row, read_rows, rewrite_rows
 from compressvit.training.spec import Training
+from compressvit.training.terms.base import OF_TERMS
 
 ROWS = "gradients.jsonl"
 GROUPS = ("attention", "MLP", "norms", "transforms", "embeddings", "head", "other")
@@ -115,7 +116,8 @@ class GradientWatch:
 
     def _row(self, step: int, epoch: int, scale: float) -> GradientRow | None:
         """The row of a step; None if a norm is not finite, in which case mixed precision skips the step."""
-        tensors = {name: p.grad for name, p in self._model.named_parameters() if p.grad is not None}
+        named = self._model.named_parameters()
+        tensors = {name: p.grad for name, p in named if name in self._places and p.grad is not None}
         found = [
             torch.linalg.vector_norm(g, dtype=torch.float64 if g.device.type != "mps" else None)  # MPS has no float64
             for g in [*tensors.values(), *self._uses.gradients.values()]
@@ -167,7 +169,8 @@ def gradient_rows(run: Path, phase: str | None = None, *, last: bool = False) ->
 
 
 def places(model: nn.Module) -> dict[str, tuple[str, str]]:
-    """Layer and kind (of `GROUPS`) of every parameter, a shared one under each of its names, in the order of the model.
+    """Layer and kind (of `GROUPS`) of every parameter, a shared one under each of its names, in the order of the model; of what its loss
+    terms train, none.
 
     Layers are blocks, named by their paths, and modules outside of blocks, e.g. 'patch_embed' or 'layers.1.downsample'.
     """
@@ -177,6 +180,8 @@ def places(model: nn.Module) -> dict[str, tuple[str, str]]:
     found = {}
     for name, _ in model.named_parameters(remove_duplicate=False):
         path, _, own = name.rpartition(".")
+        if name.startswith(f"{OF_TERMS}."):
+            continue
         layer = next((block for block in blocks if name.startswith(f"{block}.")), None) or _outside(name)
         kind = type(model.get_submodule(path)).__mro__
         if name in added:

@@ -38,14 +38,19 @@ class Part:
 
 
 def parts_of(steps: Iterable[Spec]) -> list[Part]:
-    """The parts of a list of steps. A step that is neither a transform nor a phase (a final merge) belongs to no part."""
+    """The parts of a list of steps. A step that is neither a transform nor a phase (a final merge) belongs to no part.
+
+    Raises:
+        UserError: a transform counts on a later one that is not there.
+    """
+    steps = list(steps)
     parts: list[Part] = []
     waiting: list[Transform] = []
     start = end = 0
     for index, spec in enumerate(steps):
         end = index + 1
         if isinstance(spec, Transform):
-            waiting.append(spec)
+            waiting.append(spec.before([later for later in steps[end:] if isinstance(later, Transform)]))
         elif isinstance(spec, PhaseSpec):
             parts.append(Part(tuple(waiting), spec, start, index))
             waiting, start = [], end

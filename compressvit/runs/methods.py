@@ -99,4 +99,7 @@ def steps_of(
     last = budgeted(steps, unit)
     own = steps[last]
     replaced = own.with_budget(unit, size) if method in (None, own.name) else METHODS[method].step(model, unit, size)
-    return [*steps[:last], replaced or own, *steps[last + 1 :]]
+    before = [
+        step.with_budget(unit, size) if isinstance(step, Shrink) and step.rounded else step for step in steps[:last]
+    ]
+    return [*before, replaced or own, *steps[last + 1 :]]

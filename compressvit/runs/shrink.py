@@ -25,7 +25,6 @@ from compressvit.recipe.yaml import dumped
 from compressvit.runs.apply import RunResult, apply
 from compressvit.runs.labels import labels_for
 from compressvit.runs.models import teacher_architecture
-from compressvit.transforms.quantise import Quantise
 from compressvit.transforms.shrink import Shrink
 from compressvit.transforms.shrink.keep import ShrinkKeep
 from compressvit.transforms.shrink.prices import Unit
@@ -162,7 +161,7 @@ def _size(recipe: Mapping[str, Any]) -> str:
 
 
 def _rounding(teacher: nn.Module, step: dict[str, Any]) -> dict[str, Any]:
-    """The options of the `quantise` step behind `shrink`, which gets the numbers of bits to choose from where bytes have a limit."""
+    """The options of the `quantise` step behind `shrink`, which counts on it where bytes have a limit."""
     if "budget" not in step:
         raise UserError(
             f"{switch('quantise')}: {option('keep')} judges students before they are rounded, so the one it finds might keep less; give "
@@ -171,7 +170,7 @@ def _rounding(teacher: nn.Module, step: dict[str, Any]) -> dict[str, Any]:
     limit = step["budget"].get("bytes")
     if limit is None:
         return {"bits": 4}
-    step["bits"] = list(Quantise.model_fields["choices"].default)
+    step["rounded"] = True
     return {"budget": {"bytes": int(limit * cost.file_bytes(teacher) if limit <= 1 else limit)}}
 
 

@@ -50,8 +50,8 @@ def match_layers(
         likeness: CKA of blocks; None if there are no values yet, in which case 'auto' pairs blocks by depth.
 
     Returns:
-        The pairs, and a sentence on how they were chosen. If the architectures differ, 'matched' and 'auto' give no pairs, and only the
-        prediction is distilled.
+        The pairs, and a sentence on how they were chosen. If the architectures differ, or for 'matched' depths or tokens, there are no
+        pairs, and relations are not distilled.
 
     Raises:
         UserError: a given index does not exist, or a pair differs in stage, resolution, window or shift.
@@ -64,14 +64,14 @@ def match_layers(
         if depths[0] != depths[1]:
             return [], (
                 f"the student has stages of {depths[0]} blocks and the teacher of {depths[1]}: "
-                "no layer pairs, only the prediction is distilled; give distill.layers to pair them yourself"
+                "no layer pairs, so relations are not distilled; give distill.layers to pair them yourself"
             )
         indices = tuple((i, i) for i in _group_ends(student, ours))
         unlike = next((i for i, _ in indices if _place(ours.blocks[i]) != _place(theirs.blocks[i])), None)
         if unlike is not None:
             return [], (
-                f"block {unlike} has other tokens in the student than in the teacher (stage, resolution or windows): no layer pairs, "
-                "relations are not distilled; give distill.layers to pair blocks yourself"
+                f"block {unlike} has other tokens in the student than in the teacher (stage, resolution or windows): no layer "
+                "pairs, so relations are not distilled; build both for images and windows of one size to have them"
             )
         how = "the last block of every share group" if compression_of(student).ties else "the last block of every stage"
     elif isinstance(layers, str):
@@ -90,7 +90,7 @@ def _no_pairs(student: nn.Module, teacher: nn.Module, layers: str | tuple[tuple[
     if _blocks(student) is _blocks(teacher) is None:
         reason = f"the blocks of {model_name(student)} and {model_name(teacher)} are not known to compressvit"
     if isinstance(layers, str):
-        return f"{reason}: no layer pairs, only the prediction is distilled"
+        return f"{reason}: no layer pairs, so relations are not distilled"
     ways = "; remove it to distil the prediction alone" if asker == "distill.layers" else ", whose blocks have no pairs"
     raise UserError(f"{asker} gives pairs, but {reason}{ways}")
 

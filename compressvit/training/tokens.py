@@ -21,7 +21,8 @@ class Layout:
     Attributes:
         width: of a token.
         prefix: what the tokens before the patches are, in their order.
-        grid: height and width of the patches; None where they come as a map (B, height, width, width of a token).
+        grid: height and width of the patches; None where they come as a map (B, height, width, width of a token), or where the model does
+            not say, in which case they are taken for a square.
     """
 
     width: int
@@ -53,12 +54,16 @@ class Layout:
         if tokens.ndim == 4:
             return tokens
         count = tokens.shape[1] - len(self.prefix)
-        height, width = self.grid or (1, count)
+        height, width = self.grid or (1, 1)
         if height * width != count:  # of another image size: a grid of the same shape
             height = round((count * height / width) ** 0.5)
             width = count // max(height, 1)
         if height * width != count:
-            raise UserError(f"losses.feature: {count} patches are no grid of the shape of {self.grid}")
+            shape = _by(self.grid) if self.grid else "of a square"
+            raise UserError(
+                f"losses.feature: {count} patches are no grid of the shape {shape}, and the model does not say how else they lie; set "
+                "losses.feature.weight=0"
+            )
         return tokens[:, len(self.prefix) :].unflatten(1, (height, width))
 
     def image(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -66,6 +71,13 @@ class Layout:
         if CLASS in self.prefix:
             return tokens[:, self.prefix.index(CLASS)]
         return self.patches(tokens).mean(dim=(1, 2))
+
+    def before(self, tokens: torch.Tensor, other: Layout) -> torch.Tensor | None:
+        """The tokens that are compared with those of another model besides the patches, (B, n, C): all that stand before them, where the
+        other has the same; else what stands for the image; None where neither has a class token."""
+        if self.prefix == other.prefix:
+            return tokens[:, : len(self.prefix)] if self.prefix else None
+        return self.image(tokens)[:, None] if CLASS in (*self.prefix, *other.prefix) else None
 
 
 def resized(patches: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -83,15 +95,15 @@ def differences(student: Layout, teacher: Layout) -> str:
         found.append(
             f"a projection {student.width} → {teacher.width} is trained with the student and dropped at the end"
         )
-    if student.grid != teacher.grid:
-        known = _by(teacher.grid) if student.grid and teacher.grid else "map of"
-        to = _by(student.grid) if student.grid and teacher.grid else "the student's grid"
-        found.append(f"the teacher's {known} patches are resized to {to}")
+    if not (student.grid and teacher.grid):
+        found.append("where its map of patches has another size, the teacher's is resized to the student's")
+    elif student.grid != teacher.grid:
+        found.append(f"the teacher's {_by(teacher.grid)} patches are resized to {_by(student.grid)}")
     if student.prefix != teacher.prefix:
         if (CLASS in student.prefix) != (CLASS in teacher.prefix):
             found.append("the mean of the patches stands for the class token that one of them lacks")
         if left := sorted({*student.prefix, *teacher.prefix} - {CLASS}):
-            found.append(f"{' and '.join(left)} tokens are left out")
+            found.append(f"{' and '.join(left)} tokens are left out, because the two have others")
     return "; ".join(found)
 
 

@@ -34,12 +34,17 @@ def plan_transforms(model: nn.Module, transforms: Sequence[Transform]) -> list[P
     """
     scratch = surgery.skeleton(model)
     plans = []
-    for spec in transforms:
+    for spec in in_context(transforms):
         require_open(scratch, spec.name)
         plan = spec.plan(scratch)
         apply_plans(scratch, [plan])
         plans.append(plan)
     return plans
+
+
+def in_context(transforms: Sequence[Transform]) -> list[Transform]:
+    """The transforms, each as it is before those that follow it."""
+    return [spec.before(transforms[i + 1 :]) for i, spec in enumerate(transforms)]
 
 
 def apply_plans(model: nn.Module, plans: Sequence[Plan]) -> list[LedgerEntry]:
@@ -80,6 +85,7 @@ def transform_(
         calibration: images for data-driven transforms, or a `Reference` of an identical model.
         tokens: of every image that are summed up, besides its prefix tokens; None for all.
     """
+    transforms = in_context(transforms)
     plan_transforms(model, transforms)  # without values: finds every conflict
     reference = (
         calibration if isinstance(calibration, Reference) else Reference(surgery.deep_copy(model), calibration, tokens)

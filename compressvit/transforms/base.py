@@ -234,6 +234,14 @@ class Transform(Spec):
         """What a plan assumes without a reference and determines with one, one sentence each."""
         return ()
 
+    def before(self, later: Sequence[Transform]) -> Transform:
+        """The step as it is planned where these follow it in the recipe; itself, unless it counts on one of them.
+
+        Raises:
+            UserError: that one is not there, or is another than it counts on.
+        """
+        return self
+
     def with_budget(self, unit: str, value: float) -> Transform | None:
         """A copy that may cost so much in one of its `budget_units`, in place of its own sizes or budget; None for a step whose size does
         not follow from a budget."""

@@ -16,6 +16,7 @@ from compressvit.model.taps import Taps
 from compressvit.training import loop
 from compressvit.training.phases.distill import Distill
 from compressvit.training.terms import Batch
+from compressvit.training.terms.feature import _projection
 from compressvit.training.tokens import CLASS, REGISTER, Layout, resized
 
 FEATURES = {"prediction": {"weight": 0}, "feature": {"weight": 1.0, "form": "mse", "prefix": 0.5}}
@@ -85,6 +86,61 @@ def test_a_constant_map_is_constant_at_any_size():
     for size in ((3, 2), (9, 14), (5, 7)):
         assert resized(patches, size).shape == (1, *size, 2)
         torch.testing.assert_close(resized(patches, size), torch.full((1, *size, 2), 3.0))
+
+
+def test_rows_stay_rows_at_another_size():
+    """A map that rises from the left to the right does so at any size, from the mean of the pixels on that side on."""
+    patches = torch.arange(8.0).expand(4, 8)[None, :, :, None]
+    smaller = resized(patches, (2, 4))[0, :, :, 0]
+    torch.testing.assert_close(smaller, torch.tensor([0.5, 2.5, 4.5, 6.5]).expand(2, 4), atol=0.25, rtol=0)
+    assert (smaller[0, 0] - 0.5).abs() > 0.1  # bilinear with antialiasing reaches beyond its two pixels: measured 0.21
+    assert resized(patches, (8, 2)).shape == (1, 8, 2, 1)
+
+
+def test_a_projection_begins_at_right_angles():
+    for inputs, outputs in ((16, 24), (24, 16)):
+        weight = _projection(inputs, outputs, torch.device("cpu")).weight
+        square = weight.mT @ weight if outputs >= inputs else weight @ weight.mT
+        torch.testing.assert_close(square, torch.eye(min(inputs, outputs)))
+
+
+def test_tokens_without_a_known_grid_are_a_square_or_refused():
+    layout = Layout(4)
+    tokens = torch.arange(9.0)[None, :, None].expand(1, 9, 4)
+    assert layout.patches(tokens)[0, :, :, 0].tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+    with pytest.raises(compressvit.UserError, match="8 patches are no grid of the shape of a square"):
+        layout.patches(torch.zeros(1, 8, 4))
+
+
+def test_maps_of_other_sizes_are_compared_and_have_no_part_for_the_image():
+    ours, theirs = (
+        built("swin_tiny_patch4_window7_224", {**SWIN, "img_size": size, "in_chans": 1}) for size in (32, 64)
+    )
+    (term,) = Distill(losses=FEATURES).terms(ours, [], teacher=theirs)
+    maps = [torch.randn(2, size, size, 16) for size in (4, 8)]
+    taps = [{"norm": {"output": each}} for each in maps]
+    loss, parts = term.function(Batch(torch.zeros(2, 0), torch.zeros(2, 0), *taps, torch.zeros(2)))
+    assert parts == {}
+    torch.testing.assert_close(loss, (maps[0] - resized(maps[1], (4, 4))).square().mean())
+    assert term.module is None
+
+
+def test_registers_that_both_have_are_compared():
+    ours, theirs = (built("vit_tiny_patch16_224", {**SMALL, "reg_tokens": 2, "embed_dim": width}) for width in (16, 24))
+    term, batch = term_and_batch(ours, theirs)
+    _, parts = term.function(batch)
+    mine, other = (taps["norm"]["output"][:, :3] for taps in (batch.student_taps, batch.teacher_taps))
+    torch.testing.assert_close(parts["feature_prefix"], (term.module(mine) - other).square().mean())
+    assert "register" not in term.note
+
+
+@pytest.mark.parametrize("whose", ["student", "teacher"])
+def test_a_model_without_such_features_is_refused(whose):
+    models = {"student": student(), "teacher": student(), whose: built("resnet10t", {"num_classes": 0})}
+    with pytest.raises(
+        compressvit.UserError, match=f"resnet10t, the {whose}, has no 'norm' whose outputs would be its"
+    ):
+        Distill(losses=FEATURES).terms(models["student"], [], teacher=models["teacher"])
 
 
 def test_another_image_size_has_a_grid_of_the_same_shape():

@@ -88,7 +88,7 @@ def test_matched_with_other_depths_distils_the_prediction():
     ):
         pairs, how = match_layers(student, teacher, "matched")
         assert pairs == []
-        assert how.endswith("only the prediction is distilled; give distill.layers to pair them yourself")
+        assert how.endswith("so relations are not distilled; give distill.layers to pair them yourself")
         assert depths.replace("\\", "") in how
 
 
@@ -106,7 +106,7 @@ def test_matched_with_another_architecture_distils_the_prediction(kind):
         pairs, how = match_layers(a, b, "matched")
         assert pairs == []
         reason = "not known to compressvit" if kind == "both unknown" else "of different architectures"
-        assert how.endswith(f"are {reason}: no layer pairs, only the prediction is distilled")
+        assert how.endswith(f"are {reason}: no layer pairs, so relations are not distilled")
         with pytest.raises(
             UserError,
             match=r"gives pairs, but .* are (of different architectures|not known to compressvit); remove it to distil the prediction",

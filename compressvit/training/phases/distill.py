@@ -11,6 +11,7 @@ from pydantic.config import JsonDict
 
 from compressvit.errors import UserError
 from compressvit.training.phases.base import PhasePlan, PhaseSpec, Setting, phase
+from compressvit.training.terms.base import OF_TERMS
 from compressvit.training.terms.section import LossSection, losses_section
 
 if TYPE_CHECKING:
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
     from compressvit.training.pairs import LayerPair, Likeness
     from compressvit.training.stage import Stage
     from compressvit.training.terms import Term
-
-
-_OF_TERMS = "_of_terms"
 
 
 def _show_default(schema: JsonDict) -> None:
@@ -147,8 +145,8 @@ def _trained_along(model: nn.Module, terms: Sequence[Term]) -> Iterator[None]:
     if not modules:
         yield
         return
-    model.add_module(_OF_TERMS, nn.ModuleDict(modules))
+    model.add_module(OF_TERMS, nn.ModuleDict(modules))
     try:
         yield
     finally:
-        del model._modules[_OF_TERMS]
+        del model._modules[OF_TERMS]

@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # reading a recipe does not need timm
     from compressvit.training.tokens import Layout
 
 
+OF_TERMS = "_of_terms"  # a model's module with what its loss terms train, while a phase runs
 FEATURES = "norm"  # where a model's features come out, unless its family says otherwise: the final norm
 
 
@@ -68,6 +69,7 @@ class TermSetting:
         task: what the student's outputs mean; None: classes.
         features, teacher_features: the paths of the modules whose outputs are the features of student and teacher.
         layout, teacher_layout: how these are arranged; None where that is not known.
+        absent: why one of the two has no features; empty where both have.
         device: of the student.
     """
 
@@ -79,6 +81,7 @@ class TermSetting:
     teacher_features: str = FEATURES
     layout: Layout | None = None
     teacher_layout: Layout | None = None
+    absent: str = ""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 

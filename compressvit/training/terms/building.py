@@ -71,13 +71,20 @@ def build_terms(
 
 def _between(setting: TermSetting, student: nn.Module, teacher: nn.Module) -> TermSetting:
     """The same with what the terms need to know of both models."""
-    from compressvit.model.backbone import family_of
+    from compressvit.model.backbone import family_of, model_name
     from compressvit.training.tokens import Layout
 
     family = family_of(teacher)
+    path = FEATURES if family is None else family.features
+    absent = [
+        f"{model_name(model)}, the {whose}, has no {name!r} whose outputs would be its features, tokens or maps with channels last"
+        for whose, model, name in (("student", student, setting.features), ("teacher", teacher, path))
+        if name not in dict(model.named_modules())
+    ]
     return replace(
         setting,
-        teacher_features=FEATURES if family is None else family.features,
+        teacher_features=path,
+        absent="; ".join(absent),
         layout=Layout.of(student),
         teacher_layout=Layout.of(teacher),
         device=next((p.device for p in student.parameters()), setting.device),

@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from compressvit.errors import UserError
 from compressvit.model.outputs import Outputs, tensors_of
 from compressvit.training import losses
 from compressvit.training.terms.base import Batch, LossTerm, Term, TermSetting, loss_term
@@ -23,8 +24,8 @@ class FeatureTerm(LossTerm):
 
     The maps are those of its pyramid, compared at every place, mean over levels. The teacher may have another width (a linear projection of
     the student's tokens is trained with the student, and dropped when the phase ends), another grid of patches (its map is resized to the
-    student's) and other prefix tokens (class tokens are compared; the mean of the patches stands for one that is not there; distillation
-    and register tokens that only one has are left out).
+    student's) and other prefix tokens (class tokens are compared; the mean of the patches stands for one that only one of them has; where
+    their distillation and register tokens differ, these are left out).
     """
 
     weight: float = Field(0.0, ge=0)
@@ -40,8 +41,13 @@ class FeatureTerm(LossTerm):
     def build(self, setting: TermSetting) -> Term:
         path = setting.features
         count = setting.prefix_tokens
-        if setting.layout and setting.teacher_layout and setting.layout != setting.teacher_layout:
-            return self._across(setting, setting.layout, setting.teacher_layout)
+        if setting.absent:
+            raise UserError(f"losses.feature: {setting.absent}; set losses.feature.weight=0")
+        ours, theirs = setting.layout, setting.teacher_layout
+        if (
+            ours and theirs and (ours != theirs or ours.grid is None)
+        ):  # of maps, the size is known only when they are there
+            return self._across(setting, ours, theirs)
 
         def function(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             student, teacher = (taps[path]["output"] for taps in (batch.student_taps, batch.teacher_taps))
@@ -56,8 +62,7 @@ class FeatureTerm(LossTerm):
             loss = self.prefix * prefix + (1 - self.prefix) * patches
             return loss, {"feature_prefix": prefix, "feature_patches": patches}
 
-        theirs = setting.teacher_features
-        return Term(self.name, self.weight, function, ((path, "output"),), ((theirs, "output"),))
+        return Term(self.name, self.weight, function, ((path, "output"),), ((setting.teacher_features, "output"),))
 
     def _across(self, setting: TermSetting, ours: Layout, theirs: Layout) -> Term:
         """Between models whose features are arranged otherwise."""
@@ -66,12 +71,13 @@ class FeatureTerm(LossTerm):
 
         def function(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             student, teacher = batch.student_taps[path]["output"], batch.teacher_taps[other]["output"]
-            pairs = [(ours.image(student), theirs.image(teacher))]
             patches = ours.patches(student)
-            pairs.append((patches, resized(theirs.patches(teacher), (patches.shape[1], patches.shape[2]))))
-            whole, each = (
-                losses.feature(s if project is None else project(s), t.to(s.dtype), self.form) for s, t in pairs
-            )
+            others = resized(theirs.patches(teacher), (patches.shape[1], patches.shape[2]))
+            each = losses.feature(patches if project is None else project(patches), others, self.form)
+            first, wanted = ours.before(student, theirs), theirs.before(teacher, ours)
+            if first is None or wanted is None:
+                return each, {}
+            whole = losses.feature(first if project is None else project(first), wanted, self.form)
             return self.prefix * whole + (1 - self.prefix) * each, {"feature_prefix": whole, "feature_patches": each}
 
         taps = ((path, "output"),), ((other, "output"),)
@@ -89,8 +95,8 @@ def _projection(inputs: int, outputs: int, device: torch.device) -> nn.Linear:
     """A layer that begins with rows, or columns, at right angles, whatever is drawn elsewhere."""
     layer = nn.Linear(inputs, outputs, device=device)
     if device.type != "meta":
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            nn.init.orthogonal_(layer.weight)
-        nn.init.zeros_(layer.bias)
+        drawn = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            layer.weight.copy_(torch.linalg.qr(drawn)[0] if outputs >= inputs else torch.linalg.qr(drawn.mT)[0].mT)
+            layer.bias.zero_()
     return layer

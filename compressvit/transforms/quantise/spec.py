@@ -13,6 +13,7 @@ bytes, and costs time. `compressvit.load(FOLDER, materialise=True)` makes a mode
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
 from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -111,7 +112,7 @@ class Quantise(Transform):
         if reference is not None:
             require_roundable(reference.model, where)
         if self.budget is None:
-            return self._resolved(where, dict.fromkeys(where.layers, self.bits or 4))
+            return self._resolved(where, dict.fromkeys(where.layers, *self.options()))
         value = self.budget.bytes
         limit = int(value * file_bytes(model) if value <= 1 else value)
         if reference is not None and self.needs_images:
@@ -121,11 +122,23 @@ class Quantise(Transform):
         def plan_of(bits: Mapping[str, int]) -> QuantisePlan:
             return self._resolved(where, dict(bits))
 
-        return spend(model, where.layers, sorted(set(self.choices)), limit, plan_of, reference)
+        return spend(model, where.layers, self.options(), limit, plan_of, reference)
 
-    def resolved(self, model: nn.Module, bits: dict[str, int]) -> QuantisePlan:
-        """The plan with these bits of the layers of blocks, by path."""
-        return self._resolved(sites(model, self.backbone(model), self.skip), bits)
+    def options(self) -> list[int]:
+        """The numbers of bits that a layer of a block may have, rising."""
+        return [self.bits or 4] if self.budget is None else sorted(set(self.choices))
+
+    def with_bits(self, model: nn.Module, bits: Mapping[str, int], others: int) -> QuantisePlan:
+        """The plan with these bits of the layers of blocks at paths, or within them, and of all others so many. What `skip` names need not
+        be there."""
+        there = [*(path for path, _ in model.named_modules()), *(name for name, _ in model.named_parameters())]
+        skip = [pattern for pattern in self.skip if any(fnmatch(name, pattern) for name in there)]
+        where = sites(model, self.backbone(model), skip)
+        found = {
+            path: next((own for outer, own in bits.items() if path == outer or path.startswith(f"{outer}.")), others)
+            for path in where.layers
+        }
+        return self._resolved(where, found)
 
     def _resolved(self, where: Sites, bits: dict[str, int]) -> QuantisePlan:
         settings = self.model_dump(include={"group", "metric", "sequential", "ridge", "sweeps"})

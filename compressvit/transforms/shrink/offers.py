@@ -21,7 +21,7 @@ from compressvit.transforms.narrow.fit import narrow_heads
 from compressvit.transforms.narrow.form import FC2, PROJ, BlockForm
 from compressvit.transforms.narrow.places import Place
 from compressvit.transforms.narrow.teacher import TeacherBlock, restricted
-from compressvit.transforms.shrink.prices import GROUP, Prices, Row, rank_price
+from compressvit.transforms.shrink.prices import Prices, Row, rank_price
 
 PARTS = 8  # widths that are tried, in eighths of the teacher's
 RANKS = 24  # ranks that are tried, of a layer
@@ -169,14 +169,16 @@ class _Offers:
     def _noise(self, layer: str) -> dict[int, float]:
         """What rounding a layer to each number of bits loses, in parts of what leaving it out would: independent errors of all numbers, in
         the metrics of its inputs and outputs, of which error feedback leaves a part."""
-        if self.teacher is None or not self.prices.bits:
+        rounding = self.prices.rounding
+        if self.teacher is None or rounding is None:
             return {}
+        group = rounding.group
         weight, moment, metric = self.teacher.weight(layer), self.teacher.centred(layer), self.teacher.metric(layer)
         outer = torch.ones(len(weight), dtype=torch.float64) if metric is None else metric.diagonal()
         whole = truncation_errors(weight, moment, self.teacher.settings.ridge, metric)[0].clamp(min=TINY)
         found = {}
         for bits in self.prices.bits:
-            lost = weight - values_of(nearest(weight.float(), bits, GROUP), bits, GROUP)
+            lost = weight - values_of(nearest(weight.float(), bits, group), bits, group)
             found[bits] = (_FED_BACK * (outer @ lost.square() @ moment.diagonal()) / whole).item()
         return found
 

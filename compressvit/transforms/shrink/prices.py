@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from compressvit.errors import UserError
 from compressvit.fitting.moments import tokens_at
 from compressvit.model import cost, surgery, ties
 from compressvit.model.backbone import describe, input_size
@@ -18,13 +20,11 @@ from compressvit.model.linear import weight_shape
 from compressvit.transforms.low_rank.budget import original_macs, original_parameters
 from compressvit.transforms.narrow.form import FC2, PROJ, BlockForm
 from compressvit.transforms.narrow.places import Place
-from compressvit.transforms.quantise.sites import sites
 from compressvit.transforms.quantise.spec import Quantise
 from compressvit.transforms.shrink.latency import LatencyTable
 
 Unit = Literal["parameters", "bytes", "macs", "latency"]
 Row = np.ndarray[Any, Any]  # (units,)
-GROUP: int = Quantise.model_fields["group"].default
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ class Prices:
         shapes: of the blocks, by path.
         table: of latency, where that is a unit.
         pivoted: the form of low-rank layers; auto: pivoted, or where latency is a unit whichever is faster.
-        bits: numbers of bits, rising, that a step after this one may give each weight, which then is what bytes are of; where nothing
-            else is said the fewest. Empty: weights are stored as they are.
+        rounding: a step after this one, whose file bytes are of, with the fewest `bits` of a weight where nothing else is said. None:
+            weights are stored as they are.
     """
 
     units: tuple[Unit, ...]
@@ -92,7 +92,7 @@ class Prices:
     shapes: Mapping[str, Shapes]
     table: LatencyTable | None = None
     pivoted: Literal["auto"] | bool = True
-    bits: tuple[int, ...] = ()
+    rounding: Quantise | None = None
 
     @classmethod
     def of(
@@ -102,7 +102,7 @@ class Prices:
         units: Sequence[Unit],
         table: LatencyTable | None = None,
         pivoted: Literal["auto"] | bool = True,
-        bits: Sequence[int] = (),
+        rounding: Quantise | None = None,
     ) -> Prices:
         """Those of a model's blocks; nothing is computed. Without a table latency has no price."""
         paths = [f"{place.path}.{layer}" for place in found for layer in place.layers]
@@ -112,7 +112,12 @@ class Prices:
         shapes = {place.path: Shapes.of(model, place) for place in found}
         known = tuple(unit for unit in units if table is not None or unit != "latency")
         whole = next(model.parameters()).element_size()
-        return cls(known, whole, tokens, keys, shapes, table, pivoted, tuple(sorted(set(bits))))
+        return cls(known, whole, tokens, keys, shapes, table, pivoted, rounding)
+
+    @property
+    def bits(self) -> list[int]:
+        """That a weight may have, rising; none where it is stored as it is."""
+        return [] if self.rounding is None else self.rounding.options()
 
     def row(self, parameters: float = 0, products: float = 0, milliseconds: float = 0, other_bytes: float = 0) -> Row:
         """(units,): of so many parameters, multiply-accumulates, milliseconds, and bytes of what is no parameter."""
@@ -147,14 +152,14 @@ class Prices:
         order = torch.int64.itemsize * min(outputs, inputs) if rank is not None and pivoted else 0
         time = 0.0 if self.table is None else self.table.layer(block, outputs, inputs, rank, pivoted=pivoted)
         if self.bits:
-            order += round(numbers * (rounded_size(self.bits[0]) - self.itemsize))
+            order += round(numbers * (self._rounded(self.bits[0]) - self.itemsize))
         return self.row(numbers, numbers * self.tokens[f"{block}.{layer}"], time, order)
 
     def rounded(self, price: Row, numbers: int) -> list[tuple[int | None, Row]]:
         """A layer whose weights have so many numbers with each of the `bits`, and its price, from that with the fewest."""
         if not self.bits or "bytes" not in self.units:
             return [(None, price)]
-        more = [round(numbers * (rounded_size(bits) - rounded_size(self.bits[0]))) for bits in self.bits]
+        more = [round(numbers * (self._rounded(bits) - self._rounded(self.bits[0]))) for bits in self.bits]
         return [(bits, price + self.row(other_bytes=size)) for bits, size in zip(self.bits, more, strict=True)]
 
     def products(self, block: str, heads: int, head_dim: int) -> Row:
@@ -203,11 +208,24 @@ class Prices:
         """
         each: dict[Unit, Callable[[], float]] = {
             "parameters": lambda: ties.count_parameters(empty),
-            "bytes": lambda: rounded_bytes(empty, bits, self.bits[0]) if self.bits else cost.file_bytes(empty),
+            "bytes": lambda: self._bytes(empty, bits),
             "macs": lambda: cost.macs(empty, input_size(empty)),
             "latency": lambda: self._latency(forms),
         }
         return np.array([each[unit]() for unit in self.units], dtype=float)
+
+    def _rounded(self, bits: int) -> float:
+        """Bytes of a number in so many bits, with its part of a scale."""
+        assert self.rounding is not None
+        return bits / 8 + torch.float16.itemsize / self.rounding.group
+
+    def _bytes(self, model: nn.Module, bits: Mapping[str, int]) -> int:
+        """Of the file of a model, where it is rounded with these bits of the layers at paths, or within them, and elsewhere the fewest."""
+        empty = surgery.skeleton(model)
+        if self.rounding is not None:
+            with suppress(UserError):  # a toy has nothing that is large enough to be rounded
+                self.rounding.with_bits(empty, bits, self.bits[0]).apply(empty)
+        return cost.file_bytes(empty)
 
     def _latency(self, forms: Mapping[str, BlockForm]) -> float:
         assert self.table is not None
@@ -229,22 +247,6 @@ class Prices:
             "latency": 0.0 if self.table is None else self.table.whole,
         }
         return np.array([each[unit] for unit in self.units], dtype=float)
-
-
-def rounded_size(bits: int) -> float:
-    """Bytes of a number in so many bits, with its part of a scale."""
-    return bits / 8 + 2 / GROUP
-
-
-def rounded_bytes(model: nn.Module, bits: Mapping[str, int], others: int) -> int:
-    """Size of the file of a model that `quantise` rounds, with these bits of the layers at paths or within them, and `others` elsewhere."""
-    empty = surgery.skeleton(model)
-    found = sites(empty, describe(empty), ()).layers
-    within = {
-        path: next((b for p, b in bits.items() if path == p or path.startswith(f"{p}.")), others) for path in found
-    }
-    Quantise().resolved(empty, within).apply(empty)
-    return cost.file_bytes(empty)
 
 
 def _keys(info: BlockInfo, tokens: int) -> int:

@@ -19,7 +19,7 @@ from compressvit.transforms.shrink.plan import ShrinkPlan
 from compressvit.transforms.shrink.prices import Prices, Row, Unit
 
 _ALMOST = 1e-9  # of a limit, by which sums of prices may be above it
-_ROUNDS = 5  # of exact counts, after each of which the limits are corrected
+_ROUNDS = 10  # of exact counts, after each of which the limits are corrected
 
 
 class Step(Protocol):
@@ -69,7 +69,7 @@ class Search:
     def within(self, parts: Mapping[str, Forms[Offer]]) -> ShrinkPlan:
         """The plan whose forms lose least within the limits."""
         wanted = self.limits - self._fixed
-        for _ in range(_ROUNDS):
+        for round in range(_ROUNDS):
             chosen = choose(parts, wanted.tolist())
             if chosen is None:
                 break
@@ -77,7 +77,7 @@ class Search:
             over = self._cost_of(found) - self.limits
             if (over <= _ALMOST * self.limits).all():
                 return self._plan(found)
-            wanted = wanted - np.maximum(over, 0)
+            wanted = wanted - 2**round * np.maximum(over, 0)  # more each time: forms have steps
         cheapest = self._cheapest(parts)
         if (self._cost_of(cheapest) <= self.limits).all():
             return self._plan(cheapest)

@@ -16,9 +16,10 @@ from functools import partial
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 from torch import nn
 
+from compressvit.errors import UserError
 from compressvit.fitting.hull import Forms
 from compressvit.fitting.reference import Reference
 from compressvit.log import progress
@@ -33,7 +34,7 @@ from compressvit.transforms.narrow.places import Place
 from compressvit.transforms.narrow.plan import smaller
 from compressvit.transforms.narrow.spec import NarrowStep
 from compressvit.transforms.narrow.teacher import Settings, TeacherBlock
-from compressvit.transforms.quantise.plan import Bits
+from compressvit.transforms.quantise.spec import Quantise
 from compressvit.transforms.shrink.budget import ShrinkBudget
 from compressvit.transforms.shrink.corrected import corrected
 from compressvit.transforms.shrink.keep import PlannedKeep, ShrinkKeep, Trial, smallest, stored
@@ -79,11 +80,13 @@ class Shrink(NarrowStep):
         "pivoted or, where latency is a unit of the budget, whichever of them is faster for a layer.",
     )
     multiple: int = Field(8, ge=1, description="Widths and ranks are multiples of it, which hardware prefers.")
-    bits: tuple[Bits, ...] = Field(
-        (),
-        description="Where a `quantise` step follows: numbers of bits that it may give each weight, e.g. [3, 4, 5, 6, 8]. The budget's "
-        "bytes are then those of the file that it leaves, and what rounding loses counts as what is removed does.",
+    rounded: bool = Field(
+        False,
+        description="True: a `quantise` step follows, and the budget's bytes are those of the file that it leaves. What rounding loses "
+        "with the bits that it may give each weight counts as what is removed does.",
     )
+    _rounding: Quantise | None = PrivateAttr(None)  # the step behind this one
+
     batch: int = Field(_BATCH, ge=1, description="Where latency is a unit: images at once for which it counts.")
 
     @model_validator(mode="after")
@@ -97,13 +100,31 @@ class Shrink(NarrowStep):
         # a resolved recipe has them at their defaults
         if self.tries != _TRIES and self.keep is None:
             raise ValueError("tries is for keep; the student of a budget is fitted once; leave it out")
-        if self.bits and (self.budget is None or self.budget.bytes is None):
+        if self.rounded and (self.budget is None or self.budget.bytes is None):
             raise ValueError(
-                "bits is for a budget of bytes, which they make fewer; give one, e.g. budget: {bytes: 8.0e+6}"
+                "rounded is for a budget of bytes; give one, e.g. budget: {bytes: 8.0e+6}, or leave it out"
             )
         if self.batch != _BATCH and "latency" not in self.target.units:
             raise ValueError("batch is for latency, which is no unit here; leave it out")
         return self
+
+    def before(self, later: Sequence[Transform]) -> Shrink:
+        if not self.rounded or self._rounding is not None:
+            return self
+        step = next((step for step in later if isinstance(step, Quantise)), None)
+        if step is None:
+            raise UserError(
+                "shrink.rounded counts on a quantise step behind it, and there is none; add one, e.g. "
+                "quantise: {budget: {bytes: 8.0e+6}}, or leave rounded out"
+            )
+        if step.budget is not None and step.budget.bytes <= 1:
+            raise UserError(
+                f"shrink.rounded: the budget of the quantise step behind it, {step.budget.bytes:g}, is a fraction of what shrink "
+                "leaves; give the bytes of the file there, e.g. quantise: {budget: {bytes: 8.0e+6}}"
+            )
+        found = self.model_copy()
+        found._rounding = step
+        return found
 
     @property
     def target(self) -> ShrinkBudget:
@@ -126,7 +147,7 @@ class Shrink(NarrowStep):
         alone: dict[str, Any] = {"budget": ShrinkBudget(**{unit: value}), "keep": None, "unit": None, "tries": _TRIES}
         if unit != "latency":
             alone["batch"] = _BATCH
-        return self.model_copy(update=alone if unit == "bytes" else {**alone, "bits": ()})
+        return self.model_copy(update=alone if unit == "bytes" else {**alone, "rounded": False})
 
     @property
     def provisional(self) -> tuple[str, ...]:
@@ -138,7 +159,7 @@ class Shrink(NarrowStep):
                 f"the student has {_ASSUMED:g} of the teacher's {self._unit} in this plan; apply fits and judges {self.tries} students on "
                 f"held-out images and takes the smallest with {self.keep.words()}"
             )
-        if self.bits:
+        if self.rounded:
             found.append(
                 "bytes are those of the file that a quantise step after this one leaves; in this plan every weight has the fewest bits"
             )
@@ -208,7 +229,7 @@ class Shrink(NarrowStep):
     def _prices(
         self, model: nn.Module, found: Sequence[Place], units: Sequence[Unit], table: LatencyTable | None = None
     ) -> Prices:
-        return Prices.of(model, found, units, table, self.pivoted, self.bits)
+        return Prices.of(model, found, units, table, self.pivoted, self._rounding if self.rounded else None)
 
     def _smallest(
         self, model: nn.Module, search: Search, parts: Mapping[str, Forms[Offer]], reference: Reference
