@@ -380,7 +380,8 @@ def test_a_rounded_student_is_judged_as_its_file_is_read(few_shot, tmp_path, mon
             pixels = generator.integers(0, 256, (4, 4, 3), dtype=np.uint8)
             Image.fromarray(pixels).resize((32, 32)).save(tmp_path / "crops" / split / f"{'abcdefghijklm'[i]}.png")
     save_file(small_vit().state_dict(), tmp_path / "teacher.safetensors")
-    monkeypatch.setattr(program, "build", lambda name, **args: build(name, **{**args, "depth": 2}))
+    measures = importlib.import_module("shrink_measures")
+    monkeypatch.setattr(measures, "build", lambda name, **args: build(name, **{**args, "depth": 2}))
     output = ["--output", str(tmp_path / "out")]
     data = ["--data", str(tmp_path / "crops"), "--weights", str(tmp_path / "teacher.safetensors")]
     sizes = ["--model", "test_vit", "--size", "32", "--rounds", "2", "--threads", "1"]
