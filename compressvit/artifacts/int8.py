@@ -151,7 +151,7 @@ def _require_smaller(after: int, before: int, precision: str) -> None:
     if after > _LARGEST * before:
         raise UserError(
             f"{option('precision', precision)}: onnxruntime finds few weights to round in this model, and its file would have {after:,} of "
-            f"{before:,} bytes; use fp16, or the step `quantise`"
+            f"{before:,} bytes; use fp16, or the step `quantise`; where that has rounded it already, leave the precision out"
         )
 
 

@@ -310,6 +310,8 @@ def _validate(arguments: argparse.Namespace) -> int:
         try:
             recipe = load_recipe(name)
             require_known_models(recipe, name)
+            if any(getattr(entry.spec, "rounded", False) for entry in recipe.steps):  # it counts on a later one
+                recipe.parts()
             told = require_enough_outputs(recipe, name)
             print(printable(f"{name}: valid{f'; {told}' if told else ''}"))
         except UserError as error:

@@ -40,7 +40,7 @@ def resampled_note(given: dict[str, torch.Tensor], tensors: dict[str, torch.Tens
     what = "a position table was" if len(names) == 1 else f"{len(names)} position tables were"
     text = (
         f"{what} resampled to the model's token grid, first {names[0]}{shapes_text(names[0], given, own)}, because the file's model is for "
-        f"images of another size; {_size_of(given[names[0]], model) or 'img_size'} in its arguments keeps that"
+        f"images of another size; {_size_of(given[names[0]], model) or 'img_size'} in its arguments (`--img-size` of shrink) keeps that"
     )
     return [Note("positions", len(names), text)]
 

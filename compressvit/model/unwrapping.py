@@ -30,6 +30,18 @@ def load_plain(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
+def named_in(path: Path) -> str | None:
+    """timm's name of the model that a checkpoint of its `train.py` is of, which stands in the file (`arch`); None where nothing does."""
+    try:
+        content = load_plain(path)
+    except Exception:  # whatever is amiss with the file is told by who reads it for its weights
+        return None
+    import timm  # only here: reading a file does not need it
+
+    found = content.get("arch") if isinstance(content, dict) else None
+    return found if isinstance(found, str) and timm.is_model(found) else None
+
+
 def unwrapped(content: Any, path: Path, where: str) -> tuple[dict[str, torch.Tensor], list[Note]]:
     """The state dict in a file's content, and notes on what is around it: a dictionary of an unknown name, or other weights.
 

@@ -259,8 +259,10 @@ def data_recipe(folder: Path, overrides: list[str], asker: str) -> Recipe:
     """
     wrong = [o for o in overrides if "=" in o and not o.startswith("data.")]
     if wrong:
+        judged = any(sign in wrong[0] for sign in (">=", "<="))
+        hint = f"; for a requirement write --require '{wrong[0]}', once for each" if judged else ""
         raise UserError(
-            f"{asker} takes overrides of the data only, not '{wrong[0]}', e.g. data.name=digits data.root=FOLDER"
+            f"{asker} takes overrides of the data only, not '{wrong[0]}', e.g. data.name=digits data.root=FOLDER{hint}"
         )
     resolved = folder.parent / RESOLVED
     if resolved.is_file():

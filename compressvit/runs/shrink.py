@@ -19,6 +19,7 @@ from compressvit.model.header import MANIFEST
 from compressvit.model.hub import weights_path
 from compressvit.model.local_dir import read_local_dir
 from compressvit.model.stored import is_artifact, read_manifest
+from compressvit.model.unwrapping import named_in
 from compressvit.model.weights import NoPretrainedError
 from compressvit.recipe.recipe import Recipe, parse_recipe
 from compressvit.recipe.yaml import dumped
@@ -318,6 +319,7 @@ def _teacher(source: str, model: str | None) -> dict[str, Any]:
     if path.is_file() and read_local_dir(path) is None:
         if path.name.endswith(".safetensors") and is_artifact(path.parent):
             raise UserError(f"{source} is a part of an artifact; give its folder, {path.parent}")
+        model = model or named_in(path)
         if model is None:
             raise UserError(
                 f"{source} does not say which model it is of; add {option('model', 'NAME')} with timm's name of its architecture, e.g. "

@@ -242,7 +242,10 @@ def test_timm_takes_only_what_its_constructor_builds(name, words):
 def test_timm_refuses_narrower_blocks():
     model = compress(vit(), [Narrow(neurons=0.5)], calibration=torch.randn(64, 3, SIZE, SIZE))
     source = dataclasses.replace(source_of("plain"), model=model)
-    with pytest.raises(UserError, match="its blocks keep their widths, for which timm's constructors have no word"):
+    with pytest.raises(
+        UserError,
+        match="each its own, which timm's constructors cannot build",
+    ):
         FORMATS["timm"].refuse(source)
 
 

@@ -39,8 +39,8 @@ class NarrowPlan(Plan):
 
     foldable: ClassVar[bool] = True
     left: ClassVar[str] = (
-        "its layers are plain and its blocks keep their widths, for which timm's constructors have no word, so this is an artifact that "
-        "compressvit loads"
+        "its layers are plain, and its blocks have fewer neurons or narrower heads, each its own, which timm's constructors cannot "
+        "build, so this is an artifact that compressvit loads"
     )
     starts: ClassVar[tuple[str, ...]] = ("metric", "sequential", "ridge", "output_ridge")
 

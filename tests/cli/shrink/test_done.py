@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import json
@@ -16,7 +17,7 @@ from helpers.latency import table_of
 from helpers.runs import done, refused
 from helpers.shrink import CLASSES, file_of
 from rich.console import Console
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import compressvit
 from compressvit.cli import main
@@ -24,6 +25,7 @@ from compressvit.cli.shrink import UNITS
 from compressvit.data.opening import open_data
 from compressvit.data.sets.folder import class_folders as class_folders_of
 from compressvit.data.spec import Data
+from compressvit.errors import UserError
 from compressvit.runs import shrink as verb
 from compressvit.runs.files import read_results
 from compressvit.runs.keep import OnHeldOut
@@ -33,6 +35,16 @@ from compressvit.transforms.shrink.spec import ShrinkBudget
 
 def share(results, unit):
     return getattr(results.student, unit) / getattr(results.teacher, unit)
+
+
+def test_a_checkpoint_of_timms_training_says_what_it_is_of(headless, photos, tmp_path):
+    content = {"arch": "test_vit", "state_dict": load_file(headless), "args": argparse.Namespace(lr=0.1)}
+    torch.save(content, tmp_path / "model_best.pth.tar")
+    recipe = verb.shrink_recipe(tmp_path / "model_best.pth.tar", photos, img_size=32)
+    assert recipe["teacher"]["model"] == "test_vit"
+    torch.save({**content, "arch": "no_model_of_timms"}, tmp_path / "other.pth.tar")
+    with pytest.raises(UserError, match="does not say which model it is of"):
+        verb.shrink_recipe(tmp_path / "other.pth.tar", photos, img_size=32)
 
 
 @pytest.mark.wide

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+from helpers.runs import done, run
 
 from compressvit.errors import UserError
 from compressvit.fitting.reference import Reference
@@ -132,3 +133,15 @@ def test_the_price_of_bits_is_what_they_add_to_a_file(teacher):
         for name, shape in own.layers.items()
     )
     assert added == pytest.approx(sizes[1] - sizes[0], rel=0.01)  # measured 0.001
+
+
+def test_validate_knows_it_too(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "teacher: {model: vit_tiny_patch16_224}\ndata: {name: digits}\nsteps:\n  - shrink: {budget: {bytes: 0.2}, rounded: true}\n"
+    )
+    code, _, err = run("validate", recipe)
+    assert code == 2
+    assert "counts on a quantise step behind it" in err
+    recipe.write_text(recipe.read_text() + "  - quantise: {budget: {bytes: 1.0e+6}}\n")
+    assert "valid" in done("validate", recipe)
