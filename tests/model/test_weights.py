@@ -242,7 +242,7 @@ def test_positions_of_another_grid_are_told(tmp_path):
         (
             timm.create_model("test_vit", img_size=32, num_classes=0),
             other.state_dict(),
-            "img_size=48 in its arguments keeps",
+            "img_size=48 in its arguments (`--img-size` of shrink) keeps",
         ),
         (other, other.state_dict(), None),
         (build("swin", seed=5), swin.state_dict(), None),

@@ -76,7 +76,7 @@ TINY = [
 
 def test_a_task_of_vtab_runs_by_two_words(tmp_path):
     root = listed(tmp_path / "dtd", VTAB)
-    words = ["apply", "repadapter_vit_b_vtab", f"data.root={root}", *TINY, "teacher.finetune=null"]
+    words = ["apply", "--no-report", "repadapter_vit_b_vtab", f"data.root={root}", *TINY, "teacher.finetune=null"]
     out = done(*words, "--output", tmp_path / "run")
     assert "trained, in the classifier" in out
 
