@@ -21,7 +21,7 @@ from timm.models.eva import EvaAttention, EvaBlock
 from torch import nn
 from torch.fx import wrap
 
-from compressvit.model.families.vit import masked
+from compressvit.model.families.vit import in_one_stage, masked
 from compressvit.model.family import BlockInfo, Branch, Example, Family, HeadOption, family
 from compressvit.model.slots import ATTENTION_SLOTS, BLOCK_SLOTS, beside
 
@@ -174,15 +174,7 @@ class Eva(Family):
 
     def blocks(self, model: nn.Module) -> Iterator[BlockInfo]:
         assert isinstance(model, TimmEva)
-        for i, block in enumerate(model.blocks):
-            yield BlockInfo(
-                path=f"blocks.{i}",
-                index=i,
-                stage=0,
-                width=model.embed_dim,
-                heads=getattr(getattr(block, "attn", None), "num_heads", 0),
-                resolution=model.patch_embed.grid_size,
-            )
+        return in_one_stage(model)
 
     def head_options(self, attention: nn.Module) -> tuple[HeadOption, ...]:
         assert isinstance(attention, (EvaAttention, AttentionRope))

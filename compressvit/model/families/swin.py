@@ -5,8 +5,8 @@ Shapes: B batch, H heads, N tokens of a window, D head width, C width; blocks ca
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, cast
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from einops import rearrange
@@ -14,7 +14,6 @@ from timm.models import swin_transformer
 from timm.models.swin_transformer import (
     SwinTransformer,
     SwinTransformerBlock,
-    SwinTransformerStage,
     WindowAttention,
 )
 from torch import nn
@@ -55,17 +54,7 @@ class ExplicitWindowAttention(WindowAttention):
         if self.rpe_k is not None:
             logits = logits + self.rpe_k(q)
         logits = logits + self._get_rel_pos_bias()
-        if self.logit_mix is not None:
-            logits = self.logit_mix(logits)
-        if mask is not None:
-            windows = mask.shape[0]
-            logits = rearrange(logits, "(b w) h n m -> b w h n m", w=windows) + mask[:, None]
-            logits = rearrange(logits, "b w h n m -> (b w) h n m")
-        probabilities = self.softmax(logits)
-        if self.prob_mix is not None:
-            probabilities = self.prob_mix(probabilities)
-        x_out = rearrange(self.attn_drop(probabilities) @ v, "b h n d -> b n (h d)")
-        return self.proj_drop(self.proj(x_out))
+        return mix_and_weigh(self, logits, v, mask)
 
 
 class SlottedSwinBlock(SwinTransformerBlock):
@@ -101,21 +90,7 @@ class Swin(Family):
 
     def blocks(self, model: nn.Module) -> Iterator[BlockInfo]:
         assert isinstance(model, SwinTransformer)
-        index = 0
-        for stage, layer in enumerate(cast(Iterable[SwinTransformerStage], model.layers)):
-            for i, block in enumerate(cast(Iterable[SwinTransformerBlock], layer.blocks)):
-                yield BlockInfo(
-                    path=f"layers.{stage}.blocks.{i}",
-                    index=index,
-                    stage=stage,
-                    width=block.dim,
-                    heads=block.attn.num_heads,
-                    resolution=pair(block.input_resolution),
-                    window=pair(block.window_size),
-                    shift=pair(block.shift_size),
-                    stage_path=f"layers.{stage}",
-                )
-                index += 1
+        return in_stages(model)
 
     def head_options(self, attention: nn.Module) -> tuple[HeadOption, ...]:
         return ("head_dim",)  # a head has its column in the table of relative positions
@@ -126,6 +101,45 @@ class Swin(Family):
 
     def convert(self, tensors: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
         return swin_transformer.checkpoint_filter_fn(tensors, model)
+
+
+def in_stages(model: Any) -> Iterator[BlockInfo]:
+    """`layers.S.blocks.I` of a Swin of either version."""
+    index = 0
+    for stage, layer in enumerate(model.layers):
+        for i, block in enumerate(layer.blocks):
+            yield BlockInfo(
+                path=f"layers.{stage}.blocks.{i}",
+                index=index,
+                stage=stage,
+                width=block.dim,
+                heads=block.attn.num_heads,
+                resolution=pair(block.input_resolution),
+                window=pair(block.window_size),
+                shift=pair(block.shift_size),
+                stage_path=f"layers.{stage}",
+            )
+            index += 1
+
+
+def mix_and_weigh(attention: Any, logits: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """What an attention with slots returns: (windows·B, N, C), from its logits (windows·B, H, N, N) and values (windows·B, H, N, D).
+
+    Args:
+        mask: (windows, N, N) of 0 and −100, or None.
+    """
+    if attention.logit_mix is not None:
+        logits = attention.logit_mix(logits)
+    if mask is not None:
+        windows = mask.shape[0]
+        logits = rearrange(logits, "(b w) h n m -> b w h n m", w=windows) + mask[:, None]
+        logits = rearrange(logits, "b w h n m -> (b w) h n m")
+    probabilities = attention.softmax(logits)
+    if attention.prob_mix is not None:
+        probabilities = attention.prob_mix(probabilities)
+    out = rearrange(attention.attn_drop(probabilities) @ v, "b h n d -> b n (h d)")
+    result: torch.Tensor = attention.proj_drop(attention.proj(out))
+    return result
 
 
 def pair(size: int | Sequence[int]) -> tuple[int, int]:

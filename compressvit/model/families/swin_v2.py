@@ -6,8 +6,8 @@ Shapes: B batch, H heads, N tokens of a window, D head width, C width; blocks ca
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, ClassVar, cast
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +16,12 @@ from timm.models import swin_transformer_v2
 from timm.models.swin_transformer_v2 import (
     SwinTransformerV2,
     SwinTransformerV2Block,
-    SwinTransformerV2Stage,
     WindowAttention,
 )
 from torch import nn
 from torch.fx import wrap
 
-from compressvit.model.families.swin import pair
+from compressvit.model.families.swin import in_stages, mix_and_weigh
 from compressvit.model.family import BlockInfo, Example, Family, family
 from compressvit.model.slots import BLOCK_SLOTS, beside
 
@@ -57,17 +56,7 @@ class ExplicitCosineAttention(WindowAttention):
         q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
         logits = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
         logits = logits * self.logit_scale.clamp(max=_MOST).exp() + self._positions()
-        if self.logit_mix is not None:
-            logits = self.logit_mix(logits)
-        if mask is not None:
-            windows = mask.shape[0]
-            logits = rearrange(logits, "(b w) h n m -> b w h n m", w=windows) + mask[:, None]
-            logits = rearrange(logits, "b w h n m -> (b w) h n m")
-        probabilities = self.softmax(logits)
-        if self.prob_mix is not None:
-            probabilities = self.prob_mix(probabilities)
-        x_out = rearrange(self.attn_drop(probabilities) @ v, "b h n d -> b n (h d)")
-        return self.proj_drop(self.proj(x_out))
+        return mix_and_weigh(self, logits, v, mask)
 
     def _positions(self: Any) -> torch.Tensor:  # (H, N, N)
         of_distances = self.cpb_mlp(self.relative_coords_table).view(-1, self.num_heads)
@@ -109,21 +98,7 @@ class SwinV2(Family):
 
     def blocks(self, model: nn.Module) -> Iterator[BlockInfo]:
         assert isinstance(model, SwinTransformerV2)
-        index = 0
-        for stage, layer in enumerate(cast(Iterable[SwinTransformerV2Stage], model.layers)):
-            for i, block in enumerate(cast(Iterable[SwinTransformerV2Block], layer.blocks)):
-                yield BlockInfo(
-                    path=f"layers.{stage}.blocks.{i}",
-                    index=index,
-                    stage=stage,
-                    width=block.dim,
-                    heads=block.num_heads,
-                    resolution=pair(block.input_resolution),
-                    window=pair(block.window_size),
-                    shift=pair(block.shift_size),
-                    stage_path=f"layers.{stage}",
-                )
-                index += 1
+        return in_stages(model)
 
     def convert(self, tensors: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
         return swin_transformer_v2.checkpoint_filter_fn(tensors, model)

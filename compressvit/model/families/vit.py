@@ -119,15 +119,7 @@ class ViT(Family):
 
     def blocks(self, model: nn.Module) -> Iterator[BlockInfo]:
         assert isinstance(model, VisionTransformer)
-        for i, block in enumerate(model.blocks):
-            yield BlockInfo(
-                path=f"blocks.{i}",
-                index=i,
-                stage=0,
-                width=model.embed_dim,
-                heads=getattr(getattr(block, "attn", None), "num_heads", 0),
-                resolution=model.patch_embed.grid_size,
-            )
+        return in_one_stage(model)
 
     def head_options(self, attention: nn.Module) -> tuple[HeadOption, ...]:
         assert isinstance(attention, Attention)
@@ -144,3 +136,16 @@ class ViT(Family):
         assert isinstance(model, VisionTransformer)
         # adapt_layer_scale: gamma_1 of the original DeiT III files
         return vision_transformer.checkpoint_filter_fn(tensors, model, adapt_layer_scale=True)
+
+
+def in_one_stage(model: Any) -> Iterator[BlockInfo]:
+    """`blocks.I` of a model that keeps one sequence of tokens of one width."""
+    for i, block in enumerate(model.blocks):
+        yield BlockInfo(
+            path=f"blocks.{i}",
+            index=i,
+            stage=0,
+            width=model.embed_dim,
+            heads=getattr(getattr(block, "attn", None), "num_heads", 0),
+            resolution=model.patch_embed.grid_size,
+        )
