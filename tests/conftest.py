@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import functools
 import gc
+import importlib
 import inspect
 import json
+from pathlib import Path
 
 import pytest
 
@@ -68,6 +70,13 @@ def drawn_once(monkeypatch):
     from helpers.page import drawn
 
     monkeypatch.setattr("vl_convert.vegalite_to_svg", lambda spec: drawn(json.dumps(spec)))
+
+
+@pytest.fixture
+def few_shot(monkeypatch):
+    """A program of `benchmarks/`, which is on the path for others too."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    return importlib.import_module("few_shot_adapters")
 
 
 # --- runs

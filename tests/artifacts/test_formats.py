@@ -3,92 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
-import subprocess
-import sys
-import types
-import typing
-from pathlib import Path
 
-import numpy as np
 import pytest
 import timm
 import torch
-from helpers.models import randomise
-from PIL import ExifTags, Image
+from helpers.formats import MODELS, NEEDS, SIZE, source_of, vit, written
 from safetensors import safe_open
 from torch import nn
 
 import compressvit
-from compressvit.artifacts import predict
 from compressvit.artifacts.archive import inspected
-from compressvit.artifacts.formats.base import FORMATS, Source, find_format
+from compressvit.artifacts.formats.base import FORMATS, find_format
 from compressvit.artifacts.merge import photograph_like
-from compressvit.data.image_transform import image_transform
-from compressvit.data.input import InputConfig, input_config
-from compressvit.data.pictures import BrokenPicture, read_picture
-from compressvit.data.spec import Data, Interpolation
 from compressvit.errors import UserError
-from compressvit.model import stored, surgery, ties
-from compressvit.model.families.adamixer import SMALL
-from compressvit.model.weights import build
+from compressvit.model import stored, ties
 from compressvit.runs.export import TOLERANCES
-from compressvit.tasks.base import task_of
-from compressvit.transforms import LORS, Adapters, LoRA, LowRank, Multiplex, Narrow, Quantise
+from compressvit.transforms import Narrow, Quantise
 from compressvit.transforms.applying import compress
 
-SIZE = 32
-VIT = {"img_size": SIZE, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 2}
-SWIN = {"img_size": SIZE, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 2), "window_size": 2, "num_classes": 5}
-
-
-def vit(classes: int = 5) -> nn.Module:
-    torch.manual_seed(0)
-    model = timm.create_model("vit_tiny_patch16_224", **VIT, num_classes=classes)
-    randomise(model, 0.05)
-    return model.eval()
-
-
-def swin() -> nn.Module:
-    torch.manual_seed(0)
-    return timm.create_model("swin_tiny_patch4_window7_224", **SWIN).eval()
-
-
-def adapted(model: nn.Module, *steps: object) -> nn.Module:
-    made = compress(model, steps)
-    added = surgery.added_parameters(made)
-    randomise(nn.ParameterList(p for n, p in made.named_parameters() if n in added), 0.05)
-    return made
-
-
-def detector() -> nn.Module:
-    torch.manual_seed(0)
-    args = {"patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2}
-    model = build("adamixer", **{**SMALL, "stages": 2, "backbone_args": args})
-    randomise(model, 0.1)
-    return model.eval()
-
-
-MODELS = {
-    "plain": vit,
-    "shared": lambda: compress(vit(), [Multiplex(share=2, mlp_conv=3)]),
-    "low_rank": lambda: compress(vit(0), [LowRank(budget={"parameters": 0.5}, metric="weights")]),
-    "lors": lambda: adapted(vit(), LORS(share=2, rank=4, init="scratch"), LoRA(rank=2)),
-    "adapters": lambda: adapted(vit(), Adapters(width=4)),
-    "lora": lambda: adapted(vit(), LoRA(rank=2, alpha=3.0, targets=("q", "v", "fc1"))),
-    "narrow": lambda: compress(vit(), [Narrow(neurons=0.5, head_dim=0.5)], calibration=torch.randn(64, 3, SIZE, SIZE)),
-    "swin": lambda: compress(swin(), [Multiplex(share=2)]),
-    "quantised": lambda: compress(vit(0), [LowRank(rank=30, metric="weights"), Quantise(bits=5, metric="weights")]),
-    "detector": detector,
-}
 FAST = {
     ("shared", "safetensors", "fp16"),
     ("lors", "safetensors", "fp32"),
     ("plain", "pt2", "bf16"),
     ("plain", "timm", "fp16"),
 }
-NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",), "peft": ("peft",)}
 CASES = [
     *((model, fmt, "fp32") for model in MODELS for fmt in ("onnx", "pt2", "safetensors")),
     *((model, "openvino", "fp32") for model in MODELS if model != "detector"),  # of which it lacks an operation
@@ -103,24 +42,6 @@ CASES = [
         for precision in ("fp32", "fp16", "bf16")
     ),
 ]
-
-
-@functools.cache
-def source_of(name: str, precision: str = "fp32") -> Source:
-    model = MODELS[name]()
-    config = input_config(model, Data(name="images"))
-    if task_of(model).name == "classification":
-        stored.name_classes(model, [f"class {i}" for i in range(5)])
-    calibration = (photograph_like(16, config),) if precision == "int8-static" else ()
-    return Source(model, task_of(model), config, precision, "run/student", calibration=calibration)
-
-
-def written(tmp_path, name: str, fmt: str, precision: str = "fp32"):
-    for package in NEEDS.get(fmt, ()):
-        pytest.importorskip(package)
-    file = tmp_path / f"student{FORMATS[fmt].suffix}"
-    FORMATS[fmt].write(source_of(name, precision), file)
-    return file
 
 
 def unique_bytes(model: nn.Module, precision: str) -> int:
@@ -293,124 +214,3 @@ def test_missing_packages_are_named(monkeypatch, fmt):
     monkeypatch.setattr(type(FORMATS[fmt]), "packages", ("nowhere_at_all",))
     with pytest.raises(UserError, match=rf"needs nowhere_at_all: pip install 'compressvit\[{fmt}\]'"):
         FORMATS[fmt].require("fp32", None)
-
-
-# -------------------------------------------------------------------------------------------------- the program beside a file
-
-
-@pytest.mark.parametrize("size", [(41, 60), (60, 41), (20, 20), (96, 33)], ids=str)
-@pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
-def test_the_program_prepares_images_as_compressvit_does(size, crop_mode):
-    generator = np.random.default_rng(0)
-    for mode, channels, pixels in (
-        ("RGB", 3, (32, 32)),
-        ("L", 1, (32, 32)),
-        ("RGB", 3, (24, 40)),
-        ("RGBA", 4, (32, 32)),
-    ):
-        config = InputConfig(channels, *pixels, (0.4,) * channels, (0.3,) * channels, "bicubic", 0.9, crop_mode)
-        values = generator.integers(0, 256, (*size, channels), np.uint8).squeeze()
-        image = Image.fromarray(values, mode)
-        expected = image_transform(config, None)(image).float().numpy()
-        found = predict.prepare(image, config.as_dict())
-        assert np.abs(found - (expected / 255 - 0.4) / 0.3).max() < 1e-5  # measured 5e-7
-
-
-def test_the_program_reads_pictures_of_16_bits():
-    config = InputConfig(1, 8, 8, (0.0,), (1.0,), "bilinear", 1.0)
-    image = Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000)
-    expected = image_transform(config, None)(image).float().numpy() / 255
-    assert np.abs(predict.prepare(image, config.as_dict()) - expected).max() < 1e-6
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        (np.array([[0.0, 200.0]], np.float32), "its floats reach from 0 to 200; 0 to 1 are read"),
-        (np.array([[0.0, np.nan]], np.float32), "its floats reach from nan to nan; 0 to 1 are read"),
-        (np.array([[0, 70_000]], np.int32), "its integers reach from 0 to 70000; 0 to 65535 are read"),
-    ],
-)
-def test_the_program_refuses_the_values_that_compressvit_refuses(values, message):
-    config = InputConfig(1, 8, 8, (0.0,), (1.0,), "bilinear", 1.0)
-    image = Image.fromarray(values)
-    with pytest.raises(ValueError, match=message):
-        predict.prepare(image, config.as_dict())
-    with pytest.raises(BrokenPicture, match=r"reach from .* are read"):
-        image_transform(config, None)(image)
-
-
-@pytest.mark.parametrize("word", [*typing.get_args(Interpolation), "nearest-exact", "random"])
-def test_the_program_knows_every_interpolation(word):
-    config = InputConfig(3, 8, 8, (0.0,) * 3, (1.0,) * 3, word, 1.0)
-    assert predict.prepare(Image.new("RGB", (20, 30)), config.as_dict()).shape == (3, 8, 8)
-
-
-def test_the_program_turns_pictures_as_its_run_did(tmp_path):
-    values = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
-    exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = 6
-    Image.fromarray(values).save(tmp_path / "image.png", exif=exif)
-    source = source_of("plain")
-    for turned in (False, True):
-        said = dataclasses.replace(source, exif=turned).metadata
-        about = {**source.input.as_dict(), "exif": json.loads(said["exif"])}
-        image = predict.read(tmp_path / "image.png", about)
-        assert image.size == ((20, 30) if turned else (30, 20))
-        assert np.array_equal(image, read_picture(tmp_path / "image.png", exif=turned)[0])
-
-
-def test_the_program_needs_only_what_it_uses_of_the_metadata(monkeypatch):
-    said = {**source_of("plain").metadata, "onnx.infer": "onnxruntime.quant"}
-    session = types.SimpleNamespace(get_modelmeta=lambda: types.SimpleNamespace(custom_metadata_map=said))
-    runtime = types.SimpleNamespace(SessionOptions=types.SimpleNamespace, InferenceSession=lambda *_, **__: session)
-    monkeypatch.setitem(sys.modules, "onnxruntime", runtime)
-    _, about = predict.open_model(Path("student.onnx"))
-    config = source_of("plain").input.as_dict()
-    assert {key: about[key] for key in config} == config
-    assert about["label_names"] == [f"class {i}" for i in range(5)]
-    del said["std"]
-    with pytest.raises(ValueError, match="its metadata have no std"):
-        predict.open_model(Path("student.onnx"))
-
-
-def test_the_program_says_what_outputs_mean():
-    about = {"label_names": ["cat", "dog"]}
-    said = predict.answer({"logits": np.array([0.0, np.log(3)], np.float32)}, (10, 20), about)
-    assert predict.in_words(said) == "dog 75.0 %  cat 25.0 %"
-    found = {
-        "boxes": np.array([[0, 0.5, 0.5, 1], [0, 0, 1, 1]]),
-        "scores": np.array([0.9, 0.1]),
-        "labels": np.array([1, 0]),
-    }
-    said = predict.answer(found, (10, 20), about)
-    assert said == {"objects": [{"class": "dog", "score": 0.9, "box": [0.0, 10.0, 5.0, 20.0]}]}
-    assert predict.in_words(said) == "dog 0.90 at [0, 10, 5, 20]"
-    assert predict.in_words(predict.answer({"outputs": np.ones((2, 3))}, (1, 1), {})).startswith("6 features: 1.0000")
-
-
-@pytest.mark.wide
-@pytest.mark.parametrize("name", ["plain", "low_rank", "detector"])
-def test_the_program_answers_beside_the_file(tmp_path, name):
-    """In a process that has neither torch nor compressvit."""
-    file = written(tmp_path, name, "onnx")
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 40, 3), np.uint8)).save(tmp_path / "image.png")
-    script = tmp_path / "student_predict.py"
-    blocked = "import sys, runpy; sys.modules.update(dict.fromkeys(('torch', 'timm', 'compressvit', 'onnx'))); "
-    code = f"{blocked}sys.argv = ['p', '--json', {str(tmp_path / 'image.png')!r}]; runpy.run_path({str(script)!r}, run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout)
-    _, about = predict.open_model(file)
-    with Image.open(tmp_path / "image.png") as image:
-        pixels = predict.prepare(image, about)
-    with torch.no_grad():
-        outputs = source_of(name).reference[0](torch.from_numpy(pixels[None]))
-    if name == "plain":
-        shares = outputs[0].softmax(0)
-        assert [row["class"] for row in said["classes"]] == [f"class {i}" for i in shares.argsort(descending=True)]
-        assert said["classes"][0]["probability"] == pytest.approx(float(shares.max()), abs=1e-5)
-    elif name == "low_rank":
-        assert said["features"] == pytest.approx(outputs[0].tolist(), abs=1e-5)
-    else:
-        assert len(said["objects"]) == int((outputs[1] >= predict.SURE).sum())
