@@ -221,10 +221,13 @@ class Prices:
 
     def _bytes(self, model: nn.Module, bits: Mapping[str, int]) -> int:
         """Of the file of a model, where it is rounded with these bits of the layers at paths, or within them, and elsewhere the fewest."""
+        if self.rounding is None:
+            return cost.file_bytes(model)
         empty = surgery.skeleton(model)
-        if self.rounding is not None:
-            with suppress(UserError):  # a toy has nothing that is large enough to be rounded
-                self.rounding.with_bits(empty, bits, self.bits[0]).apply(empty)
+        with suppress(
+            UserError
+        ):  # nothing is large enough to be rounded; where the student is so, the step itself says it
+            self.rounding.with_bits(empty, bits, self.bits[0]).apply(empty)
         return cost.file_bytes(empty)
 
     def _latency(self, forms: Mapping[str, BlockForm]) -> float:
