@@ -18,7 +18,7 @@ _LARGEST = 3.4e38  # of 32-bit floats, in which torch computes
 class Frozen(BaseModel):
     """Frozen values that are written to a file and validated when they are read; unknown keys are rejected."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+    model_config = ConfigDict(defer_build=True, frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class Spec(Frozen):
