@@ -17,7 +17,7 @@ def add_shrink(verb: Verb) -> None:
     shrink = verb(
         "shrink", run_shrink, "make a pretrained ViT smaller, without training: model and images in, student out"
     )
-    shrink.usage = "%(prog)s MODEL_OR_FILE IMAGES [--to SIZE …] [options]"  # --to takes all words that follow
+    shrink.usage = "%(prog)s MODEL_OR_FILE IMAGES [--to SIZE …] [options]"  # --to and --args take all words that follow
     shrink.add_argument(
         "source",
         metavar="MODEL_OR_FILE",
@@ -32,6 +32,13 @@ def add_shrink(verb: Verb) -> None:
     _add_sizes(shrink)
     shrink.add_argument("--model", metavar="NAME", help="timm's name of the architecture of a weights file")
     shrink.add_argument("--img-size", metavar="N", type=_count, help="build the model for images of N×N pixels")
+    shrink.add_argument(
+        "--args",
+        metavar="KEY=VALUE",
+        nargs="+",
+        default=[],
+        help="what else the model was built with: arguments of timm.create_model, e.g. --args patch_size=8 num_classes=10",
+    )
     shrink.add_argument(
         "--images",
         metavar="N",
@@ -97,7 +104,15 @@ def _fraction(word: str) -> float:
 def run_shrink(arguments: argparse.Namespace) -> int:
     from compressvit.recipe.yaml import dumped
     from compressvit.report.write import FILE, report_after_run
-    from compressvit.runs.shrink import CALIBRATION, apply_recipe, default_output, kept, limits, shrink_recipe
+    from compressvit.runs.shrink import (
+        CALIBRATION,
+        apply_recipe,
+        arguments_of,
+        default_output,
+        kept,
+        limits,
+        shrink_recipe,
+    )
     from compressvit.terminal import Terminal
 
     console = Terminal(stderr=arguments.json)
@@ -110,6 +125,7 @@ def run_shrink(arguments: argparse.Namespace) -> int:
         unit=arguments.unit if arguments.keep else None,
         model=arguments.model,
         img_size=arguments.img_size,
+        args=arguments_of(arguments.args),
         batch=arguments.batch,
         calibration=CALIBRATION if arguments.calibration is None else arguments.calibration,
         val_fraction=arguments.val_fraction,

@@ -37,6 +37,10 @@ class NoPretrainedError(UserError):
     """timm's pretrained weights of a model cannot be had; a file may."""
 
 
+class MisfitError(UserError):
+    """The tensors of a file are not those of the model."""
+
+
 def build(
     name: str, given: Mapping[str, Any] = MappingProxyType({}), /, *, device: str | None = None, **more: Any
 ) -> nn.Module:
@@ -181,7 +185,8 @@ def load_file(model: nn.Module, path: str | Path, where: str, *, new_head: bool 
         What was taken off or left out, which is also logged.
 
     Raises:
-        UserError: no such file, a truncated or unsafe one, or tensors that do not fit the model.
+        MisfitError: its tensors do not fit the model.
+        UserError: no such file, or a truncated or unsafe one.
     """
     own = model.state_dict()
     stored, notes = _read(weights_path(path, where), where)
@@ -217,7 +222,7 @@ def load_file(model: nn.Module, path: str | Path, where: str, *, new_head: bool 
             for what, names in (("tensors missing", missing), ("unknown", unknown), ("of another shape", misfit))
             if names
         ]
-        raise UserError(
+        raise MisfitError(
             f"{where}: {path} does not fit {model_name(model)}: {'; '.join(lines)}. "
             f"{contents(given)}. Check teacher.model and teacher.args against what the file was made with"
         )

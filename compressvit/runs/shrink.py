@@ -20,9 +20,9 @@ from compressvit.model.hub import weights_path
 from compressvit.model.local_dir import read_local_dir
 from compressvit.model.stored import is_artifact, read_manifest
 from compressvit.model.unwrapping import named_in
-from compressvit.model.weights import NoPretrainedError
+from compressvit.model.weights import MisfitError, NoPretrainedError
 from compressvit.recipe.recipe import Recipe, parse_recipe
-from compressvit.recipe.yaml import dumped
+from compressvit.recipe.yaml import Document, dumped, override
 from compressvit.runs.apply import RunResult, apply
 from compressvit.runs.labels import labels_for
 from compressvit.runs.models import teacher_architecture
@@ -48,6 +48,7 @@ def shrink(
     unit: str | None = None,
     model: str | None = None,
     img_size: int | None = None,
+    args: Mapping[str, Any] | None = None,
     batch: int | None = None,
     calibration: int = CALIBRATION,
     val_fraction: float | None = None,
@@ -57,7 +58,7 @@ def shrink(
     """Make a pretrained ViT smaller, without training, as `compressvit shrink` does.
 
     Args:
-        source, images, to, keep, unit, model, img_size, batch, calibration, val_fraction, quantise: as for `shrink_recipe`.
+        source, images, to, keep, unit, model, img_size, args, batch, calibration, val_fraction, quantise: as for `shrink_recipe`.
         output: the run folder; by default `runs/shrink_NAME`.
         options: further ones of `apply`: device, resume, overwrite, console, report.
 
@@ -76,6 +77,7 @@ def shrink(
         unit=unit,
         model=model,
         img_size=img_size,
+        args=args,
         batch=batch,
         calibration=calibration,
         val_fraction=val_fraction,
@@ -91,6 +93,10 @@ def apply_recipe(recipe: Mapping[str, Any], output: str | Path, **options: Any) 
     except NoPretrainedError as error:
         name, images = recipe["teacher"]["model"], recipe["data"]["root"]
         raise UserError(f"{error}\n  To shrink that file: compressvit shrink PATH {images} --model {name}") from error
+    except MisfitError as error:
+        raise UserError(
+            f"{error}\n  Arguments that it was built with are given as {option('args', 'patch_size=8 …')}"
+        ) from error
 
 
 def shrink_recipe(
@@ -102,6 +108,7 @@ def shrink_recipe(
     unit: str | None = None,
     model: str | None = None,
     img_size: int | None = None,
+    args: Mapping[str, Any] | None = None,
     batch: int | None = None,
     calibration: int = CALIBRATION,
     val_fraction: float | None = None,
@@ -121,6 +128,8 @@ def shrink_recipe(
         unit: with `keep`, in which it is the smallest; by default parameters.
         model: timm's name of the architecture of a weights file.
         img_size: height and width in pixels of the images that the model is built for.
+        args: further arguments of timm.create_model that the model was built with, e.g. {'patch_size': 8}; `num_classes` too, where 0
+            leaves the file's classifier out.
         batch: images at once for which latency counts; by default one.
         calibration: number of images that the student is fitted to.
         val_fraction: takes the folders directly in `images` (or in its train/) for classes, and holds out so much of each to judge on.
@@ -140,7 +149,7 @@ def shrink_recipe(
         "calibration": {"images": calibration, "tokens": _TOKENS},
         "steps": [{"shrink": step}],
     }
-    recipe["teacher"] |= {} if img_size is None else {"args": {"img_size": img_size}}
+    recipe["teacher"] |= _arguments(args, img_size)
     built = _built(recipe)
     _require_smaller(built, step)
     if quantise:
@@ -152,6 +161,17 @@ def shrink_recipe(
             del recipe["data"]["limit_val"]
     recipe["description"] = f"{recipe['teacher']['model']} with {_size(recipe)}, without training; {labels}."
     return recipe
+
+
+def _arguments(args: Mapping[str, Any] | None, img_size: int | None) -> dict[str, Any]:
+    """What the recipe's `teacher` section says of the arguments that the model was built with."""
+    found = dict(args or {})
+    if img_size is not None:
+        if "img_size" in found:
+            raise UserError(f"{option('img_size', img_size)} and {option('args')} both give img_size; give one of them")
+        found["img_size"] = img_size
+    own = {"num_classes": found.pop("num_classes")} if "num_classes" in found else {}
+    return {**({"args": found} if found else {}), **own}
 
 
 def _size(recipe: Mapping[str, Any]) -> str:
@@ -210,6 +230,21 @@ def kept(words: Sequence[str]) -> dict[str, float]:
             raise UserError(f"{option('keep', ' '.join(words))}: two limits of {name}; give one of each")
         found[name] = number
     return found
+
+
+def arguments_of(words: Sequence[str]) -> dict[str, Any]:
+    """What words such as 'patch_size=8' give as arguments of timm.create_model; values are read as YAML, as overrides of recipes are.
+
+    Raises:
+        UserError: a word is not KEY=VALUE.
+    """
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if not (name and equals):
+            raise UserError(f"{option('args', word)}: give KEY=VALUE, e.g. {option('args', 'patch_size=8')}")
+    document = Document("args", {})
+    override(document, list(words))
+    return dict(document.content)
 
 
 def limits(words: Sequence[str], unit: str | None = None) -> dict[str, float]:
@@ -374,7 +409,7 @@ def _built(recipe: Mapping[str, Any]) -> nn.Module:
     """The teacher of a recipe, without values; that of a file has the classes of the file, as the recipe then says."""
     teacher = recipe["teacher"]
     built = teacher_architecture(_parsed(recipe)).build("meta")
-    if _is_file(teacher["weights"]):
+    if _is_file(teacher["weights"]) and "num_classes" not in teacher:
         where = weights_path(teacher["weights"], "the file")
         teacher["num_classes"] = weights.classes_in_file(built, where, "the file")
         built = teacher_architecture(_parsed(recipe)).build("meta")

@@ -47,6 +47,21 @@ def test_a_checkpoint_of_timms_training_says_what_it_is_of(headless, photos, tmp
         verb.shrink_recipe(tmp_path / "other.pth.tar", photos, img_size=32)
 
 
+def test_a_checkpoint_may_be_of_a_model_built_with_arguments(headless, photos, labelled, tmp_path):
+    model = timm.create_model("test_vit", img_size=48, patch_size=8, num_classes=4, depth=3)
+    save_file(model.state_dict(), tmp_path / "tuned.safetensors")
+    words = ["patch_size=8", "depth=3", "img_size=[48, 48]"]
+    given = {"patch_size": 8, "depth": 3, "img_size": [48, 48]}
+    assert verb.arguments_of(words) == given
+    for more, classes, what in (({}, 4, "accuracy"), ({"num_classes": 0}, 0, "k-NN accuracy")):
+        recipe = verb.shrink_recipe(tmp_path / "tuned.safetensors", labelled, model="test_vit", args={**given, **more})
+        assert recipe["teacher"]["args"] == given
+        assert recipe["teacher"]["num_classes"] == classes
+        assert f"; {what} by the labels of 4 class folders" in recipe["description"]
+    file = ("shrink", tmp_path / "tuned.safetensors", photos, "--model", "test_vit", "--output", tmp_path / "run")
+    assert "given as --args patch_size=8 …" in refused(*file, "--args", "patch_size=8")  # and two blocks
+
+
 @pytest.mark.wide
 def test_bits_are_chosen_together_with_what_is_removed(headless, photos, tmp_path):
     source, *options = file_of(headless)

@@ -63,6 +63,13 @@ from compressvit.runs.plan import plan_recipe
             ["shrink.keep.worst_class_drop", "the model has no classifier"],
         ),
         (["{artifact}", "{photos}", "--to", "parameters=0.5", "0.4"], ["two limits of parameters"]),
+        (["{artifact}", "{photos}", "--args", "depth"], ["--args depth: give KEY=VALUE"]),
+        (["{artifact}", "{photos}", "--args", "=3"], ["--args =3: give KEY=VALUE"]),
+        (["{artifact}", "{photos}", "--args", "patch_siz=4"], ["patch_siz=4", "did you mean 'patch_size'?"]),
+        (
+            ["{artifact}", "{photos}", "--img-size", "8", "--args", "img_size=8"],
+            ["--img-size 8 and --args both give img_size"],
+        ),
         (["{artifact}", "{photos}", "--to", "half"], ["'half' is not a number"]),
         (["{artifact}", "{photos}", "--to", "mac=0.5"], ["no unit 'mac'", "'macs'"]),
         (["{artifact}", "{photos}", "--to", "macs=0.5", "--unit", "macs"], ["leave --unit out"]),
