@@ -186,9 +186,10 @@ class Results(RunFile):
 
 
 class PlannedTeacher(Costs):
-    """The teacher in `plan.json`: its costs and the name of its model."""
+    """The teacher in `plan.json`: its costs, the name of its model, and what its images are made into (`InputConfig.as_dict`)."""
 
     model: str = ""
+    input: dict[str, Any] = {}
 
 
 class StepPlan(RunFile):
@@ -243,6 +244,7 @@ class RecipePlan(RunFile):
     Attributes:
         recipe: name of the recipe in messages.
         input_size: (channels, height, width) of the student's images.
+        input: what they are made into (`InputConfig.as_dict`).
         conflicts: empty if the recipe can run.
         diagnostics: a description of each diagnostic, by name.
         data: known once the data is opened.
@@ -254,6 +256,7 @@ class RecipePlan(RunFile):
     teacher: PlannedTeacher
     student: Costs
     input_size: tuple[int, int, int] | None = None
+    input: dict[str, Any] = {}
     stages: list[StagePlan] = []
     steps: list[StepPlan] = []
     notes: list[str] = []

@@ -56,7 +56,7 @@ def finish(job: Job, scorer: Scorer, folder: RunFolder, log: RunLog, *, plan: Re
     results = Results.model_validate(
         {
             "teacher": {
-                **plan.teacher.model_dump(exclude={"model"}),
+                **plan.teacher.model_dump(exclude={"model", "input"}),
                 "images": scores["images"],
                 **theirs,
                 "intervals": intervals({**theirs, "images": scores["images"]}),

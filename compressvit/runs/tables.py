@@ -154,6 +154,8 @@ def print_plan(plan: RecipePlan, console: Console) -> None:
             title=f"{plan.recipe}: {plan.teacher.model}, images {'×'.join(map(str, plan.input_size or ()))}",
         )
     )
+    for line in _input_lines(plan):
+        console.print(line, highlight=False)
     if plan.stages:
         table = Table(title="Parameters of the student", title_justify="left")
         for column in ("stage", "parameters", "shared by blocks", "private"):
@@ -182,6 +184,21 @@ def print_plan(plan: RecipePlan, console: Console) -> None:
         console.print(text, highlight=False)
     for conflict in plan.conflicts:
         console.print(Text.assemble(("conflict:", "red"), f" {conflict}"), highlight=False)
+
+
+def _input_lines(plan: RecipePlan) -> list[str]:
+    """What images are made into for evaluation and fits, of teacher and student apart where that differs."""
+    ours, theirs = plan.input, plan.teacher.input
+    if ours == theirs:
+        return [f"images: {_input_text(ours)}"] * bool(ours)
+    return [f"images of the teacher: {_input_text(theirs)}", f"images of the student: {_input_text(ours)}"]
+
+
+def _input_text(config: Mapping[str, Any]) -> str:
+    _, height, width = config["input_size"]
+    mode = "" if config["crop_mode"] == "center" else f" ({config['crop_mode']})"
+    mean, std = (" ".join(f"{value:.4g}" for value in config[key]) for key in ("mean", "std"))
+    return f"{height}×{width}, crop {config['crop_pct']:g}{mode}, {config['interpolation']}, mean {mean}, std {std}"
 
 
 def print_data(data: DataPlan, console: Console) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
@@ -15,6 +16,8 @@ from compressvit.programs.opened import open_models
 from compressvit.recipe.recipe import parse_recipe
 from compressvit.runs.job import prepare
 from compressvit.runs.plan import plan_recipe
+from compressvit.runs.tables import print_plan
+from compressvit.terminal import Terminal
 
 TINY = SHORTEST.replace("num_heads: 2}", "num_heads: 2, weight_init: jax}")  # which learns in a few steps
 OWN = {"mean": (0.3,), "std": (0.4,), "crop_pct": 0.75}
@@ -140,6 +143,29 @@ def test_the_programs_look_at_a_model_with_its_own(trained, tmp_path):
     assert opened.models[1].input.crop_pct == OWN["crop_pct"]
     opened = open_models([str(trained / "run"), "data.std=[0.1]"], torch.device("cpu"))
     assert [model.input.std for model in opened.models] == [(0.1,), (0.1,)]
+
+
+@pytest.mark.parametrize(
+    ("asked", "lines"),
+    [
+        ([], ["images: 8×8, crop 1, bicubic, mean 0.5, std 0.5"]),
+        (
+            ["teacher.weights=x", "data.mean=[0.123456]", "data.crop_pct=0.875", "data.crop_mode=squash"],
+            ["images: 8×8, crop 0.875 (squash), bicubic, mean 0.1235, std 0.5"],
+        ),
+        (
+            ["student.args={img_size: 16}", "student.weights=random"],
+            [
+                "images of the teacher: 8×8, crop 1, bicubic, mean 0.5, std 0.5",
+                "images of the student: 16×16, crop 1, bicubic, mean 0.5, std 0.5",
+            ],
+        ),
+    ],
+)
+def test_a_plan_prints_what_images_are_made_into(asked, lines):
+    shown = io.StringIO()
+    print_plan(plan_recipe(parse_recipe(TINY, "recipe", asked)), Terminal(file=shown, width=80))
+    assert [line.rstrip() for line in shown.getvalue().splitlines() if line.startswith("images")] == lines
 
 
 def test_a_teacher_that_is_trained_from_nothing_takes_those_of_the_data():
