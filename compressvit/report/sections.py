@@ -26,7 +26,7 @@ from compressvit.runs.files import (
     Results,
     TriedRow,
 )
-from compressvit.runs.tables import cost_text, how_searched, latency_spread, ratio_text, results_rows
+from compressvit.runs.tables import cost_text, how_judged, latency_spread, ratio_text, results_rows
 from compressvit.tasks.base import TASKS, Measure
 from compressvit.tasks.qualities import qualities
 
@@ -118,7 +118,7 @@ def details(run: Run) -> list[str]:
         sentences.append(
             f"Latency is the median for one image, teacher and student measured in turns on {where}{spread}."
         )
-    sentences += [f"{text[0].upper()}{text[1:]}." for text in how_searched(run.results.student.figures)]
+    sentences += [f"{text[0].upper()}{text[1:]}." for text in how_judged(run.results.student.figures)]
     if fitted := run.results.fitted:
         sentences.append(f"{fitted.text[0].upper()}{fitted.text[1:]}.")
     for name, phase in run.results.phases.items():

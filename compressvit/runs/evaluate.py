@@ -28,7 +28,7 @@ from compressvit.runs.folder import RESOLVED
 from compressvit.runs.job import pick_device, require_truth
 from compressvit.runs.requirement import Requirement
 from compressvit.runs.resources import resource_faults
-from compressvit.runs.tables import how_searched, scores_table
+from compressvit.runs.tables import how_judged, scores_table
 from compressvit.tasks.base import Task, task_of
 from compressvit.tasks.neighbours import INDEXED
 from compressvit.tasks.qualities import intervals
@@ -195,7 +195,7 @@ def _in_run(file: Path) -> Path:
 def _print(result: dict[str, Any], model: nn.Module, recipe: Recipe, datasets: Datasets) -> None:
     test = "" if datasets.test is None else ", its test"
     Terminal().print(scores_table(result, f"{result['path']} on {recipe.data.name}{test}"))
-    for text in how_searched(result):
+    for text in how_judged(result):
         print(text)
     for note in datasets.notes():
         print(f"data: {printable(note.text)}")

@@ -54,6 +54,8 @@ class Figures(Costs):
         latency_confidence: of the interval of `latency_ratio`; None in runs of earlier versions, which have the quartiles of the rounds.
         indexed: training images that `knn` searches in.
         intervals: 95 % intervals over images, of figures that have one (`Quality.interval`).
+        differences: of the student, teacher − student in points, between the ends of its 95 % interval over images (`Quality.difference`);
+            nothing where the two were judged on images of different preprocessing.
     """
 
     images: int | None = None
@@ -72,6 +74,7 @@ class Figures(Costs):
     knn: float | None = None
     indexed: int | None = None
     intervals: dict[str, tuple[float, float]] = {}
+    differences: dict[str, tuple[float, float, float]] = {}
     trained_adapter: int | None = None
     trained_head: int | None = None
     adapter_bytes: int | None = None
@@ -186,10 +189,9 @@ class Results(RunFile):
 
 
 class PlannedTeacher(Costs):
-    """The teacher in `plan.json`: its costs, the name of its model, and what its images are made into (`InputConfig.as_dict`)."""
+    """The teacher in `plan.json`: its costs and the name of its model."""
 
     model: str = ""
-    input: dict[str, Any] = {}
 
 
 class StepPlan(RunFile):
@@ -244,7 +246,7 @@ class RecipePlan(RunFile):
     Attributes:
         recipe: name of the recipe in messages.
         input_size: (channels, height, width) of the student's images.
-        input: what they are made into (`InputConfig.as_dict`).
+        inputs: what images are made into (`InputConfig.as_dict`), for the teacher and for the student.
         conflicts: empty if the recipe can run.
         diagnostics: a description of each diagnostic, by name.
         data: known once the data is opened.
@@ -256,7 +258,7 @@ class RecipePlan(RunFile):
     teacher: PlannedTeacher
     student: Costs
     input_size: tuple[int, int, int] | None = None
-    input: dict[str, Any] = {}
+    inputs: dict[str, dict[str, Any]] = {}
     stages: list[StagePlan] = []
     steps: list[StepPlan] = []
     notes: list[str] = []

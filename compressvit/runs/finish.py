@@ -23,8 +23,8 @@ from compressvit.runs.job import Job
 from compressvit.runs.models import has_own_head
 from compressvit.runs.predictions import Predictions
 from compressvit.runs.run import Trained
-from compressvit.runs.tables import how_measured, how_searched, results_table
-from compressvit.tasks.qualities import intervals
+from compressvit.runs.tables import how_judged, how_measured, results_table
+from compressvit.tasks.qualities import differences, intervals
 from compressvit.transforms.record import compression_of, only_adapted, trained_names, trained_parameters
 
 
@@ -44,7 +44,7 @@ def finish(job: Job, scorer: Scorer, folder: RunFolder, log: RunLog, *, plan: Re
     difference = save_student(student, folder.student)
     answers = scorer.task(student).answers(student.model, job.datasets.class_names, job.datasets.labelled)
     predictions = Predictions(student.input, answers)
-    scores, theirs = _scores(scorer, student, teacher, predictions)
+    scores, theirs, apart = _scores(scorer, student, teacher, predictions)
     fitted = beside(trained.fitted, scores.get("cosine"))
     costs = cost.cost(student.model, student.input.size).as_dict()
     costs["bytes"] = (folder.student / stored.TENSORS).stat().st_size
@@ -56,7 +56,7 @@ def finish(job: Job, scorer: Scorer, folder: RunFolder, log: RunLog, *, plan: Re
     results = Results.model_validate(
         {
             "teacher": {
-                **plan.teacher.model_dump(exclude={"model", "input"}),
+                **plan.teacher.model_dump(exclude={"model"}),
                 "images": scores["images"],
                 **theirs,
                 "intervals": intervals({**theirs, "images": scores["images"]}),
@@ -66,6 +66,7 @@ def finish(job: Job, scorer: Scorer, folder: RunFolder, log: RunLog, *, plan: Re
                 **costs,
                 **scores,
                 "intervals": intervals(scores),
+                "differences": apart,
                 **_trained(student.model, costs["parameters"]),
                 "latency_ms": times.medians[1],
                 **{"latency_ratio": times.ratio(1), "latency_confidence": cost.CONFIDENCE},
@@ -118,17 +119,19 @@ def save_student(student: Side, folder: Path) -> float:
 
 def _scores(
     scorer: Scorer, student: Side, teacher: Side, predictions: Predictions
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The scores of the student compared with its teacher, and those of the teacher alone; on the test, where there is one."""
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, tuple[float, float, float]]]:
+    """The scores of the student compared with its teacher, those of the teacher alone, and the differences of the two that have an
+    interval; on the test, where there is one."""
     scorer = replace(scorer, datasets=scorer.datasets.evidence())
     comparable = scorer.comparable(teacher)
     scores = scorer.score(student, comparable, predictions.add, search=True)
     theirs = {key: scores.pop(f"teacher_{key}", None) for key in scorer.task(student).graded}
+    apart = differences(scores)
     if comparable and teacher.input != student.input:
         # compared on the student's images, but its accuracy is that on images with its own preprocessing
         own = scorer.score(teacher, None, search=True)
-        theirs = {key: own.get(key) for key in theirs}
-    return scores, theirs
+        theirs, apart = {key: own.get(key) for key in theirs}, {}
+    return scores, theirs, apart
 
 
 def _report(job: Job, folder: RunFolder, log: RunLog, results: Results, mismatch: str | None) -> None:
@@ -141,7 +144,7 @@ def _report(job: Job, folder: RunFolder, log: RunLog, results: Results, mismatch
     )
     if results.fitted is not None:
         log.say(results.fitted.text)
-    for text in how_searched(results.student.figures):
+    for text in how_judged(results.student.figures):
         log.say(text)
     if files := len(job.datasets.broken.paths):
         log.say(f"{files} broken image files were skipped; run.log names them")

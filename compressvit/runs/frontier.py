@@ -22,7 +22,7 @@ from compressvit.recipe.recipe import Recipe
 from compressvit.runs.methods import METHODS, budgeted, steps_of
 from compressvit.runs.one_shot import OneShot, leading_transforms
 from compressvit.runs.plan import plan_data
-from compressvit.runs.tables import how_measured, how_searched, interval_text, megabytes, print_data, ratio_text
+from compressvit.runs.tables import how_judged, how_measured, interval_text, megabytes, print_data, ratio_text
 from compressvit.tasks.qualities import intervals as intervals_of
 from compressvit.tasks.qualities import measured, qualities, words
 from compressvit.terminal import print_table
@@ -99,7 +99,7 @@ def _print(begin: OneShot, rows: list[dict[str, Any]], unit: str, batch: int, co
         highlight=False,
         soft_wrap=True,
     )
-    for text in how_searched(rows[-1]):
+    for text in how_judged({**rows[-1], "intervals": intervals_of(rows[-1])}):
         console.print(text, highlight=False, soft_wrap=True)
     print_data(plan_data(begin.job), console)
     for note in begin.weights:

@@ -165,10 +165,10 @@ def plan_job(job: Job) -> RecipePlan:
         notes.append("sharing cuts parameters and disk, not MACs or latency: every block still runs")
     return RecipePlan(
         recipe=job.name,
-        teacher=PlannedTeacher(model=recipe.teacher.model, input=teacher.input.as_dict(), **theirs),
+        teacher=PlannedTeacher(model=recipe.teacher.model, **theirs),
         student=Costs(**cost(student.model, student.input.size).as_dict()),
         input_size=student.input.size,
-        input=student.input.as_dict(),
+        inputs={"teacher": teacher.input.as_dict(), "student": student.input.as_dict()},
         stages=_stages(student.model),
         steps=planned.steps,
         notes=notes,

@@ -116,8 +116,8 @@ def interval_text(figures: Mapping[str, Any], key: str) -> str:
     return f" ({found[0]:.1f}–{found[1]:.1f})" if found else ""
 
 
-def how_searched(figures: Mapping[str, Any]) -> list[str]:
-    """What was searched in what, for the lines below a table; empty if nothing was."""
+def how_judged(figures: Mapping[str, Any]) -> list[str]:
+    """What was searched in what, what stands in brackets, and what a student lost, for the lines below a table."""
     found, images = [], figures.get("images") or 0
     if figures.get("recall_10") is not None:
         found.append(f"retrieval: the student's embeddings of {images:,} held-out images, in an index of the teacher's")
@@ -126,7 +126,16 @@ def how_searched(figures: Mapping[str, Any]) -> list[str]:
             f"neighbours: the class of {images:,} held-out images, by votes of the nearest of {figures.get('indexed') or 0:,} training "
             "images (k-NN)"
         )
-    return [*found, "in brackets 95 % intervals over the held-out images"] if found else []
+    if figures.get("intervals"):
+        found.append(f"shares of images: in brackets 95 % intervals over the {images:,} held-out images")
+    differences = figures.get("differences", {})
+    for quality in qualities().values():
+        if quality.key in differences:
+            low, points, high = map(quality.number, differences[quality.key])
+            found.append(
+                f"{quality.in_text}, teacher − student: {points} points (95 % interval {low} to {high}, image by image)"
+            )
+    return found
 
 
 def _measures(*, adapted: bool = False) -> list[tuple[str, str, Callable[[Any], str]]]:
@@ -188,10 +197,9 @@ def print_plan(plan: RecipePlan, console: Console) -> None:
 
 def _input_lines(plan: RecipePlan) -> list[str]:
     """What images are made into for evaluation and fits, of teacher and student apart where that differs."""
-    ours, theirs = plan.input, plan.teacher.input
-    if ours == theirs:
-        return [f"images: {_input_text(ours)}"] * bool(ours)
-    return [f"images of the teacher: {_input_text(theirs)}", f"images of the student: {_input_text(ours)}"]
+    if plan.inputs["teacher"] == plan.inputs["student"]:
+        return [f"images: {_input_text(plan.inputs['student'])}"]
+    return [f"images of the {whose}: {_input_text(config)}" for whose, config in plan.inputs.items()]
 
 
 def _input_text(config: Mapping[str, Any]) -> str:

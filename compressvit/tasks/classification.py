@@ -33,9 +33,18 @@ TOP1 = Quality(
         "Top-1 accuracy on augmented training images, averaged over each epoch, and on held-out "
         "images at each evaluation. A growing gap between the two is overfitting.",
     ),
+    of_images=True,
 )
-TOP5 = Quality("top5", "top-5", "top-5", "top-5", "%", 2, detail=True)
-AGREEMENT = Quality("agreement", "same class", "same first class as the teacher", "agreement with the teacher", "%", 2)
+TOP5 = Quality("top5", "top-5", "top-5", "top-5", "%", 2, detail=True, of_images=True)
+AGREEMENT = Quality(
+    "agreement",
+    "same class",
+    "same first class as the teacher",
+    "agreement with the teacher",
+    "%",
+    2,
+    of_images=True,
+)
 COSINE = Quality(
     "cosine",
     "cosine",
@@ -167,13 +176,13 @@ class ClassScores:
         self.sums = dict.fromkeys(GRADED, 0.0)
         self.images = 0
 
-    def add(self, logits: Any, targets: Tensor) -> None:
-        """Add a batch of logits (B, classes) and classes (B,)."""
+    def add(self, logits: Any, targets: Tensor) -> Tensor | None:
+        """Add a batch of logits (B, classes) and classes (B,); returns which are right, bool (B,), or None without classes or labels."""
         import torch.nn.functional as F
 
         self.images += len(targets)
         if not self.classes:
-            return
+            return None
         if int(targets.max()) >= self.classes:
             raise UserError(
                 f"the data has label {int(targets.max())}, but the model has only {self.classes} classes "
@@ -184,10 +193,35 @@ class ClassScores:
         self.sums["top1"] += 100 * ranked[:, 0].sum().item()
         self.sums["top5"] += 100 * ranked.any(dim=1).sum().item()
         self.sums["loss"] += F.cross_entropy(logits, targets, reduction="sum").item()
+        return ranked[:, 0]
 
     def result(self) -> Result:
         """Means over all images."""
         return {name: total / self.images if self.classes else None for name, total in self.sums.items()}
+
+
+class Apart:
+    """How many images one of two models alone has right, by which the interval of their difference is known.
+
+    Args:
+        key: of the figure.
+    """
+
+    def __init__(self, key: str):
+        self._key, self._known = key, False
+        self._lost = self._gained = 0
+
+    def add(self, ours: Tensor | None, theirs: Tensor | None) -> None:
+        """Add what student and teacher have right of a batch, bool (B,); None where one of them has no answers."""
+        if ours is None or theirs is None:
+            return
+        self._known = True
+        self._lost += int((theirs & ~ours).sum())
+        self._gained += int((ours & ~theirs).sum())
+
+    def result(self) -> Result:
+        """Images that the teacher has right and the student not, and the reverse; nothing where nothing was added."""
+        return {f"{self._key}_lost": self._lost, f"{self._key}_gained": self._gained} if self._known else {}
 
 
 class _Metrics(Metrics):
@@ -198,14 +232,15 @@ class _Metrics(Metrics):
         self._theirs = None if teacher is None else ClassScores(teacher, labelled)
         self._comparable = True
         self._agreement = self._cosine = 0.0
+        self._apart = Apart("top1")
 
     def add(self, outputs: Tensor, targets: Tensor, expected: Tensor | None) -> None:
         import torch.nn.functional as F
 
-        self._scores.add(outputs, targets)
+        ours = self._scores.add(outputs, targets)
         if expected is None or self._theirs is None:
             return
-        self._theirs.add(expected, targets)
+        self._apart.add(ours, self._theirs.add(expected, targets))
         self._comparable = expected.shape == outputs.shape
         if self._comparable:
             self._agreement += (expected.argmax(1) == outputs.argmax(1)).sum().item()
@@ -216,6 +251,7 @@ class _Metrics(Metrics):
         if self._theirs is None:
             return found
         found |= {f"teacher_{name}": value for name, value in self._theirs.result().items()}
+        found |= self._apart.result()
         count = self._scores.images
         agreement = 100 * self._agreement / count if self._comparable else None
         return {**found, "agreement": agreement, "cosine": self._cosine / count if self._comparable else None}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from compressvit.tasks.base import Answers, Measure, Metrics, Result, task
 from compressvit.tasks.classes import ClassTargets
-from compressvit.tasks.classification import COSINE, GRADED, ClassScores, class_count
+from compressvit.tasks.classification import COSINE, GRADED, Apart, ClassScores, class_count
 from compressvit.tasks.neighbours import KNN, Neighbours
 from compressvit.tasks.quality import Quality
 from compressvit.tasks.retrieval import QUALITIES as RETRIEVAL
@@ -120,6 +120,7 @@ class _Metrics(Metrics):
         self._theirs = None if teacher is None else ClassScores(teacher, labelled)
         self._comparable = self._tokens = True
         self._cosine = self._patches = 0.0
+        self._apart = Apart("knn")
 
     def _embeddings(self, outputs: Features, expected: Features | None) -> Iterator[tuple[Neighbours, Tensor]]:
         for who, found in (("", outputs), ("teacher_", expected)):
@@ -137,9 +138,9 @@ class _Metrics(Metrics):
         import torch.nn.functional as F
 
         self._scores.add(outputs.pooled, targets)
-        for neighbours, embeddings in self._embeddings(outputs, expected):
-            if neighbours.indexed:
-                neighbours.ask(embeddings, targets)
+        asked = [n.ask(embeddings, targets) for n, embeddings in self._embeddings(outputs, expected) if n.indexed]
+        if len(asked) == len(self._neighbours):
+            self._apart.add(*asked)
         if expected is None or self._theirs is None:
             return
         self._theirs.add(expected.pooled, targets)
@@ -162,6 +163,7 @@ class _Metrics(Metrics):
         if self._theirs is None:
             return found
         found |= {f"teacher_{name}": value for name, value in self._theirs.result().items()}
+        found |= self._apart.result()
         if self._retrieval is not None:
             found |= self._retrieval.result()
         count = self._scores.images

@@ -54,10 +54,16 @@ class Neighbours:
         votes.scatter_add_(1, classes[nearest], ((similarities - 1) / TEMPERATURE).exp())
         return votes.argmax(dim=1)
 
-    def ask(self, embeddings: Tensor, labels: Tensor) -> None:
-        """Classify images by their embeddings (B, width), and count those whose class is that of `labels` (B,)."""
-        self._right += int((self.classes(embeddings) == labels).sum())
+    def ask(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """Classify images by their embeddings (B, width), and count those whose class is that of `labels` (B,).
+
+        Returns:
+            Which are right, bool (B,).
+        """
+        right = self.classes(embeddings) == labels
+        self._right += int(right.sum())
         self._asked += len(labels)
+        return right
 
     def accuracy(self) -> float | None:
         """Percent; None if nothing was asked."""

@@ -39,6 +39,17 @@ def intervals(scores: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
     return {key: quality.interval(value, scores["images"]) for key, quality, value in known if value is not None}
 
 
+def differences(scores: Mapping[str, Any]) -> dict[str, tuple[float, float, float]]:
+    """By how many points the teacher is above the student, between the ends of the interval of that, for the figures of which `scores` says
+    how many images either has right alone."""
+    known = ((key, quality, scores.get(f"{key}_lost")) for key, quality in qualities().items() if quality.of_images)
+    return {
+        key: quality.difference(lost, scores[f"{key}_gained"], scores["images"])
+        for key, quality, lost in known
+        if lost is not None
+    }
+
+
 def words(scores: Mapping[str, Any]) -> str:
     """The scores that were measured, in a few words."""
     return ", ".join(f"{q.in_text} {q.number(scores[q.key])}{q.unit}" for q in measured(scores))

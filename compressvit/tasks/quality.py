@@ -80,6 +80,20 @@ class Quality:
         half = (max(0.0, share * (1 - share)) * spread + spread**2 / 4) ** 0.5 / (1 + spread)
         return 100 * max(0.0, middle - half), 100 * min(1.0, middle + half)
 
+    def difference(self, lost: float, gained: float, images: int) -> tuple[float, float, float]:
+        """By how many points a teacher is above its student, between the ends of its 95 % interval over images drawn like these, by which
+        both were judged: an adjusted Wald interval, which holds where few of them differ.
+
+        Bonett and Price, Adjusted Wald confidence interval for a difference of binomial proportions based on paired data, JEBS 37, 2012.
+
+        Args:
+            lost, gained: images that the teacher alone, and that the student alone has right.
+        """
+        before, after = (lost + 1) / (images + 2), (gained + 1) / (images + 2)
+        middle = before - after
+        half = _Z * ((before + after - middle**2) / (images + 2)) ** 0.5
+        return 100 * max(-1.0, middle - half), 100 * (lost - gained) / images, 100 * min(1.0, middle + half)
+
     def reaches(self, value: float, wanted: float) -> bool:
         """Whether a value is as good as a target, or better."""
         return value <= wanted if self.lower_is_better else value >= wanted

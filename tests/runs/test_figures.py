@@ -9,7 +9,7 @@ from helpers.training import VIT
 from compressvit.model.families.adamixer import SMALL
 from compressvit.recipe.recipe import Recipe
 from compressvit.report.record import read_run
-from compressvit.report.sections import details
+from compressvit.report.sections import details, measures
 from compressvit.runs.files import RecipePlan
 from compressvit.runs.plan import plan_recipe
 from compressvit.tasks.base import TASKS
@@ -72,3 +72,20 @@ def test_the_report_and_evaluate_say_so(finished):
     assert "Figures: the latency depends on something." in details(run)
     text = "there is no agreement with the teacher and no cosine: `apply` compares a student with its teacher"
     assert text in done("evaluate", finished)
+
+
+def test_accuracies_have_intervals_wherever_they_are_shown(finished):
+    run = read_run(finished)
+    student = run.results.student
+    low, high = student.intervals["top1"]
+    assert low < student.top1 < high
+    shown = f"{student.top1:.2f} % ({low:.1f}–{high:.1f})"
+    below, points, above = student.differences["top1"]
+    assert points == pytest.approx(run.results.teacher.top1 - student.top1)
+    lost = f"op-1, teacher − student: {points:.2f} points (95 % interval {below:.2f} to {above:.2f}, image by image)"
+    assert any(cells[0] == "top-1" and cells[2] == shown for cells in measures(run))
+    assert any(lost in sentence for sentence in details(run))
+    assert shown in done("evaluate", finished)
+    log = (finished / "run.log").read_text()
+    assert shown in log
+    assert lost in log

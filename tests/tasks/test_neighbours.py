@@ -16,7 +16,6 @@ from compressvit.data.opening import open_data
 from compressvit.data.spec import Data
 from compressvit.runs.evaluate import Scorer
 from compressvit.tasks.neighbours import NEIGHBOURS, Neighbours
-from compressvit.tasks.qualities import intervals, qualities
 from compressvit.training.evaluate import evaluate
 
 OF_SEARCH = ("recall_1", "recall_10", "recall_self", "knn")
@@ -57,6 +56,13 @@ class Directions(nn.Module):
         return torch.stack([angle.cos(), angle.sin()], dim=1)
 
 
+class Elsewhere(Directions):
+    """A backbone to which image 17 is like image 0."""
+
+    def forward(self, images):
+        return super().forward(images.masked_fill(images == 17, 0))
+
+
 def filled(numbers, targets):
     images = torch.tensor(numbers)[:, None, None, None].expand(-1, 1, 8, 8)
     return [(images, torch.tensor(targets))]
@@ -68,6 +74,9 @@ def test_student_and_teacher_search_in_their_own_index():
     held_out = filled([3.0, 13.0, 17.0, 1.5], [0, 1, 1, 1])
     result = evaluate(side(Directions(-1)), held_out, CPU, teacher=Side(Directions(), GRAY), index=index)
     assert (result["knn"], result["teacher_knn"], result["indexed"]) == (75, 75, 6)
+    assert (result["knn_lost"], result["knn_gained"]) == (0, 0)
+    other = evaluate(side(Elsewhere()), held_out, CPU, teacher=Side(Directions(), GRAY), index=index)
+    assert (other["knn"], other["knn_lost"], other["knn_gained"]) == (50, 1, 0)
     alone = evaluate(side(Directions()), held_out, CPU, index=index)
     assert alone["knn"] == 75
     assert "knn" not in evaluate(side(Directions()), held_out, CPU)
@@ -84,12 +93,3 @@ def test_what_is_searched_for_is_left_out_of_evaluations_in_training():
     assert all(found[key] is not None for key in OF_SEARCH)
     unlabelled = Scorer(replace(scorer.datasets, labelled=False), data, CPU).score(ours, theirs, search=True)
     assert [unlabelled.get(key) is not None for key in OF_SEARCH] == [True, True, True, False]
-
-
-def test_intervals_are_of_shares_of_images():
-    found = intervals({"images": 100, "knn": 90.0, "recall_10": None, "cosine": 0.9})
-    assert list(found) == ["knn"]
-    # Wilson's interval of 90 of 100, as every calculator has it
-    assert found["knn"] == pytest.approx((82.56, 94.48), abs=0.01)
-    low, high = qualities()["knn"].interval(100.0, 50)
-    assert (low, high) == pytest.approx((92.87, 100), abs=0.01)
