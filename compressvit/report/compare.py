@@ -21,7 +21,7 @@ from compressvit.recipe.recipe import Recipe, load_recipe
 from compressvit.report.trade_off import compare_findings
 from compressvit.runs.files import PhaseReport, Results, read_results
 from compressvit.runs.folder import RESOLVED, find_runs, flat
-from compressvit.runs.tables import ratio_text
+from compressvit.runs.tables import megabytes, ratio_text
 from compressvit.tasks.qualities import qualities, ranking
 from compressvit.terminal import Terminal, print_table
 from compressvit.training.phases import PhaseSpec
@@ -37,6 +37,7 @@ _COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
     "trained_head": ("+ head", lambda v: f"{v:,.0f}"),
     "adapter_bytes": ("stored kB", lambda v: f"{v / 1e3:,.1f}"),
     "parameters": ("parameters", lambda v: f"{v:,.0f}"),
+    "bytes": ("file", megabytes),
     "epochs": ("epochs", lambda v: f"{v:.0f}"),
     "macs": ("MACs", lambda v: f"{v / 1e6:,.2f} M"),
     "latency": ("latency / teacher", lambda v: f"{v:.2f}"),  # with its interval, see `_cells`
@@ -251,7 +252,17 @@ def _tell_apart(rows: list[Row]) -> None:
         row.label = f"{row.label} ({difference})" if difference else row.label
 
 
-def _cells(row: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
+def _folders(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The names of the run folders by their paths, with as many parents as tell all of them apart."""
+    paths = [Path(run) for row in rows for run in row["runs"]]
+    for count in range(1, max((len(path.parts) for path in paths), default=1) + 1):
+        names = {str(path): str(Path(*path.parts[-count:])) for path in paths}
+        if len(set(names.values())) == len(names):
+            break
+    return names
+
+
+def _cells(row: Mapping[str, Any], keys: Sequence[str], folders: Mapping[str, str]) -> list[str]:
     columns = _columns()
     cells = []
     for key in keys:
@@ -262,35 +273,39 @@ def _cells(row: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
         if key == "latency" and row["latency_interval"] is not None:
             text = ratio_text((row["latency_interval"][0], value, row["latency_interval"][1]))
         cells.append(text)
-    return [row["label"], str(len(row["runs"])), *cells]
+    return [row["label"], ", ".join(folders[run] for run in row["runs"]), str(len(row["runs"])), *cells]
 
 
 def _keys(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The informative columns: those of adapters only if something was frozen, parameters only if nothing was."""
+    """The informative columns: those of adapters only if something was frozen, of the whole model only if nothing was."""
     frozen = any(row["adapter_bytes"] is not None for row in rows)
-    adapters = ("trained_adapter", "trained_head", "adapter_bytes")
+    adapters, whole = ("trained_adapter", "trained_head", "adapter_bytes"), ("parameters", "bytes")
     columns = _columns()
     return [
         key
         for key in columns
         if any(row[key] is not None for row in rows)
         and (frozen or key not in adapters)
-        and not (frozen and key == "parameters")
+        and not (frozen and key in whole)
     ]
 
 
 def cells(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Headings and rows of the table of one task, as text."""
-    keys, columns = _keys(rows), _columns()
-    return ["student", "seeds", *(columns[key][0] for key in keys)], [_cells(row, keys) for row in rows]
+    keys, columns, folders = _keys(rows), _columns(), _folders(rows)
+    return ["student", "run", "seeds", *(columns[key][0] for key in keys)], [_cells(row, keys, folders) for row in rows]
 
 
 def _table(task: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     heads, written = cells(rows)
     table = Table(title=task, title_justify="left")
     for column in heads:
-        first = column == "student"
-        table.add_column(column, justify="left" if first else "right", overflow="fold", min_width=14 if first else None)
+        table.add_column(
+            column,
+            justify="left" if column in ("student", "run") else "right",
+            overflow="fold",
+            min_width=14 if column == "student" else None,
+        )
     for row in written:
         table.add_row(*row)
     return table
@@ -302,5 +317,6 @@ def _markdown(rows: Sequence[Mapping[str, Any]]) -> str:
         own = [row for row in rows if row["task"] == task]
         heads, written = cells(own)
         text += [f"{task}\n", f"| {' | '.join(heads)} |", f"| {' | '.join(['---'] * len(heads))} |"]
-        text += [f"| {' | '.join(row)} |" for row in written] + [""]
+        cells_of = ([cell.replace("|", r"\|") for cell in row] for row in written)  # a folder may be called anything
+        text += [f"| {' | '.join(row)} |" for row in cells_of] + [""]
     return "\n".join(text)

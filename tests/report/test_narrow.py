@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.table import Table
 
-from compressvit.report.compare import compare
+from compressvit.report.compare import cells, compare
 from compressvit.runs.tables import ledger_table
 from compressvit.terminal import Terminal, print_table
 from compressvit.transforms import LedgerEntry
@@ -66,3 +66,17 @@ def test_compare_keeps_to_the_terminal(finished, width):
     text = " ".join(file.getvalue().split())
     assert f"{row['parameters']:,.0f}" in text
     assert f"{row['top1']:.2f}" in text
+    assert f"run {finished.name} seeds 1" in text
+    assert f"file {row['bytes'] / 1e3:,.1f} kB" in text
+
+
+def test_runs_are_called_as_shortly_as_tells_them_apart(finished):
+    (row,) = compare([finished], console=Terminal(quiet=True))
+
+    def names(*runs):
+        heads, rows = cells([{**row, "runs": list(some)} for some in runs])
+        return [cell[heads.index("run")] for cell in rows]
+
+    assert names(["/x/a/first"], ["/x/b/second"]) == ["first", "second"]
+    assert names(["/x/a/run"], ["/x/b/run", "/x/b/other"]) == ["a/run", "b/run, b/other"]
+    assert names(["/run"], ["/b/run"]) == ["/run", "b/run"]

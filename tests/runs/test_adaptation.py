@@ -200,7 +200,8 @@ def test_seeds_of_one_recipe_are_one_row(runs, tmp_path):
     assert row["top1_std"] == pytest.approx(abs(scores[0] - scores[1]) / 2**0.5)
     assert rows["adapters ratio 0.25"]["top1_std"] is None
     text = (tmp_path / "compare.md").read_text()
-    assert "| repadapter width 4, scale 0.5 | 2 |" in text
+    names = ", ".join(runs[n].name for n in ("repadapter", "repadapter 1"))
+    assert f"| repadapter width 4, scale 0.5 | {names} | 2 |" in text
     assert f"{row['top1']:.2f} ± {row['top1_std']:.2f}" in text
     assert json.loads((tmp_path / "compare.json").read_text()) == list(rows.values())
     assert [r["label"] for r in csv.DictReader((tmp_path / "compare.csv").open())] == list(rows)
