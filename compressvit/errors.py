@@ -30,6 +30,10 @@ class UserError(ValueError):
         super().__init__(_without_middle("\n".join(lines), _LONGEST))
 
 
+class UnmetBudget(UserError):
+    """A budget is below what a step reaches with the model that it is given; after another step it may not be."""
+
+
 def _without_middle(text: str, most: int) -> str:
     """The text, with `…` in place of its middle where it is longer than `most` characters."""
     return text if len(text) <= most else f"{text[: most // 2]}…{text[-most // 2 :]}"

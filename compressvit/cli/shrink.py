@@ -104,15 +104,8 @@ def _fraction(word: str) -> float:
 def run_shrink(arguments: argparse.Namespace) -> int:
     from compressvit.recipe.yaml import dumped
     from compressvit.report.write import FILE, report_after_run
-    from compressvit.runs.shrink import (
-        CALIBRATION,
-        apply_recipe,
-        arguments_of,
-        default_output,
-        kept,
-        limits,
-        shrink_recipe,
-    )
+    from compressvit.runs.shrink import CALIBRATION, apply_recipe, default_output, shrink_recipe
+    from compressvit.runs.shrink_words import arguments_of, kept, limits
     from compressvit.terminal import Terminal
 
     console = Terminal(stderr=arguments.json)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from pydantic import Field, model_validator
 
-from compressvit.errors import UserError
+from compressvit.errors import UnmetBudget, UserError
 from compressvit.spec import Spec
 
 
@@ -187,12 +187,13 @@ def spend(
         asker: what messages call the step.
 
     Raises:
-        UserError: not even the least ranks fit, or the budget is above what the model costs anyway.
+        UnmetBudget: not even the least ranks fit.
+        UserError: the budget is above what the model costs anyway.
     """
     limit = budget.limit(of_teacher)
     least = fixed + least_cost(curves)
     if limit < least:
-        raise UserError(
+        raise UnmetBudget(
             f"{asker}: a budget of {limit:,} {budget.unit} cannot be met: the smallest that these steps reach is {least:,} "
             f"({least / of_teacher:.3f} of the teacher's {of_teacher:,}); raise it, name more targets, or share more blocks with lors"
         )

@@ -185,8 +185,7 @@ def load_file(model: nn.Module, path: str | Path, where: str, *, new_head: bool 
         What was taken off or left out, which is also logged.
 
     Raises:
-        MisfitError: its tensors do not fit the model.
-        UserError: no such file, or a truncated or unsafe one.
+        UserError: no such file, a truncated or unsafe one, or (`MisfitError`) tensors that do not fit the model.
     """
     own = model.state_dict()
     stored, notes = _read(weights_path(path, where), where)

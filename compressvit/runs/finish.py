@@ -44,7 +44,7 @@ def finish(job: Job, scorer: Scorer, folder: RunFolder, log: RunLog, *, plan: Re
     difference = save_student(student, folder.student)
     answers = scorer.task(student).answers(student.model, job.datasets.class_names, job.datasets.labelled)
     predictions = Predictions(student.input, answers)
-    scores, theirs, apart = _scores(scorer, student, teacher, predictions)
+    scores, theirs = _scores(scorer, student, teacher, predictions)
     fitted = beside(trained.fitted, scores.get("cosine"))
     costs = cost.cost(student.model, student.input.size).as_dict()
     costs["bytes"] = (folder.student / stored.TENSORS).stat().st_size
@@ -59,14 +59,11 @@ def finish(job: Job, scorer: Scorer, folder: RunFolder, log: RunLog, *, plan: Re
                 **plan.teacher.model_dump(exclude={"model"}),
                 "images": scores["images"],
                 **theirs,
-                "intervals": intervals({**theirs, "images": scores["images"]}),
                 "latency_ms": times.medians[0],
             },
             "student": {
                 **costs,
                 **scores,
-                "intervals": intervals(scores),
-                "differences": apart,
                 **_trained(student.model, costs["parameters"]),
                 "latency_ms": times.medians[1],
                 **{"latency_ratio": times.ratio(1), "latency_confidence": cost.CONFIDENCE},
@@ -119,9 +116,8 @@ def save_student(student: Side, folder: Path) -> float:
 
 def _scores(
     scorer: Scorer, student: Side, teacher: Side, predictions: Predictions
-) -> tuple[dict[str, Any], dict[str, Any], dict[str, tuple[float, float, float]]]:
-    """The scores of the student compared with its teacher, those of the teacher alone, and the differences of the two that have an
-    interval; on the test, where there is one."""
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The scores of the student compared with its teacher and those of the teacher alone, with intervals; on the test if there is one."""
     scorer = replace(scorer, datasets=scorer.datasets.evidence())
     comparable = scorer.comparable(teacher)
     scores = scorer.score(student, comparable, predictions.add, search=True)
@@ -131,7 +127,8 @@ def _scores(
         # compared on the student's images, but its accuracy is that on images with its own preprocessing
         own = scorer.score(teacher, None, search=True)
         theirs, apart = {key: own.get(key) for key in theirs}, {}
-    return scores, theirs, apart
+    of_teacher = intervals({**theirs, "images": scores["images"]})
+    return {**scores, "intervals": intervals(scores), "differences": apart}, {**theirs, "intervals": of_teacher}
 
 
 def _report(job: Job, folder: RunFolder, log: RunLog, results: Results, mismatch: str | None) -> None:

@@ -95,11 +95,16 @@ def budgeted(steps: Sequence[Transform], unit: str) -> int:
 def steps_of(
     steps: Sequence[Transform], method: str | None, model: nn.Module, unit: str, size: float
 ) -> list[Transform]:
-    """The steps with a budget: the last that spends one in this unit is given it, or is replaced by the default step of `method`."""
+    """The steps with a budget: the last that spends one in this unit is given it, or is replaced by the default step of `method`.
+
+    A `shrink` that counts on that step has the same budget, or goes with it.
+    """
     last = budgeted(steps, unit)
-    own = steps[last]
-    replaced = own.with_budget(unit, size) if method in (None, own.name) else METHODS[method].step(model, unit, size)
-    before = [
-        step.with_budget(unit, size) if isinstance(step, Shrink) and step.rounded else step for step in steps[:last]
-    ]
-    return [*before, replaced or own, *steps[last + 1 :]]
+    before, own, after = steps[:last], steps[last], steps[last + 1 :]
+    counting = [step for step in before if isinstance(step, Shrink) and step.rounded]
+    if method not in (None, own.name):
+        return [*(step for step in before if step not in counting), METHODS[method].step(model, unit, size), *after]
+    if counting and unit == "bytes" and size <= 1:
+        size = int(size * cost.file_bytes(model))  # of the teacher's file, not of what shrink leaves
+    before = [step.with_budget(unit, size) if step in counting else step for step in before]
+    return [*before, own.with_budget(unit, size), *after]

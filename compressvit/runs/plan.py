@@ -6,25 +6,22 @@ from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any
 
 from torch import nn
 
 from compressvit.artifacts.merge import growth, left_by_merge, merged_copy
 from compressvit.data.classes import other_classes
 from compressvit.data.data_set import find_set
-from compressvit.data.input import STATISTICS, Side, class_mismatch
+from compressvit.data.input import Side
 from compressvit.data.notes import notes_of_sizes
 from compressvit.data.opening import Datasets, open_data
 from compressvit.data.samples import Samples
 from compressvit.data.spec import Data
-from compressvit.errors import UserError
+from compressvit.errors import UnmetBudget, UserError
 from compressvit.files import expanded
-from compressvit.fitting.moments import tokens_at
 from compressvit.model import surgery, ties
 from compressvit.model.backbone import describe, family_of
-from compressvit.model.cost import break_even_rank, cost, threads_text
-from compressvit.model.linear import weight_shape
+from compressvit.model.cost import cost
 from compressvit.model.weights import copy_matching
 from compressvit.notes import Note
 from compressvit.recipe.recipe import Merge, Recipe
@@ -32,20 +29,17 @@ from compressvit.runs.files import Costs, DataPlan, LedgerRow, NoteRow, PlannedT
 from compressvit.runs.job import PLACEHOLDER_CLASSES, Job, prepare, refuse_data, refuse_small_heads
 from compressvit.runs.keep import is_comparable, refuse_figures, refuse_judged
 from compressvit.runs.models import (
-    has_own_head,
-    missing_yet,
     require_pretrained,
     student_body,
     trains_teacher,
     untrained,
 )
+from compressvit.runs.plan_notes import break_even_notes, figures, phase_notes, teacher_notes
 from compressvit.tasks.base import TASKS, find_task, task_of
 from compressvit.training.phases import PhaseSpec, Setting
 from compressvit.training.phases.finetune import Finetune
 from compressvit.transforms import Transform
 from compressvit.transforms.applying import apply_plans
-from compressvit.transforms.low_rank.layer import Factored
-from compressvit.transforms.low_rank.pivoted_layer import is_pivoted, pivoted_linear
 from compressvit.transforms.record import compression_of, require_open, trained_parameters
 
 _LOOKED_AT = 32  # images, whose headers say their size
@@ -151,10 +145,10 @@ def plan_job(job: Job) -> RecipePlan:
             f"data.task={recipe.data.task}: the student's outputs cannot be read as those of that task; leave it out, or name another: "
             f"{', '.join(name for name, task in TASKS.items() if task.fits(student.model))}"
         )
-    notes = _teacher_notes(job)
+    notes = teacher_notes(job)
     planned.teacher()
     planned.all()
-    notes += _phase_notes(recipe) + _break_even_notes(student.model)
+    notes += phase_notes(recipe) + break_even_notes(student.model)
     notes += planned.training_notes()
     if job.placeholder:
         notes.append(
@@ -173,7 +167,7 @@ def plan_job(job: Job) -> RecipePlan:
         steps=planned.steps,
         notes=notes,
         conflicts=planned.conflicts,
-        figures=_figures(job),
+        figures=figures(job),
         diagnostics={entry.name: entry.spec.summary() for entry in recipe.diagnostics},
     )
 
@@ -187,6 +181,7 @@ class _Steps:
     student: Side
     steps: list[StepPlan] = field(default_factory=list)
     conflicts: list[str] = field(default_factory=list)
+    failed: bool = False  # whether a step could not be applied
     trained: dict[str, int] = field(default_factory=dict)  # at the start of the last phase, before it removes any
 
     def __post_init__(self) -> None:
@@ -230,7 +225,11 @@ class _Steps:
         try:
             self.steps.append(plan(where))
         except UserError as error:
-            self.conflicts.append(f"{where}: {error}")
+            smaller = self.failed and isinstance(
+                error, UnmetBudget
+            )  # what the failed step would leave may be small enough
+            self.conflicts += [] if smaller else [f"{where}: {error}"]
+            self.failed = True
             return False
         return True
 
@@ -259,70 +258,6 @@ class _Steps:
         ]
 
 
-def _teacher_notes(job: Job) -> list[str]:
-    recipe = job.recipe
-    notes = []
-    if recipe.student.head != "new":
-        needed = task_of(job.teacher.model, recipe.data.usual_task).needs_classes(job.classes or 0)
-        heads = getattr(job.teacher.model, "num_classes", 0)
-        mismatch = class_mismatch(needed, heads, new_head=has_own_head(recipe))
-        notes += [mismatch] if mismatch else []
-    if job.architecture.trained:
-        ours, theirs = job.student.input.as_dict(), job.teacher.input.as_dict()
-        unlike = [key for key in STATISTICS if getattr(recipe.data, key) is not None and ours[key] != theirs[key]]
-        notes += [
-            f"data.{key} is the student's: {_short(ours[key])}. The teacher keeps its own, {_short(theirs[key])}, with which it was trained"
-            for key in unlike
-        ]
-    notes += missing_yet(recipe)
-    if recipe.teacher.finetune is not None and recipe.teacher.weights not in ("train", "pretrained"):
-        notes.append(
-            "the teacher given is trained further, as teacher.finetune says; teacher.finetune=null keeps it as it is"
-        )
-    return notes
-
-
-def _figures(job: Job) -> list[str]:
-    """What is to be known of the figures at the end of a run."""
-    found, task = [], task_of(job.student.model, job.recipe.data.usual_task)
-    if job.recipe.student.head == "new":
-        absent = " and no ".join(quality.in_text for quality in task.against_teacher())
-        found += [f"the student has a new head, so it is not compared with its teacher: there is no {absent}"] * bool(
-            absent
-        )
-    elif text := task.uncompared(job.student.model, job.teacher.model):
-        found.append(text)
-    for model in (job.teacher.model, job.student.model):
-        if (family := family_of(model)) is not None and family.latency:
-            found.append(f"the latency of a {family.title} depends on {family.latency}")
-    return list(dict.fromkeys(found))
-
-
-def _short(value: Any) -> str:
-    return ", ".join(f"{number:g}" for number in value) if isinstance(value, list) else str(value)
-
-
-def _phase_notes(recipe: Recipe) -> list[str]:
-    """Notes of phases and transforms, and a note on transforms that no phase trains."""
-    notes: list[str] = []
-    for where, phase in recipe.phases().items():
-        notes += [f"{where}: {text}" for entry in recipe.diagnostics if (text := entry.spec.note(phase))]
-        if phase.warmup_epochs > phase.epochs:
-            notes.append(
-                f"{where}: the warm-up of {phase.warmup_epochs:g} epochs is longer than the phase of {phase.epochs}, "
-                f"so the learning rate never reaches its peak; shorten warmup_epochs"
-            )
-    parts = recipe.parts()
-    if parts and parts[-1].phase is None:
-        index = parts[-1].start + len(parts[-1].transforms) - 1
-        last = f"no step trains the student after steps[{index}].{recipe.steps[index].name}"
-        notes.append(f"{last}: the result is the student as the transforms initialise it")
-    for part in parts:
-        for index, spec in enumerate(part.transforms, part.start):
-            notes += [f"steps[{index}].{spec.name}: {sentence}" for sentence in spec.provisional]
-    return notes
-
-
 def require_no_conflicts(plan: RecipePlan) -> None:
     """Raise a `UserError` that lists all conflicts of a plan, if there are any."""
     if plan.conflicts:
@@ -348,28 +283,6 @@ def _plan_merge(where: str, *, student: nn.Module) -> StepPlan:
         unit, before, after = found
         undone = f" ({after / before:.1f} times the student's {unit}, which undoes its compression)"
     return StepPlan(step=where, summary=f"merged/, {ties.count_parameters(merged):,} parameters{undone}: {kind}")
-
-
-def _break_even_notes(student: nn.Module) -> list[str]:
-    """Notes on low-rank layers without a shared weight: the rank above which they are slower than dense layers."""
-    layers = {p: m for p, m in student.named_modules() if isinstance(m, Factored)}
-    if not layers:
-        return []
-    tokens = tokens_at(student, list(layers))
-    shapes: dict[tuple[int, int, int, bool], str] = {}
-    for path, layer in layers.items():
-        outputs, inputs = weight_shape(layer)
-        shapes.setdefault((inputs, outputs, tokens[path], is_pivoted(layer)), path)
-    texts = []
-    for (inner, out, count, pivots), path in shapes.items():
-        by_macs, measured = break_even_rank(
-            inner, out, count, pivoted=partial(pivoted_linear, inner, out) if pivots else None
-        )
-        texts.append(f"{path} ({out}×{inner}, {count} tokens) {by_macs} / {measured}")
-    return [
-        "low rank alone is faster than the dense layer up to rank (by MACs / as measured here, one image, "
-        f"{threads_text()}): {'; '.join(texts)}"
-    ]
 
 
 def _stages(student: nn.Module) -> list[StagePlan]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -22,10 +22,11 @@ from compressvit.model.stored import is_artifact, read_manifest
 from compressvit.model.unwrapping import named_in
 from compressvit.model.weights import MisfitError, NoPretrainedError
 from compressvit.recipe.recipe import Recipe, parse_recipe
-from compressvit.recipe.yaml import Document, dumped, override
+from compressvit.recipe.yaml import dumped
 from compressvit.runs.apply import RunResult, apply
 from compressvit.runs.labels import labels_for
 from compressvit.runs.models import teacher_architecture
+from compressvit.runs.shrink_words import SIZES
 from compressvit.transforms.shrink import Shrink
 from compressvit.transforms.shrink.keep import ShrinkKeep
 from compressvit.transforms.shrink.prices import Unit
@@ -35,7 +36,6 @@ _TOKENS = 48  # of each
 _HELD_OUT = 5000  # unlabelled images, which are enough to compare two models
 _FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".th", ".npz", ".onnx")
 _NAMES = {"macs": "MACs"}
-_SIZES = "e.g. 0.5 for half of the teacher"
 
 
 def shrink(
@@ -128,8 +128,7 @@ def shrink_recipe(
         unit: with `keep`, in which it is the smallest; by default parameters.
         model: timm's name of the architecture of a weights file.
         img_size: height and width in pixels of the images that the model is built for.
-        args: further arguments of timm.create_model that the model was built with, e.g. {'patch_size': 8}; `num_classes` too, where 0
-            leaves the file's classifier out.
+        args: further arguments of timm.create_model that it was built with, `num_classes` too (0: without the file's classifier).
         batch: images at once for which latency counts; by default one.
         calibration: number of images that the student is fitted to.
         val_fraction: takes the folders directly in `images` (or in its train/) for classes, and holds out so much of each to judge on.
@@ -144,12 +143,11 @@ def shrink_recipe(
     recipe: dict[str, Any] = {
         "description": "",
         "seed": 0,
-        "teacher": _teacher(str(source), model),
+        "teacher": {**_teacher(str(source), model), **_arguments(args, img_size)},
         "data": _data(images, val_fraction),
         "calibration": {"images": calibration, "tokens": _TOKENS},
         "steps": [{"shrink": step}],
     }
-    recipe["teacher"] |= _arguments(args, img_size)
     built = _built(recipe)
     _require_smaller(built, step)
     if quantise:
@@ -186,7 +184,7 @@ def _rounding(teacher: nn.Module, step: dict[str, Any]) -> dict[str, Any]:
     if "budget" not in step:
         raise UserError(
             f"{switch('quantise')}: {option('keep')} judges students before they are rounded, so the one it finds might keep less; give "
-            f"sizes with {option('to')}, {_SIZES}"
+            f"sizes with {option('to')}, {SIZES}"
         )
     limit = step["budget"].get("bytes")
     if limit is None:
@@ -213,74 +211,15 @@ def default_output(recipe: Mapping[str, Any]) -> Path:
     return Path("runs") / f"shrink_{name}"
 
 
-def kept(words: Sequence[str]) -> dict[str, float]:
-    """What words such as 'cosine=0.98' ask to be kept, by figure.
-
-    Raises:
-        UserError: a word is not NAME=NUMBER, or names a figure that another has named.
-    """
-    found: dict[str, float] = {}
-    for word in words:
-        name, _, value = word.partition("=")
-        try:
-            number = float(value)
-        except ValueError:
-            raise UserError(f"{option('keep', word)}: give NAME=NUMBER, e.g. {option('keep', 'cosine=0.98')}") from None
-        if name in found:
-            raise UserError(f"{option('keep', ' '.join(words))}: two limits of {name}; give one of each")
-        found[name] = number
-    return found
-
-
-def arguments_of(words: Sequence[str]) -> dict[str, Any]:
-    """What words such as 'patch_size=8' give as arguments of timm.create_model; values are read as YAML, as overrides of recipes are.
-
-    Raises:
-        UserError: a word is not KEY=VALUE.
-    """
-    for word in words:
-        name, equals, _ = word.partition("=")
-        if not (name and equals):
-            raise UserError(f"{option('args', word)}: give KEY=VALUE, e.g. {option('args', 'patch_size=8')}")
-    document = Document("args", {})
-    override(document, list(words))
-    return dict(document.content)
-
-
-def limits(words: Sequence[str], unit: str | None = None) -> dict[str, float]:
-    """The limits that words such as '0.5' or 'macs=0.5' give, by unit.
-
-    Args:
-        unit: of a word without one; by default parameters.
-
-    Raises:
-        UserError: a word is no number, names no unit, or one that has a limit already.
-    """
-    found: dict[str, float] = {}
-    for word in words:
-        name, _, value = word.rpartition("=")
-        name = name or unit or "parameters"
-        try:
-            number = float(value)
-        except ValueError:
-            raise UserError(f"{option('to', word)}: {value!r} is not a number; {_SIZES}") from None
-        if name in found:
-            raise UserError(f"--to {' '.join(words)}: two limits of {name}; give one of each unit")
-        found[name] = number
-    if unit is not None and all("=" in word for word in words):
-        raise UserError(f"--unit {unit}: every limit of --to names its own unit; leave --unit out")
-    return found
-
-
 def _budget(to: float | Mapping[str, float]) -> dict[str, float]:
     """The limits, in the order given."""
     budget = dict(to) if isinstance(to, Mapping) else {"parameters": to}
     if not budget:
-        raise UserError(f"{option('to')} has no limit; give one, {_SIZES}")
+        raise UserError(f"{option('to')} has no limit; give one, {SIZES}")
     for unit, limit in budget.items():
         _known_unit(unit, option("to", f"{unit}={limit}"))
         if not 0 < limit < math.inf:
-            raise UserError(f"{option('to', f'{unit}={limit:g}')}: a limit is above 0, {_SIZES}")
+            raise UserError(f"{option('to', f'{unit}={limit:g}')}: a limit is above 0, {SIZES}")
     return budget
 
 
@@ -427,9 +366,9 @@ def _require_smaller(teacher: nn.Module, step: Mapping[str, Any]) -> None:
     for unit, limit in step.get("budget", {}).items():
         if unit == "latency":
             if limit == 1:
-                raise UserError(f"{option('to', 'latency=1')} is no faster than the teacher; give less, {_SIZES}")
+                raise UserError(f"{option('to', 'latency=1')} is no faster than the teacher; give less, {SIZES}")
         elif (limit * whole[unit] if limit <= 1 else limit) >= whole[unit]:
             raise UserError(
                 f"{option('to', f'{unit}={limit:g}')} is no smaller than the teacher, which has {whole[unit]:,} "
-                f"{_NAMES.get(unit, unit)}; give less, {_SIZES}"
+                f"{_NAMES.get(unit, unit)}; give less, {SIZES}"
             )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from torch import nn
 
-from compressvit.errors import UserError
+from compressvit.errors import UnmetBudget, UserError
 from compressvit.fitting.hull import Forms, choose
 from compressvit.fitting.reference import Reference
 from compressvit.fitting.rounding import Feedback, groups_of, nearest, values_of
@@ -17,6 +17,7 @@ from compressvit.model.cost import file_bytes
 from compressvit.transforms.quantise.fit import moment_of, moments_of, squared_error
 from compressvit.transforms.quantise.packed import packed_size
 from compressvit.transforms.quantise.plan import QuantisePlan
+from compressvit.transforms.record import compression_of
 
 _ROUNDS = 5  # of exact counts, after each of which the limit is corrected
 
@@ -40,7 +41,8 @@ def spend(
         reference: has values; without it what a weight loses is taken to be a quarter with every bit, and the same for every number.
 
     Raises:
-        UserError: the limit is below what the fewest bits reach, or the model as it is is no larger.
+        UnmetBudget: the limit is below what the fewest bits reach.
+        UserError: the model as it is is no larger.
     """
     owners = _owners(model, paths)
     whole, least = file_bytes(model), _size(model, plan_of(_spread(owners, dict.fromkeys(owners, min(choices)))))
@@ -49,9 +51,11 @@ def spend(
             f"quantise: a budget of {limit:,} bytes is no smaller than the model's file, which has {whole:,}; give less, or leave the step "
             "out"
         )
-    too_small = UserError(
+    narrowed = any(plan.transform == "shrink" for plan in compression_of(model).plans)
+    too_small = UnmetBudget(
         f"quantise: a budget of {limit:,} bytes cannot be met: the smallest that {min(choices)} bits in each linear layer of a block reach "
-        f"is {least:,} ({least / whole:.3f} of the model's {whole:,}); raise it, allow fewer bits (choices), or put `shrink` before"
+        f"is {least:,} ({least / whole:.3f} of the model's {whole:,}); raise it, allow fewer bits (choices), or "
+        + ("give `shrink` less" if narrowed else "put `shrink` before")
     )
     if limit < least:
         raise too_small

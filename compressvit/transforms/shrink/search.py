@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 from torch import nn
 
-from compressvit.errors import UserError
+from compressvit.errors import UnmetBudget, UserError
 from compressvit.fitting.hull import Forms, choose, least
 from compressvit.model import surgery
 from compressvit.transforms.narrow.form import BlockForm
@@ -51,7 +51,8 @@ class Search:
         self._fixed = prices.student(model, {}) - as_they_are  # what everything else costs
 
     def refuse(self, found: Sequence[Place], *, large: bool = True) -> None:
-        """Raise a `UserError` if the budget asks for less than the forms can reach or, with `large`, for nothing; no values are needed."""
+        """Raise an `UnmetBudget` if the budget asks for less than the forms can reach, or, with `large`, a `UserError` if for nothing; no
+        values are needed."""
         units = self.prices.units
         if large and (self.limits >= self.of_teacher).all():
             asked, has = (
@@ -125,10 +126,11 @@ class Search:
             smallest[i] = max(smallest[i], self._cost_of(self._cheapest(parts))[i])
         return smallest
 
-    def _too_small(self, smallest: Row) -> UserError:
+    def _too_small(self, smallest: Row) -> UnmetBudget:
         met = not (smallest > self.limits).any()
+        bits = {"bytes": f" and {min(self.prices.bits)} bits a weight"} if self.prices.bits else {}
         texts = [
-            f"{amount(unit, limit)} (the smallest that {', '.join(self.step.methods)} reach is {amount(unit, low)}, "
+            f"{amount(unit, limit)} (the smallest that {', '.join(self.step.methods)}{bits.get(unit, '')} reach is {amount(unit, low)}, "
             f"{low / whole:.3f} of the teacher's {amount(unit, whole, short=True)})"
             for unit, limit, low, whole in zip(self.prices.units, self.limits, smallest, self.of_teacher, strict=True)
             if low > limit or met
@@ -136,7 +138,7 @@ class Search:
         together = " together" if met else ""
         table = self.prices.table
         where = f", measured on {table.where()}" if table is not None else ""
-        return UserError(
+        return UnmetBudget(
             f"{self.step.name}: a budget of {' and '.join(texts)} cannot be met{together}{where}; raise it, or allow more methods"
         )
 

@@ -109,9 +109,9 @@ class Shrink(NarrowStep):
         return self
 
     def before(self, later: Sequence[Transform]) -> Shrink:
-        if not self.rounded or self._rounding is not None:
+        if not self.rounded:
             return self
-        step = next((step for step in later if isinstance(step, Quantise)), None)
+        step = next((step for step in later if isinstance(step, Quantise)), self._rounding)
         if step is None:
             raise UserError(
                 "shrink.rounded counts on a quantise step behind it, and there is none; add one, e.g. "
@@ -191,6 +191,7 @@ class Shrink(NarrowStep):
             if known and self.budget:
                 search = Search(self, model, self._prices(model, found, known), self.budget)
                 search.refuse(found, large=known == self.budget.units)
+                self._refuse_two_limits(search)
             budget = self.target
             if budget.latency is not None:
                 budget = budget.unmeasured(original_macs(model))
@@ -225,6 +226,20 @@ class Shrink(NarrowStep):
         if self.budget is not None:
             search.refuse(found)
         return search
+
+    def _refuse_two_limits(self, search: Search) -> None:
+        """Raise a `UserError` where this step and the one that rounds behind it have other limits of the same file."""
+        if self._rounding is None or self._rounding.budget is None:
+            return
+        ours, theirs = (
+            int(search.limits[search.prices.units.index("bytes")]),
+            int(self._rounding.budget.bytes),
+        )
+        if ours != theirs:
+            raise UserError(
+                f"shrink: with rounded its {ours:,} bytes and the {theirs:,} of the quantise step behind it are limits of one file; give "
+                f"both the same, e.g. quantise: {{budget: {{bytes: {ours}}}}}"
+            )
 
     def _prices(
         self, model: nn.Module, found: Sequence[Place], units: Sequence[Unit], table: LatencyTable | None = None

@@ -29,6 +29,7 @@ from compressvit.errors import UserError
 from compressvit.runs import shrink as verb
 from compressvit.runs.files import read_results
 from compressvit.runs.keep import OnHeldOut
+from compressvit.runs.shrink_words import arguments_of, limits
 from compressvit.transforms.shrink import spec
 from compressvit.transforms.shrink.spec import ShrinkBudget
 
@@ -52,7 +53,7 @@ def test_a_checkpoint_may_be_of_a_model_built_with_arguments(headless, photos, l
     save_file(model.state_dict(), tmp_path / "tuned.safetensors")
     words = ["patch_size=8", "depth=3", "img_size=[48, 48]"]
     given = {"patch_size": 8, "depth": 3, "img_size": [48, 48]}
-    assert verb.arguments_of(words) == given
+    assert arguments_of(words) == given
     for more, classes, what in (({}, 4, "accuracy"), ({"num_classes": 0}, 0, "k-NN accuracy")):
         recipe = verb.shrink_recipe(tmp_path / "tuned.safetensors", labelled, model="test_vit", args={**given, **more})
         assert recipe["teacher"]["args"] == given
@@ -345,8 +346,8 @@ def test_the_run_folder_is_called_after_the_model_or_the_file():
 
 
 def test_limits_and_their_units():
-    assert verb.limits(["0.5"]) == {"parameters": 0.5}
-    assert verb.limits(["2e6"], "macs") == {"macs": 2e6}
-    assert verb.limits(["parameters=0.5", "macs=0.25"]) == {"parameters": 0.5, "macs": 0.25}
-    assert verb.limits(["bytes=1000", "0.5"], "macs") == {"bytes": 1000, "macs": 0.5}
+    assert limits(["0.5"]) == {"parameters": 0.5}
+    assert limits(["2e6"], "macs") == {"macs": 2e6}
+    assert limits(["parameters=0.5", "macs=0.25"]) == {"parameters": 0.5, "macs": 0.25}
+    assert limits(["bytes=1000", "0.5"], "macs") == {"bytes": 1000, "macs": 0.5}
     assert set(UNITS) == ShrinkBudget.model_fields.keys()

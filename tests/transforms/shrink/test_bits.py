@@ -11,6 +11,9 @@ from compressvit.errors import UserError
 from compressvit.fitting.reference import Reference
 from compressvit.model import surgery
 from compressvit.model.cost import file_bytes
+from compressvit.recipe.recipe import parse_recipe
+from compressvit.runs.methods import steps_of
+from compressvit.runs.plan import plan_recipe
 from compressvit.transforms import Quantise, Shrink
 from compressvit.transforms.applying import compress, in_context, plan_transforms
 from compressvit.transforms.record import compression_of
@@ -92,8 +95,44 @@ def test_a_limit_of_another_unit_holds_too(teacher, images):
 
 
 def test_a_limit_below_both_is_refused_before_an_image_is_read(teacher):
-    with pytest.raises(UserError, match=r"shrink: a budget of 1,000 bytes .* cannot be met"):
+    with pytest.raises(
+        UserError, match=r"shrink: a budget of 1,000 bytes .* 3 bits a weight reach is .* cannot be met"
+    ):
         plan_transforms(teacher, both(1000))
+
+
+def test_one_limit_is_one_conflict():
+    """The step behind is not judged by a model that is not shrunk; other faults of it are told."""
+    text = "teacher: {model: vit_tiny_patch16_224, weights: random}\ndata: {name: digits}\nsteps:\n"
+    shrink, quantise = (
+        "  - shrink: {budget: {bytes: 1000}, rounded: true}\n",
+        "  - quantise: {budget: {bytes: 1000}%s}\n",
+    )
+    (conflict,) = plan_recipe(parse_recipe(text + shrink + quantise % "")).conflicts
+    assert conflict.startswith("steps[0].shrink: shrink: a budget of 1,000 bytes")
+    alone = plan_recipe(parse_recipe(text + quantise % "")).conflicts
+    assert "or put `shrink` before" in alone[0]
+    two = plan_recipe(parse_recipe(text + shrink + quantise % ", skip: [nothing]")).conflicts
+    assert len(two) == 2
+    assert "nothing" in two[1]
+
+
+def test_two_limits_of_one_file_are_refused(teacher):
+    whole = file_bytes(teacher)
+    half = both(int(0.2 * whole))
+    plan_transforms(teacher, [Shrink(budget=ShrinkBudget(bytes=0.2), rounded=True), half[1]])
+    with pytest.raises(UserError, match=rf"limits of one file; give both the same, .* \{{bytes: {int(0.3 * whole)}\}}"):
+        plan_transforms(teacher, [Shrink(budget=ShrinkBudget(bytes=0.3), rounded=True), half[1]])
+
+
+def test_a_frontier_gives_both_steps_the_limit(teacher):
+    """A fraction is one of the teacher's file; another method takes the place of both."""
+    limit = int(0.3 * file_bytes(teacher))
+    shrink, quantise = steps_of(in_context(both(10_000)), None, teacher, "bytes", 0.3)
+    assert shrink.budget.bytes == quantise.budget.bytes == limit
+    plan_transforms(teacher, [shrink, quantise])
+    (alone,) = steps_of(in_context(both(10_000)), "shrink", teacher, "bytes", 0.3)
+    assert (alone.budget.bytes, alone.rounded) == (0.3, False)
 
 
 def test_what_does_not_fit_together_is_refused(teacher):

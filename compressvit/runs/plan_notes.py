@@ -1,0 +1,106 @@
+"""What a plan tells beside its tables: of the teacher, of phases, of ranks, and of the figures at the end."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from compressvit.data.input import STATISTICS, class_mismatch
+from compressvit.fitting.moments import tokens_at
+from compressvit.model.backbone import family_of
+from compressvit.model.cost import break_even_rank, threads_text
+from compressvit.model.linear import weight_shape
+from compressvit.recipe.recipe import Recipe
+from compressvit.runs.job import Job
+from compressvit.runs.models import has_own_head, missing_yet
+from compressvit.tasks.base import task_of
+from compressvit.transforms.low_rank.layer import Factored
+from compressvit.transforms.low_rank.pivoted_layer import is_pivoted, pivoted_linear
+
+
+def teacher_notes(job: Job) -> list[str]:
+    recipe = job.recipe
+    notes = []
+    if recipe.student.head != "new":
+        needed = task_of(job.teacher.model, recipe.data.usual_task).needs_classes(job.classes or 0)
+        heads = getattr(job.teacher.model, "num_classes", 0)
+        mismatch = class_mismatch(needed, heads, new_head=has_own_head(recipe))
+        notes += [mismatch] if mismatch else []
+    if job.architecture.trained:
+        ours, theirs = job.student.input.as_dict(), job.teacher.input.as_dict()
+        unlike = [key for key in STATISTICS if getattr(recipe.data, key) is not None and ours[key] != theirs[key]]
+        notes += [
+            f"data.{key} is the student's: {_short(ours[key])}. The teacher keeps its own, {_short(theirs[key])}, with which it was trained"
+            for key in unlike
+        ]
+    notes += missing_yet(recipe)
+    if recipe.teacher.finetune is not None and recipe.teacher.weights not in ("train", "pretrained"):
+        notes.append(
+            "the teacher given is trained further, as teacher.finetune says; teacher.finetune=null keeps it as it is"
+        )
+    return notes
+
+
+def figures(job: Job) -> list[str]:
+    """What is to be known of the figures at the end of a run."""
+    found, task = [], task_of(job.student.model, job.recipe.data.usual_task)
+    if job.recipe.student.head == "new":
+        absent = " and no ".join(quality.in_text for quality in task.against_teacher())
+        found += [f"the student has a new head, so it is not compared with its teacher: there is no {absent}"] * bool(
+            absent
+        )
+    elif text := task.uncompared(job.student.model, job.teacher.model):
+        found.append(text)
+    for model in (job.teacher.model, job.student.model):
+        if (family := family_of(model)) is not None and family.latency:
+            found.append(f"the latency of a {family.title} depends on {family.latency}")
+    return list(dict.fromkeys(found))
+
+
+def _short(value: Any) -> str:
+    return ", ".join(f"{number:g}" for number in value) if isinstance(value, list) else str(value)
+
+
+def phase_notes(recipe: Recipe) -> list[str]:
+    """Notes of phases and transforms, and a note on transforms that no phase trains."""
+    notes: list[str] = []
+    for where, phase in recipe.phases().items():
+        notes += [f"{where}: {text}" for entry in recipe.diagnostics if (text := entry.spec.note(phase))]
+        if phase.warmup_epochs > phase.epochs:
+            notes.append(
+                f"{where}: the warm-up of {phase.warmup_epochs:g} epochs is longer than the phase of {phase.epochs}, "
+                f"so the learning rate never reaches its peak; shorten warmup_epochs"
+            )
+    parts = recipe.parts()
+    if parts and parts[-1].phase is None:
+        index = parts[-1].start + len(parts[-1].transforms) - 1
+        last = f"no step trains the student after steps[{index}].{recipe.steps[index].name}"
+        notes.append(f"{last}: the result is the student as the transforms initialise it")
+    for part in parts:
+        for index, spec in enumerate(part.transforms, part.start):
+            notes += [f"steps[{index}].{spec.name}: {sentence}" for sentence in spec.provisional]
+    return notes
+
+
+def break_even_notes(student: nn.Module) -> list[str]:
+    """Notes on low-rank layers without a shared weight: the rank above which they are slower than dense layers."""
+    layers = {p: m for p, m in student.named_modules() if isinstance(m, Factored)}
+    if not layers:
+        return []
+    tokens = tokens_at(student, list(layers))
+    shapes: dict[tuple[int, int, int, bool], str] = {}
+    for path, layer in layers.items():
+        outputs, inputs = weight_shape(layer)
+        shapes.setdefault((inputs, outputs, tokens[path], is_pivoted(layer)), path)
+    texts = []
+    for (inner, out, count, pivots), path in shapes.items():
+        by_macs, measured = break_even_rank(
+            inner, out, count, pivoted=partial(pivoted_linear, inner, out) if pivots else None
+        )
+        texts.append(f"{path} ({out}×{inner}, {count} tokens) {by_macs} / {measured}")
+    return [
+        "low rank alone is faster than the dense layer up to rank (by MACs / as measured here, one image, "
+        f"{threads_text()}): {'; '.join(texts)}"
+    ]
