@@ -34,7 +34,7 @@ from compressvit.runs.models import (
     trains_teacher,
     untrained,
 )
-from compressvit.runs.plan_notes import break_even_notes, figures, phase_notes, teacher_notes
+from compressvit.runs.plan_notes import break_even_notes, figures, phase_notes, provisional_steps, teacher_notes
 from compressvit.tasks.base import TASKS, find_task, task_of
 from compressvit.training.phases import PhaseSpec, Setting
 from compressvit.training.phases.finetune import Finetune
@@ -166,6 +166,7 @@ def plan_job(job: Job) -> RecipePlan:
         stages=_stages(student.model),
         steps=planned.steps,
         notes=notes,
+        provisional=provisional_steps(recipe),
         conflicts=planned.conflicts,
         figures=figures(job),
         diagnostics={entry.name: entry.spec.summary() for entry in recipe.diagnostics},

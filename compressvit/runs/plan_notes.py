@@ -84,6 +84,16 @@ def phase_notes(recipe: Recipe) -> list[str]:
     return notes
 
 
+def provisional_steps(recipe: Recipe) -> list[str]:
+    """The steps whose size follows from a budget and whose choices wait for what a run measures."""
+    return [
+        f"steps[{index}].{spec.name}"
+        for part in recipe.parts()
+        for index, spec in enumerate(part.transforms, part.start)
+        if spec.budget_units and spec.provisional
+    ]
+
+
 def break_even_notes(student: nn.Module) -> list[str]:
     """Notes on low-rank layers without a shared weight: the rank above which they are slower than dense layers."""
     layers = {p: m for p, m in student.named_modules() if isinstance(m, Factored)}

@@ -163,6 +163,11 @@ def print_plan(plan: RecipePlan, console: Console) -> None:
             title=f"{plan.recipe}: {plan.teacher.model}, images {'×'.join(map(str, plan.input_size or ()))}",
         )
     )
+    if plan.provisional:
+        steps, verb = " and ".join(plan.provisional), "chooses" if len(plan.provisional) == 1 else "choose"
+        console.print(
+            f"the student is provisional: {steps} {verb} by what is measured later; see the notes", highlight=False
+        )
     for line in _input_lines(plan):
         console.print(line, highlight=False)
     if plan.stages:

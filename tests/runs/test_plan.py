@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import subprocess
 import sys
@@ -24,6 +25,8 @@ from compressvit.runs.files import RecipePlan
 from compressvit.runs.job import prepare
 from compressvit.runs.models import build_student
 from compressvit.runs.plan import plan_job, plan_recipe
+from compressvit.runs.tables import print_plan
+from compressvit.terminal import Terminal
 from compressvit.training.pairs import match_layers
 from compressvit.training.terms import Batch, build_terms
 from compressvit.transforms import Transform
@@ -310,6 +313,34 @@ def test_a_teacher_that_is_not_there_yet_is_noted(tmp_path):
 
     assert f"teacher.weights: there is no {tmp_path / 'run'} yet" in notes(tmp_path / "run")
     assert "there is no" not in notes("pretrained") + notes(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("steps", "waiting", "line"),
+    [
+        ([{"quantise": {"bits": 4}}], [], None),
+        (
+            [{"shrink": {"budget": {"parameters": 0.7}, "multiple": 2}}, {"quantise": {"bits": 4}}],
+            ["steps[0].shrink"],
+            "the student is provisional: steps[0].shrink chooses by what is measured later; see the notes",
+        ),
+        (
+            [{"low_rank": {"budget": {"parameters": 0.7}}}, {"quantise": {"budget": {"bytes": 0.5}}}],
+            ["steps[0].low_rank", "steps[1].quantise"],
+            "the student is provisional: steps[0].low_rank and steps[1].quantise choose by what is measured later; see the notes",
+        ),
+    ],
+)
+def test_a_student_that_is_not_chosen_yet_is_marked_below_its_costs(steps, waiting, line):
+    teacher = {"model": "vit_tiny_patch16_224", "weights": "train", "args": {**VIT, "embed_dim": 48}}
+    plan = plan_recipe(parse_recipe(json.dumps({"teacher": teacher, "data": {"name": "digits"}, "steps": steps})))
+    assert (plan.conflicts, plan.provisional) == ([], waiting)
+    assert all(any(note.startswith(step) for note in plan.notes) for step in waiting)
+    shown = io.StringIO()
+    print_plan(plan, Terminal(file=shown, width=150))
+    lines = [text.rstrip() for text in shown.getvalue().splitlines()]
+    end = next(i for i, text in enumerate(lines) if text.startswith("└"))
+    assert lines[end + 1].startswith("images") if line is None else lines[end + 1] == line
 
 
 def test_a_recipe_that_trains_nothing_says_so():

@@ -121,12 +121,12 @@ class LORS(RankStep):
         notes = self.budget_note(self.metric)
         if self.share == "auto":
             notes.append(
-                "nothing is shared in this plan; apply shares weights where that leaves less error in the budget, and with other groups "
+                "nothing is shared in this plan; the run shares weights where that leaves less error in the budget, and with other groups "
                 "MACs, layer pairs and loss memory may be others"
             )
         elif self.group_by == "similarity":
             notes.append(
-                "groups are consecutive in this plan; apply forms as many of the most similar layers "
+                "groups are consecutive in this plan; the run forms as many of the most similar layers "
                 + measured_on(self.metric)
             )
         return tuple(notes)

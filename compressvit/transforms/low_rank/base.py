@@ -213,7 +213,7 @@ class RankStep(Transform):
     def budget_note(self, metric: str) -> list[str]:
         """What a plan without values assumes about the ranks within a budget."""
         on = measured_on(metric)
-        text = f"ranks are uniform in this plan; apply allocates the same budget by the errors it measures {on}"
+        text = f"ranks are uniform in this plan; the run allocates the same budget by the errors it measures {on}"
         return [text] if self.budget else []
 
     def backbone(self, model: nn.Module) -> Backbone:

@@ -94,7 +94,7 @@ class Quantise(Transform):
             return ()
         on = "on the calibration images" if self.needs_images else "in the weights"
         return (
-            f"bits are those of equal layers in this plan; apply chooses those of every layer by the errors it measures {on}",
+            f"bits are those of equal layers in this plan; the run chooses those of every layer by the errors it measures {on}",
         )
 
     def with_budget(self, unit: str, value: float) -> Quantise:

@@ -152,12 +152,12 @@ class Shrink(NarrowStep):
     @property
     def provisional(self) -> tuple[str, ...]:
         found = [
-            "widths are uniform in this plan; apply chooses the form of every block by the errors it measures on the calibration images"
+            "widths are uniform in this plan; the run chooses the form of every block by the errors it measures on the calibration images"
         ]
         if self.keep is not None:
             found.append(
-                f"the student has {_ASSUMED:g} of the teacher's {self._unit} in this plan; apply fits and judges {self.tries} students on "
-                f"held-out images and takes the smallest with {self.keep.words()}"
+                f"the student has {_ASSUMED:g} of the teacher's {self._unit} in this plan; the run fits and judges {self.tries} students "
+                f"on held-out images and takes the smallest with {self.keep.words()}"
             )
         if self.rounded:
             found.append(
@@ -169,7 +169,7 @@ class Shrink(NarrowStep):
                 if self.target.latency <= 1
                 else "nothing is assumed of a latency in milliseconds, so this plan does not follow it"
             )
-            found.append(f"{assumed}; apply first measures what modules take on its device")
+            found.append(f"{assumed}; the run first measures what modules take on its device")
         return tuple(found)
 
     @classmethod
