@@ -118,6 +118,8 @@ def details(run: Run) -> list[str]:
         sentences.append(
             f"Latency is the median for one image, teacher and student measured in turns on {where}{spread}."
         )
+    if slower := run.results.slower:
+        sentences.append(f"{slower[0].upper()}{slower[1:]}.")
     sentences += [f"{text[0].upper()}{text[1:]}." for text in how_judged(run.results.student.figures)]
     if fitted := run.results.fitted:
         sentences.append(f"{fitted.text[0].upper()}{fitted.text[1:]}.")

@@ -260,6 +260,19 @@ def _version(package: str) -> str:
         return ""
 
 
+def _why_slower(result: dict[str, Any]) -> str:
+    """What is known of why a file is slower than its artifact, as a clause."""
+    known = {
+        "fp16": "few processors compute in fp16, and others convert every number",
+        "bf16": "few processors compute in bf16, and others convert every number",
+        **dict.fromkeys(
+            INTEGERS, "rounding what meets the weights takes longer than products of integers save in small layers"
+        ),
+    }
+    reason = known.get(result["precision"])
+    return f", likely because {reason}" if reason else ""
+
+
 def print_export(result: dict[str, Any], console: Console) -> None:
     """Print the result of `export`."""
 
@@ -292,7 +305,7 @@ def print_export(result: dict[str, Any], console: Console) -> None:
     if times:
         line(f"latency: {how_measured(result['latency_on'])}")
         if result["latency_ratio"][0] > 1:
-            line("it is slower than the artifact is in PyTorch")
+            line(f"it is slower than the artifact is in PyTorch{_why_slower(result)}")
     else:
         line("weights alone are rounded, and compared in float32; so there is no latency")
     for name in list(result["bytes"])[1:]:

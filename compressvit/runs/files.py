@@ -165,7 +165,11 @@ class NoteRow(RunFile):
 
 
 class Results(RunFile):
-    """`results.json`. The figures are of the images `reported_on`: those of the test where there is one, on which nothing is chosen."""
+    """`results.json`. The figures are of the images `reported_on`: those of the test where there is one, on which nothing is chosen.
+
+    Attributes:
+        slower: why the student is slower than its teacher, if it is (`compressvit.runs.slowness`).
+    """
 
     teacher: Figures
     student: Figures
@@ -178,6 +182,7 @@ class Results(RunFile):
     broken_images: int = 0
     data_notes: list[NoteRow] = []
     weights_notes: list[NoteRow] = []
+    slower: str | None = None
 
     @property
     def slowdown(self) -> float | None:

@@ -23,6 +23,7 @@ from compressvit.runs.job import Job
 from compressvit.runs.models import has_own_head
 from compressvit.runs.predictions import Predictions
 from compressvit.runs.run import Trained
+from compressvit.runs.slowness import slowness
 from compressvit.runs.tables import how_judged, how_measured, results_table
 from compressvit.tasks.qualities import differences, intervals
 from compressvit.transforms.record import compression_of, only_adapted, trained_names, trained_parameters
@@ -77,6 +78,7 @@ def finish(job: Job, scorer: Scorer, folder: RunFolder, log: RunLog, *, plan: Re
             "broken_images": job.datasets.broken.count,
             "data_notes": [asdict(note) for note in job.datasets.notes()],
             "weights_notes": [note.model_dump() for note in plan.weights],
+            "slower": slowness(student, teacher, times.ratio(1), costs["macs"] / max(1, plan.teacher.macs)),
         }
     )
     log.show_on_boards(lambda board: board.results(job.recipe, results))
@@ -139,6 +141,8 @@ def _report(job: Job, folder: RunFolder, log: RunLog, results: Results, mismatch
         f"latency: {how_measured(f'{job.device}, {cost.threads_text()}')}. "
         f"The student was read back from disk: largest difference of its outputs {results.read_back_difference:.1e}"
     )
+    if results.slower is not None:
+        log.say(results.slower)
     if results.fitted is not None:
         log.say(results.fitted.text)
     for text in how_judged(results.student.figures):

@@ -78,6 +78,8 @@ def frontier(
                 continue
             rows.append(_measured(begin, student, method, budget, batch))
             console.print(f"{name}: {words(rows[-1])}", highlight=False)
+            if slower := begin.slower(student, _ratio(rows[-1])):
+                console.print(f"{name}: {slower}", highlight=False)
     if len(rows) == 1:
         raise UserError("none of the budgets can be met; the messages above say which can")
     task = begin.scorer.task(begin.teacher)
@@ -159,19 +161,22 @@ def _measured(begin: OneShot, side: Side, method: str | None, budget: float | No
     }
 
 
+def _ratio(row: dict[str, Any]) -> tuple[float, float, float]:
+    return row["latency_low"], row["latency"], row["latency_high"]
+
+
 def _costs(rows: list[dict[str, Any]], unit: str) -> Table:
     table = Table(title=f"What students cost (budgets: of the teacher's {unit})", title_justify="left")
     for column in ("budget", "parameters", "MACs", "file", "memory", "latency / teacher"):
         table.add_column(column, justify="right", no_wrap=column != "latency / teacher")
     for label, row in _labelled(rows, table):
-        latency = (row["latency_low"], row["latency"], row["latency_high"])
         table.add_row(
             label,
             _short(row["parameters"]),
             _short(row["macs"]),
             megabytes(row["bytes"]),
             megabytes(row["memory"]),
-            f"{row['latency_ms']:.2f} ms" if row["budget"] is None else ratio_text(latency),
+            f"{row['latency_ms']:.2f} ms" if row["budget"] is None else ratio_text(_ratio(row)),
         )
     return table
 

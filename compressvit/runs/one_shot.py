@@ -20,6 +20,7 @@ from compressvit.runs.generalisation import beside, on_fitted
 from compressvit.runs.job import prepare
 from compressvit.runs.models import build_student, load_teacher
 from compressvit.runs.run import Calibration, calibration_images, judge
+from compressvit.runs.slowness import slowness
 from compressvit.runs.tables import how_measured, ledger_table, ratio_text
 from compressvit.tasks.qualities import words
 from compressvit.terminal import print_table
@@ -39,6 +40,7 @@ class Measured:
         latency_ms: of the teacher and the student.
         latency_ratio: as in `results.json` (`Figures`).
         latency_on: device and threads.
+        slower: why the student is slower than its teacher, if it is.
         layers: the choices of the following phase that depend on values, in words.
         broken_images, data_notes: of the images that were read.
         weights_notes: on the teacher's weights.
@@ -50,6 +52,7 @@ class Measured:
     latency_ms: tuple[float, float]
     latency_ratio: tuple[float, float, float]
     latency_on: str
+    slower: str | None
     layers: str | None
     broken_images: int
     data_notes: list[Note]
@@ -137,6 +140,10 @@ class OneShot:
         models = [side.model.to(self.job.device) for side in sides]
         return cost.latencies(models, [side.input.size for side in sides], device=self.job.device, batch=batch)
 
+    def slower(self, student: Side, ratio: tuple[float, float, float]) -> str | None:
+        """Why a student of this ratio of latencies is slower than the teacher, if it is."""
+        return slowness(student, self.teacher, ratio)
+
     @property
     def where(self) -> str:
         """Device and threads."""
@@ -159,6 +166,7 @@ def measure(recipe: Recipe, device: str) -> Measured:
         (teachers, students),
         times.ratio(1),
         begin.where,
+        begin.slower(student, times.ratio(1)),
         layers,
         broken.count,
         broken.notes(),
@@ -175,6 +183,7 @@ def print_measured(measured: Measured, console: Console) -> None:
         f"latency: {ratio_text(measured.latency_ratio)} of the teacher's {measured.latency_ms[0]:.2f} ms "
         f"({how_measured(measured.latency_on)})",
     ]
+    lines += [measured.slower] if measured.slower else []
     lines += [measured.layers] if measured.layers else []
     lines += [f"{measured.broken_images} broken image files were skipped"] if measured.broken_images else []
     lines += [f"data: {note.text}" for note in measured.data_notes]
