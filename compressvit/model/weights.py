@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -212,24 +212,43 @@ def load_file(model: nn.Module, path: str | Path, where: str, *, new_head: bool 
             )
         notes.append(Note("classifier", len(misfit), "another number of classes; the classifier is initialised anew"))
         tensors = {n: t for n, t in tensors.items() if n not in heads}
-    missing = [n for n in own if n not in tensors and not (new_head and n in heads)]
-    unknown = [n for n in tensors if n not in own]
-    misfit = [n for n in tensors if n in own and tensors[n].shape != own[n].shape]
-    if missing or unknown or misfit:
-        lines = [
-            f"{len(names)} {what}, first {names[0]}{shapes_text(names[0], tensors, own)}"
-            for what, names in (("tensors missing", missing), ("unknown", unknown), ("of another shape", misfit))
-            if names
-        ]
-        raise MisfitError(
-            f"{where}: {path} does not fit {model_name(model)}: {'; '.join(lines)}. "
-            f"{contents(given)}. Check teacher.model and teacher.args against what the file was made with"
-        )
+    _require_fit(tensors, model, heads if new_head else set(), f"{where}: {path}", given)
     model.load_state_dict(tensors, strict=False)
     notes = [replace(note, text=f"{where}: {path}: {note.text}") for note in notes]
     for note in notes:
         log.info("%s", note.text)
     return notes
+
+
+def _require_fit(
+    tensors: Mapping[str, torch.Tensor], model: nn.Module, new: Collection[str], what: str, given: Collection[str]
+) -> None:
+    """Raise a `MisfitError` unless tensors are those of a model.
+
+    Args:
+        new: names of a classifier that may be missing.
+        what: the place and the file, for messages.
+        given: names of the file's tensors, before any was left out.
+    """
+    own, heads = model.state_dict(), head_names(model)
+    missing = [n for n in own if n not in tensors and n not in new]
+    unknown = [n for n in tensors if n not in own]
+    misfit = [n for n in tensors if n in own and tensors[n].shape != own[n].shape]
+    if missing and set(missing) == heads and not unknown + misfit:
+        raise MisfitError(
+            f"{what} has no classifier, and the model one of {getattr(model, 'num_classes', 0)} classes; set num_classes=0 beside it, or "
+            "train one with `teacher.finetune`"
+        )
+    if missing or unknown or misfit:
+        lines = [
+            f"{len(names)} {kind}, first {names[0]}{shapes_text(names[0], tensors, own)}"
+            for kind, names in (("tensors missing", missing), ("unknown", unknown), ("of another shape", misfit))
+            if names
+        ]
+        raise MisfitError(
+            f"{what} does not fit {model_name(model)}: {'; '.join(lines)}. "
+            f"{contents(given)}. Check teacher.model and teacher.args against what the file was made with"
+        )
 
 
 def classes_in_file(model: nn.Module, path: Path, where: str) -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from compressvit.data.classes import ORDERS, read_names
 from compressvit.data.input import class_mismatch
 from compressvit.data.notes import counted
@@ -45,14 +48,48 @@ def require_enough_outputs(recipe: Recipe, name: str) -> str | None:
     return class_mismatch(needed, outputs, new_head=has_own_head(recipe)) if isinstance(outputs, int) else None
 
 
-def too_small(whose: str, outputs: int, classes: int, recipe: Recipe) -> str:
+def is_untold(recipe: Recipe, args: Mapping[str, Any]) -> bool:
+    """Whether nothing but the file of the teacher's weights says how many classes its classifier has, and a plan goes by timm's number.
+
+    Args:
+        args: with which the teacher is built.
+    """
+    return not ("num_classes" in args or recipe.teacher.weights == "pretrained" or has_own_head(recipe))
+
+
+def untold_note(recipe: Recipe, classes: int, needed: int, outputs: int) -> str | None:
+    """What to tell of a teacher that `is_untold`, where timm's number is another than the data's. (Fewer outputs are refused.)
+
+    Args:
+        classes: of the data, 0 where they are not known.
+        needed: outputs for these, in the teacher's task.
+        outputs: of the head that timm builds; 0 without one.
+    """
+    if not classes or (outputs and outputs <= needed):
+        return None
+    begin = f"the data has {counted(classes, 'class')}, and as teacher.num_classes is not given, timm builds {recipe.teacher.model}"
+    if not outputs:
+        return f"{begin} without a classifier; if the file has one, give the number of its classes, e.g. teacher.num_classes={classes}"
+    return (
+        f"{begin} with {outputs}; set it to the number of classes of the file's classifier, e.g. teacher.num_classes={classes}, or 0 if it "
+        f"has none. With {outputs}, accuracy is meaningless unless class 0, 1, … are the same"
+    )
+
+
+def too_small(whose: str, outputs: int, classes: int, recipe: Recipe, *, untold: bool = False) -> str:
     """What to say of a head with fewer outputs than the data has classes.
 
     Args:
         whose: 'teacher' or 'student'.
+        untold: it is a teacher's that `is_untold`.
     """
     advice = f"set student.args.num_classes={classes}, or leave it out"
-    if whose == "teacher":
+    if whose == "teacher" and untold:
+        advice = (
+            f"that is timm's number, as teacher.num_classes is not given: set teacher.num_classes={classes} if the file's classifier has "
+            "as many, or train a new one with teacher.finetune={}"
+        )
+    elif whose == "teacher":
         advice = f"set teacher.num_classes={classes} and train the head with teacher.finetune"
         if has_own_head(recipe):
             advice = "leave teacher.num_classes out: the teacher then has as many"
@@ -79,6 +116,8 @@ def _teacher_outputs(recipe: Recipe) -> int | None:
     if teacher.weights.startswith(HUB):  # may have to be downloaded
         return teacher.num_classes
     found = teacher_architecture(recipe).args.get("num_classes")
+    if has_own_head(recipe):  # as many as the data has, where nothing else is said
+        return found if isinstance(found, int) else None
     if found is None and teacher.weights == "pretrained" and teacher.model.partition(".")[0] not in DETECTORS:
         from timm.models import get_pretrained_cfg
 

@@ -30,7 +30,7 @@ from compressvit.model.backbone import family_of, model_name
 from compressvit.recipe.recipe import Recipe
 from compressvit.runs.deciding import set_aside
 from compressvit.runs.folder import RunFolder
-from compressvit.runs.heads import too_small
+from compressvit.runs.heads import is_untold, too_small
 from compressvit.runs.models import (
     Architecture,
     build_student,
@@ -205,7 +205,8 @@ def refuse_small_heads(job: Job) -> None:
         needed = task_of(model, recipe.data.usual_task).needs_classes(have) if have else 0
         if not classes or needed <= classes:
             continue
-        raise UserError(too_small(whose, classes, have or 0, recipe))
+        untold = whose == "teacher" and is_untold(recipe, job.architecture.args)
+        raise UserError(too_small(whose, classes, have or 0, recipe, untold=untold))
 
 
 def refuse_data(job: Job) -> None:

@@ -195,6 +195,7 @@ class _Steps:
         spec = self.recipe.teacher.finetune or Finetune()
         setting = self._setting(self.teacher_side, None)
         try:
+            self._refuse_headless_teacher(spec, setting)
             spec.refuse(setting)
         except UserError as error:
             self.conflicts.append(f"teacher.finetune: {error}")
@@ -202,6 +203,15 @@ class _Steps:
         text = spec.summary(self.recipe.data.batch_size)
         given = self.recipe.teacher.finetune is not None
         self.steps.append(StepPlan(step="teacher.finetune", summary=text if given else f"{text} (defaults)"))
+
+    def _refuse_headless_teacher(self, spec: Finetune, setting: Setting) -> None:
+        """Its own classifier is left out by request, for which the phase itself has the advice of a student."""
+        supervised = setting.task is not None and setting.task.supervised
+        if self.recipe.teacher.num_classes == 0 and spec.needs_classifier and not supervised:
+            raise UserError(
+                "it learns from labels, but teacher.num_classes=0 is no classifier; leave that out, and there is one as large as the data "
+                "needs"
+            )
 
     def all(self) -> None:
         """Plan every step of the recipe, including a final merge."""

@@ -13,6 +13,7 @@ from compressvit.model.backbone import family_of
 from compressvit.model.cost import break_even_rank, threads_text
 from compressvit.model.linear import weight_shape
 from compressvit.recipe.recipe import Recipe
+from compressvit.runs.heads import is_untold, untold_note
 from compressvit.runs.job import Job
 from compressvit.runs.models import has_own_head, missing_yet
 from compressvit.tasks.base import task_of
@@ -26,7 +27,10 @@ def teacher_notes(job: Job) -> list[str]:
     if recipe.student.head != "new":
         needed = task_of(job.teacher.model, recipe.data.usual_task).needs_classes(job.classes or 0)
         heads = getattr(job.teacher.model, "num_classes", 0)
-        mismatch = class_mismatch(needed, heads, new_head=has_own_head(recipe))
+        if is_untold(recipe, job.architecture.args):
+            mismatch = untold_note(recipe, (job.classes or 0) * recipe.data.labelled, needed, heads)
+        else:
+            mismatch = class_mismatch(needed, heads, new_head=has_own_head(recipe))
         notes += [mismatch] if mismatch else []
     if job.architecture.trained:
         ours, theirs = job.student.input.as_dict(), job.teacher.input.as_dict()

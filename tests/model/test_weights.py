@@ -213,6 +213,10 @@ NOT_WEIGHTS = {
         r"does not fit vit_tiny_patch16_224: \d+ tensors missing.*1 unknown, first conv1",
     ),
     "nothing": ({}, "tensors missing, first"),
+    "a backbone": (
+        {name: value for name, value in build("vit").state_dict().items() if not name.startswith("head.")},
+        r"weights\.pth has no classifier, and the model one of 5 classes; set num_classes=0 beside it",
+    ),
 }
 
 

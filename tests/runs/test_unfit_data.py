@@ -114,6 +114,71 @@ def test_a_trained_head_of_too_many_classes_is_told_how_to_get_fewer(pictures):
         assert f"the data has 2 classes and the teacher's head 3: {text}" in out
 
 
+MORE = "the data has 2 classes, and as teacher.num_classes is not given, timm builds"
+GENERIC = "For your own classes give the teacher a new head: teacher.finetune={}"
+
+
+@pytest.mark.parametrize(
+    ("teacher", "told"),
+    [
+        (
+            {"weights": "x"},
+            f"{MORE} vit_tiny_patch16_224 with 1000; set it to the number of classes of the file's classifier",
+        ),
+        ({"weights": "x", "num_classes": 0}, None),
+        ({"weights": "x", "num_classes": 2}, None),
+        ({"weights": "x", "num_classes": 3}, GENERIC),
+        ({"weights": "x", "args": {"num_classes": 3}}, GENERIC),
+        ({"weights": "x", "finetune": {"epochs": 1}}, None),
+        ({"weights": "train"}, None),
+        ({"weights": "pretrained"}, GENERIC),
+        ({"weights": "pretrained", "finetune": {"epochs": 1}}, None),
+        (
+            {"model": "vit_small_patch14_dinov2", "weights": "x", "args": {"img_size": 28, "depth": 2}},
+            f"{MORE} vit_small_patch14_dinov2 without a classifier; if the file has one, give the number of its classes",
+        ),
+        ({"model": "vit_small_patch14_dinov2", "weights": "pretrained", "args": {"img_size": 28}}, None),
+    ],
+)
+def test_what_a_number_of_classes_asks_for_depends_on_where_weights_come_from(teacher, told, tmp_path):
+    content = {
+        "teacher": {"model": "vit_tiny_patch16_224", "args": {"depth": 2}} | teacher,
+    }
+    content |= {
+        "data": {"name": "folder", "root": str(class_folders(tmp_path, classes=("a", "b")))},
+        "steps": [{"low_rank": {"rank": 4}}],
+    }
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(content))
+    code, out, err = run("plan", tmp_path / "r.yaml")
+    assert code == 0, err
+    assert ("the data has 2 classes" in out) == (told is not None)
+    assert told is None or told in out
+    assert ("2 classes" in run("validate", tmp_path / "r.yaml")[1]) == (told == GENERIC)
+
+
+def test_a_head_that_is_too_small_because_nothing_says_how_large_the_files_is(tmp_path):
+    root = class_folders(tmp_path)
+    message = both(root, MODELS["classifier"] | {"weights": "x"}, "data.num_classes=2000", data="folder")
+    assert "head has only 1000; that is timm's number, as teacher.num_classes is not given" in message
+    assert "set teacher.num_classes=2000 if the file's classifier has as many, or train a new one" in message
+
+
+def test_a_teacher_is_not_trained_without_a_classifier(tmp_path):
+    root = class_folders(tmp_path)
+    (tmp_path / "r.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "teacher": MODELS["classifier"] | TEACHER | {"num_classes": 0},
+                "data": {"name": "folder", "root": str(root)},
+                "steps": [{"low_rank": {"rank": 2}}],
+            }
+        )
+    )
+    code, out, _ = run("plan", tmp_path / "r.yaml")
+    assert code == 2
+    assert "conflict: teacher.finetune: it learns from labels, but teacher.num_classes=0 is no classifier; leave" in out
+
+
 def test_data_that_are_here_and_amiss_are_refused_and_others_told(pictures):
     teacher = MODELS["detector"] | TEACHER
     assert "there are no annotations of that split in" in both(pictures, teacher, "data.val_split=foo")
