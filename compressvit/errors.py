@@ -64,7 +64,7 @@ def option(name: str, value: object = None) -> str:
 
 def switch(name: str) -> str:
     """A boolean option as the caller enables it: `--resume` on the command line, `resume=True` in Python."""
-    return f"--{name}" if is_command_line() else f"{name}=True"
+    return f"--{name.replace('_', '-')}" if is_command_line() else f"{name}=True"
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 from compressvit.artifacts import artifact
-from compressvit.errors import UserError, option, switch
+from compressvit.errors import UserError, is_command_line, option, switch
 from compressvit.model.header import MANIFEST, TENSORS
 from compressvit.model.hub import HUB
 from compressvit.report.card import Card, card, origin_of
@@ -15,6 +16,7 @@ from compressvit.report.record import read_run
 from compressvit.runs.evaluate import artifact_in
 from compressvit.runs.folder import RESOLVED
 from compressvit.runs.own_data import own_recipe_data
+from compressvit.runs.tables import megabytes
 from compressvit.tasks.base import task_of
 
 CARD = "README.md"
@@ -44,7 +46,8 @@ def push(
         The repository, its address, the commit, the licence, and the bytes of every file; the text of the card.
 
     Raises:
-        UserError: there is no artifact or it is damaged, the licence is not known, the repository has a model, or the Hub refuses.
+        UserError: there is no artifact or it is damaged, the licence is not known, the repository has a model, or the Hub refuses or cannot
+            be reached.
     """
     name = repository.removeprefix(HUB)
     if not _NAME.fullmatch(name):
@@ -62,7 +65,17 @@ def push(
     }
     if dry_run:
         return {**told, "url": None, "commit": None}
-    return {**told, **_published(name, files, private=private, overwrite=overwrite)}
+    try:
+        return {**told, **_published(name, files, private=private, overwrite=overwrite)}
+    except _UnreachableError as error:
+        words = ["compressvit", "push", str(path), repository, *(["--licence", licence] if licence else [])]
+        words += ["--private"] * private + ["--overwrite"] * overwrite
+        again = shlex.join(words) if is_command_line() else f"compressvit.push({str(path)!r}, {repository!r}, …)"
+        listed = ", ".join(f"{file} ({megabytes(size)})" for file, size in sizes.items())
+        raise UserError(
+            f"{name}: the Hugging Face Hub cannot be reached ({error}), so nothing was published of {listed}. {folder} stays as it is, and "
+            f"the card is made of its run again ({switch('dry_run')} shows it). Once there is a connection: {again}"
+        ) from error
 
 
 def _card(folder: Path, name: str, licence: str | None) -> Card:
@@ -98,6 +111,17 @@ def _licence_on_hub(repository: str) -> tuple[str | None, str]:
     return (about.get("license") if about is not None else None), ""
 
 
+class _UnreachableError(Exception):
+    """The Hub gave no answer."""
+
+
+def _is_of_connection(error: Exception) -> bool:
+    """Whether the HTTP client had no answer: what it raises then has no common base, but no response, and none of our files, either."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    answered = getattr(error, "response", None) is not None or getattr(error, "filename", None) is not None
+    return not answered and not kinds.isdisjoint(("OSError", "TransportError"))
+
+
 def _published(name: str, files: dict[str, bytes | Path], *, private: bool, overwrite: bool) -> dict[str, str]:
     """Make the repository if it is not there, and commit the files."""
     from huggingface_hub import CommitOperationAdd, HfApi
@@ -123,6 +147,8 @@ def _published(name: str, files: dict[str, bytes | Path], *, private: bool, over
         Exception
     ) as error:  # what the hub's HTTP client raises has no common base, and the client has changed before
         text = str(error).strip().splitlines() or [type(error).__name__]
+        if _is_of_connection(error):
+            raise _UnreachableError(text[0].rstrip(".")) from error
         login = (
             " Log in first: hf auth login, or set HF_TOKEN." if any(code in text[0] for code in ("401", "403")) else ""
         )

@@ -76,6 +76,39 @@ def test_who_may_not_publish_is_told_to_log_in(finished, repositories, monkeypat
     assert "Log in first: hf auth login" in message
 
 
+def test_who_is_offline_is_told_what_was_to_be_published_and_how_to_repeat_it(finished, repositories, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    before = {path: path.read_bytes() for path in (finished / "student").iterdir()}
+    message = refused("push", finished, NAME, "--licence", "mit", "--private")
+    assert f"{NAME}: the Hugging Face Hub cannot be reached (" in message
+    assert "nothing was published of README.md (" in message
+    assert "model.safetensors (" in message
+    assert (
+        f"{finished / 'student'} stays as it is, and the card is made of its run again (--dry-run shows it)" in message
+    )
+    assert message.endswith(f"compressvit push {finished} {NAME} --licence mit --private")
+    assert {path: path.read_bytes() for path in (finished / "student").iterdir()} == before
+    with pytest.raises(compressvit.UserError, match=r"\(dry_run=True shows it\).*: compressvit\.push\('"):
+        compressvit.push(finished, NAME, licence="mit")
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (ConnectionResetError("peer has gone"), "the Hugging Face Hub cannot be reached (peer has gone)"),
+        (FileNotFoundError(2, "no such file", "model.safetensors"), "could not be published: [Errno 2] no such file"),
+        (RuntimeError("no space left there"), "could not be published: no space left there. Nothing of it is lost"),
+    ],
+)
+def test_what_is_no_fault_of_the_connection_is_not_called_one(error, words, finished, repositories, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_commit", fail)
+    assert words in refused("push", finished, NAME, "--licence", "mit")
+    assert repositories[NAME] == {}
+
+
 @pytest.mark.parametrize(
     ("model", "weights", "repository", "licence"),
     [
