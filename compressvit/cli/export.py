@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from compressvit.cli.common import Verb, add_overrides
+from compressvit.cli.common import Verb, add_device, add_overrides
 
 
 def add_export(verb: Verb) -> None:
@@ -45,6 +45,10 @@ def add_export(verb: Verb) -> None:
     export.add_argument(
         "--dense", action="store_true", help="of timm: also where plain layers are larger than those of the student"
     )
+    add_device(
+        export,
+        "cpu, where files are written and compared, also of a machine with a GPU; they run wherever their runtime does",
+    )
     export.add_argument("--overwrite", action="store_true", help="replace files that are there")
     export.add_argument("--json", action="store_true", help="print JSON")
 
@@ -63,6 +67,7 @@ def run_export(arguments: argparse.Namespace) -> int:
         overwrite=arguments.overwrite,
         overrides=arguments.overrides,
         images=arguments.images,
+        device=arguments.device,
     )
     if arguments.json:
         print(json.dumps(result, indent=2))

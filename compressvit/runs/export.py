@@ -47,6 +47,7 @@ def export(
     overwrite: bool = False,
     overrides: Sequence[str] = (),
     images: int | None = None,
+    device: str = "auto",
 ) -> dict[str, Any]:
     """Write the artifact at `path`, or that of a run, in a format for other programs; open the file in its own runtime and compare it.
 
@@ -58,10 +59,10 @@ def export(
             'safetensors' and 'openvino' of the weights alone, which are compared in float32. Of 'onnx' also 'int8': of weights and of
             what meets them, which is rounded in every batch; of 'onnx' and 'openvino' 'int8-static': with ranges measured on images.
         opset: version of ONNX's operators; None: torch's own choice.
-        dense: write it also where 'timm' makes it larger than it is.
-        overwrite: replace the files that are there.
+        dense, overwrite: write it also where 'timm' makes it larger than it is; replace the files that are there.
         overrides: of the data whose images are used instead of the run's, as ['data.name=images', 'data.root=FOLDER'].
         images: of 'int8-static': how many training images ranges are measured on; None: 256.
+        device: 'auto' or 'cpu', where files are compared.
 
     Returns:
         What was written, and how it compares: difference, agreement and milliseconds, which are None where weights alone are rounded.
@@ -70,15 +71,14 @@ def export(
         UserError: there is no artifact, a package is missing, the format cannot express the model, a file is there already, or what was
             written does not compute what the artifact does, or there are too few images to measure ranges on. Nothing is left of it then.
     """
+    _require_cpu(device)
     fmt = find_format(to)
     export_images.require_count(images, precision)
     fmt.require(precision, opset)
     folder = artifact_in(Path(path).resolve())
     target = _target(folder, fmt, precision) if output is None else _named(Path(output).resolve(), fmt)
-    _require_place(target, folder, fmt, overwrite)
+    _require_place(target, folder, fmt, overwrite, own=output is None)
     data = export_images.data_of(folder, overrides, precision)
-    if output is None and target.parent.exists():
-        refuse_links(target.parent)
     with RunFolder(folder.parent).owned() if output is None and (folder.parent / RESOLVED).is_file() else nullcontext():
         source = _source(folder, precision, opset, dense)
         fmt.refuse(source)
@@ -172,8 +172,18 @@ def _require_apart(target: Path, folder: Path) -> None:
         )
 
 
-def _require_place(target: Path, folder: Path, fmt: Format, overwrite: bool) -> None:
-    """Raise a `UserError` where nothing may be written at `target`."""
+def _require_cpu(device: str) -> None:
+    if device not in ("auto", "cpu"):
+        raise UserError(
+            f"{option('device', device)}: files are written and compared on the CPU, each in its own runtime, and do not depend on that; "
+            "leave it out, and run the file on another device with its runtime"
+        )
+
+
+def _require_place(target: Path, folder: Path, fmt: Format, overwrite: bool, *, own: bool) -> None:
+    """Raise a `UserError` where nothing may be written at `target`; `own`: in the folder of the artifact's exports."""
+    if own and target.parent.exists():
+        refuse_links(target.parent)
     _require_apart(target, folder)
     _require_free(target, fmt, overwrite)
 

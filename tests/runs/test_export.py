@@ -157,6 +157,7 @@ def test_a_file_that_computes_something_else_is_not_left(ended, monkeypatch, fau
     ("words", "message"),
     [
         (("--to", "onx"), "--to onx: there is no such format; did you mean 'onnx'?"),
+        (("--to", "safetensors", "--device", "cuda"), "--device cuda: files are written and compared on the CPU"),
         (("--to", "pt2", "--opset", "18"), "--opset 18: opsets are of ONNX"),
         (("--to", "openvino", "--precision", "bf16"), "--precision bf16: OpenVINO is written in fp32 or fp16"),
         (("--to", "timm"), "--to timm: multiplex cannot be folded"),
