@@ -221,7 +221,7 @@ def load_file(model: nn.Module, path: str | Path, where: str, *, new_head: bool 
 
 
 def _require_fit(
-    tensors: Mapping[str, torch.Tensor], model: nn.Module, new: Collection[str], what: str, given: Collection[str]
+    tensors: dict[str, torch.Tensor], model: nn.Module, new: Collection[str], what: str, given: Collection[str]
 ) -> None:
     """Raise a `MisfitError` unless tensors are those of a model.
 

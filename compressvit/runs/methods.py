@@ -107,4 +107,4 @@ def steps_of(
     if counting and unit == "bytes" and size <= 1:
         size = int(size * cost.file_bytes(model))  # of the teacher's file, not of what shrink leaves
     before = [step.with_budget(unit, size) if step in counting else step for step in before]
-    return [*before, own.with_budget(unit, size), *after]
+    return [*before, own.with_budget(unit, size) or own, *after]
