@@ -14,7 +14,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from compressvit.charts import drawing
 from compressvit.errors import UserError
 from compressvit.files import disk_faults, write_json, write_text
 from compressvit.recipe.recipe import Recipe, load_recipe
@@ -146,6 +145,8 @@ def compare(
         highlight=False,
     )
     if output is not None:
+        from compressvit.charts import drawing  # late: most comparisons draw nothing
+
         with disk_faults(output):
             output.mkdir(parents=True, exist_ok=True)
             write_json(output / "compare.json", content)

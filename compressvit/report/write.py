@@ -8,7 +8,6 @@ from compressvit.errors import UserError, option
 from compressvit.files import write_text
 from compressvit.log import warn_and_continue
 from compressvit.report import sections
-from compressvit.report.page import Page
 from compressvit.report.record import Run, read_run
 from compressvit.runs.folder import find_runs
 
@@ -46,6 +45,8 @@ def report(
     file = Path(output) if output is not None else Path(paths[0]) / FILE
     if file.is_dir():
         raise UserError(f"{option('output', file)} is a folder; name a file, e.g. {option('output', file / FILE)}")
+    from compressvit.report.page import Page  # late, with what draws: a run ends with its report, and begins without
+
     page = Page(images)
     runs = [read_run(folder) for folder in folders]
     if len(runs) == 1:

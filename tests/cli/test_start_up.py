@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import functools
 import json
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 PROGRAM = """
-import contextlib, io, json, sys
+import contextlib, io, json, shlex, sys
 from compressvit.cli import main
 loaded = [("import", sorted(sys.modules))]
 for verb in sys.argv[1:]:
     with contextlib.redirect_stdout(io.StringIO()):
-        assert main(verb.split()) == 0
+        assert main(shlex.split(verb)) == 0
     loaded.append((verb, sorted(sys.modules)))
 print(json.dumps(dict(loaded)))
 """
 NEVER = ("altair", "vl_convert", "sklearn", "scipy", "torchdistill", "tensorboard", "wandb")
 
 
+COMPARE = f"compare {shlex.quote(str(Path(__file__).parents[1] / 'old_runs' / 'quickstart'))}"
 ONE_PROCESS = ("recipes list", "schema", "schema data")  # the lightest first
 
 
@@ -42,6 +45,7 @@ def loaded(*verbs: str) -> dict[str, list[str]]:
         ("schema", "compressvit.transforms.multiplex", ("timm", "torchvision", "triton", *NEVER)),
         ("schema data", "compressvit.data.sets.digits", ("timm", "torchvision", "triton", *NEVER)),
         ("validate quickstart", "timm", NEVER),
+        pytest.param(COMPARE, "rich", NEVER, id="compare"),
     ],
 )
 def test_a_quick_verb_imports_no_more_than_it_needs(verb, there, absent):
