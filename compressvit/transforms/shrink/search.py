@@ -69,7 +69,7 @@ class Search:
 
     def within(self, parts: Mapping[str, Forms[Offer]]) -> ShrinkPlan:
         """The plan whose forms lose least within the limits."""
-        wanted = self.limits - self._fixed
+        wanted, lowest = self.limits - self._fixed, least(parts)
         for tried in range(_ROUNDS):
             chosen = choose(parts, wanted.tolist())
             if chosen is None:
@@ -78,7 +78,8 @@ class Search:
             over = self._cost_of(found) - self.limits
             if (over <= _ALMOST * self.limits).all():
                 return self._plan(found)
-            wanted = wanted - 2**tried * np.maximum(over, 0)  # more each time: forms have steps
+            less = wanted - 2**tried * np.maximum(over, 0)  # more each time: forms have steps
+            wanted = np.maximum(less, np.minimum(wanted, (wanted + lowest) / 2))  # but what some forms still meet
         cheapest = self._cheapest(parts)
         if (self._cost_of(cheapest) <= self.limits).all():
             return self._plan(cheapest)

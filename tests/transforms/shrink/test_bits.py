@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -17,6 +18,7 @@ from compressvit.runs.plan import plan_recipe
 from compressvit.transforms import Quantise, Shrink
 from compressvit.transforms.applying import compress, in_context, plan_transforms
 from compressvit.transforms.record import compression_of
+from compressvit.transforms.shrink import search
 from compressvit.transforms.shrink.spec import ShrinkBudget
 
 BITS = (3, 4, 6, 8)
@@ -56,8 +58,8 @@ def test_what_is_planned_is_the_file_that_the_step_behind_leaves(teacher, images
     spec, _ = in_context(both(int(0.2 * file_bytes(teacher))))
     reference = Reference(teacher, images)
     found = spec.places_of(teacher)
-    search = spec._search(teacher, found, reference)
-    offered = spec._offers(found, search.prices, reference)
+    searched = spec._search(teacher, found, reference)
+    offered = spec._offers(found, searched.prices, reference)
     bits = {
         f"{path.rpartition('.')[0]}.{layer}": own
         for path, forms in offered.items()
@@ -68,7 +70,7 @@ def test_what_is_planned_is_the_file_that_the_step_behind_leaves(teacher, images
     structure = spec.resolved({})
     student = surgery.deep_copy(teacher)
     spec._rounding.with_bits(student, bits, 3).apply(student)
-    assert search.cost(structure, bits)[0] == file_bytes(student)
+    assert searched.cost(structure, bits)[0] == file_bytes(student)
 
 
 def test_fewer_bits_cost_less_and_lose_more(teacher, images):
@@ -123,6 +125,21 @@ def test_two_limits_of_one_file_are_refused(teacher):
     plan_transforms(teacher, [Shrink(budget=ShrinkBudget(bytes=0.2), rounded=True), half[1]])
     with pytest.raises(UserError, match=rf"limits of one file; give both the same, .* \{{bytes: {int(0.3 * whole)}\}}"):
         plan_transforms(teacher, [Shrink(budget=ShrinkBudget(bytes=0.3), rounded=True), half[1]])
+
+
+def test_a_correction_of_a_budget_does_not_go_below_what_forms_reach(monkeypatch):
+    """Where prices are far below what a student costs; else the cheapest forms of all would be left."""
+    for name, fake in {
+        "choose": lambda _, wanted: wanted[0] if wanted[0] >= 10 else None,
+        "least": lambda _: np.array([10.0]),
+        "_together": lambda chosen: chosen,
+    }.items():
+        monkeypatch.setattr(search, name, fake)
+    found = object.__new__(search.Search)
+    found.limits, found._fixed = np.array([100.0]), np.array([0.0])
+    found._cost_of = lambda chosen: np.array([chosen + 95 * (chosen > 12)])
+    found._plan, found._cheapest = (lambda chosen: chosen), (lambda _: 0.0)
+    assert 10 < found.within({}) <= 12
 
 
 def test_a_frontier_gives_both_steps_the_limit(teacher):
