@@ -86,8 +86,9 @@ class Branch:
         return found if isinstance(found, torch.Tensor) else getattr(found, "gamma", None)
 
 
-# By the linear layer that ends each, of timm's pre-norm blocks.
+# By the linear layer that ends each, of timm's pre-norm blocks; their LayerScale is a module, or a parameter of the block.
 PRE_NORM_BRANCHES = {"attn.proj": Branch("norm1", "attn", "ls1"), "mlp.fc2": Branch("norm2", "mlp", "ls2")}
+GAMMA_BRANCHES = {"attn.proj": Branch("norm1", "attn", "gamma_1"), "mlp.fc2": Branch("norm2", "mlp", "gamma_2")}
 
 
 @dataclass(frozen=True)
@@ -128,8 +129,8 @@ class Family(ABC):
     slotted_attention: ClassVar[type[nn.Module] | tuple[type[nn.Module], ...] | None] = None
     position_table: ClassVar[bool] = False  # its attention has a table of relative positions
     whole_heads: ClassVar[bool] = False  # its attention works on the dimensions of a head together
-    # How prompt tokens (VPT) join the others, by a word registered in `compressvit/transforms/vpt/`: `sequence`, as in timm's ViT, or
-    # `windows`, as in timm's Swin. None: they cannot.
+    # How prompt tokens (VPT) join the others, by a word registered in `compressvit/transforms/vpt/`: `sequence`, as in timm's ViT,
+    # `biased_sequence`, where positions are a bias of the logits, or `windows`, as in timm's Swin. None: they cannot.
     prompts: ClassVar[str | None] = None
     # What a block passes on: (B, N, C), (B, height, width, C) or (B, C, height, width).
     layout: ClassVar[Literal["sequence", "channels_last", "channels_first"]] = "sequence"
@@ -185,10 +186,10 @@ class Family(ABC):
         """Why the heads of an attention can neither change places nor go, as an end of 'heads …'; None where they can."""
         return None
 
-    # Of an attention, beside its layers: vectors with an entry for every dimension of the heads, as biases that it adds itself; and
-    # parameters with a row for every head.
+    # Of an attention, beside its layers: vectors with an entry for every dimension of the heads, as biases of queries, keys and values, in
+    # this order, that it adds itself; and by name parameters with an entry for every head along some axes, as a position table.
     of_heads: ClassVar[tuple[str, ...]] = ()
-    of_each_head: ClassVar[tuple[str, ...]] = ()
+    of_each_head: ClassVar[Mapping[str, tuple[int, ...]]] = {}
 
     def set_heads(self, attention: nn.Module, heads: int, head_dim: int) -> None:
         """Tell an attention, whose `qkv` and `proj` have been made narrower, how many heads of what dimension it has.

@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-ATTENTION_SLOTS = ("rpe_k", "logit_mix", "prob_mix")
+MIX_SLOTS = ("logit_mix", "prob_mix")
+ATTENTION_SLOTS = ("rpe_k", *MIX_SLOTS)
 BLOCK_SLOTS = ("mlp_conv", "adaptformer")
 
 

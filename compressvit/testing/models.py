@@ -10,18 +10,20 @@ from torch import Tensor, nn
 
 from compressvit.model import ties
 from compressvit.model.backbone import input_size
-from compressvit.model.family import FAMILIES, Example, Family
+from compressvit.model.family import FAMILIES, NEEDS, Example, Family
 from compressvit.model.outputs import in_one
 from compressvit.model.surgery import deep_copy
 
 
 def examples() -> dict[str, Example]:
-    """The small models of every family, by name: those with token sequences first (of these plain ones first), then others with attention,
-    then the rest."""
-    families = sorted(
-        FAMILIES.values(),
-        key=lambda family: (family.layout != "sequence", family.attention is None, family.whole_heads),
-    )
+    """The small models of every family, by name: those with token sequences first, then others with attention, then the rest; of each those
+    of families that lack least first."""
+
+    def key(family: Family) -> tuple[bool, bool, int]:
+        lacking = [need for need in NEEDS if family.lacks(need) is not None]
+        return family.layout != "sequence", family.attention is None, len(lacking)
+
+    families = sorted(FAMILIES.values(), key=key)
     return {name: example for family in families for name, example in family.examples.items()}
 
 

@@ -25,7 +25,7 @@ from compressvit.fitting.reference import Reference
 from compressvit.model import surgery, ties
 from compressvit.model.backbone import describe, model_name, share_groups
 from compressvit.model.calls import layers_for
-from compressvit.model.family import Need
+from compressvit.model.family import Family, Need
 from compressvit.model.linear import effective_weight, weight_shape
 from compressvit.transforms.base import LedgerEntry, Plan, Transform, transform
 from compressvit.transforms.claims import Claim, orders
@@ -53,7 +53,6 @@ class AlignPlan(Plan):
     @torch.no_grad()
     def initialise(self, student: nn.Module, reference: Reference) -> None:
         family = describe(student).family
-        of_heads = (*family.of_heads, *family.of_each_head)
         for group in self.groups:
             blocks: list[Any] = [student.get_submodule(path) for path in group]
             for path, block in zip(group, blocks, strict=True):
@@ -61,7 +60,7 @@ class AlignPlan(Plan):
                     if not torch.isfinite(parameter).all():
                         raise UserError(f"{path}.{name} holds numbers that are not finite; check the teacher's weights")
             found = [[_neurons(block) for block in blocks]] if self.neurons else []
-            found += [[_heads(block, of_heads) for block in blocks]] if self.heads else []
+            found += [[_heads(block, family) for block in blocks]] if self.heads else []
             for layers in found:
                 _align([_features(own) for own in layers], self.rounds, [partial(_permute, own) for own in layers])
 
@@ -88,9 +87,8 @@ def _align(units: list[torch.Tensor], rounds: int, permute: list[Any]) -> None:
 def matched_weights(model: nn.Module, first: str, second: str) -> dict[str, torch.Tensor]:
     """The linear weights of the block at `second`, with its neurons and heads permuted to best match the block at `first`."""
     family = describe(model).family
-    of_heads = (*family.of_heads, *family.of_each_head)
     reference, block = (_dense_copy(model.get_submodule(path)) for path in (first, second))
-    for units in (_neurons, partial(_heads, others=of_heads)):
+    for units in (_neurons, partial(_heads, family=family)):
         theirs, own = units(reference), units(block)
         _align([_features(theirs), _features(own)], 1, [lambda _: None, partial(_permute, own)])
     return {name: block.get_submodule(name).weight.detach() for name in _layers(block)}
@@ -161,8 +159,8 @@ def _neurons(block: Any) -> _Layer:
     return _Layer(count, [*tensors, _Units(block.mlp.fc2.weight, 1)])
 
 
-def _heads(block: Any, others: Sequence[str] = ()) -> _Layer:
-    """The q, k, v and output weights of the heads, and the tensors of the attention called `others`."""
+def _heads(block: Any, family: Family) -> _Layer:
+    """The q, k, v and output weights of the heads, and what else of the attention belongs to them."""
     attn = block.attn
     names = layers_for(block, "attn.qkv")
     found = [block.get_submodule(name) for name in names]
@@ -172,10 +170,8 @@ def _heads(block: Any, others: Sequence[str] = ()) -> _Layer:
     if getattr(attn, "gate", None) is not None:
         tensors += [_Units(parameter) for parameter in attn.gate.parameters()]
     given = {**dict(attn.named_parameters()), **dict(attn.named_buffers())}
-    tensors += [_Units(given[name]) for name in others if name in given]
-    table = getattr(attn, "relative_position_bias_table", None)
-    if table is not None:
-        tensors.append(_Units(table, 1))
+    tensors += [_Units(given[name]) for name in family.of_heads if name in given]
+    tensors += [_Units(given[n], axis) for n, axes in family.of_each_head.items() if n in given for axis in axes]
     return _Layer(attn.num_heads, tensors)
 
 

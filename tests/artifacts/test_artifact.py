@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from helpers.models import BACKBONES, VIT, build, images_for, outputs
+from helpers.models import BACKBONES, VIT, build, family_of, images_for, outputs
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -29,7 +29,8 @@ def student_of(name: str, seed: int = 0) -> nn.Module:
     """Shared blocks and private transforms that do something, iRPE where it fits."""
     torch.manual_seed(0)
     transforms = [Multiplex(share=2, mixing_bias=True, mlp_conv=3, form="reference")]
-    return compress(build(name, seed), [*transforms, IRPE()] if not name.startswith("swin") else transforms)
+    has_positions = family_of(name).position_table
+    return compress(build(name, seed), transforms if has_positions else [*transforms, IRPE()])
 
 
 def contents(folder: Path) -> dict[str, bytes]:

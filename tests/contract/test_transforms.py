@@ -47,7 +47,7 @@ def _structural() -> list[Transform]:
 
 
 UNSUPPORTED = {
-    "beit": ("beit_base_patch16_224", {}, "Beit"),
+    "xcit": ("xcit_nano_12_p16_224", {}, "Xcit"),
     "eva_post_norm": ("eva02_enormous_patch14_clip_224", {"depth": 2}, "is a Eva"),
     "levit": ("levit_128s", {}, "Levit"),
     "resnet": ("resnet18", {}, "ResNet"),

@@ -91,7 +91,8 @@ def test_what_a_new_family_does_not_offer_is_refused_by_name(toy, monkeypatch):
             compress(toy, [VPT(deep=False)])
     monkeypatch.setattr(type(FAMILIES["toy"]), "prompts", "rings")
     with pytest.raises(
-        UserError, match=r"vpt knows how prompts join tokens in sequence and windows, .* `Family.prompts` is 'rings'"
+        UserError,
+        match=r"vpt knows how prompts join tokens in biased_sequence, sequence, windows, .* `Family.prompts` is 'rings'",
     ):
         compress(toy, [VPT()])
     assert compress(toy, [Multiplex(share=2, head_mixing=False)]) is not toy

@@ -22,7 +22,7 @@ from torch import nn
 from torch.fx import wrap
 
 from compressvit.model.families.vit import in_one_stage, masked
-from compressvit.model.family import BlockInfo, Branch, Example, Family, HeadOption, family
+from compressvit.model.family import GAMMA_BRANCHES, BlockInfo, Example, Family, HeadOption, family
 from compressvit.model.slots import ATTENTION_SLOTS, BLOCK_SLOTS, beside
 
 wrap("rearrange")  # torch.fx records the call: einops does not take its proxies
@@ -161,10 +161,7 @@ class Eva(Family):
     slotted_block, slotted_attention = SlottedEvaBlock, (ExplicitEvaAttention, ExplicitAttentionRope)
     whole_heads = True
     prompts = "sequence"
-    branches: ClassVar[Mapping[str, Branch]] = {
-        "attn.proj": Branch("norm1", "attn", "gamma_1"),
-        "mlp.fc2": Branch("norm2", "mlp", "gamma_2"),
-    }
+    branches = GAMMA_BRANCHES
     of_heads = ("q_bias", "k_bias", "v_bias")
     examples: ClassVar[Mapping[str, Example]] = {
         "dinov3": Example("vit_small_patch16_dinov3_qkvb", SMALL),

@@ -86,6 +86,7 @@ class Swin(Family):
     prompts = "windows"
     layout = "channels_last"
     branches = PRE_NORM_BRANCHES
+    of_each_head: ClassVar[Mapping[str, tuple[int, ...]]] = {"relative_position_bias_table": (1,)}
     examples: ClassVar[Mapping[str, Example]] = {"swin": Example("swin_tiny_patch4_window7_224", SMALL)}
 
     def blocks(self, model: nn.Module) -> Iterator[BlockInfo]:
@@ -93,11 +94,11 @@ class Swin(Family):
         return in_stages(model)
 
     def head_options(self, attention: nn.Module) -> tuple[HeadOption, ...]:
-        return ("head_dim",)  # a head has its column in the table of relative positions
+        return ("heads", "head_dim")
 
     def set_heads(self, attention: nn.Module, heads: int, head_dim: int) -> None:
         assert isinstance(attention, WindowAttention)
-        attention.scale = head_dim**-0.5
+        attention.num_heads, attention.scale = heads, head_dim**-0.5
 
     def convert(self, tensors: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
         return swin_transformer.checkpoint_filter_fn(tensors, model)

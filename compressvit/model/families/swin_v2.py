@@ -22,8 +22,8 @@ from torch import nn
 from torch.fx import wrap
 
 from compressvit.model.families.swin import in_stages, mix_and_weigh
-from compressvit.model.family import BlockInfo, Example, Family, family
-from compressvit.model.slots import BLOCK_SLOTS, beside
+from compressvit.model.family import BlockInfo, Example, Family, HeadOption, family
+from compressvit.model.slots import BLOCK_SLOTS, MIX_SLOTS, beside
 
 wrap("rearrange")  # torch.fx records the call: einops does not take its proxies
 
@@ -43,7 +43,7 @@ _MOST = math.log(100)  # of the logarithm of a scale
 class ExplicitCosineAttention(WindowAttention):
     """timm's `WindowAttention` of Swin v2 with slots on its logits and probabilities."""
 
-    slots = ("logit_mix", "prob_mix")
+    slots = MIX_SLOTS
 
     logit_mix: nn.Module | None
     prob_mix: nn.Module | None
@@ -93,12 +93,22 @@ class SwinV2(Family):
     whole_heads = True
     layout = "channels_last"
     of_heads = ("q_bias", "k_bias", "v_bias")
-    of_each_head = ("logit_scale", "cpb_mlp.2.weight")
+    of_each_head: ClassVar[Mapping[str, tuple[int, ...]]] = {"logit_scale": (0,), "cpb_mlp.2.weight": (0,)}
     examples: ClassVar[Mapping[str, Example]] = {"swin_v2": Example("swinv2_tiny_window8_256", SMALL)}
 
     def blocks(self, model: nn.Module) -> Iterator[BlockInfo]:
         assert isinstance(model, SwinTransformerV2)
         return in_stages(model)
+
+    def head_options(self, attention: nn.Module) -> tuple[HeadOption, ...]:
+        return ("heads",)
+
+    def attention_of_heads(self, attention: nn.Module) -> type[nn.Module] | None:
+        return ExplicitCosineAttention  # timm's takes for granted that heads are as wide as the tokens
+
+    def set_heads(self, attention: nn.Module, heads: int, head_dim: int) -> None:
+        assert isinstance(attention, WindowAttention)
+        attention.num_heads = heads
 
     def convert(self, tensors: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
         return swin_transformer_v2.checkpoint_filter_fn(tensors, model)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from timm.layers import Attention
 from timm.models import vision_transformer
@@ -149,3 +150,30 @@ def in_one_stage(model: Any) -> Iterator[BlockInfo]:
             heads=getattr(getattr(block, "attn", None), "num_heads", 0),
             resolution=model.patch_embed.grid_size,
         )
+
+
+def attend(
+    attention: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """What an attention with a bias on its logits and slots to mix heads returns, (B, N, C). While the slots are empty it is torch's fused
+    one, as in timm.
+
+    Args:
+        q, k, v: (B, H, N, D).
+        bias: (…, H, N, N), or None.
+    """
+    if attention.fused_attn and attention.logit_mix is None and attention.prob_mix is None:
+        dropout = attention.attn_drop.p if attention.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
+    else:
+        logits = (q * attention.scale) @ k.transpose(-2, -1)
+        if bias is not None:
+            logits = logits + bias
+        if attention.logit_mix is not None:
+            logits = attention.logit_mix(logits)
+        probabilities = logits.softmax(dim=-1)
+        if attention.prob_mix is not None:
+            probabilities = attention.prob_mix(probabilities)
+        out = attention.attn_drop(probabilities) @ v
+    result: torch.Tensor = attention.proj_drop(attention.proj(rearrange(out, "b h n d -> b n (h d)")))
+    return result

@@ -12,7 +12,8 @@ inputs and then made narrower, with the moments of those inputs; `fc2` and `proj
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,11 +21,11 @@ from torch import nn
 from compressvit.fitting.elimination import Removal
 from compressvit.fitting.in_order import LayerFit
 from compressvit.fitting.lowrank import TINY, Metric, Tensor, cholesky, factor_of, spectrum
-from compressvit.fitting.narrow_heads import Products
+from compressvit.fitting.narrow_heads import HeadMaps, Products
 from compressvit.fitting.regression import Regression
 from compressvit.transforms.low_rank.layer import Factored
 from compressvit.transforms.narrow.form import FC2, PROJ, QKV, BlockForm
-from compressvit.transforms.narrow.places import LAYERS
+from compressvit.transforms.narrow.places import LAYERS, of_each_head
 from compressvit.transforms.narrow.teacher import TeacherBlock, heads_products, restricted
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 30.0, 100.0)  # in parts of the inputs' mean square
@@ -41,6 +42,7 @@ class Heads:
         values, mean: moment and mean of what `proj` reads.
         error: mean squared error of the model's output.
         size: of all, against which the error counts.
+        maps: from the heads that are kept to these; None where they keep their dimensions.
     """
 
     weight: Tensor
@@ -51,6 +53,7 @@ class Heads:
     mean: Tensor
     error: float
     size: float
+    maps: HeadMaps | None = None
 
 
 def narrow_heads(
@@ -61,6 +64,7 @@ def narrow_heads(
     inputs: Tensor,
     mean: Tensor,
     decomposed: Products | None = None,
+    known: HeadMaps | None = None,
 ) -> Heads:
     """The attention of a narrower block, as a function of what `qkv` computes from given inputs.
 
@@ -68,6 +72,7 @@ def narrow_heads(
         weight, bias: of the teacher's `qkv`, or of one fitted to its outputs, (3·H·d, in).
         inputs, mean: E[xᵀx], (in, in), and E[x], (in,), of its inputs.
         decomposed: the products of all heads, if they are known.
+        known: the maps to heads of fewer dimensions, instead of those that these products give.
     """
     place = teacher.place
     heads, size = form.heads or place.heads, form.head_dim or place.head_dim
@@ -82,16 +87,16 @@ def narrow_heads(
         mean_of_values = mean_of_values[removal.kept]
         projection, error = removal.weight, removal.error
     found = found or heads_products(weight, bias, inputs, mean, metric, projection, values, heads)
-    whole = found.errors[0].item() + error
+    whole, maps = found.errors[0].item() + error, None
     if size < place.head_dim:
         error += found.errors[size].item()
-        maps = found.maps(size).balanced(weight, bias, teacher.unwhitened(PROJ, projection))
+        maps = known or found.maps(size).balanced(weight, bias, teacher.unwhitened(PROJ, projection))
         weight, bias = maps.narrow(weight, bias)
         metric = None if metric is None else maps.of_outputs(metric)
         projection, values = maps.projection(projection), maps.of_values(values)
         mean_of_values = maps.mean_of_values(mean_of_values)
     projection = teacher.unwhitened(PROJ, projection)
-    return Heads(weight, bias, metric, projection, values, mean_of_values, error, whole)
+    return Heads(weight, bias, metric, projection, values, mean_of_values, error, whole, maps)
 
 
 class BlockFit:
@@ -110,17 +115,38 @@ class BlockFit:
         return [layer for layer in LAYERS if layer in self.form.layers()]
 
     @torch.no_grad()
-    def keep_vectors(self) -> None:
-        """Give the attention the entries of the teacher's other vectors for the heads that are kept."""
-        heads = self.form.heads
-        if not heads or not self.teacher.of_heads:
+    def keep_others(self) -> None:
+        """Give the attention what it has beside its layers: biases of its own, and the entries of the heads that are kept."""
+        if not self._narrows_heads:
             return
-        ours, theirs = self.student.get_submodule("attn"), self.teacher.block.get_submodule("attn")
-        kept = self.teacher.heads(heads)[heads].kept
-        for name in self.teacher.of_heads:
-            own, vector = getattr(ours, name, None), getattr(theirs, name, None)
-            if own is not None and vector is not None:
-                own.copy_(vector[kept.to(vector.device)])
+        family, heads = self.teacher.family, self.form.heads
+        ours: Any = self.student.get_submodule("attn")
+        if (found := self._of_vectors) is not None:
+            assert found.bias is not None
+            for name, part in zip(family.of_heads, found.bias.chunk(3), strict=True):
+                getattr(ours, name).copy_(part)
+        if heads:
+            first = self.teacher.heads(heads)[heads].kept[:: self.teacher.place.head_dim]
+            kept = first // self.teacher.place.head_dim
+            for name, axes in of_each_head(ours, family).items():
+                tensor = self.teacher.block.attn.get_parameter(name)
+                for axis in axes:
+                    tensor = tensor.index_select(axis, kept.to(tensor.device))
+                ours.get_parameter(name).copy_(tensor)
+
+    @cached_property
+    def _of_vectors(self) -> Heads | None:
+        """The narrower heads of what the teacher's own layers give, where the attention has biases of its own: those do not follow the fit
+        in order, which sets layers."""
+        if self.teacher.vectors() is None:
+            return None
+        (weight, bias, _), inputs = self.teacher.joined(), self.teacher.first()
+        return narrow_heads(self.teacher, self.form, weight, bias, inputs.inputs, inputs.mean, self.teacher.products)
+
+    @property
+    def _maps(self) -> HeadMaps | None:
+        """Those of heads whose biases are set already."""
+        return None if self._of_vectors is None else self._of_vectors.maps
 
     @torch.no_grad()
     def start(self) -> None:
@@ -131,7 +157,7 @@ class BlockFit:
             metric, wanted = self.teacher.metric(layer), weight @ mean  # with the bias, what the layer gives on average
             if layer == QKV and self._narrows_heads:
                 known = moments.inputs, moments.mean, self.teacher.products
-                self._heads = narrow_heads(self.teacher, self.form, weight, bias, *known)
+                self._heads = narrow_heads(self.teacher, self.form, weight, bias, *known, self._maps)
                 weight, bias, metric = self._heads.weight, self._heads.bias, self._heads.metric
                 wanted = weight @ mean
             elif layer == PROJ and self._heads is not None:
@@ -201,7 +227,7 @@ class BlockFit:
         if narrowed:
             own = whole.best_bias(weight) if free else None
             moment, mean = whole.xx / whole.weight, whole.x / whole.weight
-            self._heads = found = narrow_heads(self.teacher, self.form, weight, own, moment, mean)
+            self._heads = found = narrow_heads(self.teacher, self.form, weight, own, moment, mean, known=self._maps)
             weight, metric = found.weight, found.metric
             full, factors = self._low_rank(layer, weight, centred, metric)
             bias = None if found.bias is None else found.bias + (weight - full) @ mean

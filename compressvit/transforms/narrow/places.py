@@ -167,4 +167,17 @@ def narrow_attention(model: nn.Module, place: Place, family: Family, heads: int,
             setattr(attention, name, _resized(vector, heads * size))
         elif vector is not None:  # a buffer that no file has
             setattr(attention, name, vector.new_zeros(heads * size))
+    for name, axes in of_each_head(attention, family).items() if heads != place.heads else ():
+        owner, _, own = name.rpartition(".")
+        layer: Any = attention.get_submodule(owner)
+        shape = [heads if axis in axes else count for axis, count in enumerate(getattr(layer, own).shape)]
+        setattr(layer, own, _resized(getattr(layer, own), *shape))
+        if isinstance(layer, nn.Linear):
+            layer.out_features, layer.in_features = layer.weight.shape
     family.set_heads(attention, heads, size)
+
+
+def of_each_head(attention: nn.Module, family: Family) -> dict[str, tuple[int, ...]]:
+    """Those of `Family.of_each_head` that this attention has."""
+    own = {name for name, _ in attention.named_parameters()}
+    return {name: axes for name, axes in family.of_each_head.items() if name in own}

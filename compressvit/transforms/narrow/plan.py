@@ -22,7 +22,15 @@ from compressvit.transforms.low_rank.layer import Factored, factor, unfactor
 from compressvit.transforms.low_rank.pivoted_layer import pivot
 from compressvit.transforms.narrow.fit import BlockFit
 from compressvit.transforms.narrow.form import FC1, FC2, PROJ, QKV, BlockForm
-from compressvit.transforms.narrow.places import LAYERS, Place, narrow_attention, places, set_inputs, set_outputs
+from compressvit.transforms.narrow.places import (
+    LAYERS,
+    Place,
+    narrow_attention,
+    of_each_head,
+    places,
+    set_inputs,
+    set_outputs,
+)
 from compressvit.transforms.narrow.teacher import Settings, TeacherBlock
 
 
@@ -77,7 +85,7 @@ class NarrowPlan(Plan):
             narrower = [*form.own(FC1), FC2] * bool(form.neurons)
             if form.heads or form.head_dim:
                 narrower += [*form.own(QKV), PROJ]
-                found |= {f"{path}.attn.{name}" for name in describe(model).family.of_heads}
+                found |= {f"{path}.attn.{name}" for name in _beside(model, path, form)}
             of_layers = [name for layer in narrower for name in _changing(layer) if layer not in form.ranks]
             found |= {f"{path}.{name}" for name in of_layers}
         return found & {name for name, _ in model.named_parameters(remove_duplicate=False)}
@@ -87,7 +95,9 @@ class NarrowPlan(Plan):
 
     def apply(self, model: nn.Module) -> list[LedgerEntry]:
         found = self._places(model)
-        owned = {f"{place.path}.attn" for place in found if _vectors(model, place)}  # whose row has these, too
+        owned = {
+            f"{path}.attn" for path, form in self.forms.items() if _beside(model, path, form)
+        }  # whose row has these, too
         rows: dict[str, list[str]] = {}
         for path in self.paths:
             attention = path.rpartition(".")[0]
@@ -137,7 +147,7 @@ class NarrowPlan(Plan):
     def initialise(self, student: nn.Module, reference: Reference) -> None:
         fits = self._block_fits(student, reference)
         for fit in fits:
-            fit.keep_vectors()
+            fit.keep_others()
         if not self.layer_fits(student, reference):  # which set all values, and start from the teacher's
             for fit in fits:
                 fit.start()
@@ -153,11 +163,7 @@ class NarrowPlan(Plan):
             reference.moments(self.paths, outputs=True)  # all in one pass over the images
         family = describe(reference.model).family
         return [
-            BlockFit(
-                TeacherBlock(place, reference, family.branches, settings, family.of_heads),
-                self.forms[place.path],
-                student,
-            )
+            BlockFit(TeacherBlock(place, reference, family, settings), self.forms[place.path], student)
             for place in self._places(reference.model)
         ]
 
@@ -195,11 +201,13 @@ def _changing(layer: str) -> tuple[str, ...]:
     return (f"{layer}.weight", f"{layer}.bias") if whole_layer(layer) in (FC1, QKV) else (f"{layer}.weight",)
 
 
-def _vectors(model: nn.Module, place: Place) -> list[str]:
-    """The parameters of an attention beside its layers that have an entry for every dimension of the heads."""
-    attention = getattr(model.get_submodule(place.path), "attn", None)
-    names = describe(model).family.of_heads
-    return [name for name in names if attention is not None and attention._parameters.get(name) is not None]
+def _beside(model: nn.Module, path: str, form: BlockForm) -> list[str]:
+    """The parameters of a block's attention beside its layers that change with its heads."""
+    if not (form.heads or form.head_dim):
+        return []
+    family, attention = describe(model).family, model.get_submodule(f"{path}.attn")
+    found = [name for name in family.of_heads if attention._parameters.get(name) is not None]
+    return [*found, *of_each_head(attention, family)] if form.heads else found
 
 
 def smaller(forms: Mapping[str, BlockForm]) -> dict[str, BlockForm]:

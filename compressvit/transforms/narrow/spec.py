@@ -96,12 +96,9 @@ class Narrow(NarrowStep):
     )
 
     def needed(self) -> tuple[Need, ...]:
-        asked: dict[Need, bool] = {
-            "single_dims": self.head_dim is not None,
-            "no_position_table": self.heads is not None,
-        }
-        found = tuple(need for need, wanted in asked.items() if wanted)
-        return ("attention", *found) if found else ()
+        if self.head_dim is not None:
+            return ("attention", "single_dims")
+        return () if self.heads is None else ("attention",)
 
     OPTIONS: ClassVar[tuple[str, ...]] = ("neurons", "head_dim", "heads")
 

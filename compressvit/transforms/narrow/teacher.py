@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -15,7 +14,7 @@ from compressvit.fitting.lowrank import Tensor, factor_of
 from compressvit.fitting.moments import Moments, says_something
 from compressvit.fitting.narrow_heads import Products, head_blocks, outputs_of, products
 from compressvit.fitting.reference import Reference
-from compressvit.model.family import Branch
+from compressvit.model.family import Family
 from compressvit.transforms.narrow.form import FC2, PROJ
 from compressvit.transforms.narrow.places import Place
 
@@ -52,22 +51,18 @@ class TeacherBlock:
     """What is known of the teacher's block at a place: weights, moments, and which neurons and dimensions to give up first.
 
     Args:
-        branches: of the family, by the layer that ends each.
-        of_heads: of the family, see there.
+        family: of the model.
     """
 
     def __init__(
         self,
         place: Place,
         reference: Reference,
-        branches: Mapping[str, Branch],
+        family: Family,
         settings: Settings,
-        of_heads: Sequence[str] = (),
     ):
-        self.of_heads = of_heads
-        self.place, self.reference, self.settings = place, reference, settings
-        self.block = reference.model.get_submodule(place.path)
-        self._branches = branches
+        self.place, self.reference, self.family, self.settings = place, reference, family, settings
+        self.block: Any = reference.model.get_submodule(place.path)
 
     def path(self, layer: str) -> str:
         """From the model."""
@@ -94,6 +89,12 @@ class TeacherBlock:
             return Moments(moment, torch.zeros(inputs, dtype=torch.float64), 1)
         return self.reference.moments([self.path(layer)], outputs=True)[self.path(layer)]
 
+    def vectors(self) -> Tensor | None:
+        """The biases of queries, keys and values that the attention adds itself (`Family.of_heads`), (3·H·d,); None without them."""
+        names = self.family.of_heads
+        found = [vector for name in names if (vector := getattr(self.block.attn, name, None)) is not None]
+        return torch.cat([vector.detach().cpu().double() for vector in found]) if found else None
+
     def first(self) -> Moments:
         """Of the inputs of queries, keys and values."""
         return self.moments(self.place.qkv[0])
@@ -103,7 +104,8 @@ class TeacherBlock:
         known, and of one without a bias that is zero."""
         names = self.place.qkv
         if len(names) == 1:
-            return self.weight(names[0]), self.bias(names[0]), self.metric(names[0])
+            bias = self.bias(names[0])
+            return self.weight(names[0]), self.vectors() if bias is None else bias, self.metric(names[0])
         weight = torch.cat([self.weight(name) for name in names])
         size = len(weight) // 3
         biases, metrics = [self.bias(name) for name in names], [self.metric(name) for name in names]
@@ -137,7 +139,7 @@ class TeacherBlock:
 
     def scale(self, layer: str) -> Tensor | None:
         """|γ| (out,) of the LayerScale after a layer, if there is one."""
-        return scale_behind(self.block, self._branches.get(layer))
+        return scale_behind(self.block, self.family.branches.get(layer))
 
     def whitened(self, layer: str) -> Tensor:
         """Mᵀ W, (out, in)."""

@@ -321,7 +321,7 @@ class Shrink(NarrowStep):
         family = describe(reference.model).family
         result: dict[str, Forms[Offer]] = {}
         for place in progress(found, "measuring what each block can become", len(found)):
-            result |= offers(place, prices, self.may, TeacherBlock(place, reference, family.branches, settings))
+            result |= offers(place, prices, self.may, TeacherBlock(place, reference, family, settings))
         return result
 
     def _uniform(self, model: nn.Module, found: Sequence[Place], search: Search) -> dict[str, BlockForm]:

@@ -9,7 +9,7 @@ Shapes: B batch, N tokens, M width, P prompts.
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from einops import rearrange
@@ -37,6 +37,16 @@ class PromptedAttention(WithoutPrompts):
     def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
         masked = {} if attn_mask is None else {"attn_mask": self.vpt_end.widen(attn_mask)}
         return super().forward(x, **masked, **kwargs)
+
+
+class PromptedBiasedAttention(WithoutPrompts):
+    """Mixin for attention with a bias for every pair of tokens, of its own or given by keyword, which prompts have none of."""
+
+    def forward(self, x: torch.Tensor, **biases: torch.Tensor | None) -> torch.Tensor:
+        return super().forward(x, **{name: self.vpt_end.widen(bias) for name, bias in biases.items()})
+
+    def _get_rel_pos_bias(self: Any) -> torch.Tensor | None:
+        return self.vpt_end.widen(super()._get_rel_pos_bias())  # type: ignore[misc]
 
 
 class WithTravellingPrompts(TravellingPrompts):
@@ -108,11 +118,20 @@ class Sequence(Way):
             return None
         return "timm ViT's `patch_embed` and the arguments of its `forward_intermediates`, or vpt.deep=true"
 
+    attention: ClassVar[type[WithoutPrompts]] = PromptedAttention
+
     def deep(self, joining: Joining, path: str) -> None:
         branches = joining.backbone.family.branches.values()
         norm = next((branch.norm for branch in branches if branch.branch == "attn"), "attn")
         joining.enter(f"{path}.{norm}", WithPrompts, path)
-        joining.leave(f"{path}.attn", PromptedAttention, DropPrompts(joining.count, joining.at))
+        joining.leave(f"{path}.attn", self.attention, DropPrompts(joining.count, joining.at))
 
     def shallow(self, joining: Joining) -> str:
         return joining.travel(WithTravellingPrompts, Prompts, DropPrompts(joining.count, joining.at))
+
+
+@way("biased_sequence")
+class BiasedSequence(Sequence):
+    """The same in attention with relative positions, of which prompts have none."""
+
+    attention = PromptedBiasedAttention

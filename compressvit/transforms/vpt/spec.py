@@ -120,7 +120,7 @@ class VPT(Transform):
         word, title = backbone.family.prompts or "", backbone.family.title
         if word not in WAYS:
             raise UserError(
-                f"vpt knows how prompts join tokens in {' and '.join(WAYS)}, and {model_name(model)} is a {title}, whose "
+                f"vpt knows how prompts join tokens in {', '.join(WAYS)}, and {model_name(model)} is a {title}, whose "
                 f"`Family.prompts` is {word!r}; {self.instead}"
             )
         missing = WAYS[word].missing(model, self.deep)

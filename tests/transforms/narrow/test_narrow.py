@@ -181,7 +181,7 @@ def test_moments_of_deviations_are_moments(options):
             block.norm2.bias += 1.0
     reference, settings = Reference(surgery.deep_copy(teacher), images()), Settings(1e-3, 0.1)
     for place in places(teacher, describe(teacher)):
-        block = TeacherBlock(place, reference, describe(teacher).family.branches, settings)
+        block = TeacherBlock(place, reference, describe(teacher).family, settings)
         for layer in place.layers:
             values = torch.linalg.eigvalsh(block.centred(layer))
             assert values[0] > -1e-4 * values.mean()  # measured -7e-6: of float32 sums

@@ -25,7 +25,7 @@ def of_attention(monkeypatch):
         step = Shrink(budget=ShrinkBudget(parameters=0.5))
         place = step.places_of(teacher)[1]
         reference = Reference(teacher, images_for(teacher, 24))
-        block = TeacherBlock(place, reference, describe(teacher).family.branches, Settings(1e-3, 0.1))
+        block = TeacherBlock(place, reference, describe(teacher).family, Settings(1e-3, 0.1))
         found = offers(place, Prices.of(teacher, [place], ("parameters",)), Methods(heads=False, multiple=1), block)
         forms = found[f"{place.path}.attn"]
         return {
