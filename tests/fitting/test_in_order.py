@@ -33,7 +33,7 @@ def build_any(name: str) -> torch.nn.Module:
 
 
 def paths_of(model):
-    return [n for n, _ in model.named_modules() if n.endswith(LAYERS)]
+    return [n for n, _ in model.named_modules() if n.endswith(LAYERS) and ".rel_pos." not in n]
 
 
 def relative(a, b):

@@ -20,6 +20,15 @@ EVA = {"img_size": 8, "patch_size": 2, "embed_dim": 48, "depth": 3, "num_heads":
 EVA |= {"dynamic_img_size": False, "init_values": 1.0, "head_init_scale": 1.0}
 BEIT = {"img_size": 8, "patch_size": 2, "embed_dim": 48, "depth": 3, "num_heads": 4, "init_values": 1.0}
 BEIT |= {"head_init_scale": 1.0, "use_abs_pos_emb": True}  # with tables alone it would have to be trained longer
+RELPOS = {
+    "img_size": 8,
+    "patch_size": 2,
+    "embed_dim": 48,
+    "depth": 3,
+    "num_heads": 4,
+    "init_values": 1.0,
+    "class_token": True,
+}
 SWIN = {"img_size": 8, "patch_size": 2, "window_size": 2, "embed_dim": 32, "depths": (2, 2), "num_heads": (2, 4)}
 
 
@@ -47,6 +56,7 @@ def accuracy(model: nn.Module, images: torch.Tensor, classes: torch.Tensor) -> f
         ("eva02_base_patch14_224", {**EVA, "scale_mlp": False, "ref_feat_shape": (4, 4), "num_reg_tokens": 2}, 4e-3),
         ("swinv2_tiny_window8_256", {**SWIN, "drop_path_rate": 0.0}, 3e-3),
         ("beit_base_patch16_224", BEIT, 4e-3),
+        ("vit_relpos_small_patch16_224", RELPOS, 4e-3),
     ],
 )
 def test_half_of_a_small_model_knows_digits(name, args, lr, tmp_path):

@@ -32,7 +32,7 @@ def test_the_function_stays_and_the_weights_move(backbone, parts):
     assert any("attn.qkv" in n for n in moved) == parts.get("heads", True)
 
 
-@pytest.mark.parametrize("backbone", ["vit", "dinov3", "swin", "swin_v2", "beit"])
+@pytest.mark.parametrize("backbone", ["vit", "dinov3", "swin", "swin_v2", "beit", "vit_relpos"])
 @torch.no_grad()
 def test_a_permuted_copy_is_put_back_in_order(backbone):
     teacher = build(backbone)

@@ -110,7 +110,7 @@ def test_scratch_leaves_nothing_of_the_teacher(name):
             continue  # smaller by the depth
         if isinstance(module, nn.Linear):
             # a truncated normal of std 0.02 over at least 160 values; seen 0.0191 to 0.0219
-            assert 0.017 < module.weight.std() < 0.0235, path
+            assert module.weight.numel() < 160 or 0.017 < module.weight.std() < 0.0235, path
             assert module.bias is None or not module.bias.any()
         elif isinstance(module, nn.LayerNorm):
             after_a_branch = name == "swin_v2" and path.endswith(("blocks.0.norm1", "blocks.1.norm1", "norm2"))

@@ -16,7 +16,14 @@ from einops import rearrange
 from torch import nn
 
 from compressvit.model.backbone import describe
-from compressvit.transforms.vpt.prompts import DropPrompts, Prompts, TravellingPrompts, WithoutPrompts, WithPrompts
+from compressvit.transforms.vpt.prompts import (
+    DropPrompts,
+    PromptMixin,
+    Prompts,
+    TravellingPrompts,
+    WithoutPrompts,
+    WithPrompts,
+)
 from compressvit.transforms.vpt.ways import Joining, Way, way
 
 
@@ -47,6 +54,17 @@ class PromptedBiasedAttention(WithoutPrompts):
 
     def _get_rel_pos_bias(self: Any) -> torch.Tensor | None:
         return self.vpt_end.widen(super()._get_rel_pos_bias())  # type: ignore[misc]
+
+
+class WithWidenedBias(PromptMixin):
+    """Mixin for a module within attention that gives the bias of all pairs of tokens."""
+
+    slots = ("vpt_end",)
+
+    vpt_end: DropPrompts
+
+    def get_bias(self: Any) -> torch.Tensor | None:
+        return self.vpt_end.widen(super().get_bias())  # type: ignore[misc]
 
 
 class WithTravellingPrompts(TravellingPrompts):
@@ -135,3 +153,8 @@ class BiasedSequence(Sequence):
     """The same in attention with relative positions, of which prompts have none."""
 
     attention = PromptedBiasedAttention
+
+    def deep(self, joining: Joining, path: str) -> None:
+        super().deep(joining, path)
+        if getattr(joining.model.get_submodule(f"{path}.attn"), "rel_pos", None) is not None:
+            joining.leave(f"{path}.attn.rel_pos", WithWidenedBias, DropPrompts(joining.count, joining.at))
