@@ -30,7 +30,7 @@ from compressvit.fitting.sampling import TokenSample, gathered
 from compressvit.fitting.spool import Spool, scratch_folder
 from compressvit.fitting.walk import Side, look, watched
 from compressvit.log import progress
-from compressvit.model.backbone import describe
+from compressvit.model.backbone import describe, prefix_tokens
 from compressvit.model.calls import called
 from compressvit.model.family import BlockInfo, Branch
 from compressvit.model.linear import channels_last
@@ -93,7 +93,7 @@ def fit_in_order(
             stack.callback(side.close)
         sizes, device = _enter(ours, theirs, batches)
         judges = (every_fourth(torch.arange(sum(sizes))) if held_out is None else held_out()).split(sizes)
-        prefix, drawn = getattr(student, "num_prefix_tokens", 0), sample or TokenSample(None)
+        prefix, drawn = prefix_tokens(student), sample or TokenSample(None)
         for position, block in enumerate(progress(blocks, "fitting layers block by block", len(blocks))):
             if position:
                 ours.advance(block, device)

@@ -21,7 +21,7 @@ from compressvit.fitting.lowrank import Metric, cholesky
 from compressvit.fitting.sampling import TokenSample, gathered
 from compressvit.log import progress
 from compressvit.model import surgery
-from compressvit.model.backbone import input_size
+from compressvit.model.backbone import input_size, prefix_tokens
 from compressvit.model.calls import called
 from compressvit.model.linear import channels_last
 from compressvit.model.modes import evaluating
@@ -129,7 +129,7 @@ def collect_moments(
         UserError: a layer's input or gradient is not finite (the first such layer is named), or there is no image.
     """
     sums = {path: _Sums() for path in paths}
-    prefix = getattr(model, "num_prefix_tokens", 0)
+    prefix = prefix_tokens(model)
     generator = torch.Generator().manual_seed(seed)
 
     def see_input(path: str, module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
@@ -266,7 +266,7 @@ def tokens_at(model: nn.Module, paths: Sequence[str]) -> dict[str, int]:
     empty = surgery.skeleton(model).eval()
     seen: dict[str, int] = {}
 
-    images = 3
+    images = 4  # what is not of the images comes in odd numbers: 1, or all distances along a side
 
     def count(path: str, module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
         if inputs[0].shape[0] % images == 0:  # else they are not of the images, as distances in Swin v2

@@ -114,6 +114,13 @@ def family_of(model: nn.Module) -> Family | None:
     return known.get(class_in_timm(model, *known))
 
 
+def prefix_tokens(model: nn.Module) -> int:
+    """How many tokens before those of the patches the blocks of a model have; of one that is in no family as many as its features."""
+    family = family_of(model)
+    found: int = getattr(model, "num_prefix_tokens", 0) if family is None else family.prefix_tokens(model)
+    return found
+
+
 def body_of(model: nn.Module) -> nn.Module | None:
     """The backbone of a detector; None of any other model."""
     family = family_of(model)
@@ -182,7 +189,7 @@ def describe(
                     f"{model_name(model)}: {path} is a {found.__name__}, compressvit knows {known} there; "
                     f"it works on {supported(*needs)}"
                 )
-    return Backbone(family, blocks, num_prefix_tokens=getattr(model, "num_prefix_tokens", 0))
+    return Backbone(family, blocks, num_prefix_tokens=family.prefix_tokens(model))
 
 
 def _inside(path: str, found: Backbone) -> Backbone:

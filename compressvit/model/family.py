@@ -39,7 +39,14 @@ HeadOption = Literal["heads", "head_dim"]
 
 # What a method may need of a family (`Family.lacks`).
 Need = Literal[
-    "attention", "slotted_attention", "slotted_block", "no_position_table", "single_dims", "prompts", "decoder"
+    "attention",
+    "slotted_attention",
+    "slotted_block",
+    "no_position_table",
+    "single_dims",
+    "separate_heads",
+    "prompts",
+    "decoder",
 ]
 
 # By need, what a refusal says: the method needs ..., and the model is a Swin, ...
@@ -61,6 +68,10 @@ NEEDS: dict[Need, tuple[str, str]] = {
         "heads of which single dimensions can go",
         "whose attention turns them in pairs by rotary positions, or norms them together (cosines); try `heads` instead of `head_dim`",
     ),
+    "separate_heads": (
+        "heads that work apart",
+        "whose attention mixes them with each other (talking heads); try `head_dim` instead of `heads`",
+    ),
     "prompts": ("to know how prompts join the tokens", "which does not say so (`Family.prompts`)"),
     "decoder": ("a decoder that mixes features by matrices it generates (AdaMixer's)", "which has none"),
 }
@@ -68,6 +79,7 @@ _OF_ATTENTION: set[Need] = {
     "slotted_attention",
     "no_position_table",
     "single_dims",
+    "separate_heads",
     "prompts",
 }  # missing where there is no attention
 
@@ -129,6 +141,7 @@ class Family(ABC):
     slotted_attention: ClassVar[type[nn.Module] | tuple[type[nn.Module], ...] | None] = None
     position_table: ClassVar[bool] = False  # its attention has a table of relative positions
     whole_heads: ClassVar[bool] = False  # its attention works on the dimensions of a head together
+    mixed_heads: ClassVar[bool] = False  # its heads work on what the others give, so that none can go
     # How prompt tokens (VPT) join the others, by a word registered in `compressvit/transforms/vpt/`: `sequence`, as in timm's ViT,
     # `biased_sequence`, where positions are a bias of the logits, or `windows`, as in timm's Swin. None: they cannot.
     prompts: ClassVar[str | None] = None
@@ -166,11 +179,17 @@ class Family(ABC):
             return None if self.body is not None else need
         if self.attention is None and need in _OF_ATTENTION:
             return "attention"
-        if need in ("no_position_table", "single_dims"):
-            has = not (self.position_table if need == "no_position_table" else self.whole_heads)
-        else:
-            has = getattr(self, need) is not None
+        lacking: dict[Need, bool] = {
+            "no_position_table": self.position_table,
+            "single_dims": self.whole_heads,
+            "separate_heads": self.mixed_heads,
+        }
+        has = not lacking[need] if need in lacking else getattr(self, need) is not None
         return None if has else need
+
+    def prefix_tokens(self, model: nn.Module) -> int:
+        """How many tokens before those of the patches the blocks have: class, distillation and register tokens."""
+        return getattr(model, "num_prefix_tokens", 0)
 
     def head_options(self, attention: nn.Module) -> tuple[HeadOption, ...]:
         """What can be changed of the heads of an attention of this family, whose `qkv` gives queries, keys and values of equal size, each

@@ -25,7 +25,7 @@ from compressvit.errors import UserError
 from compressvit.fitting.lowrank import TINY
 from compressvit.fitting.reference import Reference
 from compressvit.model import surgery, ties
-from compressvit.model.backbone import Backbone, describe, share_groups
+from compressvit.model.backbone import Backbone, class_in_timm, describe, share_groups
 from compressvit.model.family import BlockInfo, Need
 from compressvit.model.modules import as_timm, module_at
 from compressvit.transforms.base import LedgerEntry, Plan, Transform, transform
@@ -342,6 +342,11 @@ class Multiplex(Transform):
             raise UserError(
                 "multiplex.mlp_conv needs every token at its place on the grid, but the model drops patches in training; "
                 "build it with patch_drop_rate=0"
+            )
+        if self.init == "scratch" and not hasattr(model, "init_weights"):
+            raise UserError(
+                f"multiplex.init=scratch has the model start itself anew, which timm's {class_in_timm(model).__name__} cannot (it has no "
+                "`init_weights`); use multiplex.init=mean"
             )
         return MultiplexPlan(groups=tuple(groups), **self.model_dump(exclude={"share"}))
 

@@ -18,6 +18,7 @@ from compressvit.fitting import in_order
 from compressvit.fitting.in_order import LayerFit, fit_in_order
 from compressvit.fitting.reference import Reference
 from compressvit.fitting.regression import Regression
+from compressvit.model.backbone import describe
 from compressvit.model.family import PRE_NORM_BRANCHES
 from compressvit.transforms.applying import compress, transform_
 from compressvit.transforms.record import compression_of
@@ -33,7 +34,8 @@ def build_any(name: str) -> torch.nn.Module:
 
 
 def paths_of(model):
-    return [n for n, _ in model.named_modules() if n.endswith(LAYERS) and ".rel_pos." not in n]
+    found = {f"{info.path}.{layer}" for info in describe(model).blocks for layer in LAYERS}
+    return [name for name, _ in model.named_modules() if name in found]
 
 
 def relative(a, b):

@@ -50,7 +50,7 @@ def plan_of(model: str, **step):
 
 
 @pytest.mark.wide_unless(lambda model, step: (model == "pit_ti_224") == ("multiplex" in step))
-@pytest.mark.parametrize("model", ["cait_xxs24_224", "pit_ti_224", "tnt_s_legacy_patch16_224"])
+@pytest.mark.parametrize("model", ["xcit_nano_12_p16_224", "pit_ti_224", "tnt_s_legacy_patch16_224"])
 @pytest.mark.parametrize("step", [{"low_rank": {"budget": {"parameters": 0.5}}}, {"multiplex": {"share": 2}}], ids=str)
 def test_a_model_that_no_family_has_is_one_conflict(model, step):
     plan = plan_of(model, **step)

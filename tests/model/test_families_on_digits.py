@@ -29,6 +29,15 @@ RELPOS = {
     "init_values": 1.0,
     "class_token": True,
 }
+CAIT = {
+    "img_size": 8,
+    "patch_size": 2,
+    "embed_dim": 48,
+    "depth": 3,
+    "depth_token_only": 1,
+    "num_heads": 4,
+    "init_values": 1.0,
+}
 SWIN = {"img_size": 8, "patch_size": 2, "window_size": 2, "embed_dim": 32, "depths": (2, 2), "num_heads": (2, 4)}
 
 
@@ -50,20 +59,25 @@ def accuracy(model: nn.Module, images: torch.Tensor, classes: torch.Tensor) -> f
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "args", "lr"),
+    ("name", "args", "lr", "epochs"),
     [
-        ("vit_small_plus_patch16_dinov3_qkvb", EVA, 4e-3),
-        ("eva02_base_patch14_224", {**EVA, "scale_mlp": False, "ref_feat_shape": (4, 4), "num_reg_tokens": 2}, 4e-3),
-        ("swinv2_tiny_window8_256", {**SWIN, "drop_path_rate": 0.0}, 3e-3),
-        ("beit_base_patch16_224", BEIT, 4e-3),
-        ("vit_relpos_small_patch16_224", RELPOS, 4e-3),
+        ("vit_small_plus_patch16_dinov3_qkvb", EVA, 4e-3, 20),
+        (
+            "eva02_base_patch14_224",
+            {**EVA, "scale_mlp": False, "ref_feat_shape": (4, 4), "num_reg_tokens": 2},
+            4e-3,
+            20,
+        ),
+        ("swinv2_tiny_window8_256", {**SWIN, "drop_path_rate": 0.0}, 3e-3, 20),
+        ("beit_base_patch16_224", BEIT, 4e-3, 20),
+        ("vit_relpos_small_patch16_224", RELPOS, 4e-3, 20),
+        ("cait_xxs24_224", CAIT, 4e-3, 35),
     ],
 )
-def test_half_of_a_small_model_knows_digits(name, args, lr, tmp_path):
+def test_half_of_a_small_model_knows_digits(name, args, lr, epochs, tmp_path):
     torch.manual_seed(0)
     images, classes, others, of_others = digits()
     model = timm.create_model(name, **args, num_classes=10)
-    epochs = 20
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, epochs * (len(images) // 64))
     for _ in range(epochs):

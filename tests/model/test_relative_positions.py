@@ -16,7 +16,7 @@ from compressvit.model.backbone import describe
 from compressvit.model.families.beit import SMALL as BEIT
 from compressvit.model.families.vit_relpos import SMALL as RELPOS
 from compressvit.model.positions import resample_positions
-from compressvit.transforms import IRPE, VPT, Align, Multiplex, Narrow, Shrink
+from compressvit.transforms import IRPE, VPT, Align, Multiplex, Narrow, Quantise, Shrink
 from compressvit.transforms.applying import compress
 from compressvit.transforms.record import compression_of
 
@@ -101,6 +101,14 @@ def test_official_pretraining_of_beit_gives_every_block_its_own_table():
         assert resampled.shape == (11 * 11 + 3, 4)
         assert torch.equal(resampled[-3:], table[-3:])
     assert not any("rel_pos_bias." in name or name.endswith("index") for name in found)
+
+
+def test_a_network_of_distances_is_rounded_by_itself():
+    """Its inputs are not of the images, also where there are as many distances as could be (15 × 15)."""
+    name, args = KINDS["cosine_network"]
+    model = timm.create_model(name, **{**args, "img_size": 64, "rel_pos_dim": 512}).eval()
+    rounded = compression_of(compress(model, [Quantise(bits=4, group=16)], images_for(model, 8))).ledger
+    assert sum("rel_pos.mlp" in entry.path for entry in rounded) == 8
 
 
 def bias_of(attention: Any) -> torch.Tensor:

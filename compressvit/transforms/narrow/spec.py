@@ -96,9 +96,12 @@ class Narrow(NarrowStep):
     )
 
     def needed(self) -> tuple[Need, ...]:
-        if self.head_dim is not None:
-            return ("attention", "single_dims")
-        return () if self.heads is None else ("attention",)
+        asked: dict[Need, bool] = {
+            "single_dims": self.head_dim is not None,
+            "separate_heads": self.heads is not None,
+        }
+        found = tuple(need for need, wanted in asked.items() if wanted)
+        return ("attention", *found) if found else ()
 
     OPTIONS: ClassVar[tuple[str, ...]] = ("neurons", "head_dim", "heads")
 
