@@ -86,12 +86,26 @@ def exported(model: nn.Module, images: Tensor, task: Task | None = None, *, prec
     if lower:
         module = InPrecision(module, dtype)
     two = images[:1].expand(2, -1, -1, -1).contiguous()  # a batch of one would stay one
-    with evaluating(module), torch.no_grad(), warnings.catch_warnings(), conversion_faults(f"a graph in {precision}"):
+    faults = conversion_faults(f"a graph in {precision}")
+    with evaluating(module), _mask_units_unfused(module), torch.no_grad(), warnings.catch_warnings(), faults:
         if lower:
             module(two)  # torchvision's anchors take over the precision now, which they may not while a graph is made
         warnings.filterwarnings("ignore", ".*create_unbacked_symint.* is deprecated")  # torchvision's nms
         program = torch.export.export(module, (two,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
     return Graph(program, names)
+
+
+@contextmanager
+def _mask_units_unfused(module: nn.Module) -> Iterator[None]:
+    """Within, attention in Hiera's mask units is computed step by step: fused it has five dimensions, and ONNX's has four."""
+    found = [m for m in module.modules() if getattr(m, "use_mask_unit_attn", False) and getattr(m, "fused_attn", False)]
+    for attention in found:
+        vars(attention)["fused_attn"] = False
+    try:
+        yield
+    finally:
+        for attention in found:
+            vars(attention)["fused_attn"] = True
 
 
 @contextmanager

@@ -93,7 +93,8 @@ def drift(
 
 
 class _Block:
-    """The tapped tensors of a block in one forward pass: tokens (B, N, C), q, k, v (B, N, C) each, attention maps (B, H, N, N)."""
+    """The tapped tensors of a block in one forward pass: tokens (B, N, C), q, k, v (B, N, C) each, attention maps (B, H, N, N), or None of
+    attention without dropout, where they cannot be seen."""
 
     def __init__(self, taps: dict[str, dict[str, Any]], block: BlockInfo, skip: int, model: nn.Module):
         path = block.path
@@ -101,17 +102,21 @@ class _Block:
         require_finite(path, hidden)
         self.hidden = hidden
         self.qkv = [part.float() for part in tapped_qkv(taps, block, skip)]
-        self.maps = taps[f"{path}.attn.attn_drop"]["input"]
-        self.maps = self.maps[0] if isinstance(self.maps, tuple) else self.maps
-        self.maps = self.maps[..., skip:, skip:].float().clamp(min=0)
-        self.maps = self.maps / self.maps.sum(-1, keepdim=True).clamp(min=1e-12)
+        self.maps = None if (seen := taps.get(f"{path}.attn.attn_drop")) is None else _maps(seen["input"], skip)
+
+
+def _maps(seen: Any, skip: int) -> torch.Tensor:
+    maps: torch.Tensor = seen[0] if isinstance(seen, tuple) else seen
+    maps = maps[..., skip:, skip:].float().clamp(min=0)
+    return maps / maps.sum(-1, keepdim=True).clamp(min=1e-12)
 
 
 def _measure(s: _Block, t: _Block, norm: list[float]) -> dict[str, float]:
     values = {}
     if s.qkv[0].shape[:2] == t.qkv[0].shape[:2]:  # prompts lengthen sequences
         values["attention_relation_kl"] = losses.attention_relation(s.qkv, t.qkv, with_kl=True)[1].item()
-        values["attention_kl"] = _kl(s.maps, t.maps)
+        if s.maps is not None and t.maps is not None:
+            values["attention_kl"] = _kl(s.maps, t.maps)
     if s.hidden.shape[:2] == t.hidden.shape[:2]:
         values["hidden_relation"] = losses.hidden_relation(s.hidden, t.hidden).item()
     if s.hidden.shape == t.hidden.shape:
@@ -135,7 +140,9 @@ def _tapped(model: nn.Module, blocks: Sequence[BlockInfo], device: torch.device)
     fused = [m for m in model.modules() if getattr(m, "fused_attn", False)]
     wanted: list[Tap] = []
     for block in dict.fromkeys(blocks):
-        wanted += [(block.path, "output"), *qkv_taps(block), (f"{block.path}.attn.attn_drop", "input")]
+        wanted += [(block.path, "output"), *qkv_taps(block)]
+        if hasattr(model.get_submodule(f"{block.path}.attn"), "attn_drop"):
+            wanted.append((f"{block.path}.attn.attn_drop", "input"))
     taps = Taps(model.to(device), wanted)
     for module in fused:
         vars(module)["fused_attn"] = False

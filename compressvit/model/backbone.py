@@ -91,7 +91,9 @@ def input_size(model: nn.Module) -> tuple[int, int, int]:
     from timm.data import resolve_model_data_config
 
     channels, *size = resolve_model_data_config(model)["input_size"]
-    now = getattr(getattr(model, "patch_embed", None), "img_size", None) or size
+    family = family_of(model)
+    own = getattr(getattr(model, "patch_embed", None), "img_size", None) if family is None else family.image_size(model)
+    now = own or size
     height, width = (now, now) if isinstance(now, int) else now
     return getattr(model, "in_chans", channels), height, width
 

@@ -45,6 +45,7 @@ Need = Literal[
     "no_position_table",
     "single_dims",
     "separate_heads",
+    "alike_blocks",
     "prompts",
     "decoder",
 ]
@@ -66,12 +67,14 @@ NEEDS: dict[Need, tuple[str, str]] = {
     ),
     "single_dims": (
         "heads of which single dimensions can go",
-        "whose attention turns them in pairs by rotary positions, or norms them together (cosines); try `heads` instead of `head_dim`",
+        "whose attention turns them in pairs by rotary positions, or norms them together (cosines), or pools queries; try `heads` instead "
+        "of `head_dim`",
     ),
     "separate_heads": (
         "heads that work apart",
         "whose attention mixes them with each other (talking heads); try `head_dim` instead of `heads`",
     ),
+    "alike_blocks": ("blocks of one shape in every stage", "whose stages begin with a block that widens the tokens"),
     "prompts": ("to know how prompts join the tokens", "which does not say so (`Family.prompts`)"),
     "decoder": ("a decoder that mixes features by matrices it generates (AdaMixer's)", "which has none"),
 }
@@ -141,6 +144,7 @@ class Family(ABC):
     slotted_attention: ClassVar[type[nn.Module] | tuple[type[nn.Module], ...] | None] = None
     position_table: ClassVar[bool] = False  # its attention has a table of relative positions
     whole_heads: ClassVar[bool] = False  # its attention works on the dimensions of a head together
+    widens: ClassVar[bool] = False  # the first block of a stage has other shapes than the rest
     mixed_heads: ClassVar[bool] = False  # its heads work on what the others give, so that none can go
     # How prompt tokens (VPT) join the others, by a word registered in `compressvit/transforms/vpt/`: `sequence`, as in timm's ViT,
     # `biased_sequence`, where positions are a bias of the logits, or `windows`, as in timm's Swin. None: they cannot.
@@ -173,6 +177,11 @@ class Family(ABC):
         height, width = patch_embed.patch_size
         return height, width
 
+    def image_size(self, model: nn.Module) -> tuple[int, int] | int | None:
+        """Height and width of the images that a model takes as it was built, or their one side; None where it does not know."""
+        size: tuple[int, int] | int | None = getattr(getattr(model, "patch_embed", None), "img_size", None)
+        return size
+
     def lacks(self, need: Need) -> Need | None:
         """The need that is not met, None if it is. Where there is no attention, that is what any need of it lacks."""
         if need == "decoder":
@@ -183,6 +192,7 @@ class Family(ABC):
             "no_position_table": self.position_table,
             "single_dims": self.whole_heads,
             "separate_heads": self.mixed_heads,
+            "alike_blocks": self.widens,
         }
         has = not lacking[need] if need in lacking else getattr(self, need) is not None
         return None if has else need

@@ -179,7 +179,7 @@ def _heads(block: Any, family: Family) -> _Layer:
 class Align(Transform):
     """Match the neurons and heads of the blocks that a later step shares, without changing the function."""
 
-    needs: ClassVar[tuple[Need, ...]] = ("attention",)
+    needs: ClassVar[tuple[Need, ...]] = ("attention", "alike_blocks")
 
     share: int | tuple[int, ...] = Field(
         description="Blocks in a group, as in the step that shares them: one number, or one per stage."

@@ -170,7 +170,7 @@ class FacT(OnBlocks):
     """Low-rank updates of all projections, with shared outer factors; the backbone is frozen (FacT)."""
 
     freezes = True
-    needs: ClassVar[tuple[Need, ...]] = ("attention",)
+    needs: ClassVar[tuple[Need, ...]] = ("attention", "alike_blocks")
     blind_at_start: ClassVar[dict[str, str]] = dict.fromkeys(
         ("fact.u", "fact.core", "fact.mix", "fact.sigma"), "V starts at zero"
     )

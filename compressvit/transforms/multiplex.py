@@ -269,7 +269,7 @@ class MultiplexPlan(Plan):
 class Multiplex(Transform):
     """Share attention and MLP between consecutive blocks, with private transforms (MiniViT)."""
 
-    needs: ClassVar[tuple[Need, ...]] = ("attention",)
+    needs: ClassVar[tuple[Need, ...]] = ("attention", "alike_blocks")
     changes_at_start = True
     blind_at_start: ClassVar[dict[str, str]] = {
         "mlp_conv.norm.weight": "the convolution after it starts at zero",

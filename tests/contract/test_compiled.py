@@ -12,6 +12,8 @@ from compressvit.testing.cases import Case, cases_of, stand_for_families
 from compressvit.transforms import IRPE, TRANSFORMS, VPT, LowRank, Multiplex
 from compressvit.transforms.applying import compress
 
+# torch captures the others whole; timm's Hiera counts the dimensions of its tensors as it runs.
+UNTRACED = ("hiera",)
 CASES = [case for spec in TRANSFORMS.values() for case in cases_of(spec) if case.backbone in stand_for_families()]
 CASES += [Case(VPT(prompts=3, deep=False), backbone, 2) for backbone in ("vit", "swin")]
 NAMES = [
@@ -76,7 +78,7 @@ def test_traced_student_computes_the_same_for_other_batches(case):
 
 
 @FIRST
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if case.backbone not in UNTRACED], ids=str)
 def test_symbolically_traced_student_computes_the_same_for_other_batches(case):
     model = moved(case)
     images = images_for(model)
@@ -97,7 +99,7 @@ def test_exported_student_computes_the_same_for_other_batches(case):
 
 
 @pytest.mark.wide_unless(lambda backbone: backbone == "vit")
-@pytest.mark.parametrize("backbone", stand_for_families())
+@pytest.mark.parametrize("backbone", [name for name in stand_for_families() if name not in UNTRACED])
 def test_low_rank_student_is_scripted(backbone):
     if any(hasattr(module, "qkv_bias_separate") for module in teacher(backbone).modules()):
         pytest.skip("timm's attention reads the weight of qkv in a branch that is not run, but scripted")

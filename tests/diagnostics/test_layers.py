@@ -242,12 +242,14 @@ def test_the_map_keeps_to_stage_and_shift():
 # --- drift
 
 
-@pytest.mark.parametrize("name", list(BACKBONES))
+@pytest.mark.parametrize("name", [*BACKBONES, "hiera"])
 def test_nothing_has_drifted_from_itself(name):
     model = build(name).train()
     found = drift(side(model), side(model), every_block(model, model), batches_for(model), CPU, batch_size=8)
     assert all(value == pytest.approx(0, abs=1e-9) for means in found for value in means.values())
-    assert set(found[0]) == {"cosine", "error", "attention_kl", "attention_relation_kl", "hidden_relation"}
+    assert set(found[0]) == {"cosine", "error", "attention_relation_kl", "hidden_relation"} | (
+        {"attention_kl"} if name != "hiera" else set()  # it has no dropout of attention, at which maps are seen
+    )
     assert model.training
     assert all(
         block.attn.fused_attn == build(name).get_submodule(p).attn.fused_attn

@@ -19,7 +19,6 @@ from compressvit.fitting.in_order import LayerFit, fit_in_order
 from compressvit.fitting.reference import Reference
 from compressvit.fitting.regression import Regression
 from compressvit.model.backbone import describe
-from compressvit.model.family import PRE_NORM_BRANCHES
 from compressvit.transforms.applying import compress, transform_
 from compressvit.transforms.record import compression_of
 
@@ -42,11 +41,12 @@ def relative(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
-@pytest.mark.parametrize("name", [*(name for name in BACKBONES if family_of(name).branches), "swin_padded"])
+@pytest.mark.parametrize("name", [*(name for name in BACKBONES if family_of(name).branches), "hiera", "swin_padded"])
 def test_what_a_layer_is_asked_for_makes_the_hidden_state_the_teachers(name, monkeypatch):
     """Put the wanted outputs in place of the last layer's of each branch: the student's sum is then the teacher's, whatever came before."""
 
     teacher = build_any(name)
+    branches = describe(teacher).family.branches
     for path, parameter in teacher.named_parameters():
         if path.endswith("gamma"):  # none is so small that it cannot be corrected
             parameter.data.abs_().add_(0.1)
@@ -67,7 +67,7 @@ def test_what_a_layer_is_asked_for_makes_the_hidden_state_the_teachers(name, mon
     def fit(path, module, regression):
         block, _, layer = path.partition(".attn.") if ".attn." in path else path.partition(".mlp.")
         layer = path.removeprefix(f"{block}.")
-        if layer not in PRE_NORM_BRANCHES:
+        if layer not in branches:
             return 0.0
         # the residual stream after the branch is what the next norm sees, or the block's output
         after = f"{block}.norm2" if layer == "attn.proj" else block
@@ -92,7 +92,7 @@ def test_what_a_layer_is_asked_for_makes_the_hidden_state_the_teachers(name, mon
 
     paths = paths_of(teacher)
     fit_in_order(student, teacher, [images], {path: LayerFit(partial(fit, path)) for path in paths})
-    assert [path for path, _ in checked] == [p for p in paths if p.endswith(tuple(PRE_NORM_BRANCHES))]
+    assert [path for path, _ in checked] == [p for p in paths if p.endswith(tuple(branches))]
     assert max(error for _, error in checked) < 1e-5  # measured 3e-7
 
 

@@ -31,13 +31,13 @@ __all__ = [
     "randomise",
 ]
 
-# Every kind of transformer: name → (timm name, arguments).
+# Every kind of transformer with blocks of one shape in every stage: name → (timm name, arguments).
 BACKBONES: dict[str, tuple[str, dict[str, Any]]] = {
     name: (examples()[name].model, dict(examples()[name].args))
     for name in tried_on(freezes=False)
-    if family_of(name).attention is not None
+    if family_of(name).attention is not None and not family_of(name).widens
 }
-# Further ones that have no attention, or are a plain ViT to most methods.
+# Further ones that have no attention, are a plain ViT to most methods, or have blocks of other shapes.
 ADAPTED = {name: (example.model, dict(example.args)) for name, example in examples().items() if name not in BACKBONES}
 
 # Everything that multiplexing can add to a block.

@@ -38,6 +38,21 @@ CAIT = {
     "num_heads": 4,
     "init_values": 1.0,
 }
+HIERA = {
+    "img_size": 8,
+    "patch_stride": (1, 1),
+    "patch_kernel": (3, 3),
+    "patch_padding": (1, 1),
+    "embed_dim": 24,
+    "num_heads": 2,
+}
+HIERA |= {
+    "stages": (2, 2),
+    "q_pool": 1,
+    "mask_unit_size": (4, 4),
+    "mask_unit_attn": (True, False),
+    "head_init_scale": 1.0,
+}
 SWIN = {"img_size": 8, "patch_size": 2, "window_size": 2, "embed_dim": 32, "depths": (2, 2), "num_heads": (2, 4)}
 
 
@@ -72,6 +87,7 @@ def accuracy(model: nn.Module, images: torch.Tensor, classes: torch.Tensor) -> f
         ("beit_base_patch16_224", BEIT, 4e-3, 20),
         ("vit_relpos_small_patch16_224", RELPOS, 4e-3, 20),
         ("cait_xxs24_224", CAIT, 4e-3, 35),
+        ("hiera_tiny_224", HIERA, 3e-3, 20),
     ],
 )
 def test_half_of_a_small_model_knows_digits(name, args, lr, epochs, tmp_path):

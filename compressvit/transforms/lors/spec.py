@@ -37,7 +37,7 @@ from compressvit.transforms.record import require_free
 class LORS(RankStep):
     """Share the weights of linear layers, with a private low-rank term each (LORS)."""
 
-    needs: ClassVar[tuple[Need, ...]] = ("attention",)
+    needs: ClassVar[tuple[Need, ...]] = ("attention", "alike_blocks")
     changes_at_start = True
     blind_at_start: ClassVar[dict[str, str]] = {
         "low_rank.down": "where the shared weight is exact, or noise, the factor after it starts at zero"

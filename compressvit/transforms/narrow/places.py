@@ -79,7 +79,7 @@ def _place(model: nn.Module, info: BlockInfo, family: Family) -> Place:
         options = tuple(option for option in options if option == "heads")
     if not options or not _plain(*map(block.get_submodule, qkv), attention.proj):
         return found
-    heads = attention.num_heads
+    heads = info.heads
     size = weight_shape(block.get_submodule(qkv[0]))[0] // (heads * (3 if len(qkv) == 1 else 1))
     return replace(found, heads=heads, head_dim=size, options=tuple(options), qkv=qkv)
 
