@@ -52,6 +52,8 @@ UNSUPPORTED = {
     "levit": ("levit_128s", {}, "Levit"),
     "resnet": ("resnet18", {}, "ResNet"),
     "parallel": ("vit_tiny_patch16_224", {**VIT, "block_fn": ParallelScalingBlock}, "ParallelScalingBlock"),
+    "parallel_pairs": ("vit_small_patch16_18x2_224", {"depth": 2}, "ParallelThingsBlock without an `attn`"),
+    "post_norm": ("vit_base_patch16_rpn_224", {"depth": 2}, "is a ResPostBlock"),
     "differential": ("vit_tiny_patch16_224", {**VIT, "attn_layer": "diff"}, "DiffAttention"),
 }
 

@@ -1,4 +1,4 @@
-"""A small model of every further family learns digits, and half of it knows them without training."""
+"""A small model of every further family, and a ViT that pools by attention, learn digits; half of each knows them without training."""
 
 from __future__ import annotations
 
@@ -53,6 +53,7 @@ HIERA |= {
     "mask_unit_attn": (True, False),
     "head_init_scale": 1.0,
 }
+SIGLIP = {"img_size": 8, "patch_size": 4, "embed_dim": 64, "depth": 2, "num_heads": 4}
 SWIN = {"img_size": 8, "patch_size": 2, "window_size": 2, "embed_dim": 32, "depths": (2, 2), "num_heads": (2, 4)}
 
 
@@ -88,6 +89,7 @@ def accuracy(model: nn.Module, images: torch.Tensor, classes: torch.Tensor) -> f
         ("vit_relpos_small_patch16_224", RELPOS, 4e-3, 20),
         ("cait_xxs24_224", CAIT, 4e-3, 35),
         ("hiera_tiny_224", HIERA, 3e-3, 20),
+        ("vit_base_patch16_siglip_224", SIGLIP, 2e-3, 30),
     ],
 )
 def test_half_of_a_small_model_knows_digits(name, args, lr, epochs, tmp_path):
@@ -104,7 +106,7 @@ def test_half_of_a_small_model_knows_digits(name, args, lr, epochs, tmp_path):
             schedule.step()
     model.eval()
     known = accuracy(model, others, of_others)
-    assert known >= 0.95  # measured 0.964, 0.975, 0.986
+    assert known >= 0.95  # measured 0.958 to 0.986
     student = compressvit.compress(model, [Shrink(budget=ShrinkBudget(parameters=0.5), multiple=4)], images)
     again = compressvit.load(compressvit.save(student, tmp_path / "student"))
     size = (3, 8, 8)
