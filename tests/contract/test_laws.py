@@ -17,16 +17,21 @@ for case in CASES:
     if case.backbone in stand_for_families():
         ON_FAMILIES.setdefault((case.spec.name, case.backbone), str(case))
 EVERYWHERE = ("low_rank", "adapters")  # one replaces layers, the other adds to them
+# Families that are unlike each other: plain, with rotary positions, in windows, with norms after the branches, without attention.
+UNLIKE = ("vit", "dinov3", "swin", "swin_v2", "convnext")
+ON_UNLIKE = {(transform, name): case for (transform, name), case in ON_FAMILIES.items() if name in UNLIKE}
 ALL = {case for (_, index), case in FIRST.items() if index == 0}
-ALL |= {case for (transform, _), case in ON_FAMILIES.items() if transform in EVERYWHERE}
-SOME = {*FIRST.values(), *ON_FAMILIES.values()}
+ALL |= {case for (transform, _), case in ON_UNLIKE.items() if transform in EVERYWHERE}
+SOME = {*FIRST.values(), *ON_UNLIKE.values()}
+SOME |= {case for (transform, _), case in ON_FAMILIES.items() if transform in EVERYWHERE}
 FEW = {"the_function_is_kept_at_the_start", "every_parameter_is_trained", "fold_keeps_the_function_or_says_why_not"}
 FILES = "an_artifact_is_loaded_to_the_bit"
 
 
 def is_fast(check) -> bool:
-    """Of the first case of every transform all laws, as of two transforms on every family; of the first case of every further example, and
-    of every other transform on every family, a few, of the former also that of files. What is refused takes no time."""
+    """Of the first case of every transform all laws, as of two transforms on unlike families; of the first case of every further example,
+    of every other transform on unlike families, and of those two on all, a few, of the first also that of files. What is refused takes
+    no time."""
     case, _, law = str(check).rpartition("-")
     few = (case in SOME and law in FEW) or (case in FIRST.values() and law == FILES)
     return case in ALL or few or law == "is_refused"

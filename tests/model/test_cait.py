@@ -29,24 +29,19 @@ def test_blocks_have_no_class_token():
 def test_dimensions_go_and_heads_stay():
     model = build("cait")
     randomise(model, 0.1)
-    images = images_for(model, 48)
-    student: Any = compress(model, [Narrow(head_dim=4)], images)
+    student: Any = compress(model, [Narrow(head_dim=4, sequential=False)], images_for(model, 32))
     assert student.blocks[0].attn.qkv.out_features == 48
     assert torch.equal(student.blocks[0].attn.proj_l.weight, model.blocks[0].attn.proj_l.weight)
-    lost = [
-        (outputs(s, images) - outputs(model, images)).norm()
-        for s in (student, compress(model, [Narrow(head_dim=8)], images))
-    ]
-    assert 0 < lost[1] < lost[0]
-    student = compress(model, [Shrink(budget={"parameters": 0.6}, multiple=4)], images)
-    assert not any(form.heads for form in compression_of(student).plans[0].forms.values())
+    assert 0 < (outputs(student) - outputs(model)).norm() < 0.2 * outputs(model).norm()
+    (plan,) = compression_of(compress(model, [Shrink(budget={"parameters": 0.6}, metric="weights")])).plans
+    assert not any(form.heads for form in plan.forms.values())
 
 
 def test_the_blocks_of_the_class_token_are_rounded_and_nothing_else():
     model = build("cait")
     last = {name: p.clone() for name, p in model.named_parameters() if name.startswith("blocks_token_only")}
     assert len(last) == 2 * 18
-    adapted = compress(model, [Shrink(budget={"parameters": 0.8}, metric="weights"), Adapters(width=4)])
+    adapted = compress(model, [Narrow(neurons=0.5, metric="weights"), Adapters(width=4)])
     assert all(torch.equal(adapted.get_parameter(name), value) for name, value in last.items())
     assert not any(adapted.get_parameter(name).requires_grad for name in last)
     rounded = compression_of(compress(model, [Quantise(bits=4, group=16, metric="weights")])).ledger
