@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ def _measure(
     like = _alike(model, found)
     places = [place for place in found if like[place.path] == place.path]
     seen = _inputs(model, images, places)
-    rest = _without_parts(model, found)
+    rest = _without_parts(model, images, found)
     keys: list[tuple[Kind, str, tuple[int, ...]]] = []
     calls: list[Call] = [lambda: model(images), lambda: rest(images)]
     family = describe(model).family
@@ -97,13 +98,29 @@ def _measure(
     return _within_the_whole(model, found, table, whole * max(0.0, 1 - times.ratio(1)[1]))
 
 
-def _without_parts(model: nn.Module, found: Sequence[Place]) -> nn.Module:
-    """What is left of a model without the attention and the MLP of its blocks."""
+def _without_parts(model: nn.Module, images: torch.Tensor, found: Sequence[Place]) -> nn.Module:
+    """What is left of a model without the attention and the MLP of its blocks, for images of this size."""
     rest = surgery.deep_copy(model)
-    for place in found:
-        for part in ["attn"] * bool(place.options) + ["mlp"] * bool(place.neurons):
-            setattr(rest.get_submodule(place.path), part, _Through())
+    parts = [rest.get_submodule(path) for place in found for path in _parts_of(place)]
+
+    def pass_through(module: nn.Module, given: tuple, output: torch.Tensor) -> None:
+        vars(module)["forward"] = partial(_through, torch.empty_like(output))
+
+    handles = [part.register_forward_hook(pass_through) for part in parts]
+    rest(images)
+    for handle in handles:
+        handle.remove()
     return rest
+
+
+def _parts_of(place: Place) -> list[str]:
+    """The paths of what can be changed in a block."""
+    return [f"{place.path}.{part}" for part in ["attn"] * bool(place.options) + ["mlp"] * bool(place.neurons)]
+
+
+def _through(output: torch.Tensor, x: torch.Tensor, *others: Any, **named: Any) -> torch.Tensor:
+    """Stands for an attention or an MLP and takes no time: returns its input, or an output of another shape."""
+    return x if x.shape == output.shape else output
 
 
 def _within_the_whole(model: nn.Module, found: Sequence[Place], table: LatencyTable, parts: float) -> LatencyTable:
@@ -156,8 +173,7 @@ def _inputs(model: nn.Module, images: torch.Tensor, places: Sequence[Place]) -> 
     seen: dict[str, tuple[tuple, dict]] = {}
     handles = []
     for place in places:
-        for part in ["attn"] * bool(place.options) + ["mlp"] * bool(place.neurons):
-            path = f"{place.path}.{part}"
+        for path in _parts_of(place):
 
             def see(module: nn.Module, given: tuple, named: dict, path: str = path) -> None:
                 seen[path] = given, named
@@ -180,13 +196,6 @@ class _Given(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.output
-
-
-class _Through(nn.Module):
-    """Stands for an attention or an MLP and takes no time: returns its input."""
-
-    def forward(self, x: torch.Tensor, *others: Any, **named: Any) -> torch.Tensor:
-        return x
 
 
 class _Block:

@@ -278,7 +278,7 @@ def test_milliseconds_are_not_assumed_in_a_plan_and_it_says_so():
     assert "nothing is assumed of a latency in milliseconds" in step(budget=ShrinkBudget(latency=50)).provisional[1]
 
 
-@pytest.mark.parametrize("name", ["vit", "swin"])
+@pytest.mark.parametrize("name", ["vit", "swin", "hiera"])
 def test_a_real_table_has_all_that_a_budget_asks_for_and_is_what_it_counts_with(name, monkeypatch):
     monkeypatch.setattr(stopwatch, "ROUNDS", 3)
     teacher = build(name)
