@@ -16,6 +16,7 @@ from torch import nn
 from compressvit.data.input import Side
 from compressvit.errors import UserError
 from compressvit.model.backbone import describe, family_of, model_name
+from compressvit.model.chain import chain_of
 from compressvit.model.modes import evaluating
 from compressvit.model.taps import Taps
 
@@ -49,18 +50,23 @@ def subject(side: Side, taps: Sequence[str] | None = None) -> Subject:
 
 
 def block_paths(model: nn.Module) -> tuple[str, ...]:
-    """Paths of the blocks of a timm model, in order.
+    """Paths of the blocks of a model, in order; of one of no family, of the modules that run one after the other.
 
     Raises:
-        UserError: the model's family is unknown.
+        UserError: it has no such parts.
     """
-    if family_of(model) is None:
+    try:
+        found = tuple(info.path for info in describe(model).blocks)
+    except UserError as error:
+        stages = [name for name, _ in model.named_children()]
+        raise UserError(f"{error}; name the modules to look at as taps, e.g. {', '.join(stages[:4])}") from error
+    if found == ("",):
         stages = [name for name, _ in model.named_children()]
         raise UserError(
-            f"the blocks of {model_name(model)} are not known to compressvit; name the modules to look at as taps, "
-            f"e.g. {', '.join(stages[:4])}"
+            f"the parts of {model_name(model)} do not run one after the other, so that none stand for blocks; name the modules to look at "
+            f"as taps, e.g. {', '.join(stages[:4])}"
         )
-    return tuple(info.path for info in describe(model).blocks)
+    return found
 
 
 def require_taps(one: Subject) -> None:
@@ -153,7 +159,7 @@ def tokens(feature: torch.Tensor, model: nn.Module) -> torch.Tensor:
     if feature.ndim == 2:
         return feature[:, None]
     family = family_of(model)
-    if family is not None and family.layout == "channels_last":
+    if chain_of(model).channels_last if family is None else family.layout == "channels_last":
         return rearrange(feature, "b h w c -> b (h w) c")
     return rearrange(feature, "b c h w -> b (h w) c")
 

@@ -12,7 +12,7 @@ of one block give, wait in temporary files (TMPDIR), so memory does not grow wit
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,8 +81,8 @@ def fit_in_order(
         UserError: there is no image, a layer sees numbers that are not finite, or there is no room for the hidden states.
     """
     backbone = describe(student)
-    blocks, branches = list(backbone.blocks), backbone.family.branches
-    wanted = {b.path: [p.removeprefix(f"{b.path}.") for p in fits if p.startswith(f"{b.path}.")] for b in blocks}
+    blocks = list(backbone.blocks)
+    wanted = {b.path: [p.removeprefix(b.whole("")) for p in fits if b.holds(p)] for b in blocks}
     while blocks and not wanted[blocks[-1].path]:
         blocks.pop()
     errors: dict[str, float] = {}
@@ -99,12 +99,11 @@ def fit_in_order(
                 ours.advance(block, device)
             following = blocks[position + 1] if position + 1 < len(blocks) else None
             names = _in_order(ours.block, ours.hidden(0, device), wanted[block.path])
-            paths = [f"{block.path}.{name}" for name in names]
+            paths = [block.whole(name) for name in names]
             known = kept.read(block.path, paths) if kept else None
-            ask = names if known is None else []
-            ends = {name: _end_of(ours.block, name, branches) for name in ask}
-            asked = [_Asked(name, *ends[name], folder, drawn.of(f"{block.path}.{name}")) for name in ask]
-            _ask(asked, theirs, following, device, prefix)
+            branches = backbone.family.branches_in(student, block.path)
+            asked = [] if known is not None else _asked(ours, names, branches, folder, drawn)
+            _ask(asked, theirs, following, device, prefix, backbone.family.changed_in(teacher, block.path))
             errors |= _fit_layers(asked, ours, theirs, fits, judges, device) if known is None else known
             if known is not None:
                 log.info("%s was fitted before the run stopped", block.path)
@@ -126,7 +125,7 @@ def _fit_layers(
     """Fit the layers of the present block; returns the remaining relative errors by path."""
     errors: dict[str, float] = {}
     for layer in asked:
-        path = f"{ours.info.path}.{layer.name}"
+        path = ours.info.whole(layer.name)
         scale = scale_behind(ours.block, layer.branch)
         regression = Regression(None if scale is None else scale[layer.outputs])
         for i, (hidden, seen) in enumerate(ours.seen(layer.sees, layer.name, device)):
@@ -188,6 +187,8 @@ class _Asked:
     def _in_layer(self, block: nn.Module, hidden: Tensor, stream: Tensor, places: Tensor | None) -> Tensor:
         """The residual stream's tokens that stand where the layer has `places` (Swin's attention works in shifted windows)."""
         assert self.branch is not None
+        if self.branch.in_place:
+            return gathered(channels_last(block.get_submodule(self.name), stream).flatten(1, -2), places)
         shape = tuple(stream.shape[1:])
         if shape not in self._orders:
             self._orders[shape] = _order(block, self.branch, hidden[:1], stream[:1])
@@ -224,12 +225,21 @@ class _Asked:
         return x, y, torch.where(prefix > 0, weights[..., 0] * fit.prefix_weight, weights[..., 0])[..., None]
 
 
+def _asked(
+    ours: Side, names: Sequence[str], branches: Mapping[str, Branch], folder: Path, drawn: TokenSample
+) -> list[_Asked]:
+    """Of each of these layers of the present block, what the teacher will be asked."""
+    paths = {name: drawn.of(ours.info.whole(name)) for name in names}
+    return [_Asked(name, *_end_of(ours.block, name, branches), folder, paths[name]) for name in names]
+
+
 def _ask(
     asked: Sequence[_Asked],
     theirs: Side,
     following: BlockInfo | None,
     device: torch.device,
     prefix: int,
+    changed: Container[str],
 ) -> None:
     """Take every batch through the teacher's block once, up to the following one, and keep what its layers give."""
     wanted = {layer.name: "output" for layer in asked}
@@ -237,7 +247,7 @@ def _ask(
     for i in range(len(theirs)):
         hidden = theirs.hidden(i, device)
         found: dict[str, Tensor] = {}
-        with watched(theirs.block, wanted, found):
+        with watched(theirs.block, wanted, found, changed=changed):
             output = theirs.block(hidden)
         for layer in asked:
             layer.note(theirs.block, hidden, found, prefix)

@@ -21,7 +21,7 @@ from compressvit.fitting.lowrank import Metric, cholesky
 from compressvit.fitting.sampling import TokenSample, gathered
 from compressvit.log import progress
 from compressvit.model import surgery
-from compressvit.model.backbone import input_size, prefix_tokens
+from compressvit.model.backbone import changed_in_place, input_size, prefix_tokens
 from compressvit.model.calls import called
 from compressvit.model.linear import channels_last
 from compressvit.model.modes import evaluating
@@ -132,16 +132,19 @@ def collect_moments(
     prefix = prefix_tokens(model)
     generator = torch.Generator().manual_seed(seed)
 
-    def see_input(path: str, module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+    def see_input(path: str, module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
         x = channels_last(module, inputs[0].detach())
         if not is_finite(x):
             raise not_finite(path)
         add = _whole if sample is None else partial(_part, sample, in_batch)
         see_gradient = add(sums[path], module, x, prefix)
+        if path in changed:
+            output = output.clone()  # torch calls no hook of a view that is changed in place
         if outputs:
             output.register_hook(see_gradient)
+        return output
 
-    images, in_batch = 0, 0
+    changed, images, in_batch = changed_in_place(model), 0, 0
     with _hooks(model, {path: partial(see_input, path) for path in paths}), frozen(model):
         for batch in progress(batches, "measuring layers on batches of calibration images", count):
             in_batch = len(batch)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -142,8 +142,18 @@ class _Fixed:
 
 
 @contextmanager
-def watched(block: nn.Module, wanted: Mapping[str, str], found: dict[str, Tensor], until: str = "") -> Iterator[None]:
-    """Within, a run of the block puts the inputs or outputs of the modules in `wanted` into `found`, and ends at the module `until`."""
+def watched(
+    block: nn.Module,
+    wanted: Mapping[str, str],
+    found: dict[str, Tensor],
+    until: str = "",
+    changed: Container[str] = (),
+) -> Iterator[None]:
+    """Within, a run of the block puts the inputs or outputs of the modules in `wanted` into `found`, and ends at the module `until`.
+
+    Args:
+        changed: modules whose outputs something changes in place; known of the layers of a family.
+    """
     with ExitStack() as stack:
         for name, io in wanted.items():
 
@@ -151,7 +161,7 @@ def watched(block: nn.Module, wanted: Mapping[str, str], found: dict[str, Tensor
                 if output is None:
                     found[name] = inputs[0]
                 else:
-                    found[name] = output.clone() if adds_in_place(block, name) else output
+                    found[name] = output.clone() if name in changed or adds_in_place(block, name) else output
                 if name == until:
                     raise _Reached
 

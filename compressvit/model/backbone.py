@@ -131,7 +131,11 @@ def body_of(model: nn.Module) -> nn.Module | None:
 
 def supported(*needs: Need) -> str:
     """The models that compressvit works on, for messages; with `needs`, those of the families that meet them."""
-    families = [family for family in FAMILIES.values() if family.body is None and not any(map(family.lacks, needs))]
+    families = [
+        family
+        for family in FAMILIES.values()
+        if family.named_layers and family.body is None and not any(map(family.lacks, needs))
+    ]
     with_attention = [text for family in families if family.attention is not None for text in family.supports]
     others = [text for family in families if family.attention is None for text in family.supports]
     if needs:
@@ -158,19 +162,15 @@ def describe(
     Raises:
         UserError: the family is not known or lacks what is needed, or a block or its attention is of a class that is not known.
     """
-    family = family_of(model)
-    if family is None:
-        raise UserError(
-            f"{model_name(model)} is a {type(model).__name__}, which compressvit cannot transform yet; it works on {supported(*needs)}"
-        )
+    family = family_of(model) or FAMILIES["generic"]
     of_itself = next((lack for lack in map(family.lacks, needs) if lack is not None), None)
     if family.body is not None and part == "backbone" and "decoder" not in needs and of_itself is None:
         return _inside(family.body, describe(model.get_submodule(family.body), *needs, asker=asker, instead=instead))
     if of_itself is not None:
         needed, lack = NEEDS[of_itself]
         raise UserError(
-            f"{asker} needs {needed}, and {model_name(model)} is a {family.title}, {lack}; "
-            + (instead or f"it works on {supported(*needs)}")
+            f"{asker} needs {needed}, and {model_name(model)} is a {family.title_of(model)}, {lack}; "
+            + ((instead if of_itself != "blocks" else "") or f"it works on {supported(*needs)}")
         )
     if family.body is None and part != "backbone":
         raise UserError(f"{asker}: {model_name(model)} is no detector, so it has no {part}; leave `of` out")
@@ -178,20 +178,39 @@ def describe(
         replace(info, projections=layers_for(model.get_submodule(info.path), "attn.qkv"))
         for info in family.blocks(model)
     )
+    if not blocks and not family.named_layers:
+        raise UserError(f"{model_name(model)} calls no linear layer, so there is nothing that compressvit could change")
     if not blocks:
         raise UserError(
             f"{model_name(model)} was built with no blocks, so there is nothing to compress; give it a depth of at least 1"
         )
+    stranger = _strange_part(model, family, blocks) if family.named_layers else None
+    if stranger is not None:
+        if any(map(FAMILIES["generic"].lacks, needs)):
+            raise UserError(f"{stranger}; {asker} works on {supported(*needs)}")
+        family, blocks = FAMILIES["generic"], tuple(FAMILIES["generic"].blocks(model))
+    return Backbone(family, blocks, num_prefix_tokens=family.prefix_tokens(model))
+
+
+def _strange_part(model: nn.Module, family: Family, blocks: Sequence[BlockInfo]) -> str | None:
+    """Of a model that was built with something in place of its family's blocks or attention, which that is."""
     for info in blocks:
-        for module, path, expected in _parts(model, family, info.path, needs):
+        if family.attention is not None and getattr(model.get_submodule(info.path), "attn", None) is None:
+            return f"{model_name(model)}: {info.path} is a {type(model.get_submodule(info.path)).__name__} without an `attn`"
+        for module, path, expected in _parts(model, family, info.path):
             found = class_in_timm(module, *expected)
             if found not in expected:
                 known = " or ".join(kind.__name__ for kind in expected)
-                raise UserError(
-                    f"{model_name(model)}: {path} is a {found.__name__}, compressvit knows {known} there; "
-                    f"it works on {supported(*needs)}"
-                )
-    return Backbone(family, blocks, num_prefix_tokens=family.prefix_tokens(model))
+                return f"{model_name(model)}: {path} is a {found.__name__}, compressvit knows {known} there"
+    return None
+
+
+def changed_in_place(model: nn.Module) -> frozenset[str]:
+    """Paths of linear layers whose outputs something changes in place, as far as that can be known."""
+    try:
+        return describe(model).family.changed_in(model, "")
+    except UserError:  # no images can be sent through it without values
+        return frozenset()
 
 
 def _inside(path: str, found: Backbone) -> Backbone:
@@ -207,16 +226,9 @@ def _classes(kinds: type[nn.Module] | tuple[type[nn.Module], ...] | None) -> tup
     return kinds if isinstance(kinds, tuple) else () if kinds is None else (kinds,)
 
 
-def _parts(
-    model: nn.Module, family: Family, path: str, needs: Sequence[Need]
-) -> Iterator[tuple[nn.Module, str, tuple[type, ...]]]:
+def _parts(model: nn.Module, family: Family, path: str) -> Iterator[tuple[nn.Module, str, tuple[type, ...]]]:
     """A block and its attention, each with its path and the classes that the family has there."""
-    block = model.get_submodule(path)
-    if family.attention is not None and getattr(block, "attn", None) is None:
-        raise UserError(
-            f"{model_name(model)}: {path} is a {type(block).__name__} without an `attn`; compressvit works on {supported(*needs)}"
-        )
-    yield block, path, (family.block,)
+    yield model.get_submodule(path), path, (family.block,)
     if family.attention is not None:
         yield model.get_submodule(f"{path}.attn"), f"{path}.attn", _classes(family.attention)
 

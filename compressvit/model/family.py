@@ -34,11 +34,20 @@ class BlockInfo:
     # after the other, and nothing else. "": nothing stands between stages.
     stage_path: str = ""
 
+    def holds(self, path: str) -> bool:
+        """Whether a module, by its path, is in the block; all are in that of the empty path."""
+        return not self.path or path.startswith(f"{self.path}.")
+
+    def whole(self, name: str) -> str:
+        """The path of a module that is called `name` within the block."""
+        return f"{self.path}.{name}" if self.path else name
+
 
 HeadOption = Literal["heads", "head_dim"]
 
 # What a method may need of a family (`Family.lacks`).
 Need = Literal[
+    "blocks",
     "attention",
     "slotted_attention",
     "slotted_block",
@@ -52,6 +61,10 @@ Need = Literal[
 
 # By need, what a refusal says: the method needs ..., and the model is a Swin, ...
 NEEDS: dict[Need, tuple[str, str]] = {
+    "blocks": (
+        "blocks that it knows",
+        "of which compressvit knows only which layers run after which (low_rank, quantise, and neurons of narrow need no more)",
+    ),
     "attention": ("attention", "whose blocks have none"),
     "slotted_attention": (
         "attention whose logits it can change",
@@ -94,11 +107,15 @@ class Branch:
     norm: str  # its input is the residual stream
     branch: str
     scale: str  # a LayerScale, of which `gamma` (width,) is read, or that parameter; a block need not have one
+    # Whether what the last layer gives stands where the stream does, token by token; else that is found out (Swin's windows).
+    in_place: bool = False
 
     def gamma(self, block: nn.Module) -> torch.Tensor | None:
         """The LayerScale (width,) of a block after this branch, if it has one."""
-        found = getattr(block, self.scale, None)
-        return found if isinstance(found, torch.Tensor) else getattr(found, "gamma", None)
+        path, _, name = self.scale.rpartition(".")
+        found = getattr(block.get_submodule(path), name, None) if name else None
+        gamma = found if isinstance(found, torch.Tensor) else getattr(found, "gamma", None)
+        return None if gamma is None else gamma.flatten()  # of maps it is (width, 1, 1)
 
 
 # By the linear layer that ends each, of timm's pre-norm blocks; their LayerScale is a module, or a parameter of the block.
@@ -151,6 +168,8 @@ class Family(ABC):
     prompts: ClassVar[str | None] = None
     # What a block passes on: (B, N, C), (B, height, width, C) or (B, C, height, width).
     layout: ClassVar[Literal["sequence", "channels_last", "channels_first"]] = "sequence"
+    # Whether its blocks are timm's, of which each has layers of the same names. Else those of a block are found as they are called.
+    named_layers: ClassVar[bool] = True
     # Of a detector: the path of the model of another family that transforms work on, unless they ask for the detector's own blocks.
     body: ClassVar[str | None] = None
     # The path of the module whose outputs are a model's features, to distil them: tokens (or a grid) with channels last, or several maps
@@ -182,8 +201,23 @@ class Family(ABC):
         size: tuple[int, int] | int | None = getattr(getattr(model, "patch_embed", None), "img_size", None)
         return size
 
+    def branches_in(self, model: nn.Module, path: str) -> Mapping[str, Branch]:
+        """The residual branches of the block at `path`, by the linear layer that ends each."""
+        return self.branches
+
+    def changed_in(self, model: nn.Module, path: str) -> frozenset[str]:
+        """The linear layers of the block at `path` whose outputs something changes in place, but for those that
+        `compressvit.model.calls.adds_in_place` knows."""
+        return frozenset()
+
+    def title_of(self, model: nn.Module) -> str:
+        """What messages call this model."""
+        return self.title
+
     def lacks(self, need: Need) -> Need | None:
         """The need that is not met, None if it is. Where there is no attention, that is what any need of it lacks."""
+        if need == "blocks":
+            return None
         if need == "decoder":
             return None if self.body is not None else need
         if self.attention is None and need in _OF_ATTENTION:

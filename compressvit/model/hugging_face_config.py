@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from compressvit.errors import UserError
-from compressvit.model.detectors import is_model
+from compressvit.model.names import is_model
 
 _SIZES = {
     (192, 12, 3): "tiny",

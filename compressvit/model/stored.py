@@ -26,9 +26,9 @@ from compressvit.errors import UserError, did_you_mean
 from compressvit.model import old
 from compressvit.model.bounded import require_sound
 from compressvit.model.checksums import content_checksum, damaged
-from compressvit.model.detectors import is_model
 from compressvit.model.header import MANIFEST, TENSORS, Slot, read_header
 from compressvit.model.modules import as_timm
+from compressvit.model.names import is_model
 from compressvit.reading import Unreadable, read_json
 from compressvit.spec import Frozen, first_fault
 

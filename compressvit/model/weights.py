@@ -21,10 +21,10 @@ from compressvit.files import damaged_record, torch_fault
 from compressvit.model import hugging_face
 from compressvit.model.backbone import body_of, head_names, model_name
 from compressvit.model.bounded import on_meta, require_sound
-from compressvit.model.detectors import DETECTORS, is_model
 from compressvit.model.hub import weights_path
 from compressvit.model.local_dir import INDEXES, in_parts, read_local_dir
 from compressvit.model.modules import as_timm
+from compressvit.model.names import is_model, nearest_model
 from compressvit.model.positions import resample_positions, resampled_note, shapes_text
 from compressvit.model.stored import is_artifact, read_safetensors, read_tensors, require_as_written
 from compressvit.model.unwrapping import contents, load_plain, unwrapped, without_prefix
@@ -96,10 +96,8 @@ def require_known(name: str) -> None:
 
     architecture, _, tag = name.partition(".")
     if not is_model(architecture):
-        hint = did_you_mean(architecture, [*DETECTORS, *timm.list_models()], list_at_most=0)
-        raise UserError(
-            f"timm {timm.__version__} has no model {architecture!r}; {hint or 'timm.list_models() lists them'}"
-        )
+        hint = nearest_model(architecture) or "timm.list_models() lists them"
+        raise UserError(f"timm {timm.__version__} has no model {architecture!r}; {hint}")
     if tag:
         known = [n.partition(".")[2] for n in timm.list_pretrained(f"{architecture}.*")]
         if tag not in known:

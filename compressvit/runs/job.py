@@ -27,6 +27,7 @@ from compressvit.errors import UserError, option, switch
 from compressvit.files import expanded
 from compressvit.model import weights
 from compressvit.model.backbone import family_of, model_name
+from compressvit.model.family import FAMILIES
 from compressvit.recipe.recipe import Recipe
 from compressvit.runs.deciding import set_aside
 from compressvit.runs.folder import RunFolder
@@ -143,8 +144,8 @@ def _support_first(recipe: Recipe) -> Iterator[None]:
 
 def _is_of_other_family(model: nn.Module, spec: Transform) -> bool:
     """Whether the transform needs something that the model's family does not have."""
-    family = family_of(model)
-    return family is None or any(family.lacks(need) for need in spec.needed())
+    family = family_of(model) or FAMILIES["generic"]
+    return any(family.lacks(need) for need in spec.needed())
 
 
 def pick_device(name: str) -> torch.device:

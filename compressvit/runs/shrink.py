@@ -14,10 +14,10 @@ from compressvit.files import expanded
 from compressvit.fitting.judge import FIGURES
 from compressvit.model import cost, weights
 from compressvit.model.backbone import input_size
-from compressvit.model.detectors import is_model
 from compressvit.model.header import MANIFEST
 from compressvit.model.hub import weights_path
 from compressvit.model.local_dir import read_local_dir
+from compressvit.model.names import is_model
 from compressvit.model.stored import is_artifact, read_manifest
 from compressvit.model.unwrapping import named_in
 from compressvit.model.weights import MisfitError, NoPretrainedError

@@ -82,8 +82,9 @@ class FeatureTask(ClassTargets):
 
         from compressvit.model.modules import as_timm
 
-        tokens = F.normalize(as_timm(model).forward_features(images).float(), dim=-1)
-        tokens = tokens.flatten(1, -2)  # Swin's are on a grid
+        of_timm = hasattr(model, "forward_features")
+        tokens = as_timm(model).forward_features(images) if of_timm else model(images).flatten(1)[:, None]
+        tokens = F.normalize(tokens.float(), dim=-1).flatten(1, -2)  # Swin's are on a grid
         prefix = getattr(model, "num_prefix_tokens", 0)
         weight = torch.ones(tokens.shape[1], 1, device=tokens.device)
         if prefix:

@@ -92,7 +92,7 @@ def _is_refused(spec: Transform, backbone: str) -> None:
     before, missing = structure(model), lacking(spec, backbone)
     assert missing is not None
     needed, lack = NEEDS[missing]
-    words = f"{spec.name} needs {needed}, and {model_name(model)} is a {family_of(backbone).title}, {lack}; "
+    words = f"{spec.name} needs {needed}, and {model_name(model)} is a {family_of(backbone).title_of(model)}, {lack}; "
     try:
         compress(model, [with_files(spec, backbone)])
     except UserError as error:

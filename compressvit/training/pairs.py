@@ -88,7 +88,8 @@ def _no_pairs(student: nn.Module, teacher: nn.Module, layers: str | tuple[tuple[
     """Why two models have no pairs, if their blocks cannot be paired; a `UserError` if pairs are given."""
     reason = f"{model_name(student)} and {model_name(teacher)} are of different architectures"
     if _blocks(student) is _blocks(teacher) is None:
-        reason = f"the blocks of {model_name(student)} and {model_name(teacher)} are not known to compressvit"
+        names = dict.fromkeys(map(model_name, (student, teacher)))
+        reason = f"compressvit knows no blocks with attention of {' and '.join(names)}"
     if isinstance(layers, str):
         return f"{reason}: no layer pairs, so relations are not distilled"
     ways = "; remove it to distil the prediction alone" if asker == "distill.layers" else ", whose blocks have no pairs"

@@ -150,7 +150,7 @@ class AdaptFormer(OnBlocks):
         return self
 
     def needed(self) -> tuple[Need, ...]:
-        return self.needs if self.form == "parallel" else ()
+        return self.needs if self.form == "parallel" else ("blocks",)
 
     @classmethod
     def examples(cls) -> Sequence[AdaptFormer]:

@@ -177,7 +177,7 @@ class Transform(Spec):
     reads: ClassVar[tuple[str, ...]] = ()
 
     # What the transform needs of a family of backbones. `backbone` refuses models of other families, and the contract checks that.
-    needs: ClassVar[tuple[Need, ...]] = ()
+    needs: ClassVar[tuple[Need, ...]] = ("blocks",)
     # What a user can do instead with an unsupported model; by default the message lists the supported families.
     instead: ClassVar[str] = ""
     # The units of the budgets that `with_budget` takes; none where the size does not follow from a budget.

@@ -17,7 +17,7 @@ from torch import nn
 
 from compressvit.errors import UserError
 from compressvit.fitting.reference import Reference
-from compressvit.model.backbone import describe, head_names, model_name
+from compressvit.model.backbone import head_names, model_name
 from compressvit.transforms.base import LedgerEntry, Plan, Transform, transform
 from compressvit.transforms.low_rank.layer import current_names
 
@@ -68,7 +68,7 @@ class Freeze(Transform):
                     "give the student one with student.head=new"
                 )
             return FreezePlan(names=())
-        backbone = describe(model)
+        backbone = self.backbone(model)
         part = {"attention": "attn", "mlp": "mlp"}[self.train]
         if part not in backbone.parts:
             raise UserError(
@@ -82,6 +82,7 @@ class Freeze(Transform):
 class BitFit(Transform):
     """Train every bias and the classifier (BitFit)."""
 
+    needs = ()
     freezes = True
 
     position_tables: bool = Field(

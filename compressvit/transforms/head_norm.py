@@ -122,6 +122,7 @@ class HeadNormPlan(Plan):
 class HeadNorm(Transform):
     """A batch normalisation without parameters before the classifier; the backbone is frozen (AdaptFormer's code)."""
 
+    needs = ()
     freezes = True
 
     def plan(self, model: nn.Module, reference: Reference | None = None) -> HeadNormPlan:

@@ -89,6 +89,7 @@ def _differences(made_by: list, asked: list) -> str:
 class LoadWeights(Transform):
     """Set the student's values from an artifact (a folder with compressvit.json) made by the same transforms."""
 
+    needs = ()
     reads: ClassVar[tuple[str, ...]] = ("artifact",)
     changes_at_start = True
 

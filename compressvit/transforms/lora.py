@@ -18,7 +18,7 @@ from torch import nn
 from compressvit.errors import UserError
 from compressvit.fitting.reference import Reference
 from compressvit.model import surgery
-from compressvit.model.backbone import describe, model_name, projection
+from compressvit.model.backbone import model_name, projection
 from compressvit.model.calls import layers_for
 from compressvit.model.linear import weight_shape
 from compressvit.transforms.base import Transform, transform
@@ -137,7 +137,7 @@ class LoRA(OnBlocks):
         return (LoRA(rank=2, targets=("v", "fc1", "fc2")), LoRA(rank=2, alpha=1.0, targets=("fc1",)))
 
     def plan(self, model: nn.Module, reference: Reference | None = None) -> LoRAPlan:
-        backbone = describe(model)
+        backbone = self.backbone(model)
         layers: dict[str, tuple[int, ...]] = {}
         sites = {t: _PLACE[t] for t in self.targets if _PLACE[t].partition(".")[0] in backbone.parts}
         if not sites:

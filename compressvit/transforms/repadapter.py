@@ -25,7 +25,7 @@ from compressvit.errors import UserError
 from compressvit.fitting.reference import Reference
 from compressvit.model import surgery
 from compressvit.model.affine import merge_after_, merge_before_, refuse_tied
-from compressvit.model.backbone import describe, model_name, projection
+from compressvit.model.backbone import model_name, projection
 from compressvit.model.calls import layers_within
 from compressvit.model.linear import weight_shape
 from compressvit.transforms.base import Transform, transform
@@ -241,7 +241,7 @@ class RepAdapter(OnBlocks):
         )
 
     def plan(self, model: nn.Module, reference: Reference | None = None) -> RepAdapterPlan:
-        backbone, chosen = describe(model), self.chosen(model)
+        backbone, chosen = self.backbone(model), self.chosen(model)
         wanted = {"block": ("attn", "mlp"), "attention": ("attn",), "mlp": ("mlp",)}[self.place]
         parts = tuple(part for part in backbone.parts if part in wanted)
         if not parts:

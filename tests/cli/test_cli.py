@@ -213,7 +213,7 @@ def test_plan_prints_costs_layers_and_what_sharing_does_not_save(recipe):
         (["steps.0.multiplex.share=3"], ["steps[0].multiplex", "share=3", "does not divide the 2 blocks", "[1, 2]"]),
         (["steps.0.multiplex.share=[1, 1]"], ["steps[0].multiplex", "2 numbers", "1 stage"]),
         (["student.model=resnet18"], ["resnet18 is a ResNet", "VisionTransformer", "SwinTransformer"]),
-        (["student.model=xcit_nano_12_p16_224"], ["Xcit", "cannot transform"]),
+        (["student.model=xcit_nano_12_p16_224"], ["Xcit", "multiplex needs"]),
         (["steps.1.distill.layers=[[0, 5]]"], ["steps[1].distill", "block 5 of the teacher", "0 to 1"]),
         (["steps.1.distill.losses.attention_relation.heads=3"], ["heads=3", "does not divide", "1, 2, 4, 8, 16"]),
         (["steps.1.distill.optimizer=adamww"], ["'adamww'", "'adamw'"]),
@@ -274,7 +274,7 @@ def test_plan_and_apply_refuse_with_one_message(recipe, tmp_path, overrides, wor
     [
         (
             ["teacher.model=resnet18"],
-            "steps[0].multiplex: resnet18 is a ResNet, which compressvit cannot",
+            "steps[0].multiplex: multiplex needs blocks that it knows, and resnet18 is a ResNet, of which",
             "Besides, timm cannot build resnet18",
         ),
         (

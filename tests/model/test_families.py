@@ -103,9 +103,10 @@ def test_messages_list_the_families_of_the_registry(toy):
     assert "Toy (toy_*)" in supported()
     assert "Toy (toy_*)" not in supported("slotted_attention")
     with pytest.raises(
-        UserError, match=r"resnet18 is a ResNet, .* cannot transform yet; it works on timm's .*Toy \(toy_\*\)"
+        UserError,
+        match=r"lors needs blocks that it knows, and resnet18 is a ResNet, of which .*; it works on timm's .*Toy \(toy_\*\)",
     ):
-        describe(timm.create_model("resnet18"))
+        describe(timm.create_model("resnet18"), "attention", asker="lors")
 
 
 def test_each_family_knows_its_models():

@@ -11,12 +11,3 @@ def register_detectors() -> None:
     """Make timm know them (`timm.models.register_model`); a no-op the second time."""
     for name in DETECTORS:
         importlib.import_module(f"{__name__}.{name}")
-
-
-def is_model(architecture: str) -> bool:
-    """Whether timm can build a model of that name, ours included; they are imported only if their name is asked for."""
-    import timm
-
-    if architecture in DETECTORS:
-        register_detectors()
-    return timm.is_model(architecture)

@@ -102,7 +102,7 @@ class PhaseSpec(Training):
             )
         opt.build_optimizer(model, self, setting.batch_size, torch.device("meta"))
         if self.drop_path is not None:
-            describe(model)
+            describe(model, "blocks", asker="drop_path")
         if (self.mixup or self.cutmix) and setting.batch_size < 2:
             raise UserError(
                 "mixup and cutmix mix the images of a batch in pairs; give data.batch_size of at least 2, or set both to 0"

@@ -20,6 +20,7 @@ from compressvit.fitting.regression import Regression
 from compressvit.model import surgery, ties
 from compressvit.model.backbone import Backbone, Part, describe, model_name
 from compressvit.model.calls import layers_for
+from compressvit.model.chain import chain_of
 from compressvit.model.linear import effective_weight, is_pointwise, weight_shape
 from compressvit.transforms.base import LedgerEntry, Plan, Transform
 from compressvit.transforms.claims import Claim, values, weight
@@ -221,6 +222,39 @@ class RankStep(Transform):
 
     def _fits(self, module: nn.Module) -> bool:
         return isinstance(module, (nn.Linear, Factored)) or (self.convolutions and is_pointwise(module))
+
+    def target_paths(self, model: nn.Module, backbone: Backbone) -> dict[str, str]:
+        """The layers that the patterns mean, by path, each with the path of its block.
+
+        Raises:
+            UserError: as `find_targets`; of a model whose blocks are not timm's, also for a layer that nothing calls.
+        """
+        if backbone.family.named_layers:
+            names = self.find_targets(model, backbone)
+            return {f"{block.path}.{name}": block.path for name in names for block in backbone.blocks}
+        found = self._called_layers(model)
+        return {path: next(info.path for info in backbone.blocks if info.holds(path)) for path in found}
+
+    def _called_layers(self, model: nn.Module) -> list[str]:
+        """Of a model whose blocks are not timm's, the layers that the patterns mean, by their path in the model or any end of it; all
+        where the patterns are the default ones."""
+        chain = chain_of(model)
+        known = [path for path in chain.layers if self._fits(model.get_submodule(path))]
+        if self.targets == TARGETS:
+            return known
+        found: list[str] = []
+        for pattern in self.targets:
+            matches = [path for path in known if fnmatch(path, pattern) or fnmatch(path, f"*.{pattern}")]
+            if not matches:
+                uncalled = [path for path in chain.uncalled if fnmatch(path, pattern) or fnmatch(path, f"*.{pattern}")]
+                hint = did_you_mean(pattern, known, list_at_most=8)
+                if uncalled:
+                    hint = f"something reads the weight of {uncalled[0]} without calling it, which would not see another layer there"
+                raise UserError(
+                    f"{self.name}.targets: {pattern!r} matches no linear layer of {model_name(model)} that is called; {hint}"
+                )
+            found += [path for path in matches if path not in found]
+        return found
 
     def find_targets(self, model: nn.Module, backbone: Backbone) -> list[str]:
         """The relative paths that match the patterns; every block has them.

@@ -78,6 +78,7 @@ class LowRank(RankStep):
     are not targets, because they do not multiply the channels of each position by one weight matrix.
     """
 
+    needs = ()
     changes_at_start = True
     convolutions = True
 
@@ -129,8 +130,8 @@ class LowRank(RankStep):
 
     def plan(self, model: nn.Module, reference: Reference | None = None) -> LowRankPlan:
         backbone = self.backbone(model)
-        targets = self.find_targets(model, backbone)
-        paths = [f"{block.path}.{target}" for target in targets for block in backbone.blocks]
+        blocks = self.target_paths(model, backbone)
+        paths = list(blocks)
         groups: list[Group] = [(path,) for path in paths]
         if self.budget:
             self._refuse(model, dict.fromkeys(paths, 1))
@@ -138,7 +139,7 @@ class LowRank(RankStep):
             ranks = {path: rank for path, rank in chosen.items() if rank is not None}
             return self._resolved(ranks, dense=[path for path, rank in chosen.items() if rank is None])
         of_block = self.per_block(model, backbone, "rank")
-        ranks = {f"{block.path}.{target}": of_block[block.path] for target in targets for block in backbone.blocks}
+        ranks = {path: of_block[block] for path, block in blocks.items()}
         self._refuse(model, ranks)
         return self._resolved(ranks)
 

@@ -24,8 +24,8 @@ from compressvit.fitting.lowrank import TINY, Metric, Tensor, cholesky, factor_o
 from compressvit.fitting.narrow_heads import HeadMaps, Products
 from compressvit.fitting.regression import Regression
 from compressvit.transforms.low_rank.layer import Factored
-from compressvit.transforms.narrow.form import FC2, PROJ, QKV, BlockForm
-from compressvit.transforms.narrow.places import LAYERS, of_each_head
+from compressvit.transforms.narrow.form import PROJ, QKV, BlockForm
+from compressvit.transforms.narrow.places import of_each_head
 from compressvit.transforms.narrow.teacher import TeacherBlock, heads_products, restricted
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 30.0, 100.0)  # in parts of the inputs' mean square
@@ -112,7 +112,7 @@ class BlockFit:
 
     def changed(self) -> list[str]:
         """The layers that this block changes, in the order they run."""
-        return [layer for layer in LAYERS if layer in self.form.layers()]
+        return self.form.in_order()
 
     @torch.no_grad()
     def keep_others(self) -> None:
@@ -188,14 +188,14 @@ class BlockFit:
         """What is left of a layer that reads what goes; None of another, and of the output projection of heads that are fitted together
         with their queries, keys and values."""
         neurons, heads = self.form.neurons, self.form.heads
-        if layer == FC2 and neurons:
+        if layer == self.teacher.place.fc2 and neurons:
             return self.teacher.neurons(neurons)[neurons]
         return self.teacher.heads(heads)[heads] if layer == PROJ and heads and self._apart else None
 
     def _rows(self, layer: str) -> Tensor | None:
         """The outputs that are kept of a layer that gives what goes; None of another."""
         place = self.teacher.place
-        if layer in place.fc1 and (removal := self._removal(FC2)) is not None:
+        if layer in place.fc1 and (removal := self._removal(place.fc2)) is not None:
             return place.rows(removal.kept)
         if layer in place.qkv and (removal := self._removal(PROJ)) is not None:
             return removal.kept

@@ -11,6 +11,9 @@ from compressvit.spec import Frozen
 
 FC1, FC2, QKV, PROJ = "mlp.fc1", "mlp.fc2", "attn.qkv", "attn.proj"
 
+# Of timm's blocks, in the order they run; of those that a block may have in parts also these.
+LAYERS = (QKV, *PARTS[QKV], PROJ, FC1, *PARTS[FC1], FC2)
+
 Size = Annotated[int, Field(ge=1)]
 
 
@@ -23,6 +26,7 @@ class BlockForm(Frozen):
         ranks: of layers that are low rank besides, by their name in the block.
         factored: those of them that are two factors where the plan's others are pivoted.
         parts: those of `attn.qkv` and `mlp.fc1` in whose place the block has several layers (`compressvit.model.calls.PARTS`).
+        mlp: the names of the two layers of its MLP, where they are others than timm's.
     """
 
     neurons: Size | None = None
@@ -31,16 +35,24 @@ class BlockForm(Frozen):
     ranks: dict[str, Size] = Field(default_factory=dict)
     factored: tuple[str, ...] = ()
     parts: tuple[str, ...] = ()
+    mlp: tuple[str, str] = (FC1, FC2)
 
     def layers(self) -> set[str]:
         """The names of the layers that it changes."""
         found = set(self.ranks)
         if self.neurons:
-            found |= {*self.own(FC1), FC2}
+            found |= {*self.own(FC1), self.mlp[1]}
         if self.heads or self.head_dim:
             found |= {*self.own(QKV), PROJ}
         return found
 
+    def in_order(self) -> list[str]:
+        """The same in the order they run."""
+        found = self.layers()
+        return [layer for layer in dict.fromkeys((*LAYERS, *self.mlp)) if layer in found]
+
     def own(self, layer: str) -> tuple[str, ...]:
         """The layers of the block that do what `layer` does."""
+        if layer == FC1 and self.mlp[0] != FC1:
+            return (self.mlp[0],)
         return PARTS[layer] if layer in self.parts else (layer,)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,13 +12,11 @@ from torch import nn
 from compressvit.fitting.lowrank import Tensor
 from compressvit.model import surgery
 from compressvit.model.backbone import Backbone, class_in_timm
-from compressvit.model.calls import PARTS, be_called, layers_for
+from compressvit.model.calls import be_called, layers_for
+from compressvit.model.chain import chain_of
 from compressvit.model.family import BlockInfo, Family, HeadOption
 from compressvit.model.linear import is_pointwise, weight_shape
 from compressvit.transforms.narrow.form import FC1, FC2, PROJ, QKV, BlockForm
-
-# Within a block, in the order they run; of those that a block may have in parts also these.
-LAYERS = (QKV, *PARTS[QKV], PROJ, FC1, *PARTS[FC1], FC2)
 
 
 @dataclass(frozen=True)
@@ -32,6 +30,7 @@ class Place:
         heads, head_dim: of its attention; 0 without one that can be changed.
         options: what can be changed of its heads.
         qkv, fc1: the layers of queries, keys and values, and those into the neurons: one each, or those in its place.
+        fc2: the layer that reads the neurons.
     """
 
     path: str
@@ -42,21 +41,22 @@ class Place:
     options: tuple[HeadOption, ...] = ()
     qkv: tuple[str, ...] = (QKV,)
     fc1: tuple[str, ...] = (FC1,)
+    fc2: str = FC2
 
     @property
     def layers(self) -> list[str]:
         """Those that can be changed, in the order they run."""
         attention = [*self.qkv, PROJ] if self.options else []
-        return [*attention, *([*self.fc1, FC2] if self.neurons else [])]
+        return [*attention, *([*self.fc1, self.fc2] if self.neurons else [])]
 
     def form(self, **sizes: Any) -> BlockForm:
         """A form of this block; sizes that are None stay as they are."""
-        return BlockForm(**sizes, parts=self.parts)
+        return BlockForm(**sizes, parts=self.parts, mlp=(self.fc1[0], self.fc2) if self.fc2 != FC2 else (FC1, FC2))
 
     @property
     def parts(self) -> tuple[str, ...]:
         """Those of `attn.qkv` and `mlp.fc1` in whose place it has several layers."""
-        return tuple(name for name, own in ((QKV, self.qkv), (FC1, self.fc1)) if own != (name,))
+        return tuple(name for name, own in ((QKV, self.qkv), (FC1, self.fc1)) if len(own) > 1)
 
     def rows(self, kept: Tensor) -> Tensor:
         """The rows of `fc1`, or of each layer in its place, of the neurons `kept`."""
@@ -64,7 +64,9 @@ class Place:
 
 
 def places(model: nn.Module, backbone: Backbone) -> list[Place]:
-    """The blocks of a model, in order."""
+    """The blocks of a model, in order; of one whose blocks are not timm's, its MLPs."""
+    if not backbone.family.named_layers:
+        return [Place(path, neurons, fc1=(fc1,), fc2=fc2) for path, fc1, fc2, neurons in plain_mlps(model)]
     return [_place(model, info, backbone.family) for info in backbone.blocks]
 
 
@@ -100,6 +102,40 @@ def _neurons(block: Any, path: str) -> Place:
     if any(weight_shape(layer)[0] != neurons * (2 if kind is GluMlp else 1) for layer in layers):
         return Place(path)
     return Place(path, neurons, kind is GluMlp, fc1=fc1)
+
+
+# What may stand between the layers of an MLP: each number alone, so that a neuron is one output of the first and one input of the second.
+_ELEMENTWISE = (
+    *(nn.Dropout, nn.Identity, nn.GELU, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.SiLU, nn.Mish),
+    *(nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Sigmoid, nn.Tanh, nn.Softplus, nn.Softsign),
+)
+
+
+def plain_mlps(model: nn.Module) -> Iterator[tuple[str, str, str, int]]:
+    """Path, names of the two layers, and number of neurons of every MLP of a model of no family that runs as it stands: timm's `Mlp` and
+    `ConvMlp` without a norm, and an `nn.Sequential` within the model, of two layers with nothing but activations between them."""
+    called = chain_of(model).layers
+    for path, module in model.named_modules():
+        names = _two_layers(module) if path else None
+        if names is None or not all(f"{path}.{name}" in called for name in names):
+            continue
+        neurons, read = weight_shape(module.get_submodule(names[0]))[0], weight_shape(module.get_submodule(names[1]))[1]
+        if neurons == read:
+            yield path, *names, neurons
+
+
+def _two_layers(module: nn.Module) -> tuple[str, str] | None:
+    """The names of the two layers of a plain MLP; None of anything else."""
+    from timm.layers import ConvMlp, Mlp  # words and settings do not wait for it
+
+    if class_in_timm(module, Mlp, ConvMlp) in (Mlp, ConvMlp):
+        return ("fc1", "fc2") if isinstance(module.norm, nn.Identity) else None
+    if not isinstance(module, nn.Sequential):
+        return None
+    found = [(name, child) for name, child in module.named_children() if not isinstance(child, _ELEMENTWISE)]
+    kinds = [isinstance(child, nn.Linear) for _, child in found]
+    alike = len(found) == 2 and kinds[0] == kinds[1] and _plain(*(child for _, child in found))
+    return (found[0][0], found[1][0]) if alike else None
 
 
 def why_not(model: nn.Module, place: Place, family: Family, name: str) -> str:

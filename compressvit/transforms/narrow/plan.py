@@ -21,9 +21,8 @@ from compressvit.transforms.claims import Claim, narrows, orders, values, weight
 from compressvit.transforms.low_rank.layer import Factored, factor, unfactor
 from compressvit.transforms.low_rank.pivoted_layer import pivot
 from compressvit.transforms.narrow.fit import BlockFit
-from compressvit.transforms.narrow.form import FC1, FC2, PROJ, QKV, BlockForm
+from compressvit.transforms.narrow.form import FC1, PROJ, QKV, BlockForm
 from compressvit.transforms.narrow.places import (
-    LAYERS,
     Place,
     narrow_attention,
     of_each_head,
@@ -62,12 +61,12 @@ class NarrowPlan(Plan):
     @property
     def paths(self) -> list[str]:
         """The layers that change, in the order they run."""
-        return [f"{path}.{layer}" for path, form in self.forms.items() for layer in LAYERS if layer in form.layers()]
+        return [f"{path}.{layer}" for path, form in self.forms.items() for layer in form.in_order()]
 
     def claims(self, model: nn.Module) -> list[Claim]:
         found: list[Claim] = []
         for path, form in self.forms.items():
-            layers = [layer for layer in LAYERS if layer in form.layers()]
+            layers = form.in_order()
             found += [weight(f"{path}.{layer}") for layer in layers if layer in form.ranks]
             found += [narrows(f"{path}.{layer}") for layer in layers]
             found += [values(f"{path}.{layer}", self.transform, f"leave {self.transform} out") for layer in layers]
@@ -82,11 +81,11 @@ class NarrowPlan(Plan):
     def resizes(self, model: nn.Module) -> set[str]:
         found: set[str] = set()
         for path, form in self.forms.items():
-            narrower = [*form.own(FC1), FC2] * bool(form.neurons)
+            narrower = [*form.own(FC1), form.mlp[1]] * bool(form.neurons)
             if form.heads or form.head_dim:
                 narrower += [*form.own(QKV), PROJ]
                 found |= {f"{path}.attn.{name}" for name in _beside(model, path, form)}
-            of_layers = [name for layer in narrower for name in _changing(layer) if layer not in form.ranks]
+            of_layers = [name for layer in narrower for name in _changing(layer, form) if layer not in form.ranks]
             found |= {f"{path}.{name}" for name in of_layers}
         return found & {name for name, _ in model.named_parameters(remove_duplicate=False)}
 
@@ -129,8 +128,8 @@ class NarrowPlan(Plan):
         if form.neurons:
             for name in place.fc1:
                 set_outputs(block.get_submodule(name), form.neurons * (2 if place.gated else 1))
-            set_inputs(block.get_submodule(FC2), form.neurons)
-            say((*place.fc1, FC2), f"{form.neurons:,} of {place.neurons:,} neurons")
+            set_inputs(block.get_submodule(place.fc2), form.neurons)
+            say((*place.fc1, place.fc2), f"{form.neurons:,} of {place.neurons:,} neurons")
         if form.heads or form.head_dim:
             heads, size = form.heads or place.heads, form.head_dim or place.head_dim
             narrow_attention(model, place, describe(model).family, heads, size)
@@ -196,9 +195,10 @@ class NarrowPlan(Plan):
         return self.model_copy(update={"forms": left}) if left else None
 
 
-def _changing(layer: str) -> tuple[str, ...]:
+def _changing(layer: str, form: BlockForm) -> tuple[str, ...]:
     """The parameters of a layer that change with the width between it and the one after it, or before it."""
-    return (f"{layer}.weight", f"{layer}.bias") if whole_layer(layer) in (FC1, QKV) else (f"{layer}.weight",)
+    first = layer in form.own(FC1) or whole_layer(layer) == QKV
+    return (f"{layer}.weight", f"{layer}.bias") if first else (f"{layer}.weight",)
 
 
 def _beside(model: nn.Module, path: str, form: BlockForm) -> list[str]:

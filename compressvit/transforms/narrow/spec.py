@@ -21,7 +21,8 @@ from compressvit.model.backbone import describe, model_name
 from compressvit.model.family import Need
 from compressvit.transforms.base import Transform, transform
 from compressvit.transforms.claims import narrows, orders
-from compressvit.transforms.narrow.places import LAYERS, Place, narrowable, places, why_not
+from compressvit.transforms.narrow.form import LAYERS
+from compressvit.transforms.narrow.places import Place, narrowable, places, why_not
 from compressvit.transforms.narrow.plan import NarrowPlan, smaller
 from compressvit.transforms.record import require_free
 
@@ -63,7 +64,7 @@ class NarrowStep(Transform):
             UserError: none of them can be made narrower.
         """
         found = places(model, self.backbone(model))
-        layers = [f"{place.path}.{layer}" for place in found for layer in LAYERS]
+        layers = [f"{place.path}.{layer}" for place in found for layer in dict.fromkeys((*LAYERS, *place.layers))]
         require_free(model, self.name, [*map(narrows, layers), *(orders(place.path) for place in found)])
         _refuse_shared(model, self.name, layers)
         if not narrowable(found):
@@ -81,6 +82,8 @@ class Narrowed(NarrowPlan):
 @transform("narrow", Narrowed)
 class Narrow(NarrowStep):
     """Remove MLP neurons, head dimensions and whole heads from the backbone, compensated in closed form."""
+
+    needs = ()
 
     neurons: Share | Number | tuple[Count, ...] | None = Field(
         None, description="Of every MLP: a share up to 1, a number, or one number per block. Null: all stay."
@@ -101,7 +104,7 @@ class Narrow(NarrowStep):
             "separate_heads": self.heads is not None,
         }
         found = tuple(need for need, wanted in asked.items() if wanted)
-        return ("attention", *found) if found else ()
+        return ("attention", *found) if found else self.needs
 
     OPTIONS: ClassVar[tuple[str, ...]] = ("neurons", "head_dim", "heads")
 

@@ -15,7 +15,7 @@ from compressvit.fitting.moments import Moments, says_something
 from compressvit.fitting.narrow_heads import Products, head_blocks, outputs_of, products
 from compressvit.fitting.reference import Reference
 from compressvit.model.family import Family
-from compressvit.transforms.narrow.form import FC2, PROJ
+from compressvit.transforms.narrow.form import PROJ
 from compressvit.transforms.narrow.places import Place
 
 _LEAST = 1e-3  # of the mean; outputs that count for less count as that
@@ -153,7 +153,7 @@ class TeacherBlock:
 
     def neurons(self, *widths: int) -> dict[int, Removal]:
         """What is left of the MLP with so many neurons."""
-        return self._removals(FC2, widths, 1)
+        return self._removals(self.place.fc2, widths, 1)
 
     def heads(self, *counts: int) -> dict[int, Removal]:
         """What is left of the attention with so many heads."""

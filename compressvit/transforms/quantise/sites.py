@@ -43,7 +43,6 @@ def sites(model: nn.Module, backbone: Backbone, skip: Sequence[str]) -> Sites:
     Raises:
         UserError: a pattern of `skip` matches nothing, or there is nothing to round.
     """
-    inside = tuple(f"{info.path}." for info in backbone.blocks)
     added = _of_adapters(model)
     found = {path: module for path, module in model.named_modules() if path not in added and _has_weight(module)}
     tables = [name for name, table in model.named_parameters() if _is_table(name) and table.numel() >= LEAST]
@@ -59,7 +58,7 @@ def sites(model: nn.Module, backbone: Backbone, skip: Sequence[str]) -> Sites:
             f"quantise: {model_name(model)} has no linear layer of {LEAST:,} numbers or more that could be rounded; leave the step out"
         )
     linear = [path for path in found if isinstance(found[path], nn.Linear) or is_pointwise(found[path])]
-    layers = [path for path in linear if path in kept and path.startswith(inside)]
+    layers = [path for path in linear if path in kept and any(info.holds(path) for info in backbone.blocks)]
     called = tokens_at(model, layers)  # BEiT's attention uses the weight of a layer without calling it
     return Sites(
         tuple(path for path in layers if path in called),

@@ -41,6 +41,7 @@ class Bytes(Spec):
 class Quantise(Transform):
     """Round the weights of linear layers to few bits, the last step of a recipe; the student's file is that much smaller."""
 
+    needs = ()
     changes_at_start = True
     budget_units: ClassVar[tuple[str, ...]] = ("bytes",)
 

@@ -122,5 +122,5 @@ def test_a_budget_that_cannot_be_met_is_refused():
 
 def test_a_model_without_anything_to_narrow_is_refused():
     model = timm.create_model("resnet18", num_classes=5)
-    with pytest.raises(UserError, match="cannot transform yet"):
+    with pytest.raises(UserError, match="shrink needs blocks that it knows, and resnet18 is a ResNet"):
         compress(model, [Shrink(budget=ShrinkBudget(parameters=0.5))], torch.randn(12, 3, 64, 64))

@@ -1,0 +1,159 @@
+"""How a model of no family runs: as a chain of modules, each of which takes what the one before it gave.
+
+A forward pass without values tells which linear layers are called, and between which modules a tensor goes from hand to hand. The modules
+of the chain stand in for blocks: what a transform needs of those is that they run one after the other and that nothing else joins them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from compressvit.model import surgery
+from compressvit.model.linear import is_pointwise
+from compressvit.model.trace import Call, Key, Sum, Trace
+
+
+@dataclass(frozen=True)
+class Chain:
+    """What a forward pass told of a model.
+
+    Attributes:
+        links: paths of the modules of the chain, in the order they run.
+        layers: of every linear layer and point-wise convolution in them that is called, path and number of tokens that it sees of an image.
+        outside: those that are called outside of them, but for the classifier.
+        classifier: those that give the model's output.
+        uncalled: those that are not called, whose weight something else reads, which would not find one in another layer, or that see
+            nothing of the images.
+        channels_last: whether linear layers see maps (B, height, width, C).
+        ends: of layers that end a residual branch, by path: a module that runs before it and takes the residual stream, and the LayerScale
+            between the layer and the sum, a module or a parameter; "" without.
+        changed: layers whose output is changed in place after them.
+    """
+
+    links: tuple[str, ...]
+    layers: dict[str, int]
+    outside: tuple[str, ...]
+    classifier: tuple[str, ...]
+    uncalled: tuple[str, ...]
+    channels_last: bool
+    ends: dict[str, tuple[str, str]]
+    changed: frozenset[str]
+
+
+_KNOWN: WeakKeyDictionary[nn.Module, tuple[Any, Chain]] = WeakKeyDictionary()
+
+
+def chain_of(model: nn.Module) -> Chain:
+    """The chain of a model, which may be without values.
+
+    Raises:
+        UserError: a forward pass without values is not possible.
+    """
+    structure = tuple((path, type(module)) for path, module in model.named_modules())
+    known = _KNOWN.get(model)
+    if known is None or known[0] != structure:
+        known = structure, _traced(model)
+        _KNOWN[model] = known
+    return known[1]
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer or point-wise convolution, of torch's or of a transform."""
+    return isinstance(module, nn.Linear) or is_pointwise(module) or hasattr(module, "effective_weight")
+
+
+def _traced(model: nn.Module) -> Chain:
+    from compressvit.model.backbone import head_paths  # which asks this module about models of no family
+
+    trace = Trace(model)
+    calls, sums, output, read = trace.calls, trace.sums, trace.output, trace.read
+    added = surgery.added_modules(model)
+    linear = [path for path, module in model.named_modules() if is_linear(module) and path not in added]
+    by_path = {call.path: call for call in calls}
+    called = [path for path in linear if path in by_path and path not in read and by_path[path].seen]
+    heads = head_paths(model)
+    classifier = [
+        path for path in called if by_path[path].gives == output or any(is_within(path, head) for head in heads)
+    ]
+    wanted = [path for path in called if path not in classifier]
+    links = _longest([call for call in calls if call.path not in {*added, *wanted}], wanted)
+    inside = [path for path in wanted if any(is_within(path, link) for link in links)]
+    if 2 * len(inside) < len(wanted):  # then the model is one link: each layer costs a pass through what is before it
+        links, inside = ("",), wanted
+    maps = sum(by_path[path].dimensions == 4 and not is_pointwise(model.get_submodule(path)) for path in inside)
+    return Chain(
+        links=links,
+        layers={path: by_path[path].tokens for path in inside},
+        outside=tuple(path for path in wanted if path not in inside),
+        classifier=tuple(classifier),
+        uncalled=tuple(path for path in linear if path not in by_path or path in read or not by_path[path].seen),
+        channels_last=2 * maps > len(inside),
+        changed=frozenset(path for path in inside if _is_changed(by_path[path])),
+        ends={path: end for path in inside if (end := _end_of(model, by_path[path], calls, sums, links)) is not None},
+    )
+
+
+def is_within(path: str, link: str) -> bool:
+    """Whether a module is another one or in it; both by their paths, of which that of the model is empty."""
+    return link == "" or path == link or path.startswith(f"{link}.")
+
+
+def _end_of(
+    model: nn.Module, layer: Call, calls: list[Call], sums: list[Sum], links: tuple[str, ...]
+) -> tuple[str, str] | None:
+    """Where what a layer gives is added to the residual stream, with nothing but dropout and a LayerScale between: see `Chain.ends`."""
+    link = next(link for link in links if is_within(layer.path, link))
+    given, scale = {layer.gives}, ""
+    later = [call for call in calls if call.start > layer.end and _passes(model.get_submodule(call.path))]
+    passing: dict[Key | None, Call] = {call.takes: call for call in later}
+    products: dict[Key | None, Sum] = {product.of[0]: product for product in sums if len(product.of) == 1}
+    now: Key | None = layer.gives
+    while (total := next((found for found in sums if len(found.of) == 2 and now in found.of), None)) is None:
+        if (call := passing.pop(now, None)) is not None and call.gives is not None:
+            scale = call.path if hasattr(model.get_submodule(call.path), "gamma") else scale
+            now = call.gives
+        elif (product := products.pop(now, None)) is not None:
+            now, scale = product.gives, product.parameter
+        else:
+            return None
+        given.add(now)
+    stream = total.of[0] if total.of[1] in given else total.of[1]
+    if stream in given:
+        return None
+    readers = [
+        call for call in calls if call.takes == stream and call.start < layer.start and is_within(call.path, link)
+    ]
+    inner = [call.path for call in readers if call.path != link and not is_within(layer.path, call.path)]
+    return (inner[0], scale) if inner else None
+
+
+def _is_changed(call: Call) -> bool:
+    return call.output is not None and call.gives is not None and call.output._version > call.gives[1]
+
+
+def _passes(module: nn.Module) -> bool:
+    """Whether a module gives what it takes, in evaluation, but for a scale of each channel."""
+    name = type(module).__name__
+    return isinstance(module, (nn.Dropout, nn.Identity)) or name == "DropPath" or name.startswith("LayerScale")
+
+
+def _longest(calls: list[Call], layers: list[str]) -> tuple[str, ...]:
+    """The chain that holds most of the layers; of such ones that with most links that hold any, and of those the shortest."""
+    within = {call.path: sum(is_within(path, call.path) for path in layers) for call in calls}
+    usable = [call for call in calls if call.path and call.takes is not None and call.gives is not None]
+    best: dict[str, tuple[tuple[int, int, int], tuple[str, ...]]] = {}
+    ending: dict[Key, list[Call]] = {}
+    for call in sorted(usable, key=lambda call: call.end):
+        held = within[call.path]
+        score: tuple[int, int, int] = (0, 0, 0)
+        path: tuple[str, ...] = ()
+        for before in ending.get(call.takes, []):  # type: ignore[arg-type]
+            if before.end < call.start and best[before.path][0] > score:
+                score, path = best[before.path]
+        best[call.path] = ((score[0] + held, score[1] + (held > 0), score[2] - 1), (*path, call.path))
+        ending.setdefault(call.gives, []).append(call)  # type: ignore[arg-type]
+    return max(best.values(), key=lambda found: found[0], default=((0, 0, 0), ()))[1]

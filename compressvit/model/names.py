@@ -1,0 +1,30 @@
+"""The names by which timm builds models, those that compressvit adds to them among them."""
+
+from __future__ import annotations
+
+from compressvit.errors import did_you_mean
+from compressvit.model.detectors import DETECTORS, register_detectors
+
+TORCHVISION = "torchvision_"  # how the names of torchvision's transformers begin
+
+
+def is_model(architecture: str) -> bool:
+    """Whether timm can build a model of that name; what compressvit adds is imported only if its name is asked for."""
+    import timm
+
+    if architecture in DETECTORS:
+        register_detectors()
+    elif architecture.startswith(TORCHVISION):
+        import compressvit.model.of_torchvision  # noqa: F401 - registers them
+    return timm.is_model(architecture)
+
+
+def nearest_model(architecture: str) -> str:
+    """A clause that names models of a similar name; "" where none is similar."""
+    import timm
+
+    from compressvit.model.of_torchvision import NAMES
+
+    if (own := TORCHVISION + architecture) in NAMES:
+        return f"torchvision's is {own!r}"
+    return did_you_mean(architecture, [*DETECTORS, *timm.list_models()], list_at_most=0)

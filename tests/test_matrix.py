@@ -1,0 +1,44 @@
+"""docs/matrix.md says what plans say; what comes after a plan is checked by the contract, and by the program that writes the page."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+from compressvit.testing.models import examples, is_detector
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+QUICK = ("vit", "davit")  # others in the wide suite
+
+
+@pytest.fixture(scope="module")
+def program():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        yield importlib.import_module("support_matrix")
+
+
+@pytest.mark.wide_unless(lambda name: name in QUICK)
+@pytest.mark.parametrize("name", [name for name, example in examples().items() if example.tried != "decoder"])
+def test_the_page_says_what_is_refused(program, name):
+    said = program.refusals(program.PAGE.read_text(encoding="utf-8"))
+    for step, kind in program.transforms().items():
+        assert said[step, name] == bool(program.planned(kind, name).refused), f"{step} on {name}: write the page anew"
+
+
+def test_every_pair_is_in_the_page(program):
+    said = program.refusals(program.PAGE.read_text(encoding="utf-8"))
+    assert said.keys() == {(step, name) for step in program.transforms() for name in program.models()}
+    assert not any(is_detector(program.build(name)) for _, name in said)
+
+
+def test_a_refusal_is_read_as_one(program):
+    text = "| | vit<br>`v` | davit<br>`d` |\n| --- | --- | --- |\n| `lora` | merge 2 | no 1 |\n| `ssf` | yes | yes |\n"
+    assert program.refusals(text) == {
+        ("lora", "vit"): False,
+        ("lora", "davit"): True,
+        ("ssf", "vit"): False,
+        ("ssf", "davit"): False,
+    }
