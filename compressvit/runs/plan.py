@@ -34,7 +34,14 @@ from compressvit.runs.models import (
     trains_teacher,
     untrained,
 )
-from compressvit.runs.plan_notes import break_even_notes, figures, phase_notes, provisional_steps, teacher_notes
+from compressvit.runs.plan_notes import (
+    break_even_notes,
+    chain_notes,
+    figures,
+    phase_notes,
+    provisional_steps,
+    teacher_notes,
+)
 from compressvit.tasks.base import TASKS, find_task, task_of
 from compressvit.training.phases import PhaseSpec, Setting
 from compressvit.training.phases.finetune import Finetune
@@ -148,6 +155,8 @@ def plan_job(job: Job) -> RecipePlan:
     notes = teacher_notes(job)
     planned.teacher()
     planned.all()
+    if any(isinstance(entry.spec, Transform) for entry in recipe.steps):
+        notes += chain_notes(student.model)
     notes += phase_notes(recipe) + break_even_notes(student.model)
     notes += planned.training_notes()
     if job.placeholder:

@@ -8,8 +8,10 @@ from typing import Any
 from torch import nn
 
 from compressvit.data.input import STATISTICS, class_mismatch
+from compressvit.errors import UserError
 from compressvit.fitting.moments import tokens_at
-from compressvit.model.backbone import family_of
+from compressvit.model.backbone import family_of, model_name
+from compressvit.model.chain import chain_of
 from compressvit.model.cost import break_even_rank, threads_text
 from compressvit.model.linear import weight_shape
 from compressvit.recipe.recipe import Recipe
@@ -95,6 +97,34 @@ def provisional_steps(recipe: Recipe) -> list[str]:
         for part in recipe.parts()
         for index, spec in enumerate(part.transforms, part.start)
         if spec.budget_units and spec.provisional
+    ]
+
+
+def chain_notes(model: nn.Module) -> list[str]:
+    """Of a model of no family, which layers can be changed and which stay."""
+    if family_of(model) is not None:
+        return []
+    try:
+        chain = chain_of(model)
+    except UserError:  # then no step works on it, which is told where one is asked for
+        return []
+    stay = [
+        f"{len(paths)} {why} (first {paths[0]})"
+        for paths, why in (
+            (chain.uncalled, "whose weight is read without a call, or that see nothing of the images"),
+            (chain.outside, "that are not in the chain"),
+        )
+        if paths
+    ]
+    count = len(chain.links)
+    chained = (
+        f"a chain of {count} modules"
+        if chain.links != ("",)
+        else "the model as a whole, because no modules follow one another"
+    )
+    return [
+        f"{model_name(model)} is of no family that compressvit knows: {len(chain.layers)} linear layers can be changed, in {chained}"
+        + (f"; {' and '.join(stay)} stay as they are" if stay else "")
     ]
 
 

@@ -68,6 +68,7 @@ def test_a_model_that_no_family_has_is_one_conflict(model):
 def test_a_model_that_no_family_has_can_be_made_low_rank(model):
     plan = plan_of(model, low_rank={"budget": {"parameters": 0.5}})
     assert not plan.conflicts
+    assert any(f"{model} is of no family" in note and "linear layers can be changed, in" in note for note in plan.notes)
     assert 0.49 < plan.student.parameters / plan.teacher.parameters <= 0.5
 
 
