@@ -262,6 +262,13 @@ def _run(model: nn.Module, batch: torch.Tensor, outputs: bool, generator: torch.
         task_of(model).output_distance(model, batch, generator).backward()
     except FloatingPointError as error:
         raise not_finite(str(error)) from error
+    except RuntimeError as error:
+        if "inplace operation" not in str(error):
+            raise
+        raise UserError(
+            f"{type(model).__name__} changes a tensor in place (as x += …) that its gradient needs, so what an error at a layer does "
+            "to the output cannot be measured; give metric: inputs to low_rank, or metric: weights"
+        ) from error
 
 
 def tokens_at(model: nn.Module, paths: Sequence[str]) -> dict[str, int]:

@@ -178,8 +178,6 @@ def describe(
         replace(info, projections=layers_for(model.get_submodule(info.path), "attn.qkv"))
         for info in family.blocks(model)
     )
-    if not blocks and not family.named_layers:
-        raise UserError(f"{model_name(model)} calls no linear layer, so there is nothing that compressvit could change")
     if not blocks:
         raise UserError(
             f"{model_name(model)} was built with no blocks, so there is nothing to compress; give it a depth of at least 1"

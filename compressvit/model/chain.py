@@ -13,8 +13,8 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from compressvit.model import surgery
-from compressvit.model.linear import is_pointwise
-from compressvit.model.trace import Call, Key, Sum, Trace
+from compressvit.model.linear import ChannelsFirst, is_pointwise, weight_shape
+from compressvit.model.trace import IMAGES, Call, Key, Sum, Trace
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,9 @@ def chain_of(model: nn.Module) -> Chain:
     Raises:
         UserError: a forward pass without values is not possible.
     """
-    structure = tuple((path, type(module)) for path, module in model.named_modules())
+    from compressvit.model.backbone import input_size  # which asks this module about models of no family
+
+    structure = (input_size(model), *((path, type(module)) for path, module in model.named_modules()))
     known = _KNOWN.get(model)
     if known is None or known[0] != structure:
         known = structure, _traced(model)
@@ -62,39 +64,63 @@ def chain_of(model: nn.Module) -> Chain:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer or point-wise convolution, of torch's or of a transform."""
-    return isinstance(module, nn.Linear) or is_pointwise(module) or hasattr(module, "effective_weight")
+    """Whether a module is a linear layer or point-wise convolution, of torch's or of a transform. One of another class computes what that
+    says."""
+    plain = surgery.kind_of(module) is nn.Linear or (surgery.kind_of(module) is nn.Conv2d and is_pointwise(module))
+    return plain or hasattr(module, "effective_weight")
 
 
 def _traced(model: nn.Module) -> Chain:
     from compressvit.model.backbone import head_paths  # which asks this module about models of no family
 
     trace = Trace(model)
-    calls, sums, output, read = trace.calls, trace.sums, trace.output, trace.read
+    calls = trace.calls
     added = surgery.added_modules(model)
-    linear = [path for path, module in model.named_modules() if is_linear(module) and path not in added]
+    layers = [path for path, module in model.named_modules() if isinstance(module, _LAYERS) or is_linear(module)]
+    linear = [path for path in layers if path not in added and _is_large(model.get_submodule(path))]
     by_path = {call.path: call for call in calls}
-    called = [path for path in linear if path in by_path and path not in read and by_path[path].seen]
+    read = trace.read | _read_by_torch(model)
+    called = [
+        path
+        for path in linear
+        if path in by_path and path not in read and by_path[path].seen and is_linear(model.get_submodule(path))
+    ]
     heads = head_paths(model)
     classifier = [
-        path for path in called if by_path[path].gives == output or any(is_within(path, head) for head in heads)
+        path for path in called if by_path[path].gives == trace.output or any(is_within(path, head) for head in heads)
     ]
     wanted = [path for path in called if path not in classifier]
     links = _longest([call for call in calls if call.path not in {*added, *wanted}], wanted)
     inside = [path for path in wanted if any(is_within(path, link) for link in links)]
-    if 2 * len(inside) < len(wanted):  # then the model is one link: each layer costs a pass through what is before it
+    if 5 * len(inside) < 3 * len(wanted):  # one link: each layer then costs a pass through what is before it
         links, inside = ("",), wanted
     maps = sum(by_path[path].dimensions == 4 and not is_pointwise(model.get_submodule(path)) for path in inside)
+    ends = {path: _end_of(model, by_path[path], trace, links) for path in inside}
     return Chain(
         links=links,
         layers={path: by_path[path].tokens for path in inside},
         outside=tuple(path for path in wanted if path not in inside),
         classifier=tuple(classifier),
-        uncalled=tuple(path for path in linear if path not in by_path or path in read or not by_path[path].seen),
+        uncalled=tuple(path for path in linear if path not in called),
         channels_last=2 * maps > len(inside),
         changed=frozenset(path for path in inside if _is_changed(by_path[path])),
-        ends={path: end for path in inside if (end := _end_of(model, by_path[path], calls, sums, links)) is not None},
+        ends={path: end for path, end in ends.items() if end is not None},
     )
+
+
+_LAYERS = (nn.Linear, nn.Conv2d)
+_FAST = (nn.TransformerEncoderLayer, nn.MultiheadAttention)  # read their layers' weights where no gradient is asked for
+
+
+def _is_large(module: nn.Module) -> bool:
+    """Not a convolution of a larger kernel or of groups, which is no linear layer whatever its class."""
+    return not isinstance(module, nn.Conv2d) or is_pointwise(module)
+
+
+def _read_by_torch(model: nn.Module) -> set[str]:
+    """Layers of torch's own modules that read weights in evaluation alone."""
+    owners = [path for path, module in model.named_modules() if isinstance(module, _FAST)]
+    return {f"{owner}.{name}" for owner in owners for name, _ in model.get_submodule(owner).named_children()}
 
 
 def is_within(path: str, link: str) -> bool:
@@ -102,33 +128,52 @@ def is_within(path: str, link: str) -> bool:
     return link == "" or path == link or path.startswith(f"{link}.")
 
 
-def _end_of(
-    model: nn.Module, layer: Call, calls: list[Call], sums: list[Sum], links: tuple[str, ...]
-) -> tuple[str, str] | None:
-    """Where what a layer gives is added to the residual stream, with nothing but dropout and a LayerScale between: see `Chain.ends`."""
+def _end_of(model: nn.Module, layer: Call, trace: Trace, links: tuple[str, ...]) -> tuple[str, str] | None:
+    """Where what a layer gives is added to the residual stream, with nothing but dropout and one LayerScale between, and goes nowhere else:
+    see `Chain.ends`."""
     link = next(link for link in links if is_within(layer.path, link))
+    around = next((call for call in trace.calls if call.path == link), None)
     given, scale = {layer.gives}, ""
-    later = [call for call in calls if call.start > layer.end and _passes(model.get_submodule(call.path))]
+    later = [call for call in trace.calls if call.start > layer.end and _passes(model.get_submodule(call.path))]
     passing: dict[Key | None, Call] = {call.takes: call for call in later}
-    products: dict[Key | None, Sum] = {product.of[0]: product for product in sums if len(product.of) == 1}
+    products: dict[Key | None, Sum] = {product.of[0]: product for product in trace.sums if len(product.of) == 1}
     now: Key | None = layer.gives
-    while (total := next((found for found in sums if len(found.of) == 2 and now in found.of), None)) is None:
-        if (call := passing.pop(now, None)) is not None and call.gives is not None:
-            scale = call.path if hasattr(model.get_submodule(call.path), "gamma") else scale
-            now = call.gives
-        elif (product := products.pop(now, None)) is not None:
+    while (total := next((found for found in trace.sums if len(found.of) == 2 and now in found.of), None)) is None:
+        if now is None or trace.reads[now] > 1:
+            return None
+        if (product := products.pop(now, None)) is not None:
+            if scale or not is_within(product.parameter, link) or not _is_scale(model, layer.path, product.parameter):
+                return None
             now, scale = product.gives, product.parameter
+        elif (call := passing.pop(now, None)) is not None:
+            now = call.gives
         else:
             return None
         given.add(now)
     stream = total.of[0] if total.of[1] in given else total.of[1]
-    if stream in given:
+    inside = around is None or around.start < total.at < around.end
+    if stream in given or now is None or trace.reads[now] > 1 or not inside:
         return None
-    readers = [
-        call for call in calls if call.takes == stream and call.start < layer.start and is_within(call.path, link)
-    ]
-    inner = [call.path for call in readers if call.path != link and not is_within(layer.path, call.path)]
-    return (inner[0], scale) if inner else None
+    added = surgery.added_modules(model)
+    for call in trace.calls:
+        reads_stream = call.takes == stream and call.start < layer.start and is_within(call.path, link)
+        plain = call.path not in {link, *added} and not isinstance(model.get_submodule(call.path), _LAYERS)
+        if (
+            reads_stream
+            and plain
+            and not is_linear(model.get_submodule(call.path))
+            and not is_within(layer.path, call.path)
+        ):
+            return call.path, scale
+    return None
+
+
+def _is_scale(model: nn.Module, path: str, name: str) -> bool:
+    """Whether a parameter has one number for every channel of what a layer gives, on the axis of the channels, or one for all."""
+    layer, shape = model.get_submodule(path), tuple(model.get_parameter(name).shape)
+    width = weight_shape(layer)[0]
+    own = (width, 1, 1) if isinstance(layer, (nn.Conv2d, ChannelsFirst)) else (width,)
+    return shape in {(1,) * ahead + own for ahead in range(3)}
 
 
 def _is_changed(call: Call) -> bool:
@@ -136,15 +181,16 @@ def _is_changed(call: Call) -> bool:
 
 
 def _passes(module: nn.Module) -> bool:
-    """Whether a module gives what it takes, in evaluation, but for a scale of each channel."""
-    name = type(module).__name__
-    return isinstance(module, (nn.Dropout, nn.Identity)) or name == "DropPath" or name.startswith("LayerScale")
+    """Whether a module gives what it takes, in evaluation. What gives the tensor itself, as timm's DropPath, needs not be asked."""
+    return type(module) in (nn.Dropout, nn.Identity)
 
 
 def _longest(calls: list[Call], layers: list[str]) -> tuple[str, ...]:
     """The chain that holds most of the layers; of such ones that with most links that hold any, and of those the shortest."""
     within = {call.path: sum(is_within(path, call.path) for path in layers) for call in calls}
-    usable = [call for call in calls if call.path and call.takes is not None and call.gives is not None]
+    usable = [
+        call for call in calls if call.path and call.takes and call.gives and call.first == (IMAGES,) == call.leaves
+    ]
     best: dict[str, tuple[tuple[int, int, int], tuple[str, ...]]] = {}
     ending: dict[Key, list[Call]] = {}
     for call in sorted(usable, key=lambda call: call.end):
@@ -156,4 +202,5 @@ def _longest(calls: list[Call], layers: list[str]) -> tuple[str, ...]:
                 score, path = best[before.path]
         best[call.path] = ((score[0] + held, score[1] + (held > 0), score[2] - 1), (*path, call.path))
         ending.setdefault(call.gives, []).append(call)  # type: ignore[arg-type]
-    return max(best.values(), key=lambda found: found[0], default=((0, 0, 0), ()))[1]
+    score, links = max(best.values(), key=lambda found: found[0], default=((0, 0, 0), ()))
+    return links if score[0] else ()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +21,7 @@ from compressvit.model import surgery
 from compressvit.model.calls import called
 from compressvit.model.shapes import RememberedShapes
 
-IMAGES = 2  # of the pass: an input of another batch is not of the images
+IMAGES = 7  # of the pass: an input of another batch is not of the images
 
 Key = tuple[int, int]  # of a tensor: identity and version, so that what was changed in place is another one
 
@@ -36,6 +37,8 @@ class Call:
     gives: Key | None = None
     output: torch.Tensor | None = None
     seen: bool = True  # whether what it gives depends on the images
+    first: tuple[int, ...] = ()  # its input's first axis, and its output's
+    leaves: tuple[int, ...] = ()
     tokens: int = 0
     dimensions: int = 0
 
@@ -46,35 +49,54 @@ class Sum:
 
     of: tuple[Key, ...]
     gives: Key
+    at: int  # a time, as the start and end of a call
     parameter: str = ""
 
 
 class _Arithmetic(TorchFunctionMode):
-    """A context that notes sums of tensors, and products with a parameter.
+    """A context that notes sums of tensors, products with a parameter, and how often each tensor is read.
 
     Args:
         names: of the parameters, by identity.
         key: of a tensor.
+        clock: of the calls.
     """
 
-    def __init__(self, names: dict[int, str], key: Callable[[torch.Tensor], Key]):
+    def __init__(self, names: dict[int, str], key: Callable[[torch.Tensor], Key], clock: Iterator[int]):
         super().__init__()
         self.found: list[Sum] = []
-        self._names, self._key = names, key
+        self.reads: Counter[Key] = Counter()
+        self._names, self._key, self._clock = names, key, clock
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "").strip("_")
+        if name in _NO_READS:
+            return func(*args, **(kwargs or {}))
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, torch.Tensor):
+                self.reads[self._key(tensor)] += 1
         tensors = [value for value in args if isinstance(value, torch.Tensor)]
-        before = [self._key(tensor) for tensor in tensors] if name in _SUMS + _PRODUCTS and len(tensors) == 2 else []
+        two = name in _SUMS + _PRODUCTS and len(args) == len(tensors) == 2 and not kwargs
+        before = [self._key(tensor) for tensor in tensors] if two else []
         given = func(*args, **(kwargs or {}))
         if before and isinstance(given, torch.Tensor):
             scales = [self._names.get(id(tensor), "") for tensor in tensors]
             if name in _SUMS and tensors[0].shape == tensors[1].shape:
-                self.found.append(Sum(tuple(before), self._key(given)))
+                self.found.append(Sum(tuple(before), self._key(given), next(self._clock)))
             elif name in _PRODUCTS and any(scales) != all(scales):
                 whole = before[1] if scales[0] else before[0]
-                self.found.append(Sum((whole,), self._key(given), scales[0] or scales[1]))
+                self.found.append(Sum((whole,), self._key(given), next(self._clock), scales[0] or scales[1]))
         return given
+
+
+# Not in place: a stream that is changed is no longer what was read of it.
+_SUMS = ("add", "radd")
+_PRODUCTS = ("mul", "rmul")
+# What asks a tensor about itself, and what gives it as it is in evaluation.
+_NO_READS = (
+    *("get", "size", "dim", "stride", "numel", "is_floating_point", "is_contiguous", "get_device", "len", "repr"),
+    *("dropout", "dropout1d", "dropout2d", "stochastic_depth"),
+)
 
 
 class _Read:
@@ -92,21 +114,18 @@ def _read_class(kind: Any) -> Any:
     return type(kind.__name__, (_Read, kind), {"__module__": kind.__module__})
 
 
-_SUMS = ("add", "iadd", "radd")
-_PRODUCTS = ("mul", "imul", "rmul")
-
-
 class Trace:
     """A forward pass of a copy of a model, which may be without values.
 
     Attributes:
         calls: of modules that are called once, in the order they end.
         sums: and products with a parameter.
-        output: what the model gives; None where it is no tensor.
+        output: what the model gives.
+        reads: how often functions read a tensor.
         read: paths of layers whose weight was read while they did not run.
 
     Raises:
-        UserError: the model cannot be run without values.
+        UserError: the model cannot be run without values, or gives no tensor.
     """
 
     def __init__(self, model: nn.Module):
@@ -115,21 +134,28 @@ class Trace:
         self._running: list[Call] = []
         self._alive: list[torch.Tensor] = []  # no tensor may go, or another could have its identity
         self._clock = count()
-        arithmetic = _Arithmetic({id(p): name for name, p in empty.named_parameters()}, self._key)
+        arithmetic = _Arithmetic({id(p): name for name, p in empty.named_parameters()}, self._key, self._clock)
         with ExitStack() as stack:
             for path, module in empty.named_modules():
                 if isinstance(module, (nn.Linear, nn.Conv2d)) and "weight" in module._parameters:
                     kind: Any = type(module)
                     module.__class__ = _read_class(kind)
                 enters = module.register_forward_pre_hook(partial(self._enter, path), with_kwargs=True)
-                leaves = module.register_forward_hook(partial(self._leave, path))
+                leaves = module.register_forward_hook(partial(self._leave, path), always_call=True)
                 stack.callback(enters.remove)
                 stack.callback(leaves.remove)
             with arithmetic:
                 result = _run(model, empty)
-        self.sums = arithmetic.found
+        if not isinstance(result, torch.Tensor):
+            raise UserError(
+                f"{type(model).__name__} gives a {type(result).__name__}, and compressvit knows what to do with a tensor"
+            )
+        self.sums, self.reads = arithmetic.found, arithmetic.reads
+        if not result.requires_grad:  # what depends on the images cannot be told
+            for call in self.calls:
+                call.seen = True
         self.read = {path for path, module in empty.named_modules() if module.__dict__.get("read")}
-        self.output = self._key(result) if isinstance(result, torch.Tensor) else None
+        self.output = self._key(result)
         paths = [call.path for call in self.calls]
         self.calls = [call for call in self.calls if paths.count(call.path) == 1]
 
@@ -140,10 +166,11 @@ class Trace:
     def _enter(self, path: str, module: nn.Module, inputs: tuple, options: dict[str, Any]) -> None:
         call = Call(path, next(self._clock))
         others = [leaf for leaf in tree_leaves(options) if isinstance(leaf, torch.Tensor)]
-        alike = not any(other.requires_grad for other in others)  # for all images, as rotary positions
+        # the same for all images, as rotary positions are
+        alike = not any(other.requires_grad or (other.ndim and other.shape[0] == IMAGES) for other in others)
         if len(inputs) == 1 and isinstance(inputs[0], torch.Tensor) and alike:
             call.takes = self._key(inputs[0])
-            call.dimensions = inputs[0].ndim
+            call.dimensions, call.first = inputs[0].ndim, tuple(inputs[0].shape[:1])
             width = getattr(module, "in_features", getattr(module, "in_channels", None))
             if width and inputs[0].shape[0] % IMAGES == 0:
                 call.tokens = inputs[0].numel() // width // IMAGES
@@ -156,7 +183,7 @@ class Trace:
         call.end = next(self._clock)
         if isinstance(output, torch.Tensor):
             call.gives = self._key(output)
-            call.output, call.seen = output, output.requires_grad
+            call.output, call.seen, call.leaves = output, output.requires_grad, tuple(output.shape[:1])
         self.calls.append(call)
 
 
@@ -168,7 +195,7 @@ def _run(model: nn.Module, empty: nn.Module) -> Any:
     dtype = next((p.dtype for p in empty.parameters() if p.is_floating_point()), torch.get_default_dtype())
     images = torch.empty(IMAGES, *size, device="meta", dtype=dtype, requires_grad=True)
     try:
-        with called(empty), RememberedShapes(), torch.enable_grad():
+        with called(empty), torch.device("meta"), RememberedShapes(), torch.enable_grad():
             return empty(images.clone())
     except Exception as error:  # whatever a stranger's forward raises where its tensors have no values
         reason = (str(error).strip().splitlines() or ["no reason given"])[0]

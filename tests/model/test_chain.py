@@ -66,7 +66,8 @@ def test_residual_branches_are_those_that_the_family_knows(name):
         for info in describe(model).blocks
         for layer, branch in family.branches.items()
     }
-    found = {path: end for path, end in chain_of(model).ends.items() if path in known}
+    ends = chain_of(model).ends
+    found = {path: (norm, scale.removesuffix(".gamma")) for path, (norm, scale) in ends.items() if path in known}
     assert found.items() <= known.items()
     if family.layout == "sequence":  # windows are made and undone between attention and sum
         assert found == known
@@ -140,7 +141,7 @@ def test_a_layer_that_nothing_calls_is_refused_by_name():
     ):
         compress(vit(), [LowRank(rank=2, metric="weights", targets=("out_proj",))])
     with pytest.raises(
-        UserError, match=r"'mlp\.fc1' matches no linear layer of VisionTransformer that is called; .*mlp\.0"
+        UserError, match=r"'mlp\.fc1' matches no linear layer of VisionTransformer that can be replaced; .*mlp\.0"
     ):
         compress(vit(), [LowRank(rank=2, metric="weights", targets=("mlp.fc1",))])
 
@@ -171,3 +172,92 @@ def test_a_transform_for_known_blocks_says_what_works():
         UserError, match=r"multiplex needs blocks that it knows, and resnet18 is a ResNet, .*\(low_rank, quantise, and"
     ):
         describe(model, "attention", asker="multiplex")
+
+
+class Residual(nn.Module):
+    """Blocks x → `rule(x, branch(norm(x)))`, or of another order."""
+
+    def __init__(self, rule, post: bool = False) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 16, 8, 8)
+        self.norms = nn.ModuleList(nn.LayerNorm(16) for _ in range(3))
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 16)) for _ in range(3))
+        self.scales = nn.ParameterList(torch.full((16,), 2.0) for _ in range(2))
+        self.head, self.rule, self.post = nn.Linear(16, 5), rule, post
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.patches(x).flatten(2).mT
+        for norm, block in zip(self.norms, self.blocks, strict=True):
+            x = norm(self.rule(self, x, block(x))) if self.post else self.rule(self, x, block(norm(x)))
+        return self.head(x.mean(dim=1))
+
+
+RULES = {
+    "sum": (lambda m, x, y: x + y, True),
+    "scaled": (lambda m, x, y: x + y * m.scales[0], True),
+    "scaled twice": (lambda m, x, y: x + y * m.scales[0] * m.scales[1], False),
+    "alpha": (lambda m, x, y: torch.add(x, y, alpha=3), False),
+    "used elsewhere": (lambda m, x, y: x + y + 3 * y.tanh(), False),
+    "of another shape": (lambda m, x, y: x + y.mean(dim=1, keepdim=True), False),
+    "added twice": (lambda m, x, y: (x + y) + y, False),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_an_end_is_added_once_as_it_is_or_scaled_once(name):
+    rule, ends = RULES[name]
+    found = chain_of(of_32(Residual(rule))).ends
+    assert bool(found) is ends
+    if ends:
+        assert found["blocks.1.2"] == ("norms.1", "scales.0" if name == "scaled" else "")
+
+
+def test_a_stream_that_a_layer_reads_is_none_that_can_be_seen_apart():
+    def rule(model, x, y):
+        return x + y
+
+    model = of_32(Residual(rule, post=True))
+    assert chain_of(model).ends == {}
+    for step in (LowRank(rank=4), Quantise(bits=4)):
+        compress(model, [step], calibration=IMAGES)
+
+
+def test_torchs_own_encoder_reads_its_layers_in_evaluation():
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first=True)
+    model = nn.Sequential(nn.Conv2d(3, 16, 8, 8), nn.Flatten(2), nn.TransformerEncoder(layer, 2), nn.Linear(16, 16))
+    model = of_32(model)
+    assert "2.layers.0.linear1" in chain_of(model).uncalled
+    assert chain_of(model).layers == {}
+    with pytest.raises(UserError, match="Sequential calls no linear layer that another could replace"):
+        compress(model, [LowRank(rank=4)], calibration=IMAGES)
+
+
+def test_a_layer_of_a_class_of_its_own_stays():
+    class Doubled(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    model = Residual(lambda m, x, y: x + y)
+    model.blocks[1][0] = Doubled(16, 16)
+    assert "blocks.1.0" in chain_of(of_32(model)).uncalled
+    compress(model, [LowRank(rank=4)], calibration=IMAGES)
+    with pytest.raises(
+        UserError, match=r"'blocks\.1\.0' matches no linear layer .* can be replaced; .*of a class of its own"
+    ):
+        compress(model, [LowRank(rank=4, targets=("blocks.1.0",))], calibration=IMAGES)
+
+
+def test_other_images_and_outputs_are_noticed():
+    model = of_32(Residual(lambda m, x, y: x + y))
+    assert chain_of(model).layers["blocks.0.0"] == 16
+    model.pretrained_cfg = {"input_size": (3, 64, 64)}
+    assert chain_of(model).layers["blocks.0.0"] == 64
+
+    class Two(nn.Linear):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return x, x
+
+    pair = nn.Sequential(nn.Flatten(), Two(3072, 3072))
+    pair.pretrained_cfg = {"input_size": (3, 32, 32)}
+    with pytest.raises(UserError, match="Sequential gives a tuple"):
+        compress(pair, [LowRank(rank=2, metric="weights")])

@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from compressvit.errors import UserError
+from compressvit.model.backbone import model_name
 from compressvit.model.chain import chain_of, is_within
 from compressvit.model.family import BlockInfo, Branch, Example, Family, Need, family
 
@@ -31,7 +33,14 @@ class Generic(Family):
         return need if need == "decoder" else "blocks"
 
     def blocks(self, model: nn.Module) -> Iterator[BlockInfo]:
-        for index, path in enumerate(chain_of(model).links):
+        chain = chain_of(model)
+        if not chain.layers:
+            first = chain.uncalled[0] if chain.uncalled else ""
+            stay = f" (the weight of {first} is read without a call, or it is of a class of its own)" if first else ""
+            raise UserError(
+                f"{model_name(model)} calls no linear layer that another could replace{stay}, so there is nothing to change"
+            )
+        for index, path in enumerate(chain.links):
             yield BlockInfo(path=path, index=index, stage=0, width=0, heads=0, resolution=(0, 0))
 
     def branches_in(self, model: nn.Module, path: str) -> dict[str, Branch]:

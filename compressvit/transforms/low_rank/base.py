@@ -247,11 +247,17 @@ class RankStep(Transform):
             matches = [path for path in known if fnmatch(path, pattern) or fnmatch(path, f"*.{pattern}")]
             if not matches:
                 uncalled = [path for path in chain.uncalled if fnmatch(path, pattern) or fnmatch(path, f"*.{pattern}")]
+                outside = [path for path in chain.outside if fnmatch(path, pattern) or fnmatch(path, f"*.{pattern}")]
                 hint = did_you_mean(pattern, known, list_at_most=8)
+                if outside:
+                    hint = f"{outside[0]} is called outside of the modules that run one after the other, and stays as it is"
                 if uncalled:
-                    hint = f"something reads the weight of {uncalled[0]} without calling it, which would not see another layer there"
+                    hint = (
+                        f"something reads the weight of {uncalled[0]} without calling it, which would not see another layer there, or "
+                        "it is of a class of its own, or sees nothing of the images"
+                    )
                 raise UserError(
-                    f"{self.name}.targets: {pattern!r} matches no linear layer of {model_name(model)} that is called; {hint}"
+                    f"{self.name}.targets: {pattern!r} matches no linear layer of {model_name(model)} that can be replaced; {hint}"
                 )
             found += [path for path in matches if path not in found]
         return found

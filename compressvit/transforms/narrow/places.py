@@ -128,9 +128,10 @@ def _two_layers(module: nn.Module) -> tuple[str, str] | None:
     """The names of the two layers of a plain MLP; None of anything else."""
     from timm.layers import ConvMlp, Mlp  # words and settings do not wait for it
 
-    if class_in_timm(module, Mlp, ConvMlp) in (Mlp, ConvMlp):
-        return ("fc1", "fc2") if isinstance(module.norm, nn.Identity) else None
-    if not isinstance(module, nn.Sequential):
+    if (kind := class_in_timm(module, Mlp, ConvMlp)) in (Mlp, ConvMlp):
+        own = type(module).forward is kind.forward and isinstance(module.norm, nn.Identity)
+        return ("fc1", "fc2") if own else None
+    if type(module).forward is not nn.Sequential.forward:
         return None
     found = [(name, child) for name, child in module.named_children() if not isinstance(child, _ELEMENTWISE)]
     kinds = [isinstance(child, nn.Linear) for _, child in found]
