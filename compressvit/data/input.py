@@ -16,6 +16,7 @@ from compressvit.data.notes import counted
 from compressvit.data.pictures import MODES
 from compressvit.data.spec import Data
 from compressvit.errors import UserError
+from compressvit.model.backbone import input_size
 
 STATISTICS = (
     "mean",
@@ -107,8 +108,7 @@ def input_config(model: nn.Module, data: Data, *, trained: bool = False, own_cro
             f"the model takes {channels} channels; images have 1 (grayscale), 3 (colour) or 4 (colour and alpha)"
         )
     # the pretrained size stays in the config when a model is built for another one
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None) or config["input_size"][1:]
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = input_size(model)[1:]
 
     asked = data.model_copy(update=dict.fromkeys(STATISTICS)) if trained else data
     crop_pct = 1.0 if find_set(data.name).full_frame and not own_crop else config["crop_pct"]

@@ -8,12 +8,14 @@ import pytest
 import timm
 import torch
 from helpers.images import COLOUR, picture
+from helpers.models import build
 from torch import nn
 from torchvision.transforms.functional import to_tensor
 
 from compressvit.data.input import InputConfig, input_config, renormalise
 from compressvit.data.spec import Data
 from compressvit.errors import UserError
+from compressvit.model.backbone import input_size
 
 # ---- what a model takes
 
@@ -44,6 +46,13 @@ def test_input_config_of_a_model_with_odd_channels():
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, in_chans=5, depth=1)
     with pytest.raises(UserError, match="takes 5 channels; images have 1"):
         input_config(model, Data(name="digits"))
+
+
+@pytest.mark.parametrize("name", ["vit", "swin", "hiera", "davit"])  # whose sizes are in places of their own
+def test_images_have_the_size_that_costs_are_counted_for(name):
+    model = build(name)
+    config = input_config(model, Data(name="digits"))
+    assert (config.channels, config.height, config.width) == input_size(model)
 
 
 def test_input_config_of_any_module():

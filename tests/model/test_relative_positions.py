@@ -151,7 +151,7 @@ def test_prompts_have_no_positions(name, multiplexed):
         ("table", IRPE(), "is a ViT with relative positions, which has a relative position table already"),
         ("both", VPT(deep=False), r"the arguments of its `forward_intermediates`, or vpt\.deep=true"),
         ("table", VPT(deep=False), r"the arguments of its `forward_intermediates`, or vpt\.deep=true"),
-        ("post_norm", Narrow(neurons=0.5), r"blocks\.0 is a ResPostRelPosBlock, compressvit knows RelPosBlock there"),
+        ("post_norm", Multiplex(share=2), r"blocks\.0 is a ResPostRelPosBlock, compressvit knows RelPosBlock there"),
         ("cosine_network", Narrow(head_dim=8), "has no head dimensions that can be removed"),
     ],
 )
