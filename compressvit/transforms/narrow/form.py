@@ -26,7 +26,7 @@ class BlockForm(Frozen):
         ranks: of layers that are low rank besides, by their name in the block.
         factored: those of them that are two factors where the plan's others are pivoted.
         parts: those of `attn.qkv` and `mlp.fc1` in whose place the block has several layers (`compressvit.model.calls.PARTS`).
-        mlp: the names of the two layers of its MLP, where they are others than timm's.
+        mlp: the names of the two layers of its MLP; empty where they are timm's.
     """
 
     neurons: Size | None = None
@@ -35,13 +35,13 @@ class BlockForm(Frozen):
     ranks: dict[str, Size] = Field(default_factory=dict)
     factored: tuple[str, ...] = ()
     parts: tuple[str, ...] = ()
-    mlp: tuple[str, str] = (FC1, FC2)
+    mlp: tuple[()] | tuple[str, str] = ()
 
     def layers(self) -> set[str]:
         """The names of the layers that it changes."""
         found = set(self.ranks)
         if self.neurons:
-            found |= {*self.own(FC1), self.mlp[1]}
+            found |= {*self.own(FC1), *self.own(FC2)}
         if self.heads or self.head_dim:
             found |= {*self.own(QKV), PROJ}
         return found
@@ -53,6 +53,6 @@ class BlockForm(Frozen):
 
     def own(self, layer: str) -> tuple[str, ...]:
         """The layers of the block that do what `layer` does."""
-        if layer == FC1 and self.mlp[0] != FC1:
-            return (self.mlp[0],)
+        if self.mlp and layer in (FC1, FC2):
+            return (self.mlp[layer == FC2],)
         return PARTS[layer] if layer in self.parts else (layer,)

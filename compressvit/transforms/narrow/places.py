@@ -51,7 +51,7 @@ class Place:
 
     def form(self, **sizes: Any) -> BlockForm:
         """A form of this block; sizes that are None stay as they are."""
-        return BlockForm(**sizes, parts=self.parts, mlp=(self.fc1[0], self.fc2) if self.fc2 != FC2 else (FC1, FC2))
+        return BlockForm(**sizes, parts=self.parts, mlp=() if self.fc2 == FC2 else (self.fc1[0], self.fc2))
 
     @property
     def parts(self) -> tuple[str, ...]:

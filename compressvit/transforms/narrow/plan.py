@@ -21,7 +21,7 @@ from compressvit.transforms.claims import Claim, narrows, orders, values, weight
 from compressvit.transforms.low_rank.layer import Factored, factor, unfactor
 from compressvit.transforms.low_rank.pivoted_layer import pivot
 from compressvit.transforms.narrow.fit import BlockFit
-from compressvit.transforms.narrow.form import FC1, PROJ, QKV, BlockForm
+from compressvit.transforms.narrow.form import FC1, FC2, PROJ, QKV, BlockForm
 from compressvit.transforms.narrow.places import (
     Place,
     narrow_attention,
@@ -81,7 +81,7 @@ class NarrowPlan(Plan):
     def resizes(self, model: nn.Module) -> set[str]:
         found: set[str] = set()
         for path, form in self.forms.items():
-            narrower = [*form.own(FC1), form.mlp[1]] * bool(form.neurons)
+            narrower = [*form.own(FC1), *form.own(FC2)] * bool(form.neurons)
             if form.heads or form.head_dim:
                 narrower += [*form.own(QKV), PROJ]
                 found |= {f"{path}.attn.{name}" for name in _beside(model, path, form)}
