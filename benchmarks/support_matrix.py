@@ -1,7 +1,7 @@
 """Which transform works on which architecture: each is tried on a small model of every family, and docs/matrix.md says how far it came.
 
 For each pair a setting is planned and applied, a batch goes forward and backward, the student is saved and loaded, merged, and made a graph
-(`torch.export`) whose outputs are compared with the student's. Takes about half an hour on one core.
+(`torch.export`) whose outputs are compared with the student's. Takes about a quarter of an hour on one core.
 
     python benchmarks/support_matrix.py                  # writes docs/matrix.md
     python benchmarks/support_matrix.py --check          # plans alone, and says where the page is another
@@ -14,7 +14,6 @@ import re
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -35,7 +34,6 @@ from compressvit.transforms.applying import apply_plans, compress
 from compressvit.transforms.record import compression_of
 
 PAGE = Path(__file__).parents[1] / "docs" / "matrix.md"
-STAGES = ("plan", "apply", "forward", "backward", "save and load", "merge", "export")
 TOLERANCE = 1e-4  # of the largest output
 HEAD = """# Which transform works on which architecture
 
@@ -47,11 +45,7 @@ for each of these pairs, and for every two transforms, are in the tests (`tests/
 """
 
 
-@dataclass(frozen=True)
-class Found:
-    """How far a transform came on a model: the stages that are refused, each with a sentence."""
-
-    refused: tuple[tuple[str, str], ...] = ()
+Refused = tuple[tuple[str, str], ...]  # the stages that are, each with a sentence
 
 
 def models() -> list[str]:
@@ -70,23 +64,23 @@ def setting(kind: type[Transform], name: str) -> Transform:
     return next((spec for spec in found if lacking(spec, name) is None), found[0])
 
 
-def planned(kind: type[Transform], name: str) -> Found:
+def planned(kind: type[Transform], name: str) -> Refused:
     """Whether the plan refuses the model; nothing is computed."""
     spec, model = setting(kind, name), build(name)
     try:
         apply_plans(skeleton(model), [with_files(spec, name).plan(model)])
     except UserError as error:
-        return Found((("plan", _sentence(error, spec, model)),))
-    return Found()
+        return (("plan", _sentence(error, spec, model)),)
+    return ()
 
 
-def tried(kind: type[Transform], name: str) -> Found:
+def tried(kind: type[Transform], name: str) -> Refused:
     """How far a transform comes on a model.
 
     Raises:
         AssertionError: the student that is loaded, merged or exported computes something else.
     """
-    if (first := planned(kind, name)).refused:
+    if first := planned(kind, name):
         return first
     spec = setting(kind, name)
     teacher = build(name)
@@ -115,7 +109,7 @@ def tried(kind: type[Transform], name: str) -> Found:
         found = made(images) if stage == "export" else outputs(made, images)
         difference = (found - wanted).abs().max().item() / wanted.abs().max().item()
         assert difference < TOLERANCE, f"{spec.name}, {name}: {stage} gives others by {difference:.1e}"
-    return Found(tuple(refused))
+    return tuple(refused)
 
 
 def _sentence(error: Exception, spec: Transform, model: nn.Module) -> str:
@@ -125,14 +119,14 @@ def _sentence(error: Exception, spec: Transform, model: nn.Module) -> str:
     return re.sub(rf"^{spec.name}\b:? ?", "it ", text).replace("it the", "the")
 
 
-def page(found: dict[tuple[str, str], Found], columns: Sequence[str]) -> str:
+def page(found: dict[tuple[str, str], Refused], columns: Sequence[str]) -> str:
     """docs/matrix.md."""
     notes: dict[str, int] = {}
     rows = []
     for step in transforms():
         cells = []
         for name in columns:
-            refused = found[step, name].refused
+            refused = found[step, name]
             words = [
                 f"{'no' if stage == 'plan' else stage} {notes.setdefault(why, len(notes) + 1)}"
                 for stage, why in refused
@@ -165,9 +159,7 @@ def main() -> int:
     if arguments.check:
         said = refusals(PAGE.read_text(encoding="utf-8"))
         pairs = {
-            (step, name): bool(planned(kind, name).refused)
-            for step, kind in transforms().items()
-            for name in arguments.models
+            (step, name): bool(planned(kind, name)) for step, kind in transforms().items() for name in arguments.models
         }
         wrong = [pair for pair, refused in pairs.items() if said.get(pair) != refused]
         console.print(*[f"{step} on {name} is another than in {PAGE.name}" for step, name in wrong], sep="\n")
@@ -177,7 +169,7 @@ def main() -> int:
         for step, kind in transforms().items():
             found[step, name] = tried(kind, name)
         console.print(
-            f"{name}: {sum(not found[step, name].refused for step in transforms())} of {len(transforms())} without a refusal"
+            f"{name}: {sum(not found[step, name] for step in transforms())} of {len(transforms())} without a refusal"
         )
     write_text(arguments.output, page(found, arguments.models))
     return 0

@@ -28,7 +28,7 @@ def disk_faults(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # what is not of the disk goes on as it is
         if _is_full(error):
             raise UserError(
                 f"{path} could not be written: no space left on the disk. What was written before is whole; "

@@ -116,7 +116,7 @@ def conversion_faults(what: str) -> Iterator[None]:
         yield
     except (UserError, OSError, MemoryError):
         raise
-    except Exception as error:
+    except Exception as error:  # exporters' classes have no common base, and what they meet is anybody's model
         words = re.sub(r"Check '.+?' failed at \S+:", "", str(error)).split()  # OpenVINO's own source
         reason = textwrap.shorten(" ".join(words) or type(error).__name__, _REASON, placeholder=" …").rstrip(".")
         raise UserError(

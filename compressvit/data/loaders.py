@@ -297,7 +297,7 @@ class _CheckedLoader(DataLoader):
                     images, targets = batch
                     self.task.check_set(targets, self.datasets.num_classes, self.name)
                     yield images, targets if isinstance(targets, torch.Tensor) else Targets(targets)
-        except Exception as error:
+        except Exception as error:  # workers end whatever it was; what is not of a picture goes on as it is
             self._iterator = None
             if self._ending is not None:
                 self._ending()

@@ -152,7 +152,7 @@ def watched(
     """Within, a run of the block puts the inputs or outputs of the modules in `wanted` into `found`, and ends at the module `until`.
 
     Args:
-        changed: modules whose outputs something changes in place; known of the layers of a family.
+        changed: modules whose outputs something changes in place, besides those that `adds_in_place` knows.
     """
     with ExitStack() as stack:
         for name, io in wanted.items():

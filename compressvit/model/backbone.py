@@ -165,7 +165,13 @@ def describe(
     family = family_of(model) or FAMILIES["generic"]
     of_itself = next((lack for lack in map(family.lacks, needs) if lack is not None), None)
     if family.body is not None and part == "backbone" and "decoder" not in needs and of_itself is None:
-        return _inside(family.body, describe(model.get_submodule(family.body), *needs, asker=asker, instead=instead))
+        body = model.get_submodule(family.body)
+        if family_of(body) is None:
+            raise UserError(
+                f"{asker}: the backbone {model_name(body)} is of no family that compressvit knows, which it can change alone, but not in a "
+                f"detector; there it works on {supported(*needs)}"
+            )
+        return _inside(family.body, describe(body, *needs, asker=asker, instead=instead))
     if of_itself is not None:
         needed, lack = NEEDS[of_itself]
         raise UserError(

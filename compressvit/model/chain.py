@@ -23,19 +23,19 @@ class Chain:
 
     Attributes:
         links: paths of the modules of the chain, in the order they run.
-        layers: of every linear layer and point-wise convolution in them that is called, path and number of tokens that it sees of an image.
+        layers: paths of the linear layers and point-wise convolutions in them that are called.
         outside: those that are called outside of them, but for the classifier.
         classifier: those that give the model's output.
-        uncalled: those that are not called, whose weight something else reads, which would not find one in another layer, or that see
-            nothing of the images.
+        uncalled: those that are not called, whose weight something else reads, which would not find one in another layer, that see nothing
+            of the images, or that are of a class of their own.
         channels_last: whether linear layers see maps (B, height, width, C).
-        ends: of layers that end a residual branch, by path: a module that runs before it and takes the residual stream, and the LayerScale
-            between the layer and the sum, a module or a parameter; "" without.
+        ends: of layers that end a residual branch, by path: a module before it that takes the residual stream, and the parameter of the
+            LayerScale between the layer and the sum; "" without.
         changed: layers whose output is changed in place after them.
     """
 
     links: tuple[str, ...]
-    layers: dict[str, int]
+    layers: tuple[str, ...]
     outside: tuple[str, ...]
     classifier: tuple[str, ...]
     uncalled: tuple[str, ...]
@@ -76,8 +76,7 @@ def _traced(model: nn.Module) -> Chain:
     trace = Trace(model)
     calls = trace.calls
     added = surgery.added_modules(model)
-    layers = [path for path, module in model.named_modules() if isinstance(module, _LAYERS) or is_linear(module)]
-    linear = [path for path in layers if path not in added and _is_large(model.get_submodule(path))]
+    linear = [path for path, module in model.named_modules() if path not in added and _multiplies(module)]
     by_path = {call.path: call for call in calls}
     read = trace.read | _read_by_torch(model)
     called = [
@@ -95,10 +94,10 @@ def _traced(model: nn.Module) -> Chain:
     if 5 * len(inside) < 3 * len(wanted):  # one link: each layer then costs a pass through what is before it
         links, inside = ("",), wanted
     maps = sum(by_path[path].dimensions == 4 and not is_pointwise(model.get_submodule(path)) for path in inside)
-    ends = {path: _end_of(model, by_path[path], trace, links) for path in inside}
+    ends = {path: _end_of(model, by_path[path], trace, links, added) for path in inside}
     return Chain(
         links=links,
-        layers={path: by_path[path].tokens for path in inside},
+        layers=tuple(inside),
         outside=tuple(path for path in wanted if path not in inside),
         classifier=tuple(classifier),
         uncalled=tuple(path for path in linear if path not in called),
@@ -108,13 +107,12 @@ def _traced(model: nn.Module) -> Chain:
     )
 
 
-_LAYERS = (nn.Linear, nn.Conv2d)
 _FAST = (nn.TransformerEncoderLayer, nn.MultiheadAttention)  # read their layers' weights where no gradient is asked for
 
 
-def _is_large(module: nn.Module) -> bool:
-    """Not a convolution of a larger kernel or of groups, which is no linear layer whatever its class."""
-    return not isinstance(module, nn.Conv2d) or is_pointwise(module)
+def _multiplies(module: nn.Module) -> bool:
+    """Whether a module is a linear layer or point-wise convolution, also of a class of its own."""
+    return isinstance(module, nn.Linear) or is_pointwise(module) or hasattr(module, "effective_weight")
 
 
 def _read_by_torch(model: nn.Module) -> set[str]:
@@ -128,7 +126,9 @@ def is_within(path: str, link: str) -> bool:
     return link == "" or path == link or path.startswith(f"{link}.")
 
 
-def _end_of(model: nn.Module, layer: Call, trace: Trace, links: tuple[str, ...]) -> tuple[str, str] | None:
+def _end_of(
+    model: nn.Module, layer: Call, trace: Trace, links: tuple[str, ...], added: set[str]
+) -> tuple[str, str] | None:
     """Where what a layer gives is added to the residual stream, with nothing but dropout and one LayerScale between, and goes nowhere else:
     see `Chain.ends`."""
     link = next(link for link in links if is_within(layer.path, link))
@@ -154,22 +154,17 @@ def _end_of(model: nn.Module, layer: Call, trace: Trace, links: tuple[str, ...])
     inside = around is None or around.start < total.at < around.end
     if stream in given or now is None or trace.reads[now] > 1 or not inside:
         return None
-    added = surgery.added_modules(model)
     for call in trace.calls:
-        reads_stream = call.takes == stream and call.start < layer.start and is_within(call.path, link)
-        plain = call.path not in {link, *added} and not isinstance(model.get_submodule(call.path), _LAYERS)
-        if (
-            reads_stream
-            and plain
-            and not is_linear(model.get_submodule(call.path))
-            and not is_within(layer.path, call.path)
-        ):
+        if call.takes != stream or call.start > layer.start or call.path in {link, *added}:
+            continue
+        fitted = _multiplies(model.get_submodule(call.path))  # what goes into it is asked for by itself
+        if is_within(call.path, link) and not is_within(layer.path, call.path) and not fitted:
             return call.path, scale
     return None
 
 
 def _is_scale(model: nn.Module, path: str, name: str) -> bool:
-    """Whether a parameter has one number for every channel of what a layer gives, on the axis of the channels, or one for all."""
+    """Whether a parameter has one number for every channel of what a layer gives, on the axis of the channels."""
     layer, shape = model.get_submodule(path), tuple(model.get_parameter(name).shape)
     width = weight_shape(layer)[0]
     own = (width, 1, 1) if isinstance(layer, (nn.Conv2d, ChannelsFirst)) else (width,)

@@ -19,8 +19,7 @@ def resample_positions(tensors: dict[str, torch.Tensor], model: nn.Module) -> di
         return tensors
     try:
         return family.convert(dict(tensors), model)
-    except Exception as error:
-        # timm looks blocks and shapes up as it goes, and fails in its own way on a file of another architecture
+    except Exception as error:  # timm looks shapes up as it goes: a file of another architecture fails in any way
         raise UserError(
             f"the weights do not fit {model_name(model)}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}. "
             "Check model and args against what the file was made with"

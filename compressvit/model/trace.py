@@ -21,7 +21,7 @@ from compressvit.model import surgery
 from compressvit.model.calls import called
 from compressvit.model.shapes import RememberedShapes
 
-IMAGES = 7  # of the pass: an input of another batch is not of the images
+IMAGES = 7  # of the pass: what takes or gives another number of rows is not of the images alone
 
 Key = tuple[int, int]  # of a tensor: identity and version, so that what was changed in place is another one
 
@@ -39,7 +39,6 @@ class Call:
     seen: bool = True  # whether what it gives depends on the images
     first: tuple[int, ...] = ()  # its input's first axis, and its output's
     leaves: tuple[int, ...] = ()
-    tokens: int = 0
     dimensions: int = 0
 
 
@@ -148,7 +147,7 @@ class Trace:
                 result = _run(model, empty)
         if not isinstance(result, torch.Tensor):
             raise UserError(
-                f"{type(model).__name__} gives a {type(result).__name__}, and compressvit knows what to do with a tensor"
+                f"{type(model).__name__} gives a {type(result).__name__}; of a model of no family compressvit takes a tensor alone"
             )
         self.sums, self.reads = arithmetic.found, arithmetic.reads
         if not result.requires_grad:  # what depends on the images cannot be told
@@ -156,8 +155,8 @@ class Trace:
                 call.seen = True
         self.read = {path for path, module in empty.named_modules() if module.__dict__.get("read")}
         self.output = self._key(result)
-        paths = [call.path for call in self.calls]
-        self.calls = [call for call in self.calls if paths.count(call.path) == 1]
+        often = Counter(call.path for call in self.calls)
+        self.calls = [call for call in self.calls if often[call.path] == 1]
 
     def _key(self, tensor: torch.Tensor) -> Key:
         self._alive.append(tensor)
@@ -171,9 +170,6 @@ class Trace:
         if len(inputs) == 1 and isinstance(inputs[0], torch.Tensor) and alike:
             call.takes = self._key(inputs[0])
             call.dimensions, call.first = inputs[0].ndim, tuple(inputs[0].shape[:1])
-            width = getattr(module, "in_features", getattr(module, "in_channels", None))
-            if width and inputs[0].shape[0] % IMAGES == 0:
-                call.tokens = inputs[0].numel() // width // IMAGES
         self._running.append(call)
         module.__dict__["runs"] = True
 

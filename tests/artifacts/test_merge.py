@@ -19,8 +19,7 @@ from compressvit.artifacts import artifact
 from compressvit.artifacts.merge import merged_copy
 from compressvit.errors import UserError
 from compressvit.model.affine import PaddedConv2d, merge_after_, merge_before_
-from compressvit.model.backbone import family_of
-from compressvit.model.family import FAMILIES
+from compressvit.model.backbone import describe
 from compressvit.model.surgery import added_parameters, fill_slot, skeleton, specialise
 from compressvit.transforms import PHM, SSF, Adapters, FacT, LoRA, LowRank, Multiplex, RepAdapter, Transform
 from compressvit.transforms.applying import apply_plans, compress, materialise
@@ -250,6 +249,9 @@ MERGEABLE: dict[str, Transform] = {
 }
 
 
+WITHOUT_BIAS_OF_KEYS = ("dinov3", "eva02", "swin_v2", "beit", "vit_relpos")  # which would take in a shift
+
+
 def build_any(name: str, seed: int = 0) -> nn.Module:
     if name != "swin_padded":
         return build(name, seed)
@@ -273,17 +275,11 @@ def adapted(model: nn.Module, steps: Sequence[Transform]) -> nn.Module:
 @pytest.mark.parametrize("name", MERGEABLE)
 def test_merged_is_the_untouched_architecture_and_computes_the_same(name, backbone):
     plain = build_any(backbone)
-    family = family_of(plain) or FAMILIES["generic"]
+    family = describe(plain).family
     if any(map(family.lacks, MERGEABLE[name].needed())):
         return
     made = adapted(plain, [MERGEABLE[name]])
-    if name == "repadapter" and backbone in (
-        "dinov3",
-        "eva02",
-        "swin_v2",
-        "beit",
-        "vit_relpos",
-    ):  # keys have no bias for the shift
+    if name == "repadapter" and backbone in WITHOUT_BIAS_OF_KEYS:
         with pytest.raises(UserError, match="there is nothing to materialise"):
             materialise(made)
         return

@@ -17,7 +17,7 @@ from compressvit.model.detectors.decoder import AdaptiveMixing, Decoder, Decoder
 from compressvit.model.detectors.prediction import SetPrediction, costs
 from compressvit.model.detectors.sampling import level_weights, points_of, sample_pyramid
 from compressvit.model.weights import build
-from compressvit.transforms import LORS, AdaptiveLORS
+from compressvit.transforms import LORS, AdaptiveLORS, LowRank
 from compressvit.transforms.applying import apply_plans, compress
 
 PAPER = {"dim": 256, "channels": 256, "classes": 80, "heads": 8, "hidden": 2048, "points_out": 128}
@@ -214,6 +214,11 @@ def test_sizes_that_do_not_fit_are_refused():
         detector(img_size=40)
     with pytest.raises(UserError, match="channels=15 does not divide by 2"):
         detector(channels=15)
+
+
+def test_a_backbone_of_no_family_is_refused():
+    with pytest.raises(UserError, match=r"low_rank: the backbone resnet18 is of no family that compressvit knows"):
+        LowRank(rank=4).plan(detector("resnet18", {}))
 
 
 # --------------------------------------------------------------------------------------------------------------- matching

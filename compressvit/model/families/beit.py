@@ -18,9 +18,9 @@ from timm.models.beit import Beit as TimmBeit
 from torch import nn
 from torch.fx import wrap
 
-from compressvit.model.families.vit import attend, in_one_stage
+from compressvit.model.families.vit import attend, in_one_stage, pre_norm
 from compressvit.model.family import GAMMA_BRANCHES, BlockInfo, Example, Family, HeadOption, family
-from compressvit.model.slots import BLOCK_SLOTS, MIX_SLOTS, beside
+from compressvit.model.slots import BLOCK_SLOTS, MIX_SLOTS
 
 wrap("rearrange")  # torch.fx records the call: einops does not take its proxies
 
@@ -66,13 +66,7 @@ class SlottedBeitBlock(Block):
 
     def forward(self, x: torch.Tensor, shared_rel_pos_bias: torch.Tensor | None = None) -> torch.Tensor:
         attended = self.attn(self.norm1(x), shared_rel_pos_bias=shared_rel_pos_bias)
-        x = x + self.drop_path1(attended if self.gamma_1 is None else self.gamma_1 * attended)
-        if self.mlp_conv is not None:
-            x = self.mlp_conv(x)
-        normed = self.norm2(x)
-        inner = self.mlp(normed)
-        inner = inner if self.gamma_2 is None else self.gamma_2 * inner
-        return x + self.drop_path2(inner) + beside(self.adaptformer, x, normed)
+        return pre_norm(self, x, attended, self.gamma_1, self.gamma_2)
 
 
 @family("beit")

@@ -21,9 +21,9 @@ from timm.models.eva import EvaAttention, EvaBlock
 from torch import nn
 from torch.fx import wrap
 
-from compressvit.model.families.vit import in_one_stage, masked
+from compressvit.model.families.vit import in_one_stage, masked, pre_norm
 from compressvit.model.family import GAMMA_BRANCHES, BlockInfo, Example, Family, HeadOption, family
-from compressvit.model.slots import ATTENTION_SLOTS, BLOCK_SLOTS, beside
+from compressvit.model.slots import ATTENTION_SLOTS, BLOCK_SLOTS
 
 wrap("rearrange")  # torch.fx records the call: einops does not take its proxies
 wrap("masked")  # as in `vit`
@@ -139,13 +139,7 @@ class SlottedEvaBlock(EvaBlock):
         is_causal: bool = False,
     ) -> torch.Tensor:
         attended = self.attn(self.norm1(x), rope=rope, attn_mask=attn_mask, is_causal=is_causal)
-        x = x + self.drop_path1(attended if self.gamma_1 is None else self.gamma_1 * attended)
-        if self.mlp_conv is not None:
-            x = self.mlp_conv(x)
-        normed = self.norm2(x)
-        inner = self.mlp(normed)
-        inner = inner if self.gamma_2 is None else self.gamma_2 * inner
-        return x + self.drop_path2(inner) + beside(self.adaptformer, x, normed)
+        return pre_norm(self, x, attended, self.gamma_1, self.gamma_2)
 
 
 @family("eva")

@@ -86,11 +86,7 @@ class SlottedBlock(Block):
     adaptformer: nn.Module | None
 
     def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)))
-        if self.mlp_conv is not None:
-            x = self.mlp_conv(x)
-        normed = self.norm2(x)
-        return x + self.drop_path2(self.ls2(self.mlp(normed))) + beside(self.adaptformer, x, normed)
+        return pre_norm(self, x, self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal), self.ls1, self.ls2)
 
 
 @family("vit")
@@ -137,6 +133,31 @@ class ViT(Family):
         assert isinstance(model, VisionTransformer)
         # adapt_layer_scale: gamma_1 of the original DeiT III files
         return vision_transformer.checkpoint_filter_fn(tensors, model, adapt_layer_scale=True)
+
+
+Scale = nn.Module | torch.Tensor | None  # a LayerScale: a module, a parameter (C,), or none
+
+
+def pre_norm(block: Any, x: torch.Tensor, attended: torch.Tensor, first: Scale, second: Scale) -> torch.Tensor:
+    """What a pre-norm block with a slot before the MLP and one beside it gives, (B, N, C).
+
+    Args:
+        x: the residual stream before the block, (B, N, C).
+        attended: what its attention gives.
+        first, second: after attention and MLP.
+    """
+    x = x + block.drop_path1(_scaled(attended, first))
+    if block.mlp_conv is not None:
+        x = block.mlp_conv(x)
+    normed = block.norm2(x)
+    return x + block.drop_path2(_scaled(block.mlp(normed), second)) + beside(block.adaptformer, x, normed)
+
+
+def _scaled(given: torch.Tensor, scale: Scale) -> torch.Tensor:
+    if scale is None:
+        return given
+    found: torch.Tensor = scale(given) if isinstance(scale, nn.Module) else scale * given
+    return found
 
 
 def in_one_stage(model: Any) -> Iterator[BlockInfo]:

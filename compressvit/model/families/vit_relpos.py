@@ -15,9 +15,9 @@ from timm.models.vision_transformer_relpos import RelPosAttention, RelPosBlock, 
 from torch import nn
 from torch.fx import wrap
 
-from compressvit.model.families.vit import attend, in_one_stage
+from compressvit.model.families.vit import attend, in_one_stage, pre_norm
 from compressvit.model.family import PRE_NORM_BRANCHES, BlockInfo, Example, Family, HeadOption, family
-from compressvit.model.slots import BLOCK_SLOTS, MIX_SLOTS, beside
+from compressvit.model.slots import BLOCK_SLOTS, MIX_SLOTS
 
 wrap("rearrange")  # torch.fx records the call: einops does not take its proxies
 
@@ -58,11 +58,7 @@ class SlottedRelPosBlock(RelPosBlock):
     adaptformer: nn.Module | None
 
     def forward(self, x: torch.Tensor, shared_rel_pos: torch.Tensor | None = None) -> torch.Tensor:
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), shared_rel_pos=shared_rel_pos)))
-        if self.mlp_conv is not None:
-            x = self.mlp_conv(x)
-        normed = self.norm2(x)
-        return x + self.drop_path2(self.ls2(self.mlp(normed))) + beside(self.adaptformer, x, normed)
+        return pre_norm(self, x, self.attn(self.norm1(x), shared_rel_pos=shared_rel_pos), self.ls1, self.ls2)
 
 
 @family("vit_relpos")
