@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from pydantic import Field
@@ -13,13 +12,13 @@ from torch import nn
 from compressvit.charts.findings import Finding
 from compressvit.data.input import Side
 from compressvit.diagnostics.base import Context, MeasuredOnImages, diagnostic
-from compressvit.diagnostics.features import Batches, block_paths, regrouped, require_finite, tokens
+from compressvit.diagnostics.features import Batches, block_paths, regrouped, require_finite
 from compressvit.errors import UserError
 from compressvit.model.family import BlockInfo
 from compressvit.model.modes import evaluating
 from compressvit.model.taps import Tap, Taps, qkv_taps, tapped_qkv
 from compressvit.training import losses
-from compressvit.training.pairs import LayerPair, match_layers
+from compressvit.training.pairs import LayerPair, Seen, match_layers
 from compressvit.training.spec import Training
 
 MEASURES = {
@@ -49,8 +48,9 @@ def drift(
         batches: returns batches of images (B, C, H, W), normalised for the student.
 
     Returns:
-        For every pair, the means over images of the keys of `MEASURES`. Measures that are undefined for a pair are omitted: cosine and
-        error for different widths, and comparisons of tokens if one of the blocks has prompts among them.
+        For every pair, the means over images of the keys of `MEASURES`, over the tokens that both have (`LayerPair.tokens`). Measures that
+        are undefined for a pair are omitted: cosine and error for different widths, those of attention if it is not over the same tokens,
+        and comparisons of tokens if one of the blocks has prompts among them.
         `attention_kl` is KL(teacher ‖ student) of the rows of attention maps, mean over rows and heads (of the mean map if the numbers of
         heads differ); mixed probabilities can be negative, and are clamped to 0 and renormalised. `hidden_relation` includes the loss's
         factor of 49.
@@ -72,9 +72,7 @@ def drift(
             teacher.model(convert(batch))
             mine, other = ours.pop(), theirs.pop()
             for pair, total, norm in zip(pairs, sums, norms, strict=True):
-                s = _Block(mine, pair.student, pair.student_skip, student.model)
-                t = _Block(other, pair.teacher, pair.teacher_skip, teacher.model)
-                for name, value in _measure(s, t, norm).items():
+                for name, value in _measure(pair, mine, other, norm).items():
                     total[name] = total.get(name, 0.0) + value * len(batch)
             seen += len(batch)
     if not seen:
@@ -92,38 +90,47 @@ def drift(
     return found
 
 
-class _Block:
-    """The tapped tensors of a block in one forward pass: tokens (B, N, C), q, k, v (B, N, C) each, attention maps (B, H, N, N), or None of
-    attention without dropout, where they cannot be seen."""
-
-    def __init__(self, taps: dict[str, dict[str, Any]], block: BlockInfo, skip: int, model: nn.Module):
-        path = block.path
-        hidden = tokens(taps[path]["output"], model)[:, skip:].float()
-        require_finite(path, hidden)
-        self.hidden = hidden
-        self.qkv = [part.float() for part in tapped_qkv(taps, block, skip)]
-        self.maps = None if (seen := taps.get(f"{path}.attn.attn_drop")) is None else _maps(seen["input"], skip)
-
-
-def _maps(seen: Any, skip: int) -> torch.Tensor:
-    maps: torch.Tensor = seen[0] if isinstance(seen, tuple) else seen
-    maps = maps[..., skip:, skip:].float().clamp(min=0)
-    return maps / maps.sum(-1, keepdim=True).clamp(min=1e-12)
-
-
-def _measure(s: _Block, t: _Block, norm: list[float]) -> dict[str, float]:
+def _measure(pair: LayerPair, mine: Seen, other: Seen, norm: list[float]) -> dict[str, float]:
+    """The measures of a pair in one forward pass, but for the error, of which the squares are added to `norm`."""
     values = {}
-    if s.qkv[0].shape[:2] == t.qkv[0].shape[:2]:  # prompts lengthen sequences
-        values["attention_relation_kl"] = losses.attention_relation(s.qkv, t.qkv, with_kl=True)[1].item()
-        if s.maps is not None and t.maps is not None:
-            values["attention_kl"] = _kl(s.maps, t.maps)
-    if s.hidden.shape[:2] == t.hidden.shape[:2]:
-        values["hidden_relation"] = losses.hidden_relation(s.hidden, t.hidden).item()
-    if s.hidden.shape == t.hidden.shape:
-        values["cosine"] = losses.feature(s.hidden, t.hidden).item()
-        norm[0] += (s.hidden - t.hidden).square().sum().item()
-        norm[1] += t.hidden.square().sum().item()
+    for seen, block in ((mine, pair.student), (other, pair.teacher)):
+        require_finite(block.path, seen[block.path]["output"])
+    if pair.attends_alike:
+        projections = zip(tapped_qkv(mine, pair.student), tapped_qkv(other, pair.teacher), strict=True)
+        both = [pair.beside(s.float(), t.float(), "drift") for s, t in projections]
+        if both[0][0].shape[:2] == both[0][1].shape[:2]:  # prompts lengthen sequences
+            relation = losses.attention_relation([s for s, _ in both], [t for _, t in both], with_kl=True)
+            values["attention_relation_kl"] = relation[1].item()
+            if (maps := _maps(pair, mine, other)) is not None:
+                values["attention_kl"] = _kl(*maps)
+    s, t = (x.float() for x in pair.tokens(mine, other, "drift"))
+    if s.shape[:2] == t.shape[:2]:
+        values["hidden_relation"] = losses.hidden_relation(s, t).item()
+    if s.shape == t.shape:
+        values["cosine"] = losses.feature(s, t).item()
+        norm[0] += (s - t).square().sum().item()
+        norm[1] += t.square().sum().item()
     return values
+
+
+def _maps(pair: LayerPair, mine: Seen, other: Seen) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The attention maps (B, H, N, N) of a pair over the tokens that both have; None where their patches are others, or of attention
+    without dropout, where they cannot be seen."""
+    ours, theirs = pair.layouts
+    if ours.grid != theirs.grid:
+        return None
+    found = []
+    for seen, block, own, other_layout in ((mine, pair.student, ours, theirs), (other, pair.teacher, theirs, ours)):
+        given = seen.get(f"{block.path}.attn.attn_drop")
+        if given is None:
+            return None
+        whole: torch.Tensor = given["input"][0] if isinstance(given["input"], tuple) else given["input"]
+        if not pair.same_tokens:
+            places = torch.tensor([*own.shared_prefix(other_layout)[0], *range(len(own.prefix), whole.shape[-1])])
+            whole = whole[..., places, :][..., places]
+        positive = whole.float().clamp(min=0)
+        found.append(positive / positive.sum(-1, keepdim=True).clamp(min=1e-12))
+    return found[0], found[1]
 
 
 def _kl(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -140,7 +147,10 @@ def _tapped(model: nn.Module, blocks: Sequence[BlockInfo], device: torch.device)
     fused = [m for m in model.modules() if getattr(m, "fused_attn", False)]
     wanted: list[Tap] = []
     for block in dict.fromkeys(blocks):
-        wanted += [(block.path, "output"), *qkv_taps(block)]
+        wanted.append((block.path, "output"))
+        if not block.heads:
+            continue
+        wanted += qkv_taps(block)
         if hasattr(model.get_submodule(f"{block.path}.attn"), "attn_drop"):
             wanted.append((f"{block.path}.attn.attn_drop", "input"))
     taps = Taps(model.to(device), wanted)

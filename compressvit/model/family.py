@@ -168,6 +168,7 @@ class Family(ABC):
     prompts: ClassVar[str | None] = None
     # What a block passes on: (B, N, C), (B, height, width, C) or (B, C, height, width).
     layout: ClassVar[Literal["sequence", "channels_last", "channels_first"]] = "sequence"
+    in_rows: ClassVar[bool] = True  # its patches come row by row, after the tokens that are none
     # Whether its blocks are timm's, of which each has layers of the same names. Else those of a block are found as they are called.
     named_layers: ClassVar[bool] = True
     # Of a detector: the path of the model of another family that transforms work on, unless they ask for the detector's own blocks.

@@ -65,10 +65,10 @@ def qkv_taps(block: BlockInfo) -> tuple[Tap, ...]:
     return tuple((f"{block.path}.{name}", "output") for name in block.projections)
 
 
-def tapped_qkv(taps: Mapping[str, Mapping[str, Any]], block: BlockInfo, skip: int) -> tuple[torch.Tensor, ...]:
-    """Queries, keys and values of a block, (B, N − skip, ·) each, as its projections give them: without the first `skip` tokens, with
-    biases, and before they are normed and turned by rotary positions, which are the same for every image and learn nothing."""
-    found = [taps[path]["output"][:, skip:] for path, _ in qkv_taps(block)]
+def tapped_qkv(taps: Mapping[str, Mapping[str, Any]], block: BlockInfo) -> tuple[torch.Tensor, ...]:
+    """Queries, keys and values of a block, (B, N, ·) each, as its projections give them: with biases, and before they are normed and
+    turned by rotary positions, which are the same for every image and learn nothing."""
+    found = [taps[path]["output"] for path, _ in qkv_taps(block)]
     if len(found) == 1:
         return found[0].chunk(3, dim=-1)
     width = found[0].shape[-1]  # keys and values that several queries share count as often

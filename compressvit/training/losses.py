@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from compressvit.errors import UserError, did_you_mean
 
-__all__ = ["attention_relation", "feature", "hidden_relation", "prediction"]
+__all__ = ["attention_relation", "cka", "feature", "hidden_relation", "prediction"]
 
 
 def prediction(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -183,6 +183,45 @@ def feature(student: Tensor, teacher: Tensor, form: Literal["cosine", "mse"] = "
         return F.mse_loss(student, teacher)
     # ½‖Ŝ − T̂‖² equals 1 − cosine without the cancellation that would round small angles to zero in float32.
     return (F.normalize(student, dim=-1) - F.normalize(teacher, dim=-1)).square().sum(dim=-1).mean() / 2
+
+
+def cka(student: Tensor, teacher: Tensor) -> Tensor:
+    """1 − linear CKA of the tokens of two hidden states, which may differ in width; 0 where they are equal up to rotation and scale.
+
+    Every token of every image is a sample: `CKA = ‖SᵀT‖² / (‖SᵀS‖ ‖TᵀT‖)` of all tokens of the batch, less their mean, in Frobenius norms.
+    The value of a batch is of its tokens alone: over micro-batches that are accumulated it is averaged.
+
+    Args:
+        student: (B, N, C_student).
+        teacher: (B, N, C_teacher).
+
+    Raises:
+        UserError: the tensors are not (B, N, C) with equal B and N.
+
+    Autocast is disabled inside. The products are C×C, or where there are fewer tokens than the widths, of tokens by tokens.
+
+    Source: Kornblith et al., https://arxiv.org/abs/1905.00414, equations 4 and 5 with the linear kernel.
+    """
+    for side, hidden in (("student", student), ("teacher", teacher)):
+        if hidden.ndim != 3:
+            raise UserError(f"cka: {side} must be (B, N, C), got {_shape(hidden)}; flatten grids into N")
+    _require_same_tokens("cka", student, teacher)
+    student, teacher = _in_common_precision(student, teacher)
+    with _autocast_off(student):
+        # of norm 1, so that no product overflows
+        s, t = (x / x.norm().clamp(min=1e-12) for x in (_centred(student), _centred(teacher)))
+        if len(s) < min(s.shape[1], t.shape[1]):
+            kernels = s @ s.mT, t @ t.mT
+            shared, own = (kernels[0] * kernels[1]).sum(), [kernel.norm() for kernel in kernels]
+        else:
+            shared, own = (s.mT @ t).square().sum(), [(x.mT @ x).norm() for x in (s, t)]
+        return 1 - shared / (own[0] * own[1]).clamp(min=1e-12)
+
+
+def _centred(hidden: Tensor) -> Tensor:
+    """All tokens (B·N, C), less their mean."""
+    flat = hidden.flatten(0, 1)
+    return flat - flat.mean(dim=0)
 
 
 def _squared_relation_distance(student: Tensor, teacher: Tensor) -> Tensor:

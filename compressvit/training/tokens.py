@@ -1,4 +1,4 @@
-"""How the tokens of a model's features are arranged, and how those of a teacher come to stand where the student has its own."""
+"""How the tokens of a model are arranged, and how those of a student and of a teacher come to stand beside each other."""
 
 from __future__ import annotations
 
@@ -9,25 +9,28 @@ import torch.nn.functional as F
 from torch import nn
 
 from compressvit.errors import UserError
-from compressvit.model.backbone import family_of
+from compressvit.model.backbone import Backbone, family_of
+from compressvit.model.family import BlockInfo
 
 CLASS, DISTILLATION, REGISTER = "class", "distillation", "register"
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The arrangement of features.
+    """The arrangement of features, or of what a block passes on.
 
     Attributes:
         width: of a token.
         prefix: what the tokens before the patches are, in their order.
         grid: height and width of the patches; None where they come as a map (B, height, width, width of a token), or where the model does
             not say, in which case they are taken for a square.
+        channels_first: whether a map is (B, width of a token, height, width).
     """
 
     width: int
     prefix: tuple[str, ...] = ()
     grid: tuple[int, int] | None = None
+    channels_first: bool = False
 
     @classmethod
     def of(cls, model: nn.Module) -> Layout | None:
@@ -45,14 +48,24 @@ class Layout:
             grid = None
         return cls(width, prefix, None if grid is None else (int(grid[0]), int(grid[1])))
 
-    def patches(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Of tokens (B, N, C), or of a map (B, h, w, C), the map of the patches.
+    @classmethod
+    def of_block(cls, model: nn.Module, backbone: Backbone, block: BlockInfo) -> Layout:
+        """That of what a block passes on."""
+        whole, count = cls.of(model), backbone.num_prefix_tokens
+        known = whole.prefix if whole is not None and len(whole.prefix) == count else (REGISTER,) * count
+        return cls(block.width, known, block.resolution, backbone.family.layout == "channels_first")
+
+    def patches(self, tokens: torch.Tensor, asker: str = "losses.feature") -> torch.Tensor:
+        """Of tokens (B, N, C), or of a map, the map (B, h, w, C) of the patches.
+
+        Args:
+            asker: the key that compares them, for messages.
 
         Raises:
             UserError: their number is not that of a grid of the model's shape.
         """
         if tokens.ndim == 4:
-            return tokens
+            return tokens.movedim(1, -1) if self.channels_first else tokens
         count = tokens.shape[1] - len(self.prefix)
         height, width = self.grid or (1, 1)
         if height * width != count:  # of another image size: a grid of the same shape
@@ -61,8 +74,8 @@ class Layout:
         if height * width != count:
             shape = _by(self.grid) if self.grid else "of a square"
             raise UserError(
-                f"losses.feature: {count} patches are no grid of the shape {shape}, and the model does not say how else they lie; set "
-                "losses.feature.weight=0"
+                f"{asker}: {count} patches are no grid of the shape {shape}, and the model does not say how else they lie; set "
+                f"{asker}.weight=0"
             )
         return tokens[:, len(self.prefix) :].unflatten(1, (height, width))
 
@@ -78,6 +91,42 @@ class Layout:
         if self.prefix == other.prefix:
             return tokens[:, : len(self.prefix)] if self.prefix else None
         return self.image(tokens)[:, None] if CLASS in (*self.prefix, *other.prefix) else None
+
+    def shared_prefix(self, other: Layout) -> tuple[list[int], list[int]]:
+        """The places, here and in another model, of the tokens before the patches that mean the same in both: all of them where both have
+        the same; else class and distillation tokens, since registers mean nothing by themselves."""
+        if self.prefix == other.prefix:
+            places = list(range(len(self.prefix)))
+            return places, places
+        names = [name for name in (CLASS, DISTILLATION) if name in self.prefix and name in other.prefix]
+        return [self.prefix.index(name) for name in names], [other.prefix.index(name) for name in names]
+
+
+def aligned(
+    student: torch.Tensor, teacher: torch.Tensor, ours: Layout, theirs: Layout, asker: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens (B, N, ·) of student and teacher, of which those in one place mean the same: first the tokens before the patches that both
+    have, then the patches, on the smaller of the two grids along each side.
+
+    Args:
+        student, teacher: tokens (B, N, C) or maps, as `ours` and `theirs` say; widths may differ.
+        asker: the key that compares them, for messages.
+
+    Raises:
+        UserError: see `Layout.patches`.
+    """
+    maps = ours.patches(student, asker), theirs.patches(teacher, asker)
+    size = min(maps[0].shape[1], maps[1].shape[1]), min(maps[0].shape[2], maps[1].shape[2])
+    found = []
+    for whole, patches, places in zip((student, teacher), maps, ours.shared_prefix(theirs), strict=True):
+        flat = resized(patches, size).flatten(1, 2)
+        found.append(torch.cat([whole[:, places], flat], dim=1) if places else flat)
+    return found[0], found[1]
+
+
+def in_sequence(tokens: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """Tokens (B, N, C) as they are, or those of a map row by row."""
+    return layout.patches(tokens).flatten(1, 2) if tokens.ndim == 4 else tokens
 
 
 def resized(patches: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

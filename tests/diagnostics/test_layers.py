@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 from helpers.images import side
-from helpers.models import ADAPTED, BACKBONES, build, images_for
+from helpers.models import ADAPTED, BACKBONES, VIT, build, images_for
 from PIL import Image
 from torch import nn
 
@@ -215,7 +215,7 @@ def test_a_set_in_the_order_of_its_classes_is_streamed_as_it_is(tmp_path):
 def test_the_map_keeps_the_order_and_finds_the_best_sum():
     blocks = describe(build("vit")).blocks
     values = np.array([[0.9, 0.8, 0.1, 0.0], [0.95, 0.2, 0.3, 0.1]])
-    assert suggested_pairs(values, blocks[:2], blocks) == [
+    assert suggested_pairs(values, blocks[:2], blocks, np.ones((2, 4), bool)) == [
         (0, 0),
         (1, 2),
     ]  # 1.2; the greedy (1, 0) leaves block 0 alone
@@ -224,13 +224,14 @@ def test_the_map_keeps_the_order_and_finds_the_best_sum():
 def test_blocks_that_are_alike_to_none_still_have_a_pair():
     blocks = describe(build("vit")).blocks
     values = np.array([[0.9, 0.1, 0.0, 0.0], [-0.03, -0.02, -0.04, -0.03], [0.0, 0.0, 0.2, 0.8]])
-    assert suggested_pairs(values, blocks[:3], blocks) == [(0, 0), (1, 1), (2, 3)]
+    assert suggested_pairs(values, blocks[:3], blocks, np.ones((3, 4), bool)) == [(0, 0), (1, 1), (2, 3)]
 
 
 def test_the_map_keeps_to_stage_and_shift():
     blocks = describe(build("swin")).blocks
     values = np.random.default_rng(0).random((len(blocks), len(blocks)))
-    pairs = suggested_pairs(values, blocks, blocks)
+    places = [(block.stage, block.shift) for block in blocks]
+    pairs = suggested_pairs(values, blocks, blocks, np.array([[s == t for t in places] for s in places]))
     assert pairs
     for s, t in pairs:
         assert (blocks[s].stage, blocks[s].shift) == (blocks[t].stage, blocks[t].shift)
@@ -321,6 +322,18 @@ def test_drift_without_images_or_anything_to_compare():
     longer = compress(narrow, [VPT(prompts=2, deep=False)])
     with pytest.raises(UserError, match="differ in the number of tokens and in width"):
         drift(side(longer), side(teacher), every_block(longer, teacher)[:1], batches_for(teacher), CPU)
+
+
+def test_drift_of_other_models_is_that_of_the_tokens_that_both_have():
+    finer = timm.create_model("vit_tiny_patch16_224", **{**VIT, "patch_size": 4, "reg_tokens": 2}).eval()
+    teacher = build("vit")
+    pairs = every_block(finer, teacher)
+    found = drift(side(finer), side(teacher), pairs, batches_for(teacher), CPU)
+    assert [sorted(values) for values in found] == [
+        ["attention_relation_kl", "cosine", "error", "hidden_relation"] for _ in pairs
+    ]
+    same = drift(side(teacher), side(teacher), every_block(teacher, teacher), batches_for(teacher), CPU)
+    assert all(value < 1e-6 for values in same for value in values.values())  # measured 3e-7
 
 
 def test_drift_names_the_first_block_that_is_not_finite():

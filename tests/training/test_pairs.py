@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 from helpers.images import side
-from helpers.models import BACKBONES, SWIN, VIT, build, images_for
+from helpers.models import BACKBONES, SWIN, VIT, build, examples, images_for
 from timm.models.vision_transformer import ParallelScalingBlock
 from torch import nn
 
@@ -60,7 +60,7 @@ def test_matched_takes_the_end_of_every_group(name, transforms, expected, how):
     assert indices(pairs) == [(i, i) for i in expected]
     assert reason == how
     assert [str(p) for p in pairs] == [f"{i}↔{i}" for i in expected]
-    assert all((p.student_skip, p.teacher_skip) == (0, 0) for p in pairs)
+    assert all(p.same_tokens and p.attends_alike for p in pairs)
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -88,7 +88,7 @@ def test_matched_with_other_depths_distils_the_prediction():
     ):
         pairs, how = match_layers(student, teacher, "matched")
         assert pairs == []
-        assert how.endswith("so relations are not distilled; give distill.layers to pair them yourself")
+        assert how.endswith("so relations are not distilled; give distill.layers, pairs or auto, to have them")
         assert depths.replace("\\", "") in how
 
 
@@ -105,15 +105,17 @@ def test_matched_with_another_architecture_distils_the_prediction(kind):
     for a, b in ((student, teacher), (teacher, student)):
         pairs, how = match_layers(a, b, "matched")
         assert pairs == []
-        unknown = kind == "both unknown"
-        reason = (
-            "compressvit knows no blocks with attention of resnet18" if unknown else "are of different architectures"
-        )
-        assert how.endswith(f"{reason}: no layer pairs, so relations are not distilled")
-        with pytest.raises(
-            UserError,
-            match=r"gives pairs, but .* (are of different architectures|of resnet18); remove it to distil the prediction",
-        ):
+        reason = {
+            "convolutional": "compressvit knows no blocks of resnet18",
+            "other family": "are of different architectures",
+            "other blocks": "compressvit knows no blocks of vit_tiny_patch16_224",
+            "both unknown": "compressvit knows no blocks of resnet18",
+        }[kind]
+        assert f"{reason}: no layer pairs, so relations are not distilled" in how
+        assert how.endswith("give distill.layers, pairs or auto, to have them") == (kind == "other family")
+        if kind == "other family":
+            continue
+        with pytest.raises(UserError, match=f"gives pairs, but {reason}; remove it to distil the prediction"):
             match_layers(a, b, ((0, 0),))
 
 
@@ -148,20 +150,27 @@ def test_released_pairs_of_the_paper():
 
 
 @pytest.mark.parametrize(
-    ("student", "teacher", "skip"),
+    ("student", "teacher", "said"),
     [
-        ("vit_no_class_token", "vit", (0, 1)),
-        ("vit", "deit_distilled", (1, 2)),
-        ("dinov2_registers", "vit", (5, 1)),
-        ("vit", "vit", (0, 0)),
+        ("vit_no_class_token", "vit", "prefix tokens are left out, because the student has 0 and the teacher 1"),
+        (
+            "vit",
+            "deit_distilled",
+            "but for class tokens, prefix tokens are left out, because the student has 1 and the teacher 2",
+        ),
+        (
+            "dinov2_registers",
+            "vit",
+            "but for class tokens, prefix tokens are left out, because the student has 5 and the teacher 1",
+        ),
+        ("vit", "vit", ""),
     ],
 )
-def test_prefix_tokens_are_left_out_where_they_differ(student, teacher, skip):
+def test_prefix_tokens_that_one_lacks_are_left_out(student, teacher, said):
     pairs, how = match_layers(build(student), build(teacher), "matched")
     assert pairs
-    assert all((p.student_skip, p.teacher_skip) == skip for p in pairs)
-    said = f"prefix tokens are left out, because the student has {skip[0]} and the teacher {skip[1]}"
-    assert (said in how) == (skip != (0, 0))
+    assert all(p.same_tokens == (not said) and p.attends_alike for p in pairs)
+    assert how == "the last block of every stage" + (f"; {said}" if said else "")
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals
@@ -189,21 +198,22 @@ def test_pairs_that_do_not_see_the_same_tokens(pair, message):
         match_layers(compress(teacher, [Multiplex(share=2)]), teacher, ((0, 0), pair))
 
 
-def test_pairs_of_another_resolution_or_window():
-    with pytest.raises(
-        UserError,
-        match=r"differs in resolution: \(16, 16\) in the student, \(32, 32\) .*no teacher block fits it; build "
-        r"student and teacher for images and windows of the same size",
-    ):
-        match_layers(swin(), swin(img_size=64), ((1, 1),))
-    with pytest.raises(UserError, match=r"differs in window: \(4, 4\) in the student, \(8, 8\) in the teacher"):
-        match_layers(swin(), swin(window_size=8), ((1, 1),))
-    with pytest.raises(UserError, match=r"differs in resolution: \(4, 4\) in the student, \(8, 8\) in the teacher"):
-        match_layers(vit(), vit(img_size=64), ((0, 0),))
-    for other in (swin(img_size=64), swin(window_size=8)):
-        pairs, how = match_layers(swin(), other, "matched")
-        assert pairs == []
-        assert "has other tokens in the student than in the teacher" in how
+@pytest.mark.parametrize(
+    ("student", "teacher", "grids", "attention"),
+    [
+        (swin, {"img_size": 64}, True, False),
+        (swin, {"window_size": 8}, False, False),
+        (vit, {"img_size": 64}, True, True),
+    ],
+)
+def test_pairs_of_another_resolution_or_window(student, teacher, grids, attention):
+    """Attention is over the same tokens in windows of the same size alone, or where it is over the whole image."""
+    for layers in ("matched", ((1, 1), (3, 3))):
+        pairs, how = match_layers(student(), student(**teacher), layers)
+        assert pairs
+        assert all(pair.attends_alike == attention for pair in pairs)
+        assert ("these are compared on the smaller one" in how) == grids
+        assert ("attention relations of all pairs are left out" in how) == (not attention)
 
 
 def test_a_student_block_without_a_partner_names_those_of_the_teacher_block():
@@ -215,8 +225,9 @@ def test_a_student_block_without_a_partner_names_those_of_the_teacher_block():
         match_layers(student, teacher, ((2, 1),))
     with pytest.raises(UserError, match=r"names block 9 of the teacher.*that fits is \[1, 1\]"):
         match_layers(student, teacher, ((2, 9),))
-    with pytest.raises(UserError, match=r"names block 9 of the teacher, which has 2 \(0 to 1\)$"):
-        match_layers(swin(), swin(depths=(1, 1), img_size=64), ((2, 9),))
+    larger = timm.create_model("hiera_tiny_224", **{**examples()["hiera"].args, "img_size": 64})
+    with pytest.raises(UserError, match=r"names block 9 of the teacher, which has 4 \(0 to 3\)$"):  # none fits
+        match_layers(build("hiera"), larger, ((2, 9),))
 
 
 @pytest.mark.parametrize(
@@ -314,5 +325,24 @@ def test_auto_without_values_pairs_by_depth():
         assert how == "auto: the most similar by CKA, measured when the phase begins; by depth until then"
 
 
-def test_auto_with_another_architecture_distils_the_prediction():
-    assert match_layers(vit(), swin(), "auto")[0] == []
+def test_auto_pairs_blocks_of_other_architectures():
+    pairs, how = match_layers(vit(), swin(), "auto")
+    assert indices(pairs) == [(0, 0), (1, 2), (2, 3), (3, 5)]  # by depth: 4 blocks and 6
+    assert "but for" not in how
+    assert "prefix tokens are left out, because the student has 1 and the teacher 0" in how
+    assert "these are compared on the smaller one" in how
+    assert "attention relations of all pairs are left out" in how
+
+
+def test_tokens_in_an_order_of_their_own_have_no_pairs_elsewhere():
+    for a, b in ((build("hiera"), vit()), (vit(), build("hiera"))):
+        for layers in ("matched", "auto"):
+            pairs, how = match_layers(a, b, layers)
+            assert pairs == []
+            assert how == (
+                "the tokens of hiera_tiny_224 come in an order of its own, which those of another architecture have not: "
+                "no layer pairs, so relations are not distilled"
+            )
+        with pytest.raises(UserError, match=r"distill.layers gives pairs, but the tokens of hiera_tiny_224 come in an"):
+            match_layers(a, b, ((0, 0),))
+    assert match_layers(build("hiera"), build("hiera"), "auto")[0]

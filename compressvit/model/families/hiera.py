@@ -60,6 +60,7 @@ class Hiera(Family):
     slotted_block = SlottedHieraBlock
     whole_heads = True
     widens = True
+    in_rows = False  # mask unit by mask unit
     # Attention has none: before the first norm of a stage the stream is narrower, and of more tokens.
     branches: ClassVar[Mapping[str, Branch]] = {"mlp.fc2": Branch("norm2", "mlp", "ls2")}
     examples: ClassVar[Mapping[str, Example]] = {"hiera": Example("hiera_tiny_224", SMALL)}

@@ -39,11 +39,12 @@ class Distill(PhaseSpec):
     losses: LossSection = Field(default_factory=lambda: losses_section()(), json_schema_extra=_show_default)
     layers: Literal["matched", "auto"] | tuple[tuple[int, int], ...] = Field(
         "matched",
-        description="Pairs [student block, teacher block] for the relation losses, counted from 0 over the whole model. "
+        description="Pairs [student block, teacher block] for the relation losses and cka, counted from 0 over the whole model. "
         "'matched': the last block of every share group (of every stage if nothing is shared), with the teacher's block "
-        "of the same index; teacher and student must have the same depths. 'auto': the last block of every share group (every block "
-        "if nothing is shared), with the teacher's block that is most similar when the phase begins, by CKA on the calibration "
-        "images, in order and within stage, resolution and window shift; depths may differ.",
+        "of the same index; teacher and student must be of one architecture and have the same depths. 'auto': the last block of every "
+        "share group (every block if nothing is shared), with the teacher's block that is most similar when the phase begins, by CKA on "
+        "the calibration images, in order (within stage and window shift, where both are of one architecture); depths and architectures "
+        "may differ.",
     )
 
     @property

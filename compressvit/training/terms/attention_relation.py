@@ -6,12 +6,17 @@ and learn nothing, and turned ones of two tokens would agree or not by how far a
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from pydantic import Field
 
 from compressvit.model.taps import qkv_taps, tapped_qkv
 from compressvit.training import losses
 from compressvit.training.terms.base import Batch, LossTerm, Term, TermSetting, loss_term
+
+if TYPE_CHECKING:
+    from compressvit.training.pairs import LayerPair
 
 
 @loss_term("attention_relation")
@@ -24,20 +29,12 @@ class AttentionRelationTerm(LossTerm):
     )
 
     def build(self, setting: TermSetting) -> Term | None:
-        pairs = setting.pairs
+        pairs = [pair for pair in setting.pairs if pair.attends_alike]
         if not pairs:
             return None
 
         def function(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-            values = [
-                losses.attention_relation(
-                    tapped_qkv(batch.student_taps, p.student, p.student_skip),
-                    tapped_qkv(batch.teacher_taps, p.teacher, p.teacher_skip),
-                    self.heads,
-                    with_kl=True,
-                )
-                for p in pairs
-            ]
+            values = [losses.attention_relation(*_projections(pair, batch), self.heads, with_kl=True) for pair in pairs]
             loss, kl = (torch.stack(v).mean() for v in zip(*values, strict=True))
             # The cross-entropy cannot fall below the teacher's entropy; training can only reduce the difference, the KL divergence.
             return loss, {"attention_relation_kl": kl}
@@ -49,3 +46,10 @@ class AttentionRelationTerm(LossTerm):
             tuple(tap for p in pairs for tap in qkv_taps(p.student)),
             tuple(tap for p in pairs for tap in qkv_taps(p.teacher)),
         )
+
+
+def _projections(pair: LayerPair, batch: Batch) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Queries, keys and values (B, N, ·) of student and teacher."""
+    ours, theirs = tapped_qkv(batch.student_taps, pair.student), tapped_qkv(batch.teacher_taps, pair.teacher)
+    both = [pair.beside(s, t, "losses.attention_relation") for s, t in zip(ours, theirs, strict=True)]
+    return [s for s, _ in both], [t for _, t in both]

@@ -63,7 +63,7 @@ def build_terms(
     built = [term for asked in spec.terms() if (term := asked.build(setting)) is not None]
     if not built:
         raise UserError(
-            "nothing is left to distil: only relation losses have a weight, and there are no layer pairs; "
+            "nothing is left to distil: only losses of layer pairs have a weight, and there are none that these compare; "
             "give distill.layers, or losses.prediction.weight"
         )
     return built

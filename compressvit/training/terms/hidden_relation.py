@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from einops import rearrange
 from pydantic import Field
 
 from compressvit.training import losses
@@ -14,7 +13,10 @@ from compressvit.training.terms.base import Batch, LossTerm, Term, TermSetting, 
 
 @loss_term("hidden_relation")
 class HiddenRelationTerm(LossTerm):
-    """MiniViT's hidden-state distillation (γ): relations of the output tokens of the paired blocks."""
+    """MiniViT's hidden-state distillation (γ): relations of the output tokens of the paired blocks.
+
+    The two may differ in width, in their grid of patches (both are then on the smaller one) and in tokens before the patches.
+    """
 
     weight: float = Field(0.1, ge=0)
     form: Literal["cosine_mse", "softmax_ce"] = Field(
@@ -30,12 +32,11 @@ class HiddenRelationTerm(LossTerm):
         def function(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             values = [
                 losses.hidden_relation(
-                    _tokens(batch.student_taps, p.student.path, p.student_skip),
-                    _tokens(batch.teacher_taps, p.teacher.path, p.teacher_skip),
+                    *pair.tokens(batch.student_taps, batch.teacher_taps, "losses.hidden_relation"),
                     self.form,
                     self.scale,
                 )
-                for p in pairs
+                for pair in pairs
             ]
             return torch.stack(values).mean(), {}
 
@@ -46,8 +47,3 @@ class HiddenRelationTerm(LossTerm):
             tuple((p.student.path, "output") for p in pairs),
             tuple((p.teacher.path, "output") for p in pairs),
         )
-
-
-def _tokens(taps: dict[str, dict[str, Any]], path: str, skip: int) -> torch.Tensor:
-    x = taps[path]["output"]
-    return (rearrange(x, "b h w c -> b (h w) c") if x.ndim == 4 else x)[:, skip:]
