@@ -21,6 +21,7 @@ from compressvit.files import damaged_record, torch_fault
 from compressvit.model import hugging_face
 from compressvit.model.backbone import body_of, head_names, model_name
 from compressvit.model.bounded import on_meta, require_sound
+from compressvit.model.channels import adapted_channels
 from compressvit.model.hub import weights_path
 from compressvit.model.local_dir import INDEXES, in_parts, read_local_dir
 from compressvit.model.modules import as_timm
@@ -171,7 +172,8 @@ def load_pretrained(model: nn.Module, where: str, *, new_head: bool = False) -> 
 def load_file(model: nn.Module, path: str | Path, where: str, *, new_head: bool = False) -> list[Note]:
     """Give `model` the values in a file: safetensors, or a torch file of plain tensors. Nothing is unpickled.
 
-    Position embeddings and tables of relative positions are resampled to the model's token grid, as timm does it.
+    As timm does it, position embeddings and tables of relative positions are resampled to the model's token grid, and a first convolution
+    of three channels is adapted to the model's number of channels.
 
     Args:
         model: changed in place.
@@ -190,6 +192,8 @@ def load_file(model: nn.Module, path: str | Path, where: str, *, new_head: bool 
     given, more = _under_its_names(stored, own, where)
     tensors = resample_positions(given, model)
     notes += more + resampled_note(given, tensors, model)
+    tensors, adapted = adapted_channels(tensors, model)
+    notes += adapted
     heads = head_names(model)
     if not any(n in own for n in heads):  # a headless model has no use for the file's classifier
         classifiers = {"head", "head_dist", *_classifiers(model)}
