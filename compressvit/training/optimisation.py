@@ -45,10 +45,8 @@ def build_optimizer(model: nn.Module, spec: Training, batch_size: int, device: t
     if device.type == "cuda" and spec.optimizer in ("adamw", "adam", "sgd"):
         kwargs["fused"] = True
     try:
-        # timm excludes 1-D tensors and those that the model names; modules that transforms added name their own
-        groups = timm.optim.param_groups_weight_decay(model, spec.weight_decay, no_weight_decay_list=_undecayed(model))
         return timm.optim.create_optimizer_v2(
-            _with_rate_of_backbone(groups, model, spec.backbone_lr),
+            _with_rate_of_backbone(_groups(model, spec), model, spec.backbone_lr),
             opt=spec.optimizer,
             lr=lr,
             weight_decay=spec.weight_decay,
@@ -64,6 +62,25 @@ def build_optimizer(model: nn.Module, spec: Training, batch_size: int, device: t
         raise UserError(
             f"optimizer {spec.optimizer!r} cannot be built with {given or 'its defaults'}: {error}"
         ) from error
+
+
+def _groups(model: nn.Module, spec: Training) -> list[dict[str, Any]]:
+    """The parameters in groups of one weight decay and, with `layer_decay`, of one layer, as timm makes them.
+
+    timm excludes 1-D tensors and those that the model names; modules that transforms added name their own.
+    """
+    undecayed = _undecayed(model)
+    if spec.layer_decay is None:
+        return timm.optim.param_groups_weight_decay(model, spec.weight_decay, no_weight_decay_list=undecayed)
+    if not hasattr(model, "group_matcher"):
+        other = "; backbone_lr gives its backbone a rate of its own" if body_of(model) is not None else ""
+        raise UserError(
+            f"layer_decay={spec.layer_decay:g} needs a model that tells its layers (timm's group_matcher), and {model_name(model)} does "
+            f"not; leave it out{other}"
+        )
+    return timm.optim.param_groups_layer_decay(
+        model, spec.weight_decay, no_weight_decay_list=undecayed, layer_decay=spec.layer_decay
+    )
 
 
 def _with_rate_of_backbone(groups: list[dict[str, Any]], model: nn.Module, factor: float) -> list[dict[str, Any]]:

@@ -32,6 +32,13 @@ class Training(Spec):
     backbone_lr: float = Field(
         1.0, ge=0, description="Of a detector: the learning rate of its backbone, as a factor of `lr`; 0 freezes it."
     )
+    layer_decay: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Factor of `lr` from each layer to the one before it, counted from the classifier by timm's `group_matcher` "
+        "(BEiT's and MAE's fine-tuning: 0.65 to 0.75); what several layers share has that of the first.",
+    )
     frozen: tuple[str, ...] = Field(
         (),
         description="Paths of modules, or patterns of them, that the phase does not train and keeps in eval mode, e.g. [backbone.layer1].",

@@ -16,7 +16,7 @@ from compressvit.errors import UserError
 from compressvit.model.backbone import describe
 from compressvit.training import optimisation
 from compressvit.training.phases.finetune import Finetune
-from compressvit.transforms import LoRA
+from compressvit.transforms import Adapters, LoRA, LowRank
 from compressvit.transforms.applying import compress
 
 CPU = torch.device("cpu")
@@ -58,6 +58,46 @@ def test_only_what_requires_a_gradient_is_optimised_and_once():
     optimizer = optimisation.build_optimizer(model, Finetune(epochs=1), 8, CPU)
     chosen = [id(p) for g in optimizer.param_groups for p in g["params"]]
     assert sorted(chosen) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [
+        ("vit", []),
+        ("swin", []),
+        ("vit", [LowRank(rank=4, metric="weights", sequential=False)]),
+        ("vit", [Adapters(width=2)]),
+    ],
+)
+def test_rates_fall_from_layer_to_layer(name, steps):
+    """Layers counted from the head, as in the fine-tuning of BEiT: blocks one by one, what transforms put into them too."""
+    model = compress(build(name), steps)
+    spec = Finetune(epochs=1, lr=1.0, layer_decay=0.5, weight_decay=0.3)
+    optimizer = optimisation.build_optimizer(model, spec, 8, CPU)
+    optimisation.build_schedule(optimizer, spec, 4).step_update(0)
+    rate = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
+    decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert rate.keys() == {id(p) for p in trained.values()}
+    blocks = describe(model).blocks
+    for path, parameter in trained.items():
+        index = next((block.index for block in blocks if block.holds(path)), None)
+        if path.startswith("head."):
+            assert rate[id(parameter)] == 1.0
+        elif index is not None:  # behind the blocks come the norm and the head
+            assert rate[id(parameter)] == pytest.approx(0.5 ** (len(blocks) - index)), path
+        elif path.startswith("patch_embed."):
+            assert rate[id(parameter)] == pytest.approx(0.5 ** (len(blocks) + 1))
+        assert decay[id(parameter)] in (0.0, 0.3)
+    assert len(trained) > 15
+
+
+def test_a_model_that_does_not_tell_its_layers_has_no_rates_for_them():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    with pytest.raises(
+        UserError, match=r"layer_decay=0.7 needs a model that tells its layers .* and Sequential does not"
+    ):
+        optimisation.build_optimizer(model, Finetune(epochs=1, layer_decay=0.7), 8, CPU)
 
 
 def rates(spec: Finetune, steps_per_epoch: int) -> list[float]:
