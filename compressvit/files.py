@@ -12,7 +12,7 @@ import os
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +79,14 @@ def expanded(path: str | Path, where: str) -> Path:
     return found
 
 
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Call `write(scratch)` and rename the scratch file to `path`; if this fails, the old file is unchanged."""
+def write_atomically(path: Path, write: Callable[[Path], Any], *, keep: Path | None = None) -> None:
+    """Call `write(scratch)` and rename the scratch file to `path`; if this fails, the old file is unchanged.
+
+    File and folder are on the disk before this returns, so that a machine that loses its power has the old file or the new one.
+
+    Args:
+        keep: the old file gets this name.
+    """
     scratch = path.with_name(f".{path.name}.part")
     with disk_faults(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,9 +96,23 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         try:
             scratch.touch(exist_ok=False)  # fails on whatever else appears there; `write` then finds a file of ours
             write(scratch)
+            sync(scratch)
+            if keep is not None and path.exists():
+                os.replace(path, keep)
             os.replace(scratch, path)
+            sync(path.parent)
         finally:
             scratch.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk; where a system or file system cannot, it does not wait."""
+    with suppress(OSError):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def usual_mode(path: Path) -> None:
@@ -135,11 +155,11 @@ def torch_fault(error: Exception) -> str:
     return (text.splitlines() or [type(error).__name__])[0][:300]
 
 
-def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Write tensors and plain values with torch, atomically."""
+def save_checkpoint(path: Path, content: dict[str, Any], *, keep: Path | None = None) -> None:
+    """Write tensors and plain values with torch, atomically; arguments as of `write_atomically`."""
     import torch
 
-    write_atomically(path, lambda scratch: torch.save(content, scratch))
+    write_atomically(path, lambda scratch: torch.save(content, scratch), keep=keep)
 
 
 def damaged_record(path: Path) -> str | None:

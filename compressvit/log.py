@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from compressvit.errors import UserError
 from compressvit.files import disk_faults
-from compressvit.rows import append_row, metrics_row, read_metrics
+from compressvit.rows import append_row, keep_metrics, metrics_row, read_metrics
 from compressvit.text import complain, printable
 
 if TYPE_CHECKING:  # rich is imported only where something is printed
@@ -110,6 +110,13 @@ class RunLog:
         with warn_and_continue("earlier metrics cannot be read"):
             rows = read_metrics(path) if path.is_file() else []
         return any((row.phase, row.kind, row.step) == (phase, kind, step) for row in rows)
+
+    def forget(self, phase: str, step: int) -> None:
+        """Remove the rows of a phase after a step from `metrics.jsonl`: a run that goes on from there writes them again."""
+        path = None if self.folder is None else self.folder / "metrics.jsonl"
+        if path is not None and path.is_file():
+            with warn_and_continue("earlier metrics cannot be read"):
+                keep_metrics(path, lambda row: row.phase != phase or row.step <= step)
 
     def show_on_boards(self, show: Callable[[Board], object]) -> None:
         """Call a function with each board, to show something other than scalars there."""

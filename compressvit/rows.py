@@ -130,6 +130,14 @@ def rewrite_rows(path: Path, rows: Iterable[BaseModel]) -> None:
     write_text(path, "".join(json.dumps(row.model_dump(exclude_none=True)) + "\n" for row in rows))
 
 
+def keep_metrics(path: Path, wanted: Callable[[MetricsRow], bool]) -> None:
+    """Remove other rows than the wanted ones, and those that a later one repeats, from a `metrics.jsonl`. Raises as `read_rows` does."""
+    rows = _read(path, parse_metrics)
+    kept = each_once(row for row in rows if wanted(row))
+    if len(kept) < len(rows):
+        rewrite_rows(path, kept)
+
+
 def read_rows(path: Path, kind: type[Row]) -> list[Row]:
     """The rows of a file, without an incomplete last row.
 

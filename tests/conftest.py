@@ -10,6 +10,7 @@ import gc
 import importlib
 import inspect
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,14 @@ def _few_timings():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cost, "latencies", functools.partial(cost.latencies, rounds=3))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_waiting_for_the_disk():
+    """No test loses its power; `tests/test_reading.py` counts who would have waited."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
         yield
 
 

@@ -200,3 +200,15 @@ def test_json_is_valid_for_every_reader(tmp_path):
     json.loads((tmp_path / "x.json").read_bytes().decode("utf-8"))
     append_row(tmp_path / "rows", MetricsRow(phase="caf\udce9", kind="train", step=1))
     assert read_rows(tmp_path / "rows", MetricsRow)[0].phase == r"caf\xe9"
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name_and_the_name_before_it_returns(tmp_path, monkeypatch):
+    done, replace = [], os.replace
+    names = lambda handle: os.path.basename(os.readlink(f"/proc/self/fd/{handle}"))  # noqa: E731
+    monkeypatch.setattr(os, "fsync", lambda handle: done.append(("sync", names(handle))))
+    monkeypatch.setattr(os, "replace", lambda a, b: (done.append(("rename", a.name, b.name)), replace(a, b)))
+    write_atomically(tmp_path / "x", lambda scratch: scratch.write_text("1"), keep=tmp_path / "old")
+    write_atomically(tmp_path / "x", lambda scratch: scratch.write_text("2"), keep=tmp_path / "old")
+    whole = [("sync", ".x.part"), ("rename", ".x.part", "x"), ("sync", tmp_path.name)]
+    assert done == [*whole, whole[0], ("rename", "x", "old"), *whole[1:]]
+    assert [(tmp_path / name).read_text() for name in ("old", "x")] == ["1", "2"]

@@ -330,6 +330,8 @@ def _leave_signals_to_the_main_process(worker: int) -> None:
     """A signal to the whole process group (Ctrl-C, a job scheduler) must not end the workers before the checkpoint is written."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if hasattr(signal, "SIGUSR1"):
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def _batches(

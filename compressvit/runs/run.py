@@ -157,7 +157,7 @@ class Run:
 
     def _start(self, part: Part, phase: Phase, student: Side, teacher: Side) -> dict[str, Any] | None:
         """Report the scores after transforms and before training, unless a resumed run has already done so."""
-        if phase.checkpoint.is_file():
+        if phase.begun:
             return None
         start = self.scorer.score(student, self.scorer.comparable(teacher))
         self.log.scalars(part.transformed, "evaluate", 0, start)

@@ -28,7 +28,7 @@ from compressvit.training.best import Best
 from compressvit.training.meters import Meters
 from compressvit.training.phase import Phase
 from compressvit.training.spec import Training
-from compressvit.training.state import Moments, TrainedState, read_checkpoint, restoring
+from compressvit.training.state import Moments, TrainedState, read_either, restoring
 from compressvit.training.stopping import Interrupted, StopRequest, diverged
 from compressvit.training.terms import Batch, Term, total_of
 from compressvit.training.watch import Watch
@@ -132,7 +132,7 @@ class Trainer:
 
     def run(self) -> dict[str, Any]:
         """Run the whole phase; returns the result of `train`."""
-        if self.phase.checkpoint.is_file():
+        if self.phase.begun:
             ended = self.resume()
             if ended is not None:
                 self.frozen.release()
@@ -174,9 +174,11 @@ class Trainer:
 
     def resume(self) -> dict[str, Any] | None:
         """Continue from the checkpoint. If the phase is already complete, return the result of `train`."""
-        path = self.phase.checkpoint
-        saved = read_checkpoint(path, self.model, len(self.loader))
+        path, saved, damage = read_either(self.phase, self.model, len(self.loader))
+        if damage:
+            self.log.say(f"{self.phase.name}: {damage}; {path.name}, the one before, is used")
         self.state.load(saved, self.model, path)
+        self.log.forget(self.phase.name, saved["steps"])
         self.start, self.best = saved.get("start"), saved.get("best")
         if saved["done"]:
             kept = saved.get("kept_epoch", saved.get("epoch"))
@@ -393,4 +395,6 @@ class Trainer:
             if self.average is not None:
                 average = self.state.of(self.average.module)
                 content |= {"average": average, "n_averaged": self.average.updates, "average_rises": self.average.rises}
-        save_checkpoint(self.phase.checkpoint, content)
+        save_checkpoint(self.phase.checkpoint, content, keep=None if done else self.phase.before)
+        if done:
+            self.phase.before.unlink(missing_ok=True)

@@ -69,7 +69,7 @@ class Stage:
     @property
     def fresh(self) -> bool:
         """Whether the phase starts now; a resumed phase has already reported its start."""
-        return not self.phase.checkpoint.is_file()
+        return not self.phase.begun
 
     def train(
         self,

@@ -21,6 +21,7 @@ from compressvit.model import ties
 from compressvit.model.old import current_checkpoint
 from compressvit.model.weights import hash_tensors
 from compressvit.spec import first_fault
+from compressvit.training.phase import Phase
 from compressvit.transforms.record import only_adapted
 
 _UNFINISHED = ("epoch", "batch_index", "steps", "optimizer", "scaler", "random_state", "meters")
@@ -85,6 +86,24 @@ def read_checkpoint(path: Path, model: nn.Module, batches: int) -> dict[str, Any
     if known.batch_index > batches:
         raise _damaged(path, f"batch_index: {known.batch_index:,}, and an epoch has {batches:,} batches")
     return saved
+
+
+def read_either(phase: Phase, model: nn.Module, batches: int) -> tuple[Path, dict[str, Any], str]:
+    """The last checkpoint of a phase, or where it is damaged or not there the one before, and in that case what is wrong with the last.
+
+    Raises:
+        UserError: as `read_checkpoint`, of the last one, where none can be read.
+    """
+    try:
+        return phase.checkpoint, read_checkpoint(phase.checkpoint, model, batches), ""
+    except UserError as error:
+        if not phase.before.is_file():
+            raise
+        damage = str(error).partition(";")[0] if phase.checkpoint.exists() else ""
+        try:
+            return phase.before, read_checkpoint(phase.before, model, batches), damage
+        except UserError as worse:
+            raise error if phase.checkpoint.exists() else worse from None
 
 
 @contextmanager

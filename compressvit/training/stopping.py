@@ -13,8 +13,11 @@ from compressvit.errors import UserError, is_command_line
 from compressvit.training.meters import Reading
 from compressvit.training.phase import Phase
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Of the keyboard, of whoever ends the process, and what a cluster can send some time before that (SLURM's `--signal=USR1@60`); Windows has
+# no SIGUSR1.
+_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 HANG_UP: int | None = getattr(signal, "SIGHUP", None)  # of a terminal that is closed; Windows has none
+_TOLD_AGAIN = (HANG_UP, getattr(signal, "SIGUSR1", None))  # which can come twice, and mean no hurry
 S = TypeVar("S", bound="Signals")
 
 
@@ -38,7 +41,7 @@ class Interrupted(Exception):
 
 
 class Signals:
-    """A context in which signals, SIGINT and SIGTERM by default, call `receive`. Outside the main thread only
+    """A context in which signals, SIGINT, SIGTERM and SIGUSR1 by default, call `receive`. Outside the main thread only
     the caller can handle them."""
 
     def __init__(self, signals: Sequence[int] = _SIGNALS) -> None:
@@ -59,7 +62,7 @@ class Signals:
 
 
 class StopRequest(Signals):
-    """Turns SIGINT and SIGTERM into a request that the loop checks after every optimiser step.
+    """Turns such signals into a request that the loop checks after every optimiser step.
 
     Args:
         hang_up: SIGHUP too, unless it is ignored, as under `nohup`.
@@ -77,7 +80,7 @@ class StopRequest(Signals):
     def receive(self, signum: int, frame: FrameType | None) -> None:
         if self.signum is None:
             self.signum = signum
-        elif signum == HANG_UP:  # a closed terminal can tell it twice, and nobody is in a hurry
+        elif signum in _TOLD_AGAIN:
             return
         elif self._held:
             self._second = signum
@@ -97,7 +100,7 @@ class StopRequest(Signals):
 
 
 class Stoppable(Signals):
-    """Turns SIGINT and SIGTERM into an `Interrupted` where no training waits for them: while layers are fitted, or results written.
+    """Turns such signals into an `Interrupted` where no training waits for them: while layers are fitted, or results written.
 
     Attributes:
         run: the folder of the run, once something is in it.
@@ -126,11 +129,7 @@ class Stoppable(Signals):
 def diverged(phase: Phase, reading: Reading, what: str) -> UserError:
     """The error of a phase in which `what` is not finite, with the terms' values at that step."""
     terms = ", ".join(f"{k} {v:.4g}" for k, v in reading.terms.items())
-    kept = (
-        f"the last good checkpoint is kept: {phase.checkpoint}"
-        if phase.checkpoint.is_file()
-        else "no checkpoint had been written"
-    )
+    kept = f"the last good checkpoint is kept: {phase.checkpoint}" if phase.begun else "no checkpoint had been written"
     return UserError(
         f"{phase.name}: {what} at step {reading.step} ({terms}); stopped, and {kept}. "
         "Try a smaller lr, a longer warm-up, clip_grad, or precision: fp32"
