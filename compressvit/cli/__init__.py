@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from compressvit import __version__
-from compressvit.cli.common import Verb, add_device, add_overrides, add_recipe, add_run, exit_code_of
+from compressvit.cli.common import Verb, add_device, add_overrides, add_recipe, add_run, exit_code_of, short
 from compressvit.cli.export import add_export
 from compressvit.cli.push import add_push
 from compressvit.cli.recipes import add_recipes, add_schema
@@ -301,6 +301,7 @@ def _frontier(arguments: argparse.Namespace) -> int:
     return 0
 
 
+@short
 def _validate(arguments: argparse.Namespace) -> int:
     from compressvit.recipe.recipe import load_recipe, require_known_models
     from compressvit.runs.heads import require_enough_outputs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from compressvit.cli.common import Verb, add_recipe
+from compressvit.cli.common import Verb, add_recipe, short
 from compressvit.errors import UserError
 from compressvit.text import printable
 
@@ -33,6 +33,7 @@ def add_schema(verb: Verb) -> None:
     )
 
 
+@short
 def _recipes_list(arguments: argparse.Namespace) -> int:
     from rich.table import Table
 
@@ -48,6 +49,7 @@ def _recipes_list(arguments: argparse.Namespace) -> int:
     return 0
 
 
+@short
 def _recipes_show(arguments: argparse.Namespace) -> int:
     from compressvit.recipe.recipe import load_recipe, read_recipe
 
@@ -60,6 +62,7 @@ def _recipes_show(arguments: argparse.Namespace) -> int:
     return 0
 
 
+@short
 def _schema(arguments: argparse.Namespace) -> int:
     from compressvit.recipe.schema import documentation, json_schema
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import suppress
 
 import torch
-from timm.models import adapt_input_conv
 from torch import nn
 
 from compressvit.model.modules import as_timm
@@ -17,6 +16,8 @@ def adapted_channels(tensors: dict[str, torch.Tensor], model: nn.Module) -> tupl
 
     For one channel the three are summed; for more they are repeated in turn, and scaled so that equal channels give what they gave.
     """
+    from timm.models import adapt_input_conv  # reading a recipe does not need timm
+
     own = model.state_dict()
     said = (getattr(as_timm(model), "pretrained_cfg", None) or {}).get("first_conv") or ()
     for path in (said,) if isinstance(said, str) else said:
