@@ -53,6 +53,25 @@ def _no_waiting_for_the_disk():
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _no_vega():
+    """Pages have a word in place of Vega's code, which takes seconds to put together and which hardly a test looks at."""
+    import vl_convert
+
+    bundle = vl_convert.javascript_bundle
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vl_convert, "javascript_bundle", lambda: "vega")
+        yield bundle
+
+
+@pytest.fixture(scope="module")
+def vega(_no_vega):
+    """Pages have Vega's own code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vl_convert.javascript_bundle", _no_vega)
+        yield
+
+
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items):
     """Mark as `wide` what `wide_unless` says."""
@@ -79,6 +98,15 @@ def drawn_once(monkeypatch):
     from helpers.page import drawn
 
     monkeypatch.setattr("vl_convert.vegalite_to_svg", lambda spec: drawn(json.dumps(spec)))
+
+
+@pytest.fixture
+def undrawn():
+    """Pictures of charts are a pixel; for tests that look at none."""
+    from helpers.runs import undrawn
+
+    with undrawn():
+        yield
 
 
 @pytest.fixture

@@ -48,6 +48,12 @@ TASKS = {
     "biases again": ([BitFit()], 6),
     "biases once more": ([BitFit()], 6),
 }
+FEW = [
+    "adapters",
+    "repadapter and ssf",
+    "vpt",
+    "mlp",
+]  # what is added, what replaces layers, what joins tokens, what is there
 
 
 def adapted(task: str, backbone: torch.nn.Module) -> torch.nn.Module:
@@ -63,19 +69,20 @@ def adapted(task: str, backbone: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-@pytest.mark.wide_unless(lambda name: name == "vit")
+@pytest.mark.wide_unless(lambda name, tasks: name == "vit" and tasks is FEW)
+@pytest.mark.parametrize("tasks", [FEW, list(TASKS)], ids=["few", "all"])
 @pytest.mark.parametrize("name", ["vit", "dinov2_registers", "swin"])
-def test_adapters_are_loaded_switched_and_removed(name, tmp_path):
+def test_adapters_are_loaded_switched_and_removed(name, tasks, tmp_path):
     backbone = build(name)
     images = images_for(backbone)
     files, expected = {}, {}
-    for task in TASKS:
+    for task in tasks:
         model = adapted(task, backbone)
         files[task] = save_adapter(model, tmp_path / f"{task}.safetensors")
         expected[task] = outputs(model, images)
         assert set(load_file(files[task])) <= trained_names(model)
     before, state, live = structure(backbone), values(backbone), copy.deepcopy(backbone)
-    for task in [*TASKS, *reversed(TASKS)]:
+    for task in [*tasks, *reversed(tasks)]:
         assert load_adapter(live, files[task]) is live
         assert torch.equal(outputs(live.eval(), images), expected[task])
         assert trained_names(live) == {n for n, p in live.named_parameters(remove_duplicate=False) if p.requires_grad}

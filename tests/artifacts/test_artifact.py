@@ -40,7 +40,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 # ------------------------------------------------------------------------------------------------------- there and back
 
 
-@pytest.mark.wide_unless(lambda name, dtype: name == "vit" or dtype == torch.float32)
+@pytest.mark.wide_unless(lambda name, dtype: name == "vit" and dtype != torch.float16)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", BACKBONES)
 def test_what_is_loaded_is_what_was_saved(name, dtype, tmp_path):
@@ -61,7 +61,7 @@ def test_what_is_loaded_is_what_was_saved(name, dtype, tmp_path):
     assert contents(artifact.save(again, tmp_path / "second")) == contents(path)
 
 
-@pytest.mark.wide_unless(lambda name: name != "resnet18")
+@pytest.mark.wide_unless(lambda name: name == "mobilenetv3_small_050")
 @pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_050", "levit_128s"])
 def test_a_plain_timm_model_is_an_artifact_too(name, tmp_path):
     model = timm.create_model(name, num_classes=3).eval()
@@ -72,6 +72,7 @@ def test_a_plain_timm_model_is_an_artifact_too(name, tmp_path):
     assert compression_of(again).plans == []
 
 
+@pytest.mark.wide_unless(lambda name: name in ("vit", "half", "plain"))
 @pytest.mark.parametrize("name", [*BACKBONES, "resnet18", "half", "plain"])
 def test_file_bytes_is_the_size_of_the_file(name, tmp_path):
     special = {
@@ -86,18 +87,18 @@ def test_file_bytes_is_the_size_of_the_file(name, tmp_path):
     assert cost.file_bytes(surgery.skeleton(model)) == size
 
 
-def test_a_new_classifier_is_saved(tmp_path):
-    for pool in (None, "avg"):
-        for name, classes in (("vit", 7), ("vit", 0), ("swin", 7), ("deit_distilled", 7)):
-            if pool and name == "deit_distilled":
-                continue
-            student = student_of(name)
-            student.reset_classifier(classes, pool)
-            again = artifact.load(artifact.save(student, tmp_path / "student"))
-            assert again.num_classes == classes
-            assert torch.equal(outputs(again), outputs(student))
+@pytest.mark.wide_unless(lambda name, pool: name == "vit" and pool)
+@pytest.mark.parametrize("pool", [None, "avg"])
+@pytest.mark.parametrize(("name", "classes"), [("vit", 7), ("vit", 0), ("swin", 7), ("deit_distilled", 7)])
+def test_a_new_classifier_is_saved(name, classes, pool, tmp_path):
+    student = student_of(name)
+    student.reset_classifier(classes, None if name == "deit_distilled" else pool)
+    again = artifact.load(artifact.save(student, tmp_path / "student"))
+    assert again.num_classes == classes
+    assert torch.equal(outputs(again), outputs(student))
 
 
+@pytest.mark.wide_unless(lambda name: name == "vit")
 @pytest.mark.parametrize("name", ["vit", "dinov2_registers", "swin"])
 def test_another_input_size_is_saved(name, tmp_path):
     torch.manual_seed(0)

@@ -25,7 +25,6 @@ from compressvit.transforms.applying import compress
 FAST = {
     ("shared", "safetensors", "fp16"),
     ("lors", "safetensors", "fp32"),
-    ("plain", "pt2", "bf16"),
     ("plain", "timm", "fp16"),
 }
 CASES = [

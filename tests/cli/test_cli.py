@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -16,6 +17,8 @@ from compressvit import __version__
 from compressvit.cli import main
 from compressvit.recipe.recipe import load_recipe
 from compressvit.recipe.shipped import shipped_recipes
+
+WIDE = functools.partial(pytest.param, marks=pytest.mark.wide)
 
 
 @pytest.fixture(scope="module")
@@ -211,19 +214,19 @@ def test_plan_prints_costs_layers_and_what_sharing_does_not_save(recipe):
     ("overrides", "words"),
     [
         (["steps.0.multiplex.share=3"], ["steps[0].multiplex", "share=3", "does not divide the 2 blocks", "[1, 2]"]),
-        (["steps.0.multiplex.share=[1, 1]"], ["steps[0].multiplex", "2 numbers", "1 stage"]),
-        (["student.model=resnet18"], ["resnet18 is a ResNet", "VisionTransformer", "SwinTransformer"]),
-        (["student.model=xcit_nano_12_p16_224"], ["Xcit", "multiplex needs"]),
+        WIDE(["steps.0.multiplex.share=[1, 1]"], ["steps[0].multiplex", "2 numbers", "1 stage"]),
+        WIDE(["student.model=resnet18"], ["resnet18 is a ResNet", "VisionTransformer", "SwinTransformer"]),
+        WIDE(["student.model=xcit_nano_12_p16_224"], ["Xcit", "multiplex needs"]),
         (["steps.1.distill.layers=[[0, 5]]"], ["steps[1].distill", "block 5 of the teacher", "0 to 1"]),
         (["steps.1.distill.losses.attention_relation.heads=3"], ["heads=3", "does not divide", "1, 2, 4, 8, 16"]),
         (["steps.1.distill.optimizer=adamww"], ["'adamww'", "'adamw'"]),
         (["teacher.finetune.optimizer=sdg"], ["teacher.finetune", "'sdg'", "'sgd'"]),
         (["teacher.num_classes=0"], ["teacher.finetune", "no classifier"]),
         (["teacher.num_classes=0"], ["steps[1].distill", "losses.prediction", "losses.feature.weight=1"]),
-        (["steps.1=finetune", "teacher.num_classes=0"], ["steps[1].finetune", "no classifier", "losses.feature"]),
-        (["student.args.num_classes=3"], ["losses.prediction compares classes", "has 3 and the teacher 10"]),
+        WIDE(["steps.1=finetune", "teacher.num_classes=0"], ["steps[1].finetune", "no classifier", "losses.feature"]),
+        WIDE(["student.args.num_classes=3"], ["losses.prediction compares classes", "has 3 and the teacher 10"]),
         (["steps.1.distill.mixup=0.2", "data.batch_size=1"], ["pairs", "batch_size"]),
-        (["data.name=images"], ["teacher.finetune", "labels", "images"]),
+        WIDE(["data.name=images"], ["teacher.finetune", "labels", "images"]),
         (["steps=[{irpe: {}}, {irpe: {}}]"], ["steps[1].irpe", "twice"]),
     ],
 )

@@ -54,7 +54,7 @@ def test_a_run_goes_on_by_its_folder_alone(recipe, finished, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
     shutil.rmtree(folder / "student")
-    done("apply", folder, "--resume")
+    done("apply", "--no-report", folder, "--resume")
     assert student_bytes(folder) == student_bytes(finished)
     assert "neither as a file nor among those included" in refused("apply", folder)
 
@@ -105,7 +105,7 @@ def test_a_recipe_measures_errors_on_its_own_images(recipe, tmp_path):
 
 
 def test_lors_from_python_as_the_readme_has_it():
-    model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, num_classes=10)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=48, depth=2, num_classes=10)
     assert compress(model, [LORS(rank=8, share=2, metric="weights")]) is not model
 
 

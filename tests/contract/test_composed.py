@@ -38,7 +38,8 @@ OTHER_VALUES = {("shrink", "load_weights")}
 LAST = {("quantise", later) for later in EXAMPLES}
 CONFLICTS = NO_PLACE | ONE_WEIGHT | TWICE | ONE_SLOT | TOO_LATE | NARROWER | OTHER_VALUES | LAST
 
-COMPOSED = {("align", "narrow"), ("load_weights", "shrink")}
+COMPOSED = {("multiplex", name) for name in ("lora", "vpt", "irpe", "lors")}
+COMPOSED |= {("lors", "multiplex"), ("irpe", "multiplex"), ("align", "narrow")}
 
 # Adapters on adapters, and adapters with others, need not be tried on every kind of model.
 PAIRS = [
@@ -50,12 +51,10 @@ PAIRS = [
 
 
 def is_fast(names, backbone) -> bool:
-    """On a ViT multiplex with every other method, in one order if that is an adapter, and two pairs of what it does not go with; of other
-    pairs without adapters those that are refused before anything is fitted."""
-    plain = not set(names) & set(ADAPTERS)
-    multiplexed = "multiplex" in names if plain else names[0] == "multiplex"
-    refused = plain and names in CONFLICTS and names[0] != "shrink"
-    return backbone == "vit" and (multiplexed or refused or names in COMPOSED)
+    """On a ViT multiplex with what shares, is private to a layer, is added, or acts in the attention; a pair without it; and of pairs
+    without adapters those that are refused before anything is fitted."""
+    refused = not set(names) & set(ADAPTERS) and names in CONFLICTS and names[0] != "shrink"
+    return backbone == "vit" and (refused or names in COMPOSED)
 
 
 @pytest.mark.wide_unless.with_args(is_fast)
@@ -81,6 +80,7 @@ def test_all_is_planned_before_the_first_change():
 # --------------------------------------------------------------------------------------------------------- load_weights
 
 
+@pytest.mark.wide_unless(lambda backbone: backbone == "vit")
 @pytest.mark.parametrize("backbone", ["vit", "swin"])
 def test_steps_run_top_to_bottom_around_loaded_weights(backbone, tmp_path):
     share, images = Multiplex(share=2), images_for(teacher(backbone))
@@ -99,6 +99,7 @@ def test_loaded_weights_must_have_the_structure(tmp_path):
         compress(teacher("vit"), [Multiplex(share=2), LoadWeights(artifact=str(plain))])
 
 
+@pytest.mark.wide_unless(lambda backbone: backbone == "deit_distilled")
 @pytest.mark.parametrize("backbone", ["vit", "deit_distilled", "swin"])
 def test_loaded_weights_take_a_new_head(backbone, tmp_path):
     share = Multiplex(share=2, mlp_conv=3)
@@ -120,6 +121,7 @@ def test_loaded_weights_take_a_new_head(backbone, tmp_path):
     assert torch.equal(made.forward_features(images), first.forward_features(images))
 
 
+@pytest.mark.wide_unless(lambda backbone: backbone == "vit")
 @pytest.mark.parametrize("backbone", ["vit", "swin"])
 def test_loaded_weights_are_resampled_to_another_resolution(backbone, tmp_path):
     spec = Multiplex(share=2, mlp_conv=3)

@@ -16,25 +16,29 @@ for case in CASES:
     FIRST.setdefault((case.spec.name, case.index), str(case))
     if case.backbone in stand_for_families():
         ON_FAMILIES.setdefault((case.spec.name, case.backbone), str(case))
+SEARCHES = ("shrink",)  # every student of it takes half a second
+ADDED = (
+    "adapters",
+    "lora",
+    "vpt",
+)  # of those that add to a frozen backbone: behind a branch, beside a weight, among the tokens
 EVERYWHERE = ("low_rank", "adapters")  # one replaces layers, the other adds to them
-# Families that are unlike each other: plain, with rotary positions, in windows, with norms after the branches, without attention.
-UNLIKE = ("vit", "dinov3", "swin", "swin_v2", "convnext")
-ON_UNLIKE = {(transform, name): case for (transform, name), case in ON_FAMILIES.items() if name in UNLIKE}
-ALL = {case for (_, index), case in FIRST.items() if index == 0}
-ALL |= {case for (transform, _), case in ON_UNLIKE.items() if transform in EVERYWHERE}
-SOME = {*FIRST.values(), *ON_UNLIKE.values()}
-SOME |= {case for (transform, _), case in ON_FAMILIES.items() if transform in EVERYWHERE}
+WHOLLY = {*ADDED, *(name for name, spec in TRANSFORMS.items() if not spec.freezes)} - {*SEARCHES}
+OF_EACH = {case for (_, index), case in FIRST.items() if index == 0}
+ALL = {case for (name, index), case in FIRST.items() if index == 0 and name in WHOLLY}
+SOME = {*OF_EACH, *(case for (name, _), case in FIRST.items() if name not in SEARCHES)}
+SOME |= {case for (name, family), case in ON_FAMILIES.items() if family == "swin" and name not in SEARCHES}
+SOME |= {case for (name, family), case in ON_FAMILIES.items() if family == "convnext" and name in EVERYWHERE}
 FEW = {"the_function_is_kept_at_the_start", "every_parameter_is_trained", "fold_keeps_the_function_or_says_why_not"}
 FILES = "an_artifact_is_loaded_to_the_bit"
 
 
 def is_fast(check) -> bool:
-    """Of the first case of every transform all laws, as of two transforms on unlike families; of the first case of every further example,
-    of every other transform on unlike families, and of those two on all, a few, of the first also that of files. What is refused takes
-    no time."""
+    """Of the first case of a transform that changes the backbone, and of some that add to it, all laws; of the first case of others and of
+    every further example, of every transform in windows, and of two without attention, a few. What is refused takes no time."""
     case, _, law = str(check).rpartition("-")
-    few = (case in SOME and law in FEW) or (case in FIRST.values() and law == FILES)
-    return case in ALL or few or law == "is_refused"
+    few = law in FEW or (law == FILES and case in OF_EACH)
+    return case in ALL or (case in SOME and few) or law == "is_refused"
 
 
 @pytest.mark.wide_unless.with_args(is_fast)

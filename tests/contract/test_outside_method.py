@@ -39,10 +39,6 @@ def python(*words: object, path: Path | None = None, code: int = 0) -> str:
     return said
 
 
-def compressvit(*words: object, path: Path | None = None, code: int = 0) -> str:
-    return " ".join(python("-m", "compressvit", *words, path=path, code=code).split())
-
-
 COMMANDS = """
 import contextlib, io, json, sys
 from compressvit.cli import main
@@ -63,10 +59,14 @@ def in_one_process(*commands: tuple[object, ...], path: Path | None = None) -> l
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, installed) -> Path:
-    """A run that trained the method, merged it and wrote an adapter file."""
+    """A run that trained the method, wrote an adapter file and was reported."""
     folder = tmp_path_factory.mktemp("outside")
     (folder / "recipe.yaml").write_text(RECIPE)
-    compressvit("apply", "--no-report", folder / "recipe.yaml", "--output", folder / "run", path=installed)
+    words = ("apply", "--no-report", folder / "recipe.yaml", "--output", folder / "run")
+    (code, said), reported = in_one_process(words, ("report", folder / "run"), path=installed)
+    assert code == 0, said
+    assert reported[0] == 0
+    assert "report.html" in reported[1]
     return folder / "run"
 
 
@@ -92,8 +92,7 @@ def test_the_files_name_the_package(run):
     assert json.loads((run / "environment.json").read_text())["versions"]["compressvit-ia3"] == "0.1.0"
 
 
-def test_it_is_reported(run, installed):
-    assert "report.html" in compressvit("report", run, path=installed)
+def test_it_is_reported(run):
     assert "scales of the hidden neurons" in (run / "report.html").read_text()
 
 
@@ -164,8 +163,10 @@ def test_a_broken_package_is_named_where_its_word_is_used(run, installed, tmp_pa
             (tmp_path / item.name / file.name).write_text(file.read_text())
     (tmp_path / "compressvit_ia3.py").write_text("raise RuntimeError('built for another torch')\n")
     fault = "the transform 'ia3' of the package compressvit-ia3 cannot be used: RuntimeError: built for another torch"
-    assert fault in compressvit("merge", run / "student", path=tmp_path, code=2)
-    listed, planned = in_one_process(("recipes", "list"), ("plan", run / "resolved.yaml"), path=tmp_path)
+    verbs = [("merge", run / "student"), ("recipes", "list"), ("plan", run / "resolved.yaml")]
+    merged, listed, planned = in_one_process(*verbs, path=tmp_path)
+    assert merged[0] == 2
+    assert fault in merged[1]
     assert listed[0] == 0
     assert planned[0] == 2
     assert f"steps[0].ia3: unknown key; {fault}" in planned[1]

@@ -59,6 +59,7 @@ UNSUPPORTED = {
 }
 
 
+@pytest.mark.wide_unless(lambda kind: kind != "xcit")
 @pytest.mark.parametrize("kind", UNSUPPORTED)
 def test_unsupported_models_are_refused_by_name(kind):
     name, args, word = UNSUPPORTED[kind]
@@ -76,6 +77,7 @@ def test_unsupported_models_are_refused_by_name(kind):
     assert structure(model) == before
 
 
+@pytest.mark.wide_unless(lambda kind: kind in ("resnet", "parallel", "post_norm"))
 @pytest.mark.parametrize("kind", UNSUPPORTED)
 def test_what_needs_no_known_block_works_on_them(kind):
     name, args, _ = UNSUPPORTED[kind]

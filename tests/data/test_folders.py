@@ -40,6 +40,7 @@ def test_named_split_is_taken_at_its_word(tmp_path):
         open_data(Data(name="folder", root=str(tmp_path), val_split="other"))
 
 
+@pytest.mark.wide_unless(lambda workers, layout: not workers or layout == "a tar per split")
 @pytest.mark.parametrize("layout", ["a tar per split", "a tar per class"])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_tars(tmp_path, layout, workers):

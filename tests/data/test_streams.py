@@ -53,6 +53,7 @@ def streaming(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
 
 
+@pytest.mark.wide_unless(lambda workers: not workers)
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_stream_is_counted_once_however_often_it_is_read(streaming, workers):
     data = Data(name="wds/mine", root="somewhere", num_classes=2, batch_size=4, num_workers=workers)

@@ -10,7 +10,7 @@ import signal
 
 import pytest
 import yaml
-from helpers.runs import done, refused, run, student_bytes
+from helpers.runs import done, refused, run, student_bytes, undrawn
 
 from compressvit.charts.findings import read
 from compressvit.diagnostics.base import DIAGNOSTICS, Measured
@@ -24,7 +24,8 @@ FOUND = {"cka", "cka_layers", "drift", "effective_rank", "spectrum", "similarity
 def measured(recipe):
     """The run of `finished`, measured."""
     folder = recipe.parent / "measured"
-    done("apply", "--no-report", recipe, "--output", folder, "seed=3", EVERYTHING)
+    with undrawn():
+        done("apply", "--no-report", recipe, "--output", folder, "seed=3", EVERYTHING)
     return folder
 
 

@@ -34,7 +34,7 @@ def error(parts, chosen):
     return sum(parts[name].errors[i] for name, i in chosen.items())
 
 
-@pytest.mark.wide_unless(lambda units: units < 3)
+@pytest.mark.wide_unless(lambda units: units == 1)
 @pytest.mark.parametrize("units", [1, 2, 3])
 def test_it_is_near_the_best_of_all_choices(units):
     ratios = []

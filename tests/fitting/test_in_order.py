@@ -41,6 +41,7 @@ def relative(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
+@pytest.mark.wide_unless(lambda name: name in ("vit", "swin", "hiera"))
 @pytest.mark.parametrize("name", [*(name for name in BACKBONES if family_of(name).branches), "hiera", "swin_padded"])
 def test_what_a_layer_is_asked_for_makes_the_hidden_state_the_teachers(name, monkeypatch):
     """Put the wanted outputs in place of the last layer's of each branch: the student's sum is then the teacher's, whatever came before."""
@@ -188,9 +189,10 @@ def test_a_ridge_is_chosen_by_images_that_were_left_out():
     assert relative(few.solve(prior, zero)[0], prior) < 1.0  # with the smallest ridge: 3.6
 
 
+@pytest.mark.wide
 def test_composed_with_sharing_and_transforms():
     teacher = build("vit")
-    images, unseen = images_for(teacher, 96), images_for(teacher, 32, seed=2)
+    images, unseen = images_for(teacher, 48), images_for(teacher, 32, seed=2)
     errors = []
     for sequential in (False, True):
         steps = [Multiplex(share=2, mlp_conv=3), LORS(rank=8, sequential=sequential)]
@@ -255,13 +257,13 @@ def test_a_bias_that_is_tied_is_not_fitted_into_the_weight(size):
         for name, parameter in teacher.named_parameters():
             if name.startswith("blocks.") and name.endswith(("qkv.bias", "proj.bias", "fc1.bias", "fc2.bias")):
                 parameter.mul_(size)
-    images, unseen = images_for(teacher, 96), images_for(teacher, 32, seed=2)
+    images, unseen = images_for(teacher, 48), images_for(teacher, 32, seed=2)
     errors = []
     for sequential in (False, True):
         steps = [Multiplex(share=2, head_mixing=False), LORS(rank=8, sequential=sequential)]
         student = compress(teacher, steps, calibration=images)
         errors.append(relative(student.forward_features(unseen), teacher.forward_features(unseen)))
-    assert errors[1] < 0.6 * errors[0], errors  # measured 0.41 and 0.05
+    assert errors[1] < 0.6 * errors[0], errors  # measured 0.47 and 0.05
 
 
 @pytest.mark.wide_unless(lambda share, metric: share == 1 and metric == "outputs")
@@ -273,7 +275,7 @@ def test_what_layer_scale_makes_small_does_not_take_the_rank(share, metric):
         for name, parameter in teacher.named_parameters():
             if name.endswith("gamma"):
                 parameter.copy_(10 ** (-2.5 * torch.rand(parameter.shape)))
-    images, unseen = images_for(teacher, 96), images_for(teacher, 32, seed=2)
+    images, unseen = images_for(teacher, 48), images_for(teacher, 32, seed=2)
     errors = []
     for sequential in (False, True):
         student = compress(teacher, [ranked(share, rank=8, metric=metric, sequential=sequential)], images)
@@ -295,7 +297,7 @@ def test_what_layer_scale_makes_small_does_not_take_the_rank(share, metric):
 )
 def test_two_steps_are_fitted_in_one_walk(steps):
     teacher = build("vit")
-    images = images_for(teacher, 64)
+    images = images_for(teacher, 32)
     ledger = compression_of(compress(teacher, steps, images)).ledger
     assert all(0 < entry.output_error < 1.5 for entry in ledger if "low rank" in entry.change)
     turned = compress(teacher, steps[::-1], images)

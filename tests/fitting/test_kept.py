@@ -31,7 +31,7 @@ def fitted(step, folder, stop_at="", tokens=4):
     teacher = build("vit")
     student = surgery.deep_copy(teacher)
     choices = Choices(folder / "step.json")
-    reference = Reference(surgery.deep_copy(teacher), images_for(teacher, 16), tokens, choices=choices)
+    reference = Reference(surgery.deep_copy(teacher), images_for(teacher, 8), tokens, choices=choices)
     sums = []
 
     def noting(side, wanted, until, device, original=walk.Side.seen):

@@ -116,7 +116,7 @@ class Hub(BaseHTTPRequestHandler):
 def repositories_of(monkeypatch, tmp_path):
     """What the stand-in has, empty at first, for as long as a test lasts."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
     for name, value in {
         "ENDPOINT": address,

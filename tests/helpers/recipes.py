@@ -17,7 +17,7 @@ seed: 3
 teacher:
   model: vit_tiny_patch16_224
   weights: train
-  args: {img_size: 8, patch_size: 4}
+  args: {img_size: 8, patch_size: 4, embed_dim: 48, depth: 2}
 data:
   name: digits
 steps:

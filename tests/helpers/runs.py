@@ -6,6 +6,10 @@ import contextlib
 import io
 import json
 
+import pytest
+from PIL import Image
+
+from compressvit.charts.findings import Finding
 from compressvit.cli import main
 from compressvit.model import stored
 from helpers.training import VIT
@@ -17,11 +21,13 @@ teacher:
   weights: train
   args: {json.dumps(VIT)}
   finetune: {{epochs: 1, log_every: 1}}
-data: {{name: digits, batch_size: 8, limit_train: 56, limit_val: 16}}
+data: {{name: digits, batch_size: 8, limit_train: 24, limit_val: 16}}
 steps:
   - multiplex: {{share: 2, mlp_conv: 3}}
   - distill: {{epochs: 2, log_every: 1, losses: {{hidden_relation: {{weight: 0.5}}, labels: {{weight: 0.25}}}}}}
 """
+
+EPOCH = 3  # batches of an epoch of it
 
 # Nothing is trained, so a run takes a fraction of a second
 QUICK = """\
@@ -75,6 +81,19 @@ def refused(*words: object) -> str:
     message = err.removeprefix("compressvit: ")
     assert message not in out
     return message
+
+
+@contextlib.contextmanager
+def undrawn():
+    """Pictures of charts are a pixel, for tests that look at none: drawing one takes a tenth of a second."""
+
+    def pixel(self, *paths):
+        for path in paths:
+            Image.new("L", (1, 1)).save(path) if path.suffix == ".png" else path.write_text("<svg/>")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Finding, "picture", pixel)
+        yield
 
 
 def metrics(folder, **wanted):

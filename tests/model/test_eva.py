@@ -107,7 +107,7 @@ SPECS = {  # and the same without what makes it closer
 }
 
 
-@pytest.mark.wide_unless(lambda name, kind: (name, kind) in (("dinov3", "heads"), ("eva02", "neurons")))
+@pytest.mark.wide_unless(lambda name, kind: (name, kind) == ("eva02", "neurons"))
 @pytest.mark.parametrize("kind", SPECS)
 @pytest.mark.parametrize("name", ["dinov3", "eva02"])
 def test_fitted_to_images_it_is_closer_to_its_teacher(name, kind):
@@ -122,6 +122,7 @@ def test_fitted_to_images_it_is_closer_to_its_teacher(name, kind):
     assert errors[0] < 0.99 * errors[1], errors  # measured 0.28 to 0.97
 
 
+@pytest.mark.wide_unless(lambda spec: spec.neurons)
 @pytest.mark.parametrize("spec", [Narrow(neurons=0.5), Narrow(heads=0.5)], ids=["neurons", "heads"])
 def test_split_layers_are_changed_as_whole_ones(spec):
     """Queries, keys and values in three layers and SwiGLU in two, or each in one."""

@@ -143,6 +143,7 @@ MADE = {
 }
 
 
+@pytest.mark.wide_unless(lambda name: name in ("shared", "then adapted"))
 @pytest.mark.parametrize("name", MADE)
 def test_an_artifact_of_format_1_is_the_model_that_it_was(name, tmp_path):
     student = compress(build("swin"), MADE[name])
@@ -172,6 +173,7 @@ def test_another_format_is_refused(number, tmp_path):
         load(folder)
 
 
+@pytest.mark.wide_unless(lambda groups: groups in (3, None))
 @pytest.mark.parametrize("groups", [3, [3], None, [["blocks.0.mlp.fc1"], []]])
 def test_a_damaged_plan_is_refused_in_words(groups, tmp_path):
     folder = save(compress(build("vit"), [LowRank(rank=3, metric="weights")]), tmp_path / "student")

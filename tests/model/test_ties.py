@@ -60,6 +60,7 @@ def test_tie_refuses_other_shapes_and_then_ties_nothing():
     assert ties.tied_groups(model) == []
 
 
+@pytest.mark.wide_unless(lambda name: name in ("vit", "swin"))
 @pytest.mark.parametrize("name", BACKBONES)
 def test_a_shared_tensor_is_counted_once(name):
     model = student_of(name)
@@ -111,6 +112,7 @@ def _one_step(model: nn.Module) -> nn.Module:
     return model
 
 
+@pytest.mark.wide_unless(lambda name: name == "vit")
 @pytest.mark.parametrize("operation", KEEPS)
 @pytest.mark.parametrize("name", KINDS)
 def test_what_keeps_the_ties(name, operation, tmp_path):

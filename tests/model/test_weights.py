@@ -38,6 +38,7 @@ FILES: dict[str, Callable[[dict[str, torch.Tensor]], Any]] = {
 }
 
 
+@pytest.mark.wide_unless(lambda name: name == "vit")
 @pytest.mark.parametrize("kind", [*FILES, "safetensors", "artifact", "legacy"])
 @pytest.mark.parametrize("name", ["vit", "swin"])
 def test_weights_from_a_file(name, kind, tmp_path):
@@ -184,6 +185,7 @@ def test_a_pickle_that_torch_does_not_read_is_named_without_torchs_advice(tmp_pa
         assert advice not in str(error.value)
 
 
+@pytest.mark.wide_unless(lambda legacy: not legacy)
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 def test_a_damaged_file_is_never_a_stack_trace(legacy, tmp_path):
     model, path, chance = build("vit"), tmp_path / "weights.pth", random.Random(0)

@@ -116,7 +116,7 @@ def test_there_are_shipped_recipes():
     assert shipped_recipes().keys() > SOME
 
 
-@pytest.mark.wide_unless(lambda name: name in SOME)
+@pytest.mark.wide_unless(lambda name: name in ("quickstart", "mimi_digits"))
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_a_shipped_recipe_plans_without_conflicts(name):
     recipe = load_recipe(name)
@@ -131,6 +131,7 @@ def test_a_shipped_recipe_plans_without_conflicts(name):
         assert 0 < plan.student.parameters == plan.teacher.parameters
 
 
+@pytest.mark.wide_unless(lambda new: new in ("shar: 2", "seed: three", "- {}", ""))
 @pytest.mark.parametrize(
     ("old", "new"),
     [

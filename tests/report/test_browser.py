@@ -46,7 +46,7 @@ DIAGNOSTICS = {
 
 
 @pytest.fixture(scope="module")
-def page(finished, tmp_path_factory):
+def page(finished, tmp_path_factory, vega):
     """The report of a run with many diagnostics."""
     folder = shutil.copytree(finished, tmp_path_factory.mktemp("browser") / "run")
     for name, (chart, records, options) in DIAGNOSTICS.items():

@@ -13,7 +13,7 @@ import sys
 
 import pytest
 from helpers.page import Page
-from helpers.runs import RECIPE, TINY, done, run
+from helpers.runs import QUICK, RECIPE, done, run
 from PIL import Image
 
 from compressvit import cli
@@ -40,7 +40,7 @@ def page(ended):
 
 
 @pytest.fixture
-def copied(finished, tmp_path):
+def copied(finished, tmp_path, drawn_once):
     """A copy of the finished run, without its report."""
     return shutil.copytree(finished, tmp_path / "run")
 
@@ -175,7 +175,7 @@ def test_any_diagnostic_is_drawn(copied):
 
 
 def test_no_report(recipe, tmp_path):
-    (tmp_path / "tiny.yaml").write_text(TINY)
+    (tmp_path / "tiny.yaml").write_text(QUICK)
     done("apply", tmp_path / "tiny.yaml", "--output", tmp_path / "run", "--no-report")
     assert (tmp_path / "run" / "results.json").is_file()
     assert not (tmp_path / "run" / "report.html").exists()
@@ -186,7 +186,7 @@ def test_a_fault_in_the_report_does_not_lose_the_run(tmp_path, monkeypatch):
         raise ZeroDivisionError("something\nunheard of")
 
     monkeypatch.setattr(writing, "report", fail)
-    (tmp_path / "tiny.yaml").write_text(TINY)
+    (tmp_path / "tiny.yaml").write_text(QUICK)
     out = done("apply", tmp_path / "tiny.yaml", "--output", tmp_path / "run")
     assert "warning: the report could not be written; the run is complete" in out
     assert "ZeroDivisionError: something" in out
@@ -194,6 +194,7 @@ def test_a_fault_in_the_report_does_not_lose_the_run(tmp_path, monkeypatch):
     assert (tmp_path / "run" / "results.json").is_file()
 
 
+@pytest.mark.wide  # it imports for some seconds
 def test_it_needs_neither_torch_nor_timm(finished, tmp_path):
     code = f"""
 import sys
@@ -212,6 +213,18 @@ assert not {{"torch", "timm", "torchvision"}} & set(sys.modules), sorted(sys.mod
 
 
 def test_nothing_is_loaded(page):
+    closed(page)
+
+
+@pytest.mark.wide  # Vega's own code takes seconds
+def test_nothing_is_loaded_by_vega_either(copied, vega):
+    page = reported(copied)
+    assert len(page.scripts[0]) > 500_000
+    closed(page)
+
+
+def closed(page):
+    """Check that the page loads nothing, and that its policy allows no code but its own."""
     assert page.loads() == []
     policy = next(v for tag, name, v in page.attributes if (tag, name) == ("meta", "content") and "default-src" in v)
     assert policy.startswith("default-src 'none'; script-src 'sha256-")
@@ -285,7 +298,7 @@ def died(tmp_path_factory):
     return folder / "run"
 
 
-def test_a_run_that_died_yields_what_there_is(died):
+def test_a_run_that_died_yields_what_there_is(died, drawn_once):
     page = reported(died)
     assert page.sections == ["verdict", "asked", "training", "reproduce"]
     assert re.search(r"This run has not finished: its last log line is step \d+ of phase 1_distill", page.text)
@@ -298,7 +311,7 @@ def test_a_run_that_died_yields_what_there_is(died):
     assert f"compressvit apply {died} --resume" in page.text
 
 
-def test_several_runs(finished, died, trained, tmp_path):
+def test_several_runs(finished, died, trained, tmp_path, drawn_once):
     out = tmp_path / "all.html"
     done("report", finished, died, trained[1], "--output", out)
     page = Page(out)
@@ -310,7 +323,7 @@ def test_several_runs(finished, died, trained, tmp_path):
     assert page.loads() == []
 
 
-def test_the_plot_of_several_runs_is_one_for_every_task(finished, tmp_path):
+def test_the_plot_of_several_runs_is_one_for_every_task(finished, tmp_path, drawn_once):
     for number, top1 in enumerate((50.0, 75.0)):
         folder = shutil.copytree(finished, tmp_path / "runs" / f"r{number}")
         text = (folder / "resolved.yaml").read_text()
@@ -335,9 +348,7 @@ def test_help_names_the_verb(capsys):
     assert "self-contained" in capsys.readouterr().out
 
 
-def test_what_the_command_line_changed_stands_below_the_recipe(finished, tmp_path):
-    copied = tmp_path / "run"
-    shutil.copytree(finished, copied)
+def test_what_the_command_line_changed_stands_below_the_recipe(copied):
     told = json.loads((copied / "environment.json").read_text())
     told["command"] = ["compressvit", "apply", "RECIPE", "seed=3", "data.root=a<b", "--output", "x=y/run"]
     (copied / "environment.json").write_text(json.dumps(told))

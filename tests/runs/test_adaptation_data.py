@@ -47,6 +47,7 @@ def listed(folder, splits: tuple[str, str, str], classes: int = 3):
     return folder
 
 
+@pytest.mark.wide_unless(lambda recipe: recipe != "mimi_swin_t")
 @pytest.mark.parametrize(("recipe", "name", "classes"), NAMED)
 def test_a_named_set_sizes_the_new_classifier(recipe, name, classes):
     overridden = load_recipe(recipe, [f"data.name={name}", "data.root=x"])

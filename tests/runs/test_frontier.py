@@ -46,6 +46,7 @@ def test_a_sweep_from_good_to_small(trained, tmp_path, unit):
     assert Image.open(tmp_path / "out" / "frontier.png").size[0] > 800
 
 
+@pytest.mark.wide
 def test_forms_of_all_kinds_are_swept(trained, tmp_path):
     recipe, run = trained
     step = "steps=[{shrink: {budget: {macs: 0.5}, multiple: 4}}]"
@@ -79,9 +80,13 @@ def test_budgets_of_latency_are_spent_by_shrink_and_modules_are_measured_once(tr
     assert {record["share"] for record in plot.records} == {row["latency"] for row in rows[1:]}
 
 
-def test_methods_side_by_side(trained, tmp_path):
+SIDE_BY_SIDE = [name for name, method in METHODS.items() if "parameters" in method.units]
+
+
+@pytest.mark.wide_unless(lambda names: names is not SIDE_BY_SIDE)
+@pytest.mark.parametrize("names", [SIDE_BY_SIDE[:2], SIDE_BY_SIDE], ids=["two", "all"])
+def test_methods_side_by_side(trained, tmp_path, names):
     recipe, run = trained
-    names = [name for name, method in METHODS.items() if "parameters" in method.units]
     words = ["--methods", *names, "--budgets", 0.5, "--output", tmp_path / "out"]
     out = done("frontier", recipe, *values_of(run), "steps=[{shrink: {budget: {macs: 0.5}, multiple: 4}}]", *words)
     rows = json.loads((tmp_path / "out" / "frontier.json").read_text())

@@ -7,6 +7,7 @@ import re
 import signal
 
 import pytest
+from helpers import runs as here
 from helpers.process import python
 from helpers.runs import TINY, student_bytes
 
@@ -111,7 +112,7 @@ def adapted(tmp_path_factory):
     """A run whose student merges."""
     folder = tmp_path_factory.mktemp("adapted")
     (folder / "recipe.yaml").write_text(ADAPTED)
-    done("apply", folder / "recipe.yaml", "--output", folder / "run", "--no-report")
+    here.done("apply", folder / "recipe.yaml", "--output", folder / "run", "--no-report")
     return folder / "run"
 
 
@@ -121,11 +122,10 @@ def adapted(tmp_path_factory):
 def test_a_merge_that_was_killed_is_made_again(adapted, tmp_path, name):
     target = tmp_path / "merged"
     killed_before("compressvit.runs.merge", name, 1, "merge", adapted, "--output", target)
-    done("merge", adapted, "--output", target)
+    here.done("merge", adapted, "--output", target)
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]  # nothing is left over
     assert names(target) == {"config.json", "merge.json", "model.safetensors"}
-    refused = python("-m", "compressvit", "merge", adapted, "--output", target)
-    assert "holds an earlier merge" in refused.err
+    assert "holds an earlier merge" in here.refused("merge", adapted, "--output", target)
 
 
 @pytest.mark.slow

@@ -112,6 +112,7 @@ def test_every_reader_takes_the_ratio_of_the_rounds():
     assert Results(teacher=COSTS, student=COSTS).slowdown is None
 
 
+@pytest.mark.wide
 def test_a_run_and_its_merge(tmp_path):
     """A merge of low rank makes the model larger, and says so."""
     (tmp_path / "recipe.yaml").write_text(TINY.replace("multiplex: {share: 2}", "low_rank: {rank: 2}"))

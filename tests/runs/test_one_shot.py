@@ -42,6 +42,13 @@ def test_notes_of_the_images_that_were_read(trained, tmp_path):
     measured = json.loads(done("plan", *words, "--measure", "--json"))["measured"]
     assert measured["broken_images"] == 1
     assert [(note["what"], note["count"]) for note in measured["data_notes"]] == [("sixteen_bits", 29)]
+
+
+@pytest.mark.wide
+def test_notes_of_the_images_that_a_frontier_read(trained, tmp_path):
+    recipe, run = trained
+    words = [recipe, f"teacher.weights={run / 'teacher'}", "calibration.images=32"]
+    words += ["data.name=folder", f"data.root={sixteen_bit_digits(tmp_path)}", "data.classes=plain"]
     out = done("frontier", *words, "--budgets", 0.7, "--output", tmp_path / "out")
     assert "data: 20 images to train on, 10 held out data: 10 classes" in out
     assert "images of 16 bits scaled to 8 (value / 257)" in out

@@ -17,6 +17,12 @@ from compressvit.runs.resources import resource_faults
 from compressvit.training.phases.distill import Distill
 
 
+@pytest.fixture
+def at_once(monkeypatch):
+    """Nobody waits for the system to tell that a worker has died: none has."""
+    monkeypatch.setattr("compressvit.runs.resources.time.sleep", lambda seconds: None)
+
+
 @pytest.mark.parametrize(
     ("error", "words"),
     [
@@ -36,7 +42,7 @@ from compressvit.training.phases.distill import Distill
         ),
     ],
 )
-def test_a_lack_of_memory_is_a_sentence(error, words):
+def test_a_lack_of_memory_is_a_sentence(error, words, at_once):
     with pytest.raises(UserError, match=words), resource_faults(Data(name="digits", batch_size=7, num_workers=3)):
         raise error
 
@@ -80,7 +86,7 @@ def test_a_worker_that_is_killed_is_a_sentence(tmp_path):
     assert "give fewer data.num_workers (now 1), 0 to load them in the training process" in last
 
 
-def test_batches_of_ones_own_have_sentences_of_their_own():
+def test_batches_of_ones_own_have_sentences_of_their_own(at_once):
     with (
         pytest.raises(UserError, match=r"memory ran out: MemoryError\. Give smaller batches, or precision='bf16'$"),
         resource_faults(),

@@ -82,6 +82,7 @@ def test_a_run_its_page_and_its_results_tell_it(slow, tmp_path):
     assert f"T{told[1:]}." in details(read_run(tmp_path / "run"))
 
 
+@pytest.mark.wide
 def test_a_measured_plan_and_a_frontier_tell_it(slow, recipe, finished, tmp_path):
     words = [recipe, f"teacher.weights={finished / 'teacher'}", "steps=[{low_rank: {budget: {parameters: 0.7}}}]"]
     words += ["teacher.finetune=null", "calibration.images=16"]

@@ -132,6 +132,7 @@ def test_the_programs_look_at_a_model_with_its_own(trained, tmp_path):
     (tmp_path / "recipe.yaml").write_text(TINY)
     done(
         "apply",
+        "--no-report",
         tmp_path / "recipe.yaml",
         "--output",
         tmp_path / "other",

@@ -27,6 +27,7 @@ PLACES = {
 }
 
 
+@pytest.mark.wide_unless(lambda place, signum: (place, signum) != ("in a fit", signal.SIGTERM))
 @pytest.mark.parametrize(
     ("place", "signum"), [*((place, signal.SIGTERM) for place in PLACES), ("in a fit", signal.SIGINT)]
 )

@@ -318,7 +318,7 @@ RECIPE = {
         "model": "adamixer",
         "weights": "train",
         "args": {**SMALL, "stages": 2, "num_classes": 2},
-        "finetune": {"epochs": 3, "lr": 2e-3, "clip_grad": 1.0, "backbone_lr": 0.5},
+        "finetune": {"epochs": 1, "lr": 2e-3, "clip_grad": 1.0, "backbone_lr": 0.5},
     },
     "data": {"name": "coco", "batch_size": 8, "augment": {"hflip": 0.5}},
     "calibration": {"images": 16},
@@ -333,7 +333,7 @@ RECIPE = {
 @pytest.fixture(scope="module")
 def applied(tmp_path_factory):
     folder = tmp_path_factory.mktemp("detection")
-    done("apply", with_scenes(folder, RECIPE, 32, 16), "--output", folder / "run")
+    done("apply", with_scenes(folder, RECIPE, 16, 8), "--output", folder / "run")
     return folder
 
 

@@ -42,6 +42,7 @@ def test_prediction_is_the_batch_mean_of_kl_plus_entropy(temperature: float) -> 
     torch.testing.assert_close(value, 11 * per_element)
 
 
+@pytest.mark.wide_unless(lambda tokens, heads: tokens < 40 or heads == 1)
 @pytest.mark.parametrize("heads", [1, 2, 4])
 @pytest.mark.parametrize(("tokens", "student_width", "teacher_width"), SHAPES)
 def test_attention_relation_equals_the_reference(

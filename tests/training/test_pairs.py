@@ -63,6 +63,7 @@ def test_matched_takes_the_end_of_every_group(name, transforms, expected, how):
     assert all(p.same_tokens and p.attends_alike for p in pairs)
 
 
+@pytest.mark.wide_unless(lambda name: name in ("vit", "swin"))
 @pytest.mark.parametrize("name", BACKBONES)
 def test_matched_pairs_are_alike_and_need_no_values(name):
     teacher = build(name)
@@ -92,6 +93,7 @@ def test_matched_with_other_depths_distils_the_prediction():
         assert depths.replace("\\", "") in how
 
 
+@pytest.mark.wide_unless(lambda kind: kind == "other blocks")
 @pytest.mark.parametrize("kind", ["convolutional", "other family", "other blocks", "both unknown"])
 def test_matched_with_another_architecture_distils_the_prediction(kind):
     with torch.device("meta"):

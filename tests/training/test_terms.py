@@ -39,7 +39,8 @@ PROGRAM = """
 import sys
 from compressvit.cli import main
 recipe, folder, *more = sys.argv[1:]
-for words in (["schema"], ["schema", "distill.losses.stillness"], ["plan", recipe, *more], ["apply", recipe, "--output", folder, *more]):
+apply = ["apply", "--no-report", recipe, "--output", folder, *more]
+for words in (["schema"], ["schema", "distill.losses.stillness"], ["plan", recipe, *more], apply):
     code = main(words)
     assert code == 0, (words, code)
     print("=====")
@@ -54,7 +55,11 @@ def test_a_term_of_an_installed_package(recipe, tmp_path):
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: stillness\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[compressvit.terms]\nstillness = stillness\n")
     folder = tmp_path / "run"
-    words = ["steps.1.distill.losses.stillness={weight: 0.5, half: 2}", "steps.1.distill.epochs=1"]
+    words = [
+        "steps.1.distill.losses.stillness={weight: 0.5, half: 2}",
+        "steps.1.distill.epochs=1",
+        "data.limit_train=16",
+    ]
     done = python("-c", PROGRAM, recipe, folder, *words, path=[tmp_path])
     assert done.code == 0, done.err
     schema, keys, plan, _ = done.out.split("=====")[:4]

@@ -67,11 +67,11 @@ def test_a_step_that_is_not_logged_asks_for_no_value(tmp_path, more, optimizer):
 
 def test_a_step_that_is_logged_asks(tmp_path):
     trainer = trainer_on_meta(
-        Distill(log_every=5, losses={"feature": {"weight": 1}, "labels": {"weight": 1}}), tmp_path, []
+        Distill(log_every=2, losses={"feature": {"weight": 1}, "labels": {"weight": 1}}), tmp_path, []
     )
     with pytest.raises(RuntimeError, match="meta"):
         trainer.train_epoch()
-    assert trainer.steps == 5
+    assert trainer.steps == 2
 
 
 def test_what_the_labels_of_a_batch_decide_is_known_before_it_is_on_the_device():
@@ -119,6 +119,7 @@ def spoiling(number, spoilt):
     return Term("spoilable", 1.0, term), calls
 
 
+@pytest.mark.wide_unless(lambda spoilt, optimizer: (spoilt, optimizer) in (("loss", "sgd"), ("gradient", "adamw")))
 @pytest.mark.parametrize("optimizer", ["adamw", "lion", "sgd"])
 @pytest.mark.parametrize("spoilt", ["loss", "gradient"])
 def test_the_weights_are_those_before_the_step_that_was_not_finite(tmp_path, spoilt, optimizer):

@@ -20,6 +20,7 @@ def relative(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
+@pytest.mark.wide_unless(lambda backbone: backbone in ("vit", "swin"))
 @pytest.mark.parametrize("backbone", ["vit", "deit_distilled", "dinov3", "cait", "swin"])
 @pytest.mark.parametrize("parts", [{"heads": False}, {"neurons": False}, {}])
 def test_the_function_stays_and_the_weights_move(backbone, parts):
@@ -32,6 +33,7 @@ def test_the_function_stays_and_the_weights_move(backbone, parts):
     assert any("attn.qkv" in n for n in moved) == parts.get("heads", True)
 
 
+@pytest.mark.wide_unless(lambda backbone: backbone in ("vit", "swin"))
 @pytest.mark.parametrize("backbone", ["vit", "dinov3", "swin", "swin_v2", "beit", "vit_relpos", "cait"])
 @torch.no_grad()
 def test_a_permuted_copy_is_put_back_in_order(backbone):

@@ -74,6 +74,7 @@ def test_one_image_has_no_variance():
     assert torch.equal(model.head.head_norm.running_mean, statistics)
 
 
+@pytest.mark.wide_unless(lambda backbone: backbone == "vit")
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_files_have_its_statistics(backbone, tmp_path):
     model = seen(backbone, AdaptFormer(width=4))
@@ -100,6 +101,7 @@ def test_a_new_classifier_has_one_too(classes, tmp_path):
         assert not model.head.head_norm.running_mean.any(), "fresh"
 
 
+@pytest.mark.wide_unless(lambda backbone: backbone == "vit")
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_it_merges_into_the_classifier(backbone):
     model = seen(backbone)

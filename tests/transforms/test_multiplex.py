@@ -22,6 +22,7 @@ from compressvit.transforms.record import compression_of
 # ----------------------------------------------------------------------------------------------- a student at its start
 
 
+@pytest.mark.wide_unless(lambda name: name in ("vit", "swin"))
 @pytest.mark.parametrize("init", ["mean", "first"])
 @pytest.mark.parametrize("name", BACKBONES)
 def test_student_of_a_teacher_with_equal_layers_is_the_teacher(name, init):
@@ -34,6 +35,7 @@ def test_student_of_a_teacher_with_equal_layers_is_the_teacher(name, init):
         assert torch.equal(student.get_parameter(name), teacher.get_parameter(name))
 
 
+@pytest.mark.wide_unless(lambda name: name in ("vit", "swin"))
 @pytest.mark.parametrize("name", BACKBONES)
 def test_transforms_alone_change_nothing_at_the_start(name):
     teacher = build(name)
@@ -93,6 +95,7 @@ def test_a_later_step_that_shares_nothing_keeps_the_mean():
     assert ties.tied_groups(once) == ties.tied_groups(twice)
 
 
+@pytest.mark.wide_unless(lambda name: name in ("vit", "swin"))
 @pytest.mark.parametrize("name", BACKBONES)
 def test_scratch_leaves_nothing_of_the_teacher(name):
     if not hasattr(build(name), "init_weights"):

@@ -45,6 +45,7 @@ def test_vit_block_is_the_formula(name, form):
         assert (block(x[None])[0] - expected).abs().max() < 1e-12  # seen 1.1e-14
 
 
+@pytest.mark.wide_unless(lambda index, form: (index, form) in ((1, "reference"), (2, "identity")))
 @pytest.mark.parametrize("form", ["identity", "reference"])
 @pytest.mark.parametrize("index", [0, 1, 2, 3])
 def test_swin_block_is_the_formula(index, form):

@@ -48,6 +48,7 @@ def test_every_adapter_but_prompts_can_be_put_on_some_blocks():
     assert {spec.name for spec in SPECS} == names
 
 
+@pytest.mark.wide_unless(lambda spec, chosen: spec.name == "lora" or len(chosen.get("blocks", ())) > 1)
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 @pytest.mark.parametrize(
     ("chosen", "expected"),
@@ -162,6 +163,7 @@ def test_an_adaptformer_in_series_has_no_choice_of_input():
         AdaptFormer(form="serial", input="residual")
 
 
+@pytest.mark.wide_unless(lambda groups: groups == 2)
 @pytest.mark.parametrize("act", [None, "gelu"])
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("position", ["before", "after"])
@@ -188,7 +190,7 @@ def test_a_repadapter_acts_before_or_after_a_sublayer(place, position, groups, a
     assert gap(ours(x), theirs(x)) > 1e-3
 
 
-@pytest.mark.wide_unless(lambda backbone, groups: groups == 4 and backbone in ("vit", "swin", "convnext"))
+@pytest.mark.wide_unless(lambda backbone, groups: groups == 4 and backbone in ("vit", "swin"))
 @pytest.mark.parametrize("backbone", ["vit", "dinov2_registers", "swin", "convnext", "convnext_conv_mlp"])
 @pytest.mark.parametrize("groups", [1, 4])
 def test_every_linear_placement_merges(backbone, groups):

@@ -139,6 +139,7 @@ def test_labels_are_used_where_they_fit_the_classifier_and_all_limits_hold(class
     assert share(results, "macs") <= 0.7
 
 
+@pytest.mark.wide
 def test_latency_is_a_limit_like_others_and_is_measured_once(classifier, photos, tmp_path, monkeypatch):
     asked = []
 
@@ -261,6 +262,7 @@ def test_folders_are_classes_on_request(classifier, headless, labelled, photos):
         verb.shrink_recipe(classifier, few, val_fraction=0.1)
 
 
+@pytest.mark.wide
 def test_labels_of_a_backbone_are_those_of_its_neighbours(headless, labelled, tmp_path):
     folder = tmp_path / "run"
     source, *options = file_of(headless)

@@ -56,6 +56,7 @@ def test_scores_are_those_of_a_loop_over_neurons(score):
         assert found[path].tolist() == pytest.approx(by_hand, rel=1e-12)  # measured up to 3e-16
 
 
+@pytest.mark.wide_unless(lambda family: family == "vit")
 @pytest.mark.parametrize("kind", SPECS)
 @pytest.mark.parametrize("family", ["vit", "swin", "convnext_conv_mlp"])
 def test_the_score_of_activations_is_their_mean_size(family, kind):
@@ -218,6 +219,7 @@ TABLE += [
 ]
 
 
+@pytest.mark.wide_unless(lambda unit: unit == "neurons")
 @pytest.mark.parametrize(("asked", "rate", "expected"), TABLE)
 @pytest.mark.parametrize("unit", UNITS)
 def test_how_many_removals_reach_a_target(unit, asked, rate, expected):

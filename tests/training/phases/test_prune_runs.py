@@ -27,12 +27,12 @@ teacher:
   weights: train
   args: {img_size: 8, patch_size: 4, in_chans: 1, embed_dim: 16, depth: 2, num_heads: 2}
   finetune: {epochs: 1}
-data: {name: digits, batch_size: 8, limit_train: 56, limit_val: 16, augment: {scale: [0.5, 1.0], random_erasing: 0.25}}
+data: {name: digits, batch_size: 8, limit_train: 24, limit_val: 16, augment: {scale: [0.5, 1.0], random_erasing: 0.25}}
 steps:
   - adapters: {width: 6}
   - prune: {epochs: 2, log_every: 1, lr: 5e-3, mixup: 0.2, target: {neurons: 0.25}, score: gradient, gradient_batches: 2}
 """
-TEACHER, CYCLE = 7, 2 * 7  # batches of the teacher's training, and of every cycle's
+TEACHER, CYCLE = 3, 2 * 3  # batches of the teacher's training, and of every cycle's
 
 
 @pytest.fixture(scope="module")
@@ -118,8 +118,8 @@ def test_every_removal_is_followed_by_a_training_with_a_checkpoint_of_its_own(wh
     ("batch", "told"),
     [
         (TEACHER + CYCLE, 1),  # the last step of the first training
-        (TEACHER + CYCLE + 3, 2),  # amid the second
-        (TEACHER + 2 * CYCLE + 7, 3),  # between two epochs of the third
+        (TEACHER + CYCLE + 2, 2),  # amid the second
+        (TEACHER + 2 * CYCLE + 3, 3),  # between two epochs of the third
     ],
 )
 def test_a_stopped_run_goes_on_to_the_same_bits(whole, recipe, tmp_path, monkeypatch, batch, told):
@@ -175,8 +175,8 @@ NO_ADAPTERS = "prune removes neurons of adapters (adapters or adaptformer), and 
         ),
         (
             ADAPTED + PRUNE,
-            {"neurons: 0.25": "neurons: 97"},
-            "prune.target.neurons=97 is above the 96 that the adapters have",
+            {"neurons: 0.25": "neurons: 17"},
+            "prune.target.neurons=17 is above the 16 that the adapters have",
         ),
         (ADAPTED + PRUNE, {"neurons: 0.25": "macs: 1e-6"}, "prune.target.macs=1e-06 leaves no neuron"),
         (

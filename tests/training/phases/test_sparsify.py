@@ -175,6 +175,7 @@ steps:
 """
 
 
+@pytest.mark.wide_unless(lambda score: score == "snip")
 @pytest.mark.parametrize("score", ["snip", "grasp"])
 def test_a_run_masks_trains_and_resumes(score, tmp_path):
     recipe = tmp_path / "r.yaml"

@@ -87,7 +87,7 @@ def measured(model, unit, size):
     }[unit]
 
 
-@pytest.mark.wide_unless(lambda backbone, unit, share: (backbone, unit, share) == ("swin", "bytes", 2))
+@pytest.mark.wide_unless(lambda backbone, unit, share: (backbone, unit, share) == ("vit", "parameters", 1))
 @pytest.mark.parametrize("backbone", ["vit", "swin", "deit_distilled"])
 @pytest.mark.parametrize(
     ("unit", "share", "part"),
@@ -176,7 +176,7 @@ def test_a_budget_that_says_nothing(fields, words):
         LORS(**fields)
 
 
-@pytest.mark.wide_unless(lambda first, unit: unit == "macs" if first.name == "low_rank" else unit == "parameters")
+@pytest.mark.wide_unless(lambda first, unit: first.name == "low_rank" and unit == "macs")
 @pytest.mark.parametrize("unit", ["parameters", "macs"])
 @pytest.mark.parametrize(
     "first",
@@ -195,6 +195,7 @@ def test_a_share_of_the_teachers_stays_one_whatever_an_earlier_step_dropped_or_a
     assert 0.58 <= measured(student, unit, size) / measured(teacher, unit, size) <= 0.6
 
 
+@pytest.mark.wide
 def test_stages_of_many_tokens_count_for_as_much_as_they_cost():
     """Swin's first stage has more tokens than its last: the estimate of what the model loses is of one scale in both."""
     teacher = build("swin")

@@ -40,6 +40,7 @@ def alternating():
     return model
 
 
+@pytest.mark.wide_unless(lambda metric: metric == "weights")
 @pytest.mark.parametrize("metric", ["weights", "auto"])
 def test_layers_that_are_alike_share_wherever_they_are(alternating, metric):
     images = images_for(alternating, 32)
@@ -90,7 +91,7 @@ def test_a_budget_shares_what_is_alike_and_nothing_else():
     assert groups == {"alike": {4}, "unlike": {1}}
 
 
-@pytest.mark.wide_unless(lambda unit: unit == "parameters")
+@pytest.mark.wide
 @pytest.mark.parametrize("unit", ["parameters", "bytes", "macs"])
 def test_a_chosen_grouping_keeps_the_budget_and_is_repeated(unit):
     teacher = build("swin")

@@ -40,6 +40,7 @@ def test_a_convolution_becomes_two():
         assert layer.up.bias.shape == (layer.out_channels,)
 
 
+@pytest.mark.wide_unless(lambda options: options["metric"] == "inputs")
 @pytest.mark.parametrize(
     "options",
     [{"metric": "weights"}, {"metric": "inputs", "sequential": False}, {"metric": "outputs"}],
@@ -65,6 +66,7 @@ def test_it_folds_into_a_convolution():
     assert (outputs(plain) - outputs(made)).abs().max() < 1e-5
 
 
+@pytest.mark.wide_unless(lambda spec: spec.name == "adapters")
 @pytest.mark.parametrize(
     "spec",
     [SSF(std=0.1), LoRA(rank=2, targets=("fc1", "fc2")), Adapters(width=2), RepAdapter(width=2)],

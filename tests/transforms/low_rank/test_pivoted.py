@@ -139,6 +139,7 @@ def test_rounding_is_not_amplified(inputs, outputs, precision, most):
 # ----------------------------------------------------------------------------------------------------------- the student
 
 
+@pytest.mark.wide_unless(lambda backbone: backbone != "vit")
 @pytest.mark.parametrize(
     ("backbone", "options"),
     [("vit", {"metric": "outputs"}), ("convnext_conv_mlp", WEIGHTS)],
@@ -167,6 +168,7 @@ def test_a_student_computes_what_one_of_two_factors_does(backbone, options):
         assert after.weight_error == pytest.approx(before.weight_error, rel=1e-3)
 
 
+@pytest.mark.wide_unless(lambda unit: unit == "parameters")
 @pytest.mark.parametrize("unit", ["parameters", "bytes", "macs"])
 def test_the_same_budget_leaves_less_error(unit):
     teacher = build("vit")
@@ -222,6 +224,7 @@ def test_it_folds_into_plain_layers(backbone, into):
         assert (outputs(plain) - outputs(student)).abs().max() < 1e-5  # measured 3e-7
 
 
+@pytest.mark.wide_unless(lambda spec: spec.name == "lora")
 @pytest.mark.parametrize(
     ("spec", "backbone"),
     [(SSF(std=0.1), "vit"), (SSF(std=0.1), "convnext_conv_mlp"), (LoRA(rank=2, targets=("fc1", "fc2")), "vit")],

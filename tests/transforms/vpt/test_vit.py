@@ -33,6 +33,7 @@ VITS = ("vit", "vit_no_class_token", "deit_distilled", "dinov2_registers", "head
 # -------------------------------------------------------------------------------------------------------------- counts
 
 
+@pytest.mark.wide_unless(lambda name, deep: deep and name != "deit_base_distilled_patch16_224")
 @pytest.mark.parametrize(
     ("name", "deep", "widths"),
     [
@@ -107,6 +108,7 @@ def reference_vit(student: nn.Module, backbone: str, images: Tensor, deep: bool,
     return [*seen, model.norm(seen[-1])]
 
 
+@pytest.mark.wide_unless(lambda backbone: backbone in ("vit", "clip"))
 @FORMS
 @pytest.mark.parametrize("backbone", VITS)
 def test_a_vit_is_the_papers_formula(backbone, deep):
@@ -194,16 +196,18 @@ def test_dropout_is_of_an_images_prompts(backbone, deep):
 # -------------------------------------------------------------------------------------------------- timm's interface
 
 
-@pytest.mark.wide_unless(lambda backbone, deep: backbone == "deit_distilled" and deep)
+@pytest.mark.wide_unless(lambda backbone, deep, every: backbone == "deit_distilled" and deep and every > 1)
 @FORMS
+@pytest.mark.parametrize("every", [7, 1], ids=["some", "all"])
 @pytest.mark.parametrize("backbone", ["deit_distilled", "dinov2_registers", "vit_no_class_token"])
 @torch.no_grad()
-def test_intermediates_are_the_teachers_in_every_form(backbone, deep):
+def test_intermediates_are_the_teachers_in_every_form(backbone, deep, every):
     model, plain = prompted(backbone, deep), copy.deepcopy(teacher(backbone)).double()
     images = images_for(model).double()
     *blocks, _ = reference_vit(model, backbone, images, deep)
     names = ("indices", "output_fmt", "norm", "return_prefix_tokens", "stop_early", "output_dict")
-    for values in itertools.product((None, [2, -1], [1]), ("NCHW", "NLC"), *[(False, True)] * 4):
+    forms = itertools.product((None, [2, -1], [1]), ("NCHW", "NLC"), *[(False, True)] * 4)
+    for values in itertools.islice(forms, 0, None, every):
         given = dict(zip(names, values, strict=True))
         for only in (True, False):
             theirs, ours = (m.forward_intermediates(images, **given, intermediates_only=only) for m in (plain, model))
@@ -228,6 +232,7 @@ def test_layers_behind_an_intermediate_one_can_go(deep):
     assert gap(model.forward_intermediates(images, output_fmt="NLC")[1][-1], expected[:, 1:]) < EXACT
 
 
+@pytest.mark.wide_unless(lambda backbone: backbone == "vit")
 @pytest.mark.parametrize("backbone", ["vit", "deit_distilled", "clip", "swin"])
 def test_prompts_that_travel_leave_the_rest_of_the_contract(backbone, tmp_path):
     model = compress(teacher(backbone), [VPT(prompts=3, deep=False, dropout=0.1)])
@@ -267,6 +272,7 @@ def test_compile_captures_the_whole_student(backbone, deep):
 # ------------------------------------------------------------------------------------------------------ with other steps
 
 
+@pytest.mark.wide_unless(lambda backbone: backbone in ("vit", "swin"))
 @every_form
 @pytest.mark.parametrize("first", [True, False], ids=["prompts_first", "prompts_second"])
 def test_transforms_of_multiplexing_that_change_nothing_change_no_prompted_student(backbone, deep, first):
@@ -278,6 +284,7 @@ def test_transforms_of_multiplexing_that_change_nothing_change_no_prompted_stude
     assert gap(outputs(made), outputs(expected)) < 1e-5  # seen 6.1e-07
 
 
+@pytest.mark.wide_unless(lambda backbone: backbone == "vit")
 @every_form
 @pytest.mark.parametrize("first", [True, False], ids=["prompts_first", "prompts_second"])
 def test_what_merges_still_merges(backbone, deep, first):
