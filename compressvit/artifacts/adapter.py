@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from compressvit import __version__
 from compressvit.errors import UserError
@@ -91,7 +92,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> Path:
         compressvit=__version__,
         architecture=model_name(model),
         num_classes=as_timm(model).num_classes,
-        backbone=_hash(model, names),
+        backbone=_hash(model, saved),
         transforms=[record_of(plan) for plan in plans],
     )
     path = Path(path)
@@ -193,8 +194,13 @@ def _require_as_written(
 
 
 def _saved_names(model: nn.Module) -> set[str]:
-    """Names of the tensors in an adapter file: the trained parameters, and the masks of added modules."""
-    return (trained_names(model) or set()) | surgery.added_buffers(model)
+    """Names of the tensors in an adapter file: the trained parameters, the statistics of batch norms that have some, and the masks of
+    added modules."""
+    trained = trained_names(model) or set()
+    owners = {name.rpartition(".")[0] for name in trained}
+    norms = [f"{path}." for path, module in model.named_modules() if path in owners and isinstance(module, _BatchNorm)]
+    statistics = {f"{norm}{name}" for norm in norms for name, _ in model.get_submodule(norm[:-1]).named_buffers()}
+    return trained | statistics | surgery.added_buffers(model)
 
 
 def remove_adapter(model: nn.Module) -> nn.Module:

@@ -30,7 +30,7 @@ from compressvit.fitting.sampling import TokenSample, gathered
 from compressvit.fitting.spool import Spool, scratch_folder
 from compressvit.fitting.walk import Side, look, watched
 from compressvit.log import progress
-from compressvit.model.backbone import describe, prefix_tokens
+from compressvit.model.backbone import describe, prefix_in
 from compressvit.model.calls import called
 from compressvit.model.family import BlockInfo, Branch
 from compressvit.model.linear import channels_last
@@ -93,7 +93,7 @@ def fit_in_order(
             stack.callback(side.close)
         sizes, device = _enter(ours, theirs, batches)
         judges = (every_fourth(torch.arange(sum(sizes))) if held_out is None else held_out()).split(sizes)
-        prefix, drawn = prefix_tokens(student), sample or TokenSample(None)
+        drawn = sample or TokenSample(None)
         for position, block in enumerate(progress(blocks, "fitting layers block by block", len(blocks))):
             if position:
                 ours.advance(block, device)
@@ -103,6 +103,7 @@ def fit_in_order(
             known = kept.read(block.path, paths) if kept else None
             branches = backbone.family.branches_in(student, block.path)
             asked = [] if known is not None else _asked(ours, names, branches, folder, drawn)
+            prefix = prefix_in(student, block.path)
             _ask(asked, theirs, following, device, prefix, backbone.family.changed_in(teacher, block.path))
             errors |= _fit_layers(asked, ours, theirs, fits, judges, device) if known is None else known
             if known is not None:

@@ -21,7 +21,7 @@ from compressvit.fitting.lowrank import Metric, cholesky
 from compressvit.fitting.sampling import TokenSample, gathered
 from compressvit.log import progress
 from compressvit.model import surgery
-from compressvit.model.backbone import changed_in_place, input_size, prefix_tokens
+from compressvit.model.backbone import changed_in_place, input_size, prefix_in
 from compressvit.model.calls import called
 from compressvit.model.linear import channels_last
 from compressvit.model.modes import evaluating
@@ -129,7 +129,7 @@ def collect_moments(
         UserError: a layer's input or gradient is not finite (the first such layer is named), or there is no image.
     """
     sums = {path: _Sums() for path in paths}
-    prefix = prefix_tokens(model)
+    prefix = {path: prefix_in(model, path) for path in paths}
     generator = torch.Generator().manual_seed(seed)
 
     def see_input(path: str, module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
@@ -137,7 +137,7 @@ def collect_moments(
         if not is_finite(x):
             raise not_finite(path)
         add = _whole if sample is None else partial(_part, sample, in_batch)
-        see_gradient = add(sums[path], module, x, prefix)
+        see_gradient = add(sums[path], module, x, prefix[path])
         if path in changed:
             output = output.clone()  # torch calls no hook of a view that is changed in place
         if outputs:

@@ -27,7 +27,7 @@ class Backbone:
 
     family: Family
     blocks: tuple[BlockInfo, ...]
-    num_prefix_tokens: int  # class, distillation and register tokens, which are not on the token grid
+    num_prefix_tokens: int  # class, distillation and register tokens, which are not on the token grid; of the features
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -123,6 +123,12 @@ def prefix_tokens(model: nn.Module) -> int:
     return found
 
 
+def prefix_in(model: nn.Module, path: str) -> int:
+    """The same of the block at `path`, or of what is in it: a model may have them in its last stage alone."""
+    family = family_of(model)
+    return prefix_tokens(model) if family is None else family.prefix_in(model, path)
+
+
 def body_of(model: nn.Module) -> nn.Module | None:
     """The backbone of a detector; None of any other model."""
     family = family_of(model)
@@ -181,7 +187,11 @@ def describe(
     if family.body is None and part != "backbone":
         raise UserError(f"{asker}: {model_name(model)} is no detector, so it has no {part}; leave `of` out")
     blocks = tuple(
-        replace(info, projections=layers_for(model.get_submodule(info.path), "attn.qkv"))
+        replace(
+            info,
+            projections=layers_for(model.get_submodule(info.path), "attn.qkv"),
+            prefix_tokens=family.prefix_in(model, info.path),
+        )
         for info in family.blocks(model)
     )
     if not blocks:

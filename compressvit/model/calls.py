@@ -16,8 +16,11 @@ _SWITCH = "qkv_bias_separate"
 
 # Within a block: a layer as transforms know it, and the layers that some blocks have in its place, in the order of its outputs.
 PARTS = {
-    "attn.qkv": ("attn.q_proj", "attn.k_proj", "attn.v_proj"),
-    "mlp.fc1": ("mlp.fc1_g", "mlp.fc1_x"),  # of timm's SwiGLU
+    "attn.qkv": (
+        ("attn.q_proj", "attn.k_proj", "attn.v_proj"),
+        ("attn.proj_q", "attn.proj_k", "attn.proj_v"),
+    ),  # the latter of CvT
+    "mlp.fc1": (("mlp.fc1_g", "mlp.fc1_x"),),  # of timm's SwiGLU
 }
 
 
@@ -34,14 +37,18 @@ def layers_for(block: nn.Module, name: str) -> tuple[str, ...]:
 
 def layers_within(sublayer: nn.Module, part: str, name: str) -> tuple[str, ...]:
     """The same within a sublayer that is called `part` in its block, e.g. attn and qkv."""
-    parts = tuple(own.partition(".")[2] for own in PARTS.get(f"{part}.{name}", ()))
-    split = bool(parts) and all(getattr(sublayer, own, None) is not None for own in parts)
-    return parts if split and getattr(sublayer, name, None) is None else (name,)
+    if getattr(sublayer, name, None) is not None:
+        return (name,)
+    for known in PARTS.get(f"{part}.{name}", ()):
+        parts = tuple(own.partition(".")[2] for own in known)
+        if all(getattr(sublayer, own, None) is not None for own in parts):
+            return parts
+    return (name,)
 
 
 def whole_layer(name: str) -> str:
     """The name, within a block, that transforms know a layer by: of a part that of the whole."""
-    return next((whole for whole, parts in PARTS.items() if name in parts), name)
+    return next((whole for whole, known in PARTS.items() if any(name in parts for parts in known)), name)
 
 
 def be_called(model: nn.Module, path: str) -> None:

@@ -33,6 +33,7 @@ class BlockInfo:
     # The module of its stage, which runs what stands between the stage before and its blocks (as patch merging), then the blocks one
     # after the other, and nothing else. "": nothing stands between stages.
     stage_path: str = ""
+    prefix_tokens: int = 0  # before those of the patches, as `describe` finds them by `Family.prefix_in`
 
     def holds(self, path: str) -> bool:
         """Whether a module, by its path, is in the block; all are in that of the empty path."""
@@ -52,6 +53,7 @@ Need = Literal[
     "slotted_attention",
     "slotted_block",
     "no_position_table",
+    "keys_at_queries",
     "single_dims",
     "separate_heads",
     "alike_blocks",
@@ -78,10 +80,14 @@ NEEDS: dict[Need, tuple[str, str]] = {
         "attention without relative positions of its own",
         "which has a relative position table already",
     ),
+    "keys_at_queries": (
+        "attention whose keys stand where its queries do",
+        "whose keys and values are on a coarser grid",
+    ),
     "single_dims": (
         "heads of which single dimensions can go",
-        "whose attention turns them in pairs by rotary positions, or norms them together (cosines), or pools queries; try `heads` instead "
-        "of `head_dim`",
+        "whose attention turns them in pairs by rotary positions, or norms them together (cosines), or pools queries, or has another layer "
+        "before each of queries, keys and values; try `heads` instead of `head_dim`",
     ),
     "separate_heads": (
         "heads that work apart",
@@ -94,6 +100,7 @@ NEEDS: dict[Need, tuple[str, str]] = {
 _OF_ATTENTION: set[Need] = {
     "slotted_attention",
     "no_position_table",
+    "keys_at_queries",
     "single_dims",
     "separate_heads",
     "prompts",
@@ -160,6 +167,9 @@ class Family(ABC):
     slotted_block: ClassVar[type[nn.Module] | None] = None
     slotted_attention: ClassVar[type[nn.Module] | tuple[type[nn.Module], ...] | None] = None
     position_table: ClassVar[bool] = False  # its attention has a table of relative positions
+    coarse_keys: ClassVar[bool] = False  # its keys and values are on a coarser grid than its queries
+    # What stands between the input of its attention and the layers of queries, keys and values, for messages: 'a convolution'.
+    before_qkv: ClassVar[str | None] = None
     whole_heads: ClassVar[bool] = False  # its attention works on the dimensions of a head together
     widens: ClassVar[bool] = False  # the first block of a stage has other shapes than the rest
     mixed_heads: ClassVar[bool] = False  # its heads work on what the others give, so that none can go
@@ -225,6 +235,7 @@ class Family(ABC):
             return "attention"
         lacking: dict[Need, bool] = {
             "no_position_table": self.position_table,
+            "keys_at_queries": self.coarse_keys,
             "single_dims": self.whole_heads,
             "separate_heads": self.mixed_heads,
             "alike_blocks": self.widens,
@@ -235,6 +246,10 @@ class Family(ABC):
     def prefix_tokens(self, model: nn.Module) -> int:
         """How many tokens before those of the patches the blocks have: class, distillation and register tokens."""
         return getattr(model, "num_prefix_tokens", 0)
+
+    def prefix_in(self, model: nn.Module, path: str) -> int:
+        """The same of the block at `path`, or of what is in it."""
+        return self.prefix_tokens(model)
 
     def head_options(self, attention: nn.Module) -> tuple[HeadOption, ...]:
         """What can be changed of the heads of an attention of this family, whose `qkv` gives queries, keys and values of equal size, each

@@ -1,7 +1,7 @@
 """Tensors of models of Hugging Face's transformers under timm's names; `hugging_face_config` is about their folders.
 
-ViT, DeiT, DINOv2 (also with registers), DINOv3, Swin v1, and the image towers of CLIP and SigLIP. Nothing of transformers is
-imported: a file of tensors is known by its names.
+ViT, DeiT, DINOv2 (also with registers), DINOv3, Swin v1, CvT (`hugging_face_cvt`), and the image towers of CLIP and SigLIP. Nothing of
+transformers is imported: a file of tensors is known by its names.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping
 import torch
 
 from compressvit.errors import UserError
+from compressvit.model.hugging_face_cvt import is_cvt, name_in_cvt
 from compressvit.notes import Note
 
 _MARK = re.compile(r"((?:\w+\.)*?)embeddings\.patch_embedding(?:s\.projection|s)?\.weight")
@@ -49,7 +50,7 @@ _CLASSIFIERS = {"classifier": "head", "cls_classifier": "head", "distillation_cl
 
 def is_of_transformers(names: Collection[str]) -> bool:
     """Whether tensors have the names of one of these models of transformers."""
-    return any(_MARK.fullmatch(name) for name in names)
+    return any(_MARK.fullmatch(name) for name in names) or is_cvt(names)
 
 
 def in_timms_names(
@@ -68,6 +69,10 @@ def in_timms_names(
         UserError: the classifier of a DINOv2, which reads more than timm's does, for a model that has one; or biases of queries and values,
             for a model that has none.
     """
+    if is_cvt(tensors):
+        named = {name: new for name in tensors if (new := name_in_cvt(name))}
+        of_cvt = {new: tensors[name] for name, new in named.items()}
+        return of_cvt, _told(of_cvt, [name for name in tensors if name not in named])
     prefix = next(match[1] for name in tensors if (match := _MARK.fullmatch(name)))
     found: dict[str, torch.Tensor] = {}
     split: dict[str, dict[str, torch.Tensor]] = {}  # by name of qkv: q, k and v
@@ -95,10 +100,14 @@ def in_timms_names(
     _arrange(found)
     found = {_of_eva(name, found, own): tensor for name, tensor in found.items()}
     _refuse_wide_classifier(found, own, where)
+    return found, _told(found, left)
+
+
+def _told(found: Collection[str], left: list[str]) -> list[Note]:
     text = f"names of Hugging Face's transformers were turned into timm's, of {len(found)} tensors"
     if left:
         text += f", and {len(left)} were left out that timm's model has not ({', '.join(left[:3])}{', …' * (len(left) > 3)})"
-    return found, [Note("transformers", len(found), text)]
+    return [Note("transformers", len(found), text)]
 
 
 def _joined(name: str, parts: Mapping[str, torch.Tensor], own: Collection[str], where: str) -> dict[str, torch.Tensor]:
@@ -138,6 +147,8 @@ def place_in_timm(name: str) -> tuple[str, str | None] | None:
     classifier, _, kind = name.rpartition(".")
     if classifier in _CLASSIFIERS:
         return f"{_CLASSIFIERS[classifier]}.{kind}", None
+    if of_cvt := name_in_cvt(name):
+        return of_cvt, None
     inner = name
     while inner:
         if part := _of_qkv(inner):

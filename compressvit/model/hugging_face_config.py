@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from compressvit.errors import UserError
+from compressvit.model import hugging_face_cvt
 from compressvit.model.names import is_model
 
 _SIZES = {
@@ -42,7 +43,7 @@ _NAMES = {
     "dinov3_vit": ("vit_{size}_patch{patch}_dinov3{bias}", "vit_small{plus}_patch16_dinov3{bias}"),
     "swin": ("swin_{size}_patch{patch}_window{window}_{image}", "swin_tiny_patch4_window7_224"),
 }
-KINDS = tuple(_NAMES)
+KINDS = (*_NAMES, hugging_face_cvt.KIND)
 _TOWERS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}  # of models of images and texts
 # What a config.json leaves out.
 _VIT: dict[str, Any] = {
@@ -88,6 +89,7 @@ _ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
 }  # in timm's words; None is its default
 _CLASSES = re.compile(r"\w+ForImageClassification(WithTeacher)?")
+_WARPED = 384  # images of this side and more are not cropped, where a share of them would be
 _PILLOW = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
 
@@ -101,6 +103,9 @@ def timms_model(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
     if kind in _TOWERS:
         kind, inner = _TOWERS[kind], config.get("vision_config")
         tower = inner if isinstance(inner, dict) else {}
+    if kind == hugging_face_cvt.KIND:
+        name, args = hugging_face_cvt.arguments_of(config)
+        return name, {**args, "num_classes": _number_of_classes(config, kind)}
     if kind not in _NAMES:
         return None
     tower = {**_DEFAULTS.get(kind, _VIT), **tower}
@@ -230,11 +235,18 @@ def input_of(config: Mapping[str, Any]) -> dict[str, Any]:
     if type(resample) is int and resample in _PILLOW:
         found["interpolation"] = _PILLOW[resample]
     size, crop = (_edge(config.get(name)) for name in ("size", "crop_size"))
-    if config.get("do_center_crop") and size and crop:
+    if size and type(share := config.get("crop_pct")) is float and 0 < share <= 1:  # of ConvNeXt, which CvT has, too
+        found |= {"crop_pct": share} if size < _WARPED else {"crop_pct": 1.0, "crop_mode": "squash"}
+    elif config.get("do_center_crop") and size and crop:
         found["crop_pct"] = min(crop / size, 1.0)
     elif size and not config.get("do_center_crop", False):
         found |= {"crop_pct": 1.0, "crop_mode": "squash"}
     return found
+
+
+def image_size(config: Mapping[str, Any]) -> int | None:
+    """The side of the images after a `preprocessor_config.json`, as far as it says."""
+    return _edge(config.get("crop_size")) or _edge(config.get("size"))
 
 
 def _edge(size: Any) -> int | None:

@@ -131,8 +131,11 @@ def _of_transformers(content: dict[str, Any], config: Path) -> _Described | None
         return None
     beside = config.with_name(PREPROCESSOR)
     images = _content(beside) if beside.is_file() else None
-    names = hugging_face_config.label_names(content) if found[1]["num_classes"] else None
-    return *found, hugging_face_config.input_of(images or {}), names
+    name, args = found
+    if "img_size" not in args and (side := hugging_face_config.image_size(images or {})):  # CvT's config.json has none
+        args["img_size"] = side
+    names = hugging_face_config.label_names(content) if args["num_classes"] else None
+    return name, args, hugging_face_config.input_of(images or {}), names
 
 
 def _mapping(content: dict[str, Any], key: str) -> dict[str, Any]:

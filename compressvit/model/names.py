@@ -6,6 +6,7 @@ from compressvit.errors import did_you_mean
 from compressvit.model.detectors import DETECTORS, register_detectors
 
 TORCHVISION = "torchvision_"  # how the names of torchvision's transformers begin
+CVTS = ("cvt_13", "cvt_21", "cvt_w24")
 
 
 def is_model(architecture: str) -> bool:
@@ -16,6 +17,8 @@ def is_model(architecture: str) -> bool:
         register_detectors()
     elif architecture.startswith(TORCHVISION):
         import compressvit.model.of_torchvision  # noqa: F401 - registers them
+    elif architecture in CVTS:
+        from compressvit.model.cvt import model  # noqa: F401 - registers them
     return timm.is_model(architecture)
 
 
@@ -27,4 +30,4 @@ def nearest_model(architecture: str) -> str:
 
     if (own := TORCHVISION + architecture) in NAMES:
         return f"torchvision's is {own!r}"
-    return did_you_mean(architecture, [*DETECTORS, *timm.list_models()], list_at_most=0)
+    return did_you_mean(architecture, [*DETECTORS, *CVTS, *timm.list_models()], list_at_most=0)

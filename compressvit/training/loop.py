@@ -118,7 +118,7 @@ class Trainer:
         steps_per_epoch = opt.steps_per_epoch(len(self.loader), spec.accumulate)
         self.total_steps = int(min(spec.epochs * steps_per_epoch, spec.max_steps or math.inf))
         opt.set_drop_path(model, spec.drop_path)
-        self.frozen = opt.Frozen(opt.frozen_modules(model, spec))
+        self.frozen = opt.Frozen(opt.frozen_modules(model, spec), opt.frozen_norms(model))
         self.optimizer = opt.build_optimizer(model, spec, self.batch_size, device)
         self.schedule = opt.build_schedule(self.optimizer, spec, steps_per_epoch)
         self.mixing = opt.build_mixing(spec, self.task, getattr(model, "num_classes", 0))

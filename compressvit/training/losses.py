@@ -77,8 +77,8 @@ def attention_relation(
     The floor is the entropy of the teacher's relations, not 0; the KL divergence shows how much is left to learn.
 
     Args:
-        student_qkv: the full query, key and value projections, three tensors (B, N, C_student).
-        teacher_qkv: three tensors (B, N, C_teacher), with the student's B and N.
+        student_qkv: the full query, key and value projections, three tensors (B, N, C_student); keys and values may have another N.
+        teacher_qkv: three tensors (B, N, C_teacher), with the student's B and N of each.
         heads: relation heads; must divide both widths.
         with_kl: also return the KL divergence (the loss minus the teacher's entropy), detached.
 
@@ -95,12 +95,14 @@ def attention_relation(
     """
     for side, projections in (("student", student_qkv), ("teacher", teacher_qkv)):
         shapes = [_shape(projection) for projection in projections]
-        if len(shapes) != 3 or len(set(shapes)) > 1 or projections[0].ndim != 3:
+        alike = {(projection.ndim, projection.shape[:1], projection.shape[-1:]) for projection in projections}
+        if len(shapes) != 3 or len(alike) > 1 or projections[0].ndim != 3:
             raise UserError(
-                f"attention_relation: {side}_qkv must be three tensors (q, k, v) of one shape (B, N, C), "
+                f"attention_relation: {side}_qkv must be three tensors (q, k, v) of one shape (B, N, C), but for N, "
                 f"got {len(shapes)}: {', '.join(shapes)}; join the attention heads into C first"
             )
-    _require_same_tokens("attention_relation", student_qkv[0], teacher_qkv[0])
+    for ours, theirs in zip(student_qkv, teacher_qkv, strict=True):
+        _require_same_tokens("attention_relation", ours, theirs)
     widths = student_qkv[0].shape[-1], teacher_qkv[0].shape[-1]
     if heads < 1 or widths[0] % heads or widths[1] % heads:
         common = math.gcd(*widths)

@@ -15,6 +15,7 @@ from timm.layers import DropPath
 from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler, StepLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from compressvit.errors import UserError, did_you_mean
 from compressvit.model import surgery
@@ -122,6 +123,13 @@ def frozen_modules(model: nn.Module, spec: Training) -> list[nn.Module]:
     return found
 
 
+def frozen_norms(model: nn.Module) -> list[nn.Module]:
+    """Batch norms with parameters of which none is trained: their statistics are part of the frozen backbone, too."""
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    own = [list(module.parameters(recurse=False)) for module in norms]
+    return [norm for norm, given in zip(norms, own, strict=True) if given and not any(p.requires_grad for p in given)]
+
+
 def _refuse_shared(model: nn.Module, frozen: Sequence[nn.Module]) -> None:
     """Raise a `UserError` where freezing these modules would also freeze a parameter of others, which hold the same tensor."""
     inside = {id(module) for each in frozen for module in each.modules()}
@@ -142,10 +150,15 @@ def _refuse_shared(model: nn.Module, frozen: Sequence[nn.Module]) -> None:
 
 
 class Frozen:
-    """Modules that a phase does not train: without gradients, and in eval mode, so that their statistics stay."""
+    """Modules that a phase does not train: without gradients, and in eval mode, so that their statistics stay.
 
-    def __init__(self, modules: Sequence[nn.Module]):
-        self._modules = modules
+    Args:
+        modules: what is frozen for the phase.
+        norms: what is in eval mode, too; a module that was added to one may be trained.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], norms: Sequence[nn.Module] = ()):
+        self._modules = [*modules, *norms]
         self._wanted = [p for module in modules for p in module.parameters() if p.requires_grad]
         for parameter in self._wanted:
             parameter.requires_grad_(False)

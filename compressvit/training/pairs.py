@@ -149,9 +149,7 @@ def _unpaired(
         return f"compressvit knows no blocks of {' and '.join(names)}"
     if ours.family is theirs.family:
         without = layers == "matched" and ours.family.attention is None
-        return (
-            f"compressvit knows no attention of {model_name(student)}; distill.layers: auto pairs its blocks" * without
-        )
+        return f"compressvit knows no attention of {model_name(student)}" * without
     for model, backbone in ((student, ours), (teacher, theirs)):
         if not backbone.family.in_rows:
             return f"the tokens of {model_name(model)} come in an order of its own, which those of another architecture have not"

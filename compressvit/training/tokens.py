@@ -51,7 +51,7 @@ class Layout:
     @classmethod
     def of_block(cls, model: nn.Module, backbone: Backbone, block: BlockInfo) -> Layout:
         """That of what a block passes on."""
-        whole, count = cls.of(model), backbone.num_prefix_tokens
+        whole, count = cls.of(model), block.prefix_tokens
         known = whole.prefix if whole is not None and len(whole.prefix) == count else (REGISTER,) * count
         return cls(block.width, known, block.resolution, backbone.family.layout == "channels_first")
 

@@ -156,7 +156,7 @@ class IRPEPlan(Plan):
 class IRPE(Transform):
     """Contextual relative position encoding on keys, one table per layer, shared over heads (iRPE; Mini-DeiT)."""
 
-    needs: ClassVar[tuple[Need, ...]] = ("slotted_attention", "no_position_table")
+    needs: ClassVar[tuple[Need, ...]] = ("slotted_attention", "no_position_table", "keys_at_queries")
 
     ratio: float = Field(
         1.9, gt=1.0, description="α of the piecewise bucketing, in tokens; β = 2α, γ = 8α. 1.9 gives 49 buckets."

@@ -210,7 +210,7 @@ class MultiplexPlan(Plan):
                 info.width,
                 self.mlp_conv,
                 info.resolution,
-                backbone.num_prefix_tokens,
+                info.prefix_tokens,
                 sequence=backbone.family.layout == "sequence",
                 replace=self.form == "reference",
                 eps=cast(nn.LayerNorm, model.get_submodule(f"{info.path}.norm2")).eps,  # in every norm of timm

@@ -145,11 +145,12 @@ class RepAdapterPlan(TermPlan):
     position: Position = "before"
     act: str | None = None
     unbiased: str | None = None  # a layer that would have to take in a shift, and has no bias
+    behind: str | None = None  # what stands between φ before an attention and the layers it would merge into
 
     @property
     def foldable(self) -> bool:  # type: ignore[override]  # of this plan, not of all
-        """Without an activation, into layers with biases."""
-        return self.act is None and self.unbiased is None
+        """Without an activation, into layers with biases right behind it."""
+        return self.act is None and self.unbiased is None and self.behind is None
 
     @property
     def extension(self) -> tuple[type, str]:
@@ -183,6 +184,12 @@ class RepAdapterPlan(TermPlan):
             raise UserError(
                 f"repadapter cannot be folded: with act: {self.act} it is not linear, so no projection can take it in. Leave act out, "
                 "or ship the artifact as it is"
+            )
+        if self.behind is not None:
+            raise UserError(
+                f"repadapter cannot be folded: {self.behind} stands between what enters the attention of {model_name(model)} and its "
+                "queries, keys and values. Adapt after the sublayers (position: after) or the MLP alone (place: mlp), or ship the artifact "
+                "as it is"
             )
         if self.unbiased is not None:
             how = " (qkv_bias=True)" if self.unbiased.endswith(".qkv") else ""
@@ -257,5 +264,6 @@ class RepAdapter(OnBlocks):
         paths = tuple(f"{info.path}.{part}" for info in chosen for part in parts)
         into = {p: projection(model, p, f"repadapter.place={self.place}") for p in _merged(model, paths, self.position)}
         unbiased = next((path for path, layer in into.items() if getattr(layer, "bias", None) is None), None)
+        behind = backbone.family.before_qkv if self.position == "before" and "attn" in parts else None
         settings = self.model_dump(include={"width", "groups", "scale", "dropout", "position", "act"})
-        return RepAdapterPlan(paths=paths, unbiased=unbiased, **settings)
+        return RepAdapterPlan(paths=paths, unbiased=unbiased, behind=behind, **settings)

@@ -121,7 +121,7 @@ class SSF(OnBlocks):
         layers = tuple(
             path
             for path, layer in model.named_modules()
-            if isinstance(layer, (nn.Linear, nn.Conv2d, nn.LayerNorm, Factored))
+            if isinstance(layer, (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.BatchNorm2d, Factored))
             and getattr(layer, "bias", None) is not None
             and f"{path}.bias" not in heads
             and path not in of_steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Annotated
 
 from pydantic import Field
@@ -12,7 +13,7 @@ from compressvit.spec import Frozen
 FC1, FC2, QKV, PROJ = "mlp.fc1", "mlp.fc2", "attn.qkv", "attn.proj"
 
 # Of timm's blocks, in the order they run; of those that a block may have in parts also these.
-LAYERS = (QKV, *PARTS[QKV], PROJ, FC1, *PARTS[FC1], FC2)
+LAYERS = (QKV, *chain(*PARTS[QKV]), PROJ, FC1, *chain(*PARTS[FC1]), FC2)
 
 Size = Annotated[int, Field(ge=1)]
 
@@ -27,6 +28,7 @@ class BlockForm(Frozen):
         factored: those of them that are two factors where the plan's others are pivoted.
         parts: those of `attn.qkv` and `mlp.fc1` in whose place the block has several layers (`compressvit.model.calls.PARTS`).
         mlp: the names of the two layers of its MLP; empty where they are timm's.
+        qkv: the names of the three layers that give queries, keys and values; empty where they are one, or timm's.
     """
 
     neurons: Size | None = None
@@ -36,6 +38,7 @@ class BlockForm(Frozen):
     factored: tuple[str, ...] = ()
     parts: tuple[str, ...] = ()
     mlp: tuple[()] | tuple[str, str] = ()
+    qkv: tuple[()] | tuple[str, str, str] = ()
 
     def layers(self) -> set[str]:
         """The names of the layers that it changes."""
@@ -55,4 +58,6 @@ class BlockForm(Frozen):
         """The layers of the block that do what `layer` does."""
         if self.mlp and layer in (FC1, FC2):
             return (self.mlp[layer == FC2],)
-        return PARTS[layer] if layer in self.parts else (layer,)
+        if self.qkv and layer == QKV:
+            return self.qkv
+        return PARTS[layer][0] if layer in self.parts else (layer,)

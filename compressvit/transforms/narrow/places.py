@@ -12,7 +12,7 @@ from torch import nn
 from compressvit.fitting.lowrank import Tensor
 from compressvit.model import surgery
 from compressvit.model.backbone import Backbone, class_in_timm
-from compressvit.model.calls import be_called, layers_for
+from compressvit.model.calls import PARTS, be_called, layers_for
 from compressvit.model.chain import chain_of
 from compressvit.model.family import BlockInfo, Family, HeadOption
 from compressvit.model.linear import is_pointwise, weight_shape
@@ -51,12 +51,18 @@ class Place:
 
     def form(self, **sizes: Any) -> BlockForm:
         """A form of this block; sizes that are None stay as they are."""
-        return BlockForm(**sizes, parts=self.parts, mlp=() if self.fc2 == FC2 else (self.fc1[0], self.fc2))
+        mlp = () if self.fc2 == FC2 else (self.fc1[0], self.fc2)
+        return BlockForm(**sizes, parts=self.parts, mlp=mlp, qkv=self.own_qkv)
 
     @property
     def parts(self) -> tuple[str, ...]:
         """Those of `attn.qkv` and `mlp.fc1` in whose place it has several layers."""
         return tuple(name for name, own in ((QKV, self.qkv), (FC1, self.fc1)) if len(own) > 1)
+
+    @property
+    def own_qkv(self) -> tuple[str, ...]:
+        """`qkv` where it is three layers that are called otherwise than timm's."""
+        return () if self.qkv in ((QKV,), PARTS[QKV][0]) else self.qkv
 
     def rows(self, kept: Tensor) -> Tensor:
         """The rows of `fc1`, or of each layer in its place, of the neurons `kept`."""

@@ -127,6 +127,7 @@ class _Offers:
         for heads, size in self._head_sizes():
             form = Offer(
                 parts=place.parts,
+                qkv=place.own_qkv,
                 heads=None if heads == place.heads else heads,
                 head_dim=None if size == place.head_dim else size,
             )
@@ -140,7 +141,7 @@ class _Offers:
                 rows = torch.arange(len(found.weight)).chunk(count)
                 for name, own, part in zip(place.qkv, found.weight.chunk(count), rows, strict=True):
                     metric = found.metric if count == 1 else restricted(found.metric, part)
-                    left[name] = self._left(own, teacher.centred(name), metric)
+                    left[name] = self._left(own, teacher.centred(name), metric, self._share(name))
                 left[PROJ] = self._left(projection, found.values, None)
             products = self.prices.products(place.path, heads, size)
             bases.append(self._base(form, error, left, products))
@@ -158,12 +159,17 @@ class _Offers:
             sizes += [(count, place.head_dim) for count in counts]
         return sizes
 
-    def _left(self, weight: Tensor, centred: Tensor, metric: Tensor | None) -> list[float] | None:
-        """The error of a layer of every rank, from that of leaving it out; None where it stays dense and as it is."""
+    def _share(self, layer: str) -> float:
+        """The tokens that a layer of queries, keys or values sees, in parts of those of queries."""
+        tokens, block = self.prices.tokens, self.place.path
+        return tokens[f"{block}.{layer}"] / tokens[f"{block}.{self.place.qkv[0]}"]
+
+    def _left(self, weight: Tensor, centred: Tensor, metric: Tensor | None, share: float = 1.0) -> list[float] | None:
+        """The error of a layer of every rank, from that of leaving it out, times `share`; None where it stays dense and as it is."""
         assert self.teacher is not None
         if not self.methods.rank and not self.prices.bits:
             return None
-        found: list[float] = truncation_errors(weight, centred, self.teacher.settings.ridge, metric).tolist()
+        found: list[float] = (share * truncation_errors(weight, centred, self.teacher.settings.ridge, metric)).tolist()
         return found
 
     def _noise(self, layer: str) -> dict[int, float]:

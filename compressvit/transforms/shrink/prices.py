@@ -108,7 +108,8 @@ class Prices:
         paths = [f"{place.path}.{layer}" for place in found for layer in place.layers]
         tokens = tokens_at(model, paths)
         blocks = {info.path: info for info in describe(model).blocks}
-        keys = {p.path: _keys(blocks[p.path], tokens[f"{p.path}.{PROJ}"]) for p in found if p.options}
+        seen = {p.path: tokens[f"{p.path}.{PROJ if len(p.qkv) == 1 else p.qkv[1]}"] for p in found if p.options}
+        keys = {path: _keys(blocks[path], count) for path, count in seen.items()}
         shapes = {place.path: Shapes.of(model, place) for place in found}
         known = tuple(unit for unit in units if table is not None or unit != "latency")
         whole = next(model.parameters()).element_size()
@@ -150,10 +151,18 @@ class Prices:
     def _layer(self, block: str, layer: str, outputs: int, inputs: int, rank: int | None, pivoted: bool) -> Row:
         numbers = outputs * inputs if rank is None else rank_price(outputs, inputs, rank, pivoted)
         order = torch.int64.itemsize * min(outputs, inputs) if rank is not None and pivoted else 0
-        time = 0.0 if self.table is None else self.table.layer(block, outputs, inputs, rank, pivoted=pivoted)
+        time = 0.0
+        if self.table is not None:
+            time = self.table.layer(block, outputs, inputs, rank, pivoted=pivoted) * self._share(block, layer)
         if self.bits:
             order += round(numbers * (self._rounded(self.bits[0]) - self.itemsize))
         return self.row(numbers, numbers * self.tokens[f"{block}.{layer}"], time, order)
+
+    def _share(self, block: str, layer: str) -> float:
+        """The tokens that a layer sees, in parts of those that layers of its block were timed with (`stopwatch`)."""
+        place = self.shapes[block].place
+        timed = (place.fc1 if place.neurons else place.qkv)[0]
+        return self.tokens[f"{block}.{layer}"] / self.tokens[f"{block}.{timed}"]
 
     def rounded(self, price: Row, numbers: int) -> list[tuple[int | None, Row]]:
         """A layer whose weights have so many numbers with each of the `bits`, and its price, from that with the fewest."""

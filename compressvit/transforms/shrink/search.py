@@ -162,7 +162,9 @@ def _together(chosen: Mapping[str, Offer]) -> dict[str, Offer]:
     for path, offer in chosen.items():
         block = path.rpartition(".")[0]
         other = found.get(block, Offer())
-        own = {name: value for name, value in offer if name in ("neurons", "heads", "head_dim", "parts") and value}
+        own = {
+            name: value for name, value in offer if name in ("neurons", "heads", "head_dim", "parts", "qkv") and value
+        }
         both = {
             "ranks": other.ranks | offer.ranks,
             "factored": (*other.factored, *offer.factored),

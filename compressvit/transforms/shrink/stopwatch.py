@@ -27,7 +27,7 @@ from compressvit.transforms.low_rank.pivoted_layer import Join, Split
 from compressvit.transforms.narrow.form import FC2, PROJ
 from compressvit.transforms.narrow.places import Place, narrow_attention
 from compressvit.transforms.shrink.latency import Kind, LatencyTable, Timed, device_name
-from compressvit.transforms.shrink.prices import Shapes
+from compressvit.transforms.shrink.prices import Prices
 
 log = logging.getLogger("compressvit")
 
@@ -126,13 +126,8 @@ def _through(output: torch.Tensor, x: torch.Tensor, *others: Any, **named: Any) 
 def _within_the_whole(model: nn.Module, found: Sequence[Place], table: LatencyTable, parts: float) -> LatencyTable:
     """The table with all modules scaled so that those of the model take together what they do within it, `parts` milliseconds: one by one
     they find their inputs and weights nearer or farther."""
-    total = 0.0
-    for place in found:
-        shapes = Shapes.of(model, place)
-        total += sum(table.layer(place.path, *shape) for shape in shapes.layers.values())
-        total += table.attention(place.path, place.heads, place.head_dim) if place.options else 0.0
-        total += table.mlp(place.path, place.neurons) if place.neurons else 0.0
-    scale = parts / total
+    prices = Prices.of(model, found, ("latency",), table)
+    scale = parts / sum(float(prices.part(block, part)[0]) for block, part in prices.parts())
     if not 1 / _NOISY < scale < _NOISY:
         log.warning(
             "latency: within the model its modules take %.2f of what they take one by one; other programs may be busy on this machine, so "
@@ -255,9 +250,8 @@ class _Block:
         alone = nn.ModuleDict({"attn": surgery.deep_copy(self.block.get_submodule("attn"))})
         narrow_attention(alone, replace(self.place, path=""), self.family, heads, size)
         attention, x = alone["attn"], given[0]
-        for name in self.place.qkv:
-            outputs = weight_shape(alone.get_submodule(name))[0]
-            alone.set_submodule(name, _Given(x.new_empty(*x.shape[:-1], outputs).normal_()))
+        for name, shape in _shapes_given(alone, self.place.qkv, partial(attention, *given, **named)).items():
+            alone.set_submodule(name, _Given(x.new_empty(shape).normal_()))
         alone.set_submodule(PROJ, _Given(torch.empty_like(x)))
         return _bound(attention, *given, **named)
 
@@ -271,6 +265,22 @@ class _Block:
             alone.set_submodule(name, _Given(x.new_empty(shape).normal_()))
         alone.set_submodule(FC2, _Given(torch.empty_like(x)))
         return _bound(alone["mlp"], *given, **named)
+
+
+def _shapes_given(block: nn.Module, names: Sequence[str], run: Call) -> dict[str, tuple[int, ...]]:
+    """The shapes of what layers of a block give when it runs: keys and values may have fewer tokens than queries."""
+    found: dict[str, tuple[int, ...]] = {}
+
+    def see(name: str, module: nn.Module, given: tuple, output: torch.Tensor) -> None:
+        found[name] = tuple(output.shape)
+
+    handles = [block.get_submodule(name).register_forward_hook(partial(see, name)) for name in names]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
 
 
 def _sizes(whole: int) -> list[int]:

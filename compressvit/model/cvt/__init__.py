@@ -1,0 +1,1 @@
+"""CvT, which timm does not have."""
