@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from compressvit.errors import did_you_mean
+from compressvit.model.cvt import CVTS, register_cvts
 from compressvit.model.detectors import DETECTORS, register_detectors
 
 TORCHVISION = "torchvision_"  # how the names of torchvision's transformers begin
-CVTS = ("cvt_13", "cvt_21", "cvt_w24")
 
 
 def is_model(architecture: str) -> bool:
@@ -18,7 +18,7 @@ def is_model(architecture: str) -> bool:
     elif architecture.startswith(TORCHVISION):
         import compressvit.model.of_torchvision  # noqa: F401 - registers them
     elif architecture in CVTS:
-        from compressvit.model.cvt import model  # noqa: F401 - registers them
+        register_cvts()
     return timm.is_model(architecture)
 
 

@@ -200,8 +200,12 @@ def strip(model: nn.Module) -> None:
         module.__class__ = next(c for c in kind.__mro__ if not (_is_ours(c) or hasattr(c, "slots")))
 
 
+_ARCHITECTURES = ("compressvit.model.cvt.", "compressvit.model.detectors.", "compressvit.model.of_torchvision")
+
+
 def _is_ours(kind: type) -> bool:
-    return kind.__module__.partition(".")[0] == "compressvit"
+    """Whether a class is what a transform makes of a module, and no part of a model as it is built."""
+    return kind.__module__.startswith("compressvit.") and not kind.__module__.startswith(_ARCHITECTURES)
 
 
 def added_modules(model: nn.Module) -> set[str]:

@@ -28,7 +28,7 @@ def examples() -> dict[str, Example]:
 
 
 def build(name: str, seed: int = 0) -> nn.Module:
-    """Build a small model of `examples` in eval mode, with random values in place of parameters that are initially 0 or 1."""
+    """Build a small model of `examples` in eval mode, with random values in place of what is initially 0 or 1."""
     model, state = _built(name, seed)
     torch.set_rng_state(state)
     return deep_copy(model)
@@ -43,6 +43,11 @@ def _built(name: str, seed: int) -> tuple[nn.Module, Tensor]:
     with torch.no_grad():  # initial biases are 0 and norm weights 1, which would hide errors
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):  # its statistics are 0 and 1
+                statistics = dict(module.named_buffers())
+                statistics["running_mean"].normal_(std=0.1)
+                statistics["running_var"].uniform_(0.8, 1.25)
     return model.eval(), torch.get_rng_state()
 
 

@@ -46,6 +46,8 @@ class Layout:
         family, grid = family_of(model), getattr(getattr(model, "patch_embed", None), "grid_size", None)
         if family is not None and family.layout != "sequence":  # that of its first stage
             grid = None
+        elif family is not None and grid is None:  # of stages that make tokens of tokens
+            grid = [*family.blocks(model)][-1].resolution
         return cls(width, prefix, None if grid is None else (int(grid[0]), int(grid[1])))
 
     @classmethod

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from compressvit.artifacts.adapter import load_adapter, remove_adapter, save_adapter
 from compressvit.artifacts.merge import merge
 from compressvit.errors import UserError
+from compressvit.model import weights
 from compressvit.transforms import (
     LORS,
     PHM,
@@ -54,6 +55,29 @@ FEW = [
     "vpt",
     "mlp",
 ]  # what is added, what replaces layers, what joins tokens, what is there
+
+
+@pytest.mark.parametrize("name", ["torchvision_swin_t", "faster_rcnn"])
+def test_an_adapter_goes_onto_models_of_our_own_classes(name, tmp_path):
+    """Whose classes are no specialisations that removing an adapter undoes."""
+    args = {
+        "torchvision_swin_t": {"num_classes": 3},
+        "faster_rcnn": {
+            "backbone": "swin_tiny_patch4_window7_224",
+            "backbone_args": {"depths": (1, 1, 1, 1)},
+            "img_size": 64,
+        },
+    }[name]
+    torch.manual_seed(0)
+    backbone = weights.build(name, args).eval()
+    kind = type(backbone)
+    model = compress(backbone, [BitFit()])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 if parameter.requires_grad else 0.0)
+    again = load_adapter(backbone, save_adapter(model, tmp_path / "adapter.safetensors"))
+    assert same_values(values(again), values(model))
+    assert type(remove_adapter(again)) is kind
 
 
 def adapted(task: str, backbone: torch.nn.Module) -> torch.nn.Module:

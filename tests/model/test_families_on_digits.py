@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import timm
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -13,6 +12,7 @@ from compressvit.data.opening import open_data
 from compressvit.data.pixels import Pixels
 from compressvit.data.spec import Data
 from compressvit.model.cost import cost
+from compressvit.model.weights import build
 from compressvit.transforms import Shrink
 from compressvit.transforms.shrink.spec import ShrinkBudget
 
@@ -53,6 +53,8 @@ HIERA |= {
     "mask_unit_attn": (True, False),
     "head_init_scale": 1.0,
 }
+CVT = {"img_size": 8, "patch_sizes": (3, 3), "patch_strides": (1, 2), "patch_paddings": (1, 1)}
+CVT |= {"embed_dims": (24, 48), "depths": (1, 2), "num_heads": (2, 4)}
 SIGLIP = {"img_size": 8, "patch_size": 4, "embed_dim": 64, "depth": 2, "num_heads": 4}
 SWIN = {"img_size": 8, "patch_size": 2, "window_size": 2, "embed_dim": 32, "depths": (2, 2), "num_heads": (2, 4)}
 
@@ -89,13 +91,14 @@ def accuracy(model: nn.Module, images: torch.Tensor, classes: torch.Tensor) -> f
         ("vit_relpos_small_patch16_224", RELPOS, 4e-3, 20),
         ("cait_xxs24_224", CAIT, 4e-3, 35),
         ("hiera_tiny_224", HIERA, 3e-3, 20),
+        ("cvt_13", CVT, 3e-3, 20),
         ("vit_base_patch16_siglip_224", SIGLIP, 2e-3, 30),
     ],
 )
 def test_half_of_a_small_model_knows_digits(name, args, lr, epochs, tmp_path):
     torch.manual_seed(0)
     images, classes, others, of_others = digits()
-    model = timm.create_model(name, **args, num_classes=10)
+    model = build(name, args, num_classes=10)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, epochs * (len(images) // 64))
     for _ in range(epochs):

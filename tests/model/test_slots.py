@@ -49,6 +49,12 @@ def test_blocks_with_empty_slots_are_timms(name, fused):
         surgery.specialise(model, attention, backbone.slotted_attention(model.get_submodule(attention)))
     assert (outputs(model, images) - before).abs().max() < 1e-5 * before.abs().max()  # measured 2e-6
     for parameter, found in gradients(model, images).items():
+        if not wanted[
+            parameter
+        ].any():  # in CvT's last block only the class token's query counts, and no convolution gives it
+            assert parameter.startswith("stage1.blocks.1.attn.conv_proj_q"), parameter
+            assert not found.any(), parameter
+            continue
         difference = (found - wanted[parameter]).norm() / wanted[parameter].norm()
         assert difference < 1e-4, parameter  # measured 7e-6
 

@@ -12,15 +12,17 @@ from helpers.runs import done, refused, run, student_bytes
 from helpers.training import fit, largest_difference, random_batches, tiny_vit, values
 
 from compressvit.artifacts import artifact
+from compressvit.artifacts.adapter import load_adapter, save_adapter
 from compressvit.errors import UserError
 from compressvit.files import load_checkpoint
 from compressvit.model import stored, surgery
 from compressvit.model.backbone import head_names
+from compressvit.model.weights import build
 from compressvit.recipe.recipe import load_recipe
 from compressvit.runs.plan import plan_recipe
 from compressvit.training import loop
 from compressvit.training.phases.finetune import Finetune
-from compressvit.transforms import LORS, Adapters, BitFit, Compacter, HeadNorm, Multiplex, RepAdapter
+from compressvit.transforms import LORS, SSF, Adapters, BitFit, Compacter, Freeze, HeadNorm, Multiplex, RepAdapter
 from compressvit.transforms.applying import compress
 
 ARGS = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 48, "depth": 3, "num_heads": 2}
@@ -144,6 +146,38 @@ def test_named_modules_are_not_trained_and_stay_in_eval_mode(tmp_path):
     assert modes
     assert not any(modes)
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+CVT = {"img_size": 8, "in_chans": 1, "num_classes": 4, "depths": (1, 1), "embed_dims": (8, 16), "num_heads": (1, 2)}
+CVT |= {"patch_sizes": (3, 3), "patch_strides": (1, 2), "patch_paddings": (1, 1)}
+
+
+@pytest.mark.parametrize(
+    ("specs", "moves"),
+    [
+        ([Adapters(width=2)], []),
+        ([SSF()], []),
+        ([Freeze(train="head")], []),
+        ([Freeze(train="attention")], ["attn"]),
+        ([BitFit()], ["attn"]),
+    ],
+    ids=lambda value: value[0].name if value and not isinstance(value[0], str) else "",
+)
+def test_batch_norms_of_a_frozen_backbone_keep_their_statistics(specs, moves, tmp_path):
+    """And of those that are trained, an adapter's file has them."""
+    torch.manual_seed(0)
+    backbone = build("cvt_13", CVT)
+    model = compress(backbone, specs)
+    before = values(model)
+    spec = Finetune(epochs=1, lr=1e-2)
+    fit(model, spec, random_batches(2, 4), tmp_path)
+    moved = {name for name, value in values(model).items() if not torch.equal(value, before[name])}
+    assert {name.split(".")[3] for name in moved if "running" in name} == set(moves)
+    assert any("ssf" in name or "adapter" in name or name.endswith("bias") for name in moved)
+    again = load_adapter(backbone, save_adapter(model, tmp_path / "adapter.safetensors"))
+    images = torch.randn(2, 1, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(again.eval()(images), model.eval()(images))
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,18 @@ def test_attention_relation_equals_the_reference(
     torch.testing.assert_close(ours, reference)
 
 
+@pytest.mark.parametrize("tokens", [9, 40])
+def test_keys_and_values_may_be_of_other_tokens_than_queries(tokens: int) -> None:
+    """As in CvT; 40 tokens are more than a relation head is wide, so that rows come in chunks."""
+    student, teacher = (
+        (q, *(part[:, :5] for part in others)) for q, *others in (qkv(3, tokens, 8), qkv(3, tokens, 12, seed=1))
+    )
+    ours = value_and_gradients(losses.attention_relation, student, teacher, 2)
+    torch.testing.assert_close(ours, value_and_gradients(naive_attention_relation, student, teacher, 2))
+    with pytest.raises(UserError, match=r"must agree in batch and tokens, .* got \(3, 5, 8\) and \(3, 4, 12\)"):
+        losses.attention_relation(student, (*teacher[:2], teacher[2][:, :4]))
+
+
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("tokens", [5, 40])
 def test_the_kl_is_the_loss_less_the_entropy_of_the_teacher(tokens: int, heads: int) -> None:
@@ -179,12 +191,12 @@ def test_relation_losses_ignore_the_order_of_tokens(tokens: int, student_width: 
         ),
         (
             lambda: losses.attention_relation(qkv(2, 5, 8)[:2], qkv(2, 5, 8)),
-            "attention_relation: student_qkv must be three tensors (q, k, v) of one shape (B, N, C), "
+            "attention_relation: student_qkv must be three tensors (q, k, v) of one shape (B, N, C), but for N, "
             "got 2: (2, 5, 8), (2, 5, 8); join the attention heads into C first",
         ),
         (
             lambda: losses.attention_relation(qkv(2, 5, 8), [randn(2, 4, 5, 2)] * 3),
-            "attention_relation: teacher_qkv must be three tensors (q, k, v) of one shape (B, N, C), "
+            "attention_relation: teacher_qkv must be three tensors (q, k, v) of one shape (B, N, C), but for N, "
             "got 3: (2, 4, 5, 2), (2, 4, 5, 2), (2, 4, 5, 2); join the attention heads into C first",
         ),
         (

@@ -110,7 +110,7 @@ def test_scratch_leaves_nothing_of_the_teacher(name):
     a, b = (s.state_dict() for s in students)
     assert all(torch.equal(a[n], b[n]) for n in a), "two teachers, one seed: the students must be equal"
     teacher = build(name).state_dict()
-    same = [n for n in teacher if torch.equal(a[n], teacher[n])]
+    same = [n for n in teacher if torch.equal(a[n], teacher[n]) and teacher[n].is_floating_point()]  # no counter
     assert same == []
     for path, module in students[0].named_modules():
         if hasattr(students[0], "fix_init_weight") and path.endswith((".proj", ".fc2")):

@@ -3,7 +3,7 @@
 Paper: CvT: Introducing Convolutions to Vision Transformers, ICCV 2021, https://arxiv.org/abs/2103.15808
 Code: https://github.com/microsoft/CvT, whose names modules and tensors have, so that its files of weights fit.
 
-timm does not have it. Here it has timm's methods and is in timm's registry, without pretrained weights:
+timm does not have it. Here it has timm's methods and, once `register_cvts` was called, is in timm's registry, without pretrained weights:
 
     timm.create_model("cvt_13", img_size=384)
 
@@ -26,8 +26,8 @@ from timm.models._features import feature_take_indices
 from torch import nn
 from torch.fx import wrap
 
+from compressvit.model.cvt import CVTS
 from compressvit.model.cvt.blocks import ConvEmbed, CvTBlock, CvTStage, Size
-from compressvit.model.names import CVTS
 
 wrap("rearrange")  # torch.fx records the call: einops does not take its proxies
 

@@ -86,6 +86,24 @@ def test_the_limit_holds_and_the_prediction_is_that_of_the_students_layers(measu
     assert max(shares) > 0.9  # measured 0.97
 
 
+def test_a_layer_that_sees_fewer_tokens_takes_less():
+    """Of CvT, keys and values: 5 tokens in the last stage, where queries are 17; and so many go into the measured attention."""
+    model = build("cvt")
+    found = places(model, describe(model))
+    prices = Prices.of(model, found, ("latency",), table_of(model, found))
+    path = found[-1].path
+    rows = {name: prices.dense(path, name, 32, 32)[0] for name in ("attn.proj_q", "attn.proj_k", "attn.proj_v")}
+    assert rows["attn.proj_k"] == rows["attn.proj_v"] == pytest.approx(rows["attn.proj_q"] * 5 / 17)
+    seen = stopwatch._inputs(model, images_for(model), found)
+    block = stopwatch._Block(model.get_submodule(path), found[-1], describe(model).family, seen)
+    given = []
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        kept = stopwatch._Given.forward
+        patch.setattr(stopwatch._Given, "forward", lambda self, x: given.append(kept(self, x)) or given[-1])
+        block._attention(2, 8)()
+    assert [tuple(output.shape) for output in given] == [(2, 17, 16), (2, 5, 16), (2, 5, 16), (2, 17, 32)]
+
+
 @pytest.mark.wide_unless(lambda unit: unit == "bytes")
 @pytest.mark.parametrize("unit", ["parameters", "macs", "bytes"])
 def test_prices_are_those_of_the_student_that_is_built(unit):
@@ -281,7 +299,7 @@ def test_milliseconds_are_not_assumed_in_a_plan_and_it_says_so():
 
 
 @pytest.mark.wide_unless(lambda name: name != "swin")
-@pytest.mark.parametrize("name", ["vit", "swin", "hiera"])
+@pytest.mark.parametrize("name", ["vit", "swin", "hiera", "cvt"])
 def test_a_real_table_has_all_that_a_budget_asks_for_and_is_what_it_counts_with(name, monkeypatch):
     monkeypatch.setattr(stopwatch, "ROUNDS", 3)
     teacher = build(name)
@@ -296,10 +314,13 @@ def test_a_real_table_has_all_that_a_budget_asks_for_and_is_what_it_counts_with(
         like = table.like[place.path]
         assert {kind for kind, of, _ in rows if of == like} == {"linear", "split", "join", "attention", "mlp"}
         whole = {"attn": ("attention", (place.heads, place.head_dim)), "mlp": ("mlp", (place.neurons,))}
-        for part, names in (("attn", ("qkv", "proj")), ("mlp", ("fc1", "fc2"))):
-            layers = [teacher.get_submodule(f"{place.path}.{part}.{layer}") for layer in names]
+        tokens = {layer: prices.tokens[f"{place.path}.{layer}"] for layer in place.layers}
+        for part, names in (("attn", (*place.qkv, "attn.proj")), ("mlp", (*place.fc1, place.fc2))):
+            layers = [teacher.get_submodule(f"{place.path}.{name}") for name in names]
             sizes = [(layer.in_features, layer.out_features) for layer in layers]
-            price = sum(rows["linear", like, size] for size in sizes) + rows[(whole[part][0], like, whole[part][1])]
+            shares = [tokens[name] / tokens[place.fc1[0]] for name in names]  # rows are of the tokens of the MLP
+            price = sum(rows["linear", like, size] * share for size, share in zip(sizes, shares, strict=True))
+            price += rows[(whole[part][0], like, whole[part][1])]
             assert prices.part(place.path, part)[0] == pytest.approx(price, rel=1e-9)
             total += price
             for inputs, outputs in sizes:  # the narrowest that is offered, on both sides

@@ -1,0 +1,372 @@
+"""CvT: what it computes, the files it reads, and what is said of its blocks. Its counts are in tests/test_published.py."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from typing import Any
+
+import pytest
+import torch
+from helpers.models import EVERYTHING, build, images_for, outputs, randomise
+from helpers.plain_blocks import naive_mix, naive_mlp_conv, naive_norm
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from compressvit.errors import UserError
+from compressvit.model import weights
+from compressvit.model.backbone import describe, input_size, prefix_in
+from compressvit.model.cost import macs
+from compressvit.model.families.cvt import SMALL
+from compressvit.model.hugging_face import in_timms_names, place_in_timm
+from compressvit.model.hugging_face_config import image_size, input_of, timms_model
+from compressvit.model.local_dir import read_local_dir
+from compressvit.training.losses import attention_relation
+from compressvit.training.pairs import match_layers
+from compressvit.training.tokens import CLASS, Layout
+from compressvit.transforms import IRPE, VPT, Multiplex, Narrow, RepAdapter
+from compressvit.transforms.applying import compress
+from compressvit.transforms.narrow.places import places
+from compressvit.transforms.record import compression_of
+from compressvit.transforms.shrink.prices import Prices
+
+
+def moved(**more: Any) -> nn.Module:
+    torch.manual_seed(0)
+    model = weights.build("cvt_13", {**SMALL, **more}).eval()
+    randomise(model, 0.1)
+    return model
+
+
+# ------------------------------------------------------------------------------------------------------- the arithmetic
+
+
+def naive_projection(layer: Any, grid: Tensor, stride: int) -> Tensor:
+    """A depth-wise 3×3 convolution over zeros around the grid (height, width, C), and the batch norm by its statistics."""
+    height, width, _ = grid.shape
+    found = []
+    for i, j in itertools.product(range(0, height, stride), range(0, width, stride)):
+        total = torch.zeros_like(grid[0, 0])
+        for di, dj in itertools.product((-1, 0, 1), repeat=2):
+            if 0 <= i + di < height and 0 <= j + dj < width:
+                total += layer.conv.weight[:, 0, di + 1, dj + 1] * grid[i + di, j + dj]
+        bn = layer.bn
+        found.append((total - bn.running_mean) / torch.sqrt(bn.running_var + bn.eps) * bn.weight + bn.bias)
+    return torch.stack(found)
+
+
+def naive_attention(attn: Any, x: Tensor, grid: tuple[int, int], skip: int) -> Tensor:
+    """Of tokens (N, C), the first `skip` of which are not on the grid; logits are divided by √C."""
+    given = []
+    for part, stride in (("q", 1), ("k", 2), ("v", 2)):
+        tokens = naive_projection(getattr(attn, f"conv_proj_{part}"), x[skip:].reshape(*grid, -1), stride)
+        layer = getattr(attn, f"proj_{part}")
+        given.append(torch.cat([x[:skip], tokens]) @ layer.weight.T + layer.bias)
+    width = x.shape[-1] // attn.num_heads
+    q, k, v = ([part[:, h * width : (h + 1) * width] for h in range(attn.num_heads)] for part in given)
+    logits = [a @ b.T / x.shape[-1] ** 0.5 for a, b in zip(q, k, strict=True)]
+    maps = naive_mix(attn.prob_mix, [a.softmax(-1) for a in naive_mix(attn.logit_mix, logits)])
+    out = torch.cat([a @ b for a, b in zip(maps, v, strict=True)], dim=-1)
+    return out @ attn.proj.weight.T + attn.proj.bias
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+@torch.no_grad()
+def test_a_block_is_the_formula(stage):
+    """With all that multiplexing adds; the class token, which only the last stage has, passes the convolutions by."""
+    model = compress(build("cvt"), [Multiplex(share=2, **EVERYTHING)]).double()
+    block: Any = model.get_submodule(f"stage{stage}.blocks.1")
+    randomise(block)
+    grid, width = [(8, 8), (4, 4)][stage], [16, 32][stage]
+    x = torch.randn(stage + grid[0] * grid[1], width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    y = x + naive_attention(block.attn, naive_norm(block.norm1, x), grid, stage)
+    y[stage:] = naive_mlp_conv(block.mlp_conv, y[stage:].reshape(*grid, width), False).flatten(0, 1)
+    hidden = naive_norm(block.norm2, y) @ block.mlp.fc1.weight.T + block.mlp.fc1.bias
+    hidden = hidden * torch.sigmoid(1.702 * hidden)  # QuickGELU
+    expected = y + hidden @ block.mlp.fc2.weight.T + block.mlp.fc2.bias
+    assert (block(x[None], size=grid)[0] - expected).abs().max() < 1e-12  # seen 3.6e-15
+
+
+@pytest.mark.parametrize("size", [(32, 32), (48, 80)])
+@torch.no_grad()
+def test_images_of_any_size_are_seen_as_by_a_model_of_that_size(size):
+    model, other = moved(), moved(img_size=size)
+    other.load_state_dict(model.state_dict())
+    images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    features, maps = model.forward_intermediates(images, norm=True)
+    assert torch.equal(other(images), model.forward_head(features))
+    assert [tuple(m.shape[1:]) for m in maps] == [
+        (info["num_chs"], -(-size[0] // info["reduction"]), -(-size[1] // info["reduction"]))
+        for info in model.feature_info
+    ]
+    assert torch.equal(maps[-1].flatten(2).mT, features[:, 1:]), "the class token is no part of a map"
+    (first,) = model.forward_intermediates(images, [0], stop_early=True, intermediates_only=True)
+    assert torch.equal(first, maps[0])
+
+
+@torch.no_grad()
+def test_without_a_class_token_the_mean_is_classified():
+    model = moved(class_token=False)
+    images = images_for(model)
+    features = model.forward_features(images)
+    assert features.shape == (2, 16, 32)
+    assert torch.equal(model(images), model.head(features.mean(dim=1)))
+    assert not any("cls_token" in name for name in model.state_dict())
+
+
+def test_stochastic_depth_rises_over_the_last_stage():
+    model = weights.build("cvt_13", SMALL, depths=(2, 3), drop_path_rate=0.2)
+    rates = [getattr(block.drop_path, "drop_prob", 0.0) for stage in model.stages for block in stage.blocks]
+    assert rates == pytest.approx([0, 0, 0, 0.1, 0.2])
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ({"num_heads": (2, 3)}, r"num_heads=\[2, 3\]: 3 heads do not divide a width of 32"),
+        ({"embed_dims": (16, 32, 64)}, r"embed_dims=\[16, 32, 64\] is for 3 stages, and depths=\[2, 2\] for 2"),
+        ({"kv_strides": (2,)}, r"kv_strides=\[2\] is for 1 stages"),
+        ({"widths": 3}, "unexpected keyword argument 'widths'"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_built_is_said(args, words):
+    with pytest.raises(UserError, match=words):
+        weights.build("cvt_13", {**SMALL, **args})
+
+
+def test_a_name_that_is_nearly_right_is_told():
+    with pytest.raises(UserError, match=r"has no model 'cvt_31'; did you mean 'cvt_21'"):
+        weights.build("cvt_31")
+
+
+# ------------------------------------------------------------------------------------------------------------ its files
+
+ATTENTION = [
+    *(
+        f"conv_proj_{part}.{name}"
+        for part in "qkv"
+        for name in (
+            "conv.weight",
+            "bn.weight",
+            "bn.bias",
+            "bn.running_mean",
+            "bn.running_var",
+            "bn.num_batches_tracked",
+        )
+    ),
+    *(f"{layer}.{kind}" for layer in ("proj_q", "proj_k", "proj_v", "proj") for kind in ("weight", "bias")),
+]
+BLOCK = [f"{layer}.{kind}" for layer in ("norm1", "norm2", "mlp.fc1", "mlp.fc2") for kind in ("weight", "bias")]
+BLOCK += [f"attn.{name}" for name in ATTENTION]
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_released_file_fits_as_it_is(wrapped, tmp_path):
+    model = moved()
+    names = {f"stage{s}.blocks.{i}.{name}" for s in (0, 1) for i in (0, 1) for name in BLOCK}
+    names |= {
+        f"stage{s}.patch_embed.{n}.{kind}" for s in (0, 1) for n in ("proj", "norm") for kind in ("weight", "bias")
+    }
+    names |= {"stage1.cls_token", "norm.weight", "norm.bias", "head.weight", "head.bias"}
+    assert model.state_dict().keys() == names
+    torch.save({"model": model.state_dict()} if wrapped else model.state_dict(), tmp_path / "cvt.pth")
+    other = weights.build("cvt_13", SMALL).eval()
+    assert weights.load_file(other, tmp_path / "cvt.pth", "teacher.weights") == []
+    assert torch.equal(outputs(other), outputs(model))
+    headless = weights.build("cvt_13", {**SMALL, "num_classes": 0})
+    (note,) = weights.load_file(headless, tmp_path / "cvt.pth", "teacher.weights")
+    assert "the file's classifier was left out (head.weight, head.bias)" in note.text
+
+
+IN_TRANSFORMERS = {
+    "cvt.encoder.stages.0.embedding.convolution_embeddings.projection.weight": "stage0.patch_embed.proj.weight",
+    "cvt.encoder.stages.2.embedding.convolution_embeddings.normalization.bias": "stage2.patch_embed.norm.bias",
+    "cvt.encoder.stages.2.cls_token": "stage2.cls_token",
+    "cvt.encoder.stages.1.layers.3.attention.attention.convolution_projection_query.convolution_projection.convolution.weight": (
+        "stage1.blocks.3.attn.conv_proj_q.conv.weight"
+    ),
+    "cvt.encoder.stages.1.layers.3.attention.attention.convolution_projection_key.convolution_projection.normalization.running_var": (
+        "stage1.blocks.3.attn.conv_proj_k.bn.running_var"
+    ),
+    "cvt.encoder.stages.1.layers.12.attention.attention.projection_value.bias": "stage1.blocks.12.attn.proj_v.bias",
+    "cvt.encoder.stages.1.layers.12.attention.output.dense.weight": "stage1.blocks.12.attn.proj.weight",
+    "cvt.encoder.stages.1.layers.0.intermediate.dense.weight": "stage1.blocks.0.mlp.fc1.weight",
+    "cvt.encoder.stages.1.layers.0.output.dense.bias": "stage1.blocks.0.mlp.fc2.bias",
+    "cvt.encoder.stages.1.layers.0.layernorm_before.weight": "stage1.blocks.0.norm1.weight",
+    "cvt.encoder.stages.1.layers.0.layernorm_after.weight": "stage1.blocks.0.norm2.weight",
+    "layernorm.weight": "norm.weight",
+    "classifier.bias": "head.bias",
+}
+
+
+def test_names_of_transformers_become_the_released_ones():
+    tensors = {name: torch.full((1,), float(i)) for i, name in enumerate([*IN_TRANSFORMERS, "cvt.pooler.weight"])}
+    found, (note,) = in_timms_names(tensors, (), "teacher.weights")
+    assert {name: tensor.item() for name, tensor in found.items()} == {
+        new: float(i) for i, new in enumerate(IN_TRANSFORMERS.values())
+    }
+    assert note.text.endswith("of 13 tensors, and 1 were left out that timm's model has not (cvt.pooler.weight)")
+    for theirs, ours in IN_TRANSFORMERS.items():
+        assert place_in_timm(theirs) == (ours, None)
+
+
+@torch.no_grad()
+def test_it_computes_what_transformers_does(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    # its last stage has no fewer than 3 blocks: it takes stochastic depth of all blocks of a stage by the stage's number
+    config = transformers.CvtConfig(embed_dim=[16, 24, 32], num_heads=[1, 2, 4], depth=[1, 2, 3], num_labels=7)
+    theirs = transformers.CvtForImageClassification(config).eval()
+    randomise(theirs, 0.1)
+    for name, buffer in theirs.named_buffers():
+        if "running" in name:
+            buffer.uniform_(0.5, 2.0)
+    theirs.save_pretrained(tmp_path)
+    known = read_local_dir(tmp_path)
+    assert known is not None
+    ours = weights.build(known.architecture, known.args).eval()
+    weights.load_file(ours, tmp_path, "teacher.weights")
+    images = torch.randn(2, 3, 64, 96)
+    wanted = theirs(images).logits
+    assert (ours(images) - wanted).abs().max() < 1e-5 * wanted.abs().max()  # measured 5.3e-7
+    other = weights.build(known.architecture, {**known.args, "act_layer": "quick_gelu"}).eval()
+    weights.load_file(other, tmp_path, "teacher.weights")
+    assert (other(images) - wanted).abs().max() > 1e-3 * wanted.abs().max(), "the activation is another"
+
+
+def config_of(**changes: Any) -> dict[str, Any]:
+    return {"model_type": "cvt", "architectures": ["CvtForImageClassification"], "id2label": {"0": "a"}, **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "args"),
+    [
+        ({}, "cvt_13", {}),
+        ({"depth": [1, 4, 16]}, "cvt_21", {}),
+        ({"depth": [2, 2, 20], "embed_dim": [192, 768, 1024], "num_heads": [3, 12, 16]}, "cvt_w24", {}),
+        ({"depth": [1, 2, 4]}, "cvt_13", {"depths": (1, 2, 4)}),
+        ({"num_channels": 1, "cls_token": [False, False, False]}, "cvt_13", {"in_chans": 1, "class_token": False}),
+        ({"mlp_ratio": [4.0, 4.0, 2.0]}, "cvt_13", {"mlp_ratio": (4.0, 4.0, 2.0)}),
+    ],
+    ids=str,
+)
+def test_configurations_of_transformers_have_names(changes, name, args):
+    assert timms_model(config_of(**changes)) == (name, {"act_layer": "gelu", "num_classes": 1, **args})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"depth": "1"}, r"depth is '1', where transformers has e.g. \[1, 2, 10\]"),
+        ({"qkv_projection_method": ["avg"] * 3}, "only a CvT with 'dw_bn' in every stage is known"),
+        ({"kernel_qkv": [3, 3, 5]}, r"kernel_qkv is \[3, 3, 5\], and only a CvT with 3 in every stage"),
+        ({"cls_token": [True, True, True]}, "only the last stage of a CvT that is known has a class token"),
+    ],
+    ids=str,
+)
+def test_a_cvt_that_is_not_known_is_refused(changes, words, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config_of(**changes)))
+    with pytest.raises(UserError, match=rf"config\.json: .*{words}"):
+        read_local_dir(tmp_path)
+
+
+def test_a_folder_of_transformers_says_how_large_its_images_are(tmp_path):
+    """Its config.json does not, and transformers prepares them as ConvNeXt's: cropped below 384, squashed from there on."""
+    (tmp_path / "config.json").write_text(json.dumps(config_of()))
+    save_file({"classifier.weight": torch.zeros(1, 384)}, tmp_path / "model.safetensors")
+    for side, crop in ((224, {"crop_pct": 0.875}), (384, {"crop_pct": 1.0, "crop_mode": "squash"})):
+        images = {"size": {"shortest_edge": side}, "crop_pct": 0.875, "resample": 3}
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(images))
+        known = read_local_dir(tmp_path)
+        assert known is not None
+        assert known.args["img_size"] == side == image_size(images)
+        assert known.input == input_of(images) == {"interpolation": "bicubic", **crop}
+
+
+# ----------------------------------------------------------------------------------------------------------- its blocks
+
+
+def test_blocks_say_what_they_see():
+    with torch.device("meta"):
+        model = weights.build("cvt_13", img_size=384)
+    blocks = describe(model).blocks
+    assert input_size(model) == (3, 384, 384)
+    assert [len(stage) for stage in describe(model).stages] == [1, 2, 10]
+    found = [(b.path, b.width, b.heads, b.resolution, b.prefix_tokens) for b in blocks]
+    assert found[:2] == [("stage0.blocks.0", 64, 1, (96, 96), 0), ("stage1.blocks.0", 192, 3, (48, 48), 0)]
+    assert found[-1] == ("stage2.blocks.9", 384, 6, (24, 24), 1)
+    assert blocks[0].projections == ("attn.proj_q", "attn.proj_k", "attn.proj_v")
+    assert [prefix_in(model, path) for path in ("stage1.blocks.1.mlp.fc1", "stage2.blocks.0.attn.proj_k")] == [0, 1]
+    assert Layout.of(model) == Layout(384, (CLASS,), (24, 24))
+
+
+def test_heads_are_priced_as_they_are_counted():
+    """Of every block alone: what goes with half of its heads, of which keys and values see fewer tokens."""
+    model = moved(img_size=64)
+    found = places(model, describe(model))
+    prices = Prices.of(model, found, ("macs",))
+    whole = macs(model, input_size(model))
+    assert [place.options for place in found] == [("heads",)] * 4
+    for index, place in enumerate(found):
+        heads = tuple(p.heads // 2 if p is place else p.heads for p in found)
+        student = compress(model, [Narrow(heads=heads, metric="weights")])
+        form = compression_of(student).plans[0].forms[place.path]
+        assert form.qkv == ("attn.proj_q", "attn.proj_k", "attn.proj_v")
+        saved = prices.part(place.path, "attn") - prices.part(place.path, "attn", form)
+        assert whole - macs(student, input_size(model)) == saved[0], index
+
+
+@torch.no_grad()
+def test_relations_are_of_queries_and_of_fewer_keys():
+    """And where only one of two models has a class token, it is left out where it is: in the last stage."""
+    student, teacher = moved(), moved(class_token=False)
+    pairs, how = match_layers(student, teacher, "matched")
+    assert [(p.student_skip, p.teacher_skip) for p in pairs] == [(0, 0), (1, 0)]
+    assert "prefix tokens are left out" in how
+    tokens = torch.randn(2, 17, 32, generator=torch.Generator().manual_seed(0))
+    heads = student.stage1.blocks[0].attn.heads(tokens, (4, 4))
+    assert [tuple(part.shape) for part in heads] == [(2, 4, 17, 8), (2, 4, 5, 8), (2, 4, 5, 8)]
+    given = [part.transpose(1, 2).flatten(2) for part in heads]
+    assert attention_relation(given, given, with_kl=True)[1] == 0
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        (IRPE(), r"keys stand where its queries do, and .* is a CvT, whose keys and values are on a coarser grid"),
+        (VPT(), r"is a CvT, which does not say so \(`Family.prompts`\); adapt it with adapters"),
+        (Narrow(head_dim=4), r"another layer before each of queries, keys and values; try `heads`"),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_what_is_refused_and_why(spec, words):
+    with pytest.raises(UserError, match=words):
+        spec.plan(build("cvt"))
+
+
+@pytest.mark.parametrize(
+    ("spec", "folds"),
+    [
+        (RepAdapter(width=4), False),
+        (RepAdapter(width=4, position="after"), True),
+        (RepAdapter(width=4, place="mlp"), True),
+    ],
+    ids=["before", "after", "mlp"],
+)
+@torch.no_grad()
+def test_repadapter_merges_where_no_convolution_stands_between(spec, folds):
+    student = compress(build("cvt"), [spec])
+    randomise(student, 0.05)
+    (plan,) = compression_of(student).plans
+    assert plan.foldable is folds
+    before = outputs(student)
+    if folds:
+        plan.fold(student)
+        assert (outputs(student) - before).abs().max() < 1e-5 * before.abs().max()  # measured 2.6e-7
+        return
+    with pytest.raises(
+        UserError, match=r"a convolution stands between what enters the attention of cvt_13 and its queries"
+    ):
+        plan.fold(student)
+    assert torch.equal(outputs(student), before)
