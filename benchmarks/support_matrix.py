@@ -4,6 +4,7 @@ For each pair a setting is planned and applied, a batch goes forward and backwar
 (`torch.export`) whose outputs are compared with the student's. Takes about a quarter of an hour on one core.
 
     python benchmarks/support_matrix.py                  # writes docs/matrix.md
+    python benchmarks/support_matrix.py --models cvt     # tries one model anew, and leaves the other columns as they are
     python benchmarks/support_matrix.py --check          # plans alone, and says where the page is another
 """
 
@@ -138,20 +139,30 @@ def page(found: dict[tuple[str, str], Refused], columns: Sequence[str]) -> str:
     return "\n".join([HEAD, *table, "", *(f"{number}. {why}" for why, number in notes.items())]) + "\n"
 
 
-def refusals(text: str) -> dict[tuple[str, str], bool]:
-    """What a page says of every pair: whether its plan is refused."""
+def told(text: str) -> dict[tuple[str, str], Refused]:
+    """What a page says of every pair."""
     lines = [line for line in text.splitlines() if line.startswith("|")]
     columns = [cell.strip().partition("<br>")[0] for cell in lines[0].strip("|").split("|")[1:]]
+    notes = dict(re.findall(r"^(\d+)\. (.*)$", text, re.MULTILINE))
     result = {}
     for line in lines[2:]:
         step, *cells = (cell.strip() for cell in line.strip("|").split("|"))
-        result |= {(step.strip("`"), name): cell.startswith("no ") for name, cell in zip(columns, cells, strict=True)}
+        for name, cell in zip(columns, cells, strict=True):
+            words = [word.split(" ") for word in cell.split(", ") if cell != "yes"]
+            stages = [("plan" if stage == "no" else stage, notes.get(number, "")) for stage, number in words]
+            result[step.strip("`"), name] = tuple(stages)
     return result
+
+
+def refusals(text: str) -> dict[tuple[str, str], bool]:
+    """What a page says of every pair: whether its plan is refused."""
+    return {pair: any(stage == "plan" for stage, _ in refused) for pair, refused in told(text).items()}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=models(), default=models(), metavar="MODEL")
+    columns = models()
+    parser.add_argument("--models", nargs="+", choices=columns, default=columns, metavar="MODEL")
     parser.add_argument("--output", type=Path, default=PAGE)
     parser.add_argument("--check", action="store_true", help="plan alone, and compare with the page")
     arguments = parser.parse_args()
@@ -164,14 +175,14 @@ def main() -> int:
         wrong = [pair for pair, refused in pairs.items() if said.get(pair) != refused]
         console.print(*[f"{step} on {name} is another than in {PAGE.name}" for step, name in wrong], sep="\n")
         return 1 if wrong else 0
-    found = {}
+    found = told(PAGE.read_text(encoding="utf-8")) if arguments.models != columns else {}
     for name in arguments.models:
         for step, kind in transforms().items():
             found[step, name] = tried(kind, name)
         console.print(
             f"{name}: {sum(not found[step, name] for step in transforms())} of {len(transforms())} without a refusal"
         )
-    write_text(arguments.output, page(found, arguments.models))
+    write_text(arguments.output, page(found, columns))
     return 0
 
 

@@ -34,6 +34,18 @@ def test_every_pair_is_in_the_page(program):
     assert not any(is_detector(program.build(name)) for name in {name for _, name in said})
 
 
+def test_one_column_can_be_written_anew(program, monkeypatch, tmp_path):
+    """What the page says of the others is read from it, and stays to the letter."""
+    text = program.PAGE.read_text(encoding="utf-8")
+    assert program.page(program.told(text), program.models()) == text
+    monkeypatch.setattr(program, "tried", lambda kind, name: (("export", "of a test"),))
+    monkeypatch.setattr("sys.argv", ["support_matrix.py", "--models", "swin", "--output", str(tmp_path / "page.md")])
+    assert program.main() == 0
+    after, before = program.told((tmp_path / "page.md").read_text(encoding="utf-8")), program.told(text)
+    assert {pair for pair in before if after[pair] != before[pair]} == {(s, n) for s, n in before if n == "swin"}
+    assert after["lora", "swin"] == (("export", "of a test"),)
+
+
 def test_a_refusal_is_read_as_one(program):
     text = "| | vit<br>`v` | davit<br>`d` |\n| --- | --- | --- |\n| `lora` | merge 2 | no 1 |\n| `ssf` | yes | yes |\n"
     assert program.refusals(text) == {

@@ -14,9 +14,8 @@ import torch
 import yaml
 from torch import nn
 
-from compressvit.model import ties
+from compressvit.model import cost, ties, weights
 from compressvit.model.backbone import head_names
-from compressvit.model.bounded import on_meta
 from compressvit.model.surgery import deep_copy
 from compressvit.recipe.recipe import load_recipe
 from compressvit.runs.files import RecipePlan
@@ -28,6 +27,7 @@ from compressvit.transforms.record import trained_names
 ROOT = Path(__file__).parents[1]
 TABLE: dict[str, Any] = yaml.safe_load((ROOT / "benchmarks" / "published.yaml").read_text(encoding="utf-8"))
 TRAINED, COMPRESSED, ADAPTED = TABLE["trained"], TABLE["compressed"], TABLE["adapted"]
+MATRIX, MODELS = TABLE["matrix"], TABLE["models"]
 BY_LABEL = {entry["label"]: entry for entry in [*TRAINED, *COMPRESSED]}
 
 
@@ -46,15 +46,14 @@ def built(backbone: str) -> nn.Module:
 
 @functools.cache
 def _built(name: str) -> nn.Module:
-    with on_meta():
-        return timm.create_model(name)
+    return weights.build(name, device="meta")
 
 
 # ------------------------------------------------------------------------------------------------------ the table is right
 
 
 def test_every_figure_has_a_source():
-    entries = [*TRAINED, *COMPRESSED, *ADAPTED]
+    entries = [*TRAINED, *COMPRESSED, *ADAPTED, *MATRIX, *MODELS]
     assert len(BY_LABEL) == len(TRAINED) + len(COMPRESSED), "labels differ"
     for entry in entries:
         assert entry["paper"] in TABLE["papers"], entry
@@ -96,9 +95,38 @@ def test_compressed_parameters_and_macs(entry):
     assert plan.conflicts == []
     assert (plan.teacher.parameters, plan.student.parameters) == (entry["teacher"], entry["student"])
     assert sum(stage.parameters for stage in plan.stages) == plan.student.parameters
-    assert [round(cost.macs / 1e9, 3) for cost in (plan.teacher, plan.student)] == entry["gmacs"]
+    assert [round(whole.macs / 1e9, 3) for whole in (plan.teacher, plan.student)] == entry["gmacs"]
     if printed := entry.get("printed"):
         assert f"{entry['student'] / 1e6:.0f}M" == printed
+
+
+@pytest.mark.parametrize("entry", MODELS, ids=lambda entry: entry["label"])
+def test_models_have_their_published_size(entry):
+    side = entry["side"]
+    model = weights.build(entry["model"], {"img_size": side}, device="meta")
+    assert ties.count_parameters(model) == entry["parameters"]
+    assert f"{entry['parameters'] / 1e6:.0f}M" == entry["printed"]
+    assert round(cost.macs(model, (3, side, side)) / 1e9, 3) == entry["gmacs"]
+    assert entry["gmacs"] / entry["printed_gmacs"] == pytest.approx(1, abs=0.02)  # measured −0.0015 to 0.0154
+
+
+@pytest.mark.parametrize("entry", MATRIX, ids=lambda entry: entry["label"])
+def test_mimi_on_every_backbone_of_its_paper(entry):
+    """Its recipe, with adapters of M/8 and as it ships, of M/2, of which an eighth stays."""
+    formula = sum(count * 2 * 2 * width * (width // 8) for width, count in entry["blocks"].items())
+    assert formula == entry["trained"]
+    start = ["teacher.weights=random", f"teacher.model={entry['model']}"]
+    for more, times in (["steps.0.adapters.ratio=0.125"], 1), ([], 4):
+        plan = plan_recipe(load_recipe("mimi_swin_t", [*start, *more]))
+        assert plan.conflicts == []
+        (adapters, _) = plan.steps
+        assert sum(row.after - row.before for row in adapters.ledger) == times * formula
+        assert len(adapters.ledger) == 2 * sum(entry["blocks"].values())
+        (note,) = (note for note in plan.notes if "the last phase trains" in note)
+        trained, left, *_ = integers(note)
+        assert trained == times * formula
+        if entry["blocks"].keys() != {96, 192, 384, 768} or times == 4:  # 12 neurons halve to 6, 3 and 1
+            assert left == trained // 8
 
 
 @pytest.mark.parametrize("entry", ADAPTED, ids=lambda entry: entry["recipe"])
