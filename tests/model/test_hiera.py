@@ -104,7 +104,7 @@ def test_a_graph_has_no_attention_that_onnx_lacks():
             (spec, "needs blocks of one shape in every stage, and .* begin with a block that widens the tokens")
             for spec in (Multiplex(share=1), LORS(share=2, rank=2), Align(share=2), FacT())
         ),
-        (Narrow(head_dim=4), r"whose attention .*, or pools queries; try `heads`"),
+        (Narrow(head_dim=4), r"whose attention .*, or pools queries, .*; try `heads`"),
         (IRPE(), "needs attention whose logits it can change, and .* is a Hiera"),
         (VPT(), r"is a Hiera, which does not say so \(`Family.prompts`\); adapt it with adapters"),
     ],

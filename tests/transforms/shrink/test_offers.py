@@ -7,6 +7,7 @@ import torch
 from helpers.models import build, images_for
 
 from compressvit.fitting.hull import Forms
+from compressvit.fitting.lowrank import truncation_errors
 from compressvit.fitting.reference import Reference
 from compressvit.model.backbone import describe
 from compressvit.transforms import Shrink
@@ -55,3 +56,19 @@ def test_a_rank_costs_no_more_in_narrower_heads(of_attention):
             assert (
                 added < errors[whole, rank, 0]
             )  # measured 0.41 of it; 110 with a ridge in units of the narrower heads
+
+
+def test_an_error_counts_as_often_as_its_layer_sees_tokens(monkeypatch):
+    """Keys and values of CvT see 16 of the 64 tokens of the first stage."""
+    monkeypatch.setattr(Forms, "efficient", lambda self: self)
+    teacher = build("cvt")
+    step = Shrink(budget=ShrinkBudget(parameters=0.5))
+    place = step.places_of(teacher)[0]
+    reference = Reference(teacher, images_for(teacher, 24))
+    block = TeacherBlock(place, reference, describe(teacher).family, Settings(1e-3, 0.1))
+    prices = Prices.of(teacher, [place], ("parameters",))
+    forms = offers(place, prices, Methods(heads=False, multiple=8), block)[f"{place.path}.attn"]
+    found = {tuple(form.ranks.items()): error for form, error in zip(forms.forms, forms.errors, strict=True)}
+    for name, tokens in (("attn.proj_q", 64), ("attn.proj_k", 16), ("attn.proj_v", 16)):
+        lost = truncation_errors(block.weight(name), block.centred(name), 1e-3, block.metric(name))[8]
+        assert found[((name, 8),)] == pytest.approx(tokens * lost.item(), rel=1e-9)
