@@ -24,7 +24,7 @@ from compressvit.model.local_dir import read_local_dir
 from compressvit.training.losses import attention_relation
 from compressvit.training.pairs import match_layers
 from compressvit.training.tokens import CLASS, Layout
-from compressvit.transforms import IRPE, VPT, Multiplex, Narrow, RepAdapter
+from compressvit.transforms import IRPE, SSF, VPT, Multiplex, Narrow, RepAdapter
 from compressvit.transforms.applying import compress
 from compressvit.transforms.narrow.places import places
 from compressvit.transforms.record import compression_of
@@ -343,6 +343,13 @@ def test_relations_are_of_queries_and_of_fewer_keys():
 def test_what_is_refused_and_why(spec, words):
     with pytest.raises(UserError, match=words):
         spec.plan(build("cvt"))
+
+
+def test_ssf_comes_after_the_batch_norms_and_not_before():
+    """Convolutions there have no bias, and what follows them takes in a scale as well."""
+    layers = SSF().plan(build("cvt")).layers
+    inside = {path.rpartition("conv_proj_")[2] for path in layers if ".conv_proj_" in path}
+    assert inside == {"q.bn", "k.bn", "v.bn"}
 
 
 @pytest.mark.parametrize(
