@@ -322,7 +322,7 @@ def test_relations_are_of_queries_and_of_fewer_keys():
     """And where only one of two models has a class token, it is left out where it is: in the last stage."""
     student, teacher = moved(), moved(class_token=False)
     pairs, how = match_layers(student, teacher, "matched")
-    assert [(p.student_skip, p.teacher_skip) for p in pairs] == [(0, 0), (1, 0)]
+    assert [tuple(len(layout.prefix) for layout in pair.layouts) for pair in pairs] == [(0, 0), (1, 0)]
     assert "prefix tokens are left out" in how
     tokens = torch.randn(2, 17, 32, generator=torch.Generator().manual_seed(0))
     heads = student.stage1.blocks[0].attn.heads(tokens, (4, 4))
