@@ -3,7 +3,8 @@
     python MODEL_predict.py IMAGE…              the model is the file MODEL.onnx beside this one
     python MODEL_predict.py --json IMAGE…       for programs; features whole
 
-Size, normalisation and names of the classes are read from the model's file.
+Size, normalisation and names of the classes are read from the model's file. IMAGE may be an array (height, width, channels) that numpy.save
+wrote; for a model of other channels than 1, 3 and 4 it has to be.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 TEXTS = ("interpolation", "crop_mode")  # of the metadata; others may have added to them
 NUMBERS = ("input_size", "mean", "std", "crop_pct", "outputs")
 OPTIONAL = ("label_names", "exif")
+BANDS = "bands are read from an array (height, width, channels) that numpy.save wrote"
 TOP = 5  # classes that are told
 SURE = 0.3  # score from which a detection is told
 
@@ -39,25 +41,47 @@ def open_model(file: Path) -> tuple[Any, dict]:
     return session, {**numbers, **{key: said[key] for key in TEXTS}}
 
 
-def read(file: Path, about: dict) -> Image.Image:
-    """The image in a file, turned as its EXIF block says where the model was made with such images."""
-    with Image.open(file) as image:
-        image.load()
-        return ImageOps.exif_transpose(image) if about.get("exif") else image
+def read(file: Path, about: dict) -> Image.Image | np.ndarray:
+    """The image in a file, turned as its EXIF block says where the model was made with such images; or the array in it.
+
+    Raises:
+        ValueError: it is damaged, or its array would have to be unpickled.
+    """
+    with open(file, "rb") as stream:
+        is_array = stream.read(6) == b"\x93NUMPY"
+    if is_array:
+        try:  # mapped, so that no memory is taken for more than the file has
+            return np.load(file, mmap_mode="r", allow_pickle=False)
+        except Exception as error:  # a damaged header leads to errors of every kind
+            raise ValueError(f"its array cannot be read: {str(error) or type(error).__name__}") from error
+    try:
+        with Image.open(file) as image:
+            image.load()
+            return ImageOps.exif_transpose(image) if about.get("exif") else image
+    except UnidentifiedImageError as error:
+        raise ValueError(f"it is not an image that Pillow reads; {BANDS}") from error
 
 
-def prepare(image: Image.Image, about: dict) -> np.ndarray:
+def prepare(image: Image.Image | np.ndarray, about: dict) -> np.ndarray:
     """An image as the model takes it: float32 (channels, height, width), resized and cropped as timm does in evaluation.
 
     Raises:
-        ValueError: its integers are not of 16 bits, or its floats not from 0 to 1.
+        ValueError: its values are not of 8 or 16 bits or floats from 0 to 1, or it has other channels than the model takes.
     """
     channels, height, width = about["input_size"]
-    if image.mode.startswith("I"):  # 16 bits
-        values = _within(np.asarray(image).astype(np.int64), 65535, "integers")
-        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
-    elif image.mode == "F":  # 0 to 1
-        image = Image.fromarray((_within(np.asarray(image), 1, "floats") * 255).round().astype(np.uint8))
+    if isinstance(image, np.ndarray):
+        if image.ndim not in (2, 3) or not image.size:
+            raise ValueError(f"its shape is {image.shape}, not (height, width) or (height, width, channels)")
+        levels = _levels(image)
+        levels = levels[:, :, 0] if levels.ndim == 3 and levels.shape[2] == 1 else levels
+        if levels.ndim == 3 and levels.shape[2] != 3:
+            return _bands(levels, about)
+        image = Image.fromarray(levels)
+    elif image.mode.startswith("I") or image.mode == "F":
+        image = Image.fromarray(_levels(np.asarray(image)))
+    if channels not in MODES:
+        given = "1 channel" if image.mode in ("1", "L", "LA") else "3 channels"
+        raise ValueError(f"it has {given}, and the model takes {channels}; {BANDS}")
     image = image.convert(MODES[channels])
     high, wide = (math.floor(side / about["crop_pct"]) for side in (height, width))
     border = about["crop_mode"] == "border"
@@ -80,6 +104,32 @@ def prepare(image: Image.Image, about: dict) -> np.ndarray:
     pixels = np.asarray(image, np.float32).reshape(height, width, channels).transpose(2, 0, 1)
     mean, std = (np.array(about[name], np.float32).reshape(-1, 1, 1) for name in ("mean", "std"))
     return (pixels - 255 * mean) / (255 * std)
+
+
+def _bands(levels: np.ndarray, about: dict) -> np.ndarray:
+    """Each channel of (height, width, channels) like a gray picture."""
+    channels, height, width = about["input_size"]
+    if levels.shape[2] != channels:
+        raise ValueError(f"it has {levels.shape[2]} channels, and the model takes {channels}; {BANDS}")
+    of_one = [
+        {**about, "input_size": [1, height, width], "mean": [mean], "std": [std]}
+        for mean, std in zip(about["mean"], about["std"], strict=True)
+    ]
+    return np.concatenate([prepare(Image.fromarray(levels[:, :, i].copy()), one) for i, one in enumerate(of_one)])
+
+
+def _levels(values: np.ndarray) -> np.ndarray:
+    """Values as uint8."""
+    if values.dtype == np.uint8:
+        return np.asarray(values)
+    if values.dtype == bool:
+        return values * np.uint8(255)
+    if values.dtype.kind == "f":
+        values = values.astype(np.float32) if values.dtype.itemsize < 4 else values
+        return (_within(values, 1, "floats") * 255).round().astype(np.uint8)
+    if values.dtype.name not in ("int16", "uint16", "int32", "uint32"):
+        raise ValueError(f"its values are {values.dtype}; uint8, 16 bits of 0 to 65535, and floats of 0 to 1 are read")
+    return ((_within(values, 65535, "integers").astype(np.int64) + 128) // 257).astype(np.uint8)
 
 
 def _within(values: np.ndarray, most: int, what: str) -> np.ndarray:
@@ -145,11 +195,12 @@ def main() -> None:
     for file in arguments.images:
         try:
             image = read(file, about)
-            pixels, size = prepare(image, about), image.size
+            pixels = prepare(image, about)
         except (OSError, ValueError, Image.DecompressionBombError) as error:
             parser.exit(2, f"{file}: {error}\n")
         values = session.run(about["outputs"], {"images": pixels[None]})
         found = {name: value[0] for name, value in zip(about["outputs"], values, strict=True)}
+        size = image.shape[1::-1] if isinstance(image, np.ndarray) else image.size
         said = answer(found, size, about)
         print(json.dumps({"file": str(file), **said}) if arguments.json else f"{file}: {in_words(said)}")
 

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from PIL import Image
-
+from compressvit.data.bands import Picture
 from compressvit.data.files import PictureFiles
 from compressvit.data.notes import Note
 from compressvit.data.outlines import NO_OUTLINES, Outlines
@@ -47,7 +46,7 @@ class AnnotatedFiles(PictureFiles):
         return any(annotation.outlines for _, annotation in self.samples)
 
 
-def require_size(image: Image.Image, annotation: Any) -> None:
+def require_size(image: Picture, annotation: Any) -> None:
     """Raise a `BrokenPicture` where a picture is not of the size that its annotation says."""
     if isinstance(annotation, Annotation) and (image.height, image.width) != annotation.size:
         height, width = annotation.size

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from PIL import Image
 from torch.utils.data import Dataset
 
+from compressvit.data.bands import SUFFIX, Picture
 from compressvit.data.notes import counted
 from compressvit.data.pictures import EXTENSIONS, read_picture
 from compressvit.errors import UserError
@@ -33,7 +33,7 @@ _KERNELS = ("/proc", "/sys")
 
 
 class PictureFiles(Dataset):
-    """Files with their targets: `samples` holds (path, target), and an item is (PIL image of 8 bits a channel, target).
+    """Files with their targets: `samples` holds (path, target), and an item is (PIL image of 8 bits a channel, or `Bands`, target).
 
     Attributes:
         classes: names in target order; None in a set without classes.
@@ -47,7 +47,7 @@ class PictureFiles(Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+    def __getitem__(self, index: int) -> tuple[Picture, int]:
         path, target = self.samples[index]
         return read_picture(path)[0], target
 
@@ -75,6 +75,7 @@ class Search:
         root: the folder.
         within: the folder of the data set. What lies outside it is counted, and with `outside` false passed over.
         leave_out: names directly in `root` that are not searched.
+        arrays: take `.npy` files, too; None: where there are no pictures (beside pictures they are mostly features, depths or labels).
 
     Attributes:
         found: the files.
@@ -84,7 +85,15 @@ class Search:
         UserError: a file with the name of an image is a pipe or a device, which would block, or a folder belongs to the kernel.
     """
 
-    def __init__(self, root: Path, *, within: Path, outside: bool = True, leave_out: Sequence[str] = ()):
+    def __init__(
+        self,
+        root: Path,
+        *,
+        within: Path,
+        outside: bool = True,
+        leave_out: Sequence[str] = (),
+        arrays: bool | None = None,
+    ):
         self.root = str(root)
         self.found: list[Found] = []
         self.folders: list[str] = []
@@ -92,6 +101,7 @@ class Search:
         self._entered: set[tuple[int, int]] = set()
         self._links: list[_Folder] = []
         self._from_outside = 0
+        self._arrays: list[tuple[Found, bool]] = []  # with whether they lie outside
         self._other_types: Counter[str] = Counter()
         self._passed_over: dict[str, list[str]] = {kind: [] for kind in ("again", "outside", "dangling", "unreadable")}
         from_outside = not lies_in(os.path.realpath(root), self._within)
@@ -102,6 +112,10 @@ class Search:
             links, self._links = sorted(self._links, key=lambda link: _order(link.parts)), []
             for link in links:
                 self._search(link)
+        if arrays or (arrays is None and not self.found):
+            self.found += [found for found, _ in self._arrays]
+            self._from_outside += sum(outside for _, outside in self._arrays)
+            self._arrays = []
         self.found.sort(key=lambda found: _order(found.parts))
 
     def _search(self, start: _Folder) -> None:
@@ -145,6 +159,9 @@ class Search:
                 self.folders.append(entry.name)
             return
         extension = os.path.splitext(entry.name)[1].lower()
+        if extension == SUFFIX and kind not in SPECIAL:
+            self._arrays.append((Found(entry.path, here.parts), here.outside))
+            return
         if extension not in EXTENSIONS:
             self._other_types[extension or "no extension"] += 1
             return
@@ -172,6 +189,9 @@ class Search:
             more = f", … ({len(self._other_types)} types)" if len(self._other_types) > 5 else ""
             text = f"{where}: {counted(count, 'file')} of types that are not read, passed over: {types}{more}"
             notes.append(Note("other_types", count, text))
+        if self._arrays:
+            text = f"{where}: {counted(len(self._arrays), 'array')} ({SUFFIX}) passed over; data.arrays=true takes them beside pictures"
+            notes.append(Note("arrays", len(self._arrays), text))
         for kind, names in self._passed_over.items():
             if names:
                 noun = "folder" if kind == "unreadable" else "link"

@@ -1,17 +1,30 @@
-"""The transform from a PIL image to the pixels that a model takes: resizing, cropping, and augmentation of single images, as in timm."""
+"""The transform from an image to the pixels that a model takes: resizing, cropping, and augmentation of single images, as in timm.
+
+Pictures of 1, 3 or 4 channels are Pillow's. Of bands, three at a time are a picture of Pillow's, so that resizing gives the same bits; all
+are moved alike.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import random
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+import torch
 from PIL import Image
 from timm.data import auto_augment, create_transform
 from torchvision import transforms
 
 from compressvit.data import pictures
+from compressvit.data.bands import Bands
 from compressvit.data.input import InputConfig
+from compressvit.data.levels import BrokenPicture
 from compressvit.data.spec import Augment
 from compressvit.errors import UserError
+
+ToPixels = Callable[[Any], torch.Tensor]
 
 
 class _ToChannels:
@@ -22,6 +35,51 @@ class _ToChannels:
 
     def __call__(self, image: Any) -> Any:
         return pictures.to_channels(pictures.standard(image, exif=self.exif)[0], self.channels)
+
+
+class _OfBands:
+    """From bands to pixels: each part of one, two or three through a transform of pictures, all with the same random numbers, of which as
+    many are drawn as for one picture."""
+
+    def __init__(self, config: InputConfig, augment: Augment | None):
+        self.channels = config.channels
+        self.parts: list[tuple[int, int, ToPixels]] = []
+        for first in range(0, config.channels, 3):
+            end = min(first + 3, config.channels)
+            width = 1 if end - first == 1 else 3
+            mean, std = (((*values[first:end], 0.5)[:width]) for values in (config.mean, config.std))
+            part = dataclasses.replace(config, channels=width, mean=mean, std=std)
+            self.parts.append((first, end, _of_pictures(part, augment, False)))
+
+    def __call__(self, image: Any) -> torch.Tensor:
+        bands, _ = pictures.standard(image)
+        pictures.require_channels(bands, self.channels)
+        assert isinstance(bands, Bands), "pictures fit no model of bands"
+        states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        found = []
+        for first, end, transform in self.parts:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+            torch.set_rng_state(states[2])
+            found.append(transform(bands.part(first, end))[: end - first])
+        return torch.cat(found)
+
+
+class _OfFour:
+    """For a model of 4 channels, which takes pictures with alpha and bands alike."""
+
+    def __init__(self, config: InputConfig, augment: Augment | None, exif: bool):
+        self.of_pictures = _of_pictures(config, augment, exif)
+        self.of_bands = None if augment is not None and augment.color_jitter else _OfBands(config, augment)
+
+    def __call__(self, image: Any) -> torch.Tensor:
+        if isinstance(image, np.ndarray):
+            image, _ = pictures.standard(image)
+        if not isinstance(image, Bands):
+            return self.of_pictures(image)
+        if self.of_bands is None:
+            raise BrokenPicture("it has 4 bands, of which data.augment.color_jitter knows no colours; set that to null")
+        return self.of_bands(image)
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
@@ -37,17 +95,34 @@ def _allow_no_bits(policy: Any) -> None:
             step.aug_fn = _posterize
 
 
-def image_transform(config: InputConfig, augment: Augment | None, *, exif: bool = False) -> transforms.Compose:
-    """The transform from a PIL image of any size to a uint8 tensor (C, H, W).
+def image_transform(config: InputConfig, augment: Augment | None, *, exif: bool = False) -> ToPixels:
+    """The transform from an image of any size to a uint8 tensor (C, H, W).
 
     Raises:
-        UserError: `auto_augment` is set for a model of 4 channels; its operations do not support alpha.
+        UserError: augmentation of colours is set for a model of bands, or `auto_augment` for one of 4 channels; its operations do not
+            support alpha.
     """
-    if augment is not None and augment.auto_augment is not None and config.channels == 4:
+    if augment is not None:
+        refuse_colours(augment, config.channels)
+    if config.channels == 4:
+        return _OfFour(config, augment, exif)
+    return _of_pictures(config, augment, exif) if config.channels in pictures.MODES else _OfBands(config, augment)
+
+
+def refuse_colours(augment: Augment, channels: int) -> None:
+    """Raise a `UserError` where an augmentation needs colours, and a model takes other channels."""
+    for name in ("auto_augment", "color_jitter"):
+        value = getattr(augment, name)
+        if not value or channels in (1, 3) or (channels == 4 and name == "color_jitter"):
+            continue
+        why = "images with alpha" if channels == 4 else "bands that are no colours"
         raise UserError(
-            f"data.augment.auto_augment={augment.auto_augment}: its operations do not take images with alpha, and the model has "
-            "4 channels; set it to null"
+            f"data.augment.{name}={value}: its operations do not take {why}, and the model has {channels} channels; set it to null"
         )
+
+
+def _of_pictures(config: InputConfig, augment: Augment | None, exif: bool) -> transforms.Compose:
+    """The transform of PIL images."""
     common: dict[str, Any] = {
         "input_size": (config.channels, config.height, config.width),
         "mean": config.mean,

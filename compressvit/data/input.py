@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -50,7 +50,7 @@ class InputConfig:
     """The size and statistics of a model's input, and how an image is resized to it.
 
     Attributes:
-        channels, height, width: 1 (gray), 3 (colour) or 4 (colour and alpha), and pixels.
+        channels, height, width: 1 (gray), 3 (colour), 4 (colour and alpha, or bands) or another number (bands), and pixels.
         mean, std: one number per channel, of pixel values in 0..1.
         interpolation, crop_pct, crop_mode: timm's words for resizing and cropping in evaluation.
         masks: whether the model also learns the masks of objects, so that its targets have them.
@@ -71,6 +71,11 @@ class InputConfig:
         """Channels, height and width."""
         return self.channels, self.height, self.width
 
+    def at(self, size: Sequence[int]) -> InputConfig:
+        """The same for images of another size (C, H, W)."""
+        mean, std = (per_channel(values, size[0]) for values in (self.mean, self.std))
+        return replace(self, channels=size[0], height=size[1], width=size[2], mean=mean, std=std)
+
     def as_dict(self) -> dict[str, Any]:
         """What an artifact records of it, under timm's names."""
         return {
@@ -84,8 +89,28 @@ class InputConfig:
 
 
 def per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
-    """Statistics of so many channels: where they are of another number, their mean for each."""
+    """A model's own statistics for so many channels: where they are of another number, their mean for each."""
     return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
+
+
+def asked_statistics(data: Data, channels: int) -> dict[str, tuple[float, ...]]:
+    """`data.mean` and `data.std`, where they are given, for every channel; one number is that of each.
+
+    Raises:
+        UserError: they are of another number of channels.
+    """
+    found = {}
+    for name in ("mean", "std"):
+        values = getattr(data, name)
+        if values is None:
+            continue
+        if len(values) not in (1, channels):
+            raise UserError(
+                f"data.{name}={list(values)} is of {len(values)} channels, and the model takes {channels}; give a number for each of "
+                "these, or one for all"
+            )
+        found[name] = tuple(values) if len(values) == channels else tuple(values) * channels
+    return found
 
 
 def input_config(model: nn.Module, data: Data, *, trained: bool = False, own_crop: bool = False) -> InputConfig:
@@ -96,33 +121,58 @@ def input_config(model: nn.Module, data: Data, *, trained: bool = False, own_cro
         own_crop: its crop was recorded when it was trained, so it also applies to images that fill their frame (`DataSet.full_frame`).
 
     Raises:
-        UserError: the model takes another number of channels than 1, 3 or 4.
+        UserError: `data` has statistics of another number of channels than the model takes.
     """
     from timm.data import resolve_model_data_config
 
     config = resolve_model_data_config(model)
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     channels = first.in_channels if first is not None else config["input_size"][0]
-    if channels not in MODES:
-        raise UserError(
-            f"the model takes {channels} channels; images have 1 (grayscale), 3 (colour) or 4 (colour and alpha)"
-        )
     # the pretrained size stays in the config when a model is built for another one
     height, width = input_size(model)[1:]
 
     asked = data.model_copy(update=dict.fromkeys(STATISTICS)) if trained else data
+    statistics = asked_statistics(asked, channels)
     crop_pct = 1.0 if find_set(data.name).full_frame and not own_crop else config["crop_pct"]
     return InputConfig(
         channels,
         int(height),
         int(width),
-        per_channel(asked.mean or config["mean"], channels),
-        per_channel(asked.std or config["std"], channels),
+        statistics.get("mean") or per_channel(config["mean"], channels),
+        statistics.get("std") or per_channel(config["std"], channels),
         asked.interpolation or config["interpolation"],
         asked.crop_pct or crop_pct,
         asked.crop_mode or config["crop_mode"],
         masks=getattr(model, "masks", False) is True,
     )
+
+
+def stand_ins(model: nn.Module, config: InputConfig) -> str | None:
+    """What to tell of a model of bands that has no statistics of so many channels; None where it has, or `config` has others."""
+    from timm.data import resolve_model_data_config
+
+    own = resolve_model_data_config(model)
+    guessed = [
+        f"{name} {value[0]:.4g}"
+        for name in ("mean", "std")
+        if len(own[name]) not in (1, config.channels)
+        and (value := getattr(config, name)) == per_channel(own[name], config.channels)
+    ]
+    if config.channels in MODES or not guessed:
+        return None
+    return (
+        f"the model has no statistics of its {config.channels} channels: each has the mean of those of {len(own['mean'])}, "
+        f"{' and '.join(guessed)}; data.mean and data.std give its own"
+    )
+
+
+def refuse_other_channels(source: InputConfig, target: InputConfig) -> None:
+    """Raise a `UserError` where images of one model cannot be made into those of another."""
+    if source.channels != target.channels and not {source.channels, target.channels} <= {*MODES}:
+        raise UserError(
+            f"one model takes images of {source.channels} channels and the other of {target.channels}; 1, 3 and 4 are converted into one "
+            "another, and others are not: give two models of as many channels"
+        )
 
 
 def renormalise(images: torch.Tensor, source: InputConfig, target: InputConfig) -> torch.Tensor:
@@ -133,8 +183,13 @@ def renormalise(images: torch.Tensor, source: InputConfig, target: InputConfig) 
 
     Returns:
         (B, C', H', W') for `target`; `images` itself when nothing differs. A centre crop is not repeated: the whole of
-        `images` is resized. Channels go 3 to 1 by luma, 1 to 3 by repetition; alpha is left out, or 1.
+        `images` is resized. Channels go 3 to 1 by luma, 1 to 3 by repetition; alpha is left out, or 1. Other numbers of channels
+        stay as they are.
+
+    Raises:
+        UserError: their numbers of channels differ, and are not of these.
     """
+    refuse_other_channels(source, target)
     same_size = images.shape[-2:] == (target.height, target.width)
     same_statistics = (source.channels, source.mean, source.std) == (target.channels, target.mean, target.std)
     if same_size and same_statistics:
@@ -144,7 +199,7 @@ def renormalise(images: torch.Tensor, source: InputConfig, target: InputConfig) 
         return images.new_tensor(values).view(1, -1, 1, 1)
 
     whole = images * column(source.std) + column(source.mean)
-    pixels = whole[:, :3]
+    pixels = whole[:, :3] if source.channels in MODES else whole
     if pixels.shape[1] == 3 and target.channels == 1:
         pixels = (pixels * column(_LUMA)).sum(1, keepdim=True)
     if target.channels == 4:
@@ -173,7 +228,9 @@ class Side:
         return cls(model, input_config(model, data, trained=trained, own_crop=own_crop))
 
     def converter(self, source: InputConfig) -> Callable[[torch.Tensor], torch.Tensor]:
-        """A function that converts batches (B, C, H, W), normalised as `source` describes, to this model's input."""
+        """A function that converts batches (B, C, H, W), normalised as `source` describes, to this model's input. Raises as
+        `renormalise`."""
+        refuse_other_channels(source, self.input)
         return _unchanged if source == self.input else partial(renormalise, source=source, target=self.input)
 
 

@@ -27,7 +27,7 @@ from compressvit.data.image_transform import image_transform
 from compressvit.data.input import InputConfig
 from compressvit.data.opening import Datasets
 from compressvit.data.photographs import Photographed, spread
-from compressvit.data.pictures import BrokenPicture
+from compressvit.data.pictures import MODES, BrokenPicture
 from compressvit.data.pixels import Pixels
 from compressvit.data.placed_transform import PlacedTransform
 from compressvit.data.samples import Samples, seeded
@@ -270,6 +270,7 @@ class _CheckedLoader(DataLoader):
     datasets: Datasets
     name: str
     task: Task
+    channels: int
     _ending: weakref.finalize | None = None
 
     def _get_iterator(self) -> Any:
@@ -292,7 +293,7 @@ class _CheckedLoader(DataLoader):
         batches = super().__iter__()
         try:
             for batch in batches:
-                self.datasets.broken.report()
+                self.datasets.broken.report(self.channels)
                 if batch is not None:
                     images, targets = batch
                     self.task.check_set(targets, self.datasets.num_classes, self.name)
@@ -303,7 +304,7 @@ class _CheckedLoader(DataLoader):
                 self._ending()
             if isinstance(error, BrokenPicture):  # of a stream; others count theirs
                 reason = str(error).rstrip().rpartition("BrokenPicture: ")[2]  # a worker adds its trace
-                raise UserError(f"data.name={self.name}: an image of the stream cannot be read: {reason}") from error
+                raise UserError(f"data.name={self.name}: an image cannot be used: {reason}") from error
             raise
 
 
@@ -315,7 +316,9 @@ def _pixel_batches(samples: Samples, config: InputConfig, augment: Augment | Non
     """The set as tensors to take whole batches from, where it is small and no image is augmented by itself."""
     source = samples.source
     per_image = augment is not None and (augment.scale or augment.color_jitter or augment.auto_augment)
-    if not isinstance(source, Pixels) or per_image or len(samples) * config.height * config.width > _IN_MEMORY_BYTES:
+    if not isinstance(source, Pixels) or config.channels not in MODES:
+        return None
+    if per_image or len(samples) * config.height * config.width > _IN_MEMORY_BYTES:
         return None
     index = torch.tensor(samples.indices)
     if source.data.shape[1:] == (config.height, config.width) and config.crop_pct == 1:
@@ -360,7 +363,7 @@ def _batches(
         dataset = copy.copy(source)  # the same files, and the same record of broken ones, prepared for this model
         prepare: Any = PlacedTransform if task.places else image_transform
         dataset.transform, dataset.training = prepare(config, augment, exif=data.exif), training
-        dataset.placed = task.places
+        dataset.placed, dataset.channels = task.places, config.channels
     if isinstance(source, Stream):
         dataset.set_loader_cfg(num_workers=workers)
         epoch = _StreamEpoch(dataset, distributed) if training else None
@@ -377,5 +380,5 @@ def _batches(
         # a DataLoader draws a seed for its workers; ours need none, and evaluation must not disturb training
         generator=torch.Generator() if order is not None or not training else None,
     )
-    loader.datasets, loader.name, loader.task = datasets, data.name, task
+    loader.datasets, loader.name, loader.task, loader.channels = datasets, data.name, task, config.channels
     return loader, epoch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from compressvit.data.pictures import Read
+from compressvit.data.pictures import Read, fits
 from compressvit.notes import Note
 
 # By conversion: the note's kind, and its sentence, in which {} is e.g. '12 images'.
@@ -57,6 +57,26 @@ def notes_of_sizes(sizes: Sequence[tuple[int, int]], height: int, width: int) ->
         f"{largest[0]}×{largest[1]}: they are enlarged, which shows the model less than it was made for"
     )
     return [Note("small", len(small), text)]
+
+
+def notes_of_channels(shapes: Sequence[tuple[int, int, int]], channels: int) -> list[Note]:
+    """A note where some images do not have the channels that the model takes.
+
+    Args:
+        shapes: height, width and channels of some of the images.
+    """
+    others = [shape[2] for shape in shapes if not fits(shape[2], channels)]
+    if not others:
+        return []
+    text = (
+        f"{len(others)} of {counted(len(shapes))} that were looked at have {_or(sorted({*others}))} channels, and the model takes "
+        f"{channels}: such images are passed over"
+    )
+    return [Note("channels", len(others), text)]
+
+
+def _or(numbers: Sequence[int]) -> str:
+    return " or ".join(", ".join(map(str, numbers)).rsplit(", ", 1))
 
 
 def counted(count: int, noun: str = "image") -> str:

@@ -49,10 +49,14 @@ class PlacedTransform:
         augment: None in evaluation.
 
     Raises:
-        UserError: an augmentation that does not move boxes, or a way of cropping that would lose some.
+        UserError: an augmentation that does not move boxes, a way of cropping that would lose some, or a model of bands.
     """
 
     def __init__(self, config: InputConfig, augment: Augment | None, *, exif: bool = False):
+        if config.channels not in pictures.MODES:
+            raise UserError(
+                f"the detector takes {config.channels} channels; boxes and masks are learned on pictures of 1, 3 or 4 channels"
+            )
         if exif:
             raise UserError("data.exif=true would turn pictures away from their boxes; leave it out")
         if config.crop_mode != "squash" or config.crop_pct != 1:

@@ -21,10 +21,19 @@ from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch.utils.data import Dataset
 
 from compressvit.data.annotated import require_size
+from compressvit.data.bands import Bands, Picture
 from compressvit.data.files import PictureFiles
 from compressvit.data.notes import notes_of_reading
 from compressvit.data.photographs import numbered, photographs
-from compressvit.data.pictures import Read, picture_size, read_picture, refuse_shortage, standard
+from compressvit.data.pictures import (
+    MODES,
+    Read,
+    picture_shape,
+    read_picture,
+    refuse_shortage,
+    require_channels,
+    standard,
+)
 from compressvit.data.spec import Data
 from compressvit.data.streams import Stream
 from compressvit.errors import UserError
@@ -70,7 +79,8 @@ class Samples(Dataset):
 
     A file that cannot be decoded is flagged in `broken`, uint8 (N,) in memory shared with loader workers. While
     `training` the next good sample takes its place; otherwise a black image with target NO_IMAGE (-2). How the other files had
-    to be converted is recorded in `done`, a tensor of the same form, as bits of `Read`. A `part` records both in its whole, too.
+    to be converted is recorded in `done`, a tensor of the same form, as bits of `Read`. A `part` records both in its whole, too. An image
+    that a model of so many `channels` cannot be given is as one that cannot be decoded.
 
     Args:
         exif: turn images as their EXIF blocks say.
@@ -91,6 +101,7 @@ class Samples(Dataset):
         self.broken = torch.zeros(len(self.indices), dtype=torch.uint8).share_memory_()
         self.done = torch.zeros(len(self.indices), dtype=torch.uint8).share_memory_()
         self.transform: Any = None
+        self.channels: int | None = None  # of the model that `transform` is for
         self.placed = False  # whether `transform` takes and returns the target, too
         self.training = False
         self._photographs: dict[str | None, torch.Tensor] = {}  # by `data.group_by`
@@ -120,14 +131,14 @@ class Samples(Dataset):
         with seeded(keys[0][1]):
             return [self[index] for index, _ in keys]
 
-    def _sample(self, index: int) -> tuple[Image.Image, Any]:
+    def _sample(self, index: int) -> tuple[Picture, Any]:
         tries = min(MAX_CONSECUTIVE_BROKEN, len(self)) if self.training else 1
         for position in range(index, index + tries):
             position %= len(self)
             if self.broken[position]:
                 continue
             try:
-                image, target, done = self.read(position)
+                image, target, done = self.read(position, self.channels)
             except _DECODE_ERRORS as error:
                 refuse_shortage(error)  # of a set that opens its files itself
                 # BrokenFiles.report finds the reason again: a worker has no way to reach the run's log
@@ -135,25 +146,27 @@ class Samples(Dataset):
                 continue
             self._record(position, int(done))
             return image, target if self.labelled and target is not None else NO_LABEL
-        return Image.new("L", (8, 8)), NO_IMAGE
+        return _black(self.channels), NO_IMAGE
 
-    def read(self, position: int) -> tuple[Image.Image, Any, Read]:
-        """The decoded image of 8 bits a channel, its stored target, and what was done to read it. Raises as `read_picture`, or whatever a
-        set that opens its files itself raises where one is broken."""
+    def read(self, position: int, channels: int | None = None) -> tuple[Picture, Any, Read]:
+        """The decoded image of 8 bits a channel, for a model of so many, its stored target, and what was done to read it. Raises as
+        `read_picture`, or whatever a set that opens its files itself raises where one is broken."""
         index = self.indices[position]
         if isinstance(self.source, PictureFiles):
             path, target = self.source.samples[index]
-            image, done = read_picture(path, exif=self.exif)
+            image, done = read_picture(path, exif=self.exif, channels=channels)
             require_size(image, target)
         elif isinstance(self.source, ImageDataset):
             # timm's own __getitem__ replaces a broken file without a word, so the file is opened here
             file, target, *_ = self.source.reader[index]
             with file:
-                image, done = read_picture(file, exif=self.exif)
+                image, done = read_picture(file, exif=self.exif, channels=channels)
         else:
             image, target = self.source[index]
             # a set of torchvision's whose files are read by `read_picture` gives what that gives
             image, done = image if isinstance(image, tuple) else standard(image, exif=self.exif)
+            if channels is not None:
+                require_channels(image, channels)
         return image, target, done
 
     def identity(self) -> str:
@@ -182,13 +195,14 @@ class Samples(Dataset):
                 self._photographs[by] = torch.arange(len(self))
         return self._photographs[by]
 
-    def sizes(self, count: int) -> list[tuple[int, int]]:
-        """Width and height in pixels of up to `count` files, evenly taken, as their headers say; nothing of what cannot be read, or is no
-        file."""
+    def shapes(self, count: int, channels: int) -> list[tuple[int, int, int]]:
+        """Height and width in pixels, and channels, of up to `count` files, evenly taken, as their headers say for a model of `channels`;
+        nothing of what cannot be read, or is no file."""
         if not isinstance(self.source, PictureFiles):
             return []
         chosen = (self.source.samples[self.indices[i]][0] for i in range(0, len(self), max(1, len(self) // count)))
-        return [size for path in islice(chosen, count) if (size := picture_size(path)) is not None]
+        found = (picture_shape(path, channels) for path in islice(chosen, count))
+        return [shape for shape in found if shape is not None]
 
     def name(self, position: int) -> str:
         """The path of a sample, or something that stands for it in a set without paths."""
@@ -200,6 +214,13 @@ class Samples(Dataset):
         elif files := getattr(self.source, "samples", None):
             path = files[index][0]
         return str(path) if path else f"{type(self.source).__name__}[{index}]"
+
+
+def _black(channels: int | None) -> Picture:
+    """What stands for an image that cannot be read, for a model of so many channels."""
+    return (
+        Image.new("L", (8, 8)) if channels is None or channels in MODES else Bands(np.zeros((8, 8, channels), np.uint8))
+    )
 
 
 class BrokenFiles:
@@ -240,8 +261,11 @@ class BrokenFiles:
             counts, exif=any([*(s.exif for s in self._sets), *(s.exif for s in self._streams)])
         )
 
-    def report(self) -> None:
+    def report(self, channels: int | None = None) -> None:
         """Logs each newly found file once, with the reason.
+
+        Args:
+            channels: of the model that they were read for.
 
         Raises:
             UserError: 50 consecutive files (or the whole set, if smaller) are broken.
@@ -254,19 +278,25 @@ class BrokenFiles:
             run = min(MAX_CONSECUTIVE_BROKEN, len(samples))
             flags = torch.cat([samples.broken, samples.broken[: run - 1]])  # the search for a replacement wraps around
             if flags.unfold(0, run, 1).all(1).any():
+                first = int(samples.broken.argmax())
                 raise UserError(
                     f"{run} consecutive image files cannot be decoded ({int(samples.broken.count_nonzero())} of "
-                    f"{len(samples)} so far), such as {samples.name(int(samples.broken.argmax()))}; that is "
+                    f"{len(samples)} so far), such as {samples.name(first)} ({_reason(samples, first, channels)}); that is "
                     "more than a few bad files: check that data.root holds intact images"
                 )
         for key in new:
             self._reported.add(key)
             samples, position = self._sets[key[0]], key[1]
-            try:
-                samples.read(position)
-                reason = "it could not be read before"
-            except UnidentifiedImageError:
-                reason = "it is not an image"
-            except _DECODE_ERRORS as error:
-                reason = str(error) or type(error).__name__
+            reason = _reason(samples, position, channels)
             log.warning("skipped a broken image: %s: %s", samples.name(position), reason)
+
+
+def _reason(samples: Samples, position: int, channels: int | None) -> str:
+    """Why an image cannot be read for a model of so many channels."""
+    try:
+        samples.read(position, channels)
+    except UnidentifiedImageError:
+        return "it is not an image"
+    except _DECODE_ERRORS as error:
+        return str(error) or type(error).__name__
+    return "it could not be read before"

@@ -14,6 +14,7 @@ from compressvit.tasks.base import find_task
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
 
+MOST_CHANNELS = 2**16  # as many as a TIFF can have
 VAL_FRACTION = 0.1  # of `images` without a val/, where the recipe does not say
 
 
@@ -137,11 +138,16 @@ class Data(Spec):
         default=False,
         description="Rotate images by their EXIF orientation; false ignores it, as torchvision and timm do.",
     )
+    arrays: bool | None = Field(
+        default=None,
+        description="Search folders and tar files for .npy arrays, too. none: where there are no pictures; true: also beside pictures; "
+        "false: never. Lists name what they mean.",
+    )
     mean: tuple[float, ...] | None = Field(
-        default=None, description="Mean of each channel in 0..1; none = the model's."
+        default=None, description="Mean of each channel in 0..1, or one for all; none = the model's."
     )
     std: tuple[float, ...] | None = Field(
-        default=None, description="Standard deviation of each channel in 0..1; none = the model's."
+        default=None, description="Standard deviation of each channel in 0..1, or one for all; none = the model's."
     )
     crop_pct: float | None = Field(
         default=None,
@@ -217,10 +223,8 @@ class Data(Spec):
     @field_validator("mean", "std")
     @classmethod
     def _is_per_channel(cls, value: tuple[float, ...] | None) -> tuple[float, ...] | None:
-        if value is not None and len(value) not in (1, 3, 4):
-            raise ValueError(
-                f"{len(value)} numbers: give one for a grayscale model, three for a colour model, four for one with alpha"
-            )
+        if value is not None and not 0 < len(value) <= MOST_CHANNELS:
+            raise ValueError(f"{len(value)} numbers: give one for each channel of the model, or one for all")
         return value
 
     @field_validator("std")

@@ -13,6 +13,7 @@ from timm.data import ImageDataset
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar, extract_tarinfos
 from torch.utils.data import Dataset
 
+from compressvit.data.bands import SUFFIX
 from compressvit.data.classes import composed, numbers_of, some_of
 from compressvit.data.files import PictureFiles, Search
 from compressvit.data.notes import counted
@@ -21,6 +22,8 @@ from compressvit.data.sets.base import LAYOUT
 from compressvit.data.spec import Data
 from compressvit.errors import UserError
 from compressvit.notes import Note
+
+_TYPES = ", ".join((*EXTENSIONS, SUFFIX))
 
 
 @dataclass
@@ -43,10 +46,10 @@ class Split:
     def read(cls, path: Path, root: Path, data: Data, *, leave_out: Sequence[str] = ()) -> Split:
         """The split at a path; `leave_out` are names directly in it that are none of its classes."""
         if path.is_file() or any(path.glob("*.tar")):
-            return cls._of_tars(path)
-        search = Search(path, within=root, outside=data.outside is not False, leave_out=leave_out)
+            return cls._of_tars(path, data.arrays)
+        search = Search(path, within=root, outside=data.outside is not False, leave_out=leave_out, arrays=data.arrays)
         if not search.found:
-            raise UserError(f"{path}: no images ({', '.join(EXTENSIONS)}) can be found in it; {LAYOUT}")
+            raise UserError(f"{path}: no images ({_TYPES}) can be found in it; {LAYOUT}")
         if direct := next((found for found in search.found if len(found.parts) == 1), None):
             raise UserError(
                 f"{path}: images lie directly in it rather than in one folder per class, e.g. {direct.parts[0]}; {LAYOUT}"
@@ -64,12 +67,16 @@ class Split:
         return cls(path.name, labels, [found.path for found in search.found], notes, paths)
 
     @classmethod
-    def _of_tars(cls, path: Path) -> Split:
-        try:
-            tars = Tars(path)
-        except (RuntimeError, ValueError, AssertionError, OSError, tarfile.TarError) as error:
-            types = ", ".join(EXTENSIONS)
-            raise UserError(f"{path}: no images ({types}) can be found in it; {LAYOUT}") from error
+    def _of_tars(cls, path: Path, arrays: bool | None) -> Split:
+        """Arrays are taken as `Search` takes them."""
+        wanted = [(*EXTENSIONS, SUFFIX)] if arrays else [EXTENSIONS] if arrays is False else [EXTENSIONS, (SUFFIX,)]
+        for extensions in wanted:
+            try:
+                tars = Tars(path, extensions)
+                break
+            except (RuntimeError, ValueError, AssertionError, OSError, tarfile.TarError) as error:
+                if extensions == wanted[-1]:
+                    raise UserError(f"{path}: no images ({_TYPES}) can be found in it; {LAYOUT}") from error
         if "" in tars.labels:
             raise UserError(f"{path}: images lie directly in it rather than in one folder per class; {LAYOUT}")
         return cls(path.name.removesuffix(".tar"), tars.labels, tars, [])
@@ -93,13 +100,13 @@ class Split:
 
 
 class Tars(ReaderImageInTar):
-    """timm's reader of tar files, for all image formats. In a single tar file, the classes are the folders of the first level that has more
-    than one. Of several tar files, each is a class, or the innermost folders in them are."""
+    """timm's reader of tar files, for files with these extensions. In a single tar file, the classes are the folders of the first level
+    that has more than one. Of several tar files, each is a class, or the innermost folders in them are."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, extensions: Sequence[str]):
         self.root = str(path)
         # timm's index of large tars is a pickle
-        found = extract_tarinfos(self.root, cache_tarinfo=False, extensions=set(EXTENSIONS))
+        found = extract_tarinfos(self.root, cache_tarinfo=False, extensions=set(extensions))
         self.samples, self.targets, self.class_name_to_idx, tarfiles = found
         self.root_is_tar = len(tarfiles) == 1 and tarfiles[0][0] is None
         self.tar_state = tarfiles[0][1] if self.root_is_tar else dict(tarfiles)

@@ -114,6 +114,7 @@ class Page:
             "gallery": sections.gallery(run) if self._images else [],
             "left_out": 0 if self._images or predictions is None else len(predictions.examples),
             "examples": measure.caption if measure else "",
+            "drawn": predictions.drawn if predictions else None,
             "diagnostics": self._figures(run, run.findings),
             "environment": sections.environment(run),
         }

@@ -243,7 +243,7 @@ def _sides(
     """The inputs of both models; two of the student's images are used to check that the models accept them."""
     images, shape = images[:2], tuple(images.shape[1:])
     _try(student, images, f"the student does not take images of shape {shape}", "")
-    ours = replace(input_config(student, Data(name="images")), channels=shape[0], height=shape[1], width=shape[2])
+    ours = input_config(student, Data(name="images")).at(shape)
     # a model not built by timm does not describe its input
     known = input_config(teacher, Data(name="images")) if hasattr(teacher, "pretrained_cfg") else ours
     theirs = Side(teacher, known) if teacher_input is None else _Converted(teacher, known, teacher_input)
@@ -251,7 +251,7 @@ def _sides(
     size = tuple(converted.shape[1:])
     way = "; teacher_input=FUNCTION converts the student's images to the teacher's"
     _try(teacher, converted, f"the teacher does not take images of shape {size}", way)
-    return Side(student, ours), replace(theirs, input=replace(known, channels=size[0], height=size[1], width=size[2]))
+    return Side(student, ours), replace(theirs, input=known.at(size))
 
 
 def _refuse(

@@ -15,7 +15,7 @@ from torch import nn
 from compressvit.artifacts import artifact
 from compressvit.artifacts.formats.base import Format, format_at
 from compressvit.data.classes import other_classes
-from compressvit.data.input import STATISTICS, Side, per_channel
+from compressvit.data.input import STATISTICS, Side, asked_statistics
 from compressvit.data.loaders import Loader, eval_loader
 from compressvit.data.opening import Datasets, open_data
 from compressvit.data.samples import Samples
@@ -181,8 +181,8 @@ def _as_asked(side: Side, data: Data, overrides: Sequence[str]) -> Side:
     """An exported file, with what `overrides` of the data change of its input."""
     asked = [name for name in STATISTICS if any(override.startswith(f"data.{name}=") for override in overrides)]
     given = {name: value for name in asked if (value := getattr(data, name)) is not None}
-    for name in {"mean", "std"} & given.keys():
-        given[name] = per_channel(given[name], side.input.channels)
+    of_channels = data.model_copy(update={name: given.get(name) for name in ("mean", "std")})
+    given |= asked_statistics(of_channels, side.input.channels)
     return Side(side.model, replace(side.input, **given))
 
 

@@ -335,6 +335,7 @@ class PredictionsFile(RunFile):
     classes: list[ClassRow] | None
     confusions: list[Confusion] | None
     confusions_in_all: int | None = None  # runs of earlier versions have none
+    drawn: str | None = None  # what of the channels the pictures show, where these are bands
     examples: list[Example]
 
 

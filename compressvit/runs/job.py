@@ -20,8 +20,12 @@ from torch import nn
 
 from compressvit.data.annotated import AnnotatedFiles
 from compressvit.data.data_set import SETS, briefly, find_set
-from compressvit.data.input import Side
+from compressvit.data.image_transform import refuse_colours
+from compressvit.data.input import Side, refuse_other_channels
 from compressvit.data.opening import Datasets, open_data
+from compressvit.data.pictures import MODES, fits
+from compressvit.data.pixels import Pixels
+from compressvit.data.samples import Samples
 from compressvit.data.spec import Data, known_classes
 from compressvit.errors import UserError, option, switch
 from compressvit.files import expanded
@@ -44,6 +48,7 @@ from compressvit.tasks.base import find_task, task_of
 from compressvit.training.phases import PhaseSpec
 from compressvit.transforms import Transform
 
+LOOKED_AT = 32  # images, whose headers say their size and channels
 PLACEHOLDER_CLASSES = 1000  # for a new classifier, while the number of classes is unknown
 
 
@@ -116,6 +121,7 @@ def prepare(
     if trains_teacher(recipe):
         require_truth(teacher, recipe.data, "teacher")
     require_truth(student, recipe.data, "student" if recipe.student.model else "teacher")
+    refuse_other_channels(sides[0].input, sides[1].input)
     job = Job(recipe, name, where, classes, architecture, *sides, placeholder)
     if datasets is not None:
         job.datasets = set_aside(datasets, recipe)
@@ -214,12 +220,13 @@ def refuse_data(job: Job) -> None:
     """Check before any training what is known only of opened data.
 
     Raises:
-        UserError: the data has no classes for a new head, or no masks to learn from.
+        UserError: the data has no classes for a new head, no masks to learn from, or images of other channels.
     """
     recipe, datasets = job.recipe, job.datasets
     if recipe.student.head == "new" and not head_size(recipe, datasets.num_classes):
         raise UserError(_no_classes(recipe))
     refuse_missing_masks(job)
+    refuse_other_pictures(job)
 
 
 def _no_classes(recipe: Recipe) -> str:
@@ -256,4 +263,22 @@ def refuse_missing_masks(job: Job) -> None:
             raise UserError(
                 f"the {whose} is a {model_name(side.model)}, which learns masks, and no object to train on has a segmentation that gives "
                 f"one; set {whose}.model=faster_rcnn to learn boxes alone"
+            )
+
+
+def refuse_other_pictures(job: Job) -> None:
+    """Raise a `UserError` where none of the images to train on that are looked at can be given to a model, or augmented as asked."""
+    if job.student.input.channels not in MODES:
+        refuse_colours(job.recipe.data.augment, job.student.input.channels)
+    train = job.datasets.train
+    if not isinstance(train, Samples):
+        return
+    for whose, side in (("student", job.student), ("teacher", job.teacher)):
+        channels = side.input.channels
+        found = [1] if isinstance(train.source, Pixels) else [s[2] for s in train.shapes(LOOKED_AT, channels)]
+        if found and not any(fits(given, channels) for given in found):
+            have = " or ".join(map(str, sorted({*found})))
+            raise UserError(
+                f"data.name={job.recipe.data.name}: its images have {have} channel{'s' * (have != '1')}, and the {whose}, "
+                f"{model_name(side.model)}, takes {channels}; give images of {channels}, or a model of as many (in_chans)"
             )

@@ -13,7 +13,7 @@ from compressvit.artifacts.merge import growth, left_by_merge, merged_copy
 from compressvit.data.classes import other_classes
 from compressvit.data.data_set import find_set
 from compressvit.data.input import Side
-from compressvit.data.notes import notes_of_sizes
+from compressvit.data.notes import notes_of_channels, notes_of_sizes
 from compressvit.data.opening import Datasets, open_data
 from compressvit.data.samples import Samples
 from compressvit.data.spec import Data
@@ -26,7 +26,7 @@ from compressvit.model.weights import copy_matching
 from compressvit.notes import Note
 from compressvit.recipe.recipe import Merge, Recipe
 from compressvit.runs.files import Costs, DataPlan, LedgerRow, NoteRow, PlannedTeacher, RecipePlan, StagePlan, StepPlan
-from compressvit.runs.job import PLACEHOLDER_CLASSES, Job, prepare, refuse_data, refuse_small_heads
+from compressvit.runs.job import LOOKED_AT, PLACEHOLDER_CLASSES, Job, prepare, refuse_data, refuse_small_heads
 from compressvit.runs.keep import is_comparable, refuse_figures, refuse_judged
 from compressvit.runs.models import (
     require_pretrained,
@@ -48,8 +48,6 @@ from compressvit.training.phases.finetune import Finetune
 from compressvit.transforms import Transform
 from compressvit.transforms.applying import apply_plans
 from compressvit.transforms.record import compression_of, require_open, trained_parameters
-
-_LOOKED_AT = 32  # images, whose headers say their size
 
 
 def plan_recipe(recipe: Recipe, name: str = "recipe") -> RecipePlan:
@@ -115,9 +113,13 @@ def plan_data(job: Job) -> DataPlan:
 
 
 def _sizes(job: Job) -> list[Note]:
-    """A note where the images to train on, or to fit to, are smaller than the model's."""
+    """Notes where the images to train on, or to fit to, are smaller than the model's, or some have other channels."""
     train, config = job.datasets.train, job.student.input
-    return notes_of_sizes(train.sizes(_LOOKED_AT), config.height, config.width) if isinstance(train, Samples) else []
+    if not isinstance(train, Samples):
+        return []
+    shapes = train.shapes(LOOKED_AT, config.channels)
+    sizes = [(width, height) for height, width, _ in shapes]
+    return [*notes_of_sizes(sizes, config.height, config.width), *notes_of_channels(shapes, config.channels)]
 
 
 def _teacher_classes(job: Job) -> list[Note]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from compressvit.data.input import STATISTICS, class_mismatch
+from compressvit.data.input import STATISTICS, class_mismatch, stand_ins
 from compressvit.errors import UserError
 from compressvit.fitting.moments import tokens_at
 from compressvit.model.backbone import family_of, model_name
@@ -41,6 +41,8 @@ def teacher_notes(job: Job) -> list[str]:
             f"data.{key} is the student's: {_short(ours[key])}. The teacher keeps its own, {_short(theirs[key])}, with which it was trained"
             for key in unlike
         ]
+    guessed = (stand_ins(side.model, side.input) for side in (job.teacher, job.student))
+    notes += [text for text in dict.fromkeys(guessed) if text]
     notes += missing_yet(recipe)
     if recipe.teacher.finetune is not None and recipe.teacher.weights not in ("train", "pretrained"):
         notes.append(

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from compressvit.data.input import InputConfig
+from compressvit.data.pictures import MODES
 from compressvit.files import disk_faults, write_atomically, write_json
 from compressvit.runs.files import PICTURES, PREDICTIONS, PredictionsFile
 from compressvit.tasks.base import Answers
@@ -71,11 +72,20 @@ class Predictions:
             "compared": self.compared,
             "measure": answers.measure,
             **answers.tables(),
+            **({} if self.drawn is None else {"drawn": self.drawn}),
             "examples": [
                 {"file": f"{PICTURES}/{self._name(number)}", "value": round(answers.value(v), 4), **answer}
                 for number, (v, _, answer, _) in enumerate(self._ordered())
             ],
         }
+
+    @property
+    def drawn(self) -> str | None:
+        """What of an image of bands a picture shows; None of a picture, which is shown as it is."""
+        count = self.config.channels
+        if count in MODES:
+            return None
+        return f"the first of {count}, in gray" if count < 3 else f"the first 3 of {count}, as red, green and blue"
 
     def write(self, folder: Path) -> None:
         """Write `predictions.json` and the pictures to a run folder, unless there are no predictions."""
@@ -103,10 +113,10 @@ class Predictions:
         return f"{number:02d}.{self._suffix}"
 
     def _picture(self, pixels: torch.Tensor, answer: dict[str, Any]) -> Image.Image:
-        """A normalised image (C, H, W) as a small picture, with the task's drawings."""
+        """A normalised image (C, H, W) as a small picture, with the task's drawings: of two channels the first, of more three."""
         mean, std = (pixels.new_tensor(v).view(-1, 1, 1) for v in (self.config.mean, self.config.std))
         levels = ((pixels * std + mean)[:3].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-        picture = Image.fromarray(levels[:, :, 0] if levels.shape[2] == 1 else levels)
+        picture = Image.fromarray(levels[:, :, 0] if levels.shape[2] < 3 else levels)
         assert self.answers is not None, "without answers there are no pictures"
         picture.thumbnail((self.answers.pixels, self.answers.pixels))
         return self.answers.draw(picture, answer)

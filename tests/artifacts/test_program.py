@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.bands import bands, npy, npy_header
 from helpers.formats import source_of, written
 from PIL import ExifTags, Image
 
@@ -69,6 +70,45 @@ def test_the_program_refuses_the_values_that_compressvit_refuses(values, message
 def test_the_program_knows_every_interpolation(word):
     config = InputConfig(3, 8, 8, (0.0,) * 3, (1.0,) * 3, word, 1.0)
     assert predict.prepare(Image.new("RGB", (20, 30)), config.as_dict()).shape == (3, 8, 8)
+
+
+@pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5])
+def test_the_program_prepares_arrays_as_compressvit_does(tmp_path, channels, crop_mode):
+    statistics = (0.4, 0.5, 0.1, 0.9, 0.3)[:channels]
+    config = InputConfig(channels, 24, 32, statistics, statistics, "bicubic", 0.9, crop_mode)
+    values = bands(channels, (41, 60))
+    for stored in (values, values.astype(np.uint16) * 257, (values / 255).astype(np.float16), values / 255):
+        np.save(tmp_path / "image.npy", stored)
+        image = read_picture(tmp_path / "image.npy", channels=channels)[0]
+        pixels = image_transform(config, None)(image).float().numpy() / 255
+        mean = np.array(statistics).reshape(-1, 1, 1)
+        found = predict.prepare(predict.read(tmp_path / "image.npy", {}), config.as_dict())
+        assert np.abs(found - (pixels - mean) / mean).max() < 1e-5  # measured 9e-7
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (npy(bands(4)), "it has 4 channels, and the model takes 5; bands are read from an array"),
+        (npy(bands(3)), "it has 3 channels, and the model takes 5; bands are read"),
+        (npy(bands(5))[:-1], "its array cannot be read: mmap length is greater than file size"),
+        (npy(np.array([[None]])), "its array cannot be read: Array can't be memory-mapped"),
+        (npy_header((10**6, 10**6, 5)), "its array cannot be read: mmap length is greater"),
+        (npy_header((2**64, 2**64)), "its array cannot be read"),
+        (b"\x93NUMPY\x01\x00\xe8\x23" + b"-" * 9191 + b"1", "its array cannot be read: MemoryError"),
+        (npy(bands(5).astype(np.int64)), "its values are int64; uint8, 16 bits"),
+        (npy(np.full((4, 4, 5), 2.0)), "its floats reach from 2 to 2; 0 to 1 are read"),
+        (npy(np.zeros((4, 4, 5, 1), np.uint8)), r"its shape is \(4, 4, 5, 1\), not"),
+        (npy(np.zeros((0, 4, 5), np.uint8)), r"its shape is \(0, 4, 5\), not"),
+        (b"text", "it is not an image that Pillow reads; bands are read from an array"),
+    ],
+)
+def test_the_program_refuses_arrays_that_it_cannot_use(tmp_path, content, message):
+    (tmp_path / "image.npy").write_bytes(content)
+    about = InputConfig(5, 8, 8, (0.0,) * 5, (1.0,) * 5, "bilinear", 1.0).as_dict()
+    with pytest.raises(ValueError, match=message):
+        predict.prepare(predict.read(tmp_path / "image.npy", {}), about)
 
 
 def test_the_program_turns_pictures_as_its_run_did(tmp_path):

@@ -50,7 +50,7 @@ def test_every_field_is_described():
         ({"name": "digits", "eval_batch_size": 10**12}, ["eval_batch_size", "1048576"]),
         ({"name": "digits", "num_workers": 10**6}, ["num_workers", "1024"]),
         ({"name": "digits", "augment": {"translate": 10**60}}, ["translate", "65536"]),
-        ({"name": "digits", "mean": (0.5, 0.5)}, ["2 numbers", "grayscale", "colour"]),
+        ({"name": "digits", "mean": ()}, ["0 numbers", "one for each channel of the model, or one for all"]),
         ({"name": "digits", "std": (0.0,)}, ["above 0"]),
         ({"name": "digits", "interpolation": "cubic"}, ["interpolation", "bicubic"]),
         ({"name": "images", "val_fraction": 0.9}, ["val_fraction"]),

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import nn
 
 from compressvit.data.input import InputConfig
+from compressvit.runs.files import PredictionsFile
 from compressvit.runs.predictions import EXAMPLES, Predictions
 from compressvit.tasks.base import TASKS
 from compressvit.tasks.classification import ClassAnswers
@@ -65,6 +66,30 @@ def test_the_images_on_which_they_differ_most_come_first(told):
     levels = [Image.open(folder / one["file"]).getpixel((0, 0)) for one in content["examples"]]
     assert levels[:2] == [128, 255], "0 and 2 standard deviations above a mean of a half"
     assert sorted(levels[2:]) == [0, 191]
+
+
+@pytest.mark.parametrize(
+    ("channels", "mode", "drawn"),
+    [
+        (1, "L", None),
+        (2, "L", "the first of 2, in gray"),
+        (3, "RGB", None),
+        (4, "RGB", None),
+        (5, "RGB", "the first 3 of 5, as red, green and blue"),
+    ],
+)
+def test_pictures_of_bands_show_the_first_of_them(tmp_path, channels, mode, drawn):
+    config = InputConfig(channels, 8, 8, (0.0,) * channels, (1.0,) * channels, "bilinear", 1.0)
+    seen = Predictions(config, ClassAnswers(2, ["a", "b"], labelled=True))
+    levels = torch.arange(channels) / 10
+    seen.add(levels.view(1, -1, 1, 1).expand(1, -1, 8, 8), torch.tensor([0]), logits([0.4, 0.6]), logits([0.6, 0.4]))
+    seen.write(tmp_path)
+    content = json.loads((tmp_path / "predictions.json").read_text())
+    assert content.get("drawn") == drawn
+    assert PredictionsFile.model_validate(content).drawn == drawn
+    image = Image.open(tmp_path / content["examples"][0]["file"])
+    assert image.mode == mode
+    assert image.getpixel((0, 0)) == (0 if mode == "L" else (0, 26, 51))
 
 
 def test_only_the_most_different_are_kept_of_many():

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from compressvit.data.bands import SUFFIX
 from compressvit.data.classes import some_of
 from compressvit.data.data_set import data_set
 from compressvit.data.files import Found, PictureFiles, Search
@@ -71,10 +72,11 @@ def _test(root: Path, data: Data) -> list[PictureFiles]:
 def _search(folder: Path, data: Data, leave_out: Sequence[str] = ()) -> Search:
     """All images in a folder or below it, whatever their folders are called."""
     root = existing_root(data, LAYOUT)
-    found = Search(folder, within=root, outside=data.outside is not False, leave_out=leave_out)
+    found = Search(folder, within=root, outside=data.outside is not False, leave_out=leave_out, arrays=data.arrays)
     if not found.found:
         besides = f" outside {', '.join(leave_out)}" if leave_out else ""
-        raise UserError(f"data.root={data.root}: no images in {folder} or below{besides} ({', '.join(EXTENSIONS)})")
+        types = ", ".join((*EXTENSIONS, SUFFIX))
+        raise UserError(f"data.root={data.root}: no images in {folder} or below{besides} ({types})")
     return found
 
 
