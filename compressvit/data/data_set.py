@@ -16,8 +16,8 @@ from compressvit.errors import UserError, nearest
 from compressvit.registry import Registry
 
 # Takes the recipe's `data` section (`compressvit.data.spec.Data`, which is built on this file) and gives the training and the validation
-# set, and where it was asked for one that of the test: map-style ones of (PIL image, target), `Samples`, or timm's `IterableImageDataset`.
-# What is amiss is a `UserError`.
+# set, and where it was asked for one that of the test: map-style ones of (PIL image, target), where an image may be an array (H, W, C),
+# `Samples`, or timm's `IterableImageDataset`. What is amiss is a `UserError`.
 Opener = Callable[..., tuple[Dataset, ...]]
 Open = TypeVar("Open", bound=Opener)
 

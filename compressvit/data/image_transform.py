@@ -55,12 +55,11 @@ class _OfBands:
         bands, _ = pictures.standard(image)
         pictures.require_channels(bands, self.channels)
         assert isinstance(bands, Bands), "pictures fit no model of bands"
-        states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        states = random.getstate(), torch.get_rng_state()
         found = []
         for first, end, transform in self.parts:
             random.setstate(states[0])
-            np.random.set_state(states[1])
-            torch.set_rng_state(states[2])
+            torch.set_rng_state(states[1])
             found.append(transform(bands.part(first, end))[: end - first])
         return torch.cat(found)
 

@@ -107,6 +107,7 @@ def test_the_plan_says_what_stands_for_statistics(recipe, asked):
     assert (note in plan) != asked
 
 
+@pytest.mark.wide
 def test_the_program_beside_an_exported_file_reads_arrays(ended):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
