@@ -33,6 +33,7 @@ class BlockInfo:
     # The module of its stage, which runs what stands between the stage before and its blocks (as patch merging), then the blocks one
     # after the other, and nothing else. "": nothing stands between stages.
     stage_path: str = ""
+    key_stride: int = 1  # of how many tokens, along each side of the grid, attention has one key
     prefix_tokens: int = 0  # before those of the patches, as `describe` finds them by `Family.prefix_in`
 
     def holds(self, path: str) -> bool:

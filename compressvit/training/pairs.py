@@ -50,9 +50,9 @@ class LayerPair:
 
     @property
     def attends_alike(self) -> bool:
-        """Whether the attention of both goes over the same tokens: of whole images, or of the same windows."""
+        """Whether the attention of both goes over the same tokens: of whole images, or of the same windows, to keys as far apart."""
         s, t = self.student, self.teacher
-        return bool(s.heads and t.heads) and (
+        return bool(s.heads and t.heads and s.key_stride == t.key_stride) and (
             (s.window is None and t.window is None) or (self.same_tokens and (s.window, s.shift) == (t.window, t.shift))
         )
 

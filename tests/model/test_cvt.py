@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from typing import Any
 
 import pytest
@@ -21,8 +22,11 @@ from compressvit.model.families.cvt import SMALL
 from compressvit.model.hugging_face import in_timms_names, place_in_timm
 from compressvit.model.hugging_face_config import image_size, input_of, timms_model
 from compressvit.model.local_dir import read_local_dir
+from compressvit.model.taps import Taps
 from compressvit.training.losses import attention_relation
 from compressvit.training.pairs import match_layers
+from compressvit.training.phases.distill import Distill
+from compressvit.training.terms import Batch
 from compressvit.training.tokens import CLASS, Layout
 from compressvit.transforms import IRPE, SSF, VPT, Multiplex, Narrow, RepAdapter
 from compressvit.transforms.applying import compress
@@ -343,6 +347,35 @@ def test_relations_are_of_queries_and_of_fewer_keys():
 def test_what_is_refused_and_why(spec, words):
     with pytest.raises(UserError, match=words):
         spec.plan(build("cvt"))
+
+
+VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4, "num_classes": 5}
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "attention"),
+    [
+        ("cvt_13", {**SMALL, "class_token": False}, True),
+        ("cvt_13", {**SMALL, "img_size": 64}, True),
+        ("vit_tiny_patch16_224", VIT, False),
+    ],
+    ids=["no class token", "larger images", "vit"],
+)
+@torch.no_grad()
+def test_relations_to_other_models_are_of_keys_as_far_apart(name, args, attention):
+    """A ViT has a key for every token: hidden states are compared with its, and queries, keys and values are not."""
+    student, teacher = moved(), weights.build(name, args).eval()
+    pairs, how = match_layers(student, teacher, ((0, 0), (3, 1 if name.startswith("vit") else 3)))
+    assert ("attention relations of all pairs are left out" in how) is not attention
+    terms = Distill().terms(student, pairs, teacher=teacher)
+    taps = Taps(student, [t for term in terms for t in term.student_taps])
+    others = Taps(teacher, [t for term in terms for t in term.teacher_taps])
+    images = images_for(student)
+    logits = student(images), teacher(nn.functional.interpolate(images, input_size(teacher)[1:]))
+    batch = Batch(*logits, taps.pop(), others.pop(), torch.zeros(2, dtype=torch.long))
+    values = {term.name: term.function(batch)[0].item() for term in terms}
+    assert ("attention_relation" in values) is attention
+    assert all(math.isfinite(value) and value > 0 for value in values.values())
 
 
 def test_ssf_comes_after_the_batch_norms_and_not_before():

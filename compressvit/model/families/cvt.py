@@ -98,6 +98,7 @@ class Cvt(Family):
                     heads=block.attn.num_heads,
                     resolution=grid,
                     stage_path=f"stage{stage}",
+                    key_stride=block.attn.conv_proj_k.conv.stride[0],
                 )
                 index += 1
 
