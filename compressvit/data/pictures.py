@@ -107,7 +107,7 @@ def read_picture(
     try:
         image, done = _read(file, exif, channels)
         if channels is not None:
-            require_channels(image, channels)
+            require_channels(image, channels, several=Read.FRAMES in done)
         return image, done
     except BrokenPicture:
         raise
@@ -233,8 +233,8 @@ def fits(given: int, channels: int) -> bool:
     return given == channels or (given in (1, 3) and channels in MODES)
 
 
-def require_channels(image: Picture, channels: int) -> None:
-    """Raise a `BrokenPicture` where a model of so many channels cannot be given an image."""
+def require_channels(image: Picture, channels: int, *, several: bool = False) -> None:
+    """Raise a `BrokenPicture` where a model of so many channels cannot be given an image, which may be the first of several of its file."""
     given = count_channels(image)
     if fits(given, channels):
         return
@@ -243,6 +243,8 @@ def require_channels(image: Picture, channels: int) -> None:
         text += (
             f"; its shape is {image.height}×{image.width}×{given}, and that of an array is (height, width, channels)"
         )
+    elif several:
+        text += "; it has several pages, and bands are those of the first"
     raise BrokenPicture(text)
 
 

@@ -197,6 +197,15 @@ def test_bands_called_gray_are_no_picture_of_the_first(kind, planar):
     assert np.array_equal(colours, bands(5)[:, :, :3])
 
 
+def test_bands_are_not_pages():
+    pages = [Image.fromarray(bands(1, seed=i)[:, :, 0]) for i in range(5)]
+    file = io.BytesIO()
+    pages[0].save(file, "TIFF", save_all=True, append_images=pages[1:])
+    with pytest.raises(BrokenPicture, match="it has 1 channel, and the model takes 5; it has several pages, and bands"):
+        read(file.getvalue(), 5)
+    assert read(file.getvalue(), 3)[1] == Read.FRAMES
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_tiffs_of_bands_are_turned_as_pillow_turns_those_of_colours(orientation):
     pytest.importorskip("tifffile")
