@@ -69,7 +69,8 @@ def notes_of_channels(shapes: Sequence[tuple[int, int, int]], channels: int) -> 
     if not others:
         return []
     text = (
-        f"{len(others)} of {counted(len(shapes))} that were looked at have {_or(sorted({*others}))} channels, and the model takes "
+        f"{len(others)} of {counted(len(shapes))} that were looked at have {_or(sorted({*others}))} "
+        f"channel{'s' * ({*others} != {1})}, and the model takes "
         f"{channels}: such images are passed over"
     )
     return [Note("channels", len(others), text)]

@@ -247,9 +247,12 @@ def _sides(
     # a model not built by timm does not describe its input
     known = input_config(teacher, Data(name="images")) if hasattr(teacher, "pretrained_cfg") else ours
     theirs = Side(teacher, known) if teacher_input is None else _Converted(teacher, known, teacher_input)
-    converted = theirs.converter(ours)(images)
-    size = tuple(converted.shape[1:])
     way = "; teacher_input=FUNCTION converts the student's images to the teacher's"
+    try:
+        converted = theirs.converter(ours)(images)
+    except UserError as error:  # of other channels
+        raise UserError(f"{error}{way}") from error
+    size = tuple(converted.shape[1:])
     _try(teacher, converted, f"the teacher does not take images of shape {size}", way)
     return Side(student, ours), replace(theirs, input=known.at(size))
 
