@@ -258,7 +258,6 @@ def test_apply_refuses_what_plan_calls_a_conflict_and_touches_nothing(recipe, tm
         (["teacher.model=vit_tiny_patch16_224.augreg"], ["weights", "augreg_in21k"]),
         (["teacher.args.colour=1"], ["cannot build", "colour=1"]),
         (["teacher.args.num_heads=3"], ["cannot build", "num_heads=3", "divisible"]),
-        (["teacher.args.in_chans=5"], ["5 channels", "1 (grayscale), 3 (colour) or 4 (colour and alpha)"]),
         (["seed"], ["no '='"]),
         (["steps.5.x=1"], ["list of 2"]),
         (["data.name=digitz"], ["override data.name=digitz", "'digits'"]),

@@ -64,10 +64,10 @@ from compressvit.training.phases.distill import Distill
 from helpers.images import COLOUR, CPU
 
 read = samples.Samples.read
-def dies(self, position):
+def dies(self, position, *more):
     if position == 5:
         os.kill(os.getpid(), signal.SIGKILL)
-    return read(self, position)
+    return read(self, position, *more)
 samples.Samples.read = dies
 data = Data(name="folder", root={root!r}, batch_size=2, num_workers=1)
 with resource_faults(data):
