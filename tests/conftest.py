@@ -19,6 +19,10 @@ pytest.register_assert_rewrite("helpers")  # before its import, so that its asse
 
 from helpers import process  # noqa: E402
 
+# What the first run of a process imports, which takes seconds. Of so many tests one will be a run, and `--durations` then tells what it
+# takes itself.
+MANY, OF_RUNS = 500, ("altair", "sklearn.model_selection", "torch.utils.tensorboard", "vl_convert")
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
@@ -85,8 +89,12 @@ def pytest_collection_modifyitems(items):
 
 def pytest_collection_finish(session):
     """What was imported and collected stays until the end: the garbage collector need not look at it again and again."""
-    if not session.config.option.collectonly and any(vars(i.module).get("process") is process for i in session.items):
-        process.begin()
+    if not session.config.option.collectonly:
+        if any(vars(i.module).get("process") is process for i in session.items):
+            process.begin()
+        if len(session.items) > MANY:
+            for name in OF_RUNS:
+                importlib.import_module(name)
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)

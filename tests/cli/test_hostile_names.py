@@ -12,7 +12,7 @@ import rich.console
 from helpers.hostile import ESC, NAMES
 from helpers.images import class_folders
 from helpers.page import Page
-from helpers.runs import TINY, refused, run
+from helpers.runs import QUICK, TINY, refused, run
 from rich.table import Table
 from rich.text import Text
 
@@ -88,7 +88,7 @@ def test_paths_with_markup_and_control_characters(tmp_path):
     folder = tmp_path / f"[x] run[red]x{ESC}"
     folder.mkdir()
     recipe = folder / "tiny.yaml"
-    recipe.write_text(TINY)
+    recipe.write_text(QUICK)
     out = folder / "run[bold]"
     code, said = raw("apply", "--no-report", recipe, "--output", out)
     assert code == 0, said
@@ -109,7 +109,7 @@ def test_classes_of_any_name_are_trained_and_reported(name, tmp_path):
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(TINY.replace("name: digits", f"name: folder, root: {tmp_path / 'data'}"))
     run_folder = tmp_path / "run"
-    code, said = raw("apply", recipe, "--output", run_folder, "data.batch_size=4")
+    code, said = raw("apply", "--no-report", recipe, "--output", run_folder, "data.batch_size=4")
     assert code == 0, said
     assert not OBEYED.search(said)
     assert "warning" not in said

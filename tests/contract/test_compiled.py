@@ -92,7 +92,7 @@ def test_symbolically_traced_student_computes_the_same_for_other_batches(case):
         assert largest_difference(graph, model, batch) <= 1e-6  # seen 0.0
 
 
-@pytest.mark.wide_unless(lambda case: str(case) == "lors0-vit")
+@pytest.mark.wide
 @pytest.mark.parametrize("case", CASES, ids=str)
 @torch.no_grad()
 def test_exported_student_computes_the_same_for_other_batches(case):

@@ -27,7 +27,7 @@ WHOLLY = {*ADDED, *(name for name, spec in TRANSFORMS.items() if not spec.freeze
 OF_EACH = {case for (_, index), case in FIRST.items() if index == 0}
 ALL = {case for (name, index), case in FIRST.items() if index == 0 and name in WHOLLY}
 SOME = {*OF_EACH, *(case for (name, _), case in FIRST.items() if name not in SEARCHES)}
-SOME |= {case for (name, family), case in ON_FAMILIES.items() if family == "swin" and name not in SEARCHES}
+SOME |= {case for (name, family), case in ON_FAMILIES.items() if family == "swin" and name in WHOLLY}
 SOME |= {case for (name, family), case in ON_FAMILIES.items() if family == "convnext" and name in EVERYWHERE}
 FEW = {"the_function_is_kept_at_the_start", "every_parameter_is_trained", "fold_keeps_the_function_or_says_why_not"}
 FILES = "an_artifact_is_loaded_to_the_bit"
@@ -35,7 +35,7 @@ FILES = "an_artifact_is_loaded_to_the_bit"
 
 def is_fast(check) -> bool:
     """Of the first case of a transform that changes the backbone, and of some that add to it, all laws; of the first case of others and of
-    every further example, of every transform in windows, and of two without attention, a few. What is refused takes no time."""
+    every further example, of the former in windows, and of two without attention, a few. What is refused takes no time."""
     case, _, law = str(check).rpartition("-")
     few = law in FEW or (law == FILES and case in OF_EACH)
     return case in ALL or (case in SOME and few) or law == "is_refused"

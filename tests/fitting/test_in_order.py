@@ -249,7 +249,7 @@ def test_one_source_for_two_students_keeps_nothing_of_the_first():
     assert errors[2] < errors[0]
 
 
-@pytest.mark.wide_unless(lambda size: size == 30)
+@pytest.mark.wide
 @pytest.mark.parametrize("size", [3, 30])
 def test_a_bias_that_is_tied_is_not_fitted_into_the_weight(size):
     teacher = build("vit")
@@ -266,7 +266,7 @@ def test_a_bias_that_is_tied_is_not_fitted_into_the_weight(size):
     assert errors[1] < 0.6 * errors[0], errors  # measured 0.47 and 0.05
 
 
-@pytest.mark.wide_unless(lambda share, metric: share == 1 and metric == "outputs")
+@pytest.mark.wide
 @pytest.mark.parametrize("share", [1, 2])
 @pytest.mark.parametrize("metric", ["inputs", "outputs"])
 def test_what_layer_scale_makes_small_does_not_take_the_rank(share, metric):

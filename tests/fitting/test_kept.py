@@ -65,6 +65,7 @@ def test_it_ends_as_if_it_had_not_been_stopped(step, tmp_path):
     assert same(student, whole)
 
 
+@pytest.mark.wide
 def test_values_of_another_fit_are_not_read(tmp_path):
     fitted(STEPS[0], tmp_path)
     other = LowRank(budget=Budget(parameters=0.7), metric="outputs", sequential=True)

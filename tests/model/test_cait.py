@@ -33,6 +33,12 @@ def test_dimensions_go_and_heads_stay():
     assert student.blocks[0].attn.qkv.out_features == 48
     assert torch.equal(student.blocks[0].attn.proj_l.weight, model.blocks[0].attn.proj_l.weight)
     assert 0 < (outputs(student) - outputs(model)).norm() < 0.2 * outputs(model).norm()
+
+
+@pytest.mark.wide
+def test_shrink_leaves_heads_that_mix():
+    model = build("cait")
+    randomise(model, 0.1)
     (plan,) = compression_of(compress(model, [Shrink(budget={"parameters": 0.6}, metric="weights")])).plans
     assert not any(form.heads for form in plan.forms.values())
 

@@ -162,6 +162,7 @@ def test_gradients_of_one_run_are_of_all_its_phases(runs, tmp_path, capsys):
     assert not (tmp_path / "t" / "gradients_shared.csv").exists()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_gradients_of_several_runs_lie_in_one_picture(runs, tmp_path, capsys):
     ran(capsys, "gradients", runs / "multiplexing", runs / "unshared", "--output", tmp_path)
     found = rows(tmp_path / "gradients_layers.csv")

@@ -60,14 +60,20 @@ def test_a_program_of_torch_has_the_figures_of_its_student(exported):
     )
 
 
+@pytest.mark.wide
+def test_a_program_of_torch_that_is_trusted_is_opened_without_a_checksum(file):
+    data = ("data.name=digits", "data.limit_val=16")
+    expected = figures(file, *data)
+    file.with_name("student.pt2.sha256").unlink()
+    assert figures(file, *data, "--trust")["loss"] == expected["loss"]
+
+
 def test_a_program_of_torch_is_opened_only_with_the_checksum_of_its_export(file):
     data = ("data.name=digits", "data.limit_val=16")
     assert "its data is not known; add data.name=digits" in refused("evaluate", file)
-    expected = figures(file, *data)
     sidecar = file.with_name("student.pt2.sha256")
     sidecar.unlink()
     assert "is not opened: reading a .pt2 can run code" in refused("evaluate", file, *data)
-    assert figures(file, *data, "--trust")["loss"] == expected["loss"]
     sidecar.write_text(f"{hashlib.sha256(b'another').hexdigest()}  student.pt2\n")
     assert "its checksum is not that in student.pt2.sha256" in refused("evaluate", file, *data)
     sidecar.write_text("")
@@ -168,6 +174,7 @@ def test_a_malicious_program_runs_nothing(file, tmp_path, attack):
         assert ran.exists()
 
 
+@pytest.mark.wide
 def test_a_program_with_two_directories_is_read_as_it_was_inspected(file, tmp_path):
     """torch's reader would take the other directory, with the attack."""
     ran = tmp_path / "ran"

@@ -62,6 +62,7 @@ def test_apply_does_what_the_command_line_does(typed, tmp_path, kind):
     assert parse_recipe((run.folder / "recipe.yaml").read_text(), overrides=words).seed == 3
 
 
+@pytest.mark.wide
 def test_a_shipped_recipe_has_a_name(tmp_path):
     words = ["data.limit_train=24", "data.limit_val=16", "teacher.finetune.epochs=1", "steps.1.distill.epochs=1"]
     run = compressvit.apply("quickstart", tmp_path / "run", overrides=words, console=QUIET)

@@ -57,6 +57,7 @@ def test_forms_of_all_kinds_are_swept(trained, tmp_path):
     assert rows[1]["cosine"] > rows[2]["cosine"]
 
 
+@pytest.mark.wide
 def test_budgets_of_latency_are_spent_by_shrink_and_modules_are_measured_once(trained, tmp_path, monkeypatch):
     recipe, run = trained
     batches = []

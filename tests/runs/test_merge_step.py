@@ -90,6 +90,7 @@ def test_a_run_ends_with_what_the_verb_writes(tmp_path):
     assert found["differences"] == json.loads((folder / "merged" / "merge.json").read_text())["differences"]
 
 
+@pytest.mark.wide
 def test_a_merged_model_can_be_compressed_by_another_recipe(tmp_path):
     """What the refusal of a step behind `merge` says."""
     folder = tmp_path / "run"

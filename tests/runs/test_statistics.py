@@ -127,6 +127,7 @@ def test_an_artifact_is_evaluated_with_its_own(trained):
     assert top1(*alone, "data.mean=[-3]", "data.std=[0.1]") != expected["teacher"]["top1"]  # as it was asked for
 
 
+@pytest.mark.wide
 def test_the_programs_look_at_a_model_with_its_own(trained, tmp_path):
     """Also at one that was trained with other statistics than the run whose data is looked at."""
     (tmp_path / "recipe.yaml").write_text(TINY)

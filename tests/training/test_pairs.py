@@ -38,6 +38,7 @@ def vit(**args) -> nn.Module:
 # -------------------------------------------------------------------------------------------------------------- matched
 
 
+@pytest.mark.wide_unless(lambda name, transforms: name in ("vit", "swin") and len(transforms) == 1)
 @pytest.mark.parametrize(
     ("name", "transforms", "expected", "how"),
     [

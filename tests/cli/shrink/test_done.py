@@ -327,6 +327,7 @@ def test_class_folders_may_be_tars(packed, labelled, tmp_path):
     assert class_folders_of(Data(name="folder", root=str(tmp_path))) is None
 
 
+@pytest.mark.wide
 def test_from_python_a_finished_run_is_read_from_its_folder(classifier, photos, tmp_path):
     quiet = Console(quiet=True)
     first = compressvit.shrink(classifier, photos, {"macs": 0.6}, tmp_path / "run", calibration=8, console=quiet)

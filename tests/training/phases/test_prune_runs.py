@@ -57,7 +57,7 @@ def widths_of(folder) -> list[dict[str, int]]:
 # -------------------------------------------------------------------------------------------------------------------- recipes
 
 
-@pytest.mark.wide_unless(lambda score: score == "taylor")
+@pytest.mark.wide
 @pytest.mark.parametrize("score", ["taylor", "activation"])
 def test_other_measured_scores_choose_other_neurons(score, recipe, whole):
     folder = recipe.parent / score

@@ -129,7 +129,7 @@ def test_heads_go_as_a_whole():
 @pytest.mark.parametrize("name", ["neurons", "head_dim"])
 def test_more_is_lost_the_less_is_left_and_compensation_helps(name):
     teacher = vit()
-    errors = [lost(compress(teacher, [Narrow(**{name: share})], images()), teacher) for share in (0.75, 0.5, 0.25)]
+    errors = [lost(compress(teacher, [Narrow(**{name: share})], images()), teacher) for share in (0.75, 0.5)]
     assert errors == sorted(errors)
     assert errors[0] > 0.01
     if name == "neurons":
@@ -188,10 +188,14 @@ def test_moments_of_deviations_are_moments(options):
             assert values[0] > -1e-4 * values.mean()  # measured -7e-6: of float32 sums
 
 
-def test_what_is_left_to_merge_is_told():
-    teacher = vit()
+def test_where_nothing_is_left_to_merge_it_is_told():
     with pytest.raises(UserError, match="there is nothing to merge: its layers are plain"):
-        merge(compress(teacher, [Narrow(neurons=0.5)], images()))
+        merge(compress(vit(), [Narrow(neurons=0.5, metric="weights")]))
+
+
+@pytest.mark.wide
+def test_what_is_left_to_merge_is_merged():
+    teacher = vit()
     student = compress(
         teacher, [Shrink(budget=ShrinkBudget(parameters=0.6), methods=("neurons", "rank"), multiple=4)], images()
     )

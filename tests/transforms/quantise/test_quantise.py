@@ -121,6 +121,7 @@ def test_a_weight_that_another_module_has_too_stays_as_it_is():
     assert "blocks.1.attn.qkv" in packed_of(student)
 
 
+@pytest.mark.wide
 def test_what_shrink_fitted_is_what_is_rounded():
     teacher, step = vit(), Shrink(budget={"parameters": 0.6}, multiple=4)
     shrunk = compress(teacher, [step], images())

@@ -166,7 +166,7 @@ def test_what_does_not_fit_together_is_refused(teacher):
         plan_transforms(teacher, [step, Quantise(budget={"bytes": 0.2})])
 
 
-@pytest.mark.wide_unless(lambda step: step.skip)
+@pytest.mark.wide
 @pytest.mark.parametrize(
     "step", [Quantise(bits=8), Quantise(bits=6, group=8, skip=("patch_embed.proj",), outside=5)], ids=["plain", "other"]
 )

@@ -105,8 +105,14 @@ def test_an_interrupted_search_goes_on(tmp_path):
     assert known == found
     assert rest.asked == whole.asked[2:]
     assert all(torch.equal(a, b) for a, b in zip(student.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.wide
+def test_another_question_is_not_answered_by_what_is_known(tmp_path):
+    teacher, path = build("vit"), tmp_path / "choices.json"
+    kept(teacher, Judge(teacher), path, keep={"cosine": 0.8}, tries=3)
     other = Judge(teacher)
-    kept(teacher, other, path, keep={"cosine": 0.7}, tries=3)  # another question, of which nothing is known
+    kept(teacher, other, path, keep={"cosine": 0.7}, tries=3)
     assert len(other.asked) == 3
 
 

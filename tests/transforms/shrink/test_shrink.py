@@ -75,6 +75,7 @@ def test_what_a_block_can_do_without_goes_first():
     assert sizes[1] < 0.6 * min(size for i, size in enumerate(sizes) if i != 1)  # measured 0.35
 
 
+@pytest.mark.wide
 def test_narrower_blocks_are_loaded_without_images(tmp_path):
     teacher = build("vit")
     student = compress(teacher, [Shrink(budget=ShrinkBudget(macs=0.6), multiple=12)], images_for(teacher, 8))
@@ -84,6 +85,7 @@ def test_narrower_blocks_are_loaded_without_images(tmp_path):
         assert torch.equal(again(images), student.eval()(images))
 
 
+@pytest.mark.wide
 def test_the_backbone_of_a_detector_is_made_smaller():
     torch.manual_seed(0)
     name, small = "swin_tiny_patch4_window7_224", {"embed_dim": 12, "depths": (1, 1, 2, 1), "num_heads": (2, 2, 2, 2)}
