@@ -92,9 +92,11 @@ def drift(
 
 def _measure(pair: LayerPair, mine: Seen, other: Seen, norm: list[float]) -> dict[str, float]:
     """The measures of a pair in one forward pass, but for the error, of which the squares are added to `norm`."""
-    values = {}
+    values: dict[str, float] = {}
     for seen, block in ((mine, pair.student), (other, pair.teacher)):
         require_finite(block.path, seen[block.path]["output"])
+    if any(layout.prompts for layout in pair.layouts):
+        return values
     if pair.attends_alike:
         projections = zip(tapped_qkv(mine, pair.student), tapped_qkv(other, pair.teacher), strict=True)
         both = [pair.beside(s.float(), t.float(), "drift") for s, t in projections]

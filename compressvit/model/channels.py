@@ -14,7 +14,8 @@ from compressvit.notes import Note
 def adapted_channels(tensors: dict[str, torch.Tensor], model: nn.Module) -> tuple[dict[str, torch.Tensor], list[Note]]:
     """Weights of three channels for a model of another number, as timm's own `pretrained` makes them, and a note on it.
 
-    For one channel the three are summed; for more they are repeated in turn, and scaled so that equal channels give what they gave.
+    For one channel the three are summed; for more they are repeated in turn, and scaled by three in their number (gray pictures then give
+    what they gave where it is a multiple of three, and nearly so elsewhere).
     """
     from timm.models import adapt_input_conv  # reading a recipe does not need timm
 

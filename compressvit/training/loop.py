@@ -77,7 +77,7 @@ def train(
         at the end (0: the initial ones); also `moments` if they were passed.
 
     Raises:
-        Interrupted: SIGINT or SIGTERM was received; a checkpoint was written after the last optimiser step.
+        Interrupted: SIGINT, SIGTERM or SIGUSR1 was received; a checkpoint was written after the last optimiser step.
         UserError: the loss or the gradient is not finite, which is detected up to `log_every` steps later. The last good checkpoint is
             kept, and the model has the weights and buffers from before that step.
     """
@@ -177,10 +177,13 @@ class Trainer:
         path, saved, damage = read_either(self.phase, self.model, len(self.loader))
         if damage:
             self.log.say(f"{self.phase.name}: {damage}; {path.name}, the one before, is used")
+            self.phase.checkpoint.unlink()  # the next one must not keep it in place of the one before
         self.state.load(saved, self.model, path)
-        self.log.forget(self.phase.name, saved["steps"])
+        if (steps := saved.get("steps")) is not None:  # of a finished phase an old one need not have them
+            self.log.forget(self.phase.name, steps)
         self.start, self.best = saved.get("start"), saved.get("best")
         if saved["done"]:
+            self.phase.before.unlink(missing_ok=True)  # of a run that was killed right after it was done
             kept = saved.get("kept_epoch", saved.get("epoch"))
             if kept == saved.get("epoch"):  # the weights of an earlier epoch are not the ones to measure
                 self.epoch, self.steps = saved["epoch"], saved["steps"]
@@ -297,7 +300,8 @@ class Trainer:
         if self.average is not None:
             self.average.update(self.model)
         self.steps += 1
-        self.meters.add_update(norm, self.optimizer.param_groups[0]["lr"])
+        group = self.optimizer.param_groups[0]
+        self.meters.add_update(norm, group["lr"] / group.get("lr_scale", 1.0))  # of a layer or backbone, a part of `lr`
 
     def read(self) -> None:
         """Wait for the device and read the values of the batches since the last call.

@@ -191,7 +191,8 @@ def cka(student: Tensor, teacher: Tensor) -> Tensor:
     """1 − linear CKA of the tokens of two hidden states, which may differ in width; 0 where they are equal up to rotation and scale.
 
     Every token of every image is a sample: `CKA = ‖SᵀT‖² / (‖SᵀS‖ ‖TᵀT‖)` of all tokens of the batch, less their mean, in Frobenius norms.
-    The value of a batch is of its tokens alone: over micro-batches that are accumulated it is averaged.
+    The value of a batch is of its tokens alone: over micro-batches that are accumulated it is averaged. With hardly more tokens than the
+    widths, as of the last stage of a Swin in small batches, all tokens look alike, and the loss is small whatever they are.
 
     Args:
         student: (B, N, C_student).

@@ -45,9 +45,10 @@ def build_optimizer(model: nn.Module, spec: Training, batch_size: int, device: t
         kwargs["betas"] = spec.betas
     if device.type == "cuda" and spec.optimizer in ("adamw", "adam", "sgd"):
         kwargs["fused"] = True
+    groups = _with_rate_of_backbone(_groups(model, spec), model, spec.backbone_lr)
     try:
         return timm.optim.create_optimizer_v2(
-            _with_rate_of_backbone(_groups(model, spec), model, spec.backbone_lr),
+            groups,
             opt=spec.optimizer,
             lr=lr,
             weight_decay=spec.weight_decay,

@@ -46,19 +46,25 @@ class LayerPair:
     def same_tokens(self) -> bool:
         """Whether the two have the same tokens in the same places, so that nothing need be resized or left out."""
         ours, theirs = self.layouts
-        return ours == replace(theirs, width=ours.width)
+        return ours == replace(theirs, width=ours.width, prompted=ours.prompted)
 
     @property
     def attends_alike(self) -> bool:
         """Whether the attention of both goes over the same tokens: of whole images, or of the same windows, to keys as far apart."""
         s, t = self.student, self.teacher
+        prompted = [layout.prompted for layout in self.layouts]
+        if any(prompted) and not (all(prompted) and self.same_tokens):
+            return False
         return bool(s.heads and t.heads and s.key_stride == t.key_stride) and (
             (s.window is None and t.window is None) or (self.same_tokens and (s.window, s.shift) == (t.window, t.shift))
         )
 
     def beside(self, student: torch.Tensor, teacher: torch.Tensor, asker: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens (B, N, ·) of both blocks, or of their attention, so that those in one place mean the same: see `aligned`."""
-        return (student, teacher) if self.same_tokens else aligned(student, teacher, *self.layouts, asker)
+        windows = self.student.window is not None and self.teacher.window is not None
+        if self.same_tokens and (windows or student.shape[:-1] == teacher.shape[:-1]):
+            return student, teacher
+        return aligned(student, teacher, *self.layouts, asker)
 
     def tokens(self, student_taps: Seen, teacher_taps: Seen, asker: str) -> tuple[torch.Tensor, torch.Tensor]:
         """What both blocks pass on, (B, N, C) each, side by side.
@@ -68,10 +74,12 @@ class LayerPair:
             asker: the key that compares them, for messages.
         """
         student, teacher = student_taps[self.student.path]["output"], teacher_taps[self.teacher.path]["output"]
-        if not self.same_tokens:
-            return aligned(student, teacher, *self.layouts, asker)
         ours, theirs = self.layouts
-        return in_sequence(student, ours), in_sequence(teacher, theirs)
+        if self.same_tokens:
+            found = in_sequence(student, ours), in_sequence(teacher, theirs)
+            if found[0].shape[:2] == found[1].shape[:2]:  # else images are not of the size that a model was built for
+                return found
+        return aligned(student, teacher, ours, theirs, asker)
 
 
 def match_layers(
@@ -231,7 +239,9 @@ def match_layers_once(
     try:
         before = tuple((int(s), int(t)) for s, t in read_json(kept))
     except (TypeError, ValueError) as error:
-        raise UserError(f"{kept} is damaged: {error}; remove it and its checkpoint to start the phase again") from error
+        raise UserError(
+            f"{kept} is damaged: {error}; remove it and the phase's checkpoints to start the phase again"
+        ) from error
     pairs = match_layers(student, teacher, before)[0] if before else []
     return pairs, "auto: as when the phase began"
 

@@ -25,12 +25,16 @@ class Layout:
         grid: height and width of the patches; None where they come as a map (B, height, width, width of a token), or where the model does
             not say, in which case they are taken for a square.
         channels_first: whether a map is (B, width of a token, height, width).
+        prompts: whether prompts (`vpt` that is not deep) stand among the tokens.
+        prompted: whether attention has prompts among its tokens.
     """
 
     width: int
     prefix: tuple[str, ...] = ()
     grid: tuple[int, int] | None = None
     channels_first: bool = False
+    prompts: bool = False
+    prompted: bool = False
 
     @classmethod
     def of(cls, model: nn.Module) -> Layout | None:
@@ -55,7 +59,9 @@ class Layout:
         """That of what a block passes on."""
         whole, count = cls.of(model), block.prefix_tokens
         known = whole.prefix if whole is not None and len(whole.prefix) == count else (REGISTER,) * count
-        return cls(block.width, known, block.resolution, backbone.family.layout == "channels_first")
+        first = backbone.family.layout == "channels_first"
+        prompted = any(path.rpartition(".")[2].startswith("vpt_") for path, _ in model.named_modules())
+        return cls(block.width, known, block.resolution, first, hasattr(model, "vpt_drop"), prompted)
 
     def patches(self, tokens: torch.Tensor, asker: str = "losses.feature") -> torch.Tensor:
         """Of tokens (B, N, C), or of a map, the map (B, h, w, C) of the patches.
@@ -64,8 +70,14 @@ class Layout:
             asker: the key that compares them, for messages.
 
         Raises:
-            UserError: their number is not that of a grid of the model's shape.
+            UserError: their number is not that of a grid of the model's shape, or prompts stand among them.
         """
+        way = f"set {asker}.weight=0" if asker.startswith("losses.") else f"leave {asker} out"
+        if self.prompts:
+            raise UserError(
+                f"{asker}: prompts (vpt) stand among the tokens of a model, and those of the other have other places; {way}, or give the "
+                "prompts deep: true, so that they leave every block"
+            )
         if tokens.ndim == 4:
             return tokens.movedim(1, -1) if self.channels_first else tokens
         count = tokens.shape[1] - len(self.prefix)
@@ -76,8 +88,7 @@ class Layout:
         if height * width != count:
             shape = _by(self.grid) if self.grid else "of a square"
             raise UserError(
-                f"{asker}: {count} patches are no grid of the shape {shape}, and the model does not say how else they lie; set "
-                f"{asker}.weight=0"
+                f"{asker}: {count} patches are no grid of the shape {shape}, and the model does not say how else they lie; {way}"
             )
         return tokens[:, len(self.prefix) :].unflatten(1, (height, width))
 
@@ -128,7 +139,9 @@ def aligned(
 
 def in_sequence(tokens: torch.Tensor, layout: Layout) -> torch.Tensor:
     """Tokens (B, N, C) as they are, or those of a map row by row."""
-    return layout.patches(tokens).flatten(1, 2) if tokens.ndim == 4 else tokens
+    if tokens.ndim == 3:
+        return tokens
+    return (tokens.movedim(1, -1) if layout.channels_first else tokens).flatten(1, 2)
 
 
 def resized(patches: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

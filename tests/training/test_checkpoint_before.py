@@ -76,6 +76,36 @@ def test_it_is_used_where_the_last_one_is_damaged(fault, recipe, whole, stopped,
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["1_distill.pt", "teacher.pt"]
 
 
+def test_a_damaged_one_never_takes_the_place_of_the_one_before(recipe, whole, stopped, tmp_path, monkeypatch):
+    """Killed between the two renames of the next checkpoint, a run still has a good one."""
+    folder = tmp_path / "run"
+    shutil.copytree(stopped, folder)
+    flip(folder / LAST)
+    replace = os.replace
+
+    def killed(source, target):
+        replace(source, target)
+        if str(target).endswith(("before.pt", "1_distill.pt")):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        run("apply", recipe, "--output", folder, *OPTIONS, "--resume")
+    done("apply", recipe, "--output", folder, *OPTIONS, "--resume")
+    assert student_bytes(folder) == student_bytes(whole)
+
+
+def test_one_that_was_left_behind_goes_when_its_phase_is_done(recipe, whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    shutil.copy(folder / LAST, folder / BEFORE)
+    shutil.rmtree(folder / "student")
+    (folder / "results.json").unlink()
+    done("apply", recipe, "--output", folder, *OPTIONS, "--resume")
+    assert not (folder / BEFORE).exists()
+    assert student_bytes(folder) == student_bytes(whole)
+
+
 def test_where_both_are_damaged_the_last_one_is_named(recipe, stopped, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(stopped, folder)

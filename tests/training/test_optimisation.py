@@ -9,6 +9,7 @@ import pytest
 import timm.optim
 import torch
 from helpers.models import build
+from helpers.training import fit, random_batches, tiny_vit
 from timm.layers import DropPath
 from torch import nn
 
@@ -92,10 +93,18 @@ def test_rates_fall_from_layer_to_layer(name, steps):
     assert len(trained) > 15
 
 
+def test_the_rate_that_is_logged_is_that_of_the_head(tmp_path):
+    model = tiny_vit()
+    heard = fit(model, Finetune(epochs=1, lr=1e-3, layer_decay=0.5, log_every=1), random_batches(2, 4), tmp_path)
+    plain = fit(tiny_vit(), Finetune(epochs=1, lr=1e-3, log_every=1), random_batches(2, 4), tmp_path / "plain")
+    rates = [[line["lr"] for line in each.of("train")] for each in (heard, plain)]
+    assert rates[0] == pytest.approx(rates[1])
+
+
 def test_a_model_that_does_not_tell_its_layers_has_no_rates_for_them():
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
     with pytest.raises(
-        UserError, match=r"layer_decay=0.7 needs a model that tells its layers .* and Sequential does not"
+        UserError, match=r"^layer_decay=0.7 needs a model that tells its layers .* and Sequential does not"
     ):
         optimisation.build_optimizer(model, Finetune(epochs=1, layer_decay=0.7), 8, CPU)
 

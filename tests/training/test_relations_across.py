@@ -22,6 +22,8 @@ from compressvit.training.pairs import match_layers
 from compressvit.training.phases.distill import Distill
 from compressvit.training.terms import Batch
 from compressvit.training.tokens import CLASS, DISTILLATION, REGISTER, Layout, aligned, resized
+from compressvit.transforms import VPT
+from compressvit.transforms.applying import compress
 
 RELATIONS = {"prediction": {"weight": 0}, "hidden_relation": {"weight": 0}, "cka": {"weight": 1.0}}
 # One of each family but for those of detectors, and one of none.
@@ -126,6 +128,26 @@ def test_a_coarser_teacher_makes_the_student_coarser():
     maps = F.interpolate(ours[:, 1:].mT.unflatten(2, (8, 8)), (4, 4), mode="bilinear", antialias=True)
     coarse = torch.cat([ours[:, :1], maps.flatten(2).mT], dim=1)
     torch.testing.assert_close(loss, losses.cka(coarse, batch.teacher_taps["blocks.2"]["output"]))
+
+
+def test_prompts_among_the_tokens_are_no_patches():
+    prompted = compress(build("vit"), [VPT(prompts=4, deep=False)])
+    for other in (vit(patch_size=4), build("swin"), vit()):
+        _, terms, batch = terms_and_batch(prompted, other, "auto")
+        with pytest.raises(compressvit.UserError, match=r"losses.cka: prompts \(vpt\) stand among the tokens"):
+            terms["cka"].function(batch)
+    _, terms, batch = terms_and_batch(compress(build("vit"), [VPT(prompts=4)]), vit(patch_size=4), "auto")
+    assert terms["cka"].function(batch)[0].isfinite()
+
+
+def test_grids_are_those_of_the_images():
+    """A model that takes images of any size has another grid than it was built for."""
+    _, terms, batch = terms_and_batch(vit(dynamic_img_size=True, img_size=64), vit(), ((1, 2),), size=64)
+    ours, theirs = batch.student_taps["blocks.1"]["output"], batch.teacher_taps["blocks.2"]["output"]
+    assert (ours.shape[1], theirs.shape[1]) == (65, 17)
+    _, terms, batch = terms_and_batch(vit(dynamic_img_size=True), vit(dynamic_img_size=True), ((1, 2),))
+    batch.student_taps["blocks.1"]["output"] = ours
+    assert terms["cka"].function(batch)[0].isfinite()
 
 
 def test_attention_in_windows_has_no_relations_with_attention_over_the_image():

@@ -66,7 +66,7 @@ def prune_and_train(
     moments = Moments()
     while True:
         cycle = _cycle(phase, done)
-        if not cycle.checkpoint.is_file():  # already reported before the run was resumed
+        if not cycle.begun:  # already reported before the run was resumed
             _report(log, phase, done, history[-1])
         trained = train_cycle(model, cycle, moments)
         moments = trained.pop("moments")
