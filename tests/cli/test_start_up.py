@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import functools
+import gc
 import json
 import shlex
 import subprocess
@@ -10,6 +13,9 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from compressvit.cli.common import short
+from compressvit.errors import UserError
 
 PROGRAM = """
 import contextlib, io, json, shlex, sys
@@ -55,3 +61,20 @@ def test_a_quick_verb_imports_no_more_than_it_needs(verb, there, absent):
     assert there in modules
     found = {module: [name for name in modules if name.partition(".")[0] == module] for module in absent}
     assert {module: names[:3] for module, names in found.items() if names} == {}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_short_verb_leaves_the_garbage_collector_as_it_was(fails):
+    seen = []
+
+    @short
+    def verb(arguments):
+        seen.append(gc.isenabled())
+        if fails:
+            raise UserError("no")
+        return 0
+
+    with pytest.raises(UserError) if fails else contextlib.nullcontext():
+        verb(argparse.Namespace())
+    assert seen == [False]
+    assert gc.isenabled()
