@@ -1,6 +1,10 @@
 """An ONNX file in int8, as onnxruntime rounds it: weights with a scale for each output, and what meets them with one of every batch
 (dynamic), or with one that was measured on images beforehand (static).
 
+Weights use 7 of the 8 bits (`reduce_range`): a processor without VNNI adds two products in 16 bits, which 8 bits exceed, and the file has
+to compute the same wherever it is opened. On one with AVX2 alone, 8 bits made the largest error of four small models 1 to 12 times as large
+(0.28 instead of 0.024 of the logits' range at worst).
+
 Static files have pairs of QuantizeLinear and DequantizeLinear (QDQ), which OpenVINO and others read too.
 """
 
@@ -44,6 +48,7 @@ def round_weights(path: Path) -> None:
             rounded,
             per_channel=True,
             weight_type=quantization.QuantType.QInt8,
+            reduce_range=True,
             extra_options={"DefaultTensorType": 1},  # float, where the graph does not say
         )
     rounded.replace(path)
@@ -84,6 +89,7 @@ def round_weights_and_ranges(path: Path, batches: Sequence[Tensor]) -> None:
                 per_channel=True,
                 activation_type=quantization.QuantType.QUInt8,
                 weight_type=quantization.QuantType.QInt8,
+                reduce_range=True,
                 calibrate_method=quantization.CalibrationMethod.Entropy,
                 extra_options={
                     "CalibStridedMinMax": 1,  # batches at once, whatever the method

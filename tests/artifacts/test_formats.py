@@ -59,7 +59,7 @@ def test_a_file_computes_what_the_model_does_and_holds_a_shared_tensor_once(tmp_
     outputs = source.reference[0](images)
     expected = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
     found = FORMATS[fmt].open(file, source)(images)
-    # measured 6e-7 in fp32, 1e-3 in fp16, 1.4e-2 in bf16, 2.8e-2 in int8; of the detector, whose boxes are refined twice, 3e-5 in fp32 and
+    # measured 6e-7 in fp32, 1e-3 in fp16, 1.4e-2 in bf16, 5e-2 in int8; of the detector, whose boxes are refined twice, 3e-5 in fp32 and
     # 0.13 in int8-static
     assert source.task.likeness(expected, found, TOLERANCES[precision]).alike
     assert not source.task.likeness([part + 1 for part in expected[:1]] + expected[1:], found, 1e-2).alike
