@@ -73,7 +73,7 @@ def test_layers_are_paired_when_the_phase_begins(recipe, tmp_path):
 
 @pytest.mark.wide
 def test_a_student_of_another_architecture_is_resumed_without_pairs(recipe, tmp_path, monkeypatch):
-    words = ("steps.1.distill.layers=auto", "calibration.images=16", "student={model: test_convnext, weights: random}")
+    words = ("steps.1.distill.layers=auto", "calibration.images=16", "student={model: test_resnet, weights: random}")
     words = (*words, "steps=[distill: {epochs: 2, layers: auto}]", "--output", tmp_path / "run")
     total = loop.total_of
 
