@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from compressvit.data.input import Side
-from compressvit.files import save_checkpoint
 from compressvit.log import RunLog
 from compressvit.model import ties
 from compressvit.model.taps import Taps
@@ -28,7 +27,7 @@ from compressvit.training.best import Best
 from compressvit.training.meters import Meters
 from compressvit.training.phase import Phase
 from compressvit.training.spec import Training
-from compressvit.training.state import Moments, TrainedState, read_either, restoring
+from compressvit.training.state import Moments, TrainedState, restoring, taken_up, write_checkpoint
 from compressvit.training.stopping import Interrupted, StopRequest, diverged
 from compressvit.training.terms import Batch, Term, total_of
 from compressvit.training.watch import Watch
@@ -174,16 +173,14 @@ class Trainer:
 
     def resume(self) -> dict[str, Any] | None:
         """Continue from the checkpoint. If the phase is already complete, return the result of `train`."""
-        path, saved, damage = read_either(self.phase, self.model, len(self.loader))
-        if damage:
-            self.log.say(f"{self.phase.name}: {damage}; {path.name}, the one before, is used")
-            self.phase.checkpoint.unlink()  # the next one must not keep it in place of the one before
+        path, saved, told = taken_up(self.phase, self.model, len(self.loader))
+        if told:
+            self.log.say(f"{self.phase.name}: {told}")
         self.state.load(saved, self.model, path)
         if (steps := saved.get("steps")) is not None:  # of a finished phase an old one need not have them
             self.log.forget(self.phase.name, steps)
         self.start, self.best = saved.get("start"), saved.get("best")
         if saved["done"]:
-            self.phase.before.unlink(missing_ok=True)  # of a run that was killed right after it was done
             kept = saved.get("kept_epoch", saved.get("epoch"))
             if kept == saved.get("epoch"):  # the weights of an earlier epoch are not the ones to measure
                 self.epoch, self.steps = saved["epoch"], saved["steps"]
@@ -399,6 +396,4 @@ class Trainer:
             if self.average is not None:
                 average = self.state.of(self.average.module)
                 content |= {"average": average, "n_averaged": self.average.updates, "average_rises": self.average.rises}
-        save_checkpoint(self.phase.checkpoint, content, keep=None if done else self.phase.before)
-        if done:
-            self.phase.before.unlink(missing_ok=True)
+        write_checkpoint(self.phase, content)

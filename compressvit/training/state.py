@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 from torch import Tensor, nn
 
 from compressvit.errors import UserError
-from compressvit.files import load_checkpoint, require_keys
+from compressvit.files import load_checkpoint, require_keys, save_checkpoint
 from compressvit.model import ties
 from compressvit.model.old import current_checkpoint
 from compressvit.model.weights import hash_tensors
@@ -88,12 +88,30 @@ def read_checkpoint(path: Path, model: nn.Module, batches: int) -> dict[str, Any
     return saved
 
 
-def read_either(phase: Phase, model: nn.Module, batches: int) -> tuple[Path, dict[str, Any], str]:
-    """The last checkpoint of a phase, or where it is damaged or not there the one before, and in that case what is wrong with the last.
+def write_checkpoint(phase: Phase, content: dict[str, Any]) -> None:
+    """Write a checkpoint and, until the phase is done, keep the one before."""
+    save_checkpoint(phase.checkpoint, content, keep=None if content["done"] else phase.before)
+    if content["done"]:
+        phase.before.unlink(missing_ok=True)
+
+
+def taken_up(phase: Phase, model: nn.Module, batches: int) -> tuple[Path, dict[str, Any], str]:
+    """The last checkpoint of a phase, or where it is damaged or not there the one before, and in words what was wrong with the last. A
+    damaged one is removed, since the next one would keep it in place of the one before; so is the one before of a phase that is done.
 
     Raises:
         UserError: as `read_checkpoint`, of the last one, where none can be read.
     """
+    path, saved, damage = _either(phase, model, batches)
+    if damage:
+        phase.checkpoint.unlink()
+        damage = f"{damage}; {path.name}, the one before, is used"
+    elif saved["done"]:  # of a run that was killed right after it was
+        phase.before.unlink(missing_ok=True)
+    return path, saved, damage
+
+
+def _either(phase: Phase, model: nn.Module, batches: int) -> tuple[Path, dict[str, Any], str]:
     try:
         return phase.checkpoint, read_checkpoint(phase.checkpoint, model, batches), ""
     except UserError as error:

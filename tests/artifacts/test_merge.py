@@ -249,8 +249,7 @@ MERGEABLE: dict[str, Transform] = {
 }
 
 
-# Keys have no bias that would take in a shift, or a convolution stands before them.
-NOT_BEFORE_KEYS = ("dinov3", "eva02", "swin_v2", "beit", "vit_relpos", "cvt")
+NOT_BEFORE_KEYS = ("dinov3", "eva02", "swin_v2", "beit", "vit_relpos", "cvt")  # no bias takes in a shift
 
 
 def build_any(name: str, seed: int = 0) -> nn.Module:

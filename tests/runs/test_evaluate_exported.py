@@ -44,6 +44,7 @@ def file(exported, tmp_path):
     return tmp_path / "student.pt2"
 
 
+@pytest.mark.wide  # torch.export takes seconds the first time
 def test_a_program_of_torch_has_the_figures_of_its_student(exported):
     file = exported / "exported" / "student.pt2"
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -68,6 +69,7 @@ def test_a_program_of_torch_that_is_trusted_is_opened_without_a_checksum(file):
     assert figures(file, *data, "--trust")["loss"] == expected["loss"]
 
 
+@pytest.mark.wide  # torch.export takes seconds the first time
 def test_a_program_of_torch_is_opened_only_with_the_checksum_of_its_export(file):
     data = ("data.name=digits", "data.limit_val=16")
     assert "its data is not known; add data.name=digits" in refused("evaluate", file)
@@ -150,7 +152,7 @@ ATTACKS = {
 }
 
 
-@pytest.mark.wide_unless(lambda attack: attack not in ("name", "weights"))
+@pytest.mark.wide
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_a_malicious_program_runs_nothing(file, tmp_path, attack):
     """Not even where its checksum lies beside it, which whoever made it can write too."""
