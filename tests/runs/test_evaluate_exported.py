@@ -193,6 +193,7 @@ def test_a_program_with_two_directories_is_read_as_it_was_inspected(file, tmp_pa
     assert ran.exists()  # the attack is one
 
 
+@pytest.mark.wide
 def test_a_damaged_program_that_is_trusted_is_told(file):
     file.write_bytes(b"no program")
     assert "is not a program that torch reads" in refused("evaluate", file, "--trust", "data.name=digits")
