@@ -4,6 +4,6 @@ from __future__ import annotations
 
 import sys
 
-from compressvit.cli import main
+from compressvit.cli import program
 
-sys.exit(main())
+sys.exit(program())

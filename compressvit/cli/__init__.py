@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -46,6 +47,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.overrides += rest
     with command_line():
         return answered("compressvit", lambda: arguments.run(arguments), lambda: _run_folder(arguments))
+
+
+def program() -> int:
+    """`main`, at whose end the process ends: the garbage collector does not look at what torch has once more, half a second."""
+    try:
+        return main()
+    finally:
+        gc.freeze()
 
 
 def _as_override(rest: Sequence[str]) -> str:
