@@ -109,6 +109,29 @@ class LossTerm(Spec):
         raise TypeError(f"{type(self).__name__} does not define build")
 
 
+def between_blocks(
+    term: LossTerm, setting: TermSetting, compare: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+) -> Term | None:
+    """A term that compares what paired blocks pass on, tokens (B, N, C) of student and teacher side by side: the mean over the pairs, None
+    without any.
+
+    Args:
+        term: as the recipe gives it.
+        compare: the loss of a pair, a scalar.
+    """
+    pairs = setting.pairs
+    if not pairs:
+        return None
+
+    def function(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        both = (pair.tokens(batch.student_taps, batch.teacher_taps, f"losses.{term.name}") for pair in pairs)
+        return torch.stack([compare(student, teacher) for student, teacher in both]).mean(), {}
+
+    ours = tuple((pair.student.path, "output") for pair in pairs)
+    theirs = tuple((pair.teacher.path, "output") for pair in pairs)
+    return Term(term.name, term.weight, function, ours, theirs)
+
+
 TERMS: Registry[type[LossTerm]] = Registry("loss term", "compressvit.training.terms")
 
 T = TypeVar("T", bound=LossTerm)

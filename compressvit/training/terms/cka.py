@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from pydantic import Field
 
 from compressvit.training import losses
-from compressvit.training.terms.base import Batch, LossTerm, Term, TermSetting, loss_term
+from compressvit.training.terms.base import LossTerm, Term, TermSetting, between_blocks, loss_term
 
 
 @loss_term("cka")
@@ -20,18 +19,4 @@ class CKATerm(LossTerm):
     weight: float = Field(0.0, ge=0)
 
     def build(self, setting: TermSetting) -> Term | None:
-        pairs = setting.pairs
-        if not pairs:
-            return None
-
-        def function(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-            values = [losses.cka(*pair.tokens(batch.student_taps, batch.teacher_taps, "losses.cka")) for pair in pairs]
-            return torch.stack(values).mean(), {}
-
-        return Term(
-            self.name,
-            self.weight,
-            function,
-            tuple((pair.student.path, "output") for pair in pairs),
-            tuple((pair.teacher.path, "output") for pair in pairs),
-        )
+        return between_blocks(self, setting, losses.cka)

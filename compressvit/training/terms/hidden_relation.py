@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from pydantic import Field
 
 from compressvit.training import losses
-from compressvit.training.terms.base import Batch, LossTerm, Term, TermSetting, loss_term
+from compressvit.training.terms.base import LossTerm, Term, TermSetting, between_blocks, loss_term
 
 
 @loss_term("hidden_relation")
@@ -25,25 +24,6 @@ class HiddenRelationTerm(LossTerm):
     scale: float = Field(49.0, gt=0, description="Factor of cosine_mse; the released code's window area.")
 
     def build(self, setting: TermSetting) -> Term | None:
-        pairs = setting.pairs
-        if not pairs:
-            return None
-
-        def function(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-            values = [
-                losses.hidden_relation(
-                    *pair.tokens(batch.student_taps, batch.teacher_taps, "losses.hidden_relation"),
-                    self.form,
-                    self.scale,
-                )
-                for pair in pairs
-            ]
-            return torch.stack(values).mean(), {}
-
-        return Term(
-            self.name,
-            self.weight,
-            function,
-            tuple((p.student.path, "output") for p in pairs),
-            tuple((p.teacher.path, "output") for p in pairs),
+        return between_blocks(
+            self, setting, lambda student, teacher: losses.hidden_relation(student, teacher, self.form, self.scale)
         )
