@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from compressvit.errors import UserError
+from compressvit.processes import ToldElsewhere, leads, place
 from compressvit.text import complain, printable
 
 REFUSED = 2  # something asked for cannot be done
@@ -30,8 +31,10 @@ def answered(program: str, run: Callable[[], int], run_folder: Callable[[], Path
         code = run()
         sys.stdout.flush()
         return code
+    except ToldElsewhere:
+        return REFUSED
     except UserError as error:
-        complain(program, error)
+        complain(program, error if leads() else f"process {place()}: {error}")
         return REFUSED
     except KeyboardInterrupt:
         complain(program, "stopped")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,7 +15,9 @@ import numpy as np
 from rich.console import Console
 from torch import nn
 
+from compressvit import processes
 from compressvit.errors import UserError
+from compressvit.fitting.choices import Choices
 from compressvit.log import RunLog, log
 from compressvit.notes import Note
 from compressvit.recipe.recipe import Recipe, parse_recipe, read_recipe
@@ -23,8 +25,8 @@ from compressvit.recipe.yaml import dumped
 from compressvit.runs.boards.base import Board, begin, find_boards, opened
 from compressvit.runs.files import NoteRow, RecipePlan, Results
 from compressvit.runs.finish import finish
-from compressvit.runs.finished import finished_run
-from compressvit.runs.folder import RunFolder, refuse_processes
+from compressvit.runs.finished import FinishedRun, finished_run
+from compressvit.runs.folder import RESOLVED, RunFolder, refuse_processes
 from compressvit.runs.job import Job, prepare, refuse_data, refuse_own_inputs
 from compressvit.runs.keep import refuse_judged
 from compressvit.runs.merge import merge_folder, print_merge
@@ -107,27 +109,33 @@ def apply(
         97.21
     """
     folder, boards = RunFolder(output), find_boards(log_to)
-    recipe, name, text = _recipe(recipe, overrides, folder if resume else None)
-    refuse_processes()
-    folder.refuse_or_clear(recipe, resume=resume, overwrite=overwrite)
-    with Stoppable(folder.path if resume else None) as stoppable:
-        if resume and (finished := _finished(recipe, folder, device, console, report)):
-            return finished
-        job = prepare(recipe, device, name=name)
-        plan = plan_job(job)
-        _refuse(job, plan, folder, overwrite=overwrite)
-        moved = _note_data(job, plan, folder, resume=resume)
-        with folder.owned():
-            folder.refuse_or_clear(recipe, resume=resume, overwrite=overwrite)  # again: another run may have used it
-            teacher, taught = _fill_teacher(job, plan, folder, resume=resume)
-            measured = measure_first(job, teacher, folder, resume=resume)
-            with opened(boards, folder.path, recipe, new=not resume) as shown:
-                words = list(command or sys.argv)
-                folder.open(recipe, text, plan, words, resume=resume, overwrite=overwrite, moved=moved)
-                stoppable.run = folder.path
-                with _logged(recipe, folder, console, shown) as run_log, resource_faults(recipe.data):
-                    run_log.show(lambda to: print_plan(plan, to))
-                    return _run(Run(job, folder, run_log, measured), plan, teacher, taught, report)
+    with processes.joined():
+        resume, overwrite = _as_restarted(folder, resume, overwrite)
+        recipe, name, text = processes.first(lambda: _recipe(recipe, overrides, folder if resume else None))
+        processes.led(lambda: folder.refuse_or_clear(recipe, resume=resume, overwrite=overwrite))
+        with Stoppable(folder.path if resume else None) as stoppable:
+            if resume and (finished := _finished(recipe, folder, device, console, report)):
+                return finished
+            job, plan, moved = processes.first(lambda: _prepared(recipe, name, device, folder, resume, overwrite))
+            with _owned(folder):
+                # again: another run may have used it
+                processes.led(lambda: folder.refuse_or_clear(recipe, resume=resume, overwrite=overwrite))
+                teacher, taught = processes.first(lambda: _fill_teacher(job, plan, folder, resume=resume))
+                measured = processes.led_for(lambda: measure_first(job, teacher, folder, resume=resume), Choices())
+                with _opened(boards, folder, recipe, new=not resume) as shown:
+                    words = list(command or sys.argv)
+                    processes.led(
+                        lambda: folder.open(recipe, text, plan, words, resume=resume, overwrite=overwrite, moved=moved)
+                    )
+                    stoppable.run = folder.path
+                    with _logged(recipe, folder, console, shown) as run_log, resource_faults(recipe.data):
+                        run_log.show(lambda to: print_plan(plan, to))
+                        return _run(Run(job, folder, run_log, measured), plan, teacher, taught, report)
+
+
+def _as_restarted(folder: RunFolder, resume: bool, overwrite: bool) -> tuple[bool, bool]:
+    """The two switches; torchrun starts processes again with the words of the first time, and the run that has begun is to go on."""
+    return (True, False) if processes.restarted() and (folder.path / RESOLVED).is_file() else (resume, overwrite)
 
 
 def planned(recipe: Recipe, device: str, name: str = "recipe") -> RecipePlan:
@@ -136,18 +144,46 @@ def planned(recipe: Recipe, device: str, name: str = "recipe") -> RecipePlan:
     Raises:
         UserError: what `apply` would raise by then.
     """
-    refuse_processes()
-    job, nowhere = prepare(recipe, device, name=name), RunFolder("")
-    plan = plan_job(job)
-    _refuse(job, plan, nowhere, overwrite=False)
-    _note_data(job, plan, nowhere, resume=False)
+    refuse_processes("a sweep")
+    nowhere = RunFolder("")
+    job, plan, _ = _prepared(recipe, name, device, nowhere, False, False)
     _fill_teacher(job, plan, nowhere, resume=False)
     return plan
 
 
+def _prepared(
+    recipe: Recipe, name: str, device: str, folder: RunFolder, resume: bool, overwrite: bool
+) -> tuple[Job, RecipePlan, Note | None]:
+    """The job and its plan, once nothing that can be found without values refuses it, and a note if its data is at another place now."""
+    job = prepare(recipe, device, name=name)
+    plan = plan_job(job)
+    _refuse(job, plan, folder, overwrite=overwrite)
+    return job, plan, _note_data(job, plan, folder, resume=resume)
+
+
+@contextmanager
+def _owned(folder: RunFolder) -> Iterator[None]:
+    """The folder, locked by the leader."""
+    with ExitStack() as stack:
+        processes.led_for(lambda: stack.enter_context(folder.owned()), None)
+        yield
+
+
+@contextmanager
+def _opened(
+    boards: Sequence[type[Board]], folder: RunFolder, recipe: Recipe, *, new: bool
+) -> Iterator[Sequence[Board]]:
+    """The boards, which the leader alone has."""
+    with ExitStack() as stack:
+        yield processes.led_for(lambda: stack.enter_context(opened(boards, folder.path, recipe, new=new)), [])
+
+
 @contextmanager
 def _logged(recipe: Recipe, folder: RunFolder, console: Console | None, boards: Sequence[Board]) -> Iterator[RunLog]:
-    """The log of a run, which also has the error that ends it."""
+    """The log of a run, which also has the error that ends it. It is the leader's; the other processes have one that shows nothing."""
+    if not processes.leads():
+        yield RunLog(None, Console(quiet=True))
+        return
     run_log = RunLog(folder.path, console, partial(tag_of, tags=scalar_tags(recipe)), boards)
     try:
         begin(boards)
@@ -165,6 +201,24 @@ def _finished(
     """The result of the run in the folder, if it is finished; only a missing report is then written."""
     if folder.has_other_root(recipe):  # the data there has to be compared first
         return None
+    done = processes.led_for(lambda: _told(recipe, folder, console, report), None)
+    if not processes.told(done is not None):
+        return None
+    done = done or finished_run(folder, recipe)
+    assert done is not None, "the leader has read it"
+
+    def models() -> tuple[nn.Module, nn.Module]:
+        job = prepare(recipe, device)
+        teacher, *_ = fill_teacher(job, folder, resume=True)
+        return done.student.to(job.device), teacher.to(job.device).eval()
+
+    return RunResult(done.results, folder.path, done.merged, _models=models)
+
+
+def _told(
+    recipe: Recipe, folder: RunFolder, console: Console | None, report: Callable[[Path], object] | None
+) -> FinishedRun | None:
+    """The finished run in the folder, once that was said, and its report is there; None if it is not finished."""
     with folder.owned():
         done = finished_run(folder, recipe)
         if done is None:
@@ -175,13 +229,7 @@ def _finished(
         Terminal(console).print(text, highlight=False, soft_wrap=True)
         if report is not None and unreported:
             report(folder.path)
-
-    def models() -> tuple[nn.Module, nn.Module]:
-        job = prepare(recipe, device)
-        teacher, *_ = fill_teacher(job, folder, resume=True)
-        return done.student.to(job.device), teacher.to(job.device).eval()
-
-    return RunResult(done.results, folder.path, done.merged, _models=models)
+        return done
 
 
 def _run(
@@ -194,11 +242,13 @@ def _run(
     trained = run.parts(teacher)
     results = finish(job, run.scorer, folder, run.log, plan=plan, trained=trained)
     if report is not None:
-        report(folder.path)
+        processes.led_for(lambda: report(folder.path), None)
     merged = None
     if job.recipe.merges:  # last, because a merge that is not exact is refused
-        merged = merge_folder(  # the recipe asks for it, and its plan says how large it is
-            folder.path, overwrite=True, dense=True, device=str(job.device), datasets=job.datasets, owned=True
+        merged = processes.led(
+            lambda: merge_folder(  # the recipe asks for it, and its plan says how large it is
+                folder.path, overwrite=True, dense=True, device=str(job.device), datasets=job.datasets, owned=True
+            )
         )
         run.log.show(partial(print_merge, merged))
     return RunResult(results, folder.path, merged, _models=lambda: (trained.student.model, trained.teacher.model))
