@@ -6,13 +6,13 @@
 Two programs take turns in one process, and a ratio is that of one round; the median of the ratios is printed between the smallest and the
 largest, once of wall time and once of CPU time of the process, which work on other cores disturbs less. Weights are random.
 
-- step: the whole step of the training loop (both forward passes, losses, backward pass, clipping, AdamW) of Mini-Swin-T with a Swin-S as its
-  teacher and the six layer pairs of MiniViT's recipe, all three losses against the prediction alone;
+- step: the whole step of the training loop (both forward passes, losses, backward pass, clipping, AdamW) of Mini-Swin-T with a Swin-S as
+  its teacher and the six layer pairs of MiniViT's recipe, all three losses against the prediction alone;
 - memory: of the same two steps the peak of the bytes in all tensor storages that an operator created and that are still alive, seen by a
   dispatch mode (`LiveBytes` of hidden_relation.py): activations, gradients, taps and what losses keep; weights, moments of the optimiser
   and scratch space inside an operator are not in it;
-- students: forward passes in inference mode of multiplexed ViT-S/16 (mixes of heads alone, and with a 7×7 convolution) and Swin-T, their mixes
-  moved off the identity, where they would be left out, against timm's models.
+- students: forward passes in inference mode of multiplexed ViT-S/16 (mixes of heads alone, and with a 7×7 convolution) and Swin-T, their
+  mixes moved off the identity, where they would be left out, against timm's models.
 """
 
 from __future__ import annotations

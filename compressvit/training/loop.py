@@ -29,7 +29,7 @@ from compressvit.training.phase import Phase
 from compressvit.training.spec import Training
 from compressvit.training.state import Moments, TrainedState, restoring, taken_up, write_checkpoint
 from compressvit.training.stopping import Interrupted, StopRequest, diverged
-from compressvit.training.terms import Batch, Term, total_of
+from compressvit.training.terms import Batch, Term, total_of, unread_by
 from compressvit.training.watch import Watch
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
@@ -272,13 +272,16 @@ class Trainer:
         self.meters.add(self.steps + 1, loss, parts, figures)
 
     def forward(self, images: torch.Tensor, targets: Any) -> Batch:
-        """Run student and teacher on a batch, and collect their taps."""
-        logits = self.run_student(images)
-        if self.teacher is None or self.teacher_taps is None:
-            return Batch(logits, None, self.student_taps.pop(), {}, targets)
-        with torch.no_grad():
-            teacher_logits = self.run_teacher(self.teacher_images(images))
-        return Batch(logits, teacher_logits, self.student_taps.pop(), self.teacher_taps.pop(), targets)
+        """Run teacher and student on a batch, the teacher while no activation of the student is kept, and collect their taps."""
+        expected, taught = None, {}
+        if self.teacher_taps is not None:
+            with (
+                torch.no_grad()
+            ):  # not inference_mode: what a term saves for its backward pass may be a tensor of the teacher
+                expected, taught = self.run_teacher(self.teacher_images(images)), self.teacher_taps.pop()
+        return Batch(
+            self.run_student(images), expected, self.student_taps.pop(), taught, targets, unread_by(self.terms)
+        )
 
     def step(self) -> None:
         """One optimiser step with the accumulated gradient, skipped if any loss or gradient so far was not finite."""

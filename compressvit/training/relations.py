@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from compressvit.errors import UserError
 
 # Elements of a matrix that is computed at once: 2 MiB of float32, so that the few that a piece needs stay in the cache of a processor,
 # and on a GPU, where a piece must keep all units busy, 64 MiB.
@@ -46,7 +47,7 @@ def cross_entropy(
     if torch.is_grad_enabled() and any(part.requires_grad for part in student):
         found: tuple[Tensor, Tensor] = _CrossEntropy.apply(
             [part.detach() for part in teacher], heads, with_kl, *student
-        )  # type: ignore[no-untyped-call]
+        )
         return found
     relations = _Relations(student, [part.detach() for part in teacher], heads)
     loss, kl, _ = relations.compare(with_kl, gradient=False)
@@ -59,7 +60,7 @@ def squared_distance(student: Tensor, teacher: Tensor) -> Tensor:
     Computed in at least float32. No matrix is larger than N×C or, where N is at most the larger C, N×N.
     """
     if torch.is_grad_enabled() and student.requires_grad:
-        found: Tensor = _SquaredDistance.apply(student, teacher.detach())  # type: ignore[no-untyped-call]
+        found: Tensor = _SquaredDistance.apply(student, teacher.detach())
         return found
     return _distances(student, teacher, None)
 
@@ -76,7 +77,6 @@ class _CrossEntropy(torch.autograd.Function):
         return loss * relations.weight, kl
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, outer: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         return None, None, None, *(_times(gradient, outer * ctx.weight) for gradient in ctx.saved_tensors)
 
@@ -90,14 +90,22 @@ class _SquaredDistance(torch.autograd.Function):
         return distance
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None]:
         (gradient,) = ctx.saved_tensors
         return _times(gradient, outer), None
 
 
 def _times(gradient: Tensor, factor: Tensor) -> Tensor:
-    """The product, rounded once: a factor of a mean may be too small for float16."""
+    """The product, rounded once: a factor of a mean may be too small for float16.
+
+    Raises:
+        UserError: a second derivative is asked for, which would lack what the relations contribute.
+    """
+    if torch.is_grad_enabled():
+        raise UserError(
+            "relation losses have no second derivative, which create_graph=True asks for, because they keep their gradient and no graph; "
+            "leave them out of what is differentiated twice"
+        )
     return (gradient.to(factor.dtype) * factor).to(gradient.dtype)
 
 
