@@ -275,13 +275,10 @@ class Trainer:
         """Run teacher and student on a batch, the teacher while no activation of the student is kept, and collect their taps."""
         expected, taught = None, {}
         if self.teacher_taps is not None:
-            with (
-                torch.no_grad()
-            ):  # not inference_mode: what a term saves for its backward pass may be a tensor of the teacher
+            with torch.no_grad():  # not inference_mode: a term may save a tensor of the teacher for its backward pass
                 expected, taught = self.run_teacher(self.teacher_images(images)), self.teacher_taps.pop()
-        return Batch(
-            self.run_student(images), expected, self.student_taps.pop(), taught, targets, unread_by(self.terms)
-        )
+        logits = self.run_student(images)
+        return Batch(logits, expected, self.student_taps.pop(), taught, targets, unread_by(self.terms))
 
     def step(self) -> None:
         """One optimiser step with the accumulated gradient, skipped if any loss or gradient so far was not finite."""

@@ -107,20 +107,21 @@ def test_without_a_gradient_none_is_computed(monkeypatch, ours, plain, student, 
         ours(given, teacher)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_loses_no_small_gradient(dtype):
-    """The mean over 40,960 rows has gradients below the least number of float16; the loss is scaled in training, after it is computed."""
-    student, teacher = (randn(2560, 16, 8, seed=seed).to(dtype) for seed in (0, 1))
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float16, 3e-3), (torch.bfloat16, 2e-2)])
+def test_half_precision_loses_no_small_gradient(dtype, most):
+    """The mean over 10,240 rows has gradients below the least number of float16; the loss is scaled in training, after it is computed."""
+    student, teacher = (0.1 * randn(640, 16, 8), randn(640, 16, 8, seed=1))
+    student, teacher = student.to(dtype), teacher.to(dtype)
     ours = functools.partial(losses.attention_relation, with_kl=False)
     for loss, sides in (
         (losses.hidden_relation, (student, teacher)),
-        (ours, ((student, student + 1, student * 2), (teacher, teacher + 1, teacher * 2))),
+        (ours, ((student, -student, student * 2), (teacher, teacher + 1, teacher * 2))),
     ):
         found = value_and_gradients(lambda *both, loss=loss: loss(*both) * 2**16, *sides)
         wide = value_and_gradients(loss, *(doubled(side) for side in sides))
         for gradient, reference in zip(found[1:], wide[1:], strict=True):
             assert gradient.dtype == dtype
-            assert relative_error(gradient, 2**16 * reference) < 2e-2  # 7.4e-4 in float16, 6.0e-3 in bfloat16
+            assert relative_error(gradient, 2**16 * reference) < most  # 7.4e-4 and 5.8e-3
 
 
 def test_what_no_term_reads_any_more_is_dropped():
