@@ -15,7 +15,7 @@ from compressvit.data.input import Side
 from compressvit.model.modes import evaluating
 from compressvit.model.taps import Taps
 from compressvit.tasks.base import Labels, Task
-from compressvit.training.terms import Batch, Term, total_of
+from compressvit.training.terms import Batch, Term, total_of, unread_by
 
 Values = dict[str, torch.Tensor]
 Taken = dict[str, dict[str, Any]]  # what taps have recorded, by path
@@ -56,7 +56,7 @@ class Pass(nn.Module):
                 torch.compile(teacher.model) if compiled else teacher.model,
             )
 
-            @torch.no_grad()
+            @torch.no_grad()  # not inference_mode: a term may save a tensor of the teacher for its backward pass
             def asked(images: torch.Tensor) -> tuple[Any, Taken]:
                 return answer(convert(images)), taps.pop()
 
@@ -65,9 +65,10 @@ class Pass(nn.Module):
     def forward(self, images: torch.Tensor, targets: Any, labels: Labels) -> tuple[torch.Tensor, Values, Values]:
         """The loss of images (B, C, H, W), its weighted terms by name, and what the task logs of a batch, the last two without gradient."""
         with self._autocast:
-            outputs = self._run(images)
+            # the teacher first, while no activation of the student is kept
             expected, theirs = (None, {}) if self._asked is None else self._asked(images)
-            batch = Batch(outputs, expected, self._taps.pop(), theirs, targets)
+            outputs = self._run(images)
+            batch = Batch(outputs, expected, self._taps.pop(), theirs, targets, unread_by(self._terms))
             loss, parts = total_of(self._terms, batch)
         figures = self._task.batch_figures(outputs, expected, targets, labels)
         return loss, _without_gradient(parts), _without_gradient(figures)
