@@ -27,6 +27,7 @@ from compressvit.runs.finished import finished_run
 from compressvit.runs.folder import RunFolder, refuse_processes
 from compressvit.runs.job import Job, prepare, refuse_data, refuse_own_inputs
 from compressvit.runs.keep import refuse_judged
+from compressvit.runs.listed import is_listed, other_files, remove_remade, write_list
 from compressvit.runs.merge import merge_folder, print_merge
 from compressvit.runs.models import trains_teacher
 from compressvit.runs.plan import plan_data, plan_job, require_no_conflicts
@@ -90,7 +91,8 @@ def apply(
         output: the run folder.
         overrides: changes to a recipe given as a name, path or dictionary, e.g. `["data.root=FOLDER", "seed=1"]`.
         device: 'auto', 'cpu', 'cuda', 'cuda:1', 'mps', …
-        resume, overwrite: continue the run in a folder that is not empty, or replace it.
+        resume, overwrite: continue the run in a folder that is not empty, or replace it. In an empty one, as a run leaves it that was
+            killed at once, `resume` begins it.
         console: shows progress and tables; `Console(quiet=True)` shows nothing.
         report: called with the run folder once the results are written, before a merge.
         command: the command line to record in `environment.json`; by default that of this process.
@@ -107,6 +109,7 @@ def apply(
         97.21
     """
     folder, boards = RunFolder(output), find_boards(log_to)
+    resume = resume and (overwrite or not folder.blank)
     recipe, name, text = _recipe(recipe, overrides, folder if resume else None)
     refuse_processes()
     folder.refuse_or_clear(recipe, resume=resume, overwrite=overwrite)
@@ -166,6 +169,8 @@ def _finished(
     if folder.has_other_root(recipe):  # the data there has to be compared first
         return None
     with folder.owned():
+        if (others := other_files(folder.path)) and _made_again(folder, others, Terminal(console)):
+            return None
         done = finished_run(folder, recipe)
         if done is None:
             return None
@@ -175,6 +180,8 @@ def _finished(
         Terminal(console).print(text, highlight=False, soft_wrap=True)
         if report is not None and unreported:
             report(folder.path)
+        if not is_listed(folder.path):  # it was killed before it wrote that
+            write_list(folder.path)
 
     def models() -> tuple[nn.Module, nn.Module]:
         job = prepare(recipe, device)
@@ -182,6 +189,20 @@ def _finished(
         return done.student.to(job.device), teacher.to(job.device).eval()
 
     return RunResult(done.results, folder.path, done.merged, _models=models)
+
+
+def _made_again(folder: RunFolder, others: list[str], console: Terminal) -> bool:
+    """Tell which files of a finished run are missing or damaged. Returns whether some are now removed, so that resuming it makes them."""
+    again = remove_remade(folder.path, others)
+    for names, what in (
+        (again, "made again"),
+        (sorted({*others} - {*again}), "left as they are: only training makes them"),
+    ):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            text = f"{folder.path}: {', '.join(names[:3])}{more}: missing or damaged, and {what}"
+            console.print(text, highlight=False, soft_wrap=True)
+    return bool(again)
 
 
 def _run(
@@ -201,6 +222,7 @@ def _run(
             folder.path, overwrite=True, dense=True, device=str(job.device), datasets=job.datasets, owned=True
         )
         run.log.show(partial(print_merge, merged))
+    write_list(folder.path)
     return RunResult(results, folder.path, merged, _models=lambda: (trained.student.model, trained.teacher.model))
 
 
