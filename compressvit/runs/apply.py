@@ -35,6 +35,7 @@ from compressvit.runs.resources import resource_faults
 from compressvit.runs.run import Run, fill_teacher, measure_first
 from compressvit.runs.tables import print_plan
 from compressvit.runs.tags import scalar_tags, tag_of
+from compressvit.runs.what_fits import what_fits
 from compressvit.terminal import Terminal
 from compressvit.training.stopping import Stoppable
 
@@ -128,7 +129,8 @@ def apply(
                 words = list(command or sys.argv)
                 folder.open(recipe, text, plan, words, resume=resume, overwrite=overwrite, moved=moved)
                 stoppable.run = folder.path
-                with _logged(recipe, folder, console, shown) as run_log, resource_faults(recipe.data):
+                faults = resource_faults(recipe.data, partial(what_fits, job, plan))
+                with _logged(recipe, folder, console, shown) as run_log, faults:
                     run_log.show(lambda to: print_plan(plan, to))
                     return _run(Run(job, folder, run_log, measured), plan, teacher, taught, report)
 
