@@ -8,19 +8,20 @@ that one and all that follow. `tests/test_kills.py` kills processes, with all ki
 from __future__ import annotations
 
 import errno
-import json
+import functools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from helpers.kills import contents, difference
-from helpers.runs import TINY, done, run
+from helpers.runs import QUICK, TINY, done, run
 
 ADAPTED = TINY.partition("steps:")[0] + "steps: [repadapter: {width: 4}, finetune: {epochs: 1}, merge: {}]\n"
+WORDS = ("apply", "../recipe.yaml", "--output", "run", "--no-report")
 
 
 class Killed(BaseException):
@@ -70,62 +71,86 @@ def watched(hook: _Hook, folder: Path, last: int = 0, *, kills: bool = False) ->
         hook.folder = None
 
 
-@pytest.fixture(scope="module", params=[TINY, ADAPTED], ids=["shared", "adapted"])
-def whole(request, tmp_path_factory, hook):
-    """The words of a run, its folder's content where nobody disturbs it, and how many changes it makes when it is killed or not."""
-    folder = tmp_path_factory.mktemp("whole")
-    (folder / "recipe.yaml").write_text(request.param)
-    counts = {}
+class Whole(NamedTuple):
+    """A recipe, its folder's content where nobody disturbs the run, and how many changes may be refused and may be the last."""
+
+    recipe: str
+    contents: dict[str, Any]
+    refusable: int
+    last: int
+
+
+@functools.cache
+def whole(recipe: str, hook: _Hook, folder: Path) -> Whole:
+    counts, found = [], {}
     with pytest.MonkeyPatch.context() as patch:
-        for kills in (True, False):
-            (folder / str(kills)).mkdir()
-            patch.chdir(folder / str(kills))
-            with watched(hook, folder / str(kills), kills=kills):
-                done("apply", "../recipe.yaml", "--output", "run", "--no-report")
-            counts[kills] = hook.count
-    assert counts[True] > counts[False] > 50
-    return Path("../recipe.yaml"), contents(folder / "False"), counts, request.param
+        for kills in (False, True):
+            work = folder / f"{len(recipe)}{kills}" / "work"
+            work.mkdir(parents=True)
+            (work.parent / "recipe.yaml").write_text(recipe)
+            patch.chdir(work)
+            with watched(hook, work, kills=kills):
+                done(*WORDS)
+            counts.append(hook.count)
+            found = contents(work)
+    assert counts[1] > counts[0] > 30
+    return Whole(recipe, found, *counts)
 
 
-def goes_on(recipe: Path, folder: Path, expected: dict[str, Any]) -> None:
+def goes_on(run_before: Whole, folder: Path) -> None:
     """It is resumed, and ends as the one that nobody disturbed."""
-    again = ["--resume"] if (folder / "run").exists() else []
-    done("apply", recipe, "--output", "run", "--no-report", *again)
-    assert difference(expected, contents(folder)) is None
+    done(*WORDS, *(["--resume"] if (folder / "run").exists() else []))
+    assert difference(run_before.contents, contents(folder)) is None
 
 
-def filled(hook: _Hook, whole: Any, folder: Path, number: int) -> None:
-    recipe, expected, *_ = whole
+def filled(hook: _Hook, expected: Whole, folder: Path, number: int) -> None:
     with watched(hook, folder, number):
-        code, out, err = run("apply", recipe, "--output", "run", "--no-report")
-    if not code:  # a chart that was not drawn, or a list of event files
-        assert hook.refused
-        assert "No space left" in out + err or "no space left" in out + err, hook.refused
+        code, out, err = run(*WORDS)
+    assert hook.refused
+    assert "Traceback" not in out + err
+    if not code:  # a chart that was not drawn
+        assert "o space left" in out + err, hook.refused
         return
     assert code == 2, (hook.refused, err)
-    assert "Traceback" not in out + err
     assert err.count("no space left on the disk") == 1, (hook.refused, err)
-    goes_on(recipe, folder, expected)
+    goes_on(expected, folder)
 
 
-def killed(hook: _Hook, whole: Any, folder: Path, number: int) -> None:
-    recipe, expected, *_ = whole
+def killed(hook: _Hook, expected: Whole, folder: Path, number: int) -> None:
     with watched(hook, folder, number, kills=True), pytest.raises(Killed):
-        run("apply", recipe, "--output", "run", "--no-report")
-    goes_on(recipe, folder, expected)
+        run(*WORDS)
+    goes_on(expected, folder)
+
+
+@pytest.fixture
+def tried(hook, tmp_path, tmp_path_factory, monkeypatch):
+    """Disturbs a run of a recipe at the changes of these numbers, which are told where it does not end as it should."""
+
+    def tried(recipe: str, disturb: Callable[[_Hook, Whole, Path, int], None], chosen: Callable[[int], range]) -> None:
+        expected = whole(recipe, hook, tmp_path_factory.getbasetemp() / "whole")
+        faults = []
+        for number in chosen(expected.last if disturb is killed else expected.refusable):
+            work = tmp_path / str(number) / "work"
+            work.mkdir(parents=True)
+            (work.parent / "recipe.yaml").write_text(recipe)
+            monkeypatch.chdir(work)
+            try:
+                disturb(hook, expected, work, number)
+            except (AssertionError, pytest.fail.Exception) as error:
+                faults.append(f"{number} {hook.refused}: {str(error)[:300]}")
+        assert not faults, "\n".join(faults)
+
+    return tried
+
+
+@pytest.mark.parametrize("disturb", [filled, killed])
+def test_at_some_changes_of_files(tried, disturb):
+    tried(QUICK, disturb, lambda count: range(1, count + 1, -(-count // 3)))
 
 
 @pytest.mark.wide
-@pytest.mark.parametrize("kills", [False, True], ids=["full", "killed"])
 @pytest.mark.parametrize("share", range(4))
-def test_at_every_change_of_a_file(hook, whole, tmp_path, monkeypatch, kills, share):
-    faults = []
-    for number in range(1 + share, whole[2][kills] + 1, 4):
-        (folder := tmp_path / str(number)).mkdir()
-        (tmp_path / "recipe.yaml").write_text(whole[3])
-        monkeypatch.chdir(folder)
-        try:
-            (killed if kills else filled)(hook, whole, folder, number)
-        except (AssertionError, BaseException) as error:
-            faults.append(f"{number} {hook.refused}: {str(error)[:250]}")
-    assert not faults, json.dumps(faults, indent=1)
+@pytest.mark.parametrize("disturb", [filled, killed])
+@pytest.mark.parametrize("recipe", [TINY, ADAPTED], ids=["shared", "adapted"])
+def test_at_every_change_of_a_file(tried, recipe, disturb, share):
+    tried(recipe, disturb, lambda count: range(1 + share, count + 1, 4))
