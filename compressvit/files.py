@@ -96,13 +96,22 @@ def write_atomically(path: Path, write: Callable[[Path], Any], *, keep: Path | N
         try:
             scratch.touch(exist_ok=False)  # fails on whatever else appears there; `write` then finds a file of ours
             write(scratch)
-            sync(scratch)
             if keep is not None and path.exists():
+                sync(scratch)  # before there is no file of that name
                 os.replace(path, keep)
-            os.replace(scratch, path)
-            sync(path.parent)
+            put(scratch, path)
         finally:
             scratch.unlink(missing_ok=True)
+
+
+def put(written: Path, path: Path) -> None:
+    """Rename a file, or a folder of files, to `path`, with what is in it on the disk before and the name after it."""
+    if written.is_dir():
+        for file in written.iterdir():
+            sync(file)
+    sync(written)
+    os.replace(written, path)
+    sync(path.parent)
 
 
 def sync(path: Path) -> None:

@@ -118,6 +118,14 @@ class RunLog:
             with warn_and_continue("earlier metrics cannot be read"):
                 keep_metrics(path, lambda row: row.phase != phase or row.step <= step)
 
+    def each_once(self) -> None:
+        """Remove the rows of `metrics.jsonl` that later ones repeat: of steps that were done again, as a run was killed before it had
+        written its first checkpoint."""
+        path = None if self.folder is None else self.folder / "metrics.jsonl"
+        if path is not None and path.is_file():
+            with warn_and_continue("earlier metrics cannot be read"):
+                keep_metrics(path, lambda row: True)
+
     def show_on_boards(self, show: Callable[[Board], object]) -> None:
         """Call a function with each board, to show something other than scalars there."""
         for board in self.boards:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import glob
 import importlib.util
 import logging
-import os
 import re
 import shutil
 import tempfile
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from compressvit.errors import UserError, option
-from compressvit.files import disk_faults
+from compressvit.files import disk_faults, put
 from compressvit.model import surgery
 from compressvit.model.modes import evaluating
 from compressvit.tasks.base import Task, task_of
@@ -218,10 +217,10 @@ def replacing(target: Path) -> Iterator[Path]:
 def _move(path: Path, target: Path) -> None:
     """Put a file, or the files of a folder, in the place of others."""
     if not path.is_dir():
-        os.replace(path, target)
+        put(path, target)
         return
     target.mkdir(exist_ok=True)
     for file in sorted(
         path.iterdir(), key=lambda file: file.name != SEAL
     ):  # first, so that what is interrupted can be made again
-        os.replace(file, target / file.name)
+        put(file, target / file.name)

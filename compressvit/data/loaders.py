@@ -11,7 +11,6 @@ import copy
 import dataclasses
 import random
 import signal
-import weakref
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -34,6 +33,7 @@ from compressvit.data.placed_transform import PlacedTransform
 from compressvit.data.samples import Samples, seeded
 from compressvit.data.spec import Augment, Data
 from compressvit.data.streams import Stream
+from compressvit.data.workers import RestartingLoader
 from compressvit.errors import UserError
 from compressvit.tasks.base import Task, find_task
 
@@ -192,16 +192,12 @@ class _Order(Sampler):
     """
 
     def __init__(self, count: int, training: bool, distributed: bool, repeats: int = 1, batch: int = 1):
-        self.count, self.training, self.distributed, self.repeats, self.batch = (
-            count,
-            training,
-            distributed,
-            repeats,
-            batch,
-        )
+        self.count, self.training, self.distributed = count, training, distributed
+        self.repeats, self.batch = repeats, batch
         self.rank, self.world = (processes.rank(), processes.count()) if distributed else (0, 1)
         self.seed = 0
         self.batch_seeds = random.Random(0)
+        self.skipped = 0  # at the beginning, which an iteration before had
 
     def draw(self) -> None:
         """Starts an epoch."""
@@ -219,12 +215,13 @@ class _Order(Sampler):
 
     def __iter__(self) -> Iterator[tuple[int, int | None]]:
         if not self.training:
-            return iter([(i, None) for i in self._dealt()])
+            return iter([(i, None) for i in self._dealt()][self.skipped :])
         generator = torch.Generator().manual_seed(self.seed)
         order = torch.randperm(self.count, generator=generator).tolist()
         total = len(self) * self.world
         seeds = torch.randint(2**31, (total,), generator=generator).tolist()
-        return iter([(order[i // self.repeats % self.count], seeds[i]) for i in range(self.rank, total, self.world)])
+        pairs = [(order[i // self.repeats % self.count], seeds[i]) for i in range(self.rank, total, self.world)]
+        return iter(pairs[self.skipped :])
 
 
 class _SeededErasing(RandomErasing):
@@ -277,44 +274,26 @@ def _flip_and_shift(images: torch.Tensor, augment: Augment, generator: torch.Gen
     return images
 
 
-class _CheckedLoader(DataLoader):
+class _CheckedLoader(RestartingLoader):
     """A DataLoader that names broken files and refuses impossible labels as it goes, in the main process."""
 
     datasets: Datasets
     name: str
     task: Task
     channels: int
-    _ending: weakref.finalize | None = None
-
-    def _get_iterator(self) -> Any:
-        """torch's iterator, whose workers end when this loader does.
-
-        Left to the garbage collector, an iterator in a cycle (with an exception that was thrown through it) has lost its queues before it
-        can tell the workers; torch then waits 10 s for each, and, as they take no SIGTERM, Python at its end for ever. What a finalizer
-        holds is whole.
-        """
-        made: Any = super()._get_iterator()
-        if self.num_workers:
-            if self._ending is not None:
-                self._ending.detach()  # of an earlier epoch
-            self._ending = weakref.finalize(self, made._shutdown_workers)
-        return made
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | Targets]]:  # type: ignore[override]
         if isinstance(self.dataset, Stream):
             self.dataset.begin_pass()
-        batches = super().__iter__()
         try:
-            for batch in batches:
+            for batch in self.batches():
                 self.datasets.broken.report(self.channels)
                 if batch is not None:
                     images, targets = batch
                     self.task.check_set(targets, self.datasets.num_classes, self.name)
                     yield images, targets if isinstance(targets, torch.Tensor) else Targets(targets)
         except Exception as error:  # workers end whatever it was; what is not of a picture goes on as it is
-            self._iterator = None
-            if self._ending is not None:
-                self._ending()
+            self.end_workers()
             if isinstance(error, BrokenPicture):  # of a stream; others count theirs
                 reason = str(error).rstrip().rpartition("BrokenPicture: ")[2]  # a worker adds its trace
                 raise UserError(f"data.name={self.name}: an image cannot be used: {reason}") from error

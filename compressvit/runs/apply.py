@@ -29,6 +29,7 @@ from compressvit.runs.finished import FinishedRun, finished_run
 from compressvit.runs.folder import RESOLVED, RunFolder, refuse_processes
 from compressvit.runs.job import Job, prepare, refuse_data, refuse_own_inputs
 from compressvit.runs.keep import refuse_judged
+from compressvit.runs.listed import is_listed, other_files, remove_remade, write_list
 from compressvit.runs.merge import merge_folder, print_merge
 from compressvit.runs.models import trains_teacher
 from compressvit.runs.plan import plan_data, plan_job, require_no_conflicts
@@ -36,6 +37,7 @@ from compressvit.runs.resources import resource_faults
 from compressvit.runs.run import Run, fill_teacher, measure_first
 from compressvit.runs.tables import print_plan
 from compressvit.runs.tags import scalar_tags, tag_of
+from compressvit.runs.what_fits import what_fits
 from compressvit.terminal import Terminal
 from compressvit.training.stopping import Stoppable
 
@@ -92,7 +94,8 @@ def apply(
         output: the run folder.
         overrides: changes to a recipe given as a name, path or dictionary, e.g. `["data.root=FOLDER", "seed=1"]`.
         device: 'auto', 'cpu', 'cuda', 'cuda:1', 'mps', …
-        resume, overwrite: continue the run in a folder that is not empty, or replace it.
+        resume, overwrite: continue the run in a folder that is not empty, or replace it. In an empty one, as a run leaves it that was
+            killed at once, `resume` begins it.
         console: shows progress and tables; `Console(quiet=True)` shows nothing.
         report: called with the run folder once the results are written, before a merge.
         command: the command line to record in `environment.json`; by default that of this process.
@@ -110,32 +113,74 @@ def apply(
     """
     folder, boards = RunFolder(output), find_boards(log_to)
     with processes.joined():
-        resume, overwrite = _as_restarted(folder, resume, overwrite)
+        resume, overwrite = processes.first(lambda: _as_begun(folder, resume, overwrite))
         recipe, name, text = processes.first(lambda: _recipe(recipe, overrides, folder if resume else None))
-        processes.led(lambda: folder.refuse_or_clear(recipe, resume=resume, overwrite=overwrite))
+        begun = _Begun(recipe, text, list(command or sys.argv), folder, resume, overwrite, boards)
+        processes.led(begun.refuse)
         with Stoppable(folder.path if resume else None) as stoppable:
             if resume and (finished := _finished(recipe, folder, device, console, report)):
                 return finished
             job, plan, moved = processes.first(lambda: _prepared(recipe, name, device, folder, resume, overwrite))
-            with _owned(folder):
-                # again: another run may have used it
-                processes.led(lambda: folder.refuse_or_clear(recipe, resume=resume, overwrite=overwrite))
+            with begun.owned():
                 teacher, taught = processes.first(lambda: _fill_teacher(job, plan, folder, resume=resume))
                 measured = processes.led_for(lambda: measure_first(job, teacher, folder, resume=resume), Choices())
-                with _opened(boards, folder, recipe, new=not resume) as shown:
-                    words = list(command or sys.argv)
-                    processes.led(
-                        lambda: folder.open(recipe, text, plan, words, resume=resume, overwrite=overwrite, moved=moved)
-                    )
+                with begun.opened(plan, moved) as shown:
                     stoppable.run = folder.path
-                    with _logged(recipe, folder, console, shown) as run_log, resource_faults(recipe.data):
+                    faults = resource_faults(recipe.data, partial(what_fits, job, plan))
+                    with _logged(recipe, folder, console, shown) as run_log, faults:
                         run_log.show(lambda to: print_plan(plan, to))
                         return _run(Run(job, folder, run_log, measured), plan, teacher, taught, report)
 
 
-def _as_restarted(folder: RunFolder, resume: bool, overwrite: bool) -> tuple[bool, bool]:
-    """The two switches; torchrun starts processes again with the words of the first time, and the run that has begun is to go on."""
-    return (True, False) if processes.restarted() and (folder.path / RESOLVED).is_file() else (resume, overwrite)
+@dataclass(frozen=True)
+class _Begun:
+    """What is asked of a run folder; only the leader looks at it and writes in it."""
+
+    recipe: Recipe
+    text: str
+    words: list[str]
+    folder: RunFolder
+    resume: bool
+    overwrite: bool
+    boards: Sequence[type[Board]]
+
+    def refuse(self) -> None:
+        """Raise what speaks against a run there."""
+        self.folder.refuse_or_clear(self.recipe, resume=self.resume, overwrite=self.overwrite)
+
+    @contextmanager
+    def owned(self) -> Iterator[None]:
+        """Within, the folder is locked."""
+
+        def lock() -> None:
+            stack.enter_context(self.folder.owned())
+            self.refuse()  # again: another run may have used it
+
+        with ExitStack() as stack:
+            processes.led(lock)
+            yield
+
+    @contextmanager
+    def opened(self, plan: RecipePlan, moved: Note | None) -> Iterator[Sequence[Board]]:
+        """Within, the folder has what is known before the first step, and boards show the run."""
+
+        def open_() -> Sequence[Board]:
+            shown = stack.enter_context(opened(self.boards, self.folder.path, self.recipe, new=not self.resume))
+            self.folder.open(
+                self.recipe, self.text, plan, self.words, resume=self.resume, overwrite=self.overwrite, moved=moved
+            )
+            return shown
+
+        with ExitStack() as stack:
+            yield processes.led_for(open_, [])
+
+
+def _as_begun(folder: RunFolder, resume: bool, overwrite: bool) -> tuple[bool, bool]:
+    """The two switches, as what is in the folder wants them: torchrun starts processes again with the words of the first time, and a run of
+    which nothing had been written begins anew."""
+    if processes.restarted() and (folder.path / RESOLVED).is_file():
+        return True, False
+    return resume and (overwrite or not folder.blank), overwrite
 
 
 def planned(recipe: Recipe, device: str, name: str = "recipe") -> RecipePlan:
@@ -159,23 +204,6 @@ def _prepared(
     plan = plan_job(job)
     _refuse(job, plan, folder, overwrite=overwrite)
     return job, plan, _note_data(job, plan, folder, resume=resume)
-
-
-@contextmanager
-def _owned(folder: RunFolder) -> Iterator[None]:
-    """The folder, locked by the leader."""
-    with ExitStack() as stack:
-        processes.led_for(lambda: stack.enter_context(folder.owned()), None)
-        yield
-
-
-@contextmanager
-def _opened(
-    boards: Sequence[type[Board]], folder: RunFolder, recipe: Recipe, *, new: bool
-) -> Iterator[Sequence[Board]]:
-    """The boards, which the leader alone has."""
-    with ExitStack() as stack:
-        yield processes.led_for(lambda: stack.enter_context(opened(boards, folder.path, recipe, new=new)), [])
 
 
 @contextmanager
@@ -220,6 +248,8 @@ def _told(
 ) -> FinishedRun | None:
     """The finished run in the folder, once that was said, and its report is there; None if it is not finished."""
     with folder.owned():
+        if (others := other_files(folder.path)) and _made_again(folder, others, Terminal(console)):
+            return None
         done = finished_run(folder, recipe)
         if done is None:
             return None
@@ -229,7 +259,23 @@ def _told(
         Terminal(console).print(text, highlight=False, soft_wrap=True)
         if report is not None and unreported:
             report(folder.path)
+        if not is_listed(folder.path):  # it was killed before it wrote that
+            write_list(folder.path)
         return done
+
+
+def _made_again(folder: RunFolder, others: list[str], console: Terminal) -> bool:
+    """Tell which files of a finished run are missing or damaged. Returns whether some are now removed, so that resuming it makes them."""
+    again = remove_remade(folder.path, others)
+    for names, what in (
+        (again, "made again"),
+        (sorted({*others} - {*again}), "left as they are: only training makes them"),
+    ):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            text = f"{folder.path}: {', '.join(names[:3])}{more}: missing or damaged, and {what}"
+            console.print(text, highlight=False, soft_wrap=True)
+    return bool(again)
 
 
 def _run(
@@ -251,6 +297,7 @@ def _run(
             )
         )
         run.log.show(partial(print_merge, merged))
+    processes.led(lambda: write_list(folder.path))
     return RunResult(results, folder.path, merged, _models=lambda: (trained.student.model, trained.teacher.model))
 
 

@@ -103,6 +103,7 @@ def _written(
     )
     log.show_on_boards(lambda board: board.results(job.recipe, results))
     found.predictions.write(folder.path)
+    log.each_once()
     write_json(folder.path / "results.json", results.model_dump(exclude_unset=True))  # last: it marks a run as finished
     needed = scorer.task(teacher).needs_classes(job.datasets.num_classes or 0)
     heads = getattr(teacher.model, "num_classes", 0)

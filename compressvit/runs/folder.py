@@ -97,6 +97,11 @@ class RunFolder:
         elif occupied:
             refuse_foreign(self.path)
 
+    @property
+    def blank(self) -> bool:
+        """Whether the folder is there and no run has begun in it: one was killed before it had written its first file."""
+        return self.path.is_dir() and all(map(is_scratch, self.path.iterdir()))
+
     def as_begun(self, recipe: Recipe) -> Recipe:
         """The recipe to resume the run with: one from before `group_by: auto` keeps every image by itself (null, as its recipe says), so
         that the same images are held out."""

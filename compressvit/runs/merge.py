@@ -31,7 +31,7 @@ from compressvit.artifacts.merge import (
 from compressvit.data.input import InputConfig
 from compressvit.data.opening import Datasets
 from compressvit.errors import UserError, option, switch
-from compressvit.files import disk_faults, write_json
+from compressvit.files import disk_faults, put, write_json
 from compressvit.model import cost, stored, surgery, ties
 from compressvit.model.backbone import body_of
 from compressvit.model.stored import Manifest
@@ -228,7 +228,7 @@ def _replace(target: Path, model: nn.Module, plain: bool, check: Callable[[nn.Mo
             for name in _WRITTEN:
                 (target / name).unlink(missing_ok=True)
             for file in scratch.iterdir():
-                os.replace(file, target / file.name)
+                put(file, target / file.name)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     return checked

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,11 +26,12 @@ from compressvit.training import optimisation as opt
 from compressvit.training.batch import to_device
 from compressvit.training.best import Best
 from compressvit.training.meters import Meters
+from compressvit.training.nonfinite import Skips, require_finite, where_to_look
 from compressvit.training.phase import Phase
 from compressvit.training.spec import Training
 from compressvit.training.state import Moments, TrainedState, restoring, taken_up, write_checkpoint
 from compressvit.training.step import Pass, Step
-from compressvit.training.stopping import Interrupted, StopRequest, diverged
+from compressvit.training.stopping import Interrupted, StopRequest
 from compressvit.training.terms import Term
 from compressvit.training.watch import Watch
 
@@ -127,7 +129,8 @@ class Trainer:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.state = TrainedState(model)
         self.buffers = opt.Buffers(model)
-        self.finite = torch.ones((), dtype=torch.bool, device=device)  # every loss and gradient so far
+        self.finite = torch.ones((), dtype=torch.bool, device=device)  # every loss and gradient but of skipped steps
+        self.skips = Skips(spec.skip_nonfinite)
 
     def run(self) -> dict[str, Any]:
         """Run the whole phase; returns the result of `train`."""
@@ -193,11 +196,9 @@ class Trainer:
             self.scaler.load_state_dict(saved["scaler"])
             if self.average is not None:
                 self.average.load(saved)
+            self.random_state = saved.get("random_states", [saved["random_state"]])[processes.rank()]
         self.epoch, self.batch_index, self.steps = saved["epoch"], saved["batch_index"], saved["steps"]
-        self.random_state, self.meters = saved["random_state"], Meters(**saved["meters"])
-        if others := saved.get("random_states"):
-            with restoring(path):
-                self.random_state = others[processes.rank()]
+        self.meters, self.skips.count = Meters(**saved["meters"]), saved.get("skipped", 0)
         self.log.say(f"{self.phase.name}: resumed at epoch {self.epoch + 1}, step {self.steps} of {self.total_steps}")
         return None
 
@@ -206,9 +207,8 @@ class Trainer:
         teacher = self.teacher
         if teacher is not None:
             teacher.model.to(self.device).eval()
-        self.compute = Step(
-            Pass(self.student, teacher, self.terms, self.task, self.autocast, compiled=self.spec.compile)
-        )
+        whole = Pass(self.student, teacher, self.terms, self.task, self.autocast, compiled=self.spec.compile)
+        self.compute = Step(whole)
 
     def disconnect(self) -> None:
         self.frozen.release()
@@ -274,7 +274,7 @@ class Trainer:
         self.meters.add(self.steps + 1, loss, terms, figures)
 
     def step(self) -> None:
-        """One optimiser step with the accumulated gradient, skipped if any loss or gradient so far was not finite."""
+        """One optimiser step with the accumulated gradient, left out if any loss or gradient so far was not finite."""
         self.schedule.step_update(self.steps)
         self.scaler.unscale_(self.optimizer)
         for watch in self.watches:
@@ -284,28 +284,25 @@ class Trainer:
         if not self.scaler.is_enabled():
             self.finite = self.finite & torch.isfinite(norm)
         self.finite = processes.everywhere(self.finite)
-        opt.step_if(self.finite, self.optimizer, self.scaler, self.parameters)
+        if skipped := self.skips.take(self.finite):
+            self.log.say(f"{self.phase.name}: {self.skips.words(self.meters.drop(self.steps + 1))}")
+        else:
+            opt.step_if(self.finite, self.optimizer, self.scaler, self.parameters)
         self.buffers.put_back_unless(self.finite)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update(self.model)
         self.steps += 1
+        self.finite = self.finite | skipped
         group = self.optimizer.param_groups[0]
-        self.meters.add_update(norm, group["lr"] / group.get("lr_scale", 1.0))  # of a layer or backbone, a part of `lr`
+        # of a layer or backbone, `lr` is a part of the whole one
+        self.meters.add_update(self.steps, norm, group["lr"] / group.get("lr_scale", 1.0))
 
     def read(self) -> None:
-        """Wait for the device and read the values of the batches since the last call.
-
-        Raises:
-            UserError: a loss or gradient was not finite.
-        """
-        for reading in self.meters.read():
-            norm = reading.gradient_norm
-            if not math.isfinite(reading.loss):
-                raise diverged(self.phase, reading, f"the loss is {reading.loss}")
-            if norm is not None and not math.isfinite(norm) and not self.scaler.is_enabled():
-                raise diverged(self.phase, reading, f"the gradient's norm is {norm}")
+        """Wait for the device and read the values of the batches since the last call. Raises as `require_finite`."""
+        look = partial(where_to_look, self.student, self.teacher, self.loader)
+        require_finite(self.phase, self.meters.read(), look, gradients=not self.scaler.is_enabled())
 
     def close_epoch(self) -> None:
         """Log, evaluate, keep the best weights, run diagnostics, and write a checkpoint."""
@@ -336,8 +333,7 @@ class Trainer:
 
     def interrupted(self) -> Interrupted:
         assert self.stop.signum is not None, "somebody asked for it"
-        file = self.phase.checkpoint
-        return Interrupted(self.stop.signum, file.parents[1], f"{file} was written")
+        return Interrupted(self.stop.signum, self.phase.checkpoint.parents[1], f"{self.phase.checkpoint} was written")
 
     def judged(self) -> nn.Module:
         """The model to evaluate: the weight average, if there is one, until it is copied into the model at the end."""
@@ -392,12 +388,12 @@ class Trainer:
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
                 "batch_index": self.batch_index,
+                "skipped": self.skips.count,
                 "random_state": states[0],
+                **({"random_states": states} if len(states) > 1 else {}),
                 "meters": self.meters.state() if random_state else {},
                 "best": self.best,
             }
-            if len(states) > 1:
-                content["random_states"] = states
             if self.average is not None:
                 average = self.state.of(self.average.module)
                 content |= {"average": average, "n_averaged": self.average.updates, "average_rises": self.average.rises}

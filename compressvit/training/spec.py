@@ -73,6 +73,12 @@ class Training(Spec):
     clip_grad: float | None = Field(
         5.0, gt=0, description="Maximum L2 norm of the whole gradient; null for no clipping."
     )
+    skip_nonfinite: int = Field(
+        0,
+        ge=0,
+        description="How many optimiser steps with a loss or gradient that is not finite the phase leaves out before it stops with the "
+        "weights from before the next one. With more than 0 every step waits for the device.",
+    )
     accumulate: int = Field(1, ge=1, description="Batches whose gradients are accumulated for one optimiser step.")
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32", description="Precision of autocast; parameters stay in float32."
