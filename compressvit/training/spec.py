@@ -90,6 +90,11 @@ class Training(Spec):
         description="Decay of a moving average of the weights, which is evaluated and becomes the result. It rises with the number of "
         "updates t, min(ema, (1 + t) / (10 + t)), so that the first steps do not dominate the average of a short phase.",
     )
+    activation_checkpointing: bool = Field(
+        False,
+        description="Keep only the input of every block of the trained model for the backward pass, and compute the rest again there: the "
+        "same weights in less memory, for the time of another forward pass. Blocks that a loss or a diagnostic looks into keep all.",
+    )
     compile: bool = Field(False, description="Use torch.compile on the trained model and the teacher.")
     mixup: float = Field(0.0, ge=0, description="α of mixup; 0 for none.")
     cutmix: float = Field(0.0, ge=0, description="α of cutmix; 0 for none.")
