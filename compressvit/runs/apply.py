@@ -92,8 +92,7 @@ def apply(
         output: the run folder.
         overrides: changes to a recipe given as a name, path or dictionary, e.g. `["data.root=FOLDER", "seed=1"]`.
         device: 'auto', 'cpu', 'cuda', 'cuda:1', 'mps', …
-        resume, overwrite: continue the run in a folder that is not empty, or replace it. In an empty one, as a run leaves it that was
-            killed at once, `resume` begins it.
+        resume, overwrite: continue the run in a folder (in an empty one, which a kill can leave, begin it), or replace it.
         console: shows progress and tables; `Console(quiet=True)` shows nothing.
         report: called with the run folder once the results are written, before a merge.
         command: the command line to record in `environment.json`; by default that of this process.
@@ -129,8 +128,7 @@ def apply(
                 words = list(command or sys.argv)
                 folder.open(recipe, text, plan, words, resume=resume, overwrite=overwrite, moved=moved)
                 stoppable.run = folder.path
-                faults = resource_faults(recipe.data, partial(what_fits, job, plan))
-                with _logged(recipe, folder, console, shown) as run_log, faults:
+                with _logged(job, plan, folder, console, shown) as run_log:
                     run_log.show(lambda to: print_plan(plan, to))
                     return _run(Run(job, folder, run_log, measured), plan, teacher, taught, report)
 
@@ -151,12 +149,15 @@ def planned(recipe: Recipe, device: str, name: str = "recipe") -> RecipePlan:
 
 
 @contextmanager
-def _logged(recipe: Recipe, folder: RunFolder, console: Console | None, boards: Sequence[Board]) -> Iterator[RunLog]:
-    """The log of a run, which also has the error that ends it."""
-    run_log = RunLog(folder.path, console, partial(tag_of, tags=scalar_tags(recipe)), boards)
+def _logged(
+    job: Job, plan: RecipePlan, folder: RunFolder, console: Console | None, boards: Sequence[Board]
+) -> Iterator[RunLog]:
+    """The log of a run, which also has the error that ends it, also where the machine lacks something."""
+    run_log = RunLog(folder.path, console, partial(tag_of, tags=scalar_tags(job.recipe)), boards)
     try:
         begin(boards)
-        yield run_log
+        with resource_faults(job.recipe.data, partial(what_fits, job, plan)):
+            yield run_log
     except UserError as error:
         log.error("%s", error, extra={"already_shown": True})
         raise
