@@ -103,7 +103,6 @@ def apply(
         compressvit.training.loop.Interrupted: stopped by a signal; in a training after writing a checkpoint.
 
     Example:
-        >>> import compressvit
         >>> run = compressvit.apply("quickstart", "runs/first", overrides=["seed=1"])  # doctest: +SKIP
         >>> run.results.student.top1  # doctest: +SKIP
         97.21
