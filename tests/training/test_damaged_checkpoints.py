@@ -39,7 +39,7 @@ def resumed(recipe, stopped):
 
 KEYS = [
     "done", "model", "frozen", "steps", "epoch", "start", "optimizer", "scaler", "batch_index", "random_state", "meters", "best", "average",
-    "n_averaged", "average_rises",
+    "n_averaged", "average_rises", "skipped",
 ]  # fmt: skip
 INSIDE = [
     ("model", "cls_token", None),

@@ -240,6 +240,8 @@ def test_a_damaged_teacher_is_written_again_from_its_checkpoint(recipe, finished
     shutil.copytree(finished, folder)
     whole = (folder / "teacher" / TENSORS).read_bytes()
     (folder / "teacher" / TENSORS).write_bytes(whole[:1000])
+    (folder / "results.json").unlink()  # of a run that is not finished nothing is listed
+    (folder / "files.json").unlink()
     message = refused("apply", recipe, "--output", folder, "seed=3", "--resume")
     assert f"Remove {folder / 'teacher'}" in message
     shutil.rmtree(folder / "teacher")
