@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from compressvit.errors import UserError
+from compressvit.processes import ToldElsewhere, leads, place
 from compressvit.text import complain, printable
 
 REFUSED = 2  # something asked for cannot be done
@@ -31,8 +32,10 @@ def answered(program: str, run: Callable[[], int], run_folder: Callable[[], Path
         code = run()
         sys.stdout.flush()
         return code
+    except ToldElsewhere:
+        return REFUSED
     except UserError as error:
-        complain(program, error)
+        complain(program, error if leads() else f"process {place()}: {error}")
         return REFUSED
     except KeyboardInterrupt as stop:
         number = stop.args[0] if stop.args and isinstance(stop.args[0], int) else int(signal.SIGINT)

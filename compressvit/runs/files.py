@@ -285,6 +285,7 @@ class Environment(RunFile):
     platform: str
     cpu_count: int | None = None
     torch_threads: int | None = None
+    processes: int = 1
     cuda: str | None = None
     gpus: list[str] = []
     versions: dict[str, str | None] = {}

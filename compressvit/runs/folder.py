@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from compressvit import __version__
+from compressvit import __version__, processes
 from compressvit.errors import UserError, option, switch
 from compressvit.files import disk_faults, write_json, write_text
 from compressvit.model.header import MANIFEST
@@ -82,6 +82,7 @@ class RunFolder:
         occupied = self.path.is_dir() and any(not is_scratch(entry) for entry in self.path.iterdir())
         if resume:
             self._refuse_other_recipe(recipe)
+            self._refuse_other_processes()
             refuse_links(self.path.resolve())
         elif occupied and not overwrite:
             raise UserError(
@@ -140,6 +141,18 @@ class RunFolder:
                 + "\n".join(lines)
                 + "\n"
                 f"Give the same recipe and overrides, or start a new run with another {option('output')}"
+            )
+
+    def _refuse_other_processes(self) -> None:
+        """`data.batch_size` is of each process, so that another number of them would train with other batches."""
+        before, now = 1, processes.launched()
+        with suppress(UserError, OSError, ValueError):  # it is written anew where it is missing
+            before = Environment.model_validate(read_json(self.path / "environment.json")).processes
+        if before != now:
+            raise UserError(
+                f"{switch('resume')}: {self.path} was started with {before} process{'es' * (before > 1)}, and there "
+                f"{'are' if now > 1 else 'is'} {now} now; data.batch_size counts for each, so the rest of the run would be another one. "
+                f"Start {before}, or start a new run with another {option('output')}"
             )
 
     def _changes_nothing(self, key: str, before: dict[str, Any], recipe: Recipe) -> bool:
@@ -261,14 +274,14 @@ class RunFolder:
             writes[RESOLVED](self.path / RESOLVED)
 
 
-def refuse_processes() -> None:
-    """Raise a `UserError` in a process of a multi-process launcher such as torchrun: every process would do all of the work, and write
-    to the same folder."""
-    count = os.environ.get("WORLD_SIZE", "1")
-    if count not in ("", "0", "1"):
+def refuse_processes(asked: str) -> None:
+    """Raise a `UserError` in one of several processes of a launcher such as torchrun, for what does not divide its work: every process
+    would do all of it, and write to the same folder."""
+    count = processes.launched()
+    if count > 1:
         raise UserError(
-            f"a launcher has started {count} processes (WORLD_SIZE={count}), and compressvit works in one; start it without torchrun, "
-            "srun or mpirun, or unset WORLD_SIZE"
+            f"a launcher has started {count} processes (WORLD_SIZE={count}), and {asked} works in one; start it without torchrun, srun or "
+            "mpirun, or unset WORLD_SIZE. `compressvit apply` works in several"
         )
 
 
@@ -325,6 +338,7 @@ def environment(command: list[str], packages: Sequence[str] = ()) -> Environment
         platform=platform.platform(),
         cpu_count=os.cpu_count(),
         torch_threads=torch.get_num_threads(),
+        processes=processes.launched(),
         cuda=torch.version.cuda if torch.cuda.is_available() else None,
         gpus=[torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         versions=versions,

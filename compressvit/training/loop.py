@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from compressvit import processes
 from compressvit.data.input import Side
 from compressvit.log import RunLog
 from compressvit.model import ties
-from compressvit.model.taps import Taps
 from compressvit.tasks.base import Task, task_of
 from compressvit.training import optimisation as opt
 from compressvit.training.batch import to_device
@@ -30,11 +30,11 @@ from compressvit.training.nonfinite import Skips, require_finite, where_to_look
 from compressvit.training.phase import Phase
 from compressvit.training.spec import Training
 from compressvit.training.state import Moments, TrainedState, restoring, taken_up, write_checkpoint
+from compressvit.training.step import Pass, Step
 from compressvit.training.stopping import Interrupted, StopRequest
-from compressvit.training.terms import Batch, Term, total_of
+from compressvit.training.terms import Term
 from compressvit.training.watch import Watch
 
-Forward = Callable[[torch.Tensor], torch.Tensor]
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -120,7 +120,7 @@ class Trainer:
         self.total_steps = int(min(spec.epochs * steps_per_epoch, spec.max_steps or math.inf))
         opt.set_drop_path(model, spec.drop_path)
         self.frozen = opt.Frozen(opt.frozen_modules(model, spec), opt.frozen_norms(model))
-        self.optimizer = opt.build_optimizer(model, spec, self.batch_size, device)
+        self.optimizer = opt.build_optimizer(model, spec, self.batch_size * processes.count(), device)
         self.schedule = opt.build_schedule(self.optimizer, spec, steps_per_epoch)
         self.mixing = opt.build_mixing(spec, self.task, getattr(model, "num_classes", 0))
         self.average = opt.build_average(model, spec.ema)
@@ -134,7 +134,7 @@ class Trainer:
 
     def run(self) -> dict[str, Any]:
         """Run the whole phase; returns the result of `train`."""
-        if self.phase.begun:
+        if processes.told(self.phase.begun):
             ended = self.resume()
             if ended is not None:
                 self.frozen.release()
@@ -176,7 +176,7 @@ class Trainer:
 
     def resume(self) -> dict[str, Any] | None:
         """Continue from the checkpoint. If the phase is already complete, return the result of `train`."""
-        path, saved, told = taken_up(self.phase, self.model, len(self.loader))
+        path, saved, told = processes.first(lambda: taken_up(self.phase, self.model, len(self.loader)))
         if told:
             self.log.say(f"{self.phase.name}: {told}")
         self.state.load(saved, self.model, path)
@@ -196,28 +196,23 @@ class Trainer:
             self.scaler.load_state_dict(saved["scaler"])
             if self.average is not None:
                 self.average.load(saved)
+            self.random_state = saved.get("random_states", [saved["random_state"]])[processes.rank()]
         self.epoch, self.batch_index, self.steps = saved["epoch"], saved["batch_index"], saved["steps"]
-        self.random_state, self.meters = saved["random_state"], Meters(**saved["meters"])
-        self.skips.count = saved.get("skipped", 0)
+        self.meters, self.skips.count = Meters(**saved["meters"]), saved.get("skipped", 0)
         self.log.say(f"{self.phase.name}: resumed at epoch {self.epoch + 1}, step {self.steps} of {self.total_steps}")
         return None
 
     def connect(self) -> None:
-        """Attach the taps, then compile: the compiled graph must contain their hooks."""
-        self.student_taps = Taps(self.model, [tap for term in self.terms for tap in term.student_taps])
-        self.teacher_taps: Taps | None = None
-        self.run_student: Forward = torch.compile(self.model) if self.spec.compile else self.model
-        if self.teacher is not None:
-            model = self.teacher.model.to(self.device).eval()
-            self.teacher_images = self.teacher.converter(self.student.input)
-            self.teacher_taps = Taps(model, [tap for term in self.terms for tap in term.teacher_taps])
-            self.run_teacher: Forward = torch.compile(model) if self.spec.compile else model
+        """Make student, teacher and loss one step, in which the processes of a run take part."""
+        teacher = self.teacher
+        if teacher is not None:
+            teacher.model.to(self.device).eval()
+        whole = Pass(self.student, teacher, self.terms, self.task, self.autocast, compiled=self.spec.compile)
+        self.compute = Step(whole)
 
     def disconnect(self) -> None:
         self.frozen.release()
-        self.student_taps.close()
-        if self.teacher_taps is not None:
-            self.teacher_taps.close()
+        self.compute.close()
 
     def is_over(self) -> bool:
         return self.epoch >= self.spec.epochs or self.steps >= self.total_steps
@@ -240,14 +235,17 @@ class Trainer:
                 self.advance()
             if self.steps >= self.total_steps:
                 return
-            if self.stop.signum is not None:
+            if self.is_stopped():
                 self.read()
                 self.checkpoint(False, opt.random_state())
                 raise self.interrupted()
 
     def batches(self) -> Iterator[tuple[torch.Tensor, Any]]:
         """The remaining batches of the epoch, on the CPU, with the epoch's own random state."""
-        opt.seed_everything(self.phase.seed, self.phase.number, self.epoch)
+        others = (
+            [processes.rank()] if processes.rank() else []
+        )  # draw for themselves; the leader draws what a single process does
+        opt.seed_everything(self.phase.seed, self.phase.number, self.epoch, *others)
         batches = iter(self.loader)
         for _ in range(self.batch_index):  # batches that the interrupted epoch had already processed
             next(batches)
@@ -264,25 +262,16 @@ class Trainer:
             watch.before(self.steps)
         if self.batch_index % self.spec.accumulate == 0:
             self.buffers.remember()
-        with self.autocast:
-            batch = self.forward(images, targets)
-            loss, parts = total_of(self.terms, batch)
-        self.finite = self.finite & torch.isfinite(loss.detach())
         # The last step of an epoch may accumulate fewer batches.
         left = len(self.loader) - self.batch_index // self.spec.accumulate * self.spec.accumulate
-        self.scaler.scale(loss / min(self.spec.accumulate, left)).backward()
+        parts = min(self.spec.accumulate, left)
+        last = self.batch_index % self.spec.accumulate == parts - 1
+        loss, terms, figures = self.compute(
+            images, targets, labels, lambda loss: self.scaler.scale(loss / parts).backward(), last=last
+        )
+        self.finite = self.finite & torch.isfinite(loss)
         self.batch_index += 1
-        figures = self.task.batch_figures(batch.student_logits, batch.teacher_logits, targets, labels)
-        self.meters.add(self.steps + 1, loss, parts, figures)
-
-    def forward(self, images: torch.Tensor, targets: Any) -> Batch:
-        """Run student and teacher on a batch, and collect their taps."""
-        logits = self.run_student(images)
-        if self.teacher is None or self.teacher_taps is None:
-            return Batch(logits, None, self.student_taps.pop(), {}, targets)
-        with torch.no_grad():
-            teacher_logits = self.run_teacher(self.teacher_images(images))
-        return Batch(logits, teacher_logits, self.student_taps.pop(), self.teacher_taps.pop(), targets)
+        self.meters.add(self.steps + 1, loss, terms, figures)
 
     def step(self) -> None:
         """One optimiser step with the accumulated gradient, left out if any loss or gradient so far was not finite."""
@@ -294,6 +283,7 @@ class Trainer:
         # The scaler itself skips a step with a non-finite gradient, and continues with a smaller scale.
         if not self.scaler.is_enabled():
             self.finite = self.finite & torch.isfinite(norm)
+        self.finite = processes.everywhere(self.finite)
         if skipped := self.skips.take(self.finite):
             self.log.say(f"{self.phase.name}: {self.skips.words(self.meters.drop(self.steps + 1))}")
         else:
@@ -319,6 +309,7 @@ class Trainer:
         self.read()
         self.epoch, self.batch_index = self.epoch + 1, 0
         last = self.is_over()
+        processes.alike(self.model.buffers())  # the leader's, of which each process has seen others since the last step
         self.log.scalars(self.phase.name, "epoch", self.steps, {"epoch": self.epoch, **self.meters.means()})
         if last and self.average is not None:
             self.model.load_state_dict(ties.unique_state(self.average.module), strict=False)
@@ -332,8 +323,13 @@ class Trainer:
         if self.best is not None:
             self.checkpoint(last)
         self.meters = Meters()
-        if self.stop.signum is not None:  # requested during the last step or the evaluation
+        if self.is_stopped():  # requested during the last step or the evaluation
             raise self.interrupted()
+
+    def is_stopped(self) -> bool:
+        """Whether a signal has come, to this process or to another one of the run."""
+        self.stop.signum = processes.any_of(self.stop.signum or 0) or None
+        return self.stop.signum is not None
 
     def interrupted(self) -> Interrupted:
         assert self.stop.signum is not None, "somebody asked for it"
@@ -346,7 +342,7 @@ class Trainer:
     def catch_up(self, last: bool) -> None:
         """Evaluate and measure at the present epoch, where a run was killed after its checkpoint, before that was recorded."""
         due = self.epoch and (last or self.epoch % self.spec.evaluate_every == 0)
-        if due and not self.log.recorded(self.phase.name, "evaluate", self.steps):
+        if due and not processes.told(self.log.recorded(self.phase.name, "evaluate", self.steps)):
             self.judge()
         self.measure(self.judged(), self.epoch, last)
 
@@ -371,7 +367,10 @@ class Trainer:
         return self.epoch if self.best is None else self.best["epoch"]
 
     def checkpoint(self, done: bool, random_state: dict[str, Any] | None = None) -> None:
-        """Write a checkpoint; in the middle of an epoch with its `random_state` and meters."""
+        """Write a checkpoint; in the middle of an epoch with its `random_state`, that of every process, and meters."""
+        states = processes.gathered(random_state)
+        if not processes.leads():
+            return
         content: dict[str, Any] = {
             "done": done,
             "model": self.state.of(self.model),
@@ -390,7 +389,8 @@ class Trainer:
                 "scaler": self.scaler.state_dict(),
                 "batch_index": self.batch_index,
                 "skipped": self.skips.count,
-                "random_state": random_state,
+                "random_state": states[0],
+                **({"random_states": states} if len(states) > 1 else {}),
                 "meters": self.meters.state() if random_state else {},
                 "best": self.best,
             }

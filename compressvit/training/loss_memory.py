@@ -19,8 +19,7 @@ from compressvit.model.shapes import RememberedShapes
 from compressvit.model.taps import Taps
 from compressvit.tasks.base import Task, task_of
 from compressvit.training.terms import Batch, Term
-
-_SIDES = (lambda term: term.student_taps, lambda term: term.teacher_taps)
+from compressvit.training.terms.base import SIDES
 
 
 def loss_bytes(
@@ -40,7 +39,7 @@ def loss_bytes(
         UserError: a model does not take images of its size.
     """
     models, device = [surgery.skeleton(student).train(), surgery.skeleton(teacher).eval()], torch.device("meta")
-    taps = [Taps(m, [t for term in terms for t in side(term)]) for m, side in zip(models, _SIDES, strict=True)]
+    taps = [Taps(m, [t for term in terms for t in side(term)]) for m, side in zip(models, SIDES, strict=True)]
     images = [torch.empty(batch, c.channels, c.height, c.width, device=device) for c in (size, teacher_size)]
     with RememberedShapes():
         with taking(student, (size.channels, size.height, size.width)):

@@ -18,12 +18,11 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, overload
 
 import torch
-from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from compressvit.errors import UserError, did_you_mean
+from compressvit.training import relations
 
 __all__ = ["attention_relation", "cka", "feature", "hidden_relation", "prediction"]
 
@@ -111,14 +110,7 @@ def attention_relation(
             f"{widths[1]}; these do: {', '.join(str(d) for d in range(1, common + 1) if common % d == 0)}"
         )
 
-    student = [rearrange(projection, "b n (h c) -> b h n c", h=heads) for projection in student_qkv]
-    teacher = [rearrange(projection.detach(), "b n (h c) -> b h n c", h=heads) for projection in teacher_qkv]
-    terms = [
-        _relation_cross_entropy((student[i], student[j]), (teacher[i], teacher[j]), with_kl)
-        for i in range(3)
-        for j in range(3)
-    ]
-    loss, kl = (torch.stack(values).mean() for values in zip(*terms, strict=True))
+    loss, kl = relations.cross_entropy(student_qkv, teacher_qkv, heads, with_kl)
     return (loss, kl) if with_kl else loss
 
 
@@ -158,13 +150,12 @@ def hidden_relation(
                 f"hidden_relation: {side}_hidden must be (B, N, C), got {_shape(hidden)}; flatten grids into N"
             )
     _require_same_tokens("hidden_relation", student_hidden, teacher_hidden)
-    student, teacher = _in_common_precision(student_hidden, teacher_hidden)
-    with _autocast_off(student):
+    with _autocast_off(student_hidden):
         if form == "softmax_ce":
-            return _relation_cross_entropy((student, student), (teacher, teacher))[0]
-        batch, tokens, _ = student.shape
-        distance = _squared_relation_distance(F.normalize(student, dim=-1), F.normalize(teacher, dim=-1))
-        return scale * distance / (batch * tokens**2)
+            student, teacher = _in_common_precision(student_hidden, teacher_hidden)
+            return relations.cross_entropy([student], [teacher], 1)[0]
+        batch, tokens, _ = student_hidden.shape
+        return scale * relations.squared_distance(student_hidden, teacher_hidden) / (batch * tokens)
 
 
 def feature(student: Tensor, teacher: Tensor, form: Literal["cosine", "mse"] = "cosine") -> Tensor:
@@ -225,70 +216,6 @@ def _centred(hidden: Tensor) -> Tensor:
     """All tokens (B·N, C), less their mean."""
     flat = hidden.flatten(0, 1)
     return flat - flat.mean(dim=0)
-
-
-def _squared_relation_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """`Σ (S Sᵀ − T Tᵀ)²` over the batch, for (B, N, C_student) and (B, N, C_teacher)."""
-    tokens, student_width, teacher_width = student.shape[-2], student.shape[-1], teacher.shape[-1]
-    if student_width == teacher_width:
-        # S Sᵀ − T Tᵀ = (E Pᵀ + P Eᵀ)/2 with E = S − T and P = S + T. Every term contains E, so for a student close to its
-        # teacher, the goal of distillation, the result is not a small difference of large numbers.
-        error, total = student - teacher, student + teacher
-        if tokens <= student_width:
-            half = error @ total.mT
-            return (half + half.mT).square().sum() / 4
-        cross = error.mT @ total
-        return ((error.mT @ error) * (total.mT @ total)).sum() / 2 + (cross * cross.mT).sum() / 2
-    if tokens <= max(student_width, teacher_width):
-        return (student @ student.mT - teacher @ teacher.mT).square().sum()
-    squares = (student.mT @ student).square().sum() + (teacher.mT @ teacher).square().sum()
-    return squares - 2 * (student.mT @ teacher).square().sum()
-
-
-def _relation_cross_entropy(
-    student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], with_kl: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy of the rows of `softmax(X Yᵀ / sqrt(D))`, student against teacher, and the detached KL.
-
-    Each pair (X, Y) has two tensors (..., N, D); D may differ between student and teacher. Without `with_kl` the KL is 0.
-    """
-    tokens, widths = student[0].shape[-2], (student[0].shape[-1], teacher[0].shape[-1])
-    if tokens <= max(widths):
-        loss, kl = _cross_entropy_sums(*student, *teacher, with_kl)
-    else:
-        # With at most as many rows per chunk as the narrower input has columns, the logits are no larger than the inputs.
-        row_chunks = zip(student[0].split(min(widths), dim=-2), teacher[0].split(min(widths), dim=-2), strict=True)
-        parts = [
-            checkpoint(
-                _cross_entropy_sums,
-                *(student_rows, student[1], teacher_rows, teacher[1], with_kl),
-                use_reentrant=False,
-                preserve_rng_state=False,  # nothing here is random, and saving the random state would synchronise the device
-            )
-            for student_rows, teacher_rows in row_chunks
-        ]
-        loss, kl = (torch.stack(sums).sum() for sums in zip(*parts, strict=True))
-    rows = student[0].shape[:-1].numel()
-    return loss / rows, kl / rows
-
-
-def _cross_entropy_sums(
-    student_rows: Tensor, student_columns: Tensor, teacher_rows: Tensor, teacher_columns: Tensor, with_kl: bool
-) -> tuple[Tensor, Tensor]:
-    """Sums over rows of the cross-entropy and, with `with_kl`, of the KL divergence."""
-    log_student = _log_relation(student_rows, student_columns)
-    log_teacher = _log_relation(teacher_rows, teacher_columns)
-    probabilities = log_teacher.exp()
-    loss = -(probabilities * log_student).sum()
-    # Elementwise rather than as loss − entropy, so that equal relations give exactly 0.
-    kl = (probabilities * (log_teacher - log_student.detach())).sum() if with_kl else loss.new_zeros(())
-    return loss, kl
-
-
-def _log_relation(rows: Tensor, columns: Tensor) -> Tensor:
-    # Scaling before the product keeps float16 logits in range.
-    logits = (rows * rows.shape[-1] ** -0.5) @ columns.mT
-    return F.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
 def _in_common_precision(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:

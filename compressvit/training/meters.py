@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from compressvit import processes
 from compressvit.tasks.base import Task
 from compressvit.tasks.quality import Quality
 
@@ -82,10 +83,10 @@ class Meters:
         return apart.read()
 
     def read(self) -> list[Reading]:
-        """Wait for the device once, and accumulate the values recorded since the last call, batch by batch."""
+        """Wait for the device once, and accumulate the values recorded since the last call, batch by batch: means over the processes."""
         waiting, self._waiting = self._waiting, []
         norms = [batch.gradient_norm for batch in waiting if batch.gradient_norm is not None]
-        numbers = iter(_numbers([*(value for batch in waiting for value in batch.values.values()), *norms]))
+        numbers = iter(processes.means(_numbers([*(v for batch in waiting for v in batch.values.values()), *norms])))
         rows = [dict(zip(batch.values, numbers, strict=False)) for batch in waiting]
         readings = []
         for batch, row in zip(waiting, rows, strict=True):

@@ -20,7 +20,7 @@ from compressvit.model.backbone import head_names
 from compressvit.model.weights import build
 from compressvit.recipe.recipe import load_recipe
 from compressvit.runs.plan import plan_recipe
-from compressvit.training import loop
+from compressvit.training import step
 from compressvit.training.phases.finetune import Finetune
 from compressvit.transforms import LORS, SSF, Adapters, BitFit, Compacter, Freeze, HeadNorm, Multiplex, RepAdapter
 from compressvit.transforms.applying import compress
@@ -48,7 +48,7 @@ def recipe(tmp_path):
 
 def stopped(recipe, folder, monkeypatch, batch=6):
     """A run that was stopped amid its second epoch; its checkpoint."""
-    seen, total = [], loop.total_of
+    seen, total = [], step.total_of
 
     def counted(*args):
         seen.append(1)
@@ -57,7 +57,7 @@ def stopped(recipe, folder, monkeypatch, batch=6):
         return total(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "total_of", counted)
+        patch.setattr(step, "total_of", counted)
         assert run("apply", "--no-report", recipe, "--output", folder)[0] == 128 + signal.SIGTERM
     return folder / "checkpoints" / "2_finetune.pt"
 

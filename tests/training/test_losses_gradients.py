@@ -83,7 +83,7 @@ def square_shapes(loss: Callable[..., Tensor], student: object, teacher: object,
     with Shapes() as backward:
         value.backward()
     for shapes in (forward.seen, backward.seen):
-        assert len(shapes) > 5
+        assert len(shapes) > 4
         found.append([shape for shape in shapes if math.prod(shape) >= tokens**2 or shape.count(tokens) > 1])
     return found[0], found[1]
 

@@ -6,7 +6,7 @@ add terms through entry points of the group `compressvit.terms`. The loss functi
 
 from __future__ import annotations
 
-from compressvit.training.terms.base import TERMS, Batch, LossTerm, Term, TermSetting, loss_term, total_of
+from compressvit.training.terms.base import TERMS, Batch, LossTerm, Term, TermSetting, loss_term, total_of, unread_by
 from compressvit.training.terms.building import build_terms
 from compressvit.training.terms.labels import labels_term
 
@@ -20,4 +20,5 @@ __all__ = [
     "labels_term",
     "loss_term",
     "total_of",
+    "unread_by",
 ]

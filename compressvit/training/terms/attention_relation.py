@@ -13,7 +13,7 @@ from pydantic import Field
 
 from compressvit.model.taps import qkv_taps, tapped_qkv
 from compressvit.training import losses
-from compressvit.training.terms.base import Batch, LossTerm, Term, TermSetting, loss_term
+from compressvit.training.terms.base import Batch, LossTerm, Term, TermSetting, deepest_first, loss_term
 
 if TYPE_CHECKING:
     from compressvit.training.pairs import LayerPair
@@ -34,8 +34,11 @@ class AttentionRelationTerm(LossTerm):
             return None
 
         def function(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-            values = [losses.attention_relation(*_projections(pair, batch), self.heads, with_kl=True) for pair in pairs]
-            loss, kl = (torch.stack(v).mean() for v in zip(*values, strict=True))
+            values = []
+            for pair in deepest_first(pairs):
+                values.append(losses.attention_relation(*_projections(pair, batch), self.heads, with_kl=True))
+                batch.used(qkv_taps(pair.student), qkv_taps(pair.teacher))
+            loss, kl = (torch.stack(v).mean() for v in zip(*values[::-1], strict=True))
             # The cross-entropy cannot fall below the teacher's entropy; training can only reduce the difference, the KL divergence.
             return loss, {"attention_relation_kl": kl}
 

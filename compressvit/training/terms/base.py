@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -28,13 +29,29 @@ FEATURES = "norm"  # where a model's features come out, unless its family says o
 @dataclass(frozen=True)
 class Batch:
     """The inputs of the loss terms in one step. Logits are (B, classes), or what else a model returns; taps are {path: {'input' | 'output':
-    tensor}}."""
+    tensor}}.
+
+    Attributes:
+        unread: how often terms have yet to read each tap of the student and of the teacher; taps that it does not name are kept.
+    """
 
     student_logits: torch.Tensor
     teacher_logits: torch.Tensor | None
     student_taps: dict[str, dict[str, Any]]
     teacher_taps: dict[str, dict[str, Any]]
     targets: Any  # as the task defines them: classes (B,), or (B, classes) after mixup
+    unread: tuple[Counter[Tap], Counter[Tap]] = field(default_factory=lambda: (Counter(), Counter()))
+
+    def used(self, student: Iterable[Tap], teacher: Iterable[Tap]) -> None:
+        """For a term to say that it has read these taps: what no term reads after it is dropped, and leaves the memory before the loss is
+        complete. A term that says nothing has its taps to the end of the step."""
+        for taps, unread, read in zip(
+            (self.student_taps, self.teacher_taps), self.unread, (student, teacher), strict=True
+        ):
+            for path, io in read:
+                unread[path, io] -= 1
+                if unread[path, io] == 0:
+                    del taps[path][io]
 
 
 @dataclass(frozen=True)
@@ -109,6 +126,12 @@ class LossTerm(Spec):
         raise TypeError(f"{type(self).__name__} does not define build")
 
 
+def deepest_first(pairs: Iterable[Any]) -> list[Any]:
+    """The order in which terms go through pairs: tokens are fewest in the last stage, so that when the gradient of a large pair is
+    made, the taps of the smaller ones have left the memory."""
+    return list(pairs)[::-1]
+
+
 def between_blocks(
     term: LossTerm, setting: TermSetting, compare: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 ) -> Term | None:
@@ -123,14 +146,21 @@ def between_blocks(
     if not pairs:
         return None
 
-    def function(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        both = (pair.tokens(batch.student_taps, batch.teacher_taps, f"losses.{term.name}") for pair in pairs)
-        return torch.stack([compare(student, teacher) for student, teacher in both]).mean(), {}
-
     ours = tuple((pair.student.path, "output") for pair in pairs)
     theirs = tuple((pair.teacher.path, "output") for pair in pairs)
+
+    def function(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        values = []
+        for pair, *taps in deepest_first(zip(pairs, ours, theirs, strict=True)):
+            values.append(compare(*pair.tokens(batch.student_taps, batch.teacher_taps, f"losses.{term.name}")))
+            batch.used(taps[:1], taps[1:])
+        return torch.stack(values[::-1]).mean(), {}
+
     return Term(term.name, term.weight, function, ours, theirs)
 
+
+# what a term reads of the student, and of the teacher
+SIDES: tuple[Callable[[Term], tuple[Tap, ...]], ...] = (lambda term: term.student_taps, lambda term: term.teacher_taps)
 
 TERMS: Registry[type[LossTerm]] = Registry("loss term", "compressvit.training.terms")
 
@@ -146,6 +176,12 @@ def loss_term(name: str) -> Callable[[type[T]], type[T]]:
         return spec
 
     return register
+
+
+def unread_by(terms: Sequence[Term]) -> tuple[Counter[Tap], Counter[Tap]]:
+    """How often terms read each tap of the student and of the teacher."""
+    student, teacher = ([tap for term in terms for tap in taps(term)] for taps in SIDES)
+    return Counter(student), Counter(teacher)
 
 
 def total_of(terms: Sequence[Term], batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
