@@ -96,10 +96,11 @@ def write_atomically(path: Path, write: Callable[[Path], Any], *, keep: Path | N
         try:
             scratch.touch(exist_ok=False)  # fails on whatever else appears there; `write` then finds a file of ours
             write(scratch)
+            sync(scratch)
             if keep is not None and path.exists():
-                sync(scratch)  # before there is no file of that name
                 os.replace(path, keep)
-            put(scratch, path)
+            os.replace(scratch, path)
+            sync(path.parent)
         finally:
             scratch.unlink(missing_ok=True)
 

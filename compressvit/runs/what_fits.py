@@ -18,7 +18,7 @@ from compressvit.runs.files import RecipePlan
 from compressvit.runs.job import Job
 
 _CGROUP = Path("/sys/fs/cgroup/memory.max")  # the limit of a container
-# Of what the device has; measured on a ViT-S on an H200, the rest goes to fragments, kernels and what an operation needs within itself.
+# Of what the device has. A guess: the rest is for fragments, kernels, and what an operation needs within itself.
 _USABLE = 0.9
 _MOST = 4  # images, from which the bytes of one are counted
 _COPIES = 4  # of what is trained: weights, gradient, and two moments of Adam
