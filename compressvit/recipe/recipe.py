@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_v
 
 from compressvit.data.spec import Data
 from compressvit.errors import UserError
-from compressvit.model.detectors import DETECTORS
+from compressvit.model.names import COMPOSED
 from compressvit.model.old import current_recipe, is_of_a_run, lacks_what_is_new
 from compressvit.model.weights import require_known
 from compressvit.reading import MAX_YAML, Unreadable, read_text
@@ -304,7 +304,7 @@ def require_known_models(recipe: Recipe, name: str = "recipe") -> None:
     """
     for whose, given in (("teacher", recipe.teacher), ("student", recipe.student)):
         named: dict[str, Any] = {f"{whose}.model": given.model}
-        if (given.model or recipe.teacher.model).partition(".")[0] in DETECTORS:
+        if (given.model or recipe.teacher.model).partition(".")[0] in COMPOSED:
             named[f"{whose}.args.backbone"] = given.args.get("backbone")
         for key, model in named.items():
             try:
