@@ -38,7 +38,7 @@ class MaskFile:
 
     path: str = field(repr=False)
     name: str
-    classes: int | None
+    classes: int | None = field(repr=False)
     zero_is_none: bool = False
 
     def read(self, picture: Picture) -> ClassMask:

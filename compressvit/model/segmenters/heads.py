@@ -22,18 +22,18 @@ class Head(nn.Module):
     """Layers before the classifier, and the classifier, a convolution of 1 × 1.
 
     Args:
-        body: from (B, D, h, w) to (B, `width`, ·, ·).
+        layers: from (B, D, h, w) to (B, `width`, ·, ·).
         width: of what the classifier reads.
         classes: C.
     """
 
-    def __init__(self, body: nn.Module, width: int, classes: int):
+    def __init__(self, layers: nn.Module, width: int, classes: int):
         super().__init__()
-        self.body = body
+        self.layers = layers
         self.classifier = new_classifier(width, classes)
 
     def forward(self, features: Tensor) -> Tensor:  # (B, D, h, w) -> (B, C, ·, ·)
-        return self.classifier(self.body(features))
+        return self.classifier(self.layers(features))
 
     def reset_classifier(self, classes: int) -> None:
         """Give it a new classifier for that many classes."""

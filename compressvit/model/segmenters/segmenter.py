@@ -84,8 +84,8 @@ class Segmenter(nn.Module):
         cast(Any, self.backbone).set_grad_checkpointing(enable)
 
     def get_classifier(self) -> nn.Module:
-        """The layer that gives classes."""
-        return self.head.classifier
+        """All of the head: what is new on a trained backbone, so that what freezes the backbone trains it."""
+        return self.head
 
     def reset_classifier(self, num_classes: int) -> None:
         """Give the head a new layer for that many classes."""
