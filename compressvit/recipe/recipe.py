@@ -44,8 +44,8 @@ class Teacher(Spec):
     )
     backbone: str | None = Field(
         None,
-        description="Of a detector with `weights: train` or `random`: what its backbone starts from, pretrained (timm's) or the path of a "
-        "file or artifact. Null: random.",
+        description="Of a detector or segmenter with `weights: train` or `random`: what its backbone starts from, pretrained (timm's) or "
+        "the path of a file or artifact. Null: random.",
     )
     args: dict[str, Any] = Field(
         default_factory=dict, description="Further arguments of timm.create_model, e.g. {img_size: 384}."
@@ -97,7 +97,8 @@ class Student(Spec):
     )
     backbone: str | None = Field(
         None,
-        description="Of a detector with `weights: random`: what its backbone starts from, as in `teacher.backbone`. Null: random.",
+        description="Of a detector or segmenter with `weights: random`: what its backbone starts from, as in `teacher.backbone`. Null: "
+        "random.",
     )
     args: dict[str, Any] = Field(
         default_factory=dict, description="Further arguments of timm.create_model, added to the teacher's."

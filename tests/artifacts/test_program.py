@@ -151,6 +151,10 @@ def test_the_program_says_what_outputs_mean():
     said = predict.answer(found, (10, 20), about)
     assert said == {"objects": [{"class": "dog", "score": 0.9, "box": [0.0, 10.0, 5.0, 20.0]}]}
     assert predict.in_words(said) == "dog 0.90 at [0, 10, 5, 20]"
+    pixels = np.array([[[0, 0, 2]], [[1, 1, 1]]], np.float32)  # two classes on three pixels
+    said = predict.answer({"logits": pixels}, (6, 1), about)
+    assert predict.in_words(said) == "dog on 66.7 %  cat on 33.3 %"
+    assert np.asarray(predict.mask_of(pixels, (6, 2))).tolist() == [[1, 1, 1, 1, 0, 0]] * 2
     assert predict.in_words(predict.answer({"outputs": np.ones((2, 3))}, (1, 1), {})).startswith("6 features: 1.0000")
 
 
