@@ -11,9 +11,12 @@ import torch
 from helpers.masked_scenes import with_masks
 from helpers.runs import done, metrics, refused, run, student_bytes
 from PIL import Image
+from rich.console import Console
 
 import compressvit
 from compressvit.artifacts import artifact
+from compressvit.errors import UserError
+from compressvit.model.weights import build
 from compressvit.recipe.recipe import load_recipe
 from compressvit.recipe.shipped import shipped_recipes
 from compressvit.training import loop
@@ -143,7 +146,45 @@ def test_another_model_is_refused(tmp_path):
     assert "take a model for 'segmentation' (segmenter)" in message
 
 
+def test_a_value_that_is_no_class_ends_a_run_before_it_begins(tmp_path):
+    recipe = with_masks(tmp_path, RECIPE, 2, 2)
+    Image.new("L", (48, 32), 9).save(tmp_path / "ade" / "annotations" / "validation" / "2.png")
+    message = refused("apply", recipe, "--output", tmp_path / "run")
+    assert (
+        "mask annotations/validation/2.png has the value 9, which is no class: there are 3, of values 0 to 2" in message
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loader_of_ones_own_gives_images_alone_or_with_masks():
+    def segmenter():
+        torch.manual_seed(0)
+        return build("segmenter", RECIPE["teacher"]["args"], num_classes=3)
+
+    images, masks = torch.randn(2, 3, 32, 32), torch.randint(3, (2, 32, 32))
+    for batch, losses in ((images, {}), ((images, masks), {"labels": {"weight": 1.0}})):
+        found = compressvit.distill(
+            segmenter(),
+            segmenter(),
+            [batch],
+            validation=[batch],
+            epochs=1,
+            lr=1e-4,
+            losses=losses,
+            console=Console(quiet=True),
+        )
+        assert found.figures["pixel_agreement"] > 50
+        assert ("miou" in found.figures) == bool(losses)
+    with pytest.raises(
+        UserError, match="a mask has the value 3, which is no class: there are 3, 0 to 2, and 255 is ignored"
+    ):
+        compressvit.distill(
+            segmenter(), segmenter(), [(images, masks + 1)], epochs=1, losses=losses, console=Console(quiet=True)
+        )
+
+
 def test_a_head_of_too_few_classes_is_refused(tmp_path):
     teacher = {**RECIPE["teacher"], "num_classes": 2}
-    message = refused("plan", with_masks(tmp_path, {**RECIPE, "teacher": teacher}, 2, 2))
-    assert "the data has 3 classes, and the teacher's head has only 2" in message
+    code, out, _ = run("plan", with_masks(tmp_path, {**RECIPE, "teacher": teacher}, 2, 2))
+    assert code == 2
+    assert "the data has 3 classes, and the teacher's head has only 2" in " ".join(out.split())
