@@ -7,6 +7,7 @@ bootstrap over images: Efron and Tibshirani, An Introduction to the Bootstrap, 1
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from compressvit.errors import UserError
@@ -22,6 +23,7 @@ RESAMPLES = 1000
 FIGURES = ("miou", "pixel_accuracy")
 ENDS = ("low", "high")
 _MOST_VALUES = 2**26  # of logits that are resized at once
+_MOST_DRAWN = 2**23  # numbers of images in samples at once
 
 
 def on_picture(logits: Tensor, size: tuple[int, int]) -> Tensor:
@@ -89,31 +91,37 @@ class Overlap:
 
         if not self._images:
             return dict.fromkeys(FIGURES)
-        drawn = _resampled(len(self._images))
-        ours = _figures(torch.stack(self._images), drawn)
+        ours = _figures(torch.stack(self._images))
         found = _as_result("", ours)
         if theirs is None:
             return found
-        others = _figures(torch.stack(theirs._images), drawn)
+        others = _figures(torch.stack(theirs._images))
         behind = {f"{key}_behind": others[key] - ours[key] for key in FIGURES}
         return {**found, **_as_result("teacher_", others), **_as_result("", behind)}
 
 
-def _resampled(images: int) -> Tensor:
-    """How often each image is in each sample, float64 (1 + RESAMPLES, images); the first has every image once."""
+def _drawn(images: int) -> Iterator[Tensor]:
+    """How often each image is in each sample, some samples at a time, float64 (·, images): of 1 + RESAMPLES, the first of which has every
+    image once. The same for every model."""
     import torch
 
-    generator = torch.Generator().manual_seed(0)  # the same images have the same intervals
-    chosen = torch.randint(images, (RESAMPLES, images), generator=generator)
-    counts = torch.zeros(RESAMPLES, images, dtype=torch.float64).scatter_add_(
-        1, chosen, torch.ones(chosen.shape).double()
-    )
-    return torch.cat([torch.ones(1, images, dtype=torch.float64), counts])
+    generator = torch.Generator().manual_seed(0)
+    yield torch.ones(1, images, dtype=torch.float64)
+    step, left = max(1, _MOST_DRAWN // images), RESAMPLES
+    while left:
+        chosen = torch.randint(images, (min(step, left), images), generator=generator)
+        ones = torch.ones(chosen.shape, dtype=torch.float64)
+        yield torch.zeros_like(ones).scatter_add_(1, chosen, ones)
+        left -= len(chosen)
 
 
-def _figures(images: Tensor, drawn: Tensor) -> dict[str, Tensor]:
+def _figures(images: Tensor) -> dict[str, Tensor]:
     """Each figure in percent for every sample, NaN where it judges no pixel; of counts (images, 3, C)."""
-    shared, true, said = (drawn @ images[:, i].double() for i in range(3))  # (samples, C)
+    import torch
+
+    counts = images.double().flatten(1)
+    sums = torch.cat([often @ counts for often in _drawn(len(images))])
+    shared, true, said = sums.unflatten(1, images.shape[1:]).unbind(1)  # (samples, C)
     union = true + said - shared
     return {
         "miou": 100 * (shared / union).nanmean(1),  # 0 / 0: a class that neither is nor was found

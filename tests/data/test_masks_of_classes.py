@@ -170,7 +170,7 @@ def test_pictures_and_masks_without_each_other_are_counted(folder):
     assert len(found.train) == 2
     assert "1 picture of images/training without a mask passed over, first 1.png" in texts(found)
     assert "1 mask of annotations/training without a picture passed over, first 2.png" in texts(found)
-    assert "1 mask of annotations/training that are no .png passed over, first 4.jpg" in texts(found)
+    assert "1 mask of annotations/training in other formats than .png passed over, first 4.jpg" in texts(found)
 
 
 def test_no_masks_at_all_are_refused(folder):

@@ -160,5 +160,6 @@ def test_figures_of_all_tasks_are_in_order(value):
         "ap50_of_teacher",
         "recall_10",
         "knn",
+        *of_pixels,
         "rmse",
     )

@@ -71,7 +71,7 @@ def accumulated(true, said):
     return found
 
 
-def test_intervals_are_those_of_a_bootstrap_over_images():
+def test_intervals_are_those_of_a_bootstrap_over_images(monkeypatch):
     """As by drawing pictures and judging them anew, pixel by pixel, with other draws."""
     true, said = random_pair(0)
     result = accumulated(true, said).result()
@@ -86,6 +86,8 @@ def test_intervals_are_those_of_a_bootstrap_over_images():
     assert result["miou_low"] < result["miou"] < result["miou_high"]
     assert intervals({**result, "images": 40})["miou"] == (result["miou_low"], result["miou_high"])
     assert accumulated(true, said).result() == result  # the same draws every time
+    monkeypatch.setattr(overlap, "_MOST_DRAWN", 7 * 40)  # seven samples at a time
+    assert accumulated(true, said).result() == pytest.approx(result)
 
 
 def test_a_difference_is_judged_image_by_image():

@@ -109,7 +109,7 @@ def _open(
         (
             "other_masks",
             [found for found in masks.found if not found.path.lower().endswith(SUFFIX)],
-            f"{{}} of {MASKS}/{name} that are no {SUFFIX} passed over",
+            f"{{}} of {MASKS}/{name} in other formats than {SUFFIX} passed over",
         ),
     ]
     notes = [_passed_over(*entry) for entry in missing if entry[1]]
