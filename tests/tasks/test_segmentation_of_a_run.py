@@ -8,6 +8,7 @@ import signal
 
 import pytest
 import torch
+import yaml
 from helpers.masked_scenes import with_masks
 from helpers.runs import done, metrics, refused, run, student_bytes
 from PIL import Image
@@ -28,7 +29,7 @@ RECIPE = {
         "model": "segmenter",
         "weights": "train",
         "args": {"backbone": "vit_tiny_patch16_224", "backbone_args": INSIDE, "img_size": 32},
-        "finetune": {"epochs": 3, "lr": 1e-2, "keep": "best"},
+        "finetune": {"epochs": 12, "lr": 2e-2, "keep": "best", "evaluate_every": 4},
     },
     "data": {"name": "segmentation", "num_classes": 3, "batch_size": 8, "augment": {"hflip": 0.5, "scale": [0.5, 1.0]}},
     "steps": [
@@ -92,7 +93,7 @@ def test_it_is_merged_to_plain_layers(applied):
     assert not compression_of(merged).plans
     images = torch.randn(2, 3, 32, 32)
     difference = (merged(images) - student(images)).abs().max() / student(images).abs().max()
-    assert difference < 1e-5  # measured 4e-7
+    assert difference < 1e-5  # measured 2.6e-7
 
 
 def test_the_report_shows_masks(applied):
@@ -120,7 +121,7 @@ def test_a_run_that_stopped_goes_on_to_the_same_student(applied, tmp_path):
 
         def counted(*args):
             seen.append(args)
-            if len(seen) == 3 * 2 + 3:
+            if len(seen) == 12 * 2 + 3:
                 os.kill(os.getpid(), signal.SIGTERM)
             return total(*args)
 
@@ -129,6 +130,42 @@ def test_a_run_that_stopped_goes_on_to_the_same_student(applied, tmp_path):
     assert not (tmp_path / "run" / "student").exists()
     done("apply", "--no-report", recipe, "--output", tmp_path / "run", "--resume")
     assert student_bytes(tmp_path / "run") == student_bytes(applied / "run")
+
+
+@pytest.mark.wide
+def test_a_teacher_is_imitated_on_pictures_without_masks(applied, tmp_path):
+    recipe = {
+        "teacher": {"model": "segmenter", "weights": str(applied / "run" / "teacher")},
+        "data": {"name": "images", "root": str(applied / "ade" / "images"), "val_fraction": 0.2, "batch_size": 8},
+        "steps": [{"multiplex": {"share": 2}}, {"distill": {"epochs": 1, "losses": {"prediction": {"weight": 1.0}}}}],
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    done("apply", "--no-report", tmp_path / "recipe.yaml", "--output", tmp_path / "run")
+    found = results(tmp_path)["student"]
+    assert 0 < found["pixel_agreement"] <= 100
+    assert "miou" not in found
+    examples = json.loads((tmp_path / "run" / "predictions.json").read_text())["examples"]
+    assert list(examples[0]["masks"]) == ["teacher", "student"]
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [{"shrink": {"budget": {"parameters": 0.7}}}, {"finetune": {"epochs": 1}}],
+        [{"low_rank": {"budget": {"parameters": 0.8}}}, {"lora": {"rank": 2}}, {"finetune": {"epochs": 1}}, "merge"],
+    ],
+    ids=["shrink", "low_rank"],
+)
+def test_a_trained_segmenter_is_compressed(applied, tmp_path, steps):
+    teacher = {"model": "segmenter", "weights": str(applied / "run" / "teacher")}
+    data = {**RECIPE["data"], "root": str(applied / "ade")}
+    recipe = {"teacher": teacher, "data": data, "steps": steps, "calibration": {"images": 8}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    done("apply", "--no-report", tmp_path / "recipe.yaml", "--output", tmp_path / "run")
+    found = results(tmp_path)
+    assert found["student"]["parameters"] < found["teacher"]["parameters"]
+    assert found["student"]["miou"] > 0.9 * found["teacher"]["miou"]  # measured 1.0 of its 77.6
 
 
 @pytest.mark.parametrize("name", ["repadapter_segmentation", "segmentation_dinov2_s"])
