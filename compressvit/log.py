@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from compressvit import processes
 from compressvit.errors import UserError
 from compressvit.files import disk_faults
 from compressvit.rows import append_row, keep_metrics, metrics_row, read_metrics
@@ -205,7 +206,9 @@ def working(description: str, total: int | None = None) -> Iterator[Callable[...
 
     global _bar_is_shown
     console = Terminal(stderr=True)
-    if not console.is_terminal:
+    if not processes.leads():
+        yield lambda parts=1: None
+    elif not console.is_terminal:
         yield _Lines(description, total).advance
     elif _bar_is_shown:
         yield lambda parts=1: None

@@ -7,6 +7,7 @@ torch is imported only where there are several processes.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
@@ -15,14 +16,14 @@ from datetime import timedelta
 from itertools import chain, repeat
 from typing import Any, TypeVar
 
-from compressvit.errors import UserError, switch
+from compressvit.errors import UserError, option, switch
 
 T = TypeVar("T")
 
 _WAIT = timedelta(days=30)  # for a leader that fits, or tests on all images; one that has died is noticed at once
 _group: Any = None  # of all processes, over the network of the hosts: for what is decided, not for gradients
 _alone = 0  # how deep in `led`
-_LOST = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe", "tcpstore", "socket", "store")
+_LOST = ("closed by peer", "reset by peer", "broken pipe", "timed out", "connection refused", "remote process")
 
 
 class ToldElsewhere(UserError):
@@ -47,9 +48,20 @@ def place() -> int:
     return int(text) if text.isdecimal() and count not in ("0", "1") else 0
 
 
+def launch() -> str | None:
+    """What a launch of torchrun has in common with the launches anew after a process had ended; None without torchrun."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    return None if name is None else f"{name}, process {os.getppid()}" if name == "none" else name
+
+
 def restarted() -> bool:
     """Whether torchrun has started the processes anew, after one of them had ended."""
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") not in ("", "0")
+
+
+def told_once(error: UserError) -> UserError:
+    """An error that every process finds, as that of this process: only the leader's is told."""
+    return error if leads() else ToldElsewhere(str(error))
 
 
 def count() -> int:
@@ -76,8 +88,11 @@ def leads() -> bool:
 
 
 @contextmanager
-def joined() -> Iterator[None]:
+def joined(device: str = "auto") -> Iterator[None]:
     """Connect the processes of a launcher for the time of the block; without a launcher, nothing.
+
+    Args:
+        device: on which they are going to work; GPUs are given to them in the order of the processes of a host.
 
     Raises:
         UserError: the launcher has told this process too little, or another process has ended.
@@ -88,15 +103,18 @@ def joined() -> Iterator[None]:
         return
     import torch.distributed as dist
 
-    _group, own = _connected()
+    _group, own = _connected(device)
+    if not leads():
+        logging.getLogger("compressvit").setLevel(logging.ERROR)
     try:
         yield
     except RuntimeError as error:
         if not any(word in str(error).lower() for word in _LOST):
             raise
+        reason = (str(error).splitlines() or [""])[0]
         raise UserError(
-            f"process {place()} cannot go on, because another process of the run has ended; what that one says tells why. Start them "
-            f"again with {switch('resume')}"
+            f"process {place()} cannot go on, because another process of the run has ended ({reason}); what that one says tells why. Start "
+            f"them again with {switch('resume')}"
         ) from error
     finally:
         _group = None
@@ -104,11 +122,16 @@ def joined() -> Iterator[None]:
             dist.destroy_process_group()
 
 
-def _connected() -> tuple[Any, bool]:
+def _connected(device: str) -> tuple[Any, bool]:
     """The group for decisions, and whether torch's groups are of our making."""
     import torch
     import torch.distributed as dist
 
+    if ":" in device:
+        kind = option("device", device.partition(":")[0])
+        raise UserError(
+            f"{option('device', device)} is one device, and there are {launched()} processes; give {kind}, of which each takes its own"
+        )
     if own := not dist.is_initialized():
         needed = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
         if needed:
@@ -117,7 +140,7 @@ def _connected() -> tuple[Any, bool]:
                 "set it (docs/processes.md shows how)"
             )
         backend = "gloo"
-        if torch.cuda.is_available():
+        if device in ("auto", "cuda") and torch.cuda.is_available():
             torch.cuda.set_device(device_of_process())
             backend = "cpu:gloo,cuda:nccl"
         try:
@@ -194,12 +217,12 @@ def first(work: Callable[[], T]) -> T:
     """Have every process do something, the leader before the others, so that what is wrong is found, and told, once."""
     if count() == 1:
         return work()
-    if rank() == 0:
-        made: list[T] = []
-        led(lambda: made.append(work()))
-        return made[0]
-    led(lambda: None)
-    return alone(work)
+    made: list[T] = []
+    led(lambda: made.append(work()))
+    if rank():
+        made.append(alone(work))
+    any_of(0)  # what the leader does next, e.g. with files, comes after what the others have done
+    return made[0]
 
 
 def alone(work: Callable[[], T]) -> T:
@@ -256,16 +279,16 @@ def gathered(value: T) -> list[T]:
     return values
 
 
-def means(values: list[float]) -> list[float]:
-    """The means over the processes of several values."""
-    if count() == 1 or not values:
-        return values
-    import torch
-    import torch.distributed as dist
-
-    sums = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(sums, group=_group)
-    return (sums / count()).tolist()
+def means(rows: list[dict[str, float]]) -> list[dict[str, float]]:
+    """Of as many rows of values by name in every process, the means over the processes that have the value."""
+    if count() == 1 or not rows:
+        return rows
+    found = []
+    for same in zip(*gathered(rows), strict=True):
+        names = dict.fromkeys(name for row in same for name in row)
+        values = {name: [row[name] for row in same if name in row] for name in names}
+        found.append({name: sum(each) / len(each) for name, each in values.items()})
+    return found
 
 
 def led_for(work: Callable[[], T], otherwise: T) -> T:
@@ -287,8 +310,16 @@ def in_turn(parts: Iterable[T]) -> Iterator[T]:
 
     left, world = chain(((True, part) for part in parts), repeat((False, None))), count()
     for item in left:
-        found: list[Any] | None = [None] * world if rank() == 0 else None
-        dist.gather_object(item, found, dst=0, group=_group)
-        yield from (part for there, part in found or () if there)
+        if rank():
+            dist.send_object_list([item], dst=0, group=_group)
+        else:
+            if item[0]:
+                yield item[1]  # type: ignore[misc]
+            for other in range(1, world):  # one after the other: outputs can be large
+                held: list[Any] = [None]
+                dist.recv_object_list(held, src=other, group=_group)
+                there, part = held[0]
+                if there:
+                    yield part
         if not any_of(int(item[0])):
             return

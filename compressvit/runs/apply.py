@@ -26,7 +26,7 @@ from compressvit.runs.boards.base import Board, begin, find_boards, opened
 from compressvit.runs.files import NoteRow, RecipePlan, Results
 from compressvit.runs.finish import finish
 from compressvit.runs.finished import FinishedRun, finished_run
-from compressvit.runs.folder import RESOLVED, RunFolder, refuse_processes
+from compressvit.runs.folder import RunFolder, refuse_processes
 from compressvit.runs.job import Job, prepare, refuse_data, refuse_own_inputs
 from compressvit.runs.keep import refuse_judged
 from compressvit.runs.listed import is_listed, other_files, remove_remade, write_list
@@ -112,8 +112,8 @@ def apply(
         97.21
     """
     folder, boards = RunFolder(output), find_boards(log_to)
-    with processes.joined():
-        resume, overwrite = processes.first(lambda: _as_begun(folder, resume, overwrite))
+    with processes.joined(device):
+        resume, overwrite = processes.led(lambda: _as_begun(folder, resume, overwrite))
         recipe, name, text = processes.first(lambda: _recipe(recipe, overrides, folder if resume else None))
         begun = _Begun(recipe, text, list(command or sys.argv), folder, resume, overwrite, boards)
         processes.led(begun.refuse)
@@ -178,7 +178,7 @@ class _Begun:
 def _as_begun(folder: RunFolder, resume: bool, overwrite: bool) -> tuple[bool, bool]:
     """The two switches, as what is in the folder wants them: torchrun starts processes again with the words of the first time, and a run of
     which nothing had been written begins anew."""
-    if processes.restarted() and (folder.path / RESOLVED).is_file():
+    if processes.restarted() and (before := folder.environment()) and before.launch == processes.launch():
         return True, False
     return resume and (overwrite or not folder.blank), overwrite
 
@@ -227,7 +227,7 @@ def _finished(
     recipe: Recipe, folder: RunFolder, device: str, console: Console | None, report: Callable[[Path], object] | None
 ) -> RunResult | None:
     """The result of the run in the folder, if it is finished; only a missing report is then written."""
-    if folder.has_other_root(recipe):  # the data there has to be compared first
+    if processes.told(folder.has_other_root(recipe)):  # the data there has to be compared first
         return None
     done = processes.led_for(lambda: _told(recipe, folder, console, report), None)
     if not processes.told(done is not None):

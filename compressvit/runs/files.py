@@ -286,6 +286,7 @@ class Environment(RunFile):
     cpu_count: int | None = None
     torch_threads: int | None = None
     processes: int = 1
+    launch: str | None = None
     cuda: str | None = None
     gpus: list[str] = []
     versions: dict[str, str | None] = {}

@@ -47,6 +47,7 @@ def finish(job: Job, scorer: Scorer, folder: RunFolder, log: RunLog, *, plan: Re
     answers = scorer.task(student).answers(student.model, job.datasets.class_names, job.datasets.labelled)
     predictions = Predictions(student.input, answers)
     scores, theirs = _scores(scorer, student, teacher, predictions)
+    job.datasets.broken.gather()
     found = _Found(difference, scores, theirs, predictions)
     return processes.led(lambda: _written(job, scorer, folder, log, plan, trained, found))
 

@@ -143,11 +143,17 @@ class RunFolder:
                 f"Give the same recipe and overrides, or start a new run with another {option('output')}"
             )
 
+    def environment(self) -> Environment | None:
+        """Where the run that began here was started, where that can be read; a resumed run writes it anew where it is missing."""
+        try:
+            return Environment.model_validate(read_json(self.path / "environment.json"))
+        except (UserError, OSError, ValueError):
+            return None
+
     def _refuse_other_processes(self) -> None:
         """`data.batch_size` is of each process, so that another number of them would train with other batches."""
-        before, now = 1, processes.launched()
-        with suppress(UserError, OSError, ValueError):  # it is written anew where it is missing
-            before = Environment.model_validate(read_json(self.path / "environment.json")).processes
+        begun, now = self.environment(), processes.launched()
+        before = 1 if begun is None else begun.processes
         if before != now:
             raise UserError(
                 f"{switch('resume')}: {self.path} was started with {before} process{'es' * (before > 1)}, and there "
@@ -339,6 +345,7 @@ def environment(command: list[str], packages: Sequence[str] = ()) -> Environment
         cpu_count=os.cpu_count(),
         torch_threads=torch.get_num_threads(),
         processes=processes.launched(),
+        launch=processes.launch(),
         cuda=torch.version.cuda if torch.cuda.is_available() else None,
         gpus=[torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         versions=versions,

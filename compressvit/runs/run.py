@@ -211,23 +211,23 @@ class Run:
         opt.seed_everything(self.recipe.seed, 2, part.end)
         student.cpu()
         kept = self.folder.transformed(part.transformed)
-        divided = processes.count() > 1 and any(spec.needs_images for spec in part.transforms)
         if processes.told(stored.is_artifact(kept)):
             student, ledger = _read_transformed(kept)
             self.log.say(f"{kept.name}: read from {kept}, as it was before the run stopped")
-        elif divided:  # one choice of ranks and widths for all
-            processes.led_for(lambda: len(self._made(surgery.deep_copy(student), part, kept, teacher)), 0)
+        elif processes.count() > 1:  # one choice of ranks and widths for all
+            processes.led_for(lambda: len(self._made(surgery.deep_copy(student), part, kept, teacher, keep=True)), 0)
             student, ledger = _read_transformed(kept)
         else:
-            ledger = self._made(student, part, kept, teacher)
+            ledger = self._made(student, part, kept, teacher, keep=any(spec.needs_images for spec in part.transforms))
         if ledger:
             self.log.show(partial(print_table, ledger_table(ledger)))
         if processes.leads():
             self._draw_ranks(student)
         return student
 
-    def _made(self, student: nn.Module, part: Part, kept: Path, teacher: Side) -> list[LedgerEntry]:
-        """Apply the transforms to the student itself, and keep it as `kept` if images decided on it; returns the ledger."""
+    def _made(self, student: nn.Module, part: Part, kept: Path, teacher: Side, *, keep: bool) -> list[LedgerEntry]:
+        """Apply the transforms to the student itself, and `keep` it as `kept`, for who resumes or takes part in the run; returns the
+        ledger."""
         reference = Reference(
             surgery.deep_copy(student),
             Calibration(self.job),
@@ -237,7 +237,7 @@ class Run:
             judge(self.job, part, teacher),
         )
         ledger = transform_(student, part.transforms, reference)
-        if any(spec.needs_images for spec in part.transforms):
+        if keep:
             _keep_transformed(student, ledger, kept, self.job.student.input.as_dict())
         if (values := reference.choices.folder) is not None:
             forget(values)

@@ -308,7 +308,8 @@ class Trainer:
         self.read()
         self.epoch, self.batch_index = self.epoch + 1, 0
         last = self.is_over()
-        processes.alike(self.model.buffers())  # the leader's, of which each process has seen others since the last step
+        averaged = () if self.average is None else self.average.module.buffers()
+        processes.alike([*self.model.buffers(), *averaged])  # the leader's: each process has seen other images
         self.log.scalars(self.phase.name, "epoch", self.steps, {"epoch": self.epoch, **self.meters.means()})
         if last and self.average is not None:
             self.model.load_state_dict(ties.unique_state(self.average.module), strict=False)

@@ -83,11 +83,12 @@ class Meters:
         return apart.read()
 
     def read(self) -> list[Reading]:
-        """Wait for the device once, and accumulate the values recorded since the last call, batch by batch: means over the processes."""
+        """Wait for the device once, and accumulate the values recorded since the last call, batch by batch: means over the
+        processes, of a value that not every batch has over those that have it."""
         waiting, self._waiting = self._waiting, []
         norms = [batch.gradient_norm for batch in waiting if batch.gradient_norm is not None]
-        numbers = iter(processes.means(_numbers([*(v for batch in waiting for v in batch.values.values()), *norms])))
-        rows = [dict(zip(batch.values, numbers, strict=False)) for batch in waiting]
+        numbers = iter(_numbers([*(value for batch in waiting for value in batch.values.values()), *norms]))
+        rows = processes.means([dict(zip(batch.values, numbers, strict=False)) for batch in waiting])
         readings = []
         for batch, row in zip(waiting, rows, strict=True):
             self._count += 1

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from compressvit import processes
 from compressvit.data.input import Side
 from compressvit.errors import UserError
 from compressvit.model.outputs import tensors_of
@@ -64,9 +65,9 @@ def require_finite(
     for reading in readings:
         norm = reading.gradient_norm
         if not math.isfinite(reading.loss):
-            raise diverged(phase, reading, f"the loss is {reading.loss}", where_to_look())
+            raise processes.told_once(diverged(phase, reading, f"the loss is {reading.loss}", where_to_look()))
         if gradients and norm is not None and not math.isfinite(norm):
-            raise diverged(phase, reading, f"the gradient's norm is {norm}", where_to_look())
+            raise processes.told_once(diverged(phase, reading, f"the gradient's norm is {norm}", where_to_look()))
 
 
 def diverged(phase: Phase, reading: Reading, what: str, look: str) -> UserError:

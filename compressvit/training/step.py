@@ -12,9 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from compressvit import processes
 from compressvit.data.input import Side
-from compressvit.model.modes import evaluating
 from compressvit.model.taps import Taps
 from compressvit.tasks.base import Labels, Task
+from compressvit.training.optimisation import Buffers
 from compressvit.training.recompute import Recomputed
 from compressvit.training.spec import Training
 from compressvit.training.terms import Batch, Term, total_of, unread_by
@@ -116,8 +116,11 @@ class Step:
         """The pass for several processes. A loss need not depend on all that is trained: a student without a loss of prediction does
         not use its head. torch looks for such parameters in every step, unless it is told that there are none."""
         devices = [images.device] if images.device.type == "cuda" else []
-        with evaluating(self._pass.model), torch.random.fork_rng(devices):
+        buffers = Buffers(self._pass.model)  # of batch norms; in eval mode some models have no losses
+        buffers.remember()
+        with torch.random.fork_rng(devices):
             loss, *_ = self._pass(images, targets, labels)
+        buffers.put_back_unless(torch.zeros((), dtype=torch.bool, device=images.device))
         used = _leaves(loss)
         unused = any(p.requires_grad and id(p) not in used for p in self._pass.parameters())
         return DistributedDataParallel(self._pass, find_unused_parameters=bool(processes.any_of(int(unused))))

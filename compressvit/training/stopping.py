@@ -9,6 +9,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
+from compressvit import processes
 from compressvit.errors import is_command_line
 
 # Of the keyboard, of whoever ends the process, and what a cluster can send some time before that (SLURM's `--signal=USR1@60`); Windows has
@@ -78,7 +79,7 @@ class StopRequest(Signals):
     def receive(self, signum: int, frame: FrameType | None) -> None:
         if self.signum is None:
             self.signum = signum
-        elif signum in _TOLD_AGAIN:
+        elif signum in _TOLD_AGAIN or processes.launched() > 1:  # from a scheduler and from the launcher
             return
         elif self._held:
             self._second = signum

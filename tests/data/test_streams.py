@@ -21,6 +21,7 @@ from compressvit import processes
 from compressvit.data.loaders import calibration_batches, eval_loader, train_loader
 from compressvit.data.opening import open_data
 from compressvit.data.spec import Data
+from compressvit.errors import UserError
 
 UNCHANGED = dataclasses.replace(GRAY, mean=(0.0,), std=(1.0,))
 TURNED = Image.Exif()
@@ -187,3 +188,27 @@ def test_processes_train_on_every_sample_of_equal_shards_once(tmp_path, workers)
     for one, two in zip(*together(2, seen), strict=True):
         assert len(one) == len(two) == 8
         assert sorted(one + two) == list(range(1, 17))
+
+
+def test_too_few_shards_for_processes_and_workers(tmp_path):
+    """One of them would have none, and the others would wait for it."""
+    pytest.importorskip("webdataset")
+    split = shards(tmp_path, (4, 4, 4))
+    data = Data(
+        name="wds/mine",
+        root=str(tmp_path),
+        train_split=split,
+        val_split=split,
+        num_classes=2,
+        batch_size=2,
+        num_workers=2,
+    )
+
+    def refused():
+        with processes.joined(), pytest.raises(UserError) as told:
+            train_loader(open_data(data), data, UNCHANGED, CPU)
+        return str(told.value)
+
+    message, _ = together(2, refused)
+    assert message.startswith("3 shards to train on are too few for 2 processes with 2 workers each")
+    assert "data.num_workers=1" in message

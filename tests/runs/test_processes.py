@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.runs import RECIPE, TINY, run, undrawn
+from helpers.runs import QUICK, RECIPE, TINY, done, refused, run, undrawn
 from helpers.together import together
 from helpers.training import fit, random_batches, tiny_vit
 
@@ -19,13 +19,22 @@ from compressvit.data.loaders import eval_loader, train_loader
 from compressvit.data.opening import open_data
 from compressvit.data.spec import Data
 from compressvit.files import load_checkpoint
+from compressvit.fitting.choices import Choices
 from compressvit.log import RunLog
 from compressvit.model import stored
+from compressvit.model.weights import build
 from compressvit.rows import read_metrics
 from compressvit.runs.evaluate import Scorer
+from compressvit.tasks.base import find_task
 from compressvit.training.phases.finetune import Finetune
+from compressvit.training.terms import Term, labels_term
 
 CPU = torch.device("cpu")
+SWIN = {"embed_dim": 8, "depths": (1, 1, 1, 1), "num_heads": (2, 2, 2, 2), "window_size": 2}
+REGIONS = {
+    "backbone": "swin_tiny_patch4_window7_224", "backbone_args": SWIN, "img_size": 64, "num_classes": 3, "channels": 16,
+    "representation": 32,
+}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------------ training
@@ -71,8 +80,6 @@ def test_a_loss_that_leaves_parameters_out_is_divided(tmp_path):
     spec = Finetune(epochs=1, lr=0.1, optimizer="sgd", accumulate=2)
 
     def headless():
-        from compressvit.training.terms import Term
-
         def second_block(batch):
             return batch.student_taps["blocks.1"]["output"].square().mean(), {}
 
@@ -87,6 +94,77 @@ def test_a_loss_that_leaves_parameters_out_is_divided(tmp_path):
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert torch.equal(one["head.weight"], before["head.weight"])
     assert not torch.equal(one["blocks.0.mlp.fc1.weight"], before["blocks.0.mlp.fc1.weight"])
+
+
+def test_batches_without_labels_in_one_process(tmp_path):
+    def unlabelled():
+        with processes.joined():
+            world, rank = processes.count(), processes.rank()
+            mine = [(images[rank::world], targets[rank::world].clone()) for images, targets in random_batches(4, 8)]
+            if rank:
+                mine[1][1].fill_(-1)
+            heard = fit(tiny_vit(), Finetune(epochs=1, lr=0.1, optimizer="sgd", log_every=1), mine, tmp_path)
+            return [line.get("top1") for line in heard.of("train")]
+
+    one, other = together(2, unlabelled)
+    assert one == other
+    assert all(value is not None for value in one)
+
+
+class Normed(torch.nn.Module):
+    """A batch norm of tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn = torch.nn.BatchNorm1d(16)
+
+    def forward(self, x):
+        return self.bn(x.transpose(1, 2)).transpose(1, 2)
+
+
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_statistics_of_batch_norms_are_the_leaders_in_every_process(ema, tmp_path):
+    seen = []
+
+    def evaluate(model):
+        seen.append(model.patch_embed.norm.bn.running_mean.clone())
+        return {}
+
+    def statistics():
+        model = tiny_vit()
+        model.patch_embed.norm = Normed()
+        with processes.joined():
+            world, rank = processes.count(), processes.rank()
+            mine = [(images[rank::world], targets[rank::world]) for images, targets in random_batches(4, 8)]
+            spec = Finetune(epochs=2, lr=0.1, optimizer="sgd", ema=ema)
+            fit(model, spec, mine, tmp_path / str(ema), evaluate=evaluate)
+        return [*seen, model.patch_embed.norm.bn.running_mean]
+
+    one, other = together(2, statistics)
+    assert len(one) == 3
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(one, other, strict=True))
+    assert not torch.equal(one[0], one[1])
+
+
+def test_a_detector_that_has_no_losses_in_eval_mode(tmp_path):
+    task = find_task("detection")
+
+    def detector():
+        torch.manual_seed(0)
+        model = build("faster_rcnn", **REGIONS)
+        target = {
+            "boxes": torch.tensor([[0.1, 0.1, 0.5, 0.5]]),
+            "labels": torch.tensor([1]),
+            "crowd": torch.tensor([False]),
+        }
+        batches = [(torch.randn(1, 3, 64, 64), [target]) for _ in range(2)]
+        with processes.joined():
+            spec = Finetune(epochs=1, lr=0.001, optimizer="sgd")
+            fit(model, spec, batches, tmp_path / "run", terms=[labels_term(1.0, 0.0, task)], task=task)
+        return [parameter.detach() for parameter in model.parameters()]
+
+    one, other = together(2, detector)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(one, other, strict=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------- evaluation
@@ -132,6 +210,9 @@ FITTED = TINY.partition("steps:")[0].replace("batch_size: 32", "batch_size: {}")
     "calibration: {images: 16}\ndiagnostics: [cka, gradients]\nsteps:\n"
     "  - low_rank: {budget: {parameters: 0.6}}\n  - distill: {epochs: 1}\n  - merge: {}\n"
 )
+TIMED = TINY.partition("steps:")[0] + (
+    "steps:\n  - shrink: {budget: {latency: 0.8}, metric: weights, multiple: 2, batch: 2}\n"
+)
 PRUNED = TINY.partition("steps:")[0].replace("batch_size: 32", "batch_size: {}") + (
     "steps:\n  - adapters: {width: 8}\n  - prune: {epochs: 1, target: {neurons: 0.5}, score: taylor}\n"
 )
@@ -139,6 +220,12 @@ RECIPES = {
     "multiplexed": (RECIPE, HALVED),
     "fitted": (FITTED.replace("{}", "32", 1), FITTED.replace("{}", "16", 1)),
     "pruned": (PRUNED.replace("{}", "32", 1), PRUNED.replace("{}", "16", 1)),
+}
+
+
+TRANSFORMED = {
+    kind: [f"0_{step}{ending}" for ending in ("/compressvit.json", "/model.safetensors", ".ledger.json")]
+    for kind, step in (("multiplexed", "multiplex"), ("fitted", "low_rank"), ("pruned", "adapters"))
 }
 
 
@@ -153,7 +240,8 @@ def test_a_run_of_two_processes_is_that_of_one(kind, tmp_path):
     assert code == 0, err
     assert (other, nothing, silent) == (0, "", "")
     assert "in each of 2 processes" in out
-    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+    more = {f"checkpoints/{name}" for name in TRANSFORMED[kind]}  # how the others come to the leader's student
+    assert files_of(tmp_path / "two") == files_of(tmp_path / "one") | more
     one, two = ([row.model_dump() for row in read_metrics(tmp_path / n / "metrics.jsonl")] for n in ("one", "two"))
     assert [(row["phase"], row["kind"], row["step"]) for row in one] == [
         (r["phase"], r["kind"], r["step"]) for r in two
@@ -165,7 +253,52 @@ def test_a_run_of_two_processes_is_that_of_one(kind, tmp_path):
     assert json.loads((tmp_path / "two" / "environment.json").read_text())["processes"] == 2
 
 
+def test_the_leader_alone_measures_and_chooses(tmp_path, monkeypatch):
+    """Latencies, which differ from process to process: what they have to be is left to chance, but not that all agree."""
+    (tmp_path / "recipe.yaml").write_text(TIMED)
+    put = Choices.put
+
+    def told(self, name, value):
+        assert processes.leads()
+        put(self, name, value)
+
+    monkeypatch.setattr(Choices, "put", told)
+    words = ("apply", "--no-report", "--device", "cpu", tmp_path / "recipe.yaml", "--output", tmp_path / "run")
+    (code, _, err), (other, *silent) = together(2, command, *words)
+    assert code == other
+    assert code == 0 or "latency" in err
+    assert silent == ["", ""]
+
+
 # -------------------------------------------------------------------------------------------------------------- how it ends
+
+
+@pytest.mark.parametrize("words", [[], ["--overwrite"]])
+def test_a_restart_takes_up_its_own_run_alone(words, tmp_path, monkeypatch):
+    """torchrun starts processes again with the words of the first time; a run of another launch is refused, or deleted, as those say."""
+    (tmp_path / "recipe.yaml").write_text(QUICK)
+    words = ("apply", "--no-report", tmp_path / "recipe.yaml", "--output", tmp_path / "run", *words)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "first")
+    assert run(*words)[0] == 0
+    began = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert began["launch"] == "first"
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert "nothing to do" in done(*words)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "second")
+    if words[-1] == "--overwrite":
+        assert "nothing to do" not in done(*words)
+    else:
+        assert "is not empty" in refused(*words)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # one without a name is known by the launcher
+    assert processes.launch() == f"none, process {os.getppid()}"
+
+
+def test_one_device_for_several_processes_is_refused(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(TINY)
+    words = ("apply", tmp_path / "recipe.yaml", "--output", tmp_path / "run", "--device", "cuda:0")
+    (code, _, err), _ = together(2, command, *words)
+    assert code == 2
+    assert "--device cuda:0 is one device, and there are 2 processes; give --device cuda" in err
 
 
 def test_what_is_wrong_is_told_once(tmp_path):
@@ -305,14 +438,11 @@ def test_sums_and_signals_are_of_all():
             true = torch.tensor(rank != 1)
             buffer = torch.tensor([float(rank)])
             processes.alike([buffer])
-            return (
-                processes.means([1.0, 2.0 * rank]),
-                processes.any_of(rank),
-                bool(processes.everywhere(true)),
-                buffer.item(),
-            )
+            rows = [{"loss": 2.0 * rank}, {"loss": 1.0, **({"top1": 50.0} if rank == 1 else {})}]
+            return processes.means(rows), processes.any_of(rank), bool(processes.everywhere(true)), buffer.item()
 
-    assert together(3, calls) == [([1.0, 2.0], 2, False, 0.0)] * 3
+    # a value that only some have, e.g. the accuracy where others' batches have no label, is the mean of those
+    assert together(3, calls) == [([{"loss": 2.0}, {"loss": 1.0, "top1": 50.0}], 2, False, 0.0)] * 3
 
 
 @pytest.mark.parametrize(
