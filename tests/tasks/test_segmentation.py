@@ -212,6 +212,21 @@ def test_the_images_worth_showing_are_those_with_pixels_apart():
     assert "teacher" not in alone.describe(0)
 
 
+def test_classes_have_an_iou_of_their_own():
+    answers, _ = shown()
+    tables = answers.tables()
+    assert tables["class_figure"] == "IoU"
+    # Of 6 pixels of class 0 the teacher finds 3 and the student 2; both find the one pixel of class 1, and one that is none.
+    assert tables["classes"] == [
+        {"class": "sky", "images": 2, "teacher": 50.0, "student": 33.33},
+        {"class": "1", "images": 1, "teacher": 50.0, "student": 50.0},
+    ]
+    alone, _ = shown(compared=False)
+    assert [set(row) for row in alone.tables()["classes"]] == [{"class", "images", "student"}] * 2
+    unlabelled = TASK.answers(Model(), None, False)
+    assert unlabelled.tables()["classes"] is None
+
+
 def test_masks_are_painted_beside_the_picture():
     answers, _ = shown()
     description = json.loads(json.dumps(answers.describe(1)))
