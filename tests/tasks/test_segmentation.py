@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 from PIL import Image
+from sklearn.metrics import accuracy_score, jaccard_score
 
 from compressvit.errors import UserError
 from compressvit.model.weights import build
@@ -69,6 +70,15 @@ def accumulated(true, said):
     for mask, answer in zip(true, said, strict=True):
         found.add(answer, mask)
     return found
+
+
+def test_figures_are_those_of_scikit_learn():
+    true, said = random_pair(3)
+    true[:, 0] = IGNORED
+    result, counted = accumulated(true, said).result(), true != IGNORED
+    a, b = true[counted].numpy(), said[counted].numpy()
+    assert result["miou"] == pytest.approx(100 * jaccard_score(a, b, average="macro"))
+    assert result["pixel_accuracy"] == pytest.approx(100 * accuracy_score(a, b))
 
 
 def test_intervals_are_those_of_a_bootstrap_over_images(monkeypatch):
