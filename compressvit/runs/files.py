@@ -310,7 +310,7 @@ class Example(RunFile):
 
 
 class ClassRow(RunFile):
-    """Accuracy in percent for one class."""
+    """Accuracy, or what `class_figure` says, in percent for one class."""
 
     name: str = Field(alias="class")
     images: int
@@ -335,6 +335,7 @@ class PredictionsFile(RunFile):
     compared: bool
     measure: str  # a key of the task's `measures`
     classes: list[ClassRow] | None
+    class_figure: str = "accuracy"  # what `classes` have
     confusions: list[Confusion] | None
     confusions_in_all: int | None = None  # runs of earlier versions have none
     drawn: str | None = None  # what of the channels the pictures show, where these are bands

@@ -80,6 +80,15 @@ class Overlap:
         parts = (true[said == true], true, said)
         self._images.append(torch.stack([torch.bincount(part, minlength=self.classes) for part in parts]).cpu())
 
+    def by_class(self) -> list[tuple[int, float | None]]:
+        """Of every class in how many pictures it is, and its IoU in percent; None where it neither is nor was found."""
+        import torch
+
+        images = torch.stack(self._images)
+        shared, true, said = images.sum(0).double()
+        union = 100 * shared / (true + said - shared)
+        return list(zip((images[:, 1] > 0).sum(0).tolist(), map(_number, union), strict=True))
+
     def result(self, theirs: Overlap | None = None) -> Result:
         """`FIGURES` in percent, and the ends of their intervals over images (`miou_low`, …); None where no pixel was judged.
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from compressvit.tasks.answers import Answers, Measure
-from compressvit.tasks.overlap import IGNORED, on_picture
+from compressvit.tasks.overlap import IGNORED, Overlap, on_picture
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -46,6 +46,7 @@ class Paintings(Answers):
     def __init__(self, names: Sequence[str], labelled: bool):
         self.names, self.labelled, self.compared = names, labelled, False
         self._masks: list[dict[str, Tensor]] = []
+        self._found = {who: Overlap(len(names)) for who in ("teacher", "student")}
 
     @property
     def measure(self) -> str | None:  # type: ignore[override]
@@ -62,6 +63,8 @@ class Paintings(Answers):
                 masks["teacher"] = on_picture(expected[i], (height, width))
             masks["student"] = on_picture(logits, (height, width))
             self._masks.append(masks)
+            for who in masks.keys() & self._found.keys() if self.labelled else ():
+                self._found[who].add(masks[who], masks["true"])
         worth = [_apart(masks["student"], masks.get("teacher"), masks.get("true")) for masks in self._masks]
         return None if self.measure is None else torch.tensor(worth)
 
@@ -69,6 +72,20 @@ class Paintings(Answers):
         masks = self._masks[index]
         answer: dict[str, Any] = {who: self._words(mask) for who, mask in masks.items()}
         return {**answer, "masks": {who: _packed(mask, self.pixels) for who, mask in masks.items()}}
+
+    def tables(self) -> dict[str, Any]:
+        """IoU by class, of the classes that the held-out images have."""
+        if not self.labelled:
+            return super().tables()
+        found = {
+            who: self._found[who].by_class() for who in (("teacher", "student") if self.compared else ("student",))
+        }
+        classes = [
+            {"class": self.names[k], "images": images, **{who: _rounded(every[k][1]) for who, every in found.items()}}
+            for k, (images, _) in enumerate(found["student"])
+            if images
+        ]
+        return {**super().tables(), "classes": classes, "class_figure": "IoU"}
 
     def draw(self, picture: Image, description: Mapping[str, Any]) -> Image:
         """The picture and the masks in two columns."""
@@ -93,6 +110,11 @@ class Paintings(Answers):
         counts = torch.bincount(values, minlength=1)
         most = [k for k in counts.argsort(descending=True, stable=True).tolist() if counts[k]][:TOLD]
         return ", ".join(f"{self.names[k]} {100 * int(counts[k]) / len(values):.0f} %" for k in most) or "nothing"
+
+
+def _rounded(percent: float | None) -> float:
+    assert percent is not None, "the class is there"
+    return round(percent, 2)
 
 
 def _apart(student: Tensor, teacher: Tensor | None, true: Tensor | None) -> float:

@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 from PIL import Image
+from sklearn.metrics import accuracy_score, jaccard_score
 
 from compressvit.errors import UserError
 from compressvit.model.weights import build
@@ -69,6 +70,15 @@ def accumulated(true, said):
     for mask, answer in zip(true, said, strict=True):
         found.add(answer, mask)
     return found
+
+
+def test_figures_are_those_of_scikit_learn():
+    true, said = random_pair(3)
+    true[:, 0] = IGNORED
+    result, counted = accumulated(true, said).result(), true != IGNORED
+    a, b = true[counted].numpy(), said[counted].numpy()
+    assert result["miou"] == pytest.approx(100 * jaccard_score(a, b, average="macro"))
+    assert result["pixel_accuracy"] == pytest.approx(100 * accuracy_score(a, b))
 
 
 def test_intervals_are_those_of_a_bootstrap_over_images(monkeypatch):
@@ -210,6 +220,21 @@ def test_the_images_worth_showing_are_those_with_pixels_apart():
     assert worth.tolist() == [0.0, 1.0]
     assert alone.measure == "pixels_wrong"
     assert "teacher" not in alone.describe(0)
+
+
+def test_classes_have_an_iou_of_their_own():
+    answers, _ = shown()
+    tables = answers.tables()
+    assert tables["class_figure"] == "IoU"
+    # Of 6 pixels of class 0 the teacher finds 3 and the student 2; both find the one pixel of class 1, and one that is none.
+    assert tables["classes"] == [
+        {"class": "sky", "images": 2, "teacher": 50.0, "student": 33.33},
+        {"class": "1", "images": 1, "teacher": 50.0, "student": 50.0},
+    ]
+    alone, _ = shown(compared=False)
+    assert [set(row) for row in alone.tables()["classes"]] == [{"class", "images", "student"}] * 2
+    unlabelled = TASK.answers(Model(), None, False)
+    assert unlabelled.tables()["classes"] is None
 
 
 def test_masks_are_painted_beside_the_picture():

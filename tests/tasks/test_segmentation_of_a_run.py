@@ -100,6 +100,7 @@ def test_the_report_shows_masks(applied):
     done("report", applied / "run")
     page = (applied / "run" / "report.html").read_text()
     assert "mean intersection over union" in page
+    assert "IoU by class" in page
     assert "what is annotated, what the teacher says, and what the student says" in page
     examples = json.loads((applied / "run" / "predictions.json").read_text())["examples"]
     assert all(list(example["masks"]) == ["true", "teacher", "student"] for example in examples)
