@@ -2,6 +2,8 @@
 
 Every function takes the student first and returns one scalar. Only the student receives a gradient: the teacher's tensors
 are detached inside. Reductions run in at least float32, and in float64 for float64 inputs, regardless of autocast.
+Relation losses compute their gradient with their value, keep nothing else for the backward pass, and have no second
+derivative (`relations.py`).
 
 B is the batch (in Swin's attention: batch times windows), N the tokens, C the width. If N exceeds the width, no function
 builds an N×N matrix, forward or backward, because it would exceed its inputs in size (Swin's first stage: N = 3136, C = 96).
@@ -85,10 +87,12 @@ def attention_relation(
         The loss, a scalar; with `with_kl`, the pair (loss, KL).
 
     Raises:
-        UserError: there are not three tensors per model, their shapes do not match, or `heads` does not divide a width.
+        UserError: there are not three tensors per model, their shapes do not match, or `heads` does not divide a width; in
+            the backward pass, a second derivative is asked for.
 
     The matrix products run in the inputs' dtype or the one chosen by autocast, as in attention; softmax and reductions do not.
-    If N exceeds the width of a relation head, rows are processed in chunks that are recomputed in the backward pass.
+    The gradient is computed with the value, some windows, images or heads at a time, or some of their rows if N exceeds the
+    width of a relation head; what is kept for the backward pass has the size of the student's q, k and v.
 
     Source: MiniViT, self-attention distillation.
     """
@@ -135,11 +139,13 @@ def hidden_relation(
             every stage.
 
     Raises:
-        UserError: the tensors are not (B, N, C) with equal B and N, or `form` is unknown.
+        UserError: the tensors are not (B, N, C) with equal B and N, or `form` is unknown; in the backward pass, a second
+            derivative is asked for.
 
-    If N exceeds the larger width, "cosine_mse" needs only C×C matrices, and "softmax_ce" processes its rows in chunks that
-    are recomputed in the backward pass. Autocast is disabled inside. With unequal widths the C×C form is a difference of
-    squares: if TF32 products are allowed, it is accurate to three digits of the squares, not of the difference.
+    If N exceeds the larger width, "cosine_mse" needs only C×C matrices, and "softmax_ce" processes some rows at a time. The
+    gradient is computed with the value, and kept in the size of the student's tokens. Autocast is disabled inside. With unequal
+    widths the C×C form is a difference of squares: if TF32 products are allowed, it is accurate to three digits of the squares,
+    not of the difference.
 
     Source: MiniViT, hidden-state distillation.
     """

@@ -6,6 +6,7 @@ outlives the forward pass, and the backward pass is one multiplication. Where no
 second derivative.
 
 Half precision: a gradient is kept in the student's dtype, without the factor of the mean, which would leave float16's range.
+A GPU has the same form with larger pieces; flash or flex attention is not used.
 
 Shapes: B batch, N tokens, H relation heads, D = C / H, G = some of the B·H groups, M = tokens of all parts.
 """
@@ -87,12 +88,13 @@ class _SquaredDistance(torch.autograd.Function):
         gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
         distance = _distances(student, teacher, gradient)
         ctx.save_for_backward(gradient)
+        ctx.weight = student.shape[1] ** -0.5
         return distance
 
     @staticmethod
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None]:
         (gradient,) = ctx.saved_tensors
-        return _times(gradient, outer), None
+        return _times(gradient, outer * ctx.weight), None
 
 
 def _times(gradient: Tensor, factor: Tensor) -> Tensor:
@@ -216,7 +218,8 @@ def _slopes(difference: Tensor, tokens: Tensor, rows: slice, before: Tensor | No
 
 
 def _distances(student: Tensor, teacher: Tensor, gradient: Tensor | None) -> Tensor:
-    """`squared_distance`; its gradient by the student is written into `gradient`."""
+    """`squared_distance`; its gradient by the student, times √N, is written into `gradient`: for many tokens of any length that is in
+    float16's range."""
     dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
     batch, tokens, width = student.shape
     at_once = max(1, _at_once(student.device) // (tokens * width))
@@ -233,7 +236,7 @@ def _distances(student: Tensor, teacher: Tensor, gradient: Tensor | None) -> Ten
             assert slopes is not None, "as asked for"
             # a token shorter than the least norm is divided by a constant
             along = torch.where(length >= _LEAST_NORM, (s * slopes).sum(dim=-1, keepdim=True), 0)
-            gradient[images] = slopes.addcmul_(s, along, value=-1).div_(divisor * tokens)
+            gradient[images] = slopes.addcmul_(s, along, value=-1).div_(divisor * tokens**0.5)
     return torch.stack(found).sum()
 
 
