@@ -69,7 +69,8 @@ def exported(model: nn.Module, images: Tensor, task: Task | None = None, *, prec
     Args:
         model: any model that compressvit trains; it is not changed.
         images: (B, C, H, W) as the model takes them. The graph takes batches of any other B, of the same C, H, W and kind.
-        task: what the outputs mean; None: the model's. Of classes the graph gives logits (B, classes); of detection `boxes` (B, 100, 4),
+        task: what the outputs mean; None: the model's. Of classes the graph gives logits (B, classes), of classes of pixels
+            logits (B, classes, H, W); of detection `boxes` (B, 100, 4),
             (x0, y0, x1, y1) in widths and heights of the image, `scores` (B, 100), falling, and `labels` (B, 100), all zero after an
             image's last detection, of which a small AdaMixer has no more than queries × classes; of a model of masks also `masks`
             (B, 100, 28, 28), the probability that a point of the box belongs to the object.

@@ -358,6 +358,7 @@ def _batches(
         dataset.transform, dataset.training = prepare(config, augment, exif=data.exif), training
         dataset.placed, dataset.channels = task.places, config.channels
     if isinstance(source, Stream):
+        dataset = dataset.dealt(training=training, distributed=distributed)
         dataset.set_loader_cfg(num_workers=workers)
         epoch = _StreamEpoch(dataset, distributed) if training else None
     loader = _CheckedLoader(

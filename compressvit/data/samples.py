@@ -20,7 +20,7 @@ from timm.data import ImageDataset
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch.utils.data import Dataset
 
-from compressvit.data.annotated import require_size
+from compressvit.data.annotated import truth_of
 from compressvit.data.bands import Bands, Picture
 from compressvit.data.files import PictureFiles
 from compressvit.data.notes import notes_of_reading
@@ -155,7 +155,7 @@ class Samples(Dataset):
         if isinstance(self.source, PictureFiles):
             path, target = self.source.samples[index]
             image, done = read_picture(path, exif=self.exif, channels=channels)
-            require_size(image, target)
+            target = truth_of(image, target)
         elif isinstance(self.source, ImageDataset):
             # timm's own __getitem__ replaces a broken file without a word, so the file is opened here
             file, target, *_ = self.source.reader[index]

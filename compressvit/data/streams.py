@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from timm.data import IterableImageDataset
 from torch.utils.data import get_worker_info
 
+from compressvit import processes
 from compressvit.data.notes import counted
 from compressvit.data.pictures import Read, standard
 from compressvit.notes import Note
@@ -48,6 +51,31 @@ class Stream(IterableImageDataset):
                 for column, kind in enumerate(_KINDS):
                     row[column] += kind in done
                 yield (image if self.transform is None else self.transform(image)), target
+
+    def dealt(self, *, training: bool, distributed: bool) -> Stream:
+        """The set for one loader of this process, with timm's reader at its beginning.
+
+        Args:
+            training: timm deals the shards out and gives every process as many samples: each once an epoch where all of them, and all
+                their workers, have as many shards of one size; otherwise it repeats some and leaves some out.
+            distributed: this process's part. In evaluation every sample is in one: shards are dealt out as files where timm's reader
+                says which there are, and otherwise the leader reads all.
+        """
+        rank, world = (processes.rank(), processes.count()) if distributed else (0, 1)
+        dealt, reader = copy.copy(self), copy.copy(self.reader)
+        dealt.reader = reader
+        if hasattr(
+            reader, "dist_num_replicas"
+        ):  # where it has them it asked torch, which knows nothing of work that is done alone
+            reader.ds = None
+            reader.dist_rank, reader.dist_num_replicas = (rank, world) if training else (0, 1)
+        if not training and world > 1:
+            files = getattr(getattr(reader, "split_info", None), "filenames", None)
+            if files is not None and len(files) >= world:
+                reader.split_info = replace(reader.split_info, filenames=files[rank::world])
+            elif rank:
+                dealt.reader = ()
+        return dealt
 
     def begin_pass(self) -> None:
         """To be called before the set is read from its beginning."""

@@ -207,8 +207,7 @@ class Trainer:
         teacher = self.teacher
         if teacher is not None:
             teacher.model.to(self.device).eval()
-        whole = Pass(self.student, teacher, self.terms, self.task, self.autocast, compiled=self.spec.compile)
-        self.compute = Step(whole)
+        self.compute = Step(Pass(self.student, teacher, self.terms, self.task, self.autocast, self.spec))
 
     def disconnect(self) -> None:
         self.frozen.release()

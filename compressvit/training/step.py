@@ -15,6 +15,8 @@ from compressvit.data.input import Side
 from compressvit.model.modes import evaluating
 from compressvit.model.taps import Taps
 from compressvit.tasks.base import Labels, Task
+from compressvit.training.recompute import Recomputed
+from compressvit.training.spec import Training
 from compressvit.training.terms import Batch, Term, total_of, unread_by
 
 Values = dict[str, torch.Tensor]
@@ -29,7 +31,7 @@ class Pass(nn.Module):
         student: its taps are attached here, and then it is compiled, because the graph must contain their hooks.
         teacher: in eval mode; None where no term reads it.
         autocast: the precision of student, teacher and loss.
-        compiled: by torch.compile.
+        spec: says whether they are compiled, and whether blocks of the student compute their activations again.
     """
 
     def __init__(
@@ -39,21 +41,21 @@ class Pass(nn.Module):
         terms: Sequence[Term],
         task: Task,
         autocast: torch.autocast,
-        *,
-        compiled: bool,
+        spec: Training,
     ):
         super().__init__()
         self.model = student.model
         self._terms, self._task, self._autocast = terms, task, autocast
         self._taps = Taps(self.model, [tap for term in terms for tap in term.student_taps])
-        self._run: Callable[[torch.Tensor], Any] = _hidden(torch.compile(self.model) if compiled else self.model)
+        self._recomputed = Recomputed(self.model) if spec.activation_checkpointing else None
+        self._run: Callable[[torch.Tensor], Any] = _hidden(torch.compile(self.model) if spec.compile else self.model)
         self._asked: Callable[[torch.Tensor], tuple[Any, Taken]] | None = None
         self._teacher_taps: Taps | None = None
         if teacher is not None:
             taps = self._teacher_taps = Taps(teacher.model, [tap for term in terms for tap in term.teacher_taps])
             convert, answer = (
                 teacher.converter(student.input),
-                torch.compile(teacher.model) if compiled else teacher.model,
+                torch.compile(teacher.model) if spec.compile else teacher.model,
             )
 
             @torch.no_grad()  # not inference_mode: a term may save a tensor of the teacher for its backward pass
@@ -74,7 +76,9 @@ class Pass(nn.Module):
         return loss, _without_gradient(parts), _without_gradient(figures)
 
     def close(self) -> None:
-        """Take the taps off."""
+        """Take the taps off, and let the student be as it was."""
+        if self._recomputed is not None:
+            self._recomputed.close()
         self._taps.close()
         if self._teacher_taps is not None:
             self._teacher_taps.close()

@@ -27,6 +27,7 @@ from compressvit.fitting.reference import Reference
 from compressvit.model import surgery, ties
 from compressvit.model.backbone import Backbone, class_in_timm, describe, share_groups
 from compressvit.model.family import BlockInfo, Need
+from compressvit.model.mixing import eager_on_cpu
 from compressvit.model.modules import as_timm, module_at
 from compressvit.transforms.base import LedgerEntry, Plan, Transform, transform
 from compressvit.transforms.claims import Claim, grid, noise, slot, tie
@@ -65,9 +66,18 @@ class HeadMixing(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
+    def is_identity(self) -> bool:
+        """Whether it changes nothing, by its present values."""
+        unbiased = self.bias is None or not self.bias.any()
+        return unbiased and torch.equal(self.weight, torch.eye(len(self.weight), dtype=self.weight.dtype))
+
     def forward(self, maps: torch.Tensor) -> torch.Tensor:  # (B, H, N, N) -> (B, H, N, N)
-        mixed = torch.matmul(self.weight, maps.flatten(2)).view_as(maps)
-        return mixed if self.bias is None else mixed + self.bias[:, None, None]
+        if not torch.is_grad_enabled() and eager_on_cpu(maps) and self.is_identity():
+            return maps  # on a GPU the look at the weights would make every layer wait
+        heads = maps.transpose(0, 1)
+        flat = heads.flatten(1)  # (H, B·N·N), no copy where heads are first in memory, as in `open_attention`
+        mixed = self.weight @ flat if self.bias is None else torch.addmm(self.bias[:, None], self.weight, flat)
+        return mixed.view_as(heads).transpose(0, 1)
 
 
 @wrap  # torch.fx does not trace its conditions
@@ -146,7 +156,8 @@ class TokenConv(nn.Module):
             return base + rearrange(self.conv(rearrange(normed, "b h w c -> b c h w")), "b c h w -> b h w c")
         prefix, normed = normed.tensor_split([self.num_prefix_tokens], dim=1)
         height = grid_height(normed.shape[1], self.grid)
-        normed = self.conv(rearrange(normed, "b (h w) c -> b c h w", h=height))
+        normed = rearrange(normed, "b (h w) c -> b c h w", h=height)
+        normed = self.conv(normed.contiguous(memory_format=torch.channels_last))  # as tokens lie, but for the prefix
         convolved = rearrange(normed, "b c h w -> b (h w) c")
         return base + torch.cat([torch.zeros_like(prefix), convolved], dim=1)
 

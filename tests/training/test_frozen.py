@@ -185,7 +185,10 @@ def test_batch_norms_of_a_frozen_backbone_keep_their_statistics(specs, moves, tm
     [
         ("frozen: [block.0]", "frozen: 'block.0' matches no module of vit_tiny_patch16_224; did you mean 'blocks.0'?"),
         ("frozen: [blocks, '*']", "there is nothing to train: earlier steps, or `frozen`, froze every parameter"),
-        ("backbone_lr: 0", "backbone_lr=0 freezes the backbone of a detector, and vit_tiny_patch16_224 is none"),
+        (
+            "backbone_lr: 0",
+            "backbone_lr=0 freezes the backbone of a detector or segmenter, and vit_tiny_patch16_224 is none",
+        ),
     ],
 )
 def test_what_freezes_nothing_or_everything_is_refused(recipe, options, words):

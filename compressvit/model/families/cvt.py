@@ -10,16 +10,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
-from einops import rearrange
 from torch import nn
-from torch.fx import wrap
 
 from compressvit.model.cvt.blocks import CvTAttention, CvTBlock, Size
 from compressvit.model.cvt.model import CvT
 from compressvit.model.family import PRE_NORM_BRANCHES, BlockInfo, Example, Family, HeadOption, family
+from compressvit.model.mixing import open_attention
 from compressvit.model.slots import BLOCK_SLOTS, MIX_SLOTS, beside
-
-wrap("rearrange")  # torch.fx records the call: einops does not take its proxies
 
 SMALL: dict[str, Any] = {
     "img_size": 32,
@@ -42,14 +39,7 @@ class ExplicitCvTAttention(CvTAttention):
         if self.logit_mix is None and self.prob_mix is None:
             return super().forward(x, size)
         q, k, v = self.heads(x, size)
-        logits = (q * self.scale) @ k.transpose(-2, -1)
-        if self.logit_mix is not None:
-            logits = self.logit_mix(logits)
-        probabilities = logits.softmax(dim=-1)
-        if self.prob_mix is not None:
-            probabilities = self.prob_mix(probabilities)
-        out = rearrange(self.attn_drop(probabilities) @ v, "b h n d -> b n (h d)")
-        return self.proj_drop(self.proj(out))
+        return self.proj_drop(self.proj(open_attention(self, q * self.scale, k, v)))
 
 
 class SlottedCvTBlock(CvTBlock):

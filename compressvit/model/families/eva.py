@@ -9,6 +9,7 @@ Shapes: B batch, H heads, N tokens, D head width, C width.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +24,7 @@ from torch.fx import wrap
 
 from compressvit.model.families.vit import in_one_stage, masked, pre_norm
 from compressvit.model.family import GAMMA_BRANCHES, BlockInfo, Example, Family, HeadOption, family
+from compressvit.model.mixing import open_attention
 from compressvit.model.slots import ATTENTION_SLOTS, BLOCK_SLOTS
 
 wrap("rearrange")  # torch.fx records the call: einops does not take its proxies
@@ -78,18 +80,18 @@ class _Explicit(nn.Module):
         if self.fused_attn and self.rpe_k is None and self.logit_mix is None and self.prob_mix is None:
             dropout = self.attn_drop.p if self.training else 0.0
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout, is_causal=is_causal)
+            out = rearrange(out, "b h n d -> b n (h d)")
         else:
-            logits = (q * self.scale) @ k.transpose(-2, -1)
-            if self.rpe_k is not None:  # depends on contents and distance, so on queries before they are turned
-                logits = logits + self.rpe_k(unturned * self.scale)
-            if self.logit_mix is not None:
-                logits = self.logit_mix(logits)
-            probabilities = masked(logits, attn_mask, is_causal).softmax(dim=-1)
-            if self.prob_mix is not None:
-                probabilities = self.prob_mix(probabilities)
-            out = self.attn_drop(probabilities) @ v
+            # contextual positions depend on contents and distance, so on queries before they are turned
+            contextual = None if self.rpe_k is None else self.rpe_k(unturned * self.scale)
+            out = open_attention(
+                *(self, q * self.scale, k, v),
+                positions=lambda logits, queries: logits if contextual is None else logits + contextual,
+                mask=partial(masked, attn_mask=attn_mask, is_causal=is_causal),
+                together=1 if attn_mask is None and contextual is None else None,
+            )
 
-        out = self.norm(rearrange(out, "b h n d -> b n (h d)"))
+        out = self.norm(out)
         if self.gate is not None:
             out = out * self.gate(x).sigmoid()
         return self.proj_drop(self.proj(out))

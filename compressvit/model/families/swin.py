@@ -5,7 +5,8 @@ Shapes: B batch, H heads, N tokens of a window, D head width, C width; blocks ca
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +21,7 @@ from torch import nn
 from torch.fx import wrap
 
 from compressvit.model.family import PRE_NORM_BRANCHES, BlockInfo, Example, Family, HeadOption, family
+from compressvit.model.mixing import open_attention, with_contextual
 from compressvit.model.slots import ATTENTION_SLOTS, BLOCK_SLOTS, beside
 
 wrap("rearrange")  # torch.fx records the call: einops does not take its proxies
@@ -48,13 +50,12 @@ class ExplicitWindowAttention(WindowAttention):
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """x: (windows·B, N, C); mask: (windows, N, N) of 0 and −100, or None."""
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
-        q = q * self.scale
+        table = self._get_rel_pos_bias()
 
-        logits = q @ k.transpose(-2, -1)
-        if self.rpe_k is not None:
-            logits = logits + self.rpe_k(q)
-        logits = logits + self._get_rel_pos_bias()
-        return mix_and_weigh(self, logits, v, mask)
+        def positions(logits: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+            return with_contextual(self.rpe_k, logits, queries) + table
+
+        return attend_in_windows(self, q * self.scale, k, v, mask, positions)
 
 
 class SlottedSwinBlock(SwinTransformerBlock):
@@ -123,24 +124,31 @@ def in_stages(model: Any) -> Iterator[BlockInfo]:
             index += 1
 
 
-def mix_and_weigh(attention: Any, logits: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """What an attention with slots returns: (windows·B, N, C), from its logits (windows·B, H, N, N) and values (windows·B, H, N, D).
+def attend_in_windows(
+    attention: Any,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    positions: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """What an attention with slots returns, (windows·B, N, C), of queries, keys and values (windows·B, H, N, D).
 
     Args:
         mask: (windows, N, N) of 0 and −100, or None.
+        positions: see `open_attention`.
     """
-    if attention.logit_mix is not None:
-        logits = attention.logit_mix(logits)
-    if mask is not None:
-        windows = mask.shape[0]
-        logits = rearrange(logits, "(b w) h n m -> b w h n m", w=windows) + mask[:, None]
-        logits = rearrange(logits, "b w h n m -> (b w) h n m")
-    probabilities = attention.softmax(logits)
-    if attention.prob_mix is not None:
-        probabilities = attention.prob_mix(probabilities)
-    out = rearrange(attention.attn_drop(probabilities) @ v, "b h n d -> b n (h d)")
+    hidden = None if mask is None else partial(_hidden, mask)
+    windows = 1 if mask is None else mask.shape[0]
+    out = open_attention(attention, q, k, v, positions=positions, mask=hidden, together=windows)
     result: torch.Tensor = attention.proj_drop(attention.proj(out))
     return result
+
+
+def _hidden(mask: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Logits (windows·B, H, N, N) plus a mask (windows, N, N)."""
+    by_window = rearrange(logits, "(b w) h n m -> b w h n m", w=mask.shape[0])
+    return rearrange(by_window + mask[:, None], "b w h n m -> (b w) h n m")
 
 
 def pair(size: int | Sequence[int]) -> tuple[int, int]:

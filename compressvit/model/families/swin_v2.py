@@ -21,7 +21,7 @@ from timm.models.swin_transformer_v2 import (
 from torch import nn
 from torch.fx import wrap
 
-from compressvit.model.families.swin import in_stages, mix_and_weigh
+from compressvit.model.families.swin import attend_in_windows, in_stages
 from compressvit.model.family import BlockInfo, Example, Family, HeadOption, family
 from compressvit.model.slots import BLOCK_SLOTS, MIX_SLOTS, beside
 
@@ -54,9 +54,12 @@ class ExplicitCosineAttention(WindowAttention):
         if self.q_bias is not None:
             qkv += torch.cat((self.q_bias, self.k_bias, self.v_bias))  # in place, as timm: taps on the layer see them
         q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
-        logits = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
-        logits = logits * self.logit_scale.clamp(max=_MOST).exp() + self._positions()
-        return mix_and_weigh(self, logits, v, mask)
+        scale, table = self.logit_scale.clamp(max=_MOST).exp(), self._positions()
+
+        def positions(logits: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+            return logits * scale + table
+
+        return attend_in_windows(self, F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, mask, positions)
 
     def _positions(self: Any) -> torch.Tensor:  # (H, N, N)
         of_distances = self.cpb_mlp(self.relative_coords_table).view(-1, self.num_heads)

@@ -6,6 +6,7 @@ Shapes: B batch, H heads, N tokens, D head width, C width.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +20,7 @@ from torch import nn
 from torch.fx import wrap
 
 from compressvit.model.family import PRE_NORM_BRANCHES, BlockInfo, Example, Family, HeadOption, family
+from compressvit.model.mixing import open_attention, with_contextual
 from compressvit.model.slots import ATTENTION_SLOTS, BLOCK_SLOTS, beside
 
 wrap("rearrange")  # torch.fx records the call: einops does not take its proxies
@@ -58,17 +60,13 @@ class ExplicitAttention(Attention):
     def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
         q, k = self.q_norm(q) * self.scale, self.k_norm(k)
-
-        logits = q @ k.transpose(-2, -1)
-        if self.rpe_k is not None:
-            logits = logits + self.rpe_k(q)
-        if self.logit_mix is not None:
-            logits = self.logit_mix(logits)
         # The mask comes after the mix: a weighted sum of −inf and finite logits would let masked tokens through or be NaN.
-        probabilities = masked(logits, attn_mask, is_causal).softmax(dim=-1)
-        if self.prob_mix is not None:
-            probabilities = self.prob_mix(probabilities)
-        x_out = rearrange(self.attn_drop(probabilities) @ v, "b h n d -> b n (h d)")
+        x_out = open_attention(
+            *(self, q, k, v),
+            positions=partial(with_contextual, self.rpe_k),
+            mask=partial(masked, attn_mask=attn_mask, is_causal=is_causal),
+            together=1 if attn_mask is None else None,
+        )
 
         x_out = self.norm(x_out)
         gate = getattr(self, "gate", None)
@@ -181,20 +179,17 @@ def attend(
 
     Args:
         q, k, v: (B, H, N, D).
-        bias: (…, H, N, N), or None.
+        bias: (H, N, N) or (1, H, N, N), of every image; or None.
     """
     if attention.fused_attn and attention.logit_mix is None and attention.prob_mix is None:
         dropout = attention.attn_drop.p if attention.training else 0.0
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
+        heads = rearrange(out, "b h n d -> b n (h d)")
     else:
-        logits = (q * attention.scale) @ k.transpose(-2, -1)
-        if bias is not None:
-            logits = logits + bias
-        if attention.logit_mix is not None:
-            logits = attention.logit_mix(logits)
-        probabilities = logits.softmax(dim=-1)
-        if attention.prob_mix is not None:
-            probabilities = attention.prob_mix(probabilities)
-        out = attention.attn_drop(probabilities) @ v
-    result: torch.Tensor = attention.proj_drop(attention.proj(rearrange(out, "b h n d -> b n (h d)")))
+        heads = open_attention(attention, q * attention.scale, k, v, positions=partial(_biased, bias))
+    result: torch.Tensor = attention.proj_drop(attention.proj(heads))
     return result
+
+
+def _biased(bias: torch.Tensor | None, logits: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+    return logits if bias is None else logits + bias

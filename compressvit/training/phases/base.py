@@ -104,6 +104,8 @@ class PhaseSpec(Training):
         opt.build_optimizer(model, self, setting.batch_size, torch.device("meta"))
         if self.drop_path is not None:
             describe(model, "blocks", asker="drop_path")
+        if self.activation_checkpointing:
+            describe(model, "blocks", asker="activation_checkpointing")
         if (self.mixup or self.cutmix) and setting.batch_size < 2:
             raise UserError(
                 "mixup and cutmix mix the images of a batch in pairs; give data.batch_size of at least 2, or set both to 0"
