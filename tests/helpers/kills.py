@@ -78,6 +78,7 @@ class Case:
         again: is added to go on, where something was written.
         before: commands that prepare the folder, and that nobody kills.
         watched: what the command writes.
+        pictures: whether the folder has a folder of classes, `pictures`.
     """
 
     recipe: str
@@ -85,6 +86,7 @@ class Case:
     again: tuple[str, ...] = ("--resume",)
     before: tuple[tuple[str, ...], ...] = ()
     watched: str = "run"
+    pictures: bool = False
 
 
 CASES = {
@@ -111,6 +113,14 @@ CASES = {
     "finetune, quantise": Case(f"{TEACHER}steps: [finetune: {{epochs: 1, log_every: 1}}, quantise: {{bits: 5}}]\n"),
     "narrow, distill": Case(
         f"{TEACHER}steps: [narrow: {{neurons: 0.5}}, distill: {{epochs: 1, log_every: 1, losses: {{prediction: {{weight: 1}}}}}}]\n"
+    ),
+    "files that workers read": Case(
+        TEACHER.replace(
+            "name: digits, batch_size: 16, limit_train: 48, limit_val: 32",
+            "name: folder, root: pictures, batch_size: 4, num_workers: 2, augment: {scale: [0.5, 1.0]}",
+        )
+        + "steps: [multiplex: {share: 2}, distill: {epochs: 2, log_every: 1}]\n",
+        pictures=True,
     ),
     "sweep": Case(
         f"{TEACHER}steps: [low_rank: {{rank: 2}}, finetune: {{epochs: 1, log_every: 1}}]\n",
@@ -295,6 +305,10 @@ class Killer:
         self.start, self.work = folder / "start", folder / "work"  # one name for all, as paths stand in files
         self.start.mkdir(parents=True)
         (self.start / "recipe.yaml").write_text(case.recipe)
+        if case.pictures:
+            from helpers.images import class_folders  # torch, which whoever only compares need not have
+
+            class_folders(self.start / "pictures")
         for words in case.before:
             ended = command(words, self.start, "run")
             assert ended.code == 0, f"{name}: {words}: {ended.text}"
@@ -346,7 +360,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", help="cases whose names contain one of these words")
     parser.add_argument("--keep", type=Path, help="the folder for the runs, of which those with a fault remain")
     args = parser.parse_args()
-    sys.path.insert(0, str(ROOT))
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     for name in _IMPORTED:
         importlib.import_module(name)
     import torch

@@ -39,8 +39,9 @@ class _Hook:
     def __call__(self, event: str, args: tuple[Any, ...]) -> None:
         if self.folder is None:
             return
-        paths = ()
-        if event == "open":
+        paths: Any = ()
+        # filelock opens the folder itself, to learn what it can, and takes no for an answer
+        if event == "open" and not os.path.isdir(args[0]):
             paths = args[:1] if isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) else ()
         elif event == "os.mkdir":
             paths = () if os.path.isdir(args[0]) else args[:1]
