@@ -20,7 +20,7 @@ from compressvit.errors import UserError
 from compressvit.model.weights import build
 from compressvit.recipe.recipe import load_recipe
 from compressvit.recipe.shipped import shipped_recipes
-from compressvit.training import loop
+from compressvit.training import step
 from compressvit.transforms.record import compression_of
 
 INSIDE = {"embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size": 8}
@@ -118,7 +118,7 @@ def test_a_run_that_stopped_goes_on_to_the_same_student(applied, tmp_path):
     """Stopped in the last phase, amid its second epoch."""
     recipe, seen = applied / "recipe.yaml", []
     with pytest.MonkeyPatch.context() as patch:
-        total = loop.total_of
+        total = step.total_of
 
         def counted(*args):
             seen.append(args)
@@ -126,7 +126,7 @@ def test_a_run_that_stopped_goes_on_to_the_same_student(applied, tmp_path):
                 os.kill(os.getpid(), signal.SIGTERM)
             return total(*args)
 
-        patch.setattr(loop, "total_of", counted)
+        patch.setattr(step, "total_of", counted)
         assert run("apply", "--no-report", recipe, "--output", tmp_path / "run")[0] == 128 + signal.SIGTERM
     assert not (tmp_path / "run" / "student").exists()
     done("apply", "--no-report", recipe, "--output", tmp_path / "run", "--resume")
