@@ -11,6 +11,8 @@ largest, once of wall time and once of CPU time of the process, which work on ot
 - memory: of the same two steps the peak of the bytes in all tensor storages that an operator created and that are still alive, seen by a
   dispatch mode (`LiveBytes` of hidden_relation.py): activations, gradients, taps and what losses keep; weights, moments of the optimiser
   and scratch space inside an operator are not in it;
+- relations: `attention_relation` of DeiT-B's queries, keys and values at 224² and 384² (197 and 577 tokens, twelve relation heads, two
+  images), forward and backward, against the plain form with its token-by-token matrices: time and the peak of live tensors;
 - students: forward passes in inference mode of multiplexed ViT-S/16 (mixes of heads alone, and with a 7×7 convolution) and Swin-T, their
   mixes moved off the identity, where they would be left out, against timm's models.
 """
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import os
 import statistics
 import tempfile
@@ -38,6 +41,7 @@ from compressvit.data.spec import Data
 from compressvit.log import RunLog
 from compressvit.tasks.base import task_of
 from compressvit.training.loop import Trainer
+from compressvit.training.losses import attention_relation
 from compressvit.training.pairs import match_layers
 from compressvit.training.phase import Phase
 from compressvit.training.phases.distill import Distill
@@ -47,6 +51,7 @@ STUDENT, TEACHER = "swin_tiny_patch4_window7_224", "swin_small_patch4_window7_22
 PAIRS = ((1, 1), (3, 3), (5, 9), (7, 15), (9, 21), (11, 23))
 MINI_SWIN = Multiplex(share=(2, 2, 6, 2), mixing_bias=True, mlp_conv=7)
 ALONE = {name: {"weight": 0} for name in ("attention_relation", "hidden_relation")}
+RELATIONS = {197: 12, 577: 12}  # tokens: relation heads
 STUDENTS = {
     "ViT-S/16, mixes": ("vit_small_patch16_224", Multiplex(share=2)),
     "ViT-S/16, mixes and convolution": ("vit_small_patch16_224", Multiplex(share=2, mlp_conv=7)),
@@ -136,6 +141,34 @@ def steps(parts: Sequence[str], batch: int, rounds: int) -> None:
             made.log.close()
 
 
+def plain(student: torch.Tensor, teacher: torch.Tensor, heads: int) -> torch.Tensor:
+    """The nine cross-entropies of the attention relation, (B, N, 3·C) each, as they are written down."""
+    values = []
+    sides = [[x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in qkv.chunk(3, dim=-1)] for qkv in (student, teacher)]
+    for i, j in itertools.product(range(3), repeat=2):
+        ours, theirs = (side[i] @ side[j].mT * side[i].shape[-1] ** -0.5 for side in sides)
+        values.append(-(theirs.softmax(-1) * ours.log_softmax(-1)).sum(-1).mean())
+    return torch.stack(values).mean()
+
+
+def ours(student: torch.Tensor, teacher: torch.Tensor, heads: int) -> torch.Tensor:
+    return attention_relation(student.chunk(3, dim=-1), teacher.chunk(3, dim=-1), heads)
+
+
+def relations(rounds: int) -> None:
+    """The part `relations`."""
+    for tokens, heads in RELATIONS.items():
+        student, teacher = torch.randn(2, tokens, 3 * 768).requires_grad_(), torch.randn(2, tokens, 3 * 768)
+        calls = [partial(gradient_of, form, student, teacher, heads) for form in (plain, ours)]
+        for_plain, for_ours = (peak(call) for call in calls)
+        share = f"{for_ours / MIB:.0f} / {for_plain / MIB:.0f} MiB = {for_ours / for_plain:.3f}"
+        told(f"attention_relation, {tokens} tokens, {heads} heads: live tensors {share}; time", in_pairs(calls, rounds))
+
+
+def gradient_of(form: Callable[..., torch.Tensor], student: torch.Tensor, teacher: torch.Tensor, heads: int) -> None:
+    torch.autograd.grad(form(student, teacher, heads), student)
+
+
 def students(batches: Sequence[int], rounds: int) -> None:
     """The part `students`."""
     for name, (model_name, multiplex) in STUDENTS.items():
@@ -152,7 +185,7 @@ def students(batches: Sequence[int], rounds: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    known = ("step", "memory", "students")
+    known = ("step", "memory", "relations", "students")
     parser.add_argument("--parts", nargs="+", choices=known, default=known)
     parser.add_argument("--batch", type=int, default=4, help="images of a training step (default: %(default)s)")
     parser.add_argument("--student-batches", type=int, nargs="+", default=[64, 1], help="default: 64 1")
@@ -166,6 +199,8 @@ def main() -> None:
     print(f"torch {torch.__version__}, float32, {arguments.threads} threads, {load}", flush=True)
     if {"step", "memory"} & set(arguments.parts):
         steps(arguments.parts, arguments.batch, arguments.rounds)
+    if "relations" in arguments.parts:
+        relations(arguments.rounds)
     if "students" in arguments.parts:
         students(arguments.student_batches, arguments.rounds)
 

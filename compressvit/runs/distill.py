@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from compressvit import processes
 from compressvit.artifacts import artifact
 from compressvit.data.input import Side, input_config
 from compressvit.data.spec import Data
@@ -28,7 +29,7 @@ from compressvit.reading import read_json
 from compressvit.runs.batches import LoadedBatches
 from compressvit.runs.boards.base import Board, begin, find_boards, opened
 from compressvit.runs.finish import save_student
-from compressvit.runs.folder import RunFolder, flat, refuse_processes
+from compressvit.runs.folder import RunFolder, flat
 from compressvit.runs.job import pick_device
 from compressvit.runs.owned import refuse_links
 from compressvit.runs.resources import resource_faults
@@ -86,9 +87,10 @@ def distill(
         student: e.g. the result of `compress`.
         teacher: the model to learn from; it is not changed.
         train_loader: has a length, and yields batches of images (B, C, H, W) normalised for the student, alone or with targets: class
-            indices (B,), −1 for an image without one, or the targets of another `task`. It does its own shuffling and augmentation.
-        validation: batches of the same form for evaluation.
-        device: 'auto', 'cpu', 'cuda', 'cuda:1', 'mps', …
+            indices (B,), −1 for an image without one, or the targets of another `task`. It does its own shuffling and augmentation. In one
+            of several processes (torchrun) it gives the part of this one, with as many batches as in the others.
+        validation: batches of the same form for evaluation; of several processes that of the leader is evaluated.
+        device: 'auto', 'cpu', 'cuda', 'cuda:1', 'mps', …; of several processes each takes its own.
         output: a folder for `student/` (an artifact), `metrics.jsonl`, `run.log`, TensorBoard's files and the checkpoint.
         resume: continue the training in `output`, which must have been started with the same options.
         seed: seed of the randomness in the training itself (dropout, mixup, …).
@@ -108,19 +110,44 @@ def distill(
         >>> done.figures["agreement"]  # doctest: +SKIP
         96.4
     """
-    refuse_processes("compressvit.distill")
-    spec = Distill(**options)
-    where = pick_device(device)
+    given = _Given(device, output, resume, seed, teacher_input, task, console)
+    with processes.joined(device):
+        return _distilled(Distill(**options), student, teacher, train_loader, validation, given)
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What a caller gives beside models and batches."""
+
+    device: str
+    output: str | Path | None
+    resume: bool
+    seed: int
+    teacher_input: Images | None
+    task: str | None
+    console: Console | None
+
+
+def _distilled(
+    spec: Distill,
+    student: nn.Module,
+    teacher: nn.Module,
+    train_loader: Iterable[Any],
+    validation: Iterable[Any] | None,
+    given: _Given,
+) -> Distilled:
+    where, output, task = pick_device(given.device), given.output, given.task
     _refuse_models(student, teacher)
     meaning = _task(task, student)
     batches = LoadedBatches(train_loader, "train_loader", student, meaning, spec.needs_labels)
     held_out = LoadedBatches(validation, "validation", student, meaning) if validation is not None else None
-    ours, theirs = _sides(student, teacher, batches.first, teacher_input)
+    ours, theirs = _sides(student, teacher, batches.first, given.teacher_input)
     _refuse(spec, ours, theirs, batches, held_out)
-    folder = _folder(output, student, resume, spec.model_dump(mode="json") | {"seed": seed, "task": task})
+    settings = spec.model_dump(mode="json") | {"seed": given.seed, "task": task}
+    folder = processes.led(lambda: _folder(output, student, given.resume, settings))
     bench = _Bench(ours, theirs, batches, held_out, where)
     with _Stoppable(folder):
-        report = bench.train(spec, folder, seed, console)
+        report = bench.train(spec, folder, given.seed, given.console if processes.leads() else Console(quiet=True))
         figures = bench.evaluate(student.to(where), theirs, search=True)
     return Distilled(student, figures, report["kept_epoch"], folder.path if folder is not None else None)
 
@@ -131,9 +158,15 @@ def _owned(folder: RunFolder | None) -> Iterator[list[Board]]:
     if folder is None:
         yield []
         return
-    with folder.owned(), opened(find_boards(()), folder.path, None, new=False) as boards:
+
+    def begun() -> list[Board]:
+        stack.enter_context(folder.owned())
+        boards = stack.enter_context(opened(find_boards(()), folder.path, None, new=False))
         begin(boards)
-        yield boards
+        return list(boards)
+
+    with ExitStack() as stack:
+        yield processes.led_for(begun, [])
 
 
 @dataclass(frozen=True)
@@ -150,10 +183,10 @@ class _Bench:
         """Run the phase, in a folder if there is one, where the student is then written; returns the phase's report."""
         with TemporaryDirectory() as scratch, _owned(folder) as boards:
             phase = Phase("distill", 1, seed, (folder or RunFolder(scratch)).checkpoint("distill"))
-            log = RunLog(folder.path if folder is not None else None, console, boards=boards)
+            log = RunLog(folder.path if folder is not None and processes.leads() else None, console, boards=boards)
             report = _run(spec, self.stage(phase, log), self.ours.model, folder)
             if folder is not None:
-                save_student(self.ours, folder.student)
+                processes.led(lambda: save_student(self.ours, folder.student))
             return report
 
     def stage(self, phase: Phase, log: RunLog) -> Stage:
@@ -177,17 +210,22 @@ class _Bench:
 
     def evaluate(self, model: nn.Module, teacher: Side | None, *, search: bool = False) -> dict[str, Any]:
         """Scores on the validation images, those that take a search among them only if asked for; empty without such images."""
-        if self.held_out is None:
+        if (held_out := self.held_out) is None:
             return {}
+        return processes.led(lambda: self._evaluate(model, teacher, held_out, search=search))
+
+    def _evaluate(
+        self, model: nn.Module, teacher: Side | None, held_out: LoadedBatches, *, search: bool
+    ) -> dict[str, Any]:
         model.to(self.device)
         if teacher is not None:
             teacher.model.to(self.device).eval()
         return evaluate(
             Side(model, self.ours.input),
-            self.held_out,
+            held_out,
             self.device,
             teacher=teacher,
-            labelled=self.held_out.labelled,
+            labelled=held_out.labelled,
             task=self.batches.task,
             index=() if search else None,
         )
@@ -268,6 +306,13 @@ def _refuse(
     if held_out is not None and held_out.shape != batches.shape:
         raise UserError(
             f"the images of train_loader are {batches.shape} and those of validation {held_out.shape}; give them one size"
+        )
+    if len(set(lengths := processes.gathered(len(batches)))) > 1:
+        raise processes.told_once(
+            UserError(
+                f"train_loader has {', '.join(map(str, lengths))} batches in the {len(lengths)} processes, which all have to take as many "
+                "steps; give a DistributedSampler, and drop_last=True"
+            )
         )
     unlabelled = None if batches.labelled else "the batches of train_loader"
     skeletons = [replace(side, model=surgery.skeleton(side.model)) for side in (student, teacher)]

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from compressvit.errors import UserError
 
-# Elements of a matrix that is computed at once: 2 MiB of float32, so that the few that a piece needs stay in the cache of a processor,
+# Elements of a matrix that is computed at once: 1 MiB of float32, so that the few that a piece needs stay in the cache of a processor,
 # and on a GPU, where a piece must keep all units busy, 64 MiB.
-_AT_ONCE = {"cpu": 2**19, "cuda": 2**24}
+_AT_ONCE = {"cpu": 2**18, "cuda": 2**24}
 _LEAST_NORM = 1e-12  # as in F.normalize
 
 

@@ -16,6 +16,8 @@ import compressvit
 from compressvit.artifacts import artifact
 from compressvit.errors import UserError
 from compressvit.files import load_checkpoint, save_checkpoint
+from compressvit.recipe.recipe import load_recipe
+from compressvit.runs.apply import planned
 from compressvit.runs.folder import RunFolder
 from compressvit.runs.owned import delete
 
@@ -73,8 +75,8 @@ def test_a_folder_that_was_only_looked_at_is_not_left_over(tmp_path):
 
 def test_what_works_in_one_process_refuses_several(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match=r"2 processes \(WORLD_SIZE=2\), and compressvit.distill works in one"):
-        compressvit.distill(None, None, [])
+    with pytest.raises(UserError, match=r"2 processes \(WORLD_SIZE=2\), and a sweep works in one"):
+        planned(load_recipe("quickstart"), "cpu")
 
 
 @pytest.fixture(scope="module")

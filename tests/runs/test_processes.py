@@ -12,7 +12,9 @@ import torch
 from helpers.runs import QUICK, RECIPE, TINY, done, refused, run, undrawn
 from helpers.together import together
 from helpers.training import fit, random_batches, tiny_vit
+from rich.console import Console
 
+import compressvit
 from compressvit import processes
 from compressvit.data.input import Side, input_config
 from compressvit.data.loaders import eval_loader, train_loader
@@ -190,6 +192,49 @@ def test_evaluation_counts_every_image_once_and_is_the_same_to_the_bit(count):
     assert torch.equal(first[1][1], targets)
     assert [found for found, _ in others] == [alone] * (count - 1)
     assert all(seen is None for _, seen in others)
+
+
+# --------------------------------------------------------------------------------------------------------------- from Python
+
+
+def test_distill_from_python_takes_the_parts_of_each_process(tmp_path):
+    data = random_batches(8, 8)
+
+    def distilled(folder):
+        world, rank = processes.launched(), processes.place()
+        mine = [(images[rank::world], targets[rank::world]) for images, targets in data]
+        student, teacher = tiny_vit(seed=1), tiny_vit(seed=2)
+        options = {"epochs": 2, "lr": 0.05, "optimizer": "sgd", "keep": "best"}
+        found = compressvit.distill(
+            student,
+            teacher,
+            mine,
+            validation=data[:2],
+            device="cpu",
+            output=folder,
+            console=Console(quiet=True),
+            **options,
+        )
+        return found.figures, student.state_dict()
+
+    figures, weights = distilled(tmp_path / "one")
+    (first, one), (second, two) = together(2, distilled, tmp_path / "two")
+    assert first == second
+    assert first["agreement"] == figures["agreement"]
+    for name, value in weights.items():
+        assert torch.equal(one[name], two[name])
+        assert (one[name] - value).abs().max() <= 1e-5 * value.abs().max(), name  # measured 1e-6
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+
+
+def test_loaders_of_other_lengths_are_refused(tmp_path):
+    def refused():
+        batches = random_batches(2 + processes.place(), 4)
+        with pytest.raises(ValueError) as told:
+            compressvit.distill(tiny_vit(), tiny_vit(seed=1), batches, device="cpu")
+        return str(told.value)
+
+    assert "train_loader has 2, 3 batches in the 2 processes" in together(2, refused)[0]
 
 
 # --------------------------------------------------------------------------------------------------------------- a whole run
