@@ -6,7 +6,7 @@ class token on Fashion-MNIST and digits.
 
     python benchmarks/across_architectures.py --data crops --weights FILE --output runs/across_dinov2
     python benchmarks/across_architectures.py --data crops --weights FILE --output runs/across_clip \\
-        --model vit_base_patch16_clip_quickgelu_224
+        --model vit_base_patch16_clip_quickgelu_224 --size 64
 
 A finished cell is not trained again; `--table-only` prints what there is.
 """
@@ -70,7 +70,7 @@ class Batches:
 def trained(cell: str, teacher: nn.Module, data: Data, arguments: argparse.Namespace) -> tuple[nn.Module, dict]:
     """The student of a cell, and how long it was trained."""
     torch.manual_seed(arguments.seed)
-    student = build(arguments.student, img_size=arguments.size, **STUDENT)
+    student = build(arguments.student, img_size=arguments.size, patch_size=arguments.patch, **STUDENT)
     losses = CELLS[cell]
     if losses is None:
         return student.eval(), {"steps": 0, "cpu_seconds": 0.0}
@@ -94,7 +94,7 @@ def trained(cell: str, teacher: nn.Module, data: Data, arguments: argparse.Names
         )
         return time.process_time() - started
 
-    probe = build(arguments.student, img_size=arguments.size, **STUDENT)
+    probe = build(arguments.student, img_size=arguments.size, patch_size=arguments.patch, **STUDENT)
     fixed = run(probe, 2)
     each = (run(probe, 2 + PROBE) - fixed) / PROBE
     steps = max(8, int((arguments.cpu_seconds - fixed) / each))
@@ -152,7 +152,8 @@ def main() -> None:
     parser.add_argument("--model", default="vit_small_patch14_dinov2", help="the teacher's name in timm")
     parser.add_argument("--weights", help="its file")
     parser.add_argument("--student", default="vit_tiny_patch16_224")
-    parser.add_argument("--size", type=int, default=112, help="height and width of the images of both, in pixels")
+    parser.add_argument("--size", type=int, default=56, help="height and width of the images of both, in pixels")
+    parser.add_argument("--patch", type=int, default=8, help="height and width of the student's patches, in pixels")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--cpu-seconds", type=float, default=900.0, help="of the training of each student")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -13,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from compressvit.errors import UserError
+from compressvit.processes import ToldElsewhere, leads, place
 from compressvit.text import complain, printable
 
 REFUSED = 2  # something asked for cannot be done
@@ -30,12 +32,15 @@ def answered(program: str, run: Callable[[], int], run_folder: Callable[[], Path
         code = run()
         sys.stdout.flush()
         return code
-    except UserError as error:
-        complain(program, error)
+    except ToldElsewhere:
         return REFUSED
-    except KeyboardInterrupt:
-        complain(program, "stopped")
-        return 130
+    except UserError as error:
+        complain(program, error if leads() else f"process {place()}: {error}")
+        return REFUSED
+    except KeyboardInterrupt as stop:
+        number = stop.args[0] if stop.args and isinstance(stop.args[0], int) else int(signal.SIGINT)
+        complain(program, f"stopped by {signal.Signals(number).name}; what was written before is whole")
+        return 128 + number
     except BrokenPipeError:  # `| head` closed our output; what Python still holds back goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

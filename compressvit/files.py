@@ -105,6 +105,16 @@ def write_atomically(path: Path, write: Callable[[Path], Any], *, keep: Path | N
             scratch.unlink(missing_ok=True)
 
 
+def put(written: Path, path: Path) -> None:
+    """Rename a file, or a folder of files, to `path`, with what is in it on the disk before and the name after it."""
+    if written.is_dir():
+        for file in written.iterdir():
+            sync(file)
+    sync(written)
+    os.replace(written, path)
+    sync(path.parent)
+
+
 def sync(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk; where a system or file system cannot, it does not wait."""
     with suppress(OSError):

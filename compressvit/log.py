@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from compressvit import processes
 from compressvit.errors import UserError
 from compressvit.files import disk_faults
 from compressvit.rows import append_row, keep_metrics, metrics_row, read_metrics
@@ -118,6 +119,14 @@ class RunLog:
             with warn_and_continue("earlier metrics cannot be read"):
                 keep_metrics(path, lambda row: row.phase != phase or row.step <= step)
 
+    def each_once(self) -> None:
+        """Remove the rows of `metrics.jsonl` that later ones repeat: of steps that were done again, as a run was killed before it had
+        written its first checkpoint."""
+        path = None if self.folder is None else self.folder / "metrics.jsonl"
+        if path is not None and path.is_file():
+            with warn_and_continue("earlier metrics cannot be read"):
+                keep_metrics(path, lambda row: True)
+
     def show_on_boards(self, show: Callable[[Board], object]) -> None:
         """Call a function with each board, to show something other than scalars there."""
         for board in self.boards:
@@ -197,7 +206,9 @@ def working(description: str, total: int | None = None) -> Iterator[Callable[...
 
     global _bar_is_shown
     console = Terminal(stderr=True)
-    if not console.is_terminal:
+    if not processes.leads():
+        yield lambda parts=1: None
+    elif not console.is_terminal:
         yield _Lines(description, total).advance
     elif _bar_is_shown:
         yield lambda parts=1: None

@@ -13,7 +13,20 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "compressvit"
 
 # From the ground up. A room may import from itself and from those before it. docs/architecture.md quotes this list.
-GROUND = ("errors", "text", "spec", "registry", "notes", "reading", "files", "rows", "terminal", "log", "exits")
+GROUND = (
+    "errors",
+    "processes",
+    "text",
+    "spec",
+    "registry",
+    "notes",
+    "reading",
+    "files",
+    "rows",
+    "terminal",
+    "log",
+    "exits",
+)
 ROOMS = (
     "charts",
     "model",

@@ -198,3 +198,31 @@ def test_a_comparison_with_a_detector_that_finds_too_little_is_void(lors, benchm
 
 
 # ------------------------------------------------------------------------------------------------- smaller without training
+
+
+@pytest.fixture
+def soak(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    return importlib.import_module("soak")
+
+
+def rows_of(rss: list[float], files: float = 9) -> list[dict[str, float]]:
+    return [{"seconds": i, "rss_mib": value, "files": files, "threads": 1} for i, value in enumerate(rss)]
+
+
+def test_a_soak_sees_what_grows_after_its_beginning(soak):
+    assert soak.grown(rows_of([100, 200, 300, 400, *[500] * 16])) == {}
+    leak = [500 + 2 * i for i in range(100)]
+    assert soak.fifths(rows_of(leak), "rss_mib") == [519, 559, 599, 639, 679]
+    assert soak.grown(rows_of(leak)) == {"rss_mib": 80}
+    rows = rows_of([500] * 60) + rows_of([500] * 40, files=13)
+    assert soak.grown(rows) == {"files": 4}
+    found = soak.now()
+    assert found.keys() == {"rss_mib", "files", "threads"}
+
+
+@pytest.mark.slow
+def test_a_short_soak_is_flat(soak, tmp_path):
+    runs, rows = soak.soak(1.5, tmp_path)
+    assert runs >= 2
+    assert soak.grown(rows) == {}

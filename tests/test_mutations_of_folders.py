@@ -28,7 +28,7 @@ from helpers.runs import done, run
 
 from compressvit.data.opening import Datasets, open_data
 from compressvit.data.spec import Data
-from compressvit.training import loop
+from compressvit.training import step
 
 pytestmark = [
     pytest.mark.slow,
@@ -192,7 +192,7 @@ def test_lists_and_folders_of_images(seed, image_folders, tmp_path):
 @pytest.fixture(scope="module")
 def stopped(recipe):
     """A run that was stopped between two steps of its distillation."""
-    folder, batches, total = recipe.parent / "stopped", [], loop.total_of
+    folder, batches, total = recipe.parent / "stopped", [], step.total_of
 
     def counted(*arguments, **options):
         batches.append(1)
@@ -201,7 +201,7 @@ def stopped(recipe):
         return total(*arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "total_of", counted)
+        patch.setattr(step, "total_of", counted)
         assert run("apply", recipe, "--output", folder, "seed=3")[0] == 128 + signal.SIGTERM
     return folder
 

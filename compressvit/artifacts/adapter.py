@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from compressvit import __version__
 from compressvit.errors import UserError
-from compressvit.files import usual_mode
+from compressvit.files import usual_mode, write_atomically
 from compressvit.model import surgery, ties
 from compressvit.model.backbone import head_names, model_name
 from compressvit.model.bounded import on_meta
@@ -95,13 +95,15 @@ def save_adapter(model: nn.Module, path: str | Path) -> Path:
         backbone=_hash(model, saved),
         transforms=[record_of(plan) for plan in plans],
     )
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = header.model_dump(mode="json")
     content["checksum"] = content_checksum(content)
-    save_file(tensors, path, metadata={_KEY: json.dumps(content)})
-    usual_mode(path)
-    return path
+
+    def write(scratch: Path) -> None:
+        save_file(tensors, scratch, metadata={_KEY: json.dumps(content)})
+        usual_mode(scratch)
+
+    write_atomically(Path(path), write)
+    return Path(path)
 
 
 def load_adapter(model: nn.Module, path: str | Path) -> nn.Module:

@@ -25,7 +25,7 @@ from torch import nn
 
 from compressvit import __version__
 from compressvit.errors import UserError
-from compressvit.files import usual_mode
+from compressvit.files import put, usual_mode
 from compressvit.model import surgery, ties
 from compressvit.model.backbone import input_size, model_name
 from compressvit.model.bounded import on_meta
@@ -100,13 +100,13 @@ def save(
         if path.exists():
             old = path.parent / f".{path.name}.old.{uuid.uuid4().hex[:8]}"
             os.replace(path, old)
-            os.replace(scratch, path)
+            put(scratch, path)
             for file in old.iterdir():  # what somebody put beside the two files stays
                 if file.name not in (MANIFEST, TENSORS):
                     os.replace(file, path / file.name)
             shutil.rmtree(old)
         else:
-            os.replace(scratch, path)
+            put(scratch, path)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return path

@@ -10,7 +10,6 @@ from __future__ import annotations
 import glob
 import importlib.util
 import logging
-import os
 import re
 import shutil
 import tempfile
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from compressvit.errors import UserError, option
-from compressvit.files import disk_faults
+from compressvit.files import disk_faults, put
 from compressvit.model import surgery
 from compressvit.model.modes import evaluating
 from compressvit.tasks.base import Task, task_of
@@ -70,7 +69,8 @@ def exported(model: nn.Module, images: Tensor, task: Task | None = None, *, prec
     Args:
         model: any model that compressvit trains; it is not changed.
         images: (B, C, H, W) as the model takes them. The graph takes batches of any other B, of the same C, H, W and kind.
-        task: what the outputs mean; None: the model's. Of classes the graph gives logits (B, classes); of detection `boxes` (B, 100, 4),
+        task: what the outputs mean; None: the model's. Of classes the graph gives logits (B, classes), of classes of pixels
+            logits (B, classes, H, W); of detection `boxes` (B, 100, 4),
             (x0, y0, x1, y1) in widths and heights of the image, `scores` (B, 100), falling, and `labels` (B, 100), all zero after an
             image's last detection, of which a small AdaMixer has no more than queries × classes; of a model of masks also `masks`
             (B, 100, 28, 28), the probability that a point of the box belongs to the object.
@@ -218,10 +218,10 @@ def replacing(target: Path) -> Iterator[Path]:
 def _move(path: Path, target: Path) -> None:
     """Put a file, or the files of a folder, in the place of others."""
     if not path.is_dir():
-        os.replace(path, target)
+        put(path, target)
         return
     target.mkdir(exist_ok=True)
     for file in sorted(
         path.iterdir(), key=lambda file: file.name != SEAL
     ):  # first, so that what is interrupted can be made again
-        os.replace(file, target / file.name)
+        put(file, target / file.name)

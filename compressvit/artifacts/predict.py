@@ -2,6 +2,7 @@
 
     python MODEL_predict.py IMAGE…              the model is the file MODEL.onnx beside this one
     python MODEL_predict.py --json IMAGE…       for programs; features whole
+    python MODEL_predict.py --masks FOLDER IMAGE…   also write the classes of pixels, of a model that gives these, to FOLDER/IMAGE.png
 
 Size, normalisation and names of the classes are read from the model's file. IMAGE may be an array (height, width, channels) that numpy.save
 wrote; for a model of other channels than 1, 3 and 4 it has to be.
@@ -150,8 +151,14 @@ def _centre(image: Image.Image, width: int, height: int, fill: list[int]) -> Ima
 
 
 def answer(found: dict[str, np.ndarray], size: tuple[int, int], about: dict) -> dict:
-    """What the outputs for one image say: classes with probabilities, boxes in pixels of the image, or features."""
+    """What the outputs for one image say: classes with probabilities, or of pixels with their share of the image, boxes in pixels of the
+    image, or features."""
     names = about.get("label_names")
+    if "logits" in found and found["logits"].ndim == 3:
+        counts = np.bincount(found["logits"].argmax(0).ravel())
+        most = [int(i) for i in np.argsort(-counts, kind="stable")[:TOP] if counts[i]]
+        shares = counts / counts.sum()
+        return {"pixels": [{"class": names[i] if names else i, "share": float(shares[i])} for i in most]}
     if "logits" in found:
         logits = found["logits"].astype(np.float64)
         shares = np.exp(logits - logits.max())
@@ -170,7 +177,16 @@ def answer(found: dict[str, np.ndarray], size: tuple[int, int], about: dict) -> 
     return {"features": next(iter(found.values())).ravel().tolist()}
 
 
+def mask_of(logits: np.ndarray, size: tuple[int, int]) -> Image.Image:
+    """The likeliest class of every pixel of an image of width and height `size`, of logits (classes, height, width), which are resized."""
+    bilinear = Image.Resampling.BILINEAR
+    resized = [np.asarray(Image.fromarray(part.astype(np.float32)).resize(size, bilinear)) for part in logits]
+    return Image.fromarray(np.argmax(resized, axis=0).astype(np.uint8))
+
+
 def in_words(said: dict) -> str:
+    if "pixels" in said:
+        return "  ".join(f"{row['class']} on {100 * row['share']:.1f} %" for row in said["pixels"])
     if "classes" in said:
         return "  ".join(f"{row['class']} {100 * row['probability']:.1f} %" for row in said["classes"])
     if "objects" in said:
@@ -187,6 +203,7 @@ def main() -> None:
     usual = here.with_name(f"{here.stem.removesuffix('_predict')}.onnx")
     parser.add_argument("--model", type=Path, default=usual, help=f"the file of the model (default: {usual.name})")
     parser.add_argument("--json", action="store_true", help="print a line of JSON for each image")
+    parser.add_argument("--masks", metavar="FOLDER", type=Path, help="write the classes of pixels there, as IMAGE.png")
     arguments = parser.parse_args()
     try:
         session, about = open_model(arguments.model)
@@ -202,6 +219,11 @@ def main() -> None:
         found = {name: value[0] for name, value in zip(about["outputs"], values, strict=True)}
         size = image.shape[1::-1] if isinstance(image, np.ndarray) else image.size
         said = answer(found, size, about)
+        if arguments.masks is not None:
+            if "pixels" not in said:
+                parser.exit(2, f"{arguments.model}: --masks: it gives no classes of pixels; leave it out\n")
+            arguments.masks.mkdir(parents=True, exist_ok=True)
+            mask_of(found["logits"], size).save(arguments.masks / f"{file.stem}.png")
         print(json.dumps({"file": str(file), **said}) if arguments.json else f"{file}: {in_words(said)}")
 
 

@@ -21,6 +21,7 @@ from compressvit.cli.tool import add_tool
 from compressvit.errors import UserError, command_line
 from compressvit.exits import answered
 from compressvit.text import complain, printable
+from compressvit.training.stopping import Signals
 
 _EPILOG = """\
 examples:
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     if rest:
         arguments.overrides += rest
-    with command_line():
+    with command_line(), Signals():  # verbs that keep what they have done catch them themselves
         return answered("compressvit", lambda: arguments.run(arguments), lambda: _run_folder(arguments))
 
 

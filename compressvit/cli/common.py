@@ -7,6 +7,7 @@ import gc
 from collections.abc import Callable
 from functools import wraps
 
+from compressvit.processes import leads
 from compressvit.text import complain
 
 Verb = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
@@ -73,6 +74,7 @@ def exit_code_of(run: Callable[[], object]) -> int:
     try:
         run()
     except Interrupted as stop:
-        complain("compressvit", stop)
+        if leads():
+            complain("compressvit", stop)
         return 128 + stop.signum
     return 0

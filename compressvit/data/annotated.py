@@ -1,4 +1,7 @@
-"""Pictures whose ground truth lies at places in them: boxes and masks, which move with the pixels (`compressvit.data.placed_transform`)."""
+"""Pictures whose ground truth lies at places in them: boxes and masks, which move with the pixels (`compressvit.data.placed_transform`).
+
+The ground truth of a picture is an `Annotation`, which is there from the beginning, or a mask of classes, which is read with the picture.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from compressvit.data.bands import Picture
+from compressvit.data.class_masks import MaskFile
 from compressvit.data.files import PictureFiles
 from compressvit.data.notes import Note
 from compressvit.data.outlines import NO_OUTLINES, Outlines
@@ -33,9 +37,14 @@ class Annotation:
 
 
 class AnnotatedFiles(PictureFiles):
-    """Picture files with annotations: `samples` holds (path, `Annotation`)."""
+    """Picture files with annotations: `samples` holds (path, `Annotation`), or (path, `MaskFile`)."""
 
-    def __init__(self, samples: Sequence[tuple[str, Annotation]], classes: list[str], notes: Sequence[Note] = ()):
+    def __init__(
+        self,
+        samples: Sequence[tuple[str, Annotation | MaskFile]],
+        classes: list[str] | None,
+        notes: Sequence[Note] = (),
+    ):
         self.samples: list[tuple[str, Any]] = list(samples)
         self.classes, self.notes = classes, list(notes)
         self.targets: Any = None  # they are not numbers
@@ -43,11 +52,18 @@ class AnnotatedFiles(PictureFiles):
     @property
     def outlined(self) -> bool:
         """Whether the mask of any object is known."""
-        return any(annotation.outlines for _, annotation in self.samples)
+        return any(getattr(annotation, "outlines", None) for _, annotation in self.samples)
 
 
-def require_size(image: Picture, annotation: Any) -> None:
-    """Raise a `BrokenPicture` where a picture is not of the size that its annotation says."""
-    if isinstance(annotation, Annotation) and (image.height, image.width) != annotation.size:
-        height, width = annotation.size
+def truth_of(image: Picture, target: Any) -> Any:
+    """The ground truth of a picture that was read, from what its set says of it; what is no annotation stays as it is.
+
+    Raises:
+        BrokenPicture: the two do not belong together, or a mask cannot be used.
+    """
+    if isinstance(target, MaskFile):
+        return target.read(image)
+    if isinstance(target, Annotation) and (image.height, image.width) != target.size:
+        height, width = target.size
         raise BrokenPicture(f"it has {image.width}×{image.height} pixels, and its annotations are for {width}×{height}")
+    return target

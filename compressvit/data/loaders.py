@@ -11,7 +11,6 @@ import copy
 import dataclasses
 import random
 import signal
-import weakref
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -22,6 +21,7 @@ from timm.data.loader import PrefetchLoader
 from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from compressvit import processes
 from compressvit.data.collation import Targets, collate
 from compressvit.data.image_transform import image_transform
 from compressvit.data.input import InputConfig
@@ -33,6 +33,7 @@ from compressvit.data.placed_transform import PlacedTransform
 from compressvit.data.samples import Samples, seeded
 from compressvit.data.spec import Augment, Data
 from compressvit.data.streams import Stream
+from compressvit.data.workers import RestartingLoader
 from compressvit.errors import UserError
 from compressvit.tasks.base import Task, find_task
 
@@ -77,7 +78,7 @@ def train_loader(
     *,
     batch_size: int | None = None,
     drop_last: bool = True,
-    distributed: bool = False,
+    distributed: bool | None = None,
 ) -> Loader:
     """Shuffled, augmented batches; a target of -1 is an image without a label.
 
@@ -91,13 +92,19 @@ def train_loader(
     Args:
         batch_size: images per batch and process; None = `data.batch_size`.
         drop_last: leave out an incomplete last batch.
-        distributed: each process of `torch.distributed` gets its own part, cut by the draw of process 0.
+        distributed: each process of the run gets its own part, cut by the draw of the leader; None: if there are several. Batch i of all
+            of them together has the images of batch i of one process with as many images.
 
     Raises:
         UserError: while iterating, when a label is out of range or 50 consecutive files are broken.
     """
     augment = data.augment
-    batches = _batches(datasets, data, config, device, batch_size or data.batch_size, drop_last, distributed, augment)
+    divided = processes.count() > 1 if distributed is None else distributed
+    if divided and isinstance(datasets.train, Samples) and len(datasets.train) < processes.count():
+        raise UserError(
+            f"data.name={data.name}: {len(datasets.train)} images to train on are too few for {processes.count()} processes; start fewer"
+        )
+    batches = _batches(datasets, data, config, device, batch_size or data.batch_size, drop_last, divided, augment)
     return Loader(
         *batches,
         config,
@@ -120,7 +127,7 @@ def eval_loader(
     """The validation set in its own order, without augmentation; draws nothing from the global generators.
 
     Broken files are left out, so a batch may be smaller than others. A target of -1 is an image without a label. With
-    `distributed` the processes share the set out without overlap; the number of batches may differ by one.
+    `distributed` the batches are dealt out to the processes of the run in turn; the number of batches may differ by one.
     """
     size = batch_size or data.eval_batch_size or data.batch_size
     return Loader(*_batches(datasets, data, config, device, size, False, distributed, None), config, device)
@@ -159,11 +166,9 @@ def calibration_batches(
 
 
 def _draw(distributed: bool) -> int:
-    """One number from torch's global generator; that of process 0 for all processes."""
-    drawn = [int(torch.randint(2**62, ()))]
-    if distributed:
-        torch.distributed.broadcast_object_list(drawn, src=0)
-    return drawn[0]
+    """One number from torch's global generator; that of the leader for all processes."""
+    drawn = int(torch.randint(2**62, ()))
+    return processes.told(drawn) if distributed else drawn
 
 
 class _StreamEpoch:
@@ -182,16 +187,17 @@ class _StreamEpoch:
 class _Order(Sampler):
     """Yields (index, seed) pairs: the order of an epoch, and what is random in it, from one draw.
 
-    Over several processes training wraps around, so that all take equally many steps; evaluation does not.
+    Over several processes training deals images out, as many to each, and leaves the rest of an epoch's order out; evaluation deals out
+    batches, and leaves out none.
     """
 
-    def __init__(self, count: int, training: bool, distributed: bool, repeats: int = 1):
-        self.count, self.training, self.distributed, self.repeats = count, training, distributed, repeats
-        self.rank, self.world = 0, 1
-        if distributed:
-            self.rank, self.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    def __init__(self, count: int, training: bool, distributed: bool, repeats: int = 1, batch: int = 1):
+        self.count, self.training, self.distributed = count, training, distributed
+        self.repeats, self.batch = repeats, batch
+        self.rank, self.world = (processes.rank(), processes.count()) if distributed else (0, 1)
         self.seed = 0
         self.batch_seeds = random.Random(0)
+        self.skipped = 0  # at the beginning, which an iteration before had
 
     def draw(self) -> None:
         """Starts an epoch."""
@@ -200,18 +206,22 @@ class _Order(Sampler):
             self.batch_seeds = random.Random(self.seed + self.rank)
 
     def __len__(self) -> int:
-        if self.training:
-            return -(-self.count // self.world)
-        return len(range(self.rank, self.count, self.world))
+        return self.count // self.world if self.training else len(self._dealt())
+
+    def _dealt(self) -> list[int]:
+        """The images of every batch that is this process's."""
+        whole, size = range(self.count), self.batch
+        return [i for start in whole[self.rank * size :: self.world * size] for i in whole[start : start + size]]
 
     def __iter__(self) -> Iterator[tuple[int, int | None]]:
         if not self.training:
-            return iter([(i, None) for i in range(self.rank, self.count, self.world)])
+            return iter([(i, None) for i in self._dealt()][self.skipped :])
         generator = torch.Generator().manual_seed(self.seed)
         order = torch.randperm(self.count, generator=generator).tolist()
         total = len(self) * self.world
         seeds = torch.randint(2**31, (total,), generator=generator).tolist()
-        return iter([(order[i // self.repeats % self.count], seeds[i]) for i in range(self.rank, total, self.world)])
+        pairs = [(order[i // self.repeats % self.count], seeds[i]) for i in range(self.rank, total, self.world)]
+        return iter(pairs[self.skipped :])
 
 
 class _SeededErasing(RandomErasing):
@@ -264,44 +274,26 @@ def _flip_and_shift(images: torch.Tensor, augment: Augment, generator: torch.Gen
     return images
 
 
-class _CheckedLoader(DataLoader):
+class _CheckedLoader(RestartingLoader):
     """A DataLoader that names broken files and refuses impossible labels as it goes, in the main process."""
 
     datasets: Datasets
     name: str
     task: Task
     channels: int
-    _ending: weakref.finalize | None = None
-
-    def _get_iterator(self) -> Any:
-        """torch's iterator, whose workers end when this loader does.
-
-        Left to the garbage collector, an iterator in a cycle (with an exception that was thrown through it) has lost its queues before it
-        can tell the workers; torch then waits 10 s for each, and, as they take no SIGTERM, Python at its end for ever. What a finalizer
-        holds is whole.
-        """
-        made: Any = super()._get_iterator()
-        if self.num_workers:
-            if self._ending is not None:
-                self._ending.detach()  # of an earlier epoch
-            self._ending = weakref.finalize(self, made._shutdown_workers)
-        return made
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | Targets]]:  # type: ignore[override]
         if isinstance(self.dataset, Stream):
             self.dataset.begin_pass()
-        batches = super().__iter__()
         try:
-            for batch in batches:
+            for batch in self.batches():
                 self.datasets.broken.report(self.channels)
                 if batch is not None:
                     images, targets = batch
                     self.task.check_set(targets, self.datasets.num_classes, self.name)
                     yield images, targets if isinstance(targets, torch.Tensor) else Targets(targets)
         except Exception as error:  # workers end whatever it was; what is not of a picture goes on as it is
-            self._iterator = None
-            if self._ending is not None:
-                self._ending()
+            self.end_workers()
             if isinstance(error, BrokenPicture):  # of a stream; others count theirs
                 reason = str(error).rstrip().rpartition("BrokenPicture: ")[2]  # a worker adds its trace
                 raise UserError(f"data.name={self.name}: an image cannot be used: {reason}") from error
@@ -354,7 +346,8 @@ def _batches(
     order: _Order | None = None
     epoch: _Order | _StreamEpoch | None = None
     if isinstance(source, Samples):
-        order = epoch = _Order(len(source), training, distributed, augment.repeats if augment is not None else 1)
+        repeats = augment.repeats if augment is not None else 1
+        order = epoch = _Order(len(source), training, distributed, repeats, max(1, min(batch_size, len(source))))
         batch_size = max(1, min(batch_size, len(order)))
         dataset = _pixel_batches(source, config, augment)
     in_memory = dataset is not None
@@ -365,6 +358,7 @@ def _batches(
         dataset.transform, dataset.training = prepare(config, augment, exif=data.exif), training
         dataset.placed, dataset.channels = task.places, config.channels
     if isinstance(source, Stream):
+        dataset = dataset.dealt(training=training, distributed=distributed)
         dataset.set_loader_cfg(num_workers=workers)
         epoch = _StreamEpoch(dataset, distributed) if training else None
     loader = _CheckedLoader(

@@ -11,6 +11,7 @@ from torchvision.transforms import v2
 
 from compressvit.data import pictures
 from compressvit.data.annotated import Annotation
+from compressvit.data.class_masks import ClassMask
 from compressvit.data.input import InputConfig
 from compressvit.data.outlines import drawn, runs
 from compressvit.data.spec import Augment
@@ -39,10 +40,12 @@ def _places(size: tuple[int, int]) -> dict[str, tv_tensors.Mask]:
 
 
 class PlacedTransform:
-    """From a picture and its annotation to the pixels of a model and the ground truth of `tasks.detection`, both moved alike.
+    """From a picture and its annotation to the pixels of a model and the ground truth of `tasks.detection` or `tasks.segmentation`, both
+    moved alike.
 
-    The picture is resized to the model's size, each side by itself. Transforms are torchvision's. A model of masks also gets these: to
-    train, `masks` (n, H, W) of bool, moved with the pixels; in evaluation `runs`, those of the picture on disk as run lengths.
+    The picture is resized to the model's size, each side by itself. Transforms are torchvision's. A detector of masks also gets these: to
+    train, `masks` (n, H, W) of bool, moved with the pixels; in evaluation `runs`, those of the picture on disk as run lengths. Of a mask of
+    classes a pixel is the nearest one's; in evaluation it is that of the picture on disk.
 
     Args:
         config: the model's input.
@@ -55,14 +58,14 @@ class PlacedTransform:
     def __init__(self, config: InputConfig, augment: Augment | None, *, exif: bool = False):
         if config.channels not in pictures.MODES:
             raise UserError(
-                f"the detector takes {config.channels} channels; boxes and masks are learned on pictures of 1, 3 or 4 channels"
+                f"the model takes {config.channels} channels; boxes and masks are learned on pictures of 1, 3 or 4 channels"
             )
         if exif:
-            raise UserError("data.exif=true would turn pictures away from their boxes; leave it out")
+            raise UserError("data.exif=true would turn pictures away from their boxes and masks; leave it out")
         if config.crop_mode != "squash" or config.crop_pct != 1:
             raise UserError(
-                f"data.crop_mode={config.crop_mode}, crop_pct={config.crop_pct:g} would cut objects off in evaluation; detectors take "
-                "crop_mode=squash, crop_pct=1"
+                f"data.crop_mode={config.crop_mode}, crop_pct={config.crop_pct:g} would cut objects off in evaluation; models of boxes and "
+                "masks take crop_mode=squash, crop_pct=1"
             )
         self.channels, self.masks, self.training = config.channels, config.masks, augment is not None
         size = (config.height, config.width)
@@ -73,7 +76,8 @@ class PlacedTransform:
         for name in ("auto_augment", "translate"):
             if getattr(augment, name):
                 raise UserError(
-                    f"data.augment.{name} does not move boxes; detection takes scale, ratio, hflip, vflip, color_jitter"
+                    f"data.augment.{name} does not move boxes and masks; what does is scale, ratio, hflip, vflip, and color_jitter moves "
+                    "nothing"
                 )
         steps: list[Any] = [
             v2.RandomResizedCrop(size, augment.scale, augment.ratio, interpolation=how)
@@ -89,6 +93,8 @@ class PlacedTransform:
     def __call__(self, image: Image.Image, annotation: Any) -> tuple[torch.Tensor, Any]:
         """The pixels, uint8 (C, H, W), and the ground truth; an image without an annotation keeps its target."""
         image = pictures.to_channels(pictures.standard(image)[0], self.channels)
+        if isinstance(annotation, ClassMask):
+            return self._with_classes(image, annotation)
         if not isinstance(annotation, Annotation):
             return v2.functional.pil_to_tensor(self.move(image)), annotation
         target = tensors(annotation)
@@ -105,6 +111,16 @@ class PlacedTransform:
             "boxes": boxes.float(),
             "size": torch.tensor(annotation.size),
         }
+
+    def _with_classes(self, image: Image.Image, mask: ClassMask) -> tuple[torch.Tensor, torch.Tensor]:
+        """The pixels, and the classes of these, uint8 (H, W); in evaluation those of the picture on disk."""
+        values = torch.from_numpy(mask.values)
+        if self.training:
+            image, moved = self.move(image, tv_tensors.Mask(values))
+            values = moved.as_subclass(torch.Tensor)
+        else:
+            image = self.move(image)
+        return v2.functional.pil_to_tensor(image), values
 
     def _augmented(
         self, image: Image.Image, target: dict[str, Any], annotation: Annotation

@@ -20,7 +20,8 @@ from timm.data import ImageDataset
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch.utils.data import Dataset
 
-from compressvit.data.annotated import require_size
+from compressvit import processes
+from compressvit.data.annotated import truth_of
 from compressvit.data.bands import Bands, Picture
 from compressvit.data.files import PictureFiles
 from compressvit.data.notes import notes_of_reading
@@ -155,7 +156,7 @@ class Samples(Dataset):
         if isinstance(self.source, PictureFiles):
             path, target = self.source.samples[index]
             image, done = read_picture(path, exif=self.exif, channels=channels)
-            require_size(image, target)
+            target = truth_of(image, target)
         elif isinstance(self.source, ImageDataset):
             # timm's own __getitem__ replaces a broken file without a word, so the file is opened here
             file, target, *_ = self.source.reader[index]
@@ -260,6 +261,18 @@ class BrokenFiles:
         return passed_over + notes_of_reading(
             counts, exif=any([*(s.exif for s in self._sets), *(s.exif for s in self._streams)])
         )
+
+    def gather(self) -> None:
+        """Know of those that other processes of the run have met."""
+        found = processes.gathered([(samples.broken.clone(), samples.done.clone()) for samples in self._sets])
+        for samples, *parts in zip(self._sets, *found, strict=True):
+            for broken, done in parts:
+                samples.broken |= broken
+                samples.done |= done
+        for stream, *counts in zip(
+            self._streams, *processes.gathered([s.counts() for s in self._streams]), strict=True
+        ):
+            stream.take(counts)
 
     def report(self, channels: int | None = None) -> None:
         """Logs each newly found file once, with the reason.

@@ -129,6 +129,10 @@ class Data(Spec):
         description="Order of the classes of `folder`: natural (as timm: 2 before 10; the default), plain (as torchvision: 10 before 2), "
         "or a file with one class name per line. For other sets, such a file names the classes.",
     )
+    reduce_zero_label: bool = Field(
+        default=False,
+        description="Of masks of classes (`segmentation`): 0 is ignored and 1 the first class, as in ADE20K; 255 is always ignored.",
+    )
     outside: bool | None = Field(
         default=None,
         description="Read images outside root. none: only through links; true: also by absolute paths and ../ in lists; false: never. "
@@ -250,6 +254,14 @@ class Data(Spec):
             raise ValueError(
                 f"val_fraction={self.val_fraction or VAL_FRACTION:g} and test_fraction={self.test_fraction:g} leave nothing to "
                 "train on; give less"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _has_masks(self) -> Data:
+        if self.reduce_zero_label and self.usual_task != "segmentation":
+            raise ValueError(
+                f"reduce_zero_label=true: data '{self.name}' has no masks of classes; leave it out (it is for name=segmentation)"
             )
         return self
 

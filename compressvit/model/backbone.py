@@ -130,7 +130,7 @@ def prefix_in(model: nn.Module, path: str) -> int:
 
 
 def body_of(model: nn.Module) -> nn.Module | None:
-    """The backbone of a detector; None of any other model."""
+    """The backbone of a detector or segmenter; None of any other model."""
     family = family_of(model)
     return None if family is None or family.body is None else model.get_submodule(family.body)
 

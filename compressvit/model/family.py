@@ -182,7 +182,7 @@ class Family(ABC):
     in_rows: ClassVar[bool] = True  # its patches come row by row, after the tokens that are none
     # Whether its blocks are timm's, of which each has layers of the same names. Else those of a block are found as they are called.
     named_layers: ClassVar[bool] = True
-    # Of a detector: the path of the model of another family that transforms work on, unless they ask for the detector's own blocks.
+    # Of a detector or segmenter: the path of the model of another family that transforms work on, unless they ask for its own blocks.
     body: ClassVar[str | None] = None
     # The path of the module whose outputs are a model's features, to distil them: tokens (or a grid) with channels last, or several maps
     # (B, C, H, W).

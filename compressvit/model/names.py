@@ -5,7 +5,9 @@ from __future__ import annotations
 from compressvit.errors import did_you_mean
 from compressvit.model.cvt import CVTS, register_cvts
 from compressvit.model.detectors import DETECTORS, register_detectors
+from compressvit.model.segmenters import SEGMENTERS, register_segmenters
 
+COMPOSED = (*DETECTORS, *SEGMENTERS)  # on a backbone that their argument `backbone` names
 TORCHVISION = "torchvision_"  # how the names of torchvision's transformers begin
 
 
@@ -15,6 +17,8 @@ def is_model(architecture: str) -> bool:
 
     if architecture in DETECTORS:
         register_detectors()
+    elif architecture in SEGMENTERS:
+        register_segmenters()
     elif architecture.startswith(TORCHVISION):
         import compressvit.model.of_torchvision  # noqa: F401 - registers them
     elif architecture in CVTS:
@@ -30,4 +34,4 @@ def nearest_model(architecture: str) -> str:
 
     if (own := TORCHVISION + architecture) in NAMES:
         return f"torchvision's is {own!r}"
-    return did_you_mean(architecture, [*DETECTORS, *CVTS, *timm.list_models()], list_at_most=0)
+    return did_you_mean(architecture, [*COMPOSED, *CVTS, *timm.list_models()], list_at_most=0)

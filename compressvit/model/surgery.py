@@ -200,7 +200,12 @@ def strip(model: nn.Module) -> None:
         module.__class__ = next(c for c in kind.__mro__ if not (_is_ours(c) or hasattr(c, "slots")))
 
 
-_ARCHITECTURES = ("compressvit.model.cvt.", "compressvit.model.detectors.", "compressvit.model.of_torchvision")
+_ARCHITECTURES = (
+    "compressvit.model.cvt.",
+    "compressvit.model.detectors.",
+    "compressvit.model.of_torchvision",
+    "compressvit.model.segmenters.",
+)
 
 
 def _is_ours(kind: type) -> bool:

@@ -213,7 +213,8 @@ def load_file(model: nn.Module, path: str | Path, where: str, *, new_head: bool 
                 f"set num_classes{f'={classes}' * (known == classes)} beside it, or train a new head with `teacher.finetune`"
             )
         notes.append(Note("classifier", len(misfit), "another number of classes; the classifier is initialised anew"))
-        tensors = {n: t for n, t in tensors.items() if n not in heads}
+        anew = {n.rpartition(".")[0] for n in misfit}  # of a head of several layers the others stay
+        tensors = {n: t for n, t in tensors.items() if n not in heads or n.rpartition(".")[0] not in anew}
     _require_fit(tensors, model, heads if new_head else set(), f"{where}: {path}", given)
     model.load_state_dict(tensors, strict=False)
     notes = [replace(note, text=f"{where}: {path}: {note.text}") for note in notes]

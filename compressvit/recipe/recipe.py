@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_v
 
 from compressvit.data.spec import Data
 from compressvit.errors import UserError
-from compressvit.model.detectors import DETECTORS
+from compressvit.model.names import COMPOSED
 from compressvit.model.old import current_recipe, is_of_a_run, lacks_what_is_new
 from compressvit.model.weights import require_known
 from compressvit.reading import MAX_YAML, Unreadable, read_text
@@ -44,8 +44,8 @@ class Teacher(Spec):
     )
     backbone: str | None = Field(
         None,
-        description="Of a detector with `weights: train` or `random`: what its backbone starts from, pretrained (timm's) or the path of a "
-        "file or artifact. Null: random.",
+        description="Of a detector or segmenter with `weights: train` or `random`: what its backbone starts from, pretrained (timm's) or "
+        "the path of a file or artifact. Null: random.",
     )
     args: dict[str, Any] = Field(
         default_factory=dict, description="Further arguments of timm.create_model, e.g. {img_size: 384}."
@@ -97,7 +97,8 @@ class Student(Spec):
     )
     backbone: str | None = Field(
         None,
-        description="Of a detector with `weights: random`: what its backbone starts from, as in `teacher.backbone`. Null: random.",
+        description="Of a detector or segmenter with `weights: random`: what its backbone starts from, as in `teacher.backbone`. Null: "
+        "random.",
     )
     args: dict[str, Any] = Field(
         default_factory=dict, description="Further arguments of timm.create_model, added to the teacher's."
@@ -304,7 +305,7 @@ def require_known_models(recipe: Recipe, name: str = "recipe") -> None:
     """
     for whose, given in (("teacher", recipe.teacher), ("student", recipe.student)):
         named: dict[str, Any] = {f"{whose}.model": given.model}
-        if (given.model or recipe.teacher.model).partition(".")[0] in DETECTORS:
+        if (given.model or recipe.teacher.model).partition(".")[0] in COMPOSED:
             named[f"{whose}.args.backbone"] = given.args.get("backbone")
         for key, model in named.items():
             try:

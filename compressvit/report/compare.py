@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -151,10 +152,11 @@ def compare(
             output.mkdir(parents=True, exist_ok=True)
             write_json(output / "compare.json", content)
             write_text(output / "compare.md", _markdown(content))
-            with (output / "compare.csv").open("w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, fieldnames=list(content[0]))
-                writer.writeheader()
-                writer.writerows(content)
+            table = io.StringIO()
+            writer = csv.DictWriter(table, fieldnames=list(content[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(content)
+            write_text(output / "compare.csv", table.getvalue())
             if findings := compare_findings(content):
                 panels = [finding.draw().properties(title=finding.title) for finding in findings]
                 drawing.save(drawing.column(panels), output / "compare.png")

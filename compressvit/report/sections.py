@@ -180,7 +180,7 @@ def _tried(row: TriedRow, name: str) -> str:
 
 def class_chart(predictions: PredictionsFile) -> Finding | None:
     """A chart with one row per class and one dot per model."""
-    rows = list(predictions.classes or ())
+    rows, what = list(predictions.classes or ()), predictions.class_figure
     if not rows:
         return None
     if predictions.compared:
@@ -189,12 +189,12 @@ def class_chart(predictions: PredictionsFile) -> Finding | None:
         kept, shown = "that changed most", sorted(rows, key=lambda row: -abs(_change(row)))[:CLASSES]
     else:
         who, order = ("student",), "the worst first"
-        kept, shown = "with the lowest accuracy", sorted(rows, key=_change)[:CLASSES]
+        kept, shown = f"with the lowest {what}", sorted(rows, key=_change)[:CLASSES]
     cut = f"; the {CLASSES} of {len(rows):,} {kept} are shown" if len(shown) < len(rows) else ""
     rows = sorted(shown, key=_change)
     return Finding(
         name="classes",
-        title="Accuracy by class",
+        title=f"{what[0].upper()}{what[1:]} by class",
         caption=f"Each row is a class; {order}{cut}. In a class with few images a single one moves the dot far: hover to see how many "
         "there are.",
         chart="points",
@@ -204,7 +204,7 @@ def class_chart(predictions: PredictionsFile) -> Finding | None:
         options={
             "x": "right",
             "y": "class",
-            "titles": {"right": "accuracy (%)", "class": "", "model": ""},
+            "titles": {"right": f"{what} (%)", "class": "", "model": ""},
             **({"colour": "model", "span": True} if predictions.compared else {}),
         },
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,7 +15,9 @@ import numpy as np
 from rich.console import Console
 from torch import nn
 
+from compressvit import processes
 from compressvit.errors import UserError
+from compressvit.fitting.choices import Choices
 from compressvit.log import RunLog, log
 from compressvit.notes import Note
 from compressvit.recipe.recipe import Recipe, parse_recipe, read_recipe
@@ -23,10 +25,11 @@ from compressvit.recipe.yaml import dumped
 from compressvit.runs.boards.base import Board, begin, find_boards, opened
 from compressvit.runs.files import NoteRow, RecipePlan, Results
 from compressvit.runs.finish import finish
-from compressvit.runs.finished import finished_run
+from compressvit.runs.finished import FinishedRun, finished_run
 from compressvit.runs.folder import RunFolder, refuse_processes
 from compressvit.runs.job import Job, prepare, refuse_data, refuse_own_inputs
 from compressvit.runs.keep import refuse_judged
+from compressvit.runs.listed import is_listed, other_files, remove_remade, write_list
 from compressvit.runs.merge import merge_folder, print_merge
 from compressvit.runs.models import trains_teacher
 from compressvit.runs.plan import plan_data, plan_job, require_no_conflicts
@@ -34,6 +37,7 @@ from compressvit.runs.resources import resource_faults
 from compressvit.runs.run import Run, fill_teacher, measure_first
 from compressvit.runs.tables import print_plan
 from compressvit.runs.tags import scalar_tags, tag_of
+from compressvit.runs.what_fits import what_fits
 from compressvit.terminal import Terminal
 from compressvit.training.stopping import Stoppable
 
@@ -90,7 +94,8 @@ def apply(
         output: the run folder.
         overrides: changes to a recipe given as a name, path or dictionary, e.g. `["data.root=FOLDER", "seed=1"]`.
         device: 'auto', 'cpu', 'cuda', 'cuda:1', 'mps', …
-        resume, overwrite: continue the run in a folder that is not empty, or replace it.
+        resume, overwrite: continue the run in a folder that is not empty, or replace it. In an empty one, as a run leaves it that was
+            killed at once, `resume` begins it.
         console: shows progress and tables; `Console(quiet=True)` shows nothing.
         report: called with the run folder once the results are written, before a merge.
         command: the command line to record in `environment.json`; by default that of this process.
@@ -107,27 +112,75 @@ def apply(
         97.21
     """
     folder, boards = RunFolder(output), find_boards(log_to)
-    recipe, name, text = _recipe(recipe, overrides, folder if resume else None)
-    refuse_processes()
-    folder.refuse_or_clear(recipe, resume=resume, overwrite=overwrite)
-    with Stoppable(folder.path if resume else None) as stoppable:
-        if resume and (finished := _finished(recipe, folder, device, console, report)):
-            return finished
-        job = prepare(recipe, device, name=name)
-        plan = plan_job(job)
-        _refuse(job, plan, folder, overwrite=overwrite)
-        moved = _note_data(job, plan, folder, resume=resume)
-        with folder.owned():
-            folder.refuse_or_clear(recipe, resume=resume, overwrite=overwrite)  # again: another run may have used it
-            teacher, taught = _fill_teacher(job, plan, folder, resume=resume)
-            measured = measure_first(job, teacher, folder, resume=resume)
-            with opened(boards, folder.path, recipe, new=not resume) as shown:
-                words = list(command or sys.argv)
-                folder.open(recipe, text, plan, words, resume=resume, overwrite=overwrite, moved=moved)
-                stoppable.run = folder.path
-                with _logged(recipe, folder, console, shown) as run_log, resource_faults(recipe.data):
-                    run_log.show(lambda to: print_plan(plan, to))
-                    return _run(Run(job, folder, run_log, measured), plan, teacher, taught, report)
+    with processes.joined(device):
+        resume, overwrite = processes.led(lambda: _as_begun(folder, resume, overwrite))
+        recipe, name, text = processes.first(lambda: _recipe(recipe, overrides, folder if resume else None))
+        begun = _Begun(recipe, text, list(command or sys.argv), folder, resume, overwrite, boards)
+        processes.led(begun.refuse)
+        with Stoppable(folder.path if resume else None) as stoppable:
+            if resume and (finished := _finished(recipe, folder, device, console, report)):
+                return finished
+            job, plan, moved = processes.first(lambda: _prepared(recipe, name, device, folder, resume, overwrite))
+            with begun.owned():
+                teacher, taught = processes.first(lambda: _fill_teacher(job, plan, folder, resume=resume))
+                measured = processes.led_for(lambda: measure_first(job, teacher, folder, resume=resume), Choices())
+                with begun.opened(plan, moved) as shown:
+                    stoppable.run = folder.path
+                    faults = resource_faults(recipe.data, partial(what_fits, job, plan))
+                    with _logged(recipe, folder, console, shown) as run_log, faults:
+                        run_log.show(lambda to: print_plan(plan, to))
+                        return _run(Run(job, folder, run_log, measured), plan, teacher, taught, report)
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """What is asked of a run folder; only the leader looks at it and writes in it."""
+
+    recipe: Recipe
+    text: str
+    words: list[str]
+    folder: RunFolder
+    resume: bool
+    overwrite: bool
+    boards: Sequence[type[Board]]
+
+    def refuse(self) -> None:
+        """Raise what speaks against a run there."""
+        self.folder.refuse_or_clear(self.recipe, resume=self.resume, overwrite=self.overwrite)
+
+    @contextmanager
+    def owned(self) -> Iterator[None]:
+        """Within, the folder is locked."""
+
+        def lock() -> None:
+            stack.enter_context(self.folder.owned())
+            self.refuse()  # again: another run may have used it
+
+        with ExitStack() as stack:
+            processes.led(lock)
+            yield
+
+    @contextmanager
+    def opened(self, plan: RecipePlan, moved: Note | None) -> Iterator[Sequence[Board]]:
+        """Within, the folder has what is known before the first step, and boards show the run."""
+
+        def open_() -> Sequence[Board]:
+            shown = stack.enter_context(opened(self.boards, self.folder.path, self.recipe, new=not self.resume))
+            self.folder.open(
+                self.recipe, self.text, plan, self.words, resume=self.resume, overwrite=self.overwrite, moved=moved
+            )
+            return shown
+
+        with ExitStack() as stack:
+            yield processes.led_for(open_, [])
+
+
+def _as_begun(folder: RunFolder, resume: bool, overwrite: bool) -> tuple[bool, bool]:
+    """The two switches, as what is in the folder wants them: torchrun starts processes again with the words of the first time, and a run of
+    which nothing had been written begins anew."""
+    if processes.restarted() and (before := folder.environment()) and before.launch == processes.launch():
+        return True, False
+    return resume and (overwrite or not folder.blank), overwrite
 
 
 def planned(recipe: Recipe, device: str, name: str = "recipe") -> RecipePlan:
@@ -136,18 +189,29 @@ def planned(recipe: Recipe, device: str, name: str = "recipe") -> RecipePlan:
     Raises:
         UserError: what `apply` would raise by then.
     """
-    refuse_processes()
-    job, nowhere = prepare(recipe, device, name=name), RunFolder("")
-    plan = plan_job(job)
-    _refuse(job, plan, nowhere, overwrite=False)
-    _note_data(job, plan, nowhere, resume=False)
+    refuse_processes("a sweep")
+    nowhere = RunFolder("")
+    job, plan, _ = _prepared(recipe, name, device, nowhere, False, False)
     _fill_teacher(job, plan, nowhere, resume=False)
     return plan
 
 
+def _prepared(
+    recipe: Recipe, name: str, device: str, folder: RunFolder, resume: bool, overwrite: bool
+) -> tuple[Job, RecipePlan, Note | None]:
+    """The job and its plan, once nothing that can be found without values refuses it, and a note if its data is at another place now."""
+    job = prepare(recipe, device, name=name)
+    plan = plan_job(job)
+    _refuse(job, plan, folder, overwrite=overwrite)
+    return job, plan, _note_data(job, plan, folder, resume=resume)
+
+
 @contextmanager
 def _logged(recipe: Recipe, folder: RunFolder, console: Console | None, boards: Sequence[Board]) -> Iterator[RunLog]:
-    """The log of a run, which also has the error that ends it."""
+    """The log of a run, which also has the error that ends it. It is the leader's; the other processes have one that shows nothing."""
+    if not processes.leads():
+        yield RunLog(None, Console(quiet=True))
+        return
     run_log = RunLog(folder.path, console, partial(tag_of, tags=scalar_tags(recipe)), boards)
     try:
         begin(boards)
@@ -163,9 +227,29 @@ def _finished(
     recipe: Recipe, folder: RunFolder, device: str, console: Console | None, report: Callable[[Path], object] | None
 ) -> RunResult | None:
     """The result of the run in the folder, if it is finished; only a missing report is then written."""
-    if folder.has_other_root(recipe):  # the data there has to be compared first
+    if processes.told(folder.has_other_root(recipe)):  # the data there has to be compared first
         return None
+    done = processes.led_for(lambda: _told(recipe, folder, console, report), None)
+    if not processes.told(done is not None):
+        return None
+    done = done or finished_run(folder, recipe)
+    assert done is not None, "the leader has read it"
+
+    def models() -> tuple[nn.Module, nn.Module]:
+        job = prepare(recipe, device)
+        teacher, *_ = fill_teacher(job, folder, resume=True)
+        return done.student.to(job.device), teacher.to(job.device).eval()
+
+    return RunResult(done.results, folder.path, done.merged, _models=models)
+
+
+def _told(
+    recipe: Recipe, folder: RunFolder, console: Console | None, report: Callable[[Path], object] | None
+) -> FinishedRun | None:
+    """The finished run in the folder, once that was said, and its report is there; None if it is not finished."""
     with folder.owned():
+        if (others := other_files(folder.path)) and _made_again(folder, others, Terminal(console)):
+            return None
         done = finished_run(folder, recipe)
         if done is None:
             return None
@@ -175,13 +259,23 @@ def _finished(
         Terminal(console).print(text, highlight=False, soft_wrap=True)
         if report is not None and unreported:
             report(folder.path)
+        if not is_listed(folder.path):  # it was killed before it wrote that
+            write_list(folder.path)
+        return done
 
-    def models() -> tuple[nn.Module, nn.Module]:
-        job = prepare(recipe, device)
-        teacher, *_ = fill_teacher(job, folder, resume=True)
-        return done.student.to(job.device), teacher.to(job.device).eval()
 
-    return RunResult(done.results, folder.path, done.merged, _models=models)
+def _made_again(folder: RunFolder, others: list[str], console: Terminal) -> bool:
+    """Tell which files of a finished run are missing or damaged. Returns whether some are now removed, so that resuming it makes them."""
+    again = remove_remade(folder.path, others)
+    for names, what in (
+        (again, "made again"),
+        (sorted({*others} - {*again}), "left as they are: only training makes them"),
+    ):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            text = f"{folder.path}: {', '.join(names[:3])}{more}: missing or damaged, and {what}"
+            console.print(text, highlight=False, soft_wrap=True)
+    return bool(again)
 
 
 def _run(
@@ -194,13 +288,16 @@ def _run(
     trained = run.parts(teacher)
     results = finish(job, run.scorer, folder, run.log, plan=plan, trained=trained)
     if report is not None:
-        report(folder.path)
+        processes.led_for(lambda: report(folder.path), None)
     merged = None
     if job.recipe.merges:  # last, because a merge that is not exact is refused
-        merged = merge_folder(  # the recipe asks for it, and its plan says how large it is
-            folder.path, overwrite=True, dense=True, device=str(job.device), datasets=job.datasets, owned=True
+        merged = processes.led(
+            lambda: merge_folder(  # the recipe asks for it, and its plan says how large it is
+                folder.path, overwrite=True, dense=True, device=str(job.device), datasets=job.datasets, owned=True
+            )
         )
         run.log.show(partial(print_merge, merged))
+    processes.led(lambda: write_list(folder.path))
     return RunResult(results, folder.path, merged, _models=lambda: (trained.student.model, trained.teacher.model))
 
 

@@ -108,7 +108,7 @@ def distill(
         >>> done.figures["agreement"]  # doctest: +SKIP
         96.4
     """
-    refuse_processes()
+    refuse_processes("compressvit.distill")
     spec = Distill(**options)
     where = pick_device(device)
     _refuse_models(student, teacher)

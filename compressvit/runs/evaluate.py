@@ -12,6 +12,7 @@ import torch
 import yaml
 from torch import nn
 
+from compressvit import processes
 from compressvit.artifacts import artifact
 from compressvit.artifacts.formats.base import Format, format_at
 from compressvit.data.classes import other_classes
@@ -66,10 +67,12 @@ class Scorer:
         model.model.to(self.device)
         if teacher is not None:
             teacher.model.to(self.device).eval()
+        divided = processes.count() > 1
         return evaluate(
             model,
-            eval_loader(self.datasets, self.data, model.input, self.device),
+            eval_loader(self.datasets, self.data, model.input, self.device, distributed=divided),
             self.device,
+            divided=divided,
             teacher=teacher,
             labelled=self.datasets.labelled,
             task=self.task(model),
@@ -83,7 +86,8 @@ class Scorer:
         if not (self.task(model).searches and self.datasets.labelled and isinstance(train, Samples)):
             return ()
         part = train.part(evenly(len(train), INDEXED))
-        return eval_loader(replace(self.datasets, validation=part), self.data, model.input, self.device)
+        datasets = replace(self.datasets, validation=part)
+        return eval_loader(datasets, self.data, model.input, self.device, distributed=processes.count() > 1)
 
     def in_training(self, model: Side, teacher: Side | None) -> dict[str, Any]:
         """Scores during training; compared with the teacher if there is no ground truth for the model's task."""

@@ -285,6 +285,8 @@ class Environment(RunFile):
     platform: str
     cpu_count: int | None = None
     torch_threads: int | None = None
+    processes: int = 1
+    launch: str | None = None
     cuda: str | None = None
     gpus: list[str] = []
     versions: dict[str, str | None] = {}
@@ -308,7 +310,7 @@ class Example(RunFile):
 
 
 class ClassRow(RunFile):
-    """Accuracy in percent for one class."""
+    """Accuracy, or what `class_figure` says, in percent for one class."""
 
     name: str = Field(alias="class")
     images: int
@@ -333,6 +335,7 @@ class PredictionsFile(RunFile):
     compared: bool
     measure: str  # a key of the task's `measures`
     classes: list[ClassRow] | None
+    class_figure: str = "accuracy"  # what `classes` have
     confusions: list[Confusion] | None
     confusions_in_all: int | None = None  # runs of earlier versions have none
     drawn: str | None = None  # what of the channels the pictures show, where these are bands

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from compressvit import processes
 from compressvit.artifacts import artifact
 from compressvit.artifacts.adapter import save_adapter
 from compressvit.data.input import Side, class_mismatch
@@ -42,10 +43,30 @@ def finish(job: Job, scorer: Scorer, folder: RunFolder, log: RunLog, *, plan: Re
     """
     teacher, student = trained.teacher, trained.student
     stored.name_classes(student.model, job.datasets.class_names)
-    difference = save_student(student, folder.student)
+    difference = processes.led(lambda: save_student(student, folder.student))
     answers = scorer.task(student).answers(student.model, job.datasets.class_names, job.datasets.labelled)
     predictions = Predictions(student.input, answers)
     scores, theirs = _scores(scorer, student, teacher, predictions)
+    job.datasets.broken.gather()
+    found = _Found(difference, scores, theirs, predictions)
+    return processes.led(lambda: _written(job, scorer, folder, log, plan, trained, found))
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What was found out about the student that was read back: the difference of its outputs, the scores of both models, and examples."""
+
+    difference: float
+    scores: dict[str, Any]
+    theirs: dict[str, Any]
+    predictions: Predictions
+
+
+def _written(
+    job: Job, scorer: Scorer, folder: RunFolder, log: RunLog, plan: RecipePlan, trained: Trained, found: _Found
+) -> Results:
+    """Measure, write the results and print the table."""
+    teacher, student, scores = trained.teacher, trained.student, found.scores
     fitted = beside(trained.fitted, scores.get("cosine"))
     costs = cost.cost(student.model, student.input.size).as_dict()
     costs["bytes"] = (folder.student / stored.TENSORS).stat().st_size
@@ -59,7 +80,7 @@ def finish(job: Job, scorer: Scorer, folder: RunFolder, log: RunLog, *, plan: Re
             "teacher": {
                 **plan.teacher.model_dump(exclude={"model"}),
                 "images": scores["images"],
-                **theirs,
+                **found.theirs,
                 "latency_ms": times.medians[0],
             },
             "student": {
@@ -74,7 +95,7 @@ def finish(job: Job, scorer: Scorer, folder: RunFolder, log: RunLog, *, plan: Re
             "ledger": [asdict(entry) for entry in compression_of(student.model).ledger],
             "sizes": _sizes(student.model),
             "fitted": None if fitted is None else fitted.model_dump(),
-            "read_back_difference": difference,
+            "read_back_difference": found.difference,
             "broken_images": job.datasets.broken.count,
             "data_notes": [asdict(note) for note in job.datasets.notes()],
             "weights_notes": [note.model_dump() for note in plan.weights],
@@ -82,7 +103,8 @@ def finish(job: Job, scorer: Scorer, folder: RunFolder, log: RunLog, *, plan: Re
         }
     )
     log.show_on_boards(lambda board: board.results(job.recipe, results))
-    predictions.write(folder.path)
+    found.predictions.write(folder.path)
+    log.each_once()
     write_json(folder.path / "results.json", results.model_dump(exclude_unset=True))  # last: it marks a run as finished
     needed = scorer.task(teacher).needs_classes(job.datasets.num_classes or 0)
     heads = getattr(teacher.model, "num_classes", 0)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from compressvit import __version__
+from compressvit import __version__, processes
 from compressvit.errors import UserError, option, switch
 from compressvit.files import disk_faults, write_json, write_text
 from compressvit.model.header import MANIFEST
@@ -82,6 +82,7 @@ class RunFolder:
         occupied = self.path.is_dir() and any(not is_scratch(entry) for entry in self.path.iterdir())
         if resume:
             self._refuse_other_recipe(recipe)
+            self._refuse_other_processes()
             refuse_links(self.path.resolve())
         elif occupied and not overwrite:
             raise UserError(
@@ -95,6 +96,11 @@ class RunFolder:
             )
         elif occupied:
             refuse_foreign(self.path)
+
+    @property
+    def blank(self) -> bool:
+        """Whether the folder is there and no run has begun in it: one was killed before it had written its first file."""
+        return self.path.is_dir() and all(map(is_scratch, self.path.iterdir()))
 
     def as_begun(self, recipe: Recipe) -> Recipe:
         """The recipe to resume the run with: one from before `group_by: auto` keeps every image by itself (null, as its recipe says), so
@@ -135,6 +141,24 @@ class RunFolder:
                 + "\n".join(lines)
                 + "\n"
                 f"Give the same recipe and overrides, or start a new run with another {option('output')}"
+            )
+
+    def environment(self) -> Environment | None:
+        """Where the run that began here was started, where that can be read; a resumed run writes it anew where it is missing."""
+        try:
+            return Environment.model_validate(read_json(self.path / "environment.json"))
+        except (UserError, OSError, ValueError):
+            return None
+
+    def _refuse_other_processes(self) -> None:
+        """`data.batch_size` is of each process, so that another number of them would train with other batches."""
+        begun, now = self.environment(), processes.launched()
+        before = 1 if begun is None else begun.processes
+        if before != now:
+            raise UserError(
+                f"{switch('resume')}: {self.path} was started with {before} process{'es' * (before > 1)}, and there "
+                f"{'are' if now > 1 else 'is'} {now} now; data.batch_size counts for each, so the rest of the run would be another one. "
+                f"Start {before}, or start a new run with another {option('output')}"
             )
 
     def _changes_nothing(self, key: str, before: dict[str, Any], recipe: Recipe) -> bool:
@@ -256,14 +280,14 @@ class RunFolder:
             writes[RESOLVED](self.path / RESOLVED)
 
 
-def refuse_processes() -> None:
-    """Raise a `UserError` in a process of a multi-process launcher such as torchrun: every process would do all of the work, and write
-    to the same folder."""
-    count = os.environ.get("WORLD_SIZE", "1")
-    if count not in ("", "0", "1"):
+def refuse_processes(asked: str) -> None:
+    """Raise a `UserError` in one of several processes of a launcher such as torchrun, for what does not divide its work: every process
+    would do all of it, and write to the same folder."""
+    count = processes.launched()
+    if count > 1:
         raise UserError(
-            f"a launcher has started {count} processes (WORLD_SIZE={count}), and compressvit works in one; start it without torchrun, "
-            "srun or mpirun, or unset WORLD_SIZE"
+            f"a launcher has started {count} processes (WORLD_SIZE={count}), and {asked} works in one; start it without torchrun, srun or "
+            "mpirun, or unset WORLD_SIZE. `compressvit apply` works in several"
         )
 
 
@@ -320,6 +344,8 @@ def environment(command: list[str], packages: Sequence[str] = ()) -> Environment
         platform=platform.platform(),
         cpu_count=os.cpu_count(),
         torch_threads=torch.get_num_threads(),
+        processes=processes.launched(),
+        launch=processes.launch(),
         cuda=torch.version.cuda if torch.cuda.is_available() else None,
         gpus=[torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         versions=versions,

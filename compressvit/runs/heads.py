@@ -12,8 +12,8 @@ from compressvit.data.sets.folder import class_folders
 from compressvit.data.spec import Data, known_classes
 from compressvit.errors import UserError
 from compressvit.files import expanded
-from compressvit.model.detectors import DETECTORS
 from compressvit.model.hub import HUB
+from compressvit.model.names import COMPOSED
 from compressvit.recipe.recipe import Recipe
 from compressvit.runs.models import has_own_head, teacher_architecture
 from compressvit.tasks.base import find_task
@@ -118,7 +118,7 @@ def _teacher_outputs(recipe: Recipe) -> int | None:
     found = teacher_architecture(recipe).args.get("num_classes")
     if has_own_head(recipe):  # as many as the data has, where nothing else is said
         return found if isinstance(found, int) else None
-    if found is None and teacher.weights == "pretrained" and teacher.model.partition(".")[0] not in DETECTORS:
+    if found is None and teacher.weights == "pretrained" and teacher.model.partition(".")[0] not in COMPOSED:
         from timm.models import get_pretrained_cfg
 
         config = get_pretrained_cfg(teacher.model, allow_unregistered=False)

@@ -31,7 +31,7 @@ from compressvit.artifacts.merge import (
 from compressvit.data.input import InputConfig
 from compressvit.data.opening import Datasets
 from compressvit.errors import UserError, option, switch
-from compressvit.files import disk_faults, write_json
+from compressvit.files import disk_faults, put, write_json
 from compressvit.model import cost, stored, surgery, ties
 from compressvit.model.backbone import body_of
 from compressvit.model.stored import Manifest
@@ -60,7 +60,7 @@ def merge_folder(
     owned: bool = False,
 ) -> dict[str, Any]:
     """Merge the artifact at `path`, or that of a run, and write a folder for `timm.create_model("local-dir:FOLDER", pretrained=True)`.
-    If adapters are left (dense ones, from Kronecker products), and of a detector, an artifact is written instead.
+    If adapters are left (dense ones, from Kronecker products), and of a detector or segmenter, an artifact is written instead.
 
     Args:
         path: an artifact or a run folder.
@@ -114,7 +114,7 @@ def _merge(
     if dtype != torch.float32:  # read back in float32, so compare with the rounded values that were stored
         merged = merged.to(dtype).float()
     random = {"random": tests["random"]}
-    plain = not left and body_of(merged) is None  # timm alone knows no detector
+    plain = not left and body_of(merged) is None  # timm alone knows no detector, and no segmenter
     found = _replace(target, written, plain, lambda again: differences(merged, again, random, "what is read back"))
     result |= {"read_back": found["random"], "plain": plain}
     result |= _measured(stored.read_manifest(folder), model, merged, config, where)
@@ -168,8 +168,8 @@ def _unfinished(target: Path) -> bool:
 
 def print_merge(result: dict[str, Any], console: Console) -> None:
     """Print the result of `merge_folder`."""
-    detector = not result.get("plain", True) and not result["left"]
-    whole = "detector" if detector else "backbone"
+    whole_model = not result.get("plain", True) and not result["left"]
+    whole = "model" if whole_model else "backbone"
     table = Table(title=f"{result['artifact']} → {result['merged']}", title_justify="left")
     for column in ("", "parameters", "latency", f"latency / {whole}"):
         table.add_column(column, justify="left" if not column else "right")
@@ -185,7 +185,7 @@ def print_merge(result: dict[str, Any], console: Console) -> None:
         f"{found['merged'] / found['unmerged']:.1f} times the {unit}" for unit, found in sizes if _has_grown(found)
     ]
     if larger:
-        readers = "plain layers" if detector else "plain timm models"
+        readers = "plain layers" if whole_model else "plain timm models"
         console.print(
             f"the merged model has {larger[0]} of the unmerged one: merging undoes what low rank, or rounding, saves. "
             f"It is for software that reads {readers} only; elsewhere keep the student as it is",
@@ -195,7 +195,7 @@ def print_merge(result: dict[str, Any], console: Console) -> None:
     for name, difference in result["differences"].items():
         console.print(f"largest difference on {name} images: {difference:.1e} of the largest output", highlight=False)
     reader, call = "timm alone", f"timm.create_model('local-dir:{result['merged']}', pretrained=True)"
-    if detector or result["left"]:
+    if whole_model or result["left"]:
         reader, call = "compressvit", f"compressvit.load('{result['merged']}')"
     console.print(f"read back by {reader}: {result['read_back']:.1e}", highlight=False)
     console.print(
@@ -205,8 +205,8 @@ def print_merge(result: dict[str, Any], console: Console) -> None:
     )
     if result["left"]:
         console.print(left_by_merge(result["left"]), highlight=False, soft_wrap=True)
-    if detector:
-        console.print("this is an artifact: timm alone has no such detector; its layers are plain", highlight=False)
+    if whole_model:
+        console.print("this is an artifact: timm alone has no such model; its layers are plain", highlight=False)
 
 
 def _has_grown(found: dict[str, int]) -> bool:
@@ -228,7 +228,7 @@ def _replace(target: Path, model: nn.Module, plain: bool, check: Callable[[nn.Mo
             for name in _WRITTEN:
                 (target / name).unlink(missing_ok=True)
             for file in scratch.iterdir():
-                os.replace(file, target / file.name)
+                put(file, target / file.name)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     return checked

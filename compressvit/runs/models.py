@@ -181,7 +181,7 @@ def untrained(recipe: Recipe) -> list[Note]:
 
 
 def _load_backbone(source: str, detector: nn.Module, whose: str) -> list[Note]:
-    """Give the backbone of a detector the values that `teacher.backbone` or `student.backbone` names."""
+    """Give the backbone of a detector or segmenter the values that `teacher.backbone` or `student.backbone` names."""
     backbone, where = _backbone(detector, source, whose), f"{whose}.backbone"
     if source != "pretrained":
         return weights.load_file(backbone, source, where, new_head=True)
@@ -190,11 +190,12 @@ def _load_backbone(source: str, detector: nn.Module, whose: str) -> list[Note]:
 
 
 def _backbone(detector: nn.Module, source: str, whose: str) -> nn.Module:
-    """That of a detector, which is to be read from `source`."""
+    """That of a detector or segmenter, which is to be read from `source`."""
     backbone = body_of(detector)
     if backbone is None:
         raise UserError(
-            f"{whose}.backbone={source}: {model_name(detector)} is no detector, so it is a backbone itself; give {whose}.weights={source}"
+            f"{whose}.backbone={source}: {model_name(detector)} is no detector or segmenter, so it is a backbone "
+            f"itself; give {whose}.weights={source}"
         )
     return backbone
 
@@ -203,7 +204,7 @@ def require_pretrained(recipe: Recipe, teacher: nn.Module, student: nn.Module) -
     """Check that timm has what the recipe calls pretrained; only the structure of both models is used.
 
     Raises:
-        UserError: it does not, or a backbone is named for a model that is no detector.
+        UserError: it does not, or a backbone is named for a model that has none.
     """
     for whose, asked, model in (("teacher", recipe.teacher, teacher), ("student", recipe.student, student)):
         if asked.backbone is not None:

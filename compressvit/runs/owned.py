@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from compressvit.errors import UserError, option, switch
 from compressvit.model.header import MANIFEST, TENSORS
@@ -17,11 +17,12 @@ _ARTIFACT = rf"(?:{re.escape(MANIFEST)}|{re.escape(TENSORS)})"
 _EXPORTED = (
     r"exported/(student|teacher|merged)(_fp16|_bf16|_int8|_int8-static)?"  # an artifact of the run, in a precision
 )
+_OF_SAFETENSORS = r"\.tmp[A-Za-z0-9]{6}"  # what safetensors writes to before it has its name
 _EVENTS = r"tensorboard/events\.out\.tfevents\..+"
 # Files by their path in the folder. A folder is ours where files of ours would lie in it.
 _FILES = (
     r"(recipe|resolved)\.yaml",
-    r"(environment|plan|results|predictions|distill|wandb)\.json",
+    r"(environment|plan|results|predictions|distill|wandb|files)\.json",
     r"metrics\.jsonl",
     r"run\.log",
     r"report\.html",
@@ -42,6 +43,7 @@ _FILES = (
     # left by a run that was killed
     re.escape(LOCK),
     r"(?:.+/)?\.[^/]+\.part",
+    rf"(?:.+/)?{_OF_SAFETENSORS}",
     r"exported/\.[^/]+\.part/.+",
     rf"(?:.+/)?\.[^/]+(\.old)?\.[0-9a-f]{{8}}/{_ARTIFACT}",
     rf"\.merge\.[^/]+/(config\.json|pytorch_model\.bin|README\.md|{_ARTIFACT})",
@@ -51,13 +53,14 @@ _FOLDERS = (
     rf"{_EXPORTED}_(timm|peft)",
     r"(?:.+/)?\.[^/]+(\.old)?\.[0-9a-f]{8}",
     r"\.merge\.[^/]+",
-    r"exported/\.[^/]+\.part",
+    r"exported/\.[^/]+\.part(/.+)?",
 )
+_SCRATCH = rf"\.lock|\..+\.part|\..+\.[0-9a-f]{{8}}|\.merge\..+|{_OF_SAFETENSORS}"
 _OWN_FILE = re.compile("|".join(f"(?:{pattern})" for pattern in _FILES))
 _OWN_FOLDER = re.compile("|".join(f"(?:{pattern})" for pattern in _FOLDERS))
 
 
-def _entries(folder: Path) -> Iterator[tuple[Path, bool]]:
+def entries(folder: Path) -> Iterator[tuple[Path, bool]]:
     """Everything in a folder, the innermost first, and whether it is a folder; links are entries, and nothing behind them is."""
     for here, folders, files in os.walk(folder, topdown=False):
         yield from ((Path(here, name), False) for name in files)
@@ -68,7 +71,7 @@ def _entries(folder: Path) -> Iterator[tuple[Path, bool]]:
 
 def foreign(folder: Path) -> Path | None:
     """The first entry of a run folder that no run writes, a link among them; None where all is a run's own."""
-    for path, is_folder in sorted(_entries(folder)):
+    for path, is_folder in sorted(entries(folder)):
         name = path.relative_to(folder).as_posix()
         own = _OWN_FOLDER if is_folder else _OWN_FILE
         if not own.fullmatch(name) or kind_of(path) not in (None, "a folder"):
@@ -76,9 +79,15 @@ def foreign(folder: Path) -> Path | None:
     return None
 
 
+def is_own(name: str) -> bool:
+    """Whether a run writes a file of this name, a path in its folder, and keeps it."""
+    parts = PurePosixPath(name).parts
+    return _OWN_FILE.fullmatch(name) is not None and not any(part == ".." or is_scratch(Path(part)) for part in parts)
+
+
 def is_scratch(entry: Path) -> bool:
     """Whether a killed run left it: a lock, an unfinished file, or an unfinished model (`.student.1a2b3c4d`, `.merge.x1y2z3`)."""
-    return re.fullmatch(r"\.lock|\..+\.part|\..+\.[0-9a-f]{8}|\.merge\..+", entry.name) is not None
+    return re.fullmatch(_SCRATCH, entry.name) is not None
 
 
 def delete(folder: Path, *, scratch: bool = False) -> None:
@@ -92,9 +101,11 @@ def delete(folder: Path, *, scratch: bool = False) -> None:
     """
     if not scratch:
         refuse_foreign(folder)
-    for path, is_folder in list(_entries(folder)):
+    for path, is_folder in list(entries(folder)):
         name = path.relative_to(folder)
-        left = is_scratch(Path(name.parts[0])) and (_OWN_FOLDER if is_folder else _OWN_FILE).fullmatch(name.as_posix())
+        # not in `exported`, whose files are written by a process that need not hold the lock
+        inside = name.parts[0] != "exported" and any(is_scratch(Path(part)) for part in name.parts)
+        left = inside and (_OWN_FOLDER if is_folder else _OWN_FILE).fullmatch(name.as_posix())
         if name.as_posix() == LOCK or (scratch and not left):
             continue
         with suppress(OSError) if scratch else nullcontext():  # a scratch folder with something else in it stays
@@ -117,7 +128,7 @@ def refuse_links(folder: Path) -> None:
 
     A run folder that somebody else made could otherwise have any file of the user overwritten.
     """
-    for path in [folder, *(path for path, _ in _entries(folder))]:
+    for path in [folder, *(path for path, _ in entries(folder))]:
         if kind_of(path) not in (None, "a folder"):
             raise UserError(
                 f"{path} is {kind_of(path)}, and nothing in a run folder is written through one; put a file or folder of its own in its "

@@ -20,7 +20,7 @@ from compressvit.data.spec import Data
 from compressvit.errors import UnmetBudget, UserError
 from compressvit.files import expanded
 from compressvit.model import surgery, ties
-from compressvit.model.backbone import describe, family_of
+from compressvit.model.backbone import body_of, describe, family_of
 from compressvit.model.cost import cost
 from compressvit.model.weights import copy_matching
 from compressvit.notes import Note
@@ -299,7 +299,9 @@ def _plan_transform(where: str, *, spec: Transform, student: nn.Module) -> StepP
 def _plan_merge(where: str, *, student: nn.Module) -> StepPlan:
     """Merge the skeleton, to find transforms that cannot be merged before anything is trained."""
     merged = merged_copy(student)
-    kind = left_by_merge(plan.transform for plan in compression_of(merged).plans) or "a plain timm model"
+    kind = left_by_merge(plan.transform for plan in compression_of(merged).plans) or (
+        "a plain timm model" if body_of(merged) is None else "plain layers"
+    )
     undone = ""
     if (found := growth(student, merged)) is not None:
         unit, before, after = found

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from compressvit import processes
 from compressvit.charts.findings import Finding, merged, read
 from compressvit.data.input import InputConfig, Side
 from compressvit.data.loaders import eval_loader
@@ -54,8 +55,8 @@ class Recorder:
 
     @contextmanager
     def watching(self, model: nn.Module, phase: str) -> Iterator[list[Watch]]:
-        """Context of the watches of a phase; their findings are written at its end, also after an error or a signal."""
-        watches = [spec.watch(model, phase, self._folder) for spec in self._watched]
+        """Context of the watches of a phase, in the leader; their findings are written at its end, also after an error or a signal."""
+        watches = [spec.watch(model, phase, self._folder) for spec in self._watched if processes.leads()]
         try:
             yield watches
         finally:
@@ -66,7 +67,12 @@ class Recorder:
                         self.keep(finding)
 
     def measure(self, phase: str, teacher: Side | None, student: Side, epoch: int, last: bool) -> None:
-        """Run the diagnostics that are due at this epoch and were not run before. Failures are reported, and training continues."""
+        """Run the diagnostics that are due at this epoch and were not run before, in the leader. Failures are reported, and training
+        continues."""
+        if self._measured:
+            processes.led(lambda: self._measure(phase, teacher, student, epoch, last))
+
+    def _measure(self, phase: str, teacher: Side | None, student: Side, epoch: int, last: bool) -> None:
         due = [
             spec
             for spec in self._measured
@@ -95,6 +101,8 @@ class Recorder:
 
     def allocation(self, phase: str, scope: str, history: History) -> None:
         """Record the numbers of neurons that a `prune` phase left; always done, because it costs nothing."""
+        if not processes.leads():
+            return
         self._allocations[phase] = (scope, history)
         with warn_and_continue(f"{phase}: the allocation of neurons was not drawn"):
             finding = allocation_finding(self._allocations)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -18,11 +18,12 @@ _DEAD_WORKER = "DataLoader worker (pid"
 
 
 @contextmanager
-def resource_faults(data: Data | None = None) -> Iterator[None]:
+def resource_faults(data: Data | None = None, fits: Callable[[], str] = str) -> Iterator[None]:
     """Turn what is raised where memory or file handles run out into a `UserError` that says which settings need less.
 
     Args:
         data: the recipe's section; None where batches are the caller's own.
+        fits: says what would fit, where memory ran out.
     """
     try:
         yield
@@ -43,7 +44,7 @@ def resource_faults(data: Data | None = None) -> Iterator[None]:
                 else f"Give a smaller data.batch_size (now {data.batch_size}) or data.eval_batch_size, or precision=bf16 in the phase; as "
                 "another batch size is another recipe, start a new run"
             )
-            raise UserError(f"memory ran out: {_first_line(error)}. {ways}") from error
+            raise UserError(f"memory ran out: {_first_line(error)}. {fits()}{ways}") from error
         raise
     except (OSError, TooManyFiles) as error:
         if isinstance(error, OSError) and error.errno not in (errno.EMFILE, errno.ENFILE):

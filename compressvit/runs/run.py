@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from compressvit import processes
 from compressvit.artifacts import artifact
 from compressvit.charts.plots import ranks_finding
 from compressvit.data.input import Side
@@ -113,8 +114,12 @@ class Run:
         side = Side(teacher, self.job.teacher.input)
         teacher, _ = spec.run(teacher, self._stage(phase, side, None))
         stored.name_classes(teacher, self.job.datasets.class_names)
-        with disk_faults(self.folder.teacher):
-            artifact.save(teacher, self.folder.teacher, input_config=side.input.as_dict())
+
+        def save() -> None:
+            with disk_faults(self.folder.teacher):
+                artifact.save(teacher, self.folder.teacher, input_config=side.input.as_dict())
+
+        processes.led(save)
         return trained_teacher(self.folder)
 
     def parts(self, teacher: nn.Module) -> Trained:
@@ -144,7 +149,7 @@ class Run:
         side = Side(model.to(self.device), self.job.student.input)
         if not any(spec.needs_images for spec in part.transforms) or self.scorer.comparable(teacher) is None:
             return None
-        return on_fitted(side, teacher, calibration_images(self.job), self.device)
+        return processes.led(lambda: on_fitted(side, teacher, calibration_images(self.job), self.device))
 
     def _told(self, fitted: Fitted | None, start: dict[str, Any]) -> Fitted | None:
         """Tell it beside the score on held-out images before a phase, where that was measured."""
@@ -157,7 +162,7 @@ class Run:
 
     def _start(self, part: Part, phase: Phase, student: Side, teacher: Side) -> dict[str, Any] | None:
         """Report the scores after transforms and before training, unless a resumed run has already done so."""
-        if phase.begun:
+        if processes.told(phase.begun):
             return None
         start = self.scorer.score(student, self.scorer.comparable(teacher))
         self.log.scalars(part.transformed, "evaluate", 0, start)
@@ -167,7 +172,7 @@ class Run:
     def _end(self, part: Part, model: nn.Module, teacher: Side) -> None:
         """Record the scores of transforms that no phase follows, where the figures at the end are of a test: who chooses among runs, as a
         sweep does, has to choose on the images held out for validation."""
-        if self.job.datasets.test is None or self.log.recorded(part.transformed, "evaluate", 0):
+        if self.job.datasets.test is None or processes.told(self.log.recorded(part.transformed, "evaluate", 0)):
             return
         scores = self.scorer.in_training(Side(model, self.job.student.input), teacher)
         self.log.scalars(part.transformed, "evaluate", 0, scores)
@@ -206,27 +211,37 @@ class Run:
         opt.seed_everything(self.recipe.seed, 2, part.end)
         student.cpu()
         kept = self.folder.transformed(part.transformed)
-        if stored.is_artifact(kept):
+        if processes.told(stored.is_artifact(kept)):
             student, ledger = _read_transformed(kept)
             self.log.say(f"{kept.name}: read from {kept}, as it was before the run stopped")
+        elif processes.count() > 1:  # one choice of ranks and widths for all
+            processes.led_for(lambda: len(self._made(surgery.deep_copy(student), part, kept, teacher, keep=True)), 0)
+            student, ledger = _read_transformed(kept)
         else:
-            reference = Reference(
-                surgery.deep_copy(student),
-                Calibration(self.job),
-                self.recipe.calibration.tokens,
-                self.device,
-                Choices(_choices(kept), self.measured if part.start == 0 else None),
-                judge(self.job, part, teacher),
-            )
-            ledger = transform_(student, part.transforms, reference)
-            if any(spec.needs_images for spec in part.transforms):
-                _keep_transformed(student, ledger, kept, self.job.student.input.as_dict())
-            if (values := reference.choices.folder) is not None:
-                forget(values)
+            ledger = self._made(student, part, kept, teacher, keep=any(spec.needs_images for spec in part.transforms))
         if ledger:
             self.log.show(partial(print_table, ledger_table(ledger)))
-        self._draw_ranks(student)
+        if processes.leads():
+            self._draw_ranks(student)
         return student
+
+    def _made(self, student: nn.Module, part: Part, kept: Path, teacher: Side, *, keep: bool) -> list[LedgerEntry]:
+        """Apply the transforms to the student itself, and `keep` it as `kept`, for who resumes or takes part in the run; returns the
+        ledger."""
+        reference = Reference(
+            surgery.deep_copy(student),
+            Calibration(self.job),
+            self.recipe.calibration.tokens,
+            self.device,
+            Choices(_choices(kept), self.measured if part.start == 0 else None),
+            judge(self.job, part, teacher),
+        )
+        ledger = transform_(student, part.transforms, reference)
+        if keep:
+            _keep_transformed(student, ledger, kept, self.job.student.input.as_dict())
+        if (values := reference.choices.folder) is not None:
+            forget(values)
+        return ledger
 
     def _draw_ranks(self, student: nn.Module) -> None:
         """Draw a bar chart of the rank of every low-rank layer, if there are any."""

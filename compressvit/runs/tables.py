@@ -126,8 +126,10 @@ def how_judged(figures: Mapping[str, Any]) -> list[str]:
             f"neighbours: the class of {images:,} held-out images, by votes of the nearest of {figures.get('indexed') or 0:,} training "
             "images (k-NN)"
         )
-    if figures.get("intervals"):
-        found.append(f"shares of images: in brackets 95 % intervals over the {images:,} held-out images")
+    if intervals := figures.get("intervals"):
+        of_images = any(quality.of_images and quality.key in intervals for quality in qualities().values())
+        begin = "shares of images: " * of_images
+        found.append(f"{begin}in brackets 95 % intervals over the {images:,} held-out images")
     differences = figures.get("differences", {})
     for quality in qualities().values():
         if quality.key in differences:

@@ -34,19 +34,26 @@ def measured(scores: Mapping[str, Any]) -> list[Quality]:
 
 
 def intervals(scores: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
-    """The intervals of the figures that have one, by key; `scores` says of how many `images` they are."""
+    """The intervals of the figures that have one, by key; `scores` says of how many `images` they are, and of a figure that is no mean over
+    images has the ends itself, as KEY_low and KEY_high."""
     known = ((key, quality, scores.get(key)) for key, quality in qualities().items() if quality.of_images)
-    return {key: quality.interval(value, scores["images"]) for key, quality, value in known if value is not None}
+    found = {key: quality.interval(value, scores["images"]) for key, quality, value in known if value is not None}
+    ends = {key: (scores.get(f"{key}_low"), scores.get(f"{key}_high")) for key in qualities()}
+    return found | {key: (low, high) for key, (low, high) in ends.items() if low is not None and high is not None}
 
 
 def differences(scores: Mapping[str, Any]) -> dict[str, tuple[float, float, float]]:
     """By how many points the teacher is above the student, between the ends of the interval of that, for the figures of which `scores` says
-    how many images either has right alone."""
+    how many images either has right alone, or which it has itself, as KEY_behind with _low and _high."""
     known = ((key, quality, scores.get(f"{key}_lost")) for key, quality in qualities().items() if quality.of_images)
-    return {
+    found = {
         key: quality.difference(lost, scores[f"{key}_gained"], scores["images"])
         for key, quality, lost in known
         if lost is not None
+    }
+    given = (key for key in qualities() if scores.get(f"{key}_behind_low") is not None)
+    return found | {
+        key: (scores[f"{key}_behind_low"], scores[f"{key}_behind"], scores[f"{key}_behind_high"]) for key in given
     }
 
 

@@ -48,13 +48,18 @@ def take(targets: Any, kept: Tensor) -> Any:
 
 
 def moved(targets: Any, device: torch.device) -> Any:
-    """The targets with every tensor in them on a device."""
+    """The targets, or outputs of a model, with every tensor in them on a device."""
     import torch
 
     if isinstance(targets, torch.Tensor):
-        return targets.to(device, non_blocking=True)
+        return targets.to(
+            device, non_blocking=device.type != "cpu"
+        )  # what comes from a device is there when it is read
     if isinstance(targets, Mapping):
         return {name: moved(value, device) for name, value in targets.items()}
     if isinstance(targets, list):
         return [moved(value, device) for value in targets]
+    if isinstance(targets, tuple):
+        values = [moved(value, device) for value in targets]
+        return type(targets)(*values) if hasattr(targets, "_fields") else tuple(values)
     return targets

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from compressvit import processes
 from compressvit.data.input import Side
 from compressvit.errors import UserError
 from compressvit.tasks.base import Metrics, Task, task_of
@@ -15,6 +16,10 @@ from compressvit.tasks.targets import NO_LABEL, at_least, moved, take
 
 Batches = Iterable[tuple[torch.Tensor, Any]]
 Watch = Callable[[torch.Tensor, Any, Any, Any], None]
+T = TypeVar("T")
+_Answered = tuple[
+    int, torch.Tensor, Any, tuple[Any, Any]
+]  # how many images, they, their targets, outputs of both models
 
 
 @torch.inference_mode()
@@ -28,6 +33,7 @@ def evaluate(
     task: Task | None = None,
     watch: Watch | None = None,
     index: Batches | None = None,
+    divided: bool = False,
 ) -> dict[str, float | int | None]:
     """Run a model over an evaluation set, in eval mode and full precision.
 
@@ -41,7 +47,10 @@ def evaluate(
         task: what the outputs mean; None: classes if the model has a classifier, else features.
         index: labelled training images, as `batches`, for a task that `searches`; empty where there are none. None: all figures of a
             search are left out, which take time quadratic in the images.
-        watch: called with every batch: images, targets, outputs (of the task's `run`) and, if they are comparable, the teacher's outputs.
+        divided: the batches, also those of the index, are the part of this process, dealt out in turn. What models make of them is
+            handed to the leader, which counts it in the order of a single process; its result is that of all.
+        watch: called in the leader with every batch: images, targets, outputs (of the task's `run`) and, if they are comparable, the
+            teacher's outputs.
 
     Returns:
         `images` (their number) and the metrics of the task. For classes and features: `top1` and `top5` in percent and `loss`
@@ -54,27 +63,39 @@ def evaluate(
     Raises:
         UserError: a label is not below the model's number of classes.
     """
+    if not divided and processes.count() > 1:
+        whole = partial(evaluate, teacher=teacher, labelled=labelled, task=task, watch=watch, index=index)
+        return processes.alone(lambda: whole(student, batches, device))
     model, other = student.model, None if teacher is None else teacher.model
     convert = None if teacher is None else teacher.converter(student.input)
-    was_training, seen = model.training, 0
+    was_training = model.training
     model.eval()
     task = task or task_of(model)
     metrics = task.metrics(model, other, labelled)
     outputs_of = partial(_outputs, task, student, teacher, convert)
     if index is not None:
-        _fill_index(metrics, task, index, outputs_of, device)
-    for batch_images, batch_targets in batches:
-        counted = task.known(batch_targets) if labelled else at_least(batch_targets, NO_LABEL)
-        seen += int(counted.sum())
-        if not counted.any():
-            continue
-        images, targets = batch_images[counted].to(device), moved(take(batch_targets, counted), device)
-        outputs, expected = outputs_of(images)
+        metrics.search()
+        for _, _, targets, found in _handed(_answered(index, task, outputs_of, device, labelled=True), device):
+            metrics.index(found[0], targets, found[1])
+    parts = _answered(batches, task, outputs_of, device, labelled=labelled, shown=watch is not None)
+    seen = _counted(metrics, _handed(parts, device), task, watch)
+    model.train(was_training)
+    return processes.led(lambda: _result(seen, metrics))
+
+
+def _counted(metrics: Metrics, parts: Iterable[_Answered], task: Task, watch: Watch | None) -> int:
+    """Add what models made of images to the metrics, and show it; returns the number of images."""
+    seen = 0
+    for count, images, targets, (outputs, expected) in parts:
+        seen += count
         metrics.add(outputs, targets, expected)
         if watch is not None:
             comparable = expected is not None and task.comparable(outputs, expected)
             watch(images, targets, outputs, expected if comparable else None)
-    model.train(was_training)
+    return seen
+
+
+def _result(seen: int, metrics: Metrics) -> dict[str, float | int | None]:
     if seen:
         return {"images": seen, **metrics.result()}
     raise UserError("the evaluation set has no readable image")
@@ -85,17 +106,28 @@ def _outputs(task: Task, student: Side, teacher: Side | None, convert: Any, imag
     return task.run(student.model, images), None if teacher is None else task.run(teacher.model, convert(images))
 
 
-def _fill_index(
-    metrics: Metrics,
+def _answered(
+    batches: Batches,
     task: Task,
-    index: Batches,
     outputs_of: Callable[[torch.Tensor], tuple[Any, Any]],
     device: torch.device,
-) -> None:
-    """Have metrics search, in the labelled images of an index and what both models make of them."""
-    metrics.search()
-    for images, targets in index:
-        known = task.known(targets)
-        if known.any():
-            outputs, expected = outputs_of(images[known].to(device))
-            metrics.index(outputs, moved(take(targets, known), device), expected)
+    *,
+    labelled: bool,
+    shown: bool = False,
+) -> Iterator[_Answered]:
+    """Of every batch the images that count: how many, themselves if they are `shown`, their targets, and what both models make of them."""
+    for batch_images, batch_targets in batches:
+        counted = task.known(batch_targets) if labelled else at_least(batch_targets, NO_LABEL)
+        if counted.any():
+            images, targets = batch_images[counted].to(device), moved(take(batch_targets, counted), device)
+            yield len(images), images if shown else images[:0], targets, outputs_of(images)
+
+
+def _handed(parts: Iterator[T], device: torch.device) -> Iterator[T]:
+    """What every process makes of its part, in the leader, by way of the hosts' memory."""
+    if processes.count() == 1:
+        yield from parts
+        return
+    host = torch.device("cpu")
+    for part in processes.in_turn(moved(part, host) for part in parts):
+        yield moved(part, device)

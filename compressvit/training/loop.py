@@ -11,28 +11,30 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from compressvit import processes
 from compressvit.data.input import Side
 from compressvit.log import RunLog
 from compressvit.model import ties
-from compressvit.model.taps import Taps
 from compressvit.tasks.base import Task, task_of
 from compressvit.training import optimisation as opt
 from compressvit.training.batch import to_device
 from compressvit.training.best import Best
 from compressvit.training.meters import Meters
+from compressvit.training.nonfinite import Skips, require_finite, where_to_look
 from compressvit.training.phase import Phase
 from compressvit.training.spec import Training
 from compressvit.training.state import Moments, TrainedState, restoring, taken_up, write_checkpoint
-from compressvit.training.stopping import Interrupted, StopRequest, diverged
-from compressvit.training.terms import Batch, Term, total_of, unread_by
+from compressvit.training.step import Pass, Step
+from compressvit.training.stopping import Interrupted, StopRequest
+from compressvit.training.terms import Term
 from compressvit.training.watch import Watch
 
-Forward = Callable[[torch.Tensor], torch.Tensor]
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -118,7 +120,7 @@ class Trainer:
         self.total_steps = int(min(spec.epochs * steps_per_epoch, spec.max_steps or math.inf))
         opt.set_drop_path(model, spec.drop_path)
         self.frozen = opt.Frozen(opt.frozen_modules(model, spec), opt.frozen_norms(model))
-        self.optimizer = opt.build_optimizer(model, spec, self.batch_size, device)
+        self.optimizer = opt.build_optimizer(model, spec, self.batch_size * processes.count(), device)
         self.schedule = opt.build_schedule(self.optimizer, spec, steps_per_epoch)
         self.mixing = opt.build_mixing(spec, self.task, getattr(model, "num_classes", 0))
         self.average = opt.build_average(model, spec.ema)
@@ -127,11 +129,12 @@ class Trainer:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.state = TrainedState(model)
         self.buffers = opt.Buffers(model)
-        self.finite = torch.ones((), dtype=torch.bool, device=device)  # every loss and gradient so far
+        self.finite = torch.ones((), dtype=torch.bool, device=device)  # every loss and gradient but of skipped steps
+        self.skips = Skips(spec.skip_nonfinite)
 
     def run(self) -> dict[str, Any]:
         """Run the whole phase; returns the result of `train`."""
-        if self.phase.begun:
+        if processes.told(self.phase.begun):
             ended = self.resume()
             if ended is not None:
                 self.frozen.release()
@@ -173,7 +176,7 @@ class Trainer:
 
     def resume(self) -> dict[str, Any] | None:
         """Continue from the checkpoint. If the phase is already complete, return the result of `train`."""
-        path, saved, told = taken_up(self.phase, self.model, len(self.loader))
+        path, saved, told = processes.first(lambda: taken_up(self.phase, self.model, len(self.loader)))
         if told:
             self.log.say(f"{self.phase.name}: {told}")
         self.state.load(saved, self.model, path)
@@ -193,27 +196,22 @@ class Trainer:
             self.scaler.load_state_dict(saved["scaler"])
             if self.average is not None:
                 self.average.load(saved)
+            self.random_state = saved.get("random_states", [saved["random_state"]])[processes.rank()]
         self.epoch, self.batch_index, self.steps = saved["epoch"], saved["batch_index"], saved["steps"]
-        self.random_state, self.meters = saved["random_state"], Meters(**saved["meters"])
+        self.meters, self.skips.count = Meters(**saved["meters"]), saved.get("skipped", 0)
         self.log.say(f"{self.phase.name}: resumed at epoch {self.epoch + 1}, step {self.steps} of {self.total_steps}")
         return None
 
     def connect(self) -> None:
-        """Attach the taps, then compile: the compiled graph must contain their hooks."""
-        self.student_taps = Taps(self.model, [tap for term in self.terms for tap in term.student_taps])
-        self.teacher_taps: Taps | None = None
-        self.run_student: Forward = torch.compile(self.model) if self.spec.compile else self.model
-        if self.teacher is not None:
-            model = self.teacher.model.to(self.device).eval()
-            self.teacher_images = self.teacher.converter(self.student.input)
-            self.teacher_taps = Taps(model, [tap for term in self.terms for tap in term.teacher_taps])
-            self.run_teacher: Forward = torch.compile(model) if self.spec.compile else model
+        """Make student, teacher and loss one step, in which the processes of a run take part."""
+        teacher = self.teacher
+        if teacher is not None:
+            teacher.model.to(self.device).eval()
+        self.compute = Step(Pass(self.student, teacher, self.terms, self.task, self.autocast, self.spec))
 
     def disconnect(self) -> None:
         self.frozen.release()
-        self.student_taps.close()
-        if self.teacher_taps is not None:
-            self.teacher_taps.close()
+        self.compute.close()
 
     def is_over(self) -> bool:
         return self.epoch >= self.spec.epochs or self.steps >= self.total_steps
@@ -236,14 +234,17 @@ class Trainer:
                 self.advance()
             if self.steps >= self.total_steps:
                 return
-            if self.stop.signum is not None:
+            if self.is_stopped():
                 self.read()
                 self.checkpoint(False, opt.random_state())
                 raise self.interrupted()
 
     def batches(self) -> Iterator[tuple[torch.Tensor, Any]]:
         """The remaining batches of the epoch, on the CPU, with the epoch's own random state."""
-        opt.seed_everything(self.phase.seed, self.phase.number, self.epoch)
+        others = (
+            [processes.rank()] if processes.rank() else []
+        )  # draw for themselves; the leader draws what a single process does
+        opt.seed_everything(self.phase.seed, self.phase.number, self.epoch, *others)
         batches = iter(self.loader)
         for _ in range(self.batch_index):  # batches that the interrupted epoch had already processed
             next(batches)
@@ -260,28 +261,19 @@ class Trainer:
             watch.before(self.steps)
         if self.batch_index % self.spec.accumulate == 0:
             self.buffers.remember()
-        with self.autocast:
-            batch = self.forward(images, targets)
-            loss, parts = total_of(self.terms, batch)
-        self.finite = self.finite & torch.isfinite(loss.detach())
         # The last step of an epoch may accumulate fewer batches.
         left = len(self.loader) - self.batch_index // self.spec.accumulate * self.spec.accumulate
-        self.scaler.scale(loss / min(self.spec.accumulate, left)).backward()
+        parts = min(self.spec.accumulate, left)
+        last = self.batch_index % self.spec.accumulate == parts - 1
+        loss, terms, figures = self.compute(
+            images, targets, labels, lambda loss: self.scaler.scale(loss / parts).backward(), last=last
+        )
+        self.finite = self.finite & torch.isfinite(loss)
         self.batch_index += 1
-        figures = self.task.batch_figures(batch.student_logits, batch.teacher_logits, targets, labels)
-        self.meters.add(self.steps + 1, loss, parts, figures)
-
-    def forward(self, images: torch.Tensor, targets: Any) -> Batch:
-        """Run teacher and student on a batch, the teacher while no activation of the student is kept, and collect their taps."""
-        expected, taught = None, {}
-        if self.teacher_taps is not None:
-            with torch.no_grad():  # not inference_mode: a term may save a tensor of the teacher for its backward pass
-                expected, taught = self.run_teacher(self.teacher_images(images)), self.teacher_taps.pop()
-        logits = self.run_student(images)
-        return Batch(logits, expected, self.student_taps.pop(), taught, targets, unread_by(self.terms))
+        self.meters.add(self.steps + 1, loss, terms, figures)
 
     def step(self) -> None:
-        """One optimiser step with the accumulated gradient, skipped if any loss or gradient so far was not finite."""
+        """One optimiser step with the accumulated gradient, left out if any loss or gradient so far was not finite."""
         self.schedule.step_update(self.steps)
         self.scaler.unscale_(self.optimizer)
         for watch in self.watches:
@@ -290,34 +282,34 @@ class Trainer:
         # The scaler itself skips a step with a non-finite gradient, and continues with a smaller scale.
         if not self.scaler.is_enabled():
             self.finite = self.finite & torch.isfinite(norm)
-        opt.step_if(self.finite, self.optimizer, self.scaler, self.parameters)
+        self.finite = processes.everywhere(self.finite)
+        if skipped := self.skips.take(self.finite):
+            self.log.say(f"{self.phase.name}: {self.skips.words(self.meters.drop(self.steps + 1))}")
+        else:
+            opt.step_if(self.finite, self.optimizer, self.scaler, self.parameters)
         self.buffers.put_back_unless(self.finite)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update(self.model)
         self.steps += 1
+        self.finite = self.finite | skipped
         group = self.optimizer.param_groups[0]
-        self.meters.add_update(norm, group["lr"] / group.get("lr_scale", 1.0))  # of a layer or backbone, a part of `lr`
+        # of a layer or backbone, `lr` is a part of the whole one
+        self.meters.add_update(self.steps, norm, group["lr"] / group.get("lr_scale", 1.0))
 
     def read(self) -> None:
-        """Wait for the device and read the values of the batches since the last call.
-
-        Raises:
-            UserError: a loss or gradient was not finite.
-        """
-        for reading in self.meters.read():
-            norm = reading.gradient_norm
-            if not math.isfinite(reading.loss):
-                raise diverged(self.phase, reading, f"the loss is {reading.loss}")
-            if norm is not None and not math.isfinite(norm) and not self.scaler.is_enabled():
-                raise diverged(self.phase, reading, f"the gradient's norm is {norm}")
+        """Wait for the device and read the values of the batches since the last call. Raises as `require_finite`."""
+        look = partial(where_to_look, self.student, self.teacher, self.loader)
+        require_finite(self.phase, self.meters.read(), look, gradients=not self.scaler.is_enabled())
 
     def close_epoch(self) -> None:
         """Log, evaluate, keep the best weights, run diagnostics, and write a checkpoint."""
         self.read()
         self.epoch, self.batch_index = self.epoch + 1, 0
         last = self.is_over()
+        averaged = () if self.average is None else self.average.module.buffers()
+        processes.alike([*self.model.buffers(), *averaged])  # the leader's: each process has seen other images
         self.log.scalars(self.phase.name, "epoch", self.steps, {"epoch": self.epoch, **self.meters.means()})
         if last and self.average is not None:
             self.model.load_state_dict(ties.unique_state(self.average.module), strict=False)
@@ -331,13 +323,17 @@ class Trainer:
         if self.best is not None:
             self.checkpoint(last)
         self.meters = Meters()
-        if self.stop.signum is not None:  # requested during the last step or the evaluation
+        if self.is_stopped():  # requested during the last step or the evaluation
             raise self.interrupted()
+
+    def is_stopped(self) -> bool:
+        """Whether a signal has come, to this process or to another one of the run."""
+        self.stop.signum = processes.any_of(self.stop.signum or 0) or None
+        return self.stop.signum is not None
 
     def interrupted(self) -> Interrupted:
         assert self.stop.signum is not None, "somebody asked for it"
-        file = self.phase.checkpoint
-        return Interrupted(self.stop.signum, file.parents[1], f"{file} was written")
+        return Interrupted(self.stop.signum, self.phase.checkpoint.parents[1], f"{self.phase.checkpoint} was written")
 
     def judged(self) -> nn.Module:
         """The model to evaluate: the weight average, if there is one, until it is copied into the model at the end."""
@@ -346,7 +342,7 @@ class Trainer:
     def catch_up(self, last: bool) -> None:
         """Evaluate and measure at the present epoch, where a run was killed after its checkpoint, before that was recorded."""
         due = self.epoch and (last or self.epoch % self.spec.evaluate_every == 0)
-        if due and not self.log.recorded(self.phase.name, "evaluate", self.steps):
+        if due and not processes.told(self.log.recorded(self.phase.name, "evaluate", self.steps)):
             self.judge()
         self.measure(self.judged(), self.epoch, last)
 
@@ -371,7 +367,10 @@ class Trainer:
         return self.epoch if self.best is None else self.best["epoch"]
 
     def checkpoint(self, done: bool, random_state: dict[str, Any] | None = None) -> None:
-        """Write a checkpoint; in the middle of an epoch with its `random_state` and meters."""
+        """Write a checkpoint; in the middle of an epoch with its `random_state`, that of every process, and meters."""
+        states = processes.gathered(random_state)
+        if not processes.leads():
+            return
         content: dict[str, Any] = {
             "done": done,
             "model": self.state.of(self.model),
@@ -389,7 +388,9 @@ class Trainer:
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
                 "batch_index": self.batch_index,
-                "random_state": random_state,
+                "skipped": self.skips.count,
+                "random_state": states[0],
+                **({"random_states": states} if len(states) > 1 else {}),
                 "meters": self.meters.state() if random_state else {},
                 "best": self.best,
             }

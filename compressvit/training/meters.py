@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from compressvit import processes
 from compressvit.tasks.base import Task
 from compressvit.tasks.quality import Quality
 
@@ -68,16 +69,26 @@ class Meters:
         values = {"loss": loss, **terms, **accuracies}
         self._waiting.append(_Waiting(step, list(terms), {name: value.detach() for name, value in values.items()}))
 
-    def add_update(self, gradient_norm: torch.Tensor, lr: float) -> None:
-        """Record the optimiser step that followed the last batch."""
-        self._waiting[-1].gradient_norm, self._waiting[-1].lr = gradient_norm.detach(), lr
+    def add_update(self, step: int, gradient_norm: torch.Tensor, lr: float) -> None:
+        """Record the optimiser step that followed the last batch, unless its batches were dropped."""
+        if self._waiting and self._waiting[-1].step == step:
+            self._waiting[-1].gradient_norm, self._waiting[-1].lr = gradient_norm.detach(), lr
+
+    def drop(self, step: int) -> list[Reading]:
+        """Wait for the device, and read the batches of an optimiser step that is left out; they are in no mean."""
+        kept = [batch for batch in self._waiting if batch.step != step]
+        dropped = [batch for batch in self._waiting if batch.step == step]
+        apart = Meters()
+        apart._waiting, self._waiting = dropped, kept
+        return apart.read()
 
     def read(self) -> list[Reading]:
-        """Wait for the device once, and accumulate the values recorded since the last call, batch by batch."""
+        """Wait for the device once, and accumulate the values recorded since the last call, batch by batch: means over the
+        processes, of a value that not every batch has over those that have it."""
         waiting, self._waiting = self._waiting, []
         norms = [batch.gradient_norm for batch in waiting if batch.gradient_norm is not None]
         numbers = iter(_numbers([*(value for batch in waiting for value in batch.values.values()), *norms]))
-        rows = [dict(zip(batch.values, numbers, strict=False)) for batch in waiting]
+        rows = processes.means([dict(zip(batch.values, numbers, strict=False)) for batch in waiting])
         readings = []
         for batch, row in zip(waiting, rows, strict=True):
             self._count += 1

@@ -12,7 +12,7 @@ import numpy as np
 import timm.optim
 import torch
 from timm.layers import DropPath
-from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler, StepLRScheduler
+from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler, PolyLRScheduler, StepLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -86,7 +86,7 @@ def _groups(model: nn.Module, spec: Training) -> list[dict[str, Any]]:
 
 
 def _with_rate_of_backbone(groups: list[dict[str, Any]], model: nn.Module, factor: float) -> list[dict[str, Any]]:
-    """The groups of parameters, those of a detector's backbone in groups of their own with timm's `lr_scale`."""
+    """The groups of parameters, those of a detector's or segmenter's backbone in groups of their own with timm's `lr_scale`."""
     body = body_of(model)
     if body is None or factor in (0, 1):
         return groups
@@ -100,7 +100,7 @@ def _with_rate_of_backbone(groups: list[dict[str, Any]], model: nn.Module, facto
 
 
 def frozen_modules(model: nn.Module, spec: Training) -> list[nn.Module]:
-    """The modules that a phase does not train: those of `frozen`, and a detector's backbone with `backbone_lr: 0`.
+    """The modules that a phase does not train: those of `frozen`, and a detector's or segmenter's backbone with `backbone_lr: 0`.
 
     Raises:
         UserError: a pattern matches no module, there is no backbone apart from the model, or a parameter is shared with a module to train.
@@ -110,7 +110,7 @@ def frozen_modules(model: nn.Module, spec: Training) -> list[nn.Module]:
         body = body_of(model)
         if body is None:
             raise UserError(
-                f"backbone_lr=0 freezes the backbone of a detector, and {model_name(model)} is none; leave it out"
+                f"backbone_lr=0 freezes the backbone of a detector or segmenter, and {model_name(model)} is none; leave it out"
             )
         found.append(body)
     known = {path: module for path, module in model.named_modules() if path}
@@ -241,6 +241,8 @@ def build_schedule(optimizer: torch.optim.Optimizer, spec: Training, steps_per_e
     total = spec.epochs * steps_per_epoch
     if spec.schedule == "cosine":
         return CosineLRScheduler(optimizer, t_initial=total, lr_min=spec.min_lr, cycle_limit=1, **warmup)
+    if spec.schedule == "poly":
+        return PolyLRScheduler(optimizer, total, power=spec.power, lr_min=spec.min_lr, cycle_limit=1, **warmup)
     if spec.milestones is not None:
         # timm takes a milestone one step early, and would count from the end of the warm-up
         steps = [round(epoch * steps_per_epoch) + 1 for epoch in spec.milestones]

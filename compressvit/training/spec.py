@@ -30,7 +30,9 @@ class Training(Spec):
         "1e-5 by default, because a good start is easily lost.",
     )
     backbone_lr: float = Field(
-        1.0, ge=0, description="Of a detector: the learning rate of its backbone, as a factor of `lr`; 0 freezes it."
+        1.0,
+        ge=0,
+        description="Of a detector or segmenter: the learning rate of its backbone, as a factor of `lr`; 0 freezes it.",
     )
     layer_decay: float | None = Field(
         None,
@@ -55,12 +57,17 @@ class Training(Spec):
         (0.9, 0.999), description="For Adam and its variants; ignored by other optimisers."
     )
     momentum: float = Field(0.9, description="For SGD and its variants; ignored by Adam and its variants.")
-    schedule: Literal["cosine", "step", "constant"] = Field(
+    schedule: Literal["cosine", "poly", "step", "constant"] = Field(
         "cosine", description="Schedule of the learning rate, per optimiser step."
     )
     warmup_epochs: float = Field(0.0, ge=0, description="Linear warm-up from `warmup_lr`.")
     warmup_lr: float = Field(1e-6, ge=0, description="Learning rate at the first step of the warm-up.")
-    min_lr: float = Field(0.0, ge=0, description="Learning rate at the end of a cosine schedule.")
+    min_lr: float = Field(0.0, ge=0, description="Learning rate at the end of a cosine or poly schedule.")
+    power: float = Field(
+        0.9,
+        gt=0,
+        description="With `schedule: poly`, of what is left of the phase: the learning rate falls with it to `min_lr`.",
+    )
     decay_epochs: float = Field(
         30.0, gt=0, description="With `schedule: step`, multiply the learning rate by `gamma` every this many epochs."
     )
@@ -73,6 +80,12 @@ class Training(Spec):
     clip_grad: float | None = Field(
         5.0, gt=0, description="Maximum L2 norm of the whole gradient; null for no clipping."
     )
+    skip_nonfinite: int = Field(
+        0,
+        ge=0,
+        description="How many optimiser steps with a loss or gradient that is not finite the phase leaves out before it stops with the "
+        "weights from before the next one. With more than 0 every step waits for the device.",
+    )
     accumulate: int = Field(1, ge=1, description="Batches whose gradients are accumulated for one optimiser step.")
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32", description="Precision of autocast; parameters stay in float32."
@@ -83,6 +96,11 @@ class Training(Spec):
         lt=1,
         description="Decay of a moving average of the weights, which is evaluated and becomes the result. It rises with the number of "
         "updates t, min(ema, (1 + t) / (10 + t)), so that the first steps do not dominate the average of a short phase.",
+    )
+    activation_checkpointing: bool = Field(
+        False,
+        description="Keep only the input of every block of the trained model for the backward pass, and compute the rest again there: the "
+        "same weights in less memory, for the time of another forward pass. Blocks that a loss or a diagnostic looks into keep all.",
     )
     compile: bool = Field(False, description="Use torch.compile on the trained model and the teacher.")
     mixup: float = Field(0.0, ge=0, description="α of mixup; 0 for none.")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from compressvit import processes
 from compressvit.data.input import InputConfig, Side
 from compressvit.log import RunLog
 from compressvit.tasks.base import Task, task_of
@@ -118,7 +119,11 @@ class Stage:
         return self.task or task_of(model)
 
     def labelled_batches(self, model: nn.Module, count: int) -> list[tuple[torch.Tensor, Any]]:
-        """The first batches (images, targets) of a pass over the training set, on the device; the model is moved there, too."""
-        loader = self.loader()
+        """The first batches (images, targets) of a pass over the training set, on the device; the model is moved there, too. They are the
+        same in every process, which all draw from one state."""
         model.to(self.device)
-        return [(x.to(self.device), moved(y, self.device)) for x, y in itertools.islice(loader, count)]
+
+        def first() -> list[tuple[torch.Tensor, Any]]:
+            return [(x.to(self.device), moved(y, self.device)) for x, y in itertools.islice(self.loader(), count)]
+
+        return processes.alone(first)

@@ -51,6 +51,7 @@ class _Checkpoint(BaseModel):
     epoch: NonNegativeInt = 0
     steps: NonNegativeInt = 0
     batch_index: NonNegativeInt = 0
+    skipped: NonNegativeInt = 0
     kept_epoch: NonNegativeInt | None = None
     start: dict[str, Any] | None = None
     best: _Best | None = None

@@ -1,4 +1,4 @@
-"""How training ends early: interrupted by a signal, or diverged."""
+"""How training ends early: interrupted by a signal."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
-from compressvit.errors import UserError, is_command_line
-from compressvit.training.meters import Reading
-from compressvit.training.phase import Phase
+from compressvit import processes
+from compressvit.errors import is_command_line
 
 # Of the keyboard, of whoever ends the process, and what a cluster can send some time before that (SLURM's `--signal=USR1@60`); Windows has
 # no SIGUSR1.
@@ -80,7 +79,7 @@ class StopRequest(Signals):
     def receive(self, signum: int, frame: FrameType | None) -> None:
         if self.signum is None:
             self.signum = signum
-        elif signum in _TOLD_AGAIN:
+        elif signum in _TOLD_AGAIN or processes.launched() > 1:  # from a scheduler and from the launcher
             return
         elif self._held:
             self._second = signum
@@ -124,13 +123,3 @@ class Stoppable(Signals):
         return (
             f"the run is kept up to {max(held, key=lambda path: path.stat().st_mtime)}, and what came after is repeated"
         )
-
-
-def diverged(phase: Phase, reading: Reading, what: str) -> UserError:
-    """The error of a phase in which `what` is not finite, with the terms' values at that step."""
-    terms = ", ".join(f"{k} {v:.4g}" for k, v in reading.terms.items())
-    kept = f"the last good checkpoint is kept: {phase.checkpoint}" if phase.begun else "no checkpoint had been written"
-    return UserError(
-        f"{phase.name}: {what} at step {reading.step} ({terms}); stopped, and {kept}. "
-        "Try a smaller lr, a longer warm-up, clip_grad, or precision: fp32"
-    )

@@ -150,7 +150,7 @@ def test_a_file_of_safetensors_is_a_whole_artifact(tmp_path):
         ("shared", "multiplex cannot be folded"),
         ("low_rank", r"the student has [\d,]+ parameters, and with plain layers in the place of its own [\d,]+"),
         ("adapters", "adapters cannot be folded"),
-        ("detector", "timm has no detector such as adamixer"),
+        ("detector", "timm has no model such as adamixer"),
     ],
 )
 def test_timm_takes_only_what_its_constructor_builds(name, words):

@@ -22,6 +22,7 @@ from compressvit.data.image_transform import image_transform
 from compressvit.data.input import InputConfig
 from compressvit.data.pictures import BrokenPicture, read_picture
 from compressvit.data.spec import Interpolation
+from compressvit.tasks.overlap import on_picture
 
 
 @pytest.mark.parametrize("size", [(41, 60), (60, 41), (20, 20), (96, 33)], ids=str)
@@ -151,18 +152,28 @@ def test_the_program_says_what_outputs_mean():
     said = predict.answer(found, (10, 20), about)
     assert said == {"objects": [{"class": "dog", "score": 0.9, "box": [0.0, 10.0, 5.0, 20.0]}]}
     assert predict.in_words(said) == "dog 0.90 at [0, 10, 5, 20]"
+    pixels = np.array([[[0, 0, 2]], [[1, 1, 1]]], np.float32)  # two classes on three pixels
+    said = predict.answer({"logits": pixels}, (6, 1), about)
+    assert predict.in_words(said) == "dog on 66.7 %  cat on 33.3 %"
+    assert np.asarray(predict.mask_of(pixels, (6, 2))).tolist() == [[1, 1, 1, 1, 0, 0]] * 2
     assert predict.in_words(predict.answer({"outputs": np.ones((2, 3))}, (1, 1), {})).startswith("6 features: 1.0000")
 
 
 @pytest.mark.wide
-@pytest.mark.parametrize("name", ["plain", "low_rank", "detector"])
+@pytest.mark.parametrize("name", ["plain", "low_rank", "detector", "segmenter"])
 def test_the_program_answers_beside_the_file(tmp_path, name):
     """In a process that has neither torch nor compressvit."""
     file = written(tmp_path, name, "onnx")
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 40, 3), np.uint8)).save(tmp_path / "image.png")
     script = tmp_path / "student_predict.py"
     blocked = "import sys, runpy; sys.modules.update(dict.fromkeys(('torch', 'timm', 'compressvit', 'onnx'))); "
-    code = f"{blocked}sys.argv = ['p', '--json', {str(tmp_path / 'image.png')!r}]; runpy.run_path({str(script)!r}, run_name='__main__')"
+    words = [
+        "p",
+        "--json",
+        *(["--masks", str(tmp_path / "masks")] if name == "segmenter" else []),
+        str(tmp_path / "image.png"),
+    ]
+    code = f"{blocked}sys.argv = {words!r}; runpy.run_path({str(script)!r}, run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
@@ -177,5 +188,15 @@ def test_the_program_answers_beside_the_file(tmp_path, name):
         assert said["classes"][0]["probability"] == pytest.approx(float(shares.max()), abs=1e-5)
     elif name == "low_rank":
         assert said["features"] == pytest.approx(outputs[0].tolist(), abs=1e-5)
+    elif name == "segmenter":
+        counts = torch.bincount(outputs[0].argmax(0).flatten(), minlength=5) / outputs[0, 0].numel()
+        assert [row["share"] for row in said["pixels"]] == pytest.approx(
+            sorted(filter(None, counts.tolist()), reverse=True), abs=2e-3
+        )
+        with Image.open(tmp_path / "masks" / "image.png") as mask:
+            resized = on_picture(outputs[0], (50, 40))
+            assert (
+                torch.from_numpy(np.array(mask)) == resized
+            ).float().mean() > 0.99  # Pillow resizes by float32, too; measured 1.0
     else:
         assert len(said["objects"]) == int((outputs[1] >= predict.SURE).sum())

@@ -193,7 +193,11 @@ def test_stopping_is_no_fault(monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("compressvit.runs.evaluate.evaluate_path", stops)
-    assert run("evaluate", "nothing") == (130, "", "compressvit: stopped")
+    assert run("evaluate", "nothing") == (
+        130,
+        "",
+        "compressvit: stopped by SIGINT; what was written before is whole",
+    )
 
 
 def test_an_error_is_printed_without_what_a_terminal_obeys(tmp_path):

@@ -119,5 +119,5 @@ def test_jitter_of_four_bands_is_refused_when_they_come(tmp_path):
 
 
 def test_detectors_take_pictures():
-    with pytest.raises(UserError, match="the detector takes 5 channels; boxes and masks are learned on pictures of 1"):
+    with pytest.raises(UserError, match="the model takes 5 channels; boxes and masks are learned on pictures of 1"):
         PlacedTransform(config(5, crop_mode="squash", crop_pct=1.0), None)

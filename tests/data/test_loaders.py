@@ -19,9 +19,11 @@ from helpers.images import (
     picture,
     seed_all,
 )
+from helpers.together import together
 from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
+from compressvit import processes
 from compressvit.data import loaders, samples
 from compressvit.data.input import InputConfig
 from compressvit.data.loaders import eval_loader, train_loader
@@ -219,58 +221,29 @@ UNCHANGED = dataclasses.replace(GRAY, mean=(0.0,), std=(1.0,))
 SHARED = Data(name="digits", batch_size=100, limit_train=1001, limit_val=101)
 
 
-def share(rank: int) -> tuple[int, list[bytes], list[bytes]]:
+def share() -> tuple[int, list[bytes], list[bytes]]:
     """What one process sees: how many training batches, and the images of an epoch of training and of evaluation."""
-    torch.manual_seed(rank)  # the processes draw differently, and still cut one permutation
-    datasets = open_data(SHARED)
-    train, validation = (
-        make(datasets, SHARED, UNCHANGED, CPU, distributed=True) for make in (train_loader, eval_loader)
-    )
-    return len(train), images_of(train), images_of(validation)
+    with processes.joined():
+        torch.manual_seed(processes.rank())  # the processes draw differently, and still cut one permutation
+        datasets = open_data(SHARED)
+        train, validation = (
+            make(datasets, SHARED, UNCHANGED, CPU, distributed=True) for make in (train_loader, eval_loader)
+        )
+        return len(train), images_of(train), images_of(validation)
 
 
 def images_of(loader) -> list[bytes]:
     return as_multiset(torch.cat([images for images, _ in loader]))
 
 
-def check_shares(first, second) -> None:
-    assert first[0] == second[0] == 5  # each has 501 of 1001 images, one of them twice, in batches of 100
+def test_processes_share_an_epoch_out():
+    first, second = together(2, share)
+    assert first[0] == second[0] == 5  # each has 500 of 1001 images, in batches of 100
     datasets = open_data(SHARED)
     whole = images_of(eval_loader(datasets, SHARED, UNCHANGED, CPU))
     assert sorted(first[2] + second[2]) == whole
-    assert (len(first[2]), len(second[2])) == (51, 50)
+    assert (len(first[2]), len(second[2])) == (100, 1)  # batches are dealt out
     every = images_of(eval_loader(dataclasses.replace(datasets, validation=datasets.train), SHARED, UNCHANGED, CPU))
     shared = first[1] + second[1]
     assert len(shared) == 1000
-    assert len(set(every) - set(shared)) <= 2
-
-
-def test_processes_share_an_epoch_out(monkeypatch):
-    sent = []
-
-    def broadcast(objects, src):
-        if torch.distributed.get_rank() == src:
-            sent[:] = objects
-        objects[:] = sent
-
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
-    shares = []
-    for rank in (0, 1):
-        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
-        shares.append(share(rank))
-    check_shares(*shares)
-
-
-def _process(rank: int, folder: str, results) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    results[rank] = share(rank)
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_real_processes_share_an_epoch_out(tmp_path):
-    with torch.multiprocessing.Manager() as manager:
-        results = manager.dict()
-        torch.multiprocessing.spawn(_process, (str(tmp_path), results), nprocs=2)
-        check_shares(results[0], results[1])
+    assert len(set(every) - set(shared)) <= 1

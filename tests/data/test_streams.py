@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import logging
@@ -9,15 +10,20 @@ import tarfile
 
 import numpy as np
 import pytest
+import torch
 from helpers.images import COLOUR, CPU, GRAY, epoch, jpeg, picture
+from helpers.together import together
 from PIL import Image
 from timm.data import IterableImageDataset
 from torch.utils.data import get_worker_info
 
+from compressvit import processes
 from compressvit.data.loaders import calibration_batches, eval_loader, train_loader
 from compressvit.data.opening import open_data
 from compressvit.data.spec import Data
+from compressvit.errors import UserError
 
+UNCHANGED = dataclasses.replace(GRAY, mean=(0.0,), std=(1.0,))
 TURNED = Image.Exif()
 TURNED[274] = 6
 
@@ -118,3 +124,91 @@ def test_shards_of_webdataset(tmp_path, workers):
         == '[["passed_over", 2], ["sixteen_bits", 2]]'
     )
     assert datasets.broken.count == 2
+
+
+def shards(folder, counts):
+    """Tar files of so many samples, of which every one is of another gray."""
+    gray = 0
+    for shard, count in enumerate(counts):
+        with tarfile.open(folder / f"part-{shard}.tar", "w") as tar:
+            for _ in range(count):
+                file = io.BytesIO()
+                Image.new("L", (8, 8), gray := gray + 1).save(file, "PNG")
+                for ending, value in (("png", file.getvalue()), ("cls", b"1")):
+                    entry = tarfile.TarInfo(f"{gray}.{ending}")
+                    entry.size = len(value)
+                    tar.addfile(entry, io.BytesIO(value))
+    return f"part-{{0..{len(counts) - 1}}}.tar|{gray}"
+
+
+def grays(loader):
+    return sorted(round(float(image.mean()) * 255) for images, _ in loader for image in images)
+
+
+@pytest.mark.wide_unless(lambda counts: len(counts) == 5)
+@pytest.mark.parametrize("counts", [(3, 2, 4, 1, 3), (7,), (2, 2)])
+def test_processes_see_every_sample_of_shards_once(tmp_path, counts):
+    pytest.importorskip("webdataset")
+    split = shards(tmp_path, counts)
+    data = Data(name="wds/mine", root=str(tmp_path), train_split=split, val_split=split, num_classes=2, batch_size=2)
+
+    def seen():
+        with processes.joined():
+            datasets = open_data(data)
+            divided = processes.count() > 1
+            part = grays(eval_loader(datasets, data, UNCHANGED, CPU, distributed=divided))
+            return part, grays(eval_loader(datasets, data, UNCHANGED, CPU))
+
+    every = list(range(1, sum(counts) + 1))
+    (one, whole), (two, other) = together(2, seen)
+    assert sorted(one + two) == whole == other == every
+    assert bool(two) is (len(counts) > 1)
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.wide)])
+def test_processes_train_on_every_sample_of_equal_shards_once(tmp_path, workers):
+    pytest.importorskip("webdataset")
+    split = shards(tmp_path, (4, 4, 4, 4))
+    data = Data(
+        name="wds/mine",
+        root=str(tmp_path),
+        train_split=split,
+        val_split=split,
+        num_classes=2,
+        batch_size=2,
+        num_workers=workers,
+    )
+
+    def seen():
+        with processes.joined():
+            torch.manual_seed(0)
+            loader = train_loader(open_data(data), data, UNCHANGED, CPU)
+            return [grays(loader) for _ in range(2)]
+
+    for one, two in zip(*together(2, seen), strict=True):
+        assert len(one) == len(two) == 8
+        assert sorted(one + two) == list(range(1, 17))
+
+
+def test_too_few_shards_for_processes_and_workers(tmp_path):
+    """One of them would have none, and the others would wait for it."""
+    pytest.importorskip("webdataset")
+    split = shards(tmp_path, (4, 4, 4))
+    data = Data(
+        name="wds/mine",
+        root=str(tmp_path),
+        train_split=split,
+        val_split=split,
+        num_classes=2,
+        batch_size=2,
+        num_workers=2,
+    )
+
+    def refused():
+        with processes.joined(), pytest.raises(UserError) as told:
+            train_loader(open_data(data), data, UNCHANGED, CPU)
+        return str(told.value)
+
+    message, _ = together(2, refused)
+    assert message.startswith("3 shards to train on are too few for 2 processes with 2 workers each")
+    assert "data.num_workers=1" in message

@@ -28,7 +28,7 @@ from compressvit.diagnostics.gradients import GradientRow, Gradients
 from compressvit.errors import UserError
 from compressvit.rows import EvaluationRow, append_row, read_metrics, read_rows
 from compressvit.runs.recorder import MeasuredRow, Recorder, evaluation_images, undisturbed
-from compressvit.training import loop
+from compressvit.training import step
 
 WATCHED = "diagnostics=[gradients: {every: 3}]"
 HARD = [
@@ -149,7 +149,7 @@ def test_findings_are_files_and_pictures_in_tensorboard(whole):
     "batch", [2, EPOCH + 1, 3 * EPOCH]
 )  # amid the teacher's epoch, between two batches of a step, between two epochs
 def test_a_stopped_run_keeps_what_it_recorded(whole, recipe, tmp_path, monkeypatch, rude, batch):
-    folder, seen, total = tmp_path / "run", [], loop.total_of
+    folder, seen, total = tmp_path / "run", [], step.total_of
 
     def counted(*args):
         seen.append(1)
@@ -159,7 +159,7 @@ def test_a_stopped_run_keeps_what_it_recorded(whole, recipe, tmp_path, monkeypat
 
     with undrawn():
         with monkeypatch.context() as patch:
-            patch.setattr(loop, "total_of", counted)
+            patch.setattr(step, "total_of", counted)
             assert run("apply", "--no-report", recipe, "--output", folder, WATCHED, *HARD)[0] == 128 + signal.SIGTERM
         assert (folder / "diagnostics" / "gradients.png").is_file()  # of what there is
         done("apply", "--no-report", folder, "--resume")

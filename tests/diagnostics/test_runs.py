@@ -14,7 +14,7 @@ from helpers.runs import done, refused, run, student_bytes, undrawn
 
 from compressvit.charts.findings import read
 from compressvit.diagnostics.base import DIAGNOSTICS, Measured
-from compressvit.training import loop
+from compressvit.training import step
 
 EVERYTHING = "diagnostics=[cka: {images: 12, batch_size: 4}, drift: {images: 8}, spectra, similarity: {images: 8}, embedding: {images: 16}]"
 FOUND = {"cka", "cka_layers", "drift", "effective_rank", "spectrum", "similarity", "embedding"}
@@ -75,7 +75,7 @@ def test_layers_are_paired_when_the_phase_begins(recipe, tmp_path):
 def test_a_student_of_another_architecture_is_resumed_without_pairs(recipe, tmp_path, monkeypatch):
     words = ("steps.1.distill.layers=auto", "calibration.images=16", "student={model: test_resnet, weights: random}")
     words = (*words, "steps=[distill: {epochs: 2, layers: auto}]", "--output", tmp_path / "run")
-    total = loop.total_of
+    total = step.total_of
 
     def stopped(*arguments):
         if (tmp_path / "run" / "checkpoints" / "0_distill.pt").is_file():
@@ -83,7 +83,7 @@ def test_a_student_of_another_architecture_is_resumed_without_pairs(recipe, tmp_
         return total(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "total_of", stopped)
+        patch.setattr(step, "total_of", stopped)
         assert run("apply", "--no-report", recipe, *words)[0] == 128 + signal.SIGTERM
     assert json.loads((tmp_path / "run" / "checkpoints" / "0_distill.layers.json").read_text()) == []
     assert "auto: as when the phase began" in done("apply", "--no-report", recipe, *words, "--resume")

@@ -53,6 +53,21 @@ def detector() -> nn.Module:
     return model.eval()
 
 
+def segmenter() -> nn.Module:
+    torch.manual_seed(0)
+    inside = {"patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2}
+    args = {
+        "backbone": "vit_tiny_patch16_224",
+        "backbone_args": inside,
+        "img_size": SIZE,
+        "num_classes": 5,
+        "channels": 8,
+    }
+    model = build("segmenter", args, head="pup")
+    randomise(model, 0.1)
+    return model.eval()
+
+
 MODELS = {
     "plain": vit,
     "shared": lambda: compress(vit(), [Multiplex(share=2, mlp_conv=3)]),
@@ -64,6 +79,7 @@ MODELS = {
     "swin": lambda: compress(swin(), [Multiplex(share=2)]),
     "quantised": lambda: compress(vit(0), [LowRank(rank=30, metric="weights"), Quantise(bits=5, metric="weights")]),
     "detector": detector,
+    "segmenter": segmenter,
 }
 NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",), "peft": ("peft",)}
 

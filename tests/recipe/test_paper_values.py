@@ -87,6 +87,28 @@ def test_the_least_rate_of_lors_is_a_hundredth_of_its_peak():
     assert load_recipe("repadapter_vit_b_vtab").teacher.model == "vit_base_patch16_224.orig_in21k"
 
 
+def test_repadapter_on_ade20k():
+    """Width 8 and scale 1 of the paper on a ViT-L of 24 blocks, in SETR's training."""
+    recipe = load_recipe("repadapter_segmentation")
+    assert (recipe.steps[0].spec.width, recipe.steps[0].spec.groups, recipe.steps[0].spec.scale) == (8, 2, 1.0)
+    spec, data = recipe.steps[1].spec, recipe.data
+    assert round(spec.epochs * 20_210 / data.batch_size, -4) == 160_000  # steps, of ADE20K's training pictures
+    assert (spec.optimizer, spec.momentum, spec.weight_decay, spec.clip_grad) == ("sgd", 0.9, 0.0, None)
+    assert (spec.lr, spec.lr * spec.backbone_lr, spec.schedule, spec.power, spec.min_lr) == (
+        0.01,
+        1e-3,
+        "poly",
+        0.9,
+        1e-4,
+    )
+    assert (data.reduce_zero_label, data.num_classes) == (True, 150)
+    teacher = build("segmenter", recipe.teacher.args, num_classes=150, device="meta")
+    before = count_parameters(teacher)
+    student = recipe.steps[0].spec.plan(teacher)
+    student.apply(teacher)
+    assert count_parameters(teacher) - before == 639_360
+
+
 # Of recipes that state no source of their own values: what the papers print.
 PRINTED = {
     "mini_swin_t": ({**SWIN, "drop_path": 0.0}, PLAIN),

@@ -183,14 +183,14 @@ def test_a_stopped_training_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     import os
     import signal
 
-    from compressvit.training import loop
+    from compressvit.training import step
 
     batches = random_batches(4, 8)
     options = {"epochs": 2, "console": QUIET, "seed": 5}
     whole, teacher = pair()
     compressvit.distill(whole, teacher, batches, output=tmp_path / "whole", **options)
     stopped, _ = pair()
-    original, calls = loop.total_of, []
+    original, calls = step.total_of, []
 
     def counted(*arguments):
         calls.append(1)
@@ -199,7 +199,7 @@ def test_a_stopped_training_goes_on_to_the_same_bits(tmp_path, monkeypatch):
         return original(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "total_of", counted)
+        patch.setattr(step, "total_of", counted)
         with pytest.raises(Interrupted, match="resume=True"):
             compressvit.distill(stopped, teacher, batches, output=tmp_path / "out", **options)
     with pytest.raises(UserError, match="is not empty; give resume=True"):

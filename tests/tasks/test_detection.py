@@ -371,8 +371,8 @@ def test_the_report_shows_boxes(applied):
 def test_a_merged_detector_is_an_artifact_of_plain_layers(applied):
     """timm alone cannot build it."""
     out = done("merge", applied / "run", "--dense", "--output", applied / "merged")
-    assert "detector alone" in out
-    assert "timm alone has no such detector" in out
+    assert "model alone" in out
+    assert "timm alone has no such model" in out
     student, merged = artifact.load(applied / "run" / "student"), artifact.load(applied / "merged")
     assert not compression_of(merged).plans
     images = torch.randn(2, 3, 32, 32)

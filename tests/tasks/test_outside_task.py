@@ -146,7 +146,9 @@ def test_figures_of_all_tasks_are_in_order(value):
     of_objects = [f"{what}{key}" for what in ("", "mask_") for key in ("ap", "ap50", "ap75")]
     of_teacher = ["ap50_of_teacher", "mask_ap50_of_teacher"]
     of_search = ["recall_10", "recall_1", "recall_self", "knn"]
-    known = ["top1", "top5", "agreement", "cosine", *of_objects, *of_teacher, "cosine_patches", *of_search, "rmse"]
+    of_pixels = ["miou", "pixel_accuracy", "pixel_agreement"]
+    of_images = ["top1", "top5", "agreement", "cosine"]
+    known = [*of_images, *of_objects, *of_teacher, "cosine_patches", *of_search, *of_pixels, "rmse"]
     assert list(qualities()) == known
     assert ranking() == (
         "top1",
@@ -158,5 +160,6 @@ def test_figures_of_all_tasks_are_in_order(value):
         "ap50_of_teacher",
         "recall_10",
         "knn",
+        *of_pixels,
         "rmse",
     )

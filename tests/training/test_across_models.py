@@ -13,7 +13,7 @@ from helpers.runs import done, metrics, run, student_bytes
 
 import compressvit
 from compressvit.model.taps import Taps
-from compressvit.training import loop
+from compressvit.training import step
 from compressvit.training.phases.distill import Distill
 from compressvit.training.terms import Batch
 from compressvit.training.terms.feature import _projection
@@ -189,7 +189,7 @@ def test_a_run_learns_and_leaves_no_projection_behind(whole):
 
 def test_a_stopped_run_goes_on_to_the_same_bits(recipe, whole, tmp_path, monkeypatch):
     """The projection is in its checkpoint."""
-    original, calls = loop.total_of, []
+    original, calls = step.total_of, []
 
     def counted(*args):
         calls.append(1)
@@ -198,7 +198,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(recipe, whole, tmp_path, monkeyp
         return original(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "total_of", counted)
+        patch.setattr(step, "total_of", counted)
         assert run("apply", "--no-report", recipe, "--output", tmp_path / "run")[0] == 128 + signal.SIGTERM
     done("apply", "--no-report", recipe, "--output", tmp_path / "run", "--resume")
     assert student_bytes(tmp_path / "run") == student_bytes(whole[0])

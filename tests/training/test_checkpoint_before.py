@@ -10,7 +10,7 @@ import signal
 import pytest
 from helpers.runs import EPOCH, done, refused, run, student_bytes
 
-from compressvit.training import loop
+from compressvit.training import step
 
 OPTIONS = ["--no-report", "steps.1.distill.epochs=4", "steps.1.distill.log_every=1"]
 LAST, BEFORE = "checkpoints/1_distill.pt", "checkpoints/1_distill.before.pt"
@@ -32,7 +32,7 @@ def whole(recipe):
 @pytest.fixture(scope="module")
 def stopped(recipe):
     """A run that a cluster stopped in the third epoch of its distillation."""
-    folder, batches, total = recipe.parent / "stopped", [], loop.total_of
+    folder, batches, total = recipe.parent / "stopped", [], step.total_of
 
     def counted(*arguments, **options):
         batches.append(1)
@@ -42,7 +42,7 @@ def stopped(recipe):
         return total(*arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "total_of", counted)
+        patch.setattr(step, "total_of", counted)
         code, _, said = run("apply", recipe, "--output", folder, *OPTIONS)
     assert code == 128 + signal.SIGUSR1
     assert "stopped by SIGUSR1" in said

@@ -11,7 +11,7 @@ import torch
 from helpers.runs import EPOCH, done, refused, run
 
 from compressvit.files import load_checkpoint, save_checkpoint
-from compressvit.training import loop
+from compressvit.training import step
 
 OPTIONS = ["--no-report", "steps.1.distill.keep=best", "steps.1.distill.ema=0.9"]
 
@@ -19,7 +19,7 @@ OPTIONS = ["--no-report", "steps.1.distill.keep=best", "steps.1.distill.ema=0.9"
 @pytest.fixture(scope="module")
 def stopped(recipe):
     """A run that was stopped between two steps of an epoch of its distillation."""
-    folder, batches, total = recipe.parent / "damaged", [], loop.total_of
+    folder, batches, total = recipe.parent / "damaged", [], step.total_of
 
     def counted(*arguments, **options):
         batches.append(1)
@@ -28,7 +28,7 @@ def stopped(recipe):
         return total(*arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "total_of", counted)
+        patch.setattr(step, "total_of", counted)
         assert run("apply", recipe, "--output", folder, *OPTIONS)[0] == 128 + signal.SIGTERM
     return folder
 
@@ -39,7 +39,7 @@ def resumed(recipe, stopped):
 
 KEYS = [
     "done", "model", "frozen", "steps", "epoch", "start", "optimizer", "scaler", "batch_index", "random_state", "meters", "best", "average",
-    "n_averaged", "average_rises",
+    "n_averaged", "average_rises", "skipped",
 ]  # fmt: skip
 INSIDE = [
     ("model", "cls_token", None),

@@ -24,7 +24,7 @@ from compressvit.model.weights import build
 from compressvit.recipe.recipe import load_recipe
 from compressvit.runs.plan import plan_recipe
 from compressvit.tasks.base import find_task
-from compressvit.training import loop
+from compressvit.training import step
 from compressvit.training.terms import Batch, build_terms
 from compressvit.training.terms.section import losses_section
 
@@ -280,7 +280,7 @@ def applied(recipe, folder, stop_at: int, *words: str) -> list[int]:
     """Run a recipe and stop it at a batch, if there is one of that number; returns the batches that it came to."""
     seen: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
-        total = loop.total_of
+        total = step.total_of
 
         def counted(*args):
             seen.append(len(seen) + 1)
@@ -288,7 +288,7 @@ def applied(recipe, folder, stop_at: int, *words: str) -> list[int]:
                 os.kill(os.getpid(), signal.SIGTERM)
             return total(*args)
 
-        patch.setattr(loop, "total_of", counted)
+        patch.setattr(step, "total_of", counted)
         code = run("apply", "--no-report", recipe, "--output", folder, *words)[0]
     assert code == (128 + signal.SIGTERM if len(seen) >= stop_at else 0)
     return seen

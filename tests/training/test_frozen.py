@@ -20,7 +20,7 @@ from compressvit.model.backbone import head_names
 from compressvit.model.weights import build
 from compressvit.recipe.recipe import load_recipe
 from compressvit.runs.plan import plan_recipe
-from compressvit.training import loop
+from compressvit.training import step
 from compressvit.training.phases.finetune import Finetune
 from compressvit.transforms import LORS, SSF, Adapters, BitFit, Compacter, Freeze, HeadNorm, Multiplex, RepAdapter
 from compressvit.transforms.applying import compress
@@ -48,7 +48,7 @@ def recipe(tmp_path):
 
 def stopped(recipe, folder, monkeypatch, batch=6):
     """A run that was stopped amid its second epoch; its checkpoint."""
-    seen, total = [], loop.total_of
+    seen, total = [], step.total_of
 
     def counted(*args):
         seen.append(1)
@@ -57,7 +57,7 @@ def stopped(recipe, folder, monkeypatch, batch=6):
         return total(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "total_of", counted)
+        patch.setattr(step, "total_of", counted)
         assert run("apply", "--no-report", recipe, "--output", folder)[0] == 128 + signal.SIGTERM
     return folder / "checkpoints" / "2_finetune.pt"
 
@@ -185,7 +185,10 @@ def test_batch_norms_of_a_frozen_backbone_keep_their_statistics(specs, moves, tm
     [
         ("frozen: [block.0]", "frozen: 'block.0' matches no module of vit_tiny_patch16_224; did you mean 'blocks.0'?"),
         ("frozen: [blocks, '*']", "there is nothing to train: earlier steps, or `frozen`, froze every parameter"),
-        ("backbone_lr: 0", "backbone_lr=0 freezes the backbone of a detector, and vit_tiny_patch16_224 is none"),
+        (
+            "backbone_lr: 0",
+            "backbone_lr=0 freezes the backbone of a detector or segmenter, and vit_tiny_patch16_224 is none",
+        ),
     ],
 )
 def test_what_freezes_nothing_or_everything_is_refused(recipe, options, words):

@@ -128,6 +128,13 @@ def test_the_cosine_is_warmed_up_and_ends_at_its_least():
     assert found[10:] == pytest.approx(cosine)
 
 
+def test_poly_falls_with_a_power_of_what_is_left():
+    found = rates(Finetune(epochs=4, lr=1.0, schedule="poly", min_lr=0.1), 5)
+    assert found == pytest.approx([0.1 + 0.9 * (1 - i / 20) ** 0.9 for i in range(20)])
+    straight = rates(Finetune(epochs=4, lr=1.0, schedule="poly", power=1.0), 5)
+    assert straight == pytest.approx([1 - i / 20 for i in range(20)])
+
+
 def test_steps_and_a_constant_rate():
     steps = rates(Finetune(epochs=6, lr=1.0, schedule="step", decay_epochs=2, warmup_epochs=0), 3)
     assert steps == pytest.approx([1.0] * 6 + [0.1] * 6 + [0.01] * 6)

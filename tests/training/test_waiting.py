@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 
 import pytest
 import timm.optim
@@ -19,7 +20,7 @@ from compressvit.training.loop import Phase, Trainer
 from compressvit.training.pairs import match_layers
 from compressvit.training.phases.distill import Distill
 from compressvit.training.phases.finetune import Finetune
-from compressvit.training.stopping import StopRequest
+from compressvit.training.stopping import Interrupted, StopRequest
 from compressvit.training.terms import Term, labels_term
 
 META = torch.device("meta")
@@ -228,3 +229,114 @@ def test_an_update_is_left_out_by_the_device(kind):
         assert torch.equal(before, parameter.detach()) == (not allowed)
         ends.append(parameter.detach().clone())
     assert ends[-1].isfinite().all() or kind is timm.optim.Lion  # whose own moments are spoilt
+
+
+# --- what is left out, and where to look
+
+
+@pytest.mark.parametrize(("precision", "optimizer"), [("fp32", "adamw"), ("fp32", "lion"), ("fp16", "adamw")])
+@pytest.mark.parametrize("spoilt", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_is_left_out(tmp_path, spoilt, precision, optimizer):
+    """Weights, moments and means are those of a training that has no such step; a scaler would itself skip a gradient."""
+    if (spoilt, precision) == ("gradient", "fp16"):
+        return
+    spec = Finetune(epochs=1, log_every=1, optimizer=optimizer, precision=precision, skip_nonfinite=1, **STEADY)
+    batches = random_batches(6, 4)
+    expected, model = tiny_vit(), tiny_vit()
+    without = fit(expected, spec, batches[:2] + batches[3:], tmp_path / "without")
+    term, _ = spoiling(3, spoilt)
+    heard = fit(model, spec, batches, tmp_path / "with", terms=[term])
+    assert largest_difference(values(model), values(expected)) == 0
+    assert [line["loss"] for line in heard.of("train") if line["step"] > 3] == [
+        line["loss"] for line in without.of("train") if line["step"] > 2
+    ]
+    assert heard.of("epoch")[0]["loss"] == pytest.approx(without.of("epoch")[0]["loss"], rel=1e-12)
+
+
+def test_only_so_many_steps_are_left_out(tmp_path):
+    spec = Finetune(epochs=1, log_every=100, accumulate=2, skip_nonfinite=2, **STEADY)
+    expected = tiny_vit()
+    batches = random_batches(12, 4)
+    fit(expected, spec.model_copy(update={"max_steps": 1}), batches, tmp_path / "expected")
+    calls = []
+
+    def term(batch):
+        calls.append(1)
+        loss, more = labels_term(1.0, 0.0).function(batch)
+        return loss + (math.inf if len(calls) > 2 else 0), more
+
+    model = tiny_vit()
+    with pytest.raises(UserError, match=r"the loss is inf at step 4 .* Try a smaller lr, a longer warm-up"):
+        fit(model, spec, batches, tmp_path / "spoilt", terms=[Term("spoilt", 1.0, term)])
+    assert largest_difference(values(model), values(expected)) == 0
+
+
+def test_a_resumed_phase_knows_how_many_steps_were_left_out(tmp_path, monkeypatch):
+    spec = Finetune(epochs=2, log_every=100, ema=0.5, skip_nonfinite=2, **STEADY)
+    batches = random_batches(4, 4)
+    batches[1] = (batches[1][0] * math.nan, batches[1][1])  # once an epoch
+    whole, parts = tiny_vit(), tiny_vit()
+    fit(whole, spec, batches, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        counted = []
+        signal = property(lambda self: 15 if len(counted) == 3 else None, lambda *_: None)
+        patch.setattr(StopRequest, "signum", signal, raising=False)
+        with pytest.raises(Interrupted):
+            fit(parts, spec, batches, tmp_path / "parts", measure=lambda *_: None, watches=[_Counts(counted)])
+    assert load_checkpoint(tmp_path / "parts" / "phase.pt")["skipped"] == 1
+    shutil.copytree(tmp_path / "parts", tmp_path / "fewer")
+    again = tiny_vit()
+    fit(again, spec, batches, tmp_path / "parts")
+    assert largest_difference(values(again), values(whole)) == 0
+    with pytest.raises(UserError, match="the loss is nan at step 6"):
+        fit(tiny_vit(), spec.model_copy(update={"skip_nonfinite": 1}), batches, tmp_path / "fewer")  # one was before
+
+
+class _Counts:
+    """A watch that notes every step."""
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    def before(self, steps):
+        pass
+
+    def after(self, step, epoch, scale):
+        self.steps.append(step)
+
+
+def broken_teacher(kind):
+    teacher = tiny_vit(seed=1)
+    with torch.no_grad():
+        if kind == "weight":
+            teacher.blocks[1].mlp.fc1.weight[0, 0] = math.nan
+        else:
+            teacher.head.weight.fill_(3e38)
+    return teacher.eval()
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("weight", r"blocks\.1\.mlp\.fc1\.weight of the teacher is not finite: look at the file of its weights first$"),
+        ("outputs", "The teacher's weights are finite, and its outputs for the first batch are not: look at the file"),
+    ],
+)
+def test_a_teacher_that_is_not_finite_is_named_first(tmp_path, kind, words):
+    spec = Distill(epochs=1, log_every=1, losses={"prediction": {"weight": 1}})
+    student, teacher = tiny_vit(), broken_teacher(kind)
+    terms = spec.terms(student, [])
+    with pytest.raises(UserError, match=f"at step 1 .*{words}"):
+        fit(student, spec, random_batches(2, 4), tmp_path, terms=terms, teacher=side(teacher))
+
+
+def test_a_model_or_an_image_that_is_not_finite_is_named_first(tmp_path):
+    model = tiny_vit()
+    with torch.no_grad():
+        model.norm.bias[0] = math.inf
+    spec, batches = Finetune(epochs=1, log_every=1), random_batches(2, 4)
+    with pytest.raises(UserError, match=r"norm\.bias of the model that is trained is not finite: look at the file"):
+        fit(model, spec, batches, tmp_path / "model")
+    batches[0][0][0, 0, 0, 0] = math.nan
+    with pytest.raises(UserError, match="An image of the first batch has values that are not finite: look at the data"):
+        fit(tiny_vit(), spec, batches, tmp_path / "images")

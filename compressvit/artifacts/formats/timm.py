@@ -79,7 +79,7 @@ def _plain(source: Source) -> nn.Module:
     others = [fmt.name for fmt in FORMATS.values() if fmt.any_model]
     ways = f"{option('to')} {', '.join(others[:-1])} and {others[-1]} take it as it is"
     if body_of(model) is not None:
-        raise UserError(f"{option('to', 'timm')}: timm has no detector such as {model_name(model)}; {ways}")
+        raise UserError(f"{option('to', 'timm')}: timm has no model such as {model_name(model)}; {ways}")
     plans = [plan for plan in compression_of(model).plans if not plan.loads_values]
     if not plans:
         return model

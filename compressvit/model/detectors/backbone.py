@@ -18,13 +18,20 @@ D = TypeVar("D", bound=nn.Module)
 def backbone_of(
     name: str, args: dict[str, Any] | None, img_size: tuple[int, int], in_chans: int
 ) -> tuple[nn.Module, tuple[list[int], list[int], list[float]]]:
-    """Build a backbone of that name in timm, for images of a size where its positions depend on it.
-
-    Returns:
-        The model, and what `levels_of` says of it.
+    """`built_backbone`, and what `levels_of` says of it.
 
     Raises:
-        UserError: timm does not know the name or an argument, or the model gives no maps.
+        UserError: as there, or the model gives no maps.
+    """
+    model = built_backbone(name, args, img_size, in_chans)
+    return model, levels_of(model, name)
+
+
+def built_backbone(name: str, args: dict[str, Any] | None, img_size: tuple[int, int], in_chans: int) -> nn.Module:
+    """A backbone of that name in timm, without values of its own, for images of a size where its positions depend on it.
+
+    Raises:
+        UserError: timm does not know the name or an argument.
     """
     given = {"in_chans": in_chans, **(args or {})}
     if "num_classes" in given:
@@ -32,8 +39,7 @@ def backbone_of(
     require_known(name)
     if timm.get_pretrained_cfg_value(name, "fixed_input_size"):
         given = {"img_size": img_size, **given}
-    model = build(name, given, num_classes=0)
-    return model, levels_of(model, name)
+    return build(name, given, num_classes=0)
 
 
 def take_statistics(detector: D) -> D:

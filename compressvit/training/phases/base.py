@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+from compressvit import processes
 from compressvit.errors import UserError
 from compressvit.registry import Registry
 from compressvit.training.spec import Training
@@ -103,6 +104,8 @@ class PhaseSpec(Training):
         opt.build_optimizer(model, self, setting.batch_size, torch.device("meta"))
         if self.drop_path is not None:
             describe(model, "blocks", asker="drop_path")
+        if self.activation_checkpointing:
+            describe(model, "blocks", asker="activation_checkpointing")
         if (self.mixup or self.cutmix) and setting.batch_size < 2:
             raise UserError(
                 "mixup and cutmix mix the images of a batch in pairs; give data.batch_size of at least 2, or set both to 0"
@@ -160,12 +163,14 @@ class PhaseSpec(Training):
         return model, stage.train(model, self, [labels_term(1.0, self.smoothing, stage.task)])
 
     def summary(self, batch_size: int) -> str:
-        """Length, batch size, optimiser and precision in one line."""
+        """Length, batch size, optimiser and precision in one line. `batch_size` is that of each process."""
+        count = processes.launched()
         length = f"{self.epochs} epoch{'s' * (self.epochs > 1)}" + (
             f", at most {self.max_steps} steps" if self.max_steps else ""
         )
         batch = f"batch {batch_size}" + (f"×{self.accumulate}" if self.accumulate > 1 else "")
-        return f"{length}, {batch}, {self.optimizer}, lr {self.peak_lr(batch_size):.3g}, {self.precision}"
+        batch += f" in each of {count} processes" if count > 1 else ""
+        return f"{length}, {batch}, {self.optimizer}, lr {self.peak_lr(batch_size * count):.3g}, {self.precision}"
 
 
 PHASES: Registry[type[PhaseSpec]] = Registry("phase", "compressvit.training.phases")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import ConfigDict, Field, field_validator
 from pydantic.config import JsonDict
 
+from compressvit import processes
 from compressvit.errors import UserError
 from compressvit.training.phases.base import PhasePlan, PhaseSpec, Setting, phase
 from compressvit.training.terms.base import OF_TERMS
@@ -91,7 +92,10 @@ class Distill(PhaseSpec):
 
         assert stage.teacher is not None, "only the teacher itself is trained without one"
         kept = stage.phase.checkpoint.with_suffix(".layers.json")
-        pairs, how = match_layers_once(model, stage.teacher.model, self.layers, stage.likeness(model), kept)
+        teacher, likeness = stage.teacher.model, stage.likeness
+        pairs, how = processes.first(  # with what the leader has found, in a file
+            lambda: match_layers_once(model, teacher, self.layers, likeness(model), kept)
+        )
         model.to(stage.device)
         terms = self.terms(model, pairs, stage.task, stage.teacher.model)
         names = ", ".join(term.name for term in terms)

@@ -19,6 +19,7 @@ from pydantic import Field, field_validator
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from compressvit import processes
 from compressvit.errors import UserError
 from compressvit.tasks.base import Task, task_of
 from compressvit.training.phases.base import PhasePlan, PhaseSpec, Setting, phase
@@ -101,7 +102,7 @@ def sparsify_(
     weights = _weights(model, plan)
     with torch.enable_grad():
         scored = _scores(model, weights, spec, batches, seed, task or task_of(model))
-    flat = torch.cat([s.flatten() for s in scored.values()])
+    flat = processes.told(torch.cat([s.flatten() for s in scored.values()]))  # which may differ in rounding
     count = max(1, int(spec.density * flat.numel() + 1e-9))
     order = torch.argsort(flat, descending=True, stable=True)
     alive = int((flat != 0).sum())

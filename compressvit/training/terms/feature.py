@@ -1,4 +1,4 @@
-"""The `feature` term: the tokens after the final norm, or a detector's pyramid of maps."""
+"""The `feature` term: the tokens after the final norm, a detector's pyramid of maps, or a segmenter's last map."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 @loss_term("feature")
 class FeatureTerm(LossTerm):
-    """Distance between the tokens after the final norm, to distil a backbone without a classifier; of a detector between its maps.
+    """Distance between the tokens after the final norm, to distil a backbone without a classifier; of a detector or segmenter between maps.
 
-    The maps are those of its pyramid, compared at every place, mean over levels. The teacher may have another width (a linear projection of
-    the student's tokens is trained with the student, and dropped when the phase ends), another grid of patches (its map is resized to the
-    student's) and other prefix tokens (class tokens are compared; the mean of the patches stands for one that only one of them has; where
-    their distillation and register tokens differ, these are left out).
+    The maps are those of a detector's pyramid, or the one that a segmenter's head reads, compared at every place, mean over levels. The
+    teacher may have another width (a linear projection of the student's tokens is trained with the student, and dropped when the phase
+    ends), another grid of patches (its map is resized to the student's) and other prefix tokens (class tokens are compared; the mean of the
+    patches stands for one that only one of them has; where their distillation and register tokens differ, these are left out).
     """
 
     weight: float = Field(0.0, ge=0)

@@ -13,10 +13,11 @@ from compressvit.training.terms.base import Batch, LossTerm, Term, TermSetting, 
 
 @loss_term("prediction")
 class PredictionTerm(LossTerm):
-    """Cross-entropy against the teacher's soft labels, mean over the batch; of a detector how far classes and boxes are apart.
+    """Cross-entropy against the teacher's soft labels, mean over the batch; of detectors and segmenters how far apart they are.
 
     Detectors are compared query by query (adamixer), or on anchors and the teacher's proposals (faster_rcnn, mask_rcnn), by the divergence
-    of classes and the distance of boxes, per object of the teacher or mean over anchors; see `Task.imitation`.
+    of classes and the distance of boxes, per object of the teacher or mean over anchors; segmenters by the
+    divergence of the classes of each pixel, mean over pixels; see `Task.imitation`.
     """
 
     needs_classes: ClassVar[bool] = True

@@ -17,7 +17,7 @@ from compressvit.diagnostics.allocation import allocation_finding
 from compressvit.files import load_checkpoint
 from compressvit.recipe.recipe import parse_recipe
 from compressvit.runs.plan import plan_recipe
-from compressvit.training import loop
+from compressvit.training import step
 from compressvit.training.phases.prune.neurons import prunable_plan
 
 PHASE = "1_prune"
@@ -123,7 +123,7 @@ def test_every_removal_is_followed_by_a_training_with_a_checkpoint_of_its_own(wh
     ],
 )
 def test_a_stopped_run_goes_on_to_the_same_bits(whole, recipe, tmp_path, monkeypatch, batch, told):
-    folder, seen, total = tmp_path / "run", [], loop.total_of
+    folder, seen, total = tmp_path / "run", [], step.total_of
 
     def counted(*args):
         seen.append(1)
@@ -132,7 +132,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(whole, recipe, tmp_path, monkeyp
         return total(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "total_of", counted)
+        patch.setattr(step, "total_of", counted)
         code, _, err = run("apply", "--no-report", recipe, "--output", folder)
     assert code == 128 + signal.SIGTERM
     assert "--resume" in err

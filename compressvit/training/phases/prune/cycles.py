@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from compressvit import processes
 from compressvit.log import RunLog
 from compressvit.model import surgery
 from compressvit.tasks.quality import Quality
@@ -83,7 +85,8 @@ def prune_and_train(
         if done == total or left <= plan.least * len(start) or left == 0:
             break
         done += 1
-        keep = select(_scores(model, spec, phase, done, gradients, activations), done, spec, start, price, plan.least)
+        scored = processes.led(partial(_scores, model, spec, phase, done, gradients, activations))  # one choice for all
+        keep = select(scored, done, spec, start, price, plan.least)
         if not any(len(chosen) for chosen in keep.values()):
             break
         history.append(shrink_(model, keep, moments))
