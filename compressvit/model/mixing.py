@@ -62,11 +62,11 @@ def open_attention(
         maps = attention.attn_drop(maps).transpose(0, 1)
         return rearrange(maps @ v.transpose(0, 1), "h b n d -> b n (h d)")
 
-    if together is None or torch.is_grad_enabled() or not eager_on_cpu(q) or _is_watched(attention):
+    if together is None or torch.is_grad_enabled() or not eager_on_cpu(q):
         return attended(q, k, v)
     elements = together * q.shape[1] * q.shape[2] * k.shape[2]
     rows = together * max(1, AT_ONCE // elements)
-    if rows >= len(q):
+    if rows >= len(q) or _is_watched(attention):
         return attended(q, k, v)
     out = v.new_empty(len(q), q.shape[2], v.shape[1] * v.shape[3])
     for start in range(0, len(q), rows):

@@ -36,6 +36,9 @@ from compressvit.transforms.record import compression_of
 wrap("rearrange")  # torch.fx records the call: einops does not take its proxies
 
 
+_WORTH_A_LOOK = 2**14  # elements of maps
+
+
 class HeadMixing(nn.Module):
     """Mix attention maps across heads: `out[g] = Σ_h weight[g, h] · maps[h] (+ bias[g])`. Private to a layer (MiniViT, eq. 5–6).
 
@@ -72,8 +75,9 @@ class HeadMixing(nn.Module):
         return unbiased and torch.equal(self.weight, torch.eye(len(self.weight), dtype=self.weight.dtype))
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:  # (B, H, N, N) -> (B, H, N, N)
-        if not torch.is_grad_enabled() and eager_on_cpu(maps) and self.is_identity():
-            return maps  # on a GPU the look at the weights would make every layer wait
+        # a look at the weights costs as much as a mix of small maps, and on a GPU it would make every layer wait
+        if not torch.is_grad_enabled() and eager_on_cpu(maps) and maps.numel() >= _WORTH_A_LOOK and self.is_identity():
+            return maps
         heads = maps.transpose(0, 1)
         flat = heads.flatten(1)  # (H, B·N·N), no copy where heads are first in memory, as in `open_attention`
         mixed = self.weight @ flat if self.bias is None else torch.addmm(self.bias[:, None], self.weight, flat)

@@ -108,7 +108,7 @@ def test_a_mix_is_its_formula_forward_and_backward(first, bias):
 
 
 def test_a_mix_that_changes_nothing_is_left_out():
-    mix, maps = HeadMixing(3, bias=True), torch.randn(2, 3, 4, 4)
+    mix, maps = HeadMixing(3, bias=True), torch.randn(2, 3, 64, 64)
     assert mix(maps) is not maps, "it can be learned from"
     with torch.no_grad():
         assert mix(maps) is maps

@@ -223,7 +223,7 @@ def test_distill_from_python_takes_the_parts_of_each_process(tmp_path):
     assert first["agreement"] == figures["agreement"]
     for name, value in weights.items():
         assert torch.equal(one[name], two[name])
-        assert (one[name] - value).abs().max() <= 1e-5 * value.abs().max(), name  # measured 1e-6
+        assert (one[name] - value).abs().max() <= 1e-5 * value.abs().max(), name  # measured 1e-7
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
 
 
