@@ -11,7 +11,7 @@ import logging
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import chain, repeat
 from typing import Any, TypeVar
@@ -104,6 +104,7 @@ def joined(device: str = "auto") -> Iterator[None]:
     import torch.distributed as dist
 
     _group, own = _connected(device)
+    any_of(0)  # every process is connected before one of them can end
     if not leads():
         logging.getLogger("compressvit").setLevel(logging.ERROR)
     try:
@@ -193,6 +194,7 @@ def led(work: Callable[[], T]) -> T:
     done, value = told((False, None))
     if done:
         return value  # type: ignore[return-value]
+    any_of(0)
     if value is not None:
         raise KeyboardInterrupt(value)
     raise ToldElsewhere("another process of the run has ended it, and tells why")
@@ -206,7 +208,9 @@ def _led(work: Callable[[], T]) -> T:
     except BaseException as error:
         _alone -= 1
         stopped = isinstance(error, KeyboardInterrupt)
-        told((False, (error.args or (signal.SIGINT,))[0] if stopped else None))
+        with suppress(RuntimeError):  # of one that has died, which is not what ends the run
+            told((False, (error.args or (signal.SIGINT,))[0] if stopped else None))
+            any_of(0)  # all know of it before this process ends, and with it their connection
         raise
     _alone -= 1
     told((True, value))
