@@ -56,7 +56,7 @@ def open_attention(
             logits = attention.logit_mix(logits.transpose(0, 1)).transpose(0, 1)
         if mask is not None:
             logits = mask(logits.transpose(0, 1)).transpose(0, 1)
-        maps = logits.softmax(dim=-1).transpose(0, 1)
+        maps = _softmax(attention, logits).transpose(0, 1)
         if attention.prob_mix is not None:
             maps = attention.prob_mix(maps)
         maps = attention.attn_drop(maps).transpose(0, 1)
@@ -80,6 +80,15 @@ def with_contextual(rpe_k: nn.Module | None, logits: torch.Tensor, queries: torc
     return logits if rpe_k is None else logits + rpe_k(queries)
 
 
+def _softmax(attention: nn.Module, logits: torch.Tensor) -> torch.Tensor:
+    """Of logits (H, B, N, M), by the module that timm's Swins have for it where somebody looks into that."""
+    module = getattr(attention, "softmax", None)
+    if module is None or not _is_hooked(module):
+        return logits.softmax(dim=-1)
+    maps: torch.Tensor = module(logits.transpose(0, 1))
+    return maps.transpose(0, 1)
+
+
 def eager_on_cpu(tensor: Any) -> bool:
     """Whether operations on this are computed at once, on a CPU: not while it is traced, compiled or exported, where a choice by values or
     by the size of the batch would become part of the program."""
@@ -91,6 +100,10 @@ def eager_on_cpu(tensor: Any) -> bool:
 def _is_watched(attention: nn.Module) -> bool:
     """Whether maps are recorded by hooks, which must see those of the whole batch, or drawn from."""
     drop = attention.attn_drop
-    used = [getattr(attention, slot, None) for slot in ATTENTION_SLOTS] + [drop]
-    hooked = any(m._forward_hooks or m._forward_pre_hooks for part in used if part is not None for m in part.modules())
-    return bool(hooked) or (isinstance(drop, nn.Dropout) and drop.training and drop.p > 0)
+    used = [getattr(attention, name, None) for name in (*ATTENTION_SLOTS, "softmax")] + [drop]
+    hooked = any(_is_hooked(part) for part in used if part is not None)
+    return hooked or (isinstance(drop, nn.Dropout) and drop.training and drop.p > 0)
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())

@@ -151,8 +151,10 @@ def test_at_some_changes_of_files(tried, disturb):
     tried(QUICK, disturb, lambda count: range(1, count + 1, -(-count // 2)))
 
 
-@pytest.mark.wide
-@pytest.mark.parametrize("share", range(4))
+SHARES = [pytest.param(share, marks=pytest.mark.slow if share else pytest.mark.wide) for share in range(4)]  # minutes each
+
+
+@pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize("disturb", [filled, killed])
 @pytest.mark.parametrize("recipe", [TINY, ADAPTED], ids=["shared", "adapted"])
 def test_at_every_change_of_a_file(tried, recipe, disturb, share):
