@@ -151,7 +151,8 @@ def test_at_some_changes_of_files(tried, disturb):
     tried(QUICK, disturb, lambda count: range(1, count + 1, -(-count // 2)))
 
 
-SHARES = [pytest.param(share, marks=pytest.mark.slow if share else pytest.mark.wide) for share in range(4)]  # minutes each
+# minutes each
+SHARES = [pytest.param(share, marks=pytest.mark.slow if share else pytest.mark.wide) for share in range(4)]
 
 
 @pytest.mark.parametrize("share", SHARES)
