@@ -160,7 +160,10 @@ def device_of_process() -> int:
     """
     import torch
 
-    local, there = int(os.environ.get("LOCAL_RANK") or 0), torch.cuda.device_count()
+    text, there = os.environ.get("LOCAL_RANK") or "0", torch.cuda.device_count()
+    if not text.isdecimal():
+        raise UserError(f"LOCAL_RANK={text} is no number of a process; a launcher such as torchrun sets it")
+    local = int(text)
     if local >= there:
         raise UserError(
             f"process {local} of this host has no GPU of its own: there are {there}; start as many processes as there are GPUs, or hide "

@@ -234,7 +234,7 @@ class Trainer:
                 self.advance()
             if self.steps >= self.total_steps:
                 return
-            if self.is_stopped():
+            if self.stop.agreed():
                 self.read()
                 self.checkpoint(False, opt.random_state())
                 raise self.interrupted()
@@ -323,13 +323,8 @@ class Trainer:
         if self.best is not None:
             self.checkpoint(last)
         self.meters = Meters()
-        if self.is_stopped():  # requested during the last step or the evaluation
+        if self.stop.agreed():  # requested during the last step or the evaluation
             raise self.interrupted()
-
-    def is_stopped(self) -> bool:
-        """Whether a signal has come, to this process or to another one of the run."""
-        self.stop.signum = processes.any_of(self.stop.signum or 0) or None
-        return self.stop.signum is not None
 
     def interrupted(self) -> Interrupted:
         assert self.stop.signum is not None, "somebody asked for it"

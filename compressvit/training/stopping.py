@@ -86,6 +86,13 @@ class StopRequest(Signals):
         else:  # a second signal stops at once, without a checkpoint
             super().receive(signum, frame)
 
+    def agreed(self) -> bool:
+        """Whether a signal has come, to this process or to another one of the run; all get the same answer. Of one that comes meanwhile
+        they know at the next call."""
+        if (signum := processes.any_of(self.signum or 0)) and self.signum is None:
+            self.signum = signum
+        return signum != 0
+
     @contextmanager
     def held(self) -> Iterator[None]:
         """Let a second signal wait for the end of the block, which must not be left in the middle."""
