@@ -284,6 +284,20 @@ class Family(ABC):
         return tensors
 
 
+class OnBackbone(Family):
+    """Models whose `backbone` is of another family, and whose own part has no blocks: detectors and segmenters."""
+
+    block = nn.Module
+    body = "backbone"
+
+    def lacks(self, need: Need) -> Need | None:
+        """What is asked of the backbone depends on that; there is no decoder, and no prompts join tokens that become a map."""
+        return need if need in ("prompts", "decoder") else None
+
+    def blocks(self, model: nn.Module) -> Iterable[BlockInfo]:
+        return ()
+
+
 FAMILIES: Registry[Family] = Registry("family", "compressvit.model.families")
 
 

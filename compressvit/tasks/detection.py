@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from compressvit.errors import UserError
 from compressvit.model.detectors import DETECTORS
-from compressvit.tasks.base import Answers, Labels, Measure, Metrics, Result, Task, task
+from compressvit.tasks.base import Answers, Labels, Measure, Metrics, Result, task
 from compressvit.tasks.likeness import Likeness, of_detections
+from compressvit.tasks.own_models import OwnModels
 from compressvit.tasks.precision import BOXES, MASKS, Precision, Runs, coco_masks, on_picture, true_masks
 from compressvit.tasks.quality import Curve, Quality
 
@@ -59,15 +60,13 @@ MASK_AGREEMENT = Quality(
 
 
 @task("detection")
-class Detection(Task):
+class Detection(OwnModels):
     """Boxes with classes, and masks of models that give some."""
 
     qualities = (AP, AP50, AP75, MASK_AP, MASK_AP50, MASK_AP75, AGREEMENT, MASK_AGREEMENT)
     ranking = ("ap", "ap50", "mask_ap", "ap50_of_teacher")
     graded = (*BOXES, *MASKS)
-    needs_class_count = True
     imitates = True
-    places = True
     models = DETECTORS
     pipeline = "object-detection"
     progress_names: ClassVar[Mapping[str, str]] = {"ap": "AP", "ap50": "AP50", "mask_ap": "mask AP"}
@@ -78,15 +77,6 @@ class Detection(Task):
             lambda value: f"{100 * value:.0f} % unmatched",
         ),
     }
-
-    def fits(self, model: nn.Module) -> bool:
-        return getattr(model, "task", None) == self.name
-
-    def needs_classes(self, classes: int) -> int:
-        return classes
-
-    def reads(self, truth: Task) -> bool:
-        return truth is self
 
     def collate(self, targets: Sequence[Any]) -> Any:
         """The ground truth of each image: `boxes` (n, 4) in widths and heights of the image, `labels` (n,), `crowd` (n,) of bool, and

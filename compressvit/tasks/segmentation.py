@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from compressvit.errors import UserError
 from compressvit.model.segmenters import SEGMENTERS
-from compressvit.tasks.base import Answers, Labels, Metrics, Result, Task, task
+from compressvit.tasks.base import Answers, Labels, Metrics, Result, task
 from compressvit.tasks.overlap import ENDS, FIGURES, IGNORED, Overlap, on_picture
+from compressvit.tasks.own_models import OwnModels
 from compressvit.tasks.painting import MEASURES, Paintings
 from compressvit.tasks.quality import Curve, Quality
 
@@ -39,29 +40,18 @@ AGREEMENT = Quality(
 
 
 @task("segmentation")
-class Segmentation(Task):
+class Segmentation(OwnModels):
     """Classes of pixels."""
 
     qualities = (MIOU, PIXELS, AGREEMENT)
     ranking = ("miou", "pixel_accuracy", "pixel_agreement")
     graded = (*FIGURES, *(f"{key}_{end}" for key in FIGURES for end in ENDS))
-    needs_class_count = True
     least_classes = 2
     imitates = True
-    places = True
     models = SEGMENTERS
     pipeline = "image-segmentation"
     progress_names: ClassVar[Mapping[str, str]] = {"pixel_accuracy": "pixels", "pixel_agreement": "agreement"}
     measures = MEASURES
-
-    def fits(self, model: nn.Module) -> bool:
-        return getattr(model, "task", None) == self.name
-
-    def needs_classes(self, classes: int) -> int:
-        return classes
-
-    def reads(self, truth: Task) -> bool:
-        return truth is self
 
     def labels(self, targets: Any) -> Labels:
         return Labels(int(self.known(targets).sum()), -1)
