@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers.kills import CASES, difference
+from helpers.kills import CASES
+from helpers.run_contents import difference
 
 HARNESS = Path(__file__).parent / "helpers" / "kills.py"
 KILLS = int(os.environ.get("COMPRESSVIT_KILLS", "200"))

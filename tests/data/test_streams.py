@@ -94,6 +94,20 @@ def test_pictures_of_a_stream_are_turned_by_option(streaming, exif):
     assert sizes.count((20, 24)) == 2 * exif
 
 
+def write_shard(path, samples):
+    """A tar file of WebDataset with pictures of class 1, by name as (ending, content)."""
+    with tarfile.open(path, "w") as tar:
+        for name, picture_file in samples.items():
+            for ending, content in (picture_file, ("cls", b"1")):
+                entry = tarfile.TarInfo(f"{name}.{ending}")
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+
+
+def data_of(folder, split, **settings):
+    return Data(name="wds/mine", root=str(folder), train_split=split, val_split=split, num_classes=2, **settings)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_shards_of_webdataset(tmp_path, workers):
     pytest.importorskip("webdataset")
@@ -101,22 +115,9 @@ def test_shards_of_webdataset(tmp_path, workers):
     Image.fromarray(np.full((8, 8), 40_000, dtype=np.uint16)).save(sixteen, "PNG")
     contents = [("jpg", jpeg(0)), ("jpg", b"no picture"), ("png", sixteen.getvalue()), ("jpg", jpeg(1))]
     for shard in range(2):
-        with tarfile.open(tmp_path / f"val-{shard}.tar", "w") as tar:
-            for i, (kind, content) in enumerate(contents):
-                for ending, value in ((kind, content), ("cls", b"1")):
-                    entry = tarfile.TarInfo(f"{shard}{i}.{ending}")
-                    entry.size = len(value)
-                    tar.addfile(entry, io.BytesIO(value))
+        write_shard(tmp_path / f"val-{shard}.tar", {f"{shard}{i}": content for i, content in enumerate(contents)})
     split = "val-{0..1}.tar|8"
-    data = Data(
-        name="wds/mine",
-        root=str(tmp_path),
-        train_split=split,
-        val_split=split,
-        num_classes=2,
-        batch_size=4,
-        num_workers=workers,
-    )
+    data = data_of(tmp_path, split, batch_size=4, num_workers=workers)
     datasets = open_data(data)
     assert len(epoch(eval_loader(datasets, data, COLOUR, CPU))[0]) == 6
     assert (
@@ -130,14 +131,12 @@ def shards(folder, counts):
     """Tar files of so many samples, of which every one is of another gray."""
     gray = 0
     for shard, count in enumerate(counts):
-        with tarfile.open(folder / f"part-{shard}.tar", "w") as tar:
-            for _ in range(count):
-                file = io.BytesIO()
-                Image.new("L", (8, 8), gray := gray + 1).save(file, "PNG")
-                for ending, value in (("png", file.getvalue()), ("cls", b"1")):
-                    entry = tarfile.TarInfo(f"{gray}.{ending}")
-                    entry.size = len(value)
-                    tar.addfile(entry, io.BytesIO(value))
+        samples = {}
+        for _ in range(count):
+            file = io.BytesIO()
+            Image.new("L", (8, 8), gray := gray + 1).save(file, "PNG")
+            samples[str(gray)] = ("png", file.getvalue())
+        write_shard(folder / f"part-{shard}.tar", samples)
     return f"part-{{0..{len(counts) - 1}}}.tar|{gray}"
 
 
@@ -150,7 +149,7 @@ def grays(loader):
 def test_processes_see_every_sample_of_shards_once(tmp_path, counts):
     pytest.importorskip("webdataset")
     split = shards(tmp_path, counts)
-    data = Data(name="wds/mine", root=str(tmp_path), train_split=split, val_split=split, num_classes=2, batch_size=2)
+    data = data_of(tmp_path, split, batch_size=2)
 
     def seen():
         with processes.joined():
@@ -169,15 +168,7 @@ def test_processes_see_every_sample_of_shards_once(tmp_path, counts):
 def test_processes_train_on_every_sample_of_equal_shards_once(tmp_path, workers):
     pytest.importorskip("webdataset")
     split = shards(tmp_path, (4, 4, 4, 4))
-    data = Data(
-        name="wds/mine",
-        root=str(tmp_path),
-        train_split=split,
-        val_split=split,
-        num_classes=2,
-        batch_size=2,
-        num_workers=workers,
-    )
+    data = data_of(tmp_path, split, batch_size=2, num_workers=workers)
 
     def seen():
         with processes.joined():
@@ -194,15 +185,7 @@ def test_too_few_shards_for_processes_and_workers(tmp_path):
     """One of them would have none, and the others would wait for it."""
     pytest.importorskip("webdataset")
     split = shards(tmp_path, (4, 4, 4))
-    data = Data(
-        name="wds/mine",
-        root=str(tmp_path),
-        train_split=split,
-        val_split=split,
-        num_classes=2,
-        batch_size=2,
-        num_workers=2,
-    )
+    data = data_of(tmp_path, split, batch_size=2, num_workers=2)
 
     def refused():
         with processes.joined(), pytest.raises(UserError) as told:

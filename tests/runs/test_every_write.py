@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from helpers.kills import contents, difference
+from helpers.run_contents import contents, difference
 from helpers.runs import QUICK, TINY, done, run
 
 ADAPTED = TINY.partition("steps:")[0] + "steps: [repadapter: {width: 4}, finetune: {epochs: 1}, merge: {}]\n"
