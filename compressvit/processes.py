@@ -1,7 +1,8 @@
 """The processes of one run, which a launcher such as torchrun starts and tells their place (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR).
 
 All run the same program. Process 0 *leads*: it alone writes, prints, and does what is not worth dividing; `led` gives the others its
-result. What is divided among them asks `count`, which is 1 inside `led`: there the leader works as if it were alone.
+result. What is divided among them asks `count`, which is 1 inside `led`: there the leader works as if it were alone, until it asks the
+others to do something `together`.
 torch is imported only where there are several processes.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import chain, repeat
@@ -23,6 +24,8 @@ T = TypeVar("T")
 _WAIT = timedelta(days=30)  # for a leader that fits, or tests on all images; one that has died is noticed at once
 _group: Any = None  # of all processes, over the network of the hosts: for what is decided, not for gradients
 _alone = 0  # how deep in `led`
+_helped: list[bool] = []  # of every `led` the leader is in, whether the others wait for what it asks `together`
+_apart = False  # whether the leader has left what was done `together`, where the others cannot be told
 _LOST = ("closed by peer", "reset by peer", "broken pipe", "timed out", "connection refused", "remote process")
 
 
@@ -97,7 +100,7 @@ def joined(device: str = "auto") -> Iterator[None]:
     Raises:
         UserError: the launcher has told this process too little, or another process has ended.
     """
-    global _group
+    global _group, _apart
     if launched() == 1 or _group is not None:
         yield
         return
@@ -118,7 +121,7 @@ def joined(device: str = "auto") -> Iterator[None]:
             f"them again with {switch('resume')}"
         ) from error
     finally:
-        _group = None
+        _group, _apart = None, False
         if own:
             dist.destroy_process_group()
 
@@ -183,41 +186,73 @@ def told(value: T) -> T:
     return held[0]  # type: ignore[return-value]
 
 
-def led(work: Callable[[], T]) -> T:
+def led(work: Callable[[], T], helping: Callable[[Any], None] | None = None) -> T:
     """Have the leader alone do something; every process waits for its result, which it gets as a copy.
+
+    Args:
+        helping: what the others do meanwhile with every request that the leader makes by `together`.
 
     Raises:
         What `work` raises, in the leader; in the others `ToldElsewhere`, or KeyboardInterrupt where a signal stopped it.
     """
-    global _alone
     if count() == 1:
         return work()
     if rank() == 0:
-        return _led(work)
-    done, value = told((False, None))
-    if done:
-        return value  # type: ignore[return-value]
-    any_of(0)
-    if value is not None:
-        raise KeyboardInterrupt(value)
-    raise ToldElsewhere("another process of the run has ended it, and tells why")
+        return _led(work, helping is not None)
+    while True:
+        state, value = told(("", None))
+        if state == "asked":
+            assert helping is not None, "the leader asks where there is help"
+            helping(value)
+            continue
+        if state == "done":
+            return value  # type: ignore[return-value]
+        any_of(0)
+        if value is not None:
+            raise KeyboardInterrupt(value)
+        raise ToldElsewhere("another process of the run has ended it, and tells why")
 
 
-def _led(work: Callable[[], T]) -> T:
+def _led(work: Callable[[], T], helped: bool) -> T:
     global _alone
     _alone += 1
+    _helped.append(helped)
     try:
         value = work()
     except BaseException as error:
         _alone -= 1
+        _helped.pop()
         stopped = isinstance(error, KeyboardInterrupt)
-        with suppress(RuntimeError):  # of one that has died, which is not what ends the run
-            told((False, (error.args or (signal.SIGINT,))[0] if stopped else None))
-            any_of(0)  # all know of it before this process ends, and with it their connection
+        if not _apart:
+            with suppress(RuntimeError):  # of one that has died, which is not what ends the run
+                told(("failed", (error.args or (signal.SIGINT,))[0] if stopped else None))
+                any_of(0)  # all know of it before this process ends, and with it their connection
         raise
     _alone -= 1
-    told((True, value))
+    _helped.pop()
+    told(("done", value))
     return value
+
+
+@contextmanager
+def together(request: Any) -> Iterator[None]:
+    """In the leader, within a `led` that has help: hand the others a request; in the block all of them share the work again.
+
+    Elsewhere, nothing. An error in the block ends this process without a word to the others, which see that it has ended.
+    """
+    global _alone, _apart
+    if not (_helped and _helped[-1]):
+        yield
+        return
+    depth, _alone = _alone, 0
+    try:
+        told(("asked", request))
+        yield
+    except BaseException:
+        _apart = True
+        raise
+    finally:
+        _alone = depth
 
 
 def first(work: Callable[[], T]) -> T:
@@ -272,7 +307,10 @@ def alike(tensors: Iterable[Any]) -> None:
     import torch.distributed as dist
 
     for tensor in tensors:
-        dist.broadcast(tensor, src=0)
+        whole = tensor.detach().contiguous()
+        dist.broadcast(whole, src=0)
+        if whole.data_ptr() != tensor.data_ptr():
+            tensor.detach().copy_(whole)
 
 
 def gathered(value: T) -> list[T]:
@@ -284,6 +322,23 @@ def gathered(value: T) -> list[T]:
     values: list[Any] = [None] * count()
     dist.all_gather_object(values, value, group=_group)
     return values
+
+
+def totals(values: Sequence[Any]) -> list[Any]:
+    """Sums over the processes, each of a number or of a tensor on the CPU; a process without anything of a tensor gives 0."""
+    if count() == 1:
+        return list(values)
+    import torch
+    import torch.distributed as dist
+
+    sums = []
+    each = gathered([tuple(value.shape) if isinstance(value, torch.Tensor) else None for value in values])
+    for value, shapes in zip(values, zip(*each, strict=True), strict=True):
+        shape = next((shape for shape in shapes if shape is not None), None)
+        total = torch.zeros(shape or (), dtype=torch.float64) + value
+        dist.all_reduce(total, group=_group)
+        sums.append(type(value)(total.item()) if shape is None else total)
+    return sums
 
 
 def means(rows: list[dict[str, float]]) -> list[dict[str, float]]:
@@ -298,10 +353,10 @@ def means(rows: list[dict[str, float]]) -> list[dict[str, float]]:
     return found
 
 
-def led_for(work: Callable[[], T], otherwise: T) -> T:
+def led_for(work: Callable[[], T], otherwise: T, helping: Callable[[Any], None] | None = None) -> T:
     """As `led`, where the others need no copy of the result: they get `otherwise`."""
     made: list[T] = []
-    led(lambda: made.append(work()))
+    led(lambda: made.append(work()), helping)
     return made[0] if made else otherwise
 
 

@@ -139,13 +139,14 @@ def calibration_batches(
     """Normalised batches of about `images` training images, drawn by `seed`, without augmentation or labels.
 
     They are of as many different photographs as possible (`data.group_by`). A streaming set gives its first ones. Broken files are left
-    out.
+    out. To several processes batches are dealt out in turn, but for those of a stream, which each of them gets.
     """
     subset, part = datasets.train, None
     if isinstance(subset, Samples):
         drawn = torch.randperm(len(subset), generator=torch.Generator().manual_seed(seed))
         found = subset.photographs(data)
-        chosen = spread(drawn, found)[:images]
+        batches = [*spread(drawn, found)[:images].split(CALIBRATION_BATCH)]
+        chosen = torch.cat(batches[processes.rank() :: processes.count()])
         of = found[chosen]
         subset = part = subset.part(chosen.tolist())
     loader = eval_loader(

@@ -7,11 +7,13 @@ fit worse.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import torch
 
 from compressvit.data.photographs import numbered
 from compressvit.fitting.lowrank import Tensor
+from compressvit.fitting.shares import in_order
 
 log = logging.getLogger("compressvit")
 
@@ -35,6 +37,19 @@ class Seen:
         self._photographs.append(photographs)
         levels = torch.tensor([0.05, 0.5, 0.95], device=thumbnails.device)
         self._colours.append(thumbnails.flatten(2).quantile(levels, dim=2).permute(1, 2, 0).flatten(1).cpu())
+
+    @classmethod
+    def together(cls, parts: Sequence[Seen]) -> Seen:
+        """What processes have seen that had batches in turn, as if one had seen it all."""
+        whole = cls()
+        whole._photographs = in_order([part._photographs for part in parts])
+        whole._colours = in_order([part._colours for part in parts])
+        return whole
+
+    @property
+    def sizes(self) -> list[int]:
+        """Of the batches."""
+        return [len(colours) for colours in self._colours]
 
     def held_out(self) -> Tensor:
         """The images that judge a fit, bool (N,): those of every fourth photograph, in the order of their first images, or of the last of

@@ -15,11 +15,13 @@ import logging
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from compressvit import processes
 from compressvit.errors import UserError
 from compressvit.fitting.held_out import every_fourth
 from compressvit.fitting.kept import Kept
@@ -27,6 +29,7 @@ from compressvit.fitting.lowrank import Tensor
 from compressvit.fitting.moments import frozen, is_finite, not_finite
 from compressvit.fitting.regression import Regression
 from compressvit.fitting.sampling import TokenSample, gathered
+from compressvit.fitting.shares import as_the_leader_has, number
 from compressvit.fitting.spool import Spool, scratch_folder
 from compressvit.fitting.walk import Side, look, watched
 from compressvit.log import progress
@@ -68,8 +71,8 @@ def fit_in_order(
         student: whose layers are fitted, in place. It has the teacher's blocks, in float32, and is moved to the device of the batches.
             A layer that ends no residual branch may have other outputs than the teacher's; its `fit` sees the teacher's.
         teacher: in float32, on the device of the batches.
-        batches: images (B, C, H, W), read once.
-        fits: by path; linear layers within blocks.
+        batches: images (B, C, H, W), read once; in several processes, those of this one.
+        fits: by path; linear layers within blocks. They are the leader's: the others take the values that it has found.
         held_out: asked once the images are read: which of them judge a fit, bool (N,). None: every fourth.
         sample: of the tokens that are summed up; None for all.
         kept: has the values of blocks that an interrupted fit was done with, which are not fitted again, and takes those of the others.
@@ -100,15 +103,13 @@ def fit_in_order(
             following = blocks[position + 1] if position + 1 < len(blocks) else None
             names = _in_order(ours.block, ours.hidden(0, device), wanted[block.path])
             paths = [block.whole(name) for name in names]
-            known = kept.read(block.path, paths) if kept else None
+            known = _known(kept, ours.block, block.path, paths)
             branches = backbone.family.branches_in(student, block.path)
             asked = [] if known is not None else _asked(ours, names, branches, folder, drawn)
             prefix = prefix_in(student, block.path)
             _ask(asked, theirs, following, device, prefix, backbone.family.changed_in(teacher, block.path))
             errors |= _fit_layers(asked, ours, theirs, fits, judges, device) if known is None else known
-            if known is not None:
-                log.info("%s was fitted before the run stopped", block.path)
-            elif kept:
+            if known is None and kept:
                 kept.write(block.path, {path: errors[path] for path in paths})
             if following is not None:
                 theirs.info = following
@@ -134,7 +135,18 @@ def _fit_layers(
             if not (is_finite(x) and is_finite(y)):
                 raise not_finite(path)
             regression.add(x, y, weights, judges[i])
-        errors[path] = fits[path].fit(ours.block.get_submodule(layer.name), regression)
+        whole = regression.over_processes()
+        errors[path] = processes.led(partial(fits[path].fit, ours.block.get_submodule(layer.name), whole))
+        as_the_leader_has(ours.block)
+    return errors
+
+
+def _known(kept: Kept | None, block: nn.Module, name: str, paths: Sequence[str]) -> dict[str, float] | None:
+    """Set the values of a block that was fitted before the run stopped, and return its errors; None for another block."""
+    errors = processes.led(lambda: kept.read(name, paths) if kept else None)
+    if errors is not None:
+        as_the_leader_has(block)
+        log.info("%s was fitted before the run stopped", name)
     return errors
 
 
@@ -176,6 +188,7 @@ class _Asked:
             found: outputs of layers and, of branches, what comes into their norms.
         """
         images = len(hidden)
+        self._sample.begin(number(len(self._weights)))
         output = channels_last(block.get_submodule(self.name), found[self.name])
         output = output.reshape(images, -1, output.shape[-1])
         places, weights = self._sample.draw(images, output.shape[1], prefix)

@@ -18,7 +18,8 @@ from torch import nn
 
 from compressvit.errors import UserError
 from compressvit.fitting.lowrank import Metric, cholesky
-from compressvit.fitting.sampling import TokenSample, gathered
+from compressvit.fitting.sampling import TokenSample, gathered, seed_of
+from compressvit.fitting.shares import number, summed
 from compressvit.log import progress
 from compressvit.model import surgery
 from compressvit.model.backbone import changed_in_place, input_size, prefix_in
@@ -116,21 +117,21 @@ def collect_moments(
     Args:
         model: in float32, on the device of the batches; it is restored afterwards.
         paths: of linear layers.
-        batches: images (B, C, H, W), read once.
+        batches: images (B, C, H, W), read once; in several processes, those of this one.
         outputs: also collect the moments of gradients.
         seed: of the labels, or directions, that are drawn.
         count: number of batches, if it is known; for the display of progress.
         sample: of the tokens of every image; None for all.
 
     Returns:
-        By path, sums over all tokens in float64 on the CPU.
+        By path, sums over all tokens, of all processes, in float64 on the CPU.
 
     Raises:
         UserError: a layer's input or gradient is not finite (the first such layer is named), or there is no image.
     """
     sums = {path: _Sums() for path in paths}
     prefix = {path: prefix_in(model, path) for path in paths}
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator()
 
     def see_input(path: str, module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
         x = channels_last(module, inputs[0].detach())
@@ -144,19 +145,18 @@ def collect_moments(
             output.register_hook(see_gradient)
         return output
 
-    changed, images, in_batch = changed_in_place(model), 0, 0
+    changed, in_batch = changed_in_place(model), 0
     with _hooks(model, {path: partial(see_input, path) for path in paths}), frozen(model):
-        for batch in progress(batches, "measuring layers on batches of calibration images", count):
+        for i, batch in enumerate(progress(batches, "measuring layers on batches of calibration images", count)):
+            generator.manual_seed(seed_of(seed, number(i)))
+            if sample is not None:
+                sample.begin(number(i))
             in_batch = len(batch)
-            images += in_batch
             with torch.set_grad_enabled(outputs):
                 _run(model, batch.detach().clone().requires_grad_() if outputs else batch, outputs, generator)
-    if not images:
+    if not in_batch:
         raise UserError("there is no calibration image")
-    for path, total in sums.items():
-        if not torch.isfinite(total.inputs).all() or (outputs and not torch.isfinite(total.outputs).all()):
-            raise not_finite(path)
-    return {path: total.moments(outputs) for path, total in sums.items()}
+    return {path: summed(own).moments(path, outputs) for path, own in sums.items()}
 
 
 See = Callable[[torch.Tensor], None]
@@ -221,7 +221,10 @@ class _Sums:
         counts = size.new_ones(size.shape) if weights is None else weights
         self.counts = self.counts + torch.stack([c.sum() for c in counts.tensor_split([prefix], dim=1)]).cpu().double()
 
-    def moments(self, outputs: bool) -> Moments:
+    def moments(self, path: str, outputs: bool) -> Moments:
+        """Those of the layer at `path`."""
+        if not torch.isfinite(self.inputs).all() or (outputs and not torch.isfinite(self.outputs).all()):
+            raise not_finite(path)
         found = Moments(self.inputs / self.tokens, self.mean / self.tokens, self.tokens, drawn=self.drawn)
         if not outputs:
             return found

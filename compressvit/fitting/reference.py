@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from compressvit import processes
 from compressvit.data.photographs import Photographed
 from compressvit.errors import UserError
 from compressvit.fitting.choices import Choices
@@ -19,6 +20,7 @@ from compressvit.fitting.judge import Judge, OnCalibration
 from compressvit.fitting.lowrank import Metric
 from compressvit.fitting.moments import Moments, collect_moments, is_finite
 from compressvit.fitting.sampling import TokenSample
+from compressvit.fitting.shares import Asks, own, unasked
 from compressvit.log import progress
 from compressvit.model.backbone import input_size
 from compressvit.model.linear import effective_weight
@@ -47,6 +49,7 @@ class Reference:
         device: the one at hand, on which latency counts; by default that of the images, if they come as a tensor, or else of the model.
         choices: what is known already, and is kept.
         judge: of students, where a size follows from what they lose; by default their outputs on held-out calibration images.
+        asks: the other processes of a run to take part in a pass over the images (`compressvit.transforms.shares`).
     """
 
     def __init__(
@@ -57,10 +60,12 @@ class Reference:
         device: torch.device | None = None,
         choices: Choices | None = None,
         judge: Judge | None = None,
+        asks: Asks = unasked,
     ):
         self.model = model
         self.choices = choices or Choices()
         self._own_judge = judge
+        self.asks = asks
         self.judge: Judge = judge or OnCalibration(self)
         self.tokens = tokens
         given = images if isinstance(images, torch.Tensor) else next(model.parameters(), torch.empty(0))
@@ -88,7 +93,7 @@ class Reference:
 
     def with_model(self, model: nn.Module) -> Reference:
         """The same images, and what is known and judges, for another model."""
-        return Reference(model, self._images, self.tokens, self.device, self.choices, self._own_judge)
+        return Reference(model, self._images, self.tokens, self.device, self.choices, self._own_judge, self.asks)
 
     def sample(self) -> TokenSample | None:
         """The tokens that a pass over the images sums up, the same in every pass; None for all."""
@@ -108,7 +113,8 @@ class Reference:
         return weight
 
     def batches(self) -> Iterator[torch.Tensor]:
-        """The calibration images in float32, which the model is converted to, and moved to the device they come on.
+        """The calibration images in float32, which the model is converted to, and moved to the device they come on; in several processes,
+        the share of this one.
 
         Raises:
             UserError: a batch is not a tensor (B, C, H, W) that the model takes.
@@ -135,6 +141,16 @@ class Reference:
             self._look_at(images, batch.photographs if isinstance(batch, Photographed) else None)
             self._count += len(images)
             yield images.detach().float()
+        self._meet()
+
+    def _meet(self) -> None:
+        """Know after a pass what all processes have seen in it."""
+        if processes.count() == 1:
+            return
+        everyone = processes.gathered((self._seen, self._count, self._different, self._varied))
+        seen, counts, different, varied = zip(*everyone, strict=True)
+        self._seen, self._count = Seen.together(seen), sum(counts)
+        self._different, self._varied = set().union(*different), any(varied)
 
     def _require_finite(self) -> None:
         """Raise a `UserError` that names the damaged tensor, where the images would only show which layer is reached by it first."""
@@ -177,7 +193,7 @@ class Reference:
 
     def held_out(self) -> torch.Tensor:
         """Which images of the last pass through `batches` judge a fit to the others, bool (N,); see `compressvit.fitting.held_out`."""
-        return self._seen.held_out()
+        return torch.cat([*own(self._seen.held_out().split(self._seen.sizes))])
 
     def moments(self, paths: Sequence[str], *, outputs: bool) -> dict[str, Moments]:
         """The moments of the linear layers at `paths`; what was computed before is not computed again.
@@ -193,14 +209,8 @@ class Reference:
         wanted = [path for path in paths if path not in known or (outputs and known[path].outputs is None)]
         if wanted:
             self._require_finite()
-            known |= collect_moments(
-                self.model,
-                wanted,
-                self.batches(),
-                outputs=outputs,
-                count=self._batch_count(),
-                sample=self.sample(),
-            )
+            with self.asks("moments", [self.model], paths=wanted, outputs=outputs):
+                known |= self.collect(wanted, outputs=outputs)
             self._refuse_alike()
             _require_enough(known, wanted)
             if self.too_alike:
@@ -211,6 +221,11 @@ class Reference:
                     LEAST_IMAGES,
                 )
         return {path: known[path] for path in paths}
+
+    def collect(self, paths: Sequence[str], *, outputs: bool) -> dict[str, Moments]:
+        """The moments of these layers, from a pass over the images; see `collect_moments`."""
+        count, sample = self._batch_count(), self.sample()
+        return collect_moments(self.model, paths, self.batches(), outputs=outputs, count=count, sample=sample)
 
     def metrics(self, paths: Sequence[str], kind: str, ridge: float, output_ridge: float) -> dict[str, Metric]:
         """What errors of the layers at `paths` are measured in: 'weights', 'inputs' or 'outputs'."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from compressvit.fitting.lowrank import TINY, Tensor
+from compressvit.fitting.shares import summed
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # in parts of the inputs' mean square
 
@@ -79,6 +80,10 @@ class Regression:
         for sums, mask in ((self.fitted, ~held_out), (self.held_out, held_out)):
             if mask.any():
                 sums.add(*(t[mask].flatten(0, 1) for t in tokens))
+
+    def over_processes(self) -> Regression:
+        """Of the tokens of all processes of a run."""
+        return replace(self, fitted=summed(self.fitted), held_out=summed(self.held_out))
 
     def of(self, outputs: Tensor) -> Regression:
         """The same inputs, for some of the outputs alone.

@@ -26,6 +26,10 @@ class TokenSample:
     def __post_init__(self) -> None:
         self._generator = torch.Generator().manual_seed(self.seed)
 
+    def begin(self, batch: int) -> None:
+        """What is drawn next is for the batch of this number, whatever was drawn for others, which another process may have."""
+        self._generator.manual_seed(seed_of(self.seed, batch))
+
     def of(self, name: str) -> TokenSample:
         """Another sample of as many, the same whatever was drawn before."""
         return TokenSample(self.count, self.seed ^ zlib.crc32(name.encode()))
@@ -46,6 +50,11 @@ class TokenSample:
             return None, weights
         drawn = torch.rand(images, others, generator=self._generator).argsort(dim=1)[:, :count] + prefix
         return torch.cat([torch.arange(prefix).expand(images, prefix), drawn], dim=1), weights
+
+
+def seed_of(seed: int, batch: int) -> int:
+    """A seed for what is drawn for one batch; that of the first is `seed`."""
+    return (seed + batch * 0x9E3779B97F4A7C15) % 2**63
 
 
 def gathered(tokens: Tensor, places: Tensor | None) -> Tensor:

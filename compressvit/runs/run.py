@@ -24,6 +24,7 @@ from compressvit.files import disk_faults, write_json
 from compressvit.fitting.choices import Choices
 from compressvit.fitting.kept import forget
 from compressvit.fitting.reference import Reference
+from compressvit.fitting.shares import Asks, unasked
 from compressvit.log import RunLog
 from compressvit.model import stored, surgery
 from compressvit.model.linear import weight_shape
@@ -50,6 +51,7 @@ from compressvit.training.stage import Stage
 from compressvit.transforms import LedgerEntry
 from compressvit.transforms.applying import transform_
 from compressvit.transforms.record import compression_of
+from compressvit.transforms.shares import Shares
 
 
 @dataclass
@@ -215,7 +217,11 @@ class Run:
             student, ledger = _read_transformed(kept)
             self.log.say(f"{kept.name}: read from {kept}, as it was before the run stopped")
         elif processes.count() > 1:  # one choice of ranks and widths for all
-            processes.led_for(lambda: len(self._made(surgery.deep_copy(student), part, kept, teacher, keep=True)), 0)
+            images = Calibration(self.job)
+            shares = Shares(student, images, self.recipe.calibration.tokens, self.device)
+            asks = shares.asked if images.divided else unasked
+            made = partial(self._made, surgery.deep_copy(student), part, kept, teacher, keep=True, asks=asks)
+            processes.led_for(lambda: len(made()), 0, shares.help)
             student, ledger = _read_transformed(kept)
         else:
             ledger = self._made(student, part, kept, teacher, keep=any(spec.needs_images for spec in part.transforms))
@@ -225,7 +231,9 @@ class Run:
             self._draw_ranks(student)
         return student
 
-    def _made(self, student: nn.Module, part: Part, kept: Path, teacher: Side, *, keep: bool) -> list[LedgerEntry]:
+    def _made(
+        self, student: nn.Module, part: Part, kept: Path, teacher: Side, *, keep: bool, asks: Asks = unasked
+    ) -> list[LedgerEntry]:
         """Apply the transforms to the student itself, and `keep` it as `kept`, for who resumes or takes part in the run; returns the
         ledger."""
         reference = Reference(
@@ -235,6 +243,7 @@ class Run:
             self.device,
             Choices(_choices(kept), self.measured if part.start == 0 else None),
             judge(self.job, part, teacher),
+            asks,
         )
         ledger = transform_(student, part.transforms, reference)
         if keep:
@@ -295,6 +304,11 @@ class Calibration:
         job, recipe = self._job, self._job.recipe
         wanted = {"images": recipe.calibration.images, "seed": recipe.seed}
         return calibration_batches(job.datasets, recipe.data, job.student.input, job.device, **wanted)
+
+    @property
+    def divided(self) -> bool:
+        """Whether every process of the run gets a batch of its own."""
+        return isinstance(self._job.datasets.train, Samples) and len(self) >= processes.count()
 
     def __len__(self) -> int:
         """The number of batches; there are fewer where a stream ends before, or where files are broken."""

@@ -141,8 +141,8 @@ def _fit_in_order(plans: Sequence[Plan], student: nn.Module, reference: Referenc
     fits = {path: fit for plan in plans for path, fit in plan.layer_fits(student, reference).items()}
     if not fits:
         return {}
-    walk = _without_what_is_set_aside(surgery.deep_copy(student)).float()
-    teacher = _without_what_is_set_aside(reference.model)
+    walk = without_what_is_set_aside(surgery.deep_copy(student)).float()
+    teacher = without_what_is_set_aside(reference.model)
     kept, folder = None, reference.choices.folder
     if folder is not None and not any(plan.sets_aside for plan in compression_of(student).plans):
         what = json.dumps([plan.model_dump(mode="json") for plan in plans])
@@ -150,7 +150,8 @@ def _fit_in_order(plans: Sequence[Plan], student: nn.Module, reference: Referenc
             folder / plans[-1].transform if plans[-1].last else folder
         )  # beside what the plans before it were fitted with
         kept = Kept(own, what, (walk, student))
-    return fit_in_order(walk, teacher, reference.batches(), fits, reference.held_out, reference.sample(), kept)
+    with reference.asks("fit", [walk, teacher], prefix_weights={path: fit.prefix_weight for path, fit in fits.items()}):
+        return fit_in_order(walk, teacher, reference.batches(), fits, reference.held_out, reference.sample(), kept)
 
 
 def fitted_copy(model: nn.Module, plan: Plan, reference: Reference) -> nn.Module:
@@ -162,7 +163,7 @@ def fitted_copy(model: nn.Module, plan: Plan, reference: Reference) -> nn.Module
     return student
 
 
-def _without_what_is_set_aside(model: nn.Module) -> nn.Module:
+def without_what_is_set_aside(model: nn.Module) -> nn.Module:
     """The model itself, or a copy without the modules that its transforms set aside (`Plan.set_aside`) while weights are fitted."""
     plans = [plan for plan in compression_of(model).plans if plan.sets_aside]
     if plans:

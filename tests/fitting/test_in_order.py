@@ -317,13 +317,13 @@ def test_nothing_to_fit():
 def test_blocks_with_slots_are_fitted_in_order_too(name, first):
     """A Swin block with slots keeps the grid where timm's folds it into a sequence."""
     teacher = build(name)
-    images, unseen = images_for(teacher, 96), images_for(teacher, 32, seed=2)
+    images, unseen = images_for(teacher, 512), images_for(teacher, 32, seed=2)
     errors = []
     for sequential in (False, True):
         share = 2 if first.name == "multiplex" else 1
         student = compress(teacher, [first, ranked(share, rank=8, sequential=sequential)], images)
         errors.append(relative(outputs(student, unseen), outputs(teacher, unseen)))
-    assert errors[1] < errors[0], errors  # measured 0.15 to 0.92
+    assert errors[1] < errors[0], errors  # measured 0.14 to 0.90 of it; on 96 images up to 1.06
 
 
 def test_no_room_for_the_hidden_states(monkeypatch):

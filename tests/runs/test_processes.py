@@ -113,7 +113,7 @@ def files_of(folder: Path) -> set[str]:
 
 HALVED = RECIPE.replace("batch_size: 8", "batch_size: 4")
 FITTED = TINY.partition("steps:")[0].replace("batch_size: 32", "batch_size: {}") + (
-    "calibration: {images: 16}\ndiagnostics: [cka, gradients]\nsteps:\n"
+    "calibration: {images: 40}\ndiagnostics: [cka, gradients]\nsteps:\n"
     "  - low_rank: {budget: {parameters: 0.6}}\n  - distill: {epochs: 1}\n  - merge: {}\n"
 )
 TIMED = TINY.partition("steps:")[0] + (
