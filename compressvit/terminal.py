@@ -43,8 +43,10 @@ def print_table(table: Table, console: Console) -> None:
     """Print a table. Where it is too wide its rows are listed: the first cell whole, so that a path can be copied, and below it the others,
     each after its heading; nothing is left out."""
     unbounded = console.options.update(width=10_000)
+    whole = table.columns[0]
+    whole.no_wrap = True
+    whole.min_width = max((Measurement.get(console, unbounded, cell).maximum for cell in whole.cells), default=0)
     if Measurement.get(console, unbounded, table).minimum <= console.width:
-        table.columns[0].no_wrap = True
         console.print(table)
         return
     console.print(table.title, highlight=False)

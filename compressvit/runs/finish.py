@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from compressvit.runs.run import Trained
 from compressvit.runs.slowness import slowness
 from compressvit.runs.tables import how_judged, how_measured, results_table
 from compressvit.tasks.qualities import differences, intervals
+from compressvit.terminal import print_table
 from compressvit.transforms.record import compression_of, only_adapted, trained_names, trained_parameters
 
 
@@ -156,7 +158,7 @@ def _scores(
 
 
 def _report(job: Job, folder: RunFolder, log: RunLog, results: Results, mismatch: str | None) -> None:
-    log.show(results_table(results, f"{job.recipe.teacher.model} → {folder.student}"))
+    log.show(partial(print_table, results_table(results, f"{job.recipe.teacher.model} → {folder.student}")))
     if mismatch and job.recipe.student.head != "new":
         warnings.warning("warning: %s", mismatch)
     log.say(

@@ -38,6 +38,21 @@ def test_a_ledger_that_fits_is_a_table():
     assert "┃" in "".join(shown(80, "fc"))
 
 
+@pytest.mark.parametrize("width", range(40, 101, 4))
+def test_results_are_never_cut(width):
+    table = Table(title="Results")
+    for heading in ("", "teacher", "student", "student / teacher"):
+        table.add_column(heading)
+    table.add_row("same first class as the teacher", "70.28 % (65.4–74.8)", "63.89 % (58.8–68.7)", "0.909 (0.9–1.0)")
+    file = io.StringIO()
+    print_table(table, Terminal(file=file, width=width))
+    lines = file.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    assert any("same first class as the teacher" in line for line in lines)
+    assert all(words in file.getvalue() for words in ("70.28 %", "(65.4–74.8)", "63.89 %", "(58.8–68.7)", "(0.9–1.0)"))
+    assert ("┃" in file.getvalue()) == (width >= 76)
+
+
 def test_lists_have_every_cell_with_its_heading():
     table = Table(title="Runs of one recipe")
     for heading in ("student", "seeds", "a long\nheading", "empty"):
