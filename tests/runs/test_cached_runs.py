@@ -8,6 +8,7 @@ import re
 import signal
 
 import pytest
+import torch
 from helpers.runs import done, refused, run, student_bytes
 from helpers.together import together
 from helpers.training import VIT, random_batches, tiny_vit
@@ -73,6 +74,23 @@ def test_another_run_asks_nothing_and_ends_with_the_same_bits(more, file, asked)
     assert asked == []
     assert "teacher's answers were read from" in (file.parent / "other" / "run.log").read_text()
     assert "it was asked for 0" in " ".join((file.parent / "other" / "run.log").read_text().split())
+
+
+def test_mixed_images_come_again_with_their_view(file, monkeypatch):
+    seen, original = [], step.Step.__call__
+
+    def watched(self, images, targets, labels, backward, *, last, shown):
+        seen.append((images.clone(), shown.places))
+        return original(self, images, targets, labels, backward, last=last, shown=shown)
+
+    monkeypatch.setattr(step.Step, "__call__", watched)
+    apply(file, "run", *MIXED, "data.batch_size=7")  # odd: one of every batch is left out
+    first, second, third, fourth = (seen[i : i + 3] for i in range(0, 12, 3))
+    for one, again in ((first, third), (second, fourth)):
+        for (images, places), (same, also) in zip(one, again, strict=True):
+            assert torch.equal(images, same)
+            assert torch.equal(places, also)
+    assert not any(torch.equal(one, other) for (one, _), (other, _) in zip(first, second, strict=True))
 
 
 @pytest.mark.wide_unless(lambda more: more == MIXED)

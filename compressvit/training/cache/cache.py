@@ -69,6 +69,7 @@ class _Remembered:
         assert shown is not None, "a loader that shows views"
         cache, view = self._cache, shown.view.number
         places = shown.places.tolist()
+        assert len(places) == len(images), "every image has its place"
         rows, there = cache.store.read(view, places)
         missing = np.flatnonzero(~there)
         if len(missing):
