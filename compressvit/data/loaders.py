@@ -36,6 +36,7 @@ from compressvit.data.workers import RestartingLoader
 from compressvit.errors import UserError
 from compressvit.tasks.base import Task, find_task
 
+_LOOKED_AT = 16  # images, to tell a set from another one with the same names
 CALIBRATION_BATCH = 16  # gradients may be wanted, for which an evaluation batch would be too large
 
 
@@ -87,9 +88,11 @@ class Loader(PrefetchLoader):
     def identity(self) -> dict[str, Any]:
         """What the images of a view depend on besides its seed and number, for JSON."""
         datasets, data, augment = self.made_of
-        assert isinstance(datasets.train, Samples), "streams show no views"
+        train = datasets.train
+        assert isinstance(train, Samples), "streams show no views"
+        look = {"files": train.identity(), "pixels": train.glimpse(_LOOKED_AT)}
         return {
-            "data": {"name": data.name, "images": len(datasets.train), "files": datasets.train.identity()},
+            "data": {"name": data.name, "images": len(train), **look},
             "preprocessing": {**self.config.as_dict(), "exif": data.exif},
             "augmentation": augment.model_dump(mode="json"),
         }

@@ -96,6 +96,10 @@ def test_the_identity_is_of_all_that_decides_an_image(tmp_path):
     fewer = data.model_copy(update={"limit_train": 8})
     for other in (data.model_copy(update={"augment": POLICY}), data.model_copy(update={"exif": True}), fewer):
         assert identity(other) != same
+    first = tmp_path / "train" / "cat" / "0.jpg"
+    first.write_bytes((tmp_path / "train" / "cat" / "1.jpg").read_bytes())  # another picture of the same name
+    assert identity(data)["data"]["files"] == same["data"]["files"]
+    assert identity(data) != same
     assert identity(data, dataclasses.replace(COLOUR, interpolation="bilinear")) != same
 
 
