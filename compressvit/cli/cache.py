@@ -37,6 +37,7 @@ def add_cache(verb: Verb) -> None:
 
 @short
 def _verify(arguments: argparse.Namespace) -> int:
+    from compressvit.data.notes import counted
     from compressvit.training.cache.store import Store, caches_in, read_index
 
     faults = []
@@ -45,7 +46,11 @@ def _verify(arguments: argparse.Namespace) -> int:
         found = store.verify()
         answers, views = sum(view.answers for view in found), len(found)
         teacher = index.identity.get("teacher", {}).get("model", "a teacher")
-        print(printable(f"{folder}: {answers:,} answers of {teacher}: {views} views of {index.images:,} images"))
+        print(
+            printable(
+                f"{folder}: {answers:,} answers of {teacher}: {counted(views, 'view')} of {index.images:,} images"
+            )
+        )
         faults += [f"{view.file}: {_fault(view.damaged, view.cut)}" for view in found if view.damaged or view.cut]
     if faults:
         raise UserError("\n  ".join(["damaged answers, which the next run asks for again:", *faults]))
@@ -59,8 +64,9 @@ def _fault(damaged: list[int], cut: bool) -> str:
 
 @short
 def _clear(arguments: argparse.Namespace) -> int:
+    from compressvit.data.notes import counted
     from compressvit.training.cache.store import caches_in, clear
 
     for folder in caches_in(Path(arguments.folder)):
-        print(printable(f"{folder}: {clear(folder) / 1e6:,.1f} MB removed"))
+        print(printable(f"{folder}: {counted(clear(folder), 'byte')} removed"))
     return 0

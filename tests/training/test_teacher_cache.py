@@ -17,7 +17,7 @@ from compressvit.training.asking import Asked, Shown
 from compressvit.training.cache.cache import TeacherCache
 from compressvit.training.cache.form import Bytes, Halves, TopLogits, form_of
 from compressvit.training.cache.spec import Cache
-from compressvit.training.cache.store import Index, Store, caches_in, clear, create, read_index, view_bytes
+from compressvit.training.cache.store import Index, Store, caches_in, clear, create, is_free, read_index, view_bytes
 from compressvit.training.pairs import match_layers
 from compressvit.training.phases.distill import Distill
 from compressvit.training.spec import Training
@@ -242,6 +242,35 @@ def test_files_are_plain_and_of_the_stated_size(tmp_path):
     assert caches_in(tmp_path) == [tmp_path / "a"] == caches_in(tmp_path / "a")
     assert clear(tmp_path / "a") > 55
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["notes.txt"]
+
+
+def test_what_a_killed_run_left_of_an_index_is_in_nobodys_way(tmp_path):
+    assert is_free(tmp_path / "new")
+    (tmp_path / ".cache.json.123.part").write_text("{")
+    assert is_free(tmp_path)
+    index = Index(images=5, bytes=7, identity={})
+    create(tmp_path, index)
+    assert not is_free(tmp_path)
+    clear(tmp_path)
+    assert not tmp_path.exists()
+    tmp_path.write_text("a file")
+    assert not is_free(tmp_path)
+
+
+def test_answers_that_are_no_tensors_are_refused():
+    class Named(torch.nn.Module):
+        def forward(self, images):
+            return {"classes": images}
+
+    class Joined(torch.nn.Module):
+        def forward(self, images):
+            return images.sum(0)
+
+    for teacher, what in ((Named(), "a dict"), (Joined(), r"a tensor \(1, 8, 8\) for 2 images")):
+        with pytest.raises(
+            UserError, match=f"its outputs of {type(teacher).__name__}, the teacher, is {what}; leave cache out"
+        ):
+            form_of(Cache(), side(teacher), [], find_task("classification"), 1.0)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from compressvit.training.asking import Answers, Asked, Shown, Taken
 from compressvit.training.cache import identity
 from compressvit.training.cache.form import Form, form_of
 from compressvit.training.cache.spec import Cache
-from compressvit.training.cache.store import INDEX, Index, Store, create, read_index, refuse_size, view_bytes
+from compressvit.training.cache.store import INDEX, Index, Store, create, is_free, read_index, refuse_size, view_bytes
 from compressvit.training.spec import Training
 from compressvit.training.terms import Term
 
@@ -181,7 +181,7 @@ def _identity(
 def _take(folder: Path, index: Index) -> None:
     """Make the folder a cache, or see that it is the one that is meant."""
     if not (folder / INDEX).exists():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if not is_free(folder):
             raise UserError(
                 f"cache.folder={folder} holds something other than a teacher's answers; give an empty folder"
             )

@@ -12,6 +12,7 @@ import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -167,6 +168,13 @@ class Store:
                     os.ftruncate(handle, size)
         assert self._file is not None
         return self._file
+
+
+def is_free(folder: Path) -> bool:
+    """Whether a folder can become a cache: it is not there or empty, but for what a run that was killed has left of its index."""
+    return not folder.exists() or (
+        folder.is_dir() and all(fnmatch(path.name, f".{INDEX}.*.part") for path in folder.iterdir())
+    )
 
 
 def create(folder: Path, index: Index) -> None:
