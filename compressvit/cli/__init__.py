@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from compressvit import __version__
+from compressvit.cli.cache import add_cache
 from compressvit.cli.common import Verb, add_device, add_overrides, add_recipe, add_run, exit_code_of, short
 from compressvit.cli.export import add_export
 from compressvit.cli.push import add_push
@@ -105,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_compare,
         _add_report,
         add_tool,
+        add_cache,
         add_recipes,
         add_schema,
     ):

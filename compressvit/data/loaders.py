@@ -9,26 +9,25 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import random
 import signal
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.data.loader import PrefetchLoader
 from timm.data.random_erasing import RandomErasing
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader
 
 from compressvit import processes
 from compressvit.data.collation import Targets, collate
 from compressvit.data.image_transform import image_transform
 from compressvit.data.input import InputConfig
 from compressvit.data.opening import Datasets
+from compressvit.data.order import Order, StreamEpoch, View
 from compressvit.data.photographs import Photographed, spread
-from compressvit.data.pictures import MODES, BrokenPicture
-from compressvit.data.pixels import Pixels
+from compressvit.data.pictures import BrokenPicture
+from compressvit.data.pixel_batches import pixel_batches
 from compressvit.data.placed_transform import PlacedTransform
 from compressvit.data.samples import Samples, seeded
 from compressvit.data.spec import Augment, Data
@@ -37,8 +36,8 @@ from compressvit.data.workers import RestartingLoader
 from compressvit.errors import UserError
 from compressvit.tasks.base import Task, find_task
 
+_LOOKED_AT = 16  # images, to tell a set from another one with the same names
 CALIBRATION_BATCH = 16  # gradients may be wanted, for which an evaluation batch would be too large
-_IN_MEMORY_BYTES = 2**28  # larger than this after resizing, and a small set is read image by image like any other
 
 
 class Loader(PrefetchLoader):
@@ -47,18 +46,21 @@ class Loader(PrefetchLoader):
 
     Attributes:
         batch_size: images per batch and process.
+        made_of: of a training set, the data, its section of the recipe, and the augmentation.
     """
+
+    made_of: tuple[Datasets, Data, Augment]
 
     def __init__(
         self,
         batches: DataLoader,
-        epoch: _Order | _StreamEpoch | None,
+        epoch: Order | StreamEpoch | None,
         config: InputConfig,
         device: torch.device,
         **erasing: Any,
     ):
         super().__init__(batches, mean=config.mean, std=config.std, channels=config.channels, device=device, **erasing)
-        self.batch_size = batches.batch_size
+        self.batch_size, self.config = batches.batch_size, config
         self._epoch = epoch
         if self.random_erasing is not None and epoch is not None:
             self.random_erasing = _SeededErasing(self.random_erasing, epoch, device)
@@ -68,6 +70,32 @@ class Loader(PrefetchLoader):
             self._epoch.draw()  # at once, where timm's own iterator does nothing before its first batch is asked for
         batches: Iterator[tuple[torch.Tensor, Any]] = super().__iter__()
         return ((images, targets.value if isinstance(targets, Targets) else targets) for images, targets in batches)
+
+    def show(self, view: View) -> None:
+        """Have the next epochs show this view; for data that `refuse_views` does not refuse."""
+        assert isinstance(self._epoch, Order), "images that have places"
+        self._epoch.view = view
+
+    def shown(self, batch: int) -> torch.Tensor:
+        """The places in the training set of the images of a batch of this epoch, int64 (B,); -1 where another image stands in for one that
+        cannot be read."""
+        assert isinstance(self._epoch, Order), "there is a view"
+        size = self.batch_size or 1
+        places = torch.tensor([place for place, _ in self._epoch.pairs[batch * size : (batch + 1) * size]])
+        broken = getattr(self.dataset, "broken", None)
+        return places if broken is None else torch.where(broken[places] > 0, -1, places)
+
+    def identity(self) -> dict[str, Any]:
+        """What the images of a view depend on besides its seed and number, for JSON."""
+        datasets, data, augment = self.made_of
+        train = datasets.train
+        assert isinstance(train, Samples), "streams show no views"
+        look = {"files": train.identity(), "pixels": train.glimpse(_LOOKED_AT)}
+        return {
+            "data": {"name": data.name, "images": len(train), **look},
+            "preprocessing": {**self.config.as_dict(), "exif": data.exif},
+            "augmentation": augment.model_dump(mode="json"),
+        }
 
 
 def train_loader(
@@ -105,7 +133,7 @@ def train_loader(
             f"data.name={data.name}: {len(datasets.train)} images to train on are too few for {processes.count()} processes; start fewer"
         )
     batches = _batches(datasets, data, config, device, batch_size or data.batch_size, drop_last, divided, augment)
-    return Loader(
+    loader = Loader(
         *batches,
         config,
         device,
@@ -113,6 +141,8 @@ def train_loader(
         re_mode=augment.erasing_mode,
         re_count=augment.erasing_count,
     )
+    loader.made_of = datasets, data, augment
+    return loader
 
 
 def eval_loader(
@@ -166,113 +196,27 @@ def calibration_batches(
             return
 
 
-def _draw(distributed: bool) -> int:
-    """One number from torch's global generator; that of the leader for all processes."""
-    drawn = int(torch.randint(2**62, ()))
-    return processes.told(drawn) if distributed else drawn
-
-
-class _StreamEpoch:
-    """Tells a streaming set, which shuffles its shards by an epoch's number, that a new one begins."""
-
-    def __init__(self, dataset: Stream, distributed: bool):
-        self.dataset, self.distributed = dataset, distributed
-        self.batch_seeds = random.Random(0)
-
-    def draw(self) -> None:
-        seed = _draw(self.distributed)
-        self.dataset.set_epoch(seed % 2**31)  # timm counts epochs in 32 bits
-        self.batch_seeds = random.Random(seed)
-
-
-class _Order(Sampler):
-    """Yields (index, seed) pairs: the order of an epoch, and what is random in it, from one draw.
-
-    Over several processes training deals images out, as many to each, and leaves the rest of an epoch's order out; evaluation deals out
-    batches, and leaves out none.
-    """
-
-    def __init__(self, count: int, training: bool, distributed: bool, repeats: int = 1, batch: int = 1):
-        self.count, self.training, self.distributed = count, training, distributed
-        self.repeats, self.batch = repeats, batch
-        self.rank, self.world = (processes.rank(), processes.count()) if distributed else (0, 1)
-        self.seed = 0
-        self.batch_seeds = random.Random(0)
-        self.skipped = 0  # at the beginning, which an iteration before had
-
-    def draw(self) -> None:
-        """Starts an epoch."""
-        if self.training:
-            self.seed = _draw(self.distributed)
-            self.batch_seeds = random.Random(self.seed + self.rank)
-
-    def __len__(self) -> int:
-        return self.count // self.world if self.training else len(self._dealt())
-
-    def _dealt(self) -> list[int]:
-        """The images of every batch that is this process's."""
-        whole, size = range(self.count), self.batch
-        return [i for start in whole[self.rank * size :: self.world * size] for i in whole[start : start + size]]
-
-    def __iter__(self) -> Iterator[tuple[int, int | None]]:
-        if not self.training:
-            return iter([(i, None) for i in self._dealt()][self.skipped :])
-        generator = torch.Generator().manual_seed(self.seed)
-        order = torch.randperm(self.count, generator=generator).tolist()
-        total = len(self) * self.world
-        seeds = torch.randint(2**31, (total,), generator=generator).tolist()
-        pairs = [(order[i // self.repeats % self.count], seeds[i]) for i in range(self.rank, total, self.world)]
-        return iter(pairs[self.skipped :])
-
-
 class _SeededErasing(RandomErasing):
     """timm's random erasing, which draws from the global generators, with one seed of the epoch per batch."""
 
-    def __init__(self, erase: RandomErasing, epoch: _Order | _StreamEpoch, device: torch.device):
+    def __init__(self, erase: RandomErasing, epoch: Order | StreamEpoch, device: torch.device):
         vars(self).update(vars(erase))  # timm has set it up
         self.epoch = epoch
         self.devices = [device] if device.type == "cuda" else []
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        seed = self.epoch.batch_seeds.getrandbits(31)
+        if isinstance(self.epoch, Order) and (view := self.epoch.view) is not None:
+            places = self.epoch.next_places(len(images))  # batches come here in their order
+            for image, place in zip(images.split(1), places, strict=True):
+                self._erased(image, view.seed_of(place, 1))  # in place, as timm does it
+            return images
+        return self._erased(images, self.epoch.batch_seeds.getrandbits(31))
+
+    def _erased(self, images: torch.Tensor, seed: int) -> torch.Tensor:
         with torch.random.fork_rng(self.devices), seeded(seed):
             if self.devices:
                 torch.cuda.manual_seed(seed)
             return super().__call__(images)
-
-
-class _PixelBatches(Dataset):
-    """A small set indexed a batch at a time: `pixels` uint8 (N, 1, H, W), already resized, `targets` int64 (N,)."""
-
-    def __init__(self, pixels: torch.Tensor, targets: torch.Tensor, channels: int, augment: Augment | None):
-        self.pixels, self.targets, self.channels, self.augment = pixels, targets, channels, augment
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def __getitems__(self, keys: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        index = torch.tensor([i for i, _ in keys])
-        images = self.pixels[index]
-        if self.augment is not None:
-            images = _flip_and_shift(images, self.augment, torch.Generator().manual_seed(keys[0][1]))
-        if self.channels == 4:
-            return torch.cat([images.repeat(1, 3, 1, 1), torch.full_like(images, 255)], dim=1), self.targets[index]
-        return images.repeat(1, self.channels, 1, 1), self.targets[index]
-
-
-def _flip_and_shift(images: torch.Tensor, augment: Augment, generator: torch.Generator) -> torch.Tensor:
-    """What `image_transform` does to one image, for a batch: uint8 (B, 1, H, W) to the same shape."""
-    batch, _, height, width = images.shape
-    for probability, axis in ((augment.hflip, 3), (augment.vflip, 2)):
-        if probability:
-            flipped = torch.rand(batch, 1, 1, 1, generator=generator) < probability
-            images = torch.where(flipped, images.flip(axis), images)
-    if shift := augment.translate:
-        padded = F.pad(images, (shift,) * 4)[:, 0]
-        top, left = torch.randint(2 * shift + 1, (2, batch, 1, 1), generator=generator)
-        rows, columns = top + torch.arange(height)[:, None], left + torch.arange(width)
-        images = padded[torch.arange(batch)[:, None, None], rows, columns][:, None]
-    return images
 
 
 class _CheckedLoader(RestartingLoader):
@@ -305,23 +249,6 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _pixel_batches(samples: Samples, config: InputConfig, augment: Augment | None) -> _PixelBatches | None:
-    """The set as tensors to take whole batches from, where it is small and no image is augmented by itself."""
-    source = samples.source
-    per_image = augment is not None and (augment.scale or augment.color_jitter or augment.auto_augment)
-    if not isinstance(source, Pixels) or config.channels not in MODES:
-        return None
-    if per_image or len(samples) * config.height * config.width > _IN_MEMORY_BYTES:
-        return None
-    index = torch.tensor(samples.indices)
-    if source.data.shape[1:] == (config.height, config.width) and config.crop_pct == 1:
-        pixels = source.data[index].unsqueeze(1)
-    else:  # by Pillow, as everywhere: torch's resizing of a tensor differs where bicubic overshoots
-        transform = image_transform(dataclasses.replace(config, channels=1, mean=(0.0,), std=(1.0,)), None)
-        pixels = torch.stack([transform(source[i][0]) for i in samples.indices])
-    return _PixelBatches(pixels, source.targets[index], config.channels, augment)
-
-
 def _leave_signals_to_the_main_process(worker: int) -> None:
     """A signal to the whole process group (Ctrl-C, a job scheduler) must not end the workers before the checkpoint is written."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -339,18 +266,18 @@ def _batches(
     drop_last: bool,
     distributed: bool,
     augment: Augment | None,
-) -> tuple[_CheckedLoader, _Order | _StreamEpoch | None]:
+) -> tuple[_CheckedLoader, Order | StreamEpoch | None]:
     """uint8 batches on the CPU, for training when there is an `augment`, and what starts their epochs."""
     training, task = augment is not None, find_task(data.usual_task)
     source: Any = datasets.train if training else datasets.validation
     dataset: Any = None
-    order: _Order | None = None
-    epoch: _Order | _StreamEpoch | None = None
+    order: Order | None = None
+    epoch: Order | StreamEpoch | None = None
     if isinstance(source, Samples):
         repeats = augment.repeats if augment is not None else 1
-        order = epoch = _Order(len(source), training, distributed, repeats, max(1, min(batch_size, len(source))))
+        order = epoch = Order(len(source), training, distributed, repeats, max(1, min(batch_size, len(source))))
         batch_size = max(1, min(batch_size, len(order)))
-        dataset = _pixel_batches(source, config, augment)
+        dataset = pixel_batches(source, config, augment)
     in_memory = dataset is not None
     workers = 0 if in_memory else data.num_workers  # indexing is quicker than a queue between processes
     if not in_memory:
@@ -361,7 +288,7 @@ def _batches(
     if isinstance(source, Stream):
         dataset = dataset.dealt(training=training, distributed=distributed)
         dataset.set_loader_cfg(num_workers=workers)
-        epoch = _StreamEpoch(dataset, distributed) if training else None
+        epoch = StreamEpoch(dataset, distributed) if training else None
     loader = _CheckedLoader(
         dataset,
         batch_size=batch_size,

@@ -25,6 +25,7 @@ from compressvit.data.annotated import truth_of
 from compressvit.data.bands import Bands, Picture
 from compressvit.data.files import PictureFiles
 from compressvit.data.notes import notes_of_reading
+from compressvit.data.order import View
 from compressvit.data.photographs import numbered, photographs
 from compressvit.data.pictures import (
     MODES,
@@ -35,6 +36,7 @@ from compressvit.data.pictures import (
     require_channels,
     standard,
 )
+from compressvit.data.sets.base import evenly
 from compressvit.data.spec import Data
 from compressvit.data.streams import Stream
 from compressvit.errors import UserError
@@ -76,7 +78,8 @@ class Samples(Dataset):
 
     An item is `(transform(image), target)`; without a transform the image is a PIL image of 8 bits a channel. An image without a
     label has target NO_LABEL (-1). Loaders ask for a whole batch as (index, seed) pairs: the seed of its first pair
-    decides its augmentation, so that it depends neither on the worker that reads it nor on what was drawn before.
+    decides its augmentation, so that it depends neither on the worker that reads it nor on what was drawn before. With a `View` in
+    place of the seed every image has a seed of its own.
 
     A file that cannot be decoded is flagged in `broken`, uint8 (N,) in memory shared with loader workers. While
     `training` the next good sample takes its place; otherwise a black image with target NO_IMAGE (-2). How the other files had
@@ -128,9 +131,16 @@ class Samples(Dataset):
             return image, target
         return self.transform(image, target) if self.placed else (self.transform(image), target)
 
-    def __getitems__(self, keys: Sequence[tuple[int, int | None]]) -> list[tuple[Any, Any]]:
-        with seeded(keys[0][1]):
+    def __getitems__(self, keys: Sequence[tuple[int, int | View | None]]) -> list[tuple[Any, Any]]:
+        drawn = keys[0][1]
+        if isinstance(drawn, View):
+            return [self._viewed(index, drawn) for index, _ in keys]
+        with seeded(drawn):
             return [self[index] for index, _ in keys]
+
+    def _viewed(self, index: int, view: View) -> tuple[Any, Any]:
+        with seeded(view.seed_of(index)):
+            return self[index]
 
     def _sample(self, index: int) -> tuple[Picture, Any]:
         tries = min(MAX_CONSECUTIVE_BROKEN, len(self)) if self.training else 1
@@ -182,6 +192,17 @@ class Samples(Dataset):
         for path, target in files:
             found.update(f"{path[len(shared) :]}\0{target}\n".encode(errors="surrogateescape"))
         found.update(str(list(self.indices)).encode())
+        return found.hexdigest()
+
+    def glimpse(self, count: int) -> str:
+        """A hash of the decoded pixels of up to `count` images, evenly taken: `identity` knows names and labels alone."""
+        found = hashlib.sha256()
+        for place in evenly(len(self), count):
+            try:
+                image = self.read(place)[0]
+            except _DECODE_ERRORS:
+                continue
+            found.update(np.asarray(image.values if isinstance(image, Bands) else image).tobytes())
         return found.hexdigest()
 
     def photographs(self, data: Data) -> torch.Tensor:

@@ -33,6 +33,7 @@ from compressvit.runs.listed import is_listed, other_files, remove_remade, write
 from compressvit.runs.merge import merge_folder, print_merge
 from compressvit.runs.models import trains_teacher
 from compressvit.runs.plan import plan_data, plan_job, require_no_conflicts
+from compressvit.runs.plan_cache import count_answers
 from compressvit.runs.resources import resource_faults
 from compressvit.runs.run import Run, fill_teacher, measure_first
 from compressvit.runs.tables import print_plan
@@ -203,7 +204,9 @@ def _prepared(
     job = prepare(recipe, device, name=name)
     plan = plan_job(job)
     _refuse(job, plan, folder, overwrite=overwrite)
-    return job, plan, _note_data(job, plan, folder, resume=resume)
+    moved = _note_data(job, plan, folder, resume=resume)
+    count_answers(recipe, plan)
+    return job, plan, moved
 
 
 @contextmanager

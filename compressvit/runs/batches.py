@@ -12,6 +12,16 @@ from compressvit.errors import UserError
 from compressvit.tasks.base import Task
 from compressvit.tasks.classes import described
 from compressvit.tasks.targets import NO_LABEL
+from compressvit.training.phases.distill import Distill
+
+
+def refuse_cache(spec: Distill) -> None:
+    """Raise a `UserError` where a caller asks for a cache of the teacher's answers."""
+    if spec.cache is not None:
+        raise UserError(
+            "cache keeps answers by the place of an image in its set, and a loader of your own says no places; leave cache out, or use "
+            "compressvit.apply with a recipe"
+        )
 
 
 class LoadedBatches:

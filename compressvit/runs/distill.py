@@ -26,7 +26,7 @@ from compressvit.log import RunLog
 from compressvit.model import surgery
 from compressvit.model.modes import evaluating
 from compressvit.reading import read_json
-from compressvit.runs.batches import LoadedBatches
+from compressvit.runs.batches import LoadedBatches, refuse_cache
 from compressvit.runs.boards.base import Board, begin, find_boards, opened
 from compressvit.runs.finish import save_student
 from compressvit.runs.folder import RunFolder, flat
@@ -136,6 +136,7 @@ def _distilled(
     validation: Iterable[Any] | None,
     given: _Given,
 ) -> Distilled:
+    refuse_cache(spec)
     where, output, task = pick_device(given.device), given.output, given.task
     _refuse_models(student, teacher)
     meaning = _task(task, student)

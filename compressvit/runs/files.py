@@ -199,6 +199,15 @@ class PlannedTeacher(Costs):
     model: str = ""
 
 
+class CachePlan(RunFile):
+    """The files of a teacher's answers: at most `bytes`, which is None while the number of `images` is not known."""
+
+    views: int
+    answer_bytes: int
+    images: int | None = None
+    bytes: int | None = None
+
+
 class StepPlan(RunFile):
     """One step of a plan: the ledger of a transform, or the loss terms, layer pairs and memory of a phase.
 
@@ -214,6 +223,7 @@ class StepPlan(RunFile):
     layers_rule: str = ""
     loss_bytes: dict[str, int] = {}
     loss_bytes_total: int = 0
+    cache: CachePlan | None = None
 
     @model_validator(mode="after")
     def _sum(self) -> StepPlan:

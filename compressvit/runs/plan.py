@@ -34,6 +34,7 @@ from compressvit.runs.models import (
     trains_teacher,
     untrained,
 )
+from compressvit.runs.plan_cache import count_answers, refuse_cached_data
 from compressvit.runs.plan_notes import (
     break_even_notes,
     chain_notes,
@@ -62,6 +63,8 @@ def plan_recipe(recipe: Recipe, name: str = "recipe") -> RecipePlan:
     plan.weights = [NoteRow(**asdict(note)) for note in untrained(recipe)]
     if datasets is not None:
         plan.data = plan_data(job)
+        with _collected(plan.conflicts):
+            count_answers(recipe, plan)
         with _collected(plan.conflicts):
             refuse_data(job)
         with _collected(plan.conflicts):
@@ -143,6 +146,8 @@ def plan_job(job: Job) -> RecipePlan:
         require_pretrained(recipe, teacher.model, student.model)
     with _collected(planned.conflicts):
         refuse_small_heads(job)
+    with _collected(planned.conflicts):
+        refuse_cached_data(recipe)
     for step in recipe.steps:
         with _collected(planned.conflicts):
             refuse_figures(getattr(step.spec, "judged", ()), job.student, recipe.data, comparable=is_comparable(recipe))

@@ -15,7 +15,7 @@ from compressvit.tasks.qualities import qualities
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from compressvit.runs.files import Costs, DataPlan, RecipePlan, Results
+    from compressvit.runs.files import CachePlan, Costs, DataPlan, RecipePlan, Results
     from compressvit.transforms import LedgerEntry
 
 
@@ -34,6 +34,16 @@ def cost_table(rows: Sequence[tuple[str, Costs]], title: str) -> Table:
 def megabytes(size: float) -> str:
     """Bytes as '12.3 MB' (10⁶), or as '12.3 kB' below 0.1 MB."""
     return f"{size / 1e6:,.1f} MB" if size == 0 or size >= 1e5 else f"{size / 1e3:,.1f} kB"
+
+
+def cache_text(cache: CachePlan) -> str:
+    """What the teacher's answers take on the disk."""
+    views = f"{cache.views} view{'s' * (cache.views > 1)}"
+    if cache.images is None or cache.bytes is None:
+        size = megabytes(1000 * cache.views * cache.answer_bytes)
+        return f"the teacher's answers: {views} in {cache.answer_bytes:,} bytes an image, {size} for every 1,000 images"
+    size = megabytes(cache.bytes)
+    return f"the teacher's answers: {views} of {cache.images:,} images in {cache.answer_bytes:,} bytes each, {size} when all are there"
 
 
 def cost_text(unit: str, value: float) -> str:
@@ -191,6 +201,8 @@ def print_plan(plan: RecipePlan, console: Console) -> None:
                 f"  memory of the losses for a batch, kept for the backward pass: {total} in fp32  ({parts})",
                 highlight=False,
             )
+        if step.cache is not None:
+            console.print(f"  {cache_text(step.cache)}", highlight=False)
     for name, summary in plan.diagnostics.items():
         console.print(Text.assemble("diagnostics: ", (name, "bold"), f"  {summary}"), highlight=False)
     if plan.data is not None:

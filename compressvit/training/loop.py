@@ -25,6 +25,7 @@ from compressvit.tasks.base import Task, task_of
 from compressvit.training import optimisation as opt
 from compressvit.training.batch import to_device
 from compressvit.training.best import Best
+from compressvit.training.cache.cache import TeacherCache, answers_of
 from compressvit.training.meters import Meters
 from compressvit.training.nonfinite import Skips, require_finite, where_to_look
 from compressvit.training.phase import Phase
@@ -51,6 +52,7 @@ def train(
     evaluate: Callable[[nn.Module], dict[str, Any]],
     task: Task | None = None,
     teacher: Side | None = None,
+    cache: TeacherCache | None = None,
     start: dict[str, Any] | None = None,
     moments: Moments | None = None,
     watches: Sequence[Watch] = (),
@@ -66,6 +68,7 @@ def train(
         evaluate: called every `evaluate_every` epochs with the model (or its weight average); the result is logged.
         task: what the outputs mean; None: classes if the model has a classifier, else features.
         teacher: required if a term reads it; runs in eval mode without gradient, and is never part of a checkpoint.
+        cache: has or takes the teacher's answers; `loader` then shows views (`Loader.show`).
         start: the result of `evaluate` for the initial model, if it is already known.
         moments: initial optimiser state by parameter name, possibly empty; the final state is then returned too. If it is not empty,
             the model was trained and then changed, so `start` does not apply to it.
@@ -83,7 +86,7 @@ def train(
             kept, and the model has the weights and buffers from before that step.
     """
     warm = None if moments is None else Moments(moments)
-    others = (task or task_of(student.model), teacher, start, warm, watches, measure)
+    others = (task or task_of(student.model), teacher, start, warm, watches, measure, cache)
     return Trainer(student, spec, phase, terms, loader, batch_size, device, log, evaluate, *others).run()
 
 
@@ -106,6 +109,7 @@ class Trainer:
     warm: Moments | None
     watches: Sequence[Watch]
     measure: Callable[[nn.Module, int, bool], None]
+    cache: TeacherCache | None = None
     epoch: int = 0  # done
     batch_index: int = 0  # batches done in the next epoch
     steps: int = 0  # optimiser steps done
@@ -204,10 +208,8 @@ class Trainer:
 
     def connect(self) -> None:
         """Make student, teacher and loss one step, in which the processes of a run take part."""
-        teacher = self.teacher
-        if teacher is not None:
-            teacher.model.to(self.device).eval()
-        self.compute = Step(Pass(self.student, teacher, self.terms, self.task, self.autocast, self.spec))
+        answers = answers_of(self.teacher, self.student.input, self.terms, self.device, self.spec.compile, self.cache)
+        self.compute = Step(Pass(self.student, answers, self.terms, self.task, self.autocast, self.spec))
 
     def disconnect(self) -> None:
         self.frozen.release()
@@ -241,10 +243,11 @@ class Trainer:
 
     def batches(self) -> Iterator[tuple[torch.Tensor, Any]]:
         """The remaining batches of the epoch, on the CPU, with the epoch's own random state."""
-        others = (
-            [processes.rank()] if processes.rank() else []
-        )  # draw for themselves; the leader draws what a single process does
+        rank = processes.rank()
+        others = [rank] if rank else []  # draw for themselves; the leader draws what a single process does
         opt.seed_everything(self.phase.seed, self.phase.number, self.epoch, *others)
+        if self.cache is not None:
+            self.loader.show(self.cache.view(self.epoch))
         batches = iter(self.loader)
         for _ in range(self.batch_index):  # batches that the interrupted epoch had already processed
             next(batches)
@@ -256,17 +259,17 @@ class Trainer:
 
     def backward(self, images: torch.Tensor, targets: Any) -> None:
         """Forward and backward pass of one batch; its gradient is accumulated."""
-        images, targets, labels = to_device(images, targets, self.device, self.task, self.mixing)
+        shown = None if self.cache is None else self.cache.shown(self.loader, self.epoch, self.batch_index)
+        images, targets, labels, shown = to_device(images, targets, self.device, self.task, self.mixing, shown)
         for watch in self.watches:
             watch.before(self.steps)
         if self.batch_index % self.spec.accumulate == 0:
             self.buffers.remember()
-        # The last step of an epoch may accumulate fewer batches.
         left = len(self.loader) - self.batch_index // self.spec.accumulate * self.spec.accumulate
-        parts = min(self.spec.accumulate, left)
+        parts = min(self.spec.accumulate, left)  # the last step of an epoch may accumulate fewer batches
         last = self.batch_index % self.spec.accumulate == parts - 1
         loss, terms, figures = self.compute(
-            images, targets, labels, lambda loss: self.scaler.scale(loss / parts).backward(), last=last
+            images, targets, labels, lambda loss: self.scaler.scale(loss / parts).backward(), last=last, shown=shown
         )
         self.finite = self.finite & torch.isfinite(loss)
         self.batch_index += 1
@@ -363,6 +366,8 @@ class Trainer:
 
     def checkpoint(self, done: bool, random_state: dict[str, Any] | None = None) -> None:
         """Write a checkpoint; in the middle of an epoch with its `random_state`, that of every process, and meters."""
+        if self.cache is not None:
+            self.cache.sync()  # what steps before a checkpoint have asked is not asked again
         states = processes.gathered(random_state)
         if not processes.leads():
             return

@@ -16,6 +16,7 @@ from compressvit.data.input import InputConfig, Side
 from compressvit.log import RunLog
 from compressvit.tasks.base import Task, task_of
 from compressvit.tasks.targets import moved
+from compressvit.training.cache.cache import TeacherCache
 from compressvit.training.loop import Phase, train
 from compressvit.training.pairs import Likeness
 from compressvit.training.spec import Training
@@ -79,6 +80,7 @@ class Stage:
         terms: Sequence[Term],
         *,
         taught: bool = False,
+        cache: Callable[[Any], TeacherCache] | None = None,
         phase: Phase | None = None,
         moments: Moments | None = None,
     ) -> dict[str, Any]:
@@ -88,6 +90,7 @@ class Stage:
             spec: the options of the training.
             terms: the loss terms.
             taught: whether the teacher runs too, for terms that read it.
+            cache: makes what has the teacher's answers to the images of a loader.
             phase: a cycle of the phase, if not the whole phase is trained.
             moments: initial optimiser state by parameter name, for cycles.
         """
@@ -110,6 +113,7 @@ class Stage:
                 evaluate=self.evaluate,
                 task=self.task,
                 teacher=self.teacher if taught else None,
+                cache=None if cache is None else cache(loader),
                 watches=watches,
                 measure=lambda judged, epoch, last: self.measure(phase.name, judged, epoch, last),
             )

@@ -14,13 +14,13 @@ from compressvit import processes
 from compressvit.data.input import Side
 from compressvit.model.taps import Taps
 from compressvit.tasks.base import Labels, Task
+from compressvit.training.asking import Answers, Shown
 from compressvit.training.optimisation import Buffers
 from compressvit.training.recompute import Recomputed
 from compressvit.training.spec import Training
 from compressvit.training.terms import Batch, Term, total_of, unread_by
 
 Values = dict[str, torch.Tensor]
-Taken = dict[str, dict[str, Any]]  # what taps have recorded, by path
 
 
 class Pass(nn.Module):
@@ -29,15 +29,15 @@ class Pass(nn.Module):
 
     Args:
         student: its taps are attached here, and then it is compiled, because the graph must contain their hooks.
-        teacher: in eval mode; None where no term reads it.
+        answers: of the teacher; None where no term reads them.
         autocast: the precision of student, teacher and loss.
-        spec: says whether they are compiled, and whether blocks of the student compute their activations again.
+        spec: says whether the student is compiled, and whether its blocks compute their activations again.
     """
 
     def __init__(
         self,
         student: Side,
-        teacher: Side | None,
+        answers: Answers | None,
         terms: Sequence[Term],
         task: Task,
         autocast: torch.autocast,
@@ -49,26 +49,15 @@ class Pass(nn.Module):
         self._taps = Taps(self.model, [tap for term in terms for tap in term.student_taps])
         self._recomputed = Recomputed(self.model) if spec.activation_checkpointing else None
         self._run: Callable[[torch.Tensor], Any] = _hidden(torch.compile(self.model) if spec.compile else self.model)
-        self._asked: Callable[[torch.Tensor], tuple[Any, Taken]] | None = None
-        self._teacher_taps: Taps | None = None
-        if teacher is not None:
-            taps = self._teacher_taps = Taps(teacher.model, [tap for term in terms for tap in term.teacher_taps])
-            convert, answer = (
-                teacher.converter(student.input),
-                torch.compile(teacher.model) if spec.compile else teacher.model,
-            )
+        self._answers = answers
 
-            @torch.no_grad()  # not inference_mode: a term may save a tensor of the teacher for its backward pass
-            def asked(images: torch.Tensor) -> tuple[Any, Taken]:
-                return answer(convert(images)), taps.pop()
-
-            self._asked = asked
-
-    def forward(self, images: torch.Tensor, targets: Any, labels: Labels) -> tuple[torch.Tensor, Values, Values]:
+    def forward(
+        self, images: torch.Tensor, targets: Any, labels: Labels, shown: Shown | None = None
+    ) -> tuple[torch.Tensor, Values, Values]:
         """The loss of images (B, C, H, W), its weighted terms by name, and what the task logs of a batch, the last two without gradient."""
         with self._autocast:
             # the teacher first, while no activation of the student is kept
-            expected, theirs = (None, {}) if self._asked is None else self._asked(images)
+            expected, theirs = (None, {}) if self._answers is None else self._answers(images, shown)
             outputs = self._run(images)
             batch = Batch(outputs, expected, self._taps.pop(), theirs, targets, unread_by(self._terms))
             loss, parts = total_of(self._terms, batch)
@@ -80,8 +69,8 @@ class Pass(nn.Module):
         if self._recomputed is not None:
             self._recomputed.close()
         self._taps.close()
-        if self._teacher_taps is not None:
-            self._teacher_taps.close()
+        if self._answers is not None:
+            self._answers.close()
 
 
 class Step:
@@ -95,7 +84,14 @@ class Step:
         self._divided: DistributedDataParallel | None = None
 
     def __call__(
-        self, images: torch.Tensor, targets: Any, labels: Labels, backward: Callable[[torch.Tensor], Any], *, last: bool
+        self,
+        images: torch.Tensor,
+        targets: Any,
+        labels: Labels,
+        backward: Callable[[torch.Tensor], Any],
+        *,
+        last: bool,
+        shown: Shown | None = None,
     ) -> tuple[torch.Tensor, Values, Values]:
         """What `Pass.forward` returns, after `backward(loss)`.
 
@@ -105,21 +101,23 @@ class Step:
         whole: nn.Module = self._pass
         apart: AbstractContextManager[Any] = nullcontext()
         if processes.count() > 1:
-            whole = self._divided = self._divided or self._divide(images, targets, labels)
+            whole = self._divided = self._divided or self._divide(images, targets, labels, shown)
             apart = nullcontext() if last else self._divided.no_sync()
         with apart:
-            loss, parts, figures = whole(images, targets, labels)
+            loss, parts, figures = whole(images, targets, labels, shown)
             backward(loss)
         return loss.detach(), parts, figures
 
-    def _divide(self, images: torch.Tensor, targets: Any, labels: Labels) -> DistributedDataParallel:
+    def _divide(
+        self, images: torch.Tensor, targets: Any, labels: Labels, shown: Shown | None
+    ) -> DistributedDataParallel:
         """The pass for several processes. A loss need not depend on all that is trained: a student without a loss of prediction does
         not use its head. torch looks for such parameters in every step, unless it is told that there are none."""
         devices = [images.device] if images.device.type == "cuda" else []
         buffers = Buffers(self._pass.model)  # of batch norms; in eval mode some models have no losses
         buffers.remember()
         with torch.random.fork_rng(devices):
-            loss, *_ = self._pass(images, targets, labels)
+            loss, *_ = self._pass(images, targets, labels, shown)
         buffers.put_back_unless(torch.zeros((), dtype=torch.bool, device=images.device))
         used = _leaves(loss)
         unused = any(p.requires_grad and id(p) not in used for p in self._pass.parameters())

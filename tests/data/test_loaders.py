@@ -24,7 +24,7 @@ from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
 from compressvit import processes
-from compressvit.data import loaders, samples
+from compressvit.data import pixel_batches, samples
 from compressvit.data.input import InputConfig
 from compressvit.data.loaders import eval_loader, train_loader
 from compressvit.data.opening import open_data
@@ -65,7 +65,7 @@ def test_memory_and_files_give_the_same_batches(monkeypatch, channels, size, cro
     config = InputConfig(channels, size, size, (0.5,) * channels, (0.25,) * channels, "bicubic", crop_pct)
     data = Data(name="digits", limit_val=50)
     fast = epoch(eval_loader(open_data(data), data, config, CPU))
-    monkeypatch.setattr(loaders, "_IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(pixel_batches, "_IN_MEMORY_BYTES", 0)
     slow = epoch(eval_loader(open_data(data), data, config, CPU))
     assert torch.equal(fast[1], slow[1])
     assert torch.equal(fast[0], slow[0])
@@ -171,7 +171,7 @@ def test_drop_last_and_batch_size():
 @pytest.mark.parametrize(("augment", "axis"), [(Augment(hflip=1.0), 3), (Augment(vflip=1.0), 2)])
 def test_flips(monkeypatch, memory, augment, axis):
     if not memory:
-        monkeypatch.setattr(loaders, "_IN_MEMORY_BYTES", 0)
+        monkeypatch.setattr(pixel_batches, "_IN_MEMORY_BYTES", 0)
     config = dataclasses.replace(GRAY, mean=(0.0,), std=(1.0,))
     data = Data(name="digits", limit_train=40, augment=augment, batch_size=40)
     datasets = open_data(data)
@@ -184,7 +184,7 @@ def test_flips(monkeypatch, memory, augment, axis):
 @pytest.mark.parametrize("memory", [True, False])
 def test_translation_shifts_and_fills_with_black(monkeypatch, memory):
     if not memory:
-        monkeypatch.setattr(loaders, "_IN_MEMORY_BYTES", 0)
+        monkeypatch.setattr(pixel_batches, "_IN_MEMORY_BYTES", 0)
     config = dataclasses.replace(GRAY, mean=(0.0,), std=(1.0,))
     data = Data(name="digits", augment=Augment(translate=2), batch_size=1437)
     datasets = open_data(data)

@@ -13,8 +13,8 @@ from PIL import Image
 from compressvit.artifacts import artifact
 from compressvit.data.image_transform import image_transform
 from compressvit.data.input import input_config
-from compressvit.data.loaders import _Order
 from compressvit.data.opening import open_data
+from compressvit.data.order import Order
 from compressvit.data.spec import Data
 from compressvit.errors import UserError
 
@@ -24,7 +24,7 @@ VIT = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads"
 @pytest.mark.parametrize(("count", "repeats"), [(12, 3), (10, 3), (7, 1), (4, 9)])
 def test_an_epoch_has_a_part_of_the_images_so_many_times(count, repeats):
     """As timm's RepeatAugSampler: every index is repeated, and an epoch is as long as the set."""
-    order = _Order(count, True, False, repeats)
+    order = Order(count, True, False, repeats)
     torch.manual_seed(0)
     order.draw()
     drawn = list(order)

@@ -94,6 +94,9 @@ CASES = {
         "steps: [multiplex: {share: 2, mlp_conv: 3}, distill: {epochs: 2, log_every: 1, layers: auto}]\n",
         APPLY[:-1],
     ),
+    "multiplex, distill with a cache": Case(
+        f"{TEACHER}steps: [multiplex: {{share: 2}}, distill: {{epochs: 4, log_every: 1, mixup: 0.5, cache: {{views: 2}}}}]\n"
+    ),
     "low_rank, distill": Case(f"{TEACHER}steps: [low_rank: {{rank: 3}}, distill: {{epochs: 2, log_every: 1}}]\n"),
     "lors, merge": Case(f"{TEACHER}steps: [lors: {{rank: 2}}, merge: {{}}]\n"),
     "adapters, finetune, prune in cycles": Case(

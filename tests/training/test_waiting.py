@@ -87,7 +87,7 @@ def test_what_the_labels_of_a_batch_decide_is_known_before_it_is_on_the_device()
         ([-1, -1, 3, -1, -1, -1], True, 1, 3, (1,)),
         ([-1] * 6, True, 0, -1, (6,)),
     ):
-        moved, targets, labels = to_device(images, torch.tensor(given), META, task, mixing if mixed else None)
+        moved, targets, labels, _ = to_device(images, torch.tensor(given), META, task, mixing if mixed else None)
         assert (labels.count, labels.largest) == (count, largest)
         assert targets.shape == shape
         assert len(moved) == shape[0]

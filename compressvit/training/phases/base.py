@@ -55,12 +55,14 @@ class PhasePlan:
         summary: a short description.
         layers: pairs of block indices, (student, teacher); `layers_rule` says how they were chosen.
         loss_bytes: bytes that each loss term keeps for the backward pass of a batch, in float32.
+        cache: of the teacher's answers: `views`, and `answer_bytes` for an image in each; None without one.
     """
 
     summary: str
     layers: list[tuple[int, int]] = field(default_factory=list)
     layers_rule: str = ""
     loss_bytes: dict[str, int] = field(default_factory=dict)
+    cache: dict[str, int] | None = None
 
 
 class PhaseSpec(Training):

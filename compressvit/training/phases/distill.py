@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, field_validator
@@ -11,6 +12,7 @@ from pydantic.config import JsonDict
 
 from compressvit import processes
 from compressvit.errors import UserError
+from compressvit.training.cache.spec import Cache
 from compressvit.training.phases.base import PhasePlan, PhaseSpec, Setting, phase
 from compressvit.training.terms.base import OF_TERMS
 from compressvit.training.terms.section import LossSection, losses_section
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from compressvit.tasks.base import Task
+    from compressvit.training.cache.cache import TeacherCache
     from compressvit.training.pairs import LayerPair, Likeness
     from compressvit.training.stage import Stage
     from compressvit.training.terms import Term
@@ -46,6 +49,10 @@ class Distill(PhaseSpec):
         "share group (every block if nothing is shared), with the teacher's block that is most similar when the phase begins, by CKA on "
         "the calibration images, in order (within stage and window shift, where both are of one architecture); depths and architectures "
         "may differ.",
+    )
+    cache: Cache | None = Field(
+        None,
+        description="Keep the teacher's answers, so that later epochs and other runs read them instead of asking it again.",
     )
 
     @property
@@ -75,9 +82,21 @@ class Distill(PhaseSpec):
             student.model, teacher.model, terms, setting.batch_size, student.input, teacher.input, setting.task
         )
         unknown = [term.name for term in terms if term.name not in plan.loss_bytes]
+        if self.cache is not None:
+            plan.cache = self._plan_cache(self.cache, setting, terms)
         if unknown:
             plan.summary += f"; the memory of {', '.join(unknown)} is known only when it runs"
         return plan
+
+    def _plan_cache(self, cache: Cache, setting: Setting, terms: Sequence[Term]) -> dict[str, Any]:
+        from compressvit.tasks.base import task_of
+        from compressvit.training.cache.form import form_of
+        from compressvit.training.cache.store import view_bytes
+
+        assert setting.teacher is not None, "as in `plan`"
+        task = setting.task or task_of(setting.teacher.model)
+        form = form_of(cache, setting.teacher, terms, task, self._temperature)
+        return {"views": cache.views or self.epochs, "answer_bytes": view_bytes(1, form.bytes)}
 
     def preview(self, student: nn.Module, teacher: nn.Module, likeness: Likeness) -> str | None:
         from compressvit.training.pairs import match_layers
@@ -104,7 +123,31 @@ class Distill(PhaseSpec):
             if term.note:
                 stage.log.say(f"{stage.phase.name}: {term.name}: {term.note}")
         with _trained_along(model, terms):
-            return model, stage.train(model, self, terms, taught=True)
+            opened: list[TeacherCache] = []
+            cache = None if self.cache is None else partial(self._open, self.cache, stage, terms, opened)
+            report = stage.train(model, self, terms, taught=True, cache=cache)
+        for used in opened:
+            told = used.told()
+            stage.log.say(f"{stage.phase.name}: {told}")
+        return model, report
+
+    def _open(
+        self, cache: Cache, stage: Stage, terms: Sequence[Term], opened: list[TeacherCache], loader: Any
+    ) -> TeacherCache:
+        from compressvit.training.cache.cache import open_cache
+
+        assert stage.teacher is not None, "only the teacher itself is trained without one"
+        task = stage.task_of(stage.teacher.model)
+        run = stage.phase.checkpoint.parents[1]
+        made = open_cache(cache, self, loader, stage.teacher, stage.input, terms, task, self._temperature, run)
+        stage.log.say(f"{stage.phase.name}: the teacher's answers are kept in {made.store.folder}")
+        opened.append(made)
+        return made
+
+    @property
+    def _temperature(self) -> float:
+        """At which the teacher's predictions are compared."""
+        return next((float(getattr(t, "temperature", 1.0)) for t in self.losses.terms() if t.compares_logits), 1.0)
 
     def terms(
         self,

@@ -1,0 +1,46 @@
+"""What a teacher's answers depend on, and in what two caches differ."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from compressvit.model.backbone import model_name
+from compressvit.model.checksums import content_checksum, tensor_checksums
+
+
+def of_teacher(model: nn.Module) -> dict[str, str]:
+    """Its name, and hashes of its modules with their settings, and of its values."""
+    state = {name: value.detach() for name, value in model.state_dict().items()}
+    values = json.dumps(tensor_checksums(state), sort_keys=True)
+    return {"model": model_name(model), "modules": _short(str(model)), "weights": _short(values)}
+
+
+def name_of(identity: Mapping[str, Any]) -> str:
+    """A name for the folder of the answers."""
+    return content_checksum(identity)[:16]
+
+
+def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
+    """The first thing in which two identities differ, as words; None where they are alike."""
+    theirs, ours = dict(_leaves(there)), dict(_leaves(here))
+    for key in dict.fromkeys([*ours, *theirs]):
+        if theirs.get(key) != ours.get(key):
+            return f"{key} is {theirs.get(key, 'absent')} there and {ours.get(key, 'absent')} here"
+    return None
+
+
+def _leaves(content: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(content, Mapping) and content:
+        for key, value in content.items():
+            yield from _leaves(value, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, list(content) if isinstance(content, tuple) else content
+
+
+def _short(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
