@@ -74,6 +74,16 @@ def test_an_override_into_nothing_is_refused(override, words):
         assert word in message
 
 
+def test_faults_of_a_long_override_are_quoted_in_part(monkeypatch):
+    """Each fault quoted all of it, which took seconds for hundreds of them."""
+    long = []
+    monkeypatch.setattr("compressvit.errors.shortened", lambda text, most: long.append(len(text)) or text[:most])
+    message = fault(GOOD, ["steps.0.multiplex.share=" + "- a\n" * 300])
+    assert message.startswith("recipes/x.yaml: 300 errors\n  override steps.0.multiplex.share=- a - a")
+    assert message.endswith("  … and 200 more")
+    assert max(long) < 50_000
+
+
 @pytest.mark.parametrize(
     ("override", "path"),
     [
