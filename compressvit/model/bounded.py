@@ -15,7 +15,9 @@ from torch.overrides import TorchFunctionMode
 MAX_NUMBER = 2**20  # of an argument: above any size, depth or number of classes there is
 MAX_CALLS = 60_000  # of torch functions while a model is built; timm's largest ViT takes 5,000
 _SIZE = re.compile(r"(dim|depth|head|size|chan|channel|ratio|stride|width|layer|class|token)(s|es|els)?$")
-_COUNTED = re.compile(r"(num_(heads|classes|features)|depths?|embed_dim|in_chans|patch_size|img_size|window_size|width|rank)$")
+_COUNTED = re.compile(
+    r"(num_(heads|classes|features)|depths?|embed_dim|in_chans|patch_size|img_size|window_size|width|rank)$"
+)
 # What makes `timm.create_model` read another file or ask a server.
 _REACHING = ("pretrained", "checkpoint_path", "cache_dir", "url", "file", "hf_hub_id")
 
