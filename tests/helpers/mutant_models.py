@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,7 +70,8 @@ class Recipes(Subject):
     def mutant(self, chance: Chance, folder: Path) -> Mutant:
         file, small = folder / "recipe.yaml", chance.random() < 0.4
         text = chance.choice([TINY, RECIPE] if small else self._shipped)
-        damaged = (self._several if chance.random() < 0.2 else damage_yaml)(text, chance)
+        several = self._several(text, chance) if chance.random() < 0.2 else None
+        damaged = damage_yaml(text, chance) if several is None else several
         kind, words = chance.did, []
         if chance.random() < 0.1:
             kind, words = "an odd override", [self._override(chance)]
@@ -87,8 +89,13 @@ class Recipes(Subject):
 
         return Mutant(kind, f"{words} {damaged[:3000]!r}", read)
 
-    def _several(self, text: str, chance: Chance) -> bytes:
-        """Several values damaged, or a part of one recipe put into another."""
+    def _several(self, text: str, chance: Chance) -> bytes | None:
+        """Several values damaged, or a part of one recipe put into another; None where that is deeper than YAML can be written."""
+        with suppress(RecursionError):
+            return self._several_of(text, chance)
+        return None
+
+    def _several_of(self, text: str, chance: Chance) -> bytes:
         content = yaml.safe_load(text)
         if chance.random() < 0.5:
             for _ in range(chance.choice([2, 3, 8])):
