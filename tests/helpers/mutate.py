@@ -112,13 +112,13 @@ def with_odd_value(content: Any, chance: Chance) -> Any:
     elif kind == "a key too many" and isinstance(here, dict):
         here[chance.choice(ODD_KEYS)] = odd
     elif kind == "a list repeats" and isinstance(here, list):
-        here.extend(copy.deepcopy(here[-1:] * chance.choice([1, 5, 2000])))
+        here.extend([copy.deepcopy(here[-1]) for _ in range(chance.choice([1, 5, 2000]))])
     elif kind == "a number is scaled" and isinstance(before, (int, float)):
         here[last] = before * chance.choice([-1, 2, 10, 1000, 0.3]) + chance.choice([0, 1])
     elif kind == "a value from elsewhere":
         here[last] = copy.deepcopy(_inner(content, chance.choice(paths)))
     elif kind == "another type":
-        here[last] = chance.choice([str(before), [before], {"x": before}, [before, *copy.deepcopy([before] * 2)]])
+        here[last] = chance.choice([str(before), [before], {"x": before}, [before, copy.deepcopy(before)]])
     elif kind == "a letter is another" and isinstance(before, str):
         at = chance.randrange(len(before) + 1)
         other = chance.choice(["", "x", "\x00", ESC, "é", "/", ".", " ", "0", "[", "x" * 3000])
