@@ -25,17 +25,17 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: object):
-        text = re.sub(r"\S+", lambda word: _without_middle(word.group(), _LONGEST_WORD), str(message))
-        lines = (_without_middle(line, _LONGEST_LINE) for line in text.split("\n"))
-        super().__init__(_without_middle("\n".join(lines), _LONGEST))
+        text = re.sub(r"\S+", lambda word: shortened(word.group(), _LONGEST_WORD), str(message))
+        lines = (shortened(line, _LONGEST_LINE) for line in text.split("\n"))
+        super().__init__(shortened("\n".join(lines), _LONGEST))
 
 
 class UnmetBudget(UserError):
     """A budget is below what a step reaches with the model that it is given; after another step it may not be."""
 
 
-def _without_middle(text: str, most: int) -> str:
-    """The text, with `…` in place of its middle where it is longer than `most` characters."""
+def shortened(text: str, most: int) -> str:
+    """A text, with `…` in place of its middle where it is longer than `most` characters."""
     return text if len(text) <= most else f"{text[: most // 2]}…{text[-most // 2 :]}"
 
 

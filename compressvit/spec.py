@@ -72,7 +72,8 @@ def faults(root: type[Spec], error: ValidationError, content: Any) -> list[tuple
         path = existing(fault["loc"], content, missing=fault["type"] in ("missing", "extra_forbidden"))
         found.setdefault(path, []).append(_sentence(root, fault, path))
     # One branch of a union rejects the whole value while another one found the error inside it.
-    found = {p: t for p, t in found.items() if not any(q != p and q[: len(p)] == p for q in found) or p == ()}
+    around = {path[:end] for path in found for end in range(1, len(path))}
+    found = {path: texts for path, texts in found.items() if path not in around}
     return [(path, " or ".join(dict.fromkeys(texts))) for path, texts in found.items()]
 
 

@@ -1,11 +1,15 @@
-"""Thousands of recipes, artifacts and weight files with random damage: each is read, or refused in a sentence; no trace, no hang, no
-memory, and no model is another one than what was written."""
+"""Thousands of recipes, artifacts, files of weights, lists and run folders with random damage: each is read, or refused in a sentence; no
+trace, no hang, no memory, nothing outside written, and no model is another one than what was written.
+
+`tests/helpers/mutants.py` tries as many more as one likes, and makes a table of them.
+"""
 
 from __future__ import annotations
 
-import json
-import random
+import logging
+import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,36 +18,21 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.bounds import SEEDS, Faults
-from helpers.hostile import BOMBS
-from helpers.models import build, outputs
-from helpers.mutate import (
-    clear,
-    damage_file,
-    damage_yaml,
-    shown,
-    with_odd_value,
-)
-from helpers.runs import RECIPE, TINY
-from torch import nn
+from helpers.mutant_folders import Runs
+from helpers.mutant_models import Mutant, Subject
+from helpers.mutants import SUBJECTS, Table, rows, tried
+from helpers.mutate import clear
+from helpers.outside import surroundings, watching
+from helpers.runs import done, refused
 
-import compressvit
-from compressvit import LowRank, Multiplex
-from compressvit.artifacts.adapter import load_adapter, save_adapter
 from compressvit.errors import UserError
-from compressvit.files import save_checkpoint
-from compressvit.model.weights import load_file
-from compressvit.recipe.recipe import load_recipe, require_known_models
-from compressvit.recipe.shipped import shipped_recipes
-from compressvit.runs.plan import plan_recipe
-from compressvit.transforms.adapters import Adapters
-from compressvit.transforms.lora import LoRA
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(1800),
     pytest.mark.skipif(sys.platform != "linux", reason="bounds of a process are Linux's"),
 ]
-RECIPES, ARTIFACTS, WEIGHTS = 150, 80, 50  # of each seed
+MUTANTS = {"recipes": 150, "artifacts": 80, "weights": 50, "lists": 80, "runs": 50}  # of each seed
 
 
 @pytest.mark.parametrize(
@@ -81,137 +70,138 @@ def _refuses(work: Callable[[], object]) -> None:
         raise UserError("it does not fit") from error
 
 
-# ------------------------------------------------------------------------------------------------------------------ recipes
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda path: path.write_text("x"), "open"),
+        (lambda path: path.mkdir(), "os.mkdir"),
+        (lambda path: os.mkdir(path.name, dir_fd=os.open(path.parent, os.O_RDONLY)), "os.mkdir"),
+        (lambda path: (path.parent / "there").unlink(), "os.remove"),
+        (lambda path: os.remove("there", dir_fd=os.open(path.parent, os.O_RDONLY)), "os.remove"),
+        (lambda path: (path.parent / "there").rename(path), "os.rename"),
+        (lambda path: path.symlink_to("x"), "os.symlink"),
+        (lambda path: torch.save({}, path), ""),  # not by Python
+    ],
+)
+def test_a_change_outside_is_noted(change, words, tmp_path):
+    inside, outside = tmp_path / "in", tmp_path / "out"
+    for folder in (inside, outside):
+        folder.mkdir()
+    (outside / "there").touch()
+    (inside / "link").symlink_to(outside)
+    before = surroundings(tmp_path, inside)
+    with watching(inside) as found:
+        (inside / "x").write_text("x")
+        os.remove(inside / "x")
+        (outside / "there").read_text()
+    assert (found, surroundings(tmp_path, inside)) == ([], before)
+    with watching(inside) as found:
+        change(inside / "link" / "new")
+    assert surroundings(tmp_path, inside) != before
+    assert str(outside) in "".join(found) if words else True
+    assert any(words in what for what in found) or not words
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_recipes(seed, tmp_path):
-    chance, faults = random.Random(seed), Faults()
-    shipped = [path.read_text(encoding="utf-8") for path in shipped_recipes().values()]
-    file = tmp_path / "recipe.yaml"
-    for number in range(RECIPES):
-        small = chance.random() < 0.6
-        damaged = damage_yaml(chance.choice([TINY, RECIPE] if small else shipped), chance)
-        file.write_bytes(damaged)
-        words = []
-        if chance.random() < 0.1:
-            bombs = [bomb[:20_000] for bomb in BOMBS.values()]
-            key = chance.choice(
-                [
-                    "seed",
-                    "data.root",
-                    "steps.0",
-                    "steps.1.distill.lr",
-                    "teacher.args",
-                    "x" * 500,
-                    "a.b.c",
-                    "steps[0]",
-                    ".",
-                ]
-            )
-            words = [f"{key}={chance.choice([*bombs, '[', '2024', '1e3', '{a: 1}', '/a #b', '', '*a', '!!int x'])}"]
+class Odd(Subject):
+    """Of three mutants one is accepted, one leaves a file behind, and one is refused."""
 
-        def read(words=words, small=small):
-            recipe = load_recipe(file, words)
-            require_known_models(recipe)
-            if small:
-                plan_recipe(recipe, "recipe")
+    def __init__(self, folder: Path):
+        self.lies = folder
 
-        faults.attempt(read, f"{seed}/{number} {words}: {damaged[:3000]!r}")
-    faults.none_of(RECIPES)
+    def mutant(self, chance, folder):
+        (self.lies / "drawn").touch()
+        self.number = getattr(self, "number", -1) + 1
+        read = {
+            0: lambda: None,
+            1: lambda: (folder.parent / "left").write_text("x"),
+            2: lambda: _refuses(lambda: 1 / 0),
+        }[self.number % 3]
+        return Mutant(f"kind {self.number % 3}", "it", read)
 
 
-# ------------------------------------------------------------------------------------------------------------------ models
+class Dies(Odd):
+    def mutant(self, chance, folder):
+        mutant = super().mutant(chance, folder)
+        ends = {1: lambda: os.kill(os.getpid(), signal.SIGKILL), 2: lambda: signal.pause()}
+        return mutant._replace(read=ends.get(self.number, mutant.read))
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """A folder that stays as it is but for what is tried in it; temporary files have one of their own."""
+    root = tmp_path / "root"
+    (root / "tmp").mkdir(parents=True)
+    monkeypatch.setattr("tempfile.tempdir", str(root / "tmp"))
+    return root
+
+
+def test_a_table_of_mutants(root, tmp_path):
+    table = Table()
+    for row in rows(Odd(tmp_path), "odd", list(range(3)), 0, root):
+        table.add("odd", row)
+    assert "| **odd** | 3 | 1 | 1 | 1 (outside 1) |" in str(table)
+    assert "| kind 1 | 1 | 0 | 0 | 1 (outside 1) |" in str(table)
+    assert len(table.faults) == 1
+    assert "outside of its folder: open" in table.faults[0]
+
+
+def test_a_process_that_dies_or_hangs_is_named_and_the_rest_goes_on(root, tmp_path, monkeypatch):
+    monkeypatch.setattr("helpers.mutants.HANGS", 2)
+    found = list(rows(Dies(tmp_path), "odd", [5, 6, 7], 0, root))  # after a fault a process begins at its mutant 0
+    assert [row[:3] for row in found] == [
+        [5, "kind 0", "accepted"],
+        [6, "(not known)", "ends its process (-9)"],
+        [7, "kind 0", "accepted"],
+    ]
+    found = list(rows(Hangs(tmp_path), "odd", [5, 6], 0, root))
+    assert [row[:3] for row in found] == [[5, "(not known)", "hangs"], [6, "(not known)", "hangs"]]
+
+
+class Hangs(Odd):
+    def mutant(self, chance, folder):
+        return Mutant(
+            "", "", lambda: (signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM}) and None) or signal.pause()
+        )
 
 
 @pytest.fixture(scope="module")
-def artifacts(tmp_path_factory):
-    """Small artifacts of every form, each with what it computes."""
-    folder = tmp_path_factory.mktemp("artifacts")
-    made = {
-        "plain": [],
-        "shared": [Multiplex(share=2)],
-        "low rank": [LowRank(rank=3, metric="weights")],
-        "adapters": [Adapters()],
-        "lora": [LoRA()],
-    }
-    models = {name: compressvit.compress(build("vit"), steps) for name, steps in made.items()}
-    return [(compressvit.save(model, folder / name), outputs(model)) for name, model in models.items()]
+def subjects(tmp_path_factory):
+    """Makes a subject once."""
+    made = {}
+
+    def subject(name: str) -> Subject:
+        if name not in made:
+            made[name] = SUBJECTS[name](tmp_path_factory.mktemp(name))
+            made[name].make()
+            made[name].begin()
+        return made[name]
+
+    return subject
 
 
+@pytest.fixture
+def _no_log():
+    """Names of damaged images are not all text that pytest's workers can pass on."""
+    logging.disable()
+    yield
+    logging.disable(logging.NOTSET)
+
+
+@pytest.mark.usefixtures("_no_log")
+@pytest.mark.parametrize("name", SUBJECTS)
 @pytest.mark.parametrize("seed", SEEDS)
-def test_artifacts(seed, artifacts, tmp_path):
-    chance, faults = random.Random(seed), Faults()
-    for number in range(ARTIFACTS):
-        original, expected = chance.choice(artifacts)
-        path = shutil.copytree(original, tmp_path / "a")
-        manifest, tensors = path / "compressvit.json", path / "model.safetensors"
-        kind = chance.randrange(10)
-        if kind < 6:
-            content = with_odd_value(json.loads(manifest.read_text()), chance)
-            if kind < 4 and isinstance(content, dict):  # as somebody edits it who knows of the checksum
-                content.pop("checksum", None)
-            manifest.write_text(json.dumps(content))
-        else:
-            damage_file(tensors if kind < 8 else chance.choice([manifest, tensors]), chance)
-        said = shown(manifest)
-
-        def read(path=path, sealed=kind >= 4, expected=expected):
-            model = compressvit.load(path)
-            if sealed:
-                assert torch.equal(outputs(model), expected), "another model"
-
-        faults.attempt(read, f"{seed}/{number} {original.name} {kind}: {said}")
-        clear(path)
-    faults.none_of(ARTIFACTS)
+def test_mutants(seed, name, subjects, root):
+    subject, faults = subjects(name), Faults()
+    for number in range(MUTANTS[name]):
+        tried(subject, name, number, seed, root, faults)
+    faults.none_of(MUTANTS[name])
 
 
-@pytest.fixture(scope="module")
-def weight_files(tmp_path_factory):
-    """Files of weights of every form that are read into a model."""
-    folder = tmp_path_factory.mktemp("weights")
-    model = build("vit")
-    compressvit.save(model, folder / "artifact")
-    save_checkpoint(folder / "plain.pt", model.state_dict())
-    save_checkpoint(
-        folder / "wrapped.pt", {"epoch": 3, "model": {f"module.{k}": v for k, v in model.state_dict().items()}}
-    )
-    save_adapter(compressvit.compress(model, [LoRA(rank=2)]), folder / "adapter.safetensors")
-    shutil.copy(folder / "artifact" / "model.safetensors", folder / "plain.safetensors")
-    files = sorted(file for file in folder.iterdir() if file.is_file())
-    for file in files:  # all of them can be read
-        _read_weights(file, build("vit"))
-    return files
-
-
-def _read_weights(file: Path, model: nn.Module) -> None:
-    if file.name == "adapter.safetensors":
-        load_adapter(model, file)
-    else:
-        load_file(model, file, "teacher.weights")
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-def test_weight_files(seed, weight_files, tmp_path):
-    chance, faults = random.Random(seed), Faults()
-    for number in range(WEIGHTS):
-        original, model = chance.choice(weight_files), build("vit")
-        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        file = Path(shutil.copy(original, tmp_path / original.name))
-        damage_file(file, chance)
-        said = shown(file)
-
-        def read(file=file, model=model, before=before):
-            try:
-                _read_weights(file, model)
-            except UserError:
-                now = model.state_dict()
-                assert now.keys() == before.keys(), "a refused file has changed the model"
-                assert all(torch.equal(tensor, before[name]) for name, tensor in now.items()), (
-                    "a refused file has changed the model"
-                )
-                raise
-
-        faults.attempt(read, f"{seed}/{number} {file.name}: {said}")
-        clear(file)
-    faults.none_of(WEIGHTS)
+def test_what_is_damaged_is_sound_before(subjects, tmp_path):
+    runs = subjects("runs")
+    assert isinstance(runs, Runs)
+    for original in runs.originals:
+        for words in runs.verbs(original, tmp_path / original.name):
+            shutil.copytree(original, tmp_path / original.name)
+            (refused if words[0] == "merge" else done)(*words)  # shared layers are not folded
+            clear(tmp_path / original.name)

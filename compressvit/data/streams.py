@@ -71,6 +71,8 @@ class Stream(IterableImageDataset):
             reader.ds = None
             reader.dist_rank, reader.dist_num_replicas = (rank, world) if training else (0, 1)
         files = self._files()
+        if training and files is None and world > 1:
+            self._require_samples(world)
         if training and files is not None and len(files) < world * self._workers and world > 1:
             raise UserError(
                 f"{len(files)} shards to train on are too few for {world} processes with {self._workers} workers each: give as many, "
@@ -82,6 +84,16 @@ class Stream(IterableImageDataset):
             elif rank:
                 dealt.reader = ()
         return dealt
+
+    def _require_samples(self, world: int) -> None:
+        """Raise a `UserError` where a set of Hugging Face's that was downloaded, whose samples are dealt out evenly, has too few."""
+        samples = getattr(self.reader, "num_samples", None)
+        if getattr(self.reader, "builder", None) is None or samples is None or samples >= world * self._workers:
+            return
+        raise UserError(
+            f"{samples} samples to train on are too few for {world} processes with {self._workers} workers each: give fewer processes, or "
+            f"data.num_workers={samples // world}"
+        )
 
     def _files(self) -> Sequence[str] | None:
         """The shards, where timm's reader says which it is going to read (that of WebDataset)."""

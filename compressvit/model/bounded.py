@@ -15,6 +15,9 @@ from torch.overrides import TorchFunctionMode
 MAX_NUMBER = 2**20  # of an argument: above any size, depth or number of classes there is
 MAX_CALLS = 60_000  # of torch functions while a model is built; timm's largest ViT takes 5,000
 _SIZE = re.compile(r"(dim|depth|head|size|chan|channel|ratio|stride|width|layer|class|token)(s|es|els)?$")
+_COUNTED = re.compile(
+    r"(num_(heads|classes|features)|depths?|embed_dim|in_chans|patch_size|img_size|window_size|width|rank)$"
+)
 # What makes `timm.create_model` read another file or ask a server.
 _REACHING = ("pretrained", "checkpoint_path", "cache_dir", "url", "file", "hf_hub_id")
 
@@ -24,7 +27,7 @@ def require_sound(args: Mapping[str, Any]) -> None:
 
     Raises:
         ValueError: a number that is not finite or no size there is, a negative size (which timm takes, for a model that computes nothing),
-            or an argument that reads another file.
+            a truth value in place of a size, or an argument that reads another file.
     """
     for key, value in args.items():
         if key == "device":
@@ -32,6 +35,8 @@ def require_sound(args: Mapping[str, Any]) -> None:
         if key.startswith(_REACHING):
             raise ValueError(f"{key} is no argument of the architecture, and would read another file")
         for number in _numbers(value):
+            if isinstance(number, bool) and _COUNTED.match(key):  # timm takes them for 1 and 0, and torch does not
+                raise ValueError(f"{key} is {str(number).lower()}, and is to be a number")
             if not math.isfinite(number):
                 raise ValueError(f"{key} is {number}, which is no number")
             if abs(number) > MAX_NUMBER:

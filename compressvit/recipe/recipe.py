@@ -27,7 +27,10 @@ from compressvit.transforms import Transform
 
 
 class RecipeError(UserError):
-    """A recipe that cannot be used; the message lists all its errors, one per line."""
+    """A recipe that cannot be used; the message lists its errors, one per line."""
+
+
+_SHOWN = 100  # errors of one recipe
 
 
 class Teacher(Spec):
@@ -349,8 +352,10 @@ def _explain(error: ValidationError, document: Document) -> str:
         (document.place(path), written(path) or "recipe", _misplaced(path) or text)
         for path, text in faults(Recipe, error, document.content)
     ]
-    width = max(len(place) for place, _, _ in rows)
-    lines = [f"  {place:<{width}}  {path}: {text}" for place, path, text in rows]
+    shown = rows[:_SHOWN]
+    width = max(len(place) for place, _, _ in shown)
+    lines = [f"  {place:<{width}}  {path}: {text}" for place, path, text in shown]
+    lines += [f"  … and {len(rows) - _SHOWN:,} more"] * (len(rows) > _SHOWN)
     return f"{document.name}: {len(rows)} error{'s' * (len(rows) > 1)}\n" + "\n".join(lines)
 
 

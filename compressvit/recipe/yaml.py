@@ -8,10 +8,11 @@ from typing import Any
 
 import yaml
 
-from compressvit.errors import UserError
+from compressvit.errors import UserError, shortened
 from compressvit.reading import MAX_DEPTH, parse_yaml
 
 Path = tuple[str | int, ...]
+_QUOTED = 200  # characters of an override in a message, which may quote it for every fault in it
 
 
 @dataclass
@@ -27,7 +28,7 @@ class Document:
         """'line 9' for the value at `path` or the closest value that contains it; or the override that set it."""
         for end in range(len(path), -1, -1):
             if path[:end] in self.overridden:
-                return f"override {self.overridden[path[:end]]}"
+                return f"override {shortened(' '.join(self.overridden[path[:end]].split()), _QUOTED)}"
             if path[:end] in self.lines:
                 return f"line {self.lines[path[:end]]}"
         return "line 1"

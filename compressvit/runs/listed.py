@@ -63,12 +63,19 @@ def remove_remade(folder: Path, names: list[str]) -> list[str]:
         return []
     remade = [name for name in names if name.partition("/")[0] in (*_MODELS, *_REMADE)]
     models = [whole for whole in _MODELS if any(name.startswith(f"{whole}/") for name in remade)]
-    for name in [*remade, *(f"{whole}/{file}" for whole in models for file in (MANIFEST, TENSORS))]:
+    for name in remade:
         (folder / name).unlink(missing_ok=True)
-    for whole in models:  # an artifact is written to a folder of its own, or in place of another one
+    remove_models(folder, models)
+    return remade
+
+
+def remove_models(folder: Path, models: list[str]) -> None:
+    """Remove models of a run by the names of their folders: an artifact is written to a folder of its own, or in place of another one."""
+    for whole in models:
+        for file in (MANIFEST, TENSORS):
+            (folder / whole / file).unlink(missing_ok=True)
         with suppress(OSError):  # there is none, or somebody keeps something in it
             (folder / whole).rmdir()
-    return remade
 
 
 def _names(folder: Path) -> list[str]:

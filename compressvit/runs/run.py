@@ -38,6 +38,7 @@ from compressvit.runs.folder import RunFolder
 from compressvit.runs.generalisation import beside, on_fitted
 from compressvit.runs.job import Job
 from compressvit.runs.keep import OnHeldOut
+from compressvit.runs.listed import remove_models
 from compressvit.runs.models import build_student, load_teacher, require_student_file, trains_teacher
 from compressvit.runs.recorder import Recorder
 from compressvit.runs.tables import ledger_table
@@ -80,17 +81,26 @@ def fill_teacher(job: Job, folder: RunFolder, *, resume: bool) -> tuple[nn.Modul
     teacher = job.architecture.build()
     notes = require_student_file(job.recipe, teacher)
     if resume and folder.teacher.is_dir():
-        return trained_teacher(folder), True, notes
+        try:
+            return trained_teacher(folder), True, notes
+        except UserError:
+            if not folder.checkpoint("teacher").is_file():
+                raise
     return teacher, False, load_teacher(job.recipe, teacher) + notes
 
 
 def trained_teacher(folder: RunFolder) -> nn.Module:
-    """The teacher that was trained before the run was resumed."""
+    """The teacher that was trained before the run was resumed.
+
+    Raises:
+        UserError: it is damaged. Where its checkpoint is there, `train_teacher` writes it again from that.
+    """
     try:
         return artifact.load(folder.teacher)
     except UserError as error:
         raise UserError(
-            f"{switch('resume')}: {error}\n  Remove {folder.teacher}: {switch('resume')} then writes it again from its checkpoint"
+            f"{switch('resume')}: {error}\n  There is no {folder.checkpoint('teacher')} from which it could be written again. Remove "
+            f"{folder.teacher}, and {switch('resume')} trains the teacher again, or start a new run"
         ) from error
 
 
@@ -118,6 +128,9 @@ class Run:
         stored.name_classes(teacher, self.job.datasets.class_names)
 
         def save() -> None:
+            if self.folder.teacher.is_dir():  # `fill_teacher` could not read it
+                self.log.say(f"{self.folder.teacher} is damaged, and is written again from its checkpoint")
+                remove_models(self.folder.path, ["teacher"])
             with disk_faults(self.folder.teacher):
                 artifact.save(teacher, self.folder.teacher, input_config=side.input.as_dict())
 

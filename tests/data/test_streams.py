@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 import logging
@@ -11,7 +10,7 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from helpers.images import COLOUR, CPU, GRAY, epoch, jpeg, picture
+from helpers.images import COLOUR, CPU, GRAY, UNCHANGED, epoch, grays, jpeg, picture
 from helpers.together import together
 from PIL import Image
 from timm.data import IterableImageDataset
@@ -23,7 +22,6 @@ from compressvit.data.opening import open_data
 from compressvit.data.spec import Data
 from compressvit.errors import UserError
 
-UNCHANGED = dataclasses.replace(GRAY, mean=(0.0,), std=(1.0,))
 TURNED = Image.Exif()
 TURNED[274] = 6
 
@@ -138,10 +136,6 @@ def shards(folder, counts):
             samples[str(gray)] = ("png", file.getvalue())
         write_shard(folder / f"part-{shard}.tar", samples)
     return f"part-{{0..{len(counts) - 1}}}.tar|{gray}"
-
-
-def grays(loader):
-    return sorted(round(float(image.mean()) * 255) for images, _ in loader for image in images)
 
 
 @pytest.mark.wide_unless(lambda counts: len(counts) == 5)

@@ -81,17 +81,25 @@ def within_bounds(read: Callable[[], object]) -> None:
 class Faults(list[str]):
     """What was neither read nor refused in a sentence."""
 
-    def attempt(self, read: Callable[[], object], what: str) -> None:
-        """Call `read`, which may refuse with a `UserError`; note anything else."""
+    def attempt(self, read: Callable[[], object], what: str) -> str:
+        """Call `read`, which may refuse with a `UserError`; note anything else.
+
+        Returns:
+            'accepted', 'our error', or the kind of fault in a word or two.
+        """
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 within_bounds(read)
         except UserError as error:
-            if len(str(error)) > 20_000:
-                self._note(what, f"a message of {len(str(error)):,} characters")
+            if len(str(error)) <= 20_000:
+                return "our error"
+            self._note(what, f"a message of {len(str(error)):,} characters")
+            return "a long message"
         except (Exception, ExceededError) as error:  # whatever it is, it is what this test looks for
             self._note(what, "".join(traceback.format_exception(error)[-3:]))
+            return type(error).__name__
+        return "accepted"
 
     def _note(self, what: str, fault: str) -> None:
         """In text that pytest's workers can pass on."""

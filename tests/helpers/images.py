@@ -20,6 +20,7 @@ from compressvit.data.spec import Augment, Data
 CPU = torch.device("cpu")
 COLOUR = InputConfig(3, 32, 32, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3), "bicubic", 0.9)
 GRAY = InputConfig(1, 8, 8, (0.5,), (0.25,), "bicubic", 1.0)
+UNCHANGED = InputConfig(1, 8, 8, (0.0,), (1.0,), "bicubic", 1.0)
 PLAIN = InputConfig(3, 20, 24, (0.0,) * 3, (1.0,) * 3, "bicubic", 1.0)  # pixel values in 0..1, as large as `picture`
 
 CROPPED = Augment(scale=(0.3, 1.0), hflip=0.5, color_jitter=0.4, random_erasing=0.5)
@@ -94,3 +95,8 @@ def epoch(loader, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 def as_multiset(images: torch.Tensor) -> list[bytes]:
     return sorted(image.tobytes() for image in (images * 255).round().to(torch.uint8).numpy())
+
+
+def grays(loader) -> list[int]:
+    """Of every image of a loader whose input is `UNCHANGED`, in order of size."""
+    return sorted(round(float(image.mean()) * 255) for images, _ in loader for image in images)

@@ -61,6 +61,21 @@ _YAML_VALUES = [
 ]  # fmt: skip
 
 
+class Chance(random.Random):
+    """Draws damage, and remembers what it was.
+
+    Attributes:
+        did: the kind of damage that was drawn last, in words.
+    """
+
+    did = ""
+
+    def kind(self, *kinds: str) -> str:
+        """One of several kinds of damage."""
+        self.did = self.choice(kinds)
+        return self.did
+
+
 def places(content: Any, path: tuple = ()) -> Iterator[tuple]:
     """The path of every value."""
     yield path
@@ -69,54 +84,73 @@ def places(content: Any, path: tuple = ()) -> Iterator[tuple]:
         yield from places(value, (*path, key))
 
 
-def with_odd_value(content: Any, chance: random.Random) -> Any:
+def _inner(content: Any, path: tuple) -> Any:
+    for key in path:
+        content = content[key]
+    return content
+
+
+def with_odd_value(content: Any, chance: Chance) -> Any:
     """A copy of JSON-like content in which one value is another one, gone, moved, or has a neighbour."""
     content = copy.deepcopy(content)
     paths = list(places(content))[1:]
     path = chance.choice(paths or [()])
-    if not path:
-        return copy.deepcopy(chance.choice(ODD))
-    here = content
-    for key in path[:-1]:
-        here = here[key]
-    kind = chance.randrange(12)
     odd = copy.deepcopy(chance.choice(ODD))  # no content shares values, which YAML would write as aliases
-    if kind == 0:
-        del here[path[-1]]
-    elif kind == 1 and isinstance(here, dict):
-        here[chance.choice(ODD_KEYS)] = here.pop(path[-1])
-    elif kind == 2 and isinstance(here, dict):
+    if not path:
+        chance.did = "all is an odd value"
+        return odd
+    here, last = _inner(content, path[:-1]), path[-1]
+    before = here[last]
+    kind = chance.kind(
+        "a value is gone", "a key is renamed", "a key too many", "a list repeats", "a number is scaled", "a value from elsewhere",
+        "another type", "a letter is another", "values change places", "deep in lists", *["an odd value"] * 4,
+    )  # fmt: skip
+    if kind == "a value is gone":
+        del here[last]
+    elif kind == "a key is renamed" and isinstance(here, dict):
+        here[chance.choice(ODD_KEYS)] = here.pop(last)
+    elif kind == "a key too many" and isinstance(here, dict):
         here[chance.choice(ODD_KEYS)] = odd
-    elif kind == 3 and isinstance(here, list):
-        here.extend(here[-1:] * chance.choice([1, 5, 2000]))
-    elif kind == 4 and isinstance(here[path[-1]], (int, float)):
-        here[path[-1]] = here[path[-1]] * chance.choice([-1, 2, 10, 1000, 0.3]) + chance.choice([0, 1])
-    elif kind == 5:  # what stands elsewhere
-        other = content
-        for key in chance.choice(paths):
-            other = other[key]
-        here[path[-1]] = copy.deepcopy(other)
-    elif kind == 6:  # of another type
-        value = here[path[-1]]
-        here[path[-1]] = chance.choice([str(value), [value], {"x": value}, [value] * 3])
-    elif kind == 7 and isinstance(here[path[-1]], str):
-        text = here[path[-1]]
-        at = chance.randrange(len(text) + 1)
-        here[path[-1]] = (
-            text[:at] + chance.choice(["", "x", "\x00", ESC, "é", "/", ".", " ", "0", "[", "x" * 3000]) + text[at + 1 :]
-        )
+    elif kind == "a list repeats" and isinstance(here, list):
+        here.extend([copy.deepcopy(here[-1]) for _ in range(chance.choice([1, 5, 2000]))])
+    elif kind == "a number is scaled" and isinstance(before, (int, float)):
+        here[last] = before * chance.choice([-1, 2, 10, 1000, 0.3]) + chance.choice([0, 1])
+    elif kind == "a value from elsewhere":
+        here[last] = copy.deepcopy(_inner(content, chance.choice(paths)))
+    elif kind == "another type":
+        here[last] = chance.choice([str(before), [before], {"x": before}, [before, copy.deepcopy(before)]])
+    elif kind == "a letter is another" and isinstance(before, str):
+        at = chance.randrange(len(before) + 1)
+        other = chance.choice(["", "x", "\x00", ESC, "é", "/", ".", " ", "0", "[", "x" * 3000])
+        here[last] = before[:at] + other + before[at + 1 :]
+    elif kind == "values change places":
+        other = chance.choice(paths)
+        if other[: len(path)] != path and path[: len(other)] != other:  # neither is in the other
+            here[last], _inner(content, other[:-1])[other[-1]] = _inner(content, other), before
+    elif kind == "deep in lists":
+        for _ in range(chance.choice([1, 5, 90])):
+            here[last] = [here[last]]
     else:
-        here[path[-1]] = odd
+        chance.did = "an odd value"
+        here[last] = odd
     return content
 
 
-def with_odd_bytes(whole: bytes, chance: random.Random) -> bytes:
+_BETWEEN = [
+    b"[" * 10**5, b"{" * 100, b"\x00", b"\x1b[31m", b"\xff\xfe", b"- " * 9000, b"9" * 6000, b"\xed\xa0\x80", b"\r", b"x" * 10**6,
+]  # fmt: skip
+
+
+def with_odd_bytes(whole: bytes, chance: Chance) -> bytes:
     """Cut, flipped, doubled, emptied, in another encoding, or with something in between."""
     at = chance.randrange(len(whole) + 1)
-    kind = chance.randrange(9)
-    if kind == 0:
+    kind = chance.kind(
+        "bytes cut off", "bits flipped", "bytes twice", "bytes put in", "all bytes zero", "lines change places", "a line twice",
+        "another encoding", "other line ends",
+    )  # fmt: skip
+    if kind == "bytes cut off":
         return whole[: chance.choice([0, at, max(0, len(whole) - 1)])]
-    if kind == 1:
+    if kind == "bits flipped":
         damaged = bytearray(whole)
         for _ in range(chance.choice([1, 1, 5, 50])):
             if damaged:
@@ -124,85 +158,79 @@ def with_odd_bytes(whole: bytes, chance: random.Random) -> bytes:
                     chance.randrange(256)
                 )
         return bytes(damaged)
-    if kind == 2:
+    if kind == "bytes twice":
         return whole + whole
-    if kind == 3:
-        between = [
-            b"[" * 10**5,
-            b"{" * 100,
-            b"\x00",
-            b"\x1b[31m",
-            b"\xff\xfe",
-            b"- " * 9000,
-            b"9" * 6000,
-            b"\xed\xa0\x80",
-            b"\r",
-            b"x" * 10**6,
-        ]
-        return whole[:at] + chance.choice(between) + whole[at:]
-    if kind == 4:
+    if kind == "bytes put in":
+        return whole[:at] + chance.choice(_BETWEEN) + whole[at:]
+    if kind == "all bytes zero":
         return bytes(len(whole))
-    if kind == 7:
+    if kind == "another encoding":
         text = whole.decode("latin-1")
         return text.encode(chance.choice(["utf-16", "utf-16-le", "utf-32", "utf-8"]))
-    if kind == 8:
+    if kind == "other line ends":
         return chance.choice(
             [b"\xef\xbb\xbf" + whole, whole.replace(b"\n", b"\r\n"), whole.replace(b"\n", b"\r"), b"\n" * 10**5 + whole]
         )
     lines = whole.splitlines(keepends=True) or [b""]
     i, j = chance.randrange(len(lines)), chance.randrange(len(lines))
-    lines[i], lines[j] = (lines[j], lines[i]) if kind == 5 else (lines[j], lines[j])
+    lines[i], lines[j] = (lines[j], lines[i]) if kind == "lines change places" else (lines[j], lines[j])
     return b"".join(lines)
 
 
-def with_odd_yaml(text: str, chance: random.Random) -> bytes:
+def with_odd_yaml(text: str, chance: Chance) -> bytes:
     """YAML with an anchor, an alias, a tag, a merge key or the like in it, or what grows beyond all bounds when it is read."""
     lines = text.splitlines()
     at = chance.randrange(len(lines))
-    kind = chance.randrange(8)
-    if kind == 0:
+    kind = chance.kind("a YAML bomb", *["a line of YAML put in"] * 2, *["anchors and aliases"], *["a YAML token"] * 4)
+    if kind == "a YAML bomb":
         bombs = [bomb for bomb in BOMBS.values() if len(bomb) < 2 * 10**6]
         return "\n".join([*lines[:at], chance.choice(bombs), *lines[at:]]).encode()
-    if kind < 3:
+    if kind == "a line of YAML put in":
         indent = " " * (len(lines[at]) - len(lines[at].lstrip()))
         lines.insert(at, "\n".join(indent + line for line in chance.choice(_YAML_LINES).splitlines()))
     else:
         for _ in range(chance.choice([1, 1, 2])):  # two: an anchor and its alias
             at = chance.randrange(len(lines))
             head, colon, tail = lines[at].partition(": ")
-            lines[at] = head + colon + chance.choice(_YAML_VALUES[:2] if kind == 3 else _YAML_VALUES) + tail
+            lines[at] = (
+                head + colon + chance.choice(_YAML_VALUES[:2] if kind == "anchors and aliases" else _YAML_VALUES) + tail
+            )
     return "\n".join(lines).encode()
 
 
-def with_odd_header(whole: bytes, chance: random.Random) -> bytes:
+def with_odd_header(whole: bytes, chance: Chance) -> bytes:
     """A safetensors file of another header, whose length is that of the header, or is not."""
     length = int.from_bytes(whole[:8], "little")
     header, data = json.loads(whole[8 : 8 + length]), whole[8 + length :]
-    kind = chance.randrange(8)
     names = [name for name in header if name != "__metadata__"]
-    if kind == 0:
+    kind = chance.kind(
+        "a header's length lies", "a tensor on another", "another dtype", "another shape", "a tensor renamed", "odd metadata",
+        *["a header's value"] * 2,
+    )  # fmt: skip
+    if kind == "a header's length lies":
         lie = chance.choice([0, 1, length - 1, length + 1, len(whole), 2**31, 2**63, 2**64 - 1])
         return lie.to_bytes(8, "little") + whole[8:]
-    if kind == 1:  # a tensor that lies on another
+    if kind == "a tensor on another":
         one, other = chance.choice(names), chance.choice(names)
         header[one]["data_offsets"] = header[other]["data_offsets"]
-    elif kind == 2:
+    elif kind == "another dtype":
         header[chance.choice(names)]["dtype"] = chance.choice(["F16", "F64", "I64", "BOOL", "C64", "F4", "x", ""])
-    elif kind == 3:
+    elif kind == "another shape":
         header[chance.choice(names)]["shape"] = chance.choice(
             [[], [0], [2**40, 2**40], [1] * 100, [-1], [2**64], [10**9]]
         )
-    elif kind == 4:
+    elif kind == "a tensor renamed":
         header[chance.choice(["x", "", ESC, "head.weight", "__metadata__"])] = header.pop(chance.choice(names))
-    elif kind == 5:
+    elif kind == "odd metadata":
         header["__metadata__"] = copy.deepcopy(chance.choice(ODD))
     else:
         header = with_odd_value(header, chance)
+        chance.did = kind
     text = json.dumps(header).encode("utf-8", "surrogatepass")
     return len(text).to_bytes(8, "little") + text + data
 
 
-def damage_json(file: Path, chance: random.Random) -> None:
+def damage_json(file: Path, chance: Chance) -> None:
     """Damage a file of JSON: a value, or its bytes."""
     if chance.random() < 0.8:
         file.write_text(json.dumps(with_odd_value(json.loads(file.read_text()), chance)))
@@ -210,7 +238,7 @@ def damage_json(file: Path, chance: random.Random) -> None:
         file.write_bytes(with_odd_bytes(file.read_bytes(), chance))
 
 
-def damage_yaml(text: str, chance: random.Random) -> bytes:
+def damage_yaml(text: str, chance: Chance) -> bytes:
     """Damaged YAML: another value, another token, or other bytes."""
     kind = chance.random()
     if kind < 0.6:
@@ -219,17 +247,25 @@ def damage_yaml(text: str, chance: random.Random) -> bytes:
     return with_odd_yaml(text, chance) if kind < 0.8 else with_odd_bytes(text.encode(), chance)
 
 
-def damage_checkpoint(file: Path, chance: random.Random) -> None:
+def damage_checkpoint(file: Path, chance: Chance) -> None:
     """Damage a torch file so that its checksums are right."""
     content = torch.load(file, weights_only=True)
     keys = list(content)
-    kind, key = chance.randrange(4), chance.choice(keys)
-    if kind == 0:
+    kind, key = (
+        chance.kind(
+            "a key of a checkpoint is gone",
+            "a value deep in a checkpoint",
+            "a tensor of a checkpoint",
+            "a value of a checkpoint",
+        ),
+        chance.choice(keys),
+    )
+    if kind == "a key of a checkpoint is gone":
         del content[key]
-    elif kind == 1 and isinstance(content[key], dict) and content[key]:
+    elif kind == "a value deep in a checkpoint" and isinstance(content[key], dict) and content[key]:
         inner = chance.choice(list(content[key]))
         content[key][inner] = copy.deepcopy(chance.choice(ODD))
-    elif kind == 2 and isinstance(content.get("model"), dict):
+    elif kind == "a tensor of a checkpoint" and isinstance(content.get("model"), dict):
         name = chance.choice(list(content["model"]))
         value = content["model"][name]
         content["model"][name] = chance.choice(
@@ -240,7 +276,7 @@ def damage_checkpoint(file: Path, chance: random.Random) -> None:
     torch.save(content, file)
 
 
-def damage_file(file: Path, chance: random.Random, elsewhere: Path = Path("/etc/hostname")) -> None:
+def damage_file(file: Path, chance: Chance, elsewhere: Path = Path("/etc/hostname")) -> None:
     """Damage a file as its type allows, or any file: its bytes, or put something else in its place."""
     kind = chance.randrange(10)
     if kind == 9:
@@ -264,81 +300,35 @@ def damage_file(file: Path, chance: random.Random, elsewhere: Path = Path("/etc/
         file.write_bytes(with_odd_bytes(file.read_bytes(), chance))
 
 
-def damage_list(text: str, chance: random.Random, elsewhere: Path) -> bytes:
-    """A list of `PATH LABEL` lines with one of them changed, or its bytes; some lead to the picture `elsewhere`."""
-    lines = text.splitlines()
-    at = chance.randrange(len(lines))
-    path, _, label = lines[at].rpartition(" ")
-    kind = chance.randrange(10)
-    if kind < 4:
-        odd = [
-            "/etc/hostname",
-            "/dev/zero",
-            "images",
-            "",
-            ".",
-            "\x00",
-            "x" * 5000,
-            "caf\udce9",
-            ESC,
-            "pipe.png",
-            "loop.png",
-        ]
-        ways_out = [f"../{elsewhere.name}", f"images/../../{elsewhere.name}", str(elsewhere), "out.jpg"]
-        forms = [path.upper(), f"{path}/x", f'"{path}"', path + chr(0x301)]
-        lines[at] = f"{chance.choice([*odd, *ways_out, *ways_out, *forms])} {label}"
-    elif kind < 7:
-        odd = [
-            "-1",
-            "1.5",
-            "x",
-            "",
-            "10" * 12,
-            "9" * 5000,
-            "3000000000",
-            "999999",
-            "1000000",
-            "٣",
-            "²",
-            "1e3",
-            "0x1",
-            "00001",
-            "7",
-        ]
-        lines[at] = f"{path}{chance.choice([' ', '  ', chr(9), ',', '', ', '])}{chance.choice(odd)}"
-    elif kind == 7:
-        lines = chance.choice([[], [""], ["#"], lines * 300, lines[:1], [f"{path} 0"] * len(lines)])
-    else:
-        return with_odd_bytes(text.encode(), chance)
-    return "\n".join(lines).encode("utf-8", "surrogateescape")
-
-
-def replace_file(file: Path, chance: random.Random, elsewhere: Path = Path("/etc/hostname")) -> None:
+def replace_file(file: Path, chance: Chance, elsewhere: Path = Path("/etc/hostname")) -> None:
     """Put something else in the place of a file, or nothing; a link leads to the file `elsewhere`."""
-    kind = chance.randrange(10)
     whole = file.read_bytes()
     file.unlink()
-    if kind == 0:
+    kind = chance.kind(
+        "a pipe", "a folder", "a link to itself", "a link out", "a link to a device", "an empty file", "a hole of 50 GB", "a socket",
+        "a folder around it", "no file",
+    )  # fmt: skip
+    if kind == "a pipe":
         os.mkfifo(file)
-    elif kind == 1:
+    elif kind == "a folder":
         file.mkdir()
-    elif kind == 2:
+    elif kind == "a link to itself":
         file.symlink_to(file)
-    elif kind == 3:
+    elif kind == "a link out":
         file.symlink_to(elsewhere)
-    elif kind == 4:
+    elif kind == "a link to a device":
         file.symlink_to("/dev/zero")
-    elif kind == 5:
+    elif kind == "an empty file":
         file.touch()
-    elif kind == 6:  # a hole of 50 GB
+    elif kind == "a hole of 50 GB":
         file.write_bytes(whole)
         os.truncate(file, 50 * 2**30)
-    elif kind == 7:
+    elif kind == "a socket":
         descriptor = os.open(file.parent, os.O_RDONLY)
         with socket.socket(socket.AF_UNIX) as made:
             made.bind(f"/proc/self/fd/{descriptor}/{file.name}")  # a socket's path is at most 108 bytes
         os.close(descriptor)
-    elif kind == 8:
+    elif kind == "a folder around it":
         file.mkdir()
         (file / file.name).write_bytes(whole)
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from compressvit.charts.findings import Finding
 from compressvit.cli import main
+from compressvit.errors import UserError
 from compressvit.model import stored
 from helpers.training import VIT
 
@@ -81,6 +84,22 @@ def refused(*words: object) -> str:
     message = err.removeprefix("compressvit: ")
     assert message not in out
     return message
+
+
+def answered(*words: object) -> None:
+    """Run a command that either succeeds or refuses in a sentence, without anything of a terminal that stood in a file.
+
+    Raises:
+        UserError: it refuses; what it said.
+        AssertionError: it ends otherwise; with the end of the trace where it says that it kept one.
+    """
+    code, out, err = run(*words)
+    if code not in (0, 2) or "Traceback" in out + err or "\x1b[31m" in out + err or "allocate" in err:
+        log = re.search(r"trace is (?:in|at the end of) (.+?);", err)
+        trace = Path(log.group(1)).read_text(errors="replace")[-1500:] if log else ""
+        raise AssertionError(f"exit code {code}: {err}\n{trace}")
+    if code:
+        raise UserError(err)
 
 
 @contextlib.contextmanager

@@ -46,7 +46,9 @@ def random_batches(count, size, seed=0, classes=4):
     ]
 
 
-def fit(model, spec, batches, folder, *, terms=None, teacher=None, evaluate=lambda model: {}, size=None, **more):
+def fit(
+    model, spec, batches, folder, *, terms=None, teacher=None, evaluate=lambda model: {}, size=None, device=CPU, **more
+):
     """Train on a list of batches and return what the log heard; `more` goes to the engine."""
     heard = Heard()
     try:
@@ -57,7 +59,7 @@ def fit(model, spec, batches, folder, *, terms=None, teacher=None, evaluate=lamb
             terms or [labels_term(1.0, spec.smoothing)],
             batches,
             batch_size=size or len(batches[0][0]),
-            device=CPU,
+            device=device,
             log=heard,
             evaluate=evaluate,
             teacher=teacher,

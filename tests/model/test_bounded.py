@@ -25,6 +25,8 @@ from compressvit.testing.models import examples
         ({"patch_size": -1}, "no size is negative"),
         ({"num_classes": -1}, "no size is negative"),
         ({"in_chans": -3}, "no size is negative"),
+        ({"num_heads": True}, "num_heads is true, and is to be a number"),
+        ({"depths": [2, False]}, "depths is false, and is to be a number"),
         ({"pretrained": True}, "would read another file"),
         ({"pretrained_cfg_overlay": {}}, "would read another file"),
         ({"checkpoint_path": ""}, "would read another file"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from helpers.recipes import GOOD, fault, only_row, rows
 
+from compressvit import errors
 from compressvit.recipe.recipe import parse_recipe
 from compressvit.training.phases.finetune import Finetune
 from compressvit.transforms.irpe import IRPE
@@ -72,6 +73,16 @@ def test_an_override_into_nothing_is_refused(override, words):
     message = fault(GOOD, [override])
     for word in words:
         assert word in message
+
+
+def test_faults_of_a_long_override_are_quoted_in_part(monkeypatch):
+    """Each fault quoted all of it, which took seconds for hundreds of them."""
+    long, shorten = [], errors.shortened
+    monkeypatch.setattr(errors, "shortened", lambda text, most: long.append(len(text)) or shorten(text, most))
+    message = fault(GOOD, ["steps.0.multiplex.share=" + "- a\n" * 300])
+    assert message.startswith("recipes/x.yaml: 300 errors\n  override steps.0.multiplex.share=- a - a")
+    assert message.endswith("  … and 200 more")
+    assert max(long) < 50_000
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import json
 import shutil
 
 import pytest
-from helpers.runs import done
+from helpers.runs import done, refused
 
 from compressvit.runs.listed import NAME, other_files, remove_remade
 
@@ -100,3 +100,34 @@ def test_a_list_that_somebody_made_removes_nothing_else(folder, name):
         (folder / NAME).write_text(content)
         assert other_files(folder) in ([], ["results.json"])
     assert (folder.parent / "precious").read_text() == (folder / "notes.txt").read_text() == "precious"
+
+
+@pytest.fixture
+def unfinished(folder):
+    """The run without what it made after its teacher, and without its list."""
+    shutil.rmtree(folder / "student")
+    for name in (NAME, "results.json"):
+        (folder / name).unlink()
+    return folder
+
+
+@pytest.mark.parametrize("damaged", ["model.safetensors", "compressvit.json", "all"])
+def test_a_damaged_teacher_of_an_unfinished_run_is_written_again(finished, unfinished, damaged):
+    if damaged == "all":
+        for file in (unfinished / "teacher").iterdir():
+            file.write_bytes(b"")
+    else:
+        flipped(unfinished / "teacher" / damaged)
+    out = resumed(unfinished)
+    assert "teacher is damaged, and is written again from its checkpoint" in out
+    for name in ("teacher/model.safetensors", "teacher/compressvit.json", "student/model.safetensors", "metrics.jsonl"):
+        assert (unfinished / name).read_bytes() == (finished / name).read_bytes(), name
+
+
+def test_a_damaged_teacher_without_its_checkpoint_is_refused(unfinished):
+    flipped(unfinished / "teacher" / "model.safetensors")
+    before = (unfinished / "teacher" / "model.safetensors").read_bytes()
+    (unfinished / "checkpoints" / "teacher.pt").unlink()
+    message = refused("apply", "--no-report", unfinished, "--resume")
+    assert f"There is no {unfinished / 'checkpoints' / 'teacher.pt'} from which it could be written again" in message
+    assert (unfinished / "teacher" / "model.safetensors").read_bytes() == before
