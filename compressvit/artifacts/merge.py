@@ -106,6 +106,7 @@ def save_for_timm(model: nn.Module, folder: Path) -> None:
     for file in folder.iterdir():
         if file.name not in ("config.json", stored.TENSORS):
             file.unlink()
+    stored.write_checked(stored.read_safetensors(folder / stored.TENSORS), folder / stored.TENSORS)
     usual_mode(folder / stored.TENSORS)
 
 

@@ -23,6 +23,24 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 TEXTS = ("interpolation", "crop_mode")  # of the metadata; others may have added to them
 NUMBERS = ("input_size", "mean", "std", "crop_pct", "outputs")
 OPTIONAL = ("label_names", "exif")
+# What Pillow may open, whatever a file is called: it starts other programs for some formats, as Ghostscript for PostScript.
+FORMATS = [
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "BMP",
+    "DIB",
+    "GIF",
+    "TIFF",
+    "PPM",
+    "JPEG2000",
+    "AVIF",
+    "QOI",
+    "PCX",
+    "SGI",
+    "ICO",
+    "TGA",
+]
 BANDS = "bands are read from an array (height, width, channels) that numpy.save wrote"
 TOP = 5  # classes that are told
 SURE = 0.3  # score from which a detection is told
@@ -56,11 +74,12 @@ def read(file: Path, about: dict) -> Image.Image | np.ndarray:
         except Exception as error:  # a damaged header leads to errors of every kind
             raise ValueError(f"its array cannot be read: {str(error) or type(error).__name__}") from error
     try:
-        with Image.open(file) as image:
+        Image.init()
+        with Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
             image.load()
             return ImageOps.exif_transpose(image) if about.get("exif") else image
     except UnidentifiedImageError as error:
-        raise ValueError(f"it is not an image that Pillow reads; {BANDS}") from error
+        raise ValueError(f"it is no image of a format that is read ({', '.join(FORMATS)}); {BANDS}") from error
 
 
 def prepare(image: Image.Image | np.ndarray, about: dict) -> np.ndarray:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from compressvit import processes
 from compressvit.errors import UserError
 from compressvit.fitting.lowrank import Metric, cholesky
 from compressvit.fitting.sampling import TokenSample, gathered, seed_of
@@ -224,7 +225,7 @@ class _Sums:
     def moments(self, path: str, outputs: bool) -> Moments:
         """Those of the layer at `path`."""
         if not torch.isfinite(self.inputs).all() or (outputs and not torch.isfinite(self.outputs).all()):
-            raise not_finite(path)
+            raise processes.told_once(not_finite(path))  # all processes have the same sums
         found = Moments(self.inputs / self.tokens, self.mean / self.tokens, self.tokens, drawn=self.drawn)
         if not outputs:
             return found

@@ -76,7 +76,8 @@ class Reference:
         self._known: dict[Any, Any] = {}
         self._different: set[bytes] = set()
         self._varied = False  # whether an image has more than one colour
-        self._seen, self._count = Seen(), 0  # of one pass
+        self._seen, self._count = Seen(), 0  # of one pass, by all processes
+        self._batches = [0]  # in it, of each process
 
     @property
     def too_alike(self) -> bool:
@@ -145,8 +146,16 @@ class Reference:
 
     def _meet(self) -> None:
         """Know after a pass what all processes have seen in it."""
+        self._batches = processes.gathered(len(self._seen.sizes))
         if processes.count() == 1:
             return
+        if not all(self._batches):
+            raise processes.told_once(
+                UserError(
+                    f"no calibration image of process {self._batches.index(0)} can be read, and every process needs one; give more images, "
+                    "or start fewer processes"
+                )
+            )
         everyone = processes.gathered((self._seen, self._count, self._different, self._varied))
         seen, counts, different, varied = zip(*everyone, strict=True)
         self._seen, self._count = Seen.together(seen), sum(counts)
@@ -193,7 +202,7 @@ class Reference:
 
     def held_out(self) -> torch.Tensor:
         """Which images of the last pass through `batches` judge a fit to the others, bool (N,); see `compressvit.fitting.held_out`."""
-        return torch.cat([*own(self._seen.held_out().split(self._seen.sizes))])
+        return torch.cat(own(self._seen.held_out().split(self._seen.sizes), self._batches))
 
     def moments(self, paths: Sequence[str], *, outputs: bool) -> dict[str, Moments]:
         """The moments of the linear layers at `paths`; what was computed before is not computed again.

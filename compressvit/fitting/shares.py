@@ -44,9 +44,16 @@ def in_order(parts: Sequence[Sequence[T]]) -> list[T]:
     return [item for item in chain.from_iterable(zip_longest(*parts, fillvalue=nothing)) if item is not nothing]
 
 
-def own(items: Sequence[T]) -> Sequence[T]:
-    """Of items for all batches, those for the batches of this process."""
-    return items[processes.rank() :: processes.count()]
+def own(items: Sequence[T], counts: Sequence[int] | None = None) -> list[T]:
+    """Of items for all batches in their order, those for the batches of this process.
+
+    Args:
+        counts: of the batches that each process has, where broken files have left out some; None where none is left out.
+    """
+    if counts is None:
+        return list(items[processes.rank() :: processes.count()])
+    owners = in_order([[rank] * count for rank, count in enumerate(counts)])
+    return [item for item, owner in zip(items, owners, strict=True) if owner == processes.rank()]
 
 
 def as_the_leader_has(module: nn.Module) -> None:

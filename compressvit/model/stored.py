@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -19,13 +20,14 @@ from pydantic import (
     model_serializer,
 )
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialise
 from torch import nn
 
 from compressvit import __version__
 from compressvit.errors import UserError, did_you_mean
 from compressvit.model import old
 from compressvit.model.bounded import require_sound
-from compressvit.model.checksums import content_checksum, damaged
+from compressvit.model.checksums import content_checksum, damaged, tensor_checksums
 from compressvit.model.header import MANIFEST, TENSORS, Slot, read_header
 from compressvit.model.modules import as_timm
 from compressvit.model.names import is_model
@@ -35,6 +37,7 @@ from compressvit.spec import Frozen, first_fault
 T = TypeVar("T")
 LABEL_NAMES = "label_names"  # timm's key
 FORMAT = 2  # 1 is read, too (see `compressvit.model.old`)
+_CHECKSUMS = "compressvit_checksums"  # among the metadata of a safetensors file without a manifest
 
 
 class StepRecord(Frozen):
@@ -261,13 +264,39 @@ def require_complete(file: Path) -> None:
 
 
 def read_safetensors(file: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a safetensors file, on the CPU; a truncated or foreign file is a `UserError`."""
+    """All tensors of a safetensors file, on the CPU.
+
+    Raises:
+        UserError: it is truncated or foreign, or has checksums (`write_checked`) and other tensors.
+    """
     require_complete(file)
     try:
         with safe_open(file, framework="pt", device="cpu") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (not a dict)
-    except SafetensorError as error:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (not a dict)
+            recorded = json.loads((opened.metadata() or {}).get(_CHECKSUMS, "{}"))
+    except (SafetensorError, ValueError) as error:
         raise _incomplete(file, error) from error
+    if isinstance(recorded, dict) and (wrong := damaged(tensors, recorded)):
+        raise UserError(
+            f"{file} is damaged: {wrong[0]} is not what was written, by its checksum ({len(wrong)} of {len(tensors)} tensors); "
+            "write it again, or take another copy"
+        )
+    return tensors
+
+
+def write_checked(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    """Write a safetensors file with checksums of its tensors among its metadata, which other programs pass over.
+
+    safetensors writes metadata in an order of chance; here it is sorted, so that the same model is the same file.
+    """
+    metadata = {_CHECKSUMS: json.dumps(tensor_checksums(tensors)), "format": "pt"}
+    content = serialise(tensors, metadata)
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:start]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # tensors begin at a multiple of 8
+    with file.open("wb") as opened:
+        opened.write(len(header).to_bytes(8, "little") + header)
+        opened.write(memoryview(content)[start:])
 
 
 def _pretrained_config(data: dict[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from compressvit.runs.finished import FinishedRun, finished_run
 from compressvit.runs.folder import RunFolder, refuse_processes
 from compressvit.runs.job import Job, prepare, refuse_data, refuse_own_inputs
 from compressvit.runs.keep import refuse_judged
-from compressvit.runs.listed import is_listed, other_files, remove_remade, write_list
+from compressvit.runs.listed import is_listed, other_files, remove_remade, without_list, write_list
 from compressvit.runs.merge import merge_folder, print_merge
 from compressvit.runs.models import trains_teacher
 from compressvit.runs.plan import plan_data, plan_job, require_no_conflicts
@@ -262,6 +262,8 @@ def _told(
         Terminal(console).print(text, highlight=False, soft_wrap=True)
         if report is not None and unreported:
             report(folder.path)
+        if unreadable := without_list(folder.path):
+            Terminal(console).print(unreadable, highlight=False, soft_wrap=True)
         if not is_listed(folder.path):  # it was killed before it wrote that
             write_list(folder.path)
         return done

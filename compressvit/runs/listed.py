@@ -6,7 +6,7 @@ import hashlib
 from contextlib import suppress
 from pathlib import Path
 
-from compressvit.errors import UserError
+from compressvit.errors import UserError, switch
 from compressvit.files import write_json
 from compressvit.model.header import MANIFEST, TENSORS
 from compressvit.reading import read_json
@@ -38,13 +38,30 @@ def is_listed(folder: Path) -> bool:
     return (folder / NAME).is_file()
 
 
+def without_list(folder: Path) -> str | None:
+    """What to tell where there is a list that cannot be read."""
+    if not is_listed(folder) or _listed(folder) is not None:
+        return None
+    return (
+        f"{folder / NAME} cannot be read, so damage to other files is not noticed; remove it, and {switch('resume')} writes it from the "
+        "files as they are"
+    )
+
+
 def other_files(folder: Path) -> list[str]:
     """The names of files that are missing, or are not what the run wrote; none where there is no list, or none that can be read."""
+    listed = _listed(folder) or {}
+    return [name for name, digest in sorted(listed.items()) if _differs(folder, name, digest)]
+
+
+def _listed(folder: Path) -> dict[str, str] | None:
+    """Checksums by the name of a file, None where there is no list of files of a run."""
     try:
         listed = read_json(folder / NAME)["sha256"]
-        return [name for name, digest in sorted(listed.items()) if is_own(name) and _differs(folder, name, digest)]
+        sound = all(isinstance(digest, str) and is_own(name) for name, digest in listed.items())
     except (UserError, OSError, LookupError, TypeError, AttributeError):
-        return []
+        return None
+    return listed if sound else None
 
 
 def _differs(folder: Path, name: str, digest: str) -> bool:

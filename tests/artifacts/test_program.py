@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import types
@@ -20,7 +21,7 @@ from PIL import ExifTags, Image
 from compressvit.artifacts import predict
 from compressvit.data.image_transform import image_transform
 from compressvit.data.input import InputConfig
-from compressvit.data.pictures import BrokenPicture, read_picture
+from compressvit.data.pictures import FORMATS, BrokenPicture, read_picture
 from compressvit.data.spec import Interpolation
 from compressvit.tasks.overlap import on_picture
 
@@ -102,7 +103,7 @@ def test_the_program_prepares_arrays_as_compressvit_does(tmp_path, channels, cro
         (npy(np.full((4, 4, 5), 2.0)), "its floats reach from 2 to 2; 0 to 1 are read"),
         (npy(np.zeros((4, 4, 5, 1), np.uint8)), r"its shape is \(4, 4, 5, 1\), not"),
         (npy(np.zeros((0, 4, 5), np.uint8)), r"its shape is \(0, 4, 5\), not"),
-        (b"text", "it is not an image that Pillow reads; bands are read from an array"),
+        (b"text", r"it is no image of a format that is read \(JPEG, PNG, .*\); bands are read from an array"),
     ],
 )
 def test_the_program_refuses_arrays_that_it_cannot_use(tmp_path, content, message):
@@ -110,6 +111,27 @@ def test_the_program_refuses_arrays_that_it_cannot_use(tmp_path, content, messag
     about = InputConfig(5, 8, 8, (0.0,) * 5, (1.0,) * 5, "bilinear", 1.0).as_dict()
     with pytest.raises(ValueError, match=message):
         predict.prepare(predict.read(tmp_path / "image.npy", {}), about)
+
+
+def test_the_program_starts_no_other_one(tmp_path):
+    """Alone, as it lies beside a model: in a process that has not imported compressvit."""
+    mark, program, picture = tmp_path / "started", tmp_path / "bin" / "gs", tmp_path / "x.png"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\ntouch {mark}\n")
+    program.chmod(0o755)
+    picture.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n")
+    lines = f"import sys, pathlib; sys.path.insert(0, {str(Path(predict.__file__).parent)!r}); import predict\n"
+    lines += f"try: predict.read(pathlib.Path({str(picture)!r}), {{}})\nexcept ValueError as error: print(error)\n"
+    path = f"{program.parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        [sys.executable, "-c", lines], env={**os.environ, "PATH": path}, capture_output=True, text=True, check=True
+    )
+    assert "it is no image of a format that is read" in done.stdout
+    assert not mark.exists()
+
+
+def test_the_program_reads_the_formats_that_runs_read():
+    assert tuple(predict.FORMATS) == tuple(FORMATS)
 
 
 def test_the_program_turns_pictures_as_its_run_did(tmp_path):

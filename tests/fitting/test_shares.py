@@ -81,3 +81,14 @@ def test_images_seen_in_turn_are_held_out_as_if_one_process_had_seen_them():
 
 def test_order():
     assert in_order([[0, 3, 6], [1, 4], [2, 5]]) == list(range(7))
+
+
+def test_where_broken_files_left_out_batches_each_process_knows_its_own():
+    """Two of the first process, none of them missing, and three of the second."""
+    items = in_order([["a", "b"], ["c", "d", "e"]])
+
+    def mine():
+        with processes.joined():
+            return own(items, [2, 3])
+
+    assert together(2, mine) == [["a", "b"], ["c", "d", "e"]]

@@ -41,6 +41,19 @@ def test_all_files_that_a_run_wrote_are_listed(folder):
     assert other_files(folder) == []
 
 
+@pytest.mark.parametrize(
+    "content", ['{"sha256": {"../../x": "0"}}', '{"sha256": {"plan.json": 0}}', "[" * 100_000, "{}", "\0"]
+)
+def test_a_list_that_is_none_is_told(folder, content):
+    (folder / NAME).write_text(content)
+    out = resumed(folder)
+    assert f"{folder / NAME} cannot be read, so damage to other files is not noticed" in out
+    assert "nothing to do" in out
+    (folder / NAME).unlink()
+    assert "cannot be read" not in resumed(folder)
+    assert other_files(folder) == []
+
+
 @pytest.mark.wide_unless(
     lambda name, lost: (name, lost) in (("predictions.json", False), ("student/compressvit.json", False))
 )

@@ -90,6 +90,18 @@ def test_a_run_ends_with_what_the_verb_writes(tmp_path):
     assert found["differences"] == json.loads((folder / "merged" / "merge.json").read_text())["differences"]
 
 
+def test_a_flipped_bit_in_a_merged_model_is_noticed(tmp_path):
+    folder = tmp_path / "run"
+    done("apply", "--no-report", recipe_with(tmp_path, "repadapter: {width: 4, scale: 0.5}"), "--output", folder)
+    file = folder / "merged" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(bytes(content))
+    told = refused("evaluate", folder / "merged", "data.name=digits")
+    assert f"{file} is damaged: " in told
+    assert "is not what was written, by its checksum (1 of " in told
+
+
 @pytest.mark.wide
 def test_a_merged_model_can_be_compressed_by_another_recipe(tmp_path):
     """What the refusal of a step behind `merge` says."""

@@ -16,6 +16,7 @@ from compressvit.training import losses
 from compressvit.training.asking import Asked, Shown
 from compressvit.training.cache.cache import TeacherCache
 from compressvit.training.cache.form import Bytes, Halves, TopLogits, form_of
+from compressvit.training.cache.identity import of_teacher
 from compressvit.training.cache.spec import Cache
 from compressvit.training.cache.store import Index, Store, caches_in, clear, create, is_free, read_index, view_bytes
 from compressvit.training.pairs import match_layers
@@ -118,6 +119,29 @@ def loss_of(student, terms, answers, images, shown=None):
     loss.backward()
     whole.close()
     return {**parts, **{name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}}
+
+
+def test_pairs_in_another_order_keep_the_same_bytes():
+    student, teacher = tiny_vit(depth=4), tiny_vit(seed=1, depth=4).eval()
+
+    def kept(*layers):
+        spec = Distill(losses=ALL, layers=[list(pair) for pair in layers])
+        terms = spec.terms(student, match_layers(student, teacher, spec.layers)[0], task_of(student), teacher)
+        return form_of(Cache(), side(teacher), terms, task_of(teacher), 1.0)
+
+    assert kept((1, 1), (3, 3)) == kept((3, 3), (1, 1)) != kept((1, 1), (2, 2))
+
+
+@pytest.mark.parametrize("other", [{"num_heads": 1}, {"global_pool": "avg"}, {"depth": 3}], ids=str)
+def test_a_teacher_is_known_by_settings_that_it_does_not_print(other):
+    plain = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 2}
+    plain |= {"class_token": True, "num_classes": 3, "fc_norm": False}
+    one, same = (timm.create_model("vit_tiny_patch16_224", **plain) for _ in range(2))
+    another = timm.create_model("vit_tiny_patch16_224", **{**plain, **other})
+    same.load_state_dict(one.state_dict())
+    another.load_state_dict(one.state_dict(), strict=False)
+    assert of_teacher(same) == of_teacher(one) == of_teacher(one.train())
+    assert of_teacher(another)["modules"] != of_teacher(one)["modules"]
 
 
 @pytest.mark.parametrize(

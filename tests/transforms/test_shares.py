@@ -88,6 +88,19 @@ def test_what_one_process_finds_wrong_ends_all(which):
     assert "another process of the run has ended" in theirs
 
 
+def test_a_process_without_any_image_is_told_once():
+    images = images_for(build("vit"), BATCH)
+
+    def refused():
+        with pytest.raises(UserError) as told:
+            fitted("vit", STEPS["low_rank"], images)
+        return str(told.value), type(told.value).__name__
+
+    first, second = together(2, refused)
+    assert "no calibration image of process 1 can be read" in first[0]
+    assert second[1] == "ToldElsewhere"
+
+
 def test_blocks_that_were_fitted_before_are_taken_over(tmp_path, monkeypatch):
     """The leader has their values from a file, and the others from the leader."""
     images, steps, advance = images_for(build("vit"), 48), STEPS["low_rank"], walk.Side.advance

@@ -130,11 +130,11 @@ def open_cache(
     Raises:
         UserError: what is in the folder are other answers, or the files would be too large.
     """
-    form = form_of(spec, teacher, terms, task, temperature)
+    form = processes.first(lambda: form_of(spec, teacher, terms, task, temperature))
     found = _identity(spec, training, loader, teacher, source, form)
     images = found["data"]["images"]
     views = spec.views or training.epochs
-    refuse_size(spec.limit_gb, views, images, view_bytes(1, form.bytes))
+    processes.first(lambda: refuse_size(spec.limit_gb, views, images, view_bytes(1, form.bytes)))
     folder = beside.parent / "teacher_cache" / identity.name_of(found)
     if spec.folder is not None:
         folder = expanded(spec.folder, "cache.folder")
@@ -186,7 +186,6 @@ def _take(folder: Path, index: Index) -> None:
                 f"cache.folder={folder} holds something other than a teacher's answers; give an empty folder"
             )
         create(folder, index)
-        return
     there = read_index(folder)
     differs = identity.difference(there.identity, index.identity)
     if differs is None and (there.images, there.bytes) != (index.images, index.bytes):

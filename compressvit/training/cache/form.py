@@ -190,7 +190,7 @@ def form_of(spec: Cache, teacher: Side, terms: Sequence[Term], task: Task, tempe
         UserError: an answer is not made of tensors with as many rows for every image.
     """
     model = surgery.skeleton(teacher.model).eval()
-    wanted = dict.fromkeys(tap for term in terms for tap in term.teacher_taps)
+    wanted = sorted({tap for term in terms for tap in term.teacher_taps})  # other orders of pairs read the same answers
     taps = Taps(model, wanted)
     seen = []
     for images in (2, 3):

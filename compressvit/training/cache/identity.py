@@ -12,12 +12,21 @@ from torch import nn
 from compressvit.model.backbone import model_name
 from compressvit.model.checksums import content_checksum, tensor_checksums
 
+_OF_NO_MATTER = ("training", "fused_attn", "grad_checkpointing")  # to what a teacher answers
+
 
 def of_teacher(model: nn.Module) -> dict[str, str]:
     """Its name, and hashes of its modules with their settings, and of its values."""
     state = {name: value.detach() for name, value in model.state_dict().items()}
     values = json.dumps(tensor_checksums(state), sort_keys=True)
-    return {"model": model_name(model), "modules": _short(str(model)), "weights": _short(values)}
+    settings = json.dumps({path: _settings(module) for path, module in model.named_modules()}, sort_keys=True)
+    return {"model": model_name(model), "modules": _short(str(model) + settings), "weights": _short(values)}
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """Plain attributes, many of which a module does not print, as a number of heads."""
+    plain = {key: value for key, value in vars(module).items() if isinstance(value, (bool, int, float, str, tuple))}
+    return {key: str(value) for key, value in plain.items() if key not in _OF_NO_MATTER and not key.startswith("_")}
 
 
 def name_of(identity: Mapping[str, Any]) -> str:

@@ -178,12 +178,19 @@ def is_free(folder: Path) -> bool:
 
 
 def create(folder: Path, index: Index) -> None:
-    """Make a folder a cache. Another run may do the same at this moment."""
+    """Make a folder a cache. Another run may do the same at this moment, and the index of the first one stays."""
     with disk_faults(folder / INDEX):
         folder.mkdir(parents=True, exist_ok=True)
         scratch = folder / f".{INDEX}.{os.getpid()}.part"
         scratch.write_text(json.dumps(index.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
-        put(scratch, folder / INDEX)
+        sync(scratch)
+        try:
+            os.link(scratch, folder / INDEX)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without links
+            put(scratch, folder / INDEX)
+        scratch.unlink(missing_ok=True)
 
 
 def clear(folder: Path) -> int:
