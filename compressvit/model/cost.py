@@ -296,8 +296,9 @@ def saved_bytes(function: Callable[[], Any], exclude: Sequence[torch.Tensor] = (
         held.append(storage)
         if storage._cdata not in alive:
             sizes[storage._cdata] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # an output that its own graph keeps would keep the graph, for good
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         held.append(function())
+    held.clear()  # the graph has `pack`, and with it this list: they would keep each other, for good
     return sum(sizes.values())

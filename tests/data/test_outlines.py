@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import math
 import pickle
-import random
 
 import numpy as np
 import pytest
 import torch
-from helpers.mutate import with_odd_value
+from helpers.mutate import Chance, with_odd_value
 from PIL import Image
 from pycocotools import mask as coco
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -164,7 +163,7 @@ def test_damaged_files_are_refused_in_a_sentence_or_read(tmp_path, first):
     )
     good, read = json.loads((tmp_path / "train.json").read_text()), 0
     for seed in range(first, 300 + 10 * first):
-        content = with_odd_value(good, random.Random(seed))
+        content = with_odd_value(good, Chance(seed))
         try:
             found = _Annotations(tmp_path / "train.json", content).read(tmp_path, tmp_path / "train", outside=False)
         except UserError:
