@@ -12,6 +12,10 @@ from typing import Any
 
 import torch
 
+# The first backward pass of a process starts threads for the devices that torch knows, after a torch.export also without a GPU; a forked
+# process could then have no backward pass. Here, when tests are collected, no program has been exported yet.
+torch.ones((), requires_grad=True).backward()
+
 _WAIT = 120  # seconds, after which processes are said to hang
 
 
