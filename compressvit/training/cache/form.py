@@ -148,10 +148,7 @@ def _own(part: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Form:
-    """The parts of an answer: the teacher's outputs, and what its taps see.
-
-    Attributes:
-    """
+    """The parts of an answer: the teacher's outputs, and what each of its taps sees."""
 
     outputs: Part
     taps: tuple[tuple[Tap, Part], ...]
