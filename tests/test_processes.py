@@ -43,6 +43,7 @@ def test_batches_of_all_together_are_those_of_one():
 
 def test_what_the_leader_does_alone_reaches_all():
     def calls():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore it
         with processes.joined():
             seen = []
             value = processes.led(lambda: seen.append(processes.count()) or {"of": processes.place()})
