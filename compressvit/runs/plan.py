@@ -36,6 +36,7 @@ from compressvit.runs.models import (
 )
 from compressvit.runs.plan_cache import count_answers, refuse_cached_data
 from compressvit.runs.plan_notes import (
+    average_notes,
     break_even_notes,
     chain_notes,
     figures,
@@ -63,6 +64,7 @@ def plan_recipe(recipe: Recipe, name: str = "recipe") -> RecipePlan:
     plan.weights = [NoteRow(**asdict(note)) for note in untrained(recipe)]
     if datasets is not None:
         plan.data = plan_data(job)
+        plan.notes += average_notes(recipe, plan.data.train) if plan.data.train else []
         with _collected(plan.conflicts):
             count_answers(recipe, plan)
         with _collected(plan.conflicts):

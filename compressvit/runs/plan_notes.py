@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from compressvit import processes
 from compressvit.data.input import STATISTICS, class_mismatch, stand_ins
 from compressvit.errors import UserError
 from compressvit.fitting.moments import tokens_at
@@ -19,6 +20,7 @@ from compressvit.runs.heads import is_untold, untold_note
 from compressvit.runs.job import Job
 from compressvit.runs.models import has_own_head, missing_yet
 from compressvit.tasks.base import task_of
+from compressvit.training.optimisation import few_updates, steps_per_epoch
 from compressvit.transforms.low_rank.layer import Factored
 from compressvit.transforms.low_rank.pivoted_layer import is_pivoted, pivoted_linear
 
@@ -89,6 +91,18 @@ def phase_notes(recipe: Recipe) -> list[str]:
     for part in parts:
         for index, spec in enumerate(part.transforms, part.start):
             notes += [f"steps[{index}].{spec.name}: {sentence}" for sentence in spec.provisional]
+    return notes
+
+
+def average_notes(recipe: Recipe, images: int) -> list[str]:
+    """Notes of phases that end before the average of their weights has the decay asked for, of so many images to train on."""
+    batches = max(1, images // (recipe.data.batch_size * processes.count()))
+    notes = []
+    for where, phase in recipe.phases().items():
+        if phase.ema is not None:
+            steps = phase.epochs * steps_per_epoch(batches, phase.accumulate)
+            note = few_updates(phase.ema, min(steps, phase.max_steps or steps))
+            notes += [f"{where}: {note}"] if note else []
     return notes
 
 

@@ -258,6 +258,19 @@ def build_mixing(spec: Training, task: Task, outputs: int) -> Mixing | None:
     return task.mixing(spec.mixup, spec.cutmix, spec.smoothing, outputs)
 
 
+def risen(decay: float, updates: int) -> float:
+    """The decay of an average after that many updates: `min(decay, (1 + updates) / (10 + updates))`."""
+    return min(decay, (1 + updates) / (10 + updates))
+
+
+def few_updates(decay: float, updates: int) -> str | None:
+    """A note if a phase has too few updates for the decay of its average to be reached."""
+    reached = risen(decay, updates)
+    if reached >= decay:
+        return None
+    return f"{updates:,} updates are few for an average of the weights with ema {decay:g}; its decay rises with them, to {reached:.3g}"
+
+
 class WeightAverage:
     """An exponential moving average of a model's weights. A shared tensor is updated once per step (in timm's ModelEmaV3, once per use).
 
@@ -280,17 +293,11 @@ class WeightAverage:
         """The decay after `updates` updates; 0 for the first update, which copies the model."""
         if not updates:
             return 0.0
-        return min(self.decay, (1 + updates) / (10 + updates)) if self.rises else self.decay
+        return risen(self.decay, updates) if self.rises else self.decay
 
     def note(self, updates: int) -> str | None:
         """A note if the number of updates is too small for the decay."""
-        reached = self.decay_at(updates)
-        if reached >= self.decay:
-            return None
-        return (
-            f"{updates:,} updates are few for an average of the weights with ema {self.decay:g}; its decay rises with them, "
-            f"to {reached:.3g}"
-        )
+        return few_updates(self.decay, updates) if self.rises else None
 
     def load(self, saved: Mapping[str, Any]) -> None:
         """Continue from a checkpoint: averaged tensors by name, the number of updates, and the kind of decay."""

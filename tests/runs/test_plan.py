@@ -209,6 +209,22 @@ def test_a_plan_counts_data_that_is_there_without_reading_it(monkeypatch, tmp_pa
     assert (images.data.train, images.data.validation, images.data.classes) == (6, 6, None)
 
 
+def test_a_phase_too_short_for_its_average_is_noted(tmp_path):
+    model, args, _ = RECIPES["vit"]
+    root = class_folders(tmp_path / "set", classes=("c1", "c2"), each=9)
+    data = {"name": "folder", "root": str(root), "batch_size": 4, "augment": {}}
+
+    def note(**options):
+        plan = planned(model, args, [{"finetune": {"epochs": 3, **options}}], data=data, student={"head": "new"})
+        return [text for text in plan.notes if "average" in text]
+
+    updates = "steps[0].finetune: {} updates are few for an average of the weights with ema 0.99; its decay rises with them, to {}"
+    assert note(ema=0.99) == [updates.format(12, "0.591")]  # 18 images, 4 whole batches; 13 / 22
+    assert note(ema=0.99, accumulate=3) == [updates.format(6, "0.438")]  # 7 / 16
+    assert note(ema=0.99, max_steps=5) == [updates.format(5, "0.4")]
+    assert note(ema=0.5) == note() == []
+
+
 PROGRAM = """
 import resource, socket, sys
 def refuse(*args): raise OSError("no network")
