@@ -21,6 +21,7 @@ from compressvit.recipe.recipe import Recipe, load_recipe
 from compressvit.report.trade_off import compare_findings
 from compressvit.runs.files import PhaseReport, Results, read_results
 from compressvit.runs.folder import RESOLVED, find_runs, flat
+from compressvit.runs.listed import other_than_written
 from compressvit.runs.tables import megabytes, ratio_text
 from compressvit.tasks.qualities import qualities, ranking
 from compressvit.terminal import Terminal, print_table
@@ -181,6 +182,8 @@ def _finished(given: Sequence[str | Path], tell: Callable[[str], Any]) -> list[t
             continue
         recipe = load_recipe(folder / RESOLVED)
         results = read_results(folder)
+        if others := other_than_written(folder, (RESOLVED, "results.json")):
+            tell(f"{folder}: {others}; the table has what is there now")
         found.append((folder, recipe, results))
     if not found:
         raise UserError("there is no finished run to compare; finish one with `compressvit apply … --resume`")

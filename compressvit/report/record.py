@@ -40,6 +40,7 @@ from compressvit.runs.files import (
     RunFile,
 )
 from compressvit.runs.folder import RESOLVED, RunFolder
+from compressvit.runs.listed import other_than_written
 from compressvit.spec import first_fault
 
 F = TypeVar("F", bound=RunFile)
@@ -88,6 +89,8 @@ def read_run(path: Path) -> Run:
         run.notes.append(f"There is no {PREDICTIONS}, although there is a folder {PICTURES}.")
     _findings(run)
     _artifacts(run, finished)
+    if others := other_than_written(path, told=run.notes):
+        run.notes.append(f"{others}. The page shows what is there now.")
     run.recipe = current_recipe(run.recipe)
     return run
 

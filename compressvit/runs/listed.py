@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,6 +18,7 @@ FORMAT = 1
 # Of these some grow, and others are written again by other verbs, or have checksums of their own.
 _UNLISTED = {NAME, "run.log", "report.html", "wandb.json", "tensorboard", "merged", "exported", "tools"}
 _MODELS = ("teacher", "student")
+_CHECKED = (*_MODELS, "checkpoints")
 _REMADE = (
     "recipe.yaml",
     "environment.json",
@@ -54,6 +56,25 @@ def other_files(folder: Path) -> list[str]:
     return [name for name, digest in sorted(listed.items()) if _differs(folder, name, digest)]
 
 
+def other_than_written(folder: Path, names: Sequence[str] | None = None, told: Sequence[str] = ()) -> str | None:
+    """What to tell where files that are shown are not what the run wrote, or None. Models and checkpoints have checksums of their own.
+
+    Args:
+        folder: the run folder.
+        names: the files that are shown; None: all but models and checkpoints.
+        told: what is told already; a file that it names is not told again.
+    """
+    listed = _listed(folder) or {}
+    shown = [name for name in sorted(listed) if name.partition("/")[0] not in _CHECKED] if names is None else names
+    here = [name for name in shown if name in listed and (folder / name).is_file()]
+    others = [name for name in here if not any(name in text for text in told) and _differs(folder, name, listed[name])]
+    if not others:
+        return None
+    more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+    differ = "differs" if len(others) == 1 else "differ"
+    return f"{', '.join(others[:3])}{more} {differ} from what the run wrote, by the checksums in {NAME}"
+
+
 def _listed(folder: Path) -> dict[str, str] | None:
     """Checksums by the name of a file, None where there is no list of files of a run."""
     try:
@@ -70,8 +91,8 @@ def _differs(folder: Path, name: str, digest: str) -> bool:
 
 
 def remove_remade(folder: Path, names: list[str]) -> list[str]:
-    """Remove of these files those that a run writes again when it is resumed, from what its checkpoints hold. None are removed where a
-    checkpoint is among them: it would have to train again.
+    """Remove of these files those that a run writes again when it is resumed, from what its checkpoints hold, and then the list too: the
+    run's end writes another one. None are removed where a checkpoint is among them: it would have to train again.
 
     Returns:
         What is removed, or was not there.
@@ -83,6 +104,8 @@ def remove_remade(folder: Path, names: list[str]) -> list[str]:
     for name in remade:
         (folder / name).unlink(missing_ok=True)
     remove_models(folder, models)
+    if remade:
+        (folder / NAME).unlink(missing_ok=True)
     return remade
 
 

@@ -14,8 +14,10 @@ pytestmark = pytest.mark.usefixtures("drawn_once")
 
 @pytest.fixture
 def copied(finished, tmp_path):
-    """A copy of a finished run."""
-    return shutil.copytree(finished, tmp_path / "run")
+    """A copy of a finished run, without the checksums by which every change is told."""
+    folder = shutil.copytree(finished, tmp_path / "run")
+    (folder / "files.json").unlink()
+    return folder
 
 
 def noted(folder):
@@ -216,6 +218,20 @@ def test_a_lost_picture_is_a_smaller_gallery(copied):
     notes, page = noted(copied)
     assert notes == ["1 of 16 pictures in predictions cannot be read and are left out; the first is 03.png."]
     assert len(page.images) == 15
+
+
+@pytest.mark.parametrize("name", ["results.json", "resolved.yaml"])
+def test_figures_that_somebody_changed(finished, trained, name, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    assert noted(folder)[0] == []
+    (folder / name).write_text((folder / name).read_text() + "\n")
+    changed = f"{name} differs from what the run wrote, by the checksums in files.json"
+    assert noted(folder)[0] == [f"{changed}. The page shows what is there now."]
+    code, out, err = run("compare", folder, trained[1], "--output", tmp_path / "table")
+    assert (code, err) == (0, "")
+    assert f"{folder}: {changed}; the table has what is there now" in out
+    (folder / "files.json").unlink()  # as in runs of earlier versions
+    assert noted(folder)[0] == []
 
 
 def test_damaged_runs_among_others(copied, finished, trained, tmp_path):
