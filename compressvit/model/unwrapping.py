@@ -132,6 +132,23 @@ def _first(names: Collection[Any]) -> str:
     return f"{shown}, …" if len(names) > 4 else shown
 
 
-def contents(tensors: Collection[str]) -> str:
-    """What a file holds, for a message about a file that does not fit."""
-    return f"The file's first tensors are {_first(tensors)}"
+def _fitting(names: Collection[str], own: Collection[str]) -> list[str]:
+    """The prefixes after which at least half of a model's names are found, as in MoCo's files of an encoder and its momentum average."""
+    found: Counter[str] = Counter()
+    for name in names:
+        parts = name.split(".")
+        found.update(
+            f"{'.'.join(parts[:depth])}."
+            for depth in range(1, min(_DEEPEST + 1, len(parts)))
+            if ".".join(parts[depth:]) in own
+        )
+    return [prefix for prefix, count in found.items() if 2 * count >= len(own)]
+
+
+def contents(tensors: Collection[str], own: Collection[str]) -> str:
+    """What a file holds, for a message about a file that does not fit; `own` are names of the model's tensors."""
+    text = f"The file's first tensors are {_first(tensors)}"
+    if len(fitting := _fitting(tensors, set(own))) < 2:
+        return text
+    after = " and ".join(f"after '{prefix}'" for prefix in fitting)
+    return f"{text}; they fit {after}: save those that are meant, without the prefix, in a file of their own"

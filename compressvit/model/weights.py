@@ -250,7 +250,7 @@ def _require_fit(
         ]
         raise MisfitError(
             f"{what} does not fit {model_name(model)}: {'; '.join(lines)}. "
-            f"{contents(given)}. Check teacher.model and teacher.args against what the file was made with"
+            f"{contents(given, own)}. Check teacher.model and teacher.args against what the file was made with"
         )
 
 

@@ -126,6 +126,10 @@ def test_what_cannot_be_decided_is_refused_and_shown(tmp_path):
     for content, message in (
         ({"a": state, "b": state}, r"holds more than one state dict \(a, b\)"),
         (own_names(state, "a.") | own_names(state, "b."), r"The file's first tensors are a\.cls_token, a\.pos_embed"),
+        (
+            own_names(state, "module.base_encoder.") | own_names(state, "module.momentum_encoder."),
+            r"they fit after 'module\.base_encoder\.' and after 'module\.momentum_encoder\.': save those that are meant",
+        ),
         ({"hyper": {"lr": 1}, "epoch": 3}, r"holds a dict, not a state dict of tensors; its keys are hyper, epoch"),
     ):
         torch.save(content, tmp_path / "w.pth")
