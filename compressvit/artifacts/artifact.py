@@ -172,7 +172,14 @@ def _unpacked(file: Path) -> Iterator[Path]:
         folder = Path(name)
         (folder / MANIFEST).write_text(manifest, encoding="utf-8")
         (folder / TENSORS).symlink_to(file.resolve())
-        yield folder
+        try:
+            yield folder
+        except UserError as error:  # which speaks of a folder that nobody knows
+            within = {str(folder / TENSORS): str(file), str(folder / MANIFEST): f"{MANIFEST} in {file}"}
+            text = str(error)
+            for ours, theirs in within.items():
+                text = text.replace(ours, theirs)
+            raise UserError(text) from error
 
 
 def read_back_difference(path: Path, student: nn.Module, size: tuple[int, int, int]) -> float:

@@ -12,6 +12,7 @@ from compressvit.errors import UserError, shortened
 from compressvit.reading import MAX_DEPTH, parse_yaml
 
 Path = tuple[str | int, ...]
+_MARKS = tuple("@`*&!%|>")  # with these a plain value cannot begin
 _QUOTED = 200  # characters of an override in a message, which may quote it for every fault in it
 
 
@@ -105,8 +106,19 @@ def override(document: Document, assignments: list[str]) -> None:
             raise UserError(f"override '{assignment}' names no key; write it as key=value, e.g. data.root=FOLDER")
         if len(parts) > MAX_DEPTH:
             raise UserError(f"override '{assignment[:40]}…' names a place {len(parts)} levels deep; a recipe has fewer")
-        value = parse_yaml(text, f"override '{assignment}': its value")
+        value = _value(key, text, assignment)
         _assign(document, parts, _as_written(value, text), assignment)
+
+
+def _value(key: str, text: str, assignment: str) -> Any:
+    """The value of an override, read as YAML."""
+    try:
+        return parse_yaml(text, f"override '{assignment}': its value")
+    except UserError as error:
+        if not text.startswith(_MARKS) or "'" in text or '"' in text or len(text) > _QUOTED:
+            raise
+        quoted = f"""'{key}="{text}"'"""
+        raise UserError(f"{error}. A value that begins with {text[0]} is quoted, as in {quoted}") from error
 
 
 def _as_written(value: Any, text: str) -> Any:

@@ -133,6 +133,11 @@ def test_a_file_of_safetensors_is_a_whole_artifact(tmp_path):
     assert stored.class_names(student) == [f"class {i}" for i in range(5)]
     with safe_open(file, framework="pt") as opened:
         assert set(opened.keys()) == set(ties.unique_state(source.model))
+    damaged = bytearray(file.read_bytes())
+    damaged[-1] ^= 1
+    file.write_bytes(damaged)
+    with pytest.raises(UserError, match=f"^{file} is damaged: the checksum of "):
+        compressvit.load(file)
     other = tmp_path / "plain.safetensors"
     from safetensors.torch import save_file
 

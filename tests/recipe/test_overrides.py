@@ -66,6 +66,8 @@ steps: [finetune: *training]
         ("teacher.model.name=x", ["nothing", "teacher.model", "'vit_tiny_patch16_224'", "'name'"]),
         ("seed.x=1", ["nothing", "seed is 3", "'x'"]),
         ("seed=[1", ["'seed=[1'", "not YAML"]),
+        ("data.root=@x", ["not YAML", """begins with @ is quoted, as in 'data.root="@x"'"""]),
+        ("data.root=*x", ["undefined alias", """begins with * is quoted, as in 'data.root="*x"'"""]),
         ("seed=2020-13-45", ["'seed=2020-13-45'", "quotes"]),
     ],
 )
