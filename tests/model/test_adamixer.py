@@ -198,6 +198,7 @@ def test_a_new_decoder_says_the_whole_image_and_hardly_any_class():
         ),
         ("resnet18", {}, (32, 64), (4, 8, 16, 32)),
         ("convnext_tiny", {"depths": (1, 1, 1, 1), "dims": (8, 16, 16, 32)}, 32, (4, 8, 16, 32)),
+        ("cvt_13", {"depths": (1, 1, 1), "embed_dims": (8, 16, 32), "num_heads": (1, 1, 2)}, 64, (4, 8, 16, 32)),
     ],
 )
 def test_backbones_give_a_pyramid(backbone, args, size, strides):

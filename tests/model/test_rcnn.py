@@ -169,6 +169,10 @@ def test_a_plain_vit_is_refused_by_the_name_asked():
         ({"backbone_args": {"dephts": (1, 1, 1, 1)}}, "timm cannot build swin_tiny_.*'dephts'; did you mean 'depths'"),
         ({"backbone_args": {"checkpoint_path": "x"}}, "checkpoint_path is no argument of the architecture"),
         (
+            {"backbone_args": {"depths": (2, 2), "num_heads": (3, 6)}},
+            r"gives 2 feature maps, of .*4.0, 8.0\]; a pyramid takes at least 3",
+        ),
+        (
             {"backbone_args": {"num_classes": 5}},
             "backbone_args.num_classes=5: a backbone has no classifier; leave it out",
         ),
@@ -187,6 +191,17 @@ def test_gradients_reach_every_parameter(name):
     sum(model(torch.randn(1, 3, 64, 64)).losses([truth([(4, 8, 40, 30)], [2])]).values()).backward()
     without = [n for n, p in model.named_parameters() if p.grad is None and not n.startswith("backbone.norm")]
     assert without == []
+
+
+@pytest.mark.parametrize("channels", [8, 32])  # the coarser levels are made of the pyramid's last, or of the backbone's
+def test_a_backbone_of_three_stages_has_two_coarser_levels(channels):
+    args = {"depths": (1, 1, 1), "embed_dims": (8, 16, 32), "num_heads": (1, 1, 2)}
+    model = detector("mask_rcnn", backbone="cvt_13", backbone_args=args, channels=channels).train()
+    maps = model.maps(torch.randn(1, 3, 64, 64))
+    assert [tuple(found.shape) for found in maps.values()] == [(1, channels, side, side) for side in (16, 8, 4, 2, 1)]
+    sum(model(torch.randn(1, 3, 64, 64)).losses([truth([(4, 8, 40, 30)], [2])]).values()).backward()
+    without = {n for n, p in model.named_parameters() if p.grad is None}
+    assert without == {"backbone.norm.weight", "backbone.norm.bias"}
 
 
 TRANSFORMS = {

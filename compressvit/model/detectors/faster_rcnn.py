@@ -20,14 +20,14 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead, concat_box_prediction_layers
 from torchvision.ops import MultiScaleRoIAlign
-from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
+from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool, LastLevelP6P7
 
 from compressvit.errors import UserError
 from compressvit.model.detectors import regions
 from compressvit.model.detectors.adamixer import default_cfgs as of_adamixer
 from compressvit.model.detectors.backbone import backbone_of, take_statistics
 from compressvit.model.detectors.prediction import Detections, Target
-from compressvit.model.detectors.pyramid import feature_maps, require_divisible
+from compressvit.model.detectors.pyramid import LEVELS, feature_maps, require_divisible
 from compressvit.model.detectors.selection import select
 
 default_cfgs = {"faster_rcnn": {**of_adamixer["adamixer"], "classifier": "heads.box_predictor.cls_score"}}
@@ -172,7 +172,8 @@ class FasterRCNN(nn.Module):
                 "or the detector adamixer"
             )
         require_divisible(height, width, strides)
-        self.fpn = FeaturePyramidNetwork(widths, channels, LastLevelMaxPool())
+        further = LastLevelMaxPool() if len(widths) == LEVELS else LastLevelP6P7(widths[-1], channels)
+        self.fpn = FeaturePyramidNetwork(widths, channels, further)  # of five levels
         anchors = AnchorGenerator(SIDES, ((0.5, 1.0, 2.0),) * len(SIDES))
         head = RPNHead(channels, anchors.num_anchors_per_location()[0])
         kept = {"training": 2 * PROPOSALS, "testing": PROPOSALS}

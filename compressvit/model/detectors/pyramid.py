@@ -1,6 +1,7 @@
 """Feature maps of several strides from a backbone of timm.
 
-A backbone with stages (ResNet, ConvNeXt, Swin) gives a map of each of its last four stages. A plain ViT gives one map, that of its last
+A backbone with stages (ResNet, ConvNeXt, Swin) gives a map of each of its last four stages; after those of one with three (CvT) comes a
+coarser one, by a convolution of stride 2 on the last, as in RetinaNet (https://arxiv.org/abs/1708.02002, §4). A plain ViT gives one map, that of its last
 block, and the pyramid is made of it by (de)convolutions, as in ViTDet: Exploring Plain Vision Transformer Backbones for Object Detection,
 ECCV 2022, https://arxiv.org/abs/2203.16527, §3.
 """
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from compressvit.errors import UserError
 
 LEVELS = 4
+FEWEST = 3  # maps of different strides that a pyramid can be made of
 
 
 class Pyramid(nn.Module):
@@ -37,6 +39,9 @@ class Pyramid(nn.Module):
             self.levels = nn.ModuleList(_resampled(width, channels, octaves) for octaves in (2, 1, 0, -1))
         else:
             self.levels = nn.ModuleList(nn.Conv2d(width, channels, 1) for width in sources)
+            for _ in range(LEVELS - len(sources)):
+                self.levels.append(nn.Conv2d(sources[-1], channels, 3, 2, 1))
+                strides = [*strides, strides[-1] * 2]
         self.strides = tuple(strides)
         self.norm = nn.GroupNorm(channels // 8 if channels % 8 == 0 else 1, channels)  # 32 groups of 256, as usual
         for module in self.modules():
@@ -46,8 +51,7 @@ class Pyramid(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
-        if len(maps) == 1:
-            maps = maps * len(self.levels)
+        maps = maps + maps[-1:] * (len(self.levels) - len(maps))
         return [self.norm(level(found)) for level, found in zip(self.levels, maps, strict=True)]
 
 
@@ -81,8 +85,10 @@ def levels_of(backbone: nn.Module, name: str) -> tuple[list[int], list[int], lis
     strides = [float(entry["reduction"]) for entry in info]
     if len(set(strides)) == 1:
         return [len(info) - 1], [info[-1]["num_chs"]], strides[-1:]
-    if len(info) < LEVELS:
-        raise UserError(f"{name} gives {len(info)} feature maps, of strides {strides}; a pyramid takes {LEVELS}")
+    if len(info) < FEWEST:
+        raise UserError(
+            f"{name} gives {len(info)} feature maps, of strides {strides}; a pyramid takes at least {FEWEST}"
+        )
     chosen = list(range(len(info)))[-LEVELS:]
     return chosen, [info[i]["num_chs"] for i in chosen], [strides[i] for i in chosen]
 
