@@ -8,7 +8,7 @@ what the structure rules out is refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +19,18 @@ from compressvit.model import ties
 
 
 @torch.no_grad()
-def merge_before_(layer: nn.Module, r: torch.Tensor, c: torch.Tensor) -> None:
+def merge_before_(
+    layer: nn.Module, r: torch.Tensor, c: torch.Tensor, apart: Sequence[nn.Parameter | None] | None = None
+) -> None:
     """Change `layer` in place so that its new output for x is its old output for `R x + c`.
 
     `nn.Linear`: `W' = W R`, `b' = b + W c`. `nn.MultiheadAttention` with one `in_proj`, self-attention: the same on its three thirds.
     `nn.Conv2d` without groups: over its input channels, `b' = b + Σ_positions K c`; one that pads with v (zeros, at first) must pad
     with what is mapped to it, `R⁻¹ (v − c)`, and becomes a `PaddedConv2d`.
+
+    Args:
+        apart: of an `nn.Linear` without a bias, the parameters that are added to its output, in order; None: one that nothing depends on,
+            whose part of `W c` is dropped.
 
     Raises:
         UserError: the layer has no bias to take c, is depth-wise or grouped (it would become dense), computes with more than its own
@@ -32,12 +38,15 @@ def merge_before_(layer: nn.Module, r: torch.Tensor, c: torch.Tensor) -> None:
     """
     prefix = "in_proj_" if isinstance(layer, nn.MultiheadAttention) else ""
     _require_plain(layer, "before", (nn.Linear, nn.Conv2d, nn.MultiheadAttention), prefix)
-    _require_bias(layer, c, prefix)
+    if apart is None:
+        _require_bias(layer, c, prefix)
     if not isinstance(layer, nn.Conv2d):
         weight = getattr(layer, f"{prefix}weight")
         bias = getattr(layer, f"{prefix}bias")
         if bias is not None:
             bias.copy_(bias.double() + weight.double() @ c)
+        elif apart is not None:
+            _shift_apart_(apart, weight.double() @ c)
         weight.copy_(weight.double() @ r)
         return
     if layer.groups != 1:
@@ -55,6 +64,16 @@ def merge_before_(layer: nn.Module, r: torch.Tensor, c: torch.Tensor) -> None:
     if layer.bias is not None:
         layer.bias.copy_(layer.bias.double() + torch.einsum("oihw,i->o", kernel, c))
     layer.weight.copy_(torch.einsum("oihw,ij->ojhw", kernel, r))
+
+
+def _shift_apart_(parameters: Sequence[nn.Parameter | None], shift: torch.Tensor) -> None:
+    """Add to each parameter its part of a shift."""
+    known = sum(parameter.numel() for parameter in parameters if parameter is not None)
+    dropped = (len(shift) - known) // max(1, sum(parameter is None for parameter in parameters))
+    sizes = [dropped if parameter is None else parameter.numel() for parameter in parameters]
+    for parameter, part in zip(parameters, shift.split(sizes), strict=True):
+        if parameter is not None:
+            parameter.copy_(parameter.double() + part)
 
 
 @torch.no_grad()

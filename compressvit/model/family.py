@@ -171,6 +171,9 @@ class Family(ABC):
     coarse_keys: ClassVar[bool] = False  # its keys and values are on a coarser grid than its queries
     # What stands between the input of its attention and the layers of queries, keys and values, for messages: 'a convolution'.
     before_qkv: ClassVar[str | None] = None
+    # Of layers of its attention without a bias, the parameters of the attention that are the parts of one, in order. None: a part that no
+    # output depends on, as where keys are shifted all alike, and nothing but a softmax over them reads that.
+    biases_apart: ClassVar[Mapping[str, tuple[str | None, ...]]] = {}
     whole_heads: ClassVar[bool] = False  # its attention works on the dimensions of a head together
     widens: ClassVar[bool] = False  # the first block of a stage has other shapes than the rest
     mixed_heads: ClassVar[bool] = False  # its heads work on what the others give, so that none can go

@@ -12,7 +12,7 @@ them (before LayerScale and the residual), and `act` gives φ an activation, wit
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -145,6 +145,9 @@ class RepAdapterPlan(TermPlan):
     position: Position = "before"
     act: str | None = None
     unbiased: str | None = None  # a layer that would have to take in a shift, and has no bias
+    apart: Mapping[str, tuple[str | None, ...]] = Field(
+        default_factory=dict
+    )  # `Family.biases_apart` of layers without a bias
     behind: str | None = None  # what stands between φ before an attention and the layers it would merge into
 
     @property
@@ -175,9 +178,14 @@ class RepAdapterPlan(TermPlan):
 
     def fold_term(self, module: nn.Module, term: Any, path: str) -> None:
         """Into the projection after it, `W' = W R`, `b' = b + W c` with `φ(x) = R x + c`, or before it, `W' = R W`, `b' = R b + c`."""
-        merge = merge_before_ if self.position == "before" else merge_after_
         for name in _layers(module, path, self.position):
-            merge(module.get_submodule(name), *term.as_affine())
+            layer, (r, c) = module.get_submodule(name), term.as_affine()
+            if self.position == "after":
+                merge_after_(layer, r, c)
+            elif name in self.apart:
+                merge_before_(layer, r, c, [b if b is None else module.get_parameter(b) for b in self.apart[name]])
+            else:
+                merge_before_(layer, r, c)
 
     def fold(self, model: nn.Module) -> None:
         if self.act is not None:
@@ -211,6 +219,15 @@ def _layers(sublayer: nn.Module, path: str, position: Position) -> tuple[str, ..
     """Within the sublayer at `path`: the layer that φ merges into, or those in its place."""
     part = path.rpartition(".")[2]
     return layers_within(sublayer, part, LAYER[position][part])
+
+
+def _are_there(model: nn.Module, paths: Iterable[str], name: str, biases: Iterable[str | None]) -> bool:
+    """Whether the layers `name` among the paths have those parameters beside them."""
+    of_it = [path.rpartition(".")[0] for path in paths if path.rpartition(".")[2] == name]
+    wanted = [bias for bias in biases if bias is not None]
+    return bool(of_it) and all(
+        getattr(model.get_submodule(path), bias, None) is not None for path in of_it for bias in wanted
+    )
 
 
 @transform("repadapter", RepAdapterPlan)
@@ -263,7 +280,13 @@ class RepAdapter(OnBlocks):
                 )
         paths = tuple(f"{info.path}.{part}" for info in chosen for part in parts)
         into = {p: projection(model, p, f"repadapter.place={self.place}") for p in _merged(model, paths, self.position)}
-        unbiased = next((path for path, layer in into.items() if getattr(layer, "bias", None) is None), None)
+        without = [path for path, layer in into.items() if getattr(layer, "bias", None) is None]
+        apart = {
+            name: biases
+            for name, biases in backbone.family.biases_apart.items()
+            if _are_there(model, without, name, biases)
+        }
+        unbiased = next((path for path in without if path.rpartition(".")[2] not in apart), None)
         behind = backbone.family.before_qkv if self.position == "before" and "attn" in parts else None
         settings = self.model_dump(include={"width", "groups", "scale", "dropout", "position", "act"})
-        return RepAdapterPlan(paths=paths, unbiased=unbiased, behind=behind, **settings)
+        return RepAdapterPlan(paths=paths, unbiased=unbiased, apart=apart, behind=behind, **settings)

@@ -20,6 +20,7 @@ from compressvit.artifacts.merge import merged_copy
 from compressvit.errors import UserError
 from compressvit.model.affine import PaddedConv2d, merge_after_, merge_before_
 from compressvit.model.backbone import describe
+from compressvit.model.families.beit import SMALL as BEIT
 from compressvit.model.surgery import added_parameters, fill_slot, skeleton, specialise
 from compressvit.transforms import PHM, SSF, Adapters, FacT, LoRA, LowRank, Multiplex, RepAdapter, Transform
 from compressvit.transforms.applying import apply_plans, compress, materialise
@@ -249,7 +250,7 @@ MERGEABLE: dict[str, Transform] = {
 }
 
 
-NOT_BEFORE_KEYS = ("dinov3", "eva02", "swin_v2", "beit", "vit_relpos", "cvt")  # no bias takes in a shift
+NOT_BEFORE_KEYS = ("dinov3", "eva02", "swin_v2", "vit_relpos", "cvt")  # no bias takes in a shift
 
 
 def build_any(name: str, seed: int = 0) -> nn.Module:
@@ -395,6 +396,9 @@ def test_a_projection_without_a_bias_takes_no_shift():
     ):
         merged_copy(made)
     assert same_values(values(made), before)
+    beit = timm.create_model("beit_base_patch16_224", **{**BEIT, "qkv_bias": False}).eval()
+    with pytest.raises(UserError, match=r"blocks\.0\.attn\.qkv has no bias to take in its shift"):
+        merged_copy(adapted(beit, [RepAdapter(width=4)]))
     ssf = adapted(plain, [SSF()])
     assert "blocks.0.attn.qkv" not in compression_of(ssf).plans[0].layers
     assert relative(outputs(materialise(ssf)), outputs(ssf)) < 1e-5  # measured 1e-7

@@ -1,9 +1,9 @@
 """Feature maps of several strides from a backbone of timm.
 
 A backbone with stages (ResNet, ConvNeXt, Swin) gives a map of each of its last four stages; after those of one with three (CvT) comes a
-coarser one, by a convolution of stride 2 on the last, as in RetinaNet (https://arxiv.org/abs/1708.02002, §4). A plain ViT gives one map, that of its last
-block, and the pyramid is made of it by (de)convolutions, as in ViTDet: Exploring Plain Vision Transformer Backbones for Object Detection,
-ECCV 2022, https://arxiv.org/abs/2203.16527, §3.
+coarser one, by a convolution of stride 2 on the last, as in RetinaNet (https://arxiv.org/abs/1708.02002, §4). A plain ViT gives one map,
+that of its last block, and the pyramid is made of it by (de)convolutions, as in ViTDet: Exploring Plain Vision Transformer Backbones for
+Object Detection, ECCV 2022, https://arxiv.org/abs/2203.16527, §3.
 """
 
 from __future__ import annotations

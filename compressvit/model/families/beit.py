@@ -81,6 +81,7 @@ class Beit(Family):
     position_table = True
     prompts = "biased_sequence"
     branches = GAMMA_BRANCHES
+    biases_apart: ClassVar[Mapping[str, tuple[str | None, ...]]] = {"qkv": ("q_bias", None, "v_bias")}
     of_heads = ("q_bias", "k_bias", "v_bias")
     of_each_head: ClassVar[Mapping[str, tuple[int, ...]]] = {"relative_position_bias_table": (1,)}
     examples: ClassVar[Mapping[str, Example]] = {"beit": Example("beit_base_patch16_224", SMALL)}
