@@ -26,7 +26,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -34,6 +34,7 @@ import timm
 import torch
 from hidden_relation import MIB, LiveBytes
 from rich.console import Console
+from torch import nn
 
 from compressvit import Multiplex, compress
 from compressvit.data.input import Side
@@ -45,6 +46,8 @@ from compressvit.training.losses import attention_relation
 from compressvit.training.pairs import match_layers
 from compressvit.training.phase import Phase
 from compressvit.training.phases.distill import Distill
+
+Losses = Mapping[str, Mapping[str, float]]
 
 CPU = torch.device("cpu")
 STUDENT, TEACHER = "swin_tiny_patch4_window7_224", "swin_small_patch4_window7_224"
@@ -59,17 +62,22 @@ STUDENTS = {
 }
 
 
-def trainer(losses: dict[str, dict[str, float]], folder: Path) -> Trainer:
+def trainer(losses: Losses, folder: Path) -> Trainer:
     """A phase of Mini-Swin-T with its teacher, ready for its first step."""
     torch.manual_seed(0)
     student, teacher = compress(timm.create_model(STUDENT), [MINI_SWIN]), timm.create_model(TEACHER)
+    return begun(student, teacher, Distill(losses=losses, layers=PAIRS, lr=1e-6, clip_grad=5.0), 4, folder)
+
+
+def begun(student: nn.Module, teacher: nn.Module, spec: Distill, batch: int, folder: Path) -> Trainer:
+    """A phase of a multiplexed student with its teacher and layer pairs, ready for its first step."""
     off_identity(student)
-    spec = Distill(losses=losses, layers=PAIRS, lr=1e-6, clip_grad=5.0)
-    terms = spec.terms(student, match_layers(student, teacher, PAIRS)[0], teacher=teacher)
+    assert isinstance(spec.layers, tuple)
+    terms = spec.terms(student, match_layers(student, teacher, spec.layers)[0], teacher=teacher)
     sides = [Side.of(model, Data(name="images")) for model in (student, teacher)]
     phase, log = Phase("step", 1, 0, folder / "step.pt"), RunLog(None, Console(file=io.StringIO()))
     made = Trainer(
-        *(sides[0], spec, phase, terms, range(10**6), 4, CPU, log, lambda model: {}, task_of(student)),
+        *(sides[0], spec, phase, terms, range(10**6), batch, CPU, log, lambda model: {}, task_of(student)),
         *(sides[1], None, None, (), lambda model, epoch, last: None),
     )
     made.connect()
@@ -78,7 +86,7 @@ def trainer(losses: dict[str, dict[str, float]], folder: Path) -> Trainer:
     return made
 
 
-def off_identity(model: torch.nn.Module) -> None:
+def off_identity(model: nn.Module) -> None:
     """Move what mixes heads off the identity, and convolutions off zero, as training does."""
     for name, parameter in model.named_parameters():
         if "_mix." in name or "mlp_conv.conv" in name:
