@@ -6,6 +6,7 @@ torch is imported only in the functions for checkpoints, because the report writ
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -13,10 +14,11 @@ import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from compressvit.errors import UserError, switch
+from compressvit.errors import UserError, did_you_mean, switch
 from compressvit.text import printable_in
 
 
@@ -39,6 +41,7 @@ def disk_faults(path: Path) -> Iterator[None]:
         raise
 
 
+_LOOKED_AT = 10_000  # names of a folder, for one that is like another
 _FULL_TEXTS = (
     "No space left",
     "os error 28",
@@ -77,6 +80,26 @@ def expanded(path: str | Path, where: str) -> Path:
     except OSError as error:
         raise UserError(f"{where}: {path} is no path: {error.strerror or error}") from error
     return found
+
+
+def sha256_of(path: Path) -> str | None:
+    """The SHA-256 of a file's bytes, as hexadecimal digits; None where there is no file."""
+    if not path.is_file():
+        return None
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(1 << 22):
+            found.update(part)
+    return found.hexdigest()
+
+
+def near(path: Path) -> str:
+    """A clause for the end of a message that there is no file at `path`: the name beside it that is most like its own; or nothing."""
+    with suppress(OSError):
+        names = [entry.name for entry in islice(os.scandir(path.parent), _LOOKED_AT)]
+        if found := did_you_mean(path.name, names, list_at_most=0):
+            return f"; {found}"
+    return ""
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any], *, keep: Path | None = None) -> None:

@@ -317,6 +317,7 @@ def _frontier(arguments: argparse.Namespace) -> int:
 def _validate(arguments: argparse.Namespace) -> int:
     from compressvit.recipe.recipe import load_recipe, require_known_models
     from compressvit.runs.heads import require_enough_outputs
+    from compressvit.runs.models import missing_data, missing_yet
 
     faulty = 0
     for name in arguments.recipes:
@@ -325,8 +326,8 @@ def _validate(arguments: argparse.Namespace) -> int:
             require_known_models(recipe, name)
             if any(getattr(entry.spec, "rounded", False) for entry in recipe.steps):  # it counts on a later one
                 recipe.parts()
-            told = require_enough_outputs(recipe, name)
-            print(printable(f"{name}: valid{f'; {told}' if told else ''}"))
+            told = [require_enough_outputs(recipe, name), *missing_yet(recipe), missing_data(recipe)]
+            print(printable("; ".join([f"{name}: valid", *filter(None, told)])))
         except UserError as error:
             faulty += 1
             print(printable(str(error)), file=sys.stderr)

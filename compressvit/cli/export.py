@@ -40,6 +40,13 @@ def add_export(verb: Verb) -> None:
         help="of int8-static: measure the ranges of activations on N of the training images, without labels (default: 256)",
     )
     export.add_argument(
+        "--least-agreement",
+        metavar="X",
+        type=float,
+        help="of int8: keep a file that agrees with the artifact at least so far, from 0 to 1: images of the same class, the smallest "
+        "cosine of an image, or detections in both",
+    )
+    export.add_argument(
         "--opset", metavar="N", type=int, help="of onnx: the version of its operators (default: torch's choice)"
     )
     export.add_argument(
@@ -68,6 +75,7 @@ def run_export(arguments: argparse.Namespace) -> int:
         overrides=arguments.overrides,
         images=arguments.images,
         device=arguments.device,
+        least_agreement=arguments.least_agreement,
     )
     if arguments.json:
         print(json.dumps(result, indent=2))

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from compressvit.errors import UserError, did_you_mean
-from compressvit.files import damaged_record, torch_fault
+from compressvit.files import damaged_record, near, torch_fault
 from compressvit.model import hugging_face
 from compressvit.model.backbone import body_of, head_names, model_name
 from compressvit.model.bounded import on_meta, require_sound
@@ -176,7 +176,7 @@ def load_file(model: nn.Module, path: str | Path, where: str, *, new_head: bool 
     of three channels is adapted to the model's number of channels.
 
     Args:
-        model: changed in place.
+        model: changed in place; on the meta device it is only compared with the file, and nothing is logged.
         path: the file, or an artifact's folder.
         where: the recipe path to speak of in a message.
         new_head: keep the model's fresh classifier when the file's has another number of classes (it will be trained).
@@ -216,10 +216,11 @@ def load_file(model: nn.Module, path: str | Path, where: str, *, new_head: bool 
         anew = {n.rpartition(".")[0] for n in misfit}  # of a head of several layers the others stay
         tensors = {n: t for n, t in tensors.items() if n not in heads or n.rpartition(".")[0] not in anew}
     _require_fit(tensors, model, heads if new_head else set(), f"{where}: {path}", given)
-    model.load_state_dict(tensors, strict=False)
     notes = [replace(note, text=f"{where}: {path}: {note.text}") for note in notes]
-    for note in notes:
-        log.info("%s", note.text)
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        model.load_state_dict(tensors, strict=False)
+        for note in notes:
+            log.info("%s", note.text)
     return notes
 
 
@@ -332,7 +333,7 @@ def _read(path: Path, where: str) -> tuple[dict[str, torch.Tensor], list[Note]]:
             return _in_one([_read(file, where) for file in files], where)
         path = files[0] if files else path
     if not path.is_file():
-        raise UserError(f"{where}: there is no file {path}. {_supply(where)}")
+        raise UserError(f"{where}: there is no file {path}{near(path) or '.'} {_supply(where)}")
     if path.suffix == ".safetensors":
         return read_safetensors(path), []
     if record := damaged_record(path):
@@ -343,7 +344,7 @@ def _read(path: Path, where: str) -> tuple[dict[str, torch.Tensor], list[Note]]:
         # on a damaged file: IndexError, struct.error, OSError, whatever the unpickler stumbles on
         raise UserError(
             f"{where}: {path} is not a file of plain tensors ({torch_fault(error)}). compressvit never runs code from a weights file; "
-            "convert it to safetensors where you trust it"
+            "convert it to safetensors where you trust it, with safetensors.torch.save_file(model.state_dict(), 'FILE.safetensors')"
         ) from error
     return unwrapped(content, path, where)
 
@@ -376,7 +377,7 @@ def _require_reachable(config: dict[str, Any]) -> None:
 
 
 def _supply(where: str) -> str:
-    return f"Supply them as a file: {where}=PATH (safetensors, or a torch file of plain tensors)."
+    return f"Supply weights as a file: {where}=PATH (safetensors, or a torch file of plain tensors)."
 
 
 def hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:

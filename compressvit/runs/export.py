@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -48,6 +49,7 @@ def export(
     overrides: Sequence[str] = (),
     images: int | None = None,
     device: str = "auto",
+    least_agreement: float | None = None,
 ) -> dict[str, Any]:
     """Write the artifact at `path`, or that of a run, in a format for other programs; open the file in its own runtime and compare it.
 
@@ -63,6 +65,8 @@ def export(
         overrides: of the data whose images are used instead of the run's, as ['data.name=images', 'data.root=FOLDER'].
         images: of 'int8-static': how many training images ranges are measured on; None: 256.
         device: 'auto' or 'cpu', where files are compared.
+        least_agreement: of int8, keep a file that agrees with the artifact at least so far, from 0 to 1 (`Likeness.agreement`: images of
+            the same class, the smallest cosine of an image, or shared detections), in place of what rounding is expected to do.
 
     Returns:
         What was written, and how it compares: difference, agreement and milliseconds, which are None where weights alone are rounded.
@@ -71,10 +75,7 @@ def export(
         UserError: there is no artifact, a package is missing, the format cannot express the model, a file is there already, or what was
             written does not compute what the artifact does, or there are too few images to measure ranges on. Nothing is left of it then.
     """
-    _require_cpu(device)
-    fmt = find_format(to)
-    export_images.require_count(images, precision)
-    fmt.require(precision, opset)
+    fmt = _asked_for(to, precision, opset, images, device, least_agreement)
     folder = artifact_in(Path(path).resolve())
     target = _target(folder, fmt, precision) if output is None else _named(Path(output).resolve(), fmt)
     _require_place(target, folder, fmt, overwrite, own=output is None)
@@ -85,7 +86,7 @@ def export(
         compared, what = export_images.compared(folder, source.input, data if overrides else None)
         source, measured = export_images.calibrated(source, data, images, not overrides)
         with replacing(target) as scratch:
-            told = _written(fmt, source, scratch / target.name, compared, what)
+            told = _written(fmt, source, scratch / target.name, compared, what, least_agreement)
         for name in set(fmt.beside(target.name)) - set(told["bytes"]):  # of an earlier one, which needed it
             target.with_name(name).unlink(missing_ok=True)
     return {
@@ -98,6 +99,18 @@ def export(
     }
 
 
+def _asked_for(
+    to: str, precision: str, opset: int | None, images: int | None, device: str, least: float | None
+) -> Format:
+    """The format, unless something is asked of it that cannot be."""
+    _require_cpu(device)
+    fmt = find_format(to)
+    export_images.require_count(images, precision)
+    fmt.require(precision, opset)
+    _require_least(least, precision)
+    return fmt
+
+
 def _source(folder: Path, precision: str, opset: int | None, dense: bool) -> Source:
     """The model of the artifact in `folder`, as it is exported."""
     model = in_float32(artifact.load(folder))
@@ -108,14 +121,14 @@ def _source(folder: Path, precision: str, opset: int | None, dense: bool) -> Sou
     return Source(model, task, own_input(folder, model), precision, name, opset, dense, exif)
 
 
-def _written(fmt: Format, source: Source, path: Path, images: Tensor, what: str) -> dict[str, Any]:
+def _written(fmt: Format, source: Source, path: Path, images: Tensor, what: str, least: float | None) -> dict[str, Any]:
     """Write a file, open it again, and compare it with the model; returns what the result says of it."""
     fmt.write(source, path)
     with conversion_faults(f"a file that {fmt.runtime} opens"):
         # who rounds weights alone wants other arithmetic than what is run here
         timed = fmt.computes_in(source.precision)
         likeness, times = _compared(source, fmt.open(path, source), images, timed)
-    _require_alike(likeness, source, fmt, what)
+    _require_alike(likeness, source, fmt, what, least)
     parts = [path, *(path.with_name(name) for name in fmt.parts(path.name))]
     others = {file.name: _bytes(file) for file in sorted(path.parent.iterdir()) if file != path}
     return {
@@ -240,22 +253,41 @@ def _tensors(outputs: Any) -> tuple[Tensor, ...]:
     return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
 
-def _require_alike(likeness: Likeness, source: Source, fmt: Format, images: str) -> None:
-    if likeness.alike:
+def _require_least(least: float | None, precision: str) -> None:
+    """Raise a `UserError` for an agreement that cannot be asked for."""
+    if least is None:
+        return
+    if precision not in INTEGERS:
+        raise UserError(
+            f"{option('least_agreement', f'{least:g}')} is for {' and '.join(INTEGERS)}; a file in {precision} computes what the artifact "
+            "does, or is refused"
+        )
+    if not 0 < least <= 1:
+        raise UserError(f"{option('least_agreement', f'{least:g}')}: an agreement is above 0 and at most 1, e.g. 0.95")
+
+
+def _require_alike(likeness: Likeness, source: Source, fmt: Format, images: str, least: float | None) -> None:
+    if likeness.alike if least is None else math.isfinite(likeness.difference) and likeness.agreement >= least:
         return
     ways = {
         "fp16": "numbers above 65,504 do not fit into fp16; try fp32, or bf16 where the format has it",
         **dict.fromkeys(
             INTEGERS,
-            "int8 is too few bits for the numbers between its layers; try fp16, or the step `quantise`, which rounds weights alone",
+            "int8 is too few bits for the numbers between its layers; try fp16, or the step `quantise`, which rounds weights alone, or "
+            f"keep it all the same: {option('least_agreement', f'{math.floor(likeness.agreement * 100) / 100:g}')}",
         ),
         "bf16": "bf16 has 8 bits of precision, which can be too few; try fp32",
         "fp32": "this is a fault of the exporter or the runtime; try another format or opset",
     }
+    asked = (
+        f"at most {TOLERANCES[source.precision]:g}, and {likeness.asked}"
+        if least is None
+        else f"an agreement of {least:g}"
+    )
     raise UserError(
         f"what {fmt.runtime} computes of the {fmt.title} file is not what the artifact does: on {images} outputs differ by "
-        f"{likeness.difference:.1e} of the largest, where {TOLERANCES[source.precision]:g} is rounding ({likeness.text}). Nothing was "
-        f"written: {ways[source.precision]}"
+        f"{likeness.difference:.1e} of the largest ({likeness.text}), and {asked} is asked for. Nothing was written: "
+        f"{ways[source.precision]}"
     )
 
 

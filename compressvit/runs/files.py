@@ -297,6 +297,7 @@ class Environment(RunFile):
     torch_threads: int | None = None
     processes: int = 1
     launch: str | None = None
+    recipe_sha256: str | None = None  # of recipe.yaml, as the run began
     cuda: str | None = None
     gpus: list[str] = []
     versions: dict[str, str | None] = {}

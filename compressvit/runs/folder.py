@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from compressvit import __version__, processes
 from compressvit.errors import UserError, option, switch
-from compressvit.files import disk_faults, write_json, write_text
+from compressvit.files import disk_faults, sha256_of, write_json, write_text
 from compressvit.model.header import MANIFEST
 from compressvit.model.old import RESOLVED, current_recipe, stored_step
 from compressvit.notes import Note
@@ -32,6 +32,8 @@ from compressvit.runs.owned import LOCK, delete, is_scratch, refuse_foreign, ref
 if TYPE_CHECKING:
     from compressvit.charts.findings import Finding
     from compressvit.recipe.recipe import Recipe
+
+GIVEN = "recipe.yaml"
 
 
 class RunFolder:
@@ -84,6 +86,7 @@ class RunFolder:
             self._refuse_other_recipe(recipe)
             self._refuse_other_processes()
             refuse_links(self.path.resolve())
+            self._refuse_edited_recipe()
         elif occupied and not overwrite:
             raise UserError(
                 f"{self.path} is not empty. Give {switch('resume')} to continue the run in it, {switch('overwrite')} to delete it and "
@@ -160,6 +163,16 @@ class RunFolder:
                 f"{'are' if now > 1 else 'is'} {now} now; data.batch_size counts for each, so the rest of the run would be another one. "
                 f"Start {before}, or start a new run with another {option('output')}"
             )
+
+    def _refuse_edited_recipe(self) -> None:
+        """A run goes on with its resolved recipe, so that what somebody changed in `recipe.yaml` would be passed over."""
+        begun, file = self.environment(), self.path / GIVEN
+        if begun is None or begun.recipe_sha256 is None or sha256_of(file) in (None, begun.recipe_sha256):
+            return
+        raise UserError(
+            f"{switch('resume')}: {file} was changed after the run began, which goes on with {RESOLVED}. For a run of the changed recipe, "
+            f"copy it and give another {option('output')}; to go on as begun, delete {GIVEN}, and it is written again"
+        )
 
     def _changes_nothing(self, key: str, before: dict[str, Any], recipe: Recipe) -> bool:
         """Whether a run ends with the same weights if this key has another value than before. That of `data.root` may: the images at the
@@ -266,13 +279,22 @@ class RunFolder:
         writes: dict[str, Callable[[Path], None]] = {
             # first: a run that has it can be resumed or overwritten
             RESOLVED: lambda file: write_text(file, recipe.to_yaml()),
-            "recipe.yaml": lambda file: write_text(file, recipe_text),
-            "environment.json": lambda file: write_json(file, found.model_dump(mode="json")),
+            GIVEN: lambda file: write_text(file, recipe_text),
+            "environment.json": lambda file: write_json(
+                file, {**found.model_dump(mode="json"), "recipe_sha256": sha256_of(self.path / GIVEN)}
+            ),
             "plan.json": lambda file: write_json(file, plan.model_dump(mode="json")),
         }
         for name, write in writes.items():
             if not (resume and (self.path / name).exists()):
                 write(self.path / name)
+        known = self.environment()
+        if known is not None and known.recipe_sha256 not in (
+            None,
+            sha256_of(self.path / GIVEN),
+        ):  # it was deleted, and is new
+            renewed = known.model_copy(update={"recipe_sha256": sha256_of(self.path / GIVEN)})
+            write_json(self.path / "environment.json", renewed.model_dump(mode="json"))
         begun = self.plan()
         if moved is not None and begun is not None and begun.data is not None:
             begun.data.notes.append(NoteRow(**asdict(moved)))
@@ -318,7 +340,7 @@ def _not_a_run(path: Path) -> str:
         return f"{path} is empty: no run has begun in it; {way_out}"
     if (path / MANIFEST).is_file():
         return f"{path} is a model, not a run folder; give the run folder that contains it"
-    if (path / "recipe.yaml").is_file():
+    if (path / GIVEN).is_file():
         return (
             f"{path} is a run that stopped before its first step: it has a recipe.yaml and no {RESOLVED}, so there is nothing to "
             "read; start it again with `compressvit apply … --output` and a new folder"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from compressvit.errors import UserError, switch
-from compressvit.files import write_json
+from compressvit.files import sha256_of, write_json
 from compressvit.model.header import MANIFEST, TENSORS
 from compressvit.reading import read_json
 from compressvit.runs.owned import entries, is_own
@@ -32,7 +31,7 @@ _REMADE = (
 
 def write_list(folder: Path) -> None:
     """Write the list of the files that are in a run folder."""
-    write_json(folder / NAME, {"format": FORMAT, "sha256": {name: _sha256(folder / name) for name in _names(folder)}})
+    write_json(folder / NAME, {"format": FORMAT, "sha256": {name: sha256_of(folder / name) for name in _names(folder)}})
 
 
 def is_listed(folder: Path) -> bool:
@@ -87,7 +86,7 @@ def _listed(folder: Path) -> dict[str, str] | None:
 
 def _differs(folder: Path, name: str, digest: str) -> bool:
     path = folder / name
-    return not path.is_file() or path.is_symlink() or _sha256(path) != digest
+    return not path.is_file() or path.is_symlink() or sha256_of(path) != digest
 
 
 def remove_remade(folder: Path, names: list[str]) -> list[str]:
@@ -121,11 +120,3 @@ def remove_models(folder: Path, models: list[str]) -> None:
 def _names(folder: Path) -> list[str]:
     found = [path.relative_to(folder) for path, is_folder in entries(folder) if not is_folder]
     return sorted(name.as_posix() for name in found if name.parts[0] not in _UNLISTED and is_own(name.as_posix()))
-
-
-def _sha256(path: Path) -> str:
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(1 << 22):
-            found.update(part)
-    return found.hexdigest()

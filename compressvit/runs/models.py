@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,10 +12,10 @@ from torch import nn
 from compressvit.artifacts.artifact import is_plain
 from compressvit.data.spec import known_classes
 from compressvit.errors import UserError
-from compressvit.files import expanded
+from compressvit.files import expanded, near
 from compressvit.model import surgery, weights
 from compressvit.model.backbone import body_of, model_name
-from compressvit.model.hub import weights_path
+from compressvit.model.hub import HUB, weights_path
 from compressvit.model.local_dir import LocalDir, read_local_dir
 from compressvit.model.modules import as_timm
 from compressvit.model.peft import merge_peft_, read_peft
@@ -81,7 +82,7 @@ def teacher_architecture(recipe: Recipe, *, classes: int | None = None) -> Archi
         known = known_classes(recipe.data) or classes
         count = head_size(recipe, known)
     elif count is None:
-        count = _classes_of_adapter(recipe)
+        count = _classes_of_adapter(recipe) or (_classes_of_file(recipe, args) if stored is None else None)
     if count is not None:
         args["num_classes"] = count
     trained = stored is not None or recipe.teacher.weights == "pretrained"
@@ -156,20 +157,61 @@ def _classes_of_adapter(recipe: Recipe) -> int | None:
     return read_peft(given, "teacher.adapter").classes
 
 
+def _file(recipe: Recipe) -> Path | None:
+    """The file that `teacher.weights` names, where it is here; None of a folder, and of a word."""
+    asked = recipe.teacher.weights
+    if asked in ("pretrained", "train", "random") or asked.startswith(HUB):
+        return None
+    path = weights_path(asked, "teacher.weights")
+    return path if path.is_file() else None
+
+
+def _classes_of_file(recipe: Recipe, args: dict[str, Any]) -> int | None:
+    """Of the classifier in the file that `teacher.weights` names, where nothing else says how many; None without one."""
+    path = _file(recipe)
+    if path is None or "num_classes" in args:
+        return None
+    built = weights.build(recipe.teacher.model, args, device="meta")
+    return weights.classes_in_file(built, path, "teacher.weights") or None
+
+
+def check_file(recipe: Recipe, teacher: nn.Module) -> list[Note]:
+    """Compare names and shapes in the file that `teacher.weights` names, where it is here, with a teacher on the meta device.
+
+    Raises:
+        UserError: as `load_teacher` will.
+    """
+    if (path := _file(recipe)) is None:
+        return []
+    return weights.load_file(teacher, path, "teacher.weights", new_head=brings_head(recipe))
+
+
 def missing_yet(recipe: Recipe) -> list[str]:
-    """Of files that the teacher needs and that are not there: what a plan without them does not know."""
+    """Of files that the teacher needs and that are not there: what a plan without them does not know. The Hub is not asked."""
     asked, notes = recipe.teacher, []
-    words = ("train", "pretrained", "random")
-    if asked.weights not in words and not weights_path(asked.weights, "teacher.weights").exists():
+    elsewhere = asked.weights in ("train", "pretrained", "random") or asked.weights.startswith(HUB)
+    if not elsewhere and not weights_path(asked.weights, "teacher.weights").exists():
         notes.append(
-            f"teacher.weights: there is no {asked.weights} yet; an artifact would also say with which arguments and classes the teacher is "
-            "built, and this plan goes by the recipe alone"
+            f"{_absent('teacher.weights', asked.weights)} Until it is there, a plan goes by the recipe alone; an artifact would also say "
+            "with which arguments and classes the teacher is built"
         )
     if asked.adapter is not None and not expanded(asked.adapter, "teacher.adapter").exists():
         notes.append(
-            f"teacher.adapter: there is no {asked.adapter} yet; apply needs it, and it may bring a classifier of other classes"
+            f"{_absent('teacher.adapter', asked.adapter)} It is needed, and it may bring a classifier of other classes"
         )
     return notes
+
+
+def _absent(where: str, given: str) -> str:
+    return f"{where}: there is no {given}{near(Path(given)) or '.'}"
+
+
+def missing_data(recipe: Recipe) -> str | None:
+    """What to tell where the folder of the data is not there."""
+    root = recipe.data.root
+    if root is None or (path := expanded(root, "data.root")).exists():
+        return None
+    return f"data.root: there is no {root}{near(path)}"
 
 
 def untrained(recipe: Recipe) -> list[Note]:

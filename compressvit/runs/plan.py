@@ -29,6 +29,7 @@ from compressvit.runs.files import Costs, DataPlan, LedgerRow, NoteRow, PlannedT
 from compressvit.runs.job import LOOKED_AT, PLACEHOLDER_CLASSES, Job, prepare, refuse_data, refuse_small_heads
 from compressvit.runs.keep import is_comparable, refuse_figures, refuse_judged
 from compressvit.runs.models import (
+    check_file,
     require_pretrained,
     student_body,
     trains_teacher,
@@ -61,7 +62,10 @@ def plan_recipe(recipe: Recipe, name: str = "recipe") -> RecipePlan:
     datasets, fault = _listed(recipe.data)
     job = prepare(recipe, "cpu", name=name, datasets=datasets, without_data=True)
     plan = plan_job(job)
-    plan.weights = [NoteRow(**asdict(note)) for note in untrained(recipe)]
+    found = untrained(recipe)
+    with _collected(plan.conflicts):
+        found += check_file(recipe, job.teacher.model)
+    plan.weights = [NoteRow(**asdict(note)) for note in found]
     if datasets is not None:
         plan.data = plan_data(job)
         plan.notes += average_notes(recipe, plan.data.train) if plan.data.train else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -143,7 +144,7 @@ def shrink_recipe(
     recipe: dict[str, Any] = {
         "description": "",
         "seed": 0,
-        "teacher": {**_teacher(str(source), model), **_arguments(args, img_size)},
+        "teacher": {**_teacher(_as_text(source), model), **_arguments(args, img_size)},
         "data": _data(images, val_fraction),
         "calibration": {"images": calibration, "tokens": _TOKENS},
         "steps": [{"shrink": step}],
@@ -207,7 +208,10 @@ def _data(images: str | Path, val_fraction: float | None) -> dict[str, Any]:
 def default_output(recipe: Mapping[str, Any]) -> Path:
     """The run folder of a recipe of `shrink_recipe`, after the model or the weights file."""
     teacher = recipe["teacher"]
-    name = Path(teacher["weights"]).stem if _is_file(teacher["weights"]) else teacher["model"]
+    name = teacher["model"]
+    if _is_file(teacher["weights"]):
+        file = Path(teacher["weights"]).name.split(".")[0] or name
+        name = file if file == name else f"{file}_{name}"
     return Path("runs") / f"shrink_{name}"
 
 
@@ -313,6 +317,16 @@ def _teacher(source: str, model: str | None) -> dict[str, Any]:
             "give a file"
         )
     return {"model": source, "weights": "pretrained"}
+
+
+def _as_text(source: Any) -> str:
+    """What was given as the model to shrink, if that is a name or a path."""
+    if isinstance(source, (str, os.PathLike)):
+        return str(os.fspath(source))
+    raise UserError(
+        f"shrink takes the name of a model or the path of a file, not a {type(source).__name__}; for a model in memory give the folder of "
+        "compressvit.save(model, FOLDER), or call compressvit.compress(model, [Shrink(budget={'parameters': 0.5})], calibration=images)"
+    )
 
 
 def _as_path(source: str) -> str:

@@ -21,12 +21,14 @@ class Likeness(NamedTuple):
         agreement: from 0 to 1: share of images of the same class, cosine of the images' outputs, or share of detections that both have.
         text: the agreement in words.
         alike: whether they are as near as the tolerance asks.
+        asked: what of the agreement it asks, in words.
     """
 
     difference: float
     agreement: float
     text: str
     alike: bool
+    asked: str
 
 
 def relative_difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
@@ -58,10 +60,13 @@ def of_tensors(expected: Sequence[Tensor], found: Sequence[Tensor], tolerance: f
     import torch
 
     ours, theirs = (torch.cat([values.double().flatten(1) for values in part], dim=1) for part in (expected, found))
-    cosine = float(_cosines(ours, theirs).min())
+    each, least = _cosines(ours, theirs), least_cosine(tolerance)
+    cosine = float(each.min())
     difference = relative_difference(expected, found)
-    alike = difference <= tolerance and cosine >= least_cosine(tolerance)
-    return Likeness(difference, cosine, f"smallest cosine of an image {cosine:.6f}", alike)
+    text = f"smallest cosine of an image {cosine:.6f}, mean {float(each.mean()):.6f}"
+    return Likeness(
+        difference, cosine, text, difference <= tolerance and cosine >= least, f"{least:.6g} of the smallest"
+    )
 
 
 def of_classes(expected: Sequence[Tensor], found: Sequence[Tensor], tolerance: float) -> Likeness:
@@ -78,7 +83,8 @@ def of_classes(expected: Sequence[Tensor], found: Sequence[Tensor], tolerance: f
         and ahead <= tolerance / 2 * float(ours.abs().max())
         and cosine >= least_cosine(tolerance)
     )
-    return Likeness(difference, same / images, f"the same class for {same} of {images}", alike)
+    asked = f"another class only where both are about as likely, and a cosine of {least_cosine(tolerance):.6g} of all logits"
+    return Likeness(difference, same / images, f"the same class for {same} of {images}", alike, asked)
 
 
 def of_detections(expected: Sequence[Tensor], found: Sequence[Tensor], tolerance: float) -> Likeness:
@@ -112,7 +118,7 @@ def of_detections(expected: Sequence[Tensor], found: Sequence[Tensor], tolerance
         else "no detections in either"
     )
     text += f", the surest in one alone has score {alone:.2f}" if alone else ""
-    return Likeness(largest, share, text, share >= LEAST_SHARED)
+    return Likeness(largest, share, text, share >= LEAST_SHARED, f"{100 * LEAST_SHARED:g} % in both")
 
 
 def _matched(

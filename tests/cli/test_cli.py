@@ -145,6 +145,22 @@ def test_validate_reports_every_file_and_fails_when_one_is_faulty(recipe, tmp_pa
     assert "there is no recipe 'nowhere'" in err
 
 
+def test_validate_tells_what_is_not_there(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "best.pth").touch()
+    text = f"""
+teacher: {{model: vit_tiny_patch16_224, weights: {tmp_path / "bset.pth"}}}
+data: {{name: folder, root: {tmp_path / "picture"}}}
+steps: [{{low_rank: {{rank: 2}}}}]
+"""
+    (tmp_path / "r.yaml").write_text(text)
+    code, out, _ = run("validate", tmp_path / "r.yaml")
+    assert code == 0
+    assert f"teacher.weights: there is no {tmp_path / 'bset.pth'}; did you mean 'best.pth'? Until it is there," in out
+    assert f"data.root: there is no {tmp_path / 'picture'}; did you mean 'pictures'?" in out
+    assert "there is no" not in run("validate", "mini_swin_b", "quickstart")[1]
+
+
 def test_validate_looks_models_up_in_timm_as_plan_does(recipe, tmp_path):
     names = {"teacher": "vit_tiny_patch16_244", "student": "vit_tiny_patch16_224.no_such_tag"}
     for whose, name in names.items():

@@ -195,7 +195,7 @@ def test_it_is_what_peft_merges(options, tmp_path):
 def test_a_plan_tells_that_the_folder_is_not_there_yet(tmp_path, classes):
     recipe = recipe_of(tmp_path / "backbone.safetensors", tmp_path / "lora", classes)
     notes = plan_recipe(recipe).notes
-    assert any(f"teacher.adapter: there is no {tmp_path / 'lora'} yet" in note for note in notes)
+    assert any(f"teacher.adapter: there is no {tmp_path / 'lora'}. It is needed" in note for note in notes)
     teacher = teacher_architecture(recipe).build()
     save_file(teacher.state_dict(), tmp_path / "backbone.safetensors")
     with pytest.raises(UserError, match="is no folder that PEFT wrote"):

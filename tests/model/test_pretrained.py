@@ -31,7 +31,7 @@ def test_pretrained_without_a_network_says_how_to_supply(monkeypatch):
             "teacher.weights: pretrained: the weights of vit_tiny_patch16_224.augreg_in21k_ft_in1k are not in the local cache",
             "could not be downloaded (OSError: Name or service not known)",
             "model.safetensors of the repository timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k of the Hugging Face Hub",
-            "Supply them as a file: teacher.weights=PATH",
+            "Supply weights as a file: teacher.weights=PATH",
         ):
             assert part in str(refusal.value)
 

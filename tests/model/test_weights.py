@@ -240,7 +240,7 @@ def test_a_file_of_something_else(what, tmp_path):
 def test_no_file_at_all(tmp_path):
     for path in (tmp_path / "nothing.pth", tmp_path):
         with pytest.raises(
-            UserError, match=r"teacher\.weights: there is no file .*Supply them as a file: teacher\.weights=PATH"
+            UserError, match=r"teacher\.weights: there is no file .*Supply weights as a file: teacher\.weights=PATH"
         ):
             weights.load_file(build("vit"), path, WHERE)
 

@@ -249,6 +249,17 @@ def test_an_unknown_recipe_suggests(name, word):
 def test_a_folder_is_no_recipe(tmp_path):
     with pytest.raises(UserError, match="there is no recipe"):
         load_recipe(tmp_path)
+    (tmp_path / "resolved.yaml").touch()
+    with pytest.raises(
+        UserError, match=f"^{tmp_path} is a run folder, not a recipe; resume=True goes on with the run in it"
+    ):
+        load_recipe(tmp_path)
+
+
+def test_a_misspelt_file_suggests_the_one_beside_it(tmp_path):
+    (tmp_path / "pets.yaml").touch()
+    with pytest.raises(UserError, match=r"did you mean 'pets\.yaml'\?$"):
+        load_recipe(tmp_path / "pest.yaml")
 
 
 def test_messages_call_a_recipe_what_the_user_called_it(tmp_path):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +15,11 @@ from helpers.runs import done, refused, run
 import compressvit
 from compressvit.artifacts.formats.base import FORMATS, Opened
 from compressvit.artifacts.formats.safetensors import Safetensors
+from compressvit.errors import UserError
 from compressvit.runs.export import TOLERANCES
+from compressvit.runs.export import _require_alike as require_alike
 from compressvit.runs.owned import foreign
+from compressvit.tasks.likeness import Likeness
 
 
 @pytest.fixture
@@ -174,12 +179,40 @@ def test_a_file_that_computes_something_else_is_not_left(ended, monkeypatch, fau
             "data.mean=[0.5]: the student is exported for images as it was trained on",
         ),
         (("data.name=folder", "data.root=nowhere", "--to", "pt2"), "data.root=nowhere: there is no such folder"),
+        (
+            ("--to", "onnx", "--least-agreement", "0.9"),
+            "--least-agreement 0.9 is for int8 and int8-static; a file in fp32 computes what the artifact does, or is refused",
+        ),
+        (
+            ("--to", "onnx", "--precision", "int8", "--least-agreement", "95"),
+            "--least-agreement 95: an agreement is above 0 and at most 1",
+        ),
         (("--to", "pt2", "--output", "student.pt"), "a file of --to pt2 ends in .pt2; name it student.pt.pt2"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_written(ended, words, message):
     assert message in refused("export", ended, *words)
     assert not list(ended.glob("exported/*"))
+
+
+def test_an_int8_file_that_differs_more_than_rounding_is_kept_where_that_is_asked():
+    source, fmt = SimpleNamespace(precision="int8"), SimpleNamespace(runtime="onnxruntime", title="ONNX")
+
+    def check(least, difference=0.26):
+        likeness = Likeness(difference, 0.9598, "smallest cosine of an image 0.9598", False, "0.975 of the smallest")
+        require_alike(likeness, source, fmt, "64 images", least)
+
+    with pytest.raises(
+        UserError,
+        match=r"on 64 images outputs differ by 2\.6e-01 of the largest \(smallest cosine of an image 0\.9598\), and at most 0\.5, and "
+        r"0\.975 of the smallest is asked for\. Nothing was written: .*keep it all the same: least_agreement='0\.95'$",
+    ):
+        check(None)
+    check(0.95)
+    with pytest.raises(UserError, match=r"and an agreement of 0\.97 is asked for"):
+        check(0.97)
+    with pytest.raises(UserError, match="differ by nan"):
+        check(0.95, math.nan)
 
 
 @pytest.mark.wide

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from helpers.runs import done, student_bytes
+from helpers.runs import done, refused, student_bytes
 from rich.console import Console
 
 import compressvit
@@ -37,6 +37,20 @@ def test_a_finished_run_is_not_run_again(folder):
         assert f"{costs.parameters:,} parameters, top-1 {costs.top1:.2f}%" in out
     assert len(out) < 400, "one line"
     assert contents(folder) == before
+
+
+def test_a_recipe_that_was_changed_in_the_folder_is_not_passed_over(folder):
+    before = (folder / "recipe.yaml").read_text()
+    (folder / "recipe.yaml").write_text(before + "\nseed: 5\n")
+    message = refused("apply", folder, "--resume", "--no-report")
+    assert (
+        f"--resume: {folder / 'recipe.yaml'} was changed after the run began, which goes on with resolved.yaml"
+        in message
+    )
+    assert (folder / "recipe.yaml").read_text() == before + "\nseed: 5\n"
+    (folder / "recipe.yaml").unlink()
+    assert "recipe.yaml: missing or damaged, and made again" in done("apply", folder, "--resume", "--no-report")
+    assert "nothing to do" in done("apply", folder, "--resume", "--no-report")
 
 
 def test_python_gets_what_the_run_gave(folder):

@@ -7,17 +7,20 @@ import io
 import json
 import subprocess
 import sys
+from collections import OrderedDict
 
 import pytest
 import timm
 import torch
 from helpers.images import class_folders
 from helpers.recipes import build_teacher
+from safetensors.torch import save_file
+from torch import nn
 
 from compressvit.artifacts import artifact
 from compressvit.data.input import input_config
 from compressvit.errors import UserError
-from compressvit.model import stored, ties
+from compressvit.model import stored, ties, weights
 from compressvit.model.cost import saved_bytes
 from compressvit.model.taps import Taps
 from compressvit.recipe.recipe import Recipe, load_recipe, parse_recipe
@@ -328,8 +331,40 @@ def test_a_teacher_that_is_not_there_yet_is_noted(tmp_path):
             plan_recipe(load_recipe("quickstart", [f"teacher.weights={weights}", "teacher.finetune=null"])).notes
         )
 
-    assert f"teacher.weights: there is no {tmp_path / 'run'} yet" in notes(tmp_path / "run")
+    assert f"teacher.weights: there is no {tmp_path / 'run'}. Until" in notes(tmp_path / "run")
     assert "there is no" not in notes("pretrained") + notes(tmp_path)
+
+
+def test_a_file_of_weights_that_is_there_is_compared_with_the_model(tmp_path):
+    model, args, steps = RECIPES["vit"]
+    file = tmp_path / "w.safetensors"
+
+    def planned_with(made=None, **teacher):
+        if made is not None:
+            save_file(made.state_dict(), file)
+        asked = {"model": model, "args": args, "weights": str(file), **teacher}
+        return plan_recipe(recipe_of(model, args, steps, teacher=asked))
+
+    made = weights.build(model, {**args, "num_classes": 10})
+    plan = planned_with(made)
+    assert (plan.conflicts, plan.weights) == ([], [])
+    assert plan.teacher.parameters == ties.count_parameters(
+        made
+    )  # with the classifier of the file, where timm's has 1,000 classes
+    assert (
+        planned_with(nn.Sequential(OrderedDict(module=made)))
+        .weights[0]
+        .text.endswith("the prefix 'module.' was taken off 56 tensors")
+    )
+    assert "has a classifier of 10 classes and the model one of 7" in "".join(
+        planned_with(made, num_classes=7).conflicts
+    )
+    deeper = weights.build(model, {**args, "num_classes": 10, "depth": 5})
+    (conflict,) = planned_with(deeper).conflicts
+    assert "12 unknown, first blocks.4." in conflict
+    file.write_bytes(b"nothing")
+    with pytest.raises(UserError, match="not a complete safetensors file"):
+        planned_with()
 
 
 @pytest.mark.wide_unless(lambda waiting: len(waiting) < 2)

@@ -77,7 +77,8 @@ def test_a_student_is_named_where_it_alone_is_for_another_task(pictures):
 def test_there_are_no_pretrained_detectors(pictures):
     message = both(pictures, MODELS["detector"] | {"weights": "pretrained"}, "teacher.num_classes=2")
     assert (
-        "teacher.weights: pretrained: timm has no pretrained weights for faster_rcnn. Supply them as a file" in message
+        "teacher.weights: pretrained: timm has no pretrained weights for faster_rcnn. Supply weights as a file"
+        in message
     )
     assert "Or begin with its backbone's: teacher.weights=train teacher.backbone=pretrained." in message
 

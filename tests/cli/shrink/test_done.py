@@ -343,7 +343,7 @@ def test_from_python_a_finished_run_is_read_from_its_folder(classifier, photos, 
 def test_the_run_folder_is_called_after_the_model_or_the_file():
     for teacher, name in (
         ({"model": "vit_tiny_patch16_224.augreg_in21k", "weights": "pretrained"}, "vit_tiny_patch16_224.augreg_in21k"),
-        ({"model": "vit_tiny_patch16_224", "weights": __file__}, "test_done"),
+        ({"model": "vit_tiny_patch16_224", "weights": __file__}, "test_done_vit_tiny_patch16_224"),
     ):
         assert str(verb.default_output({"teacher": teacher})) == f"runs/shrink_{name}"
 
