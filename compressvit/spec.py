@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 from compressvit.errors import UserError, did_you_mean, nearest
 
 Path = tuple[str | int, ...]  # of a value in nested mappings and lists
+_FEW = 12  # keys that a message lists
 _LARGEST = 3.4e38  # of 32-bit floats, in which torch computes
 
 
@@ -114,6 +115,9 @@ def _sentence(root: type[Spec], fault: Any, path: Path) -> str:
         known = fault["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
         close = nearest(str(given), known)
         return f"{_cut(repr(given))} is none of {', '.join(known)}" + (f"; did you mean '{close}'?" if close else "")
+    if fault["type"] == "model_type" and (inner := spec_at(root, path)) is not None and len(inner.model_fields) <= _FEW:
+        keys = ", ".join(inner.model_fields)
+        return f"is a section with keys, not {_cut(json.dumps(given, default=str, ensure_ascii=False))}; its keys are {keys}"
     text = fault["msg"].removeprefix("Value error, ").removeprefix("Input ").removeprefix("input ")
     if fault["type"] == "value_error":
         return text

@@ -19,7 +19,7 @@ from compressvit.cli.recipes import add_recipes, add_schema
 from compressvit.cli.shrink import UNITS, add_shrink, run_shrink
 from compressvit.cli.sweep import add_sweep
 from compressvit.cli.tool import add_tool
-from compressvit.errors import UserError, command_line
+from compressvit.errors import UserError, command_line, did_you_mean
 from compressvit.exits import answered
 from compressvit.text import complain, printable
 from compressvit.training.stopping import Signals
@@ -42,8 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # argparse stops collecting key=value arguments at the first option and returns later ones as unknown.
     arguments, rest = parser.parse_known_args(argv)
     if any(word.startswith("-") for word in rest) or (rest and not hasattr(arguments, "overrides")):
-        parser.error(
-            f"unrecognized arguments: {' '.join(rest)}{_as_override(rest) if hasattr(arguments, 'overrides') else ''}"
+        hint = _as_override(rest) if hasattr(arguments, "overrides") else ""
+        arguments.parser.error(
+            f"unrecognized arguments: {' '.join(rest)}{hint or _option_meant(rest, arguments.parser)}"
         )
     if rest:
         arguments.overrides += rest
@@ -70,6 +71,13 @@ def _as_override(rest: Sequence[str]) -> str:
     return f"; settings of the recipe are written without dashes: {key}={value or 'VALUE'}"
 
 
+def _option_meant(rest: Sequence[str], parser: argparse.ArgumentParser) -> str:
+    """The option of a verb that is most like the first word that is none."""
+    word = next((word.partition("=")[0] for word in rest if word.startswith("-")), "")
+    meant = did_you_mean(word, parser._option_string_actions, list_at_most=0) if word else ""
+    return f"; {meant}" if meant else ""
+
+
 def _run_folder(arguments: argparse.Namespace) -> Path | None:
     """The folder of the run that is applied, as far as it is known."""
     return Path(arguments.output) if arguments.run in (_apply, run_shrink) and arguments.output else None
@@ -88,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def verb(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
         added = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
-        added.set_defaults(run=run)
+        added.set_defaults(run=run, parser=added)
         return added
 
     # In the order shown by `--help`.

@@ -56,7 +56,7 @@ def test_a_run_goes_on_by_its_folder_alone(recipe, finished, tmp_path):
     shutil.rmtree(folder / "student")
     done("apply", "--no-report", folder, "--resume")
     assert student_bytes(folder) == student_bytes(finished)
-    assert "neither as a file nor among those included" in refused("apply", folder)
+    assert "is a run folder, not a recipe; --resume goes on with the run in it" in refused("apply", folder)
 
 
 def test_the_log_holds_what_the_console_showed(finished):

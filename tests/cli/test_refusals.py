@@ -137,6 +137,10 @@ def test_a_setting_that_is_written_as_an_option():
         ),
         (["apply", "quickstart", "--data.batch-size=3"], "written without dashes: data.batch_size=3"),
         (["plan", "quickstart", "--nonsense"], "unrecognized arguments: --nonsense"),
+        (
+            ["apply", "quickstart", "--ouput", "x"],
+            "compressvit apply: error: unrecognized arguments: --ouput x; did you mean '--output'?",
+        ),
         (["compare", "runs", "--seed", "1"], "unrecognized arguments: --seed 1"),
     ):
         code, _, err = run(*words)

@@ -150,6 +150,13 @@ def test_a_file_that_is_not_text(tmp_path):
         ("{share: 2}", "{share: two}", 10, "steps[0].multiplex.share", ["integer", "array", '"two"']),
         ("{share: 2}", "{share: [2, x]}", 10, "steps[0].multiplex.share[1]", ["integer", '"x"']),
         ("multiplex: {share: 2}", "7", 10, "steps[0]", ["object", "not 7"]),
+        (
+            "multiplex: {share: 2}",
+            "low_rank: {budget: 0.5}",
+            10,
+            "steps[0].low_rank.budget",
+            ["a section", "keys are parameters, bytes, macs"],
+        ),
         ("multiplex: {share: 2}", "multiplex: {share: 2}\n    irpe: {}", 10, "steps[0]", ["2", "irpe", "multiplex"]),
         ("multiplex: {share: 2}", "{}", 10, "steps[0]", ["one transform or phase", "empty"]),
         ("multiplex: {share: 2}", "multiplx", 10, "steps[0].multiplx", ["unknown key", "'multiplex'"]),
