@@ -103,7 +103,7 @@ class TubeletViT(VisionTransformer):
     def _pos_embed(self, tokens: Tensor) -> Tensor:
         """Tubelets (B, T / t, h · w, D) with their positions, after the class and register tokens: (B, N, D)."""
         first = [token for token in (self.cls_token, self.reg_token) if token is not None]
-        before = torch.cat([token.expand(len(tokens), -1, -1) for token in first], dim=1) if first else None
+        before = torch.cat([token.expand(tokens.shape[0], -1, -1) for token in first], dim=1) if first else None
         if self.pos_embed is not None:
             count = 0 if self.no_embed_class else self.num_prefix_tokens
             tokens = tokens + self.pos_embed[:, None, count:]
