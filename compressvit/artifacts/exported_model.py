@@ -98,7 +98,9 @@ class ExportedModel(nn.Module):
 
     def forward(self, images: Tensor) -> Any:
         views = images.shape[1] // self._channels
-        if views > 1 and len(self._names) == 1:  # several clips of each video beside one another, of which a graph takes one
+        if (
+            views > 1 and len(self._names) == 1
+        ):  # several clips of each video beside one another, of which a graph takes one
             (logits,) = self._compute(self._names, images.cpu().reshape(-1, self._channels, *images.shape[2:]))
             return logits.unflatten(0, (-1, views)).mean(dim=1)
         found = self._compute(self._names, images.cpu())

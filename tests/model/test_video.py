@@ -82,14 +82,14 @@ def test_frames_come_one_after_the_other():
 
 
 def test_positions_are_the_images_in_space_and_sines_and_cosines_in_time():
-    model = video().backbone
+    model = video(temporal_scale=0.25).backbone
     empty = torch.zeros(1, 2, 16, 32)
     found = model._pos_embed(empty)
     assert torch.allclose(found[:, 0], model.cls_token[:, 0] + model.pos_embed[:, 0])
     for step in range(2):
         angle = [step / 10000 ** (2 * (i // 2) / 32) for i in range(32)]
         in_time = torch.tensor([math.cos(a) if i % 2 else math.sin(a) for i, a in enumerate(angle)])
-        expected = model.pos_embed[:, 1:] + in_time
+        expected = model.pos_embed[:, 1:] + 0.25 * in_time
         assert torch.allclose(found[:, 1 + 16 * step :][:, :16], expected, atol=1e-6)  # measured 6e-8
 
 

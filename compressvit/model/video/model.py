@@ -20,6 +20,9 @@ from compressvit.model.modules import as_timm
 from compressvit.model.video.tubelets import Positions, of_tubelets
 
 CHANNELS = 3  # of a frame
+# Cosine of DINOv2-S's tokens of one picture to those of a clip of 8 frames of it, over 16 pictures: 0.93 without positions in time, 0.91
+# with 0.05, 0.79 with 0.1, 0.34 with 1.
+TEMPORAL_SCALE = 0.05
 Pool = Literal["avg", "token", "map"]
 
 default_cfgs = {
@@ -54,7 +57,7 @@ class Video(nn.Module):
         pool: avg (the mean of all tubelets, as VideoMAE), token (the class token), or map (the backbone's own attention).
         positions: space_time (the image model's table at every time, with sines and cosines in time) or sincos (of all tubelets, as
             VideoMAE).
-        temporal_scale: of the positions in time of `space_time`.
+        temporal_scale: of the positions in time of `space_time`, beside which image weights know none.
 
     Raises:
         UserError: the backbone is no ViT on patches, or lacks what `pool` reads, or the tubelets do not divide the clip.
@@ -71,7 +74,7 @@ class Video(nn.Module):
         in_chans: int = CHANNELS,
         pool: Pool = "avg",
         positions: Positions = "space_time",
-        temporal_scale: float = 1.0,
+        temporal_scale: float = TEMPORAL_SCALE,
     ):
         super().__init__()
         if in_chans != CHANNELS:
