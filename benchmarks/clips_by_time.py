@@ -20,13 +20,14 @@ import numpy as np
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from compressvit.cli import main as compressvit
 from compressvit.model.weights import build
 from compressvit.transforms.adaptformer import AdaptFormer
 from compressvit.transforms.applying import compress
 
-BACKBONE, BATCH = "vit_small_patch14_dinov2.lvd142m", 16
+BACKBONE = "vit_small_patch14_dinov2.lvd142m"
 EVALUATED = 0.4  # of the time of a training step, at most, that a held-out clip takes
 
 
@@ -49,17 +50,32 @@ def write_clips(source: Path, target: Path, limits: dict[str, int | None]) -> di
     return found
 
 
+def first_blocks(source: Path, depth: int, target: Path) -> Path:
+    """Write the weights of a ViT without the blocks after the first `depth`."""
+    kept = {
+        name: tensor
+        for name, tensor in load_file(source).items()
+        if not name.startswith("blocks.") or int(name.split(".")[1]) < depth
+    }
+    save_file(kept, target)
+    return target
+
+
 def recipes(arguments: argparse.Namespace, clips: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The recipe of each model."""
-    size = arguments.img_size
+    size, inside = arguments.img_size, {} if arguments.depth is None else {"depth": arguments.depth}
     teachers = {
-        "frame": {"model": BACKBONE, "weights": str(arguments.backbone), "args": {"img_size": size, "num_classes": 0}},
+        "frame": {
+            "model": BACKBONE,
+            "weights": str(arguments.backbone),
+            "args": {"img_size": size, "num_classes": 0, **inside},
+        },
         "clip": {
             "model": "video",
             "weights": "random",
             "backbone": str(arguments.backbone),
             "num_classes": clips["classes"],
-            "args": {"backbone": BACKBONE, "frames": clips["frames"], "img_size": size},
+            "args": {"backbone": BACKBONE, "backbone_args": inside, "frames": clips["frames"], "img_size": size},
         },
     }
     finetune = {
@@ -77,12 +93,18 @@ def recipes(arguments: argparse.Namespace, clips: dict[str, Any]) -> dict[str, d
             "data": {
                 "name": "videos",
                 "root": str(arguments.output / "clips"),
-                "batch_size": BATCH,
+                "batch_size": arguments.batch_size,
                 "crop_pct": 1.0,
                 "clip": {"stride": 1},
             },
             "steps": [
-                {"adaptformer": {"width": 64, "scale": arguments.scale, "blocks": [arguments.blocks]}},
+                {
+                    "adaptformer": {
+                        "width": 64,
+                        "scale": arguments.scale,
+                        "blocks": arguments.blocks and [arguments.blocks],
+                    }
+                },
                 {"finetune": finetune},
             ],
         }
@@ -114,7 +136,9 @@ def main() -> None:
     parser.add_argument("--img-size", type=int, default=98)
     parser.add_argument("--limit", type=int, help="use so many clips to train on")
     parser.add_argument("--limit-val", type=int, help="use so many clips to evaluate on")
-    parser.add_argument("--blocks", default="0-11", help="that have an adapter; those before them need no gradients")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--depth", type=int, help="keep so many of the backbone's first blocks, which learn faster")
+    parser.add_argument("--blocks", help="that have an adapter, as 6-11; those before them need no gradients")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     if arguments.output.exists():
@@ -123,6 +147,10 @@ def main() -> None:
     clips = write_clips(
         arguments.clips, arguments.output / "clips", {"train": arguments.limit, "val": arguments.limit_val}
     )
+    if arguments.depth is not None:
+        arguments.backbone = first_blocks(
+            arguments.backbone, arguments.depth, arguments.output / "backbone.safetensors"
+        )
     found = recipes(arguments, clips)
     passes = (
         clips["train"] * arguments.epochs + EVALUATED * 3 * clips["val"]
